@@ -1,0 +1,219 @@
+"""The values that travel between the packages and between the actors.
+
+Shape legend, used as suffixes of tensor and array names here and elsewhere:
+
+    B  sequences in a micro-batch        T  positions, padded to the micro-batch's longest sequence
+    N  real tokens (padding left out)    H  hidden width        W  a site's width in elements
+    S  sequences in a shard              L  layers
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Self
+
+import numpy as np
+import numpy.typing as npt
+
+Int32Array = npt.NDArray[np.int32]
+Int64Array = npt.NDArray[np.int64]
+Bits = npt.NDArray[np.uint8]
+"""Raw little-endian bytes of activations, one row a token: uint8 [N, W * itemsize]."""
+
+TOKEN_ROW = np.dtype([("sequence_id", "<i8"), ("position", "<i4"), ("token_id", "<i4")])
+"""What every row of every part begins with. Digests are taken over arrays of this packed type."""
+
+Role = Literal["embedding", "layer", "final_norm", "head", "unused"]
+
+
+@dataclass(frozen=True)
+class LayerSpan:
+    """The contiguous decoder layers [start, stop) that one stage owns."""
+
+    start: int
+    stop: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start < self.stop:
+            raise ValueError(f"a span needs 0 <= start < stop, not [{self.start}, {self.stop})")
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __contains__(self, layer: object) -> bool:
+        return isinstance(layer, int) and self.start <= layer < self.stop
+
+    def __str__(self) -> str:
+        return f"layers {self.start}-{self.stop - 1}"
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """One tokenised prompt: `sequence_id` is its row's 0-based place in the source, `token_ids` its int32 [T] ids."""
+
+    sequence_id: int
+    token_ids: Int32Array
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A fixed range of sequences: the unit of commit, retry and resume.
+
+    `sequence_ids` is int64 [S], strictly ascending; `token_counts` int32 [S] goes with it.
+    """
+
+    index: int
+    sequence_ids: Int64Array
+    token_counts: Int32Array
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.token_counts.sum(dtype=np.int64))
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Sequences that go through a stage together, right-padded with token id 0.
+
+    Its sequences are a run of its shard's, in the shard's order, so a part grows by whole micro-batches and never
+    needs sorting. `index` counts within the shard; `is_last` marks the one that completes the shard.
+    `token_ids_BT` is int32 [B, T], `sequence_ids` int64 [B], `token_counts` int32 [B].
+    """
+
+    shard: int
+    index: int
+    is_last: bool
+    sequence_ids: Int64Array
+    token_counts: Int32Array
+    token_ids_BT: Int32Array
+
+    @property
+    def num_tokens(self) -> int:
+        """Real tokens: the rows that this micro-batch adds to each part."""
+        return int(self.token_counts.sum(dtype=np.int64))
+
+    @property
+    def padded_tokens(self) -> int:
+        return int(self.token_ids_BT.size)
+
+    def token_rows(self) -> npt.NDArray[Any]:
+        """The rows' identities as TOKEN_ROW [N]: sequence by sequence, position by position."""
+        rows = np.empty(self.num_tokens, TOKEN_ROW)
+        rows["sequence_id"] = np.repeat(self.sequence_ids, self.token_counts)
+        is_real_BT = np.arange(self.token_ids_BT.shape[1]) < self.token_counts[:, None]
+        rows["position"] = np.nonzero(is_real_BT)[1]
+        rows["token_id"] = self.token_ids_BT[is_real_BT]
+        return rows
+
+
+@dataclass(frozen=True)
+class TensorRow:
+    """One tensor of the model as m2ray computes with it, or one of the checkpoint that m2ray leaves unread.
+
+    Attributes:
+        name: the parameter's or buffer's name in the transformers model (for unread ones, the checkpoint's key).
+        role: where it belongs. "head" and "unused" (multi-token-prediction modules) are known and never loaded.
+        layer: the decoder layer, or None where `role` is not "layer".
+        shape: its shape in the model.
+        keeps_fp32: whether it stays in float32 whatever `compute_dtype` is (routers of some families).
+        disk_bytes: bytes of all its checkpoint tensors, scales included.
+        sources: the checkpoint keys it is made of, scales left out.
+    """
+
+    name: str
+    role: Role
+    layer: int | None
+    shape: tuple[int, ...]
+    keeps_fp32: bool
+    disk_bytes: int
+    sources: tuple[str, ...]
+
+    @property
+    def num_elements(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    def compute_bytes(self, itemsize_bytes: int) -> int:
+        """Bytes in memory at a compute dtype of `itemsize_bytes` (2 or 4)."""
+        return self.num_elements * (4 if self.keeps_fp32 else itemsize_bytes)
+
+
+@dataclass(frozen=True)
+class TensorTable:
+    """All tensors of a model and its checkpoint, derived from the meta skeleton and the index: what planning counts on."""
+
+    num_layers: int
+    hidden_size: int
+    rows: tuple[TensorRow, ...]
+
+    def layer_bytes(self, itemsize_bytes: int) -> tuple[int, ...]:
+        """Bytes in memory of each decoder layer, in order."""
+        totals = [0] * self.num_layers
+        for row in self.rows:
+            if row.layer is not None and row.role == "layer":
+                totals[row.layer] += row.compute_bytes(itemsize_bytes)
+        return tuple(totals)
+
+    def role_bytes(self, role: Role, itemsize_bytes: int) -> int:
+        """Bytes in memory of everything of one role."""
+        return sum(row.compute_bytes(itemsize_bytes) for row in self.rows if row.role == role)
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes of every tensor in the checkpoint, loaded or not."""
+        return sum(row.disk_bytes for row in self.rows)
+
+
+@dataclass(frozen=True)
+class CapturedLayer:
+    """What a stage captured of one micro-batch at one site: real tokens only, in `MicroBatch.token_rows()` order.
+
+    `layer` is None at model-wide sites. `rows` is uint8 [N, W * itemsize] in the store dtype, on the host.
+    """
+
+    site: str
+    layer: int | None
+    rows: Bits
+
+
+@dataclass(frozen=True)
+class PartSpec:
+    """What every part of one site and layer has in common: enough to write it and to describe it in its footer.
+
+    `dtype` is the store dtype's torch name ("bfloat16", "float32", "float16"); `width` the elements a row.
+    """
+
+    site: str
+    layer: int | None
+    dtype: str
+    width: int
+
+
+@dataclass(frozen=True)
+class PartReceipt:
+    """A part as its writer left it: one Parquet object = one shard, one layer, one site, one attempt.
+
+    Attributes:
+        key: the object's key below the run folder.
+        rows: tokens in it.
+        num_bytes: the object's size.
+        xxh3: xxh3-64 of the whole object, 16 hex digits.
+        token_digest: xxh3-128 over its TOKEN_ROW rows, 32 hex digits; equal in all parts of a shard.
+    """
+
+    shard: int
+    attempt: str
+    site: str
+    layer: int | None
+    key: str
+    rows: int
+    num_bytes: int
+    xxh3: str
+    token_digest: str
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> Self:
+        return cls(**record)
+
+

@@ -1,0 +1,123 @@
+"""ExtractConfig: the options of an extraction, in one place, for TOML files and command-line flags alike."""
+
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+
+from m2ray.errors import ConfigError, raise_all
+
+Auto = Literal["auto"]
+Positive = Annotated[int, Field(gt=0)]
+NonEmpty = Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)]
+
+
+class ExtractConfig(BaseModel):
+    """One extraction. Frozen; unknown keys are refused.
+
+    The fields down to `threads_per_stage` change rows and are fingerprinted in job.json; the others may change between
+    a run and its resume.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    model: NonEmpty = Field(description="Checkpoint folder: config.json, tokenizer, safetensors and their index.")
+    prompts: NonEmpty = Field(description="Prompt file, folder or glob: .jsonl, .parquet, .csv, .txt, or a saved HF dataset.")
+    text_column: NonEmpty = Field("text", description="Column that holds a prompt's text.")
+    messages_column: NonEmpty = Field("messages", description="Column that holds a prompt's chat messages, for the chat template.")
+    id_column: NonEmpty | None = Field(None, description="Column that names a row; default: its position.")
+    max_length: Positive | None = Field(None, description="Longest sequence in tokens; default: the model's own limit.")
+    truncation: Literal["refuse", "cut"] = Field("refuse", description="Longer prompts: quarantine them, or cut their end.")
+    layers: NonEmpty = Field("all", description='Layers to extract: "all", "0", "0-5", "0,7,20-61".')
+    sites: Literal["residual"] = Field("residual", description="What to capture at each layer.")
+    compute_dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="Dtype of weights and arithmetic.")
+    store_dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="Dtype of the stored rows.")
+    batch_tokens: Positive | Auto = Field("auto", description="Padded tokens in a micro-batch; auto: 16384 on GPUs, 2048 on CPUs.")
+    shard_tokens: Positive | Auto = Field("auto", description="Tokens in a shard, the unit of commit and resume; auto: 32768.")
+    attn_implementation: Literal["auto", "eager", "sdpa"] = Field("auto", description="Attention; auto: the family's own default.")
+    threads_per_stage: Positive | Auto = Field("auto", description="torch threads a stage; auto: 1 without GPUs.")
+
+    output: NonEmpty = Field(description="Run folder, new or to be resumed.")
+    stages: Positive | Auto = Field("auto", description="Stage actors; auto: one a GPU of the cluster, 1 without GPUs.")
+    in_flight: NonEmpty = Field("4GiB", description="Hidden states between the stages at one time, at most.")
+    placement_timeout_s: Annotated[float, Field(gt=0)] = Field(30.0, description="Seconds to wait for room in the cluster.")
+    stage_timeout_s: Annotated[float, Field(gt=0)] = Field(1800.0, description="Seconds without any progress after which a run stops.")
+
+    @classmethod
+    def row_options(cls) -> tuple[str, ...]:
+        """The options that change rows, in declaration order: `job.json` holds them resolved."""
+        names = list(cls.model_fields)
+        return tuple(names[: names.index("output")])
+
+    @classmethod
+    def from_sources(cls, toml_path: Path | None, flags: Mapping[str, Any]) -> Self:
+        """Read a TOML file, if any, lay the flags that were given over it, and validate the whole.
+
+        Raises:
+            ConfigError: naming every unknown, missing or malformed option at once.
+        """
+        values = {**(_read_toml(toml_path) if toml_path else {}), **flags}
+        return cls.validated(values)
+
+    @classmethod
+    def validated(cls, values: Mapping[str, Any]) -> Self:
+        """Validate a mapping of option names to values (strings are parsed). Raises ConfigError."""
+        try:
+            return cls.model_validate(dict(values))
+        except ValidationError as error:
+            raise_all([_as_problem(cls, problem) for problem in error.errors()])
+            raise
+
+
+def parse_layers(text: str, num_layers: int) -> tuple[int, ...]:
+    """The layer numbers that `layers` names, ascending: "all", "0", "0-5" (both ends in), "0,7,20-61".
+
+    Raises:
+        ConfigError: malformed, empty range, or out of the model's `num_layers`.
+    """
+    if text.strip() == "all":
+        return tuple(range(num_layers))
+    chosen: set[int] = set()
+    for piece in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", piece)
+        if not match:
+            raise ConfigError(f"layers = {text!r}: {piece.strip()!r} is neither a layer nor a range.", 'Write "all", "0", "0-5" or "0,7,20-61".')
+        first, last = int(match[1]), int(match[2] or match[1])
+        if first > last:
+            raise ConfigError(f"layers = {text!r}: the range {piece.strip()!r} runs backwards.", f'Write "{last}-{first}".')
+        if last >= num_layers:
+            raise ConfigError(f"layers = {text!r}: layer {last} is out of range.", f"The model has layers 0 to {num_layers - 1}.")
+        chosen.update(range(first, last + 1))
+    return tuple(sorted(chosen))
+
+
+_UNITS_BYTES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+def parse_bytes(text: str, option: str) -> int:
+    """Bytes from "40GB" (decimal), "40GiB" (binary) or a plain number. Raises ConfigError naming `option`."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if not match or match[2].upper() not in _UNITS_BYTES or float(match[1]) <= 0:
+        raise ConfigError(f"{option} = {text!r} is not a size.", 'Write for example "40GB" (10^9 bytes) or "40GiB" (2^30 bytes).')
+    return int(float(match[1]) * _UNITS_BYTES[match[2].upper()])
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"Cannot read the configuration {path}: {error.strerror}.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}.") from error
+
+
+def _as_problem(config: type[BaseModel], problem: Any) -> ConfigError:
+    name = ".".join(str(part) for part in problem["loc"][:1])
+    if problem["type"] == "extra_forbidden":
+        return ConfigError(f"There is no option {name!r}.", f"The options are: {', '.join(config.model_fields)}.")
+    if problem["type"] == "missing":
+        return ConfigError(f"The option {name!r} is missing: {config.model_fields[name].description}")
+    return ConfigError(f"{name} = {problem['input']!r}: {problem['msg']}.", config.model_fields[name].description or "")

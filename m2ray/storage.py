@@ -1,0 +1,238 @@
+"""Local disks behind one small interface: ranges in, parts out, create-if-absent, durable once a call returns.
+
+Keys are relative to the store's root, with "/" between their parts. Every failure is a StoreError that names the key.
+"""
+
+import errno
+import os
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from m2ray.errors import AlreadyExistsError, StoreError
+
+Data = bytes | bytearray | memoryview
+
+_TEMPORARY_MARK = ".incomplete-"
+
+
+class PartSink(ABC):
+    """An object being written. Nothing of it can be seen until `close`; `abort` leaves nothing behind."""
+
+    @abstractmethod
+    def write(self, data: Data) -> None:
+        """Append bytes. The caller may reuse `data` afterwards."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Make the object durable and visible under its key. Raises AlreadyExistsError if the key is taken."""
+
+    @abstractmethod
+    def abort(self) -> None:
+        """Give the object up."""
+
+
+class Store(ABC):
+    """One root (a folder, a bucket's prefix) and the operations m2ray needs below it."""
+
+    url: str
+
+    @abstractmethod
+    def size(self, key: str) -> int | None:
+        """The object's bytes, or None if there is no such object."""
+
+    @abstractmethod
+    def read(self, key: str) -> bytes:
+        """The whole object."""
+
+    @abstractmethod
+    def read_into(self, key: str, offset: int, out: memoryview) -> None:
+        """Fill `out` with the object's bytes from `offset` on. Raises StoreError if the object ends before that."""
+
+    @abstractmethod
+    def list(self, prefix: str) -> Iterator[tuple[str, int]]:
+        """(key, bytes) of each object below the folder `prefix` ("" for all), in any order, unfinished ones left out."""
+
+    @abstractmethod
+    def create(self, key: str, data: Data) -> None:
+        """Write the object only if its key is free, atomically. Raises AlreadyExistsError otherwise."""
+
+    @abstractmethod
+    def put(self, key: str, data: Data) -> None:
+        """Write or replace the object, atomically."""
+
+    @abstractmethod
+    def open_part(self, key: str) -> PartSink:
+        """Begin an object that is written piece by piece."""
+
+    @abstractmethod
+    def delete(self, keys: Iterable[str]) -> None:
+        """Delete the objects; those already gone are no error."""
+
+    def read_range(self, key: str, offset: int, num_bytes: int) -> bytearray:
+        """The `num_bytes` bytes of the object from `offset` on."""
+        out = bytearray(num_bytes)
+        self.read_into(key, offset, memoryview(out))
+        return out
+
+
+def open_store(url: str | Path) -> Store:
+    """The store at a local path or a `file://` URL. Nothing is touched yet.
+
+    Raises:
+        StoreError: the scheme is not one that m2ray writes to.
+    """
+    text = str(url)
+    parts = urlsplit(text)
+    if parts.scheme == "file":
+        return LocalStore(Path(parts.path))
+    if "://" in text:
+        raise StoreError(f"m2ray cannot use {text!r}: its scheme is {parts.scheme!r}.", "Give a path on a local or shared disk.")
+    return LocalStore(Path(text))
+
+
+@contextmanager
+def _naming(action: str, path: Path) -> Iterator[None]:
+    """Turn an OSError into a StoreError that says which file and what to do."""
+    try:
+        yield
+    except FileExistsError as error:
+        raise AlreadyExistsError(f"{path} exists already.") from error
+    except OSError as error:
+        remedies = {
+            errno.EACCES: "Give the user that runs m2ray the permission, or choose another folder.",
+            errno.EPERM: "Give the user that runs m2ray the permission, or choose another folder.",
+            errno.EROFS: "The disk is mounted read-only: choose another folder.",
+            errno.ENOSPC: "The disk is full: free space and run the same command again; finished shards are kept.",
+            errno.ENOENT: "Check the path.",
+        }
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise StoreError(f"Cannot {action} {path}: {reason}.", remedies.get(error.errno or 0, "")) from error
+
+
+class LocalStore(Store):
+    """A folder on a local or shared disk. Every write is fsynced, the file and its folder."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.expanduser()
+        self.url = str(self.root)
+
+    def path(self, key: str) -> Path:
+        return self.root / key
+
+    def size(self, key: str) -> int | None:
+        with _naming("read", self.path(key)):
+            try:
+                return self.path(key).stat().st_size
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+
+    def read(self, key: str) -> bytes:
+        with _naming("read", self.path(key)):
+            return self.path(key).read_bytes()
+
+    def read_into(self, key: str, offset: int, out: memoryview) -> None:
+        with _naming("read", self.path(key)):
+            fd = os.open(self.path(key), os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                done = 0
+                while done < len(out):
+                    count = os.preadv(fd, [out[done:]], offset + done)
+                    if count == 0:
+                        raise StoreError(
+                            f"{self.path(key)} ends at byte {offset + done}, but bytes {offset} to {offset + len(out)} are needed.",
+                            "The file is truncated: copy it again.",
+                        )
+                    done += count
+            finally:
+                os.close(fd)
+
+    def list(self, prefix: str) -> Iterator[tuple[str, int]]:
+        for folder, _, names in os.walk(self.path(prefix)):
+            for name in names:
+                if _TEMPORARY_MARK in name:
+                    continue
+                path = Path(folder, name)
+                try:
+                    yield path.relative_to(self.root).as_posix(), path.stat().st_size
+                except FileNotFoundError:
+                    continue  # deleted between the listing and the look at it
+
+    def create(self, key: str, data: Data) -> None:
+        sink = _LocalPartSink(self.path(key))
+        try:
+            sink.write(data)
+            sink.close()
+        except BaseException:
+            sink.abort()
+            raise
+
+    def put(self, key: str, data: Data) -> None:
+        path = self.path(key)
+        with _naming("write", path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = _temporary_path(path)
+            try:
+                with temporary.open("xb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                temporary.replace(path)
+            finally:
+                temporary.unlink(missing_ok=True)
+            _fsync_folder(path.parent)
+
+    def open_part(self, key: str) -> PartSink:
+        return _LocalPartSink(self.path(key))
+
+    def delete(self, keys: Iterable[str]) -> None:
+        for key in keys:
+            with _naming("delete", self.path(key)):
+                self.path(key).unlink(missing_ok=True)
+
+
+class _LocalPartSink(PartSink):
+    """Writes beside the final name, then links it into place: link() fails if the name is taken, rename() would not."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._temporary = _temporary_path(path)
+        with _naming("write", path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._temporary.open("xb", buffering=0)
+
+    def write(self, data: Data) -> None:
+        with _naming("write", self._path):
+            view = memoryview(data).cast("B")
+            while len(view):
+                view = view[self._file.write(view) :]
+
+    def close(self) -> None:
+        with _naming("write", self._path):
+            try:
+                os.fsync(self._file.fileno())
+                self._file.close()
+                os.link(self._temporary, self._path)
+            finally:
+                self._file.close()
+                self._temporary.unlink(missing_ok=True)
+            _fsync_folder(self._path.parent)
+
+    def abort(self) -> None:
+        self._file.close()
+        self._temporary.unlink(missing_ok=True)
+
+
+def _temporary_path(path: Path) -> Path:
+    return path.with_name(f"{path.name}{_TEMPORARY_MARK}{uuid.uuid4().hex[:12]}")
+
+
+def _fsync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
