@@ -22,7 +22,7 @@ class ExtractConfig(BaseModel):
     a run and its resume.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True)
 
     model: NonEmpty = Field(description="Checkpoint folder: config.json, tokenizer, safetensors and their index.")
     prompts: NonEmpty = Field(description="Prompt file, folder or glob: .jsonl, .parquet, .csv, .txt, or a saved HF dataset.")
@@ -35,10 +35,10 @@ class ExtractConfig(BaseModel):
     sites: Literal["residual"] = Field("residual", description="What to capture at each layer.")
     compute_dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="Dtype of weights and arithmetic.")
     store_dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="Dtype of the stored rows.")
-    batch_tokens: Positive | Auto = Field("auto", description="Padded tokens in a micro-batch; auto: 16384 on GPUs, 2048 on CPUs.")
+    batch_tokens: Positive | Auto = Field("auto", description="Padded tokens in a micro-batch, at most; auto: 16384.")
     shard_tokens: Positive | Auto = Field("auto", description="Tokens in a shard, the unit of commit and resume; auto: 32768.")
     attn_implementation: Literal["auto", "eager", "sdpa"] = Field("auto", description="Attention; auto: the family's own default.")
-    threads_per_stage: Positive | Auto = Field("auto", description="torch threads a stage; auto: 1 without GPUs.")
+    threads_per_stage: Positive | Auto = Field("auto", description="torch threads a stage on the CPU; auto: 1.")
 
     output: NonEmpty = Field(description="Run folder, new or to be resumed.")
     stages: Positive | Auto = Field("auto", description="Stage actors; auto: one a GPU of the cluster, 1 without GPUs.")
@@ -68,7 +68,7 @@ class ExtractConfig(BaseModel):
         try:
             return cls.model_validate(dict(values))
         except ValidationError as error:
-            raise_all([_as_problem(cls, problem) for problem in error.errors()])
+            raise_all(_as_problems(cls, error))
             raise
 
 
@@ -114,10 +114,21 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not valid TOML: {error}.") from error
 
 
-def _as_problem(config: type[BaseModel], problem: Any) -> ConfigError:
-    name = ".".join(str(part) for part in problem["loc"][:1])
-    if problem["type"] == "extra_forbidden":
-        return ConfigError(f"There is no option {name!r}.", f"The options are: {', '.join(config.model_fields)}.")
-    if problem["type"] == "missing":
-        return ConfigError(f"The option {name!r} is missing: {config.model_fields[name].description}")
-    return ConfigError(f"{name} = {problem['input']!r}: {problem['msg']}.", config.model_fields[name].description or "")
+def _as_problems(config: type[BaseModel], error: ValidationError) -> list[ConfigError]:
+    """One problem an option: a value that fits no member of a union is reported once, with what each member asks for."""
+    by_option: dict[str, list[Any]] = {}
+    for problem in error.errors():
+        by_option.setdefault(".".join(str(part) for part in problem["loc"][:1]), []).append(problem)
+    problems = []
+    for name, reports in by_option.items():
+        first = reports[0]
+        if first["type"] == "extra_forbidden":
+            problems.append(ConfigError(f"There is no option {name!r}.", f"The options are: {', '.join(config.model_fields)}."))
+            continue
+        description = config.model_fields[name].description or ""
+        if first["type"] == "missing":
+            problems.append(ConfigError(f"The option {name!r} is missing.", description))
+            continue
+        wanted = " or ".join(str(report["msg"]).removeprefix("Input should be ") for report in reports)
+        problems.append(ConfigError(f"{name} = {first['input']!r} is not {wanted}.", description))
+    return problems

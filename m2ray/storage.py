@@ -173,7 +173,7 @@ class LocalStore(Store):
     def put(self, key: str, data: Data) -> None:
         path = self.path(key)
         with _naming("write", path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            _make_folder(path.parent)
             temporary = _temporary_path(path)
             try:
                 with temporary.open("xb") as file:
@@ -201,7 +201,7 @@ class _LocalPartSink(PartSink):
         self._path = path
         self._temporary = _temporary_path(path)
         with _naming("write", path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            _make_folder(path.parent)
             self._file = self._temporary.open("xb", buffering=0)
 
     def write(self, data: Data) -> None:
@@ -228,6 +228,13 @@ class _LocalPartSink(PartSink):
 
 def _temporary_path(path: Path) -> Path:
     return path.with_name(f"{path.name}{_TEMPORARY_MARK}{uuid.uuid4().hex[:12]}")
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:  # a file stands where the folder should: not a key that is taken
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)) from error
 
 
 def _fsync_folder(folder: Path) -> None:

@@ -1,0 +1,125 @@
+"""Joining or starting a Ray cluster, and reserving room in it for the stages."""
+
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
+
+from m2ray.errors import ClusterError
+
+
+@dataclass(frozen=True)
+class ClusterSize:
+    """What the living nodes have in all, whether free or not."""
+
+    nodes: int
+    cpus: float
+    gpus: float
+
+
+@dataclass(frozen=True)
+class Reservation:
+    """Room for the stages: bundle `bundles[i]` of the placement group is stage i's."""
+
+    group: PlacementGroup
+    bundles: tuple[int, ...]
+    num_cpus: float
+    num_gpus: float
+
+
+@contextmanager
+def cluster(connect_timeout_s: float) -> Iterator[ClusterSize]:
+    """Join the cluster that RAY_ADDRESS names (in a job: the job's own), or start one on this machine and end it after.
+
+    Raises:
+        ClusterError: the named cluster does not answer, or refuses the token.
+    """
+    if os.environ.get("RAY_ADDRESS"):
+        _join(connect_timeout_s)
+        try:
+            yield size()
+        finally:
+            ray.shutdown()
+        return
+    # One machine's cluster needs no dashboard, and its token never leaves this process and its children.
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    folder = Path(tempfile.mkdtemp(prefix="m2ray-"))
+    try:
+        ray.init(address="local", include_dashboard=False, _temp_dir=str(folder), logging_level="ERROR", log_to_driver=True)
+        yield size()
+    finally:
+        ray.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _join(timeout_s: float) -> None:
+    os.environ.setdefault("RAY_gcs_rpc_server_connect_timeout_s", str(max(1, int(timeout_s))))
+    try:
+        ray.init(logging_level="ERROR", log_to_driver=True)
+    except (ConnectionError, ray.exceptions.RayError, RuntimeError, ValueError) as error:
+        raise ClusterError(
+            f"The Ray cluster at RAY_ADDRESS={os.environ['RAY_ADDRESS']!r} cannot be joined: {error}",
+            "Check the address and the token, or unset RAY_ADDRESS to run on this machine.",
+        ) from error
+
+
+def size() -> ClusterSize:
+    """The living nodes' CPUs and GPUs."""
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return ClusterSize(len(alive), sum(node.get("CPU", 0.0) for node in alive), sum(node.get("GPU", 0.0) for node in alive))
+
+
+@contextmanager
+def reserve(num_stages: int, room: ClusterSize, timeout_s: float) -> Iterator[Reservation]:
+    """Hold one bundle a stage: a GPU where the cluster has GPUs, else cores / stages of a CPU, at most 1.
+
+    Bundles are handed out node by node, so that neighbouring stages share a node as far as Ray's packing allows.
+
+    Raises:
+        ClusterError: there is no room, now or within `timeout_s`; says what is asked for and what there is.
+    """
+    num_gpus = 1.0 if room.gpus else 0.0
+    # Ray counts resources in ten-thousandths; rounding down keeps the sum within what there is.
+    num_cpus = min(1.0, int(room.cpus / num_stages * 10_000) / 10_000)
+    bundle = {"CPU": num_cpus, "GPU": num_gpus} if num_gpus else {"CPU": num_cpus}
+    wanted = f"{num_stages} stages of {_words(bundle)}"
+    if num_gpus * num_stages > room.gpus or not num_cpus:
+        raise ClusterError(f"The cluster has no room for {wanted}: {_inventory()}.", "Ask for fewer stages or add nodes.")
+    group = placement_group([bundle] * num_stages, strategy="PACK")
+    try:
+        if not group.wait(timeout_s):
+            raise ClusterError(
+                f"No room for {wanted} came free within {timeout_s:g} s: {_inventory()}.",
+                "End what holds the rest, ask for fewer stages, or raise placement_timeout_s.",
+            )
+        nodes: dict[int, str] = placement_group_table(group)["bundles_to_node_id"]
+        yield Reservation(group, tuple(sorted(nodes, key=lambda index: (nodes[index], index))), num_cpus, num_gpus)
+    finally:
+        remove_placement_group(group)
+
+
+def _words(resources: dict[str, float]) -> str:
+    return " and ".join(f"{amount:g} {name}" for name, amount in resources.items())
+
+
+def _inventory() -> str:
+    """What each living node has and what of it is free, in words."""
+    free: dict[str, dict[str, float]] = ray._private.state.available_resources_per_node()
+    lines: list[str] = []
+    for node in ray.nodes():
+        if node["Alive"]:
+            parts: list[Any] = []
+            for name in ("CPU", "GPU"):
+                total = node["Resources"].get(name, 0.0)
+                parts.append(f"{free.get(node['NodeID'], {}).get(name, 0.0):g} of {total:g} {name} free")
+            lines.append(f"node {node['NodeManagerAddress']} has {', '.join(parts)}")
+    return "; ".join(lines)

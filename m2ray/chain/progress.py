@@ -1,0 +1,112 @@
+"""What a person sees while a run goes on: bars on a terminal, plain lines in a job's log."""
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress as Bars, TaskID, TextColumn
+
+from m2ray.chain.actor import StageStatus
+
+_LINE_EVERY_S = 5.0
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """How far the extraction is. `tokens_before` were committed by earlier runs of the same job."""
+
+    shards: int
+    all_shards: int
+    tokens: int
+    all_tokens: int
+    tokens_before: int
+    written_bytes: int
+    write_wait_s: float
+
+
+class Progress:
+    """Bars where the stream is a terminal; elsewhere a line at most every few seconds, and one at each phase's end."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._console = Console(file=stream or sys.stdout, highlight=False, soft_wrap=True)
+        self._bars: Bars | None = None
+        if self._console.is_terminal:
+            self._bars = Bars(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[words]}"), console=self._console)
+        self._tasks: dict[str, TaskID] = {}
+        self._said_at: dict[str, float] = {}
+        self._began_at: dict[str, float] = {}
+
+    def __enter__(self) -> Self:
+        if self._bars:
+            self._bars.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._bars:
+            self._bars.stop()
+
+    def say(self, line: str) -> None:
+        """A line that stays."""
+        self._console.print(line, markup=False)
+
+    def surveying(self, rows: int) -> None:
+        """Prompt rows read and tokenised so far."""
+        self._show("survey", f"{rows:,} prompts", None)
+
+    def loading(self, statuses: Sequence[StageStatus]) -> None:
+        """Bytes of weights read, by stage."""
+        read_bytes = sum(status.read_bytes for status in statuses)
+        needed_bytes = sum(status.needed_bytes for status in statuses)
+        rate = read_bytes / max(self._elapsed_s("load"), 1e-3)
+        stages = ", ".join(f"{status.read_bytes / max(status.needed_bytes, 1):.0%}" for status in statuses)
+        words = f"{_bytes(read_bytes)} of {_bytes(needed_bytes)}, {_bytes(rate)}/s (stages: {stages})"
+        self._show("load", words, read_bytes / max(needed_bytes, 1))
+
+    def extracting(self, state: Extracted) -> None:
+        """Shards, tokens, rates and the time left."""
+        elapsed_s = max(self._elapsed_s("extract"), 1e-3)
+        rate = state.tokens / elapsed_s
+        left = state.all_tokens - state.tokens_before - state.tokens
+        left_words = f"{_seconds(left / rate)} left" if rate else "time left unknown"
+        words = (
+            f"{state.shards:,} of {state.all_shards:,} shards, {state.tokens_before + state.tokens:,} of {state.all_tokens:,} tokens, "
+            f"{rate:,.0f} tokens/s, {_bytes(state.written_bytes / elapsed_s)}/s written, {left_words}"
+        )
+        if state.write_wait_s > 0.01 * elapsed_s:
+            words += f", waited {_seconds(state.write_wait_s)} for the disk"
+        self._show("extract", words, (state.tokens_before + state.tokens) / max(state.all_tokens, 1))
+
+    def _elapsed_s(self, phase: str) -> float:
+        return time.monotonic() - self._began_at.setdefault(phase, time.monotonic())
+
+    def _show(self, phase: str, words: str, fraction: float | None) -> None:
+        now = time.monotonic()
+        self._began_at.setdefault(phase, now)
+        if self._bars:
+            total = None if fraction is None else 1.0
+            task = self._tasks.get(phase)
+            if task is None:
+                task = self._tasks[phase] = self._bars.add_task(phase, total=total, words=words)
+            self._bars.update(task, completed=fraction or 0.0, words=words)
+        elif now - self._said_at.get(phase, 0.0) >= _LINE_EVERY_S or fraction == 1.0:
+            self._said_at[phase] = now
+            self.say(f"{phase}: {words}")
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "KB", "MB", "GB", "TB"):
+        if count < 1000 or unit == "TB":
+            break
+        count /= 1000
+    return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+
+
+def _seconds(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"

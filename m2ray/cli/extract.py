@@ -1,0 +1,59 @@
+"""`m2ray extract`: run an extraction on the cluster that RAY_ADDRESS names, or on this machine."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+from pydantic_core import PydanticUndefined
+
+from m2ray.cli import Command
+from m2ray.config import ExtractConfig
+from m2ray.errors import ConfigError
+
+
+def config_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add CONFIG.toml and one flag an option of ExtractConfig; the flags that were given lie over the file."""
+    for name, field in reversed(ExtractConfig.model_fields.items()):
+        default = "" if field.default in (PydanticUndefined, None) else f"  [default: {field.default}]"
+        option = click.option(f"--{name.replace('_', '-')}", name, help=f"{field.description}{default}", metavar="VALUE")
+        function = option(function)
+    return click.argument("toml_path", metavar="[CONFIG.toml]", required=False, type=click.Path(path_type=Path))(function)
+
+
+def read_config(toml_path: Path | None, flags: dict[str, Any]) -> ExtractConfig:
+    """The configuration from the command line. Raises ConfigError."""
+    return ExtractConfig.from_sources(toml_path, {name: value for name, value in flags.items() if value is not None})
+
+
+def require_absolute(config: ExtractConfig) -> None:
+    """Refuse relative folders in a job: Ray runs it in a copy of the working directory that it deletes later.
+
+    Raises:
+        ConfigError: `output` or `model` is a relative local path.
+    """
+    for name in ("output", "model"):
+        value = str(getattr(config, name))
+        if "://" not in value and not Path(value).expanduser().is_absolute():
+            raise ConfigError(
+                f"{name} = {value!r} is relative, and a Ray job runs in a copy of its folder.", "Give an absolute path that all nodes see."
+            )
+
+
+@click.command(cls=Command)
+@config_options
+@click.option("--in-job", is_flag=True, hidden=True)
+def command(toml_path: Path | None, in_job: bool, **flags: Any) -> None:
+    """Extract the activations of every prompt into a run folder, or finish a run that was cut off.
+
+    The options come from CONFIG.toml, from flags of the same names, or from both; flags win. Joins the cluster that
+    RAY_ADDRESS names, else starts one on this machine for the time it takes. The same command again does what is missing.
+    """
+    config = read_config(toml_path, flags)
+    if in_job:
+        require_absolute(config)
+    from m2ray.chain.extract import extract
+    from m2ray.chain.progress import Progress
+
+    with Progress() as progress:
+        extract(config, progress)

@@ -1,0 +1,79 @@
+"""`m2ray submit`: hand an extraction to a Ray cluster as a job, follow its log, return its exit code."""
+
+import asyncio
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from m2ray.cli import Command
+from m2ray.cli.extract import config_options, read_config, require_absolute
+from m2ray.errors import ClusterError, ConfigError
+
+_ENTRYPOINT = Path("jobs/extract.py")
+
+
+@click.command(cls=Command)
+@config_options
+@click.option("--address", envvar="RAY_API_SERVER_ADDRESS", default="http://127.0.0.1:8265", show_default=True, help="The cluster's dashboard.")
+@click.option("--working-dir", type=click.Path(path_type=Path), default=Path(), help="Folder that travels to the cluster; holds jobs/extract.py.")
+@click.option("--no-wait", is_flag=True, help="Return as soon as the job is accepted.")
+def command(toml_path: Path | None, address: str, working_dir: Path, no_wait: bool, **flags: Any) -> None:
+    """Submit `m2ray extract` with the same options as a job of a Ray cluster.
+
+    Follows the job's log and returns its exit code. Ctrl-C asks whether to stop the job or to leave it running.
+    """
+    if not (working_dir / _ENTRYPOINT).is_file():
+        raise ConfigError(f"{working_dir.resolve()} has no {_ENTRYPOINT}.", "Give a checkout of m2ray as --working-dir.")
+    given = {name: value for name, value in flags.items() if value is not None}
+    local_toml = working_dir / toml_path if toml_path else None
+    require_absolute(read_config(local_toml, given))
+    words = ["python", str(_ENTRYPOINT), *([str(toml_path)] if toml_path else [])]
+    words += [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", value)]
+    client = _client(address)
+    job_id: str = client.submit_job(entrypoint=shlex.join(words), runtime_env={"working_dir": str(working_dir.resolve())})
+    click.echo(f"Job {job_id} was submitted to {address}.")
+    if not no_wait:
+        sys.exit(_follow(client, job_id))
+
+
+def _client(address: str) -> Any:
+    from ray.job_submission import JobSubmissionClient
+
+    try:
+        return JobSubmissionClient(address, headers=_token_header())
+    except (ConnectionError, RuntimeError) as error:
+        raise ClusterError(f"No Ray dashboard answers at {address}: {error}", "Check --address and the token.") from error
+
+
+def _token_header() -> dict[str, str]:
+    """Nothing unless a token is in the environment: Ray's client finds the token file by itself."""
+    token = os.environ.get("RAY_AUTH_TOKEN")
+    return {"Authorization": f"Bearer {token}"} if token else {}
+
+
+def _follow(client: Any, job_id: str) -> int:
+    """Print the log until the job ends. Returns the driver's exit code, or 130 if it was left running."""
+    while True:
+        try:
+            asyncio.run(_print_log(client, job_id))
+            break
+        except KeyboardInterrupt:
+            if click.confirm(f"\nStop job {job_id}? Finished shards are kept either way.", default=False, err=True):
+                client.stop_job(job_id)
+                continue
+            click.echo(f"Job {job_id} runs on. Its log: ray job logs --follow {job_id}", err=True)
+            return 130
+    info = client.get_job_info(job_id)
+    click.echo(f"Job {job_id}: {str(info.status).lower()}.")
+    if str(info.status) == "SUCCEEDED":
+        return 0
+    return int(info.driver_exit_code or 1)
+
+
+async def _print_log(client: Any, job_id: str) -> None:
+    async for lines in client.tail_job_logs(job_id):
+        click.echo(lines, nl=False)

@@ -1,0 +1,84 @@
+"""LocalStore: create-if-absent under races, nothing half-written in sight, errors that name the file."""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from m2ray.errors import AlreadyExistsError, StoreError
+from m2ray.storage import Store, open_store
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return open_store(tmp_path / "root")
+
+
+def test_one_of_many_creators_wins(store: Store) -> None:
+    def create(number: int) -> bool:
+        try:
+            store.create("_commits/k.json", str(number).encode())
+        except AlreadyExistsError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(16) as pool:
+        won = list(pool.map(create, range(64)))
+    assert sum(won) == 1
+    assert store.read("_commits/k.json") == str(won.index(True)).encode()
+    assert [key for key, _ in store.list("")] == ["_commits/k.json"]
+
+
+def test_a_part_is_invisible_until_closed_and_gone_when_aborted(store: Store, tmp_path: Path) -> None:
+    kept, dropped = store.open_part("data/a.parquet"), store.open_part("data/b.parquet")
+    for sink in (kept, dropped):
+        sink.write(memoryview(b"1234"))
+    assert list(store.list("")) == []
+    assert store.size("data/a.parquet") is None
+    kept.close()
+    dropped.abort()
+    assert list(store.list("")) == [("data/a.parquet", 4)]
+    assert os.listdir(tmp_path / "root" / "data") == ["a.parquet"]
+
+
+def test_a_part_never_replaces_another(store: Store) -> None:
+    store.put("x", b"first")
+    sink = store.open_part("x")
+    sink.write(b"second")
+    with pytest.raises(AlreadyExistsError):
+        sink.close()
+    assert store.read("x") == b"first"
+
+
+def test_put_replaces(store: Store) -> None:
+    store.put("report.json", b"1")
+    store.put("report.json", b"22")
+    assert store.read("report.json") == b"22"
+
+
+def test_ranges(store: Store) -> None:
+    store.put("weights", bytes(range(100)))
+    assert store.read_range("weights", 10, 5) == bytes(range(10, 15))
+    with pytest.raises(StoreError, match="ends at byte 100, but bytes 90 to 120"):
+        store.read_range("weights", 90, 30)
+
+
+def test_deleting_what_is_gone_is_no_error(store: Store) -> None:
+    store.put("a", b"")
+    store.delete(["a", "a", "b"])
+    assert list(store.list("")) == []
+
+
+def test_errors_name_the_file_and_the_reason(store: Store, tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="missing.*No such file"):
+        store.read("missing")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="Not a directory"):
+        open_store(tmp_path / "file").put("key", b"")
+
+
+def test_schemes() -> None:
+    assert open_store("file:///some/where").url == "/some/where"
+    with pytest.raises(StoreError, match="'ftp'"):
+        open_store("ftp://host/folder")
