@@ -1,25 +1,23 @@
-"""Write a random-weight checkpoint in the on-disk layout of a published one: MiniMax-M2 in FP8, or any plain decoder in bf16.
+"""Write a random-weight checkpoint in a published on-disk layout: MiniMax-M2 (FP8 or bf16) or a dense decoder such as Qwen3 or Llama.
 
     python scripts/make_checkpoint.py OUT --config tests/data/minimax_m2/config.json --layers 4 --hidden-size 256 --format fp8 --seed 0
 
-Names and shapes come from transformers: its model on the meta device, taken back through its own checkpoint conversion. Every tensor's
-values depend on the seed and the tensor's published name alone, so that `--format bf16` holds exactly the dequantised values of
-`--format fp8`, `--layout fused` stacks exactly those, and the size of the shards changes nothing.
+Names and shapes come from transformers: its model on the meta device, taken back through its own checkpoint conversion. A tensor's
+values depend on the seed and its published name alone, so the shard size changes nothing, `--format bf16` holds exactly what
+`--format fp8` dequantises to, and `--layout fused` stacks exactly that (its router rounded to bf16, as transformers itself saves it).
 """
 
 import argparse
 import hashlib
 import json
-import logging
 import re
 import shutil
-import sys
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import prod, sqrt
+from math import log, prod, sqrt
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -30,68 +28,52 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from m2ray.config import parse_bytes
-from m2ray.errors import ConfigError, raise_all
+from m2ray.errors import ConfigError, M2rayError, raise_all
 
-Format = Literal["fp8", "bf16"]
-Layout = Literal["hub", "fused"]
-
-# The option's name, and the config fields that may carry it: the first that the config or its class knows.
-OVERRIDES: dict[str, tuple[str, ...]] = {
-    "layers": ("num_hidden_layers",),
-    "hidden_size": ("hidden_size",),
-    "intermediate_size": ("intermediate_size",),
-    "num_experts": ("num_local_experts", "num_experts"),
-    "num_heads": ("num_attention_heads",),
-    "num_kv_heads": ("num_key_value_heads",),
-    "head_dim": ("head_dim",),
-    "experts_per_token": ("num_experts_per_tok",),
-    "vocab_size": ("vocab_size",),
-    "rotary_dim": ("rotary_dim",),
-}
-DENSE_FP8 = {
-    "activation_scheme": "dynamic",
-    "fmt": "float8_e4m3fn",
-    "modules_to_not_convert": ["lm_head"],
-    "quant_method": "fp8",
-    "weight_block_size": [128, 128],
-}
-F32_MODULES = {"minimax_m2": ("mlp.gate.weight", "mlp.e_score_correction_bias")}  # published in F32 although the rest is not
+# Options and their config fields, unless the config has a field of the option's name.
+OVERRIDES = {name: name for name in ("hidden_size", "intermediate_size", "head_dim", "rotary_dim", "vocab_size")}
+OVERRIDES |= {"layers": "num_hidden_layers", "num_heads": "num_attention_heads", "num_kv_heads": "num_key_value_heads"}
+OVERRIDES |= {"num_experts": "num_local_experts", "experts_per_token": "num_experts_per_tok"}
+BLOCK = 128
+DENSE_FP8 = {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK], "modules_to_not_convert": ["lm_head"]}
+F32_TENSORS = {"minimax_m2": (".gate.weight", ".e_score_correction_bias")}  # published in F32 although their neighbours are not
 ITEMSIZE_BYTES = {"F8_E4M3": 1, "BF16": 2, "F32": 4}
-
-RELATIVE_UPDATE = 0.35  # what attention and MLP each add to the residual stream, over its norm
-SILU_GATED_RMS = 0.6  # rms of silu(a) * b for independent standard normal a and b: sqrt(E[silu(a)^2]) = 0.596
-ROUTER_LOGIT_STD = 1.0
 CHUNK_VALUES = 2**24
 
-SPECIAL_TOKENS = ("<|begin|>", "<|end|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>")
-SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
-LARGEST_TRAINED_VOCABULARY = 4096
-CHAT_TEMPLATE = """\
-{{- bos_token }}
-{%- for message in messages %}
-{%- if message['role'] not in ['system', 'user', 'assistant'] %}{{- raise_exception('Unknown role: ' + message['role']) }}{%- endif %}
-{{- '<|' + message['role'] + '|>' + message['content'] + eos_token }}
-{%- endfor %}
-{%- if add_generation_prompt %}{{- '<|assistant|>' }}{%- endif %}"""
+RELATIVE_UPDATE = 0.35  # what attention and MLP each add to the residual stream, over its norm
+SILU_GATED_RMS = 0.6  # of silu(a) * b with a and b standard normal
 
-log = logging.getLogger("make_checkpoint")
+SPECIAL_TOKENS = ("<|begin|>", "<|end|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>")
+VOCABULARY = range(256 + len(SPECIAL_TOKENS), 4096 + 1)  # from all bytes to what the corpus can fill
 
 
 @dataclass(frozen=True)
 class Piece:
-    """The tensor of one published name; `shape` is [out_features, in_features] for a matrix."""
+    """A weight as published. A matrix is [out_features, in_features]."""
 
     name: str
     shape: tuple[int, ...]
+
+    def number(self, of: str) -> int | None:
+        """Its number among "layers" or "experts"."""
+        found = re.search(rf"\.{of}\.(\d+)\.", self.name)
+        return int(found[1]) if found else None
+
+    @property
+    def in_blocks(self) -> bool:
+        """Whether FP8 checkpoints quantise it: a decoder layer's matrix, unless a router's gate."""
+        return self.number("layers") is not None and len(self.shape) == 2 and ".gate." not in self.name
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        return tuple(-(-side // BLOCK) for side in self.shape)
 
 
 @dataclass(frozen=True)
-class StoredTensor:
-    """One tensor of the checkpoint: in the fused layout, the concatenation of several published ones."""
+class StoredTensor(Piece):
+    """A tensor on disk: the values of its pieces, one after the other. Several in the fused layout, one in the published one."""
 
-    name: str
-    dtype: Literal["F8_E4M3", "BF16", "F32"]
-    shape: tuple[int, ...]
+    dtype: str
     pieces: tuple[Piece, ...]
 
     @property
@@ -99,80 +81,239 @@ class StoredTensor:
         return prod(self.shape) * ITEMSIZE_BYTES[self.dtype]
 
 
-def resolve_config(config: Mapping[str, Any], overrides: Mapping[str, int], fmt: Format) -> dict[str, Any]:
-    """`config` with the overridden fields changed and what follows from them.
-
-    Lists with an entry a layer are cut to length, `rotary_dim` keeps its share of `head_dim`, and the quantisation is that of `fmt`.
+def resolve_config(config: Mapping[str, Any], overrides: Mapping[str, int], fmt: Literal["fp8", "bf16"]) -> dict[str, Any]:
+    """`config` with `overrides` (keys of OVERRIDES) applied: lists with an entry a layer cut, `rotary_dim` following `head_dim`.
 
     Raises:
-        ConfigError: an unknown model type, an override of a field that the family does not have, or one out of range; all at once.
+        ConfigError: naming every field that the family lacks and all values that do not go together.
     """
-    if config.get("model_type") not in CONFIG_MAPPING:
-        raise ConfigError(f"config.json: transformers knows no model_type {config.get('model_type')!r}.")
-    defaults = CONFIG_MAPPING[config["model_type"]]()
-    changed, problems = dict(config), []
-    for option, value in overrides.items():
-        known = [field for field in OVERRIDES[option] if field in config or hasattr(defaults, field)]
-        if not known:
-            problems.append(ConfigError(f"--{option.replace('_', '-')} {value}: a {config['model_type']} config has no {OVERRIDES[option][0]}."))
-        elif value < 1:
-            problems.append(ConfigError(f"--{option.replace('_', '-')} {value}: must be at least 1."))
-        else:
-            changed[known[0]] = value
-    for field, value in config.items():
-        if isinstance(value, list) and len(value) == config["num_hidden_layers"]:
-            changed[field] = value[: changed["num_hidden_layers"]]
-            if len(changed[field]) < changed["num_hidden_layers"]:
-                problems.append(ConfigError(f"--layers {changed['num_hidden_layers']}: {field} has entries for {len(value)} layers only."))
-    if "rotary_dim" in config and "head_dim" in overrides and "rotary_dim" not in overrides:
-        changed["rotary_dim"] = config["rotary_dim"] * changed["head_dim"] // config["head_dim"]
+    family = config.get("model_type")
+    if family not in CONFIG_MAPPING:
+        raise ConfigError(f"The config's model_type is {family!r}.", "Give the config.json of a model that transformers knows.")
+    known, remedy = CONFIG_MAPPING[family](), f"It must be a field of {family}, and at least 1."
+    fields = {option if option in config else OVERRIDES[option]: value for option, value in overrides.items()}
+    wrong = [name for name, value in fields.items() if value < 1 or not (name in config or hasattr(known, name))]
+    raise_all([ConfigError(f"{name} = {fields[name]}.", remedy) for name in wrong])
+    resolved = {**config, **fields}
+    if "rotary_dim" in config and "rotary_dim" not in fields:
+        resolved["rotary_dim"] = config["rotary_dim"] * resolved["head_dim"] // config["head_dim"]
+    per_layer = [name for name in ("attn_type_list", "layer_types") if name in config]
+    resolved |= {name: config[name][: resolved["num_hidden_layers"]] for name in per_layer}
+    resolved["quantization_config"] = config.get("quantization_config", DENSE_FP8)
+    block, vocab_size = resolved["quantization_config"]["weight_block_size"], resolved["vocab_size"]
+    layers, heads, groups = (resolved[f"num_{things}"] for things in ("hidden_layers", "attention_heads", "key_value_heads"))
+    head_dim, rotary_dim = resolved.get("head_dim", resolved["hidden_size"] // heads), resolved.get("rotary_dim", 0)
+    odd, chosen, experts = (head_dim | rotary_dim) % 2, resolved.get("num_experts_per_tok", 0), resolved.get("num_local_experts", 0)
+    checks = (
+        (heads % groups, f"{heads} attention heads cannot share {groups} key-value heads.", "Change one of the two."),
+        (odd or rotary_dim > head_dim, f"head_dim {head_dim}, rotary_dim {rotary_dim}.", "Give even ones, the second at most the first."),
+        (chosen > experts > 0, f"{chosen} of {experts} experts a token.", "Lower --experts-per-token."),
+        (vocab_size < VOCABULARY[0], f"vocab_size {vocab_size}.", f"A byte-level tokenizer needs {VOCABULARY[0]}."),
+        (per_layer and layers > config["num_hidden_layers"], f"{layers} layers, but {per_layer} has fewer entries.", "Lower --layers."),
+        (block != [BLOCK, BLOCK], f"weight_block_size is {block}.", f"Only {BLOCK}x{BLOCK} is written."),
+    )
+    raise_all([ConfigError(what, remedy) for wrong, what, remedy in checks if wrong])
     if fmt == "bf16":
-        changed.pop("quantization_config", None)
-    else:
-        changed.setdefault("quantization_config", DENSE_FP8)
-    raise_all([*problems, *_contradictions(changed)])
-    return changed
+        del resolved["quantization_config"]
+    return resolved
 
 
-def _contradictions(config: Mapping[str, Any]) -> Iterator[ConfigError]:
-    heads, groups, experts = config["num_attention_heads"], config.get("num_key_value_heads"), config.get("num_local_experts")
-    if groups and heads % groups:
-        yield ConfigError(f"{heads} attention heads cannot share {groups} key-value heads.", "Choose a divisor for --num-kv-heads.")
-    if "head_dim" not in config and config["hidden_size"] % heads:
-        yield ConfigError(f"hidden_size {config['hidden_size']} does not divide into {heads} heads.", "Give --head-dim.")
-    if config.get("rotary_dim", 0) % 2 or config.get("rotary_dim", 0) > config.get("head_dim", 0):
-        yield ConfigError(f"rotary_dim {config['rotary_dim']} must be even and at most head_dim {config['head_dim']}.", "Give --rotary-dim.")
-    if experts and config["num_experts_per_tok"] > experts:
-        yield ConfigError(f"{config['num_experts_per_tok']} experts a token out of {experts}.", "Lower --experts-per-token.")
-    if config["vocab_size"] < SMALLEST_VOCABULARY:
-        yield ConfigError(f"--vocab-size {config['vocab_size']}: the smallest byte-level vocabulary is {SMALLEST_VOCABULARY}.")
-
-
-def plan_tensors(config: Mapping[str, Any], layout: Layout = "hub") -> Iterator[StoredTensor]:
-    """Every tensor of the checkpoint of a resolved `config`, in file order; nothing is allocated.
+def plan_tensors(config: Mapping[str, Any], layout: Literal["hub", "fused"] = "hub") -> list[StoredTensor]:
+    """Every tensor of the checkpoint of a resolved `config`, in file order. Allocates nothing.
 
     Raises:
-        ConfigError: a matrix to be quantised has a side that is no multiple of the FP8 block, or FP8 is asked for in the fused layout.
+        ConfigError: matrices to be quantised with a side that is no multiple of BLOCK, or FP8 in the fused layout.
     """
-    fp8 = config.get("quantization_config")
-    if fp8 and layout == "fused":
-        raise ConfigError("--layout fused exists in bf16 only.", "Add --format bf16.")
-    model_config = CONFIG_MAPPING[config["model_type"]].from_dict({key: value for key, value in config.items() if key != "quantization_config"})
+    skipped = config.get("quantization_config", {}).get("modules_to_not_convert")
+    if skipped is not None and layout == "fused":
+        raise ConfigError("The fused layout is written in bf16 only.", "Add --format bf16.")
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(model_config)
+        family = CONFIG_MAPPING[config["model_type"]]
+        model = AutoModelForCausalLM.from_config(family.from_dict({key: config[key] for key in config if key != "quantization_config"}))
+    tensors: list[StoredTensor] = []
     for name, skeleton in model.state_dict().items():
-        if name in getattr(model, "all_tied_weights_keys", {}):
+        if name == "lm_head.weight" and config.get("tie_word_embeddings"):
             continue
-        reverted = revert_weight_conversion(model, {name: skeleton})
-        # Experts are stacked along dimension 0 and their matrices along dimension 1, so one expert's rows lie together.
-        pieces = sorted((Piece(key, tuple(tensor.shape)) for key, tensor in reverted.items()), key=lambda piece: _expert_of(piece.name))
+        pieces = [Piece(key, tuple(tensor.shape)) for key, tensor in revert_weight_conversion(model, {name: skeleton}).items()]
         if layout == "fused":
-            yield StoredTensor(name, "BF16", tuple(skeleton.shape), tuple(pieces))
+            # A stack holds one expert after the other, and of each its matrices in the conversion's order, which a stable sort keeps.
+            pieces.sort(key=lambda piece: piece.number("experts") or 0)
+            tensors.append(StoredTensor(name, tuple(skeleton.shape), "BF16", tuple(pieces)))
             continue
-        kept = any(name.endswith(module) for module in F32_MODULES.get(config["model_type"], ()))
         for piece in pieces:
-            if fp8 and is_block_quantised(piece):
-                yield StoredTensor(piece.name, "F8_E4M3", piece.shape, (piece,))
-                yield StoredTensor(f"{piece.name}_scale_inv", "F32", _grid(piece, fp8["weight_block_size"]), (piece,))
-            else:
-                yield StoredTensor(piece.name, "F32" if kept else "BF16", piece.shape, (piece,))
+            dtype = "F32" if piece.name.endswith(F32_TENSORS.get(config["model_type"], ())) else "BF16"
+            quantised = skipped is not None and piece.in_blocks and not any(f".{module}." in piece.name for module in skipped)
+            tensors.append(StoredTensor(piece.name, piece.shape, "F8_E4M3" if quantised else dtype, (piece,)))
+            tensors += [StoredTensor(f"{piece.name}_scale_inv", piece.grid, "F32", (piece,))] if quantised else []
+    uneven = [each for each in tensors if each.dtype == "F8_E4M3" and any(side % BLOCK for side in each.shape)]
+    found = {f"{re.sub('[.][0-9]+', '', each.name)} would be {each.shape[0]} x {each.shape[1]}.": None for each in uneven}
+    raise_all([ConfigError(problem, f"FP8 needs multiples of {BLOCK} here: change them, or choose --format bf16.") for problem in found])
+    return tensors
+
+
+class RandomWeights:
+    """The bytes of any tensor, from the seed: row-major, little-endian, in chunks of bounded size."""
+
+    def __init__(self, seed: int, experts_per_token: int) -> None:
+        self.seed = seed
+        self.experts_per_token = experts_per_token
+        self.normal = torch.special.ndtri((torch.arange(2**16, dtype=torch.float64) + 0.5) / 2**16).float().numpy()  # its quantiles
+        # 256 of them, the outermost at 448, which is e4m3's largest value: a real quantiser puts each block's largest weight there.
+        values = torch.from_numpy(self.normal[128::256] / self.normal[128::256].max() * 448).to(torch.float8_e4m3fn)
+        self.codes, self.codes_rms = values.view(torch.uint8).numpy().tobytes(), float(values.float().square().mean().sqrt())
+
+    def chunks(self, tensor: StoredTensor) -> Iterator[bytes]:
+        for piece in tensor.pieces:
+            if tensor.name.endswith("_scale_inv"):
+                yield self._scales(piece).numpy().tobytes()
+                continue
+            for values, scales in self._blocks(piece) if piece.in_blocks else self._plain(piece):
+                stored = values.float() * scales if tensor.dtype == "BF16" else values
+                yield (stored.to(torch.bfloat16) if tensor.dtype == "BF16" else stored).view(torch.uint8).numpy().tobytes()
+
+    def _drawer(self, name: str) -> Callable[[int], NDArray[np.uint8]]:
+        """Successive random bytes, as many a call as asked for (multiples of 8 but for the last)."""
+        bits = np.random.PCG64(int.from_bytes(hashlib.sha256(f"{self.seed}/{name}".encode()).digest(), "little"))
+        return lambda size_bytes: bits.random_raw(-(-size_bytes // 8)).astype("<u8").view(np.uint8)[:size_bytes]
+
+    def _scales(self, piece: Piece) -> torch.Tensor:
+        """F32 [row blocks, column blocks], each up to a factor sqrt(2) off the middle, so that none can stand for another unnoticed."""
+        drawn = self._drawer(f"{piece.name}_scale_inv")(8 * prod(piece.grid)).view("<u8") / 2.0**64
+        factors = np.exp2(drawn - 0.5) / sqrt(1.5 / log(4))  # 2^U with U uniform in +-0.5, over its own rms
+        return torch.from_numpy(factors * self._std(piece) / self.codes_rms).float().reshape(piece.grid)
+
+    def _blocks(self, piece: Piece) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """e4m3 values and the F32 scale of each, whole rows of blocks at a time."""
+        draw, (rows, columns) = self._drawer(piece.name), piece.shape
+        scales = self._scales(piece).repeat_interleave(BLOCK, 0)[:rows]
+        step = max(1, CHUNK_VALUES // (BLOCK * columns)) * BLOCK
+        for start in range(0, rows, step):
+            shape = (min(step, rows - start), columns)
+            values = bytearray(draw(prod(shape)).tobytes().translate(self.codes))
+            spread = scales[start : start + step].repeat_interleave(BLOCK, 1)[:, :columns]
+            yield torch.frombuffer(values, dtype=torch.float8_e4m3fn).reshape(shape), spread
+
+    def _plain(self, piece: Piece) -> Iterator[tuple[torch.Tensor, float]]:
+        """F32 values of what no format quantises, and scale 1: norms 1 +- 0.1, the rest normal, except a correction bias."""
+        # That lies around 1, where bf16 is coarse, so that rounding it changes the chosen experts, and spreads as the experts' scores do.
+        draw, num_values, std = self._drawer(piece.name), prod(piece.shape), self._std(piece)
+        spread = 0.3 / sqrt(num_values) if "correction_bias" in piece.name else 0.1 if "norm" in piece.name else None
+        for start in range(0, num_values, CHUNK_VALUES):
+            drawn = draw(2 * min(CHUNK_VALUES, num_values - start)).view("<u2")
+            values = self.normal[drawn] * std if spread is None else 1 + spread * (drawn / 32767.5 - 1)
+            yield torch.from_numpy(values.astype(np.float32)), 1.0
+
+    def _std(self, piece: Piece) -> float:
+        """The standard deviation that keeps activations of order one and a layer's update about RELATIVE_UPDATE of its input."""
+        # What writes into the residual stream grows with depth as the stream does: their ratio then settles at one value for all layers.
+        layer, std = piece.number("layers"), 0.1 if len(piece.shape) == 1 else 1 / sqrt(piece.shape[1])
+        if layer is None:
+            return 1.0 if "embed" in piece.name else std
+        if re.search(r"\.(o_proj|down_proj|w2)\.weight$", piece.name):
+            std *= RELATIVE_UPDATE * (1 + RELATIVE_UPDATE**2) ** (layer / 2)
+            std /= 1 if ".o_proj." in piece.name else SILU_GATED_RMS
+            std *= sqrt(self.experts_per_token) if ".experts." in piece.name else 1  # the mean of independent experts is this much smaller
+        return std
+
+
+def split_shards(tensors: Sequence[StoredTensor], max_shard_bytes: int) -> dict[str, list[StoredTensor]]:
+    """File names and their tensors: consecutive, at most `max_shard_bytes` together, or a larger one alone."""
+    shards: list[list[StoredTensor]] = []
+    room_bytes = 0
+    for tensor in tensors:
+        if not shards or tensor.size_bytes > room_bytes:
+            shards.append([])
+            room_bytes = max_shard_bytes
+        shards[-1].append(tensor)
+        room_bytes -= tensor.size_bytes
+    return {f"model-{number:05d}-of-{len(shards):05d}.safetensors": shard for number, shard in enumerate(shards, 1)}
+
+
+def write_shard(path: Path, shard: Sequence[StoredTensor], weights: RandomWeights) -> None:
+    """A safetensors file (https://huggingface.co/docs/safetensors, "Format"), written as values are made: memory holds one chunk."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in shard:
+        start, end = end, end + tensor.size_bytes
+        header[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": (start, end)}
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with path.open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for tensor in shard:
+            file.writelines(weights.chunks(tensor))
+    print(f"{path.name}: {len(shard)} tensors, {end / 1e9:.3f} GB", flush=True)
+
+
+def train_tokenizer(vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of at most `vocab_size` tokens, trained on corpus.txt beside this script, with a chat template."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet, size = pre_tokenizers.ByteLevel.alphabet(), min(vocab_size, VOCABULARY[-1])
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=list(SPECIAL_TOKENS), initial_alphabet=alphabet, show_progress=False)
+    bpe.train([str(Path(__file__).with_name("corpus.txt"))], trainer)
+    named = dict(zip(("bos_token", "eos_token", "pad_token"), SPECIAL_TOKENS, strict=False))
+    template = Path(__file__).with_name("chat_template.jinja").read_text(encoding="utf-8")
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, model_max_length=max_length, chat_template=template, **named)
+
+
+def make_checkpoint(
+    out: Path,
+    config: Mapping[str, Any],
+    *,
+    overrides: Mapping[str, int] | None = None,
+    fmt: Literal["fp8", "bf16"] = "fp8",
+    layout: Literal["hub", "fused"] = "hub",
+    seed: int = 0,
+    max_shard_bytes: int = 4 * 10**9,
+) -> None:
+    """Write the checkpoint folder `out`, absent or empty before, from the fields of a published config.json. It appears whole or not at all.
+
+    Raises:
+        ConfigError: `out` holds something, or the dimensions do not go together.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} exists already.", "Choose a new or an empty folder.")
+    resolved = resolve_config(config, overrides or {}, fmt)
+    tokenizer = train_tokenizer(resolved["vocab_size"], resolved["max_position_embeddings"])
+    resolved |= {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    tensors = plan_tensors(resolved, layout)
+    shards = split_shards(tensors, max_shard_bytes)
+    weight_map = {tensor.name: name for name, shard in shards.items() for tensor in shard}
+    index = {"metadata": {"total_size": sum(tensor.size_bytes for tensor in tensors)}, "weight_map": weight_map}
+    partial = out.with_name(f".{out.name}.partial-{uuid.uuid4().hex}")
+    partial.mkdir(parents=True)
+    try:
+        tokenizer.save_pretrained(partial, save_jinja_files=False)
+        for name, value in {"config.json": resolved, "model.safetensors.index.json": index}.items():
+            (partial / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        weights = RandomWeights(seed, resolved.get("num_experts_per_tok", 1))
+        for name, shard in shards.items():
+            write_shard(partial / name, shard, weights)
+        partial.rename(out)
+    except BaseException:
+        shutil.rmtree(partial)
+        raise
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write a random-weight checkpoint in a published model's on-disk layout.")
+    parser.add_argument("out", type=Path, metavar="OUT", help="a new folder")
+    parser.add_argument("--config", type=Path, required=True, help="config.json of the published model")
+    for option, field in OVERRIDES.items():
+        parser.add_argument(f"--{option.replace('_', '-')}", type=int, metavar="N", help=f"changes {field}")
+    parser.add_argument("--format", dest="fmt", choices=("fp8", "bf16"), required=True)
+    parser.add_argument("--layout", choices=("hub", "fused"), default="hub", help="fused: transformers' own names, in bf16")
+    parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("--max-shard-size", default="4GB")
+    given = vars(parser.parse_args())
+    try:
+        given["overrides"] = {option: value for option in OVERRIDES if (value := given.pop(option)) is not None}
+        given["config"] = json.loads(given["config"].read_text(encoding="utf-8"))
+        make_checkpoint(max_shard_bytes=parse_bytes(given.pop("max_shard_size"), "--max-shard-size"), **given)
+    except (M2rayError, OSError, json.JSONDecodeError) as error:
+        parser.exit(1, f"make_checkpoint: {error}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -55,10 +55,11 @@ class StageActor:
     """Runs one span. Ray calls `forward` on several threads, so that one micro-batch is received or handed on while
     another computes; the computing itself is done on one thread, in the order of `step`."""
 
-    def __init__(self, spec: StageSpec, writer: WriterSpec) -> None:
+    def __init__(self, spec: StageSpec, writer: WriterSpec, *, hands_on: bool) -> None:
         on_gpu = bool(ray.get_gpu_ids())
         self._spec = replace(spec, device="cuda:0" if on_gpu else "cpu")
         self._writer_spec = writer
+        self._hands_on = hands_on
         self._device = torch.device(self._spec.device)
         self._dtype: torch.dtype = getattr(torch, spec.compute_dtype)
         self._stage: Stage | None = None
@@ -127,11 +128,11 @@ class StageActor:
             payload: what the stage before returned; None for the first.
 
         Returns:
-            The hidden states' bits [B, T, H], or None from the last stage.
+            The hidden states' bits [B, T, H], or None from the chain's last stage.
         """
         hidden_BTH = None if payload is None else transport.receive(payload, self._dtype, self._device)
         computed = self._in_turn(step, attempt, micro_batch, hidden_BTH)
-        return None if computed is None else transport.send(computed)
+        return transport.send(computed) if self._hands_on and computed is not None else None
 
     @ray.method(concurrency_group="collect")
     def collect(self, shard: int, attempt: str) -> tuple[PartReceipt, ...]:

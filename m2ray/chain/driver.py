@@ -33,6 +33,7 @@ class ShardResult:
     receipts: tuple[PartReceipt, ...]
     micro_batches: tuple[tuple[int, int], ...]
     """(sequences, padded length) of each, in order."""
+    elapsed_s: float
 
 
 @dataclass
@@ -41,6 +42,7 @@ class _OpenShard:
 
     shard: Shard
     attempt: str
+    began_at: float = field(default_factory=time.monotonic)
     micro_batches: list[tuple[int, int]] = field(default_factory=list)
     receipts: list[Any] = field(default_factory=list)
 
@@ -100,7 +102,7 @@ class Chain:
                 num_gpus=reservation.num_gpus,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(reservation.group, bundle),
                 runtime_env={"env_vars": {"OMP_NUM_THREADS": str(spec.threads)}},
-            ).remote(spec, writer)
+            ).remote(spec, writer, hands_on=spec is not specs[-1])
             for spec, bundle in zip(specs, reservation.bundles, strict=True)
         ]
         chain = cls(stages, limits)
@@ -111,8 +113,12 @@ class Chain:
             raise
         return chain
 
-    def extract(self, shards: Iterable[Shard], micro_batches_of: Callable[[Shard], Iterator[MicroBatch]]) -> Iterator[ShardResult]:
+    def extract(
+        self, shards: Iterable[Shard], micro_batches_of: Callable[[Shard], Iterator[MicroBatch]], on_tick: Callable[[], None]
+    ) -> Iterator[ShardResult]:
         """Take the shards through the chain, several at a time, and give each as soon as all its parts are durable.
+
+        `on_tick` is called about once a second while the chain works.
 
         The chain never drains between shards: the next one's micro-batches enter while the last stages still work.
         """
@@ -132,6 +138,7 @@ class Chain:
                     f"The chain stood still for {self._limits.timeout_s:g} s: {self._diagnosis()}.",
                     "Run the same command again: finished shards are kept. stage_timeout_s sets the limit.",
                 )
+            on_tick()
             yield from results
 
     def statuses(self, timeout_s: float = 10.0) -> list[StageStatus]:
@@ -220,7 +227,8 @@ class Chain:
             if not pending:
                 self._closing.remove(opened)
                 receipts = [receipt for receipts in self._get(opened.receipts, self._limits.timeout_s) for receipt in receipts]
-                yield ShardResult(opened.shard, opened.attempt, tuple(receipts), tuple(opened.micro_batches))
+                elapsed_s = time.monotonic() - opened.began_at
+                yield ShardResult(opened.shard, opened.attempt, tuple(receipts), tuple(opened.micro_batches), elapsed_s)
 
     def _retire(self, retired: _InFlight) -> None:
         self._get([retired.done], self._limits.timeout_s)

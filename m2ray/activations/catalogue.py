@@ -1,0 +1,116 @@
+"""Catalogue: what a run folder holds that counts. Parts are resolved through commits only, so half a shard is invisible."""
+
+from bisect import bisect_right
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import xxhash
+
+from m2ray.activations.job import JobRecord, SequenceFile, read_job
+from m2ray.activations.manifest import manifest_table, read_manifest, receipts_of
+from m2ray.activations.part_reader import PartReader
+from m2ray.activations.records import committed_shards, read_commit, read_summary
+from m2ray.batches import PartReceipt, PartSpec
+from m2ray.errors import ConfigError, RunDamagedError, StoreError
+from m2ray.storage import Store
+
+
+@dataclass(frozen=True)
+class SequenceRow:
+    """What became of one row of the source; `shard` is None and `reason` is given if it was quarantined."""
+
+    sequence_id: int
+    row_id: str
+    token_count: int
+    shard: int | None
+    status: str
+    reason: str | None
+
+
+class Catalogue:
+    """A run as it was when this object was made; later commits are not seen.
+
+    Raises:
+        StoreError: there is no run, or it cannot be read.
+        RunDamagedError: job.json, a commit or the manifest cannot be understood or is of another run.
+        RunConflictError: a newer m2ray wrote it.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        job = read_job(store)
+        if job is None:
+            raise StoreError(f"There is no run at {store.url}: it has no job.json.", "Check the path; a run that still reads its prompts has none yet.")
+        self.job: JobRecord = job
+        self.summary = read_summary(store)
+        if self.summary is not None:
+            self.parts = read_manifest(store, job.run_id, self.summary.parts)
+        else:
+            commits = (read_commit(store, job, shard) for shard in sorted(committed_shards(store)))
+            self.parts = manifest_table(commit.receipts() for commit in commits)
+        self._parts_of: dict[PartSpec, Any] = {}
+
+    def parts_of(self, spec: PartSpec) -> Any:
+        """The committed parts of one site and layer, ascending by shard: a table of MANIFEST_SCHEMA."""
+        if spec not in self._parts_of:
+            is_layer = pc.is_null(self.parts["layer"]) if spec.layer is None else pc.equal(self.parts["layer"], spec.layer)
+            self._parts_of[spec] = self.parts.filter(pc.and_(pc.equal(self.parts["site"], spec.site), is_layer)).combine_chunks()
+        return self._parts_of[spec]
+
+    def receipts_of(self, spec: PartSpec) -> list[PartReceipt]:
+        """The receipts of one site and layer, ascending by shard."""
+        return receipts_of(self.parts_of(spec))
+
+    def open_part(self, spec: PartSpec, receipt: PartReceipt) -> PartReader:
+        """Open a part after its size and footer were checked. Raises RunDamagedError or StoreError."""
+        return PartReader(self.store, spec, self.job.run_metadata(), receipt)
+
+    def part_of_shard(self, spec: PartSpec, shard: int) -> PartReceipt | None:
+        """One part's receipt; None if the shard is not committed."""
+        table = self.parts_of(spec)
+        place = int(np.searchsorted(table["shard"].to_numpy(), shard))
+        found = receipts_of(table.slice(place, 1))
+        return found[0] if found and found[0].shard == shard else None
+
+    # -- sequences ----------------------------------------------------------------------------------------------------
+
+    def sequence(self, sequence_id: int) -> SequenceRow:
+        """What became of a row of the source. Reads only the file that holds it.
+
+        Raises:
+            ConfigError: the source has no such row.
+            RunDamagedError: the file differs from what job.json says.
+        """
+        if not 0 <= sequence_id < self.job.counts.sequences:
+            raise ConfigError(
+                f"There is no sequence {sequence_id}: the run at {self.store.url} has sequences 0 to {self.job.counts.sequences - 1}."
+            )
+        number = bisect_right(self._first_ids, sequence_id) - 1
+        table = self._read_sequences(self.job.sequence_files[number])
+        (row,) = table.slice(sequence_id - self._first_ids[number], 1).to_pylist()
+        return SequenceRow(**{name: row[name] for name in SequenceRow.__annotations__})
+
+    def sequences(self) -> Any:
+        """Every row of the source, ascending by sequence id: the whole of `sequences/` as one pyarrow table."""
+        return pa.concat_tables(self._read_sequences(file) for file in self.job.sequence_files)
+
+    @cached_property
+    def _first_ids(self) -> list[int]:
+        """The sequence id that each file begins with: together they hold every id from 0 on."""
+        return [0, *accumulate(file.rows for file in self.job.sequence_files)][:-1]
+
+    @lru_cache(maxsize=2)
+    def _read_sequences(self, file: SequenceFile) -> Any:
+        data = self.store.read(file.key)
+        if len(data) != file.num_bytes or xxhash.xxh3_64_hexdigest(data) != file.xxh3:
+            raise RunDamagedError(
+                f"{self.store.url}/{file.key} is damaged: its {len(data)} bytes are not the {file.num_bytes} that were written.",
+                "Restore it from a copy.",
+            )
+        return pq.read_table(pa.BufferReader(data))

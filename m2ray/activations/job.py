@@ -1,0 +1,214 @@
+"""JobRecord: `job.json`, what a run is of and how far it goes. Written once, never changed."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import Any, Self, TypeVar
+from uuid import uuid4
+
+from pydantic import TypeAdapter, ValidationError
+
+from m2ray.activations.schema import FORMAT_VERSION, LAYER_CONVENTION
+from m2ray.batches import PartSpec
+from m2ray.errors import RunConflictError, RunDamagedError
+from m2ray.storage import Store
+
+JOB_KEY = "job.json"
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a reader needs to know of the model."""
+
+    model_type: str
+    num_layers: int
+    hidden_size: int
+
+
+@dataclass(frozen=True)
+class Counts:
+    """The account that a finished run is held to: sequences = ready + quarantined; `tokens` are those of the ready ones."""
+
+    sequences: int
+    ready: int
+    quarantined: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class SequenceFile:
+    """One object below `sequences/`. `xxh3` is xxh3-64 of the whole object, 16 hex digits."""
+
+    key: str
+    rows: int
+    num_bytes: int
+    xxh3: str
+
+
+@dataclass(frozen=True)
+class JobRecord:
+    """A run's identity card.
+
+    Attributes:
+        run_id: 32 hex digits, unlike any other run's.
+        created_at: UTC, ISO 8601.
+        m2ray_version: the version that began the run.
+        options: the options that change rows, "auto" values resolved.
+        fingerprints: digests of what rows are made from: `model` and `tokenizer`, `template`, `prompts`.
+        parts: what every shard consists of, in order.
+        sequence_files: the whole of `sequences/`, in order of sequence id.
+    """
+
+    format_version: int
+    m2ray_version: str
+    run_id: str
+    created_at: str
+    options: Mapping[str, Any]
+    fingerprints: Mapping[str, str]
+    model: ModelFacts
+    layer_convention: str
+    parts: tuple[PartSpec, ...]
+    num_shards: int
+    counts: Counts
+    sequence_files: tuple[SequenceFile, ...]
+
+    def __post_init__(self) -> None:
+        absent = {"model", "tokenizer"} - self.fingerprints.keys()
+        if absent:
+            raise ValueError(f"fingerprints lack {sorted(absent)}")
+        if self.counts.ready + self.counts.quarantined != self.counts.sequences:
+            raise ValueError(f"{self.counts}: ready + quarantined != sequences")
+
+    @classmethod
+    def new(
+        cls,
+        *,
+        m2ray_version: str,
+        options: Mapping[str, Any],
+        fingerprints: Mapping[str, str],
+        model: ModelFacts,
+        parts: tuple[PartSpec, ...],
+        num_shards: int,
+        counts: Counts,
+        sequence_files: tuple[SequenceFile, ...],
+    ) -> Self:
+        """The record of a run that begins now."""
+        return cls(
+            format_version=FORMAT_VERSION,
+            m2ray_version=m2ray_version,
+            run_id=uuid4().hex,
+            created_at=utc_now(),
+            options=json.loads(json.dumps(dict(options))),
+            fingerprints=dict(fingerprints),
+            model=model,
+            layer_convention=LAYER_CONVENTION,
+            parts=parts,
+            num_shards=num_shards,
+            counts=counts,
+            sequence_files=sequence_files,
+        )
+
+    def to_json(self) -> bytes:
+        return json.dumps(asdict(self), indent=2).encode()
+
+    def run_metadata(self) -> dict[str, str]:
+        """What every part's footer says of the run."""
+        return {
+            "run_id": self.run_id,
+            "model_type": self.model.model_type,
+            "num_layers": str(self.model.num_layers),
+            "model_digest": self.fingerprints["model"],
+            "tokenizer_digest": self.fingerprints["tokenizer"],
+        }
+
+
+def read_job(store: Store) -> JobRecord | None:
+    """The run's record; None where a new run may begin: an empty folder, or one where a survey was cut off.
+
+    Raises:
+        RunConflictError: the folder holds something else, or a run of a newer format.
+        RunDamagedError: job.json cannot be understood.
+        StoreError: the folder cannot be read.
+    """
+    if store.size(JOB_KEY) is not None:
+        return read_record(store, JOB_KEY, _JOB)
+    for key, _ in store.list(""):
+        if not (key.startswith("sequences/") and key.endswith(".parquet")):
+            raise RunConflictError(f"{store.url} is not empty and is no run folder: it holds {key} and no job.json.", "Give another output.")
+    return None
+
+
+def require_same(store: Store, recorded: JobRecord, options: Mapping[str, Any], fingerprints: Mapping[str, str]) -> None:
+    """Refuse other options, or other values of those fingerprints that are given: the prompts' may not be known yet.
+
+    Raises:
+        RunConflictError: naming every field that differs, with both values.
+    """
+    of_the_run = {name: recorded.fingerprints[name] for name in fingerprints if name in recorded.fingerprints}
+    _refuse_differences(store, _named(recorded.options, of_the_run), _named(options, fingerprints))
+
+
+def require_same_job(store: Store, recorded: JobRecord, job: JobRecord) -> None:
+    """Refuse another job than the recorded one: options, all fingerprints, and what follows from them.
+
+    Raises:
+        RunConflictError: naming every field that differs, with both values.
+    """
+    there, here = (
+        _named(record.options, record.fingerprints)
+        | {f"number of {name}": count for name, count in asdict(record.counts).items()}
+        | {"number of shards": record.num_shards, "parts of a shard": [asdict(part) for part in record.parts]}
+        for record in (recorded, job)
+    )
+    _refuse_differences(store, there, here)
+
+
+def _named(options: Mapping[str, Any], fingerprints: Mapping[str, str]) -> dict[str, Any]:
+    return {**options, **{f"fingerprint of the {name}": value for name, value in fingerprints.items()}}
+
+
+def _refuse_differences(store: Store, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    # JSON is what both are compared as: a tuple and a list are one value there.
+    recorded, now = ({name: json.dumps(value, ensure_ascii=False, sort_keys=True) for name, value in fields.items()} for fields in (there, here))
+    lines = [
+        f"\n  {name}: {recorded.get(name, 'absent')} in the run, {now.get(name, 'absent')} now"
+        for name in dict.fromkeys([*recorded, *now])
+        if recorded.get(name) != now.get(name)
+    ]
+    if lines:
+        raise RunConflictError(
+            f"The run at {store.url} was made otherwise. What differs:{''.join(lines)}\n",
+            "Change it back to go on with the run, or give another output.",
+        )
+
+
+def read_record(store: Store, key: str, adapter: TypeAdapter[T]) -> T:
+    """A JSON object of the run, validated.
+
+    Raises:
+        RunConflictError: a newer m2ray wrote it.
+        RunDamagedError: it is not what m2ray writes.
+        StoreError: it cannot be read.
+    """
+    data = store.read(key)
+    try:
+        version = json.loads(data)["format_version"]
+        if version <= FORMAT_VERSION:
+            return adapter.validate_json(data, strict=True)
+    except (ValueError, KeyError, TypeError) as error:
+        problems = [f"{'.'.join(map(str, p['loc']))}: {p['msg']}" for p in error.errors()] if isinstance(error, ValidationError) else [str(error)]
+        raise RunDamagedError(f"{key} of the run at {store.url} is damaged: {'; '.join(problems)}.", "Restore it, or begin another run.") from error
+    raise RunConflictError(
+        f"{key} of the run at {store.url} has format {version}; this m2ray knows formats up to {FORMAT_VERSION}.", "Upgrade m2ray."
+    )
+
+
+def utc_now() -> str:
+    """The time as files of a run give it: UTC, ISO 8601, whole seconds."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+_JOB = TypeAdapter(JobRecord)

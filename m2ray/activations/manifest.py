@@ -1,0 +1,70 @@
+"""The table of a run's committed parts: `manifest.parquet` once the run is finished, the same made from commits before."""
+
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from m2ray.batches import PartReceipt
+from m2ray.errors import RunDamagedError
+from m2ray.storage import Store
+
+MANIFEST_KEY = "manifest.parquet"
+
+MANIFEST_SCHEMA = pa.schema(
+    [
+        pa.field("shard", pa.int32(), nullable=False),
+        pa.field("attempt", pa.string(), nullable=False),
+        pa.field("site", pa.string(), nullable=False),
+        pa.field("layer", pa.int32()),
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("rows", pa.int64(), nullable=False),
+        pa.field("num_bytes", pa.int64(), nullable=False),
+        pa.field("xxh3", pa.string(), nullable=False),
+        pa.field("token_digest", pa.string(), nullable=False),
+    ]
+)
+"""One row a part, all fields of its receipt; `layer` is null at model-wide sites. Sorted by site, layer and shard."""
+
+
+def manifest_table(receipts_of_shards: Iterable[Iterable[PartReceipt]]) -> Any:
+    """The parts of all shards as one sorted pyarrow table, a few tens of bytes a part."""
+    batches = [
+        pa.RecordBatch.from_pylist([asdict(receipt) for receipt in receipts], schema=MANIFEST_SCHEMA) for receipts in receipts_of_shards
+    ]
+    table = pa.Table.from_batches(batches, schema=MANIFEST_SCHEMA)
+    return table.sort_by([("site", "ascending"), ("layer", "ascending"), ("shard", "ascending")])
+
+
+def receipts_of(table: Any) -> list[PartReceipt]:
+    """The rows of a (part of a) manifest table as receipts."""
+    return [PartReceipt(**row) for row in table.to_pylist()]
+
+
+def write_manifest(store: Store, table: Any, run_id: str) -> None:
+    """Write or replace manifest.parquet. Raises StoreError."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table.replace_schema_metadata({"m2ray.run_id": run_id}), sink, compression="zstd")
+    store.put(MANIFEST_KEY, memoryview(sink.getvalue()))
+
+
+def read_manifest(store: Store, run_id: str, num_parts: int) -> Any:
+    """The manifest of a finished run.
+
+    Raises:
+        RunDamagedError: it is no Parquet file, or of another run, or has not `num_parts` rows.
+        StoreError: it cannot be read.
+    """
+    try:
+        table = pq.read_table(pa.BufferReader(store.read(MANIFEST_KEY)))
+    except (pa.ArrowException, OSError) as error:
+        raise RunDamagedError(f"{MANIFEST_KEY} of the run at {store.url} is damaged: {error}", _REMEDY) from error
+    metadata = table.schema.metadata or {}
+    if not table.schema.equals(MANIFEST_SCHEMA) or metadata.get(b"m2ray.run_id") != run_id.encode() or len(table) != num_parts:
+        raise RunDamagedError(f"{MANIFEST_KEY} of the run at {store.url} is not the one of run {run_id} with {num_parts} parts.", _REMEDY)
+    return table
+
+
+_REMEDY = "Delete _SUCCESS and run the same command again: it is made anew from _commits/."

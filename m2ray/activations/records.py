@@ -1,0 +1,120 @@
+"""The small records by which a run says what it holds: `_commits/shard-000012.json` for each shard, `_SUCCESS` for the whole."""
+
+import json
+import re
+from dataclasses import asdict, dataclass
+
+from pydantic import TypeAdapter
+
+from m2ray.activations.job import JobRecord, read_record
+from m2ray.batches import PartReceipt
+from m2ray.errors import RunDamagedError
+from m2ray.storage import Store
+
+SUCCESS_KEY = "_SUCCESS"
+_COMMIT_NAME = re.compile(r"_commits/shard-(\d{6,})\.json")
+
+
+@dataclass(frozen=True)
+class CommittedPart:
+    """What a commit says of one part beyond what all parts of the shard share."""
+
+    site: str
+    layer: int | None
+    key: str
+    num_bytes: int
+    xxh3: str
+
+
+@dataclass(frozen=True)
+class CommitRecord:
+    """A shard's commit: the parts of the one attempt that counts.
+
+    Attributes:
+        num_sequences: sequences in the shard.
+        rows: tokens in the shard, hence rows in each part.
+        token_digest: xxh3-128 over the shard's TOKEN_ROW rows, 32 hex digits.
+        micro_batches: (sequences, padded length) of each, in order: what went through the model together.
+        elapsed_s: seconds that the attempt took.
+        committed_at: UTC, ISO 8601.
+    """
+
+    format_version: int
+    run_id: str
+    shard: int
+    attempt: str
+    num_sequences: int
+    rows: int
+    token_digest: str
+    micro_batches: tuple[tuple[int, int], ...]
+    elapsed_s: float
+    committed_at: str
+    parts: tuple[CommittedPart, ...]
+
+    def to_json(self) -> bytes:
+        return json.dumps(asdict(self)).encode()
+
+    def receipts(self) -> list[PartReceipt]:
+        """The parts as their writers reported them."""
+        return [
+            PartReceipt(shard=self.shard, attempt=self.attempt, rows=self.rows, token_digest=self.token_digest, **asdict(part))
+            for part in self.parts
+        ]
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """The account of a finished run: `sequences` = `committed` + `quarantined`. `num_bytes` are those of all parts."""
+
+    format_version: int
+    run_id: str
+    finished_at: str
+    sequences: int
+    committed: int
+    quarantined: int
+    tokens: int
+    shards: int
+    parts: int
+    num_bytes: int
+
+    def to_json(self) -> bytes:
+        return json.dumps(asdict(self), indent=2).encode()
+
+
+def commit_key(shard: int) -> str:
+    """The key of a shard's commit."""
+    return f"_commits/shard-{shard:06d}.json"
+
+
+def committed_shards(store: Store) -> set[int]:
+    """The numbers of the shards that are committed now. Raises StoreError."""
+    names = (_COMMIT_NAME.fullmatch(key) for key, _ in store.list("_commits"))
+    return {int(name[1]) for name in names if name}
+
+
+def read_commit(store: Store, job: JobRecord, shard: int) -> CommitRecord:
+    """A shard's commit.
+
+    Raises:
+        RunDamagedError: it is not understood, or of another run, another shard or other parts.
+        RunConflictError: a newer m2ray wrote it.
+        StoreError: it cannot be read.
+    """
+    record = read_record(store, commit_key(shard), _COMMIT)
+    found, wanted = ({(part.site, part.layer) for part in parts} for parts in (record.parts, job.parts))
+    if (record.run_id, record.shard, found, len(record.parts)) != (job.run_id, shard, wanted, len(job.parts)):
+        raise RunDamagedError(
+            f"{commit_key(shard)} of the run at {store.url} is of shard {record.shard} of run {record.run_id} with {len(record.parts)} parts; "
+            f"job.json is of run {job.run_id} with {len(job.parts)} parts a shard.",
+            "The folder holds files of several runs: restore it.",
+        )
+    return record
+
+
+def read_summary(store: Store) -> RunSummary | None:
+    """A finished run's account; None while it is not finished. Raises as `read_commit` does."""
+    return read_record(store, SUCCESS_KEY, _SUMMARY) if store.size(SUCCESS_KEY) is not None else None
+
+
+_COMMIT = TypeAdapter(CommitRecord)
+_SUMMARY = TypeAdapter(RunSummary)

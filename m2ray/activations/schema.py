@@ -1,0 +1,76 @@
+"""What a part looks like: its key below the run folder, its columns, and the footer metadata that names what is in it."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import pyarrow as pa
+
+from m2ray.batches import PartSpec
+
+FORMAT_VERSION = 1
+"""Of the run folder as a whole. It grows when an older m2ray would misread what a newer one writes."""
+
+LAYER_CONVENTION = "residual of layer i is the output of decoder layer i, before the final norm"
+
+ITEMSIZE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+"""Bytes of one element of each store dtype."""
+
+METADATA_PREFIX = "m2ray."
+
+TOKEN_FIELDS = (
+    pa.field("sequence_id", pa.int64(), nullable=False),
+    pa.field("position", pa.int32(), nullable=False),
+    pa.field("token_id", pa.int32(), nullable=False),
+)
+"""The columns that every part begins with, in TOKEN_ROW's order."""
+
+_PART_NAME = re.compile(r"data/.+/shard-(?P<shard>\d{6,})-(?P<attempt>[0-9a-z]+)\.parquet")
+
+
+def row_bytes(spec: PartSpec) -> int:
+    """Bytes of one activation row."""
+    return spec.width * ITEMSIZE_BYTES[spec.dtype]
+
+
+def part_key(spec: PartSpec, shard: int, attempt: str) -> str:
+    """The key of one part: `data/site=residual/layer=007/shard-000012-<attempt>.parquet`.
+
+    Model-wide sites have no `layer=` folder. `attempt` is of lower-case letters and digits.
+    """
+    layer = "" if spec.layer is None else f"layer={spec.layer:03d}/"
+    key = f"data/site={spec.site}/{layer}shard-{shard:06d}-{attempt}.parquet"
+    assert parse_part_key(key) == (shard, attempt), f"{key} cannot be read back"
+    return key
+
+
+def parse_part_key(key: str) -> tuple[int, str] | None:
+    """(shard, attempt) of a part's key; None for any other key."""
+    match = _PART_NAME.fullmatch(key)
+    return (int(match["shard"]), match["attempt"]) if match else None
+
+
+def part_metadata(spec: PartSpec, run_metadata: Mapping[str, str], shard: int, attempt: str) -> dict[str, str]:
+    """The footer's key-value pairs, all below "m2ray.": what the whole run says of itself, and what is in this part."""
+    of_the_part = {
+        "format_version": str(FORMAT_VERSION),
+        "site": spec.site,
+        "layer": "" if spec.layer is None else str(spec.layer),
+        "layer_convention": LAYER_CONVENTION,
+        "dtype": spec.dtype,
+        "shape": f"[{spec.width}]",
+        "byte_order": "little",
+        "shard": str(shard),
+        "attempt": attempt,
+    }
+    return {METADATA_PREFIX + name: value for name, value in (dict(run_metadata) | of_the_part).items()}
+
+
+def part_schema(spec: PartSpec, run_metadata: Mapping[str, str], shard: int, attempt: str) -> Any:
+    """The pyarrow schema of one part, footer metadata included.
+
+    Neither Parquet nor Arrow has a bfloat16, and bits labelled as another type would be read as wrong numbers. So a row's
+    activation is one fixed-size binary value: its `width` elements' raw little-endian bits.
+    """
+    activation = pa.field("activation", pa.binary(row_bytes(spec)), nullable=False)
+    return pa.schema([*TOKEN_FIELDS, activation], metadata=part_metadata(spec, run_metadata, shard, attempt))

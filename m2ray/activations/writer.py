@@ -1,0 +1,270 @@
+"""ActivationWriter: takes what a stage captured off its hands and writes it beside the computation, bounded in bytes.
+
+A micro-batch's layers are spread over worker threads, one queue a thread. A part belongs to one thread, so its row groups
+keep their order. An attempt at a shard is *open* from its first micro-batch, *complete* with the last, *durable* once all its
+parts are, and *collected* or *abandoned* after that. The first error of any part makes the attempt *failed*: all its parts are
+aborted, those already durable too, and whoever calls next gets that error.
+"""
+
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from m2ray.activations.part_writer import PartWriter, token_columns
+from m2ray.activations.schema import row_bytes
+from m2ray.batches import Bits, CapturedLayer, MicroBatch, PartReceipt, PartSpec
+from m2ray.errors import M2rayError, StageError, StoreError, raise_all
+from m2ray.storage import Store
+
+_DEFECT = "This is a defect of m2ray."
+
+
+class ActivationWriter:
+    """Writes all the parts of one stage. One thread submits; any thread may collect, abandon or look at the measurements.
+
+    Args:
+        store: the run folder.
+        run_metadata: what every part's footer says of the run (`JobRecord.run_metadata`).
+        parts: what the stage captures of each micro-batch, the same every time.
+        queue_bytes: captured bytes that may wait or be on their way to the store; one layer larger than that waits alone.
+        threads: worker threads; each holds a share of the parts.
+    """
+
+    def __init__(
+        self, store: Store, run_metadata: Mapping[str, str], parts: Sequence[PartSpec], *, queue_bytes: int, threads: int
+    ) -> None:
+        self._store = store
+        self._run_metadata = dict(run_metadata)
+        self._parts = tuple(parts)
+        self._limit_bytes = queue_bytes
+        num_lanes = max(1, min(threads, len(parts)))
+        self._lanes = [ThreadPoolExecutor(1, thread_name_prefix=f"write-{number}") for number in range(num_lanes)]
+        self._changed = threading.Condition()
+        self._attempts: dict[tuple[int, str], _Attempt] = {}
+        self._is_closed = False
+        self._queued_bytes = 0
+        self._written_bytes = 0
+        self._waited_s = 0.0
+        self._write_s = 0.0
+
+    # -- measurements -------------------------------------------------------------------------------------------------
+
+    @property
+    def queued_bytes(self) -> int:
+        """Captured bytes that wait or are being written now."""
+        return self._queued_bytes
+
+    @property
+    def written_bytes(self) -> int:
+        """Bytes handed to the store so far, those of failed attempts too."""
+        return self._written_bytes
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds that `submit` stood still because the queue was full."""
+        return self._waited_s
+
+    @property
+    def write_s(self) -> float:
+        """Seconds of work, summed over the threads."""
+        return self._write_s
+
+    # -- a shard's way ------------------------------------------------------------------------------------------------
+
+    def submit(self, attempt: str, micro_batch: MicroBatch, captured: Sequence[CapturedLayer], timeout_s: float) -> None:
+        """Queue one micro-batch: a row group of each part. Its arrays must not change until the shard is collected.
+
+        A shard's micro-batches come in order; those of several shards may alternate. Blocks while the queue is full.
+
+        Raises:
+            StoreError: an earlier write failed, or the queue stayed full for `timeout_s`. The attempt is failed then.
+            StageError: the micro-batch is out of order, its sequences are, or its layers are not those of `parts`.
+        """
+        deadline = time.monotonic() + timeout_s
+        with self._changed:
+            self._raise_failure()
+            opened = self._open_attempt(micro_batch.shard, attempt)
+        rows_of_parts = opened.matched(micro_batch, captured)
+        tokens = opened.admit(micro_batch)
+        token_digest = opened.digest.hexdigest() if micro_batch.is_last else None
+        for number, (part, rows) in enumerate(zip(opened.parts, rows_of_parts, strict=True)):
+            self._wait_for_room(opened, rows.nbytes, deadline, timeout_s)
+            written = self._lane(number).submit(self._write, opened, part, tokens, rows, token_digest)
+            written.add_done_callback(lambda done: self._note(opened, done))
+
+    def collect(self, shard: int, attempt: str, timeout_s: float) -> tuple[PartReceipt, ...]:
+        """Wait until every part of a complete attempt is durable and give the receipts, in the order of `parts`.
+
+        Raises:
+            StoreError: a write failed, or is not done after `timeout_s`. Nothing of the attempt is left behind then.
+            StageError: the attempt is not complete.
+        """
+        with self._changed:
+            opened = self._attempts.get((shard, attempt))
+            if opened is None or not (opened.is_complete or opened.failure):
+                raise StageError(f"Attempt {attempt} of shard {shard} is collected before its last micro-batch.", _DEFECT)
+            if not self._changed.wait_for(lambda: opened.failure or opened.receipts() is not None, timeout_s):
+                late = StoreError(f"Shard {shard} was not written within {timeout_s:g} s.", "Check the disk of the run folder.")
+                self._fail(opened, late)
+            del self._attempts[shard, attempt]
+            receipts = opened.receipts()
+        if opened.failure is None:
+            assert receipts is not None
+            return receipts
+        self._end([opened], timeout_s)
+        raise opened.failure
+
+    def abandon(self, shard: int, attempt: str, timeout_s: float = 60.0) -> None:
+        """Give an attempt up and delete what it has written. One that is not open (any more) is none of its business.
+
+        Raises:
+            StoreError: something of it could not be deleted.
+        """
+        with self._changed:
+            opened = self._attempts.pop((shard, attempt), None)
+        if opened is not None:
+            self._fail(opened, StageError(f"Attempt {attempt} of shard {shard} was given up."))
+            self._end([opened], timeout_s)
+
+    def close(self, timeout_s: float = 60.0) -> None:
+        """Give up every attempt that is not collected and end the threads. Raises StoreError as `abandon` does."""
+        with self._changed:
+            self._is_closed = True
+            opened = list(self._attempts.values())
+            self._attempts.clear()
+        for each in opened:
+            self._fail(each, StageError("The writer was closed."))
+        try:
+            self._end(opened, timeout_s)
+        finally:
+            for lane in self._lanes:
+                lane.shutdown(wait=False)
+
+    # -- inside -------------------------------------------------------------------------------------------------------
+
+    def _lane(self, part_number: int) -> ThreadPoolExecutor:
+        return self._lanes[part_number % len(self._lanes)]
+
+    def _open_attempt(self, shard: int, attempt: str) -> "_Attempt":
+        if (shard, attempt) not in self._attempts:
+            parts = [PartWriter(self._store, spec, self._run_metadata, shard, attempt) for spec in self._parts]
+            self._attempts[shard, attempt] = _Attempt(shard, attempt, parts)
+        return self._attempts[shard, attempt]
+
+    def _raise_failure(self) -> None:
+        if self._is_closed:
+            raise StageError("The writer is closed.", _DEFECT)
+        for opened in self._attempts.values():
+            if opened.failure is not None:
+                raise opened.failure
+
+    def _wait_for_room(self, opened: "_Attempt", num_bytes: int, deadline: float, timeout_s: float) -> None:
+        """Take `num_bytes` of the queue, as soon as they are free."""
+        begin = time.monotonic()
+        with self._changed:
+            has_room = self._changed.wait_for(
+                lambda: opened.failure or self._queued_bytes == 0 or self._queued_bytes + num_bytes <= self._limit_bytes,
+                max(0.0, deadline - begin),
+            )
+            self._waited_s += time.monotonic() - begin
+            if not has_room:
+                full = StoreError(
+                    f"Writing fell behind: {self._queued_bytes} of at most {self._limit_bytes} bytes still wait after {timeout_s:g} s.",
+                    "Check the disk of the run folder.",
+                )
+                self._fail(opened, full)
+            if opened.failure is not None:
+                raise opened.failure
+            self._queued_bytes += num_bytes
+
+    def _write(self, opened: "_Attempt", part: PartWriter, tokens: list[Any], rows: Bits, token_digest: str | None) -> None:
+        """One row group, on the part's thread; with `token_digest` it is the part's last."""
+        begin, before_bytes = time.monotonic(), part.num_bytes
+        try:
+            if opened.failure is None:
+                part.append(tokens, rows)
+                if token_digest is not None:
+                    part.finish(token_digest)
+        finally:
+            with self._changed:
+                self._queued_bytes -= rows.nbytes
+                self._written_bytes += part.num_bytes - before_bytes
+                self._write_s += time.monotonic() - begin
+
+    def _note(self, opened: "_Attempt", done: Future[None]) -> None:
+        error = done.exception()
+        if error is not None:
+            self._fail(opened, error)
+        with self._changed:
+            self._changed.notify_all()
+
+    def _fail(self, opened: "_Attempt", error: BaseException) -> None:
+        """Remember an attempt's first error and let each part's thread abort it, behind whatever it is at."""
+        with self._changed:
+            if opened.failure is None:
+                opened.failure = error
+                opened.aborts = [self._lane(number).submit(part.abort) for number, part in enumerate(opened.parts)]
+                self._changed.notify_all()
+
+    def _end(self, failed: Sequence["_Attempt"], timeout_s: float) -> None:
+        """Wait until nothing of the failed attempts is left."""
+        ended, running = wait([abort for opened in failed for abort in opened.aborts], timeout_s)
+        problems = [error for error in (abort.exception() for abort in ended) if error is not None]
+        if running:
+            problems.append(StoreError(f"Unfinished files could not be removed within {timeout_s:g} s.", "Check the disk of the run folder."))
+        raise_all([problem for problem in problems if isinstance(problem, M2rayError)])
+        for problem in problems:
+            raise problem
+
+
+class _Attempt:
+    """One attempt at a shard: its parts, and how far they are."""
+
+    def __init__(self, shard: int, name: str, parts: Sequence[PartWriter]) -> None:
+        self.parts = parts
+        self.digest = xxhash.xxh3_128()
+        self.is_complete = False
+        self.failure: BaseException | None = None
+        self.aborts: list[Future[None]] = []
+        self._label = f"Shard {shard}, attempt {name}"
+        self._next_index = 0
+        self._last_sequence_id = -1
+
+    def receipts(self) -> tuple[PartReceipt, ...] | None:
+        """The parts' receipts, in order, once the last of them is durable."""
+        receipts = tuple(part.receipt for part in self.parts if part.receipt is not None)
+        return receipts if len(receipts) == len(self.parts) else None
+
+    def matched(self, micro_batch: MicroBatch, captured: Sequence[CapturedLayer]) -> list[Bits]:
+        """The captured rows in the order of the parts. Raises StageError unless they are exactly what the parts need."""
+        by_name = {(layer.site, layer.layer): layer.rows for layer in captured}
+        wanted = {(part.spec.site, part.spec.layer) for part in self.parts}
+        if by_name.keys() != wanted or len(captured) != len(self.parts):
+            raise StageError(f"{self._label}: captured {[(c.site, c.layer) for c in captured]}, not {sorted(wanted, key=str)}.", _DEFECT)
+        for part in self.parts:
+            rows = by_name[part.spec.site, part.spec.layer]
+            shape = (micro_batch.num_tokens, row_bytes(part.spec))
+            if rows.shape != shape or rows.dtype != np.uint8:
+                found = f"{rows.dtype} {list(rows.shape)}"
+                raise StageError(f"{self._label}: {part.spec} was captured as {found}, not as uint8 {list(shape)}.", _DEFECT)
+        return [by_name[part.spec.site, part.spec.layer] for part in self.parts]
+
+    def admit(self, micro_batch: MicroBatch) -> list[Any]:
+        """Check the order, extend the digest, and give the token columns. Raises StageError where rows would not ascend."""
+        if self.is_complete or micro_batch.index != self._next_index:
+            expected = "nothing more" if self.is_complete else self._next_index
+            raise StageError(f"{self._label}: micro-batch {micro_batch.index} came, expected was {expected}.", _DEFECT)
+        sequence_ids = np.concatenate([[self._last_sequence_id], micro_batch.sequence_ids])
+        if (np.diff(sequence_ids) <= 0).any() or (micro_batch.token_counts <= 0).any():
+            raise StageError(f"{self._label}: the sequences of micro-batch {micro_batch.index} do not ascend, or one is empty.", _DEFECT)
+        token_rows = micro_batch.token_rows()
+        self.digest.update(token_rows.view(np.uint8))
+        self._next_index += 1
+        self._last_sequence_id = int(sequence_ids[-1])
+        self.is_complete = micro_batch.is_last
+        return token_columns(token_rows)

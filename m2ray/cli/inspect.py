@@ -1,0 +1,88 @@
+"""`m2ray inspect`: what a run holds, whether it is complete, and what was left out and why."""
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from m2ray.activations.reader import RunReader, open_run
+from m2ray.cli import Command
+
+_SHOWN_ROWS = 20
+
+
+@dataclass(frozen=True)
+class LayerFacts:
+    """One site and layer: its files, their bytes, and the mean L2 norm of its rows (None before any is committed)."""
+
+    site: str
+    layer: int | None
+    files: int
+    num_bytes: int
+    mean_norm: float | None
+
+
+def describe(run: RunReader) -> dict[str, Any]:
+    """What inspect shows, as JSON values: the stable keys of `--json`. Reads every committed part once for the norms."""
+    job = run.job
+    facts = []
+    for site in run.sites:
+        view = run.site(site)
+        for one in [view.layer(number) for number in view.layer_numbers] or [view]:
+            layer = one.layer_numbers[0] if one.layer_numbers else None
+            norm = one.mean_norm() if run.num_tokens else None
+            facts.append(LayerFacts(site, layer, one.num_files, one.num_bytes, norm))
+    quarantined = run.quarantined.select(["sequence_id", "row_id", "reason"]).to_pylist()
+    return {
+        "run_id": job.run_id,
+        "created_at": job.created_at,
+        "m2ray_version": job.m2ray_version,
+        "complete": run.is_complete,
+        "model": asdict(job.model),
+        "options": dict(job.options),
+        "fingerprints": dict(job.fingerprints),
+        "shards": {"committed": run.num_shards, "all": job.num_shards},
+        "sequences": {"all": job.counts.sequences, "ready": job.counts.ready, "quarantined": job.counts.quarantined},
+        "tokens": {"committed": run.num_tokens, "all": job.counts.tokens},
+        "files": run.num_files,
+        "num_bytes": run.num_bytes,
+        "layers": [asdict(fact) for fact in facts],
+        "quarantined": quarantined,
+    }
+
+
+@click.command(cls=Command)
+@click.argument("run", metavar="RUN")
+@click.option("--json", "as_json", is_flag=True, help="Everything as one JSON object.")
+def command(run: str, as_json: bool) -> None:
+    """Show what the run folder RUN holds: layers, sequences, tokens, files, mean norms, quarantined rows."""
+    facts = describe(open_run(run))
+    if as_json:
+        click.echo(json.dumps(facts, indent=2, ensure_ascii=False))
+    else:
+        _print(facts)
+
+
+def _print(facts: dict[str, Any]) -> None:
+    console = Console(highlight=False, soft_wrap=True)
+    shards, sequences, tokens, model = facts["shards"], facts["sequences"], facts["tokens"], facts["model"]
+    state = "complete" if facts["complete"] else "not complete: run the same command again to finish it"
+    console.print(f"{model['model_type']}, {model['num_layers']} layers, hidden size {model['hidden_size']}; begun {facts['created_at']}; {state}")
+    console.print(f"shards     {shards['committed']:,} of {shards['all']:,} committed")
+    console.print(f"sequences  {sequences['all']:,} = {sequences['ready']:,} ready + {sequences['quarantined']:,} quarantined")
+    console.print(f"tokens     {tokens['committed']:,} of {tokens['all']:,}")
+    console.print(f"files      {facts['files']:,} with {facts['num_bytes']:,} bytes")
+    table = Table("site", "layer", "files", "bytes", "mean norm")
+    for fact in facts["layers"]:
+        norm = "" if fact["mean_norm"] is None else f"{fact['mean_norm']:.4g}"
+        layer = "" if fact["layer"] is None else str(fact["layer"])
+        table.add_row(fact["site"], layer, f"{fact['files']:,}", f"{fact['num_bytes']:,}", norm)
+    console.print(table)
+    quarantined = facts["quarantined"]
+    for row in quarantined[:_SHOWN_ROWS]:
+        console.print(f"quarantined: row {row['row_id']} (sequence {row['sequence_id']}): {row['reason']}", markup=False)
+    if len(quarantined) > _SHOWN_ROWS:
+        console.print(f"and {len(quarantined) - _SHOWN_ROWS:,} more quarantined rows: --json lists all.")

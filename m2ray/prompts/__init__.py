@@ -1,0 +1,29 @@
+"""From a prompt source to shards of token ids: read, tokenise, quarantine, cut, batch."""
+
+from m2ray.prompts.resume import load_shards, respool
+from m2ray.prompts.rows import PromptRow
+from m2ray.prompts.sequences_table import SEQUENCES_SCHEMA, SequenceFile, read_quarantined
+from m2ray.prompts.shards import ShardTable, micro_batches, padding_waste
+from m2ray.prompts.sources import PromptOptions, PromptSource
+from m2ray.prompts.spool import TokenSpool
+from m2ray.prompts.surveying import Quarantined, Survey, survey
+from m2ray.prompts.tokenize import PromptTokenizer
+
+__all__ = [
+    "SEQUENCES_SCHEMA",
+    "PromptOptions",
+    "PromptRow",
+    "PromptSource",
+    "PromptTokenizer",
+    "Quarantined",
+    "SequenceFile",
+    "ShardTable",
+    "Survey",
+    "TokenSpool",
+    "load_shards",
+    "micro_batches",
+    "padding_waste",
+    "read_quarantined",
+    "respool",
+    "survey",
+]

@@ -1,0 +1,259 @@
+"""The file formats: how each yields records one at a time, in bounded memory, whatever single rows hold.
+
+A row that cannot be read is a Record with a problem. A file that cannot be read is a PromptsError.
+"""
+
+import csv
+import gzip
+import json
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any, cast
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from m2ray.errors import PromptsError
+from m2ray.prompts.rows import MAX_PROMPT_BYTES, Record
+
+PLAIN_TEXT_COLUMN = "text"
+"""The one column that a plain text file's records have."""
+
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_PEEKED_ROWS = 1000
+_ARROW_ROWS = 256
+
+
+class PromptFile(ABC):
+    """One file of the source. `name` is its path below the source's folder, with "/" between its parts."""
+
+    def __init__(self, path: Path, name: str) -> None:
+        self.path = path
+        self.name = name
+
+    @abstractmethod
+    def columns(self) -> frozenset[str] | None:
+        """The columns' names; None if the format has none, empty if the file shows none. Raises PromptsError."""
+
+    @abstractmethod
+    def records(self, columns: Sequence[str]) -> Iterator[Record]:
+        """Each row's values in `columns` (others may come along). Raises PromptsError if the file cannot be read."""
+
+
+class JsonLinesFile(PromptFile):
+    """One JSON object a line."""
+
+    def columns(self) -> frozenset[str] | None:
+        """The keys of the first 1,000 lines."""
+        return frozenset(key for record in islice(self.records(()), _PEEKED_ROWS) for key in record.values)
+
+    def records(self, columns: Sequence[str]) -> Iterator[Record]:
+        with _reading(self.path), _open(self.path) as file:
+            lines = _Lines(file)
+            for line in lines:
+                yield _parse_json(line, lines.take_problem())
+
+
+class CsvFile(PromptFile):
+    """Comma-separated values with a header, quoted as in RFC 4180; a quoted value may hold line ends."""
+
+    def columns(self) -> frozenset[str] | None:
+        with _reading(self.path), _open(self.path) as file:
+            return frozenset(self._header(csv.reader(_Lines(file), strict=True)))
+
+    def records(self, columns: Sequence[str]) -> Iterator[Record]:
+        csv.field_size_limit(MAX_PROMPT_BYTES)  # Python's own limit of 128 KiB is less than a long prompt
+        with _reading(self.path), _open(self.path) as file:
+            lines = _Lines(file)
+            reader = csv.reader(lines, strict=True)
+            header = self._header(reader)
+            lines.take_problem()
+            while True:
+                try:
+                    values = next(reader)
+                except StopIteration:
+                    return
+                except csv.Error as error:
+                    yield Record({}, lines.take_problem() or f"malformed CSV: {error}")
+                    continue
+                yield _match_header(header, values, lines.take_problem())
+
+    def _header(self, reader: Iterator[list[str]]) -> list[str]:
+        try:
+            header = next(reader, [])
+        except csv.Error as error:
+            raise PromptsError(f"The header of {self.path} is malformed: {error}.", "Correct the file's first line.") from error
+        doubled = sorted({name for name in header if header.count(name) > 1})
+        if doubled:
+            raise PromptsError(f"The header of {self.path} names {', '.join(map(repr, doubled))} more than once.", "Rename the columns.")
+        return header
+
+
+class TextFile(PromptFile):
+    """Plain text, one prompt a line. An empty line is a row, so that positions equal line numbers less one."""
+
+    def columns(self) -> frozenset[str] | None:
+        return None
+
+    def records(self, columns: Sequence[str]) -> Iterator[Record]:
+        with _reading(self.path), _open(self.path) as file:
+            lines = _Lines(file)
+            for line in lines:
+                yield Record({PLAIN_TEXT_COLUMN: _without_line_end(line)}, lines.take_problem())
+
+
+class ParquetFile(PromptFile):
+    """Parquet, read page by page."""
+
+    def columns(self) -> frozenset[str] | None:
+        with _reading(self.path):
+            return frozenset(pq.read_schema(self.path).names)
+
+    def records(self, columns: Sequence[str]) -> Iterator[Record]:
+        with _reading(self.path), pq.ParquetFile(self.path, pre_buffer=False) as file:
+            for batch in file.iter_batches(batch_size=_ARROW_ROWS, columns=list(columns)):
+                yield from _arrow_records(batch, columns)
+
+
+class ArrowStreamFile(PromptFile):
+    """Arrow's streaming format: what `datasets.Dataset.save_to_disk` writes."""
+
+    def columns(self) -> frozenset[str] | None:
+        with _reading(self.path), pa.memory_map(str(self.path)) as file, pa.ipc.open_stream(file) as stream:
+            return frozenset(stream.schema.names)
+
+    def records(self, columns: Sequence[str]) -> Iterator[Record]:
+        with _reading(self.path), pa.memory_map(str(self.path)) as file, pa.ipc.open_stream(file) as stream:
+            for batch in stream:
+                for start in range(0, batch.num_rows, _ARROW_ROWS):
+                    yield from _arrow_records(batch.slice(start, _ARROW_ROWS), columns)
+
+
+FORMATS: dict[str, type[PromptFile]] = {
+    ".jsonl": JsonLinesFile,
+    ".jsonl.gz": JsonLinesFile,
+    ".ndjson": JsonLinesFile,
+    ".csv": CsvFile,
+    ".csv.gz": CsvFile,
+    ".txt": TextFile,
+    ".txt.gz": TextFile,
+    ".parquet": ParquetFile,
+}
+
+
+def format_of(path: Path) -> type[PromptFile] | None:
+    """The format that a file's name ends in (".gz" counts with the ending before it), or None."""
+    endings = [ending.lower() for ending in path.suffixes]
+    ending = "".join(endings[-2:]) if endings[-1:] == [".gz"] else "".join(endings[-1:])
+    return FORMATS.get(ending)
+
+
+class _Lines(Iterator[str]):
+    """The lines of a file of bytes, with their line ends. Bytes that are no UTF-8 become lone surrogates."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._problem: str | None = None
+        self._is_first = True
+
+    def __next__(self) -> str:
+        line = self._file.readline(MAX_PROMPT_BYTES + 2)
+        if not line:
+            raise StopIteration
+        if self._is_first:
+            line = line.removeprefix(_BYTE_ORDER_MARK)
+            self._is_first = False
+        if len(line) > MAX_PROMPT_BYTES and not line.endswith(b"\n"):
+            self._skip_line()
+            self._problem = self._problem or f"a line of more than {MAX_PROMPT_BYTES} bytes"
+            return "\n"
+        try:
+            return line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            self._problem = self._problem or f"invalid UTF-8 at byte {error.start} of its line"
+            return line.decode("utf-8", "surrogateescape")
+
+    def take_problem(self) -> str | None:
+        """What was wrong with the lines since the last call."""
+        problem, self._problem = self._problem, None
+        return problem
+
+    def _skip_line(self) -> None:
+        while (rest := self._file.readline(1 << 20)) and not rest.endswith(b"\n"):
+            pass
+
+
+def _without_line_end(line: str) -> str:
+    return line.removesuffix("\n").removesuffix("\r")
+
+
+def _parse_json(line: str, problem: str | None) -> Record:
+    if problem is None and not line.strip():
+        return Record({}, "empty")
+    try:
+        value = json.loads(_without_line_end(line))
+    except json.JSONDecodeError as error:
+        return Record({}, problem or f"malformed JSON: {error.msg} (character {error.pos})")
+    except RecursionError:
+        return Record({}, problem or "malformed JSON: nested too deeply")
+    except ValueError as error:  # a number of more digits than Python parses
+        return Record({}, problem or f"malformed JSON: {error}")
+    if not isinstance(value, dict):
+        return Record({}, problem or f"not a JSON object but {type(value).__name__}")
+    return Record(value, problem)
+
+
+def _match_header(header: Sequence[str], values: Sequence[str], problem: str | None) -> Record:
+    if problem is None and not values:
+        return Record({}, "empty")
+    if len(values) != len(header):
+        # An unquoted comma in a text would otherwise cut that text short without a word.
+        return Record({}, problem or f"{len(values)} values under a header of {len(header)}")
+    return Record(dict(zip(header, values, strict=True)), problem)
+
+
+def _arrow_records(batch: Any, columns: Sequence[str]) -> Iterator[Record]:
+    cells = {name: _arrow_values(batch.column(name)) for name in columns}
+    for row in range(batch.num_rows):
+        values = {name: column[row] for name, column in cells.items()}
+        problems = [str(value) for value in values.values() if isinstance(value, _UndecodableError)]
+        readable = {name: value for name, value in values.items() if not isinstance(value, _UndecodableError)}
+        yield Record(readable, problems[0] if problems else None)
+
+
+class _UndecodableError(ValueError):
+    """Stands in a column for a string that is no UTF-8."""
+
+
+def _arrow_values(column: Any) -> list[Any]:
+    try:
+        return cast("list[Any]", column.to_pylist())
+    except UnicodeDecodeError:
+        return [_arrow_value(scalar) for scalar in column]
+
+
+def _arrow_value(scalar: Any) -> Any:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError as error:
+        return _UndecodableError(f"invalid UTF-8 at byte {error.start}")
+
+
+def _open(path: Path) -> IO[bytes]:
+    return cast("IO[bytes]", gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb"))
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (EOFError, zlib.error, gzip.BadGzipFile, pa.ArrowException) as error:
+        raise PromptsError(
+            f"{path} is damaged or not of the format its name says: {error}.", "Copy it again, or correct its name."
+        ) from error
+    except OSError as error:
+        raise PromptsError(f"Cannot read {path}: {error.strerror or error}.", "Check the file and the permission to read it.") from error

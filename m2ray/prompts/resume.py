@@ -1,0 +1,107 @@
+"""A resume's view of the prompts: the shards as the survey fixed them, and the missing ones' tokens once more."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from m2ray.batches import Int32Array, Int64Array, Shard
+from m2ray.errors import RunConflictError, RunDamagedError
+from m2ray.prompts.sequences_table import SequenceFile, read_sequences
+from m2ray.prompts.shards import ShardTable
+from m2ray.prompts.sources import PromptSource
+from m2ray.prompts.spool import TokenSpool
+from m2ray.prompts.surveying import prompt_digest, row_batches
+from m2ray.prompts.tokenize import PromptTokenizer
+from m2ray.storage import Store
+
+
+def load_shards(store: Store, sequence_files: Iterable[SequenceFile]) -> ShardTable:
+    """The shards that an earlier survey fixed.
+
+    Raises:
+        RunDamagedError: a file is absent, or differs from what the run recorded.
+        StoreError: a file cannot be read.
+    """
+    shards: list[tuple[Int64Array, Int32Array]] = []
+    for file in sequence_files:
+        table = read_sequences(store, file, ["sequence_id", "token_count", "shard"])
+        table = table.filter(pc.is_valid(table["shard"]))
+        sequence_ids, token_counts, numbers = (table[name].to_numpy() for name in ("sequence_id", "token_count", "shard"))
+        order = np.lexsort((sequence_ids, numbers))
+        present, starts = np.unique(numbers[order], return_index=True)
+        if not np.array_equal(present, np.arange(len(shards), len(shards) + len(present))):
+            raise RunDamagedError(
+                f"The shards in {file.key} do not follow those before it.", "List the run's files in the order they were written."
+            )
+        if len(present):
+            shards += zip(np.split(sequence_ids[order], starts[1:]), np.split(token_counts[order], starts[1:]), strict=True)
+    return ShardTable.join(shards)
+
+
+def respool(
+    source: PromptSource,
+    tokenizer: PromptTokenizer,
+    missing: Sequence[Shard],
+    store: Store,
+    sequence_files: Iterable[SequenceFile],
+    *,
+    on_progress: Callable[[int], None] | None = None,
+) -> TokenSpool:
+    """Tokenise the rows of the missing shards, and no others, again. The caller closes the spool.
+
+    Args:
+        source: the run's prompts.
+        tokenizer: the model's.
+        missing: the shards whose tokens are needed.
+        store: the run folder.
+        sequence_files: all that the survey wrote, in order.
+        on_progress: called with the number of source rows passed so far.
+
+    Raises:
+        RunConflictError: a row no longer gives the tokens that it gave to the survey.
+        RunDamagedError: a file of `sequences/` differs from what the run recorded.
+    """
+    recorded = _recorded(missing, store, sequence_files)
+    wanted_ids = recorded["sequence_id"].to_numpy()
+    tokens = TokenSpool()
+    try:
+        for rows in row_batches(source.rows()):
+            if len(tokens) == len(wanted_ids):
+                break
+            first_id = rows[0].sequence_id
+            start, stop = np.searchsorted(wanted_ids, [first_id, first_id + len(rows)])
+            chosen = [rows[sequence_id - first_id] for sequence_id in wanted_ids[start:stop].tolist()]
+            digests = recorded["prompt_digest"][start:stop].to_pylist()
+            for row, encoded, digest in zip(chosen, tokenizer.encode(chosen), digests, strict=True):
+                if isinstance(encoded, str):
+                    raise _changed(f"sequence {row.sequence_id} (row {row.row_id}) is bad now: {encoded}")
+                if prompt_digest(encoded) != digest:
+                    raise _changed(f"sequence {row.sequence_id} (row {row.row_id}) gives other tokens than when the run began")
+                tokens.append(row.sequence_id, encoded)
+            if on_progress is not None:
+                on_progress(first_id + len(rows))
+        if len(tokens) < len(wanted_ids):
+            raise _changed(f"sequence {wanted_ids[len(tokens)]} and later ones are no longer in {source.options.prompts}")
+    except BaseException:
+        tokens.close()
+        raise
+    return tokens
+
+
+def _recorded(missing: Sequence[Shard], store: Store, sequence_files: Iterable[SequenceFile]) -> Any:
+    """The missing shards' sequence ids, ascending, and prompt digests: a pyarrow table of about 50 bytes a sequence."""
+    numbers = pa.array([shard.index for shard in missing], pa.int32())
+    tables = []
+    for file in sequence_files:
+        table = read_sequences(store, file, ["sequence_id", "shard", "prompt_digest"])
+        tables.append(table.filter(pc.is_in(table["shard"], value_set=numbers)))
+    return pa.concat_tables(tables).combine_chunks()
+
+
+def _changed(what: str) -> RunConflictError:
+    return RunConflictError(
+        f"The prompts have changed: {what}.", "Restore the prompts and the tokenizer, or start a new run in another folder."
+    )

@@ -1,0 +1,166 @@
+"""The run's `sequences/*.parquet`: what became of every row of the source, quarantined ones too."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import xxhash
+
+from m2ray.errors import RunDamagedError
+from m2ray.storage import PartSink, Store
+
+SEQUENCES_SCHEMA = pa.schema(
+    [
+        pa.field("sequence_id", pa.int64(), nullable=False),
+        pa.field("row_id", pa.string(), nullable=False),
+        pa.field("prompt_digest", pa.string()),
+        pa.field("token_count", pa.int32(), nullable=False),
+        pa.field("shard", pa.int32()),
+        pa.field("status", pa.string(), nullable=False),
+        pa.field("reason", pa.string()),
+    ]
+)
+"""One row a source row, ascending by sequence_id.
+
+prompt_digest: xxh3-128 of the token ids' little-endian int32 bytes, 32 hex digits. status: "ready" or "quarantined". A
+quarantined row has token_count 0, a reason, and null for digest and shard; a ready one has null for the reason.
+"""
+
+ROWS_PER_FILE = 1 << 20
+
+
+@dataclass(frozen=True)
+class SequenceFile:
+    """One object below `sequences/` as its writer left it. `xxh3` is xxh3-64 of the whole object, 16 hex digits."""
+
+    key: str
+    rows: int
+    num_bytes: int
+    xxh3: str
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> Self:
+        return cls(**record)
+
+
+class SequencesWriter:
+    """Writes the table window by window, `ROWS_PER_FILE` rows to a file. Unless finished, it deletes all that it wrote."""
+
+    def __init__(self, store: Store, attempt: str) -> None:
+        self._store = store
+        self._attempt = attempt
+        self._files: list[SequenceFile] = []
+        self._open: _OpenFile | None = None
+        self._is_finished = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._is_finished:
+            return
+        if self._open is not None:
+            self._open.abort()
+        self._store.delete([file.key for file in self._files])
+
+    def write(self, columns: Mapping[str, Any]) -> None:
+        """Append rows, given as one sequence of values a column. Raises StoreError."""
+        if self._open is None:
+            self._open = _OpenFile(self._store, f"sequences/sequences-{len(self._files):05d}-{self._attempt}.parquet")
+        self._open.write(pa.table(dict(columns), schema=SEQUENCES_SCHEMA))
+        if self._open.rows >= ROWS_PER_FILE:
+            self._close_file()
+
+    def finish(self) -> tuple[SequenceFile, ...]:
+        """Make the last file durable and return all of them, in order."""
+        if self._open is not None:
+            self._close_file()
+        self._is_finished = True
+        return tuple(self._files)
+
+    def _close_file(self) -> None:
+        assert self._open is not None
+        self._files.append(self._open.close())
+        self._open = None
+
+
+def read_sequences(store: Store, file: SequenceFile, columns: list[str] | None = None) -> Any:
+    """The file as a pyarrow table, after its size and checksum were compared.
+
+    Raises:
+        RunDamagedError: the file is absent or differs from what the run recorded.
+        StoreError: it cannot be read.
+    """
+    remedy = "Restore the file, or start the run anew in another folder."
+    num_bytes = store.size(file.key)
+    if num_bytes is None:
+        raise RunDamagedError(f"The run at {store.url} lacks {file.key}.", remedy)
+    if num_bytes != file.num_bytes:
+        raise RunDamagedError(f"{file.key} of the run at {store.url} has {num_bytes} bytes; {file.num_bytes} were written.", remedy)
+    data = store.read(file.key)
+    if xxhash.xxh3_64_hexdigest(data) != file.xxh3:
+        raise RunDamagedError(f"{file.key} of the run at {store.url} has other bytes than were written: its xxh3 differs.", remedy)
+    return pq.read_table(pa.BufferReader(data), columns=columns)
+
+
+def read_quarantined(store: Store, files: Iterable[SequenceFile]) -> Iterator[tuple[int, str, str]]:
+    """(sequence id, row id, reason) of each quarantined row, ascending. Raises as `read_sequences` does."""
+    for file in files:
+        table = read_sequences(store, file, ["sequence_id", "row_id", "status", "reason"])
+        chosen = table.filter(pc.equal(table["status"], "quarantined"))
+        yield from zip(*(chosen[name].to_pylist() for name in ("sequence_id", "row_id", "reason")), strict=True)
+
+
+class _OpenFile:
+    """A Parquet file on its way through a PartSink, hashed as it passes."""
+
+    def __init__(self, store: Store, key: str) -> None:
+        self.rows = 0
+        self._key = key
+        self._stream = _HashingStream(store.open_part(key))
+        self._writer = pq.ParquetWriter(pa.PythonFile(self._stream, mode="w"), SEQUENCES_SCHEMA, compression="zstd")
+
+    def write(self, table: Any) -> None:
+        self._writer.write_table(table)
+        self.rows += table.num_rows
+
+    def close(self) -> SequenceFile:
+        self._writer.close()
+        self._stream.sink.close()
+        return SequenceFile(self._key, self.rows, self._stream.num_bytes, self._stream.digest.hexdigest())
+
+    def abort(self) -> None:
+        self._stream.is_aborted = True
+        self._stream.sink.abort()
+        self._writer.close()
+
+
+class _HashingStream:
+    """What pyarrow needs of a file that it only appends to. Its own close does nothing: the sink's close publishes."""
+
+    def __init__(self, sink: PartSink) -> None:
+        self.sink = sink
+        self.digest = xxhash.xxh3_64()
+        self.num_bytes = 0
+        self.closed = False
+        self.is_aborted = False
+
+    def write(self, data: bytes) -> int:
+        if not self.is_aborted:  # an aborted writer still hands over its footer
+            self.sink.write(data)
+        self.digest.update(data)
+        self.num_bytes += len(data)
+        return len(data)
+
+    def flush(self) -> None:
+        """Nothing is held back."""
+
+    def close(self) -> None:
+        self.closed = True

@@ -1,0 +1,206 @@
+"""PromptSource: a file, folder, glob or saved Hugging Face dataset, read row by row in one fixed order."""
+
+import glob
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Self
+from urllib.parse import unquote, urlsplit
+
+import xxhash
+
+from m2ray.errors import PromptsError, raise_all
+from m2ray.prompts.readers import FORMATS, PLAIN_TEXT_COLUMN, ArrowStreamFile, PromptFile, format_of
+from m2ray.prompts.rows import Columns, PromptRow, as_row
+
+_HASHED_BYTES = 1 << 20
+_KNOWN_FORMATS = f"m2ray reads {', '.join(FORMATS)} and folders that Hugging Face datasets saved to disk."
+
+
+@dataclass(frozen=True)
+class PromptOptions:
+    """The options of an extraction that decide its sequences. `max_length` is in tokens."""
+
+    prompts: str
+    max_length: int
+    text_column: str = "text"
+    messages_column: str = "messages"
+    id_column: str | None = None
+    truncation: Literal["refuse", "cut"] = "refuse"
+
+
+class PromptSource:
+    """The rows of all files, numbered through: a row's `sequence_id` is its place, whether it is good or bad.
+
+    Each file gives its prompts by one column: the text column if the file has one, else the messages column. Files of a
+    folder or a glob come in the order of their paths; those of a saved dataset in the dataset's order.
+    """
+
+    def __init__(self, options: PromptOptions, files: tuple[tuple[PromptFile, Columns], ...]) -> None:
+        self.options = options
+        self._files = files
+
+    @classmethod
+    def open(cls, options: PromptOptions) -> Self:
+        """Find the files and choose their columns; no prompt is read yet.
+
+        Raises:
+            PromptsError: the path is absent, no file matches, a file is of an unknown format, cannot be opened or has none
+                of the columns. All of them at once.
+        """
+        files: list[tuple[PromptFile, Columns]] = []
+        problems: list[PromptsError] = []
+        for file in _find_files(options.prompts):
+            try:
+                files.append((file, _choose_columns(file, options)))
+            except PromptsError as problem:
+                problems.append(problem)
+        raise_all(problems)
+        return cls(options, tuple(files))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The files' paths below the source's folder, in order."""
+        return tuple(file.name for file, _ in self._files)
+
+    @property
+    def uses_messages(self) -> bool:
+        """Whether any file holds chat messages, which need the model's chat template."""
+        return any(columns.is_messages for _, columns in self._files)
+
+    def rows(self) -> Iterator[PromptRow]:
+        """Every row, bad ones with their reason. Raises PromptsError if a file turns out to be damaged."""
+        sequence_id = 0
+        for file, columns in self._files:
+            wanted = [columns.prompt] if columns.row_id in (None, columns.prompt) else [columns.prompt, str(columns.row_id)]
+            for record in file.records(wanted):
+                yield as_row(record, sequence_id, columns)
+                sequence_id += 1
+
+    def fingerprint(self) -> str:
+        """xxh3-128 over each file's name, size and bytes, in order: 32 hex digits."""
+        digest = xxhash.xxh3_128()
+        for file, _ in self._files:
+            try:
+                with file.path.open("rb") as data:
+                    digest.update(f"{file.name}\0{os.fstat(data.fileno()).st_size}\0".encode("utf-8", "surrogateescape"))
+                    while piece := data.read(_HASHED_BYTES):
+                        digest.update(piece)
+            except OSError as error:
+                raise PromptsError(
+                    f"Cannot read {file.path}: {error.strerror}.", "Check the file and the permission to read it."
+                ) from error
+        return digest.hexdigest()
+
+
+def _find_files(prompts: str) -> list[PromptFile]:
+    path = _local_path(prompts)
+    try:
+        if path.is_dir():
+            return _saved_dataset(path) if (path / "state.json").exists() else _folder(path)
+        if path.exists():
+            return _as_prompt_files([(path, path.name)])
+    except OSError as error:
+        raise PromptsError(f"Cannot read the prompts {path}: {error.strerror}.", "Check the permission to read it.") from error
+    if not glob.has_magic(str(path)):
+        raise PromptsError(f"The prompts {path} are absent.", "Check the path; every node that runs m2ray's driver must see it.")
+    return _glob(path)
+
+
+def _local_path(prompts: str) -> Path:
+    parts = urlsplit(prompts)
+    if "://" not in prompts:
+        return Path(prompts).expanduser()
+    if parts.scheme != "file":
+        raise PromptsError(
+            f"Prompts cannot be read from {prompts!r}: its scheme is {parts.scheme!r}.", "Copy them to a local or shared disk."
+        )
+    return Path(unquote(parts.path))
+
+
+def _saved_dataset(folder: Path) -> list[PromptFile]:
+    try:
+        state = json.loads((folder / "state.json").read_bytes())
+        names = [str(entry["filename"]) for entry in state["_data_files"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise PromptsError(f"{folder / 'state.json'} does not list a saved dataset's files: {error}.", "Save the dataset again.") from error
+    if state.get("_indices_data_files") or state.get("_indices_files"):
+        raise PromptsError(f"The dataset {folder} was saved with an index beside its rows.", "Save it again after flatten_indices().")
+    absent = [
+        PromptsError(f"The dataset {folder} lacks its file {name}.", "Copy it again.") for name in names if not (folder / name).is_file()
+    ]
+    raise_all(absent)
+    if not names:
+        raise PromptsError(f"The dataset {folder} has no files.", "Save one that has rows.")
+    return [ArrowStreamFile(folder / name, name) for name in names]
+
+
+def _folder(folder: Path) -> list[PromptFile]:
+    """Every file at any depth, but for hidden ones and those whose name begins with "_" (`_SUCCESS` and the like)."""
+    if (folder / "dataset_dict.json").exists():
+        splits = sorted(state.parent.name for state in folder.glob("*/state.json"))
+        raise PromptsError(
+            f"{folder} holds a dataset with the splits {', '.join(splits)}.", f"Name one of them: {folder / (splits or ['train'])[0]}"
+        )
+    found: list[tuple[Path, str]] = []
+    for root, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith((".", "_"))]
+        paths = [Path(root, name) for name in names if not name.startswith((".", "_"))]
+        found += [(path, path.relative_to(folder).as_posix()) for path in paths]
+    if not found:
+        raise PromptsError(f"The folder {folder} holds no files.", _KNOWN_FORMATS)
+    return _as_prompt_files(sorted(found, key=lambda pair: pair[1]))
+
+
+def _glob(pattern: Path) -> list[PromptFile]:
+    """The files that match; names are relative to the folder before the first wildcard."""
+    fixed = 0
+    while not glob.has_magic(pattern.parts[fixed]):
+        fixed += 1
+    root = Path(*pattern.parts[:fixed])
+    found = sorted(path for path in map(Path, glob.glob(str(pattern), recursive=True)) if path.is_file())
+    if not found:
+        raise PromptsError(f"No file matches {pattern}.", "Check the pattern.")
+    return _as_prompt_files([(path, path.relative_to(root).as_posix()) for path in found])
+
+
+def _as_prompt_files(found: list[tuple[Path, str]]) -> list[PromptFile]:
+    files: list[PromptFile] = []
+    unknown: list[str] = []
+    for path, name in found:
+        file_format = format_of(path)
+        if file_format is None:
+            unknown.append(str(path))
+        else:
+            files.append(file_format(path, name))
+    if unknown:
+        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+        raise PromptsError(
+            f"The format of {', '.join(unknown[:5])}{more} is unknown.",
+            f"{_KNOWN_FORMATS} Rename the file, or leave others out with a glob such as 'folder/*.jsonl'.",
+        )
+    return files
+
+
+def _choose_columns(file: PromptFile, options: PromptOptions) -> Columns:
+    found = file.columns()
+    if found is None:
+        if options.id_column is not None:
+            raise PromptsError(
+                f"{file.path} is plain text and has no column {options.id_column!r}.", "Leave id_column out: positions name the rows."
+            )
+        return Columns(PLAIN_TEXT_COLUMN, is_messages=False, row_id=None)
+    if not found:  # no row to tell from: there is none, or they are quarantined one by one
+        return Columns(options.text_column, is_messages=False, row_id=options.id_column)
+    listed = ", ".join(repr(name) for name in sorted(found))
+    if options.id_column is not None and options.id_column not in found:
+        raise PromptsError(f"{file.path} has no column {options.id_column!r}.", f"Set id_column to one of its columns: {listed}.")
+    for column, is_messages in ((options.text_column, False), (options.messages_column, True)):
+        if column in found:
+            return Columns(column, is_messages=is_messages, row_id=options.id_column)
+    raise PromptsError(
+        f"{file.path} has neither a column {options.text_column!r} nor {options.messages_column!r}.",
+        f"Set text_column or messages_column to one of its columns: {listed}.",
+    )

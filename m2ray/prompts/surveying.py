@@ -1,0 +1,204 @@
+"""The survey: one pass over the source that tokenises once, quarantines bad rows and fixes the shards."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import xxhash
+
+from m2ray.batches import Int32Array, Int64Array
+from m2ray.errors import PromptsError
+from m2ray.prompts.rows import PromptRow
+from m2ray.prompts.sequences_table import SequenceFile, SequencesWriter
+from m2ray.prompts.shards import WINDOW_ROWS, ShardTable, cut_shards
+from m2ray.prompts.sources import PromptSource
+from m2ray.prompts.spool import TokenSpool
+from m2ray.prompts.tokenize import PromptTokenizer
+from m2ray.storage import Store
+
+_BATCH_ROWS = 1024
+_BATCH_CHARACTERS = 4 << 20
+_SHOWN_REASONS = 5
+
+
+@dataclass(frozen=True)
+class Quarantined:
+    """A row that is not extracted, and why."""
+
+    sequence_id: int
+    row_id: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"row {self.row_id} (place {self.sequence_id}): {self.reason}"
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What the survey found. `num_sequences` = `num_ready` + `num_quarantined`; `first_quarantined` is a sample.
+
+    `tokens` is open: close it once the extraction is done.
+    """
+
+    shards: ShardTable
+    num_sequences: int
+    num_ready: int
+    num_quarantined: int
+    num_tokens: int
+    first_quarantined: tuple[Quarantined, ...]
+    sequence_files: tuple[SequenceFile, ...]
+    tokens: TokenSpool
+
+
+def survey(
+    source: PromptSource,
+    tokenizer: PromptTokenizer,
+    store: Store,
+    attempt: str,
+    shard_tokens: int,
+    *,
+    on_progress: Callable[[int], None] | None = None,
+) -> Survey:
+    """Read and tokenise every row once; write `sequences/`; fix the shards.
+
+    The same rows, tokenizer and `shard_tokens` give the same shards. Memory holds one window of row ids, one batch of
+    prompts and about 40 bytes a sequence. If it fails, the files that it wrote are deleted.
+
+    Args:
+        source: the rows.
+        tokenizer: the model's.
+        store: the run folder.
+        attempt: unique to this try; part of the files' names.
+        shard_tokens: tokens in a shard, at most.
+        on_progress: called with the number of rows done so far.
+
+    Raises:
+        PromptsError: a file is damaged, or no row is left after quarantine.
+        StoreError: the store or the temporary folder refuses.
+    """
+    if source.uses_messages:
+        tokenizer.require_template()
+    tokens = TokenSpool()
+    try:
+        with SequencesWriter(store, attempt) as writer:
+            survey_pass = _Pass(writer, tokens, shard_tokens)
+            for rows in row_batches(source.rows()):
+                survey_pass.add(rows, tokenizer.encode(rows))
+                if on_progress is not None:
+                    on_progress(survey_pass.num_rows)
+            return survey_pass.finish(source)
+    except BaseException:
+        tokens.close()
+        raise
+
+
+def prompt_digest(token_ids: Int32Array) -> str:
+    """xxh3-128 of the token ids' little-endian int32 bytes, 32 hex digits."""
+    return xxhash.xxh3_128_hexdigest(token_ids.astype("<i4", copy=False).tobytes())
+
+
+def row_batches(rows: Iterable[PromptRow]) -> Iterator[list[PromptRow]]:
+    """Consecutive rows for the tokenizer, bounded in number and in characters, cut at the windows' ends."""
+    batch: list[PromptRow] = []
+    characters = 0
+    for row in rows:
+        batch.append(row)
+        characters += len(row.text or "") + sum(len(message["content"]) for message in row.messages or ())
+        if len(batch) == _BATCH_ROWS or characters >= _BATCH_CHARACTERS or (row.sequence_id + 1) % WINDOW_ROWS == 0:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+@dataclass
+class _Window:
+    """Rows that are sorted by length together, and one row group of the table. Quarantined rows have token count 0."""
+
+    first_id: int
+    row_ids: list[str] = field(default_factory=list)
+    digests: list[str | None] = field(default_factory=list)
+    token_counts: list[int] = field(default_factory=list)
+    reasons: list[str | None] = field(default_factory=list)
+
+    def add(self, row_id: str, digest: str | None, token_count: int, reason: str | None) -> None:
+        self.row_ids.append(row_id)
+        self.digests.append(digest)
+        self.token_counts.append(token_count)
+        self.reasons.append(reason)
+
+    def close(self, writer: SequencesWriter, first_shard: int, shard_tokens: int) -> list[tuple[Int64Array, Int32Array]]:
+        """Fix the window's shards and write its rows. Returns each shard's sequence ids and token counts."""
+        sequence_ids = np.arange(self.first_id, self.first_id + len(self.row_ids), dtype=np.int64)
+        token_counts = np.array(self.token_counts, dtype=np.int32)
+        ready = np.flatnonzero(token_counts)
+        shards = [ready[places] for places in cut_shards(token_counts[ready], shard_tokens)]
+        numbers: list[int | None] = [None] * len(self.row_ids)
+        for number, places in enumerate(shards, first_shard):
+            for place in places.tolist():
+                numbers[place] = number
+        writer.write(
+            {
+                "sequence_id": sequence_ids,
+                "row_id": self.row_ids,
+                "prompt_digest": self.digests,
+                "token_count": token_counts,
+                "shard": numbers,
+                "status": ["ready" if reason is None else "quarantined" for reason in self.reasons],
+                "reason": self.reasons,
+            }
+        )
+        return [(sequence_ids[places], token_counts[places]) for places in shards]
+
+
+class _Pass:
+    """The survey on its way through the rows."""
+
+    def __init__(self, writer: SequencesWriter, tokens: TokenSpool, shard_tokens: int) -> None:
+        self.num_rows = 0
+        self._writer = writer
+        self._tokens = tokens
+        self._shard_tokens = shard_tokens
+        self._shards: list[tuple[Int64Array, Int32Array]] = []
+        self._sample: list[Quarantined] = []
+        self._window = _Window(first_id=0)
+
+    def add(self, rows: Sequence[PromptRow], encoded_rows: Sequence[Int32Array | str]) -> None:
+        """Take a batch, which does not cross a window's end."""
+        for row, encoded in zip(rows, encoded_rows, strict=True):
+            if isinstance(encoded, str):
+                self._window.add(row.row_id, None, 0, encoded)
+                if len(self._sample) < _SHOWN_REASONS:
+                    self._sample.append(Quarantined(row.sequence_id, row.row_id, encoded))
+            else:
+                self._window.add(row.row_id, prompt_digest(encoded), len(encoded), None)
+                self._tokens.append(row.sequence_id, encoded)
+        self.num_rows += len(rows)
+        if self.num_rows % WINDOW_ROWS == 0:
+            self._close_window()
+
+    def finish(self, source: PromptSource) -> Survey:
+        if self._window.row_ids:
+            self._close_window()
+        if not self._shards:
+            raise self._no_prompts(source.options.prompts)
+        return Survey(
+            shards=ShardTable.join(self._shards),
+            num_sequences=self.num_rows,
+            num_ready=len(self._tokens),
+            num_quarantined=self.num_rows - len(self._tokens),
+            num_tokens=self._tokens.num_tokens,
+            first_quarantined=tuple(self._sample),
+            sequence_files=self._writer.finish(),
+            tokens=self._tokens,
+        )
+
+    def _close_window(self) -> None:
+        self._shards += self._window.close(self._writer, len(self._shards), self._shard_tokens)
+        self._window = _Window(first_id=self.num_rows)
+
+    def _no_prompts(self, prompts: str) -> PromptsError:
+        if not self.num_rows:
+            return PromptsError(f"The prompts {prompts} hold no rows.", "Give at least one prompt.")
+        listed = "".join(f"\n  {quarantined}" for quarantined in self._sample)
+        return PromptsError(f"None of the {self.num_rows} rows of {prompts} can be used. The first reasons:{listed}")

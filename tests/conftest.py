@@ -1,0 +1,7 @@
+"""What every ring shares: small checkpoints in the real on-disk layout, and transformers' own model as the reference."""
+
+import os
+
+# Before torch is imported anywhere: bitwise comparisons hold for the same number of threads only.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -1,0 +1,96 @@
+"""One Ray cluster for the ring, started as a user would: `ray start` with a token, ended by its process group."""
+
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+START_TIMEOUT_S = 90.0
+
+
+@dataclass(frozen=True)
+class RayCluster:
+    """A running head node: `env` is what a driver or a `ray job` command needs to reach it."""
+
+    dashboard: str
+    env: Mapping[str, str]
+
+    def run(self, *words: str, timeout_s: float = 240.0, **extra_env: str) -> subprocess.CompletedProcess[str]:
+        """Run a command against the cluster from the repository's root and capture what it prints."""
+        return subprocess.run(
+            words, cwd=REPOSITORY, env={**self.env, **extra_env}, capture_output=True, text=True, timeout=timeout_s, check=False
+        )
+
+    def start(self, *words: str) -> subprocess.Popen[str]:
+        """Start a command against the cluster; the caller ends it."""
+        return subprocess.Popen(words, cwd=REPOSITORY, env=dict(self.env), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """This process's environment with this interpreter's folder first, and no trace of another cluster."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
+    return {**env, "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1", **extra}
+
+
+@contextmanager
+def ray_head(num_cpus: int) -> Iterator[RayCluster]:
+    """A head node with a dashboard, on free ports of the loopback interface."""
+    folder = Path(tempfile.mkdtemp(prefix="m2ray-test-", dir="/tmp"))
+    gcs_port, dashboard_port, client_port = free_ports(3)
+    env = environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
+    words = ["ray", "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={gcs_port}", f"--num-cpus={num_cpus}", "--num-gpus=0"]
+    words += [f"--dashboard-port={dashboard_port}", f"--ray-client-server-port={client_port}", f"--temp-dir={folder}", "--disable-usage-stats"]
+    log = (folder / "start.log").open("w")
+    process = subprocess.Popen(words, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    dashboard = f"http://127.0.0.1:{dashboard_port}"
+    try:
+        _wait_for_jobs(process, dashboard, env, folder)
+        yield RayCluster(dashboard, {**env, "RAY_ADDRESS": f"127.0.0.1:{gcs_port}"})
+    finally:
+        log.close()
+        end_group(process)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _wait_for_jobs(process: subprocess.Popen[bytes], dashboard: str, env: Mapping[str, str], folder: Path) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while subprocess.run(["ray", "job", "list", "--address", dashboard], env=env, capture_output=True, timeout=60, check=False).returncode:
+        if process.poll() is not None or time.monotonic() > deadline:
+            pytest.fail(f"Ray did not start:\n{(folder / 'start.log').read_text()}")
+
+
+def end_group(process: subprocess.Popen[bytes]) -> None:
+    """End a process started in a session of its own, and all its children."""
+    for signum in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, signum)
+            process.wait(15)
+        except (ProcessLookupError, subprocess.TimeoutExpired):
+            continue
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[RayCluster]:
+    with ray_head(num_cpus=2) as head:
+        yield head

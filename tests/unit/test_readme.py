@@ -1,0 +1,18 @@
+"""README's options table says what ExtractConfig says."""
+
+from pathlib import Path
+
+from pydantic_core import PydanticUndefined
+
+from m2ray.config import ExtractConfig
+
+README = Path(__file__).parents[2] / "README.md"
+
+
+def test_the_options_table_is_true() -> None:
+    rows = []
+    for name, field in ExtractConfig.model_fields.items():
+        default = "" if field.default is PydanticUndefined else f"`{'' if field.default is None else field.default}`".replace("``", "")
+        rows.append(f"| `{name}` | {default} | {field.description} |")
+    table = "\n".join(rows)
+    assert table in README.read_text(encoding="utf-8"), f"the table should be:\n{table}"

@@ -1,0 +1,368 @@
+"""Prompt sources: every format gives the same rows, one bad row costs only itself, an unreadable file stops the run."""
+
+import csv
+import gzip
+import io
+import json
+import os
+import tracemalloc
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from datasets.utils.logging import disable_progress_bar
+
+from m2ray.errors import PromptsError
+from m2ray.prompts import PromptOptions, PromptSource
+from m2ray.prompts.rows import MAX_PROMPT_BYTES
+
+TEXTS = ["The river is low.", 'He said: "cross, now"', "河水带走一切", "two\nlines", "  spaces kept  "]
+
+
+def open_source(path, **options):
+    return PromptSource.open(PromptOptions(str(path), max_length=100, **options))
+
+
+def rows_of(path, **options):
+    return list(open_source(path, **options).rows())
+
+
+def reasons(path, **options):
+    return {row.sequence_id: row.reason for row in rows_of(path, **options) if row.reason is not None}
+
+
+def write_jsonl(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+def write_format(path, texts, ids):
+    """The same rows in the format that the name ends in."""
+    table = {"id": ids, "text": texts, "other": list(range(len(texts)))}
+    buffer = io.StringIO(newline="")
+    if ".csv" in path.name.lower():
+        csv.writer(buffer).writerows([table.keys(), *zip(*table.values(), strict=True)])
+    elif ".jsonl" in path.name or ".ndjson" in path.name:
+        buffer.writelines(json.dumps({"id": name, "text": text}) + "\n" for name, text in zip(ids, texts, strict=True))
+    if path.name == "saved":
+        datasets.Dataset.from_dict(table).save_to_disk(path, num_shards=2)
+    elif path.suffix == ".parquet":
+        pq.write_table(pa.table(table), path, row_group_size=2)
+    elif path.suffix == ".gz":
+        path.write_bytes(gzip.compress(buffer.getvalue().encode()))
+    else:
+        path.write_bytes(buffer.getvalue().encode())
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _quiet_datasets():
+    disable_progress_bar()
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson", "a.jsonl.gz", "a.csv", "a.CSV", "a.csv.gz", "a.parquet", "saved"])
+def test_every_format_gives_the_same_rows(tmp_path, name):
+    path = tmp_path / name
+    write_format(path, TEXTS, [f"id-{text[:3]}" for text in TEXTS])
+    rows = rows_of(path, id_column="id")
+    assert [row.text for row in rows] == TEXTS
+    assert [row.row_id for row in rows] == [f"id-{text[:3]}" for text in TEXTS]
+    assert [row.sequence_id for row in rows] == list(range(len(TEXTS)))
+    assert [row.row_id for row in rows_of(path)] == [str(place) for place in range(len(TEXTS))]
+
+
+@pytest.mark.parametrize(("name", "pack"), [("a.txt", bytes), ("a.txt.gz", gzip.compress)])
+def test_plain_text_is_a_prompt_a_line_and_empty_lines_keep_their_number(tmp_path, name, pack):
+    path = tmp_path / name
+    path.write_bytes(pack(b"\xef\xbb\xbffirst\r\n\n  \nbad \xff byte\n\xe6\xb2\xb3 last"))
+    rows = rows_of(path)
+    assert [(row.text, row.reason) for row in rows] == [
+        ("first", None),
+        (None, "empty"),
+        (None, "empty"),
+        (None, "invalid UTF-8 at byte 4 of its line"),
+        ("河 last", None),
+    ]
+    (tmp_path / name).write_bytes(pack(b"first\nlast\n"))
+    assert len(rows_of(path)) == 2  # the end of the last line begins no row
+
+
+def test_bad_jsonl_rows_are_quarantined_one_by_one(tmp_path):
+    lines = [
+        b'{"id": "good", "text": "fine"}',
+        b'{"id": 7, "text": "  \\n"}',
+        b'{"id": "null", "text": null}',
+        b'{"id": "number", "text": 12}',
+        b'{"id": "list", "text": ["a"]}',
+        b'{"id": "other", "body": "x"}',
+        b'{"id": "broken", "text": "x',
+        b'["a list"]',
+        b"",
+        b'{"id": "latin", "text": "caf\xe9"}',
+        b'{"id": "surrogate", "text": "\\ud800"}',
+        b"[" * 100_000,
+        b'{"id": "good", "text": "a duplicate id is allowed"}',
+    ]
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    rows = rows_of(path, id_column="id")
+    assert [row.sequence_id for row in rows] == list(range(len(lines)))
+    assert [row.text for row in rows if row.reason is None] == ["fine", "a duplicate id is allowed"]
+    found = {(row.row_id, row.reason) for row in rows if row.reason is not None}
+    malformed = {reason for name, reason in found if name == "6"}
+    assert found - {("6", reason) for reason in malformed} == {
+        ("7", "empty"),
+        ("null", "null"),
+        ("number", "not a string but int"),
+        ("list", "not a string but list"),
+        ("other", "no column 'text'"),
+        ("7", "not a JSON object but list"),
+        ("8", "empty"),
+        ("latin", "invalid UTF-8 at byte 28 of its line"),
+        ("surrogate", "invalid Unicode: a lone surrogate at character 0"),
+        ("11", "malformed JSON: nested too deeply"),
+    }
+    assert malformed.pop().startswith("malformed JSON: Unterminated string starting at (character 25")
+
+
+def test_bad_csv_rows_are_quarantined_one_by_one(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_bytes(
+        b'id,text\na,fine\nb,"two\nlines \xff"\nc,an unquoted, comma\nd\n\ne,"closed" early\nf,\ng,"still, fine"\nh,"never closed\n'
+    )
+    rows = rows_of(path, id_column="id")
+    assert [(row.sequence_id, row.text) for row in rows if row.reason is None] == [(0, "fine"), (7, "still, fine")]
+    found = {row.sequence_id: (row.row_id, row.reason) for row in rows if row.reason is not None}
+    assert found[1] == ("b", "invalid UTF-8 at byte 6 of its line")
+    assert found[2] == ("2", "3 values under a header of 2")
+    assert found[3] == ("3", "1 values under a header of 2")
+    assert found[4] == ("4", "empty")
+    assert found[5][1].startswith("malformed CSV:")
+    assert found[6] == ("f", "empty")
+    assert found[8][1].startswith("malformed CSV:")
+    assert len(rows) == 9
+
+
+def test_bad_utf8_in_parquet_costs_only_its_row(tmp_path):
+    offsets, data = pa.array([0, 2, 4, 6], pa.int32()).buffers()[1], pa.py_buffer(b"ok\xff\xfeok")
+    bad_strings = pa.StringArray.from_buffers(3, offsets, data)
+    pq.write_table(pa.table({"text": bad_strings, "id": [1, 2, 3]}), tmp_path / "a.parquet")
+    rows = rows_of(tmp_path / "a.parquet", id_column="id")
+    assert [(row.row_id, row.text, row.reason) for row in rows] == [
+        ("1", "ok", None),
+        ("2", None, "invalid UTF-8 at byte 0"),
+        ("3", "ok", None),
+    ]
+
+
+def test_rows_of_other_types_in_parquet_are_quarantined(tmp_path):
+    pq.write_table(pa.table({"text": pa.array([b"bytes", None], pa.binary())}), tmp_path / "a.parquet")
+    assert reasons(tmp_path / "a.parquet") == {0: "not a string but bytes", 1: "null"}
+
+
+def test_a_row_beyond_the_size_limit_costs_only_itself(tmp_path):
+    huge = "x" * (MAX_PROMPT_BYTES + 1)
+    (tmp_path / "a.txt").write_text(f"before\n{huge}\nafter\n")
+    assert [row.text for row in rows_of(tmp_path / "a.txt")] == ["before", None, "after"]
+    pq.write_table(pa.table({"text": ["before", huge]}), tmp_path / "a.parquet")
+    assert reasons(tmp_path / "a.parquet") == {1: f"{MAX_PROMPT_BYTES + 1} bytes, more than {MAX_PROMPT_BYTES}"}
+    (tmp_path / "a.csv").write_text(f"text\nbefore\n{'x' * 200_000}\n{huge}\nafter\n")
+    rows = rows_of(tmp_path / "a.csv")
+    assert [len(row.text or "") for row in rows] == [6, 200_000, 0, 5]
+
+
+GOOD_CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": ""}]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "saved", "a.csv"])
+def test_messages_of_every_format(tmp_path, name):
+    path = tmp_path / name
+    chats = [GOOD_CHAT, [{"role": "system", "content": "s", "name": "n"}]]
+    if name == "a.jsonl":
+        write_jsonl(path, [{"chat": chat} for chat in chats])
+    elif name == "a.csv":
+        with path.open("w", newline="") as file:
+            csv.writer(file).writerows([["chat"], *([json.dumps(chat)] for chat in chats)])
+    elif name == "saved":
+        padded = [[{"name": None, **message} for message in chat] for chat in chats]
+        datasets.Dataset.from_dict({"chat": padded}).save_to_disk(path)
+    else:
+        pq.write_table(pa.table({"chat": [[{"name": None, **message} for message in chat] for chat in chats]}), path)
+    source = open_source(path, messages_column="chat")
+    assert source.uses_messages
+    assert [row.messages for row in source.rows()] == chats
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        (None, "null"),
+        ("hi", "messages are neither a list nor a list in JSON"),
+        ({"role": "user", "content": "hi"}, "messages are not a list but dict"),
+        ([], "empty"),
+        ([{"role": "user", "content": " "}], "empty"),
+        (["hi"], "message 0: not an object with role and content but str"),
+        ([*GOOD_CHAT, {"content": "hi"}], "message 2: no 'role'"),
+        ([{"role": "user"}], "message 0: no 'content'"),
+        ([{"role": "user", "content": None}], "message 0: 'content' is not a string but NoneType"),
+        ([{"role": 3, "content": "hi"}], "message 0: 'role' is not a string but int"),
+        ([{"role": "", "content": "hi"}], "message 0: 'role' is empty"),
+        ([{"role": "user", "content": "\ud800"}], "invalid Unicode: a lone surrogate"),
+    ],
+)
+def test_malformed_messages_are_quarantined(tmp_path, messages, reason):
+    rows = rows_of(write_jsonl(tmp_path / "a.jsonl", [{"messages": GOOD_CHAT}, {"messages": messages}]))
+    assert rows[0].reason is None
+    assert rows[1].reason is not None
+    assert rows[1].reason.startswith(reason)
+
+
+def test_a_file_with_a_text_column_is_read_by_it_even_if_it_has_messages(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"messages": GOOD_CHAT}, {"text": "t", "messages": GOOD_CHAT}])
+    rows = rows_of(path)
+    assert [row.reason for row in rows] == ["no column 'text'", None]
+    assert rows_of(path, text_column="absent")[0].messages == GOOD_CHAT
+
+
+def test_a_folder_is_read_in_the_order_of_its_paths_and_numbered_through(tmp_path):
+    folder = tmp_path / "prompts"
+    (folder / "b").mkdir(parents=True)
+    (folder / "c.txt").write_text("c\n")
+    write_jsonl(folder / "a.jsonl", [{"text": "a0"}, {"text": ""}])
+    write_format(folder / "b" / "z.parquet", ["b0"], ["x"])
+    (folder / "_SUCCESS").write_text("")
+    (folder / ".hidden.bin").write_text("")
+    source = open_source(folder)
+    assert source.names == ("a.jsonl", "b/z.parquet", "c.txt")
+    assert [(row.sequence_id, row.text) for row in source.rows()] == [(0, "a0"), (1, None), (2, "b0"), (3, "c")]
+    assert open_source(folder / "**" / "[az].*").names == ("a.jsonl", "b/z.parquet")
+    assert open_source(f"file://{folder}").names == source.names
+
+
+def test_a_relative_glob_is_resolved_where_m2ray_runs(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("a\n")
+    (tmp_path / "[b].txt").write_text("b\n")
+    monkeypatch.chdir(tmp_path)
+    assert open_source("*.txt").names == ("[b].txt", "a.txt")
+    assert [row.text for row in open_source("[b].txt").rows()] == ["b"]  # a file of that very name comes before the pattern
+
+
+def test_a_shuffled_saved_dataset_keeps_its_own_order(tmp_path):
+    dataset = datasets.Dataset.from_dict({"text": [f"t{place}" for place in range(3000)]}).shuffle(seed=3)
+    dataset.save_to_disk(tmp_path / "saved", num_shards=12)
+    assert [row.text for row in rows_of(tmp_path / "saved")] == dataset["text"]
+
+
+def test_a_dataset_dict_is_refused_and_names_its_splits(tmp_path):
+    dataset = datasets.Dataset.from_dict({"text": ["a"]})
+    datasets.DatasetDict(train=dataset, test=dataset).save_to_disk(tmp_path / "saved")
+    with pytest.raises(PromptsError, match=r"splits test, train.*saved/test"):
+        open_source(tmp_path / "saved")
+    assert len(rows_of(tmp_path / "saved" / "train")) == 1
+
+
+def test_a_saved_dataset_without_one_of_its_files_is_refused(tmp_path):
+    datasets.Dataset.from_dict({"text": ["a", "b"]}).save_to_disk(tmp_path / "saved", num_shards=2)
+    (tmp_path / "saved" / "data-00001-of-00002.arrow").unlink()
+    with pytest.raises(PromptsError, match="lacks its file data-00001-of-00002.arrow"):
+        open_source(tmp_path / "saved")
+
+
+def write_cut(path, data):
+    path.write_bytes(data[: len(data) // 2])
+
+
+def test_sources_that_cannot_be_read_stop_the_run(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "a.json").write_text("{}")
+    (tmp_path / "noext").write_text("x")
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 not parquet")
+    write_jsonl(tmp_path / "a.jsonl", [{"body": "x", "title": "y"}])
+    (tmp_path / "a.csv").write_text("body,title\n1,2\n")
+    (tmp_path / "twice.csv").write_text("text,text\n1,2\n")
+    pq.write_table(pa.table({"body": ["x"]}), tmp_path / "a.parquet")
+    (tmp_path / "a.txt").write_text("x\n")
+    cases = {
+        "absent.jsonl": "absent.jsonl are absent",
+        "*.nothing": "No file matches",
+        "empty": "holds no files",
+        "a.json": "a.json is unknown. m2ray reads .jsonl",
+        "noext": "noext is unknown",
+        "broken.parquet": "broken.parquet is damaged",
+        "a.jsonl": "neither a column 'text' nor 'messages'. Set text_column or messages_column to one of its columns: 'body', 'title'",
+        "a.csv": "to one of its columns: 'body', 'title'",
+        "twice.csv": "names 'text' more than once",
+        "a.parquet": "to one of its columns: 'body'",
+    }
+    for name, message in cases.items():
+        with pytest.raises(PromptsError) as caught:
+            open_source(tmp_path / name)
+        assert message in str(caught.value), name
+    with pytest.raises(PromptsError, match="has no column 'key'"):
+        open_source(tmp_path / "a.txt", id_column="key")
+    with pytest.raises(PromptsError, match=r"has no column 'key'. Set id_column to one of its columns: 'body', 'title'"):
+        open_source(tmp_path / "a.csv", id_column="key", text_column="body")
+    with pytest.raises(PromptsError, match="scheme is 's3'"):
+        open_source("s3://bucket/prompts.jsonl")
+
+
+def test_all_problems_of_a_folder_are_listed_at_once(tmp_path):
+    (tmp_path / "a.csv").write_text("body\n1\n")
+    (tmp_path / "b.parquet").write_bytes(b"nothing")
+    with pytest.raises(PromptsError, match=r"(?s)2 problems.*a\.csv has neither.*b\.parquet is damaged"):
+        open_source(tmp_path)
+
+
+def test_a_file_cut_short_stops_the_run_by_name(tmp_path):
+    texts = [os.urandom(40).hex() for _ in range(2000)]
+    write_format(tmp_path / "whole.parquet", texts, texts)
+    data = bytearray((tmp_path / "whole.parquet").read_bytes())
+    data[200:2000] = bytes(1800)
+    (tmp_path / "a.parquet").write_bytes(data)
+    write_cut(tmp_path / "a.jsonl.gz", gzip.compress(b"".join(json.dumps({"text": text}).encode() + b"\n" for text in texts)))
+    for name in ("a.parquet", "a.jsonl.gz"):
+        with pytest.raises(PromptsError, match=name):
+            rows_of(tmp_path / name)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_file_that_may_not_be_read_stops_the_run(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "x"}])
+    path.chmod(0)
+    with pytest.raises(PromptsError, match=r"a\.jsonl: Permission denied"):
+        open_source(path)
+
+
+def test_the_fingerprint_follows_names_order_and_bytes(tmp_path):
+    def fingerprint(folder: Path, files: dict[str, str]) -> str:
+        folder.mkdir()
+        for name, text in files.items():
+            (folder / name).write_text(text)
+        return open_source(folder).fingerprint()
+
+    first = fingerprint(tmp_path / "1", {"a.txt": "x\n", "b.txt": "y\n"})
+    assert len(first) == 32
+    assert fingerprint(tmp_path / "2", {"a.txt": "x\n", "b.txt": "y\n"}) == first
+    others = [
+        fingerprint(tmp_path / "3", {"a.txt": "x\n", "c.txt": "y\n"}),
+        fingerprint(tmp_path / "4", {"a.txt": "y\n", "b.txt": "x\n"}),
+        fingerprint(tmp_path / "5", {"a.txt": "x\ny\n", "b.txt": ""}),
+        fingerprint(tmp_path / "6", {"a.txt": "x\n", "b.txt": "z\n"}),
+    ]
+    assert len({first, *others}) == 5
+
+
+def test_reading_holds_a_bounded_share_of_the_file(tmp_path):
+    path = tmp_path / "a.jsonl"
+    with path.open("w") as file:
+        for _ in range(4000):
+            file.write(json.dumps({"text": "word " * 2000}) + "\n")
+    source = open_source(path)
+    tracemalloc.start()
+    count = sum(1 for _ in source.rows())
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert count == 4000
+    assert peak_bytes < 2 << 20 < path.stat().st_size // 10

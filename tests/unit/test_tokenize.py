@@ -1,0 +1,144 @@
+"""The tokenizer: token for token what transformers gives, and a reason for every row that has none."""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from m2ray.errors import CheckpointError, PromptsError
+from m2ray.prompts import PromptOptions, PromptRow, PromptTokenizer
+
+TINY = Path(__file__).parents[1] / "data" / "prompts" / "tokenizer"
+VOCAB_SIZE = 320
+BOS = 0
+CHAT = [{"role": "system", "content": "河水"}, {"role": "user", "content": "The river?"}]
+
+
+def load(folder=TINY, *, max_length=1000, truncation="refuse", vocab_size=VOCAB_SIZE):
+    return PromptTokenizer.load(str(folder), PromptOptions("unused", max_length, truncation=truncation), vocab_size)
+
+
+def text_rows(*texts):
+    return [PromptRow(place, f"row-{place}", text=text) for place, text in enumerate(texts)]
+
+
+@pytest.fixture
+def copied(tmp_path):
+    return Path(shutil.copytree(TINY, tmp_path / "model"))
+
+
+def edit_json(path, **changes):
+    content = json.loads(path.read_text())
+    content.update(changes)
+    path.write_text(json.dumps(content))
+
+
+def test_texts_and_messages_of_one_batch_equal_transformers_own():
+    reference = AutoTokenizer.from_pretrained(str(TINY))
+    texts = ["The river is low.", "河水", " <|start|> kept as a special token"]
+    rows = [*text_rows(*texts), PromptRow(3, "3", messages=CHAT), PromptRow(4, "4", reason="empty"), PromptRow(5, "5", text="last")]
+    encoded = load().encode(rows)
+    for text, ids in zip([*texts, "last"], [*encoded[:3], encoded[5]], strict=True):
+        assert ids.dtype == np.int32
+        assert ids.tolist() == reference(text)["input_ids"]
+    assert encoded[3].tolist() == reference.apply_chat_template(CHAT, tokenize=True, add_generation_prompt=False, return_dict=False)
+    assert encoded[4] == "empty"
+
+
+def test_the_beginning_of_sequence_is_never_doubled():
+    encoded = load().encode([PromptRow(0, "0", text="The river"), PromptRow(1, "1", messages=CHAT)])
+    assert [ids.tolist().count(BOS) for ids in encoded] == [1, 1]
+    assert [ids[0] for ids in encoded] == [BOS, BOS]
+
+
+def test_over_long_prompts_are_refused_or_cut():
+    rows = text_rows("The river is low.", "low")
+    whole = load().encode(rows)
+    length = len(whole[0])
+    refused = load(max_length=length - 1).encode(rows)
+    assert refused[0] == f"{length} tokens, more than max_length {length - 1}"
+    assert refused[1].tolist() == whole[1].tolist()
+    assert load(max_length=length).encode(rows)[0].tolist() == whole[0].tolist()
+    cut = load(max_length=3, truncation="cut").encode([*rows, PromptRow(2, "2", messages=CHAT)])
+    assert cut[0].tolist() == whole[0][:3].tolist()
+    assert len(cut[2]) == 3
+
+
+def test_long_prompts_make_transformers_say_nothing(copied, caplog):
+    edit_json(copied / "tokenizer_config.json", model_max_length=4)
+    with caplog.at_level(logging.WARNING):
+        load(copied).encode(text_rows("The river is low."))
+    assert not caplog.records
+
+
+def test_a_text_of_no_tokens_is_quarantined(copied):
+    edit_json(copied / "tokenizer.json", post_processor=None, normalizer={"type": "Strip", "strip_left": True, "strip_right": True})
+    encoded = load(copied).encode(text_rows("The river", "\u2003"))
+    assert encoded[0].tolist()
+    assert encoded[1] == "no tokens"
+
+
+def test_messages_that_the_template_refuses_are_quarantined_with_its_words(copied):
+    bob = [{"role": "bob", "content": "hi"}]
+    rows = [PromptRow(0, "0", messages=bob), PromptRow(1, "1", messages=CHAT)]
+    encoded = load().encode(rows)
+    assert encoded[0] == "the chat template refuses it: no such role: bob"
+    assert encoded[1][0] == BOS
+    (copied / "chat_template.jinja").write_text("{{ messages[0].name + 'x' }}{{ 1 // (messages | length - 1) }}")
+    assert load(copied).encode(rows[:1])[0].startswith("the chat template refuses it: ")
+    (copied / "chat_template.jinja").write_text("{{ messages[0].content + 1 }}")
+    assert load(copied).encode(rows[:1])[0].startswith("the chat template refuses it: ")
+
+
+def test_messages_without_a_chat_template_stop_the_run(copied):
+    (copied / "chat_template.jinja").unlink()
+    tokenizer = load(copied)
+    assert tokenizer.template_digest == ""
+    with pytest.raises(PromptsError, match="no chat template"):
+        tokenizer.encode([PromptRow(0, "0", messages=CHAT)])
+    assert tokenizer.encode(text_rows("low"))[0][0] == BOS
+
+
+def test_a_token_beyond_the_models_vocabulary_stops_the_run():
+    ids = load().encode(text_rows("The river is low."))[0]
+    largest = int(ids.max())
+    with pytest.raises(PromptsError, match=rf"row row-0 the token id {largest}, but the model's vocabulary has {largest} tokens"):
+        load(vocab_size=largest).encode(text_rows("The river is low."))
+    assert load(vocab_size=largest + 1).encode(text_rows("The river is low."))[0].tolist() == ids.tolist()
+
+
+def test_digests_follow_the_files_and_the_template(copied):
+    first, second = load(), load(copied)
+    assert (first.tokenizer_digest, first.template_digest) == (second.tokenizer_digest, second.template_digest)
+    assert len(first.tokenizer_digest) == len(first.template_digest) == 32
+    (copied / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    changed = load(copied)
+    assert changed.tokenizer_digest == first.tokenizer_digest
+    assert changed.template_digest != first.template_digest
+    edit_json(copied / "tokenizer.json", normalizer={"type": "NFC"})
+    assert load(copied).tokenizer_digest != first.tokenizer_digest
+
+
+def test_absent_and_damaged_tokenizers_are_named(copied, tmp_path):
+    with pytest.raises(CheckpointError, match="absent-model is absent"):
+        load(tmp_path / "absent-model")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match="has no tokenizer: none of .*tokenizer.json"):
+        load(tmp_path / "empty")
+    data = (copied / "tokenizer.json").read_bytes()
+    (copied / "tokenizer.json").write_bytes(data[:-100])
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json is damaged"):
+        load(copied)
+
+
+def test_code_from_the_checkpoint_is_never_run(copied):
+    trap = copied / "ran"
+    (copied / "evil.py").write_text(f"open({str(trap)!r}, 'w')\nclass Evil: pass\n")
+    edit_json(copied / "tokenizer_config.json", tokenizer_class="Evil", auto_map={"AutoTokenizer": ["evil.Evil", None]})
+    with pytest.raises(CheckpointError, match="code from the checkpoint"):
+        load(copied)
+    assert not trap.exists()
