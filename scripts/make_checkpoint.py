@@ -38,9 +38,9 @@ BLOCK = 128
 DENSE_FP8 = {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK], "modules_to_not_convert": ["lm_head"]}
 F32_TENSORS = {"minimax_m2": (".gate.weight", ".e_score_correction_bias")}  # published in F32 although their neighbours are not
 ITEMSIZE_BYTES = {"F8_E4M3": 1, "BF16": 2, "F32": 4}
-CHUNK_VALUES = 2**24
+CHUNK_VALUES = 2**20
 
-RELATIVE_UPDATE = 0.35  # what attention and MLP each add to the residual stream, over its norm
+RELATIVE_UPDATE = 0.4  # what attention and MLP each add to the residual stream, over its norm
 SILU_GATED_RMS = 0.6  # of silu(a) * b with a and b standard normal
 
 SPECIAL_TOKENS = ("<|begin|>", "<|end|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>")
@@ -250,9 +250,9 @@ def train_tokenizer(vocab_size: int, max_length: int) -> PreTrainedTokenizerFast
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     alphabet, size = pre_tokenizers.ByteLevel.alphabet(), min(vocab_size, VOCABULARY[-1])
-    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=list(SPECIAL_TOKENS), initial_alphabet=alphabet, show_progress=False)
+    special, named = list(SPECIAL_TOKENS), dict(zip(("bos_token", "eos_token", "pad_token"), SPECIAL_TOKENS, strict=False))
+    trainer = trainers.BpeTrainer(vocab_size=size, min_frequency=2, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
     bpe.train([str(Path(__file__).with_name("corpus.txt"))], trainer)
-    named = dict(zip(("bos_token", "eos_token", "pad_token"), SPECIAL_TOKENS, strict=False))
     template = Path(__file__).with_name("chat_template.jinja").read_text(encoding="utf-8")
     return PreTrainedTokenizerFast(tokenizer_object=bpe, model_max_length=max_length, chat_template=template, **named)
 

@@ -2,7 +2,7 @@
 
 from bisect import bisect_right
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
@@ -46,7 +46,9 @@ class Catalogue:
         self.store = store
         job = read_job(store)
         if job is None:
-            raise StoreError(f"There is no run at {store.url}: it has no job.json.", "Check the path; a run that still reads its prompts has none yet.")
+            raise StoreError(
+                f"There is no run at {store.url}: it has no job.json.", "Check the path; a run that still reads its prompts has none yet."
+            )
         self.job: JobRecord = job
         self.summary = read_summary(store)
         if self.summary is not None:
@@ -55,6 +57,7 @@ class Catalogue:
             commits = (read_commit(store, job, shard) for shard in sorted(committed_shards(store)))
             self.parts = manifest_table(commit.receipts() for commit in commits)
         self._parts_of: dict[PartSpec, Any] = {}
+        self._held: tuple[SequenceFile, Any] | None = None
 
     def parts_of(self, spec: PartSpec) -> Any:
         """The committed parts of one site and layer, ascending by shard: a table of MANIFEST_SCHEMA."""
@@ -92,7 +95,7 @@ class Catalogue:
                 f"There is no sequence {sequence_id}: the run at {self.store.url} has sequences 0 to {self.job.counts.sequences - 1}."
             )
         number = bisect_right(self._first_ids, sequence_id) - 1
-        table = self._read_sequences(self.job.sequence_files[number])
+        table = self._sequence_table(self.job.sequence_files[number])
         (row,) = table.slice(sequence_id - self._first_ids[number], 1).to_pylist()
         return SequenceRow(**{name: row[name] for name in SequenceRow.__annotations__})
 
@@ -105,7 +108,12 @@ class Catalogue:
         """The sequence id that each file begins with: together they hold every id from 0 on."""
         return [0, *accumulate(file.rows for file in self.job.sequence_files)][:-1]
 
-    @lru_cache(maxsize=2)
+    def _sequence_table(self, file: SequenceFile) -> Any:
+        """One file's table. The last one stays in memory: neighbours are often asked for next."""
+        if self._held is None or self._held[0] != file:
+            self._held = (file, self._read_sequences(file))
+        return self._held[1]
+
     def _read_sequences(self, file: SequenceFile) -> Any:
         data = self.store.read(file.key)
         if len(data) != file.num_bytes or xxhash.xxh3_64_hexdigest(data) != file.xxh3:

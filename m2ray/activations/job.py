@@ -137,7 +137,9 @@ def read_job(store: Store) -> JobRecord | None:
         return read_record(store, JOB_KEY, _JOB)
     for key, _ in store.list(""):
         if not (key.startswith("sequences/") and key.endswith(".parquet")):
-            raise RunConflictError(f"{store.url} is not empty and is no run folder: it holds {key} and no job.json.", "Give another output.")
+            raise RunConflictError(
+                f"{store.url} is not empty and is no run folder: it holds {key} and no job.json.", "Give another output."
+            )
     return None
 
 
@@ -159,20 +161,22 @@ def require_same_job(store: Store, recorded: JobRecord, job: JobRecord) -> None:
     """
     there, here = (
         _named(record.options, record.fingerprints)
-        | {f"number of {name}": count for name, count in asdict(record.counts).items()}
-        | {"number of shards": record.num_shards, "parts of a shard": [asdict(part) for part in record.parts]}
+        | {f"counts.{name}": count for name, count in asdict(record.counts).items()}
+        | {"num_shards": record.num_shards, "parts": [asdict(part) for part in record.parts]}
         for record in (recorded, job)
     )
     _refuse_differences(store, there, here)
 
 
 def _named(options: Mapping[str, Any], fingerprints: Mapping[str, str]) -> dict[str, Any]:
-    return {**options, **{f"fingerprint of the {name}": value for name, value in fingerprints.items()}}
+    return {**options, **{f"fingerprints.{name}": value for name, value in fingerprints.items()}}
 
 
 def _refuse_differences(store: Store, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
     # JSON is what both are compared as: a tuple and a list are one value there.
-    recorded, now = ({name: json.dumps(value, ensure_ascii=False, sort_keys=True) for name, value in fields.items()} for fields in (there, here))
+    recorded, now = (
+        {name: json.dumps(value, ensure_ascii=False, sort_keys=True) for name, value in fields.items()} for fields in (there, here)
+    )
     lines = [
         f"\n  {name}: {recorded.get(name, 'absent')} in the run, {now.get(name, 'absent')} now"
         for name in dict.fromkeys([*recorded, *now])
@@ -199,8 +203,12 @@ def read_record(store: Store, key: str, adapter: TypeAdapter[T]) -> T:
         if version <= FORMAT_VERSION:
             return adapter.validate_json(data, strict=True)
     except (ValueError, KeyError, TypeError) as error:
-        problems = [f"{'.'.join(map(str, p['loc']))}: {p['msg']}" for p in error.errors()] if isinstance(error, ValidationError) else [str(error)]
-        raise RunDamagedError(f"{key} of the run at {store.url} is damaged: {'; '.join(problems)}.", "Restore it, or begin another run.") from error
+        problems = (
+            [f"{'.'.join(map(str, p['loc']))}: {p['msg']}" for p in error.errors()] if isinstance(error, ValidationError) else [str(error)]
+        )
+        raise RunDamagedError(
+            f"{key} of the run at {store.url} is damaged: {'; '.join(problems)}.", "Restore it, or begin another run."
+        ) from error
     raise RunConflictError(
         f"{key} of the run at {store.url} has format {version}; this m2ray knows formats up to {FORMAT_VERSION}.", "Upgrade m2ray."
     )

@@ -44,9 +44,7 @@ class PartReader:
     def __init__(self, store: Store, spec: PartSpec, run_metadata: Mapping[str, str], receipt: PartReceipt) -> None:
         self._url = f"{store.url}/{receipt.key}"
         self._spec = spec
-        self._remedy = (
-            f"Restore it from a copy, or delete {commit_key(receipt.shard)} and {SUCCESS_KEY} and run the same command again: it does the shard anew."
-        )
+        self._remedy = f"Restore it from a copy, or delete {commit_key(receipt.shard)} and {SUCCESS_KEY} and run the same command again: it does the shard anew."
         num_bytes = store.size(receipt.key)
         if num_bytes != receipt.num_bytes:
             found = "is absent" if num_bytes is None else f"has {num_bytes} bytes"

@@ -11,8 +11,7 @@ import pyarrow.compute as pc
 
 from m2ray.activations.catalogue import Catalogue
 from m2ray.activations.job import JobRecord
-from m2ray.activations.part_reader import PartReader
-from m2ray.batches import TOKEN_ROW, Bits, PartSpec
+from m2ray.batches import TOKEN_ROW, PartReceipt, PartSpec
 from m2ray.errors import ConfigError
 from m2ray.storage import open_store
 
@@ -101,8 +100,8 @@ class RunReader:
 
     @property
     def layer_numbers(self) -> tuple[int, ...]:
-        """The layers of this view, ascending; empty for a site of the whole model."""
-        return tuple(sorted({part.layer for part in self._parts if part.layer is not None}))
+        """The layers of this view, in its order; empty for a site of the whole model."""
+        return tuple(dict.fromkeys(part.layer for part in self._parts if part.layer is not None))
 
     @property
     def num_files(self) -> int:
@@ -118,7 +117,9 @@ class RunReader:
         """The view of one site. Raises ConfigError if this view has none of that name."""
         parts = [part for part in self._parts if part.site == name]
         if not parts:
-            raise ConfigError(f"There is no site {name!r} in this view of {self._catalogue.store.url}.", f"It has: {', '.join(self.sites)}.")
+            raise ConfigError(
+                f"There is no site {name!r} in this view of {self._catalogue.store.url}.", f"It has: {', '.join(self.sites)}."
+            )
         return RunReader(self._catalogue, parts, has_layer_axis=self._has_layer_axis and parts[0].layer is not None)
 
     def layer(self, number: int) -> "RunReader":
@@ -126,7 +127,7 @@ class RunReader:
         return RunReader(self._catalogue, self._of_layers([number]), has_layer_axis=False)
 
     def layers(self, numbers: Sequence[int]) -> "RunReader":
-        """The view of some layers, which keeps its layer axis. Raises ConfigError if this view has not all of them."""
+        """The view of some layers, in this order, which keeps its layer axis. Raises ConfigError if this view has not all of them."""
         return RunReader(self._catalogue, self._of_layers(numbers), has_layer_axis=True)
 
     # -- activations --------------------------------------------------------------------------------------------------
@@ -142,25 +143,93 @@ class RunReader:
         row = self._catalogue.sequence(sequence_id)
         if row.shard is None:
             raise ConfigError(f"Sequence {sequence_id} (row {row.row_id}) has no activations: it was quarantined: {row.reason}.")
-        specs = self._one_site()
-        bits = []
-        for spec in specs:
-            receipt = self._catalogue.part_of_shard(spec, row.shard)
+        receipts = [self._catalogue.part_of_shard(spec, row.shard) for spec in self._one_site()]
+        tensor = self._empty(row.token_count)
+        for bytes_TB, spec, receipt in zip(_bytes_of(tensor), self._parts, receipts, strict=True):
             if receipt is None:
-                raise ConfigError(f"Sequence {sequence_id} is not extracted yet: its shard {row.shard} is not committed.", "Finish the run.")
-            bits.append(self._catalogue.open_part(spec, receipt).sequence(sequence_id, row.token_count))
-        return self._shaped(specs, [[each] for each in bits])
+                raise ConfigError(
+                    f"Sequence {sequence_id} is not extracted yet: its shard {row.shard} is not committed.", "Finish the run."
+                )
+            bytes_TB[:] = self._catalogue.open_part(spec, receipt).sequence(sequence_id, row.token_count)
+        return tensor if self._has_layer_axis else tensor[0]
 
     def tensor(self) -> "torch.Tensor":
         """All committed rows in the order of `tokens`: [N, W] of a one-layer view, [L, N, W] otherwise.
 
-        It must fit into memory; `shards` goes shard by shard. Raises as `sequence` does.
+        They must fit into memory; `shards` goes shard by shard. Raises as `sequence` does.
         """
-        specs = self._one_site()
-        return self._shaped(specs, [self._bits(reader) for ...])
+        return self._load([self._catalogue.receipts_of(spec) for spec in self._one_site()])
 
     def tokens(self) -> npt.NDArray[Any]:
         """Which token each row is, shard after shard: TOKEN_ROW [N] (sequence_id, position, token_id)."""
+        first = self._parts[0]
+        pieces = [self._catalogue.open_part(first, receipt).tokens() for receipt in self._catalogue.receipts_of(first)]
+        return np.concatenate([np.empty(0, TOKEN_ROW), *pieces])
 
     def shards(self) -> Iterator[ShardRows]:
-        """The committed shards one after the other; one is held in memory at a time. Raises as `sequence` does."""
+        """The committed shards, ascending, one in memory at a time. Raises as `sequence` does."""
+        receipts_of_layers = [self._catalogue.receipts_of(spec) for spec in self._one_site()]
+        for receipts in zip(*receipts_of_layers, strict=True):
+            tokens = self._catalogue.open_part(self._parts[0], receipts[0]).tokens()
+            yield ShardRows(receipts[0].shard, tokens, self._load([[receipt] for receipt in receipts]))
+
+    def mean_norm(self) -> float:
+        """The mean L2 norm of all committed rows of a one-layer view, summed in float64; NaN if there are none.
+
+        Reads one row group at a time. Raises as `sequence` does.
+        """
+        import torch
+
+        (spec,) = self._one_site()
+        dtype, total, num_rows = getattr(torch, spec.dtype), 0.0, 0
+        for receipt in self._catalogue.receipts_of(spec):
+            for rows in self._catalogue.open_part(spec, receipt).row_groups():
+                for start in range(0, len(rows), _NORM_ROWS):
+                    rows_NW = torch.from_numpy(rows.bits[start : start + _NORM_ROWS].copy()).view(dtype)
+                    total += float(torch.linalg.vector_norm(rows_NW.double(), dim=1).sum())
+                num_rows += len(rows)
+        return total / num_rows if num_rows else float("nan")
+
+    # -- inside -------------------------------------------------------------------------------------------------------
+
+    def _of_layers(self, numbers: Sequence[int]) -> list[PartSpec]:
+        absent = [number for number in numbers if number not in self.layer_numbers]
+        if absent:
+            has = f"It has layers {', '.join(map(str, self.layer_numbers))}." if self.layer_numbers else "It has no layers."
+            raise ConfigError(f"There is no layer {', '.join(map(str, absent))} in this view of {self._catalogue.store.url}.", has)
+        return [part for number in dict.fromkeys(numbers) for part in self._parts if part.layer == number]
+
+    def _one_site(self) -> tuple[PartSpec, ...]:
+        """The parts of a view that has one width and dtype. Raises ConfigError if it has several sites."""
+        if len(self.sites) > 1:
+            raise ConfigError(f"This view has the sites {', '.join(self.sites)}.", "Choose one with .site(NAME).")
+        return self._parts
+
+    def _load(self, receipts_of_layers: Sequence[Sequence[PartReceipt]]) -> "torch.Tensor":
+        """All rows of the same shards of each layer."""
+        tensor = self._empty(sum(receipt.rows for receipt in receipts_of_layers[0]))
+        for bytes_NB, spec, receipts in zip(_bytes_of(tensor), self._parts, receipts_of_layers, strict=True):
+            start = 0
+            for receipt in receipts:
+                for rows in self._catalogue.open_part(spec, receipt).row_groups():
+                    bytes_NB[start : start + len(rows)] = rows.bits
+                    start += len(rows)
+        return tensor if self._has_layer_axis else tensor[0]
+
+    def _empty(self, num_rows: int) -> "torch.Tensor":
+        """Room for so many rows of each layer: [L, N, W]."""
+        import torch
+
+        spec = self._parts[0]
+        return torch.empty((len(self._parts), num_rows, spec.width), dtype=getattr(torch, spec.dtype))
+
+
+def _bytes_of(tensor_LNW: "torch.Tensor") -> npt.NDArray[np.uint8]:
+    """The tensor's own memory as uint8 [L, N, W * itemsize]."""
+    import torch
+
+    view: npt.NDArray[np.uint8] = tensor_LNW.view(torch.uint8).numpy()
+    return view
+
+
+_NORM_ROWS = 2048

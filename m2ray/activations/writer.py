@@ -35,9 +35,7 @@ class ActivationWriter:
         threads: worker threads; each holds a share of the parts.
     """
 
-    def __init__(
-        self, store: Store, run_metadata: Mapping[str, str], parts: Sequence[PartSpec], *, queue_bytes: int, threads: int
-    ) -> None:
+    def __init__(self, store: Store, run_metadata: Mapping[str, str], parts: Sequence[PartSpec], *, queue_bytes: int, threads: int) -> None:
         self._store = store
         self._run_metadata = dict(run_metadata)
         self._parts = tuple(parts)
@@ -216,7 +214,9 @@ class ActivationWriter:
         ended, running = wait([abort for opened in failed for abort in opened.aborts], timeout_s)
         problems = [error for error in (abort.exception() for abort in ended) if error is not None]
         if running:
-            problems.append(StoreError(f"Unfinished files could not be removed within {timeout_s:g} s.", "Check the disk of the run folder."))
+            problems.append(
+                StoreError(f"Unfinished files could not be removed within {timeout_s:g} s.", "Check the disk of the run folder.")
+            )
         raise_all([problem for problem in problems if isinstance(problem, M2rayError)])
         for problem in problems:
             raise problem
@@ -263,7 +263,7 @@ class _Attempt:
         if (np.diff(sequence_ids) <= 0).any() or (micro_batch.token_counts <= 0).any():
             raise StageError(f"{self._label}: the sequences of micro-batch {micro_batch.index} do not ascend, or one is empty.", _DEFECT)
         token_rows = micro_batch.token_rows()
-        self.digest.update(token_rows.view(np.uint8))
+        self.digest.update(token_rows.view(np.uint8).data)
         self._next_index += 1
         self._last_sequence_id = int(sequence_ids[-1])
         self.is_complete = micro_batch.is_last

@@ -100,6 +100,7 @@ def _check(config: ExtractConfig) -> _Inputs:
             return None
 
     checkpoint: Checkpoint | None = attempt(lambda: open_checkpoint(config.model))
+    attempt(store.probe)
     recorded = attempt(lambda: read_job(store))
     max_length = config.max_length or (checkpoint.config.max_position_embeddings if checkpoint else 1)
     prompt_options = PromptOptions(

@@ -30,7 +30,7 @@ def load_shards(store: Store, sequence_files: Iterable[SequenceFile]) -> ShardTa
         table = read_sequences(store, file, ["sequence_id", "token_count", "shard"])
         table = table.filter(pc.is_valid(table["shard"]))
         sequence_ids, token_counts, numbers = (table[name].to_numpy() for name in ("sequence_id", "token_count", "shard"))
-        order = np.lexsort((sequence_ids, numbers))
+        order = np.argsort(numbers, kind="stable")  # within a shard the ids stay ascending
         present, starts = np.unique(numbers[order], return_index=True)
         if not np.array_equal(present, np.arange(len(shards), len(shards) + len(present))):
             raise RunDamagedError(

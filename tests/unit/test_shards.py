@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import shutil
 import time
 import tracemalloc
@@ -19,6 +20,7 @@ from m2ray.batches import Shard
 from m2ray.errors import PromptsError, RunConflictError, RunDamagedError, StoreError
 from m2ray.prompts import (
     PromptOptions,
+    PromptRow,
     PromptSource,
     PromptTokenizer,
     SequenceFile,
@@ -161,6 +163,10 @@ def test_windows_and_files_continue_the_numbering(tmp_path, monkeypatch):
         for shard in result.shards:
             assert len(set((shard.sequence_ids // 64).tolist())) == 1
         assert len(tokens) == 297
+    rows_done = []
+    first_window = [shard for shard in result.shards if shard.sequence_ids[0] < 64]
+    respool(source, tokenizer, first_window, store, result.sequence_files, on_progress=rows_done.append).close()
+    assert rows_done == [64]  # nothing is read beyond the last missing sequence
     with pytest.raises(RunDamagedError, match="do not follow"):
         load_shards(store, result.sequence_files[1:])
 
@@ -230,19 +236,22 @@ def test_prompts_of_which_none_is_left_stop_the_run_with_reasons(tmp_path):
 def test_messages_without_a_template_stop_the_survey_before_it_writes(tmp_path):
     folder = Path(shutil.copytree(TINY, tmp_path / "model"))
     (folder / "chat_template.jinja").unlink()
-    (tmp_path / "p.jsonl").write_text('{"id": "a", "messages": [{"role": "user", "content": "x"}]}\n')
+    (tmp_path / "prompts").mkdir()
+    write_prompts(tmp_path / "prompts" / "a.jsonl", 3000)
+    (tmp_path / "prompts" / "b.jsonl").write_text('{"id": "a", "messages": [{"role": "user", "content": "x"}]}\n')
+    rows_done = []
     with pytest.raises(PromptsError, match="no chat template"):
-        survey(*prepare(tmp_path / "p.jsonl", folder=folder), LocalStore(tmp_path / "run"), "a", 400)
+        survey(*prepare(tmp_path / "prompts", folder=folder), LocalStore(tmp_path / "run"), "a", 400, on_progress=rows_done.append)
+    assert rows_done == []
     assert not (tmp_path / "run").exists()
 
 
 def test_a_survey_that_fails_half_way_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(surveying, "WINDOW_ROWS", 64)
-    monkeypatch.setattr(sequences_table, "ROWS_PER_FILE", 64)
-    records = write_prompts(tmp_path / "p.jsonl", 300)
-    records[250]["text"] = "water " * 400
-    (tmp_path / "p.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    source, tokenizer = prepare(tmp_path / "p.jsonl", max_length=10_000)
+    monkeypatch.setattr(sequences_table, "ROWS_PER_FILE", 128)
+    write_prompts(tmp_path / "p.jsonl", 300)
+    source, tokenizer = prepare(tmp_path / "p.jsonl")
+    open_files = os.listdir("/proc/self/fd")
     rows_done = []
 
     def stop_at(rows):
@@ -251,10 +260,12 @@ def test_a_survey_that_fails_half_way_leaves_nothing(tmp_path, monkeypatch):
             raise KeyboardInterrupt
 
     store = LocalStore(tmp_path / "run")
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as caught:
         survey(source, tokenizer, store, "a", 400, on_progress=stop_at)
     assert rows_done[-1] >= 192
     assert [path for path in (tmp_path / "run").rglob("*") if path.is_file()] == []
+    assert os.listdir("/proc/self/fd") == open_files
+    del caught  # until here its traceback kept the spool alive
 
 
 def test_two_surveys_of_one_attempt_cannot_mix(surveyed):
@@ -277,6 +288,13 @@ def test_shards_partition_a_window_within_their_limit(token_counts, shard_tokens
         assert np.all(np.diff(places) > 0)
     for before, after in itertools.pairwise(shards):
         assert token_counts[before].min() >= token_counts[after].max()
+
+
+def test_sequences_of_one_length_stay_in_their_order():
+    token_counts = np.random.default_rng(0).integers(20, 24, 5000).astype(np.int32)
+    places = np.concatenate(cut_shards(token_counts, 700))
+    for length in range(20, 24):
+        assert np.all(np.diff(places[token_counts[places] == length]) > 0)
 
 
 def test_a_shard_table_is_a_sequence():
@@ -353,6 +371,16 @@ def runs_of(shard, batch_tokens):
 def test_padding_stays_decent_for_a_few_hundred_prompts(shard_tokens, batch_tokens, limit):
     for seed in range(5):
         assert padding_waste(as_table(realistic_lengths(300, seed), shard_tokens), batch_tokens) < limit
+
+
+def test_batches_for_the_tokenizer_are_bounded_in_rows_and_characters():
+    def sizes(rows):
+        return [len(batch) for batch in surveying.row_batches(rows)]
+
+    chat = [{"role": "user", "content": "x" * (3 << 20)}]
+    assert sizes(PromptRow(place, "", text="x") for place in range(2500)) == [1024, 1024, 452]
+    assert sizes(PromptRow(place, "", text="x" * (3 << 20)) for place in range(5)) == [2, 2, 1]
+    assert sizes(PromptRow(place, "", messages=chat) for place in range(5)) == [2, 2, 1]
 
 
 # --- bounds ----------------------------------------------------------------------------------------------------------

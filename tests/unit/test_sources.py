@@ -101,7 +101,7 @@ def test_bad_jsonl_rows_are_quarantined_one_by_one(tmp_path):
         b'["a list"]',
         b"",
         b'{"id": "latin", "text": "caf\xe9"}',
-        b'{"id": "surrogate", "text": "\\ud800"}',
+        b'{"id": "\\ud800", "text": "\\ud800"}',
         b"[" * 100_000,
         b'{"id": "good", "text": "a duplicate id is allowed"}',
     ]
@@ -121,7 +121,7 @@ def test_bad_jsonl_rows_are_quarantined_one_by_one(tmp_path):
         ("7", "not a JSON object but list"),
         ("8", "empty"),
         ("latin", "invalid UTF-8 at byte 28 of its line"),
-        ("surrogate", "invalid Unicode: a lone surrogate at character 0"),
+        ("\\ud800", "invalid Unicode: a lone surrogate at character 0"),
         ("11", "malformed JSON: nested too deeply"),
     }
     assert malformed.pop().startswith("malformed JSON: Unterminated string starting at (character 25")
@@ -164,7 +164,7 @@ def test_rows_of_other_types_in_parquet_are_quarantined(tmp_path):
 
 def test_a_row_beyond_the_size_limit_costs_only_itself(tmp_path):
     huge = "x" * (MAX_PROMPT_BYTES + 1)
-    (tmp_path / "a.txt").write_text(f"before\n{huge}\nafter\n")
+    (tmp_path / "a.txt").write_text(f"before\n{huge}{huge}\nafter\n")
     assert [row.text for row in rows_of(tmp_path / "a.txt")] == ["before", None, "after"]
     pq.write_table(pa.table({"text": ["before", huge]}), tmp_path / "a.parquet")
     assert reasons(tmp_path / "a.parquet") == {1: f"{MAX_PROMPT_BYTES + 1} bytes, more than {MAX_PROMPT_BYTES}"}
@@ -233,6 +233,8 @@ def test_a_folder_is_read_in_the_order_of_its_paths_and_numbered_through(tmp_pat
     write_jsonl(folder / "a.jsonl", [{"text": "a0"}, {"text": ""}])
     write_format(folder / "b" / "z.parquet", ["b0"], ["x"])
     (folder / "_SUCCESS").write_text("")
+    (folder / ".cache").mkdir()
+    (folder / ".cache" / "a.jsonl").write_text('{"text": "hidden"}\n')
     (folder / ".hidden.bin").write_text("")
     source = open_source(folder)
     assert source.names == ("a.jsonl", "b/z.parquet", "c.txt")
@@ -251,7 +253,7 @@ def test_a_relative_glob_is_resolved_where_m2ray_runs(tmp_path, monkeypatch):
 
 def test_a_shuffled_saved_dataset_keeps_its_own_order(tmp_path):
     dataset = datasets.Dataset.from_dict({"text": [f"t{place}" for place in range(3000)]}).shuffle(seed=3)
-    dataset.save_to_disk(tmp_path / "saved", num_shards=12)
+    dataset.save_to_disk(tmp_path / "saved", num_shards=2)
     assert [row.text for row in rows_of(tmp_path / "saved")] == dataset["text"]
 
 
@@ -350,8 +352,9 @@ def test_the_fingerprint_follows_names_order_and_bytes(tmp_path):
         fingerprint(tmp_path / "4", {"a.txt": "y\n", "b.txt": "x\n"}),
         fingerprint(tmp_path / "5", {"a.txt": "x\ny\n", "b.txt": ""}),
         fingerprint(tmp_path / "6", {"a.txt": "x\n", "b.txt": "z\n"}),
+        fingerprint(tmp_path / "7", {"a.txt": "x\nb.txty\n"}),
     ]
-    assert len({first, *others}) == 5
+    assert len({first, *others}) == 6
 
 
 def test_reading_holds_a_bounded_share_of_the_file(tmp_path):

@@ -88,10 +88,10 @@ def test_messages_that_the_template_refuses_are_quarantined_with_its_words(copie
     encoded = load().encode(rows)
     assert encoded[0] == "the chat template refuses it: no such role: bob"
     assert encoded[1][0] == BOS
-    (copied / "chat_template.jinja").write_text("{{ messages[0].name + 'x' }}{{ 1 // (messages | length - 1) }}")
-    assert load(copied).encode(rows[:1])[0].startswith("the chat template refuses it: ")
-    (copied / "chat_template.jinja").write_text("{{ messages[0].content + 1 }}")
-    assert load(copied).encode(rows[:1])[0].startswith("the chat template refuses it: ")
+    broken = ["{{ messages[0].name + 'x' }}", "{{ 1 // (messages | length - 1) }}", "{{ messages[0].content + 1 }}", "{{ '{}'.format() }}"]
+    for template in broken:
+        (copied / "chat_template.jinja").write_text(template)
+        assert load(copied).encode(rows[:1])[0].startswith("the chat template refuses it: "), template
 
 
 def test_messages_without_a_chat_template_stop_the_run(copied):

@@ -1,97 +1,16 @@
-"""Local disks behind one small interface: ranges in, parts out, create-if-absent, durable once a call returns.
-
-Keys are relative to the store's root, with "/" between their parts. Every failure is a StoreError that names the key.
-"""
+"""LocalStore: a folder on a local or shared disk."""
 
 import errno
 import os
 import uuid
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from m2ray.errors import AlreadyExistsError, StoreError
-
-Data = bytes | bytearray | memoryview
+from m2ray.storage.store import Data, PartSink, Store
 
 _TEMPORARY_MARK = ".incomplete-"
-
-
-class PartSink(ABC):
-    """An object being written. Nothing of it can be seen until `close`; `abort` leaves nothing behind."""
-
-    @abstractmethod
-    def write(self, data: Data) -> None:
-        """Append bytes. The caller may reuse `data` afterwards."""
-
-    @abstractmethod
-    def close(self) -> None:
-        """Make the object durable and visible under its key. Raises AlreadyExistsError if the key is taken."""
-
-    @abstractmethod
-    def abort(self) -> None:
-        """Give the object up."""
-
-
-class Store(ABC):
-    """One root (a folder, a bucket's prefix) and the operations m2ray needs below it."""
-
-    url: str
-
-    @abstractmethod
-    def size(self, key: str) -> int | None:
-        """The object's bytes, or None if there is no such object."""
-
-    @abstractmethod
-    def read(self, key: str) -> bytes:
-        """The whole object."""
-
-    @abstractmethod
-    def read_into(self, key: str, offset: int, out: memoryview) -> None:
-        """Fill `out` with the object's bytes from `offset` on. Raises StoreError if the object ends before that."""
-
-    @abstractmethod
-    def list(self, prefix: str) -> Iterator[tuple[str, int]]:
-        """(key, bytes) of each object below the folder `prefix` ("" for all), in any order, unfinished ones left out."""
-
-    @abstractmethod
-    def create(self, key: str, data: Data) -> None:
-        """Write the object only if its key is free, atomically. Raises AlreadyExistsError otherwise."""
-
-    @abstractmethod
-    def put(self, key: str, data: Data) -> None:
-        """Write or replace the object, atomically."""
-
-    @abstractmethod
-    def open_part(self, key: str) -> PartSink:
-        """Begin an object that is written piece by piece."""
-
-    @abstractmethod
-    def delete(self, keys: Iterable[str]) -> None:
-        """Delete the objects; those already gone are no error."""
-
-    def read_range(self, key: str, offset: int, num_bytes: int) -> bytearray:
-        """The `num_bytes` bytes of the object from `offset` on."""
-        out = bytearray(num_bytes)
-        self.read_into(key, offset, memoryview(out))
-        return out
-
-
-def open_store(url: str | Path) -> Store:
-    """The store at a local path or a `file://` URL. Nothing is touched yet.
-
-    Raises:
-        StoreError: the scheme is not one that m2ray writes to.
-    """
-    text = str(url)
-    parts = urlsplit(text)
-    if parts.scheme == "file":
-        return LocalStore(Path(parts.path))
-    if "://" in text:
-        raise StoreError(f"m2ray cannot use {text!r}: its scheme is {parts.scheme!r}.", "Give a path on a local or shared disk.")
-    return LocalStore(Path(text))
 
 
 @contextmanager

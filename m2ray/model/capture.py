@@ -1,0 +1,78 @@
+"""What is kept of a layer's output: the real tokens' rows, selected and rounded on the device, then copied to the host."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from m2ray.batches import Bits, CapturedLayer, MicroBatch
+from m2ray.errors import StageError
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """One layer's rows on the host, and the extremes [2] of what they were rounded from, still on the device."""
+
+    layer: int
+    bits: Bits
+    extremes: torch.Tensor
+
+
+class ResidualCapture:
+    """The residual stream after some layers, of one micro-batch.
+
+    Rows are real tokens only, in the order of `MicroBatch.token_rows`. Padding is left out before anything is copied, and every
+    layer's rows have memory of their own.
+    """
+
+    def __init__(self, micro_batch: MicroBatch, layers: tuple[int, ...], store_dtype: torch.dtype, device: torch.device) -> None:
+        self._micro_batch = micro_batch
+        self._layers = frozenset(layers)
+        self._store_dtype = store_dtype
+        self._places_N = torch.from_numpy(_real_places(micro_batch)).to(device)
+        self._captured: list[_Rows] = []
+
+    def __call__(self, layer: int, hidden_BTH: torch.Tensor) -> None:
+        """Keep layer `layer`'s rows of its output [B, T, H], if they are asked for."""
+        if layer not in self._layers:
+            return
+        selected_NH = hidden_BTH.flatten(0, 1).index_select(0, self._places_N)
+        extremes = torch.stack(torch.aminmax(selected_NH))
+        # Rounds once, to nearest even; index_select made a copy, so nothing computed later can change these rows.
+        self._captured.append(_Rows(layer, _to_host(selected_NH.to(self._store_dtype)), extremes))
+
+    def finish(self) -> tuple[CapturedLayer, ...]:
+        """All that was kept, in the order of layers.
+
+        Raises:
+            StageError: a row holds an infinity or no number at all, from the computation or from rounding to the store dtype.
+        """
+        for rows in self._captured:
+            if not rows.extremes.to(self._store_dtype).isfinite().all():
+                raise self._not_finite(rows)
+        return tuple(CapturedLayer("residual", rows.layer, rows.bits) for rows in self._captured)
+
+    def _not_finite(self, rows: _Rows) -> StageError:
+        values_NH = torch.from_numpy(rows.bits).view(self._store_dtype)
+        is_bad_N = ~values_NH.isfinite().all(dim=1).numpy()
+        ids = np.unique(np.repeat(self._micro_batch.sequence_ids, self._micro_batch.token_counts)[is_bad_N])
+        listed = ", ".join(str(sequence_id) for sequence_id in ids[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
+        smallest, largest = rows.extremes.float().tolist()
+        dtype = str(self._store_dtype).removeprefix("torch.")
+        return StageError(
+            f"Layer {rows.layer}, sequences {listed}: values from {smallest:g} to {largest:g} do not fit {dtype}.",
+            'Set compute_dtype and store_dtype to "bfloat16" or "float32"; if they are so already, the weights or the family are at fault.',
+        )
+
+
+def _real_places(micro_batch: MicroBatch) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """Where the real tokens are among all B * T places, row by row: int64 [N]."""
+    is_real_BT = np.arange(micro_batch.token_ids_BT.shape[1]) < micro_batch.token_counts[:, None]
+    places_N: np.ndarray[tuple[int], np.dtype[np.int64]] = np.flatnonzero(is_real_BT)
+    return places_N
+
+
+def _to_host(rows_NW: torch.Tensor) -> Bits:
+    """The raw little-endian bytes of rows [N, W], uint8 [N, W * itemsize], on the host."""
+    bits: Bits = rows_NW.contiguous().view(torch.uint8).cpu().numpy()
+    return bits

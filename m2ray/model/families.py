@@ -1,0 +1,144 @@
+"""The model families that m2ray runs, and config.json of one of them as transformers' configuration."""
+
+import json
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from m2ray.errors import CheckpointError, raise_all
+
+VERIFIED = (
+    "cohere2",
+    "deepseek_v3",
+    "gemma2",
+    "gemma3_text",
+    "glm4_moe",
+    "gpt2",
+    "gpt_oss",
+    "granite",
+    "llama",
+    "minimax_m2",
+    "mistral",
+    "mixtral",
+    "olmo2",
+    "opt",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "qwen3_moe",
+    "smollm3",
+)
+"""Each is proved by tests/unit/test_numerics.py: a chain of stages equals transformers' own model bitwise."""
+
+KEEPS_FP32 = {"minimax_m2": ("mlp.gate.weight", "mlp.e_score_correction_bias")}
+"""Tensors that stay in float32 beyond what transformers keeps: a router in bfloat16 picks other experts.
+
+MiniMax-M2's are float32 on disk, and its modelling code computes with whatever dtype they have.
+"""
+
+SHARED_STATE = ("num_kv_shared_layers", "hidden_size_per_layer_input")
+"""Config fields of families whose layers hand more than one hidden state to the next: no stage boundary can be cut."""
+
+LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+"""Rotary embeddings that change with the longest sequence of a batch: a prompt's rows would depend on its neighbours."""
+
+CALLER_CHOOSES = ("auto_map", "attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
+"""Fields of config.json that are not the model's: code to run from the folder, and settings of whoever saved it."""
+
+
+def parse_config(text: bytes) -> Any:
+    """config.json as transformers' configuration object (PreTrainedConfig). Code from the checkpoint is never run.
+
+    Raises:
+        CheckpointError: not JSON, or a model that m2ray does not run; all reasons at once.
+    """
+    try:
+        fields = json.loads(text)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"config.json is not JSON: {error}.", "Copy the file again.") from error
+    if not isinstance(fields, dict):
+        raise CheckpointError("config.json is not a JSON object.", "Copy the file again.")
+    model_type = fields.get("model_type")
+    if model_type not in VERIFIED:
+        raise _unknown_family(model_type)
+    fields = {name: value for name, value in fields.items() if name not in CALLER_CHOOSES}
+    try:
+        config = CONFIG_MAPPING[model_type].from_dict(fields)
+    except (StrictDataclassError, TypeError, ValueError, KeyError) as error:
+        raise CheckpointError(f"transformers refuses config.json as a {model_type} configuration: {error}.") from error
+    raise_all([*_unsupported_structure(config), *_unsupported_quantization(config)])
+    _spell_out_partial_rotary(config)
+    return config
+
+
+def expected_rotary_dim(config: Any) -> int | None:
+    """Dimensions of a head that the rotary embedding turns, where config.json says that it is not all of them."""
+    rotary_dim = getattr(config, "rotary_dim", None)
+    if rotary_dim is not None:
+        return int(rotary_dim)
+    rope = getattr(config, "rope_parameters", None)
+    factor = rope.get("partial_rotary_factor") if isinstance(rope, dict) else None
+    if factor is None or factor == 1:
+        return None
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(head_dim * factor)
+
+
+def fp8_block(config: Any) -> tuple[int, int] | None:
+    """Rows and columns that share one FP8 scale, or None where a tensor has one scale for all of it."""
+    block = (getattr(config, "quantization_config", None) or {}).get("weight_block_size")
+    return None if block is None else (int(block[0]), int(block[1]))
+
+
+def is_fp8(config: Any) -> bool:
+    """Whether config.json declares an FP8 checkpoint."""
+    return bool(getattr(config, "quantization_config", None))
+
+
+def _spell_out_partial_rotary(config: Any) -> None:
+    """Say MiniMax-M2's `rotary_dim` the way the modelling code reads it: before 5.23, transformers overlooked the field."""
+    rotary_dim = getattr(config, "rotary_dim", None)
+    if rotary_dim is not None:
+        config.rope_parameters.setdefault("partial_rotary_factor", rotary_dim / config.head_dim)
+
+
+def _unknown_family(model_type: Any) -> CheckpointError:
+    remedy = f"It runs {', '.join(VERIFIED)}."
+    if model_type is None:
+        return CheckpointError("config.json has no model_type.", remedy)
+    if model_type not in CONFIG_MAPPING:
+        return CheckpointError(f"config.json: transformers knows no model_type {model_type!r}, so m2ray cannot run it.", remedy)
+    return CheckpointError(f"config.json: m2ray has not verified model_type {model_type!r} layer by layer, so it does not run it.", remedy)
+
+
+def _unsupported_structure(config: Any) -> list[CheckpointError]:
+    problems = [
+        CheckpointError(f"config.json: {field} = {getattr(config, field)}: its layers share state across stage boundaries.", "m2ray cannot cut it.")
+        for field in SHARED_STATE
+        if getattr(config, field, None)
+    ]
+    rope = getattr(config, "rope_parameters", None) or {}
+    for parameters in [rope, *(nested for nested in rope.values() if isinstance(nested, dict))]:
+        rope_type = parameters.get("rope_type")
+        if rope_type in LENGTH_DEPENDENT_ROPE:
+            problems.append(
+                CheckpointError(
+                    f"config.json: rope_type {rope_type!r} changes with the longest prompt of a batch, so rows would depend on their neighbours.",
+                    "m2ray does not run it.",
+                )
+            )
+    return problems
+
+
+def _unsupported_quantization(config: Any) -> list[CheckpointError]:
+    quantization = getattr(config, "quantization_config", None)
+    if not quantization:
+        return []
+    method = quantization.get("quant_method")
+    if method != "fp8":
+        return [CheckpointError(f"config.json: quant_method {method!r}.", "m2ray reads BF16, F16, F32 and block-wise FP8 checkpoints.")]
+    block = quantization.get("weight_block_size")
+    if block is not None and not (isinstance(block, list | tuple) and len(block) == 2 and all(isinstance(side, int) and side > 0 for side in block)):
+        return [CheckpointError(f"config.json: weight_block_size {block!r} is not two positive numbers.")]
+    return []

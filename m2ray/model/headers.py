@@ -1,0 +1,117 @@
+"""What a safetensors file says about itself before any tensor is read: https://huggingface.co/docs/safetensors."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+
+from m2ray.errors import CheckpointError
+from m2ray.storage import Store
+
+DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "U16": torch.uint16,
+    "I32": torch.int32,
+    "U32": torch.uint32,
+    "I64": torch.int64,
+    "U64": torch.uint64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+COPY_AGAIN = "Copy the file again."
+
+
+@dataclass(frozen=True)
+class TensorHeader:
+    """Where one tensor lies: `num_bytes` bytes of `file` from the absolute `offset` on, little-endian, row-major."""
+
+    file: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class FileHeader:
+    """One safetensors file: its size, the header's own bytes and the tensors they describe."""
+
+    size_bytes: int
+    raw: bytes
+    tensors: Mapping[str, TensorHeader]
+
+
+def read_file_header(store: Store, file: str) -> FileHeader:
+    """Read and validate the header of one safetensors file; the tensors' own bytes stay unread.
+
+    Raises:
+        CheckpointError: the file is absent, truncated or contradicts itself.
+        StoreError: the store cannot read it.
+    """
+    size_bytes = store.size(file)
+    if size_bytes is None:
+        raise CheckpointError(f"{store.url} has no file {file}.", "Copy the missing file into the folder.")
+    raw = _read_raw(store, file, size_bytes)
+    try:
+        entries: Any = json.loads(raw)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"The header of {file} is not JSON: {error}.", COPY_AGAIN) from error
+    if not isinstance(entries, dict):
+        raise CheckpointError(f"The header of {file} is not a JSON object.", COPY_AGAIN)
+    entries.pop("__metadata__", None)
+    data_start = 8 + len(raw)
+    tensors = {key: _parse_entry(file, key, entry, data_start) for key, entry in entries.items()}
+    _check_layout(file, tensors, data_start, size_bytes)
+    return FileHeader(size_bytes, raw, tensors)
+
+
+def _read_raw(store: Store, file: str, size_bytes: int) -> bytes:
+    if size_bytes < 8:
+        raise CheckpointError(f"{file} has {size_bytes} bytes only: it is truncated.", COPY_AGAIN)
+    header_bytes = int.from_bytes(store.read_range(file, 0, 8), "little")
+    if header_bytes > MAX_HEADER_BYTES:
+        raise CheckpointError(f"{file} is no safetensors file: it claims a header of {header_bytes} bytes.", COPY_AGAIN)
+    if 8 + header_bytes > size_bytes:
+        raise CheckpointError(f"{file} has {size_bytes} bytes, its header alone needs {8 + header_bytes}: it is truncated.", COPY_AGAIN)
+    return bytes(store.read_range(file, 8, header_bytes))
+
+
+def _parse_entry(file: str, key: str, entry: Any, data_start: int) -> TensorHeader:
+    try:
+        dtype_name, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    except (TypeError, KeyError, ValueError) as error:
+        raise CheckpointError(f"{file}: the header's entry for {key!r} is malformed: {entry!r}.", COPY_AGAIN) from error
+    if not all(isinstance(number, int) and number >= 0 for number in (*shape, begin, end)):
+        raise CheckpointError(f"{file}: the header's entry for {key!r} has a size that is no count: {entry!r}.", COPY_AGAIN)
+    if dtype_name not in DTYPES:
+        raise CheckpointError(f"{file}: {key!r} is of dtype {dtype_name!r}.", f"m2ray reads {', '.join(DTYPES)}.")
+    dtype = DTYPES[dtype_name]
+    if end - begin != prod(shape) * dtype.itemsize:
+        raise CheckpointError(
+            f"{file}: {key!r} is {dtype_name} {list(shape)}, {prod(shape) * dtype.itemsize} bytes, but has {end - begin} bytes in the file.", COPY_AGAIN
+        )
+    return TensorHeader(file, dtype, shape, data_start + begin, end - begin)
+
+
+def _check_layout(file: str, tensors: Mapping[str, TensorHeader], data_start: int, size_bytes: int) -> None:
+    """Tensors follow each other without gap or overlap and end where the file ends."""
+    end = data_start
+    for key, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].num_bytes)):
+        if tensor.offset != end:
+            raise CheckpointError(f"{file}: {key!r} starts at byte {tensor.offset}, the tensor before it ends at {end}.", COPY_AGAIN)
+        end += tensor.num_bytes
+    if end != size_bytes:
+        damage = "it is truncated" if size_bytes < end else "something was appended to it"
+        raise CheckpointError(f"{file} has {size_bytes} bytes, its header describes {end}: {damage}.", COPY_AGAIN)

@@ -1,0 +1,175 @@
+"""A transformers model without memory: the names, shapes, dtypes and places of all its tensors."""
+
+import re
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from m2ray.batches import LayerSpan, Role
+from m2ray.errors import CheckpointError, ConfigError
+from m2ray.model.families import KEEPS_FP32
+
+QUIET = ("output_hidden_states", "output_attentions", "output_router_logits", "use_cache")
+"""Config fields that make a forward pass keep more than its hidden states."""
+
+
+@dataclass(frozen=True)
+class ModelTensor:
+    """One parameter or persistent buffer as it is computed with."""
+
+    name: str
+    role: Role
+    layer: int | None
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """The whole model on the meta device, at its full length, so that every layer keeps its number.
+
+    Attributes:
+        config_on_disk: the configuration as config.json has it, its quantization included.
+        model: transformers' causal language model; `model.base_model` is the decoder that runs.
+        layers: the decoder layers, in order.
+        layers_name: the list's dotted name in `model`.
+        inputs: dotted names in `model` of the modules with weights that run before the first layer.
+        tensors: by name; tied ones once, under the name that the embedding has.
+        tied: names left out of `tensors`, and the name that each shares its memory with.
+    """
+
+    config_on_disk: Any
+    model: Any
+    layers: nn.ModuleList
+    layers_name: str
+    inputs: tuple[str, ...]
+    tensors: Mapping[str, ModelTensor]
+    tied: Mapping[str, str]
+
+    @property
+    def config(self) -> Any:
+        return self.model.config
+
+    def needed(self, span: LayerSpan) -> tuple[ModelTensor, ...]:
+        """What a stage of `span` computes with: its layers, and the embedding if it is the first."""
+        roles = {"layer", "embedding"} if span.start == 0 else {"layer"}
+        return tuple(tensor for tensor in self.tensors.values() if tensor.role in roles and (tensor.layer is None or tensor.layer in span))
+
+    def layer_of(self, key: str) -> int | None:
+        """The decoder layer that a name belongs to, judged by the name alone: it may be one that the model has not."""
+        match = re.search(rf"(?:^|\.){re.escape(self.layers_name.rpartition('.')[2])}\.(\d+)\.", key)
+        return int(match[1]) if match else None
+
+
+def build_skeleton(config: Any, compute_dtype: torch.dtype, attn_implementation: str = "auto") -> Skeleton:
+    """Build the model of `config` on the meta device.
+
+    Raises:
+        ConfigError: the family has no such attention.
+        CheckpointError: transformers cannot build the model, or its layers are not one plain list.
+    """
+    config_on_disk, config = config, deepcopy(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # m2ray dequantises at load
+    for field in QUIET:
+        setattr(config, field, False)
+    chosen = None if attn_implementation == "auto" else attn_implementation
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=compute_dtype, attn_implementation=chosen).eval().requires_grad_(False)
+    except (ValueError, TypeError, KeyError) as error:
+        if chosen and "attention" in str(error).lower():
+            raise ConfigError(f"attn_implementation = {chosen!r} and model_type {config.model_type}: {error}", 'Use "auto" or "eager".') from error
+        raise CheckpointError(f"transformers cannot build a {config.model_type} from config.json: {error}.") from error
+    layers_name, layers = _find_layers(model)
+    for layer in layers:
+        layer.forward = pass_through
+    inputs = _trace_inputs(model, layers)
+    tensors = _list_tensors(model, layers_name, inputs, compute_dtype)
+    return Skeleton(config_on_disk, model, layers, layers_name, inputs, tensors, dict(model.all_tied_weights_keys))
+
+
+def resolve_attn_implementation(config: Any, attn_implementation: str) -> str:
+    """What `attn_implementation` means for this model: "auto" becomes the family's own choice.
+
+    Raises:
+        ConfigError: the family has no such attention.
+    """
+    return str(build_skeleton(config, torch.bfloat16, attn_implementation).config._attn_implementation)  # noqa: SLF001 - has no public name
+
+
+def pass_through(hidden_BTH: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    """The forward pass of a decoder layer that another stage owns."""
+    return hidden_BTH
+
+
+def _find_layers(model: Any) -> tuple[str, nn.ModuleList]:
+    """The one list that holds as many decoder layers as the configuration says."""
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module) == model.config.num_hidden_layers
+        and all(isinstance(layer, GradientCheckpointingLayer) for layer in module)
+    ]
+    if len(found) != 1:
+        raise CheckpointError(
+            f"{type(model).__name__} has {len(found)} lists of {model.config.num_hidden_layers} decoder layers; m2ray needs exactly one."
+        )
+    return found[0]
+
+
+def _owns_tensors(module: nn.Module) -> bool:
+    return bool(module._parameters) or bool(module._buffers.keys() - module._non_persistent_buffers_set)  # noqa: SLF001 - not public
+
+
+def _trace_inputs(model: Any, layers: nn.ModuleList) -> tuple[str, ...]:
+    """The modules with weights that run before the first layer, as one forward pass over meta tensors shows.
+
+    Names do not tell: some families embed positions too, project or normalise before the first layer.
+    """
+    inside = {id(module) for layer in layers for module in layer.modules()}
+    outside = [(name, module) for name, module in model.named_modules() if id(module) not in inside and _owns_tensors(module)]
+    called: list[str] = []
+    hooks = [module.register_forward_pre_hook(lambda *_, name=name: called.append(name)) for name, module in outside]
+    hooks.append(layers[0].register_forward_pre_hook(lambda *_: called.append("")))
+    with torch.inference_mode(), torch.device("meta"):
+        # A mask of four axes is taken as it is: making one looks at values, which meta tensors have not.
+        model.base_model(input_ids=torch.zeros(1, 2, dtype=torch.long), position_ids=torch.arange(2)[None], attention_mask=torch.zeros(1, 1, 2, 2))
+    for hook in hooks:
+        hook.remove()
+    return tuple(called[: called.index("")])
+
+
+def _list_tensors(model: Any, layers_name: str, inputs: tuple[str, ...], compute_dtype: torch.dtype) -> dict[str, ModelTensor]:
+    keeps_fp32 = re.compile("|".join(_fp32_patterns(model, compute_dtype)) or r"(?!)")
+    return {
+        name: ModelTensor(name, *_place(model, layers_name, inputs, name), tuple(tensor.shape), _dtype(tensor, bool(keeps_fp32.search(name))))
+        for name, tensor in model.state_dict().items()
+        if name not in model.all_tied_weights_keys
+    }
+
+
+def _fp32_patterns(model: Any, compute_dtype: torch.dtype) -> Iterator[str]:
+    """What transformers' own loading keeps in float32 at this dtype, and what m2ray adds for the family."""
+    for pattern in model._get_dtype_plan(compute_dtype):  # noqa: SLF001 - the rule has no public name
+        yield pattern.replace("*", ".*")
+    yield from (re.escape(name) for name in KEEPS_FP32.get(model.config.model_type, ()))
+
+
+def _dtype(tensor: torch.Tensor, keeps_fp32: bool) -> torch.dtype:  # noqa: FBT001 - private
+    return torch.float32 if keeps_fp32 and tensor.is_floating_point() else tensor.dtype
+
+
+def _place(model: Any, layers_name: str, inputs: tuple[str, ...], name: str) -> tuple[Role, int | None]:
+    if name.startswith(f"{layers_name}."):
+        return "layer", int(name.removeprefix(f"{layers_name}.").partition(".")[0])
+    if name.rpartition(".")[0] in inputs:
+        return "embedding", None
+    return ("final_norm" if name.startswith(f"{model.base_model_prefix}.") else "head"), None

@@ -1,0 +1,206 @@
+"""The checkpoint's tensors matched with the model's: the plan that loading follows and the table that planning counts on."""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import nn
+
+from m2ray.batches import LayerSpan, Role, TensorRow, TensorTable
+from m2ray.errors import CheckpointError, raise_all
+from m2ray.model.conversion import Conversion, Placement, Source
+from m2ray.model.families import fp8_block, is_fp8
+from m2ray.model.headers import TensorHeader
+from m2ray.model.skeleton import ModelTensor, Skeleton, build_skeleton
+
+SCALE = "_scale_inv"
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+WEIGHTS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+SCALES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu)
+EXTRA_LAYERS = re.compile(r"(?:^|\.)mtp[._]")
+SHOWN_PROBLEMS = 20
+
+
+@dataclass(frozen=True)
+class Filling:
+    """One model tensor and the checkpoint tensors that fill it."""
+
+    tensor: ModelTensor
+    placements: tuple[Placement, ...]
+
+
+@dataclass(frozen=True)
+class Match:
+    """A checkpoint's tensors matched with a model's.
+
+    Attributes:
+        fillings: how each model tensor is made.
+        unread: checkpoint keys that no model tensor is made of, and why: the "head" of tied embeddings, "unused".
+    """
+
+    fillings: tuple[Filling, ...]
+    unread: Mapping[str, Role]
+
+
+def match_tensors(skeleton: Skeleton, headers: Mapping[str, TensorHeader], span: LayerSpan | None = None) -> Match:
+    """Find every model tensor's checkpoint tensors; of `span` only, if given.
+
+    Raises:
+        CheckpointError: tensors are missing, unknown, of a wrong shape or dtype, or without their FP8 scale; all at once.
+    """
+    if not is_fp8(skeleton.config_on_disk) and any(header.dtype in FP8 for header in headers.values()):
+        raise CheckpointError("The checkpoint holds FP8 tensors, but config.json has no quantization_config.", "Copy config.json again.")
+    conversion = Conversion(skeleton)
+    wanted = {tensor.name: tensor for tensor in (skeleton.tensors.values() if span is None else skeleton.needed(span))}
+    sources: dict[str, list[Source]] = {name: [] for name in wanted}
+    unread: dict[str, Role] = {}
+    problems: list[CheckpointError] = []
+    for name, source in conversion.sources(_keys(skeleton, headers, span)):
+        if name in wanted:
+            sources[name].append(source)
+        elif name in skeleton.tied:
+            unread[source.key] = "head"
+        elif name not in skeleton.tensors:
+            if _is_unused(skeleton, name):
+                unread[source.key] = "unused"
+            else:
+                problems.append(CheckpointError(f"{source.key}: a {skeleton.config.model_type} model has no such tensor."))
+    _use_tied(skeleton, sources, unread)
+    shapes = {key: header.shape for key, header in headers.items()}
+    fillings = []
+    for name, tensor in wanted.items():
+        try:
+            placements = conversion.place(tensor, sources[name], shapes)
+            fillings.append(Filling(tensor, tuple(placements)))
+            problems += [problem for placement in placements for problem in _check_dtype(skeleton, headers, placement.key)]
+        except CheckpointError as problem:
+            problems.append(problem)
+    _raise_shortened(problems)
+    return Match(tuple(fillings), unread)
+
+
+def table_of(skeleton: Skeleton, headers: Mapping[str, TensorHeader]) -> TensorTable:
+    """Every tensor of a checkpoint and of its model, built at bfloat16.
+
+    Raises:
+        CheckpointError: as `match_tensors`.
+    """
+    match = match_tensors(skeleton, headers)
+    rows = [
+        _row(filling.tensor, tuple(placement.key for placement in filling.placements), disk_bytes(filling, headers)) for filling in match.fillings
+    ]
+    for key, role in match.unread.items():
+        rows.append(TensorRow(key, role, None, headers[key].shape, False, key_bytes(key, headers), (key,)))
+    return TensorTable(len(skeleton.layers), skeleton.config.hidden_size, tuple(rows))
+
+
+def table_without_weights(config: Any) -> TensorTable:
+    """The table of a model whose checkpoint is not at hand; disk bytes as far as config.json tells.
+
+    Tensors have the names of published checkpoints; FP8 takes one byte and a float32 scale a block, what a family keeps in float32 is
+    float32 on disk, and everything else has the dtype that config.json names, two bytes if none.
+    """
+    skeleton = build_skeleton(config, torch.bfloat16)
+    conversion = Conversion(skeleton)
+    rows = []
+    for tensor in skeleton.tensors.values():
+        pieces = conversion.published(tensor)
+        rows.append(_row(tensor, tuple(pieces), sum(_published_bytes(skeleton, tensor, key, shape) for key, shape in pieces.items())))
+    return TensorTable(len(skeleton.layers), skeleton.config.hidden_size, tuple(rows))
+
+
+def key_bytes(key: str, headers: Mapping[str, TensorHeader]) -> int:
+    """Bytes of a checkpoint tensor and of its scale, if it has one."""
+    scale = headers.get(key + SCALE)
+    return headers[key].num_bytes + (scale.num_bytes if scale else 0)
+
+
+def disk_bytes(filling: Filling, headers: Mapping[str, TensorHeader]) -> int:
+    """Bytes that one model tensor has in the checkpoint, scales included."""
+    return sum(key_bytes(placement.key, headers) for placement in filling.placements)
+
+
+def scale_shape(shape: tuple[int, ...], block: tuple[int, int] | None) -> tuple[int, ...]:
+    """The shape of an FP8 tensor's scales: one a block of the last two axes, the last blocks possibly cut short."""
+    if block is None:
+        return ()
+    return (*shape[:-2], -(-shape[-2] // block[0]), -(-shape[-1] // block[1]))
+
+
+def _keys(skeleton: Skeleton, headers: Mapping[str, TensorHeader], span: LayerSpan | None) -> Iterator[str]:
+    """The keys to be matched: scales go with their weights; those of layers that another stage owns are left out."""
+    for key in headers:
+        if key.endswith(SCALE) and key.removesuffix(SCALE) in headers:
+            continue
+        layer = skeleton.layer_of(key)
+        if span is None or layer is None or layer in span:
+            yield key
+
+
+def _is_unused(skeleton: Skeleton, name: str) -> bool:
+    """Whether a name is known to be of no use: layers past the last (multi-token prediction), and what transformers ignores."""
+    layer = skeleton.layer_of(name)
+    if EXTRA_LAYERS.search(name) or (layer is not None and layer >= len(skeleton.layers)):
+        return True
+    # Patterns that name a layer by number stand for sizes of the model whose last layer it is; the rule above covers those.
+    ignored = (pattern for pattern in type(skeleton.model)._keys_to_ignore_on_load_unexpected or () if not re.search(r"layers\\?\.\d", pattern))  # noqa: SLF001
+    return any(re.search(pattern, name) for pattern in (*ignored, r"rotary_emb\.inv_freq$"))
+
+
+def _use_tied(skeleton: Skeleton, sources: dict[str, list[Source]], unread: dict[str, Role]) -> None:
+    """Tied embeddings may be on disk under the head's name only."""
+    for head, embedding in skeleton.tied.items():
+        if head in unread and sources.get(embedding) == []:
+            sources[embedding].append(Source(head, None))
+            del unread[head]
+
+
+def _check_dtype(skeleton: Skeleton, headers: Mapping[str, TensorHeader], key: str) -> Iterator[CheckpointError]:
+    weight, scale = headers[key], headers.get(key + SCALE)
+    if weight.dtype not in FP8:
+        if weight.dtype not in WEIGHTS:
+            yield CheckpointError(f"{key} is of dtype {weight.dtype}, which is no weight.", "m2ray reads BF16, F16, F32 and block-wise FP8.")
+        if scale is not None:
+            yield CheckpointError(f"{key} is of dtype {weight.dtype} and yet has FP8 scales, {key}{SCALE}.", "Copy the files again.")
+        return
+    if scale is None:
+        yield CheckpointError(f"{key} is FP8, but its scales {key}{SCALE} are missing.", "Copy the files again.")
+        return
+    block = fp8_block(skeleton.config_on_disk)
+    expected = scale_shape(weight.shape, block)
+    if scale.dtype not in SCALES or (scale.shape != expected and not (block is None and prod(scale.shape) == 1)):
+        yield CheckpointError(
+            f"{key}{SCALE} is {scale.dtype} {list(scale.shape)}; {key} {list(weight.shape)} in blocks of {block} needs {list(expected)}."
+        )
+
+
+def _raise_shortened(problems: list[CheckpointError]) -> None:
+    shown = problems[:SHOWN_PROBLEMS]
+    if len(problems) > len(shown):
+        shown.append(CheckpointError(f"... and {len(problems) - len(shown)} more like these."))
+    raise_all(shown)
+
+
+def _row(tensor: ModelTensor, keys: tuple[str, ...], num_bytes: int) -> TensorRow:
+    return TensorRow(tensor.name, tensor.role, tensor.layer, tensor.shape, tensor.dtype == torch.float32, num_bytes, keys)
+
+
+def _published_bytes(skeleton: Skeleton, tensor: ModelTensor, key: str, shape: tuple[int, ...]) -> int:
+    if tensor.dtype == torch.float32:
+        return prod(shape) * 4
+    if is_fp8(skeleton.config_on_disk) and _is_quantised(skeleton, tensor, key):
+        return prod(shape) + prod(scale_shape(shape, fp8_block(skeleton.config_on_disk))) * 4
+    dtype = skeleton.config_on_disk.dtype
+    return prod(shape) * (dtype.itemsize if isinstance(dtype, torch.dtype) else 2)
+
+
+def _is_quantised(skeleton: Skeleton, tensor: ModelTensor, key: str) -> bool:
+    """What transformers quantises: a layer's linear weights and its experts, unless config.json names the module."""
+    skipped = skeleton.config_on_disk.quantization_config.get("modules_to_not_convert") or ()
+    if tensor.role != "layer" or any(f".{module}." in f".{key}." for module in skipped):
+        return False
+    module, _, name = tensor.name.rpartition(".")
+    return (name == "weight" and isinstance(skeleton.model.get_submodule(module), nn.Linear)) or len(tensor.shape) == 3

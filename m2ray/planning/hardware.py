@@ -1,0 +1,198 @@
+"""The machines as plain values: what a node has, named GPUs, and how much of each may be used."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from m2ray.config import parse_bytes
+from m2ray.errors import ConfigError, raise_all
+
+_MIB = 2**20
+
+
+@dataclass(frozen=True)
+class GpuModel:
+    """A GPU by name: memory as the driver reports it, and peak dense bfloat16 operations a second.
+
+    `source`: "seen" (nvidia-smi on such a GPU, by this project) or "published" (nvidia-smi's output in vendors' and users'
+    documents, and for operations the vendor's data sheet).
+    """
+
+    total_bytes: int
+    bf16_flops: float
+    source: str
+
+
+GPU_MODELS: Mapping[str, GpuModel] = {
+    "A100-40GB": GpuModel(40_960 * _MIB, 312e12, "published"),
+    "A100-80GB": GpuModel(81_920 * _MIB, 312e12, "published"),
+    "H20-96GB": GpuModel(97_871 * _MIB, 148e12, "published"),
+    "H100-80GB": GpuModel(81_559 * _MIB, 989e12, "seen"),
+    "H200-141GB": GpuModel(143_771 * _MIB, 989e12, "seen"),
+    "B200-180GB": GpuModel(183_359 * _MIB, 2250e12, "published"),
+    "L4-24GB": GpuModel(23_034 * _MIB, 121e12, "published"),
+    "L40S-48GB": GpuModel(46_068 * _MIB, 362e12, "published"),
+    "A6000-48GB": GpuModel(49_140 * _MIB, 155e12, "published"),
+    "3090-24GB": GpuModel(24_576 * _MIB, 71e12, "published"),
+    "4090-24GB": GpuModel(24_564 * _MIB, 165e12, "published"),
+}
+"""Names for `--gpus`. The memory size in a name is the vendor's; the bytes are the driver's."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU: `index` is its place on its node, `name` the driver's or one of GPU_MODELS."""
+
+    index: int
+    name: str
+    total_bytes: int
+    free_bytes: int
+
+
+@dataclass(frozen=True)
+class Node:
+    """One machine; None where it is not known. "free" is at the time of the probe.
+
+    `shm_bytes` is /dev/shm's size, `disk_free_bytes` what the probed folder's file system has left. `versions` maps python, m2ray,
+    ray, torch, cuda, nccl and driver, as far as they are there, to their versions.
+    """
+
+    name: str
+    gpus: tuple[Gpu, ...] = ()
+    cpus: int | None = None
+    host_bytes: int | None = None
+    host_free_bytes: int | None = None
+    shm_bytes: int | None = None
+    shm_free_bytes: int | None = None
+    disk_free_bytes: int | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """All the nodes, in the order in which a chain goes through them."""
+
+    nodes: tuple[Node, ...]
+
+    @property
+    def num_gpus(self) -> int:
+        return sum(len(node.gpus) for node in self.nodes)
+
+
+def parse_gpus(text: str) -> Cluster:
+    """A cluster in words: "8xA100-80GB", "H200", "2 nodes of 8xH100-80GB", and several of these separated by commas.
+
+    Each piece makes nodes of its own; all their memory is free, and what they have besides GPUs is not known.
+
+    Raises:
+        ConfigError: a piece is malformed, or names no known GPU; all at once.
+    """
+    nodes: list[Node] = []
+    problems: list[ConfigError] = []
+    for piece in text.split(","):
+        match = re.fullmatch(r"\s*(?:(\d+)\s+nodes?\s+of\s+)?(?:(\d+)\s*[x×*]\s*)?([A-Za-z].*?)\s*", piece)
+        if not match or match[1] == "0" or match[2] == "0":
+            problems.append(
+                ConfigError(f"gpus = {text!r}: {piece.strip()!r} is not a number of GPUs.", 'Write "8xH100-80GB" or "2 nodes of 8xH200".')
+            )
+            continue
+        model = find_gpu_model(match[3])
+        if model is None:
+            problems.append(
+                ConfigError(f"gpus = {text!r}: there is no GPU {match[3]!r} in the table.", f"Known are {', '.join(GPU_MODELS)}.")
+            )
+            continue
+        total_bytes = GPU_MODELS[model].total_bytes
+        gpus = tuple(Gpu(index, model, total_bytes, total_bytes) for index in range(int(match[2] or 1)))
+        nodes += [Node(f"node-{len(nodes) + number}", gpus) for number in range(int(match[1] or 1))]
+    raise_all(problems)
+    return Cluster(tuple(nodes))
+
+
+def find_gpu_model(name: str) -> str | None:
+    """The key in GPU_MODELS of a name as a user ("H200") or the driver ("NVIDIA A100-SXM4-80GB") writes it; None if it has none.
+
+    The memory size may be left out where only one size is in the table.
+    """
+    plain = re.sub(r"(\d)\s*GI?B\b", r"\1GB", name.upper())
+    words = set(re.findall(r"[A-Z0-9]+", re.sub(r"NVIDIA|GEFORCE|RTX", " ", plain)))
+    sizes = {word for word in words if re.fullmatch(r"\d+GB", word)}
+    found = [known for known in GPU_MODELS if known.partition("-")[0] in words and (not sizes or known.partition("-")[2] in sizes)]
+    return found[0] if len(found) == 1 else None
+
+
+@dataclass(frozen=True)
+class MaxMemory:
+    """How much m2ray may take on each GPU, all that it needs there counted.
+
+    Attributes:
+        everywhere: (index, bytes) pairs for nodes not named; index None stands for every GPU. No pairs: no limit.
+        by_node: the same for nodes by name.
+    """
+
+    everywhere: tuple[tuple[int | None, int], ...] = ()
+    by_node: Mapping[str, tuple[tuple[int | None, int], ...]] = field(default_factory=dict)
+
+    def usable_bytes(self, node: str, gpu: Gpu) -> int:
+        """The least of what is free and what may be used; 0 for a GPU that a list of indices leaves out."""
+        limits = self.by_node.get(node, self.everywhere)
+        if not limits:
+            return gpu.free_bytes
+        allowed = {index: num_bytes for index, num_bytes in limits if index in (None, gpu.index)}
+        return min(gpu.free_bytes, allowed.get(gpu.index, allowed.get(None, 0)))
+
+    def require_known(self, cluster: Cluster) -> None:
+        """Raise ConfigError, all at once, for nodes and GPUs that are named and not there."""
+        nodes = {node.name: node for node in cluster.nodes}
+        problems = [
+            ConfigError(f"max_memory names the node {name!r}.", f"The nodes are {', '.join(nodes)}.")
+            for name in self.by_node
+            if name not in nodes
+        ]
+        for node in cluster.nodes:
+            for index, _ in self.by_node.get(node.name, ()):
+                if index is not None and index >= len(node.gpus):
+                    problems.append(ConfigError(f"max_memory names GPU {index} of node {node.name!r}, which has {len(node.gpus)}."))
+        most = max((len(node.gpus) for node in cluster.nodes), default=0)
+        for index, _ in self.everywhere:
+            if index is not None and index >= most:
+                problems.append(ConfigError(f"max_memory names GPU {index}; no node has more than {most}."))
+        raise_all(problems)
+
+
+def parse_max_memory(text: str | None) -> MaxMemory:
+    """The option `max_memory`.
+
+    "40GB": every GPU; "0:60GB,1:60GB,2:40GB": GPUs 0 to 2 of every node and no others; "node-a=40GB;node-b=0:60GB,1:40GB": node by
+    node, a piece without a name being for all the others.
+
+    Raises:
+        ConfigError: malformed.
+    """
+    if text is None:
+        return MaxMemory()
+    by_node: dict[str | None, tuple[tuple[int | None, int], ...]] = {}
+    for piece in text.split(";"):
+        name, equals, limits = piece.rpartition("=")
+        node = name.strip() if equals else None
+        if node in by_node or node == "":
+            raise ConfigError(f"max_memory = {text!r} names {'the same node twice' if node else 'no node before ='}.", _MAX_MEMORY_FORMS)
+        by_node[node] = _parse_limits(limits, text)
+    everywhere = by_node.pop(None, ())
+    return MaxMemory(everywhere, {name: limits for name, limits in by_node.items() if name is not None})
+
+
+_MAX_MEMORY_FORMS = 'Write "40GB", "0:60GB,1:40GB" or "node-a=40GB;node-b=60GB".'
+
+
+def _parse_limits(limits: str, text: str) -> tuple[tuple[int | None, int], ...]:
+    pieces: Sequence[str] = limits.split(",")
+    if len(pieces) == 1 and ":" not in limits:
+        return ((None, parse_bytes(limits, "max_memory")),)
+    parsed: dict[int | None, int] = {}
+    for piece in pieces:
+        index, colon, size = piece.partition(":")
+        if not colon or not index.strip().isdecimal() or int(index) in parsed:
+            raise ConfigError(f"max_memory = {text!r}: {piece.strip()!r} is not INDEX:SIZE, or names a GPU twice.", _MAX_MEMORY_FORMS)
+        parsed[int(index)] = parse_bytes(size, "max_memory")
+    return tuple(parsed.items())

@@ -1,0 +1,31 @@
+"""Local disks and object stores behind one small interface."""
+
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from m2ray.errors import StoreError
+from m2ray.storage.local import LocalStore
+from m2ray.storage.object_store import SCHEMES, ObjectStore
+from m2ray.storage.store import Data, PartSink, Store
+
+__all__ = ["Data", "LocalStore", "ObjectStore", "PartSink", "Store", "open_store"]
+
+
+def open_store(url: str | Path) -> Store:
+    """The store at a local path, a `file://` URL, or an object store's URL such as `s3://bucket/folder`. Nothing is touched yet.
+
+    Credentials, region and endpoint of an object store come from the environment and the provider's own chain
+    (`AWS_ENDPOINT_URL` and so on).
+
+    Raises:
+        StoreError: the scheme is not one that m2ray uses, or the store's settings are malformed.
+    """
+    text = str(url)
+    scheme = urlsplit(text).scheme if "://" in text else ""
+    if scheme in SCHEMES:
+        return ObjectStore(text)
+    if scheme == "file":
+        return LocalStore(Path(unquote(urlsplit(text).path)))
+    if scheme:
+        raise StoreError(f"m2ray cannot use {text!r}: its scheme is {scheme!r}.", f"Give a local path or one of {', '.join(SCHEMES)}.")
+    return LocalStore(Path(text))

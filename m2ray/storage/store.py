@@ -1,0 +1,91 @@
+"""What m2ray asks of a disk or an object store: ranges in, parts out, create-if-absent, durable once a call returns.
+
+Keys are relative to the store's root, with "/" between their parts. Every failure is a StoreError that names the key.
+"""
+
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+
+from m2ray.errors import AlreadyExistsError, StoreError
+
+Data = bytes | bytearray | memoryview
+
+
+class PartSink(ABC):
+    """An object being written. Nothing of it can be seen until `close`; `abort` leaves nothing behind."""
+
+    @abstractmethod
+    def write(self, data: Data) -> None:
+        """Append bytes. The caller may reuse `data` afterwards."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Make the object durable and visible under its key. Raises AlreadyExistsError if the key is taken."""
+
+    @abstractmethod
+    def abort(self) -> None:
+        """Give the object up."""
+
+
+class Store(ABC):
+    """One root (a folder, a bucket's prefix) and the operations m2ray needs below it."""
+
+    url: str
+
+    @abstractmethod
+    def size(self, key: str) -> int | None:
+        """The object's bytes, or None if there is no such object."""
+
+    @abstractmethod
+    def read(self, key: str) -> bytes:
+        """The whole object."""
+
+    @abstractmethod
+    def read_into(self, key: str, offset: int, out: memoryview) -> None:
+        """Fill `out` with the object's bytes from `offset` on. Raises StoreError if the object ends before that."""
+
+    @abstractmethod
+    def list(self, prefix: str) -> Iterator[tuple[str, int]]:
+        """(key, bytes) of each object below the folder `prefix` ("" for all), in any order, unfinished ones left out."""
+
+    @abstractmethod
+    def create(self, key: str, data: Data) -> None:
+        """Write the object only if its key is free, atomically. Raises AlreadyExistsError otherwise."""
+
+    @abstractmethod
+    def put(self, key: str, data: Data) -> None:
+        """Write or replace the object, atomically."""
+
+    @abstractmethod
+    def open_part(self, key: str) -> PartSink:
+        """Begin an object that is written piece by piece."""
+
+    @abstractmethod
+    def delete(self, keys: Iterable[str]) -> None:
+        """Delete the objects; those already gone are no error."""
+
+    def probe(self) -> None:
+        """Check that the store can be written and honours create-if-absent, on which exactly-once rests.
+
+        Raises:
+            StoreError: it cannot be written, or lets a second writer replace what a first one created.
+        """
+        key = f"_probe-{uuid.uuid4().hex}"
+        self.create(key, b"first")
+        try:
+            self.create(key, b"second")
+        except AlreadyExistsError:
+            return
+        finally:
+            self.delete([key])
+        raise StoreError(
+            f"The store at {self.url} replaces an object that was to be created only if absent (If-None-Match is ignored).",
+            "Two drivers could commit the same shard there. Use a store that honours conditional writes.",
+        )
+
+    def read_range(self, key: str, offset: int, num_bytes: int) -> bytearray:
+        """The `num_bytes` bytes of the object from `offset` on."""
+        out = bytearray(num_bytes)
+        self.read_into(key, offset, memoryview(out))
+        return out

@@ -1,0 +1,338 @@
+"""Exactly once: who claims a run, whose attempt counts, and that the account closes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from m2ray.activations.commits import Run, claim_run
+from m2ray.activations.job import Counts, read_job, require_same
+from m2ray.activations.reader import open_run
+from m2ray.activations.records import commit_key, committed_shards, read_commit, read_summary
+from m2ray.batches import PartReceipt
+from m2ray.errors import RunConflictError, RunDamagedError, StageError
+from m2ray.storage import LocalStore
+from tests.unit import activation_runs as runs
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> LocalStore:
+    return LocalStore(tmp_path / "run")
+
+
+def data_keys(store: LocalStore) -> set[str]:
+    return {key for key, _ in store.list("data")}
+
+
+# -- claiming ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_new_folder_is_claimed_and_a_resume_finds_the_same_job(store: LocalStore) -> None:
+    assert read_job(store) is None
+    record = runs.job(store)
+    assert read_job(store) is None, "a survey that was cut off keeps nobody out"
+    assert claim_run(store, record).job == record
+    assert read_job(store) == record
+    resumed = claim_run(store, replace(record, run_id="f" * 32, created_at="later", m2ray_version="9"))
+    assert resumed.job == record
+
+
+def test_of_many_claims_one_creates_the_job_and_all_go_on_with_it(store: LocalStore) -> None:
+    records = [runs.job(store) for _ in range(16)]
+    with ThreadPoolExecutor(16) as pool:
+        claimed = list(pool.map(lambda record: claim_run(store, record), records))
+    assert len({record.run_id for record in records}) == 16
+    assert {run.job.run_id for run in claimed} == {read_job(store).run_id}
+
+
+def test_another_job_is_refused_with_every_field_that_differs(store: LocalStore) -> None:
+    record = runs.job(store, max_length=512)
+    claim_run(store, record)
+    other = replace(
+        record,
+        options={"model": "/models/m", "max_length": 1024, "layers": "0-5", "tokens": "all"},
+        fingerprints=record.fingerprints | {"prompts": "ee"},
+        counts=Counts(13, 11, 2, 67),
+    )
+    with pytest.raises(RunConflictError) as caught:
+        claim_run(store, other)
+    lines = [line.strip() for line in str(caught.value).splitlines()]
+    assert lines[1:-1] == [
+        "max_length: 512 in the run, 1024 now",
+        'layers: "all" in the run, "0-5" now',
+        "batch_tokens: 16384 in the run, absent now",
+        'fingerprints.prompts: "dd" in the run, "ee" now',
+        "counts.sequences: 12 in the run, 13 now",
+        "counts.ready: 10 in the run, 11 now",
+        'tokens: absent in the run, "all" now',
+    ]
+    assert read_job(store) == record
+
+
+def test_options_are_compared_before_the_survey(store: LocalStore) -> None:
+    record = runs.job(store)
+    require_same(store, record, dict(record.options), {"model": "aa"})
+    with pytest.raises(RunConflictError, match='fingerprints.model: "aa" in the run, "zz" now'):
+        require_same(store, record, dict(record.options), {"model": "zz"})
+
+
+def test_a_folder_of_something_else_is_refused(store: LocalStore) -> None:
+    store.put("holiday/photo.jpg", b"")
+    with pytest.raises(RunConflictError, match=r"is not empty.*holiday/photo.jpg"):
+        read_job(store)
+    with pytest.raises(RunConflictError, match="is not empty"):
+        claim_run(store, runs.job(store))
+    assert store.size("job.json") is None
+
+
+def test_a_newer_format_is_refused(store: LocalStore) -> None:
+    record = json.loads(runs.job(store).to_json()) | {"format_version": 2, "fingerprints": "of another shape"}
+    store.put("job.json", json.dumps(record).encode())
+    with pytest.raises(RunConflictError, match="format 2.*up to 1.*Upgrade"):
+        read_job(store)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: data[: len(data) // 2],
+        lambda data: b"",
+        lambda data: b"[]",
+        lambda data: b"\xff\xfe",
+        lambda data: b"null",
+        lambda data: data.replace(b'"num_shards": 3', b'"num_shards": "3"'),
+        lambda data: data.replace(b'"run_id"', b'"run"'),
+        lambda data: data.replace(b'"ready": 10', b'"ready": 9'),
+        lambda data: data.replace(b'"format_version": 1', b'"format_version": "1"'),
+    ],
+)
+def test_a_damaged_job_is_refused_by_name(store: LocalStore, damage: Callable[[bytes], bytes]) -> None:
+    good = runs.job(store).to_json()
+    assert damage(good) != good
+    store.put("job.json", damage(good))
+    with pytest.raises(RunDamagedError, match=r"job\.json of the run at .*run is damaged"):
+        read_job(store)
+
+
+# -- committing -------------------------------------------------------------------------------------------------------
+
+
+def test_missing_shrinks_as_shards_are_committed(store: LocalStore) -> None:
+    run = claim_run(store, runs.job(store))
+    assert [shard.index for shard in run.missing(runs.shards())] == [0, 1, 2]
+    assert runs.commit_shard(run, runs.shard(1), "a1")
+    assert [shard.index for shard in run.missing(runs.shards())] == [0, 2]
+    assert claim_run(store, run.job).committed == {1}
+    record = read_commit(store, run.job, 1)
+    assert (record.attempt, record.num_sequences, record.rows, record.micro_batches) == ("a1", 3, 18, ((2, 8), (1, 3)))
+    assert {part.key for part in record.parts} == data_keys(store)
+
+
+def test_of_two_attempts_one_counts_and_the_losers_parts_are_gone(store: LocalStore) -> None:
+    first, second = (claim_run(store, runs.job(store)) for _ in range(2))
+    shard = runs.shard(0)
+    attempts = {"a1": runs.write_shard(store, first.job, shard, "a1"), "b2": runs.write_shard(store, second.job, shard, "b2")}
+
+    def commit(run: Run, attempt: str) -> bool:
+        return run.commit(shard, attempt, attempts[attempt], [(4, 8)], 1.0)
+
+    with ThreadPoolExecutor(2) as pool:
+        won = list(pool.map(commit, (first, second), attempts))
+    assert sorted(won) == [False, True]
+    winner = list(attempts)[won.index(True)]
+    assert read_commit(store, first.job, 0).attempt == winner
+    assert data_keys(store) == {part.key for part in attempts[winner]}
+    assert first.committed == second.committed == {0}
+
+
+def test_repeating_a_commit_is_a_success(store: LocalStore) -> None:
+    run = claim_run(store, runs.job(store))
+    assert runs.commit_shard(run, runs.shard(0), "a1")
+    receipts = read_commit(store, run.job, 0).receipts()
+    before = store.read(commit_key(0))
+    assert run.commit(runs.shard(0), "a1", receipts, [(4, 14)], 1.0)
+    assert store.read(commit_key(0)) == before
+    assert len(data_keys(store)) == 3
+
+
+def swapped(receipts: list[PartReceipt], **changed: object) -> list[PartReceipt]:
+    return [*receipts[:-1], replace(receipts[-1], **changed)]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda parts: parts[:-1], "residual of layer 11 is missing"),
+        (lambda parts: [*parts, parts[0]], "residual of layer 0 came 2 times"),
+        (lambda parts: swapped(parts, layer=5), "residual of layer 11 is missing.*residual of layer 5 is none of the run's"),
+        (lambda parts: swapped(parts, rows=parts[0].rows - 1), "has 24 rows; the shard has 25 tokens"),
+        (lambda parts: swapped(parts, token_digest="0" * 32), "hold different tokens"),
+        (lambda parts: swapped(parts, attempt="b2"), "is of shard 0, attempt b2"),
+        (lambda parts: swapped(parts, shard=2), "is of shard 2, attempt a1"),
+        (lambda parts: [], "residual of layer 7 is missing"),
+    ],
+)
+def test_a_shard_that_is_not_whole_is_never_committed(store: LocalStore, spoil, message: str) -> None:
+    run = claim_run(store, runs.job(store))
+    shard = runs.shard(0)
+    assert shard.num_tokens == 25
+    receipts = list(runs.write_shard(store, run.job, shard, "a1"))
+    with pytest.raises(StageError, match=f"(?s)Shard 0, attempt a1: .*{message}"):
+        run.commit(shard, "a1", spoil(receipts), [(4, 14)], 1.0)
+    with pytest.raises(StageError, match="do not add up to 4 sequences"):
+        run.commit(shard, "a1", receipts, [(3, 14)], 1.0)
+    assert committed_shards(store) == set()
+
+
+def test_a_commit_of_another_run_is_refused(store: LocalStore, tmp_path: Path) -> None:
+    run = claim_run(store, runs.job(store))
+    other = claim_run(LocalStore(tmp_path / "other"), runs.job(LocalStore(tmp_path / "other")))
+    runs.commit_shard(other, runs.shard(0), "a1")
+    store.put(commit_key(0), other.store.read(commit_key(0)))
+    with pytest.raises(RunDamagedError, match=r"_commits/shard-000000.json.*of run " + other.job.run_id):
+        read_commit(store, run.job, 0)
+    store.put(commit_key(1), b"{")
+    with pytest.raises(RunDamagedError, match=r"_commits/shard-000001.json.*damaged"):
+        read_commit(store, run.job, 1)
+
+
+# -- finishing --------------------------------------------------------------------------------------------------------
+
+
+def test_the_manifest_says_what_the_commits_say(store: LocalStore) -> None:
+    run = runs.finished_run(store)
+    assert run.is_finished
+    rows = pq.read_table(store.path("manifest.parquet")).to_pylist()
+    committed = [receipt.to_json() for shard in range(3) for receipt in read_commit(store, run.job, shard).receipts()]
+    assert len(rows) == 9
+    assert sorted(rows, key=str) == sorted(committed, key=str)
+    assert [(row["layer"], row["shard"]) for row in rows] == [(layer, shard) for layer in (0, 7, 11) for shard in range(3)]
+    assert {(row["key"], row["num_bytes"]) for row in rows} == set(store.list("data"))
+
+
+def test_the_account_closes(store: LocalStore) -> None:
+    runs.finished_run(store)
+    summary = read_summary(store)
+    assert (summary.sequences, summary.committed, summary.quarantined) == (12, 10, 2)
+    assert (summary.tokens, summary.shards, summary.parts) == (67, 3, 9)
+    assert summary.num_bytes == sum(num_bytes for _, num_bytes in store.list("data"))
+
+
+def test_finishing_twice_changes_nothing(store: LocalStore) -> None:
+    run = runs.finished_run(store)
+    before = {key: store.read(key) for key, _ in store.list("")}
+    assert claim_run(store, run.job).finish() == read_summary(store)
+    assert {key: store.read(key) for key, _ in store.list("")} == before
+
+
+def test_a_run_with_missing_shards_is_not_finished(store: LocalStore) -> None:
+    run = claim_run(store, runs.job(store))
+    runs.commit_shard(run, runs.shard(1), "a1")
+    with pytest.raises(StageError, match="2 of 3 shards are not committed, the first is 0"):
+        run.finish()
+    assert not run.is_finished
+    assert store.size("manifest.parquet") is None
+
+
+def test_an_account_that_does_not_close_is_no_success(store: LocalStore) -> None:
+    record = runs.job(store)
+    run = claim_run(store, replace(record, counts=Counts(13, 11, 2, 67)))
+    for shard in runs.shards():
+        runs.commit_shard(run, shard, "a1")
+    with pytest.raises(RunDamagedError, match="does not close: 3 shards with 10 sequences and 67 tokens.*13 sequences"):
+        run.finish()
+    assert not run.is_finished
+
+
+def test_sweeping_spares_what_may_yet_be_committed(store: LocalStore) -> None:
+    run = claim_run(store, runs.job(store))
+    surveyed = {file.key for file in run.job.sequence_files}
+    runs.survey(store, "b9")
+    runs.commit_shard(run, runs.shard(0), "a1")
+    kept = data_keys(store)
+    runs.write_shard(store, run.job, runs.shard(0), "b2")
+    uncommitted = {part.key for part in runs.write_shard(store, run.job, runs.shard(1), "b2")}
+    store.put("data/site=residual/README.txt", b"a user's own")
+    assert run.sweep() == 3 + 2
+    assert data_keys(store) == kept | uncommitted | {"data/site=residual/README.txt"}
+    assert {key for key, _ in store.list("sequences")} == surveyed
+    assert run.sweep() == 0
+
+
+def test_finishing_leaves_only_committed_parts(store: LocalStore) -> None:
+    run = claim_run(store, runs.job(store))
+    for shard in runs.shards():
+        runs.write_shard(store, run.job, shard, "c3")
+        runs.commit_shard(run, shard, "a1")
+    run.finish()
+    assert data_keys(store) == {part.key for shard in range(3) for part in read_commit(store, run.job, shard).receipts()}
+
+
+KILLED_DRIVER = """
+    import os, signal, sys
+    from m2ray.activations.commits import claim_run
+    from m2ray.storage import LocalStore
+    from tests.unit import activation_runs as runs
+
+    class Killed(LocalStore):
+        left = int(sys.argv[2])
+        def hit(self):
+            Killed.left -= 1
+            if Killed.left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+        def create(self, key, data):
+            self.hit(); super().create(key, data); self.hit()
+        def put(self, key, data):
+            self.hit(); super().put(key, data); self.hit()
+        def open_part(self, key):
+            self.hit()
+            sink = super().open_part(key)
+            def close(inner=sink.close):
+                self.hit(); inner(); self.hit()
+            sink.close = close
+            return sink
+
+    store = Killed(__import__("pathlib").Path(sys.argv[1]))
+    from m2ray.activations.job import read_job
+    run = claim_run(store, read_job(store) or runs.job(store))
+    for shard in run.missing(runs.shards()):
+        runs.commit_shard(run, shard, os.urandom(6).hex())
+    run.finish()
+"""
+
+
+@pytest.mark.parametrize("nth", [1, 3, 6, 9, 14, 20, 27, 33, 41])
+def test_a_kill_at_any_store_operation_leaves_a_run_that_resumes(tmp_path: Path, nth: int) -> None:
+    """A real process is killed before or after its nth change; this one goes on with what it left."""
+    folder, script = tmp_path / "run", textwrap.dedent(KILLED_DRIVER)
+    environment = os.environ | {"PYTHONPATH": os.getcwd()}
+    killed = subprocess.run([sys.executable, "-c", script, str(folder), str(nth)], env=environment, timeout=60, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    store = LocalStore(folder)
+    record = read_job(store)
+    if record is not None:
+        for shard in committed_shards(store):
+            assert all(store.size(part.key) == part.num_bytes for part in read_commit(store, record, shard).receipts())
+    run = claim_run(store, record or runs.job(store))
+    for shard in run.missing(runs.shards()):
+        assert runs.commit_shard(run, shard, "ffff")
+    run.finish()
+    assert data_keys(store) == {part.key for shard in range(3) for part in read_commit(store, run.job, shard).receipts()}
+    rows = b"".join(runs.bits(runs.PARTS[1], i).tobytes() for ids in runs.SHARD_SEQUENCES for i in ids)
+    assert open_run(folder).layer(7).tensor().view(torch.uint8).numpy().tobytes() == rows
+
+
+def test_records_survive_the_trip_through_json(store: LocalStore) -> None:
+    record = runs.job(store)
+    store.put("job.json", record.to_json())
+    assert read_job(store) == record

@@ -1,0 +1,309 @@
+"""open_run: the bits that went in, only what is committed, and a damaged file is refused by name."""
+
+import math
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from m2ray.activations.commits import claim_run
+from m2ray.activations.reader import RunReader, open_run
+from m2ray.activations.records import commit_key, read_commit
+from m2ray.activations.schema import part_key
+from m2ray.batches import CapturedLayer, PartSpec
+from m2ray.errors import M2rayError, ConfigError, RunConflictError, RunDamagedError, StoreError
+from m2ray.storage import LocalStore
+from tests.unit import activation_runs as runs
+
+EMBEDDING = PartSpec("embedding", None, "float32", 5)
+HALF = PartSpec("mlp", 7, "float16", 13)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("finished")
+    runs.finished_run(LocalStore(folder), [*runs.PARTS, HALF, EMBEDDING])
+    return folder
+
+
+@pytest.fixture
+def damaged(finished: Path, tmp_path: Path) -> Path:
+    """A copy to damage."""
+    return shutil.copytree(finished, tmp_path / "damaged")
+
+
+def part_path(folder: Path, spec: PartSpec, shard: int) -> Path:
+    return folder / part_key(spec, shard, f"{0xA0 + shard:012x}")
+
+
+def same_bits(tensor: torch.Tensor, expected: np.ndarray) -> bool:
+    return tensor.contiguous().view(torch.uint8).numpy().tobytes() == expected.tobytes()
+
+
+def all_bits(spec: PartSpec) -> np.ndarray:
+    return np.concatenate([runs.bits(spec, i) for ids in runs.SHARD_SEQUENCES for i in ids])
+
+
+# -- values -----------------------------------------------------------------------------------------------------------
+
+
+def test_one_sequence_of_one_layer(finished: Path) -> None:
+    view = open_run(finished).layer(7).site("residual")
+    for ids in runs.SHARD_SEQUENCES:
+        for sequence_id in ids:
+            tensor = view.sequence(sequence_id)
+            assert (tensor.dtype, tuple(tensor.shape)) == (torch.bfloat16, (runs.token_count(sequence_id), runs.WIDTH))
+            assert same_bits(tensor, runs.bits(runs.PARTS[1], sequence_id))
+
+
+def test_views_chain_in_any_order(finished: Path) -> None:
+    run = open_run(str(finished))
+    assert same_bits(run.site("residual").layer(7).sequence(4), runs.bits(runs.PARTS[1], 4))
+    assert same_bits(run.layer(7).site("mlp").sequence(4), runs.bits(HALF, 4))
+    embedding = run.site("embedding").sequence(4)
+    assert (embedding.dtype, tuple(embedding.shape)) == (torch.float32, (12, 5))
+    assert same_bits(embedding, runs.bits(EMBEDDING, 4))
+    assert run.sites == ("residual", "mlp", "embedding")
+    assert run.site("residual").layer_numbers == (0, 7, 11)
+    assert run.site("embedding").layer_numbers == ()
+
+
+def test_several_layers_keep_their_axis_in_the_order_asked_for(finished: Path) -> None:
+    residual = open_run(finished).site("residual")
+    assert tuple(residual.sequence(4).shape) == (3, 12, 24)
+    view = residual.layers([11, 0])
+    assert view.layer_numbers == (11, 0)
+    for layer, spec in zip(view.sequence(9), (runs.PARTS[2], runs.PARTS[0]), strict=True):
+        assert same_bits(layer, runs.bits(spec, 9))
+    assert tuple(residual.layers([7]).sequence(4).shape) == (1, 12, 24)
+
+
+def test_all_rows_and_their_tokens(finished: Path) -> None:
+    run = open_run(finished)
+    tensor, tokens = run.site("mlp").layer(7).tensor(), run.tokens()
+    assert tuple(tensor.shape) == (67, 13)
+    assert tensor.dtype == torch.float16
+    assert same_bits(tensor, all_bits(HALF))
+    order = [i for ids in runs.SHARD_SEQUENCES for i in ids]
+    assert tokens["sequence_id"].tolist() == [i for i in order for _ in range(runs.token_count(i))]
+    assert tokens["position"].tolist() == [position for i in order for position in range(runs.token_count(i))]
+    assert tokens["token_id"].tolist() == [token for i in order for token in runs.token_ids(i).tolist()]
+    stacked = run.site("residual").tensor()
+    assert tuple(stacked.shape) == (3, 67, 24)
+    assert all(same_bits(rows, all_bits(spec)) for rows, spec in zip(stacked, runs.PARTS, strict=True))
+
+
+def test_shard_by_shard(finished: Path) -> None:
+    shards = list(open_run(finished).site("residual").layer(11).shards())
+    assert [shard.index for shard in shards] == [0, 1, 2]
+    assert same_bits(torch.cat([shard.activations for shard in shards]), all_bits(runs.PARTS[2]))
+    assert np.array_equal(np.concatenate([shard.tokens for shard in shards]), open_run(finished).tokens())
+    assert tuple(next(open_run(finished).site("residual").shards()).activations.shape) == (3, 25, 24)
+
+
+def test_tensors_are_the_readers_own(finished: Path) -> None:
+    view = open_run(finished).site("residual").layer(7)
+    view.sequence(4).zero_()
+    assert same_bits(view.sequence(4), runs.bits(runs.PARTS[1], 4))
+
+
+def test_mean_norm(tmp_path: Path) -> None:
+    """float64 sums of float32 rows, against torch on the whole; a row of large numbers would overflow a float16 sum."""
+    store, part = LocalStore(tmp_path), PartSpec("residual", 0, "float16", 64)
+    run = claim_run(store, runs.job(store, [part]))
+    generator, rows = torch.Generator().manual_seed(1), []
+    for shard in runs.shards():
+        writer = runs.writer(store, run.job)
+        for micro_batch in runs.micro_batches(shard):
+            rows.append((torch.randn(micro_batch.num_tokens, 64, generator=generator) * 2000).half())
+            bits = rows[-1].view(torch.uint8).numpy()
+            writer.submit("a1", micro_batch, [CapturedLayer("residual", 0, bits)], timeout_s=10)
+        run.commit(shard, "a1", writer.collect(shard.index, "a1", 10), [(len(shard.sequence_ids), 1)], 1.0)
+        writer.close()
+    expected = torch.cat(rows).double().norm(dim=1).mean().item()
+    assert open_run(tmp_path).layer(0).mean_norm() == pytest.approx(expected, rel=1e-12)
+
+
+# -- what a run is ----------------------------------------------------------------------------------------------------
+
+
+def test_facts(finished: Path) -> None:
+    run = open_run(finished)
+    assert run.is_complete
+    assert (run.num_tokens, run.num_shards, run.num_files) == (67, 3, 15)
+    assert run.num_bytes == sum(path.stat().st_size for path in (finished / "data").rglob("*.parquet"))
+    assert run.layer(7).num_files == 6
+    assert run.job.model.model_type == "minimax_m2"
+    assert len(run.sequences) == 12
+    assert run.sequences["sequence_id"].to_pylist() == list(range(12))
+    assert {row["sequence_id"]: row["reason"] for row in run.quarantined.to_pylist()} == runs.QUARANTINED
+
+
+@pytest.mark.parametrize(
+    ("ask", "message"),
+    [
+        (lambda run: run.layer(3), "no layer 3 .*It has layers 0, 7, 11"),
+        (lambda run: run.layers([0, 12]), "no layer 12 "),
+        (lambda run: run.site("router_logits"), "no site 'router_logits'.*It has: residual, mlp, embedding"),
+        (lambda run: run.site("embedding").layer(0), "It has no layers"),
+        (lambda run: run.layer(7).sequence(0), r"several sites|has the sites residual, mlp.*\.site\(NAME\)"),
+        (lambda run: run.site("mlp").sequence(12), "no sequence 12: .* sequences 0 to 11"),
+        (lambda run: run.site("mlp").sequence(-1), "no sequence -1"),
+        (lambda run: run.site("mlp").sequence(6), r"Sequence 6 \(row row-6\) .*quarantined: not a string but int"),
+    ],
+)
+def test_what_is_not_there_is_said_clearly(finished: Path, ask: Callable[[RunReader], object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ask(open_run(finished))
+
+
+def test_only_committed_shards_are_seen(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    run = claim_run(store, runs.job(store))
+    assert tuple(open_run(tmp_path).tensor().shape) == (3, 0, 24)
+    assert math.isnan(open_run(tmp_path).layer(0).mean_norm())
+    runs.write_shard(store, run.job, runs.shard(0), "a1")
+    runs.commit_shard(run, runs.shard(1), "a1")
+    runs.write_shard(store, run.job, runs.shard(1), "b2")
+    unfinished = store.open_part(part_key(runs.PARTS[0], 2, "a1"))
+    unfinished.write(b"PAR1 half a part")
+    seen = open_run(tmp_path)
+    assert not seen.is_complete
+    assert (seen.num_shards, seen.num_tokens, seen.num_files) == (1, 18, 3)
+    assert [shard.index for shard in seen.shards()] == [1]
+    assert set(seen.tokens()["sequence_id"].tolist()) == {1, 3, 11}
+    assert same_bits(seen.layer(0).sequence(3), runs.bits(runs.PARTS[0], 3))
+    with pytest.raises(ConfigError, match="Sequence 4 is not extracted yet: its shard 0"):
+        seen.layer(0).sequence(4)
+    unfinished.abort()
+
+
+def test_no_run_here(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match=r"no run at .*nowhere: it has no job.json"):
+        open_run(tmp_path / "nowhere")
+    LocalStore(tmp_path).put("photo.jpg", b"")
+    with pytest.raises(RunConflictError, match="photo.jpg"):
+        open_run(tmp_path)
+
+
+def test_importing_m2ray_stays_light() -> None:
+    script = "import sys, m2ray, m2ray.activations.reader; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], timeout=60, check=False).returncode == 0
+
+
+# -- damage -----------------------------------------------------------------------------------------------------------
+
+
+def truncate(path: Path, folder: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def remove(path: Path, folder: Path) -> None:
+    path.unlink()
+
+
+def overwrite_with_zeros(path: Path, folder: Path) -> None:
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def put_layer_0_there(path: Path, folder: Path) -> None:
+    shutil.copy(part_path(folder, runs.PARTS[0], 1), path)
+
+
+def put_shard_2_there(path: Path, folder: Path) -> None:
+    shutil.copy(part_path(folder, runs.PARTS[1], 2), path)
+
+
+def change_in_footer(old: bytes, new: bytes) -> Callable[[Path, Path], None]:
+    def damage(path: Path, folder: Path) -> None:
+        data = path.read_bytes()
+        footer = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
+        assert data[footer:].count(old) == 1
+        assert len(old) == len(new)
+        path.write_bytes(data[:footer] + data[footer:].replace(old, new))
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (truncate, r"has \d+ bytes; \d+ were written"),
+        (remove, "it is absent"),
+        (overwrite_with_zeros, "pyarrow says"),
+        (put_layer_0_there, "bytes; .* were written|m2ray.layer = 0, not 7"),
+        (put_shard_2_there, "bytes; .* were written|m2ray.shard = 2, not 1"),
+        (change_in_footer(b"bfloat16", b"bfloat61"), "m2ray.dtype = bfloat61, not bfloat16"),
+        (change_in_footer(b"[24]", b"[42]"), r"m2ray.shape = \[42\], not \[24\]"),
+        (change_in_footer(b"0000000000a1", b"0000000000a9"), "m2ray.attempt = 0000000000a9, not 0000000000a1"),
+    ],
+)
+def test_a_damaged_part_is_refused_by_name(damaged: Path, damage: Callable[[Path, Path], None], message: str) -> None:
+    path = part_path(damaged, runs.PARTS[1], 1)
+    damage(path, damaged)
+    view = open_run(damaged).site("residual").layer(7)
+    for read in (lambda: view.sequence(3), view.tensor, view.tokens, lambda: list(view.shards()), view.mean_norm):
+        with pytest.raises(RunDamagedError, match=f"{path} is damaged: .*({message})"):
+            read()
+    assert same_bits(view.sequence(4), runs.bits(runs.PARTS[1], 4)), "another shard's part is not touched"
+
+
+def test_swapped_layers_of_one_size_are_refused(tmp_path: Path) -> None:
+    """Two layers' files of the same size change places: only their footers can tell."""
+    store = LocalStore(tmp_path)
+    run = claim_run(store, runs.job(store, [PartSpec("residual", layer, "bfloat16", 24) for layer in (3, 4)]))
+    runs.commit_shard(run, runs.shard(0), "a1")
+    three, four = (tmp_path / part.key for part in read_commit(store, run.job, 0).receipts())
+    assert three.stat().st_size == four.stat().st_size
+    content = three.read_bytes()
+    shutil.copy(four, three)
+    four.write_bytes(content)
+    with pytest.raises(RunDamagedError, match=f"{three} is damaged: its footer says m2ray.layer = 4, not 3"):
+        open_run(tmp_path).layer(3).sequence(4)
+    with pytest.raises(RunDamagedError, match=f"{four} is damaged: its footer says m2ray.layer = 3, not 4"):
+        open_run(tmp_path).tensor()
+
+
+def test_every_flipped_byte_of_a_footer_is_refused_or_harmless(damaged: Path) -> None:
+    """No flip may crash, or change what is read in silence. Offsets of the activations are what this cannot promise."""
+    path = part_path(damaged, runs.PARTS[1], 1)
+    good = path.read_bytes()
+    footer = len(good) - 8 - int.from_bytes(good[-8:-4], "little")
+    rng, refused = np.random.default_rng(3), 0
+    for place in rng.choice(np.arange(footer, len(good)), 150, replace=False).tolist():
+        path.write_bytes(good[:place] + bytes([good[place] ^ 0xFF]) + good[place + 1 :])
+        try:
+            tensor = open_run(damaged).site("residual").layer(7).sequence(3)
+        except M2rayError as error:
+            assert str(path) in str(error)
+            refused += 1
+        else:
+            assert same_bits(tensor, runs.bits(runs.PARTS[1], 3)), place
+    assert refused > 20
+
+
+def test_damaged_records_are_refused_by_name(damaged: Path) -> None:
+    manifest = damaged / "manifest.parquet"
+    good = manifest.read_bytes()
+    manifest.write_bytes(good[:-1])
+    with pytest.raises(RunDamagedError, match=r"manifest\.parquet"):
+        open_run(damaged)
+    manifest.write_bytes(good)
+    sequences = sorted((damaged / "sequences").iterdir())[1]
+    data = bytearray(sequences.read_bytes())
+    data[50] ^= 1
+    sequences.write_bytes(data)
+    run = open_run(damaged)
+    assert same_bits(run.site("mlp").layer(7).sequence(4), runs.bits(HALF, 4)), "it lies in the other file"
+    for read in (lambda: run.sequences, lambda: run.site("mlp").sequence(5)):
+        with pytest.raises(RunDamagedError, match=f"{sequences} is damaged"):
+            read()
+    (damaged / "_SUCCESS").unlink()
+    (damaged / commit_key(1)).write_bytes(b"{}")
+    with pytest.raises(RunDamagedError, match=r"_commits/shard-000001\.json"):
+        open_run(damaged)

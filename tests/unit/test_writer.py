@@ -1,0 +1,314 @@
+"""ActivationWriter: bounded in bytes, in order, and after a failure nothing is left behind."""
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import xxhash
+
+from m2ray.activations.job import JobRecord
+from m2ray.activations.writer import ActivationWriter
+from m2ray.batches import MicroBatch, PartSpec
+from m2ray.errors import StageError, StoreError
+from m2ray.storage import Data, LocalStore, PartSink
+from tests.unit import activation_runs as runs
+
+ATTEMPT = "abc123"
+
+
+class HookedStore(LocalStore):
+    """A local disk that calls `hook(key)` before each write to a part, which may wait or raise."""
+
+    def __init__(self, root: Path, hook: Callable[[str], None]) -> None:
+        super().__init__(root)
+        self.hook = hook
+
+    def open_part(self, key: str) -> PartSink:
+        return _HookedSink(super().open_part(key), lambda: self.hook(key))
+
+
+class _HookedSink(PartSink):
+    def __init__(self, sink: PartSink, hook: Callable[[], None]) -> None:
+        self._sink = sink
+        self._hook = hook
+
+    def write(self, data: Data) -> None:
+        self._hook()
+        self._sink.write(data)
+
+    def close(self) -> None:
+        self._hook()
+        self._sink.close()
+
+    def abort(self) -> None:
+        self._sink.abort()
+
+
+def submit(writer: ActivationWriter, record: JobRecord, micro_batch: MicroBatch, timeout_s: float = 10) -> None:
+    writer.submit(ATTEMPT, micro_batch, runs.captured(record.parts, micro_batch), timeout_s)
+
+
+def until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def files_below(folder: Path) -> list[Path]:
+    return [path for path in (folder / "data").rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("threads", [1, 2, 8])
+def test_receipts_say_what_lies_in_the_store(tmp_path: Path, threads: int) -> None:
+    store = LocalStore(tmp_path)
+    record = runs.job(store)
+    writer = runs.writer(store, record, threads=threads)
+    shard = runs.shard(0)
+    for micro_batch in runs.micro_batches(shard):
+        submit(writer, record, micro_batch)
+    receipts = writer.collect(0, ATTEMPT, timeout_s=10)
+    assert [(part.site, part.layer) for part in receipts] == [(spec.site, spec.layer) for spec in record.parts]
+    for part in receipts:
+        data = store.read(part.key)
+        assert (part.num_bytes, part.xxh3) == (len(data), xxhash.xxh3_64_hexdigest(data))
+        assert (part.rows, part.shard, part.attempt) == (shard.num_tokens, 0, ATTEMPT)
+        table = pq.read_table(tmp_path / part.key, partitioning=None)
+        assert table["sequence_id"].to_pylist() == sorted(table["sequence_id"].to_pylist())
+        spec = next(spec for spec in record.parts if spec.layer == part.layer)
+        rows = np.concatenate([runs.bits(spec, i) for i in shard.sequence_ids.tolist()])
+        assert b"".join(table["activation"].to_pylist()) == rows.tobytes()
+    assert writer.written_bytes == sum(part.num_bytes for part in receipts)
+    assert writer.queued_bytes == 0
+    assert writer.write_s > 0
+    writer.close()
+    assert len(files_below(tmp_path)) == len(receipts)
+
+
+def test_the_token_digest_does_not_depend_on_micro_batches(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    record = runs.job(store)
+    shard = runs.shard(0)
+    expected = xxhash.xxh3_128_hexdigest(b"".join(each.token_rows().tobytes() for each in runs.micro_batches(shard)))
+    digests = set()
+    for size, attempt in ((1, "a1"), (2, "a2"), (4, "a3")):
+        writer = runs.writer(store, record)
+        for micro_batch in runs.micro_batches(shard, size):
+            writer.submit(attempt, micro_batch, runs.captured(record.parts, micro_batch), timeout_s=10)
+        digests |= {part.token_digest for part in writer.collect(0, attempt, timeout_s=10)}
+        writer.close()
+    assert digests == {expected}
+
+
+def test_several_shards_may_be_open_at_once(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    record = runs.job(store)
+    writer = runs.writer(store, record)
+    first, second = (runs.micro_batches(runs.shard(index)) for index in (0, 1))
+    for micro_batch in (first[0], second[0], second[1], first[1]):
+        submit(writer, record, micro_batch)
+    assert {part.shard for part in writer.collect(1, ATTEMPT, 10)} == {1}
+    assert {part.rows for part in writer.collect(0, ATTEMPT, 10)} == {runs.shard(0).num_tokens}
+    writer.close()
+
+
+def test_the_queue_is_bounded_in_bytes(tmp_path: Path) -> None:
+    """With the disk standing still, layers are taken until the next would exceed the bound; then submit waits."""
+    may_write, seen = threading.Event(), []
+
+    def hook(key: str) -> None:
+        seen.append(writer.queued_bytes)
+        assert may_write.wait(10)
+
+    store = HookedStore(tmp_path, hook)
+    record = runs.job(store)
+    micro_batches = runs.micro_batches(runs.shard(0))
+    layer_bytes = [each.num_tokens * 2 * runs.WIDTH for each in micro_batches]
+    room = 3 * layer_bytes[0] + 2 * layer_bytes[1]
+    writer = runs.writer(store, record, queue_bytes=room)
+    submit(writer, record, micro_batches[0])
+    assert writer.queued_bytes == 3 * layer_bytes[0]
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(submit, writer, record, micro_batches[1])
+        until(lambda: writer.queued_bytes == room)
+        with pytest.raises(TimeoutError):
+            waiting.result(0.05)
+        may_write.set()
+        waiting.result(10)
+    assert len(writer.collect(0, ATTEMPT, 10)) == len(record.parts)
+    assert max(seen) == room
+    assert writer.waited_s > 0
+    writer.close()
+
+
+def test_a_full_queue_times_out(tmp_path: Path) -> None:
+    may_write = threading.Event()
+    store = HookedStore(tmp_path, lambda key: may_write.wait(10) and None)
+    record = runs.job(store)
+    micro_batch = runs.micro_batches(runs.shard(0))[0]
+    layer_bytes = micro_batch.num_tokens * 2 * runs.WIDTH
+    writer = runs.writer(store, record, queue_bytes=layer_bytes)
+    with pytest.raises(StoreError, match=rf"Writing fell behind: {layer_bytes} of at most {layer_bytes} bytes"):
+        submit(writer, record, micro_batch, timeout_s=0.05)
+    may_write.set()
+    writer.abandon(0, ATTEMPT)
+    writer.close()
+    assert files_below(tmp_path) == []
+
+
+def test_a_layer_larger_than_the_queue_goes_alone(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    record = runs.job(store)
+    writer = runs.writer(store, record, queue_bytes=1)
+    for micro_batch in runs.micro_batches(runs.shard(0)):
+        submit(writer, record, micro_batch)
+    assert len(writer.collect(0, ATTEMPT, 10)) == 3
+    writer.close()
+
+
+def full_disk(failing_write: int) -> Callable[[str], None]:
+    lock, writes = threading.Lock(), [0]
+
+    def hook(key: str) -> None:
+        with lock:
+            writes[0] += 1
+            if writes[0] >= failing_write:
+                raise StoreError(f"Cannot write {key}: No space left on device.", "The disk is full.")
+
+    return hook
+
+
+def writes_of_a_shard(folder: Path) -> int:
+    writes = []
+    store = HookedStore(folder, writes.append)
+    runs.write_shard(store, runs.job(store), runs.shard(0), ATTEMPT)
+    return len(writes)
+
+
+def test_a_full_disk_at_any_write_surfaces_and_leaves_nothing(tmp_path: Path) -> None:
+    num_writes = writes_of_a_shard(tmp_path / "counted")
+    assert num_writes > 60
+    for failing_write in range(1, num_writes + 1):
+        folder = tmp_path / f"{failing_write}"
+        store = HookedStore(folder, full_disk(failing_write))
+        record = runs.job(store)
+        writer = runs.writer(store, record)
+        with pytest.raises(StoreError, match="No space left on device. The disk is full"):
+            for micro_batch in runs.micro_batches(runs.shard(0)):
+                submit(writer, record, micro_batch)
+            writer.collect(0, ATTEMPT, 10)
+        writer.close()
+        assert files_below(folder) == [], failing_write
+
+
+def test_a_failed_write_is_raised_by_the_next_submit_until_the_attempt_is_abandoned(tmp_path: Path) -> None:
+    may_fail, disk = threading.Event(), full_disk(1)
+    store = HookedStore(tmp_path, lambda key: (may_fail.wait(10), disk(key)) and None)
+    record = runs.job(store)
+    writer = runs.writer(store, record)
+    first, second = (runs.micro_batches(runs.shard(index)) for index in (0, 1))
+    submit(writer, record, first[0])
+    may_fail.set()
+    until(lambda: any(opened.failure for opened in writer._attempts.values()))
+    for _ in range(2):
+        with pytest.raises(StoreError, match="No space left"):
+            submit(writer, record, second[0])
+    store.hook = lambda key: None
+    writer.abandon(0, ATTEMPT)
+    for micro_batch in second:
+        submit(writer, record, micro_batch)
+    assert len(writer.collect(1, ATTEMPT, 10)) == 3
+    writer.close()
+    assert {path.name for path in files_below(tmp_path)} == {f"shard-000001-{ATTEMPT}.parquet"}
+
+
+def test_abandon_deletes_durable_parts_too(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    record = runs.job(store)
+    writer = runs.writer(store, record)
+    for micro_batch in runs.micro_batches(runs.shard(0)):
+        submit(writer, record, micro_batch)
+    until(lambda: len(list(store.list("data"))) == 3)
+    writer.abandon(0, ATTEMPT)
+    writer.abandon(0, "another")
+    assert files_below(tmp_path) == []
+    writer.close()
+
+
+def test_close_gives_up_what_is_not_collected(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    record = runs.job(store)
+    writer = runs.writer(store, record)
+    submit(writer, record, runs.micro_batches(runs.shard(0))[0])
+    writer.close()
+    writer.close()
+    assert files_below(tmp_path) == []
+    with pytest.raises(StageError, match="closed"):
+        submit(writer, record, runs.micro_batches(runs.shard(1))[0])
+
+
+def out_of_order(micro_batches: list[MicroBatch]) -> list[MicroBatch]:
+    return [micro_batches[1]]
+
+
+def twice(micro_batches: list[MicroBatch]) -> list[MicroBatch]:
+    return [micro_batches[0], micro_batches[0]]
+
+
+def after_the_last(micro_batches: list[MicroBatch]) -> list[MicroBatch]:
+    return [*micro_batches, replace(micro_batches[1], index=2)]
+
+
+def descending(micro_batches: list[MicroBatch]) -> list[MicroBatch]:
+    return [replace(micro_batches[0], sequence_ids=micro_batches[0].sequence_ids[::-1])]
+
+
+def descending_between(micro_batches: list[MicroBatch]) -> list[MicroBatch]:
+    return [micro_batches[0], replace(micro_batches[1], sequence_ids=micro_batches[0].sequence_ids)]
+
+
+@pytest.mark.parametrize(
+    ("order", "message"),
+    [
+        (out_of_order, "micro-batch 1 came, expected was 0"),
+        (twice, "micro-batch 0 came, expected was 1"),
+        (after_the_last, "micro-batch 2 came, expected was nothing more"),
+        (descending, "sequences of micro-batch 0 do not ascend"),
+        (descending_between, "sequences of micro-batch 1 do not ascend"),
+    ],
+)
+def test_rows_out_of_order_are_refused(tmp_path: Path, order, message: str) -> None:
+    store = LocalStore(tmp_path)
+    record = runs.job(store)
+    writer = runs.writer(store, record)
+    micro_batches = order(runs.micro_batches(runs.shard(0)))
+    rows = [np.zeros((each.num_tokens, 2 * runs.WIDTH), np.uint8) for each in micro_batches]
+    with pytest.raises(StageError, match=message):
+        for micro_batch, zeros in zip(micro_batches, rows, strict=True):
+            captured = [replace(layer, rows=zeros) for layer in runs.captured(record.parts, micro_batch)]
+            writer.submit(ATTEMPT, micro_batch, captured, timeout_s=10)
+    writer.close()
+    assert files_below(tmp_path) == []
+
+
+def test_other_captures_than_agreed_are_refused(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    record = runs.job(store)
+    writer = runs.writer(store, record)
+    micro_batch = runs.micro_batches(runs.shard(0))[0]
+    good = runs.captured(record.parts, micro_batch)
+    foreign = runs.captured([PartSpec("residual", 8, "bfloat16", runs.WIDTH)], micro_batch)
+    for bad in (good[1:], [*good, good[0]], [*good[1:], *foreign]):
+        with pytest.raises(StageError, match="captured"):
+            writer.submit(ATTEMPT, micro_batch, bad, timeout_s=10)
+    with pytest.raises(StageError, match=rf"uint8 \[{micro_batch.num_tokens - 1}, 48\], not as uint8 \[{micro_batch.num_tokens}, 48\]"):
+        writer.submit(ATTEMPT, micro_batch, [replace(layer, rows=layer.rows[1:]) for layer in good], timeout_s=10)
+    with pytest.raises(StageError, match="before its last micro-batch"):
+        writer.collect(0, ATTEMPT, 10)
+    writer.close()
