@@ -15,7 +15,7 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import log, prod, sqrt
+from math import prod, sqrt
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,7 +39,6 @@ DENSE_FP8 = {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK], "module
 F32_TENSORS = {"minimax_m2": (".gate.weight", ".e_score_correction_bias")}  # published in F32 although their neighbours are not
 ITEMSIZE_BYTES = {"F8_E4M3": 1, "BF16": 2, "F32": 4}
 CHUNK_VALUES = 2**20
-
 RELATIVE_UPDATE = 0.4  # what attention and MLP each add to the residual stream, over its norm
 SILU_GATED_RMS = 0.6  # of silu(a) * b with a and b standard normal
 
@@ -54,8 +53,7 @@ class Piece:
     name: str
     shape: tuple[int, ...]
 
-    def number(self, of: str) -> int | None:
-        """Its number among "layers" or "experts"."""
+    def number(self, of: Literal["layers", "experts"]) -> int | None:
         found = re.search(rf"\.{of}\.(\d+)\.", self.name)
         return int(found[1]) if found else None
 
@@ -177,9 +175,9 @@ class RandomWeights:
         return lambda size_bytes: bits.random_raw(-(-size_bytes // 8)).astype("<u8").view(np.uint8)[:size_bytes]
 
     def _scales(self, piece: Piece) -> torch.Tensor:
-        """F32 [row blocks, column blocks], each up to a factor sqrt(2) off the middle, so that none can stand for another unnoticed."""
+        """F32 [row blocks, column blocks], each up to a factor 2^(1/4) off the middle, so that none can stand for another unnoticed."""
         drawn = self._drawer(f"{piece.name}_scale_inv")(8 * prod(piece.grid)).view("<u8") / 2.0**64
-        factors = np.exp2(drawn - 0.5) / sqrt(1.5 / log(4))  # 2^U with U uniform in +-0.5, over its own rms
+        factors = np.exp2((drawn - 0.5) / 2)
         return torch.from_numpy(factors * self._std(piece) / self.codes_rms).float().reshape(piece.grid)
 
     def _blocks(self, piece: Piece) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -194,13 +192,16 @@ class RandomWeights:
             yield torch.frombuffer(values, dtype=torch.float8_e4m3fn).reshape(shape), spread
 
     def _plain(self, piece: Piece) -> Iterator[tuple[torch.Tensor, float]]:
-        """F32 values of what no format quantises, and scale 1: norms 1 +- 0.1, the rest normal, except a correction bias."""
-        # That lies around 1, where bf16 is coarse, so that rounding it changes the chosen experts, and spreads as the experts' scores do.
-        draw, num_values, std = self._drawer(piece.name), prod(piece.shape), self._std(piece)
-        spread = 0.3 / sqrt(num_values) if "correction_bias" in piece.name else 0.1 if "norm" in piece.name else None
+        """F32 values of what no format quantises, and scale 1."""
+        draw, num_values = self._drawer(piece.name), prod(piece.shape)
         for start in range(0, num_values, CHUNK_VALUES):
             drawn = draw(2 * min(CHUNK_VALUES, num_values - start)).view("<u2")
-            values = self.normal[drawn] * std if spread is None else 1 + spread * (drawn / 32767.5 - 1)
+            if piece.name.endswith("correction_bias"):
+                # Around 1, where bf16 is coarse enough to change the top-k, and one value in each of equal strata, lest all be alike.
+                strata = (drawn.argsort().argsort() + drawn / 65536) / num_values
+                values = 1 + 0.3 / sqrt(num_values) * (2 * strata - 1)
+            else:
+                values = 1 + 0.1 * (drawn / 32767.5 - 1) if "norm" in piece.name else self.normal[drawn] * self._std(piece)
             yield torch.from_numpy(values.astype(np.float32)), 1.0
 
     def _std(self, piece: Piece) -> float:

@@ -133,13 +133,13 @@ def read_job(store: Store) -> JobRecord | None:
         RunDamagedError: job.json cannot be understood.
         StoreError: the folder cannot be read.
     """
+    foreign = next((key for key, _ in store.list("") if not _is_of_a_survey(key)), None)
+    # In this order: job.json precedes everything else of a run, so what another driver has created by now is not foreign.
     if store.size(JOB_KEY) is not None:
         return read_record(store, JOB_KEY, _JOB)
-    for key, _ in store.list(""):
-        if not (key.startswith("sequences/") and key.endswith(".parquet")):
-            raise RunConflictError(
-                f"{store.url} is not empty and is no run folder: it holds {key} and no job.json.", "Give another output."
-            )
+    if foreign is not None:
+        what = f"{store.url} is not empty and is no run folder: it holds {foreign} and no {JOB_KEY}."
+        raise RunConflictError(what, "Give another output.")
     return None
 
 
@@ -212,6 +212,10 @@ def read_record(store: Store, key: str, adapter: TypeAdapter[T]) -> T:
     raise RunConflictError(
         f"{key} of the run at {store.url} has format {version}; this m2ray knows formats up to {FORMAT_VERSION}.", "Upgrade m2ray."
     )
+
+
+def _is_of_a_survey(key: str) -> bool:
+    return key.startswith("sequences/") and key.endswith(".parquet")
 
 
 def utc_now() -> str:

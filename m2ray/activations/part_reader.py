@@ -72,14 +72,18 @@ class PartReader:
         Raises:
             RunDamagedError: the part does not hold exactly the positions 0 to `num_tokens` - 1 of it.
         """
+        # The two columns are run-length encoded: a few KB for the whole part.
+        tokens = self._understood(lambda: self._parquet.read(["sequence_id", "position"]))
+        start, stop = np.searchsorted(tokens["sequence_id"].to_numpy(), [sequence_id, sequence_id + 1])
+        if not np.array_equal(tokens["position"].to_numpy()[start:stop], np.arange(num_tokens)):
+            raise self._damaged(f"it does not hold the {num_tokens} positions of sequence {sequence_id}")
+        first_row = 0
         for number in range(self._parquet.num_row_groups):
-            statistics = self._parquet.metadata.row_group(number).column(0).statistics
-            if statistics.min <= sequence_id <= statistics.max:
-                rows = self._read(number)
-                start, stop = np.searchsorted(rows.tokens["sequence_id"], [sequence_id, sequence_id + 1])
-                if np.array_equal(rows.tokens["position"][start:stop], np.arange(num_tokens)):
-                    return rows.bits[start:stop]
-        raise self._damaged(f"it does not hold the {num_tokens} positions of sequence {sequence_id}")
+            num_rows = self._parquet.metadata.row_group(number).num_rows
+            if first_row <= start and stop <= first_row + num_rows:
+                return self._read(number).bits[start - first_row : stop - first_row]
+            first_row += num_rows
+        raise self._damaged(f"sequence {sequence_id} lies in no one row group")
 
     def _read(self, number: int) -> PartRows:
         table = self._understood(lambda: self._parquet.read_row_group(number))
@@ -94,7 +98,9 @@ class PartReader:
         schema = self._parquet.schema_arrow
         if self.num_rows != receipt.rows:
             raise self._damaged(f"its footer says {self.num_rows} rows; {receipt.rows} were written")
-        found = {key.decode(errors="replace"): value.decode(errors="replace") for key, value in (schema.metadata or {}).items()}
+        # What the footer itself says; schema_arrow would say what a copy inside it, for Arrow's own use, says.
+        footer = self._parquet.metadata.metadata or {}
+        found = {key.decode(errors="replace"): value.decode(errors="replace") for key, value in footer.items()}
         wanted = part_metadata(self._spec, run_metadata, receipt.shard, receipt.attempt)
         differing = [f"{key} = {found.get(key, 'absent')}, not {value}" for key, value in wanted.items() if found.get(key) != value]
         if differing:
@@ -106,7 +112,7 @@ class PartReader:
         """What `read` gives; what pyarrow cannot make sense of is a damaged file."""
         try:
             return read()
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, ValueError) as error:
             raise self._damaged(f"pyarrow says: {' '.join(str(error).split())}") from error
 
     def _damaged(self, how: str) -> RunDamagedError:
@@ -125,7 +131,7 @@ class _StoreStream:
         self._position = 0
 
     def read(self, num_bytes: int | None = None) -> bytearray:
-        left = self._num_bytes - self._position
+        left = max(0, self._num_bytes - self._position)
         data = self._store.read_range(self._key, self._position, left if num_bytes is None else min(num_bytes, left))
         self._position += len(data)
         return data

@@ -18,6 +18,7 @@ from m2ray.chain.progress import Extracted, Progress
 from m2ray.config import ExtractConfig, parse_bytes, parse_layers
 from m2ray.errors import ConfigError, M2rayError, RunConflictError, raise_all
 from m2ray.model.checkpoint import Checkpoint, open_checkpoint, tensor_table
+from m2ray.model.skeleton import resolve_attn_implementation
 from m2ray.model.stage import StageSpec
 from m2ray.planning.partition import partition
 from m2ray.prompts import PromptOptions, PromptSource, PromptTokenizer, SequenceFile, TokenSpool, load_shards, micro_batches, padding_waste, respool, survey
@@ -133,7 +134,7 @@ def _resolved(
     automatic = {
         "batch_tokens": _AUTO_BATCH_TOKENS,
         "shard_tokens": _AUTO_SHARD_TOKENS,
-        "attn_implementation": checkpoint.attn_implementation,
+        "attn_implementation": resolve_attn_implementation(checkpoint.config, config.attn_implementation),
         "threads_per_stage": 1,
     }
     for name, value in automatic.items():

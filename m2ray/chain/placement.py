@@ -1,7 +1,6 @@
 """Joining or starting a Ray cluster, and reserving room in it for the stages."""
 
 import os
-import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -49,9 +48,6 @@ def cluster(connect_timeout_s: float) -> Iterator[ClusterSize]:
         finally:
             ray.shutdown()
         return
-    # One machine's cluster needs no dashboard, and its token never leaves this process and its children.
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
-    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     folder = Path(tempfile.mkdtemp(prefix="m2ray-"))
     try:
         ray.init(address="local", include_dashboard=False, _temp_dir=str(folder), logging_level="ERROR", log_to_driver=True)

@@ -58,7 +58,10 @@ class Progress:
         self._show("survey", f"{rows:,} prompts", None)
 
     def loading(self, statuses: Sequence[StageStatus]) -> None:
-        """Bytes of weights read, by stage."""
+        """Bytes of weights read, by stage; none while the first actors' processes start."""
+        if not any(status.needed_bytes for status in statuses):
+            self._show("load", "starting the stages", None)
+            return
         read_bytes = sum(status.read_bytes for status in statuses)
         needed_bytes = sum(status.needed_bytes for status in statuses)
         rate = read_bytes / max(self._elapsed_s("load"), 1e-3)

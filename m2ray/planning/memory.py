@@ -29,11 +29,13 @@ HOST_BUFFERS = 3
 PROCESS_BYTES = {"gpu": 2 * _GIB, "cpu": _GIB}
 """An actor's own memory: Python, Ray and torch, and with a GPU the CUDA libraries on the host's side."""
 
-LOAD_THREADS = 4
-"""Tensors that are read and converted at the same time."""
+STAGING_BYTES = {"device": 768 * _MIB, "host": 128 * _MIB}
+"""Tensors on their way from the checkpoint: 4 threads, each with a piece of 16 MiB; where it is converted also in float32, with its
+scales, and in the compute dtype."""
 
-TransientBytes = Callable[[int, int], int]
-"""Bytes a layer's forward pass allocates beside its weights, from (padded tokens, the longest sequence's tokens)."""
+TransientBytes = Callable[[int, int, int], int]
+"""What a layer's forward pass allocates beside its weights: bytes, from (padded tokens, the longest sequence's tokens, bytes of an
+element of the compute dtype). `ModelShape.transient_bytes` is one."""
 
 
 @dataclass(frozen=True)
@@ -60,33 +62,27 @@ class ModelShape:
     shared_size: int = 0
     is_eager_attention: bool = False
 
-    def transient_bytes(self, itemsize_bytes: int) -> TransientBytes:
-        """The bound as a function of the micro-batch, for a compute dtype of `itemsize_bytes`.
+    def transient_bytes(self, padded_tokens: int, longest_tokens: int, itemsize_bytes: int) -> int:
+        """A bound on what a layer's forward pass allocates beside its weights.
 
         Read off transformers' own code (modeling_*.py; integrations/moe.py, grouped_mm_experts_forward) by counting the tensors
-        that are alive at once; tests/unit/test_memory.py counts them again while the code runs. A layer holds its input, the
-        residual stream and the normed hidden states, and on top of that the largest of three phases:
+        that are alive at once; tests/unit/test_memory.py counts them again while the code of every family runs. A layer holds its
+        input, the residual stream, the normed hidden states and one more (two with shared experts), and with them the largest of:
 
-        - attention: queries and keys before and after rotation with two temporaries each, and values, as in families
-          that rotate in float32; built scores count in compute dtype, in float32, and as the softmax's float32 result;
-        - dense MLP: gate and up as one tensor, the activated gate, their product;
-        - experts, a row each for every token and expert chosen: either the selected input with the same four, or the selected
-          input, its output, and both weighted and reordered outputs in float32, since routing weights are float32.
+        - attention: queries and keys before and after rotation with two temporaries each, and values, in float32 as some
+          families rotate; where scores are built, those in compute dtype, in float32, and the softmax's float32 result;
+        - dense MLP: gate and up as one tensor, the activated gate, their product, and one more for activations in several steps;
+        - experts, a row each for every token and expert chosen: either the selected input with the first four of those, or the
+          selected input, its output, and that weighted and put in order, in float32 as routing weights are.
         """
         attention = 16 * self.head_dim * (self.num_heads + self.num_kv_heads)
-        pair = self.num_heads * (itemsize_bytes + 8) + itemsize_bytes if self.is_eager_attention else 0
-        dense = 4 * max(self.intermediate_size, self.shared_size) * itemsize_bytes
-        selected = max(
-            (self.hidden_size + 4 * self.expert_size) * itemsize_bytes,
-            self.hidden_size * (2 * itemsize_bytes + 8),
-        )
-        experts = self.experts_per_token * (selected + 40) + self.num_experts * 12
-        held = (4 if self.shared_size else 3) * self.hidden_size * itemsize_bytes
-
-        def bound(padded_tokens: int, longest_tokens: int) -> int:
-            return padded_tokens * (held + max(attention + longest_tokens * pair, dense, experts))
-
-        return bound
+        scores = longest_tokens * (self.num_heads * (itemsize_bytes + 8) + itemsize_bytes) if self.is_eager_attention else 0
+        dense = 5 * max(self.intermediate_size, self.shared_size) * itemsize_bytes
+        up = (self.hidden_size + 4 * self.expert_size) * itemsize_bytes
+        down = self.hidden_size * (2 * itemsize_bytes + 8)
+        experts = self.experts_per_token * (max(up, down) + 40) + self.num_experts * 12
+        held = (5 if self.shared_size else 4) * self.hidden_size * itemsize_bytes
+        return padded_tokens * (held + max(attention + scores, dense, experts))
 
 
 @dataclass(frozen=True)
@@ -98,7 +94,6 @@ class Workload:
         longest_tokens: tokens of the longest sequence.
         hidden_size: H.
         itemsize_bytes: of the compute dtype.
-        store_itemsize_bytes: of the store dtype.
         writer_queue_bytes: captured bytes that may wait for the store, a stage.
     """
 
@@ -106,18 +101,12 @@ class Workload:
     longest_tokens: int
     hidden_size: int
     itemsize_bytes: int
-    store_itemsize_bytes: int
     writer_queue_bytes: int
 
     @property
     def hidden_bytes(self) -> int:
         """One micro-batch's hidden states."""
         return self.padded_tokens * self.hidden_size * self.itemsize_bytes
-
-    @property
-    def captured_bytes(self) -> int:
-        """One micro-batch's rows of one layer, at most."""
-        return self.padded_tokens * self.hidden_size * self.store_itemsize_bytes
 
 
 @dataclass(frozen=True)
@@ -148,59 +137,39 @@ def weight_bytes(rows: Iterable[TensorRow], itemsize_bytes: int) -> int:
     return sum(row.compute_bytes(itemsize_bytes) for row in rows)
 
 
-def gpu_overhead(workload: Workload, transient_bytes: TransientBytes, *, captures: bool) -> dict[str, int]:
-    """Everything that a running stage needs on a GPU besides its weights."""
-    transient = transient_bytes(workload.padded_tokens, workload.longest_tokens)
+def gpu_overhead(workload: Workload, transient_bytes: TransientBytes, row_bytes: Sequence[int]) -> dict[str, int]:
+    """Everything that a running stage needs on a GPU besides its weights; `row_bytes` are those of each part captured there."""
+    transient = transient_bytes(workload.padded_tokens, workload.longest_tokens, workload.itemsize_bytes)
     return {
         "transient": transient,
         "unusable": int(transient * UNUSABLE_SHARE) + UNUSABLE_BYTES,
         "hidden_states": DEVICE_BUFFERS * workload.hidden_bytes,
-        "capture": DEVICE_BUFFERS * workload.captured_bytes if captures else 0,
+        "capture": DEVICE_BUFFERS * workload.padded_tokens * max(row_bytes, default=0),
         "context": CONTEXT_BYTES,
     }
 
 
-def gpu_memory(rows: Sequence[TensorRow], workload: Workload, transient_bytes: TransientBytes, *, captures: bool) -> Memory:
+def gpu_memory(rows: Sequence[TensorRow], workload: Workload, transient_bytes: TransientBytes, row_bytes: Sequence[int]) -> Memory:
     """A GPU that holds the tensors `rows`."""
     weights = {"weights": weight_bytes(rows, workload.itemsize_bytes)}
-    loading = {"staging": staging_bytes(rows, workload.itemsize_bytes), "unusable": UNUSABLE_BYTES, "context": CONTEXT_BYTES}
-    return Memory(weights | gpu_overhead(workload, transient_bytes, captures=captures), weights | loading)
+    loading = {"staging": STAGING_BYTES["device"], "unusable": UNUSABLE_BYTES, "context": CONTEXT_BYTES}
+    return Memory(weights | gpu_overhead(workload, transient_bytes, row_bytes), weights | loading)
 
 
-def gpu_host_memory(rows: Sequence[TensorRow], workload: Workload, captured_layers: int) -> Memory:
+def gpu_host_memory(workload: Workload, row_bytes: Sequence[int]) -> Memory:
     """The host's side of a stage whose weights are on GPUs."""
     process = {"process": PROCESS_BYTES["gpu"]}
-    return Memory(process | _host_buffers(workload, captured_layers), process | {"staging": staging_bytes(rows, workload.itemsize_bytes)})
+    return Memory(process | _host_buffers(workload, row_bytes), process | {"staging": STAGING_BYTES["host"]})
 
 
-def cpu_memory(rows: Sequence[TensorRow], workload: Workload, transient_bytes: TransientBytes, captured_layers: int) -> Memory:
+def cpu_memory(rows: Sequence[TensorRow], workload: Workload, transient_bytes: TransientBytes, row_bytes: Sequence[int]) -> Memory:
     """A stage without a GPU: everything is in host memory."""
     held = {"weights": weight_bytes(rows, workload.itemsize_bytes), "process": PROCESS_BYTES["cpu"]}
-    transient = {"transient": transient_bytes(workload.padded_tokens, workload.longest_tokens)}
-    return Memory(
-        held | transient | _host_buffers(workload, captured_layers), held | {"staging": staging_bytes(rows, workload.itemsize_bytes)}
-    )
+    transient = {"transient": transient_bytes(workload.padded_tokens, workload.longest_tokens, workload.itemsize_bytes)}
+    return Memory(held | transient | _host_buffers(workload, row_bytes), held | {"staging": STAGING_BYTES["device"]})
 
 
-def staging_bytes(rows: Iterable[TensorRow], itemsize_bytes: int) -> int:
-    """Bytes of the checkpoint's tensors on their way: as they are on disk, in float32, and in the compute dtype.
-
-    `LOAD_THREADS` of the largest at once, or what there is if that is less.
-    """
-    on_the_way = [_source_bytes(row, itemsize_bytes) for row in rows if row.sources]
-    all_bytes = sum(num_bytes * len(row.sources) for num_bytes, row in zip(on_the_way, (row for row in rows if row.sources), strict=True))
-    return min(LOAD_THREADS * max(on_the_way, default=0), all_bytes)
-
-
-def _source_bytes(row: TensorRow, itemsize_bytes: int) -> int:
-    """One of the row's checkpoint tensors, converted if its bytes on disk are not those in memory."""
-    disk_bytes = row.disk_bytes // len(row.sources)
-    if row.disk_bytes == row.compute_bytes(itemsize_bytes):
-        return disk_bytes
-    return disk_bytes + row.num_elements // len(row.sources) * (4 + itemsize_bytes)
-
-
-def _host_buffers(workload: Workload, captured_layers: int) -> dict[str, int]:
+def _host_buffers(workload: Workload, row_bytes: Sequence[int]) -> dict[str, int]:
     """Hidden states, and the captured rows: those of one micro-batch, and those that wait for the store."""
-    capture = captured_layers * workload.captured_bytes + workload.writer_queue_bytes if captured_layers else 0
+    capture = workload.padded_tokens * sum(row_bytes) + workload.writer_queue_bytes if row_bytes else 0
     return {"hidden_states": HOST_BUFFERS * workload.hidden_bytes, "capture": capture}

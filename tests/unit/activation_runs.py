@@ -37,7 +37,8 @@ def bits(part: PartSpec, sequence_id: int) -> Bits:
     itemsize = {"bfloat16": 2, "float16": 2, "float32": 4}[part.dtype]
     rng = np.random.default_rng([2, 99 if part.layer is None else part.layer, sequence_id])
     rows = rng.integers(0, 256, (token_count(sequence_id), part.width * itemsize), dtype=np.uint8)
-    rows.view(np.uint16)[:, : len(PATTERNS)] = PATTERNS
+    num_patterns = min(len(PATTERNS), rows.shape[1] // 2)
+    rows[:, : 2 * num_patterns] = PATTERNS[:num_patterns].view(np.uint8)
     return rows
 
 

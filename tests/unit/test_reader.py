@@ -233,11 +233,11 @@ def change_in_footer(old: bytes, new: bytes) -> Callable[[Path, Path], None]:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (truncate, r"has \d+ bytes; \d+ were written"),
+        (truncate, r"has 4049 bytes; 4050 bytes were written"),
         (remove, "it is absent"),
         (overwrite_with_zeros, "pyarrow says"),
-        (put_layer_0_there, "bytes; .* were written|m2ray.layer = 0, not 7"),
-        (put_shard_2_there, "bytes; .* were written|m2ray.shard = 2, not 1"),
+        (put_layer_0_there, "m2ray.layer = 0, not 7"),
+        (put_shard_2_there, "bytes; 4050 bytes were written"),
         (change_in_footer(b"bfloat16", b"bfloat61"), "m2ray.dtype = bfloat61, not bfloat16"),
         (change_in_footer(b"[24]", b"[42]"), r"m2ray.shape = \[42\], not \[24\]"),
         (change_in_footer(b"0000000000a1", b"0000000000a9"), "m2ray.attempt = 0000000000a9, not 0000000000a1"),
@@ -266,7 +266,7 @@ def test_swapped_layers_of_one_size_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RunDamagedError, match=f"{three} is damaged: its footer says m2ray.layer = 4, not 3"):
         open_run(tmp_path).layer(3).sequence(4)
     with pytest.raises(RunDamagedError, match=f"{four} is damaged: its footer says m2ray.layer = 3, not 4"):
-        open_run(tmp_path).tensor()
+        open_run(tmp_path).layers([4, 3]).tensor()
 
 
 def test_every_flipped_byte_of_a_footer_is_refused_or_harmless(damaged: Path) -> None:
@@ -275,7 +275,7 @@ def test_every_flipped_byte_of_a_footer_is_refused_or_harmless(damaged: Path) ->
     good = path.read_bytes()
     footer = len(good) - 8 - int.from_bytes(good[-8:-4], "little")
     rng, refused = np.random.default_rng(3), 0
-    for place in rng.choice(np.arange(footer, len(good)), 150, replace=False).tolist():
+    for place in rng.choice(np.arange(footer, len(good)), 600, replace=False).tolist():
         path.write_bytes(good[:place] + bytes([good[place] ^ 0xFF]) + good[place + 1 :])
         try:
             tensor = open_run(damaged).site("residual").layer(7).sequence(3)

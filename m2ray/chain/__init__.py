@@ -1,0 +1,15 @@
+"""The chain of stages on a Ray cluster, and the main path through it.
+
+Ray reads its authentication settings once, when it is imported. A cluster that m2ray starts for itself has token
+authentication on, with a token that never leaves this process and its children; so both are set here, before any module
+of this package imports Ray. A cluster that RAY_ADDRESS names keeps its own settings.
+"""
+
+import os
+import secrets
+import sys
+
+if "ray" not in sys.modules and not os.environ.get("RAY_ADDRESS"):
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    if os.environ["RAY_AUTH_MODE"] == "token":
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))

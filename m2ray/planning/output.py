@@ -1,0 +1,106 @@
+"""What a run writes: bytes and files by part, what they cost, and how fast the store must take them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from m2ray.batches import PartSpec
+
+ITEMSIZE_BYTES: Mapping[str, int] = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+IDS_BYTES_A_ROW = 4.5
+"""sequence_id, position and token_id of one row. 16 bytes in memory; encoded between 3.3 (natural text, thousands of rows a row
+group) and 7 (token ids drawn evenly from 200,000), as measured on parts of the writer."""
+
+BYTES_A_ROW_GROUP = 700
+"""Page headers, dictionaries' headers and the footer's entry: measured. A micro-batch is one row group."""
+
+BYTES_A_PART = 2_500
+"""Schema, metadata and magic: measured."""
+
+RECORD_BYTES_A_PART = 300
+"""A part's entries in its commit and in the manifest."""
+
+RECORD_BYTES_A_SEQUENCE = 80
+"""A row of `sequences/`."""
+
+
+@dataclass(frozen=True)
+class PromptStats:
+    """What the survey of the prompts found.
+
+    Attributes:
+        sequences, tokens: those that are extracted; quarantined rows are not counted.
+        padded_tokens: tokens that are computed, padding included.
+        longest_tokens: of one sequence.
+        shards, micro_batches: in all.
+    """
+
+    sequences: int
+    tokens: int
+    padded_tokens: int
+    longest_tokens: int
+    shards: int
+    micro_batches: int
+
+
+@dataclass(frozen=True)
+class PartBytes:
+    """All parts of one site and layer together."""
+
+    site: str
+    layer: int | None
+    files: int
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class OutputPlan:
+    """What the run folder will hold.
+
+    Attributes:
+        padding_waste: share of the computed tokens that are padding.
+        by_part: site by site and layer by layer.
+        files, num_bytes: of all parts.
+        disk_bytes: parts and records: what the disk or bucket needs.
+        cost_a_month: of `disk_bytes` at the stated price per GB (10^9 bytes) and month; None where none was stated.
+    """
+
+    sequences: int
+    tokens: int
+    padding_waste: float
+    by_part: tuple[PartBytes, ...]
+    files: int
+    num_bytes: int
+    disk_bytes: int
+    cost_a_month: float | None
+
+
+def row_bytes(spec: PartSpec) -> int:
+    """Bytes of one activation row."""
+    return spec.width * ITEMSIZE_BYTES[spec.dtype]
+
+
+def part_bytes(spec: PartSpec, rows: int, row_groups: int, files: int = 1) -> int:
+    """Bytes of `files` parts with so many rows and row groups together, within 2 % of what the writer makes of 128 bytes a row."""
+    return round(rows * (row_bytes(spec) + IDS_BYTES_A_ROW)) + row_groups * BYTES_A_ROW_GROUP + files * BYTES_A_PART
+
+
+def plan_output(parts: Sequence[PartSpec], prompts: PromptStats, price_per_gb_month: float | None) -> OutputPlan:
+    """The output of these parts for these prompts."""
+    by_part = tuple(
+        PartBytes(spec.site, spec.layer, prompts.shards, part_bytes(spec, prompts.tokens, prompts.micro_batches, prompts.shards))
+        for spec in parts
+    )
+    num_bytes = sum(part.num_bytes for part in by_part)
+    files = sum(part.files for part in by_part)
+    disk_bytes = num_bytes + files * RECORD_BYTES_A_PART + prompts.sequences * RECORD_BYTES_A_SEQUENCE
+    return OutputPlan(
+        sequences=prompts.sequences,
+        tokens=prompts.tokens,
+        padding_waste=1 - prompts.tokens / prompts.padded_tokens if prompts.padded_tokens else 0.0,
+        by_part=by_part,
+        files=files,
+        num_bytes=num_bytes,
+        disk_bytes=disk_bytes,
+        cost_a_month=None if price_per_gb_month is None else disk_bytes / 1e9 * price_per_gb_month,
+    )

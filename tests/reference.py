@@ -1,0 +1,154 @@
+"""Small checkpoints on disk, and transformers' own model of them as the reference that m2ray's rows are compared with."""
+
+import json
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from m2ray.batches import LayerSpan, MicroBatch
+from m2ray.model.stage import Stage, StageSpec, load_stage
+from scripts.make_checkpoint import make_checkpoint
+
+DATA = Path(__file__).parent / "data"
+MINIMAX_TINY = {
+    "layers": 7,
+    "hidden_size": 128,
+    "intermediate_size": 128,
+    "num_experts": 8,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "head_dim": 64,
+    "experts_per_token": 2,
+    "vocab_size": 384,
+}
+"""Dimensions that FP8 blocks of 128 divide, and layers enough for five uneven spans."""
+
+
+def make_minimax(folder: Path, fmt: str, layout: str = "hub") -> Path:
+    """A tiny MiniMax-M2 checkpoint in several files. All formats and layouts hold the same values."""
+    config = json.loads((DATA / "minimax_m2" / "config.json").read_text())
+    make_checkpoint(folder, config, overrides=MINIMAX_TINY, fmt=fmt, layout=layout, seed=11, max_shard_bytes=2_000_000)
+    return folder
+
+
+def make_family(folder: Path, model_type: str, dtype: torch.dtype = torch.float32) -> Path:
+    """A tiny checkpoint of a family, saved by transformers from weights that make every layer matter."""
+    fields = json.loads((DATA / "families" / f"{model_type}.json").read_text())
+    torch.manual_seed(5)
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type].from_dict(fields), dtype=torch.float32)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if tensor.dim() >= 2:
+                tensor.normal_(0, 1 / tensor.shape[-1] ** 0.5, generator=generator)
+            else:
+                tensor.add_(torch.empty_like(tensor).normal_(0, 0.1, generator=generator))
+            assert tensor.isfinite().all(), name
+    model.to(dtype).save_pretrained(folder, max_shard_size="100KB")
+    return folder
+
+
+def load_reference(folder: Path, dtype: torch.dtype, attn_implementation: str | None = None) -> Any:
+    """transformers' own model of a checkpoint.
+
+    MiniMax-M2: loaded in bfloat16 (FP8 dequantised), its router put back in float32 from disk, then `.float()` where float32 is asked for.
+    """
+    config = AutoConfig.from_pretrained(folder)
+    is_minimax = config.model_type == "minimax_m2"
+    if is_minimax:  # transformers before 5.23 overlooks rotary_dim
+        config.rope_parameters["partial_rotary_factor"] = config.rotary_dim / config.head_dim
+    if getattr(config, "quantization_config", None):
+        config.quantization_config["dequantize"] = True
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder,
+        config=config,
+        dtype=torch.bfloat16 if is_minimax else dtype,
+        attn_implementation=attn_implementation,
+        output_loading_info=True,
+    )
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    if is_minimax:
+        _restore_router(model, folder)
+    return (model.float() if dtype == torch.float32 else model).eval()
+
+
+def _restore_router(model: Any, folder: Path) -> None:
+    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    for key, file in index.items():
+        if key.endswith(("gate.weight", "e_score_correction_bias")):
+            with safe_open(folder / file, framework="pt") as tensors:
+                value = tensors.get_tensor(key).float()
+            moe = model.model.layers[int(key.split(".")[2])].mlp
+            if key.endswith("gate.weight"):
+                moe.gate.weight = torch.nn.Parameter(value, requires_grad=False)
+            else:
+                moe.e_score_correction_bias = value
+
+
+def micro_batch_of(lengths: Sequence[int], vocab_size: int, seed: int = 0, pad_to: int | None = None) -> MicroBatch:
+    """Random sequences of the given lengths, right-padded; ids 100, 101, ..."""
+    rng = np.random.default_rng(seed)
+    token_ids_BT = np.zeros((len(lengths), pad_to or max(lengths)), np.int32)
+    for row, length in enumerate(lengths):
+        token_ids_BT[row, :length] = rng.integers(3, vocab_size, length)
+    return MicroBatch(0, 0, True, np.arange(100, 100 + len(lengths)), np.array(lengths, np.int32), token_ids_BT)
+
+
+def alone(micro_batch: MicroBatch, row: int) -> MicroBatch:
+    """One sequence of a micro-batch, without padding."""
+    length = int(micro_batch.token_counts[row])
+    return MicroBatch(
+        0, row, True, micro_batch.sequence_ids[[row]], micro_batch.token_counts[[row]], micro_batch.token_ids_BT[[row], :length].copy()
+    )
+
+
+def reference_rows(model: Any, micro_batch: MicroBatch) -> list[torch.Tensor]:
+    """Each decoder layer's output at the real positions, [N, H] a layer, by hooks on the layers of transformers' own forward pass."""
+    base = model.base_model
+    layers = base.h if hasattr(base, "h") else base.decoder.layers if hasattr(base, "decoder") else base.layers
+    outputs: list[torch.Tensor] = []
+    hooks = [layer.register_forward_hook(lambda _, __, output: outputs.append(output.clone())) for layer in layers]
+    with torch.inference_mode():
+        base(input_ids=torch.from_numpy(micro_batch.token_ids_BT).long(), use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    is_real_BT = torch.arange(micro_batch.token_ids_BT.shape[1]) < torch.from_numpy(micro_batch.token_counts)[:, None]
+    return [output[is_real_BT] for output in outputs]
+
+
+def load_chain(folder: Path, bounds: Sequence[int], compute_dtype: str, store_dtype: str | None = None, attn: str = "auto") -> list[Stage]:
+    """The stages of the spans between `bounds`, each loaded by itself and capturing all its layers."""
+    return [
+        load_stage(
+            StageSpec(
+                str(folder), LayerSpan(*ends), tuple(range(*ends)), ("residual",), compute_dtype, store_dtype or compute_dtype, attn, "cpu", 1
+            ),
+            lambda read, needed: None,
+        )
+        for ends in pairwise(bounds)
+    ]
+
+
+def chain_rows(stages: Sequence[Stage], micro_batch: MicroBatch) -> list[torch.Tensor]:
+    """What a chain captures of a micro-batch, [N, H] a layer, in the store dtype."""
+    hidden_BTH, rows = None, []
+    for stage in stages:
+        output = stage.forward(micro_batch, hidden_BTH)
+        hidden_BTH = output.hidden_BTH
+        for part, captured in zip(stage.parts, output.captured, strict=True):
+            assert (part.layer, part.site) == (captured.layer, captured.site)
+            rows.append(torch.from_numpy(captured.rows.copy()).view(getattr(torch, part.dtype)))
+    assert hidden_BTH is None
+    return rows
+
+
+def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Equal dtype, shape and bits; unlike `==`, tells -0 from 0 and finds NaN equal to itself."""
+    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(one.view(torch.uint8), other.view(torch.uint8))
