@@ -21,7 +21,7 @@ MINIMAX_TINY = {
     "layers": 7,
     "hidden_size": 128,
     "intermediate_size": 128,
-    "num_experts": 8,
+    "num_experts": 12,
     "num_heads": 4,
     "num_kv_heads": 2,
     "head_dim": 64,
@@ -128,9 +128,17 @@ def load_chain(folder: Path, bounds: Sequence[int], compute_dtype: str, store_dt
     return [
         load_stage(
             StageSpec(
-                str(folder), LayerSpan(*ends), tuple(range(*ends)), ("residual",), compute_dtype, store_dtype or compute_dtype, attn, "cpu", 1
+                str(folder),
+                LayerSpan(*ends),
+                tuple(range(*ends)),
+                ("residual",),
+                compute_dtype,
+                store_dtype or compute_dtype,
+                attn,
+                "cpu",
+                1,
             ),
-            lambda read, needed: None,
+            lambda *_: None,
         )
         for ends in pairwise(bounds)
     ]

@@ -25,6 +25,8 @@ from m2ray.batches import PartReceipt, Shard
 from m2ray.errors import AlreadyExistsError, RunDamagedError, StageError, raise_all
 from m2ray.storage import Store
 
+__all__ = ["Run", "RunSummary", "claim_run", "read_summary"]
+
 _DEFECT = "This is a defect of m2ray: the shard was not committed."
 
 

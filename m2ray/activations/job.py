@@ -126,14 +126,14 @@ class JobRecord:
 
 
 def read_job(store: Store) -> JobRecord | None:
-    """The run's record; None where a new run may begin: an empty folder, or one where a survey was cut off.
+    """The run's record; None where a new run may begin: an empty folder, or one where m2ray was cut off before.
 
     Raises:
         RunConflictError: the folder holds something else, or a run of a newer format.
         RunDamagedError: job.json cannot be understood.
         StoreError: the folder cannot be read.
     """
-    foreign = next((key for key, _ in store.list("") if not _is_of_a_survey(key)), None)
+    foreign = next((key for key, _ in store.list("") if not _may_precede_a_job(key)), None)
     # In this order: job.json precedes everything else of a run, so what another driver has created by now is not foreign.
     if store.size(JOB_KEY) is not None:
         return read_record(store, JOB_KEY, _JOB)
@@ -214,8 +214,9 @@ def read_record(store: Store, key: str, adapter: TypeAdapter[T]) -> T:
     )
 
 
-def _is_of_a_survey(key: str) -> bool:
-    return key.startswith("sequences/") and key.endswith(".parquet")
+def _may_precede_a_job(key: str) -> bool:
+    """Whether m2ray leaves such a key behind if it is killed before job.json: a survey's files, or the store's probe."""
+    return (key.startswith("sequences/") and key.endswith(".parquet")) or key.startswith("_probe-")
 
 
 def utc_now() -> str:

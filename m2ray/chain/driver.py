@@ -79,6 +79,8 @@ class Chain:
         self._closing: list[_OpenShard] = []
         self._step = 0
         self._moved = False
+        self._asked: dict[int, Any] = {}
+        self._answers: dict[int, StageStatus] = {}
         self.tokens_done = 0
 
     @classmethod
@@ -141,9 +143,16 @@ class Chain:
             on_tick()
             yield from results
 
-    def statuses(self, timeout_s: float = 10.0) -> list[StageStatus]:
-        """What each stage has done so far."""
-        return self._get([stage.status.remote() for stage in self._stages], timeout_s)
+    def latest_statuses(self) -> list[StageStatus]:
+        """The newest answer of each stage that has answered at all, without waiting: a busy stage may be late."""
+        for index, stage in enumerate(self._stages):
+            asked = self._asked.get(index)
+            if asked is not None and ray.wait([asked], timeout=0)[0]:
+                (self._answers[index],) = self._get([asked], self._limits.timeout_s)
+                asked = None
+            if asked is None:
+                self._asked[index] = stage.status.remote()
+        return [self._answers[index] for index in sorted(self._answers)]
 
     def close(self) -> None:
         """Let the writers end, then end the actors."""
@@ -165,7 +174,7 @@ class Chain:
         while waiting:
             done, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=_POLL_S)
             self._get(done, self._limits.timeout_s)
-            statuses = self._load_statuses()
+            statuses = self.latest_statuses()
             on_status(statuses)
             now_read_bytes = sum(status.read_bytes for status in statuses)
             if done or now_read_bytes != read_bytes:
@@ -175,12 +184,6 @@ class Chain:
                     f"Loading stood still for {self._limits.timeout_s:g} s: {self._diagnosis()}.",
                     "Check the disk that holds the model; stage_timeout_s sets the limit.",
                 )
-
-    def _load_statuses(self) -> list[StageStatus]:
-        """Statuses of the stages whose processes are up: the first ones take a while to start."""
-        refs = [stage.status.remote() for stage in self._stages]
-        up, _ = ray.wait(refs, num_returns=len(refs), timeout=_POLL_S)
-        return self._get(up, _POLL_S)
 
     # -- extracting ---------------------------------------------------------------------------------------------------
 

@@ -276,7 +276,7 @@ class _Monitor:
         if now - self._asked_at < 2.0:
             return
         self._asked_at = now
-        statuses = self._chain.statuses()
+        statuses = self._chain.latest_statuses()
         self._progress.extracting(
             Extracted(
                 shards=self._shards,
@@ -285,6 +285,6 @@ class _Monitor:
                 all_tokens=self._all_tokens,
                 tokens_before=self._tokens_before,
                 written_bytes=sum(status.written_bytes for status in statuses),
-                write_wait_s=max(status.write_wait_s for status in statuses),
+                write_wait_s=max((status.write_wait_s for status in statuses), default=0.0),
             )
         )

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -58,12 +59,16 @@ def cluster(connect_timeout_s: float) -> Iterator[ClusterSize]:
 
 
 def _join(timeout_s: float) -> None:
-    os.environ.setdefault("RAY_gcs_rpc_server_connect_timeout_s", str(max(1, int(timeout_s))))
+    address = os.environ["RAY_ADDRESS"]
     try:
+        host, separator, port = address.rpartition(":")
+        if separator and port.isdigit() and "/" not in host:
+            # Ray itself goes on trying for minutes where nothing listens.
+            socket.create_connection((host, int(port)), timeout_s).close()
         ray.init(logging_level="ERROR", log_to_driver=True)
-    except (ConnectionError, ray.exceptions.RayError, RuntimeError, ValueError) as error:
+    except (OSError, ray.exceptions.RayError, RuntimeError, ValueError) as error:
         raise ClusterError(
-            f"The Ray cluster at RAY_ADDRESS={os.environ['RAY_ADDRESS']!r} cannot be joined: {error}",
+            f"The Ray cluster at RAY_ADDRESS={address!r} cannot be joined: {error}.",
             "Check the address and the token, or unset RAY_ADDRESS to run on this machine.",
         ) from error
 

@@ -77,7 +77,7 @@ class Checkpoint:
         tensor = torch.empty(shape, dtype=header.dtype)
         num_bytes = prod(shape) * header.dtype.itemsize
         if num_bytes:
-            self._store.read_into(header.file, offset, memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+            self._store.read_into(header.file, offset, tensor.reshape(-1).view(torch.uint8).numpy().data)
         with self._lock:
             self._bytes_read += num_bytes
         return tensor
@@ -92,7 +92,9 @@ def open_checkpoint(url: str) -> Checkpoint:
     """
     store = open_store(url)
     if store.size(CONFIG) is None:
-        raise CheckpointError(f"There is no {CONFIG} in {store.url}.", "Give the folder of a downloaded checkpoint: config.json and safetensors.")
+        raise CheckpointError(
+            f"There is no {CONFIG} in {store.url}.", "Give the folder of a downloaded checkpoint: config.json and safetensors."
+        )
     config_text = store.read(CONFIG)
     config = parse_config(config_text)
     fingerprint = xxhash.xxh3_128()
@@ -122,7 +124,8 @@ def _read_index(store: Store) -> tuple[dict[str, str], bytes]:
     if store.size(INDEX) is None:
         if store.size(SINGLE_FILE) is None:
             raise CheckpointError(
-                f"There is neither {INDEX} nor {SINGLE_FILE} in {store.url}.", "m2ray reads safetensors only: convert pickled weights first."
+                f"There is neither {INDEX} nor {SINGLE_FILE} in {store.url}.",
+                "m2ray reads safetensors only: convert pickled weights first.",
             )
         return {}, b""
     text = store.read(INDEX)
@@ -153,7 +156,9 @@ def _join(weight_map: Mapping[str, str], files: Mapping[str, FileHeader]) -> tup
             if weight_map.get(key, file) != file:
                 continue  # a copy: the index says which one counts
             if key in headers:
-                problems.append(CheckpointError(f"{key!r} is in {headers[key].file} and in {file}, and the index names neither.", COPY_AGAIN))
+                problems.append(
+                    CheckpointError(f"{key!r} is in {headers[key].file} and in {file}, and the index names neither.", COPY_AGAIN)
+                )
             headers[key] = tensor
     absent: dict[str, list[str]] = {}
     for key, file in weight_map.items():

@@ -167,7 +167,9 @@ def _number_experts(tensor: ModelTensor, pattern: str, keys: list[str]) -> dict[
             assert number is not None
             named = [f"{keys[0][: number.start(1)]}{expert}{keys[0][number.end(1) :]}" for expert in missing]
         listed = ", ".join(_shorten(named))
-        raise CheckpointError(f"The checkpoint lacks {len(missing)} tensors {pattern!r} of {tensor.name}: {listed}.", "Copy the files again.")
+        raise CheckpointError(
+            f"The checkpoint lacks {len(missing)} tensors {pattern!r} of {tensor.name}: {listed}.", "Copy the files again."
+        )
     surplus = [key for expert, key in by_expert.items() if expert >= tensor.shape[0]]
     if surplus:
         listed = ", ".join(_shorten(surplus))

@@ -94,7 +94,9 @@ class DecoderSpan:
     def _leave(self, number: int) -> Callable[..., None]:
         def hook(_: nn.Module, __: Any, output: Any) -> None:
             if not isinstance(output, torch.Tensor):
-                raise CheckpointError(f"Layer {number} of {type(self._base).__name__} returns a {type(output).__name__}, not hidden states.")
+                raise CheckpointError(
+                    f"Layer {number} of {type(self._base).__name__} returns a {type(output).__name__}, not hidden states."
+                )
             self._on_layer(number, output)
             if number == self.span.stop - 1:
                 raise _SpanDone(output)
@@ -168,11 +170,14 @@ def _check_rotary(base: nn.Module, config: Any) -> None:
     found = {name: buffer.numel() for name, buffer in base.named_buffers() if name.endswith("inv_freq")}
     problems = [
         CheckpointError(
-            f"{name} turns {2 * number} dimensions of each head, config.json says {expected}.", "Use the transformers version that m2ray asks for."
+            f"{name} turns {2 * number} dimensions of each head, config.json says {expected}.",
+            "Use a transformers version that m2ray asks for.",
         )
         for name, number in found.items()
-        if 2 * number != expected
+        if number != (expected + 1) // 2
     ]
     if not found:
-        problems = [CheckpointError(f"config.json says that {expected} dimensions of each head turn, but the model has no rotary frequencies.")]
+        problems = [
+            CheckpointError(f"config.json says that {expected} dimensions of each head turn, but the model has no rotary frequencies.")
+        ]
     raise_all(problems)

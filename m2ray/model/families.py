@@ -120,7 +120,9 @@ def _unknown_family(model_type: Any) -> CheckpointError:
 
 def _unsupported_structure(config: Any) -> list[CheckpointError]:
     problems = [
-        CheckpointError(f"config.json: {field} = {getattr(config, field)}: its layers share state across stage boundaries.", "m2ray cannot cut it.")
+        CheckpointError(
+            f"config.json: {field} = {getattr(config, field)}: its layers share state across stage boundaries.", "m2ray cannot cut it."
+        )
         for field in SHARED_STATE
         if getattr(config, field, None)
     ]
@@ -145,6 +147,8 @@ def _unsupported_quantization(config: Any) -> list[CheckpointError]:
     if method != "fp8":
         return [CheckpointError(f"config.json: quant_method {method!r}.", "m2ray reads BF16, F16, F32 and block-wise FP8 checkpoints.")]
     block = quantization.get("weight_block_size")
-    if block is not None and not (isinstance(block, list | tuple) and len(block) == 2 and all(isinstance(side, int) and side > 0 for side in block)):
+    if block is not None and not (
+        isinstance(block, list | tuple) and len(block) == 2 and all(isinstance(side, int) and side > 0 for side in block)
+    ):
         return [CheckpointError(f"config.json: weight_block_size {block!r} is not two positive numbers.")]
     return []

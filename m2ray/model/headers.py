@@ -100,7 +100,8 @@ def _parse_entry(file: str, key: str, entry: Any, data_start: int) -> TensorHead
     dtype = DTYPES[dtype_name]
     if end - begin != prod(shape) * dtype.itemsize:
         raise CheckpointError(
-            f"{file}: {key!r} is {dtype_name} {list(shape)}, {prod(shape) * dtype.itemsize} bytes, but has {end - begin} bytes in the file.", COPY_AGAIN
+            f"{file}: {key!r} is {dtype_name} {list(shape)}, {prod(shape) * dtype.itemsize} bytes, but has {end - begin} bytes in the file.",
+            COPY_AGAIN,
         )
     return TensorHeader(file, dtype, shape, data_start + begin, end - begin)
 

@@ -85,7 +85,9 @@ def build_skeleton(config: Any, compute_dtype: torch.dtype, attn_implementation:
             model = AutoModelForCausalLM.from_config(config, dtype=compute_dtype, attn_implementation=chosen).eval().requires_grad_(False)
     except (ValueError, TypeError, KeyError) as error:
         if chosen and "attention" in str(error).lower():
-            raise ConfigError(f"attn_implementation = {chosen!r} and model_type {config.model_type}: {error}", 'Use "auto" or "eager".') from error
+            raise ConfigError(
+                f"attn_implementation = {chosen!r} and model_type {config.model_type}: {error}", 'Use "auto" or "eager".'
+            ) from error
         raise CheckpointError(f"transformers cannot build a {config.model_type} from config.json: {error}.") from error
     layers_name, layers = _find_layers(model)
     for layer in layers:
@@ -141,7 +143,9 @@ def _trace_inputs(model: Any, layers: nn.ModuleList) -> tuple[str, ...]:
     hooks.append(layers[0].register_forward_pre_hook(lambda *_: called.append("")))
     with torch.inference_mode(), torch.device("meta"):
         # A mask of four axes is taken as it is: making one looks at values, which meta tensors have not.
-        model.base_model(input_ids=torch.zeros(1, 2, dtype=torch.long), position_ids=torch.arange(2)[None], attention_mask=torch.zeros(1, 1, 2, 2))
+        model.base_model(
+            input_ids=torch.zeros(1, 2, dtype=torch.long), position_ids=torch.arange(2)[None], attention_mask=torch.zeros(1, 1, 2, 2)
+        )
     for hook in hooks:
         hook.remove()
     return tuple(called[: called.index("")])
@@ -150,7 +154,9 @@ def _trace_inputs(model: Any, layers: nn.ModuleList) -> tuple[str, ...]:
 def _list_tensors(model: Any, layers_name: str, inputs: tuple[str, ...], compute_dtype: torch.dtype) -> dict[str, ModelTensor]:
     keeps_fp32 = re.compile("|".join(_fp32_patterns(model, compute_dtype)) or r"(?!)")
     return {
-        name: ModelTensor(name, *_place(model, layers_name, inputs, name), tuple(tensor.shape), _dtype(tensor, bool(keeps_fp32.search(name))))
+        name: ModelTensor(
+            name, *_place(model, layers_name, inputs, name), tuple(tensor.shape), _dtype(tensor, bool(keeps_fp32.search(name)))
+        )
         for name, tensor in model.state_dict().items()
         if name not in model.all_tied_weights_keys
     }

@@ -112,7 +112,9 @@ def load_stage(spec: StageSpec, on_bytes: OnBytes) -> Stage:
     skeleton = build_skeleton(checkpoint.config, DTYPES[spec.compute_dtype], spec.attn_implementation)
     outside = [layer for layer in spec.capture_layers if layer not in spec.span]
     if spec.span.stop > len(skeleton.layers) or outside:
-        raise ConfigError(f"{spec.span} with captured layers {list(spec.capture_layers)}: the model has layers 0 to {len(skeleton.layers) - 1}.")
+        raise ConfigError(
+            f"{spec.span} with captured layers {list(spec.capture_layers)}: the model has layers 0 to {len(skeleton.layers) - 1}."
+        )
     decoder = DecoderSpan(skeleton, spec.span, torch.device(spec.device))
     needed_bytes = load_weights(checkpoint, decoder, on_bytes)
     return Stage(spec, decoder, needed_bytes, checkpoint.bytes_read)

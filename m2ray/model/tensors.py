@@ -90,7 +90,8 @@ def table_of(skeleton: Skeleton, headers: Mapping[str, TensorHeader]) -> TensorT
     """
     match = match_tensors(skeleton, headers)
     rows = [
-        _row(filling.tensor, tuple(placement.key for placement in filling.placements), disk_bytes(filling, headers)) for filling in match.fillings
+        _row(filling.tensor, tuple(placement.key for placement in filling.placements), disk_bytes(filling, headers))
+        for filling in match.fillings
     ]
     for key, role in match.unread.items():
         rows.append(TensorRow(key, role, None, headers[key].shape, False, key_bytes(key, headers), (key,)))
@@ -146,7 +147,8 @@ def _is_unused(skeleton: Skeleton, name: str) -> bool:
     if EXTRA_LAYERS.search(name) or (layer is not None and layer >= len(skeleton.layers)):
         return True
     # Patterns that name a layer by number stand for sizes of the model whose last layer it is; the rule above covers those.
-    ignored = (pattern for pattern in type(skeleton.model)._keys_to_ignore_on_load_unexpected or () if not re.search(r"layers\\?\.\d", pattern))  # noqa: SLF001
+    patterns = type(skeleton.model)._keys_to_ignore_on_load_unexpected or ()  # noqa: SLF001 - the rule has no public name
+    ignored = (pattern for pattern in patterns if not re.search(r"layers\\?\.\d", pattern))
     return any(re.search(pattern, name) for pattern in (*ignored, r"rotary_emb\.inv_freq$"))
 
 
@@ -162,7 +164,9 @@ def _check_dtype(skeleton: Skeleton, headers: Mapping[str, TensorHeader], key: s
     weight, scale = headers[key], headers.get(key + SCALE)
     if weight.dtype not in FP8:
         if weight.dtype not in WEIGHTS:
-            yield CheckpointError(f"{key} is of dtype {weight.dtype}, which is no weight.", "m2ray reads BF16, F16, F32 and block-wise FP8.")
+            yield CheckpointError(
+                f"{key} is of dtype {weight.dtype}, which is no weight.", "m2ray reads BF16, F16, F32 and block-wise FP8."
+            )
         if scale is not None:
             yield CheckpointError(f"{key} is of dtype {weight.dtype} and yet has FP8 scales, {key}{SCALE}.", "Copy the files again.")
         return

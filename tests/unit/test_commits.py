@@ -40,7 +40,8 @@ def data_keys(store: LocalStore) -> set[str]:
 def test_a_new_folder_is_claimed_and_a_resume_finds_the_same_job(store: LocalStore) -> None:
     assert read_job(store) is None
     record = runs.job(store)
-    assert read_job(store) is None, "a survey that was cut off keeps nobody out"
+    store.put("_probe-1234", b"first")
+    assert read_job(store) is None, "a survey or a probe that was cut off keeps nobody out"
     assert claim_run(store, record).job == record
     assert read_job(store) == record
     resumed = claim_run(store, replace(record, run_id="f" * 32, created_at="later", m2ray_version="9"))
@@ -106,10 +107,10 @@ def test_a_newer_format_is_refused(store: LocalStore) -> None:
     "damage",
     [
         lambda data: data[: len(data) // 2],
-        lambda data: b"",
-        lambda data: b"[]",
-        lambda data: b"\xff\xfe",
-        lambda data: b"null",
+        lambda _: b"",
+        lambda _: b"[]",
+        lambda _: b"\xff\xfe",
+        lambda _: b"null",
         lambda data: data.replace(b'"num_shards": 3', b'"num_shards": "3"'),
         lambda data: data.replace(b'"run_id"', b'"run"'),
         lambda data: data.replace(b'"ready": 10', b'"ready": 9'),
@@ -179,7 +180,7 @@ def swapped(receipts: list[PartReceipt], **changed: object) -> list[PartReceipt]
         (lambda parts: swapped(parts, token_digest="0" * 32), "hold different tokens"),
         (lambda parts: swapped(parts, attempt="b2"), "is of shard 0, attempt b2"),
         (lambda parts: swapped(parts, shard=2), "is of shard 2, attempt a1"),
-        (lambda parts: [], "residual of layer 7 is missing"),
+        (lambda _: [], "residual of layer 7 is missing"),
     ],
 )
 def test_a_shard_that_is_not_whole_is_never_committed(store: LocalStore, spoil, message: str) -> None:
@@ -230,8 +231,10 @@ def test_the_account_closes(store: LocalStore) -> None:
 
 def test_finishing_twice_changes_nothing(store: LocalStore) -> None:
     run = runs.finished_run(store)
+    earlier = replace(read_summary(store), finished_at="2026-01-01T00:00:00+00:00")
+    store.put("_SUCCESS", earlier.to_json())
     before = {key: store.read(key) for key, _ in store.list("")}
-    assert claim_run(store, run.job).finish() == read_summary(store)
+    assert claim_run(store, run.job).finish() == earlier
     assert {key: store.read(key) for key, _ in store.list("")} == before
 
 

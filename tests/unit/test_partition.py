@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from m2ray.errors import ClusterError, ConfigError
 from m2ray.planning.partition import DeviceSpan, partition, short_by_bytes
 
-M2_LAYER_BYTES = 7_338_225_664
+M2_LAYER_BYTES = 7_339_011_072
 M2_EMBEDDING_BYTES = 1_229_193_216
 M2_NORM_BYTES = 6144
 

@@ -14,7 +14,7 @@ import xxhash
 
 from m2ray.activations.job import JobRecord
 from m2ray.activations.writer import ActivationWriter
-from m2ray.batches import MicroBatch, PartSpec
+from m2ray.batches import CapturedLayer, MicroBatch, PartReceipt, PartSpec
 from m2ray.errors import StageError, StoreError
 from m2ray.storage import Data, LocalStore, PartSink
 from tests.unit import activation_runs as runs
@@ -23,35 +23,50 @@ ATTEMPT = "abc123"
 
 
 class HookedStore(LocalStore):
-    """A local disk that calls `hook(key)` before each write to a part, which may wait or raise."""
+    """A local disk that calls `hook(key)` before each write to a part, which may wait or raise.
 
-    def __init__(self, root: Path, hook: Callable[[str], None]) -> None:
+    `late` are the keys of parts that were written to after they had been aborted.
+    """
+
+    def __init__(self, root: Path, hook: Callable[[str], object]) -> None:
         super().__init__(root)
         self.hook = hook
+        self.late: list[str] = []
 
     def open_part(self, key: str) -> PartSink:
-        return _HookedSink(super().open_part(key), lambda: self.hook(key))
+        return _HookedSink(super().open_part(key), key, self)
 
 
 class _HookedSink(PartSink):
-    def __init__(self, sink: PartSink, hook: Callable[[], None]) -> None:
+    def __init__(self, sink: PartSink, key: str, store: HookedStore) -> None:
         self._sink = sink
-        self._hook = hook
+        self._key = key
+        self._store = store
+        self._is_aborted = False
 
     def write(self, data: Data) -> None:
-        self._hook()
+        if self._is_aborted:
+            self._store.late.append(self._key)
+        self._store.hook(self._key)
         self._sink.write(data)
 
     def close(self) -> None:
-        self._hook()
+        self._store.hook(self._key)
         self._sink.close()
 
     def abort(self) -> None:
+        self._is_aborted = True
         self._sink.abort()
 
 
 def submit(writer: ActivationWriter, record: JobRecord, micro_batch: MicroBatch, timeout_s: float = 10) -> None:
     writer.submit(ATTEMPT, micro_batch, runs.captured(record.parts, micro_batch), timeout_s)
+
+
+def write_shard_0(writer: ActivationWriter, record: JobRecord) -> tuple[PartReceipt, ...]:
+    for micro_batch in runs.micro_batches(runs.shard(0)):
+        submit(writer, record, micro_batch)
+    return writer.collect(0, ATTEMPT, 10)
 
 
 def until(holds: Callable[[], bool]) -> None:
@@ -71,9 +86,7 @@ def test_receipts_say_what_lies_in_the_store(tmp_path: Path, threads: int) -> No
     record = runs.job(store)
     writer = runs.writer(store, record, threads=threads)
     shard = runs.shard(0)
-    for micro_batch in runs.micro_batches(shard):
-        submit(writer, record, micro_batch)
-    receipts = writer.collect(0, ATTEMPT, timeout_s=10)
+    receipts = write_shard_0(writer, record)
     assert [(part.site, part.layer) for part in receipts] == [(spec.site, spec.layer) for spec in record.parts]
     for part in receipts:
         data = store.read(part.key)
@@ -149,7 +162,7 @@ def test_the_queue_is_bounded_in_bytes(tmp_path: Path) -> None:
 
 def test_a_full_queue_times_out(tmp_path: Path) -> None:
     may_write = threading.Event()
-    store = HookedStore(tmp_path, lambda key: may_write.wait(10) and None)
+    store = HookedStore(tmp_path, lambda _: may_write.wait(10))
     record = runs.job(store)
     micro_batch = runs.micro_batches(runs.shard(0))[0]
     layer_bytes = micro_batch.num_tokens * 2 * runs.WIDTH
@@ -166,13 +179,11 @@ def test_a_layer_larger_than_the_queue_goes_alone(tmp_path: Path) -> None:
     store = LocalStore(tmp_path)
     record = runs.job(store)
     writer = runs.writer(store, record, queue_bytes=1)
-    for micro_batch in runs.micro_batches(runs.shard(0)):
-        submit(writer, record, micro_batch)
-    assert len(writer.collect(0, ATTEMPT, 10)) == 3
+    assert len(write_shard_0(writer, record)) == 3
     writer.close()
 
 
-def full_disk(failing_write: int) -> Callable[[str], None]:
+def full_disk(failing_write: int) -> Callable[[str], object]:
     lock, writes = threading.Lock(), [0]
 
     def hook(key: str) -> None:
@@ -200,16 +211,15 @@ def test_a_full_disk_at_any_write_surfaces_and_leaves_nothing(tmp_path: Path) ->
         record = runs.job(store)
         writer = runs.writer(store, record)
         with pytest.raises(StoreError, match="No space left on device. The disk is full"):
-            for micro_batch in runs.micro_batches(runs.shard(0)):
-                submit(writer, record, micro_batch)
-            writer.collect(0, ATTEMPT, 10)
+            write_shard_0(writer, record)
         writer.close()
         assert files_below(folder) == [], failing_write
+        assert store.late == [], failing_write
 
 
 def test_a_failed_write_is_raised_by_the_next_submit_until_the_attempt_is_abandoned(tmp_path: Path) -> None:
     may_fail, disk = threading.Event(), full_disk(1)
-    store = HookedStore(tmp_path, lambda key: (may_fail.wait(10), disk(key)) and None)
+    store = HookedStore(tmp_path, lambda key: may_fail.wait(10) and disk(key))
     record = runs.job(store)
     writer = runs.writer(store, record)
     first, second = (runs.micro_batches(runs.shard(index)) for index in (0, 1))
@@ -219,7 +229,7 @@ def test_a_failed_write_is_raised_by_the_next_submit_until_the_attempt_is_abando
     for _ in range(2):
         with pytest.raises(StoreError, match="No space left"):
             submit(writer, record, second[0])
-    store.hook = lambda key: None
+    store.hook = lambda _: None
     writer.abandon(0, ATTEMPT)
     for micro_batch in second:
         submit(writer, record, micro_batch)
@@ -287,12 +297,13 @@ def test_rows_out_of_order_are_refused(tmp_path: Path, order, message: str) -> N
     store = LocalStore(tmp_path)
     record = runs.job(store)
     writer = runs.writer(store, record)
-    micro_batches = order(runs.micro_batches(runs.shard(0)))
-    rows = [np.zeros((each.num_tokens, 2 * runs.WIDTH), np.uint8) for each in micro_batches]
+    *good, bad = order(runs.micro_batches(runs.shard(0)))
+    for micro_batch in good:
+        submit(writer, record, micro_batch)
+    rows = np.zeros((bad.num_tokens, 2 * runs.WIDTH), np.uint8)
+    captured = [CapturedLayer(part.site, part.layer, rows) for part in record.parts]
     with pytest.raises(StageError, match=message):
-        for micro_batch, zeros in zip(micro_batches, rows, strict=True):
-            captured = [replace(layer, rows=zeros) for layer in runs.captured(record.parts, micro_batch)]
-            writer.submit(ATTEMPT, micro_batch, captured, timeout_s=10)
+        writer.submit(ATTEMPT, bad, captured, timeout_s=10)
     writer.close()
     assert files_below(tmp_path) == []
 

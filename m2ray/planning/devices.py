@@ -1,0 +1,118 @@
+"""Which GPUs the chains take, in order: neighbours on one node, as few crossings between nodes as can be."""
+
+import re
+from dataclasses import dataclass, field
+
+from m2ray.errors import ClusterError, ConfigError
+from m2ray.planning.hardware import Cluster, Gpu, MaxMemory, Node
+
+
+@dataclass(frozen=True)
+class ChainOptions:
+    """How chains are laid over a cluster.
+
+    Attributes:
+        stages: of each chain; None for as many as there is room for, or 1 without GPUs.
+        replicas: chains.
+        gpus_per_stage: GPUs of one actor, all on one node.
+        device_map: "auto", "balanced", "balanced_low_0", "sequential", or "cuda:N": GPU N of the first node that has any.
+        max_memory: GPUs that it leaves out are not used.
+    """
+
+    stages: int | None = None
+    replicas: int = 1
+    gpus_per_stage: int = 1
+    device_map: str = "auto"
+    max_memory: MaxMemory = field(default_factory=MaxMemory)
+
+
+@dataclass(frozen=True)
+class Device:
+    """What one span lives on: a GPU, or a share of a node's cores where there is none.
+
+    `usable_bytes` is what m2ray may take there, None on a CPU, whose memory the node's stages share.
+    """
+
+    node: Node
+    gpu: Gpu | None
+    usable_bytes: int | None
+
+
+def chain_devices(cluster: Cluster, num_layers: int, options: ChainOptions) -> tuple[tuple[Device, ...], ...]:
+    """The devices of each chain, in order, `gpus_per_stage` a stage; no more than the `num_layers` layers that are run.
+
+    A chain takes the smallest node that holds it whole; where none does, the nodes with the most room, one after the other.
+    Without any GPU a stage is a device of its own, spread over the nodes.
+
+    Raises:
+        ConfigError: "cuda:N" beside several stages or chains, more stages than layers, or `max_memory` naming what is not there.
+        ClusterError: there are too few GPUs; says what is missing.
+    """
+    options.max_memory.require_known(cluster)
+    if not cluster.num_gpus:
+        return _cpu_chains(cluster, num_layers, options)
+    if options.device_map.startswith("cuda:"):
+        return (_single_gpu(cluster, options),)
+    most = num_layers // options.gpus_per_stage
+    if most == 0 or (options.stages or 1) > most:
+        wanted = f"{options.stages or 1} stages of {options.gpus_per_stage} GPUs"
+        raise ConfigError(f"{wanted} cannot share {num_layers} layers.", "Each GPU holds at least one layer.")
+    groups = [_groups(node, options) for node in cluster.nodes]
+    num_groups = sum(len(of_node) for of_node in groups)
+    num_stages = options.stages or min(max(1, num_groups // options.replicas), most)
+    missing = num_stages * options.replicas - num_groups
+    if missing > 0:
+        found = "; ".join(f"{node.name} has {len(of_node)}" for node, of_node in zip(cluster.nodes, groups, strict=True))
+        raise ClusterError(
+            f"{options.replicas} x {num_stages} stages need {options.gpus_per_stage} GPUs each, on one node; there is room for {found}: "
+            f"{missing} too few.",
+            "Ask for fewer, or add nodes.",
+        )
+    return tuple(_take(groups, num_stages) for _ in range(options.replicas))
+
+
+def _groups(node: Node, options: ChainOptions) -> list[tuple[Device, ...]]:
+    """A node's usable GPUs, `gpus_per_stage` at a time; what is left over stays free."""
+    devices = [Device(node, gpu, options.max_memory.usable_bytes(node.name, gpu)) for gpu in node.gpus]
+    usable, size = [device for device in devices if device.usable_bytes], options.gpus_per_stage
+    return [tuple(usable[start : start + size]) for start in range(0, len(usable) - size + 1, size)]
+
+
+def _take(groups: list[list[tuple[Device, ...]]], num_stages: int) -> tuple[Device, ...]:
+    """Take one chain's groups off the nodes' lists."""
+    taken: list[tuple[Device, ...]] = []
+    while len(taken) < num_stages:
+        missing = num_stages - len(taken)
+        whole = [of_node for of_node in groups if len(of_node) >= missing]
+        chosen = min(whole, key=len) if whole else min(groups, key=len)
+        taken += chosen[:missing]
+        del chosen[:missing]
+    return tuple(device for group in taken for device in group)
+
+
+def _single_gpu(cluster: Cluster, options: ChainOptions) -> tuple[Device, ...]:
+    match = re.fullmatch(r"cuda:(\d+)", options.device_map)
+    if not match:
+        raise ConfigError(f"device_map = {options.device_map!r} names no GPU.", 'Write "cuda:0".')
+    if (options.stages or 1, options.replicas, options.gpus_per_stage) != (1, 1, 1):
+        raise ConfigError(
+            f"device_map = {options.device_map!r} is one GPU; stages, replicas or gpus_per_stage ask for more.", 'Use device_map = "auto".'
+        )
+    node = next(node for node in cluster.nodes if node.gpus)
+    gpu = next((gpu for gpu in node.gpus if gpu.index == int(match[1])), None)
+    if gpu is None:
+        raise ClusterError(
+            f"device_map = {options.device_map!r}, but node {node.name} has {len(node.gpus)} GPUs.", "Name one that is there."
+        )
+    return (Device(node, gpu, options.max_memory.usable_bytes(node.name, gpu)),)
+
+
+def _cpu_chains(cluster: Cluster, num_layers: int, options: ChainOptions) -> tuple[tuple[Device, ...], ...]:
+    stages = options.stages or 1
+    if stages > num_layers:
+        raise ConfigError(f"{stages} stages cannot share {num_layers} layers.", f"Ask for at most {num_layers}.")
+    if options.device_map.startswith("cuda:"):
+        raise ClusterError(f"device_map = {options.device_map!r}, but there is no GPU.", 'Use device_map = "auto".')
+    all_stages = stages * options.replicas
+    devices = [Device(cluster.nodes[place * len(cluster.nodes) // all_stages], None, None) for place in range(all_stages)]
+    return tuple(tuple(devices[start : start + stages]) for start in range(0, all_stages, stages))

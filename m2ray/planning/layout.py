@@ -1,0 +1,178 @@
+"""A plan in the terminal: the verdict, the layout of layers on GPUs on nodes, what fills each GPU, and the output."""
+
+from collections.abc import Iterator, Sequence
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from m2ray.planning.hardware import Node
+from m2ray.planning.plan import GpuPlan, Plan
+
+_BAR_WIDTH = 24
+_SHADES = {"weights": ("█", "cyan"), "transient": ("▓", "yellow"), "rest": ("▒", "magenta"), "free": ("░", "bright_black")}
+_UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
+
+
+def render(plan: Plan) -> RenderableType:
+    """The whole plan for rich to print."""
+    blocks: list[RenderableType] = [_verdict(plan), _weights(plan)]
+    blocks += [_node(plan, node) for node in plan.cluster.nodes if node.gpus]
+    if plan.gpus:
+        blocks.append(_legend())
+    if plan.stages:
+        blocks.append(_hosts(plan))
+    blocks += _output(plan)
+    return Group(*blocks)
+
+
+def size(num_bytes: float) -> str:
+    """Bytes for people: "457.4 GB" (10^9), short of rounding never wrong by more than its last digit."""
+    for unit_bytes, unit in _UNITS:
+        if abs(num_bytes) >= unit_bytes:
+            return f"{num_bytes / unit_bytes:.1f} {unit}"
+    return f"{num_bytes:.0f} B"
+
+
+def _verdict(plan: Plan) -> Text:
+    if plan.fits:
+        text = Text("It fits", style="bold green")
+        if plan.limiting_resource:
+            text.append(f"; what limits the run is {_words(plan.limiting_resource)}", style="not bold")
+    else:
+        text = Text("It does not fit:", style="bold red")
+        for shortage in plan.shortages:
+            text.append(f"\n  {_words(shortage.resource)} ({shortage.where}) is {shortage.short_by_bytes:,} bytes short", style="not bold")
+        for remedy in plan.remedies:
+            text.append(f"\n  {remedy.text}", style="not bold green")
+    return text.append("\n")
+
+
+def _weights(plan: Plan) -> Table:
+    weights, demand = plan.weights, plan.demand
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column()
+    table.add_column(justify="right")
+    table.add_column()
+    layers = sorted(set(weights.layer_bytes))
+    each = f"{layers[0]:,}" if len(layers) == 1 else f"{layers[0]:,} to {layers[-1]:,}"
+    rows = [
+        ("checkpoint", weights.disk_bytes, "on disk, all tensors"),
+        ("model", weights.compute_bytes, f"{weights.parameters:,} parameters in {demand.options.compute_dtype}"),
+        ("loaded", weights.loaded_bytes, f"layers 0-{demand.num_layers - 1} and the embedding"),
+        ("embedding", weights.embedding_bytes, "with layer 0"),
+        ("head", weights.head_disk_bytes, "on disk, never loaded"),
+    ]
+    for name, num_bytes, note in rows:
+        table.add_row(name, f"{num_bytes:,}", note)
+    table.add_row("a layer", each, "in memory")
+    return table
+
+
+def _node(plan: Plan, node: Node) -> Table:
+    """One node's GPUs, a line each; those of no chain are free."""
+    planned = {gpu.device.gpu.index: gpu for gpu in plan.gpus if gpu.device.gpu and gpu.device.node.name == node.name}
+    several = plan.demand.options.chains.replicas > 1
+    table = Table(title=node.name, title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for column in ("GPU", "name", "stage", "layers", "", "peak", "of"):
+        table.add_column(column, justify="right" if column in ("GPU", "peak", "of") else "left")
+    for gpu in node.gpus:
+        found = planned.get(gpu.index)
+        if found is None:
+            table.add_row(str(gpu.index), gpu.name, "", "not used", _bar({}, gpu.free_bytes), "", size(gpu.total_bytes), style="dim")
+            continue
+        stage = f"{found.replica}.{found.stage}" if several else str(found.stage)
+        layers = "none" if found.span is None else str(found.span).removeprefix("layers ")
+        usable = found.device.usable_bytes or 0
+        table.add_row(str(gpu.index), gpu.name, stage, layers, _bar_of(found, usable), size(found.memory.peak_bytes), size(usable))
+    return table
+
+
+def _bar_of(planned: GpuPlan, usable_bytes: int) -> Text:
+    running = dict(planned.memory.running)
+    parts = {name: running.pop(name, 0) for name in ("weights", "transient")}
+    return _bar({**parts, "rest": sum(running.values())}, usable_bytes)
+
+
+def _bar(parts: dict[str, int], usable_bytes: int) -> Text:
+    """A bar of what may be used, cut by largest remainder so that its length never changes."""
+    shares = {**parts, "free": max(0, usable_bytes - sum(parts.values()))}
+    total = sum(shares.values()) or 1
+    exact = {name: num_bytes * _BAR_WIDTH / total for name, num_bytes in shares.items()}
+    cells = {name: int(width) for name, width in exact.items()}
+    for name in sorted(exact, key=lambda name: cells[name] - exact[name])[: _BAR_WIDTH - sum(cells.values())]:
+        cells[name] += 1
+    text = Text()
+    for name, width in cells.items():
+        text.append(_SHADES[name][0] * width, style=_SHADES[name][1])
+    return text
+
+
+def _legend() -> Text:
+    text = Text()
+    for name, (shade, style) in _SHADES.items():
+        text.append(f"{shade} ", style=style).append(f"{name}  ")
+    return text.append("\n")
+
+
+def _hosts(plan: Plan) -> Table:
+    """What each node's host needs, next to what it has."""
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for column in ("host", "memory needed", "there", "shared memory needed", "there"):
+        table.add_column(column, justify="left" if column == "host" else "right")
+    for node, planned in zip(plan.cluster.nodes, plan.nodes, strict=True):
+        there = node.host_bytes if node.host_free_bytes is None else node.host_free_bytes
+        table.add_row(
+            node.name,
+            size(planned.host_bytes),
+            "unknown" if there is None else size(there),
+            size(planned.shm_bytes),
+            "unknown" if node.shm_bytes is None else size(node.shm_bytes),
+        )
+    return table
+
+
+def _output(plan: Plan) -> Sequence[RenderableType]:
+    return [Text("\n".join(lines))] if (lines := [*_output_lines(plan), *_rate_lines(plan)]) else []
+
+
+def _output_lines(plan: Plan) -> Iterator[str]:
+    output = plan.output
+    if output is None:
+        return
+    yield ""
+    yield f"output   {output.tokens:,} tokens of {output.sequences:,} prompts; padding {output.padding_waste:.1%}"
+    sizes = sorted({part.num_bytes for part in output.by_part})
+    each = size(sizes[0]) if len(sizes) == 1 else f"{size(sizes[0])} to {size(sizes[-1])}"
+    yield f"         {len(output.by_part)} sites and layers of {each} in {output.by_part[0].files:,} files each"
+    yield f"         {output.num_bytes:,} bytes in {output.files:,} files; with records {size(output.disk_bytes)}"
+    if output.cost_a_month is not None:
+        yield f"         {output.cost_a_month:,.2f} a month at {plan.demand.options.price_per_gb_month:g} a GB"
+
+
+def _rate_lines(plan: Plan) -> Iterator[str]:
+    rates = plan.rates
+    if rates.tokens_per_s is None or rates.store_bytes_per_s is None:
+        return
+    source = "as stated" if rates.is_stated else "estimated"
+    yield f"speed    {rates.tokens_per_s:,.0f} tokens/s of computation ({source}): the store must take {rates.store_bytes_per_s / 1e9:.2f} GB/s"
+    for name, tokens_per_s in rates.limits.items():
+        if name != "computation":
+            yield f"         {_words(name)} allows {tokens_per_s:,.0f} tokens/s"
+    if rates.duration_s is not None:
+        yield f"         about {rates.duration_s / 3600:,.1f} hours"
+
+
+_WORDS = {
+    "gpu_memory": "GPU memory",
+    "host_memory": "host memory",
+    "shared_memory": "shared memory (/dev/shm)",
+    "disk": "disk space",
+    "computation": "the computation",
+    "device_to_host_copy": "the copy from GPU to host",
+    "store": "the store",
+}
+
+
+def _words(resource: str) -> str:
+    return _WORDS[resource]

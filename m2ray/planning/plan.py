@@ -1,0 +1,245 @@
+"""The plan of a run: what goes where, what it takes, whether it fits. Read `plan_run` first."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Literal, get_args
+
+from m2ray.batches import LayerSpan
+from m2ray.errors import ClusterError, ConfigError
+from m2ray.planning.demand import Demand
+from m2ray.planning.devices import Device, chain_devices
+from m2ray.planning.hardware import Cluster
+from m2ray.planning.memory import Memory, cpu_memory, gpu_host_memory, gpu_memory, weight_bytes
+from m2ray.planning.output import OutputPlan, PromptStats, plan_output
+from m2ray.planning.partition import DeviceMap
+from m2ray.planning.rates import PlacedSpan, RatePlan, plan_rates
+from m2ray.planning.remedies import Remedy, find_remedies
+
+Resource = Literal["gpu_memory", "host_memory", "shared_memory", "disk"]
+
+
+@dataclass(frozen=True)
+class WeightsPlan:
+    """The weights. All bytes are exact.
+
+    Attributes:
+        disk_bytes: every tensor of the checkpoint, scales included, loaded or not.
+        parameters: of the whole model; multi-token-prediction modules and FP8 scales are not counted.
+        compute_bytes: of all parameters in the compute dtype, without exception.
+        loaded_bytes: of what one chain loads: the layers that are run and the embedding; float32 where a tensor stays so.
+        layer_bytes: in memory, of each layer of the model.
+        embedding_bytes, final_norm_bytes: in memory, loaded or not.
+        head_disk_bytes, unused_disk_bytes: on disk, never loaded.
+    """
+
+    disk_bytes: int
+    parameters: int
+    compute_bytes: int
+    loaded_bytes: int
+    layer_bytes: tuple[int, ...]
+    embedding_bytes: int
+    final_norm_bytes: int
+    head_disk_bytes: int
+    unused_disk_bytes: int
+
+
+@dataclass(frozen=True)
+class GpuPlan:
+    """One GPU of a chain, by its `stage`; `span` is None where it gets no layer, and on all GPUs where the model does not fit."""
+
+    replica: int
+    stage: int
+    device: Device
+    span: LayerSpan | None
+    memory: Memory
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage that has layers: its span over all its GPUs, and what it takes of its node's memory."""
+
+    replica: int
+    stage: int
+    node: str
+    span: LayerSpan
+    host: Memory
+
+
+@dataclass(frozen=True)
+class NodePlan:
+    """What the stages of one node take together. `shm_bytes`, hidden states in /dev/shm, is part of `host_bytes`."""
+
+    name: str
+    host_bytes: int
+    shm_bytes: int
+
+
+@dataclass(frozen=True)
+class Shortage:
+    """What is not there. Of GPU memory it is the weights that find no room once every GPU is full."""
+
+    resource: Resource
+    where: str
+    short_by_bytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The whole plan. Where GPU memory is short there are no `stages`, and `gpus` tell what each would need besides weights."""
+
+    demand: Demand
+    cluster: Cluster
+    weights: WeightsPlan
+    gpus: tuple[GpuPlan, ...]
+    stages: tuple[StagePlan, ...]
+    nodes: tuple[NodePlan, ...]
+    output: OutputPlan | None
+    rates: RatePlan
+    shortages: tuple[Shortage, ...]
+    remedies: tuple[Remedy, ...]
+
+    @property
+    def fits(self) -> bool:
+        return not self.shortages
+
+    @property
+    def short_by_bytes(self) -> int:
+        """Of the first resource that is short, in this order: GPU memory, host memory, /dev/shm, disk; 0 if everything fits."""
+        return sum(shortage.short_by_bytes for shortage in self.shortages if shortage.resource == self.shortages[0].resource)
+
+    @property
+    def limiting_resource(self) -> str | None:
+        """What is short, or else what will hold the run back; None where that is not known."""
+        return self.shortages[0].resource if self.shortages else self.rates.limiting
+
+
+def plan_run(demand: Demand, cluster: Cluster, prompts: PromptStats | None = None) -> Plan:
+    """Lay the model out over the cluster and count what everything takes. A model that does not fit is no error here.
+
+    Args:
+        demand: the model's tensors and dimensions, and what is asked for.
+        cluster: where it is to run.
+        prompts: what the survey found; without it nothing is said of the output's size.
+
+    Raises:
+        ConfigError: options contradict each other or the cluster.
+        ClusterError: there are fewer GPUs than stages.
+    """
+    device_map = demand.options.chains.device_map
+    if device_map not in get_args(DeviceMap) and not device_map.startswith("cuda:"):
+        raise ConfigError(f"device_map = {device_map!r} is unknown.", f"Use {', '.join(get_args(DeviceMap))} or cuda:0.")
+    chains = chain_devices(cluster, demand.num_layers, demand.options.chains)
+    short_bytes = sum(demand.short_bytes(chain) for chain in chains)
+    placed = [] if short_bytes else [each for replica, chain in enumerate(chains) for each in _place(demand, replica, chain)]
+    stages = tuple(_stages(demand, placed))
+    nodes = _nodes(demand, cluster, stages)
+    output = plan_output(demand.options.parts, prompts, demand.options.price_per_gb_month) if prompts else None
+    shortages = [Shortage("gpu_memory", "all GPUs together", short_bytes)] if short_bytes else []
+    shortages += [*_node_shortages(cluster, nodes), *_disk_shortages(demand, output)]
+    return Plan(
+        demand=demand,
+        cluster=cluster,
+        weights=_weights(demand),
+        gpus=tuple(_gpus(demand, chains, placed)),
+        stages=stages,
+        nodes=nodes,
+        output=output,
+        rates=plan_rates(demand, placed, output.tokens if output else None, output.padding_waste if output else 0.0),
+        shortages=tuple(shortages),
+        remedies=find_remedies(demand, chains) if short_bytes else (),
+    )
+
+
+def most_replicas(demand: Demand, cluster: Cluster) -> int:
+    """What `replicas = "auto"` means: the most chains that fit side by side, at least 1. Without GPUs 1."""
+    for replicas in range(cluster.num_gpus, 1, -1):
+        chain_options = replace(demand.options.chains, replicas=replicas)
+        try:
+            chains = chain_devices(cluster, demand.num_layers, chain_options)
+        except ClusterError:
+            continue
+        if not any(demand.short_bytes(chain) for chain in chains):
+            return replicas
+    return 1
+
+
+def _place(demand: Demand, replica: int, chain: Sequence[Device]) -> Iterator[PlacedSpan]:
+    size = demand.options.chains.gpus_per_stage if chain[0].gpu else 1
+    for held in demand.split(chain):
+        yield PlacedSpan(replica, held.device // size, held.device, chain[held.device], held.span)
+
+
+def _gpus(demand: Demand, chains: Sequence[Sequence[Device]], placed: Sequence[PlacedSpan]) -> Iterator[GpuPlan]:
+    """Every GPU of every chain, in order; those that stay empty take nothing."""
+    size = demand.options.chains.gpus_per_stage
+    spans = {(each.replica, each.place): each.span for each in placed}
+    for replica, chain in enumerate(chains):
+        for place, device in enumerate(chain):
+            if device.gpu is None:
+                continue
+            span = spans.get((replica, place))
+            if span is not None:
+                memory = gpu_memory(demand.rows(span), demand.workload, demand.shape.transient_bytes, demand.row_bytes(span))
+            else:
+                memory = Memory({} if placed else demand.overhead, {})
+            yield GpuPlan(replica, place // size, device, span, memory)
+
+
+def _stages(demand: Demand, placed: Sequence[PlacedSpan]) -> Iterator[StagePlan]:
+    for (replica, stage), group in groupby(placed, key=lambda each: (each.replica, each.stage)):
+        of_stage = list(group)
+        span = LayerSpan(of_stage[0].span.start, of_stage[-1].span.stop)
+        row_bytes = demand.row_bytes(span)
+        if of_stage[0].device.gpu:
+            host = gpu_host_memory(demand.workload, row_bytes)
+        else:
+            host = cpu_memory(demand.rows(span), demand.workload, demand.shape.transient_bytes, row_bytes)
+        yield StagePlan(replica, stage, of_stage[0].device.node.name, span, host)
+
+
+def _nodes(demand: Demand, cluster: Cluster, stages: Sequence[StagePlan]) -> tuple[NodePlan, ...]:
+    """Hidden states in flight may all be on one node; a chain of one stage has none."""
+    planned = []
+    for node in cluster.nodes:
+        here = [stage for stage in stages if stage.node == node.name]
+        chains = {stage.replica for stage in here if any(other.replica == stage.replica and other.stage != stage.stage for other in stages)}
+        shm_bytes = len(chains) * demand.options.in_flight_bytes
+        planned.append(NodePlan(node.name, sum(stage.host.peak_bytes for stage in here) + shm_bytes, shm_bytes))
+    return tuple(planned)
+
+
+def _node_shortages(cluster: Cluster, nodes: Sequence[NodePlan]) -> list[Shortage]:
+    """Host memory of every node, then /dev/shm of every node, as far as they are known."""
+    host, shared = [], []
+    for node, planned in zip(cluster.nodes, nodes, strict=True):
+        has_bytes = node.host_bytes if node.host_free_bytes is None else node.host_free_bytes
+        if has_bytes is not None and planned.host_bytes > has_bytes:
+            host.append(Shortage("host_memory", node.name, planned.host_bytes - has_bytes))
+        if node.shm_bytes is not None and planned.shm_bytes > node.shm_bytes:
+            shared.append(Shortage("shared_memory", node.name, planned.shm_bytes - node.shm_bytes))
+    return [*host, *shared]
+
+
+def _disk_shortages(demand: Demand, output: OutputPlan | None) -> list[Shortage]:
+    free_bytes = demand.options.disk_free_bytes
+    if output is None or free_bytes is None or output.disk_bytes <= free_bytes:
+        return []
+    return [Shortage("disk", "output", output.disk_bytes - free_bytes)]
+
+
+def _weights(demand: Demand) -> WeightsPlan:
+    table, itemsize = demand.table, demand.itemsize_bytes
+    counted = [row for row in table.rows if row.role != "unused"]
+    parameters = sum(row.num_elements for row in counted)
+    return WeightsPlan(
+        disk_bytes=table.disk_bytes,
+        parameters=parameters,
+        compute_bytes=parameters * itemsize,
+        loaded_bytes=weight_bytes(demand.rows(LayerSpan(0, demand.num_layers)), itemsize),
+        layer_bytes=table.layer_bytes(itemsize),
+        embedding_bytes=table.role_bytes("embedding", itemsize),
+        final_norm_bytes=table.role_bytes("final_norm", itemsize),
+        head_disk_bytes=sum(row.disk_bytes for row in table.rows if row.role == "head"),
+        unused_disk_bytes=sum(row.disk_bytes for row in table.rows if row.role == "unused"),
+    )

@@ -1,0 +1,84 @@
+"""A plan as JSON: keys that scripts may rely on. docs/planning.md lists them; a key may be added, none changes its meaning."""
+
+from dataclasses import asdict
+from typing import Any
+
+from m2ray.batches import LayerSpan
+from m2ray.planning.hardware import Cluster
+from m2ray.planning.memory import Memory
+from m2ray.planning.plan import GpuPlan, Plan, StagePlan
+
+FORMAT_VERSION = 1
+
+
+def to_json(plan: Plan) -> dict[str, Any]:
+    """The whole plan in plain values. Sizes are bytes, spans [first layer, last layer] with both ends in."""
+    options = plan.demand.options
+    return {
+        "format_version": FORMAT_VERSION,
+        "fits": plan.fits,
+        "short_by_bytes": plan.short_by_bytes,
+        "limiting_resource": plan.limiting_resource,
+        "shortages": [asdict(shortage) for shortage in plan.shortages],
+        "remedies": [asdict(remedy) for remedy in plan.remedies],
+        "model": {
+            "num_layers": plan.demand.table.num_layers,
+            "layers_run": plan.demand.num_layers,
+            "hidden_size": plan.demand.table.hidden_size,
+        },
+        "options": {
+            "compute_dtype": options.compute_dtype,
+            "batch_tokens": options.batch_tokens,
+            "longest_tokens": plan.demand.workload.longest_tokens,
+            "device_map": options.chains.device_map,
+            "replicas": options.chains.replicas,
+            "gpus_per_stage": options.chains.gpus_per_stage,
+            "in_flight_bytes": options.in_flight_bytes,
+            "writer_queue_bytes": options.writer_queue_bytes,
+        },
+        "weights": {**asdict(plan.weights), "layer_bytes": list(plan.weights.layer_bytes)},
+        "cluster": _cluster(plan.cluster),
+        "gpus": [_gpu(gpu) for gpu in plan.gpus],
+        "stages": [_stage(stage) for stage in plan.stages],
+        "nodes": [asdict(node) for node in plan.nodes],
+        "output": None if plan.output is None else {**asdict(plan.output), "by_part": [asdict(part) for part in plan.output.by_part]},
+        "rates": {**asdict(plan.rates), "limits": dict(plan.rates.limits)},
+    }
+
+
+def _cluster(cluster: Cluster) -> list[dict[str, Any]]:
+    return [{**asdict(node), "gpus": [asdict(gpu) for gpu in node.gpus], "versions": dict(node.versions)} for node in cluster.nodes]
+
+
+def _gpu(planned: GpuPlan) -> dict[str, Any]:
+    gpu = planned.device.gpu
+    assert gpu is not None
+    return {
+        "replica": planned.replica,
+        "stage": planned.stage,
+        "node": planned.device.node.name,
+        "index": gpu.index,
+        "name": gpu.name,
+        "total_bytes": gpu.total_bytes,
+        "usable_bytes": planned.device.usable_bytes,
+        "layers": _span(planned.span),
+        **_memory(planned.memory),
+    }
+
+
+def _stage(planned: StagePlan) -> dict[str, Any]:
+    return {
+        "replica": planned.replica,
+        "stage": planned.stage,
+        "node": planned.node,
+        "layers": _span(planned.span),
+        "host": _memory(planned.host),
+    }
+
+
+def _memory(memory: Memory) -> dict[str, Any]:
+    return {"peak_bytes": memory.peak_bytes, "running": dict(memory.running), "loading": dict(memory.loading)}
+
+
+def _span(span: LayerSpan | None) -> list[int] | None:
+    return None if span is None else [span.start, span.stop - 1]

@@ -1,0 +1,277 @@
+"""The real job through the user's own commands, compared with transformers layer by layer."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import m2ray
+from m2ray.batches import MicroBatch
+from scripts.make_checkpoint import make_checkpoint
+from tests.reference import DATA, MINIMAX_TINY, load_reference, make_minimax, reference_rows, same_bits
+from tests.ray.conftest import RayCluster
+
+NUM_PROMPTS = 36
+OPTIONS = ("--compute-dtype", "float32", "--store-dtype", "float32", "--batch-tokens", "256", "--shard-tokens", "400")
+
+
+@pytest.fixture(scope="module")
+def minimax(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_minimax(tmp_path_factory.mktemp("minimax") / "model", "fp8")
+
+
+@pytest.fixture(scope="module")
+def qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("qwen3") / "model"
+    config = json.loads((DATA / "qwen3" / "config.json").read_text())
+    sizes = {"layers": 5, "hidden_size": 64, "intermediate_size": 96, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "vocab_size": 384}
+    make_checkpoint(folder, config, overrides=sizes, fmt="bf16", seed=3)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prompts of mixed length, one in the middle empty."""
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    rng = np.random.default_rng(0)
+    texts = [" ".join(rng.choice(["sea", "wind", "stone", "水", "light"], int(count))) for count in rng.integers(1, 40, NUM_PROMPTS)]
+    texts[7] = ""
+    path.write_text("".join(json.dumps({"id": f"row-{number}", "text": text}) + "\n" for number, text in enumerate(texts)), encoding="utf-8")
+    return path
+
+
+def words(model: Path, prompts: Path, output: Path, *more: str) -> list[str]:
+    return ["--model", str(model), "--prompts", str(prompts), "--output", str(output), "--id-column", "id", *OPTIONS, *more]
+
+
+def micro_batches(run: Path) -> list[MicroBatch]:
+    """The micro-batches as the commits say they went through the model, rebuilt from the rows' tokens."""
+    rebuilt = []
+    for path in sorted((run / "_commits").iterdir()):
+        commit = json.loads(path.read_text())
+        shard = next(shard for shard in m2ray.open_run(run).layer(0).shards() if shard.index == commit["shard"])
+        ids, starts = np.unique(shard.tokens["sequence_id"], return_index=True)
+        sequences = np.split(shard.tokens["token_id"], starts[1:])
+        first = 0
+        for index, (count, length) in enumerate(commit["micro_batches"]):
+            token_ids_BT = np.zeros((count, length), np.int32)
+            for row, token_ids in enumerate(sequences[first : first + count]):
+                token_ids_BT[row, : len(token_ids)] = token_ids
+            counts = np.array([len(token_ids) for token_ids in sequences[first : first + count]], np.int32)
+            rebuilt.append(MicroBatch(commit["shard"], index, False, ids[first : first + count], counts, token_ids_BT))
+            first += count
+    return rebuilt
+
+
+def assert_equals_transformers(run: Path, model: Path, layers: Sequence[int]) -> None:
+    """Every row of every layer of the run, bit by bit."""
+    reference = load_reference(model, torch.float32)
+    reader = m2ray.open_run(run)
+    compared = 0
+    for micro_batch in micro_batches(run):
+        expected = reference_rows(reference, micro_batch)
+        stop = 0
+        for sequence_id, count in zip(micro_batch.sequence_ids.tolist(), micro_batch.token_counts.tolist(), strict=True):
+            start, stop = stop, stop + count
+            for layer in layers:
+                assert same_bits(reader.layer(layer).sequence(sequence_id), expected[layer][start:stop]), (sequence_id, layer)
+                compared += count
+    assert compared == reader.num_tokens * len(layers) > 0
+
+
+def rows_of(run: Path) -> tuple[np.ndarray, torch.Tensor]:
+    reader = m2ray.open_run(run)
+    return reader.tokens(), reader.tensor()
+
+
+@pytest.fixture(scope="module")
+def finished(cluster: RayCluster, minimax: Path, prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of MiniMax-M2 with 3 stages, submitted as a job."""
+    run = tmp_path_factory.mktemp("runs") / "finished"
+    submitted = cluster.run(
+        *("ray", "job", "submit", "--address", cluster.dashboard, "--working-dir", ".", "--"),
+        *("python", "jobs/extract.py", *words(minimax, prompts, run, "--stages", "3")),
+    )
+    assert submitted.returncode == 0, submitted.stdout + submitted.stderr
+    for line in ("36 prompts: 35 ready", "1 quarantined", "load: ", "extract: ", "tokens/s", "Complete: 35 sequences"):
+        assert line in submitted.stdout, line
+    return run
+
+
+def test_a_submitted_job_equals_transformers(finished: Path, minimax: Path) -> None:
+    assert_equals_transformers(finished, minimax, range(MINIMAX_TINY["layers"]))
+
+
+def test_the_account_closes(finished: Path, cluster: RayCluster) -> None:
+    shown = cluster.run("m2ray", "inspect", str(finished), "--json")
+    facts = json.loads(shown.stdout)
+    assert facts["complete"]
+    assert facts["sequences"] == {"all": NUM_PROMPTS, "ready": NUM_PROMPTS - 1, "quarantined": 1}
+    assert [(row["row_id"], row["sequence_id"]) for row in facts["quarantined"]] == [("row-7", 7)]
+    assert facts["shards"]["committed"] == facts["shards"]["all"] > 3
+    assert [layer["layer"] for layer in facts["layers"]] == list(range(MINIMAX_TINY["layers"]))
+    norms = m2ray.open_run(finished).layer(3).tensor().double().norm(dim=1)
+    assert facts["layers"][3]["mean_norm"] == pytest.approx(norms.mean().item())
+    on_disk = {path.relative_to(finished).as_posix() for path in finished.rglob("*.parquet") if "site=" in path.as_posix()}
+    named = {part["key"] for path in (finished / "_commits").iterdir() for part in json.loads(path.read_text())["parts"]}
+    assert on_disk == named
+
+
+def test_m2ray_submit_runs_a_dense_family_up_to_the_last_layer_asked_for(
+    cluster: RayCluster, qwen3: Path, prompts: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    submitted = cluster.run(
+        "m2ray", "submit", "--address", cluster.dashboard, *words(qwen3, prompts, run, "--stages", "2", "--layers", "0,2-3")
+    )
+    assert submitted.returncode == 0, submitted.stdout + submitted.stderr
+    assert "stage 1: layers 2-3" in submitted.stdout, "layer 4 is not asked for, so no stage runs it"
+    assert m2ray.open_run(run).layer_numbers == (0, 2, 3)
+    assert_equals_transformers(run, qwen3, (0, 2, 3))
+
+
+def test_m2ray_submit_returns_the_jobs_exit_code(cluster: RayCluster, minimax: Path, tmp_path: Path) -> None:
+    submitted = cluster.run("m2ray", "submit", "--address", cluster.dashboard, *words(minimax, tmp_path / "no.jsonl", tmp_path / "run"))
+    assert submitted.returncode == 1
+    assert "no.jsonl are absent" in submitted.stdout
+
+
+def test_ctrl_c_asks_before_it_stops_the_job(cluster: RayCluster, minimax: Path, prompts: Path, tmp_path: Path) -> None:
+    follower = subprocess.Popen(
+        ["m2ray", "submit", "--address", cluster.dashboard, *words(minimax, prompts, tmp_path / "run")],
+        env=dict(cluster.env),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=Path(__file__).parents[2],
+    )
+    try:
+        assert follower.stdout is not None
+        seen = ""
+        while "Running entrypoint" not in seen:
+            line = follower.stdout.readline()
+            assert line, seen
+            seen += line
+        follower.send_signal(signal.SIGINT)
+        rest, _ = follower.communicate("y\n", timeout=120)
+    finally:
+        follower.kill()
+    assert "Stop job" in rest
+    assert "stopped" in rest
+    assert follower.returncode == 1
+
+
+def commits(run: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (run / "_commits").glob("shard-*.json")}
+
+
+def wait_for_commits(run: Path, count: int, driver: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 180
+    while len(commits(run)) < count:
+        assert driver.poll() is None, driver.communicate()[0]
+        assert time.monotonic() < deadline, "no commit came"
+        time.sleep(0.01)  # polls a folder; the order of events does not rest on it
+
+
+def test_a_killed_run_goes_on_with_other_stages_to_the_same_rows(
+    cluster: RayCluster, minimax: Path, prompts: Path, finished: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    driver = cluster.start("m2ray", "extract", *words(minimax, prompts, run, "--stages", "2", "--in-flight", "1KB"))
+    wait_for_commits(run, 2, driver)
+    driver.send_signal(signal.SIGKILL)
+    driver.wait(30)
+    before = commits(run)
+    assert not (run / "_SUCCESS").exists()
+    again = cluster.run("m2ray", "extract", *words(minimax, prompts, run, "--stages", "1"))
+    assert again.returncode == 0, again.stdout + again.stderr
+    missing = int(re.search(r"(\d+) of \d+ shards are missing", again.stdout)[1])
+    after = commits(run)
+    assert missing == len(after) - len(before) < len(after)
+    assert {name: after[name] for name in before} == before
+    ours, theirs = rows_of(run), rows_of(finished)
+    assert np.array_equal(ours[0], theirs[0])
+    assert same_bits(ours[1], theirs[1])
+
+
+def test_a_finished_run_is_left_as_it_is(cluster: RayCluster, minimax: Path, prompts: Path, finished: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
+    again = cluster.run("m2ray", "extract", *words(minimax, prompts, finished))
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "0 of" in again.stdout
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()} == before
+
+
+def test_a_dead_stage_ends_the_run_with_a_clear_error_and_it_can_go_on(
+    cluster: RayCluster, minimax: Path, prompts: Path, finished: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    driver = cluster.start("m2ray", "extract", *words(minimax, prompts, run, "--stages", "2", "--in-flight", "1KB"))
+    wait_for_commits(run, 1, driver)
+    victim = stage_processes(cluster)[0]
+    os.kill(victim, signal.SIGKILL)
+    printed, _ = driver.communicate(timeout=120)
+    assert driver.returncode == 1
+    assert "A stage died" in printed
+    assert "Traceback" not in printed
+    again = cluster.run("m2ray", "extract", *words(minimax, prompts, run, "--stages", "1"))
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert same_bits(rows_of(run)[1], rows_of(finished)[1])
+
+
+def stage_processes(cluster: RayCluster) -> list[int]:
+    """The stage actors of this cluster: their environment holds its token."""
+    token = f"RAY_AUTH_TOKEN={cluster.env['RAY_AUTH_TOKEN']}".encode()
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if b"ray::StageActor" in (folder / "cmdline").read_bytes() and token in (folder / "environ").read_bytes():
+                found.append(int(folder.name))
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
+            continue
+    return sorted(found)
+
+
+def test_a_cluster_without_room_is_refused_in_time(cluster: RayCluster, minimax: Path, prompts: Path, tmp_path: Path) -> None:
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER], env=dict(cluster.env), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert holder.stdout is not None
+        assert "held" in iter(holder.stdout.readline, "").__next__()
+        refused = cluster.run("m2ray", "extract", *words(minimax, prompts, tmp_path / "run", "--stages", "2", "--placement-timeout-s", "2"))
+    finally:
+        holder.communicate("\n", timeout=60)
+    assert refused.returncode == 1
+    assert "2 stages of 1 CPU" in refused.stderr
+    assert "0 of 2 CPU free" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+HOLDER = """
+import sys, ray
+ray.init(logging_level="ERROR")
+group = ray.util.placement_group([{"CPU": 2}])
+assert group.wait(60)
+print("held", flush=True)
+sys.stdin.readline()
+"""
+
+
+def test_a_wrong_address_is_a_clear_error(minimax: Path, prompts: Path, tmp_path: Path, cluster: RayCluster) -> None:
+    refused = cluster.run(
+        "m2ray", "extract", *words(minimax, prompts, tmp_path / "run", "--placement-timeout-s", "3"), RAY_ADDRESS="127.0.0.1:9"
+    )
+    assert refused.returncode == 1
+    assert "127.0.0.1:9" in refused.stderr
+    assert "Traceback" not in refused.stderr

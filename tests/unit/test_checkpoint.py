@@ -1,0 +1,291 @@
+"""Opening a checkpoint: what is read, what is refused and how clearly, and the table that planning counts on."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from m2ray.errors import CheckpointError
+from m2ray.model.checkpoint import open_checkpoint, tensor_table, tensor_table_from_config
+from m2ray.model.families import VERIFIED, parse_config
+from tests.reference import DATA, make_family, make_minimax
+
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("originals")
+    return {
+        "minimax": make_minimax(root / "minimax", "fp8"),
+        "llama": make_family(root / "llama", "llama"),
+        "qwen3": make_family(root / "qwen3", "qwen3"),
+    }
+
+
+@pytest.fixture
+def minimax(originals: dict[str, Path], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(originals["minimax"], tmp_path / "minimax"))
+
+
+@pytest.fixture
+def llama(originals: dict[str, Path], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(originals["llama"], tmp_path / "llama"))
+
+
+def edit_config(folder: Path, **fields: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **fields}))
+
+
+def edit_tensors(folder: Path, edit: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    """Rewrite a checkpoint as one file with other tensors."""
+    tensors: dict[str, torch.Tensor] = {}
+    for file in folder.glob("*.safetensors"):
+        tensors |= load_file(file)
+        file.unlink()
+    (folder / INDEX).unlink(missing_ok=True)
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_a_tensor_is_read_to_the_bit_and_counted(minimax: Path) -> None:
+    checkpoint = open_checkpoint(str(minimax))
+    checkpoint.check()
+    total = 0
+    for file in sorted(minimax.glob("*.safetensors")):
+        for key, expected in load_file(file).items():
+            found = checkpoint.read(key)
+            assert found.dtype == expected.dtype
+            assert found.shape == expected.shape
+            assert torch.equal(found.view(torch.uint8), expected.view(torch.uint8))
+            total += expected.numel() * expected.itemsize
+    assert checkpoint.bytes_read == total
+
+
+def test_rows_of_a_tensor_are_read_without_the_rest(minimax: Path) -> None:
+    checkpoint = open_checkpoint(str(minimax))
+    key = "model.embed_tokens.weight"
+    rows = checkpoint.read(key, slice(3, 7))
+    assert checkpoint.bytes_read == 4 * 128 * 2
+    assert torch.equal(rows, checkpoint.read(key)[3:7])
+
+
+def test_a_checkpoint_of_one_file_needs_no_index(llama: Path) -> None:
+    before = {row.name: row.shape for row in tensor_table(open_checkpoint(str(llama))).rows}
+    edit_tensors(llama, lambda _: None)
+    assert {row.name: row.shape for row in tensor_table(open_checkpoint(str(llama))).rows} == before
+
+
+def test_the_digest_changes_with_config_header_and_size_only(minimax: Path, tmp_path: Path) -> None:
+    digest = open_checkpoint(str(minimax)).digest
+    assert len(digest) == 32
+    assert open_checkpoint(str(shutil.copytree(minimax, tmp_path / "copy"))).digest == digest
+    file = min(minimax.glob("*.safetensors"))
+    data = file.read_bytes()
+    file.write_bytes(data.replace(b'"F32"', b'"I32"', 1))
+    assert open_checkpoint(str(minimax)).digest != digest
+    file.write_bytes(data)
+    assert open_checkpoint(str(minimax)).digest == digest
+    edit_config(minimax, rope_theta=10000)
+    assert open_checkpoint(str(minimax)).digest != digest
+
+
+def test_opening_reads_headers_only(minimax: Path) -> None:
+    assert open_checkpoint(str(minimax)).bytes_read == 0
+
+
+def test_every_damage_is_listed_at_once(minimax: Path) -> None:
+    absent, truncated, *_ = sorted(minimax.glob("*.safetensors"))
+    absent.unlink()
+    truncated.write_bytes(truncated.read_bytes()[:-100])
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(str(minimax)).check()
+    assert f"no file {absent.name}" in str(caught.value)
+    assert f"{truncated.name} has" in str(caught.value)
+    assert "it is truncated" in str(caught.value)
+
+
+def test_a_key_that_is_not_in_its_file_is_named(minimax: Path) -> None:
+    index = json.loads((minimax / INDEX).read_text())
+    file = index["weight_map"]["lm_head.weight"]
+    index["weight_map"]["model.layers.0.extra.weight"] = file
+    (minimax / INDEX).write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=rf"{file} that it does not hold: model\.layers\.0\.extra\.weight"):
+        open_checkpoint(str(minimax)).check()
+
+
+def change_header(data: bytes, change: Callable[[dict[str, Any]], None]) -> bytes:
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    change(header)
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data[8 + length :]
+
+
+def change_entry(**fields: Any) -> Callable[[bytes], bytes]:
+    def change(header: dict[str, Any]) -> None:
+        first = min((key for key in header if key != "__metadata__"), key=lambda key: header[key]["data_offsets"])
+        header[first] |= fields
+
+    return lambda data: change_header(data, change)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda data: data[:5], "has 5 bytes only"),
+        (lambda data: data[:200], "its header alone needs"),
+        (lambda data: data[:-1], "it is truncated"),
+        (lambda data: data + b"\0", "something was appended"),
+        (lambda data: b"\xff" * 8 + data[8:], "claims a header of"),
+        (lambda data: data[:8] + b"#" + data[9:], "is not JSON"),
+        (change_entry(dtype="F4"), "of dtype 'F4'"),
+        (change_entry(shape=[3, 5]), "has .* bytes in the file"),
+        (change_entry(shape=[-3, 5]), "no count"),
+        (change_entry(data_offsets=[8, 4]), "bytes in the file"),
+        (change_entry(data_offsets=None), "malformed"),
+        (change_entry(data_offsets=[4, 4], shape=[0]), "the tensor before it ends at"),
+    ],
+)
+def test_a_damaged_header_is_refused_by_file_name(llama: Path, damage: Callable[[bytes], bytes], message: str) -> None:
+    file = min(llama.glob("*.safetensors"))
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(CheckpointError, match=message) as caught:
+        open_checkpoint(str(llama)).check()
+    assert file.name in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["../other/model.safetensors", "/etc/model.safetensors", "pytorch_model.bin"])
+def test_an_index_must_not_lead_outside_or_to_pickles(llama: Path, name: str) -> None:
+    index = json.loads((llama / INDEX).read_text())
+    index["weight_map"]["lm_head.weight"] = name
+    (llama / INDEX).write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="no safetensors file inside the folder"):
+        open_checkpoint(str(llama)).check()
+
+
+def test_a_folder_without_a_checkpoint_is_refused(tmp_path: Path, llama: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no config\.json in .*nowhere"):
+        open_checkpoint(str(tmp_path / "nowhere"))
+    for file in [*llama.glob("*.safetensors"), llama / INDEX]:
+        file.unlink()
+    (llama / "pytorch_model.bin").write_bytes(b"pickle")
+    with pytest.raises(CheckpointError, match="safetensors only"):
+        open_checkpoint(str(llama))
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"weight_map": {}}', '{"weight_map": {"a": 1}}', '{"metadata": {}}'])
+def test_a_malformed_index_is_refused(llama: Path, text: str) -> None:
+    (llama / INDEX).write_text(text)
+    with pytest.raises(CheckpointError, match="weight_map"):
+        open_checkpoint(str(llama))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model_type": "no_such_model"}, "transformers knows no model_type 'no_such_model'"),
+        ({"model_type": "bloom"}, "not verified model_type 'bloom'.*cohere2.*qwen3"),
+        ({"model_type": None}, "no model_type"),
+        ({"num_kv_shared_layers": 2}, "num_kv_shared_layers = 2"),
+        ({"hidden_size_per_layer_input": 8}, "hidden_size_per_layer_input = 8"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "'dynamic' changes with the longest prompt"),
+        ({"quantization_config": {"quant_method": "mxfp4"}}, "quant_method 'mxfp4'"),
+        ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [128]}}, "weight_block_size"),
+        ({"num_attention_heads": "many"}, "transformers refuses config.json"),
+    ],
+)
+def test_what_m2ray_does_not_run_is_refused_with_the_reason(llama: Path, fields: dict[str, Any], message: str) -> None:
+    edit_config(llama, **fields)
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(str(llama))
+
+
+def test_code_and_settings_of_the_folder_are_ignored(llama: Path) -> None:
+    (llama / "evil.py").write_text("raise SystemExit('ran')")
+    edit_config(
+        llama, auto_map={"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}, _attn_implementation="flash_attention_2"
+    )
+    config = open_checkpoint(str(llama)).config
+    assert type(config).__name__ == "LlamaConfig"
+    assert config._attn_implementation != "flash_attention_2"
+
+
+def test_verified_families_are_sorted_and_each_has_a_proof() -> None:
+    assert list(VERIFIED) == sorted(set(VERIFIED))
+    assert set(VERIFIED) - {"minimax_m2"} == {path.stem for path in (DATA / "families").glob("*.json")}
+
+
+def test_the_table_counts_every_tensor_of_the_checkpoint(minimax: Path) -> None:
+    checkpoint = open_checkpoint(str(minimax))
+    table = tensor_table(checkpoint)
+    assert checkpoint.bytes_read == 0
+    assert table.disk_bytes == sum(header.num_bytes for header in checkpoint.headers.values())
+    assert (table.num_layers, table.hidden_size) == (7, 128)
+    scales = {key for key in checkpoint.headers if key.endswith("_scale_inv")}
+    assert scales
+    assert {key for row in table.rows for key in row.sources} | scales == set(checkpoint.headers)
+    by_name = {row.name: row for row in table.rows}
+    fused = by_name["model.layers.3.mlp.experts.gate_up_proj"]
+    assert (fused.role, fused.layer, fused.shape, fused.keeps_fp32) == ("layer", 3, (12, 256, 128), False)
+    assert len(fused.sources) == 24
+    assert by_name["model.layers.3.mlp.gate.weight"].keeps_fp32
+    assert by_name["model.layers.3.mlp.e_score_correction_bias"].keeps_fp32
+    assert [by_name[name].role for name in ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")] == [
+        "embedding",
+        "final_norm",
+        "head",
+    ]
+
+
+def test_the_table_without_weights_is_that_of_the_checkpoint(minimax: Path, llama: Path) -> None:
+    for folder in (minimax, llama):
+        checkpoint = open_checkpoint(str(folder))
+        assert set(tensor_table_from_config(checkpoint.config).rows) == set(tensor_table(checkpoint).rows)
+
+
+def test_the_table_of_the_real_minimax_m2() -> None:
+    table = tensor_table_from_config(parse_config((DATA / "minimax_m2" / "config.json").read_bytes()))
+    num_elements = sum(row.num_elements for row in table.rows)
+    router_elements = sum(row.num_elements for row in table.rows if row.keeps_fp32)
+    assert table.disk_bytes == 230_121_630_720
+    assert num_elements * 2 == 457_379_529_728
+    assert sum(row.compute_bytes(2) for row in table.rows) == 457_379_529_728 + 2 * router_elements
+    assert router_elements == 62 * (256 * 3072 + 256)
+    assert set(table.layer_bytes(2)) == {7_337_437_696 + 2 * (256 * 3072 + 256)}
+    assert table.role_bytes("head", 2) == table.role_bytes("embedding", 2) == 1_229_193_216
+
+
+def add_extra_layers(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.layers.5.eh_proj.weight"] = torch.ones(2, 2)
+    tensors["mtp.fc.weight"] = torch.ones(2, 2)
+    tensors["model.layers.1.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+
+
+def test_extra_layers_are_reported_and_never_read(llama: Path) -> None:
+    edit_tensors(llama, add_extra_layers)
+    rows = tensor_table(open_checkpoint(str(llama))).rows
+    assert {row.name for row in rows if row.role == "unused"} == {
+        "model.layers.5.eh_proj.weight",
+        "mtp.fc.weight",
+        "model.layers.1.self_attn.rotary_emb.inv_freq",
+    }
+
+
+def test_a_tied_head_on_disk_is_reported_as_head(originals: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(originals["qwen3"], tmp_path / "qwen3"))
+    before = tensor_table(open_checkpoint(str(folder)))
+    assert before.role_bytes("head", 2) == 0
+    edit_tensors(folder, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}))
+    rows = {row.name: row for row in tensor_table(open_checkpoint(str(folder))).rows}
+    assert rows["lm_head.weight"].role == "head"
+    assert rows["model.embed_tokens.weight"].sources == ("model.embed_tokens.weight",)
+    edit_tensors(folder, lambda tensors: tensors.pop("model.embed_tokens.weight"))
+    rows = {row.name: row for row in tensor_table(open_checkpoint(str(folder))).rows}
+    assert rows["model.embed_tokens.weight"].sources == ("lm_head.weight",)

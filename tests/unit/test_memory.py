@@ -1,0 +1,236 @@
+"""Bytes that a stage takes: weights against transformers' own parameters, the transient bound against tensors that are alive at once."""
+
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModel
+
+from m2ray.batches import LayerSpan, TensorRow, TensorTable
+from m2ray.planning.memory import (
+    CONTEXT_BYTES,
+    STAGING_BYTES,
+    UNUSABLE_BYTES,
+    ModelShape,
+    Workload,
+    cpu_memory,
+    gpu_host_memory,
+    gpu_memory,
+    span_rows,
+    weight_bytes,
+)
+
+M2 = ModelShape(3072, num_heads=48, num_kv_heads=8, head_dim=128, num_experts=256, experts_per_token=8, expert_size=1536)
+FAMILIES = [
+    "cohere2",
+    "deepseek_v3",
+    "gemma2",
+    "gemma3_text",
+    "glm4_moe",
+    "gpt2",
+    "gpt_oss",
+    "granite",
+    "llama",
+    "minimax_m2",
+    "mistral",
+    "mixtral",
+    "olmo2",
+    "opt",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "qwen3_moe",
+    "smollm3",
+]
+DENSE = [family for family in FAMILIES if family not in ("deepseek_v3", "glm4_moe", "gpt_oss", "minimax_m2", "mixtral", "qwen3_moe")]
+
+
+def table() -> TensorTable:
+    """Two layers of 100 and 50 elements, the second with a router that keeps float32."""
+    return TensorTable(
+        2,
+        4,
+        (
+            TensorRow("embed", "embedding", None, (10, 4), False, 80, ("embed",)),
+            TensorRow("0.w", "layer", 0, (10, 10), False, 100, ("0.w",)),
+            TensorRow("1.w", "layer", 1, (10, 4), False, 40, ("1.w",)),
+            TensorRow("1.gate", "layer", 1, (10,), True, 40, ("1.gate",)),
+            TensorRow("norm", "final_norm", None, (4,), False, 8, ("norm",)),
+            TensorRow("head", "head", None, (10, 4), False, 80, ("head",)),
+            TensorRow("mtp", "unused", None, (7,), False, 14, ("mtp",)),
+        ),
+    )
+
+
+def names(span: LayerSpan, *, with_final_norm: bool) -> list[str]:
+    return [row.name for row in span_rows(table(), span, with_final_norm=with_final_norm)]
+
+
+def test_a_span_has_its_layers_and_what_lives_with_them_and_never_the_head():
+    assert names(LayerSpan(0, 1), with_final_norm=True) == ["embed", "0.w"]
+    assert names(LayerSpan(1, 2), with_final_norm=True) == ["1.w", "1.gate", "norm"]
+    assert names(LayerSpan(0, 2), with_final_norm=False) == ["embed", "0.w", "1.w", "1.gate"]
+
+
+def test_weights_count_float32_tensors_apart():
+    rows = span_rows(table(), LayerSpan(0, 2), with_final_norm=False)
+    assert weight_bytes(rows, 2) == 2 * (40 + 100 + 40) + 4 * 10
+    assert weight_bytes(rows, 4) == 4 * (40 + 100 + 40 + 10)
+
+
+def test_items_of_a_gpu_and_of_hosts():
+    rows = span_rows(table(), LayerSpan(0, 2), with_final_norm=False)
+    work = Workload(padded_tokens=1000, longest_tokens=100, hidden_size=4, itemsize_bytes=2, writer_queue_bytes=5000)
+
+    def transient(padded_tokens: int, longest_tokens: int, itemsize_bytes: int) -> int:
+        return padded_tokens * longest_tokens * itemsize_bytes
+
+    on_gpu = gpu_memory(rows, work, transient, [8, 16])
+    assert on_gpu.running == {
+        "weights": 400,
+        "transient": 200_000,
+        "unusable": 25_000 + UNUSABLE_BYTES,
+        "hidden_states": 2 * 8000,
+        "capture": 2 * 16_000,
+        "context": CONTEXT_BYTES,
+    }
+    assert on_gpu.loading == {"weights": 400, "staging": STAGING_BYTES["device"], "unusable": UNUSABLE_BYTES, "context": CONTEXT_BYTES}
+    assert on_gpu.peak_bytes == sum(on_gpu.loading.values())  # so little transient memory that loading is the peak
+    host = gpu_host_memory(work, [8, 16])
+    assert host.running["capture"] == 1000 * 24 + 5000
+    assert "weights" not in host.running
+    assert gpu_host_memory(work, []).running["capture"] == 0
+    on_cpu = cpu_memory(rows, work, transient, [8, 16])
+    assert {"weights": 400, "transient": 200_000}.items() <= on_cpu.running.items()
+
+
+# -- transient memory -----------------------------------------------------------------------------------------------------
+
+
+class Alive(TorchDispatchMode):
+    """Counts the bytes of all tensors alive at once, those `known` before left out. Tensors may be fake."""
+
+    def __init__(self, known: list[torch.Tensor]):
+        super().__init__()
+        self.known: dict[int, Any] = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in known}
+        self.now_bytes = self.peak_bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_iter(result):
+            if isinstance(tensor, torch.Tensor):
+                self._see(tensor.untyped_storage())
+        return result
+
+    def _see(self, storage: torch.UntypedStorage) -> None:
+        key, num_bytes = storage._cdata, storage.nbytes()
+        if key not in self.known:
+            self.known[key] = weakref.ref(storage, lambda _: self._gone(key, num_bytes))
+            self.now_bytes += num_bytes
+            self.peak_bytes = max(self.peak_bytes, self.now_bytes)
+
+    def _gone(self, key: int, num_bytes: int) -> None:
+        del self.known[key]
+        self.now_bytes -= num_bytes
+
+
+class FlashAttention(TorchFunctionMode):
+    """Scaled dot-product attention as the GPU's kernels do it: no matrix of scores."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            query, _, value = args[:3]
+            return torch.empty(*query.shape[:-1], value.shape[-1], dtype=query.dtype)
+        return func(*args, **(kwargs or {}))
+
+
+class LayersDone(Exception):  # noqa: N818 - no error
+    pass
+
+
+def leave(*_: Any) -> None:
+    raise LayersDone
+
+
+def alive_bytes(config: Any, num_sequences: int, num_tokens: int, dtype: torch.dtype) -> int:
+    """The most bytes that transformers' own layers of `config` hold at once beside their weights, input included."""
+    with torch.device("meta"):
+        model = AutoModel.from_config(config, dtype=dtype).eval().requires_grad_(False)
+    layers = next(module for name, module in model.named_modules() if name.rpartition(".")[2] in ("layers", "h"))
+    layers[-1].register_forward_hook(leave)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.to_empty(device="cpu")
+        # A mask of four axes is taken as it is. Without one, none is made on a GPU, but a full one for fake tensors.
+        mask = torch.zeros(1, 1, 1, 1, dtype=dtype)
+        position_ids = torch.arange(num_tokens)[None]
+        alive = Alive([*model.parameters(), *model.buffers(), mask, position_ids])
+        with torch.no_grad(), alive, FlashAttention():
+            hidden_BTH = torch.empty(num_sequences, num_tokens, config.hidden_size, dtype=dtype)
+            with pytest.raises(LayersDone):
+                model(inputs_embeds=hidden_BTH, position_ids=position_ids, attention_mask=mask, use_cache=False)
+    return alive.peak_bytes
+
+
+def config_of(family: str) -> Any:
+    """The family's own default dimensions, as many layers as it takes to meet its experts."""
+    config = AutoConfig.from_pretrained("tests/data/minimax_m2") if family == "minimax_m2" else CONFIG_MAPPING[family]()
+    config.num_hidden_layers = 1 + getattr(config, "first_k_dense_replace", 0)
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[: config.num_hidden_layers]
+    return config
+
+
+def shape_of(config: Any, *, is_eager_attention: bool) -> ModelShape:
+    def first(*fields: str) -> int:
+        return next((value for field in fields if (value := getattr(config, field, None))), 0)
+
+    heads, num_experts = config.num_attention_heads, first("num_local_experts", "num_experts", "n_routed_experts")
+    expert_size = first("moe_intermediate_size", "intermediate_size") if num_experts else 0
+    return ModelShape(
+        hidden_size=config.hidden_size,
+        num_heads=heads,
+        num_kv_heads=first("num_key_value_heads") or heads,
+        head_dim=first("qk_head_dim", "head_dim") or config.hidden_size // heads,
+        intermediate_size=first("intermediate_size", "ffn_dim", "n_inner") or 4 * config.hidden_size,
+        num_experts=num_experts,
+        experts_per_token=first("num_experts_per_tok") if num_experts else 0,
+        expert_size=expert_size,
+        shared_size=expert_size * first("n_shared_experts"),
+        is_eager_attention=is_eager_attention,
+    )
+
+
+@pytest.mark.parametrize(("family", "dtype"), [*((f, torch.bfloat16) for f in FAMILIES), *((f, torch.float32) for f in DENSE)], ids=str)
+def test_the_transient_bound_holds_for_transformers_own_code(family, dtype):
+    config = config_of(family)
+    alive = alive_bytes(config, 8, 2048, dtype)
+    bound = shape_of(config, is_eager_attention=config._attn_implementation == "eager").transient_bytes(8 * 2048, 2048, dtype.itemsize)
+    assert alive <= bound <= 2.3 * alive
+
+
+@pytest.mark.parametrize(("num_sequences", "num_tokens"), [(8, 2048), (32, 512), (1, 16384), (1, 1000)])
+def test_the_bound_is_close_for_minimax_m2(num_sequences, num_tokens):
+    alive = alive_bytes(config_of("minimax_m2"), num_sequences, num_tokens, torch.bfloat16)
+    bound = M2.transient_bytes(num_sequences * num_tokens, num_tokens, 2)
+    assert alive <= bound <= 1.04 * alive
+
+
+@pytest.mark.parametrize("family", ["cohere2", "llama", "olmo2", "qwen3"])
+def test_the_bound_holds_where_attention_is_the_peak(family):
+    config = config_of(family)
+    config.intermediate_size = 256
+    alive = alive_bytes(config, 8, 2048, torch.bfloat16)
+    assert alive <= shape_of(config, is_eager_attention=False).transient_bytes(8 * 2048, 2048, 2) <= 2.3 * alive
+
+
+def test_eager_attention_grows_with_the_longest_sequence():
+    config = config_of("gemma2")
+    for num_sequences, num_tokens in ((16, 512), (2, 4096)):
+        alive = alive_bytes(config, num_sequences, num_tokens, torch.bfloat16)
+        bound = shape_of(config, is_eager_attention=True).transient_bytes(8192, num_tokens, 2)
+        assert alive <= bound <= 1.6 * alive

@@ -1,0 +1,140 @@
+"""What a chain captures equals transformers' own model bit by bit: every layer, every real position, however the layers are cut.
+
+The reference runs the same right-padded micro-batch; hooks on its decoder layers give every layer's output. Rows are stored in the
+compute dtype, so nothing is rounded between the computation and the comparison.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from m2ray.model.families import VERIFIED
+from tests.reference import (
+    MINIMAX_TINY,
+    alone,
+    chain_rows,
+    load_chain,
+    load_reference,
+    make_family,
+    make_minimax,
+    micro_batch_of,
+    reference_rows,
+    same_bits,
+)
+
+FOLDERS = ("minimax_m2-fp8-hub", "minimax_m2-bf16-hub", "minimax_m2-bf16-fused", "llama", "qwen3")
+NUM_LAYERS = {"llama": 5, "qwen3": 5}
+SPANS = {
+    7: ((0, 7), (0, 5, 7), (0, 1, 4, 7), (0, 1, 3, 4, 6, 7)),
+    5: ((0, 5), (0, 4, 5), (0, 1, 3, 5), (0, 1, 2, 3, 4, 5)),
+}
+LENGTHS = (9, 23, 1, 17, 4)
+FAMILIES = tuple(family for family in VERIFIED if family != "minimax_m2")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("checkpoints")
+    made = {name: make_minimax(root / name, *name.split("-")[1:]) for name in FOLDERS if "-" in name}
+    return {**made, **{name: make_family(root / name, name, torch.bfloat16) for name in FOLDERS if "-" not in name}}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_family(tmp_path_factory.mktemp(request.param), request.param)
+
+
+def vocab_size(folder: Path) -> int:
+    return MINIMAX_TINY["vocab_size"] if "minimax" in folder.name else 96
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", FOLDERS)
+def test_chains_of_1_2_3_and_5_uneven_spans_equal_the_whole_model(folders: dict[str, Path], name: str, dtype: str) -> None:
+    folder = folders[name]
+    micro_batch = micro_batch_of(LENGTHS, vocab_size(folder))
+    expected = reference_rows(load_reference(folder, getattr(torch, dtype)), micro_batch)
+    for bounds in SPANS[len(expected)]:
+        rows = chain_rows(load_chain(folder, bounds, dtype), micro_batch)
+        assert [same_bits(ours, theirs) for ours, theirs in zip(rows, expected, strict=True)] == [True] * len(expected), bounds
+
+
+def test_every_verified_family_equals_the_whole_model(family_folder: Path) -> None:
+    micro_batch = micro_batch_of(LENGTHS, 96)
+    for dtype in ("float32", "bfloat16", "float16"):
+        expected = reference_rows(load_reference(family_folder, getattr(torch, dtype)), micro_batch)
+        rows = chain_rows(load_chain(family_folder, (0, 2, 3, 5), dtype), micro_batch)
+        assert [same_bits(ours, theirs) for ours, theirs in zip(rows, expected, strict=True)] == [True] * 5, dtype
+
+
+def test_a_prompt_alone_differs_by_rounding_only(family_folder: Path) -> None:
+    assert_alone_is_close(family_folder, 96)
+
+
+@pytest.mark.parametrize("name", [name for name in FOLDERS if "-" in name])
+def test_a_minimax_prompt_alone_differs_by_rounding_only(folders: dict[str, Path], name: str) -> None:
+    assert_alone_is_close(folders[name], vocab_size(folders[name]))
+
+
+def assert_alone_is_close(folder: Path, vocab: int) -> None:
+    """Each prompt by itself, through transformers' own model, against the chain's rows of the whole micro-batch (float32)."""
+    model = load_reference(folder, torch.float32)
+    micro_batch = micro_batch_of(LENGTHS, vocab)
+    rows = chain_rows(load_chain(folder, (0, 2, model.config.num_hidden_layers), "float32"), micro_batch)
+    stop = 0
+    for index, length in enumerate(LENGTHS):
+        start, stop = stop, stop + length
+        for ours, theirs in zip(rows, reference_rows(model, alone(micro_batch, index)), strict=True):
+            error_N = (ours[start:stop] - theirs).norm(dim=1) / theirs.norm(dim=1)
+            assert error_N.max() < 1e-5
+
+
+@pytest.mark.parametrize("attn", ["eager", "sdpa"])
+def test_either_attention_equals_the_whole_model_with_the_same(folders: dict[str, Path], attn: str) -> None:
+    folder = folders["minimax_m2-fp8-hub"]
+    micro_batch = micro_batch_of(LENGTHS, vocab_size(folder))
+    expected = reference_rows(load_reference(folder, torch.bfloat16, attn), micro_batch)
+    rows = chain_rows(load_chain(folder, (0, 3, 7), "bfloat16", attn=attn), micro_batch)
+    assert all(same_bits(ours, theirs) for ours, theirs in zip(rows, expected, strict=True))
+
+
+def test_extra_padding_moves_rows_by_rounding_only(folders: dict[str, Path]) -> None:
+    folder = folders["minimax_m2-fp8-hub"]
+    stages = load_chain(folder, (0, 3, 7), "float32")
+    tight, wide = (micro_batch_of(LENGTHS, vocab_size(folder), pad_to=length) for length in (max(LENGTHS), 40))
+    wide.token_ids_BT[:, : max(LENGTHS)] = tight.token_ids_BT
+    for narrow_rows, wide_rows in zip(chain_rows(stages, tight), chain_rows(stages, wide), strict=True):
+        assert ((narrow_rows - wide_rows).norm(dim=1) / narrow_rows.norm(dim=1)).max() < 1e-5
+
+
+def test_what_stands_in_the_padding_changes_nothing(folders: dict[str, Path]) -> None:
+    folder = folders["llama"]
+    stages = load_chain(folder, (0, 3, 5), "float32")
+    zeros, others = micro_batch_of(LENGTHS, 96), micro_batch_of(LENGTHS, 96)
+    for row, length in enumerate(LENGTHS):
+        others.token_ids_BT[row, length:] = 77
+    assert all(same_bits(one, other) for one, other in zip(chain_rows(stages, zeros), chain_rows(stages, others), strict=True))
+
+
+def test_rows_are_rounded_once_to_nearest_even(folders: dict[str, Path]) -> None:
+    folder = folders["qwen3"]
+    micro_batch = micro_batch_of(LENGTHS, 96)
+    exact = chain_rows(load_chain(folder, (0, 2, 5), "float32"), micro_batch)
+    stored = chain_rows(load_chain(folder, (0, 2, 5), "float32", store_dtype="bfloat16"), micro_batch)
+    for precise, rounded in zip(exact, stored, strict=True):
+        bits = precise.view(torch.int32).long() & 0xFFFFFFFF
+        nearest_even = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        assert torch.equal(rounded.view(torch.int16).long() & 0xFFFF, nearest_even)
+
+
+def test_the_last_layer_is_captured_before_the_final_norm(folders: dict[str, Path]) -> None:
+    folder = folders["qwen3"]
+    micro_batch = micro_batch_of(LENGTHS, 96)
+    model = load_reference(folder, torch.float32)
+    last = chain_rows(load_chain(folder, (0, 2, 5), "float32"), micro_batch)[-1]
+    with torch.inference_mode():
+        normed = model.model(input_ids=torch.from_numpy(micro_batch.token_ids_BT).long(), use_cache=False).last_hidden_state
+        is_real_BT = torch.arange(max(LENGTHS)) < torch.from_numpy(micro_batch.token_counts)[:, None]
+        assert not torch.allclose(last, normed[is_real_BT])
+        assert torch.allclose(model.model.norm(last), normed[is_real_BT], rtol=1e-5, atol=1e-5)

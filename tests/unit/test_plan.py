@@ -1,0 +1,380 @@
+"""The plan: MiniMax-M2's exact bytes, layouts over clusters, what helps when it does not fit, and output against the writer's own files."""
+
+import itertools
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from m2ray.activations.part_writer import PartWriter, token_columns
+from m2ray.batches import TOKEN_ROW, LayerSpan, PartSpec, TensorRow, TensorTable
+from m2ray.errors import ClusterError, ConfigError
+from m2ray.planning.demand import Demand, PlanOptions
+from m2ray.planning.devices import ChainOptions
+from m2ray.planning.hardware import Cluster, Gpu, Node, parse_gpus, parse_max_memory
+from m2ray.planning.layout import render, size
+from m2ray.planning.memory import ModelShape
+from m2ray.planning.output import PromptStats, part_bytes, plan_output
+from m2ray.planning.plan import Plan, most_replicas, plan_run
+from m2ray.planning.rates import active_elements
+from m2ray.planning.report import to_json
+from m2ray.storage import open_store
+
+GB = 10**9
+SHAPE = ModelShape(3072, num_heads=48, num_kv_heads=8, head_dim=128, num_experts=256, experts_per_token=8, expert_size=1536)
+
+
+def scaled(rows: int, columns: int) -> int:
+    """FP8 bytes of a matrix with a float32 scale a block of 128 x 128."""
+    return rows * columns + -(-rows // 128) * -(-columns // 128) * 4
+
+
+def m2_rows(layer: int) -> list[TensorRow]:
+    """One decoder layer of MiniMax-M2, as its FP8 checkpoint stores it."""
+
+    def row(name: str, shape: tuple[int, ...], disk_bytes: int, *, keeps_fp32: bool = False) -> TensorRow:
+        return TensorRow(f"layers.{layer}.{name}", "layer", layer, shape, keeps_fp32, disk_bytes, (f"{layer}.{name}",))
+
+    return [
+        row("q", (6144, 3072), scaled(6144, 3072)),
+        row("k", (1024, 3072), scaled(1024, 3072)),
+        row("v", (1024, 3072), scaled(1024, 3072)),
+        row("o", (3072, 6144), scaled(3072, 6144)),
+        row("q_norm", (6144,), 2 * 6144),
+        row("k_norm", (1024,), 2 * 1024),
+        row("input_norm", (3072,), 2 * 3072),
+        row("attention_norm", (3072,), 2 * 3072),
+        row("gate", (256, 3072), 4 * 256 * 3072, keeps_fp32=True),
+        row("bias", (256,), 4 * 256, keeps_fp32=True),
+        row("gate_up", (256, 3072, 3072), 512 * scaled(1536, 3072)),
+        row("down", (256, 3072, 1536), 256 * scaled(3072, 1536)),
+    ]
+
+
+def m2_table(num_layers: int = 62) -> TensorTable:
+    embedding = 200064 * 3072
+    return TensorTable(
+        num_layers,
+        3072,
+        (
+            TensorRow("embed", "embedding", None, (200064, 3072), False, 2 * embedding, ("embed",)),
+            *(row for layer in range(num_layers) for row in m2_rows(layer)),
+            TensorRow("norm", "final_norm", None, (3072,), False, 2 * 3072, ("norm",)),
+            TensorRow("head", "head", None, (200064, 3072), False, 2 * embedding, ("head",)),
+        ),
+    )
+
+
+def residuals(num_layers: int = 62) -> tuple[PartSpec, ...]:
+    return tuple(PartSpec("residual", layer, "bfloat16", 3072) for layer in range(num_layers))
+
+
+def demand(num_layers: int = 62, **options) -> Demand:
+    """MiniMax-M2, all residuals; `options` of ChainOptions and of PlanOptions alike."""
+    of_chains = {name: options.pop(name) for name in list(options) if name in ChainOptions.__annotations__}
+    options.setdefault("parts", residuals(num_layers))
+    return Demand(m2_table(num_layers), SHAPE, PlanOptions(chains=ChainOptions(**of_chains), **options))
+
+
+def plan(gpus: str | Cluster, num_layers: int = 62, prompts: PromptStats | None = None, **options) -> Plan:
+    return plan_run(demand(num_layers, **options), parse_gpus(gpus) if isinstance(gpus, str) else gpus, prompts)
+
+
+def spans(planned: Plan) -> list[str | None]:
+    return [str(gpu.span).removeprefix("layers ") if gpu.span else None for gpu in planned.gpus]
+
+
+# -- weights --------------------------------------------------------------------------------------------------------------
+
+
+def test_minimax_m2_to_the_byte():
+    weights = plan("8xH200").weights
+    assert weights.disk_bytes == 230_121_630_720
+    assert weights.parameters == 228_689_764_864
+    assert weights.compute_bytes == 457_379_529_728
+    assert set(weights.layer_bytes) == {7_337_437_696 + 2 * (256 * 3072 + 256)}
+    assert weights.head_disk_bytes == weights.embedding_bytes == 1_229_193_216
+    assert weights.loaded_bytes == sum(weights.layer_bytes) + weights.embedding_bytes
+
+
+def test_what_is_loaded_is_what_the_gpus_hold():
+    planned = plan("8xA100-80GB")
+    assert sum(gpu.memory.running["weights"] for gpu in planned.gpus) == planned.weights.loaded_bytes
+    assert plan("8xA100-80GB", parts=residuals(6)).weights.loaded_bytes == 6 * 7_339_011_072 + 1_229_193_216
+
+
+def test_the_final_norm_is_loaded_for_its_own_site_only():
+    with_norm = plan("8xH200", parts=(PartSpec("final_norm", None, "bfloat16", 3072),))
+    assert with_norm.demand.num_layers == 62
+    assert with_norm.weights.loaded_bytes == plan("8xH200").weights.loaded_bytes + 2 * 3072
+    assert [bool(gpu.memory.running["capture"]) for gpu in with_norm.gpus] == [False] * 7 + [True]
+
+
+# -- does it fit ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("gpus", "fits"),
+    [("8xA100-80GB", True), ("8xA100-40GB", False), ("4xH100-80GB", False), ("1xH200", False), ("2xH200", False), ("8xH200", True)],
+)
+def test_the_guides_gpus(gpus, fits):
+    planned = plan(gpus)
+    assert planned.fits is fits
+    assert (planned.short_by_bytes == 0) is fits
+    assert bool(planned.stages) is fits
+
+
+def test_no_gpu_is_planned_above_what_may_be_used():
+    for gpus in ("8xA100-80GB", "7xH100-80GB", "4xH200", "2 nodes of 8xL40S"):
+        planned = plan(gpus)
+        assert planned.fits
+        assert all(gpu.memory.peak_bytes <= gpu.device.usable_bytes for gpu in planned.gpus)
+
+
+def test_short_by_is_what_one_more_gpu_would_have_to_hold():
+    """The weights without room, counted again from the layers that do fit."""
+    planned = plan("1xH200")
+    overhead_bytes = sum(planned.demand.overhead.values())
+    layers = (143_771 * 2**20 - overhead_bytes - 1_229_193_216) // 7_339_011_072
+    assert planned.short_by_bytes == (62 - layers) * 7_339_011_072
+
+
+def test_every_remedy_is_enough_and_no_more_than_needed():
+    planned = plan("6xH100-80GB", batch_tokens=65_536)
+    remedies = {remedy.option: remedy.value for remedy in planned.remedies}
+    assert {"batch_tokens", "gpus"} <= remedies.keys()
+    assert plan("6xH100-80GB", batch_tokens=remedies["batch_tokens"]).fits
+    assert not plan("6xH100-80GB", batch_tokens=remedies["batch_tokens"] + 256).fits
+    assert plan(f"{remedies['gpus']}xH100-80GB", batch_tokens=65_536).fits
+    assert not plan(f"{remedies['gpus'] - 1}xH100-80GB", batch_tokens=65_536).fits
+
+
+def test_remedies_for_limits_and_for_float32():
+    limited = plan("8xA100-80GB", max_memory=parse_max_memory("40GB"))
+    assert next(remedy.option for remedy in limited.remedies) == "max_memory"
+    assert "compute_dtype" in [remedy.option for remedy in plan("8xA100-80GB", compute_dtype="float32").remedies]
+    assert plan("8xA100-80GB").remedies == ()
+
+
+def test_a_sequence_longer_than_a_micro_batch_sets_its_size():
+    longer = plan("8xA100-80GB", longest_tokens=40_000)
+    assert longer.gpus[0].memory.running["transient"] == SHAPE.transient_bytes(40_000, 40_000, 2)
+
+
+# -- layouts --------------------------------------------------------------------------------------------------------------
+
+
+def test_balanced_over_eight():
+    assert spans(plan("8xA100-80GB")) == ["0-6", "7-13", "14-21", "22-29", "30-37", "38-45", "46-53", "54-61"]
+
+
+def test_other_maps():
+    assert spans(plan("8xH200", device_map="balanced_low_0"))[0] is None
+    filled = spans(plan("8xH200", device_map="sequential"))
+    assert filled[:3] == ["0-18", "19-37", "38-56"]
+    assert filled[4:] == [None] * 4
+    assert spans(plan("8xH200", num_layers=10, device_map="cuda:0")) == ["0-9"]
+    with pytest.raises(ConfigError, match="diagonal"):
+        plan("8xH200", device_map="diagonal")
+    with pytest.raises(ClusterError, match="cuda:8"):
+        plan("8xH200", device_map="cuda:8")
+    with pytest.raises(ConfigError, match="one GPU"):
+        plan("8xH200", device_map="cuda:0", stages=2)
+
+
+def test_max_memory_leaves_gpus_out_and_lowers_others():
+    planned = plan("8xH200", num_layers=12, max_memory=parse_max_memory("0:60GB,1:60GB,2:40GB"))
+    assert [(gpu.device.gpu.index, gpu.device.usable_bytes) for gpu in planned.gpus] == [(0, 60 * GB), (1, 60 * GB), (2, 40 * GB)]
+    assert planned.fits
+    assert all(gpu.memory.peak_bytes <= gpu.device.usable_bytes for gpu in planned.gpus)
+
+
+def test_a_stage_of_two_gpus_has_one_span_over_both():
+    planned = plan("8xA100-80GB", gpus_per_stage=2)
+    assert [(stage.stage, str(stage.span)) for stage in planned.stages] == [
+        (0, "layers 0-13"),
+        (1, "layers 14-29"),
+        (2, "layers 30-45"),
+        (3, "layers 46-61"),
+    ]
+    assert [gpu.stage for gpu in planned.gpus] == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_two_replicas_of_twelve_on_three_nodes_cross_once_each():
+    planned = plan("3 nodes of 8xH100-80GB", stages=12, replicas=2)
+    for replica in (0, 1):
+        nodes = [stage.node for stage in planned.stages if stage.replica == replica]
+        assert len(nodes) == 12
+        assert sum(a != b for a, b in itertools.pairwise(nodes)) == 1
+    assert len({(gpu.device.node.name, gpu.device.gpu.index) for gpu in planned.gpus}) == 24
+
+
+def test_a_chain_takes_the_smallest_node_that_holds_it():
+    planned = plan("4xH200, 8xH200", stages=4)
+    assert {stage.node for stage in planned.stages} == {"node-0"}
+    assert {stage.node for stage in plan("8xH200, 4xH200", stages=6).stages} == {"node-0"}
+
+
+def test_too_few_gpus_is_said_in_numbers():
+    with pytest.raises(ClusterError, match=r"2 x 12 stages.*node-0 has 8; node-1 has 8: 8 too few"):
+        plan("2 nodes of 8xH200", stages=12, replicas=2)
+    with pytest.raises(ClusterError, match="8 too few"):
+        plan("16xH200", replicas=24)
+    with pytest.raises(ConfigError, match="3 stages of 1 GPUs cannot share 2 layers"):
+        plan("8xH200", num_layers=2, stages=3)
+
+
+def test_more_gpus_than_layers_leave_some_free():
+    assert len(plan("8xH200", num_layers=3).gpus) == 3
+
+
+def test_auto_replicas_are_as_many_as_fit():
+    assert most_replicas(demand(), parse_gpus("8xH200")) == 2
+    assert most_replicas(demand(), parse_gpus("8xA100-80GB")) == 1
+    assert most_replicas(demand(num_layers=4), parse_gpus("8xH200")) == 8
+    assert plan("8xH200", replicas=2).fits
+    assert not plan("8xH200", replicas=3).fits
+
+
+def test_without_gpus_everything_is_host_memory():
+    cluster = Cluster((Node("a", cpus=8, host_bytes=64 * GB, shm_bytes=32 * GB), Node("b", cpus=8, host_bytes=8 * GB, shm_bytes=GB)))
+    planned = plan(cluster, num_layers=4, stages=4)
+    assert [stage.node for stage in planned.stages] == ["a", "a", "b", "b"]
+    assert planned.stages[0].host.running["weights"] == 7_339_011_072 + 1_229_193_216
+    assert [(shortage.resource, shortage.where) for shortage in planned.shortages] == [("host_memory", "b"), ("shared_memory", "b")]
+    assert planned.short_by_bytes == planned.shortages[0].short_by_bytes == planned.nodes[1].host_bytes - 8 * GB
+    assert planned.limiting_resource == "host_memory"
+
+
+def test_busy_hosts_count_with_what_is_free():
+    gpus = tuple(Gpu(index, "NVIDIA H200", 150 * GB, 150 * GB) for index in range(8))
+    node = Node("a", gpus, host_bytes=1000 * GB, host_free_bytes=30 * GB, shm_bytes=500 * GB)
+    assert [shortage.resource for shortage in plan(Cluster((node,))).shortages] == ["host_memory"]
+    assert plan(Cluster((replace(node, host_free_bytes=900 * GB),))).fits
+
+
+# -- output and speed -----------------------------------------------------------------------------------------------------
+
+PROMPTS = PromptStats(sequences=100, tokens=20_000, padded_tokens=25_000, longest_tokens=900, shards=3, micro_batches=5)
+
+
+@pytest.mark.parametrize("width", [64, 256, 3072])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(
+    ("row_groups", "rows", "length", "vocabulary"), [(1, 300, 30, 2000), (4, 2000, 100, 200_000), (2, 8000, 500, 30_000)]
+)
+def test_output_bytes_are_within_two_percent_of_the_writers(tmp_path, width, dtype, row_groups, rows, length, vocabulary):
+    rng = np.random.default_rng(0)
+    spec = PartSpec("residual", 3, dtype, width)
+    metadata = {"run_id": "0" * 32, "model_type": "minimax_m2", "num_layers": "62", "model_digest": "0" * 32, "tokenizer_digest": "0" * 32}
+    writer = PartWriter(open_store(str(tmp_path)), spec, metadata, 0, "0123456789ab")
+    for group in range(row_groups):
+        tokens = np.empty(rows, TOKEN_ROW)
+        tokens["sequence_id"] = 1000 * group + np.arange(rows) // length
+        tokens["position"] = np.arange(rows) % length
+        tokens["token_id"] = np.minimum(rng.zipf(1.2, rows), vocabulary) - 1
+        bits = rng.integers(0, 256, (rows, width * (2 if dtype == "bfloat16" else 4)), dtype=np.uint8)
+        writer.append(token_columns(tokens), bits)
+    writer.finish("0" * 32)
+    assert part_bytes(spec, row_groups * rows, row_groups) == pytest.approx(writer.receipt.num_bytes, rel=0.02)
+
+
+def test_output_of_a_run():
+    output = plan_output(residuals(), PROMPTS, price_per_gb_month=0.02)
+    assert output.files == 62 * 3
+    assert output.num_bytes == sum(part.num_bytes for part in output.by_part) == 62 * part_bytes(residuals()[0], 20_000, 5, 3)
+    assert output.padding_waste == pytest.approx(0.2)
+    assert output.cost_a_month == pytest.approx(output.disk_bytes * 0.02 / 1e9)
+    assert output.disk_bytes > output.num_bytes
+    assert plan_output(residuals(), PROMPTS, None).cost_a_month is None
+
+
+def test_a_disk_too_small_is_a_shortage():
+    full = plan("8xH200", prompts=PROMPTS, disk_free_bytes=GB)
+    assert [shortage.resource for shortage in full.shortages] == ["disk"]
+    assert full.short_by_bytes == full.output.disk_bytes - GB
+    assert plan("8xH200", prompts=PROMPTS, disk_free_bytes=1000 * GB).fits
+
+
+def test_active_weights_of_minimax_m2():
+    rows = plan("8xH200").demand.rows(LayerSpan(0, 62))
+    assert active_elements(rows, SHAPE) == pytest.approx(9.8e9, rel=0.02)  # 11.0e9 with embedding and head
+
+
+def test_the_slowest_resource_limits_the_run():
+    stated = plan("8xH200", prompts=PROMPTS, tokens_per_s=1000.0)
+    assert stated.rates.is_stated
+    assert stated.rates.store_bytes_per_s == pytest.approx(1000 * 62 * (6144 + 4.5))
+    assert (stated.limiting_resource, stated.rates.duration_s) == ("computation", 20.0)
+    slow_store = plan("8xH200", tokens_per_s=1000.0, store_bytes_per_s=1e6)
+    assert slow_store.limiting_resource == "store"
+    assert slow_store.rates.limits["store"] == pytest.approx(1e6 / 62 / (6144 + 4.5))
+    assert plan("8xH200", tokens_per_s=1e9).limiting_resource == "device_to_host_copy"
+    assert plan("1xH200").limiting_resource == "gpu_memory"
+
+
+def test_estimated_speed_follows_layout_and_padding():
+    one = plan("8xH200").rates.tokens_per_s
+    assert plan("8xH200", replicas=2).rates.tokens_per_s == pytest.approx(one, rel=0.15)
+    assert plan("8xH200", gpus_per_stage=2).rates.tokens_per_s == pytest.approx(one / 2, rel=0.15)
+    assert plan("8xH200", prompts=PROMPTS).rates.tokens_per_s == pytest.approx(0.8 * one)
+    unknown = Cluster((Node("a", tuple(Gpu(index, "Unheard Of", 150 * GB, 150 * GB) for index in range(8))),))
+    assert plan(unknown).rates.tokens_per_s is None
+    assert plan(unknown).limiting_resource is None
+
+
+# -- how it is told -------------------------------------------------------------------------------------------------------
+
+
+def test_json_holds_the_plan_in_plain_values():
+    told = json.loads(json.dumps(to_json(plan("2 nodes of 4xH200", prompts=PROMPTS, replicas=2))))
+    assert told["fits"] is True
+    assert told["short_by_bytes"] == 0
+    assert told["weights"]["disk_bytes"] == 230_121_630_720
+    assert [gpu["layers"] for gpu in told["gpus"][:4]] == [[0, 14], [15, 29], [30, 45], [46, 61]]
+    assert told["gpus"][0]["peak_bytes"] == sum(told["gpus"][0]["running"].values())
+    assert told["output"]["by_part"][7]["layer"] == 7
+    assert told["cluster"][1]["gpus"][3]["name"] == "H200-141GB"
+    lacking = json.loads(json.dumps(to_json(plan("1xH200"))))
+    assert lacking["fits"] is False
+    assert lacking["short_by_bytes"] == plan("1xH200").short_by_bytes
+    assert lacking["output"] is None
+    assert lacking["remedies"][0]["option"] == "gpus"
+
+
+def drawn(planned: Plan) -> str:
+    console = Console(width=120, record=True, file=None, quiet=False, color_system=None)
+    with console.capture() as capture:
+        console.print(render(planned))
+    return capture.get()
+
+
+def test_the_picture_shows_layers_on_gpus_on_nodes():
+    text = drawn(plan("2 nodes of 8xH200", stages=9, prompts=PROMPTS, tokens_per_s=500.0, price_per_gb_month=0.02))
+    lines = text.splitlines()
+    assert "It fits" in lines[0]
+    first, second = (next(number for number, line in enumerate(lines) if line.startswith(name)) for name in ("node-0", "node-1"))
+    assert sum("H200-141GB" in line for line in lines[first:second]) == 8
+    assert sum("not used" in line for line in lines[second:]) == 7
+    assert "457,379,529,728" in text
+    assert "20,000 tokens of 100 prompts; padding 20.0%" in text
+    assert "a month at 0.02 a GB" in text
+
+
+def test_the_picture_says_what_is_missing_and_what_helps():
+    text = drawn(plan("6xH100-80GB", batch_tokens=65_536))
+    assert "It does not fit" in text
+    assert f"{plan('6xH100-80GB', batch_tokens=65_536).short_by_bytes:,} bytes short" in text
+    assert "It fits with batch_tokens =" in text
+
+
+def test_bars_keep_their_length():
+    for gpus in ("8xA100-80GB", "7xH100-80GB", "2 nodes of 8xL40S"):
+        bars = {sum(line.count(shade) for shade in "█▓▒░") for line in drawn(plan(gpus)).splitlines() if "GB" in line and "░" in line}
+        assert bars == {24}
+
+
+def test_sizes_for_people():
+    assert [size(number) for number in (0, 999, 1500, 457_379_529_728, 15e12)] == ["0 B", "999 B", "1.5 kB", "457.4 GB", "15.0 TB"]

@@ -1,0 +1,185 @@
+"""A stage as the chain uses it: what it promises, what it captures, and what it refuses."""
+
+import pickle
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from m2ray.batches import LayerSpan, MicroBatch, PartSpec
+from m2ray.errors import ConfigError, StageError
+from m2ray.model.stage import Stage, StageSpec, load_stage
+from tests.reference import chain_rows, load_reference, make_family, micro_batch_of, reference_rows, same_bits
+
+LENGTHS = (3, 8, 1)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_family(tmp_path_factory.mktemp("llama") / "llama", "llama")
+
+
+def spec_of(
+    folder: Path, start: int, stop: int, capture: tuple[int, ...] | None = None, compute: str = "float32", store: str = "float32"
+) -> StageSpec:
+    layers = tuple(range(start, stop)) if capture is None else capture
+    return StageSpec(str(folder), LayerSpan(start, stop), layers, ("residual",), compute, store, "auto", "cpu", 1)
+
+
+def load(spec: StageSpec) -> Stage:
+    return load_stage(spec, lambda *_: None)
+
+
+def test_parts_say_what_forward_will_give(llama: Path) -> None:
+    stage = load(spec_of(llama, 1, 4, capture=(1, 3), store="bfloat16"))
+    assert stage.parts == (PartSpec("residual", 1, "bfloat16", 48), PartSpec("residual", 3, "bfloat16", 48))
+    micro_batch = micro_batch_of(LENGTHS, 96)
+    captured = stage.forward(micro_batch, torch.zeros(3, 8, 48)).captured
+    assert [(one.site, one.layer) for one in captured] == [("residual", 1), ("residual", 3)]
+    assert all(one.rows.shape == (12, 96) and one.rows.dtype == np.uint8 for one in captured)
+
+
+def test_ends_of_the_chain_know_themselves(llama: Path) -> None:
+    first, middle, last = (load(spec_of(llama, *span)) for span in ((0, 1), (1, 4), (4, 5)))
+    assert [(stage.is_first, stage.is_last) for stage in (first, middle, last)] == [(True, False), (False, False), (False, True)]
+
+
+def test_a_stage_counts_its_bytes(llama: Path) -> None:
+    stage = load(spec_of(llama, 0, 2, compute="bfloat16"))
+    assert stage.bytes_read == stage.needed_bytes
+    rotary_bytes = 2 * 8 * 4
+    assert stage.parameter_bytes == stage.needed_bytes // 2 + rotary_bytes
+
+
+def test_rows_come_in_token_rows_order(llama: Path) -> None:
+    """The embedding's table is its own position: layer outputs of one-token prompts identify the token."""
+    stage = load(spec_of(llama, 0, 5))
+    tokens = [5, 9, 7]
+    together = MicroBatch(0, 0, True, np.array([4, 1, 8]), np.ones(3, np.int32), np.array([[token, 0] for token in tokens], np.int32))
+    rows = chain_rows([stage], together)[-1]
+    for index, token in enumerate(tokens):
+        single = MicroBatch(0, 0, True, np.array([0]), np.ones(1, np.int32), np.array([[token]], np.int32))
+        assert torch.allclose(rows[index], chain_rows([stage], single)[-1][0], rtol=1e-4, atol=1e-5)
+    assert together.token_rows()["token_id"].tolist() == tokens
+
+
+def test_rows_of_mixed_lengths_match_token_rows(llama: Path) -> None:
+    micro_batch = micro_batch_of(LENGTHS, 96)
+    rows = chain_rows([load(spec_of(llama, 0, 5))], micro_batch)
+    expected = reference_rows(load_reference(llama, torch.float32), micro_batch)
+    identities = micro_batch.token_rows()
+    assert len(identities) == len(rows[0]) == 12
+    assert identities["sequence_id"].tolist() == [100] * 3 + [101] * 8 + [102]
+    assert all(same_bits(ours, theirs) for ours, theirs in zip(rows, expected, strict=True))
+
+
+def test_captured_rows_survive_later_micro_batches(llama: Path) -> None:
+    stage = load(spec_of(llama, 0, 5))
+    first = stage.forward(micro_batch_of(LENGTHS, 96), None).captured
+    kept = [one.rows.copy() for one in first]
+    again = stage.forward(micro_batch_of(LENGTHS, 96), None).captured
+    stage.forward(micro_batch_of(LENGTHS, 96, seed=9), None)
+    assert all(np.array_equal(one.rows, copy) for one, copy in zip(first, kept, strict=True))
+    assert all(np.array_equal(one.rows, other.rows) for one, other in zip(first, again, strict=True))
+    assert not any(np.shares_memory(one.rows, other.rows) for one, other in zip(first, again, strict=True))
+
+
+def test_hidden_states_are_not_what_was_captured(llama: Path) -> None:
+    """Whoever gets the hidden states may change them in place; the rows must not follow."""
+    output = load(spec_of(llama, 0, 2)).forward(micro_batch_of((8,), 96), None)
+    before = output.captured[-1].rows.copy()
+    assert output.hidden_BTH is not None
+    with torch.inference_mode():
+        output.hidden_BTH.zero_()
+    assert np.array_equal(output.captured[-1].rows, before)
+
+
+def test_a_stage_may_capture_nothing(llama: Path) -> None:
+    stage = load(spec_of(llama, 0, 2, capture=()))
+    output = stage.forward(micro_batch_of(LENGTHS, 96), None)
+    assert (stage.parts, output.captured) == ((), ())
+    assert output.hidden_BTH is not None
+    assert output.hidden_BTH.shape == (3, 8, 48)
+
+
+def test_values_that_float16_cannot_hold_name_layer_sequences_and_value(llama: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "large"
+    shutil.copytree(llama, folder)
+    for file in folder.glob("*.safetensors"):
+        tensors = load_file(file)
+        if "model.embed_tokens.weight" in tensors:
+            tensors["model.embed_tokens.weight"][50] *= 1e6
+            save_file(tensors, file, metadata={"format": "pt"})
+    micro_batch = micro_batch_of((2, 3, 2, 2), 40)
+    micro_batch.token_ids_BT[1, 2] = micro_batch.token_ids_BT[3, 0] = 50
+    row = reference_rows(load_reference(folder, torch.float32), micro_batch)[0]
+    with pytest.raises(StageError) as caught:
+        load(spec_of(folder, 0, 2, store="float16")).forward(micro_batch, None)
+    message = str(caught.value)
+    assert message.startswith("Layer 0, sequences 101, 103: values from ")
+    assert f"to {row.max():g} do not fit float16" in message
+    load(spec_of(folder, 0, 2, store="bfloat16")).forward(micro_batch, None)
+    micro_batch.token_ids_BT[:] = 5
+    load(spec_of(folder, 0, 2, store="float16")).forward(micro_batch, None)
+
+
+def test_padding_that_overflows_stops_nothing(llama: Path) -> None:
+    stage = load(spec_of(llama, 1, 3, store="float16"))
+    hidden_BTH = torch.ones(1, 4, 48)
+    hidden_BTH[0, 3] = 1e6
+    one_short = replace(micro_batch_of((4,), 96), token_counts=np.array([3], np.int32))
+    stage.forward(one_short, hidden_BTH)
+    with pytest.raises(StageError, match="do not fit float16"):
+        stage.forward(micro_batch_of((4,), 96), hidden_BTH)
+
+
+@pytest.mark.parametrize("store", ["float32", "bfloat16"])
+def test_rows_that_are_no_numbers_stop_the_run(llama: Path, store: str) -> None:
+    hidden_BTH = torch.ones(2, 4, 48)
+    hidden_BTH[1, 2] = float("nan")
+    with pytest.raises(StageError, match="Layer 1, sequences 101: values from nan to nan"):
+        load(spec_of(llama, 1, 3, store=store)).forward(micro_batch_of((4, 4), 96), hidden_BTH)
+
+
+def test_threads_are_set_for_the_process(llama: Path) -> None:
+    before = torch.get_num_threads()
+    try:
+        load(replace(spec_of(llama, 4, 5), threads=2))
+        assert torch.get_num_threads() == 2
+        load(replace(spec_of(llama, 4, 5), threads=None))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"span": LayerSpan(3, 6), "capture_layers": (3,)}, "the model has layers 0 to 4"),
+        ({"capture_layers": (0, 3)}, r"captured layers \[0, 3\]"),
+        ({"sites": ("router_logits",)}, "only 'residual'"),
+        ({"attn_implementation": "flash"}, "attn_implementation = 'flash'"),
+    ],
+)
+def test_a_spec_that_does_not_fit_the_model_is_refused(llama: Path, change: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load(replace(spec_of(llama, 0, 3), **change))
+
+
+def test_a_spec_crosses_processes(llama: Path) -> None:
+    spec = spec_of(llama, 0, 2)
+    assert pickle.loads(pickle.dumps(spec)) == spec
+
+
+def test_hidden_states_of_another_shape_or_dtype_are_a_bug(llama: Path) -> None:
+    stage = load(spec_of(llama, 1, 3))
+    with pytest.raises(AssertionError, match="hidden states"):
+        stage.forward(micro_batch_of(LENGTHS, 96), torch.zeros(3, 7, 48))
+    with pytest.raises(AssertionError, match="hidden states"):
+        stage.forward(micro_batch_of(LENGTHS, 96), torch.zeros(3, 8, 48, dtype=torch.bfloat16))
+    with pytest.raises(AssertionError, match="the first span"):
+        stage.forward(micro_batch_of(LENGTHS, 96), None)
