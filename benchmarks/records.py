@@ -1,6 +1,6 @@
 """Benchmark results: one JSON file a benchmark in results/, and README.md rendered from all of them.
 
-    python benchmarks/records.py     renders README.md again
+python benchmarks/records.py     renders README.md again
 """
 
 import json
@@ -49,7 +49,8 @@ def record(name: str, title: str, rows: list[Row]) -> Path:
         "machine": machine(),
         "date": datetime.now(UTC).date().isoformat(),
         "commit": head or os.environ.get("M2RAY_COMMIT", "unknown"),
-        "versions": {package: version(package) for package in ("torch", "transformers", "ray", "pyarrow")} | {"python": platform.python_version()},
+        "versions": {package: version(package) for package in ("torch", "transformers", "ray", "pyarrow")}
+        | {"python": platform.python_version()},
         "rows": [asdict(row) for row in rows],
     }
     RESULTS.mkdir(exist_ok=True)

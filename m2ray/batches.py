@@ -7,7 +7,7 @@ Shape legend, used as suffixes of tensor and array names here and elsewhere:
     S  sequences in a shard              L  layers
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Self
 
@@ -215,5 +215,3 @@ class PartReceipt:
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Self:
         return cls(**record)
-
-

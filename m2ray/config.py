@@ -84,7 +84,9 @@ def parse_layers(text: str, num_layers: int) -> tuple[int, ...]:
     for piece in text.split(","):
         match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", piece)
         if not match:
-            raise ConfigError(f"layers = {text!r}: {piece.strip()!r} is neither a layer nor a range.", 'Write "all", "0", "0-5" or "0,7,20-61".')
+            raise ConfigError(
+                f"layers = {text!r}: {piece.strip()!r} is neither a layer nor a range.", 'Write "all", "0", "0-5" or "0,7,20-61".'
+            )
         first, last = int(match[1]), int(match[2] or match[1])
         if first > last:
             raise ConfigError(f"layers = {text!r}: the range {piece.strip()!r} runs backwards.", f'Write "{last}-{first}".')

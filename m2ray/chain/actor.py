@@ -53,7 +53,8 @@ class StageStatus:
 
 class StageActor:
     """Runs one span. Ray calls `forward` on several threads, so that one micro-batch is received or handed on while
-    another computes; the computing itself is done on one thread, in the order of `step`."""
+    another computes; the computing itself is done on one thread, in the order of `step`.
+    """
 
     def __init__(self, spec: StageSpec, writer: WriterSpec, *, hands_on: bool) -> None:
         on_gpu = bool(ray.get_gpu_ids())
@@ -101,7 +102,7 @@ class StageActor:
             parameter_bytes=self._stage.parameter_bytes,
             load_s=time.monotonic() - begin,
         )
-        return self.status()
+        return self._status
 
     @ray.method(concurrency_group="control")
     def status(self) -> StageStatus:
@@ -117,9 +118,7 @@ class StageActor:
         )
 
     @ray.method(concurrency_group="forward")
-    def forward(
-        self, step: int, attempt: str, micro_batch: MicroBatch, payload: transport.Payload | None
-    ) -> transport.Payload | None:
+    def forward(self, step: int, attempt: str, micro_batch: MicroBatch, payload: transport.Payload | None) -> transport.Payload | None:
         """Take one micro-batch through the span; what is captured goes to the writer, the hidden states to the caller.
 
         Args:
@@ -149,9 +148,7 @@ class StageActor:
     def _count_read(self, read_bytes: int, needed_bytes: int) -> None:
         self._status = replace(self._status, read_bytes=read_bytes, needed_bytes=needed_bytes)
 
-    def _in_turn(
-        self, step: int, attempt: str, micro_batch: MicroBatch, hidden_BTH: torch.Tensor | None
-    ) -> torch.Tensor | None:
+    def _in_turn(self, step: int, attempt: str, micro_batch: MicroBatch, hidden_BTH: torch.Tensor | None) -> torch.Tensor | None:
         with self._turn:
             if not self._turn.wait_for(lambda: self._next_step == step, self._writer_spec.timeout_s):
                 raise StageError(
@@ -164,7 +161,8 @@ class StageActor:
         return future.result()
 
     def _run(self, attempt: str, micro_batch: MicroBatch, hidden_BTH: torch.Tensor | None) -> torch.Tensor | None:
-        assert self._stage is not None and self._writer is not None, "load() comes first"
+        assert self._stage is not None, "load() comes first"
+        assert self._writer is not None, "load() comes first"
         begin = time.monotonic()
         output: StageOutput = self._stage.forward(micro_batch, hidden_BTH)
         computed = time.monotonic()

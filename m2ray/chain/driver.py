@@ -247,7 +247,7 @@ class Chain:
     def _get(self, refs: Sequence[Any], timeout_s: float) -> list[Any]:
         """ray.get that raises m2ray's own errors as they were raised in the stage."""
         try:
-            return ray.get(list(refs), timeout=timeout_s)
+            values: list[Any] = ray.get(list(refs), timeout=timeout_s)
         except RayTaskError as error:
             if isinstance(error.cause, M2rayError):
                 raise error.cause from error
@@ -258,6 +258,7 @@ class Chain:
             raise self._death(error) from error
         except GetTimeoutError as error:
             raise StageError(f"No answer from the stages within {timeout_s:g} s: {self._diagnosis()}.") from error
+        return values
 
     def _death(self, error: RayActorError) -> StageError:
         return StageError(

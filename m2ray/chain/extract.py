@@ -9,7 +9,8 @@ from uuid import uuid4
 
 from m2ray import __version__
 from m2ray.activations.commits import Run, RunSummary, claim_run, read_summary
-from m2ray.activations.job import Counts, JobRecord, ModelFacts, SequenceFile as JobFile, read_job, require_same
+from m2ray.activations.job import Counts, JobRecord, ModelFacts, read_job, require_same
+from m2ray.activations.job import SequenceFile as JobFile
 from m2ray.batches import LayerSpan, PartSpec, Shard, TensorTable
 from m2ray.chain.actor import WriterSpec
 from m2ray.chain.driver import Chain, ChainLimits
@@ -21,7 +22,18 @@ from m2ray.model.checkpoint import Checkpoint, open_checkpoint, tensor_table
 from m2ray.model.skeleton import resolve_attn_implementation
 from m2ray.model.stage import StageSpec
 from m2ray.planning.partition import partition
-from m2ray.prompts import PromptOptions, PromptSource, PromptTokenizer, SequenceFile, TokenSpool, load_shards, micro_batches, padding_waste, respool, survey
+from m2ray.prompts import (
+    PromptOptions,
+    PromptSource,
+    PromptTokenizer,
+    SequenceFile,
+    TokenSpool,
+    load_shards,
+    micro_batches,
+    padding_waste,
+    respool,
+    survey,
+)
 from m2ray.storage import Store, open_store
 
 _AUTO_BATCH_TOKENS = 16_384
@@ -93,38 +105,41 @@ def _check(config: ExtractConfig) -> _Inputs:
     store = open_store(config.output)
     problems: list[M2rayError] = []
 
-    def attempt(look: Callable[[], Any]) -> Any:
-        try:
-            return look()
-        except M2rayError as problem:
-            problems.append(problem)
-            return None
+    def look(*steps: Callable[[], Any]) -> list[Any]:
+        """Take each step, keep its problem for later, and give what the successful ones found."""
+        found = []
+        for step in steps:
+            try:
+                found.append(step())
+            except M2rayError as problem:
+                problems.append(problem)
+        return found
 
-    checkpoint: Checkpoint | None = attempt(lambda: open_checkpoint(config.model))
-    attempt(store.probe)
-    recorded = attempt(lambda: read_job(store))
-    max_length = config.max_length or (checkpoint.config.max_position_embeddings if checkpoint else 1)
-    prompt_options = PromptOptions(
-        config.prompts, max_length, config.text_column, config.messages_column, config.id_column, config.truncation
+    look(store.probe)
+    recorded = next(iter(look(lambda: read_job(store))), None)
+    opened = look(lambda: open_checkpoint(config.model))
+    limit = opened[0].config.max_position_embeddings if opened else 1
+    prompts = PromptOptions(
+        config.prompts, config.max_length or limit, config.text_column, config.messages_column, config.id_column, config.truncation
     )
-    source = attempt(lambda: PromptSource.open(prompt_options))
-    layers = tokenizer = table = None
-    if checkpoint is not None:
-        attempt(checkpoint.check)
-        layers = attempt(lambda: parse_layers(config.layers, checkpoint.config.num_hidden_layers))
-        tokenizer = attempt(lambda: PromptTokenizer.load(config.model, prompt_options, checkpoint.config.vocab_size))
+    source = look(lambda: PromptSource.open(prompts))
+    if not opened:
+        raise_all(problems)
+    checkpoint: Checkpoint = opened[0]
+    look(checkpoint.check)
+    layers = look(lambda: parse_layers(config.layers, checkpoint.config.num_hidden_layers))
+    tokenizer = look(lambda: PromptTokenizer.load(config.model, prompts, checkpoint.config.vocab_size))
+    attention = look(lambda: resolve_attn_implementation(checkpoint.config, config.attn_implementation))
     raise_all(problems)
-    assert checkpoint is not None
     table = tensor_table(checkpoint)
-    if isinstance(config.stages, int) and config.stages > layers[-1] + 1:
-        raise ConfigError(f"stages = {config.stages}, but only {layers[-1] + 1} layers are run.", "Ask for at most that many.")
-    options = _resolved(config, layers, max_length, checkpoint, recorded)
-    return _Inputs(config, checkpoint, table, layers, source, tokenizer, store, options)
+    num_layers = layers[0][-1] + 1
+    if isinstance(config.stages, int) and config.stages > num_layers:
+        raise ConfigError(f"stages = {config.stages}, but only {num_layers} layers are run.", f"Ask for at most {num_layers}.")
+    options = _resolved(config, layers[0], prompts.max_length, attention[0], recorded)
+    return _Inputs(config, checkpoint, table, layers[0], source[0], tokenizer[0], store, options)
 
 
-def _resolved(
-    config: ExtractConfig, layers: Sequence[int], max_length: int, checkpoint: Checkpoint, recorded: JobRecord | None
-) -> dict[str, Any]:
+def _resolved(config: ExtractConfig, layers: Sequence[int], max_length: int, attention: str, recorded: JobRecord | None) -> dict[str, Any]:
     """The options that change rows, without "auto": a run that began keeps its values, a new one takes today's.
 
     The model and the prompts are left out: their digests say more than their paths.
@@ -134,7 +149,7 @@ def _resolved(
     automatic = {
         "batch_tokens": _AUTO_BATCH_TOKENS,
         "shard_tokens": _AUTO_SHARD_TOKENS,
-        "attn_implementation": resolve_attn_implementation(checkpoint.config, config.attn_implementation),
+        "attn_implementation": attention,
         "threads_per_stage": 1,
     }
     for name, value in automatic.items():
@@ -213,9 +228,7 @@ def _extract_missing(inputs: _Inputs, work: _Work, missing: Sequence[Shard], pro
             chain = Chain.start(specs, writer, reservation, limits, progress.loading)
             monitor = _Monitor(chain, work, missing, progress)
             try:
-                results = chain.extract(
-                    missing, lambda shard: micro_batches(shard, work.tokens, options["batch_tokens"]), monitor.tick
-                )
+                results = chain.extract(missing, lambda shard: micro_batches(shard, work.tokens, options["batch_tokens"]), monitor.tick)
                 for result in results:
                     work.run.commit(result.shard, result.attempt, result.receipts, result.micro_batches, result.elapsed_s)
                     monitor.committed()

@@ -114,7 +114,8 @@ def _words(resources: dict[str, float]) -> str:
 
 def _inventory() -> str:
     """What each living node has and what of it is free, in words."""
-    free: dict[str, dict[str, float]] = ray._private.state.available_resources_per_node()
+    # Ray has no public name for it; the state API that has one needs a dashboard.
+    free: dict[str, dict[str, float]] = ray._private.state.available_resources_per_node()  # noqa: SLF001
     lines: list[str] = []
     for node in ray.nodes():
         if node["Alive"]:

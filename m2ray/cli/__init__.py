@@ -17,7 +17,9 @@ class Command(click.Command):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.params.append(click.Option(["--debug"], is_flag=True, expose_value=False, callback=_remember_debug, help="Show the trace of an error."))
+        self.params.append(
+            click.Option(["--debug"], is_flag=True, expose_value=False, callback=_remember_debug, help="Show the trace of an error.")
+        )
 
     def invoke(self, ctx: click.Context) -> Any:
         try:

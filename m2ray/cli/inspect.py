@@ -70,7 +70,9 @@ def _print(facts: dict[str, Any]) -> None:
     console = Console(highlight=False, soft_wrap=True)
     shards, sequences, tokens, model = facts["shards"], facts["sequences"], facts["tokens"], facts["model"]
     state = "complete" if facts["complete"] else "not complete: run the same command again to finish it"
-    console.print(f"{model['model_type']}, {model['num_layers']} layers, hidden size {model['hidden_size']}; begun {facts['created_at']}; {state}")
+    console.print(
+        f"{model['model_type']}, {model['num_layers']} layers, hidden size {model['hidden_size']}; begun {facts['created_at']}; {state}"
+    )
     console.print(f"shards     {shards['committed']:,} of {shards['all']:,} committed")
     console.print(f"sequences  {sequences['all']:,} = {sequences['ready']:,} ready + {sequences['quarantined']:,} quarantined")
     console.print(f"tokens     {tokens['committed']:,} of {tokens['all']:,}")

@@ -18,8 +18,12 @@ _ENTRYPOINT = Path("jobs/extract.py")
 
 @click.command(cls=Command)
 @config_options
-@click.option("--address", envvar="RAY_API_SERVER_ADDRESS", default="http://127.0.0.1:8265", show_default=True, help="The cluster's dashboard.")
-@click.option("--working-dir", type=click.Path(path_type=Path), default=Path(), help="Folder that travels to the cluster; holds jobs/extract.py.")
+@click.option(
+    "--address", envvar="RAY_API_SERVER_ADDRESS", default="http://127.0.0.1:8265", show_default=True, help="The cluster's dashboard."
+)
+@click.option(
+    "--working-dir", type=click.Path(path_type=Path), default=Path(), help="Folder that travels to the cluster; holds jobs/extract.py."
+)
 @click.option("--no-wait", is_flag=True, help="Return as soon as the job is accepted.")
 def command(toml_path: Path | None, address: str, working_dir: Path, no_wait: bool, **flags: Any) -> None:
     """Submit `m2ray extract` with the same options as a job of a Ray cluster.

@@ -86,7 +86,7 @@ class Stage:
             assert hidden_BTH.dtype == DTYPES[self._spec.compute_dtype], f"hidden states in {hidden_BTH.dtype}"
         capture = ResidualCapture(micro_batch, self._spec.capture_layers, DTYPES[self._spec.store_dtype], self._decoder.device)
         with torch.inference_mode():
-            token_ids_BT = torch.from_numpy(micro_batch.token_ids_BT).to(self._decoder.device, torch.int64)
+            token_ids_BT = torch.tensor(micro_batch.token_ids_BT, dtype=torch.int64, device=self._decoder.device)
             computed_BTH = self._decoder.run(token_ids_BT, hidden_BTH, capture)
             captured = capture.finish()
         return StageOutput(None if self.is_last else computed_BTH, captured)

@@ -84,7 +84,7 @@ def _take(groups: list[list[tuple[Device, ...]]], num_stages: int) -> tuple[Devi
     while len(taken) < num_stages:
         missing = num_stages - len(taken)
         whole = [of_node for of_node in groups if len(of_node) >= missing]
-        chosen = min(whole, key=len) if whole else min(groups, key=len)
+        chosen = min(whole, key=len) if whole else max(groups, key=len)
         taken += chosen[:missing]
         del chosen[:missing]
     return tuple(device for group in taken for device in group)

@@ -7,7 +7,8 @@ from datetime import timedelta
 from typing import Any
 
 import obstore
-from obstore.exceptions import AlreadyExistsError as ObjectExistsError, BaseError
+from obstore.exceptions import AlreadyExistsError as ObjectExistsError
+from obstore.exceptions import BaseError
 from obstore.store import from_url
 
 from m2ray.errors import AlreadyExistsError, StoreError
@@ -27,58 +28,60 @@ class ObjectStore(Store):
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
-        options: dict[str, Any] = {"timeout": f"{_REQUEST_TIMEOUT_S}s", "connect_timeout": "10s"}
-        retry = {"max_retries": _MAX_RETRIES, "retry_timeout": timedelta(seconds=_RETRY_TIMEOUT_S)}
+        options: Any = {"timeout": f"{_REQUEST_TIMEOUT_S}s", "connect_timeout": "10s"}
+        retry: Any = {"max_retries": _MAX_RETRIES, "retry_timeout": timedelta(seconds=_RETRY_TIMEOUT_S)}
         settings: dict[str, Any] = {}
         if self.url.startswith("s3://"):
             is_plain = os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://")
             options["allow_http"] = is_plain
             # TLS protects the body; hashing it again costs three quarters of the client's time.
             settings["unsigned_payload"] = True
-        with self._naming("open", ""):
+        with self.naming("open", ""):
             self._store: Any = from_url(self.url, client_options=options, retry_config=retry, **settings)
 
     def size(self, key: str) -> int | None:
-        with self._naming("look at", key):
+        with self.naming("look at", key):
             try:
                 return int(obstore.head(self._store, key)["size"])
             except FileNotFoundError:
                 return None
 
     def read(self, key: str) -> bytes:
-        with self._naming("read", key):
+        with self.naming("read", key):
             return bytes(obstore.get(self._store, key).bytes())
 
     def read_into(self, key: str, offset: int, out: memoryview) -> None:
         if not len(out):
             return
-        with self._naming("read", key):
+        with self.naming("read", key):
             data = obstore.get_range(self._store, key, start=offset, length=len(out))
         if len(data) != len(out):
             raise StoreError(f"{self._name(key)} ends at byte {offset + len(data)}, but bytes {offset} to {offset + len(out)} are needed.")
         out[:] = memoryview(data)
 
     def list(self, prefix: str) -> Iterator[tuple[str, int]]:
-        with self._naming("list", prefix):
+        with self.naming("list", prefix):
             for page in obstore.list(self._store, prefix or None):
                 for entry in page:
                     yield entry["path"], entry["size"]
 
     def create(self, key: str, data: Data) -> None:
-        with self._naming("write", key):
+        with self.naming("write", key):
             obstore.put(self._store, key, bytes(data), mode="create")
 
     def put(self, key: str, data: Data) -> None:
-        with self._naming("write", key):
+        with self.naming("write", key):
             obstore.put(self._store, key, bytes(data))
 
     def open_part(self, key: str) -> PartSink:
-        with self._naming("write", key):
-            return _ObjectSink(self, key, obstore.open_writer(self._store, key, buffer_size=_UPLOAD_BYTES, max_concurrency=_UPLOADS_AT_ONCE))
+        with self.naming("write", key):
+            return _ObjectSink(
+                self, key, obstore.open_writer(self._store, key, buffer_size=_UPLOAD_BYTES, max_concurrency=_UPLOADS_AT_ONCE)
+            )
 
     def delete(self, keys: Iterable[str]) -> None:
         for key in keys:
-            with self._naming("delete", key):
+            with self.naming("delete", key):
                 try:
                     obstore.delete(self._store, key)
                 except FileNotFoundError:
@@ -88,7 +91,7 @@ class ObjectStore(Store):
         return f"{self.url}/{key}" if key else self.url
 
     @contextmanager
-    def _naming(self, action: str, key: str) -> Iterator[None]:
+    def naming(self, action: str, key: str) -> Iterator[None]:
         """Turn obstore's errors into a StoreError that says which object and why, without its debug dump."""
         try:
             yield
@@ -110,11 +113,11 @@ class _ObjectSink(PartSink):
         self._writer = writer
 
     def write(self, data: Data) -> None:
-        with self._store._naming("write", self._key):
+        with self._store.naming("write", self._key):
             self._writer.write(data)
 
     def close(self) -> None:
-        with self._store._naming("write", self._key):
+        with self._store.naming("write", self._key):
             self._writer.close()
 
     def abort(self) -> None:

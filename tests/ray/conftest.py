@@ -59,8 +59,22 @@ def ray_head(num_cpus: int) -> Iterator[RayCluster]:
     folder = Path(tempfile.mkdtemp(prefix="m2ray-test-", dir="/tmp"))
     gcs_port, dashboard_port, client_port = free_ports(3)
     env = environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
-    words = ["ray", "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={gcs_port}", f"--num-cpus={num_cpus}", "--num-gpus=0"]
-    words += [f"--dashboard-port={dashboard_port}", f"--ray-client-server-port={client_port}", f"--temp-dir={folder}", "--disable-usage-stats"]
+    words = [
+        "ray",
+        "start",
+        "--head",
+        "--block",
+        "--node-ip-address=127.0.0.1",
+        f"--port={gcs_port}",
+        f"--num-cpus={num_cpus}",
+        "--num-gpus=0",
+    ]
+    words += [
+        f"--dashboard-port={dashboard_port}",
+        f"--ray-client-server-port={client_port}",
+        f"--temp-dir={folder}",
+        "--disable-usage-stats",
+    ]
     log = (folder / "start.log").open("w")
     process = subprocess.Popen(words, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
     dashboard = f"http://127.0.0.1:{dashboard_port}"

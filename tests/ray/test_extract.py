@@ -17,8 +17,8 @@ import torch
 import m2ray
 from m2ray.batches import MicroBatch
 from scripts.make_checkpoint import make_checkpoint
-from tests.reference import DATA, MINIMAX_TINY, load_reference, make_minimax, reference_rows, same_bits
 from tests.ray.conftest import RayCluster
+from tests.reference import DATA, MINIMAX_TINY, load_reference, make_minimax, reference_rows, same_bits
 
 NUM_PROMPTS = 36
 OPTIONS = ("--compute-dtype", "float32", "--store-dtype", "float32", "--batch-tokens", "256", "--shard-tokens", "400")
@@ -45,7 +45,9 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng = np.random.default_rng(0)
     texts = [" ".join(rng.choice(["sea", "wind", "stone", "水", "light"], int(count))) for count in rng.integers(1, 40, NUM_PROMPTS)]
     texts[7] = ""
-    path.write_text("".join(json.dumps({"id": f"row-{number}", "text": text}) + "\n" for number, text in enumerate(texts)), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps({"id": f"row-{number}", "text": text}) + "\n" for number, text in enumerate(texts)), encoding="utf-8"
+    )
     return path
 
 

@@ -318,7 +318,7 @@ KILLED_DRIVER = """
 def test_a_kill_at_any_store_operation_leaves_a_run_that_resumes(tmp_path: Path, nth: int) -> None:
     """A real process is killed before or after its nth change; this one goes on with what it left."""
     folder, script = tmp_path / "run", textwrap.dedent(KILLED_DRIVER)
-    environment = os.environ | {"PYTHONPATH": os.getcwd()}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     killed = subprocess.run([sys.executable, "-c", script, str(folder), str(nth)], env=environment, timeout=60, check=False)
     assert killed.returncode == -signal.SIGKILL
     store = LocalStore(folder)

@@ -62,7 +62,9 @@ def test_layer_ranges_hold_both_ends(text: str, expected: tuple[int, ...]) -> No
     assert parse_layers(text, 6) == expected
 
 
-@pytest.mark.parametrize(("text", "why"), [("6", "out of range"), ("4-9", "out of range"), ("5-2", "backwards"), ("a", "neither"), ("-1", "neither")])
+@pytest.mark.parametrize(
+    ("text", "why"), [("6", "out of range"), ("4-9", "out of range"), ("5-2", "backwards"), ("a", "neither"), ("-1", "neither")]
+)
 def test_bad_layers_say_why(text: str, why: str) -> None:
     with pytest.raises(ConfigError, match=why):
         parse_layers(text, 6)

@@ -195,7 +195,7 @@ def test_no_run_here(tmp_path: Path) -> None:
 
 def test_importing_m2ray_stays_light() -> None:
     script = "import sys, m2ray, m2ray.activations.reader; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", script], timeout=60, check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[2], timeout=60, check=False).returncode == 0
 
 
 def test_the_documented_lines_run(finished: Path) -> None:

@@ -183,6 +183,14 @@ def test_a_layer_larger_than_the_queue_goes_alone(tmp_path: Path) -> None:
     writer.close()
 
 
+def test_a_stage_that_captures_nothing_has_nothing_to_report(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    record = replace(runs.job(store), parts=())
+    writer = runs.writer(store, record)
+    assert write_shard_0(writer, record) == ()
+    writer.close()
+
+
 def full_disk(failing_write: int) -> Callable[[str], object]:
     lock, writes = threading.Lock(), [0]
 

@@ -1,0 +1,158 @@
+"""Everything that is wrong before Ray is needed is said before Ray is started: one clear paragraph, exit code 1, no trace."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from safetensors.torch import load_file, save_file
+
+from m2ray.cli import main
+from tests.reference import make_minimax
+
+
+@pytest.fixture(scope="module")
+def sound_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_minimax(tmp_path_factory.mktemp("cli") / "model", "fp8")
+
+
+@pytest.fixture
+def model(sound_model: Path, tmp_path: Path) -> Path:
+    """A copy to be damaged."""
+    return Path(shutil.copytree(sound_model, tmp_path / "model"))
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"text": "one two three"}\n{"text": "four"}\n', encoding="utf-8")
+    return path
+
+
+@pytest.fixture(autouse=True)
+def unreachable_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that gets as far as Ray fails with another error than the one that is looked for."""
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
+
+
+def extract(model: Path, prompts: Path, output: Path, *more: str) -> Result:
+    return CliRunner().invoke(main, ["extract", "--model", str(model), "--prompts", str(prompts), "--output", str(output), *more])
+
+
+def assert_refused(result: Result, *messages: str) -> None:
+    assert result.exit_code == 1, result.output
+    assert "RAY_ADDRESS" not in result.stderr, "this should have been found before Ray"
+    assert "Traceback" not in result.output
+    for message in messages:
+        assert message in result.stderr
+
+
+def edit_json(path: Path, change: Callable[[dict], object]) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def some_file(model: Path) -> Path:
+    return sorted(model.glob("*.safetensors"))[1]
+
+
+def test_absent_model_folder_and_absent_prompts_are_both_named(tmp_path: Path) -> None:
+    result = extract(tmp_path / "nowhere", tmp_path / "nothing.jsonl", tmp_path / "run")
+    assert_refused(result, "2 problems", str(tmp_path / "nowhere"), "nothing.jsonl")
+    assert not (tmp_path / "run" / "job.json").exists()
+
+
+def test_index_naming_an_absent_file(model: Path, prompts: Path, tmp_path: Path) -> None:
+    absent = some_file(model)
+    absent.unlink()
+    assert_refused(extract(model, prompts, tmp_path / "run"), absent.name)
+
+
+def test_truncated_safetensors(model: Path, prompts: Path, tmp_path: Path) -> None:
+    cut = some_file(model)
+    os.truncate(cut, cut.stat().st_size - 10)
+    assert_refused(extract(model, prompts, tmp_path / "run"), cut.name)
+
+
+def test_a_tensor_of_the_wrong_shape(model: Path, prompts: Path, tmp_path: Path) -> None:
+    index = json.loads((model / "model.safetensors.index.json").read_text())["weight_map"]
+    name = "model.layers.3.input_layernorm.weight"
+    tensors = load_file(model / index[name])
+    tensors[name] = tensors[name][:-1].clone()
+    save_file(tensors, model / index[name], {"format": "pt"})
+    assert_refused(extract(model, prompts, tmp_path / "run"), name, "127", "128")
+
+
+def test_an_unknown_model_type(model: Path, prompts: Path, tmp_path: Path) -> None:
+    edit_json(model / "config.json", lambda config: config.update(model_type="transmogrifier"))
+    assert_refused(extract(model, prompts, tmp_path / "run"), "transmogrifier", "minimax_m2")
+
+
+def test_layers_out_of_range(sound_model: Path, prompts: Path, tmp_path: Path) -> None:
+    assert_refused(extract(sound_model, prompts, tmp_path / "run", "--layers", "0-7"), "layer 7", "0 to 6")
+
+
+def test_more_stages_than_layers(sound_model: Path, prompts: Path, tmp_path: Path) -> None:
+    assert_refused(extract(sound_model, prompts, tmp_path / "run", "--layers", "0-1", "--stages", "3"), "stages = 3", "2 layers")
+
+
+def test_no_prompts_left_after_quarantine(sound_model: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"text": ""}\n{"text": 5}\nnot json\n', encoding="utf-8")
+    assert_refused(extract(sound_model, bad, tmp_path / "run"), "None of the 3 rows", "empty")
+    assert not list((tmp_path / "run").rglob("*.parquet"))
+
+
+def test_output_folder_of_something_else(sound_model: Path, prompts: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter1.tex").write_text("dear")
+    assert_refused(extract(sound_model, prompts, tmp_path / "thesis"), "chapter1.tex", "another output")
+    assert (tmp_path / "thesis" / "chapter1.tex").read_text() == "dear"
+
+
+def test_output_folder_of_another_job_names_what_differs(sound_model: Path, prompts: Path, tmp_path: Path) -> None:
+    begun = extract(sound_model, prompts, tmp_path / "run", "--batch-tokens", "512")
+    assert "RAY_ADDRESS" in begun.stderr, "the run is claimed, then Ray is looked for"
+    prompts.write_text('{"text": "others"}\n', encoding="utf-8")
+    result = extract(sound_model, prompts, tmp_path / "run", "--batch-tokens", "256", "--layers", "0-2")
+    assert_refused(result, "batch_tokens: 512 in the run, 256 now", "layers", "prompts", "another output")
+
+
+def test_automatic_values_stay_those_of_the_run(sound_model: Path, prompts: Path, tmp_path: Path) -> None:
+    extract(sound_model, prompts, tmp_path / "run", "--shard-tokens", "100")
+    again = extract(sound_model, prompts, tmp_path / "run")
+    assert "RAY_ADDRESS" in again.stderr, "a run resumed without naming its options keeps them"
+
+
+def test_no_permission_to_write(sound_model: Path, prompts: Path) -> None:
+    assert_refused(extract(sound_model, prompts, Path("/sys/m2ray-run")), "/sys/m2ray-run", "ermi" if os.geteuid() else "/sys")
+
+
+def test_an_unknown_option() -> None:
+    result = CliRunner().invoke(main, ["extract", "--modle", "x"])
+    assert result.exit_code == 2
+    assert "--modle" in result.stderr
+
+
+def test_an_unknown_key_in_the_file(tmp_path: Path) -> None:
+    toml = tmp_path / "job.toml"
+    toml.write_text('model = "m"\nprompts = "p"\noutput = "o"\nstagse = 4\n', encoding="utf-8")
+    assert_refused(CliRunner().invoke(main, ["extract", str(toml)]), "'stagse'", "stages")
+
+
+def test_a_job_refuses_relative_folders(sound_model: Path, prompts: Path) -> None:
+    assert_refused(CliRunner().invoke(main, ["extract", "--in-job", "--model", "m", "--prompts", "p", "--output", "run"]), "relative")
+
+
+def test_debug_shows_the_trace(tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, ["extract", str(tmp_path / "absent.toml"), "--debug"])
+    assert result.exit_code == 1
+    assert "Traceback" in result.stderr
+
+
+def test_inspecting_what_is_no_run(tmp_path: Path) -> None:
+    assert_refused(CliRunner().invoke(main, ["inspect", str(tmp_path)]), "There is no run", str(tmp_path))
