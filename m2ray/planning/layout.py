@@ -101,7 +101,7 @@ def _bar(parts: dict[str, int], usable_bytes: int) -> Text:
     exact = {name: num_bytes * _BAR_WIDTH / total for name, num_bytes in shares.items()}
     cells = {name: int(width) for name, width in exact.items()}
     for name in sorted(exact, key=lambda name: cells[name] - exact[name])[: _BAR_WIDTH - sum(cells.values())]:
-        pass
+        cells[name] += 1
     text = Text()
     for name, width in cells.items():
         text.append(_SHADES[name][0] * width, style=_SHADES[name][1])
