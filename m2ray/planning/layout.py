@@ -155,12 +155,17 @@ def _rate_lines(plan: Plan) -> Iterator[str]:
     if rates.tokens_per_s is None or rates.store_bytes_per_s is None:
         return
     source = "as stated" if rates.is_stated else "estimated"
-    yield f"speed    {rates.tokens_per_s:,.0f} tokens/s of computation ({source}): the store must take {rates.store_bytes_per_s / 1e9:.2f} GB/s"
+    yield f"speed    {rates.tokens_per_s:,.0f} tokens/s of computation ({source})"
+    yield f"         at that rate the store must take {rates.store_bytes_per_s / 1e9:.2f} GB/s"
     for name, tokens_per_s in rates.limits.items():
         if name != "computation":
             yield f"         {_words(name)} allows {tokens_per_s:,.0f} tokens/s"
     if rates.duration_s is not None:
-        yield f"         about {rates.duration_s / 3600:,.1f} hours"
+        yield f"         about {_duration(rates.duration_s)}"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 3600:,.1f} hours" if seconds >= 3600 else f"{seconds / 60:,.1f} minutes"
 
 
 _WORDS = {

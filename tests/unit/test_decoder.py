@@ -95,6 +95,14 @@ def test_a_skeleton_takes_no_memory_and_keeps_every_layer() -> None:
     assert [layer.self_attn.layer_idx for layer in built.layers] == list(range(62))
 
 
+def test_a_forward_pass_keeps_nothing_that_config_json_asks_for() -> None:
+    asked = dict.fromkeys(("output_hidden_states", "output_attentions", "output_router_logits", "use_cache"), True)
+    config = minimax_config(num_hidden_layers=2, **asked)
+    built = build_skeleton(config, torch.bfloat16)
+    assert not any(getattr(built.config, field) for field in asked)
+    assert all(getattr(config, field) for field in asked), "the caller's configuration stays as it is"
+
+
 @pytest.mark.parametrize("compute_dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_dtypes_follow_transformers_and_keep_routers_in_float32(compute_dtype: torch.dtype) -> None:
     kept = {

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from m2ray.activations.catalogue import Catalogue
 from m2ray.activations.commits import claim_run
 from m2ray.activations.reader import RunReader, open_run
 from m2ray.activations.records import commit_key, read_commit
@@ -268,6 +269,15 @@ def test_a_damaged_part_is_refused_by_name(damaged: Path, damage: Callable[[Path
         with pytest.raises(RunDamagedError, match=f"{path} is damaged: .*{message}"):
             read()
     assert same_bits(view.sequence(4), runs.bits(runs.PARTS[1], 4)), "another shard's part is not touched"
+
+
+@pytest.mark.parametrize(("sequence_id", "num_tokens"), [(3, 6), (3, 8), (2, 1), (12, 4)])
+def test_a_part_without_exactly_the_sequences_positions_is_damaged(finished: Path, sequence_id: int, num_tokens: int) -> None:
+    catalogue = Catalogue(LocalStore(finished))
+    part = catalogue.open_part(runs.PARTS[1], catalogue.part_of_shard(runs.PARTS[1], 1))
+    assert len(part.sequence(3, runs.token_count(3))) == 7
+    with pytest.raises(RunDamagedError, match=f"does not hold the {num_tokens} positions of sequence {sequence_id}"):
+        part.sequence(sequence_id, num_tokens)
 
 
 def test_swapped_layers_of_one_size_are_refused(tmp_path: Path) -> None:
