@@ -1,8 +1,9 @@
 """How far a prompt's rows move with its company: each prompt alone against the same prompt in a mixed, padded micro-batch.
 
-    python benchmarks/numerics.py --config tests/data/minimax_m2/config.json --format fp8
+    python -m benchmarks.numerics --config tests/data/minimax_m2/config.json --format fp8
 
-Prints the relative error of rows, |batch - alone| / |alone|, by compute dtype and layer. Everything is seeded; one thread.
+Prints the relative difference of rows, norm by norm, by compute dtype and layer; and what bfloat16 itself costs, as a scale for it.
+Everything is seeded; one thread; random weights.
 """
 
 import argparse
@@ -21,14 +22,17 @@ SIZES = {"layers": 62, "hidden_size": 256, "intermediate_size": 128, "num_heads"
 EXPERTS = {"num_experts": 32, "experts_per_token": 8}
 
 
-def sequences(count: int, longest: int) -> list[np.ndarray[tuple[int], np.dtype[np.int32]]]:
+Prompt = np.ndarray[tuple[int], np.dtype[np.int32]]
+
+
+def sequences(count: int, longest: int) -> list[Prompt]:
     """Random prompts of log-normal lengths, seeded."""
     rng = np.random.default_rng(0)
     lengths = np.clip(rng.lognormal(3.3, 0.8, count), 2, longest).astype(int)
     return [rng.integers(10, SIZES["vocab_size"], length).astype(np.int32) for length in lengths]
 
 
-def micro_batch(prompts: list[np.ndarray[tuple[int], np.dtype[np.int32]]]) -> MicroBatch:
+def micro_batch(prompts: list[Prompt]) -> MicroBatch:
     """The prompts, right-padded to the longest."""
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     token_ids_BT = np.zeros((len(prompts), lengths.max()), np.int32)
@@ -38,19 +42,25 @@ def micro_batch(prompts: list[np.ndarray[tuple[int], np.dtype[np.int32]]]) -> Mi
 
 
 def rows_of(stage: Stage, batch: MicroBatch, dtype: torch.dtype) -> torch.Tensor:
-    """What a stage captures, float64 [L, N, H]."""
+    """What a stage captures, float32 [L, N, H]."""
     captured = stage.forward(batch, None).captured
-    return torch.stack([torch.from_numpy(one.rows).view(dtype).double() for one in captured])
+    return torch.stack([torch.from_numpy(one.rows).view(dtype).float() for one in captured])
 
 
-def measure(folder: Path, dtype_name: str, layers: int, prompts: list[np.ndarray[tuple[int], np.dtype[np.int32]]]) -> torch.Tensor:
-    """Relative error of each row, [L, N]: in the batch against alone."""
-    dtype = getattr(torch, dtype_name)
+def extract(folder: Path, dtype_name: str, layers: int, prompts: list[Prompt]) -> tuple[torch.Tensor, torch.Tensor]:
+    """All rows [L, N, H], the prompts in one micro-batch and each alone."""
     spec = StageSpec(str(folder), LayerSpan(0, layers), tuple(range(layers)), ("residual",), dtype_name, dtype_name, "auto", "cpu", 1)
-    stage = load_stage(spec, lambda *_: None)
-    together = rows_of(stage, micro_batch(prompts), dtype)
+    stage, dtype = load_stage(spec, lambda *_: None), getattr(torch, dtype_name)
     alone = torch.cat([rows_of(stage, micro_batch([prompt]), dtype) for prompt in prompts], dim=1)
-    return (together - alone).norm(dim=2) / alone.norm(dim=2)
+    return rows_of(stage, micro_batch(prompts), dtype), alone
+
+
+def show(what: str, rows: torch.Tensor, expected: torch.Tensor) -> None:
+    """One line a depth: quantiles of |row - expected| / |expected|, and how many rows are the same to the bit."""
+    for layer in sorted({0, len(rows) // 4, len(rows) // 2, len(rows) - 1}):
+        error_N = (rows[layer].double() - expected[layer].double()).norm(dim=1) / expected[layer].double().norm(dim=1)
+        p50, p99 = error_N.quantile(torch.tensor([0.5, 0.99], dtype=torch.float64)).tolist()
+        print(f"| {what} | {layer} | {p50:.1e} | {p99:.1e} | {error_N.max():.1e} | {(error_N == 0).double().mean():.0%} |")
 
 
 def main() -> None:
@@ -68,12 +78,12 @@ def main() -> None:
         make_checkpoint(Path(scratch, "model"), config, overrides=sizes, fmt=options.format, seed=0)
         print(f"{config['model_type']}, {sizes}, torch {torch.__version__}")
         print(f"{len(prompts)} prompts, {sum(map(len, prompts))} tokens, longest {max(map(len, prompts))}\n")
-        print("| compute dtype | layer | p50 | p99 | max |\n|---|---|---|---|---|")
-        for dtype_name in ("float32", "bfloat16"):
-            errors = measure(Path(scratch, "model"), dtype_name, options.layers, prompts)
-            for layer in sorted({0, options.layers // 4, options.layers // 2, options.layers - 1}):
-                p50, p99 = errors[layer].quantile(torch.tensor([0.5, 0.99], dtype=torch.float64)).tolist()
-                print(f"| {dtype_name} | {layer} | {p50:.1e} | {p99:.1e} | {errors[layer].max():.1e} |")
+        print("| compared | layer | p50 | p99 | max | same bits |\n|---|---|---|---|---|---|")
+        batch_32, alone_32 = extract(Path(scratch, "model"), "float32", options.layers, prompts)
+        batch_16, alone_16 = extract(Path(scratch, "model"), "bfloat16", options.layers, prompts)
+        show("float32: batch, alone", batch_32, alone_32)
+        show("bfloat16: batch, alone", batch_16, alone_16)
+        show("bfloat16 batch, float32 batch", batch_16, batch_32)
 
 
 if __name__ == "__main__":

@@ -215,3 +215,20 @@ class PartReceipt:
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Self:
         return cls(**record)
+
+
+@dataclass(frozen=True)
+class SequenceFile:
+    """One object below `sequences/` as its writer left it. `xxh3` is xxh3-64 of the whole object, 16 hex digits."""
+
+    key: str
+    rows: int
+    num_bytes: int
+    xxh3: str
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> Self:
+        return cls(**record)

@@ -51,6 +51,10 @@ class RunDamagedError(M2rayError):
     """A file of a run differs from what its commit says."""
 
 
+class NotInRunError(M2rayError):
+    """A layer, site, sequence or row that was asked for is not in the run: unknown, quarantined, or not committed yet."""
+
+
 class ClusterError(M2rayError):
     """The Ray cluster cannot be reached or has no room for the stages."""
 

@@ -1,7 +1,8 @@
 """Small checkpoints on disk, and transformers' own model of them as the reference that m2ray's rows are compared with."""
 
 import json
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,16 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from m2ray.batches import LayerSpan, MicroBatch
+from m2ray.model.checkpoint import open_checkpoint
+from m2ray.model.decoder import DecoderSpan
+from m2ray.model.skeleton import build_skeleton
 from m2ray.model.stage import Stage, StageSpec, load_stage
+from m2ray.model.weights import load_weights
 from scripts.make_checkpoint import make_checkpoint
 
 DATA = Path(__file__).parent / "data"
@@ -58,7 +64,7 @@ def make_family(folder: Path, model_type: str, dtype: torch.dtype = torch.float3
 def load_reference(folder: Path, dtype: torch.dtype, attn_implementation: str | None = None) -> Any:
     """transformers' own model of a checkpoint.
 
-    MiniMax-M2: loaded in bfloat16 (FP8 dequantised), its router put back in float32 from disk, then `.float()` where float32 is asked for.
+    MiniMax-M2: loaded in bfloat16 (FP8 dequantised), its parameters then cast to `dtype`, and its router put back in float32 from disk.
     """
     config = AutoConfig.from_pretrained(folder)
     is_minimax = config.model_type == "minimax_m2"
@@ -75,8 +81,10 @@ def load_reference(folder: Path, dtype: torch.dtype, attn_implementation: str | 
     )
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     if is_minimax:
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
         _restore_router(model, folder)
-    return (model.float() if dtype == torch.float32 else model).eval()
+    return model.eval()
 
 
 def _restore_router(model: Any, folder: Path) -> None:
@@ -160,3 +168,23 @@ def chain_rows(stages: Sequence[Stage], micro_batch: MicroBatch) -> list[torch.T
 def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Equal dtype, shape and bits; unlike `==`, tells -0 from 0 and finds NaN equal to itself."""
     return one.dtype == other.dtype and one.shape == other.shape and torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+
+
+def load_span(folder: Path, span: LayerSpan, dtype: torch.dtype = torch.bfloat16) -> tuple[DecoderSpan, int, int]:
+    """A span's decoder, the bytes it needs and those that were read."""
+    checkpoint = open_checkpoint(str(folder))
+    checkpoint.check()
+    decoder = DecoderSpan(build_skeleton(checkpoint.config, dtype), span, torch.device("cpu"))
+    needed_bytes = load_weights(checkpoint, decoder, lambda *_: None)
+    return decoder, needed_bytes, checkpoint.bytes_read
+
+
+def edited(folder: Path, out: Path, edit: Callable[[dict[str, torch.Tensor]], None]) -> Path:
+    """A copy of a checkpoint as one file with other tensors."""
+    shutil.copytree(folder, out, ignore=shutil.ignore_patterns("*.safetensors", "*.index.json"))
+    tensors: dict[str, torch.Tensor] = {}
+    for file in folder.glob("*.safetensors"):
+        tensors |= load_file(file)
+    edit(tensors)
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, out / "model.safetensors", metadata={"format": "pt"})
+    return out

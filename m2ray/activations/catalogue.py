@@ -12,11 +12,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
 
-from m2ray.activations.job import JobRecord, SequenceFile, read_job
+from m2ray.activations.job import JobRecord, read_job
 from m2ray.activations.manifest import manifest_table, read_manifest, receipts_of
 from m2ray.activations.part_reader import PartReader
 from m2ray.activations.records import committed_shards, read_commit, read_summary
-from m2ray.batches import PartReceipt, PartSpec
+from m2ray.batches import PartReceipt, PartSpec, SequenceFile
 from m2ray.errors import ConfigError, RunDamagedError, StoreError
 from m2ray.storage import Store
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from m2ray.activations.job import JOB_KEY, JobRecord, read_job, require_same_job, utc_now
-from m2ray.activations.manifest import manifest_table, write_manifest
+from m2ray.activations.manifest import MANIFEST_KEY, manifest_table, write_manifest
 from m2ray.activations.records import (
     SUCCESS_KEY,
     CommitRecord,
@@ -25,7 +25,7 @@ from m2ray.batches import PartReceipt, Shard
 from m2ray.errors import AlreadyExistsError, RunDamagedError, StageError, raise_all
 from m2ray.storage import Store
 
-__all__ = ["Run", "RunSummary", "claim_run", "read_summary"]
+__all__ = ["Run", "RunSummary", "claim_run", "read_summary", "reopen"]
 
 _DEFECT = "This is a defect of m2ray: the shard was not committed."
 
@@ -49,7 +49,24 @@ def claim_run(store: Store, job: JobRecord) -> "Run":
             recorded = read_job(store)
     if recorded is not None:
         require_same_job(store, recorded, job)
+    store.delete_unfinished()
     return Run(store, recorded or job)
+
+
+def reopen(store: Store, shards: Iterable[int]) -> None:
+    """Make shards uncommitted again, so that the same command extracts them anew. No driver may run. Safe to repeat.
+
+    First the run ceases to be finished, then the shards cease to count, then their parts go: whoever opens the run in between
+    sees whole shards or none. With no shards, only `manifest.parquet` and `_SUCCESS` are made anew by the next command.
+
+    Raises:
+        StoreError: something could not be deleted.
+    """
+    numbers = set(shards)
+    for key in (SUCCESS_KEY, MANIFEST_KEY, *map(commit_key, sorted(numbers))):
+        store.delete([key])
+    named = ((key, parse_part_key(key)) for key, _ in store.list("data")) if numbers else ()
+    store.delete([key for key, name in named if name and name[0] in numbers])
 
 
 class Run:
@@ -126,7 +143,7 @@ class Run:
     def sweep(self) -> int:
         """Delete the parts of committed shards that their commits do not name, and surveys that job.json does not name.
 
-        Parts of uncommitted shards stay: another driver may be about to commit them.
+        Parts of uncommitted shards stay: another driver may be about to commit them. Unfinished files of dead writers go too.
 
         Returns:
             The number of objects deleted.
@@ -194,6 +211,7 @@ class Run:
 
     def _sweep(self, attempts: Mapping[int, str]) -> int:
         """`sweep` for these committed shards and the attempts that count."""
+        self.store.delete_unfinished()
         surveyed = {file.key for file in self.job.sequence_files}
         garbage = [key for key, _ in self.store.list("sequences") if key not in surveyed]
         for key, _ in self.store.list("data"):

@@ -10,7 +10,7 @@ from uuid import uuid4
 from pydantic import TypeAdapter, ValidationError
 
 from m2ray.activations.schema import FORMAT_VERSION, LAYER_CONVENTION
-from m2ray.batches import PartSpec
+from m2ray.batches import PartSpec, SequenceFile
 from m2ray.errors import RunConflictError, RunDamagedError
 from m2ray.storage import Store
 
@@ -36,16 +36,6 @@ class Counts:
     ready: int
     quarantined: int
     tokens: int
-
-
-@dataclass(frozen=True)
-class SequenceFile:
-    """One object below `sequences/`. `xxh3` is xxh3-64 of the whole object, 16 hex digits."""
-
-    key: str
-    rows: int
-    num_bytes: int
-    xxh3: str
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from m2ray.activations.records import SUCCESS_KEY, commit_key
 from m2ray.activations.schema import part_metadata, part_schema, row_bytes
 from m2ray.batches import TOKEN_ROW, Bits, PartReceipt, PartSpec
 from m2ray.errors import RunDamagedError
@@ -44,7 +43,7 @@ class PartReader:
     def __init__(self, store: Store, spec: PartSpec, run_metadata: Mapping[str, str], receipt: PartReceipt) -> None:
         self._url = f"{store.url}/{receipt.key}"
         self._spec = spec
-        self._remedy = f"Restore it from a copy, or delete {commit_key(receipt.shard)} and {SUCCESS_KEY} and run the same command again: it does the shard anew."
+        self._remedy = "Restore it from a copy, or run `m2ray verify RUN --checksums --repair` and the same extract command again: it does the shard anew."
         num_bytes = store.size(receipt.key)
         if num_bytes != receipt.num_bytes:
             found = "is absent" if num_bytes is None else f"has {num_bytes} bytes"

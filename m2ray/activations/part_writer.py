@@ -7,11 +7,11 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
-import xxhash
 
 from m2ray.activations.schema import TOKEN_FIELDS, part_key, part_schema, row_bytes
 from m2ray.batches import Bits, PartReceipt, PartSpec
-from m2ray.storage import Data, PartSink, Store
+from m2ray.storage import Store
+from m2ray.storage.hashing import HashingFile
 
 # Random bits neither compress nor make a dictionary, and their minimum means nothing. Small batches keep a page's copies in
 # the processor's cache: 0.76 of a raw write's speed instead of 0.42 with pyarrow's defaults.
@@ -47,7 +47,7 @@ class PartWriter:
         self._attempt = attempt
         self._key = part_key(spec, shard, attempt)
         self._schema = part_schema(spec, run_metadata, shard, attempt)
-        self._stream: _HashingStream | None = None
+        self._stream: HashingFile | None = None
         self._parquet: Any = None
 
     @property
@@ -62,7 +62,7 @@ class PartWriter:
             StoreError: the store refused; the part can only be aborted then.
         """
         if self._stream is None:
-            self._stream = _HashingStream(self._store.open_part(self._key))
+            self._stream = HashingFile(self._store.open_part(self._key))
             self._parquet = pq.ParquetWriter(pa.PythonFile(self._stream, mode="w"), self._schema, **_PARQUET_OPTIONS)
         bits = pa.py_buffer(np.ascontiguousarray(rows))
         activation = pa.FixedSizeBinaryArray.from_buffers(pa.binary(row_bytes(self.spec)), len(rows), [None, bits])
@@ -73,7 +73,7 @@ class PartWriter:
         """Write the footer, make the part durable and set `receipt`. Raises StoreError."""
         assert self._stream is not None, "a part has at least one micro-batch"
         self._parquet.close()
-        self._stream.sink.close()
+        self._stream.publish()
         self.receipt = PartReceipt(
             shard=self._shard,
             attempt=self._attempt,
@@ -82,7 +82,7 @@ class PartWriter:
             key=self._key,
             rows=self.rows,
             num_bytes=self._stream.num_bytes,
-            xxh3=self._stream.xxh3.hexdigest(),
+            xxh3=self._stream.xxh3,
             token_digest=token_digest,
         )
 
@@ -93,31 +93,5 @@ class PartWriter:
             self.receipt = None
         elif self._stream is not None:
             # pyarrow writes a footer whenever its writer goes away: it must not reach a sink that is no more.
-            self._stream.is_discarding = True
-            self._stream.sink.abort()
+            self._stream.abort()
             self._parquet = None
-
-
-class _HashingStream:
-    """The file object that pyarrow writes to: hands bytes on to the store and hashes them on the way."""
-
-    closed = False
-
-    def __init__(self, sink: PartSink) -> None:
-        self.sink = sink
-        self.num_bytes = 0
-        self.xxh3 = xxhash.xxh3_64()
-        self.is_discarding = False
-
-    def write(self, data: Data) -> int:
-        if not self.is_discarding:
-            self.xxh3.update(data)
-            self.sink.write(data)
-            self.num_bytes += len(data)
-        return len(data)
-
-    def tell(self) -> int:
-        return self.num_bytes
-
-    def flush(self) -> None:
-        """Nothing is held back here."""

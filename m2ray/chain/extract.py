@@ -10,7 +10,6 @@ from uuid import uuid4
 from m2ray import __version__
 from m2ray.activations.commits import Run, RunSummary, claim_run, read_summary
 from m2ray.activations.job import Counts, JobRecord, ModelFacts, read_job, require_same
-from m2ray.activations.job import SequenceFile as JobFile
 from m2ray.batches import LayerSpan, PartSpec, Shard, TensorTable
 from m2ray.chain.actor import WriterSpec
 from m2ray.chain.driver import Chain, ChainLimits
@@ -26,7 +25,6 @@ from m2ray.prompts import (
     PromptOptions,
     PromptSource,
     PromptTokenizer,
-    SequenceFile,
     TokenSpool,
     load_shards,
     micro_batches,
@@ -181,7 +179,7 @@ def _begin(inputs: _Inputs, progress: Progress) -> _Work:
         ),
         num_shards=len(found.shards),
         counts=Counts(found.num_sequences, found.num_ready, found.num_quarantined, found.num_tokens),
-        sequence_files=tuple(JobFile(**file.to_json()) for file in found.sequence_files),
+        sequence_files=found.sequence_files,
     )
     try:
         return _Work(claim_run(inputs.store, job), found.shards, found.tokens)
@@ -193,12 +191,11 @@ def _begin(inputs: _Inputs, progress: Progress) -> _Work:
 def _resume(inputs: _Inputs, recorded: JobRecord, progress: Progress) -> _Work:
     """Go on with a run: its shards as they were fixed, and the missing ones' prompts tokenised again."""
     require_same(inputs.store, recorded, inputs.options, {**inputs.fingerprints, "prompts": inputs.source.fingerprint()})
-    files = [SequenceFile.from_json(vars(file)) for file in recorded.sequence_files]
-    shards = load_shards(inputs.store, files)
+    shards = load_shards(inputs.store, recorded.sequence_files)
     run = claim_run(inputs.store, recorded)
     missing = run.missing(shards)
     progress.say(f"Going on with the run of {recorded.created_at}: {len(missing):,} of {len(shards):,} shards are missing.")
-    tokens = respool(inputs.source, inputs.tokenizer, missing, inputs.store, files, on_progress=progress.surveying)
+    tokens = respool(inputs.source, inputs.tokenizer, missing, inputs.store, recorded.sequence_files, on_progress=progress.surveying)
     return _Work(run, shards, tokens)
 
 

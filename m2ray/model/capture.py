@@ -11,10 +11,10 @@ from m2ray.errors import StageError
 
 @dataclass(frozen=True)
 class _Rows:
-    """One layer's rows on the host, and the extremes [2] of what they were rounded from, still on the device."""
+    """One layer's rows on their way to the host, and the extremes [2] of what they were rounded from."""
 
     layer: int
-    bits: Bits
+    rows_NW: torch.Tensor
     extremes: torch.Tensor
 
 
@@ -22,14 +22,20 @@ class ResidualCapture:
     """The residual stream after some layers, of one micro-batch.
 
     Rows are real tokens only, in the order of `MicroBatch.token_rows`. Padding is left out before anything is copied, and every
-    layer's rows have memory of their own.
+    layer's rows have memory of their own. On a GPU they are copied into pinned memory on a stream of their own, beside the
+    computation: `finish` is what waits, and may be called on another thread.
     """
 
-    def __init__(self, micro_batch: MicroBatch, layers: tuple[int, ...], store_dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, micro_batch: MicroBatch, layers: tuple[int, ...], store_dtype: torch.dtype, copy_stream: "torch.cuda.Stream | None"
+    ) -> None:
         self._micro_batch = micro_batch
         self._layers = frozenset(layers)
         self._store_dtype = store_dtype
-        self._places_N = torch.from_numpy(_real_places(micro_batch)).to(device)
+        self._copy_stream = copy_stream
+        places_N = torch.from_numpy(_real_places(micro_batch))
+        # From pinned memory the host need not wait for the computation that is still running.
+        self._places_N = places_N if copy_stream is None else places_N.pin_memory().to(copy_stream.device, non_blocking=True)
         self._captured: list[_Rows] = []
 
     def __call__(self, layer: int, hidden_BTH: torch.Tensor) -> None:
@@ -39,22 +45,40 @@ class ResidualCapture:
         selected_NH = hidden_BTH.flatten(0, 1).index_select(0, self._places_N)
         extremes = torch.stack(torch.aminmax(selected_NH))
         # Rounds once, to nearest even; index_select made a copy, so nothing computed later can change these rows.
-        self._captured.append(_Rows(layer, _to_host(selected_NH.to(self._store_dtype)), extremes))
+        rounded_NH = selected_NH.to(self._store_dtype)
+        self._captured.append(_Rows(layer, self._to_host(rounded_NH), self._to_host(extremes)))
+
+    def _to_host(self, values: torch.Tensor) -> torch.Tensor:
+        if self._copy_stream is None:
+            return values
+        self._copy_stream.wait_stream(torch.cuda.current_stream(values.device))
+        with torch.cuda.stream(self._copy_stream):
+            on_host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            on_host.copy_(values, non_blocking=True)
+        values.record_stream(self._copy_stream)
+        return on_host
 
     def finish(self) -> tuple[CapturedLayer, ...]:
-        """All that was kept, in the order of layers.
+        """All that was kept, in the order of layers, once it is on the host.
 
         Raises:
             StageError: a row holds an infinity or no number at all, from the computation or from rounding to the store dtype.
         """
+        if self._copy_stream is not None:
+            self._copied.synchronize()
         for rows in self._captured:
             if not rows.extremes.to(self._store_dtype).isfinite().all():
                 raise self._not_finite(rows)
-        return tuple(CapturedLayer("residual", rows.layer, rows.bits) for rows in self._captured)
+        return tuple(CapturedLayer("residual", rows.layer, _bits(rows.rows_NW)) for rows in self._captured)
+
+    def end(self) -> None:
+        """No more layers come: mark the place in the copy stream that `finish` waits for."""
+        if self._copy_stream is not None:
+            self._copied = torch.cuda.Event()
+            self._copied.record(self._copy_stream)
 
     def _not_finite(self, rows: _Rows) -> StageError:
-        values_NH = torch.from_numpy(rows.bits).view(self._store_dtype)
-        is_bad_N = ~values_NH.isfinite().all(dim=1).numpy()
+        is_bad_N = ~rows.rows_NW.isfinite().all(dim=1).numpy()
         ids = np.unique(np.repeat(self._micro_batch.sequence_ids, self._micro_batch.token_counts)[is_bad_N])
         listed = ", ".join(str(sequence_id) for sequence_id in ids[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
         smallest, largest = rows.extremes.float().tolist()
@@ -72,7 +96,7 @@ def _real_places(micro_batch: MicroBatch) -> np.ndarray[tuple[int], np.dtype[np.
     return places_N
 
 
-def _to_host(rows_NW: torch.Tensor) -> Bits:
-    """The raw little-endian bytes of rows [N, W], uint8 [N, W * itemsize], on the host."""
-    bits: Bits = rows_NW.contiguous().view(torch.uint8).cpu().numpy()
+def _bits(rows_NW: torch.Tensor) -> Bits:
+    """The raw little-endian bytes of rows [N, W] on the host: uint8 [N, W * itemsize], the same memory."""
+    bits: Bits = rows_NW.contiguous().view(torch.uint8).numpy()
     return bits

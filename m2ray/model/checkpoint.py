@@ -78,9 +78,21 @@ class Checkpoint:
         num_bytes = prod(shape) * header.dtype.itemsize
         if num_bytes:
             self._store.read_into(header.file, offset, tensor.reshape(-1).view(torch.uint8).numpy().data)
+        self._count(num_bytes)
+        return tensor
+
+    def read_extent(self, file: str, offset: int, out: memoryview) -> None:
+        """Fill `out` with a run of tensors' bytes as they lie in `file`. Safe to call from several threads.
+
+        Raises:
+            StoreError: the file ends before that, or cannot be read.
+        """
+        self._store.read_into(file, offset, out)
+        self._count(len(out))
+
+    def _count(self, num_bytes: int) -> None:
         with self._lock:
             self._bytes_read += num_bytes
-        return tensor
 
 
 def open_checkpoint(url: str) -> Checkpoint:

@@ -62,6 +62,12 @@ class DecoderSpan:
             self._incoming_BTH, self._on_layer = None, _ignore
         raise AssertionError("the forward pass went past the span's last layer")
 
+    def compile_layers(self) -> None:
+        """Compile each layer's forward pass; layers of one kind share their graphs. Hooks stay outside of what is compiled."""
+        for number in range(self.span.start, self.span.stop):
+            layer = self.skeleton.layers[number]
+            layer.forward = torch.compile(layer.forward)
+
     def check_complete(self) -> None:
         """Raise CheckpointError if any tensor that the span computes with has no memory."""
         never_run = {name for name, tensor in self.skeleton.tensors.items() if tensor.role == "final_norm"}

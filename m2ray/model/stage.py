@@ -1,7 +1,10 @@
 """One stage: a span of the model, loaded and ready to run micro-batches. Pure torch; no Ray, and no I/O but reading the checkpoint."""
 
+from collections import deque
 from dataclasses import dataclass
+from functools import cached_property
 
+import numpy as np
 import torch
 
 from m2ray.batches import CapturedLayer, LayerSpan, MicroBatch, PartSpec
@@ -28,6 +31,7 @@ class StageSpec:
         attn_implementation: "auto" (the family's own), "eager" or "sdpa".
         device: "cpu" or "cuda:0".
         threads: torch threads on the CPU, for the whole process; None leaves them as they are.
+        compile: whether the layers are compiled by torch.compile, which changes results by rounding (docs/numerics.md).
     """
 
     model_url: str
@@ -39,14 +43,24 @@ class StageSpec:
     attn_implementation: str
     device: str
     threads: int | None
+    compile: bool = False
 
 
-@dataclass(frozen=True)
 class StageOutput:
-    """What one micro-batch leaves: hidden states [B, T, H] for the next stage (None from the last), and captured rows."""
+    """What one micro-batch leaves: hidden states [B, T, H] for the next stage (None from the last), and captured rows.
 
-    hidden_BTH: torch.Tensor | None
-    captured: tuple[CapturedLayer, ...]
+    On a GPU neither need be computed yet: `ready` is the event after which the hidden states are, `captured` waits for the rows.
+    """
+
+    def __init__(self, hidden_BTH: torch.Tensor | None, capture: ResidualCapture, ready: "torch.cuda.Event | None") -> None:
+        self.hidden_BTH = hidden_BTH
+        self.ready = ready
+        self._capture = capture
+
+    @cached_property
+    def captured(self) -> tuple[CapturedLayer, ...]:
+        """One entry a part, on the host. Raises StageError if a row is not finite in the store dtype."""
+        return self._capture.finish()
 
 
 class Stage:
@@ -69,27 +83,81 @@ class Stage:
         self.parameter_bytes = parameter_bytes(decoder)
         self._spec = spec
         self._decoder = decoder
+        self._on_gpu = decoder.device.type == "cuda"
+        self._copy_in = torch.cuda.Stream(decoder.device) if self._on_gpu else None
+        self._copy_out = torch.cuda.Stream(decoder.device) if self._on_gpu else None
+        self._running: deque[torch.cuda.Event] = deque()
 
     def forward(self, micro_batch: MicroBatch, hidden_BTH: torch.Tensor | None) -> StageOutput:
         """Take a micro-batch through the span.
 
         Args:
             micro_batch: whose tokens the first stage embeds, and whose lengths say which rows are real.
-            hidden_BTH: what the stage before returned, in the compute dtype; None for the first.
+            hidden_BTH: what the stage before returned, in the compute dtype, on the stage's device or on the host; None for the first.
 
         Raises:
-            StageError: a captured row is not finite in the store dtype.
+            StageError: a captured row is not finite in the store dtype; on a GPU, `StageOutput.captured` raises it.
         """
         if hidden_BTH is not None:
             expected = (*micro_batch.token_ids_BT.shape, self._decoder.skeleton.config.hidden_size)
             assert tuple(hidden_BTH.shape) == expected, f"hidden states {list(hidden_BTH.shape)} for a micro-batch of {list(expected)}"
             assert hidden_BTH.dtype == DTYPES[self._spec.compute_dtype], f"hidden states in {hidden_BTH.dtype}"
-        capture = ResidualCapture(micro_batch, self._spec.capture_layers, DTYPES[self._spec.store_dtype], self._decoder.device)
+        self._wait_for_turn()
         with torch.inference_mode():
-            token_ids_BT = torch.tensor(micro_batch.token_ids_BT, dtype=torch.int64, device=self._decoder.device)
-            computed_BTH = self._decoder.run(token_ids_BT, hidden_BTH, capture)
-            captured = capture.finish()
-        return StageOutput(None if self.is_last else computed_BTH, captured)
+            capture = ResidualCapture(micro_batch, self._spec.capture_layers, DTYPES[self._spec.store_dtype], self._copy_out)
+            token_ids_BT = torch.tensor(micro_batch.token_ids_BT, dtype=torch.int64)
+            if self._on_gpu:
+                token_ids_BT = token_ids_BT.pin_memory().to(self._decoder.device, non_blocking=True)
+            computed_BTH = self._decoder.run(token_ids_BT, self._to_device(hidden_BTH), capture)
+            capture.end()
+        output = StageOutput(None if self.is_last else computed_BTH, capture, self._mark())
+        if not self._on_gpu:
+            _ = output.captured  # what is wrong with a row is said where it was computed
+        return output
+
+    def warm_up(self, batch_tokens: int) -> None:
+        """Compile for every shape that may come, so that no micro-batch has to wait for a compilation.
+
+        torch.compile makes a first graph for one shape and, on seeing a second one, a graph for all others; a batch of one is a
+        shape of its own.
+
+        Args:
+            batch_tokens: padded tokens of a full micro-batch.
+        """
+        config = self._decoder.skeleton.config
+        longest = max(4, min(1024, config.max_position_embeddings, batch_tokens // 2))
+        for num_sequences, length in ((batch_tokens // longest, longest), (batch_tokens // (longest // 2), longest // 2), (1, longest)):
+            shape = (max(num_sequences, 1), length)
+            token_ids_BT = np.zeros(shape, np.int32)
+            micro_batch = MicroBatch(0, 0, True, np.arange(shape[0]), np.full(shape[0], length, np.int32), token_ids_BT)
+            dtype = DTYPES[self._spec.compute_dtype]
+            hidden_BTH = None if self.is_first else torch.zeros((*shape, config.hidden_size), dtype=dtype)
+            _ = self.forward(micro_batch, hidden_BTH).captured
+
+    def _wait_for_turn(self) -> None:
+        """Let the host run ahead of the GPU by two micro-batches, so that neither waits for the other and memory stays bounded."""
+        while len(self._running) >= 2:
+            self._running.popleft().synchronize()
+
+    def _mark(self) -> "torch.cuda.Event | None":
+        """An event at this place of the computation."""
+        if not self._on_gpu:
+            return None
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self._decoder.device))
+        self._running.append(event)
+        return event
+
+    def _to_device(self, hidden_BTH: torch.Tensor | None) -> torch.Tensor | None:
+        """Copy the incoming hidden states beside the computation that is still running; pinned memory makes it overlap."""
+        if hidden_BTH is None or self._copy_in is None or hidden_BTH.device == self._decoder.device:
+            return hidden_BTH
+        with torch.cuda.stream(self._copy_in):
+            on_device_BTH = hidden_BTH.to(self._decoder.device, non_blocking=True)
+        computing = torch.cuda.current_stream(self._decoder.device)
+        computing.wait_stream(self._copy_in)
+        on_device_BTH.record_stream(computing)
+        return on_device_BTH
 
 
 def load_stage(spec: StageSpec, on_bytes: OnBytes) -> Stage:
@@ -117,4 +185,6 @@ def load_stage(spec: StageSpec, on_bytes: OnBytes) -> Stage:
         )
     decoder = DecoderSpan(skeleton, spec.span, torch.device(spec.device))
     needed_bytes = load_weights(checkpoint, decoder, on_bytes)
+    if spec.compile:
+        decoder.compile_layers()
     return Stage(spec, decoder, needed_bytes, checkpoint.bytes_read)

@@ -3,6 +3,7 @@
 Memory holds the parameters in their final dtype and a few pieces on their way, never a second copy of a layer.
 """
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,6 +18,7 @@ from m2ray.model.checkpoint import Checkpoint
 from m2ray.model.conversion import Placement
 from m2ray.model.decoder import DecoderSpan
 from m2ray.model.families import fp8_block
+from m2ray.model.gpu_loading import Kept, Wanted, can_dequantize, dequantize_into, load_extents
 from m2ray.model.tensors import FP8, SCALE, Match, disk_bytes, match_tensors
 
 OnBytes = Callable[[int, int], None]
@@ -68,21 +70,69 @@ def load_weights(checkpoint: Checkpoint, decoder: DecoderSpan, on_bytes: OnBytes
     match = match_tensors(decoder.skeleton, checkpoint.headers, decoder.span)
     needed_bytes = sum(disk_bytes(filling, checkpoint.headers) for filling in match.fillings)
     on_bytes(checkpoint.bytes_read, needed_bytes)
+    pieces = _pieces(checkpoint, decoder, match)
+    if decoder.device.type == "cuda":
+        wanted = [each for piece in pieces for each in _wanted(checkpoint, piece)]
+        load_extents(checkpoint, wanted, decoder.device, lambda: on_bytes(checkpoint.bytes_read, needed_bytes))
+    else:
+        _load_pieces(checkpoint, pieces, lambda: on_bytes(checkpoint.bytes_read, needed_bytes))
+    on_bytes(checkpoint.bytes_read, needed_bytes)
+    decoder.check_complete()
+    return needed_bytes
+
+
+def _load_pieces(checkpoint: Checkpoint, pieces: Iterable[_Piece], on_piece: Callable[[], None]) -> None:
+    """Read and convert on the CPU, a few pieces at a time."""
     with ThreadPoolExecutor(THREADS, thread_name_prefix="load") as pool:
         waiting: deque[Future[None]] = deque()
         try:
-            for piece in _pieces(checkpoint, decoder, match):
+            for piece in pieces:
                 if len(waiting) == 2 * THREADS:
                     waiting.popleft().result()
-                    on_bytes(checkpoint.bytes_read, needed_bytes)
+                    on_piece()
                 waiting.append(pool.submit(_load, checkpoint, piece))
             for future in waiting:
                 future.result()
         finally:
             pool.shutdown(cancel_futures=True)
-    on_bytes(checkpoint.bytes_read, needed_bytes)
-    decoder.check_complete()
-    return needed_bytes
+
+
+def _wanted(checkpoint: Checkpoint, piece: _Piece) -> Iterator[Wanted]:
+    """A piece's bytes, and those of its scale; whichever of the two comes last converts both."""
+    header = checkpoint.headers[piece.key]
+    if header.dtype not in FP8:
+        yield _range(checkpoint, piece.key, piece.rows, lambda values: _convert(piece.key, values, piece.into))
+        return
+    block = fp8_block(checkpoint.config)
+    first: dict[str, Kept] = {}
+    lock = threading.Lock()
+
+    def arrive(name: str, values: torch.Tensor) -> None:
+        with lock:
+            if not first:
+                first[name] = Kept(values)
+                return
+        ((other_name, other),) = first.items()
+        both = {name: values, other_name: other.tensor_here()}
+        weight, scale = both["weight"], both["scale"]
+        if can_dequantize(weight, block, piece.into):
+            dequantize_into(weight, scale.float(), block or (1, 1), piece.into)
+        else:
+            _convert(piece.key, dequantize(weight, scale, block), piece.into)
+
+    yield _range(checkpoint, piece.key, piece.rows, lambda values: arrive("weight", values))
+    yield _range(checkpoint, piece.key + SCALE, _scale_rows(checkpoint, piece), lambda values: arrive("scale", values))
+
+
+def _range(checkpoint: Checkpoint, key: str, rows: slice | None, arrive: Callable[[torch.Tensor], None]) -> Wanted:
+    """Where some rows of a checkpoint tensor lie."""
+    header = checkpoint.headers[key]
+    shape, offset = header.shape, header.offset
+    if rows is not None:
+        start, stop, _ = rows.indices(shape[0])
+        offset += start * (header.num_bytes // shape[0])
+        shape = (stop - start, *shape[1:])
+    return Wanted(header.file, offset, prod(shape) * header.dtype.itemsize, header.dtype, tuple(shape), arrive)
 
 
 def _pieces(checkpoint: Checkpoint, decoder: DecoderSpan, match: Match) -> Iterator[_Piece]:
@@ -118,16 +168,21 @@ def _cut(checkpoint: Checkpoint, placement: Placement, into: torch.Tensor) -> It
 
 def _load(checkpoint: Checkpoint, piece: _Piece) -> None:
     """Read one piece, bring it to the device, convert it there and write it into the model."""
-    device, dtype = piece.into.device, piece.into.dtype
+    device = piece.into.device
     values = checkpoint.read(piece.key, piece.rows).to(device)
     if values.dtype in FP8:
         scale = checkpoint.read(piece.key + SCALE, _scale_rows(checkpoint, piece)).to(device)
         values = dequantize(values, scale, fp8_block(checkpoint.config))
-    converted = values.to(dtype)
-    if dtype == torch.float16 and not converted.isfinite().all():
+    _convert(piece.key, values, piece.into)
+
+
+def _convert(key: str, values: torch.Tensor, into: torch.Tensor) -> None:
+    """Write values into the model in its dtype. Raises CheckpointError if float16 cannot hold them."""
+    converted = values.to(into.dtype)
+    if into.dtype == torch.float16 and not converted.isfinite().all():
         largest = float(values.abs().max())
-        raise CheckpointError(f"{piece.key} holds {largest:g}, which float16 cannot.", 'Set compute_dtype = "bfloat16" or "float32".')
-    piece.into.copy_(converted)
+        raise CheckpointError(f"{key} holds {largest:g}, which float16 cannot.", 'Set compute_dtype = "bfloat16" or "float32".')
+    into.copy_(converted)
 
 
 def _scale_rows(checkpoint: Checkpoint, piece: _Piece) -> slice | None:

@@ -2,7 +2,7 @@
 
 from m2ray.prompts.resume import load_shards, respool
 from m2ray.prompts.rows import PromptRow
-from m2ray.prompts.sequences_table import SEQUENCES_SCHEMA, SequenceFile, read_quarantined
+from m2ray.prompts.sequences_table import SEQUENCES_SCHEMA, read_quarantined
 from m2ray.prompts.shards import ShardTable, micro_batches, padding_waste
 from m2ray.prompts.sources import PromptOptions, PromptSource
 from m2ray.prompts.spool import TokenSpool
@@ -16,7 +16,6 @@ __all__ = [
     "PromptSource",
     "PromptTokenizer",
     "Quarantined",
-    "SequenceFile",
     "ShardTable",
     "Survey",
     "TokenSpool",

@@ -18,7 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from m2ray.errors import PromptsError
+from m2ray.prompts.remote import RemotePath, reading_store
 from m2ray.prompts.rows import MAX_PROMPT_BYTES, Record
+from m2ray.storage import StoreFile
 
 PLAIN_TEXT_COLUMN = "text"
 """The one column that a plain text file's records have."""
@@ -31,7 +33,7 @@ _ARROW_ROWS = 256
 class PromptFile(ABC):
     """One file of the source. `name` is its path below the source's folder, with "/" between its parts."""
 
-    def __init__(self, path: Path, name: str) -> None:
+    def __init__(self, path: Path | RemotePath, name: str) -> None:
         self.path = path
         self.name = name
 
@@ -111,10 +113,10 @@ class ParquetFile(PromptFile):
 
     def columns(self) -> frozenset[str] | None:
         with _reading(self.path):
-            return frozenset(pq.read_schema(self.path).names)
+            return frozenset(pq.read_schema(_seekable(self.path)).names)
 
     def records(self, columns: Sequence[str]) -> Iterator[Record]:
-        with _reading(self.path), pq.ParquetFile(self.path, pre_buffer=False) as file:
+        with _reading(self.path), pq.ParquetFile(_seekable(self.path), pre_buffer=False) as file:
             for batch in file.iter_batches(batch_size=_ARROW_ROWS, columns=list(columns)):
                 yield from _arrow_records(batch, columns)
 
@@ -123,11 +125,11 @@ class ArrowStreamFile(PromptFile):
     """Arrow's streaming format: what `datasets.Dataset.save_to_disk` writes."""
 
     def columns(self) -> frozenset[str] | None:
-        with _reading(self.path), pa.memory_map(str(self.path)) as file, pa.ipc.open_stream(file) as stream:
+        with _reading(self.path), _arrow_file(self.path) as file, pa.ipc.open_stream(file) as stream:
             return frozenset(stream.schema.names)
 
     def records(self, columns: Sequence[str]) -> Iterator[Record]:
-        with _reading(self.path), pa.memory_map(str(self.path)) as file, pa.ipc.open_stream(file) as stream:
+        with _reading(self.path), _arrow_file(self.path) as file, pa.ipc.open_stream(file) as stream:
             for batch in stream:
                 for start in range(0, batch.num_rows, _ARROW_ROWS):
                     yield from _arrow_records(batch.slice(start, _ARROW_ROWS), columns)
@@ -145,7 +147,7 @@ FORMATS: dict[str, type[PromptFile]] = {
 }
 
 
-def format_of(path: Path) -> type[PromptFile] | None:
+def format_of(path: Path | RemotePath) -> type[PromptFile] | None:
     """The format that a file's name ends in (".gz" counts with the ending before it), or None."""
     endings = [ending.lower() for ending in path.suffixes]
     ending = "".join(endings[-2:]) if endings[-1:] == [".gz"] else "".join(endings[-1:])
@@ -243,14 +245,25 @@ def _arrow_value(scalar: Any) -> Any:
         return _UndecodableError(f"invalid UTF-8 at byte {error.start}")
 
 
-def _open(path: Path) -> IO[bytes]:
-    return cast("IO[bytes]", gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb"))
+def _open(path: Path | RemotePath) -> IO[bytes]:
+    file = path.open("rb")
+    return cast("IO[bytes]", gzip.GzipFile(fileobj=file)) if path.suffix.lower() == ".gz" else file
+
+
+def _seekable(path: Path | RemotePath) -> Path | StoreFile:
+    """What pyarrow reads Parquet from: it asks for whole column chunks, which need no buffer of ours."""
+    return path.file() if isinstance(path, RemotePath) else path
+
+
+def _arrow_file(path: Path | RemotePath) -> Any:
+    return pa.PythonFile(path.open(), mode="r") if isinstance(path, RemotePath) else pa.memory_map(str(path))
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def _reading(path: Path | RemotePath) -> Iterator[None]:
     try:
-        yield
+        with reading_store():
+            yield
     except (EOFError, zlib.error, gzip.BadGzipFile, pa.ArrowException) as error:
         raise PromptsError(
             f"{path} is damaged or not of the format its name says: {error}.", "Copy it again, or correct its name."

@@ -7,9 +7,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from m2ray.batches import Int32Array, Int64Array, Shard
+from m2ray.batches import Int32Array, Int64Array, SequenceFile, Shard
 from m2ray.errors import RunConflictError, RunDamagedError
-from m2ray.prompts.sequences_table import SequenceFile, read_sequences
+from m2ray.prompts.sequences_table import read_sequences
 from m2ray.prompts.shards import ShardTable
 from m2ray.prompts.sources import PromptSource
 from m2ray.prompts.spool import TokenSpool

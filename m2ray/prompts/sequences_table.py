@@ -1,7 +1,6 @@
 """The run's `sequences/*.parquet`: what became of every row of the source, quarantined ones too."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import Any, Self
 
@@ -10,8 +9,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
 
+from m2ray.batches import SequenceFile
 from m2ray.errors import RunDamagedError
-from m2ray.storage import PartSink, Store
+from m2ray.storage import Store
+from m2ray.storage.hashing import HashingFile
 
 SEQUENCES_SCHEMA = pa.schema(
     [
@@ -31,23 +32,6 @@ quarantined row has token_count 0, a reason, and null for digest and shard; a re
 """
 
 ROWS_PER_FILE = 1 << 20
-
-
-@dataclass(frozen=True)
-class SequenceFile:
-    """One object below `sequences/` as its writer left it. `xxh3` is xxh3-64 of the whole object, 16 hex digits."""
-
-    key: str
-    rows: int
-    num_bytes: int
-    xxh3: str
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, record: Mapping[str, Any]) -> Self:
-        return cls(**record)
 
 
 class SequencesWriter:
@@ -124,7 +108,7 @@ class _OpenFile:
     def __init__(self, store: Store, key: str) -> None:
         self.rows = 0
         self._key = key
-        self._stream = _HashingStream(store.open_part(key))
+        self._stream = HashingFile(store.open_part(key))
         self._writer = pq.ParquetWriter(pa.PythonFile(self._stream, mode="w"), SEQUENCES_SCHEMA, compression="zstd")
 
     def write(self, table: Any) -> None:
@@ -133,34 +117,9 @@ class _OpenFile:
 
     def close(self) -> SequenceFile:
         self._writer.close()
-        self._stream.sink.close()
-        return SequenceFile(self._key, self.rows, self._stream.num_bytes, self._stream.digest.hexdigest())
+        self._stream.publish()
+        return SequenceFile(self._key, self.rows, self._stream.num_bytes, self._stream.xxh3)
 
     def abort(self) -> None:
-        self._stream.is_aborted = True
-        self._stream.sink.abort()
+        self._stream.abort()
         self._writer.close()
-
-
-class _HashingStream:
-    """What pyarrow needs of a file that it only appends to. Its own close does nothing: the sink's close publishes."""
-
-    def __init__(self, sink: PartSink) -> None:
-        self.sink = sink
-        self.digest = xxhash.xxh3_64()
-        self.num_bytes = 0
-        self.closed = False
-        self.is_aborted = False
-
-    def write(self, data: bytes) -> int:
-        if not self.is_aborted:  # an aborted writer still hands over its footer
-            self.sink.write(data)
-        self.digest.update(data)
-        self.num_bytes += len(data)
-        return len(data)
-
-    def flush(self) -> None:
-        """Nothing is held back."""
-
-    def close(self) -> None:
-        self.closed = True

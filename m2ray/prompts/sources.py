@@ -3,7 +3,7 @@
 import glob
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
@@ -13,7 +13,9 @@ import xxhash
 
 from m2ray.errors import PromptsError, raise_all
 from m2ray.prompts.readers import FORMATS, PLAIN_TEXT_COLUMN, ArrowStreamFile, PromptFile, format_of
+from m2ray.prompts.remote import RemotePath, find_remote, reading_store
 from m2ray.prompts.rows import Columns, PromptRow, as_row
+from m2ray.storage import SCHEMES
 
 _HASHED_BYTES = 1 << 20
 _KNOWN_FORMATS = f"m2ray reads {', '.join(FORMATS)} and folders that Hugging Face datasets saved to disk."
@@ -84,8 +86,10 @@ class PromptSource:
         digest = xxhash.xxh3_128()
         for file, _ in self._files:
             try:
-                with file.path.open("rb") as data:
-                    digest.update(f"{file.name}\0{os.fstat(data.fileno()).st_size}\0".encode("utf-8", "surrogateescape"))
+                with reading_store(), file.path.open("rb") as data:
+                    num_bytes = data.seek(0, os.SEEK_END)
+                    data.seek(0)
+                    digest.update(f"{file.name}\0{num_bytes}\0".encode("utf-8", "surrogateescape"))
                     while piece := data.read(_HASHED_BYTES):
                         digest.update(piece)
             except OSError as error:
@@ -96,6 +100,16 @@ class PromptSource:
 
 
 def _find_files(prompts: str) -> list[PromptFile]:
+    if urlsplit(prompts).scheme in SCHEMES:
+        at, found = find_remote(prompts)
+        names = {name for _, name in found}
+        if "state.json" in names and found[0][0] != at:
+            return _saved_dataset(at)
+        if "dataset_dict.json" in names:
+            raise _splits_error(
+                at, sorted(name.removesuffix("/state.json") for name in names if name.count("/") == 1 and name.endswith("/state.json"))
+            )
+        return _as_prompt_files(found)
     path = _local_path(prompts)
     try:
         if path.is_dir():
@@ -115,12 +129,12 @@ def _local_path(prompts: str) -> Path:
         return Path(prompts).expanduser()
     if parts.scheme != "file":
         raise PromptsError(
-            f"Prompts cannot be read from {prompts!r}: its scheme is {parts.scheme!r}.", "Copy them to a local or shared disk."
+            f"Prompts cannot be read from {prompts!r}: its scheme is {parts.scheme!r}.", f"Give a path or one of {', '.join(SCHEMES)}."
         )
     return Path(unquote(parts.path))
 
 
-def _saved_dataset(folder: Path) -> list[PromptFile]:
+def _saved_dataset(folder: Path | RemotePath) -> list[PromptFile]:
     try:
         state = json.loads((folder / "state.json").read_bytes())
         names = [str(entry["filename"]) for entry in state["_data_files"]]
@@ -140,10 +154,7 @@ def _saved_dataset(folder: Path) -> list[PromptFile]:
 def _folder(folder: Path) -> list[PromptFile]:
     """Every file at any depth, but for hidden ones and those whose name begins with "_" (`_SUCCESS` and the like)."""
     if (folder / "dataset_dict.json").exists():
-        splits = sorted(state.parent.name for state in folder.glob("*/state.json"))
-        raise PromptsError(
-            f"{folder} holds a dataset with the splits {', '.join(splits)}.", f"Name one of them: {folder / (splits or ['train'])[0]}"
-        )
+        raise _splits_error(folder, sorted(state.parent.name for state in folder.glob("*/state.json")))
     found: list[tuple[Path, str]] = []
     for root, folders, names in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith((".", "_"))]
@@ -152,6 +163,12 @@ def _folder(folder: Path) -> list[PromptFile]:
     if not found:
         raise PromptsError(f"The folder {folder} holds no files.", _KNOWN_FORMATS)
     return _as_prompt_files(sorted(found, key=lambda pair: pair[1]))
+
+
+def _splits_error(folder: Path | RemotePath, splits: list[str]) -> PromptsError:
+    return PromptsError(
+        f"{folder} holds a dataset with the splits {', '.join(splits)}.", f"Name one of them: {folder / (splits or ['train'])[0]}"
+    )
 
 
 def _glob(pattern: Path) -> list[PromptFile]:
@@ -166,7 +183,7 @@ def _glob(pattern: Path) -> list[PromptFile]:
     return _as_prompt_files([(path, path.relative_to(root).as_posix()) for path in found])
 
 
-def _as_prompt_files(found: list[tuple[Path, str]]) -> list[PromptFile]:
+def _as_prompt_files(found: Sequence[tuple[Path | RemotePath, str]]) -> list[PromptFile]:
     files: list[PromptFile] = []
     unknown: list[str] = []
     for path, name in found:

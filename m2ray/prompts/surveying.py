@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import xxhash
 
-from m2ray.batches import Int32Array, Int64Array
+from m2ray.batches import Int32Array, Int64Array, SequenceFile
 from m2ray.errors import PromptsError
 from m2ray.prompts.rows import PromptRow
-from m2ray.prompts.sequences_table import SequenceFile, SequencesWriter
+from m2ray.prompts.sequences_table import SequencesWriter
 from m2ray.prompts.shards import WINDOW_ROWS, ShardTable, cut_shards
 from m2ray.prompts.sources import PromptSource
 from m2ray.prompts.spool import TokenSpool

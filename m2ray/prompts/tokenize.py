@@ -1,8 +1,10 @@
 """PromptTokenizer: rows to token ids, by the model's own tokenizer and chat template."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Self
 from urllib.parse import unquote, urlsplit
 
@@ -15,6 +17,7 @@ from m2ray.batches import Int32Array
 from m2ray.errors import CheckpointError, PromptsError
 from m2ray.prompts.rows import Message, PromptRow
 from m2ray.prompts.sources import PromptOptions
+from m2ray.storage import SCHEMES, open_store
 
 _VOCABULARY_FILES = (
     "sentencepiece.bpe.model",
@@ -26,6 +29,8 @@ _VOCABULARY_FILES = (
     "vocab.txt",
 )
 _OTHER_FILES = ("added_tokens.json", "merges.txt", "special_tokens_map.json", "tokenizer_config.json")
+_FILES_BESIDE = ("chat_template.jinja", "chat_template.json", "config.json")
+_TEMPLATES_FOLDER = "additional_chat_templates"
 
 # What a template written for other messages raises: its own raise_exception(), or Python's errors on their values.
 _TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RecursionError)
@@ -52,22 +57,23 @@ class PromptTokenizer:
         """Load the tokenizer in the model's folder.
 
         Args:
-            model_url: the checkpoint's folder, as a path or a file:// URL.
+            model_url: the checkpoint's folder, as a path or a URL.
             options: `max_length` and `truncation` are used.
             vocab_size: rows of the model's embedding; no token id may reach it.
 
         Raises:
             CheckpointError: the folder has no tokenizer, or a damaged one.
+            StoreError: the folder is in an object store that cannot be read.
         """
-        folder = _local_folder(model_url)
-        digest = _digest_files(folder)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-            raise CheckpointError(
-                f"transformers cannot load the tokenizer of {folder}: {error}.",
-                "Copy the tokenizer's files again. Tokenizers that need code from the checkpoint are refused.",
-            ) from error
+        with _local_folder(model_url) as folder:
+            digest = _digest_files(folder, model_url)
+            try:
+                tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+                raise CheckpointError(
+                    f"transformers cannot load the tokenizer of {model_url}: {error}.",
+                    "Copy the tokenizer's files again. Tokenizers that need code from the checkpoint are refused.",
+                ) from error
         return cls(tokenizer, digest, options, vocab_size)
 
     def require_template(self) -> None:
@@ -146,16 +152,29 @@ def _chat_template(tokenizer: Any) -> str | None:
         return None
 
 
-def _local_folder(model_url: str) -> Path:
+@contextmanager
+def _local_folder(model_url: str) -> Iterator[Path]:
+    """The model's folder, or for one in an object store a temporary one with the files that a tokenizer may be made of."""
+    if urlsplit(model_url).scheme in SCHEMES:
+        store = open_store(model_url)
+        with TemporaryDirectory(prefix="m2ray-tokenizer-") as temporary:
+            for name in (*_VOCABULARY_FILES, *_OTHER_FILES, *_FILES_BESIDE):
+                if store.size(name) is not None:
+                    Path(temporary, name).write_bytes(store.read(name))
+            for key, _ in store.list(_TEMPLATES_FOLDER):
+                Path(temporary, _TEMPLATES_FOLDER).mkdir(exist_ok=True)
+                Path(temporary, _TEMPLATES_FOLDER, Path(key).name).write_bytes(store.read(key))
+            yield Path(temporary)
+        return
     folder = Path(unquote(urlsplit(model_url).path)) if model_url.startswith("file://") else Path(model_url).expanduser()
     if not folder.is_dir():
         raise CheckpointError(f"The model folder {model_url} is absent.", "Check the path.")
-    return folder
+    yield folder
 
 
-def _digest_files(folder: Path) -> str:
+def _digest_files(folder: Path, model_url: str) -> str:
     if not any((folder / name).is_file() for name in _VOCABULARY_FILES):
-        raise CheckpointError(f"{folder} has no tokenizer: none of {', '.join(_VOCABULARY_FILES)}.", "Copy the tokenizer's files there.")
+        raise CheckpointError(f"{model_url} has no tokenizer: none of {', '.join(_VOCABULARY_FILES)}.", "Copy the tokenizer's files there.")
     digest = xxhash.xxh3_128()
     for name in sorted(_VOCABULARY_FILES + _OTHER_FILES):
         if not (folder / name).is_file():
@@ -165,7 +184,7 @@ def _digest_files(folder: Path) -> str:
             if name.endswith(".json"):
                 json.loads(data)
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"The tokenizer's file {folder / name} is damaged: {error}.", "Copy it again.") from error
+            raise CheckpointError(f"The tokenizer's file {model_url}/{name} is damaged: {error}.", "Copy it again.") from error
         digest.update(f"{name}\0{len(data)}\0".encode())
         digest.update(data)
     return digest.hexdigest()

@@ -4,21 +4,23 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from m2ray.errors import StoreError
+from m2ray.storage.address import SCHEMES
+from m2ray.storage.file import StoreFile
 from m2ray.storage.local import LocalStore
-from m2ray.storage.object_store import SCHEMES, ObjectStore
+from m2ray.storage.object_store import ObjectStore
 from m2ray.storage.store import Data, PartSink, Store
 
-__all__ = ["Data", "LocalStore", "ObjectStore", "PartSink", "Store", "open_store"]
+__all__ = ["SCHEMES", "Data", "LocalStore", "ObjectStore", "PartSink", "Store", "StoreFile", "open_store"]
 
 
 def open_store(url: str | Path) -> Store:
     """The store at a local path, a `file://` URL, or an object store's URL such as `s3://bucket/folder`. Nothing is touched yet.
 
-    Credentials, region and endpoint of an object store come from the environment and the provider's own chain
-    (`AWS_ENDPOINT_URL` and so on).
+    Credentials of an object store come from the environment and the provider's own chain; so do endpoint and region, unless the
+    URL names them: `s3://bucket/folder?endpoint=https://host:9000&region=eu-1`.
 
     Raises:
-        StoreError: the scheme is not one that m2ray uses, or the store's settings are malformed.
+        StoreError: the scheme is not one that m2ray uses, or the URL is malformed or holds a secret.
     """
     text = str(url)
     scheme = urlsplit(text).scheme if "://" in text else ""

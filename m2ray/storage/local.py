@@ -1,16 +1,18 @@
 """LocalStore: a folder on a local or shared disk."""
 
 import errno
+import fcntl
 import os
 import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from m2ray.errors import AlreadyExistsError, StoreError
 from m2ray.storage.store import Data, PartSink, Store
 
-_TEMPORARY_MARK = ".incomplete-"
+_UNFINISHED = "_unfinished"
 
 
 @contextmanager
@@ -33,7 +35,10 @@ def _naming(action: str, path: Path) -> Iterator[None]:
 
 
 class LocalStore(Store):
-    """A folder on a local or shared disk. Every write is fsynced, the file and its folder."""
+    """A folder on a local or shared disk. Every write is fsynced, the file and its folder.
+
+    What is being written lies in `_unfinished/`, locked by its writer, and is linked into place once it is whole.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root.expanduser()
@@ -70,10 +75,10 @@ class LocalStore(Store):
                 os.close(fd)
 
     def list(self, prefix: str) -> Iterator[tuple[str, int]]:
-        for folder, _, names in os.walk(self.path(prefix)):
+        for folder, folders, names in os.walk(self.path(prefix)):
+            if Path(folder) == self.root and _UNFINISHED in folders:
+                folders.remove(_UNFINISHED)
             for name in names:
-                if _TEMPORARY_MARK in name:
-                    continue
                 path = Path(folder, name)
                 try:
                     yield path.relative_to(self.root).as_posix(), path.stat().st_size
@@ -81,7 +86,7 @@ class LocalStore(Store):
                     continue  # deleted between the listing and the look at it
 
     def create(self, key: str, data: Data) -> None:
-        sink = _LocalPartSink(self.path(key))
+        sink = self.open_part(key)
         try:
             sink.write(data)
             sink.close()
@@ -93,47 +98,52 @@ class LocalStore(Store):
         path = self.path(key)
         with _naming("write", path):
             _make_folder(path.parent)
-            temporary = _temporary_path(path)
+            temporary, file = _open_unfinished(self.path(_UNFINISHED), path.name)
             try:
-                with temporary.open("xb") as file:
-                    file.write(data)
-                    file.flush()
+                with file:
+                    _write_all(file, data)
                     os.fsync(file.fileno())
-                temporary.replace(path)
+                    temporary.replace(path)
             finally:
                 temporary.unlink(missing_ok=True)
             _fsync_folder(path.parent)
 
     def open_part(self, key: str) -> PartSink:
-        return _LocalPartSink(self.path(key))
+        return _LocalPartSink(self.path(key), self.path(_UNFINISHED))
 
     def delete(self, keys: Iterable[str]) -> None:
         for key in keys:
             with _naming("delete", self.path(key)):
                 self.path(key).unlink(missing_ok=True)
 
+    def delete_unfinished(self) -> int:
+        folder, num_deleted = self.path(_UNFINISHED), 0
+        with _naming("delete", folder):
+            for path in list(folder.iterdir()) if folder.is_dir() else ():
+                with suppress(FileNotFoundError), path.open("r+b") as file:
+                    if _locked(file, fcntl.LOCK_NB):
+                        path.unlink()
+                        num_deleted += 1
+        return num_deleted
+
 
 class _LocalPartSink(PartSink):
-    """Writes beside the final name, then links it into place: link() fails if the name is taken, rename() would not."""
+    """Writes under another name, then links the file into place: link() fails if the name is taken, rename() would not."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, unfinished: Path) -> None:
         self._path = path
-        self._temporary = _temporary_path(path)
         with _naming("write", path):
             _make_folder(path.parent)
-            self._file = self._temporary.open("xb", buffering=0)
+            self._temporary, self._file = _open_unfinished(unfinished, path.name)
 
     def write(self, data: Data) -> None:
         with _naming("write", self._path):
-            view = memoryview(data).cast("B")
-            while len(view):
-                view = view[self._file.write(view) :]
+            _write_all(self._file, data)
 
     def close(self) -> None:
         with _naming("write", self._path):
             try:
                 os.fsync(self._file.fileno())
-                self._file.close()
                 os.link(self._temporary, self._path)
             finally:
                 self._file.close()
@@ -145,8 +155,31 @@ class _LocalPartSink(PartSink):
         self._temporary.unlink(missing_ok=True)
 
 
-def _temporary_path(path: Path) -> Path:
-    return path.with_name(f"{path.name}{_TEMPORARY_MARK}{uuid.uuid4().hex[:12]}")
+def _open_unfinished(folder: Path, name: str) -> tuple[Path, BinaryIO]:
+    """A new file below `folder`, locked for as long as it is open: a lock goes away with the process that holds it."""
+    _make_folder(folder)
+    while True:
+        path = folder / f"{uuid.uuid4().hex[:12]}-{name}"
+        file = path.open("xb", buffering=0)
+        _locked(file)
+        if os.fstat(file.fileno()).st_nlink:
+            return path, file
+        file.close()  # it was deleted before it was locked
+
+
+def _locked(file: BinaryIO, flags: int = 0) -> bool:
+    """Take the file's lock. A file system without locks gives none to anybody: unfinished files stay there."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | flags)
+    except OSError:
+        return False
+    return True
+
+
+def _write_all(file: BinaryIO, data: Data) -> None:
+    view = memoryview(data).cast("B")
+    while len(view):
+        view = view[file.write(view) :]
 
 
 def _make_folder(folder: Path) -> None:

@@ -1,43 +1,50 @@
 """ObjectStore: a prefix of an S3, Google Cloud Storage or Azure bucket, through obstore."""
 
-import os
-from collections.abc import Iterable, Iterator
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from datetime import timedelta
 from typing import Any
 
 import obstore
 from obstore.exceptions import AlreadyExistsError as ObjectExistsError
-from obstore.exceptions import BaseError
-from obstore.store import from_url
+from obstore.exceptions import BaseError, GenericError, PermissionDeniedError, UnauthenticatedError
 
 from m2ray.errors import AlreadyExistsError, StoreError
+from m2ray.storage.address import parse_address
+from m2ray.storage.connect import connect
 from m2ray.storage.store import Data, PartSink, Store
-
-SCHEMES = ("s3", "gs", "az")
 
 _UPLOAD_BYTES = 8 << 20
 _UPLOADS_AT_ONCE = 4
-_REQUEST_TIMEOUT_S = 60
-_RETRY_TIMEOUT_S = 180
-_MAX_RETRIES = 12
+_DOWNLOAD_BYTES = 8 << 20
+_DOWNLOADS_AT_ONCE = 4
+_DELETES_AT_ONCE = 8
+_LISTED_AT_ONCE = 1000
+_PAUSES_S = (0.5, 2.0)
 
 
 class ObjectStore(Store):
-    """One bucket's prefix. Requests are retried with backoff, for three minutes at most, and then fail with StoreError."""
+    """One bucket's prefix.
 
-    def __init__(self, url: str) -> None:
-        self.url = url.rstrip("/")
-        options: Any = {"timeout": f"{_REQUEST_TIMEOUT_S}s", "connect_timeout": "10s"}
-        retry: Any = {"max_retries": _MAX_RETRIES, "retry_timeout": timedelta(seconds=_RETRY_TIMEOUT_S)}
-        settings: dict[str, Any] = {}
-        if self.url.startswith("s3://"):
-            is_plain = os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://")
-            options["allow_http"] = is_plain
-            # TLS protects the body; hashing it again costs three quarters of the client's time.
-            settings["unsigned_payload"] = True
+    Requests that fail for lack of a server, of an answer or of its strength are repeated with growing pauses; none begins later than
+    three minutes after its first try, and each ends within a minute. Then they fail with StoreError.
+
+    Args:
+        url: `s3://bucket/folder`, options of `Address` behind a "?".
+        backend: obstore's store to use in place of the one that `url` names; for stores in memory.
+    """
+
+    def __init__(self, url: str, backend: Any = None) -> None:
+        if backend is not None:
+            self.url = self._base = url
+            self._store = backend
+            return
+        address = parse_address(url)
+        self.url, self._base = address.url, address.name
         with self.naming("open", ""):
-            self._store: Any = from_url(self.url, client_options=options, retry_config=retry, **settings)
+            self._store = connect(address)
 
     def size(self, key: str) -> int | None:
         with self.naming("look at", key):
@@ -51,23 +58,48 @@ class ObjectStore(Store):
             return bytes(obstore.get(self._store, key).bytes())
 
     def read_into(self, key: str, offset: int, out: memoryview) -> None:
+        try:
+            if len(out) <= _DOWNLOAD_BYTES:
+                self._read_piece(key, offset, out)
+            else:
+                self._read_pieces(key, offset, out)
+        except StoreError:
+            # Stores answer a range past the end in words of their own.
+            found = self.size(key)
+            if found is None or found >= offset + len(out):
+                raise
+            what = f"{self.where(key)} ends at byte {found}, but bytes {offset} to {offset + len(out)} are needed."
+            raise StoreError(what, "The file is truncated: copy it again.") from None
+
+    def _read_pieces(self, key: str, offset: int, out: memoryview) -> None:
+        def read(start: int) -> None:
+            self._read_piece(key, offset + start, out[start : start + _DOWNLOAD_BYTES])
+
+        with ThreadPoolExecutor(_DOWNLOADS_AT_ONCE, thread_name_prefix="download") as pool:
+            try:
+                for _ in pool.map(read, range(0, len(out), _DOWNLOAD_BYTES)):
+                    pass
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def _read_piece(self, key: str, offset: int, out: memoryview) -> None:
         if not len(out):
             return
         with self.naming("read", key):
             data = obstore.get_range(self._store, key, start=offset, length=len(out))
         if len(data) != len(out):
-            raise StoreError(f"{self._name(key)} ends at byte {offset + len(data)}, but bytes {offset} to {offset + len(out)} are needed.")
+            raise StoreError(f"{self.where(key)} gave {len(data)} bytes from byte {offset} on, not {len(out)}.")
         out[:] = memoryview(data)
 
     def list(self, prefix: str) -> Iterator[tuple[str, int]]:
         with self.naming("list", prefix):
-            for page in obstore.list(self._store, prefix or None):
+            for page in obstore.list(self._store, prefix or None, chunk_size=_LISTED_AT_ONCE):
                 for entry in page:
                     yield entry["path"], entry["size"]
 
     def create(self, key: str, data: Data) -> None:
         with self.naming("write", key):
-            obstore.put(self._store, key, bytes(data), mode="create")
+            self._repeated(lambda: obstore.put(self._store, key, bytes(data), mode="create", use_multipart=False))
 
     def put(self, key: str, data: Data) -> None:
         with self.naming("write", key):
@@ -75,33 +107,49 @@ class ObjectStore(Store):
 
     def open_part(self, key: str) -> PartSink:
         with self.naming("write", key):
-            return _ObjectSink(
-                self, key, obstore.open_writer(self._store, key, buffer_size=_UPLOAD_BYTES, max_concurrency=_UPLOADS_AT_ONCE)
-            )
+            writer = obstore.open_writer(self._store, key, buffer_size=_UPLOAD_BYTES, max_concurrency=_UPLOADS_AT_ONCE)
+        return _ObjectSink(self, key, writer)
 
     def delete(self, keys: Iterable[str]) -> None:
-        for key in keys:
-            with self.naming("delete", key):
-                try:
-                    obstore.delete(self._store, key)
-                except FileNotFoundError:
-                    continue
+        with ThreadPoolExecutor(_DELETES_AT_ONCE, thread_name_prefix="delete") as pool:
+            for _ in pool.map(self._delete, keys):
+                pass
 
-    def _name(self, key: str) -> str:
-        return f"{self.url}/{key}" if key else self.url
+    def _delete(self, key: str) -> None:
+        with self.naming("delete", key):
+            try:
+                self._repeated(lambda: obstore.delete(self._store, key))
+            except FileNotFoundError:
+                return
+
+    def where(self, key: str) -> str:
+        return f"{self._base}/{key}" if key else self._base
+
+    def _repeated(self, send: Callable[[], object]) -> None:
+        """Send a request again that got no answer in time. obstore repeats all others itself, but not those that change something.
+
+        A repeated `create` may find what the first one made: its callers look whether the object is their own.
+        """
+        for pause_s in _PAUSES_S:
+            try:
+                send()
+                return
+            except GenericError as error:
+                if "status code" in str(error):
+                    raise
+            time.sleep(pause_s)
+        send()
 
     @contextmanager
     def naming(self, action: str, key: str) -> Iterator[None]:
-        """Turn obstore's errors into a StoreError that says which object and why, without its debug dump."""
+        """Turn obstore's errors into a StoreError that names the object and the reason, without its debug dump."""
         try:
             yield
-        except ObjectExistsError as error:
-            raise AlreadyExistsError(f"{self._name(key)} exists already.") from error
+        except ObjectExistsError:
+            raise AlreadyExistsError(f"{self.where(key)} exists already.") from None
         except (BaseError, OSError, ValueError) as error:
-            reason = str(error).split("\n\nDebug source", 1)[0].strip()
-            raise StoreError(
-                f"Cannot {action} {self._name(key)}: {reason}", "Check the bucket, the credentials and the endpoint in the environment."
-            ) from error
+            # "from None": the original's text holds a dump of the request, and with Azure a signature in its URL.
+            raise StoreError(f"Cannot {action} {self.where(key)}: {_reason(error)}", _remedy(error)) from None
 
 
 class _ObjectSink(PartSink):
@@ -111,17 +159,48 @@ class _ObjectSink(PartSink):
         self._store = store
         self._key = key
         self._writer = writer
+        self._num_bytes = 0
 
     def write(self, data: Data) -> None:
         with self._store.naming("write", self._key):
-            self._writer.write(data)
+            # obstore keeps a reference until the bytes are sent: only immutable ones may be handed over as they are.
+            self._writer.write(data if isinstance(data, bytes) else bytes(data))
+        self._num_bytes += len(data)
 
     def close(self) -> None:
-        with self._store.naming("write", self._key):
-            self._writer.close()
+        try:
+            with self._store.naming("write", self._key):
+                self._writer.close()
+        except StoreError:
+            # The upload may have been completed, and only the answer lost.
+            if self._store.size(self._key) != self._num_bytes:
+                raise
 
     def abort(self) -> None:
-        """Completing the upload and deleting the object leaves no unfinished upload, which would cost money unseen."""
+        """Bytes that were only buffered just go. An upload on its way is completed and its object deleted: one that stays
+        unfinished would cost money unseen.
+        """
+        if self._num_bytes < _UPLOAD_BYTES and not self._writer.closed():
+            self._writer = None
+            return
         if not self._writer.closed():
             self.close()
         self._store.delete([self._key])
+
+
+def _reason(error: Exception) -> str:
+    """What happened, in one line: of an XML answer its code and message, of a URL not the part that may hold a signature."""
+    if isinstance(error, FileNotFoundError):
+        return f"there is no such {'bucket' if 'NoSuchBucket' in str(error) else 'object'}."
+    text = re.sub(r"(https?://[^\s?]+)\?\S*", r"\1", str(error).split("\n\nDebug source", 1)[0])
+    text, is_xml, answer = text.partition("<?xml")
+    found = re.findall(r"<(?:Code|Message)>([^<]+)</", answer)
+    return " ".join(f"{text}{': '.join(found) if is_xml else ''}".split()).rstrip(".:") + "."
+
+
+def _remedy(error: Exception) -> str:
+    if "/latest/api/token" in str(error) or "/latest/meta-data" in str(error):
+        return "No credentials are in the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY), and this machine has no role that gives some."
+    if isinstance(error, PermissionDeniedError | UnauthenticatedError):
+        return "Check the credentials in the environment and what they may do in this bucket."
+    return "" if isinstance(error, FileNotFoundError) else "Check the bucket, the endpoint and the credentials in the environment."

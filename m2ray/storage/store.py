@@ -6,6 +6,7 @@ Keys are relative to the store's root, with "/" between their parts. Every failu
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 
 from m2ray.errors import AlreadyExistsError, StoreError
 
@@ -65,6 +66,18 @@ class Store(ABC):
     def delete(self, keys: Iterable[str]) -> None:
         """Delete the objects; those already gone are no error."""
 
+    def delete_unfinished(self) -> int:
+        """Delete what writers that died left behind unseen. What living writers are at stays.
+
+        Returns:
+            The number of files deleted; 0 where a store keeps unfinished objects out of sight by itself.
+        """
+        return 0
+
+    def where(self, key: str) -> str:
+        """The object's full name, for messages."""
+        return f"{self.url}/{key}"
+
     def probe(self) -> None:
         """Check that the store can be written and honours create-if-absent, on which exactly-once rests.
 
@@ -72,7 +85,8 @@ class Store(ABC):
             StoreError: it cannot be written, or lets a second writer replace what a first one created.
         """
         key = f"_probe-{uuid.uuid4().hex}"
-        self.create(key, b"first")
+        with suppress(AlreadyExistsError):  # nobody else knows the key: the first answer was lost, and the request repeated
+            self.create(key, b"first")
         try:
             self.create(key, b"second")
         except AlreadyExistsError:

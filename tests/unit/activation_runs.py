@@ -9,9 +9,9 @@ import pyarrow.parquet as pq
 import xxhash
 
 from m2ray.activations.commits import Run, claim_run
-from m2ray.activations.job import Counts, JobRecord, ModelFacts, SequenceFile
+from m2ray.activations.job import Counts, JobRecord, ModelFacts
 from m2ray.activations.writer import ActivationWriter
-from m2ray.batches import Bits, CapturedLayer, MicroBatch, PartReceipt, PartSpec, Shard
+from m2ray.batches import Bits, CapturedLayer, MicroBatch, PartReceipt, PartSpec, SequenceFile, Shard
 from m2ray.storage import Store
 
 WIDTH = 24

@@ -60,6 +60,20 @@ def test_chains_of_1_2_3_and_5_uneven_spans_equal_the_whole_model(folders: dict[
         assert [same_bits(ours, theirs) for ours, theirs in zip(rows, expected, strict=True)] == [True] * len(expected), bounds
 
 
+def test_minimax_in_float16_equals_the_whole_model(folders: dict[str, Path]) -> None:
+    folder = folders["minimax_m2-fp8-hub"]
+    micro_batch = micro_batch_of(LENGTHS, vocab_size(folder))
+    expected = reference_rows(load_reference(folder, torch.float16), micro_batch)
+    rows = chain_rows(load_chain(folder, (0, 1, 4, 7), "float16"), micro_batch)
+    assert all(same_bits(ours, theirs) for ours, theirs in zip(rows, expected, strict=True))
+
+
+def test_fp8_and_bf16_checkpoints_of_the_same_values_give_the_same_rows(folders: dict[str, Path]) -> None:
+    micro_batch = micro_batch_of(LENGTHS, MINIMAX_TINY["vocab_size"])
+    fp8, bf16 = (chain_rows(load_chain(folders[f"minimax_m2-{fmt}-hub"], (0, 3, 7), "bfloat16"), micro_batch) for fmt in ("fp8", "bf16"))
+    assert all(same_bits(one, other) for one, other in zip(fp8, bf16, strict=True))
+
+
 def test_every_verified_family_equals_the_whole_model(family_folder: Path) -> None:
     micro_batch = micro_batch_of(LENGTHS, 96)
     for dtype in ("float32", "bfloat16", "float16"):

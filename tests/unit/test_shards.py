@@ -16,14 +16,13 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
-from m2ray.batches import Shard
+from m2ray.batches import SequenceFile, Shard
 from m2ray.errors import PromptsError, RunConflictError, RunDamagedError, StoreError
 from m2ray.prompts import (
     PromptOptions,
     PromptRow,
     PromptSource,
     PromptTokenizer,
-    SequenceFile,
     ShardTable,
     TokenSpool,
     load_shards,

@@ -306,8 +306,8 @@ def test_sources_that_cannot_be_read_stop_the_run(tmp_path):
         open_source(tmp_path / "a.txt", id_column="key")
     with pytest.raises(PromptsError, match=r"has no column 'key'. Set id_column to one of its columns: 'body', 'title'"):
         open_source(tmp_path / "a.csv", id_column="key", text_column="body")
-    with pytest.raises(PromptsError, match="scheme is 's3'"):
-        open_source("s3://bucket/prompts.jsonl")
+    with pytest.raises(PromptsError, match="scheme is 'ftp'"):
+        open_source("ftp://host/prompts.jsonl")
 
 
 def test_all_problems_of_a_folder_are_listed_at_once(tmp_path):

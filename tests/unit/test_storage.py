@@ -1,6 +1,8 @@
 """LocalStore: create-if-absent under races, nothing half-written in sight, errors that name the file."""
 
 import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -82,3 +84,44 @@ def test_schemes() -> None:
     assert open_store("file:///some/where").url == "/some/where"
     with pytest.raises(StoreError, match="'ftp'"):
         open_store("ftp://host/folder")
+
+
+def test_what_is_being_written_is_out_of_the_way_of_globs(store: Store, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    sink = store.open_part("data/layer=000/a.parquet")
+    sink.write(b"half")
+    assert [path.name for path in (root / "data").rglob("*") if path.is_file()] == []
+    assert [path.name[13:] for path in (root / "_unfinished").iterdir()] == ["a.parquet"]
+    sink.close()
+    assert list((root / "_unfinished").iterdir()) == []
+
+
+def test_a_dead_writers_file_is_deleted_and_a_living_ones_stays(store: Store, tmp_path: Path) -> None:
+    script = (
+        "import os, signal, sys; from m2ray.storage import open_store; sink = open_store(sys.argv[1]).open_part('data/dead.parquet');"
+        "sink.write(b'half'); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    root = tmp_path / "root"
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    subprocess.run([sys.executable, "-c", script, str(root)], env=environment, timeout=60, check=False)
+    assert len(list((root / "_unfinished").iterdir())) == 1
+    living = store.open_part("data/living.parquet")
+    living.write(b"whole")
+    assert store.delete_unfinished() == 1
+    assert store.delete_unfinished() == 0
+    living.close()
+    assert list(store.list("")) == [("data/living.parquet", 5)]
+    assert list((root / "_unfinished").iterdir()) == []
+
+
+def test_writers_and_a_cleaner_at_the_same_time(store: Store) -> None:
+    def write(number: int) -> None:
+        store.create(f"data/{number}", b"x" * 100)
+
+    with ThreadPoolExecutor(5) as pool:
+        written = [pool.submit(write, number) for number in range(200)]
+        while not all(each.done() for each in written):
+            store.delete_unfinished()
+        for each in written:
+            each.result()
+    assert len(list(store.list("data"))) == 200

@@ -1,0 +1,194 @@
+"""Verify: is every file of a run what its commit says? Read in parallel, in bounded memory."""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from m2ray.activations.job import JobRecord, read_job
+from m2ray.activations.manifest import MANIFEST_KEY, manifest_table, read_manifest, receipts_of
+from m2ray.activations.part_reader import PartReader
+from m2ray.activations.records import SUCCESS_KEY, commit_key, committed_shards, read_commit, read_summary
+from m2ray.batches import PartReceipt, PartSpec
+from m2ray.errors import RunDamagedError, StoreError
+from m2ray.storage import Store
+
+_CHUNK_BYTES = 8 << 20
+_LISTED_AT_ONCE = 1024
+
+
+@dataclass(frozen=True)
+class Damage:
+    """A file that is not what it should be. `shard` is the one to extract again; None for files of the whole run."""
+
+    key: str
+    shard: int | None
+    problem: str
+
+
+@dataclass(frozen=True)
+class Checked:
+    """How far a verification is: files and bytes of parts looked at, out of all."""
+
+    files: int
+    all_files: int
+    num_bytes: int
+    all_bytes: int
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was found. `files` and `num_bytes` are those of the committed parts."""
+
+    job: JobRecord
+    is_complete: bool
+    files: int
+    num_bytes: int
+    damages: tuple[Damage, ...]
+
+    @property
+    def damaged_shards(self) -> tuple[int, ...]:
+        """The shards that extracting them again would heal, ascending."""
+        return tuple(sorted({damage.shard for damage in self.damages if damage.shard is not None}))
+
+
+def verify(store: Store, *, checksums: bool, threads: int = 8, on_progress: Callable[[Checked], object] = lambda _: None) -> Verification:
+    """Look at every file of a run that counts.
+
+    Always: records agree, and each part's size, footer and number of rows are those of its commit. With `checksums` also the
+    xxh3 of every byte of each part, and the token digest, taken again from the columns. Parts nobody committed are not looked at.
+
+    Args:
+        store: the run folder.
+        checksums: read every byte.
+        threads: parts read at the same time; each takes 8 MiB and its token columns, 16 bytes a row.
+        on_progress: called on the caller's thread after each part.
+
+    Raises:
+        StoreError: there is no run, or a file cannot be read for a reason that says nothing of its content.
+        RunDamagedError: job.json cannot be understood.
+        RunConflictError: a newer m2ray wrote it.
+    """
+    job = read_job(store)
+    if job is None:
+        raise StoreError(f"There is no run at {store.url}: it has no job.json.", "Check the path.")
+    damages: list[Damage] = []
+    parts = manifest_table(_receipts_of_commits(store, job, damages))
+    is_complete = store.size(SUCCESS_KEY) is not None
+    if is_complete:
+        damages += _damages_of_summary(store, job, parts, commits_are_sound=not damages)
+    damages += _damages_of_sequences(store, job)
+    all_bytes = sum(parts["num_bytes"].to_pylist())
+    files, num_bytes = 0, 0
+    for receipt, damage in _checked_parts(store, job, parts, threads, checksums=checksums):
+        files, num_bytes = files + 1, num_bytes + receipt.num_bytes
+        damages += [damage] if damage else []
+        on_progress(Checked(files, len(parts), num_bytes, all_bytes))
+    return Verification(job, is_complete, len(parts), all_bytes, tuple(damages))
+
+
+def _receipts_of_commits(store: Store, job: JobRecord, damages: list[Damage]) -> Iterator[list[PartReceipt]]:
+    for shard in sorted(committed_shards(store)):
+        try:
+            yield read_commit(store, job, shard).receipts()
+        except RunDamagedError as error:
+            damages.append(Damage(commit_key(shard), shard, error.what))
+
+
+def _damages_of_summary(store: Store, job: JobRecord, parts: Any, *, commits_are_sound: bool) -> list[Damage]:
+    """What is wrong with the records of a finished run. `parts` are what the commits say."""
+    absent = sorted(set(range(job.num_shards)) - committed_shards(store))
+    damages = [
+        Damage(commit_key(shard), shard, f"{store.where(commit_key(shard))} is absent, though the run is finished.") for shard in absent
+    ]
+    try:
+        summary = read_summary(store)
+    except RunDamagedError as error:
+        return [*damages, Damage(SUCCESS_KEY, None, error.what)]
+    try:
+        manifest = read_manifest(store, job.run_id, summary.parts if summary else len(parts))
+    except (RunDamagedError, StoreError) as error:
+        return [*damages, Damage(MANIFEST_KEY, None, error.what)]
+    if commits_are_sound and not absent and not manifest.equals(parts):
+        damages.append(Damage(MANIFEST_KEY, None, f"{store.where(MANIFEST_KEY)} does not say what the commits say."))
+    return damages
+
+
+def _damages_of_sequences(store: Store, job: JobRecord) -> Iterator[Damage]:
+    for file in job.sequence_files:
+        problem = _problem_of_size(store, file.key, file.num_bytes) or _problem_of_bytes(store, file.key, file.num_bytes, file.xxh3)
+        if problem:
+            yield Damage(file.key, None, problem)
+
+
+def _checked_parts(
+    store: Store, job: JobRecord, parts: Any, threads: int, *, checksums: bool
+) -> Iterator[tuple[PartReceipt, Damage | None]]:
+    """Each part and what is wrong with it, in the order of the table, `threads` at a time."""
+    specs = {(spec.site, spec.layer): spec for spec in job.parts}
+
+    def check(receipt: PartReceipt) -> tuple[PartReceipt, Damage | None]:
+        problem = _problem_of_part(store, job, specs[receipt.site, receipt.layer], receipt, checksums=checksums)
+        return receipt, Damage(receipt.key, receipt.shard, problem) if problem else None
+
+    receipts = (receipt for start in range(0, len(parts), _LISTED_AT_ONCE) for receipt in receipts_of(parts.slice(start, _LISTED_AT_ONCE)))
+    with ThreadPoolExecutor(threads, thread_name_prefix="verify") as pool:
+        try:
+            yield from _in_order(pool, check, receipts, 2 * threads)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _in_order(
+    pool: ThreadPoolExecutor,
+    check: Callable[[PartReceipt], tuple[PartReceipt, Damage | None]],
+    receipts: Iterable[PartReceipt],
+    at_once: int,
+) -> Iterator[tuple[PartReceipt, Damage | None]]:
+    """`pool.map` that takes no more than `at_once` receipts ahead."""
+    waiting: deque[Future[tuple[PartReceipt, Damage | None]]] = deque()
+    for receipt in receipts:
+        waiting.append(pool.submit(check, receipt))
+        if len(waiting) >= at_once:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def _problem_of_part(store: Store, job: JobRecord, spec: PartSpec, receipt: PartReceipt, *, checksums: bool) -> str | None:
+    problem = _problem_of_size(store, receipt.key, receipt.num_bytes)
+    if not problem and checksums:
+        problem = _problem_of_bytes(store, receipt.key, receipt.num_bytes, receipt.xxh3)
+    if problem:
+        return problem
+    try:
+        reader = PartReader(store, spec, job.run_metadata(), receipt)
+        if not checksums:
+            return None
+        token_digest = xxhash.xxh3_128_hexdigest(np.ascontiguousarray(reader.tokens()).view(np.uint8).data)
+    except RunDamagedError as error:
+        return error.what
+    if token_digest != receipt.token_digest:
+        return f"{store.where(receipt.key)} is damaged: its tokens' digest is {token_digest}; {receipt.token_digest} was committed."
+    return None
+
+
+def _problem_of_size(store: Store, key: str, num_bytes: int) -> str | None:
+    found = store.size(key)
+    if found == num_bytes:
+        return None
+    return f"{store.where(key)} is damaged: it {'is absent' if found is None else f'has {found} bytes'}; {num_bytes} bytes were written."
+
+
+def _problem_of_bytes(store: Store, key: str, num_bytes: int, xxh3: str) -> str | None:
+    digest, chunk = xxhash.xxh3_64(), bytearray(min(_CHUNK_BYTES, num_bytes))
+    for offset in range(0, num_bytes, _CHUNK_BYTES):
+        view = memoryview(chunk)[: min(_CHUNK_BYTES, num_bytes - offset)]
+        store.read_into(key, offset, view)
+        digest.update(view)
+    found = digest.hexdigest()
+    return None if found == xxh3 else f"{store.where(key)} is damaged: the xxh3 of its bytes is {found}; {xxh3} was written."

@@ -1,0 +1,92 @@
+"""`m2ray verify`: is every file of a run what was written? Names the damaged ones, and opens their shards for extraction again."""
+
+import json
+import os
+import time
+from dataclasses import asdict
+
+import click
+
+from m2ray.activations.commits import reopen
+from m2ray.activations.verify import Checked, Verification, verify
+from m2ray.cli import Command
+from m2ray.storage import open_store
+
+_EVERY_S = 5.0
+_SEQUENCES = "sequences/"
+
+
+@click.command(cls=Command)
+@click.argument("run", metavar="RUN")
+@click.option("--checksums", is_flag=True, help="Read every byte: xxh3 of each file, and the digest of its tokens.")
+@click.option("--repair", is_flag=True, help="Delete damaged shards, so that the same extract command does them anew. No driver may run.")
+@click.option("--threads", default=min(16, 2 * (os.cpu_count() or 1)), show_default=True, type=click.IntRange(1), help="Files at a time.")
+@click.option("--json", "as_json", is_flag=True, help="The findings as one JSON object.")
+@click.pass_context
+def command(ctx: click.Context, run: str, checksums: bool, repair: bool, threads: int, as_json: bool) -> None:
+    """Check every file of the run folder RUN against its commit: size, footer and rows, and with --checksums every byte.
+
+    Names the damaged files and ends with exit code 1 if there are any.
+    """
+    store = open_store(run)
+    found = verify(store, checksums=checksums, threads=threads, on_progress=_Progress())
+    reopened: list[int] = []
+    if repair and not all(damage.key.startswith(_SEQUENCES) for damage in found.damages):
+        reopened = list(found.damaged_shards)
+        reopen(store, reopened)
+    if as_json:
+        click.echo(json.dumps(_facts(found, checksums, reopened), indent=2, ensure_ascii=False))
+    else:
+        _print(found, checksums, repair)
+    ctx.exit(1 if found.damages else 0)
+
+
+def _facts(found: Verification, checksums: bool, reopened: list[int]) -> dict[str, object]:
+    """The stable keys of `--json`."""
+    return {
+        "run_id": found.job.run_id,
+        "complete": found.is_complete,
+        "checksums": checksums,
+        "files": found.files,
+        "num_bytes": found.num_bytes,
+        "damaged": [asdict(damage) for damage in found.damages],
+        "reopened_shards": reopened,
+    }
+
+
+def _print(found: Verification, checksums: bool, repair: bool) -> None:
+    for damage in found.damages:
+        click.echo(damage.problem)
+    depth = "every byte was read" if checksums else "sizes and footers only; --checksums reads every byte"
+    state = "complete" if found.is_complete else "not complete"
+    click.echo(f"{found.files:,} files with {found.num_bytes:,} bytes ({depth}); {len(found.damages):,} damaged; the run is {state}.")
+    if not found.damages:
+        return
+    if found.damaged_shards:
+        listed = ", ".join(map(str, found.damaged_shards))
+        click.echo(
+            f"Opened again: shards {listed}. Run the same extract command: it does them anew."
+            if repair
+            else f"Shards {listed} can be extracted again: once no driver runs, repeat this with --repair, then run the same extract command."
+        )
+    if any(damage.key.startswith(_SEQUENCES) for damage in found.damages):
+        click.echo("Files of sequences/ are written once, at the start: restore them from a copy.")
+
+
+class _Progress:
+    """A line on the error stream every few seconds."""
+
+    def __init__(self) -> None:
+        self._began = self._said = time.monotonic()
+
+    def __call__(self, checked: Checked) -> None:
+        now = time.monotonic()
+        if now - self._said < _EVERY_S:
+            return
+        self._said = now
+        rate = checked.num_bytes / (now - self._began) / 1e6
+        click.echo(
+            f"verify: {checked.files:,} of {checked.all_files:,} files, {checked.num_bytes / 1e9:.1f} of {checked.all_bytes / 1e9:.1f} GB, "
+            f"{rate:,.0f} MB/s",
+            err=True,
+        )

@@ -1,0 +1,75 @@
+"""How object stores are reached: endpoint, credentials, timeouts, retries.
+
+Credentials come from the environment or the provider's own chain (web identity, container, instance metadata) and stay inside obstore.
+"""
+
+import os
+from datetime import timedelta
+from typing import Any
+from urllib.parse import urlsplit
+
+from obstore.store import AzureStore, GCSStore, S3Store
+
+from m2ray.storage.address import Address
+
+REQUEST_TIMEOUT_S = 60
+RETRY_TIMEOUT_S = 180
+"""Below the five minutes after which a signed request would be refused: retries are not signed anew."""
+
+_CONNECT_TIMEOUT_S = 5
+_S3_ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")
+
+
+def connect(address: Address) -> Any:
+    """The store of obstore for an address. No request is made yet."""
+    endpoint = _endpoint(address)
+    settings: dict[str, Any] = {
+        "client_options": {
+            "timeout": f"{REQUEST_TIMEOUT_S}s",
+            "connect_timeout": f"{_CONNECT_TIMEOUT_S}s",
+            "allow_http": urlsplit(endpoint).scheme == "http",
+        },
+        "retry_config": {
+            "max_retries": 1000,  # the deadline ends them
+            "retry_timeout": timedelta(seconds=RETRY_TIMEOUT_S),
+            "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=5), "base": 2},
+        },
+        "prefix": address.prefix or None,
+    }
+    options = dict(address.options)
+    if "skip_signature" in options:
+        settings["skip_signature"] = options["skip_signature"] == "true"
+    if address.scheme == "s3":
+        return S3Store(address.bucket, **settings, **_s3_settings(options, endpoint))
+    if address.scheme == "gs":
+        if endpoint:
+            settings["base_url"] = endpoint
+        return GCSStore(address.bucket, **settings)
+    if endpoint:
+        settings["endpoint"] = endpoint
+    if "account" in options:
+        settings["account_name"] = options["account"]
+    return AzureStore(address.bucket, **settings)
+
+
+def _endpoint(address: Address) -> str:
+    """The server's URL as the address or, for S3, the environment names it; "" for the provider's own."""
+    named = address.options.get("endpoint", "")
+    if named or address.scheme != "s3":
+        return named
+    return next((os.environ[name] for name in _S3_ENDPOINTS if os.environ.get(name)), "")
+
+
+def _s3_settings(options: dict[str, str], endpoint: str) -> dict[str, Any]:
+    """Hashing the body for its signature costs three quarters of the client's time; TLS protects it as well, loopback needs nothing."""
+    parts = urlsplit(endpoint)
+    settings: dict[str, Any] = {"unsigned_payload": parts.scheme != "http" or parts.hostname in _LOOPBACK}
+    if "endpoint" in options:
+        # This setting goes before all others: an endpoint in the environment must not win over the URL's.
+        settings["aws_endpoint_url_s3"] = options["endpoint"]
+    if "region" in options:
+        settings["region"] = options["region"]
+    if "virtual_hosted_style" in options:
+        settings["virtual_hosted_style_request"] = options["virtual_hosted_style"] == "true"
+    return settings

@@ -1,0 +1,50 @@
+"""HashingFile: what a library that writes to a file object needs of an object being written, hashed on its way."""
+
+import xxhash
+
+from m2ray.storage.store import Data, PartSink
+
+
+class HashingFile:
+    """Hands bytes on to a sink. `publish` makes the object visible; `close` does nothing, since libraries call it as they like.
+
+    Attributes:
+        num_bytes: bytes handed on so far.
+    """
+
+    def __init__(self, sink: PartSink) -> None:
+        self.num_bytes = 0
+        self.closed = False
+        self._sink = sink
+        self._xxh3 = xxhash.xxh3_64()
+        self._is_aborted = False
+
+    @property
+    def xxh3(self) -> str:
+        """xxh3-64 of the bytes so far, 16 hex digits."""
+        return self._xxh3.hexdigest()
+
+    def write(self, data: Data) -> int:
+        if not self._is_aborted:  # pyarrow writes a footer whenever its writer goes away
+            self._xxh3.update(data)
+            self._sink.write(data)
+            self.num_bytes += len(data)
+        return len(data)
+
+    def tell(self) -> int:
+        return self.num_bytes
+
+    def flush(self) -> None:
+        """Nothing is held back here."""
+
+    def close(self) -> None:
+        self.closed = True
+
+    def publish(self) -> None:
+        """Make the object durable and visible. Raises StoreError."""
+        self._sink.close()
+
+    def abort(self) -> None:
+        """Give the object up; what is written from now on goes nowhere."""
+        self._is_aborted = True
+        self._sink.abort()

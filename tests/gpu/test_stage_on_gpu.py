@@ -1,0 +1,108 @@
+"""A stage on a GPU: loaded bitwise as on the CPU, captured rows right while later micro-batches run, compiled without recompiling."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from m2ray.batches import LayerSpan, MicroBatch
+from m2ray.model.stage import Stage, StageSpec, load_stage
+from m2ray.model.weights import dequantize
+from tests.reference import MINIMAX_TINY, load_reference, make_minimax, micro_batch_of, reference_rows
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+NUM_LAYERS = MINIMAX_TINY["layers"]
+
+
+def load(folder: Path, device: str, *, dtype: str = "bfloat16", compiled: bool = False, span: tuple[int, int] = (0, NUM_LAYERS)) -> Stage:
+    layers = tuple(range(*span))
+    spec = StageSpec(str(folder), LayerSpan(*span), layers, ("residual",), dtype, dtype, "auto", device, None, compile=compiled)
+    return load_stage(spec, lambda *_: None)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_minimax(tmp_path_factory.mktemp("gpu") / "model", "fp8")
+
+
+def tensors(stage: Stage) -> dict[str, torch.Tensor]:
+    model = stage._decoder.skeleton.model
+    return {name: tensor for name, tensor in [*model.named_parameters(), *model.named_buffers()] if not tensor.is_meta}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_weights_are_bitwise_those_of_the_cpu(folder: Path, dtype: str) -> None:
+    on_gpu, on_cpu = tensors(load(folder, "cuda:0", dtype=dtype)), tensors(load(folder, "cpu", dtype=dtype))
+    assert on_gpu.keys() == on_cpu.keys()
+    for name, tensor in on_cpu.items():
+        assert torch.equal(on_gpu[name].cpu(), tensor), name
+
+
+def test_the_fused_kernel_is_bitwise_the_formula() -> None:
+    from m2ray.model.gpu_loading import dequantize_into
+
+    generator = torch.Generator("cuda").manual_seed(0)
+    for rows, columns in ((128, 128), (1536, 3072), (200, 300), (64, 4096)):
+        bits = torch.randint(0, 256, (rows, columns), generator=generator, device="cuda", dtype=torch.uint8)
+        bits[(bits & 0x7F) == 0x7F] = 0  # e4m3's only NaN
+        weight = bits.view(torch.float8_e4m3fn)
+        scale = torch.rand(-(-rows // 128), -(-columns // 128), generator=generator, device="cuda") * 1e-3
+        into = torch.full((rows, columns), float("nan"), dtype=torch.bfloat16, device="cuda")
+        dequantize_into(weight, scale, (128, 128), into)
+        assert torch.equal(into, dequantize(weight, scale, (128, 128))), (rows, columns)
+
+
+def test_reads_no_more_than_needed(folder: Path) -> None:
+    stage = load(folder, "cuda:0", span=(2, 4))
+    assert stage.needed_bytes <= stage.bytes_read <= 1.01 * stage.needed_bytes
+
+
+def test_rows_are_right_while_later_micro_batches_run(folder: Path) -> None:
+    """All outputs are collected only after the last was started: nothing may have been overwritten meanwhile."""
+    stage = load(folder, "cuda:0", dtype="float32")
+    batches = [micro_batch_of((9 + seed, 23, 1, 17, 4), MINIMAX_TINY["vocab_size"], seed) for seed in range(12)]
+    outputs = [stage.forward(batch, None) for batch in batches]
+    reference = load_reference(folder, torch.float32)
+    for batch, output in zip(batches, outputs, strict=True):
+        for captured, expected in zip(output.captured, reference_rows(reference, batch), strict=True):
+            rows = torch.from_numpy(captured.rows).view(torch.float32)
+            assert ((rows - expected).norm(dim=1) / expected.norm(dim=1)).max() < 1e-4
+
+
+def test_a_chain_on_the_gpu_equals_one_stage(folder: Path) -> None:
+    batch = micro_batch_of((9, 23, 1, 17, 4), MINIMAX_TINY["vocab_size"])
+    whole = load(folder, "cuda:0").forward(batch, None).captured
+    first, second = load(folder, "cuda:0", span=(0, 3)), load(folder, "cuda:0", span=(3, NUM_LAYERS))
+    handed_on = first.forward(batch, None)
+    assert handed_on.ready is not None
+    handed_on.ready.synchronize()
+    assert handed_on.hidden_BTH is not None
+    chained = (*handed_on.captured, *second.forward(batch, handed_on.hidden_BTH.cpu().pin_memory()).captured)
+    for one, other in zip(whole, chained, strict=True):
+        assert np.array_equal(one.rows, other.rows), one.layer
+
+
+def test_nothing_is_compiled_again_after_the_warm_up(folder: Path) -> None:
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    stage = load(folder, "cuda:0", compiled=True)
+    stage.warm_up(512)
+    compiled = counters["stats"]["unique_graphs"]
+    assert compiled > 0
+    for lengths in ((512,), (100, 90, 80), (7, 6, 5, 3), (256, 250), (33,) * 15, (2, 2)):
+        batch: MicroBatch = micro_batch_of(lengths, MINIMAX_TINY["vocab_size"])
+        assert stage.forward(batch, None).captured
+    assert counters["stats"]["unique_graphs"] == compiled
+
+
+def test_an_infinity_is_found_when_the_rows_are_taken(folder: Path) -> None:
+    from m2ray.errors import StageError
+
+    stage = load(folder, "cuda:0")
+    with torch.no_grad():
+        tensors(stage)["model.layers.3.mlp.experts.down_proj"].fill_(float("inf"))
+    output = stage.forward(micro_batch_of((5, 3), MINIMAX_TINY["vocab_size"]), None)
+    with pytest.raises(StageError, match="Layer 3"):
+        _ = output.captured

@@ -1,0 +1,159 @@
+"""What m2ray asks of every store, over memory, a local disk and a real S3 server."""
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from obstore.store import MemoryStore
+
+from m2ray.errors import AlreadyExistsError, StoreError
+from m2ray.storage import ObjectStore, Store, open_store
+
+ODD_KEYS = ("a b", "a#b", "a?b=c&d", "a%20b", "a+b", "ü水~*[]{}^`|\"<>'", "a\\b", "site=x/layer=007/é", "a:b@c,d;e$f!(g)")
+
+
+@pytest.fixture(params=["memory", "local", "s3"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    if request.param == "memory":
+        return ObjectStore("memory://", MemoryStore())
+    if request.param == "local":
+        return open_store(tmp_path / "root")
+    return open_store(request.getfixturevalue("url"))
+
+
+@pytest.fixture
+def uploads(store: Store, request: pytest.FixtureRequest) -> Callable[[], list[str]]:
+    """The unfinished multipart uploads, where the store has such a thing."""
+    if not store.url.startswith("s3://"):
+        return list
+    server = request.getfixturevalue("s3")
+    return lambda: server.unfinished_uploads(store.url)
+
+
+def test_the_probe_accepts_it_and_leaves_nothing(store: Store) -> None:
+    store.probe()
+    assert list(store.list("")) == []
+
+
+def test_one_of_sixteen_creators_wins(store: Store) -> None:
+    for attempt in range(4):
+        key = f"_commits/shard-{attempt}.json"
+
+        def create(number: int, key: str = key) -> bool:
+            try:
+                store.create(key, str(number).encode())
+            except AlreadyExistsError as error:
+                assert key in str(error)
+                return False
+            return True
+
+        with ThreadPoolExecutor(16) as pool:
+            won = list(pool.map(create, range(16)))
+        assert sum(won) == 1
+        assert store.read(key) == str(won.index(True)).encode()
+
+
+def test_put_writes_and_replaces(store: Store) -> None:
+    for content in (b"1", b"22", b""):
+        store.put("report.json", content)
+        assert store.read("report.json") == content
+        assert store.size("report.json") == len(content)
+
+
+@pytest.mark.parametrize("num_bytes", [4, 20 << 20])
+def test_a_part_is_seen_once_closed_and_gone_when_aborted(store: Store, uploads: Callable[[], list[str]], num_bytes: int) -> None:
+    kept, dropped = store.open_part("data/a.parquet"), store.open_part("data/b.parquet")
+    for sink in (kept, dropped):
+        sink.write(memoryview(bytes(num_bytes)))
+        assert list(store.list("")) == []
+        assert store.size("data/a.parquet") is None
+    kept.close()
+    dropped.abort()
+    assert list(store.list("")) == [("data/a.parquet", num_bytes)]
+    assert uploads() == []
+
+
+def test_a_closed_part_can_be_aborted(store: Store) -> None:
+    store.put("other", b"1")
+    sink = store.open_part("part")
+    sink.write(b"x")
+    sink.close()
+    store.delete(["part"])
+    assert [key for key, _ in store.list("")] == ["other"]
+
+
+def test_a_large_part_in_uneven_pieces_arrives_whole(store: Store, uploads: Callable[[], list[str]]) -> None:
+    content = os.urandom(40_000_003)
+    sink, scratch, start = store.open_part("large"), bytearray(9_000_000), 0
+    for num_bytes in (1, 9_000_000, 5_000_000, 3, 8_388_608, 1 << 20, 0):
+        scratch[:num_bytes] = content[start : start + num_bytes]
+        sink.write(memoryview(scratch)[:num_bytes])
+        scratch[:num_bytes] = bytes(num_bytes)  # the caller may reuse its memory at once
+        start += num_bytes
+    sink.write(content[start:])
+    sink.close()
+    assert store.size("large") == len(content)
+    assert store.read("large") == content
+    assert store.read_range("large", 3, 30_000_000) == content[3:30_000_003]
+    assert uploads() == []
+
+
+def test_ranges(store: Store) -> None:
+    store.put("weights", bytes(range(100)))
+    assert store.read_range("weights", 10, 5) == bytes(range(10, 15))
+    assert store.read_range("weights", 0, 100) == bytes(range(100))
+    assert store.read_range("weights", 40, 0) == b""
+
+
+@pytest.mark.parametrize(("offset", "num_bytes"), [(90, 30), (100, 1), (200, 5), (0, 20 << 20)])
+def test_a_range_past_the_end_is_an_error_that_names_both(store: Store, offset: int, num_bytes: int) -> None:
+    store.put("weights", bytes(100))
+    with pytest.raises(StoreError, match=rf"weights ends at byte \d+, but bytes {offset} to {offset + num_bytes} are needed"):
+        store.read_range("weights", offset, num_bytes)
+
+
+def test_a_listing_takes_a_folder_not_a_beginning(store: Store) -> None:
+    for key in ("a/1", "a/b/2", "ab/3", "a.json", "c"):
+        store.put(key, key.encode())
+    assert sorted(store.list("a")) == [("a/1", 3), ("a/b/2", 5)]
+    assert sorted(key for key, _ in store.list("")) == ["a.json", "a/1", "a/b/2", "ab/3", "c"]
+    assert list(store.list("absent")) == []
+
+
+def test_a_listing_of_many_pages_is_whole(store: Store) -> None:
+    keys = [f"many/{number:05d}" for number in range(1_203)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda key: store.put(key, b""), keys))
+    assert sorted(key for key, _ in store.list("many")) == keys
+    store.delete(keys)
+    assert list(store.list("")) == []
+
+
+def test_deleting_what_is_gone_is_no_error(store: Store) -> None:
+    store.put("a", b"")
+    store.delete(["a", "a", "b"])
+    store.delete([])
+    assert list(store.list("")) == []
+
+
+def test_odd_keys_are_taken_as_they_are(store: Store) -> None:
+    for number, key in enumerate(ODD_KEYS):
+        store.create(key, str(number).encode())
+    assert sorted(key for key, _ in store.list("")) == sorted(ODD_KEYS)
+    for number, key in enumerate(ODD_KEYS):
+        assert store.read(key) == str(number).encode()
+    store.delete(ODD_KEYS)
+    assert list(store.list("")) == []
+
+
+def test_an_absent_object(store: Store) -> None:
+    assert store.size("absent/key") is None
+    for read in (lambda: store.read("absent/key"), lambda: store.read_range("absent/key", 0, 3)):
+        with pytest.raises(StoreError) as caught:
+            read()
+        assert "absent/key" in str(caught.value)
+        assert len(str(caught.value).splitlines()) == 1
+        for noise in ("Debug", "RetryError", "<?xml", "HTTP"):
+            assert noise not in str(caught.value)
