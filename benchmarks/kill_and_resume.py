@@ -1,7 +1,4 @@
-"""SIGKILL of a run at random moments, and the same command again: are the rows the same, and is none lost or doubled?
-
-    python benchmarks/kill_and_resume.py FOLDER [--kills 10] [--seed 0]
-"""
+"""SIGKILL of a run at random moments, and the same command again: are the rows the same, and is none lost or doubled?"""
 
 import argparse
 import os
@@ -13,12 +10,20 @@ import sys
 import tempfile
 from pathlib import Path
 
-from records import Row, record
-from runs import ROOT, commits, digest_of, environment, extract, start_extract
+from benchmarks.records import Row, record
+from benchmarks.runs import ROOT, commits, digest_of, environment, extract, start_extract
 
-SIZES = ("--layers 16 --hidden-size 128 --intermediate-size 128 --num-experts 8 --num-heads 8 --num-kv-heads 4").split() + (
-    "--head-dim 32 --experts-per-token 2 --vocab-size 4096"
-).split()
+SIZES = {
+    "layers": 16,
+    "hidden-size": 128,
+    "intermediate-size": 128,
+    "num-experts": 8,
+    "num-heads": 8,
+    "num-kv-heads": 4,
+    "head-dim": 32,
+    "experts-per-token": 2,
+    "vocab-size": 4096,
+}
 
 
 def main() -> None:
@@ -32,7 +37,13 @@ def main() -> None:
     model, log = folder / "model", folder / "log"
     if not model.exists():
         maker = [sys.executable, "scripts/make_checkpoint.py", str(model), "--config", "tests/data/minimax_m2/config.json"]
-        subprocess.run([*maker, "--format", "fp8", "--seed", "7", *SIZES], cwd=ROOT, check=True, env=environment() | {"PYTHONPATH": str(ROOT)})
+        sizes = [word for name, value in SIZES.items() for word in (f"--{name}", str(value))]
+        subprocess.run(
+            [*maker, "--format", "fp8", "--seed", "7", *sizes],
+            cwd=ROOT,
+            check=True,
+            env={**environment(), "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
+        )
     options = {"model": model, "prompts": ROOT / "scripts/demo_prompts.jsonl", "stages": 2, "batch_tokens": 2048, "shard_tokens": 2048}
     whole = Path(tempfile.mkdtemp(prefix="whole-", dir=folder)) / "run"
     duration_s = extract(log, output=whole, **options)

@@ -1,20 +1,18 @@
-"""MiniMax-M2's real dimensions on a CPU: 2 layers in FP8, two stages, 8 short prompts; a stage's memory against its span's bytes.
-
-    python benchmarks/real_size.py FOLDER
+"""MiniMax-M2's real dimensions on a CPU: 2 FP8 layers, two stages, 8 short prompts; a stage's memory against its span's bytes.
 
 Needs about 12 GB of disk and 20 GB of memory.
 """
 
 import argparse
+import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-from records import Row, record
-from runs import ROOT, environment, peak_rss_bytes, stage_processes, start_extract
-
 import m2ray
+from benchmarks.records import Row, record
+from benchmarks.runs import ROOT, environment, peak_rss_bytes, stage_processes, start_extract
 from m2ray.model.checkpoint import open_checkpoint, tensor_table
 
 PROMPTS = (
@@ -37,7 +35,12 @@ def main() -> None:
     model, prompts, run = folder / "model", folder / "prompts.txt", folder / f"run-{int(time.time())}"
     if not model.exists():
         maker = [sys.executable, "scripts/make_checkpoint.py", str(model), "--config", "tests/data/minimax_m2/config.json"]
-        subprocess.run([*maker, "--layers", "2", "--format", "fp8"], cwd=ROOT, check=True, env=environment() | {"PYTHONPATH": str(ROOT)})
+        subprocess.run(
+            [*maker, "--layers", "2", "--format", "fp8"],
+            cwd=ROOT,
+            check=True,
+            env={**environment(), "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
+        )
     prompts.write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
     began = time.monotonic()
     driver = start_extract(folder / "log", model=model, prompts=prompts, output=run, stages=2, compute_dtype="bfloat16")
@@ -66,7 +69,11 @@ def main() -> None:
     ]
     reader = m2ray.open_run(run)
     norm = reader.layer(1).mean_norm()
-    rows.append(Row("whole command, from start to _SUCCESS", elapsed_s, "s", note=f"{reader.num_tokens} tokens; mean norm after layer 1: {norm:.3g}"))
+    rows.append(
+        Row(
+            "whole command, from start to _SUCCESS", elapsed_s, "s", note=f"{reader.num_tokens} tokens; mean norm after layer 1: {norm:.3g}"
+        )
+    )
     record("real_size", "2 layers at MiniMax-M2's real dimensions, FP8 checkpoint, bfloat16 on a CPU, 2 stages", rows)
 
 

@@ -6,6 +6,7 @@ python benchmarks/records.py     renders README.md again
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
@@ -45,7 +46,7 @@ def record(name: str, title: str, rows: list[Row]) -> Path:
     head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=FOLDER, capture_output=True, text=True, check=False).stdout.strip()
     document = {
         "title": title,
-        "command": " ".join(["python", Path(sys.argv[0]).resolve().relative_to(FOLDER.parent).as_posix(), *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
         "machine": machine(),
         "date": datetime.now(UTC).date().isoformat(),
         "commit": head or os.environ.get("M2RAY_COMMIT", "unknown"),

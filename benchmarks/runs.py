@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,13 +45,13 @@ def extract(log: Path, **options: object) -> float:
 def digest_of(run: Path) -> str:
     """xxh3-128 over which token each row is and over every layer's bits, in the reader's order."""
     reader = m2ray.open_run(run)
-    digest = xxhash.xxh3_128(np.ascontiguousarray(reader.tokens()).view(np.uint8))
+    digest = xxhash.xxh3_128(np.ascontiguousarray(reader.tokens()).tobytes())
     for layer in reader.layer_numbers:
-        digest.update(reader.layer(layer).tensor().contiguous().view(torch.uint8).numpy())
+        digest.update(reader.layer(layer).tensor().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
-def commits(run: Path) -> list[dict[str, object]]:
+def commits(run: Path) -> list[dict[str, Any]]:
     """The run's commit records, by shard."""
     return [json.loads(path.read_text()) for path in sorted((run / "_commits").glob("shard-*.json"))]
 

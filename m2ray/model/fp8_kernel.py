@@ -5,7 +5,7 @@ import triton.language as tl
 
 
 # Without annotations: Triton compiles the function's text, and knows no names but its own.
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def dequantize_block(  # type: ignore[no-untyped-def]  # noqa: ANN201
     weight,  # noqa: ANN001
     scale,  # noqa: ANN001
