@@ -36,7 +36,7 @@ def main() -> None:
     if not model.exists():
         maker = [sys.executable, "scripts/make_checkpoint.py", str(model), "--config", "tests/data/minimax_m2/config.json"]
         subprocess.run(
-            [*maker, "--layers", "2", "--format", "fp8"],
+            [*maker, "--layers", "2", "--format", "fp8", "--seed", "1"],
             cwd=ROOT,
             check=True,
             env={**environment(), "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
