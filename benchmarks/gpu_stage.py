@@ -1,0 +1,204 @@
+"""One stage at MiniMax-M2's real dimensions on a GPU: loading, one layer's speed, and what capturing every layer costs.
+
+Needs a CUDA device with 24 GB and 8 GB more a layer, and 4 GB of disk a layer.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks.records import Row, record
+from benchmarks.runs import ROOT
+from m2ray.batches import LayerSpan, MicroBatch
+from m2ray.model.stage import Stage, StageSpec, load_stage
+from scripts.make_checkpoint import make_checkpoint
+
+READ_BYTES = 16 << 20
+BATCH_TOKENS = 16_384
+SHAPES = ((8, 2048), (32, 512))
+REPEATS = 5
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--layers", type=int, default=6)
+    arguments = parser.parse_args()
+    model: Path = arguments.folder.resolve() / "model"
+    config = json.loads((ROOT / "tests/data/minimax_m2/config.json").read_text())
+    if not model.exists():
+        make_checkpoint(model, config, overrides={"layers": arguments.layers}, fmt="fp8", seed=1)
+    rows = [*loading(model, arguments.layers), *running(model, arguments.layers, config)]
+    record("gpu_stage", f"A stage of {arguments.layers} layers at MiniMax-M2's real dimensions, FP8 checkpoint, bfloat16", rows)
+
+
+def spec(model: Path, num_layers: int, *, compiled: bool) -> StageSpec:
+    layers = tuple(range(num_layers))
+    return StageSpec(
+        str(model), LayerSpan(0, num_layers), layers, ("residual",), "bfloat16", "bfloat16", "auto", "cuda:0", None, compile=compiled
+    )
+
+
+# -- loading --------------------------------------------------------------------------------------------------------------
+
+
+def loading(model: Path, num_layers: int) -> list[Row]:
+    """FP8 from disk to bfloat16 on the GPU, against a plain parallel read of the same files; interleaved."""
+    raw: dict[str, list[float]] = {"cold": [], "warm": []}
+    loaded: dict[str, list[float]] = {"cold": [], "warm": []}
+    torch.zeros(1, device="cuda")
+    for state, repeats in (("cold", 2), ("warm", REPEATS)):
+        for _ in range(repeats):
+            if state == "cold":
+                drop_caches()
+            # The files lie in more bytes than the span needs (lm_head); both are counted by what they read.
+            raw[state].append(max(raw_read(model, threads) for threads in ((8,) if state == "cold" else (4, 8))))
+            if state == "cold":
+                drop_caches()
+            loaded[state].append(load_rate(model, num_layers))
+    rows = []
+    for state, rates in loaded.items():
+        rate, base = statistics.median(rates), statistics.median(raw[state])
+        what = "from the disk" if state == "cold" else "from the page cache"
+        rows.append(Row(f"loading {what}", rate, "GB/s", base, "parallel pread of the same files", rate / base, "0.8", ""))
+    return rows
+
+
+def drop_caches() -> None:
+    os.sync()
+    Path("/proc/sys/vm/drop_caches").write_text("3")
+
+
+def raw_read(model: Path, threads: int) -> float:
+    """GB/s of reading every weight file once into ordinary memory."""
+    pieces = [(path, offset) for path in sorted(model.glob("*.safetensors")) for offset in range(0, path.stat().st_size, READ_BYTES)]
+
+    def read(piece: tuple[Path, int]) -> int:
+        fd = os.open(piece[0], os.O_RDONLY)
+        try:
+            return os.preadv(fd, [bytearray(READ_BYTES)], piece[1])
+        finally:
+            os.close(fd)
+
+    began = time.monotonic()
+    with ThreadPoolExecutor(threads) as pool:
+        num_bytes = sum(pool.map(read, pieces))
+    return num_bytes / 1e9 / (time.monotonic() - began)
+
+
+def load_rate(model: Path, num_layers: int) -> float:
+    """GB/s of load_stage, everything in it."""
+    began = time.monotonic()
+    stage = load_stage(spec(model, num_layers, compiled=False), lambda *_: None)
+    rate = stage.bytes_read / 1e9 / (time.monotonic() - began)
+    del stage
+    torch.cuda.empty_cache()
+    return rate
+
+
+# -- running --------------------------------------------------------------------------------------------------------------
+
+
+def running(model: Path, num_layers: int, config: dict[str, int]) -> list[Row]:
+    """A layer's speed, compiled and eager, and a bare forward pass against one that captures every layer."""
+    rows = []
+    eager = {shape: bare_ms(load_stage(spec(model, num_layers, compiled=False), lambda *_: None), shape) for shape in SHAPES}
+    torch.cuda.empty_cache()
+    stage = load_stage(spec(model, num_layers, compiled=True), lambda *_: None)
+    began = time.monotonic()
+    stage.warm_up(BATCH_TOKENS)
+    warm_up_s = time.monotonic() - began
+    for shape in SHAPES:
+        pairs = [(bare_ms(stage, shape), captured_ms(stage, shape)) for _ in range(REPEATS)]
+        bare = statistics.median(pair[0] for pair in pairs)
+        captured = statistics.median(pair[1] for pair in pairs)
+        ratio = statistics.median(pair[0] / pair[1] for pair in pairs)
+        name = f"{shape[0]} x {shape[1]}"
+        operations = layer_operations(config, *shape)
+        rows.append(
+            Row(
+                f"compiled layer, {name}",
+                operations / (bare / num_layers) / 1e9,
+                "TFLOP/s",
+                operations / (eager[shape] / num_layers) / 1e9,
+                "eager",
+                eager[shape] / bare,
+                "400",
+                f"{bare / num_layers:.2f} ms; matrix products and causal attention counted; warm-up {warm_up_s:.0f} s",
+            )
+        )
+        note = "every layer's rows in host memory"
+        rows.append(
+            Row(
+                f"every layer captured, {name}",
+                BATCH_TOKENS / captured,
+                "ktok/s",
+                BATCH_TOKENS / bare,
+                "bare forward of the same modules",
+                ratio,
+                "0.97",
+                note,
+            )
+        )
+    return rows
+
+
+def layer_operations(config: dict[str, int], sequences: int, length: int) -> float:
+    """Floating-point operations of one layer: projections, causal attention, router and the chosen experts."""
+    tokens, hidden = sequences * length, config["hidden_size"]
+    query = config["num_attention_heads"] * config["head_dim"]
+    key_value = 2 * config["num_key_value_heads"] * config["head_dim"]
+    projections = 2 * tokens * hidden * (2 * query + key_value)
+    attention = 2 * 2 * tokens * length / 2 * query
+    router = 2 * tokens * hidden * config["num_local_experts"]
+    experts = 2 * tokens * config["num_experts_per_tok"] * 3 * hidden * config["intermediate_size"]
+    return projections + attention + router + experts
+
+
+def micro_batch(shape: tuple[int, int]) -> MicroBatch:
+    token_ids_BT = np.random.default_rng(0).integers(3, 4000, shape).astype(np.int32)
+    return MicroBatch(0, 0, True, np.arange(shape[0]), np.full(shape[0], shape[1], np.int32), token_ids_BT)
+
+
+def timed_ms(step: Callable[[], object], count: int = 10) -> float:
+    step()
+    torch.cuda.synchronize()
+    began = time.monotonic()
+    for _ in range(count):
+        step()
+    torch.cuda.synchronize()
+    return (time.monotonic() - began) / count * 1e3
+
+
+def bare_ms(stage: Stage, shape: tuple[int, int]) -> float:
+    """Milliseconds of the span's own forward pass, nothing kept."""
+    token_ids_BT = torch.from_numpy(micro_batch(shape).token_ids_BT).to("cuda", torch.int64)
+    with torch.inference_mode():
+        return timed_ms(lambda: stage._decoder.run(token_ids_BT, None, lambda *_: None))  # noqa: SLF001 - the span without a capture
+
+
+def captured_ms(stage: Stage, shape: tuple[int, int]) -> float:
+    """Milliseconds of a micro-batch whose every layer ends in host memory, with two micro-batches under way."""
+    batch, under_way = micro_batch(shape), []
+
+    def step() -> None:
+        under_way.append(stage.forward(batch, None))
+        if len(under_way) > 2:
+            assert len(under_way.pop(0).captured) == len(stage.parts)
+
+    elapsed_ms = timed_ms(step)
+    for output in under_way:
+        _ = output.captured
+    return elapsed_ms
+
+
+if __name__ == "__main__":
+    main()
