@@ -149,7 +149,8 @@ def test_m2ray_submit_returns_the_jobs_exit_code(cluster: RayCluster, minimax: P
 
 def test_ctrl_c_asks_before_it_stops_the_job(cluster: RayCluster, minimax: Path, prompts: Path, tmp_path: Path) -> None:
     follower = subprocess.Popen(
-        ["m2ray", "submit", "--address", cluster.dashboard, *words(minimax, prompts, tmp_path / "run")],
+        # A shell without job control starts what runs in the background with SIGINT ignored, and that is inherited.
+        ["env", "--default-signal=INT", "m2ray", "submit", "--address", cluster.dashboard, *words(minimax, prompts, tmp_path / "run")],
         env=dict(cluster.env),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
