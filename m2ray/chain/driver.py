@@ -45,6 +45,7 @@ class _OpenShard:
     began_at: float = field(default_factory=time.monotonic)
     micro_batches: list[tuple[int, int]] = field(default_factory=list)
     receipts: list[Any] = field(default_factory=list)
+    pending: list[Any] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -219,15 +220,16 @@ class Chain:
     def _advance(self) -> Iterator[ShardResult]:
         """Wait a moment for the chain's oldest micro-batch or a closing shard, and take in whatever is done."""
         waiting = [self._in_flight[0].done] if self._in_flight else []
-        waiting += [ref for opened in self._closing for ref in opened.receipts]
+        # Only what is still to come: a receipt that is there already would count as progress for ever.
+        waiting += [ref for opened in self._closing for ref in opened.pending]
         done, _ = ray.wait(waiting, num_returns=1, timeout=_POLL_S)
         self._moved = bool(done)
         while self._in_flight and ray.wait([self._in_flight[0].done], timeout=0)[0]:
             self._retire(self._in_flight.popleft())
         for opened in list(self._closing):
-            ready, pending = ray.wait(opened.receipts, num_returns=len(opened.receipts), timeout=0)
+            ready, opened.pending = ray.wait(opened.pending, num_returns=len(opened.pending), timeout=0)
             self._get(ready, self._limits.timeout_s)
-            if not pending:
+            if not opened.pending:
                 self._closing.remove(opened)
                 receipts = [receipt for receipts in self._get(opened.receipts, self._limits.timeout_s) for receipt in receipts]
                 elapsed_s = time.monotonic() - opened.began_at
@@ -240,6 +242,7 @@ class Chain:
         if retired.is_last:
             owner = retired.owner
             owner.receipts = [stage.collect.remote(owner.shard.index, owner.attempt) for stage in self._stages]
+            owner.pending = list(owner.receipts)
             self._closing.append(owner)
 
     # -- failures -----------------------------------------------------------------------------------------------------
