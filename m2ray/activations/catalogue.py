@@ -17,7 +17,7 @@ from m2ray.activations.manifest import manifest_table, read_manifest, receipts_o
 from m2ray.activations.part_reader import PartReader
 from m2ray.activations.records import committed_shards, read_commit, read_summary
 from m2ray.batches import PartReceipt, PartSpec, SequenceFile
-from m2ray.errors import ConfigError, RunDamagedError, StoreError
+from m2ray.errors import NotInRunError, RunDamagedError, StoreError
 from m2ray.storage import Store
 
 
@@ -87,11 +87,11 @@ class Catalogue:
         """What became of a row of the source. Reads only the file that holds it.
 
         Raises:
-            ConfigError: the source has no such row.
+            NotInRunError: the source has no such row.
             RunDamagedError: the file differs from what job.json says.
         """
         if not 0 <= sequence_id < self.job.counts.sequences:
-            raise ConfigError(
+            raise NotInRunError(
                 f"There is no sequence {sequence_id}: the run at {self.store.url} has sequences 0 to {self.job.counts.sequences - 1}."
             )
         number = bisect_right(self._first_ids, sequence_id) - 1

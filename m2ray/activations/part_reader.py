@@ -9,7 +9,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from m2ray.activations.schema import part_metadata, part_schema, row_bytes
+from m2ray.activations.pages import PartPages
+from m2ray.activations.planes import join
+from m2ray.activations.schema import Compression, activation_columns, part_metadata, part_schema
 from m2ray.batches import TOKEN_ROW, Bits, PartReceipt, PartSpec
 from m2ray.errors import RunDamagedError
 from m2ray.storage import Store
@@ -41,7 +43,9 @@ class PartReader:
     """
 
     def __init__(self, store: Store, spec: PartSpec, run_metadata: Mapping[str, str], receipt: PartReceipt) -> None:
-        self._url = f"{store.url}/{receipt.key}"
+        self._url = store.where(receipt.key)
+        self._store = store
+        self._receipt = receipt
         self._spec = spec
         self._remedy = "Restore it from a copy, or run `m2ray verify RUN --checksums --repair` and the same extract command again: it does the shard anew."
         num_bytes = store.size(receipt.key)
@@ -84,14 +88,14 @@ class PartReader:
             first_row += num_rows
         raise self._damaged(f"sequence {sequence_id} lies in no one row group")
 
+    def pages(self) -> PartPages:
+        """Where each row lies. Raises RunDamagedError or StoreError."""
+        return PartPages(self._store, self._receipt.key, self._receipt.num_bytes, self._columns)
+
     def _read(self, number: int) -> PartRows:
         table = self._understood(lambda: self._parquet.read_row_group(number))
-        column = table["activation"]
-        activation = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
-        width_bytes = row_bytes(self._spec)
-        offset, num_bytes = activation.offset * width_bytes, len(activation) * width_bytes
-        bits = np.frombuffer(activation.buffers()[1], np.uint8, num_bytes, offset).reshape(-1, width_bytes)
-        return PartRows(_token_rows(table), bits)
+        columns = [_bytes_of(table[name], num_bytes) for name, num_bytes in self._columns]
+        return PartRows(_token_rows(table), join(*columns) if len(columns) > 1 else columns[0])
 
     def _check_footer(self, run_metadata: Mapping[str, str], receipt: PartReceipt) -> None:
         schema = self._parquet.schema_arrow
@@ -100,12 +104,14 @@ class PartReader:
         # What the footer itself says; schema_arrow would say what a copy inside it, for Arrow's own use, says.
         footer = self._parquet.metadata.metadata or {}
         found = {key.decode(errors="replace"): value.decode(errors="replace") for key, value in footer.items()}
-        wanted = part_metadata(self._spec, run_metadata, receipt.shard, receipt.attempt)
+        compression: Compression = "planes" if found.get("m2ray.compression") == "planes" else "none"
+        wanted = part_metadata(self._spec, run_metadata, receipt.shard, receipt.attempt, compression)
         differing = [f"{key} = {found.get(key, 'absent')}, not {value}" for key, value in wanted.items() if found.get(key) != value]
         if differing:
             raise self._damaged(f"its footer says {'; '.join(differing)}")
-        if not schema.equals(part_schema(self._spec, run_metadata, receipt.shard, receipt.attempt)):
+        if not schema.equals(part_schema(self._spec, run_metadata, receipt.shard, receipt.attempt, compression)):
             raise self._damaged(f"its columns are {', '.join(str(field) for field in schema)}")
+        self._columns = activation_columns(self._spec, compression)
 
     def _understood(self, read: Any) -> Any:
         """What `read` gives; what pyarrow cannot make sense of is a damaged file."""
@@ -150,6 +156,12 @@ class _StoreStream:
 
     def close(self) -> None:
         """Nothing is held open here."""
+
+
+def _bytes_of(column: Any, value_bytes: int) -> Bits:
+    """A column of fixed-size values as uint8 [N, value_bytes], read-only."""
+    values = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+    return np.frombuffer(values.buffers()[1], np.uint8, len(values) * value_bytes, values.offset * value_bytes).reshape(-1, value_bytes)
 
 
 def _token_rows(table: Any) -> npt.NDArray[Any]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +12,15 @@ import pyarrow.compute as pc
 
 from m2ray.activations.catalogue import Catalogue
 from m2ray.activations.job import JobRecord
+from m2ray.activations.random_rows import RandomRows
 from m2ray.batches import TOKEN_ROW, PartReceipt, PartSpec
-from m2ray.errors import ConfigError
+from m2ray.errors import NotInRunError
 from m2ray.storage import open_store
 
 if TYPE_CHECKING:
     import torch
+
+    from m2ray.activations.stream import ActivationStream
 
 
 @dataclass(frozen=True)
@@ -114,20 +118,20 @@ class RunReader:
         return sum(sum(self._catalogue.parts_of(part)["num_bytes"].to_pylist()) for part in self._parts)
 
     def site(self, name: str) -> "RunReader":
-        """The view of one site. Raises ConfigError if this view has none of that name."""
+        """The view of one site. Raises NotInRunError if this view has none of that name."""
         parts = [part for part in self._parts if part.site == name]
         if not parts:
-            raise ConfigError(
+            raise NotInRunError(
                 f"There is no site {name!r} in this view of {self._catalogue.store.url}.", f"It has: {', '.join(self.sites)}."
             )
         return RunReader(self._catalogue, parts, has_layer_axis=self._has_layer_axis and parts[0].layer is not None)
 
     def layer(self, number: int) -> "RunReader":
-        """The one-layer view of layer `number`, counted from 0. Raises ConfigError if this view has no such layer."""
+        """The one-layer view of layer `number`, counted from 0. Raises NotInRunError if this view has no such layer."""
         return RunReader(self._catalogue, self._of_layers([number]), has_layer_axis=False)
 
     def layers(self, numbers: Sequence[int]) -> "RunReader":
-        """The view of some layers, in this order, which keeps its layer axis. Raises ConfigError if this view has not all of them."""
+        """The view of some layers, in this order, which keeps its layer axis. Raises NotInRunError if this view has not all of them."""
         return RunReader(self._catalogue, self._of_layers(numbers), has_layer_axis=True)
 
     # -- activations --------------------------------------------------------------------------------------------------
@@ -136,22 +140,36 @@ class RunReader:
         """One sequence in the store dtype: [T, W] of a one-layer view, [L, T, W] otherwise.
 
         Raises:
-            ConfigError: there is no such sequence, it was quarantined (says why), or is not committed yet; or the view has
+            NotInRunError: there is no such sequence, it was quarantined (says why), or is not committed yet; or the view has
                 several sites.
             RunDamagedError: a file is not what its commit says.
         """
         row = self._catalogue.sequence(sequence_id)
         if row.shard is None:
-            raise ConfigError(f"Sequence {sequence_id} (row {row.row_id}) has no activations: it was quarantined: {row.reason}.")
+            raise NotInRunError(f"Sequence {sequence_id} (row {row.row_id}) has no activations: it was quarantined: {row.reason}.")
         receipts = [self._catalogue.part_of_shard(spec, row.shard) for spec in self._one_site()]
         tensor = self._empty(row.token_count)
         for bytes_TB, spec, receipt in zip(_bytes_of(tensor), self._parts, receipts, strict=True):
             if receipt is None:
-                raise ConfigError(
+                raise NotInRunError(
                     f"Sequence {sequence_id} is not extracted yet: its shard {row.shard} is not committed.", "Finish the run."
                 )
             bytes_TB[:] = self._catalogue.open_part(spec, receipt).sequence(sequence_id, row.token_count)
         return tensor if self._has_layer_axis else tensor[0]
+
+    def rows(self, indices: "Sequence[int] | npt.NDArray[np.int64]") -> "torch.Tensor":
+        """Some rows of a one-layer view by their numbers, 0 to `num_tokens` - 1 in the order of `tokens`: [N, W], in the order asked for.
+
+        Each row is read by itself, however large its file is. Keep the view: it remembers where rows lie.
+
+        Raises:
+            NotInRunError: there is no such row, or the view has several layers or sites.
+            RunDamagedError: a file is not what its commit says.
+        """
+        bits = self._random_rows.read(indices)
+        tensor = self._empty(len(bits))
+        _bytes_of(tensor)[0] = bits
+        return tensor[0]
 
     def tensor(self) -> "torch.Tensor":
         """All committed rows in the order of `tokens`: [N, W] of a one-layer view, [L, N, W] otherwise.
@@ -173,6 +191,26 @@ class RunReader:
             tokens = self._catalogue.open_part(self._parts[0], receipts[0]).tokens()
             yield ShardRows(receipts[0].shard, tokens, self._load([[receipt] for receipt in receipts]))
 
+    def stream(
+        self, *, batch_rows: int = 1024, shuffle_buffer_bytes: int = 1 << 30, seed: int = 0, rank: int = 0, world_size: int = 1
+    ) -> "ActivationStream":
+        """The rows of a one-layer view in random order for training, every one once an epoch: a torch IterableDataset of batches.
+
+        Args:
+            batch_rows: rows of a batch; it is a dict of `activations` [N, W], `sequence_id`, `position` and `token_id` [N].
+            shuffle_buffer_bytes: activations that each worker holds in memory; the more, the better they are mixed.
+            seed: with the epoch it decides the order.
+            rank, world_size: which share of the rows, out of how many.
+
+        Raises:
+            NotInRunError: the view has several layers or sites.
+            ConfigError: an option makes no sense.
+        """
+        from m2ray.activations.stream import ActivationStream, StreamOptions
+
+        options = StreamOptions(batch_rows, shuffle_buffer_bytes, seed, rank, world_size)
+        return ActivationStream(self._catalogue, self._one_layer(), options)
+
     def mean_norm(self) -> float:
         """The mean L2 norm of all committed rows of a one-layer view, summed in float64; NaN if there are none.
 
@@ -180,7 +218,7 @@ class RunReader:
         """
         import torch
 
-        (spec,) = self._one_site()
+        spec = self._one_layer()
         dtype, total, num_rows = getattr(torch, spec.dtype), 0.0, 0
         for receipt in self._catalogue.receipts_of(spec):
             for rows in self._catalogue.open_part(spec, receipt).row_groups():
@@ -192,17 +230,27 @@ class RunReader:
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
+    @cached_property
+    def _random_rows(self) -> RandomRows:
+        return RandomRows(self._catalogue, self._one_layer())
+
+    def _one_layer(self) -> PartSpec:
+        """The parts of a one-layer view. Raises NotInRunError if it has several layers or sites."""
+        if len(self._one_site()) > 1:
+            raise NotInRunError(f"This view has layers {', '.join(map(str, self.layer_numbers))}.", "Choose one with .layer(NUMBER).")
+        return self._parts[0]
+
     def _of_layers(self, numbers: Sequence[int]) -> list[PartSpec]:
         absent = [number for number in numbers if number not in self.layer_numbers]
         if absent:
             has = f"It has layers {', '.join(map(str, self.layer_numbers))}." if self.layer_numbers else "It has no layers."
-            raise ConfigError(f"There is no layer {', '.join(map(str, absent))} in this view of {self._catalogue.store.url}.", has)
+            raise NotInRunError(f"There is no layer {', '.join(map(str, absent))} in this view of {self._catalogue.store.url}.", has)
         return [part for number in dict.fromkeys(numbers) for part in self._parts if part.layer == number]
 
     def _one_site(self) -> tuple[PartSpec, ...]:
-        """The parts of a view that has one width and dtype. Raises ConfigError if it has several sites."""
+        """The parts of a view that has one width and dtype. Raises NotInRunError if it has several sites."""
         if len(self.sites) > 1:
-            raise ConfigError(f"This view has the sites {', '.join(self.sites)}.", "Choose one with .site(NAME).")
+            raise NotInRunError(f"This view has the sites {', '.join(self.sites)}.", "Choose one with .site(NAME).")
         return self._parts
 
     def _load(self, receipts_of_layers: Sequence[Sequence[PartReceipt]]) -> "torch.Tensor":

@@ -2,11 +2,12 @@
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, get_args
 
 import pyarrow as pa
 
 from m2ray.batches import PartSpec
+from m2ray.errors import ConfigError
 
 FORMAT_VERSION = 1
 """Of the run folder as a whole. It grows when an older m2ray would misread what a newer one writes."""
@@ -17,6 +18,9 @@ ITEMSIZE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 """Bytes of one element of each store dtype."""
 
 METADATA_PREFIX = "m2ray."
+
+Compression = Literal["none", "planes"]
+"""How a part stores its rows: as they are, or as two planes of bytes (planes.py)."""
 
 TOKEN_FIELDS = (
     pa.field("sequence_id", pa.int64(), nullable=False),
@@ -50,7 +54,9 @@ def parse_part_key(key: str) -> tuple[int, str] | None:
     return (int(match["shard"]), match["attempt"]) if match else None
 
 
-def part_metadata(spec: PartSpec, run_metadata: Mapping[str, str], shard: int, attempt: str) -> dict[str, str]:
+def part_metadata(
+    spec: PartSpec, run_metadata: Mapping[str, str], shard: int, attempt: str, compression: Compression = "none"
+) -> dict[str, str]:
     """The footer's key-value pairs, all below "m2ray.": what the whole run says of itself, and what is in this part."""
     of_the_part = {
         "format_version": str(FORMAT_VERSION),
@@ -60,17 +66,36 @@ def part_metadata(spec: PartSpec, run_metadata: Mapping[str, str], shard: int, a
         "dtype": spec.dtype,
         "shape": f"[{spec.width}]",
         "byte_order": "little",
+        "compression": compression,
         "shard": str(shard),
         "attempt": attempt,
     }
     return {METADATA_PREFIX + name: value for name, value in (dict(run_metadata) | of_the_part).items()}
 
 
-def part_schema(spec: PartSpec, run_metadata: Mapping[str, str], shard: int, attempt: str) -> Any:
+def require_compression(spec: PartSpec, compression: str) -> None:
+    """Raise ConfigError unless parts of this kind can be stored so."""
+    if compression not in get_args(Compression):
+        raise ConfigError(f"compression = {compression!r} is unknown.", f"It may be: {', '.join(get_args(Compression))}.")
+    if compression == "planes" and ITEMSIZE_BYTES[spec.dtype] != 2:
+        raise ConfigError(
+            f'compression = "planes" splits 16-bit rows, and those of {spec.site} are {spec.dtype}.',
+            'Store bfloat16 or float16, or set compression = "none".',
+        )
+
+
+def activation_columns(spec: PartSpec, compression: Compression) -> tuple[tuple[str, int], ...]:
+    """Name and bytes a row of the columns that hold the activations."""
+    if compression == "planes":
+        return (("activation_hi", spec.width), ("activation_lo", spec.width))
+    return (("activation", row_bytes(spec)),)
+
+
+def part_schema(spec: PartSpec, run_metadata: Mapping[str, str], shard: int, attempt: str, compression: Compression = "none") -> Any:
     """The pyarrow schema of one part, footer metadata included.
 
     Neither Parquet nor Arrow has a bfloat16, and bits labelled as another type would be read as wrong numbers. So a row's
     activation is one fixed-size binary value: its `width` elements' raw little-endian bits.
     """
-    activation = pa.field("activation", pa.binary(row_bytes(spec)), nullable=False)
-    return pa.schema([*TOKEN_FIELDS, activation], metadata=part_metadata(spec, run_metadata, shard, attempt))
+    columns = [pa.field(name, pa.binary(num_bytes), nullable=False) for name, num_bytes in activation_columns(spec, compression)]
+    return pa.schema([*TOKEN_FIELDS, *columns], metadata=part_metadata(spec, run_metadata, shard, attempt, compression))

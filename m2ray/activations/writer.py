@@ -16,7 +16,7 @@ import numpy as np
 import xxhash
 
 from m2ray.activations.part_writer import PartWriter, token_columns
-from m2ray.activations.schema import row_bytes
+from m2ray.activations.schema import Compression, require_compression, row_bytes
 from m2ray.batches import Bits, CapturedLayer, MicroBatch, PartReceipt, PartSpec
 from m2ray.errors import M2rayError, StageError, StoreError, raise_all
 from m2ray.storage import Store
@@ -33,9 +33,25 @@ class ActivationWriter:
         parts: what the stage captures of each micro-batch, the same every time.
         queue_bytes: captured bytes that may wait or be on their way to the store; one layer larger than that waits alone.
         threads: worker threads; each holds a share of the parts.
+        compression: how the rows are stored.
+
+    Raises:
+        ConfigError: `compression` is unknown, or not for rows of such a dtype.
     """
 
-    def __init__(self, store: Store, run_metadata: Mapping[str, str], parts: Sequence[PartSpec], *, queue_bytes: int, threads: int) -> None:
+    def __init__(
+        self,
+        store: Store,
+        run_metadata: Mapping[str, str],
+        parts: Sequence[PartSpec],
+        *,
+        queue_bytes: int,
+        threads: int,
+        compression: Compression = "none",
+    ) -> None:
+        for spec in parts:
+            require_compression(spec, compression)
+        self._compression = compression
         self._store = store
         self._run_metadata = dict(run_metadata)
         self._parts = tuple(parts)
@@ -150,7 +166,7 @@ class ActivationWriter:
 
     def _open_attempt(self, shard: int, attempt: str) -> "_Attempt":
         if (shard, attempt) not in self._attempts:
-            parts = [PartWriter(self._store, spec, self._run_metadata, shard, attempt) for spec in self._parts]
+            parts = [PartWriter(self._store, spec, self._run_metadata, shard, attempt, self._compression) for spec in self._parts]
             self._attempts[shard, attempt] = _Attempt(shard, attempt, parts)
         return self._attempts[shard, attempt]
 

@@ -1,7 +1,7 @@
 """Small real runs for the tests of m2ray/activations: their jobs, shards, captured bits and parts."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import count
+from itertools import count, cycle
 
 import numpy as np
 import pyarrow as pa
@@ -10,6 +10,7 @@ import xxhash
 
 from m2ray.activations.commits import Run, claim_run
 from m2ray.activations.job import Counts, JobRecord, ModelFacts
+from m2ray.activations.schema import Compression
 from m2ray.activations.writer import ActivationWriter
 from m2ray.batches import Bits, CapturedLayer, MicroBatch, PartReceipt, PartSpec, SequenceFile, Shard
 from m2ray.storage import Store
@@ -106,13 +107,15 @@ def job(store: Store, parts: Sequence[PartSpec] = PARTS, **options: object) -> J
     )
 
 
-def writer(store: Store, record: JobRecord, *, queue_bytes: int = 1 << 20, threads: int = 2) -> ActivationWriter:
-    return ActivationWriter(store, record.run_metadata(), record.parts, queue_bytes=queue_bytes, threads=threads)
+def writer(
+    store: Store, record: JobRecord, *, queue_bytes: int = 1 << 20, threads: int = 2, compression: Compression = "none"
+) -> ActivationWriter:
+    return ActivationWriter(store, record.run_metadata(), record.parts, queue_bytes=queue_bytes, threads=threads, compression=compression)
 
 
-def write_shard(store: Store, record: JobRecord, of: Shard, attempt: str) -> tuple[PartReceipt, ...]:
+def write_shard(store: Store, record: JobRecord, of: Shard, attempt: str, compression: Compression = "none") -> tuple[PartReceipt, ...]:
     """One attempt at a shard through a writer of its own."""
-    to_store = writer(store, record)
+    to_store = writer(store, record, compression=compression)
     try:
         for micro_batch in micro_batches(of):
             to_store.submit(attempt, micro_batch, captured(record.parts, micro_batch), timeout_s=10)
@@ -121,8 +124,8 @@ def write_shard(store: Store, record: JobRecord, of: Shard, attempt: str) -> tup
         to_store.close()
 
 
-def commit_shard(run: Run, of: Shard, attempt: str) -> bool:
-    receipts = write_shard(run.store, run.job, of, attempt)
+def commit_shard(run: Run, of: Shard, attempt: str, compression: Compression = "none") -> bool:
+    receipts = write_shard(run.store, run.job, of, attempt, compression)
     shapes = [(len(each.sequence_ids), each.token_ids_BT.shape[1]) for each in micro_batches(of)]
     return run.commit(of, attempt, receipts, shapes, elapsed_s=1.5)
 
@@ -131,10 +134,10 @@ def attempts() -> Iterator[str]:
     return (f"{number:012x}" for number in count(0xA0))
 
 
-def finished_run(store: Store, parts: Sequence[PartSpec] = PARTS) -> Run:
-    """A whole run, finished."""
+def finished_run(store: Store, parts: Sequence[PartSpec] = PARTS, compressions: Sequence[Compression] = ("none",)) -> Run:
+    """A whole run, finished. Its shards take the compressions in turn."""
     run = claim_run(store, job(store, parts))
-    for of, attempt in zip(shards(), attempts(), strict=False):
-        assert commit_shard(run, of, attempt)
+    for of, attempt, compression in zip(shards(), attempts(), cycle(compressions), strict=False):
+        assert commit_shard(run, of, attempt, compression)
     run.finish()
     return run

@@ -19,7 +19,7 @@ from m2ray.activations.reader import RunReader, open_run
 from m2ray.activations.records import commit_key, read_commit
 from m2ray.activations.schema import part_key
 from m2ray.batches import CapturedLayer, PartSpec
-from m2ray.errors import ConfigError, M2rayError, RunConflictError, RunDamagedError, StoreError
+from m2ray.errors import M2rayError, NotInRunError, RunConflictError, RunDamagedError, StoreError
 from m2ray.storage import LocalStore
 from tests.unit import activation_runs as runs
 
@@ -161,7 +161,7 @@ def test_facts(finished: Path) -> None:
     ],
 )
 def test_what_is_not_there_is_said_clearly(finished: Path, ask: Callable[[RunReader], object], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(NotInRunError, match=message):
         ask(open_run(finished))
 
 
@@ -181,7 +181,7 @@ def test_only_committed_shards_are_seen(tmp_path: Path) -> None:
     assert [shard.index for shard in seen.shards()] == [1]
     assert set(seen.tokens()["sequence_id"].tolist()) == {1, 3, 11}
     assert same_bits(seen.layer(0).sequence(3), runs.bits(runs.PARTS[0], 3))
-    with pytest.raises(ConfigError, match="Sequence 4 is not extracted yet: its shard 0"):
+    with pytest.raises(NotInRunError, match="Sequence 4 is not extracted yet: its shard 0"):
         seen.layer(0).sequence(4)
     unfinished.abort()
 

@@ -79,6 +79,7 @@ def test_columns_and_footer(folder: Path) -> None:
             "m2ray.dtype": spec.dtype,
             "m2ray.shape": f"[{spec.width}]",
             "m2ray.byte_order": "little",
+            "m2ray.compression": "none",
             "m2ray.shard": "1",
             "m2ray.attempt": "0000000000a1",
         }

@@ -1,0 +1,190 @@
+"""PartPages: where each row of a part lies, so that a few rows are read without all that lies around them.
+
+A column of fixed-size, never-null values is stored plainly: a page's body is the rows' bytes one after the other, whole if the
+column is not compressed. The offset index at the file's end says where each page begins, and which row is its first.
+Source: https://parquet.apache.org/docs/file-format/pageindex/ and parquet.thrift of the same project.
+"""
+
+import threading
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from m2ray.activations import planes
+from m2ray.activations.thrift import read_struct
+from m2ray.batches import Bits, Int64Array
+from m2ray.errors import RunDamagedError
+from m2ray.storage import Store
+
+_UNCOMPRESSED, _ZSTD = 0, 6
+_DATA_PAGE = 0
+_MAGIC = b"PAR1"
+_SCRATCH = threading.local()
+_MALFORMED = (ValueError, LookupError, TypeError, AttributeError, OverflowError)
+
+
+class PartPages:
+    """One part's rows by their numbers, from 0 on. Any number of threads may read.
+
+    Args:
+        store: the run folder.
+        key: the part. It must have been opened by PartReader, which compares it with its commit.
+        num_bytes: its size.
+        columns: name and bytes a row of its activation columns: one, or the two planes.
+
+    Raises:
+        RunDamagedError: the pages cannot be found.
+        StoreError: the part cannot be read.
+    """
+
+    def __init__(self, store: Store, key: str, num_bytes: int, columns: Sequence[tuple[str, int]]) -> None:
+        self._store = store
+        self._key = key
+        try:
+            self._columns = [_Column(store, key, num_bytes, *column) for column in self._indexes(num_bytes, columns)]
+        except _MALFORMED as error:
+            raise self._damaged(f"its page index cannot be understood ({error})") from error
+
+    def pieces(self, numbers: Int64Array) -> Iterator[tuple[int, int]]:
+        """Cut ascending row numbers, where each is read best: [start, stop) places in `numbers`.
+
+        Neighbours are read together; of compressed pages all rows are, since the page is read as a whole anyway.
+        """
+        pages = self._columns[0].pages_of(numbers)
+        together = np.diff(pages) == 0
+        if not self._columns[0].is_compressed:
+            together &= np.diff(numbers) == 1
+        edges = [0, *(np.flatnonzero(~together) + 1).tolist(), len(numbers)]
+        yield from pairwise(edges)
+
+    def take(self, numbers: Int64Array, out: Bits, places: Int64Array) -> None:
+        """Read the rows of these ascending numbers, and all between them, and lay each at its place: `out[places] = rows`.
+
+        Raises:
+            RunDamagedError: a page is not what the index says.
+            StoreError: the part cannot be read.
+        """
+        start, stop = int(numbers[0]), int(numbers[-1]) + 1
+        try:
+            if len(self._columns) == 1:
+                self._columns[0].take(numbers, out, places)
+            else:
+                rows = planes.join(*(column.span(start, stop) for column in self._columns))
+                out[places] = rows if len(rows) == len(numbers) else rows[numbers - start]
+        except (*_MALFORMED, pa.ArrowException, OSError) as error:
+            raise self._damaged(f"a page cannot be understood ({error})") from error
+
+    def span(self, start: int, stop: int) -> Bits:
+        """The rows [start, stop): uint8 [N, W * itemsize]. Raises as `take` does."""
+        rows = np.empty((stop - start, sum(column.row_bytes for column in self._columns)), np.uint8)
+        self.take(np.arange(start, stop), rows, np.arange(stop - start))
+        return rows
+
+    def _indexes(self, num_bytes: int, columns: Sequence[tuple[str, int]]) -> Iterator[tuple[int, int, Any]]:
+        """For each column: bytes a row, codec, and (first row, offset, bytes) of each page, int64 [pages + 1, 3]; the last row ends it."""
+        tail = self._store.read_range(self._key, num_bytes - 8, 8)
+        if tail[4:] != _MAGIC:
+            raise ValueError("there is no footer")
+        footer_bytes = int.from_bytes(tail[:4], "little")
+        footer, _ = read_struct(self._store.read_range(self._key, num_bytes - 8 - footer_bytes, footer_bytes))
+        groups = footer[4]
+        names = [chunk[3][3][0].decode() for chunk in groups[0][1]]
+        for name, row_bytes in columns:
+            chunks = [group[1][names.index(name)] for group in groups]
+            start, stop = min(chunk[4] for chunk in chunks), max(chunk[4] + chunk[5] for chunk in chunks)
+            if not 0 <= start < stop <= num_bytes:
+                raise ValueError(f"it is said to lie at bytes {start} to {stop} of {num_bytes}")
+            index = self._store.read_range(self._key, start, stop - start)
+            pages, first_row = [], 0
+            for chunk, group in zip(chunks, groups, strict=True):
+                located, _ = read_struct(index, chunk[4] - start)
+                pages += [(first_row + page.get(3, 0), page[1], page[2]) for page in located[1]]
+                first_row += group[3]
+            yield row_bytes, chunks[0][3][4], np.array([*pages, (first_row, 0, 0)], np.int64)
+
+    def _damaged(self, how: str) -> RunDamagedError:
+        return RunDamagedError(f"{self._store.where(self._key)} is damaged: {how}.", "`m2ray verify RUN --checksums` reads every byte.")
+
+
+class _Column:
+    """One column of a part. `pages` as `PartPages._indexes` gives them."""
+
+    def __init__(self, store: Store, key: str, num_bytes: int, row_bytes: int, codec: int, pages: Int64Array) -> None:
+        if codec not in (_UNCOMPRESSED, _ZSTD):
+            raise ValueError(f"codec {codec} is not one that m2ray writes")
+        self._store = store
+        self._key = key
+        self.row_bytes = row_bytes
+        self.is_compressed = codec == _ZSTD
+        self._first_rows = pages[:, 0].copy()
+        self._offsets, self._sizes = pages[:-1, 1].copy(), pages[:-1, 2].copy()
+        if (np.diff(self._first_rows) <= 0).any():
+            raise ValueError("its pages do not ascend")
+        if ((self._offsets < 0) | (self._sizes <= 0) | (self._sizes > num_bytes - self._offsets)).any():
+            raise ValueError("a page lies outside the file")
+        if not self.is_compressed:
+            headers = self._sizes - np.diff(self._first_rows) * row_bytes
+            if (headers <= 0).any():
+                raise ValueError("its pages are shorter than their rows")
+            self._offsets += headers
+
+    def pages_of(self, rows: Int64Array) -> Int64Array:
+        return np.searchsorted(self._first_rows, rows, "right") - 1
+
+    def span(self, start: int, stop: int) -> Bits:
+        """uint8 [N, row bytes]."""
+        first, last = self.pages_of(np.array([start, stop - 1])).tolist()
+        if self.is_compressed:
+            pages = [self._decompressed(page) for page in range(first, last + 1)]
+            begin = int(self._first_rows[first])
+            rows = pages[0] if len(pages) == 1 else np.concatenate(pages)
+            return rows[start - begin : stop - begin]
+        rows = np.empty((stop - start, self.row_bytes), np.uint8)
+        self.take(np.arange(start, stop), rows, np.arange(stop - start))
+        return rows
+
+    def take(self, numbers: Int64Array, out: Bits, places: Int64Array) -> None:
+        """As `PartPages.take`, of a column that is not compressed. Pages that lie close together are read at once."""
+        first, last = self.pages_of(numbers[[0, -1]]).tolist()
+        cuts = np.flatnonzero(
+            np.diff(self._offsets[first : last + 1]) > np.diff(self._first_rows[first : last + 1]) * self.row_bytes + 4096
+        )
+        edges = [first, *(cuts + first + 1).tolist(), last + 1]
+        bounds = np.searchsorted(numbers, self._first_rows[first : last + 2]).tolist()
+        for begin, end in pairwise(edges):
+            low, high = bounds[begin - first], bounds[end - first]
+            if low == high:
+                continue
+            offset = self._place(begin, max(int(numbers[low]), int(self._first_rows[begin])))
+            data = self._read(offset, self._place(end - 1, int(numbers[high - 1]) + 1) - offset)
+            for page in range(begin, end):
+                of = slice(bounds[page - first], bounds[page - first + 1])
+                if of.start < of.stop:
+                    top, bottom = int(numbers[of.start]), int(numbers[of.stop - 1]) + 1
+                    place = self._place(page, top) - offset
+                    rows = data[place : place + (bottom - top) * self.row_bytes].reshape(-1, self.row_bytes)
+                    out[places[of]] = rows if len(rows) == of.stop - of.start else rows[numbers[of] - top]
+
+    def _read(self, offset: int, num_bytes: int) -> npt.NDArray[np.uint8]:
+        """Bytes of the part, valid until this thread reads again: fresh memory would take longer than the reading."""
+        if len(getattr(_SCRATCH, "bytes", b"")) < num_bytes:
+            _SCRATCH.bytes = bytearray(num_bytes)
+        view = memoryview(_SCRATCH.bytes)[:num_bytes]
+        self._store.read_into(self._key, offset, view)
+        return np.frombuffer(view, np.uint8)
+
+    def _place(self, page: int, row: int) -> int:
+        return int(self._offsets[page] + (row - self._first_rows[page]) * self.row_bytes)
+
+    def _decompressed(self, page: int) -> Bits:
+        data = self._store.read_range(self._key, int(self._offsets[page]), int(self._sizes[page]))
+        header, body = read_struct(data)
+        num_bytes = int(self._first_rows[page + 1] - self._first_rows[page]) * self.row_bytes
+        if header[1] != _DATA_PAGE or header[2] != num_bytes:
+            raise ValueError(f"page {page} has {header[2]} bytes, not {num_bytes}")
+        plain = pa.decompress(memoryview(data)[body : body + header[3]], num_bytes, "zstd")
+        return np.frombuffer(plain, np.uint8).reshape(-1, self.row_bytes)

@@ -1,0 +1,22 @@
+"""Planes: 16-bit rows as a plane of high bytes, which compress well, and one of low bytes, which do not. Nothing is lost.
+
+The high byte of a bfloat16 is its sign and the upper seven bits of its exponent, which differ little between neighbours.
+"""
+
+import numpy as np
+
+from m2ray.batches import Bits
+
+
+def split(rows: Bits) -> tuple[Bits, Bits]:
+    """High and low bytes, uint8 [N, W] each, of rows uint8 [N, W * 2]."""
+    numbers = np.ascontiguousarray(rows).view("<u2")
+    return (numbers >> 8).astype(np.uint8), numbers.astype(np.uint8)
+
+
+def join(high: Bits, low: Bits) -> Bits:
+    """The rows, uint8 [N, W * 2], whose bytes these are."""
+    numbers = high.astype("<u2")
+    numbers <<= 8
+    numbers |= low
+    return numbers.view(np.uint8)

@@ -1,0 +1,185 @@
+"""Planes and single rows: every bit pattern comes back, from any place, by our reader and by stock ones."""
+
+from pathlib import Path
+
+import duckdb
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as npst
+
+from m2ray.activations.commits import claim_run
+from m2ray.activations.pages import PartPages
+from m2ray.activations.part_writer import PartWriter, token_columns
+from m2ray.activations.planes import join, split
+from m2ray.activations.reader import open_run
+from m2ray.activations.schema import activation_columns, part_key
+from m2ray.activations.thrift import read_struct
+from m2ray.activations.verify import verify
+from m2ray.batches import TOKEN_ROW, PartSpec
+from m2ray.errors import ConfigError, NotInRunError, RunDamagedError
+from m2ray.storage import LocalStore
+from tests.unit import activation_runs as runs
+
+RESIDUAL = runs.PARTS[1]
+HALF = PartSpec("mlp", 7, "float16", 13)
+ALL_BITS = np.arange(1 << 16, dtype="<u2")
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory) -> Path:
+    """A finished run whose shards were written with planes, without, and with planes."""
+    folder = tmp_path_factory.mktemp("mixed")
+    runs.finished_run(LocalStore(folder), [*runs.PARTS, HALF], ("planes", "none"))
+    return folder
+
+
+def expected(spec: PartSpec) -> np.ndarray:
+    return np.concatenate([runs.bits(spec, i) for ids in runs.SHARD_SEQUENCES for i in ids])
+
+
+def bits_of(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.contiguous().view(torch.uint8).numpy()
+
+
+def write_part(folder: Path, compression: str, spec: PartSpec, groups: list[np.ndarray]) -> PartPages:
+    """A part of these row groups, as pages."""
+    store = LocalStore(folder)
+    writer = PartWriter(store, spec, {}, 0, "a1", compression)
+    for rows in groups:
+        tokens = np.zeros(len(rows), TOKEN_ROW)
+        tokens["position"] = np.arange(len(rows))
+        writer.append(token_columns(tokens), rows)
+    writer.finish("0")
+    return PartPages(store, writer.receipt.key, writer.receipt.num_bytes, activation_columns(spec, compression))
+
+
+@given(npst.arrays(np.uint16, st.tuples(st.integers(0, 5), st.integers(1, 9))))
+def test_planes_lose_nothing(numbers: np.ndarray) -> None:
+    rows = numbers.astype("<u2").view(np.uint8)
+    high, low = split(rows)
+    assert np.array_equal(high, rows[:, 1::2])
+    assert np.array_equal(low, rows[:, 0::2])
+    assert np.array_equal(join(high, low), rows)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_every_pattern_of_16_bits_comes_back_from_a_part_in_planes(tmp_path: Path, dtype: str) -> None:
+    rows = ALL_BITS.reshape(-1, 64).view(np.uint8)
+    pages = write_part(tmp_path, "planes", PartSpec("residual", 0, dtype, 64), [rows[:700], rows[700:]])
+    assert np.array_equal(pages.span(0, 1024), rows)
+
+
+@pytest.mark.parametrize("compression", ["none", "planes"])
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_any_span_of_many_pages_and_row_groups(tmp_path_factory, compression: str, data: st.DataObject) -> None:
+    rng = np.random.default_rng(data.draw(st.integers(0, 100)))
+    width = data.draw(st.sampled_from([1, 40, 3000]))
+    groups = [
+        rng.integers(0, 256, (count, 2 * width), dtype=np.uint8)
+        for count in data.draw(st.lists(st.integers(1, 300), min_size=1, max_size=4))
+    ]
+    rows = np.concatenate(groups)
+    pages = write_part(tmp_path_factory.mktemp("part"), compression, PartSpec("residual", 0, "bfloat16", width), groups)
+    start = data.draw(st.integers(0, len(rows) - 1))
+    stop = data.draw(st.integers(start + 1, len(rows)))
+    for low, high in ((start, stop), (start, start + 1), (stop - 1, stop), (0, len(rows))):
+        assert np.array_equal(pages.span(low, high), rows[low:high])
+
+
+def test_the_reader_goes_by_each_parts_footer(mixed: Path) -> None:
+    found = [pq.read_schema(mixed / part_key(RESIDUAL, shard, f"{0xA0 + shard:012x}")) for shard in range(3)]
+    assert [schema.metadata[b"m2ray.compression"] for schema in found] == [b"planes", b"none", b"planes"]
+    run = open_run(mixed)
+    for spec in (*runs.PARTS, HALF):
+        view = run.site(spec.site).layer(spec.layer)
+        assert np.array_equal(bits_of(view.tensor()), expected(spec))
+        for sequence_id in (4, 3, 8):
+            assert np.array_equal(bits_of(view.sequence(sequence_id)), runs.bits(spec, sequence_id))
+    assert verify(LocalStore(mixed), checksums=True).damages == ()
+
+
+def test_stock_readers_open_planes(mixed: Path) -> None:
+    path = mixed / part_key(RESIDUAL, 0, f"{0xA0:012x}")
+    rows = np.concatenate([runs.bits(RESIDUAL, i) for i in runs.SHARD_SEQUENCES[0]])
+    table = pq.read_table(path, partitioning=None)
+    assert [str(table.schema.field(name).type) for name in ("activation_hi", "activation_lo")] == ["fixed_size_binary[24]"] * 2
+    metadata = pq.read_metadata(path).row_group(0)
+    assert [metadata.column(number).compression for number in (3, 4)] == ["ZSTD", "UNCOMPRESSED"]
+    found = duckdb.sql(f"select activation_hi, activation_lo from '{path}'").fetchall()
+    frame = pl.read_parquet(path, hive_partitioning=False)
+    for high, low in (
+        (table["activation_hi"].to_pylist(), table["activation_lo"].to_pylist()),
+        zip(*found, strict=True),
+        (frame["activation_hi"].to_list(), frame["activation_lo"].to_list()),
+    ):
+        assert b"".join(high) == rows[:, 1::2].tobytes()
+        assert b"".join(low) == rows[:, 0::2].tobytes()
+
+
+def test_planes_of_float32_and_unknown_names_are_refused(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    for spec, compression, message in (
+        (PartSpec("residual", 0, "float32", 8), "planes", "splits 16-bit rows, and those of residual are float32.*Store bfloat16"),
+        (RESIDUAL, "zip", "compression = 'zip' is unknown. It may be: none, planes"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            runs.writer(store, runs.job(store, [spec]), compression=compression)
+
+
+# -- rows -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spec", [RESIDUAL, HALF], ids=["residual", "mlp"])
+def test_rows_in_any_order(mixed: Path, spec: PartSpec) -> None:
+    view, rows = open_run(mixed).site(spec.site).layer(spec.layer), expected(spec)
+    rng = np.random.default_rng(0)
+    for indices in ([], [0], [66], [5, 5, 4], rng.permutation(67), rng.integers(0, 67, 500), torch.arange(67), range(20, 50)):
+        found = view.rows(indices)
+        assert found.dtype == getattr(torch, spec.dtype)
+        assert tuple(found.shape) == (len(indices), spec.width)
+        assert np.array_equal(bits_of(found), rows[np.asarray(indices, np.int64)])
+
+
+@pytest.mark.parametrize("indices", [[67], [-1], [0, 1000]])
+def test_rows_that_are_not_there(mixed: Path, indices: list[int]) -> None:
+    with pytest.raises(NotInRunError, match="rows 0 to 66 are committed"):
+        open_run(mixed).site("mlp").layer(7).rows(indices)
+    with pytest.raises(NotInRunError, match=r"layers 0, 7, 11.*\.layer\(NUMBER\)"):
+        open_run(mixed).site("residual").rows([0])
+
+
+def test_a_damaged_page_index_is_refused_or_harmless(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    run = claim_run(store, runs.job(store, [RESIDUAL]))
+    runs.commit_shard(run, runs.shard(0), "a1", "planes")
+    path = tmp_path / part_key(RESIDUAL, 0, "a1")
+    good = path.read_bytes()
+    refused = 0
+    for place in range(max(0, len(good) - 3000), len(good), 3):
+        path.write_bytes(good[:place] + bytes([good[place] ^ 0xFF]) + good[place + 1 :])
+        try:
+            assert open_run(tmp_path).layer(7).rows([0, 24]).shape == (2, 24)
+        except RunDamagedError as error:
+            refused += 1
+            assert str(path) in str(error)
+    assert refused > 100
+
+
+def test_thrift_reads_what_pyarrow_writes(tmp_path: Path) -> None:
+    table = pa.table({"a": list(range(1000)), "b": ["x"] * 1000})
+    pq.write_table(table, tmp_path / "t.parquet", row_group_size=300)
+    data = (tmp_path / "t.parquet").read_bytes()
+    footer, stop = read_struct(data, len(data) - 8 - int.from_bytes(data[-8:-4], "little"))
+    assert stop == len(data) - 8
+    assert footer[3] == 1000
+    assert [group[3] for group in footer[4]] == [300, 300, 300, 100]
+    assert [chunk[3][3] for chunk in footer[4][0][1]] == [[b"a"], [b"b"]]
+    with pytest.raises(ValueError, match="cut off"):
+        read_struct(data[:-20], len(data) - 8 - int.from_bytes(data[-8:-4], "little"))
