@@ -1,0 +1,223 @@
+"""The account of a run: lines for people at its start, after loading and at its end, and `report.json`. Pure values in and out.
+
+docs/planning.md lists the keys of `report.json`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from m2ray.batches import LayerSpan
+from m2ray.planning.layout import size
+from m2ray.planning.plan import GpuPlan, Plan
+
+FORMAT_VERSION = 1
+REPORT = "report.json"
+
+Limit = Literal["computation", "device_to_host_copy", "store", "filling_the_chain"]
+
+_IDLE_SHARE = 0.5
+"""Of the loaded time: a chain whose busiest stage waits longer than that has too few micro-batches to fill it."""
+
+
+@dataclass(frozen=True)
+class GpuMeasured:
+    """One GPU of a stage, as torch's allocator says: right after loading, and at its peak since the start."""
+
+    index: int
+    name: str
+    total_bytes: int
+    loaded_allocated_bytes: int
+    loaded_reserved_bytes: int
+    peak_allocated_bytes: int
+    peak_reserved_bytes: int
+
+
+@dataclass(frozen=True)
+class StageMeasured:
+    """One stage at its end. Seconds are sums over its micro-batches; bytes are of this run, not of those it went on with.
+
+    Attributes:
+        replica, stage: its place, as in GpuPlan.
+        gpus: in the order of its span; none on a CPU.
+        read_bytes, load_s: of the checkpoint; from the call to the last tensor in place.
+        parameter_bytes: in memory.
+        tokens, padded_tokens: real ones, and computed ones.
+        compute_s: layers and selection. wait_s: for hidden states of the stage before. copy_s: captured rows from GPU to host, as far
+            as it is not hidden behind the computation. write_wait_s: for room in the writer's queue, the computation standing still.
+        write_s: that the writer's threads spent on encoding and storing, beside the computation.
+    """
+
+    replica: int
+    stage: int
+    node: str
+    span: LayerSpan
+    gpus: tuple[GpuMeasured, ...]
+    read_bytes: int
+    load_s: float
+    parameter_bytes: int
+    micro_batches: int
+    tokens: int
+    padded_tokens: int
+    compute_s: float
+    wait_s: float
+    copy_s: float
+    write_wait_s: float
+    write_s: float
+    written_bytes: int
+    peak_rss_bytes: int
+
+
+@dataclass(frozen=True)
+class RunMeasured:
+    """The run as the driver saw it. `extract_s` is from the first micro-batch to the last commit; `tokens` are real ones, of this run."""
+
+    run_id: str
+    load_s: float
+    extract_s: float
+    tokens: int
+    stages: tuple[StageMeasured, ...]
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        return self.tokens / self.extract_s if self.extract_s > 0 else None
+
+    @property
+    def padding_waste(self) -> float:
+        """Share of the computed tokens that were padding."""
+        computed = sum(stage.padded_tokens for stage in self.stages)
+        return 1 - sum(stage.tokens for stage in self.stages) / computed if computed else 0.0
+
+
+def start_lines(plan: Plan) -> list[str]:
+    """What was found and how the layers lie on it."""
+    lines = []
+    for node in plan.cluster.nodes:
+        names = [gpu.name for gpu in node.gpus]
+        kinds = ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names)) or "no GPU"
+        lines.append(f"{node.name}: {kinds}")
+    if not plan.gpus:
+        return lines + [
+            f"replica {stage.replica} stage {stage.stage} on {stage.node}: {stage.span}, {size(stage.host.peak_bytes)} at its peak"
+            for stage in plan.stages
+        ]
+    for planned in plan.gpus:
+        if planned.span is not None:
+            weights = size(planned.memory.running["weights"])
+            lines.append(f"{_place(planned)}: {planned.span}, {weights} of weights, {size(planned.memory.peak_bytes)} at its peak")
+    return lines
+
+
+def loaded_lines(plan: Plan, stages: Sequence[StageMeasured]) -> list[str]:
+    """Allocated and reserved bytes by GPU against the plan, and how fast each stage read."""
+    lines = []
+    for stage in stages:
+        rate = stage.read_bytes / stage.load_s / 1e6 if stage.load_s > 0 else 0.0
+        lines.append(
+            f"replica {stage.replica} stage {stage.stage}: {size(stage.read_bytes)} read in {stage.load_s:.1f} s, {rate:,.0f} MB/s; "
+            f"{size(stage.parameter_bytes)} of parameters"
+        )
+        for planned, gpu in zip(_planned(plan, stage), stage.gpus, strict=True):
+            weights = planned.memory.running["weights"]
+            lines.append(
+                f"  GPU {gpu.index}: allocated {size(gpu.loaded_allocated_bytes)}, reserved {size(gpu.loaded_reserved_bytes)}; "
+                f"planned {size(weights)} of weights"
+            )
+    return lines
+
+
+def summary_lines(plan: Plan, run: RunMeasured) -> list[str]:
+    """The end of a run in a few lines."""
+    if run.tokens_per_s is None or not run.stages:
+        return ["Nothing was extracted: every shard was there."]
+    written_bytes = sum(stage.written_bytes for stage in run.stages)
+    planned = "" if plan.rates.tokens_per_s is None else f" (planned {plan.rates.tokens_per_s:,.0f})"
+    lines = [
+        (
+            f"{run.tokens:,} tokens in {run.extract_s:.1f} s: {run.tokens_per_s:,.0f} tokens/s{planned}, "
+            f"{size(written_bytes / run.extract_s)}/s written, padding {run.padding_waste:.1%}; loading took {run.load_s:.1f} s"
+        )
+    ]
+    for stage in run.stages:
+        lines.append(
+            f"  stage {stage.replica}.{stage.stage} {stage.span}: compute {stage.compute_s:.1f} s, wait {stage.wait_s:.1f} s, "
+            f"copy {stage.copy_s:.1f} s, blocked by the store {stage.write_wait_s:.1f} s, write {stage.write_s:.1f} s"
+        )
+        lines += [
+            f"    GPU {gpu.index}: peak {size(gpu.peak_reserved_bytes)}, planned {size(planned_gpu.memory.peak_bytes)}"
+            for planned_gpu, gpu in zip(_planned(plan, stage), stage.gpus, strict=True)
+        ]
+    limit = limiting(run)
+    return [*lines, f"What limited the run: {limit.replace('_', ' ')}"] if limit else lines
+
+
+def limiting(run: RunMeasured) -> Limit | None:
+    """The resource that limited the run: what its busiest stage spent most time on, unless even that one mostly waited."""
+    stages = [stage for stage in run.stages if stage.micro_batches]
+    if not stages:
+        return None
+    busiest = max(stages, key=lambda stage: stage.compute_s + stage.copy_s + stage.write_wait_s)
+    spent: dict[Limit, float] = {
+        "computation": busiest.compute_s,
+        "device_to_host_copy": busiest.copy_s,
+        "store": busiest.write_wait_s,
+    }
+    if busiest.wait_s > _IDLE_SHARE * (busiest.wait_s + sum(spent.values())):
+        return "filling_the_chain"
+    return max(spent, key=lambda name: spent[name])
+
+
+def build_report(plan: Plan, run: RunMeasured) -> dict[str, Any]:
+    """`report.json`: plan against measured, in plain values."""
+    planned_output = plan.output
+    return {
+        "format_version": FORMAT_VERSION,
+        "run_id": run.run_id,
+        "load_s": run.load_s,
+        "extract_s": run.extract_s,
+        "tokens": run.tokens,
+        "tokens_per_s": {"planned": plan.rates.tokens_per_s, "measured": run.tokens_per_s},
+        "padding_waste": {"planned": planned_output.padding_waste if planned_output else None, "measured": run.padding_waste},
+        "parameter_bytes": {
+            "planned": sum(_planned_weights(plan, stage) for stage in run.stages),
+            "measured": sum(stage.parameter_bytes for stage in run.stages),
+        },
+        "output_bytes": {
+            "planned": planned_output.num_bytes if planned_output else None,
+            "measured": sum(stage.written_bytes for stage in run.stages),
+        },
+        "limiting_resource": {"planned": plan.limiting_resource, "measured": limiting(run)},
+        "stages": [_stage(plan, stage) for stage in run.stages],
+    }
+
+
+def _stage(plan: Plan, stage: StageMeasured) -> dict[str, Any]:
+    record = asdict(stage)
+    record["span"] = [stage.span.start, stage.span.stop - 1]
+    record["layers"] = record.pop("span")
+    record["planned_host_bytes"] = next(
+        (each.host.peak_bytes for each in plan.stages if (each.replica, each.stage) == (stage.replica, stage.stage)), None
+    )
+    record["gpus"] = [
+        {**asdict(gpu), "planned_peak_bytes": planned.memory.peak_bytes, "planned_weights_bytes": planned.memory.running["weights"]}
+        for planned, gpu in zip(_planned(plan, stage), stage.gpus, strict=True)
+    ]
+    return record
+
+
+def _planned(plan: Plan, stage: StageMeasured) -> list[GpuPlan]:
+    """The GPUs that the plan gave to a stage, in the order of its span; none without GPUs. Those without layers are not the stage's."""
+    if not stage.gpus:
+        return []
+    return [gpu for gpu in plan.gpus if (gpu.replica, gpu.stage) == (stage.replica, stage.stage) and gpu.span is not None]
+
+
+def _planned_weights(plan: Plan, stage: StageMeasured) -> int:
+    rows = plan.demand.rows(stage.span)
+    return sum(row.compute_bytes(plan.demand.itemsize_bytes) for row in rows)
+
+
+def _place(planned: GpuPlan) -> str:
+    gpu = planned.device.gpu
+    index = "" if gpu is None else f" GPU {gpu.index}"
+    return f"replica {planned.replica} stage {planned.stage} on {planned.device.node.name}{index}"

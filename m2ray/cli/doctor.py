@@ -1,0 +1,100 @@
+"""`m2ray doctor`: everything that would stop or slow a run on this machine or cluster, at once, each with its remedy."""
+
+import json
+import os
+import uuid
+from collections.abc import Sequence
+from dataclasses import asdict
+
+import click
+
+from m2ray.cli import Command
+from m2ray.config import parse_bytes
+from m2ray.errors import M2rayError
+from m2ray.planning.checks import Finding, check_nodes
+from m2ray.planning.node_facts import NodeFacts, look_at_node
+from m2ray.storage import open_store
+
+_CONNECT_TIMEOUT_S = 30.0
+
+
+@click.command(cls=Command)
+@click.option("--address", envvar="RAY_ADDRESS", help="A Ray cluster, host:port; all its nodes are looked at. Default: this machine.")
+@click.option("--model", help="Checkpoint folder: files, tensors and read speed are checked.")
+@click.option("--output", help="Run folder: whether it can be written and honours create-if-absent. One object is made and deleted.")
+@click.option("--in-flight", default="4GiB", show_default=True, help="As in the run: what /dev/shm must hold.")
+@click.option("--json", "as_json", is_flag=True, help="Findings and facts as JSON.")
+@click.pass_context
+def command(ctx: click.Context, /, address: str | None, model: str | None, output: str | None, in_flight: str, *, as_json: bool) -> None:
+    """Look for everything that would stop or slow a run; each problem comes with its remedy. Exit code 1 if there is any."""
+    in_flight_bytes = parse_bytes(in_flight, "in_flight")
+    findings, model_bytes = check_model(model) if model else ([], None)
+    nodes, silent = _look(address, model, output)
+    findings += [
+        Finding("node", "problem", name, f"The node could not be looked at: {why}.", "Install the same m2ray, torch and Ray there.")
+        for name, why in silent.items()
+    ]
+    findings += check_nodes(nodes, in_flight_bytes, model_bytes)
+    is_sound = all(finding.level != "problem" for finding in findings)
+    if as_json:
+        record = {
+            "format_version": 1,
+            "ok": is_sound,
+            "findings": [asdict(one) for one in findings],
+            "nodes": [asdict(one) for one in nodes],
+        }
+        click.echo(json.dumps(record, indent=2))
+    else:
+        _print(nodes, findings)
+    ctx.exit(0 if is_sound else 1)
+
+
+def check_model(model: str) -> tuple[list[Finding], int | None]:
+    """Index against files and sizes, then tensor names, shapes and dtypes against the architecture; and the checkpoint's bytes."""
+    from m2ray.model.checkpoint import open_checkpoint, tensor_table
+
+    try:
+        checkpoint = open_checkpoint(model)
+        checkpoint.check()
+    except M2rayError as error:
+        return [Finding("checkpoint_files", "problem", model, error.what, error.remedy)], None
+    num_bytes = sum(header.num_bytes for header in checkpoint.headers.values())
+    try:
+        table = tensor_table(checkpoint)
+    except M2rayError as error:
+        return [Finding("checkpoint_tensors", "problem", model, error.what, error.remedy)], num_bytes
+    what = f"{len(checkpoint.headers):,} tensors in {num_bytes:,} bytes fill {table.num_layers} layers of {checkpoint.config.model_type}."
+    return [Finding("checkpoint_tensors", "note", model, what)], num_bytes
+
+
+def _look(address: str | None, model: str | None, output: str | None) -> tuple[list[NodeFacts], dict[str, str]]:
+    """This machine, or every node of the cluster at `address`; there all must see the object that this one makes in `output`."""
+    if not address:
+        return [look_at_node(model=model, output=output)], {}
+    from m2ray.chain.probing import look_at_cluster
+
+    os.environ["RAY_ADDRESS"] = address
+    if output is None:
+        return look_at_cluster(_CONNECT_TIMEOUT_S, model, None, None)
+    store, marker = open_store(output), f"_doctor-{uuid.uuid4().hex}"
+    try:
+        store.put(marker, b"")
+    except M2rayError:  # every node will say the same of this store, with its remedy
+        return look_at_cluster(_CONNECT_TIMEOUT_S, model, output, None)
+    try:
+        return look_at_cluster(_CONNECT_TIMEOUT_S, model, output, marker)
+    finally:
+        store.delete([marker])
+
+
+def _print(nodes: Sequence[NodeFacts], findings: Sequence[Finding]) -> None:
+    for facts in nodes:
+        gpus = ", ".join(gpu.name for gpu in facts.hardware.gpus) or "no GPU"
+        versions = ", ".join(f"{name} {version}" for name, version in facts.hardware.versions.items())
+        click.echo(f"{facts.hardware.name}: {gpus}; {versions}")
+    for finding in findings:
+        is_problem = finding.level == "problem"
+        text = f"{finding.level} [{finding.check}] {finding.where}: {finding.what} {finding.remedy}".rstrip()
+        click.secho(text, fg="red" if is_problem else None)
+    problems = sum(finding.level == "problem" for finding in findings)
+    click.echo(f"{problems} problems." if problems else "No problems.")

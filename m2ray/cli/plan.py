@@ -1,0 +1,157 @@
+"""`m2ray plan`: what a run needs and whether it fits, from config.json and the index alone."""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+from pydantic import Field
+
+from m2ray.batches import PartSpec
+from m2ray.cli import Command
+from m2ray.config import ExtractConfig, NonEmpty, Positive, parse_bytes, parse_layers
+from m2ray.planning.demand import Demand, PlanOptions
+from m2ray.planning.devices import ChainOptions
+from m2ray.planning.hardware import Cluster, parse_gpus, parse_max_memory
+from m2ray.planning.plan import Plan, most_replicas, plan_run
+from m2ray.planning.probe import probe_node
+
+DOES_NOT_FIT = 3
+"""The exit code: 0 is for a plan that fits, 1 for an error, 2 for a wrong flag."""
+
+_DEFAULT_BATCH_TOKENS = 16_384
+_DEFAULT_SHARD_TOKENS = 32_768
+_ALIASES = {"tokens_per_s": "--rate", "price_per_gb_month": "--price"}
+_Amount = Annotated[float, Field(gt=0)]
+
+
+class PlanConfig(ExtractConfig):
+    """The options of an extraction, so that its TOML file can be planned; prompts and output may be left out."""
+
+    prompts: NonEmpty | None = Field(None, description="Prompt file, folder or glob; adds the output's size.")  # type: ignore[assignment]
+    output: NonEmpty | None = Field(None, description="Run folder; only the free space of its disk is looked at.")  # type: ignore[assignment]
+    gpus: NonEmpty | None = Field(
+        None, description='"8xA100-80GB", "2 nodes of 8xH200"; default: the cluster of RAY_ADDRESS, else this machine.'
+    )
+    gpus_per_stage: Positive = Field(1, description="GPUs that one stage owns.")
+    device_map: NonEmpty = Field("auto", description="auto, balanced, balanced_low_0, sequential, cuda:0.")
+    max_memory: NonEmpty | None = Field(None, description='"40GB", "0:60GB,1:40GB", "node-a=40GB;node-b=60GB".')
+    longest_tokens: Positive | None = Field(None, description="Tokens of the longest prompt; default: as prompts show, else batch_tokens.")
+    tokens_per_s: _Amount | None = Field(None, description="Assumed rate; default: estimated from the GPUs.")
+    store_gb_per_s: _Amount | None = Field(None, description="What the store takes, in 10^9 bytes a second.")
+    price_per_gb_month: _Amount | None = Field(None, description="Of the store, for 10^9 bytes and a month.")
+
+
+def _plan_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """[CONFIG.toml], and a flag an option."""
+    for name, field in reversed(PlanConfig.model_fields.items()):
+        names = [f"--{name.replace('_', '-')}", *([_ALIASES[name]] if name in _ALIASES else []), name]
+        function = click.option(*names, help=field.description, metavar="VALUE")(function)
+    return click.argument("toml_path", metavar="[CONFIG.toml]", required=False, type=click.Path(path_type=Path))(function)
+
+
+@click.command(cls=Command)
+@_plan_options
+@click.option("--json", "as_json", is_flag=True, help="The plan as JSON; docs/planning.md lists the keys.")
+@click.pass_context
+def command(ctx: click.Context, /, toml_path: Path | None, as_json: bool, **flags: Any) -> None:
+    """Say whether a model fits on a cluster, how it would lie there, and what the run would write.
+
+    Needs the model's config.json and, if it is there, its index; no weights, no GPU, no Ray. MODEL may be a config.json. The options
+    are those of `m2ray extract`, from CONFIG.toml or flags, and some more. Exit code 0 if it fits, 3 if not.
+    """
+    config = PlanConfig.from_sources(toml_path, {name: value for name, value in flags.items() if value is not None})
+    plan, checkpoint = make_plan(config)
+    if as_json:
+        from m2ray.planning.report import to_json
+
+        click.echo(json.dumps({**to_json(plan), "checkpoint": checkpoint}, indent=2))
+    else:
+        _print(plan, checkpoint)
+    ctx.exit(0 if plan.fits else DOES_NOT_FIT)
+
+
+def make_plan(config: PlanConfig) -> tuple[Plan, dict[str, Any]]:
+    """The plan that the options ask for, and the JSON key `checkpoint`: where the bytes on disk come from.
+
+    Raises:
+        M2rayError: the options, the model, the prompts or the cluster are no good. Not fitting is no error.
+    """
+    # What is wrong with the options is said before the seconds that torch and transformers take to import.
+    max_memory = parse_max_memory(config.max_memory)
+    in_flight_bytes = parse_bytes(config.in_flight, "in_flight")
+    cluster = parse_gpus(config.gpus) if config.gpus else None
+    from m2ray.cli.plan_inputs import model_shape, read_model
+
+    model = read_model(config.model, config.attn_implementation)
+    layers = parse_layers(config.layers, model.table.num_layers)
+    batch_tokens = _DEFAULT_BATCH_TOKENS if config.batch_tokens == "auto" else config.batch_tokens
+    prompts = _prompts(config, model.config, batch_tokens)
+    cluster = cluster or _found_cluster(config)
+    options = PlanOptions(
+        parts=tuple(PartSpec(config.sites, layer, config.store_dtype, model.table.hidden_size) for layer in layers),
+        compute_dtype=config.compute_dtype,
+        batch_tokens=batch_tokens,
+        longest_tokens=config.longest_tokens or (prompts.longest_tokens if prompts else None),
+        chains=ChainOptions(
+            stages=None if config.stages == "auto" else config.stages,
+            replicas=1 if config.replicas == "auto" else config.replicas,
+            gpus_per_stage=config.gpus_per_stage,
+            device_map=config.device_map,
+            max_memory=max_memory,
+        ),
+        in_flight_bytes=in_flight_bytes,
+        disk_free_bytes=_disk_free_bytes(config.output),
+        price_per_gb_month=config.price_per_gb_month,
+        tokens_per_s=config.tokens_per_s,
+        store_bytes_per_s=config.store_gb_per_s and config.store_gb_per_s * 1e9,
+    )
+    demand = Demand(model.table, model_shape(model.config, model.attn_implementation), options)
+    if config.replicas == "auto":
+        chains = replace(options.chains, replicas=most_replicas(demand, cluster))
+        demand = replace(demand, options=replace(options, chains=chains))
+    return plan_run(demand, cluster, prompts), {"source": model.source, "index_bytes": model.index_bytes}
+
+
+def _prompts(config: PlanConfig, model_config: Any, batch_tokens: int) -> Any:
+    if config.prompts is None:
+        return None
+    from m2ray.cli.plan_inputs import survey_prompts
+    from m2ray.prompts import PromptOptions
+
+    limit = config.max_length or model_config.max_position_embeddings
+    options = PromptOptions(config.prompts, limit, config.text_column, config.messages_column, config.id_column, config.truncation)
+    shard_tokens = _DEFAULT_SHARD_TOKENS if config.shard_tokens == "auto" else config.shard_tokens
+    return survey_prompts(config.model, options, model_config.vocab_size, shard_tokens=shard_tokens, batch_tokens=batch_tokens)
+
+
+def _found_cluster(config: PlanConfig) -> Cluster:
+    """Every node of the cluster that RAY_ADDRESS names, or this machine."""
+    if not os.environ.get("RAY_ADDRESS"):
+        return Cluster((probe_node(visible=os.environ.get("CUDA_VISIBLE_DEVICES")),))
+    from m2ray.chain.probing import probe_cluster
+
+    return probe_cluster(config.placement_timeout_s)
+
+
+def _disk_free_bytes(output: str | None) -> int | None:
+    if output is None or "://" in output:
+        return None
+    return probe_node(folder=output).disk_free_bytes
+
+
+def _print(plan: Plan, checkpoint: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    from m2ray.planning.layout import render
+
+    console = Console(highlight=False)
+    console.print(render(plan))
+    index_bytes, counted_bytes = checkpoint["index_bytes"], plan.weights.disk_bytes
+    if checkpoint["source"] == "config":
+        console.print("The files are not at hand: bytes on disk are as config.json tells.")
+    if index_bytes is not None and index_bytes != counted_bytes:
+        console.print(f"The index says {index_bytes:,} bytes on disk, {counted_bytes:,} were counted.")

@@ -1,0 +1,134 @@
+"""What `m2ray plan` counts on: the model's tensors and dimensions, and the prompts' lengths. No weights are read."""
+
+import json
+import tempfile
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal
+
+import numpy as np
+
+from m2ray.batches import TensorTable
+from m2ray.errors import CheckpointError
+from m2ray.model.checkpoint import CONFIG, INDEX, SINGLE_FILE, open_checkpoint, tensor_table, tensor_table_from_config
+from m2ray.model.families import parse_config
+from m2ray.model.skeleton import resolve_attn_implementation
+from m2ray.planning.memory import ModelShape
+from m2ray.planning.output import PromptStats
+from m2ray.storage import Store, open_store
+
+_SHOWN_NAMES = 5
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """A model as far as its folder tells.
+
+    Attributes:
+        config: transformers' configuration.
+        attn_implementation: the attention that runs, "auto" resolved.
+        table: every tensor.
+        source: what the bytes on disk were read from: the safetensors "headers", or "config", where the files are not all there.
+        index_bytes: the bytes of all tensors as the index sums them up; None without an index or its total.
+    """
+
+    config: Any
+    attn_implementation: str
+    table: TensorTable
+    source: Literal["headers", "config"]
+    index_bytes: int | None
+
+
+def read_model(url: str, attn_implementation: str) -> ModelFacts:
+    """The model of a checkpoint folder, of a folder with config.json (and the index) alone, or of a config.json.
+
+    Raises:
+        CheckpointError: no config.json, a model that m2ray does not run, damaged files, or an index of another model.
+        ConfigError: the family has no such attention.
+    """
+    alone = url.endswith(".json")
+    store = open_store((url.rpartition("/")[0] or ".") if alone else url)
+    config_key = url.rpartition("/")[2] if alone else CONFIG
+    if store.size(config_key) is None:
+        raise CheckpointError(f"There is no {config_key} in {store.url}.", "Give a checkpoint's folder, or its config.json.")
+    weight_map, index_bytes = ({}, None) if alone else _read_index(store)
+    files = set(weight_map.values()) or {SINGLE_FILE}
+    if not alone and all(store.size(file) is not None for file in files):
+        checkpoint = open_checkpoint(url)
+        attention = resolve_attn_implementation(checkpoint.config, attn_implementation)
+        return ModelFacts(checkpoint.config, attention, tensor_table(checkpoint), "headers", index_bytes)
+    config = parse_config(store.read(config_key))
+    table = tensor_table_from_config(config)
+    if weight_map:
+        _require_all(table, set(weight_map))
+    return ModelFacts(config, resolve_attn_implementation(config, attn_implementation), table, "config", index_bytes)
+
+
+def _read_index(store: Store) -> tuple[dict[str, str], int | None]:
+    if store.size(INDEX) is None:
+        return {}, None
+    try:
+        index = json.loads(store.read(INDEX))
+        weight_map = {str(key): str(file) for key, file in index["weight_map"].items()}
+        total = (index.get("metadata") or {}).get("total_size")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{INDEX} in {store.url} is not a JSON object with a weight_map: {error!r}.", "Copy the file again."
+        ) from error
+    return weight_map, None if total is None else int(total)
+
+
+def _require_all(table: TensorTable, keys: set[str]) -> None:
+    """Refuse an index that lacks tensors of the model: config.json is another model's, or the index is damaged."""
+    tied = {"head"}
+    absent = [key for row in table.rows if row.role not in tied for key in row.sources if key not in keys]
+    if absent:
+        shown = ", ".join(absent[:_SHOWN_NAMES])
+        raise CheckpointError(
+            f"{INDEX} lacks {len(absent)} tensors that config.json asks for: {shown}{' and more' if len(absent) > _SHOWN_NAMES else ''}.",
+            "Give config.json and the index of the same model.",
+        )
+
+
+def model_shape(config: Any, attn_implementation: str) -> ModelShape:
+    """The dimensions that decide transient memory, by the names that transformers' configurations use for them."""
+
+    def first(*fields: str) -> int:
+        return next((int(value) for field in fields if (value := getattr(config, field, None))), 0)
+
+    num_experts = first("num_local_experts", "num_experts", "n_routed_experts")
+    expert_size = first("moe_intermediate_size", "intermediate_size") if num_experts else 0
+    return ModelShape(
+        hidden_size=config.hidden_size,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=first("num_key_value_heads") or config.num_attention_heads,
+        head_dim=first("qk_head_dim", "head_dim") or config.hidden_size // config.num_attention_heads,
+        intermediate_size=first("intermediate_size", "ffn_dim", "n_inner") or 4 * config.hidden_size,
+        num_experts=num_experts,
+        experts_per_token=first("num_experts_per_tok") if num_experts else 0,
+        expert_size=expert_size,
+        shared_size=expert_size * first("n_shared_experts"),
+        is_eager_attention=attn_implementation == "eager",
+    )
+
+
+def survey_prompts(model: str, options: Any, vocab_size: int, *, shard_tokens: int, batch_tokens: int) -> PromptStats:
+    """Read and tokenise the prompts as a run would, and count; `options` are PromptOptions. Nothing is kept.
+
+    Raises:
+        PromptsError, CheckpointError: as a run would.
+    """
+    from m2ray.prompts import PromptSource, PromptTokenizer, survey
+    from m2ray.prompts.shards import cut_micro_batches
+
+    with tempfile.TemporaryDirectory(prefix="m2ray-plan-") as folder:
+        tokenizer = PromptTokenizer.load(model, options, vocab_size)
+        found = survey(PromptSource.open(options), tokenizer, open_store(folder), "plan", shard_tokens)
+        found.tokens.close()
+    padded = longest = num_batches = 0
+    for shard in found.shards:
+        for start, stop in pairwise(cut_micro_batches(shard.token_counts, batch_tokens)):
+            padded += int(shard.token_counts[start:stop].max()) * (stop - start)
+            num_batches += 1
+        longest = max(longest, int(np.max(shard.token_counts)))
+    return PromptStats(found.num_ready, found.num_tokens, padded, longest, len(found.shards), num_batches)

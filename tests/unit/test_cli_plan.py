@@ -1,0 +1,156 @@
+"""`m2ray plan` on MiniMax-M2's real config.json: exact bytes, verdicts, exit codes, and the table in docs/planning.md."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from m2ray.cli import main, plan_inputs
+from tests.reference import make_minimax
+
+ROOT = Path(__file__).parents[2]
+M2 = ROOT / "tests/data/minimax_m2"
+CLUSTERS = ("8xA100-80GB", "8xA100-40GB", "4xH100-80GB", "6xH100-80GB", "1xH200", "2xH200", "8xH200")
+FITS, DOES_NOT_FIT = 0, 3
+_read = plan_inputs.read_model
+_seen: dict[tuple[str, str, int], plan_inputs.ModelFacts] = {}
+
+
+def _read_once(url: str, attn_implementation: str) -> plan_inputs.ModelFacts:
+    """Keyed by the newest change below the folder too."""
+    paths = [Path(url), *Path(url).glob("*")]
+    key = (url, attn_implementation, max(path.stat().st_mtime_ns for path in paths))
+    if key not in _seen:
+        _seen[key] = _read(url, attn_implementation)
+    return _seen[key]
+
+
+@pytest.fixture(autouse=True)
+def _models_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real reading, but once a folder: building the 62 layers anew takes most of each command's time."""
+    monkeypatch.setattr(plan_inputs, "read_model", _read_once)
+
+
+def plan(*words: str, model: Path = M2) -> Result:
+    return CliRunner().invoke(main, ["plan", "--model", str(model), *words])
+
+
+def plan_json(*words: str, model: Path = M2) -> dict[str, Any]:
+    result = plan(*words, "--json", model=model)
+    assert result.exit_code in (FITS, DOES_NOT_FIT), result.output
+    found: dict[str, Any] = json.loads(result.stdout)
+    assert result.exit_code == (FITS if found["fits"] else DOES_NOT_FIT)
+    return found
+
+
+@pytest.fixture(scope="module")
+def bf16_m2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The configuration of a checkpoint of MiniMax-M2 in bfloat16."""
+    folder = tmp_path_factory.mktemp("bf16")
+    config = json.loads((M2 / "config.json").read_text())
+    del config["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_minimax(tmp_path_factory.mktemp("small") / "model", "fp8")
+
+
+def table_row(checkpoint: str, gpus: str, found: dict[str, Any]) -> str:
+    total_bytes = sum(gpu["total_bytes"] for gpu in found["cluster"][0]["gpus"])
+    on_disk, loaded = found["weights"]["disk_bytes"], found["weights"]["loaded_bytes"]
+    if found["fits"]:
+        layers = [gpu["layers"][1] - gpu["layers"][0] + 1 for gpu in found["gpus"]]
+        peak = max(gpu["peak_bytes"] for gpu in found["gpus"])
+        verdict = f"yes | {min(layers)} to {max(layers)} | {peak:,} | 0 | |"
+    else:
+        remedies = " ".join(remedy["text"] for remedy in found["remedies"])
+        verdict = f"no | | | {found['short_by_bytes']:,} | {remedies} |"
+    return f"| {gpus} | {checkpoint} | {total_bytes:,} | {on_disk:,} | {loaded:,} | {verdict}"
+
+
+def test_the_table_in_the_docs_is_what_the_command_says(bf16_m2: Path) -> None:
+    models = {"BF16": bf16_m2, "FP8": M2}
+    rows = [table_row(name, gpus, plan_json("--gpus", gpus, model=model)) for gpus in CLUSTERS for name, model in models.items()]
+    table = "\n".join(rows)
+    assert table in (ROOT / "docs/planning.md").read_text(encoding="utf-8"), f"the table should be:\n{table}"
+
+
+def test_exact_bytes_of_the_real_model() -> None:
+    weights = plan_json("--gpus", "8xA100-80GB")["weights"]
+    assert weights["disk_bytes"] == 230_121_630_720
+    assert weights["compute_bytes"] == 457_379_529_728
+
+
+def test_the_command_needs_neither_ray_nor_a_gpu_and_takes_seconds() -> None:
+    script = (
+        "import sys; from click.testing import CliRunner; from m2ray.cli import main\n"
+        f"result = CliRunner().invoke(main, ['plan', '--model', {str(M2)!r}, '--gpus', '8xH200'])\n"
+        "assert 'ray' not in sys.modules, 'ray was imported'\n"
+        "sys.exit(result.exit_code)"
+    )
+    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, timeout=60, check=False).returncode == FITS
+
+
+def test_a_config_json_alone_and_a_toml_file_of_an_extraction(tmp_path: Path) -> None:
+    toml = tmp_path / "job.toml"
+    toml.write_text(f'model = "{M2}/config.json"\noutput = "s3://bucket/run"\nlayers = "0-3"\nstages = 2\n', encoding="utf-8")
+    result = CliRunner().invoke(main, ["plan", str(toml), "--gpus", "8xH200", "--json"])
+    found = json.loads(result.stdout)
+    assert [gpu["layers"] for gpu in found["gpus"]] == [[0, 1], [2, 3]]
+    assert found["checkpoint"] == {"source": "config", "index_bytes": None}
+
+
+def test_a_misspelt_option_in_the_file_is_refused(tmp_path: Path) -> None:
+    toml = tmp_path / "job.toml"
+    toml.write_text('model = "m"\nmax_memroy = "40GB"\n', encoding="utf-8")
+    result = CliRunner().invoke(main, ["plan", str(toml)])
+    assert result.exit_code == 1
+    assert "max_memroy" in result.stderr
+
+
+def test_the_index_of_another_model_is_refused_and_its_own_total_is_shown(small_model: Path, tmp_path: Path) -> None:
+    shutil.copy(small_model / "config.json", tmp_path)
+    index = json.loads((small_model / "model.safetensors.index.json").read_text())
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with_files, without = (plan_json("--gpus", "H200", model=folder) for folder in (small_model, tmp_path))
+    assert (with_files["checkpoint"]["source"], without["checkpoint"]["source"]) == ("headers", "config")
+    assert without["checkpoint"]["index_bytes"] == with_files["weights"]["disk_bytes"]
+    del index["weight_map"]["model.layers.0.input_layernorm.weight"]
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    result = plan("--gpus", "H200", model=tmp_path)
+    assert result.exit_code == 1
+    assert "model.layers.0.input_layernorm.weight" in result.stderr
+
+
+def test_prompts_give_the_output_and_a_price(small_model: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"text": "one two three"}\n{"text": ""}\n{"text": "four"}\n', encoding="utf-8")
+    found = plan_json("--gpus", "H200", "--prompts", str(prompts), "--price", "20", "--rate", "1000", model=small_model)
+    assert found["output"]["sequences"] == 2, "the empty prompt is quarantined"
+    assert found["output"]["files"] == found["model"]["num_layers"]
+    assert found["output"]["cost_a_month"] == pytest.approx(20 * found["output"]["disk_bytes"] / 1e9)
+    assert found["rates"]["tokens_per_s"] == 1000
+
+
+def test_limits_and_device_maps_change_the_layout() -> None:
+    everywhere = plan_json("--gpus", "8xH200", "--max-memory", "60GB")
+    assert not everywhere["fits"]
+    assert {remedy["option"] for remedy in everywhere["remedies"]} >= {"max_memory"}
+    filled = plan_json("--gpus", "8xH200", "--device-map", "sequential")["gpus"]
+    assert filled[0]["layers"] == [0, 18], "(150.8 GB - 7.8 GB overhead - 1.2 GB embedding) / 7.3 GB a layer = 19 layers"
+    assert filled[7]["layers"] is None
+
+
+def test_without_gpus_named_this_machine_is_planned(small_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    (node,) = plan_json("--batch-tokens", "128", model=small_model)["cluster"]
+    assert node["cpus"] > 0
+    assert node["versions"]["python"]

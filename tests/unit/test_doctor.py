@@ -1,0 +1,121 @@
+"""The doctor: facts that break each check, facts that break none, and this machine with sound and damaged folders."""
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from m2ray.cli import main
+from m2ray.planning.checks import check_nodes
+from m2ray.planning.hardware import Gpu, Node
+from m2ray.planning.node_facts import GpuUser, NodeFacts
+from tests.reference import make_minimax
+
+GIB = 2**30
+VERSIONS = {"python": "3.11.9", "ray": "2.60.0", "torch": "2.13.0", "m2ray": "0.1.0", "driver": "580.1", "cuda": "13.0", "nccl": "2.28"}
+
+
+def sound(name: str = "a", **hardware) -> NodeFacts:
+    gpus = tuple(Gpu(index, "NVIDIA H200", 140 * GIB, 139 * GIB) for index in range(2))
+    node = Node(name, **{"gpus": gpus, "shm_bytes": 64 * GIB, "versions": VERSIONS, **hardware})
+    return NodeFacts(
+        node,
+        source_digest="d",
+        torch_cuda="13.0",
+        torch_sees_gpus=True,
+        torch_kernels=("sm_80", "sm_90"),
+        driver_cuda="13.0",
+        compute_capabilities=((9, 0), (9, 0)),
+        interfaces=("lo", "eth0"),
+        temp_bytes=100 * GIB,
+        temp_free_bytes=50 * GIB,
+        read_bytes_per_s=2e9,
+    )
+
+
+def problems(*nodes: NodeFacts, model_bytes: int = 230 * 10**9) -> list[tuple[str, str, str]]:
+    found = [finding for finding in check_nodes(nodes, 4 * GIB, model_bytes) if finding.level == "problem"]
+    assert all(finding.remedy for finding in found), "each problem has its remedy"
+    return [(finding.check, finding.where, finding.what) for finding in found]
+
+
+def test_sound_nodes_have_no_problem() -> None:
+    assert problems(sound("a"), sound("b")) == []
+
+
+BROKEN = {
+    "torch cannot be imported": ("torch", {"torch_error": "libcudart.so.13: no such file"}),
+    "without CUDA": ("torch", {"torch_cuda": None, "torch_sees_gpus": False}),
+    "runs CUDA up to 12.8": ("torch", {"driver_cuda": "12.8"}),
+    "cannot use any": ("torch", {"torch_sees_gpus": False}),
+    "no kernels for GPU 0": ("torch", {"compute_capabilities": ((10, 0),)}),
+    "process 4711": ("gpu_busy", {"gpu_users": (GpuUser(1, 4711, None),)}),
+    "NCCL_P2P_DISABLE=1": ("nccl", {"nccl_env": {"NCCL_P2P_DISABLE": "1"}}),
+    "NCCL_SOCKET_IFNAME=ib": ("nccl", {"nccl_env": {"NCCL_SOCKET_IFNAME": "ib"}}),
+    "NCCL_SOCKET_IFNAME=^lo,eth": ("nccl", {"nccl_env": {"NCCL_SOCKET_IFNAME": "^lo,eth"}}),
+    "NCCL_SOCKET_IFNAME==eth": ("nccl", {"nccl_env": {"NCCL_SOCKET_IFNAME": "=eth"}}),
+    "no config.json": ("model_visible", {"model_problem": "There is no config.json in /m."}),
+    "another folder": ("store", {"output_problem": "/out is another folder here."}),
+    "temporary folder": ("temp_space", {"temp_free_bytes": 4 * GIB}),
+    "minutes through this node": ("read_speed", {"read_bytes_per_s": 50e6}),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_each_check_finds_what_breaks_it(what: str) -> None:
+    check, change = BROKEN[what]
+    found = problems(replace(sound(), **change))
+    assert [(one[0], one[1]) for one in found] == [(check, "a")]
+    assert what in found[0][2]
+
+
+def test_memory_taken_by_nobody_that_can_be_seen_and_small_shared_memory() -> None:
+    taken = sound(gpus=(Gpu(0, "NVIDIA H200", 140 * GIB, 100 * GIB),), shm_bytes=64 << 20)
+    assert [check for check, _, _ in problems(taken)] == ["gpu_busy", "shared_memory"]
+
+
+@pytest.mark.parametrize("name", ["python", "ray", "torch", "m2ray", "driver"])
+def test_versions_that_differ_are_named_with_their_nodes(name: str) -> None:
+    other = sound("b", versions={**VERSIONS, name: "0.0"})
+    ((check, where, what),) = problems(sound("a"), other)
+    assert (check, where) == ("same_everywhere", "cluster")
+    assert f"a has {VERSIONS[name]}, b has 0.0" in what
+
+
+def test_a_node_without_gpus_needs_no_driver() -> None:
+    cpu = replace(sound("head", gpus=(), versions={name: VERSIONS[name] for name in ("python", "ray", "torch", "m2ray")}), torch_cuda=None)
+    assert problems(sound("a"), cpu) == []
+
+
+def test_code_and_nccl_settings_that_differ() -> None:
+    other = replace(sound("b"), source_digest="e", nccl_env={"NCCL_DEBUG": "WARN"})
+    assert [what.split(" is ")[0] for _, _, what in problems(sound("a"), other)] == ["m2ray's code", "NCCL_DEBUG"]
+
+
+def test_all_problems_come_at_once() -> None:
+    bad = replace(sound(), torch_sees_gpus=False, temp_free_bytes=0, model_problem="none", output_problem="none")
+    assert {check for check, _, _ in problems(bad)} == {"torch", "temp_space", "model_visible", "store"}
+
+
+def doctor(*words: str) -> tuple[int, dict]:
+    result = CliRunner().invoke(main, ["doctor", "--in-flight", "1MB", "--json", *words], env={"RAY_ADDRESS": ""})
+    return result.exit_code, json.loads(result.stdout)
+
+
+def test_this_machine_with_a_sound_and_a_damaged_model(tmp_path: Path) -> None:
+    model, output = make_minimax(tmp_path / "model", "fp8"), tmp_path / "run"
+    _, found = doctor("--model", str(model), "--output", str(output))
+    of_folders = {"checkpoint_files", "checkpoint_tensors", "store", "model_visible", "read_speed"}
+    assert not [one for one in found["findings"] if one["level"] == "problem" and one["check"] in of_folders]
+    assert found["nodes"][0]["read_bytes_per_s"] > 0
+    assert not [path for path in output.rglob("*") if path.is_file()], "what was made to try the store is gone"
+    cut = min(model.glob("*.safetensors"))
+    os.truncate(cut, cut.stat().st_size - 10)
+    exit_code, found = doctor("--model", str(model), "--output", "/sys/m2ray-run")
+    broken = {one["check"]: one["what"] for one in found["findings"] if one["level"] == "problem"}
+    assert exit_code == 1
+    assert {"checkpoint_files", "store"} <= broken.keys()
+    assert cut.name in broken["checkpoint_files"]
