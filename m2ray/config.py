@@ -41,10 +41,14 @@ class ExtractConfig(BaseModel):
     threads_per_stage: Positive | Auto = Field("auto", description="torch threads a stage on the CPU; auto: 1.")
 
     output: NonEmpty = Field(description="Run folder, new or to be resumed.")
+    compression: Literal["none", "planes"] = Field("none", description="Stored rows: as they are, or lossless in about 0.7 of the bytes.")
     stages: Positive | Auto = Field("auto", description="Stage actors; auto: one a GPU of the cluster, 1 without GPUs.")
+    replicas: Positive | Auto = Field(1, description="Chains over one queue of shards; auto: as many as the GPUs hold.")
     in_flight: NonEmpty = Field("4GiB", description="Hidden states between the stages at one time, at most.")
     placement_timeout_s: Annotated[float, Field(gt=0)] = Field(30.0, description="Seconds to wait for room in the cluster.")
-    stage_timeout_s: Annotated[float, Field(gt=0)] = Field(1800.0, description="Seconds without any progress after which a run stops.")
+    stage_timeout_s: Annotated[float, Field(gt=0)] = Field(
+        1800.0, description="Seconds without any progress after which silent stages are restarted."
+    )
 
     @classmethod
     def row_options(cls) -> tuple[str, ...]:
@@ -66,10 +70,14 @@ class ExtractConfig(BaseModel):
     def validated(cls, values: Mapping[str, Any]) -> Self:
         """Validate a mapping of option names to values (strings are parsed). Raises ConfigError."""
         try:
-            return cls.model_validate(dict(values))
+            config = cls.model_validate(dict(values))
         except ValidationError as error:
             raise_all(_as_problems(cls, error))
             raise
+        if config.compression == "planes" and config.store_dtype == "float32":
+            what = 'compression = "planes" splits 16-bit rows, and store_dtype = "float32".'
+            raise ConfigError(what, 'Store bfloat16 or float16, or set compression = "none".')
+        return config
 
 
 def parse_layers(text: str, num_layers: int) -> tuple[int, ...]:

@@ -1,27 +1,31 @@
-"""The driver's side of one chain: start its stages, keep micro-batches flowing through them, gather the receipts.
+"""The driver's side of one chain: keep micro-batches flowing through its stages, gather the receipts, begin anew after a failure.
 
 Only references, receipts and token ids pass through the driver; hidden states go from stage to stage.
 """
 
+import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import uuid4
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.exceptions import GetTimeoutError, RayError
 
 from m2ray.batches import MicroBatch, PartReceipt, Shard
-from m2ray.chain.actor import StageStatus, WriterSpec, actor_class
-from m2ray.chain.placement import Reservation
+from m2ray.chain.failure import Failure, FailureKind, FailurePolicy, GiveUp, cause_of, classify
+from m2ray.chain.queue import ShardQueue
+from m2ray.chain.stages import Stages
 from m2ray.chain.transport import hidden_bytes
 from m2ray.errors import M2rayError, StageError
-from m2ray.model.stage import StageSpec
 
-_POLL_S = 1.0
+_POLL_S = 0.5
+
+
+class ChainLostError(StageError):
+    """A chain's stages failed too often; another replica may still go on."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,7 @@ class _OpenShard:
     micro_batches: list[tuple[int, int]] = field(default_factory=list)
     receipts: list[Any] = field(default_factory=list)
     pending: list[Any] = field(default_factory=list)
+    """The receipts that have not come: waiting for one that has would look like progress for ever."""
 
 
 @dataclass(frozen=True)
@@ -70,138 +75,105 @@ class ChainLimits:
 
 
 class Chain:
-    """All the stages of one model, in order."""
+    """All the stages of one model, in order. Used by one thread; `stop` may be set by another.
 
-    def __init__(self, stages: Sequence[Any], limits: ChainLimits) -> None:
+    Args:
+        micro_batches_of: the micro-batches of a shard, the same every time.
+        say: takes a line for the user.
+    """
+
+    _in_flight: deque[_InFlight]
+    _open: list[_OpenShard]  # taken from the queue, closing ones too
+    _closing: list[_OpenShard]
+    _current: tuple[_OpenShard, Iterator[MicroBatch]] | None
+    _upcoming: tuple[_OpenShard, MicroBatch] | None
+
+    def __init__(
+        self,
+        stages: Stages,
+        limits: ChainLimits,
+        micro_batches_of: Callable[[Shard], Iterator[MicroBatch]],
+        say: Callable[[str], None],
+        policy: FailurePolicy | None = None,
+    ) -> None:
         self._stages = stages
         self._limits = limits
-        self._in_flight: deque[_InFlight] = deque()
-        self._in_flight_bytes = 0
-        self._closing: list[_OpenShard] = []
-        self._step = 0
-        self._moved = False
-        self._asked: dict[int, Any] = {}
-        self._answers: dict[int, StageStatus] = {}
+        self._micro_batches_of = micro_batches_of
+        self._say = say
+        self._policy = policy or FailurePolicy()
+        self._failures: list[Failure] = []
+        self._epoch = 0
+        self._forget()
+        self.stop = threading.Event()
         self.tokens_done = 0
 
-    @classmethod
-    def start(
-        cls,
-        specs: Sequence[StageSpec],
-        writer: WriterSpec,
-        reservation: Reservation,
-        limits: ChainLimits,
-        on_status: Callable[[list[StageStatus]], None],
-    ) -> "Chain":
-        """Start one actor a spec in its reserved bundle and load all spans at the same time.
+    def run(self, queue: ShardQueue, on_result: Callable[[ShardResult], None]) -> None:
+        """Load the stages and take shards from the queue until it is finished or `stop` is set.
+
+        Dead and hung stages are restarted, and the shards in flight then are tried again. However it ends, shards that were
+        not handed to `on_result` are given back to the queue.
 
         Raises:
-            M2rayError: whatever a stage reports; StageError if one dies or `limits.timeout_s` pass without progress.
+            M2rayError: what would come again if it were tried again, or what came too often.
         """
-        remote_class = actor_class(_window(len(specs)) + 2)
-        stages = [
-            remote_class.options(
-                num_cpus=reservation.num_cpus,
-                num_gpus=reservation.num_gpus,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(reservation.group, bundle),
-                runtime_env={"env_vars": {"OMP_NUM_THREADS": str(spec.threads)}},
-            ).remote(spec, writer, hands_on=spec is not specs[-1])
-            for spec, bundle in zip(specs, reservation.bundles, strict=True)
-        ]
-        chain = cls(stages, limits)
+        self._stages.start()
         try:
-            chain._load(on_status)
-        except BaseException:
-            chain.kill()
-            raise
-        return chain
-
-    def extract(
-        self, shards: Iterable[Shard], micro_batches_of: Callable[[Shard], Iterator[MicroBatch]], on_tick: Callable[[], None]
-    ) -> Iterator[ShardResult]:
-        """Take the shards through the chain, several at a time, and give each as soon as all its parts are durable.
-
-        `on_tick` is called about once a second while the chain works.
-
-        The chain never drains between shards: the next one's micro-batches enter while the last stages still work.
-        """
-        work = self._work(shards, micro_batches_of)
-        upcoming = next(work, None)
-        progressed = time.monotonic()
-        while upcoming or self._in_flight or self._closing:
-            while upcoming and self._has_room(upcoming[1]):
-                self._submit(*upcoming)
-                upcoming = next(work, None)
-            results = list(self._advance())
-            now = time.monotonic()
-            if self._moved:
-                progressed = now
-            elif now - progressed > self._limits.timeout_s:
-                raise StageError(
-                    f"The chain stood still for {self._limits.timeout_s:g} s: {self._diagnosis()}.",
-                    "Run the same command again: finished shards are kept. stage_timeout_s sets the limit.",
-                )
-            on_tick()
-            yield from results
-
-    def latest_statuses(self) -> list[StageStatus]:
-        """The newest answer of each stage that has answered at all, without waiting: a busy stage may be late."""
-        for index, stage in enumerate(self._stages):
-            asked = self._asked.get(index)
-            if asked is not None and ray.wait([asked], timeout=0)[0]:
-                (self._answers[index],) = self._get([asked], self._limits.timeout_s)
-                asked = None
-            if asked is None:
-                self._asked[index] = stage.status.remote()
-        return [self._answers[index] for index in sorted(self._answers)]
-
-    def close(self) -> None:
-        """Let the writers end, then end the actors."""
-        try:
-            ray.get([stage.close.remote() for stage in self._stages], timeout=self._limits.timeout_s)
+            while not self.stop.is_set() and not queue.is_finished:
+                try:
+                    self._stages.load(self.stop)
+                    self._flow(queue, on_result)
+                except (RayError, GetTimeoutError, M2rayError) as error:
+                    self._begin_anew(error, queue)
         finally:
-            self.kill()
-
-    def kill(self) -> None:
-        """End the actors at once."""
-        for stage in self._stages:
-            ray.kill(stage)
-
-    # -- loading ------------------------------------------------------------------------------------------------------
-
-    def _load(self, on_status: Callable[[list[StageStatus]], None]) -> None:
-        waiting = [stage.load.remote() for stage in self._stages]
-        read_bytes, progressed = -1, time.monotonic()
-        while waiting:
-            done, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=_POLL_S)
-            self._get(done, self._limits.timeout_s)
-            statuses = self.latest_statuses()
-            on_status(statuses)
-            now_read_bytes = sum(status.read_bytes for status in statuses)
-            if done or now_read_bytes != read_bytes:
-                read_bytes, progressed = now_read_bytes, time.monotonic()
-            elif time.monotonic() - progressed > self._limits.timeout_s:
-                raise StageError(
-                    f"Loading stood still for {self._limits.timeout_s:g} s: {self._diagnosis()}.",
-                    "Check the disk that holds the model; stage_timeout_s sets the limit.",
-                )
+            queue.give_back([opened.shard for opened in self._open])
 
     # -- extracting ---------------------------------------------------------------------------------------------------
 
-    @staticmethod
-    def _work(
-        shards: Iterable[Shard], micro_batches_of: Callable[[Shard], Iterator[MicroBatch]]
-    ) -> Iterator[tuple[_OpenShard, MicroBatch]]:
-        for shard in shards:
+    def _flow(self, queue: ShardQueue, on_result: Callable[[ShardResult], None]) -> None:
+        """The chain never drains between shards: the next one's micro-batches enter while the last stages still work."""
+        progressed = time.monotonic()
+        while not queue.is_finished and not self.stop.is_set():
+            self._fill(queue)
+            if not self._open:
+                queue.wait(_POLL_S)
+                progressed = time.monotonic()
+                continue
+            moved = self._advance(on_result)
+            self._stages.ask()
+            if moved:
+                progressed = time.monotonic()
+            elif time.monotonic() - progressed > self._limits.timeout_s:
+                raise GetTimeoutError(f"The chain stood still for {self._limits.timeout_s:g} s: {self._stages.diagnosis()}.")
+
+    def _fill(self, queue: ShardQueue) -> None:
+        while True:
+            if self._upcoming is None:
+                self._upcoming = self._next(queue)
+            if self._upcoming is None or not self._has_room(self._upcoming[1]):
+                return
+            self._submit(*self._upcoming)
+            self._upcoming = None
+
+    def _next(self, queue: ShardQueue) -> tuple[_OpenShard, MicroBatch] | None:
+        while True:
+            if self._current is not None:
+                opened, source = self._current
+                micro_batch = next(source, None)
+                if micro_batch is not None:
+                    return opened, micro_batch
+                self._current = None
+            shard = queue.take()
+            if shard is None:
+                return None
             opened = _OpenShard(shard, uuid4().hex[:12])
-            for micro_batch in micro_batches_of(shard):
-                yield opened, micro_batch
+            self._open.append(opened)
+            self._current = (opened, iter(self._micro_batches_of(shard)))
 
     def _has_room(self, micro_batch: MicroBatch) -> bool:
         if not self._in_flight:
             return True
         needed = self._in_flight_bytes + self._hidden_bytes(micro_batch)
-        return len(self._in_flight) < _window(len(self._stages)) and needed <= self._limits.in_flight_bytes
+        return len(self._in_flight) < window(len(self._stages)) and needed <= self._limits.in_flight_bytes
 
     def _hidden_bytes(self, micro_batch: MicroBatch) -> int:
         return hidden_bytes(micro_batch.padded_tokens, self._limits.hidden_size, self._limits.itemsize_bytes)
@@ -210,77 +182,90 @@ class Chain:
         owner.micro_batches.append((len(micro_batch.sequence_ids), micro_batch.token_ids_BT.shape[1]))
         shared = ray.put(micro_batch)
         payload = None
-        for stage in self._stages:
-            payload = stage.forward.remote(self._step, owner.attempt, shared, payload)
+        for actor in self._stages.actors:
+            payload = actor.forward.remote(self._epoch, self._step, owner.attempt, shared, payload)
         num_bytes = self._hidden_bytes(micro_batch)
         self._in_flight.append(_InFlight(owner, payload, num_bytes, micro_batch.num_tokens, micro_batch.is_last))
         self._in_flight_bytes += num_bytes
         self._step += 1
 
-    def _advance(self) -> Iterator[ShardResult]:
+    def _advance(self, on_result: Callable[[ShardResult], None]) -> bool:
         """Wait a moment for the chain's oldest micro-batch or a closing shard, and take in whatever is done."""
         waiting = [self._in_flight[0].done] if self._in_flight else []
-        # Only what is still to come: a receipt that is there already would count as progress for ever.
         waiting += [ref for opened in self._closing for ref in opened.pending]
         done, _ = ray.wait(waiting, num_returns=1, timeout=_POLL_S)
-        self._moved = bool(done)
         while self._in_flight and ray.wait([self._in_flight[0].done], timeout=0)[0]:
             self._retire(self._in_flight.popleft())
         for opened in list(self._closing):
             ready, opened.pending = ray.wait(opened.pending, num_returns=len(opened.pending), timeout=0)
-            self._get(ready, self._limits.timeout_s)
+            ray.get(ready, timeout=self._limits.timeout_s)
             if not opened.pending:
+                answers = ray.get(opened.receipts, timeout=self._limits.timeout_s)
+                receipts = tuple(receipt for answer in answers for receipt in answer)
                 self._closing.remove(opened)
-                receipts = [receipt for receipts in self._get(opened.receipts, self._limits.timeout_s) for receipt in receipts]
+                self._open.remove(opened)
                 elapsed_s = time.monotonic() - opened.began_at
-                yield ShardResult(opened.shard, opened.attempt, tuple(receipts), tuple(opened.micro_batches), elapsed_s)
+                on_result(ShardResult(opened.shard, opened.attempt, receipts, tuple(opened.micro_batches), elapsed_s))
+        return bool(done)
 
     def _retire(self, retired: _InFlight) -> None:
-        self._get([retired.done], self._limits.timeout_s)
+        ray.get(retired.done, timeout=self._limits.timeout_s)
         self._in_flight_bytes -= retired.num_bytes
-        self.tokens_done += retired.tokens
         if retired.is_last:
             owner = retired.owner
-            owner.receipts = [stage.collect.remote(owner.shard.index, owner.attempt) for stage in self._stages]
+            owner.receipts = [actor.collect.remote(owner.shard.index, owner.attempt) for actor in self._stages.actors]
             owner.pending = list(owner.receipts)
             self._closing.append(owner)
+            self.tokens_done += owner.shard.num_tokens
 
     # -- failures -----------------------------------------------------------------------------------------------------
 
-    def _get(self, refs: Sequence[Any], timeout_s: float) -> list[Any]:
-        """ray.get that raises m2ray's own errors as they were raised in the stage."""
-        try:
-            values: list[Any] = ray.get(list(refs), timeout=timeout_s)
-        except RayTaskError as error:
-            if isinstance(error.cause, M2rayError):
-                raise error.cause from error
-            if isinstance(error.cause, RayActorError):
-                raise self._death(error.cause) from error
-            raise StageError(f"A stage failed: {error.cause!r}.", "This is a defect of m2ray: --debug shows the trace.") from error
-        except RayActorError as error:
-            raise self._death(error) from error
-        except GetTimeoutError as error:
-            raise StageError(f"No answer from the stages within {timeout_s:g} s: {self._diagnosis()}.") from error
-        return values
+    def _begin_anew(self, error: RayError | GetTimeoutError | M2rayError, queue: ShardQueue) -> None:
+        """Restart what is lost and give the shards in flight back, or raise what ends the chain."""
+        kind = classify(error)
+        if kind is FailureKind.USER:
+            raise _as_ours(error)
+        self._epoch += 1
+        in_flight = self._open
+        lost = self._stages.reset(self._epoch, [(opened.shard.index, opened.attempt) for opened in in_flight])
+        shards = tuple(opened.shard.index for opened in in_flight)
+        self._failures.append(Failure(kind, time.monotonic(), tuple(lost), shards))
+        decision = self._policy.decide(self._failures)
+        what = "; ".join(f"stage {index} ({self._stages.span(index)}) {why}" for index, why in lost.items())
+        what = what or f"the chain {kind.value}: {cause_of(error)}"
+        if isinstance(decision, GiveUp):
+            if isinstance(cause_of(error), M2rayError):
+                raise _as_ours(error)
+            raise ChainLostError(
+                f"{what}. {decision.why}", "Often a node ran out of memory. Run the same command again: finished shards are kept."
+            )
+        self._say(f"{what}: restarted, {len(shards)} shards in flight are tried again")
+        queue.give_back([opened.shard for opened in in_flight])
+        self.tokens_done -= sum(opened.shard.num_tokens for opened in self._closing)
+        self._forget()
+        self.stop.wait(decision.after_s)
+        if lost and not self._stages.restart(list(lost)):
+            self._say("The room of a lost stage did not come back: all stages of this chain start anew elsewhere")
 
-    def _death(self, error: RayActorError) -> StageError:
-        return StageError(
-            f"A stage died: {self._diagnosis()}. Ray says: {' '.join(str(error).split())}",
-            "Often its node ran out of memory. Run the same command again: finished shards are kept.",
-        )
-
-    def _diagnosis(self) -> str:
-        """Which stages answer and which do not, in words."""
-        words = []
-        for index, stage in enumerate(self._stages):
-            try:
-                status: StageStatus = ray.get(stage.status.remote(), timeout=5.0)
-                words.append(f"stage {index} ({status.span}, node {status.node}) has done {status.micro_batches} micro-batches")
-            except (RayError, GetTimeoutError) as error:
-                words.append(f"stage {index} does not answer ({type(error).__name__})")
-        return "; ".join(words)
+    def _forget(self) -> None:
+        """Nothing is in flight."""
+        self._in_flight = deque()
+        self._in_flight_bytes = 0
+        self._open = []
+        self._closing = []
+        self._current = None
+        self._upcoming = None
+        self._step = 0
 
 
-def _window(num_stages: int) -> int:
+def _as_ours(error: BaseException) -> M2rayError:
+    """The error as it was raised in the stage, or one of ours that tells of it."""
+    cause = cause_of(error)
+    if isinstance(cause, M2rayError):
+        return cause
+    return StageError(f"A stage failed: {cause!r}.", "This is a defect of m2ray: --debug shows the trace.")
+
+
+def window(num_stages: int) -> int:
     """Micro-batches in the chain at most: two a stage keep each computing while one is handed on, and two to spare."""
     return 2 * num_stages + 2

@@ -1,7 +1,7 @@
 """The main path: from a configuration to a finished run. Read `extract` first."""
 
-import time
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -10,11 +10,15 @@ from uuid import uuid4
 from m2ray import __version__
 from m2ray.activations.commits import Run, RunSummary, claim_run, read_summary
 from m2ray.activations.job import Counts, JobRecord, ModelFacts, read_job, require_same
-from m2ray.batches import LayerSpan, PartSpec, Shard, TensorTable
+from m2ray.batches import LayerSpan, MicroBatch, PartSpec, Shard, TensorTable
 from m2ray.chain.actor import WriterSpec
-from m2ray.chain.driver import Chain, ChainLimits
+from m2ray.chain.driver import Chain, ChainLimits, window
+from m2ray.chain.monitor import Monitor
 from m2ray.chain.placement import ClusterSize, cluster, reserve
-from m2ray.chain.progress import Extracted, Progress
+from m2ray.chain.progress import Progress
+from m2ray.chain.replicas import Replicas
+from m2ray.chain.stages import Patience, Stages
+from m2ray.chain.stopping import stop_on_sigterm
 from m2ray.config import ExtractConfig, parse_bytes, parse_layers
 from m2ray.errors import ConfigError, M2rayError, RunConflictError, raise_all
 from m2ray.model.checkpoint import Checkpoint, open_checkpoint, tensor_table
@@ -206,9 +210,10 @@ def _extract_missing(inputs: _Inputs, work: _Work, missing: Sequence[Shard], pro
     """Reserve room, start the chain, and commit each shard as it completes."""
     config, options = inputs.config, inputs.options
     itemsize_bytes = _ITEMSIZE_BYTES[options["compute_dtype"]]
-    with cluster(config.placement_timeout_s) as room:
+    with cluster(config.placement_timeout_s) as room, stop_on_sigterm() as stop:
         spans = _spans(inputs, room, itemsize_bytes)
-        with reserve(len(spans), room, config.placement_timeout_s) as reservation:
+        num_replicas = _num_replicas(config, room, len(spans))
+        with reserve(len(spans), room, config.placement_timeout_s, num_replicas) as reservations:
             limits = ChainLimits(
                 parse_bytes(config.in_flight, "in_flight"), inputs.table.hidden_size, itemsize_bytes, config.stage_timeout_s
             )
@@ -218,20 +223,36 @@ def _extract_missing(inputs: _Inputs, work: _Work, missing: Sequence[Shard], pro
                 _WRITER_QUEUE_BYTES,
                 max(1, int(room.cpus / max(room.gpus, 1) / 2)) if room.gpus else 1,
                 config.stage_timeout_s,
+                config.compression,
             )
             for number, span in enumerate(spans):
-                progress.say(f"stage {number}: {span}")
+                progress.say(f"stage {number}: {span}" + (f", in each of {num_replicas} replicas" if num_replicas > 1 else ""))
             specs = [_stage_spec(inputs, span) for span in spans]
-            chain = Chain.start(specs, writer, reservation, limits, progress.loading)
-            monitor = _Monitor(chain, work, missing, progress)
-            try:
-                results = chain.extract(missing, lambda shard: micro_batches(shard, work.tokens, options["batch_tokens"]), monitor.tick)
+            patience = Patience(config.stage_timeout_s, config.placement_timeout_s)
+            all_stages = [Stages(specs, writer, reservation, patience, window(len(specs))) for reservation in reservations]
+            batches_of = _micro_batches_of(work, options["batch_tokens"])
+            chains = [(Chain(stages, limits, batches_of, progress.say), stages) for stages in all_stages]
+            monitor = Monitor(chains, work.shards, missing, progress)
+            with closing(Replicas(chains, missing, stop, progress.say).results(monitor.tick)) as results:
                 for result in results:
                     work.run.commit(result.shard, result.attempt, result.receipts, result.micro_batches, result.elapsed_s)
                     monitor.committed()
-                chain.close()
-            finally:
-                chain.kill()
+
+
+def _micro_batches_of(work: _Work, batch_tokens: int) -> Callable[[Shard], Iterator[MicroBatch]]:
+    """A shard's micro-batches. The spool is one file, and replicas read it from several threads: one shard at a time."""
+    lock = threading.Lock()
+
+    def batches(shard: Shard) -> Iterator[MicroBatch]:
+        with lock:
+            return iter(list(micro_batches(shard, work.tokens, batch_tokens)))
+
+    return batches
+
+
+def _num_replicas(config: ExtractConfig, room: ClusterSize, num_stages: int) -> int:
+    """As asked, or as many as the GPUs hold."""
+    return max(1, int(room.gpus) // num_stages) if config.replicas == "auto" else config.replicas
 
 
 def _spans(inputs: _Inputs, room: ClusterSize, itemsize_bytes: int) -> list[LayerSpan]:
@@ -260,41 +281,3 @@ def _stage_spec(inputs: _Inputs, span: LayerSpan) -> StageSpec:
         device="cpu",
         threads=options["threads_per_stage"],
     )
-
-
-class _Monitor:
-    """Turns what the chain says into the progress line."""
-
-    def __init__(self, chain: Chain, work: _Work, missing: Sequence[Shard], progress: Progress) -> None:
-        self._chain = chain
-        self._progress = progress
-        self._all_shards = len(work.shards)
-        self._shards = self._all_shards - len(missing)
-        self._all_tokens = work.run.job.counts.tokens
-        self._tokens_before = self._all_tokens - sum(shard.num_tokens for shard in missing)
-        self._asked_at = 0.0
-
-    def committed(self) -> None:
-        self._shards += 1
-        if self._shards == self._all_shards:
-            self._asked_at = 0.0
-            self.tick()
-
-    def tick(self) -> None:
-        """Ask the stages at most every two seconds."""
-        now = time.monotonic()
-        if now - self._asked_at < 2.0:
-            return
-        self._asked_at = now
-        statuses = self._chain.latest_statuses()
-        self._progress.extracting(
-            Extracted(
-                shards=self._shards,
-                all_shards=self._all_shards,
-                tokens=self._chain.tokens_done,
-                all_tokens=self._all_tokens,
-                tokens_before=self._tokens_before,
-                written_bytes=sum(status.written_bytes for status in statuses),
-                write_wait_s=max((status.write_wait_s for status in statuses), default=0.0),
-            )
-        )

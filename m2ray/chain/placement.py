@@ -25,14 +25,48 @@ class ClusterSize:
     gpus: float
 
 
-@dataclass(frozen=True)
 class Reservation:
-    """Room for the stages: bundle `bundles[i]` of the placement group is stage i's."""
+    """Room for the stages of one replica: bundle `bundles[i]` of the placement group is stage i's."""
 
-    group: PlacementGroup
-    bundles: tuple[int, ...]
-    num_cpus: float
-    num_gpus: float
+    def __init__(self, num_stages: int, num_cpus: float, num_gpus: float) -> None:
+        self.num_cpus = num_cpus
+        self.num_gpus = num_gpus
+        self._bundles = [{"CPU": num_cpus, "GPU": num_gpus} if num_gpus else {"CPU": num_cpus}] * num_stages
+        self.bundles: tuple[int, ...] = ()
+        self.group: PlacementGroup = placement_group(self._bundles, strategy="PACK")
+
+    def wait(self, timeout_s: float) -> None:
+        """Wait until all bundles are there, and give them out node by node. Raises ClusterError after `timeout_s`."""
+        if not self.group.wait(timeout_s):
+            raise ClusterError(
+                f"No room for {_wanted(self._bundles)} came free within {timeout_s:g} s: {_inventory()}.",
+                "End what holds the rest, ask for fewer stages, or raise placement_timeout_s.",
+            )
+        nodes = self.nodes()
+        self.bundles = tuple(sorted(nodes, key=lambda index: (nodes[index], index)))
+
+    def nodes(self) -> dict[int, str]:
+        """The node of each bundle."""
+        nodes: dict[int, str] = placement_group_table(self.group)["bundles_to_node_id"]
+        return nodes
+
+    def is_whole(self) -> bool:
+        """Whether every bundle is on a living node, as far as Ray knows."""
+        return bool(placement_group_table(self.group)["state"] == "CREATED")
+
+    def renew(self, timeout_s: float) -> None:
+        """Give the room back and ask for it anew: a group whose node died may never be whole again. Ends its actors.
+
+        Raises:
+            ClusterError: there is no room within `timeout_s`.
+        """
+        self.release()
+        self.group = placement_group(self._bundles, strategy="PACK")
+        self.wait(timeout_s)
+
+    def release(self) -> None:
+        """Give the room back."""
+        remove_placement_group(self.group)
 
 
 @contextmanager
@@ -80,8 +114,8 @@ def size() -> ClusterSize:
 
 
 @contextmanager
-def reserve(num_stages: int, room: ClusterSize, timeout_s: float) -> Iterator[Reservation]:
-    """Hold one bundle a stage: a GPU where the cluster has GPUs, else cores / stages of a CPU, at most 1.
+def reserve(num_stages: int, room: ClusterSize, timeout_s: float, num_replicas: int = 1) -> Iterator[list[Reservation]]:
+    """Hold one bundle a stage and one placement group a replica: a GPU where the cluster has GPUs, else cores / stages of a CPU.
 
     Bundles are handed out node by node, so that neighbouring stages share a node as far as Ray's packing allows.
 
@@ -89,23 +123,28 @@ def reserve(num_stages: int, room: ClusterSize, timeout_s: float) -> Iterator[Re
         ClusterError: there is no room, now or within `timeout_s`; says what is asked for and what there is.
     """
     num_gpus = 1.0 if room.gpus else 0.0
+    total = num_stages * num_replicas
     # Ray counts resources in ten-thousandths; rounding down keeps the sum within what there is.
-    num_cpus = min(1.0, int(room.cpus / num_stages * 10_000) / 10_000)
-    bundle = {"CPU": num_cpus, "GPU": num_gpus} if num_gpus else {"CPU": num_cpus}
-    wanted = f"{num_stages} stages of {_words(bundle)}"
-    if num_gpus * num_stages > room.gpus or not num_cpus:
-        raise ClusterError(f"The cluster has no room for {wanted}: {_inventory()}.", "Ask for fewer stages or add nodes.")
-    group = placement_group([bundle] * num_stages, strategy="PACK")
+    num_cpus = min(1.0, int(room.cpus / total * 10_000) / 10_000)
+    if num_gpus * total > room.gpus or not num_cpus:
+        bundle = {"CPU": num_cpus, "GPU": num_gpus} if num_gpus else {"CPU": num_cpus}
+        raise ClusterError(
+            f"The cluster has no room for {_wanted([bundle] * total)}: {_inventory()}.", "Ask for fewer stages or add nodes."
+        )
+    held: list[Reservation] = []
     try:
-        if not group.wait(timeout_s):
-            raise ClusterError(
-                f"No room for {wanted} came free within {timeout_s:g} s: {_inventory()}.",
-                "End what holds the rest, ask for fewer stages, or raise placement_timeout_s.",
-            )
-        nodes: dict[int, str] = placement_group_table(group)["bundles_to_node_id"]
-        yield Reservation(group, tuple(sorted(nodes, key=lambda index: (nodes[index], index))), num_cpus, num_gpus)
+        for _ in range(num_replicas):
+            held.append(Reservation(num_stages, num_cpus, num_gpus))
+            # One after the other, so that a replica is packed before the next one takes what is left.
+            held[-1].wait(timeout_s)
+        yield held
     finally:
-        remove_placement_group(group)
+        for reservation in held:
+            reservation.release()
+
+
+def _wanted(bundles: list[dict[str, float]]) -> str:
+    return f"{len(bundles)} stages of {_words(bundles[0])}"
 
 
 def _words(resources: dict[str, float]) -> str:

@@ -28,7 +28,7 @@ def test_every_problem_is_listed_at_once() -> None:
         assert name in text
 
 
-@pytest.mark.parametrize("option", ["replicas", "offload", "compression", "tokens", "compile"])
+@pytest.mark.parametrize("option", ["offload", "tokens", "compile"])
 def test_options_of_features_not_built_are_unknown(option: str) -> None:
     with pytest.raises(ConfigError, match=f"no option '{option}'"):
         ExtractConfig.validated({**REQUIRED, option: "auto"})
@@ -79,3 +79,10 @@ def test_sizes(text: str, expected: int) -> None:
 def test_bad_sizes_name_the_option(text: str) -> None:
     with pytest.raises(ConfigError, match="in_flight"):
         parse_bytes(text, "in_flight")
+
+
+def test_planes_are_for_16_bits() -> None:
+    values = {"model": "m", "prompts": "p", "output": "o", "compression": "planes"}
+    assert ExtractConfig.validated(values).compression == "planes"
+    with pytest.raises(ConfigError, match='splits 16-bit rows, and store_dtype = "float32"'):
+        ExtractConfig.validated(values | {"store_dtype": "float32"})

@@ -1,0 +1,109 @@
+"""What a failure of the chain means, and what is done about it. Pure: no actor is touched here.
+
+A user's error (a damaged checkpoint, a row that is not finite) would come again, so it ends the run. A stage that died or
+hung is restarted and a store's refusal is tried again, but not without end.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+
+from m2ray.errors import M2rayError, StoreError
+
+
+class FailureKind(Enum):
+    """Why a chain could not go on."""
+
+    DEATH = "died"
+    HANG = "hung"
+    LOST = "lost an object"
+    STORE = "could not write"
+    USER = "cannot be helped"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One failure of a chain: when, which stages had to be restarted, and which shards were in flight."""
+
+    kind: FailureKind
+    at_s: float
+    stages: tuple[int, ...]
+    shards: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Retry:
+    """Go on with new attempts, after a pause."""
+
+    after_s: float
+
+
+@dataclass(frozen=True)
+class GiveUp:
+    """Stop the chain."""
+
+    why: str
+
+
+@dataclass(frozen=True)
+class FailurePolicy:
+    """How often is enough.
+
+    Attributes:
+        shard_failures: a shard that was in flight in so many failures ends the chain.
+        stage_restarts: so many restarts of one stage within `window_s` are allowed.
+        store_retries: a shard is tried again so often after the store refused it.
+    """
+
+    shard_failures: int = 6
+    stage_restarts: int = 5
+    window_s: float = 600.0
+    store_retries: int = 3
+
+    def decide(self, history: Sequence[Failure]) -> Retry | GiveUp:
+        """What to do about the last failure of `history`, which is in the order of time and not empty."""
+        last = history[-1]
+        if last.kind is FailureKind.USER:
+            return GiveUp("The same error would come again.")
+        for stage in last.stages:
+            restarts = sum(stage in past.stages for past in history if past.at_s > last.at_s - self.window_s)
+            if restarts > self.stage_restarts:
+                return GiveUp(f"Stage {stage} failed {restarts} times within {self.window_s:g} s.")
+        if last.kind is FailureKind.STORE:
+            return self._store(history)
+        for shard in last.shards:
+            failures = sum(shard in past.shards for past in history)
+            if failures >= self.shard_failures:
+                return GiveUp(f"Shard {shard} was in flight in {failures} failures.")
+        return Retry(0.0)
+
+    def _store(self, history: Sequence[Failure]) -> Retry | GiveUp:
+        refused = [past for past in history if past.kind is FailureKind.STORE]
+        tries = max((sum(shard in past.shards for past in refused) for shard in refused[-1].shards), default=len(refused))
+        if tries > self.store_retries:
+            return GiveUp(f"The store refused the same shard {tries} times.")
+        return Retry(2.0 ** (tries - 1))
+
+
+def cause_of(error: BaseException) -> BaseException:
+    """What was raised in the stage where an error began: Ray wraps it once for each stage that waited for it."""
+    while isinstance(error, RayTaskError) and isinstance(error.cause, BaseException) and error.cause is not error:
+        error = error.cause
+    return error
+
+
+def classify(error: BaseException) -> FailureKind:
+    """The kind of what `ray.get` raised."""
+    cause = cause_of(error)
+    if isinstance(cause, StoreError):
+        return FailureKind.STORE
+    if isinstance(cause, (M2rayError, RayTaskError)):
+        return FailureKind.USER
+    if isinstance(cause, RayActorError):
+        return FailureKind.DEATH
+    if isinstance(cause, GetTimeoutError):
+        return FailureKind.HANG
+    is_rays = type(cause).__module__.startswith("ray.")
+    return FailureKind.LOST if is_rays else FailureKind.USER

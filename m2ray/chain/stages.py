@@ -1,0 +1,213 @@
+"""The actors of one chain: started in their bundles, loaded, asked, reset, and restarted one by one."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+
+from m2ray.chain.actor import StageStatus, WriterSpec, actor_class
+from m2ray.chain.placement import Reservation
+from m2ray.errors import M2rayError
+from m2ray.model.stage import StageSpec
+
+_POLL_S = 1.0
+_START_S = 60.0
+"""What a worker process with torch may take to start on a busy node."""
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long a stage may be silent, and how long a lost bundle may take to come back."""
+
+    stage_s: float
+    placement_s: float
+
+
+class Stages:
+    """One actor a span. Those that are lost come back with their own layers only; the others are not touched."""
+
+    def __init__(self, specs: Sequence[StageSpec], writer: WriterSpec, reservation: Reservation, patience: Patience, window: int) -> None:
+        self._specs = specs
+        self._writer = writer
+        self._reservation = reservation
+        self._patience = patience
+        # More threads than micro-batches in flight: Ray may hand them over out of order, and each waits its turn.
+        self._class = actor_class(window + 2)
+        self.actors: list[Any] = []
+        self._epoch = 0
+        self._unloaded: set[int] = set()
+        self._asked: dict[int, Any] = {}
+        self._answers: dict[int, StageStatus] = {}
+
+    def __len__(self) -> int:
+        return len(self._specs)
+
+    @property
+    def statuses(self) -> list[StageStatus]:
+        """The newest answer of each stage that has answered."""
+        answers = dict(self._answers)
+        return [answers[index] for index in sorted(answers)]
+
+    def start(self) -> None:
+        """Start all actors."""
+        self.actors = [self._actor(index) for index in range(len(self._specs))]
+        self._unloaded = set(range(len(self._specs)))
+
+    def load(self, stop: threading.Event) -> None:
+        """Load the spans of the actors that have none yet, all at the same time.
+
+        Raises:
+            M2rayError: what a stage reports.
+            RayError: a stage died, or nothing was read for the patience that a stage gets (GetTimeoutError).
+        """
+        waiting = {self.actors[index].load.remote(): index for index in sorted(self._unloaded)}
+        read_bytes, progressed = -1, time.monotonic()
+        while waiting and not stop.is_set():
+            done, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=_POLL_S)
+            for ref in done:
+                index = waiting.pop(ref)
+                self._answers[index] = ray.get(ref, timeout=self._patience.stage_s)
+                self._unloaded.discard(index)
+            self.ask()
+            now_read_bytes = sum(status.read_bytes for status in self.statuses)
+            if done or now_read_bytes != read_bytes:
+                read_bytes, progressed = now_read_bytes, time.monotonic()
+            elif time.monotonic() - progressed > self._patience.stage_s:
+                raise GetTimeoutError(f"Loading stood still for {self._patience.stage_s:g} s.")
+
+    def ask(self) -> None:
+        """Take in what the stages answered and ask again, without waiting: a busy stage may be late, a lost one never answers."""
+        for index, actor in enumerate(self.actors):
+            asked = self._asked.get(index)
+            if asked is not None and ray.wait([asked], timeout=0)[0]:
+                asked = None
+                answer = _answer(self._asked[index], self._patience.stage_s)
+                if isinstance(answer, StageStatus):
+                    self._answers[index] = answer
+            if asked is None:
+                self._asked[index] = actor.status.remote()
+
+    def reset(self, epoch: int, attempts: Sequence[tuple[int, str]]) -> dict[int, str]:
+        """Let every stage begin an epoch. Gives those that could not, with what they did: died or hung."""
+        self._epoch = epoch
+        refs = [actor.reset.remote(epoch, attempts) for actor in self.actors]
+        ray.wait(refs, num_returns=len(refs), timeout=self._patience.stage_s)
+        lost = {}
+        for index, ref in enumerate(refs):
+            answer = _answer(ref, 0.0)
+            if isinstance(answer, BaseException):
+                lost[index] = "hung" if isinstance(answer, GetTimeoutError) else "died"
+        return lost
+
+    def restart(self, lost: Sequence[int]) -> bool:
+        """Start the lost stages anew in their bundles. `load` has to follow.
+
+        Where a bundle does not come back in time, the whole placement group is given back and asked for anew, and all stages
+        start anew: a group that was repaired in part can stay pending for ever (ray-project/ray#65147).
+
+        Returns:
+            Whether the other stages kept their processes.
+
+        Raises:
+            ClusterError: there is no room any more.
+        """
+        self._replace(lost)
+        if self._have_come_back(lost):
+            return True
+        self.kill()
+        self._reservation.renew(self._patience.placement_s)
+        self._answers.clear()
+        self._asked.clear()
+        self.start()
+        return False
+
+    def _have_come_back(self, lost: Sequence[int]) -> bool:
+        refs = [self.actors[index].status.remote() for index in lost]
+        began = whole_at = time.monotonic()
+        while time.monotonic() - began < self._patience.stage_s + self._patience.placement_s + _START_S:
+            if len(ray.wait(refs, num_returns=len(refs), timeout=_POLL_S)[0]) == len(refs):
+                return True
+            if self._reservation.is_whole():
+                whole_at = time.monotonic()
+            elif time.monotonic() - whole_at > self._patience.placement_s:
+                return False
+        return False
+
+    def close(self) -> None:
+        """Let the writers end, then end the actors."""
+        try:
+            refs = [actor.close.remote() for actor in self.actors]
+            ray.wait(refs, num_returns=len(refs), timeout=self._patience.stage_s)
+        finally:
+            self.kill()
+
+    def kill(self) -> None:
+        """End the actors at once."""
+        for actor in self.actors:
+            ray.kill(actor)
+
+    def span(self, index: int) -> str:
+        """The layers of a stage, in words."""
+        return str(self._specs[index].span)
+
+    def diagnosis(self) -> str:
+        """Which stages answer and which do not, in words."""
+        refs = [actor.status.remote() for actor in self.actors]
+        ray.wait(refs, num_returns=len(refs), timeout=5.0)
+        words = []
+        for index, ref in enumerate(refs):
+            answer = _answer(ref, 0.0)
+            if isinstance(answer, StageStatus):
+                words.append(f"stage {index} ({answer.span}, node {answer.node}) has done {answer.micro_batches} micro-batches")
+            else:
+                words.append(f"stage {index} does not answer ({type(answer).__name__})")
+        return "; ".join(words)
+
+    def _replace(self, lost: Sequence[int]) -> None:
+        for index in lost:
+            ray.kill(self.actors[index])
+            self._end_process(self._answers.pop(index, None))
+            self._asked.pop(index, None)
+            self.actors[index] = self._actor(index)
+            self._unloaded.add(index)
+
+    def _end_process(self, status: StageStatus | None) -> None:
+        """End a stage's process from its node: Ray asks the process to end itself, and one that is stopped does not."""
+        if status is None:
+            return
+        here = NodeAffinitySchedulingStrategy(status.node_id, soft=False)
+        _answer(_end.options(scheduling_strategy=here).remote(status.pid), _START_S)
+
+    def _actor(self, index: int) -> Any:
+        spec = self._specs[index]
+        return self._class.options(
+            num_cpus=self._reservation.num_cpus,
+            num_gpus=self._reservation.num_gpus,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(self._reservation.group, self._reservation.bundles[index]),
+            runtime_env={"env_vars": {"OMP_NUM_THREADS": str(spec.threads)}},
+        ).remote(spec, self._writer, hands_on=index < len(self._specs) - 1, epoch=self._epoch)
+
+
+@ray.remote(num_cpus=0, max_retries=0)
+def _end(pid: int) -> None:
+    """End the process of a stage on this node, unless it is gone or the number is another's by now."""
+    with suppress(FileNotFoundError, ProcessLookupError):
+        if b"StageActor" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            os.kill(pid, signal.SIGKILL)
+
+
+def _answer(ref: Any, timeout_s: float) -> Any:
+    """What a call gave, or the error that it ended with."""
+    try:
+        return ray.get(ref, timeout=timeout_s)
+    except (RayError, GetTimeoutError, M2rayError) as error:
+        return error

@@ -1,0 +1,97 @@
+"""Stages that die or hang in the middle of the real job, and a driver that is asked to stop."""
+
+import os
+import re
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+import m2ray
+from tests.ray.conftest import RayCluster
+from tests.ray.test_extract import minimax, prompts, rows_of, wait_for_commits, words  # noqa: F401 - fixtures among them
+from tests.reference import same_bits
+
+OPTIONS = ("--in-flight", "1KB", "--shard-tokens", "150", "--stage-timeout-s", "8")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster: RayCluster, minimax: Path, prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    done = cluster.run("m2ray", "extract", *words(minimax, prompts, run, *OPTIONS))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return run
+
+
+def assert_same_run(run: Path, other: Path) -> None:
+    """The same rows, each once, and no file that no commit names."""
+    ours, theirs = rows_of(run), rows_of(other)
+    assert (ours[0] == theirs[0]).all()
+    assert same_bits(ours[1], theirs[1])
+    assert len(list(run.rglob("shard-*.parquet"))) == len(list(other.rglob("shard-*.parquet")))
+    assert (run / "_SUCCESS").exists()
+
+
+def stage_processes(cluster: RayCluster) -> set[int]:
+    """The stage actors of this cluster: their environment holds its token."""
+    token = f"RAY_AUTH_TOKEN={cluster.env['RAY_AUTH_TOKEN']}".encode()
+    found = set()
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if b"ray::StageActor" in (folder / "cmdline").read_bytes() and token in (folder / "environ").read_bytes():
+                found.add(int(folder.name))
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
+            continue
+    return found
+
+
+@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_lost_stage_comes_back_alone(
+    cluster: RayCluster,
+    minimax: Path,  # noqa: F811
+    prompts: Path,  # noqa: F811
+    undisturbed: Path,
+    tmp_path: Path,
+    blow: signal.Signals,
+) -> None:
+    run = tmp_path / "run"
+    driver = cluster.start("m2ray", "extract", *words(minimax, prompts, run, "--stages", "3", *OPTIONS))
+    wait_for_commits(run, 1, driver)
+    before = stage_processes(cluster)
+    assert len(before) == 3
+    victim = sorted(before)[1]
+    os.kill(victim, blow)
+    after: set[int] = set()
+    while driver.poll() is None:
+        after |= stage_processes(cluster)
+        time.sleep(0.5)  # looks around now and then; a restarted stage stays longer than that
+    printed, _ = driver.communicate(timeout=120)
+    assert driver.returncode == 0, printed
+    assert len(re.findall(rf"\) {'died' if blow == signal.SIGKILL else 'hung'}: restarted", printed)) == 1, printed
+    assert after > before - {victim}
+    assert len(after - before) == 1, "the other stages keep their processes"
+    assert_same_run(run, undisturbed)
+
+
+def test_a_stopped_job_flushes_and_goes_on_later(
+    cluster: RayCluster,
+    minimax: Path,  # noqa: F811
+    prompts: Path,  # noqa: F811
+    undisturbed: Path,
+    tmp_path: Path,
+) -> None:
+    run = tmp_path / "run"
+    driver = cluster.start("m2ray", "extract", *words(minimax, prompts, run, "--stages", "2", *OPTIONS))
+    wait_for_commits(run, 1, driver)
+    driver.send_signal(signal.SIGTERM)
+    printed, _ = driver.communicate(timeout=60)
+    assert driver.returncode == 1, printed
+    assert "stopped on request" in printed
+    assert "Traceback" not in printed
+    assert not (run / "_SUCCESS").exists()
+    assert m2ray.open_run(run).num_tokens > 0
+    assert not list(run.rglob("*.tmp*")), "unfinished files are given up"
+    again = cluster.run("m2ray", "extract", *words(minimax, prompts, run, "--stages", "1", *OPTIONS))
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert_same_run(run, undisturbed)
