@@ -1,12 +1,14 @@
 """What is asked of a run, and what that asks of each device: tensors, parts and bytes of any span."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import cast
+from typing import Self, cast
 
 from m2ray.batches import LayerSpan, PartSpec, TensorRow, TensorTable
+from m2ray.config import ExtractConfig, parse_bytes
 from m2ray.planning.devices import ChainOptions, Device
+from m2ray.planning.hardware import parse_max_memory
 from m2ray.planning.memory import CONTEXT_BYTES, STAGING_BYTES, UNUSABLE_BYTES, ModelShape, Workload, gpu_overhead, span_rows
 from m2ray.planning.output import ITEMSIZE_BYTES, row_bytes
 from m2ray.planning.partition import DeviceMap, DeviceSpan, partition, short_by_bytes
@@ -42,6 +44,28 @@ class PlanOptions:
     tokens_per_s: float | None = None
     store_bytes_per_s: float | None = None
 
+    @classmethod
+    def of(cls, config: ExtractConfig, layers: Sequence[int], hidden_size: int, batch_tokens: int, longest_tokens: int | None) -> Self:
+        """What a configuration asks for; `replicas = "auto"` is one until `with_replicas` says how many.
+
+        Raises:
+            ConfigError: `in_flight` or `max_memory` are malformed.
+        """
+        return cls(
+            parts=tuple(PartSpec(config.sites, layer, config.store_dtype, hidden_size) for layer in layers),
+            compute_dtype=config.compute_dtype,
+            batch_tokens=batch_tokens,
+            longest_tokens=longest_tokens,
+            chains=ChainOptions(
+                stages=None if config.stages == "auto" else config.stages,
+                replicas=1 if config.replicas == "auto" else config.replicas,
+                gpus_per_stage=config.gpus_per_stage,
+                device_map=config.device_map,
+                max_memory=parse_max_memory(config.max_memory),
+            ),
+            in_flight_bytes=parse_bytes(config.in_flight, "in_flight"),
+        )
+
 
 @dataclass(frozen=True)
 class Demand:
@@ -50,6 +74,12 @@ class Demand:
     table: TensorTable
     shape: ModelShape
     options: PlanOptions
+
+    def with_batch_tokens(self, batch_tokens: int) -> "Demand":
+        return replace(self, options=replace(self.options, batch_tokens=batch_tokens))
+
+    def with_replicas(self, replicas: int) -> "Demand":
+        return replace(self, options=replace(self.options, chains=replace(self.options.chains, replicas=replicas)))
 
     @property
     def num_layers(self) -> int:

@@ -5,6 +5,7 @@ What no formula gives is one of the constants below: allowances, to be held agai
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Self
 
 from m2ray.batches import LayerSpan, TensorRow, TensorTable
 
@@ -32,6 +33,12 @@ PROCESS_BYTES = {"gpu": 2 * _GIB, "cpu": _GIB}
 STAGING_BYTES = {"device": 768 * _MIB, "host": 128 * _MIB}
 """Tensors on their way from the checkpoint: 4 threads, each with a piece of 16 MiB; where it is converted also in float32, with its
 scales, and in the compute dtype."""
+
+
+def window(num_stages: int) -> int:
+    """Micro-batches in a chain at most: two a stage keep each computing while one is handed on, and two to spare."""
+    return 2 * num_stages + 2
+
 
 TransientBytes = Callable[[int, int, int], int]
 """What a layer's forward pass allocates beside its weights: bytes, from (padded tokens, the longest sequence's tokens, bytes of an
@@ -61,6 +68,28 @@ class ModelShape:
     expert_size: int = 0
     shared_size: int = 0
     is_eager_attention: bool = False
+
+    @classmethod
+    def of(cls, config: Any, attn_implementation: str) -> Self:
+        """The dimensions in a model's configuration, by the names that transformers' configurations use for them."""
+
+        def first(*fields: str) -> int:
+            return next((int(value) for field in fields if (value := getattr(config, field, None))), 0)
+
+        num_experts = first("num_local_experts", "num_experts", "n_routed_experts")
+        expert_size = first("moe_intermediate_size", "intermediate_size") if num_experts else 0
+        return cls(
+            hidden_size=config.hidden_size,
+            num_heads=config.num_attention_heads,
+            num_kv_heads=first("num_key_value_heads") or config.num_attention_heads,
+            head_dim=first("qk_head_dim", "head_dim") or config.hidden_size // config.num_attention_heads,
+            intermediate_size=first("intermediate_size", "ffn_dim", "n_inner") or 4 * config.hidden_size,
+            num_experts=num_experts,
+            experts_per_token=first("num_experts_per_tok") if num_experts else 0,
+            expert_size=expert_size,
+            shared_size=expert_size * first("n_shared_experts"),
+            is_eager_attention=attn_implementation == "eager",
+        )
 
     def transient_bytes(self, padded_tokens: int, longest_tokens: int, itemsize_bytes: int) -> int:
         """A bound on what a layer's forward pass allocates beside its weights.

@@ -48,7 +48,7 @@ def _smaller_batches(demand: Demand, chains: Sequence[Sequence[Device]]) -> Reme
     """The largest micro-batch that fits, in steps of 256 tokens. A longer sequence sets the floor."""
 
     def is_too_large(steps: int) -> bool:
-        return not _fits(replace(demand, options=replace(demand.options, batch_tokens=steps * _STEP_TOKENS)), chains)
+        return not _fits(demand.with_batch_tokens(steps * _STEP_TOKENS), chains)
 
     most = (demand.options.batch_tokens - 1) // _STEP_TOKENS
     steps = bisect_left(range(1, most + 1), x=True, key=is_too_large)
