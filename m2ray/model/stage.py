@@ -123,7 +123,7 @@ class Stage:
         parts: what every micro-batch's capture consists of, in order.
         needed_bytes: checkpoint bytes of the span's tensors, scales included.
         bytes_read: tensor bytes that were read to load them.
-        parameter_bytes: bytes of the span's parameters and buffers in memory.
+        parameter_bytes: bytes of the span's tensors from the checkpoint, in memory.
     """
 
     def __init__(self, spec: StageSpec, decoder: DecoderSpan, needed_bytes: int, bytes_read: int) -> None:

@@ -194,6 +194,6 @@ def _scale_rows(checkpoint: Checkpoint, piece: _Piece) -> slice | None:
 
 
 def parameter_bytes(decoder: DecoderSpan) -> int:
-    """Bytes of the span's parameters and buffers in memory."""
-    tensors = [*decoder.skeleton.model.parameters(), *decoder.skeleton.model.buffers()]
+    """Bytes of the span's tensors that the checkpoint gave, in memory; computed ones (rotary frequencies) do not count."""
+    tensors = decoder.skeleton.model.state_dict().values()
     return sum(prod(tensor.shape) * tensor.dtype.itemsize for tensor in tensors if not tensor.is_meta)
