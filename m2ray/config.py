@@ -48,6 +48,7 @@ class ExtractConfig(BaseModel):
     gpus_per_stage: Positive = Field(1, description="GPUs that one stage owns.")
     device_map: NonEmpty = Field("auto", description="auto, balanced, balanced_low_0, sequential, cuda:0.")
     max_memory: NonEmpty | None = Field(None, description='"40GB", "0:60GB,1:40GB", "node-a=40GB;node-b=60GB".')
+    offload: Literal["none", "cpu"] = Field("none", description="Layers that find no room on the GPUs: refused, or kept in host memory.")
     node_labels: NonEmpty | None = Field(None, description='Use only nodes with these Ray labels: "zone=a,kind=h100".')
     in_flight: NonEmpty = Field("4GiB", description="Hidden states between the stages at one time, at most.")
     placement_timeout_s: Annotated[float, Field(gt=0)] = Field(30.0, description="Seconds to wait for room in the cluster.")

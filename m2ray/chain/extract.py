@@ -196,8 +196,10 @@ def _specs(inputs: Inputs, plan: Plan, replica: int, stage: int, span: LayerSpan
     """What each device of a stage holds. `cuda:N` counts the GPUs that the stage's process sees, in the order of the plan."""
     options = inputs.options
     gpus: list[GpuPlan] = [gpu for gpu in plan.gpus if (gpu.replica, gpu.stage) == (replica, stage)]
-    spans = [(f"cuda:{number}", gpu.span) for number, gpu in enumerate(gpus) if gpu.span is not None] or [("cpu", span)]
-    for device, on_device in spans:
+    spans = [(f"cuda:{number}", gpu.span, gpu.offloaded) for number, gpu in enumerate(gpus) if gpu.span is not None] or [
+        ("cpu", span, None)
+    ]
+    for device, on_device, offloaded in spans:
         yield StageSpec(
             model_url=inputs.config.model,
             span=on_device,
@@ -209,6 +211,7 @@ def _specs(inputs: Inputs, plan: Plan, replica: int, stage: int, span: LayerSpan
             device=device,
             threads=options["threads_per_stage"],
             compile=options["compile"],
+            offloaded=tuple(range(offloaded.start, offloaded.stop)) if offloaded else (),
         )
 
 

@@ -109,7 +109,8 @@ def start_lines(plan: Plan) -> list[str]:
     for planned in plan.gpus:
         if planned.span is not None:
             weights = size(planned.memory.running["weights"])
-            lines.append(f"{_place(planned)}: {planned.span}, {weights} of weights, {size(planned.memory.peak_bytes)} at its peak")
+            kept = f", {planned.offloaded} in host memory" if planned.offloaded else ""
+            lines.append(f"{_place(planned)}: {planned.span}, {weights} of weights{kept}, {size(planned.memory.peak_bytes)} at its peak")
     return lines
 
 

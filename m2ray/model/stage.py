@@ -33,6 +33,7 @@ class StageSpec:
         device: "cpu" or "cuda:0".
         threads: torch threads on the CPU, for the whole process; None leaves them as they are.
         compile: whether the layers are compiled by torch.compile, which changes results by rounding (docs/numerics.md).
+        offloaded: those of its layers whose weights stay in host memory, ascending.
     """
 
     model_url: str
@@ -45,6 +46,7 @@ class StageSpec:
     device: str
     threads: int | None
     compile: bool = False
+    offloaded: tuple[int, ...] = ()
 
 
 class StageOutput:
@@ -232,7 +234,7 @@ def load_stage(spec: StageSpec, on_bytes: OnBytes) -> Stage:
         raise ConfigError(
             f"{spec.span} with captured layers {list(spec.capture_layers)}: the model has layers 0 to {len(skeleton.layers) - 1}."
         )
-    decoder = DecoderSpan(skeleton, spec.span, torch.device(spec.device))
+    decoder = DecoderSpan(skeleton, spec.span, torch.device(spec.device), spec.offloaded)
     needed_bytes = load_weights(checkpoint, decoder, on_bytes)
     if spec.compile:
         decoder.compile_layers()

@@ -78,6 +78,7 @@ def load_weights(checkpoint: Checkpoint, decoder: DecoderSpan, on_bytes: OnBytes
         _load_pieces(checkpoint, pieces, lambda: on_bytes(checkpoint.bytes_read, needed_bytes))
     on_bytes(checkpoint.bytes_read, needed_bytes)
     decoder.check_complete()
+    decoder.offload()
     return needed_bytes
 
 
@@ -138,7 +139,8 @@ def _range(checkpoint: Checkpoint, key: str, rows: slice | None, arrive: Callabl
 def _pieces(checkpoint: Checkpoint, decoder: DecoderSpan, match: Match) -> Iterator[_Piece]:
     """Allocate one model tensor after the other and cut what fills it into pieces."""
     for filling in match.fillings:
-        values = torch.empty(filling.tensor.shape, dtype=filling.tensor.dtype, device=decoder.device)
+        home = torch.device("cpu") if filling.tensor.layer in decoder.offloaded else decoder.device
+        values = torch.empty(filling.tensor.shape, dtype=filling.tensor.dtype, device=home)
         for placement in filling.placements:
             yield from _cut(checkpoint, placement, placement.part_of(values))
         _assign(decoder.skeleton.model, filling.tensor.name, values)

@@ -9,7 +9,16 @@ from m2ray.batches import LayerSpan, PartSpec, TensorRow, TensorTable
 from m2ray.config import ExtractConfig, parse_bytes
 from m2ray.planning.devices import ChainOptions, Device
 from m2ray.planning.hardware import parse_max_memory
-from m2ray.planning.memory import CONTEXT_BYTES, STAGING_BYTES, UNUSABLE_BYTES, ModelShape, Workload, gpu_overhead, span_rows
+from m2ray.planning.memory import (
+    CONTEXT_BYTES,
+    OFFLOAD_BUFFERS,
+    STAGING_BYTES,
+    UNUSABLE_BYTES,
+    ModelShape,
+    Workload,
+    gpu_overhead,
+    span_rows,
+)
 from m2ray.planning.output import ITEMSIZE_BYTES, row_bytes
 from m2ray.planning.partition import DeviceMap, DeviceSpan, partition, short_by_bytes
 
@@ -24,6 +33,7 @@ class PlanOptions:
         batch_tokens: padded tokens in a micro-batch, at most, unless a single sequence is longer.
         longest_tokens: of one sequence; None where it is not known: then one may be as long as a micro-batch.
         chains: stages, replicas, device map, limits.
+        offload: whether layers that find no room on a GPU stay in host memory.
         in_flight_bytes: hidden states between the stages of a chain at one time, at most.
         writer_queue_bytes: captured bytes that may wait for the store, a stage.
         disk_free_bytes: what the disk of the output has left; None for a bucket, or where it is not known.
@@ -37,6 +47,7 @@ class PlanOptions:
     batch_tokens: int = 16_384
     longest_tokens: int | None = None
     chains: ChainOptions = field(default_factory=ChainOptions)
+    offload: bool = False
     in_flight_bytes: int = 4 << 30
     writer_queue_bytes: int = 2 << 30
     disk_free_bytes: int | None = None
@@ -63,6 +74,7 @@ class PlanOptions:
                 device_map=config.device_map,
                 max_memory=parse_max_memory(config.max_memory),
             ),
+            offload=config.offload == "cpu",
             in_flight_bytes=parse_bytes(config.in_flight, "in_flight"),
         )
 
@@ -111,6 +123,10 @@ class Demand:
         """The tensors that a stage of `span` loads."""
         return span_rows(self.table, span, with_final_norm=self.with_final_norm)
 
+    def layer_rows(self, layers: LayerSpan) -> tuple[TensorRow, ...]:
+        """The tensors of some layers, and nothing that lives with the first or the last."""
+        return tuple(row for row in self.table.rows if row.role == "layer" and row.layer in layers)
+
     def parts(self, span: LayerSpan) -> tuple[PartSpec, ...]:
         """What a stage of `span` captures."""
         return tuple(
@@ -127,13 +143,47 @@ class Demand:
 
     def short_bytes(self, devices: Sequence[Device]) -> int:
         """Bytes of one chain's weights that these devices have no room for; 0 if it fits."""
-        return short_by_bytes(*self._costs, self._caps_bytes(devices))
+        short = short_by_bytes(*self._costs, self._caps_bytes(devices))
+        if not short or not self.options.offload:
+            return short
+        return sum(self._too_much_bytes(held.span, devices[held.device]) for held in self.split(devices))
 
     def split(self, devices: Sequence[Device]) -> tuple[DeviceSpan, ...]:
         """Deal the layers out over one chain's devices. Raises ClusterError where `short_bytes` is not 0."""
         is_one_gpu = self.options.chains.device_map.startswith("cuda:")
         device_map = "sequential" if is_one_gpu else cast("DeviceMap", self.options.chains.device_map)
-        return partition(*self._costs, self._caps_bytes(devices), device_map)
+        caps_bytes = self._caps_bytes(devices)
+        if self.options.offload and short_by_bytes(*self._costs, caps_bytes):
+            return partition(*self._costs, [None] * len(devices), "balanced")
+        return partition(*self._costs, caps_bytes, device_map)
+
+    def offloaded(self, span: LayerSpan, device: Device) -> LayerSpan | None:
+        """The layers at a span's end whose weights stay in host memory; None where all find room on the device."""
+        (cap_bytes,) = self._caps_bytes([device])
+        if not self.options.offload or cap_bytes is None or self._span_bytes(span) <= cap_bytes:
+            return None
+        room_bytes = cap_bytes - self.turning_bytes(span)
+        kept = next(stop for stop in range(span.stop - 1, span.start - 1, -1) if stop == span.start or self._fits(span, stop, room_bytes))
+        return LayerSpan(kept, span.stop)
+
+    def turning_bytes(self, span: LayerSpan) -> int:
+        """The buffers on a GPU in which a span's offloaded layers take turns."""
+        layers, _, _ = self._costs
+        return OFFLOAD_BUFFERS * max(layers[number] for number in range(span.start, span.stop))
+
+    def _fits(self, span: LayerSpan, stop: int, room_bytes: int) -> bool:
+        return self._span_bytes(LayerSpan(span.start, stop)) <= room_bytes
+
+    def _too_much_bytes(self, span: LayerSpan, device: Device) -> int:
+        """What an offloading device lacks for the least that it must hold: its buffers, and what is no layer."""
+        (cap_bytes,) = self._caps_bytes([device])
+        layers, _, _ = self._costs
+        least_bytes = self.turning_bytes(span) + self._span_bytes(span) - sum(layers[span.start : span.stop])
+        return 0 if cap_bytes is None else max(0, least_bytes - cap_bytes)
+
+    def _span_bytes(self, span: LayerSpan) -> int:
+        layers, first, last = self._costs
+        return sum(layers[span.start : span.stop]) + (first if span.start == 0 else 0) + (last if span.stop == self.table.num_layers else 0)
 
     @cached_property
     def overhead(self) -> dict[str, int]:

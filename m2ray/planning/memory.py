@@ -24,6 +24,9 @@ DEVICE_BUFFERS = 2
 """Micro-batches' hidden states on a GPU besides the one that is computed: one received, one on its way out. Captured rows
 likewise: one layer's are selected while those of the layer before are copied to the host."""
 
+OFFLOAD_BUFFERS = 2
+"""Layers on a GPU whose weights are kept in host memory: one that computes, one that is copied in."""
+
 HOST_BUFFERS = 3
 """Micro-batches' hidden states in a stage's host memory: received, computed, on the way out."""
 
@@ -178,16 +181,20 @@ def gpu_overhead(workload: Workload, transient_bytes: TransientBytes, row_bytes:
     }
 
 
-def gpu_memory(rows: Sequence[TensorRow], workload: Workload, transient_bytes: TransientBytes, row_bytes: Sequence[int]) -> Memory:
-    """A GPU that holds the tensors `rows`."""
+def gpu_memory(
+    rows: Sequence[TensorRow], workload: Workload, transient_bytes: TransientBytes, row_bytes: Sequence[int], offload_bytes: int = 0
+) -> Memory:
+    """A GPU that holds the tensors `rows`, and buffers of `offload_bytes` for layers that are kept in host memory."""
     weights = {"weights": weight_bytes(rows, workload.itemsize_bytes)}
+    if offload_bytes:
+        weights["offload_buffers"] = offload_bytes
     loading = {"staging": STAGING_BYTES["device"], "unusable": UNUSABLE_BYTES, "context": CONTEXT_BYTES}
     return Memory(weights | gpu_overhead(workload, transient_bytes, row_bytes), weights | loading)
 
 
-def gpu_host_memory(workload: Workload, row_bytes: Sequence[int]) -> Memory:
-    """The host's side of a stage whose weights are on GPUs."""
-    process = {"process": PROCESS_BYTES["gpu"]}
+def gpu_host_memory(workload: Workload, row_bytes: Sequence[int], offloaded_bytes: int = 0) -> Memory:
+    """The host's side of a stage whose weights are on GPUs, but for `offloaded_bytes` of them."""
+    process = {"process": PROCESS_BYTES["gpu"]} | ({"offloaded": offloaded_bytes} if offloaded_bytes else {})
     return Memory(process | _host_buffers(workload, row_bytes), process | {"staging": STAGING_BYTES["host"]})
 
 

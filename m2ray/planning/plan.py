@@ -47,13 +47,17 @@ class WeightsPlan:
 
 @dataclass(frozen=True)
 class GpuPlan:
-    """One GPU of a chain, by its `stage`; `span` is None where it gets no layer, and on all GPUs where the model does not fit."""
+    """One GPU of a chain, by its `stage`; `span` is None where it gets no layer, and on all GPUs where the model does not fit.
+
+    `offloaded` are the layers at the span's end whose weights stay in host memory.
+    """
 
     replica: int
     stage: int
     device: Device
     span: LayerSpan | None
     memory: Memory
+    offloaded: LayerSpan | None = None
 
 
 @dataclass(frozen=True)
@@ -198,11 +202,14 @@ def _gpus(demand: Demand, chains: Sequence[Sequence[Device]], placed: Sequence[P
             if device.gpu is None:
                 continue
             span = spans.get((replica, place))
-            if span is not None:
-                memory = gpu_memory(demand.rows(span), demand.workload, demand.shape.transient_bytes, demand.row_bytes(span))
-            else:
-                memory = Memory({} if placed else demand.overhead, {})
-            yield GpuPlan(replica, place // size, device, span, memory)
+            if span is None:
+                yield GpuPlan(replica, place // size, device, None, Memory({} if placed else demand.overhead, {}))
+                continue
+            offloaded = demand.offloaded(span, device)
+            rows = [row for row in demand.rows(span) if offloaded is None or row.layer is None or row.layer not in offloaded]
+            buffers_bytes = demand.turning_bytes(span) if offloaded else 0
+            memory = gpu_memory(rows, demand.workload, demand.shape.transient_bytes, demand.row_bytes(span), buffers_bytes)
+            yield GpuPlan(replica, place // size, device, span, memory, offloaded)
 
 
 def _stages(demand: Demand, placed: Sequence[PlacedSpan]) -> Iterator[StagePlan]:
@@ -211,7 +218,9 @@ def _stages(demand: Demand, placed: Sequence[PlacedSpan]) -> Iterator[StagePlan]
         span = LayerSpan(of_stage[0].span.start, of_stage[-1].span.stop)
         row_bytes = demand.row_bytes(span)
         if of_stage[0].device.gpu:
-            host = gpu_host_memory(demand.workload, row_bytes)
+            offloaded = [layers for each in of_stage if (layers := demand.offloaded(each.span, each.device))]
+            offloaded_bytes = sum(weight_bytes(demand.layer_rows(layers), demand.itemsize_bytes) for layers in offloaded)
+            host = gpu_host_memory(demand.workload, row_bytes, offloaded_bytes)
         else:
             host = cpu_memory(demand.rows(span), demand.workload, demand.shape.transient_bytes, row_bytes)
         yield StagePlan(replica, stage, of_stage[0].device.node.name, span, host)
