@@ -1,5 +1,6 @@
 """What is kept of a layer's output: the real tokens' rows, selected and rounded on the device, then copied to the host."""
 
+from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
@@ -7,6 +8,10 @@ import torch
 
 from m2ray.batches import Bits, CapturedLayer, MicroBatch
 from m2ray.errors import StageError
+
+
+COPYING_LAYERS = 3
+"""Layers of one micro-batch whose rows are on the GPU at one time: on their way to the host, or yet to be computed."""
 
 
 @dataclass(frozen=True)
@@ -37,16 +42,26 @@ class ResidualCapture:
         # From pinned memory the host need not wait for the computation that is still running.
         self._places_N = places_N if copy_stream is None else places_N.pin_memory().to(copy_stream.device, non_blocking=True)
         self._captured: list[_Rows] = []
+        self._copying: deque[torch.cuda.Event] = deque()
 
     def __call__(self, layer: int, hidden_BTH: torch.Tensor) -> None:
         """Keep layer `layer`'s rows of its output [B, T, H], if they are asked for."""
         if layer not in self._layers:
             return
+        self._wait_for_room()
         selected_NH = hidden_BTH.flatten(0, 1).index_select(0, self._places_N)
         extremes = torch.stack(torch.aminmax(selected_NH))
         # Rounds once, to nearest even; index_select made a copy, so nothing computed later can change these rows.
         rounded_NH = selected_NH.to(self._store_dtype)
         self._captured.append(_Rows(layer, self._to_host(rounded_NH), self._to_host(extremes)))
+        if self._copy_stream is not None:
+            self._copying.append(torch.cuda.Event())
+            self._copying[-1].record(self._copy_stream)
+
+    def _wait_for_room(self) -> None:
+        """Hold the host back: it runs ahead of the GPU, and rows whose copy is not done keep their memory there."""
+        while len(self._copying) >= COPYING_LAYERS:
+            self._copying.popleft().synchronize()
 
     def _to_host(self, values: torch.Tensor) -> torch.Tensor:
         if self._copy_stream is None:
