@@ -13,11 +13,13 @@ from pydantic import Field
 from m2ray.batches import PartSpec
 from m2ray.cli import Command
 from m2ray.config import ExtractConfig, NonEmpty, Positive, parse_bytes, parse_layers
+from m2ray.errors import ConfigError
 from m2ray.planning.demand import Demand, PlanOptions
 from m2ray.planning.devices import ChainOptions
 from m2ray.planning.hardware import Cluster, parse_gpus, parse_max_memory
 from m2ray.planning.plan import Plan, most_replicas, plan_run
 from m2ray.planning.probe import probe_node
+from m2ray.planning.profile import Profile
 
 DOES_NOT_FIT = 3
 """The exit code: 0 is for a plan that fits, 1 for an error, 2 for a wrong flag."""
@@ -40,6 +42,8 @@ class PlanConfig(ExtractConfig):
     device_map: NonEmpty = Field("auto", description="auto, balanced, balanced_low_0, sequential, cuda:0.")
     max_memory: NonEmpty | None = Field(None, description='"40GB", "0:60GB,1:40GB", "node-a=40GB;node-b=60GB".')
     longest_tokens: Positive | None = Field(None, description="Tokens of the longest prompt; default: as prompts show, else batch_tokens.")
+    profile: NonEmpty | None = Field(None, description="What `m2ray bench` measured; default: estimates from the GPUs' names.")
+    compile: bool = Field(False, description="Whether layers are compiled: for the speed alone.")
     tokens_per_s: _Amount | None = Field(None, description="Assumed rate; default: estimated from the GPUs.")
     store_gb_per_s: _Amount | None = Field(None, description="What the store takes, in 10^9 bytes a second.")
     price_per_gb_month: _Amount | None = Field(None, description="Of the store, for 10^9 bytes and a month.")
@@ -84,6 +88,7 @@ def make_plan(config: PlanConfig) -> tuple[Plan, dict[str, Any]]:
     max_memory = parse_max_memory(config.max_memory)
     in_flight_bytes = parse_bytes(config.in_flight, "in_flight")
     cluster = parse_gpus(config.gpus) if config.gpus else None
+    profile = _profile(config.profile) if config.profile else None
     from m2ray.cli.plan_inputs import model_shape, read_model
 
     model = read_model(config.model, config.attn_implementation)
@@ -108,12 +113,21 @@ def make_plan(config: PlanConfig) -> tuple[Plan, dict[str, Any]]:
         price_per_gb_month=config.price_per_gb_month,
         tokens_per_s=config.tokens_per_s,
         store_bytes_per_s=config.store_gb_per_s and config.store_gb_per_s * 1e9,
+        compiled=config.compile,
+        profile=profile,
     )
     demand = Demand(model.table, model_shape(model.config, model.attn_implementation), options)
     if config.replicas == "auto":
         chains = replace(options.chains, replicas=most_replicas(demand, cluster))
         demand = replace(demand, options=replace(options, chains=chains))
     return plan_run(demand, cluster, prompts), {"source": model.source, "index_bytes": model.index_bytes}
+
+
+def _profile(path: str) -> Profile:
+    try:
+        return Profile.from_json(Path(path).read_bytes())
+    except OSError as error:
+        raise ConfigError(f"profile = {path!r} cannot be read: {error}.", "`m2ray bench MODEL` writes one.") from error
 
 
 def _prompts(config: PlanConfig, model_config: Any, batch_tokens: int) -> Any:

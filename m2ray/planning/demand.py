@@ -10,6 +10,7 @@ from m2ray.planning.devices import ChainOptions, Device
 from m2ray.planning.memory import CONTEXT_BYTES, STAGING_BYTES, UNUSABLE_BYTES, ModelShape, Workload, gpu_overhead, span_rows
 from m2ray.planning.output import ITEMSIZE_BYTES, row_bytes
 from m2ray.planning.partition import DeviceMap, DeviceSpan, partition, short_by_bytes
+from m2ray.planning.profile import Profile
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class PlanOptions:
         price_per_gb_month: of the output's store, for a GB of 10^9 bytes.
         tokens_per_s: real tokens a second that all chains together are assumed to do; None for an estimate from the GPUs' names.
         store_bytes_per_s: what the store is known to take.
+        compiled: whether layers are compiled, as far as speed goes.
+        profile: what `m2ray bench` measured, instead of estimates from the GPUs' names.
     """
 
     parts: tuple[PartSpec, ...]
@@ -41,6 +44,8 @@ class PlanOptions:
     price_per_gb_month: float | None = None
     tokens_per_s: float | None = None
     store_bytes_per_s: float | None = None
+    compiled: bool = False
+    profile: Profile | None = None
 
 
 @dataclass(frozen=True)

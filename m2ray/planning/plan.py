@@ -123,7 +123,7 @@ def plan_run(demand: Demand, cluster: Cluster, prompts: PromptStats | None = Non
         prompts: what the survey found; without it nothing is said of the output's size.
 
     Raises:
-        ConfigError: options contradict each other or the cluster.
+        ConfigError: options contradict each other, the cluster or the profile.
         ClusterError: there are fewer GPUs than stages.
     """
     device_map = demand.options.chains.device_map
@@ -145,7 +145,7 @@ def plan_run(demand: Demand, cluster: Cluster, prompts: PromptStats | None = Non
         stages=stages,
         nodes=nodes,
         output=output,
-        rates=plan_rates(demand, placed, output.tokens if output else None, output.padding_waste if output else 0.0),
+        rates=plan_rates(demand, placed, prompts, output.padding_waste if output else 0.0),
         shortages=tuple(shortages),
         remedies=find_remedies(demand, chains) if short_bytes else (),
     )
