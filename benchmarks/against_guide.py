@@ -71,9 +71,12 @@ def main() -> None:
     parser.add_argument("--guide-batches", type=int, nargs="+", default=[3, 8, 32], help="prompts in a batch; 3 is the guide's own")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--make-only", action="store_true", help="make the checkpoint, which takes minutes, and end")
     options = parser.parse_args()
     folder: Path = options.folder.resolve()
     model = checkpoint(folder, options)
+    if options.make_only:
+        return
     title = f"The guide's method and m2ray: {options.layers} layers at MiniMax-M2's real dimensions, {options.format} checkpoint, bfloat16"
     prompts = make_prompts(folder, model, options.prompts, options.batch_tokens)
     rows, guide_rates = in_memory(model, prompts, options)
@@ -222,11 +225,13 @@ def guide_s(guide: Guide, prompts: Prompts, size: int) -> float | None:
         return time.monotonic() - began
     except torch.OutOfMemoryError as error:
         print(f"guide, batches of {size}: {error}")
-        free()
+        torch.cuda.empty_cache()
         return None
 
 
 def free() -> None:
+    """Give back what nobody refers to; compiled graphs would hold on to their layers."""
+    torch.compiler.reset()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
