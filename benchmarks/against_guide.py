@@ -30,7 +30,6 @@ from benchmarks.guide import Guide
 from benchmarks.records import Row, record
 from benchmarks.runs import ROOT, extract
 from m2ray.batches import LayerSpan, MicroBatch
-from m2ray.config import ExtractConfig
 from m2ray.model.stage import Stage, StageSpec, load_stage
 from m2ray.prompts import PromptOptions, PromptSource, PromptTokenizer, micro_batches, survey
 from m2ray.storage import open_store
@@ -275,13 +274,11 @@ def compare(stage: Stage, sample: MicroBatch, guide: list[torch.Tensor], alone: 
 
 def committed(folder: Path, model: Path, prompts: Prompts, options: argparse.Namespace, guide_rates: dict[int, float]) -> list[Row]:
     """`m2ray extract` to the local disk, and the same bytes written and synced as plainly as can be."""
-    extra: dict[str, object] = {}
-    if "compile" in ExtractConfig.model_fields and not options.no_compile:
-        extra["compile"] = "true"
+    compiled = str(not options.no_compile).lower()
     run = Path(tempfile.mkdtemp(prefix="run-", dir=folder)) / "run"
     words = {"model": model, "prompts": prompts.path, "output": run, "stages": 1, "batch_tokens": options.batch_tokens, "truncation": "cut"}
     (folder / "log").unlink(missing_ok=True)
-    whole_s = extract(folder / "log", max_length=4 * LONGEST, **words, **extra)
+    whole_s = extract(folder / "log", max_length=4 * LONGEST, compile=compiled, **words)
     seconds = extracting_s(run)
     parts = [path.stat().st_size for path in run.rglob("shard-*.parquet")]
     shutil.rmtree(run.parent)
@@ -302,8 +299,7 @@ def committed(folder: Path, model: Path, prompts: Prompts, options: argparse.Nam
         num_bytes / seconds / raw[threads],
         "1, where the disk binds",
     )
-    compiled = " compiled" if extra else ""
-    extracted = Row(f"committed as Parquet, m2ray extract{compiled}", rate, "tokens/s", guide_rates[size], guide_is, note=note)
+    extracted = Row(f"committed as Parquet, m2ray extract, compile = {compiled}", rate, "tokens/s", guide_rates[size], guide_is, note=note)
     return [Row(**{**vars(extracted), "ratio": rate / guide_rates[size], "target": "4, or the disk's limit"}), written]
 
 

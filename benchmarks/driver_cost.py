@@ -74,10 +74,10 @@ class NoStages(Stages):
 
     def __init__(self, num_stages: int, actors: list[Any]) -> None:
         specs = [
-            StageSpec("", LayerSpan(index, index + 1), (), ("residual",), "bfloat16", "bfloat16", "auto", "cpu", None)
+            (StageSpec("", LayerSpan(index, index + 1), (), ("residual",), "bfloat16", "bfloat16", "auto", "cpu", None),)
             for index in range(num_stages)
         ]
-        super().__init__(specs, WriterSpec("", {}, 0, 1, 60.0), None, Patience(60.0, 60.0), window(num_stages))  # type: ignore[arg-type]
+        super().__init__(specs, WriterSpec("", {}, 0, 1, 60.0, SEQUENCES * LENGTH), None, Patience(60.0, 60.0), window(num_stages))  # type: ignore[arg-type]
         self._shared = actors
 
     def _actor(self, index: int) -> Any:
@@ -150,7 +150,7 @@ def measure(num_stages: int, num_replicas: int, num_micro_batches: int, calls_pe
     actors = [REMOTE_NO_STAGE.remote(PERIOD_S * stretched) for _ in range(ACTORS)]
     all_stages = [NoStages(num_stages, actors) for _ in range(num_replicas)]
     limits = ChainLimits(in_flight_bytes=1 << 40, hidden_size=3072, itemsize_bytes=2, timeout_s=60.0)
-    chains = [(TimedChain(stages, limits, micro_batches, print), stages) for stages in all_stages]
+    chains = [(TimedChain(stages, limits, micro_batches, SEQUENCES * LENGTH, print), stages) for stages in all_stages]
     ids = np.arange(MICRO_BATCHES_A_SHARD * SEQUENCES)
     num_shards = num_micro_batches * num_replicas // MICRO_BATCHES_A_SHARD
     shards = [Shard(index, ids, np.full(len(ids), LENGTH, np.int32)) for index in range(num_shards)]
@@ -166,7 +166,7 @@ def measure(num_stages: int, num_replicas: int, num_micro_batches: int, calls_pe
     return Cost(process_s / batches * 1e3, python_s / batches * 1e3, wall_s, stretched)
 
 
-def micro_batches(shard: Shard) -> Iterator[MicroBatch]:
+def micro_batches(shard: Shard, _: int) -> Iterator[MicroBatch]:
     token_ids_BT = np.zeros((SEQUENCES, LENGTH), np.int32)
     for index in range(MICRO_BATCHES_A_SHARD):
         ids = shard.sequence_ids[index * SEQUENCES : (index + 1) * SEQUENCES]

@@ -35,15 +35,21 @@ class ExtractConfig(BaseModel):
     sites: Literal["residual"] = Field("residual", description="What to capture at each layer.")
     compute_dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="Dtype of weights and arithmetic.")
     store_dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="Dtype of the stored rows.")
-    batch_tokens: Positive | Auto = Field("auto", description="Padded tokens in a micro-batch, at most; auto: 16384.")
+    batch_tokens: Positive | Auto = Field("auto", description="Padded tokens in a micro-batch, at most; auto: 16384, or what fits.")
     shard_tokens: Positive | Auto = Field("auto", description="Tokens in a shard, the unit of commit and resume; auto: 32768.")
     attn_implementation: Literal["auto", "eager", "sdpa"] = Field("auto", description="Attention; auto: the family's own default.")
+    compile: bool | Auto = Field("auto", description="Compile the layers: twice as fast on a GPU; auto: where there are GPUs.")
     threads_per_stage: Positive | Auto = Field("auto", description="torch threads a stage on the CPU; auto: 1.")
 
     output: NonEmpty = Field(description="Run folder, new or to be resumed.")
     compression: Literal["none", "planes"] = Field("none", description="Stored rows: as they are, or lossless in about 0.7 of the bytes.")
     stages: Positive | Auto = Field("auto", description="Stage actors; auto: one a GPU of the cluster, 1 without GPUs.")
     replicas: Positive | Auto = Field(1, description="Chains over one queue of shards; auto: as many as the GPUs hold.")
+    gpus_per_stage: Positive = Field(1, description="GPUs that one stage owns.")
+    device_map: NonEmpty = Field("auto", description="auto, balanced, balanced_low_0, sequential, cuda:0.")
+    max_memory: NonEmpty | None = Field(None, description='"40GB", "0:60GB,1:40GB", "node-a=40GB;node-b=60GB".')
+    offload: Literal["none", "cpu"] = Field("none", description="Layers that find no room on the GPUs: refused, or kept in host memory.")
+    node_labels: NonEmpty | None = Field(None, description='Use only nodes with these Ray labels: "zone=a,kind=h100".')
     in_flight: NonEmpty = Field("4GiB", description="Hidden states between the stages at one time, at most.")
     placement_timeout_s: Annotated[float, Field(gt=0)] = Field(30.0, description="Seconds to wait for room in the cluster.")
     stage_timeout_s: Annotated[float, Field(gt=0)] = Field(
@@ -102,6 +108,17 @@ def parse_layers(text: str, num_layers: int) -> tuple[int, ...]:
             raise ConfigError(f"layers = {text!r}: layer {last} is out of range.", f"The model has layers 0 to {num_layers - 1}.")
         chosen.update(range(first, last + 1))
     return tuple(sorted(chosen))
+
+
+def parse_labels(text: str | None) -> dict[str, str]:
+    """Ray's node labels from "zone=a,kind=h100"; none from None. Raises ConfigError."""
+    labels = {}
+    for piece in text.split(",") if text else []:
+        name, equals, value = (part.strip() for part in piece.partition("="))
+        if not (name and equals and value):
+            raise ConfigError(f"node_labels = {text!r}: {piece.strip()!r} is not NAME=VALUE.", 'Write "zone=a,kind=h100".')
+        labels[name] = value
+    return labels
 
 
 _UNITS_BYTES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}

@@ -63,6 +63,16 @@ class StageError(M2rayError):
     """A stage died, hung or failed in the middle of a shard."""
 
 
+class StageMemoryError(StageError):
+    """A micro-batch found no room beside a stage's weights. Takes its size besides the two strings: B sequences of T tokens."""
+
+    def __init__(self, what: str, remedy: str, num_sequences: int, length: int) -> None:
+        super().__init__(what, remedy)
+        self.args = (what, remedy, num_sequences, length)
+        self.num_sequences = num_sequences
+        self.length = length
+
+
 def raise_all(problems: Sequence[M2rayError]) -> None:
     """Raise nothing for no problem, the problem itself for one, and one error that lists all for several."""
     if not problems:

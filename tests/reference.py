@@ -17,6 +17,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from m2ray.batches import LayerSpan, MicroBatch
 from m2ray.model.checkpoint import open_checkpoint
 from m2ray.model.decoder import DecoderSpan
+from m2ray.model.families import parse_config
 from m2ray.model.skeleton import build_skeleton
 from m2ray.model.stage import Stage, StageSpec, load_stage
 from m2ray.model.weights import load_weights
@@ -42,6 +43,11 @@ def make_minimax(folder: Path, fmt: str, layout: str = "hub") -> Path:
     config = json.loads((DATA / "minimax_m2" / "config.json").read_text())
     make_checkpoint(folder, config, overrides=MINIMAX_TINY, fmt=fmt, layout=layout, seed=11, max_shard_bytes=2_000_000)
     return folder
+
+
+def minimax_config(**fields: object) -> Any:
+    """MiniMax-M2's real configuration, with `fields` changed."""
+    return parse_config(json.dumps({**json.loads((DATA / "minimax_m2" / "config.json").read_text()), **fields}).encode())
 
 
 def make_family(folder: Path, model_type: str, dtype: torch.dtype = torch.float32) -> Path:

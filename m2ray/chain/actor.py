@@ -5,7 +5,7 @@ import resource
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,28 +15,39 @@ import torch
 
 from m2ray.activations.schema import Compression
 from m2ray.activations.writer import ActivationWriter
-from m2ray.batches import MicroBatch, PartReceipt
+from m2ray.batches import LayerSpan, MicroBatch, PartReceipt
 from m2ray.chain import transport
-from m2ray.errors import StageError, StoreError
+from m2ray.chain.report import GpuMeasured
+from m2ray.errors import StageError, StageMemoryError, StoreError
 from m2ray.model.stage import Stage, StageOutput, StageSpec, load_stage
 from m2ray.storage import open_store
+
+_AHEAD = 2
+"""Micro-batches whose rows the writer has not got yet, at most: one that computes, one whose rows are on their way."""
+
+_CPU_OUT_OF_MEMORY = "DefaultCPUAllocator"
+"""torch has no class of its own for it on a CPU."""
 
 
 @dataclass(frozen=True)
 class WriterSpec:
-    """Where and how a stage writes: the run folder, what every part's footer says, and the writer's bounds."""
+    """Where and how a stage writes: the run folder, what every part's footer says, and the writer's bounds.
+
+    `batch_tokens` are the padded tokens of a full micro-batch.
+    """
 
     output: str
     run_metadata: Mapping[str, str]
     queue_bytes: int
     threads: int
     timeout_s: float
+    batch_tokens: int
     compression: Compression = "none"
 
 
 @dataclass(frozen=True)
 class StageStatus:
-    """What a stage has done so far. Times are sums over its micro-batches."""
+    """What a stage has done so far. Times are sums over its micro-batches; report.py says what each of them is."""
 
     span: str
     node: str
@@ -50,35 +61,48 @@ class StageStatus:
     load_s: float = 0.0
     micro_batches: int = 0
     tokens: int = 0
+    padded_tokens: int = 0
     compute_s: float = 0.0
-    idle_s: float = 0.0
+    wait_s: float = 0.0
+    copy_s: float = 0.0
     write_wait_s: float = 0.0
+    write_s: float = 0.0
     written_bytes: int = 0
     peak_rss_bytes: int = 0
+    gpus: tuple[GpuMeasured, ...] = ()
 
 
 class StageActor:
-    """Runs one span. Ray calls `forward` on several threads, so that one micro-batch is received or handed on while
-    another computes; the computing itself is done on one thread, in the order of `step`.
+    """Runs one span, on one device or dealt out over several.
+
+    Ray calls `forward` on several threads, so that one micro-batch is received or handed on while another computes. Computing
+    itself is done on one thread, in the order of `step`; a second one waits for captured rows and gives them to the writer.
     """
 
-    def __init__(self, spec: StageSpec, writer: WriterSpec, *, hands_on: bool, epoch: int) -> None:
-        on_gpu = bool(ray.get_gpu_ids())
-        self._spec = replace(spec, device="cuda:0" if on_gpu else "cpu")
+    def __init__(self, specs: Sequence[StageSpec], writer: WriterSpec, *, hands_on: bool, epoch: int) -> None:
+        """Args:
+        specs: one a device, in the order of the layers.
+        hands_on: whether another stage follows.
+        epoch: of the chain, now.
+        """
+        self._specs = specs
         self._writer_spec = writer
         self._hands_on = hands_on
-        self._device = torch.device(self._spec.device)
-        self._dtype: torch.dtype = getattr(torch, spec.compute_dtype)
-        self._stage: Stage | None = None
+        self._devices = [torch.device(spec.device) for spec in specs]
+        self._on_gpu = self._devices[0].type == "cuda"
+        self._dtype: torch.dtype = getattr(torch, specs[0].compute_dtype)
+        self._stages: list[Stage] = []
         self._writer: ActivationWriter | None = None
         self._compute = ThreadPoolExecutor(1, thread_name_prefix="compute")
+        self._capture = ThreadPoolExecutor(1, thread_name_prefix="capture")
+        self._uncollected = threading.BoundedSemaphore(_AHEAD)
         self._turn = threading.Condition()
         self._next_step = 0
         self._epoch = epoch
-        self._idle_since: float | None = None
-        self._status = StageStatus(
-            str(spec.span), ray.util.get_node_ip_address(), self._spec.device, ray.get_runtime_context().get_node_id(), os.getpid()
-        )
+        self._began_at: float | None = None
+        span = LayerSpan(specs[0].span.start, specs[-1].span.stop)
+        devices = ", ".join(spec.device for spec in specs)
+        self._status = StageStatus(str(span), ray.util.get_node_ip_address(), devices, ray.get_runtime_context().get_node_id(), os.getpid())
 
     @ray.method(concurrency_group="collect")
     def load(self) -> StageStatus:
@@ -87,6 +111,7 @@ class StageActor:
         Raises:
             CheckpointError: the span's tensors are missing or damaged.
             StoreError: the run folder of the driver is not visible from this node.
+            StageError: torch does not see the GPUs that Ray gave.
         """
         begin = time.monotonic()
         store = open_store(self._writer_spec.output)
@@ -95,11 +120,16 @@ class StageActor:
                 f"{store.url} on node {self._status.node} has no job.json, though the driver wrote it.",
                 "Give an output folder on a disk that all nodes share.",
             )
-        self._stage = self._compute.submit(load_stage, self._spec, self._count_read).result()
+        if self._on_gpu and torch.cuda.device_count() < len(self._devices):
+            raise StageError(
+                f"Ray gave {len(self._devices)} GPUs on node {self._status.node}, torch {torch.__version__} sees {torch.cuda.device_count()}.",
+                "Install torch for the driver's CUDA there; `m2ray doctor` tells more.",
+            )
+        self._stages = self._compute.submit(lambda: [self._load(spec) for spec in self._specs]).result()
         self._writer = ActivationWriter(
             store,
             self._writer_spec.run_metadata,
-            self._stage.parts,
+            [part for stage in self._stages for part in stage.parts],
             queue_bytes=self._writer_spec.queue_bytes,
             threads=self._writer_spec.threads,
             compression=self._writer_spec.compression,
@@ -107,10 +137,9 @@ class StageActor:
         self._status = replace(
             self._status,
             ready=True,
-            needed_bytes=self._stage.needed_bytes,
-            read_bytes=self._stage.bytes_read,
-            parameter_bytes=self._stage.parameter_bytes,
+            parameter_bytes=sum(stage.parameter_bytes for stage in self._stages),
             load_s=time.monotonic() - begin,
+            gpus=tuple(self._gpu(number) for number in range(len(self._devices))) if self._on_gpu else (),
         )
         return self._status
 
@@ -118,13 +147,15 @@ class StageActor:
     def status(self) -> StageStatus:
         """How far this stage is."""
         peak_rss_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        status = replace(self._status, peak_rss_bytes=peak_rss_bytes)
         if self._writer is None:
-            return replace(self._status, peak_rss_bytes=peak_rss_bytes)
+            return status
         return replace(
-            self._status,
-            peak_rss_bytes=peak_rss_bytes,
+            status,
             write_wait_s=self._writer.waited_s,
+            write_s=self._writer.write_s,
             written_bytes=self._writer.written_bytes,
+            gpus=tuple(self._with_peak(gpu, device) for gpu, device in zip(status.gpus, self._devices, strict=False)),
         )
 
     @ray.method(concurrency_group="forward")
@@ -141,10 +172,15 @@ class StageActor:
 
         Returns:
             The hidden states' bits [B, T, H], or None from the chain's last stage.
+
+        Raises:
+            StageMemoryError: the micro-batch is too large for the memory that is left.
         """
-        hidden_BTH = None if payload is None else transport.receive(payload, self._dtype, self._device)
-        computed = self._in_turn(epoch, step, attempt, micro_batch, hidden_BTH)
-        return transport.send(computed) if self._hands_on and computed is not None else None
+        hidden_BTH = None if payload is None else transport.receive(payload, self._dtype, pinned=self._on_gpu)
+        output, captured = self._in_turn(epoch, step, attempt, micro_batch, hidden_BTH)
+        handed_on = transport.send(output.hidden_on_host()) if self._hands_on else None
+        captured.result()
+        return handed_on
 
     @ray.method(concurrency_group="collect")
     def collect(self, shard: int, attempt: str) -> tuple[PartReceipt, ...]:
@@ -168,6 +204,7 @@ class StageActor:
             self._turn.notify_all()
         self._abandon(attempts)
         self._compute.submit(int).result(self._writer_spec.timeout_s)
+        self._capture.submit(int).result(self._writer_spec.timeout_s)
         self._abandon(attempts)  # what was being computed may have opened its attempt again
 
     def _abandon(self, attempts: Sequence[tuple[int, str]]) -> None:
@@ -183,12 +220,45 @@ class StageActor:
         if self._writer is not None:
             self._writer.close()
 
-    def _count_read(self, read_bytes: int, needed_bytes: int) -> None:
-        self._status = replace(self._status, read_bytes=read_bytes, needed_bytes=needed_bytes)
+    # -- loading ------------------------------------------------------------------------------------------------------
+
+    def _load(self, spec: StageSpec) -> Stage:
+        before = self._status
+
+        def count(read_bytes: int, needed_bytes: int) -> None:
+            self._status = replace(self._status, read_bytes=before.read_bytes + read_bytes, needed_bytes=before.needed_bytes + needed_bytes)
+
+        stage = load_stage(spec, count)
+        count(stage.bytes_read, stage.needed_bytes)
+        if spec.compile:
+            stage.warm_up(self._writer_spec.batch_tokens)
+        return stage
+
+    def _gpu(self, number: int) -> GpuMeasured:
+        """A GPU right after loading."""
+        device = self._devices[number]
+        properties = torch.cuda.get_device_properties(device)
+        allocated_bytes, reserved_bytes = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
+        index = int(ids[number]) if (ids := _visible()) and ids[number].isdecimal() else number
+        return GpuMeasured(
+            index, properties.name, properties.total_memory, allocated_bytes, reserved_bytes, allocated_bytes, reserved_bytes, 0
+        )
+
+    def _with_peak(self, gpu: GpuMeasured, device: torch.device) -> GpuMeasured:
+        """The same with what torch's allocator held at most, and what the driver says is taken there now, by whomever."""
+        free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+        return replace(
+            gpu,
+            peak_allocated_bytes=torch.cuda.max_memory_allocated(device),
+            peak_reserved_bytes=torch.cuda.max_memory_reserved(device),
+            used_bytes=total_bytes - free_bytes,
+        )
+
+    # -- computing ----------------------------------------------------------------------------------------------------
 
     def _in_turn(
         self, epoch: int, step: int, attempt: str, micro_batch: MicroBatch, hidden_BTH: torch.Tensor | None
-    ) -> torch.Tensor | None:
+    ) -> "tuple[StageOutput, Future[None]]":
         # Twice the watchdog's limit: the driver is the one that decides.
         limit_s = 2 * self._writer_spec.timeout_s
         with self._turn:
@@ -208,23 +278,70 @@ class StageActor:
         if epoch != self._epoch:
             raise StageError(f"A micro-batch of epoch {epoch} came in epoch {self._epoch}.", "The driver has given it up.")
 
-    def _run(self, epoch: int, attempt: str, micro_batch: MicroBatch, hidden_BTH: torch.Tensor | None) -> torch.Tensor | None:
+    def _run(
+        self, epoch: int, attempt: str, micro_batch: MicroBatch, hidden_BTH: torch.Tensor | None
+    ) -> "tuple[StageOutput, Future[None]]":
+        """Compute, or on a GPU begin to; the rows are waited for on the other thread, and so is the queue of the writer."""
         self._require_current(epoch)
-        assert self._stage is not None, "load() comes first"
-        assert self._writer is not None, "load() comes first"
-        begin = time.monotonic()
-        output: StageOutput = self._stage.forward(micro_batch, hidden_BTH)
-        computed = time.monotonic()
-        self._writer.submit(attempt, micro_batch, output.captured, self._writer_spec.timeout_s)
+        assert self._stages, "load() comes first"
+        if not self._uncollected.acquire(timeout=self._writer_spec.timeout_s):
+            raise StoreError(f"Captured rows found no way to the writer for {self._writer_spec.timeout_s:g} s.", "Check the disk or store.")
+        self._began_at = self._began_at or time.monotonic()
+        outputs: list[StageOutput] = []
+        try:
+            for stage in self._stages:
+                outputs.append(stage.forward(micro_batch, hidden_BTH))
+                hidden_BTH = outputs[-1].hidden_BTH
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            self._uncollected.release()
+            raise self._memory_error(error, micro_batch) from error
+        except BaseException:
+            self._uncollected.release()
+            raise
+        return outputs[-1], self._capture.submit(self._hand_over, attempt, micro_batch, outputs)
+
+    def _hand_over(self, attempt: str, micro_batch: MicroBatch, outputs: Sequence[StageOutput]) -> None:
+        assert self._writer is not None
+        assert self._began_at is not None
+        try:
+            compute_s = sum(output.compute_s for output in outputs)
+            computed_at = time.monotonic()
+            captured = [layer for output in outputs for layer in output.captured]
+            copied_at = time.monotonic()
+            self._writer.submit(attempt, micro_batch, captured, self._writer_spec.timeout_s)
+        finally:
+            self._uncollected.release()
+        status = self._status
+        compute_s += status.compute_s
         self._status = replace(
-            self._status,
-            micro_batches=self._status.micro_batches + 1,
-            tokens=self._status.tokens + micro_batch.num_tokens,
-            compute_s=self._status.compute_s + computed - begin,
-            idle_s=self._status.idle_s + (begin - self._idle_since if self._idle_since else 0.0),
+            status,
+            micro_batches=status.micro_batches + 1,
+            tokens=status.tokens + micro_batch.num_tokens,
+            padded_tokens=status.padded_tokens + micro_batch.padded_tokens,
+            compute_s=compute_s,
+            copy_s=status.copy_s + copied_at - computed_at,
+            wait_s=max(0.0, computed_at - self._began_at - compute_s - self._writer.waited_s),
         )
-        self._idle_since = time.monotonic()
-        return output.hidden_BTH
+
+    def _memory_error(self, error: RuntimeError, micro_batch: MicroBatch) -> BaseException:
+        """What tells the driver to try a smaller micro-batch, with the memory that this one left given back; other errors as they are."""
+        if not isinstance(error, torch.OutOfMemoryError) and _CPU_OUT_OF_MEMORY not in str(error):
+            return error
+        if self._on_gpu:
+            torch.cuda.empty_cache()
+        num_sequences, length = micro_batch.token_ids_BT.shape
+        return StageMemoryError(
+            f"{num_sequences} sequences of {length} padded tokens found no room in the {self._status.span} "
+            f"({self._status.device} of node {self._status.node}): {str(error).splitlines()[0]}",
+            "Lower max_length or batch_tokens, spread the layers over more GPUs (stages, gpus_per_stage), or lower what others use there.",
+            num_sequences,
+            length,
+        )
+
+
+def _visible() -> list[str]:
+    """The GPUs that this process sees, by the driver's numbers or names."""
+    return [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
 
 
 def actor_class(num_forward_threads: int) -> Any:

@@ -19,7 +19,8 @@ from m2ray.chain.failure import Failure, FailureKind, FailurePolicy, GiveUp, cau
 from m2ray.chain.queue import ShardQueue
 from m2ray.chain.stages import Stages
 from m2ray.chain.transport import hidden_bytes
-from m2ray.errors import M2rayError, StageError
+from m2ray.errors import M2rayError, StageError, StageMemoryError
+from m2ray.planning.memory import window
 
 _POLL_S = 0.5
 
@@ -80,7 +81,8 @@ class Chain:
     """All the stages of one model, in order. Used by one thread; `stop` may be set by another.
 
     Args:
-        micro_batches_of: the micro-batches of a shard, the same every time.
+        micro_batches_of: the micro-batches of a shard at a limit of padded tokens, the same every time.
+        batch_tokens: the limit, unless less fits.
         say: takes a line for the user.
     """
 
@@ -94,13 +96,15 @@ class Chain:
         self,
         stages: Stages,
         limits: ChainLimits,
-        micro_batches_of: Callable[[Shard], Iterator[MicroBatch]],
+        micro_batches_of: Callable[[Shard, int], Iterator[MicroBatch]],
+        batch_tokens: int,
         say: Callable[[str], None],
         policy: FailurePolicy | None = None,
     ) -> None:
         self._stages = stages
         self._limits = limits
         self._micro_batches_of = micro_batches_of
+        self._batch_tokens = batch_tokens
         self._say = say
         self._policy = policy or FailurePolicy()
         self._failures: list[Failure] = []
@@ -169,7 +173,7 @@ class Chain:
                 return None
             opened = _OpenShard(shard, uuid4().hex[:12])
             self._open.append(opened)
-            self._current = (opened, iter(self._micro_batches_of(shard)))
+            self._current = (opened, iter(self._micro_batches_of(shard, self._batch_tokens)))
 
     def _has_room(self, micro_batch: MicroBatch) -> bool:
         if not self._in_flight:
@@ -240,7 +244,12 @@ class Chain:
             raise ChainLostError(
                 f"{what}. {decision.why}", "Often a node ran out of memory. Run the same command again: finished shards are kept."
             )
-        self._say(f"{what}: restarted, {len(shards)} shards in flight are tried again")
+        cause = cause_of(error)
+        if isinstance(cause, StageMemoryError):
+            self._batch_tokens = cause.num_sequences * cause.length // 2
+            self._say(f"{cause.what} Micro-batches of at most {self._batch_tokens} padded tokens from here on.")
+        else:
+            self._say(f"{what}: restarted, {len(shards)} shards in flight are tried again")
         queue.give_back([opened.shard for opened in in_flight])
         self.tokens_done -= sum(opened.shard.num_tokens for opened in self._closing)
         self._forget()
@@ -265,8 +274,3 @@ def _as_ours(error: BaseException) -> M2rayError:
     if isinstance(cause, M2rayError):
         return cause
     return StageError(f"A stage failed: {cause!r}.", "This is a defect of m2ray: --debug shows the trace.")
-
-
-def window(num_stages: int) -> int:
-    """Micro-batches in the chain at most: two a stage keep each computing while one is handed on, and two to spare."""
-    return 2 * num_stages + 2

@@ -1,62 +1,56 @@
 """The main path: from a configuration to a finished run. Read `extract` first."""
 
+import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
-from dataclasses import dataclass
-from typing import Any
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, replace
 from uuid import uuid4
 
 from m2ray import __version__
 from m2ray.activations.commits import Run, RunSummary, claim_run, read_summary
 from m2ray.activations.job import Counts, JobRecord, ModelFacts, read_job, require_same
-from m2ray.batches import LayerSpan, MicroBatch, PartSpec, Shard, TensorTable
+from m2ray.batches import LayerSpan, MicroBatch, PartSpec, Shard
 from m2ray.chain.actor import WriterSpec
-from m2ray.chain.driver import Chain, ChainLimits, window
+from m2ray.chain.checking import Inputs, check
+from m2ray.chain.driver import Chain, ChainLimits
+from m2ray.chain.joining import cluster
 from m2ray.chain.monitor import Monitor
-from m2ray.chain.placement import ClusterSize, cluster, reserve
+from m2ray.chain.placement import Reservation, reserve
+from m2ray.chain.probing import Hardware, probe_hardware
 from m2ray.chain.progress import Progress
 from m2ray.chain.replicas import Replicas
+from m2ray.chain.report import REPORT, RunMeasured, build_report, start_lines, summary_lines
 from m2ray.chain.stages import Patience, Stages
 from m2ray.chain.stopping import stop_on_sigterm
-from m2ray.config import ExtractConfig, parse_bytes, parse_layers
-from m2ray.errors import ConfigError, M2rayError, RunConflictError, raise_all
-from m2ray.model.checkpoint import Checkpoint, open_checkpoint, tensor_table
-from m2ray.model.skeleton import resolve_attn_implementation
+from m2ray.config import ExtractConfig, parse_labels
+from m2ray.errors import RunConflictError
 from m2ray.model.stage import StageSpec
-from m2ray.planning.partition import partition
-from m2ray.prompts import (
-    PromptOptions,
-    PromptSource,
-    PromptTokenizer,
-    TokenSpool,
-    load_shards,
-    micro_batches,
-    padding_waste,
-    respool,
-    survey,
-)
-from m2ray.storage import Store, open_store
-
-_AUTO_BATCH_TOKENS = 16_384
-_AUTO_SHARD_TOKENS = 32_768
-_WRITER_QUEUE_BYTES = 2 << 30
-_ITEMSIZE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+from m2ray.planning.demand import Demand
+from m2ray.planning.memory import window
+from m2ray.planning.output import PromptStats
+from m2ray.planning.plan import GpuPlan, Plan, most_replicas, plan_run
+from m2ray.prompts import TokenSpool, batching, load_shards, micro_batches, respool, survey
 
 
 def extract(config: ExtractConfig, progress: Progress) -> RunSummary:
     """Extract what `config` asks for, or what is missing of it. Safe to repeat after a kill at any point.
 
     Raises:
-        M2rayError: before Ray is started for bad configuration, checkpoint, prompts or output; later for what fails there.
+        M2rayError: before Ray is started for bad configuration, checkpoint, prompts or output; before anything is written for a
+            cluster that does not hold the plan; later for what fails there.
     """
-    inputs = _check(config)
+    inputs = check(config)
     recorded = read_job(inputs.store)
-    work = _resume(inputs, recorded, progress) if recorded else _begin(inputs, progress)
-    with closing(work.tokens):
+    with ExitStack() as stack:
+        hardware = None if recorded else stack.enter_context(_hardware(config))
+        if hardware is not None:
+            inputs = _resolve(inputs, hardware)
+        work = _resume(inputs, recorded, progress) if recorded else _begin(inputs, progress)
+        stack.enter_context(closing(work.tokens))
         missing = work.run.missing(work.shards)
         if missing:
-            _extract_missing(inputs, work, missing, progress)
+            _extract_missing(inputs, work, missing, hardware or stack.enter_context(_hardware(config)), progress)
     summary = read_summary(inputs.store) if work.run.is_finished else None
     summary = summary or work.run.finish()
     progress.say(
@@ -64,29 +58,6 @@ def extract(config: ExtractConfig, progress: Progress) -> RunSummary:
         f"{summary.quarantined:,} quarantined. {inputs.store.url}"
     )
     return summary
-
-
-@dataclass(frozen=True)
-class _Inputs:
-    """Everything that is known before Ray is started. `options` are those that change rows, "auto" values resolved."""
-
-    config: ExtractConfig
-    checkpoint: Checkpoint
-    table: TensorTable
-    layers: tuple[int, ...]
-    source: PromptSource
-    tokenizer: PromptTokenizer
-    store: Store
-    options: dict[str, Any]
-
-    @property
-    def fingerprints(self) -> dict[str, str]:
-        """Those that cost nothing to know; the prompts' is taken once their digest is needed."""
-        return {
-            "model": self.checkpoint.digest,
-            "tokenizer": self.tokenizer.tokenizer_digest,
-            "template": self.tokenizer.template_digest,
-        }
 
 
 @dataclass(frozen=True)
@@ -98,74 +69,45 @@ class _Work:
     tokens: TokenSpool
 
 
-# -- before Ray -----------------------------------------------------------------------------------------------------------
+# -- what the hardware decides --------------------------------------------------------------------------------------------
 
 
-def _check(config: ExtractConfig) -> _Inputs:
-    """Look at checkpoint, layers, prompts, tokenizer and output. Raises all their problems at once."""
-    parse_bytes(config.in_flight, "in_flight")
-    store = open_store(config.output)
-    problems: list[M2rayError] = []
-
-    def look(*steps: Callable[[], Any]) -> list[Any]:
-        """Take each step, keep its problem for later, and give what the successful ones found."""
-        found = []
-        for step in steps:
-            try:
-                found.append(step())
-            except M2rayError as problem:
-                problems.append(problem)
-        return found
-
-    look(store.probe)
-    recorded = next(iter(look(lambda: read_job(store))), None)
-    opened = look(lambda: open_checkpoint(config.model))
-    limit = opened[0].config.max_position_embeddings if opened else 1
-    prompts = PromptOptions(
-        config.prompts, config.max_length or limit, config.text_column, config.messages_column, config.id_column, config.truncation
-    )
-    source = look(lambda: PromptSource.open(prompts))
-    if not opened:
-        raise_all(problems)
-    checkpoint: Checkpoint = opened[0]
-    look(checkpoint.check)
-    layers = look(lambda: parse_layers(config.layers, checkpoint.config.num_hidden_layers))
-    tokenizer = look(lambda: PromptTokenizer.load(config.model, prompts, checkpoint.config.vocab_size))
-    attention = look(lambda: resolve_attn_implementation(checkpoint.config, config.attn_implementation))
-    raise_all(problems)
-    table = tensor_table(checkpoint)
-    num_layers = layers[0][-1] + 1
-    if isinstance(config.stages, int) and config.stages > num_layers:
-        raise ConfigError(f"stages = {config.stages}, but only {num_layers} layers are run.", f"Ask for at most {num_layers}.")
-    options = _resolved(config, layers[0], prompts.max_length, attention[0], recorded)
-    return _Inputs(config, checkpoint, table, layers[0], source[0], tokenizer[0], store, options)
+@contextmanager
+def _hardware(config: ExtractConfig) -> Iterator[Hardware]:
+    """Join or start the cluster and look at its nodes."""
+    with cluster(config.placement_timeout_s):
+        yield probe_hardware(parse_labels(config.node_labels))
 
 
-def _resolved(config: ExtractConfig, layers: Sequence[int], max_length: int, attention: str, recorded: JobRecord | None) -> dict[str, Any]:
-    """The options that change rows, without "auto": a run that began keeps its values, a new one takes today's.
-
-    The model and the prompts are left out: their digests say more than their paths.
-    """
-    options = config.model_dump(include=set(config.row_options()) - {"model", "prompts"})
-    options |= {"layers": list(layers), "max_length": max_length}
-    automatic = {
-        "batch_tokens": _AUTO_BATCH_TOKENS,
-        "shard_tokens": _AUTO_SHARD_TOKENS,
-        "attn_implementation": attention,
-        "threads_per_stage": 1,
-    }
-    for name, value in automatic.items():
-        if options[name] == "auto":
-            options[name] = recorded.options[name] if recorded and name in recorded.options else value
-    return options
+def _resolve(inputs: Inputs, hardware: Hardware) -> Inputs:
+    """Set the options of a new run that are "auto" until the GPUs are known, and refuse a cluster that does not hold the model."""
+    options = dict(inputs.options)
+    if options["compile"] == "auto":
+        options["compile"] = hardware.cluster.num_gpus > 0
+    demand = _demand(inputs, hardware, None)
+    plan = plan_run(demand, hardware.cluster)
+    if options["batch_tokens"] == "auto":
+        smaller = [remedy.value for remedy in plan.remedies if remedy.option == "batch_tokens"]
+        options["batch_tokens"] = int(smaller[0]) if smaller else demand.options.batch_tokens
+        plan = plan_run(demand.with_batch_tokens(options["batch_tokens"]), hardware.cluster)
+    plan.require_fit()
+    return replace(inputs, options=options)
 
 
-def _begin(inputs: _Inputs, progress: Progress) -> _Work:
+def _demand(inputs: Inputs, hardware: Hardware, longest_tokens: int | None) -> Demand:
+    demand = inputs.demand(longest_tokens)
+    return demand.with_replicas(most_replicas(demand, hardware.cluster)) if inputs.config.replicas == "auto" else demand
+
+
+# -- beginning and going on -----------------------------------------------------------------------------------------------
+
+
+def _begin(inputs: Inputs, progress: Progress) -> _Work:
     """Survey the prompts and claim the run."""
     found = survey(
         inputs.source, inputs.tokenizer, inputs.store, uuid4().hex[:12], inputs.options["shard_tokens"], on_progress=progress.surveying
     )
-    waste = padding_waste(found.shards, inputs.options["batch_tokens"])
+    waste = batching(found.shards, inputs.options["batch_tokens"]).padding_waste
     progress.say(
         f"{found.num_sequences:,} prompts: {found.num_ready:,} ready with {found.num_tokens:,} tokens in {len(found.shards):,} shards, "
         f"{found.num_quarantined:,} quarantined; padding {waste:.1%}"
@@ -192,7 +134,7 @@ def _begin(inputs: _Inputs, progress: Progress) -> _Work:
         raise
 
 
-def _resume(inputs: _Inputs, recorded: JobRecord, progress: Progress) -> _Work:
+def _resume(inputs: Inputs, recorded: JobRecord, progress: Progress) -> _Work:
     """Go on with a run: its shards as they were fixed, and the missing ones' prompts tokenised again."""
     require_same(inputs.store, recorded, inputs.options, {**inputs.fingerprints, "prompts": inputs.source.fingerprint()})
     shards = load_shards(inputs.store, recorded.sequence_files)
@@ -203,81 +145,87 @@ def _resume(inputs: _Inputs, recorded: JobRecord, progress: Progress) -> _Work:
     return _Work(run, shards, tokens)
 
 
-# -- with Ray -------------------------------------------------------------------------------------------------------------
+# -- extracting -----------------------------------------------------------------------------------------------------------
 
 
-def _extract_missing(inputs: _Inputs, work: _Work, missing: Sequence[Shard], progress: Progress) -> None:
-    """Reserve room, start the chain, and commit each shard as it completes."""
-    config, options = inputs.config, inputs.options
-    itemsize_bytes = _ITEMSIZE_BYTES[options["compute_dtype"]]
-    with cluster(config.placement_timeout_s) as room, stop_on_sigterm() as stop:
-        spans = _spans(inputs, room, itemsize_bytes)
-        num_replicas = _num_replicas(config, room, len(spans))
-        with reserve(len(spans), room, config.placement_timeout_s, num_replicas) as reservations:
-            limits = ChainLimits(
-                parse_bytes(config.in_flight, "in_flight"), inputs.table.hidden_size, itemsize_bytes, config.stage_timeout_s
-            )
-            writer = WriterSpec(
-                inputs.store.url,
-                work.run.job.run_metadata(),
-                _WRITER_QUEUE_BYTES,
-                max(1, int(room.cpus / max(room.gpus, 1) / 2)) if room.gpus else 1,
-                config.stage_timeout_s,
-                config.compression,
-            )
-            for number, span in enumerate(spans):
-                progress.say(f"stage {number}: {span}" + (f", in each of {num_replicas} replicas" if num_replicas > 1 else ""))
-            specs = [_stage_spec(inputs, span) for span in spans]
-            patience = Patience(config.stage_timeout_s, config.placement_timeout_s)
-            all_stages = [Stages(specs, writer, reservation, patience, window(len(specs))) for reservation in reservations]
-            batches_of = _micro_batches_of(work, options["batch_tokens"])
-            chains = [(Chain(stages, limits, batches_of, progress.say), stages) for stages in all_stages]
-            monitor = Monitor(chains, work.shards, missing, progress)
-            with closing(Replicas(chains, missing, stop, progress.say).results(monitor.tick)) as results:
-                for result in results:
-                    work.run.commit(result.shard, result.attempt, result.receipts, result.micro_batches, result.elapsed_s)
-                    monitor.committed()
+def _extract_missing(inputs: Inputs, work: _Work, missing: Sequence[Shard], hardware: Hardware, progress: Progress) -> None:
+    """Plan, reserve room, run the chains, commit each shard as it completes, and report."""
+    config = inputs.config
+    stats = PromptStats(sum(len(shard.sequence_ids) for shard in missing), *batching(missing, inputs.options["batch_tokens"]))
+    wanted = plan_run(_demand(inputs, hardware, stats.longest_tokens), hardware.cluster, stats)
+    wanted.require_fit()
+    with stop_on_sigterm() as stop, reserve(wanted, hardware, config.placement_timeout_s) as (plan, reservations):
+        for line in start_lines(plan):
+            progress.say(line)
+        batches_of = _micro_batches_of(work)
+        chains = [
+            (Chain(stages, _limits(inputs, plan), batches_of, inputs.options["batch_tokens"], progress.say), stages)
+            for stages in _stages(inputs, work, plan, hardware, reservations)
+        ]
+        monitor = Monitor(plan, chains, work.shards, missing, progress)
+        with closing(Replicas(chains, missing, stop, progress.say).results(monitor.tick)) as results:
+            for result in results:
+                work.run.commit(result.shard, result.attempt, result.receipts, result.micro_batches, result.elapsed_s)
+                monitor.committed()
+            measured = RunMeasured(work.run.job.run_id, *monitor.measured())
+        for line in summary_lines(plan, measured):
+            progress.say(line)
+        inputs.store.put(REPORT, json.dumps(build_report(plan, measured), indent=2).encode())
 
 
-def _micro_batches_of(work: _Work, batch_tokens: int) -> Callable[[Shard], Iterator[MicroBatch]]:
+def _stages(inputs: Inputs, work: _Work, plan: Plan, hardware: Hardware, reservations: Sequence[Reservation]) -> Iterator[Stages]:
+    """The stages of each replica, not yet started."""
+    config = inputs.config
+    per_stage_cpus = sum(hardware.cpus.values()) / len(plan.stages)
+    writer = WriterSpec(
+        output=inputs.store.url,
+        run_metadata=work.run.job.run_metadata(),
+        queue_bytes=plan.demand.options.writer_queue_bytes,
+        threads=max(1, int(per_stage_cpus / 2)) if plan.gpus else 1,
+        timeout_s=config.stage_timeout_s,
+        batch_tokens=inputs.options["batch_tokens"],
+        compression=config.compression,
+    )
+    patience = Patience(config.stage_timeout_s, config.placement_timeout_s)
+    for replica, reservation in enumerate(reservations):
+        specs = [list(_specs(inputs, plan, replica, stage.stage, stage.span)) for stage in plan.stages if stage.replica == replica]
+        yield Stages(specs, writer, reservation, patience, window(len(specs)))
+
+
+def _specs(inputs: Inputs, plan: Plan, replica: int, stage: int, span: LayerSpan) -> Iterator[StageSpec]:
+    """What each device of a stage holds. `cuda:N` counts the GPUs that the stage's process sees, in the order of the plan."""
+    options = inputs.options
+    gpus: list[GpuPlan] = [gpu for gpu in plan.gpus if (gpu.replica, gpu.stage) == (replica, stage)]
+    spans = [(f"cuda:{number}", gpu.span, gpu.offloaded) for number, gpu in enumerate(gpus) if gpu.span is not None] or [
+        ("cpu", span, None)
+    ]
+    for device, on_device, offloaded in spans:
+        yield StageSpec(
+            model_url=inputs.config.model,
+            span=on_device,
+            capture_layers=tuple(layer for layer in inputs.layers if layer in on_device),
+            sites=(options["sites"],),
+            compute_dtype=options["compute_dtype"],
+            store_dtype=options["store_dtype"],
+            attn_implementation=options["attn_implementation"],
+            device=device,
+            threads=options["threads_per_stage"],
+            compile=options["compile"],
+            offloaded=tuple(range(offloaded.start, offloaded.stop)) if offloaded else (),
+        )
+
+
+def _limits(inputs: Inputs, plan: Plan) -> ChainLimits:
+    demand = plan.demand
+    return ChainLimits(demand.options.in_flight_bytes, inputs.table.hidden_size, demand.itemsize_bytes, inputs.config.stage_timeout_s)
+
+
+def _micro_batches_of(work: _Work) -> Callable[[Shard, int], Iterator[MicroBatch]]:
     """A shard's micro-batches. The spool is one file, and replicas read it from several threads: one shard at a time."""
     lock = threading.Lock()
 
-    def batches(shard: Shard) -> Iterator[MicroBatch]:
+    def batches(shard: Shard, batch_tokens: int) -> Iterator[MicroBatch]:
         with lock:
             return iter(list(micro_batches(shard, work.tokens, batch_tokens)))
 
     return batches
-
-
-def _num_replicas(config: ExtractConfig, room: ClusterSize, num_stages: int) -> int:
-    """As asked, or as many as the GPUs hold."""
-    return max(1, int(room.gpus) // num_stages) if config.replicas == "auto" else config.replicas
-
-
-def _spans(inputs: _Inputs, room: ClusterSize, itemsize_bytes: int) -> list[LayerSpan]:
-    """The layers up to the last one asked for, dealt out over the stages by their bytes."""
-    num_layers = inputs.layers[-1] + 1
-    num_stages = min(int(room.gpus) or 1, num_layers) if inputs.config.stages == "auto" else inputs.config.stages
-    devices = partition(
-        inputs.table.layer_bytes(itemsize_bytes)[:num_layers],
-        first_bytes=inputs.table.role_bytes("embedding", itemsize_bytes),
-        last_bytes=0,
-        caps_bytes=[None] * num_stages,
-    )
-    return [device.span for device in devices]
-
-
-def _stage_spec(inputs: _Inputs, span: LayerSpan) -> StageSpec:
-    options = inputs.options
-    return StageSpec(
-        model_url=inputs.config.model,
-        span=span,
-        capture_layers=tuple(layer for layer in inputs.layers if layer in span),
-        sites=(options["sites"],),
-        compute_dtype=options["compute_dtype"],
-        store_dtype=options["store_dtype"],
-        attn_implementation=options["attn_implementation"],
-        device="cpu",
-        threads=options["threads_per_stage"],
-    )

@@ -1,7 +1,7 @@
 """What a failure of the chain means, and what is done about it. Pure: no actor is touched here.
 
 A user's error (a damaged checkpoint, a row that is not finite) would come again, so it ends the run. A stage that died or
-hung is restarted and a store's refusal is tried again, but not without end.
+hung is restarted, a store's refusal is tried again and a micro-batch without room is halved, but not without end.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from enum import Enum
 
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
-from m2ray.errors import M2rayError, StoreError
+from m2ray.errors import M2rayError, StageMemoryError, StoreError
 
 
 class FailureKind(Enum):
@@ -20,6 +20,7 @@ class FailureKind(Enum):
     HANG = "hung"
     LOST = "lost an object"
     STORE = "could not write"
+    MEMORY = "ran out of memory"
     USER = "cannot be helped"
 
 
@@ -67,6 +68,9 @@ class FailurePolicy:
         last = history[-1]
         if last.kind is FailureKind.USER:
             return GiveUp("The same error would come again.")
+        if last.kind is FailureKind.MEMORY:
+            return Retry(0.0)  # each time with micro-batches half the size, down to single sequences
+        history = [past for past in history if past.kind is not FailureKind.MEMORY]
         for stage in last.stages:
             restarts = sum(stage in past.stages for past in history if past.at_s > last.at_s - self.window_s)
             if restarts > self.stage_restarts:
@@ -97,6 +101,8 @@ def cause_of(error: BaseException) -> BaseException:
 def classify(error: BaseException) -> FailureKind:
     """The kind of what `ray.get` raised."""
     cause = cause_of(error)
+    if isinstance(cause, StageMemoryError) and cause.num_sequences > 1:
+        return FailureKind.MEMORY
     if isinstance(cause, StoreError):
         return FailureKind.STORE
     if isinstance(cause, (M2rayError, RayTaskError)):

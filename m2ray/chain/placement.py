@@ -1,52 +1,91 @@
-"""Joining or starting a Ray cluster, and reserving room in it for the stages."""
+"""Reserving room in a Ray cluster for the stages of a plan."""
 
 import os
-import shutil
-import socket
-import tempfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from m2ray.chain.probing import Hardware
 from m2ray.errors import ClusterError
+from m2ray.planning.devices import Device
+from m2ray.planning.hardware import Gpu
+from m2ray.planning.plan import Plan, plan_run
+from m2ray.planning.probe import probe_node
+
+_START_S = 60.0
+"""What a worker process may take to start on a busy node."""
 
 
 @dataclass(frozen=True)
-class ClusterSize:
-    """What the living nodes have in all, whether free or not."""
+class Room:
+    """What one bundle asks for: a node by name and by Ray's id, GPUs, and CPUs. Some are no stage's and keep GPUs from being used."""
 
-    nodes: int
-    cpus: float
-    gpus: float
+    node: str
+    node_id: str
+    num_gpus: float
+    num_cpus: float
+    is_stage: bool = True
+
+    @property
+    def resources(self) -> dict[str, float]:
+        return {name: amount for name, amount in (("CPU", self.num_cpus), ("GPU", self.num_gpus)) if amount}
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """Room that was given: its number in the placement group, its node, and the driver's view of its GPUs."""
+
+    number: int
+    room: Room
+    gpus: tuple[Gpu, ...]
 
 
 class Reservation:
-    """Room for the stages of one replica: bundle `bundles[i]` of the placement group is stage i's."""
+    """Room for the stages of one replica: `rooms[i]` is stage i's, in bundle `bundles[i]` of the placement group."""
 
-    def __init__(self, num_stages: int, num_cpus: float, num_gpus: float) -> None:
-        self.num_cpus = num_cpus
-        self.num_gpus = num_gpus
-        self._bundles = [{"CPU": num_cpus, "GPU": num_gpus} if num_gpus else {"CPU": num_cpus}] * num_stages
-        self.bundles: tuple[int, ...] = ()
-        self.group: PlacementGroup = placement_group(self._bundles, strategy="PACK")
+    def __init__(self, rooms: Sequence[Room]) -> None:
+        self.rooms = tuple(rooms)
+        self.bundles = tuple(range(len(rooms)))
+        self.group: PlacementGroup = placement_group(
+            [room.resources for room in rooms],
+            strategy="PACK",
+            bundle_label_selector=[{"ray.io/node-id": room.node_id} for room in rooms],
+        )
 
     def wait(self, timeout_s: float) -> None:
-        """Wait until all bundles are there, and give them out node by node. Raises ClusterError after `timeout_s`."""
+        """Wait until all bundles are there. Raises ClusterError after `timeout_s`."""
         if not self.group.wait(timeout_s):
             raise ClusterError(
-                f"No room for {_wanted(self._bundles)} came free within {timeout_s:g} s: {_inventory()}.",
+                f"No room for {_wanted(self.rooms)} came free within {timeout_s:g} s: {_inventory()}.",
                 "End what holds the rest, ask for fewer stages, or raise placement_timeout_s.",
             )
-        nodes = self.nodes()
-        self.bundles = tuple(sorted(nodes, key=lambda index: (nodes[index], index)))
+
+    def look(self, timeout_s: float) -> list[Bundle]:
+        """What was given, in the order of the rooms: Ray chooses the GPUs, and only now is known which. Raises ClusterError."""
+        asked = [
+            _gpus_here.options(num_gpus=room.num_gpus, scheduling_strategy=PlacementGroupSchedulingStrategy(self.group, number)).remote()
+            for number, room in enumerate(self.rooms)
+            if room.num_gpus
+        ]
+        try:
+            answers = iter(ray.get(asked, timeout=timeout_s + _START_S))
+        except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError) as error:
+            raise ClusterError(f"The GPUs that Ray gave could not be looked at: {error}.", "`m2ray doctor` tells more.") from error
+        return [Bundle(number, room, next(answers) if room.num_gpus else ()) for number, room in enumerate(self.rooms)]
+
+    def give_out(self, bundles: Sequence[Bundle]) -> None:
+        """Say which bundle is which stage's."""
+        self.rooms = tuple(bundle.room for bundle in bundles)
+        self.bundles = tuple(bundle.number for bundle in bundles)
 
     def nodes(self) -> dict[int, str]:
-        """The node of each bundle."""
+        """The id of each bundle's node."""
         nodes: dict[int, str] = placement_group_table(self.group)["bundles_to_node_id"]
         return nodes
 
@@ -55,99 +94,142 @@ class Reservation:
         return bool(placement_group_table(self.group)["state"] == "CREATED")
 
     def renew(self, timeout_s: float) -> None:
-        """Give the room back and ask for it anew: a group whose node died may never be whole again. Ends its actors.
+        """Give the room back and ask for as much anywhere: a group whose node died may never be whole again. Ends its actors.
 
         Raises:
             ClusterError: there is no room within `timeout_s`.
         """
         self.release()
-        self.group = placement_group(self._bundles, strategy="PACK")
+        self.group = placement_group([room.resources for room in self.rooms], strategy="PACK")
         self.wait(timeout_s)
+        nodes = self.nodes()
+        self.bundles = tuple(sorted(nodes, key=lambda index: (nodes[index], index)))
 
     def release(self) -> None:
         """Give the room back."""
         remove_placement_group(self.group)
 
 
-@contextmanager
-def cluster(connect_timeout_s: float) -> Iterator[ClusterSize]:
-    """Join the cluster that RAY_ADDRESS names (in a job: the job's own), or start one on this machine and end it after.
-
-    Raises:
-        ClusterError: the named cluster does not answer, or refuses the token.
-    """
-    if os.environ.get("RAY_ADDRESS"):
-        _join(connect_timeout_s)
-        try:
-            yield size()
-        finally:
-            ray.shutdown()
-        return
-    folder = Path(tempfile.mkdtemp(prefix="m2ray-"))
-    try:
-        ray.init(address="local", include_dashboard=False, _temp_dir=str(folder), logging_level="ERROR", log_to_driver=True)
-        yield size()
-    finally:
-        ray.shutdown()
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _join(timeout_s: float) -> None:
-    address = os.environ["RAY_ADDRESS"]
-    try:
-        host, separator, port = address.rpartition(":")
-        if separator and port.isdigit() and "/" not in host:
-            # Ray itself goes on trying for minutes where nothing listens.
-            socket.create_connection((host, int(port)), timeout_s).close()
-        ray.init(logging_level="ERROR", log_to_driver=True)
-    except (OSError, ray.exceptions.RayError, RuntimeError, ValueError) as error:
-        raise ClusterError(
-            f"The Ray cluster at RAY_ADDRESS={address!r} cannot be joined: {error}.",
-            "Check the address and the token, or unset RAY_ADDRESS to run on this machine.",
-        ) from error
-
-
-def size() -> ClusterSize:
-    """The living nodes' CPUs and GPUs."""
-    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return ClusterSize(len(alive), sum(node.get("CPU", 0.0) for node in alive), sum(node.get("GPU", 0.0) for node in alive))
+@ray.remote(num_cpus=0, max_retries=0)
+def _gpus_here() -> tuple[Gpu, ...]:
+    """This bundle's GPUs with the numbers that the whole node's driver gives them, where it does."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    numbers = [name.strip() for name in visible.split(",")]
+    gpus = probe_node(visible=visible).gpus
+    return tuple(replace(gpu, index=int(name)) if name.isdecimal() else gpu for gpu, name in zip(gpus, numbers, strict=False))
 
 
 @contextmanager
-def reserve(num_stages: int, room: ClusterSize, timeout_s: float, num_replicas: int = 1) -> Iterator[list[Reservation]]:
-    """Hold one bundle a stage and one placement group a replica: a GPU where the cluster has GPUs, else cores / stages of a CPU.
+def reserve(plan: Plan, hardware: Hardware, timeout_s: float) -> Iterator[tuple[Plan, list[Reservation]]]:
+    """Hold the room that a plan asks for, one placement group a replica, and lay the plan out over the GPUs that were given.
 
-    Bundles are handed out node by node, so that neighbouring stages share a node as far as Ray's packing allows.
+    A bundle goes to its stage's node. Which of a node's GPUs it gets is Ray's choice: the layers are dealt out anew over these. Where
+    `max_memory` or `device_map` leave GPUs of a node out, all of the node's GPUs are held, so that the right ones are among them.
+
+    Yields:
+        The plan over the GPUs at hand, and a reservation for each replica, bundles in the order of `plan.stages`.
 
     Raises:
-        ClusterError: there is no room, now or within `timeout_s`; says what is asked for and what there is.
+        ClusterError: there is no room within `timeout_s`, or not for this plan on what was given; says what is missing where.
     """
-    num_gpus = 1.0 if room.gpus else 0.0
-    total = num_stages * num_replicas
-    # Ray counts resources in ten-thousandths; rounding down keeps the sum within what there is.
-    num_cpus = min(1.0, int(room.cpus / total * 10_000) / 10_000)
-    if num_gpus * total > room.gpus or not num_cpus:
-        bundle = {"CPU": num_cpus, "GPU": num_gpus} if num_gpus else {"CPU": num_cpus}
-        raise ClusterError(
-            f"The cluster has no room for {_wanted([bundle] * total)}: {_inventory()}.", "Ask for fewer stages or add nodes."
-        )
     held: list[Reservation] = []
     try:
-        for _ in range(num_replicas):
-            held.append(Reservation(num_stages, num_cpus, num_gpus))
-            # One after the other, so that a replica is packed before the next one takes what is left.
+        given: list[list[Bundle]] = []
+        for rooms in _rooms(plan, hardware):
+            held.append(Reservation(rooms))
+            # One after the other: two groups that wait for the same GPUs could each hold a half of them.
             held[-1].wait(timeout_s)
-        yield held
+            given.append(held[-1].look(timeout_s))
+        chains = [_stages_of(plan, bundles) for bundles in given]
+        devices = [[device for bundle in chain for device in _devices(plan, bundle)] for chain in chains]
+        final = plan_run(plan.demand, plan.cluster, plan.prompts, devices)
+        final.require_fit()
+        for replica, (reservation, chain) in enumerate(zip(held, chains, strict=True)):
+            stages = [stage.stage for stage in final.stages if stage.replica == replica]
+            reservation.give_out([chain[stage] for stage in stages])
+        yield final, held
     finally:
         for reservation in held:
             reservation.release()
 
 
-def _wanted(bundles: list[dict[str, float]]) -> str:
-    return f"{len(bundles)} stages of {_words(bundles[0])}"
+def _rooms(plan: Plan, hardware: Hardware) -> list[list[Room]]:
+    """The bundles of each replica: one a stage, and one for each GPU that is to be left out of a node that is used."""
+    size = plan.demand.options.chains.gpus_per_stage
+    stages_on: Counter[str] = Counter(name for chain in plan.chains for name in _stage_nodes(chain, size))
+    rooms: list[list[Room]] = []
+    spared: set[str] = set()
+    for chain in plan.chains:
+        of_chain = []
+        for name in _stage_nodes(chain, size):
+            share = hardware.cpus[name] / stages_on[name]
+            # Ray counts in ten-thousandths; rounding down keeps the sum within what there is.
+            num_cpus = min(1.0, int(share * 10_000) / 10_000)
+            num_gpus = size if chain[0].gpu else 0
+            if not num_cpus and not num_gpus:
+                raise ClusterError(f"Node {name} has {hardware.cpus[name]:g} CPUs for {stages_on[name]} stages.", "Ask for fewer stages.")
+            of_chain.append(Room(name, hardware.node_ids[name], num_gpus, num_cpus))
+        for name in dict.fromkeys(room.node for room in of_chain):
+            if chain[0].gpu and name not in spared:
+                spared.add(name)
+                of_chain += [Room(name, hardware.node_ids[name], 1, 0.0, is_stage=False)] * _num_left_out(plan, name)
+        rooms.append(of_chain)
+    return rooms
 
 
-def _words(resources: dict[str, float]) -> str:
+def _stage_nodes(chain: Sequence[Device], gpus_per_stage: int) -> list[str]:
+    """The node of each stage of a chain."""
+    return [device.node.name for device in chain[:: gpus_per_stage if chain[0].gpu else 1]]
+
+
+def _num_left_out(plan: Plan, node_name: str) -> int:
+    node = next(node for node in plan.cluster.nodes if node.name == node_name)
+    return sum(not _may_use(plan, node_name, gpu) for gpu in node.gpus)
+
+
+def _may_use(plan: Plan, node_name: str, gpu: Gpu) -> bool:
+    options = plan.demand.options.chains
+    if options.device_map.startswith("cuda:"):
+        return options.device_map == f"cuda:{gpu.index}"
+    return options.max_memory.usable_bytes(node_name, gpu) > 0
+
+
+def _stages_of(plan: Plan, bundles: Sequence[Bundle]) -> list[Bundle]:
+    """The bundles that stages get: node by node in the plan's order, GPU by GPU; those of GPUs to be left out are not among them."""
+    order = {name: place for place, name in enumerate(dict.fromkeys(bundle.room.node for bundle in bundles))}
+    wanted = Counter(bundle.room.node for bundle in bundles if bundle.room.is_stage)
+    chosen: list[Bundle] = []
+    for bundle in sorted(bundles, key=lambda bundle: (order[bundle.room.node], [gpu.index for gpu in bundle.gpus], bundle.number)):
+        if wanted[bundle.room.node] and all(_may_use(plan, bundle.room.node, gpu) for gpu in bundle.gpus):
+            wanted[bundle.room.node] -= 1
+            chosen.append(bundle)
+    if missing := +wanted:
+        raise ClusterError(
+            f"Ray gave GPUs that max_memory or device_map leave out: {_counts(missing)} too few.",
+            "Hide them from Ray: set CUDA_VISIBLE_DEVICES where the node's Ray is started.",
+        )
+    return chosen
+
+
+def _devices(plan: Plan, bundle: Bundle) -> list[Device]:
+    node = next(node for node in plan.cluster.nodes if node.name == bundle.room.node)
+    if not bundle.gpus:
+        return [Device(node, None, None)]
+    max_memory = plan.demand.options.chains.max_memory
+    return [Device(node, gpu, max_memory.usable_bytes(node.name, gpu)) for gpu in bundle.gpus]
+
+
+def _wanted(rooms: Sequence[Room]) -> str:
+    """The bundles in words, node by node."""
+    counted = Counter((room.node, tuple(room.resources.items())) for room in rooms)
+    return ", ".join(f"{count} x ({_words(dict(resources))}) on {node}" for (node, resources), count in counted.items())
+
+
+def _counts(nodes: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} on {name}" for name, count in nodes.items())
+
+
+def _words(resources: Mapping[str, float]) -> str:
     return " and ".join(f"{amount:g} {name}" for name, amount in resources.items())
 
 

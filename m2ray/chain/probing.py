@@ -1,16 +1,16 @@
 """Looking at every node of a Ray cluster before anything is reserved in it."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import ray
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from m2ray.chain.placement import cluster
+from m2ray.chain.joining import cluster
 from m2ray.errors import ClusterError, raise_all
-from m2ray.planning.hardware import Cluster, Node
+from m2ray.planning.hardware import Cluster
 from m2ray.planning.node_facts import NodeFacts, look_at_node
 from m2ray.planning.probe import probe_node
 
@@ -28,16 +28,60 @@ class Looks:
     silent: Mapping[str, str]
 
 
-def probe_cluster(connect_timeout_s: float) -> Cluster:
+@dataclass(frozen=True)
+class Hardware:
+    """A cluster as the driver of each node sees it, as far as Ray may give it out.
+
+    Attributes:
+        cluster: the nodes, and of their GPUs as many as Ray counts there.
+        node_ids: Ray's id of each node, by name.
+        cpus: Ray's count of each node's CPUs, by name.
+    """
+
+    cluster: Cluster
+    node_ids: Mapping[str, str]
+    cpus: Mapping[str, float]
+
+
+def probe_cluster(connect_timeout_s: float, labels: Mapping[str, str] | None = None) -> Cluster:
     """Every living node of the cluster that RAY_ADDRESS names.
 
     Raises:
         ClusterError: it cannot be joined, or nodes do not answer.
     """
     with cluster(connect_timeout_s):
-        looks = _on_every_node(probe_node, {}, LOOK_TIMEOUT_S)
-    raise_all([ClusterError(f"Node {name} could not be looked at: {why}") for name, why in looks.silent.items()])
-    return Cluster(tuple(cast("Node", node) for node in looks.seen.values()))
+        return probe_hardware(labels or {}).cluster
+
+
+def probe_hardware(labels: Mapping[str, str]) -> Hardware:
+    """Every living node, of the cluster that this process has joined, that has all these labels.
+
+    Raises:
+        ClusterError: a node does not answer, its GPUs are not those that Ray counts, or no node has the labels.
+    """
+    nodes = {name: node for name, node in _living_nodes().items() if labels.items() <= node["Labels"].items()}
+    if not nodes:
+        wanted = ", ".join(f"{name}={value}" for name, value in labels.items())
+        raise ClusterError(f"No living node has the labels {wanted}.", "`ray list nodes --detail` shows each node's labels.")
+    looks = _on_nodes(nodes, probe_node, {}, LOOK_TIMEOUT_S)
+    problems = [ClusterError(f"Node {name} could not be looked at: {why}") for name, why in looks.silent.items()]
+    probed = []
+    for name, seen in looks.seen.items():
+        num_gpus = int(nodes[name]["Resources"].get("GPU", 0))
+        if num_gpus > len(seen.gpus):
+            problems.append(
+                ClusterError(
+                    f"Ray counts {num_gpus} GPUs on node {name}, its driver shows {len(seen.gpus)}.",
+                    "Start Ray there without --num-gpus, or mend the driver; `m2ray doctor` tells more.",
+                )
+            )
+        probed.append(replace(seen, gpus=seen.gpus[:num_gpus]))
+    raise_all(problems)
+    return Hardware(
+        Cluster(tuple(probed)),
+        {name: node["NodeID"] for name, node in nodes.items()},
+        {name: node["Resources"].get("CPU", 0.0) for name, node in nodes.items()},
+    )
 
 
 def look_at_cluster(
@@ -49,23 +93,27 @@ def look_at_cluster(
         ClusterError: it cannot be joined.
     """
     with cluster(connect_timeout_s):
-        looks = _on_every_node(look_at_node, {"model": model, "output": output, "marker": marker}, LOOK_TIMEOUT_S)
+        looks = _on_nodes(_living_nodes(), look_at_node, {"model": model, "output": output, "marker": marker}, LOOK_TIMEOUT_S)
     return list(looks.seen.values()), dict(looks.silent)
 
 
-def _on_every_node(look: Callable[..., _Seen], arguments: Mapping[str, Any], timeout_s: float) -> Looks:
-    """Call `look(name=..., **arguments)` on each living node at once, without reserving anything."""
-    task = ray.remote(num_cpus=0, num_gpus=0, max_retries=0)(look)
-    asked = {}
+def _living_nodes() -> dict[str, Any]:
+    """Ray's record of each living node, by its address; where several share one, with the begin of their ids."""
+    named: dict[str, Any] = {}
     for node in ray.nodes():
         if node["Alive"]:
-            name = (
-                node["NodeManagerAddress"]
-                if node["NodeManagerAddress"] not in asked
-                else f"{node['NodeManagerAddress']}/{node['NodeID'][:6]}"
-            )
-            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            asked[name] = task.options(scheduling_strategy=there).remote(name=name, **arguments)
+            address = node["NodeManagerAddress"]
+            named[address if address not in named else f"{address}/{node['NodeID'][:6]}"] = node
+    return named
+
+
+def _on_nodes(nodes: Mapping[str, Any], look: Callable[..., _Seen], arguments: Mapping[str, Any], timeout_s: float) -> Looks:
+    """Call `look(name=..., **arguments)` on each of the nodes at once, without reserving anything."""
+    task = ray.remote(num_cpus=0, num_gpus=0, max_retries=0)(look)
+    asked = {}
+    for name, node in nodes.items():
+        there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        asked[name] = task.options(scheduling_strategy=there).remote(name=name, **arguments)
     ray.wait(list(asked.values()), num_returns=len(asked), timeout=timeout_s)
     seen: dict[str, Any] = {}
     silent = {}

@@ -18,7 +18,10 @@ _LINE_EVERY_S = 5.0
 
 @dataclass(frozen=True)
 class Extracted:
-    """How far the extraction is. `tokens_before` were committed by earlier runs of the same job."""
+    """How far the extraction is. `tokens_before` were committed by earlier runs of the same job.
+
+    `gpu_busy` is the busiest GPU's share of time in computation, `gpu_used_bytes` the fullest one's memory.
+    """
 
     shards: int
     all_shards: int
@@ -27,6 +30,8 @@ class Extracted:
     tokens_before: int
     written_bytes: int
     write_wait_s: float
+    gpu_busy: float | None = None
+    gpu_used_bytes: int = 0
 
 
 class Progress:
@@ -82,6 +87,8 @@ class Progress:
         )
         if state.write_wait_s > 0.01 * elapsed_s:
             words += f", waited {_seconds(state.write_wait_s)} for the disk"
+        if state.gpu_busy is not None:
+            words += f", GPU {state.gpu_busy:.0%} busy, {_bytes(state.gpu_used_bytes)} taken"
         self._show("extract", words, (state.tokens_before + state.tokens) / max(state.all_tokens, 1))
 
     def _elapsed_s(self, phase: str) -> float:

@@ -22,7 +22,10 @@ _IDLE_SHARE = 0.5
 
 @dataclass(frozen=True)
 class GpuMeasured:
-    """One GPU of a stage, as torch's allocator says: right after loading, and at its peak since the start."""
+    """One GPU of a stage, as torch's allocator says: right after loading, and at its peak since the start.
+
+    `used_bytes`: what the driver says is taken on it, context and other processes counted, when it was last asked.
+    """
 
     index: int
     name: str
@@ -31,6 +34,7 @@ class GpuMeasured:
     loaded_reserved_bytes: int
     peak_allocated_bytes: int
     peak_reserved_bytes: int
+    used_bytes: int
 
 
 @dataclass(frozen=True)
@@ -43,8 +47,9 @@ class StageMeasured:
         read_bytes, load_s: of the checkpoint; from the call to the last tensor in place.
         parameter_bytes: in memory.
         tokens, padded_tokens: real ones, and computed ones.
-        compute_s: layers and selection. wait_s: for hidden states of the stage before. copy_s: captured rows from GPU to host, as far
-            as it is not hidden behind the computation. write_wait_s: for room in the writer's queue, the computation standing still.
+        compute_s: layers and selection, by the device's own clock. wait_s: the rest of the time from the first micro-batch on, mostly
+            for hidden states of the stage before. copy_s: captured rows from GPU to host, as far as the layers were done before.
+        write_wait_s: for room in the writer's queue; two micro-batches later the computation stands still.
         write_s: that the writer's threads spent on encoding and storing, beside the computation.
     """
 
@@ -104,7 +109,8 @@ def start_lines(plan: Plan) -> list[str]:
     for planned in plan.gpus:
         if planned.span is not None:
             weights = size(planned.memory.running["weights"])
-            lines.append(f"{_place(planned)}: {planned.span}, {weights} of weights, {size(planned.memory.peak_bytes)} at its peak")
+            kept = f", {planned.offloaded} in host memory" if planned.offloaded else ""
+            lines.append(f"{_place(planned)}: {planned.span}, {weights} of weights{kept}, {size(planned.memory.peak_bytes)} at its peak")
     return lines
 
 

@@ -14,6 +14,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
+from m2ray.batches import LayerSpan
 from m2ray.chain.actor import StageStatus, WriterSpec, actor_class
 from m2ray.chain.placement import Reservation
 from m2ray.errors import M2rayError
@@ -22,6 +23,9 @@ from m2ray.model.stage import StageSpec
 _POLL_S = 1.0
 ASK_S = 1.0
 """How often the stages are asked how far they are."""
+
+_FINAL_S = 10.0
+"""What the last look at the stages may take."""
 
 _START_S = 60.0
 """What a worker process with torch may take to start on a busy node."""
@@ -36,9 +40,15 @@ class Patience:
 
 
 class Stages:
-    """One actor a span. Those that are lost come back with their own layers only; the others are not touched."""
+    """One actor a stage. Those that are lost come back with their own layers only; the others are not touched.
 
-    def __init__(self, specs: Sequence[StageSpec], writer: WriterSpec, reservation: Reservation, patience: Patience, window: int) -> None:
+    Args:
+        specs: what each stage holds: one spec a device.
+    """
+
+    def __init__(
+        self, specs: Sequence[Sequence[StageSpec]], writer: WriterSpec, reservation: Reservation, patience: Patience, window: int
+    ) -> None:
         self._specs = specs
         self._writer = writer
         self._reservation = reservation
@@ -54,6 +64,11 @@ class Stages:
 
     def __len__(self) -> int:
         return len(self._specs)
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether every stage has its layers."""
+        return bool(self.actors) and not self._unloaded
 
     @property
     def statuses(self) -> list[StageStatus]:
@@ -107,6 +122,17 @@ class Stages:
                     self._answers[index] = answer
             if ref is None or ref in ready:
                 self._asked[index] = actor.status.remote()
+
+    def ask_all(self) -> None:
+        """Ask every stage now and wait a short while for the answers."""
+        self._asked = {index: actor.status.remote() for index, actor in enumerate(self.actors)}
+        ray.wait(list(self._asked.values()), num_returns=len(self._asked), timeout=_FINAL_S)
+        self._asked_at = -ASK_S
+        self.ask()
+
+    def status(self, index: int) -> StageStatus | None:
+        """What a stage said last."""
+        return self._answers.get(index)
 
     def reset(self, epoch: int, attempts: Sequence[tuple[int, str]]) -> dict[int, str]:
         """Let every stage begin an epoch. Gives those that could not, with what they did: died or hung."""
@@ -169,7 +195,8 @@ class Stages:
 
     def span(self, index: int) -> str:
         """The layers of a stage, in words."""
-        return str(self._specs[index].span)
+        of_stage = self._specs[index]
+        return str(LayerSpan(of_stage[0].span.start, of_stage[-1].span.stop))
 
     def diagnosis(self) -> str:
         """Which stages answer and which do not, in words."""
@@ -200,13 +227,14 @@ class Stages:
         _answer(_end.options(scheduling_strategy=here).remote(status.pid), _START_S)
 
     def _actor(self, index: int) -> Any:
-        spec = self._specs[index]
+        specs = self._specs[index]
+        room = self._reservation.rooms[index]
         return self._class.options(
-            num_cpus=self._reservation.num_cpus,
-            num_gpus=self._reservation.num_gpus,
+            num_cpus=room.num_cpus,
+            num_gpus=room.num_gpus,
             scheduling_strategy=PlacementGroupSchedulingStrategy(self._reservation.group, self._reservation.bundles[index]),
-            runtime_env={"env_vars": {"OMP_NUM_THREADS": str(spec.threads)}},
-        ).remote(spec, self._writer, hands_on=index < len(self._specs) - 1, epoch=self._epoch)
+            runtime_env={"env_vars": {"OMP_NUM_THREADS": str(specs[0].threads)}},
+        ).remote(specs, self._writer, hands_on=index < len(self._specs) - 1, epoch=self._epoch)
 
 
 @ray.remote(num_cpus=0, max_retries=0)

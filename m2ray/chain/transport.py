@@ -14,19 +14,19 @@ Payload = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
 
 
 def send(hidden_BTH: torch.Tensor) -> Payload:
-    """The hidden states' bits as an unsigned-integer array [B, T, H] on the host; no copy if they are there already."""
-    payload: Payload = hidden_BTH.contiguous().cpu().view(_BITS[hidden_BTH.dtype]).numpy()
+    """The bits of hidden states on the host as an unsigned-integer array [B, T, H]; no copy."""
+    payload: Payload = hidden_BTH.contiguous().view(_BITS[hidden_BTH.dtype]).numpy()
     return payload
 
 
-def receive(payload: Payload, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """The hidden states [B, T, H] in `dtype` on `device`, in memory of their own.
+def receive(payload: Payload, dtype: torch.dtype, *, pinned: bool) -> torch.Tensor:
+    """The hidden states [B, T, H] in `dtype`, in host memory of their own, `pinned` where a GPU is to fetch them.
 
     What Ray hands over is a read-only map of shared memory. A layer may work in place, so the bits are copied once.
     """
-    hidden_BTH = torch.empty(payload.shape, dtype=dtype, device="cpu")
+    hidden_BTH = torch.empty(payload.shape, dtype=dtype, device="cpu", pin_memory=pinned)
     np.copyto(hidden_BTH.view(_BITS[dtype]).numpy(), payload)
-    return hidden_BTH.to(device)
+    return hidden_BTH
 
 
 def hidden_bytes(padded_tokens: int, hidden_size: int, itemsize_bytes: int) -> int:

@@ -10,15 +10,14 @@ from typing import Annotated, Any
 import click
 from pydantic import Field
 
-from m2ray.batches import PartSpec
 from m2ray.cli import Command
-from m2ray.config import ExtractConfig, NonEmpty, Positive, parse_bytes, parse_layers
+from m2ray.config import ExtractConfig, NonEmpty, Positive, parse_labels, parse_layers
 from m2ray.errors import ConfigError
 from m2ray.planning.demand import Demand, PlanOptions
-from m2ray.planning.devices import ChainOptions
-from m2ray.planning.hardware import Cluster, parse_gpus, parse_max_memory
+from m2ray.planning.hardware import Cluster, parse_gpus
+from m2ray.planning.memory import ModelShape
 from m2ray.planning.plan import Plan, most_replicas, plan_run
-from m2ray.planning.probe import probe_node
+from m2ray.planning.probe import disk_free_bytes, probe_node
 from m2ray.planning.profile import Profile
 
 DOES_NOT_FIT = 3
@@ -38,12 +37,8 @@ class PlanConfig(ExtractConfig):
     gpus: NonEmpty | None = Field(
         None, description='"8xA100-80GB", "2 nodes of 8xH200"; default: the cluster of RAY_ADDRESS, else this machine.'
     )
-    gpus_per_stage: Positive = Field(1, description="GPUs that one stage owns.")
-    device_map: NonEmpty = Field("auto", description="auto, balanced, balanced_low_0, sequential, cuda:0.")
-    max_memory: NonEmpty | None = Field(None, description='"40GB", "0:60GB,1:40GB", "node-a=40GB;node-b=60GB".')
     longest_tokens: Positive | None = Field(None, description="Tokens of the longest prompt; default: as prompts show, else batch_tokens.")
     profile: NonEmpty | None = Field(None, description="What `m2ray bench` measured; default: estimates from the GPUs' names.")
-    compile: bool = Field(False, description="Whether layers are compiled: for the speed alone.")
     tokens_per_s: _Amount | None = Field(None, description="Assumed rate; default: estimated from the GPUs.")
     store_gb_per_s: _Amount | None = Field(None, description="What the store takes, in 10^9 bytes a second.")
     price_per_gb_month: _Amount | None = Field(None, description="Of the store, for 10^9 bytes and a month.")
@@ -85,41 +80,30 @@ def make_plan(config: PlanConfig) -> tuple[Plan, dict[str, Any]]:
         M2rayError: the options, the model, the prompts or the cluster are no good. Not fitting is no error.
     """
     # What is wrong with the options is said before the seconds that torch and transformers take to import.
-    max_memory = parse_max_memory(config.max_memory)
-    in_flight_bytes = parse_bytes(config.in_flight, "in_flight")
+    labels = parse_labels(config.node_labels)
     cluster = parse_gpus(config.gpus) if config.gpus else None
     profile = _profile(config.profile) if config.profile else None
-    from m2ray.cli.plan_inputs import model_shape, read_model
+    PlanOptions.of(config, (), 1, 1, None)
+    from m2ray.cli.plan_inputs import read_model
 
     model = read_model(config.model, config.attn_implementation)
     layers = parse_layers(config.layers, model.table.num_layers)
     batch_tokens = _DEFAULT_BATCH_TOKENS if config.batch_tokens == "auto" else config.batch_tokens
     prompts = _prompts(config, model.config, batch_tokens)
-    cluster = cluster or _found_cluster(config)
-    options = PlanOptions(
-        parts=tuple(PartSpec(config.sites, layer, config.store_dtype, model.table.hidden_size) for layer in layers),
-        compute_dtype=config.compute_dtype,
-        batch_tokens=batch_tokens,
-        longest_tokens=config.longest_tokens or (prompts.longest_tokens if prompts else None),
-        chains=ChainOptions(
-            stages=None if config.stages == "auto" else config.stages,
-            replicas=1 if config.replicas == "auto" else config.replicas,
-            gpus_per_stage=config.gpus_per_stage,
-            device_map=config.device_map,
-            max_memory=max_memory,
-        ),
-        in_flight_bytes=in_flight_bytes,
-        disk_free_bytes=_disk_free_bytes(config.output),
+    cluster = cluster or _found_cluster(config, labels)
+    longest_tokens = config.longest_tokens or (prompts.longest_tokens if prompts else None)
+    options = replace(
+        PlanOptions.of(config, layers, model.table.hidden_size, batch_tokens, longest_tokens),
+        disk_free_bytes=disk_free_bytes(config.output),
         price_per_gb_month=config.price_per_gb_month,
         tokens_per_s=config.tokens_per_s,
         store_bytes_per_s=config.store_gb_per_s and config.store_gb_per_s * 1e9,
-        compiled=config.compile,
+        compiled=cluster.num_gpus > 0 if config.compile == "auto" else config.compile,
         profile=profile,
     )
-    demand = Demand(model.table, model_shape(model.config, model.attn_implementation), options)
+    demand = Demand(model.table, ModelShape.of(model.config, model.attn_implementation), options)
     if config.replicas == "auto":
-        chains = replace(options.chains, replicas=most_replicas(demand, cluster))
-        demand = replace(demand, options=replace(options, chains=chains))
+        demand = demand.with_replicas(most_replicas(demand, cluster))
     return plan_run(demand, cluster, prompts), {"source": model.source, "index_bytes": model.index_bytes}
 
 
@@ -142,19 +126,13 @@ def _prompts(config: PlanConfig, model_config: Any, batch_tokens: int) -> Any:
     return survey_prompts(config.model, options, model_config.vocab_size, shard_tokens=shard_tokens, batch_tokens=batch_tokens)
 
 
-def _found_cluster(config: PlanConfig) -> Cluster:
+def _found_cluster(config: PlanConfig, labels: dict[str, str]) -> Cluster:
     """Every node of the cluster that RAY_ADDRESS names, or this machine."""
     if not os.environ.get("RAY_ADDRESS"):
         return Cluster((probe_node(visible=os.environ.get("CUDA_VISIBLE_DEVICES")),))
     from m2ray.chain.probing import probe_cluster
 
-    return probe_cluster(config.placement_timeout_s)
-
-
-def _disk_free_bytes(output: str | None) -> int | None:
-    if output is None or "://" in output:
-        return None
-    return probe_node(folder=output).disk_free_bytes
+    return probe_cluster(config.placement_timeout_s, labels)
 
 
 def _print(plan: Plan, checkpoint: dict[str, Any]) -> None:

@@ -3,17 +3,13 @@
 import json
 import tempfile
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, Literal
-
-import numpy as np
 
 from m2ray.batches import TensorTable
 from m2ray.errors import CheckpointError
 from m2ray.model.checkpoint import CONFIG, INDEX, SINGLE_FILE, open_checkpoint, tensor_table, tensor_table_from_config
 from m2ray.model.families import parse_config
 from m2ray.model.skeleton import resolve_attn_implementation
-from m2ray.planning.memory import ModelShape
 from m2ray.planning.output import PromptStats
 from m2ray.storage import Store, open_store
 
@@ -90,28 +86,6 @@ def _require_all(table: TensorTable, keys: set[str]) -> None:
         )
 
 
-def model_shape(config: Any, attn_implementation: str) -> ModelShape:
-    """The dimensions that decide transient memory, by the names that transformers' configurations use for them."""
-
-    def first(*fields: str) -> int:
-        return next((int(value) for field in fields if (value := getattr(config, field, None))), 0)
-
-    num_experts = first("num_local_experts", "num_experts", "n_routed_experts")
-    expert_size = first("moe_intermediate_size", "intermediate_size") if num_experts else 0
-    return ModelShape(
-        hidden_size=config.hidden_size,
-        num_heads=config.num_attention_heads,
-        num_kv_heads=first("num_key_value_heads") or config.num_attention_heads,
-        head_dim=first("qk_head_dim", "head_dim") or config.hidden_size // config.num_attention_heads,
-        intermediate_size=first("intermediate_size", "ffn_dim", "n_inner") or 4 * config.hidden_size,
-        num_experts=num_experts,
-        experts_per_token=first("num_experts_per_tok") if num_experts else 0,
-        expert_size=expert_size,
-        shared_size=expert_size * first("n_shared_experts"),
-        is_eager_attention=attn_implementation == "eager",
-    )
-
-
 def survey_prompts(model: str, options: Any, vocab_size: int, *, shard_tokens: int, batch_tokens: int) -> PromptStats:
     """Read and tokenise the prompts as a run would, and count; `options` are PromptOptions. Nothing is kept.
 
@@ -119,16 +93,10 @@ def survey_prompts(model: str, options: Any, vocab_size: int, *, shard_tokens: i
         PromptsError, CheckpointError: as a run would.
     """
     from m2ray.prompts import PromptSource, PromptTokenizer, survey
-    from m2ray.prompts.shards import cut_micro_batches
+    from m2ray.prompts.shards import batching
 
     with tempfile.TemporaryDirectory(prefix="m2ray-plan-") as folder:
         tokenizer = PromptTokenizer.load(model, options, vocab_size)
         found = survey(PromptSource.open(options), tokenizer, open_store(folder), "plan", shard_tokens)
         found.tokens.close()
-    padded = longest = num_batches = 0
-    for shard in found.shards:
-        for start, stop in pairwise(cut_micro_batches(shard.token_counts, batch_tokens)):
-            padded += int(shard.token_counts[start:stop].max()) * (stop - start)
-            num_batches += 1
-        longest = max(longest, int(np.max(shard.token_counts)))
-    return PromptStats(found.num_ready, found.num_tokens, padded, longest, len(found.shards), num_batches)
+    return PromptStats(found.num_ready, *batching(found.shards, batch_tokens))

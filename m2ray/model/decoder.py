@@ -1,6 +1,6 @@
 """One span of a model: the base model's own forward pass, entered at the span's first layer and left after its last."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch import nn
 from m2ray.batches import LayerSpan
 from m2ray.errors import CheckpointError, raise_all
 from m2ray.model.families import expected_rotary_dim
+from m2ray.model.offload import OffloadedLayers
 from m2ray.model.skeleton import Skeleton
 
 OnLayer = Callable[[int, torch.Tensor], None]
@@ -22,12 +23,14 @@ class DecoderSpan:
 
     Attributes:
         skeleton: emptied of all other layers; the span's parameters are filled in by `m2ray.model.weights`.
+        offloaded: layers whose weights stay in host memory; they are on `device` only while they run.
     """
 
-    def __init__(self, skeleton: Skeleton, span: LayerSpan, device: torch.device) -> None:
+    def __init__(self, skeleton: Skeleton, span: LayerSpan, device: torch.device, offloaded: Sequence[int] = ()) -> None:
         self.skeleton = skeleton
         self.span = span
         self.device = device
+        self.offloaded = tuple(offloaded)
         self._base = skeleton.model.base_model
         self._incoming_BTH: torch.Tensor | None = None
         self._on_layer: OnLayer = _ignore
@@ -67,6 +70,11 @@ class DecoderSpan:
         for number in range(self.span.start, self.span.stop):
             layer = self.skeleton.layers[number]
             layer.forward = torch.compile(layer.forward)
+
+    def offload(self) -> None:
+        """Let the offloaded layers, once they are loaded, come to the device in turn."""
+        if self.offloaded:
+            OffloadedLayers([self.skeleton.layers[number] for number in self.offloaded], self.device)
 
     def check_complete(self) -> None:
         """Raise CheckpointError if any tensor that the span computes with has no memory."""

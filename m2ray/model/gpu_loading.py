@@ -151,6 +151,7 @@ def can_dequantize(weight: torch.Tensor, block: tuple[int, int] | None, into: to
         and weight.dim() == 2
         and block is not None
         and all(side & (side - 1) == 0 for side in block)
+        and into.device == weight.device
         and into.dtype == torch.bfloat16
         and into.stride(-1) == 1
         and torch.cuda.get_device_capability(weight.device) >= (8, 9)

@@ -1,5 +1,6 @@
 """One stage: a span of the model, loaded and ready to run micro-batches. Pure torch; no Ray, and no I/O but reading the checkpoint."""
 
+import time
 from collections import deque
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,6 +33,7 @@ class StageSpec:
         device: "cpu" or "cuda:0".
         threads: torch threads on the CPU, for the whole process; None leaves them as they are.
         compile: whether the layers are compiled by torch.compile, which changes results by rounding (docs/numerics.md).
+        offloaded: those of its layers whose weights stay in host memory, ascending.
     """
 
     model_url: str
@@ -44,23 +46,76 @@ class StageSpec:
     device: str
     threads: int | None
     compile: bool = False
+    offloaded: tuple[int, ...] = ()
 
 
 class StageOutput:
-    """What one micro-batch leaves: hidden states [B, T, H] for the next stage (None from the last), and captured rows.
+    """What one micro-batch leaves: hidden states [B, T, H] for the next stage (None from the model's last layer), and captured rows.
 
-    On a GPU neither need be computed yet: `ready` is the event after which the hidden states are, `captured` waits for the rows.
+    On a GPU neither need be computed yet: `ready` is the event after which the hidden states are, `hidden_on_host` and `captured`
+    wait by themselves, and may be used on other threads.
     """
 
-    def __init__(self, hidden_BTH: torch.Tensor | None, capture: ResidualCapture, ready: "torch.cuda.Event | None") -> None:
+    def __init__(self, hidden_BTH: torch.Tensor | None, capture: ResidualCapture, timed: "_Timed") -> None:
         self.hidden_BTH = hidden_BTH
-        self.ready = ready
+        self.ready = timed.end
         self._capture = capture
+        self._timed = timed
 
     @cached_property
     def captured(self) -> tuple[CapturedLayer, ...]:
         """One entry a part, on the host. Raises StageError if a row is not finite in the store dtype."""
         return self._capture.finish()
+
+    @cached_property
+    def compute_s(self) -> float:
+        """Seconds between the first layer's begin and the last one's end, on the device's own clock. Waits for the end."""
+        return self._timed.elapsed_s
+
+    def hidden_on_host(self) -> torch.Tensor:
+        """The hidden states in host memory; from a GPU in pinned memory, copied beside whatever is computed next."""
+        assert self.hidden_BTH is not None, "the last stage has nobody to hand on to"
+        if self.ready is None:
+            return self.hidden_BTH
+        stream = torch.cuda.Stream(self.hidden_BTH.device)
+        stream.wait_event(self.ready)
+        with torch.cuda.stream(stream):
+            on_host_BTH = torch.empty(self.hidden_BTH.shape, dtype=self.hidden_BTH.dtype, pin_memory=True)
+            on_host_BTH.copy_(self.hidden_BTH, non_blocking=True)
+        self.hidden_BTH.record_stream(stream)
+        stream.synchronize()
+        return on_host_BTH
+
+
+class _Timed:
+    """The time that a micro-batch's layers take: CUDA events on a GPU, where calls return before the work is done."""
+
+    end: "torch.cuda.Event | None" = None
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._began_s = time.perf_counter()
+        self._elapsed_s = 0.0
+        if device.type == "cuda":
+            self._begin = self._event()
+
+    def finish(self) -> None:
+        if self._device.type == "cuda":
+            self.end = self._event()
+        self._elapsed_s = time.perf_counter() - self._began_s
+
+    @property
+    def elapsed_s(self) -> float:
+        if self.end is None:
+            return self._elapsed_s
+        self.end.synchronize()
+        milliseconds: float = self._begin.elapsed_time(self.end)
+        return milliseconds / 1000
+
+    def _event(self) -> "torch.cuda.Event":
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
 
 
 class Stage:
@@ -70,7 +125,7 @@ class Stage:
         parts: what every micro-batch's capture consists of, in order.
         needed_bytes: checkpoint bytes of the span's tensors, scales included.
         bytes_read: tensor bytes that were read to load them.
-        parameter_bytes: bytes of the span's parameters and buffers in memory.
+        parameter_bytes: bytes of the span's tensors from the checkpoint, in memory.
     """
 
     def __init__(self, spec: StageSpec, decoder: DecoderSpan, needed_bytes: int, bytes_read: int) -> None:
@@ -108,9 +163,14 @@ class Stage:
             token_ids_BT = torch.tensor(micro_batch.token_ids_BT, dtype=torch.int64)
             if self._on_gpu:
                 token_ids_BT = token_ids_BT.pin_memory().to(self._decoder.device, non_blocking=True)
-            computed_BTH = self._decoder.run(token_ids_BT, self._to_device(hidden_BTH), capture)
+            hidden_BTH = self._to_device(hidden_BTH)
+            timed = _Timed(self._decoder.device)
+            computed_BTH = self._decoder.run(token_ids_BT, hidden_BTH, capture)
+            timed.finish()
             capture.end()
-        output = StageOutput(None if self.is_last else computed_BTH, capture, self._mark())
+        if timed.end is not None:
+            self._running.append(timed.end)
+        output = StageOutput(None if self.is_last else computed_BTH, capture, timed)
         if not self._on_gpu:
             _ = output.captured  # what is wrong with a row is said where it was computed
         return output
@@ -138,15 +198,6 @@ class Stage:
         """Let the host run ahead of the GPU by two micro-batches, so that neither waits for the other and memory stays bounded."""
         while len(self._running) >= 2:
             self._running.popleft().synchronize()
-
-    def _mark(self) -> "torch.cuda.Event | None":
-        """An event at this place of the computation."""
-        if not self._on_gpu:
-            return None
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(self._decoder.device))
-        self._running.append(event)
-        return event
 
     def _to_device(self, hidden_BTH: torch.Tensor | None) -> torch.Tensor | None:
         """Copy the incoming hidden states beside the computation that is still running; pinned memory makes it overlap."""
@@ -183,7 +234,7 @@ def load_stage(spec: StageSpec, on_bytes: OnBytes) -> Stage:
         raise ConfigError(
             f"{spec.span} with captured layers {list(spec.capture_layers)}: the model has layers 0 to {len(skeleton.layers) - 1}."
         )
-    decoder = DecoderSpan(skeleton, spec.span, torch.device(spec.device))
+    decoder = DecoderSpan(skeleton, spec.span, torch.device(spec.device), spec.offloaded)
     needed_bytes = load_weights(checkpoint, decoder, on_bytes)
     if spec.compile:
         decoder.compile_layers()

@@ -78,6 +78,7 @@ def load_weights(checkpoint: Checkpoint, decoder: DecoderSpan, on_bytes: OnBytes
         _load_pieces(checkpoint, pieces, lambda: on_bytes(checkpoint.bytes_read, needed_bytes))
     on_bytes(checkpoint.bytes_read, needed_bytes)
     decoder.check_complete()
+    decoder.offload()
     return needed_bytes
 
 
@@ -138,7 +139,8 @@ def _range(checkpoint: Checkpoint, key: str, rows: slice | None, arrive: Callabl
 def _pieces(checkpoint: Checkpoint, decoder: DecoderSpan, match: Match) -> Iterator[_Piece]:
     """Allocate one model tensor after the other and cut what fills it into pieces."""
     for filling in match.fillings:
-        values = torch.empty(filling.tensor.shape, dtype=filling.tensor.dtype, device=decoder.device)
+        home = torch.device("cpu") if filling.tensor.layer in decoder.offloaded else decoder.device
+        values = torch.empty(filling.tensor.shape, dtype=filling.tensor.dtype, device=home)
         for placement in filling.placements:
             yield from _cut(checkpoint, placement, placement.part_of(values))
         assign(decoder.skeleton.model, filling.tensor.name, values)
@@ -195,6 +197,6 @@ def _scale_rows(checkpoint: Checkpoint, piece: _Piece) -> slice | None:
 
 
 def parameter_bytes(decoder: DecoderSpan) -> int:
-    """Bytes of the span's parameters and buffers in memory."""
-    tensors = [*decoder.skeleton.model.parameters(), *decoder.skeleton.model.buffers()]
+    """Bytes of the span's tensors that the checkpoint gave, in memory; computed ones (rotary frequencies) do not count."""
+    tensors = decoder.skeleton.model.state_dict().values()
     return sum(prod(tensor.shape) * tensor.dtype.itemsize for tensor in tensors if not tensor.is_meta)

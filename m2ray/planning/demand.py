@@ -1,13 +1,24 @@
 """What is asked of a run, and what that asks of each device: tensors, parts and bytes of any span."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import cast
+from typing import Self, cast
 
 from m2ray.batches import LayerSpan, PartSpec, TensorRow, TensorTable
+from m2ray.config import ExtractConfig, parse_bytes
 from m2ray.planning.devices import ChainOptions, Device
-from m2ray.planning.memory import CONTEXT_BYTES, STAGING_BYTES, UNUSABLE_BYTES, ModelShape, Workload, gpu_overhead, span_rows
+from m2ray.planning.hardware import parse_max_memory
+from m2ray.planning.memory import (
+    CONTEXT_BYTES,
+    OFFLOAD_BUFFERS,
+    STAGING_BYTES,
+    UNUSABLE_BYTES,
+    ModelShape,
+    Workload,
+    gpu_overhead,
+    span_rows,
+)
 from m2ray.planning.output import ITEMSIZE_BYTES, row_bytes
 from m2ray.planning.partition import DeviceMap, DeviceSpan, partition, short_by_bytes
 from m2ray.planning.profile import Profile
@@ -23,6 +34,7 @@ class PlanOptions:
         batch_tokens: padded tokens in a micro-batch, at most, unless a single sequence is longer.
         longest_tokens: of one sequence; None where it is not known: then one may be as long as a micro-batch.
         chains: stages, replicas, device map, limits.
+        offload: whether layers that find no room on a GPU stay in host memory.
         in_flight_bytes: hidden states between the stages of a chain at one time, at most.
         writer_queue_bytes: captured bytes that may wait for the store, a stage.
         disk_free_bytes: what the disk of the output has left; None for a bucket, or where it is not known.
@@ -38,6 +50,7 @@ class PlanOptions:
     batch_tokens: int = 16_384
     longest_tokens: int | None = None
     chains: ChainOptions = field(default_factory=ChainOptions)
+    offload: bool = False
     in_flight_bytes: int = 4 << 30
     writer_queue_bytes: int = 2 << 30
     disk_free_bytes: int | None = None
@@ -47,6 +60,30 @@ class PlanOptions:
     compiled: bool = False
     profile: Profile | None = None
 
+    @classmethod
+    def of(cls, config: ExtractConfig, layers: Sequence[int], hidden_size: int, batch_tokens: int, longest_tokens: int | None) -> Self:
+        """What a configuration asks for; `replicas = "auto"` is one until `with_replicas` says how many.
+
+        Raises:
+            ConfigError: `in_flight` or `max_memory` are malformed.
+        """
+        return cls(
+            parts=tuple(PartSpec(config.sites, layer, config.store_dtype, hidden_size) for layer in layers),
+            compute_dtype=config.compute_dtype,
+            batch_tokens=batch_tokens,
+            longest_tokens=longest_tokens,
+            chains=ChainOptions(
+                stages=None if config.stages == "auto" else config.stages,
+                replicas=1 if config.replicas == "auto" else config.replicas,
+                gpus_per_stage=config.gpus_per_stage,
+                device_map=config.device_map,
+                max_memory=parse_max_memory(config.max_memory),
+            ),
+            offload=config.offload == "cpu",
+            in_flight_bytes=parse_bytes(config.in_flight, "in_flight"),
+            compiled=config.compile is not False,  # "auto" is true on GPUs, and speed is not known without them
+        )
+
 
 @dataclass(frozen=True)
 class Demand:
@@ -55,6 +92,12 @@ class Demand:
     table: TensorTable
     shape: ModelShape
     options: PlanOptions
+
+    def with_batch_tokens(self, batch_tokens: int) -> "Demand":
+        return replace(self, options=replace(self.options, batch_tokens=batch_tokens))
+
+    def with_replicas(self, replicas: int) -> "Demand":
+        return replace(self, options=replace(self.options, chains=replace(self.options.chains, replicas=replicas)))
 
     @property
     def num_layers(self) -> int:
@@ -86,6 +129,10 @@ class Demand:
         """The tensors that a stage of `span` loads."""
         return span_rows(self.table, span, with_final_norm=self.with_final_norm)
 
+    def layer_rows(self, layers: LayerSpan) -> tuple[TensorRow, ...]:
+        """The tensors of some layers, and nothing that lives with the first or the last."""
+        return tuple(row for row in self.table.rows if row.role == "layer" and row.layer in layers)
+
     def parts(self, span: LayerSpan) -> tuple[PartSpec, ...]:
         """What a stage of `span` captures."""
         return tuple(
@@ -102,13 +149,47 @@ class Demand:
 
     def short_bytes(self, devices: Sequence[Device]) -> int:
         """Bytes of one chain's weights that these devices have no room for; 0 if it fits."""
-        return short_by_bytes(*self._costs, self._caps_bytes(devices))
+        short = short_by_bytes(*self._costs, self._caps_bytes(devices))
+        if not short or not self.options.offload:
+            return short
+        return sum(self._too_much_bytes(held.span, devices[held.device]) for held in self.split(devices))
 
     def split(self, devices: Sequence[Device]) -> tuple[DeviceSpan, ...]:
         """Deal the layers out over one chain's devices. Raises ClusterError where `short_bytes` is not 0."""
         is_one_gpu = self.options.chains.device_map.startswith("cuda:")
         device_map = "sequential" if is_one_gpu else cast("DeviceMap", self.options.chains.device_map)
-        return partition(*self._costs, self._caps_bytes(devices), device_map)
+        caps_bytes = self._caps_bytes(devices)
+        if self.options.offload and short_by_bytes(*self._costs, caps_bytes):
+            return partition(*self._costs, [None] * len(devices), "balanced")
+        return partition(*self._costs, caps_bytes, device_map)
+
+    def offloaded(self, span: LayerSpan, device: Device) -> LayerSpan | None:
+        """The layers at a span's end whose weights stay in host memory; None where all find room on the device."""
+        (cap_bytes,) = self._caps_bytes([device])
+        if not self.options.offload or cap_bytes is None or self._span_bytes(span) <= cap_bytes:
+            return None
+        room_bytes = cap_bytes - self.turning_bytes(span)
+        kept = next(stop for stop in range(span.stop - 1, span.start - 1, -1) if stop == span.start or self._fits(span, stop, room_bytes))
+        return LayerSpan(kept, span.stop)
+
+    def turning_bytes(self, span: LayerSpan) -> int:
+        """The buffers on a GPU in which a span's offloaded layers take turns."""
+        layers, _, _ = self._costs
+        return OFFLOAD_BUFFERS * max(layers[number] for number in range(span.start, span.stop))
+
+    def _fits(self, span: LayerSpan, stop: int, room_bytes: int) -> bool:
+        return self._span_bytes(LayerSpan(span.start, stop)) <= room_bytes
+
+    def _too_much_bytes(self, span: LayerSpan, device: Device) -> int:
+        """What an offloading device lacks for the least that it must hold: its buffers, and what is no layer."""
+        (cap_bytes,) = self._caps_bytes([device])
+        layers, _, _ = self._costs
+        least_bytes = self.turning_bytes(span) + self._span_bytes(span) - sum(layers[span.start : span.stop])
+        return 0 if cap_bytes is None else max(0, least_bytes - cap_bytes)
+
+    def _span_bytes(self, span: LayerSpan) -> int:
+        layers, first, last = self._costs
+        return sum(layers[span.start : span.stop]) + (first if span.start == 0 else 0) + (last if span.stop == self.table.num_layers else 0)
 
     @cached_property
     def overhead(self) -> dict[str, int]:

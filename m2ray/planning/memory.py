@@ -5,6 +5,7 @@ What no formula gives is one of the constants below: allowances, to be held agai
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Self
 
 from m2ray.batches import LayerSpan, TensorRow, TensorTable
 
@@ -23,6 +24,9 @@ DEVICE_BUFFERS = 2
 """Micro-batches' hidden states on a GPU besides the one that is computed: one received, one on its way out. Captured rows
 likewise: one layer's are selected while those of the layer before are copied to the host."""
 
+OFFLOAD_BUFFERS = 2
+"""Layers on a GPU whose weights are kept in host memory: one that computes, one that is copied in."""
+
 HOST_BUFFERS = 3
 """Micro-batches' hidden states in a stage's host memory: received, computed, on the way out."""
 
@@ -32,6 +36,12 @@ PROCESS_BYTES = {"gpu": 2 * _GIB, "cpu": _GIB}
 STAGING_BYTES = {"device": 768 * _MIB, "host": 128 * _MIB}
 """Tensors on their way from the checkpoint: 4 threads, each with a piece of 16 MiB; where it is converted also in float32, with its
 scales, and in the compute dtype."""
+
+
+def window(num_stages: int) -> int:
+    """Micro-batches in a chain at most: two a stage keep each computing while one is handed on, and two to spare."""
+    return 2 * num_stages + 2
+
 
 TransientBytes = Callable[[int, int, int], int]
 """What a layer's forward pass allocates beside its weights: bytes, from (padded tokens, the longest sequence's tokens, bytes of an
@@ -61,6 +71,28 @@ class ModelShape:
     expert_size: int = 0
     shared_size: int = 0
     is_eager_attention: bool = False
+
+    @classmethod
+    def of(cls, config: Any, attn_implementation: str) -> Self:
+        """The dimensions in a model's configuration, by the names that transformers' configurations use for them."""
+
+        def first(*fields: str) -> int:
+            return next((int(value) for field in fields if (value := getattr(config, field, None))), 0)
+
+        num_experts = first("num_local_experts", "num_experts", "n_routed_experts")
+        expert_size = first("moe_intermediate_size", "intermediate_size") if num_experts else 0
+        return cls(
+            hidden_size=config.hidden_size,
+            num_heads=config.num_attention_heads,
+            num_kv_heads=first("num_key_value_heads") or config.num_attention_heads,
+            head_dim=first("qk_head_dim", "head_dim") or config.hidden_size // config.num_attention_heads,
+            intermediate_size=first("intermediate_size", "ffn_dim", "n_inner") or 4 * config.hidden_size,
+            num_experts=num_experts,
+            experts_per_token=first("num_experts_per_tok") if num_experts else 0,
+            expert_size=expert_size,
+            shared_size=expert_size * first("n_shared_experts"),
+            is_eager_attention=attn_implementation == "eager",
+        )
 
     def transient_bytes(self, padded_tokens: int, longest_tokens: int, itemsize_bytes: int) -> int:
         """A bound on what a layer's forward pass allocates beside its weights.
@@ -149,16 +181,20 @@ def gpu_overhead(workload: Workload, transient_bytes: TransientBytes, row_bytes:
     }
 
 
-def gpu_memory(rows: Sequence[TensorRow], workload: Workload, transient_bytes: TransientBytes, row_bytes: Sequence[int]) -> Memory:
-    """A GPU that holds the tensors `rows`."""
+def gpu_memory(
+    rows: Sequence[TensorRow], workload: Workload, transient_bytes: TransientBytes, row_bytes: Sequence[int], offload_bytes: int = 0
+) -> Memory:
+    """A GPU that holds the tensors `rows`, and buffers of `offload_bytes` for layers that are kept in host memory."""
     weights = {"weights": weight_bytes(rows, workload.itemsize_bytes)}
+    if offload_bytes:
+        weights["offload_buffers"] = offload_bytes
     loading = {"staging": STAGING_BYTES["device"], "unusable": UNUSABLE_BYTES, "context": CONTEXT_BYTES}
     return Memory(weights | gpu_overhead(workload, transient_bytes, row_bytes), weights | loading)
 
 
-def gpu_host_memory(workload: Workload, row_bytes: Sequence[int]) -> Memory:
-    """The host's side of a stage whose weights are on GPUs."""
-    process = {"process": PROCESS_BYTES["gpu"]}
+def gpu_host_memory(workload: Workload, row_bytes: Sequence[int], offloaded_bytes: int = 0) -> Memory:
+    """The host's side of a stage whose weights are on GPUs, but for `offloaded_bytes` of them."""
+    process = {"process": PROCESS_BYTES["gpu"]} | ({"offloaded": offloaded_bytes} if offloaded_bytes else {})
     return Memory(process | _host_buffers(workload, row_bytes), process | {"staging": STAGING_BYTES["host"]})
 
 

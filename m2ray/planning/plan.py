@@ -1,5 +1,6 @@
 """The plan of a run: what goes where, what it takes, whether it fits. Read `plan_run` first."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -10,7 +11,7 @@ from m2ray.errors import ClusterError, ConfigError
 from m2ray.planning.demand import Demand
 from m2ray.planning.devices import Device, chain_devices
 from m2ray.planning.hardware import Cluster
-from m2ray.planning.memory import Memory, cpu_memory, gpu_host_memory, gpu_memory, weight_bytes
+from m2ray.planning.memory import Memory, cpu_memory, gpu_host_memory, gpu_memory, weight_bytes, window
 from m2ray.planning.output import OutputPlan, PromptStats, plan_output
 from m2ray.planning.partition import DeviceMap
 from m2ray.planning.rates import PlacedSpan, RatePlan, plan_rates
@@ -46,13 +47,17 @@ class WeightsPlan:
 
 @dataclass(frozen=True)
 class GpuPlan:
-    """One GPU of a chain, by its `stage`; `span` is None where it gets no layer, and on all GPUs where the model does not fit."""
+    """One GPU of a chain, by its `stage`; `span` is None where it gets no layer, and on all GPUs where the model does not fit.
+
+    `offloaded` are the layers at the span's end whose weights stay in host memory.
+    """
 
     replica: int
     stage: int
     device: Device
     span: LayerSpan | None
     memory: Memory
+    offloaded: LayerSpan | None = None
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,8 @@ class Plan:
 
     demand: Demand
     cluster: Cluster
+    prompts: PromptStats | None
+    chains: tuple[tuple[Device, ...], ...]
     weights: WeightsPlan
     gpus: tuple[GpuPlan, ...]
     stages: tuple[StagePlan, ...]
@@ -108,19 +115,33 @@ class Plan:
         """Of the first resource that is short, in this order: GPU memory, host memory, /dev/shm, disk; 0 if everything fits."""
         return sum(shortage.short_by_bytes for shortage in self.shortages if shortage.resource == self.shortages[0].resource)
 
+    def require_fit(self) -> None:
+        """Raise ClusterError, with what is missing where and what would help, unless the plan fits."""
+        if not self.fits:
+            short = "; ".join(
+                f"{each.short_by_bytes:,} bytes of {each.resource.replace('_', ' ')} ({each.where})" for each in self.shortages
+            )
+            raise ClusterError(
+                f"The plan does not fit: {short} too little.",
+                " ".join(remedy.text for remedy in self.remedies) or "`m2ray plan` shows what takes how much.",
+            )
+
     @property
     def limiting_resource(self) -> str | None:
         """What is short, or else what will hold the run back; None where that is not known."""
         return self.shortages[0].resource if self.shortages else self.rates.limiting
 
 
-def plan_run(demand: Demand, cluster: Cluster, prompts: PromptStats | None = None) -> Plan:
+def plan_run(
+    demand: Demand, cluster: Cluster, prompts: PromptStats | None = None, chains: Sequence[Sequence[Device]] | None = None
+) -> Plan:
     """Lay the model out over the cluster and count what everything takes. A model that does not fit is no error here.
 
     Args:
         demand: the model's tensors and dimensions, and what is asked for.
         cluster: where it is to run.
         prompts: what the survey found; without it nothing is said of the output's size.
+        chains: the devices of each chain, in order, where they are given already; else they are chosen from the cluster.
 
     Raises:
         ConfigError: options contradict each other, the cluster or the profile.
@@ -129,7 +150,7 @@ def plan_run(demand: Demand, cluster: Cluster, prompts: PromptStats | None = Non
     device_map = demand.options.chains.device_map
     if device_map not in get_args(DeviceMap) and not device_map.startswith("cuda:"):
         raise ConfigError(f"device_map = {device_map!r} is unknown.", f"Use {', '.join(get_args(DeviceMap))} or cuda:0.")
-    chains = chain_devices(cluster, demand.num_layers, demand.options.chains)
+    chains = tuple(map(tuple, chains or chain_devices(cluster, demand.num_layers, demand.options.chains)))
     short_bytes = sum(demand.short_bytes(chain) for chain in chains)
     placed = [] if short_bytes else [each for replica, chain in enumerate(chains) for each in _place(demand, replica, chain)]
     stages = tuple(_stages(demand, placed))
@@ -140,6 +161,8 @@ def plan_run(demand: Demand, cluster: Cluster, prompts: PromptStats | None = Non
     return Plan(
         demand=demand,
         cluster=cluster,
+        prompts=prompts,
+        chains=chains,
         weights=_weights(demand),
         gpus=tuple(_gpus(demand, chains, placed)),
         stages=stages,
@@ -179,11 +202,14 @@ def _gpus(demand: Demand, chains: Sequence[Sequence[Device]], placed: Sequence[P
             if device.gpu is None:
                 continue
             span = spans.get((replica, place))
-            if span is not None:
-                memory = gpu_memory(demand.rows(span), demand.workload, demand.shape.transient_bytes, demand.row_bytes(span))
-            else:
-                memory = Memory({} if placed else demand.overhead, {})
-            yield GpuPlan(replica, place // size, device, span, memory)
+            if span is None:
+                yield GpuPlan(replica, place // size, device, None, Memory({} if placed else demand.overhead, {}))
+                continue
+            offloaded = demand.offloaded(span, device)
+            rows = [row for row in demand.rows(span) if offloaded is None or row.layer is None or row.layer not in offloaded]
+            buffers_bytes = demand.turning_bytes(span) if offloaded else 0
+            memory = gpu_memory(rows, demand.workload, demand.shape.transient_bytes, demand.row_bytes(span), buffers_bytes)
+            yield GpuPlan(replica, place // size, device, span, memory, offloaded)
 
 
 def _stages(demand: Demand, placed: Sequence[PlacedSpan]) -> Iterator[StagePlan]:
@@ -192,7 +218,9 @@ def _stages(demand: Demand, placed: Sequence[PlacedSpan]) -> Iterator[StagePlan]
         span = LayerSpan(of_stage[0].span.start, of_stage[-1].span.stop)
         row_bytes = demand.row_bytes(span)
         if of_stage[0].device.gpu:
-            host = gpu_host_memory(demand.workload, row_bytes)
+            offloaded = [layers for each in of_stage if (layers := demand.offloaded(each.span, each.device))]
+            offloaded_bytes = sum(weight_bytes(demand.layer_rows(layers), demand.itemsize_bytes) for layers in offloaded)
+            host = gpu_host_memory(demand.workload, row_bytes, offloaded_bytes)
         else:
             host = cpu_memory(demand.rows(span), demand.workload, demand.shape.transient_bytes, row_bytes)
         yield StagePlan(replica, stage, of_stage[0].device.node.name, span, host)
@@ -203,8 +231,9 @@ def _nodes(demand: Demand, cluster: Cluster, stages: Sequence[StagePlan]) -> tup
     planned = []
     for node in cluster.nodes:
         here = [stage for stage in stages if stage.node == node.name]
-        chains = {stage.replica for stage in here if any(other.replica == stage.replica and other.stage != stage.stage for other in stages)}
-        shm_bytes = len(chains) * demand.options.in_flight_bytes
+        lengths = Counter(stage.replica for stage in stages)
+        chains = {stage.replica for stage in here if lengths[stage.replica] > 1}
+        shm_bytes = sum(min(demand.options.in_flight_bytes, window(lengths[replica]) * demand.workload.hidden_bytes) for replica in chains)
         planned.append(NodePlan(node.name, sum(stage.host.peak_bytes for stage in here) + shm_bytes, shm_bytes))
     return tuple(planned)
 

@@ -43,6 +43,13 @@ def probe_node(name: str | None = None, folder: str | None = None, visible: str 
     )
 
 
+def disk_free_bytes(output: str | None) -> int | None:
+    """What the disk of a run folder, there or yet to be made, has left; None for a bucket."""
+    if output is None or "://" in output:
+        return None
+    return _file_system(_nearest(Path(output)))[1]
+
+
 def _nvml_gpus(visible: str | None) -> tuple[tuple[Gpu, ...], dict[str, str]]:
     """The driver's own account, without a CUDA context, and its version; nothing without a driver."""
     try:

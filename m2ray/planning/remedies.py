@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from m2ray.planning.demand import Demand
 from m2ray.planning.devices import Device
 from m2ray.planning.hardware import MaxMemory
+from m2ray.planning.memory import weight_bytes
 
 _STEP_TOKENS = 256
 
@@ -23,6 +24,7 @@ class Remedy:
 def find_remedies(demand: Demand, chains: Sequence[Sequence[Device]]) -> tuple[Remedy, ...]:
     """Every single change that gives all weights of all chains room, the cheapest first."""
     found = [_without_limits(demand, chains), _in_bfloat16(demand, chains), _smaller_batches(demand, chains), _more_gpus(demand, chains)]
+    found.append(_offload(demand, chains))
     return tuple(remedy for remedy in found if remedy is not None)
 
 
@@ -48,7 +50,7 @@ def _smaller_batches(demand: Demand, chains: Sequence[Sequence[Device]]) -> Reme
     """The largest micro-batch that fits, in steps of 256 tokens. A longer sequence sets the floor."""
 
     def is_too_large(steps: int) -> bool:
-        return not _fits(replace(demand, options=replace(demand.options, batch_tokens=steps * _STEP_TOKENS)), chains)
+        return not _fits(demand.with_batch_tokens(steps * _STEP_TOKENS), chains)
 
     most = (demand.options.batch_tokens - 1) // _STEP_TOKENS
     steps = bisect_left(range(1, most + 1), x=True, key=is_too_large)
@@ -67,3 +69,17 @@ def _more_gpus(demand: Demand, chains: Sequence[Sequence[Device]]) -> Remedy | N
         return None
     each = "" if len(chains) == 1 else " for each replica"
     return Remedy("gpus", number, f"It fits on {number} GPUs like {most.gpu.name}{each}.")
+
+
+def _offload(demand: Demand, chains: Sequence[Sequence[Device]]) -> Remedy | None:
+    """Host memory for what finds no room: it runs, many times slower."""
+    offloading = replace(demand, options=replace(demand.options, offload=True))
+    if demand.options.offload or not _fits(offloading, chains):
+        return None
+    kept_bytes = 0
+    for chain in chains:
+        for held in offloading.split(chain):
+            layers = offloading.offloaded(held.span, chain[held.device])
+            kept_bytes += weight_bytes(offloading.layer_rows(layers), demand.itemsize_bytes) if layers else 0
+    text = f'It runs with offload = "cpu": {kept_bytes:,} bytes of layers are copied to the GPUs for each micro-batch, slowly.'
+    return Remedy("offload", "cpu", text)

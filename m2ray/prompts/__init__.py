@@ -3,7 +3,7 @@
 from m2ray.prompts.resume import load_shards, respool
 from m2ray.prompts.rows import PromptRow
 from m2ray.prompts.sequences_table import SEQUENCES_SCHEMA, read_quarantined
-from m2ray.prompts.shards import ShardTable, micro_batches, padding_waste
+from m2ray.prompts.shards import ShardTable, batching, micro_batches
 from m2ray.prompts.sources import PromptOptions, PromptSource
 from m2ray.prompts.spool import TokenSpool
 from m2ray.prompts.surveying import Quarantined, Survey, survey
@@ -19,9 +19,9 @@ __all__ = [
     "ShardTable",
     "Survey",
     "TokenSpool",
+    "batching",
     "load_shards",
     "micro_batches",
-    "padding_waste",
     "read_quarantined",
     "respool",
     "survey",

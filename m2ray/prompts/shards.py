@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import overload
+from typing import NamedTuple, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -138,11 +138,28 @@ def micro_batches(shard: Shard, tokens: TokenSpool, batch_tokens: int) -> Iterat
         )
 
 
-def padding_waste(shards: Sequence[Shard], batch_tokens: int) -> float:
-    """The share of computed tokens that are padding, from 0 to 1: 1 - real / padded."""
-    real = padded = 0
+class Batching(NamedTuple):
+    """What the micro-batches of some shards come to: real and padded tokens in all, tokens of the longest sequence."""
+
+    tokens: int
+    padded_tokens: int
+    longest_tokens: int
+    shards: int
+    micro_batches: int
+
+    @property
+    def padding_waste(self) -> float:
+        """The share of computed tokens that are padding, from 0 to 1."""
+        return 1 - self.tokens / self.padded_tokens if self.padded_tokens else 0.0
+
+
+def batching(shards: Sequence[Shard], batch_tokens: int) -> Batching:
+    """How these shards will be cut."""
+    tokens = padded_tokens = longest_tokens = num_batches = 0
     for shard in shards:
-        real += shard.num_tokens
+        tokens += shard.num_tokens
         for start, stop in pairwise(cut_micro_batches(shard.token_counts, batch_tokens)):
-            padded += int(shard.token_counts[start:stop].max()) * (stop - start)
-    return 1 - real / padded if padded else 0.0
+            padded_tokens += int(shard.token_counts[start:stop].max()) * (stop - start)
+            num_batches += 1
+        longest_tokens = max(longest_tokens, int(shard.token_counts.max()))
+    return Batching(tokens, padded_tokens, longest_tokens, len(shards), num_batches)

@@ -1,5 +1,6 @@
 """A stage on a GPU: loaded bitwise as on the CPU, captured rows right while later micro-batches run, compiled without recompiling."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -95,6 +96,21 @@ def test_nothing_is_compiled_again_after_the_warm_up(folder: Path) -> None:
         batch: MicroBatch = micro_batch_of(lengths, MINIMAX_TINY["vocab_size"])
         assert stage.forward(batch, None).captured
     assert counters["stats"]["unique_graphs"] == compiled
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_offloaded_layers_give_the_same_rows(folder: Path, compiled: bool) -> None:
+    """Several micro-batches are in flight at once, so that a buffer filled too early would show."""
+    span = LayerSpan(0, NUM_LAYERS)
+    every = tuple(range(NUM_LAYERS))
+    spec = StageSpec(str(folder), span, every, ("residual",), "bfloat16", "bfloat16", "auto", "cuda:0", None, compile=compiled)
+    batches = [micro_batch_of((9 + seed, 230, 1, 170, 4), MINIMAX_TINY["vocab_size"], seed) for seed in range(8)]
+    rows = []
+    for offloaded in ((), every[2:]):
+        stage = load_stage(replace(spec, offloaded=offloaded), lambda *_: None)
+        outputs = [stage.forward(batch, None) for batch in batches]
+        rows.append([layer.rows for output in outputs for layer in output.captured])
+    assert all(np.array_equal(one, other) for one, other in zip(*rows, strict=True))
 
 
 def test_an_infinity_is_found_when_the_rows_are_taken(folder: Path) -> None:

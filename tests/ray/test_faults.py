@@ -13,7 +13,7 @@ from tests.ray.conftest import RayCluster
 from tests.ray.test_extract import minimax, prompts, rows_of, wait_for_commits, words  # noqa: F401 - fixtures among them
 from tests.reference import same_bits
 
-OPTIONS = ("--in-flight", "1KB", "--shard-tokens", "150", "--stage-timeout-s", "8")
+OPTIONS = ("--in-flight", "1KB", "--shard-tokens", "150", "--stage-timeout-s", "15")
 
 
 @pytest.fixture(scope="module")

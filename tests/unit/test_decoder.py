@@ -17,17 +17,13 @@ from m2ray.model.decoder import DecoderSpan
 from m2ray.model.families import parse_config
 from m2ray.model.skeleton import build_skeleton, resolve_attn_implementation
 from m2ray.model.weights import load_weights
-from tests.reference import DATA, load_reference, make_family
+from tests.reference import DATA, load_reference, make_family, minimax_config
 
 CPU = torch.device("cpu")
 
 
 def family_config(model_type: str, **fields: object) -> object:
     return parse_config(json.dumps({**json.loads((DATA / "families" / f"{model_type}.json").read_text()), **fields}).encode())
-
-
-def minimax_config(**fields: object) -> object:
-    return parse_config(json.dumps({**json.loads((DATA / "minimax_m2" / "config.json").read_text()), **fields}).encode())
 
 
 def loaded(folder: Path, span: LayerSpan) -> DecoderSpan:

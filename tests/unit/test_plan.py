@@ -151,6 +151,23 @@ def test_every_remedy_is_enough_and_no_more_than_needed():
     assert not plan(f"{remedies['gpus'] - 1}xH100-80GB", batch_tokens=65_536).fits
 
 
+def test_offload_keeps_what_finds_no_room_in_host_memory():
+    short = plan("2xH200")
+    assert "offload" in [remedy.option for remedy in short.remedies]
+    planned = plan("2xH200", offload=True)
+    assert planned.fits
+    for gpu in planned.gpus:
+        assert gpu.offloaded is not None
+        assert gpu.offloaded.stop == gpu.span.stop
+        assert gpu.memory.peak_bytes <= gpu.device.usable_bytes, "what stays and two layers in turn find room"
+    kept = [layer for gpu in planned.gpus for layer in range(gpu.offloaded.start, gpu.offloaded.stop)]
+    layer_bytes = planned.weights.layer_bytes
+    assert sum(stage.host.running["offloaded"] for stage in planned.stages) == sum(layer_bytes[layer] for layer in kept)
+    on_gpus = sum(gpu.memory.running["weights"] for gpu in planned.gpus)
+    assert on_gpus + sum(layer_bytes[layer] for layer in kept) == planned.weights.loaded_bytes
+    assert all(gpu.offloaded is None for gpu in plan("8xH200", offload=True).gpus), "nothing is moved that fits"
+
+
 def test_remedies_for_limits_and_for_float32():
     limited = plan("8xA100-80GB", max_memory=parse_max_memory("40GB"))
     assert next(remedy.option for remedy in limited.remedies) == "max_memory"

@@ -26,7 +26,7 @@ def plan() -> Plan:
 
 
 def stage(number: int, span: LayerSpan, parameter_bytes: int, **changed) -> StageMeasured:
-    gpu = GpuMeasured(number, "A100-80GB", 80 * GB, 20 * GB, 21 * GB, 23 * GB, 24 * GB)
+    gpu = GpuMeasured(number, "A100-80GB", 80 * GB, 20 * GB, 21 * GB, 23 * GB, 24 * GB, 25 * GB)
     measured = StageMeasured(
         0, number, "node-0", span, (gpu,), 20 * GB, 10.0, parameter_bytes, 2, 900, 1000, 6.0, 1.0, 0.5, 0.25, 3.0, 230_000, GB
     )

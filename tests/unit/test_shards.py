@@ -25,9 +25,9 @@ from m2ray.prompts import (
     PromptTokenizer,
     ShardTable,
     TokenSpool,
+    batching,
     load_shards,
     micro_batches,
-    padding_waste,
     read_quarantined,
     respool,
     sequences_table,
@@ -349,14 +349,14 @@ def test_micro_batches_hold_the_shards_tokens_in_its_order():
             assert row[:count].tolist() == prompts[sequence_id].tolist()
             assert not row[count:].any()
     real, padded = shard.num_tokens, sum(batch.padded_tokens for batch in batches)
-    assert padding_waste([shard], 200) == pytest.approx(1 - real / padded)
+    assert batching([shard], 200).padding_waste == pytest.approx(1 - real / padded)
 
 
 def test_padding_is_under_5_percent_at_the_defaults():
     table = as_table(realistic_lengths(100_000), 32_768)
     assert table.num_sequences == 100_000
-    assert padding_waste(table, 16_384) < 0.01  # the promise is 0.05; anything above this is a regression
-    assert padding_waste(table, 2048) < 0.01
+    assert batching(table, 16_384).padding_waste < 0.01  # the promise is 0.05; anything above this is a regression
+    assert batching(table, 2048).padding_waste < 0.01
     sizes = [int(run.max()) * len(run) for shard in table for run in runs_of(shard, 16_384)]
     assert sum(size < 16_384 / 4 for size in sizes) < 0.01 * len(sizes)
     assert len(sizes) < 2.02 * len(table)
@@ -369,7 +369,7 @@ def runs_of(shard, batch_tokens):
 @pytest.mark.parametrize(("shard_tokens", "batch_tokens", "limit"), [(32_768, 16_384, 0.2), (6000, 2048, 0.07), (32_768, 2048, 0.1)])
 def test_padding_stays_decent_for_a_few_hundred_prompts(shard_tokens, batch_tokens, limit):
     for seed in range(5):
-        assert padding_waste(as_table(realistic_lengths(300, seed), shard_tokens), batch_tokens) < limit
+        assert batching(as_table(realistic_lengths(300, seed), shard_tokens), batch_tokens).padding_waste < limit
 
 
 def test_batches_for_the_tokenizer_are_bounded_in_rows_and_characters():

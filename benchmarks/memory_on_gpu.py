@@ -1,0 +1,85 @@
+"""What a GPU holds at its peak, as `m2ray plan` predicts it and as `m2ray extract` measures it, at MiniMax-M2's real dimensions.
+
+Needs a CUDA device with 24 GB and 8 GB more a layer, 4 GB of disk a layer for the checkpoint, and 4 GB for the runs.
+"""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.records import Row, record
+from benchmarks.runs import ROOT, extract
+from scripts.make_checkpoint import make_checkpoint
+
+SWEEP = ((16_384, 512, False), (16_384, 512, True), (4096, 1024, False), (32_768, 2048, False), (32_768, 32_000, True))
+"""(batch_tokens, tokens of the longest prompt, compile)."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--layers", type=int, default=6)
+    arguments = parser.parse_args()
+    folder: Path = arguments.folder.resolve()
+    model = folder / "model"
+    if not model.exists():
+        config = json.loads((ROOT / "tests/data/minimax_m2/config.json").read_text())
+        make_checkpoint(model, config, overrides={"layers": arguments.layers}, fmt="fp8", seed=1)
+    rows = [row for settings in SWEEP for row in measured(folder, model, *settings)]
+    record("memory_on_gpu", f"GPU memory of {arguments.layers} layers at MiniMax-M2's real dimensions: planned against measured", rows)
+
+
+def measured(folder: Path, model: Path, batch_tokens: int, longest: int, compiled: bool) -> list[Row]:  # noqa: FBT001 - a sweep's value
+    prompts, run = folder / "prompts.txt", folder / "run"
+    write_prompts(prompts, longest, 3 * max(batch_tokens, longest))
+    shutil.rmtree(run, ignore_errors=True)
+    log = folder / "extract.log"
+    extract(log, model=model, prompts=prompts, output=run, batch_tokens=batch_tokens, compile=compiled)
+    report = json.loads((run / "report.json").read_text())
+    gpu = report["stages"][0]["gpus"][0]
+    # The driver's own account is what runs out: the allocator's peak and everything that is not the allocator's.
+    beside_bytes = gpu["used_bytes"] - gpu["peak_reserved_bytes"]
+    what = f"batch_tokens {batch_tokens}, prompts up to {longest} tokens{', compiled' if compiled else ''}"
+    peak_bytes = gpu["used_bytes"]
+    note = (
+        f"allocated {gpu['peak_allocated_bytes'] / 1e9:.2f} GB, reserved {gpu['peak_reserved_bytes'] / 1e9:.2f} GB, "
+        f"beside the allocator {beside_bytes / 1e9:.2f} GB"
+    )
+    parameters = report["parameter_bytes"]
+    return [
+        Row(
+            f"GPU peak, {what}",
+            gpu["planned_peak_bytes"] / 1e9,
+            "GB planned",
+            peak_bytes / 1e9,
+            "GB measured",
+            gpu["planned_peak_bytes"] / peak_bytes,
+            "1.00 to 1.10",
+            note,
+        ),
+        Row(
+            f"parameter bytes, {what}",
+            parameters["planned"],
+            "bytes planned",
+            parameters["measured"],
+            "bytes loaded",
+            parameters["planned"] / parameters["measured"],
+            "1",
+        ),
+    ]
+
+
+def write_prompts(path: Path, longest: int, num_tokens: int) -> None:
+    """Lines of about so many tokens in all, the longest first: one token a word, as the checkpoint's tokenizer splits digits."""
+    rng = np.random.default_rng(0)
+    lengths = [longest]
+    while sum(lengths) < num_tokens:
+        lengths.append(int(rng.integers(longest // 2, longest + 1)))
+    path.write_text("\n".join("".join(rng.choice(list("0123456789"), length)) for length in lengths), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

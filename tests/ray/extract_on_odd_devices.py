@@ -1,0 +1,52 @@
+"""`m2ray extract` with devices that this machine does not have: small ones, or two in a stage. Run by test_devices.py.
+
+    python extract_on_odd_devices.py FITTING_TOKENS DEVICES_PER_STAGE [FLAG VALUE ...]
+
+A device runs out of memory, as torch says it, on a micro-batch of more padded tokens than FITTING_TOKENS.
+"""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from m2ray.batches import LayerSpan, MicroBatch
+from m2ray.chain import actor, extract
+from m2ray.cli import main
+from m2ray.model.stage import Stage, StageSpec
+
+
+class SmallStage(Stage):
+    fitting_tokens = 0
+
+    def forward(self, micro_batch: MicroBatch, hidden_BTH: torch.Tensor | None) -> Any:
+        if micro_batch.padded_tokens > self.fitting_tokens:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+        return super().forward(micro_batch, hidden_BTH)
+
+
+class ActorWithSmallStages(actor.StageActor):
+    fitting_tokens = int(sys.argv[1])
+
+    def _load(self, spec: StageSpec) -> Stage:
+        stage = super()._load(spec)
+        stage.__class__, SmallStage.fitting_tokens = SmallStage, self.fitting_tokens
+        return stage
+
+
+def halves(*args: Any) -> Iterator[StageSpec]:
+    for spec in one_spec(*args):
+        middle = (spec.span.start + spec.span.stop) // 2
+        for span in (LayerSpan(spec.span.start, middle), LayerSpan(middle, spec.span.stop)):
+            yield replace(spec, span=span, capture_layers=tuple(layer for layer in spec.capture_layers if layer in span))
+
+
+actor.StageActor = ActorWithSmallStages
+one_spec = extract._specs
+if int(sys.argv[2]) == 2:
+    extract._specs = halves
+sys.argv[1:] = ["extract", *sys.argv[3:]]
+if __name__ == "__main__":
+    main()
