@@ -26,10 +26,10 @@ from benchmarks.records import Row, record
 from m2ray.batches import LayerSpan, MicroBatch, PartReceipt, Shard
 from m2ray.chain.actor import StageStatus, WriterSpec
 from m2ray.chain.driver import Chain, ChainLimits, ShardResult
-from  import window
 from m2ray.chain.replicas import Replicas
 from m2ray.chain.stages import Patience, Stages
 from m2ray.model.stage import StageSpec
+from m2ray.planning.memory import window
 
 PERIOD_S = 0.09
 SHARE = 0.05
