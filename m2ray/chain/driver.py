@@ -52,6 +52,8 @@ class _OpenShard:
     receipts: list[Any] = field(default_factory=list)
     pending: list[Any] = field(default_factory=list)
     """The receipts that have not come: waiting for one that has would look like progress for ever."""
+    answers: dict[Any, tuple[PartReceipt, ...]] = field(default_factory=dict)
+    """Those that have come, by their references."""
 
 
 @dataclass(frozen=True)
@@ -196,16 +198,15 @@ class Chain:
     def _advance(self, on_result: Callable[[ShardResult], None]) -> bool:
         """Wait a moment for the chain's oldest micro-batch or a closing shard, and take in whatever is done."""
         waiting = [self._in_flight[0].done] if self._in_flight else []
-        waiting += [ref for opened in self._closing for ref in opened.pending]
+        waiting += [opened.pending[0] for opened in self._closing]  # one is enough: each stage's receipt comes sooner or later
         done, _ = ray.wait(waiting, num_returns=1, timeout=_POLL_S)
         while self._in_flight and ray.wait([self._in_flight[0].done], timeout=0)[0]:
             self._retire(self._in_flight.popleft())
         for opened in list(self._closing):
             ready, opened.pending = ray.wait(opened.pending, num_returns=len(opened.pending), timeout=0)
-            ray.get(ready, timeout=self._limits.timeout_s)
+            opened.answers |= zip(ready, ray.get(ready, timeout=self._limits.timeout_s), strict=True)
             if not opened.pending:
-                answers = ray.get(opened.receipts, timeout=self._limits.timeout_s)
-                receipts = tuple(receipt for answer in answers for receipt in answer)
+                receipts = tuple(receipt for ref in opened.receipts for receipt in opened.answers[ref])
                 self._closing.remove(opened)
                 self._open.remove(opened)
                 elapsed_s = time.monotonic() - opened.began_at

@@ -21,6 +21,9 @@ from m2ray.errors import M2rayError
 from m2ray.model.stage import StageSpec
 
 _POLL_S = 1.0
+ASK_S = 1.0
+"""How often the stages are asked how far they are."""
+
 _FINAL_S = 10.0
 """What the last look at the stages may take."""
 
@@ -56,6 +59,7 @@ class Stages:
         self._epoch = 0
         self._unloaded: set[int] = set()
         self._asked: dict[int, Any] = {}
+        self._asked_at = -ASK_S
         self._answers: dict[int, StageStatus] = {}
 
     def __len__(self) -> int:
@@ -100,21 +104,30 @@ class Stages:
                 raise GetTimeoutError(f"Loading stood still for {self._patience.stage_s:g} s.")
 
     def ask(self) -> None:
-        """Take in what the stages answered and ask again, without waiting: a busy stage may be late, a lost one never answers."""
+        """Take in what the stages answered and ask again, without waiting: a busy stage may be late, a lost one never answers.
+
+        Does nothing if it was called less than ASK_S ago: a call to every stage costs the driver as much as a micro-batch does.
+        """
+        now = time.monotonic()
+        if now - self._asked_at < ASK_S:
+            return
+        self._asked_at = now
+        asked = list(self._asked.values())
+        ready = set(ray.wait(asked, num_returns=len(asked), timeout=0)[0]) if asked else set()
         for index, actor in enumerate(self.actors):
-            asked = self._asked.get(index)
-            if asked is not None and ray.wait([asked], timeout=0)[0]:
-                asked = None
-                answer = _answer(self._asked[index], self._patience.stage_s)
+            ref = self._asked.get(index)
+            if ref in ready:
+                answer = _answer(ref, self._patience.stage_s)
                 if isinstance(answer, StageStatus):
                     self._answers[index] = answer
-            if asked is None:
+            if ref is None or ref in ready:
                 self._asked[index] = actor.status.remote()
 
     def ask_all(self) -> None:
         """Ask every stage now and wait a short while for the answers."""
         self._asked = {index: actor.status.remote() for index, actor in enumerate(self.actors)}
         ray.wait(list(self._asked.values()), num_returns=len(self._asked), timeout=_FINAL_S)
+        self._asked_at = -ASK_S
         self.ask()
 
     def status(self, index: int) -> StageStatus | None:

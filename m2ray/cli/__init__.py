@@ -9,7 +9,7 @@ import click
 from m2ray import __version__
 from m2ray.errors import M2rayError
 
-_COMMANDS = ("plan", "extract", "submit", "inspect", "verify", "doctor")
+_COMMANDS = ("plan", "bench", "extract", "submit", "inspect", "verify", "doctor")
 
 
 class Command(click.Command):

@@ -12,11 +12,13 @@ from pydantic import Field
 
 from m2ray.cli import Command
 from m2ray.config import ExtractConfig, NonEmpty, Positive, parse_labels, parse_layers
+from m2ray.errors import ConfigError
 from m2ray.planning.demand import Demand, PlanOptions
 from m2ray.planning.hardware import Cluster, parse_gpus
 from m2ray.planning.memory import ModelShape
 from m2ray.planning.plan import Plan, most_replicas, plan_run
 from m2ray.planning.probe import disk_free_bytes, probe_node
+from m2ray.planning.profile import Profile
 
 DOES_NOT_FIT = 3
 """The exit code: 0 is for a plan that fits, 1 for an error, 2 for a wrong flag."""
@@ -36,6 +38,7 @@ class PlanConfig(ExtractConfig):
         None, description='"8xA100-80GB", "2 nodes of 8xH200"; default: the cluster of RAY_ADDRESS, else this machine.'
     )
     longest_tokens: Positive | None = Field(None, description="Tokens of the longest prompt; default: as prompts show, else batch_tokens.")
+    profile: NonEmpty | None = Field(None, description="What `m2ray bench` measured; default: estimates from the GPUs' names.")
     tokens_per_s: _Amount | None = Field(None, description="Assumed rate; default: estimated from the GPUs.")
     store_gb_per_s: _Amount | None = Field(None, description="What the store takes, in 10^9 bytes a second.")
     price_per_gb_month: _Amount | None = Field(None, description="Of the store, for 10^9 bytes and a month.")
@@ -79,6 +82,7 @@ def make_plan(config: PlanConfig) -> tuple[Plan, dict[str, Any]]:
     # What is wrong with the options is said before the seconds that torch and transformers take to import.
     labels = parse_labels(config.node_labels)
     cluster = parse_gpus(config.gpus) if config.gpus else None
+    profile = _profile(config.profile) if config.profile else None
     PlanOptions.of(config, (), 1, 1, None)
     from m2ray.cli.plan_inputs import read_model
 
@@ -94,11 +98,20 @@ def make_plan(config: PlanConfig) -> tuple[Plan, dict[str, Any]]:
         price_per_gb_month=config.price_per_gb_month,
         tokens_per_s=config.tokens_per_s,
         store_bytes_per_s=config.store_gb_per_s and config.store_gb_per_s * 1e9,
+        compiled=cluster.num_gpus > 0 if config.compile == "auto" else config.compile,
+        profile=profile,
     )
     demand = Demand(model.table, ModelShape.of(model.config, model.attn_implementation), options)
     if config.replicas == "auto":
         demand = demand.with_replicas(most_replicas(demand, cluster))
     return plan_run(demand, cluster, prompts), {"source": model.source, "index_bytes": model.index_bytes}
+
+
+def _profile(path: str) -> Profile:
+    try:
+        return Profile.from_json(Path(path).read_bytes())
+    except OSError as error:
+        raise ConfigError(f"profile = {path!r} cannot be read: {error}.", "`m2ray bench MODEL` writes one.") from error
 
 
 def _prompts(config: PlanConfig, model_config: Any, batch_tokens: int) -> Any:

@@ -143,10 +143,11 @@ def _pieces(checkpoint: Checkpoint, decoder: DecoderSpan, match: Match) -> Itera
         values = torch.empty(filling.tensor.shape, dtype=filling.tensor.dtype, device=home)
         for placement in filling.placements:
             yield from _cut(checkpoint, placement, placement.part_of(values))
-        _assign(decoder.skeleton.model, filling.tensor.name, values)
+        assign(decoder.skeleton.model, filling.tensor.name, values)
 
 
-def _assign(model: nn.Module, name: str, values: torch.Tensor) -> None:
+def assign(model: nn.Module, name: str, values: torch.Tensor) -> None:
+    """Make `values` the parameter or persistent buffer of that dotted name."""
     module_name, _, leaf = name.rpartition(".")
     module = model.get_submodule(module_name)
     if leaf in module._parameters:  # noqa: SLF001 - set_parameter has no public name

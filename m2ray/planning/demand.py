@@ -21,6 +21,7 @@ from m2ray.planning.memory import (
 )
 from m2ray.planning.output import ITEMSIZE_BYTES, row_bytes
 from m2ray.planning.partition import DeviceMap, DeviceSpan, partition, short_by_bytes
+from m2ray.planning.profile import Profile
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class PlanOptions:
         price_per_gb_month: of the output's store, for a GB of 10^9 bytes.
         tokens_per_s: real tokens a second that all chains together are assumed to do; None for an estimate from the GPUs' names.
         store_bytes_per_s: what the store is known to take.
+        compiled: whether layers are compiled, as far as speed goes.
+        profile: what `m2ray bench` measured, instead of estimates from the GPUs' names.
     """
 
     parts: tuple[PartSpec, ...]
@@ -54,6 +57,8 @@ class PlanOptions:
     price_per_gb_month: float | None = None
     tokens_per_s: float | None = None
     store_bytes_per_s: float | None = None
+    compiled: bool = False
+    profile: Profile | None = None
 
     @classmethod
     def of(cls, config: ExtractConfig, layers: Sequence[int], hidden_size: int, batch_tokens: int, longest_tokens: int | None) -> Self:
@@ -76,6 +81,7 @@ class PlanOptions:
             ),
             offload=config.offload == "cpu",
             in_flight_bytes=parse_bytes(config.in_flight, "in_flight"),
+            compiled=config.compile is not False,  # "auto" is true on GPUs, and speed is not known without them
         )
 
 

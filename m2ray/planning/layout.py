@@ -154,12 +154,14 @@ def _rate_lines(plan: Plan) -> Iterator[str]:
     rates = plan.rates
     if rates.tokens_per_s is None or rates.store_bytes_per_s is None:
         return
-    source = "as stated" if rates.is_stated else "estimated"
+    source = "as stated" if rates.is_stated else "from the profile" if rates.is_measured else "estimated"
     yield f"speed    {rates.tokens_per_s:,.0f} tokens/s of computation ({source})"
     yield f"         at that rate the store must take {rates.store_bytes_per_s / 1e9:.2f} GB/s"
     for name, tokens_per_s in rates.limits.items():
         if name != "computation":
             yield f"         {_words(name)} allows {tokens_per_s:,.0f} tokens/s"
+    if rates.filled_share is not None and not rates.is_stated:
+        yield f"         filling and draining the chains takes {1 - rates.filled_share:.1%} of the time"
     if rates.duration_s is not None:
         yield f"         about {_duration(rates.duration_s)}"
 
@@ -175,6 +177,7 @@ _WORDS = {
     "disk": "disk space",
     "computation": "the computation",
     "device_to_host_copy": "the copy from GPU to host",
+    "encoder": "the encoding of Parquet",
     "store": "the store",
 }
 

@@ -89,7 +89,7 @@ def look_at_node(name: str | None = None, model: str | None = None, output: str 
         marker: a key below `output` that another machine has made, to see whether both see the same folder.
     """
     temp = shutil.disk_usage(tempfile.gettempdir())
-    model_problem, read_bytes_per_s = _look_at_model(model) if model else ("", None)
+    model_problem, read_bytes_per_s = look_at_model(model) if model else ("", None)
     return NodeFacts(
         hardware=probe_node(name, output if output and "://" not in output else None),
         source_digest=_source_digest(),
@@ -155,7 +155,7 @@ def _driver_facts() -> dict[str, Any]:
             pynvml.nvmlShutdown()
 
 
-def _look_at_model(model: str) -> tuple[str, float | None]:
+def look_at_model(model: str) -> tuple[str, float | None]:
     """(why the model cannot be read, bytes a second). The page cache is told to forget what is read."""
     try:
         store = open_store(model)

@@ -144,7 +144,7 @@ def plan_run(
         chains: the devices of each chain, in order, where they are given already; else they are chosen from the cluster.
 
     Raises:
-        ConfigError: options contradict each other or the cluster.
+        ConfigError: options contradict each other, the cluster or the profile.
         ClusterError: there are fewer GPUs than stages.
     """
     device_map = demand.options.chains.device_map
@@ -168,7 +168,7 @@ def plan_run(
         stages=stages,
         nodes=nodes,
         output=output,
-        rates=plan_rates(demand, placed, output.tokens if output else None, output.padding_waste if output else 0.0),
+        rates=plan_rates(demand, placed, prompts, output.padding_waste if output else 0.0),
         shortages=tuple(shortages),
         remedies=find_remedies(demand, chains) if short_bytes else (),
     )

@@ -9,16 +9,16 @@ from m2ray.planning.demand import Demand
 from m2ray.planning.devices import Device
 from m2ray.planning.hardware import GPU_MODELS, find_gpu_model
 from m2ray.planning.memory import ModelShape
-from m2ray.planning.output import IDS_BYTES_A_ROW, row_bytes
+from m2ray.planning.output import IDS_BYTES_A_ROW, PromptStats, row_bytes
 
-SUSTAINED_SHARE = 0.23
-"""Of the peak bfloat16 operations: 230 of 989 TFLOP/s, measured on an H200 with one real-size MiniMax-M2 layer, 16,384 tokens,
-grouped experts, not compiled. Compiled it was 0.44."""
+SUSTAINED_SHARE = {False: 0.23, True: 0.37}
+"""Of the peak bfloat16 operations, not compiled and compiled: two for each weight that a token meets, on an H200 with real-size
+MiniMax-M2 layers, 8 x 2048 tokens, grouped experts, 23.0 and 14.2 ms a layer (benchmarks/results/gpu_stage.json)."""
 
 COPY_BYTES_PER_S = 51 * 2**30
 """From one GPU to pinned host memory, measured on an H200 behind PCIe 5."""
 
-Limit = Literal["computation", "device_to_host_copy", "store"]
+Limit = Literal["computation", "device_to_host_copy", "encoder", "store"]
 
 
 @dataclass(frozen=True)
@@ -28,17 +28,23 @@ class RatePlan:
     Attributes:
         tokens_per_s: what is assumed: stated by the user, or estimated from the computation; None where neither is known.
         is_stated: whether the user stated it.
+        is_measured: whether it comes of a profile that `m2ray bench` took.
         store_bytes_per_s: what the store must take at that rate; None where the rate is not known.
         limits: tokens a second that each resource allows, as far as it is known.
         limiting: the one that allows least.
-        duration_s: of the given prompts at that least rate; None without prompts or a rate.
+        filled_share: of the time in which a chain works, the share in which each stage does: S stages need M + S - 1 steps for M
+            micro-batches; None without prompts.
+        duration_s: of the given prompts at that least rate, with the time to fill and drain the chains unless the rate was stated; None
+            without prompts or a rate.
     """
 
     tokens_per_s: float | None
     is_stated: bool
+    is_measured: bool
     store_bytes_per_s: float | None
     limits: Mapping[Limit, float]
     limiting: Limit | None
+    filled_share: float | None
     duration_s: float | None
 
 
@@ -53,35 +59,53 @@ class PlacedSpan:
     span: LayerSpan
 
 
-def plan_rates(demand: Demand, placed: Sequence[PlacedSpan], tokens: int | None, padding_waste: float) -> RatePlan:
-    """What the layout and the assumptions allow.
+def plan_rates(demand: Demand, placed: Sequence[PlacedSpan], prompts: PromptStats | None, padding_waste: float) -> RatePlan:
+    """What the layout and the assumptions, or a profile's measurements, allow.
 
     Args:
         demand: the model and what is asked of it.
         placed: every span of every chain.
-        tokens: real tokens of the prompts, if they are known.
+        prompts: what the survey found, if there was one.
         padding_waste: share of computed tokens that are padding.
+
+    Raises:
+        ConfigError: the profile is of another GPU or dtype.
     """
     options = demand.options
+    if options.profile:
+        options.profile.require(options.compute_dtype, [each.device.gpu.name if each.device.gpu else None for each in placed])
     token_bytes = sum(row_bytes(part) + IDS_BYTES_A_ROW for part in options.parts)
     computed = options.tokens_per_s or _computed_tokens_per_s(demand, placed, padding_waste)
-    limits: dict[Limit, float] = {}
-    if computed is not None:
-        limits["computation"] = computed
-    copied = _copied_tokens_per_s(demand, placed)
-    if copied is not None:
-        limits["device_to_host_copy"] = copied
-    if options.store_bytes_per_s is not None:
-        limits["store"] = options.store_bytes_per_s / token_bytes
+    found: dict[Limit, float | None] = {
+        "computation": computed,
+        "device_to_host_copy": _copied_tokens_per_s(demand, placed),
+        "encoder": _encoded_tokens_per_s(demand, placed),
+        "store": _stored_tokens_per_s(demand, token_bytes),
+    }
+    limits = {name: rate for name, rate in found.items() if rate is not None}
     limiting = None if computed is None else _least(limits)
+    filled_share = _filled_share(placed, prompts) if prompts else None
+    busy_share = 1.0 if options.tokens_per_s or filled_share is None else filled_share
     return RatePlan(
         tokens_per_s=computed,
         is_stated=options.tokens_per_s is not None,
+        is_measured=options.tokens_per_s is None and options.profile is not None,
         store_bytes_per_s=None if computed is None else computed * token_bytes,
         limits=limits,
         limiting=limiting,
-        duration_s=None if tokens is None or limiting is None else tokens / limits[limiting],
+        filled_share=filled_share,
+        duration_s=None if prompts is None or limiting is None else prompts.tokens / limits[limiting] / busy_share,
     )
+
+
+def _filled_share(placed: Sequence[PlacedSpan], prompts: PromptStats) -> float | None:
+    """Micro-batches shared evenly by the replicas; None where nothing is placed."""
+    if not placed or not prompts.micro_batches:
+        return None
+    num_replicas = len({each.replica for each in placed})
+    num_stages = len({(each.replica, each.stage) for each in placed}) / num_replicas
+    each_has = max(1.0, prompts.micro_batches / num_replicas)
+    return each_has / (each_has + num_stages - 1)
 
 
 def _least(limits: Mapping[Limit, float]) -> Limit:
@@ -102,24 +126,59 @@ def _computed_tokens_per_s(demand: Demand, placed: Sequence[PlacedSpan], padding
     """Of all chains: each is as fast as its slowest stage, and a stage's GPUs work one after the other. None on unknown GPUs."""
     seconds: dict[tuple[int, int], float] = {}
     for each in placed:
-        model = find_gpu_model(each.device.gpu.name) if each.device.gpu else None
-        if model is None:
+        rate = _operations_per_s(demand, each)
+        if rate is None:
             return None
         active = active_elements(demand.rows(each.span), demand.shape)
         stage = (each.replica, each.stage)
-        seconds[stage] = seconds.get(stage, 0.0) + 2 * active / (GPU_MODELS[model].bf16_flops * SUSTAINED_SHARE)
+        seconds[stage] = seconds.get(stage, 0.0) + 2 * active / rate
     slowest: dict[int, float] = {}
     for (replica, _), stage_s in seconds.items():
         slowest[replica] = max(slowest.get(replica, 0.0), stage_s)
     return sum((1 - padding_waste) / stage_s for stage_s in slowest.values()) or None
 
 
+def _operations_per_s(demand: Demand, placed: PlacedSpan) -> float | None:
+    """As measured, or as the GPU's name lets expect."""
+    compiled = demand.options.compiled
+    if demand.options.profile:
+        return demand.options.profile.operations_per_s(compiled=compiled)
+    model = find_gpu_model(placed.device.gpu.name) if placed.device.gpu else None
+    return None if model is None else GPU_MODELS[model].bf16_flops * SUSTAINED_SHARE[compiled]
+
+
 def _copied_tokens_per_s(demand: Demand, placed: Sequence[PlacedSpan]) -> float | None:
     """Of all chains, by the GPU that copies most: captured rows, and the hidden states that leave it."""
+    profile = demand.options.profile
+    rate = COPY_BYTES_PER_S if profile is None else profile.copy_bytes_per_s
+    if rate is None or not all(each.device.gpu for each in placed):
+        return None
     most: dict[int, int] = {}
     for each in placed:
-        if each.device.gpu is None:
-            return None
         copied = sum(demand.row_bytes(each.span)) + demand.table.hidden_size * demand.itemsize_bytes
         most[each.replica] = max(most.get(each.replica, 0), copied)
-    return sum(COPY_BYTES_PER_S / copied for copied in most.values()) or None
+    return sum(rate / copied for copied in most.values()) or None
+
+
+def _encoded_tokens_per_s(demand: Demand, placed: Sequence[PlacedSpan]) -> float | None:
+    """Of all chains, by the stage that encodes most; None without a profile. A thread takes whole parts: no more help than parts."""
+    profile = demand.options.profile
+    if profile is None:
+        return None
+    parts: dict[tuple[int, int], list[int]] = {}
+    for each in placed:
+        parts.setdefault((each.replica, each.stage), []).extend(demand.row_bytes(each.span))
+    slowest: dict[int, float] = {}
+    for (replica, _), row_sizes in parts.items():
+        if row_sizes:
+            threads = min(profile.writer_threads, len(row_sizes))
+            rate = profile.encode_bytes_per_s * threads / sum(row_sizes)
+            slowest[replica] = min(slowest.get(replica, rate), rate)
+    return sum(slowest.values()) or None
+
+
+def _stored_tokens_per_s(demand: Demand, token_bytes: float) -> float | None:
+    """By what the store is said to take, or what it took from the one machine of the profile."""
+    options = demand.options
+    rate = options.store_bytes_per_s or (options.profile.store_bytes_per_s if options.profile else None)
+    return None if rate is None else rate / token_bytes

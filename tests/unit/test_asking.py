@@ -1,0 +1,55 @@
+"""How often the driver asks its stages: a call to each of them costs as much as a micro-batch does."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from m2ray.batches import LayerSpan
+from m2ray.chain import stages as module
+from m2ray.chain.actor import StageStatus, WriterSpec
+from m2ray.chain.stages import ASK_S, Patience, Stages
+from m2ray.model.stage import StageSpec
+
+
+class Refs:
+    """Stands for Ray: a reference is ready once its name is in `ready`."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.ready: set[str] = set()
+        self.now_s = 100.0
+
+    def actor(self, name: str) -> Any:
+        def remote() -> str:
+            self.asked.append(f"{name}{len(self.asked)}")
+            return self.asked[-1]
+
+        return SimpleNamespace(status=SimpleNamespace(remote=remote))
+
+    def wait(self, refs: list[str], **_: Any) -> tuple[list[str], list[str]]:
+        return [ref for ref in refs if ref in self.ready], [ref for ref in refs if ref not in self.ready]
+
+
+@pytest.fixture
+def refs(monkeypatch: pytest.MonkeyPatch) -> Refs:
+    refs = Refs()
+    monkeypatch.setattr(module, "ray", SimpleNamespace(wait=refs.wait))
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: refs.now_s))
+    monkeypatch.setattr(module, "_answer", lambda ref, _: StageStatus(ref, "", ""))
+    return refs
+
+
+def test_stages_are_asked_once_a_second_and_a_silent_one_not_again(refs: Refs) -> None:
+    spec = StageSpec("", LayerSpan(0, 1), (), ("residual",), "bfloat16", "bfloat16", "auto", "cpu", None)
+    stages = Stages([(spec,), (spec,)], WriterSpec("", {}, 0, 1, 1.0, 64), None, Patience(1.0, 1.0), 6)
+    stages.actors = [refs.actor("a"), refs.actor("b")]
+    for _ in range(100):
+        stages.ask()
+    assert refs.asked == ["a0", "b1"]
+    refs.ready = {"b1"}
+    refs.now_s += ASK_S
+    stages.ask()
+    stages.ask()
+    assert refs.asked == ["a0", "b1", "b2"], "the first stage has not answered yet"
+    assert [status.span for status in stages.statuses] == ["b1"]

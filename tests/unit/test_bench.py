@@ -1,0 +1,135 @@
+"""The bench's profile: from measured times to a plan's rates, what it refuses, and the real command on a small model."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from m2ray.cli import main
+from m2ray.cli.bench import shapes_of
+from m2ray.cli.measuring import store_bytes_per_s
+from m2ray.errors import ConfigError, StoreError
+from m2ray.planning.plan import Plan
+from m2ray.planning.profile import LayerTime, Profile
+from m2ray.planning.rates import active_elements
+from m2ray.storage import LocalStore
+from tests.reference import make_minimax
+from tests.unit.test_plan import PROMPTS, SHAPE, m2_rows, plan
+
+ACTIVE = active_elements(m2_rows(0), SHAPE)
+PROFILE = Profile(
+    gpu="NVIDIA H200",
+    gpus=8,
+    cpus=64,
+    versions={"torch": "2.11.0"},
+    model_type="minimax_m2",
+    compute_dtype="bfloat16",
+    active_elements=ACTIVE,
+    layer=(LayerTime(8, 2048, False, 24.0), LayerTime(32, 512, False, 20.0), LayerTime(8, 2048, True, 12.0)),
+    copy_bytes_per_s=50e9,
+    encode_bytes_per_s=2e9,
+    store="/mnt/run",
+    store_bytes_per_s=3e9,
+)
+
+
+def profiled(gpus: str = "8xH200", profile: Profile = PROFILE, **options) -> Plan:
+    return plan(gpus, profile=profile, **options)
+
+
+def test_the_slowest_shape_gives_the_computation() -> None:
+    """8 layers on the fullest of 8 GPUs, 16,384 tokens a layer in 24 ms (not in 20)."""
+    rates = profiled().rates
+    assert rates.is_measured
+    assert rates.limits["computation"] == pytest.approx(16_384 / (8 * 0.024))
+    assert profiled(compiled=True).rates.limits["computation"] == pytest.approx(16_384 / (8 * 0.012))
+    assert profiled(replicas=2).rates.limits["computation"] == pytest.approx(2 * 16_384 / (16 * 0.024))
+
+
+def test_copy_encoder_and_store_are_those_of_the_profile() -> None:
+    limits = profiled().rates.limits
+    assert limits["device_to_host_copy"] == pytest.approx(50e9 / (9 * 6144))
+    assert PROFILE.writer_threads == 4
+    assert limits["encoder"] == pytest.approx(4 * 2e9 / (8 * 6144))
+    assert limits["store"] == pytest.approx(3e9 / (62 * (6144 + 4.2)))
+    assert profiled().limiting_resource == "store"
+    stated = profiled(store_bytes_per_s=100e9)
+    assert stated.rates.limits["store"] == pytest.approx(100e9 / (62 * (6144 + 4.2))), "what is stated wins"
+    assert stated.limiting_resource == "computation"
+
+
+def test_threads_do_not_help_beyond_the_parts_of_a_stage() -> None:
+    one_layer = profiled(parts=plan("8xH200").demand.options.parts[:1], gpus_per_stage=1).rates.limits["encoder"]
+    assert one_layer == pytest.approx(2e9 / 6144)
+
+
+def test_few_micro_batches_pay_for_filling_the_chain() -> None:
+    prompts = replace(PROMPTS, micro_batches=14)
+    planned = profiled(prompts=prompts)
+    assert len(planned.stages) == 8
+    assert planned.rates.filled_share == pytest.approx(14 / 21)
+    assert planned.rates.duration_s == pytest.approx(prompts.tokens / planned.rates.limits["store"] * 21 / 14)
+    assert profiled(prompts=prompts, replicas=2).rates.filled_share == pytest.approx(7 / 10)
+    stated = profiled(prompts=prompts, tokens_per_s=1000.0)
+    assert not stated.rates.is_measured
+    assert stated.rates.duration_s == pytest.approx(prompts.tokens / 1000), "a stated rate is that of the whole run"
+
+
+def test_a_profile_of_another_machine_dtype_or_kind_is_refused() -> None:
+    with pytest.raises(ConfigError, match="NVIDIA H200; the plan has H100-80GB"):
+        profiled("8xH100-80GB")
+    with pytest.raises(ConfigError, match="taken in bfloat16, the plan is for float32"):
+        profiled("16xH200", compute_dtype="float32")
+    with pytest.raises(ConfigError, match="no layer compiled"):
+        profiled(profile=replace(PROFILE, layer=PROFILE.layer[:2]), compiled=True)
+
+
+def test_a_profile_survives_its_file_and_anything_else_is_refused() -> None:
+    assert Profile.from_json(PROFILE.to_json()) == PROFILE
+    for text in ("", "[]", "{}", '{"format_version": 1, "layer": []}', PROFILE.to_json().replace("layer_ms", "layer_s")):
+        with pytest.raises(ConfigError, match="no profile"):
+            Profile.from_json(text)
+    with pytest.raises(ConfigError, match="format_version 2"):
+        Profile.from_json(PROFILE.to_json().replace('"format_version": 1', '"format_version": 2'))
+
+
+def test_shapes_hold_the_tokens_of_a_micro_batch() -> None:
+    assert shapes_of(16_384, 196_608) == [(8, 2048), (32, 512)]
+    assert shapes_of(512, 196_608) == [(1, 512), (4, 128)]
+    assert shapes_of(1, 196_608) == [(1, 1)]
+
+
+def test_the_command_measures_a_small_model_and_plan_reads_its_profile(tmp_path: Path) -> None:
+    model, profile, output = make_minimax(tmp_path / "model", "fp8"), tmp_path / "profile.json", tmp_path / "run"
+    words = ["bench", str(model), "--output", str(output), "--profile", str(profile), "--batch-tokens", "64", "--no-compile"]
+    done = CliRunner(env={"CUDA_VISIBLE_DEVICES": ""}).invoke(main, words)
+    assert done.exit_code == 0, done.output
+    measured = Profile.from_json(profile.read_bytes())
+    assert [(time.sequences, time.length) for time in measured.layer] == [(1, 64), (4, 16)]
+    assert all(
+        rate is not None and rate > 0 for rate in (measured.encode_bytes_per_s, measured.store_bytes_per_s, measured.read_bytes_per_s)
+    )
+    assert measured.elapsed_s < 120
+    assert not [path for path in output.rglob("*") if path.is_file()], "nothing is left in the output"
+    planned = CliRunner(env={"CUDA_VISIBLE_DEVICES": ""}).invoke(main, ["plan", "--model", str(model), "--profile", str(profile), "--json"])
+    assert planned.exit_code == 0, planned.output
+    rates = json.loads(planned.stdout)["rates"]
+    assert rates["is_measured"]
+    assert rates["limits"].keys() == {"computation", "encoder", "store"}
+    slowest = min(time.tokens_per_s for time in measured.layer)
+    assert rates["limits"]["computation"] == pytest.approx(slowest / 7), "7 equal layers in one stage"
+
+
+def test_a_file_that_is_no_profile_ends_the_plan(tmp_path: Path) -> None:
+    done = CliRunner().invoke(main, ["plan", "--model", "x", "--gpus", "8xH200", "--profile", str(tmp_path / "none.json")])
+    assert done.exit_code == 1
+    assert "cannot be read" in done.output
+
+
+def test_a_store_that_refuses_is_an_error_and_left_clean(tmp_path: Path) -> None:
+    folder = tmp_path / "file"
+    folder.write_text("in the way")
+    with pytest.raises(StoreError):
+        store_bytes_per_s(LocalStore(folder))
