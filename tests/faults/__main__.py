@@ -1,0 +1,105 @@
+"""`scripts/faults`: strike runs with faults for so many minutes, and say what came of it. Exit code 1 if anything was wrong."""
+
+import argparse
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from random import Random
+
+from benchmarks.records import Row, record
+from tests.faults.cluster import ray_cluster
+from tests.faults.disk import small_disk
+from tests.faults.faults import FAULTS
+from tests.faults.rounds import NUM_WORKERS, Round, Tally, chosen_faults, make_inputs
+from tests.faults.server import faulty_server
+
+_FAULTS_A_ROUND = 12
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="scripts/faults", description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--minutes", type=float, default=5.0, help="how long new rounds are begun")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--without-s3", action="store_true", help="local runs only: no S3 server is started")
+    parser.add_argument("--record", action="store_true", help="write benchmarks/results/faults.json")
+    arguments = parser.parse_args()
+    began = time.monotonic()
+    tally = play(arguments.seed, 60 * arguments.minutes, with_s3=not arguments.without_s3)
+    report(tally, time.monotonic() - began, write=arguments.record)
+    sys.exit(1 if tally.problems else 0)
+
+
+def play(seed: int, seconds: float, *, with_s3: bool) -> Tally:
+    """Rounds for so long, every third in the S3 server."""
+    folder, tally = Path(tempfile.mkdtemp(prefix="m2ray-faults-", dir="/tmp")), Tally()
+    with ExitStack() as stack:
+        server = stack.enter_context(faulty_server()) if with_s3 else None
+        os.environ.update(server.env if server else {})
+        disk = stack.enter_context(small_disk(folder / "disk"))
+        cluster = stack.enter_context(ray_cluster(NUM_WORKERS, server.env if server else {}))
+        inputs = make_inputs(folder / "inputs", cluster)
+        until_s, number = time.monotonic() + seconds, 0
+        while time.monotonic() < until_s:
+            chance = Random(f"{seed}/{number}")
+            place = server if number % 3 == 1 else None
+            faults = chosen_faults(chance, _FAULTS_A_ROUND, on_s3=place is not None, can_fill=disk.can_fill)
+            Round(f"round-{number}", cluster, disk, place, inputs, chance, tally).play(faults, until_s)
+            number += 1
+    if tally.problems:
+        print(f"The drivers' logs are in {folder / 'logs'}.")
+    else:
+        subprocess.run(["rm", "-rf", folder], check=True, timeout=60)
+    return tally
+
+
+def report(tally: Tally, seconds: float, *, write: bool) -> None:
+    """Print the record, and write it if asked."""
+    print(f"{tally.rounds} runs, {tally.kills} kills, {len(tally.problems)} problems in {seconds:.0f} s")
+    for problem in tally.problems:
+        print(f"PROBLEM {problem}")
+    for name, errors in tally.errors.items():
+        for error, count in errors.items():
+            print(f"{name}: {count} x {error}")
+    rows = [
+        Row(
+            "runs that ended with the rows of an undisturbed one",
+            tally.rounds,
+            "runs",
+            note=f"{tally.shards} shards, {tally.drivers} drivers",
+        ),
+        Row("processes and nodes killed", tally.kills, "kills", target="200 in an hour", note=f"within {seconds / 60:.0f} minutes"),
+        Row("problems", len(tally.problems), "problems", target="none"),
+        Row(
+            "looks of the reader at half-done runs",
+            tally.polls,
+            "polls",
+            note=f"none saw half a shard; {tally.refused_polls} more were refused by a store that was gone",
+        ),
+        Row(
+            "shards tried again after a failure of stages or store",
+            sum(tally.tried_again),
+            "shards",
+            note=f"in {len(tally.tried_again)} failures, at most {max(tally.tried_again, default=0)} at a time",
+        ),
+    ]
+    for fault in FAULTS:
+        if tally.strikes[fault.name]:
+            recovery_s = tally.recovery_s(fault.name)
+            note = f"stopped the driver {tally.stops[fault.name]} times"
+            note += (
+                "" if recovery_s is None else f"; {recovery_s:.1f} s to the next commit (median of {len(tally.recoveries_s[fault.name])})"
+            )
+            rows.append(Row(fault.name, tally.strikes[fault.name], "strikes", note=note))
+    for row in rows:
+        print(f"{row.what}: {row.value:g} {row.unit}. {row.note}")
+    if write:
+        record("faults", "Faults: runs that are struck again and again", rows, command=shlex.join(["scripts/faults", *sys.argv[1:]]))
+
+
+if __name__ == "__main__":
+    main()
