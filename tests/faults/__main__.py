@@ -1,60 +1,30 @@
 """`scripts/faults`: strike runs with faults for so many minutes, and say what came of it. Exit code 1 if anything was wrong."""
 
 import argparse
-import os
 import shlex
-import subprocess
+import signal
 import sys
-import tempfile
 import time
-from contextlib import ExitStack
-from pathlib import Path
-from random import Random
 
 from benchmarks.records import Row, record
-from tests.faults.cluster import ray_cluster
-from tests.faults.disk import small_disk
 from tests.faults.faults import FAULTS
-from tests.faults.rounds import NUM_WORKERS, Round, Tally, chosen_faults, make_inputs
-from tests.faults.server import faulty_server
-
-_FAULTS_A_ROUND = 12
+from tests.faults.rounds import Tally
+from tests.faults.suite import play
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="scripts/faults", description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--minutes", type=float, default=5.0, help="how long new rounds are begun")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", default="", metavar="WORDS", help="faults whose names hold these words")
     parser.add_argument("--without-s3", action="store_true", help="local runs only: no S3 server is started")
     parser.add_argument("--record", action="store_true", help="write benchmarks/results/faults.json")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was started is ended on the way out
     began = time.monotonic()
-    tally = play(arguments.seed, 60 * arguments.minutes, with_s3=not arguments.without_s3)
+    tally = play(arguments.seed, 60 * arguments.minutes, with_s3=not arguments.without_s3, only=arguments.only)
     report(tally, time.monotonic() - began, write=arguments.record)
     sys.exit(1 if tally.problems else 0)
-
-
-def play(seed: int, seconds: float, *, with_s3: bool) -> Tally:
-    """Rounds for so long, every third in the S3 server."""
-    folder, tally = Path(tempfile.mkdtemp(prefix="m2ray-faults-", dir="/tmp")), Tally()
-    with ExitStack() as stack:
-        server = stack.enter_context(faulty_server()) if with_s3 else None
-        os.environ.update(server.env if server else {})
-        disk = stack.enter_context(small_disk(folder / "disk"))
-        cluster = stack.enter_context(ray_cluster(NUM_WORKERS, server.env if server else {}))
-        inputs = make_inputs(folder / "inputs", cluster)
-        until_s, number = time.monotonic() + seconds, 0
-        while time.monotonic() < until_s:
-            chance = Random(f"{seed}/{number}")
-            place = server if number % 3 == 1 else None
-            faults = chosen_faults(chance, _FAULTS_A_ROUND, on_s3=place is not None, can_fill=disk.can_fill)
-            Round(f"round-{number}", cluster, disk, place, inputs, chance, tally).play(faults, until_s)
-            number += 1
-    if tally.problems:
-        print(f"The drivers' logs are in {folder / 'logs'}.")
-    else:
-        subprocess.run(["rm", "-rf", folder], check=True, timeout=60)
-    return tally
 
 
 def report(tally: Tally, seconds: float, *, write: bool) -> None:

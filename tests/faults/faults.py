@@ -17,7 +17,7 @@ from tests.faults.disk import SmallDisk
 from tests.faults.driver import Driver
 from tests.faults.server import FaultyServer
 
-STAGE_TIMEOUT_S = 12.0
+STAGE_TIMEOUT_S = 20.0
 _RECOVERY_S = 120.0
 
 

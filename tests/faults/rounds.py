@@ -104,7 +104,8 @@ class Round:
         self._logs = disk.folder.parent / "logs"
         self._logs.mkdir(exist_ok=True)
         self._problems: list[str] = []
-        self._watcher = Watcher(self._run, inputs.expected, poll_s=1.0 if server else 0.3)
+        self._place = server.url(name, is_direct=True) if server else self._run
+        self._watcher = Watcher(self._place, inputs.expected, poll_s=0.3)
         self._last_strike: tuple[str, float, int] | None = None
 
     def play(self, faults: Sequence[Fault], until_s: float) -> None:
@@ -202,14 +203,14 @@ class Round:
 
     def _examine(self) -> None:
         """Every row, every file, the account, and what the reader saw."""
-        words = [sys.executable, "-m", "m2ray.cli", "verify", self._run, "--checksums", "--json"]
+        words = [sys.executable, "-m", "m2ray.cli", "verify", self._place, "--checksums", "--json"]
         done = subprocess.run(words, env=self._cluster.env, capture_output=True, text=True, timeout=240, check=False)
         found = json.loads(done.stdout) if done.stdout else {}
         if done.returncode or not found.get("complete") or found["damaged"]:
             self._problems.append(f"m2ray verify: {done.stdout}{done.stderr}")
         try:
-            self._problems += self._inputs.expected.differences(self._run)
-            self._problems += [f"no record names {key}" for key in unnamed_files(self._run)]
+            self._problems += self._inputs.expected.differences(self._place)
+            self._problems += [f"no record names {key}" for key in unnamed_files(self._place)]
             self._problems += self._watcher.changed_commits()
         except M2rayError as error:
             self._problems.append(f"the run cannot be read: {error}")
@@ -244,8 +245,8 @@ class Round:
         print(f"{time.strftime('%H:%M:%S')} {self._name}: {line}", flush=True)
 
 
-def chosen_faults(chance: Random, count: int, *, on_s3: bool, can_fill: bool) -> list[Fault]:
-    """So many faults by the seed, of those that can be done there."""
+def chosen_faults(chance: Random, count: int, only: str, *, on_s3: bool, can_fill: bool) -> list[Fault]:
+    """So many faults by the seed, of those that can be done there and hold `only` in their names."""
     places = {"anywhere", "s3"} if on_s3 else {"anywhere", "disk"} if can_fill else {"anywhere"}
-    possible = [fault for fault in FAULTS if fault.where in places]
-    return chance.choices(possible, [fault.weight for fault in possible], k=count)
+    possible = [fault for fault in FAULTS if fault.where in places and only in fault.name]
+    return chance.choices(possible, [fault.weight for fault in possible], k=count) if possible else []

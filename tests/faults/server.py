@@ -26,9 +26,9 @@ class FaultyServer:
             settings["M2RAY_TEST_S3"], self.env["AWS_ACCESS_KEY_ID"], self.env["AWS_SECRET_ACCESS_KEY"], self.env["AWS_REGION"], _BUCKET
         )
 
-    def url(self, name: str) -> str:
-        """A folder of the bucket, as a user writes it."""
-        return f"s3://{_BUCKET}/{name}?endpoint={self.proxy.endpoint}"
+    def url(self, name: str, *, is_direct: bool = False) -> str:
+        """A folder of the bucket as a user writes it, behind the proxy or not."""
+        return f"s3://{_BUCKET}/{name}?endpoint={self.s3.endpoint if is_direct else self.proxy.endpoint}"
 
     def stop(self) -> None:
         """End the server; connections are refused."""

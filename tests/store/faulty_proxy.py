@@ -65,6 +65,7 @@ class _Server(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    wbufsize = 1 << 16  # head and body in one packet: apart, each answer waits for a delayed acknowledgement
     proxy: FaultyProxy
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the name in http.server
