@@ -17,7 +17,6 @@ from tests.faults.disk import SmallDisk
 from tests.faults.driver import Driver
 from tests.faults.server import FaultyServer
 
-STAGE_TIMEOUT_S = 20.0
 _RECOVERY_S = 120.0
 
 
@@ -71,7 +70,7 @@ class Fault:
     name: str
     strike: Callable[[Scene], int]
     weight: int
-    where: Literal["anywhere", "disk", "s3"] = "anywhere"
+    where: Literal["anywhere", "local", "small disk", "s3"] = "anywhere"
 
 
 # -- processes ------------------------------------------------------------------------------------------------------------
@@ -293,10 +292,10 @@ FAULTS = (
     Fault("SIGKILL of a stage in the middle of a put", _killed_in_put, 5),
     Fault("SIGKILL of a whole node", _node_killed, 2),
     Fault("SIGKILL of the driver", _driver_killed, 4),
-    Fault("SIGSTOP of a stage", _stage_hung, 1),
+    Fault("SIGSTOP of a stage", _stage_hung, 1, "local"),
     Fault("job stopped", _job_stopped, 2),
-    Fault("disk full, up to 3 s", _disk_full_briefly, 1, "disk"),
-    Fault("disk full, up to 30 s", _disk_full_long, 1, "disk"),
+    Fault("disk full, up to 3 s", _disk_full_briefly, 1, "small disk"),
+    Fault("disk full, up to 30 s", _disk_full_long, 1, "small disk"),
     Fault("S3 server restarted", _server_restarted, 1, "s3"),
     Fault("S3 server gone for 30 s", _server_gone, 1, "s3"),
     Fault("S3 server answers 503", _server_503, 1, "s3"),

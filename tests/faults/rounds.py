@@ -18,7 +18,7 @@ from m2ray.errors import M2rayError
 from tests.faults.cluster import Cluster
 from tests.faults.disk import SmallDisk
 from tests.faults.driver import Driver
-from tests.faults.faults import FAULTS, STAGE_TIMEOUT_S, Fault, Scene
+from tests.faults.faults import FAULTS, Fault, Scene
 from tests.faults.rows import Expected, Watcher, unfinished_files, unnamed_files
 from tests.faults.server import FaultyServer
 from tests.reference import make_minimax
@@ -26,7 +26,10 @@ from tests.reference import make_minimax
 NUM_WORKERS = 3
 _NUM_PROMPTS = 420
 _LAYOUTS = ((2, 1), (3, 1), (1, 2))
-_OPTIONS = ("--batch-tokens", "256", "--shard-tokens", "300", "--in-flight", "1KB", "--stage-timeout-s", f"{STAGE_TIMEOUT_S:g}")
+_OPTIONS = ("--batch-tokens", "256", "--shard-tokens", "300", "--in-flight", "1KB")
+_STAGE_TIMEOUT_S, _STAGE_TIMEOUT_S3 = "20", "90"
+"""How soon a stage counts as hung; a write may take as long, and an S3 server that is gone for 30 s comes back."""
+
 _SPAN_BYTES = 1_000_000
 """Less than any stage of these layouts loads of the tiny model."""
 _STANDSTILL_S = 150.0
@@ -135,6 +138,7 @@ class Round:
         stages, replicas = self._chance.choice(_LAYOUTS)
         as_job = self._chance.random() < 0.3
         words = [*self._inputs.words, "--stages", str(stages), "--replicas", str(replicas)]
+        words += ["--stage-timeout-s", _STAGE_TIMEOUT_S3 if self._server else _STAGE_TIMEOUT_S]
         self._say(f"driver {number}{' as a job' if as_job else ''}, {stages} stages, {replicas} replicas")
         driver = Driver(self._cluster, self._run, words, self._logs / f"{self._name}-{number}.log", as_job=as_job)
         self._tally.drivers += 1
@@ -247,6 +251,6 @@ class Round:
 
 def chosen_faults(chance: Random, count: int, only: str, *, on_s3: bool, can_fill: bool) -> list[Fault]:
     """So many faults by the seed, of those that can be done there and hold `only` in their names."""
-    places = {"anywhere", "s3"} if on_s3 else {"anywhere", "disk"} if can_fill else {"anywhere"}
+    places = {"anywhere", "s3"} if on_s3 else {"anywhere", "local", *(["small disk"] if can_fill else [])}
     possible = [fault for fault in FAULTS if fault.where in places and only in fault.name]
     return chance.choices(possible, [fault.weight for fault in possible], k=count) if possible else []
