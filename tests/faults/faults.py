@@ -17,7 +17,8 @@ from tests.faults.disk import SmallDisk
 from tests.faults.driver import Driver
 from tests.faults.server import FaultyServer
 
-_RECOVERY_S = 120.0
+_RECOVERY_S = 150.0
+_CRASH_LOOP_S = 25.0
 
 
 @dataclass
@@ -90,6 +91,16 @@ def _newcomer_killed(scene: Scene) -> int:
     kills = _kill(scene.chance.sample(sorted(before), 1))
     scene.wait_until("a stage is restarted", lambda: bool(scene.cluster.stage_pids() - before))
     return kills + _strike(scene, scene.cluster.stage_pids() - before)
+
+
+def _crash_loop(scene: Scene) -> int:
+    """One stage after the other dies, faster than they come back: until the chain gives up, or for a while."""
+    kills, deadline = 0, time.monotonic() + _CRASH_LOOP_S
+    while scene.driver.is_running and time.monotonic() < deadline:
+        stages = sorted(scene.cluster.stage_pids())
+        kills += _kill(scene.chance.sample(stages, min(1, len(stages))))
+        time.sleep(scene.chance.uniform(0.5, 2.0))
+    return kills
 
 
 def _killed_in_put(scene: Scene) -> int:
@@ -289,6 +300,7 @@ FAULTS = (
     Fault("SIGKILL of a stage", _stage_killed, 6),
     Fault("SIGKILL of all stages at once", _all_stages_killed, 4),
     Fault("SIGKILL of a stage and of its successor", _newcomer_killed, 4),
+    Fault("SIGKILL of stage after stage for 25 s", _crash_loop, 2),
     Fault("SIGKILL of a stage in the middle of a put", _killed_in_put, 5),
     Fault("SIGKILL of a whole node", _node_killed, 2),
     Fault("SIGKILL of the driver", _driver_killed, 4),

@@ -187,20 +187,21 @@ class Round:
 
     def _judge(self, scene: Scene) -> None:
         """A driver that ended was killed, completed its run, or says clearly why it stopped."""
-        driver = scene.driver
+        driver, cause = scene.driver, self._last_strike[0] if self._last_strike else "no fault"
         self._tally.tried_again += driver.tried_again
-        if driver.was_killed or driver.exit_code == 0:
-            if driver.exit_code == 0 and "Complete:" not in driver.printed:
+        if driver.was_killed:
+            return
+        if "Traceback" in driver.printed:
+            self._problems.append(f"it printed a trace after {cause}: {driver.printed[-3000:]}")
+        if driver.exit_code == 0:
+            if "Complete:" not in driver.printed:
                 self._problems.append(f"exit code 0, but: {driver.printed[-2000:]}")
             return
-        cause = self._last_strike[0] if self._last_strike else "no fault"
         self._tally.stops[cause] += 1
         self._tally.errors[cause][driver.error[:300]] += 1
         self._say(f"stopped after {cause}: {driver.error}")
-        if cause == "no fault":
-            self._problems.append(f"it stopped without a fault: {driver.printed[-2000:]}")
         began_work = "stage 0:" in driver.printed  # before that SIGTERM ends it as it does any process
-        if "Traceback" in driver.printed or (not driver.error and (began_work or cause != "job stopped")):
+        if cause == "no fault" or (not driver.error and (began_work or cause != "job stopped")):
             self._problems.append(f"it stopped after {cause} without a clear error: {driver.printed[-3000:]}")
 
     # -- the run at its end -------------------------------------------------------------------------------------------
