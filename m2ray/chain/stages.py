@@ -81,8 +81,11 @@ class Stages:
             now_read_bytes = sum(status.read_bytes for status in self.statuses)
             if done or now_read_bytes != read_bytes:
                 read_bytes, progressed = now_read_bytes, time.monotonic()
-            elif time.monotonic() - progressed > self._patience.stage_s:
-                raise GetTimeoutError(f"Loading stood still for {self._patience.stage_s:g} s.")
+                continue
+            # Until a stage has answered, its process starts.
+            patience_s = self._patience.stage_s + (_START_S if set(waiting.values()) - self._answers.keys() else 0.0)
+            if time.monotonic() - progressed > patience_s:
+                raise GetTimeoutError(f"Loading stood still for {patience_s:g} s.")
 
     def ask(self) -> None:
         """Take in what the stages answered and ask again, without waiting: a busy stage may be late, a lost one never answers."""
