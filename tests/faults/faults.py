@@ -174,6 +174,7 @@ def _stage_hung(scene: Scene) -> int:
 
 def _job_stopped(scene: Scene) -> int:
     scene.driver.ask_to_stop()
+    scene.wait_until("the driver stopped", lambda: False)
     return 0
 
 

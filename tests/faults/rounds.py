@@ -32,7 +32,7 @@ _STAGE_TIMEOUT_S, _STAGE_TIMEOUT_S3 = "20", "90"
 
 _SPAN_BYTES = 1_000_000
 """Less than any stage of these layouts loads of the tiny model."""
-_STANDSTILL_S = 150.0
+_STANDSTILL_S = 240.0
 _DRIVERS = 40
 
 
@@ -41,6 +41,7 @@ class Tally:
     """What happened, summed over the rounds."""
 
     rounds: int = 0
+    equal_rounds: int = 0
     shards: int = 0
     drivers: int = 0
     kills: int = 0
@@ -109,6 +110,7 @@ class Round:
         self._problems: list[str] = []
         self._place = server.url(name, is_direct=True) if server else self._run
         self._watcher = Watcher(self._place, inputs.expected, poll_s=0.3)
+        self._is_equal = False
         self._last_strike: tuple[str, float, int] | None = None
 
     def play(self, faults: Sequence[Fault], until_s: float) -> None:
@@ -214,7 +216,9 @@ class Round:
         if done.returncode or not found.get("complete") or found["damaged"]:
             self._problems.append(f"m2ray verify: {done.stdout}{done.stderr}")
         try:
-            self._problems += self._inputs.expected.differences(self._place)
+            differences = self._inputs.expected.differences(self._place)
+            self._is_equal = not differences
+            self._problems += differences
             self._problems += [f"no record names {key}" for key in unnamed_files(self._place)]
             self._problems += self._watcher.changed_commits()
         except M2rayError as error:
@@ -236,6 +240,7 @@ class Round:
     def _close(self) -> None:
         tally = self._tally
         tally.rounds += 1
+        tally.equal_rounds += self._is_equal
         tally.shards += self._inputs.expected.num_shards
         tally.polls += self._watcher.polls
         tally.refused_polls += self._watcher.refused
