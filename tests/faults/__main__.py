@@ -38,8 +38,11 @@ def report(tally: Tally, seconds: float, *, write: bool) -> None:
     rows = [
         Row(
             "runs that ended with the rows of an undisturbed one",
-            tally.rounds,
+            tally.equal_rounds,
             "runs",
+            baseline=tally.rounds,
+            baseline_is="struck",
+            target="all",
             note=f"{tally.shards} shards, {tally.drivers} drivers",
         ),
         Row("processes and nodes killed", tally.kills, "kills", target="200 in an hour", note=f"within {seconds / 60:.0f} minutes"),
