@@ -3,8 +3,10 @@
 import argparse
 import shlex
 import signal
+import statistics
 import sys
 import time
+from collections.abc import Iterator
 
 from benchmarks.records import Row, record
 from tests.faults.faults import FAULTS
@@ -28,14 +30,21 @@ def main() -> None:
 
 
 def report(tally: Tally, seconds: float, *, write: bool) -> None:
-    """Print the record, and write it if asked."""
-    print(f"{tally.rounds} runs, {tally.kills} kills, {len(tally.problems)} problems in {seconds:.0f} s")
-    for problem in tally.problems:
-        print(f"PROBLEM {problem}")
+    """Print the figures, what drivers stopped with and every problem; write the record if asked."""
+    rows = [*_rows(tally, seconds), *_rows_of_faults(tally)]
+    for row in rows:
+        print(f"{row.what}: {row.value:g} {row.unit}. {row.note}")
     for name, errors in tally.errors.items():
         for error, count in errors.items():
-            print(f"{name}: {count} x {error}")
-    rows = [
+            print(f"stopped after {name}: {count} x {error}")
+    for problem in tally.problems:
+        print(f"PROBLEM {problem}")
+    if write:
+        record("faults", "Faults: runs that are struck again and again", rows, command=shlex.join(["scripts/faults", *sys.argv[1:]]))
+
+
+def _rows(tally: Tally, seconds: float) -> list[Row]:
+    return [
         Row(
             "runs that ended with the rows of an undisturbed one",
             tally.equal_rounds,
@@ -43,16 +52,11 @@ def report(tally: Tally, seconds: float, *, write: bool) -> None:
             baseline=tally.rounds,
             baseline_is="struck",
             target="all",
-            note=f"{tally.shards} shards, {tally.drivers} drivers",
+            note=f"{tally.shards} shards, {tally.drivers} drivers, {seconds / 60:.0f} minutes with start and end",
         ),
-        Row("processes and nodes killed", tally.kills, "kills", target="200 in an hour", note=f"within {seconds / 60:.0f} minutes"),
-        Row("problems", len(tally.problems), "problems", target="none"),
-        Row(
-            "looks of the reader at half-done runs",
-            tally.polls,
-            "polls",
-            note=f"none saw half a shard; {tally.refused_polls} more were refused by a store that was gone",
-        ),
+        Row("problems", len(tally.problems), "problems", target="none", note="of rows, files, accounts, processes, messages and readers"),
+        Row("processes and nodes killed", tally.kills, "kills", target="200 in an hour"),
+        Row("looks of the reader at runs at work", tally.polls, "polls", note=f"{tally.refused_polls} more found the store gone"),
         Row(
             "shards tried again after a failure of stages or store",
             sum(tally.tried_again),
@@ -60,18 +64,14 @@ def report(tally: Tally, seconds: float, *, write: bool) -> None:
             note=f"in {len(tally.tried_again)} failures, at most {max(tally.tried_again, default=0)} at a time",
         ),
     ]
-    for fault in FAULTS:
-        if tally.strikes[fault.name]:
-            recovery_s = tally.recovery_s(fault.name)
-            note = f"stopped the driver {tally.stops[fault.name]} times"
-            note += (
-                "" if recovery_s is None else f"; {recovery_s:.1f} s to the next commit (median of {len(tally.recoveries_s[fault.name])})"
-            )
-            rows.append(Row(fault.name, tally.strikes[fault.name], "strikes", note=note))
-    for row in rows:
-        print(f"{row.what}: {row.value:g} {row.unit}. {row.note}")
-    if write:
-        record("faults", "Faults: runs that are struck again and again", rows, command=shlex.join(["scripts/faults", *sys.argv[1:]]))
+
+
+def _rows_of_faults(tally: Tally) -> Iterator[Row]:
+    for name in (fault.name for fault in FAULTS if tally.strikes[fault.name]):
+        recoveries_s, note = tally.recoveries_s[name], f"stopped the driver {tally.stops[name]} times"
+        if recoveries_s:
+            note += f"; {statistics.median(recoveries_s):.1f} s to the next commit (median of {len(recoveries_s)})"
+        yield Row(name, tally.strikes[name], "strikes", note=note)
 
 
 if __name__ == "__main__":

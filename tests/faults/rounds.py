@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import statistics
 import subprocess
 import sys
 import time
@@ -53,10 +52,6 @@ class Tally:
     tried_again: list[int] = field(default_factory=list)
     recoveries_s: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     problems: list[str] = field(default_factory=list)
-
-    def recovery_s(self, fault: str) -> float | None:
-        """The median time from a strike to the next commit."""
-        return statistics.median(self.recoveries_s[fault]) if self.recoveries_s[fault] else None
 
 
 @dataclass(frozen=True)
