@@ -63,11 +63,18 @@ class Cluster:
                 raise TimeoutError(f"The cluster did not start:\n{(self._folder / 'start.log').read_text()}")
             time.sleep(0.3)  # asks again; nothing rests on the interval
 
-    def kill_node_of(self, pid: int) -> None:
-        """SIGKILL every process of the worker node that runs process `pid`: Ray's own and the stages'."""
-        node = next(node for node in self._nodes if node.pid in {parent.pid for parent in psutil.Process(pid).parents()})
+    def kill_node_of(self, pid: int) -> bool:
+        """SIGKILL every process of the worker node that runs process `pid`, Ray's own and the stages'. Gives whether it ran there."""
+        try:
+            parents = {parent.pid for parent in psutil.Process(pid).parents()}
+        except psutil.NoSuchProcess:
+            return False
+        node = next((node for node in self._nodes if node.pid in parents), None)
+        if node is None:
+            return False
         _kill_all(node)
         self._nodes.remove(node)
+        return True
 
     def stage_pids(self) -> set[int]:
         """The stage actors that are alive. Their environment holds this cluster's token."""

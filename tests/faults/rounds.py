@@ -17,8 +17,9 @@ from m2ray.errors import M2rayError
 from tests.faults.cluster import Cluster
 from tests.faults.disk import SmallDisk
 from tests.faults.driver import Driver
-from tests.faults.faults import FAULTS, Fault, Scene
+from tests.faults.faults import FAULTS, Fault
 from tests.faults.rows import Expected, Watcher, unfinished_files, unnamed_files
+from tests.faults.scene import Scene
 from tests.faults.server import FaultyServer
 from tests.reference import make_minimax
 
