@@ -18,7 +18,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="scripts/faults", description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--minutes", type=float, default=5.0, help="how long new rounds are begun")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", default="", metavar="WORDS", help="faults whose names hold these words")
+    parser.add_argument("--only", default="", metavar="PATTERN", help="faults whose names this regular expression matches")
     parser.add_argument("--without-s3", action="store_true", help="local runs only: no S3 server is started")
     parser.add_argument("--record", action="store_true", help="write benchmarks/results/faults.json")
     arguments = parser.parse_args()

@@ -1,6 +1,7 @@
 """Rounds: a run is begun, struck again and again, taken up whenever it stopped, and at last held against an undisturbed one."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -252,7 +253,7 @@ class Round:
 
 
 def chosen_faults(chance: Random, count: int, only: str, *, on_s3: bool, can_fill: bool) -> list[Fault]:
-    """So many faults by the seed, of those that can be done there and hold `only` in their names."""
+    """So many faults by the seed, of those that can be done there and whose names `only` matches."""
     places = {"anywhere", "s3"} if on_s3 else {"anywhere", "local", *(["small disk"] if can_fill else [])}
-    possible = [fault for fault in FAULTS if fault.where in places and only in fault.name]
+    possible = [fault for fault in FAULTS if fault.where in places and re.search(only, fault.name)]
     return chance.choices(possible, [fault.weight for fault in possible], k=count) if possible else []
