@@ -94,7 +94,7 @@ def _key_revoked(scene: Scene) -> int:
 
 FAULTS = (
     Fault("SIGKILL of a stage", stage_killed, 6),
-    Fault("SIGKILL of all stages at once", all_stages_killed, 4),
+    Fault("SIGKILL of all stages at once", all_stages_killed, 6),
     Fault("SIGKILL of a stage and of its successor", newcomer_killed, 4),
     Fault("SIGKILL of stage after stage for 25 s", crash_loop, 2),
     Fault("SIGKILL of a stage in the middle of a put", killed_in_put, 5),

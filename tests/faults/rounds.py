@@ -35,6 +35,7 @@ _SPAN_BYTES = 1_000_000
 """Less than any stage of these layouts loads of the tiny model."""
 _STANDSTILL_S = 240.0
 _DRIVERS = 40
+_NO_FAULT = "no fault"
 
 
 @dataclass
@@ -108,7 +109,10 @@ class Round:
         self._place = server.url(name, is_direct=True) if server else self._run
         self._watcher = Watcher(self._place, inputs.expected, poll_s=0.3)
         self._is_equal = False
-        self._last_strike: tuple[str, float, int] | None = None
+        self._cause = _NO_FAULT
+        """The last fault that struck the driver."""
+        self._unrecovered: tuple[str, float, int] | None = None
+        """A fault after which nothing was committed yet: its name, when it came, and how many shards were committed then."""
 
     def play(self, faults: Sequence[Fault], until_s: float) -> None:
         """Strike with these faults, one after the other, while the run and the time last; then let it complete and look at it."""
@@ -141,7 +145,7 @@ class Round:
         self._say(f"driver {number}{' as a job' if as_job else ''}, {stages} stages, {replicas} replicas")
         driver = Driver(self._cluster, self._run, words, self._logs / f"{self._name}-{number}.log", as_job=as_job)
         self._tally.drivers += 1
-        self._last_strike = None
+        self._cause, self._unrecovered = _NO_FAULT, None
         return Scene(self._cluster, driver, stages * replicas, _SPAN_BYTES, self._disk, self._server, self._chance, self._problems)
 
     def _disturb(self, scene: Scene, waiting: list[Fault], until_s: float) -> None:
@@ -149,7 +153,7 @@ class Round:
         while scene.driver.is_running:
             before, began = self._watcher.shards, time.monotonic()
             in_peace = not waiting or time.monotonic() > until_s
-            wanted = before + self._chance.randint(1, 8) if not in_peace else self._inputs.expected.num_shards + 1
+            wanted = before + self._chance.randint(1, 5) if not in_peace else self._inputs.expected.num_shards + 1
             patience_s = self._chance.uniform(0.0, 6.0) if not in_peace and self._chance.random() < 0.2 else _STANDSTILL_S
             self._await_commits(scene, wanted, patience_s)
             if not scene.driver.is_running:
@@ -171,22 +175,23 @@ class Round:
             time.sleep(0.1)  # looks again; nothing rests on the interval
 
     def _strike(self, scene: Scene, fault: Fault) -> None:
-        began = time.monotonic()
-        self._last_strike = (fault.name, began, self._watcher.shards)
+        shards, began = self._watcher.shards, time.monotonic()
+        self._cause, self._unrecovered = fault.name, (fault.name, began, shards)
         kills = fault.strike(scene)
+        self._note_recovery()
         self._tally.strikes[fault.name] += 1
         self._tally.kills += kills
-        self._say(f"{fault.name}: at {self._last_strike[2]} shards, {kills} killed, {time.monotonic() - began:.1f} s")
+        self._say(f"{fault.name}: at {shards} shards, {kills} killed, {time.monotonic() - began:.1f} s")
 
     def _note_recovery(self) -> None:
-        if self._last_strike and self._watcher.shards > self._last_strike[2]:
-            name, at_s, _ = self._last_strike
+        if self._unrecovered and self._watcher.shards > self._unrecovered[2]:
+            name, at_s, _ = self._unrecovered
             self._tally.recoveries_s[name].append(time.monotonic() - at_s)
-            self._last_strike = None
+            self._unrecovered = None
 
     def _judge(self, scene: Scene) -> None:
         """A driver that ended was killed, completed its run, or says clearly why it stopped."""
-        driver, cause = scene.driver, self._last_strike[0] if self._last_strike else "no fault"
+        driver, cause = scene.driver, self._cause
         self._tally.tried_again += driver.tried_again
         if driver.was_killed:
             return
@@ -200,7 +205,7 @@ class Round:
         self._tally.errors[cause][driver.error[:300]] += 1
         self._say(f"stopped after {cause}: {driver.error}")
         began_work = "stage 0:" in driver.printed  # before that SIGTERM ends it as it does any process
-        if cause == "no fault" or (not driver.error and (began_work or cause != "job stopped")):
+        if cause == _NO_FAULT or (not driver.error and (began_work or cause != "job stopped")):
             self._problems.append(f"it stopped after {cause} without a clear error: {driver.printed[-3000:]}")
 
     # -- the run at its end -------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ _FAULTS_A_ROUND = 12
 
 
 def play(seed: int, seconds: float, *, with_s3: bool, only: str = "") -> Tally:
-    """Rounds for so long, every third in the S3 server."""
+    """Rounds for so long, every fourth in the S3 server."""
     folder, tally = Path(tempfile.mkdtemp(prefix="m2ray-faults-", dir="/tmp")), Tally()
     with ExitStack() as stack:
         server = stack.enter_context(faulty_server()) if with_s3 else None
@@ -29,7 +29,7 @@ def play(seed: int, seconds: float, *, with_s3: bool, only: str = "") -> Tally:
         until_s, number = time.monotonic() + seconds, 0
         while time.monotonic() < until_s:
             chance = Random(f"{seed}/{number}")
-            place = server if number % 3 == 1 else None
+            place = server if number % 4 == 1 else None
             faults = chosen_faults(chance, _FAULTS_A_ROUND, only, on_s3=place is not None, can_fill=disk.can_fill)
             if faults:
                 Round(f"round-{number}", cluster, disk, place, inputs, chance, tally).play(faults, until_s)
