@@ -107,7 +107,7 @@ class Round:
         self._logs.mkdir(exist_ok=True)
         self._problems: list[str] = []
         self._place = server.url(name, is_direct=True) if server else self._run
-        self._watcher = Watcher(self._place, inputs.expected, poll_s=0.3)
+        self._watcher = Watcher(self._place, inputs.expected, poll_s=0.5)
         self._is_equal = False
         self._cause = _NO_FAULT
         """The last fault that struck the driver."""
