@@ -41,12 +41,12 @@ def machine() -> str:
     return f"{os.cpu_count()} cores, {memory_gib:.0f} GiB{gpus}"
 
 
-def record(name: str, title: str, rows: list[Row]) -> Path:
-    """Write results/NAME.json with what is needed to run it again."""
+def record(name: str, title: str, rows: list[Row], command: str = "") -> Path:
+    """Write results/NAME.json with what is needed to run it again: `command`, or the module that runs now."""
     head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=FOLDER, capture_output=True, text=True, check=False).stdout.strip()
     document = {
         "title": title,
-        "command": shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
+        "command": command or shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
         "machine": machine(),
         "date": datetime.now(UTC).date().isoformat(),
         "commit": head or os.environ.get("M2RAY_COMMIT", "unknown"),

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -115,7 +116,8 @@ class ActivationWriter:
         """Wait until every part of a complete attempt is durable and give the receipts, in the order of `parts`.
 
         Raises:
-            StoreError: a write failed, or is not done after `timeout_s`. Nothing of the attempt is left behind then.
+            StoreError: a write failed, or is not done after `timeout_s`. Nothing of the attempt is left behind then, as far as
+                the store let it be deleted.
             StageError: the attempt is not complete.
         """
         with self._changed:
@@ -130,7 +132,9 @@ class ActivationWriter:
         if opened.failure is None:
             assert receipts is not None
             return receipts
-        self._end([opened], timeout_s)
+        # The failure says why. What the same store would not delete either is no commit's, and goes when the run is finished.
+        with suppress(StoreError):
+            self._end([opened], timeout_s)
         raise opened.failure
 
     def abandon(self, shard: int, attempt: str, timeout_s: float = 60.0) -> None:

@@ -3,6 +3,8 @@
 Ray reads its authentication settings once, when it is imported. A cluster that m2ray starts for itself has token
 authentication on, with a token that never leaves this process and its children; so both are set here, before any module
 of this package imports Ray. A cluster that RAY_ADDRESS names keeps its own settings.
+
+After a failure nobody asks any more for what the calls in flight gave: Ray is told not to print the trace of each.
 """
 
 import os
@@ -13,3 +15,5 @@ if "ray" not in sys.modules and not os.environ.get("RAY_ADDRESS"):
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     if os.environ["RAY_AUTH_MODE"] == "token":
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+
+os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")

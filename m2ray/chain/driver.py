@@ -254,7 +254,7 @@ class Chain:
         self.tokens_done -= sum(opened.shard.num_tokens for opened in self._closing)
         self._forget()
         self.stop.wait(decision.after_s)
-        if lost and not self._stages.restart(list(lost)):
+        if lost and not self._stages.restart(lost):
             self._say("The room of a lost stage did not come back: all stages of this chain start anew elsewhere")
 
     def _forget(self) -> None:

@@ -4,7 +4,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,8 +100,11 @@ class Stages:
             now_read_bytes = sum(status.read_bytes for status in self.statuses)
             if done or now_read_bytes != read_bytes:
                 read_bytes, progressed = now_read_bytes, time.monotonic()
-            elif time.monotonic() - progressed > self._patience.stage_s:
-                raise GetTimeoutError(f"Loading stood still for {self._patience.stage_s:g} s.")
+                continue
+            # Until a stage has answered, its process starts.
+            patience_s = self._patience.stage_s + (_START_S if set(waiting.values()) - self._answers.keys() else 0.0)
+            if time.monotonic() - progressed > patience_s:
+                raise GetTimeoutError(f"Loading stood still for {patience_s:g} s.")
 
     def ask(self) -> None:
         """Take in what the stages answered and ask again, without waiting: a busy stage may be late, a lost one never answers.
@@ -146,8 +149,8 @@ class Stages:
                 lost[index] = "hung" if isinstance(answer, GetTimeoutError) else "died"
         return lost
 
-    def restart(self, lost: Sequence[int]) -> bool:
-        """Start the lost stages anew in their bundles. `load` has to follow.
+    def restart(self, lost: Mapping[int, str]) -> bool:
+        """Start the lost stages, as `reset` gave them, anew in their bundles. `load` has to follow.
 
         Where a bundle does not come back in time, the whole placement group is given back and asked for anew, and all stages
         start anew: a group that was repaired in part can stay pending for ever (ray-project/ray#65147).
@@ -168,7 +171,7 @@ class Stages:
         self.start()
         return False
 
-    def _have_come_back(self, lost: Sequence[int]) -> bool:
+    def _have_come_back(self, lost: Iterable[int]) -> bool:
         refs = [self.actors[index].status.remote() for index in lost]
         began = whole_at = time.monotonic()
         while time.monotonic() - began < self._patience.stage_s + self._patience.placement_s + _START_S:
@@ -211,10 +214,12 @@ class Stages:
                 words.append(f"stage {index} does not answer ({type(answer).__name__})")
         return "; ".join(words)
 
-    def _replace(self, lost: Sequence[int]) -> None:
-        for index in lost:
+    def _replace(self, lost: Mapping[int, str]) -> None:
+        for index, why in lost.items():
             ray.kill(self.actors[index])
-            self._end_process(self._answers.pop(index, None))
+            status = self._answers.pop(index, None)
+            if why == "hung":
+                self._end_process(status)
             self._asked.pop(index, None)
             self.actors[index] = self._actor(index)
             self._unloaded.add(index)

@@ -9,7 +9,6 @@ import torch
 from m2ray.batches import Bits, CapturedLayer, MicroBatch
 from m2ray.errors import StageError
 
-
 COPYING_LAYERS = 3
 """Layers of one micro-batch whose rows are on the GPU at one time: on their way to the host, or yet to be computed."""
 

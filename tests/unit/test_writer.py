@@ -225,6 +225,21 @@ def test_a_full_disk_at_any_write_surfaces_and_leaves_nothing(tmp_path: Path) ->
         assert store.late == [], failing_write
 
 
+def test_a_store_that_refuses_to_write_and_to_delete_is_reported_by_what_it_refused_first(tmp_path: Path, monkeypatch) -> None:
+    num_writes = writes_of_a_shard(tmp_path / "counted")
+
+    def refuse(keys: object) -> None:
+        raise StoreError("Cannot delete.")
+
+    store = HookedStore(tmp_path / "run", full_disk(num_writes))  # two of three parts are durable by then
+    monkeypatch.setattr(store, "delete", refuse)
+    record = runs.job(store)
+    writer = runs.writer(store, record)
+    with pytest.raises(StoreError, match="No space left on device"):
+        write_shard_0(writer, record)
+    writer.close()
+
+
 def test_a_failed_write_is_raised_by_the_next_submit_until_the_attempt_is_abandoned(tmp_path: Path) -> None:
     may_fail, disk = threading.Event(), full_disk(1)
     store = HookedStore(tmp_path, lambda key: may_fail.wait(10) and disk(key))
