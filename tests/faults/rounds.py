@@ -146,7 +146,9 @@ class Round:
         driver = Driver(self._cluster, self._run, words, self._logs / f"{self._name}-{number}.log", as_job=as_job)
         self._tally.drivers += 1
         self._cause, self._unrecovered = _NO_FAULT, None
-        return Scene(self._cluster, driver, stages * replicas, _SPAN_BYTES, self._disk, self._server, self._chance, self._problems)
+        return Scene(
+            self._cluster, driver, stages * replicas, replicas, _SPAN_BYTES, self._disk, self._server, self._chance, self._problems
+        )
 
     def _disturb(self, scene: Scene, waiting: list[Fault], until_s: float) -> None:
         """Strike at moments that the seed chooses: most often after some commits, else whatever the run is at."""
@@ -162,7 +164,7 @@ class Round:
                 self._problems.append(f"nothing was committed for {_STANDSTILL_S:g} s")
                 return
             if not in_peace:
-                scene.is_loaded = self._watcher.shards > before
+                scene.is_loaded = scene.num_replicas == 1 and self._watcher.shards > before
                 self._strike(scene, waiting.pop(0))
 
     def _await_commits(self, scene: Scene, wanted: int, patience_s: float) -> None:

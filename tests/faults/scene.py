@@ -21,13 +21,15 @@ class Scene:
         num_processes: the stage actors of all replicas.
         span_bytes: the fewest bytes of weights that a stage loads.
         server: where the run lies; None for the disk.
-        is_loaded: whether the stages had their weights before the strike.
+        num_replicas: chains; while one commits, another may still load.
+        is_loaded: whether all stages had their weights before the strike.
         problems: takes what should not have happened.
     """
 
     cluster: Cluster
     driver: Driver
     num_processes: int
+    num_replicas: int
     span_bytes: int
     disk: SmallDisk
     server: FaultyServer | None
