@@ -32,7 +32,7 @@ def scattered(fd: int, offsets: npt.NDArray[np.int64], out: npt.NDArray[np.uint8
     Returns:
         Whether all of them were read; if not, any part of them may have been.
     """
-    row_bytes = out.shape[1]
+    row_bytes: int = out.shape[1]
     assert out.flags.c_contiguous
     assert out.flags.writeable
     assert places.min() >= 0
