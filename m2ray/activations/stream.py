@@ -1,8 +1,8 @@
 """ActivationStream: a layer's rows in random order, every one once an epoch, for training.
 
 Rows lie in blocks, runs of neighbours in a part. An epoch is one order of all blocks, dealt out to the consumers (each worker of
-each rank is one). A consumer takes its blocks by the window, half of the shuffle buffer, and shuffles the window's rows; the
-next window is read meanwhile. All of it follows from seed, epoch and the run, so a position is one number: the rows given.
+each rank is one). A consumer takes its blocks by the window, half of the shuffle buffer, and shuffles the window's rows: each is
+read straight to its place, and batches are cut from the window without a copy. The next window is read meanwhile. All of it follows from seed, epoch and the run, so a position is one number: the rows given.
 """
 
 import os
@@ -54,9 +54,10 @@ class ActivationStream(IterableDataset[Batch]):
     """Batches of a one-layer view's rows. Give it to a DataLoader with `batch_size=None`, or iterate over it as it is.
 
     Every committed row comes once an epoch over all ranks and workers; ranks may differ by a few blocks of 4 MiB. All batches have
-    `batch_rows` rows but a worker's last. Call `set_epoch` for another order. The tensors are the caller's own.
+    `batch_rows` rows but a worker's last. Call `set_epoch` for another order. The tensors are the caller's own. As long as one is kept,
+    the memory of its window, half of the shuffle buffer, is not used again: clone what is kept for long.
 
-    Besides its buffer a worker keeps at most 256 MiB of token ids, and where the rows of its last 4,096 parts lie.
+    Besides its buffer, which it keeps from epoch to epoch, a worker keeps at most 256 MiB of token ids, and where their rows lie.
 
     Raises:
         ConfigError: an option makes no sense.
