@@ -138,9 +138,8 @@ class _Windows:
         self._seeds = [options.seed, epoch, consumer]
         window_rows = max(1, options.shuffle_buffer_bytes // 2 // row_bytes(spec))
         block_rows = max(1, min(_BLOCK_BYTES // row_bytes(spec), window_rows // _BLOCKS_A_WINDOW))
-        blocks = _in_random_order(parts.rows, block_rows, parts.kept // 2, np.random.default_rng([options.seed, epoch]))[
-            consumer::consumers
-        ]
+        all_blocks = _in_random_order(parts.rows, block_rows, parts.kept // 2, np.random.default_rng([options.seed, epoch]))
+        blocks = all_blocks[consumer::consumers]
         a_window = max(1, window_rows // block_rows)
         self._window_rows = min(a_window * block_rows, int(parts.rows.sum()))
         self._windows = [blocks[start : start + a_window] for start in range(0, len(blocks), a_window)]
@@ -223,10 +222,14 @@ class _Memory:
     def take(self, num_rows: int) -> Bits:
         """uint8 [N, W * itemsize], in use for as long as any slice of it lives."""
         num_bytes = num_rows * self._row_bytes
-        free = [memory for memory, array in self._lent if array() is None and len(memory) == num_bytes]
-        self._lent = [(memory, array) for memory, array in self._lent if array() is not None or memory in free[1:]]
-        # numpy asks for huge pages. Every slice holds the array whose base is a memoryview, however it was sliced.
-        memory = free[0] if free else np.empty(num_bytes, np.uint8).data
+        for number, (memory, array_lent) in enumerate(self._lent):
+            if array_lent() is None and len(memory) == num_bytes:
+                del self._lent[number]
+                break
+        else:
+            self._lent = [(memory, array_lent) for memory, array_lent in self._lent if array_lent() is not None]
+            memory = np.empty(num_bytes, np.uint8).data  # numpy asks for huge pages
+        # Every slice, however it was cut, holds this array, since what lies behind it is none.
         array = np.frombuffer(memory, np.uint8)
         self._lent.append((memory, weakref.ref(array)))
         return array.reshape(-1, self._row_bytes)

@@ -152,7 +152,8 @@ def test_two_windows_of_memory_do_for_any_number_of_epochs(view: RunReader) -> N
         stream.set_epoch(epoch)
         for _ in stream:
             pass
-    assert len(stream._held[2]._lent) == 2
+        assert len(stream._held[2]._lent) == 2
+    assert all(array() is None for _, array in stream._held[2]._lent), "nothing is held once the batches are gone"
 
 
 def test_two_iterations_at_once_do_not_disturb_each_other(view: RunReader) -> None:
