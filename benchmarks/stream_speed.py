@@ -54,7 +54,8 @@ def measure(folder: Path, shards: int, compression: Compression, pairs: int) -> 
     low, ratio, high = statistics.quantiles(ratios, n=4)
     note = (
         f"{gigabytes:.2f} GB of rows in {sum(file.stat().st_size for file in files) / 1e9:.2f} GB of files; median of {pairs} pairs, "
-        f"quartiles {low:.2f} to {high:.2f}; the first epoch {first_plain_s / first_s:.2f}; 4 reading threads, the baseline has 1"
+        f"quartiles {low:.2f} to {high:.2f}; the first epoch {first_plain_s / first_s:.2f}; 4 reading threads, the baseline has 1; "
+        f"load of the machine {os.getloadavg()[1]:.0f}"
     )
     name = f'stream, 512 MiB shuffle buffer, compression = "{compression}"'
     baseline = "read() of the same files" if compression == "none" else "read() of the same files, as GB of rows"
