@@ -15,6 +15,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -47,27 +48,40 @@ def activations() -> Bits:
     return np.ascontiguousarray((values.view(np.uint32) >> 16).astype(np.uint16)).view(np.uint8)
 
 
-def write_parts(store: Store, rows: Bits, layers: int, threads: int) -> float:
+Seconds = tuple[float, float]
+"""By the clock, and of the processor."""
+
+
+def clock() -> Seconds:
+    return time.perf_counter(), time.process_time()
+
+
+def since(begin: Seconds) -> Seconds:
+    now = clock()
+    return now[0] - begin[0], now[1] - begin[1]
+
+
+def write_parts(store: Store, rows: Bits, layers: int, threads: int) -> Seconds:
     """Seconds that ActivationWriter takes for one shard of so many layers, from the first submit to the last receipt."""
     parts = [PartSpec("residual", layer, "bfloat16", HIDDEN_SIZE) for layer in range(layers)]
     captured = [CapturedLayer("residual", layer, rows) for layer in range(layers)]
     attempt = uuid.uuid4().hex[:12]
     writer = ActivationWriter(store, {}, parts, queue_bytes=2 << 30, threads=threads)
     try:
-        begin = time.perf_counter()
+        begin = clock()
         for micro_batch in micro_batches():
             writer.submit(attempt, micro_batch, captured, 600)
         receipts = writer.collect(0, attempt, 600)
-        seconds = time.perf_counter() - begin
+        seconds = since(begin)
     finally:
         writer.close()
     store.delete([receipt.key for receipt in receipts])
     return seconds
 
 
-def write_plainly(folder: Path, rows: Bits, layers: int) -> float:
+def write_plainly(folder: Path, rows: Bits, layers: int) -> Seconds:
     """Seconds for the same rows in as many files: write(), fsync of file and folder."""
-    begin, paths = time.perf_counter(), [folder / uuid.uuid4().hex for _ in range(layers)]
+    begin, paths = clock(), [folder / uuid.uuid4().hex for _ in range(layers)]
     for path in paths:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         for _ in range(MICRO_BATCHES):
@@ -79,44 +93,55 @@ def write_plainly(folder: Path, rows: Bits, layers: int) -> float:
         folder_fd = os.open(folder, os.O_RDONLY)
         os.fsync(folder_fd)
         os.close(folder_fd)
-    seconds = time.perf_counter() - begin
+    seconds = since(begin)
     for path in paths:
         path.unlink()
     return seconds
 
 
-def put_plainly(store: ObjectStore, rows: Bits, layers: int) -> float:
+def put_plainly(store: ObjectStore, rows: Bits, layers: int) -> Seconds:
     """Seconds for the same rows in as many objects: obstore.put, multipart as obstore itself chooses."""
     body = rows.tobytes() * MICRO_BATCHES
     keys = [uuid.uuid4().hex for _ in range(layers)]
-    begin = time.perf_counter()
+    begin = clock()
     for key in keys:
         obstore.put(store._store, key, body)  # noqa: SLF001 - the same client on purpose
-    seconds = time.perf_counter() - begin
+    seconds = since(begin)
     store.delete(keys)
     return seconds
 
 
-def in_pairs(ours: Callable[[], float], theirs: Callable[[], float], pairs: int) -> tuple[float, float, list[float]]:
-    """Median seconds of both, and theirs / ours of each pair; the first pair only warms up."""
+@dataclass(frozen=True)
+class Measured:
+    """One entry a pair."""
+
+    ours: list[Seconds]
+    theirs: list[Seconds]
+
+
+def in_pairs(ours: Callable[[], Seconds], theirs: Callable[[], Seconds], pairs: int) -> Measured:
+    """Each right after the other, in alternating order; the first pair only warms up."""
     ours(), theirs()
-    taken: list[tuple[float, float]] = []
+    found = Measured([], [])
     for number in range(pairs):
-        if number % 2:
-            taken.append((ours(), theirs()))
-        else:
-            plain_s = theirs()
-            taken.append((ours(), plain_s))
-    ratios = [plain_s / ours_s for ours_s, plain_s in taken]
-    return statistics.median(pair[0] for pair in taken), statistics.median(pair[1] for pair in taken), ratios
+        sides = [(found.ours, ours), (found.theirs, theirs)]
+        for taken, work in sides if number % 2 else reversed(sides):
+            taken.append(work())
+    return found
 
 
-def row(what: str, rows: Bits, layers: int, measured: tuple[float, float, list[float]], baseline_is: str, target: str) -> Row:
+def row(what: str, rows: Bits, layers: int, measured: Measured, baseline_is: str, target: str) -> Row:
     gigabytes = rows.nbytes * MICRO_BATCHES * layers / 1e9
-    ours_s, plain_s, ratios = measured
-    low, _, high = statistics.quantiles(ratios, n=4)
-    note = f"median of {len(ratios)} pairs, quartiles {low:.2f} to {high:.2f}; {gigabytes:.2f} GB each"
-    return Row(what, gigabytes / ours_s, "GB/s", gigabytes / plain_s, baseline_is, statistics.median(ratios), target, note)
+    (ours_s, ours_core_s), (plain_s, plain_core_s) = (
+        [statistics.median(pair[kind] for pair in side) / gigabytes for kind in (0, 1)] for side in (measured.ours, measured.theirs)
+    )
+    ratios = [plain / ours for (ours, _), (plain, _) in zip(measured.ours, measured.theirs, strict=True)]
+    low, ratio, high = statistics.quantiles(ratios, n=4)
+    note = (
+        f"median of {len(ratios)} pairs, quartiles {low:.2f} to {high:.2f}; {gigabytes:.2f} GB each;"
+        f" core-seconds a GB: {ours_core_s:.2f}, the baseline {plain_core_s:.2f}; load of the machine {os.getloadavg()[1]:.0f}"
+    )
+    return Row(what, 1 / ours_s, "GB/s", 1 / plain_s, baseline_is, ratio, target, note)
 
 
 @contextmanager

@@ -5,13 +5,11 @@ column is not compressed. The offset index at the file's end says where each pag
 Source: https://parquet.apache.org/docs/file-format/pageindex/ and parquet.thrift of the same project.
 """
 
-import threading
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from m2ray.activations import planes
@@ -23,7 +21,6 @@ from m2ray.storage import Store
 _UNCOMPRESSED, _ZSTD = 0, 6
 _DATA_PAGE = 0
 _MAGIC = b"PAR1"
-_SCRATCH = threading.local()
 _MALFORMED = (ValueError, LookupError, TypeError, AttributeError, OverflowError)
 
 
@@ -148,37 +145,10 @@ class _Column:
         return rows
 
     def take(self, numbers: Int64Array, out: Bits, places: Int64Array) -> None:
-        """As `PartPages.take`, of a column that is not compressed. Pages that lie close together are read at once."""
-        first, last = self.pages_of(numbers[[0, -1]]).tolist()
-        cuts = np.flatnonzero(
-            np.diff(self._offsets[first : last + 1]) > np.diff(self._first_rows[first : last + 1]) * self.row_bytes + 4096
-        )
-        edges = [first, *(cuts + first + 1).tolist(), last + 1]
-        bounds = np.searchsorted(numbers, self._first_rows[first : last + 2]).tolist()
-        for begin, end in pairwise(edges):
-            low, high = bounds[begin - first], bounds[end - first]
-            if low == high:
-                continue
-            offset = self._place(begin, max(int(numbers[low]), int(self._first_rows[begin])))
-            data = self._read(offset, self._place(end - 1, int(numbers[high - 1]) + 1) - offset)
-            for page in range(begin, end):
-                of = slice(bounds[page - first], bounds[page - first + 1])
-                if of.start < of.stop:
-                    top, bottom = int(numbers[of.start]), int(numbers[of.stop - 1]) + 1
-                    place = self._place(page, top) - offset
-                    rows = data[place : place + (bottom - top) * self.row_bytes].reshape(-1, self.row_bytes)
-                    out[places[of]] = rows if len(rows) == of.stop - of.start else rows[numbers[of] - top]
-
-    def _read(self, offset: int, num_bytes: int) -> npt.NDArray[np.uint8]:
-        """Bytes of the part, valid until this thread reads again: fresh memory would take longer than the reading."""
-        if len(getattr(_SCRATCH, "bytes", b"")) < num_bytes:
-            _SCRATCH.bytes = bytearray(num_bytes)
-        view = memoryview(_SCRATCH.bytes)[:num_bytes]
-        self._store.read_into(self._key, offset, view)
-        return np.frombuffer(view, np.uint8)
-
-    def _place(self, page: int, row: int) -> int:
-        return int(self._offsets[page] + (row - self._first_rows[page]) * self.row_bytes)
+        """As `PartPages.take`, of a column that is not compressed."""
+        pages = self.pages_of(numbers)
+        offsets = self._offsets[pages] + (numbers - self._first_rows[pages]) * self.row_bytes
+        self._store.read_rows(self._key, offsets, out, places)
 
     def _decompressed(self, page: int) -> Bits:
         data = self._store.read_range(self._key, int(self._offsets[page]), int(self._sizes[page]))

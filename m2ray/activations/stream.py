@@ -1,14 +1,17 @@
 """ActivationStream: a layer's rows in random order, every one once an epoch, for training.
 
 Rows lie in blocks, runs of neighbours in a part. An epoch is one order of all blocks, dealt out to the consumers (each worker of
-each rank is one). A consumer takes its blocks by the window, half of the shuffle buffer, and shuffles the window's rows; the
-next window is read meanwhile. All of it follows from seed, epoch and the run, so a position is one number: the rows given.
+each rank is one). A consumer takes its blocks by the window, half of the shuffle buffer, and shuffles the window's rows: each is
+read straight to its place, and batches are cut from the window without a copy. The next window is read meanwhile. All of it follows from seed, epoch and the run, so a position is one number: the rows given.
 """
 
+import os
+import threading
+import weakref
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -19,9 +22,9 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from m2ray.activations.catalogue import Catalogue
 from m2ray.activations.manifest import receipts_of
-from m2ray.activations.random_rows import RandomRows
+from m2ray.activations.pages import PartPages
 from m2ray.activations.schema import row_bytes
-from m2ray.batches import TOKEN_ROW, Int64Array, PartSpec
+from m2ray.batches import TOKEN_ROW, Bits, Int64Array, PartSpec
 from m2ray.errors import ConfigError
 
 _BLOCK_BYTES = 4 << 20
@@ -31,6 +34,9 @@ _TOKENS_KEPT_BYTES = 256 << 20
 
 Batch = dict[str, torch.Tensor]
 """`activations` [N, W] in the store dtype, `sequence_id` int64 [N], `position` int32 [N] and `token_id` int32 [N]."""
+
+_Rows = tuple[Bits, npt.NDArray[Any]]
+"""uint8 [N, W * itemsize] and TOKEN_ROW [N]."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +54,10 @@ class ActivationStream(IterableDataset[Batch]):
     """Batches of a one-layer view's rows. Give it to a DataLoader with `batch_size=None`, or iterate over it as it is.
 
     Every committed row comes once an epoch over all ranks and workers; ranks may differ by a few blocks of 4 MiB. All batches have
-    `batch_rows` rows but a worker's last. Call `set_epoch` for another order. The tensors are the caller's own.
+    `batch_rows` rows but a worker's last. Call `set_epoch` for another order. The tensors are the caller's own. As long as one is kept,
+    the memory of its window, half of the shuffle buffer, is not used again: clone what is kept for long.
 
-    Besides its buffer a worker keeps at most 256 MiB of token ids, and where the rows of its last 4,096 parts lie.
+    Besides its buffer, which it keeps from epoch to epoch, a worker keeps at most 256 MiB of token ids, and where their rows lie.
 
     Raises:
         ConfigError: an option makes no sense.
@@ -61,11 +68,15 @@ class ActivationStream(IterableDataset[Batch]):
         self._catalogue = catalogue
         self._spec = spec
         self._options = options
-        self._parts = catalogue.parts_of(spec)
-        self._fingerprint = xxhash.xxh3_128_hexdigest("\n".join(self._parts["key"].to_pylist()).encode())
+        self._fingerprint = xxhash.xxh3_128_hexdigest("\n".join(catalogue.parts_of(spec)["key"].to_pylist()).encode())
         self._epoch = 0
         self._rows_given = 0
         self._resumed: Mapping[str, Any] | None = None
+        # Of the process that iterates alone: a forked worker must not wait for its parent's threads.
+        self._held: tuple[int, _Parts, _Memory] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_held": None}
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of the next iteration, which begins at its first row."""
@@ -99,8 +110,11 @@ class ActivationStream(IterableDataset[Batch]):
         else:
             self._rows_given = 0
         self._resumed = None
+        if self._held is None or self._held[0] != os.getpid():
+            self._held = (os.getpid(), _Parts(self._catalogue, self._spec), _Memory(row_bytes(self._spec)))
+        _, parts, memory = self._held
         place = self._place()
-        windows = _Windows(self._catalogue, self._spec, self._options, self._epoch, place["consumer"], place["consumers"])
+        windows = _Windows(parts, memory, self._spec, self._options, self._epoch, place["consumer"], place["consumers"])
         for batch in windows.batches(self._options.batch_rows, skip_rows=self._rows_given):
             self._rows_given += len(batch["activations"])
             yield batch
@@ -115,50 +129,55 @@ class ActivationStream(IterableDataset[Batch]):
 class _Windows:
     """One consumer's share of one epoch."""
 
-    def __init__(self, catalogue: Catalogue, spec: PartSpec, options: StreamOptions, epoch: int, consumer: int, consumers: int) -> None:
-        self._catalogue = catalogue
-        self._spec = spec
+    def __init__(
+        self, parts: "_Parts", memory: "_Memory", spec: PartSpec, options: StreamOptions, epoch: int, consumer: int, consumers: int
+    ) -> None:
+        self._parts = parts
+        self._memory = memory
+        self._dtype = getattr(torch, spec.dtype)
         self._seeds = [options.seed, epoch, consumer]
-        self._rows = RandomRows(catalogue, spec)
-        self._buffers: list[torch.Tensor] = []
-        self._parts = catalogue.parts_of(spec)
         window_rows = max(1, options.shuffle_buffer_bytes // 2 // row_bytes(spec))
         block_rows = max(1, min(_BLOCK_BYTES // row_bytes(spec), window_rows // _BLOCKS_A_WINDOW))
-        blocks = _blocks(self._parts["rows"].to_numpy(), block_rows)
-        order = np.random.default_rng([options.seed, epoch]).permutation(len(blocks))[consumer::consumers]
+        all_blocks = _in_random_order(parts.rows, block_rows, parts.kept // 2, np.random.default_rng([options.seed, epoch]))
+        blocks = all_blocks[consumer::consumers]
         a_window = max(1, window_rows // block_rows)
-        self._windows = [blocks[order[start : start + a_window]] for start in range(0, len(order), a_window)]
-        largest = max(self._parts["rows"].to_pylist(), default=1)
-        self._tokens = lru_cache(max(1, _TOKENS_KEPT_BYTES // (largest * TOKEN_ROW.itemsize)))(self._read_tokens)
+        self._window_rows = min(a_window * block_rows, int(parts.rows.sum()))
+        self._windows = [blocks[start : start + a_window] for start in range(0, len(blocks), a_window)]
+        self._sizes = [int((window[:, 2] - window[:, 1]).sum()) for window in self._windows]
 
     def batches(self, batch_rows: int, skip_rows: int) -> Iterator[Batch]:
         """All batches but the first `skip_rows` rows. While a window is given out, the next one is read."""
-        # Two windows of memory, used in turn: fresh memory for each would take longer than the reading.
-        sizes = [int((window[:, 2] - window[:, 1]).sum()) for window in self._windows]
-        number = 0
+        sizes, number = self._sizes, 0
         while number < len(sizes) and skip_rows >= sizes[number]:
             skip_rows -= sizes[number]
             number += 1
-        largest, dtype = max(sizes, default=0), getattr(torch, self._spec.dtype)
-        self._buffers = [torch.empty((largest, self._spec.width), dtype=dtype) for _ in sizes[:2]]
         pool = ThreadPoolExecutor(_READS_AT_ONCE, thread_name_prefix="stream")
         try:
+            rest: list[_Rows] = []
             ahead = self._begin(pool, number)
-            rest: list[Batch] = []
             while ahead is not None:
-                window, ahead, number = ahead.whole(), self._begin(pool, number + 1), number + 1
-                missing_rows = batch_rows - sum(len(piece["activations"]) for piece in rest)
-                for start, stop in _cuts(skip_rows, sizes[number - 1], missing_rows, batch_rows):
-                    rest.append({name: column[start:stop] for name, column in window.items()})
-                    if sum(len(piece["activations"]) for piece in rest) == batch_rows:
-                        yield _joined(rest)
-                        rest = []
+                window, ahead = ahead.whole(), None
+                missing_rows = batch_rows - sum(len(bits) for bits, _ in rest)
+                for start, stop in _cuts(skip_rows, sizes[number], missing_rows, batch_rows):
+                    rest.append((window.bits[start:stop], window.tokens[start:stop]))
+                    if sum(len(bits) for bits, _ in rest) == batch_rows:
+                        batch, rest = self._batch(*(rest[0] if len(rest) == 1 else _joined(rest))), []
+                        yield batch
+                        del batch
+                        # Only now has whoever takes the batches let go of the last window, whose memory the next one takes.
+                        ahead = ahead or self._begin(pool, number + 1)
                 rest = [_joined(rest)] if rest else []  # a copy: the window can go
-                skip_rows = 0
-            if rest:
-                yield rest[0]
+                del window
+                ahead, number, skip_rows = ahead or self._begin(pool, number + 1), number + 1, 0
+            for rows in rest:
+                yield self._batch(*rows)
         finally:
             pool.shutdown(cancel_futures=True)
+
+    def _batch(self, bits: Bits, tokens: npt.NDArray[Any]) -> Batch:
+        """The activations stay where they are."""
+        columns = {name: torch.from_numpy(tokens[name].copy()) for name in TOKEN_ROW.names or ()}
+        return {"activations": torch.from_numpy(bits).view(self._dtype), **columns}
 
     def _begin(self, pool: ThreadPoolExecutor, number: int) -> "_Filling | None":
         if number >= len(self._windows):
@@ -166,48 +185,103 @@ class _Windows:
         blocks = self._windows[number]
         edges = np.concatenate([[0], np.cumsum(blocks[:, 2] - blocks[:, 1])])
         places = np.random.default_rng([*self._seeds, number]).permutation(edges[-1])
-        rows_NW = self._buffers[number % 2][: len(places)]
-        bits, tokens = rows_NW.view(torch.uint8).numpy(), np.empty(len(places), TOKEN_ROW)
+        bits, tokens = self._memory.take(self._window_rows)[: len(places)], np.empty(len(places), TOKEN_ROW)
 
         def read(block: int) -> None:
             part, start, stop = blocks[block].tolist()
             into = places[edges[block] : edges[block + 1]]
-            self._rows.pages(part).take(np.arange(start, stop), bits, into)
-            tokens[into] = self._tokens(part)[start:stop]
+            pages, tokens_of_part = self._parts(part)
+            pages.take(np.arange(start, stop), bits, into)
+            tokens[into] = tokens_of_part[start:stop]
 
-        return _Filling(rows_NW, tokens, [pool.submit(read, block) for block in range(len(blocks))])
-
-    def _read_tokens(self, part: int) -> npt.NDArray[Any]:
-        (receipt,) = receipts_of(self._parts.slice(part, 1))
-        return self._catalogue.open_part(self._spec, receipt).tokens()
+        return _Filling(bits, tokens, [pool.submit(read, block) for block in range(len(blocks))])
 
 
 @dataclass(frozen=True)
 class _Filling:
     """A window on its way into memory."""
 
-    rows_NW: torch.Tensor
+    bits: Bits
     tokens: npt.NDArray[Any]
     reads: list[Future[None]]
 
-    def whole(self) -> Batch:
+    def whole(self) -> "_Filling":
         """Wait for all of it. Raises what a read raised."""
         for read in self.reads:
             read.result()
-        names = TOKEN_ROW.names or ()
-        return {"activations": self.rows_NW} | {name: torch.from_numpy(np.ascontiguousarray(self.tokens[name])) for name in names}
+        return self
 
 
-def _blocks(rows_of_parts: Int64Array, block_rows: int) -> Int64Array:
-    """(part, start, stop) of every block: int64 [blocks, 3]."""
-    return np.array(
-        [
-            (part, start, min(start + block_rows, rows))
-            for part, rows in enumerate(rows_of_parts.tolist())
-            for start in range(0, rows, block_rows)
-        ],
-        np.int64,
-    ).reshape(-1, 3)
+class _Memory:
+    """Memory of windows, used again once no batch lies in it any more: to give out fresh memory takes the kernel longer than to read."""
+
+    def __init__(self, row_bytes: int) -> None:
+        self._row_bytes = row_bytes
+        self._lent: list[tuple[memoryview, weakref.ref[Bits]]] = []
+
+    def take(self, num_rows: int) -> Bits:
+        """uint8 [N, W * itemsize], in use for as long as any slice of it lives."""
+        num_bytes = num_rows * self._row_bytes
+        for number, (memory, array_lent) in enumerate(self._lent):
+            if array_lent() is None and len(memory) == num_bytes:
+                del self._lent[number]
+                break
+        else:
+            self._lent = [(memory, array_lent) for memory, array_lent in self._lent if array_lent() is not None]
+            memory = np.empty(num_bytes, np.uint8).data  # numpy asks for huge pages
+        # Every slice, however it was cut, holds this array, since what lies behind it is none.
+        array = np.frombuffer(memory, np.uint8)
+        self._lent.append((memory, weakref.ref(array)))
+        return array.reshape(-1, self._row_bytes)
+
+
+class _Parts:
+    """The parts of a layer by their number: where their rows lie, and which tokens these are. Those used last are kept.
+
+    Any number of threads may ask; one opens a part, the others wait.
+    """
+
+    def __init__(self, catalogue: Catalogue, spec: PartSpec) -> None:
+        self._catalogue = catalogue
+        self._spec = spec
+        self._table = catalogue.parts_of(spec)
+        self.rows: Int64Array = self._table["rows"].to_numpy()
+        self.kept = max(2, _TOKENS_KEPT_BYTES // (int(self.rows.max(initial=1)) * TOKEN_ROW.itemsize))
+        self._opened: OrderedDict[int, Future[tuple[PartPages, npt.NDArray[Any]]]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __call__(self, part: int) -> tuple[PartPages, npt.NDArray[Any]]:
+        with self._lock:
+            is_new = part not in self._opened
+            opened = self._opened.setdefault(part, Future())
+            self._opened.move_to_end(part)
+            if len(self._opened) > self.kept:
+                self._opened.popitem(last=False)
+        if is_new:
+            try:
+                (receipt,) = receipts_of(self._table.slice(part, 1))
+                reader = self._catalogue.open_part(self._spec, receipt)
+                opened.set_result((reader.pages(), reader.tokens()))
+            except BaseException as error:
+                with self._lock:
+                    self._opened.pop(part, None)  # whoever asks later tries again
+                opened.set_exception(error)
+                raise
+        return opened.result()
+
+
+def _in_random_order(rows_of_parts: Int64Array, block_rows: int, parts_at_once: int, rng: np.random.Generator) -> Int64Array:
+    """(part, start, stop) of every block: int64 [blocks, 3]. Parts come in groups, so that none is opened time and again."""
+    order = rng.permutation(len(rows_of_parts)).tolist()
+    groups = [np.empty((0, 3), np.int64)]
+    for first in range(0, len(order), parts_at_once):
+        blocks = [
+            (part, start, min(start + block_rows, int(rows_of_parts[part])))
+            for part in order[first : first + parts_at_once]
+            for start in range(0, int(rows_of_parts[part]), block_rows)
+        ]
+        groups.append(rng.permutation(np.array(blocks, np.int64)))
+    return np.concatenate(groups)
 
 
 def _cuts(start: int, stop: int, first_rows: int, batch_rows: int) -> Iterator[tuple[int, int]]:
@@ -218,9 +292,9 @@ def _cuts(start: int, stop: int, first_rows: int, batch_rows: int) -> Iterator[t
         start, end = end, min(stop, end + batch_rows)
 
 
-def _joined(pieces: list[Batch]) -> Batch:
-    """One batch of its own memory."""
-    return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
+def _joined(pieces: list[_Rows]) -> _Rows:
+    """One piece in memory of its own. By numpy: torch's threads would wait busily where the next window is read."""
+    return np.concatenate([bits for bits, _ in pieces]), np.concatenate([tokens for _, tokens in pieces])
 
 
 def _check(options: StreamOptions) -> None:

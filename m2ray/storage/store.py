@@ -3,14 +3,21 @@
 Keys are relative to the store's root, with "/" between their parts. Every failure is a StoreError that names the key.
 """
 
+import threading
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 
+import numpy as np
+import numpy.typing as npt
+
 from m2ray.errors import AlreadyExistsError, StoreError
+from m2ray.storage.scatter import close_rows
 
 Data = bytes | bytearray | memoryview
+
+_SCRATCH = threading.local()
 
 
 class PartSink(ABC):
@@ -45,6 +52,19 @@ class Store(ABC):
     @abstractmethod
     def read_into(self, key: str, offset: int, out: memoryview) -> None:
         """Fill `out` with the object's bytes from `offset` on. Raises StoreError if the object ends before that."""
+
+    def read_rows(self, key: str, offsets: npt.NDArray[np.int64], out: npt.NDArray[np.uint8], places: npt.NDArray[np.int64]) -> None:
+        """Read rows that begin at the bytes `offsets` [N] of the object and lay each at its place in `out` uint8 [.., row bytes].
+
+        Best with ascending offsets: rows that lie close together are read at once. Raises as `read_into` does.
+        """
+        row_bytes = out.shape[1]
+        for start, stop in close_rows(offsets, row_bytes):
+            begin = int(offsets[start])
+            data = _scratch(int(offsets[stop - 1]) + row_bytes - begin)
+            self.read_into(key, begin, data)
+            rows_at = np.lib.stride_tricks.sliding_window_view(np.frombuffer(data, np.uint8), row_bytes)
+            out[places[start:stop]] = rows_at[offsets[start:stop] - begin]
 
     @abstractmethod
     def list(self, prefix: str) -> Iterator[tuple[str, int]]:
@@ -103,3 +123,10 @@ class Store(ABC):
         out = bytearray(num_bytes)
         self.read_into(key, offset, memoryview(out))
         return out
+
+
+def _scratch(num_bytes: int) -> memoryview:
+    """Memory that is this thread's until it asks again: fresh memory would take longer than the reading into it."""
+    if len(getattr(_SCRATCH, "bytes", b"")) < num_bytes:
+        _SCRATCH.bytes = bytearray(num_bytes)
+    return memoryview(_SCRATCH.bytes)[:num_bytes]

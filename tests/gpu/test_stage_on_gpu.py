@@ -99,7 +99,7 @@ def test_nothing_is_compiled_again_after_the_warm_up(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_offloaded_layers_give_the_same_rows(folder: Path, compiled: bool) -> None:
+def test_offloaded_layers_give_the_same_rows(folder: Path, *, compiled: bool) -> None:
     """Several micro-batches are in flight at once, so that a buffer filled too early would show."""
     span = LayerSpan(0, NUM_LAYERS)
     every = tuple(range(NUM_LAYERS))

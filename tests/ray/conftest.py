@@ -57,7 +57,7 @@ def environment(**extra: str) -> dict[str, str]:
 def ray_head(num_cpus: int) -> Iterator[RayCluster]:
     """A head node with a dashboard, on free ports of the loopback interface."""
     folder = Path(tempfile.mkdtemp(prefix="m2ray-test-", dir="/tmp"))
-    gcs_port, dashboard_port, client_port = free_ports(3)
+    gcs_port, dashboard_port, client_port, agent_port = free_ports(4)
     env = environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
     words = [
         "ray",
@@ -71,6 +71,7 @@ def ray_head(num_cpus: int) -> Iterator[RayCluster]:
     ]
     words += [
         f"--dashboard-port={dashboard_port}",
+        f"--dashboard-agent-listen-port={agent_port}",  # its default is one port: a second cluster on the machine would take no jobs
         f"--ray-client-server-port={client_port}",
         f"--temp-dir={folder}",
         "--disable-usage-stats",

@@ -127,6 +127,27 @@ def test_the_account_closes(finished: Path, cluster: RayCluster) -> None:
     assert on_disk == named
 
 
+def test_an_autoencoder_trains_on_a_layer(finished: Path, cluster: RayCluster) -> None:
+    """examples/train_sae.py as a user runs it, on a run too small to teach it much."""
+    options = ("--layer", "3", "--features", "256", "--active", "8", "--steps", "300", "--batch-rows", "128")
+    trained = cluster.run("python", "examples/train_sae.py", str(finished), *options)
+    assert trained.returncode == 0, trained.stdout + trained.stderr
+    measured = {
+        name: float(re.search(rf"{name}: ([\d.]+)", trained.stdout)[1]) for name in ("explained variance", "principal components", "L0")
+    }
+    assert measured["principal components"] < measured["explained variance"] < 1
+    assert 1 < measured["L0"] <= 8
+
+
+def test_a_probe_finds_the_token_in_its_activations(finished: Path, cluster: RayCluster) -> None:
+    """examples/linear_probe.py as a user runs it. Weights are random, but a token's embedding is in its residual stream."""
+    fitted = cluster.run("python", "examples/linear_probe.py", str(finished), "--layers", "0", "6")
+    assert fitted.returncode == 0, fitted.stdout + fitted.stderr
+    found = re.findall(r"layer (\d): held-out accuracy ([\d.]+) of \d+ rows; always the commonest class: ([\d.]+)", fitted.stdout)
+    assert [layer for layer, *_ in found] == ["0", "6"]
+    assert all(float(accuracy) > float(guessed) + 0.2 for _, accuracy, guessed in found), fitted.stdout
+
+
 def test_m2ray_submit_runs_a_dense_family_up_to_the_last_layer_asked_for(
     cluster: RayCluster, qwen3: Path, prompts: Path, tmp_path: Path
 ) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -11,6 +12,7 @@ from urllib.parse import urlsplit
 
 import duckdb
 import numpy as np
+import psutil
 import pyarrow.compute as pc
 import pyarrow.dataset as pa_dataset
 import pytest
@@ -133,6 +135,78 @@ def test_duckdb_reads_the_finished_run_by_a_glob(remote_run: str, local_run: Pat
     found = [f"s3://{path}" for path in files.glob(f"{remote_run.removeprefix('s3://')}/data/site=residual/*/*.parquet")]
     query = "SELECT sequence_id, position, CAST(layer AS INTEGER), activation FROM read_parquet(?, hive_partitioning = true)"
     assert_equals(connection.execute(query, [found]).fetchall(), local_run)
+
+
+def test_an_autoencoder_trains_on_the_run_in_the_bucket(remote_run: str, cluster: RayCluster) -> None:
+    """examples/train_sae.py as a user runs it."""
+    options = ("--layer", "3", "--features", "128", "--active", "8", "--steps", "100", "--batch-rows", "64")
+    trained = cluster.run("python", "examples/train_sae.py", remote_run, *options)
+    assert trained.returncode == 0, trained.stdout + trained.stderr
+    assert 0.3 < float(re.search(r"explained variance: ([\d.]+)", trained.stdout)[1]) < 1
+
+
+def kill_the_driver(url: str) -> None:
+    """SIGKILL the entry point of the job that writes to `url`: the process itself, not the shell around it, nor the one that submits."""
+    drivers = [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if url in (words := process.info["cmdline"] or []) and words[1] == "jobs/extract.py"
+    ]
+    assert len(drivers) == 1, drivers
+    drivers[0].kill()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_demos_job_killed_once_is_read_back_by_duckdb_and_by_the_stream(
+    cluster: RayCluster, inputs: Path, url: str, s3: S3Server
+) -> None:
+    """The demo's prompts and configuration on a model of fewer layers, submitted twice. DuckDB's own httpfs is a download, which a
+    machine without internet cannot have: it reads through obstore's fsspec file system.
+    """
+    submit = ("ray", "job", "submit", "--address", cluster.dashboard, "--working-dir", ".", "--")
+    job = (*submit, "python", "jobs/extract.py", "jobs/configs/demo.toml", "--model", str(inputs / "model"), "--output", url)
+    store = open_store(url)
+    follower = cluster.start(*job)
+    try:
+        wait_for_commits(store, 3, follower)
+        kill_the_driver(url)
+        printed, _ = follower.communicate(timeout=120)
+    finally:
+        follower.kill()
+    assert follower.returncode == 1, printed
+    before = commits(store)
+    assert store.size("_SUCCESS") is None
+    again = cluster.run(*job, timeout_s=600)
+    assert again.returncode == 0, again.stdout + again.stderr
+    after = commits(store)
+    assert 3 <= len(before) < len(after)
+    assert {key: after[key] for key in before} == before
+
+    run = m2ray.open_run(url)
+    tokens, sequences = run.tokens(), run.sequences
+    assert sequences.num_rows == 300
+    assert len(tokens) == len(np.unique(tokens)) == sum(sequences["token_count"].to_pylist())
+    connection = duckdb.connect()
+    connection.register_filesystem(files := FsspecStore("s3", endpoint=s3.endpoint, client_options={"allow_http": True}))
+    for layer in run.layer_numbers:
+        rows = run.layer(layer).tensor()
+        parts = [f"s3://{path}" for path in files.glob(f"{url.removeprefix('s3://')}/data/site=residual/layer={layer:03d}/*.parquet")]
+        found = connection.execute("SELECT sequence_id, position, token_id, activation FROM read_parquet(?)", [parts]).fetchall()
+        found.sort()
+        order = np.argsort(tokens, order=("sequence_id", "position"))
+        assert [row[:3] for row in found] == tokens[order].tolist()
+        bits = torch.frombuffer(bytearray(b"".join(row[3] for row in found)), dtype=torch.bfloat16).view(len(tokens), -1)
+        assert same_bits(bits, rows[torch.from_numpy(order)])
+
+    place = {key: number for number, key in enumerate(map(tuple, tokens[["sequence_id", "position"]].tolist()))}
+    expected, seen = run.layer(3).tensor(), []
+    for batch in run.layer(3).stream(batch_rows=1000, shuffle_buffer_bytes=4 << 20):
+        places = [place[key] for key in zip(batch["sequence_id"].tolist(), batch["position"].tolist(), strict=True)]
+        assert same_bits(batch["activations"], expected[places])
+        assert np.array_equal(batch["token_id"].numpy(), tokens["token_id"][places])
+        seen += places
+    assert sorted(seen) == list(range(len(tokens)))
 
 
 def test_pyarrow_reads_it_with_its_own_s3_client(remote_run: str, local_run: Path, s3: S3Server) -> None:

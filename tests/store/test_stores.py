@@ -5,6 +5,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 from obstore.store import MemoryStore
 
@@ -53,6 +54,24 @@ def test_one_of_sixteen_creators_wins(store: Store) -> None:
             won = list(pool.map(create, range(16)))
         assert sum(won) == 1
         assert store.read(key) == str(won.index(True)).encode()
+
+
+@pytest.mark.parametrize("row_bytes", [3, 1024, 5000])
+def test_rows_are_laid_at_their_places(store: Store, row_bytes: int) -> None:
+    """Neighbours, rows with gaps between them, far ones, and more of them than one system call takes; in any order."""
+    rng = np.random.default_rng(row_bytes)
+    content = rng.integers(0, 256, 1400 * (row_bytes + 30), dtype=np.uint8)
+    store.put("part", content.tobytes())
+    near = np.arange(1300) * (row_bytes + 30) + rng.integers(0, 30, 1300)
+    for offsets in (near, near[::7], near[:5], near[:1], np.arange(20) * row_bytes, rng.permutation(near)[:40]):
+        out, places = np.zeros((1500, row_bytes), np.uint8), rng.permutation(1500)[: len(offsets)]
+        store.read_rows("part", offsets, out, places)
+        assert all(np.array_equal(out[place], content[offset : offset + row_bytes]) for place, offset in zip(places, offsets, strict=True))
+        assert not np.delete(out, places, axis=0).any()
+    with pytest.raises(StoreError, match="part"):
+        store.read_rows("part", np.array([0, len(content) - 1]), out, np.array([0, 1]))
+    with pytest.raises(StoreError, match="absent"):
+        store.read_rows("absent", near, out, np.arange(len(near)))
 
 
 def test_put_writes_and_replaces(store: Store) -> None:

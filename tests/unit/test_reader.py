@@ -200,18 +200,24 @@ def test_importing_m2ray_stays_light() -> None:
 
 
 def test_the_documented_lines_run(finished: Path) -> None:
-    """Every line of Python in docs/data_format.md, in order, on a run."""
+    """Every line of Python in docs/data_format.md, in order, on a run. Those of Ray Data run in tests/ray."""
     page = (Path(__file__).parents[2] / "docs" / "data_format.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    assert len(blocks) == 7
+    blocks = [block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "import ray" not in block]
+    assert len(blocks) == 8
     names: dict[str, Any] = {"RUN": str(finished)}
     for block in blocks:
         exec(block, names)
     for rows, layer_7 in (
         (names["table"]["activation"].to_pylist(), all_bits(runs.PARTS[1])),
         ([row[3] for row in names["found"]], runs.bits(runs.PARTS[1], 4)),
+        (names["selected"]["activation"].to_list(), runs.bits(runs.PARTS[1], 4)),
+        (names["frame"]["activation"].tolist(), all_bits(runs.PARTS[1])),
+        ([row["activation"] for row in names["dataset"]], all_bits(runs.PARTS[1])),
     ):
         assert same_bits(names["numbers"](rows), layer_7)
+    assert [(row["sequence_id"], row["position"]) for row in names["dataset"]] == open_run(finished).tokens()[
+        ["sequence_id", "position"]
+    ].tolist()
 
 
 # -- damage -----------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import itertools
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
+from m2ray.activations.catalogue import Catalogue
 from m2ray.activations.reader import RunReader, open_run
 from m2ray.activations.stream import ActivationStream
 from m2ray.errors import ConfigError, NotInRunError, RunDamagedError
@@ -131,13 +133,52 @@ def test_a_resumed_stream_gives_what_the_uninterrupted_one_would(
     assert_equal(list(resumed), expected)
 
 
+def test_batches_that_are_kept_stay_as_they_are(view: RunReader) -> None:
+    """They lie in the windows' memory, which is used again only for windows of which nothing is kept."""
+    stream = view.stream(batch_rows=3, shuffle_buffer_bytes=16 * ROW_BYTES)
+    copies, kept = [], []
+    for batch in stream:
+        copies.append({name: column.clone() for name, column in batch.items()})
+        kept.append(batch["activations"][1:] if len(kept) % 5 == 0 else None)
+    assert len(copies) > 20
+    for rows, copy in zip(kept, copies, strict=True):
+        assert rows is None or torch.equal(rows.view(torch.uint8), copy["activations"][1:].view(torch.uint8))
+    assert_equal(list(stream), copies)
+
+
+def test_two_windows_of_memory_do_for_any_number_of_epochs(view: RunReader) -> None:
+    stream = view.stream(batch_rows=4, shuffle_buffer_bytes=16 * ROW_BYTES)
+    for epoch in range(5):
+        stream.set_epoch(epoch)
+        for _ in stream:
+            pass
+        assert len(stream._held[2]._lent) == 2
+    assert all(array() is None for _, array in stream._held[2]._lent), "nothing is held once the batches are gone"
+
+
+def test_two_iterations_at_once_do_not_disturb_each_other(view: RunReader) -> None:
+    stream = view.stream(batch_rows=4, shuffle_buffer_bytes=16 * ROW_BYTES)
+    alone = list(stream)
+    assert_equal([batch for pair in zip(stream, stream, strict=True) for batch in pair], [batch for batch in alone for _ in range(2)])
+
+
+def test_parts_come_in_groups_when_not_all_can_be_held(view: RunReader, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("m2ray.activations.stream._TOKENS_KEPT_BYTES", 1)
+    opened = []
+    monkeypatch.setattr(
+        Catalogue, "open_part", lambda self, spec, receipt, was=Catalogue.open_part: opened.append(1) or was(self, spec, receipt)
+    )
+    assert sorted(identities(view.stream(batch_rows=5, shuffle_buffer_bytes=16 * ROW_BYTES))) == ALL_ROWS
+    assert len(opened) == 3
+
+
 def test_an_iteration_that_is_left_begins_anew(view: RunReader) -> None:
     stream = view.stream(batch_rows=4)
     next(iter(stream))
     assert sorted(identities(stream)) == ALL_ROWS
 
 
-def test_a_state_of_another_stream_is_refused(view: RunReader, folder: Path) -> None:
+def test_a_state_of_another_stream_is_refused(view: RunReader, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     state = view.stream(batch_rows=4, seed=1).state_dict()
     for other, message in (
         (view.stream(batch_rows=5, seed=1), "batch_rows was 4, is 5"),
@@ -149,8 +190,10 @@ def test_a_state_of_another_stream_is_refused(view: RunReader, folder: Path) -> 
             other.load_state_dict(state)
     resumed = view.stream(batch_rows=4, seed=1)
     resumed.load_state_dict(state)
+    # As in a worker. After an error a real loader's workers are joined for 5 s each, by whatever thread collects the garbage.
+    monkeypatch.setattr("m2ray.activations.stream.get_worker_info", lambda: SimpleNamespace(num_workers=2, id=0))
     with pytest.raises(ConfigError, match="consumers was 1, is 2"):
-        list(DataLoader(resumed, batch_size=None, num_workers=2, timeout=60))
+        list(resumed)
 
 
 @pytest.mark.parametrize("options", [{"rank": 1}, {"rank": -1}, {"batch_rows": 0}, {"shuffle_buffer_bytes": 0}, {"seed": -1}])
