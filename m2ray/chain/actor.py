@@ -230,8 +230,12 @@ class StageActor:
 
         stage = load_stage(spec, count)
         count(stage.bytes_read, stage.needed_bytes)
-        if spec.compile:
-            stage.warm_up(self._writer_spec.batch_tokens)
+        if self._on_gpu or spec.compile:
+            # A size that finds no room here finds none later: the driver halves it then.
+            with suppress(torch.OutOfMemoryError):
+                stage.warm_up(self._writer_spec.batch_tokens)
+        if self._on_gpu:
+            torch.cuda.empty_cache()
         return stage
 
     def _gpu(self, number: int) -> GpuMeasured:

@@ -49,7 +49,7 @@ class Inputs:
         """What this run asks of a cluster, at the automatic size of micro-batches where none is set yet."""
         batch_tokens = AUTO_BATCH_TOKENS if self.options["batch_tokens"] == "auto" else self.options["batch_tokens"]
         options = PlanOptions.of(self.config, self.layers, self.table.hidden_size, batch_tokens, longest_tokens)
-        options = replace(options, disk_free_bytes=disk_free_bytes(self.config.output))
+        options = replace(options, disk_free_bytes=disk_free_bytes(self.config.output), compiled=self.options["compile"] is True)
         return Demand(self.table, ModelShape.of(self.checkpoint.config, self.options["attn_implementation"]), options)
 
 

@@ -84,7 +84,7 @@ def _resolve(inputs: Inputs, hardware: Hardware) -> Inputs:
     options = dict(inputs.options)
     if options["compile"] == "auto":
         options["compile"] = hardware.cluster.num_gpus > 0
-    demand = _demand(inputs, hardware, None)
+    demand = _demand(replace(inputs, options=options), hardware, None)
     plan = plan_run(demand, hardware.cluster)
     if options["batch_tokens"] == "auto":
         smaller = [remedy.value for remedy in plan.remedies if remedy.option == "batch_tokens"]

@@ -29,7 +29,7 @@ class Monitor:
         self._all_tokens = sum(shard.num_tokens for shard in shards)
         self._missing_tokens = sum(shard.num_tokens for shard in missing)
         self._began_at = time.monotonic()
-        self._loaded_at: float | None = None
+        self._was_loaded = False
         self._asked_at = 0.0
 
     def committed(self) -> None:
@@ -45,11 +45,11 @@ class Monitor:
             return
         self._asked_at = now
         statuses = [status for _, stages in self._chains for status in stages.statuses]
-        if self._loaded_at is None:
+        if not self._was_loaded:
             self._progress.loading(statuses)
             if not all(stages.is_loaded for _, stages in self._chains):
                 return
-            self._loaded_at = now
+            self._was_loaded = True
             for line in loaded_lines(self._plan, self._stages()):
                 self._progress.say(line)
         self._progress.extracting(
@@ -69,7 +69,7 @@ class Monitor:
     def measured(self) -> tuple[float, float, int, tuple[StageMeasured, ...]]:
         """(seconds until the stages were loaded, seconds since, tokens of this run, the stages)."""
         now = time.monotonic()
-        loaded_at = self._loaded_at or now
+        loaded_at = min((stages.loaded_at for _, stages in self._chains if stages.loaded_at), default=now)
         for _, stages in self._chains:
             stages.ask_all()
         return loaded_at - self._began_at, now - loaded_at, self._missing_tokens, self._stages()

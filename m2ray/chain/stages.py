@@ -58,6 +58,7 @@ class Stages:
         self.actors: list[Any] = []
         self._epoch = 0
         self._unloaded: set[int] = set()
+        self.loaded_at = 0.0
         self._asked: dict[int, Any] = {}
         self._asked_at = -ASK_S
         self._answers: dict[int, StageStatus] = {}
@@ -96,6 +97,8 @@ class Stages:
                 index = waiting.pop(ref)
                 self._answers[index] = ray.get(ref, timeout=self._patience.stage_s)
                 self._unloaded.discard(index)
+                if not self._unloaded:
+                    self.loaded_at = self.loaded_at or time.monotonic()
             self.ask()
             now_read_bytes = sum(status.read_bytes for status in self.statuses)
             if done or now_read_bytes != read_bytes:

@@ -176,7 +176,7 @@ class Stage:
         return output
 
     def warm_up(self, batch_tokens: int) -> None:
-        """Compile for every shape that may come, so that no micro-batch has to wait for a compilation.
+        """Run once for every shape that may come, so that no micro-batch has to wait for a compilation or a library's start.
 
         torch.compile makes a first graph for one shape and, on seeing a second one, a graph for all others; a batch of one is a
         shape of its own.

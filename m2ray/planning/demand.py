@@ -15,6 +15,7 @@ from m2ray.planning.memory import (
     STAGING_BYTES,
     UNUSABLE_BYTES,
     ModelShape,
+    TransientBytes,
     Workload,
     gpu_overhead,
     span_rows,
@@ -41,7 +42,7 @@ class PlanOptions:
         price_per_gb_month: of the output's store, for a GB of 10^9 bytes.
         tokens_per_s: real tokens a second that all chains together are assumed to do; None for an estimate from the GPUs' names.
         store_bytes_per_s: what the store is known to take.
-        compiled: whether layers are compiled, as far as speed goes.
+        compiled: whether layers are compiled, which takes less time and memory.
         profile: what `m2ray bench` measured, instead of estimates from the GPUs' names.
     """
 
@@ -81,7 +82,7 @@ class PlanOptions:
             ),
             offload=config.offload == "cpu",
             in_flight_bytes=parse_bytes(config.in_flight, "in_flight"),
-            compiled=config.compile is not False,  # "auto" is true on GPUs, and speed is not known without them
+            compiled=config.compile is not False,  # "auto" is true on GPUs; whoever knows that there are none says so
         )
 
 
@@ -191,10 +192,15 @@ class Demand:
         layers, first, last = self._costs
         return sum(layers[span.start : span.stop]) + (first if span.start == 0 else 0) + (last if span.stop == self.table.num_layers else 0)
 
+    @property
+    def transient_bytes(self) -> TransientBytes:
+        """Of a layer's forward pass, as it will run."""
+        return self.shape.compiled_transient_bytes if self.options.compiled else self.shape.transient_bytes
+
     @cached_property
     def overhead(self) -> dict[str, int]:
         """What a GPU holds besides weights, whichever span it gets."""
-        return gpu_overhead(self.workload, self.shape.transient_bytes, [row_bytes(part) for part in self.options.parts])
+        return gpu_overhead(self.workload, self.transient_bytes, [row_bytes(part) for part in self.options.parts])
 
     @cached_property
     def _costs(self) -> tuple[Sequence[int], int, int]:

@@ -208,7 +208,7 @@ def _gpus(demand: Demand, chains: Sequence[Sequence[Device]], placed: Sequence[P
             offloaded = demand.offloaded(span, device)
             rows = [row for row in demand.rows(span) if offloaded is None or row.layer is None or row.layer not in offloaded]
             buffers_bytes = demand.turning_bytes(span) if offloaded else 0
-            memory = gpu_memory(rows, demand.workload, demand.shape.transient_bytes, demand.row_bytes(span), buffers_bytes)
+            memory = gpu_memory(rows, demand.workload, demand.transient_bytes, demand.row_bytes(span), buffers_bytes)
             yield GpuPlan(replica, place // size, device, span, memory, offloaded)
 
 
@@ -222,7 +222,7 @@ def _stages(demand: Demand, placed: Sequence[PlacedSpan]) -> Iterator[StagePlan]
             offloaded_bytes = sum(weight_bytes(demand.layer_rows(layers), demand.itemsize_bytes) for layers in offloaded)
             host = gpu_host_memory(demand.workload, row_bytes, offloaded_bytes)
         else:
-            host = cpu_memory(demand.rows(span), demand.workload, demand.shape.transient_bytes, row_bytes)
+            host = cpu_memory(demand.rows(span), demand.workload, demand.transient_bytes, row_bytes)
         yield StagePlan(replica, stage, of_stage[0].device.node.name, span, host)
 
 
