@@ -24,13 +24,13 @@ from m2ray.chain.report import REPORT, RunMeasured, build_report, start_lines, s
 from m2ray.chain.stages import Patience, Stages
 from m2ray.chain.stopping import stop_on_sigterm
 from m2ray.config import ExtractConfig, parse_labels
-from m2ray.errors import RunConflictError
+from m2ray.errors import M2rayError
 from m2ray.model.stage import StageSpec
 from m2ray.planning.demand import Demand
 from m2ray.planning.memory import window
 from m2ray.planning.output import PromptStats
 from m2ray.planning.plan import GpuPlan, Plan, most_replicas, plan_run
-from m2ray.prompts import TokenSpool, batching, load_shards, micro_batches, respool, survey
+from m2ray.prompts import Survey, TokenSpool, batching, load_shards, micro_batches, respool, survey
 
 
 def extract(config: ExtractConfig, progress: Progress) -> RunSummary:
@@ -43,10 +43,10 @@ def extract(config: ExtractConfig, progress: Progress) -> RunSummary:
     inputs = check(config)
     recorded = read_job(inputs.store)
     with ExitStack() as stack:
-        hardware = None if recorded else stack.enter_context(_hardware(config))
-        if hardware is not None:
-            inputs = _resolve(inputs, hardware)
-        work = _resume(inputs, recorded, progress) if recorded else _begin(inputs, progress)
+        if recorded:
+            work, hardware = _resume(inputs, recorded, progress), None
+        else:
+            inputs, work, hardware = _begin(inputs, stack, progress)
         stack.enter_context(closing(work.tokens))
         missing = work.run.missing(work.shards)
         if missing:
@@ -102,11 +102,22 @@ def _demand(inputs: Inputs, hardware: Hardware, longest_tokens: int | None) -> D
 # -- beginning and going on -----------------------------------------------------------------------------------------------
 
 
-def _begin(inputs: Inputs, progress: Progress) -> _Work:
-    """Survey the prompts and claim the run."""
+def _begin(inputs: Inputs, stack: ExitStack, progress: Progress) -> tuple[Inputs, _Work, Hardware]:
+    """Survey the prompts, look at the hardware, and claim the run for what fits there."""
     found = survey(
         inputs.source, inputs.tokenizer, inputs.store, uuid4().hex[:12], inputs.options["shard_tokens"], on_progress=progress.surveying
     )
+    try:
+        hardware = stack.enter_context(_hardware(inputs.config))
+        inputs = _resolve(inputs, hardware)
+        return inputs, _claim(inputs, found, progress), hardware
+    except M2rayError:
+        inputs.store.delete([file.key for file in found.sequence_files])
+        raise
+
+
+def _claim(inputs: Inputs, found: Survey, progress: Progress) -> _Work:
+    """Create the run's record, or go on with the one that another driver created by now."""
     waste = batching(found.shards, inputs.options["batch_tokens"]).padding_waste
     progress.say(
         f"{found.num_sequences:,} prompts: {found.num_ready:,} ready with {found.num_tokens:,} tokens in {len(found.shards):,} shards, "
@@ -127,11 +138,7 @@ def _begin(inputs: Inputs, progress: Progress) -> _Work:
         counts=Counts(found.num_sequences, found.num_ready, found.num_quarantined, found.num_tokens),
         sequence_files=found.sequence_files,
     )
-    try:
-        return _Work(claim_run(inputs.store, job), found.shards, found.tokens)
-    except RunConflictError:
-        inputs.store.delete([file.key for file in found.sequence_files])
-        raise
+    return _Work(claim_run(inputs.store, job), found.shards, found.tokens)
 
 
 def _resume(inputs: Inputs, recorded: JobRecord, progress: Progress) -> _Work:

@@ -85,4 +85,4 @@ def test_a_micro_batch_that_finds_no_room_on_the_gpu_is_halved(folder: Path, tmp
     assert "CUDA out of memory" in printed
     shapes = [shape for path in (run / "_commits").iterdir() for shape in json.loads(path.read_text())["micro_batches"]]
     assert max(count * length for count, length in shapes) <= 500_000
-    assert m2ray.open_run(run).num_tokens == sum(json.loads(path.read_text())["tokens"] for path in (run / "_commits").iterdir())
+    assert np.unique(m2ray.open_run(run).tokens()["sequence_id"]).size == 2200

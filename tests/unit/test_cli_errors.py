@@ -3,14 +3,18 @@
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
+from m2ray.chain.probing import Hardware
 from m2ray.cli import main
+from m2ray.errors import StageError
+from m2ray.planning.hardware import Cluster, Node
 from tests.reference import make_minimax
 
 
@@ -40,6 +44,24 @@ def unreachable_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def extract(model: Path, prompts: Path, output: Path, *more: str) -> Result:
     return CliRunner().invoke(main, ["extract", "--model", str(model), "--prompts", str(prompts), "--output", str(output), *more])
+
+
+def begin(monkeypatch: pytest.MonkeyPatch, model: Path, prompts: Path, output: Path, *more: str) -> None:
+    """A run that is claimed on a machine without GPUs, and cut off before its first stage."""
+
+    @contextmanager
+    def hardware(*_: object) -> Iterator[Hardware]:
+        yield Hardware(Cluster((Node("here"),)), {"here": "id"}, {"here": 2.0})
+
+    def cut_off(*_: object) -> None:
+        raise StageError("cut off")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("m2ray.chain.extract._hardware", hardware)
+        patch.setattr("m2ray.chain.extract._extract_missing", cut_off)
+        begun = extract(model, prompts, output, *more)
+    assert "cut off" in begun.stderr, begun.output
+    assert (output / "job.json").exists()
 
 
 def assert_refused(result: Result, *messages: str) -> None:
@@ -114,18 +136,25 @@ def test_output_folder_of_something_else(sound_model: Path, prompts: Path, tmp_p
     assert (tmp_path / "thesis" / "chapter1.tex").read_text() == "dear"
 
 
-def test_output_folder_of_another_job_names_what_differs(sound_model: Path, prompts: Path, tmp_path: Path) -> None:
-    begun = extract(sound_model, prompts, tmp_path / "run", "--batch-tokens", "512")
-    assert "RAY_ADDRESS" in begun.stderr, "the run is claimed, then Ray is looked for"
+def test_output_folder_of_another_job_names_what_differs(
+    sound_model: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin(monkeypatch, sound_model, prompts, tmp_path / "run", "--batch-tokens", "512")
     prompts.write_text('{"text": "others"}\n', encoding="utf-8")
     result = extract(sound_model, prompts, tmp_path / "run", "--batch-tokens", "256", "--layers", "0-2")
     assert_refused(result, "batch_tokens: 512 in the run, 256 now", "layers", "prompts", "another output")
 
 
-def test_automatic_values_stay_those_of_the_run(sound_model: Path, prompts: Path, tmp_path: Path) -> None:
-    extract(sound_model, prompts, tmp_path / "run", "--shard-tokens", "100")
+def test_automatic_values_stay_those_of_the_run(sound_model: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begin(monkeypatch, sound_model, prompts, tmp_path / "run", "--shard-tokens", "100", "--batch-tokens", "512", "--compile", "true")
     again = extract(sound_model, prompts, tmp_path / "run")
     assert "RAY_ADDRESS" in again.stderr, "a run resumed without naming its options keeps them"
+
+
+def test_nothing_is_left_of_a_run_whose_cluster_is_not_there(sound_model: Path, prompts: Path, tmp_path: Path) -> None:
+    refused = extract(sound_model, prompts, tmp_path / "run")
+    assert "RAY_ADDRESS" in refused.stderr
+    assert not [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
 
 
 def test_no_permission_to_write(sound_model: Path, prompts: Path) -> None:
