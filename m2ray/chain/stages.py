@@ -96,6 +96,7 @@ class Stages:
             for ref in done:
                 index = waiting.pop(ref)
                 self._answers[index] = ray.get(ref, timeout=self._patience.stage_s)
+                self._asked.pop(index, None)  # what was asked before knows less
                 self._unloaded.discard(index)
                 if not self._unloaded:
                     self.loaded_at = self.loaded_at or time.monotonic()
@@ -130,11 +131,13 @@ class Stages:
                 self._asked[index] = actor.status.remote()
 
     def ask_all(self) -> None:
-        """Ask every stage now and wait a short while for the answers."""
-        self._asked = {index: actor.status.remote() for index, actor in enumerate(self.actors)}
-        ray.wait(list(self._asked.values()), num_returns=len(self._asked), timeout=_FINAL_S)
-        self._asked_at = -ASK_S
-        self.ask()
+        """Ask every stage now and wait a short while for the answers. For another thread than the chain's, once that has no work."""
+        refs = [actor.status.remote() for actor in self.actors]
+        ray.wait(refs, num_returns=len(refs), timeout=_FINAL_S)
+        for index, ref in enumerate(refs):
+            answer = _answer(ref, 0.0)
+            if isinstance(answer, StageStatus):
+                self._answers[index] = answer
 
     def status(self, index: int) -> StageStatus | None:
         """What a stage said last."""
