@@ -29,12 +29,16 @@ class Monitor:
         self._all_tokens = sum(shard.num_tokens for shard in shards)
         self._missing_tokens = sum(shard.num_tokens for shard in missing)
         self._began_at = time.monotonic()
+        self._ended_at = self._began_at
         self._was_loaded = False
         self._asked_at = 0.0
 
     def committed(self) -> None:
         self._shards += 1
         if self._shards == self._all_shards:
+            self._ended_at = time.monotonic()
+            for _, stages in self._chains:
+                stages.ask_all()  # the last look: the stages end when the last result has been taken
             self._asked_at = 0.0
             self.tick()
 
@@ -68,11 +72,8 @@ class Monitor:
 
     def measured(self) -> tuple[float, float, int, tuple[StageMeasured, ...]]:
         """(seconds until the stages were loaded, seconds since, tokens of this run, the stages)."""
-        now = time.monotonic()
-        loaded_at = min((stages.loaded_at for _, stages in self._chains if stages.loaded_at), default=now)
-        for _, stages in self._chains:
-            stages.ask_all()
-        return loaded_at - self._began_at, now - loaded_at, self._missing_tokens, self._stages()
+        loaded_at = min((stages.loaded_at for _, stages in self._chains if stages.loaded_at), default=self._ended_at)
+        return loaded_at - self._began_at, self._ended_at - loaded_at, self._missing_tokens, self._stages()
 
     def _stages(self) -> tuple[StageMeasured, ...]:
         """Every stage that has answered. One that was restarted counts from there on."""
