@@ -47,30 +47,27 @@ class Bundle:
 
 
 class Reservation:
-    """Room for the stages of one replica: `rooms[i]` is stage i's, in bundle `bundles[i]` of the placement group."""
+    """Room for the stages of one replica: stage i's is bundle `places[i][1]` of the placement group `places[i][0]`."""
 
     def __init__(self, rooms: Sequence[Room]) -> None:
-        self.rooms = tuple(rooms)
-        self.bundles = tuple(range(len(rooms)))
-        self.group: PlacementGroup = placement_group(
+        self.rooms = list(rooms)
+        group = placement_group(
             [room.resources for room in rooms],
             strategy="PACK",
             bundle_label_selector=[{"ray.io/node-id": room.node_id} for room in rooms],
         )
+        self._groups: list[PlacementGroup] = [group]
+        self.places: list[tuple[PlacementGroup, int]] = [(group, number) for number in range(len(rooms))]
 
     def wait(self, timeout_s: float) -> None:
         """Wait until all bundles are there. Raises ClusterError after `timeout_s`."""
-        if not self.group.wait(timeout_s):
-            raise ClusterError(
-                f"No room for {_wanted(self.rooms)} came free within {timeout_s:g} s: {_inventory()}.",
-                "End what holds the rest, ask for fewer stages, or raise placement_timeout_s.",
-            )
+        _wait(self._groups[-1], self.rooms, timeout_s)
 
     def look(self, timeout_s: float) -> list[Bundle]:
         """What was given, in the order of the rooms: Ray chooses the GPUs, and only now is known which. Raises ClusterError."""
         asked = [
-            _gpus_here.options(num_gpus=room.num_gpus, scheduling_strategy=PlacementGroupSchedulingStrategy(self.group, number)).remote()
-            for number, room in enumerate(self.rooms)
+            _gpus_here.options(num_gpus=room.num_gpus, scheduling_strategy=PlacementGroupSchedulingStrategy(*place)).remote()
+            for room, place in zip(self.rooms, self.places, strict=True)
             if room.num_gpus
         ]
         try:
@@ -81,33 +78,49 @@ class Reservation:
 
     def give_out(self, bundles: Sequence[Bundle]) -> None:
         """Say which bundle is which stage's."""
-        self.rooms = tuple(bundle.room for bundle in bundles)
-        self.bundles = tuple(bundle.number for bundle in bundles)
+        self.rooms = [bundle.room for bundle in bundles]
+        self.places = [self.places[bundle.number] for bundle in bundles]
 
-    def nodes(self) -> dict[int, str]:
-        """The id of each bundle's node."""
-        nodes: dict[int, str] = placement_group_table(self.group)["bundles_to_node_id"]
-        return nodes
+    def gone(self, stages: Sequence[int]) -> list[int]:
+        """Those of the stages whose node is not alive any more."""
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        return [stage for stage in stages if self.rooms[stage].node_id not in alive]
 
-    def is_whole(self) -> bool:
-        """Whether every bundle is on a living node, as far as Ray knows."""
-        return bool(placement_group_table(self.group)["state"] == "CREATED")
+    def replace(self, stages: Sequence[int], timeout_s: float) -> None:
+        """Take room on any node for some stages, beside that of the others.
 
-    def renew(self, timeout_s: float) -> None:
-        """Give the room back and ask for as much anywhere: a group whose node died may never be whole again. Ends its actors.
+        A group is bound to its nodes, and one that was repaired in part can stay pending for ever (ray-project/ray#65147).
 
         Raises:
             ClusterError: there is no room within `timeout_s`.
         """
+        rooms = [self.rooms[stage] for stage in stages]
+        group = placement_group([room.resources for room in rooms], strategy="PACK")
+        self._groups.append(group)
+        _wait(group, rooms, timeout_s)
+        nodes = placement_group_table(group)["bundles_to_node_id"]
+        for number, stage in enumerate(stages):
+            self.places[stage] = (group, number)
+            self.rooms[stage] = replace(self.rooms[stage], node_id=nodes[number])
+
+    def renew(self, timeout_s: float) -> None:
+        """Give all the room back and ask for as much anywhere. Ends its actors. Raises ClusterError as `replace` does."""
         self.release()
-        self.group = placement_group([room.resources for room in self.rooms], strategy="PACK")
-        self.wait(timeout_s)
-        nodes = self.nodes()
-        self.bundles = tuple(sorted(nodes, key=lambda index: (nodes[index], index)))
+        self._groups = []
+        self.replace(range(len(self.rooms)), timeout_s)
 
     def release(self) -> None:
         """Give the room back."""
-        remove_placement_group(self.group)
+        for group in self._groups:
+            remove_placement_group(group)
+
+
+def _wait(group: PlacementGroup, rooms: Sequence[Room], timeout_s: float) -> None:
+    if not group.wait(timeout_s):
+        raise ClusterError(
+            f"No room for {_wanted(rooms)} came free within {timeout_s:g} s: {_inventory()}.",
+            "End what holds the rest, ask for fewer stages, or raise placement_timeout_s.",
+        )
 
 
 @ray.remote(num_cpus=0, max_retries=0)

@@ -54,15 +54,19 @@ def probe_cluster(connect_timeout_s: float, labels: Mapping[str, str] | None = N
 
 
 def probe_hardware(labels: Mapping[str, str]) -> Hardware:
-    """Every living node, of the cluster that this process has joined, that has all these labels.
+    """Every living node of the cluster that this process has joined that has all these labels, and anything to offer.
 
     Raises:
         ClusterError: a node does not answer, its GPUs are not those that Ray counts, or no node has the labels.
     """
-    nodes = {name: node for name, node in _living_nodes().items() if labels.items() <= node["Labels"].items()}
-    if not nodes:
+    labelled = {name: node for name, node in _living_nodes().items() if labels.items() <= node["Labels"].items()}
+    if not labelled:
         wanted = ", ".join(f"{name}={value}" for name, value in labels.items())
         raise ClusterError(f"No living node has the labels {wanted}.", "`ray list nodes --detail` shows each node's labels.")
+    # A head node is often kept free of work: it offers nothing.
+    nodes = {name: node for name, node in labelled.items() if node["Resources"].get("CPU") or node["Resources"].get("GPU")}
+    if not nodes:
+        raise ClusterError(f"None of the nodes {', '.join(labelled)} offers CPUs or GPUs.", "Start Ray with --num-cpus above 0 somewhere.")
     looks = _on_nodes(nodes, probe_node, {}, LOOK_TIMEOUT_S)
     problems = [ClusterError(f"Node {name} could not be looked at: {why}") for name, why in looks.silent.items()]
     probed = []

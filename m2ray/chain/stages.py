@@ -17,7 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from m2ray.batches import LayerSpan
 from m2ray.chain.actor import StageStatus, WriterSpec, actor_class
 from m2ray.chain.placement import Reservation
-from m2ray.errors import M2rayError
+from m2ray.errors import ClusterError, M2rayError
 from m2ray.model.stage import StageSpec
 
 _POLL_S = 1.0
@@ -156,10 +156,9 @@ class Stages:
         return lost
 
     def restart(self, lost: Mapping[int, str]) -> bool:
-        """Start the lost stages, as `reset` gave them, anew in their bundles. `load` has to follow.
+        """Start the lost stages, as `reset` gave them, anew: where they were, or elsewhere if their node is gone. `load` has to follow.
 
-        Where a bundle does not come back in time, the whole placement group is given back and asked for anew, and all stages
-        start anew: a group that was repaired in part can stay pending for ever (ray-project/ray#65147).
+        Where that does not succeed, all the room of the chain is given back and asked for anew, and all stages start anew.
 
         Returns:
             Whether the other stages kept their processes.
@@ -178,15 +177,21 @@ class Stages:
         return False
 
     def _have_come_back(self, lost: Iterable[int]) -> bool:
-        refs = [self.actors[index].status.remote() for index in lost]
-        began = whole_at = time.monotonic()
-        while time.monotonic() - began < self._patience.stage_s + self._patience.placement_s + _START_S:
+        stages = list(lost)
+        deadline = time.monotonic() + self._patience.stage_s + self._patience.placement_s + _START_S
+        refs = [self.actors[index].status.remote() for index in stages]
+        while time.monotonic() < deadline:
             if len(ray.wait(refs, num_returns=len(refs), timeout=_POLL_S)[0]) == len(refs):
                 return True
-            if self._reservation.is_whole():
-                whole_at = time.monotonic()
-            elif time.monotonic() - whole_at > self._patience.placement_s:
-                return False
+            # Ray takes a few seconds to notice that a node is gone.
+            gone = self._reservation.gone(stages)
+            if gone:
+                try:
+                    self._reservation.replace(gone, self._patience.placement_s)
+                except ClusterError:
+                    return False
+                self._replace(dict.fromkeys(gone, "died"))
+                refs = [self.actors[index].status.remote() for index in stages]
         return False
 
     def close(self) -> None:
@@ -243,7 +248,7 @@ class Stages:
         return self._class.options(
             num_cpus=room.num_cpus,
             num_gpus=room.num_gpus,
-            scheduling_strategy=PlacementGroupSchedulingStrategy(self._reservation.group, self._reservation.bundles[index]),
+            scheduling_strategy=PlacementGroupSchedulingStrategy(*self._reservation.places[index]),
             runtime_env={"env_vars": {"OMP_NUM_THREADS": str(specs[0].threads)}},
         ).remote(specs, self._writer, hands_on=index < len(self._specs) - 1, epoch=self._epoch)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import ray
 from ray.cluster_utils import Cluster
+from ray.util.placement_group import PlacementGroup, placement_group_table
 
 from m2ray.chain import placement, probing
 from m2ray.config import ExtractConfig
@@ -46,11 +47,15 @@ def reserved(hardware: probing.Hardware, plan: Plan, timeout_s: float = 30.0) ->
         names = {node_id: name for name, node_id in hardware.node_ids.items()}
         return {
             "planned": [[stage.node for stage in plan.stages if stage.replica == replica] for replica in range(len(held))],
-            "got": [[names[each.nodes()[bundle]] for bundle in each.bundles] for each in held],
+            "got": [[names[node_of(*place)] for place in each.places] for each in held],
             "spans": [str(stage.span) for stage in final.stages],
             "planned_spans": [str(stage.span) for stage in plan.stages],
             "gpus": [(gpu.device.node.name, gpu.device.gpu.index) for gpu in final.gpus],
         }
+
+
+def node_of(group: PlacementGroup, bundle: int) -> str:
+    return placement_group_table(group)["bundles_to_node_id"][bundle]
 
 
 def refused(attempt: Callable[[], Any]) -> tuple[str, float]:
