@@ -227,6 +227,8 @@ class Chain:
 
     def _begin_anew(self, error: RayError | GetTimeoutError | M2rayError, queue: ShardQueue) -> None:
         """Restart what is lost and give the shards in flight back, or raise what ends the chain."""
+        if self.stop.is_set():
+            return  # the stages are being ended, which looks like death from here
         kind = classify(error)
         if kind is FailureKind.USER:
             raise _as_ours(error)

@@ -40,7 +40,9 @@ class Driver:
 
     @property
     def exit_code(self) -> int | None:
-        return self._client.poll()
+        """None while it runs. `ray job submit` itself gives 0 for a job that was stopped."""
+        code = self._client.poll()
+        return 1 if code == 0 and self._job and f"'{self._job}' was stopped" in self.printed else code
 
     @property
     def num_restarts(self) -> int:
