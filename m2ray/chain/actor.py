@@ -165,7 +165,7 @@ class StageActor:
 
     @ray.method(concurrency_group="control")
     def connect(self, offer: Offer) -> str:
-        """Map the slots of the stage before. Gives why that is impossible, or nothing."""
+        """Map the slot of the stage before. Gives why that is impossible, or nothing."""
         return self._incoming.connect(offer, self._node_id)
 
     @ray.method(concurrency_group="control")
@@ -261,9 +261,9 @@ class StageActor:
             self._turns.finish_step(epoch)
 
     @ray.method(concurrency_group="control", num_returns=0)
-    def release(self, epoch: int, slot: int) -> None:
-        """The next stage has copied a slot of this one's out."""
-        self._outgoing.release(epoch, slot)
+    def release(self, epoch: int) -> None:
+        """The next stage has fetched the hidden states that lay in this one's slot."""
+        self._outgoing.release(epoch)
 
     @ray.method(concurrency_group="collect", num_returns=0)
     def gather(self, epoch: int, step: int, shard: int, attempt: str, receipts: tuple[PartReceipt, ...]) -> None:

@@ -24,7 +24,10 @@ from m2ray.model.stage import StageSpec
 
 _POLL_S = 1.0
 ASK_S = 1.0
-"""How often the stages are asked how far they are."""
+"""How often the stages are asked how far they are; less often where there are more than _ASKED_A_S of them."""
+
+_ASKED_A_S = 16
+"""Asking a stage costs the driver as much as half a micro-batch does, however many stages that one goes through."""
 
 _FINAL_S = 10.0
 """What the last look at the stages may take."""
@@ -139,10 +142,10 @@ class Stages:
     def ask(self) -> None:
         """Take in what the stages answered and ask again, without waiting: a busy stage may be late, a lost one never answers.
 
-        Does nothing if it was called less than ASK_S ago: a call to every stage costs the driver as much as a micro-batch does.
+        Does nothing if it was called less than ASK_S ago.
         """
         now = time.monotonic()
-        if now - self._asked_at < ASK_S:
+        if now - self._asked_at < max(ASK_S, len(self._specs) / _ASKED_A_S):
             return
         self._asked_at = now
         asked = list(self._asked.values())

@@ -66,10 +66,10 @@ class Outgoing:
             return self._outbox.put(epoch, hidden_BTH, output.ready, self._timeout_s)
         return ray.put(send(output.hidden_on_host()))
 
-    def release(self, epoch: int, slot: int) -> None:
-        """The next stage has copied a slot out."""
+    def release(self, epoch: int) -> None:
+        """The next stage has fetched what lay in the slot."""
         if self._outbox is not None:
-            self._outbox.give_back(epoch, slot)
+            self._outbox.give_back(epoch)
 
 
 class Incoming:
@@ -81,7 +81,7 @@ class Incoming:
         self._inbox: Inbox | None = None
 
     def connect(self, offer: Offer, node_id: str) -> str:
-        """Map the sender's slots, if it is on this node. Gives why that is impossible, or nothing."""
+        """Map the sender's slot, if it is on this node. Gives why that is impossible, or nothing."""
         self._inbox = None
         if offer.node_id != node_id:
             return _ELSEWHERE
@@ -97,9 +97,9 @@ class Incoming:
         """The hidden states [B, T, H] in memory of their own: on the device, or on the host where it is to be fetched from there."""
         if not isinstance(payload, InSlot):
             return receive(payload, self._dtype, pinned=self._device.type == "cuda")
-        assert self._inbox is not None, "slots are offered first"
+        assert self._inbox is not None, "the slot is offered first"
         hidden_BTH = self._inbox.take(payload, self._dtype)
-        self._inbox.sender.release.remote(epoch, payload.slot)
+        self._inbox.sender.release.remote(epoch)
         return hidden_BTH
 
 
