@@ -1,7 +1,7 @@
 """A chain of several actors on fractions of one GPU against the same layers in one process, at MiniMax-M2's real dimensions.
 
-What one GPU can show of a chain: that receiving, handing on and the driver hide behind computation. Nothing is captured. Needs a CUDA
-device with 24 GB and 15 GB more a layer (two copies), and 4 GB of disk a layer.
+What one GPU can show of a chain: that receiving, handing on and the driver hide behind computation. Nothing is captured. The single
+process gives its weights back while a chain runs. Needs a CUDA device with 32 GB and 8 GB more a layer, and 4 GB of disk a layer.
 """
 
 import argparse
@@ -18,18 +18,17 @@ import numpy as np
 import ray
 import torch
 
+from benchmarks.checkpoints import LAYERS, free, real_size
 from benchmarks.records import Row, record
-from benchmarks.runs import ROOT
 from m2ray.batches import LayerSpan, MicroBatch, Shard
 from m2ray.chain.actor import WriterSpec
 from m2ray.chain.driver import Chain, ChainLimits, ShardResult
 from m2ray.chain.placement import Reservation, Room
 from m2ray.chain.queue import ShardQueue
 from m2ray.chain.stages import Patience, Stages
-from m2ray.model.stage import Stage, StageSpec, load_stage
+from m2ray.model.stage import StageSpec, load_stage
 from m2ray.planning.memory import window
 from m2ray.storage import open_store
-from scripts.make_checkpoint import make_checkpoint
 
 SHAPE = (32, 512) if torch.cuda.is_available() else (2, 16)
 WARM, MEASURED = 16, 60
@@ -39,25 +38,23 @@ WARM, MEASURED = 16, 60
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--layers", type=int, default=LAYERS)
     parser.add_argument("--stages", default="2,3,4")
     parser.add_argument("--device", default="cuda:0")
     parser.add_argument("--overrides", default="{}", help="JSON, for a try without a GPU")
     arguments = parser.parse_args()
-    config = json.loads((ROOT / "tests/data/minimax_m2/config.json").read_text())
-    model: Path = arguments.folder.resolve() / "model"
-    if not model.exists():
-        make_checkpoint(model, config, overrides={"layers": arguments.layers, **json.loads(arguments.overrides)}, fmt="fp8", seed=1)
+    model = real_size(arguments.folder, arguments.layers, json.loads(arguments.overrides))
     config = json.loads((model / "config.json").read_text())
     on_gpu = arguments.device != "cpu"
-    alone = load_stage(spec(model, LayerSpan(0, arguments.layers), arguments.device, compiled=on_gpu), lambda *_: None)
-    alone.warm_up(SHAPE[0] * SHAPE[1])
     with tempfile.TemporaryDirectory() as folder:
         ray.init(address="local", num_cpus=16, num_gpus=int(on_gpu), include_dashboard=False, _temp_dir=folder, logging_level="ERROR")
-        rows = [
-            row(alone, model, config, arguments.layers, num_stages, arguments.device)
-            for num_stages in map(int, arguments.stages.split(","))
-        ]
+        rows: list[Row] = []
+        before = in_one_process(model, arguments.layers, config["vocab_size"], arguments.device)
+        for num_stages in map(int, arguments.stages.split(",")):
+            chained, idle = in_a_chain(model, config, arguments.layers, num_stages, arguments.device)
+            after = in_one_process(model, arguments.layers, config["vocab_size"], arguments.device)
+            rows.append(row(num_stages, chained, idle, before, after))
+            before = after
         ray.shutdown()
     record("chain_on_one_gpu", f"Chains over {arguments.layers} layers at MiniMax-M2's real dimensions, on one GPU", rows)
 
@@ -66,11 +63,8 @@ def spec(model: Path, span: LayerSpan, device: str, *, compiled: bool) -> StageS
     return StageSpec(str(model), span, (), ("residual",), "bfloat16", "bfloat16", "auto", device, 1, compile=compiled)
 
 
-def row(alone: Stage, model: Path, config: dict[str, int], num_layers: int, num_stages: int, device: str) -> Row:
+def row(num_stages: int, chained: float, idle: str, before: float, after: float) -> Row:
     """Both members in one run, one after the other, the single process before and after the chain."""
-    before = in_one_process(alone, config["vocab_size"])
-    chained, idle = in_a_chain(model, config, num_layers, num_stages, device)
-    after = in_one_process(alone, config["vocab_size"])
     baseline = statistics.mean((before, after))
     return Row(
         f"{num_stages} stages",
@@ -101,8 +95,10 @@ def shards() -> list[Shard]:
     ]
 
 
-def in_one_process(stage: Stage, vocab_size: int) -> float:
+def in_one_process(model: Path, num_layers: int, vocab_size: int, device: str) -> float:
     """Tokens a second."""
+    stage = load_stage(spec(model, LayerSpan(0, num_layers), device, compiled=device != "cpu"), lambda *_: None)
+    stage.warm_up(SHAPE[0] * SHAPE[1])
     batches = [list(micro_batches(shard, vocab_size)) for shard in shards()]
     for micro_batch in batches[0]:
         stage.forward(micro_batch, None)
@@ -111,7 +107,10 @@ def in_one_process(stage: Stage, vocab_size: int) -> float:
     for micro_batch in batches[1]:
         stage.forward(micro_batch, None)
     synchronize()
-    return MEASURED * SHAPE[0] * SHAPE[1] / (time.perf_counter() - began)
+    rate = MEASURED * SHAPE[0] * SHAPE[1] / (time.perf_counter() - began)
+    del stage
+    free()
+    return rate
 
 
 def synchronize() -> None:
