@@ -1,8 +1,12 @@
-"""The checkpoint that the GPU benchmarks share: some layers at MiniMax-M2's real dimensions, FP8, random weights."""
+"""The checkpoint that the GPU benchmarks share: some layers at MiniMax-M2's real dimensions, FP8, random weights.
+
+python -m benchmarks.checkpoints FOLDER [LAYERS]      makes it, on all cores
+"""
 
 import gc
 import json
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -41,3 +45,7 @@ def free() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    print(real_size(Path(sys.argv[1]), *map(int, sys.argv[2:])))
