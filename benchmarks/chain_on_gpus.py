@@ -6,7 +6,6 @@ more a layer on the first GPU, and 4 GB of disk a layer.
 """
 
 import argparse
-import gc
 import json
 import statistics
 import tempfile
@@ -21,8 +20,8 @@ import numpy as np
 import ray
 import torch
 
+from benchmarks.checkpoints import free, real_size
 from benchmarks.records import Row, record
-from benchmarks.runs import ROOT
 from m2ray.batches import LayerSpan, MicroBatch, Shard
 from m2ray.chain.actor import WriterSpec
 from m2ray.chain.driver import Chain, ChainLimits, ShardResult
@@ -33,7 +32,6 @@ from m2ray.config import Transport
 from m2ray.model.stage import StageSpec, load_stage
 from m2ray.planning.memory import window
 from m2ray.storage import open_store
-from scripts.make_checkpoint import make_checkpoint
 
 SHAPE = (32, 512) if torch.cuda.is_available() else (2, 16)
 WARM, MEASURED = 16, 60
@@ -49,10 +47,7 @@ def main() -> None:
     parser.add_argument("--gpus", type=int, default=1, help="0: on the CPU")
     parser.add_argument("--overrides", default="{}", help="JSON, for a try without a GPU")
     arguments = parser.parse_args()
-    config = json.loads((ROOT / "tests/data/minimax_m2/config.json").read_text())
-    model: Path = arguments.folder.resolve() / "model"
-    if not model.exists():
-        make_checkpoint(model, config, overrides={"layers": arguments.layers, **json.loads(arguments.overrides)}, fmt="fp8", seed=1)
+    model = real_size(arguments.folder, arguments.layers, json.loads(arguments.overrides))
     chains = Chains(model, json.loads((model / "config.json").read_text())["vocab_size"], arguments.layers, arguments.gpus)
     before = chains.in_one_process()
     print(f"one process: {before:,.0f} tokens/s", flush=True)
@@ -139,9 +134,7 @@ class Chains:
         synchronize()
         elapsed_s = time.perf_counter() - began
         del stage
-        gc.collect()
-        if self.num_gpus:
-            torch.cuda.empty_cache()
+        free()
         return MEASURED * SHAPE[0] * SHAPE[1] / elapsed_s
 
     def in_a_chain(self, num_stages: int, transport: Transport) -> tuple[float, str, str]:
