@@ -151,26 +151,24 @@ def plan_run(
     if device_map not in get_args(DeviceMap) and not device_map.startswith("cuda:"):
         raise ConfigError(f"device_map = {device_map!r} is unknown.", f"Use {', '.join(get_args(DeviceMap))} or cuda:0.")
     chains = tuple(map(tuple, chains or chain_devices(cluster, demand.num_layers, demand.options.chains)))
-    short_bytes = sum(demand.short_bytes(chain) for chain in chains)
-    placed = [] if short_bytes else [each for replica, chain in enumerate(chains) for each in _place(demand, replica, chain)]
-    stages = tuple(_stages(demand, placed))
-    nodes = _nodes(demand, cluster, stages)
-    output = plan_output(demand.options.parts, prompts, demand.options.price_per_gb_month) if prompts else None
-    shortages = [Shortage("gpu_memory", "all GPUs together", short_bytes)] if short_bytes else []
-    shortages += [*_node_shortages(cluster, nodes), *_disk_shortages(demand, output)]
+    layout = _lay_out(demand, cluster, chains, prompts)
+
+    def fits(changed: Demand, on: Cluster, over: Sequence[Sequence[Device]]) -> bool:
+        return not _lay_out(changed, on, over, prompts).shortages
+
     return Plan(
         demand=demand,
         cluster=cluster,
         prompts=prompts,
         chains=chains,
         weights=_weights(demand),
-        gpus=tuple(_gpus(demand, chains, placed)),
-        stages=stages,
-        nodes=nodes,
-        output=output,
-        rates=plan_rates(demand, placed, prompts, output.padding_waste if output else 0.0),
-        shortages=tuple(shortages),
-        remedies=find_remedies(demand, chains) if short_bytes else (),
+        gpus=tuple(_gpus(demand, chains, layout.placed)),
+        stages=layout.stages,
+        nodes=layout.nodes,
+        output=layout.output,
+        rates=plan_rates(demand, layout.placed, prompts, layout.output.padding_waste if layout.output else 0.0),
+        shortages=layout.shortages,
+        remedies=find_remedies(demand, cluster, chains, fits) if layout.shortages else (),
     )
 
 
@@ -182,9 +180,32 @@ def most_replicas(demand: Demand, cluster: Cluster) -> int:
             chains = chain_devices(cluster, demand.num_layers, chain_options)
         except ClusterError:
             continue
-        if not any(demand.short_bytes(chain) for chain in chains):
+        if not _lay_out(demand.with_replicas(replicas), cluster, chains, None).shortages:
             return replicas
     return 1
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where everything lies, and what is short for it. Nothing is placed where GPU memory is short."""
+
+    placed: tuple[PlacedSpan, ...]
+    stages: tuple[StagePlan, ...]
+    nodes: tuple[NodePlan, ...]
+    output: OutputPlan | None
+    shortages: tuple[Shortage, ...]
+
+
+def _lay_out(demand: Demand, cluster: Cluster, chains: Sequence[Sequence[Device]], prompts: PromptStats | None) -> _Layout:
+    options = demand.options
+    short_bytes = sum(demand.short_bytes(chain) for chain in chains)
+    placed = () if short_bytes else tuple(each for replica, chain in enumerate(chains) for each in _place(demand, replica, chain))
+    stages = tuple(_stages(demand, placed))
+    nodes = _nodes(demand, cluster, stages)
+    output = plan_output(options.parts, prompts, options.price_per_gb_month, options.compression) if prompts else None
+    shortages = [Shortage("gpu_memory", "all GPUs together", short_bytes)] if short_bytes else []
+    shortages += [*_node_shortages(cluster, nodes), *_disk_shortages(demand, output)]
+    return _Layout(placed, stages, nodes, output, tuple(shortages))
 
 
 def _place(demand: Demand, replica: int, chain: Sequence[Device]) -> Iterator[PlacedSpan]:
