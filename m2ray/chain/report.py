@@ -75,12 +75,17 @@ class StageMeasured:
 
 @dataclass(frozen=True)
 class RunMeasured:
-    """The run as the driver saw it. `extract_s` is from the first micro-batch to the last commit; `tokens` are real ones, of this run."""
+    """The run as the driver saw it, of its own shards alone.
+
+    `extract_s` is from the first micro-batch to the last commit; `tokens` are real ones; `output_bytes` are those of the committed parts:
+    what was written for attempts that failed is among the stages' `written_bytes` alone.
+    """
 
     run_id: str
     load_s: float
     extract_s: float
     tokens: int
+    output_bytes: int
     stages: tuple[StageMeasured, ...]
 
     @property
@@ -138,11 +143,13 @@ def summary_lines(plan: Plan, run: RunMeasured) -> list[str]:
         return ["Nothing was extracted: every shard was there."]
     written_bytes = sum(stage.written_bytes for stage in run.stages)
     planned = "" if plan.rates.tokens_per_s is None else f" (planned {plan.rates.tokens_per_s:,.0f})"
+    planned_output = "" if plan.output is None else f" (planned {size(plan.output.num_bytes)})"
     lines = [
         (
             f"{run.tokens:,} tokens in {run.extract_s:.1f} s: {run.tokens_per_s:,.0f} tokens/s{planned}, "
-            f"{size(written_bytes / run.extract_s)}/s written, padding {run.padding_waste:.1%}; loading took {run.load_s:.1f} s"
-        )
+            f"padding {run.padding_waste:.1%}; loading took {run.load_s:.1f} s"
+        ),
+        f"{size(run.output_bytes)} of output{planned_output}, {size(written_bytes / run.extract_s)}/s written",
     ]
     for stage in run.stages:
         lines.append(
@@ -190,7 +197,7 @@ def build_report(plan: Plan, run: RunMeasured) -> dict[str, Any]:
         },
         "output_bytes": {
             "planned": planned_output.num_bytes if planned_output else None,
-            "measured": sum(stage.written_bytes for stage in run.stages),
+            "measured": run.output_bytes,
         },
         "limiting_resource": {"planned": plan.limiting_resource, "measured": limiting(run)},
         "stages": [_stage(plan, stage) for stage in run.stages],

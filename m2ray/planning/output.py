@@ -97,7 +97,9 @@ def part_bytes(spec: PartSpec, rows: int, row_groups: int, files: int = 1, compr
 def plan_output(parts: Sequence[PartSpec], prompts: PromptStats, price_per_gb_month: float | None, compression: str = "none") -> OutputPlan:
     """The output of these parts for these prompts."""
     by_part = tuple(
-        PartBytes(spec.site, spec.layer, prompts.shards, part_bytes(spec, prompts.tokens, prompts.micro_batches, prompts.shards, compression))
+        PartBytes(
+            spec.site, spec.layer, prompts.shards, part_bytes(spec, prompts.tokens, prompts.micro_batches, prompts.shards, compression)
+        )
         for spec in parts
     )
     num_bytes = sum(part.num_bytes for part in by_part)
