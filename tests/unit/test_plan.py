@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from m2ray.activations.part_writer import PartWriter, token_columns
+from m2ray.activations.column_chunks import encode_tokens
+from m2ray.activations.part_writer import PartWriter
 from m2ray.batches import TOKEN_ROW, LayerSpan, PartSpec, TensorRow, TensorTable
 from m2ray.errors import ClusterError, ConfigError
 from m2ray.planning.demand import Demand, PlanOptions
@@ -338,7 +339,7 @@ def test_output_bytes_are_within_two_percent_of_the_writers(tmp_path, width, dty
         tokens["position"] = np.arange(rows) % length
         tokens["token_id"] = np.minimum(rng.zipf(1.2, rows), vocabulary) - 1 if is_natural else rng.integers(0, vocabulary, rows)
         bits = rng.integers(0, 256, (rows, width * (2 if dtype == "bfloat16" else 4)), dtype=np.uint8)
-        writer.append(token_columns(tokens), bits)
+        writer.append(encode_tokens(tokens), bits)
     writer.finish("0" * 32)
     assert part_bytes(spec, row_groups * rows, row_groups) == pytest.approx(writer.receipt.num_bytes, rel=0.02)
 
