@@ -4,13 +4,14 @@ import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from m2ray.errors import ConfigError, raise_all
 
 Auto = Literal["auto"]
+Attention = Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"]
 Positive = Annotated[int, Field(gt=0)]
 NonEmpty = Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)]
 
@@ -37,7 +38,7 @@ class ExtractConfig(BaseModel):
     store_dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="Dtype of the stored rows.")
     batch_tokens: Positive | Auto = Field("auto", description="Padded tokens in a micro-batch, at most; auto: 16384, or what fits.")
     shard_tokens: Positive | Auto = Field("auto", description="Tokens in a shard, the unit of commit and resume; auto: 32768.")
-    attn_implementation: Literal["auto", "eager", "sdpa"] = Field("auto", description="Attention; auto: the family's own default.")
+    attn_implementation: Attention = Field("auto", description=f"{', '.join(get_args(Attention))}; auto: sdpa where the family has it.")
     compile: bool | Auto = Field("auto", description="Compile the layers: twice as fast on a GPU; auto: where there are GPUs.")
     threads_per_stage: Positive | Auto = Field("auto", description="torch threads a stage on the CPU; auto: 1.")
 

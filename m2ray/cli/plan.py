@@ -86,7 +86,7 @@ def make_plan(config: PlanConfig) -> tuple[Plan, dict[str, Any]]:
     PlanOptions.of(config, (), 1, 1, None)
     from m2ray.cli.plan_inputs import read_model
 
-    model = read_model(config.model, config.attn_implementation)
+    model = read_model(config.model, config.attn_implementation, config.compute_dtype)
     layers = parse_layers(config.layers, model.table.num_layers)
     batch_tokens = _DEFAULT_BATCH_TOKENS if config.batch_tokens == "auto" else config.batch_tokens
     prompts = _prompts(config, model.config, batch_tokens)

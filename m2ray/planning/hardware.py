@@ -9,6 +9,9 @@ from m2ray.errors import ConfigError, raise_all
 
 _MIB = 2**20
 
+FLASH_PACKAGE = "flash-attn"
+"""Without it on a node `attn_implementation = "flash_attention_2"` cannot run there."""
+
 
 @dataclass(frozen=True)
 class GpuModel:
@@ -54,7 +57,7 @@ class Node:
     """One machine; None where it is not known. "free" is at the time of the probe.
 
     `shm_bytes` is /dev/shm's size, `disk_free_bytes` what the probed folder's file system has left. `versions` maps python, m2ray,
-    ray, torch, cuda, nccl and driver, as far as they are there, to their versions.
+    ray, torch, flash-attn, cuda, nccl and driver, as far as they are there, to their versions.
     """
 
     name: str

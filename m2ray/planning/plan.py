@@ -7,10 +7,10 @@ from itertools import groupby
 from typing import Literal, get_args
 
 from m2ray.batches import LayerSpan
-from m2ray.errors import ClusterError, ConfigError
+from m2ray.errors import ClusterError, ConfigError, raise_all
 from m2ray.planning.demand import Demand
 from m2ray.planning.devices import Device, chain_devices
-from m2ray.planning.hardware import Cluster
+from m2ray.planning.hardware import FLASH_PACKAGE, Cluster
 from m2ray.planning.memory import Memory, cpu_memory, gpu_host_memory, gpu_memory, weight_bytes, window
 from m2ray.planning.output import OutputPlan, PromptStats, plan_output
 from m2ray.planning.partition import DeviceMap
@@ -145,12 +145,13 @@ def plan_run(
 
     Raises:
         ConfigError: options contradict each other, the cluster or the profile.
-        ClusterError: there are fewer GPUs than stages.
+        ClusterError: there are fewer GPUs than stages, or nodes that cannot run the attention.
     """
     device_map = demand.options.chains.device_map
     if device_map not in get_args(DeviceMap) and not device_map.startswith("cuda:"):
         raise ConfigError(f"device_map = {device_map!r} is unknown.", f"Use {', '.join(get_args(DeviceMap))} or cuda:0.")
     chains = tuple(map(tuple, chains or chain_devices(cluster, demand.num_layers, demand.options.chains)))
+    _require_attention(demand, chains)
     short_bytes = sum(demand.short_bytes(chain) for chain in chains)
     placed = [] if short_bytes else [each for replica, chain in enumerate(chains) for each in _place(demand, replica, chain)]
     stages = tuple(_stages(demand, placed))
@@ -171,6 +172,26 @@ def plan_run(
         rates=plan_rates(demand, placed, prompts, output.padding_waste if output else 0.0),
         shortages=tuple(shortages),
         remedies=find_remedies(demand, chains) if short_bytes else (),
+    )
+
+
+def _require_attention(demand: Demand, chains: Sequence[Sequence[Device]]) -> None:
+    """Raise ClusterError, all at once, for what keeps the attention from these devices, as far as is known of them."""
+    if demand.shape.attn_implementation != "flash_attention_2":
+        return
+    remedy = 'Set attn_implementation = "sdpa".'
+    if not all(device.gpu for chain in chains for device in chain):
+        raise ClusterError('attn_implementation = "flash_attention_2" needs GPUs, and there are none.', remedy)
+    nodes = {device.node.name: device.node for chain in chains for device in chain}
+    raise_all(
+        [
+            ClusterError(
+                f'attn_implementation = "flash_attention_2": the package {FLASH_PACKAGE} is not installed on node {name}.',
+                f"Install it there. {remedy}",
+            )
+            for name, node in nodes.items()
+            if node.versions and FLASH_PACKAGE not in node.versions
+        ]
     )
 
 

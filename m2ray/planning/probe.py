@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from m2ray.planning.hardware import Gpu, Node
+from m2ray.planning.hardware import FLASH_PACKAGE, Gpu, Node
 
 _SHM = Path("/dev/shm")  # noqa: S108 - its size is asked for; nothing is written
 
@@ -151,7 +151,7 @@ def _nearest(folder: Path) -> Path:
 
 def _versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
-    for package in ("m2ray", "ray", "torch", "transformers"):
+    for package in ("m2ray", "ray", "torch", "transformers", FLASH_PACKAGE):
         with suppress(PackageNotFoundError):
             found[package] = version(package)
     if "torch" in found:

@@ -180,6 +180,18 @@ def test_a_sequence_longer_than_a_micro_batch_sets_its_size():
     assert longer.gpus[0].memory.running["transient"] == SHAPE.transient_bytes(40_000, 40_000, 2)
 
 
+def test_flash_attention_needs_gpus_and_its_package_on_every_node():
+    flash = replace(demand(num_layers=6), shape=replace(SHAPE, attn_implementation="flash_attention_2"))
+    gpus = tuple(Gpu(index, "NVIDIA H200", 150 * GB, 150 * GB) for index in range(2))
+    lacking, equipped = ({"torch": "2.11"} | more for more in ({}, {"flash-attn": "2.8.3"}))
+    assert plan_run(flash, parse_gpus("4xH200")).fits, "what is not known is left to the stage"
+    assert plan_run(flash, Cluster((Node("a", gpus, versions=equipped),))).fits
+    with pytest.raises(ClusterError, match=r"(?s)flash-attn is not installed on node a.*flash-attn is not installed on node c"):
+        plan_run(flash, Cluster(tuple(Node(name, gpus, versions=equipped if name == "b" else lacking) for name in "abc")))
+    with pytest.raises(ClusterError, match="needs GPUs, and there are none"):
+        plan_run(flash, Cluster((Node("a", cpus=8),)))
+
+
 # -- layouts --------------------------------------------------------------------------------------------------------------
 
 
