@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -14,6 +14,7 @@ from m2ray.model.attention import FLEX_BLOCK, require_machine, resolve_attn_impl
 from m2ray.model.capture import ResidualCapture
 from m2ray.model.checkpoint import open_checkpoint
 from m2ray.model.decoder import DecoderSpan
+from m2ray.model.offload import Offload
 from m2ray.model.skeleton import build_skeleton
 from m2ray.model.weights import OnBytes, load_weights, parameter_bytes
 
@@ -34,7 +35,7 @@ class StageSpec:
         device: "cpu" or "cuda:0".
         threads: torch threads on the CPU, for the whole process; None leaves them as they are.
         compile: whether the layers are compiled by torch.compile, which changes results by rounding (docs/numerics.md).
-        offloaded: those of its layers whose weights stay in host memory, ascending.
+        offload: those of its layers whose weights stay in host memory or on a disk.
     """
 
     model_url: str
@@ -47,7 +48,7 @@ class StageSpec:
     device: str
     threads: int | None
     compile: bool = False
-    offloaded: tuple[int, ...] = ()
+    offload: Offload = field(default_factory=Offload)
 
 
 class StageOutput:
@@ -242,7 +243,7 @@ def load_stage(spec: StageSpec, on_bytes: OnBytes) -> Stage:
         raise ConfigError(
             f"{spec.span} with captured layers {list(spec.capture_layers)}: the model has layers 0 to {len(skeleton.layers) - 1}."
         )
-    decoder = DecoderSpan(skeleton, spec.span, device, spec.offloaded)
+    decoder = DecoderSpan(skeleton, spec.span, device, spec.offload)
     needed_bytes = load_weights(checkpoint, decoder, on_bytes)
     if spec.compile:
         decoder.compile_layers()

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from m2ray.batches import LayerSpan, MicroBatch
+from m2ray.model.offload import Offload
 from m2ray.model.stage import Stage, StageSpec, load_stage
 from m2ray.model.weights import dequantize
 from tests.reference import MINIMAX_TINY, load_reference, make_minimax, micro_batch_of, reference_rows
@@ -123,18 +124,18 @@ def test_other_attention_is_within_rounding_of_the_reference(folder: Path, attn:
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_offloaded_layers_give_the_same_rows(folder: Path, *, compiled: bool) -> None:
+def test_offloaded_layers_give_the_same_rows(folder: Path, tmp_path: Path, *, compiled: bool) -> None:
     """Several micro-batches are in flight at once, so that a buffer filled too early would show."""
     span = LayerSpan(0, NUM_LAYERS)
     every = tuple(range(NUM_LAYERS))
     spec = StageSpec(str(folder), span, every, ("residual",), "bfloat16", "bfloat16", "auto", "cuda:0", None, compile=compiled)
     batches = [micro_batch_of((9 + seed, 230, 1, 170, 4), MINIMAX_TINY["vocab_size"], seed) for seed in range(8)]
     rows = []
-    for offloaded in ((), every[2:]):
-        stage = load_stage(replace(spec, offloaded=offloaded), lambda *_: None)
+    for offload in (Offload(), Offload(every[2:]), Offload(every[2:4], every[4:], str(tmp_path)), Offload((), every, str(tmp_path))):
+        stage = load_stage(replace(spec, offload=offload), lambda *_: None)
         outputs = [stage.forward(batch, None) for batch in batches]
         rows.append([layer.rows for output in outputs for layer in output.captured])
-    assert all(np.array_equal(one, other) for one, other in zip(*rows, strict=True))
+    assert all(np.array_equal(one, other) for offloaded in rows[1:] for one, other in zip(rows[0], offloaded, strict=True))
 
 
 def test_an_infinity_is_found_when_the_rows_are_taken(folder: Path) -> None:
