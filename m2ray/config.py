@@ -12,6 +12,7 @@ from m2ray.errors import ConfigError, raise_all
 
 Auto = Literal["auto"]
 Attention = Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"]
+OffloadTo = Literal["none", "cpu", "disk"]
 Positive = Annotated[int, Field(gt=0)]
 NonEmpty = Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)]
 
@@ -49,7 +50,11 @@ class ExtractConfig(BaseModel):
     gpus_per_stage: Positive = Field(1, description="GPUs that one stage owns.")
     device_map: NonEmpty = Field("auto", description="auto, balanced, balanced_low_0, sequential, cuda:0.")
     max_memory: NonEmpty | None = Field(None, description='"40GB", "0:60GB,1:40GB", "node-a=40GB;node-b=60GB".')
-    offload: Literal["none", "cpu"] = Field("none", description="Layers that find no room on the GPUs: refused, or kept in host memory.")
+    offload: OffloadTo = Field(
+        "none",
+        description="Layers that find no room on the GPUs: refused; cpu: in host memory; disk: there, and the rest in offload_folder.",
+    )
+    offload_folder: NonEmpty | None = Field(None, description="Folder on a disk of each node; default: the temporary folder.")
     node_labels: NonEmpty | None = Field(None, description='Use only nodes with these Ray labels: "zone=a,kind=h100".')
     in_flight: NonEmpty = Field("4GiB", description="Hidden states between the stages at one time, at most.")
     placement_timeout_s: Annotated[float, Field(gt=0)] = Field(30.0, description="Seconds to wait for room in the cluster.")

@@ -25,11 +25,14 @@ from m2ray.chain.stages import Patience, Stages
 from m2ray.chain.stopping import stop_on_sigterm
 from m2ray.config import ExtractConfig, parse_labels
 from m2ray.errors import M2rayError
+from m2ray.model.offload import Offload
 from m2ray.model.stage import StageSpec
 from m2ray.planning.demand import Demand
 from m2ray.planning.memory import window
 from m2ray.planning.output import PromptStats
 from m2ray.planning.plan import GpuPlan, Plan, most_replicas, plan_run
+from m2ray.planning.probe import offload_folder
+from m2ray.planning.spill import Spill
 from m2ray.prompts import Survey, TokenSpool, batching, load_shards, micro_batches, respool, survey
 
 
@@ -76,7 +79,7 @@ class _Work:
 def _hardware(config: ExtractConfig) -> Iterator[Hardware]:
     """Join or start the cluster and look at its nodes."""
     with cluster(config.placement_timeout_s):
-        yield probe_hardware(parse_labels(config.node_labels))
+        yield probe_hardware(parse_labels(config.node_labels), offload_folder(config))
 
 
 def _resolve(inputs: Inputs, hardware: Hardware) -> Inputs:
@@ -203,10 +206,8 @@ def _specs(inputs: Inputs, plan: Plan, replica: int, stage: int, span: LayerSpan
     """What each device of a stage holds. `cuda:N` counts the GPUs that the stage's process sees, in the order of the plan."""
     options = inputs.options
     gpus: list[GpuPlan] = [gpu for gpu in plan.gpus if (gpu.replica, gpu.stage) == (replica, stage)]
-    spans = [(f"cuda:{number}", gpu.span, gpu.offloaded) for number, gpu in enumerate(gpus) if gpu.span is not None] or [
-        ("cpu", span, None)
-    ]
-    for device, on_device, offloaded in spans:
+    spans = [(f"cuda:{number}", gpu.span, gpu.spill) for number, gpu in enumerate(gpus) if gpu.span is not None] or [("cpu", span, Spill())]
+    for device, on_device, spilt in spans:
         yield StageSpec(
             model_url=inputs.config.model,
             span=on_device,
@@ -218,8 +219,12 @@ def _specs(inputs: Inputs, plan: Plan, replica: int, stage: int, span: LayerSpan
             device=device,
             threads=options["threads_per_stage"],
             compile=options["compile"],
-            offloaded=tuple(range(offloaded.start, offloaded.stop)) if offloaded else (),
+            offload=Offload(_layers(spilt.in_host), _layers(spilt.on_disk), offload_folder(inputs.config)),
         )
+
+
+def _layers(span: LayerSpan | None) -> tuple[int, ...]:
+    return tuple(range(span.start, span.stop)) if span else ()
 
 
 def _limits(inputs: Inputs, plan: Plan) -> ChainLimits:

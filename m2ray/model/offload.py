@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from math import prod
+from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
@@ -93,7 +94,7 @@ class DiskHome(Home):
 
     def _allocate(self) -> torch.Tensor:
         try:
-            os.makedirs(self._folder, exist_ok=True)
+            Path(self._folder).mkdir(parents=True, exist_ok=True)
             self._file = tempfile.TemporaryFile(dir=self._folder, buffering=0)  # noqa: SIM115 - lives as long as the layer
             os.posix_fallocate(self._file.fileno(), 0, self.num_bytes)  # a disk that fills up later would end the process
         except OSError as error:

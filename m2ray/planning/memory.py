@@ -28,6 +28,9 @@ likewise: one layer's are selected while those of the layer before are copied to
 OFFLOAD_BUFFERS = 2
 """Layers on a GPU whose weights are kept in host memory: one that computes, one that is copied in."""
 
+OFFLOAD_READ_BYTES = 128 * _MIB
+"""Pinned memory of a GPU whose layers are read from a disk: 4 readers, each with a piece of 32 MiB."""
+
 HOST_BUFFERS = 3
 """Micro-batches' hidden states in a stage's host memory: received, computed, on the way out."""
 
@@ -210,7 +213,7 @@ def gpu_overhead(workload: Workload, transient_bytes: TransientBytes, row_bytes:
 def gpu_memory(
     rows: Sequence[TensorRow], workload: Workload, transient_bytes: TransientBytes, row_bytes: Sequence[int], offload_bytes: int = 0
 ) -> Memory:
-    """A GPU that holds the tensors `rows`, and buffers of `offload_bytes` for layers that are kept in host memory."""
+    """A GPU that holds the tensors `rows`, and buffers of `offload_bytes` for layers that are kept elsewhere."""
     weights = {"weights": weight_bytes(rows, workload.itemsize_bytes)}
     if offload_bytes:
         weights["offload_buffers"] = offload_bytes
@@ -218,9 +221,10 @@ def gpu_memory(
     return Memory(weights | gpu_overhead(workload, transient_bytes, row_bytes), weights | loading)
 
 
-def gpu_host_memory(workload: Workload, row_bytes: Sequence[int], offloaded_bytes: int = 0) -> Memory:
-    """The host's side of a stage whose weights are on GPUs, but for `offloaded_bytes` of them."""
-    process = {"process": PROCESS_BYTES["gpu"]} | ({"offloaded": offloaded_bytes} if offloaded_bytes else {})
+def gpu_host_memory(workload: Workload, row_bytes: Sequence[int], offloaded_bytes: int = 0, readers_bytes: int = 0) -> Memory:
+    """The host's side of a stage whose weights are on GPUs, but for `offloaded_bytes` here and others on a disk, read with `readers_bytes`."""
+    offload = {"offloaded": offloaded_bytes, "offload_readers": readers_bytes}
+    process = {"process": PROCESS_BYTES["gpu"]} | {name: num_bytes for name, num_bytes in offload.items() if num_bytes}
     return Memory(process | _host_buffers(workload, row_bytes), process | {"staging": STAGING_BYTES["host"]})
 
 

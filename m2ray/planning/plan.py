@@ -1,8 +1,9 @@
 """The plan of a run: what goes where, what it takes, whether it fits. Read `plan_run` first."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import groupby
 from typing import Literal, get_args
 
@@ -11,11 +12,12 @@ from m2ray.errors import ClusterError, ConfigError, raise_all
 from m2ray.planning.demand import Demand
 from m2ray.planning.devices import Device, chain_devices
 from m2ray.planning.hardware import FLASH_PACKAGE, Cluster
-from m2ray.planning.memory import Memory, cpu_memory, gpu_host_memory, gpu_memory, weight_bytes, window
+from m2ray.planning.memory import OFFLOAD_READ_BYTES, Memory, cpu_memory, gpu_host_memory, gpu_memory, weight_bytes, window
 from m2ray.planning.output import OutputPlan, PromptStats, plan_output
 from m2ray.planning.partition import DeviceMap
 from m2ray.planning.rates import PlacedSpan, RatePlan, plan_rates
-from m2ray.planning.remedies import Remedy, find_remedies
+from m2ray.planning.remedies import OffloadTrial, Remedy, find_remedies
+from m2ray.planning.spill import Spill, Spills, spill, to_disk
 
 Resource = Literal["gpu_memory", "host_memory", "shared_memory", "disk"]
 
@@ -49,7 +51,7 @@ class WeightsPlan:
 class GpuPlan:
     """One GPU of a chain, by its `stage`; `span` is None where it gets no layer, and on all GPUs where the model does not fit.
 
-    `offloaded` are the layers at the span's end whose weights stay in host memory.
+    `spill` are the layers at the span's end whose weights stay elsewhere.
     """
 
     replica: int
@@ -57,7 +59,7 @@ class GpuPlan:
     device: Device
     span: LayerSpan | None
     memory: Memory
-    offloaded: LayerSpan | None = None
+    spill: Spill = field(default_factory=Spill)
 
 
 @dataclass(frozen=True)
@@ -73,11 +75,15 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class NodePlan:
-    """What the stages of one node take together. `shm_bytes`, hidden states in /dev/shm, is part of `host_bytes`."""
+    """What the stages of one node take together.
+
+    `shm_bytes`, hidden states in /dev/shm, is part of `host_bytes`; `disk_bytes` are layers that are kept on its disk.
+    """
 
     name: str
     host_bytes: int
     shm_bytes: int
+    disk_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -152,27 +158,61 @@ def plan_run(
         raise ConfigError(f"device_map = {device_map!r} is unknown.", f"Use {', '.join(get_args(DeviceMap))} or cuda:0.")
     chains = tuple(map(tuple, chains or chain_devices(cluster, demand.num_layers, demand.options.chains)))
     _require_attention(demand, chains)
-    short_bytes = sum(demand.short_bytes(chain) for chain in chains)
-    placed = [] if short_bytes else [each for replica, chain in enumerate(chains) for each in _place(demand, replica, chain)]
-    stages = tuple(_stages(demand, placed))
-    nodes = _nodes(demand, cluster, stages)
+    laid = _lay(demand, cluster, chains)
     output = plan_output(demand.options.parts, prompts, demand.options.price_per_gb_month) if prompts else None
-    shortages = [Shortage("gpu_memory", "all GPUs together", short_bytes)] if short_bytes else []
-    shortages += [*_node_shortages(cluster, nodes), *_disk_shortages(demand, output)]
     return Plan(
         demand=demand,
         cluster=cluster,
         prompts=prompts,
         chains=chains,
         weights=_weights(demand),
-        gpus=tuple(_gpus(demand, chains, placed)),
-        stages=stages,
-        nodes=nodes,
+        gpus=tuple(_gpus(demand, chains, laid)),
+        stages=laid.stages,
+        nodes=laid.nodes,
         output=output,
-        rates=plan_rates(demand, placed, prompts, output.padding_waste if output else 0.0),
-        shortages=tuple(shortages),
-        remedies=find_remedies(demand, chains) if short_bytes else (),
+        rates=plan_rates(demand, laid.placed, prompts, output.padding_waste if output else 0.0),
+        shortages=(*laid.shortages, *_disk_shortages(demand, output)),
+        remedies=find_remedies(demand, chains, {each.resource for each in laid.shortages}, partial(_try_offload, cluster, chains)),
     )
+
+
+@dataclass(frozen=True)
+class _Laid:
+    """A model laid out over its chains, and what is short for it; nothing is placed where GPU memory is."""
+
+    placed: Sequence[PlacedSpan]
+    spills: Spills
+    stages: tuple[StagePlan, ...]
+    nodes: tuple[NodePlan, ...]
+    shortages: tuple[Shortage, ...]
+
+
+def _lay(demand: Demand, cluster: Cluster, chains: Sequence[Sequence[Device]]) -> _Laid:
+    short_bytes = sum(demand.short_bytes(chain) for chain in chains)
+    short = [Shortage("gpu_memory", "all GPUs together", short_bytes)] if short_bytes else []
+    placed = [] if short else [each for replica, chain in enumerate(chains) for each in _place(demand, replica, chain)]
+    spills = _spills(demand, cluster, placed)
+    stages = tuple(_stages(demand, placed, spills))
+    nodes = _nodes(demand, cluster, stages, _disk_bytes(demand, placed, spills))
+    return _Laid(placed, spills, stages, nodes, (*short, *_node_shortages(cluster, nodes)))
+
+
+def _spills(demand: Demand, cluster: Cluster, placed: Sequence[PlacedSpan]) -> Spills:
+    """What is not on the GPUs, dealt out between each node's memory and its disk."""
+    spills = spill(demand, placed)
+    without = _nodes(demand, cluster, tuple(_stages(demand, placed, {})), {}) if spills else ()
+    for node, planned in zip(cluster.nodes, without, strict=False):
+        keys = {(each.replica, each.place) for each in placed if each.device.node.name == node.name} & spills.keys()
+        here = {key: spills[key] for key in keys}
+        spills = {**spills, **to_disk(demand, here, node, planned.host_bytes + OFFLOAD_READ_BYTES * len(here))}
+    return spills
+
+
+def _try_offload(cluster: Cluster, chains: Sequence[Sequence[Device]], demand: Demand) -> OffloadTrial:
+    """What an offloading plan would come to on the same devices."""
+    laid = _lay(demand, cluster, chains)
+    host_bytes = sum(stage.host.running.get("offloaded", 0) for stage in laid.stages)
+    return OffloadTrial(not laid.shortages, host_bytes, sum(node.disk_bytes for node in laid.nodes))
 
 
 def _require_attention(demand: Demand, chains: Sequence[Sequence[Device]]) -> None:
@@ -214,40 +254,49 @@ def _place(demand: Demand, replica: int, chain: Sequence[Device]) -> Iterator[Pl
         yield PlacedSpan(replica, held.device // size, held.device, chain[held.device], held.span)
 
 
-def _gpus(demand: Demand, chains: Sequence[Sequence[Device]], placed: Sequence[PlacedSpan]) -> Iterator[GpuPlan]:
+def _gpus(demand: Demand, chains: Sequence[Sequence[Device]], laid: _Laid) -> Iterator[GpuPlan]:
     """Every GPU of every chain, in order; those that stay empty take nothing."""
     size = demand.options.chains.gpus_per_stage
-    spans = {(each.replica, each.place): each.span for each in placed}
+    spans = {(each.replica, each.place): each.span for each in laid.placed}
     for replica, chain in enumerate(chains):
         for place, device in enumerate(chain):
             if device.gpu is None:
                 continue
             span = spans.get((replica, place))
             if span is None:
-                yield GpuPlan(replica, place // size, device, None, Memory({} if placed else demand.overhead, {}))
+                yield GpuPlan(replica, place // size, device, None, Memory({} if laid.placed else demand.overhead, {}))
                 continue
-            offloaded = demand.offloaded(span, device)
-            rows = [row for row in demand.rows(span) if offloaded is None or row.layer is None or row.layer not in offloaded]
-            buffers_bytes = demand.turning_bytes(span) if offloaded else 0
+            spilt = laid.spills.get((replica, place), Spill())
+            rows = [row for row in demand.rows(span) if spilt.layers is None or row.layer is None or row.layer not in spilt.layers]
+            buffers_bytes = demand.turning_bytes(span) if spilt.layers else 0
             memory = gpu_memory(rows, demand.workload, demand.transient_bytes, demand.row_bytes(span), buffers_bytes)
-            yield GpuPlan(replica, place // size, device, span, memory, offloaded)
+            yield GpuPlan(replica, place // size, device, span, memory, spilt)
 
 
-def _stages(demand: Demand, placed: Sequence[PlacedSpan]) -> Iterator[StagePlan]:
+def _stages(demand: Demand, placed: Sequence[PlacedSpan], spills: Spills) -> Iterator[StagePlan]:
     for (replica, stage), group in groupby(placed, key=lambda each: (each.replica, each.stage)):
         of_stage = list(group)
         span = LayerSpan(of_stage[0].span.start, of_stage[-1].span.stop)
         row_bytes = demand.row_bytes(span)
         if of_stage[0].device.gpu:
-            offloaded = [layers for each in of_stage if (layers := demand.offloaded(each.span, each.device))]
-            offloaded_bytes = sum(weight_bytes(demand.layer_rows(layers), demand.itemsize_bytes) for layers in offloaded)
-            host = gpu_host_memory(demand.workload, row_bytes, offloaded_bytes)
+            here = [spills[each.replica, each.place] for each in of_stage if (each.replica, each.place) in spills]
+            offloaded_bytes = sum(demand.bytes_of(spilt.in_host) for spilt in here)
+            readers_bytes = OFFLOAD_READ_BYTES * sum(spilt.on_disk is not None for spilt in here)
+            host = gpu_host_memory(demand.workload, row_bytes, offloaded_bytes, readers_bytes)
         else:
             host = cpu_memory(demand.rows(span), demand.workload, demand.transient_bytes, row_bytes)
         yield StagePlan(replica, stage, of_stage[0].device.node.name, span, host)
 
 
-def _nodes(demand: Demand, cluster: Cluster, stages: Sequence[StagePlan]) -> tuple[NodePlan, ...]:
+def _disk_bytes(demand: Demand, placed: Sequence[PlacedSpan], spills: Spills) -> dict[str, int]:
+    """Of layers that are kept on each node's disk, by its name."""
+    kept: Counter[str] = Counter()
+    for each in placed:
+        kept[each.device.node.name] += demand.bytes_of(spills.get((each.replica, each.place), Spill()).on_disk)
+    return kept
+
+
+def _nodes(demand: Demand, cluster: Cluster, stages: Sequence[StagePlan], disk_bytes: Mapping[str, int]) -> tuple[NodePlan, ...]:
     """Hidden states in flight may all be on one node; a chain of one stage has none."""
     planned = []
     for node in cluster.nodes:
@@ -255,20 +304,23 @@ def _nodes(demand: Demand, cluster: Cluster, stages: Sequence[StagePlan]) -> tup
         lengths = Counter(stage.replica for stage in stages)
         chains = {stage.replica for stage in here if lengths[stage.replica] > 1}
         shm_bytes = sum(min(demand.options.in_flight_bytes, window(lengths[replica]) * demand.workload.hidden_bytes) for replica in chains)
-        planned.append(NodePlan(node.name, sum(stage.host.peak_bytes for stage in here) + shm_bytes, shm_bytes))
+        host_bytes = sum(stage.host.peak_bytes for stage in here) + shm_bytes
+        planned.append(NodePlan(node.name, host_bytes, shm_bytes, disk_bytes.get(node.name, 0)))
     return tuple(planned)
 
 
 def _node_shortages(cluster: Cluster, nodes: Sequence[NodePlan]) -> list[Shortage]:
-    """Host memory of every node, then /dev/shm of every node, as far as they are known."""
-    host, shared = [], []
+    """Host memory of every node, then /dev/shm, then the disk, as far as they are known."""
+    host, shared, disk = [], [], []
     for node, planned in zip(cluster.nodes, nodes, strict=True):
         has_bytes = node.host_bytes if node.host_free_bytes is None else node.host_free_bytes
         if has_bytes is not None and planned.host_bytes > has_bytes:
             host.append(Shortage("host_memory", node.name, planned.host_bytes - has_bytes))
         if node.shm_bytes is not None and planned.shm_bytes > node.shm_bytes:
             shared.append(Shortage("shared_memory", node.name, planned.shm_bytes - node.shm_bytes))
-    return [*host, *shared]
+        if node.disk_free_bytes is not None and planned.disk_bytes > node.disk_free_bytes:
+            disk.append(Shortage("disk", node.name, planned.disk_bytes - node.disk_free_bytes))
+    return [*host, *shared, *disk]
 
 
 def _disk_shortages(demand: Demand, output: OutputPlan | None) -> list[Shortage]:

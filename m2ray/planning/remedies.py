@@ -1,15 +1,16 @@
 """What would make a model fit: tried out one by one on the same arithmetic, nothing guessed."""
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from m2ray.config import OffloadTo
 from m2ray.planning.demand import Demand
 from m2ray.planning.devices import Device
 from m2ray.planning.hardware import MaxMemory
-from m2ray.planning.memory import weight_bytes
 
 _STEP_TOKENS = 256
+_FURTHER: Mapping[OffloadTo, tuple[OffloadTo, ...]] = {"none": ("cpu", "disk"), "cpu": ("disk",), "disk": ()}
 
 
 @dataclass(frozen=True)
@@ -21,10 +22,32 @@ class Remedy:
     text: str
 
 
-def find_remedies(demand: Demand, chains: Sequence[Sequence[Device]]) -> tuple[Remedy, ...]:
-    """Every single change that gives all weights of all chains room, the cheapest first."""
-    found = [_without_limits(demand, chains), _in_bfloat16(demand, chains), _smaller_batches(demand, chains), _more_gpus(demand, chains)]
-    found.append(_offload(demand, chains))
+@dataclass(frozen=True)
+class OffloadTrial:
+    """What a plan that offloads comes to: whether all of it finds room, and the bytes of layers in host memory and on disks."""
+
+    fits: bool
+    host_bytes: int
+    disk_bytes: int
+
+
+def find_remedies(
+    demand: Demand, chains: Sequence[Sequence[Device]], short: set[str], try_offload: Callable[[Demand], OffloadTrial]
+) -> tuple[Remedy, ...]:
+    """Every single change that gives all weights of all chains room, the cheapest first.
+
+    Args:
+        demand: what does not fit.
+        chains: the devices.
+        short: the resources that are short.
+        try_offload: plans another demand on the same devices.
+    """
+    found: list[Remedy | None] = []
+    if "gpu_memory" in short:
+        changes = (_without_limits, _in_bfloat16, _smaller_batches, _more_gpus)
+        found += [change(demand, chains) for change in changes]
+    if short & {"gpu_memory", "host_memory"}:
+        found.append(_offload(demand, try_offload))
     return tuple(remedy for remedy in found if remedy is not None)
 
 
@@ -71,15 +94,13 @@ def _more_gpus(demand: Demand, chains: Sequence[Sequence[Device]]) -> Remedy | N
     return Remedy("gpus", number, f"It fits on {number} GPUs like {most.gpu.name}{each}.")
 
 
-def _offload(demand: Demand, chains: Sequence[Sequence[Device]]) -> Remedy | None:
-    """Host memory for what finds no room: it runs, many times slower."""
-    offloading = replace(demand, options=replace(demand.options, offload=True))
-    if demand.options.offload or not _fits(offloading, chains):
-        return None
-    kept_bytes = 0
-    for chain in chains:
-        for held in offloading.split(chain):
-            layers = offloading.offloaded(held.span, chain[held.device])
-            kept_bytes += weight_bytes(offloading.layer_rows(layers), demand.itemsize_bytes) if layers else 0
-    text = f'It runs with offload = "cpu": {kept_bytes:,} bytes of layers are copied to the GPUs for each micro-batch, slowly.'
-    return Remedy("offload", "cpu", text)
+def _offload(demand: Demand, try_offload: Callable[[Demand], OffloadTrial]) -> Remedy | None:
+    """Host memory for what finds no room, or else the disk too: it runs, many times slower."""
+    for offload in _FURTHER[demand.options.offload]:
+        trial = try_offload(demand.with_offload(offload))
+        if trial.fits and trial.host_bytes + trial.disk_bytes:
+            of_these = f" {trial.disk_bytes:,} of these from disks," if trial.disk_bytes else ""
+            copied_bytes = trial.host_bytes + trial.disk_bytes
+            text = f'It runs with offload = "{offload}": {copied_bytes:,} bytes of layers are copied to the GPUs for each micro-batch,{of_these} slowly.'
+            return Remedy("offload", offload, text)
+    return None

@@ -154,18 +154,65 @@ def test_every_remedy_is_enough_and_no_more_than_needed():
 def test_offload_keeps_what_finds_no_room_in_host_memory():
     short = plan("2xH200")
     assert "offload" in [remedy.option for remedy in short.remedies]
-    planned = plan("2xH200", offload=True)
+    planned = plan("2xH200", offload="cpu")
     assert planned.fits
     for gpu in planned.gpus:
-        assert gpu.offloaded is not None
-        assert gpu.offloaded.stop == gpu.span.stop
+        assert gpu.spill.layers is not None
+        assert gpu.spill.layers.stop == gpu.span.stop
         assert gpu.memory.peak_bytes <= gpu.device.usable_bytes, "what stays and two layers in turn find room"
-    kept = [layer for gpu in planned.gpus for layer in range(gpu.offloaded.start, gpu.offloaded.stop)]
+    kept = [layer for gpu in planned.gpus for layer in range(gpu.spill.layers.start, gpu.spill.layers.stop)]
     layer_bytes = planned.weights.layer_bytes
     assert sum(stage.host.running["offloaded"] for stage in planned.stages) == sum(layer_bytes[layer] for layer in kept)
     on_gpus = sum(gpu.memory.running["weights"] for gpu in planned.gpus)
     assert on_gpus + sum(layer_bytes[layer] for layer in kept) == planned.weights.loaded_bytes
-    assert all(gpu.offloaded is None for gpu in plan("8xH200", offload=True).gpus), "nothing is moved that fits"
+    assert all(gpu.spill.layers is None for gpu in plan("8xH200", offload="cpu").gpus), "nothing is moved that fits"
+
+
+def offloading(host_free_bytes: int, disk_free_bytes: int | None = None, **options) -> Plan:
+    gpus = tuple(Gpu(index, "NVIDIA H200", 143_771 * 2**20, 143_771 * 2**20) for index in range(2))
+    node = Node("a", gpus, host_bytes=2000 * GB, host_free_bytes=host_free_bytes, disk_free_bytes=disk_free_bytes)
+    return plan(Cluster((node,)), **options)
+
+
+def test_what_finds_no_room_in_host_memory_stays_on_disk():
+    """GPUs first, then host memory, then the disk; nothing twice, nothing forgotten, and both GPUs wait about alike."""
+    planned = offloading(100 * GB, 500 * GB, offload="disk")
+    assert planned.fits
+    (node,) = planned.nodes
+    layer_bytes = planned.weights.layer_bytes
+    on_disk = []
+    for gpu in planned.gpus:
+        spilt = gpu.spill
+        assert spilt.layers.stop == spilt.on_disk.stop == gpu.span.stop
+        assert spilt.in_host.stop == spilt.on_disk.start
+        on_disk += range(spilt.on_disk.start, spilt.on_disk.stop)
+    in_gpus = sum(gpu.memory.running["weights"] for gpu in planned.gpus)
+    in_host = sum(stage.host.running["offloaded"] for stage in planned.stages)
+    assert node.disk_bytes == sum(layer_bytes[layer] for layer in on_disk)
+    assert in_gpus + in_host + node.disk_bytes == planned.weights.loaded_bytes
+    assert abs(len(planned.gpus[0].spill.on_disk) - len(planned.gpus[1].spill.on_disk)) <= 1
+    assert node.host_bytes <= 0.9 * 100 * GB < node.host_bytes + max(layer_bytes), "host memory is filled first"
+    assert offloading(2000 * GB, 0, offload="disk").nodes[0].disk_bytes == 0
+
+
+def test_a_disk_too_small_for_what_stays_there_is_a_shortage():
+    planned = offloading(100 * GB, 50 * GB, offload="disk")
+    assert [(each.resource, each.where) for each in planned.shortages] == [("disk", "a")]
+    assert planned.short_by_bytes == planned.nodes[0].disk_bytes - 50 * GB
+    assert offloading(100 * GB, None, offload="disk").fits, "what is not known is not refused"
+
+
+def test_the_disk_is_a_remedy_only_where_host_memory_is_none():
+    def offered(planned: Plan) -> list[str | int]:
+        return [remedy.value for remedy in planned.remedies if remedy.option == "offload"]
+
+    assert offered(offloading(500 * GB, 500 * GB)) == ["cpu"]
+    assert offered(offloading(100 * GB, 500 * GB)) == ["disk"]
+    assert offered(offloading(100 * GB, 50 * GB)) == []
+    short_of_host = offloading(100 * GB, 500 * GB, offload="cpu")
+    assert [each.resource for each in short_of_host.shortages] == ["host_memory"]
+    assert [remedy.option for remedy in short_of_host.remedies] == ["offload"]
+    assert f"{offloading(100 * GB, 500 * GB, offload='disk').nodes[0].disk_bytes:,} of these from disks" in short_of_host.remedies[0].text
 
 
 def test_remedies_for_limits_and_for_float32():
@@ -400,6 +447,15 @@ def test_the_picture_says_what_is_missing_and_what_helps():
     assert "It does not fit" in text
     assert f"{plan('6xH100-80GB', batch_tokens=65_536).short_by_bytes:,} bytes short" in text
     assert "It fits with batch_tokens =" in text
+
+
+def test_the_picture_tells_what_is_offloaded_and_where():
+    text = drawn(offloading(100 * GB, 500 * GB, offload="disk"))
+    planned = offloading(100 * GB, 500 * GB, offload="disk")
+    assert f"{planned.nodes[0].disk_bytes:,}" in text
+    assert "on disks, read in turn" in text
+    assert "in host memory, copied in turn" in text
+    assert "offloaded" not in drawn(plan("8xH200", offload="disk"))
 
 
 def test_bars_keep_their_length():

@@ -59,7 +59,8 @@ def test_a_stage_counts_its_bytes(llama: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("in_host", "on_disk"), [((3, 4), ()), ((1, 2, 3, 4), ()), ((4,), ()), ((), (0, 1, 2, 3, 4)), ((), (4,)), ((2,), (3, 4)), ((1, 4), (2,))]
+    ("in_host", "on_disk"),
+    [((3, 4), ()), ((1, 2, 3, 4), ()), ((4,), ()), ((), (0, 1, 2, 3, 4)), ((), (4,)), ((2,), (3, 4)), ((1, 4), (2,))],
 )
 def test_offloaded_layers_give_the_same_rows(llama: Path, tmp_path: Path, in_host: tuple[int, ...], on_disk: tuple[int, ...]) -> None:
     resident = load(spec_of(llama, 0, 5))
