@@ -37,7 +37,9 @@ class ExtractConfig(BaseModel):
     sites: Literal["residual"] = Field("residual", description="What to capture at each layer.")
     compute_dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="Dtype of weights and arithmetic.")
     store_dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="Dtype of the stored rows.")
-    batch_tokens: Positive | Auto = Field("auto", description="Padded tokens in a micro-batch, at most; auto: 16384, or what fits.")
+    batch_tokens: Positive | Auto = Field(
+        "auto", description="Padded tokens in a micro-batch, at most; auto: what memory and prompts suit best, up to 16384."
+    )
     shard_tokens: Positive | Auto = Field("auto", description="Tokens in a shard, the unit of commit and resume; auto: 32768.")
     attn_implementation: Attention = Field("auto", description=f"{', '.join(get_args(Attention))}; auto: sdpa where the family has it.")
     compile: bool | Auto = Field("auto", description="Compile the layers: twice as fast on a GPU; auto: where there are GPUs.")

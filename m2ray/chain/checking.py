@@ -11,13 +11,13 @@ from m2ray.errors import ConfigError, M2rayError, raise_all
 from m2ray.model.attention import resolve_attn_implementation
 from m2ray.model.checkpoint import Checkpoint, open_checkpoint, tensor_table
 from m2ray.model.stage import DTYPES
+from m2ray.planning.batch_size import AUTO_BATCH_TOKENS
 from m2ray.planning.demand import Demand, PlanOptions
 from m2ray.planning.memory import ModelShape
 from m2ray.planning.probe import disk_free_bytes
 from m2ray.prompts import PromptOptions, PromptSource, PromptTokenizer
 from m2ray.storage import Store, open_store
 
-AUTO_BATCH_TOKENS = 16_384
 _AUTO_SHARD_TOKENS = 32_768
 
 

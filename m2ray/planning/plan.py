@@ -1,5 +1,6 @@
 """The plan of a run: what goes where, what it takes, whether it fits. Read `plan_run` first."""
 
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,7 +17,7 @@ from m2ray.planning.memory import OFFLOAD_READ_BYTES, Memory, cpu_memory, gpu_ho
 from m2ray.planning.output import OutputPlan, PromptStats, plan_output
 from m2ray.planning.partition import DeviceMap
 from m2ray.planning.rates import PlacedSpan, RatePlan, plan_rates
-from m2ray.planning.remedies import OffloadTrial, Remedy, find_remedies
+from m2ray.planning.remedies import STEP_TOKENS, OffloadTrial, Remedy, find_remedies
 from m2ray.planning.spill import Spill, Spills, spill, to_disk
 
 Resource = Literal["gpu_memory", "host_memory", "shared_memory", "disk"]
@@ -246,6 +247,18 @@ def most_replicas(demand: Demand, cluster: Cluster) -> int:
         if not any(demand.short_bytes(chain) for chain in chains):
             return replicas
     return 1
+
+
+def most_batch_tokens(demand: Demand, cluster: Cluster, at_most: int) -> int | None:
+    """The largest micro-batch, `at_most` or in steps of 256 tokens less, for which all memory suffices; None if none does.
+
+    Raises:
+        ConfigError, ClusterError: as `plan_run`.
+    """
+    chains = chain_devices(cluster, demand.num_layers, demand.options.chains)
+    sizes = [*range(STEP_TOKENS, at_most, STEP_TOKENS), at_most]
+    too_large = bisect_left(sizes, x=True, key=lambda size: bool(_lay(demand.with_batch_tokens(size), cluster, chains).shortages))
+    return sizes[too_large - 1] if too_large else None
 
 
 def _place(demand: Demand, replica: int, chain: Sequence[Device]) -> Iterator[PlacedSpan]:

@@ -9,7 +9,7 @@ from m2ray.planning.demand import Demand
 from m2ray.planning.devices import Device
 from m2ray.planning.hardware import MaxMemory
 
-_STEP_TOKENS = 256
+STEP_TOKENS = 256
 _FURTHER: Mapping[OffloadTo, tuple[OffloadTo, ...]] = {"none": ("cpu", "disk"), "cpu": ("disk",), "disk": ()}
 
 
@@ -73,13 +73,13 @@ def _smaller_batches(demand: Demand, chains: Sequence[Sequence[Device]]) -> Reme
     """The largest micro-batch that fits, in steps of 256 tokens. A longer sequence sets the floor."""
 
     def is_too_large(steps: int) -> bool:
-        return not _fits(demand.with_batch_tokens(steps * _STEP_TOKENS), chains)
+        return not _fits(demand.with_batch_tokens(steps * STEP_TOKENS), chains)
 
-    most = (demand.options.batch_tokens - 1) // _STEP_TOKENS
+    most = (demand.options.batch_tokens - 1) // STEP_TOKENS
     steps = bisect_left(range(1, most + 1), x=True, key=is_too_large)
     if steps == 0:
         return None
-    return Remedy("batch_tokens", steps * _STEP_TOKENS, f"It fits with batch_tokens = {steps * _STEP_TOKENS} or less.")
+    return Remedy("batch_tokens", steps * STEP_TOKENS, f"It fits with batch_tokens = {steps * STEP_TOKENS} or less.")
 
 
 def _more_gpus(demand: Demand, chains: Sequence[Sequence[Device]]) -> Remedy | None:
