@@ -181,6 +181,7 @@ _WORDS = {
     "disk": "disk space",
     "computation": "the computation",
     "device_to_host_copy": "the copy from GPU to host",
+    "offload": "the copy of layers that are not kept on the GPUs",
     "encoder": "the encoding of Parquet",
     "store": "the store",
 }

@@ -16,7 +16,7 @@ from m2ray.planning.hardware import FLASH_PACKAGE, Cluster
 from m2ray.planning.memory import OFFLOAD_READ_BYTES, Memory, cpu_memory, gpu_host_memory, gpu_memory, weight_bytes, window
 from m2ray.planning.output import OutputPlan, PromptStats, plan_output
 from m2ray.planning.partition import DeviceMap
-from m2ray.planning.rates import PlacedSpan, RatePlan, plan_rates
+from m2ray.planning.rates import PlacedSpan, RatePlan, SpiltBytes, plan_rates
 from m2ray.planning.remedies import STEP_TOKENS, OffloadTrial, Remedy, find_remedies
 from m2ray.planning.spill import Spill, Spills, spill, to_disk
 
@@ -171,7 +171,7 @@ def plan_run(
         stages=laid.stages,
         nodes=laid.nodes,
         output=output,
-        rates=plan_rates(demand, laid.placed, prompts, output.padding_waste if output else 0.0),
+        rates=plan_rates(demand, laid.placed, prompts, output.padding_waste if output else 0.0, _spilt_bytes(demand, laid.spills)),
         shortages=(*laid.shortages, *_disk_shortages(demand, output)),
         remedies=find_remedies(demand, chains, {each.resource for each in laid.shortages}, partial(_try_offload, cluster, chains)),
     )
@@ -207,6 +207,10 @@ def _spills(demand: Demand, cluster: Cluster, placed: Sequence[PlacedSpan]) -> S
         here = {key: spills[key] for key in keys}
         spills = {**spills, **to_disk(demand, here, node, planned.host_bytes + OFFLOAD_READ_BYTES * len(here))}
     return spills
+
+
+def _spilt_bytes(demand: Demand, spills: Spills) -> SpiltBytes:
+    return {key: (demand.bytes_of(spilt.in_host), demand.bytes_of(spilt.on_disk)) for key, spilt in spills.items()}
 
 
 def _try_offload(cluster: Cluster, chains: Sequence[Sequence[Device]], demand: Demand) -> OffloadTrial:

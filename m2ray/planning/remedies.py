@@ -44,7 +44,7 @@ def find_remedies(
     """
     found: list[Remedy | None] = []
     if "gpu_memory" in short:
-        changes = (_without_limits, _in_bfloat16, _smaller_batches, _more_gpus)
+        changes = (_without_limits, _in_bfloat16, _smaller_batches, _shorter_prompts, _more_gpus)
         found += [change(demand, chains) for change in changes]
     if short & {"gpu_memory", "host_memory"}:
         found.append(_offload(demand, try_offload))
@@ -80,6 +80,21 @@ def _smaller_batches(demand: Demand, chains: Sequence[Sequence[Device]]) -> Reme
     if steps == 0:
         return None
     return Remedy("batch_tokens", steps * STEP_TOKENS, f"It fits with batch_tokens = {steps * STEP_TOKENS} or less.")
+
+
+def _shorter_prompts(demand: Demand, chains: Sequence[Sequence[Device]]) -> Remedy | None:
+    """The longest prompt that fits, in steps of 256 tokens, where the longest is known."""
+    longest = demand.options.longest_tokens
+    if longest is None:
+        return None
+
+    def is_too_long(steps: int) -> bool:
+        return not _fits(replace(demand, options=replace(demand.options, longest_tokens=steps * STEP_TOKENS)), chains)
+
+    steps = bisect_left(range(1, (longest - 1) // STEP_TOKENS + 1), x=True, key=is_too_long)
+    if steps == 0:
+        return None
+    return Remedy("max_length", steps * STEP_TOKENS, f"It fits with max_length = {steps * STEP_TOKENS} or less.")
 
 
 def _more_gpus(demand: Demand, chains: Sequence[Sequence[Device]]) -> Remedy | None:

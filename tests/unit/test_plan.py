@@ -195,6 +195,16 @@ def test_what_finds_no_room_in_host_memory_stays_on_disk():
     assert offloading(2000 * GB, 0, offload="disk").nodes[0].disk_bytes == 0
 
 
+def test_what_is_brought_for_each_micro_batch_limits_the_rate():
+    planned = offloading(100 * GB, 500 * GB, offload="disk")
+    most = max(
+        sum(planned.weights.layer_bytes[layer] for layer in range(gpu.spill.layers.start, gpu.spill.layers.stop)) for gpu in planned.gpus
+    )
+    assert planned.limiting_resource == "offload"
+    assert planned.rates.limits["offload"] == pytest.approx(16_384 / (most / (51 * 2**30)))
+    assert "offload" not in plan("8xH200", offload="disk").rates.limits
+
+
 def test_a_disk_too_small_for_what_stays_there_is_a_shortage():
     planned = offloading(100 * GB, 50 * GB, offload="disk")
     assert [(each.resource, each.where) for each in planned.shortages] == [("disk", "a")]
@@ -220,6 +230,32 @@ def test_remedies_for_limits_and_for_float32():
     assert next(remedy.option for remedy in limited.remedies) == "max_memory"
     assert "compute_dtype" in [remedy.option for remedy in plan("8xA100-80GB", compute_dtype="float32").remedies]
     assert plan("8xA100-80GB").remedies == ()
+
+
+@pytest.mark.parametrize("attn", ["eager", "sdpa", "flash_attention_2", "flex_attention"])
+def test_long_prompts_count_and_the_length_that_fits_is_told(attn):
+    """32k tokens as one prompt: eager attention needs many times the memory, the others no more than for short prompts."""
+
+    def planned(longest_tokens: int) -> Plan:
+        long = replace(demand(batch_tokens=32_768, longest_tokens=longest_tokens), shape=replace(SHAPE, attn_implementation=attn))
+        return plan_run(long, parse_gpus("8xH200"))
+
+    assert planned(512).fits
+    assert planned(32_768).fits is (attn != "eager")
+    if attn == "eager":
+        (told,) = [remedy.value for remedy in planned(32_768).remedies if remedy.option == "max_length"]
+        assert planned(told).fits
+        assert not planned(told + 256).fits
+
+
+def test_long_prompts_count_where_layers_are_offloaded():
+    """A GPU's peak stays below what may be used, and what a long prompt takes is taken from the layers that are kept there."""
+    short, long = (offloading(1000 * GB, offload="cpu", longest_tokens=length) for length in (512, 65_536))
+    assert short.fits
+    assert long.fits
+    assert all(gpu.memory.peak_bytes <= gpu.device.usable_bytes for planned in (short, long) for gpu in planned.gpus)
+    assert long.gpus[0].memory.running["transient"] == SHAPE.transient_bytes(65_536, 65_536, 2)
+    assert sum(len(gpu.spill.layers) for gpu in long.gpus) > sum(len(gpu.spill.layers) for gpu in short.gpus)
 
 
 def test_a_sequence_longer_than_a_micro_batch_sets_its_size():
