@@ -3,14 +3,13 @@
     python -m benchmarks.against_guide FOLDER                # 6 layers at MiniMax-M2's real dimensions on a GPU
     python -m benchmarks.against_guide FOLDER --device cpu   # tiny layers, to try the script
 
-Both methods in one process end with every layer's rows in host memory; a batch's rows are kept until the batch after the next one is
-done, since a consumer takes them away. Prompts are tokenised before either clock starts. `m2ray extract` then writes the rows of more
-prompts of the same kind to a local disk, from its first micro-batch to its last commit.
-Needs on a GPU: 8 GB of memory a layer twice over and 30 GB, 4 GB of disk a layer, and 37 kB of disk a token of the extraction.
+Both methods in one process, one after the other so that one card of 80 GB holds each, end with every layer's rows in host memory; a
+batch's rows are kept until the batch after the next one is done, since a consumer takes them away. Prompts are tokenised before either
+clock starts. `m2ray extract` then writes the rows of more prompts of the same kind to a local disk, from its first micro-batch to its
+last commit. Needs on a GPU: 8 GB of memory a layer and 30 GB, 4 GB of disk a layer, and 37 kB of disk a token of the extraction.
 """
 
 import argparse
-import gc
 import json
 import os
 import shutil
@@ -26,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.checkpoints import LAYERS, free, real_size
 from benchmarks.guide import Guide
 from benchmarks.records import Row, record
 from benchmarks.runs import ROOT, extract
@@ -33,7 +33,6 @@ from m2ray.batches import LayerSpan, MicroBatch
 from m2ray.model.stage import Stage, StageSpec, load_stage
 from m2ray.prompts import PromptOptions, PromptSource, PromptTokenizer, micro_batches, survey
 from m2ray.storage import open_store
-from scripts.make_checkpoint import make_checkpoint
 
 TINY = {"hidden_size": 128, "intermediate_size": 128, "num_experts": 16, "num_heads": 4, "num_kv_heads": 2, "head_dim": 64}
 TINY |= {"experts_per_token": 2, "vocab_size": 512}
@@ -62,21 +61,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--device", choices=("cuda:0", "cpu"), default="cuda:0")
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--format", choices=("fp8", "bf16"), default="fp8", help="of the checkpoint; both hold the same values")
-    parser.add_argument("--prompts", type=int, default=1024, help="for the methods in one process")
+    parser.add_argument("--layers", type=int, default=LAYERS)
+    parser.add_argument("--prompts", type=int, default=768, help="for the methods in one process")
     parser.add_argument("--extract-prompts", type=int, default=2048, help="for m2ray extract; 0 leaves it out")
     parser.add_argument("--batch-tokens", type=int, default=16_384, help="padded tokens in m2ray's micro-batches")
     parser.add_argument("--guide-batches", type=int, nargs="+", default=[3, 8, 32], help="prompts in a batch; 3 is the guide's own")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=2, help="of the guide; m2ray's, which take little time, are twice as many")
     parser.add_argument("--no-compile", action="store_true")
-    parser.add_argument("--make-only", action="store_true", help="make the checkpoint, which takes minutes, and end")
     options = parser.parse_args()
     folder: Path = options.folder.resolve()
-    model = checkpoint(folder, options)
-    if options.make_only:
-        return
-    title = f"The guide's method and m2ray: {options.layers} layers at MiniMax-M2's real dimensions, {options.format} checkpoint, bfloat16"
+    model = real_size(folder, options.layers, TINY if options.device == "cpu" else None)
+    title = f"The guide's method and m2ray: {options.layers} layers at MiniMax-M2's real dimensions, FP8 checkpoint, bfloat16"
     prompts = make_prompts(folder, model, options.prompts, options.batch_tokens)
     rows, guide_rates = in_memory(model, prompts, options)
     keep(title, rows, options)
@@ -91,15 +86,6 @@ def keep(title: str, rows: list[Row], options: argparse.Namespace) -> None:
         print(*rows, sep="\n")
     else:
         record("against_guide", title, rows)
-
-
-def checkpoint(folder: Path, options: argparse.Namespace) -> Path:
-    model: Path = folder / f"model-{options.format}-{options.layers}-{options.device[:3]}"
-    if not model.exists():
-        config = json.loads((ROOT / "tests/data/minimax_m2/config.json").read_text())
-        overrides = {"layers": options.layers} | (TINY if options.device == "cpu" else {})
-        make_checkpoint(model, config, overrides=overrides, fmt=options.format, seed=1)
-    return model
 
 
 def make_prompts(folder: Path, model: Path, count: int, batch_tokens: int) -> Prompts:
@@ -126,50 +112,60 @@ def make_prompts(folder: Path, model: Path, count: int, batch_tokens: int) -> Pr
 
 
 def in_memory(model: Path, prompts: Prompts, options: argparse.Namespace) -> tuple[list[Row], dict[int, float]]:
-    """Both methods in this process, in turn. Also gives the guide's tokens a second by prompts in a batch."""
+    """Both methods in this process, the guide first. Also gives the guide's tokens a second by prompts in a batch."""
+    sample = prompts.batches[len(prompts.batches) // 2]
+    guide_rates, kept, alone = of_the_guide(model, prompts, sample, options)
+    stage = stage_of(model, options)
+    found = [("eager", rates_of(stage, prompts, options), compare(stage, sample, kept, alone, "m2ray eager"))]
+    if not options.no_compile:
+        stage._decoder.compile_layers()  # noqa: SLF001 - the same weights, compiled
+        stage.warm_up(options.batch_tokens)
+        found.insert(0, ("compiled", rates_of(stage, prompts, options), compare(stage, sample, kept, alone, "m2ray compiled")))
+    del stage
+    free()
+    first, best = options.guide_batches[0], max(guide_rates, key=lambda size: guide_rates[size])
+    note = f"{len(prompts.texts)} prompts, {prompts.num_tokens:,} tokens; medians of {options.repeats} and {2 * options.repeats} repeats"
+    rows = []
+    for number, (name, rate, _) in enumerate(found):
+        for size in dict.fromkeys((first, best)):
+            what = f"in memory, one stage {name}{'' if size == first else ', against the best of the guide with larger batches'}"
+            target = "6" if number == 0 and size == first else ""
+            rows.append(
+                Row(what, rate, "tokens/s", guide_rates[size], f"guide, batches of {size}:", rate / guide_rates[size], target, note)
+            )
+    return rows + [row for _, _, differences in found for row in differences], guide_rates
+
+
+def of_the_guide(
+    model: Path, prompts: Prompts, sample: MicroBatch, options: argparse.Namespace
+) -> tuple[dict[int, float], list[torch.Tensor], list[torch.Tensor]]:
+    """Its tokens a second by prompts in a batch; and its rows of `sample`'s prompts, in its own batches and each prompt alone."""
+    began = time.monotonic()
     guide = Guide(model, options.device)
-    stage = stage_of(model, options, compiled=not options.no_compile)
-    warm_up_s = warm_up(stage, prompts, options)
-    seconds: dict[str, list[float]] = {}
+    print(f"the guide's model loaded in {time.monotonic() - began:.0f} s", flush=True)
+    rates: dict[int, list[float]] = {}
     for _ in range(options.repeats):
         for size in list(options.guide_batches):
             if (taken := guide_s(guide, prompts, size)) is None:
                 options.guide_batches.remove(size)
+                rates.pop(size, None)
             else:
-                seconds.setdefault(f"guide {size}", []).append(taken)
-        seconds.setdefault("stage", []).append(stage_s(stage, prompts))
+                rates.setdefault(size, []).append(prompts.num_tokens / taken)
+                print(f"guide, batches of {size}: {rates[size][-1]:,.0f} tokens/s", flush=True)
     guide.restore_router(model)
-    sample = prompts.batches[len(prompts.batches) // 2]
-    kept = guide_rows(guide, prompts, sample, options.guide_batches[0])
-    alone = guide_rows(guide, prompts, sample, 1)
-    compiled_or_not = "eager" if options.no_compile else "compiled"
-    differences = compare(stage, sample, kept, alone, f"m2ray {compiled_or_not}")
-    if not options.no_compile:
-        del stage
-        free()
-        stage = stage_of(model, options, compiled=False)
-        stage_s(stage, prompts)
-        seconds["eager"] = [stage_s(stage, prompts) for _ in range(options.repeats)]
-        differences += compare(stage, sample, kept, alone, "m2ray eager")
-    del guide, stage
+    rows = [guide_rows(guide, prompts, sample, size) for size in (options.guide_batches[0], 1)]
+    del guide
     free()
-    rates = {name: [prompts.num_tokens / taken for taken in times] for name, times in seconds.items()}
-    guide_rates = {size: statistics.median(rates[f"guide {size}"]) for size in options.guide_batches}
-    best = max(guide_rates, key=lambda size: guide_rates[size])
-    note = f"{len(prompts.texts)} prompts, {prompts.num_tokens:,} tokens, {options.repeats} interleaved repeats, medians"
-    pairs = [(f"in memory, one stage {compiled_or_not}", "stage", options.guide_batches[0], "6", f"{note}; warm-up {warm_up_s:.0f} s")]
-    pairs.append((f"in memory, one stage {compiled_or_not}, against the guide's best batch", "stage", best, "", ""))
-    if "eager" in rates:
-        pairs.append(("in memory, one stage eager", "eager", options.guide_batches[0], "", "its own repeats after the others"))
-    found = []
-    for what, name, size, target, each_note in pairs:
-        ratio = statistics.median(ours / theirs for ours, theirs in zip(rates[name], rates[f"guide {size}"], strict=True))
-        value = statistics.median(rates[name])
-        found.append(Row(what, value, "tokens/s", guide_rates[size], f"guide, batches of {size}:", ratio, target, each_note))
-    return found + differences, guide_rates
+    return {size: statistics.median(each) for size, each in rates.items()}, rows[0], rows[1]
 
 
-def stage_of(model: Path, options: argparse.Namespace, *, compiled: bool) -> Stage:
+def rates_of(stage: Stage, prompts: Prompts, options: argparse.Namespace) -> float:
+    """Tokens a second, after a pass that pins the buffers that later ones use again."""
+    stage_s(stage, prompts)
+    return prompts.num_tokens / statistics.median(stage_s(stage, prompts) for _ in range(2 * options.repeats))
+
+
+def stage_of(model: Path, options: argparse.Namespace) -> Stage:
     layers = tuple(range(options.layers))
     return load_stage(
         StageSpec(
@@ -182,19 +178,9 @@ def stage_of(model: Path, options: argparse.Namespace, *, compiled: bool) -> Sta
             attn_implementation="auto",
             device=options.device,
             threads=None,
-            compile=compiled,
         ),
         lambda *_: None,
     )
-
-
-def warm_up(stage: Stage, prompts: Prompts, options: argparse.Namespace) -> float:
-    """Compile, and pin the buffers that later passes use again. Seconds."""
-    began = time.monotonic()
-    if not options.no_compile:
-        stage.warm_up(options.batch_tokens)
-    stage_s(stage, prompts)
-    return time.monotonic() - began
 
 
 def stage_s(stage: Stage, prompts: Prompts) -> float:
@@ -226,14 +212,6 @@ def guide_s(guide: Guide, prompts: Prompts, size: int) -> float | None:
         print(f"guide, batches of {size}: {error}")
         torch.cuda.empty_cache()
         return None
-
-
-def free() -> None:
-    """Give back what nobody refers to; compiled graphs would hold on to their layers."""
-    torch.compiler.reset()
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 # -- the same rows --------------------------------------------------------------------------------------------------------
@@ -279,34 +257,40 @@ def committed(folder: Path, model: Path, prompts: Prompts, options: argparse.Nam
     words = {"model": model, "prompts": prompts.path, "output": run, "stages": 1, "batch_tokens": options.batch_tokens, "truncation": "cut"}
     (folder / "log").unlink(missing_ok=True)
     whole_s = extract(folder / "log", max_length=4 * LONGEST, compile=compiled, **words)
-    seconds = extracting_s(run)
+    report = json.loads((run / "report.json").read_text())
+    assert report["tokens"] == prompts.num_tokens, "both must see the same tokens"
+    rate, seconds = report["tokens_per_s"]["measured"], report["extract_s"]
     parts = [path.stat().st_size for path in run.rglob("shard-*.parquet")]
     shutil.rmtree(run.parent)
     num_bytes = sum(parts)
-    raw = {threads: written_bytes_per_s(folder, parts, threads) for threads in (1, 4, 8)}
+    raw = {threads: written_bytes_per_s(folder, parts, threads) for threads in (1, 8)}
     threads = max(raw, key=lambda number: raw[number])
-    rate, size = prompts.num_tokens / seconds, options.guide_batches[0]
+    size = options.guide_batches[0]
     limit = raw[threads] / (num_bytes / prompts.num_tokens)
     bound = f"the disk's limit is {limit:,.0f} tokens/s, {limit / guide_rates[size]:.2f} of the guide's"
-    note = f"{prompts.num_tokens:,} tokens, {num_bytes / 1e9:.1f} GB in {len(parts)} parts; the whole command {whole_s:.0f} s; {bound}"
-    guide_is = f"guide, batches of {size}, nothing written:"
-    written = Row(
-        "bytes to the local disk, m2ray extract",
-        num_bytes / seconds / 1e9,
-        "GB/s",
-        raw[threads] / 1e9,
-        f"write() and fsync, {threads} threads:",
-        num_bytes / seconds / raw[threads],
-        "1, where the disk binds",
-    )
-    extracted = Row(f"committed as Parquet, m2ray extract, compile = {compiled}", rate, "tokens/s", guide_rates[size], guide_is, note=note)
-    return [Row(**{**vars(extracted), "ratio": rate / guide_rates[size], "target": "4, or the disk's limit"}), written]
-
-
-def extracting_s(run: Path) -> float:
-    """Seconds from the first micro-batch to the last commit, by the commits' own records."""
-    ends = [(path.stat().st_mtime, float(json.loads(path.read_text())["elapsed_s"])) for path in (run / "_commits").glob("shard-*.json")]
-    return max(end for end, _ in ends) - min(end - elapsed_s for end, elapsed_s in ends)
+    limiting = f"report.json says that it was limited by {report['limiting_resource']['measured']}"
+    note = f"{prompts.num_tokens:,} tokens, {num_bytes / 1e9:.1f} GB in {len(parts)} parts; the whole command {whole_s:.0f} s; {bound}; {limiting}"
+    return [
+        Row(
+            f"committed as Parquet, m2ray extract, compile = {compiled}",
+            rate,
+            "tokens/s",
+            guide_rates[size],
+            f"guide, batches of {size}, nothing written:",
+            rate / guide_rates[size],
+            "4, or the disk's limit",
+            note,
+        ),
+        Row(
+            "bytes to the local disk, m2ray extract",
+            num_bytes / seconds / 1e9,
+            "GB/s",
+            raw[threads] / 1e9,
+            f"write() and fsync, {threads} threads:",
+            num_bytes / seconds / raw[threads],
+            "1, where the disk binds",
+        ),
+    ]
 
 
 def written_bytes_per_s(folder: Path, sizes: list[int], threads: int) -> float:

@@ -1,6 +1,6 @@
 """One stage at MiniMax-M2's real dimensions on a GPU: loading, one layer's speed, and what capturing every layer costs.
 
-Needs a CUDA device with 24 GB and 8 GB more a layer, and 4 GB of disk a layer.
+Needs a CUDA device with 24 GB and 8 GB more a layer, and 4 GB of disk a layer: 6 layers fit a card of 80 GB.
 """
 
 import argparse
@@ -15,11 +15,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks.checkpoints import LAYERS, free, real_size
 from benchmarks.records import Row, record
-from benchmarks.runs import ROOT
 from m2ray.batches import LayerSpan, MicroBatch
 from m2ray.model.stage import Stage, StageSpec, load_stage
-from scripts.make_checkpoint import make_checkpoint
 
 READ_BYTES = 16 << 20
 BATCH_TOKENS = 16_384
@@ -30,12 +29,10 @@ REPEATS = 5
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--layers", type=int, default=LAYERS)
     arguments = parser.parse_args()
-    model: Path = arguments.folder.resolve() / "model"
-    config = json.loads((ROOT / "tests/data/minimax_m2/config.json").read_text())
-    if not model.exists():
-        make_checkpoint(model, config, overrides={"layers": arguments.layers}, fmt="fp8", seed=1)
+    model = real_size(arguments.folder, arguments.layers)
+    config = json.loads((model / "config.json").read_text())
     rows = [*loading(model, arguments.layers), *running(model, arguments.layers, config)]
     record("gpu_stage", f"A stage of {arguments.layers} layers at MiniMax-M2's real dimensions, FP8 checkpoint, bfloat16", rows)
 
@@ -100,7 +97,7 @@ def load_rate(model: Path, num_layers: int) -> float:
     stage = load_stage(spec(model, num_layers, compiled=False), lambda *_: None)
     rate = stage.bytes_read / 1e9 / (time.monotonic() - began)
     del stage
-    torch.cuda.empty_cache()
+    free()
     return rate
 
 
@@ -110,10 +107,10 @@ def load_rate(model: Path, num_layers: int) -> float:
 def running(model: Path, num_layers: int, config: dict[str, int]) -> list[Row]:
     """A layer's speed, compiled and eager, and a bare forward pass against one that captures every layer."""
     rows = []
-    eager = {shape: bare_ms(load_stage(spec(model, num_layers, compiled=False), lambda *_: None), shape) for shape in SHAPES}
-    torch.cuda.empty_cache()
-    stage = load_stage(spec(model, num_layers, compiled=True), lambda *_: None)
+    stage = load_stage(spec(model, num_layers, compiled=False), lambda *_: None)
+    eager = {shape: bare_ms(stage, shape) for shape in SHAPES}
     began = time.monotonic()
+    stage._decoder.compile_layers()  # noqa: SLF001 - the same weights, compiled
     stage.warm_up(BATCH_TOKENS)
     warm_up_s = time.monotonic() - began
     for shape in SHAPES:

@@ -3,6 +3,7 @@ copies its output to the host (`.detach().cpu()`), and batches as the tokenizer 
 """
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ class Guide:
         if getattr(config, "quantization_config", None):
             # Its FP8 matrix products need kernels from the network; dequantised, the weights have the very values that m2ray's have.
             config.quantization_config["dequantize"] = True
+        # Else transformers reads ahead without a bound: all FP8 tensors would be on the GPU beside what they have become.
+        os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
         self.model: Any = AutoModelForCausalLM.from_pretrained(
             folder, config=config, dtype=torch.bfloat16, device_map="auto" if device != "cpu" else {"": "cpu"}
         ).eval()

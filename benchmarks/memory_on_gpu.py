@@ -10,26 +10,24 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.checkpoints import LAYERS, real_size
 from benchmarks.records import Row, record
-from benchmarks.runs import ROOT, extract
-from scripts.make_checkpoint import make_checkpoint
+from benchmarks.runs import extract
 
-SWEEP = ((16_384, 512, True), (16_384, 512, False), (32_768, 32_000, True), (4096, 1024, False), (32_768, 2048, False))
+SWEEP = ((16_384, 512, True), (32_768, 32_000, True), (32_768, 2048, False), (16_384, 512, False), (4096, 1024, False))
 """(batch_tokens, tokens of the longest prompt, compile)."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--layers", type=int, default=LAYERS)
+    parser.add_argument("--settings", type=int, default=len(SWEEP), help="how many of the sweep's settings, from its first one on")
     arguments = parser.parse_args()
     folder: Path = arguments.folder.resolve()
-    model = folder / "model"
-    if not model.exists():
-        config = json.loads((ROOT / "tests/data/minimax_m2/config.json").read_text())
-        make_checkpoint(model, config, overrides={"layers": arguments.layers}, fmt="fp8", seed=1)
+    model = real_size(folder, arguments.layers)
     rows: list[Row] = []
-    for settings in SWEEP:
+    for settings in SWEEP[: arguments.settings]:
         rows += measured(folder, model, *settings)
         # After each: a machine's time may end before the sweep does.
         record("memory_on_gpu", f"GPU memory of {arguments.layers} layers at MiniMax-M2's real dimensions: planned against measured", rows)

@@ -13,6 +13,7 @@ from m2ray.errors import ConfigError, raise_all
 Auto = Literal["auto"]
 Attention = Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"]
 OffloadTo = Literal["none", "cpu", "disk"]
+Transport = Literal["auto", "object_store", "cuda_ipc"]
 Positive = Annotated[int, Field(gt=0)]
 NonEmpty = Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)]
 
@@ -59,6 +60,7 @@ class ExtractConfig(BaseModel):
     offload_folder: NonEmpty | None = Field(None, description="Folder on a disk of each node; default: the temporary folder.")
     node_labels: NonEmpty | None = Field(None, description='Use only nodes with these Ray labels: "zone=a,kind=h100".')
     in_flight: NonEmpty = Field("4GiB", description="Hidden states between the stages at one time, at most.")
+    transport: Transport = Field("auto", description="Hidden states between GPUs of a node: directly (cuda_ipc), or through the host.")
     placement_timeout_s: Annotated[float, Field(gt=0)] = Field(30.0, description="Seconds to wait for room in the cluster.")
     stage_timeout_s: Annotated[float, Field(gt=0)] = Field(
         1800.0, description="Seconds without any progress after which silent stages are restarted."

@@ -14,8 +14,12 @@ import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from math import prod, sqrt
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 
@@ -165,9 +169,9 @@ class RandomWeights:
             if tensor.name.endswith("_scale_inv"):
                 yield self._scales(piece).numpy().tobytes()
                 continue
-            for values, scales in self._blocks(piece) if piece.in_blocks else self._plain(piece):
-                stored = values.float() * scales if tensor.dtype == "BF16" else values
-                yield (stored.to(torch.bfloat16) if tensor.dtype == "BF16" else stored).view(torch.uint8).numpy().tobytes()
+            for values, scale in self._blocks(piece) if piece.in_blocks else self._plain(piece):
+                stored = (values.float() * scale()).to(torch.bfloat16) if tensor.dtype == "BF16" else values
+                yield stored.view(torch.uint8).numpy().tobytes()
 
     def _drawer(self, name: str) -> Callable[[int], NDArray[np.uint8]]:
         """Successive random bytes, as many a call as asked for (multiples of 8 but for the last)."""
@@ -180,18 +184,19 @@ class RandomWeights:
         factors = np.exp2((drawn - 0.5) / 2)
         return torch.from_numpy(factors * self._std(piece) / self.codes_rms).float().reshape(piece.grid)
 
-    def _blocks(self, piece: Piece) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """e4m3 values and the F32 scale of each, whole rows of blocks at a time."""
+    def _blocks(self, piece: Piece) -> Iterator[tuple[torch.Tensor, Callable[[], torch.Tensor]]]:
+        """e4m3 values and, once called for, the F32 scale of each, whole rows of blocks at a time."""
         draw, (rows, columns) = self._drawer(piece.name), piece.shape
         scales = self._scales(piece).repeat_interleave(BLOCK, 0)[:rows]
         step = max(1, CHUNK_VALUES // (BLOCK * columns)) * BLOCK
         for start in range(0, rows, step):
             shape = (min(step, rows - start), columns)
             values = bytearray(draw(prod(shape)).tobytes().translate(self.codes))
-            spread = scales[start : start + step].repeat_interleave(BLOCK, 1)[:, :columns]
+            of_rows = scales[start : start + step]
+            spread = partial(lambda of_rows: of_rows.repeat_interleave(BLOCK, 1)[:, :columns], of_rows)
             yield torch.frombuffer(values, dtype=torch.float8_e4m3fn).reshape(shape), spread
 
-    def _plain(self, piece: Piece) -> Iterator[tuple[torch.Tensor, float]]:
+    def _plain(self, piece: Piece) -> Iterator[tuple[torch.Tensor, Callable[[], float]]]:
         """F32 values of what no format quantises, and scale 1."""
         draw, num_values = self._drawer(piece.name), prod(piece.shape)
         for start in range(0, num_values, CHUNK_VALUES):
@@ -202,7 +207,7 @@ class RandomWeights:
                 values = 1 + 0.3 / sqrt(num_values) * (2 * strata - 1)
             else:
                 values = 1 + 0.1 * (drawn / 32767.5 - 1) if "norm" in piece.name else self.normal[drawn] * self._std(piece)
-            yield torch.from_numpy(values.astype(np.float32)), 1.0
+            yield torch.from_numpy(values.astype(np.float32)), lambda: 1.0
 
     def _std(self, piece: Piece) -> float:
         """The standard deviation that keeps activations of order one and a layer's update about RELATIVE_UPDATE of its input."""
@@ -267,6 +272,7 @@ def make_checkpoint(
     layout: Literal["hub", "fused"] = "hub",
     seed: int = 0,
     max_shard_bytes: int = 4 * 10**9,
+    processes: int = 1,
 ) -> None:
     """Write the checkpoint folder `out`, absent or empty before, from the fields of a published config.json. It appears whole or not at all.
 
@@ -282,18 +288,21 @@ def make_checkpoint(
     shards = split_shards(tensors, max_shard_bytes)
     weight_map = {tensor.name: name for name, shard in shards.items() for tensor in shard}
     index = {"metadata": {"total_size": sum(tensor.size_bytes for tensor in tensors)}, "weight_map": weight_map}
-    partial = out.with_name(f".{out.name}.partial-{uuid.uuid4().hex}")
-    partial.mkdir(parents=True)
+    unfinished = out.with_name(f".{out.name}.partial-{uuid.uuid4().hex}")
+    unfinished.mkdir(parents=True)
     try:
-        tokenizer.save_pretrained(partial, save_jinja_files=False)
+        tokenizer.save_pretrained(unfinished, save_jinja_files=False)
         for name, value in {"config.json": resolved, "model.safetensors.index.json": index}.items():
-            (partial / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+            (unfinished / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
         weights = RandomWeights(seed, resolved.get("num_experts_per_tok", 1))
-        for name, shard in shards.items():
-            write_shard(partial / name, shard, weights)
-        partial.rename(out)
+        paths = [unfinished / name for name in shards]
+        # Not forked: a process that was has no threads left for torch's own pool.
+        with ProcessPoolExecutor(processes, get_context("spawn")) if processes > 1 else nullcontext() as pool:
+            for _ in (pool.map if pool else map)(write_shard, paths, shards.values(), [weights] * len(paths)):
+                pass
+        unfinished.rename(out)
     except BaseException:
-        shutil.rmtree(partial)
+        shutil.rmtree(unfinished)
         raise
 
 
@@ -307,6 +316,7 @@ def main() -> None:
     parser.add_argument("--layout", choices=("hub", "fused"), default="hub", help="fused: transformers' own names, in bf16")
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--max-shard-size", default="4GB")
+    parser.add_argument("--processes", type=int, default=1, metavar="N", help="that write shards at one time")
     given = vars(parser.parse_args())
     try:
         given["overrides"] = {option: value for option in OVERRIDES if (value := given.pop(option)) is not None}

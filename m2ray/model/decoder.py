@@ -14,6 +14,10 @@ from m2ray.model.skeleton import ModelTensor, Skeleton
 
 OnLayer = Callable[[int, torch.Tensor], None]
 
+COMPILE_OPTIONS: dict[str, Any] = {"unroll_reductions_threshold": 17}
+"""Sums of up to 16 terms are written out, as a mixture's over the experts of a token. torch.compile does so below 8 of its own accord,
+and makes a reduction of 8: a kernel that takes several times as long as reading the experts' rows."""
+
 
 class DecoderSpan:
     """The layers of `span`, run by transformers' own code, which makes masks and rotary embeddings as for the whole model.
@@ -70,7 +74,7 @@ class DecoderSpan:
         """Compile each layer's forward pass; layers of one kind share their graphs. Hooks stay outside of what is compiled."""
         for number in range(self.span.start, self.span.stop):
             layer = self.skeleton.layers[number]
-            layer.forward = torch.compile(layer.forward)
+            layer.forward = torch.compile(layer.forward, options=COMPILE_OPTIONS)
 
     def allocate(self, tensor: ModelTensor) -> torch.Tensor:
         """Memory without values for one of the span's tensors: on the device, or where its offloaded layer is kept.
