@@ -79,6 +79,8 @@ def test_a_layer_on_a_disk_is_read_each_time_it_runs(llama: Path, tmp_path: Path
     stage = load(replace(spec_of(llama, 0, 5), offload=Offload(on_disk=(1, 3), folder=str(tmp_path))))
     micro_batch = micro_batch_of([5, 8, 3], 64)
     first = stage.forward(micro_batch, None).captured
+    resident = load(spec_of(llama, 0, 5)).forward(micro_batch, None).captured
+    assert all((one.rows == other.rows).all() for one, other in zip(first, resident, strict=True))
     home = stage._decoder._homes[3]
     os.pwrite(home._file.fileno(), bytes(home.num_bytes), 0)
     changed = stage.forward(micro_batch, None).captured
