@@ -214,9 +214,7 @@ class OffloadedLayers:
             self._tensors[place][name].data = view
 
     def _begin_anew(self) -> None:
-        """A pass was given up in its midst: what it still brings or computes has the buffers until it is done."""
-        if self._coming is not None:
-            self._coming[1].exception()
+        """A pass was given up in its midst: what it still computes has the buffers until it is done. What it brings comes first anyway."""
         if self._stream is not None:
             for used in self._used:
                 used.record(torch.cuda.current_stream(self._stream.device))
