@@ -13,6 +13,7 @@ from pydantic import Field
 from m2ray.cli import Command
 from m2ray.config import ExtractConfig, NonEmpty, Positive, parse_labels, parse_layers
 from m2ray.errors import ConfigError
+from m2ray.planning.batch_size import AUTO_BATCH_TOKENS
 from m2ray.planning.demand import Demand, PlanOptions
 from m2ray.planning.hardware import Cluster, parse_gpus
 from m2ray.planning.memory import ModelShape
@@ -23,7 +24,6 @@ from m2ray.planning.profile import Profile
 DOES_NOT_FIT = 3
 """The exit code: 0 is for a plan that fits, 1 for an error, 2 for a wrong flag."""
 
-_DEFAULT_BATCH_TOKENS = 16_384
 _DEFAULT_SHARD_TOKENS = 32_768
 _ALIASES = {"tokens_per_s": "--rate", "price_per_gb_month": "--price"}
 _Amount = Annotated[float, Field(gt=0)]
@@ -88,7 +88,7 @@ def make_plan(config: PlanConfig) -> tuple[Plan, dict[str, Any]]:
 
     model = read_model(config.model, config.attn_implementation, config.compute_dtype)
     layers = parse_layers(config.layers, model.table.num_layers)
-    batch_tokens = _DEFAULT_BATCH_TOKENS if config.batch_tokens == "auto" else config.batch_tokens
+    batch_tokens = AUTO_BATCH_TOKENS if config.batch_tokens == "auto" else config.batch_tokens
     prompts = _prompts(config, model.config, batch_tokens)
     cluster = cluster or _found_cluster(config, labels)
     longest_tokens = config.longest_tokens or (prompts.longest_tokens if prompts else None)
