@@ -114,7 +114,8 @@ def start_lines(plan: Plan) -> list[str]:
     for planned in plan.gpus:
         if planned.span is not None:
             weights = size(planned.memory.running["weights"])
-            kept = f", {planned.offloaded} in host memory" if planned.offloaded else ""
+            spilt = [(planned.spill.in_host, "in host memory"), (planned.spill.on_disk, "on disk")]
+            kept = "".join(f", {layers} {where}" for layers, where in spilt if layers)
             lines.append(f"{_place(planned)}: {planned.span}, {weights} of weights{kept}, {size(planned.memory.peak_bytes)} at its peak")
     return lines
 

@@ -65,6 +65,7 @@ def load_weights(checkpoint: Checkpoint, decoder: DecoderSpan, on_bytes: OnBytes
 
     Raises:
         CheckpointError: the span's tensors are missing, unknown, misshapen, or overflow the compute dtype.
+        StageError: a disk has no room for the layers that are kept there.
         StoreError: reading fails.
     """
     match = match_tensors(decoder.skeleton, checkpoint.headers, decoder.span)
@@ -78,7 +79,7 @@ def load_weights(checkpoint: Checkpoint, decoder: DecoderSpan, on_bytes: OnBytes
         _load_pieces(checkpoint, pieces, lambda: on_bytes(checkpoint.bytes_read, needed_bytes))
     on_bytes(checkpoint.bytes_read, needed_bytes)
     decoder.check_complete()
-    decoder.offload()
+    decoder.take_turns()
     return needed_bytes
 
 
@@ -139,8 +140,7 @@ def _range(checkpoint: Checkpoint, key: str, rows: slice | None, arrive: Callabl
 def _pieces(checkpoint: Checkpoint, decoder: DecoderSpan, match: Match) -> Iterator[_Piece]:
     """Allocate one model tensor after the other and cut what fills it into pieces."""
     for filling in match.fillings:
-        home = torch.device("cpu") if filling.tensor.layer in decoder.offloaded else decoder.device
-        values = torch.empty(filling.tensor.shape, dtype=filling.tensor.dtype, device=home)
+        values = decoder.allocate(filling.tensor)
         for placement in filling.placements:
             yield from _cut(checkpoint, placement, placement.part_of(values))
         assign(decoder.skeleton.model, filling.tensor.name, values)
