@@ -1,12 +1,14 @@
 """Loading at the disk's speed: long reads into pinned memory, one copy to the GPU, FP8 dequantised there by a fused kernel.
 
 Checkpoint tensors that lie side by side in a file are read as one extent. Each lane owns a pinned buffer, a buffer on the GPU
-and a stream, so that reading, copying and converting of different extents overlap; host memory holds `LANES` extents and no more.
+and a stream, so that reading, copying and converting of different extents overlap; host memory holds an extent a lane and no more.
 """
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cache
 from queue import SimpleQueue
 from typing import Any
 
@@ -14,9 +16,13 @@ import torch
 
 from m2ray.model.checkpoint import Checkpoint
 
-LANES = 8
-EXTENT_BYTES = 32 * 2**20
+LANES = min(16, 2 * (os.cpu_count() or 8))
+"""One thread copies some 2 GB/s out of the page cache; the GPU takes 50."""
+
 _ALIGNMENT = 16
+EXTENT_BYTES = 16 * 2**20 - _ALIGNMENT
+"""With room to align it a power of two: torch rounds pinned memory up to one."""
+
 _MAX_GAP_BYTES = 4096
 
 
@@ -154,8 +160,13 @@ def can_dequantize(weight: torch.Tensor, block: tuple[int, int] | None, into: to
         and into.device == weight.device
         and into.dtype == torch.bfloat16
         and into.stride(-1) == 1
-        and torch.cuda.get_device_capability(weight.device) >= (8, 9)
+        and _has_fp8(weight.device)
     )
+
+
+@cache
+def _has_fp8(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 _compiled: list[Any] = []
