@@ -57,7 +57,7 @@ def loading(model: Path, num_layers: int) -> list[Row]:
             if state == "cold":
                 drop_caches()
             # The files lie in more bytes than the span needs (lm_head); both are counted by what they read.
-            raw[state].append(max(raw_read(model, threads) for threads in ((8,) if state == "cold" else (4, 8))))
+            raw[state].append(max(raw_read(model, threads) for threads in ((8,) if state == "cold" else (4, 8, 16))))
             if state == "cold":
                 drop_caches()
             loaded[state].append(load_rate(model, num_layers))
