@@ -48,4 +48,4 @@ def free() -> None:
 
 
 if __name__ == "__main__":
-    print(real_size(Path(sys.argv[1]), *map(int, sys.argv[2:])))
+    print(real_size(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else LAYERS))

@@ -2,10 +2,8 @@
 
     python -m benchmarks.driver_cost
 
-Every logical stage is a handle of one of a few real actors, which take any number of calls at a time; so the driver makes all its real
-Ray calls, for hundreds of stages on a small machine. Hidden states are objects of 128 KiB, in the object store as real ones are. The
-first stage lets one micro-batch pass every 90 ms. Where the machine cannot carry the actors' side of that, time is stretched: the
-90 ms and the driver's own interval alike, and the driver's CPU time a micro-batch is what counts.
+All stages of a replica are handles of one real actor, so that the driver makes all its real Ray calls for hundreds of stages on a small
+machine; what the stages say to each other is not the driver's. One micro-batch passes every 90 ms, and a shard leaves 62 receipts.
 """
 
 import argparse
@@ -21,35 +19,41 @@ from typing import Any
 import numpy as np
 import ray
 
-import m2ray.chain.stages
 from benchmarks.records import Row, record
 from m2ray.batches import LayerSpan, MicroBatch, PartReceipt, Shard
-from m2ray.chain.actor import StageStatus, WriterSpec
+from m2ray.chain.actor import Completed, GatheredShard, WriterSpec
 from m2ray.chain.driver import Chain, ChainLimits, ShardResult
 from m2ray.chain.replicas import Replicas
 from m2ray.chain.stages import Patience, Stages
+from m2ray.chain.status import StageStatus
 from m2ray.model.stage import StageSpec
 from m2ray.planning.memory import window
 
 PERIOD_S = 0.09
 SHARE = 0.05
-SEQUENCES, LENGTH, HIDDEN_BYTES = 32, 512, 128 << 10
-ASK_S = m2ray.chain.stages.ASK_S
+SEQUENCES, LENGTH = 32, 512
 MICRO_BATCHES_A_SHARD = 2
 """A shard at the defaults: twice 16,384 tokens."""
 
-ACTORS = 2
-CALLS_PER_S = 700
-"""Calls of `forward` that a small machine's actors carry beside the driver; above that time is stretched."""
+RECEIPTS = tuple(
+    PartReceipt(
+        0, "0" * 12, "residual", layer, f"data/site=residual/layer={layer:03d}/shard-000000-{'0' * 12}.parquet", 1, 1, "0" * 16, "0" * 32
+    )
+    for layer in range(62)
+)
+_WATCH_S = 60.0
 
 
 class NoStage:
-    """Answers for any number of stages."""
+    """Answers for all the stages of a replica: what the first one takes is complete when its time has come."""
 
     def __init__(self, period_s: float) -> None:
         self._period_s = period_s
         self._began_at: float | None = None
-        self._hidden = np.zeros(HIDDEN_BYTES, np.uint8)
+        self._steps = 0
+        self._shards: list[GatheredShard] = []
+        self._told = 0
+        self._changed = asyncio.Condition()
 
     async def load(self) -> StageStatus:
         return StageStatus("", "", "", ready=True)
@@ -57,14 +61,32 @@ class NoStage:
     async def status(self) -> StageStatus:
         return StageStatus("", "", "", ready=True)
 
-    async def forward(self, epoch: int, step: int, attempt: str, micro_batch: MicroBatch, payload: Any) -> Any:
-        if payload is None:
-            self._began_at = self._began_at or time.monotonic()
-            await asyncio.sleep(max(0.0, self._began_at + step * self._period_s - time.monotonic()))
-        return self._hidden
+    async def link(self, successor: Any) -> None:
+        """Nothing is handed on."""
 
-    async def collect(self, shard: int, attempt: str) -> tuple[PartReceipt, ...]:
-        return (PartReceipt(shard, attempt, "residual", 0, f"data/shard-{shard}", SEQUENCES * LENGTH, 1, "0" * 16, "0" * 32),)
+    async def watch(self, epoch: int) -> None:
+        await asyncio.sleep(_WATCH_S)
+
+    @ray.method(num_returns=0)  # type: ignore[untyped-decorator]
+    async def take(self, epoch: int, step: int, attempt: str, micro_batch: MicroBatch, payload: None) -> None:
+        self._began_at = self._began_at or time.monotonic()
+        await asyncio.sleep(max(0.0, self._began_at + step * self._period_s - time.monotonic()))
+        async with self._changed:
+            self._steps += 1
+            self._changed.notify_all()
+
+    @ray.method(num_returns=0)  # type: ignore[untyped-decorator]
+    async def gather(self, epoch: int, step: int, shard: int, attempt: str, receipts: tuple[PartReceipt, ...]) -> None:
+        async with self._changed:
+            self._shards.append(GatheredShard(shard, attempt, RECEIPTS))
+            self._changed.notify_all()
+
+    async def completed(self, epoch: int, steps: int, shards: int) -> Completed:
+        async with self._changed:
+            del self._shards[: shards - self._told]
+            self._told = shards
+            await self._changed.wait_for(lambda: self._steps > steps or self._shards)
+            return Completed(self._steps, tuple(self._shards))
 
 
 REMOTE_NO_STAGE: Any = ray.remote(num_cpus=0, max_concurrency=10_000)(NoStage)
@@ -73,16 +95,16 @@ REMOTE_NO_STAGE: Any = ray.remote(num_cpus=0, max_concurrency=10_000)(NoStage)
 class NoStages(Stages):
     """The real driver's side of the stages, over shared actors."""
 
-    def __init__(self, num_stages: int, actors: list[Any]) -> None:
+    def __init__(self, num_stages: int, actor: Any) -> None:
         specs = [
             (StageSpec("", LayerSpan(index, index + 1), (), ("residual",), "bfloat16", "bfloat16", "auto", "cpu", None),)
             for index in range(num_stages)
         ]
-        super().__init__(specs, WriterSpec("", {}, 0, 1, 60.0, SEQUENCES * LENGTH), None, Patience(60.0, 60.0), window(num_stages))  # type: ignore[arg-type]
-        self._shared = actors
+        super().__init__(specs, WriterSpec("", {}, 0, 1, 60.0, SEQUENCES * LENGTH), None, Patience(60.0, 60.0), window(num_stages), "auto")  # type: ignore[arg-type]
+        self._shared = actor
 
     def _actor(self, index: int) -> Any:
-        return self._shared[index % len(self._shared)]
+        return self._shared
 
     def close(self) -> None:
         """The actors are ended by whoever started them."""
@@ -101,12 +123,10 @@ class TimedChain(Chain):
 
 @dataclass(frozen=True)
 class Cost:
-    """CPU milliseconds a micro-batch: of the whole driver process, and of its Python threads; and how far time was stretched."""
+    """CPU milliseconds a micro-batch: of the whole driver process, and of its Python threads."""
 
     process_ms: float
     python_ms: float
-    wall_s: float
-    stretched: float
 
 
 def main() -> None:
@@ -115,17 +135,16 @@ def main() -> None:
     parser.add_argument("--replicas", type=int, nargs="+", default=[1, 2, 8])
     parser.add_argument("--micro-batches", type=int, default=60, help="of each replica")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--calls-per-s", type=float, default=CALLS_PER_S, help="time is stretched where 90 ms would mean more")
     parser.add_argument("--no-record", action="store_true", help="print the rows only")
     options = parser.parse_args()
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     ray.init(address="local", include_dashboard=False, logging_level="ERROR", object_store_memory=1 << 30)
     try:
-        measure(1, 1, 10, options.calls_per_s)  # starts Ray's workers
+        measure(1, 1, 10)  # starts Ray's workers
         rows = []
         for replicas in options.replicas:
             for stages in options.stages:
-                costs = [measure(stages, replicas, options.micro_batches, options.calls_per_s) for _ in range(options.repeats)]
+                costs = [measure(stages, replicas, options.micro_batches) for _ in range(options.repeats)]
                 rows.append(row(stages, replicas, costs))
                 print(rows[-1], flush=True)
     finally:
@@ -138,33 +157,30 @@ def row(stages: int, replicas: int, costs: list[Cost]) -> Row:
     process_ms, python_ms = (statistics.median(getattr(cost, name) for cost in costs) for name in ("process_ms", "python_ms"))
     note = f"{process_ms / stages * 1e3:.0f} us a stage; Python {python_ms:.2f} ms"
     note += f"; the process takes {replicas * process_ms / PERIOD_S / 1e3:.2f} of a core"
-    note += f"; time stretched {costs[0].stretched:.3g}-fold" if costs[0].stretched > 1 else ""
     share = process_ms / 1e3 / PERIOD_S
     what = f"{stages} stages x {replicas} replicas: driver's CPU time a micro-batch"
     return Row(what, process_ms, "ms", PERIOD_S * 1e3, "a micro-batch's", share, f"{SHARE}", note)
 
 
-def measure(num_stages: int, num_replicas: int, num_micro_batches: int, calls_per_s: float) -> Cost:
+def measure(num_stages: int, num_replicas: int, num_micro_batches: int) -> Cost:
     """Run the chains over as many shards as give each replica its micro-batches."""
-    stretched = max(1.0, num_stages * num_replicas / PERIOD_S / calls_per_s)
-    m2ray.chain.stages.ASK_S = ASK_S * stretched
-    actors = [REMOTE_NO_STAGE.remote(PERIOD_S * stretched) for _ in range(ACTORS)]
-    all_stages = [NoStages(num_stages, actors) for _ in range(num_replicas)]
+    actors = [REMOTE_NO_STAGE.remote(PERIOD_S) for _ in range(num_replicas)]
+    all_stages = [NoStages(num_stages, actor) for actor in actors]
     limits = ChainLimits(in_flight_bytes=1 << 40, hidden_size=3072, itemsize_bytes=2, timeout_s=60.0)
     chains = [(TimedChain(stages, limits, micro_batches, SEQUENCES * LENGTH, print), stages) for stages in all_stages]
     ids = np.arange(MICRO_BATCHES_A_SHARD * SEQUENCES)
     num_shards = num_micro_batches * num_replicas // MICRO_BATCHES_A_SHARD
     shards = [Shard(index, ids, np.full(len(ids), LENGTH, np.int32)) for index in range(num_shards)]
     ray.get([actor.load.remote() for actor in actors])
-    began, began_cpu = time.monotonic(), time.process_time()
+    began_cpu = time.process_time()
     done = sum(1 for _ in Replicas(chains, shards, threading.Event(), print).results(lambda: None))
-    process_s, wall_s = time.process_time() - began_cpu, time.monotonic() - began
+    process_s = time.process_time() - began_cpu
     for actor in actors:
         ray.kill(actor)
     assert done == num_shards
     batches = num_shards * MICRO_BATCHES_A_SHARD
     python_s = sum(chain.python_s for chain, _ in chains)
-    return Cost(process_s / batches * 1e3, python_s / batches * 1e3, wall_s, stretched)
+    return Cost(process_s / batches * 1e3, python_s / batches * 1e3)
 
 
 def micro_batches(shard: Shard, _: int) -> Iterator[MicroBatch]:

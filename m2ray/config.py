@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from m2ray.errors import ConfigError, raise_all
 
 Auto = Literal["auto"]
+Transport = Literal["auto", "object_store", "cuda_ipc"]
 Positive = Annotated[int, Field(gt=0)]
 NonEmpty = Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)]
 
@@ -51,6 +52,7 @@ class ExtractConfig(BaseModel):
     offload: Literal["none", "cpu"] = Field("none", description="Layers that find no room on the GPUs: refused, or kept in host memory.")
     node_labels: NonEmpty | None = Field(None, description='Use only nodes with these Ray labels: "zone=a,kind=h100".')
     in_flight: NonEmpty = Field("4GiB", description="Hidden states between the stages at one time, at most.")
+    transport: Transport = Field("auto", description="Hidden states between GPUs of a node: directly (cuda_ipc), or through the host.")
     placement_timeout_s: Annotated[float, Field(gt=0)] = Field(30.0, description="Seconds to wait for room in the cluster.")
     stage_timeout_s: Annotated[float, Field(gt=0)] = Field(
         1800.0, description="Seconds without any progress after which silent stages are restarted."

@@ -1,12 +1,15 @@
-"""StageActor: a thin Ray shell around one stage of the model and the writer of what it captures."""
+"""StageActor: a thin Ray shell around one stage of the model and the writer of what it captures.
+
+Stages call each other: one takes a micro-batch from the stage before, computes, and hands its hidden states on. The driver talks to
+the first stage, which gets the micro-batches, and to the last, which knows what is complete; the others only tell it of failures.
+"""
 
 import os
 import resource
-import threading
 import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,14 +19,20 @@ import torch
 from m2ray.activations.schema import Compression
 from m2ray.activations.writer import ActivationWriter
 from m2ray.batches import LayerSpan, MicroBatch, PartReceipt
-from m2ray.chain import transport
-from m2ray.chain.report import GpuMeasured
+from m2ray.chain.cuda_ipc import Offer
+from m2ray.chain.status import StageStatus, measure_gpus, with_peaks
+from m2ray.chain.transport import Incoming, Outgoing, Payload
+from m2ray.chain.turns import Allowance, Superseded, Turns
+from m2ray.config import Transport
 from m2ray.errors import StageError, StageMemoryError, StoreError
 from m2ray.model.stage import Stage, StageOutput, StageSpec, load_stage
 from m2ray.storage import open_store
 
 _AHEAD = 2
-"""Micro-batches whose rows the writer has not got yet, at most: one that computes, one whose rows are on their way."""
+"""Micro-batches at each of a stage's doors, at most: received and not computed, computed and not sent, computed and not with the writer."""
+
+_WATCH_S = 60.0
+"""How long a call may wait for news before it is asked again."""
 
 _CPU_OUT_OF_MEMORY = "DefaultCPUAllocator"
 """torch has no class of its own for it on a CPU."""
@@ -46,63 +55,61 @@ class WriterSpec:
 
 
 @dataclass(frozen=True)
-class StageStatus:
-    """What a stage has done so far. Times are sums over its micro-batches; report.py says what each of them is."""
+class GatheredShard:
+    """A shard that every stage has written: the receipts of all, in the order of the stages."""
 
-    span: str
-    node: str
-    device: str
-    node_id: str = ""
-    pid: int = 0
-    ready: bool = False
-    needed_bytes: int = 0
-    read_bytes: int = 0
-    parameter_bytes: int = 0
-    load_s: float = 0.0
-    micro_batches: int = 0
-    tokens: int = 0
-    padded_tokens: int = 0
-    compute_s: float = 0.0
-    wait_s: float = 0.0
-    copy_s: float = 0.0
-    write_wait_s: float = 0.0
-    write_s: float = 0.0
-    written_bytes: int = 0
-    peak_rss_bytes: int = 0
-    gpus: tuple[GpuMeasured, ...] = ()
+    shard: int
+    attempt: str
+    receipts: tuple[PartReceipt, ...]
+
+
+@dataclass(frozen=True)
+class Completed:
+    """What left the chain: micro-batches since the epoch began, and shards that the driver has not been told of yet."""
+
+    steps: int
+    shards: tuple[GatheredShard, ...]
 
 
 class StageActor:
     """Runs one span, on one device or dealt out over several.
 
-    Ray calls `forward` on several threads, so that one micro-batch is received or handed on while another computes. Computing
-    itself is done on one thread, in the order of `step`; a second one waits for captured rows and gives them to the writer.
+    A micro-batch is received on a thread of Ray's when its turn comes, computed on one thread in the order of `step`, and then
+    handed on by a second one and given to the writer by a third, so that none of these waits for another one's work.
     """
 
-    def __init__(self, specs: Sequence[StageSpec], writer: WriterSpec, *, hands_on: bool, epoch: int) -> None:
+    def __init__(self, specs: Sequence[StageSpec], writer: WriterSpec, *, transport: Transport, epoch: int) -> None:
         """Args:
         specs: one a device, in the order of the layers.
-        hands_on: whether another stage follows.
         epoch: of the chain, now.
         """
         self._specs = specs
         self._writer_spec = writer
-        self._hands_on = hands_on
         self._devices = [torch.device(spec.device) for spec in specs]
         self._on_gpu = self._devices[0].type == "cuda"
-        self._dtype: torch.dtype = getattr(torch, specs[0].compute_dtype)
+        dtype: torch.dtype = getattr(torch, specs[0].compute_dtype)
         self._stages: list[Stage] = []
         self._writer: ActivationWriter | None = None
         self._compute = ThreadPoolExecutor(1, thread_name_prefix="compute")
+        self._send = ThreadPoolExecutor(1, thread_name_prefix="send")
         self._capture = ThreadPoolExecutor(1, thread_name_prefix="capture")
-        self._uncollected = threading.BoundedSemaphore(_AHEAD)
-        self._turn = threading.Condition()
-        self._next_step = 0
-        self._epoch = epoch
+        self._limit_s = 2 * writer.timeout_s  # twice the watchdog's limit: the driver is the one that decides
+        self._turns = Turns(epoch)
+        self._received = Allowance(self._turns, _AHEAD, "an earlier micro-batch to be computed")
+        self._unsent = Allowance(self._turns, _AHEAD, "the next stage to take hidden states over")
+        self._uncaptured = Allowance(self._turns, _AHEAD, "captured rows to find their way to the writer")
+        self._incoming = Incoming(self._devices[0], dtype)
+        self._outgoing = Outgoing(self._turns, self._devices[-1], transport, self._limit_s)
+        self._successor: Any = None
+        self._gathered: list[GatheredShard] = []
+        self._told_shards = 0
         self._began_at: float | None = None
         span = LayerSpan(specs[0].span.start, specs[-1].span.stop)
         devices = ", ".join(spec.device for spec in specs)
-        self._status = StageStatus(str(span), ray.util.get_node_ip_address(), devices, ray.get_runtime_context().get_node_id(), os.getpid())
+        self._node_id = ray.get_runtime_context().get_node_id()
+        self._status = StageStatus(str(span), ray.util.get_node_ip_address(), devices, self._node_id, os.getpid())
+
+    # -- beginning ----------------------------------------------------------------------------------------------------
 
     @ray.method(concurrency_group="collect")
     def load(self) -> StageStatus:
@@ -139,9 +146,155 @@ class StageActor:
             ready=True,
             parameter_bytes=sum(stage.parameter_bytes for stage in self._stages),
             load_s=time.monotonic() - begin,
-            gpus=tuple(self._gpu(number) for number in range(len(self._devices))) if self._on_gpu else (),
+            gpus=measure_gpus(self._devices) if self._on_gpu else (),
         )
         return self._status
+
+    @ray.method(concurrency_group="control")
+    def link(self, successor: Any) -> None:
+        """Learn which stage follows (None: this is the last), and agree with it how hidden states travel.
+
+        Raises:
+            StageError: `transport` asks for a way that there is not.
+        """
+        self._successor = successor
+        if successor is not None:
+            hidden_bytes = self._writer_spec.batch_tokens * self._stages[-1].hidden_bytes
+            sends_by = self._outgoing.connect(successor, self._node_id, hidden_bytes, self._writer_spec.timeout_s)
+            self._status = replace(self._status, sends_by=sends_by)
+
+    @ray.method(concurrency_group="control")
+    def connect(self, offer: Offer) -> str:
+        """Map the slot of the stage before. Gives why that is impossible, or nothing."""
+        return self._incoming.connect(offer, self._node_id)
+
+    @ray.method(concurrency_group="control")
+    def reset(self, epoch: int, attempts: Sequence[tuple[int, str]]) -> None:
+        """Begin an epoch: steps count from 0 again, what is still to come of earlier ones is dropped, `attempts` are given up.
+
+        Args:
+            attempts: (shard, attempt) of all that were in flight.
+
+        Raises:
+            TimeoutError: the micro-batch that is being computed does not end.
+        """
+        with self._turns.changed:
+            self._turns.begin(epoch)
+            self._gathered.clear()
+            self._told_shards = 0
+        self._abandon(attempts)
+        for threads in (self._compute, self._send, self._capture):
+            threads.submit(int).result(self._writer_spec.timeout_s)
+        self._abandon(attempts)  # what was being computed may have opened its attempt again
+
+    # -- a micro-batch's way ------------------------------------------------------------------------------------------
+
+    @ray.method(concurrency_group="take", num_returns=0)
+    def take(self, epoch: int, step: int, attempt: str, micro_batch: MicroBatch, payload: Payload | None) -> None:
+        """Take one micro-batch over; it goes through the span and to the next stage by itself. What fails is told by `watch`.
+
+        Args:
+            epoch: how often the chain began anew after a failure; calls of an earlier epoch end at once.
+            step: this micro-batch's place in the order of its epoch, from 0 on without gaps.
+            attempt: the try at the shard that the rows belong to.
+            payload: the hidden states, or where they lie; None for the first stage.
+        """
+        with self._guarded(epoch), self._turns.turn(epoch, step, self._limit_s), ExitStack() as undo:
+            self._received.take(epoch, self._limit_s)
+            undo.callback(self._received.give_back)
+            hidden_BTH = None if payload is None else self._incoming.receive(epoch, payload)
+            self._compute.submit(self._run, epoch, step, attempt, micro_batch, hidden_BTH)
+            undo.pop_all()
+
+    def _run(self, epoch: int, step: int, attempt: str, micro_batch: MicroBatch, hidden_BTH: torch.Tensor | None) -> None:
+        """Compute, or on a GPU begin to."""
+        with self._guarded(epoch), ExitStack() as done, ExitStack() as undo:
+            done.callback(self._received.give_back)
+            for allowance in (self._uncaptured, self._unsent):
+                allowance.take(epoch, self._limit_s)
+                undo.callback(allowance.give_back)
+            self._turns.require(epoch)
+            assert self._stages, "load() comes first"
+            self._began_at = self._began_at or time.monotonic()
+            outputs: list[StageOutput] = []
+            try:
+                for stage in self._stages:
+                    outputs.append(stage.forward(micro_batch, hidden_BTH))
+                    hidden_BTH = outputs[-1].hidden_BTH
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                raise self._memory_error(error, micro_batch) from error
+            undo.pop_all()
+            self._send.submit(self._hand_on, epoch, step, attempt, micro_batch, outputs[-1])
+            self._capture.submit(self._hand_over, epoch, attempt, micro_batch, outputs)
+
+    def _hand_on(self, epoch: int, step: int, attempt: str, micro_batch: MicroBatch, output: StageOutput) -> None:
+        with self._guarded(epoch), ExitStack() as done:
+            done.callback(self._unsent.give_back)
+            if self._successor is not None:
+                payload = self._outgoing.payload(epoch, output)
+                self._successor.take.remote(epoch, step, attempt, micro_batch, payload)
+
+    def _hand_over(self, epoch: int, attempt: str, micro_batch: MicroBatch, outputs: Sequence[StageOutput]) -> None:
+        assert self._writer is not None
+        assert self._began_at is not None
+        with self._guarded(epoch):
+            try:
+                compute_s = sum(output.compute_s for output in outputs)
+                computed_at = time.monotonic()
+                captured = [layer for output in outputs for layer in output.captured]
+                copied_at = time.monotonic()
+                self._turns.require(epoch)
+                self._writer.submit(attempt, micro_batch, captured, self._writer_spec.timeout_s)
+            finally:
+                self._uncaptured.give_back()
+            status = self._status
+            compute_s += status.compute_s
+            self._status = replace(
+                status,
+                micro_batches=status.micro_batches + 1,
+                tokens=status.tokens + micro_batch.num_tokens,
+                padded_tokens=status.padded_tokens + micro_batch.padded_tokens,
+                compute_s=compute_s,
+                copy_s=status.copy_s + copied_at - computed_at,
+                wait_s=max(0.0, computed_at - self._began_at - compute_s - self._writer.waited_s),
+            )
+            self._turns.finish_step(epoch)
+
+    @ray.method(concurrency_group="control", num_returns=0)
+    def release(self, epoch: int) -> None:
+        """The next stage has fetched the hidden states that lay in this one's slot."""
+        self._outgoing.release(epoch)
+
+    @ray.method(concurrency_group="collect", num_returns=0)
+    def gather(self, epoch: int, step: int, shard: int, attempt: str, receipts: tuple[PartReceipt, ...]) -> None:
+        """Add this stage's receipts of a shard whose last micro-batch is `step`, once all its parts are durable, and pass them on."""
+        with self._guarded(epoch):
+            self._turns.wait(epoch, lambda: self._turns.done > step, self._limit_s, f"the rows of micro-batch {step}")
+            assert self._writer is not None, "load() comes first"
+            receipts = (*receipts, *self._writer.collect(shard, attempt, self._writer_spec.timeout_s))
+            if self._successor is not None:
+                self._successor.gather.remote(epoch, step, shard, attempt, receipts)
+                return
+            with self._turns.changed:
+                self._turns.require(epoch)
+                self._gathered.append(GatheredShard(shard, attempt, receipts))
+                self._turns.changed.notify_all()
+
+    # -- what the driver asks -----------------------------------------------------------------------------------------
+
+    @ray.method(concurrency_group="watch")
+    def watch(self, epoch: int) -> None:
+        """Return when the epoch is over, or after a while; raise its first failure in this stage."""
+        self._turns.watch(epoch, _WATCH_S)
+
+    @ray.method(concurrency_group="watch")
+    def completed(self, epoch: int, steps: int, shards: int) -> Completed:
+        """Of the last stage: what is complete, as soon as it is more than `steps` micro-batches and `shards` shards, or after a while."""
+        with self._turns.changed:
+            self._gathered = self._gathered[shards - self._told_shards :] if epoch == self._turns.epoch else self._gathered
+            self._told_shards = shards if epoch == self._turns.epoch else self._told_shards
+            self._turns.changed.wait_for(lambda: epoch != self._turns.epoch or self._turns.done > steps or self._gathered, _WATCH_S)
+            return Completed(self._turns.done, tuple(self._gathered)) if epoch == self._turns.epoch else Completed(steps, ())
 
     @ray.method(concurrency_group="control")
     def status(self) -> StageStatus:
@@ -155,64 +308,8 @@ class StageActor:
             write_wait_s=self._writer.waited_s,
             write_s=self._writer.write_s,
             written_bytes=self._writer.written_bytes,
-            gpus=tuple(self._with_peak(gpu, device) for gpu, device in zip(status.gpus, self._devices, strict=False)),
+            gpus=with_peaks(status.gpus, self._devices),
         )
-
-    @ray.method(concurrency_group="forward")
-    def forward(
-        self, epoch: int, step: int, attempt: str, micro_batch: MicroBatch, payload: transport.Payload | None
-    ) -> transport.Payload | None:
-        """Take one micro-batch through the span; what is captured goes to the writer, the hidden states to the caller.
-
-        Args:
-            epoch: how often the chain began anew after a failure; calls of an earlier epoch end at once.
-            step: this micro-batch's place in the order of its epoch, from 0 on without gaps.
-            attempt: the try at the shard that the rows belong to.
-            payload: what the stage before returned; None for the first.
-
-        Returns:
-            The hidden states' bits [B, T, H], or None from the chain's last stage.
-
-        Raises:
-            StageMemoryError: the micro-batch is too large for the memory that is left.
-        """
-        hidden_BTH = None if payload is None else transport.receive(payload, self._dtype, pinned=self._on_gpu)
-        output, captured = self._in_turn(epoch, step, attempt, micro_batch, hidden_BTH)
-        handed_on = transport.send(output.hidden_on_host()) if self._hands_on else None
-        captured.result()
-        return handed_on
-
-    @ray.method(concurrency_group="collect")
-    def collect(self, shard: int, attempt: str) -> tuple[PartReceipt, ...]:
-        """Wait until every part of a shard whose last micro-batch went through is durable; give their receipts."""
-        assert self._writer is not None, "load() comes first"
-        return self._writer.collect(shard, attempt, self._writer_spec.timeout_s)
-
-    @ray.method(concurrency_group="control")
-    def reset(self, epoch: int, attempts: Sequence[tuple[int, str]]) -> None:
-        """Begin an epoch: steps count from 0 again, what is still to come of earlier ones is dropped, `attempts` are given up.
-
-        Args:
-            attempts: (shard, attempt) of all that were in flight.
-
-        Raises:
-            TimeoutError: the micro-batch that is being computed does not end.
-        """
-        with self._turn:
-            self._epoch = epoch
-            self._next_step = 0
-            self._turn.notify_all()
-        self._abandon(attempts)
-        self._compute.submit(int).result(self._writer_spec.timeout_s)
-        self._capture.submit(int).result(self._writer_spec.timeout_s)
-        self._abandon(attempts)  # what was being computed may have opened its attempt again
-
-    def _abandon(self, attempts: Sequence[tuple[int, str]]) -> None:
-        for shard, attempt in attempts:
-            if self._writer is not None:
-                # What the store would not delete is no commit's, and goes when the run is finished.
-                with suppress(StoreError):
-                    self._writer.abandon(shard, attempt)
 
     @ray.method(concurrency_group="collect")
     def close(self) -> None:
@@ -220,7 +317,17 @@ class StageActor:
         if self._writer is not None:
             self._writer.close()
 
-    # -- loading ------------------------------------------------------------------------------------------------------
+    # -- inside -------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _guarded(self, epoch: int) -> Iterator[None]:
+        """Keep what fails for `watch`: whoever began this work does not wait for it."""
+        try:
+            yield
+        except Superseded:
+            return
+        except BaseException as error:  # noqa: BLE001 - handed to the driver, whatever it is
+            self._turns.fail(epoch, error)
 
     def _load(self, spec: StageSpec) -> Stage:
         before = self._status
@@ -238,94 +345,12 @@ class StageActor:
             torch.cuda.empty_cache()
         return stage
 
-    def _gpu(self, number: int) -> GpuMeasured:
-        """A GPU right after loading."""
-        device = self._devices[number]
-        properties = torch.cuda.get_device_properties(device)
-        allocated_bytes, reserved_bytes = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
-        index = int(ids[number]) if (ids := _visible()) and ids[number].isdecimal() else number
-        return GpuMeasured(
-            index, properties.name, properties.total_memory, allocated_bytes, reserved_bytes, allocated_bytes, reserved_bytes, 0
-        )
-
-    def _with_peak(self, gpu: GpuMeasured, device: torch.device) -> GpuMeasured:
-        """The same with what torch's allocator held at most, and what the driver says is taken there now, by whomever."""
-        free_bytes, total_bytes = torch.cuda.mem_get_info(device)
-        return replace(
-            gpu,
-            peak_allocated_bytes=torch.cuda.max_memory_allocated(device),
-            peak_reserved_bytes=torch.cuda.max_memory_reserved(device),
-            used_bytes=total_bytes - free_bytes,
-        )
-
-    # -- computing ----------------------------------------------------------------------------------------------------
-
-    def _in_turn(
-        self, epoch: int, step: int, attempt: str, micro_batch: MicroBatch, hidden_BTH: torch.Tensor | None
-    ) -> "tuple[StageOutput, Future[None]]":
-        # Twice the watchdog's limit: the driver is the one that decides.
-        limit_s = 2 * self._writer_spec.timeout_s
-        with self._turn:
-            came = self._turn.wait_for(lambda: epoch != self._epoch or self._next_step == step, limit_s)
-            self._require_current(epoch)
-            if not came:
-                raise StageError(
-                    f"Micro-batch {step} waited {limit_s:.0f} s for its turn; {self._next_step} never came.",
-                    "Run the same command again: finished shards are kept. stage_timeout_s sets the wait.",
-                )
-            future = self._compute.submit(self._run, epoch, attempt, micro_batch, hidden_BTH)
-            self._next_step += 1
-            self._turn.notify_all()
-        return future.result()
-
-    def _require_current(self, epoch: int) -> None:
-        if epoch != self._epoch:
-            raise StageError(f"A micro-batch of epoch {epoch} came in epoch {self._epoch}.", "The driver has given it up.")
-
-    def _run(
-        self, epoch: int, attempt: str, micro_batch: MicroBatch, hidden_BTH: torch.Tensor | None
-    ) -> "tuple[StageOutput, Future[None]]":
-        """Compute, or on a GPU begin to; the rows are waited for on the other thread, and so is the queue of the writer."""
-        self._require_current(epoch)
-        assert self._stages, "load() comes first"
-        if not self._uncollected.acquire(timeout=self._writer_spec.timeout_s):
-            raise StoreError(f"Captured rows found no way to the writer for {self._writer_spec.timeout_s:g} s.", "Check the disk or store.")
-        self._began_at = self._began_at or time.monotonic()
-        outputs: list[StageOutput] = []
-        try:
-            for stage in self._stages:
-                outputs.append(stage.forward(micro_batch, hidden_BTH))
-                hidden_BTH = outputs[-1].hidden_BTH
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            self._uncollected.release()
-            raise self._memory_error(error, micro_batch) from error
-        except BaseException:
-            self._uncollected.release()
-            raise
-        return outputs[-1], self._capture.submit(self._hand_over, attempt, micro_batch, outputs)
-
-    def _hand_over(self, attempt: str, micro_batch: MicroBatch, outputs: Sequence[StageOutput]) -> None:
-        assert self._writer is not None
-        assert self._began_at is not None
-        try:
-            compute_s = sum(output.compute_s for output in outputs)
-            computed_at = time.monotonic()
-            captured = [layer for output in outputs for layer in output.captured]
-            copied_at = time.monotonic()
-            self._writer.submit(attempt, micro_batch, captured, self._writer_spec.timeout_s)
-        finally:
-            self._uncollected.release()
-        status = self._status
-        compute_s += status.compute_s
-        self._status = replace(
-            status,
-            micro_batches=status.micro_batches + 1,
-            tokens=status.tokens + micro_batch.num_tokens,
-            padded_tokens=status.padded_tokens + micro_batch.padded_tokens,
-            compute_s=compute_s,
-            copy_s=status.copy_s + copied_at - computed_at,
-            wait_s=max(0.0, computed_at - self._began_at - compute_s - self._writer.waited_s),
-        )
+    def _abandon(self, attempts: Sequence[tuple[int, str]]) -> None:
+        for shard, attempt in attempts:
+            if self._writer is not None:
+                # What the store would not delete is no commit's, and goes when the run is finished.
+                with suppress(StoreError):
+                    self._writer.abandon(shard, attempt)
 
     def _memory_error(self, error: RuntimeError, micro_batch: MicroBatch) -> BaseException:
         """What tells the driver to try a smaller micro-batch, with the memory that this one left given back; other errors as they are."""
@@ -343,16 +368,10 @@ class StageActor:
         )
 
 
-def _visible() -> list[str]:
-    """The GPUs that this process sees, by the driver's numbers or names."""
-    return [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
-
-
-def actor_class(num_forward_threads: int) -> Any:
-    """StageActor as a Ray actor class whose `forward` may be entered by so many micro-batches at once.
+def actor_class(num_take_threads: int) -> Any:
+    """StageActor as a Ray actor class whose `take` may be entered by so many micro-batches at once.
 
     They must be more than the micro-batches in flight: Ray may hand them over out of order, and each waits its turn.
     """
-    groups = {"forward": num_forward_threads, "collect": 4, "control": 2}
-    # Out of order, or a reset would wait behind a micro-batch that a hung neighbour will never send.
+    groups = {"take": num_take_threads, "collect": 4, "control": 4, "watch": 4}
     return ray.remote(concurrency_groups=groups, allow_out_of_order_execution=True, max_restarts=0, max_task_retries=0)(StageActor)

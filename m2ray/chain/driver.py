@@ -1,6 +1,7 @@
 """The driver's side of one chain: keep micro-batches flowing through its stages, gather the receipts, begin anew after a failure.
 
-Only references, receipts and token ids pass through the driver; hidden states go from stage to stage.
+Only token ids, receipts and numbers pass through the driver: a call to the first stage for each micro-batch, which the stages hand on
+by themselves, and one to the last stage for what is complete. All stages are watched for failures.
 """
 
 import threading
@@ -49,21 +50,14 @@ class _OpenShard:
     attempt: str
     began_at: float = field(default_factory=time.monotonic)
     micro_batches: list[tuple[int, int]] = field(default_factory=list)
-    receipts: list[Any] = field(default_factory=list)
-    pending: list[Any] = field(default_factory=list)
-    """The receipts that have not come: waiting for one that has would look like progress for ever."""
-    answers: dict[Any, tuple[PartReceipt, ...]] = field(default_factory=dict)
-    """Those that have come, by their references."""
 
 
 @dataclass(frozen=True)
 class _InFlight:
-    """A micro-batch inside the chain; `done` resolves when the last stage has computed it."""
+    """A micro-batch inside the chain, until the last stage is done with it."""
 
     owner: _OpenShard
-    done: Any
     num_bytes: int
-    tokens: int
     is_last: bool
 
 
@@ -88,7 +82,8 @@ class Chain:
 
     _in_flight: deque[_InFlight]
     _open: list[_OpenShard]  # taken from the queue, closing ones too
-    _closing: list[_OpenShard]
+    _closing: dict[tuple[int, str], _OpenShard]  # by shard and attempt: their receipts are being gathered
+    _news: Any  # the call to the last stage that waits for what is complete
     _current: tuple[_OpenShard, Iterator[MicroBatch]] | None
     _upcoming: tuple[_OpenShard, MicroBatch] | None
 
@@ -127,7 +122,9 @@ class Chain:
             while not self.stop.is_set() and not queue.is_finished:
                 try:
                     self._stages.load(self.stop)
-                    self._flow(queue, on_result)
+                    if not self.stop.is_set():
+                        self._stages.link(self._epoch)
+                        self._flow(queue, on_result)
                 except (RayError, GetTimeoutError, M2rayError) as error:
                     self._begin_anew(error, queue)
         finally:
@@ -186,42 +183,44 @@ class Chain:
 
     def _submit(self, owner: _OpenShard, micro_batch: MicroBatch) -> None:
         owner.micro_batches.append((len(micro_batch.sequence_ids), micro_batch.token_ids_BT.shape[1]))
-        shared = ray.put(micro_batch)
-        payload = None
-        for actor in self._stages.actors:
-            payload = actor.forward.remote(self._epoch, self._step, owner.attempt, shared, payload)
+        self._stages.actors[0].take.remote(self._epoch, self._step, owner.attempt, micro_batch, None)
         num_bytes = self._hidden_bytes(micro_batch)
-        self._in_flight.append(_InFlight(owner, payload, num_bytes, micro_batch.num_tokens, micro_batch.is_last))
+        self._in_flight.append(_InFlight(owner, num_bytes, micro_batch.is_last))
         self._in_flight_bytes += num_bytes
         self._step += 1
 
     def _advance(self, on_result: Callable[[ShardResult], None]) -> bool:
-        """Wait a moment for the chain's oldest micro-batch or a closing shard, and take in whatever is done."""
-        waiting = [self._in_flight[0].done] if self._in_flight else []
-        waiting += [opened.pending[0] for opened in self._closing]  # one is enough: each stage's receipt comes sooner or later
-        done, _ = ray.wait(waiting, num_returns=1, timeout=_POLL_S)
-        while self._in_flight and ray.wait([self._in_flight[0].done], timeout=0)[0]:
+        """Wait a moment for news of the last stage, and take in what is complete. Raises what a stage failed with."""
+        if self._news is None:
+            self._news = self._stages.actors[-1].completed.remote(self._epoch, self._steps_done, self._shards_done)
+        # The watches come first: of several that are there, Ray gives the first.
+        done, _ = ray.wait([*self._stages.watches, self._news], num_returns=1, timeout=_POLL_S)
+        if done != [self._news]:
+            for watch in done:
+                self._stages.heed(watch, self._epoch)
+            return False
+        completed = ray.get(self._news, timeout=self._limits.timeout_s)
+        self._news = None
+        moved = completed.steps > self._steps_done or bool(completed.shards)
+        while self._steps_done < completed.steps:
             self._retire(self._in_flight.popleft())
-        for opened in list(self._closing):
-            ready, opened.pending = ray.wait(opened.pending, num_returns=len(opened.pending), timeout=0)
-            opened.answers |= zip(ready, ray.get(ready, timeout=self._limits.timeout_s), strict=True)
-            if not opened.pending:
-                receipts = tuple(receipt for ref in opened.receipts for receipt in opened.answers[ref])
-                self._closing.remove(opened)
-                self._open.remove(opened)
-                elapsed_s = time.monotonic() - opened.began_at
-                on_result(ShardResult(opened.shard, opened.attempt, receipts, tuple(opened.micro_batches), elapsed_s))
-        return bool(done)
+        for gathered in completed.shards:
+            self._shards_done += 1
+            opened = self._closing.pop((gathered.shard, gathered.attempt))
+            self._open.remove(opened)
+            elapsed_s = time.monotonic() - opened.began_at
+            on_result(ShardResult(opened.shard, opened.attempt, gathered.receipts, tuple(opened.micro_batches), elapsed_s))
+        return moved
 
     def _retire(self, retired: _InFlight) -> None:
-        ray.get(retired.done, timeout=self._limits.timeout_s)
+        """A micro-batch has left the chain; with a shard's last one the stages are asked for their receipts, down the chain."""
         self._in_flight_bytes -= retired.num_bytes
         if retired.is_last:
             owner = retired.owner
-            owner.receipts = [actor.collect.remote(owner.shard.index, owner.attempt) for actor in self._stages.actors]
-            owner.pending = list(owner.receipts)
-            self._closing.append(owner)
+            self._stages.actors[0].gather.remote(self._epoch, self._steps_done, owner.shard.index, owner.attempt, ())
+            self._closing[owner.shard.index, owner.attempt] = owner
             self.tokens_done += owner.shard.num_tokens
+        self._steps_done += 1
 
     # -- failures -----------------------------------------------------------------------------------------------------
 
@@ -253,7 +252,7 @@ class Chain:
         else:
             self._say(f"{what}: restarted, {len(shards)} shards in flight are tried again")
         queue.give_back([opened.shard for opened in in_flight])
-        self.tokens_done -= sum(opened.shard.num_tokens for opened in self._closing)
+        self.tokens_done -= sum(opened.shard.num_tokens for opened in self._closing.values())
         self._forget()
         self.stop.wait(decision.after_s)
         if lost and not self._stages.restart(lost):
@@ -264,10 +263,13 @@ class Chain:
         self._in_flight = deque()
         self._in_flight_bytes = 0
         self._open = []
-        self._closing = []
+        self._closing = {}
         self._current = None
         self._upcoming = None
         self._step = 0
+        self._steps_done = 0
+        self._shards_done = 0
+        self._news = None
 
 
 def _as_ours(error: BaseException) -> M2rayError:

@@ -196,7 +196,7 @@ def _stages(inputs: Inputs, work: _Work, plan: Plan, hardware: Hardware, reserva
     patience = Patience(config.stage_timeout_s, config.placement_timeout_s)
     for replica, reservation in enumerate(reservations):
         specs = [list(_specs(inputs, plan, replica, stage.stage, stage.span)) for stage in plan.stages if stage.replica == replica]
-        yield Stages(specs, writer, reservation, patience, window(len(specs)))
+        yield Stages(specs, writer, reservation, patience, window(len(specs)), config.transport)
 
 
 def _specs(inputs: Inputs, plan: Plan, replica: int, stage: int, span: LayerSpan) -> Iterator[StageSpec]:

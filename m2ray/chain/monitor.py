@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from dataclasses import fields
 
 from m2ray.batches import Shard
-from m2ray.chain.actor import StageStatus
 from m2ray.chain.driver import Chain
 from m2ray.chain.progress import Extracted, Progress
 from m2ray.chain.report import StageMeasured, loaded_lines
 from m2ray.chain.stages import Stages
+from m2ray.chain.status import StageStatus
 from m2ray.planning.plan import Plan, StagePlan
 
 _EVERY_S = 2.0

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn
 from rich.progress import Progress as Bars
 
-from m2ray.chain.actor import StageStatus
+from m2ray.chain.status import StageStatus
 
 _LINE_EVERY_S = 5.0
 

@@ -15,14 +15,19 @@ from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from m2ray.batches import LayerSpan
-from m2ray.chain.actor import StageStatus, WriterSpec, actor_class
+from m2ray.chain.actor import WriterSpec, actor_class
 from m2ray.chain.placement import Reservation
+from m2ray.chain.status import StageStatus
+from m2ray.config import Transport
 from m2ray.errors import ClusterError, M2rayError
 from m2ray.model.stage import StageSpec
 
 _POLL_S = 1.0
 ASK_S = 1.0
-"""How often the stages are asked how far they are."""
+"""How often the stages are asked how far they are; less often where there are more than _ASKED_A_S of them."""
+
+_ASKED_A_S = 16
+"""Asking a stage costs the driver as much as half a micro-batch does, however many stages that one goes through."""
 
 _FINAL_S = 10.0
 """What the last look at the stages may take."""
@@ -44,13 +49,24 @@ class Stages:
 
     Args:
         specs: what each stage holds: one spec a device.
+
+    Attributes:
+        actors: in the order of the layers.
+        watches: a call to each actor that ends when something fails in it.
     """
 
     def __init__(
-        self, specs: Sequence[Sequence[StageSpec]], writer: WriterSpec, reservation: Reservation, patience: Patience, window: int
+        self,
+        specs: Sequence[Sequence[StageSpec]],
+        writer: WriterSpec,
+        reservation: Reservation,
+        patience: Patience,
+        window: int,
+        transport: Transport,
     ) -> None:
         self._specs = specs
         self._writer = writer
+        self._transport = transport
         self._reservation = reservation
         self._patience = patience
         # More threads than micro-batches in flight: Ray may hand them over out of order, and each waits its turn.
@@ -58,6 +74,7 @@ class Stages:
         self.actors: list[Any] = []
         self._epoch = 0
         self._unloaded: set[int] = set()
+        self.watches: list[Any] = []
         self.loaded_at = 0.0
         self._asked: dict[int, Any] = {}
         self._asked_at = -ASK_S
@@ -110,13 +127,25 @@ class Stages:
             if time.monotonic() - progressed > patience_s:
                 raise GetTimeoutError(f"Loading stood still for {patience_s:g} s.")
 
+    def link(self, epoch: int) -> None:
+        """Tell every stage which one follows, and begin to watch all. Raises RayError, GetTimeoutError or M2rayError as they do."""
+        refs = [actor.link.remote(successor) for actor, successor in zip(self.actors, [*self.actors[1:], None], strict=True)]
+        ray.get(refs, timeout=self._patience.stage_s)
+        self.watches = [actor.watch.remote(epoch) for actor in self.actors]
+
+    def heed(self, watch: Any, epoch: int) -> None:
+        """Raise what a watch that ended has to tell; if that is nothing, watch on."""
+        ray.get(watch, timeout=self._patience.stage_s)
+        index = self.watches.index(watch)
+        self.watches[index] = self.actors[index].watch.remote(epoch)
+
     def ask(self) -> None:
         """Take in what the stages answered and ask again, without waiting: a busy stage may be late, a lost one never answers.
 
-        Does nothing if it was called less than ASK_S ago: a call to every stage costs the driver as much as a micro-batch does.
+        Does nothing if it was called less than ASK_S ago.
         """
         now = time.monotonic()
-        if now - self._asked_at < ASK_S:
+        if now - self._asked_at < max(ASK_S, len(self._specs) / _ASKED_A_S):
             return
         self._asked_at = now
         asked = list(self._asked.values())
@@ -250,7 +279,7 @@ class Stages:
             num_gpus=room.num_gpus,
             scheduling_strategy=PlacementGroupSchedulingStrategy(*self._reservation.places[index]),
             runtime_env={"env_vars": {"OMP_NUM_THREADS": str(specs[0].threads)}},
-        ).remote(specs, self._writer, hands_on=index < len(self._specs) - 1, epoch=self._epoch)
+        ).remote(specs, self._writer, transport=self._transport, epoch=self._epoch)
 
 
 @ray.remote(num_cpus=0, max_retries=0)

@@ -1,31 +1,124 @@
-"""How hidden states travel from one stage to the next: as raw bits through Ray's object store.
+"""How hidden states travel from one stage to the next: through Ray's object store, or from GPU to GPU of one node (cuda_ipc.py).
 
 A bfloat16 tensor given to Ray as it is gets pickled, eight to ten times slower than a memory copy. As a NumPy array
-of its bits it is copied once into shared memory, and mapped without a copy by the receiver on the same node.
+of its bits it is copied once into shared memory, and mapped without a copy by a receiver on the same node.
 """
+
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import ray
 import torch
+
+from m2ray.chain.cuda_ipc import Inbox, InSlot, Offer, Outbox
+from m2ray.chain.turns import Turns
+from m2ray.config import Transport
+from m2ray.errors import StageError
+from m2ray.model.stage import StageOutput
 
 _BITS = {torch.bfloat16: torch.uint16, torch.float16: torch.uint16, torch.float32: torch.uint32}
 
-Payload = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
+Bits = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
+Payload = Bits | InSlot
+"""What a stage takes from the one before: hidden states [B, T, H] as unsigned integers, or where they lie on its GPU."""
 
 
-def send(hidden_BTH: torch.Tensor) -> Payload:
+class Outgoing:
+    """The way to the next stage."""
+
+    def __init__(self, turns: Turns, device: torch.device, transport: Transport, timeout_s: float) -> None:
+        self._turns = turns
+        self._device = device
+        self._transport = transport
+        self._timeout_s = timeout_s
+        self._outbox: Outbox | None = None
+        self._is_connected = False
+
+    def connect(self, successor: Any, node_id: str, hidden_bytes: int, timeout_s: float) -> str:
+        """Agree with the next stage on the way there; gives its name.
+
+        Args:
+            node_id: Ray's, of this stage.
+            hidden_bytes: of a full micro-batch; what is larger goes through the object store.
+
+        Raises:
+            StageError: transport = "cuda_ipc", and the next stage is on this node but cannot map this GPU's memory.
+        """
+        self._is_connected = False
+        if self._transport == "object_store" or self._device.type != "cuda":
+            return "object_store"
+        if self._outbox is None:
+            self._outbox = Outbox(self._turns, self._device, hidden_bytes)
+        offer = self._outbox.offer(node_id, ray.get_runtime_context().current_actor)
+        refusal = ray.get(successor.connect.remote(offer), timeout=timeout_s)
+        self._is_connected = not refusal
+        if refusal and refusal != _ELSEWHERE and self._transport == "cuda_ipc":
+            raise StageError(f'transport = "cuda_ipc": {refusal}.', 'Set transport = "auto" to fall back to the object store.')
+        return "object_store" if refusal else "cuda_ipc"
+
+    def payload(self, epoch: int, output: StageOutput) -> Any:
+        """What to give to the next stage's `take` for the hidden states of `output`. Raises as `Turns.wait` does."""
+        hidden_BTH = output.hidden_BTH
+        assert hidden_BTH is not None, "the last stage has nobody to hand on to"
+        if self._is_connected and self._outbox is not None and hidden_BTH.nbytes <= self._outbox.num_bytes:
+            assert output.ready is not None
+            return self._outbox.put(epoch, hidden_BTH, output.ready, self._timeout_s)
+        return ray.put(send(output.hidden_on_host()))
+
+    def release(self, epoch: int) -> None:
+        """The next stage has fetched what lay in the slot."""
+        if self._outbox is not None:
+            self._outbox.give_back(epoch)
+
+
+class Incoming:
+    """The way from the stage before."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self._device = device
+        self._dtype = dtype
+        self._inbox: Inbox | None = None
+
+    def connect(self, offer: Offer, node_id: str) -> str:
+        """Map the sender's slot, if it is on this node. Gives why that is impossible, or nothing."""
+        self._inbox = None
+        if offer.node_id != node_id:
+            return _ELSEWHERE
+        if self._device.type != "cuda":
+            return "the next stage has no GPU"
+        try:
+            self._inbox = Inbox(offer, self._device)
+        except RuntimeError as error:
+            return f"{self._device} cannot map the memory of the stage before: {str(error).splitlines()[0]}"
+        return ""
+
+    def receive(self, epoch: int, payload: Payload) -> torch.Tensor:
+        """The hidden states [B, T, H] in memory of their own: on the device, or on the host where it is to be fetched from there."""
+        if not isinstance(payload, InSlot):
+            return receive(payload, self._dtype, pinned=self._device.type == "cuda")
+        assert self._inbox is not None, "the slot is offered first"
+        hidden_BTH = self._inbox.take(payload, self._dtype)
+        self._inbox.sender.release.remote(epoch)
+        return hidden_BTH
+
+
+_ELSEWHERE = "the next stage is on another node"
+
+
+def send(hidden_BTH: torch.Tensor) -> Bits:
     """The bits of hidden states on the host as an unsigned-integer array [B, T, H]; no copy."""
-    payload: Payload = hidden_BTH.contiguous().view(_BITS[hidden_BTH.dtype]).numpy()
-    return payload
+    bits: Bits = hidden_BTH.contiguous().view(_BITS[hidden_BTH.dtype]).numpy()
+    return bits
 
 
-def receive(payload: Payload, dtype: torch.dtype, *, pinned: bool) -> torch.Tensor:
+def receive(bits: Bits, dtype: torch.dtype, *, pinned: bool) -> torch.Tensor:
     """The hidden states [B, T, H] in `dtype`, in host memory of their own, `pinned` where a GPU is to fetch them.
 
     What Ray hands over is a read-only map of shared memory. A layer may work in place, so the bits are copied once.
     """
-    hidden_BTH = torch.empty(payload.shape, dtype=dtype, device="cpu", pin_memory=pinned)
-    np.copyto(hidden_BTH.view(_BITS[dtype]).numpy(), payload)
+    hidden_BTH = torch.empty(bits.shape, dtype=dtype, device="cpu", pin_memory=pinned)
+    np.copyto(hidden_BTH.view(_BITS[dtype]).numpy(), bits)
     return hidden_BTH
 
 

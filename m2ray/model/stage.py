@@ -126,6 +126,7 @@ class Stage:
         needed_bytes: checkpoint bytes of the span's tensors, scales included.
         bytes_read: tensor bytes that were read to load them.
         parameter_bytes: bytes of the span's tensors from the checkpoint, in memory.
+        hidden_bytes: of one token's hidden state.
     """
 
     def __init__(self, spec: StageSpec, decoder: DecoderSpan, needed_bytes: int, bytes_read: int) -> None:
@@ -136,6 +137,7 @@ class Stage:
         self.needed_bytes = needed_bytes
         self.bytes_read = bytes_read
         self.parameter_bytes = parameter_bytes(decoder)
+        self.hidden_bytes = config.hidden_size * DTYPES[spec.compute_dtype].itemsize
         self._spec = spec
         self._decoder = decoder
         self._on_gpu = decoder.device.type == "cuda"

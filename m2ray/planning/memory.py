@@ -21,9 +21,12 @@ MiniMax-M2's dimensions, 4,096 to 32,768 tokens: 0.32 to 0.33 of what was alloca
 UNUSABLE_BYTES = 128 * _MIB
 """The same for weights and small tensors: their blocks are multiples of 2 MiB, of 20 MiB between 1 and 10 MiB."""
 
-DEVICE_BUFFERS = 2
-"""Micro-batches' hidden states on a GPU besides the one that is computed: one received, one on its way out. Captured rows
-likewise: one layer's are selected while those of the layer before are copied to the host."""
+HIDDEN_BUFFERS = 3
+"""Micro-batches' hidden states on a GPU besides the one that is computed: one received, one computed, and one that the next stage
+fetches."""
+
+CAPTURE_BUFFERS = 2
+"""Layers' captured rows on a GPU: one layer's are selected while those of the layer before are copied to the host."""
 
 OFFLOAD_BUFFERS = 2
 """Layers on a GPU whose weights are kept in host memory: one that computes, one that is copied in."""
@@ -189,8 +192,8 @@ def gpu_overhead(workload: Workload, transient_bytes: TransientBytes, row_bytes:
     return {
         "transient": transient,
         "unusable": int(transient * UNUSABLE_SHARE) + UNUSABLE_BYTES,
-        "hidden_states": DEVICE_BUFFERS * workload.hidden_bytes,
-        "capture": DEVICE_BUFFERS * workload.padded_tokens * max(row_bytes, default=0),
+        "hidden_states": HIDDEN_BUFFERS * workload.hidden_bytes,
+        "capture": CAPTURE_BUFFERS * workload.padded_tokens * max(row_bytes, default=0),
         "context": CONTEXT_BYTES,
     }
 

@@ -7,8 +7,9 @@ import pytest
 
 from m2ray.batches import LayerSpan
 from m2ray.chain import stages as module
-from m2ray.chain.actor import StageStatus, WriterSpec
+from m2ray.chain.actor import WriterSpec
 from m2ray.chain.stages import ASK_S, Patience, Stages
+from m2ray.chain.status import StageStatus
 from m2ray.model.stage import StageSpec
 
 
@@ -42,7 +43,7 @@ def refs(monkeypatch: pytest.MonkeyPatch) -> Refs:
 
 def test_stages_are_asked_once_a_second_and_a_silent_one_not_again(refs: Refs) -> None:
     spec = StageSpec("", LayerSpan(0, 1), (), ("residual",), "bfloat16", "bfloat16", "auto", "cpu", None)
-    stages = Stages([(spec,), (spec,)], WriterSpec("", {}, 0, 1, 1.0, 64), None, Patience(1.0, 1.0), 6)
+    stages = Stages([(spec,), (spec,)], WriterSpec("", {}, 0, 1, 1.0, 64), None, Patience(1.0, 1.0), 6, "auto")
     stages.actors = [refs.actor("a"), refs.actor("b")]
     for _ in range(100):
         stages.ask()

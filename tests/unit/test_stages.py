@@ -8,8 +8,8 @@ import pytest
 from ray.exceptions import GetTimeoutError
 
 from m2ray.chain import stages as module
-from m2ray.chain.actor import StageStatus
 from m2ray.chain.stages import Patience, Stages
+from m2ray.chain.status import StageStatus
 
 ANSWER = StageStatus("layers 0-1", "here", "cpu", ready=False, needed_bytes=10, read_bytes=5)
 
@@ -20,7 +20,7 @@ def test_a_stage_whose_process_still_starts_gets_that_long_too(monkeypatch, answ
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
     monkeypatch.setattr(module.ray, "wait", lambda refs, **_: ([], refs))
     silent = SimpleNamespace(remote=object)
-    stages = Stages([None], None, None, Patience(stage_s=20.0, placement_s=1.0), window=1)
+    stages = Stages([None], None, None, Patience(stage_s=20.0, placement_s=1.0), window=1, transport="auto")
     stages.actors = [SimpleNamespace(load=silent, status=silent)]
     stages._unloaded = {0}
     stages._answers = dict(answers)

@@ -1,0 +1,174 @@
+"""A chain of several actors against the same layers in one process, at MiniMax-M2's real dimensions, by each way of transport.
+
+On one GPU the stages share it, which shows that receiving, handing on and the driver hide behind computation. On several, each stage
+has one (or an equal share), and the chain is held against as many times the one process. Nothing is captured. Needs 24 GB and 8 GB
+more a layer on the first GPU, and 4 GB of disk a layer.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import ray
+import torch
+
+from benchmarks.checkpoints import free, real_size
+from benchmarks.records import Row, record
+from m2ray.batches import LayerSpan, MicroBatch, Shard
+from m2ray.chain.actor import WriterSpec
+from m2ray.chain.driver import Chain, ChainLimits, ShardResult
+from m2ray.chain.placement import Reservation, Room
+from m2ray.chain.queue import ShardQueue
+from m2ray.chain.stages import Patience, Stages
+from m2ray.config import Transport
+from m2ray.model.stage import StageSpec, load_stage
+from m2ray.planning.memory import window
+from m2ray.storage import open_store
+
+SHAPE = (32, 512) if torch.cuda.is_available() else (2, 16)
+WARM, MEASURED = 16, 60
+"""Micro-batches."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--stages", default="2,3,4")
+    parser.add_argument("--transports", default="object_store,cuda_ipc")
+    parser.add_argument("--gpus", type=int, default=1, help="0: on the CPU")
+    parser.add_argument("--overrides", default="{}", help="JSON, for a try without a GPU")
+    arguments = parser.parse_args()
+    model = real_size(arguments.folder, arguments.layers, json.loads(arguments.overrides))
+    chains = Chains(model, json.loads((model / "config.json").read_text())["vocab_size"], arguments.layers, arguments.gpus)
+    before = chains.in_one_process()
+    print(f"one process: {before:,.0f} tokens/s", flush=True)
+    measured = []
+    with tempfile.TemporaryDirectory() as folder:
+        ray.init(address="local", num_cpus=16, num_gpus=arguments.gpus, include_dashboard=False, _temp_dir=folder, logging_level="ERROR")
+        for num_stages in map(int, arguments.stages.split(",")):
+            for transport in arguments.transports.split(","):
+                measured.append((num_stages, transport, *chains.in_a_chain(num_stages, transport)))
+                print(*measured[-1], flush=True)
+        ray.shutdown()
+    after = chains.in_one_process()
+    baseline = statistics.mean((before, after)) * max(1, arguments.gpus)
+    times = "" if arguments.gpus < 2 else f"{arguments.gpus} times "
+    note = f"one process before {before:,.0f}, after {after:,.0f}; share of each stage's time without computation: "
+    rows = [
+        Row(
+            f"{num_stages} stages, {transport}",
+            tokens_per_s,
+            "tokens/s",
+            baseline,
+            f"{times}one process, the same layers without a chain",
+            tokens_per_s / baseline,
+            "0.95",
+            f"{note}{idle}; hidden states sent by {ways}",
+        )
+        for num_stages, transport, tokens_per_s, idle, ways in measured
+    ]
+    where = "one GPU" if arguments.gpus == 1 else f"{arguments.gpus} GPUs"
+    title = f"Chains over {arguments.layers} layers at MiniMax-M2's real dimensions, on {where}"
+    record(f"chain_on_{arguments.gpus}_gpus", title, rows)
+
+
+def spec(model: Path, span: LayerSpan, device: str, *, compiled: bool) -> StageSpec:
+    return StageSpec(str(model), span, (), ("residual",), "bfloat16", "bfloat16", "auto", device, 1, compile=compiled)
+
+
+def micro_batches(shard: Shard, vocab_size: int) -> Iterator[MicroBatch]:
+    rng = np.random.default_rng(shard.index)
+    count = len(shard.sequence_ids) // SHAPE[0]
+    for index in range(count):
+        token_ids_BT = rng.integers(0, vocab_size, SHAPE).astype(np.int32)
+        ids = shard.sequence_ids[index * SHAPE[0] : (index + 1) * SHAPE[0]]
+        yield MicroBatch(shard.index, index, index == count - 1, ids, np.full(SHAPE[0], SHAPE[1], np.int32), token_ids_BT)
+
+
+def shards() -> list[Shard]:
+    bounds = np.cumsum([0, WARM * SHAPE[0], MEASURED * SHAPE[0]])
+    return [
+        Shard(index, np.arange(bounds[index], bounds[index + 1]), np.full(bounds[index + 1] - bounds[index], SHAPE[1], np.int32))
+        for index in range(2)
+    ]
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+@dataclass(frozen=True)
+class Chains:
+    """The two members, over the same layers and micro-batches."""
+
+    model: Path
+    vocab_size: int
+    num_layers: int
+    num_gpus: int
+
+    @property
+    def device(self) -> str:
+        return "cuda:0" if self.num_gpus else "cpu"
+
+    def in_one_process(self) -> float:
+        """Tokens a second. Leaves nothing on the GPU."""
+        stage = load_stage(spec(self.model, LayerSpan(0, self.num_layers), self.device, compiled=bool(self.num_gpus)), lambda *_: None)
+        stage.warm_up(SHAPE[0] * SHAPE[1])
+        warm, measured = (list(micro_batches(shard, self.vocab_size)) for shard in shards())
+        for micro_batch in warm:
+            stage.forward(micro_batch, None)
+        synchronize()
+        began = time.perf_counter()
+        for micro_batch in measured:
+            stage.forward(micro_batch, None)
+        synchronize()
+        elapsed_s = time.perf_counter() - began
+        del stage
+        free()
+        return MEASURED * SHAPE[0] * SHAPE[1] / elapsed_s
+
+    def in_a_chain(self, num_stages: int, transport: Transport) -> tuple[float, str, str]:
+        """(tokens a second between the end of the first shard and the end of the second, idle shares, ways that were taken)."""
+        bounds = [number * self.num_layers // num_stages for number in range(num_stages + 1)]
+        specs = [[spec(self.model, LayerSpan(start, stop), self.device, compiled=bool(self.num_gpus))] for start, stop in pairwise(bounds)]
+        node = ray.nodes()[0]
+        room = Room(node["NodeManagerAddress"], node["NodeID"], self.num_gpus / num_stages, 1.0)
+        reservation = Reservation([room] * num_stages)
+        reservation.wait(60.0)
+        hidden_size = json.loads((self.model / "config.json").read_text())["hidden_size"]
+        with tempfile.TemporaryDirectory() as folder:
+            open_store(folder).put("job.json", b"{}")
+            writer = WriterSpec(folder, {}, 1 << 30, 1, 600.0, SHAPE[0] * SHAPE[1])
+            stages = Stages(specs, writer, reservation, Patience(600.0, 60.0), window(num_stages), transport)
+            limits = ChainLimits(16 << 30, hidden_size, 2, 600.0)
+            chain = Chain(stages, limits, lambda shard, _: micro_batches(shard, self.vocab_size), SHAPE[0] * SHAPE[1], print)
+            ended: list[float] = []
+            queue = ShardQueue(shards())
+
+            def take(result: ShardResult) -> None:
+                ended.append(time.perf_counter())
+                queue.finish(result.shard)
+
+            runner = threading.Thread(target=chain.run, args=(queue, take))
+            runner.start()
+            runner.join(900.0)
+            stages.ask_all()
+            idle = ", ".join(f"{status.wait_s / (status.wait_s + status.compute_s):.2f}" for status in stages.statuses)
+            ways = ", ".join(status.sends_by for status in stages.statuses[:-1])
+            stages.close()
+            reservation.release()
+        return MEASURED * SHAPE[0] * SHAPE[1] / (ended[1] - ended[0]), idle, ways
+
+
+if __name__ == "__main__":
+    main()

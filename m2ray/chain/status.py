@@ -1,0 +1,70 @@
+"""StageStatus: what a stage tells of itself when it is asked, and how its GPUs are looked at."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from m2ray.chain.report import GpuMeasured
+
+
+@dataclass(frozen=True)
+class StageStatus:
+    """What a stage has done so far. Times are sums over its micro-batches; report.py says what each of them is."""
+
+    span: str
+    node: str
+    device: str
+    node_id: str = ""
+    pid: int = 0
+    ready: bool = False
+    needed_bytes: int = 0
+    read_bytes: int = 0
+    parameter_bytes: int = 0
+    load_s: float = 0.0
+    micro_batches: int = 0
+    tokens: int = 0
+    padded_tokens: int = 0
+    compute_s: float = 0.0
+    wait_s: float = 0.0
+    copy_s: float = 0.0
+    write_wait_s: float = 0.0
+    write_s: float = 0.0
+    written_bytes: int = 0
+    peak_rss_bytes: int = 0
+    sends_by: str = ""
+    gpus: tuple[GpuMeasured, ...] = ()
+
+
+def measure_gpus(devices: Sequence[torch.device]) -> tuple[GpuMeasured, ...]:
+    """The GPUs of a stage right after loading."""
+    visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    measured = []
+    for number, device in enumerate(devices):
+        properties = torch.cuda.get_device_properties(device)
+        allocated_bytes, reserved_bytes = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
+        # By the driver's numbers, where Ray gave those.
+        index = int(visible[number]) if number < len(visible) and visible[number].isdecimal() else number
+        measured.append(
+            GpuMeasured(
+                index, properties.name, properties.total_memory, allocated_bytes, reserved_bytes, allocated_bytes, reserved_bytes, 0
+            )
+        )
+    return tuple(measured)
+
+
+def with_peaks(gpus: Sequence[GpuMeasured], devices: Sequence[torch.device]) -> tuple[GpuMeasured, ...]:
+    """The same with what torch's allocator held at most, and what the driver says is taken there now, by whomever."""
+    measured = []
+    for gpu, device in zip(gpus, devices, strict=False):
+        free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+        measured.append(
+            replace(
+                gpu,
+                peak_allocated_bytes=torch.cuda.max_memory_allocated(device),
+                peak_reserved_bytes=torch.cuda.max_memory_reserved(device),
+                used_bytes=total_bytes - free_bytes,
+            )
+        )
+    return tuple(measured)

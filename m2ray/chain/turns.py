@@ -1,0 +1,124 @@
+"""Turns: what the threads of one stage agree on, in which order micro-batches pass and what went wrong first.
+
+Work belongs to an epoch, of which the chain begins a new one after every failure. Whoever waits for something of an epoch that is
+over, or that has failed, is let go with `Superseded`: nobody waits for its result any more.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from m2ray.errors import StageError
+
+
+class Superseded(Exception):  # noqa: N818 - it ends work that nobody wants any more, and is no error
+    """The epoch that the work belongs to is over, or has failed."""
+
+
+class Turns:
+    """The epoch of a stage, the steps of its micro-batches, and the first failure. Any thread may call.
+
+    Attributes:
+        epoch: how often the chain began anew.
+        done: micro-batches of this epoch whose rows are with the writer: they come in order.
+    """
+
+    def __init__(self, epoch: int) -> None:
+        self.changed = threading.Condition()
+        self.epoch = epoch
+        self.done = 0
+        self._next_step = 0
+        self._failure: BaseException | None = None
+
+    def begin(self, epoch: int) -> None:
+        """Begin an epoch: steps count from 0 again, and whoever waits for something of an earlier one is let go."""
+        with self.changed:
+            self.epoch = epoch
+            self.done = 0
+            self._next_step = 0
+            self._failure = None
+            self.changed.notify_all()
+
+    def fail(self, epoch: int, error: BaseException) -> None:
+        """Keep the first failure of an epoch, unless the epoch is over."""
+        with self.changed:
+            if epoch == self.epoch and self._failure is None:
+                self._failure = error
+                self.changed.notify_all()
+
+    def finish_step(self, epoch: int) -> None:
+        """Note that one more micro-batch is done."""
+        with self.changed:
+            if epoch == self.epoch:
+                self.done += 1
+                self.changed.notify_all()
+
+    def wait(self, epoch: int, is_ready: Callable[[], object], timeout_s: float, what: str) -> None:
+        """Wait until `is_ready()`, which is asked whenever something changed.
+
+        Raises:
+            Superseded: the epoch is over or has failed.
+            StageError: `timeout_s` went by; it says for `what`.
+        """
+        with self.changed:
+            came = self.changed.wait_for(lambda: self._is_over(epoch) or is_ready(), timeout_s)
+            self.require(epoch)
+            if not came:
+                raise StageError(
+                    f"A stage waited {timeout_s:.0f} s for {what}.",
+                    "Run the same command again: finished shards are kept. stage_timeout_s sets the wait.",
+                )
+
+    def require(self, epoch: int) -> None:
+        """Raise Superseded unless the epoch is the present one, and well."""
+        with self.changed:
+            if self._is_over(epoch):
+                raise Superseded
+
+    @contextmanager
+    def turn(self, epoch: int, step: int, timeout_s: float) -> Iterator[None]:
+        """Hold the turn of `step`: steps take theirs one after the other, from 0 on without gaps. Raises as `wait` does."""
+        self.wait(epoch, lambda: self._next_step == step, timeout_s, f"micro-batch {self._next_step}, which comes before {step}")
+        yield
+        with self.changed:
+            if epoch == self.epoch:
+                self._next_step += 1
+                self.changed.notify_all()
+
+    def watch(self, epoch: int, timeout_s: float) -> None:
+        """Raise what an epoch failed with as soon as it does; return when it is over, or after `timeout_s`."""
+        with self.changed:
+            self.changed.wait_for(lambda: self._is_over(epoch), timeout_s)
+            if epoch == self.epoch and self._failure is not None:
+                raise self._failure
+
+    def _is_over(self, epoch: int) -> bool:
+        return epoch != self.epoch or self._failure is not None
+
+
+class Allowance:
+    """At most so many at one time, of what the threads of a stage hold: micro-batches received, sent, captured."""
+
+    def __init__(self, turns: Turns, number: int, what: str) -> None:
+        self._turns = turns
+        self._free = number
+        self._what = what
+
+    @property
+    def is_free(self) -> bool:
+        return self._free > 0
+
+    def take(self, epoch: int, timeout_s: float) -> float:
+        """Wait for one and take it; gives the seconds that took. Raises as `Turns.wait` does."""
+        began = time.monotonic()
+        with self._turns.changed:
+            self._turns.wait(epoch, lambda: self.is_free, timeout_s, self._what)
+            self._free -= 1
+        return time.monotonic() - began
+
+    def give_back(self) -> None:
+        """Give one back, of whichever epoch it was taken in."""
+        with self._turns.changed:
+            self._free += 1
+            self._turns.changed.notify_all()

@@ -1,0 +1,100 @@
+"""What the threads of a stage agree on: order, epochs, the first failure, and how much each may hold."""
+
+import threading
+
+import pytest
+
+from m2ray.chain.turns import Allowance, Superseded, Turns
+from m2ray.errors import StageError
+
+PATIENCE_S = 30.0
+
+
+def in_thread(work, results: list) -> threading.Thread:
+    def run() -> None:
+        try:
+            results.append(work())
+        except (Superseded, StageError, ValueError) as error:
+            results.append(type(error))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    return thread
+
+
+def test_steps_take_their_turns_in_order_whoever_comes_first() -> None:
+    turns, order = Turns(0), []
+
+    def take(step: int) -> None:
+        with turns.turn(0, step, PATIENCE_S):
+            order.append(step)
+
+    threads = [threading.Thread(target=take, args=(step,)) for step in (3, 1, 2, 0)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE_S)
+    assert order == [0, 1, 2, 3]
+
+
+def test_a_new_epoch_lets_everyone_go_who_waits_for_the_old_one() -> None:
+    turns, results = Turns(0), []
+    allowance = Allowance(turns, 0, "room")
+    waiting = [
+        in_thread(lambda: allowance.take(0, PATIENCE_S), results),
+        in_thread(lambda: turns.turn(0, 1, PATIENCE_S).__enter__(), results),
+    ]
+    turns.begin(1)
+    for thread in waiting:
+        thread.join(PATIENCE_S)
+    assert results == [Superseded, Superseded]
+    with turns.turn(1, 0, PATIENCE_S), pytest.raises(Superseded):
+        turns.require(0)
+
+
+def test_the_first_failure_of_an_epoch_is_told_and_a_late_one_of_an_earlier_is_not() -> None:
+    turns, results = Turns(0), []
+    watch = in_thread(lambda: turns.watch(0, PATIENCE_S), results)
+    turns.fail(0, ValueError("first"))
+    turns.fail(0, StageError("second"))
+    watch.join(PATIENCE_S)
+    assert results == [ValueError]
+    with pytest.raises(Superseded):
+        turns.require(0)
+    turns.begin(1)
+    turns.fail(0, ValueError("late"))
+    turns.require(1)
+    turns.watch(1, 0.0)
+
+
+def test_a_turn_that_failed_is_not_passed_on() -> None:
+    turns = Turns(0)
+    with pytest.raises(ValueError, match="no"), turns.turn(0, 0, PATIENCE_S):
+        raise ValueError("no")
+    with pytest.raises(StageError, match="micro-batch 0, which comes before 1"), turns.turn(0, 1, 0.01):
+        pass
+
+
+def test_an_allowance_is_used_again_when_it_is_given_back() -> None:
+    turns, results = Turns(0), []
+    allowance = Allowance(turns, 1, "room")
+    allowance.take(0, PATIENCE_S)
+    with pytest.raises(StageError, match="for room"):
+        allowance.take(0, 0.01)
+    second = in_thread(lambda: allowance.take(0, PATIENCE_S) >= 0, results)
+    allowance.give_back()
+    second.join(PATIENCE_S)
+    assert results == [True]
+    turns.begin(1)
+    allowance.give_back()  # of the epoch before
+    allowance.take(1, PATIENCE_S)
+
+
+def test_done_counts_from_nought_in_each_epoch() -> None:
+    turns = Turns(0)
+    turns.finish_step(0)
+    turns.finish_step(0)
+    assert turns.done == 2
+    turns.begin(1)
+    turns.finish_step(0)
+    assert turns.done == 0
