@@ -61,6 +61,11 @@ class PartWriter:
         """Bytes handed to the store so far."""
         return self._stream.num_bytes if self._stream else 0
 
+    @property
+    def store_s(self) -> float:
+        """Seconds that the store took so far; the rest of what `append` and `finish` take is encoding."""
+        return self._stream.store_s if self._stream else 0.0
+
     def append(self, tokens: list[Any], rows: Bits) -> None:
         """Append one micro-batch as one row group: the `token_columns` of its rows, and `rows` uint8 [N, W * itemsize].
 
