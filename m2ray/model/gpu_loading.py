@@ -5,11 +5,11 @@ and a stream, so that reading, copying and converting of different extents overl
 """
 
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
-from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -97,18 +97,16 @@ def load_extents(checkpoint: Checkpoint, wanted: Sequence[Wanted], device: torch
     """
     extents = list(_extents(wanted))
     size_bytes = max((extent.stop - extent.start for extent in extents), default=0) + _ALIGNMENT
-    lanes: SimpleQueue[_Lane] = SimpleQueue()
+    lanes: list[_Lane] = []  # until the GPU is done: their buffers are in use after their threads have ended
+    mine = threading.local()
     # What was allocated before must be there before other streams write into it.
     torch.cuda.synchronize(device)
-    for _ in range(min(LANES, len(extents))):
-        lanes.put(_Lane(size_bytes, device))
 
     def load(extent: _Extent) -> None:
-        lane = lanes.get()
-        try:
-            lane.load(checkpoint, extent)
-        finally:
-            lanes.put(lane)
+        if not hasattr(mine, "lane"):  # pinning memory is slow: one lane's is pinned while others read
+            mine.lane = _Lane(size_bytes, device)
+            lanes.append(mine.lane)
+        mine.lane.load(checkpoint, extent)
 
     with ThreadPoolExecutor(LANES, thread_name_prefix="load") as pool:
         try:
