@@ -1,29 +1,33 @@
-"""`m2ray extract` from an FP8 checkpoint to Parquet on one GPU, against each limit measured beside it, and against `m2ray plan`.
+"""`m2ray extract` from an FP8 checkpoint to Parquet on one GPU: against each limit measured beside it, the guide, and `m2ray plan`.
 
     python -m benchmarks.extract_on_gpu FOLDER               # 6 layers at MiniMax-M2's real dimensions
     python -m benchmarks.extract_on_gpu FOLDER --tiny        # to try the script on a CPU
 
-One run measures: the machine's profile (`m2ray bench`); the extraction onto the local disk and into memory (/dev/shm, where a disk does
-not bind); the same bytes written and synced as plainly as can be; and the bare forward pass of the same micro-batches. The least of
-the limits is what the extraction is held against. Needs 24.5 GB of disk for the checkpoint and 16 GB for the run, and 32 GB of /dev/shm.
+One run measures: the machine's profile (`m2ray bench`); the guide's method (benchmarks/guide.py), which writes nothing; the bare forward
+pass of the same micro-batches; the extraction onto the local disk and into memory (/dev/shm, where a disk does not bind); and the same
+bytes written and synced as plainly as can be. The least of the limits is what the extraction is held against. Needs 24.5 GB of disk for the checkpoint and 16 GB for the run, and 32 GB of /dev/shm.
 """
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from benchmarks.against_guide import LONGEST, TINY, Prompts, make_prompts, written_bytes_per_s
-from benchmarks.checkpoints import LAYERS, free, real_size
+from benchmarks.against_guide import LONGEST, TINY, Prompts, loaded_guide, make_prompts, rates_of_the_guide
+from benchmarks.checkpoints import LAYERS, real_size
 from benchmarks.records import Row, record
 from benchmarks.runs import ROOT, environment, extract
 from m2ray.batches import LayerSpan
@@ -31,7 +35,11 @@ from m2ray.model.stage import StageSpec, load_stage
 from m2ray.planning.profile import Profile
 
 MEMORY = Path("/dev/shm")  # noqa: S108 - a file system in memory is what it is for
-WRITE_THREADS = (1, 8)
+WRITE_THREADS = 8
+RAW_BYTES = 8 * 10**9
+GUIDE_BATCHES = (3, 8)
+GUIDE_PROMPTS = 256
+ALONE_S = 300.0
 
 
 @dataclass(frozen=True)
@@ -66,13 +74,18 @@ def main() -> None:
     profile = measured_profile(folder, model, options.batch_tokens)
     hidden_size = int(json.loads((model / "config.json").read_text())["hidden_size"])
     rows: list[Row] = []
-    bare = bare_tokens_per_s(model, many, options)
+    device = "cuda:0" if torch.cuda.device_count() else "cpu"
+    guide_prompts = few if options.tiny else make_prompts(folder, model, GUIDE_PROMPTS, options.batch_tokens)
+    guide = alone(guide_tokens_per_s, model, guide_prompts, device)
+    bare = alone(bare_tokens_per_s, model, many, options.layers, options.batch_tokens, device)
+    print(f"bare forward {bare:,.0f} tokens/s, the guide {guide}", flush=True)
     for name, parent, prompts in (("the local disk", folder, few), ("memory (/dev/shm)", MEMORY, many)):
         if shutil.disk_usage(parent).free < 1.2 * prompts.num_tokens * options.layers * 6200:
             print(f"{parent} has no room for the run: left out")
             continue
         found = extracted(parent, folder, model, prompts, options)
         captured_bytes = 2 * hidden_size * options.layers
+        rows += against_guide_rows(name, found, guide)
         rows += rows_of(
             name, found, limits(found, profile, bare, captured_bytes, options.layers), predicted(folder, model, prompts, found, options)
         )
@@ -89,23 +102,31 @@ def measured_profile(folder: Path, model: Path, batch_tokens: int) -> Profile:
     return Profile.from_json(path.read_bytes())
 
 
-def bare_tokens_per_s(model: Path, prompts: Prompts, options: argparse.Namespace) -> float:
+def alone(step: Callable[..., Any], *arguments: object) -> Any:
+    """What `step` returns, run in a process of its own: what it held on the GPU is gone with it."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(step, *arguments).result(ALONE_S)
+
+
+def guide_tokens_per_s(model: Path, prompts: Prompts, device: str) -> dict[int, float]:
+    """The guide's rates by prompts in a batch, once each; every layer's rows end in host memory."""
+    return rates_of_the_guide(loaded_guide(model, device), prompts, GUIDE_BATCHES, 1)
+
+
+def bare_tokens_per_s(model: Path, prompts: Prompts, num_layers: int, batch_tokens: int, device: str) -> float:
     """Real tokens a second of the layers alone: nothing captured, nothing sent, the micro-batches those of the extraction."""
-    device = "cuda:0" if torch.cuda.is_available() else "cpu"
-    span, on_gpu = LayerSpan(0, options.layers), device != "cpu"
-    stage = load_stage(
-        StageSpec(str(model), span, (), ("residual",), "bfloat16", "bfloat16", "auto", device, None, compile=on_gpu), lambda *_: None
-    )
-    stage.warm_up(options.batch_tokens)
+    span, compiled = LayerSpan(0, num_layers), device != "cpu"
+    spec = StageSpec(str(model), span, (), ("residual",), "bfloat16", "bfloat16", "auto", device, None, compile=compiled)
+    stage = load_stage(spec, lambda *_: None)
+    stage.warm_up(batch_tokens)
     seconds = []
     for _ in range(3):
         began = time.monotonic()
-        outputs = [stage.forward(batch, None) for batch in prompts.batches]
-        if outputs[-1].ready is not None:
-            outputs[-1].ready.synchronize()
+        for batch in prompts.batches:
+            output = stage.forward(batch, None)
+        if output.ready is not None:
+            output.ready.synchronize()
         seconds.append(time.monotonic() - began)
-    del stage, outputs
-    free()
     return prompts.num_tokens / sorted(seconds)[1]
 
 
@@ -128,9 +149,40 @@ def extracted(parent: Path, folder: Path, model: Path, prompts: Prompts, options
         assert report["tokens"] == prompts.num_tokens, "both must see the same tokens"
         part_bytes = [path.stat().st_size for path in run.rglob("shard-*.parquet")]
         shutil.rmtree(run)
-        return Extracted(report, part_bytes, max(written_bytes_per_s(scratch, part_bytes, threads) for threads in WRITE_THREADS))
+        return Extracted(report, part_bytes, written_bytes_per_s(scratch, part_bytes))
     finally:
         shutil.rmtree(scratch)
+
+
+def written_bytes_per_s(folder: Path, sizes: list[int]) -> float:
+    """Files of these sizes, each written and synced, several at a time; at most RAW_BYTES of them."""
+    block = np.random.default_rng(3).bytes(16 << 20)
+    chosen = list(_up_to(sizes, RAW_BYTES))
+
+    def write(job: tuple[int, int]) -> None:
+        fd = os.open(folder / f"raw-{job[0]}", os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        try:
+            left = job[1]
+            while left:
+                left -= os.write(fd, memoryview(block)[: min(left, len(block))])
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    os.sync()
+    with ThreadPoolExecutor(WRITE_THREADS) as pool:
+        began = time.monotonic()
+        list(pool.map(write, enumerate(chosen)))
+        return sum(chosen) / (time.monotonic() - began)
+
+
+def _up_to(sizes: list[int], limit_bytes: int) -> Iterator[int]:
+    total = 0
+    for size in sizes:
+        total += size
+        if total > limit_bytes and total > size:
+            return
+        yield size
 
 
 def limits(found: Extracted, profile: Profile, bare: float, captured_bytes: int, num_parts: int) -> dict[str, float]:
@@ -157,6 +209,25 @@ def predicted(folder: Path, model: Path, prompts: Prompts, found: Extracted, opt
     done = subprocess.run(command, env=environment(), cwd=ROOT, check=True, timeout=120, capture_output=True, text=True)
     rates = json.loads(done.stdout)["rates"]
     return float(rates["limits"][rates["limiting"]] * (rates["filled_share"] or 1.0))
+
+
+def against_guide_rows(store: str, found: Extracted, guide: Mapping[int, float]) -> list[Row]:
+    """For each of the guide's batches; the disk's own limit is in the row about limits."""
+    what = f"committed as Parquet in {store}, against the guide"
+    limit = found.raw_bytes_per_s / found.token_bytes
+    return [
+        Row(
+            what,
+            found.tokens_per_s,
+            "tokens/s",
+            rate,
+            f"guide, batches of {size}, nothing written:",
+            found.tokens_per_s / rate,
+            "4, or the store's own limit",
+            f"the store's own limit is {limit / rate:.2f} of the guide's rate",
+        )
+        for size, rate in guide.items()
+    ]
 
 
 def rows_of(store: str, found: Extracted, allowed: Mapping[str, float], prediction: float) -> list[Row]:
