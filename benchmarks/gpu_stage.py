@@ -23,7 +23,7 @@ from m2ray.model.stage import Stage, StageSpec, load_stage
 READ_BYTES = 16 << 20
 BATCH_TOKENS = 16_384
 SHAPES = ((8, 2048), (32, 512))
-REPEATS = 5
+REPEATS = 4
 LOADS = 3
 
 

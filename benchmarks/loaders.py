@@ -55,20 +55,22 @@ def main() -> None:
         seconds.setdefault(whole, []).append(stage_s(model, options.layers))
     num_bytes = sum(path.stat().st_size for path in files)
     rows = rows_of(seconds, num_bytes, "page cache", {whole: stage_bytes(model)})
+    title = f"Loading {options.layers} layers at MiniMax-M2's real dimensions, FP8 checkpoint, onto a GPU"
+    record("loaders", title, rows)
     cold: dict[str, list[float]] = {}
     for name, load in {"raw": lambda files: pread(files, 16), **members}.items():
         drop_caches()
         keep(cold, name, load, files[:COLD_FILES])
     rows += rows_of(cold, sum(path.stat().st_size for path in files[:COLD_FILES]), "disk", {})
-    record("loaders", f"Loading {options.layers} layers at MiniMax-M2's real dimensions, FP8 checkpoint, onto a GPU", rows)
+    record("loaders", title, rows)
 
 
 def keep(seconds: dict[str, list[float]], name: str, load: Callable[[list[Path]], None], files: list[Path]) -> None:
-    """Measure a member; one that is not installed leaves no entry."""
+    """Measure a member; one that is not installed, or that fails, leaves no entry, and the others go on."""
     try:
         elapsed_s = timed(lambda: load(files))
-    except ModuleNotFoundError as error:
-        print(f"{name}: {error}")
+    except (ImportError, RuntimeError, OSError, ValueError) as error:
+        print(f"{name}: {error!r}", flush=True)
         return
     seconds.setdefault(name, []).append(elapsed_s)
     print(f"{name}: {elapsed_s:.2f} s", flush=True)
