@@ -87,7 +87,10 @@ def main() -> None:
         captured_bytes = 2 * hidden_size * options.layers
         rows += against_guide_rows(name, found, guide)
         rows += rows_of(
-            name, found, limits(found, profile, bare, captured_bytes, options.layers), predicted(folder, model, prompts, found, options)
+            name,
+            found,
+            limits(found, profile, bare, captured_bytes, options.layers),
+            predicted(folder, model, prompts, found, options, is_disk=parent == folder),
         )
         # After each: a machine's time may end before the next is done.
         title = f"m2ray extract of {options.layers} layers at MiniMax-M2's real dimensions, FP8 checkpoint to Parquet, on one GPU"
@@ -194,10 +197,12 @@ def limits(found: Extracted, profile: Profile, bare: float, captured_bytes: int,
     return allowed
 
 
-def predicted(folder: Path, model: Path, prompts: Prompts, found: Extracted, options: argparse.Namespace) -> float:
-    """Tokens a second by `m2ray plan --profile`, the store's rate stated as it was measured."""
+def predicted(folder: Path, model: Path, prompts: Prompts, found: Extracted, options: argparse.Namespace, *, is_disk: bool) -> float:
+    """Tokens a second by `m2ray plan --profile`. The profile knows the disk; of any other store the rate is stated, as it was measured."""
     words = {"model": model, "prompts": prompts.path, "profile": folder / "profile.json", "batch-tokens": options.batch_tokens, "stages": 1}
-    words |= {"max-length": 4 * LONGEST, "truncation": "cut", "store-gb-per-s": found.raw_bytes_per_s / 1e9}
+    words |= {"max-length": 4 * LONGEST, "truncation": "cut"}
+    if not is_disk:
+        words["store-gb-per-s"] = found.raw_bytes_per_s / 1e9
     command = [
         sys.executable,
         "-m",
