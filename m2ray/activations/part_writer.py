@@ -39,6 +39,11 @@ class PartWriter:
         """Bytes handed to the store so far."""
         return self._file.num_bytes if self._file else 0
 
+    @property
+    def store_s(self) -> float:
+        """Seconds that the store took so far; the rest of what `append` and `finish` take is encoding."""
+        return self._file.store_s if self._file else 0.0
+
     def append(self, tokens: TokenColumns, rows: Bits) -> None:
         """Append one micro-batch as one row group: its tokens, and `rows` uint8 [N, W * itemsize].
 

@@ -66,6 +66,7 @@ class ActivationWriter:
         self._written_bytes = 0
         self._waited_s = 0.0
         self._write_s = 0.0
+        self._store_s = 0.0
 
     # -- measurements -------------------------------------------------------------------------------------------------
 
@@ -88,6 +89,11 @@ class ActivationWriter:
     def write_s(self) -> float:
         """Seconds of work, summed over the threads."""
         return self._write_s
+
+    @property
+    def store_s(self) -> float:
+        """Those of them that the store took; the rest is encoding and hashing."""
+        return self._store_s
 
     # -- a shard's way ------------------------------------------------------------------------------------------------
 
@@ -202,7 +208,7 @@ class ActivationWriter:
 
     def _write(self, opened: "_Attempt", part: PartWriter, tokens: TokenColumns, rows: Bits, token_digest: str | None) -> None:
         """One row group, on the part's thread; with `token_digest` it is the part's last."""
-        begin, before_bytes = time.monotonic(), part.num_bytes
+        begin, before_bytes, before_s = time.monotonic(), part.num_bytes, part.store_s
         try:
             if opened.failure is None:
                 part.append(tokens, rows)
@@ -213,6 +219,7 @@ class ActivationWriter:
                 self._queued_bytes -= rows.nbytes
                 self._written_bytes += part.num_bytes - before_bytes
                 self._write_s += time.monotonic() - begin
+                self._store_s += part.store_s - before_s
 
     def _note(self, opened: "_Attempt", done: Future[None]) -> None:
         error = done.exception()
