@@ -4,13 +4,15 @@ import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from m2ray.errors import ConfigError, raise_all
 
 Auto = Literal["auto"]
+Attention = Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"]
+OffloadTo = Literal["none", "cpu", "disk"]
 Transport = Literal["auto", "object_store", "cuda_ipc"]
 Positive = Annotated[int, Field(gt=0)]
 NonEmpty = Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)]
@@ -36,9 +38,11 @@ class ExtractConfig(BaseModel):
     sites: Literal["residual"] = Field("residual", description="What to capture at each layer.")
     compute_dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="Dtype of weights and arithmetic.")
     store_dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="Dtype of the stored rows.")
-    batch_tokens: Positive | Auto = Field("auto", description="Padded tokens in a micro-batch, at most; auto: 16384, or what fits.")
+    batch_tokens: Positive | Auto = Field(
+        "auto", description="Padded tokens in a micro-batch, at most; auto: what memory and prompts suit best, up to 16384."
+    )
     shard_tokens: Positive | Auto = Field("auto", description="Tokens in a shard, the unit of commit and resume; auto: 32768.")
-    attn_implementation: Literal["auto", "eager", "sdpa"] = Field("auto", description="Attention; auto: the family's own default.")
+    attn_implementation: Attention = Field("auto", description=f"{', '.join(get_args(Attention))}; auto: sdpa where the family has it.")
     compile: bool | Auto = Field("auto", description="Compile the layers: twice as fast on a GPU; auto: where there are GPUs.")
     threads_per_stage: Positive | Auto = Field("auto", description="torch threads a stage on the CPU; auto: 1.")
 
@@ -51,7 +55,11 @@ class ExtractConfig(BaseModel):
     gpus_per_stage: Positive = Field(1, description="GPUs that one stage owns.")
     device_map: NonEmpty = Field("auto", description="auto, balanced, balanced_low_0, sequential, cuda:0.")
     max_memory: NonEmpty | None = Field(None, description='"40GB", "0:60GB,1:40GB", "node-a=40GB;node-b=60GB".')
-    offload: Literal["none", "cpu"] = Field("none", description="Layers that find no room on the GPUs: refused, or kept in host memory.")
+    offload: OffloadTo = Field(
+        "none",
+        description="Layers that find no room on the GPUs: refused; cpu: in host memory; disk: there, and the rest in offload_folder.",
+    )
+    offload_folder: NonEmpty | None = Field(None, description="Folder on a disk of each node; default: the temporary folder.")
     node_labels: NonEmpty | None = Field(None, description='Use only nodes with these Ray labels: "zone=a,kind=h100".')
     in_flight: NonEmpty = Field("4GiB", description="Hidden states between the stages at one time, at most.")
     transport: Transport = Field("auto", description="Hidden states between GPUs of a node: directly (cuda_ipc), or through the host.")

@@ -78,6 +78,8 @@ def load_reference(folder: Path, dtype: torch.dtype, attn_implementation: str | 
         config.rope_parameters["partial_rotary_factor"] = config.rotary_dim / config.head_dim
     if getattr(config, "quantization_config", None):
         config.quantization_config["dequantize"] = True
+    if getattr(config, "attn_logit_softcapping", None):  # transformers before 5.23 lets sdpa drop the cap
+        attn_implementation = attn_implementation or "eager"
     model, info = AutoModelForCausalLM.from_pretrained(
         folder,
         config=config,

@@ -8,15 +8,16 @@ from m2ray.activations.job import JobRecord, read_job
 from m2ray.batches import TensorTable
 from m2ray.config import ExtractConfig, parse_labels, parse_layers
 from m2ray.errors import ConfigError, M2rayError, raise_all
+from m2ray.model.attention import resolve_attn_implementation
 from m2ray.model.checkpoint import Checkpoint, open_checkpoint, tensor_table
-from m2ray.model.skeleton import resolve_attn_implementation
+from m2ray.model.stage import DTYPES
+from m2ray.planning.batch_size import AUTO_BATCH_TOKENS
 from m2ray.planning.demand import Demand, PlanOptions
 from m2ray.planning.memory import ModelShape
 from m2ray.planning.probe import disk_free_bytes
 from m2ray.prompts import PromptOptions, PromptSource, PromptTokenizer
 from m2ray.storage import Store, open_store
 
-AUTO_BATCH_TOKENS = 16_384
 _AUTO_SHARD_TOKENS = 32_768
 
 
@@ -84,7 +85,7 @@ def check(config: ExtractConfig) -> Inputs:
     look(checkpoint.check)
     layers = look(lambda: parse_layers(config.layers, checkpoint.config.num_hidden_layers))
     tokenizer = look(lambda: PromptTokenizer.load(config.model, prompts, checkpoint.config.vocab_size))
-    attention = look(lambda: resolve_attn_implementation(checkpoint.config, config.attn_implementation))
+    attention = look(lambda: resolve_attn_implementation(checkpoint.config, config.attn_implementation, DTYPES[config.compute_dtype]))
     raise_all(problems)
     table = tensor_table(checkpoint)
     num_layers = layers[0][-1] + 1

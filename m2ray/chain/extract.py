@@ -25,12 +25,19 @@ from m2ray.chain.stages import Patience, Stages
 from m2ray.chain.stopping import stop_on_sigterm
 from m2ray.config import ExtractConfig, parse_labels
 from m2ray.errors import M2rayError
+from m2ray.model.offload import Offload
 from m2ray.model.stage import StageSpec
+from m2ray.planning.batch_size import AUTO_BATCH_TOKENS, best_batch_tokens
 from m2ray.planning.demand import Demand
 from m2ray.planning.memory import window
 from m2ray.planning.output import PromptStats
-from m2ray.planning.plan import GpuPlan, Plan, most_replicas, plan_run
-from m2ray.prompts import Survey, TokenSpool, batching, load_shards, micro_batches, respool, survey
+from m2ray.planning.plan import GpuPlan, Plan, most_batch_tokens, most_replicas, plan_run
+from m2ray.planning.probe import offload_folder
+from m2ray.planning.spill import Spill
+from m2ray.prompts import ShardTable, Survey, TokenSpool, batching, load_shards, micro_batches, respool, survey
+
+_JUDGED_SHARDS = 64
+"""Of a large run, for the size of its micro-batches: cutting all of them takes seconds a size."""
 
 
 def extract(config: ExtractConfig, progress: Progress) -> RunSummary:
@@ -76,22 +83,36 @@ class _Work:
 def _hardware(config: ExtractConfig) -> Iterator[Hardware]:
     """Join or start the cluster and look at its nodes."""
     with cluster(config.placement_timeout_s):
-        yield probe_hardware(parse_labels(config.node_labels))
+        yield probe_hardware(parse_labels(config.node_labels), offload_folder(config))
 
 
-def _resolve(inputs: Inputs, hardware: Hardware) -> Inputs:
+def _resolve(inputs: Inputs, shards: ShardTable, hardware: Hardware) -> Inputs:
     """Set the options of a new run that are "auto" until the GPUs are known, and refuse a cluster that does not hold the model."""
     options = dict(inputs.options)
     if options["compile"] == "auto":
         options["compile"] = hardware.cluster.num_gpus > 0
-    demand = _demand(replace(inputs, options=options), hardware, None)
-    plan = plan_run(demand, hardware.cluster)
+    demand = _demand(replace(inputs, options=options), hardware, shards.longest_tokens)
     if options["batch_tokens"] == "auto":
-        smaller = [remedy.value for remedy in plan.remedies if remedy.option == "batch_tokens"]
-        options["batch_tokens"] = int(smaller[0]) if smaller else demand.options.batch_tokens
-        plan = plan_run(demand.with_batch_tokens(options["batch_tokens"]), hardware.cluster)
-    plan.require_fit()
+        options["batch_tokens"] = _auto_batch_tokens(demand, shards, hardware)
+    plan_run(demand.with_batch_tokens(options["batch_tokens"]), hardware.cluster).require_fit()
     return replace(inputs, options=options)
+
+
+def _auto_batch_tokens(demand: Demand, shards: ShardTable, hardware: Hardware) -> int:
+    """What memory has room for and takes least time, judged by some of the shards; the most there is where nothing fits."""
+    most_tokens = most_batch_tokens(demand, hardware.cluster, AUTO_BATCH_TOKENS)
+    if most_tokens is None:
+        return AUTO_BATCH_TOKENS
+    plan = plan_run(demand.with_batch_tokens(most_tokens), hardware.cluster)
+    replicas = demand.options.chains.replicas
+    step = max(1, len(shards) // _JUDGED_SHARDS)
+
+    def stats_at(batch_tokens: int) -> PromptStats:
+        found = batching(shards[::step], batch_tokens)
+        share = step / replicas
+        return PromptStats(0, 0, int(found.padded_tokens * share), found.longest_tokens, 0, int(found.micro_batches * share))
+
+    return best_batch_tokens(most_tokens, stats_at, len(plan.stages) // replicas)
 
 
 def _demand(inputs: Inputs, hardware: Hardware, longest_tokens: int | None) -> Demand:
@@ -109,7 +130,7 @@ def _begin(inputs: Inputs, stack: ExitStack, progress: Progress) -> tuple[Inputs
     )
     try:
         hardware = stack.enter_context(_hardware(inputs.config))
-        inputs = _resolve(inputs, hardware)
+        inputs = _resolve(inputs, found.shards, hardware)
         return inputs, _claim(inputs, found, progress), hardware
     except M2rayError:
         inputs.store.delete([file.key for file in found.sequence_files])
@@ -203,10 +224,8 @@ def _specs(inputs: Inputs, plan: Plan, replica: int, stage: int, span: LayerSpan
     """What each device of a stage holds. `cuda:N` counts the GPUs that the stage's process sees, in the order of the plan."""
     options = inputs.options
     gpus: list[GpuPlan] = [gpu for gpu in plan.gpus if (gpu.replica, gpu.stage) == (replica, stage)]
-    spans = [(f"cuda:{number}", gpu.span, gpu.offloaded) for number, gpu in enumerate(gpus) if gpu.span is not None] or [
-        ("cpu", span, None)
-    ]
-    for device, on_device, offloaded in spans:
+    spans = [(f"cuda:{number}", gpu.span, gpu.spill) for number, gpu in enumerate(gpus) if gpu.span is not None] or [("cpu", span, Spill())]
+    for device, on_device, spilt in spans:
         yield StageSpec(
             model_url=inputs.config.model,
             span=on_device,
@@ -218,8 +237,12 @@ def _specs(inputs: Inputs, plan: Plan, replica: int, stage: int, span: LayerSpan
             device=device,
             threads=options["threads_per_stage"],
             compile=options["compile"],
-            offloaded=tuple(range(offloaded.start, offloaded.stop)) if offloaded else (),
+            offload=Offload(_layers(spilt.in_host), _layers(spilt.on_disk), offload_folder(inputs.config)),
         )
+
+
+def _layers(span: LayerSpan | None) -> tuple[int, ...]:
+    return tuple(range(span.start, span.stop)) if span else ()
 
 
 def _limits(inputs: Inputs, plan: Plan) -> ChainLimits:

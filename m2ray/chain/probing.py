@@ -43,18 +43,22 @@ class Hardware:
     cpus: Mapping[str, float]
 
 
-def probe_cluster(connect_timeout_s: float, labels: Mapping[str, str] | None = None) -> Cluster:
-    """Every living node of the cluster that RAY_ADDRESS names.
+def probe_cluster(connect_timeout_s: float, labels: Mapping[str, str] | None = None, folder: str = "") -> Cluster:
+    """Every living node of the cluster that RAY_ADDRESS names, with what the disk of `folder` has left.
 
     Raises:
         ClusterError: it cannot be joined, or nodes do not answer.
     """
     with cluster(connect_timeout_s):
-        return probe_hardware(labels or {}).cluster
+        return probe_hardware(labels or {}, folder).cluster
 
 
-def probe_hardware(labels: Mapping[str, str]) -> Hardware:
+def probe_hardware(labels: Mapping[str, str], folder: str = "") -> Hardware:
     """Every living node of the cluster that this process has joined that has all these labels, and anything to offer.
+
+    Args:
+        labels: Ray's labels and their values.
+        folder: on each node, whose disk's free bytes are asked for; "" for none.
 
     Raises:
         ClusterError: a node does not answer, its GPUs are not those that Ray counts, or no node has the labels.
@@ -67,7 +71,7 @@ def probe_hardware(labels: Mapping[str, str]) -> Hardware:
     nodes = {name: node for name, node in labelled.items() if node["Resources"].get("CPU") or node["Resources"].get("GPU")}
     if not nodes:
         raise ClusterError(f"None of the nodes {', '.join(labelled)} offers CPUs or GPUs.", "Start Ray with --num-cpus above 0 somewhere.")
-    looks = _on_nodes(nodes, probe_node, {}, LOOK_TIMEOUT_S)
+    looks = _on_nodes(nodes, probe_node, {"folder": folder}, LOOK_TIMEOUT_S)
     problems = [ClusterError(f"Node {name} could not be looked at: {why}") for name, why in looks.silent.items()]
     probed = []
     for name, seen in looks.seen.items():

@@ -14,7 +14,7 @@ from m2ray.planning.plan import GpuPlan, Plan
 FORMAT_VERSION = 1
 REPORT = "report.json"
 
-Limit = Literal["computation", "device_to_host_copy", "store", "filling_the_chain"]
+Limit = Literal["computation", "device_to_host_copy", "encoder", "store", "filling_the_chain"]
 
 _IDLE_SHARE = 0.5
 """Of the loaded time: a chain whose busiest stage waits longer than that has too few micro-batches to fill it."""
@@ -50,7 +50,8 @@ class StageMeasured:
         compute_s: layers and selection, by the device's own clock. wait_s: the rest of the time from the first micro-batch on, mostly
             for hidden states of the stage before. copy_s: captured rows from GPU to host, as far as the layers were done before.
         write_wait_s: for room in the writer's queue; two micro-batches later the computation stands still.
-        write_s: that the writer's threads spent on encoding and storing, beside the computation.
+        write_s: that the writer's threads spent on encoding and storing, beside the computation. store_s: what of it the store took.
+        sends_by: how hidden states went to the next stage, "cuda_ipc" or "object_store"; empty where there is none.
     """
 
     replica: int
@@ -69,8 +70,10 @@ class StageMeasured:
     copy_s: float
     write_wait_s: float
     write_s: float
+    store_s: float
     written_bytes: int
     peak_rss_bytes: int
+    sends_by: str = ""
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,8 @@ def start_lines(plan: Plan) -> list[str]:
     for planned in plan.gpus:
         if planned.span is not None:
             weights = size(planned.memory.running["weights"])
-            kept = f", {planned.offloaded} in host memory" if planned.offloaded else ""
+            spilt = [(planned.spill.in_host, "in host memory"), (planned.spill.on_disk, "on disk")]
+            kept = "".join(f", {layers} {where}" for layers, where in spilt if layers)
             lines.append(f"{_place(planned)}: {planned.span}, {weights} of weights{kept}, {size(planned.memory.peak_bytes)} at its peak")
     return lines
 
@@ -154,7 +158,8 @@ def summary_lines(plan: Plan, run: RunMeasured) -> list[str]:
     for stage in run.stages:
         lines.append(
             f"  stage {stage.replica}.{stage.stage} {stage.span}: compute {stage.compute_s:.1f} s, wait {stage.wait_s:.1f} s, "
-            f"copy {stage.copy_s:.1f} s, blocked by the store {stage.write_wait_s:.1f} s, write {stage.write_s:.1f} s"
+            f"copy {stage.copy_s:.1f} s, blocked by the writer {stage.write_wait_s:.1f} s, "
+            f"encode {stage.write_s - stage.store_s:.1f} s, store {stage.store_s:.1f} s"
         )
         lines += [
             f"    GPU {gpu.index}: peak {size(gpu.peak_reserved_bytes)}, planned {size(planned_gpu.memory.peak_bytes)}"
@@ -165,7 +170,10 @@ def summary_lines(plan: Plan, run: RunMeasured) -> list[str]:
 
 
 def limiting(run: RunMeasured) -> Limit | None:
-    """The resource that limited the run: what its busiest stage spent most time on, unless even that one mostly waited."""
+    """The resource that limited the run: what its busiest stage spent most time on, unless even that one mostly waited.
+
+    Where that is the writer's full queue, it is what the writer's threads spent more time on: encoding, or the store.
+    """
     stages = [stage for stage in run.stages if stage.micro_batches]
     if not stages:
         return None
@@ -173,7 +181,7 @@ def limiting(run: RunMeasured) -> Limit | None:
     spent: dict[Limit, float] = {
         "computation": busiest.compute_s,
         "device_to_host_copy": busiest.copy_s,
-        "store": busiest.write_wait_s,
+        "store" if 2 * busiest.store_s >= busiest.write_s else "encoder": busiest.write_wait_s,
     }
     if busiest.wait_s > _IDLE_SHARE * (busiest.wait_s + sum(spent.values())):
         return "filling_the_chain"

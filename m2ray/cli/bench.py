@@ -66,7 +66,7 @@ def measure(
     store = None if output is None else open_store(output)
     if store is not None:
         store.probe()
-    facts = read_model(model, "auto")
+    facts = read_model(model, "auto", compute_dtype)
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
     node = probe_node()
     layer = TrialLayer(facts.config, getattr(torch, compute_dtype), device)

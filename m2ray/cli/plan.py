@@ -13,17 +13,17 @@ from pydantic import Field
 from m2ray.cli import Command
 from m2ray.config import ExtractConfig, NonEmpty, Positive, parse_labels, parse_layers
 from m2ray.errors import ConfigError
+from m2ray.planning.batch_size import AUTO_BATCH_TOKENS
 from m2ray.planning.demand import Demand, PlanOptions
 from m2ray.planning.hardware import Cluster, parse_gpus
 from m2ray.planning.memory import ModelShape
 from m2ray.planning.plan import Plan, most_replicas, plan_run
-from m2ray.planning.probe import disk_free_bytes, probe_node
+from m2ray.planning.probe import disk_free_bytes, offload_folder, probe_node
 from m2ray.planning.profile import Profile
 
 DOES_NOT_FIT = 3
 """The exit code: 0 is for a plan that fits, 1 for an error, 2 for a wrong flag."""
 
-_DEFAULT_BATCH_TOKENS = 16_384
 _DEFAULT_SHARD_TOKENS = 32_768
 _ALIASES = {"tokens_per_s": "--rate", "price_per_gb_month": "--price"}
 _Amount = Annotated[float, Field(gt=0)]
@@ -86,9 +86,9 @@ def make_plan(config: PlanConfig) -> tuple[Plan, dict[str, Any]]:
     PlanOptions.of(config, (), 1, 1, None)
     from m2ray.cli.plan_inputs import read_model
 
-    model = read_model(config.model, config.attn_implementation)
+    model = read_model(config.model, config.attn_implementation, config.compute_dtype)
     layers = parse_layers(config.layers, model.table.num_layers)
-    batch_tokens = _DEFAULT_BATCH_TOKENS if config.batch_tokens == "auto" else config.batch_tokens
+    batch_tokens = AUTO_BATCH_TOKENS if config.batch_tokens == "auto" else config.batch_tokens
     prompts = _prompts(config, model.config, batch_tokens)
     cluster = cluster or _found_cluster(config, labels)
     longest_tokens = config.longest_tokens or (prompts.longest_tokens if prompts else None)
@@ -129,10 +129,10 @@ def _prompts(config: PlanConfig, model_config: Any, batch_tokens: int) -> Any:
 def _found_cluster(config: PlanConfig, labels: dict[str, str]) -> Cluster:
     """Every node of the cluster that RAY_ADDRESS names, or this machine."""
     if not os.environ.get("RAY_ADDRESS"):
-        return Cluster((probe_node(visible=os.environ.get("CUDA_VISIBLE_DEVICES")),))
+        return Cluster((probe_node(folder=offload_folder(config), visible=os.environ.get("CUDA_VISIBLE_DEVICES")),))
     from m2ray.chain.probing import probe_cluster
 
-    return probe_cluster(config.placement_timeout_s, labels)
+    return probe_cluster(config.placement_timeout_s, labels, offload_folder(config))
 
 
 def _print(plan: Plan, checkpoint: dict[str, Any]) -> None:

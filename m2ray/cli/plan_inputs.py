@@ -7,9 +7,10 @@ from typing import Any, Literal
 
 from m2ray.batches import TensorTable
 from m2ray.errors import CheckpointError
+from m2ray.model.attention import resolve_attn_implementation
 from m2ray.model.checkpoint import CONFIG, INDEX, SINGLE_FILE, open_checkpoint, tensor_table, tensor_table_from_config
 from m2ray.model.families import parse_config
-from m2ray.model.skeleton import resolve_attn_implementation
+from m2ray.model.stage import DTYPES
 from m2ray.planning.output import PromptStats
 from m2ray.storage import Store, open_store
 
@@ -35,12 +36,12 @@ class ModelFacts:
     index_bytes: int | None
 
 
-def read_model(url: str, attn_implementation: str) -> ModelFacts:
+def read_model(url: str, attn_implementation: str, compute_dtype: str) -> ModelFacts:
     """The model of a checkpoint folder, of a folder with config.json (and the index) alone, or of a config.json.
 
     Raises:
         CheckpointError: no config.json, a model that m2ray does not run, damaged files, or an index of another model.
-        ConfigError: the family has no such attention.
+        ConfigError: the family or the dtype cannot have such attention.
     """
     alone = url.endswith(".json")
     store = open_store((url.rpartition("/")[0] or ".") if alone else url)
@@ -51,13 +52,14 @@ def read_model(url: str, attn_implementation: str) -> ModelFacts:
     files = set(weight_map.values()) or {SINGLE_FILE}
     if not alone and all(store.size(file) is not None for file in files):
         checkpoint = open_checkpoint(url)
-        attention = resolve_attn_implementation(checkpoint.config, attn_implementation)
+        attention = resolve_attn_implementation(checkpoint.config, attn_implementation, DTYPES[compute_dtype])
         return ModelFacts(checkpoint.config, attention, tensor_table(checkpoint), "headers", index_bytes)
     config = parse_config(store.read(config_key))
     table = tensor_table_from_config(config)
     if weight_map:
         _require_all(table, set(weight_map))
-    return ModelFacts(config, resolve_attn_implementation(config, attn_implementation), table, "config", index_bytes)
+    attention = resolve_attn_implementation(config, attn_implementation, DTYPES[compute_dtype])
+    return ModelFacts(config, attention, table, "config", index_bytes)
 
 
 def read_index(store: Store) -> tuple[dict[str, str], int | None]:

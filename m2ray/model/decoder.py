@@ -1,6 +1,6 @@
 """One span of a model: the base model's own forward pass, entered at the span's first layer and left after its last."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -9,8 +9,8 @@ from torch import nn
 from m2ray.batches import LayerSpan
 from m2ray.errors import CheckpointError, raise_all
 from m2ray.model.families import expected_rotary_dim
-from m2ray.model.offload import OffloadedLayers
-from m2ray.model.skeleton import Skeleton
+from m2ray.model.offload import DiskHome, Home, Offload, OffloadedLayers
+from m2ray.model.skeleton import ModelTensor, Skeleton
 
 OnLayer = Callable[[int, torch.Tensor], None]
 
@@ -27,14 +27,15 @@ class DecoderSpan:
 
     Attributes:
         skeleton: emptied of all other layers; the span's parameters are filled in by `m2ray.model.weights`.
-        offloaded: layers whose weights stay in host memory; they are on `device` only while they run.
+        offload: layers whose weights stay in host memory or on a disk; they are on `device` only while they run.
     """
 
-    def __init__(self, skeleton: Skeleton, span: LayerSpan, device: torch.device, offloaded: Sequence[int] = ()) -> None:
+    def __init__(self, skeleton: Skeleton, span: LayerSpan, device: torch.device, offload: Offload | None = None) -> None:
         self.skeleton = skeleton
         self.span = span
         self.device = device
-        self.offloaded = tuple(offloaded)
+        self.offload = offload or Offload()
+        self._homes: dict[int, Home] = {}
         self._base = skeleton.model.base_model
         self._incoming_BTH: torch.Tensor | None = None
         self._on_layer: OnLayer = _ignore
@@ -75,10 +76,29 @@ class DecoderSpan:
             layer = self.skeleton.layers[number]
             layer.forward = torch.compile(layer.forward, options=COMPILE_OPTIONS)
 
-    def offload(self) -> None:
+    def allocate(self, tensor: ModelTensor) -> torch.Tensor:
+        """Memory without values for one of the span's tensors: on the device, or where its offloaded layer is kept.
+
+        Raises:
+            StageError: the disk has no room for the layer.
+        """
+        if tensor.layer is None or tensor.layer not in self.offload.layers:
+            return torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device)
+        home = self._homes.get(tensor.layer) or self._make_home(tensor.layer)
+        return home.views(home.memory)[tensor.name]
+
+    def take_turns(self) -> None:
         """Let the offloaded layers, once they are loaded, come to the device in turn."""
-        if self.offloaded:
-            OffloadedLayers([self.skeleton.layers[number] for number in self.offloaded], self.device)
+        layers = self.offload.layers
+        if layers:
+            prefixes = [f"{self.skeleton.layers_name}.{layer}." for layer in layers]
+            homes = [self._homes[layer] for layer in layers]
+            OffloadedLayers([self.skeleton.layers[layer] for layer in layers], prefixes, homes, self.device)
+
+    def _make_home(self, layer: int) -> Home:
+        tensors = [tensor for tensor in self.skeleton.needed(self.span) if tensor.layer == layer]
+        self._homes[layer] = DiskHome(tensors, self.offload.folder) if layer in self.offload.on_disk else Home(tensors)
+        return self._homes[layer]
 
     def check_complete(self) -> None:
         """Raise CheckpointError if any tensor that the span computes with has no memory."""

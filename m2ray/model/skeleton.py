@@ -13,6 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from m2ray.batches import LayerSpan, Role
 from m2ray.errors import CheckpointError, ConfigError
+from m2ray.model.attention import resolve_attn_implementation
 from m2ray.model.families import KEEPS_FP32
 
 QUIET = ("output_hidden_states", "output_attentions", "output_router_logits", "use_cache")
@@ -56,6 +57,11 @@ class Skeleton:
     def config(self) -> Any:
         return self.model.config
 
+    @property
+    def attn_implementation(self) -> str:
+        """The attention that runs; never "auto"."""
+        return str(self.config._attn_implementation)  # noqa: SLF001 - has no public name
+
     def needed(self, span: LayerSpan) -> tuple[ModelTensor, ...]:
         """What a stage of `span` computes with: its layers, and the embedding if it is the first."""
         roles = {"layer", "embedding"} if span.start == 0 else {"layer"}
@@ -71,7 +77,7 @@ def build_skeleton(config: Any, compute_dtype: torch.dtype, attn_implementation:
     """Build the model of `config` on the meta device.
 
     Raises:
-        ConfigError: the family has no such attention.
+        ConfigError: the family or the dtype cannot have such attention, or its package is not installed.
         CheckpointError: transformers cannot build the model, or its layers are not one plain list.
     """
     config_on_disk, config = config, deepcopy(config)
@@ -79,15 +85,13 @@ def build_skeleton(config: Any, compute_dtype: torch.dtype, attn_implementation:
         del config.quantization_config  # m2ray dequantises at load
     for field in QUIET:
         setattr(config, field, False)
-    chosen = None if attn_implementation == "auto" else attn_implementation
+    chosen = resolve_attn_implementation(config, attn_implementation, compute_dtype)
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=compute_dtype, attn_implementation=chosen).eval().requires_grad_(False)
+    except ImportError as error:
+        raise ConfigError(f"attn_implementation = {chosen!r} on this machine: {error}", 'Use "auto" or "eager".') from error
     except (ValueError, TypeError, KeyError) as error:
-        if chosen and "attention" in str(error).lower():
-            raise ConfigError(
-                f"attn_implementation = {chosen!r} and model_type {config.model_type}: {error}", 'Use "auto" or "eager".'
-            ) from error
         raise CheckpointError(f"transformers cannot build a {config.model_type} from config.json: {error}.") from error
     layers_name, layers = _find_layers(model)
     for layer in layers:
@@ -95,15 +99,6 @@ def build_skeleton(config: Any, compute_dtype: torch.dtype, attn_implementation:
     inputs = _trace_inputs(model, layers)
     tensors = _list_tensors(model, layers_name, inputs, compute_dtype)
     return Skeleton(config_on_disk, model, layers, layers_name, inputs, tensors, dict(model.all_tied_weights_keys))
-
-
-def resolve_attn_implementation(config: Any, attn_implementation: str) -> str:
-    """What `attn_implementation` means for this model: "auto" becomes the family's own choice.
-
-    Raises:
-        ConfigError: the family has no such attention.
-    """
-    return str(build_skeleton(config, torch.bfloat16, attn_implementation).config._attn_implementation)  # noqa: SLF001 - has no public name
 
 
 def pass_through(hidden_BTH: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:

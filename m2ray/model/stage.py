@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -10,9 +10,11 @@ import torch
 
 from m2ray.batches import CapturedLayer, LayerSpan, MicroBatch, PartSpec
 from m2ray.errors import ConfigError
+from m2ray.model.attention import FLEX_BLOCK, require_machine, resolve_attn_implementation
 from m2ray.model.capture import ResidualCapture
 from m2ray.model.checkpoint import open_checkpoint
 from m2ray.model.decoder import DecoderSpan
+from m2ray.model.offload import Offload
 from m2ray.model.skeleton import build_skeleton
 from m2ray.model.weights import OnBytes, load_weights, parameter_bytes
 
@@ -29,11 +31,11 @@ class StageSpec:
         capture_layers: those of them whose output is kept, ascending.
         sites: what is kept there; "residual".
         compute_dtype, store_dtype: "bfloat16", "float16" or "float32".
-        attn_implementation: "auto" (the family's own), "eager" or "sdpa".
+        attn_implementation: "auto", "eager", "sdpa", "flash_attention_2" or "flex_attention" (m2ray.model.attention).
         device: "cpu" or "cuda:0".
         threads: torch threads on the CPU, for the whole process; None leaves them as they are.
         compile: whether the layers are compiled by torch.compile, which changes results by rounding (docs/numerics.md).
-        offloaded: those of its layers whose weights stay in host memory, ascending.
+        offload: those of its layers whose weights stay in host memory or on a disk.
     """
 
     model_url: str
@@ -46,7 +48,7 @@ class StageSpec:
     device: str
     threads: int | None
     compile: bool = False
-    offloaded: tuple[int, ...] = ()
+    offload: Offload = field(default_factory=Offload)
 
 
 class StageOutput:
@@ -181,14 +183,18 @@ class Stage:
         """Run once for every shape that may come, so that no micro-batch has to wait for a compilation or a library's start.
 
         torch.compile makes a first graph for one shape and, on seeing a second one, a graph for all others; a batch of one is a
-        shape of its own.
+        shape of its own, and so are for flex_attention sequences within one block of its mask.
 
         Args:
             batch_tokens: padded tokens of a full micro-batch.
         """
         config = self._decoder.skeleton.config
         longest = max(4, min(1024, config.max_position_embeddings, batch_tokens // 2))
-        for num_sequences, length in ((batch_tokens // longest, longest), (batch_tokens // (longest // 2), longest // 2), (1, longest)):
+        shapes = [(batch_tokens // longest, longest), (batch_tokens // (longest // 2), longest // 2), (1, longest)]
+        if self._decoder.skeleton.attn_implementation == "flex_attention":
+            short = min(longest, FLEX_BLOCK // 2)
+            shapes += [(max(2, batch_tokens // short), short), (1, short)]
+        for num_sequences, length in shapes:
             shape = (max(num_sequences, 1), length)
             token_ids_BT = np.zeros(shape, np.int32)
             micro_batch = MicroBatch(0, 0, True, np.arange(shape[0]), np.full(shape[0], length, np.int32), token_ids_BT)
@@ -221,7 +227,7 @@ def load_stage(spec: StageSpec, on_bytes: OnBytes) -> Stage:
 
     Raises:
         CheckpointError: files are damaged, or the span's tensors missing, unknown or misshapen; all at once.
-        ConfigError: the family has no such attention, or the span is not in the model.
+        ConfigError: the family, the dtype or this machine cannot have such attention, or the span is not in the model.
         StoreError: reading fails.
     """
     if spec.sites != ("residual",):
@@ -230,13 +236,16 @@ def load_stage(spec: StageSpec, on_bytes: OnBytes) -> Stage:
         torch.set_num_threads(spec.threads)
     checkpoint = open_checkpoint(spec.model_url)
     checkpoint.check()
-    skeleton = build_skeleton(checkpoint.config, DTYPES[spec.compute_dtype], spec.attn_implementation)
+    device, compute_dtype = torch.device(spec.device), DTYPES[spec.compute_dtype]
+    attn_implementation = resolve_attn_implementation(checkpoint.config, spec.attn_implementation, compute_dtype)
+    require_machine(checkpoint.config, attn_implementation, device)
+    skeleton = build_skeleton(checkpoint.config, compute_dtype, attn_implementation)
     outside = [layer for layer in spec.capture_layers if layer not in spec.span]
     if spec.span.stop > len(skeleton.layers) or outside:
         raise ConfigError(
             f"{spec.span} with captured layers {list(spec.capture_layers)}: the model has layers 0 to {len(skeleton.layers) - 1}."
         )
-    decoder = DecoderSpan(skeleton, spec.span, torch.device(spec.device), spec.offloaded)
+    decoder = DecoderSpan(skeleton, spec.span, device, spec.offload)
     needed_bytes = load_weights(checkpoint, decoder, on_bytes)
     if spec.compile:
         decoder.compile_layers()

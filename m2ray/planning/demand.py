@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import Self, cast
 
 from m2ray.batches import LayerSpan, PartSpec, TensorRow, TensorTable
-from m2ray.config import ExtractConfig, parse_bytes
+from m2ray.config import ExtractConfig, OffloadTo, parse_bytes
 from m2ray.planning.devices import ChainOptions, Device
 from m2ray.planning.hardware import parse_max_memory
 from m2ray.planning.memory import (
@@ -35,7 +35,8 @@ class PlanOptions:
         batch_tokens: padded tokens in a micro-batch, at most, unless a single sequence is longer.
         longest_tokens: of one sequence; None where it is not known: then one may be as long as a micro-batch.
         chains: stages, replicas, device map, limits.
-        offload: whether layers that find no room on a GPU stay in host memory.
+        offload: where layers stay that find no room on a GPU: "none" for nowhere, "cpu" for host memory, "disk" for host memory
+            and what finds no room there on the node's disk.
         in_flight_bytes: hidden states between the stages of a chain at one time, at most.
         writer_queue_bytes: captured bytes that may wait for the store, a stage.
         compression: how the rows are stored, "none" or "planes".
@@ -52,7 +53,7 @@ class PlanOptions:
     batch_tokens: int = 16_384
     longest_tokens: int | None = None
     chains: ChainOptions = field(default_factory=ChainOptions)
-    offload: bool = False
+    offload: OffloadTo = "none"
     in_flight_bytes: int = 4 << 30
     writer_queue_bytes: int = 2 << 30
     compression: str = "none"
@@ -82,7 +83,7 @@ class PlanOptions:
                 device_map=config.device_map,
                 max_memory=parse_max_memory(config.max_memory),
             ),
-            offload=config.offload == "cpu",
+            offload=config.offload,
             in_flight_bytes=parse_bytes(config.in_flight, "in_flight"),
             compression=config.compression,
             compiled=config.compile is not False,  # "auto" is true on GPUs; whoever knows that there are none says so
@@ -99,6 +100,9 @@ class Demand:
 
     def with_batch_tokens(self, batch_tokens: int) -> "Demand":
         return replace(self, options=replace(self.options, batch_tokens=batch_tokens))
+
+    def with_offload(self, offload: OffloadTo) -> "Demand":
+        return replace(self, options=replace(self.options, offload=offload))
 
     def with_replicas(self, replicas: int) -> "Demand":
         return replace(self, options=replace(self.options, chains=replace(self.options.chains, replicas=replicas)))
@@ -133,9 +137,9 @@ class Demand:
         """The tensors that a stage of `span` loads."""
         return span_rows(self.table, span, with_final_norm=self.with_final_norm)
 
-    def layer_rows(self, layers: LayerSpan) -> tuple[TensorRow, ...]:
-        """The tensors of some layers, and nothing that lives with the first or the last."""
-        return tuple(row for row in self.table.rows if row.role == "layer" and row.layer in layers)
+    def bytes_of(self, layers: LayerSpan | None) -> int:
+        """Their weights alone; 0 for none."""
+        return sum(self._costs[0][layers.start : layers.stop]) if layers else 0
 
     def parts(self, span: LayerSpan) -> tuple[PartSpec, ...]:
         """What a stage of `span` captures."""
@@ -154,7 +158,7 @@ class Demand:
     def short_bytes(self, devices: Sequence[Device]) -> int:
         """Bytes of one chain's weights that these devices have no room for; 0 if it fits."""
         short = short_by_bytes(*self._costs, self._caps_bytes(devices))
-        if not short or not self.options.offload:
+        if not short or self.options.offload == "none":
             return short
         return sum(self._too_much_bytes(held.span, devices[held.device]) for held in self.split(devices))
 
@@ -163,14 +167,14 @@ class Demand:
         is_one_gpu = self.options.chains.device_map.startswith("cuda:")
         device_map = "sequential" if is_one_gpu else cast("DeviceMap", self.options.chains.device_map)
         caps_bytes = self._caps_bytes(devices)
-        if self.options.offload and short_by_bytes(*self._costs, caps_bytes):
+        if self.options.offload != "none" and short_by_bytes(*self._costs, caps_bytes):
             return partition(*self._costs, [None] * len(devices), "balanced")
         return partition(*self._costs, caps_bytes, device_map)
 
     def offloaded(self, span: LayerSpan, device: Device) -> LayerSpan | None:
-        """The layers at a span's end whose weights stay in host memory; None where all find room on the device."""
+        """The layers at a span's end whose weights stay elsewhere; None where all find room on the device."""
         (cap_bytes,) = self._caps_bytes([device])
-        if not self.options.offload or cap_bytes is None or self._span_bytes(span) <= cap_bytes:
+        if self.options.offload == "none" or cap_bytes is None or self._span_bytes(span) <= cap_bytes:
             return None
         room_bytes = cap_bytes - self.turning_bytes(span)
         kept = next(stop for stop in range(span.stop - 1, span.start - 1, -1) if stop == span.start or self._fits(span, stop, room_bytes))

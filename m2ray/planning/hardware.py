@@ -12,6 +12,9 @@ _MIB = 2**20
 MOST_GPUS = 4096
 """That are planned for by name: a slip of the finger is refused, not counted through."""
 
+FLASH_PACKAGE = "flash-attn"
+"""Without it on a node `attn_implementation = "flash_attention_2"` cannot run there."""
+
 
 @dataclass(frozen=True)
 class GpuModel:
@@ -57,7 +60,7 @@ class Node:
     """One machine; None where it is not known. "free" is at the time of the probe.
 
     `shm_bytes` is /dev/shm's size, `disk_free_bytes` what the probed folder's file system has left. `versions` maps python, m2ray,
-    ray, torch, cuda, nccl and driver, as far as they are there, to their versions.
+    ray, torch, flash-attn, cuda, nccl and driver, as far as they are there, to their versions.
     """
 
     name: str

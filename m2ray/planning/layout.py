@@ -66,6 +66,10 @@ def _weights(plan: Plan) -> Table:
         ("embedding", weights.embedding_bytes, "with layer 0"),
         ("head", weights.head_disk_bytes, "on disk, never loaded"),
     ]
+    in_host = sum(stage.host.running.get("offloaded", 0) for stage in plan.stages)
+    on_disk = sum(node.disk_bytes for node in plan.nodes)
+    rows += [("offloaded", in_host, "in host memory, copied in turn")] if in_host else []
+    rows += [("offloaded", on_disk, "on disks, read in turn")] if on_disk else []
     for name, num_bytes, note in rows:
         table.add_row(name, f"{num_bytes:,}", note)
     table.add_row("a layer", each, "in memory")
@@ -215,6 +219,7 @@ _WORDS = {
     "disk": "disk space",
     "computation": "the computation",
     "device_to_host_copy": "the copy from GPU to host",
+    "offload": "the copy of layers that are not kept on the GPUs",
     "encoder": "the encoding of Parquet",
     "store": "the store",
 }

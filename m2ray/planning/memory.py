@@ -31,15 +31,18 @@ CAPTURE_BUFFERS = 2
 OFFLOAD_BUFFERS = 2
 """Layers on a GPU whose weights are kept in host memory: one that computes, one that is copied in."""
 
+OFFLOAD_READ_BYTES = 128 * _MIB
+"""Pinned memory of a GPU whose layers are read from a disk: 4 readers, each with a piece of 32 MiB."""
+
 HOST_BUFFERS = 3
 """Micro-batches' hidden states in a stage's host memory: received, computed, on the way out."""
 
 PROCESS_BYTES = {"gpu": 2 * _GIB, "cpu": _GIB}
 """An actor's own memory: Python, Ray and torch, and with a GPU the CUDA libraries on the host's side."""
 
-STAGING_BYTES = {"device": 768 * _MIB, "host": 128 * _MIB}
-"""Tensors on their way from the checkpoint: 4 threads, each with a piece of 16 MiB; where it is converted also in float32, with its
-scales, and in the compute dtype."""
+STAGING_BYTES = {"device": 768 * _MIB, "host": 256 * _MIB}
+"""Tensors on their way from the checkpoint: on a GPU 16 extents of 16 MiB, on both sides; on the CPU 4 pieces of 8 MiB, in float32 too,
+with their scales, and in the compute dtype. Where a GPU has no FP8, extents are converted there as pieces are on the CPU."""
 
 
 def window(num_stages: int) -> int:
@@ -62,7 +65,8 @@ class ModelShape:
         intermediate_size: width of the widest dense MLP.
         num_experts, experts_per_token, expert_size: of the mixture; `expert_size` is one expert's width.
         shared_size: width of the experts that every token goes through.
-        is_eager_attention: whether the matrix of attention scores is built ("eager"), or not ("sdpa", flash kernels).
+        attn_implementation: "eager" builds the matrix of attention scores; "sdpa", "flash_attention_2", "flex_attention" do not.
+        window: positions that a layer with a sliding window sees; for such layers sdpa is given a mask of all pairs of positions.
     """
 
     hidden_size: int
@@ -74,7 +78,8 @@ class ModelShape:
     experts_per_token: int = 0
     expert_size: int = 0
     shared_size: int = 0
-    is_eager_attention: bool = False
+    attn_implementation: str = "sdpa"
+    window: int = 0
 
     @classmethod
     def of(cls, config: Any, attn_implementation: str) -> Self:
@@ -95,7 +100,8 @@ class ModelShape:
             experts_per_token=first("num_experts_per_tok") if num_experts else 0,
             expert_size=expert_size,
             shared_size=expert_size * first("n_shared_experts"),
-            is_eager_attention=attn_implementation == "eager",
+            attn_implementation=attn_implementation,
+            window=first("sliding_window"),
         )
 
     def transient_bytes(self, padded_tokens: int, longest_tokens: int, itemsize_bytes: int) -> int:
@@ -106,7 +112,8 @@ class ModelShape:
         input, the residual stream, the normed hidden states and one more (two with shared experts), and with them the largest of:
 
         - attention: queries and keys before and after rotation with two temporaries each, and values, in float32 as some
-          families rotate; where scores are built, those in compute dtype, in float32, and the softmax's float32 result;
+          families rotate; where scores are built, those in compute dtype, in float32, and the softmax's float32 result, and a mask
+          for each kind of layer; where a window is shorter than a sequence under sdpa, the mask of all pairs, its inverse, and what ATen makes of it, twice;
         - dense MLP: gate and up as one tensor, the activated gate, their product, and one more for activations in several steps;
         - experts, a row each for every token and expert chosen: either the selected input with the first four of those, or the
           selected input, its output, and that weighted and put in order, in float32 as routing weights are.
@@ -127,11 +134,19 @@ class ModelShape:
 
     def _transient_bytes(self, padded_tokens: int, longest_tokens: int, itemsize_bytes: int, expert_row_bytes: int) -> int:
         attention = 16 * self.head_dim * (self.num_heads + self.num_kv_heads)
-        scores = longest_tokens * (self.num_heads * (itemsize_bytes + 8) + itemsize_bytes) if self.is_eager_attention else 0
+        scores = longest_tokens * self._pair_bytes(longest_tokens, itemsize_bytes)
         dense = 5 * max(self.intermediate_size, self.shared_size) * itemsize_bytes
         experts = self.experts_per_token * (expert_row_bytes + 40) + self.num_experts * 12
         held = (5 if self.shared_size else 4) * self.hidden_size * itemsize_bytes
         return padded_tokens * (held + max(attention + scores, dense, experts))
+
+    def _pair_bytes(self, longest_tokens: int, itemsize_bytes: int) -> int:
+        """What attention holds for each pair of positions of a sequence."""
+        if self.attn_implementation == "eager":
+            return self.num_heads * (itemsize_bytes + 8) + (2 if self.window else 1) * itemsize_bytes
+        if self.attn_implementation == "sdpa" and 0 < self.window < longest_tokens:
+            return 2 + 2 * itemsize_bytes
+        return 0
 
 
 @dataclass(frozen=True)
@@ -201,7 +216,7 @@ def gpu_overhead(workload: Workload, transient_bytes: TransientBytes, row_bytes:
 def gpu_memory(
     rows: Sequence[TensorRow], workload: Workload, transient_bytes: TransientBytes, row_bytes: Sequence[int], offload_bytes: int = 0
 ) -> Memory:
-    """A GPU that holds the tensors `rows`, and buffers of `offload_bytes` for layers that are kept in host memory."""
+    """A GPU that holds the tensors `rows`, and buffers of `offload_bytes` for layers that are kept elsewhere."""
     weights = {"weights": weight_bytes(rows, workload.itemsize_bytes)}
     if offload_bytes:
         weights["offload_buffers"] = offload_bytes
@@ -209,9 +224,10 @@ def gpu_memory(
     return Memory(weights | gpu_overhead(workload, transient_bytes, row_bytes), weights | loading)
 
 
-def gpu_host_memory(workload: Workload, row_bytes: Sequence[int], offloaded_bytes: int = 0) -> Memory:
-    """The host's side of a stage whose weights are on GPUs, but for `offloaded_bytes` of them."""
-    process = {"process": PROCESS_BYTES["gpu"]} | ({"offloaded": offloaded_bytes} if offloaded_bytes else {})
+def gpu_host_memory(workload: Workload, row_bytes: Sequence[int], offloaded_bytes: int = 0, readers_bytes: int = 0) -> Memory:
+    """The host's side of a stage whose weights are on GPUs, but for `offloaded_bytes` here and others on a disk, read with `readers_bytes`."""
+    offload = {"offloaded": offloaded_bytes, "offload_readers": readers_bytes}
+    process = {"process": PROCESS_BYTES["gpu"]} | {name: num_bytes for name, num_bytes in offload.items() if num_bytes}
     return Memory(process | _host_buffers(workload, row_bytes), process | {"staging": STAGING_BYTES["host"]})
 
 

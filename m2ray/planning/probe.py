@@ -5,13 +5,15 @@ Reads only. A machine without GPUs, driver, torch or Ray is described as such, n
 
 import os
 import platform
+import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from m2ray.planning.hardware import Gpu, Node
+from m2ray.config import ExtractConfig
+from m2ray.planning.hardware import FLASH_PACKAGE, Gpu, Node
 
 _SHM = Path("/dev/shm")  # noqa: S108 - its size is asked for; nothing is written
 
@@ -41,6 +43,11 @@ def probe_node(name: str | None = None, folder: str | None = None, visible: str 
         disk_free_bytes=_file_system(_nearest(Path(folder)))[1] if folder else None,
         versions=_versions() | driver,
     )
+
+
+def offload_folder(config: ExtractConfig) -> str:
+    """Where layers lie that are kept on a disk, the same path on every node; "" where none are."""
+    return (config.offload_folder or tempfile.gettempdir()) if config.offload == "disk" else ""
 
 
 def disk_free_bytes(output: str | None) -> int | None:
@@ -151,7 +158,7 @@ def _nearest(folder: Path) -> Path:
 
 def _versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
-    for package in ("m2ray", "ray", "torch", "transformers"):
+    for package in ("m2ray", "ray", "torch", "transformers", FLASH_PACKAGE):
         with suppress(PackageNotFoundError):
             found[package] = version(package)
     if "torch" in found:

@@ -16,9 +16,11 @@ SUSTAINED_SHARE = {False: 0.23, True: 0.37}
 MiniMax-M2 layers, 8 x 2048 tokens, grouped experts, 23.0 and 14.2 ms a layer (benchmarks/results/gpu_stage.json)."""
 
 COPY_BYTES_PER_S = 51 * 2**30
-"""From one GPU to pinned host memory, measured on an H200 behind PCIe 5."""
+"""Between one GPU and pinned host memory, either way, measured on an H200 behind PCIe 5."""
 
-Limit = Literal["computation", "device_to_host_copy", "encoder", "store"]
+Limit = Literal["computation", "device_to_host_copy", "offload", "encoder", "store"]
+SpiltBytes = Mapping[tuple[int, int], tuple[int, int]]
+"""By replica and place: what a GPU is brought for each micro-batch, from host memory and from a disk."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,9 @@ class PlacedSpan:
     span: LayerSpan
 
 
-def plan_rates(demand: Demand, placed: Sequence[PlacedSpan], prompts: PromptStats | None, padding_waste: float) -> RatePlan:
+def plan_rates(
+    demand: Demand, placed: Sequence[PlacedSpan], prompts: PromptStats | None, padding_waste: float, spilt_bytes: SpiltBytes
+) -> RatePlan:
     """What the layout and the assumptions, or a profile's measurements, allow.
 
     Args:
@@ -67,6 +71,7 @@ def plan_rates(demand: Demand, placed: Sequence[PlacedSpan], prompts: PromptStat
         placed: every span of every chain.
         prompts: what the survey found, if there was one.
         padding_waste: share of computed tokens that are padding.
+        spilt_bytes: of GPUs that hold not all of their layers.
 
     Raises:
         ConfigError: the profile is of another GPU or dtype.
@@ -79,6 +84,7 @@ def plan_rates(demand: Demand, placed: Sequence[PlacedSpan], prompts: PromptStat
     found: dict[Limit, float | None] = {
         "computation": computed,
         "device_to_host_copy": _copied_tokens_per_s(demand, placed),
+        "offload": _offloaded_tokens_per_s(demand, spilt_bytes, padding_waste),
         "encoder": _encoded_tokens_per_s(demand, placed),
         "store": _stored_tokens_per_s(demand, token_bytes),
     }
@@ -158,6 +164,17 @@ def _copied_tokens_per_s(demand: Demand, placed: Sequence[PlacedSpan]) -> float 
         copied = sum(demand.row_bytes(each.span)) + demand.table.hidden_size * demand.itemsize_bytes
         most[each.replica] = max(most.get(each.replica, 0), copied)
     return sum(rate / copied for copied in most.values()) or None
+
+
+def _offloaded_tokens_per_s(demand: Demand, spilt_bytes: SpiltBytes, padding_waste: float) -> float | None:
+    """Of all chains, by the GPU that is brought most; None where none is. A disk counts as its profile says, else as the bus it comes by."""
+    profile = demand.options.profile
+    bus = COPY_BYTES_PER_S if profile is None or profile.copy_bytes_per_s is None else profile.copy_bytes_per_s
+    disk = bus if profile is None or profile.read_bytes_per_s is None else min(bus, profile.read_bytes_per_s)
+    slowest: dict[int, float] = {}
+    for (replica, _), (host_bytes, disk_bytes) in spilt_bytes.items():
+        slowest[replica] = max(slowest.get(replica, 0.0), host_bytes / bus + disk_bytes / disk)
+    return sum(demand.options.batch_tokens * (1 - padding_waste) / seconds for seconds in slowest.values()) or None
 
 
 def _encoded_tokens_per_s(demand: Demand, placed: Sequence[PlacedSpan]) -> float | None:

@@ -1,15 +1,17 @@
 """What would make a run fit: tried out one by one on the same arithmetic, nothing guessed."""
 
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 
+from m2ray.config import OffloadTo
 from m2ray.planning.demand import Demand
 from m2ray.planning.devices import Device, chain_devices
 from m2ray.planning.hardware import Cluster, MaxMemory
-from m2ray.planning.memory import weight_bytes
 
-_STEP_TOKENS = 256
+STEP_TOKENS = 256
+_FURTHER: Mapping[OffloadTo, tuple[OffloadTo, ...]] = {"none": ("cpu", "disk"), "cpu": ("disk",), "disk": ()}
 
 Chains = Sequence[Sequence[Device]]
 
@@ -26,18 +28,37 @@ class Remedy:
     text: str
 
 
-def find_remedies(demand: Demand, cluster: Cluster, chains: Chains, fits: Fits) -> tuple[Remedy, ...]:
-    """Every single change that makes the run fit, the cheapest first. How many GPUs would do is judged by GPU memory alone."""
+@dataclass(frozen=True)
+class OffloadTrial:
+    """What a plan that offloads comes to: whether all of it finds room, and the bytes of layers in host memory and on disks."""
+
+    fits: bool
+    host_bytes: int
+    disk_bytes: int
+
+
+def find_remedies(
+    demand: Demand, cluster: Cluster, chains: Chains, short: AbstractSet[str], fits: Fits, try_offload: Callable[[Demand], OffloadTrial]
+) -> tuple[Remedy, ...]:
+    """Every single change that makes the run fit, the cheapest first. How many GPUs would do is judged by GPU memory alone.
+
+    Args:
+        demand: what does not fit.
+        chains: the devices.
+        short: the resources that are short.
+        try_offload: plans another demand on the same devices.
+    """
     found = [
         _without_limits(demand, cluster, fits),
         _in_bfloat16(demand, cluster, chains, fits),
         _smaller_batches(demand, cluster, chains, fits),
+        _shorter_prompts(demand, cluster, chains, fits),
         _less_in_flight(demand, cluster, chains, fits),
         _in_planes(demand, cluster, chains, fits),
         _other_output(demand, cluster, chains, fits),
         _more_gpus(demand, chains),
         _more_nodes(demand, cluster, fits),
-        _offload(demand, cluster, chains, fits),
+        _offload(demand, try_offload) if short & {"gpu_memory", "host_memory"} else None,
     ]
     return tuple(remedy for remedy in found if remedy is not None)
 
@@ -67,13 +88,28 @@ def _smaller_batches(demand: Demand, cluster: Cluster, chains: Chains, fits: Fit
     """The largest micro-batch that fits, in steps of 256 tokens. A longer sequence sets the floor."""
 
     def is_too_large(steps: int) -> bool:
-        return not fits(demand.with_batch_tokens(steps * _STEP_TOKENS), cluster, chains)
+        return not fits(demand.with_batch_tokens(steps * STEP_TOKENS), cluster, chains)
 
-    most = (demand.options.batch_tokens - 1) // _STEP_TOKENS
+    most = (demand.options.batch_tokens - 1) // STEP_TOKENS
     steps = bisect_left(range(1, most + 1), x=True, key=is_too_large)
     if steps == 0:
         return None
-    return Remedy("batch_tokens", steps * _STEP_TOKENS, f"It fits with batch_tokens = {steps * _STEP_TOKENS} or less.")
+    return Remedy("batch_tokens", steps * STEP_TOKENS, f"It fits with batch_tokens = {steps * STEP_TOKENS} or less.")
+
+
+def _shorter_prompts(demand: Demand, cluster: Cluster, chains: Chains, fits: Fits) -> Remedy | None:
+    """The longest prompt that fits, in steps of 256 tokens, where the longest is known."""
+    longest = demand.options.longest_tokens
+    if longest is None:
+        return None
+
+    def is_too_long(steps: int) -> bool:
+        return not fits(replace(demand, options=replace(demand.options, longest_tokens=steps * STEP_TOKENS)), cluster, chains)
+
+    steps = bisect_left(range(1, (longest - 1) // STEP_TOKENS + 1), x=True, key=is_too_long)
+    if steps == 0:
+        return None
+    return Remedy("max_length", steps * STEP_TOKENS, f"It fits with max_length = {steps * STEP_TOKENS} or less.")
 
 
 def _less_in_flight(demand: Demand, cluster: Cluster, chains: Chains, fits: Fits) -> Remedy | None:
@@ -140,15 +176,13 @@ def _more_nodes(demand: Demand, cluster: Cluster, fits: Fits) -> Remedy | None:
     return Remedy("nodes", number, f"It fits on {number} nodes like {largest.name}, with stages = {number}.")
 
 
-def _offload(demand: Demand, cluster: Cluster, chains: Chains, fits: Fits) -> Remedy | None:
-    """Host memory for what finds no room: it runs, many times slower."""
-    offloading = replace(demand, options=replace(demand.options, offload=True))
-    if demand.options.offload or _has_room(demand, chains) or not fits(offloading, cluster, chains):
-        return None
-    kept_bytes = 0
-    for chain in chains:
-        for held in offloading.split(chain):
-            layers = offloading.offloaded(held.span, chain[held.device])
-            kept_bytes += weight_bytes(offloading.layer_rows(layers), demand.itemsize_bytes) if layers else 0
-    text = f'It runs with offload = "cpu": {kept_bytes:,} bytes of layers are copied to the GPUs for each micro-batch, slowly.'
-    return Remedy("offload", "cpu", text)
+def _offload(demand: Demand, try_offload: Callable[[Demand], OffloadTrial]) -> Remedy | None:
+    """Host memory for what finds no room, or else the disk too: it runs, many times slower."""
+    for offload in _FURTHER[demand.options.offload]:
+        trial = try_offload(demand.with_offload(offload))
+        if trial.fits and trial.host_bytes + trial.disk_bytes:
+            of_these = f" {trial.disk_bytes:,} of these from disks," if trial.disk_bytes else ""
+            copied_bytes = trial.host_bytes + trial.disk_bytes
+            text = f'It runs with offload = "{offload}": {copied_bytes:,} bytes of layers are copied to the GPUs for each micro-batch,{of_these} slowly.'
+            return Remedy("offload", offload, text)
+    return None

@@ -33,7 +33,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
             "device_map": options.chains.device_map,
             "replicas": options.chains.replicas,
             "gpus_per_stage": options.chains.gpus_per_stage,
-            "offload": "cpu" if options.offload else "none",
+            "offload": options.offload,
             "in_flight_bytes": options.in_flight_bytes,
             "writer_queue_bytes": options.writer_queue_bytes,
             "compression": options.compression,
@@ -64,7 +64,8 @@ def _gpu(planned: GpuPlan) -> dict[str, Any]:
         "total_bytes": gpu.total_bytes,
         "usable_bytes": planned.device.usable_bytes,
         "layers": _span(planned.span),
-        "offloaded": _span(planned.offloaded),
+        "offloaded": _span(planned.spill.layers),
+        "on_disk": _span(planned.spill.on_disk),
         **_memory(planned.memory),
     }
 

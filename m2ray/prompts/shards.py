@@ -57,6 +57,11 @@ class ShardTable(Sequence[Shard]):
     def num_tokens(self) -> int:
         return int(self._token_counts.sum(dtype=np.int64))
 
+    @property
+    def longest_tokens(self) -> int:
+        """Tokens of the longest sequence; 0 without any."""
+        return int(self._token_counts.max(initial=0))
+
 
 def cut_shards(token_counts: Int32Array, shard_tokens: int) -> list[npt.NDArray[np.intp]]:
     """Cut one window's sequences into shards, the longest first, so that lack of memory shows early.

@@ -1,8 +1,9 @@
 """`m2ray extract` with devices that this machine does not have: small ones, or two in a stage. Run by test_devices.py.
 
-    python extract_on_odd_devices.py FITTING_TOKENS DEVICES_PER_STAGE [FLAG VALUE ...]
+    python extract_on_odd_devices.py FITTING_TOKENS KIND [FLAG VALUE ...]
 
-A device runs out of memory, as torch says it, on a micro-batch of more padded tokens than FITTING_TOKENS.
+A device runs out of memory, as torch says it, on a micro-batch of more padded tokens than FITTING_TOKENS. KIND is "1" or "2" devices
+in a stage, or "none": devices that hold no layer, so that of each stage one stays in host memory and the others on disk.
 """
 
 import sys
@@ -15,6 +16,7 @@ import torch
 from m2ray.batches import LayerSpan, MicroBatch
 from m2ray.chain import actor, extract
 from m2ray.cli import main
+from m2ray.model.offload import Offload
 from m2ray.model.stage import Stage, StageSpec
 
 
@@ -43,10 +45,15 @@ def halves(*args: Any) -> Iterator[StageSpec]:
             yield replace(spec, span=span, capture_layers=tuple(layer for layer in spec.capture_layers if layer in span))
 
 
+def nothing_resident(*args: Any) -> Iterator[StageSpec]:
+    for spec in one_spec(*args):
+        first, *others = range(spec.span.start, spec.span.stop)
+        yield replace(spec, offload=Offload((first,), tuple(others), spec.offload.folder))
+
+
 actor.StageActor = ActorWithSmallStages
 one_spec = extract._specs
-if int(sys.argv[2]) == 2:
-    extract._specs = halves
+extract._specs = {"1": one_spec, "2": halves, "none": nothing_resident}[sys.argv[2]]
 sys.argv[1:] = ["extract", *sys.argv[3:]]
 if __name__ == "__main__":
     main()

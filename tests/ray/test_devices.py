@@ -11,8 +11,8 @@ from tests.ray.test_extract import MINIMAX_TINY, assert_equals_transformers, min
 SCRIPT = str(Path(__file__).with_name("extract_on_odd_devices.py"))
 
 
-def extract(cluster: RayCluster, fitting_tokens: int, num_devices: int, flags: list[str]) -> subprocess.CompletedProcess[str]:
-    return cluster.run(sys.executable, SCRIPT, str(fitting_tokens), str(num_devices), *flags, PYTHONPATH=".")
+def extract(cluster: RayCluster, fitting_tokens: int, kind: str, flags: list[str]) -> subprocess.CompletedProcess[str]:
+    return cluster.run(sys.executable, SCRIPT, str(fitting_tokens), kind, *flags, PYTHONPATH=".")
 
 
 def shapes(run: Path) -> list[tuple[int, int]]:
@@ -23,12 +23,23 @@ def shapes(run: Path) -> list[tuple[int, int]]:
 
 def test_a_stage_of_two_devices_equals_transformers(cluster: RayCluster, minimax: Path, prompts: Path, tmp_path: Path) -> None:  # noqa: F811
     run = tmp_path / "run"
-    done = extract(cluster, 10**9, 2, words(minimax, prompts, run, "--stages", "2"))
+    done = extract(cluster, 10**9, "2", words(minimax, prompts, run, "--stages", "2"))
     assert done.returncode == 0, done.stdout + done.stderr
     assert_equals_transformers(run, minimax, range(MINIMAX_TINY["layers"]))
     report = json.loads((run / "report.json").read_text())
     assert [stage["parameter_bytes"] > 0 for stage in report["stages"]] == [True, True]
     assert report["parameter_bytes"]["planned"] == report["parameter_bytes"]["measured"]
+
+
+def test_layers_in_host_memory_and_on_disk_equal_transformers(cluster: RayCluster, minimax: Path, prompts: Path, tmp_path: Path) -> None:  # noqa: F811
+    run, folder = tmp_path / "run", tmp_path / "offload"
+    done = extract(
+        cluster, 10**9, "none", words(minimax, prompts, run, "--stages", "2", "--offload", "disk", "--offload-folder", str(folder))
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert_equals_transformers(run, minimax, range(MINIMAX_TINY["layers"]))
+    assert folder.is_dir()
+    assert not list(folder.iterdir()), "nothing is left there"
 
 
 def test_a_micro_batch_that_does_not_fit_is_halved_and_the_new_limit_kept(
@@ -40,7 +51,7 @@ def test_a_micro_batch_that_does_not_fit_is_halved_and_the_new_limit_kept(
     run = tmp_path / "run"
     flags = words(minimax, prompts, run, "--stages", "2")
     flags[flags.index("--batch-tokens") + 1] = "400"
-    done = extract(cluster, 210, 1, flags)
+    done = extract(cluster, 210, "1", flags)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("found no room in the layers 0-") == 1, "one line, and the limit is kept"
     assert max(count * length for count, length in shapes(run)) <= 210
@@ -55,7 +66,7 @@ def test_a_single_sequence_that_does_not_fit_stops_the_run_with_what_would_help(
     tmp_path: Path,
 ) -> None:
     run = tmp_path / "run"
-    done = extract(cluster, 20, 1, words(minimax, prompts, run))
+    done = extract(cluster, 20, "1", words(minimax, prompts, run))
     assert done.returncode == 1, done.stdout + done.stderr
     assert "1 sequences of" in done.stderr + done.stdout
     assert "Lower max_length or batch_tokens" in done.stderr + done.stdout

@@ -28,7 +28,7 @@ def test_every_problem_is_listed_at_once() -> None:
         assert name in text
 
 
-@pytest.mark.parametrize("option", ["offload_folder", "tokens"])
+@pytest.mark.parametrize("option", ["tokens"])
 def test_options_of_features_not_built_are_unknown(option: str) -> None:
     with pytest.raises(ConfigError, match=f"no option '{option}'"):
         ExtractConfig.validated({**REQUIRED, option: "auto"})

@@ -10,12 +10,12 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from m2ray.batches import LayerSpan
-from m2ray.errors import CheckpointError, ConfigError
+from m2ray.errors import CheckpointError
 from m2ray.model import families, skeleton
 from m2ray.model.checkpoint import open_checkpoint
 from m2ray.model.decoder import DecoderSpan
 from m2ray.model.families import parse_config
-from m2ray.model.skeleton import build_skeleton, resolve_attn_implementation
+from m2ray.model.skeleton import build_skeleton
 from m2ray.model.weights import load_weights
 from tests.reference import DATA, load_reference, make_family, minimax_config
 
@@ -172,14 +172,6 @@ def test_missing_values_are_noticed_after_loading() -> None:
     decoder = DecoderSpan(build_skeleton(family_config("llama"), torch.float32), LayerSpan(0, 1), CPU)
     with pytest.raises(CheckpointError, match=r"tensors have no values: .*model.embed_tokens.weight"):
         decoder.check_complete()
-
-
-def test_attention_is_the_familys_own_unless_chosen() -> None:
-    assert resolve_attn_implementation(family_config("llama"), "auto") == "sdpa"
-    assert resolve_attn_implementation(family_config("gpt_oss"), "auto") == "eager"
-    assert resolve_attn_implementation(family_config("llama"), "eager") == "eager"
-    with pytest.raises(ConfigError, match=r"attn_implementation = 'sdpa' and model_type gpt_oss"):
-        resolve_attn_implementation(family_config("gpt_oss"), "sdpa")
 
 
 def test_a_config_that_cannot_be_built_is_refused() -> None:

@@ -1,6 +1,7 @@
 """Bytes that a stage takes: weights against transformers' own parameters, the transient bound against tensors that are alive at once."""
 
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModel
+from transformers.masking_utils import create_sliding_window_causal_mask
 
 from m2ray.batches import LayerSpan, TensorRow, TensorTable
 from m2ray.planning.memory import (
@@ -149,6 +151,20 @@ class FlashAttention(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+def no_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same for transformers' other two ways to such kernels: into flash-attn's functions, and into torch's compiled flex_attention."""
+
+    def flash(query_BTAD: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        return torch.empty_like(query_BTAD)
+
+    def flex(query_BATD: torch.Tensor, _: torch.Tensor, value_BATD: torch.Tensor, **__: Any) -> torch.Tensor:
+        torch.empty(query_BATD.shape[:-1], dtype=torch.float32)
+        return torch.empty(*query_BATD.shape[:-1], value_BATD.shape[-1], dtype=query_BATD.dtype)
+
+    monkeypatch.setattr("transformers.integrations.flash_attention._flash_attention_forward", flash)
+    monkeypatch.setattr("transformers.integrations.flex_attention.compile_friendly_flex_attention", flex)
+
+
 class LayersDone(Exception):  # noqa: N818 - no error
     pass
 
@@ -157,10 +173,11 @@ def leave(*_: Any) -> None:
     raise LayersDone
 
 
-def alive_bytes(config: Any, num_sequences: int, num_tokens: int, dtype: torch.dtype) -> int:
+def alive_bytes(config: Any, num_sequences: int, num_tokens: int, dtype: torch.dtype, attn: str | None = None) -> int:
     """The most bytes that transformers' own layers of `config` hold at once beside their weights, input included."""
     with torch.device("meta"):
         model = AutoModel.from_config(config, dtype=dtype).eval().requires_grad_(False)
+    model.config._attn_implementation = attn or model.config._attn_implementation
     layers = next(module for name, module in model.named_modules() if name.rpartition(".")[2] in ("layers", "h"))
     layers[-1].register_forward_hook(leave)
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -185,7 +202,7 @@ def config_of(family: str) -> Any:
     return config
 
 
-def shape_of(config: Any, *, is_eager_attention: bool) -> ModelShape:
+def shape_of(config: Any, attn: str) -> ModelShape:
     def first(*fields: str) -> int:
         return next((value for field in fields if (value := getattr(config, field, None))), 0)
 
@@ -201,7 +218,8 @@ def shape_of(config: Any, *, is_eager_attention: bool) -> ModelShape:
         experts_per_token=first("num_experts_per_tok") if num_experts else 0,
         expert_size=expert_size,
         shared_size=expert_size * first("n_shared_experts"),
-        is_eager_attention=is_eager_attention,
+        attn_implementation=attn,
+        window=first("sliding_window"),
     )
 
 
@@ -209,7 +227,7 @@ def shape_of(config: Any, *, is_eager_attention: bool) -> ModelShape:
 def test_the_transient_bound_holds_for_transformers_own_code(family, dtype):
     config = config_of(family)
     alive = alive_bytes(config, 8, 2048, dtype)
-    bound = shape_of(config, is_eager_attention=config._attn_implementation == "eager").transient_bytes(8 * 2048, 2048, dtype.itemsize)
+    bound = shape_of(config, config._attn_implementation).transient_bytes(8 * 2048, 2048, dtype.itemsize)
     assert alive <= bound <= 2.3 * alive
 
 
@@ -225,12 +243,44 @@ def test_the_bound_holds_where_attention_is_the_peak(family):
     config = config_of(family)
     config.intermediate_size = 256
     alive = alive_bytes(config, 8, 2048, torch.bfloat16)
-    assert alive <= shape_of(config, is_eager_attention=False).transient_bytes(8 * 2048, 2048, 2) <= 2.3 * alive
+    assert alive <= shape_of(config, "sdpa").transient_bytes(8 * 2048, 2048, 2) <= 2.3 * alive
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "flash_attention_2", "flex_attention"])
+@pytest.mark.parametrize("family", ["minimax_m2", "llama", "deepseek_v3", "gemma2", "gemma3_text", "gpt_oss"])
+def test_no_kernel_without_scores_takes_more_for_a_long_prompt(monkeypatch, family, attn):
+    """32k tokens as one prompt, in the layers as each of these attentions has them called."""
+    if (family, attn) == ("gemma2", "sdpa") or family == "gpt_oss":
+        pytest.skip("refused, or not to be had on a CPU")
+    no_scores(monkeypatch)
+    config = config_of(family)
+    alive = alive_bytes(config, 1, 32_768, torch.bfloat16, attn)
+    shape = replace(shape_of(config, attn), window=0)
+    assert alive <= shape.transient_bytes(32_768, 32_768, 2) <= 2.3 * alive
+    assert shape.transient_bytes(32_768, 32_768, 2) == shape.transient_bytes(32_768, 512, 2)
+
+
+def test_a_window_under_sdpa_costs_a_mask_of_all_pairs():
+    """transformers' own mask for a window shorter than the prompt, and what ATen's kernels make of a mask."""
+    config = config_of("mistral")
+    config.sliding_window, config.intermediate_size, config._attn_implementation = 1024, 256, "sdpa"
+    shape = shape_of(config, "sdpa")
+    with FakeTensorMode():
+        hidden_BTH = torch.empty(2, 4096, config.hidden_size, dtype=torch.bfloat16)
+        alive = Alive([hidden_BTH])
+        with alive:
+            mask = create_sliding_window_causal_mask(config, hidden_BTH, None, None, torch.arange(4096)[None])
+            added = torch.zeros_like(mask, dtype=torch.bfloat16).masked_fill_(mask.logical_not(), -torch.inf)
+            torch.nn.functional.pad(added, (0, 8))
+    without = replace(shape, window=0)
+    counted = shape.transient_bytes(8192, 4096, 2) - without.transient_bytes(8192, 4096, 2)
+    assert 0.5 * counted < alive.peak_bytes < 1.02 * counted
+    assert shape.transient_bytes(8192, 1024, 2) == without.transient_bytes(8192, 1024, 2), "a window that holds the prompt needs no mask"
 
 
 def test_eager_attention_grows_with_the_longest_sequence():
     config = config_of("gemma2")
     for num_sequences, num_tokens in ((16, 512), (2, 4096)):
         alive = alive_bytes(config, num_sequences, num_tokens, torch.bfloat16)
-        bound = shape_of(config, is_eager_attention=True).transient_bytes(8192, num_tokens, 2)
+        bound = shape_of(config, "eager").transient_bytes(8192, num_tokens, 2)
         assert alive <= bound <= 1.6 * alive

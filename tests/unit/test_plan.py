@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from m2ray.activations.part_writer import PartWriter, token_columns
+from m2ray.activations.column_chunks import encode_tokens
+from m2ray.activations.part_writer import PartWriter
 from m2ray.batches import TOKEN_ROW, LayerSpan, PartSpec, TensorRow, TensorTable
 from m2ray.errors import ClusterError, ConfigError
 from m2ray.planning.demand import Demand, PlanOptions
@@ -154,18 +155,75 @@ def test_every_remedy_is_enough_and_no_more_than_needed():
 def test_offload_keeps_what_finds_no_room_in_host_memory():
     short = plan("2xH200")
     assert "offload" in [remedy.option for remedy in short.remedies]
-    planned = plan("2xH200", offload=True)
+    planned = plan("2xH200", offload="cpu")
     assert planned.fits
     for gpu in planned.gpus:
-        assert gpu.offloaded is not None
-        assert gpu.offloaded.stop == gpu.span.stop
+        assert gpu.spill.layers is not None
+        assert gpu.spill.layers.stop == gpu.span.stop
         assert gpu.memory.peak_bytes <= gpu.device.usable_bytes, "what stays and two layers in turn find room"
-    kept = [layer for gpu in planned.gpus for layer in range(gpu.offloaded.start, gpu.offloaded.stop)]
+    kept = [layer for gpu in planned.gpus for layer in range(gpu.spill.layers.start, gpu.spill.layers.stop)]
     layer_bytes = planned.weights.layer_bytes
     assert sum(stage.host.running["offloaded"] for stage in planned.stages) == sum(layer_bytes[layer] for layer in kept)
     on_gpus = sum(gpu.memory.running["weights"] for gpu in planned.gpus)
     assert on_gpus + sum(layer_bytes[layer] for layer in kept) == planned.weights.loaded_bytes
-    assert all(gpu.offloaded is None for gpu in plan("8xH200", offload=True).gpus), "nothing is moved that fits"
+    assert all(gpu.spill.layers is None for gpu in plan("8xH200", offload="cpu").gpus), "nothing is moved that fits"
+
+
+def offloading(host_free_bytes: int, disk_free_bytes: int | None = None, **options) -> Plan:
+    gpus = tuple(Gpu(index, "NVIDIA H200", 143_771 * 2**20, 143_771 * 2**20) for index in range(2))
+    node = Node("a", gpus, host_bytes=2000 * GB, host_free_bytes=host_free_bytes, disk_free_bytes=disk_free_bytes)
+    return plan(Cluster((node,)), **options)
+
+
+def test_what_finds_no_room_in_host_memory_stays_on_disk():
+    """GPUs first, then host memory, then the disk; nothing twice, nothing forgotten, and both GPUs wait about alike."""
+    planned = offloading(100 * GB, 500 * GB, offload="disk")
+    assert planned.fits
+    (node,) = planned.nodes
+    layer_bytes = planned.weights.layer_bytes
+    on_disk = []
+    for gpu in planned.gpus:
+        spilt = gpu.spill
+        assert spilt.layers.stop == spilt.on_disk.stop == gpu.span.stop
+        assert spilt.in_host.stop == spilt.on_disk.start
+        on_disk += range(spilt.on_disk.start, spilt.on_disk.stop)
+    in_gpus = sum(gpu.memory.running["weights"] for gpu in planned.gpus)
+    in_host = sum(stage.host.running["offloaded"] for stage in planned.stages)
+    assert node.disk_bytes == sum(layer_bytes[layer] for layer in on_disk)
+    assert in_gpus + in_host + node.disk_bytes == planned.weights.loaded_bytes
+    assert abs(len(planned.gpus[0].spill.on_disk) - len(planned.gpus[1].spill.on_disk)) <= 1
+    assert node.host_bytes <= 0.9 * 100 * GB < node.host_bytes + max(layer_bytes), "host memory is filled first"
+    assert offloading(2000 * GB, 0, offload="disk").nodes[0].disk_bytes == 0
+
+
+def test_what_is_brought_for_each_micro_batch_limits_the_rate():
+    planned = offloading(100 * GB, 500 * GB, offload="disk")
+    most = max(
+        sum(planned.weights.layer_bytes[layer] for layer in range(gpu.spill.layers.start, gpu.spill.layers.stop)) for gpu in planned.gpus
+    )
+    assert planned.limiting_resource == "offload"
+    assert planned.rates.limits["offload"] == pytest.approx(16_384 / (most / (51 * 2**30)))
+    assert "offload" not in plan("8xH200", offload="disk").rates.limits
+
+
+def test_a_disk_too_small_for_what_stays_there_is_a_shortage():
+    planned = offloading(100 * GB, 50 * GB, offload="disk")
+    assert [(each.resource, each.where) for each in planned.shortages] == [("disk", "a")]
+    assert planned.short_by_bytes == planned.nodes[0].disk_bytes - 50 * GB
+    assert offloading(100 * GB, None, offload="disk").fits, "what is not known is not refused"
+
+
+def test_the_disk_is_a_remedy_only_where_host_memory_is_none():
+    def offered(planned: Plan) -> list[str | int]:
+        return [remedy.value for remedy in planned.remedies if remedy.option == "offload"]
+
+    assert offered(offloading(500 * GB, 500 * GB)) == ["cpu"]
+    assert offered(offloading(100 * GB, 500 * GB)) == ["disk"]
+    assert offered(offloading(100 * GB, 50 * GB)) == []
+    short_of_host = offloading(100 * GB, 500 * GB, offload="cpu")
+    assert [each.resource for each in short_of_host.shortages] == ["host_memory"]
+    assert [remedy.option for remedy in short_of_host.remedies] == ["offload"]
+    assert f"{offloading(100 * GB, 500 * GB, offload='disk').nodes[0].disk_bytes:,} of these from disks" in short_of_host.remedies[0].text
 
 
 def test_remedies_for_limits_and_for_float32():
@@ -210,15 +268,59 @@ def test_remedies_for_shared_memory_and_disk():
     assert plan("8xH200", prompts=PROMPTS, disk_free_bytes=int(0.8 * needed_bytes), compression="planes").fits
 
 
-def test_offload_is_no_remedy_where_the_host_has_no_room_for_it():
-    node = replace(parse_gpus("2xH200").nodes[0], host_bytes=100 * GB)
-    assert "offload" not in [remedy.option for remedy in plan(Cluster((node,))).remedies]
-    assert "offload" in [remedy.option for remedy in plan(Cluster((replace(node, host_bytes=900 * GB),))).remedies]
+def test_the_host_is_a_remedy_where_it_has_room_and_else_the_disk():
+    node = parse_gpus("2xH200").nodes[0]
+
+    def offered(host_bytes: int) -> list[object]:
+        remedies = plan(Cluster((replace(node, host_bytes=host_bytes),))).remedies
+        return [remedy.value for remedy in remedies if remedy.option == "offload"]
+
+    assert offered(900 * GB) == ["cpu"]
+    assert offered(100 * GB) == ["disk"]
+    assert offered(1 * GB) == []
+
+
+@pytest.mark.parametrize("attn", ["eager", "sdpa", "flash_attention_2", "flex_attention"])
+def test_long_prompts_count_and_the_length_that_fits_is_told(attn):
+    """32k tokens as one prompt: eager attention needs many times the memory, the others no more than for short prompts."""
+
+    def planned(longest_tokens: int) -> Plan:
+        long = replace(demand(batch_tokens=32_768, longest_tokens=longest_tokens), shape=replace(SHAPE, attn_implementation=attn))
+        return plan_run(long, parse_gpus("8xH200"))
+
+    assert planned(512).fits
+    assert planned(32_768).fits is (attn != "eager")
+    if attn == "eager":
+        (told,) = [remedy.value for remedy in planned(32_768).remedies if remedy.option == "max_length"]
+        assert planned(told).fits
+        assert not planned(told + 256).fits
+
+
+def test_long_prompts_count_where_layers_are_offloaded():
+    """A GPU's peak stays below what may be used, and what a long prompt takes is taken from the layers that are kept there."""
+    short, long = (offloading(1000 * GB, offload="cpu", longest_tokens=length) for length in (512, 65_536))
+    assert short.fits
+    assert long.fits
+    assert all(gpu.memory.peak_bytes <= gpu.device.usable_bytes for planned in (short, long) for gpu in planned.gpus)
+    assert long.gpus[0].memory.running["transient"] == SHAPE.transient_bytes(65_536, 65_536, 2)
+    assert sum(len(gpu.spill.layers) for gpu in long.gpus) > sum(len(gpu.spill.layers) for gpu in short.gpus)
 
 
 def test_a_sequence_longer_than_a_micro_batch_sets_its_size():
     longer = plan("8xA100-80GB", longest_tokens=40_000)
     assert longer.gpus[0].memory.running["transient"] == SHAPE.transient_bytes(40_000, 40_000, 2)
+
+
+def test_flash_attention_needs_gpus_and_its_package_on_every_node():
+    flash = replace(demand(num_layers=6), shape=replace(SHAPE, attn_implementation="flash_attention_2"))
+    gpus = tuple(Gpu(index, "NVIDIA H200", 150 * GB, 150 * GB) for index in range(2))
+    lacking, equipped = ({"torch": "2.11"} | more for more in ({}, {"flash-attn": "2.8.3"}))
+    assert plan_run(flash, parse_gpus("4xH200")).fits, "what is not known is left to the stage"
+    assert plan_run(flash, Cluster((Node("a", gpus, versions=equipped),))).fits
+    with pytest.raises(ClusterError, match=r"(?s)flash-attn is not installed on node a.*flash-attn is not installed on node c"):
+        plan_run(flash, Cluster(tuple(Node(name, gpus, versions=equipped if name == "b" else lacking) for name in "abc")))
+    with pytest.raises(ClusterError, match="needs GPUs, and there are none"):
+        plan_run(flash, Cluster((Node("a", cpus=8),)))
 
 
 # -- layouts --------------------------------------------------------------------------------------------------------------
@@ -338,7 +440,7 @@ def test_output_bytes_are_within_two_percent_of_the_writers(tmp_path, width, dty
         tokens["position"] = np.arange(rows) % length
         tokens["token_id"] = np.minimum(rng.zipf(1.2, rows), vocabulary) - 1 if is_natural else rng.integers(0, vocabulary, rows)
         bits = rng.integers(0, 256, (rows, width * (2 if dtype == "bfloat16" else 4)), dtype=np.uint8)
-        writer.append(token_columns(tokens), bits)
+        writer.append(encode_tokens(tokens), bits)
     writer.finish("0" * 32)
     assert part_bytes(spec, row_groups * rows, row_groups) == pytest.approx(writer.receipt.num_bytes, rel=0.02)
 
@@ -447,6 +549,15 @@ def test_the_picture_tells_what_makes_up_each_peak():
     host = next(number for number, line in enumerate(lines) if line.startswith("host memory by stage, GB"))
     assert f"{planned.stages[0].host.running['offloaded'] / 1e9:.2f}" in "".join(lines[host:])
     assert any(line.startswith("2-7 ") for line in drawn(plan("8xH200")).splitlines()), "neighbours that hold the same share a line"
+
+
+def test_the_picture_tells_what_is_offloaded_and_where():
+    text = drawn(offloading(100 * GB, 500 * GB, offload="disk"))
+    planned = offloading(100 * GB, 500 * GB, offload="disk")
+    assert f"{planned.nodes[0].disk_bytes:,}" in text
+    assert "on disks, read in turn" in text
+    assert "in host memory, copied in turn" in text
+    assert "offloaded" not in drawn(plan("8xH200", offload="disk"))
 
 
 def test_bars_keep_their_length():

@@ -28,7 +28,7 @@ def plan() -> Plan:
 def stage(number: int, span: LayerSpan, parameter_bytes: int, **changed) -> StageMeasured:
     gpu = GpuMeasured(number, "A100-80GB", 80 * GB, 20 * GB, 21 * GB, 23 * GB, 24 * GB, 25 * GB)
     measured = StageMeasured(
-        0, number, "node-0", span, (gpu,), 20 * GB, 10.0, parameter_bytes, 2, 900, 1000, 6.0, 1.0, 0.5, 0.25, 3.0, 230_000, GB
+        0, number, "node-0", span, (gpu,), 20 * GB, 10.0, parameter_bytes, 2, 900, 1000, 6.0, 1.0, 0.5, 0.25, 3.0, 2.0, 230_000, GB
     )
     return replace(measured, **changed)
 
@@ -56,6 +56,7 @@ def test_the_report_sets_plan_against_measured(plan: Plan, run: RunMeasured) -> 
     [
         ({}, "computation"),
         ({"write_wait_s": 7.0}, "store"),
+        ({"write_wait_s": 7.0, "store_s": 1.0}, "encoder"),
         ({"copy_s": 7.0}, "device_to_host_copy"),
         ({"wait_s": 50.0, "compute_s": 7.0}, "filling_the_chain"),
     ],
