@@ -27,7 +27,7 @@ config = minimax_config()
 table = tensor_table_from_config(config)
 
 
-def node_of_fake_gpus(name: str) -> Node:
+def node_of_fake_gpus(name: str, folder: str = "") -> Node:
     return replace(parse_gpus("8xH100-80GB").nodes[0], name=name)
 
 
