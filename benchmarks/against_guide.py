@@ -1,23 +1,19 @@
-"""m2ray against the guide's method (benchmarks/guide.py): the same checkpoint, prompts and GPU, every layer captured.
+"""m2ray against the guide's method (benchmarks/guide.py): the same checkpoint, prompts and GPU, every layer's rows in host memory.
 
     python -m benchmarks.against_guide FOLDER                # 6 layers at MiniMax-M2's real dimensions on a GPU
     python -m benchmarks.against_guide FOLDER --device cpu   # tiny layers, to try the script
 
-Both methods in one process, one after the other so that one card of 80 GB holds each, end with every layer's rows in host memory; a
-batch's rows are kept until the batch after the next one is done, since a consumer takes them away. Prompts are tokenised before either
-clock starts. `m2ray extract` then writes the rows of more prompts of the same kind to a local disk, from its first micro-batch to its
-last commit. Needs on a GPU: 8 GB of memory a layer and 30 GB, 4 GB of disk a layer, and 37 kB of disk a token of the extraction.
+Both methods in one process, one after the other so that one card of 80 GB holds each. A batch's rows are kept until the batch after the
+next one is done, since a consumer takes them away. Prompts are tokenised before either clock starts. What `m2ray extract` commits as
+Parquet is held against the guide in benchmarks/extract_on_gpu.py. Needs 8 GB of GPU memory a layer and 30 GB, and 4 GB of disk a layer.
 """
 
 import argparse
 import json
-import os
-import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +24,7 @@ import torch
 from benchmarks.checkpoints import LAYERS, free, real_size
 from benchmarks.guide import Guide
 from benchmarks.records import Row, record
-from benchmarks.runs import ROOT, extract
+from benchmarks.runs import ROOT
 from m2ray.batches import LayerSpan, MicroBatch
 from m2ray.model.stage import Stage, StageSpec, load_stage
 from m2ray.prompts import PromptOptions, PromptSource, PromptTokenizer, micro_batches, survey
@@ -63,7 +59,6 @@ def main() -> None:
     parser.add_argument("--device", choices=("cuda:0", "cpu"), default="cuda:0")
     parser.add_argument("--layers", type=int, default=LAYERS)
     parser.add_argument("--prompts", type=int, default=768, help="for the methods in one process")
-    parser.add_argument("--extract-prompts", type=int, default=2048, help="for m2ray extract; 0 leaves it out")
     parser.add_argument("--batch-tokens", type=int, default=16_384, help="padded tokens in m2ray's micro-batches")
     parser.add_argument("--guide-batches", type=int, nargs="+", default=[3, 8, 32], help="prompts in a batch; 3 is the guide's own")
     parser.add_argument("--repeats", type=int, default=2, help="of the guide; m2ray's, which take little time, are twice as many")
@@ -73,15 +68,7 @@ def main() -> None:
     model = real_size(folder, options.layers, TINY if options.device == "cpu" else None)
     title = f"The guide's method and m2ray: {options.layers} layers at MiniMax-M2's real dimensions, FP8 checkpoint, bfloat16"
     prompts = make_prompts(folder, model, options.prompts, options.batch_tokens)
-    rows, guide_rates = in_memory(model, prompts, options)
-    keep(title, rows, options)
-    if options.extract_prompts:
-        more = make_prompts(folder, model, options.extract_prompts, options.batch_tokens)
-        keep(title, rows + committed(folder, model, more, options, guide_rates), options)
-
-
-def keep(title: str, rows: list[Row], options: argparse.Namespace) -> None:
-    """Record what a GPU measured; a trial on the CPU is printed only."""
+    rows = in_memory(model, prompts, options)
     if options.device == "cpu":
         print(*rows, sep="\n")
     else:
@@ -111,10 +98,15 @@ def make_prompts(folder: Path, model: Path, count: int, batch_tokens: int) -> Pr
 # -- every layer's rows in host memory ------------------------------------------------------------------------------------
 
 
-def in_memory(model: Path, prompts: Prompts, options: argparse.Namespace) -> tuple[list[Row], dict[int, float]]:
-    """Both methods in this process, the guide first. Also gives the guide's tokens a second by prompts in a batch."""
+def in_memory(model: Path, prompts: Prompts, options: argparse.Namespace) -> list[Row]:
+    """Both methods in this process, the guide first."""
     sample = prompts.batches[len(prompts.batches) // 2]
-    guide_rates, kept, alone = of_the_guide(model, prompts, sample, options)
+    guide = loaded_guide(model, options.device)
+    guide_rates = rates_of_the_guide(guide, prompts, options.guide_batches, options.repeats)
+    guide.restore_router(model)
+    kept, alone = (guide_rows(guide, prompts, sample, size) for size in (min(guide_rates), 1))
+    del guide
+    free()
     stage = stage_of(model, options)
     found = [("eager", rates_of(stage, prompts, options), compare(stage, sample, kept, alone, "m2ray eager"))]
     if not options.no_compile:
@@ -123,7 +115,7 @@ def in_memory(model: Path, prompts: Prompts, options: argparse.Namespace) -> tup
         found.insert(0, ("compiled", rates_of(stage, prompts, options), compare(stage, sample, kept, alone, "m2ray compiled")))
     del stage
     free()
-    first, best = options.guide_batches[0], max(guide_rates, key=lambda size: guide_rates[size])
+    first, best = min(guide_rates), max(guide_rates, key=lambda size: guide_rates[size])
     note = f"{len(prompts.texts)} prompts, {prompts.num_tokens:,} tokens; medians of {options.repeats} and {2 * options.repeats} repeats"
     rows = []
     for number, (name, rate, _) in enumerate(found):
@@ -133,30 +125,27 @@ def in_memory(model: Path, prompts: Prompts, options: argparse.Namespace) -> tup
             rows.append(
                 Row(what, rate, "tokens/s", guide_rates[size], f"guide, batches of {size}:", rate / guide_rates[size], target, note)
             )
-    return rows + [row for _, _, differences in found for row in differences], guide_rates
+    return rows + [row for _, _, differences in found for row in differences]
 
 
-def of_the_guide(
-    model: Path, prompts: Prompts, sample: MicroBatch, options: argparse.Namespace
-) -> tuple[dict[int, float], list[torch.Tensor], list[torch.Tensor]]:
-    """Its tokens a second by prompts in a batch; and its rows of `sample`'s prompts, in its own batches and each prompt alone."""
+def loaded_guide(model: Path, device: str) -> Guide:
     began = time.monotonic()
-    guide = Guide(model, options.device)
+    guide = Guide(model, device)
     print(f"the guide's model loaded in {time.monotonic() - began:.0f} s", flush=True)
-    rates: dict[int, list[float]] = {}
-    for _ in range(options.repeats):
-        for size in list(options.guide_batches):
+    return guide
+
+
+def rates_of_the_guide(guide: Guide, prompts: Prompts, sizes: Sequence[int], repeats: int) -> dict[int, float]:
+    """Its tokens a second by prompts in a batch, those sizes left out that find no room on the GPU: medians of interleaved repeats."""
+    rates: dict[int, list[float]] = {size: [] for size in sizes}
+    for _ in range(repeats):
+        for size in list(rates):
             if (taken := guide_s(guide, prompts, size)) is None:
-                options.guide_batches.remove(size)
-                rates.pop(size, None)
+                del rates[size]
             else:
-                rates.setdefault(size, []).append(prompts.num_tokens / taken)
+                rates[size].append(prompts.num_tokens / taken)
                 print(f"guide, batches of {size}: {rates[size][-1]:,.0f} tokens/s", flush=True)
-    guide.restore_router(model)
-    rows = [guide_rows(guide, prompts, sample, size) for size in (options.guide_batches[0], 1)]
-    del guide
-    free()
-    return {size: statistics.median(each) for size, each in rates.items()}, rows[0], rows[1]
+    return {size: statistics.median(each) for size, each in rates.items()}
 
 
 def rates_of(stage: Stage, prompts: Prompts, options: argparse.Namespace) -> float:
@@ -245,86 +234,6 @@ def compare(stage: Stage, sample: MicroBatch, guide: list[torch.Tensor], alone: 
             what = f"{name}: relative difference of layer {layer}'s rows, p{share * 100:.0f}"
             rows.append(Row(what, value, "", base, "the guide, each prompt alone:", None, target, flipped if share < 0.9 else ""))
     return rows
-
-
-# -- committed as Parquet -------------------------------------------------------------------------------------------------
-
-
-def committed(folder: Path, model: Path, prompts: Prompts, options: argparse.Namespace, guide_rates: dict[int, float]) -> list[Row]:
-    """`m2ray extract` to the local disk, and the same bytes written and synced as plainly as can be."""
-    compiled = str(not options.no_compile).lower()
-    run = Path(tempfile.mkdtemp(prefix="run-", dir=folder)) / "run"
-    words = {"model": model, "prompts": prompts.path, "output": run, "stages": 1, "batch_tokens": options.batch_tokens, "truncation": "cut"}
-    (folder / "log").unlink(missing_ok=True)
-    whole_s = extract(folder / "log", max_length=4 * LONGEST, compile=compiled, **words)
-    report = json.loads((run / "report.json").read_text())
-    assert report["tokens"] == prompts.num_tokens, "both must see the same tokens"
-    rate, seconds = report["tokens_per_s"]["measured"], report["extract_s"]
-    parts = [path.stat().st_size for path in run.rglob("shard-*.parquet")]
-    shutil.rmtree(run.parent)
-    num_bytes = sum(parts)
-    raw = {threads: written_bytes_per_s(folder, parts, threads) for threads in (1, 8)}
-    threads = max(raw, key=lambda number: raw[number])
-    size = options.guide_batches[0]
-    limit = raw[threads] / (num_bytes / prompts.num_tokens)
-    bound = f"the disk's limit is {limit:,.0f} tokens/s, {limit / guide_rates[size]:.2f} of the guide's"
-    limiting = f"report.json says that it was limited by {report['limiting_resource']['measured']}"
-    note = f"{prompts.num_tokens:,} tokens, {num_bytes / 1e9:.1f} GB in {len(parts)} parts; the whole command {whole_s:.0f} s; {bound}; {limiting}"
-    return [
-        Row(
-            f"committed as Parquet, m2ray extract, compile = {compiled}",
-            rate,
-            "tokens/s",
-            guide_rates[size],
-            f"guide, batches of {size}, nothing written:",
-            rate / guide_rates[size],
-            "4, or the disk's limit",
-            note,
-        ),
-        Row(
-            "bytes to the local disk, m2ray extract",
-            num_bytes / seconds / 1e9,
-            "GB/s",
-            raw[threads] / 1e9,
-            f"write() and fsync, {threads} threads:",
-            num_bytes / seconds / raw[threads],
-            "1, where the disk binds",
-        ),
-    ]
-
-
-def written_bytes_per_s(folder: Path, sizes: list[int], threads: int) -> float:
-    """Files of these sizes, each written and synced, on so many threads; at most 8 GB of them."""
-    block = np.random.default_rng(3).bytes(16 << 20)
-    chosen = list(_up_to(sizes, 8 * 10**9))
-    with tempfile.TemporaryDirectory(prefix="raw-", dir=folder) as scratch, ThreadPoolExecutor(threads) as pool:
-
-        def write(job: tuple[int, int]) -> None:
-            fd = os.open(Path(scratch) / str(job[0]), os.O_WRONLY | os.O_CREAT | os.O_EXCL)
-            left = job[1]
-            while left:
-                left -= os.write(fd, memoryview(block)[: min(left, len(block))])
-            os.fsync(fd)
-            os.close(fd)
-
-        os.sync()
-        seconds = timed(lambda: list(pool.map(write, enumerate(chosen))))
-    return sum(chosen) / seconds
-
-
-def _up_to(sizes: list[int], limit_bytes: int) -> Iterator[int]:
-    total = 0
-    for size in sizes:
-        total += size
-        if total > limit_bytes and total > size:
-            return
-        yield size
-
-
-def timed(step: Callable[[], object]) -> float:
-    began = time.monotonic()
-    step()
-    return time.monotonic() - began
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.runs import ROOT
-from scripts.make_checkpoint import make_checkpoint
+from scripts.make_checkpoint import make_checkpoint, resolve_config
 
 LAYERS = 6
 _SHARD_BYTES = 1_700_000_000
@@ -21,9 +21,15 @@ _SHARD_BYTES = 1_700_000_000
 
 
 def real_size(folder: Path, layers: int = LAYERS, overrides: Mapping[str, int] | None = None) -> Path:
-    """The checkpoint of so many layers in `folder`, made if it is not there: 3.7 GB a layer and 2.5 GB. `overrides` make a small one."""
+    """The checkpoint of so many layers in `folder`, made if it is not there: 3.7 GB a layer and 2.5 GB. `overrides` make a small one.
+
+    Where one with more layers is there, its files serve: m2ray leaves layers past the last one unread.
+    """
     small = f"-{overrides['hidden_size']}" if overrides else ""
     model = folder.resolve() / f"model-{layers}{small}"
+    larger = [other for other in folder.resolve().glob("model-*") if other.name[6:].isdecimal() and int(other.name[6:]) > layers]
+    if not model.exists() and larger and not overrides:
+        _link(larger[0], model, layers)
     if not model.exists():
         config = json.loads((ROOT / "tests/data/minimax_m2/config.json").read_text())
         processes = 1 if overrides else min(16, os.cpu_count() or 1)
@@ -37,6 +43,16 @@ def real_size(folder: Path, layers: int = LAYERS, overrides: Mapping[str, int] |
             processes=processes,
         )
     return model
+
+
+def _link(larger: Path, model: Path, layers: int) -> None:
+    """The folder of a model with fewer layers over the same files."""
+    config = resolve_config(json.loads((larger / "config.json").read_text()), {"layers": layers}, "fp8")
+    model.mkdir()
+    for path in larger.iterdir():
+        (model / path.name).symlink_to(path)
+    (model / "config.json").unlink()
+    (model / "config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
 def free() -> None:

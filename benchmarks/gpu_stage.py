@@ -23,18 +23,28 @@ from m2ray.model.stage import Stage, StageSpec, load_stage
 READ_BYTES = 16 << 20
 BATCH_TOKENS = 16_384
 SHAPES = ((8, 2048), (32, 512))
-REPEATS = 5
+REPEATS = 4
+LOADS = 3
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--layers", type=int, default=LAYERS)
+    parser.add_argument("--only", choices=("running", "loading"), help="half of it")
     arguments = parser.parse_args()
     model = real_size(arguments.folder, arguments.layers)
     config = json.loads((model / "config.json").read_text())
-    rows = [*loading(model, arguments.layers), *running(model, arguments.layers, config)]
-    record("gpu_stage", f"A stage of {arguments.layers} layers at MiniMax-M2's real dimensions, FP8 checkpoint, bfloat16", rows)
+    title = f"A stage of {arguments.layers} layers at MiniMax-M2's real dimensions, FP8 checkpoint, bfloat16"
+    rows: list[Row] = []
+    halves: dict[str, Callable[[], list[Row]]] = {
+        "running": lambda: running(model, arguments.layers, config),
+        "loading": lambda: loading(model, arguments.layers),
+    }
+    for name, half in halves.items():
+        if arguments.only in {None, name}:
+            rows += half()
+            record("gpu_stage", title, rows)  # after each: a machine's time may end before the other
 
 
 def spec(model: Path, num_layers: int, *, compiled: bool) -> StageSpec:
@@ -49,23 +59,26 @@ def spec(model: Path, num_layers: int, *, compiled: bool) -> StageSpec:
 
 def loading(model: Path, num_layers: int) -> list[Row]:
     """FP8 from disk to bfloat16 on the GPU, against a plain parallel read of the same files; interleaved."""
-    raw: dict[str, list[float]] = {"cold": [], "warm": []}
-    loaded: dict[str, list[float]] = {"cold": [], "warm": []}
+    raw: dict[str, list[float]] = {"warm": [], "cold": []}
+    loaded: dict[str, list[float]] = {"warm": [], "cold": []}
     torch.zeros(1, device="cuda")
-    for state, repeats in (("cold", 2), ("warm", REPEATS)):
+    raw_read(model, 8)  # what was made a while ago may be in the page cache in part
+    for state, repeats in (("warm", LOADS), ("cold", 1)):
         for _ in range(repeats):
             if state == "cold":
                 drop_caches()
             # The files lie in more bytes than the span needs (lm_head); both are counted by what they read.
-            raw[state].append(max(raw_read(model, threads) for threads in ((8,) if state == "cold" else (4, 8))))
+            raw[state].append(max(raw_read(model, threads) for threads in ((8,) if state == "cold" else (4, 8, 16))))
             if state == "cold":
                 drop_caches()
             loaded[state].append(load_rate(model, num_layers))
+            print(f"{state}: read {raw[state][-1]:.2f} GB/s, loaded {loaded[state][-1]:.2f} GB/s", flush=True)
     rows = []
     for state, rates in loaded.items():
         rate, base = statistics.median(rates), statistics.median(raw[state])
         what = "from the disk" if state == "cold" else "from the page cache"
-        rows.append(Row(f"loading {what}", rate, "GB/s", base, "parallel pread of the same files", rate / base, "0.8", ""))
+        note = "" if len(rates) == 1 else f"medians of {len(rates)}, loaded {min(rates):.1f} to {max(rates):.1f}"
+        rows.append(Row(f"loading {what}", rate, "GB/s", base, "parallel pread of the same files", rate / base, "0.8", note))
     return rows
 
 
@@ -114,6 +127,7 @@ def running(model: Path, num_layers: int, config: dict[str, int]) -> list[Row]:
     stage.warm_up(BATCH_TOKENS)
     warm_up_s = time.monotonic() - began
     for shape in SHAPES:
+        print(f"{shape}: eager {eager[shape] / num_layers:.2f} ms a layer; warm-up {warm_up_s:.0f} s", flush=True)
         pairs = [(bare_ms(stage, shape), captured_ms(stage, shape)) for _ in range(REPEATS)]
         bare = statistics.median(pair[0] for pair in pairs)
         captured = statistics.median(pair[1] for pair in pairs)

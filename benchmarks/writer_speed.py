@@ -14,8 +14,10 @@ import statistics
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -25,7 +27,7 @@ import obstore
 from benchmarks.records import Row, record
 from m2ray.activations.writer import ActivationWriter
 from m2ray.batches import Bits, CapturedLayer, MicroBatch, PartSpec
-from m2ray.storage import ObjectStore, Store, open_store
+from m2ray.storage import LocalStore, ObjectStore, Store, open_store
 
 HIDDEN_SIZE = 3072
 SEQUENCES, LENGTH = 32, 512
@@ -79,10 +81,10 @@ def write_parts(store: Store, rows: Bits, layers: int, threads: int) -> Seconds:
     return seconds
 
 
-def write_plainly(folder: Path, rows: Bits, layers: int) -> Seconds:
+def write_plainly(folder: Path, rows: Bits, layers: int, threads: int = 1) -> Seconds:
     """Seconds for the same rows in as many files: write(), fsync of file and folder."""
-    begin, paths = clock(), [folder / uuid.uuid4().hex for _ in range(layers)]
-    for path in paths:
+
+    def write(path: Path) -> None:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         for _ in range(MICRO_BATCHES):
             view = rows.reshape(-1).data
@@ -93,6 +95,10 @@ def write_plainly(folder: Path, rows: Bits, layers: int) -> Seconds:
         folder_fd = os.open(folder, os.O_RDONLY)
         os.fsync(folder_fd)
         os.close(folder_fd)
+
+    begin, paths = clock(), [folder / uuid.uuid4().hex for _ in range(layers)]
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(write, paths))
     seconds = since(begin)
     for path in paths:
         path.unlink()
@@ -165,10 +171,19 @@ def object_rows(url: str, rows: Bits, layers: int, pairs: int) -> list[Row]:
 
 
 def thread_rows(store: Store, where: str, rows: Bits, pairs: int) -> list[Row]:
-    """Two threads on two cores against one thread on the same two."""
-    layers = 4
-    measured = in_pairs(lambda: write_parts(store, rows, layers, 2), lambda: write_parts(store, rows, layers, 1), pairs)
-    return [row(f"ActivationWriter, 2 threads, {where}", rows, layers, measured, "1 thread", "")]
+    """2, 4, 8 and 16 threads, as there are cores, against one thread; on a disk also against write() in as many threads."""
+    found = []
+    for threads in [count for count in (2, 4, 8, 16) if count <= len(os.sched_getaffinity(0))]:
+        layers = max(4, threads)
+        ours = partial(write_parts, store, rows, layers, threads)
+        measured = in_pairs(ours, partial(write_parts, store, rows, layers, 1), pairs)
+        found.append(row(f"ActivationWriter, {threads} threads, {where}", rows, layers, measured, "1 thread", ""))
+        if isinstance(store, LocalStore):
+            measured = in_pairs(ours, partial(write_plainly, store.root, rows, layers, threads), pairs)
+            found.append(
+                row(f"ActivationWriter, {threads} threads, {where}", rows, layers, measured, f"write() and fsync, {threads} threads", "")
+            )
+    return found
 
 
 def main() -> None:

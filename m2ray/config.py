@@ -47,7 +47,9 @@ class ExtractConfig(BaseModel):
     threads_per_stage: Positive | Auto = Field("auto", description="torch threads a stage on the CPU; auto: 1.")
 
     output: NonEmpty = Field(description="Run folder, new or to be resumed.")
-    compression: Literal["none", "planes"] = Field("none", description="Stored rows: as they are, or lossless in about 0.7 of the bytes.")
+    compression: Literal["none", "planes"] = Field(
+        "none", description="Stored rows: as they are, or lossless in about 0.7 (bfloat16) or 0.9 (float16) of the bytes."
+    )
     stages: Positive | Auto = Field("auto", description="Stage actors; auto: one a GPU of the cluster, 1 without GPUs.")
     replicas: Positive | Auto = Field(1, description="Chains over one queue of shards; auto: as many as the GPUs hold.")
     gpus_per_stage: Positive = Field(1, description="GPUs that one stage owns.")

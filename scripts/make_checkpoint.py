@@ -296,8 +296,9 @@ def make_checkpoint(
             (unfinished / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
         weights = RandomWeights(seed, resolved.get("num_experts_per_tok", 1))
         paths = [unfinished / name for name in shards]
-        # Not forked: a process that was has no threads left for torch's own pool.
-        with ProcessPoolExecutor(processes, get_context("spawn")) if processes > 1 else nullcontext() as pool:
+        # Not forked: a process that was has no threads left for torch's own pool. A thread each: more of them wait for one another.
+        several = partial(ProcessPoolExecutor, processes, get_context("spawn"), torch.set_num_threads, (1,))
+        with several() if processes > 1 else nullcontext() as pool:
             for _ in (pool.map if pool else map)(write_shard, paths, shards.values(), [weights] * len(paths)):
                 pass
         unfinished.rename(out)

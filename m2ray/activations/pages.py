@@ -13,14 +13,11 @@ import numpy as np
 import pyarrow as pa
 
 from m2ray.activations import planes
-from m2ray.activations.thrift import read_struct
+from m2ray.activations.parquet_format import DATA_PAGE, FILE_META_DATA, MAGIC, OFFSET_INDEX, PAGE_HEADER, UNCOMPRESSED, ZSTD
 from m2ray.batches import Bits, Int64Array
 from m2ray.errors import RunDamagedError
 from m2ray.storage import Store
 
-_UNCOMPRESSED, _ZSTD = 0, 6
-_DATA_PAGE = 0
-_MAGIC = b"PAR1"
 _MALFORMED = (ValueError, LookupError, TypeError, AttributeError, OverflowError)
 
 
@@ -84,24 +81,28 @@ class PartPages:
     def _indexes(self, num_bytes: int, columns: Sequence[tuple[str, int]]) -> Iterator[tuple[int, int, Any]]:
         """For each column: bytes a row, codec, and (first row, offset, bytes) of each page, int64 [pages + 1, 3]; the last row ends it."""
         tail = self._store.read_range(self._key, num_bytes - 8, 8)
-        if tail[4:] != _MAGIC:
+        if tail[4:] != MAGIC:
             raise ValueError("there is no footer")
         footer_bytes = int.from_bytes(tail[:4], "little")
-        footer, _ = read_struct(self._store.read_range(self._key, num_bytes - 8 - footer_bytes, footer_bytes))
-        groups = footer[4]
-        names = [chunk[3][3][0].decode() for chunk in groups[0][1]]
+        footer, _ = FILE_META_DATA.read(self._store.read_range(self._key, num_bytes - 8 - footer_bytes, footer_bytes))
+        groups = footer["row_groups"]
+        names = [chunk["meta_data"]["path_in_schema"][0].decode() for chunk in groups[0]["columns"]]
         for name, row_bytes in columns:
-            chunks = [group[1][names.index(name)] for group in groups]
-            start, stop = min(chunk[4] for chunk in chunks), max(chunk[4] + chunk[5] for chunk in chunks)
+            chunks = [group["columns"][names.index(name)] for group in groups]
+            start = min(chunk["offset_index_offset"] for chunk in chunks)
+            stop = max(chunk["offset_index_offset"] + chunk["offset_index_length"] for chunk in chunks)
             if not 0 <= start < stop <= num_bytes:
                 raise ValueError(f"it is said to lie at bytes {start} to {stop} of {num_bytes}")
             index = self._store.read_range(self._key, start, stop - start)
             pages, first_row = [], 0
             for chunk, group in zip(chunks, groups, strict=True):
-                located, _ = read_struct(index, chunk[4] - start)
-                pages += [(first_row + page.get(3, 0), page[1], page[2]) for page in located[1]]
-                first_row += group[3]
-            yield row_bytes, chunks[0][3][4], np.array([*pages, (first_row, 0, 0)], np.int64)
+                located, _ = OFFSET_INDEX.read(index, chunk["offset_index_offset"] - start)
+                pages += [
+                    (first_row + page["first_row_index"], page["offset"], page["compressed_page_size"])
+                    for page in located["page_locations"]
+                ]
+                first_row += group["num_rows"]
+            yield row_bytes, chunks[0]["meta_data"]["codec"], np.array([*pages, (first_row, 0, 0)], np.int64)
 
     def _damaged(self, how: str) -> RunDamagedError:
         return RunDamagedError(f"{self._store.where(self._key)} is damaged: {how}.", "`m2ray verify RUN --checksums` reads every byte.")
@@ -111,12 +112,12 @@ class _Column:
     """One column of a part. `pages` as `PartPages._indexes` gives them."""
 
     def __init__(self, store: Store, key: str, num_bytes: int, row_bytes: int, codec: int, pages: Int64Array) -> None:
-        if codec not in (_UNCOMPRESSED, _ZSTD):
+        if codec not in (UNCOMPRESSED, ZSTD):
             raise ValueError(f"codec {codec} is not one that m2ray writes")
         self._store = store
         self._key = key
         self.row_bytes = row_bytes
-        self.is_compressed = codec == _ZSTD
+        self.is_compressed = codec == ZSTD
         self._first_rows = pages[:, 0].copy()
         self._offsets, self._sizes = pages[:-1, 1].copy(), pages[:-1, 2].copy()
         if (np.diff(self._first_rows) <= 0).any():
@@ -152,9 +153,9 @@ class _Column:
 
     def _decompressed(self, page: int) -> Bits:
         data = self._store.read_range(self._key, int(self._offsets[page]), int(self._sizes[page]))
-        header, body = read_struct(data)
+        header, body = PAGE_HEADER.read(data)
         num_bytes = int(self._first_rows[page + 1] - self._first_rows[page]) * self.row_bytes
-        if header[1] != _DATA_PAGE or header[2] != num_bytes:
-            raise ValueError(f"page {page} has {header[2]} bytes, not {num_bytes}")
-        plain = pa.decompress(memoryview(data)[body : body + header[3]], num_bytes, "zstd")
+        if header["type"] != DATA_PAGE or header["uncompressed_page_size"] != num_bytes:
+            raise ValueError(f"page {page} has {header['uncompressed_page_size']} bytes, not {num_bytes}")
+        plain = pa.decompress(memoryview(data)[body : body + header["compressed_page_size"]], num_bytes, "zstd")
         return np.frombuffer(plain, np.uint8).reshape(-1, self.row_bytes)

@@ -1,36 +1,15 @@
 """PartWriter: one part on its way into the store, a row group a micro-batch."""
 
 from collections.abc import Mapping
-from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from m2ray.activations.planes import split
-from m2ray.activations.schema import TOKEN_FIELDS, Compression, part_key, part_schema
+from m2ray.activations import planes
+from m2ray.activations.column_chunks import ColumnChunk, TokenColumns, write_rows
+from m2ray.activations.footer import Footer
+from m2ray.activations.parquet_format import MAGIC
+from m2ray.activations.schema import Compression, activation_columns, part_key, part_schema, row_bytes
 from m2ray.batches import Bits, PartReceipt, PartSpec
 from m2ray.storage import Store
 from m2ray.storage.hashing import HashingFile
-
-# Random bits neither compress nor make a dictionary, and their minimum means nothing. Small batches and pages keep a page's
-# copies in the processor's cache. The page index is how single rows are found (pages.py).
-_PARQUET_OPTIONS = {
-    "compression": {"activation_hi": "zstd"},
-    "compression_level": {"activation_hi": 1},
-    "use_dictionary": ["sequence_id", "token_id"],
-    "column_encoding": {"position": "DELTA_BINARY_PACKED"},
-    "write_statistics": ["sequence_id", "position"],
-    "data_page_size": 1 << 17,
-    "write_batch_size": 16,
-    "write_page_index": True,
-}
-
-
-def token_columns(token_rows: npt.NDArray[Any]) -> list[Any]:
-    """TOKEN_ROW [N] as pyarrow arrays, one a field: made once, used by every part."""
-    return [pa.array(np.ascontiguousarray(token_rows[field.name]), type=field.type) for field in TOKEN_FIELDS]
 
 
 class PartWriter:
@@ -52,33 +31,47 @@ class PartWriter:
         self._shard = shard
         self._attempt = attempt
         self._key = part_key(spec, shard, attempt)
-        self._schema = part_schema(spec, run_metadata, shard, attempt, compression)
-        self._stream: HashingFile | None = None
-        self._parquet: Any = None
+        self._file: HashingFile | None = None
+        self._footer = Footer(part_schema(spec, run_metadata, shard, attempt, compression))
 
     @property
     def num_bytes(self) -> int:
         """Bytes handed to the store so far."""
-        return self._stream.num_bytes if self._stream else 0
+        return self._file.num_bytes if self._file else 0
 
-    def append(self, tokens: list[Any], rows: Bits) -> None:
-        """Append one micro-batch as one row group: the `token_columns` of its rows, and `rows` uint8 [N, W * itemsize].
+    @property
+    def store_s(self) -> float:
+        """Seconds that the store took so far; the rest of what `append` and `finish` take is encoding."""
+        return self._file.store_s if self._file else 0.0
+
+    def append(self, tokens: TokenColumns, rows: Bits) -> None:
+        """Append one micro-batch as one row group: its tokens, and `rows` uint8 [N, W * itemsize].
 
         Raises:
             StoreError: the store refused; the part can only be aborted then.
         """
-        if self._stream is None:
-            self._stream = HashingFile(self._store.open_part(self._key))
-            self._parquet = pq.ParquetWriter(pa.PythonFile(self._stream, mode="w"), self._schema, **_PARQUET_OPTIONS)
-        columns = [_fixed_size_binary(column) for column in (split(rows) if self._compression == "planes" else (rows,))]
-        self._parquet.write_table(pa.Table.from_arrays([*tokens, *columns], schema=self._schema), row_group_size=max(1, len(rows)))
-        self.rows += len(rows)
+        assert rows.shape == (tokens.num_rows, row_bytes(self.spec))
+        if self._file is None:
+            self._file = HashingFile(self._store.open_part(self._key))
+            self._file.write(MAGIC)
+        begin = self._file.num_bytes
+        self._file.write(tokens.data)
+        chunks = [chunk.moved(begin) for chunk in tokens.chunks]
+        self._footer.add(begin, tokens.num_rows, [*chunks, *self._write_activations(self._file, rows)])
+        self.rows += tokens.num_rows
+
+    def _write_activations(self, file: HashingFile, rows: Bits) -> list[ColumnChunk]:
+        columns = activation_columns(self.spec, self._compression)
+        if self._compression == "none":
+            return [write_rows(file, columns[0], rows)]
+        high, low = columns
+        return [write_rows(file, high, rows, planes.high, zstd=True), write_rows(file, low, rows, planes.low)]
 
     def finish(self, token_digest: str) -> None:
         """Write the footer, make the part durable and set `receipt`. Raises StoreError."""
-        assert self._stream is not None, "a part has at least one micro-batch"
-        self._parquet.close()
-        self._stream.publish()
+        assert self._file is not None, "a part has at least one micro-batch"
+        self._file.write(self._footer.encode(self._file.num_bytes))
+        self._file.publish()
         self.receipt = PartReceipt(
             shard=self._shard,
             attempt=self._attempt,
@@ -86,8 +79,8 @@ class PartWriter:
             layer=self.spec.layer,
             key=self._key,
             rows=self.rows,
-            num_bytes=self._stream.num_bytes,
-            xxh3=self._stream.xxh3,
+            num_bytes=self._file.num_bytes,
+            xxh3=self._file.xxh3,
             token_digest=token_digest,
         )
 
@@ -96,13 +89,5 @@ class PartWriter:
         if self.receipt is not None:
             self._store.delete([self._key])
             self.receipt = None
-        elif self._stream is not None:
-            # pyarrow writes a footer whenever its writer goes away: it must not reach a sink that is no more.
-            self._stream.abort()
-            self._parquet = None
-
-
-def _fixed_size_binary(rows: Bits) -> Any:
-    """uint8 [N, B] as N values of B bytes, without a copy."""
-    bits = pa.py_buffer(np.ascontiguousarray(rows))
-    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(rows.shape[1]), len(rows), [None, bits])
+        elif self._file is not None:
+            self._file.abort()

@@ -8,10 +8,14 @@ import numpy as np
 from m2ray.batches import Bits
 
 
-def split(rows: Bits) -> tuple[Bits, Bits]:
-    """High and low bytes, uint8 [N, W] each, of rows uint8 [N, W * 2]."""
-    numbers = np.ascontiguousarray(rows).view("<u2")
-    return (numbers >> 8).astype(np.uint8), numbers.astype(np.uint8)
+def high(rows: Bits) -> Bits:
+    """The high bytes, uint8 [N, W], of rows uint8 [N, W * 2]."""
+    return (np.ascontiguousarray(rows).view("<u2") >> 8).astype(np.uint8)
+
+
+def low(rows: Bits) -> Bits:
+    """The low bytes, uint8 [N, W], of rows uint8 [N, W * 2]."""
+    return np.ascontiguousarray(rows).view("<u2").astype(np.uint8)
 
 
 def join(high: Bits, low: Bits) -> Bits:

@@ -11,12 +11,12 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
-from typing import Any
 
 import numpy as np
 import xxhash
 
-from m2ray.activations.part_writer import PartWriter, token_columns
+from m2ray.activations.column_chunks import TokenColumns, encode_tokens
+from m2ray.activations.part_writer import PartWriter
 from m2ray.activations.schema import Compression, require_compression, row_bytes
 from m2ray.batches import Bits, CapturedLayer, MicroBatch, PartReceipt, PartSpec
 from m2ray.errors import M2rayError, StageError, StoreError, raise_all
@@ -66,6 +66,7 @@ class ActivationWriter:
         self._written_bytes = 0
         self._waited_s = 0.0
         self._write_s = 0.0
+        self._store_s = 0.0
 
     # -- measurements -------------------------------------------------------------------------------------------------
 
@@ -88,6 +89,11 @@ class ActivationWriter:
     def write_s(self) -> float:
         """Seconds of work, summed over the threads."""
         return self._write_s
+
+    @property
+    def store_s(self) -> float:
+        """Those of them that the store took; the rest is encoding and hashing."""
+        return self._store_s
 
     # -- a shard's way ------------------------------------------------------------------------------------------------
 
@@ -200,9 +206,9 @@ class ActivationWriter:
                 raise opened.failure
             self._queued_bytes += num_bytes
 
-    def _write(self, opened: "_Attempt", part: PartWriter, tokens: list[Any], rows: Bits, token_digest: str | None) -> None:
+    def _write(self, opened: "_Attempt", part: PartWriter, tokens: TokenColumns, rows: Bits, token_digest: str | None) -> None:
         """One row group, on the part's thread; with `token_digest` it is the part's last."""
-        begin, before_bytes = time.monotonic(), part.num_bytes
+        begin, before_bytes, before_s = time.monotonic(), part.num_bytes, part.store_s
         try:
             if opened.failure is None:
                 part.append(tokens, rows)
@@ -213,6 +219,7 @@ class ActivationWriter:
                 self._queued_bytes -= rows.nbytes
                 self._written_bytes += part.num_bytes - before_bytes
                 self._write_s += time.monotonic() - begin
+                self._store_s += part.store_s - before_s
 
     def _note(self, opened: "_Attempt", done: Future[None]) -> None:
         error = done.exception()
@@ -274,8 +281,8 @@ class _Attempt:
                 raise StageError(f"{self._label}: {part.spec} was captured as {found}, not as uint8 {list(shape)}.", _DEFECT)
         return [by_name[part.spec.site, part.spec.layer] for part in self.parts]
 
-    def admit(self, micro_batch: MicroBatch) -> list[Any]:
-        """Check the order, extend the digest, and give the token columns. Raises StageError where rows would not ascend."""
+    def admit(self, micro_batch: MicroBatch) -> TokenColumns:
+        """Check the order, extend the digest, and encode the token columns. Raises StageError where rows would not ascend."""
         if self.is_complete or micro_batch.index != self._next_index:
             expected = "nothing more" if self.is_complete else self._next_index
             raise StageError(f"{self._label}: micro-batch {micro_batch.index} came, expected was {expected}.", _DEFECT)
@@ -287,4 +294,4 @@ class _Attempt:
         self._next_index += 1
         self._last_sequence_id = int(sequence_ids[-1])
         self.is_complete = micro_batch.is_last
-        return token_columns(token_rows)
+        return encode_tokens(token_rows)

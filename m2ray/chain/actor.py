@@ -307,6 +307,7 @@ class StageActor:
             status,
             write_wait_s=self._writer.waited_s,
             write_s=self._writer.write_s,
+            store_s=self._writer.store_s,
             written_bytes=self._writer.written_bytes,
             gpus=with_peaks(status.gpus, self._devices),
         )

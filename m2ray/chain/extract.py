@@ -194,7 +194,7 @@ def _extract_missing(inputs: Inputs, work: _Work, missing: Sequence[Shard], hard
         with closing(Replicas(chains, missing, stop, progress.say).results(monitor.tick)) as results:
             for result in results:
                 work.run.commit(result.shard, result.attempt, result.receipts, result.micro_batches, result.elapsed_s)
-                monitor.committed()
+                monitor.committed(result.receipts)
             measured = RunMeasured(work.run.job.run_id, *monitor.measured())
         for line in summary_lines(plan, measured):
             progress.say(line)

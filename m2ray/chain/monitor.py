@@ -4,7 +4,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import fields
 
-from m2ray.batches import Shard
+from m2ray.batches import PartReceipt, Shard
 from m2ray.chain.driver import Chain
 from m2ray.chain.progress import Extracted, Progress
 from m2ray.chain.report import StageMeasured, loaded_lines
@@ -30,11 +30,14 @@ class Monitor:
         self._missing_tokens = sum(shard.num_tokens for shard in missing)
         self._began_at = time.monotonic()
         self._ended_at = self._began_at
+        self._output_bytes = 0
         self._was_loaded = False
         self._asked_at = 0.0
 
-    def committed(self) -> None:
+    def committed(self, receipts: Sequence[PartReceipt]) -> None:
+        """Count a shard whose parts these are."""
         self._shards += 1
+        self._output_bytes += sum(receipt.num_bytes for receipt in receipts)
         if self._shards == self._all_shards:
             self._ended_at = time.monotonic()
             for _, stages in self._chains:
@@ -70,10 +73,10 @@ class Monitor:
             )
         )
 
-    def measured(self) -> tuple[float, float, int, tuple[StageMeasured, ...]]:
-        """(seconds until the stages were loaded, seconds since, tokens of this run, the stages)."""
+    def measured(self) -> tuple[float, float, int, int, tuple[StageMeasured, ...]]:
+        """(seconds until the stages were loaded, seconds since, tokens of this run, bytes of its committed parts, the stages)."""
         loaded_at = min((stages.loaded_at for _, stages in self._chains if stages.loaded_at), default=self._ended_at)
-        return loaded_at - self._began_at, self._ended_at - loaded_at, self._missing_tokens, self._stages()
+        return loaded_at - self._began_at, self._ended_at - loaded_at, self._missing_tokens, self._output_bytes, self._stages()
 
     def _stages(self) -> tuple[StageMeasured, ...]:
         """Every stage that has answered. One that was restarted counts from there on."""

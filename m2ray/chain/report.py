@@ -14,7 +14,7 @@ from m2ray.planning.plan import GpuPlan, Plan
 FORMAT_VERSION = 1
 REPORT = "report.json"
 
-Limit = Literal["computation", "device_to_host_copy", "store", "filling_the_chain"]
+Limit = Literal["computation", "device_to_host_copy", "encoder", "store", "filling_the_chain"]
 
 _IDLE_SHARE = 0.5
 """Of the loaded time: a chain whose busiest stage waits longer than that has too few micro-batches to fill it."""
@@ -50,7 +50,8 @@ class StageMeasured:
         compute_s: layers and selection, by the device's own clock. wait_s: the rest of the time from the first micro-batch on, mostly
             for hidden states of the stage before. copy_s: captured rows from GPU to host, as far as the layers were done before.
         write_wait_s: for room in the writer's queue; two micro-batches later the computation stands still.
-        write_s: that the writer's threads spent on encoding and storing, beside the computation.
+        write_s: that the writer's threads spent on encoding and storing, beside the computation. store_s: what of it the store took.
+        sends_by: how hidden states went to the next stage, "cuda_ipc" or "object_store"; empty where there is none.
     """
 
     replica: int
@@ -69,18 +70,25 @@ class StageMeasured:
     copy_s: float
     write_wait_s: float
     write_s: float
+    store_s: float
     written_bytes: int
     peak_rss_bytes: int
+    sends_by: str = ""
 
 
 @dataclass(frozen=True)
 class RunMeasured:
-    """The run as the driver saw it. `extract_s` is from the first micro-batch to the last commit; `tokens` are real ones, of this run."""
+    """The run as the driver saw it, of its own shards alone.
+
+    `extract_s` is from the first micro-batch to the last commit; `tokens` are real ones; `output_bytes` are those of the committed parts:
+    what was written for attempts that failed is among the stages' `written_bytes` alone.
+    """
 
     run_id: str
     load_s: float
     extract_s: float
     tokens: int
+    output_bytes: int
     stages: tuple[StageMeasured, ...]
 
     @property
@@ -139,16 +147,19 @@ def summary_lines(plan: Plan, run: RunMeasured) -> list[str]:
         return ["Nothing was extracted: every shard was there."]
     written_bytes = sum(stage.written_bytes for stage in run.stages)
     planned = "" if plan.rates.tokens_per_s is None else f" (planned {plan.rates.tokens_per_s:,.0f})"
+    planned_output = "" if plan.output is None else f" (planned {size(plan.output.num_bytes)})"
     lines = [
         (
             f"{run.tokens:,} tokens in {run.extract_s:.1f} s: {run.tokens_per_s:,.0f} tokens/s{planned}, "
-            f"{size(written_bytes / run.extract_s)}/s written, padding {run.padding_waste:.1%}; loading took {run.load_s:.1f} s"
-        )
+            f"padding {run.padding_waste:.1%}; loading took {run.load_s:.1f} s"
+        ),
+        f"{size(run.output_bytes)} of output{planned_output}, {size(written_bytes / run.extract_s)}/s written",
     ]
     for stage in run.stages:
         lines.append(
             f"  stage {stage.replica}.{stage.stage} {stage.span}: compute {stage.compute_s:.1f} s, wait {stage.wait_s:.1f} s, "
-            f"copy {stage.copy_s:.1f} s, blocked by the store {stage.write_wait_s:.1f} s, write {stage.write_s:.1f} s"
+            f"copy {stage.copy_s:.1f} s, blocked by the writer {stage.write_wait_s:.1f} s, "
+            f"encode {stage.write_s - stage.store_s:.1f} s, store {stage.store_s:.1f} s"
         )
         lines += [
             f"    GPU {gpu.index}: peak {size(gpu.peak_reserved_bytes)}, planned {size(planned_gpu.memory.peak_bytes)}"
@@ -159,7 +170,10 @@ def summary_lines(plan: Plan, run: RunMeasured) -> list[str]:
 
 
 def limiting(run: RunMeasured) -> Limit | None:
-    """The resource that limited the run: what its busiest stage spent most time on, unless even that one mostly waited."""
+    """The resource that limited the run: what its busiest stage spent most time on, unless even that one mostly waited.
+
+    Where that is the writer's full queue, it is what the writer's threads spent more time on: encoding, or the store.
+    """
     stages = [stage for stage in run.stages if stage.micro_batches]
     if not stages:
         return None
@@ -167,7 +181,7 @@ def limiting(run: RunMeasured) -> Limit | None:
     spent: dict[Limit, float] = {
         "computation": busiest.compute_s,
         "device_to_host_copy": busiest.copy_s,
-        "store": busiest.write_wait_s,
+        "store" if 2 * busiest.store_s >= busiest.write_s else "encoder": busiest.write_wait_s,
     }
     if busiest.wait_s > _IDLE_SHARE * (busiest.wait_s + sum(spent.values())):
         return "filling_the_chain"
@@ -191,7 +205,7 @@ def build_report(plan: Plan, run: RunMeasured) -> dict[str, Any]:
         },
         "output_bytes": {
             "planned": planned_output.num_bytes if planned_output else None,
-            "measured": sum(stage.written_bytes for stage in run.stages),
+            "measured": run.output_bytes,
         },
         "limiting_resource": {"planned": plan.limiting_resource, "measured": limiting(run)},
         "stages": [_stage(plan, stage) for stage in run.stages],

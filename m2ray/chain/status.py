@@ -31,6 +31,7 @@ class StageStatus:
     copy_s: float = 0.0
     write_wait_s: float = 0.0
     write_s: float = 0.0
+    store_s: float = 0.0
     written_bytes: int = 0
     peak_rss_bytes: int = 0
     sends_by: str = ""

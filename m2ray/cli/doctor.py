@@ -10,7 +10,7 @@ import click
 
 from m2ray.cli import Command
 from m2ray.config import parse_bytes
-from m2ray.errors import M2rayError
+from m2ray.errors import ClusterError, M2rayError
 from m2ray.planning.checks import Finding, check_nodes
 from m2ray.planning.node_facts import NodeFacts, look_at_node
 from m2ray.storage import open_store
@@ -29,7 +29,12 @@ def command(ctx: click.Context, /, address: str | None, model: str | None, outpu
     """Look for everything that would stop or slow a run; each problem comes with its remedy. Exit code 1 if there is any."""
     in_flight_bytes = parse_bytes(in_flight, "in_flight")
     findings, model_bytes = check_model(model) if model else ([], None)
-    nodes, silent = _look(address, model, output)
+    nodes: list[NodeFacts] = []
+    silent: dict[str, str] = {}
+    try:
+        nodes, silent = _look(address, model, output)
+    except ClusterError as error:  # the model's problems are told all the same
+        findings.append(Finding("cluster", "problem", address or "cluster", error.what, error.remedy))
     findings += [
         Finding("node", "problem", name, f"The node could not be looked at: {why}.", "Install the same m2ray, torch and Ray there.")
         for name, why in silent.items()
@@ -51,6 +56,7 @@ def command(ctx: click.Context, /, address: str | None, model: str | None, outpu
 
 def check_model(model: str) -> tuple[list[Finding], int | None]:
     """Index against files and sizes, then tensor names, shapes and dtypes against the architecture; and the checkpoint's bytes."""
+    from m2ray.cli.plan_inputs import read_index
     from m2ray.model.checkpoint import open_checkpoint, tensor_table
 
     try:
@@ -64,7 +70,11 @@ def check_model(model: str) -> tuple[list[Finding], int | None]:
     except M2rayError as error:
         return [Finding("checkpoint_tensors", "problem", model, error.what, error.remedy)], num_bytes
     what = f"{len(checkpoint.headers):,} tensors in {num_bytes:,} bytes fill {table.num_layers} layers of {checkpoint.config.model_type}."
-    return [Finding("checkpoint_tensors", "note", model, what)], num_bytes
+    found = [Finding("checkpoint_tensors", "note", model, what)]
+    _, index_bytes = read_index(open_store(model))
+    if index_bytes not in (None, num_bytes):
+        found.append(Finding("checkpoint_files", "note", model, f"The index says {index_bytes:,} bytes, the files hold {num_bytes:,}."))
+    return found, num_bytes
 
 
 def _look(address: str | None, model: str | None, output: str | None) -> tuple[list[NodeFacts], dict[str, str]]:
@@ -92,9 +102,10 @@ def _print(nodes: Sequence[NodeFacts], findings: Sequence[Finding]) -> None:
         gpus = ", ".join(gpu.name for gpu in facts.hardware.gpus) or "no GPU"
         versions = ", ".join(f"{name} {version}" for name, version in facts.hardware.versions.items())
         click.echo(f"{facts.hardware.name}: {gpus}; {versions}")
-    for finding in findings:
+    for finding in sorted(findings, key=lambda finding: finding.level == "problem"):  # problems last, where a terminal shows them
         is_problem = finding.level == "problem"
-        text = f"{finding.level} [{finding.check}] {finding.where}: {finding.what} {finding.remedy}".rstrip()
-        click.secho(text, fg="red" if is_problem else None)
+        click.secho(f"{finding.level} [{finding.check}] {finding.where}: {finding.what}", fg="red" if is_problem else None)
+        if finding.remedy:
+            click.echo(f"    {finding.remedy}")
     problems = sum(finding.level == "problem" for finding in findings)
-    click.echo(f"{problems} problems." if problems else "No problems.")
+    click.echo({0: "No problems.", 1: "1 problem."}.get(problems, f"{problems} problems."))

@@ -48,7 +48,7 @@ def read_model(url: str, attn_implementation: str, compute_dtype: str) -> ModelF
     config_key = url.rpartition("/")[2] if alone else CONFIG
     if store.size(config_key) is None:
         raise CheckpointError(f"There is no {config_key} in {store.url}.", "Give a checkpoint's folder, or its config.json.")
-    weight_map, index_bytes = ({}, None) if alone else _read_index(store)
+    weight_map, index_bytes = ({}, None) if alone else read_index(store)
     files = set(weight_map.values()) or {SINGLE_FILE}
     if not alone and all(store.size(file) is not None for file in files):
         checkpoint = open_checkpoint(url)
@@ -62,7 +62,8 @@ def read_model(url: str, attn_implementation: str, compute_dtype: str) -> ModelF
     return ModelFacts(config, attention, table, "config", index_bytes)
 
 
-def _read_index(store: Store) -> tuple[dict[str, str], int | None]:
+def read_index(store: Store) -> tuple[dict[str, str], int | None]:
+    """(file of each tensor, bytes of all as the index sums them up): empty and None without an index. Raises CheckpointError."""
     if store.size(INDEX) is None:
         return {}, None
     try:

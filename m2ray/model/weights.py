@@ -3,10 +3,12 @@
 Memory holds the parameters in their final dtype and a few pieces on their way, never a second copy of a layer.
 """
 
+import gc
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 
@@ -24,8 +26,11 @@ from m2ray.model.tensors import FP8, SCALE, Match, disk_bytes, match_tensors
 OnBytes = Callable[[int, int], None]
 
 THREADS = 4
-PIECE_BYTES = 16 * 2**20
+PIECE_BYTES = 8 * 2**20
 """Bytes of a piece on disk, at most; in float32 an FP8 piece takes four times as much for a moment."""
+
+Block = tuple[int, int] | None
+"""Rows and columns of an FP8 scale's block; None for one scale a tensor."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,7 @@ class _Piece:
     into: torch.Tensor
 
 
-def dequantize(weight: torch.Tensor, scale: torch.Tensor, block: tuple[int, int] | None) -> torch.Tensor:
+def dequantize(weight: torch.Tensor, scale: torch.Tensor, block: Block) -> torch.Tensor:
     """Block-wise FP8 as bfloat16: `(weight.float() * scale).to(bfloat16)`, each scale over its block of the last two axes.
 
     Args:
@@ -68,22 +73,36 @@ def load_weights(checkpoint: Checkpoint, decoder: DecoderSpan, on_bytes: OnBytes
         StageError: a disk has no room for the layers that are kept there.
         StoreError: reading fails.
     """
-    match = match_tensors(decoder.skeleton, checkpoint.headers, decoder.span)
-    needed_bytes = sum(disk_bytes(filling, checkpoint.headers) for filling in match.fillings)
-    on_bytes(checkpoint.bytes_read, needed_bytes)
-    pieces = _pieces(checkpoint, decoder, match)
-    if decoder.device.type == "cuda":
-        wanted = [each for piece in pieces for each in _wanted(checkpoint, piece)]
-        load_extents(checkpoint, wanted, decoder.device, lambda: on_bytes(checkpoint.bytes_read, needed_bytes))
-    else:
-        _load_pieces(checkpoint, pieces, lambda: on_bytes(checkpoint.bytes_read, needed_bytes))
-    on_bytes(checkpoint.bytes_read, needed_bytes)
+    with _no_collecting():
+        match = match_tensors(decoder.skeleton, checkpoint.headers, decoder.span)
+        needed_bytes = sum(disk_bytes(filling, checkpoint.headers) for filling in match.fillings)
+        on_bytes(checkpoint.bytes_read, needed_bytes)
+        block = fp8_block(checkpoint.config)
+        pieces = _pieces(checkpoint, decoder, match, block)
+        if decoder.device.type == "cuda":
+            wanted = [each for piece in pieces for each in _wanted(checkpoint, piece, block)]
+            load_extents(checkpoint, wanted, decoder.device, lambda: on_bytes(checkpoint.bytes_read, needed_bytes))
+        else:
+            _load_pieces(checkpoint, pieces, block, lambda: on_bytes(checkpoint.bytes_read, needed_bytes))
+        on_bytes(checkpoint.bytes_read, needed_bytes)
     decoder.check_complete()
     decoder.take_turns()
     return needed_bytes
 
 
-def _load_pieces(checkpoint: Checkpoint, pieces: Iterable[_Piece], on_piece: Callable[[], None]) -> None:
+@contextmanager
+def _no_collecting() -> Iterator[None]:
+    """Python's collector, called by thousands of small objects, looks through all of torch's and transformers' each time, for 0.1 s."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _load_pieces(checkpoint: Checkpoint, pieces: Iterable[_Piece], block: Block, on_piece: Callable[[], None]) -> None:
     """Read and convert on the CPU, a few pieces at a time."""
     with ThreadPoolExecutor(THREADS, thread_name_prefix="load") as pool:
         waiting: deque[Future[None]] = deque()
@@ -92,20 +111,19 @@ def _load_pieces(checkpoint: Checkpoint, pieces: Iterable[_Piece], on_piece: Cal
                 if len(waiting) == 2 * THREADS:
                     waiting.popleft().result()
                     on_piece()
-                waiting.append(pool.submit(_load, checkpoint, piece))
+                waiting.append(pool.submit(_load, checkpoint, piece, block))
             for future in waiting:
                 future.result()
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def _wanted(checkpoint: Checkpoint, piece: _Piece) -> Iterator[Wanted]:
+def _wanted(checkpoint: Checkpoint, piece: _Piece, block: Block) -> Iterator[Wanted]:
     """A piece's bytes, and those of its scale; whichever of the two comes last converts both."""
     header = checkpoint.headers[piece.key]
     if header.dtype not in FP8:
         yield _range(checkpoint, piece.key, piece.rows, lambda values: _convert(piece.key, values, piece.into))
         return
-    block = fp8_block(checkpoint.config)
     first: dict[str, Kept] = {}
     lock = threading.Lock()
 
@@ -123,7 +141,7 @@ def _wanted(checkpoint: Checkpoint, piece: _Piece) -> Iterator[Wanted]:
             _convert(piece.key, dequantize(weight, scale, block), piece.into)
 
     yield _range(checkpoint, piece.key, piece.rows, lambda values: arrive("weight", values))
-    yield _range(checkpoint, piece.key + SCALE, _scale_rows(checkpoint, piece), lambda values: arrive("scale", values))
+    yield _range(checkpoint, piece.key + SCALE, _scale_rows(piece, block), lambda values: arrive("scale", values))
 
 
 def _range(checkpoint: Checkpoint, key: str, rows: slice | None, arrive: Callable[[torch.Tensor], None]) -> Wanted:
@@ -137,12 +155,12 @@ def _range(checkpoint: Checkpoint, key: str, rows: slice | None, arrive: Callabl
     return Wanted(header.file, offset, prod(shape) * header.dtype.itemsize, header.dtype, tuple(shape), arrive)
 
 
-def _pieces(checkpoint: Checkpoint, decoder: DecoderSpan, match: Match) -> Iterator[_Piece]:
+def _pieces(checkpoint: Checkpoint, decoder: DecoderSpan, match: Match, block: Block) -> Iterator[_Piece]:
     """Allocate one model tensor after the other and cut what fills it into pieces."""
     for filling in match.fillings:
         values = decoder.allocate(filling.tensor)
         for placement in filling.placements:
-            yield from _cut(checkpoint, placement, placement.part_of(values))
+            yield from _cut(checkpoint, placement, placement.part_of(values), block)
         assign(decoder.skeleton.model, filling.tensor.name, values)
 
 
@@ -156,26 +174,25 @@ def assign(model: nn.Module, name: str, values: torch.Tensor) -> None:
         module.register_buffer(leaf, values)
 
 
-def _cut(checkpoint: Checkpoint, placement: Placement, into: torch.Tensor) -> Iterable[_Piece]:
+def _cut(checkpoint: Checkpoint, placement: Placement, into: torch.Tensor, block: Block) -> Iterable[_Piece]:
     """Pieces of at most PIECE_BYTES where rows allow it; FP8 rows are cut between blocks."""
     header = checkpoint.headers[placement.key]
     if header.num_bytes <= PIECE_BYTES or into.dim() == 0:
         return [_Piece(placement.key, None, into)]
     num_rows = into.shape[0]
     step = max(1, PIECE_BYTES * num_rows // header.num_bytes)
-    block = fp8_block(checkpoint.config)
     if header.dtype in FP8 and into.dim() == 2 and block is not None:
         step = max(block[0], step // block[0] * block[0])
     return [_Piece(placement.key, slice(start, start + step), into[start : start + step]) for start in range(0, num_rows, step)]
 
 
-def _load(checkpoint: Checkpoint, piece: _Piece) -> None:
+def _load(checkpoint: Checkpoint, piece: _Piece, block: Block) -> None:
     """Read one piece, bring it to the device, convert it there and write it into the model."""
     device = piece.into.device
     values = checkpoint.read(piece.key, piece.rows).to(device)
     if values.dtype in FP8:
-        scale = checkpoint.read(piece.key + SCALE, _scale_rows(checkpoint, piece)).to(device)
-        values = dequantize(values, scale, fp8_block(checkpoint.config))
+        scale = checkpoint.read(piece.key + SCALE, _scale_rows(piece, block)).to(device)
+        values = dequantize(values, scale, block)
     _convert(piece.key, values, piece.into)
 
 
@@ -188,9 +205,8 @@ def _convert(key: str, values: torch.Tensor, into: torch.Tensor) -> None:
     into.copy_(converted)
 
 
-def _scale_rows(checkpoint: Checkpoint, piece: _Piece) -> slice | None:
+def _scale_rows(piece: _Piece, block: Block) -> slice | None:
     """The rows of a piece's scales: of the same experts for three axes, of its row blocks for two."""
-    block = fp8_block(checkpoint.config)
     if piece.rows is None or block is None or piece.into.dim() == 3:
         return None if block is None else piece.rows
     return slice(piece.rows.start // block[0], -(-piece.rows.stop // block[0]))

@@ -39,6 +39,7 @@ class PlanOptions:
             and what finds no room there on the node's disk.
         in_flight_bytes: hidden states between the stages of a chain at one time, at most.
         writer_queue_bytes: captured bytes that may wait for the store, a stage.
+        compression: how the rows are stored, "none" or "planes".
         disk_free_bytes: what the disk of the output has left; None for a bucket, or where it is not known.
         price_per_gb_month: of the output's store, for a GB of 10^9 bytes.
         tokens_per_s: real tokens a second that all chains together are assumed to do; None for an estimate from the GPUs' names.
@@ -55,6 +56,7 @@ class PlanOptions:
     offload: OffloadTo = "none"
     in_flight_bytes: int = 4 << 30
     writer_queue_bytes: int = 2 << 30
+    compression: str = "none"
     disk_free_bytes: int | None = None
     price_per_gb_month: float | None = None
     tokens_per_s: float | None = None
@@ -83,6 +85,7 @@ class PlanOptions:
             ),
             offload=config.offload,
             in_flight_bytes=parse_bytes(config.in_flight, "in_flight"),
+            compression=config.compression,
             compiled=config.compile is not False,  # "auto" is true on GPUs; whoever knows that there are none says so
         )
 

@@ -55,20 +55,24 @@ def chain_devices(cluster: Cluster, num_layers: int, options: ChainOptions) -> t
         return (_single_gpu(cluster, options),)
     most = num_layers // options.gpus_per_stage
     if most == 0 or (options.stages or 1) > most:
-        wanted = f"{options.stages or 1} stages of {options.gpus_per_stage} GPUs"
+        wanted = f"{options.stages or 1} stages of {_gpus_in_words(options.gpus_per_stage)}"
         raise ConfigError(f"{wanted} cannot share {num_layers} layers.", "Each GPU holds at least one layer.")
     groups = [_groups(node, options) for node in cluster.nodes]
     num_groups = sum(len(of_node) for of_node in groups)
     num_stages = options.stages or min(max(1, num_groups // options.replicas), most)
     missing = num_stages * options.replicas - num_groups
     if missing > 0:
-        found = "; ".join(f"{node.name} has {len(of_node)}" for node, of_node in zip(cluster.nodes, groups, strict=True))
+        found = ", ".join(f"{len(of_node)} on {node.name}" for node, of_node in zip(cluster.nodes, groups, strict=True))
         raise ClusterError(
-            f"{options.replicas} x {num_stages} stages need {options.gpus_per_stage} GPUs each, on one node; there is room for {found}: "
-            f"{missing} too few.",
+            f"{options.replicas} x {num_stages} stages need {_gpus_in_words(options.gpus_per_stage)} each, on one node. There is room for "
+            f"{found}: {missing} too few.",
             "Ask for fewer, or add nodes.",
         )
     return tuple(_take(groups, num_stages) for _ in range(options.replicas))
+
+
+def _gpus_in_words(number: int) -> str:
+    return "1 GPU" if number == 1 else f"{number} GPUs"
 
 
 def _groups(node: Node, options: ChainOptions) -> list[tuple[Device, ...]]:

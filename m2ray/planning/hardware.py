@@ -9,6 +9,9 @@ from m2ray.errors import ConfigError, raise_all
 
 _MIB = 2**20
 
+MOST_GPUS = 4096
+"""That are planned for by name: a slip of the finger is refused, not counted through."""
+
 FLASH_PACKAGE = "flash-attn"
 """Without it on a node `attn_implementation = "flash_attention_2"` cannot run there."""
 
@@ -88,7 +91,7 @@ def parse_gpus(text: str) -> Cluster:
     Each piece makes nodes of its own; all their memory is free, and what they have besides GPUs is not known.
 
     Raises:
-        ConfigError: a piece is malformed, or names no known GPU; all at once.
+        ConfigError: a piece is malformed, or names no known GPU, all at once; or there are more than MOST_GPUS.
     """
     nodes: list[Node] = []
     problems: list[ConfigError] = []
@@ -106,8 +109,12 @@ def parse_gpus(text: str) -> Cluster:
             )
             continue
         total_bytes = GPU_MODELS[model].total_bytes
-        gpus = tuple(Gpu(index, model, total_bytes, total_bytes) for index in range(int(match[2] or 1)))
-        nodes += [Node(f"node-{len(nodes) + number}", gpus) for number in range(int(match[1] or 1))]
+        num_nodes, num_gpus = (min(int(number or 1), MOST_GPUS + 1) for number in (match[1], match[2]))
+        gpus = tuple(Gpu(index, model, total_bytes, total_bytes) for index in range(num_gpus))
+        nodes += [Node(f"node-{len(nodes) + number}", gpus) for number in range(num_nodes)]
+        if sum(len(node.gpus) for node in nodes) > MOST_GPUS:
+            problems.append(ConfigError(f"gpus = {text!r}: these are more than {MOST_GPUS:,} GPUs.", "Ask for fewer."))
+            break
     raise_all(problems)
     return Cluster(tuple(nodes))
 

@@ -1,12 +1,14 @@
 """A plan in the terminal: the verdict, the layout of layers on GPUs on nodes, what fills each GPU, and the output."""
 
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from m2ray.planning.hardware import Node
+from m2ray.planning.memory import Memory
 from m2ray.planning.plan import GpuPlan, Plan
 
 _BAR_WIDTH = 24
@@ -19,9 +21,9 @@ def render(plan: Plan) -> RenderableType:
     blocks: list[RenderableType] = [_verdict(plan), _weights(plan)]
     blocks += [_node(plan, node) for node in plan.cluster.nodes if node.gpus]
     if plan.gpus:
-        blocks.append(_legend())
+        blocks += [_legend(), _gpus_memory(plan)]
     if plan.stages:
-        blocks.append(_hosts(plan))
+        blocks += [_hosts_memory(plan), _hosts(plan)]
     blocks += _output(plan)
     return Group(*blocks)
 
@@ -38,7 +40,8 @@ def _verdict(plan: Plan) -> Text:
     if plan.fits:
         text = Text("It fits", style="bold green")
         if plan.limiting_resource:
-            text.append(f"; what limits the run is {_words(plan.limiting_resource)}", style="not bold")
+            unknown = "" if "store" in plan.rates.limits else ", unless the store does, whose speed is not known (--store-gb-per-s)"
+            text.append(f"; {_words(plan.limiting_resource)} limits the run{unknown}", style="not bold")
     else:
         text = Text("It does not fit:", style="bold red")
         for shortage in plan.shortages:
@@ -86,7 +89,7 @@ def _node(plan: Plan, node: Node) -> Table:
             table.add_row(str(gpu.index), gpu.name, "", "not used", _bar({}, gpu.free_bytes), "", size(gpu.total_bytes), style="dim")
             continue
         stage = f"{found.replica}.{found.stage}" if several else str(found.stage)
-        layers = "none" if found.span is None else str(found.span).removeprefix("layers ")
+        layers = str(found.span).removeprefix("layers ") if found.span else "none" if plan.stages else "does not fit"
         usable = found.device.usable_bytes or 0
         table.add_row(str(gpu.index), gpu.name, stage, layers, _bar_of(found, usable), size(found.memory.peak_bytes), size(usable))
     return table
@@ -119,9 +122,39 @@ def _legend() -> Text:
     return text.append("\n")
 
 
+def _stage_name(plan: Plan, replica: int, stage: int) -> str:
+    return f"{replica}.{stage}" if plan.demand.options.chains.replicas > 1 else str(stage)
+
+
+def _gpus_memory(plan: Plan) -> Table:
+    """Of a stage with several GPUs each has a line of its own, unless they hold the same."""
+    return _memory("GPU", [(_stage_name(plan, gpu.replica, gpu.stage), gpu.memory) for gpu in plan.gpus if gpu.memory.running])
+
+
+def _hosts_memory(plan: Plan) -> Table:
+    return _memory("host", [(_stage_name(plan, each.replica, each.stage), each.host) for each in plan.stages])
+
+
+def _memory(kind: str, stages: Sequence[tuple[str, Memory]]) -> Table:
+    """What makes up each stage's peak, in GB of 10^9 bytes; neighbours that hold the same share a line."""
+    names = list(dict.fromkeys(name for _, memory in stages for name in memory.running))
+    table = Table(title=f"{kind} memory by stage, GB", title_justify="left", box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    for column in ("stage", *(name.replace("_", "\n") for name in names), "running", "loading"):
+        table.add_column(column, justify="left" if column == "stage" else "right")
+    for memory, group in groupby(stages, key=lambda each: each[1]):
+        first, *_, last = [name for name, _ in group] * 2
+        items = [memory.running.get(name) for name in names]
+        cells = [
+            f"{num_bytes / 1e9:.2f}" if num_bytes else ""
+            for num_bytes in (*items, sum(memory.running.values()), sum(memory.loading.values()))
+        ]
+        table.add_row(first if first == last else f"{first}-{last}", *cells)
+    return table
+
+
 def _hosts(plan: Plan) -> Table:
     """What each node's host needs, next to what it has."""
-    table = Table(box=None, padding=(0, 2, 0, 0))
+    table = Table(title="nodes", title_justify="left", box=None, padding=(0, 2, 0, 0))
     for column in ("host", "memory needed", "there", "shared memory needed", "there"):
         table.add_column(column, justify="left" if column == "host" else "right")
     for node, planned in zip(plan.cluster.nodes, plan.nodes, strict=True):
@@ -151,7 +184,7 @@ def _output_lines(plan: Plan) -> Iterator[str]:
     yield f"         {len(output.by_part)} sites and layers of {each} in {output.by_part[0].files:,} files each"
     yield f"         {output.num_bytes:,} bytes in {output.files:,} files; with records {size(output.disk_bytes)}"
     if output.cost_a_month is not None:
-        yield f"         {output.cost_a_month:,.2f} a month at {plan.demand.options.price_per_gb_month:g} a GB"
+        yield f"         {_amount(output.cost_a_month)} a month at {plan.demand.options.price_per_gb_month:g} a GB"
 
 
 def _rate_lines(plan: Plan) -> Iterator[str]:
@@ -160,7 +193,7 @@ def _rate_lines(plan: Plan) -> Iterator[str]:
         return
     source = "as stated" if rates.is_stated else "from the profile" if rates.is_measured else "estimated"
     yield f"speed    {rates.tokens_per_s:,.0f} tokens/s of computation ({source})"
-    yield f"         at that rate the store must take {rates.store_bytes_per_s / 1e9:.2f} GB/s"
+    yield f"         at that rate the store must take {size(rates.store_bytes_per_s)}/s"
     for name, tokens_per_s in rates.limits.items():
         if name != "computation":
             yield f"         {_words(name)} allows {tokens_per_s:,.0f} tokens/s"
@@ -168,6 +201,11 @@ def _rate_lines(plan: Plan) -> Iterator[str]:
         yield f"         filling and draining the chains takes {1 - rates.filled_share:.1%} of the time"
     if rates.duration_s is not None:
         yield f"         about {_duration(rates.duration_s)}"
+
+
+def _amount(money: float) -> str:
+    """Cents, and where there are none two digits."""
+    return f"{money:,.2f}" if money >= 0.01 else f"{money:.2g}"
 
 
 def _duration(seconds: float) -> str:

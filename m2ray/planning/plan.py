@@ -4,7 +4,6 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import groupby
 from typing import Literal, get_args
 
@@ -159,43 +158,32 @@ def plan_run(
         raise ConfigError(f"device_map = {device_map!r} is unknown.", f"Use {', '.join(get_args(DeviceMap))} or cuda:0.")
     chains = tuple(map(tuple, chains or chain_devices(cluster, demand.num_layers, demand.options.chains)))
     _require_attention(demand, chains)
-    laid = _lay(demand, cluster, chains)
-    output = plan_output(demand.options.parts, prompts, demand.options.price_per_gb_month) if prompts else None
+    layout = _lay_out(demand, cluster, chains, prompts)
+
+    def fits(changed: Demand, on: Cluster, over: Sequence[Sequence[Device]]) -> bool:
+        return not _lay_out(changed, on, over, prompts).shortages
+
+    def try_offload(changed: Demand) -> OffloadTrial:
+        tried = _lay_out(changed, cluster, chains, prompts)
+        host_bytes = sum(stage.host.running.get("offloaded", 0) for stage in tried.stages)
+        return OffloadTrial(not tried.shortages, host_bytes, sum(node.disk_bytes for node in tried.nodes))
+
+    waste = layout.output.padding_waste if layout.output else 0.0
+    short = {shortage.resource for shortage in layout.shortages}
     return Plan(
         demand=demand,
         cluster=cluster,
         prompts=prompts,
         chains=chains,
         weights=_weights(demand),
-        gpus=tuple(_gpus(demand, chains, laid)),
-        stages=laid.stages,
-        nodes=laid.nodes,
-        output=output,
-        rates=plan_rates(demand, laid.placed, prompts, output.padding_waste if output else 0.0, _spilt_bytes(demand, laid.spills)),
-        shortages=(*laid.shortages, *_disk_shortages(demand, output)),
-        remedies=find_remedies(demand, chains, {each.resource for each in laid.shortages}, partial(_try_offload, cluster, chains)),
+        gpus=tuple(_gpus(demand, chains, layout)),
+        stages=layout.stages,
+        nodes=layout.nodes,
+        output=layout.output,
+        rates=plan_rates(demand, layout.placed, prompts, waste, _spilt_bytes(demand, layout.spills)),
+        shortages=layout.shortages,
+        remedies=find_remedies(demand, cluster, chains, short, fits, try_offload) if short else (),
     )
-
-
-@dataclass(frozen=True)
-class _Laid:
-    """A model laid out over its chains, and what is short for it; nothing is placed where GPU memory is."""
-
-    placed: Sequence[PlacedSpan]
-    spills: Spills
-    stages: tuple[StagePlan, ...]
-    nodes: tuple[NodePlan, ...]
-    shortages: tuple[Shortage, ...]
-
-
-def _lay(demand: Demand, cluster: Cluster, chains: Sequence[Sequence[Device]]) -> _Laid:
-    short_bytes = sum(demand.short_bytes(chain) for chain in chains)
-    short = [Shortage("gpu_memory", "all GPUs together", short_bytes)] if short_bytes else []
-    placed = [] if short else [each for replica, chain in enumerate(chains) for each in _place(demand, replica, chain)]
-    spills = _spills(demand, cluster, placed)
-    stages = tuple(_stages(demand, placed, spills))
-    nodes = _nodes(demand, cluster, stages, _disk_bytes(demand, placed, spills))
-    return _Laid(placed, spills, stages, nodes, (*short, *_node_shortages(cluster, nodes)))
 
 
 def _spills(demand: Demand, cluster: Cluster, placed: Sequence[PlacedSpan]) -> Spills:
@@ -211,13 +199,6 @@ def _spills(demand: Demand, cluster: Cluster, placed: Sequence[PlacedSpan]) -> S
 
 def _spilt_bytes(demand: Demand, spills: Spills) -> SpiltBytes:
     return {key: (demand.bytes_of(spilt.in_host), demand.bytes_of(spilt.on_disk)) for key, spilt in spills.items()}
-
-
-def _try_offload(cluster: Cluster, chains: Sequence[Sequence[Device]], demand: Demand) -> OffloadTrial:
-    """What an offloading plan would come to on the same devices."""
-    laid = _lay(demand, cluster, chains)
-    host_bytes = sum(stage.host.running.get("offloaded", 0) for stage in laid.stages)
-    return OffloadTrial(not laid.shortages, host_bytes, sum(node.disk_bytes for node in laid.nodes))
 
 
 def _require_attention(demand: Demand, chains: Sequence[Sequence[Device]]) -> None:
@@ -248,9 +229,34 @@ def most_replicas(demand: Demand, cluster: Cluster) -> int:
             chains = chain_devices(cluster, demand.num_layers, chain_options)
         except ClusterError:
             continue
-        if not any(demand.short_bytes(chain) for chain in chains):
+        if not _lay_out(demand.with_replicas(replicas), cluster, chains, None).shortages:
             return replicas
     return 1
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where everything lies, and what is short for it. Nothing is placed where GPU memory is short."""
+
+    placed: tuple[PlacedSpan, ...]
+    spills: Spills
+    stages: tuple[StagePlan, ...]
+    nodes: tuple[NodePlan, ...]
+    output: OutputPlan | None
+    shortages: tuple[Shortage, ...]
+
+
+def _lay_out(demand: Demand, cluster: Cluster, chains: Sequence[Sequence[Device]], prompts: PromptStats | None) -> _Layout:
+    options = demand.options
+    short_bytes = sum(demand.short_bytes(chain) for chain in chains)
+    placed = () if short_bytes else tuple(each for replica, chain in enumerate(chains) for each in _place(demand, replica, chain))
+    spills = _spills(demand, cluster, placed)
+    stages = tuple(_stages(demand, placed, spills))
+    nodes = _nodes(demand, cluster, stages, _disk_bytes(demand, placed, spills))
+    output = plan_output(options.parts, prompts, options.price_per_gb_month, options.compression) if prompts else None
+    shortages = [Shortage("gpu_memory", "all GPUs together", short_bytes)] if short_bytes else []
+    shortages += [*_node_shortages(cluster, nodes), *_disk_shortages(demand, output)]
+    return _Layout(placed, spills, stages, nodes, output, tuple(shortages))
 
 
 def most_batch_tokens(demand: Demand, cluster: Cluster, at_most: int) -> int | None:
@@ -261,7 +267,7 @@ def most_batch_tokens(demand: Demand, cluster: Cluster, at_most: int) -> int | N
     """
     chains = chain_devices(cluster, demand.num_layers, demand.options.chains)
     sizes = [*range(STEP_TOKENS, at_most, STEP_TOKENS), at_most]
-    too_large = bisect_left(sizes, x=True, key=lambda size: bool(_lay(demand.with_batch_tokens(size), cluster, chains).shortages))
+    too_large = bisect_left(sizes, x=True, key=lambda size: bool(_lay_out(demand.with_batch_tokens(size), cluster, chains, None).shortages))
     return sizes[too_large - 1] if too_large else None
 
 
@@ -271,19 +277,19 @@ def _place(demand: Demand, replica: int, chain: Sequence[Device]) -> Iterator[Pl
         yield PlacedSpan(replica, held.device // size, held.device, chain[held.device], held.span)
 
 
-def _gpus(demand: Demand, chains: Sequence[Sequence[Device]], laid: _Laid) -> Iterator[GpuPlan]:
+def _gpus(demand: Demand, chains: Sequence[Sequence[Device]], layout: _Layout) -> Iterator[GpuPlan]:
     """Every GPU of every chain, in order; those that stay empty take nothing."""
     size = demand.options.chains.gpus_per_stage
-    spans = {(each.replica, each.place): each.span for each in laid.placed}
+    spans = {(each.replica, each.place): each.span for each in layout.placed}
     for replica, chain in enumerate(chains):
         for place, device in enumerate(chain):
             if device.gpu is None:
                 continue
             span = spans.get((replica, place))
             if span is None:
-                yield GpuPlan(replica, place // size, device, None, Memory({} if laid.placed else demand.overhead, {}))
+                yield GpuPlan(replica, place // size, device, None, Memory({} if layout.placed else demand.overhead, {}))
                 continue
-            spilt = laid.spills.get((replica, place), Spill())
+            spilt = layout.spills.get((replica, place), Spill())
             rows = [row for row in demand.rows(span) if spilt.layers is None or row.layer is None or row.layer not in spilt.layers]
             buffers_bytes = demand.turning_bytes(span) if spilt.layers else 0
             memory = gpu_memory(rows, demand.workload, demand.transient_bytes, demand.row_bytes(span), buffers_bytes)

@@ -9,7 +9,7 @@ from m2ray.planning.demand import Demand
 from m2ray.planning.devices import Device
 from m2ray.planning.hardware import GPU_MODELS, find_gpu_model
 from m2ray.planning.memory import ModelShape
-from m2ray.planning.output import IDS_BYTES_A_ROW, PromptStats, row_bytes
+from m2ray.planning.output import PromptStats, stored_row_bytes
 
 SUSTAINED_SHARE = {False: 0.23, True: 0.37}
 """Of the peak bfloat16 operations, not compiled and compiled: two for each weight that a token meets, on an H200 with real-size
@@ -79,7 +79,7 @@ def plan_rates(
     options = demand.options
     if options.profile:
         options.profile.require(options.compute_dtype, [each.device.gpu.name if each.device.gpu else None for each in placed])
-    token_bytes = sum(row_bytes(part) + IDS_BYTES_A_ROW for part in options.parts)
+    token_bytes = sum(stored_row_bytes(part, options.compression) for part in options.parts)
     computed = options.tokens_per_s or _computed_tokens_per_s(demand, placed, padding_waste)
     found: dict[Limit, float | None] = {
         "computation": computed,

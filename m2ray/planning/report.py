@@ -36,6 +36,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
             "offload": options.offload,
             "in_flight_bytes": options.in_flight_bytes,
             "writer_queue_bytes": options.writer_queue_bytes,
+            "compression": options.compression,
         },
         "weights": {**asdict(plan.weights), "layer_bytes": list(plan.weights.layer_bytes)},
         "cluster": _cluster(plan.cluster),

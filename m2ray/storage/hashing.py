@@ -1,5 +1,7 @@
 """HashingFile: what a library that writes to a file object needs of an object being written, hashed on its way."""
 
+import time
+
 import xxhash
 
 from m2ray.storage.store import Data, PartSink
@@ -10,10 +12,12 @@ class HashingFile:
 
     Attributes:
         num_bytes: bytes handed on so far.
+        store_s: seconds that the sink took for them, `publish` included.
     """
 
     def __init__(self, sink: PartSink) -> None:
         self.num_bytes = 0
+        self.store_s = 0.0
         self.closed = False
         self._sink = sink
         self._xxh3 = xxhash.xxh3_64()
@@ -27,7 +31,9 @@ class HashingFile:
     def write(self, data: Data) -> int:
         if not self._is_aborted:  # pyarrow writes a footer whenever its writer goes away
             self._xxh3.update(data)
+            begin = time.monotonic()
             self._sink.write(data)
+            self.store_s += time.monotonic() - begin
             self.num_bytes += len(data)
         return len(data)
 
@@ -42,7 +48,9 @@ class HashingFile:
 
     def publish(self) -> None:
         """Make the object durable and visible. Raises StoreError."""
+        begin = time.monotonic()
         self._sink.close()
+        self.store_s += time.monotonic() - begin
 
     def abort(self) -> None:
         """Give the object up; what is written from now on goes nowhere."""

@@ -204,8 +204,14 @@ def _write_all(file: BinaryIO, data: Data) -> None:
 
 
 def _make_folder(folder: Path) -> None:
+    """The folder and those above it, each durable in the one that holds it."""
+    if folder.is_dir():
+        return
+    if folder.parent != folder:
+        _make_folder(folder.parent)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(exist_ok=True)
+        _fsync_folder(folder.parent)
     except FileExistsError as error:  # a file stands where the folder should: not a key that is taken
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)) from error
 

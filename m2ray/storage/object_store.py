@@ -12,8 +12,8 @@ from obstore.exceptions import AlreadyExistsError as ObjectExistsError
 from obstore.exceptions import BaseError, GenericError, PermissionDeniedError, UnauthenticatedError
 
 from m2ray.errors import AlreadyExistsError, StoreError
+from m2ray.storage import connect
 from m2ray.storage.address import parse_address
-from m2ray.storage.connect import connect
 from m2ray.storage.store import Data, PartSink, Store
 
 _UPLOAD_BYTES = 8 << 20
@@ -44,7 +44,7 @@ class ObjectStore(Store):
         address = parse_address(url)
         self.url, self._base = address.url, address.name
         with self.naming("open", ""):
-            self._store = connect(address)
+            self._store = connect.connect(address)
 
     def size(self, key: str) -> int | None:
         with self.naming("look at", key):
@@ -58,12 +58,15 @@ class ObjectStore(Store):
             return bytes(obstore.get(self._store, key).bytes())
 
     def read_into(self, key: str, offset: int, out: memoryview) -> None:
+        begin = time.monotonic()
         try:
             if len(out) <= _DOWNLOAD_BYTES:
                 self._read_piece(key, offset, out)
             else:
                 self._read_pieces(key, offset, out)
         except StoreError:
+            if time.monotonic() - begin > connect.RETRY_TIMEOUT_S / 2:  # there was no answer at all
+                raise
             # Stores answer a range past the end in words of their own.
             found = self.size(key)
             if found is None or found >= offset + len(out):
@@ -130,12 +133,13 @@ class ObjectStore(Store):
 
         A repeated `create` may find what the first one made: its callers look whether the object is their own.
         """
+        deadline = time.monotonic() + connect.RETRY_TIMEOUT_S  # what obstore has repeated for so long is not begun again
         for pause_s in _PAUSES_S:
             try:
                 send()
                 return
             except GenericError as error:
-                if "status code" in str(error):
+                if "status code" in str(error) or time.monotonic() + pause_s > deadline:
                     raise
             time.sleep(pause_s)
         send()
@@ -177,15 +181,12 @@ class _ObjectSink(PartSink):
                 raise
 
     def abort(self) -> None:
-        """Bytes that were only buffered just go. An upload on its way is completed and its object deleted: one that stays
-        unfinished would cost money unseen.
-        """
-        if self._num_bytes < _UPLOAD_BYTES and not self._writer.closed():
-            self._writer = None
-            return
-        if not self._writer.closed():
-            self.close()
-        self._store.delete([self._key])
+        """An upload that stays unfinished would cost money unseen. obstore aborts one that it cannot complete, but an answer may be lost."""
+        if self._writer.closed():
+            self._store.delete([self._key])
+        else:
+            with self._store.naming("give up", self._key):
+                self._writer.__exit__(StoreError, None, None)  # as a "with" that an error leaves: obstore aborts the upload
 
 
 def _reason(error: Exception) -> str:

@@ -22,7 +22,8 @@ class FaultyProxy:
     and never answers, "slow" waits `SLOW_S` first, "expired" says that the credentials are.
     `lasting` befalls every request for as long as it is set.
     `before_create` is called with the path of each request that bears If-None-Match, `before_put` with the path of each PUT and the
-    client's port; where that returns True, the request is not handed on. `seen` counts requests by method.
+    client's port; where that returns True, the request is not handed on. `seen` counts requests by method, `payloads` are what the
+    signatures of PUTs say of their bodies.
     """
 
     upstream: str
@@ -33,6 +34,7 @@ class FaultyProxy:
     before_put: Callable[[str, int], bool] = lambda path, port: False
     lasting: str | None = None
     seen: dict[str, int] = field(default_factory=dict)
+    payloads: set[str | None] = field(default_factory=set)
     lock: threading.Lock = field(default_factory=threading.Lock)
     ended: threading.Event = field(default_factory=threading.Event)
 
@@ -73,6 +75,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _serve(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if self.command == "PUT":
+            self.proxy.payloads.add(self.headers.get("x-amz-content-sha256"))
         fault = self.proxy.next_fault(self.command, self.path)
         if fault == "503":
             self._answer(503, "Service Unavailable", [("Content-Type", "application/xml")], b"<Error><Code>SlowDown</Code></Error>")

@@ -1,6 +1,7 @@
 """ObjectStore against a real S3 server behind a proxy that misbehaves: refused, repeated, or told clearly."""
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -9,8 +10,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import unquote
 
+import numpy as np
 import pytest
 
+from m2ray.activations.writer import ActivationWriter
+from m2ray.batches import CapturedLayer, MicroBatch, PartSpec
 from m2ray.errors import StoreError
 from m2ray.storage import Store, connect, open_store
 from tests.store.conftest import S3Server
@@ -113,6 +117,40 @@ def test_an_upload_whose_completion_got_no_answer_is_whole(store: Store, proxy: 
     assert s3.unfinished_uploads(store.url) == []
 
 
+PIECE = "partNumber="
+
+
+@pytest.mark.parametrize("fault", ["503", "drop", "lose", "hang"])
+def test_a_piece_of_an_upload_without_a_good_answer_is_sent_again(store: Store, proxy: FaultyProxy, s3: S3Server, fault: str) -> None:
+    proxy.applies_to = lambda method, path: method == "PUT" and PIECE in path
+    proxy.faults = deque([fault] * 3)
+    assert write_part(store)
+    assert store.read("part") == LARGE
+    assert not proxy.faults
+    assert proxy.seen["PUT"] == 3 + 3, "three pieces of at most 8 MiB, three times in vain"
+    assert s3.unfinished_uploads(store.url) == []
+
+
+@pytest.mark.parametrize("writes", [1, 10])
+def test_an_upload_that_cannot_go_on_is_an_error_and_leaves_nothing(
+    url: str, proxy: FaultyProxy, s3: S3Server, monkeypatch: pytest.MonkeyPatch, writes: int
+) -> None:
+    """With one, all pieces are on their way at once, and what becomes of them is told on closing."""
+    monkeypatch.setattr(connect, "RETRY_TIMEOUT_S", 1)
+    store = open_store(f"{url}?endpoint={proxy.endpoint}")
+    proxy.applies_to = lambda method, path: method == "PUT" and PIECE in path
+    proxy.faults = deque(["503"] * 10_000)
+    sink = store.open_part("part")
+    with pytest.raises(StoreError, match="Cannot write .*part: .*SlowDown"):
+        for _ in range(writes):
+            sink.write(LARGE)
+        sink.close()
+    proxy.faults.clear()
+    sink.abort()
+    assert store.size("part") is None
+    assert s3.unfinished_uploads(url) == []
+
+
 def test_a_server_that_stays_away_is_an_error_by_the_deadline(url: str, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connect, "RETRY_TIMEOUT_S", 2)
     store = open_store(f"{url}?endpoint={proxy.endpoint}")
@@ -122,6 +160,26 @@ def test_a_server_that_stays_away_is_an_error_by_the_deadline(url: str, proxy: F
         store.read("key")
     assert 1 < time.monotonic() - begin < 20
     assert proxy.seen["GET"] > 3
+
+
+@pytest.mark.parametrize("operation", [*OPERATIONS, "create"])
+def test_a_server_that_is_gone_is_an_error_by_the_deadline(
+    url: str, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch, operation: str
+) -> None:
+    monkeypatch.setattr(connect, "RETRY_TIMEOUT_S", 3)
+    store = open_store(f"{url}?endpoint={proxy.endpoint}")
+    proxy.refuse()
+    begin = time.monotonic()
+    with pytest.raises(StoreError, match=f"Cannot .* {re.escape(store.where(''))}"):
+        store.create("new", b"1") if operation == "create" else OPERATIONS[operation](store)
+    assert 1 < time.monotonic() - begin < 6
+    proxy.listen()
+
+
+def test_on_loopback_bodies_are_not_hashed_for_their_signature(store: Store, proxy: FaultyProxy) -> None:
+    store.put("key", CONTENT)
+    assert write_part(store)
+    assert proxy.payloads == {"UNSIGNED-PAYLOAD"}
 
 
 # -- errors ---------------------------------------------------------------------------------------------------------------
@@ -136,6 +194,24 @@ def test_wrong_credentials_are_named_and_not_shown(url: str, monkeypatch: pytest
     assert "SignatureDoesNotMatch" in text
     for secret in ("not-the-secret-key", os.environ["AWS_ACCESS_KEY_ID"], "Signature=", "Debug"):
         assert secret not in text
+
+
+def test_what_an_attempt_that_fails_has_uploaded_is_given_up(url: str, proxy: FaultyProxy, s3: S3Server) -> None:
+    """The writer itself: a micro-batch of 40 MB is on its way, then the attempt is abandoned."""
+    spec, num_tokens = PartSpec("residual", 0, "bfloat16", 2048), 10_000
+    micro_batch = MicroBatch(0, 0, False, np.array([0]), np.array([num_tokens], np.int32), np.zeros((1, num_tokens), np.int32))
+    rows = np.zeros((num_tokens, 4096), np.uint8)
+    writer = ActivationWriter(open_store(f"{url}?endpoint={proxy.endpoint}"), {}, [spec], queue_bytes=1 << 30, threads=1)
+    writer.submit("a1", micro_batch, [CapturedLayer("residual", 0, rows)], 60)
+    deadline = time.monotonic() + 60
+    while writer.queued_bytes:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert len(s3.unfinished_uploads(url)) == 1
+    writer.abandon(0, "a1")
+    writer.close()
+    assert s3.unfinished_uploads(url) == []
+    assert list(open_store(url).list("")) == []
 
 
 def test_an_absent_bucket_is_named(s3: S3Server) -> None:

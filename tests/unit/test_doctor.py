@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 from dataclasses import replace
 from pathlib import Path
 
@@ -112,6 +113,13 @@ def test_this_machine_with_a_sound_and_a_damaged_model(tmp_path: Path) -> None:
     assert not [one for one in found["findings"] if one["level"] == "problem" and one["check"] in of_folders]
     assert found["nodes"][0]["read_bytes_per_s"] > 0
     assert not [path for path in output.rglob("*") if path.is_file()], "what was made to try the store is gone"
+    index = model / "model.safetensors.index.json"
+    record = json.loads(index.read_text())
+    record["metadata"]["total_size"] += 5
+    index.write_text(json.dumps(record))
+    _, found = doctor("--model", str(model))
+    (note,) = [one for one in found["findings"] if one["check"] == "checkpoint_files"]
+    assert (note["level"], f"{record['metadata']['total_size']:,} bytes" in note["what"]) == ("note", True)
     cut = min(model.glob("*.safetensors"))
     os.truncate(cut, cut.stat().st_size - 10)
     exit_code, found = doctor("--model", str(model), "--output", "/sys/m2ray-run")
@@ -119,3 +127,21 @@ def test_this_machine_with_a_sound_and_a_damaged_model(tmp_path: Path) -> None:
     assert exit_code == 1
     assert {"checkpoint_files", "store"} <= broken.keys()
     assert cut.name in broken["checkpoint_files"]
+
+
+def test_a_cluster_that_cannot_be_joined_hides_no_other_problem(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+    exit_code, found = doctor("--address", address, "--model", str(tmp_path))
+    problems = {one["check"]: one for one in found["findings"] if one["level"] == "problem"}
+    assert (exit_code, found["nodes"]) == (1, [])
+    assert problems.keys() == {"checkpoint_files", "cluster"}
+    assert address in problems["cluster"]["what"]
+    assert all(one["remedy"] for one in problems.values())
+
+
+def test_what_is_printed_ends_with_the_problems_and_their_number(tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, ["doctor", "--model", str(tmp_path), "--in-flight", "1000TB"], env={"RAY_ADDRESS": ""})
+    lines = [line for line in result.stdout.splitlines() if line.startswith(("note", "problem"))]
+    assert [line.split()[0] for line in lines] == sorted(line.split()[0] for line in lines)
+    assert result.stdout.splitlines()[-1] == f"{sum(line.startswith('problem') for line in lines)} problems."

@@ -67,6 +67,13 @@ def test_unknown_and_malformed_gpus_are_all_listed():
             parse_gpus(text)
 
 
+def test_a_slip_of_the_finger_is_refused_at_once():
+    for text in ("100000000xH200", "100000 nodes of 100000xH200", "4096xH200,H200"):
+        with pytest.raises(ConfigError, match="more than 4,096 GPUs"):
+            parse_gpus(text)
+    assert parse_gpus("512 nodes of 8xH200").num_gpus == 4096
+
+
 def gpu(index: int, free_bytes: int = 80 * GB) -> Gpu:
     return Gpu(index, "H100-80GB", 85 * GB, free_bytes)
 

@@ -5,7 +5,6 @@ from pathlib import Path
 import duckdb
 import numpy as np
 import polars as pl
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -13,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
+from m2ray.activations import planes
+from m2ray.activations.column_chunks import encode_tokens
 from m2ray.activations.commits import claim_run
 from m2ray.activations.pages import PartPages
-from m2ray.activations.part_writer import PartWriter, token_columns
-from m2ray.activations.planes import join, split
+from m2ray.activations.part_writer import PartWriter
 from m2ray.activations.reader import open_run
 from m2ray.activations.schema import activation_columns, part_key
-from m2ray.activations.thrift import read_struct
 from m2ray.activations.verify import verify
 from m2ray.batches import TOKEN_ROW, PartSpec
 from m2ray.errors import ConfigError, NotInRunError, RunDamagedError
@@ -54,7 +53,7 @@ def write_part(folder: Path, compression: str, spec: PartSpec, groups: list[np.n
     for rows in groups:
         tokens = np.zeros(len(rows), TOKEN_ROW)
         tokens["position"] = np.arange(len(rows))
-        writer.append(token_columns(tokens), rows)
+        writer.append(encode_tokens(tokens), rows)
     writer.finish("0")
     return PartPages(store, writer.receipt.key, writer.receipt.num_bytes, activation_columns(spec, compression))
 
@@ -62,10 +61,9 @@ def write_part(folder: Path, compression: str, spec: PartSpec, groups: list[np.n
 @given(npst.arrays(np.uint16, st.tuples(st.integers(0, 5), st.integers(1, 9))))
 def test_planes_lose_nothing(numbers: np.ndarray) -> None:
     rows = numbers.astype("<u2").view(np.uint8)
-    high, low = split(rows)
-    assert np.array_equal(high, rows[:, 1::2])
-    assert np.array_equal(low, rows[:, 0::2])
-    assert np.array_equal(join(high, low), rows)
+    assert np.array_equal(planes.high(rows), rows[:, 1::2])
+    assert np.array_equal(planes.low(rows), rows[:, 0::2])
+    assert np.array_equal(planes.join(planes.high(rows), planes.low(rows)), rows)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -170,16 +168,3 @@ def test_a_damaged_page_index_is_refused_or_harmless(tmp_path: Path) -> None:
             refused += 1
             assert str(path) in str(error)
     assert refused > 100
-
-
-def test_thrift_reads_what_pyarrow_writes(tmp_path: Path) -> None:
-    table = pa.table({"a": list(range(1000)), "b": ["x"] * 1000})
-    pq.write_table(table, tmp_path / "t.parquet", row_group_size=300)
-    data = (tmp_path / "t.parquet").read_bytes()
-    footer, stop = read_struct(data, len(data) - 8 - int.from_bytes(data[-8:-4], "little"))
-    assert stop == len(data) - 8
-    assert footer[3] == 1000
-    assert [group[3] for group in footer[4]] == [300, 300, 300, 100]
-    assert [chunk[3][3] for chunk in footer[4][0][1]] == [[b"a"], [b"b"]]
-    with pytest.raises(ValueError, match="cut off"):
-        read_struct(data[:-20], len(data) - 8 - int.from_bytes(data[-8:-4], "little"))

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from m2ray.activations.part_writer import PartWriter, token_columns
+from m2ray.activations.column_chunks import encode_tokens
+from m2ray.activations.part_writer import PartWriter
 from m2ray.batches import TOKEN_ROW, LayerSpan, PartSpec, TensorRow, TensorTable
 from m2ray.errors import ClusterError, ConfigError
 from m2ray.planning.demand import Demand, PlanOptions
@@ -232,6 +233,53 @@ def test_remedies_for_limits_and_for_float32():
     assert plan("8xA100-80GB").remedies == ()
 
 
+def test_remedies_without_max_memory_count_the_gpus_that_it_left_out():
+    left_out = plan("8xH200", max_memory=parse_max_memory("0:60GB,1:60GB,2:40GB"))
+    assert left_out.remedies[0].text == "It fits without max_memory."
+    more = next(remedy for remedy in left_out.remedies if remedy.option == "gpus")
+    assert "of which 60,000,000,000 bytes each may be used" in more.text
+
+
+def cpu_node(name: str = "a", **changed) -> Node:
+    return Node(name, **{"cpus": 8, "host_bytes": 64 * GB, "shm_bytes": 32 * GB, **changed})
+
+
+def test_remedies_for_host_memory():
+    """Transient memory, hidden states and captured rows go with the micro-batch; weights go to more nodes."""
+    cluster = Cluster((cpu_node(host_bytes=38 * GB),))
+    short = plan(cluster, num_layers=4)
+    assert [shortage.resource for shortage in short.shortages] == ["host_memory"]
+    remedies = {remedy.option: remedy.value for remedy in short.remedies}
+    assert plan(cluster, num_layers=4, batch_tokens=remedies["batch_tokens"]).fits
+    assert not plan(cluster, num_layers=4, batch_tokens=remedies["batch_tokens"] + 256).fits
+    wider = Cluster(tuple(cpu_node(str(number), host_bytes=38 * GB) for number in range(remedies["nodes"])))
+    assert plan(wider, num_layers=4, stages=remedies["nodes"]).fits
+
+
+def test_remedies_for_shared_memory_and_disk():
+    small = Cluster((cpu_node(host_bytes=200 * GB, shm_bytes=GB // 2),))
+    short = plan(small, num_layers=4, stages=4)
+    assert [shortage.resource for shortage in short.shortages] == ["shared_memory"]
+    (in_flight,) = (remedy.value for remedy in short.remedies if remedy.option == "in_flight")
+    assert plan(small, num_layers=4, stages=4, in_flight_bytes=in_flight).fits
+    needed_bytes = plan("8xH200", prompts=PROMPTS).output.disk_bytes
+    full = plan("8xH200", prompts=PROMPTS, disk_free_bytes=int(0.8 * needed_bytes))
+    assert [remedy.option for remedy in full.remedies] == ["compression", "output"]
+    assert plan("8xH200", prompts=PROMPTS, disk_free_bytes=int(0.8 * needed_bytes), compression="planes").fits
+
+
+def test_the_host_is_a_remedy_where_it_has_room_and_else_the_disk():
+    node = parse_gpus("2xH200").nodes[0]
+
+    def offered(host_bytes: int) -> list[object]:
+        remedies = plan(Cluster((replace(node, host_bytes=host_bytes),))).remedies
+        return [remedy.value for remedy in remedies if remedy.option == "offload"]
+
+    assert offered(900 * GB) == ["cpu"]
+    assert offered(100 * GB) == ["disk"]
+    assert offered(1 * GB) == []
+
+
 @pytest.mark.parametrize("attn", ["eager", "sdpa", "flash_attention_2", "flex_attention"])
 def test_long_prompts_count_and_the_length_that_fits_is_told(attn):
     """32k tokens as one prompt: eager attention needs many times the memory, the others no more than for short prompts."""
@@ -330,11 +378,11 @@ def test_a_chain_takes_the_smallest_node_that_holds_it():
 
 
 def test_too_few_gpus_is_said_in_numbers():
-    with pytest.raises(ClusterError, match=r"2 x 12 stages.*node-0 has 8; node-1 has 8: 8 too few"):
+    with pytest.raises(ClusterError, match=r"2 x 12 stages need 1 GPU each.*8 on node-0, 8 on node-1: 8 too few"):
         plan("2 nodes of 8xH200", stages=12, replicas=2)
     with pytest.raises(ClusterError, match="8 too few"):
         plan("16xH200", replicas=24)
-    with pytest.raises(ConfigError, match="3 stages of 1 GPUs cannot share 2 layers"):
+    with pytest.raises(ConfigError, match="3 stages of 1 GPU cannot share 2 layers"):
         plan("8xH200", num_layers=2, stages=3)
 
 
@@ -348,6 +396,8 @@ def test_auto_replicas_are_as_many_as_fit():
     assert most_replicas(demand(num_layers=4), parse_gpus("8xH200")) == 8
     assert plan("8xH200", replicas=2).fits
     assert not plan("8xH200", replicas=3).fits
+    crowded = replace(parse_gpus("8xH200").nodes[0], host_bytes=24 * GB)
+    assert most_replicas(demand(num_layers=4), Cluster((crowded,))) < 8, "host memory counts too"
 
 
 def test_without_gpus_everything_is_host_memory():
@@ -390,7 +440,7 @@ def test_output_bytes_are_within_two_percent_of_the_writers(tmp_path, width, dty
         tokens["position"] = np.arange(rows) % length
         tokens["token_id"] = np.minimum(rng.zipf(1.2, rows), vocabulary) - 1 if is_natural else rng.integers(0, vocabulary, rows)
         bits = rng.integers(0, 256, (rows, width * (2 if dtype == "bfloat16" else 4)), dtype=np.uint8)
-        writer.append(token_columns(tokens), bits)
+        writer.append(encode_tokens(tokens), bits)
     writer.finish("0" * 32)
     assert part_bytes(spec, row_groups * rows, row_groups) == pytest.approx(writer.receipt.num_bytes, rel=0.02)
 
@@ -422,6 +472,8 @@ def test_the_slowest_resource_limits_the_run():
     assert stated.rates.is_stated
     assert stated.rates.store_bytes_per_s == pytest.approx(1000 * 62 * (6144 + 4.2))
     assert (stated.limiting_resource, stated.rates.duration_s) == ("computation", 20.0)
+    in_planes = plan("8xH200", prompts=PROMPTS, tokens_per_s=1000.0, compression="planes")
+    assert in_planes.rates.store_bytes_per_s == pytest.approx(1000 * 62 * (0.71 * 6144 + 4.2))
     slow_store = plan("8xH200", tokens_per_s=1000.0, store_bytes_per_s=1e6)
     assert slow_store.limiting_resource == "store"
     assert slow_store.rates.limits["store"] == pytest.approx(1e6 / 62 / (6144 + 4.2))
@@ -483,6 +535,20 @@ def test_the_picture_says_what_is_missing_and_what_helps():
     assert "It does not fit" in text
     assert f"{plan('6xH100-80GB', batch_tokens=65_536).short_by_bytes:,} bytes short" in text
     assert "It fits with batch_tokens =" in text
+
+
+def test_the_picture_tells_what_makes_up_each_peak():
+    planned = plan("2xH200", offload=True)
+    lines = drawn(planned).splitlines()
+    first = next(number for number, line in enumerate(lines) if line.startswith("GPU memory by stage, GB"))
+    row = next(line for line in lines[first:] if line.startswith("0 ")).split()
+    memory = planned.gpus[0].memory
+    assert row[1:] == [
+        f"{num_bytes / 1e9:.2f}" for num_bytes in (*memory.running.values(), memory.peak_bytes, sum(memory.loading.values()))
+    ]
+    host = next(number for number, line in enumerate(lines) if line.startswith("host memory by stage, GB"))
+    assert f"{planned.stages[0].host.running['offloaded'] / 1e9:.2f}" in "".join(lines[host:])
+    assert any(line.startswith("2-7 ") for line in drawn(plan("8xH200")).splitlines()), "neighbours that hold the same share a line"
 
 
 def test_the_picture_tells_what_is_offloaded_and_where():

@@ -28,7 +28,7 @@ def plan() -> Plan:
 def stage(number: int, span: LayerSpan, parameter_bytes: int, **changed) -> StageMeasured:
     gpu = GpuMeasured(number, "A100-80GB", 80 * GB, 20 * GB, 21 * GB, 23 * GB, 24 * GB, 25 * GB)
     measured = StageMeasured(
-        0, number, "node-0", span, (gpu,), 20 * GB, 10.0, parameter_bytes, 2, 900, 1000, 6.0, 1.0, 0.5, 0.25, 3.0, 230_000, GB
+        0, number, "node-0", span, (gpu,), 20 * GB, 10.0, parameter_bytes, 2, 900, 1000, 6.0, 1.0, 0.5, 0.25, 3.0, 2.0, 230_000, GB
     )
     return replace(measured, **changed)
 
@@ -36,7 +36,7 @@ def stage(number: int, span: LayerSpan, parameter_bytes: int, **changed) -> Stag
 @pytest.fixture
 def run() -> RunMeasured:
     stages = (stage(0, LayerSpan(0, 2), 20 * GB + 128_000), stage(1, LayerSpan(2, 4), 20 * GB))
-    return RunMeasured("run", 10.0, 9.0, 900, stages)
+    return RunMeasured("run", 10.0, 9.0, 900, 457_000, stages)
 
 
 def test_the_report_sets_plan_against_measured(plan: Plan, run: RunMeasured) -> None:
@@ -45,7 +45,7 @@ def test_the_report_sets_plan_against_measured(plan: Plan, run: RunMeasured) -> 
     assert report["parameter_bytes"] == {"planned": 40 * GB + 128_000, "measured": 40 * GB + 128_000}
     assert report["tokens_per_s"]["measured"] == 100
     assert report["padding_waste"] == {"planned": pytest.approx(0.1), "measured": pytest.approx(0.1)}
-    assert report["output_bytes"] == {"planned": plan.output.num_bytes, "measured": 460_000}
+    assert report["output_bytes"] == {"planned": plan.output.num_bytes, "measured": 457_000}
     assert [one["layers"] for one in report["stages"]] == [[0, 1], [2, 3]]
     assert report["stages"][1]["gpus"][0]["planned_peak_bytes"] == plan.gpus[1].memory.peak_bytes
     assert report["stages"][0]["compute_s"] == 6.0
@@ -56,6 +56,7 @@ def test_the_report_sets_plan_against_measured(plan: Plan, run: RunMeasured) -> 
     [
         ({}, "computation"),
         ({"write_wait_s": 7.0}, "store"),
+        ({"write_wait_s": 7.0, "store_s": 1.0}, "encoder"),
         ({"copy_s": 7.0}, "device_to_host_copy"),
         ({"wait_s": 50.0, "compute_s": 7.0}, "filling_the_chain"),
     ],
@@ -73,10 +74,11 @@ def test_lines_at_the_start_after_loading_and_at_the_end(plan: Plan, run: RunMea
     summary = summary_lines(plan, run)
     assert "100 tokens/s" in summary[0]
     assert "padding 10.0%" in summary[0]
+    assert "457.0 kB of output (planned 4" in summary[1]
     assert summary[-1] == "What limited the run: computation"
 
 
 def test_a_run_with_nothing_left_to_do(plan: Plan) -> None:
-    nothing = RunMeasured("run", 0.0, 0.0, 0, ())
+    nothing = RunMeasured("run", 0.0, 0.0, 0, 0, ())
     assert summary_lines(plan, nothing) == ["Nothing was extracted: every shard was there."]
     assert build_report(plan, nothing)["tokens_per_s"]["measured"] is None

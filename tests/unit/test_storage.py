@@ -3,8 +3,10 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -70,6 +72,33 @@ def test_deleting_what_is_gone_is_no_error(store: Store) -> None:
     store.put("a", b"")
     store.delete(["a", "a", "b"])
     assert list(store.list("")) == []
+
+
+def test_file_and_folders_are_on_the_disk_before_a_key_counts(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The calls in their order, each done: what a power cut would cut off."""
+    calls: list[tuple[str, Path]] = []
+
+    def watch(name: str, path_of: Callable[[Any], Path]) -> None:
+        call = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *args: (call(*args), calls.append((name, path_of(args[-1]))))[0])
+
+    watch("fsync", lambda fd: Path(os.readlink(f"/proc/self/fd/{fd}")))
+    watch("link", Path)
+    watch("replace", Path)
+    root = tmp_path / "root"
+    sink = store.open_part("data/layer=000/a.parquet")
+    sink.write(b"whole")
+    made = [path for name, path in calls if name == "fsync"]
+    assert set(made) == {tmp_path, root, root / "data"}, "each new folder lasts in the one above it"
+    calls.clear()
+    sink.close()
+    (first, unfinished), *rest = calls
+    assert (first, unfinished.parent) == ("fsync", root / "_unfinished")
+    assert rest == [("link", root / "data/layer=000/a.parquet"), ("fsync", root / "data/layer=000")]
+    calls.clear()
+    store.put("report.json", b"1")
+    assert [name for name, _ in calls] == ["fsync", "replace", "fsync"]
+    assert calls[-1][1] == root
 
 
 def test_errors_name_the_file_and_the_reason(store: Store, tmp_path: Path) -> None:

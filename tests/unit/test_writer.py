@@ -99,7 +99,7 @@ def test_receipts_say_what_lies_in_the_store(tmp_path: Path, threads: int) -> No
         assert b"".join(table["activation"].to_pylist()) == rows.tobytes()
     assert writer.written_bytes == sum(part.num_bytes for part in receipts)
     assert writer.queued_bytes == 0
-    assert writer.write_s > 0
+    assert 0 < writer.store_s < writer.write_s
     writer.close()
     assert len(files_below(tmp_path)) == len(receipts)
 
@@ -212,7 +212,7 @@ def writes_of_a_shard(folder: Path) -> int:
 
 def test_a_full_disk_at_any_write_surfaces_and_leaves_nothing(tmp_path: Path) -> None:
     num_writes = writes_of_a_shard(tmp_path / "counted")
-    assert num_writes > 60
+    assert num_writes > 25
     for failing_write in range(1, num_writes + 1):
         folder = tmp_path / f"{failing_write}"
         store = HookedStore(folder, full_disk(failing_write))

@@ -1,0 +1,147 @@
+"""Column chunks: one column of one row group each. The tokens' are encoded by pyarrow; an activation's pages are its rows' memory.
+
+A required fixed-length column, plainly encoded, has pages whose body is the values one after the other: what row-major rows are
+already. So they go to the store from where they lie; a library that encodes them copies them for nothing.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from m2ray.activations import parquet_format as parquet
+from m2ray.activations.schema import TOKEN_FIELDS
+from m2ray.batches import Bits
+from m2ray.storage.hashing import HashingFile
+
+PLAIN_PAGE_BYTES = 4 << 20
+"""Of rows that are stored as they are: any row is found in them by its number alone. Larger ones leave the processor's cache between
+their hash and their way out, smaller ones cost more calls."""
+
+ZSTD_PAGE_BYTES = 128 << 10
+"""Before compression: whoever needs one row reads and decompresses its whole page."""
+
+_ZSTD_LEVEL = 1  # higher ones gain nothing on activations
+
+# Token ids make a small dictionary, positions have small differences. The page index is how single rows are found (pages.py).
+_TOKEN_OPTIONS = {
+    "compression": "none",
+    "use_dictionary": ["sequence_id", "token_id"],
+    "column_encoding": {"position": "DELTA_BINARY_PACKED"},
+    "write_statistics": ["sequence_id", "position"],
+    "write_page_index": True,
+    "store_schema": False,
+}
+
+
+@dataclass(frozen=True)
+class ColumnChunk:
+    """One column of one row group, written or to be written.
+
+    Attributes:
+        meta_data: parquet_format.COLUMN_META_DATA.
+        page_locations: parquet_format.PAGE_LOCATION of each page.
+        column_index: the bytes of its column index; empty if it has none.
+    """
+
+    meta_data: dict[str, Any]
+    page_locations: tuple[dict[str, Any], ...]
+    column_index: bytes = b""
+
+    def moved(self, num_bytes: int) -> "ColumnChunk":
+        """The same bytes, so much further on in a file."""
+        offsets = {name: value + num_bytes for name, value in self.meta_data.items() if name.endswith("_page_offset")}
+        pages = tuple(page | {"offset": page["offset"] + num_bytes} for page in self.page_locations)
+        return replace(self, meta_data=self.meta_data | offsets, page_locations=pages)
+
+
+@dataclass(frozen=True)
+class TokenColumns:
+    """The token columns of one micro-batch: `data` is their chunks, whose offsets count from its beginning."""
+
+    num_rows: int
+    data: bytes
+    chunks: tuple[ColumnChunk, ...]
+
+
+def encode_tokens(token_rows: npt.NDArray[Any]) -> TokenColumns:
+    """TOKEN_ROW [N], encoded: made once, written into every part."""
+    arrays = [pa.array(np.ascontiguousarray(token_rows[field.name]), type=field.type) for field in TOKEN_FIELDS]
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_arrays(arrays, schema=pa.schema(TOKEN_FIELDS)), sink, row_group_size=len(token_rows), **_TOKEN_OPTIONS)
+    file = sink.getvalue().to_pybytes()
+    footer, _ = parquet.FILE_META_DATA.read(file, len(file) - 8 - int.from_bytes(file[-8:-4], "little"))
+    (group,) = footer["row_groups"]
+    start = len(parquet.MAGIC)
+    chunks = tuple(_chunk_of(file, column).moved(-start) for column in group["columns"])
+    return TokenColumns(len(token_rows), file[start : start + group["total_compressed_size"]], chunks)
+
+
+def _chunk_of(file: bytes, column: dict[str, Any]) -> ColumnChunk:
+    """A column chunk of a whole file, with its part of the page index."""
+    pages = parquet.OFFSET_INDEX.read(file, column["offset_index_offset"])[0]["page_locations"]
+    start = column.get("column_index_offset", 0)
+    return ColumnChunk(column["meta_data"], tuple(pages), file[start : start + column.get("column_index_length", 0)])
+
+
+def write_rows(
+    file: HashingFile, column: tuple[str, int], rows: Bits, values_of: Callable[[Bits], Bits] | None = None, *, zstd: bool = False
+) -> ColumnChunk:
+    """Write a column of fixed-size values at the file's end, page by page.
+
+    Args:
+        file: the part.
+        column: its name, and the bytes of one value.
+        rows: uint8 [N, W * itemsize].
+        values_of: gives the values, uint8 [N, value_bytes], of some of the rows; None if the rows are the values.
+        zstd: whether pages are compressed.
+
+    Raises:
+        StoreError: the store refused.
+    """
+    name, value_bytes = column
+    begin, uncompressed_bytes, locations = file.num_bytes, 0, []
+    page_rows = max(1, (ZSTD_PAGE_BYTES if zstd else PLAIN_PAGE_BYTES) // value_bytes)
+    for first_row in range(0, len(rows), page_rows):
+        page = rows[first_row : first_row + page_rows]
+        values = np.ascontiguousarray(values_of(page) if values_of else page).reshape(-1).data
+        body = pa.Codec("zstd", compression_level=_ZSTD_LEVEL).compress(values, asbytes=True) if zstd else values
+        header = _page_header(len(page), len(values), len(body))
+        locations.append({"offset": file.num_bytes, "compressed_page_size": len(header) + len(body), "first_row_index": first_row})
+        file.write(header)
+        file.write(body)
+        uncompressed_bytes += len(header) + len(values)
+    meta_data = {
+        "type": parquet.FIXED_LEN_BYTE_ARRAY,
+        "encodings": [parquet.PLAIN],
+        "path_in_schema": [name.encode()],
+        "codec": parquet.ZSTD if zstd else parquet.UNCOMPRESSED,
+        "num_values": len(rows),
+        "total_uncompressed_size": uncompressed_bytes,
+        "total_compressed_size": file.num_bytes - begin,
+        "data_page_offset": begin,
+        "encoding_stats": [{"page_type": parquet.DATA_PAGE, "encoding": parquet.PLAIN, "count": len(locations)}],
+    }
+    return ColumnChunk(meta_data, tuple(locations))
+
+
+def _page_header(num_values: int, values_bytes: int, body_bytes: int) -> bytes:
+    """Of a page of required values, which have no levels: their encodings are named because the format wants it."""
+    of_values = {
+        "num_values": num_values,
+        "encoding": parquet.PLAIN,
+        "definition_level_encoding": parquet.RLE,
+        "repetition_level_encoding": parquet.RLE,
+    }
+    return parquet.PAGE_HEADER.write(
+        {
+            "type": parquet.DATA_PAGE,
+            "uncompressed_page_size": values_bytes,
+            "compressed_page_size": body_bytes,
+            "data_page_header": of_values,
+        }
+    )
