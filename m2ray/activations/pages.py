@@ -16,7 +16,7 @@ from m2ray.activations import planes
 from m2ray.activations.parquet_format import DATA_PAGE, FILE_META_DATA, MAGIC, OFFSET_INDEX, PAGE_HEADER, UNCOMPRESSED, ZSTD
 from m2ray.batches import Bits, Int64Array
 from m2ray.errors import RunDamagedError
-from m2ray.storage import Store
+from m2ray.storage import LocalStore, Store
 
 _MALFORMED = (ValueError, LookupError, TypeError, AttributeError, OverflowError)
 
@@ -46,8 +46,13 @@ class PartPages:
     def pieces(self, numbers: Int64Array) -> Iterator[tuple[int, int]]:
         """Cut ascending row numbers, where each is read best: [start, stop) places in `numbers`.
 
-        Neighbours are read together; of compressed pages all rows are, since the page is read as a whole anyway.
+        Neighbours are read together; of compressed pages all rows are, since the page is read as a whole anyway. On a disk all rows
+        of a column that is not compressed are, since the store finds neighbours by itself and opens the file once.
         """
+        if isinstance(self._store, LocalStore) and not self._columns[0].is_compressed:
+            if len(numbers):
+                yield 0, len(numbers)
+            return
         pages = self._columns[0].pages_of(numbers)
         together = np.diff(pages) == 0
         if not self._columns[0].is_compressed:
