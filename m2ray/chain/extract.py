@@ -32,7 +32,7 @@ from m2ray.planning.demand import Demand
 from m2ray.planning.memory import window
 from m2ray.planning.output import PromptStats
 from m2ray.planning.plan import GpuPlan, Plan, most_batch_tokens, most_replicas, plan_run
-from m2ray.planning.probe import offload_folder
+from m2ray.planning.probe import offload_folder, probed_folder
 from m2ray.planning.spill import Spill
 from m2ray.prompts import ShardTable, Survey, TokenSpool, batching, load_shards, micro_batches, respool, survey
 
@@ -83,7 +83,7 @@ class _Work:
 def _hardware(config: ExtractConfig) -> Iterator[Hardware]:
     """Join or start the cluster and look at its nodes."""
     with cluster(config.placement_timeout_s):
-        yield probe_hardware(parse_labels(config.node_labels), offload_folder(config))
+        yield probe_hardware(parse_labels(config.node_labels), probed_folder(config))
 
 
 def _resolve(inputs: Inputs, shards: ShardTable, hardware: Hardware) -> Inputs:

@@ -18,7 +18,7 @@ from m2ray.planning.demand import Demand, PlanOptions
 from m2ray.planning.hardware import Cluster, parse_gpus
 from m2ray.planning.memory import ModelShape
 from m2ray.planning.plan import Plan, most_replicas, plan_run
-from m2ray.planning.probe import disk_free_bytes, offload_folder, probe_node
+from m2ray.planning.probe import disk_free_bytes, probe_node, probed_folder
 from m2ray.planning.profile import Profile
 
 DOES_NOT_FIT = 3
@@ -129,10 +129,10 @@ def _prompts(config: PlanConfig, model_config: Any, batch_tokens: int) -> Any:
 def _found_cluster(config: PlanConfig, labels: dict[str, str]) -> Cluster:
     """Every node of the cluster that RAY_ADDRESS names, or this machine."""
     if not os.environ.get("RAY_ADDRESS"):
-        return Cluster((probe_node(folder=offload_folder(config), visible=os.environ.get("CUDA_VISIBLE_DEVICES")),))
+        return Cluster((probe_node(folder=probed_folder(config), visible=os.environ.get("CUDA_VISIBLE_DEVICES")),))
     from m2ray.chain.probing import probe_cluster
 
-    return probe_cluster(config.placement_timeout_s, labels, offload_folder(config))
+    return probe_cluster(config.placement_timeout_s, labels, probed_folder(config))
 
 
 def _print(plan: Plan, checkpoint: dict[str, Any]) -> None:

@@ -50,6 +50,13 @@ def offload_folder(config: ExtractConfig) -> str:
     return (config.offload_folder or tempfile.gettempdir()) if config.offload == "disk" else ""
 
 
+def probed_folder(config: ExtractConfig) -> str:
+    """Of whose disk every node says what is free: that of layers which are kept there, else the run's, else the temporary one."""
+    if config.offload == "disk":
+        return offload_folder(config)
+    return str(Path(config.output).absolute()) if config.output and "://" not in config.output else tempfile.gettempdir()
+
+
 def disk_free_bytes(output: str | None) -> int | None:
     """What the disk of a run folder, there or yet to be made, has left; None for a bucket."""
     if output is None or "://" in output:

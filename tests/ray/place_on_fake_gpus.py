@@ -27,13 +27,14 @@ config = minimax_config()
 table = tensor_table_from_config(config)
 
 
-def node_of_fake_gpus(name: str) -> Node:
+def node_of_fake_gpus(name: str, folder: str) -> Node:
+    assert not folder, "no layer is kept on a disk"
     return replace(parse_gpus("8xH100-80GB").nodes[0], name=name)
 
 
 @ray.remote(num_cpus=0)
 def fake_gpus_here():
-    return tuple(node_of_fake_gpus("here").gpus[index] for index in ray.get_gpu_ids())
+    return tuple(node_of_fake_gpus("here", "").gpus[index] for index in ray.get_gpu_ids())
 
 
 def planned(hardware: probing.Hardware, **options: object) -> Plan:

@@ -47,7 +47,9 @@ def plan_json(cluster: RayCluster, model: Path, *words: str) -> dict[str, Any]:
 def test_the_connected_cluster_is_planned(two_nodes: RayCluster, model: Path) -> None:
     found = plan_json(two_nodes, model, "--stages", "3", "--batch-tokens", "512")
     assert len(found["cluster"]) == 2
-    assert all(node["host_bytes"] and node["shm_bytes"] and node["versions"]["ray"] for node in found["cluster"])
+    assert all(
+        node["host_bytes"] and node["shm_bytes"] and node["disk_free_bytes"] and node["versions"]["ray"] for node in found["cluster"]
+    )
     assert len({stage["node"] for stage in found["stages"]}) == 2
     assert len(plan_json(two_nodes, model, "--node-labels", "kind=b", "--batch-tokens", "512")["cluster"]) == 1
     refused = two_nodes.run("m2ray", "plan", "--model", str(model), "--node-labels", "kind=none")
