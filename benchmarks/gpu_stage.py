@@ -8,7 +8,6 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -29,22 +28,17 @@ LOADS = 3
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("half", choices=("running", "loading"), help="each takes the GPU for itself")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--layers", type=int, default=LAYERS)
-    parser.add_argument("--only", choices=("running", "loading"), help="half of it")
     arguments = parser.parse_args()
     model = real_size(arguments.folder, arguments.layers)
-    config = json.loads((model / "config.json").read_text())
-    title = f"A stage of {arguments.layers} layers at MiniMax-M2's real dimensions, FP8 checkpoint, bfloat16"
-    rows: list[Row] = []
-    halves: dict[str, Callable[[], list[Row]]] = {
-        "running": lambda: running(model, arguments.layers, config),
-        "loading": lambda: loading(model, arguments.layers),
-    }
-    for name, half in halves.items():
-        if arguments.only in {None, name}:
-            rows += half()
-            record("gpu_stage", title, rows)  # after each: a machine's time may end before the other
+    size = f"{arguments.layers} layers at MiniMax-M2's real dimensions, FP8 checkpoint, bfloat16"
+    if arguments.half == "running":
+        config = json.loads((model / "config.json").read_text())
+        record("gpu_stage", f"A stage of {size}", running(model, arguments.layers, config))
+    else:
+        record("gpu_loading", f"Loading {size}", loading(model, arguments.layers))
 
 
 def spec(model: Path, num_layers: int, *, compiled: bool) -> StageSpec:

@@ -42,14 +42,17 @@ def machine() -> str:
 
 
 def record(name: str, title: str, rows: list[Row], command: str = "") -> Path:
-    """Write results/NAME.json with what is needed to run it again: `command`, or the module that runs now."""
+    """Write results/NAME.json with what is needed to run it again: `command`, or the module that runs now.
+
+    M2RAY_COMMIT names the commit where the tree that runs has no history of its own.
+    """
     head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=FOLDER, capture_output=True, text=True, check=False).stdout.strip()
     document = {
         "title": title,
         "command": command or shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
         "machine": machine(),
         "date": datetime.now(UTC).date().isoformat(),
-        "commit": head or os.environ.get("M2RAY_COMMIT", "unknown"),
+        "commit": os.environ.get("M2RAY_COMMIT") or head or "unknown",
         "versions": {package: version(package) for package in ("torch", "transformers", "ray", "pyarrow")}
         | {"python": platform.python_version()},
         "rows": [asdict(row) for row in rows],
