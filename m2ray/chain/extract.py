@@ -31,7 +31,7 @@ from m2ray.planning.batch_size import AUTO_BATCH_TOKENS, best_batch_tokens
 from m2ray.planning.demand import Demand
 from m2ray.planning.memory import window
 from m2ray.planning.output import PromptStats
-from m2ray.planning.plan import GpuPlan, Plan, most_batch_tokens, most_replicas, plan_run
+from m2ray.planning.plan import Plan, most_batch_tokens, most_replicas, plan_run
 from m2ray.planning.probe import offload_folder, probed_folder
 from m2ray.planning.spill import Spill
 from m2ray.prompts import ShardTable, Survey, TokenSpool, batching, load_shards, micro_batches, respool, survey
@@ -223,7 +223,7 @@ def _stages(inputs: Inputs, work: _Work, plan: Plan, hardware: Hardware, reserva
 def _specs(inputs: Inputs, plan: Plan, replica: int, stage: int, span: LayerSpan) -> Iterator[StageSpec]:
     """What each device of a stage holds. `cuda:N` counts the GPUs that the stage's process sees, in the order of the plan."""
     options = inputs.options
-    gpus: list[GpuPlan] = [gpu for gpu in plan.gpus if (gpu.replica, gpu.stage) == (replica, stage)]
+    gpus = [gpu for gpu in plan.gpus if (gpu.replica, gpu.stage) == (replica, stage)]
     spans = [(f"cuda:{number}", gpu.span, gpu.spill) for number, gpu in enumerate(gpus) if gpu.span is not None] or [("cpu", span, Spill())]
     for device, on_device, spilt in spans:
         yield StageSpec(

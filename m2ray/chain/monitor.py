@@ -10,7 +10,8 @@ from m2ray.chain.progress import Extracted, Progress
 from m2ray.chain.report import StageMeasured, loaded_lines
 from m2ray.chain.stages import Stages
 from m2ray.chain.status import StageStatus
-from m2ray.planning.plan import Plan, StagePlan
+from m2ray.planning.placing import StagePlan
+from m2ray.planning.plan import Plan
 
 _EVERY_S = 2.0
 

@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 from m2ray.batches import LayerSpan
 from m2ray.planning.layout import size
-from m2ray.planning.plan import GpuPlan, Plan
+from m2ray.planning.placing import GpuPlan
+from m2ray.planning.plan import Plan
 
 FORMAT_VERSION = 1
 REPORT = "report.json"

@@ -9,7 +9,8 @@ from rich.text import Text
 
 from m2ray.planning.hardware import Node
 from m2ray.planning.memory import Memory
-from m2ray.planning.plan import GpuPlan, Plan
+from m2ray.planning.placing import GpuPlan
+from m2ray.planning.plan import Plan
 
 _BAR_WIDTH = 24
 _SHADES = {"weights": ("█", "cyan"), "transient": ("▓", "yellow"), "rest": ("▒", "magenta"), "free": ("░", "bright_black")}

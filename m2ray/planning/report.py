@@ -6,7 +6,8 @@ from typing import Any
 from m2ray.batches import LayerSpan
 from m2ray.planning.hardware import Cluster
 from m2ray.planning.memory import Memory
-from m2ray.planning.plan import GpuPlan, Plan, StagePlan
+from m2ray.planning.placing import GpuPlan, StagePlan
+from m2ray.planning.plan import Plan
 
 FORMAT_VERSION = 1
 
