@@ -64,6 +64,21 @@ def test_the_job_equals_transformers_and_reports_its_plan(folder: Path, tmp_path
     assert 0 < stage["compute_s"] < report["extract_s"]
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("transport", ["cuda_ipc", "object_store"])
+def test_two_stages_give_the_rows_of_one_by_either_transport(folder: Path, tmp_path: Path, transport: str) -> None:
+    source = prompts(tmp_path / "prompts.txt", 60, 200)
+    rows = []
+    for name, options in {"one": {"stages": 1}, "two": {"stages": 2, "transport": transport}}.items():
+        words = command(folder, source, tmp_path / name, batch_tokens=1024, compile=False, **options)
+        done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=140, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        rows.append(m2ray.open_run(tmp_path / name).tensor())
+    report = json.loads((tmp_path / "two" / "report.json").read_text())
+    assert [stage["sends_by"] for stage in report["stages"]] == [transport, ""]
+    assert torch.equal(*rows)
+
+
 def test_a_micro_batch_that_finds_no_room_on_the_gpu_is_halved(folder: Path, tmp_path: Path) -> None:
     """Another process takes nearly all memory once the stage's process is there, so that the plan was right and is so no more."""
     run, log = tmp_path / "run", tmp_path / "log"
