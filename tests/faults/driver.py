@@ -40,9 +40,10 @@ class Driver:
 
     @property
     def exit_code(self) -> int | None:
-        """None while it runs. `ray job submit` itself gives 0 for a job that was stopped."""
+        """None while it runs. `ray job submit` itself gives 0 for a job that was stopped; one that had completed by then was not."""
         code = self._client.poll()
-        return 1 if code == 0 and self._job and f"'{self._job}' was stopped" in self.printed else code
+        was_stopped = self._job and f"'{self._job}' was stopped" in self.printed and "\nComplete: " not in self.printed
+        return 1 if code == 0 and was_stopped else code
 
     @property
     def num_restarts(self) -> int:
