@@ -26,10 +26,12 @@ from m2ray.chain.turns import Allowance, Superseded, Turns
 from m2ray.config import Transport
 from m2ray.errors import StageError, StageMemoryError, StoreError
 from m2ray.model.stage import Stage, StageOutput, StageSpec, load_stage
-from m2ray.storage import open_store
+from m2ray.storage import Store, open_store
 
 _AHEAD = 2
 """Micro-batches at each of a stage's doors, at most: received and not computed, computed and not sent, computed and not with the writer."""
+
+_POLL_S = 0.5
 
 _WATCH_S = 60.0
 """How long a call may wait for news before it is asked again."""
@@ -95,7 +97,8 @@ class StageActor:
         self._capture = ThreadPoolExecutor(1, thread_name_prefix="capture")
         self._limit_s = 2 * writer.timeout_s  # twice the watchdog's limit: the driver is the one that decides
         self._turns = Turns(epoch)
-        self._received = Allowance(self._turns, _AHEAD, "an earlier micro-batch to be computed")
+        # On a GPU `_run` returns when the computation is queued there: one more at the door suffices.
+        self._received = Allowance(self._turns, 1 if self._on_gpu else _AHEAD, "an earlier micro-batch to be computed")
         self._unsent = Allowance(self._turns, _AHEAD, "the next stage to take hidden states over")
         self._uncaptured = Allowance(self._turns, _AHEAD, "captured rows to find their way to the writer")
         self._incoming = Incoming(self._devices[0], dtype)
@@ -132,15 +135,7 @@ class StageActor:
                 f"Ray gave {len(self._devices)} GPUs on node {self._status.node}, torch {torch.__version__} sees {torch.cuda.device_count()}.",
                 "Install torch for the driver's CUDA there; `m2ray doctor` tells more.",
             )
-        self._stages = self._compute.submit(lambda: [self._load(spec) for spec in self._specs]).result()
-        self._writer = ActivationWriter(
-            store,
-            self._writer_spec.run_metadata,
-            [part for stage in self._stages for part in stage.parts],
-            queue_bytes=self._writer_spec.queue_bytes,
-            threads=self._writer_spec.threads,
-            compression=self._writer_spec.compression,
-        )
+        self._compute.submit(self._build, store).result()
         self._status = replace(
             self._status,
             ready=True,
@@ -182,16 +177,20 @@ class StageActor:
             self._turns.begin(epoch)
             self._gathered.clear()
             self._told_shards = 0
-        self._abandon(attempts)
+        if self._writer is None:
+            return  # it is still loading, which need not begin anew
+        self._abandon(self._writer, attempts)
         for threads in (self._compute, self._send, self._capture):
             threads.submit(int).result(self._writer_spec.timeout_s)
-        self._abandon(attempts)  # what was being computed may have opened its attempt again
+        self._abandon(self._writer, attempts)  # what was being computed may have opened its attempt again
 
     # -- a micro-batch's way ------------------------------------------------------------------------------------------
 
-    @ray.method(concurrency_group="take", num_returns=0)
+    @ray.method(concurrency_group="take")
     def take(self, epoch: int, step: int, attempt: str, micro_batch: MicroBatch, payload: Payload | None) -> None:
-        """Take one micro-batch over; it goes through the span and to the next stage by itself. What fails is told by `watch`.
+        """Take one micro-batch over, as soon as there is room for it; it goes through the span and to the next stage by itself.
+
+        What fails is told by `watch`.
 
         Args:
             epoch: how often the chain began anew after a failure; calls of an earlier epoch end at once.
@@ -202,7 +201,10 @@ class StageActor:
         with self._guarded(epoch), self._turns.turn(epoch, step, self._limit_s), ExitStack() as undo:
             self._received.take(epoch, self._limit_s)
             undo.callback(self._received.give_back)
-            hidden_BTH = None if payload is None else self._incoming.receive(epoch, payload)
+            try:
+                hidden_BTH = None if payload is None else self._incoming.receive(epoch, payload)
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                raise self._memory_error(error, micro_batch) from error
             self._compute.submit(self._run, epoch, step, attempt, micro_batch, hidden_BTH)
             undo.pop_all()
 
@@ -232,7 +234,11 @@ class StageActor:
             done.callback(self._unsent.give_back)
             if self._successor is not None:
                 payload = self._outgoing.payload(epoch, output)
-                self._successor.take.remote(epoch, step, attempt, micro_batch, payload)
+                taken = self._successor.take.remote(epoch, step, attempt, micro_batch, payload)
+                # The next stage makes this one wait, and what is lost on the way there is heard of; but a reset ends the wait.
+                while not ray.wait([taken], timeout=_POLL_S)[0]:
+                    self._turns.require(epoch)
+                ray.get(taken, timeout=self._limit_s)
 
     def _hand_over(self, epoch: int, attempt: str, micro_batch: MicroBatch, outputs: Sequence[StageOutput]) -> None:
         assert self._writer is not None
@@ -312,7 +318,7 @@ class StageActor:
             gpus=with_peaks(status.gpus, self._devices),
         )
 
-    @ray.method(concurrency_group="collect")
+    @ray.method(concurrency_group="control")
     def close(self) -> None:
         """End the writer; unfinished parts are given up."""
         if self._writer is not None:
@@ -330,6 +336,20 @@ class StageActor:
         except BaseException as error:  # noqa: BLE001 - handed to the driver, whatever it is
             self._turns.fail(epoch, error)
 
+    def _build(self, store: Store) -> None:
+        """Load all devices' spans, unless an earlier call did: one whose answer the driver missed because another stage failed."""
+        if self._writer is not None:
+            return
+        self._stages = [self._load(spec) for spec in self._specs]
+        self._writer = ActivationWriter(
+            store,
+            self._writer_spec.run_metadata,
+            [part for stage in self._stages for part in stage.parts],
+            queue_bytes=self._writer_spec.queue_bytes,
+            threads=self._writer_spec.threads,
+            compression=self._writer_spec.compression,
+        )
+
     def _load(self, spec: StageSpec) -> Stage:
         before = self._status
 
@@ -346,12 +366,11 @@ class StageActor:
             torch.cuda.empty_cache()
         return stage
 
-    def _abandon(self, attempts: Sequence[tuple[int, str]]) -> None:
+    def _abandon(self, writer: ActivationWriter, attempts: Sequence[tuple[int, str]]) -> None:
         for shard, attempt in attempts:
-            if self._writer is not None:
-                # What the store would not delete is no commit's, and goes when the run is finished.
-                with suppress(StoreError):
-                    self._writer.abandon(shard, attempt)
+            # What the store would not delete is no commit's, and goes when the run is finished.
+            with suppress(StoreError):
+                writer.abandon(shard, attempt)
 
     def _memory_error(self, error: RuntimeError, micro_batch: MicroBatch) -> BaseException:
         """What tells the driver to try a smaller micro-batch, with the memory that this one left given back; other errors as they are."""

@@ -134,7 +134,7 @@ class Chain:
 
     def _flow(self, queue: ShardQueue, on_result: Callable[[ShardResult], None]) -> None:
         """The chain never drains between shards: the next one's micro-batches enter while the last stages still work."""
-        progressed = time.monotonic()
+        progressed, work_done = time.monotonic(), self._stages.work_done
         while not queue.is_finished and not self.stop.is_set():
             self._fill(queue)
             if not self._open:
@@ -143,8 +143,9 @@ class Chain:
                 continue
             moved = self._advance(on_result)
             self._stages.ask()
-            if moved:
-                progressed = time.monotonic()
+            # What a stage computed or wrote is progress too: a slow chain's first micro-batch comes through late, and so do its last receipts.
+            if moved or self._stages.work_done != work_done:
+                progressed, work_done = time.monotonic(), self._stages.work_done
             elif time.monotonic() - progressed > self._limits.timeout_s:
                 raise GetTimeoutError(f"The chain stood still for {self._limits.timeout_s:g} s: {self._stages.diagnosis()}.")
 
@@ -183,7 +184,7 @@ class Chain:
 
     def _submit(self, owner: _OpenShard, micro_batch: MicroBatch) -> None:
         owner.micro_batches.append((len(micro_batch.sequence_ids), micro_batch.token_ids_BT.shape[1]))
-        self._stages.actors[0].take.remote(self._epoch, self._step, owner.attempt, micro_batch, None)
+        self._stages.actors[0].take.options(num_returns=0).remote(self._epoch, self._step, owner.attempt, micro_batch, None)
         num_bytes = self._hidden_bytes(micro_batch)
         self._in_flight.append(_InFlight(owner, num_bytes, micro_batch.is_last))
         self._in_flight_bytes += num_bytes

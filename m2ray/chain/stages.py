@@ -32,6 +32,9 @@ _ASKED_A_S = 16
 _FINAL_S = 10.0
 """What the last look at the stages may take."""
 
+_CLOSE_S = 60.0
+"""What the writers may take to give up what is unfinished."""
+
 _START_S = 60.0
 """What a worker process with torch may take to start on a busy node."""
 
@@ -93,6 +96,12 @@ class Stages:
         """The newest answer of each stage that has answered."""
         answers = dict(self._answers)
         return [answers[index] for index in sorted(answers)]
+
+    @property
+    def work_done(self) -> tuple[int, int]:
+        """Micro-batches computed and bytes written by all stages, as they said last."""
+        statuses = self.statuses
+        return sum(status.micro_batches for status in statuses), sum(status.written_bytes for status in statuses)
 
     def start(self) -> None:
         """Start all actors."""
@@ -227,7 +236,7 @@ class Stages:
         """Let the writers end, then end the actors."""
         try:
             refs = [actor.close.remote() for actor in self.actors]
-            ray.wait(refs, num_returns=len(refs), timeout=self._patience.stage_s)
+            ray.wait(refs, num_returns=len(refs), timeout=min(self._patience.stage_s, _CLOSE_S))
         finally:
             self.kill()
 

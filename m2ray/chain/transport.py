@@ -48,11 +48,16 @@ class Outgoing:
         self._is_connected = False
         if self._transport == "object_store" or self._device.type != "cuda":
             return "object_store"
-        if self._outbox is None:
-            self._outbox = Outbox(self._turns, self._device, hidden_bytes)
-        offer = self._outbox.offer(node_id, ray.get_runtime_context().current_actor)
-        refusal = ray.get(successor.connect.remote(offer), timeout=timeout_s)
+        try:
+            self._outbox = self._outbox or Outbox(self._turns, self._device, hidden_bytes)
+            offer = self._outbox.offer(node_id, ray.get_runtime_context().current_actor)
+        except RuntimeError as error:
+            refusal = f"{self._device} cannot share memory with other processes: {str(error).splitlines()[0]}"
+        else:
+            refusal = ray.get(successor.connect.remote(offer), timeout=timeout_s)
         self._is_connected = not refusal
+        if refusal:
+            self._outbox = None
         if refusal and refusal != _ELSEWHERE and self._transport == "cuda_ipc":
             raise StageError(f'transport = "cuda_ipc": {refusal}.', 'Set transport = "auto" to fall back to the object store.')
         return "object_store" if refusal else "cuda_ipc"

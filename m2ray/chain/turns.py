@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from m2ray.errors import StageError
+from ray.exceptions import GetTimeoutError
 
 
 class Superseded(Exception):  # noqa: N818 - it ends work that nobody wants any more, and is no error
@@ -59,16 +59,13 @@ class Turns:
 
         Raises:
             Superseded: the epoch is over or has failed.
-            StageError: `timeout_s` went by; it says for `what`.
+            GetTimeoutError: `timeout_s` went by; it says for `what`.
         """
         with self.changed:
             came = self.changed.wait_for(lambda: self._is_over(epoch) or is_ready(), timeout_s)
             self.require(epoch)
             if not came:
-                raise StageError(
-                    f"A stage waited {timeout_s:.0f} s for {what}.",
-                    "Run the same command again: finished shards are kept. stage_timeout_s sets the wait.",
-                )
+                raise GetTimeoutError(f"A stage waited {timeout_s:g} s for {what}.")  # as a call that hangs, which is tried again
 
     def require(self, epoch: int) -> None:
         """Raise Superseded unless the epoch is the present one, and well."""
@@ -78,8 +75,14 @@ class Turns:
 
     @contextmanager
     def turn(self, epoch: int, step: int, timeout_s: float) -> Iterator[None]:
-        """Hold the turn of `step`: steps take theirs one after the other, from 0 on without gaps. Raises as `wait` does."""
-        self.wait(epoch, lambda: self._next_step == step, timeout_s, f"micro-batch {self._next_step}, which comes before {step}")
+        """Hold the turn of `step`: steps take theirs one after the other, from 0 on without gaps.
+
+        Raises as `wait` does, if no other step takes its turn for `timeout_s`.
+        """
+        with self.changed:
+            self.require(epoch)
+            while (first := self._next_step) != step:
+                self.wait(epoch, lambda: self._next_step != first, timeout_s, f"micro-batch {first}, which comes before {step}")
         yield
         with self.changed:
             if epoch == self.epoch:

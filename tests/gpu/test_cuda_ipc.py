@@ -5,10 +5,10 @@ from multiprocessing.connection import Connection
 
 import pytest
 import torch
+from ray.exceptions import GetTimeoutError
 
 from m2ray.chain.cuda_ipc import Inbox, Outbox
 from m2ray.chain.turns import Superseded, Turns
-from m2ray.errors import StageError
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 SHAPE, TIMEOUT_S = (3, 50, 256), 60.0
@@ -60,5 +60,5 @@ def test_a_full_slot_waits_until_it_is_fetched_or_its_epoch_is_over() -> None:
         outbox.put(0, hidden(0, "cuda:0"), ready, TIMEOUT_S)
     outbox.put(1, hidden(1, "cuda:0"), ready, TIMEOUT_S)
     outbox.give_back(0)  # a late word of the epoch before frees nothing
-    with pytest.raises(StageError, match="waited"):
+    with pytest.raises(GetTimeoutError, match="waited"):
         outbox.put(1, hidden(1, "cuda:0"), ready, 0.01)

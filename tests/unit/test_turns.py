@@ -3,9 +3,9 @@
 import threading
 
 import pytest
+from ray.exceptions import GetTimeoutError
 
 from m2ray.chain.turns import Allowance, Superseded, Turns
-from m2ray.errors import StageError
 
 PATIENCE_S = 30.0
 
@@ -14,7 +14,7 @@ def in_thread(work, results: list) -> threading.Thread:
     def run() -> None:
         try:
             results.append(work())
-        except (Superseded, StageError, ValueError) as error:
+        except (Superseded, GetTimeoutError, ValueError) as error:
             results.append(type(error))
 
     thread = threading.Thread(target=run)
@@ -56,7 +56,7 @@ def test_the_first_failure_of_an_epoch_is_told_and_a_late_one_of_an_earlier_is_n
     turns, results = Turns(0), []
     watch = in_thread(lambda: turns.watch(0, PATIENCE_S), results)
     turns.fail(0, ValueError("first"))
-    turns.fail(0, StageError("second"))
+    turns.fail(0, GetTimeoutError("second"))
     watch.join(PATIENCE_S)
     assert results == [ValueError]
     with pytest.raises(Superseded):
@@ -71,7 +71,7 @@ def test_a_turn_that_failed_is_not_passed_on() -> None:
     turns = Turns(0)
     with pytest.raises(ValueError, match="no"), turns.turn(0, 0, PATIENCE_S):
         raise ValueError("no")
-    with pytest.raises(StageError, match="micro-batch 0, which comes before 1"), turns.turn(0, 1, 0.01):
+    with pytest.raises(GetTimeoutError, match="micro-batch 0, which comes before 1"), turns.turn(0, 1, 0.01):
         pass
 
 
@@ -79,7 +79,7 @@ def test_an_allowance_is_used_again_when_it_is_given_back() -> None:
     turns, results = Turns(0), []
     allowance = Allowance(turns, 1, "room")
     allowance.take(0, PATIENCE_S)
-    with pytest.raises(StageError, match="for room"):
+    with pytest.raises(GetTimeoutError, match="for room"):
         allowance.take(0, 0.01)
     second = in_thread(lambda: allowance.take(0, PATIENCE_S) >= 0, results)
     allowance.give_back()
