@@ -56,10 +56,12 @@ def extract(config: ExtractConfig, progress: Progress) -> RunSummary:
             inputs, work, hardware = _begin(inputs, stack, progress)
         stack.enter_context(closing(work.tokens))
         missing = work.run.missing(work.shards)
-        if missing:
-            _extract_missing(inputs, work, missing, hardware or stack.enter_context(_hardware(config)), progress)
-    summary = read_summary(inputs.store) if work.run.is_finished else None
-    summary = summary or work.run.finish()
+        hardware = hardware or (stack.enter_context(_hardware(config)) if missing else None)
+        stop = stack.enter_context(stop_on_sigterm())  # after Ray, which has a way of its own to end; and finishing takes moments
+        if hardware is not None and missing:
+            _extract_missing(inputs, work, missing, hardware, stop, progress)
+        summary = read_summary(inputs.store) if work.run.is_finished else None
+        summary = summary or work.run.finish()
     progress.say(
         f"Complete: {summary.committed:,} sequences with {summary.tokens:,} tokens in {summary.parts:,} files, {summary.num_bytes:,} bytes; "
         f"{summary.quarantined:,} quarantined. {inputs.store.url}"
@@ -176,13 +178,15 @@ def _resume(inputs: Inputs, recorded: JobRecord, progress: Progress) -> _Work:
 # -- extracting -----------------------------------------------------------------------------------------------------------
 
 
-def _extract_missing(inputs: Inputs, work: _Work, missing: Sequence[Shard], hardware: Hardware, progress: Progress) -> None:
+def _extract_missing(
+    inputs: Inputs, work: _Work, missing: Sequence[Shard], hardware: Hardware, stop: threading.Event, progress: Progress
+) -> None:
     """Plan, reserve room, run the chains, commit each shard as it completes, and report."""
     config = inputs.config
     stats = PromptStats(sum(len(shard.sequence_ids) for shard in missing), *batching(missing, inputs.options["batch_tokens"]))
     wanted = plan_run(_demand(inputs, hardware, stats.longest_tokens), hardware.cluster, stats)
     wanted.require_fit()
-    with stop_on_sigterm() as stop, reserve(wanted, hardware, config.placement_timeout_s) as (plan, reservations):
+    with reserve(wanted, hardware, config.placement_timeout_s) as (plan, reservations):
         for line in start_lines(plan):
             progress.say(line)
         batches_of = _micro_batches_of(work)

@@ -53,7 +53,8 @@ class FailurePolicy:
     """How often is enough.
 
     Attributes:
-        shard_failures: a shard that was in flight in so many failures ends the chain.
+        shard_failures: a shard that was in flight in so many failures ends the chain, and so do as many
+            failures within `window_s` that had no shard in flight and lost no stage.
         stage_restarts: so many restarts of one stage within `window_s` are allowed.
         store_retries: a shard is tried again so often after the store refused it.
     """
@@ -77,10 +78,18 @@ class FailurePolicy:
                 return GiveUp(f"Stage {stage} failed {restarts} times within {self.window_s:g} s.")
         if last.kind is FailureKind.STORE:
             return self._store(history)
+        return self._often(history)
+
+    def _often(self, history: Sequence[Failure]) -> Retry | GiveUp:
+        """Whether the same shard failed too often, or the chain with no shard begun and no stage lost."""
+        last = history[-1]
         for shard in last.shards:
             failures = sum(shard in past.shards for past in history)
             if failures >= self.shard_failures:
                 return GiveUp(f"Shard {shard} was in flight in {failures} failures.")
+        idle = [past for past in history if not past.shards and not past.stages and past.at_s > last.at_s - self.window_s]
+        if last in idle and len(idle) >= self.shard_failures:
+            return GiveUp(f"The chain failed {len(idle)} times within {self.window_s:g} s with no shard begun and no stage lost.")
         return Retry(0.0)
 
     def _store(self, history: Sequence[Failure]) -> Retry | GiveUp:

@@ -30,10 +30,10 @@ def require_absolute(config: ExtractConfig) -> None:
     """Refuse relative folders in a job: Ray runs it in a copy of the working directory that it deletes later.
 
     Raises:
-        ConfigError: `output` or `model` is a relative local path.
+        ConfigError: `output`, `model` or `offload_folder` is a relative local path.
     """
-    for name in ("output", "model"):
-        value = str(getattr(config, name))
+    for name in ("output", "model", "offload_folder"):
+        value = str(getattr(config, name) or "/")
         if "://" not in value and not Path(value).expanduser().is_absolute():
             raise ConfigError(
                 f"{name} = {value!r} is relative, and a Ray job runs in a copy of its folder.", "Give an absolute path that all nodes see."

@@ -108,7 +108,9 @@ def load_extents(checkpoint: Checkpoint, wanted: Sequence[Wanted], device: torch
             lanes.append(mine.lane)
         mine.lane.load(checkpoint, extent)
 
-    with ThreadPoolExecutor(LANES, thread_name_prefix="load") as pool:
+    # A tensor that cannot be cut smaller takes the room of several lanes.
+    num_lanes = max(1, min(LANES, LANES * (EXTENT_BYTES + _ALIGNMENT) // size_bytes))
+    with ThreadPoolExecutor(num_lanes, thread_name_prefix="load") as pool:
         try:
             for _ in pool.map(load, extents):
                 on_extent()

@@ -239,6 +239,6 @@ def cpu_memory(rows: Sequence[TensorRow], workload: Workload, transient_bytes: T
 
 
 def _host_buffers(workload: Workload, row_bytes: Sequence[int]) -> dict[str, int]:
-    """Hidden states, and the captured rows: those of one micro-batch, and those that wait for the store."""
-    capture = workload.padded_tokens * sum(row_bytes) + workload.writer_queue_bytes if row_bytes else 0
+    """Hidden states, and the captured rows: those of two micro-batches, and those that wait for the store."""
+    capture = 2 * workload.padded_tokens * sum(row_bytes) + workload.writer_queue_bytes if row_bytes else 0
     return {"hidden_states": HOST_BUFFERS * workload.hidden_bytes, "capture": capture}

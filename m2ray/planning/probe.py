@@ -47,14 +47,14 @@ def probe_node(name: str | None = None, folder: str | None = None, visible: str 
 
 def offload_folder(config: ExtractConfig) -> str:
     """Where layers lie that are kept on a disk, the same path on every node; "" where none are."""
-    return (config.offload_folder or tempfile.gettempdir()) if config.offload == "disk" else ""
+    return str(Path(config.offload_folder or tempfile.gettempdir()).expanduser().absolute()) if config.offload == "disk" else ""
 
 
 def probed_folder(config: ExtractConfig) -> str:
     """Of whose disk every node says what is free: that of layers which are kept there, else the run's, else the temporary one."""
     if config.offload == "disk":
         return offload_folder(config)
-    return str(Path(config.output).absolute()) if config.output and "://" not in config.output else tempfile.gettempdir()
+    return str(Path(config.output).expanduser().absolute()) if config.output and "://" not in config.output else tempfile.gettempdir()
 
 
 def disk_free_bytes(output: str | None) -> int | None:

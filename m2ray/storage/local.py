@@ -148,7 +148,7 @@ class LocalStore(Store):
         return num_deleted
 
 
-_SENT_BYTES = 16 << 20
+_SENT_BYTES = 32 << 20
 """After so many written bytes the kernel is told that nobody will read them soon: it sends them to the disk at once, and not all of them
 when the part is synced, for which the disk would have stood idle until then."""
 

@@ -52,6 +52,13 @@ def test_a_shard_that_is_in_flight_in_every_failure_ends_the_chain() -> None:
     assert "Shard 7" in decision.why
 
 
+def test_failures_without_a_shard_or_a_lost_stage_end_the_chain_too() -> None:
+    idle = [Failure(FailureKind.LOST, float(number), (), ()) for number in range(4)]
+    assert POLICY.decide(idle[:3]) == Retry(0.0)
+    assert isinstance(POLICY.decide(idle), GiveUp)
+    assert POLICY.decide([*idle[:3], Failure(FailureKind.LOST, 200.0, (), ())]) == Retry(0.0)
+
+
 def test_a_store_is_tried_again_with_growing_pauses() -> None:
     refused = [Failure(FailureKind.STORE, float(number), (), (3, 4)) for number in range(3)]
     assert [POLICY.decide(refused[: count + 1]) for count in range(2)] == [Retry(1.0), Retry(2.0)]
