@@ -23,8 +23,8 @@ import torch
 from benchmarks.checkpoints import free, real_size
 from benchmarks.records import Row, record
 from m2ray.batches import LayerSpan, MicroBatch, Shard
-from m2ray.chain.actor import WriterSpec
 from m2ray.chain.driver import Chain, ChainLimits, ShardResult
+from m2ray.chain.loading import WriterSpec
 from m2ray.chain.placement import Reservation, Room
 from m2ray.chain.queue import ShardQueue
 from m2ray.chain.stages import Patience, Stages

@@ -21,8 +21,9 @@ import ray
 
 from benchmarks.records import Row, record
 from m2ray.batches import LayerSpan, MicroBatch, PartReceipt, Shard
-from m2ray.chain.actor import Completed, GatheredShard, WriterSpec
+from m2ray.chain.completion import Completed, GatheredShard
 from m2ray.chain.driver import Chain, ChainLimits, ShardResult
+from m2ray.chain.loading import WriterSpec
 from m2ray.chain.replicas import Replicas
 from m2ray.chain.stages import Patience, Stages
 from m2ray.chain.status import StageStatus

@@ -4,29 +4,30 @@ Stages call each other: one takes a micro-batch from the stage before, computes,
 the first stage, which gets the micro-batches, and to the last, which knows what is complete; the others only tell it of failures.
 """
 
-import os
 import resource
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import ray
 import torch
 
-from m2ray.activations.schema import Compression
 from m2ray.activations.writer import ActivationWriter
-from m2ray.batches import LayerSpan, MicroBatch, PartReceipt
+from m2ray.batches import MicroBatch, PartReceipt
+from m2ray.chain.completion import Completed, Completion, GatheredShard
 from m2ray.chain.cuda_ipc import Offer
-from m2ray.chain.status import StageStatus, measure_gpus, with_peaks
+from m2ray.chain.failure import as_memory_error
+from m2ray.chain.loading import WriterSpec, load_warm, open_run_folder, open_writer, require_gpus
+from m2ray.chain.status import StageStatus, measure_gpus, status_here, with_micro_batch, with_peaks, with_writer
 from m2ray.chain.transport import Incoming, Outgoing, Payload
 from m2ray.chain.turns import Allowance, Superseded, Turns
 from m2ray.config import Transport
-from m2ray.errors import StageError, StageMemoryError, StoreError
-from m2ray.model.stage import Stage, StageOutput, StageSpec, load_stage
-from m2ray.storage import Store, open_store
+from m2ray.errors import StoreError
+from m2ray.model.stage import Stage, StageOutput, StageSpec
+from m2ray.storage import Store
 
 _AHEAD = 2
 """Micro-batches at each of a stage's doors, at most: received and not computed, computed and not sent, computed and not with the writer."""
@@ -35,42 +36,6 @@ _POLL_S = 0.5
 
 _WATCH_S = 60.0
 """How long a call may wait for news before it is asked again."""
-
-_CPU_OUT_OF_MEMORY = "DefaultCPUAllocator"
-"""torch has no class of its own for it on a CPU."""
-
-
-@dataclass(frozen=True)
-class WriterSpec:
-    """Where and how a stage writes: the run folder, what every part's footer says, and the writer's bounds.
-
-    `batch_tokens` are the padded tokens of a full micro-batch.
-    """
-
-    output: str
-    run_metadata: Mapping[str, str]
-    queue_bytes: int
-    threads: int
-    timeout_s: float
-    batch_tokens: int
-    compression: Compression = "none"
-
-
-@dataclass(frozen=True)
-class GatheredShard:
-    """A shard that every stage has written: the receipts of all, in the order of the stages."""
-
-    shard: int
-    attempt: str
-    receipts: tuple[PartReceipt, ...]
-
-
-@dataclass(frozen=True)
-class Completed:
-    """What left the chain: micro-batches since the epoch began, and shards that the driver has not been told of yet."""
-
-    steps: int
-    shards: tuple[GatheredShard, ...]
 
 
 class StageActor:
@@ -92,11 +57,10 @@ class StageActor:
         dtype: torch.dtype = getattr(torch, specs[0].compute_dtype)
         self._stages: list[Stage] = []
         self._writer: ActivationWriter | None = None
-        self._compute = ThreadPoolExecutor(1, thread_name_prefix="compute")
-        self._send = ThreadPoolExecutor(1, thread_name_prefix="send")
-        self._capture = ThreadPoolExecutor(1, thread_name_prefix="capture")
+        self._compute, self._send, self._capture = (ThreadPoolExecutor(1, name) for name in ("compute", "send", "capture"))
         self._limit_s = 2 * writer.timeout_s  # twice the watchdog's limit: the driver is the one that decides
         self._turns = Turns(epoch)
+        self._completion = Completion(self._turns)
         # On a GPU `_run` returns when the computation is queued there: one more at the door suffices.
         self._received = Allowance(self._turns, 1 if self._on_gpu else _AHEAD, "an earlier micro-batch to be computed")
         self._unsent = Allowance(self._turns, _AHEAD, "the next stage to take hidden states over")
@@ -104,13 +68,8 @@ class StageActor:
         self._incoming = Incoming(self._devices[0], dtype)
         self._outgoing = Outgoing(self._turns, self._devices[-1], transport, self._limit_s)
         self._successor: Any = None
-        self._gathered: list[GatheredShard] = []
-        self._told_shards = 0
         self._began_at: float | None = None
-        span = LayerSpan(specs[0].span.start, specs[-1].span.stop)
-        devices = ", ".join(spec.device for spec in specs)
-        self._node_id = ray.get_runtime_context().get_node_id()
-        self._status = StageStatus(str(span), ray.util.get_node_ip_address(), devices, self._node_id, os.getpid())
+        self._status = status_here(specs)
 
     # -- beginning ----------------------------------------------------------------------------------------------------
 
@@ -124,17 +83,9 @@ class StageActor:
             StageError: torch does not see the GPUs that Ray gave.
         """
         begin = time.monotonic()
-        store = open_store(self._writer_spec.output)
-        if store.size("job.json") is None:
-            raise StoreError(
-                f"{store.url} on node {self._status.node} has no job.json, though the driver wrote it.",
-                "Give an output folder on a disk that all nodes share.",
-            )
-        if self._on_gpu and torch.cuda.device_count() < len(self._devices):
-            raise StageError(
-                f"Ray gave {len(self._devices)} GPUs on node {self._status.node}, torch {torch.__version__} sees {torch.cuda.device_count()}.",
-                "Install torch for the driver's CUDA there; `m2ray doctor` tells more.",
-            )
+        store = open_run_folder(self._writer_spec.output, self._status.node)
+        if self._on_gpu:
+            require_gpus(len(self._devices), self._status.node)
         self._compute.submit(self._build, store).result()
         self._status = replace(
             self._status,
@@ -155,13 +106,13 @@ class StageActor:
         self._successor = successor
         if successor is not None:
             hidden_bytes = self._writer_spec.batch_tokens * self._stages[-1].hidden_bytes
-            sends_by = self._outgoing.connect(successor, self._node_id, hidden_bytes, self._writer_spec.timeout_s)
+            sends_by = self._outgoing.connect(successor, self._status.node_id, hidden_bytes, self._writer_spec.timeout_s)
             self._status = replace(self._status, sends_by=sends_by)
 
     @ray.method(concurrency_group="control")
     def connect(self, offer: Offer) -> str:
         """Map the slot of the stage before. Gives why that is impossible, or nothing."""
-        return self._incoming.connect(offer, self._node_id)
+        return self._incoming.connect(offer, self._status.node_id)
 
     @ray.method(concurrency_group="control")
     def reset(self, epoch: int, attempts: Sequence[tuple[int, str]]) -> None:
@@ -175,8 +126,7 @@ class StageActor:
         """
         with self._turns.changed:
             self._turns.begin(epoch)
-            self._gathered.clear()
-            self._told_shards = 0
+            self._completion.begin()
         if self._writer is None:
             return  # it is still loading, which need not begin anew
         self._abandon(self._writer, attempts)
@@ -201,10 +151,8 @@ class StageActor:
         with self._guarded(epoch), self._turns.turn(epoch, step, self._limit_s), ExitStack() as undo:
             self._received.take(epoch, self._limit_s)
             undo.callback(self._received.give_back)
-            try:
+            with self._finding_room(micro_batch):
                 hidden_BTH = None if payload is None else self._incoming.receive(epoch, payload)
-            except (torch.OutOfMemoryError, RuntimeError) as error:
-                raise self._memory_error(error, micro_batch) from error
             self._compute.submit(self._run, epoch, step, attempt, micro_batch, hidden_BTH)
             undo.pop_all()
 
@@ -219,12 +167,10 @@ class StageActor:
             assert self._stages, "load() comes first"
             self._began_at = self._began_at or time.monotonic()
             outputs: list[StageOutput] = []
-            try:
+            with self._finding_room(micro_batch):
                 for stage in self._stages:
                     outputs.append(stage.forward(micro_batch, hidden_BTH))
                     hidden_BTH = outputs[-1].hidden_BTH
-            except (torch.OutOfMemoryError, RuntimeError) as error:
-                raise self._memory_error(error, micro_batch) from error
             undo.pop_all()
             self._send.submit(self._hand_on, epoch, step, attempt, micro_batch, outputs[-1])
             self._capture.submit(self._hand_over, epoch, attempt, micro_batch, outputs)
@@ -253,17 +199,8 @@ class StageActor:
                 self._writer.submit(attempt, micro_batch, captured, self._writer_spec.timeout_s)
             finally:
                 self._uncaptured.give_back()
-            status = self._status
-            compute_s += status.compute_s
-            self._status = replace(
-                status,
-                micro_batches=status.micro_batches + 1,
-                tokens=status.tokens + micro_batch.num_tokens,
-                padded_tokens=status.padded_tokens + micro_batch.padded_tokens,
-                compute_s=compute_s,
-                copy_s=status.copy_s + copied_at - computed_at,
-                wait_s=max(0.0, computed_at - self._began_at - compute_s - self._writer.waited_s),
-            )
+            since_begin_s = computed_at - self._began_at - self._writer.waited_s
+            self._status = with_micro_batch(self._status, micro_batch, compute_s, copied_at - computed_at, since_begin_s)
             self._turns.finish_step(epoch)
 
     @ray.method(concurrency_group="control", num_returns=0)
@@ -281,10 +218,7 @@ class StageActor:
             if self._successor is not None:
                 self._successor.gather.remote(epoch, step, shard, attempt, receipts)
                 return
-            with self._turns.changed:
-                self._turns.require(epoch)
-                self._gathered.append(GatheredShard(shard, attempt, receipts))
-                self._turns.changed.notify_all()
+            self._completion.add(epoch, GatheredShard(shard, attempt, receipts))
 
     # -- what the driver asks -----------------------------------------------------------------------------------------
 
@@ -296,27 +230,13 @@ class StageActor:
     @ray.method(concurrency_group="watch")
     def completed(self, epoch: int, steps: int, shards: int) -> Completed:
         """Of the last stage: what is complete, as soon as it is more than `steps` micro-batches and `shards` shards, or after a while."""
-        with self._turns.changed:
-            self._gathered = self._gathered[shards - self._told_shards :] if epoch == self._turns.epoch else self._gathered
-            self._told_shards = shards if epoch == self._turns.epoch else self._told_shards
-            self._turns.changed.wait_for(lambda: epoch != self._turns.epoch or self._turns.done > steps or self._gathered, _WATCH_S)
-            return Completed(self._turns.done, tuple(self._gathered)) if epoch == self._turns.epoch else Completed(steps, ())
+        return self._completion.beyond(epoch, steps, shards, _WATCH_S)
 
     @ray.method(concurrency_group="control")
     def status(self) -> StageStatus:
         """How far this stage is."""
-        peak_rss_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        status = replace(self._status, peak_rss_bytes=peak_rss_bytes)
-        if self._writer is None:
-            return status
-        return replace(
-            status,
-            write_wait_s=self._writer.waited_s,
-            write_s=self._writer.write_s,
-            store_s=self._writer.store_s,
-            written_bytes=self._writer.written_bytes,
-            gpus=with_peaks(status.gpus, self._devices),
-        )
+        status = replace(self._status, peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        return status if self._writer is None else with_peaks(with_writer(status, self._writer), self._devices)
 
     @ray.method(concurrency_group="control")
     def close(self) -> None:
@@ -341,14 +261,7 @@ class StageActor:
         if self._writer is not None:
             return
         self._stages = [self._load(spec) for spec in self._specs]
-        self._writer = ActivationWriter(
-            store,
-            self._writer_spec.run_metadata,
-            [part for stage in self._stages for part in stage.parts],
-            queue_bytes=self._writer_spec.queue_bytes,
-            threads=self._writer_spec.threads,
-            compression=self._writer_spec.compression,
-        )
+        self._writer = open_writer(self._writer_spec, store, self._stages)
 
     def _load(self, spec: StageSpec) -> Stage:
         before = self._status
@@ -356,15 +269,7 @@ class StageActor:
         def count(read_bytes: int, needed_bytes: int) -> None:
             self._status = replace(self._status, read_bytes=before.read_bytes + read_bytes, needed_bytes=before.needed_bytes + needed_bytes)
 
-        stage = load_stage(spec, count)
-        count(stage.bytes_read, stage.needed_bytes)
-        if self._on_gpu or spec.compile:
-            # A size that finds no room here finds none later: the driver halves it then.
-            with suppress(torch.OutOfMemoryError):
-                stage.warm_up(self._writer_spec.batch_tokens)
-        if self._on_gpu:
-            torch.cuda.empty_cache()
-        return stage
+        return load_warm(spec, self._writer_spec.batch_tokens, count)
 
     def _abandon(self, writer: ActivationWriter, attempts: Sequence[tuple[int, str]]) -> None:
         for shard, attempt in attempts:
@@ -372,20 +277,18 @@ class StageActor:
             with suppress(StoreError):
                 writer.abandon(shard, attempt)
 
-    def _memory_error(self, error: RuntimeError, micro_batch: MicroBatch) -> BaseException:
-        """What tells the driver to try a smaller micro-batch, with the memory that this one left given back; other errors as they are."""
-        if not isinstance(error, torch.OutOfMemoryError) and _CPU_OUT_OF_MEMORY not in str(error):
-            return error
-        if self._on_gpu:
-            torch.cuda.empty_cache()
-        num_sequences, length = micro_batch.token_ids_BT.shape
-        return StageMemoryError(
-            f"{num_sequences} sequences of {length} padded tokens found no room in the {self._status.span} "
-            f"({self._status.device} of node {self._status.node}): {str(error).splitlines()[0]}",
-            "Lower max_length or batch_tokens, spread the layers over more GPUs (stages, gpus_per_stage), or lower what others use there.",
-            num_sequences,
-            length,
-        )
+    @contextmanager
+    def _finding_room(self, micro_batch: MicroBatch) -> Iterator[None]:
+        """Raise a lack of memory as what it means to the driver, with the memory that this micro-batch left given back."""
+        try:
+            yield
+        except RuntimeError as error:
+            memory_error = as_memory_error(error, micro_batch, self._status)
+            if memory_error is None:
+                raise
+            if self._on_gpu:
+                torch.cuda.empty_cache()
+            raise memory_error from error
 
 
 def actor_class(num_take_threads: int) -> Any:

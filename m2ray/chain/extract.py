@@ -11,10 +11,10 @@ from m2ray import __version__
 from m2ray.activations.commits import Run, RunSummary, claim_run, read_summary
 from m2ray.activations.job import Counts, JobRecord, ModelFacts, read_job, require_same
 from m2ray.batches import LayerSpan, MicroBatch, PartSpec, Shard
-from m2ray.chain.actor import WriterSpec
 from m2ray.chain.checking import Inputs, check
 from m2ray.chain.driver import Chain, ChainLimits
 from m2ray.chain.joining import cluster
+from m2ray.chain.loading import WriterSpec
 from m2ray.chain.monitor import Monitor
 from m2ray.chain.placement import Reservation, reserve
 from m2ray.chain.probing import Hardware, probe_hardware

@@ -8,8 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
+import torch
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
+from m2ray.batches import MicroBatch
+from m2ray.chain.status import StageStatus
 from m2ray.errors import M2rayError, StageMemoryError, StoreError
 
 
@@ -122,3 +125,21 @@ def classify(error: BaseException) -> FailureKind:
         return FailureKind.HANG
     is_rays = type(cause).__module__.startswith("ray.")
     return FailureKind.LOST if is_rays else FailureKind.USER
+
+
+_CPU_OUT_OF_MEMORY = "DefaultCPUAllocator"
+"""torch has no class of its own for it on a CPU."""
+
+
+def as_memory_error(error: RuntimeError, micro_batch: MicroBatch, stage: StageStatus) -> StageMemoryError | None:
+    """What tells the driver to try a smaller micro-batch than this one of `stage`; None for errors that mean something else."""
+    if not isinstance(error, torch.OutOfMemoryError) and _CPU_OUT_OF_MEMORY not in str(error):
+        return None
+    num_sequences, length = micro_batch.token_ids_BT.shape
+    return StageMemoryError(
+        f"{num_sequences} sequences of {length} padded tokens found no room in the {stage.span} "
+        f"({stage.device} of node {stage.node}): {str(error).splitlines()[0]}",
+        "Lower max_length or batch_tokens, spread the layers over more GPUs (stages, gpus_per_stage), or lower what others use there.",
+        num_sequences,
+        length,
+    )

@@ -15,7 +15,8 @@ from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from m2ray.batches import LayerSpan
-from m2ray.chain.actor import WriterSpec, actor_class
+from m2ray.chain.actor import actor_class
+from m2ray.chain.loading import WriterSpec
 from m2ray.chain.placement import Reservation
 from m2ray.chain.status import StageStatus
 from m2ray.config import Transport

@@ -4,9 +4,13 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import ray
 import torch
 
+from m2ray.activations.writer import ActivationWriter
+from m2ray.batches import LayerSpan, MicroBatch
 from m2ray.chain.report import GpuMeasured
+from m2ray.model.stage import StageSpec
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,13 @@ class StageStatus:
     gpus: tuple[GpuMeasured, ...] = ()
 
 
+def status_here(specs: Sequence[StageSpec]) -> StageStatus:
+    """Of an actor that holds these spans, one a device, and has not begun."""
+    span = LayerSpan(specs[0].span.start, specs[-1].span.stop)
+    devices = ", ".join(spec.device for spec in specs)
+    return StageStatus(str(span), ray.util.get_node_ip_address(), devices, ray.get_runtime_context().get_node_id(), os.getpid())
+
+
 def measure_gpus(devices: Sequence[torch.device]) -> tuple[GpuMeasured, ...]:
     """The GPUs of a stage right after loading."""
     visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
@@ -55,10 +66,35 @@ def measure_gpus(devices: Sequence[torch.device]) -> tuple[GpuMeasured, ...]:
     return tuple(measured)
 
 
-def with_peaks(gpus: Sequence[GpuMeasured], devices: Sequence[torch.device]) -> tuple[GpuMeasured, ...]:
+def with_micro_batch(status: StageStatus, micro_batch: MicroBatch, compute_s: float, copy_s: float, since_begin_s: float) -> StageStatus:
+    """The same with one more micro-batch; what is left of the time since the first one began, less all computing, was waiting."""
+    compute_s += status.compute_s
+    return replace(
+        status,
+        micro_batches=status.micro_batches + 1,
+        tokens=status.tokens + micro_batch.num_tokens,
+        padded_tokens=status.padded_tokens + micro_batch.padded_tokens,
+        compute_s=compute_s,
+        copy_s=status.copy_s + copy_s,
+        wait_s=max(0.0, since_begin_s - compute_s),
+    )
+
+
+def with_writer(status: StageStatus, writer: ActivationWriter) -> StageStatus:
+    """The same with what the writer has done so far."""
+    return replace(
+        status,
+        write_wait_s=writer.waited_s,
+        write_s=writer.write_s,
+        store_s=writer.store_s,
+        written_bytes=writer.written_bytes,
+    )
+
+
+def with_peaks(status: StageStatus, devices: Sequence[torch.device]) -> StageStatus:
     """The same with what torch's allocator held at most, and what the driver says is taken there now, by whomever."""
     measured = []
-    for gpu, device in zip(gpus, devices, strict=False):
+    for gpu, device in zip(status.gpus, devices, strict=False):
         free_bytes, total_bytes = torch.cuda.mem_get_info(device)
         measured.append(
             replace(
@@ -68,4 +104,4 @@ def with_peaks(gpus: Sequence[GpuMeasured], devices: Sequence[torch.device]) -> 
                 used_bytes=total_bytes - free_bytes,
             )
         )
-    return tuple(measured)
+    return replace(status, gpus=tuple(measured))

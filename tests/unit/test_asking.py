@@ -7,7 +7,7 @@ import pytest
 
 from m2ray.batches import LayerSpan
 from m2ray.chain import stages as module
-from m2ray.chain.actor import WriterSpec
+from m2ray.chain.loading import WriterSpec
 from m2ray.chain.stages import ASK_S, Patience, Stages
 from m2ray.chain.status import StageStatus
 from m2ray.model.stage import StageSpec
