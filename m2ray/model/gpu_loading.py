@@ -2,179 +2,183 @@
 
 Checkpoint tensors that lie side by side in a file are read as one extent. Each lane owns a pinned buffer, a buffer on the GPU
 and a stream, so that reading, copying and converting of different extents overlap; host memory holds an extent a lane and no more.
+Python does little for an extent and next to nothing for a tensor: sixteen threads share one interpreter with the planning.
 """
 
 import os
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from functools import cache
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from queue import SimpleQueue
+from types import TracebackType
+from typing import Self
 
 import torch
 
 from m2ray.model.checkpoint import Checkpoint
+from m2ray.model.extents import EXTENT_BYTES, Extent, Range, Wanted, scale_extents, value_extents
+from m2ray.model.fp8 import Block, KernelTable, is_for_kernel, warm_up
 
 LANES = min(16, 2 * (os.cpu_count() or 8))
 """One thread copies some 2 GB/s out of the page cache; the GPU takes 50."""
 
 _ALIGNMENT = 16
-EXTENT_BYTES = 16 * 2**20 - _ALIGNMENT
-"""With room to align it a power of two: torch rounds pinned memory up to one."""
+_SCALE_READERS = 4
+_COMPILE_S = 600.0
+"""What Triton may take to compile the kernel on a busy node."""
 
-_MAX_GAP_BYTES = 4096
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """Some bytes of one checkpoint tensor: `num_bytes` from `offset` of `file`, and what to do with them once on the GPU."""
-
-    file: str
-    offset: int
-    num_bytes: int
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    arrive: Callable[[torch.Tensor], None]
-
-
-@dataclass
-class _Extent:
-    """A run of wanted bytes of one file, read at once."""
-
-    file: str
-    start: int
-    stop: int
-    wanted: list[Wanted] = field(default_factory=list)
+Fill = Callable[[Wanted, torch.Tensor, torch.Tensor | None], None]
+"""Converts values and their scales, both on the GPU, and writes them where they are wanted."""
 
 
 class _Lane:
     """One reader's buffers and stream."""
 
-    def __init__(self, size_bytes: int, device: torch.device) -> None:
-        self.pinned = torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True)
-        self.on_gpu = torch.empty(size_bytes, dtype=torch.uint8, device=device)
+    def __init__(self, device: torch.device) -> None:
         self.stream = torch.cuda.Stream(device)
-        self.copied = torch.cuda.Event()
-
-    def load(self, checkpoint: Checkpoint, extent: _Extent) -> None:
-        """Read the extent, copy it, and hand each tensor of it to its `arrive`, on this lane's stream."""
-        # Tensors keep their alignment to the file's own offsets, which safetensors aligns for their dtypes.
-        lead = extent.start % _ALIGNMENT
-        num_bytes = extent.stop - extent.start
-        self.copied.synchronize()
-        checkpoint.read_extent(extent.file, extent.start, self.pinned[lead : lead + num_bytes].numpy().data)
-        with torch.cuda.stream(self.stream), torch.inference_mode():
-            self.on_gpu[: lead + num_bytes].copy_(self.pinned[: lead + num_bytes], non_blocking=True)
-            self.copied.record(self.stream)
-            # The small ones first: of a weight and its scale, the one that comes first has to be kept.
-            for wanted in sorted(extent.wanted, key=lambda wanted: wanted.num_bytes):
-                begin = lead + wanted.offset - extent.start
-                wanted.arrive(self.on_gpu[begin : begin + wanted.num_bytes].view(wanted.dtype).view(wanted.shape))
-
-
-class Kept:
-    """A copy of something that arrived, for use on another lane: a lane's buffer is filled again at once."""
-
-    def __init__(self, values: torch.Tensor) -> None:
-        self._copy = values.clone()
         self._copied = torch.cuda.Event()
-        self._copied.record()
+        self._pinned = torch.empty(EXTENT_BYTES, dtype=torch.uint8, pin_memory=True)
+        self._memory = self._pinned.numpy().data
+        with torch.cuda.stream(self.stream):
+            self._on_gpu = torch.empty(EXTENT_BYTES + _ALIGNMENT, dtype=torch.uint8, device=device)
 
-    def tensor_here(self) -> torch.Tensor:
-        """The copy, safe to use on the current stream."""
-        stream = torch.cuda.current_stream()
-        stream.wait_event(self._copied)
-        self._copy.record_stream(stream)
-        return self._copy
+    def read(self, checkpoint: Checkpoint, extent: Extent[Wanted]) -> torch.Tensor:
+        """Read the extent and begin to copy it to the GPU, on this lane's stream, which has to be the current one."""
+        begin, stop = _lead(extent), _lead(extent) + extent.stop - extent.start
+        if stop > len(self._on_gpu):
+            self._on_gpu = torch.empty(stop, dtype=torch.uint8, device=self._on_gpu.device)
+        for done in range(begin, stop, EXTENT_BYTES):
+            num_bytes = min(EXTENT_BYTES, stop - done)
+            self._copied.synchronize()
+            checkpoint.read_extent(extent.file, extent.start + done - begin, self._memory[:num_bytes])
+            self._on_gpu[done : done + num_bytes].copy_(self._pinned[:num_bytes], non_blocking=True)
+            self._copied.record(self.stream)
+        return self._on_gpu
 
 
-def load_extents(checkpoint: Checkpoint, wanted: Sequence[Wanted], device: torch.device, on_extent: Callable[[], None]) -> None:
-    """Read all that is wanted. `arrive` runs on several threads, each within its own stream; this returns when the GPU is done.
+class _Plan:
+    """How the values of one call of `Lanes.begin` become weights: the fused kernel's table, and what is left to `fill`."""
 
-    Raises:
-        StoreError: reading fails.
+    def __init__(self, block: Block, device: torch.device, scales: Mapping[Range, torch.Tensor], fill: Fill) -> None:
+        self._block = block
+        self._device = device
+        self._scales = scales
+        self._fill = fill
+        self._table = KernelTable(block or (1, 1))
+
+    def add(self, extent: Extent[Wanted]) -> Callable[[torch.Tensor], None]:
+        """What converts an extent once it lies in a lane's buffer on the GPU."""
+        first, max_blocks = len(self._table), 0
+        base = extent.start - _lead(extent)
+        others = []
+        for wanted in extent.items:
+            if not is_for_kernel(wanted, self._block, self._device):
+                others.append(wanted)
+                continue
+            assert wanted.scale is not None
+            scale_at = wanted.scale.offset - base if wanted.is_beside_scale else -self._scales[wanted.scale].data_ptr()
+            max_blocks = max(max_blocks, self._table.add(wanted, wanted.values.offset - base, scale_at))
+        tensors = slice(first, len(self._table))
+
+        def convert(data: torch.Tensor) -> None:
+            if max_blocks:
+                self._table.run(data, tensors, max_blocks)
+            for wanted in others:
+                scale = None
+                if wanted.scale is not None:
+                    scale = wanted.scale.of(data, base) if wanted.is_beside_scale else self._scales[wanted.scale]
+                self._fill(wanted, wanted.values.of(data, base), scale)
+
+        return convert
+
+    def settle(self) -> None:
+        """Copy the table to the GPU."""
+        if len(self._table):
+            self._table.to(self._device)
+
+
+class Lanes:
+    """Readers that fill a GPU's memory. They are made in the background: pinning memory takes as long as planning what to read.
+
+    Use as a context: leaving it ends the readers. One thread calls; `fill` runs on several, each within its own stream.
     """
-    extents = list(_extents(wanted))
-    size_bytes = max((extent.stop - extent.start for extent in extents), default=0) + _ALIGNMENT
-    lanes: list[_Lane] = []  # until the GPU is done: their buffers are in use after their threads have ended
-    mine = threading.local()
-    # What was allocated before must be there before other streams write into it.
-    torch.cuda.synchronize(device)
 
-    def load(extent: _Extent) -> None:
-        if not hasattr(mine, "lane"):  # pinning memory is slow: one lane's is pinned while others read
-            mine.lane = _Lane(size_bytes, device)
-            lanes.append(mine.lane)
-        mine.lane.load(checkpoint, extent)
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._free: SimpleQueue[_Lane] = SimpleQueue()
+        self._pool = ThreadPoolExecutor(LANES, thread_name_prefix="load")
+        self._made = [self._pool.submit(lambda: self._free.put(_Lane(device))) for _ in range(LANES)]
+        self._compiler = ThreadPoolExecutor(1, thread_name_prefix="compile")
+        self._compiled: Future[None] | None = None
+        self._reading: list[Future[None]] = []
 
-    # A tensor that cannot be cut smaller takes the room of several lanes.
-    num_lanes = max(1, min(LANES, LANES * (EXTENT_BYTES + _ALIGNMENT) // size_bytes))
-    with ThreadPoolExecutor(num_lanes, thread_name_prefix="load") as pool:
-        try:
-            for _ in pool.map(load, extents):
-                on_extent()
-        finally:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for pool in (self._pool, self._compiler):
             pool.shutdown(cancel_futures=True)
-    torch.cuda.synchronize(device)
+
+    def compile(self, block: Block) -> None:
+        """Begin to compile the fused kernel for such blocks, in the background."""
+        if block is not None:
+            self._compiled = self._compiler.submit(warm_up, block, self._device)
+
+    def begin(self, checkpoint: Checkpoint, wanted: Sequence[Wanted], block: Block, fill: Fill) -> None:
+        """Begin to read all that is wanted. Scales that lie apart from their values are read at once, for the kernel has to know their place.
+
+        Raises:
+            StoreError: reading scales fails.
+        """
+        plan = _Plan(block, self._device, self._read_scales(checkpoint, wanted), fill)
+        work = [(extent, plan.add(extent)) for extent in value_extents(wanted)]
+        plan.settle()
+        # Other streams use what was allocated and copied here.
+        torch.cuda.current_stream(self._device).synchronize()
+        self._reading += [self._pool.submit(self._load, checkpoint, extent, convert) for extent, convert in work]
+
+    def finish(self, on_extent: Callable[[], None]) -> None:
+        """Wait until all is on the GPU and converted.
+
+        Raises:
+            StoreError: reading failed; and what `fill` raised.
+        """
+        for future in self._made:
+            future.result()
+        for future in self._reading:
+            future.result()
+            on_extent()
+        torch.cuda.synchronize(self._device)
+
+    def _load(self, checkpoint: Checkpoint, extent: Extent[Wanted], convert: Callable[[torch.Tensor], None]) -> None:
+        # There are as many threads as lanes, and all lanes were asked for before any extent.
+        lane = self._free.get_nowait()
+        try:
+            with torch.cuda.stream(lane.stream), torch.inference_mode():
+                data = lane.read(checkpoint, extent)
+                if self._compiled is not None:
+                    self._compiled.result(_COMPILE_S)
+                convert(data)
+        finally:
+            self._free.put(lane)
+
+    def _read_scales(self, checkpoint: Checkpoint, wanted: Sequence[Wanted]) -> dict[Range, torch.Tensor]:
+        """The scales that lie apart from their values, on the GPU."""
+
+        def read(extent: Extent[Range]) -> bytearray:
+            data = bytearray(extent.stop - extent.start)
+            checkpoint.read_extent(extent.file, extent.start, memoryview(data))
+            return data
+
+        extents = scale_extents(wanted)
+        scales: dict[Range, torch.Tensor] = {}
+        if extents:
+            with ThreadPoolExecutor(_SCALE_READERS, thread_name_prefix="load-scales") as pool:
+                for extent, data in zip(extents, pool.map(read, extents), strict=True):
+                    on_gpu = torch.frombuffer(data, dtype=torch.uint8).to(self._device)
+                    scales.update({scale: scale.of(on_gpu, extent.start) for scale in extent.items})
+        return scales
 
 
-def _extents(wanted: Iterable[Wanted]) -> Iterator[_Extent]:
-    """Neighbours in a file joined, up to EXTENT_BYTES; a tensor that is larger by itself stays one extent."""
-    extent: _Extent | None = None
-    for piece in sorted(wanted, key=lambda piece: (piece.file, piece.offset)):
-        stop = piece.offset + piece.num_bytes
-        is_neighbour = extent is not None and extent.file == piece.file and 0 <= piece.offset - extent.stop <= _MAX_GAP_BYTES
-        if extent is not None and is_neighbour and stop - extent.start <= EXTENT_BYTES:
-            extent.stop = stop
-        else:
-            if extent is not None:
-                yield extent
-            extent = _Extent(piece.file, piece.offset, stop)
-        extent.wanted.append(piece)
-    if extent is not None:
-        yield extent
-
-
-def dequantize_into(weight: torch.Tensor, scale: torch.Tensor, block: tuple[int, int], into: torch.Tensor) -> None:
-    """`(weight.float() * scale).to(bfloat16)`, block by block, in one pass over memory: bitwise what `dequantize` gives.
-
-    Args:
-        weight: FP8 e4m3 [rows, columns], contiguous.
-        scale: float32 [row blocks, column blocks], contiguous.
-        block: rows and columns of a block.
-        into: bfloat16 [rows, columns], each row contiguous.
-    """
-    rows, columns = weight.shape
-    grid = (-(-rows // block[0]), -(-columns // block[1]))
-    _kernel()[grid](weight, scale, into, rows, columns, into.stride(0), scale.shape[1], block[0], block[1])
-
-
-def can_dequantize(weight: torch.Tensor, block: tuple[int, int] | None, into: torch.Tensor) -> bool:
-    """Whether the fused kernel serves: Hopper's FP8 on a GPU that has it, blocks of powers of two, bfloat16 rows."""
-    return (
-        weight.dtype == torch.float8_e4m3fn
-        and weight.dim() == 2
-        and block is not None
-        and all(side & (side - 1) == 0 for side in block)
-        and into.device == weight.device
-        and into.dtype == torch.bfloat16
-        and into.stride(-1) == 1
-        and _has_fp8(weight.device)
-    )
-
-
-@cache
-def _has_fp8(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) >= (8, 9)
-
-
-_compiled: list[Any] = []
-
-
-def _kernel() -> Any:
-    if not _compiled:
-        from m2ray.model.fp8_kernel import dequantize_block
-
-        _compiled.append(dequantize_block)
-    return _compiled[0]
+def _lead(extent: Extent[Wanted]) -> int:
+    """Where an extent begins in a lane's buffer: tensors keep the alignment that they have in the file."""
+    return extent.start % _ALIGNMENT

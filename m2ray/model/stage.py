@@ -1,7 +1,11 @@
 """One stage: a span of the model, loaded and ready to run micro-batches. Pure torch; no Ray, and no I/O but reading the checkpoint."""
 
+import gc
+import sys
 import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -14,11 +18,14 @@ from m2ray.model.attention import FLEX_BLOCK, require_machine, resolve_attn_impl
 from m2ray.model.capture import ResidualCapture
 from m2ray.model.checkpoint import open_checkpoint
 from m2ray.model.decoder import DecoderSpan
+from m2ray.model.gpu_loading import Lanes
 from m2ray.model.offload import Offload
 from m2ray.model.skeleton import build_skeleton
 from m2ray.model.weights import OnBytes, load_weights, parameter_bytes
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+_SWITCH_S = 2e-4
 
 
 @dataclass(frozen=True)
@@ -219,6 +226,24 @@ class Stage:
         return on_device_BTH
 
 
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """What many small objects and many threads need of Python for a second or two.
+
+    The collector, called by thousands of small objects, looks through all of torch's and transformers' each time: 0.4 s while a checkpoint
+    of 9,400 tensors is opened. And a reader that comes back from the disk waits for the thread that plans, 5 ms each time by default.
+    """
+    was_enabled, interval_s = gc.isenabled(), sys.getswitchinterval()
+    gc.disable()
+    sys.setswitchinterval(_SWITCH_S)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(interval_s)
+        if was_enabled:
+            gc.enable()
+
+
 def load_stage(spec: StageSpec, on_bytes: OnBytes) -> Stage:
     """Build the span of `spec` and read its tensors, and no others.
 
@@ -234,9 +259,15 @@ def load_stage(spec: StageSpec, on_bytes: OnBytes) -> Stage:
         raise ConfigError(f"sites = {', '.join(spec.sites)!r}: only 'residual' can be captured.")
     if spec.threads is not None:
         torch.set_num_threads(spec.threads)
+    device = torch.device(spec.device)
+    with undisturbed(), Lanes(device) if device.type == "cuda" else nullcontext() as lanes:
+        return _load_stage(spec, device, lanes, on_bytes)
+
+
+def _load_stage(spec: StageSpec, device: torch.device, lanes: Lanes | None, on_bytes: OnBytes) -> Stage:
     checkpoint = open_checkpoint(spec.model_url)
     checkpoint.check()
-    device, compute_dtype = torch.device(spec.device), DTYPES[spec.compute_dtype]
+    compute_dtype = DTYPES[spec.compute_dtype]
     attn_implementation = resolve_attn_implementation(checkpoint.config, spec.attn_implementation, compute_dtype)
     require_machine(checkpoint.config, attn_implementation, device)
     skeleton = build_skeleton(checkpoint.config, compute_dtype, attn_implementation)
@@ -246,7 +277,7 @@ def load_stage(spec: StageSpec, on_bytes: OnBytes) -> Stage:
             f"{spec.span} with captured layers {list(spec.capture_layers)}: the model has layers 0 to {len(skeleton.layers) - 1}."
         )
     decoder = DecoderSpan(skeleton, spec.span, device, spec.offload)
-    needed_bytes = load_weights(checkpoint, decoder, on_bytes)
+    needed_bytes = load_weights(checkpoint, decoder, on_bytes, lanes)
     if spec.compile:
         decoder.compile_layers()
     return Stage(spec, decoder, needed_bytes, checkpoint.bytes_read)

@@ -51,35 +51,54 @@ def match_tensors(skeleton: Skeleton, headers: Mapping[str, TensorHeader], span:
     Raises:
         CheckpointError: tensors are missing, unknown, of a wrong shape or dtype, or without their FP8 scale; all at once.
     """
+    unread: dict[str, Role] = {}
+    fillings = [filling for group in match_by_layer(skeleton, headers, span, unread) for filling in group]
+    return Match(tuple(fillings), unread)
+
+
+def match_by_layer(
+    skeleton: Skeleton, headers: Mapping[str, TensorHeader], span: LayerSpan | None = None, unread: dict[str, Role] | None = None
+) -> Iterator[list[Filling]]:
+    """The same a layer at a time, so that the first ones can be read meanwhile; what belongs to no layer comes first.
+
+    Args:
+        unread: is given the keys that no model tensor is made of, and why.
+
+    Raises:
+        CheckpointError: as `match_tensors`, after all that do match.
+    """
+    unread = {} if unread is None else unread
     if not is_fp8(skeleton.config_on_disk) and any(header.dtype in FP8 for header in headers.values()):
         raise CheckpointError("The checkpoint holds FP8 tensors, but config.json has no quantization_config.", "Copy config.json again.")
     conversion = Conversion(skeleton)
     wanted = {tensor.name: tensor for tensor in (skeleton.tensors.values() if span is None else skeleton.needed(span))}
     sources: dict[str, list[Source]] = {name: [] for name in wanted}
-    unread: dict[str, Role] = {}
+    keys, shapes = _keys_by_layer(skeleton, headers, span), {key: header.shape for key, header in headers.items()}
+    tensors: dict[int | None, list[ModelTensor]] = {}
+    for tensor in wanted.values():
+        tensors.setdefault(tensor.layer, []).append(tensor)
     problems: list[CheckpointError] = []
-    for name, source in conversion.sources(_keys(skeleton, headers, span)):
-        if name in wanted:
-            sources[name].append(source)
-        elif name in skeleton.tied:
-            unread[source.key] = "head"
-        elif name not in skeleton.tensors:
-            if _is_unused(skeleton, name):
-                unread[source.key] = "unused"
-            else:
+    for layer in sorted(keys.keys() | tensors.keys(), key=lambda layer: -1 if layer is None else layer):
+        for name, source in conversion.sources(keys.get(layer, ())):
+            if name in wanted:
+                sources[name].append(source)
+            elif reason := _unread_reason(skeleton, name):
+                unread[source.key] = reason
+            elif name not in skeleton.tensors:
                 problems.append(CheckpointError(f"{source.key}: a {skeleton.config.model_type} model has no such tensor."))
-    _use_tied(skeleton, sources, unread)
-    shapes = {key: header.shape for key, header in headers.items()}
-    fillings = []
-    for name, tensor in wanted.items():
-        try:
-            placements = conversion.place(tensor, sources[name], shapes)
-            fillings.append(Filling(tensor, tuple(placements)))
-            problems += [problem for placement in placements for problem in _check_dtype(skeleton, headers, placement.key)]
-        except CheckpointError as problem:
-            problems.append(problem)
+        if layer is None:
+            _use_tied(skeleton, sources, unread)
+        fillings = []
+        for tensor in tensors.get(layer, ()):
+            try:
+                placements = conversion.place(tensor, sources[tensor.name], shapes)
+                fillings.append(Filling(tensor, tuple(placements)))
+                problems += [problem for placement in placements for problem in _check_dtype(skeleton, headers, placement.key)]
+            except CheckpointError as problem:
+                problems.append(problem)
+        if not problems:
+            yield fillings
     _raise_shortened(problems)
-    return Match(tuple(fillings), unread)
 
 
 def table_of(skeleton: Skeleton, headers: Mapping[str, TensorHeader]) -> TensorTable:
@@ -131,14 +150,23 @@ def scale_shape(shape: tuple[int, ...], block: tuple[int, int] | None) -> tuple[
     return (*shape[:-2], -(-shape[-2] // block[0]), -(-shape[-1] // block[1]))
 
 
-def _keys(skeleton: Skeleton, headers: Mapping[str, TensorHeader], span: LayerSpan | None) -> Iterator[str]:
+def _keys_by_layer(skeleton: Skeleton, headers: Mapping[str, TensorHeader], span: LayerSpan | None) -> dict[int | None, list[str]]:
     """The keys to be matched: scales go with their weights; those of layers that another stage owns are left out."""
+    keys: dict[int | None, list[str]] = {}
     for key in headers:
         if key.endswith(SCALE) and key.removesuffix(SCALE) in headers:
             continue
         layer = skeleton.layer_of(key)
         if span is None or layer is None or layer in span:
-            yield key
+            keys.setdefault(layer, []).append(key)
+    return keys
+
+
+def _unread_reason(skeleton: Skeleton, name: str) -> Role | None:
+    """Why no model tensor is made of what is called so, if that is as it should be."""
+    if name in skeleton.tied:
+        return "head"
+    return "unused" if name not in skeleton.tensors and _is_unused(skeleton, name) else None
 
 
 def _is_unused(skeleton: Skeleton, name: str) -> bool:

@@ -3,12 +3,9 @@
 Memory holds the parameters in their final dtype and a few pieces on their way, never a second copy of a layer.
 """
 
-import gc
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 
@@ -19,18 +16,17 @@ from m2ray.errors import CheckpointError
 from m2ray.model.checkpoint import Checkpoint
 from m2ray.model.conversion import Placement
 from m2ray.model.decoder import DecoderSpan
+from m2ray.model.extents import Range, Wanted
 from m2ray.model.families import fp8_block
-from m2ray.model.gpu_loading import Kept, Wanted, can_dequantize, dequantize_into, load_extents
-from m2ray.model.tensors import FP8, SCALE, Match, disk_bytes, match_tensors
+from m2ray.model.fp8 import Block, dequantize
+from m2ray.model.gpu_loading import Lanes
+from m2ray.model.tensors import FP8, SCALE, Filling, disk_bytes, match_by_layer, match_tensors
 
 OnBytes = Callable[[int, int], None]
 
 THREADS = 4
 PIECE_BYTES = 8 * 2**20
 """Bytes of a piece on disk, at most; in float32 an FP8 piece takes four times as much for a moment."""
-
-Block = tuple[int, int] | None
-"""Rows and columns of an FP8 scale's block; None for one scale a tensor."""
 
 
 @dataclass(frozen=True)
@@ -42,28 +38,12 @@ class _Piece:
     into: torch.Tensor
 
 
-def dequantize(weight: torch.Tensor, scale: torch.Tensor, block: Block) -> torch.Tensor:
-    """Block-wise FP8 as bfloat16: `(weight.float() * scale).to(bfloat16)`, each scale over its block of the last two axes.
-
-    Args:
-        weight: FP8 [..., rows, columns].
-        scale: [..., row blocks, column blocks], the last ones possibly cut short; one number if `block` is None.
-        block: rows and columns of a block.
-    """
-    values = weight.float()
-    if block is None:
-        return values.mul_(scale.float().reshape(())).to(torch.bfloat16)
-    scale_by_column = scale.float().repeat_interleave(block[1], dim=-1)[..., : weight.shape[-1]]
-    for rows, row_scale in zip(values.split(block[0], dim=-2), scale_by_column.unbind(-2), strict=True):
-        rows.mul_(row_scale.unsqueeze(-2))
-    return values.to(torch.bfloat16)
-
-
-def load_weights(checkpoint: Checkpoint, decoder: DecoderSpan, on_bytes: OnBytes) -> int:
+def load_weights(checkpoint: Checkpoint, decoder: DecoderSpan, on_bytes: OnBytes, lanes: Lanes | None = None) -> int:
     """Fill every parameter of the span from the checkpoint.
 
     Args:
         on_bytes: called from this thread as tensors arrive, with the bytes read so far and those needed.
+        lanes: readers that fill the span's GPU; None on a CPU.
 
     Returns:
         The checkpoint bytes that the span needs, scales included.
@@ -73,33 +53,35 @@ def load_weights(checkpoint: Checkpoint, decoder: DecoderSpan, on_bytes: OnBytes
         StageError: a disk has no room for the layers that are kept there.
         StoreError: reading fails.
     """
-    with _no_collecting():
-        match = match_tensors(decoder.skeleton, checkpoint.headers, decoder.span)
-        needed_bytes = sum(disk_bytes(filling, checkpoint.headers) for filling in match.fillings)
+    block = fp8_block(checkpoint.config)
+    if lanes is not None:
+        needed_bytes = _load_by_lanes(checkpoint, decoder, block, on_bytes, lanes)
+    else:
+        fillings = match_tensors(decoder.skeleton, checkpoint.headers, decoder.span).fillings
+        needed_bytes = sum(disk_bytes(filling, checkpoint.headers) for filling in fillings)
         on_bytes(checkpoint.bytes_read, needed_bytes)
-        block = fp8_block(checkpoint.config)
-        pieces = _pieces(checkpoint, decoder, match, block)
-        if decoder.device.type == "cuda":
-            wanted = [each for piece in pieces for each in _wanted(checkpoint, piece, block)]
-            load_extents(checkpoint, wanted, decoder.device, lambda: on_bytes(checkpoint.bytes_read, needed_bytes))
-        else:
-            _load_pieces(checkpoint, pieces, block, lambda: on_bytes(checkpoint.bytes_read, needed_bytes))
-        on_bytes(checkpoint.bytes_read, needed_bytes)
+        pieces = _pieces(checkpoint, decoder, fillings, block)
+        _load_pieces(checkpoint, pieces, block, lambda: on_bytes(checkpoint.bytes_read, needed_bytes))
+    on_bytes(checkpoint.bytes_read, needed_bytes)
     decoder.check_complete()
     decoder.take_turns()
     return needed_bytes
 
 
-@contextmanager
-def _no_collecting() -> Iterator[None]:
-    """Python's collector, called by thousands of small objects, looks through all of torch's and transformers' each time, for 0.1 s."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
+def _load_by_lanes(checkpoint: Checkpoint, decoder: DecoderSpan, block: Block, on_bytes: OnBytes, lanes: Lanes) -> int:
+    """Read a layer's tensors while those of the next are still being matched."""
+    lanes.compile(block)
+    needed_bytes = 0
+
+    def fill(wanted: Wanted, values: torch.Tensor, scale: torch.Tensor | None) -> None:
+        _convert(wanted.key, values if scale is None else dequantize(values, scale, block), wanted.into)
+
+    for fillings in match_by_layer(decoder.skeleton, checkpoint.headers, decoder.span):
+        needed_bytes += sum(disk_bytes(filling, checkpoint.headers) for filling in fillings)
+        wanted = [_wanted(checkpoint, piece, block) for piece in _pieces(checkpoint, decoder, fillings, block)]
+        lanes.begin(checkpoint, wanted, block, fill)
+    lanes.finish(lambda: on_bytes(checkpoint.bytes_read, needed_bytes))
+    return needed_bytes
 
 
 def _load_pieces(checkpoint: Checkpoint, pieces: Iterable[_Piece], block: Block, on_piece: Callable[[], None]) -> None:
@@ -118,33 +100,14 @@ def _load_pieces(checkpoint: Checkpoint, pieces: Iterable[_Piece], block: Block,
             pool.shutdown(cancel_futures=True)
 
 
-def _wanted(checkpoint: Checkpoint, piece: _Piece, block: Block) -> Iterator[Wanted]:
-    """A piece's bytes, and those of its scale; whichever of the two comes last converts both."""
-    header = checkpoint.headers[piece.key]
-    if header.dtype not in FP8:
-        yield _range(checkpoint, piece.key, piece.rows, lambda values: _convert(piece.key, values, piece.into))
-        return
-    first: dict[str, Kept] = {}
-    lock = threading.Lock()
-
-    def arrive(name: str, values: torch.Tensor) -> None:
-        with lock:
-            if not first:
-                first[name] = Kept(values)
-                return
-        ((other_name, other),) = first.items()
-        both = {name: values, other_name: other.tensor_here()}
-        weight, scale = both["weight"], both["scale"]
-        if can_dequantize(weight, block, piece.into):
-            dequantize_into(weight, scale.float(), block or (1, 1), piece.into)
-        else:
-            _convert(piece.key, dequantize(weight, scale, block), piece.into)
-
-    yield _range(checkpoint, piece.key, piece.rows, lambda values: arrive("weight", values))
-    yield _range(checkpoint, piece.key + SCALE, _scale_rows(piece, block), lambda values: arrive("scale", values))
+def _wanted(checkpoint: Checkpoint, piece: _Piece, block: Block) -> Wanted:
+    """Where a piece's bytes lie, and those of its scales."""
+    is_fp8 = checkpoint.headers[piece.key].dtype in FP8
+    scale = _range(checkpoint, piece.key + SCALE, _scale_rows(piece, block)) if is_fp8 else None
+    return Wanted(piece.key, _range(checkpoint, piece.key, piece.rows), scale, piece.into)
 
 
-def _range(checkpoint: Checkpoint, key: str, rows: slice | None, arrive: Callable[[torch.Tensor], None]) -> Wanted:
+def _range(checkpoint: Checkpoint, key: str, rows: slice | None) -> Range:
     """Where some rows of a checkpoint tensor lie."""
     header = checkpoint.headers[key]
     shape, offset = header.shape, header.offset
@@ -152,12 +115,12 @@ def _range(checkpoint: Checkpoint, key: str, rows: slice | None, arrive: Callabl
         start, stop, _ = rows.indices(shape[0])
         offset += start * (header.num_bytes // shape[0])
         shape = (stop - start, *shape[1:])
-    return Wanted(header.file, offset, prod(shape) * header.dtype.itemsize, header.dtype, tuple(shape), arrive)
+    return Range(header.file, offset, prod(shape) * header.dtype.itemsize, header.dtype, tuple(shape))
 
 
-def _pieces(checkpoint: Checkpoint, decoder: DecoderSpan, match: Match, block: Block) -> Iterator[_Piece]:
+def _pieces(checkpoint: Checkpoint, decoder: DecoderSpan, fillings: Iterable[Filling], block: Block) -> Iterator[_Piece]:
     """Allocate one model tensor after the other and cut what fills it into pieces."""
-    for filling in match.fillings:
+    for filling in fillings:
         values = decoder.allocate(filling.tensor)
         for placement in filling.placements:
             yield from _cut(checkpoint, placement, placement.part_of(values), block)

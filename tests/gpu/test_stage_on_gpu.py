@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from m2ray.batches import LayerSpan, MicroBatch
+from m2ray.model.fp8 import dequantize
 from m2ray.model.offload import Offload
 from m2ray.model.stage import Stage, StageSpec, load_stage
-from m2ray.model.weights import dequantize
 from tests.reference import MINIMAX_TINY, load_reference, make_minimax, micro_batch_of, reference_rows
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

@@ -13,8 +13,9 @@ from m2ray.batches import LayerSpan
 from m2ray.model import weights
 from m2ray.model.checkpoint import open_checkpoint, tensor_table
 from m2ray.model.decoder import DecoderSpan
+from m2ray.model.fp8 import dequantize
 from m2ray.model.skeleton import build_skeleton
-from m2ray.model.weights import dequantize, load_weights
+from m2ray.model.weights import load_weights
 from scripts.make_checkpoint import make_checkpoint
 from tests.reference import (
     DATA,

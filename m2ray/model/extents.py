@@ -1,0 +1,93 @@
+"""Which bytes of a checkpoint's files are read at once: neighbours in a file joined to long reads, an FP8 weight with its scales.
+
+Published files differ: a weight's scales lie beside it, or all of a file's scales before all of its weights.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import torch
+
+EXTENT_BYTES = 16 * 2**20 - 16
+"""Of an extent, at most, where no piece is longer. With 16 bytes to align it a power of two: torch rounds pinned memory up to one."""
+
+_MAX_GAP_BYTES = 4096
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """Some rows of one checkpoint tensor as they lie in a file."""
+
+    file: str
+    offset: int
+    num_bytes: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def stop(self) -> int:
+        return self.offset + self.num_bytes
+
+    def of(self, data: torch.Tensor, offset: int) -> torch.Tensor:
+        """These rows in `data`, uint8, that holds the file's bytes from `offset` on."""
+        begin = self.offset - offset
+        values = data[begin : begin + self.num_bytes]
+        if begin % self.dtype.itemsize:
+            values = values.clone()
+        return values.view(self.dtype).view(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """Some rows of the checkpoint tensor `key`, their scales if they are FP8, and the part of a model tensor that they fill."""
+
+    key: str
+    values: Range
+    scale: Range | None
+    into: torch.Tensor
+
+    @property
+    def is_beside_scale(self) -> bool:
+        """Whether the two are one run of bytes."""
+        values, scale = self.values, self.scale
+        return scale is not None and scale.file == values.file and scale.offset == values.stop
+
+
+@dataclass(slots=True)
+class Extent(Generic[Item]):
+    """A run of bytes of one file, and what lies in it."""
+
+    file: str
+    start: int
+    stop: int
+    items: list[Item]
+
+
+def value_extents(wanted: Iterable[Wanted]) -> list[Extent[Wanted]]:
+    """All wanted values, each with its scales if they are beside it."""
+    return _joined(
+        (each.values.file, each.values.offset, each.scale.stop if each.scale and each.is_beside_scale else each.values.stop, each)
+        for each in wanted
+    )
+
+
+def scale_extents(wanted: Iterable[Wanted]) -> list[Extent[Range]]:
+    """The scales that lie apart from their values, each once."""
+    apart = {each.scale for each in wanted if each.scale is not None and not each.is_beside_scale}
+    return _joined((scale.file, scale.offset, scale.stop, scale) for scale in apart)
+
+
+def _joined(runs: Iterable[tuple[str, int, int, Item]]) -> list[Extent[Item]]:
+    """Neighbours in a file joined, up to EXTENT_BYTES; a run that is longer by itself stays one extent."""
+    extents: list[Extent[Item]] = []
+    for file, start, stop, item in sorted(runs, key=lambda run: run[:3]):
+        last = extents[-1] if extents else None
+        if last and last.file == file and 0 <= start - last.stop <= _MAX_GAP_BYTES and stop - last.start <= EXTENT_BYTES:
+            last.stop = stop
+            last.items.append(item)
+        else:
+            extents.append(Extent(file, start, stop, [item]))
+    return extents
