@@ -1,0 +1,165 @@
+"""The lanes with host memory in a GPU's place: what is read when, and what the kernel's table says. The kernel itself: tests/gpu."""
+
+import ctypes
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from m2ray.batches import LayerSpan
+from m2ray.errors import CheckpointError, StoreError
+from m2ray.model import extents, fp8, gpu_loading, weights
+from m2ray.model.checkpoint import open_checkpoint
+from m2ray.model.decoder import DecoderSpan
+from m2ray.model.skeleton import build_skeleton
+from m2ray.model.weights import load_weights
+from tests.reference import edited, load_span, make_minimax, same_bits
+
+CPU = torch.device("cpu")
+RAN: list[int] = []
+
+
+class HostLane(gpu_loading._Lane):
+    def __init__(self, device: torch.device) -> None:
+        self.stream = None
+        self._copied = SimpleNamespace(synchronize=lambda: None, record=lambda stream: None)
+        self._pinned = torch.empty(gpu_loading.EXTENT_BYTES, dtype=torch.uint8)
+        self._memory = self._pinned.numpy().data
+        self._on_gpu = torch.empty(gpu_loading.EXTENT_BYTES + 16, dtype=torch.uint8)
+
+
+class HostKernel:
+    """The kernel's arithmetic on the addresses that a table gives."""
+
+    def __getitem__(self, grid: tuple[int]) -> Any:
+        return lambda table, data, max_blocks, *block, **_: self.run(grid[0], table, data, max_blocks, block)
+
+    def run(self, programs: int, table: torch.Tensor, data: torch.Tensor, max_blocks: int, block: tuple[int, int]) -> None:
+        assert programs == len(table) * max_blocks
+        RAN.append(len(table))
+        for weight_at, scale_at, into_at, rows, columns, stride, scale_columns in table.tolist():
+            scale_rows = -(-rows // block[0])
+            assert scale_rows * scale_columns <= max_blocks
+            weight = memory(data.data_ptr() + weight_at, rows * columns).view(torch.float8_e4m3fn).view(rows, columns)
+            scale = memory(-scale_at if scale_at < 0 else data.data_ptr() + scale_at, 4 * scale_rows * scale_columns)
+            into = memory(into_at, 2 * stride * rows).view(torch.bfloat16).view(rows, stride)[:, :columns]
+            into.copy_(fp8.dequantize(weight, scale.view(torch.float32).view(scale_rows, scale_columns), block))
+
+
+def memory(address: int, num_bytes: int) -> torch.Tensor:
+    return torch.frombuffer((ctypes.c_uint8 * num_bytes).from_address(address), dtype=torch.uint8)
+
+
+@pytest.fixture(params=["kernel", "formula"])
+def on_host(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """With the kernel, and as on a GPU that has no FP8."""
+    monkeypatch.setattr(gpu_loading, "_Lane", HostLane)
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(synchronize=lambda: None))
+    if request.param == "kernel":
+        monkeypatch.setattr(fp8, "_has_kernel", lambda block, device: True)
+        monkeypatch.setattr(fp8, "_kernel", HostKernel)
+        monkeypatch.setattr(gpu_loading, "warm_up", lambda block, device: None)
+    RAN.clear()
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("lanes")
+    beside = make_minimax(root / "beside", "fp8")
+    return {
+        "scales beside": beside,
+        "scales first": edited(beside, root / "first", lambda tensors: None),  # safetensors' own writer sorts by dtype
+        "bf16": make_minimax(root / "bf16", "bf16"),
+        "fused": make_minimax(root / "fused", "bf16", "fused"),
+    }
+
+
+def load(folder: Path, span: LayerSpan, dtype: torch.dtype = torch.bfloat16) -> tuple[dict[str, torch.Tensor], int, int]:
+    checkpoint = open_checkpoint(str(folder))
+    decoder = DecoderSpan(build_skeleton(checkpoint.config, dtype), span, CPU)
+    with gpu_loading.Lanes(CPU) as lanes:
+        needed_bytes = load_weights(checkpoint, decoder, lambda *_: None, lanes)
+    return filled(decoder), needed_bytes, checkpoint.bytes_read
+
+
+def filled(decoder: DecoderSpan) -> dict[str, torch.Tensor]:
+    model = decoder.skeleton.model
+    return {name: tensor for name, tensor in [*model.named_parameters(), *model.named_buffers()] if not tensor.is_meta}
+
+
+@pytest.mark.parametrize("extent_bytes", [extents.EXTENT_BYTES, 5000, 333])
+@pytest.mark.parametrize("layout", ["scales beside", "scales first", "bf16", "fused"])
+def test_lanes_load_what_the_cpu_loads(
+    on_host: str, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, layout: str, extent_bytes: int
+) -> None:
+    span = LayerSpan(0, 3)
+    expected = filled(load_span(folders[layout], span)[0])
+    for module in (extents, gpu_loading):
+        monkeypatch.setattr(module, "EXTENT_BYTES", extent_bytes)
+    found, needed_bytes, bytes_read = load(folders[layout], span)
+    assert found.keys() == expected.keys()
+    assert all(same_bits(found[name], expected[name]) for name in expected)
+    assert needed_bytes <= bytes_read <= 1.1 * needed_bytes
+    assert bool(RAN) == (on_host == "kernel" and layout.startswith("scales"))
+
+
+@pytest.mark.parametrize("layout", ["scales beside", "scales first"])
+def test_cut_tensors_find_their_scales(on_host: str, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, layout: str) -> None:
+    """Rows of a tensor lie in another piece than its scales, beside or not."""
+    expected = filled(load_span(folders[layout], LayerSpan(2, 4))[0])
+    monkeypatch.setattr(weights, "PIECE_BYTES", 512)
+    found = load(folders[layout], LayerSpan(2, 4))[0]
+    assert all(same_bits(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_other_compute_dtypes_go_through_bfloat16_by_the_formula(on_host: str, folders: dict[str, Path], dtype: torch.dtype) -> None:
+    expected = filled(load_span(folders["scales first"], LayerSpan(0, 1), dtype)[0])
+    found = load(folders["scales first"], LayerSpan(0, 1), dtype)[0]
+    assert all(same_bits(found[name], expected[name]) for name in expected)
+    assert not RAN
+
+
+@pytest.mark.parametrize("on_host", ["kernel"], indirect=True)
+def test_one_launch_does_many_tensors(on_host: str, folders: dict[str, Path]) -> None:
+    load(folders["scales first"], LayerSpan(0, 2))
+    tensors = [
+        key for key in load_file(folders["scales first"] / "model.safetensors") if ".layers.0." in key and key.endswith("_scale_inv")
+    ]
+    assert [len(tensors)] * 2 == RAN  # a layer's FP8 lies side by side
+
+
+@pytest.mark.parametrize("on_host", ["kernel"], indirect=True)
+def test_scales_that_do_not_begin_at_a_multiple_of_four_bytes_are_right(on_host: str) -> None:
+    data = torch.arange(64, dtype=torch.uint8)
+    odd = extents.Range("f", 13, 8, torch.float32, (2, 1))
+    assert torch.equal(odd.of(data, 10), data[3:11].clone().view(torch.float32).view(2, 1))
+    wanted = extents.Wanted("w", extents.Range("f", 5, 8, torch.float8_e4m3fn, (2, 4)), odd, torch.empty(2, 4, dtype=torch.bfloat16))
+    assert wanted.is_beside_scale
+    assert not fp8.is_for_kernel(wanted, (1, 4), CPU)
+
+
+def test_a_wrong_tensor_is_told_while_others_are_read(on_host: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    def damage(tensors: dict[str, torch.Tensor]) -> None:
+        del tensors["model.layers.1.block_sparse_moe.experts.3.w2.weight"]
+        tensors["model.layers.2.self_attn.q_proj.weight"] = tensors["model.layers.2.self_attn.q_proj.weight"][:8].clone()
+
+    folder = edited(folders["scales beside"], tmp_path / "damaged", damage)
+    with pytest.raises(CheckpointError, match=r"(?s)experts\.3\.w2.*layers\.2\.self_attn\.q_proj\.weight has shape"):
+        load(folder, LayerSpan(0, 3))
+
+
+def test_a_reader_that_fails_ends_the_loading(on_host: str, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(lane: HostLane, checkpoint: Any, extent: Any) -> torch.Tensor:
+        raise StoreError("the disk is gone")
+
+    monkeypatch.setattr(HostLane, "read", read)
+    with pytest.raises(StoreError, match="the disk is gone"):
+        load(folders["bf16"], LayerSpan(0, 1))
