@@ -21,11 +21,13 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.checkpoints import LAYERS, free, real_size
-from benchmarks.gpu_stage import drop_caches, raw_read, spec
+from benchmarks.gpu_stage import drop_caches, spec
 from benchmarks.records import Row, record
 from m2ray.model.checkpoint import open_checkpoint
-from m2ray.model.gpu_loading import Wanted, load_extents
+from m2ray.model.extents import Range, Wanted
+from m2ray.model.gpu_loading import Lanes
 from m2ray.model.stage import load_stage
+from m2ray.model.weights import PIECE_BYTES
 
 GPU = "cuda:0"
 COLD_FILES = 3
@@ -44,7 +46,7 @@ def main() -> None:
     members: dict[str, Callable[[list[Path]], None]] = {"m2ray's lanes, not dequantised": lambda files: lanes(model, files)}
     members |= {"fastsafetensors": fastsafetensors, "runai-model-streamer": runai, "safetensors, file by file": safetensors}
     torch.zeros(1, device=GPU)
-    raw_read(model, 16)  # the page cache is warm from here on
+    pread(files, 16)  # the page cache is warm from here on
     whole = f"m2ray load_stage, dequantised, all {options.layers} layers"
     seconds: dict[str, list[float]] = {}
     for repeat in range(options.repeats):
@@ -123,20 +125,19 @@ def pread(files: list[Path], threads: int) -> None:
 
 def lanes(model: Path, files: list[Path]) -> None:
     """What `load_stage` does up to the arrival of each tensor on the GPU."""
-    names = {path.name for path in files}
+    names, nowhere = {path.name for path in files}, torch.empty(0)
     checkpoint = open_checkpoint(str(model))
-    wanted = [
-        Wanted(header.file, header.offset, header.num_bytes, header.dtype, tuple(header.shape), lambda _: None)
-        for header in checkpoint.headers.values()
-        if header.file in names
-    ]
     # A tensor that is larger than an extent is cut, as weights.py does.
-    cut = [
-        Wanted(each.file, each.offset + start, min(8 << 20, each.num_bytes - start), torch.uint8, (-1,), each.arrive)
-        for each in wanted
-        for start in range(0, each.num_bytes, 8 << 20)
+    wanted = [
+        Wanted(key, Range(header.file, begin, num_bytes, torch.uint8, (num_bytes,)), None, nowhere)
+        for key, header in checkpoint.headers.items()
+        if header.file in names
+        for begin in range(header.offset, header.offset + header.num_bytes, PIECE_BYTES)
+        for num_bytes in [min(PIECE_BYTES, header.offset + header.num_bytes - begin)]
     ]
-    load_extents(checkpoint, cut, torch.device(GPU), lambda: None)
+    with Lanes(torch.device(GPU)) as readers:
+        readers.begin(checkpoint, wanted, None, lambda *_: None)
+        readers.finish(lambda: None)
 
 
 def fastsafetensors(files: list[Path]) -> None:

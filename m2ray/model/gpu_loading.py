@@ -110,6 +110,7 @@ class Lanes:
         self._compiler = ThreadPoolExecutor(1, thread_name_prefix="compile")
         self._compiled: Future[None] | None = None
         self._reading: list[Future[None]] = []
+        self._plans: list[_Plan] = []  # until the GPU is done: what it uses would be given to others
 
     def __enter__(self) -> Self:
         return self
@@ -132,6 +133,7 @@ class Lanes:
         plan = _Plan(block, self._device, self._read_scales(checkpoint, wanted), fill)
         work = [(extent, plan.add(extent)) for extent in value_extents(wanted)]
         plan.settle()
+        self._plans.append(plan)
         # Other streams use what was allocated and copied here.
         torch.cuda.current_stream(self._device).synchronize()
         self._reading += [self._pool.submit(self._load, checkpoint, extent, convert) for extent, convert in work]
@@ -148,6 +150,7 @@ class Lanes:
             future.result()
             on_extent()
         torch.cuda.synchronize(self._device)
+        self._plans.clear()
 
     def _load(self, checkpoint: Checkpoint, extent: Extent[Wanted], convert: Callable[[torch.Tensor], None]) -> None:
         # There are as many threads as lanes, and all lanes were asked for before any extent.

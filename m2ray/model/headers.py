@@ -33,7 +33,7 @@ MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 COPY_AGAIN = "Copy the file again."
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorHeader:
     """Where one tensor lies: `num_bytes` bytes of `file` from the absolute `offset` on, little-endian, row-major."""
 
@@ -93,8 +93,9 @@ def _parse_entry(file: str, key: str, entry: Any, data_start: int) -> TensorHead
         dtype_name, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     except (TypeError, KeyError, ValueError) as error:
         raise CheckpointError(f"{file}: the header's entry for {key!r} is malformed: {entry!r}.", COPY_AGAIN) from error
-    if not all(isinstance(number, int) and number >= 0 for number in (*shape, begin, end)):
-        raise CheckpointError(f"{file}: the header's entry for {key!r} has a size that is no count: {entry!r}.", COPY_AGAIN)
+    for number in (*shape, begin, end):
+        if not isinstance(number, int) or number < 0:
+            raise CheckpointError(f"{file}: the header's entry for {key!r} has a size that is no count: {entry!r}.", COPY_AGAIN)
     if dtype_name not in DTYPES:
         raise CheckpointError(f"{file}: {key!r} is of dtype {dtype_name!r}.", f"m2ray reads {', '.join(DTYPES)}.")
     dtype = DTYPES[dtype_name]

@@ -8,12 +8,14 @@ import pytest
 import torch
 
 from m2ray.batches import LayerSpan, MicroBatch
-from m2ray.model.fp8 import dequantize
+from m2ray.model.extents import Range, Wanted
+from m2ray.model.fp8 import KernelTable, dequantize
 from m2ray.model.offload import Offload
 from m2ray.model.stage import Stage, StageSpec, load_stage
 from tests.reference import MINIMAX_TINY, load_reference, make_minimax, micro_batch_of, reference_rows
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+FP8 = torch.float8_e4m3fn
 NUM_LAYERS = MINIMAX_TINY["layers"]
 
 
@@ -50,17 +52,32 @@ def test_weights_are_bitwise_those_of_the_cpu(folder: Path, dtype: str) -> None:
 
 
 def test_the_fused_kernel_is_bitwise_the_formula() -> None:
-    from m2ray.model.gpu_loading import dequantize_into
-
+    """Weights of all shapes in one launch, at any byte of a buffer, their scales beside them or elsewhere."""
     generator = torch.Generator("cuda").manual_seed(0)
-    for rows, columns in ((128, 128), (1536, 3072), (200, 300), (64, 4096)):
+    data, at = torch.zeros(1 << 24, dtype=torch.uint8, device="cuda"), 5
+    table, max_blocks, cases, elsewhere = KernelTable((128, 128)), 0, [], []
+    for number, (rows, columns) in enumerate(((128, 128), (1536, 3072), (200, 300), (64, 4096), (1, 1))):
         bits = torch.randint(0, 256, (rows, columns), generator=generator, device="cuda", dtype=torch.uint8)
         bits[(bits & 0x7F) == 0x7F] = 0  # e4m3's only NaN
-        weight = bits.view(torch.float8_e4m3fn)
         scale = torch.rand(-(-rows // 128), -(-columns // 128), generator=generator, device="cuda") * 1e-3
-        into = torch.full((rows, columns), float("nan"), dtype=torch.bfloat16, device="cuda")
-        dequantize_into(weight, scale, (128, 128), into)
-        assert torch.equal(into, dequantize(weight, scale, (128, 128))), (rows, columns)
+        into = torch.full((rows + 1, columns + 3), float("nan"), dtype=torch.bfloat16, device="cuda")
+        values = Range("f", at, bits.numel(), FP8, (rows, columns))
+        scales = Range("f", -(-values.stop // 4) * 4, 4 * scale.numel(), torch.float32, tuple(scale.shape))
+        data[values.offset : values.stop] = bits.view(-1)
+        data[scales.offset : scales.stop] = scale.view(torch.uint8).view(-1)
+        elsewhere.append(scale.clone())
+        scale_at = scales.offset if number % 2 else -elsewhere[-1].data_ptr()
+        max_blocks = max(max_blocks, table.add(Wanted("", values, scales, into[:rows, :columns]), values.offset, scale_at))
+        cases.append((into, dequantize(bits.view(FP8), scale, (128, 128))))
+        at = scales.stop + 3
+    table.to(data.device)
+    table.run(data, slice(0, 2), max_blocks)
+    table.run(data, slice(2, 5), max_blocks)
+    for into, expected in cases:
+        rows, columns = expected.shape
+        assert torch.equal(into[:rows, :columns], expected), (rows, columns)
+        assert into[rows:].isnan().all()
+        assert into[:, columns:].isnan().all()
 
 
 def test_reads_no_more_than_needed(folder: Path) -> None:
