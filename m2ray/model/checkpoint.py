@@ -18,6 +18,7 @@ from m2ray.batches import TensorTable
 from m2ray.errors import CheckpointError, M2rayError, StoreError, raise_all
 from m2ray.model.families import parse_config
 from m2ray.model.headers import COPY_AGAIN, FileHeader, TensorHeader, read_file_header
+from m2ray.model.interpreter import without_collector
 from m2ray.model.skeleton import build_skeleton
 from m2ray.model.tensors import table_of, table_without_weights
 from m2ray.storage import Store, open_store
@@ -95,6 +96,7 @@ class Checkpoint:
             self._bytes_read += num_bytes
 
 
+@without_collector()
 def open_checkpoint(url: str) -> Checkpoint:
     """Read config.json, the index and every file's header of the folder at `url`. `Checkpoint.check` tells their damage.
 
@@ -182,6 +184,7 @@ def _join(weight_map: Mapping[str, str], files: Mapping[str, FileHeader]) -> tup
     return headers, problems
 
 
+@without_collector()
 def tensor_table(checkpoint: Checkpoint) -> TensorTable:
     """Every tensor of the model and of the checkpoint, matched.
 

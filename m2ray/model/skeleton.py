@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -69,8 +70,12 @@ class Skeleton:
 
     def layer_of(self, key: str) -> int | None:
         """The decoder layer that a name belongs to, judged by the name alone: it may be one that the model has not."""
-        match = re.search(rf"(?:^|\.){re.escape(self.layers_name.rpartition('.')[2])}\.(\d+)\.", key)
+        match = self._layer_pattern.search(key)
         return int(match[1]) if match else None
+
+    @cached_property
+    def _layer_pattern(self) -> re.Pattern[str]:
+        return re.compile(rf"(?:^|\.){re.escape(self.layers_name.rpartition('.')[2])}\.(\d+)\.")
 
 
 def build_skeleton(config: Any, compute_dtype: torch.dtype, attn_implementation: str = "auto") -> Skeleton:

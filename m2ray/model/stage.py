@@ -1,11 +1,7 @@
 """One stage: a span of the model, loaded and ready to run micro-batches. Pure torch; no Ray, and no I/O but reading the checkpoint."""
 
-import gc
-import sys
 import time
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -19,13 +15,12 @@ from m2ray.model.capture import ResidualCapture
 from m2ray.model.checkpoint import open_checkpoint
 from m2ray.model.decoder import DecoderSpan
 from m2ray.model.gpu_loading import Lanes
+from m2ray.model.interpreter import quick_switches, without_collector
 from m2ray.model.offload import Offload
 from m2ray.model.skeleton import build_skeleton
 from m2ray.model.weights import OnBytes, load_weights, parameter_bytes
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-
-_SWITCH_S = 2e-4
 
 
 @dataclass(frozen=True)
@@ -226,24 +221,6 @@ class Stage:
         return on_device_BTH
 
 
-@contextmanager
-def undisturbed() -> Iterator[None]:
-    """What many small objects and many threads need of Python for a second or two.
-
-    The collector, called by thousands of small objects, looks through all of torch's and transformers' each time: 0.4 s while a checkpoint
-    of 9,400 tensors is opened. And a reader that comes back from the disk waits for the thread that plans, 5 ms each time by default.
-    """
-    was_enabled, interval_s = gc.isenabled(), sys.getswitchinterval()
-    gc.disable()
-    sys.setswitchinterval(_SWITCH_S)
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(interval_s)
-        if was_enabled:
-            gc.enable()
-
-
 def load_stage(spec: StageSpec, on_bytes: OnBytes) -> Stage:
     """Build the span of `spec` and read its tensors, and no others.
 
@@ -260,7 +237,10 @@ def load_stage(spec: StageSpec, on_bytes: OnBytes) -> Stage:
     if spec.threads is not None:
         torch.set_num_threads(spec.threads)
     device = torch.device(spec.device)
-    with undisturbed(), Lanes(device) if device.type == "cuda" else nullcontext() as lanes:
+    if device.type != "cuda":
+        with without_collector():
+            return _load_stage(spec, device, None, on_bytes)
+    with without_collector(), quick_switches(), Lanes(device) as lanes:
         return _load_stage(spec, device, lanes, on_bytes)
 
 

@@ -1,0 +1,37 @@
+"""What opening and loading a checkpoint ask of Python's interpreter for a second or two: many small objects, many threads."""
+
+import gc
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_SWITCH_S = 2e-4
+
+
+@contextmanager
+def without_collector() -> Iterator[None]:
+    """Python's collector, called by thousands of small objects, looks through all of torch's and transformers' each time.
+
+    To open MiniMax-M2's 96,103 tensors takes 2.0 s with it and 0.6 s without (2 CPU cores).
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+@contextmanager
+def quick_switches() -> Iterator[None]:
+    """A reader that comes back from the disk waits until the thread that plans lets go of the interpreter: 5 ms, by Python's default.
+
+    Sixteen readers beside a busy thread did 0.38 of their work so, and 0.84 with 0.2 ms (2 CPU cores, reads of 8 ms simulated).
+    """
+    interval_s = sys.getswitchinterval()
+    sys.setswitchinterval(_SWITCH_S)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(interval_s)
