@@ -36,15 +36,18 @@ class _Lane:
     def __init__(self, device: torch.device) -> None:
         self.stream = torch.cuda.Stream(device)
         self._copied = torch.cuda.Event()
-        self._pinned = torch.empty(EXTENT_BYTES, dtype=torch.uint8, pin_memory=True)
-        self._memory = self._pinned.numpy().data
-        with torch.cuda.stream(self.stream):
+        with torch.cuda.device(device):
+            self._pinned = torch.empty(EXTENT_BYTES, dtype=torch.uint8, pin_memory=True)
+            # On the default stream, where it can be used again once the weights are loaded.
             self._on_gpu = torch.empty(EXTENT_BYTES + _ALIGNMENT, dtype=torch.uint8, device=device)
+            torch.cuda.current_stream().synchronize()
+        self._memory = self._pinned.numpy().data
 
     def read(self, checkpoint: Checkpoint, extent: Extent[Wanted]) -> torch.Tensor:
         """Read the extent and begin to copy it to the GPU, on this lane's stream, which has to be the current one."""
         begin, stop = _lead(extent), _lead(extent) + extent.stop - extent.start
         if stop > len(self._on_gpu):
+            self.stream.synchronize()
             self._on_gpu = torch.empty(stop, dtype=torch.uint8, device=self._on_gpu.device)
         for done in range(begin, stop, EXTENT_BYTES):
             num_bytes = min(EXTENT_BYTES, stop - done)

@@ -25,7 +25,7 @@ RAN: list[int] = []
 
 class HostLane(gpu_loading._Lane):
     def __init__(self, device: torch.device) -> None:
-        self.stream = None
+        self.stream = SimpleNamespace(synchronize=lambda: None)
         self._copied = SimpleNamespace(synchronize=lambda: None, record=lambda stream: None)
         self._pinned = torch.empty(gpu_loading.EXTENT_BYTES, dtype=torch.uint8)
         self._memory = self._pinned.numpy().data
