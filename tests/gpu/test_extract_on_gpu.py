@@ -52,7 +52,7 @@ def assert_near_transformers(run: Path, model: Path, at_most: int) -> None:
 def test_the_job_equals_transformers_and_reports_its_plan(folder: Path, tmp_path: Path, options: dict[str, object]) -> None:
     run = tmp_path / "run"
     done = subprocess.run(
-        command(folder, prompts(tmp_path / "prompts.txt", 60, 200), run, batch_tokens=1024, **options),
+        command(folder, prompts(tmp_path / "prompts.txt", 60, 200), run, stages=1, batch_tokens=1024, **options),
         env=environment(), capture_output=True, text=True, timeout=280, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -83,7 +83,7 @@ def test_a_micro_batch_that_finds_no_room_on_the_gpu_is_halved(folder: Path, tmp
     """Another process takes nearly all memory once the stage's process is there, so that the plan was right and is so no more."""
     run, log = tmp_path / "run", tmp_path / "log"
     words = command(
-        folder, prompts(tmp_path / "prompts.txt", 2200, 1000), run, batch_tokens=1_000_000, shard_tokens=1_100_000, compile=False
+        folder, prompts(tmp_path / "prompts.txt", 2200, 1000), run, stages=1, batch_tokens=1_000_000, shard_tokens=1_100_000, compile=False
     )
     with log.open("wb") as output:
         job = subprocess.Popen(words, env=environment(), stdout=output, stderr=subprocess.STDOUT)
