@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -76,6 +77,29 @@ def test_two_stages_give_the_rows_of_one_by_either_transport(folder: Path, tmp_p
         rows.append(m2ray.open_run(tmp_path / name).tensor())
     report = json.loads((tmp_path / "two" / "report.json").read_text())
     assert [stage["sends_by"] for stage in report["stages"]] == [transport, ""]
+    assert torch.equal(*rows)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_rows_are_the_same_when_stages_are_killed_that_share_gpu_memory(folder: Path, tmp_path: Path) -> None:
+    """Whoever maps the memory of a killed stage, or whose memory a killed stage has mapped, goes on with the one that comes in its place."""
+    rng = np.random.default_rng(0)
+    source = prompts(tmp_path / "prompts.txt", 5_000, 200)
+    options = {"stages": 2, "transport": "cuda_ipc", "batch_tokens": 4096, "shard_tokens": 20_000, "compile": False, "layers": "2,6"}
+    rows, killed = [], 0
+    for name, kills in {"undisturbed": 0, "killed": 4}.items():
+        run, log = tmp_path / name, tmp_path / f"{name}.log"
+        with log.open("wb") as output:
+            job = subprocess.Popen(command(folder, source, run, **options), env=environment(), stdout=output, stderr=subprocess.STDOUT)
+        for number in range(kills):
+            while job.poll() is None and len(list(run.glob("_commits/shard-*.json"))) < 3 * number + 1:
+                os.sched_yield()
+            for pid in rng.permutation(list(stage_processes(job.pid)))[:1].tolist():
+                os.kill(pid, signal.SIGKILL)
+                killed += 1
+        assert job.wait(150) == 0, log.read_text()
+        rows.append(m2ray.open_run(run).tensor())
+    assert killed == 4
     assert torch.equal(*rows)
 
 
