@@ -330,8 +330,16 @@ def test_balanced_over_eight():
     assert spans(plan("8xA100-80GB")) == ["0-6", "7-13", "14-21", "22-29", "30-37", "38-45", "46-53", "54-61"]
 
 
+def test_a_number_of_stages_is_one_of_stages_with_layers():
+    cpu = Cluster((Node("a", cpus=8),))
+    planned = plan(cpu, num_layers=6, device_map="balanced_low_0", stages=3)
+    assert [str(stage.span) for stage in planned.stages] == ["layers 0-0", "layers 1-2", "layers 3-5"]
+
+
 def test_other_maps():
     assert spans(plan("8xH200", device_map="balanced_low_0"))[0] is None
+    assert spans(plan("8xH200", device_map="balanced_low_0", stages=8))[0] == "0-0"
+    assert spans(plan("8xH200", device_map="balanced_low_0", stages=4, gpus_per_stage=2))[:2] == [None, "0-7"]
     filled = spans(plan("8xH200", device_map="sequential"))
     assert filled[:3] == ["0-18", "19-37", "38-56"]
     assert filled[4:] == [None] * 4
