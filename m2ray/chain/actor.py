@@ -367,10 +367,9 @@ class StageActor:
         return stage
 
     def _abandon(self, writer: ActivationWriter, attempts: Sequence[tuple[int, str]]) -> None:
-        for shard, attempt in attempts:
-            # What the store would not delete is no commit's, and goes when the run is finished.
-            with suppress(StoreError):
-                writer.abandon(shard, attempt)
+        # What the store does not delete soon is no commit's, and goes when the run is finished; a reset has to end within `timeout_s`.
+        with suppress(StoreError):
+            writer.abandon(attempts, self._writer_spec.timeout_s / 4)
 
     def _memory_error(self, error: RuntimeError, micro_batch: MicroBatch) -> BaseException:
         """What tells the driver to try a smaller micro-batch, with the memory that this one left given back; other errors as they are."""
