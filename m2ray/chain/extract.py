@@ -56,7 +56,7 @@ def extract(config: ExtractConfig, progress: Progress) -> RunSummary:
                 work, hardware = _resume(inputs, recorded, progress), None
         else:
             inputs, work, hardware = _begin(inputs, stack, stop, progress)
-        stack.enter_context(closing(work.tokens))
+        stack.enter_context(work.tokens)
         missing = work.run.missing(work.shards)
         if missing and hardware is None:
             with stop.at_once(GOES_ON):
