@@ -10,7 +10,6 @@ import argparse
 import asyncio
 import os
 import statistics
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from m2ray.chain.loading import WriterSpec
 from m2ray.chain.replicas import Replicas
 from m2ray.chain.stages import Patience, Stages
 from m2ray.chain.status import StageStatus
+from m2ray.chain.stopping import Stop
 from m2ray.model.stage import StageSpec
 from m2ray.planning.memory import window
 
@@ -174,7 +174,7 @@ def measure(num_stages: int, num_replicas: int, num_micro_batches: int) -> Cost:
     shards = [Shard(index, ids, np.full(len(ids), LENGTH, np.int32)) for index in range(num_shards)]
     ray.get([actor.load.remote() for actor in actors])
     began_cpu = time.process_time()
-    done = sum(1 for _ in Replicas(chains, shards, threading.Event(), print).results(lambda: None))
+    done = sum(1 for _ in Replicas(chains, shards, Stop(), print).results(lambda: None))
     process_s = time.process_time() - began_cpu
     for actor in actors:
         ray.kill(actor)

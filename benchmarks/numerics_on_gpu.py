@@ -12,7 +12,6 @@ having gone its own way. Needs a GPU with 32 GB.
 import argparse
 import json
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,9 +26,6 @@ from scripts.make_checkpoint import OVERRIDES, RELATIVE_UPDATE, SILU_GATED_RMS, 
 SHAPE = (8, 512)
 WARM_UP = ((4, 1024), (16, 256), (1, 1024))
 """As a stage warms up: what is measured then runs in the graph for all shapes."""
-
-Step = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-"""A layer: hidden states [B, T, H] in, its output [B, T, H] and each token's experts [N, K], sorted, out."""
 
 
 class Layer:

@@ -54,6 +54,11 @@ class Sequence:
     token_ids: Int32Array
 
 
+MOST_SEQUENCES = 2**15 - 1
+"""In a shard. Each may be a micro-batch of its own, which is a row group, and Parquet numbers those of a file with 16 bits: Rust's
+readers refuse a file with more (apache/arrow-rs#10129)."""
+
+
 @dataclass(frozen=True)
 class Shard:
     """A fixed range of sequences: the unit of commit, retry and resume.

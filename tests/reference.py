@@ -37,6 +37,9 @@ MINIMAX_TINY = {
 }
 """Dimensions that FP8 blocks of 128 divide, and layers enough for five uneven spans."""
 
+LENGTHS = (9, 23, 1, 17, 4)
+"""Of the sequences of a micro-batch: mixed, one of a single token."""
+
 
 def make_minimax(folder: Path, fmt: str, layout: str = "hub") -> Path:
     """A tiny MiniMax-M2 checkpoint in several files. All formats and layouts hold the same values."""
@@ -117,6 +120,11 @@ def micro_batch_of(lengths: Sequence[int], vocab_size: int, seed: int = 0, pad_t
     return MicroBatch(0, 0, True, np.arange(100, 100 + len(lengths)), np.array(lengths, np.int32), token_ids_BT)
 
 
+def vocab_size(folder: Path) -> int:
+    """A checkpoint's."""
+    return int(json.loads((folder / "config.json").read_text())["vocab_size"])
+
+
 def alone(micro_batch: MicroBatch, row: int) -> MicroBatch:
     """One sequence of a micro-batch, without padding."""
     length = int(micro_batch.token_counts[row])
@@ -176,6 +184,12 @@ def chain_rows(stages: Sequence[Stage], micro_batch: MicroBatch) -> list[torch.T
 def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Equal dtype, shape and bits; unlike `==`, tells -0 from 0 and finds NaN equal to itself."""
     return one.dtype == other.dtype and one.shape == other.shape and torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+
+
+def assert_close(ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor]) -> None:
+    """Rows [N, H] a layer that differ by float32's rounding alone: by less than 1e-5 of each row's norm."""
+    for layer, (one, other) in enumerate(zip(ours, theirs, strict=True)):
+        assert ((one - other).norm(dim=1) / other.norm(dim=1)).max() < 1e-5, layer
 
 
 def load_span(folder: Path, span: LayerSpan, dtype: torch.dtype = torch.bfloat16) -> tuple[DecoderSpan, int, int]:

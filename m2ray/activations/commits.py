@@ -140,16 +140,6 @@ class Run:
         self._committed.add(shard.index)
         return is_ours
 
-    def sweep(self) -> int:
-        """Delete the parts of committed shards that their commits do not name, and surveys that job.json does not name.
-
-        Parts of uncommitted shards stay: another driver may be about to commit them. Unfinished files of dead writers go too.
-
-        Returns:
-            The number of objects deleted.
-        """
-        return self._sweep({commit.shard: commit.attempt for commit in self._commits()})
-
     def finish(self) -> RunSummary:
         """Close the account, sweep, and write manifest.parquet and, last of all, `_SUCCESS`. Safe to repeat.
 
@@ -209,8 +199,13 @@ class Run:
             num_bytes=sum(bytes_of_parts),
         )
 
-    def _sweep(self, attempts: Mapping[int, str]) -> int:
-        """`sweep` for these committed shards and the attempts that count."""
+    def _sweep(self, attempts: Mapping[int, str]) -> None:
+        """Delete the parts of committed shards that their commits do not name, surveys that job.json does not name, and what dead writers
+        left unfinished.
+
+        Args:
+            attempts: of each committed shard, the one that counts.
+        """
         self.store.delete_unfinished()
         surveyed = {file.key for file in self.job.sequence_files}
         garbage = [key for key, _ in self.store.list("sequences") if key not in surveyed]
@@ -219,7 +214,6 @@ class Run:
             if named and attempts.get(named[0], named[1]) != named[1]:
                 garbage.append(key)
         self.store.delete(garbage)
-        return len(garbage)
 
 
 def _problems(

@@ -12,6 +12,7 @@ import pyarrow as pa
 from m2ray import __version__
 from m2ray.activations import parquet_format as parquet
 from m2ray.activations.column_chunks import ColumnChunk
+from m2ray.batches import MOST_SEQUENCES
 
 _FORMAT_VERSION = 2
 _CREATED_BY = f"m2ray version {__version__}"
@@ -30,6 +31,7 @@ class Footer:
 
     def add(self, begin: int, num_rows: int, chunks: Sequence[ColumnChunk]) -> None:
         """A row group that begins at byte `begin` of the file: one chunk a column."""
+        assert len(self._groups) < MOST_SEQUENCES, "a shard has no more micro-batches"
         self._groups.append((begin, num_rows, chunks))
 
     def encode(self, begin: int) -> bytes:

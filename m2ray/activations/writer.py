@@ -8,7 +8,7 @@ aborted, those already durable too, and whoever calls next gets that error.
 
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 
@@ -143,17 +143,17 @@ class ActivationWriter:
             self._end([opened], timeout_s)
         raise opened.failure
 
-    def abandon(self, shard: int, attempt: str, timeout_s: float = 60.0) -> None:
-        """Give an attempt up and delete what it has written. One that is not open (any more) is none of its business.
+    def abandon(self, attempts: Iterable[tuple[int, str]], timeout_s: float = 60.0) -> None:
+        """Give up each (shard, attempt) and delete what it has written. One that is not open (any more) is none of its business.
 
         Raises:
-            StoreError: something of it could not be deleted.
+            StoreError: something of them could not be deleted, or not within `timeout_s` for all together.
         """
         with self._changed:
-            opened = self._attempts.pop((shard, attempt), None)
-        if opened is not None:
-            self._fail(opened, StageError(f"Attempt {attempt} of shard {shard} was given up."))
-            self._end([opened], timeout_s)
+            opened = [found for each in attempts if (found := self._attempts.pop(each, None)) is not None]
+        for each in opened:
+            self._fail(each, StageError("The attempt was given up."))
+        self._end(opened, timeout_s)
 
     def close(self, timeout_s: float = 60.0) -> None:
         """Give up every attempt that is not collected and end the threads. Raises StoreError as `abandon` does."""

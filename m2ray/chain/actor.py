@@ -272,10 +272,9 @@ class StageActor:
         return load_warm(spec, self._writer_spec.batch_tokens, count)
 
     def _abandon(self, writer: ActivationWriter, attempts: Sequence[tuple[int, str]]) -> None:
-        for shard, attempt in attempts:
-            # What the store would not delete is no commit's, and goes when the run is finished.
-            with suppress(StoreError):
-                writer.abandon(shard, attempt)
+        # What the store does not delete soon is no commit's, and goes when the run is finished; a reset has to end within `timeout_s`.
+        with suppress(StoreError):
+            writer.abandon(attempts, self._writer_spec.timeout_s / 4)
 
     @contextmanager
     def _finding_room(self, micro_batch: MicroBatch) -> Iterator[None]:

@@ -22,7 +22,7 @@ from m2ray.chain.progress import Progress
 from m2ray.chain.replicas import Replicas
 from m2ray.chain.report import REPORT, RunMeasured, build_report, start_lines, summary_lines
 from m2ray.chain.stages import Patience, Stages
-from m2ray.chain.stopping import stop_on_sigterm
+from m2ray.chain.stopping import GOES_ON, NOTHING_WRITTEN, Stop, stop_on_sigterm
 from m2ray.config import ExtractConfig, parse_labels
 from m2ray.errors import M2rayError
 from m2ray.model.offload import Offload
@@ -45,19 +45,22 @@ def extract(config: ExtractConfig, progress: Progress) -> RunSummary:
 
     Raises:
         M2rayError: before Ray is started for bad configuration, checkpoint, prompts or output; before anything is written for a
-            cluster that does not hold the plan; later for what fails there.
+            cluster that does not hold the plan; later for what fails there; at any time for SIGTERM.
     """
-    inputs = check(config)
-    recorded = read_job(inputs.store)
-    with ExitStack() as stack:
+    with stop_on_sigterm() as stop, ExitStack() as stack:
+        with stop.at_once(GOES_ON):
+            inputs = check(config)
+            recorded = read_job(inputs.store)
         if recorded:
-            work, hardware = _resume(inputs, recorded, progress), None
+            with stop.at_once(GOES_ON):
+                work, hardware = _resume(inputs, recorded, progress), None
         else:
-            inputs, work, hardware = _begin(inputs, stack, progress)
-        stack.enter_context(closing(work.tokens))
+            inputs, work, hardware = _begin(inputs, stack, stop, progress)
+        stack.enter_context(work.tokens)
         missing = work.run.missing(work.shards)
-        hardware = hardware or (stack.enter_context(_hardware(config)) if missing else None)
-        stop = stack.enter_context(stop_on_sigterm())  # after Ray, which has a way of its own to end; and finishing takes moments
+        if missing and hardware is None:
+            with stop.at_once(GOES_ON):
+                hardware = stack.enter_context(_hardware(config))
         if hardware is not None and missing:
             _extract_missing(inputs, work, missing, hardware, stop, progress)
         summary = read_summary(inputs.store) if work.run.is_finished else None
@@ -125,17 +128,18 @@ def _demand(inputs: Inputs, hardware: Hardware, longest_tokens: int | None) -> D
 # -- beginning and going on -----------------------------------------------------------------------------------------------
 
 
-def _begin(inputs: Inputs, stack: ExitStack, progress: Progress) -> tuple[Inputs, _Work, Hardware]:
+def _begin(inputs: Inputs, stack: ExitStack, stop: Stop, progress: Progress) -> tuple[Inputs, _Work, Hardware]:
     """Survey the prompts, look at the hardware, and claim the run for what fits there."""
-    found = survey(
-        inputs.source, inputs.tokenizer, inputs.store, uuid4().hex[:12], inputs.options["shard_tokens"], on_progress=progress.surveying
-    )
+    shard_tokens, found = inputs.options["shard_tokens"], None
     try:
-        hardware = stack.enter_context(_hardware(inputs.config))
-        inputs = _resolve(inputs, found.shards, hardware)
+        with stop.at_once(NOTHING_WRITTEN):
+            found = survey(inputs.source, inputs.tokenizer, inputs.store, uuid4().hex[:12], shard_tokens, on_progress=progress.surveying)
+            hardware = stack.enter_context(_hardware(inputs.config))
+            inputs = _resolve(inputs, found.shards, hardware)
         return inputs, _claim(inputs, found, progress), hardware
     except M2rayError:
-        inputs.store.delete([file.key for file in found.sequence_files])
+        if found is not None:
+            inputs.store.delete([file.key for file in found.sequence_files])
         raise
 
 
@@ -178,15 +182,15 @@ def _resume(inputs: Inputs, recorded: JobRecord, progress: Progress) -> _Work:
 # -- extracting -----------------------------------------------------------------------------------------------------------
 
 
-def _extract_missing(
-    inputs: Inputs, work: _Work, missing: Sequence[Shard], hardware: Hardware, stop: threading.Event, progress: Progress
-) -> None:
+def _extract_missing(inputs: Inputs, work: _Work, missing: Sequence[Shard], hardware: Hardware, stop: Stop, progress: Progress) -> None:
     """Plan, reserve room, run the chains, commit each shard as it completes, and report."""
     config = inputs.config
     stats = PromptStats(sum(len(shard.sequence_ids) for shard in missing), *batching(missing, inputs.options["batch_tokens"]))
     wanted = plan_run(_demand(inputs, hardware, stats.longest_tokens), hardware.cluster, stats)
     wanted.require_fit()
-    with reserve(wanted, hardware, config.placement_timeout_s) as (plan, reservations):
+    with ExitStack() as stack:
+        with stop.at_once(GOES_ON):
+            plan, reservations = stack.enter_context(reserve(wanted, hardware, config.placement_timeout_s))
         for line in start_lines(plan):
             progress.say(line)
         batches_of = _micro_batches_of(work)

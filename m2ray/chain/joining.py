@@ -10,6 +10,7 @@ from pathlib import Path
 
 import ray
 
+from m2ray.chain.stopping import sigterm_kept
 from m2ray.errors import ClusterError
 
 
@@ -29,7 +30,8 @@ def cluster(connect_timeout_s: float) -> Iterator[None]:
         return
     folder = Path(tempfile.mkdtemp(prefix="m2ray-"))
     try:
-        ray.init(address="local", include_dashboard=False, _temp_dir=str(folder), logging_level="ERROR", log_to_driver=True)
+        with sigterm_kept():
+            ray.init(address="local", include_dashboard=False, _temp_dir=str(folder), logging_level="ERROR", log_to_driver=True)
         yield
     finally:
         ray.shutdown()
@@ -43,7 +45,8 @@ def _join(timeout_s: float) -> None:
         if separator and port.isdigit() and "/" not in host:
             # Ray itself goes on trying for minutes where nothing listens.
             socket.create_connection((host, int(port)), timeout_s).close()
-        ray.init(logging_level="ERROR", log_to_driver=True)
+        with sigterm_kept():
+            ray.init(logging_level="ERROR", log_to_driver=True)
     except (OSError, ray.exceptions.RayError, RuntimeError, ValueError) as error:
         raise ClusterError(
             f"The Ray cluster at RAY_ADDRESS={address!r} cannot be joined: {error}.",

@@ -12,7 +12,8 @@ from m2ray.batches import Shard
 from m2ray.chain.driver import Chain, ChainLostError, ShardResult
 from m2ray.chain.queue import ShardQueue
 from m2ray.chain.stages import Stages
-from m2ray.errors import ClusterError, StageError, StoreError
+from m2ray.chain.stopping import GOES_ON, Stop, stopped
+from m2ray.errors import ClusterError, StoreError
 
 _TICK_S = 0.5
 _FLUSH_S = 2.0
@@ -21,9 +22,7 @@ _FLUSH_S = 2.0
 class Replicas:
     """The chains and what they hand over. A context: at its end every actor is gone."""
 
-    def __init__(
-        self, chains: Sequence[tuple[Chain, Stages]], shards: Sequence[Shard], stop: threading.Event, say: Callable[[str], None]
-    ) -> None:
+    def __init__(self, chains: Sequence[tuple[Chain, Stages]], shards: Sequence[Shard], stop: Stop, say: Callable[[str], None]) -> None:
         self._chains = chains
         self._queue = ShardQueue(shards)
         self._stop = stop
@@ -46,9 +45,9 @@ class Replicas:
                 yield from self._ready(_TICK_S)
                 on_tick()
                 self._raise_end()
-                if self._stop.is_set():
+                if self._stop.asked.is_set():
                     yield from self._flush()
-                    raise StageError("The run was stopped on request.", "Run the same command again: finished shards are kept.")
+                    raise stopped(GOES_ON)
         finally:
             self._end()
 

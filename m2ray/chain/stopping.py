@@ -1,20 +1,82 @@
-"""SIGTERM, which `ray job stop` sends: the run is asked to stop instead of being ended where it stands."""
+"""SIGTERM, which `ray job stop` and Slurm send: the run is asked to stop instead of being ended where it stands."""
 
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from m2ray.errors import StageError
+
+NOTHING_WRITTEN = "Nothing was written: run the same command again to begin anew."
+GOES_ON = "Run the same command again: finished shards are kept."
+
+
+class Stop:
+    """Whether the run was asked to stop: `asked` is set then, and what goes on inside of `at_once` ends there."""
+
+    def __init__(self) -> None:
+        self.asked = threading.Event()
+        self._ends_at_once = False
+
+    @contextmanager
+    def at_once(self, remedy: str) -> Iterator[None]:
+        """Around what may be broken off anywhere.
+
+        Raises:
+            StageError: the run was asked to stop, by now or before.
+        """
+        self._ends_at_once = True
+        try:
+            if self.asked.is_set():
+                raise KeyboardInterrupt
+            yield
+        except KeyboardInterrupt:
+            if not self.asked.is_set():  # it was Ctrl-C
+                raise
+        finally:
+            self._ends_at_once = False
+        if self.asked.is_set():
+            raise stopped(remedy)
+
+    def ask(self, *_: object) -> None:
+        """The handler of the signal, in the main thread."""
+        self.asked.set()
+        if self._ends_at_once:
+            self._ends_at_once = False  # a second signal does not break off what is done on the way out
+            raise KeyboardInterrupt  # the only exception that goes through Ray's waits
+
+
+def stopped(remedy: str) -> StageError:
+    """What a run that was asked to stop ends with."""
+    return StageError("The run was stopped on request.", remedy)
+
 
 @contextmanager
-def stop_on_sigterm() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets. Outside of the main thread, which alone gets signals, nobody sets it."""
-    stop = threading.Event()
+def stop_on_sigterm() -> Iterator[Stop]:
+    """A stop that SIGTERM asks for. Outside of the main thread, which alone gets signals, nobody asks for it."""
+    stop = Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    before = signal.signal(signal.SIGTERM, stop.ask)
     try:
         yield stop
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def sigterm_kept() -> Iterator[None]:
+    """Around ray.init, which sets a handler of its own that ends the process without a word: the one of before, if any, stays."""
+    before = signal.getsignal(signal.SIGTERM)
+    if not callable(before) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    try:
+        yield
+    except SystemExit as ended:
+        if ended.code == signal.SIGTERM:
+            before(signal.SIGTERM, None)
+        raise
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -3,8 +3,10 @@
 import json
 import os
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from pathlib import Path
 
 import click
 
@@ -13,7 +15,7 @@ from m2ray.config import parse_bytes
 from m2ray.errors import ClusterError, M2rayError
 from m2ray.planning.checks import Finding, check_nodes
 from m2ray.planning.node_facts import NodeFacts, look_at_node
-from m2ray.storage import open_store
+from m2ray.storage import LocalStore, open_store
 
 _CONNECT_TIMEOUT_S = 30.0
 
@@ -32,7 +34,8 @@ def command(ctx: click.Context, /, address: str | None, model: str | None, outpu
     nodes: list[NodeFacts] = []
     silent: dict[str, str] = {}
     try:
-        nodes, silent = _look(address, model, output)
+        with _folders_left_as_they_were(output):
+            nodes, silent = _look(address, model, output)
     except ClusterError as error:  # the model's problems are told all the same
         findings.append(Finding("cluster", "problem", address or "cluster", error.what, error.remedy))
     findings += [
@@ -95,6 +98,28 @@ def _look(address: str | None, model: str | None, output: str | None) -> tuple[l
         return look_at_cluster(_CONNECT_TIMEOUT_S, model, output, marker)
     finally:
         store.delete([marker])
+
+
+@contextmanager
+def _folders_left_as_they_were(output: str | None) -> Iterator[None]:
+    """Remove the folders that trying a local run folder makes, as far as they are empty: nobody began a run there."""
+    before = _folders(output)
+    try:
+        yield
+    finally:
+        for folder in sorted(_folders(output) - before, reverse=True):  # each before the one that holds it
+            with suppress(OSError):
+                folder.rmdir()
+
+
+def _folders(output: str | None) -> set[Path]:
+    """The folders on the way to a local run folder and those in it, as far as they can be seen."""
+    with suppress(M2rayError, OSError):
+        store = open_store(output) if output else None
+        if isinstance(store, LocalStore):
+            inside = store.root.iterdir() if store.root.is_dir() else ()
+            return {folder for folder in (store.root, *store.root.parents, *inside) if folder.is_dir()}
+    return set()
 
 
 def _print(nodes: Sequence[NodeFacts], findings: Sequence[Finding]) -> None:

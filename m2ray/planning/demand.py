@@ -164,12 +164,14 @@ class Demand:
 
     def split(self, devices: Sequence[Device]) -> tuple[DeviceSpan, ...]:
         """Deal the layers out over one chain's devices. Raises ClusterError where `short_bytes` is not 0."""
-        is_one_gpu = self.options.chains.device_map.startswith("cuda:")
-        device_map = "sequential" if is_one_gpu else cast("DeviceMap", self.options.chains.device_map)
+        chains = self.options.chains
+        device_map = "sequential" if chains.device_map.startswith("cuda:") else cast("DeviceMap", chains.device_map)
+        # A GPU may stay free, but a number of stages that was asked for is one of stages with layers.
+        least_first = int(chains.stages is not None and (devices[0].gpu is None or chains.gpus_per_stage == 1))
         caps_bytes = self._caps_bytes(devices)
         if self.options.offload != "none" and short_by_bytes(*self._costs, caps_bytes):
             return partition(*self._costs, [None] * len(devices), "balanced")
-        return partition(*self._costs, caps_bytes, device_map)
+        return partition(*self._costs, caps_bytes, device_map, least_first)
 
     def offloaded(self, span: LayerSpan, device: Device) -> LayerSpan | None:
         """The layers at a span's end whose weights stay elsewhere; None where all find room on the device."""

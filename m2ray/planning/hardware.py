@@ -59,7 +59,8 @@ class Gpu:
 class Node:
     """One machine; None where it is not known. "free" is at the time of the probe.
 
-    `shm_bytes` is /dev/shm's size, `disk_free_bytes` what the probed folder's file system has left. `versions` maps python, m2ray,
+    `shm_bytes` is /dev/shm's size, `disk_free_bytes` what the probed folder's file system has left, and `disk_in_memory` whether that
+    is one in memory (tmpfs). `versions` maps python, m2ray,
     ray, torch, flash-attn, cuda, nccl and driver, as far as they are there, to their versions.
     """
 
@@ -71,6 +72,7 @@ class Node:
     shm_bytes: int | None = None
     shm_free_bytes: int | None = None
     disk_free_bytes: int | None = None
+    disk_in_memory: bool = False
     versions: Mapping[str, str] = field(default_factory=dict)
 
 

@@ -23,14 +23,19 @@ class DeviceSpan:
 
 
 def partition(
-    layer_bytes: Sequence[int], first_bytes: int, last_bytes: int, caps_bytes: Sequence[int | None], device_map: DeviceMap = "auto"
+    layer_bytes: Sequence[int],
+    first_bytes: int,
+    last_bytes: int,
+    caps_bytes: Sequence[int | None],
+    device_map: DeviceMap = "auto",
+    least_first: int = 0,
 ) -> tuple[DeviceSpan, ...]:
     """Deal the layers out over devices in order: contiguous, all of them, none twice, no device above its cap.
 
     `auto` and `balanced` make the fullest device as little full as the caps allow, and among the splits that do, take the
     evenest (least sum of squared bytes). Under equal caps every device gets a span; under unequal ones a device too small
-    to take part is left out. `balanced_low_0` gives device 0 as few layers as the others' caps allow (none, if they hold
-    the model) and balances the others. `sequential` fills each device up to its cap before it begins the next.
+    to take part is left out. `balanced_low_0` gives device 0 as few layers as the others' caps allow (`least_first`, if they
+    hold the rest) and balances the others. `sequential` fills each device up to its cap before it begins the next.
 
     Args:
         layer_bytes: bytes of each decoder layer, all above 0.
@@ -38,6 +43,7 @@ def partition(
         last_bytes: bytes that live with the last layer (the final norm).
         caps_bytes: what each device has room for; None for no limit.
         device_map: the strategy.
+        least_first: layers that `balanced_low_0` leaves device 0 at least, 0 or 1, if it has room for one.
 
     Returns:
         The devices that hold layers, in order.
@@ -61,7 +67,7 @@ def partition(
     if device_map == "sequential":
         cuts = _fill(costs, caps_bytes)
     elif device_map == "balanced_low_0" and len(caps_bytes) > 1:
-        cuts = _spare_first(costs, caps_bytes)
+        cuts = _spare_first(costs, caps_bytes, least_first if _fits(costs[:1], caps_bytes[:1]) else 0)
     else:
         cuts = _balance(costs, caps_bytes)
     starts = [0, *cuts[:-1]]
@@ -136,10 +142,10 @@ def _evenest(ends: Sequence[int], limits: Sequence[int]) -> list[int]:
     return list(best[len(ends) - 1][1])
 
 
-def _spare_first(costs: Sequence[int], caps_bytes: Sequence[int | None]) -> list[int]:
+def _spare_first(costs: Sequence[int], caps_bytes: Sequence[int | None], least: int) -> list[int]:
     """As few layers as possible on device 0, the others balanced."""
     others = caps_bytes[1:]
-    kept = next(kept for kept in range(len(costs) + 1) if _fits(costs[kept:], others))
+    kept = next(kept for kept in range(least, len(costs) + 1) if _fits(costs[kept:], others))
     if kept == len(costs):
         return [kept] * len(caps_bytes)
     return [kept, *(kept + cut for cut in _balance(costs[kept:], others))]

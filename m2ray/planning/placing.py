@@ -173,8 +173,9 @@ def _node_shortages(cluster: Cluster, nodes: Sequence[NodePlan]) -> list[Shortag
             host.append(Shortage("host_memory", node.name, planned.host_bytes - has_bytes))
         if node.shm_bytes is not None and planned.shm_bytes > node.shm_bytes:
             shared.append(Shortage("shared_memory", node.name, planned.shm_bytes - node.shm_bytes))
-        if node.disk_free_bytes is not None and planned.disk_bytes > node.disk_free_bytes:
-            disk.append(Shortage("disk", node.name, planned.disk_bytes - node.disk_free_bytes))
+        free_bytes = 0 if node.disk_in_memory else node.disk_free_bytes
+        if free_bytes is not None and planned.disk_bytes > free_bytes:
+            disk.append(Shortage("disk", node.name, planned.disk_bytes - free_bytes))
     return [*host, *shared, *disk]
 
 

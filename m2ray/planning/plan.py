@@ -13,7 +13,7 @@ from m2ray.planning.hardware import FLASH_PACKAGE, Cluster
 from m2ray.planning.memory import weight_bytes
 from m2ray.planning.output import OutputPlan, PromptStats
 from m2ray.planning.partition import DeviceMap
-from m2ray.planning.placing import GpuPlan, NodePlan, Shortage, StagePlan, gpus_of, place_all
+from m2ray.planning.placing import GpuPlan, NodePlan, Placing, Shortage, StagePlan, gpus_of, place_all
 from m2ray.planning.rates import RatePlan, SpiltBytes, plan_rates
 from m2ray.planning.remedies import STEP_TOKENS, OffloadTrial, Remedy, find_remedies
 from m2ray.planning.spill import Spills
@@ -99,7 +99,7 @@ def plan_run(
         chains: the devices of each chain, in order, where they are given already; else they are chosen from the cluster.
 
     Raises:
-        ConfigError: options contradict each other, the cluster or the profile.
+        ConfigError: options contradict each other, the cluster or the profile; or layers are to be kept on a disk that lies in memory.
         ClusterError: there are fewer GPUs than stages, or nodes that cannot run the attention.
     """
     device_map = demand.options.chains.device_map
@@ -108,6 +108,7 @@ def plan_run(
     chains = tuple(map(tuple, chains or chain_devices(cluster, demand.num_layers, demand.options.chains)))
     _require_attention(demand, chains)
     placing = place_all(demand, cluster, chains, prompts)
+    _require_disks(cluster, placing)
 
     def fits(changed: Demand, on: Cluster, over: Sequence[Sequence[Device]]) -> bool:
         return not place_all(changed, on, over, prompts).shortages
@@ -155,6 +156,21 @@ def _require_attention(demand: Demand, chains: Sequence[Sequence[Device]]) -> No
             )
             for name, node in nodes.items()
             if node.versions and FLASH_PACKAGE not in node.versions
+        ]
+    )
+
+
+def _require_disks(cluster: Cluster, placing: Placing) -> None:
+    """Raise ConfigError, all at once, for nodes that would keep layers on a disk that is none: they would take the memory planned for others."""
+    raise_all(
+        [
+            ConfigError(
+                f'offload = "disk": {planned.disk_bytes:,} bytes of layers would be kept in memory, since offload_folder of node {node.name} '
+                "lies on a file system in memory (tmpfs).",
+                "Set offload_folder to a folder on a disk.",
+            )
+            for node, planned in zip(cluster.nodes, placing.nodes, strict=True)
+            if planned.disk_bytes and node.disk_in_memory
         ]
     )
 

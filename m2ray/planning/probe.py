@@ -15,6 +15,7 @@ from typing import Any
 from m2ray.config import ExtractConfig
 from m2ray.planning.hardware import FLASH_PACKAGE, Gpu, Node
 
+_IN_MEMORY = ("tmpfs", "ramfs", "devtmpfs")
 _SHM = Path("/dev/shm")  # noqa: S108 - its size is asked for; nothing is written
 
 
@@ -31,6 +32,7 @@ def probe_node(name: str | None = None, folder: str | None = None, visible: str 
     if not gpus:
         gpus = _torch_gpus()
     host_bytes, host_free_bytes = _host_memory()
+    place = _nearest(Path(folder)) if folder else None
     shm_bytes, shm_free_bytes = _file_system(_SHM) if _SHM.is_dir() else (None, None)
     return Node(
         name=name or platform.node() or "localhost",
@@ -40,7 +42,8 @@ def probe_node(name: str | None = None, folder: str | None = None, visible: str 
         host_free_bytes=host_free_bytes,
         shm_bytes=shm_bytes,
         shm_free_bytes=shm_free_bytes,
-        disk_free_bytes=_file_system(_nearest(Path(folder)))[1] if folder else None,
+        disk_free_bytes=_file_system(place)[1] if place else None,
+        disk_in_memory=place is not None and _lies_in_memory(place),
         versions=_versions() | driver,
     )
 
@@ -155,6 +158,22 @@ def _file_system(folder: Path) -> tuple[int | None, int | None]:
     except OSError:
         return None, None
     return found.f_blocks * found.f_frsize, found.f_bavail * found.f_frsize
+
+
+def _lies_in_memory(folder: Path) -> bool:
+    """Whether a folder's file system keeps its files in memory; False where that cannot be told."""
+    try:
+        device = folder.stat().st_dev
+        mounts = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return False
+    # The third field is the device's number, and after " - " comes the kind of file system: proc_pid_mountinfo(5).
+    kinds = (kind.split()[0] for mount, _, kind in (line.partition(" - ") for line in mounts) if mount.split()[2] == _number(device))
+    return next(kinds, "") in _IN_MEMORY
+
+
+def _number(device: int) -> str:
+    return f"{os.major(device)}:{os.minor(device)}"
 
 
 def _nearest(folder: Path) -> Path:

@@ -7,7 +7,7 @@ from typing import NamedTuple, overload
 import numpy as np
 import numpy.typing as npt
 
-from m2ray.batches import Int32Array, Int64Array, MicroBatch, Shard
+from m2ray.batches import MOST_SEQUENCES, Int32Array, Int64Array, MicroBatch, Shard
 from m2ray.prompts.spool import TokenSpool
 
 WINDOW_ROWS = 1 << 16
@@ -66,8 +66,8 @@ class ShardTable(Sequence[Shard]):
 def cut_shards(token_counts: Int32Array, shard_tokens: int) -> list[npt.NDArray[np.intp]]:
     """Cut one window's sequences into shards, the longest first, so that lack of memory shows early.
 
-    A shard holds at most `shard_tokens` tokens, counted as if padded to its longest sequence; a longer sequence stands
-    alone. A shard of several sequences has an even number of them, so that it makes two full micro-batches of half its
+    A shard holds at most MOST_SEQUENCES sequences and `shard_tokens` tokens, counted as if padded to its longest sequence; a longer
+    sequence stands alone. A shard of several sequences has an even number of them, so that it makes two full micro-batches of half its
     tokens (the defaults) instead of two and a rest. It ends early, once a quarter full, rather than mix unlike lengths.
 
     Args:
@@ -84,7 +84,7 @@ def cut_shards(token_counts: Int32Array, shard_tokens: int) -> list[npt.NDArray[
     start = 0
     while start < len(order):
         longest = int(falling[start])
-        room = max(1, shard_tokens // longest)
+        room = min(max(1, shard_tokens // longest), MOST_SEQUENCES)
         num_alike = int(np.searchsorted(-falling[start : start + room], -_LIKE_LENGTH * longest, side="right"))
         num_least = int(np.searchsorted(tokens_before[start + 1 :], tokens_before[start] + _LEAST_SHARD_SHARE * shard_tokens)) + 1
         size = min(room, max(num_alike, num_least))

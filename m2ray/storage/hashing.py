@@ -1,4 +1,4 @@
-"""HashingFile: what a library that writes to a file object needs of an object being written, hashed on its way."""
+"""HashingFile: an object being written, hashed on its way; pyarrow takes it for a file."""
 
 import time
 
@@ -8,17 +8,18 @@ from m2ray.storage.store import Data, PartSink
 
 
 class HashingFile:
-    """Hands bytes on to a sink. `publish` makes the object visible; `close` does nothing, since libraries call it as they like.
+    """Hands bytes on to a sink until `publish` makes the object visible or `abort` gives it up.
 
     Attributes:
         num_bytes: bytes handed on so far.
         store_s: seconds that the sink took for them, `publish` included.
     """
 
+    closed = False  # pyarrow asks before it writes
+
     def __init__(self, sink: PartSink) -> None:
         self.num_bytes = 0
         self.store_s = 0.0
-        self.closed = False
         self._sink = sink
         self._xxh3 = xxhash.xxh3_64()
         self._is_aborted = False
@@ -36,15 +37,6 @@ class HashingFile:
             self.store_s += time.monotonic() - begin
             self.num_bytes += len(data)
         return len(data)
-
-    def tell(self) -> int:
-        return self.num_bytes
-
-    def flush(self) -> None:
-        """Nothing is held back here."""
-
-    def close(self) -> None:
-        self.closed = True
 
     def publish(self) -> None:
         """Make the object durable and visible. Raises StoreError."""

@@ -206,7 +206,7 @@ class Round:
         self._tally.stops[cause] += 1
         self._tally.errors[cause][driver.error[:300]] += 1
         self._say(f"stopped after {cause}: {driver.error}")
-        began_work = "stage 0 on" in driver.printed  # before that SIGTERM ends it as it does any process
+        began_work = "survey: " in driver.printed  # before that, while Python still starts, SIGTERM ends it as it does any process
         if cause == _NO_FAULT or (not driver.error and (began_work or cause != "job stopped")):
             self._problems.append(f"it stopped after {cause} without a clear error: {driver.printed[-3000:]}")
 

@@ -12,7 +12,7 @@ from m2ray.model.extents import Range, Wanted
 from m2ray.model.fp8 import KernelTable, dequantize
 from m2ray.model.offload import Offload
 from m2ray.model.stage import Stage, StageSpec, load_stage
-from tests.reference import MINIMAX_TINY, load_reference, make_minimax, micro_batch_of, reference_rows
+from tests.reference import LENGTHS, MINIMAX_TINY, load_reference, make_minimax, micro_batch_of, reference_rows
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 FP8 = torch.float8_e4m3fn
@@ -98,7 +98,7 @@ def test_rows_are_right_while_later_micro_batches_run(folder: Path) -> None:
 
 
 def test_a_chain_on_the_gpu_equals_one_stage(folder: Path) -> None:
-    batch = micro_batch_of((9, 23, 1, 17, 4), MINIMAX_TINY["vocab_size"])
+    batch = micro_batch_of(LENGTHS, MINIMAX_TINY["vocab_size"])
     whole = load(folder, "cuda:0").forward(batch, None).captured
     first, second = load(folder, "cuda:0", span=(0, 3)), load(folder, "cuda:0", span=(3, NUM_LAYERS))
     handed_on = first.forward(batch, None)
@@ -132,7 +132,7 @@ def test_other_attention_is_within_rounding_of_the_reference(folder: Path, attn:
     if attn == "flash_attention_2":
         pytest.importorskip("flash_attn")
     stage = load(folder, "cuda:0", dtype=dtype, span=(0, 1), attn=attn)
-    for lengths in ((9, 23, 1, 17, 4), (300,), (700, 650, 3)):
+    for lengths in (LENGTHS, (300,), (700, 650, 3)):
         batch = micro_batch_of(lengths, MINIMAX_TINY["vocab_size"])
         rows = torch.from_numpy(stage.forward(batch, None).captured[0].rows).view(getattr(torch, dtype)).float()
         expected = reference_rows(load_reference(folder, torch.float32), batch)[0]

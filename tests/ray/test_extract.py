@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -234,20 +234,44 @@ def test_a_finished_run_is_left_as_it_is(cluster: RayCluster, minimax: Path, pro
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()} == before
 
 
-def test_a_cluster_without_room_is_refused_in_time(cluster: RayCluster, minimax: Path, prompts: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def full_cluster(cluster: RayCluster) -> Iterator[RayCluster]:
+    """The cluster, with another user on all its CPUs."""
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLDER], env=dict(cluster.env), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     try:
         assert holder.stdout is not None
         assert "held" in iter(holder.stdout.readline, "").__next__()
-        refused = cluster.run("m2ray", "extract", *words(minimax, prompts, tmp_path / "run", "--stages", "2", "--placement-timeout-s", "2"))
+        yield cluster
     finally:
         holder.communicate("\n", timeout=60)
+
+
+def test_a_cluster_without_room_is_refused_in_time(full_cluster: RayCluster, minimax: Path, prompts: Path, tmp_path: Path) -> None:
+    refused = full_cluster.run(
+        "m2ray", "extract", *words(minimax, prompts, tmp_path / "run", "--stages", "2", "--placement-timeout-s", "2")
+    )
     assert refused.returncode == 1
     assert "No room for 2 x (1 CPU) on " in refused.stderr
     assert "0 of 2 CPU free" in refused.stderr
     assert "Traceback" not in refused.stderr
+
+
+def test_a_run_that_waits_for_room_can_be_stopped(full_cluster: RayCluster, minimax: Path, prompts: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    driver = full_cluster.start("m2ray", "extract", *words(minimax, prompts, run, "--placement-timeout-s", "240"))
+    assert driver.stdout is not None
+    seen = ""
+    while "35 ready" not in seen:  # it is claimed next, and then room is waited for
+        line = driver.stdout.readline()
+        assert line, seen
+        seen += line
+    driver.send_signal(signal.SIGTERM)
+    printed, _ = driver.communicate(timeout=60)
+    assert driver.returncode == 1, printed
+    assert "Error: The run was stopped on request." in printed
+    assert "Traceback" not in printed
 
 
 HOLDER = """

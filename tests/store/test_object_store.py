@@ -208,7 +208,7 @@ def test_what_an_attempt_that_fails_has_uploaded_is_given_up(url: str, proxy: Fa
         assert time.monotonic() < deadline
         time.sleep(0.01)
     assert len(s3.unfinished_uploads(url)) == 1
-    writer.abandon(0, "a1")
+    writer.abandon([(0, "a1")])
     writer.close()
     assert s3.unfinished_uploads(url) == []
     assert list(open_store(url).list("")) == []

@@ -23,6 +23,8 @@ from m2ray.model.families import VERIFIED, parse_config
 from m2ray.model.stage import Stage, StageSpec, load_stage
 from tests.reference import (
     DATA,
+    LENGTHS,
+    assert_close,
     chain_rows,
     load_chain,
     load_reference,
@@ -32,9 +34,9 @@ from tests.reference import (
     minimax_config,
     reference_rows,
     same_bits,
+    vocab_size,
 )
 
-LENGTHS = (9, 23, 1, 17, 4)
 FLEX = [family for family in VERIFIED if family not in ("gpt2", "gpt_oss", "minimax_m2", "olmoe")]
 FLASH = ["minimax_m2", "llama", "gemma2", "gemma3_text", "deepseek_v3"]
 CPU = torch.device("cpu")
@@ -48,15 +50,6 @@ def family_config(model_type: str, **fields: object) -> Any:
 
 def make(folder: Path, family: str) -> Path:
     return make_minimax(folder, "bf16") if family == "minimax_m2" else make_family(folder, family)
-
-
-def vocab_size(family: str) -> int:
-    return 384 if family == "minimax_m2" else 96
-
-
-def assert_close(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> None:
-    for layer, (one, other) in enumerate(zip(ours, theirs, strict=True)):
-        assert ((one - other).norm(dim=1) / other.norm(dim=1)).max() < 1e-5, layer
 
 
 # -- what is refused ------------------------------------------------------------------------------------------------------
@@ -131,7 +124,7 @@ def uncompiled() -> Iterator[None]:
 @pytest.mark.parametrize("family", [*FLEX, "minimax_m2"])
 def test_flex_equals_the_whole_model_with_the_same(tmp_path: Path, family: str) -> None:
     folder = make(tmp_path / family, family)
-    micro_batch = micro_batch_of(LENGTHS, vocab_size(family))
+    micro_batch = micro_batch_of(LENGTHS, vocab_size(folder))
     reference = load_reference(folder, torch.float32, "flex_attention")
     num_layers = reference.config.num_hidden_layers
     rows = chain_rows(load_chain(folder, (0, 2, 3, num_layers), "float32", attn="flex_attention"), micro_batch)
@@ -208,7 +201,7 @@ def with_flash(stages: list[Stage]) -> list[Stage]:
 @pytest.mark.parametrize("family", FLASH)
 def test_flash_sees_each_prompt_alone(tmp_path: Path, family: str, lengths: tuple[int, ...]) -> None:
     folder = make(tmp_path / family, family)
-    micro_batch = micro_batch_of(lengths, vocab_size(family), pad_to=max(lengths) + 3)
+    micro_batch = micro_batch_of(lengths, vocab_size(folder), pad_to=max(lengths) + 3)
     bounds = (0, 2, 7 if family == "minimax_m2" else 5)
     eager = chain_rows(load_chain(folder, bounds, "float32", attn="eager"), micro_batch)
     assert_close(chain_rows(with_flash(load_chain(folder, bounds, "float32", attn="eager")), micro_batch), eager)

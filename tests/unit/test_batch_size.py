@@ -13,6 +13,7 @@ from m2ray.chain import extract
 from m2ray.chain.checking import check
 from m2ray.chain.probing import Hardware
 from m2ray.chain.progress import Progress
+from m2ray.chain.stopping import Stop
 from m2ray.config import ExtractConfig
 from m2ray.errors import ClusterError
 from m2ray.planning.batch_size import best_batch_tokens
@@ -83,7 +84,7 @@ def begin(monkeypatch: pytest.MonkeyPatch, gpu_bytes: int, run: Path, **options:
 
     monkeypatch.setattr(extract, "_hardware", hardware)
     with ExitStack() as stack, Progress() as progress:
-        _, work, _ = extract._begin(check(ExtractConfig(output=str(run), **options)), stack, progress)
+        _, work, _ = extract._begin(check(ExtractConfig(output=str(run), **options)), stack, Stop(), progress)
         work.tokens.close()
     found: dict[str, Any] = json.loads((run / "job.json").read_text())["options"]
     return found

@@ -257,28 +257,18 @@ def test_an_account_that_does_not_close_is_no_success(store: LocalStore) -> None
     assert not run.is_finished
 
 
-def test_sweeping_spares_what_may_yet_be_committed(store: LocalStore) -> None:
+def test_finishing_leaves_only_what_records_name_and_what_is_not_of_the_run(store: LocalStore) -> None:
     run = claim_run(store, runs.job(store))
     surveyed = {file.key for file in run.job.sequence_files}
     runs.survey(store, "b9")
-    runs.commit_shard(run, runs.shard(0), "a1")
-    kept = data_keys(store)
-    runs.write_shard(store, run.job, runs.shard(0), "b2")
-    uncommitted = {part.key for part in runs.write_shard(store, run.job, runs.shard(1), "b2")}
-    store.put("data/site=residual/README.txt", b"a user's own")
-    assert run.sweep() == 3 + 2
-    assert data_keys(store) == kept | uncommitted | {"data/site=residual/README.txt"}
-    assert {key for key, _ in store.list("sequences")} == surveyed
-    assert run.sweep() == 0
-
-
-def test_finishing_leaves_only_committed_parts(store: LocalStore) -> None:
-    run = claim_run(store, runs.job(store))
     for shard in runs.shards():
         runs.write_shard(store, run.job, shard, "c3")
         runs.commit_shard(run, shard, "a1")
+    store.put("data/site=residual/README.txt", b"a user's own")
     run.finish()
-    assert data_keys(store) == {part.key for shard in range(3) for part in read_commit(store, run.job, shard).receipts()}
+    named = {part.key for shard in range(3) for part in read_commit(store, run.job, shard).receipts()}
+    assert data_keys(store) == named | {"data/site=residual/README.txt"}
+    assert {key for key, _ in store.list("sequences")} == surveyed
 
 
 KILLED_DRIVER = """

@@ -107,12 +107,16 @@ def doctor(*words: str) -> tuple[int, dict]:
 
 
 def test_this_machine_with_a_sound_and_a_damaged_model(tmp_path: Path) -> None:
-    model, output = make_minimax(tmp_path / "model", "fp8"), tmp_path / "run"
+    model, output = make_minimax(tmp_path / "model", "fp8"), tmp_path / "runs" / "run"
     _, found = doctor("--model", str(model), "--output", str(output))
     of_folders = {"checkpoint_files", "checkpoint_tensors", "store", "model_visible", "read_speed"}
     assert not [one for one in found["findings"] if one["level"] == "problem" and one["check"] in of_folders]
     assert found["nodes"][0]["read_bytes_per_s"] > 0
-    assert not [path for path in output.rglob("*") if path.is_file()], "what was made to try the store is gone"
+    assert not output.parent.exists(), "what was made to try the store is gone"
+    output.mkdir(parents=True)
+    (output / "notes.txt").write_text("ours", encoding="utf-8")
+    doctor("--output", str(output))
+    assert [path.name for path in output.iterdir()] == ["notes.txt"], "and nothing else"
     index = model / "model.safetensors.index.json"
     record = json.loads(index.read_text())
     record["metadata"]["total_size"] += 5

@@ -140,6 +140,11 @@ def test_a_probe_reads_this_machine(tmp_path):
     assert probe_node().disk_free_bytes is None
 
 
+def test_a_folder_in_memory_is_told_from_one_on_a_disk():
+    assert probe_node(folder="/dev/shm/not-made-yet").disk_in_memory
+    assert not probe_node(folder=str(Path(__file__))).disk_in_memory
+
+
 def test_planning_imports_without_torch_ray_or_transformers():
     names = [path.stem for path in Path(planning.__file__).parent.glob("*.py") if path.stem != "__init__"]
     assert "plan" in names

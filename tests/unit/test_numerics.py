@@ -11,8 +11,9 @@ import torch
 
 from m2ray.model.families import VERIFIED
 from tests.reference import (
-    MINIMAX_TINY,
+    LENGTHS,
     alone,
+    assert_close,
     chain_rows,
     load_chain,
     load_reference,
@@ -21,6 +22,7 @@ from tests.reference import (
     micro_batch_of,
     reference_rows,
     same_bits,
+    vocab_size,
 )
 
 FOLDERS = ("minimax_m2-fp8-hub", "minimax_m2-bf16-hub", "minimax_m2-bf16-fused", "llama", "qwen3")
@@ -29,7 +31,6 @@ SPANS = {
     7: ((0, 7), (0, 5, 7), (0, 1, 4, 7), (0, 1, 3, 4, 6, 7)),
     5: ((0, 5), (0, 4, 5), (0, 1, 3, 5), (0, 1, 2, 3, 4, 5)),
 }
-LENGTHS = (9, 23, 1, 17, 4)
 FAMILIES = tuple(family for family in VERIFIED if family != "minimax_m2")
 
 
@@ -43,10 +44,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="module", params=FAMILIES)
 def family_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_family(tmp_path_factory.mktemp(request.param), request.param)
-
-
-def vocab_size(folder: Path) -> int:
-    return MINIMAX_TINY["vocab_size"] if "minimax" in folder.name else 96
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -69,13 +66,13 @@ def test_minimax_in_float16_equals_the_whole_model(folders: dict[str, Path]) -> 
 
 
 def test_fp8_and_bf16_checkpoints_of_the_same_values_give_the_same_rows(folders: dict[str, Path]) -> None:
-    micro_batch = micro_batch_of(LENGTHS, MINIMAX_TINY["vocab_size"])
+    micro_batch = micro_batch_of(LENGTHS, vocab_size(folders["minimax_m2-fp8-hub"]))
     fp8, bf16 = (chain_rows(load_chain(folders[f"minimax_m2-{fmt}-hub"], (0, 3, 7), "bfloat16"), micro_batch) for fmt in ("fp8", "bf16"))
     assert all(same_bits(one, other) for one, other in zip(fp8, bf16, strict=True))
 
 
 def test_every_verified_family_equals_the_whole_model(family_folder: Path) -> None:
-    micro_batch = micro_batch_of(LENGTHS, 96)
+    micro_batch = micro_batch_of(LENGTHS, vocab_size(family_folder))
     for dtype in ("float32", "bfloat16", "float16"):
         expected = reference_rows(load_reference(family_folder, getattr(torch, dtype)), micro_batch)
         rows = chain_rows(load_chain(family_folder, (0, 2, 3, 5), dtype), micro_batch)
@@ -83,25 +80,23 @@ def test_every_verified_family_equals_the_whole_model(family_folder: Path) -> No
 
 
 def test_a_prompt_alone_differs_by_rounding_only(family_folder: Path) -> None:
-    assert_alone_is_close(family_folder, 96)
+    assert_alone_is_close(family_folder)
 
 
 @pytest.mark.parametrize("name", [name for name in FOLDERS if "-" in name])
 def test_a_minimax_prompt_alone_differs_by_rounding_only(folders: dict[str, Path], name: str) -> None:
-    assert_alone_is_close(folders[name], vocab_size(folders[name]))
+    assert_alone_is_close(folders[name])
 
 
-def assert_alone_is_close(folder: Path, vocab: int) -> None:
+def assert_alone_is_close(folder: Path) -> None:
     """Each prompt by itself, through transformers' own model, against the chain's rows of the whole micro-batch (float32)."""
     model = load_reference(folder, torch.float32)
-    micro_batch = micro_batch_of(LENGTHS, vocab)
+    micro_batch = micro_batch_of(LENGTHS, vocab_size(folder))
     rows = chain_rows(load_chain(folder, (0, 2, model.config.num_hidden_layers), "float32"), micro_batch)
     stop = 0
     for index, length in enumerate(LENGTHS):
         start, stop = stop, stop + length
-        for ours, theirs in zip(rows, reference_rows(model, alone(micro_batch, index)), strict=True):
-            error_N = (ours[start:stop] - theirs).norm(dim=1) / theirs.norm(dim=1)
-            assert error_N.max() < 1e-5
+        assert_close([ours[start:stop] for ours in rows], reference_rows(model, alone(micro_batch, index)))
 
 
 @pytest.mark.parametrize("attn", ["eager", "sdpa"])
@@ -118,14 +113,13 @@ def test_extra_padding_moves_rows_by_rounding_only(folders: dict[str, Path]) -> 
     stages = load_chain(folder, (0, 3, 7), "float32")
     tight, wide = (micro_batch_of(LENGTHS, vocab_size(folder), pad_to=length) for length in (max(LENGTHS), 40))
     wide.token_ids_BT[:, : max(LENGTHS)] = tight.token_ids_BT
-    for narrow_rows, wide_rows in zip(chain_rows(stages, tight), chain_rows(stages, wide), strict=True):
-        assert ((narrow_rows - wide_rows).norm(dim=1) / narrow_rows.norm(dim=1)).max() < 1e-5
+    assert_close(chain_rows(stages, wide), chain_rows(stages, tight))
 
 
 def test_what_stands_in_the_padding_changes_nothing(folders: dict[str, Path]) -> None:
     folder = folders["llama"]
     stages = load_chain(folder, (0, 3, 5), "float32")
-    zeros, others = micro_batch_of(LENGTHS, 96), micro_batch_of(LENGTHS, 96)
+    zeros, others = micro_batch_of(LENGTHS, vocab_size(folder)), micro_batch_of(LENGTHS, vocab_size(folder))
     for row, length in enumerate(LENGTHS):
         others.token_ids_BT[row, length:] = 77
     assert all(same_bits(one, other) for one, other in zip(chain_rows(stages, zeros), chain_rows(stages, others), strict=True))
@@ -133,7 +127,7 @@ def test_what_stands_in_the_padding_changes_nothing(folders: dict[str, Path]) ->
 
 def test_rows_are_rounded_once_to_nearest_even(folders: dict[str, Path]) -> None:
     folder = folders["qwen3"]
-    micro_batch = micro_batch_of(LENGTHS, 96)
+    micro_batch = micro_batch_of(LENGTHS, vocab_size(folder))
     exact = chain_rows(load_chain(folder, (0, 2, 5), "float32"), micro_batch)
     stored = chain_rows(load_chain(folder, (0, 2, 5), "float32", store_dtype="bfloat16"), micro_batch)
     for precise, rounded in zip(exact, stored, strict=True):
@@ -144,7 +138,7 @@ def test_rows_are_rounded_once_to_nearest_even(folders: dict[str, Path]) -> None
 
 def test_the_last_layer_is_captured_before_the_final_norm(folders: dict[str, Path]) -> None:
     folder = folders["qwen3"]
-    micro_batch = micro_batch_of(LENGTHS, 96)
+    micro_batch = micro_batch_of(LENGTHS, vocab_size(folder))
     model = load_reference(folder, torch.float32)
     last = chain_rows(load_chain(folder, (0, 2, 5), "float32"), micro_batch)[-1]
     with torch.inference_mode():

@@ -39,8 +39,8 @@ def cases(draw: st.DrawFn) -> tuple[list[int], int, int, list[int | None]]:
 
 
 @settings(max_examples=400, deadline=None)
-@given(cases(), st.sampled_from(["auto", "balanced", "balanced_low_0", "sequential"]))
-def test_every_map_against_brute_force(case, device_map):
+@given(cases(), st.sampled_from(["auto", "balanced", "balanced_low_0", "sequential"]), st.integers(0, 1))
+def test_every_map_against_brute_force(case, device_map, least_first):
     layers, first, last, caps = case
     costs = [*layers]
     costs[0] += first
@@ -51,7 +51,7 @@ def test_every_map_against_brute_force(case, device_map):
             partition(layers, first, last, caps, device_map)
         return
 
-    spans = partition(layers, first, last, caps, device_map)
+    spans = partition(layers, first, last, caps, device_map, least_first)
 
     assert [layer for held in spans for layer in range(held.span.start, held.span.stop)] == list(range(len(layers)))
     assert all(held.num_bytes == sum(costs[held.span.start : held.span.stop]) for held in spans)
@@ -60,7 +60,8 @@ def test_every_map_against_brute_force(case, device_map):
     if device_map == "sequential":
         assert loads == max(splits)  # no split puts more on device 0; of those, none more on device 1; and so on
     elif device_map == "balanced_low_0" and len(caps) > 1:
-        spared = min(split[0] for split in splits)
+        has_room = caps[0] is None or costs[0] <= caps[0]
+        spared = min(split[0] for split in splits if split[0] or not (least_first and has_room))
         assert loads[0] == spared
         others = [split[1:] for split in splits if split[0] == spared]
         assert (max(loads[1:]), sum(load**2 for load in loads[1:])) == min((max(rest), sum(load**2 for load in rest)) for rest in others)

@@ -169,10 +169,21 @@ def test_offload_keeps_what_finds_no_room_in_host_memory():
     assert all(gpu.spill.layers is None for gpu in plan("8xH200", offload="cpu").gpus), "nothing is moved that fits"
 
 
-def offloading(host_free_bytes: int, disk_free_bytes: int | None = None, **options) -> Plan:
+def offloading(host_free_bytes: int, disk_free_bytes: int | None = None, *, disk_in_memory: bool = False, **options) -> Plan:
     gpus = tuple(Gpu(index, "NVIDIA H200", 143_771 * 2**20, 143_771 * 2**20) for index in range(2))
-    node = Node("a", gpus, host_bytes=2000 * GB, host_free_bytes=host_free_bytes, disk_free_bytes=disk_free_bytes)
+    disk = {"disk_free_bytes": disk_free_bytes, "disk_in_memory": disk_in_memory}
+    node = Node("a", gpus, host_bytes=2000 * GB, host_free_bytes=host_free_bytes, **disk)
     return plan(Cluster((node,)), **options)
+
+
+def test_a_disk_in_memory_is_no_place_for_layers():
+    with pytest.raises(ConfigError, match=r"bytes of layers would be kept in memory.*node a.*tmpfs.*Set offload_folder"):
+        offloading(100 * GB, 500 * GB, disk_in_memory=True, offload="disk")
+    assert offloading(1000 * GB, 500 * GB, disk_in_memory=True, offload="disk").fits, "none goes there"
+    on_disk, in_memory = (
+        {remedy.option for remedy in offloading(100 * GB, 500 * GB, disk_in_memory=is_memory).remedies} for is_memory in (False, True)
+    )
+    assert on_disk - in_memory == {"offload"}
 
 
 def test_what_finds_no_room_in_host_memory_stays_on_disk():
@@ -330,8 +341,16 @@ def test_balanced_over_eight():
     assert spans(plan("8xA100-80GB")) == ["0-6", "7-13", "14-21", "22-29", "30-37", "38-45", "46-53", "54-61"]
 
 
+def test_a_number_of_stages_is_one_of_stages_with_layers():
+    cpu = Cluster((Node("a", cpus=8),))
+    planned = plan(cpu, num_layers=6, device_map="balanced_low_0", stages=3)
+    assert [str(stage.span) for stage in planned.stages] == ["layers 0-0", "layers 1-2", "layers 3-5"]
+
+
 def test_other_maps():
     assert spans(plan("8xH200", device_map="balanced_low_0"))[0] is None
+    assert spans(plan("8xH200", device_map="balanced_low_0", stages=8))[0] == "0-0"
+    assert spans(plan("8xH200", device_map="balanced_low_0", stages=4, gpus_per_stage=2))[:2] == [None, "0-7"]
     filled = spans(plan("8xH200", device_map="sequential"))
     assert filled[:3] == ["0-18", "19-37", "38-56"]
     assert filled[4:] == [None] * 4

@@ -289,6 +289,12 @@ def test_shards_partition_a_window_within_their_limit(token_counts, shard_tokens
         assert token_counts[before].min() >= token_counts[after].max()
 
 
+def test_a_shard_has_no_more_sequences_than_a_part_may_have_row_groups():
+    shards = cut_shards(np.full(WINDOW_ROWS, 3, np.int32), shard_tokens=1 << 30)
+    assert sum(map(len, shards)) == WINDOW_ROWS
+    assert max(map(len, shards)) == 2**15 - 2, "at most 32,767, and an even number"
+
+
 def test_sequences_of_one_length_stay_in_their_order():
     token_counts = np.random.default_rng(0).integers(20, 24, 5000).astype(np.int32)
     places = np.concatenate(cut_shards(token_counts, 700))

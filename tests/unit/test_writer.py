@@ -2,8 +2,8 @@
 
 import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
 
@@ -170,7 +170,7 @@ def test_a_full_queue_times_out(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=rf"Writing fell behind: {layer_bytes} of at most {layer_bytes} bytes"):
         submit(writer, record, micro_batch, timeout_s=0.05)
     may_write.set()
-    writer.abandon(0, ATTEMPT)
+    writer.abandon([(0, ATTEMPT)])
     writer.close()
     assert files_below(tmp_path) == []
 
@@ -253,7 +253,7 @@ def test_a_failed_write_is_raised_by_the_next_submit_until_the_attempt_is_abando
         with pytest.raises(StoreError, match="No space left"):
             submit(writer, record, second[0])
     store.hook = lambda _: None
-    writer.abandon(0, ATTEMPT)
+    writer.abandon([(0, ATTEMPT)])
     for micro_batch in second:
         submit(writer, record, micro_batch)
     assert len(writer.collect(1, ATTEMPT, 10)) == 3
@@ -268,10 +268,31 @@ def test_abandon_deletes_durable_parts_too(tmp_path: Path) -> None:
     for micro_batch in runs.micro_batches(runs.shard(0)):
         submit(writer, record, micro_batch)
     until(lambda: len(list(store.list("data"))) == 3)
-    writer.abandon(0, ATTEMPT)
-    writer.abandon(0, "another")
+    writer.abandon([(0, ATTEMPT), (0, "another")])
     assert files_below(tmp_path) == []
     writer.close()
+
+
+def test_all_attempts_behind_a_hung_store_are_given_up_by_one_deadline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    may_write = threading.Event()
+    store = HookedStore(tmp_path, lambda _: may_write.wait(60))
+    record = runs.job(store)
+    writer = runs.writer(store, record)
+    for index in (0, 1):
+        submit(writer, record, runs.micro_batches(runs.shard(index))[0])
+    waits: list[float] = []
+
+    def noted(futures: Sequence[Future[None]], timeout_s: float):
+        waits.append(timeout_s)
+        return wait(futures, timeout_s)
+
+    monkeypatch.setattr("m2ray.activations.writer.wait", noted)
+    with pytest.raises(StoreError, match="could not be removed within 0.05 s"):
+        writer.abandon([(0, ATTEMPT), (1, ATTEMPT)], 0.05)
+    assert waits == [0.05]
+    may_write.set()
+    writer.close()
+    until(lambda: not files_below(tmp_path) and not list((tmp_path / "_unfinished").iterdir()))
 
 
 def test_close_gives_up_what_is_not_collected(tmp_path: Path) -> None:

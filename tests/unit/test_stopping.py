@@ -1,0 +1,73 @@
+"""SIGTERM ends a run with a message and exit code 1 wherever it comes, and what must not be broken off is not."""
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from m2ray.chain.progress import Progress
+from m2ray.chain.stopping import sigterm_kept, stop_on_sigterm
+from m2ray.cli import main
+from m2ray.errors import StageError
+from tests.reference import make_minimax
+
+
+@pytest.fixture(autouse=True)
+def survivor() -> Iterator[None]:
+    """A signal that nobody takes ends the test, not pytest."""
+
+    def ended(*_: object) -> None:
+        pytest.fail("the process was ended")
+
+    before = signal.signal(signal.SIGTERM, ended)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def sigterm(*_: object) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_stop_during_the_survey_says_so_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, prompts, run = make_minimax(tmp_path / "model", "fp8"), tmp_path / "prompts.jsonl", tmp_path / "run"
+    prompts.write_text('{"text": "one two three"}\n', encoding="utf-8")
+    monkeypatch.setattr(Progress, "surveying", sigterm)
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")  # a run that gets as far as Ray fails with another error
+    ended = CliRunner().invoke(main, ["extract", "--model", str(model), "--prompts", str(prompts), "--output", str(run)])
+    assert ended.exit_code == 1
+    assert ended.stderr == "Error: The run was stopped on request. Nothing was written: run the same command again to begin anew.\n"
+    assert not [path for path in run.rglob("*") if path.is_file()]
+
+
+def test_what_is_not_to_be_broken_off_goes_on_and_the_next_step_does_not_begin() -> None:
+    with stop_on_sigterm() as stop:
+        sigterm()
+        assert stop.asked.is_set()
+        with pytest.raises(StageError, match="on request. Later"), stop.at_once("Later."):
+            pytest.fail("it began")
+
+
+def test_an_error_that_is_collected_does_not_hide_the_stop() -> None:
+    """As checks do: each keeps its error and the next one begins."""
+    with stop_on_sigterm() as stop, pytest.raises(StageError, match="stopped on request"), stop.at_once("Later."):
+        try:
+            sigterm()
+        except Exception:  # noqa: BLE001 - the widest there is
+            pytest.fail("it was taken for a failure")
+
+
+def test_ctrl_c_stays_ctrl_c() -> None:
+    with stop_on_sigterm() as stop, pytest.raises(KeyboardInterrupt), stop.at_once("Later."):
+        raise KeyboardInterrupt
+
+
+def test_the_handler_outlives_that_of_ray() -> None:
+    with stop_on_sigterm() as stop:
+        with pytest.raises(StageError, match="stopped on request"), stop.at_once("Later."), sigterm_kept():
+            signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))  # as ray.init begins
+            sigterm()
+        assert signal.getsignal(signal.SIGTERM) == stop.ask
