@@ -361,7 +361,7 @@ class StageActor:
         if self._on_gpu or spec.compile:
             # A size that finds no room here finds none later: the driver halves it then.
             with suppress(torch.OutOfMemoryError):
-                stage.warm_up(self._writer_spec.batch_tokens)
+                stage.warm_up(self._writer_spec.batch_tokens, self._writer_spec.queue_bytes // len(self._specs))
         if self._on_gpu:
             torch.cuda.empty_cache()
         return stage
