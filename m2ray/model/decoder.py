@@ -1,6 +1,5 @@
 """One span of a model: the base model's own forward pass, entered at the span's first layer and left after its last."""
 
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,18 +8,12 @@ from torch import nn
 
 from m2ray.batches import LayerSpan
 from m2ray.errors import CheckpointError, raise_all
+from m2ray.model.compilation import compile_layers
 from m2ray.model.families import expected_rotary_dim
 from m2ray.model.offload import DiskHome, Home, Offload, OffloadedLayers
 from m2ray.model.skeleton import ModelTensor, Skeleton
 
-_ADVICE = ("TensorFloat32 tensor cores for float32", "Dynamo detected a call to a `functools.lru_cache`")
-"""What torch.compile has to say to whoever wrote the model: nothing for a user of m2ray, whose float32 products stay float32."""
-
 OnLayer = Callable[[int, torch.Tensor], None]
-
-COMPILE_OPTIONS: dict[str, Any] = {"unroll_reductions_threshold": 17}
-"""Sums of up to 16 terms are written out, as a mixture's over the experts of a token. torch.compile does so below 8 of its own accord,
-and makes a reduction of 8, in a kernel of its own."""
 
 
 class DecoderSpan:
@@ -75,12 +68,8 @@ class DecoderSpan:
         raise AssertionError("the forward pass went past the span's last layer")
 
     def compile_layers(self) -> None:
-        """Compile each layer's forward pass; layers of one kind share their graphs. Hooks stay outside of what is compiled."""
-        for advice in _ADVICE:
-            warnings.filterwarnings("ignore", advice, UserWarning)
-        for number in range(self.span.start, self.span.stop):
-            layer = self.skeleton.layers[number]
-            layer.forward = torch.compile(layer.forward, options=COMPILE_OPTIONS)
+        """Compile the span's layers. Call it once, before the first pass."""
+        compile_layers([self.skeleton.layers[number] for number in range(self.span.start, self.span.stop)])
 
     def allocate(self, tensor: ModelTensor) -> torch.Tensor:
         """Memory without values for one of the span's tensors: on the device, or where its offloaded layer is kept.

@@ -19,8 +19,9 @@ def hidden(seed: int, device: str) -> torch.Tensor:
 
 
 def receive(pipe: Connection, device: str) -> None:
-    """Map what is offered, and say of each parcel whether it is what its seed makes."""
+    """Map what is offered, say so, and say of each parcel whether it is what its seed makes."""
     inbox = Inbox(pipe.recv(), torch.device(device))
+    pipe.send("mapped")
     while (message := pipe.recv()) is not None:
         seed, parcel = message
         pipe.send(torch.equal(inbox.take(parcel, torch.bfloat16), hidden(seed, device)))
@@ -33,8 +34,11 @@ def test_hidden_states_arrive_as_they_were_sent(receiver: int) -> None:
     ours, theirs = multiprocessing.get_context("spawn").Pipe()
     process = multiprocessing.get_context("spawn").Process(target=receive, args=(theirs, f"cuda:{receiver}"))
     process.start()
+    theirs.close()  # a receiver that ends is noticed
     try:
         ours.send(outbox.offer("here", None))
+        assert ours.poll(TIMEOUT_S)
+        assert ours.recv() == "mapped"
         for seed in range(5):
             sent = hidden(seed, "cuda:0")
             ready = torch.cuda.Event()
@@ -43,8 +47,8 @@ def test_hidden_states_arrive_as_they_were_sent(receiver: int) -> None:
             assert ours.poll(TIMEOUT_S)
             assert ours.recv()
             outbox.give_back(0)
-        ours.send(None)
     finally:
+        ours.send(None)
         process.join(TIMEOUT_S)
         process.kill()
 

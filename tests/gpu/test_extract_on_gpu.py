@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -52,7 +53,7 @@ def assert_near_transformers(run: Path, model: Path, at_most: int) -> None:
 def test_the_job_equals_transformers_and_reports_its_plan(folder: Path, tmp_path: Path, options: dict[str, object]) -> None:
     run = tmp_path / "run"
     done = subprocess.run(
-        command(folder, prompts(tmp_path / "prompts.txt", 60, 200), run, batch_tokens=1024, **options),
+        command(folder, prompts(tmp_path / "prompts.txt", 60, 200), run, stages=1, batch_tokens=1024, **options),
         env=environment(), capture_output=True, text=True, timeout=280, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -79,11 +80,34 @@ def test_two_stages_give_the_rows_of_one_by_either_transport(folder: Path, tmp_p
     assert torch.equal(*rows)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_rows_are_the_same_when_stages_are_killed_that_share_gpu_memory(folder: Path, tmp_path: Path) -> None:
+    """Whoever maps the memory of a killed stage, or whose memory a killed stage has mapped, goes on with the one that comes in its place."""
+    rng = np.random.default_rng(0)
+    source = prompts(tmp_path / "prompts.txt", 5_000, 200)
+    options = {"stages": 2, "transport": "cuda_ipc", "batch_tokens": 4096, "shard_tokens": 20_000, "compile": False, "layers": "2,6"}
+    rows, killed = [], 0
+    for name, kills in {"undisturbed": 0, "killed": 4}.items():
+        run, log = tmp_path / name, tmp_path / f"{name}.log"
+        with log.open("wb") as output:
+            job = subprocess.Popen(command(folder, source, run, **options), env=environment(), stdout=output, stderr=subprocess.STDOUT)
+        for number in range(kills):
+            while job.poll() is None and len(list(run.glob("_commits/shard-*.json"))) < 3 * number + 1:
+                os.sched_yield()
+            for pid in rng.permutation(list(stage_processes(job.pid)))[:1].tolist():
+                os.kill(pid, signal.SIGKILL)
+                killed += 1
+        assert job.wait(150) == 0, log.read_text()
+        rows.append(m2ray.open_run(run).tensor())
+    assert killed == 4
+    assert torch.equal(*rows)
+
+
 def test_a_micro_batch_that_finds_no_room_on_the_gpu_is_halved(folder: Path, tmp_path: Path) -> None:
     """Another process takes nearly all memory once the stage's process is there, so that the plan was right and is so no more."""
     run, log = tmp_path / "run", tmp_path / "log"
     words = command(
-        folder, prompts(tmp_path / "prompts.txt", 2200, 1000), run, batch_tokens=1_000_000, shard_tokens=1_100_000, compile=False
+        folder, prompts(tmp_path / "prompts.txt", 2200, 1000), run, stages=1, batch_tokens=1_000_000, shard_tokens=1_100_000, compile=False
     )
     with log.open("wb") as output:
         job = subprocess.Popen(words, env=environment(), stdout=output, stderr=subprocess.STDOUT)

@@ -1,0 +1,47 @@
+"""torch.compile of decoder layers, and what it has to be told where it would make a mixture of experts slow."""
+
+import inspect
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+_ADVICE = ("TensorFloat32 tensor cores for float32", "Dynamo detected a call to a `functools.lru_cache`")
+"""What torch.compile has to say to whoever wrote the model: nothing for a user of m2ray, whose float32 products stay float32."""
+
+_OPTIONS: dict[str, Any] = {"unroll_reductions_threshold": 17}
+"""Sums of up to 16 terms are written out, as a mixture's over the experts of a token. torch.compile does so below 8 of its own accord,
+and makes a reduction of 8, in a kernel of its own."""
+
+
+def compile_layers(layers: Sequence[nn.Module]) -> None:
+    """Compile each layer's forward pass; layers of one kind share their graphs. Hooks stay outside of what is compiled."""
+    for advice in _ADVICE:
+        warnings.filterwarnings("ignore", advice, UserWarning)
+    for layer in layers:
+        for module in layer.modules():
+            if "top_k_weights" in inspect.signature(module.forward).parameters:  # transformers' experts
+                module.register_forward_pre_hook(_write_out, with_kwargs=True)
+        layer.forward = torch.compile(layer.forward, options=_OPTIONS)
+
+
+def _write_out(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Let experts find what they are given in memory.
+
+    Left alone, torch.compile normalises a token's hidden state again for each of its experts, where it sorts tokens by expert, and
+    computes the experts' weights again for each hidden dimension, where it sums over them.
+    """
+    return tuple(written_out(value) for value in args), {name: written_out(value) for name, value in kwargs.items()}
+
+
+@torch.library.custom_op("m2ray::written_out", mutates_args=())
+def written_out(values: torch.Tensor) -> torch.Tensor:
+    """The same values, in memory: nothing before it is fused with what comes after it."""
+    return values.clone()
+
+
+@written_out.register_fake
+def _(values: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(values)
