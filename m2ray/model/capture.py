@@ -108,7 +108,7 @@ class ResidualCapture:
 def pin_host_memory(num_bytes: int, padded_tokens: int, row_width: int, store_dtype: torch.dtype) -> None:
     """Take pinned memory for so many bytes of captured rows and leave it to torch, which keeps it for the micro-batches to come.
 
-    The system gives about 2 GB of it a second, and a computation that has to wait for that stands still.
+    Pinning takes the system long, and a computation that has to wait for it stands still.
 
     Args:
         padded_tokens: of a full micro-batch, whose rows of one layer lie in one piece.
