@@ -4,18 +4,21 @@
     python -m benchmarks.extract_on_gpu FOLDER --tiny        # to try the script on a CPU
 
 One run measures: the machine's profile (`m2ray bench`); the guide's method (benchmarks/guide.py), which writes nothing; the bare forward
-pass of the same micro-batches; the extraction onto the local disk and into memory (/dev/shm, where a disk does not bind); and the same
-bytes written and synced as plainly as can be. The least of the limits is what the extraction is held against. Needs 24.5 GB of disk for the checkpoint and 16 GB for the run, and 32 GB of /dev/shm.
+pass of the same micro-batches; the extraction onto the local disk and into memory (/dev/shm, where a disk does not bind); and, before and
+after it, files of the same sizes written and synced as plainly as can be. The least of the limits is what the extraction is held against.
+Needs 24.5 GB of disk for the checkpoint and 16 GB for the run, and 32 GB of /dev/shm. `--no-guide` leaves the guide out, a third of the time.
 """
 
 import argparse
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -44,11 +47,16 @@ ALONE_S = 300.0
 
 @dataclass(frozen=True)
 class Extracted:
-    """One extraction: its report.json, the sizes of its parts, and what its file system took of the same bytes, plainly written."""
+    """One extraction: its report.json, the sizes of its parts, and what its file system took before and after of plainly written bytes."""
 
     report: dict[str, Any]
     part_bytes: list[int]
-    raw_bytes_per_s: float
+    raw_rates: tuple[float, float]
+
+    @property
+    def raw_bytes_per_s(self) -> float:
+        """As many bytes at each of the two rates."""
+        return statistics.harmonic_mean(self.raw_rates)
 
     @property
     def tokens_per_s(self) -> float:
@@ -66,6 +74,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=LAYERS)
     parser.add_argument("--prompts", type=int, default=1536, help="for the disk; twice as many for memory, which takes less time")
     parser.add_argument("--batch-tokens", type=int, default=16_384)
+    parser.add_argument("--no-guide", action="store_true")
     parser.add_argument("--tiny", action="store_true", help="small layers, printed and not recorded")
     options = parser.parse_args()
     folder: Path = options.folder.resolve()
@@ -75,8 +84,10 @@ def main() -> None:
     hidden_size = int(json.loads((model / "config.json").read_text())["hidden_size"])
     rows: list[Row] = []
     device = "cuda:0" if torch.cuda.device_count() else "cpu"
-    guide_prompts = few if options.tiny else make_prompts(folder, model, GUIDE_PROMPTS, options.batch_tokens)
-    guide = alone(guide_tokens_per_s, model, guide_prompts, device)
+    guide: dict[int, float] = {}
+    if not options.no_guide:
+        guide_prompts = few if options.tiny else make_prompts(folder, model, GUIDE_PROMPTS, options.batch_tokens)
+        guide = alone(guide_tokens_per_s, model, guide_prompts, device)
     bare = alone(bare_tokens_per_s, model, many, options.layers, options.batch_tokens, device)
     print(f"bare forward {bare:,.0f} tokens/s, the guide {guide}", flush=True)
     for name, parent, prompts in (("the local disk", folder, few), ("memory (/dev/shm)", MEMORY, many)):
@@ -134,11 +145,17 @@ def bare_tokens_per_s(model: Path, prompts: Prompts, num_layers: int, batch_toke
 
 
 def extracted(parent: Path, folder: Path, model: Path, prompts: Prompts, options: argparse.Namespace) -> Extracted:
-    """Extract below `parent`, look at what was written, delete it, and write as many bytes plainly."""
+    """Extract below `parent`, look at what was written and delete it; write such files plainly before and after."""
+    hidden_size = int(json.loads((model / "config.json").read_text())["hidden_size"])
+    tokens_of = Counter[int]()
+    for batch in prompts.batches:
+        tokens_of[batch.shard] += batch.num_tokens
+    expected = [tokens * 2 * hidden_size for tokens in tokens_of.values() for _ in range(options.layers)]
     scratch = Path(tempfile.mkdtemp(prefix="m2ray-extract-", dir=parent))
     log = folder / "extract.log"
     log.unlink(missing_ok=True)
     try:
+        before = written_bytes_per_s(scratch, expected)
         run = scratch / "run"
         words: dict[str, object] = {
             "model": model,
@@ -152,13 +169,13 @@ def extracted(parent: Path, folder: Path, model: Path, prompts: Prompts, options
         assert report["tokens"] == prompts.num_tokens, "both must see the same tokens"
         part_bytes = [path.stat().st_size for path in run.rglob("shard-*.parquet")]
         shutil.rmtree(run)
-        return Extracted(report, part_bytes, written_bytes_per_s(scratch, part_bytes))
+        return Extracted(report, part_bytes, (before, written_bytes_per_s(scratch, expected)))
     finally:
         shutil.rmtree(scratch)
 
 
 def written_bytes_per_s(folder: Path, sizes: list[int]) -> float:
-    """Files of these sizes, each written and synced, several at a time; at most RAW_BYTES of them."""
+    """Files of these sizes, each written and synced, several at a time; at most RAW_BYTES of them. Deletes them."""
     block = np.random.default_rng(3).bytes(16 << 20)
     chosen = list(_up_to(sizes, RAW_BYTES))
 
@@ -176,7 +193,10 @@ def written_bytes_per_s(folder: Path, sizes: list[int]) -> float:
     with ThreadPoolExecutor(WRITE_THREADS) as pool:
         began = time.monotonic()
         list(pool.map(write, enumerate(chosen)))
-        return sum(chosen) / (time.monotonic() - began)
+        seconds = time.monotonic() - began
+    for path in folder.glob("raw-*"):
+        path.unlink()
+    return sum(chosen) / seconds
 
 
 def _up_to(sizes: list[int], limit_bytes: int) -> Iterator[int]:
@@ -244,7 +264,8 @@ def rows_of(store: str, found: Extracted, allowed: Mapping[str, float], predicti
         f"limits in tokens/s, each measured alone: {told}; report.json names {report['limiting_resource']['measured']}; "
         f"{report['tokens']:,} tokens, {sum(found.part_bytes) / 1e9:.1f} GB in {len(found.part_bytes)} parts in {report['extract_s']:.1f} s: "
         f"compute {stage['compute_s']:.1f} s, blocked by the writer {stage['write_wait_s']:.1f} s, "
-        f"encode {stage['write_s'] - stage['store_s']:.1f} s and store {stage['store_s']:.1f} s on all threads"
+        f"encode {stage['write_s'] - stage['store_s']:.1f} s and store {stage['store_s']:.1f} s on all threads; "
+        f"plain writing {found.raw_rates[0] / 1e9:.2f} GB/s before and {found.raw_rates[1] / 1e9:.2f} GB/s after"
     )
     return [
         Row(

@@ -1,16 +1,17 @@
 """ActivationWriter: takes what a stage captured off its hands and writes it beside the computation, bounded in bytes.
 
 A micro-batch's layers are spread over worker threads, one queue a thread. A part belongs to one thread, so its row groups
-keep their order. An attempt at a shard is *open* from its first micro-batch, *complete* with the last, *durable* once all its
-parts are, and *collected* or *abandoned* after that. The first error of any part makes the attempt *failed*: all its parts are
-aborted, those already durable too, and whoever calls next gets that error.
+keep their order. Once the last is written, another thread finishes the part: what is durable only after a while (an fsync, the end of an
+upload) keeps no thread from writing the next part. An attempt at a shard is *open* from its first micro-batch, *complete* with the
+last, *durable* once all its parts are, and *collected* or *abandoned* after that. The first error of any part makes the attempt
+*failed*: all its parts are aborted, those already durable too, and whoever calls next gets that error.
 """
 
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 
 import numpy as np
 import xxhash
@@ -32,8 +33,9 @@ class ActivationWriter:
         store: the run folder.
         run_metadata: what every part's footer says of the run (`JobRecord.run_metadata`).
         parts: what the stage captures of each micro-batch, the same every time.
-        queue_bytes: captured bytes that may wait or be on their way to the store; one layer larger than that waits alone.
-        threads: worker threads; each holds a share of the parts.
+        queue_bytes: captured bytes that may wait or be on their way to the store, a part's last row group until the part is durable; one
+            layer larger than that waits alone.
+        threads: worker threads; each holds a share of the parts. As many more finish parts, and mostly wait for the store.
         compression: how the rows are stored.
 
     Raises:
@@ -59,6 +61,7 @@ class ActivationWriter:
         self._limit_bytes = queue_bytes
         num_lanes = max(1, min(threads, len(parts)))
         self._lanes = [ThreadPoolExecutor(1, thread_name_prefix=f"write-{number}") for number in range(num_lanes)]
+        self._finishers = ThreadPoolExecutor(num_lanes, thread_name_prefix="finish")
         self._changed = threading.Condition()
         self._attempts: dict[tuple[int, str], _Attempt] = {}
         self._is_closed = False
@@ -72,7 +75,7 @@ class ActivationWriter:
 
     @property
     def queued_bytes(self) -> int:
-        """Captured bytes that wait or are being written now."""
+        """Captured bytes that wait, are being written now, or are the last of a part that is not durable yet."""
         return self._queued_bytes
 
     @property
@@ -166,8 +169,8 @@ class ActivationWriter:
         try:
             self._end(opened, timeout_s)
         finally:
-            for lane in self._lanes:
-                lane.shutdown(wait=False)
+            for threads in (*self._lanes, self._finishers):
+                threads.shutdown(wait=False)
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
@@ -207,19 +210,49 @@ class ActivationWriter:
             self._queued_bytes += num_bytes
 
     def _write(self, opened: "_Attempt", part: PartWriter, tokens: TokenColumns, rows: Bits, token_digest: str | None) -> None:
-        """One row group, on the part's thread; with `token_digest` it is the part's last."""
-        begin, before_bytes, before_s = time.monotonic(), part.num_bytes, part.store_s
+        """One row group, on the part's thread. With `token_digest` it is the part's last; it counts as queued until the part is durable."""
+        with ExitStack() as undo:
+            undo.callback(self._release, rows.nbytes)
+            if opened.failure is not None:
+                return
+            with self._measured(part):
+                part.append(tokens, rows)
+            if token_digest is not None:
+                finished = self._finishers.submit(self._finish, opened, part, rows.nbytes, token_digest)
+                undo.pop_all()
+                opened.finishes[part] = finished  # an abort of this part comes on this thread, and so after this
+                finished.add_done_callback(lambda done: self._note(opened, done))
+
+    def _finish(self, opened: "_Attempt", part: PartWriter, held_bytes: int, token_digest: str) -> None:
+        """Make a part durable. Its own thread has nothing more for it but an abort, which waits for this."""
         try:
             if opened.failure is None:
-                part.append(tokens, rows)
-                if token_digest is not None:
+                with self._measured(part):
                     part.finish(token_digest)
         finally:
+            self._release(held_bytes)
+
+    def _abort(self, opened: "_Attempt", part: PartWriter) -> None:
+        """On the part's thread, so that nothing is written any more; a finish that has begun comes to its end first."""
+        if part in opened.finishes:
+            wait([opened.finishes[part]])
+        part.abort()
+
+    @contextmanager
+    def _measured(self, part: PartWriter) -> Iterator[None]:
+        begin, before_bytes, before_s = time.monotonic(), part.num_bytes, part.store_s
+        try:
+            yield
+        finally:
             with self._changed:
-                self._queued_bytes -= rows.nbytes
                 self._written_bytes += part.num_bytes - before_bytes
                 self._write_s += time.monotonic() - begin
                 self._store_s += part.store_s - before_s
+
+    def _release(self, num_bytes: int) -> None:
+        with self._changed:
+            self._queued_bytes -= num_bytes
+            self._changed.notify_all()
 
     def _note(self, opened: "_Attempt", done: Future[None]) -> None:
         error = done.exception()
@@ -233,7 +266,7 @@ class ActivationWriter:
         with self._changed:
             if opened.failure is None:
                 opened.failure = error
-                opened.aborts = [self._lane(number).submit(part.abort) for number, part in enumerate(opened.parts)]
+                opened.aborts = [self._lane(number).submit(self._abort, opened, part) for number, part in enumerate(opened.parts)]
                 self._changed.notify_all()
 
     def _end(self, failed: Sequence["_Attempt"], timeout_s: float) -> None:
@@ -257,14 +290,16 @@ class _Attempt:
         self.digest = xxhash.xxh3_128()
         self.is_complete = False
         self.failure: BaseException | None = None
+        self.finishes: dict[PartWriter, Future[None]] = {}
         self.aborts: list[Future[None]] = []
         self._label = f"Shard {shard}, attempt {name}"
         self._next_index = 0
         self._last_sequence_id = -1
 
     def receipts(self) -> tuple[PartReceipt, ...] | None:
-        """The parts' receipts, in order, once the last of them is durable."""
-        receipts = tuple(part.receipt for part in self.parts if part.receipt is not None)
+        """The parts' receipts, in order, once the last of them is durable and nothing of it is held any more."""
+        finished = [part for part in self.parts if part in self.finishes and self.finishes[part].done()]
+        receipts = tuple(part.receipt for part in finished if part.receipt is not None)
         return receipts if len(receipts) == len(self.parts) else None
 
     def matched(self, micro_batch: MicroBatch, captured: Sequence[CapturedLayer]) -> list[Bits]:

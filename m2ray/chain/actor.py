@@ -269,7 +269,7 @@ class StageActor:
         def count(read_bytes: int, needed_bytes: int) -> None:
             self._status = replace(self._status, read_bytes=before.read_bytes + read_bytes, needed_bytes=before.needed_bytes + needed_bytes)
 
-        return load_warm(spec, self._writer_spec.batch_tokens, count)
+        return load_warm(spec, self._writer_spec.batch_tokens, self._writer_spec.queue_bytes // len(self._specs), count)
 
     def _abandon(self, writer: ActivationWriter, attempts: Sequence[tuple[int, str]]) -> None:
         # What the store does not delete soon is no commit's, and goes when the run is finished; a reset has to end within `timeout_s`.

@@ -54,8 +54,12 @@ def require_gpus(num_gpus: int, node: str) -> None:
         )
 
 
-def load_warm(spec: StageSpec, batch_tokens: int, on_bytes: OnBytes) -> Stage:
+def load_warm(spec: StageSpec, batch_tokens: int, waiting_bytes: int, on_bytes: OnBytes) -> Stage:
     """Load one device's span and run it for every shape that may come, where that saves time later.
+
+    Args:
+        batch_tokens: padded tokens of a full micro-batch.
+        waiting_bytes: of its captured rows that may wait for the store.
 
     Raises:
         CheckpointError, ConfigError, StoreError: as `load_stage`.
@@ -66,7 +70,7 @@ def load_warm(spec: StageSpec, batch_tokens: int, on_bytes: OnBytes) -> Stage:
     if on_gpu or spec.compile:
         # A size that finds no room here finds none later: the driver halves it then.
         with suppress(torch.OutOfMemoryError):
-            stage.warm_up(batch_tokens)
+            stage.warm_up(batch_tokens, waiting_bytes)
     if on_gpu:
         torch.cuda.empty_cache()
     return stage

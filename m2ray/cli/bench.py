@@ -86,7 +86,9 @@ def measure(
     del layer
     copied = copy_bytes_per_s(device) if device != "cpu" else None
     encoded = encode_bytes_per_s(facts.table.hidden_size, store_dtype)
-    stored = None if store is None else store_bytes_per_s(store)
+    cpus = node.cpus or os.cpu_count() or 1
+    threads = max(1, cpus // 2) if gpu else 1  # of the stages of all GPUs together, which share the store
+    stored = None if store is None else store_bytes_per_s(store, facts.table.hidden_size, store_dtype, threads)
     read = None if model.endswith(".json") else look_at_model(model)[1]
     named = {"GPU to host": copied, "encoder, a thread": encoded, f"writing to {output}": stored, f"reading {model}": read}
     for name, rate in named.items():
@@ -95,7 +97,7 @@ def measure(
     return Profile(
         gpu=gpu,
         gpus=len(node.gpus) if gpu else 0,
-        cpus=node.cpus or os.cpu_count() or 1,
+        cpus=cpus,
         versions=dict(node.versions),
         model_type=facts.config.model_type,
         compute_dtype=compute_dtype,

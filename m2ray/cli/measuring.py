@@ -1,43 +1,38 @@
-"""What `m2ray bench` measures besides the GPU: the encoder of one writer thread, and the store."""
+"""What `m2ray bench` measures besides the GPU: the encoder of one writer thread, and the store. Both by the writer of a run."""
 
 import time
 import uuid
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 from m2ray.activations.writer import ActivationWriter
-from m2ray.batches import Bits, CapturedLayer, MicroBatch, PartSpec
+from m2ray.batches import Bits, CapturedLayer, MicroBatch, PartReceipt, PartSpec
 from m2ray.errors import StoreError
 from m2ray.storage import Store
 from m2ray.storage.store import Data, PartSink
 
 _ENCODE_S = 1.5
-_ENCODE_BYTES = 64 << 20
+_MICRO_BATCH_BYTES = 64 << 20
+"""Of one layer's rows."""
+_LENGTH = 512
+_QUEUE_BYTES = 2 << 30
 _STORE_S = 2.0
-_STORE_THREADS = 4
-_STORE_FIRST_BYTES, _STORE_MOST_BYTES = 4 << 20, 1 << 30
-_PIECE_BYTES = 16 << 20
+_STORE_LAYERS = 8
+_STORE_ROUNDS = ((2 << 20, 1, 1), (16 << 20, 1, 1), (_MICRO_BATCH_BYTES, 2, 1), (_MICRO_BATCH_BYTES, 2, 8))
+"""Bytes of one layer's rows of a micro-batch, micro-batches of a shard, shards: 16 MiB, 128 MiB, 1 GiB and 8 GiB with all layers."""
 _TIMEOUT_S = 120.0
 
 
 def encode_bytes_per_s(hidden_size: int, store_dtype: str) -> float:
     """Activations that one writer thread turns into Parquet a second, checksums and all, stored nowhere."""
-    itemsize_bytes = 4 if store_dtype == "float32" else 2
-    length = 512
-    sequences = max(1, _ENCODE_BYTES // (length * hidden_size * itemsize_bytes))
-    rows = _gaussian_bits(sequences * length, hidden_size, itemsize_bytes)
-    part = PartSpec("residual", 0, store_dtype, hidden_size)
-    token_ids_BT = np.random.default_rng(0).integers(0, 100_000, (sequences, length), dtype=np.int32)
-    counts = np.full(sequences, length, np.int32)
-    writer = ActivationWriter(_Nowhere(), {}, [part], queue_bytes=2 * rows.nbytes, threads=1)
+    rows, specs = _rows(hidden_size, store_dtype, _MICRO_BATCH_BYTES), _parts(1, hidden_size, store_dtype)
+    writer = ActivationWriter(_Nowhere(), {}, specs, queue_bytes=2 * rows.nbytes, threads=1)
     try:
         shards = 0
         began = time.monotonic()
         while time.monotonic() - began < _ENCODE_S or not shards:
-            batch = MicroBatch(shards, 0, True, np.arange(sequences), counts, token_ids_BT)
-            writer.submit("bench", batch, [CapturedLayer("residual", 0, rows)], _TIMEOUT_S)
+            _submit(writer, specs, rows, shards, 1)
             writer.collect(shards, "bench", _TIMEOUT_S)
             shards += 1
         return shards * rows.nbytes / (time.monotonic() - began)
@@ -45,41 +40,58 @@ def encode_bytes_per_s(hidden_size: int, store_dtype: str) -> float:
         writer.close()
 
 
-def store_bytes_per_s(store: Store) -> float:
-    """What the store takes from several parts at once, every one durable at the end. Deletes what it wrote.
+def store_bytes_per_s(store: Store, hidden_size: int, store_dtype: str, threads: int) -> float:
+    """What a run's writer of so many threads gets into the store a second, if rows are always there, all of it durable at the end.
 
-    Sizes grow until a round takes two seconds: a slow store is not sent a gigabyte, a fast one is not judged by what caches take.
+    Sizes grow until a round takes two seconds: a slow store is not sent gigabytes, a fast one is not judged by what caches take.
+    Deletes what it wrote.
 
     Raises:
         StoreError: it cannot be written.
     """
-    piece = np.random.default_rng(0).bytes(_PIECE_BYTES)
-    num_bytes = _STORE_FIRST_BYTES
-    while True:
-        keys = [f"_bench-{uuid.uuid4().hex}" for _ in range(_STORE_THREADS)]
+    beside, specs = _Beside(store, f"_bench-{uuid.uuid4().hex}"), _parts(_STORE_LAYERS, hidden_size, store_dtype)
+    rate = 0.0
+    for micro_batch_bytes, micro_batches, shards in _STORE_ROUNDS:
+        rows = _rows(hidden_size, store_dtype, micro_batch_bytes)
+        writer = ActivationWriter(beside, {}, specs, queue_bytes=_QUEUE_BYTES, threads=threads)
+        receipts: list[PartReceipt] = []
         began = time.monotonic()
         try:
-            with ThreadPoolExecutor(_STORE_THREADS) as pool:
-                list(pool.map(lambda key: _write(store, key, piece, num_bytes), keys))  # noqa: B023 - awaited within the loop
+            for shard in range(shards):
+                _submit(writer, specs, rows, shard, micro_batches)
+            for shard in range(shards):
+                receipts += writer.collect(shard, "bench", _TIMEOUT_S)
             seconds = time.monotonic() - began
         finally:
-            store.delete(keys)
-        if seconds > _STORE_S or num_bytes >= _STORE_MOST_BYTES:
-            return _STORE_THREADS * num_bytes / seconds
-        num_bytes *= 4
+            writer.close()
+            beside.delete(receipt.key for receipt in receipts)
+        rate = sum(receipt.num_bytes for receipt in receipts) / seconds
+        if seconds > _STORE_S:
+            break
+    return rate
 
 
-def _write(store: Store, key: str, piece: bytes, num_bytes: int) -> None:
-    sink = store.open_part(key)
-    try:
-        left = num_bytes
-        while left:
-            sink.write(memoryview(piece)[: min(left, len(piece))])
-            left -= min(left, len(piece))
-        sink.close()
-    except StoreError:
-        sink.abort()
-        raise
+def _parts(layers: int, hidden_size: int, store_dtype: str) -> list[PartSpec]:
+    return [PartSpec("residual", layer, store_dtype, hidden_size) for layer in range(layers)]
+
+
+def _rows(hidden_size: int, store_dtype: str, num_bytes: int) -> Bits:
+    """About so many bytes of rows, of whole sequences."""
+    itemsize_bytes = 4 if store_dtype == "float32" else 2
+    sequences = max(1, num_bytes // (_LENGTH * hidden_size * itemsize_bytes))
+    return _gaussian_bits(sequences * _LENGTH, hidden_size, itemsize_bytes)
+
+
+def _submit(writer: ActivationWriter, specs: list[PartSpec], rows: Bits, shard: int, micro_batches: int) -> None:
+    """A whole shard, each layer of each micro-batch the same rows."""
+    sequences = len(rows) // _LENGTH
+    counts = np.full(sequences, _LENGTH, np.int32)
+    token_ids_BT = np.random.default_rng(0).integers(0, 100_000, (sequences, _LENGTH), dtype=np.int32)
+    captured = [CapturedLayer(spec.site, spec.layer, rows) for spec in specs]
+    for index in range(micro_batches):
+        ids = np.arange(sequences) + index * sequences
+        batch = MicroBatch(shard, index, index == micro_batches - 1, ids, counts, token_ids_BT)
+        writer.submit("bench", batch, captured, _TIMEOUT_S)
 
 
 def _gaussian_bits(rows: int, hidden_size: int, itemsize_bytes: int) -> Bits:
@@ -117,6 +129,23 @@ class _Nowhere(Store):
 
     def delete(self, keys: Iterable[str]) -> None:
         pass
+
+
+class _Beside(_Nowhere):
+    """Takes parts into a store under names of their own: whatever happens, no reader of a run there takes them for its own."""
+
+    def __init__(self, store: Store, mark: str) -> None:
+        self._store = store
+        self._mark = mark
+
+    def open_part(self, key: str) -> PartSink:
+        return self._store.open_part(self._named(key))
+
+    def delete(self, keys: Iterable[str]) -> None:
+        self._store.delete(map(self._named, keys))
+
+    def _named(self, key: str) -> str:
+        return f"{self._mark}-{key.replace('/', '-')}"
 
 
 class _NoSink(PartSink):

@@ -52,7 +52,8 @@ class ResidualCapture:
         extremes = torch.stack(torch.aminmax(selected_NH))
         # Rounds once, to nearest even; index_select made a copy, so nothing computed later can change these rows.
         rounded_NH = selected_NH.to(self._store_dtype)
-        self._captured.append(_Rows(layer, self._to_host(rounded_NH), self._to_host(extremes)))
+        on_host_NH = self._to_host(rounded_NH, hidden_BTH.shape[0] * hidden_BTH.shape[1])
+        self._captured.append(_Rows(layer, on_host_NH, self._to_host(extremes, len(extremes))))
         if self._copy_stream is not None:
             self._copying.append(torch.cuda.Event())
             self._copying[-1].record(self._copy_stream)
@@ -62,12 +63,13 @@ class ResidualCapture:
         while len(self._copying) >= COPYING_LAYERS:
             self._copying.popleft().synchronize()
 
-    def _to_host(self, values: torch.Tensor) -> torch.Tensor:
+    def _to_host(self, values: torch.Tensor, room: int) -> torch.Tensor:
+        """A copy in pinned memory, which has room for as many rows: sizes that vary little are found again among what torch keeps."""
         if self._copy_stream is None:
             return values
         self._copy_stream.wait_stream(torch.cuda.current_stream(values.device))
         with torch.cuda.stream(self._copy_stream):
-            on_host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            on_host = torch.empty((room, *values.shape[1:]), dtype=values.dtype, pin_memory=True)[: len(values)]
             on_host.copy_(values, non_blocking=True)
         values.record_stream(self._copy_stream)
         return on_host
@@ -101,6 +103,20 @@ class ResidualCapture:
             f"Layer {rows.layer}, sequences {listed}: values from {smallest:g} to {largest:g} do not fit {dtype}.",
             'Set compute_dtype and store_dtype to "bfloat16" or "float32"; if they are so already, the weights or the family are at fault.',
         )
+
+
+def pin_host_memory(num_bytes: int, padded_tokens: int, row_width: int, store_dtype: torch.dtype) -> None:
+    """Take pinned memory for so many bytes of captured rows and leave it to torch, which keeps it for the micro-batches to come.
+
+    Pinning takes the system long, and a computation that has to wait for it stands still.
+
+    Args:
+        padded_tokens: of a full micro-batch, whose rows of one layer lie in one piece.
+        row_width: elements of a row.
+    """
+    piece_bytes = padded_tokens * row_width * store_dtype.itemsize
+    pieces = [torch.empty((padded_tokens, row_width), dtype=store_dtype, pin_memory=True) for _ in range(-(-num_bytes // piece_bytes))]
+    del pieces
 
 
 def _real_places(micro_batch: MicroBatch) -> np.ndarray[tuple[int], np.dtype[np.int64]]:

@@ -11,7 +11,7 @@ import torch
 from m2ray.batches import CapturedLayer, LayerSpan, MicroBatch, PartSpec
 from m2ray.errors import ConfigError
 from m2ray.model.attention import FLEX_BLOCK, require_machine, resolve_attn_implementation
-from m2ray.model.capture import ResidualCapture
+from m2ray.model.capture import ResidualCapture, pin_host_memory
 from m2ray.model.checkpoint import open_checkpoint
 from m2ray.model.decoder import DecoderSpan
 from m2ray.model.gpu_loading import Lanes
@@ -181,16 +181,22 @@ class Stage:
             _ = output.captured  # what is wrong with a row is said where it was computed
         return output
 
-    def warm_up(self, batch_tokens: int) -> None:
-        """Run once for every shape that may come, so that no micro-batch has to wait for a compilation or a library's start.
+    def warm_up(self, batch_tokens: int, waiting_bytes: int = 0) -> None:
+        """Run once for every shape that may come, so that no micro-batch has to wait for a compilation, a library's start or memory.
 
         torch.compile makes a first graph for one shape and, on seeing a second one, a graph for all others; a batch of one is a
         shape of its own, and so are for flex_attention sequences within one block of its mask.
 
         Args:
             batch_tokens: padded tokens of a full micro-batch.
+            waiting_bytes: of captured rows that may wait for the store.
         """
         config = self._decoder.skeleton.config
+        if self._on_gpu and self.parts:
+            dtype = DTYPES[self._spec.store_dtype]
+            capture_bytes = batch_tokens * config.hidden_size * dtype.itemsize * len(self.parts)
+            # Beside what waits, of two micro-batches: one that is computed, and one whose rows are handed over.
+            pin_host_memory(waiting_bytes + 2 * capture_bytes, batch_tokens, config.hidden_size, dtype)
         longest = max(4, min(1024, config.max_position_embeddings, batch_tokens // 2))
         shapes = [(batch_tokens // longest, longest), (batch_tokens // (longest // 2), longest // 2), (1, longest)]
         if self._decoder.skeleton.attn_implementation == "flex_attention":

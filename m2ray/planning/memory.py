@@ -229,7 +229,10 @@ def gpu_host_memory(workload: Workload, row_bytes: Sequence[int], offloaded_byte
     """The host's side of a stage whose weights are on GPUs, but for `offloaded_bytes` here and others on a disk, read with `readers_bytes`."""
     offload = {"offloaded": offloaded_bytes, "offload_readers": readers_bytes}
     process = {"process": PROCESS_BYTES["gpu"]} | {name: num_bytes for name, num_bytes in offload.items() if num_bytes}
-    return Memory(process | _host_buffers(workload, row_bytes), process | {"staging": STAGING_BYTES["host"]})
+    buffers = _host_buffers(workload, row_bytes)
+    if row_bytes:
+        buffers["capture"] = _pinned_bytes(buffers["capture"], workload.padded_tokens * max(row_bytes))
+    return Memory(process | buffers, process | {"staging": STAGING_BYTES["host"]})
 
 
 def cpu_memory(rows: Sequence[TensorRow], workload: Workload, transient_bytes: TransientBytes, row_bytes: Sequence[int]) -> Memory:
@@ -237,6 +240,11 @@ def cpu_memory(rows: Sequence[TensorRow], workload: Workload, transient_bytes: T
     held = {"weights": weight_bytes(rows, workload.itemsize_bytes), "process": PROCESS_BYTES["cpu"]}
     transient = {"transient": transient_bytes(workload.padded_tokens, workload.longest_tokens, workload.itemsize_bytes)}
     return Memory(held | transient | _host_buffers(workload, row_bytes), held | {"staging": STAGING_BYTES["device"]})
+
+
+def _pinned_bytes(num_bytes: int, piece_bytes: int) -> int:
+    """What torch takes to pin so many bytes in pieces: each is rounded up to a power of two."""
+    return -(-num_bytes // piece_bytes) * (1 << (piece_bytes - 1).bit_length())
 
 
 def _host_buffers(workload: Workload, row_bytes: Sequence[int]) -> dict[str, int]:

@@ -41,7 +41,7 @@ class Profile:
         copy_bytes_per_s: from the GPU to pinned host memory.
         encode_bytes_per_s: activations turned into Parquet by one writer thread, nothing stored.
         store: the output folder that was written to.
-        store_bytes_per_s: what it takes from this machine, made durable.
+        store_bytes_per_s: what a run's writers get into it from this machine while rows are always there, made durable.
         read_bytes_per_s: of the model's files by one thread, past the page cache where the system allows.
         elapsed_s: seconds that all of it took.
     """

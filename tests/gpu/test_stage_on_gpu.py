@@ -126,6 +126,20 @@ def test_nothing_is_compiled_again_after_the_warm_up(folder: Path, attn: str, *,
     assert counters["stats"]["unique_graphs"] == graphs
 
 
+def test_no_micro_batch_waits_for_pinned_memory_after_the_warm_up(folder: Path) -> None:
+    """As much as may wait for the store is there before the first, and serves micro-batches with less real tokens too."""
+    stage, num_batches = load(folder, "cuda:0"), 6
+    lengths = [(512,) * 3 + (512 - 90 * number,) for number in range(num_batches)]
+    batches = [micro_batch_of(each, MINIMAX_TINY["vocab_size"]) for each in lengths]
+    row_bytes = stage.parts[0].width * 2
+    stage.warm_up(2048, waiting_bytes=(num_batches - 2) * 2048 * row_bytes * len(stage.parts))
+    before = torch.cuda.host_memory_stats()["num_host_alloc"]
+    held = [stage.forward(batch, None).captured for batch in batches]
+    taken = torch.cuda.host_memory_stats()["num_host_alloc"] - before
+    assert len(held) == num_batches
+    assert taken < num_batches, "places, token ids and extremes are small; rows would be one a layer and micro-batch"
+
+
 @pytest.mark.parametrize(("attn", "dtype", "most"), [("flex_attention", "float32", 1e-4), ("flash_attention_2", "bfloat16", 0.05)])
 def test_other_attention_is_within_rounding_of_the_reference(folder: Path, attn: str, dtype: str, most: float) -> None:
     """Layer 0 alone: in bfloat16 tokens may choose other experts further on, whatever the attention."""

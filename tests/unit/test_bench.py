@@ -14,7 +14,7 @@ from m2ray.errors import ConfigError, StoreError
 from m2ray.planning.plan import Plan
 from m2ray.planning.profile import LayerTime, Profile
 from m2ray.planning.rates import active_elements
-from m2ray.storage import LocalStore
+from m2ray.storage import LocalStore, PartSink
 from tests.reference import make_minimax
 from tests.unit.test_plan import PROMPTS, SHAPE, m2_rows, plan
 
@@ -101,7 +101,8 @@ def test_shapes_hold_the_tokens_of_a_micro_batch() -> None:
     assert shapes_of(1, 196_608) == [(1, 1)]
 
 
-def test_the_command_measures_a_small_model_and_plan_reads_its_profile(tmp_path: Path) -> None:
+def test_the_command_measures_a_small_model_and_plan_reads_its_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("m2ray.cli.measuring._STORE_ROUNDS", ((2 << 20, 1, 1),))
     model, profile, output = make_minimax(tmp_path / "model", "fp8"), tmp_path / "profile.json", tmp_path / "run"
     words = ["bench", str(model), "--output", str(output), "--profile", str(profile), "--batch-tokens", "64", "--no-compile"]
     done = CliRunner(env={"CUDA_VISIBLE_DEVICES": ""}).invoke(main, words)
@@ -132,4 +133,32 @@ def test_a_store_that_refuses_is_an_error_and_left_clean(tmp_path: Path) -> None
     folder = tmp_path / "file"
     folder.write_text("in the way")
     with pytest.raises(StoreError):
-        store_bytes_per_s(LocalStore(folder))
+        store_bytes_per_s(LocalStore(folder), 64, "bfloat16", 1)
+
+
+class Watched(LocalStore):
+    """Remembers what was written under which names, and fails with the part of number `failing`, if there is to be one."""
+
+    def __init__(self, root: Path, failing: int | None = None) -> None:
+        super().__init__(root)
+        self.keys: list[str] = []
+        self._failing = failing
+
+    def open_part(self, key: str) -> PartSink:
+        self.keys.append(key)
+        if len(self.keys) == self._failing:
+            raise StoreError(f"Cannot write {key}: No space left on device.")
+        return super().open_part(key)
+
+
+def test_the_store_is_measured_by_parts_that_no_reader_takes_for_a_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounds grow, all layers of a round's shards are written, and everything is deleted, whether it went well or not."""
+    monkeypatch.setattr("m2ray.cli.measuring._STORE_ROUNDS", ((1 << 16, 1, 1), (1 << 16, 2, 3)))
+    store = Watched(tmp_path)
+    assert store_bytes_per_s(store, 64, "bfloat16", 2) > 0
+    assert len(store.keys) == 8 * (1 + 3)
+    assert all("/" not in key and key.startswith("_bench-") for key in store.keys)
+    full = Watched(tmp_path, failing=20)
+    with pytest.raises(StoreError, match="No space left"):
+        store_bytes_per_s(full, 64, "bfloat16", 2)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []

@@ -23,14 +23,15 @@ ATTEMPT = "abc123"
 
 
 class HookedStore(LocalStore):
-    """A local disk that calls `hook(key)` before each write to a part, which may wait or raise.
+    """A local disk that calls `hook(key)` before each write to a part and each end of one, which may wait or raise.
 
-    `late` are the keys of parts that were written to after they had been aborted.
+    `close_hook` is called before the ends alone. `late` are the keys of parts that were written to after they had been aborted.
     """
 
     def __init__(self, root: Path, hook: Callable[[str], object]) -> None:
         super().__init__(root)
         self.hook = hook
+        self.close_hook: Callable[[str], object] = lambda _: None
         self.late: list[str] = []
 
     def open_part(self, key: str) -> PartSink:
@@ -52,6 +53,7 @@ class _HookedSink(PartSink):
 
     def close(self) -> None:
         self._store.hook(self._key)
+        self._store.close_hook(self._key)
         self._sink.close()
 
     def abort(self) -> None:
@@ -188,6 +190,70 @@ def test_a_stage_that_captures_nothing_has_nothing_to_report(tmp_path: Path) -> 
     record = replace(runs.job(store), parts=())
     writer = runs.writer(store, record)
     assert write_shard_0(writer, record) == ()
+    writer.close()
+
+
+def test_a_part_that_is_being_finished_keeps_no_thread_from_writing_the_next(tmp_path: Path) -> None:
+    """With one thread, and the first part's fsync standing still, the next shard is written to its end."""
+    may_finish, written = threading.Event(), set()
+    store = HookedStore(tmp_path, written.add)
+    store.close_hook = lambda _: may_finish.wait(10)
+    record = runs.job(store)
+    writer = runs.writer(store, record, threads=1)
+    first, second = runs.micro_batches(runs.shard(0)), runs.micro_batches(runs.shard(1))
+    for micro_batch in (*first, *second):
+        submit(writer, record, micro_batch)
+    until(lambda: sum("shard-000001" in key for key in written) == len(record.parts))
+    assert list(store.list("data")) == []
+    may_finish.set()
+    assert [len(writer.collect(shard, ATTEMPT, 10)) for shard in (0, 1)] == 2 * [len(record.parts)]
+    writer.close()
+
+
+def test_what_is_not_durable_counts_as_queued(tmp_path: Path) -> None:
+    """A part's last row group, until the part is: a disk that syncs nothing is not written to without end."""
+    may_finish = threading.Event()
+    store = HookedStore(tmp_path, lambda _: None)
+    store.close_hook = lambda _: may_finish.wait(10)
+    record = runs.job(store)
+    first, second = runs.micro_batches(runs.shard(0)), runs.micro_batches(runs.shard(1))
+    held_bytes = len(record.parts) * first[-1].num_tokens * 2 * runs.WIDTH
+    writer = runs.writer(store, record, queue_bytes=held_bytes)
+    for micro_batch in first:
+        submit(writer, record, micro_batch)
+    until(lambda: len(writer._attempts[0, ATTEMPT].finishes) == len(record.parts))
+    assert writer.queued_bytes == held_bytes
+    with pytest.raises(StoreError, match=rf"Writing fell behind: {held_bytes} of at most {held_bytes} bytes"):
+        submit(writer, record, second[0], timeout_s=0.05)
+    may_finish.set()
+    assert len(writer.collect(0, ATTEMPT, 10)) == len(record.parts)
+    assert writer.queued_bytes == 0
+    writer.close()
+
+
+def test_a_part_given_up_while_it_is_finished_is_deleted_after(tmp_path: Path) -> None:
+    may_finish, finishing = threading.Event(), threading.Event()
+
+    def close_hook(key: str) -> None:
+        finishing.set()
+        assert may_finish.wait(10)
+
+    store = HookedStore(tmp_path, lambda _: None)
+    store.close_hook = close_hook
+    record = runs.job(store)
+    writer = runs.writer(store, record, threads=1)
+    for micro_batch in runs.micro_batches(runs.shard(0)):
+        submit(writer, record, micro_batch)
+    assert finishing.wait(10)
+    with ThreadPoolExecutor(1) as pool:
+        abandoning = pool.submit(writer.abandon, 0, ATTEMPT, 10)
+        with pytest.raises(TimeoutError):
+            abandoning.result(0.05)
+        may_finish.set()
+        abandoning.result(10)
+    assert files_below(tmp_path) == []
+    assert list((tmp_path / "_unfinished").iterdir()) == []
+    assert writer.queued_bytes == 0
     writer.close()
 
 
