@@ -246,7 +246,7 @@ def test_a_part_given_up_while_it_is_finished_is_deleted_after(tmp_path: Path) -
         submit(writer, record, micro_batch)
     assert finishing.wait(10)
     with ThreadPoolExecutor(1) as pool:
-        abandoning = pool.submit(writer.abandon, 0, ATTEMPT, 10)
+        abandoning = pool.submit(writer.abandon, [(0, ATTEMPT)], 10)
         with pytest.raises(TimeoutError):
             abandoning.result(0.05)
         may_finish.set()
