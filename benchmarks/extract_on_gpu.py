@@ -36,6 +36,7 @@ from m2ray.batches import LayerSpan
 from m2ray.model.stage import StageSpec, load_stage
 from m2ray.planning.profile import Profile
 
+STORES = {"disk": "the local disk", "memory": "memory (/dev/shm)"}
 MEMORY = Path("/dev/shm")  # noqa: S108 - a file system in memory is what it is for
 WRITE_THREADS = 8
 RAW_BYTES = 16 * 10**9
@@ -76,14 +77,19 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=1536, help="for the disk; twice as many for memory, which takes less time")
     parser.add_argument("--batch-tokens", type=int, default=16_384)
     parser.add_argument("--no-guide", action="store_true")
+    parser.add_argument("--only", choices=STORES, help="one of the two stores")
+    parser.add_argument("--profile", type=Path, help="what `m2ray bench` has measured on this machine; else it is run")
     parser.add_argument("--tiny", action="store_true", help="small layers, printed and not recorded")
     options = parser.parse_args()
     folder: Path = options.folder.resolve()
     model = real_size(folder, options.layers, TINY if options.tiny else None)
     few, many = (make_prompts(folder, model, count, options.batch_tokens) for count in (options.prompts, 2 * options.prompts))
-    if not options.tiny:
+    if not options.tiny and options.only != "memory":
         print(f"the disk takes {written_bytes_per_s(folder, 64 * [RAW_BYTES // 64]) / 1e9:.2f} GB/s for the first time", flush=True)
-    profile = measured_profile(folder, model, options.batch_tokens)
+    if options.profile is None:
+        options.profile = folder / "profile.json"
+        measure_profile(options.profile, folder, model, options.batch_tokens)
+    profile = Profile.from_json(options.profile.read_bytes())
     hidden_size = int(json.loads((model / "config.json").read_text())["hidden_size"])
     rows: list[Row] = []
     device = "cuda:0" if torch.cuda.device_count() else "cpu"
@@ -93,7 +99,10 @@ def main() -> None:
         guide = alone(guide_tokens_per_s, model, guide_prompts, device)
     bare = alone(bare_tokens_per_s, model, many, options.layers, options.batch_tokens, device)
     print(f"bare forward {bare:,.0f} tokens/s, the guide {guide}", flush=True)
-    for name, parent, prompts in (("the local disk", folder, few), ("memory (/dev/shm)", MEMORY, many)):
+    for store, parent, prompts in (("disk", folder, few), ("memory", MEMORY, many)):
+        if options.only not in (None, store):
+            continue
+        name = STORES[store]
         if shutil.disk_usage(parent).free < 1.2 * prompts.num_tokens * options.layers * 6200:
             print(f"{parent} has no room for the run: left out")
             continue
@@ -104,19 +113,18 @@ def main() -> None:
             name,
             found,
             limits(found, profile, bare, captured_bytes, options.layers),
-            predicted(folder, model, prompts, found, options, is_disk=parent == folder),
+            predicted(model, prompts, found, options, is_disk=store == "disk"),
         )
         # After each: a machine's time may end before the next is done.
         title = f"m2ray extract of {options.layers} layers at MiniMax-M2's real dimensions, FP8 checkpoint to Parquet, on one GPU"
         _ = print(*rows, sep="\n") if options.tiny else record("extract_on_gpu", title, rows)
 
 
-def measured_profile(folder: Path, model: Path, batch_tokens: int) -> Profile:
-    path, store = folder / "profile.json", folder / "bench"
+def measure_profile(path: Path, folder: Path, model: Path, batch_tokens: int) -> None:
+    store = folder / "bench"
     command = [sys.executable, "-m", "m2ray.cli", "bench", str(model), "--output", str(store), "--profile", str(path)]
     subprocess.run([*command, "--batch-tokens", str(batch_tokens)], env=environment(), cwd=ROOT, check=True, timeout=300)
     shutil.rmtree(store, ignore_errors=True)
-    return Profile.from_json(path.read_bytes())
 
 
 def alone(step: Callable[..., Any], *arguments: object) -> Any:
@@ -220,9 +228,9 @@ def limits(found: Extracted, profile: Profile, bare: float, captured_bytes: int,
     return allowed
 
 
-def predicted(folder: Path, model: Path, prompts: Prompts, found: Extracted, options: argparse.Namespace, *, is_disk: bool) -> float:
+def predicted(model: Path, prompts: Prompts, found: Extracted, options: argparse.Namespace, *, is_disk: bool) -> float:
     """Tokens a second by `m2ray plan --profile`. The profile knows the disk; of any other store the rate is stated, as it was measured."""
-    words = {"model": model, "prompts": prompts.path, "profile": folder / "profile.json", "batch-tokens": options.batch_tokens, "stages": 1}
+    words = {"model": model, "prompts": prompts.path, "profile": options.profile, "batch-tokens": options.batch_tokens, "stages": 1}
     words |= {"max-length": 4 * LONGEST, "truncation": "cut"}
     if not is_disk:
         words["store-gb-per-s"] = found.raw_bytes_per_s / 1e9

@@ -66,13 +66,10 @@ def load_warm(spec: StageSpec, batch_tokens: int, waiting_bytes: int, on_bytes: 
     """
     stage = load_stage(spec, on_bytes)
     on_bytes(stage.bytes_read, stage.needed_bytes)
-    on_gpu = torch.device(spec.device).type == "cuda"
-    if on_gpu or spec.compile:
+    if torch.device(spec.device).type == "cuda" or spec.compile:
         # A size that finds no room here finds none later: the driver halves it then.
         with suppress(torch.OutOfMemoryError):
             stage.warm_up(batch_tokens, waiting_bytes)
-    if on_gpu:
-        torch.cuda.empty_cache()
     return stage
 
 

@@ -56,6 +56,15 @@ def require_machine(config: Any, chosen: str, device: torch.device) -> None:
         dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, _RECOMPILE_LIMIT)
 
 
+def avoid_plans_by_shape() -> None:
+    """Leave cuDNN out of what torch's sdpa chooses from, in this process.
+
+    It builds a plan for each new number and length of sequences, and of a prompt set nearly every micro-batch is new. FlashAttention has
+    one kernel for all of them.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(enabled=False)
+
+
 def _refusal(config: Any, wanted: str, reason: str) -> ConfigError:
     return ConfigError(f"attn_implementation = {wanted!r} and model_type {config.model_type}: {reason}.", _SAFE)
 

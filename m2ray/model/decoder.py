@@ -8,6 +8,7 @@ from torch import nn
 
 from m2ray.batches import LayerSpan
 from m2ray.errors import CheckpointError, raise_all
+from m2ray.model.attention import avoid_plans_by_shape
 from m2ray.model.compilation import compile_layers
 from m2ray.model.families import expected_rotary_dim
 from m2ray.model.offload import DiskHome, Home, Offload, OffloadedLayers
@@ -36,6 +37,8 @@ class DecoderSpan:
         self._base = skeleton.model.base_model
         self._incoming_BTH: torch.Tensor | None = None
         self._on_layer: OnLayer = _ignore
+        if device.type == "cuda":
+            avoid_plans_by_shape()
         self._cut()
         _build_buffers(self._base, device)
         _check_rotary(self._base, skeleton.config)

@@ -202,13 +202,24 @@ class Stage:
         if self._decoder.skeleton.attn_implementation == "flex_attention":
             short = min(longest, FLEX_BLOCK // 2)
             shapes += [(max(2, batch_tokens // short), short), (1, short)]
-        for num_sequences, length in shapes:
-            shape = (max(num_sequences, 1), length)
-            token_ids_BT = np.zeros(shape, np.int32)
-            micro_batch = MicroBatch(0, 0, True, np.arange(shape[0]), np.full(shape[0], length, np.int32), token_ids_BT)
-            dtype = DTYPES[self._spec.compute_dtype]
-            hidden_BTH = None if self.is_first else torch.zeros((*shape, config.hidden_size), dtype=dtype)
-            _ = self.forward(micro_batch, hidden_BTH).captured
+        try:
+            for num_sequences, length in shapes:
+                self._try(max(num_sequences, 1), length)
+        finally:
+            if self._on_gpu:
+                torch.cuda.empty_cache()  # of what compiling took
+        if self._on_gpu:
+            # The blocks that torch's allocator keeps from the largest micro-batch serve all others; those of smaller ones would not serve it.
+            self._try(*shapes[0])
+
+    def _try(self, num_sequences: int, length: int) -> None:
+        """Run a micro-batch of zeros."""
+        config, shape = self._decoder.skeleton.config, (num_sequences, length)
+        counts = np.full(num_sequences, length, np.int32)
+        micro_batch = MicroBatch(0, 0, True, np.arange(num_sequences), counts, np.zeros(shape, np.int32))
+        dtype = DTYPES[self._spec.compute_dtype]
+        hidden_BTH = None if self.is_first else torch.zeros((*shape, config.hidden_size), dtype=dtype)
+        _ = self.forward(micro_batch, hidden_BTH).captured
 
     def _wait_for_turn(self) -> None:
         """Let the host run ahead of the GPU by two micro-batches, so that neither waits for the other and memory stays bounded."""

@@ -126,12 +126,13 @@ class ModelShape:
     def compiled_transient_bytes(self, padded_tokens: int, longest_tokens: int, itemsize_bytes: int) -> int:
         """The same for a compiled layer, whose steps between matrix products are fused.
 
-        An expert's row is then its selected input and gate and up as one tensor. Held against an H200 at MiniMax-M2's dimensions:
-        between 1.1 and 1.2 of what was allocated.
+        An expert's row is then its selected input and gate and up as one tensor, and the experts are given a copy of the hidden states
+        (m2ray.model.compilation). Held against an H200 at MiniMax-M2's dimensions, without that copy: between 1.1 and 1.2 of what was
+        allocated.
         """
-        return self._transient_bytes(
-            padded_tokens, longest_tokens, itemsize_bytes, (self.hidden_size + 2 * self.expert_size) * itemsize_bytes
-        )
+        expert_row_bytes = (self.hidden_size + 2 * self.expert_size) * itemsize_bytes
+        copied = self.hidden_size * itemsize_bytes if self.num_experts else 0
+        return self._transient_bytes(padded_tokens, longest_tokens, itemsize_bytes, expert_row_bytes) + padded_tokens * copied
 
     def _transient_bytes(self, padded_tokens: int, longest_tokens: int, itemsize_bytes: int, expert_row_bytes: int) -> int:
         attention = 16 * self.head_dim * (self.num_heads + self.num_kv_heads)
