@@ -29,7 +29,8 @@ from m2ray.errors import ConfigError
 
 _BLOCK_BYTES = 4 << 20
 _BLOCKS_A_WINDOW = 8
-_READS_AT_ONCE = 4
+_READS_AT_ONCE = min(4, 1 + len(os.sched_getaffinity(0)))
+"""From a page cache a read is a copy, and more of them than cores keep each other from Python's lock."""
 _TOKENS_KEPT_BYTES = 256 << 20
 
 Batch = dict[str, torch.Tensor]
@@ -144,6 +145,7 @@ class _Windows:
         self._window_rows = min(a_window * block_rows, int(parts.rows.sum()))
         self._windows = [blocks[start : start + a_window] for start in range(0, len(blocks), a_window)]
         self._sizes = [int((window[:, 2] - window[:, 1]).sum()) for window in self._windows]
+        self._next_places: Future[Int64Array] | None = None
 
     def batches(self, batch_rows: int, skip_rows: int) -> Iterator[Batch]:
         """All batches but the first `skip_rows` rows. While a window is given out, the next one is read."""
@@ -184,7 +186,7 @@ class _Windows:
             return None
         blocks = self._windows[number]
         edges = np.concatenate([[0], np.cumsum(blocks[:, 2] - blocks[:, 1])])
-        places = np.random.default_rng([*self._seeds, number]).permutation(edges[-1])
+        places = self._next_places.result() if self._next_places else self._places(number)
         bits, tokens = self._memory.take(self._window_rows)[: len(places)], np.empty(len(places), TOKEN_ROW)
 
         def read(block: int) -> None:
@@ -194,7 +196,14 @@ class _Windows:
             pages.take(np.arange(start, stop), bits, into)
             tokens[into] = tokens_of_part[start:stop]
 
-        return _Filling(bits, tokens, [pool.submit(read, block) for block in range(len(blocks))])
+        filling = _Filling(bits, tokens, [pool.submit(read, block) for block in range(len(blocks))])
+        if number + 1 < len(self._windows):
+            self._next_places = pool.submit(self._places, number + 1)
+        return filling
+
+    def _places(self, number: int) -> Int64Array:
+        """Where each of a window's rows goes: int64 [N]."""
+        return np.random.default_rng([*self._seeds, number]).permutation(self._sizes[number])
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,9 @@ def test_rows_are_laid_at_their_places(store: Store, row_bytes: int) -> None:
     content = rng.integers(0, 256, 1400 * (row_bytes + 30), dtype=np.uint8)
     store.put("part", content.tobytes())
     near = np.arange(1300) * (row_bytes + 30) + rng.integers(0, 30, 1300)
-    for offsets in (near, near[::7], near[:5], near[:1], np.arange(20) * row_bytes, rng.permutation(near)[:40]):
+    dense = np.arange(1300) * row_bytes
+    some_gaps = dense + np.arange(1300) // 100 * 30
+    for offsets in (near, near[::7], near[:5], near[:1], dense, dense[:20], some_gaps, rng.permutation(near)[:40]):
         out, places = np.zeros((1500, row_bytes), np.uint8), rng.permutation(1500)[: len(offsets)]
         store.read_rows("part", offsets, out, places)
         assert all(np.array_equal(out[place], content[offset : offset + row_bytes]) for place, offset in zip(places, offsets, strict=True))
