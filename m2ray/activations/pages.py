@@ -16,7 +16,7 @@ from m2ray.activations import planes
 from m2ray.activations.parquet_format import DATA_PAGE, FILE_META_DATA, MAGIC, OFFSET_INDEX, PAGE_HEADER, UNCOMPRESSED, ZSTD
 from m2ray.batches import Bits, Int64Array
 from m2ray.errors import RunDamagedError
-from m2ray.storage import LocalStore, Store
+from m2ray.storage import LocalStore, Store, scratch
 
 _MALFORMED = (ValueError, LookupError, TypeError, AttributeError, OverflowError)
 
@@ -67,13 +67,14 @@ class PartPages:
             RunDamagedError: a page is not what the index says.
             StoreError: the part cannot be read.
         """
-        start, stop = int(numbers[0]), int(numbers[-1]) + 1
         try:
             if len(self._columns) == 1:
                 self._columns[0].take(numbers, out, places)
-            else:
-                rows = planes.join(*(column.span(start, stop) for column in self._columns))
-                out[places] = rows if len(rows) == len(numbers) else rows[numbers - start]
+                return
+            start, stop = int(numbers[0]), int(numbers[-1]) + 1
+            high, low = (column.span(start, stop, purpose) for column, purpose in zip(self._columns, ("high", "low"), strict=True))
+            rows = planes.join(high, low, _scratch_rows("joined", stop - start, out.shape[1]))
+            out[places] = rows if len(rows) == len(numbers) else rows[numbers - start]
         except (*_MALFORMED, pa.ArrowException, OSError) as error:
             raise self._damaged(f"a page cannot be understood ({error})") from error
 
@@ -138,16 +139,16 @@ class _Column:
     def pages_of(self, rows: Int64Array) -> Int64Array:
         return np.searchsorted(self._first_rows, rows, "right") - 1
 
-    def span(self, start: int, stop: int) -> Bits:
-        """uint8 [N, row bytes]."""
+    def span(self, start: int, stop: int, purpose: str) -> Bits:
+        """uint8 [N, row bytes], this thread's until it asks for the same purpose again."""
+        rows = _scratch_rows(purpose, stop - start, self.row_bytes)
+        if not self.is_compressed:
+            self.take(np.arange(start, stop), rows, np.arange(stop - start))
+            return rows
         first, last = self.pages_of(np.array([start, stop - 1])).tolist()
-        if self.is_compressed:
-            pages = [self._decompressed(page) for page in range(first, last + 1)]
-            begin = int(self._first_rows[first])
-            rows = pages[0] if len(pages) == 1 else np.concatenate(pages)
-            return rows[start - begin : stop - begin]
-        rows = np.empty((stop - start, self.row_bytes), np.uint8)
-        self.take(np.arange(start, stop), rows, np.arange(stop - start))
+        for page in range(first, last + 1):
+            begin, end = max(start, int(self._first_rows[page])), min(stop, int(self._first_rows[page + 1]))
+            rows[begin - start : end - start] = self._decompressed(page)[begin - self._first_rows[page] : end - self._first_rows[page]]
         return rows
 
     def take(self, numbers: Int64Array, out: Bits, places: Int64Array) -> None:
@@ -157,10 +158,15 @@ class _Column:
         self._store.read_rows(self._key, offsets, out, places)
 
     def _decompressed(self, page: int) -> Bits:
-        data = self._store.read_range(self._key, int(self._offsets[page]), int(self._sizes[page]))
+        data = scratch("page", int(self._sizes[page]))
+        self._store.read_into(self._key, int(self._offsets[page]), data)
         header, body = PAGE_HEADER.read(data)
         num_bytes = int(self._first_rows[page + 1] - self._first_rows[page]) * self.row_bytes
         if header["type"] != DATA_PAGE or header["uncompressed_page_size"] != num_bytes:
             raise ValueError(f"page {page} has {header['uncompressed_page_size']} bytes, not {num_bytes}")
-        plain = pa.decompress(memoryview(data)[body : body + header["compressed_page_size"]], num_bytes, "zstd")
+        plain = pa.decompress(data[body : body + header["compressed_page_size"]], num_bytes, "zstd")
         return np.frombuffer(plain, np.uint8).reshape(-1, self.row_bytes)
+
+
+def _scratch_rows(purpose: str, num_rows: int, row_bytes: int) -> Bits:
+    return np.frombuffer(scratch(purpose, num_rows * row_bytes), np.uint8).reshape(-1, row_bytes)

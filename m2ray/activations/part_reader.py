@@ -95,7 +95,10 @@ class PartReader:
     def _read(self, number: int) -> PartRows:
         table = self._understood(lambda: self._parquet.read_row_group(number))
         columns = [_bytes_of(table[name], num_bytes) for name, num_bytes in self._columns]
-        return PartRows(_token_rows(table), join(*columns) if len(columns) > 1 else columns[0])
+        if len(columns) == 1:
+            return PartRows(_token_rows(table), columns[0])
+        high, low = columns
+        return PartRows(_token_rows(table), join(high, low, np.empty((len(high), 2 * high.shape[1]), np.uint8)))
 
     def _check_footer(self, run_metadata: Mapping[str, str], receipt: PartReceipt) -> None:
         schema = self._parquet.schema_arrow

@@ -18,9 +18,10 @@ def low(rows: Bits) -> Bits:
     return np.ascontiguousarray(rows).view("<u2").astype(np.uint8)
 
 
-def join(high: Bits, low: Bits) -> Bits:
-    """The rows, uint8 [N, W * 2], whose bytes these are."""
-    numbers = high.astype("<u2")
+def join(high: Bits, low: Bits, out: Bits) -> Bits:
+    """The rows, uint8 [N, W * 2], whose bytes these are; they are put into `out`."""
+    numbers = out.view("<u2")
+    numbers[...] = high
     numbers <<= 8
     numbers |= low
-    return numbers.view(np.uint8)
+    return out

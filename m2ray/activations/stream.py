@@ -2,7 +2,8 @@
 
 Rows lie in blocks, runs of neighbours in a part. An epoch is one order of all blocks, dealt out to the consumers (each worker of
 each rank is one). A consumer takes its blocks by the window, half of the shuffle buffer, and shuffles the window's rows: each is
-read straight to its place, and batches are cut from the window without a copy. The next window is read meanwhile. All of it follows from seed, epoch and the run, so a position is one number: the rows given.
+read straight to its place, and batches are cut from the window without a copy; what fills no batch moves in front of the next window,
+which is read meanwhile. All of it follows from seed, epoch and the run, so a position is one number: the rows given.
 """
 
 import os
@@ -38,13 +39,10 @@ _ALIGNMENT = 64
 Batch = dict[str, torch.Tensor]
 """`activations` [N, W] in the store dtype, `sequence_id` int64 [N], `position` int32 [N] and `token_id` int32 [N]."""
 
-_Rows = tuple[Bits, npt.NDArray[Any]]
-"""uint8 [N, W * itemsize] and TOKEN_ROW [N]."""
-
 
 @dataclass(frozen=True)
 class StreamOptions:
-    """What decides which rows come when. `shuffle_buffer_bytes` bounds the rows that a worker holds."""
+    """What decides which rows come when. `shuffle_buffer_bytes`, and two batches, bound the rows that a worker holds."""
 
     batch_rows: int
     shuffle_buffer_bytes: int
@@ -157,39 +155,42 @@ class _Windows:
             number += 1
         pool = ThreadPoolExecutor(READS_AT_ONCE, thread_name_prefix="stream")
         try:
-            rest: list[_Rows] = []
-            ahead = self._begin(pool, number)
+            carried = 0
+            ahead = self._begin(pool, number, carried, batch_rows)
             while ahead is not None:
                 window, ahead = ahead.whole(), None
-                missing_rows = batch_rows - sum(len(bits) for bits, _ in rest)
-                for start, stop in _cuts(skip_rows, sizes[number], missing_rows, batch_rows):
-                    rest.append((window.bits[start:stop], window.tokens[start:stop]))
-                    if sum(len(bits) for bits, _ in rest) == batch_rows:
-                        batch, rest = self._batch(*(rest[0] if len(rest) == 1 else _joined(rest))), []
-                        yield batch
-                        del batch
-                        # Only now has whoever takes the batches let go of the last window, whose memory the next one takes.
-                        ahead = ahead or self._begin(pool, number + 1)
-                rest = [_joined(rest)] if rest else []  # a copy: the window can go
+                stop = carried + sizes[number]
+                carried = (stop - skip_rows) % batch_rows
+                for start in range(skip_rows, stop - carried, batch_rows):
+                    batch = self._batch(window, start, start + batch_rows)
+                    yield batch
+                    del batch
+                    # Only now has whoever takes the batches let go of the last window, whose memory the next one takes.
+                    ahead = ahead or self._begin(pool, number + 1, carried, batch_rows)
+                ahead = ahead or self._begin(pool, number + 1, carried, batch_rows)
+                if ahead is not None:
+                    ahead.bits[:carried], ahead.tokens[:carried] = window.bits[stop - carried :], window.tokens[stop - carried :]
+                elif carried:
+                    yield self._batch(window, stop - carried, stop)
                 del window
-                ahead, number, skip_rows = ahead or self._begin(pool, number + 1), number + 1, 0
-            for rows in rest:
-                yield self._batch(*rows)
+                number, skip_rows = number + 1, 0
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _batch(self, bits: Bits, tokens: npt.NDArray[Any]) -> Batch:
-        """The activations stay where they are."""
-        columns = {name: torch.from_numpy(tokens[name].copy()) for name in TOKEN_ROW.names or ()}
-        return {"activations": torch.from_numpy(bits).view(self._dtype), **columns}
+    def _batch(self, window: "_Filling", start: int, stop: int) -> Batch:
+        """Its rows from `start` to `stop`. The activations stay where they are."""
+        columns = {name: torch.from_numpy(window.tokens[name][start:stop].copy()) for name in TOKEN_ROW.names or ()}
+        return {"activations": torch.from_numpy(window.bits[start:stop]).view(self._dtype), **columns}
 
-    def _begin(self, pool: ThreadPoolExecutor, number: int) -> "_Filling | None":
+    def _begin(self, pool: ThreadPoolExecutor, number: int, carried: int, batch_rows: int) -> "_Filling | None":
+        """Begin to read a window, behind room for the `carried` rows of the one before that fill no batch."""
         if number >= len(self._windows):
             return None
         blocks = self._windows[number]
         edges = np.concatenate([[0], np.cumsum(blocks[:, 2] - blocks[:, 1])])
-        places = self._next_places.result() if self._next_places else self._places(number)
-        bits, tokens = self._memory.take(self._window_rows)[: len(places)], np.empty(len(places), TOKEN_ROW)
+        places = carried + (self._next_places.result() if self._next_places else self._places(number))
+        bits = self._memory.take(self._window_rows + batch_rows - 1)[: carried + len(places)]
+        tokens = np.empty(len(bits), TOKEN_ROW)
 
         def read(block: int) -> None:
             part, start, stop = blocks[block].tolist()
@@ -295,19 +296,6 @@ def _in_random_order(rows_of_parts: Int64Array, block_rows: int, parts_at_once: 
         ]
         groups.append(rng.permutation(np.array(blocks, np.int64)))
     return np.concatenate(groups)
-
-
-def _cuts(start: int, stop: int, first_rows: int, batch_rows: int) -> Iterator[tuple[int, int]]:
-    """[start, stop) cut into a first piece of `first_rows`, pieces of `batch_rows`, and what is left."""
-    end = min(stop, start + first_rows)
-    while start < stop:
-        yield start, end
-        start, end = end, min(stop, end + batch_rows)
-
-
-def _joined(pieces: list[_Rows]) -> _Rows:
-    """One piece in memory of its own. By numpy: torch's threads would wait busily where the next window is read."""
-    return np.concatenate([bits for bits, _ in pieces]), np.concatenate([tokens for _, tokens in pieces])
 
 
 def _check(options: StreamOptions) -> None:

@@ -8,9 +8,10 @@ from m2ray.storage.address import SCHEMES
 from m2ray.storage.file import StoreFile
 from m2ray.storage.local import LocalStore
 from m2ray.storage.object_store import ObjectStore
+from m2ray.storage.scratch import scratch
 from m2ray.storage.store import Data, PartSink, Store
 
-__all__ = ["SCHEMES", "Data", "LocalStore", "ObjectStore", "PartSink", "Store", "StoreFile", "open_store"]
+__all__ = ["SCHEMES", "Data", "LocalStore", "ObjectStore", "PartSink", "Store", "StoreFile", "open_store", "scratch"]
 
 
 def open_store(url: str | Path) -> Store:

@@ -3,7 +3,6 @@
 Keys are relative to the store's root, with "/" between their parts. Every failure is a StoreError that names the key.
 """
 
-import threading
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
@@ -14,10 +13,9 @@ import numpy.typing as npt
 
 from m2ray.errors import AlreadyExistsError, StoreError
 from m2ray.storage.scatter import close_rows
+from m2ray.storage.scratch import scratch
 
 Data = bytes | bytearray | memoryview
-
-_SCRATCH = threading.local()
 
 
 class PartSink(ABC):
@@ -61,7 +59,7 @@ class Store(ABC):
         row_bytes = out.shape[1]
         for start, stop in close_rows(offsets, row_bytes):
             begin = int(offsets[start])
-            data = _scratch(int(offsets[stop - 1]) + row_bytes - begin)
+            data = scratch("rows", int(offsets[stop - 1]) + row_bytes - begin)
             self.read_into(key, begin, data)
             rows_at = np.lib.stride_tricks.sliding_window_view(np.frombuffer(data, np.uint8), row_bytes)
             out[places[start:stop]] = rows_at[offsets[start:stop] - begin]
@@ -123,10 +121,3 @@ class Store(ABC):
         out = bytearray(num_bytes)
         self.read_into(key, offset, memoryview(out))
         return out
-
-
-def _scratch(num_bytes: int) -> memoryview:
-    """Memory that is this thread's until it asks again: fresh memory would take longer than the reading into it."""
-    if len(getattr(_SCRATCH, "bytes", b"")) < num_bytes:
-        _SCRATCH.bytes = bytearray(num_bytes)
-    return memoryview(_SCRATCH.bytes)[:num_bytes]

@@ -63,7 +63,7 @@ def test_planes_lose_nothing(numbers: np.ndarray) -> None:
     rows = numbers.astype("<u2").view(np.uint8)
     assert np.array_equal(planes.high(rows), rows[:, 1::2])
     assert np.array_equal(planes.low(rows), rows[:, 0::2])
-    assert np.array_equal(planes.join(planes.high(rows), planes.low(rows)), rows)
+    assert np.array_equal(planes.join(planes.high(rows), planes.low(rows), np.empty_like(rows)), rows)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

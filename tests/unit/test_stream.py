@@ -150,8 +150,8 @@ def test_two_windows_of_memory_do_for_any_number_of_epochs(view: RunReader) -> N
     stream = view.stream(batch_rows=4, shuffle_buffer_bytes=16 * ROW_BYTES)
     for epoch in range(5):
         stream.set_epoch(epoch)
-        for _ in stream:
-            pass
+        for batch in stream:
+            del batch
         assert len(stream._held[2]._lent) == 2
     assert all(array() is None for _, array in stream._held[2]._lent), "nothing is held once the batches are gone"
 
