@@ -140,6 +140,17 @@ def test_no_micro_batch_waits_for_pinned_memory_after_the_warm_up(folder: Path) 
     assert taken < num_batches, "places, token ids and extremes are small; rows would be one a layer and micro-batch"
 
 
+def test_attention_plans_nothing_for_a_shape(folder: Path) -> None:
+    """cuDNN would, for each number and length of sequences."""
+    stage = load(folder, "cuda:0")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiled:
+        for lengths in ((512, 500), (130,) * 3):
+            assert stage.forward(micro_batch_of(lengths, MINIMAX_TINY["vocab_size"]), None).captured
+    kernels = [event.key.lower() for event in profiled.key_averages()]
+    assert any("flash" in kernel for kernel in kernels), kernels
+    assert not any("cudnn" in kernel for kernel in kernels), kernels
+
+
 @pytest.mark.parametrize(("attn", "dtype", "most"), [("flex_attention", "float32", 1e-4), ("flash_attention_2", "bfloat16", 0.05)])
 def test_other_attention_is_within_rounding_of_the_reference(folder: Path, attn: str, dtype: str, most: float) -> None:
     """Layer 0 alone: in bfloat16 tokens may choose other experts further on, whatever the attention."""
