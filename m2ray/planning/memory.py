@@ -14,7 +14,7 @@ _GIB, _MIB = 2**30, 2**20
 CONTEXT_BYTES = _GIB + _GIB // 4
 """What the driver keeps back of its own total, the CUDA context with its kernels, and the libraries' workspaces."""
 
-UNUSABLE_SHARE = 7 / 8
+UNUSABLE_SHARE = 1.0
 """Of the transient memory: blocks that torch's caching allocator holds but cannot use again for other sizes. Measured at MiniMax-M2's
 dimensions: 0.82 after 53 micro-batches of ever new sizes, the largest not first (H100); 0.32 to 0.33 while sizes repeat (H200, 4,096 to
 32,768 tokens)."""
