@@ -4,6 +4,7 @@ Stages call each other: one takes a micro-batch from the stage before, computes,
 the first stage, which gets the micro-batches, and to the last, which knows what is complete; the others only tell it of failures.
 """
 
+import gc
 import resource
 import time
 from collections.abc import Iterator, Sequence
@@ -260,6 +261,7 @@ class StageActor:
         """Load all devices' spans, unless an earlier call did: one whose answer the driver missed because another stage failed."""
         if self._writer is not None:
             return
+        gc.collect()  # what an earlier call loaded before it failed refers to itself, and there is no room for it beside what comes now
         self._stages = [self._load(spec) for spec in self._specs]
         self._writer = open_writer(self._writer_spec, store, self._stages)
 

@@ -63,8 +63,10 @@ def store_bytes_per_s(store: Store, hidden_size: int, store_dtype: str, threads:
                 receipts += writer.collect(shard, "bench", _TIMEOUT_S)
             seconds = time.monotonic() - began
         finally:
-            writer.close()
-            beside.delete(receipt.key for receipt in receipts)
+            try:
+                writer.close()
+            finally:
+                beside.delete(receipt.key for receipt in receipts)
         rate = sum(receipt.num_bytes for receipt in receipts) / seconds
         if seconds > _STORE_S:
             break

@@ -113,9 +113,18 @@ def pin_host_memory(num_bytes: int, padded_tokens: int, row_width: int, store_dt
     Args:
         padded_tokens: of a full micro-batch, whose rows of one layer lie in one piece.
         row_width: elements of a row.
+
+    Raises:
+        StageError: the system does not give so much.
     """
     piece_bytes = padded_tokens * row_width * store_dtype.itemsize
-    pieces = [torch.empty((padded_tokens, row_width), dtype=store_dtype, pin_memory=True) for _ in range(-(-num_bytes // piece_bytes))]
+    try:
+        pieces = [torch.empty((padded_tokens, row_width), dtype=store_dtype, pin_memory=True) for _ in range(-(-num_bytes // piece_bytes))]
+    except RuntimeError as error:
+        raise StageError(
+            f"{num_bytes:,} bytes of pinned host memory for captured rows cannot be had: {str(error).splitlines()[0]}.",
+            "Set batch_tokens lower or capture fewer layers, or allow the process to lock more memory (ulimit -l).",
+        ) from error
     del pieces
 
 

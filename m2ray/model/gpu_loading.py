@@ -121,6 +121,8 @@ class Lanes:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for pool in (self._pool, self._compiler):
             pool.shutdown(cancel_futures=True)
+        if error is not None and self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)  # what was begun writes into memory that is about to be given back
 
     def compile(self, block: Block) -> None:
         """Begin to compile the fused kernel for such blocks, in the background."""

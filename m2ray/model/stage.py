@@ -198,7 +198,8 @@ class Stage:
             # Beside what waits, of two micro-batches: one that is computed, and one whose rows are handed over.
             pin_host_memory(waiting_bytes + 2 * capture_bytes, batch_tokens, config.hidden_size, dtype)
         longest = max(4, min(1024, config.max_position_embeddings, batch_tokens // 2))
-        shapes = [(batch_tokens // longest, longest), (batch_tokens // (longest // 2), longest // 2), (1, longest)]
+        full = -(-batch_tokens // longest)
+        shapes = [(full, batch_tokens // full), (batch_tokens // (longest // 2), longest // 2), (1, longest)]
         if self._decoder.skeleton.attn_implementation == "flex_attention":
             short = min(longest, FLEX_BLOCK // 2)
             shapes += [(max(2, batch_tokens // short), short), (1, short)]

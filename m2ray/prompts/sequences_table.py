@@ -48,11 +48,13 @@ class SequencesWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._is_finished:
+        if self._is_finished and kind is None:
             return
+        keys = [file.key for file in self._files]
         if self._open is not None:
             self._open.abort()
-        self._store.delete([file.key for file in self._files])
+            keys.append(self._open.key)  # it may have been published just now
+        self._store.delete(keys)
 
     def write(self, columns: Mapping[str, Any]) -> None:
         """Append rows, given as one sequence of values a column. Raises StoreError."""
@@ -107,7 +109,7 @@ class _OpenFile:
 
     def __init__(self, store: Store, key: str) -> None:
         self.rows = 0
-        self._key = key
+        self.key = key
         self._stream = HashingFile(store.open_part(key))
         self._writer = pq.ParquetWriter(pa.PythonFile(self._stream, mode="w"), SEQUENCES_SCHEMA, compression="zstd")
 
@@ -118,7 +120,7 @@ class _OpenFile:
     def close(self) -> SequenceFile:
         self._writer.close()
         self._stream.publish()
-        return SequenceFile(self._key, self.rows, self._stream.num_bytes, self._stream.xxh3)
+        return SequenceFile(self.key, self.rows, self._stream.num_bytes, self._stream.xxh3)
 
     def abort(self) -> None:
         self._stream.abort()

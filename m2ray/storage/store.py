@@ -103,9 +103,9 @@ class Store(ABC):
             StoreError: it cannot be written, or lets a second writer replace what a first one created.
         """
         key = f"_probe-{uuid.uuid4().hex}"
-        with suppress(AlreadyExistsError):  # nobody else knows the key: the first answer was lost, and the request repeated
-            self.create(key, b"first")
         try:
+            with suppress(AlreadyExistsError):  # nobody else knows the key: the first answer was lost, and the request repeated
+                self.create(key, b"first")
             self.create(key, b"second")
         except AlreadyExistsError:
             return

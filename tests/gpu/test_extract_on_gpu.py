@@ -91,8 +91,9 @@ def test_rows_are_the_same_when_stages_are_killed_that_share_gpu_memory(folder: 
         run, log = tmp_path / name, tmp_path / f"{name}.log"
         with log.open("wb") as output:
             job = subprocess.Popen(command(folder, source, run, **options), env=environment(), stdout=output, stderr=subprocess.STDOUT)
+        deadline = time.monotonic() + 120
         for number in range(kills):
-            while job.poll() is None and len(list(run.glob("_commits/shard-*.json"))) < 3 * number + 1:
+            while job.poll() is None and time.monotonic() < deadline and len(list(run.glob("_commits/shard-*.json"))) < 3 * number + 1:
                 os.sched_yield()
             for pid in rng.permutation(list(stage_processes(job.pid)))[:1].tolist():
                 os.kill(pid, signal.SIGKILL)

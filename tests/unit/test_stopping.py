@@ -5,6 +5,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -13,6 +14,9 @@ from m2ray.chain.progress import Progress
 from m2ray.chain.stopping import sigterm_kept, stop_on_sigterm
 from m2ray.cli import main
 from m2ray.errors import StageError
+from m2ray.prompts.sequences_table import SequencesWriter
+from m2ray.storage import open_store
+from m2ray.storage.hashing import HashingFile
 from tests.reference import make_minimax
 
 
@@ -71,3 +75,16 @@ def test_the_handler_outlives_that_of_ray() -> None:
             signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))  # as ray.init begins
             sigterm()
         assert signal.getsignal(signal.SIGTERM) == stop.ask
+
+
+def test_a_survey_that_is_broken_off_as_its_file_appears_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def published_and_stopped(self: HashingFile, was: Any = HashingFile.publish) -> None:
+        was(self)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(HashingFile, "publish", published_and_stopped)
+    row = {"sequence_id": [0], "row_id": ["a"], "prompt_digest": [None], "token_count": [0], "shard": [None]}
+    with pytest.raises(KeyboardInterrupt), SequencesWriter(open_store(tmp_path), "attempt") as writer:
+        writer.write({**row, "status": ["quarantined"], "reason": ["empty"]})
+        writer.finish()
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from m2ray.errors import AlreadyExistsError, StoreError
-from m2ray.storage import Store, open_store
+from m2ray.storage import LocalStore, Store, open_store
 
 
 @pytest.fixture
@@ -154,3 +154,14 @@ def test_writers_and_a_cleaner_at_the_same_time(store: Store) -> None:
         for each in written:
             each.result()
     assert len(list(store.list("data"))) == 200
+
+
+def test_a_probe_that_is_broken_off_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def created_and_stopped(self: LocalStore, key: str, data: bytes, was: Any = LocalStore.create) -> None:
+        was(self, key, data)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(LocalStore, "create", created_and_stopped)
+    with pytest.raises(KeyboardInterrupt):
+        LocalStore(tmp_path / "root").probe()
+    assert [path for path in (tmp_path / "root").rglob("*") if path.is_file()] == []
