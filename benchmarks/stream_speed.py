@@ -38,8 +38,8 @@ def read_plainly(files: list[Path], memory: memoryview) -> float:
     begin, at = time.perf_counter(), 0
     for file in files:
         fd = os.open(file, os.O_RDONLY)
-        while count := os.readv(fd, [memory[at : at + READ_BYTES]]):
-            at = (at + count) % (len(memory) - READ_BYTES + 1)
+        while os.readv(fd, [memory[at : at + READ_BYTES]]):
+            at = (at + READ_BYTES) % len(memory)
         os.close(fd)
     return time.perf_counter() - begin
 

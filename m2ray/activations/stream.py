@@ -42,7 +42,9 @@ Batch = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class StreamOptions:
-    """What decides which rows come when. `shuffle_buffer_bytes`, and two batches, bound the rows that a worker holds."""
+    """What decides which rows come when. `shuffle_buffer_bytes`, and two batches, bound the rows that a worker holds: half as much
+    again, if a batch is larger than half of the buffer.
+    """
 
     batch_rows: int
     shuffle_buffer_bytes: int
@@ -106,17 +108,17 @@ class ActivationStream(IterableDataset[Batch]):
             ConfigError: the loaded state was taken with another number of workers.
             RunDamagedError: a file is not what its commit says.
         """
+        skip_rows = 0
         if self._resumed is not None:
             _require_same(self._resumed, self._place())
-        else:
-            self._rows_given = 0
-        self._resumed = None
+            skip_rows = self._rows_given
+        self._rows_given, self._resumed = skip_rows, None
         if self._held is None or self._held[0] != os.getpid():
             self._held = (os.getpid(), _Parts(self._catalogue, self._spec), _Memory(row_bytes(self._spec)))
         _, parts, memory = self._held
         place = self._place()
         windows = _Windows(parts, memory, self._spec, self._options, self._epoch, place["consumer"], place["consumers"])
-        for batch in windows.batches(self._options.batch_rows, skip_rows=self._rows_given):
+        for batch in windows.batches(self._options.batch_rows, skip_rows):
             self._rows_given += len(batch["activations"])
             yield batch
 
@@ -225,27 +227,32 @@ class _Filling:
 
 
 class _Memory:
-    """Memory of windows, used again once no batch lies in it any more: to give out fresh memory takes the kernel longer than to read."""
+    """Memory of windows, used again once no batch lies in it any more: to give out fresh memory takes the kernel longer than to read.
+
+    Any number of threads may ask.
+    """
 
     def __init__(self, row_bytes: int) -> None:
         self._row_bytes = row_bytes
         self._lent: list[tuple[memoryview, weakref.ref[Bits]]] = []
+        self._lock = threading.Lock()
 
     def take(self, num_rows: int) -> Bits:
         """uint8 [N, W * itemsize], in use for as long as any slice of it lives."""
         num_bytes = num_rows * self._row_bytes
-        for number, (memory, array_lent) in enumerate(self._lent):
-            if array_lent() is None and len(memory) == num_bytes:
-                del self._lent[number]
-                break
-        else:
-            self._lent = [(memory, array_lent) for memory, array_lent in self._lent if array_lent() is not None]
-            fresh = np.empty(num_bytes + _ALIGNMENT, np.uint8)  # numpy asks for huge pages
-            begin = -fresh.ctypes.data % _ALIGNMENT
-            memory = fresh[begin : begin + num_bytes].data
-        # Every slice, however it was cut, holds this array, since what lies behind it is none.
-        array = np.frombuffer(memory, np.uint8)
-        self._lent.append((memory, weakref.ref(array)))
+        with self._lock:
+            for number, (memory, array_lent) in enumerate(self._lent):
+                if array_lent() is None and len(memory) == num_bytes:
+                    del self._lent[number]
+                    break
+            else:
+                self._lent = [(memory, array_lent) for memory, array_lent in self._lent if array_lent() is not None]
+                fresh = np.empty(num_bytes + _ALIGNMENT, np.uint8)  # numpy asks for huge pages
+                begin = -fresh.ctypes.data % _ALIGNMENT
+                memory = fresh[begin : begin + num_bytes].data
+            # Every slice, however it was cut, holds this array, since what lies behind it is none.
+            array = np.frombuffer(memory, np.uint8)
+            self._lent.append((memory, weakref.ref(array)))
         return array.reshape(-1, self._row_bytes)
 
 

@@ -23,6 +23,9 @@ from m2ray.batches import Bits, CapturedLayer, MicroBatch, PartReceipt, PartSpec
 from m2ray.errors import M2rayError, StageError, StoreError, raise_all
 from m2ray.storage import Store
 
+_FINISHING_A_LANE = 4
+_LOOK_S = 1.0
+
 _DEFECT = "This is a defect of m2ray."
 
 
@@ -63,6 +66,7 @@ class ActivationWriter:
         self._lanes = [ThreadPoolExecutor(1, thread_name_prefix=f"write-{number}") for number in range(num_lanes)]
         self._finishers = ThreadPoolExecutor(num_lanes, thread_name_prefix="finish")
         self._changed = threading.Condition()
+        self._finishing = 0
         self._attempts: dict[tuple[int, str], _Attempt] = {}
         self._is_closed = False
         self._queued_bytes = 0
@@ -136,6 +140,9 @@ class ActivationWriter:
             if not self._changed.wait_for(lambda: opened.failure or opened.receipts() is not None, timeout_s):
                 late = StoreError(f"Shard {shard} was not written within {timeout_s:g} s.", "Check the disk of the run folder.")
                 self._fail(opened, late)
+            if self._attempts.get((shard, attempt)) is not opened:  # given up meanwhile, by whoever waits for its end
+                assert opened.failure is not None
+                raise opened.failure
             del self._attempts[shard, attempt]
             receipts = opened.receipts()
         if opened.failure is None:
@@ -217,11 +224,29 @@ class ActivationWriter:
                 return
             with self._measured(part):
                 part.append(tokens, rows)
-            if token_digest is not None:
+            if token_digest is not None and self._may_finish(opened):
+                undo.callback(self._finished)
                 finished = self._finishers.submit(self._finish, opened, part, rows.nbytes, token_digest)
                 undo.pop_all()
                 opened.finishes[part] = finished  # an abort of this part comes on this thread, and so after this
                 finished.add_done_callback(lambda done: self._note(opened, done))
+
+    def _may_finish(self, opened: "_Attempt") -> bool:
+        """Wait until few enough parts are being finished: each holds a file open or an upload, whatever its last row group counts.
+
+        No, if the attempt fails meanwhile.
+        """
+        with self._changed:
+            while self._finishing >= _FINISHING_A_LANE * len(self._lanes) and opened.failure is None:
+                self._changed.wait(_LOOK_S)
+            if opened.failure is None:
+                self._finishing += 1
+            return opened.failure is None
+
+    def _finished(self) -> None:
+        with self._changed:
+            self._finishing -= 1
+            self._changed.notify_all()
 
     def _finish(self, opened: "_Attempt", part: PartWriter, held_bytes: int, token_digest: str) -> None:
         """Make a part durable. Its own thread has nothing more for it but an abort, which waits for this."""
@@ -230,6 +255,7 @@ class ActivationWriter:
                 with self._measured(part):
                     part.finish(token_digest)
         finally:
+            self._finished()
             self._release(held_bytes)
 
     def _abort(self, opened: "_Attempt", part: PartWriter) -> None:

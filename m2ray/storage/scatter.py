@@ -21,6 +21,8 @@ _LIBC.preadv.restype = ctypes.c_ssize_t
 
 def close_rows(offsets: npt.NDArray[np.int64], row_bytes: int) -> Iterator[tuple[int, int]]:
     """Cut rows that begin at `offsets` into [start, stop) whose rows ascend with less than a page between them: at most 1,024 pieces."""
+    if not len(offsets):
+        return
     gaps = np.diff(offsets) - row_bytes
     for low, high in pairwise([0, *(np.flatnonzero((gaps < 0) | (gaps > _GAP_BYTES)) + 1).tolist(), len(offsets)]):
         has_gap = gaps[low : high - 1] > 0

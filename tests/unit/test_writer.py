@@ -257,6 +257,43 @@ def test_a_part_given_up_while_it_is_finished_is_deleted_after(tmp_path: Path) -
     writer.close()
 
 
+def test_an_attempt_given_up_while_it_is_collected_says_so(tmp_path: Path) -> None:
+    may_finish, finishing = threading.Event(), threading.Event()
+    store = HookedStore(tmp_path, lambda _: None)
+    store.close_hook = lambda _: finishing.set() or may_finish.wait(10)
+    record = runs.job(store)
+    writer = runs.writer(store, record)
+    for micro_batch in runs.micro_batches(runs.shard(0)):
+        submit(writer, record, micro_batch)
+    with ThreadPoolExecutor(2) as pool:
+        collecting = pool.submit(writer.collect, 0, ATTEMPT, 10)
+        assert finishing.wait(10)
+        abandoning = pool.submit(writer.abandon, [(0, ATTEMPT)], 10)
+        with pytest.raises(StageError, match="given up"):
+            collecting.result(10)
+        may_finish.set()
+        abandoning.result(10)
+    writer.close()
+
+
+def test_few_parts_are_finished_at_a_time_however_small_their_last_row_group(tmp_path: Path) -> None:
+    may_finish = threading.Event()
+    store = HookedStore(tmp_path, lambda _: None)
+    store.close_hook = lambda _: may_finish.wait(20)
+    record = runs.job(store)
+    writer = runs.writer(store, record, threads=1)
+    first, *_, last = runs.micro_batches(runs.shard(0))
+    taken = 0
+    with pytest.raises(StoreError, match="Writing fell behind"):
+        for shard in range(1000):
+            submit(writer, record, replace(first, shard=shard), timeout_s=0.5)
+            submit(writer, record, replace(last, shard=shard), timeout_s=0.5)
+            taken += 1
+    assert len(list((tmp_path / "_unfinished").iterdir())) <= 2 * len(record.parts)
+    may_finish.set()
+    writer.close()
+
+
 def full_disk(failing_write: int) -> Callable[[str], object]:
     lock, writes = threading.Lock(), [0]
 
