@@ -78,12 +78,6 @@ class PartPages:
         except (*_MALFORMED, pa.ArrowException, OSError) as error:
             raise self._damaged(f"a page cannot be understood ({error})") from error
 
-    def span(self, start: int, stop: int) -> Bits:
-        """The rows [start, stop): uint8 [N, W * itemsize]. Raises as `take` does."""
-        rows = np.empty((stop - start, sum(column.row_bytes for column in self._columns)), np.uint8)
-        self.take(np.arange(start, stop), rows, np.arange(stop - start))
-        return rows
-
     def _indexes(self, num_bytes: int, columns: Sequence[tuple[str, int]]) -> Iterator[tuple[int, int, Any]]:
         """For each column: bytes a row, codec, and (first row, offset, bytes) of each page, int64 [pages + 1, 3]; the last row ends it."""
         tail = self._store.read_range(self._key, num_bytes - 8, 8)

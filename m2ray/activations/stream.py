@@ -7,9 +7,6 @@ which is read meanwhile. All of it follows from seed, epoch and the run, so a po
 """
 
 import os
-import threading
-import weakref
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -22,9 +19,9 @@ import xxhash
 from torch.utils.data import IterableDataset, get_worker_info
 
 from m2ray.activations.catalogue import Catalogue
-from m2ray.activations.manifest import receipts_of
-from m2ray.activations.pages import PartPages
+from m2ray.activations.open_parts import OpenParts
 from m2ray.activations.schema import row_bytes
+from m2ray.activations.window_memory import WindowMemory
 from m2ray.batches import TOKEN_ROW, Bits, Int64Array, PartSpec
 from m2ray.errors import ConfigError
 
@@ -32,9 +29,6 @@ _BLOCK_BYTES = 4 << 20
 _BLOCKS_A_WINDOW = 8
 READS_AT_ONCE = min(4, 1 + len(os.sched_getaffinity(0)))
 """From a page cache a read is a copy, and more of them than cores keep each other from Python's lock."""
-_TOKENS_KEPT_BYTES = 256 << 20
-_ALIGNMENT = 64
-"""Of a window. numpy aligns by 16, and to where only that holds the kernel copies a third slower, or half as fast (AMD EPYC)."""
 
 Batch = dict[str, torch.Tensor]
 """`activations` [N, W] in the store dtype, `sequence_id` int64 [N], `position` int32 [N] and `token_id` int32 [N]."""
@@ -76,7 +70,7 @@ class ActivationStream(IterableDataset[Batch]):
         self._rows_given = 0
         self._resumed: Mapping[str, Any] | None = None
         # Of the process that iterates alone: a forked worker must not wait for its parent's threads.
-        self._held: tuple[int, _Parts, _Memory] | None = None
+        self._held: tuple[int, OpenParts, WindowMemory] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_held": None}
@@ -114,7 +108,7 @@ class ActivationStream(IterableDataset[Batch]):
             skip_rows = self._rows_given
         self._rows_given, self._resumed = skip_rows, None
         if self._held is None or self._held[0] != os.getpid():
-            self._held = (os.getpid(), _Parts(self._catalogue, self._spec), _Memory(row_bytes(self._spec)))
+            self._held = (os.getpid(), OpenParts(self._catalogue, self._spec), WindowMemory(row_bytes(self._spec)))
         _, parts, memory = self._held
         place = self._place()
         windows = _Windows(parts, memory, self._spec, self._options, self._epoch, place["consumer"], place["consumers"])
@@ -133,7 +127,7 @@ class _Windows:
     """One consumer's share of one epoch."""
 
     def __init__(
-        self, parts: "_Parts", memory: "_Memory", spec: PartSpec, options: StreamOptions, epoch: int, consumer: int, consumers: int
+        self, parts: OpenParts, memory: WindowMemory, spec: PartSpec, options: StreamOptions, epoch: int, consumer: int, consumers: int
     ) -> None:
         self._parts = parts
         self._memory = memory
@@ -224,71 +218,6 @@ class _Filling:
         for read in self.reads:
             read.result()
         return self
-
-
-class _Memory:
-    """Memory of windows, used again once no batch lies in it any more: to give out fresh memory takes the kernel longer than to read.
-
-    Any number of threads may ask.
-    """
-
-    def __init__(self, row_bytes: int) -> None:
-        self._row_bytes = row_bytes
-        self._lent: list[tuple[memoryview, weakref.ref[Bits]]] = []
-        self._lock = threading.Lock()
-
-    def take(self, num_rows: int) -> Bits:
-        """uint8 [N, W * itemsize], in use for as long as any slice of it lives."""
-        num_bytes = num_rows * self._row_bytes
-        with self._lock:
-            for number, (memory, array_lent) in enumerate(self._lent):
-                if array_lent() is None and len(memory) == num_bytes:
-                    del self._lent[number]
-                    break
-            else:
-                self._lent = [(memory, array_lent) for memory, array_lent in self._lent if array_lent() is not None]
-                fresh = np.empty(num_bytes + _ALIGNMENT, np.uint8)  # numpy asks for huge pages
-                begin = -fresh.ctypes.data % _ALIGNMENT
-                memory = fresh[begin : begin + num_bytes].data
-            # Every slice, however it was cut, holds this array, since what lies behind it is none.
-            array = np.frombuffer(memory, np.uint8)
-            self._lent.append((memory, weakref.ref(array)))
-        return array.reshape(-1, self._row_bytes)
-
-
-class _Parts:
-    """The parts of a layer by their number: where their rows lie, and which tokens these are. Those used last are kept.
-
-    Any number of threads may ask; one opens a part, the others wait.
-    """
-
-    def __init__(self, catalogue: Catalogue, spec: PartSpec) -> None:
-        self._catalogue = catalogue
-        self._spec = spec
-        self._table = catalogue.parts_of(spec)
-        self.rows: Int64Array = self._table["rows"].to_numpy()
-        self.kept = max(2, _TOKENS_KEPT_BYTES // (int(self.rows.max(initial=1)) * TOKEN_ROW.itemsize))
-        self._opened: OrderedDict[int, Future[tuple[PartPages, npt.NDArray[Any]]]] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def __call__(self, part: int) -> tuple[PartPages, npt.NDArray[Any]]:
-        with self._lock:
-            is_new = part not in self._opened
-            opened = self._opened.setdefault(part, Future())
-            self._opened.move_to_end(part)
-            if len(self._opened) > self.kept:
-                self._opened.popitem(last=False)
-        if is_new:
-            try:
-                (receipt,) = receipts_of(self._table.slice(part, 1))
-                reader = self._catalogue.open_part(self._spec, receipt)
-                opened.set_result((reader.pages(), reader.tokens()))
-            except BaseException as error:
-                with self._lock:
-                    self._opened.pop(part, None)  # whoever asks later tries again
-                opened.set_exception(error)
-                raise
-        return opened.result()
 
 
 def _in_random_order(rows_of_parts: Int64Array, block_rows: int, parts_at_once: int, rng: np.random.Generator) -> Int64Array:

@@ -13,12 +13,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, suppress
 
-import numpy as np
-import xxhash
-
-from m2ray.activations.column_chunks import TokenColumns, encode_tokens
+from m2ray.activations.attempt import Attempt
+from m2ray.activations.column_chunks import TokenColumns
 from m2ray.activations.part_writer import PartWriter
-from m2ray.activations.schema import Compression, require_compression, row_bytes
+from m2ray.activations.schema import Compression, require_compression
 from m2ray.batches import Bits, CapturedLayer, MicroBatch, PartReceipt, PartSpec
 from m2ray.errors import M2rayError, StageError, StoreError, raise_all
 from m2ray.storage import Store
@@ -67,7 +65,7 @@ class ActivationWriter:
         self._finishers = ThreadPoolExecutor(num_lanes, thread_name_prefix="finish")
         self._changed = threading.Condition()
         self._finishing = 0
-        self._attempts: dict[tuple[int, str], _Attempt] = {}
+        self._attempts: dict[tuple[int, str], Attempt] = {}
         self._is_closed = False
         self._queued_bytes = 0
         self._written_bytes = 0
@@ -184,10 +182,10 @@ class ActivationWriter:
     def _lane(self, part_number: int) -> ThreadPoolExecutor:
         return self._lanes[part_number % len(self._lanes)]
 
-    def _open_attempt(self, shard: int, attempt: str) -> "_Attempt":
+    def _open_attempt(self, shard: int, attempt: str) -> Attempt:
         if (shard, attempt) not in self._attempts:
             parts = [PartWriter(self._store, spec, self._run_metadata, shard, attempt, self._compression) for spec in self._parts]
-            self._attempts[shard, attempt] = _Attempt(shard, attempt, parts)
+            self._attempts[shard, attempt] = Attempt(shard, attempt, parts)
         return self._attempts[shard, attempt]
 
     def _raise_failure(self) -> None:
@@ -197,7 +195,7 @@ class ActivationWriter:
             if opened.failure is not None:
                 raise opened.failure
 
-    def _wait_for_room(self, opened: "_Attempt", num_bytes: int, deadline: float, timeout_s: float) -> None:
+    def _wait_for_room(self, opened: Attempt, num_bytes: int, deadline: float, timeout_s: float) -> None:
         """Take `num_bytes` of the queue, as soon as they are free."""
         begin = time.monotonic()
         with self._changed:
@@ -216,7 +214,7 @@ class ActivationWriter:
                 raise opened.failure
             self._queued_bytes += num_bytes
 
-    def _write(self, opened: "_Attempt", part: PartWriter, tokens: TokenColumns, rows: Bits, token_digest: str | None) -> None:
+    def _write(self, opened: Attempt, part: PartWriter, tokens: TokenColumns, rows: Bits, token_digest: str | None) -> None:
         """One row group, on the part's thread. With `token_digest` it is the part's last; it counts as queued until the part is durable."""
         with ExitStack() as undo:
             undo.callback(self._release, rows.nbytes)
@@ -231,7 +229,7 @@ class ActivationWriter:
                 opened.finishes[part] = finished  # an abort of this part comes on this thread, and so after this
                 finished.add_done_callback(lambda done: self._note(opened, done))
 
-    def _may_finish(self, opened: "_Attempt") -> bool:
+    def _may_finish(self, opened: Attempt) -> bool:
         """Wait until few enough parts are being finished: each holds a file open or an upload, whatever its last row group counts.
 
         No, if the attempt fails meanwhile.
@@ -248,7 +246,7 @@ class ActivationWriter:
             self._finishing -= 1
             self._changed.notify_all()
 
-    def _finish(self, opened: "_Attempt", part: PartWriter, held_bytes: int, token_digest: str) -> None:
+    def _finish(self, opened: Attempt, part: PartWriter, held_bytes: int, token_digest: str) -> None:
         """Make a part durable. Its own thread has nothing more for it but an abort, which waits for this."""
         try:
             if opened.failure is None:
@@ -258,7 +256,7 @@ class ActivationWriter:
             self._finished()
             self._release(held_bytes)
 
-    def _abort(self, opened: "_Attempt", part: PartWriter) -> None:
+    def _abort(self, opened: Attempt, part: PartWriter) -> None:
         """On the part's thread, so that nothing is written any more; a finish that has begun comes to its end first."""
         if part in opened.finishes:
             wait([opened.finishes[part]])
@@ -280,14 +278,14 @@ class ActivationWriter:
             self._queued_bytes -= num_bytes
             self._changed.notify_all()
 
-    def _note(self, opened: "_Attempt", done: Future[None]) -> None:
+    def _note(self, opened: Attempt, done: Future[None]) -> None:
         error = done.exception()
         if error is not None:
             self._fail(opened, error)
         with self._changed:
             self._changed.notify_all()
 
-    def _fail(self, opened: "_Attempt", error: BaseException) -> None:
+    def _fail(self, opened: Attempt, error: BaseException) -> None:
         """Remember an attempt's first error and let each part's thread abort it, behind whatever it is at."""
         with self._changed:
             if opened.failure is None:
@@ -295,7 +293,7 @@ class ActivationWriter:
                 opened.aborts = [self._lane(number).submit(self._abort, opened, part) for number, part in enumerate(opened.parts)]
                 self._changed.notify_all()
 
-    def _end(self, failed: Sequence["_Attempt"], timeout_s: float) -> None:
+    def _end(self, failed: Sequence[Attempt], timeout_s: float) -> None:
         """Wait until nothing of the failed attempts is left."""
         ended, running = wait([abort for opened in failed for abort in opened.aborts], timeout_s)
         problems = [error for error in (abort.exception() for abort in ended) if error is not None]
@@ -306,53 +304,3 @@ class ActivationWriter:
         raise_all([problem for problem in problems if isinstance(problem, M2rayError)])
         for problem in problems:
             raise problem
-
-
-class _Attempt:
-    """One attempt at a shard: its parts, and how far they are."""
-
-    def __init__(self, shard: int, name: str, parts: Sequence[PartWriter]) -> None:
-        self.parts = parts
-        self.digest = xxhash.xxh3_128()
-        self.is_complete = False
-        self.failure: BaseException | None = None
-        self.finishes: dict[PartWriter, Future[None]] = {}
-        self.aborts: list[Future[None]] = []
-        self._label = f"Shard {shard}, attempt {name}"
-        self._next_index = 0
-        self._last_sequence_id = -1
-
-    def receipts(self) -> tuple[PartReceipt, ...] | None:
-        """The parts' receipts, in order, once the last of them is durable and nothing of it is held any more."""
-        finished = [part for part in self.parts if part in self.finishes and self.finishes[part].done()]
-        receipts = tuple(part.receipt for part in finished if part.receipt is not None)
-        return receipts if len(receipts) == len(self.parts) else None
-
-    def matched(self, micro_batch: MicroBatch, captured: Sequence[CapturedLayer]) -> list[Bits]:
-        """The captured rows in the order of the parts. Raises StageError unless they are exactly what the parts need."""
-        by_name = {(layer.site, layer.layer): layer.rows for layer in captured}
-        wanted = {(part.spec.site, part.spec.layer) for part in self.parts}
-        if by_name.keys() != wanted or len(captured) != len(self.parts):
-            raise StageError(f"{self._label}: captured {[(c.site, c.layer) for c in captured]}, not {sorted(wanted, key=str)}.", _DEFECT)
-        for part in self.parts:
-            rows = by_name[part.spec.site, part.spec.layer]
-            shape = (micro_batch.num_tokens, row_bytes(part.spec))
-            if rows.shape != shape or rows.dtype != np.uint8:
-                found = f"{rows.dtype} {list(rows.shape)}"
-                raise StageError(f"{self._label}: {part.spec} was captured as {found}, not as uint8 {list(shape)}.", _DEFECT)
-        return [by_name[part.spec.site, part.spec.layer] for part in self.parts]
-
-    def admit(self, micro_batch: MicroBatch) -> TokenColumns:
-        """Check the order, extend the digest, and encode the token columns. Raises StageError where rows would not ascend."""
-        if self.is_complete or micro_batch.index != self._next_index:
-            expected = "nothing more" if self.is_complete else self._next_index
-            raise StageError(f"{self._label}: micro-batch {micro_batch.index} came, expected was {expected}.", _DEFECT)
-        sequence_ids = np.concatenate([[self._last_sequence_id], micro_batch.sequence_ids])
-        if (np.diff(sequence_ids) <= 0).any() or (micro_batch.token_counts <= 0).any():
-            raise StageError(f"{self._label}: the sequences of micro-batch {micro_batch.index} do not ascend, or one is empty.", _DEFECT)
-        token_rows = micro_batch.token_rows()
-        self.digest.update(token_rows.view(np.uint8).data)
-        self._next_index += 1
-        self._last_sequence_id = int(sequence_ids[-1])
-        self.is_complete = micro_batch.is_last
-        return encode_tokens(token_rows)

@@ -10,6 +10,7 @@ import xxhash
 
 from m2ray.activations.commits import Run, claim_run
 from m2ray.activations.job import Counts, JobRecord, ModelFacts
+from m2ray.activations.pages import PartPages
 from m2ray.activations.schema import Compression
 from m2ray.activations.writer import ActivationWriter
 from m2ray.batches import Bits, CapturedLayer, MicroBatch, PartReceipt, PartSpec, SequenceFile, Shard
@@ -141,3 +142,10 @@ def finished_run(store: Store, parts: Sequence[PartSpec] = PARTS, compressions: 
         assert commit_shard(run, of, attempt, compression)
     run.finish()
     return run
+
+
+def span(pages: PartPages, start: int, stop: int, row_bytes: int) -> Bits:
+    """The rows [start, stop) of a part: uint8 [N, W * itemsize]."""
+    rows = np.empty((stop - start, row_bytes), np.uint8)
+    pages.take(np.arange(start, stop), rows, np.arange(stop - start))
+    return rows

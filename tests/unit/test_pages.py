@@ -70,7 +70,7 @@ def test_planes_lose_nothing(numbers: np.ndarray) -> None:
 def test_every_pattern_of_16_bits_comes_back_from_a_part_in_planes(tmp_path: Path, dtype: str) -> None:
     rows = ALL_BITS.reshape(-1, 64).view(np.uint8)
     pages = write_part(tmp_path, "planes", PartSpec("residual", 0, dtype, 64), [rows[:700], rows[700:]])
-    assert np.array_equal(pages.span(0, 1024), rows)
+    assert np.array_equal(runs.span(pages, 0, 1024, rows.shape[1]), rows)
 
 
 @pytest.mark.parametrize("compression", ["none", "planes"])
@@ -88,7 +88,7 @@ def test_any_span_of_many_pages_and_row_groups(tmp_path_factory, compression: st
     start = data.draw(st.integers(0, len(rows) - 1))
     stop = data.draw(st.integers(start + 1, len(rows)))
     for low, high in ((start, stop), (start, start + 1), (stop - 1, stop), (0, len(rows))):
-        assert np.array_equal(pages.span(low, high), rows[low:high])
+        assert np.array_equal(runs.span(pages, low, high, rows.shape[1]), rows[low:high])
 
 
 def test_the_reader_goes_by_each_parts_footer(mixed: Path) -> None:

@@ -17,6 +17,7 @@ from m2ray.activations.part_writer import PartWriter
 from m2ray.activations.schema import activation_columns, part_schema
 from m2ray.batches import TOKEN_ROW, Bits, PartSpec
 from m2ray.storage import LocalStore
+from tests.unit import activation_runs as runs
 
 SPEC = PartSpec("residual", 7, "bfloat16", 3072)
 GROUP_ROWS = (1500, 700, 1)
@@ -156,7 +157,7 @@ def test_any_rows_are_found_across_pages_and_row_groups(part: tuple[Path, str]) 
     pages = PartPages(store, path.name, path.stat().st_size, activation_columns(SPEC, compression))
     page_rows = PLAIN_PAGE_BYTES // (6144 if compression == "none" else 3072)
     for start, stop in ((0, len(rows)), (page_rows - 1, page_rows + 1), (1499, 1501), (2199, 2201), (2200, 2201)):
-        assert np.array_equal(pages.span(start, stop), rows[start:stop])
+        assert np.array_equal(runs.span(pages, start, stop, 6144), rows[start:stop])
     for numbers in (np.array([0, page_rows, 1499, 1500, 2200]), np.sort(np.random.default_rng(0).choice(len(rows), 300, replace=False))):
         out = np.zeros((len(numbers), 6144), np.uint8)
         for start, stop in pages.pieces(numbers):

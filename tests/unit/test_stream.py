@@ -163,7 +163,7 @@ def test_two_iterations_at_once_do_not_disturb_each_other(view: RunReader) -> No
 
 
 def test_parts_come_in_groups_when_not_all_can_be_held(view: RunReader, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("m2ray.activations.stream._TOKENS_KEPT_BYTES", 1)
+    monkeypatch.setattr("m2ray.activations.open_parts._TOKENS_KEPT_BYTES", 1)
     opened = []
     monkeypatch.setattr(
         Catalogue, "open_part", lambda self, spec, receipt, was=Catalogue.open_part: opened.append(1) or was(self, spec, receipt)

@@ -65,6 +65,13 @@ def submit(writer: ActivationWriter, record: JobRecord, micro_batch: MicroBatch,
     writer.submit(ATTEMPT, micro_batch, runs.captured(record.parts, micro_batch), timeout_s)
 
 
+def standing_still(root: Path) -> tuple["HookedStore", threading.Event, threading.Event]:
+    """A store that makes nothing durable until the last of these is set; the first is set when it is asked to."""
+    store, asked, may_finish = HookedStore(root, lambda _: None), threading.Event(), threading.Event()
+    store.close_hook = lambda _: asked.set() or may_finish.wait(20)
+    return store, asked, may_finish
+
+
 def write_shard_0(writer: ActivationWriter, record: JobRecord) -> tuple[PartReceipt, ...]:
     for micro_batch in runs.micro_batches(runs.shard(0)):
         submit(writer, record, micro_batch)
@@ -212,9 +219,7 @@ def test_a_part_that_is_being_finished_keeps_no_thread_from_writing_the_next(tmp
 
 def test_what_is_not_durable_counts_as_queued(tmp_path: Path) -> None:
     """A part's last row group, until the part is: a disk that syncs nothing is not written to without end."""
-    may_finish = threading.Event()
-    store = HookedStore(tmp_path, lambda _: None)
-    store.close_hook = lambda _: may_finish.wait(10)
+    store, _, may_finish = standing_still(tmp_path)
     record = runs.job(store)
     first, second = runs.micro_batches(runs.shard(0)), runs.micro_batches(runs.shard(1))
     held_bytes = len(record.parts) * first[-1].num_tokens * 2 * runs.WIDTH
@@ -232,14 +237,7 @@ def test_what_is_not_durable_counts_as_queued(tmp_path: Path) -> None:
 
 
 def test_a_part_given_up_while_it_is_finished_is_deleted_after(tmp_path: Path) -> None:
-    may_finish, finishing = threading.Event(), threading.Event()
-
-    def close_hook(key: str) -> None:
-        finishing.set()
-        assert may_finish.wait(10)
-
-    store = HookedStore(tmp_path, lambda _: None)
-    store.close_hook = close_hook
+    store, finishing, may_finish = standing_still(tmp_path)
     record = runs.job(store)
     writer = runs.writer(store, record, threads=1)
     for micro_batch in runs.micro_batches(runs.shard(0)):
@@ -258,9 +256,7 @@ def test_a_part_given_up_while_it_is_finished_is_deleted_after(tmp_path: Path) -
 
 
 def test_an_attempt_given_up_while_it_is_collected_says_so(tmp_path: Path) -> None:
-    may_finish, finishing = threading.Event(), threading.Event()
-    store = HookedStore(tmp_path, lambda _: None)
-    store.close_hook = lambda _: finishing.set() or may_finish.wait(10)
+    store, finishing, may_finish = standing_still(tmp_path)
     record = runs.job(store)
     writer = runs.writer(store, record)
     for micro_batch in runs.micro_batches(runs.shard(0)):
@@ -277,9 +273,7 @@ def test_an_attempt_given_up_while_it_is_collected_says_so(tmp_path: Path) -> No
 
 
 def test_few_parts_are_finished_at_a_time_however_small_their_last_row_group(tmp_path: Path) -> None:
-    may_finish = threading.Event()
-    store = HookedStore(tmp_path, lambda _: None)
-    store.close_hook = lambda _: may_finish.wait(20)
+    store, _, may_finish = standing_still(tmp_path)
     record = runs.job(store)
     writer = runs.writer(store, record, threads=1)
     first, *_, last = runs.micro_batches(runs.shard(0))

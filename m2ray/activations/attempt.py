@@ -1,0 +1,77 @@
+"""Attempt: one stage's parts of a shard, from the first micro-batch to the last: what may come next, and how far the parts are."""
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+
+import numpy as np
+import xxhash
+
+from m2ray.activations.column_chunks import TokenColumns, encode_tokens
+from m2ray.activations.part_writer import PartWriter
+from m2ray.activations.schema import row_bytes
+from m2ray.batches import Bits, CapturedLayer, MicroBatch, PartReceipt
+from m2ray.errors import StageError
+
+_DEFECT = "This is a defect of m2ray."
+
+
+class Attempt:
+    """One attempt at a shard. Not locked: one thread admits micro-batches, and the writer's lock guards the rest.
+
+    Attributes:
+        parts: a writer for each layer and site that is captured.
+        digest: xxh3-128 over the token rows so far.
+        is_complete: the last micro-batch was admitted.
+        failure: the first error of any part.
+        finishes: of each part whose last row group is written, its way to being durable.
+        aborts: once it failed, of each part.
+    """
+
+    finishes: dict[PartWriter, Future[None]]
+    aborts: list[Future[None]]
+
+    def __init__(self, shard: int, name: str, parts: Sequence[PartWriter]) -> None:
+        self.parts = parts
+        self.digest = xxhash.xxh3_128()
+        self.is_complete = False
+        self.failure: BaseException | None = None
+        self.finishes = {}
+        self.aborts = []
+        self._label = f"Shard {shard}, attempt {name}"
+        self._next_index = 0
+        self._last_sequence_id = -1
+
+    def receipts(self) -> tuple[PartReceipt, ...] | None:
+        """The parts' receipts, in order, once the last of them is durable and nothing of it is held any more."""
+        finished = [part for part in self.parts if part in self.finishes and self.finishes[part].done()]
+        receipts = tuple(part.receipt for part in finished if part.receipt is not None)
+        return receipts if len(receipts) == len(self.parts) else None
+
+    def matched(self, micro_batch: MicroBatch, captured: Sequence[CapturedLayer]) -> list[Bits]:
+        """The captured rows in the order of the parts. Raises StageError unless they are exactly what the parts need."""
+        by_name = {(layer.site, layer.layer): layer.rows for layer in captured}
+        wanted = {(part.spec.site, part.spec.layer) for part in self.parts}
+        if by_name.keys() != wanted or len(captured) != len(self.parts):
+            raise StageError(f"{self._label}: captured {[(c.site, c.layer) for c in captured]}, not {sorted(wanted, key=str)}.", _DEFECT)
+        for part in self.parts:
+            rows = by_name[part.spec.site, part.spec.layer]
+            shape = (micro_batch.num_tokens, row_bytes(part.spec))
+            if rows.shape != shape or rows.dtype != np.uint8:
+                found = f"{rows.dtype} {list(rows.shape)}"
+                raise StageError(f"{self._label}: {part.spec} was captured as {found}, not as uint8 {list(shape)}.", _DEFECT)
+        return [by_name[part.spec.site, part.spec.layer] for part in self.parts]
+
+    def admit(self, micro_batch: MicroBatch) -> TokenColumns:
+        """Check the order, extend the digest, and encode the token columns. Raises StageError where rows would not ascend."""
+        if self.is_complete or micro_batch.index != self._next_index:
+            expected = "nothing more" if self.is_complete else self._next_index
+            raise StageError(f"{self._label}: micro-batch {micro_batch.index} came, expected was {expected}.", _DEFECT)
+        sequence_ids = np.concatenate([[self._last_sequence_id], micro_batch.sequence_ids])
+        if (np.diff(sequence_ids) <= 0).any() or (micro_batch.token_counts <= 0).any():
+            raise StageError(f"{self._label}: the sequences of micro-batch {micro_batch.index} do not ascend, or one is empty.", _DEFECT)
+        token_rows = micro_batch.token_rows()
+        self.digest.update(token_rows.view(np.uint8).data)
+        self._next_index += 1
+        self._last_sequence_id = int(sequence_ids[-1])
+        self.is_complete = micro_batch.is_last
+        return encode_tokens(token_rows)
