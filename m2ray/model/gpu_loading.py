@@ -35,7 +35,7 @@ class _Lane:
 
     def __init__(self, device: torch.device) -> None:
         self.stream = torch.cuda.Stream(device)
-        self._copied = torch.cuda.Event()
+        self._copied = torch.cuda.Event(blocking=True)  # whoever waits leaves its core to those that read
         with torch.cuda.device(device):
             self._pinned = torch.empty(EXTENT_BYTES, dtype=torch.uint8, pin_memory=True)
             # On the default stream, where it can be used again once the weights are loaded.
