@@ -14,10 +14,10 @@ _GIB, _MIB = 2**30, 2**20
 CONTEXT_BYTES = _GIB + _GIB // 4
 """What the driver keeps back of its own total, the CUDA context with its kernels, and the libraries' workspaces."""
 
-UNUSABLE_SHARE = 1.0
-"""Of the transient memory: blocks that torch's caching allocator holds but cannot use again for other sizes. Measured at MiniMax-M2's
-dimensions: 0.82 after 53 micro-batches of ever new sizes, the largest not first (H100); 0.32 to 0.33 while sizes repeat (H200, 4,096 to
-32,768 tokens)."""
+UNUSABLE_SHARE = 0.5
+"""Of the transient memory: blocks that torch's caching allocator holds but cannot use again for other sizes. Few are left where the
+largest micro-batch came first, as a stage's warm-up sees to; of MiniMax-M2's layers the plan is then 1.04 to 1.08 of what a GPU takes
+(docs/planning.md), also of 53 micro-batches whose sizes all differ."""
 
 UNUSABLE_BYTES = 128 * _MIB
 """The same for weights and small tensors: their blocks are multiples of 2 MiB, of 20 MiB between 1 and 10 MiB."""

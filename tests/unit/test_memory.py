@@ -96,7 +96,7 @@ def test_items_of_a_gpu_and_of_hosts():
     assert on_gpu.running == {
         "weights": 400,
         "transient": 200_000,
-        "unusable": 200_000 + UNUSABLE_BYTES,
+        "unusable": 100_000 + UNUSABLE_BYTES,
         "hidden_states": 3 * 8000,
         "capture": 2 * 16_000,
         "context": CONTEXT_BYTES,
