@@ -1,12 +1,14 @@
 """A chain of several actors against the same layers in one process, at MiniMax-M2's real dimensions, by each way of transport.
 
 On one GPU the stages share it, which shows that receiving, handing on and the driver hide behind computation. On several, each stage
-has one (or an equal share), and the chain is held against as many times the one process. Nothing is captured. Needs 24 GB and 8 GB
-more a layer on the first GPU, and 4 GB of disk a layer.
+has one (or an equal share), and the chain is held against as many times the one process. As many processes side by side, each with a
+stage's layers and handing nothing on, tell what the GPUs give to so many at all. Nothing is captured. Needs 24 GB and 8 GB more a layer
+on the first GPU, and 4 GB of disk a layer.
 """
 
 import argparse
 import json
+import multiprocessing
 import statistics
 import tempfile
 import threading
@@ -14,6 +16,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import numpy as np
@@ -29,13 +32,15 @@ from m2ray.chain.placement import Reservation, Room
 from m2ray.chain.queue import ShardQueue
 from m2ray.chain.stages import Patience, Stages
 from m2ray.config import Transport
-from m2ray.model.stage import StageSpec, load_stage
+from m2ray.model.stage import DTYPES, StageSpec, load_stage
 from m2ray.planning.memory import window
 from m2ray.storage import open_store
 
 SHAPE = (32, 512) if torch.cuda.is_available() else (2, 16)
-WARM, MEASURED = 16, 60
-"""Micro-batches."""
+WARM, MEASURED, FOLLOWING = 16, 60, 16
+"""Micro-batches. Of those that follow, as many are in the chain when the clock stops as there were when it started: on one GPU what the
+first stages have done ahead would count otherwise."""
+START_S = 600.0
 
 
 def main() -> None:
@@ -49,12 +54,15 @@ def main() -> None:
     arguments = parser.parse_args()
     model = real_size(arguments.folder, arguments.layers, json.loads(arguments.overrides))
     chains = Chains(model, json.loads((model / "config.json").read_text())["vocab_size"], arguments.layers, arguments.gpus)
+    counts = [int(text) for text in arguments.stages.split(",")]
     before = chains.in_one_process()
     print(f"one process: {before:,.0f} tokens/s", flush=True)
+    alone = {num_stages: chains.side_by_side(num_stages) for num_stages in counts}
+    print(f"side by side: {alone}", flush=True)
     measured = []
     with tempfile.TemporaryDirectory() as folder:
         ray.init(address="local", num_cpus=16, num_gpus=arguments.gpus, include_dashboard=False, _temp_dir=folder, logging_level="ERROR")
-        for num_stages in map(int, arguments.stages.split(",")):
+        for num_stages in counts:
             for transport in arguments.transports.split(","):
                 measured.append((num_stages, transport, *chains.in_a_chain(num_stages, transport)))
                 print(*measured[-1], flush=True)
@@ -62,7 +70,7 @@ def main() -> None:
     after = chains.in_one_process()
     baseline = statistics.mean((before, after)) * max(1, arguments.gpus)
     times = "" if arguments.gpus < 2 else f"{arguments.gpus} times "
-    note = f"one process before {before:,.0f}, after {after:,.0f}; share of each stage's time without computation: "
+    note = f"one process before {before:,.0f}, after {after:,.0f}; as many processes side by side that hand nothing on "
     rows = [
         Row(
             f"{num_stages} stages, {transport}",
@@ -72,7 +80,8 @@ def main() -> None:
             f"{times}one process, the same layers without a chain",
             tokens_per_s / baseline,
             "0.95",
-            f"{note}{idle}; hidden states sent by {ways}",
+            f"{note}{alone[num_stages]:,.0f}: {tokens_per_s / alone[num_stages]:.3f} of it; "
+            f"share of each stage's time without computation: {idle}; hidden states sent by {ways}",
         )
         for num_stages, transport, tokens_per_s, idle, ways in measured
     ]
@@ -95,11 +104,35 @@ def micro_batches(shard: Shard, vocab_size: int) -> Iterator[MicroBatch]:
 
 
 def shards() -> list[Shard]:
-    bounds = np.cumsum([0, WARM * SHAPE[0], MEASURED * SHAPE[0]])
+    bounds = np.cumsum([0, WARM * SHAPE[0], MEASURED * SHAPE[0], FOLLOWING * SHAPE[0]])
     return [
-        Shard(index, np.arange(bounds[index], bounds[index + 1]), np.full(bounds[index + 1] - bounds[index], SHAPE[1], np.int32))
-        for index in range(2)
+        Shard(index, np.arange(start, stop), np.full(stop - start, SHAPE[1], np.int32))
+        for index, (start, stop) in enumerate(pairwise(bounds.tolist()))
     ]
+
+
+def spans(num_layers: int, num_stages: int) -> list[LayerSpan]:
+    bounds = [number * num_layers // num_stages for number in range(num_stages + 1)]
+    return [LayerSpan(start, stop) for start, stop in pairwise(bounds)]
+
+
+def run_beside(spec: StageSpec, together: Barrier, vocab_size: int) -> None:
+    """One of several processes: its stage's micro-batches, between the moments when all are ready and when all are done."""
+    stage = load_stage(spec, lambda *_: None)
+    stage.warm_up(SHAPE[0] * SHAPE[1])
+    warm, measured, _ = (list(micro_batches(shard, vocab_size)) for shard in shards())
+    hidden_BTH = None
+    if not stage.is_first:
+        shape = (*SHAPE, stage.hidden_bytes // DTYPES[spec.compute_dtype].itemsize)
+        hidden_BTH = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(spec.device, DTYPES[spec.compute_dtype])
+    for micro_batch in warm:
+        stage.forward(micro_batch, hidden_BTH)
+    synchronize()
+    together.wait(START_S)
+    for micro_batch in measured:
+        stage.forward(micro_batch, hidden_BTH)
+    synchronize()
+    together.wait(START_S)
 
 
 def synchronize() -> None:
@@ -124,7 +157,7 @@ class Chains:
         """Tokens a second. Leaves nothing on the GPU."""
         stage = load_stage(spec(self.model, LayerSpan(0, self.num_layers), self.device, compiled=bool(self.num_gpus)), lambda *_: None)
         stage.warm_up(SHAPE[0] * SHAPE[1])
-        warm, measured = (list(micro_batches(shard, self.vocab_size)) for shard in shards())
+        warm, measured, _ = (list(micro_batches(shard, self.vocab_size)) for shard in shards())
         for micro_batch in warm:
             stage.forward(micro_batch, None)
         synchronize()
@@ -137,10 +170,27 @@ class Chains:
         free()
         return MEASURED * SHAPE[0] * SHAPE[1] / elapsed_s
 
+    def side_by_side(self, num_stages: int) -> float:
+        """Tokens a second through all layers, by processes that run at one time and wait for nobody: no chain on these GPUs can do more."""
+        context = multiprocessing.get_context("spawn")
+        together = context.Barrier(num_stages + 1)
+        processes = []
+        for number, span in enumerate(spans(self.num_layers, num_stages)):
+            device = f"cuda:{number % self.num_gpus}" if self.num_gpus else "cpu"
+            arguments = (spec(self.model, span, device, compiled=bool(self.num_gpus)), together, self.vocab_size)
+            processes.append(context.Process(target=run_beside, args=arguments))
+            processes[-1].start()
+        together.wait(START_S)
+        began = time.perf_counter()
+        together.wait(START_S)
+        elapsed_s = time.perf_counter() - began
+        for process in processes:
+            process.join(START_S)
+        return MEASURED * SHAPE[0] * SHAPE[1] / elapsed_s
+
     def in_a_chain(self, num_stages: int, transport: Transport) -> tuple[float, str, str]:
         """(tokens a second between the end of the first shard and the end of the second, idle shares, ways that were taken)."""
-        bounds = [number * self.num_layers // num_stages for number in range(num_stages + 1)]
-        specs = [[spec(self.model, LayerSpan(start, stop), self.device, compiled=bool(self.num_gpus))] for start, stop in pairwise(bounds)]
+        specs = [[spec(self.model, span, self.device, compiled=bool(self.num_gpus))] for span in spans(self.num_layers, num_stages)]
         node = ray.nodes()[0]
         room = Room(node["NodeManagerAddress"], node["NodeID"], self.num_gpus / num_stages, 1.0)
         reservation = Reservation([room] * num_stages)
