@@ -32,7 +32,7 @@ from m2ray.chain.placement import Reservation, Room
 from m2ray.chain.queue import ShardQueue
 from m2ray.chain.stages import Patience, Stages
 from m2ray.config import Transport
-from m2ray.model.stage import DTYPES, StageSpec, load_stage
+from m2ray.model.stage import DTYPES, Stage, StageSpec, load_stage
 from m2ray.planning.memory import window
 from m2ray.storage import open_store
 
@@ -55,8 +55,9 @@ def main() -> None:
     model = real_size(arguments.folder, arguments.layers, json.loads(arguments.overrides))
     chains = Chains(model, json.loads((model / "config.json").read_text())["vocab_size"], arguments.layers, arguments.gpus)
     counts = [int(text) for text in arguments.stages.split(",")]
-    before = chains.in_one_process()
-    print(f"one process: {before:,.0f} tokens/s", flush=True)
+    before, milliseconds = chains.in_one_process()
+    layers = ", ".join(f"{each:.2f}" for each in milliseconds) + " ms"
+    print(f"one process: {before:,.0f} tokens/s; layers {layers}", flush=True)
     alone = {num_stages: chains.side_by_side(num_stages) for num_stages in counts}
     print(f"side by side: {alone}", flush=True)
     measured = []
@@ -67,10 +68,10 @@ def main() -> None:
                 measured.append((num_stages, transport, *chains.in_a_chain(num_stages, transport)))
                 print(*measured[-1], flush=True)
         ray.shutdown()
-    after = chains.in_one_process()
+    after, _ = chains.in_one_process()
     baseline = statistics.mean((before, after)) * max(1, arguments.gpus)
     times = "" if arguments.gpus < 2 else f"{arguments.gpus} times "
-    note = f"one process before {before:,.0f}, after {after:,.0f}; as many processes side by side that hand nothing on "
+    note = f"one process before {before:,.0f}, after {after:,.0f}, its layers {layers}; as many side by side that hand nothing on "
     rows = [
         Row(
             f"{num_stages} stages, {transport}",
@@ -135,6 +136,22 @@ def run_beside(spec: StageSpec, together: Barrier, vocab_size: int) -> None:
     together.wait(START_S)
 
 
+def layers_ms(stage: Stage, micro_batch: MicroBatch) -> list[float]:
+    """Milliseconds that each layer of a span takes on the GPU's own clock, the embedding with the first."""
+    events = [torch.cuda.Event(enable_timing=True)]
+    token_ids_BT = torch.from_numpy(micro_batch.token_ids_BT).to("cuda", torch.int64)
+
+    def mark(*_: object) -> None:
+        events.append(torch.cuda.Event(enable_timing=True))
+        events[-1].record()
+
+    events[0].record()
+    with torch.inference_mode():
+        stage._decoder.run(token_ids_BT, None, mark)  # noqa: SLF001 - the span without a capture
+    torch.cuda.synchronize()
+    return [before.elapsed_time(after) for before, after in pairwise(events)]
+
+
 def synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -153,8 +170,8 @@ class Chains:
     def device(self) -> str:
         return "cuda:0" if self.num_gpus else "cpu"
 
-    def in_one_process(self) -> float:
-        """Tokens a second. Leaves nothing on the GPU."""
+    def in_one_process(self) -> tuple[float, list[float]]:
+        """Tokens a second, and milliseconds of each layer: of unequal ones no cut makes equal stages. Leaves nothing on the GPU."""
         stage = load_stage(spec(self.model, LayerSpan(0, self.num_layers), self.device, compiled=bool(self.num_gpus)), lambda *_: None)
         stage.warm_up(SHAPE[0] * SHAPE[1])
         warm, measured, _ = (list(micro_batches(shard, self.vocab_size)) for shard in shards())
@@ -166,9 +183,10 @@ class Chains:
             stage.forward(micro_batch, None)
         synchronize()
         elapsed_s = time.perf_counter() - began
+        milliseconds = np.median([layers_ms(stage, micro_batch) for micro_batch in warm], axis=0).tolist() if self.num_gpus else []
         del stage
         free()
-        return MEASURED * SHAPE[0] * SHAPE[1] / elapsed_s
+        return MEASURED * SHAPE[0] * SHAPE[1] / elapsed_s, milliseconds
 
     def side_by_side(self, num_stages: int) -> float:
         """Tokens a second through all layers, by processes that run at one time and wait for nobody: no chain on these GPUs can do more."""
