@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from m2ray.model.extents import Wanted
+from m2ray.toolchain import triton_problem
 
 Block = tuple[int, int] | None
 """Rows and columns of an FP8 scale's block; None for one scale a tensor."""
@@ -30,7 +31,10 @@ def dequantize(weight: torch.Tensor, scale: torch.Tensor, block: Block) -> torch
 
 
 def is_for_kernel(wanted: Wanted, block: Block, device: torch.device) -> bool:
-    """Whether the fused kernel serves: Hopper's FP8 on a GPU that has it, float32 scales, blocks of powers of two, bfloat16 rows."""
+    """Whether the fused kernel serves: Hopper's FP8 on a GPU that has it, float32 scales, blocks of powers of two, bfloat16 rows.
+
+    And Triton can make it on this machine; the formula serves everywhere, more slowly.
+    """
     values, scale, into = wanted.values, wanted.scale, wanted.into
     return (
         values.dtype == torch.float8_e4m3fn
@@ -100,7 +104,7 @@ def warm_up(block: tuple[int, int], device: torch.device) -> None:
 @cache
 def _has_kernel(block: tuple[int, int], device: torch.device) -> bool:
     is_power_of_two = all(side & (side - 1) == 0 for side in block)
-    return device.type == "cuda" and is_power_of_two and torch.cuda.get_device_capability(device) >= (8, 9)
+    return device.type == "cuda" and is_power_of_two and torch.cuda.get_device_capability(device) >= (8, 9) and not triton_problem()
 
 
 @cache

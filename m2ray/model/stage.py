@@ -19,6 +19,7 @@ from m2ray.model.interpreter import quick_switches, without_collector
 from m2ray.model.offload import Offload
 from m2ray.model.skeleton import build_skeleton
 from m2ray.model.weights import OnBytes, load_weights, parameter_bytes
+from m2ray.toolchain import require_triton
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -268,6 +269,8 @@ def _load_stage(spec: StageSpec, device: torch.device, lanes: Lanes | None, on_b
     compute_dtype = DTYPES[spec.compute_dtype]
     attn_implementation = resolve_attn_implementation(checkpoint.config, spec.attn_implementation, compute_dtype)
     require_machine(checkpoint.config, attn_implementation, device)
+    if spec.compile and device.type == "cuda":
+        require_triton("compile = true")
     skeleton = build_skeleton(checkpoint.config, compute_dtype, attn_implementation)
     outside = [layer for layer in spec.capture_layers if layer not in spec.span]
     if spec.span.stop > len(skeleton.layers) or outside:

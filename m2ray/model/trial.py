@@ -14,6 +14,7 @@ from m2ray.errors import ClusterError
 from m2ray.model.decoder import DecoderSpan
 from m2ray.model.skeleton import build_skeleton
 from m2ray.model.weights import assign
+from m2ray.toolchain import require_triton
 
 _TILE = 2**20
 _COPY_BYTES = 1 << 28
@@ -49,7 +50,9 @@ class TrialLayer:
         self._decoder.check_complete()
 
     def compile(self) -> None:
-        """Compile the layer; its next passes take longer."""
+        """Compile the layer; its next passes take longer. Raises StageError where a GPU's machine lacks what Triton needs."""
+        if self._device.type == "cuda":
+            require_triton("compile = true")
         self._decoder.compile_layers()
 
     def times_ms(self, shapes: list[tuple[int, int]]) -> list[float]:

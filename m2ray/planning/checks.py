@@ -39,7 +39,7 @@ def check_nodes(nodes: Sequence[NodeFacts], in_flight_bytes: int, model_bytes: i
     """
     findings = list(_differences(nodes))
     for facts in nodes:
-        for check in (_torch, _gpu_memory, _nccl, _folders):
+        for check in (_torch, _triton, _gpu_memory, _nccl, _folders):
             findings += check(facts)
         findings += _shared_memory(facts, in_flight_bytes)
         findings += _read_speed(facts, model_bytes)
@@ -99,6 +99,13 @@ def _torch(facts: NodeFacts) -> Iterator[Finding]:
             if not _has_kernels(facts.torch_kernels, major, minor):
                 what = f"torch has no kernels for GPU {index} of compute capability {major}.{minor}: {', '.join(facts.torch_kernels)}."
                 yield Finding("torch", "problem", name, what, "Install a torch built for this GPU.")
+
+
+def _triton(facts: NodeFacts) -> Iterator[Finding]:
+    if facts.triton_problem and facts.hardware.gpus:
+        what = f"Triton cannot make kernels: {facts.triton_problem}. Compiled layers will not run, and FP8 weights load slowly."
+        remedy = "Install gcc and Python's headers (Debian: apt-get install gcc libc6-dev python3-dev), or set compile = false."
+        yield Finding("triton", "problem", facts.hardware.name, what, remedy)
 
 
 def _has_kernels(kernels: Sequence[str], major: int, minor: int) -> bool:

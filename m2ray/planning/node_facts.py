@@ -20,6 +20,7 @@ from m2ray.errors import M2rayError
 from m2ray.planning.hardware import Node
 from m2ray.planning.probe import probe_node
 from m2ray.storage import LocalStore, open_store
+from m2ray.toolchain import triton_problem
 
 READ_BYTES = 512 << 20
 _PIECE_BYTES = 16 << 20
@@ -51,6 +52,7 @@ class NodeFacts:
         torch_sees_gpus: whether torch can use CUDA.
         torch_kernels: the architectures that torch has kernels for, such as "sm_90"; empty where CUDA cannot be used.
         torch_error: why torch could not be asked; "" if it could.
+        triton_problem: why Triton can make no kernels; "" if it can.
         driver_cuda: the newest CUDA version that the driver runs; None without a driver.
         compute_capabilities: of each GPU, such as (9, 0).
         gpu_users: processes on the GPUs.
@@ -67,6 +69,7 @@ class NodeFacts:
     torch_sees_gpus: bool = False
     torch_kernels: tuple[str, ...] = ()
     torch_error: str = ""
+    triton_problem: str = ""
     driver_cuda: str | None = None
     compute_capabilities: tuple[tuple[int, int], ...] = ()
     gpu_users: tuple[GpuUser, ...] = ()
@@ -100,6 +103,7 @@ def look_at_node(name: str | None = None, model: str | None = None, output: str 
         model_problem=model_problem,
         output_problem=_look_at_output(output, marker) if output else "",
         read_bytes_per_s=read_bytes_per_s,
+        triton_problem=triton_problem(),
         **_torch_facts(),
         **_driver_facts(),
     )

@@ -58,6 +58,7 @@ BROKEN = {
     "NCCL_SOCKET_IFNAME=ib": ("nccl", {"nccl_env": {"NCCL_SOCKET_IFNAME": "ib"}}),
     "NCCL_SOCKET_IFNAME=^lo,eth": ("nccl", {"nccl_env": {"NCCL_SOCKET_IFNAME": "^lo,eth"}}),
     "NCCL_SOCKET_IFNAME==eth": ("nccl", {"nccl_env": {"NCCL_SOCKET_IFNAME": "=eth"}}),
+    "no gcc and no clang": ("triton", {"triton_problem": "there is no C compiler: no gcc and no clang"}),
     "no config.json": ("model_visible", {"model_problem": "There is no config.json in /m."}),
     "another folder": ("store", {"output_problem": "/out is another folder here."}),
     "temporary folder": ("temp_space", {"temp_free_bytes": 4 * GIB}),
