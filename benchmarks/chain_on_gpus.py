@@ -40,7 +40,7 @@ SHAPE = (32, 512) if torch.cuda.is_available() else (2, 16)
 WARM, MEASURED, FOLLOWING = 16, 60, 16
 """Micro-batches. Of those that follow, as many are in the chain when the clock stops as there were when it started: on one GPU what the
 first stages have done ahead would count otherwise."""
-START_S = 600.0
+START_S, END_S = 300.0, 30.0
 
 
 def main() -> None:
@@ -55,6 +55,7 @@ def main() -> None:
     model = real_size(arguments.folder, arguments.layers, json.loads(arguments.overrides))
     chains = Chains(model, json.loads((model / "config.json").read_text())["vocab_size"], arguments.layers, arguments.gpus)
     counts = [int(text) for text in arguments.stages.split(",")]
+    assert window(max(counts)) <= min(WARM, FOLLOWING), "fewer micro-batches would not keep the chain full while the clock runs"
     before, milliseconds = chains.in_one_process()
     layers = ", ".join(f"{each:.2f}" for each in milliseconds) + " ms"
     print(f"one process: {before:,.0f} tokens/s; layers {layers}", flush=True)
@@ -126,14 +127,11 @@ def run_beside(spec: StageSpec, together: Barrier, vocab_size: int) -> None:
     if not stage.is_first:
         shape = (*SHAPE, stage.hidden_bytes // DTYPES[spec.compute_dtype].itemsize)
         hidden_BTH = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(spec.device, DTYPES[spec.compute_dtype])
-    for micro_batch in warm:
-        stage.forward(micro_batch, hidden_BTH)
-    synchronize()
-    together.wait(START_S)
-    for micro_batch in measured:
-        stage.forward(micro_batch, hidden_BTH)
-    synchronize()
-    together.wait(START_S)
+    for batches in (warm, measured):
+        for micro_batch in batches:
+            stage.forward(micro_batch, hidden_BTH)
+        synchronize(spec.device)
+        together.wait(START_S)
 
 
 def layers_ms(stage: Stage, micro_batch: MicroBatch) -> list[float]:
@@ -152,9 +150,9 @@ def layers_ms(stage: Stage, micro_batch: MicroBatch) -> list[float]:
     return [before.elapsed_time(after) for before, after in pairwise(events)]
 
 
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def synchronize(device: str) -> None:
+    if device != "cpu":
+        torch.cuda.synchronize(device)
 
 
 @dataclass(frozen=True)
@@ -177,11 +175,11 @@ class Chains:
         warm, measured, _ = (list(micro_batches(shard, self.vocab_size)) for shard in shards())
         for micro_batch in warm:
             stage.forward(micro_batch, None)
-        synchronize()
+        synchronize(self.device)
         began = time.perf_counter()
         for micro_batch in measured:
             stage.forward(micro_batch, None)
-        synchronize()
+        synchronize(self.device)
         elapsed_s = time.perf_counter() - began
         milliseconds = np.median([layers_ms(stage, micro_batch) for micro_batch in warm], axis=0).tolist() if self.num_gpus else []
         del stage
@@ -189,7 +187,7 @@ class Chains:
         return MEASURED * SHAPE[0] * SHAPE[1] / elapsed_s, milliseconds
 
     def side_by_side(self, num_stages: int) -> float:
-        """Tokens a second through all layers, by processes that run at one time and wait for nobody: no chain on these GPUs can do more."""
+        """Tokens a second through all layers, by processes that run at one time and wait for nobody."""
         context = multiprocessing.get_context("spawn")
         together = context.Barrier(num_stages + 1)
         processes = []
@@ -198,12 +196,15 @@ class Chains:
             arguments = (spec(self.model, span, device, compiled=bool(self.num_gpus)), together, self.vocab_size)
             processes.append(context.Process(target=run_beside, args=arguments))
             processes[-1].start()
-        together.wait(START_S)
-        began = time.perf_counter()
-        together.wait(START_S)
-        elapsed_s = time.perf_counter() - began
-        for process in processes:
-            process.join(START_S)
+        try:
+            together.wait(START_S)
+            began = time.perf_counter()
+            together.wait(START_S)
+            elapsed_s = time.perf_counter() - began
+        finally:
+            for process in processes:
+                process.join(END_S)
+                process.kill()
         return MEASURED * SHAPE[0] * SHAPE[1] / elapsed_s
 
     def in_a_chain(self, num_stages: int, transport: Transport) -> tuple[float, str, str]:
@@ -230,6 +231,7 @@ class Chains:
             runner = threading.Thread(target=chain.run, args=(queue, take))
             runner.start()
             runner.join(900.0)
+            assert len(ended) == len(shards()), "the chain failed, and said why above"
             stages.ask_all()
             idle = ", ".join(f"{status.wait_s / (status.wait_s + status.compute_s):.2f}" for status in stages.statuses)
             ways = ", ".join(status.sends_by for status in stages.statuses[:-1])

@@ -8,8 +8,10 @@ import json
 import os
 import statistics
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,15 +19,22 @@ import torch
 
 from benchmarks.checkpoints import LAYERS, free, real_size
 from benchmarks.records import Row, record
+from benchmarks.runs import peak_rss_bytes
+from m2ray.activations.writer import ActivationWriter
 from m2ray.batches import LayerSpan, MicroBatch
+from m2ray.cli.measuring import Nowhere
 from m2ray.model.checkpoint import open_checkpoint, tensor_table
-from m2ray.model.stage import Stage, StageSpec, load_stage
+from m2ray.model.stage import Stage, StageOutput, StageSpec, load_stage
 from m2ray.model.tensors import SCALE
 
 READ_BYTES = 16 << 20
 BATCH_TOKENS = 16_384
 SHAPES = ((8, 2048), (32, 512))
 REPEATS = 4
+ENCODED_MICRO_BATCHES, SHARD_MICRO_BATCHES = 24, 4
+QUEUE_BYTES = 4 << 30
+TIMEOUT_S = 60.0
+DROP_CACHES = Path("/proc/sys/vm/drop_caches")
 LOADS = 4
 
 
@@ -56,13 +65,18 @@ def spec(model: Path, num_layers: int, *, compiled: bool) -> StageSpec:
 
 def loading(model: Path, num_layers: int) -> list[Row]:
     """FP8 from disk to bfloat16 on the GPU, all that load_stage does, against a plain parallel read of the same bytes; interleaved."""
+    require_root()
     raw: dict[str, list[float]] = {"warm": [], "cold": []}
     fresh: list[float] = []
     loaded: dict[str, list[float]] = {"warm": [], "cold": []}
     torch.zeros(1, device="cuda")
     ranges = span_ranges(model, num_layers)
     raw_rate(ranges, 8)  # what was made a while ago may be in the page cache in part
+    Path("/proc/self/clear_refs").write_text("5")  # the greatest resident memory is counted anew
+    before_bytes = peak_rss_bytes(os.getpid())
     first = load_rate(model, num_layers)  # a kernel is compiled, memory is pinned
+    host_bytes = peak_rss_bytes(os.getpid()) - before_bytes
+    largest_bytes = max(path.stat().st_size for path in model.glob("*.safetensors"))
     for state, repeats in (("warm", LOADS), ("cold", 1)):
         for _ in range(repeats):
             if state == "cold":
@@ -84,12 +98,26 @@ def loading(model: Path, num_layers: int) -> list[Row]:
             note = f"medians of {len(rates)}, loaded {min(rates):.1f} to {max(rates):.1f}, the first in the process {first:.1f}; "
             note += f"pread into memory that is touched for the first time {into_fresh:.1f} GB/s: {rate / into_fresh:.2f} of it"
         rows.append(Row(f"loading {what}", rate, "GB/s", base, "parallel pread of the same bytes", rate / base, "0.8", note))
+    what, note = (
+        "host memory that the first loading takes",
+        f"{span_bytes(ranges) / 1e9:.1f} GB are read; the kernel's compilation is in it",
+    )
+    rows.append(Row(what, host_bytes / 1e9, "GB", largest_bytes / 1e9, "the largest file", host_bytes / largest_bytes, "at most 1.1", note))
     return rows
+
+
+def span_bytes(ranges: "Ranges") -> int:
+    return sum(num_bytes for _, _, num_bytes in ranges)
+
+
+def require_root() -> None:
+    if not os.access(DROP_CACHES, os.W_OK):
+        raise SystemExit(f"Only root can empty the page cache ({DROP_CACHES}), and a cold read needs that.")
 
 
 def drop_caches() -> None:
     os.sync()
-    Path("/proc/sys/vm/drop_caches").write_text("3")
+    DROP_CACHES.write_text("3")
 
 
 Ranges = list[tuple[Path, int, int]]
@@ -127,7 +155,7 @@ def raw_rate(ranges: Ranges, threads: int, *, fresh: bool = False) -> float:
     began = time.monotonic()
     with ThreadPoolExecutor(threads) as pool:
         num_bytes = sum(pool.map(read, range(threads)))
-    assert num_bytes == sum(size for _, _, size in ranges)
+    assert num_bytes == span_bytes(ranges)
     return num_bytes / 1e9 / (time.monotonic() - began)
 
 
@@ -155,10 +183,8 @@ def running(model: Path, num_layers: int, config: dict[str, int]) -> list[Row]:
     warm_up_s = time.monotonic() - began
     for shape in SHAPES:
         print(f"{shape}: eager {eager[shape] / num_layers:.2f} ms a layer; warm-up {warm_up_s:.0f} s", flush=True)
-        pairs = [(bare_ms(stage, shape), captured_ms(stage, shape)) for _ in range(REPEATS)]
-        bare = statistics.median(pair[0] for pair in pairs)
-        captured = statistics.median(pair[1] for pair in pairs)
-        ratio = statistics.median(pair[0] / pair[1] for pair in pairs)
+        times = [(bare_ms(stage, shape), captured_ms(stage, shape), encoded_ms(stage, shape)) for _ in range(REPEATS)]
+        bare = statistics.median(each[0] for each in times)
         name = f"{shape[0]} x {shape[1]}"
         operations = layer_operations(config, *shape)
         rows.append(
@@ -173,19 +199,26 @@ def running(model: Path, num_layers: int, config: dict[str, int]) -> list[Row]:
                 f"{bare / num_layers:.2f} ms; matrix products and causal attention counted; warm-up {warm_up_s:.0f} s",
             )
         )
-        note = "every layer's rows in host memory"
-        rows.append(
-            Row(
-                f"every layer captured, {name}",
-                BATCH_TOKENS / captured,
-                "ktok/s",
-                BATCH_TOKENS / bare,
-                "bare forward of the same modules",
-                ratio,
-                "0.97",
-                note,
+        for place, how, note in (
+            (1, "captured", "every layer's rows in host memory"),
+            (
+                2,
+                "captured and encoded",
+                f"parts of {SHARD_MICRO_BATCHES} micro-batches, checksums and all, are discarded once they are encoded",
+            ),
+        ):
+            rows.append(
+                Row(
+                    f"every layer {how}, {name}",
+                    BATCH_TOKENS / statistics.median(each[place] for each in times),
+                    "ktok/s",
+                    BATCH_TOKENS / bare,
+                    "bare forward of the same modules",
+                    statistics.median(each[0] / each[place] for each in times),
+                    "0.97",
+                    note,
+                )
             )
-        )
     return rows
 
 
@@ -236,6 +269,34 @@ def captured_ms(stage: Stage, shape: tuple[int, int]) -> float:
     for output in under_way:
         _ = output.captured
     return elapsed_ms
+
+
+def encoded_ms(stage: Stage, shape: tuple[int, int]) -> float:
+    """The same with a run's own writer, from the first micro-batch to the end of the last part; what it makes is kept nowhere."""
+    threads = max(1, (os.cpu_count() or 2) // 2)
+    writer = ActivationWriter(Nowhere(), {}, stage.parts, queue_bytes=QUEUE_BYTES, threads=threads)
+    batch, under_way = micro_batch(shape), deque[tuple[MicroBatch, StageOutput]]()
+
+    def hand_over() -> None:
+        taken, output = under_way.popleft()
+        writer.submit("bench", taken, output.captured, TIMEOUT_S)
+
+    try:
+        began = time.monotonic()
+        for number in range(ENCODED_MICRO_BATCHES):
+            shard, index = divmod(number, SHARD_MICRO_BATCHES)
+            ids = batch.sequence_ids + number * len(batch.sequence_ids)
+            taken = replace(batch, shard=shard, index=index, is_last=index == SHARD_MICRO_BATCHES - 1, sequence_ids=ids)
+            under_way.append((taken, stage.forward(taken, None)))
+            if len(under_way) > 2:
+                hand_over()
+        while under_way:
+            hand_over()
+        for shard in range(ENCODED_MICRO_BATCHES // SHARD_MICRO_BATCHES):
+            assert len(writer.collect(shard, "bench", TIMEOUT_S)) == len(stage.parts)
+        return (time.monotonic() - began) / ENCODED_MICRO_BATCHES * 1e3
+    finally:
+        writer.close()
 
 
 if __name__ == "__main__":

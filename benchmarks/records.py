@@ -54,7 +54,8 @@ def record(name: str, title: str, rows: list[Row], command: str = "") -> Path:
         "date": datetime.now(UTC).date().isoformat(),
         "commit": os.environ.get("M2RAY_COMMIT") or head or "unknown",
         "versions": {package: version(package) for package in ("torch", "transformers", "ray", "pyarrow")}
-        | {"python": platform.python_version()},
+        | {"python": platform.python_version()}
+        | ({"cuda": torch.version.cuda} if torch.version.cuda else {}),
         "rows": [asdict(row) for row in rows],
     }
     RESULTS.mkdir(exist_ok=True)

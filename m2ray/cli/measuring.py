@@ -27,7 +27,7 @@ _TIMEOUT_S = 120.0
 def encode_bytes_per_s(hidden_size: int, store_dtype: str) -> float:
     """Activations that one writer thread turns into Parquet a second, checksums and all, stored nowhere."""
     rows, specs = _rows(hidden_size, store_dtype, _MICRO_BATCH_BYTES), _parts(1, hidden_size, store_dtype)
-    writer = ActivationWriter(_Nowhere(), {}, specs, queue_bytes=2 * rows.nbytes, threads=1)
+    writer = ActivationWriter(Nowhere(), {}, specs, queue_bytes=2 * rows.nbytes, threads=1)
     try:
         shards = 0
         began = time.monotonic()
@@ -103,7 +103,7 @@ def _gaussian_bits(rows: int, hidden_size: int, itemsize_bytes: int) -> Bits:
     return np.ascontiguousarray(bits if itemsize_bytes == 4 else (bits >> 16).astype(np.uint16)).view(np.uint8)
 
 
-class _Nowhere(Store):
+class Nowhere(Store):
     """Takes parts and keeps nothing."""
 
     url = "nowhere"
@@ -133,7 +133,7 @@ class _Nowhere(Store):
         pass
 
 
-class _Beside(_Nowhere):
+class _Beside(Nowhere):
     """Takes parts into a store under names of their own: whatever happens, no reader of a run there takes them for its own."""
 
     def __init__(self, store: Store, mark: str) -> None:
