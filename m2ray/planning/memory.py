@@ -22,12 +22,12 @@ largest micro-batch came first, as a stage's warm-up sees to; of MiniMax-M2's la
 UNUSABLE_BYTES = 128 * _MIB
 """The same for weights and small tensors: their blocks are multiples of 2 MiB, of 20 MiB between 1 and 10 MiB."""
 
-HIDDEN_BUFFERS = 3
-"""Micro-batches' hidden states on a GPU besides the one that is computed: one received, one computed, and one that the next stage
-fetches."""
+HIDDEN_BUFFERS = 4
+"""Micro-batches' hidden states on a GPU besides the one that is computed: one received, one queued behind the computation, one that is
+sent, and the slot out of which the next stage fetches (m2ray.chain.cuda_ipc)."""
 
-CAPTURE_BUFFERS = 2
-"""Layers' captured rows on a GPU: one layer's are selected while those of the layer before are copied to the host."""
+CAPTURE_BUFFERS = 3
+"""Layers' captured rows on a GPU: one layer's are selected while those of two before it are copied to the host (m2ray.model.capture)."""
 
 OFFLOAD_BUFFERS = 2
 """Layers on a GPU whose weights are kept in host memory: one that computes, one that is copied in."""

@@ -97,8 +97,8 @@ def test_items_of_a_gpu_and_of_hosts():
         "weights": 400,
         "transient": 200_000,
         "unusable": 100_000 + UNUSABLE_BYTES,
-        "hidden_states": 3 * 8000,
-        "capture": 2 * 16_000,
+        "hidden_states": 4 * 8000,
+        "capture": 3 * 16_000,
         "context": CONTEXT_BYTES,
     }
     assert on_gpu.loading == {"weights": 400, "staging": STAGING_BYTES["device"], "unusable": UNUSABLE_BYTES, "context": CONTEXT_BYTES}

@@ -352,7 +352,7 @@ def test_other_maps():
     assert spans(plan("8xH200", device_map="balanced_low_0", stages=8))[0] == "0-0"
     assert spans(plan("8xH200", device_map="balanced_low_0", stages=4, gpus_per_stage=2))[:2] == [None, "0-7"]
     filled = spans(plan("8xH200", device_map="sequential"))
-    assert filled[:3] == ["0-18", "19-37", "38-56"]
+    assert filled[:3] == ["0-17", "18-36", "37-55"]  # the embedding is on the first GPU
     assert filled[4:] == [None] * 4
     assert spans(plan("8xH200", num_layers=10, device_map="cuda:0")) == ["0-9"]
     with pytest.raises(ConfigError, match="diagonal"):
@@ -502,7 +502,7 @@ def test_the_slowest_resource_limits_the_run():
 
 def test_estimated_speed_follows_layout_and_padding():
     one = plan("8xH200").rates.tokens_per_s
-    assert plan("8xH200", device_map="sequential").rates.tokens_per_s == pytest.approx(one * 8 / 19)  # 19 layers on the first GPU
+    assert plan("8xH200", device_map="sequential").rates.tokens_per_s == pytest.approx(one * 8 / 19)  # 19 layers on the second GPU
     assert plan("8xH200", replicas=2).rates.tokens_per_s == pytest.approx(one, rel=0.15)
     assert plan("8xH200", gpus_per_stage=2).rates.tokens_per_s == pytest.approx(one / 2, rel=0.15)
     assert plan("8xH200", prompts=PROMPTS).rates.tokens_per_s == pytest.approx(0.8 * one)
