@@ -5,7 +5,7 @@ Published files differ: a weight's scales lie beside it, or all of a file's scal
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 
@@ -15,13 +15,13 @@ EXTENT_BYTES = 32 * 2**20 - 16
 Half as many bytes make twice as many calls for one interpreter: loading out of the page cache then took 1.4 times as long (16 cores)."""
 
 _MAX_GAP_BYTES = 4096
+"""Of bytes that nobody wants: to read so few along costs less than a read of its own."""
 
 Item = TypeVar("Item")
 
 
-@dataclass(frozen=True, slots=True)
-class Range:
-    """Some rows of one checkpoint tensor as they lie in a file."""
+class Range(NamedTuple):
+    """Some rows of one checkpoint tensor as they lie in a file. A tuple, as all that planning makes thousands of while lanes wait for it."""
 
     file: str
     offset: int
@@ -42,8 +42,7 @@ class Range:
         return values.view(self.dtype).view(self.shape)
 
 
-@dataclass(frozen=True, slots=True)
-class Wanted:
+class Wanted(NamedTuple):
     """Some rows of the checkpoint tensor `key`, their scales if they are FP8, and the part of a model tensor that they fill."""
 
     key: str

@@ -6,8 +6,8 @@ Memory holds the parameters in their final dtype and a few pieces on their way, 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from math import prod
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -29,8 +29,7 @@ PIECE_BYTES = 8 * 2**20
 """Bytes of a piece on disk, at most; in float32 an FP8 piece takes four times as much for a moment."""
 
 
-@dataclass(frozen=True)
-class _Piece:
+class _Piece(NamedTuple):
     """Some rows of one checkpoint tensor, and the part of a model tensor that they fill."""
 
     key: str

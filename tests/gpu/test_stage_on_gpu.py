@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from m2ray.batches import LayerSpan, MicroBatch
+from m2ray.model import fp8
 from m2ray.model.extents import Range, Wanted
 from m2ray.model.fp8 import KernelTable, dequantize
 from m2ray.model.offload import Offload
@@ -49,6 +50,21 @@ def test_weights_are_bitwise_those_of_the_cpu(folder: Path, dtype: str) -> None:
     assert on_gpu.keys() == on_cpu.keys()
     for name, tensor in on_cpu.items():
         assert torch.equal(on_gpu[name].cpu(), tensor), name
+
+
+def test_without_a_compiler_weights_are_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton cannot make the fused kernel then, and the formula serves."""
+    by_kernel = tensors(load(folder, "cuda:0"))
+    monkeypatch.setattr(fp8, "triton_problem", lambda: "there is no C compiler")
+    monkeypatch.setattr(fp8, "_kernel", lambda: pytest.fail("the kernel was asked for"))
+    fp8._has_kernel.cache_clear()
+    try:
+        by_formula = tensors(load(folder, "cuda:0"))
+    finally:
+        fp8._has_kernel.cache_clear()
+    assert by_formula.keys() == by_kernel.keys()
+    for name, tensor in by_kernel.items():
+        assert torch.equal(by_formula[name], tensor), name
 
 
 def test_the_fused_kernel_is_bitwise_the_formula() -> None:
