@@ -97,16 +97,9 @@ def loading(model: Path, num_layers: int) -> list[Row]:
             note = f"medians of {len(rates)}, loaded {min(rates):.1f} to {max(rates):.1f}, the first in the process {first:.1f}; "
             note += f"pread into memory that is touched for the first time {into_fresh:.1f} GB/s: {rate / into_fresh:.2f} of it"
         rows.append(Row(f"loading {what}", rate, "GB/s", base, "parallel pread of the same bytes", rate / base, "0.8", note))
-    what, note = (
-        "host memory that the first loading takes",
-        f"{span_bytes(ranges) / 1e9:.1f} GB are read; the kernel's compilation is in it",
-    )
-    rows.append(Row(what, host_bytes / 1e9, "GB", largest_bytes / 1e9, "the largest file", host_bytes / largest_bytes, "at most 1.1", note))
-    return rows
-
-
-def span_bytes(ranges: "Ranges") -> int:
-    return sum(num_bytes for _, _, num_bytes in ranges)
+    note = f"{span_bytes(ranges) / 1e9:.1f} GB are read; the kernel's compilation is in it"
+    share, what = host_bytes / largest_bytes, "host memory that the first loading takes"
+    return [*rows, Row(what, host_bytes / 1e9, "GB", largest_bytes / 1e9, "the largest file", share, "at most 1.1", note)]
 
 
 def require_root() -> None:
@@ -134,6 +127,10 @@ def span_ranges(model: Path, num_layers: int) -> Ranges:
             begin = runs.pop()[1]
         runs.append((header.file, begin, stop))
     return [(model / file, at, min(READ_BYTES, stop - at)) for file, begin, stop in runs for at in range(begin, stop, READ_BYTES)]
+
+
+def span_bytes(ranges: Ranges) -> int:
+    return sum(num_bytes for _, _, num_bytes in ranges)
 
 
 def raw_rate(ranges: Ranges, threads: int, *, fresh: bool = False) -> float:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from m2ray.errors import StageError
 
+TRITON_REMEDY = "Install gcc and Python's headers (Debian: apt-get install gcc libc6-dev python3-dev), or set compile = false."
+
 _COMPILERS = ("gcc", "clang")
 
 
@@ -22,10 +24,7 @@ def triton_problem() -> str:
 def require_triton(why: str) -> None:
     """Raise StageError unless Triton can build launchers here; `why` says what asks for it."""
     if problem := triton_problem():
-        raise StageError(
-            f"{why} needs Triton, which makes kernels with a C compiler, and {problem}.",
-            "Install gcc and Python's headers on every GPU node (Debian: apt-get install gcc libc6-dev python3-dev), or set compile = false.",
-        )
+        raise StageError(f"{why} needs Triton, which makes kernels with a C compiler, and {problem}.", TRITON_REMEDY)
 
 
 def _scheme() -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from m2ray.planning.node_facts import NodeFacts
+from m2ray.toolchain import TRITON_REMEDY
 
 SAME_EVERYWHERE = ("python", "ray", "torch", "transformers", "m2ray", "driver", "cuda", "nccl")
 TEMP_FREE_SHARE = 0.05
@@ -104,8 +105,7 @@ def _torch(facts: NodeFacts) -> Iterator[Finding]:
 def _triton(facts: NodeFacts) -> Iterator[Finding]:
     if facts.triton_problem and facts.hardware.gpus:
         what = f"Triton cannot make kernels: {facts.triton_problem}. Compiled layers will not run, and FP8 weights load slowly."
-        remedy = "Install gcc and Python's headers (Debian: apt-get install gcc libc6-dev python3-dev), or set compile = false."
-        yield Finding("triton", "problem", facts.hardware.name, what, remedy)
+        yield Finding("triton", "problem", facts.hardware.name, what, TRITON_REMEDY)
 
 
 def _has_kernels(kernels: Sequence[str], major: int, minor: int) -> bool:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from m2ray.batches import LayerSpan, MicroBatch
+from m2ray.errors import StageError
 from m2ray.model import fp8
 from m2ray.model.extents import Range, Wanted
 from m2ray.model.fp8 import KernelTable, dequantize
@@ -65,6 +66,12 @@ def test_without_a_compiler_weights_are_the_same(folder: Path, monkeypatch: pyte
     assert by_formula.keys() == by_kernel.keys()
     for name, tensor in by_kernel.items():
         assert torch.equal(by_formula[name], tensor), name
+
+
+def test_compiling_without_a_compiler_is_refused_before_anything_is_loaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", "no-such-compiler")
+    with pytest.raises(StageError, match="compile = true needs Triton.*no-such-compiler"):
+        load(folder, "cuda:0", compiled=True)
 
 
 def test_the_fused_kernel_is_bitwise_the_formula() -> None:
@@ -197,8 +204,6 @@ def test_offloaded_layers_give_the_same_rows(folder: Path, tmp_path: Path, *, co
 
 
 def test_an_infinity_is_found_when_the_rows_are_taken(folder: Path) -> None:
-    from m2ray.errors import StageError
-
     stage = load(folder, "cuda:0")
     with torch.no_grad():
         tensors(stage)["model.layers.3.mlp.experts.down_proj"].fill_(float("inf"))

@@ -134,6 +134,12 @@ def test_this_machine_with_a_sound_and_a_damaged_model(tmp_path: Path) -> None:
     assert cut.name in broken["checkpoint_files"]
 
 
+def test_the_compiler_is_looked_for_on_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", "no-such-compiler")
+    _, found = doctor()
+    assert "no-such-compiler" in found["nodes"][0]["triton_problem"]
+
+
 def test_a_cluster_that_cannot_be_joined_hides_no_other_problem(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"

@@ -14,7 +14,11 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModel
 from transformers.masking_utils import create_sliding_window_causal_mask
 
 from m2ray.batches import LayerSpan, TensorRow, TensorTable
+from m2ray.model.capture import COPYING_LAYERS
+from m2ray.model.extents import EXTENT_BYTES
+from m2ray.model.gpu_loading import LANES
 from m2ray.planning.memory import (
+    CAPTURE_BUFFERS,
     CONTEXT_BYTES,
     STAGING_BYTES,
     UNUSABLE_BYTES,
@@ -83,6 +87,13 @@ def test_weights_count_float32_tensors_apart():
     rows = span_rows(table(), LayerSpan(0, 2), with_final_norm=False)
     assert weight_bytes(rows, 2) == 2 * (40 + 100 + 40) + 4 * 10
     assert weight_bytes(rows, 4) == 4 * (40 + 100 + 40 + 10)
+
+
+def test_allowances_are_what_the_model_takes():
+    assert CAPTURE_BUFFERS == COPYING_LAYERS
+    most_lanes_bytes = 16 * (EXTENT_BYTES + 16)
+    assert LANES <= 16
+    assert {"host": most_lanes_bytes, "device": 2 * most_lanes_bytes} == STAGING_BYTES  # and there what is converted without the kernel
 
 
 def test_items_of_a_gpu_and_of_hosts():

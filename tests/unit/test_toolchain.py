@@ -34,6 +34,12 @@ def test_gcc_or_clang_or_what_cc_names(machine: Path, monkeypatch: pytest.Monkey
     assert triton_problem() == ""
 
 
+def test_debians_own_scheme_is_not_where_headers_are(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sysconfig, "get_default_scheme", lambda: "posix_local")
+    monkeypatch.setattr(sysconfig, "get_paths", lambda scheme: {"include": str(machine) if scheme == "posix_prefix" else "/nowhere"})
+    assert triton_problem() == ""
+
+
 def test_what_is_missing_is_said_with_its_remedy(machine: Path) -> None:
     require_triton("compile = true")
     (machine / "Python.h").unlink()
