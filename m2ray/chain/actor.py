@@ -31,7 +31,8 @@ from m2ray.model.stage import Stage, StageOutput, StageSpec
 from m2ray.storage import Store
 
 _AHEAD = 2
-"""Micro-batches at each of a stage's doors, at most: received and not computed, computed and not sent, computed and not with the writer."""
+"""Micro-batches at each of a stage's doors, at most: received and not computed, computed and not sent, sent and not taken by the next
+stage, computed and not with the writer."""
 
 _POLL_S = 0.5
 
@@ -43,7 +44,8 @@ class StageActor:
     """Runs one span, on one device or dealt out over several.
 
     A micro-batch is received on a thread of Ray's when its turn comes, computed on one thread in the order of `step`, and then
-    handed on by a second one and given to the writer by a third, so that none of these waits for another one's work.
+    sent by a second one, whose arrival a third waits for, and given to the writer by a fourth, so that none of these waits for
+    another one's work: while the next stage takes hidden states over, the next ones are on their way.
     """
 
     def __init__(self, specs: Sequence[StageSpec], writer: WriterSpec, *, transport: Transport, epoch: int) -> None:
@@ -58,13 +60,16 @@ class StageActor:
         dtype: torch.dtype = getattr(torch, specs[0].compute_dtype)
         self._stages: list[Stage] = []
         self._writer: ActivationWriter | None = None
-        self._compute, self._send, self._capture = (ThreadPoolExecutor(1, name) for name in ("compute", "send", "capture"))
+        names = ("compute", "send", "arrive", "capture")
+        self._threads = [ThreadPoolExecutor(1, name) for name in names]
+        self._compute, self._send, self._arrive, self._capture = self._threads
         self._limit_s = 2 * writer.timeout_s  # twice the watchdog's limit: the driver is the one that decides
         self._turns = Turns(epoch)
         self._completion = Completion(self._turns)
         # On a GPU `_run` returns when the computation is queued there: one more at the door suffices.
         self._received = Allowance(self._turns, 1 if self._on_gpu else _AHEAD, "an earlier micro-batch to be computed")
-        self._unsent = Allowance(self._turns, _AHEAD, "the next stage to take hidden states over")
+        self._unsent = Allowance(self._turns, _AHEAD, "hidden states to be sent")
+        self._untaken = Allowance(self._turns, _AHEAD, "the next stage to take hidden states over")
         self._uncaptured = Allowance(self._turns, _AHEAD, "captured rows to find their way to the writer")
         self._incoming = Incoming(self._devices[0], dtype)
         self._outgoing = Outgoing(self._turns, self._devices[-1], transport, self._limit_s)
@@ -131,8 +136,8 @@ class StageActor:
         if self._writer is None:
             return  # it is still loading, which need not begin anew
         self._abandon(self._writer, attempts)
-        for threads in (self._compute, self._send, self._capture):
-            threads.submit(int).result(self._writer_spec.timeout_s)
+        for thread in self._threads:
+            thread.submit(int).result(self._writer_spec.timeout_s)
         self._abandon(self._writer, attempts)  # what was being computed may have opened its attempt again
 
     # -- a micro-batch's way ------------------------------------------------------------------------------------------
@@ -177,15 +182,24 @@ class StageActor:
             self._capture.submit(self._hand_over, epoch, attempt, micro_batch, outputs)
 
     def _hand_on(self, epoch: int, step: int, attempt: str, micro_batch: MicroBatch, output: StageOutput) -> None:
-        with self._guarded(epoch), ExitStack() as done:
+        with self._guarded(epoch), ExitStack() as done, ExitStack() as undo:
             done.callback(self._unsent.give_back)
-            if self._successor is not None:
-                payload = self._outgoing.payload(epoch, output)
-                taken = self._successor.take.remote(epoch, step, attempt, micro_batch, payload)
-                # The next stage makes this one wait, and what is lost on the way there is heard of; but a reset ends the wait.
-                while not ray.wait([taken], timeout=_POLL_S)[0]:
-                    self._turns.require(epoch)
-                ray.get(taken, timeout=self._limit_s)
+            if self._successor is None:
+                return
+            self._untaken.take(epoch, self._limit_s)
+            undo.callback(self._untaken.give_back)
+            payload = self._outgoing.payload(epoch, output)
+            taken = self._successor.take.remote(epoch, step, attempt, micro_batch, payload)
+            self._arrive.submit(self._see_taken, epoch, taken)
+            undo.pop_all()
+
+    def _see_taken(self, epoch: int, taken: Any) -> None:
+        """The next stage makes this one wait, and what is lost on the way there is heard of; but a reset ends the wait."""
+        with self._guarded(epoch), ExitStack() as done:
+            done.callback(self._untaken.give_back)
+            while not ray.wait([taken], timeout=_POLL_S)[0]:
+                self._turns.require(epoch)
+            ray.get(taken, timeout=self._limit_s)
 
     def _hand_over(self, epoch: int, attempt: str, micro_batch: MicroBatch, outputs: Sequence[StageOutput]) -> None:
         assert self._writer is not None
