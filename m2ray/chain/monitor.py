@@ -67,6 +67,7 @@ class Monitor:
                 tokens=sum(chain.tokens_done for chain, _ in self._chains),
                 all_tokens=self._all_tokens,
                 tokens_before=self._all_tokens - self._missing_tokens,
+                elapsed_s=now - self._loaded_at(),
                 written_bytes=sum(status.written_bytes for status in statuses),
                 write_wait_s=max((status.write_wait_s for status in statuses), default=0.0),
                 gpu_busy=_busy(statuses),
@@ -76,8 +77,12 @@ class Monitor:
 
     def measured(self) -> tuple[float, float, int, int, tuple[StageMeasured, ...]]:
         """(seconds until the stages were loaded, seconds since, tokens of this run, bytes of its committed parts, the stages)."""
-        loaded_at = min((stages.loaded_at for _, stages in self._chains if stages.loaded_at), default=self._ended_at)
+        loaded_at = self._loaded_at()
         return loaded_at - self._began_at, self._ended_at - loaded_at, self._missing_tokens, self._output_bytes, self._stages()
+
+    def _loaded_at(self) -> float:
+        """When the first chain had its layers; where none has, when the run ended."""
+        return min((stages.loaded_at for _, stages in self._chains if stages.loaded_at), default=self._ended_at)
 
     def _stages(self) -> tuple[StageMeasured, ...]:
         """Every stage that has answered. One that was restarted counts from there on."""

@@ -18,7 +18,7 @@ _LINE_EVERY_S = 5.0
 
 @dataclass(frozen=True)
 class Extracted:
-    """How far the extraction is. `tokens_before` were committed by earlier runs of the same job.
+    """How far the extraction is, `elapsed_s` after the stages were loaded. `tokens_before` were committed by earlier runs of the job.
 
     `gpu_busy` is the busiest GPU's share of time in computation, `gpu_used_bytes` the fullest one's memory.
     """
@@ -28,6 +28,7 @@ class Extracted:
     tokens: int
     all_tokens: int
     tokens_before: int
+    elapsed_s: float
     written_bytes: int
     write_wait_s: float
     gpu_busy: float | None = None
@@ -44,7 +45,7 @@ class Progress:
             self._bars = Bars(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[words]}"), console=self._console)
         self._tasks: dict[str, TaskID] = {}
         self._said_at: dict[str, float] = {}
-        self._began_at: dict[str, float] = {}
+        self._loading_at: float | None = None
 
     def __enter__(self) -> Self:
         if self._bars:
@@ -65,19 +66,20 @@ class Progress:
 
     def loading(self, statuses: Sequence[StageStatus]) -> None:
         """Bytes of weights read, by stage; none while the first actors' processes start."""
+        self._loading_at = self._loading_at or time.monotonic()
         if not any(status.needed_bytes for status in statuses):
             self._show("load", "starting the stages", None)
             return
         read_bytes = sum(status.read_bytes for status in statuses)
         needed_bytes = sum(status.needed_bytes for status in statuses)
-        rate = read_bytes / max(self._elapsed_s("load"), 1e-3)
+        rate = read_bytes / max(time.monotonic() - self._loading_at, 1e-3)
         stages = ", ".join(f"{status.read_bytes / max(status.needed_bytes, 1):.0%}" for status in statuses)
         words = f"{_bytes(read_bytes)} of {_bytes(needed_bytes)}, {_bytes(rate)}/s (stages: {stages})"
         self._show("load", words, read_bytes / max(needed_bytes, 1))
 
     def extracting(self, state: Extracted) -> None:
         """Shards, tokens, rates and the time left."""
-        elapsed_s = max(self._elapsed_s("extract"), 1e-3)
+        elapsed_s = max(state.elapsed_s, 1e-3)
         rate = state.tokens / elapsed_s
         left = state.all_tokens - state.tokens_before - state.tokens
         left_words = f"{_seconds(left / rate)} left" if rate else "time left unknown"
@@ -91,12 +93,8 @@ class Progress:
             words += f", GPU {state.gpu_busy:.0%} busy, {_bytes(state.gpu_used_bytes)} taken"
         self._show("extract", words, (state.tokens_before + state.tokens) / max(state.all_tokens, 1))
 
-    def _elapsed_s(self, phase: str) -> float:
-        return time.monotonic() - self._began_at.setdefault(phase, time.monotonic())
-
     def _show(self, phase: str, words: str, fraction: float | None) -> None:
         now = time.monotonic()
-        self._began_at.setdefault(phase, now)
         if self._bars:
             total = None if fraction is None else 1.0
             task = self._tasks.get(phase)

@@ -1,0 +1,26 @@
+"""The progress line."""
+
+import io
+import re
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from m2ray.chain.monitor import Monitor
+from m2ray.chain.progress import Progress
+
+
+def test_the_rate_counts_from_when_the_stages_were_loaded() -> None:
+    """The first look at a run may come when much of it is done."""
+    tokens = 230_000
+    stages: Any = SimpleNamespace(statuses=[], is_loaded=True, loaded_at=time.monotonic() - 10)
+    chain: Any = SimpleNamespace(tokens_done=tokens)
+    plan: Any = SimpleNamespace(stages=())
+    shard: Any = SimpleNamespace(num_tokens=4 * tokens)
+    said = io.StringIO()
+    Monitor(plan, [(chain, stages)], [shard], [shard], Progress(said)).tick()
+    (rate,) = re.findall(r"([\d,]+) tokens/s", said.getvalue())
+    assert int(rate.replace(",", "")) == pytest.approx(tokens / 10, rel=0.1)
+    assert "30 s left" in said.getvalue()
