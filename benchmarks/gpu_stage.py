@@ -30,7 +30,7 @@ from m2ray.model.tensors import SCALE
 READ_BYTES = 16 << 20
 BATCH_TOKENS = 16_384
 SHAPES = ((8, 2048), (32, 512))
-REPEATS = 4
+REPEATS = 2
 MICRO_BATCHES, SHARD_MICRO_BATCHES = 48, 4
 """As many of each kind, since a GPU at work for longer is slower."""
 QUEUE_BYTES = 4 << 30
