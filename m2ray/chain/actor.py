@@ -45,7 +45,7 @@ class StageActor:
 
     A micro-batch is received on a thread of Ray's when its turn comes, computed on one thread in the order of `step`, and then
     sent by a second one, whose arrival a third waits for, and given to the writer by a fourth, so that none of these waits for
-    another one's work: while the next stage takes hidden states over, the next ones are on their way.
+    another one's work: while the next stage takes hidden states over, the next ones are sent (cuda_ipc's one slot has to be empty first).
     """
 
     def __init__(self, specs: Sequence[StageSpec], writer: WriterSpec, *, transport: Transport, epoch: int) -> None:
@@ -197,6 +197,7 @@ class StageActor:
         """The next stage makes this one wait, and what is lost on the way there is heard of; but a reset ends the wait."""
         with self._guarded(epoch), ExitStack() as done:
             done.callback(self._untaken.give_back)
+            self._turns.require(epoch)
             while not ray.wait([taken], timeout=_POLL_S)[0]:
                 self._turns.require(epoch)
             ray.get(taken, timeout=self._limit_s)

@@ -67,7 +67,7 @@ class Monitor:
                 tokens=sum(chain.tokens_done for chain, _ in self._chains),
                 all_tokens=self._all_tokens,
                 tokens_before=self._all_tokens - self._missing_tokens,
-                elapsed_s=now - self._loaded_at(),
+                elapsed_s=(self._ended_at if self._shards == self._all_shards else now) - self._loaded_at(),
                 written_bytes=sum(status.written_bytes for status in statuses),
                 write_wait_s=max((status.write_wait_s for status in statuses), default=0.0),
                 gpu_busy=_busy(statuses),

@@ -18,7 +18,7 @@ _LINE_EVERY_S = 5.0
 
 @dataclass(frozen=True)
 class Extracted:
-    """How far the extraction is, `elapsed_s` after the stages were loaded. `tokens_before` were committed by earlier runs of the job.
+    """How far the extraction is, `elapsed_s` after the first chain was loaded. `tokens_before` were committed by earlier runs of the job.
 
     `gpu_busy` is the busiest GPU's share of time in computation, `gpu_used_bytes` the fullest one's memory.
     """

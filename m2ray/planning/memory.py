@@ -16,7 +16,7 @@ CONTEXT_BYTES = _GIB + _GIB // 4
 
 UNUSABLE_SHARE = 0.5
 """Of the transient memory: blocks that torch's caching allocator holds but cannot use again for other sizes. Few are left where the
-largest micro-batch came first, as a stage's warm-up sees to; of MiniMax-M2's layers the plan is then 1.04 to 1.08 of what a GPU takes
+largest micro-batch came first, as a stage's warm-up sees to; of MiniMax-M2's layers the plan is then 1.04 to 1.12 of what a GPU takes
 (docs/planning.md), also of 53 micro-batches whose sizes all differ."""
 
 UNUSABLE_BYTES = 128 * _MIB

@@ -13,7 +13,7 @@ from m2ray.planning.output import PromptStats, stored_row_bytes
 
 SUSTAINED_SHARE = {False: 0.22, True: 0.39}
 """Of the peak bfloat16 operations, not compiled and compiled: two for each weight that a token meets, on an H200 with real-size
-MiniMax-M2 layers, 8 x 2048 tokens, grouped experts, 23.5 and 13.4 ms a layer; an H100 takes 25.7 and 13.9 (benchmarks/results/gpu_stage.json)."""
+MiniMax-M2 layers, 8 x 2048 tokens, grouped experts, 23.7 and 13.3 ms a layer (benchmarks/results/gpu_stage_h200.json)."""
 
 COPY_BYTES_PER_S = 51 * 2**30
 """Between one GPU and pinned host memory, either way, measured on an H200 behind PCIe 5."""

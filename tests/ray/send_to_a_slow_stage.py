@@ -1,4 +1,4 @@
-"""A real stage in front of one that takes nothing over until it is told to: what was sent is printed as JSON.
+"""A real stage in front of one that takes nothing over until it is told to: which steps were sent is printed as JSON.
 
 Run by test_transport.py: FOLDER takes the model and the run.
 """
@@ -7,6 +7,7 @@ import asyncio
 import json
 import sys
 import time
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -21,36 +22,47 @@ from tests.reference import make_family
 
 NUM_STEPS = 6
 TIMEOUT_S = 60.0
+LOAD_S = 120.0
 
 
 @ray.remote(num_cpus=0)
 class SlowStage:
+    """Takes the first `allowed` steps of an epoch over, and lets all others wait."""
+
     def __init__(self):
-        self.sent: list[int] = []
-        self.allowed = 0
+        self.sent: dict[int, list[int]] = defaultdict(list)
+        self.allowed: dict[int, int] = defaultdict(int)
         self.changed = asyncio.Condition()
 
     async def take(self, epoch, step, attempt, micro_batch, payload):
         async with self.changed:
-            self.sent.append(step)
+            self.sent[epoch].append(step)
             self.changed.notify_all()
-            await asyncio.wait_for(self.changed.wait_for(lambda: step < self.allowed), TIMEOUT_S)
+            await asyncio.wait_for(self.changed.wait_for(lambda: step < self.allowed[epoch]), LOAD_S)
 
-    async def allow(self, steps):
+    async def allow(self, epoch, steps):
         async with self.changed:
-            self.allowed = steps
+            self.allowed[epoch] = steps
             self.changed.notify_all()
 
-    async def wait_for(self, count):
+    async def wait_for(self, epoch, count):
+        """All that were sent, once there are so many; Ray may hand them over in any order."""
         async with self.changed:
-            await asyncio.wait_for(self.changed.wait_for(lambda: len(self.sent) >= count), TIMEOUT_S)
-            return self.sent
+            await asyncio.wait_for(self.changed.wait_for(lambda: len(self.sent[epoch]) >= count), TIMEOUT_S)
+            return sorted(self.sent[epoch])
 
 
 def wait_until_computed(stage, count: int) -> None:
     begin = time.monotonic()
     while ray.get(stage.status.remote(), timeout=TIMEOUT_S).micro_batches < count:
         assert time.monotonic() - begin < TIMEOUT_S, f"{count} micro-batches are not computed"
+        time.sleep(0.05)
+
+
+def send_all(stage, epoch: int) -> None:
+    for step in range(NUM_STEPS):
+        micro_batch = MicroBatch(0, step, False, np.array([step]), np.array([4], np.int32), np.ones((1, 4), np.int32))
+        stage.take.remote(epoch, step, f"attempt {epoch}", micro_batch, None)
 
 
 def main() -> None:
@@ -60,20 +72,26 @@ def main() -> None:
     ray.init(logging_level="ERROR")
     spec = StageSpec(str(model), LayerSpan(0, 2), (), ("residual",), "float32", "float32", "auto", "cpu", 1)
     writer = WriterSpec(str(folder / "run"), {}, 1 << 20, 1, TIMEOUT_S, 128)
-    stage = actor_class(NUM_STEPS + 2).options(num_cpus=1).remote([spec], writer, transport="auto", epoch=0)
+    stage = actor_class(2 * NUM_STEPS).options(num_cpus=1).remote([spec], writer, transport="auto", epoch=0)
     slow = SlowStage.remote()
-    ray.get(stage.load.remote(), timeout=TIMEOUT_S)
+    ray.get(stage.load.remote(), timeout=LOAD_S)
     ray.get(stage.link.remote(slow), timeout=TIMEOUT_S)
-    for step in range(NUM_STEPS):
-        ids = np.array([step])
-        stage.take.remote(0, step, "try", MicroBatch(0, step, False, ids, np.array([4], np.int32), np.ones((1, 4), np.int32)), None)
-    found = {"with none taken": ray.get(slow.wait_for.remote(2), timeout=TIMEOUT_S)}
+
+    def sent(epoch: int, count: int) -> list[int]:
+        return ray.get(slow.wait_for.remote(epoch, count), timeout=TIMEOUT_S)
+
+    found = {}
+    send_all(stage, epoch=0)
+    found["none taken"] = sent(0, 2)
     wait_until_computed(stage, 4)
-    found["with two more computed"] = ray.get(slow.wait_for.remote(2), timeout=TIMEOUT_S)
-    ray.get(slow.allow.remote(1), timeout=TIMEOUT_S)
-    found["with one taken"] = ray.get(slow.wait_for.remote(3), timeout=TIMEOUT_S)
-    ray.get(slow.allow.remote(NUM_STEPS), timeout=TIMEOUT_S)
-    found["with all taken"] = ray.get(slow.wait_for.remote(NUM_STEPS), timeout=TIMEOUT_S)
+    found["two more computed"] = sent(0, 2)
+    ray.get(slow.allow.remote(0, 1), timeout=TIMEOUT_S)
+    found["one taken"] = sent(0, 3)
+    ray.get(stage.reset.remote(1, [(0, "attempt 0")]), timeout=TIMEOUT_S)
+    send_all(stage, epoch=1)
+    found["begun anew, none taken"] = sent(1, 2)
+    ray.get(slow.allow.remote(1, NUM_STEPS), timeout=TIMEOUT_S)
+    found["begun anew, all taken"] = sent(1, NUM_STEPS)
     print(json.dumps(found))  # noqa: T201 - what the test reads
 
 

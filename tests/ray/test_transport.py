@@ -14,8 +14,9 @@ def test_hidden_states_are_sent_while_the_ones_before_are_taken_over(cluster: Ra
     done = cluster.run(sys.executable, SCRIPT, str(tmp_path), PYTHONPATH=".")
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == {
-        "with none taken": [0, 1],
-        "with two more computed": [0, 1],
-        "with one taken": [0, 1, 2],
-        "with all taken": [0, 1, 2, 3, 4, 5],
+        "none taken": [0, 1],
+        "two more computed": [0, 1],
+        "one taken": [0, 1, 2],
+        "begun anew, none taken": [0, 1],
+        "begun anew, all taken": [0, 1, 2, 3, 4, 5],
     }
