@@ -248,8 +248,8 @@ def predicted(model: Path, prompts: Prompts, found: Extracted, options: argparse
         *(text for name, value in words.items() for text in (f"--{name}", str(value))),
     ]
     done = subprocess.run(command, env=environment(), cwd=ROOT, check=True, timeout=120, capture_output=True, text=True)
-    rates = json.loads(done.stdout)["rates"]
-    return float(rates["limits"][rates["limiting"]] * (rates["filled_share"] or 1.0))
+    planned = json.loads(done.stdout)
+    return float(planned["output"]["tokens"] / planned["rates"]["duration_s"])
 
 
 def against_guide_rows(store: str, found: Extracted, guide: Mapping[int, float]) -> list[Row]:

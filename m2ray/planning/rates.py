@@ -33,7 +33,7 @@ class RatePlan:
         is_measured: whether it comes of a profile that `m2ray bench` took.
         store_bytes_per_s: what the store must take at that rate; None where the rate is not known.
         limits: tokens a second that each resource allows, as far as it is known.
-        limiting: the one that allows least.
+        limiting: the one that allows least, of the stages' own with the time to fill and drain the chains.
         filled_share: of the time in which a chain works, the share in which each stage does: S stages need M + S - 1 steps for M
             micro-batches; None without prompts.
         duration_s: of the given prompts at that least rate, with the time to fill and drain the chains unless the rate was stated; None
@@ -89,9 +89,11 @@ def plan_rates(
         "store": _stored_tokens_per_s(demand, token_bytes),
     }
     limits = {name: rate for name, rate in found.items() if rate is not None}
-    limiting = None if computed is None else _least(limits)
     filled_share = _filled_share(placed, prompts) if prompts else None
+    # A stage that waits for its first micro-batch does nothing; the store meanwhile takes what the stages before it give.
     busy_share = 1.0 if options.tokens_per_s or filled_share is None else filled_share
+    reached = {name: rate if name == "store" else rate * busy_share for name, rate in limits.items()}
+    limiting = None if computed is None else _least(reached)
     return RatePlan(
         tokens_per_s=computed,
         is_stated=options.tokens_per_s is not None,
@@ -100,7 +102,7 @@ def plan_rates(
         limits=limits,
         limiting=limiting,
         filled_share=filled_share,
-        duration_s=None if prompts is None or limiting is None else prompts.tokens / limits[limiting] / busy_share,
+        duration_s=None if prompts is None or limiting is None else prompts.tokens / reached[limiting],
     )
 
 

@@ -70,7 +70,13 @@ def test_few_micro_batches_pay_for_filling_the_chain() -> None:
     planned = profiled(prompts=prompts)
     assert len(planned.stages) == 8
     assert planned.rates.filled_share == pytest.approx(14 / 21)
-    assert planned.rates.duration_s == pytest.approx(prompts.tokens / planned.rates.limits["store"] * 21 / 14)
+    assert planned.rates.duration_s == pytest.approx(prompts.tokens / planned.rates.limits["store"]), "the store is not to be filled"
+    fast = profiled(prompts=prompts, store_bytes_per_s=100e9)
+    assert fast.limiting_resource == "computation"
+    assert fast.rates.duration_s == pytest.approx(prompts.tokens / fast.rates.limits["computation"] * 21 / 14)
+    between = profiled(prompts=prompts, store_bytes_per_s=0.9 * fast.rates.limits["computation"] * 62 * (6144 + 4.2))
+    assert between.limiting_resource == "computation", "the store takes more than chains give that are filled for two thirds of the time"
+    assert between.rates.duration_s == pytest.approx(fast.rates.duration_s)
     assert profiled(prompts=prompts, replicas=2).rates.filled_share == pytest.approx(7 / 10)
     stated = profiled(prompts=prompts, tokens_per_s=1000.0)
     assert not stated.rates.is_measured
