@@ -60,8 +60,7 @@ class StageActor:
         dtype: torch.dtype = getattr(torch, specs[0].compute_dtype)
         self._stages: list[Stage] = []
         self._writer: ActivationWriter | None = None
-        names = ("compute", "send", "arrive", "capture")
-        self._threads = [ThreadPoolExecutor(1, name) for name in names]
+        self._threads = [ThreadPoolExecutor(1, name) for name in ("compute", "send", "arrive", "capture")]
         self._compute, self._send, self._arrive, self._capture = self._threads
         self._limit_s = 2 * writer.timeout_s  # twice the watchdog's limit: the driver is the one that decides
         self._turns = Turns(epoch)

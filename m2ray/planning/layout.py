@@ -198,7 +198,7 @@ def _rate_lines(plan: Plan) -> Iterator[str]:
     for name, tokens_per_s in rates.limits.items():
         if name != "computation":
             yield f"         {_words(name)} allows {tokens_per_s:,.0f} tokens/s"
-    if rates.filled_share is not None and not rates.is_stated:
+    if rates.filled_share is not None and not rates.is_stated and rates.limiting != "store":
         yield f"         filling and draining the chains takes {1 - rates.filled_share:.1%} of the time"
     if rates.duration_s is not None:
         yield f"         about {_duration(rates.duration_s)}"

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,23 @@ def test_what_does_not_fit_is_refused_in_time_and_says_what_is_missing_where(pla
     assert seconds < 15
 
 
+def both_replicas(cluster: RayCluster, driver: subprocess.Popen[str]) -> set[int]:
+    """The stage processes of two replicas. The first one stands still until the other is there: it could be done with all shards before."""
+    deadline, held = time.monotonic() + 120, set[int]()
+    try:
+        while len(processes := stage_processes(cluster)) < 2:
+            assert driver.poll() is None, driver.communicate()[0]
+            assert time.monotonic() < deadline, f"{len(processes)} of 2 replicas have a process"
+            for process in processes - held:
+                os.kill(process, signal.SIGSTOP)
+                held.add(process)
+            time.sleep(0.02)  # polls; the first one loads for longer than that
+    finally:
+        for process in held:
+            os.kill(process, signal.SIGCONT)
+    return processes
+
+
 def test_replicas_share_one_queue_and_one_that_loses_a_stage_gives_its_shards_back(
     cluster: RayCluster,
     minimax: Path,  # noqa: F811
@@ -81,9 +99,9 @@ def test_replicas_share_one_queue_and_one_that_loses_a_stage_gives_its_shards_ba
 ) -> None:
     run = tmp_path / "run"
     driver = cluster.start("m2ray", "extract", *words(minimax, prompts, run, "--stages", "1", "--replicas", "2", *OPTIONS))
+    processes = both_replicas(cluster, driver)
     wait_for_commits(run, 1, driver)
-    processes = stage_processes(cluster)
-    assert len(processes) in (1, 2), "a replica works as soon as it has its layers, and the other's process may be yet to come"
+    assert stage_processes(cluster) == processes
     os.kill(min(processes), signal.SIGKILL)
     printed, _ = driver.communicate(timeout=150)
     assert driver.returncode == 0, printed

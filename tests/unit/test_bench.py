@@ -16,7 +16,7 @@ from m2ray.planning.profile import LayerTime, Profile
 from m2ray.planning.rates import active_elements
 from m2ray.storage import LocalStore, PartSink
 from tests.reference import make_minimax
-from tests.unit.test_plan import PROMPTS, SHAPE, m2_rows, plan
+from tests.unit.test_plan import PROMPTS, SHAPE, drawn, m2_rows, plan
 
 ACTIVE = active_elements(m2_rows(0), SHAPE)
 PROFILE = Profile(
@@ -77,6 +77,8 @@ def test_few_micro_batches_pay_for_filling_the_chain() -> None:
     between = profiled(prompts=prompts, store_bytes_per_s=0.9 * fast.rates.limits["computation"] * 62 * (6144 + 4.2))
     assert between.limiting_resource == "computation", "the store takes more than chains give that are filled for two thirds of the time"
     assert between.rates.duration_s == pytest.approx(fast.rates.duration_s)
+    assert "filling and draining the chains takes 33.3% of the time" in drawn(fast)
+    assert "filling" not in drawn(planned), "it takes no time that the store does not take"
     assert profiled(prompts=prompts, replicas=2).rates.filled_share == pytest.approx(7 / 10)
     stated = profiled(prompts=prompts, tokens_per_s=1000.0)
     assert not stated.rates.is_measured
