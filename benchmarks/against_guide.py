@@ -27,7 +27,8 @@ from benchmarks.records import Row, record
 from benchmarks.runs import ROOT
 from m2ray.batches import LayerSpan, MicroBatch
 from m2ray.model.stage import Stage, StageSpec, load_stage
-from m2ray.prompts import PromptOptions, PromptSource, PromptTokenizer, micro_batches, survey
+from m2ray.options import PromptOptions
+from m2ray.prompts import PromptSource, PromptTokenizer, micro_batches, survey
 from m2ray.storage import open_store
 
 TINY = {"hidden_size": 128, "intermediate_size": 128, "num_experts": 16, "num_heads": 4, "num_kv_heads": 2, "head_dim": 64}

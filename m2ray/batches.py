@@ -111,6 +111,30 @@ class MicroBatch:
 
 
 @dataclass(frozen=True)
+class PromptStats:
+    """What prompts come to, cut into shards and micro-batches.
+
+    Attributes:
+        sequences, tokens: those that are extracted; quarantined rows are not counted.
+        padded_tokens: tokens that are computed, padding included.
+        longest_tokens: of one sequence.
+        shards, micro_batches: in all.
+    """
+
+    sequences: int
+    tokens: int
+    padded_tokens: int
+    longest_tokens: int
+    shards: int
+    micro_batches: int
+
+    @property
+    def padding_waste(self) -> float:
+        """The share of computed tokens that are padding, from 0 to 1."""
+        return 1 - self.tokens / self.padded_tokens if self.padded_tokens else 0.0
+
+
+@dataclass(frozen=True)
 class TensorRow:
     """One tensor of the model as m2ray computes with it, or one of the checkpoint that m2ray leaves unread.
 

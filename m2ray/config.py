@@ -2,13 +2,14 @@
 
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from m2ray.errors import ConfigError, raise_all
+from m2ray.sizes import parse_bytes, parse_max_memory
 
 Auto = Literal["auto"]
 Attention = Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"]
@@ -18,33 +19,40 @@ Positive = Annotated[int, Field(gt=0)]
 NonEmpty = Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)]
 
 
-class ExtractConfig(BaseModel):
-    """One extraction. Frozen; unknown keys are refused.
+_DECIDES_ROWS: dict[str, Any] = {"decides_rows": True}
 
-    The fields down to `threads_per_stage` change rows and are fingerprinted in job.json; the others may change between
-    a run and its resume.
+
+def _rows(default: Any = ..., *, description: str) -> Any:
+    """An option that decides the rows."""
+    return Field(default, description=description, json_schema_extra=_DECIDES_ROWS)
+
+
+class ExtractConfig(BaseModel):
+    """One extraction as a user asks for it. Frozen; unknown keys are refused.
+
+    Options made by `_rows` decide the rows and are kept in job.json; the others may change between a run and its resume.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True)
 
-    model: NonEmpty = Field(description="Checkpoint folder: config.json, tokenizer, safetensors and their index.")
-    prompts: NonEmpty = Field(description="Prompt file, folder or glob: .jsonl, .parquet, .csv, .txt, or a saved HF dataset.")
-    text_column: NonEmpty = Field("text", description="Column that holds a prompt's text.")
-    messages_column: NonEmpty = Field("messages", description="Column that holds a prompt's chat messages, for the chat template.")
-    id_column: NonEmpty | None = Field(None, description="Column that names a row; default: its position.")
-    max_length: Positive | None = Field(None, description="Longest sequence in tokens; default: the model's own limit.")
-    truncation: Literal["refuse", "cut"] = Field("refuse", description="Longer prompts: quarantine them, or cut their end.")
-    layers: NonEmpty = Field("all", description='Layers to extract: "all", "0", "0-5", "0,7,20-61".')
-    sites: Literal["residual"] = Field("residual", description="What to capture at each layer.")
-    compute_dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="Dtype of weights and arithmetic.")
-    store_dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="Dtype of the stored rows.")
-    batch_tokens: Positive | Auto = Field(
+    model: NonEmpty = _rows(description="Checkpoint folder: config.json, tokenizer, safetensors and their index.")
+    prompts: NonEmpty = _rows(description="Prompt file, folder or glob: .jsonl, .parquet, .csv, .txt, or a saved HF dataset.")
+    text_column: NonEmpty = _rows("text", description="Column that holds a prompt's text.")
+    messages_column: NonEmpty = _rows("messages", description="Column that holds a prompt's chat messages, for the chat template.")
+    id_column: NonEmpty | None = _rows(None, description="Column that names a row; default: its position.")
+    max_length: Positive | None = _rows(None, description="Longest sequence in tokens; default: the model's own limit.")
+    truncation: Literal["refuse", "cut"] = _rows("refuse", description="Longer prompts: quarantine them, or cut their end.")
+    layers: NonEmpty = _rows("all", description='Layers to extract: "all", "0", "0-5", "0,7,20-61".')
+    sites: Literal["residual"] = _rows("residual", description="What to capture at each layer.")
+    compute_dtype: Literal["bfloat16", "float16", "float32"] = _rows("bfloat16", description="Dtype of weights and arithmetic.")
+    store_dtype: Literal["bfloat16", "float16", "float32"] = _rows("bfloat16", description="Dtype of the stored rows.")
+    batch_tokens: Positive | Auto = _rows(
         "auto", description="Padded tokens in a micro-batch, at most; auto: what memory and prompts suit best, up to 16384."
     )
-    shard_tokens: Positive | Auto = Field("auto", description="Tokens in a shard, the unit of commit and resume; auto: 32768.")
-    attn_implementation: Attention = Field("auto", description=f"{', '.join(get_args(Attention))}; auto: sdpa where the family has it.")
-    compile: bool | Auto = Field("auto", description="Compile the layers: 1.7 times as fast on a GPU; auto: where there are GPUs.")
-    threads_per_stage: Positive | Auto = Field("auto", description="torch threads a stage on the CPU; auto: 1.")
+    shard_tokens: Positive | Auto = _rows("auto", description="Tokens in a shard, the unit of commit and resume; auto: 32768.")
+    attn_implementation: Attention = _rows("auto", description=f"{', '.join(get_args(Attention))}; auto: sdpa where the family has it.")
+    compile: bool | Auto = _rows("auto", description="Compile the layers: 1.7 times as fast on a GPU; auto: where there are GPUs.")
+    threads_per_stage: Positive | Auto = _rows("auto", description="torch threads a stage on the CPU; auto: 1.")
 
     output: NonEmpty = Field(description="Run folder, new or to be resumed.")
     compression: Literal["none", "planes"] = Field(
@@ -70,9 +78,8 @@ class ExtractConfig(BaseModel):
 
     @classmethod
     def row_options(cls) -> tuple[str, ...]:
-        """The options that change rows, in declaration order: `job.json` holds them resolved."""
-        names = list(cls.model_fields)
-        return tuple(names[: names.index("output")])
+        """The options that decide the rows, in declaration order: `job.json` holds them resolved."""
+        return tuple(name for name, field in cls.model_fields.items() if field.json_schema_extra == _DECIDES_ROWS)
 
     @classmethod
     def from_sources(cls, toml_path: Path | None, flags: Mapping[str, Any]) -> Self:
@@ -92,9 +99,7 @@ class ExtractConfig(BaseModel):
         except ValidationError as error:
             raise_all(_as_problems(cls, error))
             raise
-        if config.compression == "planes" and config.store_dtype == "float32":
-            what = 'compression = "planes" splits 16-bit rows, and store_dtype = "float32".'
-            raise ConfigError(what, 'Store bfloat16 or float16, or set compression = "none".')
+        raise_all(list(_contradictions(config)))
         return config
 
 
@@ -133,17 +138,6 @@ def parse_labels(text: str | None) -> dict[str, str]:
     return labels
 
 
-_UNITS_BYTES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-
-
-def parse_bytes(text: str, option: str) -> int:
-    """Bytes from "40GB" (decimal), "40GiB" (binary) or a plain number. Raises ConfigError naming `option`."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    if not match or match[2].upper() not in _UNITS_BYTES or float(match[1]) <= 0:
-        raise ConfigError(f"{option} = {text!r} is not a size.", 'Write for example "40GB" (10^9 bytes) or "40GiB" (2^30 bytes).')
-    return int(float(match[1]) * _UNITS_BYTES[match[2].upper()])
-
-
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
@@ -151,6 +145,22 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"Cannot read the configuration {path}: {error.strerror}.") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid TOML: {error}.") from error
+
+
+def _contradictions(config: ExtractConfig) -> Iterator[ConfigError]:
+    """Values that have a form of their own and lack it, and such as do not go together."""
+    for parse in (
+        lambda: parse_bytes(config.in_flight, "in_flight"),
+        lambda: parse_max_memory(config.max_memory),
+        lambda: parse_labels(config.node_labels),
+    ):
+        try:
+            parse()
+        except ConfigError as problem:
+            yield problem
+    if config.compression == "planes" and config.store_dtype == "float32":
+        what = 'compression = "planes" splits 16-bit rows, and store_dtype = "float32".'
+        yield ConfigError(what, 'Store bfloat16 or float16, or set compression = "none".')
 
 
 def _as_problems(config: type[BaseModel], error: ValidationError) -> list[ConfigError]:

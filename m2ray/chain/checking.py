@@ -1,41 +1,43 @@
-"""What is known before Ray is started: the model, the prompts, the tokenizer, the output, and the options that change rows."""
+"""What is known before Ray is started: the model, the prompts, the tokenizer, the output and its record, and the options."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from m2ray.activations.job import JobRecord, read_job
 from m2ray.batches import TensorTable
-from m2ray.config import ExtractConfig, parse_labels, parse_layers
-from m2ray.errors import ConfigError, M2rayError, raise_all
+from m2ray.chain.stopping import GOES_ON, Stop
+from m2ray.config import ExtractConfig
+from m2ray.errors import M2rayError, raise_all
 from m2ray.model.attention import resolve_attn_implementation
 from m2ray.model.checkpoint import Checkpoint, open_checkpoint, tensor_table
 from m2ray.model.stage import DTYPES
-from m2ray.planning.batch_size import AUTO_BATCH_TOKENS
-from m2ray.planning.demand import Demand, PlanOptions
+from m2ray.options import RunOptions
+from m2ray.planning.demand import Assumptions, Demand
+from m2ray.planning.hardware import Cluster
 from m2ray.planning.memory import ModelShape
 from m2ray.planning.probe import disk_free_bytes
-from m2ray.prompts import PromptOptions, PromptSource, PromptTokenizer
+from m2ray.planning.resolve import StatsAt, prompt_options, resolve
+from m2ray.prompts import PromptSource, PromptTokenizer
 from m2ray.storage import Store, open_store
-
-_AUTO_SHARD_TOKENS = 32_768
 
 
 @dataclass(frozen=True)
 class Inputs:
     """Everything that is known before Ray is started.
 
-    `options` are those that change rows, "auto" resolved but for `compile` and `batch_tokens` of a new run: the hardware decides.
+    `options` are those of a machine without GPUs until `on` a cluster says otherwise; `recorded` is the record of a run that has begun.
     """
 
     config: ExtractConfig
     checkpoint: Checkpoint
     table: TensorTable
-    layers: tuple[int, ...]
+    shape: ModelShape
     source: PromptSource
     tokenizer: PromptTokenizer
     store: Store
-    options: dict[str, Any]
+    recorded: JobRecord | None
+    options: RunOptions
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -46,18 +48,31 @@ class Inputs:
             "template": self.tokenizer.template_digest,
         }
 
-    def demand(self, longest_tokens: int | None) -> Demand:
-        """What this run asks of a cluster, at the automatic size of micro-batches where none is set yet."""
-        batch_tokens = AUTO_BATCH_TOKENS if self.options["batch_tokens"] == "auto" else self.options["batch_tokens"]
-        options = PlanOptions.of(self.config, self.layers, self.table.hidden_size, batch_tokens, longest_tokens)
-        options = replace(options, disk_free_bytes=disk_free_bytes(self.config.output), compiled=self.options["compile"] is True)
-        return Demand(self.table, ModelShape.of(self.checkpoint.config, self.options["attn_implementation"]), options)
+    def demand(self, longest_tokens: int) -> Demand:
+        """What this run asks of a cluster."""
+        return Demand(self.table, self.shape, self.options, self._assumed(longest_tokens))
+
+    def on(self, cluster: Cluster, longest_tokens: int, stats_at: StatsAt | None = None) -> "Inputs":
+        """The same with the options as they are on this cluster, for these prompts. Raises as `resolve`."""
+        recorded = self.recorded.options if self.recorded else None
+        assumed = self._assumed(longest_tokens)
+        return replace(self, options=resolve(self.config, self.table, self.shape, cluster, assumed, recorded, stats_at))
+
+    def _assumed(self, longest_tokens: int) -> Assumptions:
+        return Assumptions(longest_tokens=longest_tokens, disk_free_bytes=disk_free_bytes(self.config.output))
 
 
-def check(config: ExtractConfig) -> Inputs:
-    """Look at checkpoint, layers, prompts, tokenizer and output. Raises all their problems at once."""
-    PlanOptions.of(config, (), 1, 1, None)
-    parse_labels(config.node_labels)
+def check(config: ExtractConfig, stop: Stop) -> Inputs:
+    """Look at checkpoint, layers, prompts, tokenizer and output.
+
+    Raises:
+        M2rayError: all their problems at once; or the run was asked to stop.
+    """
+    with stop.at_once(GOES_ON):
+        return _check(config)
+
+
+def _check(config: ExtractConfig) -> Inputs:
     store = open_store(config.output)
     problems: list[M2rayError] = []
 
@@ -74,40 +89,18 @@ def check(config: ExtractConfig) -> Inputs:
     look(store.probe)
     recorded = next(iter(look(lambda: read_job(store))), None)
     opened = look(lambda: open_checkpoint(config.model))
+    # What is wrong with the prompts is said beside what is wrong with the model, whose limit is not known then.
     limit = opened[0].config.max_position_embeddings if opened else 1
-    prompts = PromptOptions(
-        config.prompts, config.max_length or limit, config.text_column, config.messages_column, config.id_column, config.truncation
-    )
+    prompts = prompt_options(config, limit)
     source = look(lambda: PromptSource.open(prompts))
     if not opened:
         raise_all(problems)
     checkpoint: Checkpoint = opened[0]
     look(checkpoint.check)
-    layers = look(lambda: parse_layers(config.layers, checkpoint.config.num_hidden_layers))
     tokenizer = look(lambda: PromptTokenizer.load(config.model, prompts, checkpoint.config.vocab_size))
     attention = look(lambda: resolve_attn_implementation(checkpoint.config, config.attn_implementation, DTYPES[config.compute_dtype]))
-    raise_all(problems)
     table = tensor_table(checkpoint)
-    num_layers = layers[0][-1] + 1
-    if isinstance(config.stages, int) and config.stages > num_layers:
-        raise ConfigError(f"stages = {config.stages}, but only {num_layers} layers are run.", f"Ask for at most {num_layers}.")
-    options = _resolved(config, layers[0], prompts.max_length, attention[0], recorded)
-    return Inputs(config, checkpoint, table, layers[0], source[0], tokenizer[0], store, options)
-
-
-def _resolved(config: ExtractConfig, layers: Sequence[int], max_length: int, attention: str, recorded: JobRecord | None) -> dict[str, Any]:
-    """The options that change rows, without "auto": a run that began keeps its values, a new one takes today's.
-
-    The model and the prompts are left out: their digests say more than their paths.
-    """
-    options = config.model_dump(include=set(config.row_options()) - {"model", "prompts"})
-    options |= {"layers": list(layers), "max_length": max_length}
-    automatic = {
-        "shard_tokens": _AUTO_SHARD_TOKENS,
-        "attn_implementation": attention,
-        "threads_per_stage": 1,
-    }
-    for name, value in options.items():
-        if value == "auto":
-            options[name] = recorded.options[name] if recorded and name in recorded.options else automatic.get(name, value)
-    return options
+    shape = ModelShape.of(checkpoint.config, attention[0] if attention else "eager")
+    options = look(lambda: resolve(config, table, shape, Cluster(()), Assumptions(), recorded and recorded.options))
+    raise_all(problems)
+    return Inputs(config, checkpoint, table, shape, source[0], tokenizer[0], store, recorded, options[0])

@@ -3,14 +3,15 @@
 import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from functools import partial
 from uuid import uuid4
 
 from m2ray import __version__
 from m2ray.activations.commits import Run, RunSummary, claim_run, read_summary
-from m2ray.activations.job import Counts, JobRecord, ModelFacts, read_job, require_same
-from m2ray.batches import LayerSpan, MicroBatch, PartSpec, Shard
+from m2ray.activations.job import Counts, JobRecord, ModelFacts, require_same
+from m2ray.batches import LayerSpan, MicroBatch, Shard
 from m2ray.chain.checking import Inputs, check
 from m2ray.chain.driver import Chain, ChainLimits
 from m2ray.chain.joining import cluster
@@ -23,21 +24,15 @@ from m2ray.chain.replicas import Replicas
 from m2ray.chain.report import REPORT, RunMeasured, build_report, start_lines, summary_lines
 from m2ray.chain.stages import Patience, Stages
 from m2ray.chain.stopping import GOES_ON, NOTHING_WRITTEN, Stop, stop_on_sigterm
-from m2ray.config import ExtractConfig, parse_labels
+from m2ray.config import ExtractConfig
 from m2ray.errors import M2rayError
 from m2ray.model.offload import Offload
 from m2ray.model.stage import StageSpec
-from m2ray.planning.batch_size import AUTO_BATCH_TOKENS, best_batch_tokens
-from m2ray.planning.demand import Demand
+from m2ray.options import RunOptions
 from m2ray.planning.memory import window
-from m2ray.planning.output import PromptStats
-from m2ray.planning.plan import Plan, most_batch_tokens, most_replicas, plan_run
-from m2ray.planning.probe import offload_folder, probed_folder
+from m2ray.planning.plan import Plan, plan_run
 from m2ray.planning.spill import Spill
-from m2ray.prompts import ShardTable, Survey, TokenSpool, batching, load_shards, micro_batches, respool, survey
-
-_JUDGED_SHARDS = 64
-"""Of a large run, for the size of its micro-batches: cutting all of them takes seconds a size."""
+from m2ray.prompts import Survey, TokenSpool, batching, estimated_batching, load_shards, micro_batches, respool, survey
 
 
 def extract(config: ExtractConfig, progress: Progress) -> RunSummary:
@@ -48,104 +43,57 @@ def extract(config: ExtractConfig, progress: Progress) -> RunSummary:
             cluster that does not hold the plan; later for what fails there; at any time for SIGTERM.
     """
     with stop_on_sigterm() as stop, ExitStack() as stack:
-        with stop.at_once(GOES_ON):
-            inputs = check(config)
-            recorded = read_job(inputs.store)
-        if recorded:
-            with stop.at_once(GOES_ON):
-                work, hardware = _resume(inputs, recorded, progress), None
-        else:
-            inputs, work, hardware = _begin(inputs, stack, stop, progress)
-        stack.enter_context(work.tokens)
-        missing = work.run.missing(work.shards)
-        if missing and hardware is None:
-            with stop.at_once(GOES_ON):
-                hardware = stack.enter_context(_hardware(config))
-        if hardware is not None and missing:
-            _extract_missing(inputs, work, missing, hardware, stop, progress)
-        summary = read_summary(inputs.store) if work.run.is_finished else None
-        summary = summary or work.run.finish()
-    progress.say(
-        f"Complete: {summary.committed:,} sequences with {summary.tokens:,} tokens in {summary.parts:,} files, {summary.num_bytes:,} bytes; "
-        f"{summary.quarantined:,} quarantined. {inputs.store.url}"
-    )
-    return summary
+        inputs = check(config, stop)
+        work = _resume(inputs, stack, stop, progress) if inputs.recorded else _begin(inputs, stack, stop, progress)
+        if work.hardware is not None:
+            _extract_missing(work, work.hardware, stop, progress)
+        return _finish(work, progress)
 
 
 @dataclass(frozen=True)
 class _Work:
-    """A claimed run, all its shards, and the token ids of those not committed."""
+    """A claimed run, all its shards, those to be extracted with their token ids, and where; no hardware where nothing is missing."""
 
+    inputs: Inputs
     run: Run
     shards: Sequence[Shard]
+    missing: Sequence[Shard]
     tokens: TokenSpool
-
-
-# -- what the hardware decides --------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _hardware(config: ExtractConfig) -> Iterator[Hardware]:
-    """Join or start the cluster and look at its nodes."""
-    with cluster(config.placement_timeout_s):
-        yield probe_hardware(parse_labels(config.node_labels), probed_folder(config))
-
-
-def _resolve(inputs: Inputs, shards: ShardTable, hardware: Hardware) -> Inputs:
-    """Set the options of a new run that are "auto" until the GPUs are known, and refuse a cluster that does not hold the model."""
-    options = dict(inputs.options)
-    if options["compile"] == "auto":
-        options["compile"] = hardware.cluster.num_gpus > 0
-    demand = _demand(replace(inputs, options=options), hardware, shards.longest_tokens)
-    if options["batch_tokens"] == "auto":
-        options["batch_tokens"] = _auto_batch_tokens(demand, shards, hardware)
-    plan_run(demand.with_batch_tokens(options["batch_tokens"]), hardware.cluster).require_fit()
-    return replace(inputs, options=options)
-
-
-def _auto_batch_tokens(demand: Demand, shards: ShardTable, hardware: Hardware) -> int:
-    """What memory has room for and takes least time, judged by some of the shards; the most there is where nothing fits."""
-    most_tokens = most_batch_tokens(demand, hardware.cluster, AUTO_BATCH_TOKENS)
-    if most_tokens is None:
-        return AUTO_BATCH_TOKENS
-    plan = plan_run(demand.with_batch_tokens(most_tokens), hardware.cluster)
-    replicas = demand.options.chains.replicas
-    step = max(1, len(shards) // _JUDGED_SHARDS)
-
-    def stats_at(batch_tokens: int) -> PromptStats:
-        found = batching(shards[::step], batch_tokens)
-        share = step / replicas
-        return PromptStats(0, 0, int(found.padded_tokens * share), found.longest_tokens, 0, int(found.micro_batches * share))
-
-    return best_batch_tokens(most_tokens, stats_at, len(plan.stages) // replicas)
-
-
-def _demand(inputs: Inputs, hardware: Hardware, longest_tokens: int | None) -> Demand:
-    demand = inputs.demand(longest_tokens)
-    return demand.with_replicas(most_replicas(demand, hardware.cluster)) if inputs.config.replicas == "auto" else demand
+    hardware: Hardware | None
 
 
 # -- beginning and going on -----------------------------------------------------------------------------------------------
 
 
-def _begin(inputs: Inputs, stack: ExitStack, stop: Stop, progress: Progress) -> tuple[Inputs, _Work, Hardware]:
+def _begin(inputs: Inputs, stack: ExitStack, stop: Stop, progress: Progress) -> _Work:
     """Survey the prompts, look at the hardware, and claim the run for what fits there."""
-    shard_tokens, found = inputs.options["shard_tokens"], None
+    found = None
     try:
         with stop.at_once(NOTHING_WRITTEN):
-            found = survey(inputs.source, inputs.tokenizer, inputs.store, uuid4().hex[:12], shard_tokens, on_progress=progress.surveying)
-            hardware = stack.enter_context(_hardware(inputs.config))
-            inputs = _resolve(inputs, found.shards, hardware)
-        return inputs, _claim(inputs, found, progress), hardware
+            found = survey(
+                inputs.source,
+                inputs.tokenizer,
+                inputs.store,
+                uuid4().hex[:12],
+                inputs.options.shard_tokens,
+                on_progress=progress.surveying,
+            )
+            stack.enter_context(found.tokens)
+            hardware = _hardware(inputs.options, stack)
+            longest_tokens = found.shards.longest_tokens
+            inputs = inputs.on(hardware.cluster, longest_tokens, partial(estimated_batching, found.shards))
+            plan_run(inputs.demand(longest_tokens), hardware.cluster).require_fit()
+        run = _claim(inputs, found, progress)
     except M2rayError:
         if found is not None:
             inputs.store.delete([file.key for file in found.sequence_files])
         raise
+    return _Work(inputs, run, found.shards, run.missing(found.shards), found.tokens, hardware)
 
 
-def _claim(inputs: Inputs, found: Survey, progress: Progress) -> _Work:
+def _claim(inputs: Inputs, found: Survey, progress: Progress) -> Run:
     """Create the run's record, or go on with the one that another driver created by now."""
-    waste = batching(found.shards, inputs.options["batch_tokens"]).padding_waste
+    waste = batching(found.shards, inputs.options.batch_tokens).padding_waste
     progress.say(
         f"{found.num_sequences:,} prompts: {found.num_ready:,} ready with {found.num_tokens:,} tokens in {len(found.shards):,} shards, "
         f"{found.num_quarantined:,} quarantined; padding {waste:.1%}"
@@ -155,97 +103,125 @@ def _claim(inputs: Inputs, found: Survey, progress: Progress) -> _Work:
     config = inputs.checkpoint.config
     job = JobRecord.new(
         m2ray_version=__version__,
-        options=inputs.options,
+        options=inputs.options.row_options(),
         fingerprints={**inputs.fingerprints, "prompts": inputs.source.fingerprint()},
         model=ModelFacts(config.model_type, inputs.table.num_layers, inputs.table.hidden_size),
-        parts=tuple(
-            PartSpec(inputs.options["sites"], layer, inputs.options["store_dtype"], inputs.table.hidden_size) for layer in inputs.layers
-        ),
+        parts=inputs.options.parts,
         num_shards=len(found.shards),
         counts=Counts(found.num_sequences, found.num_ready, found.num_quarantined, found.num_tokens),
         sequence_files=found.sequence_files,
     )
-    return _Work(claim_run(inputs.store, job), found.shards, found.tokens)
+    return claim_run(inputs.store, job)
 
 
-def _resume(inputs: Inputs, recorded: JobRecord, progress: Progress) -> _Work:
+def _resume(inputs: Inputs, stack: ExitStack, stop: Stop, progress: Progress) -> _Work:
     """Go on with a run: its shards as they were fixed, and the missing ones' prompts tokenised again."""
-    require_same(inputs.store, recorded, inputs.options, {**inputs.fingerprints, "prompts": inputs.source.fingerprint()})
-    shards = load_shards(inputs.store, recorded.sequence_files)
-    run = claim_run(inputs.store, recorded)
-    missing = run.missing(shards)
-    progress.say(f"Going on with the run of {recorded.created_at}: {len(missing):,} of {len(shards):,} shards are missing.")
-    tokens = respool(inputs.source, inputs.tokenizer, missing, inputs.store, recorded.sequence_files, on_progress=progress.surveying)
-    return _Work(run, shards, tokens)
+    with stop.at_once(GOES_ON):
+        store, recorded = inputs.store, inputs.recorded
+        assert recorded is not None
+        require_same(store, recorded, inputs.options.row_options(), {**inputs.fingerprints, "prompts": inputs.source.fingerprint()})
+        shards = load_shards(store, recorded.sequence_files)
+        run = Run(store, recorded)
+        missing = run.missing(shards)
+        progress.say(f"Going on with the run of {recorded.created_at}: {len(missing):,} of {len(shards):,} shards are missing.")
+        tokens = respool(inputs.source, inputs.tokenizer, missing, store, recorded.sequence_files, on_progress=progress.surveying)
+        stack.enter_context(tokens)
+        if not missing:
+            return _Work(inputs, run, shards, missing, tokens, None)
+        hardware = _hardware(inputs.options, stack)
+        longest_tokens = max(int(shard.token_counts.max()) for shard in missing)
+        return _Work(inputs.on(hardware.cluster, longest_tokens), run, shards, missing, tokens, hardware)
+
+
+def _hardware(options: RunOptions, stack: ExitStack) -> Hardware:
+    """Join or start the cluster until the stack ends, and look at its nodes."""
+    stack.enter_context(cluster(options.placement_timeout_s))
+    return probe_hardware(options.node_labels, options.watched_folder)
+
+
+def _finish(work: _Work, progress: Progress) -> RunSummary:
+    """Close the account, unless that was done before."""
+    store = work.inputs.store
+    summary = read_summary(store) if work.run.is_finished else None
+    summary = summary or work.run.finish()
+    progress.say(
+        f"Complete: {summary.committed:,} sequences with {summary.tokens:,} tokens in {summary.parts:,} files, {summary.num_bytes:,} bytes; "
+        f"{summary.quarantined:,} quarantined. {store.url}"
+    )
+    return summary
 
 
 # -- extracting -----------------------------------------------------------------------------------------------------------
 
 
-def _extract_missing(inputs: Inputs, work: _Work, missing: Sequence[Shard], hardware: Hardware, stop: Stop, progress: Progress) -> None:
+def _extract_missing(work: _Work, hardware: Hardware, stop: Stop, progress: Progress) -> None:
     """Plan, reserve room, run the chains, commit each shard as it completes, and report."""
-    config = inputs.config
-    stats = PromptStats(sum(len(shard.sequence_ids) for shard in missing), *batching(missing, inputs.options["batch_tokens"]))
-    wanted = plan_run(_demand(inputs, hardware, stats.longest_tokens), hardware.cluster, stats)
+    options = work.inputs.options
+    stats = batching(work.missing, options.batch_tokens)
+    wanted = plan_run(work.inputs.demand(stats.longest_tokens), hardware.cluster, stats)
     wanted.require_fit()
     with ExitStack() as stack:
         with stop.at_once(GOES_ON):
-            plan, reservations = stack.enter_context(reserve(wanted, hardware, config.placement_timeout_s))
+            plan, reservations = stack.enter_context(reserve(wanted, hardware, options.placement_timeout_s))
         for line in start_lines(plan):
             progress.say(line)
         batches_of = _micro_batches_of(work)
         chains = [
-            (Chain(stages, _limits(inputs, plan), batches_of, inputs.options["batch_tokens"], progress.say), stages)
-            for stages in _stages(inputs, work, plan, hardware, reservations)
+            (Chain(stages, _limits(plan), batches_of, options.batch_tokens, progress.say), stages)
+            for stages in _stages(work, plan, hardware, reservations)
         ]
-        monitor = Monitor(plan, chains, work.shards, missing, progress)
-        with closing(Replicas(chains, missing, stop, progress.say).results(monitor.tick)) as results:
+        monitor = Monitor(plan, chains, work.shards, work.missing, progress)
+        with closing(Replicas(chains, work.missing, stop, progress.say).results(monitor.tick)) as results:
             for result in results:
                 work.run.commit(result.shard, result.attempt, result.receipts, result.micro_batches, result.elapsed_s)
                 monitor.committed(result.receipts)
             measured = RunMeasured(work.run.job.run_id, *monitor.measured())
         for line in summary_lines(plan, measured):
             progress.say(line)
-        inputs.store.put(REPORT, json.dumps(build_report(plan, measured), indent=2).encode())
+        work.inputs.store.put(REPORT, json.dumps(build_report(plan, measured), indent=2).encode())
 
 
-def _stages(inputs: Inputs, work: _Work, plan: Plan, hardware: Hardware, reservations: Sequence[Reservation]) -> Iterator[Stages]:
+def _stages(work: _Work, plan: Plan, hardware: Hardware, reservations: Sequence[Reservation]) -> Iterator[Stages]:
     """The stages of each replica, not yet started."""
-    config = inputs.config
+    options = plan.demand.options
     per_stage_cpus = sum(hardware.cpus.values()) / len(plan.stages)
     writer = WriterSpec(
-        output=inputs.store.url,
+        output=work.inputs.store.url,
         run_metadata=work.run.job.run_metadata(),
-        queue_bytes=plan.demand.options.writer_queue_bytes,
+        queue_bytes=options.writer_queue_bytes,
         threads=max(1, int(per_stage_cpus / 2)) if plan.gpus else 1,
-        timeout_s=config.stage_timeout_s,
-        batch_tokens=inputs.options["batch_tokens"],
-        compression=config.compression,
+        timeout_s=options.stage_timeout_s,
+        batch_tokens=options.batch_tokens,
+        compression=options.compression,
     )
-    patience = Patience(config.stage_timeout_s, config.placement_timeout_s)
+    patience = Patience(options.stage_timeout_s, options.placement_timeout_s)
     for replica, reservation in enumerate(reservations):
-        specs = [list(_specs(inputs, plan, replica, stage.stage, stage.span)) for stage in plan.stages if stage.replica == replica]
-        yield Stages(specs, writer, reservation, patience, window(len(specs)), config.transport)
+        specs = [
+            list(_specs(work.inputs.config.model, plan, replica, stage.stage, stage.span))
+            for stage in plan.stages
+            if stage.replica == replica
+        ]
+        yield Stages(specs, writer, reservation, patience, window(len(specs)), options.transport)
 
 
-def _specs(inputs: Inputs, plan: Plan, replica: int, stage: int, span: LayerSpan) -> Iterator[StageSpec]:
+def _specs(model_url: str, plan: Plan, replica: int, stage: int, span: LayerSpan) -> Iterator[StageSpec]:
     """What each device of a stage holds. `cuda:N` counts the GPUs that the stage's process sees, in the order of the plan."""
-    options = inputs.options
+    options = plan.demand.options
     gpus = [gpu for gpu in plan.gpus if (gpu.replica, gpu.stage) == (replica, stage)]
     spans = [(f"cuda:{number}", gpu.span, gpu.spill) for number, gpu in enumerate(gpus) if gpu.span is not None] or [("cpu", span, Spill())]
     for device, on_device, spilt in spans:
         yield StageSpec(
-            model_url=inputs.config.model,
+            model_url=model_url,
             span=on_device,
-            capture_layers=tuple(layer for layer in inputs.layers if layer in on_device),
-            sites=(options["sites"],),
-            compute_dtype=options["compute_dtype"],
-            store_dtype=options["store_dtype"],
-            attn_implementation=options["attn_implementation"],
+            capture_layers=tuple(layer for layer in options.layers if layer in on_device),
+            sites=(options.sites,),
+            compute_dtype=options.compute_dtype,
+            store_dtype=options.store_dtype,
+            attn_implementation=options.attn_implementation,
             device=device,
-            threads=options["threads_per_stage"],
-            compile=options["compile"],
-            offload=Offload(_layers(spilt.in_host), _layers(spilt.on_disk), offload_folder(inputs.config)),
+            threads=options.threads_per_stage,
+            compile=options.compile,
+            offload=Offload(_layers(spilt.in_host), _layers(spilt.on_disk), options.offload_folder),
         )
 
 
@@ -253,9 +229,9 @@ def _layers(span: LayerSpan | None) -> tuple[int, ...]:
     return tuple(range(span.start, span.stop)) if span else ()
 
 
-def _limits(inputs: Inputs, plan: Plan) -> ChainLimits:
+def _limits(plan: Plan) -> ChainLimits:
     demand = plan.demand
-    return ChainLimits(demand.options.in_flight_bytes, inputs.table.hidden_size, demand.itemsize_bytes, inputs.config.stage_timeout_s)
+    return ChainLimits(demand.options.in_flight_bytes, demand.table.hidden_size, demand.itemsize_bytes, demand.options.stage_timeout_s)
 
 
 def _micro_batches_of(work: _Work) -> Callable[[Shard, int], Iterator[MicroBatch]]:

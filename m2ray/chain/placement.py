@@ -168,7 +168,7 @@ def reserve(plan: Plan, hardware: Hardware, timeout_s: float) -> Iterator[tuple[
 
 def _rooms(plan: Plan, hardware: Hardware) -> list[list[Room]]:
     """The bundles of each replica: one a stage, and one for each GPU that is to be left out of a node that is used."""
-    size = plan.demand.options.chains.gpus_per_stage
+    size = plan.demand.options.gpus_per_stage
     stages_on: Counter[str] = Counter(name for chain in plan.chains for name in _stage_nodes(chain, size))
     rooms: list[list[Room]] = []
     spared: set[str] = set()
@@ -201,10 +201,10 @@ def _num_left_out(plan: Plan, node_name: str) -> int:
 
 
 def _may_use(plan: Plan, node_name: str, gpu: Gpu) -> bool:
-    options = plan.demand.options.chains
+    options = plan.demand.options
     if options.device_map.startswith("cuda:"):
         return options.device_map == f"cuda:{gpu.index}"
-    return options.max_memory.usable_bytes(node_name, gpu) > 0
+    return options.max_memory.usable_bytes(node_name, gpu.index, gpu.free_bytes) > 0
 
 
 def _stages_of(plan: Plan, bundles: Sequence[Bundle]) -> list[Bundle]:
@@ -228,8 +228,8 @@ def _devices(plan: Plan, bundle: Bundle) -> list[Device]:
     node = next(node for node in plan.cluster.nodes if node.name == bundle.room.node)
     if not bundle.gpus:
         return [Device(node, None, None)]
-    max_memory = plan.demand.options.chains.max_memory
-    return [Device(node, gpu, max_memory.usable_bytes(node.name, gpu)) for gpu in bundle.gpus]
+    max_memory = plan.demand.options.max_memory
+    return [Device(node, gpu, max_memory.usable_bytes(node.name, gpu.index, gpu.free_bytes)) for gpu in bundle.gpus]
 
 
 def _wanted(rooms: Sequence[Room]) -> str:

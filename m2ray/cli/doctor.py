@@ -11,10 +11,10 @@ from pathlib import Path
 import click
 
 from m2ray.cli import Command
-from m2ray.config import parse_bytes
 from m2ray.errors import ClusterError, M2rayError
 from m2ray.planning.checks import Finding, check_nodes
 from m2ray.planning.node_facts import NodeFacts, look_at_node
+from m2ray.sizes import parse_bytes
 from m2ray.storage import LocalStore, open_store
 
 _CONNECT_TIMEOUT_S = 30.0

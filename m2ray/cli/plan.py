@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,20 +12,20 @@ import click
 from pydantic import Field
 
 from m2ray.cli import Command
-from m2ray.config import ExtractConfig, NonEmpty, Positive, parse_labels, parse_layers
+from m2ray.config import ExtractConfig, NonEmpty, Positive
 from m2ray.errors import ConfigError
-from m2ray.planning.batch_size import AUTO_BATCH_TOKENS
-from m2ray.planning.demand import Demand, PlanOptions
+from m2ray.options import RunOptions
+from m2ray.planning.demand import Assumptions, Demand
 from m2ray.planning.hardware import Cluster, parse_gpus
 from m2ray.planning.memory import ModelShape
-from m2ray.planning.plan import Plan, most_replicas, plan_run
-from m2ray.planning.probe import disk_free_bytes, probe_node, probed_folder
+from m2ray.planning.plan import Plan, plan_run
+from m2ray.planning.probe import disk_free_bytes, probe_node
 from m2ray.planning.profile import Profile
+from m2ray.planning.resolve import resolve
 
 DOES_NOT_FIT = 3
 """The exit code: 0 is for a plan that fits, 1 for an error, 2 for a wrong flag."""
 
-_DEFAULT_SHARD_TOKENS = 32_768
 _ALIASES = {"tokens_per_s": "--rate", "price_per_gb_month": "--price"}
 _Amount = Annotated[float, Field(gt=0)]
 
@@ -80,30 +81,31 @@ def make_plan(config: PlanConfig) -> tuple[Plan, dict[str, Any]]:
         M2rayError: the options, the model, the prompts or the cluster are no good. Not fitting is no error.
     """
     # What is wrong with the options is said before the seconds that torch and transformers take to import.
-    labels = parse_labels(config.node_labels)
     cluster = parse_gpus(config.gpus) if config.gpus else None
     profile = _profile(config.profile) if config.profile else None
-    PlanOptions.of(config, (), 1, 1, None)
-    from m2ray.cli.plan_inputs import read_model
+    from m2ray.cli.plan_inputs import read_model, survey_prompts
+    from m2ray.prompts import batching, estimated_batching
 
     model = read_model(config.model, config.attn_implementation, config.compute_dtype)
-    layers = parse_layers(config.layers, model.table.num_layers)
-    batch_tokens = AUTO_BATCH_TOKENS if config.batch_tokens == "auto" else config.batch_tokens
-    prompts = _prompts(config, model.config, batch_tokens)
-    cluster = cluster or _found_cluster(config, labels)
-    longest_tokens = config.longest_tokens or (prompts.longest_tokens if prompts else None)
-    options = replace(
-        PlanOptions.of(config, layers, model.table.hidden_size, batch_tokens, longest_tokens),
+    shape = ModelShape.of(model.config, model.attn_implementation)
+    assumed = Assumptions(
+        longest_tokens=config.longest_tokens,
         disk_free_bytes=disk_free_bytes(config.output),
-        price_per_gb_month=config.price_per_gb_month,
         tokens_per_s=config.tokens_per_s,
         store_bytes_per_s=config.store_gb_per_s and config.store_gb_per_s * 1e9,
-        compiled=cluster.num_gpus > 0 if config.compile == "auto" else config.compile,
+        price_per_gb_month=config.price_per_gb_month,
         profile=profile,
     )
-    demand = Demand(model.table, ModelShape.of(model.config, model.attn_implementation), options)
-    if config.replicas == "auto":
-        demand = demand.with_replicas(most_replicas(demand, cluster))
+    options = resolve(config, model.table, shape, Cluster(()), assumed)
+    shards, stats_at = None, None
+    if config.prompts:
+        shards = survey_prompts(config.model, options.prompts, model.config.vocab_size, options.shard_tokens)
+        stats_at = partial(estimated_batching, shards)
+        assumed = replace(assumed, longest_tokens=config.longest_tokens or shards.longest_tokens)
+    cluster = cluster or _found_cluster(options)
+    options = resolve(config, model.table, shape, cluster, assumed, stats_at=stats_at)
+    prompts = batching(shards, options.batch_tokens) if shards else None
+    demand = Demand(model.table, shape, options, assumed)
     return plan_run(demand, cluster, prompts), {"source": model.source, "index_bytes": model.index_bytes}
 
 
@@ -114,25 +116,13 @@ def _profile(path: str) -> Profile:
         raise ConfigError(f"profile = {path!r} cannot be read: {error}.", "`m2ray bench MODEL` writes one.") from error
 
 
-def _prompts(config: PlanConfig, model_config: Any, batch_tokens: int) -> Any:
-    if config.prompts is None:
-        return None
-    from m2ray.cli.plan_inputs import survey_prompts
-    from m2ray.prompts import PromptOptions
-
-    limit = config.max_length or model_config.max_position_embeddings
-    options = PromptOptions(config.prompts, limit, config.text_column, config.messages_column, config.id_column, config.truncation)
-    shard_tokens = _DEFAULT_SHARD_TOKENS if config.shard_tokens == "auto" else config.shard_tokens
-    return survey_prompts(config.model, options, model_config.vocab_size, shard_tokens=shard_tokens, batch_tokens=batch_tokens)
-
-
-def _found_cluster(config: PlanConfig, labels: dict[str, str]) -> Cluster:
+def _found_cluster(options: RunOptions) -> Cluster:
     """Every node of the cluster that RAY_ADDRESS names, or this machine."""
     if not os.environ.get("RAY_ADDRESS"):
-        return Cluster((probe_node(folder=probed_folder(config), visible=os.environ.get("CUDA_VISIBLE_DEVICES")),))
+        return Cluster((probe_node(folder=options.watched_folder, visible=os.environ.get("CUDA_VISIBLE_DEVICES")),))
     from m2ray.chain.probing import probe_cluster
 
-    return probe_cluster(config.placement_timeout_s, labels, probed_folder(config))
+    return probe_cluster(options.placement_timeout_s, options.node_labels, options.watched_folder)
 
 
 def _print(plan: Plan, checkpoint: dict[str, Any]) -> None:

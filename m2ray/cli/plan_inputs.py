@@ -11,7 +11,8 @@ from m2ray.model.attention import resolve_attn_implementation
 from m2ray.model.checkpoint import CONFIG, INDEX, SINGLE_FILE, open_checkpoint, tensor_table, tensor_table_from_config
 from m2ray.model.families import parse_config
 from m2ray.model.stage import DTYPES
-from m2ray.planning.output import PromptStats
+from m2ray.options import PromptOptions
+from m2ray.prompts import PromptSource, PromptTokenizer, ShardTable, survey
 from m2ray.storage import Store, open_store
 
 _SHOWN_NAMES = 5
@@ -89,17 +90,14 @@ def _require_all(table: TensorTable, keys: set[str]) -> None:
         )
 
 
-def survey_prompts(model: str, options: Any, vocab_size: int, *, shard_tokens: int, batch_tokens: int) -> PromptStats:
-    """Read and tokenise the prompts as a run would, and count; `options` are PromptOptions. Nothing is kept.
+def survey_prompts(model: str, options: PromptOptions, vocab_size: int, shard_tokens: int) -> ShardTable:
+    """The shards that a run would cut: the prompts are read and tokenised as there, and nothing is kept.
 
     Raises:
         PromptsError, CheckpointError: as a run would.
     """
-    from m2ray.prompts import PromptSource, PromptTokenizer, survey
-    from m2ray.prompts.shards import batching
-
     with tempfile.TemporaryDirectory(prefix="m2ray-plan-") as folder:
         tokenizer = PromptTokenizer.load(model, options, vocab_size)
         found = survey(PromptSource.open(options), tokenizer, open_store(folder), "plan", shard_tokens)
         found.tokens.close()
-    return PromptStats(found.num_ready, *batching(found.shards, batch_tokens))
+    return found.shards

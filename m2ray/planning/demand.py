@@ -3,12 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Self, cast
+from typing import Any, cast
 
 from m2ray.batches import LayerSpan, PartSpec, TensorRow, TensorTable
-from m2ray.config import ExtractConfig, OffloadTo, parse_bytes
-from m2ray.planning.devices import ChainOptions, Device
-from m2ray.planning.hardware import parse_max_memory
+from m2ray.options import RunOptions
+from m2ray.planning.devices import Device
 from m2ray.planning.memory import (
     CONTEXT_BYTES,
     OFFLOAD_BUFFERS,
@@ -23,89 +22,46 @@ from m2ray.planning.memory import (
 from m2ray.planning.output import ITEMSIZE_BYTES, row_bytes
 from m2ray.planning.partition import DeviceMap, DeviceSpan, partition, short_by_bytes
 from m2ray.planning.profile import Profile
+from m2ray.sites import parts_of_span
 
 
 @dataclass(frozen=True)
-class PlanOptions:
-    """What is asked of the run.
+class Assumptions:
+    """What a plan takes to be so of the world around the run; None where nothing is known.
 
     Attributes:
-        parts: what is captured, one for each site and layer; the last of the layers is the last that is run.
-        compute_dtype: "bfloat16", "float16" or "float32".
-        batch_tokens: padded tokens in a micro-batch, at most, unless a single sequence is longer.
-        longest_tokens: of one sequence; None where it is not known: then one may be as long as a micro-batch.
-        chains: stages, replicas, device map, limits.
-        offload: where layers stay that find no room on a GPU: "none" for nowhere, "cpu" for host memory, "disk" for host memory
-            and what finds no room there on the node's disk.
-        in_flight_bytes: hidden states between the stages of a chain at one time, at most.
-        writer_queue_bytes: captured bytes that may wait for the store, a stage.
-        compression: how the rows are stored, "none" or "planes".
-        disk_free_bytes: what the disk of the output has left; None for a bucket, or where it is not known.
+        longest_tokens: of one sequence; where it is not known, one may be as long as a micro-batch.
+        disk_free_bytes: what the disk of the output has left; None for a bucket too.
+        tokens_per_s: real tokens a second that all chains together do; else estimated from the GPUs' names.
+        store_bytes_per_s: what the store takes.
         price_per_gb_month: of the output's store, for a GB of 10^9 bytes.
-        tokens_per_s: real tokens a second that all chains together are assumed to do; None for an estimate from the GPUs' names.
-        store_bytes_per_s: what the store is known to take.
-        compiled: whether layers are compiled, which takes less time and memory.
         profile: what `m2ray bench` measured, instead of estimates from the GPUs' names.
     """
 
-    parts: tuple[PartSpec, ...]
-    compute_dtype: str = "bfloat16"
-    batch_tokens: int = 16_384
     longest_tokens: int | None = None
-    chains: ChainOptions = field(default_factory=ChainOptions)
-    offload: OffloadTo = "none"
-    in_flight_bytes: int = 4 << 30
-    writer_queue_bytes: int = 2 << 30
-    compression: str = "none"
     disk_free_bytes: int | None = None
-    price_per_gb_month: float | None = None
     tokens_per_s: float | None = None
     store_bytes_per_s: float | None = None
-    compiled: bool = False
+    price_per_gb_month: float | None = None
     profile: Profile | None = None
-
-    @classmethod
-    def of(cls, config: ExtractConfig, layers: Sequence[int], hidden_size: int, batch_tokens: int, longest_tokens: int | None) -> Self:
-        """What a configuration asks for; `replicas = "auto"` is one until `with_replicas` says how many.
-
-        Raises:
-            ConfigError: `in_flight` or `max_memory` are malformed.
-        """
-        return cls(
-            parts=tuple(PartSpec(config.sites, layer, config.store_dtype, hidden_size) for layer in layers),
-            compute_dtype=config.compute_dtype,
-            batch_tokens=batch_tokens,
-            longest_tokens=longest_tokens,
-            chains=ChainOptions(
-                stages=None if config.stages == "auto" else config.stages,
-                replicas=1 if config.replicas == "auto" else config.replicas,
-                gpus_per_stage=config.gpus_per_stage,
-                device_map=config.device_map,
-                max_memory=parse_max_memory(config.max_memory),
-            ),
-            offload=config.offload,
-            in_flight_bytes=parse_bytes(config.in_flight, "in_flight"),
-            compression=config.compression,
-            compiled=config.compile is not False,  # "auto" is true on GPUs; whoever knows that there are none says so
-        )
 
 
 @dataclass(frozen=True)
 class Demand:
-    """A model, its dimensions, and what is asked of it."""
+    """A model, its dimensions, what is asked of it, and under which assumptions."""
 
     table: TensorTable
     shape: ModelShape
-    options: PlanOptions
+    options: RunOptions
+    assumed: Assumptions = field(default_factory=Assumptions)
 
-    def with_batch_tokens(self, batch_tokens: int) -> "Demand":
-        return replace(self, options=replace(self.options, batch_tokens=batch_tokens))
+    def asking(self, **changed: Any) -> "Demand":
+        """The same with other values of some options."""
+        return replace(self, options=replace(self.options, **changed))
 
-    def with_offload(self, offload: OffloadTo) -> "Demand":
-        return replace(self, options=replace(self.options, offload=offload))
-
-    def with_replicas(self, replicas: int) -> "Demand":
-        return replace(self, options=replace(self.options, chains=replace(self.options.chains, replicas=replicas)))
+    def assuming(self, **changed: Any) -> "Demand":
+        """The same under other assumptions."""
+        return replace(self, assumed=replace(self.assumed, **changed))
 
     @property
     def num_layers(self) -> int:
@@ -124,7 +80,7 @@ class Demand:
 
     @cached_property
     def workload(self) -> Workload:
-        longest_tokens = self.options.longest_tokens or self.options.batch_tokens
+        longest_tokens = self.assumed.longest_tokens or self.options.batch_tokens
         return Workload(
             padded_tokens=max(self.options.batch_tokens, longest_tokens),
             longest_tokens=longest_tokens,
@@ -143,13 +99,7 @@ class Demand:
 
     def parts(self, span: LayerSpan) -> tuple[PartSpec, ...]:
         """What a stage of `span` captures."""
-        return tuple(
-            part
-            for part in self.options.parts
-            if part.layer in span
-            or (part.site == "embedding" and span.start == 0)
-            or (part.site == "final_norm" and span.stop == self.table.num_layers)
-        )
+        return parts_of_span(self.options.parts, span, self.table.num_layers)
 
     def row_bytes(self, span: LayerSpan) -> list[int]:
         """Bytes of a row of each part that `span` captures."""
@@ -164,10 +114,10 @@ class Demand:
 
     def split(self, devices: Sequence[Device]) -> tuple[DeviceSpan, ...]:
         """Deal the layers out over one chain's devices. Raises ClusterError where `short_bytes` is not 0."""
-        chains = self.options.chains
-        device_map = "sequential" if chains.device_map.startswith("cuda:") else cast("DeviceMap", chains.device_map)
+        options = self.options
+        device_map = "sequential" if options.device_map.startswith("cuda:") else cast("DeviceMap", options.device_map)
         # A GPU may stay free, but a number of stages that was asked for is one of stages with layers.
-        least_first = int(chains.stages is not None and (devices[0].gpu is None or chains.gpus_per_stage == 1))
+        least_first = int(options.stages is not None and (devices[0].gpu is None or options.gpus_per_stage == 1))
         caps_bytes = self._caps_bytes(devices)
         if self.options.offload != "none" and short_by_bytes(*self._costs, caps_bytes):
             return partition(*self._costs, [None] * len(devices), "balanced")
@@ -204,7 +154,8 @@ class Demand:
     @property
     def transient_bytes(self) -> TransientBytes:
         """Of a layer's forward pass, as it will run."""
-        return self.shape.compiled_transient_bytes if self.options.compiled else self.shape.transient_bytes
+        shape = replace(self.shape, attn_implementation=self.options.attn_implementation)
+        return shape.compiled_transient_bytes if self.options.compile else shape.transient_bytes
 
     @cached_property
     def overhead(self) -> dict[str, int]:

@@ -1,29 +1,11 @@
 """Which GPUs the chains take, in order: neighbours on one node, as few crossings between nodes as can be."""
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from m2ray.errors import ClusterError, ConfigError
-from m2ray.planning.hardware import Cluster, Gpu, MaxMemory, Node
-
-
-@dataclass(frozen=True)
-class ChainOptions:
-    """How chains are laid over a cluster.
-
-    Attributes:
-        stages: of each chain; None for as many as there is room for, or 1 without GPUs.
-        replicas: chains.
-        gpus_per_stage: GPUs of one actor, all on one node.
-        device_map: "auto", "balanced", "balanced_low_0", "sequential", or "cuda:N": GPU N of the first node that has any.
-        max_memory: GPUs that it leaves out are not used.
-    """
-
-    stages: int | None = None
-    replicas: int = 1
-    gpus_per_stage: int = 1
-    device_map: str = "auto"
-    max_memory: MaxMemory = field(default_factory=MaxMemory)
+from m2ray.options import RunOptions
+from m2ray.planning.hardware import Cluster, Gpu, Node
 
 
 @dataclass(frozen=True)
@@ -38,7 +20,7 @@ class Device:
     usable_bytes: int | None
 
 
-def chain_devices(cluster: Cluster, num_layers: int, options: ChainOptions) -> tuple[tuple[Device, ...], ...]:
+def chain_devices(cluster: Cluster, num_layers: int, options: RunOptions) -> tuple[tuple[Device, ...], ...]:
     """The devices of each chain, in order, `gpus_per_stage` a stage; no more than the `num_layers` layers that are run.
 
     A chain takes the smallest node that holds it whole; where none does, the nodes with the most room, one after the other.
@@ -48,7 +30,7 @@ def chain_devices(cluster: Cluster, num_layers: int, options: ChainOptions) -> t
         ConfigError: "cuda:N" beside several stages or chains, more stages than layers, or `max_memory` naming what is not there.
         ClusterError: there are too few GPUs; says what is missing.
     """
-    options.max_memory.require_known(cluster)
+    options.max_memory.require_known({node.name: len(node.gpus) for node in cluster.nodes})
     if not cluster.num_gpus:
         return _cpu_chains(cluster, num_layers, options)
     if options.device_map.startswith("cuda:"):
@@ -75,9 +57,9 @@ def _gpus_in_words(number: int) -> str:
     return "1 GPU" if number == 1 else f"{number} GPUs"
 
 
-def _groups(node: Node, options: ChainOptions) -> list[tuple[Device, ...]]:
+def _groups(node: Node, options: RunOptions) -> list[tuple[Device, ...]]:
     """A node's usable GPUs, `gpus_per_stage` at a time; what is left over stays free."""
-    devices = [Device(node, gpu, options.max_memory.usable_bytes(node.name, gpu)) for gpu in node.gpus]
+    devices = [Device(node, gpu, options.max_memory.usable_bytes(node.name, gpu.index, gpu.free_bytes)) for gpu in node.gpus]
     usable, size = [device for device in devices if device.usable_bytes], options.gpus_per_stage
     return [tuple(usable[start : start + size]) for start in range(0, len(usable) - size + 1, size)]
 
@@ -94,7 +76,7 @@ def _take(groups: list[list[tuple[Device, ...]]], num_stages: int) -> tuple[Devi
     return tuple(device for group in taken for device in group)
 
 
-def _single_gpu(cluster: Cluster, options: ChainOptions) -> tuple[Device, ...]:
+def _single_gpu(cluster: Cluster, options: RunOptions) -> tuple[Device, ...]:
     match = re.fullmatch(r"cuda:(\d+)", options.device_map)
     if not match:
         raise ConfigError(f"device_map = {options.device_map!r} names no GPU.", 'Write "cuda:0".')
@@ -108,10 +90,10 @@ def _single_gpu(cluster: Cluster, options: ChainOptions) -> tuple[Device, ...]:
         raise ClusterError(
             f"device_map = {options.device_map!r}, but node {node.name} has {len(node.gpus)} GPUs.", "Name one that is there."
         )
-    return (Device(node, gpu, options.max_memory.usable_bytes(node.name, gpu)),)
+    return (Device(node, gpu, options.max_memory.usable_bytes(node.name, gpu.index, gpu.free_bytes)),)
 
 
-def _cpu_chains(cluster: Cluster, num_layers: int, options: ChainOptions) -> tuple[tuple[Device, ...], ...]:
+def _cpu_chains(cluster: Cluster, num_layers: int, options: RunOptions) -> tuple[tuple[Device, ...], ...]:
     stages = options.stages or 1
     if stages > num_layers:
         raise ConfigError(f"{stages} stages cannot share {num_layers} layers.", f"Ask for at most {num_layers}.")

@@ -1,10 +1,9 @@
 """The machines as plain values: what a node has, named GPUs, and how much of each may be used."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from m2ray.config import parse_bytes
 from m2ray.errors import ConfigError, raise_all
 
 _MIB = 2**20
@@ -131,80 +130,3 @@ def find_gpu_model(name: str) -> str | None:
     sizes = {word for word in words if re.fullmatch(r"\d+GB", word)}
     found = [known for known in GPU_MODELS if known.partition("-")[0] in words and (not sizes or known.partition("-")[2] in sizes)]
     return found[0] if len(found) == 1 else None
-
-
-@dataclass(frozen=True)
-class MaxMemory:
-    """How much m2ray may take on each GPU, all that it needs there counted.
-
-    Attributes:
-        everywhere: (index, bytes) pairs for nodes not named; index None stands for every GPU. No pairs: no limit.
-        by_node: the same for nodes by name.
-    """
-
-    everywhere: tuple[tuple[int | None, int], ...] = ()
-    by_node: Mapping[str, tuple[tuple[int | None, int], ...]] = field(default_factory=dict)
-
-    def usable_bytes(self, node: str, gpu: Gpu) -> int:
-        """The least of what is free and what may be used; 0 for a GPU that a list of indices leaves out."""
-        limits = self.by_node.get(node, self.everywhere)
-        if not limits:
-            return gpu.free_bytes
-        allowed = {index: num_bytes for index, num_bytes in limits if index in (None, gpu.index)}
-        return min(gpu.free_bytes, allowed.get(gpu.index, allowed.get(None, 0)))
-
-    def require_known(self, cluster: Cluster) -> None:
-        """Raise ConfigError, all at once, for nodes and GPUs that are named and not there."""
-        nodes = {node.name: node for node in cluster.nodes}
-        problems = [
-            ConfigError(f"max_memory names the node {name!r}.", f"The nodes are {', '.join(nodes)}.")
-            for name in self.by_node
-            if name not in nodes
-        ]
-        for node in cluster.nodes:
-            for index, _ in self.by_node.get(node.name, ()):
-                if index is not None and index >= len(node.gpus):
-                    problems.append(ConfigError(f"max_memory names GPU {index} of node {node.name!r}, which has {len(node.gpus)}."))
-        most = max((len(node.gpus) for node in cluster.nodes), default=0)
-        for index, _ in self.everywhere:
-            if index is not None and index >= most:
-                problems.append(ConfigError(f"max_memory names GPU {index}; no node has more than {most}."))
-        raise_all(problems)
-
-
-def parse_max_memory(text: str | None) -> MaxMemory:
-    """The option `max_memory`.
-
-    "40GB": every GPU; "0:60GB,1:60GB,2:40GB": GPUs 0 to 2 of every node and no others; "node-a=40GB;node-b=0:60GB,1:40GB": node by
-    node, a piece without a name being for all the others.
-
-    Raises:
-        ConfigError: malformed.
-    """
-    if text is None:
-        return MaxMemory()
-    by_node: dict[str | None, tuple[tuple[int | None, int], ...]] = {}
-    for piece in text.split(";"):
-        name, equals, limits = piece.rpartition("=")
-        node = name.strip() if equals else None
-        if node in by_node or node == "":
-            raise ConfigError(f"max_memory = {text!r} names {'the same node twice' if node else 'no node before ='}.", _MAX_MEMORY_FORMS)
-        by_node[node] = _parse_limits(limits, text)
-    everywhere = by_node.pop(None, ())
-    return MaxMemory(everywhere, {name: limits for name, limits in by_node.items() if name is not None})
-
-
-_MAX_MEMORY_FORMS = 'Write "40GB", "0:60GB,1:40GB" or "node-a=40GB;node-b=60GB".'
-
-
-def _parse_limits(limits: str, text: str) -> tuple[tuple[int | None, int], ...]:
-    pieces: Sequence[str] = limits.split(",")
-    if len(pieces) == 1 and ":" not in limits:
-        return ((None, parse_bytes(limits, "max_memory")),)
-    parsed: dict[int | None, int] = {}
-    for piece in pieces:
-        index, colon, size = piece.partition(":")
-        if not colon or not index.strip().isdecimal() or int(index) in parsed:
-            raise ConfigError(f"max_memory = {text!r}: {piece.strip()!r} is not INDEX:SIZE, or names a GPU twice.", _MAX_MEMORY_FORMS)
-        parsed[int(index)] = parse_bytes(size, "max_memory")
-    return tuple(parsed.items())

@@ -80,7 +80,7 @@ def _weights(plan: Plan) -> Table:
 def _node(plan: Plan, node: Node) -> Table:
     """One node's GPUs, a line each; those of no chain are free."""
     planned = {gpu.device.gpu.index: gpu for gpu in plan.gpus if gpu.device.gpu and gpu.device.node.name == node.name}
-    several = plan.demand.options.chains.replicas > 1
+    several = plan.demand.options.replicas > 1
     table = Table(title=node.name, title_justify="left", box=None, padding=(0, 2, 0, 0))
     for column in ("GPU", "name", "stage", "layers", "", "peak", "of"):
         table.add_column(column, justify="right" if column in ("GPU", "peak", "of") else "left")
@@ -124,7 +124,7 @@ def _legend() -> Text:
 
 
 def _stage_name(plan: Plan, replica: int, stage: int) -> str:
-    return f"{replica}.{stage}" if plan.demand.options.chains.replicas > 1 else str(stage)
+    return f"{replica}.{stage}" if plan.demand.options.replicas > 1 else str(stage)
 
 
 def _gpus_memory(plan: Plan) -> Table:
@@ -185,7 +185,7 @@ def _output_lines(plan: Plan) -> Iterator[str]:
     yield f"         {len(output.by_part)} sites and layers of {each} in {output.by_part[0].files:,} files each"
     yield f"         {output.num_bytes:,} bytes in {output.files:,} files; with records {size(output.disk_bytes)}"
     if output.cost_a_month is not None:
-        yield f"         {_amount(output.cost_a_month)} a month at {plan.demand.options.price_per_gb_month:g} a GB"
+        yield f"         {_amount(output.cost_a_month)} a month at {plan.demand.assumed.price_per_gb_month:g} a GB"
 
 
 def _rate_lines(plan: Plan) -> Iterator[str]:

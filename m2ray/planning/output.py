@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from m2ray.batches import PartSpec
+from m2ray.batches import PartSpec, PromptStats
 
 ITEMSIZE_BYTES: Mapping[str, int] = {"bfloat16": 2, "float16": 2, "float32": 4}
 
@@ -26,25 +26,6 @@ RECORD_BYTES_A_PART = 300
 
 RECORD_BYTES_A_SEQUENCE = 80
 """A row of `sequences/`."""
-
-
-@dataclass(frozen=True)
-class PromptStats:
-    """What the survey of the prompts found.
-
-    Attributes:
-        sequences, tokens: those that are extracted; quarantined rows are not counted.
-        padded_tokens: tokens that are computed, padding included.
-        longest_tokens: of one sequence.
-        shards, micro_batches: in all.
-    """
-
-    sequences: int
-    tokens: int
-    padded_tokens: int
-    longest_tokens: int
-    shards: int
-    micro_batches: int
 
 
 @dataclass(frozen=True)
@@ -108,7 +89,7 @@ def plan_output(parts: Sequence[PartSpec], prompts: PromptStats, price_per_gb_mo
     return OutputPlan(
         sequences=prompts.sequences,
         tokens=prompts.tokens,
-        padding_waste=1 - prompts.tokens / prompts.padded_tokens if prompts.padded_tokens else 0.0,
+        padding_waste=prompts.padding_waste,
         by_part=by_part,
         files=files,
         num_bytes=num_bytes,

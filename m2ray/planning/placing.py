@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Literal
 
-from m2ray.batches import LayerSpan
+from m2ray.batches import LayerSpan, PromptStats
 from m2ray.planning.demand import Demand
 from m2ray.planning.devices import Device
 from m2ray.planning.hardware import Cluster
 from m2ray.planning.memory import OFFLOAD_READ_BYTES, Memory, cpu_memory, gpu_host_memory, gpu_memory, window
-from m2ray.planning.output import OutputPlan, PromptStats, plan_output
+from m2ray.planning.output import OutputPlan, plan_output
 from m2ray.planning.rates import PlacedSpan
 from m2ray.planning.spill import Spill, Spills, spill, to_disk
 
@@ -86,14 +86,14 @@ def place_all(demand: Demand, cluster: Cluster, chains: Sequence[Sequence[Device
     spills = _spills(demand, cluster, placed)
     stages = tuple(_stages(demand, placed, spills))
     nodes = _nodes(demand, cluster, stages, _disk_bytes(demand, placed, spills))
-    output = plan_output(options.parts, prompts, options.price_per_gb_month, options.compression) if prompts else None
+    output = plan_output(options.parts, prompts, demand.assumed.price_per_gb_month, options.compression) if prompts else None
     shortages = [Shortage("gpu_memory", "all GPUs together", short_bytes)] if short_bytes else []
     shortages += [*_node_shortages(cluster, nodes), *_disk_shortages(demand, output)]
     return Placing(placed, spills, stages, nodes, output, tuple(shortages))
 
 
 def _place(demand: Demand, replica: int, chain: Sequence[Device]) -> Iterator[PlacedSpan]:
-    size = demand.options.chains.gpus_per_stage if chain[0].gpu else 1
+    size = demand.options.gpus_per_stage if chain[0].gpu else 1
     for held in demand.split(chain):
         yield PlacedSpan(replica, held.device // size, held.device, chain[held.device], held.span)
 
@@ -111,7 +111,7 @@ def _spills(demand: Demand, cluster: Cluster, placed: Sequence[PlacedSpan]) -> S
 
 def gpus_of(demand: Demand, chains: Sequence[Sequence[Device]], placing: Placing) -> Iterator[GpuPlan]:
     """Every GPU of every chain, in order; those that stay empty take nothing."""
-    size = demand.options.chains.gpus_per_stage
+    size = demand.options.gpus_per_stage
     spans = {(each.replica, each.place): each.span for each in placing.placed}
     for replica, chain in enumerate(chains):
         for place, device in enumerate(chain):
@@ -180,7 +180,7 @@ def _node_shortages(cluster: Cluster, nodes: Sequence[NodePlan]) -> list[Shortag
 
 
 def _disk_shortages(demand: Demand, output: OutputPlan | None) -> list[Shortage]:
-    free_bytes = demand.options.disk_free_bytes
+    free_bytes = demand.assumed.disk_free_bytes
     if output is None or free_bytes is None or output.disk_bytes <= free_bytes:
         return []
     return [Shortage("disk", "output", output.disk_bytes - free_bytes)]

@@ -2,16 +2,16 @@
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import get_args
 
-from m2ray.batches import LayerSpan
+from m2ray.batches import LayerSpan, PromptStats
 from m2ray.errors import ClusterError, ConfigError, raise_all
 from m2ray.planning.demand import Demand
 from m2ray.planning.devices import Device, chain_devices
 from m2ray.planning.hardware import FLASH_PACKAGE, Cluster
 from m2ray.planning.memory import weight_bytes
-from m2ray.planning.output import OutputPlan, PromptStats
+from m2ray.planning.output import OutputPlan
 from m2ray.planning.partition import DeviceMap
 from m2ray.planning.placing import GpuPlan, NodePlan, Placing, Shortage, StagePlan, gpus_of, place_all
 from m2ray.planning.rates import RatePlan, SpiltBytes, plan_rates
@@ -102,10 +102,10 @@ def plan_run(
         ConfigError: options contradict each other, the cluster or the profile; or layers are to be kept on a disk that lies in memory.
         ClusterError: there are fewer GPUs than stages, or nodes that cannot run the attention.
     """
-    device_map = demand.options.chains.device_map
+    device_map = demand.options.device_map
     if device_map not in get_args(DeviceMap) and not device_map.startswith("cuda:"):
         raise ConfigError(f"device_map = {device_map!r} is unknown.", f"Use {', '.join(get_args(DeviceMap))} or cuda:0.")
-    chains = tuple(map(tuple, chains or chain_devices(cluster, demand.num_layers, demand.options.chains)))
+    chains = tuple(map(tuple, chains or chain_devices(cluster, demand.num_layers, demand.options)))
     _require_attention(demand, chains)
     placing = place_all(demand, cluster, chains, prompts)
     _require_disks(cluster, placing)
@@ -142,7 +142,7 @@ def _spilt_bytes(demand: Demand, spills: Spills) -> SpiltBytes:
 
 def _require_attention(demand: Demand, chains: Sequence[Sequence[Device]]) -> None:
     """Raise ClusterError, all at once, for what keeps the attention from these devices, as far as is known of them."""
-    if demand.shape.attn_implementation != "flash_attention_2":
+    if demand.options.attn_implementation != "flash_attention_2":
         return
     remedy = 'Set attn_implementation = "sdpa".'
     if not all(device.gpu for chain in chains for device in chain):
@@ -178,12 +178,12 @@ def _require_disks(cluster: Cluster, placing: Placing) -> None:
 def most_replicas(demand: Demand, cluster: Cluster) -> int:
     """What `replicas = "auto"` means: the most chains that fit side by side, at least 1. Without GPUs 1."""
     for replicas in range(cluster.num_gpus, 1, -1):
-        chain_options = replace(demand.options.chains, replicas=replicas)
+        asked = demand.asking(replicas=replicas)
         try:
-            chains = chain_devices(cluster, demand.num_layers, chain_options)
+            chains = chain_devices(cluster, demand.num_layers, asked.options)
         except ClusterError:
             continue
-        if not place_all(demand.with_replicas(replicas), cluster, chains, None).shortages:
+        if not place_all(asked, cluster, chains, None).shortages:
             return replicas
     return 1
 
@@ -194,10 +194,10 @@ def most_batch_tokens(demand: Demand, cluster: Cluster, at_most: int) -> int | N
     Raises:
         ConfigError, ClusterError: as `plan_run`.
     """
-    chains = chain_devices(cluster, demand.num_layers, demand.options.chains)
+    chains = chain_devices(cluster, demand.num_layers, demand.options)
     sizes = [*range(STEP_TOKENS, at_most, STEP_TOKENS), at_most]
     too_large = bisect_left(
-        sizes, x=True, key=lambda size: bool(place_all(demand.with_batch_tokens(size), cluster, chains, None).shortages)
+        sizes, x=True, key=lambda size: bool(place_all(demand.asking(batch_tokens=size), cluster, chains, None).shortages)
     )
     return sizes[too_large - 1] if too_large else None
 

@@ -5,14 +5,12 @@ Reads only. A machine without GPUs, driver, torch or Ray is described as such, n
 
 import os
 import platform
-import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from m2ray.config import ExtractConfig
 from m2ray.planning.hardware import FLASH_PACKAGE, Gpu, Node
 
 _IN_MEMORY = ("tmpfs", "ramfs", "devtmpfs")
@@ -46,18 +44,6 @@ def probe_node(name: str | None = None, folder: str | None = None, visible: str 
         disk_in_memory=place is not None and _lies_in_memory(place),
         versions=_versions() | driver,
     )
-
-
-def offload_folder(config: ExtractConfig) -> str:
-    """Where layers lie that are kept on a disk, the same path on every node; "" where none are."""
-    return str(Path(config.offload_folder or tempfile.gettempdir()).expanduser().absolute()) if config.offload == "disk" else ""
-
-
-def probed_folder(config: ExtractConfig) -> str:
-    """Of whose disk every node says what is free: that of layers which are kept there, else the run's, else the temporary one."""
-    if config.offload == "disk":
-        return offload_folder(config)
-    return str(Path(config.output).expanduser().absolute()) if config.output and "://" not in config.output else tempfile.gettempdir()
 
 
 def disk_free_bytes(output: str | None) -> int | None:

@@ -4,12 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from m2ray.batches import LayerSpan, TensorRow
+from m2ray.batches import LayerSpan, PromptStats, TensorRow
 from m2ray.planning.demand import Demand
 from m2ray.planning.devices import Device
 from m2ray.planning.hardware import GPU_MODELS, find_gpu_model
 from m2ray.planning.memory import ModelShape
-from m2ray.planning.output import PromptStats, stored_row_bytes
+from m2ray.planning.output import stored_row_bytes
 
 SUSTAINED_SHARE = {False: 0.22, True: 0.39}
 """Of the peak bfloat16 operations, not compiled and compiled: two for each weight that a token meets, on an H200 with real-size
@@ -76,11 +76,11 @@ def plan_rates(
     Raises:
         ConfigError: the profile is of another GPU or dtype.
     """
-    options = demand.options
-    if options.profile:
-        options.profile.require(options.compute_dtype, [each.device.gpu.name if each.device.gpu else None for each in placed])
+    options, assumed = demand.options, demand.assumed
+    if assumed.profile:
+        assumed.profile.require(options.compute_dtype, [each.device.gpu.name if each.device.gpu else None for each in placed])
     token_bytes = sum(stored_row_bytes(part, options.compression) for part in options.parts)
-    computed = options.tokens_per_s or _computed_tokens_per_s(demand, placed, padding_waste)
+    computed = assumed.tokens_per_s or _computed_tokens_per_s(demand, placed, padding_waste)
     found: dict[Limit, float | None] = {
         "computation": computed,
         "device_to_host_copy": _copied_tokens_per_s(demand, placed),
@@ -91,13 +91,13 @@ def plan_rates(
     limits = {name: rate for name, rate in found.items() if rate is not None}
     filled_share = _filled_share(placed, prompts) if prompts else None
     # A stage that waits for its first micro-batch does nothing; the store meanwhile takes what the stages before it give.
-    busy_share = 1.0 if options.tokens_per_s or filled_share is None else filled_share
+    busy_share = 1.0 if assumed.tokens_per_s or filled_share is None else filled_share
     reached = {name: rate if name == "store" else rate * busy_share for name, rate in limits.items()}
     limiting = None if computed is None else _least(reached)
     return RatePlan(
         tokens_per_s=computed,
-        is_stated=options.tokens_per_s is not None,
-        is_measured=options.tokens_per_s is None and options.profile is not None,
+        is_stated=assumed.tokens_per_s is not None,
+        is_measured=assumed.tokens_per_s is None and assumed.profile is not None,
         store_bytes_per_s=None if computed is None else computed * token_bytes,
         limits=limits,
         limiting=limiting,
@@ -148,16 +148,16 @@ def _computed_tokens_per_s(demand: Demand, placed: Sequence[PlacedSpan], padding
 
 def _operations_per_s(demand: Demand, placed: PlacedSpan) -> float | None:
     """As measured, or as the GPU's name lets expect."""
-    compiled = demand.options.compiled
-    if demand.options.profile:
-        return demand.options.profile.operations_per_s(compiled=compiled)
+    compiled = demand.options.compile
+    if demand.assumed.profile:
+        return demand.assumed.profile.operations_per_s(compiled=compiled)
     model = find_gpu_model(placed.device.gpu.name) if placed.device.gpu else None
     return None if model is None else GPU_MODELS[model].bf16_flops * SUSTAINED_SHARE[compiled]
 
 
 def _copied_tokens_per_s(demand: Demand, placed: Sequence[PlacedSpan]) -> float | None:
     """Of all chains, by the GPU that copies most: captured rows, and the hidden states that leave it."""
-    profile = demand.options.profile
+    profile = demand.assumed.profile
     rate = COPY_BYTES_PER_S if profile is None else profile.copy_bytes_per_s
     if rate is None or not all(each.device.gpu for each in placed):
         return None
@@ -170,7 +170,7 @@ def _copied_tokens_per_s(demand: Demand, placed: Sequence[PlacedSpan]) -> float 
 
 def _offloaded_tokens_per_s(demand: Demand, spilt_bytes: SpiltBytes, padding_waste: float) -> float | None:
     """Of all chains, by the GPU that is brought most; None where none is. A disk counts as its profile says, else as the bus it comes by."""
-    profile = demand.options.profile
+    profile = demand.assumed.profile
     bus = COPY_BYTES_PER_S if profile is None or profile.copy_bytes_per_s is None else profile.copy_bytes_per_s
     disk = bus if profile is None or profile.read_bytes_per_s is None else min(bus, profile.read_bytes_per_s)
     slowest: dict[int, float] = {}
@@ -181,7 +181,7 @@ def _offloaded_tokens_per_s(demand: Demand, spilt_bytes: SpiltBytes, padding_was
 
 def _encoded_tokens_per_s(demand: Demand, placed: Sequence[PlacedSpan]) -> float | None:
     """Of all chains, by the stage that encodes most; None without a profile. A thread takes whole parts: no more help than parts."""
-    profile = demand.options.profile
+    profile = demand.assumed.profile
     if profile is None:
         return None
     parts: dict[tuple[int, int], list[int]] = {}
@@ -198,6 +198,6 @@ def _encoded_tokens_per_s(demand: Demand, placed: Sequence[PlacedSpan]) -> float
 
 def _stored_tokens_per_s(demand: Demand, token_bytes: float) -> float | None:
     """By what the store is said to take, or what it took from the one machine of the profile."""
-    options = demand.options
-    rate = options.store_bytes_per_s or (options.profile.store_bytes_per_s if options.profile else None)
+    assumed = demand.assumed
+    rate = assumed.store_bytes_per_s or (assumed.profile.store_bytes_per_s if assumed.profile else None)
     return None if rate is None else rate / token_bytes

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from m2ray.config import OffloadTo
 from m2ray.planning.demand import Demand
 from m2ray.planning.devices import Device, chain_devices
-from m2ray.planning.hardware import Cluster, MaxMemory
+from m2ray.planning.hardware import Cluster
+from m2ray.sizes import MaxMemory
 
 STEP_TOKENS = 256
 _FURTHER: Mapping[OffloadTo, tuple[OffloadTo, ...]] = {"none": ("cpu", "disk"), "cpu": ("disk",), "disk": ()}
@@ -69,18 +70,17 @@ def _has_room(demand: Demand, chains: Chains) -> bool:
 
 def _without_limits(demand: Demand, cluster: Cluster, fits: Fits) -> Remedy | None:
     """All that is free on all GPUs, those that the limits left out among them."""
-    options = demand.options.chains
-    if options.max_memory == MaxMemory():
+    if demand.options.max_memory == MaxMemory():
         return None
-    unlimited = replace(demand, options=replace(demand.options, chains=replace(options, max_memory=MaxMemory())))
-    chains = chain_devices(cluster, demand.num_layers, unlimited.options.chains)
+    unlimited = demand.asking(max_memory=MaxMemory())
+    chains = chain_devices(cluster, demand.num_layers, unlimited.options)
     return Remedy("max_memory", "none", "It fits without max_memory.") if fits(unlimited, cluster, chains) else None
 
 
 def _in_bfloat16(demand: Demand, cluster: Cluster, chains: Chains, fits: Fits) -> Remedy | None:
     if demand.itemsize_bytes == 2:
         return None
-    halved = replace(demand, options=replace(demand.options, compute_dtype="bfloat16"))
+    halved = demand.asking(compute_dtype="bfloat16")
     return Remedy("compute_dtype", "bfloat16", 'It fits with compute_dtype = "bfloat16".') if fits(halved, cluster, chains) else None
 
 
@@ -88,7 +88,7 @@ def _smaller_batches(demand: Demand, cluster: Cluster, chains: Chains, fits: Fit
     """The largest micro-batch that fits, in steps of 256 tokens. A longer sequence sets the floor."""
 
     def is_too_large(steps: int) -> bool:
-        return not fits(demand.with_batch_tokens(steps * STEP_TOKENS), cluster, chains)
+        return not fits(demand.asking(batch_tokens=steps * STEP_TOKENS), cluster, chains)
 
     most = (demand.options.batch_tokens - 1) // STEP_TOKENS
     steps = bisect_left(range(1, most + 1), x=True, key=is_too_large)
@@ -99,12 +99,12 @@ def _smaller_batches(demand: Demand, cluster: Cluster, chains: Chains, fits: Fit
 
 def _shorter_prompts(demand: Demand, cluster: Cluster, chains: Chains, fits: Fits) -> Remedy | None:
     """The longest prompt that fits, in steps of 256 tokens, where the longest is known."""
-    longest = demand.options.longest_tokens
+    longest = demand.assumed.longest_tokens
     if longest is None:
         return None
 
     def is_too_long(steps: int) -> bool:
-        return not fits(replace(demand, options=replace(demand.options, longest_tokens=steps * STEP_TOKENS)), cluster, chains)
+        return not fits(demand.assuming(longest_tokens=steps * STEP_TOKENS), cluster, chains)
 
     steps = bisect_left(range(1, (longest - 1) // STEP_TOKENS + 1), x=True, key=is_too_long)
     if steps == 0:
@@ -122,7 +122,7 @@ def _less_in_flight(demand: Demand, cluster: Cluster, chains: Chains, fits: Fits
     in_flight_bytes = min(shares, default=0)
     if not demand.workload.hidden_bytes <= in_flight_bytes < demand.options.in_flight_bytes:
         return None
-    lower = replace(demand, options=replace(demand.options, in_flight_bytes=in_flight_bytes))
+    lower = demand.asking(in_flight_bytes=in_flight_bytes)
     if not fits(lower, cluster, chains):
         return None
     return Remedy("in_flight", in_flight_bytes, f'It fits with in_flight = "{in_flight_bytes}" or less, or a larger /dev/shm.')
@@ -131,15 +131,13 @@ def _less_in_flight(demand: Demand, cluster: Cluster, chains: Chains, fits: Fits
 def _in_planes(demand: Demand, cluster: Cluster, chains: Chains, fits: Fits) -> Remedy | None:
     if demand.options.compression == "planes" or any(part.dtype == "float32" for part in demand.options.parts):
         return None
-    planes = replace(demand, options=replace(demand.options, compression="planes"))
+    planes = demand.asking(compression="planes")
     return Remedy("compression", "planes", 'It fits with compression = "planes".') if fits(planes, cluster, chains) else None
 
 
 def _other_output(demand: Demand, cluster: Cluster, chains: Chains, fits: Fits) -> Remedy | None:
     """Where only the output's disk is too small."""
-    if demand.options.disk_free_bytes is None or not fits(
-        replace(demand, options=replace(demand.options, disk_free_bytes=None)), cluster, chains
-    ):
+    if demand.assumed.disk_free_bytes is None or not fits(demand.assuming(disk_free_bytes=None), cluster, chains):
         return None
     return Remedy("output", "elsewhere", "It fits with an output on a larger disk or in a bucket, or with fewer layers.")
 
@@ -166,9 +164,8 @@ def _more_nodes(demand: Demand, cluster: Cluster, fits: Fits) -> Remedy | None:
 
     def do(number: int) -> bool:
         wider = Cluster(tuple(replace(largest, name=f"{largest.name}-{copy}") for copy in range(number)))
-        of_one_chain = replace(demand.options.chains, stages=number, replicas=1, max_memory=MaxMemory())
-        asked = replace(demand, options=replace(demand.options, chains=of_one_chain))
-        return fits(asked, wider, chain_devices(wider, demand.num_layers, of_one_chain))
+        asked = demand.asking(stages=number, replicas=1, max_memory=MaxMemory())
+        return fits(asked, wider, chain_devices(wider, demand.num_layers, asked.options))
 
     number = bisect_left(range(1, demand.num_layers + 1), x=True, key=do) + 1
     if number > demand.num_layers:
@@ -179,7 +176,7 @@ def _more_nodes(demand: Demand, cluster: Cluster, fits: Fits) -> Remedy | None:
 def _offload(demand: Demand, try_offload: Callable[[Demand], OffloadTrial]) -> Remedy | None:
     """Host memory for what finds no room, or else the disk too: it runs, many times slower."""
     for offload in _FURTHER[demand.options.offload]:
-        trial = try_offload(demand.with_offload(offload))
+        trial = try_offload(demand.asking(offload=offload))
         if trial.fits and trial.host_bytes + trial.disk_bytes:
             of_these = f" {trial.disk_bytes:,} of these from disks," if trial.disk_bytes else ""
             copied_bytes = trial.host_bytes + trial.disk_bytes

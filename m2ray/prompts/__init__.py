@@ -3,15 +3,14 @@
 from m2ray.prompts.resume import load_shards, respool
 from m2ray.prompts.rows import PromptRow
 from m2ray.prompts.sequences_table import SEQUENCES_SCHEMA, read_quarantined
-from m2ray.prompts.shards import ShardTable, batching, micro_batches
-from m2ray.prompts.sources import PromptOptions, PromptSource
+from m2ray.prompts.shards import ShardTable, batching, estimated_batching, micro_batches
+from m2ray.prompts.sources import PromptSource
 from m2ray.prompts.spool import TokenSpool
 from m2ray.prompts.surveying import Quarantined, Survey, survey
 from m2ray.prompts.tokenize import PromptTokenizer
 
 __all__ = [
     "SEQUENCES_SCHEMA",
-    "PromptOptions",
     "PromptRow",
     "PromptSource",
     "PromptTokenizer",
@@ -20,6 +19,7 @@ __all__ = [
     "Survey",
     "TokenSpool",
     "batching",
+    "estimated_batching",
     "load_shards",
     "micro_batches",
     "read_quarantined",

@@ -4,14 +4,14 @@ import glob
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self
+from typing import Self
 from urllib.parse import unquote, urlsplit
 
 import xxhash
 
 from m2ray.errors import PromptsError, raise_all
+from m2ray.options import PromptOptions
 from m2ray.prompts.readers import FORMATS, PLAIN_TEXT_COLUMN, ArrowStreamFile, PromptFile, format_of
 from m2ray.prompts.remote import RemotePath, find_remote, reading_store
 from m2ray.prompts.rows import Columns, PromptRow, as_row
@@ -19,18 +19,6 @@ from m2ray.storage import SCHEMES
 
 _HASHED_BYTES = 1 << 20
 _KNOWN_FORMATS = f"m2ray reads {', '.join(FORMATS)} and folders that Hugging Face datasets saved to disk."
-
-
-@dataclass(frozen=True)
-class PromptOptions:
-    """The options of an extraction that decide its sequences. `max_length` is in tokens."""
-
-    prompts: str
-    max_length: int
-    text_column: str = "text"
-    messages_column: str = "messages"
-    id_column: str | None = None
-    truncation: Literal["refuse", "cut"] = "refuse"
 
 
 class PromptSource:

@@ -15,8 +15,8 @@ from transformers import AutoTokenizer
 
 from m2ray.batches import Int32Array
 from m2ray.errors import CheckpointError, PromptsError
+from m2ray.options import PromptOptions
 from m2ray.prompts.rows import Message, PromptRow
-from m2ray.prompts.sources import PromptOptions
 from m2ray.storage import SCHEMES, open_store
 
 _VOCABULARY_FILES = (

@@ -17,10 +17,11 @@ from m2ray.chain import placement, probing
 from m2ray.config import ExtractConfig
 from m2ray.errors import ClusterError
 from m2ray.model.checkpoint import tensor_table_from_config
-from m2ray.planning.demand import Demand, PlanOptions
+from m2ray.planning.demand import Assumptions, Demand
 from m2ray.planning.hardware import Node, parse_gpus
 from m2ray.planning.memory import ModelShape
 from m2ray.planning.plan import Plan, plan_run
+from m2ray.planning.resolve import resolve
 from tests.reference import minimax_config
 
 config = minimax_config()
@@ -38,9 +39,9 @@ def fake_gpus_here():
 
 
 def planned(hardware: probing.Hardware, **options: object) -> Plan:
-    options = ExtractConfig(model="m", prompts="p", output="o", **options)
-    options = PlanOptions.of(options, range(table.num_layers), table.hidden_size, 16384, None)
-    return plan_run(Demand(table, ModelShape.of(config, "sdpa"), options), hardware.cluster)
+    shape = ModelShape.of(config, "sdpa")
+    wanted = ExtractConfig(model="m", prompts="p", output="o", batch_tokens=16384, **options)
+    return plan_run(Demand(table, shape, resolve(wanted, table, shape, hardware.cluster, Assumptions())), hardware.cluster)
 
 
 def reserved(hardware: probing.Hardware, plan: Plan, timeout_s: float = 30.0) -> dict[str, Any]:

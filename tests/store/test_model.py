@@ -12,7 +12,8 @@ from m2ray.batches import LayerSpan
 from m2ray.errors import CheckpointError
 from m2ray.model.checkpoint import open_checkpoint
 from m2ray.model.stage import StageSpec, load_stage
-from m2ray.prompts import PromptOptions, PromptRow, PromptTokenizer
+from m2ray.options import PromptOptions
+from m2ray.prompts import PromptRow, PromptTokenizer
 from m2ray.storage import open_store
 from tests.reference import make_minimax, same_bits
 

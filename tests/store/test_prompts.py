@@ -12,7 +12,8 @@ import pytest
 from datasets import Dataset, DatasetDict, disable_progress_bar
 
 from m2ray.errors import PromptsError
-from m2ray.prompts import PromptOptions, PromptRow, PromptSource
+from m2ray.options import PromptOptions
+from m2ray.prompts import PromptRow, PromptSource
 from m2ray.prompts.remote import find_remote
 from m2ray.storage import open_store
 from tests.store.test_model import upload

@@ -1,14 +1,15 @@
 """`batch_tokens = "auto"`: what the GPUs have room for and what suits the prompts, kept in job.json."""
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from m2ray.batches import PromptStats
 from m2ray.chain import extract
 from m2ray.chain.checking import check
 from m2ray.chain.probing import Hardware
@@ -18,7 +19,6 @@ from m2ray.config import ExtractConfig
 from m2ray.errors import ClusterError
 from m2ray.planning.batch_size import best_batch_tokens
 from m2ray.planning.hardware import Cluster, Gpu, Node
-from m2ray.planning.output import PromptStats
 from m2ray.planning.plan import plan_run
 from m2ray.prompts.shards import ShardTable, batching, cut_shards
 from tests.reference import make_minimax
@@ -32,7 +32,7 @@ def stats_of(lengths: list[int]) -> Stats:
     shards = ShardTable.join([(places, counts[places]) for places in cut_shards(counts, 32_768)])
 
     def stats_at(batch_tokens: int) -> PromptStats:
-        return PromptStats(len(lengths), *batching(shards, batch_tokens))
+        return batching(shards, batch_tokens)
 
     return stats_at
 
@@ -78,21 +78,17 @@ def begin(monkeypatch: pytest.MonkeyPatch, gpu_bytes: int, run: Path, **options:
     """The options that job.json holds after a run has begun on two GPUs that have so much left."""
     gpus = tuple(Gpu(index, "NVIDIA H200", 150 * 10**9, gpu_bytes) for index in range(2))
 
-    @contextmanager
-    def hardware(_: ExtractConfig) -> Iterator[Hardware]:
-        yield Hardware(Cluster((Node("here", gpus),)), {"here": "0"}, {"here": 8.0})
-
-    monkeypatch.setattr(extract, "_hardware", hardware)
+    hardware = Hardware(Cluster((Node("here", gpus),)), {"here": "0"}, {"here": 8.0})
+    monkeypatch.setattr(extract, "_hardware", lambda *_: hardware)
     with ExitStack() as stack, Progress() as progress:
-        _, work, _ = extract._begin(check(ExtractConfig(output=str(run), **options)), stack, Stop(), progress)
-        work.tokens.close()
+        extract._begin(check(ExtractConfig(output=str(run), **options), Stop()), stack, Stop(), progress)
     found: dict[str, Any] = json.loads((run / "job.json").read_text())["options"]
     return found
 
 
 def needed_bytes(run: Path, batch_tokens: int, **options: Any) -> int:
     """What a GPU of two must have free for micro-batches of this size: the plan's own peak."""
-    inputs = check(ExtractConfig(output=str(run), batch_tokens=batch_tokens, compile=True, **options))
+    inputs = check(ExtractConfig(output=str(run), batch_tokens=batch_tokens, compile=True, **options), Stop())
     gpus = tuple(Gpu(index, "NVIDIA H200", 150 * 10**9, 150 * 10**9) for index in range(2))
     planned = plan_run(inputs.demand(2000), Cluster((Node("here", gpus),)))
     return max(gpu.memory.peak_bytes for gpu in planned.gpus)

@@ -9,8 +9,9 @@ import pytest
 
 from m2ray import planning
 from m2ray.errors import ConfigError, M2rayError
-from m2ray.planning.hardware import GPU_MODELS, Cluster, Gpu, MaxMemory, Node, find_gpu_model, parse_gpus, parse_max_memory
+from m2ray.planning.hardware import GPU_MODELS, Gpu, find_gpu_model, parse_gpus
 from m2ray.planning.probe import probe_node, visible_devices
+from m2ray.sizes import MaxMemory, parse_max_memory
 
 GB = 10**9
 
@@ -80,22 +81,22 @@ def gpu(index: int, free_bytes: int = 80 * GB) -> Gpu:
 
 def test_one_limit_is_for_every_gpu_and_never_above_what_is_free():
     limit = parse_max_memory("40GiB")
-    assert limit.usable_bytes("any", gpu(3)) == 40 * 2**30
-    assert limit.usable_bytes("any", gpu(3, free_bytes=5 * GB)) == 5 * GB
-    assert parse_max_memory(None).usable_bytes("any", gpu(0)) == 80 * GB
+    assert limit.usable_bytes("any", 3, 80 * GB) == 40 * 2**30
+    assert limit.usable_bytes("any", 3, 5 * GB) == 5 * GB
+    assert parse_max_memory(None).usable_bytes("any", 0, 80 * GB) == 80 * GB
 
 
 def test_a_list_leaves_out_the_gpus_that_it_does_not_name():
     limit = parse_max_memory("0:60GB, 1:60GB,2:40GB")
-    assert [limit.usable_bytes("any", gpu(index)) for index in range(4)] == [60 * GB, 60 * GB, 40 * GB, 0]
+    assert [limit.usable_bytes("any", index, 80 * GB) for index in range(4)] == [60 * GB, 60 * GB, 40 * GB, 0]
 
 
 def test_limits_node_by_node():
     limit = parse_max_memory("a=40GB; b=0:60GB,1:50GB; 30GB")
-    assert limit.usable_bytes("a", gpu(7)) == 40 * GB
-    assert [limit.usable_bytes("b", gpu(index)) for index in range(3)] == [60 * GB, 50 * GB, 0]
-    assert limit.usable_bytes("c", gpu(0)) == 30 * GB
-    assert parse_max_memory("a=40GB").usable_bytes("c", gpu(0)) == 80 * GB
+    assert limit.usable_bytes("a", 7, 80 * GB) == 40 * GB
+    assert [limit.usable_bytes("b", index, 80 * GB) for index in range(3)] == [60 * GB, 50 * GB, 0]
+    assert limit.usable_bytes("c", 0, 80 * GB) == 30 * GB
+    assert parse_max_memory("a=40GB").usable_bytes("c", 0, 80 * GB) == 80 * GB
 
 
 @pytest.mark.parametrize(
@@ -107,13 +108,13 @@ def test_malformed_limits_are_refused(text):
 
 
 def test_limits_for_what_is_not_there_are_all_listed():
-    cluster = Cluster((Node("a", (gpu(0), gpu(1))), Node("b", (gpu(0),))))
+    has = {"a": 2, "b": 1}
     with pytest.raises(ConfigError, match=r"2 problems(.|\n)*node 'c'(.|\n)*GPU 1 of node 'b'"):
-        parse_max_memory("b=0:1GB,1:1GB;c=1GB").require_known(cluster)
+        parse_max_memory("b=0:1GB,1:1GB;c=1GB").require_known(has)
     with pytest.raises(M2rayError, match="GPU 2"):
-        parse_max_memory("0:1GB,2:1GB").require_known(cluster)
-    parse_max_memory("0:1GB,1:1GB").require_known(cluster)
-    MaxMemory().require_known(cluster)
+        parse_max_memory("0:1GB,2:1GB").require_known(has)
+    parse_max_memory("0:1GB,1:1GB").require_known(has)
+    MaxMemory().require_known(has)
 
 
 def test_devices_are_visible_by_the_rules_of_cuda_visible_devices():

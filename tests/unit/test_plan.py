@@ -10,17 +10,19 @@ from rich.console import Console
 
 from m2ray.activations.column_chunks import encode_tokens
 from m2ray.activations.part_writer import PartWriter
-from m2ray.batches import TOKEN_ROW, LayerSpan, PartSpec, TensorRow, TensorTable
+from m2ray.batches import TOKEN_ROW, LayerSpan, PartSpec, PromptStats, TensorRow, TensorTable
+from m2ray.config import ExtractConfig
 from m2ray.errors import ClusterError, ConfigError
-from m2ray.planning.demand import Demand, PlanOptions
-from m2ray.planning.devices import ChainOptions
-from m2ray.planning.hardware import Cluster, Gpu, Node, parse_gpus, parse_max_memory
+from m2ray.planning.demand import Assumptions, Demand
+from m2ray.planning.hardware import Cluster, Gpu, Node, parse_gpus
 from m2ray.planning.layout import render, size
 from m2ray.planning.memory import ModelShape
-from m2ray.planning.output import PromptStats, part_bytes, plan_output
+from m2ray.planning.output import part_bytes, plan_output
 from m2ray.planning.plan import Plan, most_replicas, plan_run
 from m2ray.planning.rates import active_elements
 from m2ray.planning.report import to_json
+from m2ray.planning.resolve import resolve
+from m2ray.sizes import parse_max_memory
 from m2ray.storage import open_store
 
 GB = 10**9
@@ -73,10 +75,10 @@ def residuals(num_layers: int = 62) -> tuple[PartSpec, ...]:
 
 
 def demand(num_layers: int = 62, **options) -> Demand:
-    """MiniMax-M2, all residuals; `options` of ChainOptions and of PlanOptions alike."""
-    of_chains = {name: options.pop(name) for name in list(options) if name in ChainOptions.__annotations__}
-    options.setdefault("parts", residuals(num_layers))
-    return Demand(m2_table(num_layers), SHAPE, PlanOptions(chains=ChainOptions(**of_chains), **options))
+    """MiniMax-M2, all residuals; `options` of RunOptions and of Assumptions alike."""
+    assumed = Assumptions(**{name: options.pop(name) for name in list(options) if name in Assumptions.__annotations__})
+    config, table = ExtractConfig(model="m", prompts="p", output="o", compile=False), m2_table(num_layers)
+    return Demand(table, SHAPE, replace(resolve(config, table, SHAPE, Cluster(()), assumed), **options), assumed)
 
 
 def plan(gpus: str | Cluster, num_layers: int = 62, prompts: PromptStats | None = None, **options) -> Plan:
@@ -296,7 +298,7 @@ def test_long_prompts_count_and_the_length_that_fits_is_told(attn):
     """32k tokens as one prompt: eager attention needs many times the memory, the others no more than for short prompts."""
 
     def planned(longest_tokens: int) -> Plan:
-        long = replace(demand(batch_tokens=32_768, longest_tokens=longest_tokens), shape=replace(SHAPE, attn_implementation=attn))
+        long = demand(batch_tokens=32_768, longest_tokens=longest_tokens, attn_implementation=attn)
         return plan_run(long, parse_gpus("8xH200"))
 
     assert planned(512).fits
@@ -323,7 +325,7 @@ def test_a_sequence_longer_than_a_micro_batch_sets_its_size():
 
 
 def test_flash_attention_needs_gpus_and_its_package_on_every_node():
-    flash = replace(demand(num_layers=6), shape=replace(SHAPE, attn_implementation="flash_attention_2"))
+    flash = demand(num_layers=6, attn_implementation="flash_attention_2")
     gpus = tuple(Gpu(index, "NVIDIA H200", 150 * GB, 150 * GB) for index in range(2))
     lacking, equipped = ({"torch": "2.11"} | more for more in ({}, {"flash-attn": "2.8.3"}))
     assert plan_run(flash, parse_gpus("4xH200")).fits, "what is not known is left to the stage"

@@ -5,13 +5,14 @@ from dataclasses import replace
 
 import pytest
 
-from m2ray.batches import LayerSpan, PartSpec, TensorRow, TensorTable
+from m2ray.batches import LayerSpan, PromptStats, TensorRow, TensorTable
 from m2ray.chain.report import GpuMeasured, RunMeasured, StageMeasured, build_report, limiting, loaded_lines, start_lines, summary_lines
-from m2ray.planning.demand import Demand, PlanOptions
+from m2ray.config import ExtractConfig
+from m2ray.planning.demand import Assumptions, Demand
 from m2ray.planning.hardware import parse_gpus
 from m2ray.planning.memory import ModelShape
-from m2ray.planning.output import PromptStats
 from m2ray.planning.plan import Plan, plan_run
+from m2ray.planning.resolve import resolve
 
 GB = 10**9
 
@@ -21,8 +22,9 @@ def plan() -> Plan:
     rows = [TensorRow("embed", "embedding", None, (1000, 64), False, 128_000, ("embed",))]
     rows += [TensorRow(f"w{layer}", "layer", layer, (5 * GB,), False, 10 * GB, (f"w{layer}",)) for layer in range(4)]
     table = TensorTable(4, 64, tuple(rows))
-    options = PlanOptions(tuple(PartSpec("residual", layer, "bfloat16", 64) for layer in range(4)))
-    return plan_run(Demand(table, ModelShape(64, 4, 4, 16, 256), options), parse_gpus("2xA100-80GB"), PromptStats(10, 900, 1000, 100, 1, 2))
+    shape, cluster = ModelShape(64, 4, 4, 16, 256), parse_gpus("2xA100-80GB")
+    options = resolve(ExtractConfig(model="m", prompts="p", output="o", compile=False), table, shape, cluster, Assumptions())
+    return plan_run(Demand(table, shape, options), cluster, PromptStats(10, 900, 1000, 100, 1, 2))
 
 
 def stage(number: int, span: LayerSpan, parameter_bytes: int, **changed) -> StageMeasured:

@@ -15,7 +15,8 @@ import pytest
 from datasets.utils.logging import disable_progress_bar
 
 from m2ray.errors import PromptsError
-from m2ray.prompts import PromptOptions, PromptSource
+from m2ray.options import PromptOptions
+from m2ray.prompts import PromptSource
 from m2ray.prompts.rows import MAX_PROMPT_BYTES
 
 TEXTS = ["The river is low.", 'He said: "cross, now"', "河水带走一切", "two\nlines", "  spaces kept  "]

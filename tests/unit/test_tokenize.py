@@ -10,7 +10,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from m2ray.errors import CheckpointError, PromptsError
-from m2ray.prompts import PromptOptions, PromptRow, PromptTokenizer
+from m2ray.options import PromptOptions
+from m2ray.prompts import PromptRow, PromptTokenizer
 
 TINY = Path(__file__).parents[1] / "data" / "prompts" / "tokenizer"
 VOCAB_SIZE = 320

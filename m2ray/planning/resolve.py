@@ -1,0 +1,120 @@
+"""RunOptions from what a user asks for: every "auto" is decided here, for `m2ray plan` and `m2ray extract` alike."""
+
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from m2ray.batches import PromptStats, TensorTable
+from m2ray.config import ExtractConfig, parse_labels, parse_layers
+from m2ray.errors import ConfigError
+from m2ray.options import PromptOptions, RunOptions
+from m2ray.planning.batch_size import AUTO_BATCH_TOKENS, best_batch_tokens
+from m2ray.planning.demand import Assumptions, Demand
+from m2ray.planning.hardware import Cluster
+from m2ray.planning.memory import ModelShape
+from m2ray.planning.plan import most_batch_tokens, most_replicas, plan_run
+from m2ray.sites import parts_of_run
+from m2ray.sizes import parse_bytes, parse_max_memory
+
+AUTO_SHARD_TOKENS = 32_768
+
+StatsAt = Callable[[int], PromptStats]
+"""The prompts, cut into micro-batches of at most so many padded tokens."""
+
+
+def resolve(
+    config: ExtractConfig,
+    table: TensorTable,
+    shape: ModelShape,
+    cluster: Cluster,
+    assumed: Assumptions,
+    recorded: Mapping[str, Any] | None = None,
+    stats_at: StatsAt | None = None,
+) -> RunOptions:
+    """Decide what a configuration leaves open.
+
+    What decides the rows stays as a run that has begun recorded it. A new run's micro-batches get the size that takes least time where
+    memory has room for it, and `replicas` as many as find room.
+
+    Args:
+        config: what is asked for.
+        table, shape: the model; `shape` names the attention that "auto" means for it.
+        cluster: where it is to run; without nodes, what needs no look at a cluster is decided as without GPUs.
+        recorded: the options in job.json, if the run has begun.
+        stats_at: the prompts; None where none are known.
+
+    Raises:
+        ConfigError: a value is malformed, or does not suit the model or the cluster.
+        ClusterError: there are fewer GPUs than stages.
+    """
+    layers = parse_layers(config.layers, table.num_layers)
+    if isinstance(config.stages, int) and config.stages > layers[-1] + 1:
+        raise ConfigError(f"stages = {config.stages}, but only {layers[-1] + 1} layers are run.", f"Ask for at most {layers[-1] + 1}.")
+    of_the_run = recorded or {}
+
+    def decided(name: str, automatic: Any) -> Any:
+        asked = getattr(config, name)
+        return of_the_run.get(name, automatic) if asked == "auto" else asked
+
+    options = RunOptions(
+        prompts=prompt_options(config, shape.positions),
+        layers=layers,
+        sites=config.sites,
+        parts=parts_of_run(config.sites, layers, config.store_dtype, table.hidden_size),
+        compute_dtype=config.compute_dtype,
+        store_dtype=config.store_dtype,
+        batch_tokens=decided("batch_tokens", AUTO_BATCH_TOKENS),
+        shard_tokens=decided("shard_tokens", AUTO_SHARD_TOKENS),
+        attn_implementation=decided("attn_implementation", shape.attn_implementation),
+        compile=decided("compile", cluster.num_gpus > 0),
+        threads_per_stage=decided("threads_per_stage", 1),
+        output=config.output,
+        compression=config.compression,
+        stages=None if config.stages == "auto" else config.stages,
+        replicas=1 if config.replicas == "auto" else config.replicas,
+        gpus_per_stage=config.gpus_per_stage,
+        device_map=config.device_map,
+        max_memory=parse_max_memory(config.max_memory),
+        offload=config.offload,
+        offload_folder=str(Path(config.offload_folder or tempfile.gettempdir()).expanduser().absolute()),
+        node_labels=parse_labels(config.node_labels),
+        in_flight_bytes=parse_bytes(config.in_flight, "in_flight"),
+        transport=config.transport,
+        placement_timeout_s=config.placement_timeout_s,
+        stage_timeout_s=config.stage_timeout_s,
+    )
+    if not cluster.nodes:
+        return options
+    demand = Demand(table, shape, options, assumed)
+    if config.batch_tokens == "auto" and "batch_tokens" not in of_the_run:
+        demand = demand.asking(batch_tokens=_batch_tokens(config, demand, cluster, stats_at))
+    return replace(demand.options, replicas=_replicas(config, demand, cluster))
+
+
+def prompt_options(config: ExtractConfig, positions: int) -> PromptOptions:
+    """What decides the sequences; they are at most as long as the model has positions, unless less is asked for."""
+    return PromptOptions(
+        prompts=config.prompts or "",
+        max_length=config.max_length or positions,
+        text_column=config.text_column,
+        messages_column=config.messages_column,
+        id_column=config.id_column,
+        truncation=config.truncation,
+    )
+
+
+def _replicas(config: ExtractConfig, demand: Demand, cluster: Cluster) -> int:
+    return most_replicas(demand, cluster) if config.replicas == "auto" else config.replicas
+
+
+def _batch_tokens(config: ExtractConfig, demand: Demand, cluster: Cluster, stats_at: StatsAt | None) -> int:
+    """What memory has room for and takes least time; the most there is where nothing fits, or where no prompts are known."""
+    demand = demand.asking(replicas=_replicas(config, demand, cluster))
+    most_tokens = most_batch_tokens(demand, cluster, AUTO_BATCH_TOKENS)
+    if most_tokens is None or stats_at is None:
+        return most_tokens or AUTO_BATCH_TOKENS
+    replicas = demand.options.replicas
+    plan = plan_run(demand.asking(batch_tokens=most_tokens), cluster)
+    return best_batch_tokens(most_tokens, stats_at, len(plan.stages) // replicas, replicas)
