@@ -10,6 +10,7 @@ from m2ray.config import ExtractConfig, parse_labels, parse_layers
 from m2ray.errors import ConfigError, M2rayError, raise_all
 from m2ray.model.attention import resolve_attn_implementation
 from m2ray.model.checkpoint import Checkpoint, open_checkpoint, tensor_table
+from m2ray.model.proof import prove
 from m2ray.model.stage import DTYPES
 from m2ray.planning.batch_size import AUTO_BATCH_TOKENS
 from m2ray.planning.demand import Demand, PlanOptions
@@ -82,7 +83,7 @@ def check(config: ExtractConfig) -> Inputs:
     if not opened:
         raise_all(problems)
     checkpoint: Checkpoint = opened[0]
-    look(checkpoint.check)
+    look(checkpoint.check, lambda: prove(checkpoint.config))
     layers = look(lambda: parse_layers(config.layers, checkpoint.config.num_hidden_layers))
     tokenizer = look(lambda: PromptTokenizer.load(config.model, prompts, checkpoint.config.vocab_size))
     attention = look(lambda: resolve_attn_implementation(checkpoint.config, config.attn_implementation, DTYPES[config.compute_dtype]))

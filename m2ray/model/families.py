@@ -1,6 +1,7 @@
 """The model families that m2ray runs, and config.json of one of them as transformers' configuration."""
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
@@ -46,6 +47,9 @@ MiniMax-M2's are float32 on disk, and its modelling code computes with whatever 
 SHARED_STATE = ("num_kv_shared_layers", "hidden_size_per_layer_input")
 """Config fields of families whose layers hand more than one hidden state to the next: no stage boundary can be cut."""
 
+TEXT_TOWERS = ("text_config", "decoder", "language_config", "llm_config", "thinker_config")
+"""Config fields that hold the configuration of the decoder inside a larger model."""
+
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 """Rotary embeddings that change with the longest sequence of a batch: a prompt's rows would depend on its neighbours."""
 
@@ -73,7 +77,7 @@ def parse_config(text: bytes) -> Any:
         config = CONFIG_MAPPING[model_type].from_dict(fields)
     except (StrictDataclassError, TypeError, ValueError, KeyError) as error:
         raise CheckpointError(f"transformers refuses config.json as a {model_type} configuration: {error}.") from error
-    raise_all([*_unsupported_structure(config), *_unsupported_quantization(config)])
+    raise_all([*_not_causal(config.to_dict()), *_unsupported_structure(config), *_unsupported_quantization(config)])
     _spell_out_partial_rotary(config)
     return config
 
@@ -116,6 +120,27 @@ def _unknown_family(model_type: Any) -> CheckpointError:
     if model_type not in CONFIG_MAPPING:
         return CheckpointError(f"config.json: transformers knows no model_type {model_type!r}, so m2ray cannot run it.", remedy)
     return CheckpointError(f"config.json: m2ray has not verified model_type {model_type!r} layer by layer, so it does not run it.", remedy)
+
+
+def _not_causal(fields: Mapping[str, Any], place: str = "") -> list[CheckpointError]:
+    """Fields by which a model looks at later tokens, its text towers' too. Those that nobody listed are found by m2ray/model/proof.py.
+
+    transformers takes an `is_causal` of any family at its word; `use_bidirectional_attention = "vision"` is about images alone.
+    """
+    reasons = [f"{name} = {fields[name]}" for name in ("is_causal", "causal") if not fields.get(name, True)]
+    if fields.get("use_bidirectional_attention") not in {None, False, "vision"}:
+        reasons.append(f"use_bidirectional_attention = {fields['use_bidirectional_attention']}")
+    problems = [
+        CheckpointError(
+            f"config.json: {place}{reason}: the model is not causal, a prompt's rows would depend on its padding and on later tokens.",
+            "m2ray runs causal decoders only.",
+        )
+        for reason in reasons
+    ]
+    for name in TEXT_TOWERS:
+        if isinstance(fields.get(name), Mapping):
+            problems += _not_causal(fields[name], f"{place}{name}.")
+    return problems
 
 
 def _unsupported_structure(config: Any) -> list[CheckpointError]:
