@@ -11,10 +11,10 @@ from urllib.parse import unquote, urlsplit
 import numpy as np
 import xxhash
 from jinja2 import TemplateError
-from transformers import AutoTokenizer
 
 from m2ray.batches import Int32Array
 from m2ray.errors import CheckpointError, PromptsError
+from m2ray.prompts.own_tokenizer import own_tokenizer, probed_digest
 from m2ray.prompts.rows import Message, PromptRow
 from m2ray.prompts.sources import PromptOptions
 from m2ray.storage import SCHEMES, open_store
@@ -40,7 +40,7 @@ class PromptTokenizer:
     """The model's tokenizer, offline and without code from the checkpoint.
 
     Attributes:
-        tokenizer_digest: xxh3-128 of the tokenizer's files, 32 hex digits.
+        tokenizer_digest: xxh3-128 of the tokenizer's files and of its tokens of some probes, 32 hex digits.
         template_digest: xxh3-128 of the chat template's text, or "" if the model has none.
     """
 
@@ -62,19 +62,19 @@ class PromptTokenizer:
             vocab_size: rows of the model's embedding; no token id may reach it.
 
         Raises:
-            CheckpointError: the folder has no tokenizer, or a damaged one.
+            CheckpointError: the folder has no tokenizer, a damaged one, or one that transformers makes another of.
             StoreError: the folder is in an object store that cannot be read.
         """
         with _local_folder(model_url) as folder:
             digest = _digest_files(folder, model_url)
             try:
-                tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+                tokenizer = own_tokenizer(folder)
             except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
                 raise CheckpointError(
                     f"transformers cannot load the tokenizer of {model_url}: {error}.",
                     "Copy the tokenizer's files again. Tokenizers that need code from the checkpoint are refused.",
                 ) from error
-        return cls(tokenizer, digest, options, vocab_size)
+        return cls(tokenizer, probed_digest(tokenizer, digest), options, vocab_size)
 
     def require_template(self) -> None:
         """Raise PromptsError if the model has no chat template."""

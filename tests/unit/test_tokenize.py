@@ -3,14 +3,17 @@
 import json
 import logging
 import shutil
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import pytest
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, LlamaTokenizer, Qwen2Tokenizer
 
 from m2ray.errors import CheckpointError, PromptsError
-from m2ray.prompts import PromptOptions, PromptRow, PromptTokenizer
+from m2ray.prompts import PromptOptions, PromptRow, PromptTokenizer, own_tokenizer
+from m2ray.prompts.own_tokenizer import PROBES
 
 TINY = Path(__file__).parents[1] / "data" / "prompts" / "tokenizer"
 VOCAB_SIZE = 320
@@ -121,6 +124,71 @@ def test_digests_follow_the_files_and_the_template(copied):
     assert changed.template_digest != first.template_digest
     edit_json(copied / "tokenizer.json", normalizer={"type": "NFC"})
     assert load(copied).tokenizer_digest != first.tokenizer_digest
+
+
+@pytest.mark.parametrize(
+    ("model_type", "tokenizer_class"),
+    [
+        ("qwen2", None),
+        ("qwen2", "Qwen2Tokenizer"),
+        ("llama", "LlamaTokenizerFast"),
+        ("gpt2", "GPT2Tokenizer"),
+        ("gpt_neox", "GPTNeoXTokenizerFast"),
+        ("codegen", "CodeGenTokenizer"),
+        ("cohere2", "CohereTokenizerFast"),
+        ("gemma2", "GemmaTokenizerFast"),
+        ("minimax_m2", "GPT2Tokenizer"),
+    ],
+)
+def test_tokens_are_those_of_tokenizer_json_whatever_class_transformers_chooses(copied, model_type, tokenizer_class):
+    choose_class(copied, model_type, tokenizer_class)
+    split = {"type": "Split", "pattern": {"Regex": "\\p{N}{1,3}|[^\\r\\n]"}, "behavior": "Isolated", "invert": False}
+    whole = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    edit_json(copied / "tokenizer.json", pre_tokenizer={"type": "Sequence", "pretokenizers": [split, whole]})
+    own = Tokenizer.from_file(str(copied / "tokenizer.json"))
+    encoded = load(copied).encode([*text_rows(*PROBES), PromptRow(90, "90", messages=CHAT)])
+    assert [ids.tolist() for ids in encoded[:-1]] == [own.encode(text).ids for text in PROBES]
+    rendered = AutoTokenizer.from_pretrained(str(TINY)).apply_chat_template(CHAT, tokenize=False)
+    assert encoded[-1].tolist() == own.encode(rendered, add_special_tokens=False).ids
+
+
+def choose_class(folder, model_type, tokenizer_class):
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings = {name: value for name, value in settings.items() if name not in {"backend", "tokenizer_class"}}
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({**settings, "tokenizer_class": tokenizer_class} if tokenizer_class else settings)
+    )
+
+
+def test_a_class_that_loses_spaces_is_not_used_but_its_special_tokens_are_known(copied, monkeypatch):
+    # transformers 5.17 to 5.21 hand this class out for a byte-level tokenizer.json under LlamaTokenizerFast.
+    settings = json.loads((copied / "tokenizer_config.json").read_text())
+    del settings["bos_token"]
+    (copied / "tokenizer_config.json").write_text(json.dumps(settings))
+    handed = LlamaTokenizer.from_pretrained(str(copied))
+    expected = Tokenizer.from_file(str(copied / "tokenizer.json")).encode("The river is low.").ids
+    assert handed("The river is low.")["input_ids"] != expected
+    monkeypatch.setattr(own_tokenizer, "_handed", lambda _: handed)
+    (copied / "chat_template.jinja").write_text("{{ bos_token }}low")
+    fixed = load(copied)
+    assert [ids.tolist() for ids in fixed.encode(text_rows("The river is low."))] == [expected]
+    assert fixed.encode([PromptRow(0, "0", messages=CHAT)])[0][0] == BOS
+    monkeypatch.setattr(own_tokenizer, "_differences", lambda *_, **__: [])
+    assert load(copied).tokenizer_digest != fixed.tokenizer_digest
+
+
+def test_a_tokenizer_json_that_transformers_never_loads_as_it_is_is_refused(copied, monkeypatch):
+    choose_class(copied, "qwen2", None)
+    monkeypatch.setattr(own_tokenizer, "PreTrainedTokenizerFast", Qwen2Tokenizer)
+    with pytest.raises(CheckpointError, match=r"not the one of tokenizer\.json: its normalizer is NFC\(\), not None; its pre_tokenizer is"):
+        load(copied)
+
+
+def test_a_tokenizer_json_of_a_newer_format_is_refused_in_a_sentence(copied):
+    edit_json(copied / "tokenizer.json", pre_tokenizer={"type": "SplitByMeaning"})
+    with pytest.raises(CheckpointError, match=rf"tokenizers {version('tokenizers')} does not read tokenizer\.json: .*newer tokenizers"):
+        load(copied)
 
 
 def test_absent_and_damaged_tokenizers_are_named(copied, tmp_path):
