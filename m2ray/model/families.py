@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from copy import deepcopy
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
@@ -73,11 +74,15 @@ def parse_config(text: bytes) -> Any:
     if model_type not in VERIFIED:
         raise _unknown_family(model_type)
     fields = {name: value for name, value in fields.items() if name not in CALLER_CHOOSES}
-    try:
-        config = CONFIG_MAPPING[model_type].from_dict(fields)
-    except (StrictDataclassError, TypeError, ValueError, KeyError) as error:
-        raise CheckpointError(f"transformers refuses config.json as a {model_type} configuration: {error}.") from error
-    raise_all([*_not_causal(config.to_dict()), *_unsupported_structure(config), *_unsupported_quantization(config)])
+    config = _read_fields(model_type, fields)
+    raise_all(
+        [
+            *_contradictory_rope(config, fields),
+            *_not_causal(config.to_dict()),
+            *_unsupported_structure(config),
+            *_unsupported_quantization(config),
+        ]
+    )
     _spell_out_partial_rotary(config)
     return config
 
@@ -85,7 +90,7 @@ def parse_config(text: bytes) -> Any:
 def expected_rotary_dim(config: Any) -> int | None:
     """Dimensions of a head that the rotary embedding turns, where config.json says that it is not all of them."""
     rotary_dim = getattr(config, "rotary_dim", None)
-    if rotary_dim is not None:
+    if config.model_type == "minimax_m2" and rotary_dim is not None:
         return int(rotary_dim)
     rope = getattr(config, "rope_parameters", None)
     factor = rope.get("partial_rotary_factor") if isinstance(rope, dict) else None
@@ -106,10 +111,36 @@ def is_fp8(config: Any) -> bool:
     return bool(getattr(config, "quantization_config", None))
 
 
+def _read_fields(model_type: str, fields: Mapping[str, Any]) -> Any:
+    try:
+        return CONFIG_MAPPING[model_type].from_dict(deepcopy(dict(fields)))  # it writes into what is nested
+    except (StrictDataclassError, TypeError, ValueError, KeyError) as error:
+        raise CheckpointError(f"transformers refuses config.json as a {model_type} configuration: {error}.") from error
+
+
+def _contradictory_rope(config: Any, fields: Mapping[str, Any]) -> list[CheckpointError]:
+    """The old key `rope_scaling` replaces `rope_parameters` whole, so that its rope_theta falls back to a default without a word."""
+    if not (fields.get("rope_scaling") and fields.get("rope_parameters")):
+        return []
+    without = _read_fields(config.model_type, {name: value for name, value in fields.items() if name != "rope_scaling"})
+    if without.rope_parameters == config.rope_parameters:
+        return []
+    return [
+        CheckpointError(
+            f"config.json: rope_scaling = {fields['rope_scaling']} and rope_parameters = {fields['rope_parameters']} contradict each other: "
+            f"transformers would take {config.rope_parameters}.",
+            "Keep rope_parameters alone, with all that is meant.",
+        )
+    ]
+
+
 def _spell_out_partial_rotary(config: Any) -> None:
-    """Say MiniMax-M2's `rotary_dim` the way the modelling code reads it: before 5.23, transformers overlooked the field."""
+    """Say MiniMax-M2's `rotary_dim` the way the modelling code reads it: before 5.23, transformers overlooked the field.
+
+    Other families have a field of that name too, which says something else or nothing.
+    """
     rotary_dim = getattr(config, "rotary_dim", None)
-    if rotary_dim is not None:
+    if config.model_type == "minimax_m2" and rotary_dim is not None:
         config.rope_parameters.setdefault("partial_rotary_factor", rotary_dim / config.head_dim)
 
 
