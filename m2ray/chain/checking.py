@@ -10,6 +10,7 @@ from m2ray.config import ExtractConfig, parse_labels, parse_layers
 from m2ray.errors import ConfigError, M2rayError, raise_all
 from m2ray.model.attention import resolve_attn_implementation
 from m2ray.model.checkpoint import Checkpoint, open_checkpoint, tensor_table
+from m2ray.model.families import learned_positions
 from m2ray.model.proof import prove
 from m2ray.model.stage import DTYPES
 from m2ray.planning.batch_size import AUTO_BATCH_TOKENS
@@ -83,7 +84,7 @@ def check(config: ExtractConfig) -> Inputs:
     if not opened:
         raise_all(problems)
     checkpoint: Checkpoint = opened[0]
-    look(checkpoint.check, lambda: prove(checkpoint.config))
+    look(checkpoint.check, lambda: prove(checkpoint.config), lambda: _check_length(config, checkpoint))
     layers = look(lambda: parse_layers(config.layers, checkpoint.config.num_hidden_layers))
     tokenizer = look(lambda: PromptTokenizer.load(config.model, prompts, checkpoint.config.vocab_size))
     attention = look(lambda: resolve_attn_implementation(checkpoint.config, config.attn_implementation, DTYPES[config.compute_dtype]))
@@ -94,6 +95,15 @@ def check(config: ExtractConfig) -> Inputs:
         raise ConfigError(f"stages = {config.stages}, but only {num_layers} layers are run.", f"Ask for at most {num_layers}.")
     options = _resolved(config, layers[0], prompts.max_length, attention[0], recorded)
     return Inputs(config, checkpoint, table, layers[0], source[0], tokenizer[0], store, options)
+
+
+def _check_length(config: ExtractConfig, checkpoint: Checkpoint) -> None:
+    positions = learned_positions(checkpoint.config)
+    if positions is not None and config.max_length is not None and config.max_length > positions:
+        raise ConfigError(
+            f"max_length = {config.max_length}, but a {checkpoint.config.model_type} of config.json has learned {positions} positions.",
+            f"Set max_length to {positions} at most.",
+        )
 
 
 def _resolved(config: ExtractConfig, layers: Sequence[int], max_length: int, attention: str, recorded: JobRecord | None) -> dict[str, Any]:

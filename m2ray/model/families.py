@@ -45,6 +45,9 @@ KEEPS_FP32 = {"minimax_m2": ("mlp.gate.weight", "mlp.e_score_correction_bias")}
 MiniMax-M2's are float32 on disk, and its modelling code computes with whatever dtype they have.
 """
 
+LEARNED_POSITIONS = ("gpt2", "opt")
+"""Families that look positions up in a table: there is none past its end, where others go on turning."""
+
 SHARED_STATE = ("num_kv_shared_layers", "hidden_size_per_layer_input")
 """Config fields of families whose layers hand more than one hidden state to the next: no stage boundary can be cut."""
 
@@ -65,7 +68,7 @@ def parse_config(text: bytes) -> Any:
         CheckpointError: not JSON, or a model that m2ray does not run; all reasons at once.
     """
     try:
-        fields = json.loads(text)
+        fields = json.loads(text, object_hook=_untagged)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"config.json is not JSON: {error}.", "Copy the file again.") from error
     if not isinstance(fields, dict):
@@ -74,6 +77,10 @@ def parse_config(text: bytes) -> Any:
     if model_type not in VERIFIED:
         raise _unknown_family(model_type)
     fields = {name: value for name, value in fields.items() if name not in CALLER_CHOOSES}
+    if not isinstance(fields.get("quantization_config") or {}, dict):
+        raise CheckpointError(
+            f"config.json: quantization_config = {fields['quantization_config']!r} is no JSON object.", "Copy the file again."
+        )
     config = _read_fields(model_type, fields)
     raise_all(
         [
@@ -100,6 +107,11 @@ def expected_rotary_dim(config: Any) -> int | None:
     return int(head_dim * factor)
 
 
+def learned_positions(config: Any) -> int | None:
+    """Positions that a model has, or None where they do not end."""
+    return int(config.max_position_embeddings) if config.model_type in LEARNED_POSITIONS else None
+
+
 def fp8_block(config: Any) -> tuple[int, int] | None:
     """Rows and columns that share one FP8 scale, or None where a tensor has one scale for all of it."""
     block = (getattr(config, "quantization_config", None) or {}).get("weight_block_size")
@@ -111,10 +123,16 @@ def is_fp8(config: Any) -> bool:
     return bool(getattr(config, "quantization_config", None))
 
 
+def _untagged(fields: dict[str, Any]) -> Any:
+    """A JSON object; or the number that JSON cannot say, where transformers wrote it as {"__float__": "Infinity"}."""
+    tag = fields.get("__float__")
+    return float(tag) if len(fields) == 1 and tag in {"Infinity", "-Infinity", "NaN"} else fields
+
+
 def _read_fields(model_type: str, fields: Mapping[str, Any]) -> Any:
     try:
         return CONFIG_MAPPING[model_type].from_dict(deepcopy(dict(fields)))  # it writes into what is nested
-    except (StrictDataclassError, TypeError, ValueError, KeyError) as error:
+    except (StrictDataclassError, AttributeError, TypeError, ValueError, KeyError) as error:
         raise CheckpointError(f"transformers refuses config.json as a {model_type} configuration: {error}.") from error
 
 

@@ -15,6 +15,7 @@ from m2ray.errors import CheckpointError
 from m2ray.model import families
 from m2ray.model.checkpoint import open_checkpoint, tensor_table, tensor_table_from_config
 from m2ray.model.families import VERIFIED, parse_config
+from m2ray.model.skeleton import build_skeleton
 from tests.reference import DATA, load_reference, make_family, make_minimax
 
 INDEX = "model.safetensors.index.json"
@@ -268,6 +269,8 @@ def test_a_malformed_index_is_refused(llama: Path, text: str) -> None:
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "'dynamic' changes with the longest prompt"),
         ({"quantization_config": {"quant_method": "mxfp4"}}, "quant_method 'mxfp4'"),
         ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [128]}}, "weight_block_size"),
+        ({"quantization_config": "fp8"}, "quantization_config = 'fp8' is no JSON object"),
+        ({"dtype": "bf16"}, "transformers refuses config.json as a llama configuration: .*bf16"),
         ({"num_attention_heads": "many"}, "transformers refuses config.json"),
     ],
 )
@@ -275,6 +278,26 @@ def test_what_m2ray_does_not_run_is_refused_with_the_reason(llama: Path, fields:
     edit_config(llama, **fields)
     with pytest.raises(CheckpointError, match=message):
         open_checkpoint(str(llama))
+
+
+def test_a_padding_token_beyond_the_vocabulary_is_refused_with_both_numbers(llama: Path) -> None:
+    edit_config(llama, pad_token_id=96)
+    with pytest.raises(CheckpointError, match=r"cannot build a llama .*Padding_idx.* pad_token_id = 96, and vocab_size = 96"):
+        tensor_table(open_checkpoint(str(llama)))
+
+
+def test_numbers_that_json_cannot_say_are_read_as_transformers_writes_them(llama: Path) -> None:
+    edit_config(llama, limits=[{"__float__": "Infinity"}, {"__float__": "-Infinity"}], other={"__float__": "x"})
+    config = open_checkpoint(str(llama)).config
+    assert (config.limits, config.other) == ([float("inf"), float("-inf")], {"__float__": "x"})
+
+
+@pytest.mark.parametrize("model_type", sorted(set(VERIFIED) - {"minimax_m2"}))
+def test_families_that_look_positions_up_are_known(model_type: str) -> None:
+    config = parse_config((DATA / "families" / f"{model_type}.json").read_bytes())
+    skeleton = build_skeleton(config, torch.bfloat16)
+    tables = [name for name in skeleton.inputs if isinstance(skeleton.model.get_submodule(name), torch.nn.Embedding)]
+    assert (len(tables) > 1) == (families.learned_positions(config) is not None), tables
 
 
 def test_code_and_settings_of_the_folder_are_ignored(llama: Path) -> None:

@@ -100,6 +100,14 @@ def test_an_extraction_is_proved_before_ray_is_started(tmp_path: Path, monkeypat
         check(config)
 
 
+def test_a_max_length_beyond_learned_positions_is_refused_from_the_configuration(tmp_path: Path) -> None:
+    model = make_family(tmp_path / "model", "gpt2")
+    (tmp_path / "prompts.txt").write_text("a\n")
+    config = ExtractConfig(model=str(model), prompts=str(tmp_path / "prompts.txt"), output=str(tmp_path / "run"), max_length=129)
+    with pytest.raises(M2rayError, match=r"max_length = 129, but a gpt2 of config\.json has learned 128 positions\. Set max_length to 128"):
+        check(config)
+
+
 def test_a_tiny_copy_keeps_ratios_and_every_kind_of_layer() -> None:
     minimax = tiny_copy(parse_config(json.dumps(fields_of("minimax_m2")).encode()))
     assert minimax.num_hidden_layers <= 3
