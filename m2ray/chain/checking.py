@@ -28,6 +28,7 @@ class Inputs:
     """Everything that is known before Ray is started.
 
     `options` are those that change rows, "auto" resolved but for `compile` and `batch_tokens` of a new run: the hardware decides.
+    `recorded` is the record of a run that is there already.
     """
 
     config: ExtractConfig
@@ -38,6 +39,7 @@ class Inputs:
     tokenizer: PromptTokenizer
     store: Store
     options: dict[str, Any]
+    recorded: JobRecord | None
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -77,9 +79,7 @@ def check(config: ExtractConfig) -> Inputs:
     recorded = next(iter(look(lambda: read_job(store))), None)
     opened = look(lambda: open_checkpoint(config.model))
     limit = opened[0].config.max_position_embeddings if opened else 1
-    prompts = PromptOptions(
-        config.prompts, config.max_length or limit, config.text_column, config.messages_column, config.id_column, config.truncation
-    )
+    prompts = PromptOptions.of(config, limit, recorded.options.get("template_date") if recorded else None)
     source = look(lambda: PromptSource.open(prompts))
     if not opened:
         raise_all(problems)
@@ -93,8 +93,8 @@ def check(config: ExtractConfig) -> Inputs:
     num_layers = layers[0][-1] + 1
     if isinstance(config.stages, int) and config.stages > num_layers:
         raise ConfigError(f"stages = {config.stages}, but only {num_layers} layers are run.", f"Ask for at most {num_layers}.")
-    options = _resolved(config, layers[0], prompts.max_length, attention[0], recorded)
-    return Inputs(config, checkpoint, table, layers[0], source[0], tokenizer[0], store, options)
+    options = _resolved(config, layers[0], attention[0], recorded) | _of_the_prompts(source[0], tokenizer[0])
+    return Inputs(config, checkpoint, table, layers[0], source[0], tokenizer[0], store, options, recorded)
 
 
 def _check_length(config: ExtractConfig, checkpoint: Checkpoint) -> None:
@@ -106,13 +106,13 @@ def _check_length(config: ExtractConfig, checkpoint: Checkpoint) -> None:
         )
 
 
-def _resolved(config: ExtractConfig, layers: Sequence[int], max_length: int, attention: str, recorded: JobRecord | None) -> dict[str, Any]:
+def _resolved(config: ExtractConfig, layers: Sequence[int], attention: str, recorded: JobRecord | None) -> dict[str, Any]:
     """The options that change rows, without "auto": a run that began keeps its values, a new one takes today's.
 
     The model and the prompts are left out: their digests say more than their paths.
     """
     options = config.model_dump(include=set(config.row_options()) - {"model", "prompts"})
-    options |= {"layers": list(layers), "max_length": max_length}
+    options["layers"] = list(layers)
     automatic = {
         "shard_tokens": _AUTO_SHARD_TOKENS,
         "attn_implementation": attention,
@@ -122,3 +122,16 @@ def _resolved(config: ExtractConfig, layers: Sequence[int], max_length: int, att
         if value == "auto":
             options[name] = recorded.options[name] if recorded and name in recorded.options else automatic.get(name, value)
     return options
+
+
+def _of_the_prompts(source: PromptSource, tokenizer: PromptTokenizer) -> dict[str, Any]:
+    """Those of the options that the prompts settle: which column counts, and what is put around its texts. A text sees no date."""
+    columns, options = source.columns, source.options
+    return {
+        "max_length": options.max_length,
+        "text_column": None if columns.is_messages else columns.prompt,
+        "messages_column": columns.prompt if columns.is_messages else None,
+        "tools_column": columns.tools,
+        "special_tokens": tokenizer.resolved_special_tokens(columns),
+        "template_date": str(options.template_date) if columns.is_messages else None,
+    }

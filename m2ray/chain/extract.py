@@ -9,7 +9,7 @@ from uuid import uuid4
 
 from m2ray import __version__
 from m2ray.activations.commits import Run, RunSummary, claim_run, read_summary
-from m2ray.activations.job import Counts, JobRecord, ModelFacts, read_job, require_same
+from m2ray.activations.job import Counts, JobRecord, ModelFacts, require_same
 from m2ray.batches import LayerSpan, MicroBatch, PartSpec, Shard
 from m2ray.chain.checking import Inputs, check
 from m2ray.chain.driver import Chain, ChainLimits
@@ -24,7 +24,7 @@ from m2ray.chain.report import REPORT, RunMeasured, build_report, start_lines, s
 from m2ray.chain.stages import Patience, Stages
 from m2ray.chain.stopping import GOES_ON, NOTHING_WRITTEN, Stop, stop_on_sigterm
 from m2ray.config import ExtractConfig, parse_labels
-from m2ray.errors import M2rayError
+from m2ray.errors import M2rayError, RunConflictError
 from m2ray.model.offload import Offload
 from m2ray.model.stage import StageSpec
 from m2ray.planning.batch_size import AUTO_BATCH_TOKENS, best_batch_tokens
@@ -50,10 +50,9 @@ def extract(config: ExtractConfig, progress: Progress) -> RunSummary:
     with stop_on_sigterm() as stop, ExitStack() as stack:
         with stop.at_once(GOES_ON):
             inputs = check(config)
-            recorded = read_job(inputs.store)
-        if recorded:
+        if inputs.recorded:
             with stop.at_once(GOES_ON):
-                work, hardware = _resume(inputs, recorded, progress), None
+                work, hardware = _resume(inputs, inputs.recorded, progress), None
         else:
             inputs, work, hardware = _begin(inputs, stack, stop, progress)
         stack.enter_context(work.tokens)
@@ -136,7 +135,17 @@ def _begin(inputs: Inputs, stack: ExitStack, stop: Stop, progress: Progress) -> 
             found = survey(inputs.source, inputs.tokenizer, inputs.store, uuid4().hex[:12], shard_tokens, on_progress=progress.surveying)
             hardware = stack.enter_context(_hardware(inputs.config))
             inputs = _resolve(inputs, found.shards, hardware)
-        return inputs, _claim(inputs, found, progress), hardware
+        try:
+            return inputs, _claim(inputs, found, progress), hardware
+        except RunConflictError:
+            theirs = check(inputs.config)
+            if theirs.recorded is None or theirs.options["template_date"] == inputs.options["template_date"]:
+                raise
+        # Another driver began the run before midnight: its templates saw another day.
+        found.tokens.close()
+        inputs.store.delete([file.key for file in found.sequence_files])
+        with stop.at_once(GOES_ON):
+            return theirs, _resume(theirs, theirs.recorded, progress), hardware
     except M2rayError:
         if found is not None:
             inputs.store.delete([file.key for file in found.sequence_files])
@@ -148,8 +157,10 @@ def _claim(inputs: Inputs, found: Survey, progress: Progress) -> _Work:
     waste = batching(found.shards, inputs.options["batch_tokens"]).padding_waste
     progress.say(
         f"{found.num_sequences:,} prompts: {found.num_ready:,} ready with {found.num_tokens:,} tokens in {len(found.shards):,} shards, "
-        f"{found.num_quarantined:,} quarantined; padding {waste:.1%}"
+        f"{found.num_quarantined:,} quarantined; padding {waste:.1%}; {inputs.source.columns}"
     )
+    for line in inputs.tokenizer.told(inputs.source.columns, found.first_prompt):
+        progress.say(f"  {line}")
     for quarantined in found.first_quarantined:
         progress.say(f"  quarantined: {quarantined}")
     config = inputs.checkpoint.config

@@ -120,8 +120,7 @@ def _prompts(config: PlanConfig, model_config: Any, batch_tokens: int) -> Any:
     from m2ray.cli.plan_inputs import survey_prompts
     from m2ray.prompts import PromptOptions
 
-    limit = config.max_length or model_config.max_position_embeddings
-    options = PromptOptions(config.prompts, limit, config.text_column, config.messages_column, config.id_column, config.truncation)
+    options = PromptOptions.of(config, model_config.max_position_embeddings)
     shard_tokens = _DEFAULT_SHARD_TOKENS if config.shard_tokens == "auto" else config.shard_tokens
     return survey_prompts(config.model, options, model_config.vocab_size, shard_tokens=shard_tokens, batch_tokens=batch_tokens)
 

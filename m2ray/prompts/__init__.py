@@ -1,10 +1,11 @@
 """From a prompt source to shards of token ids: read, tokenise, quarantine, cut, batch."""
 
+from m2ray.prompts.options import PromptOptions
 from m2ray.prompts.resume import load_shards, respool
 from m2ray.prompts.rows import PromptRow
 from m2ray.prompts.sequences_table import SEQUENCES_SCHEMA, read_quarantined
 from m2ray.prompts.shards import ShardTable, batching, micro_batches
-from m2ray.prompts.sources import PromptOptions, PromptSource
+from m2ray.prompts.sources import PromptSource
 from m2ray.prompts.spool import TokenSpool
 from m2ray.prompts.surveying import Quarantined, Survey, survey
 from m2ray.prompts.tokenize import PromptTokenizer

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, LlamaTokenizer, Qwen2Tokenizer
 from m2ray.errors import CheckpointError, PromptsError
 from m2ray.prompts import PromptOptions, PromptRow, PromptTokenizer, own_tokenizer
 from m2ray.prompts.own_tokenizer import PROBES
+from m2ray.prompts.rows import Columns
 
 TINY = Path(__file__).parents[1] / "data" / "prompts" / "tokenizer"
 VOCAB_SIZE = 320
@@ -21,8 +22,8 @@ BOS = 0
 CHAT = [{"role": "system", "content": "河水"}, {"role": "user", "content": "The river?"}]
 
 
-def load(folder=TINY, *, max_length=1000, truncation="refuse", vocab_size=VOCAB_SIZE):
-    return PromptTokenizer.load(str(folder), PromptOptions("unused", max_length, truncation=truncation), vocab_size)
+def load(folder=TINY, *, max_length=1000, vocab_size=VOCAB_SIZE, **options):
+    return PromptTokenizer.load(str(folder), PromptOptions("unused", max_length, **options), vocab_size)
 
 
 def text_rows(*texts):
@@ -56,6 +57,64 @@ def test_the_beginning_of_sequence_is_never_doubled():
     encoded = load().encode([PromptRow(0, "0", text="The river"), PromptRow(1, "1", messages=CHAT)])
     assert [ids.tolist().count(BOS) for ids in encoded] == [1, 1]
     assert [ids[0] for ids in encoded] == [BOS, BOS]
+
+
+RENDERED = "<s><|start|>user\nhi<|end|>"
+
+
+def around(copied, prefix, suffix):
+    """The tokenizer with a post-processor that puts these around a text."""
+    names = {"<s>": 0, "<|start|>": 1, "<|end|>": 2}
+    pieces = [{"SpecialToken": {"id": name, "type_id": 0}} for name in prefix]
+    pieces += [{"Sequence": {"id": "A", "type_id": 0}}, *({"SpecialToken": {"id": name, "type_id": 0}} for name in suffix)]
+    special = {name: {"id": name, "ids": [number], "tokens": [name]} for name, number in names.items()}
+    processor = {"type": "TemplateProcessing", "single": pieces, "pair": pieces, "special_tokens": special}
+    edit_json(copied / "tokenizer.json", post_processor=processor)
+    return copied
+
+
+@pytest.mark.parametrize(("prefix", "suffix"), [(["<s>"], []), ([], ["<|end|>"]), (["<s>", "<|start|>"], ["<|end|>"]), ([], [])])
+def test_special_tokens_that_a_text_has_are_not_doubled(copied, prefix, suffix):
+    folder = around(copied, prefix, suffix)
+    reference = AutoTokenizer.from_pretrained(str(folder))
+    plain = ["The river is low.", "河水", "<s>", "low<|end|> and on", "<|end|>"]
+    texts = [*plain, RENDERED, "<s><|start|>low", "low<|end|>"]
+    bare = [reference(text, add_special_tokens=False)["input_ids"] for text in texts]
+    put = {name: reference.convert_tokens_to_ids(name) for name in {*prefix, *suffix}}
+    before, after = ([put[name] for name in names] for names in (prefix, suffix))
+    expected = [
+        ([] if before and ids[: len(before)] == before else before) + ids + ([] if after and ids[-len(after) :] == after else after)
+        for ids in bare
+    ]
+    tokenizer = load(folder)
+    assert [ids.tolist() for ids in tokenizer.encode(text_rows(*texts))] == expected
+    assert expected[0] == reference(texts[0])["input_ids"]
+    assert [ids.tolist() for ids in load(folder, special_tokens="none").encode(text_rows(*texts))] == bare
+    always = load(folder, special_tokens="add").encode(text_rows(*texts))
+    assert [ids.tolist() for ids in always] == [reference(text)["input_ids"] for text in texts]
+
+
+TEXT, CHATS = Columns("text"), Columns("messages", is_messages=True)
+
+
+def test_what_was_done_about_special_tokens_is_told_in_words(copied):
+    tokenizer = load()
+    encoded = tokenizer.encode(text_rows(RENDERED, "The river\u202e\x1b is low today, " * 3))
+    assert tokenizer.resolved_special_tokens(TEXT) == "add_where_absent"
+    lines = tokenizer.told(TEXT, encoded[0])
+    assert lines[0] == "special tokens: '<s>' before each text (1 of 2 had it already)"
+    assert lines[1].startswith("the first prompt's 9 tokens: '<s>' '<|start|>' 'u'")
+    assert lines[1].endswith("'\\n' 'h' 'i' '<|end|>'")
+    long = tokenizer.told(TEXT, encoded[1])[1]
+    assert " ... " in long
+    assert long.isprintable()
+    assert load(around(copied, [], [])).resolved_special_tokens(TEXT) == "none"
+    assert load(special_tokens="add").resolved_special_tokens(TEXT) == "add"
+    assert load(special_tokens="add").told(TEXT, encoded[0])[0] == "special tokens: all that the tokenizer adds"
+    assert tokenizer.resolved_special_tokens(CHATS) == "none"
+    assert tokenizer.told(CHATS, encoded[0])[0] == "special tokens: those of the chat template, and no others"
+    with pytest.raises(PromptsError, match='special_tokens = "add", but the prompts are chat messages'):
+        load(special_tokens="add").resolved_special_tokens(CHATS)
 
 
 def test_over_long_prompts_are_refused_or_cut():
@@ -106,12 +165,14 @@ def test_messages_without_a_chat_template_stop_the_run(copied):
     assert tokenizer.encode(text_rows("low"))[0][0] == BOS
 
 
-def test_a_token_beyond_the_models_vocabulary_stops_the_run():
-    ids = load().encode(text_rows("The river is low."))[0]
-    largest = int(ids.max())
-    with pytest.raises(PromptsError, match=rf"row row-0 the token id {largest}, but the model's vocabulary has {largest} tokens"):
-        load(vocab_size=largest).encode(text_rows("The river is low."))
-    assert load(vocab_size=largest + 1).encode(text_rows("The river is low."))[0].tolist() == ids.tolist()
+def test_a_token_beyond_the_models_vocabulary_costs_only_its_row():
+    whole = [ids.tolist() for ids in load().encode(text_rows("The river is low.", "x"))]
+    largest = max(whole[0])
+    assert largest > max(whole[1])
+    bad, good = load(vocab_size=largest).encode(text_rows("The river is low.", "x"))
+    assert bad == f"token id {largest} is beyond the model's vocabulary of {largest} tokens"
+    assert good.tolist() == whole[1]
+    assert load(vocab_size=largest + 1).encode(text_rows("The river is low."))[0].tolist() == whole[0]
 
 
 def test_digests_follow_the_files_and_the_template(copied):
