@@ -197,7 +197,7 @@ def load_span(folder: Path, span: LayerSpan, dtype: torch.dtype = torch.bfloat16
     checkpoint = open_checkpoint(str(folder))
     checkpoint.check()
     decoder = DecoderSpan(build_skeleton(checkpoint.config, dtype), span, torch.device("cpu"))
-    needed_bytes = load_weights(checkpoint, decoder, lambda *_: None)
+    needed_bytes = load_weights(checkpoint, decoder, lambda *_: None).needed_bytes
     return decoder, needed_bytes, checkpoint.bytes_read
 
 

@@ -18,7 +18,7 @@ from m2ray.model.gpu_loading import Lanes
 from m2ray.model.interpreter import quick_switches, without_collector
 from m2ray.model.offload import Offload
 from m2ray.model.skeleton import build_skeleton
-from m2ray.model.weights import OnBytes, load_weights, parameter_bytes
+from m2ray.model.weights import Loaded, OnBytes, load_weights, parameter_bytes
 from m2ray.toolchain import require_triton
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -129,17 +129,18 @@ class Stage:
     Attributes:
         parts: what every micro-batch's capture consists of, in order.
         needed_bytes: checkpoint bytes of the span's tensors, scales included.
+        digests: what was loaded of each layer (m2ray.model.digests).
         bytes_read: tensor bytes that were read to load them.
         parameter_bytes: bytes of the span's tensors from the checkpoint, in memory.
         hidden_bytes: of one token's hidden state.
     """
 
-    def __init__(self, spec: StageSpec, decoder: DecoderSpan, needed_bytes: int, bytes_read: int) -> None:
+    def __init__(self, spec: StageSpec, decoder: DecoderSpan, loaded: Loaded, bytes_read: int) -> None:
         config = decoder.skeleton.config
         self.is_first = spec.span.start == 0
         self.is_last = spec.span.stop == config.num_hidden_layers
         self.parts = tuple(PartSpec("residual", layer, spec.store_dtype, config.hidden_size) for layer in spec.capture_layers)
-        self.needed_bytes = needed_bytes
+        self.needed_bytes, self.digests = loaded
         self.bytes_read = bytes_read
         self.parameter_bytes = parameter_bytes(decoder)
         self.hidden_bytes = config.hidden_size * DTYPES[spec.compute_dtype].itemsize
@@ -278,7 +279,7 @@ def _load_stage(spec: StageSpec, device: torch.device, lanes: Lanes | None, on_b
             f"{spec.span} with captured layers {list(spec.capture_layers)}: the model has layers 0 to {len(skeleton.layers) - 1}."
         )
     decoder = DecoderSpan(skeleton, spec.span, device, spec.offload)
-    needed_bytes = load_weights(checkpoint, decoder, on_bytes, lanes)
+    loaded = load_weights(checkpoint, decoder, on_bytes, lanes)
     if spec.compile:
         decoder.compile_layers()
-    return Stage(spec, decoder, needed_bytes, checkpoint.bytes_read)
+    return Stage(spec, decoder, loaded, checkpoint.bytes_read)
