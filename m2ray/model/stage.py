@@ -39,6 +39,7 @@ class StageSpec:
         threads: torch threads on the CPU, for the whole process; None leaves them as they are.
         compile: whether the layers are compiled by torch.compile, which changes results by rounding (docs/numerics.md).
         offload: those of its layers whose weights stay in host memory or on a disk.
+        model_digest: the fingerprint that the checkpoint has to have (`Checkpoint.digest`); None takes what is there.
     """
 
     model_url: str
@@ -52,6 +53,7 @@ class StageSpec:
     threads: int | None
     compile: bool = False
     offload: Offload = field(default_factory=Offload)
+    model_digest: str | None = None
 
 
 class StageOutput:
@@ -248,7 +250,7 @@ def load_stage(spec: StageSpec, on_bytes: OnBytes) -> Stage:
         on_bytes: called as tensors arrive, with the bytes read so far and those needed.
 
     Raises:
-        CheckpointError: files are damaged, or the span's tensors missing, unknown or misshapen; all at once.
+        CheckpointError: files are damaged or not those of `model_digest`, or the span's tensors missing, unknown or misshapen; all at once.
         ConfigError: the family, the dtype or this machine cannot have such attention, or the span is not in the model.
         StoreError: reading fails.
     """
@@ -267,6 +269,8 @@ def load_stage(spec: StageSpec, on_bytes: OnBytes) -> Stage:
 def _load_stage(spec: StageSpec, device: torch.device, lanes: Lanes | None, on_bytes: OnBytes) -> Stage:
     checkpoint = open_checkpoint(spec.model_url)
     checkpoint.check()
+    if spec.model_digest is not None:
+        checkpoint.require(spec.model_digest)
     compute_dtype = DTYPES[spec.compute_dtype]
     attn_implementation = resolve_attn_implementation(checkpoint.config, spec.attn_implementation, compute_dtype)
     require_machine(checkpoint.config, attn_implementation, device)
