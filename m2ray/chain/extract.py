@@ -5,11 +5,13 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from uuid import uuid4
 
 from m2ray import __version__
 from m2ray.activations.commits import Run, RunSummary, claim_run, read_summary
 from m2ray.activations.job import Counts, JobRecord, ModelFacts, require_same
+from m2ray.activations.weights_record import hold_weights
 from m2ray.batches import LayerSpan, MicroBatch, PartSpec, Shard
 from m2ray.chain.checking import Inputs, check
 from m2ray.chain.driver import Chain, ChainLimits
@@ -234,9 +236,10 @@ def _stages(inputs: Inputs, work: _Work, plan: Plan, hardware: Hardware, reserva
         compression=config.compression,
     )
     patience = Patience(config.stage_timeout_s, config.placement_timeout_s)
+    hold = partial(hold_weights, inputs.store, work.run.job)
     for replica, reservation in enumerate(reservations):
         specs = [list(_specs(inputs, plan, replica, stage.stage, stage.span)) for stage in plan.stages if stage.replica == replica]
-        yield Stages(specs, writer, reservation, patience, window(len(specs)), config.transport)
+        yield Stages(specs, writer, reservation, patience, window(len(specs)), config.transport, hold)
 
 
 def _specs(inputs: Inputs, plan: Plan, replica: int, stage: int, span: LayerSpan) -> Iterator[StageSpec]:
@@ -257,6 +260,7 @@ def _specs(inputs: Inputs, plan: Plan, replica: int, stage: int, span: LayerSpan
             threads=options["threads_per_stage"],
             compile=options["compile"],
             offload=Offload(_layers(spilt.in_host), _layers(spilt.on_disk), offload_folder(inputs.config)),
+            model_digest=inputs.checkpoint.digest,
         )
 
 

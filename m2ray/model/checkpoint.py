@@ -5,6 +5,7 @@ file has none.
 """
 
 import json
+import platform
 import threading
 from collections.abc import Mapping
 from math import prod
@@ -60,6 +61,15 @@ class Checkpoint:
             StoreError: they cannot be read.
         """
         raise_all(self._problems)
+
+    def require(self, digest: str) -> None:
+        """Raise CheckpointError if this is not the checkpoint of that fingerprint, on this node and by now."""
+        if self.digest != digest:
+            raise CheckpointError(
+                f"{self.url} on node {platform.node()} is not the checkpoint that the run began with: config.json, the index, or a file's "
+                f"name, size or header differs (fingerprint {self.digest}, the run's is {digest}).",
+                "Put the files back with which the run began, on every node, or give another output.",
+            )
 
     def read(self, key: str, rows: slice | None = None) -> torch.Tensor:
         """One tensor, or some rows of its first axis, in its dtype on disk, in host memory of its own.
