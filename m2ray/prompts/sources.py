@@ -4,20 +4,19 @@ import glob
 import json
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
 from urllib.parse import unquote, urlsplit
 
-import xxhash
-
 from m2ray.errors import PromptsError, raise_all
+from m2ray.prompts.fingerprint import Fingerprint
 from m2ray.prompts.readers import FORMATS, PLAIN_TEXT_COLUMN, ArrowStreamFile, PromptFile, format_of
-from m2ray.prompts.remote import RemotePath, find_remote, reading_store
+from m2ray.prompts.remote import RemotePath, find_remote
 from m2ray.prompts.rows import Columns, PromptRow, as_row
 from m2ray.storage import SCHEMES
 
-_HASHED_BYTES = 1 << 20
 _KNOWN_FORMATS = f"m2ray reads {', '.join(FORMATS)} and folders that Hugging Face datasets saved to disk."
 
 
@@ -72,31 +71,26 @@ class PromptSource:
         """Whether any file holds chat messages, which need the model's chat template."""
         return any(columns.is_messages for _, columns in self._files)
 
-    def rows(self) -> Iterator[PromptRow]:
-        """Every row, bad ones with their reason. Raises PromptsError if a file turns out to be damaged."""
+    def rows(self, fingerprint: Fingerprint | None = None) -> Iterator[PromptRow]:
+        """Every row, bad ones with their reason. `fingerprint` takes the bytes as they are read.
+
+        Raises:
+            PromptsError: a file turns out to be damaged, or changes meanwhile where the fingerprint is taken.
+        """
         sequence_id = 0
         for file, columns in self._files:
             wanted = [columns.prompt] if columns.row_id in (None, columns.prompt) else [columns.prompt, str(columns.row_id)]
-            for record in file.records(wanted):
-                yield as_row(record, sequence_id, columns)
-                sequence_id += 1
+            with fingerprint.reading(file) if fingerprint else nullcontext(file) as data:
+                for record in data.records(wanted):
+                    yield as_row(record, sequence_id, columns)
+                    sequence_id += 1
 
     def fingerprint(self) -> str:
         """xxh3-128 over each file's name, size and bytes, in order: 32 hex digits."""
-        digest = xxhash.xxh3_128()
+        found = Fingerprint()
         for file, _ in self._files:
-            try:
-                with reading_store(), file.path.open("rb") as data:
-                    num_bytes = data.seek(0, os.SEEK_END)
-                    data.seek(0)
-                    digest.update(f"{file.name}\0{num_bytes}\0".encode("utf-8", "surrogateescape"))
-                    while piece := data.read(_HASHED_BYTES):
-                        digest.update(piece)
-            except OSError as error:
-                raise PromptsError(
-                    f"Cannot read {file.path}: {error.strerror}.", "Check the file and the permission to read it."
-                ) from error
-        return digest.hexdigest()
+            found.add(file)
+        return found.hexdigest()
 
 
 def _find_files(prompts: str) -> list[PromptFile]:

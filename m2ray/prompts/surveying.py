@@ -8,6 +8,7 @@ import xxhash
 
 from m2ray.batches import Int32Array, Int64Array, SequenceFile
 from m2ray.errors import PromptsError
+from m2ray.prompts.fingerprint import Fingerprint
 from m2ray.prompts.rows import PromptRow
 from m2ray.prompts.sequences_table import SequencesWriter
 from m2ray.prompts.shards import WINDOW_ROWS, ShardTable, cut_shards
@@ -37,7 +38,8 @@ class Quarantined:
 class Survey:
     """What the survey found. `num_sequences` = `num_ready` + `num_quarantined`; `first_quarantined` is a sample.
 
-    `tokens` is open: close it once the extraction is done.
+    `fingerprint` is that of the bytes that were read, as PromptSource.fingerprint takes it of files that nobody reads. `tokens` is
+    open: close it once the extraction is done.
     """
 
     shards: ShardTable
@@ -47,6 +49,7 @@ class Survey:
     num_tokens: int
     first_quarantined: tuple[Quarantined, ...]
     sequence_files: tuple[SequenceFile, ...]
+    fingerprint: str
     tokens: TokenSpool
 
 
@@ -73,20 +76,20 @@ def survey(
         on_progress: called with the number of rows done so far.
 
     Raises:
-        PromptsError: a file is damaged, or no row is left after quarantine.
+        PromptsError: a file is damaged or changes meanwhile, or no row is left after quarantine.
         StoreError: the store or the temporary folder refuses.
     """
     if source.uses_messages:
         tokenizer.require_template()
-    tokens = TokenSpool()
+    tokens, fingerprint = TokenSpool(), Fingerprint()
     try:
         with SequencesWriter(store, attempt) as writer:
             survey_pass = _Pass(writer, tokens, shard_tokens)
-            for rows in row_batches(source.rows()):
+            for rows in row_batches(source.rows(fingerprint)):
                 survey_pass.add(rows, tokenizer.encode(rows))
                 if on_progress is not None:
                     on_progress(survey_pass.num_rows)
-            return survey_pass.finish(source)
+            return survey_pass.finish(source, fingerprint)
     except BaseException:
         tokens.close()
         raise
@@ -177,7 +180,7 @@ class _Pass:
         if self.num_rows % WINDOW_ROWS == 0:
             self._close_window()
 
-    def finish(self, source: PromptSource) -> Survey:
+    def finish(self, source: PromptSource, fingerprint: Fingerprint) -> Survey:
         if self._window.row_ids:
             self._close_window()
         if not self._shards:
@@ -190,6 +193,7 @@ class _Pass:
             num_tokens=self._tokens.num_tokens,
             first_quarantined=tuple(self._sample),
             sequence_files=self._writer.finish(),
+            fingerprint=fingerprint.hexdigest(),
             tokens=self._tokens,
         )
 
