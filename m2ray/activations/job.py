@@ -10,7 +10,7 @@ from uuid import uuid4
 
 from pydantic import TypeAdapter, ValidationError
 
-from m2ray.activations.schema import FORMAT_VERSION, LAYER_CONVENTION
+from m2ray.activations.schema import FORMAT_VERSION, LAYER_CONVENTION, LEASE_FOLDER
 from m2ray.batches import PartSpec, SequenceFile
 from m2ray.errors import RunConflictError, RunDamagedError
 from m2ray.storage import Store
@@ -210,8 +210,8 @@ def read_record(store: Store, key: str, adapter: TypeAdapter[T]) -> T:
 
 
 def _may_precede_a_job(key: str) -> bool:
-    """Whether m2ray leaves such a key behind if it is killed before job.json: a survey's files, or the store's probe."""
-    return re.fullmatch(SEQUENCE_FILE, key) is not None or key.startswith("_probe-")
+    """Whether m2ray leaves such a key behind if it is killed before job.json: a survey's files, a lease, or the store's probe."""
+    return re.fullmatch(SEQUENCE_FILE, key) is not None or key.startswith(("_probe-", f"{LEASE_FOLDER}/"))
 
 
 def utc_now() -> str:

@@ -18,6 +18,9 @@ LAYER_CONVENTION = "residual of layer i is the output of decoder layer i, before
 ITEMSIZE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 """Bytes of one element of each store dtype."""
 
+LEASE_FOLDER = "_lease"
+"""Where drivers say that they are at work (lease.py). No reader looks there."""
+
 METADATA_PREFIX = "m2ray."
 
 Compression = Literal["none", "planes"]

@@ -10,6 +10,7 @@ from uuid import uuid4
 from m2ray import __version__
 from m2ray.activations.commits import Run, RunSummary, claim_run
 from m2ray.activations.job import Counts, JobRecord, ModelFacts, read_job, require_same
+from m2ray.activations.lease import held
 from m2ray.batches import LayerSpan, MicroBatch, PartSpec, Shard
 from m2ray.chain.checking import Inputs, check
 from m2ray.chain.driver import Chain, ChainLimits
@@ -44,12 +45,14 @@ def extract(config: ExtractConfig, progress: Progress) -> RunSummary:
     """Extract what `config` asks for, or what is missing of it. Safe to repeat after a kill at any point.
 
     Raises:
-        M2rayError: before Ray is started for bad configuration, checkpoint, prompts or output; before anything is written for a
+        M2rayError: before Ray is started for bad configuration, checkpoint, prompts or output, or another driver at the run; before anything is written for a
             cluster that does not hold the plan; later for what fails there; at any time for SIGTERM.
     """
     with stop_on_sigterm() as stop, ExitStack() as stack:
         with stop.at_once(GOES_ON):
             inputs = check(config)
+            if stack.enter_context(held(inputs.store, progress.say, stop.ask_because, wait=config.wait)):
+                inputs = check(config)  # what another driver began meanwhile
             recorded = read_job(inputs.store)
         if recorded:
             with stop.at_once(GOES_ON):
