@@ -79,6 +79,7 @@ class ExtractConfig(BaseModel):
     stage_timeout_s: Annotated[float, Field(gt=0)] = Field(
         1800.0, description="Seconds without any progress after which silent stages are restarted."
     )
+    wait: bool = Field(False, description="Another driver is at the run: wait for its end; else it is refused.")
 
     @classmethod
     def row_options(cls) -> tuple[str, ...]:

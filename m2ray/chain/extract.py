@@ -9,8 +9,9 @@ from functools import partial
 from uuid import uuid4
 
 from m2ray import __version__
-from m2ray.activations.commits import Run, RunSummary, claim_run, read_summary
+from m2ray.activations.commits import Run, RunSummary, claim_run
 from m2ray.activations.job import Counts, JobRecord, ModelFacts, require_same
+from m2ray.activations.lease import held
 from m2ray.activations.weights_record import hold_weights
 from m2ray.batches import LayerSpan, MicroBatch, PartSpec, Shard
 from m2ray.chain.checking import Inputs, check
@@ -46,12 +47,14 @@ def extract(config: ExtractConfig, progress: Progress) -> RunSummary:
     """Extract what `config` asks for, or what is missing of it. Safe to repeat after a kill at any point.
 
     Raises:
-        M2rayError: before Ray is started for bad configuration, checkpoint, prompts or output; before anything is written for a
+        M2rayError: before Ray is started for bad configuration, checkpoint, prompts or output, or another driver at the run; before anything is written for a
             cluster that does not hold the plan; later for what fails there; at any time for SIGTERM.
     """
     with stop_on_sigterm() as stop, ExitStack() as stack:
         with stop.at_once(GOES_ON):
             inputs = check(config)
+            if stack.enter_context(held(inputs.store, progress.say, stop.ask_because, wait=config.wait)):
+                inputs = check(config)  # what another driver began meanwhile
         if inputs.recorded:
             with stop.at_once(GOES_ON):
                 work, hardware = _resume(inputs, inputs.recorded, progress), None
@@ -64,8 +67,7 @@ def extract(config: ExtractConfig, progress: Progress) -> RunSummary:
                 hardware = stack.enter_context(_hardware(config))
         if hardware is not None and missing:
             _extract_missing(inputs, work, missing, hardware, stop, progress)
-        summary = read_summary(inputs.store) if work.run.is_finished else None
-        summary = summary or work.run.finish()
+        summary = work.run.finish()
     progress.say(
         f"Complete: {summary.committed:,} sequences with {summary.tokens:,} tokens in {summary.parts:,} files, {summary.num_bytes:,} bytes; "
         f"{summary.quarantined:,} quarantined. {inputs.store.url}"
@@ -137,25 +139,20 @@ def _begin(inputs: Inputs, stack: ExitStack, stop: Stop, progress: Progress) -> 
             found = survey(inputs.source, inputs.tokenizer, inputs.store, uuid4().hex[:12], shard_tokens, on_progress=progress.surveying)
             hardware = stack.enter_context(_hardware(inputs.config))
             inputs = _resolve(inputs, found.shards, hardware)
-        try:
-            return inputs, _claim(inputs, found, progress), hardware
-        except RunConflictError:
-            theirs = check(inputs.config)
-            if theirs.recorded is None or theirs.options["template_date"] == inputs.options["template_date"]:
-                raise
-        # Another driver began the run before midnight: its templates saw another day.
-        found.tokens.close()
-        inputs.store.delete([file.key for file in found.sequence_files])
-        with stop.at_once(GOES_ON):
-            return theirs, _resume(theirs, theirs.recorded, progress), hardware
     except M2rayError:
-        if found is not None:
-            inputs.store.delete([file.key for file in found.sequence_files])
+        if found is not None:  # no record names its files: job.json comes later
+            _discard(inputs, found)
         raise
+    inputs, work = _claim(inputs, found, stop, progress)
+    return inputs, work, hardware
 
 
-def _claim(inputs: Inputs, found: Survey, progress: Progress) -> _Work:
-    """Create the run's record, or go on with the one that another driver created by now."""
+def _claim(inputs: Inputs, found: Survey, stop: Stop, progress: Progress) -> tuple[Inputs, _Work]:
+    """Create the run's record, or go on with the one that another driver created by now: by its survey, not by this one.
+
+    Once job.json was asked for it may be there, whatever the answer says, and names the survey's files: they are deleted only where
+    another record is seen in its place.
+    """
     waste = batching(found.shards, inputs.options["batch_tokens"]).padding_waste
     progress.say(
         f"{found.num_sequences:,} prompts: {found.num_ready:,} ready with {found.num_tokens:,} tokens in {len(found.shards):,} shards, "
@@ -169,7 +166,7 @@ def _claim(inputs: Inputs, found: Survey, progress: Progress) -> _Work:
     job = JobRecord.new(
         m2ray_version=__version__,
         options=inputs.options,
-        fingerprints={**inputs.fingerprints, "prompts": inputs.source.fingerprint()},
+        fingerprints={**inputs.fingerprints, "prompts": found.fingerprint},
         model=ModelFacts(config.model_type, inputs.table.num_layers, inputs.table.hidden_size),
         parts=tuple(
             PartSpec(inputs.options["sites"], layer, inputs.options["store_dtype"], inputs.table.hidden_size) for layer in inputs.layers
@@ -178,7 +175,26 @@ def _claim(inputs: Inputs, found: Survey, progress: Progress) -> _Work:
         counts=Counts(found.num_sequences, found.num_ready, found.num_quarantined, found.num_tokens),
         sequence_files=found.sequence_files,
     )
-    return _Work(claim_run(inputs.store, job), found.shards, found.tokens)
+    try:
+        run = claim_run(inputs.store, job)
+    except RunConflictError:
+        _discard(inputs, found)
+        theirs = check(inputs.config)
+        if theirs.recorded is None or theirs.options["template_date"] == inputs.options["template_date"]:
+            raise
+        # Another driver began the run before midnight: its templates saw another day.
+        with stop.at_once(GOES_ON):
+            return theirs, _resume(theirs, theirs.recorded, progress)
+    if run.job.run_id == job.run_id:
+        return inputs, _Work(run, found.shards, found.tokens)
+    _discard(inputs, found)
+    return inputs, _resume(inputs, run.job, progress)
+
+
+def _discard(inputs: Inputs, found: Survey) -> None:
+    """Delete the files of a survey that no record names."""
+    found.tokens.close()
+    inputs.store.delete([file.key for file in found.sequence_files])
 
 
 def _resume(inputs: Inputs, recorded: JobRecord, progress: Progress) -> _Work:
@@ -186,6 +202,9 @@ def _resume(inputs: Inputs, recorded: JobRecord, progress: Progress) -> _Work:
     require_same(inputs.store, recorded, inputs.options, {**inputs.fingerprints, "prompts": inputs.source.fingerprint()})
     shards = load_shards(inputs.store, recorded.sequence_files)
     run = claim_run(inputs.store, recorded)
+    damaged = run.reopen_damaged()
+    if damaged:
+        progress.say(f"Of {len(damaged):,} committed shards a part is gone or has another size: they are extracted anew.")
     missing = run.missing(shards)
     progress.say(f"Going on with the run of {recorded.created_at}: {len(missing):,} of {len(shards):,} shards are missing.")
     tokens = respool(inputs.source, inputs.tokenizer, missing, inputs.store, recorded.sequence_files, on_progress=progress.surveying)

@@ -31,6 +31,9 @@ _ARROW_ROWS = 256
 class PromptFile(ABC):
     """One file of the source. `name` is its path below the source's folder, with "/" between its parts."""
 
+    is_read_in_order = True
+    """Whether `records` reads the file's bytes once, from front to back, through `path.open`."""
+
     def __init__(self, path: Path | RemotePath, name: str) -> None:
         self.path = path
         self.name = name
@@ -113,6 +116,8 @@ class TextFile(PromptFile):
 class ParquetFile(PromptFile):
     """Parquet, read page by page."""
 
+    is_read_in_order = False
+
     def columns(self) -> Mapping[str, int] | None:
         with _reading(self.path):
             return dict.fromkeys(pq.read_schema(_seekable(self.path)).names, 0)
@@ -125,6 +130,8 @@ class ParquetFile(PromptFile):
 
 class ArrowStreamFile(PromptFile):
     """Arrow's streaming format: what `datasets.Dataset.save_to_disk` writes."""
+
+    is_read_in_order = False
 
     def columns(self) -> Mapping[str, int] | None:
         with _reading(self.path), _arrow_file(self.path) as file, pa.ipc.open_stream(file) as stream:

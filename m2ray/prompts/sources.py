@@ -4,21 +4,20 @@ import glob
 import json
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Self
 from urllib.parse import unquote, urlsplit
 
-import xxhash
-
 from m2ray.errors import PromptsError, raise_all
 from m2ray.prompts.columns import absent_columns, choose_columns
+from m2ray.prompts.fingerprint import Fingerprint
 from m2ray.prompts.options import PromptOptions
 from m2ray.prompts.readers import FORMATS, ArrowStreamFile, PromptFile, format_of
-from m2ray.prompts.remote import RemotePath, find_remote, reading_store
+from m2ray.prompts.remote import RemotePath, find_remote
 from m2ray.prompts.rows import Columns, FileColumns, PromptRow, as_row
 from m2ray.storage import SCHEMES
 
-_HASHED_BYTES = 1 << 20
 _KNOWN_FORMATS = f"m2ray reads {', '.join(FORMATS)} and folders that Hugging Face datasets saved to disk."
 
 
@@ -61,19 +60,21 @@ class PromptSource:
         """The files' paths below the source's folder, in order."""
         return tuple(file.name for file, _ in self._files)
 
-    def rows(self) -> Iterator[PromptRow]:
-        """Every row, bad ones with their reason.
+    def rows(self, fingerprint: Fingerprint | None = None) -> Iterator[PromptRow]:
+        """Every row, bad ones with their reason. `fingerprint` takes the bytes as they are read.
 
         Raises:
-            PromptsError: a file turns out to be damaged, or a row has the column that the source was found not to have.
+            PromptsError: a file turns out to be damaged, a row has the column that the source was found not to have, or a file changes
+                meanwhile where the fingerprint is taken.
         """
         sequence_id = 0
         for file, present in self._files:
-            for number, record in enumerate(file.records(self.columns.of(present))):
-                if self.columns.rival in record.values:
-                    raise self._two_columns(file, number)
-                yield as_row(record, sequence_id, self.columns)
-                sequence_id += 1
+            with fingerprint.reading(file) if fingerprint else nullcontext(file) as data:
+                for number, record in enumerate(data.records(self.columns.of(present))):
+                    if self.columns.rival in record.values:
+                        raise self._two_columns(file, number)
+                    yield as_row(record, sequence_id, self.columns)
+                    sequence_id += 1
 
     def _two_columns(self, file: PromptFile, row: int) -> PromptsError:
         prompt, rival = self.columns.prompt, self.columns.rival
@@ -84,20 +85,10 @@ class PromptSource:
 
     def fingerprint(self) -> str:
         """xxh3-128 over each file's name, size and bytes, in order: 32 hex digits."""
-        digest = xxhash.xxh3_128()
+        found = Fingerprint()
         for file, _ in self._files:
-            try:
-                with reading_store(), file.path.open("rb") as data:
-                    num_bytes = data.seek(0, os.SEEK_END)
-                    data.seek(0)
-                    digest.update(f"{file.name}\0{num_bytes}\0".encode("utf-8", "surrogateescape"))
-                    while piece := data.read(_HASHED_BYTES):
-                        digest.update(piece)
-            except OSError as error:
-                raise PromptsError(
-                    f"Cannot read {file.path}: {error.strerror}.", "Check the file and the permission to read it."
-                ) from error
-        return digest.hexdigest()
+            found.add(file)
+        return found.hexdigest()
 
 
 def _find_files(prompts: str) -> list[PromptFile]:

@@ -10,6 +10,7 @@ import xxhash
 
 from m2ray.batches import Int32Array, Int64Array, SequenceFile
 from m2ray.errors import PromptsError
+from m2ray.prompts.fingerprint import Fingerprint
 from m2ray.prompts.options import PromptOptions
 from m2ray.prompts.rows import PromptRow
 from m2ray.prompts.sequences_table import SequencesWriter
@@ -41,7 +42,8 @@ class Quarantined:
 class Survey:
     """What the survey found. `num_sequences` = `num_ready` + `num_quarantined`; `first_quarantined` is a sample.
 
-    `tokens` is open: close it once the extraction is done.
+    `fingerprint` is that of the bytes that were read, as PromptSource.fingerprint takes it of files that nobody reads. `tokens` is
+    open: close it once the extraction is done.
     """
 
     shards: ShardTable
@@ -51,6 +53,7 @@ class Survey:
     num_tokens: int
     first_quarantined: tuple[Quarantined, ...]
     sequence_files: tuple[SequenceFile, ...]
+    fingerprint: str
     tokens: TokenSpool
 
     @property
@@ -82,20 +85,21 @@ def survey(
         on_progress: called with the number of rows done so far.
 
     Raises:
-        PromptsError: a file is damaged, no row is left after quarantine, or more than `quarantine_limit` of them are quarantined.
+        PromptsError: a file is damaged or changes meanwhile, no row is left after quarantine, or more than `quarantine_limit` of them are
+            quarantined.
         StoreError: the store or the temporary folder refuses.
     """
     if source.columns.is_messages:
         tokenizer.template.require()
-    tokens = TokenSpool()
+    tokens, fingerprint = TokenSpool(), Fingerprint()
     try:
         with SequencesWriter(store, attempt) as writer:
             survey_pass = _Pass(writer, tokens, shard_tokens)
-            for rows in row_batches(source.rows()):
+            for rows in row_batches(source.rows(fingerprint)):
                 survey_pass.add(rows, tokenizer.encode(rows))
                 if on_progress is not None:
                     on_progress(survey_pass.num_rows)
-            return survey_pass.finish(source)
+            return survey_pass.finish(source, fingerprint)
     except BaseException:
         tokens.close()
         raise
@@ -188,7 +192,7 @@ class _Pass:
         if self.num_rows % WINDOW_ROWS == 0:
             self._close_window()
 
-    def finish(self, source: PromptSource) -> Survey:
+    def finish(self, source: PromptSource, fingerprint: Fingerprint) -> Survey:
         if self._window.row_ids:
             self._close_window()
         num_quarantined = self.num_rows - len(self._tokens)
@@ -202,6 +206,7 @@ class _Pass:
             num_tokens=self._tokens.num_tokens,
             first_quarantined=tuple(self._sample),
             sequence_files=self._writer.finish(),
+            fingerprint=fingerprint.hexdigest(),
             tokens=self._tokens,
         )
 

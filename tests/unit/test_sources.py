@@ -16,6 +16,7 @@ from datasets.utils.logging import disable_progress_bar
 
 from m2ray.errors import PromptsError
 from m2ray.prompts import PromptOptions, PromptSource
+from m2ray.prompts.fingerprint import Fingerprint
 from m2ray.prompts.rows import MAX_PROMPT_BYTES
 
 TEXTS = ["The river is low.", 'He said: "cross, now"', "河水带走一切", "two\nlines", "  spaces kept  "]
@@ -419,3 +420,45 @@ def test_reading_holds_a_bounded_share_of_the_file(tmp_path):
     tracemalloc.stop()
     assert count == 4000
     assert peak_bytes < 2 << 20 < path.stat().st_size // 10
+
+
+def fingerprint_while_read(source: PromptSource, between=lambda: None) -> str:
+    """Of the bytes that the rows came from. `between` is called once the first row is there."""
+    seen = Fingerprint()
+    for row in source.rows(seen):
+        if row.sequence_id == 0:
+            between()
+    return seen.hexdigest()
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.csv", "a.csv.gz", "a.txt", "a.parquet", "saved"])
+def test_the_fingerprint_that_is_taken_while_reading_is_that_of_the_files(tmp_path, name):
+    path = tmp_path / name
+    if name == "a.txt":
+        path.write_text("one\ntwo")
+    else:
+        write_format(path, TEXTS, TEXTS)
+    if name.endswith(".gz"):
+        path.write_bytes(path.read_bytes() + bytes(2 << 20))  # padding, which gzip allows
+    assert fingerprint_while_read(open_source(path)) == open_source(path).fingerprint()
+
+
+def test_a_file_that_is_replaced_while_it_is_read_leaves_the_fingerprint_of_what_was_read(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "x" * 5000} for _ in range(1000)])
+    other = write_jsonl(tmp_path / "b.jsonl", [{"text": "y" * 5000} for _ in range(1000)])
+    source = open_source(path)
+    before = source.fingerprint()
+    assert fingerprint_while_read(source, lambda: other.replace(path)) == before != source.fingerprint()
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_a_file_that_grows_or_is_overwritten_while_it_is_read_stops_the_survey(tmp_path, name):
+    path = write_format(tmp_path / name, TEXTS, TEXTS)
+
+    def change():
+        with path.open("r+b") as file:
+            file.seek(0, os.SEEK_END if name == "a.jsonl" else 4)
+            file.write(b'{"text": "more"}\n')
+
+    with pytest.raises(PromptsError, match=f"{name} (changed while it was read|is damaged)"):
+        fingerprint_while_read(open_source(path), change)
