@@ -79,7 +79,7 @@ def main() -> None:
 def make_prompts(folder: Path, model: Path, count: int, batch_tokens: int) -> Prompts:
     """Seeded prompts of the corpus's words, read and cut by m2ray itself."""
     path = folder / f"prompts-{count}.jsonl"
-    options = PromptOptions(str(path), 4 * LONGEST, "text", "messages", None, "cut")
+    options = PromptOptions(str(path), 4 * LONGEST, truncation="cut")
     config = json.loads((model / "config.json").read_text())
     rng = np.random.default_rng(2)
     words = (ROOT / "scripts/corpus.txt").read_text(encoding="utf-8").split()

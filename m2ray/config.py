@@ -3,10 +3,11 @@
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError
 
 from m2ray.errors import ConfigError, raise_all
 from m2ray.sizes import parse_bytes, parse_max_memory
@@ -16,6 +17,7 @@ Attention = Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attentio
 OffloadTo = Literal["none", "cpu", "disk"]
 Transport = Literal["auto", "object_store", "cuda_ipc"]
 Positive = Annotated[int, Field(gt=0)]
+Day = Annotated[date, BeforeValidator(lambda value: date.fromisoformat(value) if isinstance(value, str) else value)]
 NonEmpty = Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)]
 
 
@@ -37,11 +39,18 @@ class ExtractConfig(BaseModel):
 
     model: NonEmpty = _rows(description="Checkpoint folder: config.json, tokenizer, safetensors and their index.")
     prompts: NonEmpty = _rows(description="Prompt file, folder or glob: .jsonl, .parquet, .csv, .txt, or a saved HF dataset.")
-    text_column: NonEmpty = _rows("text", description="Column that holds a prompt's text.")
-    messages_column: NonEmpty = _rows("messages", description="Column that holds a prompt's chat messages, for the chat template.")
+    text_column: NonEmpty | None = _rows(None, description="Column that holds a prompt's text; default: text, if there is no messages.")
+    messages_column: NonEmpty | None = _rows(
+        None, description="Column that holds a prompt's chat messages, for the chat template; default: messages, if there is no text."
+    )
+    tools_column: NonEmpty | None = _rows(None, description="Column that holds the tools of a chat; default: tools, where it is.")
     id_column: NonEmpty | None = _rows(None, description="Column that names a row; default: its position.")
     max_length: Positive | None = _rows(None, description="Longest sequence in tokens; default: the model's own limit.")
     truncation: Literal["refuse", "cut"] = _rows("refuse", description="Longer prompts: quarantine them, or cut their end.")
+    special_tokens: Literal["auto", "add", "none"] = _rows(
+        "auto", description="Those that the tokenizer puts around a text (never around a chat); auto: where the text has them not already."
+    )
+    template_date: Day | Auto = _rows("auto", description="The day that chat templates are told; auto: the UTC day on which the run began.")
     layers: NonEmpty = _rows("all", description='Layers to extract: "all", "0", "0-5", "0,7,20-61".')
     sites: Literal["residual"] = _rows("residual", description="What to capture at each layer.")
     compute_dtype: Literal["bfloat16", "float16", "float32"] = _rows("bfloat16", description="Dtype of weights and arithmetic.")
@@ -57,6 +66,9 @@ class ExtractConfig(BaseModel):
     output: NonEmpty = Field(description="Run folder, new or to be resumed.")
     compression: Literal["none", "planes"] = Field(
         "none", description="Stored rows: as they are, or lossless in about 0.7 (bfloat16) or 0.9 (float16) of the bytes."
+    )
+    quarantine_limit: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.5, description="Share of the rows that may be quarantined; beyond it nothing is run, and the reasons are counted."
     )
     stages: Positive | Auto = Field("auto", description="Stage actors; auto: one a GPU of the cluster, 1 without GPUs.")
     replicas: Positive | Auto = Field(1, description="Chains over one queue of shards; auto: as many as the GPUs hold.")
@@ -75,6 +87,7 @@ class ExtractConfig(BaseModel):
     stage_timeout_s: Annotated[float, Field(gt=0)] = Field(
         1800.0, description="Seconds without any progress after which silent stages are restarted."
     )
+    wait: bool = Field(False, description="Another driver is at the run: wait for its end; else it is refused.")
 
     @classmethod
     def row_options(cls) -> tuple[str, ...]:

@@ -3,8 +3,9 @@
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from datetime import UTC, date, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from m2ray.batches import PartSpec
 from m2ray.config import ExtractConfig, OffloadTo, Transport
@@ -16,14 +17,44 @@ WRITER_QUEUE_BYTES = 2 << 30
 
 @dataclass(frozen=True)
 class PromptOptions:
-    """What decides the sequences. `prompts` is a file, folder or glob, `max_length` is in tokens."""
+    """What decides the sequences: as it is asked for, or as source and tokenizer settled it.
+
+    Attributes:
+        prompts: file, folder, glob or saved dataset.
+        max_length: in tokens.
+        text_column, messages_column, tools_column, id_column: None where the user named none.
+        special_tokens: what is put around a text; "add_where_absent" is what "auto" comes to where the tokenizer adds any.
+        template_date: the day that chat templates are told, UTC; None where none is.
+        quarantine_limit: the share of the rows, 0 to 1, that may be quarantined.
+    """
 
     prompts: str
     max_length: int
-    text_column: str = "text"
-    messages_column: str = "messages"
+    text_column: str | None = None
+    messages_column: str | None = None
+    tools_column: str | None = None
     id_column: str | None = None
     truncation: Literal["refuse", "cut"] = "refuse"
+    special_tokens: Literal["auto", "add_where_absent", "add", "none"] = "auto"
+    template_date: date | None = None
+    quarantine_limit: float = 1.0
+
+    @classmethod
+    def of(cls, config: ExtractConfig, longest: int, recorded_date: str | None = None) -> Self:
+        """The options of a run, for a model that takes `longest` tokens. `recorded_date` is that of the run's record, if there is one."""
+        given = None if config.template_date == "auto" else config.template_date
+        return cls(
+            config.prompts or "",
+            config.max_length or longest,
+            config.text_column,
+            config.messages_column,
+            config.tools_column,
+            config.id_column,
+            config.truncation,
+            config.special_tokens,
+            given or (date.fromisoformat(recorded_date) if recorded_date else datetime.now(UTC).date()),
+            config.quarantine_limit,
+        )
 
 
 @dataclass(frozen=True)
@@ -31,7 +62,7 @@ class RunOptions:
     """What a run does, the same value for `m2ray plan` and `m2ray extract`.
 
     Attributes:
-        prompts: what decides the sequences; a plan may have no prompts (`prompts.prompts` is "" then).
+        prompts: what decides the sequences, as the prompts settled it.
         layers: captured ones, ascending.
         parts: what every shard consists of, in order, as m2ray.sites derives it; the last of the layers is the last that is run.
         batch_tokens: padded tokens in a micro-batch, at most, unless a single sequence is longer.
@@ -92,4 +123,10 @@ class RunOptions:
         """
         values = {field.name: getattr(owner, field.name) for owner in (self.prompts, self) for field in fields(owner)}
         names = [name for name in ExtractConfig.row_options() if name not in ("model", "prompts")]
-        return {name: list(values[name]) if isinstance(values[name], tuple) else values[name] for name in names}
+        return {name: _plain(values[name]) for name in names}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return list(value)
+    return str(value) if isinstance(value, date) else value

@@ -1,8 +1,10 @@
 """Small checkpoints on disk, and transformers' own model of them as the reference that m2ray's rows are compared with."""
 
 import json
+import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -197,7 +199,7 @@ def load_span(folder: Path, span: LayerSpan, dtype: torch.dtype = torch.bfloat16
     checkpoint = open_checkpoint(str(folder))
     checkpoint.check()
     decoder = DecoderSpan(build_skeleton(checkpoint.config, dtype), span, torch.device("cpu"))
-    needed_bytes = load_weights(checkpoint, decoder, lambda *_: None)
+    needed_bytes = load_weights(checkpoint, decoder, lambda *_: None).needed_bytes
     return decoder, needed_bytes, checkpoint.bytes_read
 
 
@@ -210,3 +212,20 @@ def edited(folder: Path, out: Path, edit: Callable[[dict[str, torch.Tensor]], No
     edit(tensors)
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, out / "model.safetensors", metadata={"format": "pt"})
     return out
+
+
+@contextmanager
+def other_weights(folder: Path) -> Iterator[None]:
+    """While it lasts, the checkpoint's files hold others of the same names, shapes and sizes."""
+    files = sorted(folder.glob("*.safetensors"))
+    for file in files:
+        data = np.fromfile(file, np.uint8)
+        data[8 + int(data[:8].view(np.uint64)[0]) :] ^= 1
+        data.tofile(file.with_suffix(".other"))
+        os.link(file, file.with_suffix(".kept"))
+        file.with_suffix(".other").replace(file)
+    try:
+        yield
+    finally:
+        for file in files:
+            file.with_suffix(".kept").replace(file)

@@ -15,7 +15,7 @@ import xxhash
 from m2ray.activations.job import JobRecord, read_job
 from m2ray.activations.manifest import manifest_table, read_manifest, receipts_of
 from m2ray.activations.part_reader import PartReader
-from m2ray.activations.records import committed_shards, read_commit, read_summary
+from m2ray.activations.records import committed_shards, read_commits, read_summary
 from m2ray.batches import PartReceipt, PartSpec, SequenceFile
 from m2ray.errors import NotInRunError, RunDamagedError, StoreError
 from m2ray.storage import Store
@@ -54,7 +54,7 @@ class Catalogue:
         if self.summary is not None:
             self.parts = read_manifest(store, job.run_id, self.summary.parts)
         else:
-            commits = (read_commit(store, job, shard) for shard in sorted(committed_shards(store)))
+            commits = read_commits(store, job, sorted(committed_shards(store)))
             self.parts = manifest_table(commit.receipts() for commit in commits)
         self._parts_of: dict[PartSpec, Any] = {}
         self._held: tuple[SequenceFile, Any] | None = None

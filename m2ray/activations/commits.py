@@ -4,12 +4,14 @@ A shard counts once its commit exists. That is created only if absent, names the
 of any number of drivers one wins each shard, and a kill at any moment leaves a shard whole or absent.
 """
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
-from m2ray.activations.job import JOB_KEY, JobRecord, read_job, require_same_job, utc_now
-from m2ray.activations.manifest import MANIFEST_KEY, manifest_table, write_manifest
+from m2ray.activations.job import JOB_KEY, SEQUENCE_FILE, JobRecord, read_job, require_same_job, utc_now
+from m2ray.activations.manifest import MANIFEST_KEY, lost_parts, manifest_table, read_manifest, write_manifest
 from m2ray.activations.records import (
     SUCCESS_KEY,
     CommitRecord,
@@ -18,15 +20,17 @@ from m2ray.activations.records import (
     commit_key,
     committed_shards,
     read_commit,
+    read_commits,
     read_summary,
 )
-from m2ray.activations.schema import FORMAT_VERSION, parse_part_key
+from m2ray.activations.schema import FORMAT_VERSION, parse_part_key, stored_parts
 from m2ray.batches import PartReceipt, Shard
 from m2ray.errors import AlreadyExistsError, RunDamagedError, StageError, raise_all
 from m2ray.storage import Store
 
 __all__ = ["Run", "RunSummary", "claim_run", "read_summary", "reopen"]
 
+_SHOWN_PARTS, _SHOWN_SHARDS = 5, 20
 _DEFECT = "This is a defect of m2ray: the shard was not committed."
 
 
@@ -49,8 +53,13 @@ def claim_run(store: Store, job: JobRecord) -> "Run":
             recorded = read_job(store)
     if recorded is not None:
         require_same_job(store, recorded, job)
+    return go_on_with(store, recorded or job)
+
+
+def go_on_with(store: Store, recorded: JobRecord) -> "Run":
+    """The run that a record describes, once what dead writers left unfinished is gone. Raises StoreError."""
     store.delete_unfinished()
-    return Run(store, recorded or job)
+    return Run(store, recorded)
 
 
 def reopen(store: Store, shards: Iterable[int]) -> None:
@@ -63,10 +72,14 @@ def reopen(store: Store, shards: Iterable[int]) -> None:
         StoreError: something could not be deleted.
     """
     numbers = set(shards)
-    for key in (SUCCESS_KEY, MANIFEST_KEY, *map(commit_key, sorted(numbers))):
-        store.delete([key])
-    named = ((key, parse_part_key(key)) for key, _ in store.list("data")) if numbers else ()
+    _uncommit(store, numbers)
+    named = ((key, parse_part_key(key)) for key in stored_parts(store)) if numbers else ()
     store.delete([key for key, name in named if name and name[0] in numbers])
+
+
+def _uncommit(store: Store, shards: Iterable[int]) -> None:
+    for key in (SUCCESS_KEY, MANIFEST_KEY, *map(commit_key, sorted(shards))):
+        store.delete([key])
 
 
 class Run:
@@ -76,11 +89,6 @@ class Run:
         self.store = store
         self.job = job
         self._committed = committed_shards(store)
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether `_SUCCESS` is there."""
-        return self.store.size(SUCCESS_KEY) is not None
 
     @property
     def committed(self) -> frozenset[int]:
@@ -140,14 +148,60 @@ class Run:
         self._committed.add(shard.index)
         return is_ours
 
+    def reopen_damaged(self) -> list[int]:
+        """Make those shards uncommitted of which a part is gone or has another size, and a run not finished that lacks a commit.
+
+        What their attempts left stays until the run is finished: nothing that another driver may be at is deleted here.
+
+        Returns:
+            The shards that were committed and are not any more, ascending.
+
+        Raises:
+            RunDamagedError: a commit cannot be understood.
+            StoreError: something could not be read or deleted.
+        """
+        if self.finished():
+            return []
+        was_finished = self.store.size(SUCCESS_KEY) is not None  # asked before the commits are listed: they were all there then
+        self._committed = committed_shards(self.store)
+        named = manifest_table(commit.receipts() for commit in self._commits())
+        # Listed after the commits were read: what they name was there before them.
+        damaged = {part.shard for part in lost_parts(named, stored_parts(self.store))}
+        if damaged or (was_finished and len(self._committed) < self.job.num_shards):
+            _uncommit(self.store, damaged)
+            self._committed -= damaged
+        return sorted(damaged)
+
+    def finished(self) -> RunSummary | None:
+        """The account of a finished run in which `_SUCCESS`, manifest, commits and files agree; else None. No commit is read.
+
+        Raises:
+            StoreError: something could not be read.
+        """
+        recorded = self._recorded()
+        if recorded is None or committed_shards(self.store) != set(range(self.job.num_shards)):
+            return None
+        summary, manifest = recorded
+        named = dict(zip(manifest["key"].to_pylist(), manifest["num_bytes"].to_pylist(), strict=True))
+        is_swept = stored_parts(self.store) == named and not self._other_surveys()
+        return summary if is_swept else None
+
     def finish(self) -> RunSummary:
-        """Close the account, sweep, and write manifest.parquet and, last of all, `_SUCCESS`. Safe to repeat.
+        """Close the account, write manifest.parquet, sweep, and last of all write `_SUCCESS`. Safe to repeat.
+
+        A finished run in which nothing changed since stays as it is. Where commits and records differ, the commits are right.
 
         Raises:
             StageError: shards are not committed yet.
-            RunDamagedError: the committed shards do not add up to what job.json says.
+            RunDamagedError: the committed shards do not add up to what job.json says, or a part is gone or has another size.
             StoreError: something could not be written.
         """
+        closed = self.finished()
+        if closed:
+            return closed
+        was_finished = self.store.size(SUCCESS_KEY) is not None  # asked before the commits are read, which were all there then
+        recorded = self._recorded()
+        stored = stored_parts(self.store)  # before the commits are read: what is written later may still come to count
         self._committed = committed_shards(self.store)
         absent = [number for number in range(self.job.num_shards) if number not in self._committed]
         if absent:
@@ -156,23 +210,50 @@ class Run:
         ledger: list[CommitRecord] = []
         manifest = manifest_table(self._receipts(ledger))
         summary = self._account(ledger, manifest["num_bytes"].to_pylist())
-        self._sweep({commit.shard: commit.attempt for commit in ledger})
-        write_manifest(self.store, manifest, self.job.run_id)
+        self._require_parts(manifest, stored)
+        if recorded is None or not _say_the_same(recorded, (summary, manifest)):
+            if was_finished:
+                self.store.delete([SUCCESS_KEY])
+            write_manifest(self.store, manifest, self.job.run_id)
+        self._sweep(stored.keys() - set(manifest["key"].to_pylist()))
         try:
             self.store.create(SUCCESS_KEY, summary.to_json())
         except AlreadyExistsError:
             return read_summary(self.store) or summary
         return summary
 
+    def _recorded(self) -> tuple[RunSummary, Any] | None:
+        """What `_SUCCESS` and the manifest say; None where one is absent or damaged: both are made from the commits, and can be again."""
+        if self.store.size(SUCCESS_KEY) is None or self.store.size(MANIFEST_KEY) is None:
+            return None
+        try:
+            summary = read_summary(self.store)
+            manifest = read_manifest(self.store, self.job.run_id, summary.parts) if summary else None
+        except RunDamagedError:
+            return None
+        return (summary, manifest) if summary and summary.run_id == self.job.run_id else None
+
     def _commits(self) -> Iterator[CommitRecord]:
-        for shard in sorted(self._committed):
-            yield read_commit(self.store, self.job, shard)
+        return read_commits(self.store, self.job, sorted(self._committed))
 
     def _receipts(self, ledger: list[CommitRecord]) -> Iterator[list[PartReceipt]]:
         """Each shard's receipts; the commits go into `ledger` without their parts, which would fill the memory."""
         for commit in self._commits():
             ledger.append(replace(commit, parts=()))
             yield commit.receipts()
+
+    def _require_parts(self, manifest: Any, stored: Mapping[str, int]) -> None:
+        """Raise RunDamagedError unless every part is there with its size. Those committed since `stored` was listed are looked at again."""
+        lost = lost_parts(manifest, stored)
+        lost = lost and lost_parts(manifest, stored_parts(self.store))
+        if lost:
+            listed = "".join(f"\n  {self.store.where(part.key)}" for part in lost[:_SHOWN_PARTS])
+            more = f"\n  and {len(lost) - _SHOWN_PARTS:,} more" if len(lost) > _SHOWN_PARTS else ""
+            shards = ", ".join(map(str, sorted({part.shard for part in lost})[:_SHOWN_SHARDS]))
+            raise RunDamagedError(
+                f"{len(lost):,} of {len(manifest):,} parts are gone or have another size than was committed:{listed}{more}\n",
+                f"Run the same extract command again: it does their shards anew (the first are {shards}).",
+            )
 
     def _account(self, ledger: Sequence[CommitRecord], bytes_of_parts: Sequence[int]) -> RunSummary:
         """Check that every sequence of the source is either committed or quarantined. Raises RunDamagedError."""
@@ -199,21 +280,22 @@ class Run:
             num_bytes=sum(bytes_of_parts),
         )
 
-    def _sweep(self, attempts: Mapping[int, str]) -> None:
-        """Delete the parts of committed shards that their commits do not name, surveys that job.json does not name, and what dead writers
-        left unfinished.
-
-        Args:
-            attempts: of each committed shard, the one that counts.
+    def _sweep(self, unnamed: Iterable[str]) -> None:
+        """Delete those of the parts that no commit names that are of the run's shards, surveys that job.json does not name, and what dead
+        writers left unfinished.
         """
         self.store.delete_unfinished()
+        named = ((key, parse_part_key(key)) for key in unnamed)
+        self.store.delete([*self._other_surveys(), *(key for key, name in named if name and name[0] < self.job.num_shards)])
+
+    def _other_surveys(self) -> list[str]:
+        """Files that surveys wrote and job.json does not name."""
         surveyed = {file.key for file in self.job.sequence_files}
-        garbage = [key for key, _ in self.store.list("sequences") if key not in surveyed]
-        for key, _ in self.store.list("data"):
-            named = parse_part_key(key)
-            if named and attempts.get(named[0], named[1]) != named[1]:
-                garbage.append(key)
-        self.store.delete(garbage)
+        return [key for key, _ in self.store.list("sequences") if key not in surveyed and re.fullmatch(SEQUENCE_FILE, key)]
+
+
+def _say_the_same(recorded: tuple[RunSummary, Any], now: tuple[RunSummary, Any]) -> bool:
+    return bool(recorded[1].equals(now[1])) and replace(recorded[0], finished_at=now[0].finished_at) == now[0]
 
 
 def _problems(

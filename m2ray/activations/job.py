@@ -1,6 +1,7 @@
 """JobRecord: `job.json`, what a run is of and how far it goes. Written once, never changed."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -9,12 +10,13 @@ from uuid import uuid4
 
 from pydantic import TypeAdapter, ValidationError
 
-from m2ray.activations.schema import FORMAT_VERSION, LAYER_CONVENTION
+from m2ray.activations.schema import FORMAT_VERSION, LAYER_CONVENTION, LEASE_FOLDER
 from m2ray.batches import PartSpec, SequenceFile
 from m2ray.errors import RunConflictError, RunDamagedError
 from m2ray.storage import Store
 
 JOB_KEY = "job.json"
+SEQUENCE_FILE = r"sequences/[^/.][^/]*\.parquet"
 
 T = TypeVar("T")
 
@@ -71,6 +73,9 @@ class JobRecord:
             raise ValueError(f"fingerprints lack {sorted(absent)}")
         if self.counts.ready + self.counts.quarantined != self.counts.sequences:
             raise ValueError(f"{self.counts}: ready + quarantined != sequences")
+        strange = [file.key for file in self.sequence_files if not re.fullmatch(SEQUENCE_FILE, file.key)]
+        if strange:
+            raise ValueError(f"sequence_files name {strange[0]!r}, which is no file of sequences/")
 
     @classmethod
     def new(
@@ -205,8 +210,8 @@ def read_record(store: Store, key: str, adapter: TypeAdapter[T]) -> T:
 
 
 def _may_precede_a_job(key: str) -> bool:
-    """Whether m2ray leaves such a key behind if it is killed before job.json: a survey's files, or the store's probe."""
-    return (key.startswith("sequences/") and key.endswith(".parquet")) or key.startswith("_probe-")
+    """Whether m2ray leaves such a key behind if it is killed before job.json: a survey's files, a lease, or the store's probe."""
+    return re.fullmatch(SEQUENCE_FILE, key) is not None or key.startswith(("_probe-", f"{LEASE_FOLDER}/"))
 
 
 def utc_now() -> str:

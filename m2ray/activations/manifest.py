@@ -1,12 +1,14 @@
 """The table of a run's committed parts: `manifest.parquet` once the run is finished, the same made from commits before."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from m2ray.activations.schema import PART_NAME
 from m2ray.batches import PartReceipt
 from m2ray.errors import RunDamagedError
 from m2ray.storage import Store
@@ -43,6 +45,13 @@ def receipts_of(table: Any) -> list[PartReceipt]:
     return [PartReceipt(**row) for row in table.to_pylist()]
 
 
+def lost_parts(table: Any, listed: Mapping[str, int]) -> list[PartReceipt]:
+    """The parts of a manifest table that are not `listed` (key to bytes), or with another size."""
+    rows = enumerate(zip(table["key"].to_pylist(), table["num_bytes"].to_pylist(), strict=True))
+    lost = [row for row, (key, num_bytes) in rows if listed.get(key) != num_bytes]
+    return receipts_of(table.take(pa.array(lost, pa.int64())))
+
+
 def write_manifest(store: Store, table: Any, run_id: str) -> None:
     """Write or replace manifest.parquet. Raises StoreError."""
     sink = pa.BufferOutputStream()
@@ -54,7 +63,7 @@ def read_manifest(store: Store, run_id: str, num_parts: int) -> Any:
     """The manifest of a finished run.
 
     Raises:
-        RunDamagedError: it is no Parquet file, or of another run, or has not `num_parts` rows.
+        RunDamagedError: it is no Parquet file, or of another run, has not `num_parts` rows, or names a file outside of `data/`.
         StoreError: it cannot be read.
     """
     try:
@@ -64,7 +73,10 @@ def read_manifest(store: Store, run_id: str, num_parts: int) -> Any:
     metadata = table.schema.metadata or {}
     if not table.schema.equals(MANIFEST_SCHEMA) or metadata.get(b"m2ray.run_id") != run_id.encode() or len(table) != num_parts:
         raise RunDamagedError(f"{MANIFEST_KEY} of the run at {store.url} is not the one of run {run_id} with {num_parts} parts.", _REMEDY)
+    strange = table["key"].filter(pc.invert(pc.match_substring_regex(table["key"], f"^{PART_NAME}$")))
+    if len(strange):
+        raise RunDamagedError(f"{MANIFEST_KEY} of the run at {store.url} names {strange[0].as_py()!r}, which is no part.", _REMEDY)
     return table
 
 
-_REMEDY = "Delete _SUCCESS and run the same command again: it is made anew from _commits/."
+_REMEDY = "Run the same extract command again: it is made anew from _commits/."

@@ -2,16 +2,21 @@
 
 import json
 import re
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 
 from pydantic import TypeAdapter
 
 from m2ray.activations.job import JobRecord, read_record
+from m2ray.activations.schema import parse_part_key
 from m2ray.batches import PartReceipt
 from m2ray.errors import RunDamagedError
 from m2ray.storage import Store
 
 SUCCESS_KEY = "_SUCCESS"
+_READ_AT_ONCE, _AHEAD = 16, 256
 _COMMIT_NAME = re.compile(r"_commits/shard-(\d{6,})\.json")
 
 
@@ -96,7 +101,7 @@ def read_commit(store: Store, job: JobRecord, shard: int) -> CommitRecord:
     """A shard's commit.
 
     Raises:
-        RunDamagedError: it is not understood, or of another run, another shard or other parts.
+        RunDamagedError: it is not understood, or of another run, another shard or other parts, or names a file that is none of its own.
         RunConflictError: a newer m2ray wrote it.
         StoreError: it cannot be read.
     """
@@ -108,7 +113,21 @@ def read_commit(store: Store, job: JobRecord, shard: int) -> CommitRecord:
             f"job.json is of run {job.run_id} with {len(job.parts)} parts a shard.",
             "The folder holds files of several runs: restore it.",
         )
+    strange = [part.key for part in record.parts if parse_part_key(part.key) != (shard, record.attempt)]
+    if strange:
+        raise RunDamagedError(
+            f"{commit_key(shard)} of the run at {store.url} names {strange[0]!r}, which is no part of attempt {record.attempt} at this shard.",
+            "Nothing was read there: restore the commit.",
+        )
     return record
+
+
+def read_commits(store: Store, job: JobRecord, shards: Iterable[int]) -> Iterator[CommitRecord]:
+    """The commits of these shards, in this order, several read at a time. Raises as `read_commit` does."""
+    numbers = list(shards)
+    with ThreadPoolExecutor(_READ_AT_ONCE, thread_name_prefix="commits") as pool:
+        for start in range(0, len(numbers), _AHEAD):
+            yield from pool.map(partial(read_commit, store, job), numbers[start : start + _AHEAD])
 
 
 def read_summary(store: Store) -> RunSummary | None:

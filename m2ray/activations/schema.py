@@ -8,6 +8,7 @@ import pyarrow as pa
 
 from m2ray.batches import PartSpec
 from m2ray.errors import ConfigError
+from m2ray.storage import Store
 
 FORMAT_VERSION = 1
 """Of the run folder as a whole. It grows when an older m2ray would misread what a newer one writes."""
@@ -16,6 +17,9 @@ LAYER_CONVENTION = "residual of layer i is the output of decoder layer i, before
 
 ITEMSIZE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 """Bytes of one element of each store dtype."""
+
+LEASE_FOLDER = "_lease"
+"""Where drivers say that they are at work (lease.py). No reader looks there."""
 
 METADATA_PREFIX = "m2ray."
 
@@ -29,7 +33,8 @@ TOKEN_FIELDS = (
 )
 """The columns that every part begins with, in TOKEN_ROW's order."""
 
-_PART_NAME = re.compile(r"data/.+/shard-(?P<shard>\d{6,})-(?P<attempt>[0-9a-z]+)\.parquet")
+PART_NAME = r"data/(?:[^/.][^/]*/)+shard-(?P<shard>\d{6,})-(?P<attempt>[0-9a-z]+)\.parquet"
+"""What a part's key looks like. No piece of it is empty or begins with ".": a record that names another key would lead out of the run."""
 
 
 def row_bytes(spec: PartSpec) -> int:
@@ -50,8 +55,13 @@ def part_key(spec: PartSpec, shard: int, attempt: str) -> str:
 
 def parse_part_key(key: str) -> tuple[int, str] | None:
     """(shard, attempt) of a part's key; None for any other key."""
-    match = _PART_NAME.fullmatch(key)
+    match = re.fullmatch(PART_NAME, key)
     return (int(match["shard"]), match["attempt"]) if match else None
+
+
+def stored_parts(store: Store) -> dict[str, int]:
+    """Key and bytes of every file below `data/` that is named as a part, whether it counts or not. One listing; raises StoreError."""
+    return {key: num_bytes for key, num_bytes in store.list("data") if parse_part_key(key)}
 
 
 def part_metadata(

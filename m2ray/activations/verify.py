@@ -1,7 +1,7 @@
 """Verify: is every file of a run what its commit says? Read in parallel, in bounded memory."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -13,10 +13,12 @@ from m2ray.activations.job import JobRecord, read_job
 from m2ray.activations.manifest import MANIFEST_KEY, manifest_table, read_manifest, receipts_of
 from m2ray.activations.part_reader import PartReader
 from m2ray.activations.records import SUCCESS_KEY, commit_key, committed_shards, read_commit, read_summary
+from m2ray.activations.schema import parse_part_key
 from m2ray.batches import PartReceipt, PartSpec
 from m2ray.errors import RunDamagedError, StoreError
 from m2ray.storage import Store
 
+_FOLDERS = ("data", "sequences", "_commits")
 _CHUNK_BYTES = 8 << 20
 _LISTED_AT_ONCE = 1024
 
@@ -31,6 +33,14 @@ class Damage:
 
 
 @dataclass(frozen=True)
+class Unnamed:
+    """A file below `data/`, `sequences/` or `_commits/` that no record of the run names."""
+
+    key: str
+    num_bytes: int
+
+
+@dataclass(frozen=True)
 class Checked:
     """How far a verification is: files and bytes of parts looked at, out of all."""
 
@@ -42,13 +52,23 @@ class Checked:
 
 @dataclass(frozen=True)
 class Verification:
-    """What was found. `files` and `num_bytes` are those of the committed parts."""
+    """What was found. `files` and `num_bytes` are those of the committed parts.
+
+    `unnamed` files of a run that is not complete are most often of shards that are not committed; in a complete one they are in the way
+    of whoever reads it by a glob.
+    """
 
     job: JobRecord
     is_complete: bool
     files: int
     num_bytes: int
     damages: tuple[Damage, ...]
+    unnamed: tuple[Unnamed, ...]
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether nothing is damaged, and a glob over a complete run finds each row once."""
+        return not self.damages and not (self.is_complete and any(file.key.endswith(".parquet") for file in self.unnamed))
 
     @property
     def damaged_shards(self) -> tuple[int, ...]:
@@ -60,7 +80,7 @@ def verify(store: Store, *, checksums: bool, threads: int = 8, on_progress: Call
     """Look at every file of a run that counts.
 
     Always: records agree, and each part's size, footer and number of rows are those of its commit. With `checksums` also the
-    xxh3 of every byte of each part, and the token digest, taken again from the columns. Parts nobody committed are not looked at.
+    xxh3 of every byte of each part, and the token digest, taken again from the columns. Files that no record names are listed, not read.
 
     Args:
         store: the run folder.
@@ -77,10 +97,13 @@ def verify(store: Store, *, checksums: bool, threads: int = 8, on_progress: Call
     if job is None:
         raise StoreError(f"There is no run at {store.url}: it has no job.json.", "Check the path.")
     damages: list[Damage] = []
+    stored = [(key, num_bytes) for folder in _FOLDERS for key, num_bytes in store.list(folder)]  # before the commits that name them
     parts = manifest_table(_receipts_of_commits(store, job, damages))
     is_complete = store.size(SUCCESS_KEY) is not None
     if is_complete:
         damages += _damages_of_summary(store, job, parts, commits_are_sound=not damages)
+    without_commit = {damage.shard for damage in damages if damage.key == commit_key(damage.shard or 0)}
+    unnamed = tuple(_unnamed(job, stored, set(parts["key"].to_pylist()), without_commit))
     damages += _damages_of_sequences(store, job)
     all_bytes = sum(parts["num_bytes"].to_pylist())
     files, num_bytes = 0, 0
@@ -88,7 +111,18 @@ def verify(store: Store, *, checksums: bool, threads: int = 8, on_progress: Call
         files, num_bytes = files + 1, num_bytes + receipt.num_bytes
         damages += [damage] if damage else []
         on_progress(Checked(files, len(parts), num_bytes, all_bytes))
-    return Verification(job, is_complete, len(parts), all_bytes, tuple(damages))
+    return Verification(job, is_complete, len(parts), all_bytes, tuple(damages), unnamed)
+
+
+def _unnamed(
+    job: JobRecord, stored: Iterable[tuple[str, int]], parts: Collection[str], without_commit: Collection[int | None]
+) -> Iterator[Unnamed]:
+    """Those of the stored files that no record names. What a commit named that is gone or cannot be understood is left out."""
+    named = {*parts, *(file.key for file in job.sequence_files), *map(commit_key, range(job.num_shards))}
+    for key, num_bytes in sorted(stored):
+        part = parse_part_key(key)
+        if key not in named and not (part and part[0] in without_commit):
+            yield Unnamed(key, num_bytes)
 
 
 def _receipts_of_commits(store: Store, job: JobRecord, damages: list[Damage]) -> Iterator[list[PartReceipt]]:

@@ -83,7 +83,7 @@ class StageActor:
         """Build the span, reading only its own tensors.
 
         Raises:
-            CheckpointError: the span's tensors are missing or damaged.
+            CheckpointError: the span's tensors are missing or damaged, or the files are not those that the driver saw.
             StoreError: the run folder of the driver is not visible from this node.
             StageError: torch does not see the GPUs that Ray gave.
         """
@@ -98,6 +98,7 @@ class StageActor:
             parameter_bytes=sum(stage.parameter_bytes for stage in self._stages),
             load_s=time.monotonic() - begin,
             gpus=measure_gpus(self._devices) if self._on_gpu else (),
+            weights={layer: digest for stage in self._stages for layer, digest in stage.digests.items()},
         )
         return self._status
 

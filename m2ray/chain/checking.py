@@ -7,17 +7,19 @@ from typing import Any
 from m2ray.activations.job import JobRecord, read_job
 from m2ray.batches import TensorTable
 from m2ray.chain.stopping import GOES_ON, Stop
-from m2ray.config import ExtractConfig
-from m2ray.errors import M2rayError, raise_all
+from m2ray.config import ExtractConfig, parse_layers
+from m2ray.errors import ConfigError, M2rayError, raise_all
 from m2ray.model.attention import resolve_attn_implementation
 from m2ray.model.checkpoint import Checkpoint, open_checkpoint, tensor_table
+from m2ray.model.families import learned_positions
+from m2ray.model.proof import prove
 from m2ray.model.stage import DTYPES
-from m2ray.options import RunOptions
+from m2ray.options import PromptOptions, RunOptions
 from m2ray.planning.demand import Assumptions, Demand
 from m2ray.planning.hardware import Cluster
 from m2ray.planning.memory import ModelShape
 from m2ray.planning.probe import disk_free_bytes
-from m2ray.planning.resolve import StatsAt, prompt_options, resolve
+from m2ray.planning.resolve import StatsAt, resolve
 from m2ray.prompts import PromptSource, PromptTokenizer
 from m2ray.storage import Store, open_store
 
@@ -56,7 +58,9 @@ class Inputs:
         """The same with the options as they are on this cluster, for these prompts. Raises as `resolve`."""
         recorded = self.recorded.options if self.recorded else None
         assumed = self._assumed(longest_tokens)
-        return replace(self, options=resolve(self.config, self.table, self.shape, cluster, assumed, recorded, stats_at))
+        return replace(
+            self, options=resolve(self.config, self.options.prompts, self.table, self.shape, cluster, assumed, recorded, stats_at)
+        )
 
     def _assumed(self, longest_tokens: int) -> Assumptions:
         return Assumptions(longest_tokens=longest_tokens, disk_free_bytes=disk_free_bytes(self.config.output))
@@ -91,16 +95,39 @@ def _check(config: ExtractConfig) -> Inputs:
     opened = look(lambda: open_checkpoint(config.model))
     # What is wrong with the prompts is said beside what is wrong with the model, whose limit is not known then.
     limit = opened[0].config.max_position_embeddings if opened else 1
-    prompts = prompt_options(config, limit)
+    prompts = PromptOptions.of(config, limit, recorded.options.get("template_date") if recorded else None)
     source = look(lambda: PromptSource.open(prompts))
     if not opened:
         raise_all(problems)
     checkpoint: Checkpoint = opened[0]
-    look(checkpoint.check)
+    look(checkpoint.check, lambda: prove(checkpoint.config), lambda: _check_length(config, checkpoint))
+    look(lambda: parse_layers(config.layers, checkpoint.config.num_hidden_layers))
     tokenizer = look(lambda: PromptTokenizer.load(config.model, prompts, checkpoint.config.vocab_size))
     attention = look(lambda: resolve_attn_implementation(checkpoint.config, config.attn_implementation, DTYPES[config.compute_dtype]))
-    table = tensor_table(checkpoint)
-    shape = ModelShape.of(checkpoint.config, attention[0] if attention else "eager")
-    options = look(lambda: resolve(config, table, shape, Cluster(()), Assumptions(), recorded and recorded.options))
     raise_all(problems)
-    return Inputs(config, checkpoint, table, shape, source[0], tokenizer[0], store, recorded, options[0])
+    table, shape = tensor_table(checkpoint), ModelShape.of(checkpoint.config, attention[0])
+    settled = _settled(source[0], tokenizer[0])
+    options = resolve(config, settled, table, shape, Cluster(()), Assumptions(), recorded and recorded.options)
+    return Inputs(config, checkpoint, table, shape, source[0], tokenizer[0], store, recorded, options)
+
+
+def _check_length(config: ExtractConfig, checkpoint: Checkpoint) -> None:
+    positions = learned_positions(checkpoint.config)
+    if positions is not None and config.max_length is not None and config.max_length > positions:
+        raise ConfigError(
+            f"max_length = {config.max_length}, but a {checkpoint.config.model_type} of config.json has learned {positions} positions.",
+            f"Set max_length to {positions} at most.",
+        )
+
+
+def _settled(source: PromptSource, tokenizer: PromptTokenizer) -> PromptOptions:
+    """What the prompts settle: which column counts, and what is put around its texts. A text sees no date."""
+    columns, options = source.columns, source.options
+    return replace(
+        options,
+        text_column=None if columns.is_messages else columns.prompt,
+        messages_column=columns.prompt if columns.is_messages else None,
+        tools_column=columns.tools,
+        special_tokens=tokenizer.resolved_special_tokens(columns),
+        template_date=options.template_date if columns.is_messages else None,
+    )

@@ -3,14 +3,16 @@
 import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from uuid import uuid4
 
 from m2ray import __version__
-from m2ray.activations.commits import Run, RunSummary, claim_run, read_summary
+from m2ray.activations.commits import Run, RunSummary, claim_run, go_on_with
 from m2ray.activations.job import Counts, JobRecord, ModelFacts, require_same
+from m2ray.activations.lease import held
+from m2ray.activations.weights_record import hold_weights
 from m2ray.batches import LayerSpan, MicroBatch, Shard
 from m2ray.chain.checking import Inputs, check
 from m2ray.chain.driver import Chain, ChainLimits
@@ -25,7 +27,7 @@ from m2ray.chain.report import REPORT, RunMeasured, build_report, start_lines, s
 from m2ray.chain.stages import Patience, Stages
 from m2ray.chain.stopping import GOES_ON, NOTHING_WRITTEN, Stop, stop_on_sigterm
 from m2ray.config import ExtractConfig
-from m2ray.errors import M2rayError
+from m2ray.errors import M2rayError, RunConflictError
 from m2ray.model.offload import Offload
 from m2ray.model.stage import StageSpec
 from m2ray.options import RunOptions
@@ -39,11 +41,13 @@ def extract(config: ExtractConfig, progress: Progress) -> RunSummary:
     """Extract what `config` asks for, or what is missing of it. Safe to repeat after a kill at any point.
 
     Raises:
-        M2rayError: before Ray is started for bad configuration, checkpoint, prompts or output; before anything is written for a
+        M2rayError: before Ray is started for bad configuration, checkpoint, prompts or output, or another driver at the run; before anything is written for a
             cluster that does not hold the plan; later for what fails there; at any time for SIGTERM.
     """
     with stop_on_sigterm() as stop, ExitStack() as stack:
         inputs = check(config, stop)
+        if stack.enter_context(held(inputs.store, progress.say, stop.ask_because, wait=config.wait)):
+            inputs = check(config, stop)  # what another driver began meanwhile
         work = _resume(inputs, stack, stop, progress) if inputs.recorded else _begin(inputs, stack, stop, progress)
         if work.hardware is not None:
             _extract_missing(work, work.hardware, stop, progress)
@@ -70,67 +74,81 @@ def _begin(inputs: Inputs, stack: ExitStack, stop: Stop, progress: Progress) -> 
     found = None
     try:
         with stop.at_once(NOTHING_WRITTEN):
-            found = survey(
-                inputs.source,
-                inputs.tokenizer,
-                inputs.store,
-                uuid4().hex[:12],
-                inputs.options.shard_tokens,
-                on_progress=progress.surveying,
-            )
-            stack.enter_context(found.tokens)
+            shard_tokens, attempt = inputs.options.shard_tokens, uuid4().hex[:12]
+            found = survey(inputs.source, inputs.tokenizer, inputs.store, attempt, shard_tokens, on_progress=progress.surveying)
             hardware = _hardware(inputs.options, stack)
             longest_tokens = found.shards.longest_tokens
             inputs = inputs.on(hardware.cluster, longest_tokens, partial(estimated_batching, found.shards))
             plan_run(inputs.demand(longest_tokens), hardware.cluster).require_fit()
-        run = _claim(inputs, found, progress)
     except M2rayError:
-        if found is not None:
-            inputs.store.delete([file.key for file in found.sequence_files])
+        if found is not None:  # no record names its files: job.json comes later
+            _discard(inputs, found)
         raise
+    run = _claim(inputs, found, progress)
+    if run is None:
+        return _resume(check(inputs.config, stop), stack, stop, progress, hardware)
+    stack.enter_context(found.tokens)
     return _Work(inputs, run, found.shards, run.missing(found.shards), found.tokens, hardware)
 
 
-def _claim(inputs: Inputs, found: Survey, progress: Progress) -> Run:
-    """Create the run's record, or go on with the one that another driver created by now."""
+def _claim(inputs: Inputs, found: Survey, progress: Progress) -> Run | None:
+    """Create the run's record; None where another driver has created one by now, and this survey has been deleted.
+
+    Once job.json was asked for it may be there, whatever the answer says, and names the survey's files: they are deleted only where
+    another record is seen in its place.
+    """
     waste = batching(found.shards, inputs.options.batch_tokens).padding_waste
     progress.say(
         f"{found.num_sequences:,} prompts: {found.num_ready:,} ready with {found.num_tokens:,} tokens in {len(found.shards):,} shards, "
-        f"{found.num_quarantined:,} quarantined; padding {waste:.1%}"
+        f"{found.num_quarantined:,} quarantined; padding {waste:.1%}; {inputs.source.columns}"
     )
+    for line in inputs.tokenizer.told(inputs.source.columns, found.first_prompt):
+        progress.say(f"  {line}")
     for quarantined in found.first_quarantined:
         progress.say(f"  quarantined: {quarantined}")
     config = inputs.checkpoint.config
     job = JobRecord.new(
         m2ray_version=__version__,
         options=inputs.options.row_options(),
-        fingerprints={**inputs.fingerprints, "prompts": inputs.source.fingerprint()},
+        fingerprints={**inputs.fingerprints, "prompts": found.fingerprint},
         model=ModelFacts(config.model_type, inputs.table.num_layers, inputs.table.hidden_size),
         parts=inputs.options.parts,
         num_shards=len(found.shards),
         counts=Counts(found.num_sequences, found.num_ready, found.num_quarantined, found.num_tokens),
         sequence_files=found.sequence_files,
     )
-    return claim_run(inputs.store, job)
+    with suppress(RunConflictError):  # whoever goes on with that record is told what differs
+        run = claim_run(inputs.store, job)
+        if run.job.run_id == job.run_id:
+            return run
+    _discard(inputs, found)
+    return None
 
 
-def _resume(inputs: Inputs, stack: ExitStack, stop: Stop, progress: Progress) -> _Work:
+def _discard(inputs: Inputs, found: Survey) -> None:
+    """Delete the files of a survey that no record names."""
+    found.tokens.close()
+    inputs.store.delete([file.key for file in found.sequence_files])
+
+
+def _resume(inputs: Inputs, stack: ExitStack, stop: Stop, progress: Progress, hardware: Hardware | None = None) -> _Work:
     """Go on with a run: its shards as they were fixed, and the missing ones' prompts tokenised again."""
     with stop.at_once(GOES_ON):
         store, recorded = inputs.store, inputs.recorded
-        assert recorded is not None
+        assert recorded is not None, "there is a run to go on with"
         require_same(store, recorded, inputs.options.row_options(), {**inputs.fingerprints, "prompts": inputs.source.fingerprint()})
         shards = load_shards(store, recorded.sequence_files)
-        run = Run(store, recorded)
+        run = go_on_with(store, recorded)
+        if damaged := run.reopen_damaged():
+            progress.say(f"Of {len(damaged):,} committed shards a part is gone or has another size: they are extracted again.")
         missing = run.missing(shards)
         progress.say(f"Going on with the run of {recorded.created_at}: {len(missing):,} of {len(shards):,} shards are missing.")
         tokens = respool(inputs.source, inputs.tokenizer, missing, store, recorded.sequence_files, on_progress=progress.surveying)
         stack.enter_context(tokens)
-        if not missing:
-            return _Work(inputs, run, shards, missing, tokens, None)
-        hardware = _hardware(inputs.options, stack)
-        longest_tokens = max(int(shard.token_counts.max()) for shard in missing)
-        return _Work(inputs.on(hardware.cluster, longest_tokens), run, shards, missing, tokens, hardware)
+        if missing:
+            hardware = hardware or _hardware(inputs.options, stack)
+            inputs = inputs.on(hardware.cluster, max(int(shard.token_counts.max()) for shard in missing))
+        return _Work(inputs, run, shards, missing, tokens, hardware if missing else None)
 
 
 def _hardware(options: RunOptions, stack: ExitStack) -> Hardware:
@@ -140,13 +158,11 @@ def _hardware(options: RunOptions, stack: ExitStack) -> Hardware:
 
 
 def _finish(work: _Work, progress: Progress) -> RunSummary:
-    """Close the account, unless that was done before."""
-    store = work.inputs.store
-    summary = read_summary(store) if work.run.is_finished else None
-    summary = summary or work.run.finish()
+    """Close the account, or look whether it is closed."""
+    summary = work.run.finish()
     progress.say(
         f"Complete: {summary.committed:,} sequences with {summary.tokens:,} tokens in {summary.parts:,} files, {summary.num_bytes:,} bytes; "
-        f"{summary.quarantined:,} quarantined. {store.url}"
+        f"{summary.quarantined:,} quarantined. {work.inputs.store.url}"
     )
     return summary
 
@@ -195,23 +211,20 @@ def _stages(work: _Work, plan: Plan, hardware: Hardware, reservations: Sequence[
         compression=options.compression,
     )
     patience = Patience(options.stage_timeout_s, options.placement_timeout_s)
+    hold = partial(hold_weights, work.inputs.store, work.run.job)
     for replica, reservation in enumerate(reservations):
-        specs = [
-            list(_specs(work.inputs.config.model, plan, replica, stage.stage, stage.span))
-            for stage in plan.stages
-            if stage.replica == replica
-        ]
-        yield Stages(specs, writer, reservation, patience, window(len(specs)), options.transport)
+        specs = [list(_specs(work.inputs, plan, replica, stage.stage, stage.span)) for stage in plan.stages if stage.replica == replica]
+        yield Stages(specs, writer, reservation, patience, window(len(specs)), options.transport, hold)
 
 
-def _specs(model_url: str, plan: Plan, replica: int, stage: int, span: LayerSpan) -> Iterator[StageSpec]:
+def _specs(inputs: Inputs, plan: Plan, replica: int, stage: int, span: LayerSpan) -> Iterator[StageSpec]:
     """What each device of a stage holds. `cuda:N` counts the GPUs that the stage's process sees, in the order of the plan."""
     options = plan.demand.options
     gpus = [gpu for gpu in plan.gpus if (gpu.replica, gpu.stage) == (replica, stage)]
     spans = [(f"cuda:{number}", gpu.span, gpu.spill) for number, gpu in enumerate(gpus) if gpu.span is not None] or [("cpu", span, Spill())]
     for device, on_device, spilt in spans:
         yield StageSpec(
-            model_url=model_url,
+            model_url=inputs.config.model,
             span=on_device,
             capture_layers=tuple(layer for layer in options.layers if layer in on_device),
             sites=(options.sites,),
@@ -222,6 +235,7 @@ def _specs(model_url: str, plan: Plan, replica: int, stage: int, span: LayerSpan
             threads=options.threads_per_stage,
             compile=options.compile,
             offload=Offload(_layers(spilt.in_host), _layers(spilt.on_disk), options.offload_folder),
+            model_digest=inputs.checkpoint.digest,
         )
 
 

@@ -12,7 +12,7 @@ from m2ray.batches import Shard
 from m2ray.chain.driver import Chain, ChainLostError, ShardResult
 from m2ray.chain.queue import ShardQueue
 from m2ray.chain.stages import Stages
-from m2ray.chain.stopping import GOES_ON, Stop, stopped
+from m2ray.chain.stopping import GOES_ON, Stop
 from m2ray.errors import ClusterError, StoreError
 
 _TICK_S = 0.5
@@ -47,7 +47,7 @@ class Replicas:
                 self._raise_end()
                 if self._stop.asked.is_set():
                     yield from self._flush()
-                    raise stopped(GOES_ON)
+                    raise self._stop.error(GOES_ON)
         finally:
             self._end()
 

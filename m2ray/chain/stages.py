@@ -4,7 +4,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +53,7 @@ class Stages:
 
     Args:
         specs: what each stage holds: one spec a device.
+        hold_weights: is given the digests of all layers once all are loaded, also after a restart; raises if they are not the run's.
 
     Attributes:
         actors: in the order of the layers.
@@ -67,7 +68,9 @@ class Stages:
         patience: Patience,
         window: int,
         transport: Transport,
+        hold_weights: Callable[[Mapping[int | None, str]], None] = lambda _: None,
     ) -> None:
+        self._hold_weights = hold_weights
         self._specs = specs
         self._writer = writer
         self._transport = transport
@@ -113,7 +116,7 @@ class Stages:
         """Load the spans of the actors that have none yet, all at the same time.
 
         Raises:
-            M2rayError: what a stage reports.
+            M2rayError: what a stage reports, or what `hold_weights` raises.
             RayError: a stage died, or nothing was read for the patience that a stage gets (GetTimeoutError).
         """
         waiting = {self.actors[index].load.remote(): index for index in sorted(self._unloaded)}
@@ -136,6 +139,8 @@ class Stages:
             patience_s = self._patience.stage_s + (_START_S if set(waiting.values()) - self._answers.keys() else 0.0)
             if time.monotonic() - progressed > patience_s:
                 raise GetTimeoutError(f"Loading stood still for {patience_s:g} s.")
+        if self.is_loaded:
+            self._hold_weights({layer: digest for status in self.statuses for layer, digest in status.weights.items()})
 
     def link(self, epoch: int) -> None:
         """Tell every stage which one follows, and begin to watch all. Raises RayError, GetTimeoutError or M2rayError as they do."""

@@ -1,8 +1,8 @@
 """StageStatus: what a stage tells of itself when it is asked, and how its GPUs are looked at."""
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import ray
 import torch
@@ -40,6 +40,8 @@ class StageStatus:
     peak_rss_bytes: int = 0
     sends_by: str = ""
     gpus: tuple[GpuMeasured, ...] = ()
+    weights: Mapping[int | None, str] = field(default_factory=dict)
+    """Once it is loaded, the digest of each of its layers, and at None that of what runs before the first one."""
 
 
 def status_here(specs: Sequence[StageSpec]) -> StageStatus:

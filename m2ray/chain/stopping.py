@@ -16,6 +16,7 @@ class Stop:
 
     def __init__(self) -> None:
         self.asked = threading.Event()
+        self._why = "The run was stopped on request."
         self._ends_at_once = False
 
     @contextmanager
@@ -36,7 +37,16 @@ class Stop:
         finally:
             self._ends_at_once = False
         if self.asked.is_set():
-            raise stopped(remedy)
+            raise self.error(remedy)
+
+    def ask_because(self, why: str) -> None:
+        """Ask from any thread. What may be broken off anywhere is not broken off, but ends with the error."""
+        self._why = why
+        self.asked.set()
+
+    def error(self, remedy: str) -> StageError:
+        """What a run that was asked to stop ends with."""
+        return StageError(self._why, remedy)
 
     def ask(self, *_: object) -> None:
         """The handler of the signal, in the main thread."""
@@ -44,11 +54,6 @@ class Stop:
         if self._ends_at_once:
             self._ends_at_once = False  # a second signal does not break off what is done on the way out
             raise KeyboardInterrupt  # the only exception that goes through Ray's waits
-
-
-def stopped(remedy: str) -> StageError:
-    """What a run that was asked to stop ends with."""
-    return StageError("The run was stopped on request.", remedy)
 
 
 @contextmanager

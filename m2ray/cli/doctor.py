@@ -58,9 +58,10 @@ def command(ctx: click.Context, /, address: str | None, model: str | None, outpu
 
 
 def check_model(model: str) -> tuple[list[Finding], int | None]:
-    """Index against files and sizes, then tensor names, shapes and dtypes against the architecture; and the checkpoint's bytes."""
+    """Index against files and sizes, tensor names, shapes and dtypes against the architecture, its proof; and the checkpoint's bytes."""
     from m2ray.cli.plan_inputs import read_index
     from m2ray.model.checkpoint import open_checkpoint, tensor_table
+    from m2ray.model.proof import prove
 
     try:
         checkpoint = open_checkpoint(model)
@@ -69,6 +70,7 @@ def check_model(model: str) -> tuple[list[Finding], int | None]:
         return [Finding("checkpoint_files", "problem", model, error.what, error.remedy)], None
     num_bytes = sum(header.num_bytes for header in checkpoint.headers.values())
     try:
+        prove(checkpoint.config)
         table = tensor_table(checkpoint)
     except M2rayError as error:
         return [Finding("checkpoint_tensors", "problem", model, error.what, error.remedy)], num_bytes

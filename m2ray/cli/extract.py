@@ -16,7 +16,8 @@ def config_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add CONFIG.toml and one flag an option of ExtractConfig; the flags that were given lie over the file."""
     for name, field in reversed(ExtractConfig.model_fields.items()):
         default = "" if field.default in (PydanticUndefined, None) else f"  [default: {field.default}]"
-        option = click.option(f"--{name.replace('_', '-')}", name, help=f"{field.description}{default}", metavar="VALUE")
+        shape: dict[str, Any] = {"flag_value": True, "is_flag": True, "default": None} if field.annotation is bool else {"metavar": "VALUE"}
+        option = click.option(f"--{name.replace('_', '-')}", name, help=f"{field.description}{default}", **shape)
         function = option(function)
     return click.argument("toml_path", metavar="[CONFIG.toml]", required=False, type=click.Path(path_type=Path))(function)
 

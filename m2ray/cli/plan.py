@@ -14,7 +14,7 @@ from pydantic import Field
 from m2ray.cli import Command
 from m2ray.config import ExtractConfig, NonEmpty, Positive
 from m2ray.errors import ConfigError
-from m2ray.options import RunOptions
+from m2ray.options import PromptOptions, RunOptions
 from m2ray.planning.demand import Assumptions, Demand
 from m2ray.planning.hardware import Cluster, parse_gpus
 from m2ray.planning.memory import ModelShape
@@ -96,14 +96,15 @@ def make_plan(config: PlanConfig) -> tuple[Plan, dict[str, Any]]:
         price_per_gb_month=config.price_per_gb_month,
         profile=profile,
     )
-    options = resolve(config, model.table, shape, Cluster(()), assumed)
+    wanted = PromptOptions.of(config, shape.positions)
+    options = resolve(config, wanted, model.table, shape, Cluster(()), assumed)
     shards, stats_at = None, None
     if config.prompts:
-        shards = survey_prompts(config.model, options.prompts, model.config.vocab_size, options.shard_tokens)
+        shards = survey_prompts(config.model, wanted, model.config.vocab_size, options.shard_tokens)
         stats_at = partial(estimated_batching, shards)
         assumed = replace(assumed, longest_tokens=config.longest_tokens or shards.longest_tokens)
     cluster = cluster or _found_cluster(options)
-    options = resolve(config, model.table, shape, cluster, assumed, stats_at=stats_at)
+    options = resolve(config, wanted, model.table, shape, cluster, assumed, stats_at=stats_at)
     prompts = batching(shards, options.batch_tokens) if shards else None
     demand = Demand(model.table, shape, options, assumed)
     return plan_run(demand, cluster, prompts), {"source": model.source, "index_bytes": model.index_bytes}

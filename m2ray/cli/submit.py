@@ -36,7 +36,7 @@ def command(toml_path: Path | None, address: str, working_dir: Path, no_wait: bo
     local_toml = working_dir / toml_path if toml_path else None
     require_absolute(read_config(local_toml, given))
     words = ["python", str(_ENTRYPOINT), *([str(toml_path)] if toml_path else [])]
-    words += [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", value)]
+    words += [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", *([] if value is True else [value]))]
     client = _client(address)
     job_id: str = client.submit_job(entrypoint=shlex.join(words), runtime_env={"working_dir": str(working_dir.resolve())})
     click.echo(f"Job {job_id} was submitted to {address}.")

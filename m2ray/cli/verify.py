@@ -3,16 +3,19 @@
 import json
 import os
 import time
+from contextlib import nullcontext
 from dataclasses import asdict
 
 import click
 
 from m2ray.activations.commits import reopen
+from m2ray.activations.lease import held
 from m2ray.activations.verify import Checked, Verification, verify
 from m2ray.cli import Command
 from m2ray.storage import open_store
 
 _EVERY_S = 5.0
+_SHOWN_FILES = 20
 _SEQUENCES = "sequences/"
 
 
@@ -26,19 +29,24 @@ _SEQUENCES = "sequences/"
 def command(ctx: click.Context, run: str, checksums: bool, repair: bool, threads: int, as_json: bool) -> None:
     """Check every file of the run folder RUN against its commit: size, footer and rows, and with --checksums every byte.
 
-    Names the damaged files and ends with exit code 1 if there are any.
+    Names the damaged files, and those that no record names. Ends with exit code 1 if any is damaged, or if a complete run holds other .parquet files.
     """
     store = open_store(run)
-    found = verify(store, checksums=checksums, threads=threads, on_progress=_Progress())
     reopened: list[int] = []
-    if repair and not all(damage.key.startswith(_SEQUENCES) for damage in found.damages):
-        reopened = list(found.damaged_shards)
-        reopen(store, reopened)
+    with held(store, _tell, _tell) if repair else nullcontext():
+        found = verify(store, checksums=checksums, threads=threads, on_progress=_Progress())
+        if repair and not all(damage.key.startswith(_SEQUENCES) for damage in found.damages):
+            reopened = list(found.damaged_shards)
+            reopen(store, reopened)
     if as_json:
         click.echo(json.dumps(_facts(found, checksums, reopened), indent=2, ensure_ascii=False))
     else:
         _print(found, checksums, repair)
-    ctx.exit(1 if found.damages else 0)
+    ctx.exit(0 if found.is_sound else 1)
+
+
+def _tell(line: str) -> None:
+    click.echo(line, err=True)
 
 
 def _facts(found: Verification, checksums: bool, reopened: list[int]) -> dict[str, object]:
@@ -50,6 +58,7 @@ def _facts(found: Verification, checksums: bool, reopened: list[int]) -> dict[st
         "files": found.files,
         "num_bytes": found.num_bytes,
         "damaged": [asdict(damage) for damage in found.damages],
+        "unnamed": [asdict(file) for file in found.unnamed],
         "reopened_shards": reopened,
     }
 
@@ -60,8 +69,7 @@ def _print(found: Verification, checksums: bool, repair: bool) -> None:
     depth = "every byte was read" if checksums else "sizes and footers only; --checksums reads every byte"
     state = "complete" if found.is_complete else "not complete"
     click.echo(f"{found.files:,} files with {found.num_bytes:,} bytes ({depth}); {len(found.damages):,} damaged; the run is {state}.")
-    if not found.damages:
-        return
+    _print_unnamed(found)
     if found.damaged_shards:
         listed = ", ".join(map(str, found.damaged_shards))
         click.echo(
@@ -71,6 +79,22 @@ def _print(found: Verification, checksums: bool, repair: bool) -> None:
         )
     if any(damage.key.startswith(_SEQUENCES) for damage in found.damages):
         click.echo("Files of sequences/ are written once, at the start: restore them from a copy.")
+
+
+def _print_unnamed(found: Verification) -> None:
+    if not found.unnamed:
+        return
+    num_bytes = sum(file.num_bytes for file in found.unnamed)
+    click.echo(f"{len(found.unnamed):,} files with {num_bytes:,} bytes are named by no record, and do not count:")
+    for file in found.unnamed[:_SHOWN_FILES]:
+        click.echo(f"  {file.key}")
+    if len(found.unnamed) > _SHOWN_FILES:
+        click.echo(f"  and {len(found.unnamed) - _SHOWN_FILES:,} more: --json lists all")
+    click.echo(
+        "A glob reads them too. The same extract command deletes those that m2ray wrote; the others are yours to remove."
+        if found.is_complete
+        else "Shards that are not committed yet left them, or are at work: the end of the run deletes those that m2ray wrote."
+    )
 
 
 class _Progress:

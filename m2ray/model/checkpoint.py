@@ -5,6 +5,7 @@ file has none.
 """
 
 import json
+import platform
 import threading
 from collections.abc import Mapping
 from math import prod
@@ -61,6 +62,15 @@ class Checkpoint:
         """
         raise_all(self._problems)
 
+    def require(self, digest: str) -> None:
+        """Raise CheckpointError if this is not the checkpoint of that fingerprint, on this node and by now."""
+        if self.digest != digest:
+            raise CheckpointError(
+                f"{self.url} on node {platform.node()} is not the checkpoint that the run began with: config.json, the index, or a file's "
+                f"name, size or header differs (fingerprint {self.digest}, the run's is {digest}).",
+                "Put the files back with which the run began, on every node, or give another output.",
+            )
+
     def read(self, key: str, rows: slice | None = None) -> torch.Tensor:
         """One tensor, or some rows of its first axis, in its dtype on disk, in host memory of its own.
 
@@ -114,8 +124,13 @@ def open_checkpoint(url: str) -> Checkpoint:
     fingerprint = xxhash.xxh3_128()
     _add(fingerprint, CONFIG, config_text)
     weight_map, index_text = _read_index(store)
-    _add(fingerprint, INDEX, index_text)
     problems: list[M2rayError] = _unsafe_names(weight_map)
+    if weight_map and not problems and store.size(SINGLE_FILE) is not None and SINGLE_FILE not in weight_map.values():
+        shards = [file for file in sorted(set(weight_map.values())) if store.size(file) is not None]
+        if not shards:  # save_pretrained leaves the index of the shards that its single file replaced
+            weight_map, index_text = {}, b""
+        problems += _two_sets_of_weights(shards)
+    _add(fingerprint, INDEX, index_text)
     files: dict[str, FileHeader] = {}
     for file in sorted(set(weight_map.values()) or {SINGLE_FILE}) if not problems else ():
         try:
@@ -161,27 +176,48 @@ def _unsafe_names(weight_map: Mapping[str, str]) -> list[M2rayError]:
     ]
 
 
+def _two_sets_of_weights(shards: list[str]) -> list[CheckpointError]:
+    """Which of two is meant nobody can tell, and to find them equal would take reading both."""
+    if not shards:
+        return []
+    return [
+        CheckpointError(
+            f"There are both {SINGLE_FILE} and {INDEX} with {len(shards)} of its files ({shards[0]} ...): transformers reads the first, "
+            "other programs the second.",
+            "Remove those that do not belong to the model.",
+        )
+    ]
+
+
 def _join(weight_map: Mapping[str, str], files: Mapping[str, FileHeader]) -> tuple[dict[str, TensorHeader], list[CheckpointError]]:
     """Every tensor of the files that could be read, where the index puts it; and what index and files disagree on."""
     headers: dict[str, TensorHeader] = {}
-    problems = []
+    twice: dict[tuple[str, str], list[str]] = {}
     for file, header in files.items():
         for key, tensor in header.tensors.items():
-            if weight_map.get(key, file) != file:
-                continue  # a copy: the index says which one counts
             if key in headers:
-                problems.append(
-                    CheckpointError(f"{key!r} is in {headers[key].file} and in {file}, and the index names neither.", COPY_AGAIN)
-                )
+                twice.setdefault((headers[key].file, file), []).append(key)
             headers[key] = tensor
+    problems = [
+        CheckpointError(
+            f"{first} and {second} both hold {_listed(keys)}: transformers takes the file that it reads last, whatever {INDEX} says.",
+            "Remove the file that does not belong to the model, or copy both again.",
+        )
+        for (first, second), keys in twice.items()
+    ]
     absent: dict[str, list[str]] = {}
     for key, file in weight_map.items():
         if file in files and key not in files[file].tensors:
             absent.setdefault(file, []).append(key)
     for file, keys in absent.items():
-        shown = ", ".join(sorted(keys)[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
-        problems.append(CheckpointError(f"{INDEX} puts {len(keys)} tensors into {file} that it does not hold: {shown}.", COPY_AGAIN))
+        problems.append(
+            CheckpointError(f"{INDEX} puts {len(keys)} tensors into {file} that it does not hold: {_listed(keys)}.", COPY_AGAIN)
+        )
     return headers, problems
+
+
+def _listed(keys: list[str]) -> str:
+    return ", ".join(sorted(keys)[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
 
 
 @without_collector()

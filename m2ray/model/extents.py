@@ -56,6 +56,11 @@ class Wanted(NamedTuple):
         values, scale = self.values, self.scale
         return scale is not None and scale.file == values.file and scale.offset == values.stop
 
+    @property
+    def in_one_run(self) -> tuple[Range, ...]:
+        """The values, and the scales if they are beside them."""
+        return (self.values, self.scale) if self.scale is not None and self.is_beside_scale else (self.values,)
+
 
 @dataclass(slots=True)
 class Extent(Generic[Item]):

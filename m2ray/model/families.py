@@ -1,6 +1,8 @@
 """The model families that m2ray runs, and config.json of one of them as transformers' configuration."""
 
 import json
+from collections.abc import Mapping
+from copy import deepcopy
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
@@ -43,8 +45,14 @@ KEEPS_FP32 = {"minimax_m2": ("mlp.gate.weight", "mlp.e_score_correction_bias")}
 MiniMax-M2's are float32 on disk, and its modelling code computes with whatever dtype they have.
 """
 
+LEARNED_POSITIONS = ("gpt2", "opt")
+"""Families that look positions up in a table: there is none past its end, where others go on turning."""
+
 SHARED_STATE = ("num_kv_shared_layers", "hidden_size_per_layer_input")
 """Config fields of families whose layers hand more than one hidden state to the next: no stage boundary can be cut."""
+
+TEXT_TOWERS = ("text_config", "decoder", "language_config", "llm_config", "thinker_config")
+"""Config fields that hold the configuration of the decoder inside a larger model."""
 
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 """Rotary embeddings that change with the longest sequence of a batch: a prompt's rows would depend on its neighbours."""
@@ -60,7 +68,7 @@ def parse_config(text: bytes) -> Any:
         CheckpointError: not JSON, or a model that m2ray does not run; all reasons at once.
     """
     try:
-        fields = json.loads(text)
+        fields = json.loads(text, object_hook=_untagged)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"config.json is not JSON: {error}.", "Copy the file again.") from error
     if not isinstance(fields, dict):
@@ -69,11 +77,19 @@ def parse_config(text: bytes) -> Any:
     if model_type not in VERIFIED:
         raise _unknown_family(model_type)
     fields = {name: value for name, value in fields.items() if name not in CALLER_CHOOSES}
-    try:
-        config = CONFIG_MAPPING[model_type].from_dict(fields)
-    except (StrictDataclassError, TypeError, ValueError, KeyError) as error:
-        raise CheckpointError(f"transformers refuses config.json as a {model_type} configuration: {error}.") from error
-    raise_all([*_unsupported_structure(config), *_unsupported_quantization(config)])
+    if not isinstance(fields.get("quantization_config") or {}, dict):
+        raise CheckpointError(
+            f"config.json: quantization_config = {fields['quantization_config']!r} is no JSON object.", "Copy the file again."
+        )
+    config = _read_fields(model_type, fields)
+    raise_all(
+        [
+            *_contradictory_rope(config, fields),
+            *_not_causal(config.to_dict()),
+            *_unsupported_structure(config),
+            *_unsupported_quantization(config),
+        ]
+    )
     _spell_out_partial_rotary(config)
     return config
 
@@ -81,7 +97,7 @@ def parse_config(text: bytes) -> Any:
 def expected_rotary_dim(config: Any) -> int | None:
     """Dimensions of a head that the rotary embedding turns, where config.json says that it is not all of them."""
     rotary_dim = getattr(config, "rotary_dim", None)
-    if rotary_dim is not None:
+    if config.model_type == "minimax_m2" and rotary_dim is not None:
         return int(rotary_dim)
     rope = getattr(config, "rope_parameters", None)
     factor = rope.get("partial_rotary_factor") if isinstance(rope, dict) else None
@@ -89,6 +105,11 @@ def expected_rotary_dim(config: Any) -> int | None:
         return None
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return int(head_dim * factor)
+
+
+def learned_positions(config: Any) -> int | None:
+    """Positions that a model has, or None where they do not end."""
+    return int(config.max_position_embeddings) if config.model_type in LEARNED_POSITIONS else None
 
 
 def fp8_block(config: Any) -> tuple[int, int] | None:
@@ -102,10 +123,42 @@ def is_fp8(config: Any) -> bool:
     return bool(getattr(config, "quantization_config", None))
 
 
+def _untagged(fields: dict[str, Any]) -> Any:
+    """A JSON object; or the number that JSON cannot say, where transformers wrote it as {"__float__": "Infinity"}."""
+    tag = fields.get("__float__")
+    return float(tag) if len(fields) == 1 and tag in {"Infinity", "-Infinity", "NaN"} else fields
+
+
+def _read_fields(model_type: str, fields: Mapping[str, Any]) -> Any:
+    try:
+        return CONFIG_MAPPING[model_type].from_dict(deepcopy(dict(fields)))  # it writes into what is nested
+    except (StrictDataclassError, AttributeError, TypeError, ValueError, KeyError) as error:
+        raise CheckpointError(f"transformers refuses config.json as a {model_type} configuration: {error}.") from error
+
+
+def _contradictory_rope(config: Any, fields: Mapping[str, Any]) -> list[CheckpointError]:
+    """The old key `rope_scaling` replaces `rope_parameters` whole, so that its rope_theta falls back to a default without a word."""
+    if not (fields.get("rope_scaling") and fields.get("rope_parameters")):
+        return []
+    without = _read_fields(config.model_type, {name: value for name, value in fields.items() if name != "rope_scaling"})
+    if without.rope_parameters == config.rope_parameters:
+        return []
+    return [
+        CheckpointError(
+            f"config.json: rope_scaling = {fields['rope_scaling']} and rope_parameters = {fields['rope_parameters']} contradict each other: "
+            f"transformers would take {config.rope_parameters}.",
+            "Keep rope_parameters alone, with all that is meant.",
+        )
+    ]
+
+
 def _spell_out_partial_rotary(config: Any) -> None:
-    """Say MiniMax-M2's `rotary_dim` the way the modelling code reads it: before 5.23, transformers overlooked the field."""
+    """Say MiniMax-M2's `rotary_dim` the way the modelling code reads it: before 5.23, transformers overlooked the field.
+
+    Other families have a field of that name too, which says something else or nothing.
+    """
     rotary_dim = getattr(config, "rotary_dim", None)
-    if rotary_dim is not None:
+    if config.model_type == "minimax_m2" and rotary_dim is not None:
         config.rope_parameters.setdefault("partial_rotary_factor", rotary_dim / config.head_dim)
 
 
@@ -116,6 +169,27 @@ def _unknown_family(model_type: Any) -> CheckpointError:
     if model_type not in CONFIG_MAPPING:
         return CheckpointError(f"config.json: transformers knows no model_type {model_type!r}, so m2ray cannot run it.", remedy)
     return CheckpointError(f"config.json: m2ray has not verified model_type {model_type!r} layer by layer, so it does not run it.", remedy)
+
+
+def _not_causal(fields: Mapping[str, Any], place: str = "") -> list[CheckpointError]:
+    """Fields by which a model looks at later tokens, its text towers' too. Those that nobody listed are found by m2ray/model/proof.py.
+
+    transformers takes an `is_causal` of any family at its word; `use_bidirectional_attention = "vision"` is about images alone.
+    """
+    reasons = [f"{name} = {fields[name]}" for name in ("is_causal", "causal") if not fields.get(name, True)]
+    if fields.get("use_bidirectional_attention") not in {None, False, "vision"}:
+        reasons.append(f"use_bidirectional_attention = {fields['use_bidirectional_attention']}")
+    problems = [
+        CheckpointError(
+            f"config.json: {place}{reason}: the model is not causal, a prompt's rows would depend on its padding and on later tokens.",
+            "m2ray runs causal decoders only.",
+        )
+        for reason in reasons
+    ]
+    for name in TEXT_TOWERS:
+        if isinstance(fields.get(name), Mapping):
+            problems += _not_causal(fields[name], f"{place}{name}.")
+    return problems
 
 
 def _unsupported_structure(config: Any) -> list[CheckpointError]:

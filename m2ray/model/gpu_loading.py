@@ -15,6 +15,7 @@ from typing import Self
 import torch
 
 from m2ray.model.checkpoint import Checkpoint
+from m2ray.model.digests import WeightDigests
 from m2ray.model.extents import EXTENT_BYTES, Extent, Range, Wanted, scale_extents, value_extents
 from m2ray.model.fp8 import Block, KernelTable, is_for_kernel, warm_up
 
@@ -43,8 +44,9 @@ class _Lane:
             torch.cuda.current_stream().synchronize()
         self._memory = self._pinned.numpy().data
 
-    def read(self, checkpoint: Checkpoint, extent: Extent[Wanted]) -> torch.Tensor:
-        """Read the extent and begin to copy it to the GPU, on this lane's stream, which has to be the current one."""
+    def read(self, checkpoint: Checkpoint, extent: Extent[Wanted], digests: WeightDigests) -> torch.Tensor:
+        """Read the extent and begin to copy it to the GPU, on this lane's stream, which has to be the current one; hash it meanwhile."""
+        pieces = [piece for wanted in extent.items for piece in wanted.in_one_run]
         begin, stop = _lead(extent), _lead(extent) + extent.stop - extent.start
         if stop > len(self._on_gpu):
             self.stream.synchronize()
@@ -55,6 +57,7 @@ class _Lane:
             checkpoint.read_extent(extent.file, extent.start + done - begin, self._memory[:num_bytes])
             self._on_gpu[done : done + num_bytes].copy_(self._pinned[:num_bytes], non_blocking=True)
             self._copied.record(self.stream)
+            digests.add(pieces, extent.start + done - begin, self._memory[:num_bytes])
         return self._on_gpu
 
 
@@ -129,19 +132,19 @@ class Lanes:
         if block is not None:
             self._compiled = self._compiler.submit(warm_up, block, self._device)
 
-    def begin(self, checkpoint: Checkpoint, wanted: Sequence[Wanted], block: Block, fill: Fill) -> None:
-        """Begin to read all that is wanted. Scales that lie apart from their values are read at once, for the kernel has to know their place.
+    def begin(self, checkpoint: Checkpoint, wanted: Sequence[Wanted], block: Block, digests: WeightDigests, fill: Fill) -> None:
+        """Begin to read and to hash all that is wanted. Scales that lie apart from their values are read at once, for the kernel has to know their place.
 
         Raises:
             StoreError: reading scales fails.
         """
-        plan = _Plan(block, self._device, self._read_scales(checkpoint, wanted), fill)
+        plan = _Plan(block, self._device, self._read_scales(checkpoint, wanted, digests), fill)
         work = [(extent, plan.add(extent)) for extent in value_extents(wanted)]
         plan.settle()
         self._plans.append(plan)
         # Other streams use what was allocated and copied here.
         torch.cuda.current_stream(self._device).synchronize()
-        self._reading += [self._pool.submit(self._load, checkpoint, extent, convert) for extent, convert in work]
+        self._reading += [self._pool.submit(self._load, checkpoint, extent, digests, convert) for extent, convert in work]
 
     def finish(self, on_extent: Callable[[], None]) -> None:
         """Wait until all is on the GPU and converted.
@@ -157,24 +160,27 @@ class Lanes:
         torch.cuda.synchronize(self._device)
         self._plans.clear()
 
-    def _load(self, checkpoint: Checkpoint, extent: Extent[Wanted], convert: Callable[[torch.Tensor], None]) -> None:
+    def _load(
+        self, checkpoint: Checkpoint, extent: Extent[Wanted], digests: WeightDigests, convert: Callable[[torch.Tensor], None]
+    ) -> None:
         # There are as many threads as lanes, and all lanes were asked for before any extent.
         lane = self._free.get_nowait()
         try:
             with torch.cuda.stream(lane.stream), torch.inference_mode():
-                data = lane.read(checkpoint, extent)
+                data = lane.read(checkpoint, extent, digests)
                 if self._compiled is not None:
                     self._compiled.result(_COMPILE_S)
                 convert(data)
         finally:
             self._free.put(lane)
 
-    def _read_scales(self, checkpoint: Checkpoint, wanted: Sequence[Wanted]) -> dict[Range, torch.Tensor]:
+    def _read_scales(self, checkpoint: Checkpoint, wanted: Sequence[Wanted], digests: WeightDigests) -> dict[Range, torch.Tensor]:
         """The scales that lie apart from their values, on the GPU."""
 
         def read(extent: Extent[Range]) -> bytearray:
             data = bytearray(extent.stop - extent.start)
             checkpoint.read_extent(extent.file, extent.start, memoryview(data))
+            digests.add(extent.items, extent.start, memoryview(data))
             return data
 
         extents = scale_extents(wanted)

@@ -18,7 +18,7 @@ from m2ray.model.gpu_loading import Lanes
 from m2ray.model.interpreter import quick_switches, without_collector
 from m2ray.model.offload import Offload
 from m2ray.model.skeleton import build_skeleton
-from m2ray.model.weights import OnBytes, load_weights, parameter_bytes
+from m2ray.model.weights import Loaded, OnBytes, load_weights, parameter_bytes
 from m2ray.toolchain import require_triton
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -39,6 +39,7 @@ class StageSpec:
         threads: torch threads on the CPU, for the whole process; None leaves them as they are.
         compile: whether the layers are compiled by torch.compile, which changes results by rounding (docs/numerics.md).
         offload: those of its layers whose weights stay in host memory or on a disk.
+        model_digest: the fingerprint that the checkpoint has to have (`Checkpoint.digest`); None takes what is there.
     """
 
     model_url: str
@@ -52,6 +53,7 @@ class StageSpec:
     threads: int | None
     compile: bool = False
     offload: Offload = field(default_factory=Offload)
+    model_digest: str | None = None
 
 
 class StageOutput:
@@ -129,17 +131,18 @@ class Stage:
     Attributes:
         parts: what every micro-batch's capture consists of, in order.
         needed_bytes: checkpoint bytes of the span's tensors, scales included.
+        digests: what was loaded of each layer (m2ray.model.digests).
         bytes_read: tensor bytes that were read to load them.
         parameter_bytes: bytes of the span's tensors from the checkpoint, in memory.
         hidden_bytes: of one token's hidden state.
     """
 
-    def __init__(self, spec: StageSpec, decoder: DecoderSpan, needed_bytes: int, bytes_read: int) -> None:
+    def __init__(self, spec: StageSpec, decoder: DecoderSpan, loaded: Loaded, bytes_read: int) -> None:
         config = decoder.skeleton.config
         self.is_first = spec.span.start == 0
         self.is_last = spec.span.stop == config.num_hidden_layers
         self.parts = tuple(PartSpec("residual", layer, spec.store_dtype, config.hidden_size) for layer in spec.capture_layers)
-        self.needed_bytes = needed_bytes
+        self.needed_bytes, self.digests = loaded
         self.bytes_read = bytes_read
         self.parameter_bytes = parameter_bytes(decoder)
         self.hidden_bytes = config.hidden_size * DTYPES[spec.compute_dtype].itemsize
@@ -247,7 +250,7 @@ def load_stage(spec: StageSpec, on_bytes: OnBytes) -> Stage:
         on_bytes: called as tensors arrive, with the bytes read so far and those needed.
 
     Raises:
-        CheckpointError: files are damaged, or the span's tensors missing, unknown or misshapen; all at once.
+        CheckpointError: files are damaged or not those of `model_digest`, or the span's tensors missing, unknown or misshapen; all at once.
         ConfigError: the family, the dtype or this machine cannot have such attention, or the span is not in the model.
         StoreError: reading fails.
     """
@@ -266,6 +269,8 @@ def load_stage(spec: StageSpec, on_bytes: OnBytes) -> Stage:
 def _load_stage(spec: StageSpec, device: torch.device, lanes: Lanes | None, on_bytes: OnBytes) -> Stage:
     checkpoint = open_checkpoint(spec.model_url)
     checkpoint.check()
+    if spec.model_digest is not None:
+        checkpoint.require(spec.model_digest)
     compute_dtype = DTYPES[spec.compute_dtype]
     attn_implementation = resolve_attn_implementation(checkpoint.config, spec.attn_implementation, compute_dtype)
     require_machine(checkpoint.config, attn_implementation, device)
@@ -278,7 +283,7 @@ def _load_stage(spec: StageSpec, device: torch.device, lanes: Lanes | None, on_b
             f"{spec.span} with captured layers {list(spec.capture_layers)}: the model has layers 0 to {len(skeleton.layers) - 1}."
         )
     decoder = DecoderSpan(skeleton, spec.span, device, spec.offload)
-    needed_bytes = load_weights(checkpoint, decoder, on_bytes, lanes)
+    loaded = load_weights(checkpoint, decoder, on_bytes, lanes)
     if spec.compile:
         decoder.compile_layers()
-    return Stage(spec, decoder, needed_bytes, checkpoint.bytes_read)
+    return Stage(spec, decoder, loaded, checkpoint.bytes_read)

@@ -4,7 +4,7 @@ Memory holds the parameters in their final dtype and a few pieces on their way, 
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from math import prod
 from typing import NamedTuple
@@ -16,6 +16,7 @@ from m2ray.errors import CheckpointError
 from m2ray.model.checkpoint import Checkpoint
 from m2ray.model.conversion import Placement
 from m2ray.model.decoder import DecoderSpan
+from m2ray.model.digests import WeightDigests
 from m2ray.model.extents import Range, Wanted
 from m2ray.model.families import fp8_block
 from m2ray.model.fp8 import Block, dequantize
@@ -26,7 +27,23 @@ OnBytes = Callable[[int, int], None]
 
 THREADS = 4
 PIECE_BYTES = 8 * 2**20
-"""Bytes of a piece on disk, at most; in float32 an FP8 piece takes four times as much for a moment."""
+"""Bytes of a piece on disk: a tensor that is longer is cut into pieces of as many whole rows as fit, at least one, those of an FP8 matrix
+a multiple of the rows of its scales' block. In float32 an FP8 piece takes four times as much for a moment.
+
+The layers' digests rest on it: with another number no run that began before can go on.
+"""
+
+
+class Loaded(NamedTuple):
+    """What was loaded of a span.
+
+    Attributes:
+        needed_bytes: checkpoint bytes of its tensors, scales included.
+        digests: each layer's (m2ray.model.digests), and at None that of what runs before the first layer, if the span has it.
+    """
+
+    needed_bytes: int
+    digests: Mapping[int | None, str]
 
 
 class _Piece(NamedTuple):
@@ -37,37 +54,37 @@ class _Piece(NamedTuple):
     into: torch.Tensor
 
 
-def load_weights(checkpoint: Checkpoint, decoder: DecoderSpan, on_bytes: OnBytes, lanes: Lanes | None = None) -> int:
-    """Fill every parameter of the span from the checkpoint.
+def load_weights(checkpoint: Checkpoint, decoder: DecoderSpan, on_bytes: OnBytes, lanes: Lanes | None = None) -> Loaded:
+    """Fill every parameter of the span from the checkpoint, and hash what is read.
 
     Args:
         on_bytes: called from this thread as tensors arrive, with the bytes read so far and those needed.
         lanes: readers that fill the span's GPU; None on a CPU.
-
-    Returns:
-        The checkpoint bytes that the span needs, scales included.
 
     Raises:
         CheckpointError: the span's tensors are missing, unknown, misshapen, or overflow the compute dtype.
         StageError: a disk has no room for the layers that are kept there.
         StoreError: reading fails.
     """
-    block = fp8_block(checkpoint.config)
+    block, digests = fp8_block(checkpoint.config), WeightDigests(checkpoint.headers)
     if lanes is not None:
-        needed_bytes = _load_by_lanes(checkpoint, decoder, block, on_bytes, lanes)
+        needed_bytes = _load_by_lanes(checkpoint, decoder, block, digests, on_bytes, lanes)
     else:
         fillings = match_tensors(decoder.skeleton, checkpoint.headers, decoder.span).fillings
+        digests.expect(fillings)
         needed_bytes = sum(disk_bytes(filling, checkpoint.headers) for filling in fillings)
         on_bytes(checkpoint.bytes_read, needed_bytes)
         pieces = _pieces(checkpoint, decoder, fillings, block)
-        _load_pieces(checkpoint, pieces, block, lambda: on_bytes(checkpoint.bytes_read, needed_bytes))
+        _load_pieces(checkpoint, pieces, block, digests, lambda: on_bytes(checkpoint.bytes_read, needed_bytes))
     on_bytes(checkpoint.bytes_read, needed_bytes)
     decoder.check_complete()
     decoder.take_turns()
-    return needed_bytes
+    return Loaded(needed_bytes, digests.by_layer())
 
 
-def _load_by_lanes(checkpoint: Checkpoint, decoder: DecoderSpan, block: Block, on_bytes: OnBytes, lanes: Lanes) -> int:
+def _load_by_lanes(
+    checkpoint: Checkpoint, decoder: DecoderSpan, block: Block, digests: WeightDigests, on_bytes: OnBytes, lanes: Lanes
+) -> int:
     """Read a layer's tensors while those of the next are still being matched."""
     lanes.compile(block)
     needed_bytes = 0
@@ -77,13 +94,16 @@ def _load_by_lanes(checkpoint: Checkpoint, decoder: DecoderSpan, block: Block, o
 
     for fillings in match_by_layer(decoder.skeleton, checkpoint.headers, decoder.span):
         needed_bytes += sum(disk_bytes(filling, checkpoint.headers) for filling in fillings)
+        digests.expect(fillings)
         wanted = [_wanted(checkpoint, piece, block) for piece in _pieces(checkpoint, decoder, fillings, block)]
-        lanes.begin(checkpoint, wanted, block, fill)
+        lanes.begin(checkpoint, wanted, block, digests, fill)
     lanes.finish(lambda: on_bytes(checkpoint.bytes_read, needed_bytes))
     return needed_bytes
 
 
-def _load_pieces(checkpoint: Checkpoint, pieces: Iterable[_Piece], block: Block, on_piece: Callable[[], None]) -> None:
+def _load_pieces(
+    checkpoint: Checkpoint, pieces: Iterable[_Piece], block: Block, digests: WeightDigests, on_piece: Callable[[], None]
+) -> None:
     """Read and convert on the CPU, a few pieces at a time."""
     with ThreadPoolExecutor(THREADS, thread_name_prefix="load") as pool:
         waiting: deque[Future[None]] = deque()
@@ -92,7 +112,7 @@ def _load_pieces(checkpoint: Checkpoint, pieces: Iterable[_Piece], block: Block,
                 if len(waiting) == 2 * THREADS:
                     waiting.popleft().result()
                     on_piece()
-                waiting.append(pool.submit(_load, checkpoint, piece, block))
+                waiting.append(pool.submit(_load, checkpoint, _wanted(checkpoint, piece, block), block, digests))
             for future in waiting:
                 future.result()
         finally:
@@ -148,14 +168,24 @@ def _cut(checkpoint: Checkpoint, placement: Placement, into: torch.Tensor, block
     return [_Piece(placement.key, slice(start, start + step), into[start : start + step]) for start in range(0, num_rows, step)]
 
 
-def _load(checkpoint: Checkpoint, piece: _Piece, block: Block) -> None:
-    """Read one piece, bring it to the device, convert it there and write it into the model."""
-    device = piece.into.device
-    values = checkpoint.read(piece.key, piece.rows).to(device)
-    if values.dtype in FP8:
-        scale = checkpoint.read(piece.key + SCALE, _scale_rows(piece, block)).to(device)
+def _load(checkpoint: Checkpoint, wanted: Wanted, block: Block, digests: WeightDigests) -> None:
+    """Read one piece, hash it, convert it and write it into the model; what needs no conversion is read where it belongs."""
+    into = wanted.into
+    is_as_on_disk = wanted.values.dtype == into.dtype and into.is_contiguous()
+    values = into if is_as_on_disk else torch.empty(wanted.values.shape, dtype=wanted.values.dtype)
+    _read(checkpoint, wanted.values, values, digests)
+    if wanted.scale is not None:
+        scale = torch.empty(wanted.scale.shape, dtype=wanted.scale.dtype)
+        _read(checkpoint, wanted.scale, scale, digests)
         values = dequantize(values, scale, block)
-    _convert(piece.key, values, piece.into)
+    _convert(wanted.key, values, into)
+
+
+def _read(checkpoint: Checkpoint, piece: Range, out: torch.Tensor, digests: WeightDigests) -> None:
+    if piece.num_bytes:
+        data = out.view(-1).view(torch.uint8).numpy().data
+        checkpoint.read_extent(piece.file, piece.offset, data)
+        digests.add([piece], piece.offset, data)
 
 
 def _convert(key: str, values: torch.Tensor, into: torch.Tensor) -> None:
@@ -164,7 +194,8 @@ def _convert(key: str, values: torch.Tensor, into: torch.Tensor) -> None:
     if into.dtype == torch.float16 and not converted.isfinite().all():
         largest = float(values.abs().max())
         raise CheckpointError(f"{key} holds {largest:g}, which float16 cannot.", 'Set compute_dtype = "bfloat16" or "float32".')
-    into.copy_(converted)
+    if converted is not into:
+        into.copy_(converted)
 
 
 def _scale_rows(piece: _Piece, block: Block) -> slice | None:

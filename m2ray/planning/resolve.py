@@ -26,6 +26,7 @@ StatsAt = Callable[[int], PromptStats]
 
 def resolve(
     config: ExtractConfig,
+    prompts: PromptOptions,
     table: TensorTable,
     shape: ModelShape,
     cluster: Cluster,
@@ -40,6 +41,7 @@ def resolve(
 
     Args:
         config: what is asked for.
+        prompts: what the prompts settled of it.
         table, shape: the model; `shape` names the attention that "auto" means for it.
         cluster: where it is to run; without nodes, what needs no look at a cluster is decided as without GPUs.
         recorded: the options in job.json, if the run has begun.
@@ -59,7 +61,7 @@ def resolve(
         return of_the_run.get(name, automatic) if asked == "auto" else asked
 
     options = RunOptions(
-        prompts=prompt_options(config, shape.positions),
+        prompts=prompts,
         layers=layers,
         sites=config.sites,
         parts=parts_of_run(config.sites, layers, config.store_dtype, table.hidden_size),
@@ -91,18 +93,6 @@ def resolve(
     if config.batch_tokens == "auto" and "batch_tokens" not in of_the_run:
         demand = demand.asking(batch_tokens=_batch_tokens(config, demand, cluster, stats_at))
     return replace(demand.options, replicas=_replicas(config, demand, cluster))
-
-
-def prompt_options(config: ExtractConfig, positions: int) -> PromptOptions:
-    """What decides the sequences; they are at most as long as the model has positions, unless less is asked for."""
-    return PromptOptions(
-        prompts=config.prompts or "",
-        max_length=config.max_length or positions,
-        text_column=config.text_column,
-        messages_column=config.messages_column,
-        id_column=config.id_column,
-        truncation=config.truncation,
-    )
 
 
 def _replicas(config: ExtractConfig, demand: Demand, cluster: Cluster) -> int:

@@ -8,7 +8,7 @@ import gzip
 import json
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -18,12 +18,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from m2ray.errors import PromptsError
+from m2ray.prompts.arrow_values import arrow_records
 from m2ray.prompts.remote import RemotePath, reading_store
 from m2ray.prompts.rows import MAX_PROMPT_BYTES, Record
 from m2ray.storage import StoreFile
-
-PLAIN_TEXT_COLUMN = "text"
-"""The one column that a plain text file's records have."""
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _PEEKED_ROWS = 1000
@@ -33,25 +31,32 @@ _ARROW_ROWS = 256
 class PromptFile(ABC):
     """One file of the source. `name` is its path below the source's folder, with "/" between its parts."""
 
+    is_read_in_order = True
+    """Whether `records` reads the file's bytes once, from front to back, through `path.open`."""
+
     def __init__(self, path: Path | RemotePath, name: str) -> None:
         self.path = path
         self.name = name
 
     @abstractmethod
-    def columns(self) -> frozenset[str] | None:
-        """The columns' names; None if the format has none, empty if the file shows none. Raises PromptsError."""
+    def columns(self) -> Mapping[str, int] | None:
+        """The columns, each with the first row that has it; None if the format has none, empty if the file shows none. Raises PromptsError."""
 
     @abstractmethod
     def records(self, columns: Sequence[str]) -> Iterator[Record]:
-        """Each row's values in `columns` (others may come along). Raises PromptsError if the file cannot be read."""
+        """Each row's values in `columns`, the prompt's first (others may come along). Raises PromptsError if the file cannot be read."""
 
 
 class JsonLinesFile(PromptFile):
     """One JSON object a line."""
 
-    def columns(self) -> frozenset[str] | None:
+    def columns(self) -> Mapping[str, int] | None:
         """The keys of the first 1,000 lines."""
-        return frozenset(key for record in islice(self.records(()), _PEEKED_ROWS) for key in record.values)
+        found: dict[str, int] = {}
+        for row, record in enumerate(islice(self.records(()), _PEEKED_ROWS)):
+            for key in record.values:
+                found.setdefault(key, row)
+        return found
 
     def records(self, columns: Sequence[str]) -> Iterator[Record]:
         with _reading(self.path), _open(self.path) as file:
@@ -63,9 +68,9 @@ class JsonLinesFile(PromptFile):
 class CsvFile(PromptFile):
     """Comma-separated values with a header, quoted as in RFC 4180; a quoted value may hold line ends."""
 
-    def columns(self) -> frozenset[str] | None:
+    def columns(self) -> Mapping[str, int] | None:
         with _reading(self.path), _open(self.path) as file:
-            return frozenset(self._header(csv.reader(_Lines(file), strict=True)))
+            return dict.fromkeys(self._header(csv.reader(_Lines(file), strict=True)), 0)
 
     def records(self, columns: Sequence[str]) -> Iterator[Record]:
         csv.field_size_limit(MAX_PROMPT_BYTES)  # Python's own limit of 128 KiB is less than a long prompt
@@ -96,43 +101,47 @@ class CsvFile(PromptFile):
 
 
 class TextFile(PromptFile):
-    """Plain text, one prompt a line. An empty line is a row, so that positions equal line numbers less one."""
+    """Plain text, one prompt a line, in a column of the asked-for name. An empty line is a row, so that positions equal line numbers less one."""
 
-    def columns(self) -> frozenset[str] | None:
+    def columns(self) -> Mapping[str, int] | None:
         return None
 
     def records(self, columns: Sequence[str]) -> Iterator[Record]:
         with _reading(self.path), _open(self.path) as file:
             lines = _Lines(file)
             for line in lines:
-                yield Record({PLAIN_TEXT_COLUMN: _without_line_end(line)}, lines.take_problem())
+                yield Record({columns[0]: _without_line_end(line)}, lines.take_problem())
 
 
 class ParquetFile(PromptFile):
     """Parquet, read page by page."""
 
-    def columns(self) -> frozenset[str] | None:
+    is_read_in_order = False
+
+    def columns(self) -> Mapping[str, int] | None:
         with _reading(self.path):
-            return frozenset(pq.read_schema(_seekable(self.path)).names)
+            return dict.fromkeys(pq.read_schema(_seekable(self.path)).names, 0)
 
     def records(self, columns: Sequence[str]) -> Iterator[Record]:
         with _reading(self.path), pq.ParquetFile(_seekable(self.path), pre_buffer=False) as file:
             for batch in file.iter_batches(batch_size=_ARROW_ROWS, columns=list(columns)):
-                yield from _arrow_records(batch, columns)
+                yield from arrow_records(batch, columns)
 
 
 class ArrowStreamFile(PromptFile):
     """Arrow's streaming format: what `datasets.Dataset.save_to_disk` writes."""
 
-    def columns(self) -> frozenset[str] | None:
+    is_read_in_order = False
+
+    def columns(self) -> Mapping[str, int] | None:
         with _reading(self.path), _arrow_file(self.path) as file, pa.ipc.open_stream(file) as stream:
-            return frozenset(stream.schema.names)
+            return dict.fromkeys(stream.schema.names, 0)
 
     def records(self, columns: Sequence[str]) -> Iterator[Record]:
         with _reading(self.path), _arrow_file(self.path) as file, pa.ipc.open_stream(file) as stream:
             for batch in stream:
                 for start in range(0, batch.num_rows, _ARROW_ROWS):
-                    yield from _arrow_records(batch.slice(start, _ARROW_ROWS), columns)
+                    yield from arrow_records(batch.slice(start, _ARROW_ROWS), columns)
 
 
 FORMATS: dict[str, type[PromptFile]] = {
@@ -216,33 +225,6 @@ def _match_header(header: Sequence[str], values: Sequence[str], problem: str | N
         # An unquoted comma in a text would otherwise cut that text short without a word.
         return Record({}, problem or f"{len(values)} values under a header of {len(header)}")
     return Record(dict(zip(header, values, strict=True)), problem)
-
-
-def _arrow_records(batch: Any, columns: Sequence[str]) -> Iterator[Record]:
-    cells = {name: _arrow_values(batch.column(name)) for name in columns}
-    for row in range(batch.num_rows):
-        values = {name: column[row] for name, column in cells.items()}
-        problems = [str(value) for value in values.values() if isinstance(value, _UndecodableError)]
-        readable = {name: value for name, value in values.items() if not isinstance(value, _UndecodableError)}
-        yield Record(readable, problems[0] if problems else None)
-
-
-class _UndecodableError(ValueError):
-    """Stands in a column for a string that is no UTF-8."""
-
-
-def _arrow_values(column: Any) -> list[Any]:
-    try:
-        return cast("list[Any]", column.to_pylist())
-    except UnicodeDecodeError:
-        return [_arrow_value(scalar) for scalar in column]
-
-
-def _arrow_value(scalar: Any) -> Any:
-    try:
-        return scalar.as_py()
-    except UnicodeDecodeError as error:
-        return _UndecodableError(f"invalid UTF-8 at byte {error.start}")
 
 
 def _open(path: Path | RemotePath) -> IO[bytes]:

@@ -19,13 +19,32 @@ class Record:
     problem: str | None = None
 
 
+FileColumns = Mapping[str, int] | None
+"""A file's columns, each with the first row that has it; None for plain text, which is a text column of any name."""
+
+
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """Where one file keeps its prompts. `prompt` holds chat messages if `is_messages`, else text."""
+    """Where the prompts are. `prompt` holds chat messages if `is_messages`, else text.
+
+    `tools` and `template_options` go with messages, where a file has them. `rival` is the column that no row may have beside or
+    instead of `prompt`; None if the user named `prompt`.
+    """
 
     prompt: str
-    is_messages: bool
-    row_id: str | None
+    is_messages: bool = False
+    row_id: str | None = None
+    tools: str | None = None
+    template_options: str | None = None
+    rival: str | None = None
+
+    def __str__(self) -> str:
+        return f"{'chat messages' if self.is_messages else 'text'} of the column {self.prompt!r}"
+
+    def of(self, present: FileColumns) -> list[str]:
+        """Those that are to be read of a file, the prompt first."""
+        wanted = dict.fromkeys(name for name in (self.prompt, self.row_id, self.tools, self.template_options) if name is not None)
+        return [name for name in wanted if present is None or name in present or name == self.prompt]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +52,7 @@ class PromptRow:
     """One row. Exactly one of `text`, `messages` and `reason` (why it is quarantined) is given.
 
     `sequence_id` is its 0-based place in the source, over all files; `row_id` the value of the id column, else that place.
+    `tools` and `template_options` go with messages, to the chat template. `num_bytes` is what all of it takes as UTF-8.
     """
 
     sequence_id: int
@@ -40,22 +60,27 @@ class PromptRow:
     text: str | None = None
     messages: list[Message] | None = None
     reason: str | None = None
+    tools: list[Any] | None = None
+    template_options: Mapping[str, Any] | None = None
+    num_bytes: int = 0
+
+
+class _BadRowError(ValueError):
+    """The reason why a row is quarantined."""
 
 
 def as_row(record: Record, sequence_id: int, columns: Columns) -> PromptRow:
     """Check a record. It never raises: whatever is wrong with the row becomes its `reason`."""
     row_id = _row_id(record, sequence_id, columns)
-    problem = record.problem
-    if problem is None and columns.prompt not in record.values:
-        problem = f"no column {columns.prompt!r}"
-    if problem is not None:
-        return PromptRow(sequence_id, row_id, reason=problem)
-    value = record.values[columns.prompt]
-    if not columns.is_messages:
-        problem = _text_problem(value)
-        return PromptRow(sequence_id, row_id, reason=problem) if problem else PromptRow(sequence_id, row_id, text=value)
-    messages, problem = _read_messages(value)
-    return PromptRow(sequence_id, row_id, reason=problem) if problem else PromptRow(sequence_id, row_id, messages=messages)
+    try:
+        if record.problem is not None:
+            raise _BadRowError(record.problem)
+        if columns.prompt not in record.values:
+            raise _BadRowError(f"no column {columns.prompt!r}")
+        read = _read_chat if columns.is_messages else _read_text
+        return PromptRow(sequence_id, row_id, **read(record.values, columns))
+    except _BadRowError as error:
+        return PromptRow(sequence_id, row_id, reason=str(error))
 
 
 def _row_id(record: Record, sequence_id: int, columns: Columns) -> str:
@@ -66,50 +91,99 @@ def _row_id(record: Record, sequence_id: int, columns: Columns) -> str:
     return str(value).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def _text_problem(value: Any) -> str | None:
-    if value is None:
-        return "null"
-    if not isinstance(value, str):
-        return f"not a string but {type(value).__name__}"
-    return "empty" if not value or value.isspace() else _unicode_problem(value)
+def _read_text(values: Mapping[str, Any], columns: Columns) -> dict[str, Any]:
+    text = values[columns.prompt]
+    if text is None:
+        raise _BadRowError("null")
+    if not isinstance(text, str):
+        raise _BadRowError(f"not a string but {type(text).__name__}")
+    if not text or text.isspace():
+        raise _BadRowError("empty")
+    return {"text": text, "num_bytes": _num_bytes(text)}
 
 
-def _unicode_problem(text: str) -> str | None:
+def _read_chat(values: Mapping[str, Any], columns: Columns) -> dict[str, Any]:
+    chat = {
+        "messages": _read_messages(values[columns.prompt]),
+        "tools": _read_tools(values.get(columns.tools or ""), columns.tools),
+        "template_options": _read_template_options(values.get(columns.template_options or ""), columns.template_options),
+    }
+    try:
+        return {**chat, "num_bytes": _num_bytes(json.dumps(chat, ensure_ascii=False, default=str))}
+    except (TypeError, RecursionError) as error:
+        raise _BadRowError(f"no JSON: {error}") from error
+
+
+def _num_bytes(text: str) -> int:
     try:
         num_bytes = len(text.encode("utf-8"))
     except UnicodeEncodeError as error:
-        return f"invalid Unicode: a lone surrogate at character {error.start}"
-    return f"{num_bytes} bytes, more than {MAX_PROMPT_BYTES}" if num_bytes > MAX_PROMPT_BYTES else None
+        raise _BadRowError(f"invalid Unicode: a lone surrogate at character {error.start}") from error
+    if num_bytes > MAX_PROMPT_BYTES:
+        raise _BadRowError(f"{num_bytes} bytes, more than {MAX_PROMPT_BYTES}")
+    return num_bytes
 
 
-def _read_messages(value: Any) -> tuple[list[Message], str | None]:
-    """The messages without their null keys, which Parquet and Arrow add, or the problem. A string is parsed as JSON (CSV)."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            return [], "messages are neither a list nor a list in JSON"
+def _read_messages(value: Any) -> list[Message]:
+    """The messages without their null keys, which Parquet and Arrow add, and which transformers leaves out too."""
+    value = _parsed(value, "messages", "list")
     if value is None:
-        return [], "null"
+        raise _BadRowError("null")
     if not isinstance(value, list):
-        return [], f"messages are not a list but {type(value).__name__}"
+        raise _BadRowError(f"messages are not a list but {type(value).__name__}")
     messages: list[Message] = []
     for number, item in enumerate(value):
         problem = _message_problem(item)
         if problem:
-            return [], f"message {number}: {problem}"
+            raise _BadRowError(f"message {number}: {problem}")
         messages.append({key: part for key, part in item.items() if part is not None})
-    if all(message["content"].isspace() or not message["content"] for message in messages):
-        return [], "empty"
-    return messages, _unicode_problem(json.dumps(messages, ensure_ascii=False, default=str))
+    if all(_says_nothing(message) for message in messages):
+        raise _BadRowError("empty")
+    return messages
 
 
 def _message_problem(item: Any) -> str | None:
     if not isinstance(item, dict):
         return f"not an object with role and content but {type(item).__name__}"
-    for key in ("role", "content"):
+    # A message that calls tools need not say anything: its content is null or absent.
+    for key in ("role",) if item.get("tool_calls") and item.get("content") is None else ("role", "content"):
         if key not in item:
             return f"no {key!r}"
         if not isinstance(item[key], str):
             return f"{key!r} is not a string but {type(item[key]).__name__}"
     return None if item["role"] else "'role' is empty"
+
+
+def _says_nothing(message: Message) -> bool:
+    return not message.get("tool_calls") and (not message["content"] or message["content"].isspace())
+
+
+def _read_tools(value: Any, column: str | None) -> list[Any] | None:
+    tools = _parsed(value, column, "list")
+    if tools is None:
+        return None
+    if not isinstance(tools, list):
+        raise _BadRowError(f"{column} are not a list but {type(tools).__name__}")
+    for number, tool in enumerate(tools):
+        if not isinstance(tool, dict):
+            raise _BadRowError(f"{column}: tool {number} is not an object but {type(tool).__name__}")
+    return tools
+
+
+def _read_template_options(value: Any, column: str | None) -> Mapping[str, Any] | None:
+    options = _parsed(value, column, "object")
+    if options is not None and not isinstance(options, dict):
+        raise _BadRowError(f"{column} is not an object but {type(options).__name__}")
+    return options
+
+
+def _parsed(value: Any, name: str | None, wanted: str) -> Any:
+    """A string is parsed as JSON: what CSV holds, and columns of tools whose schemas differ. An empty one, as CSV has it, is null."""
+    if not isinstance(value, str):
+        return value
+    if not value:
+        return None
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise _BadRowError(f"{name} are neither a {wanted} nor a {wanted} in JSON") from error

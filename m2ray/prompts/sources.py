@@ -4,87 +4,91 @@ import glob
 import json
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Self
 from urllib.parse import unquote, urlsplit
 
-import xxhash
-
 from m2ray.errors import PromptsError, raise_all
 from m2ray.options import PromptOptions
-from m2ray.prompts.readers import FORMATS, PLAIN_TEXT_COLUMN, ArrowStreamFile, PromptFile, format_of
-from m2ray.prompts.remote import RemotePath, find_remote, reading_store
-from m2ray.prompts.rows import Columns, PromptRow, as_row
+from m2ray.prompts.columns import absent_columns, choose_columns
+from m2ray.prompts.fingerprint import Fingerprint
+from m2ray.prompts.readers import FORMATS, ArrowStreamFile, PromptFile, format_of
+from m2ray.prompts.remote import RemotePath, find_remote
+from m2ray.prompts.rows import Columns, FileColumns, PromptRow, as_row
 from m2ray.storage import SCHEMES
 
-_HASHED_BYTES = 1 << 20
 _KNOWN_FORMATS = f"m2ray reads {', '.join(FORMATS)} and folders that Hugging Face datasets saved to disk."
 
 
 class PromptSource:
     """The rows of all files, numbered through: a row's `sequence_id` is its place, whether it is good or bad.
 
-    Each file gives its prompts by one column: the text column if the file has one, else the messages column. Files of a
-    folder or a glob come in the order of their paths; those of a saved dataset in the dataset's order.
+    Files of a folder or a glob come in the order of their paths; those of a saved dataset in the dataset's order.
     """
 
-    def __init__(self, options: PromptOptions, files: tuple[tuple[PromptFile, Columns], ...]) -> None:
+    def __init__(self, options: PromptOptions, files: Sequence[tuple[PromptFile, FileColumns]], columns: Columns) -> None:
         self.options = options
+        self.columns = columns
         self._files = files
 
     @classmethod
     def open(cls, options: PromptOptions) -> Self:
-        """Find the files and choose their columns; no prompt is read yet.
+        """Find the files and choose the one column that holds their prompts; no prompt is read yet.
 
         Raises:
-            PromptsError: the path is absent, no file matches, a file is of an unknown format, cannot be opened or has none
-                of the columns. All of them at once.
+            PromptsError: the path is absent, no file matches, a file is of an unknown format, cannot be opened or lacks a
+                column, or it is not clear which column counts. All of a folder's problems at once.
         """
-        files: list[tuple[PromptFile, Columns]] = []
+        files: list[tuple[PromptFile, FileColumns]] = []
         problems: list[PromptsError] = []
         for file in _find_files(options.prompts):
             try:
-                files.append((file, _choose_columns(file, options)))
+                files.append((file, file.columns()))
             except PromptsError as problem:
                 problems.append(problem)
-        raise_all(problems)
-        return cls(options, tuple(files))
+        try:
+            columns = choose_columns(files, options)
+        except PromptsError as problem:
+            raise_all([*problems, problem])
+            raise
+        raise_all(problems + [problem for file, present in files for problem in absent_columns(file, present, columns, options)])
+        return cls(options, tuple(files), columns)
 
     @property
     def names(self) -> tuple[str, ...]:
         """The files' paths below the source's folder, in order."""
         return tuple(file.name for file, _ in self._files)
 
-    @property
-    def uses_messages(self) -> bool:
-        """Whether any file holds chat messages, which need the model's chat template."""
-        return any(columns.is_messages for _, columns in self._files)
+    def rows(self, fingerprint: Fingerprint | None = None) -> Iterator[PromptRow]:
+        """Every row, bad ones with their reason. `fingerprint` takes the bytes as they are read.
 
-    def rows(self) -> Iterator[PromptRow]:
-        """Every row, bad ones with their reason. Raises PromptsError if a file turns out to be damaged."""
+        Raises:
+            PromptsError: a file turns out to be damaged, a row has the column that the source was found not to have, or a file changes
+                meanwhile where the fingerprint is taken.
+        """
         sequence_id = 0
-        for file, columns in self._files:
-            wanted = [columns.prompt] if columns.row_id in (None, columns.prompt) else [columns.prompt, str(columns.row_id)]
-            for record in file.records(wanted):
-                yield as_row(record, sequence_id, columns)
-                sequence_id += 1
+        for file, present in self._files:
+            with fingerprint.reading(file) if fingerprint else nullcontext(file) as data:
+                for number, record in enumerate(data.records(self.columns.of(present))):
+                    if self.columns.rival in record.values:
+                        raise self._two_columns(file, number)
+                    yield as_row(record, sequence_id, self.columns)
+                    sequence_id += 1
+
+    def _two_columns(self, file: PromptFile, row: int) -> PromptsError:
+        prompt, rival = self.columns.prompt, self.columns.rival
+        return PromptsError(
+            f"Row {row} of {file.path} has a column {rival!r}, but the rows before it have their prompts in {prompt!r}.",
+            'Set text_column = "text" or messages_column = "messages". Rows without that column are then quarantined, files without it refused.',
+        )
 
     def fingerprint(self) -> str:
         """xxh3-128 over each file's name, size and bytes, in order: 32 hex digits."""
-        digest = xxhash.xxh3_128()
+        found = Fingerprint()
         for file, _ in self._files:
-            try:
-                with reading_store(), file.path.open("rb") as data:
-                    num_bytes = data.seek(0, os.SEEK_END)
-                    data.seek(0)
-                    digest.update(f"{file.name}\0{num_bytes}\0".encode("utf-8", "surrogateescape"))
-                    while piece := data.read(_HASHED_BYTES):
-                        digest.update(piece)
-            except OSError as error:
-                raise PromptsError(
-                    f"Cannot read {file.path}: {error.strerror}.", "Check the file and the permission to read it."
-                ) from error
-        return digest.hexdigest()
+            found.add(file)
+        return found.hexdigest()
 
 
 def _find_files(prompts: str) -> list[PromptFile]:
@@ -187,25 +191,3 @@ def _as_prompt_files(found: Sequence[tuple[Path | RemotePath, str]]) -> list[Pro
             f"{_KNOWN_FORMATS} Rename the file, or leave others out with a glob such as 'folder/*.jsonl'.",
         )
     return files
-
-
-def _choose_columns(file: PromptFile, options: PromptOptions) -> Columns:
-    found = file.columns()
-    if found is None:
-        if options.id_column is not None:
-            raise PromptsError(
-                f"{file.path} is plain text and has no column {options.id_column!r}.", "Leave id_column out: positions name the rows."
-            )
-        return Columns(PLAIN_TEXT_COLUMN, is_messages=False, row_id=None)
-    if not found:  # no row to tell from: there is none, or they are quarantined one by one
-        return Columns(options.text_column, is_messages=False, row_id=options.id_column)
-    listed = ", ".join(repr(name) for name in sorted(found))
-    if options.id_column is not None and options.id_column not in found:
-        raise PromptsError(f"{file.path} has no column {options.id_column!r}.", f"Set id_column to one of its columns: {listed}.")
-    for column, is_messages in ((options.text_column, False), (options.messages_column, True)):
-        if column in found:
-            return Columns(column, is_messages=is_messages, row_id=options.id_column)
-    raise PromptsError(
-        f"{file.path} has neither a column {options.text_column!r} nor {options.messages_column!r}.",
-        f"Set text_column or messages_column to one of its columns: {listed}.",
-    )

@@ -45,6 +45,11 @@ class TokenSpool:
     def num_tokens(self) -> int:
         return self._bounds[-1]
 
+    @property
+    def first_id(self) -> int:
+        """The first sequence's id. Raises IndexError without one."""
+        return self._sequence_ids[0]
+
     def append(self, sequence_id: int, token_ids: Int32Array) -> None:
         """Add a sequence; ids must ascend. Raises StoreError if the disk is full."""
         if self._sequence_ids and sequence_id <= self._sequence_ids[-1]:

@@ -1,5 +1,7 @@
 """The survey: one pass over the source that tokenises once, quarantines bad rows and fixes the shards."""
 
+import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -8,6 +10,8 @@ import xxhash
 
 from m2ray.batches import Int32Array, Int64Array, SequenceFile
 from m2ray.errors import PromptsError
+from m2ray.options import PromptOptions
+from m2ray.prompts.fingerprint import Fingerprint
 from m2ray.prompts.rows import PromptRow
 from m2ray.prompts.sequences_table import SequencesWriter
 from m2ray.prompts.shards import WINDOW_ROWS, ShardTable, cut_shards
@@ -17,8 +21,9 @@ from m2ray.prompts.tokenize import PromptTokenizer
 from m2ray.storage import Store
 
 _BATCH_ROWS = 1024
-_BATCH_CHARACTERS = 4 << 20
+_BATCH_BYTES = 4 << 20
 _SHOWN_REASONS = 5
+_KINDS_OF_REASONS = 1000
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,8 @@ class Quarantined:
 class Survey:
     """What the survey found. `num_sequences` = `num_ready` + `num_quarantined`; `first_quarantined` is a sample.
 
-    `tokens` is open: close it once the extraction is done.
+    `fingerprint` is that of the bytes that were read, as PromptSource.fingerprint takes it of files that nobody reads. `tokens` is
+    open: close it once the extraction is done.
     """
 
     shards: ShardTable
@@ -47,7 +53,13 @@ class Survey:
     num_tokens: int
     first_quarantined: tuple[Quarantined, ...]
     sequence_files: tuple[SequenceFile, ...]
+    fingerprint: str
     tokens: TokenSpool
+
+    @property
+    def first_prompt(self) -> Int32Array:
+        """The token ids of the first ready sequence, int32 [T]."""
+        return self.tokens.read(self.tokens.first_id)
 
 
 def survey(
@@ -73,20 +85,21 @@ def survey(
         on_progress: called with the number of rows done so far.
 
     Raises:
-        PromptsError: a file is damaged, or no row is left after quarantine.
+        PromptsError: a file is damaged or changes meanwhile, no row is left after quarantine, or more than `quarantine_limit` of them are
+            quarantined.
         StoreError: the store or the temporary folder refuses.
     """
-    if source.uses_messages:
-        tokenizer.require_template()
-    tokens = TokenSpool()
+    if source.columns.is_messages:
+        tokenizer.template.require()
+    tokens, fingerprint = TokenSpool(), Fingerprint()
     try:
         with SequencesWriter(store, attempt) as writer:
             survey_pass = _Pass(writer, tokens, shard_tokens)
-            for rows in row_batches(source.rows()):
+            for rows in row_batches(source.rows(fingerprint)):
                 survey_pass.add(rows, tokenizer.encode(rows))
                 if on_progress is not None:
                     on_progress(survey_pass.num_rows)
-            return survey_pass.finish(source)
+            return survey_pass.finish(source, fingerprint)
     except BaseException:
         tokens.close()
         raise
@@ -98,15 +111,15 @@ def prompt_digest(token_ids: Int32Array) -> str:
 
 
 def row_batches(rows: Iterable[PromptRow]) -> Iterator[list[PromptRow]]:
-    """Consecutive rows for the tokenizer, bounded in number and in characters, cut at the windows' ends."""
+    """Consecutive rows for the tokenizer, bounded in number and in bytes, cut at the windows' ends."""
     batch: list[PromptRow] = []
-    characters = 0
+    num_bytes = 0
     for row in rows:
         batch.append(row)
-        characters += len(row.text or "") + sum(len(message["content"]) for message in row.messages or ())
-        if len(batch) == _BATCH_ROWS or characters >= _BATCH_CHARACTERS or (row.sequence_id + 1) % WINDOW_ROWS == 0:
+        num_bytes += row.num_bytes
+        if len(batch) == _BATCH_ROWS or num_bytes >= _BATCH_BYTES or (row.sequence_id + 1) % WINDOW_ROWS == 0:
             yield batch
-            batch, characters = [], 0
+            batch, num_bytes = [], 0
     if batch:
         yield batch
 
@@ -161,6 +174,7 @@ class _Pass:
         self._shard_tokens = shard_tokens
         self._shards: list[tuple[Int64Array, Int32Array]] = []
         self._sample: list[Quarantined] = []
+        self._reasons: Counter[str] = Counter()
         self._window = _Window(first_id=0)
 
     def add(self, rows: Sequence[PromptRow], encoded_rows: Sequence[Int32Array | str]) -> None:
@@ -168,6 +182,7 @@ class _Pass:
         for row, encoded in zip(rows, encoded_rows, strict=True):
             if isinstance(encoded, str):
                 self._window.add(row.row_id, None, 0, encoded)
+                self._count(encoded)
                 if len(self._sample) < _SHOWN_REASONS:
                     self._sample.append(Quarantined(row.sequence_id, row.row_id, encoded))
             else:
@@ -177,19 +192,21 @@ class _Pass:
         if self.num_rows % WINDOW_ROWS == 0:
             self._close_window()
 
-    def finish(self, source: PromptSource) -> Survey:
+    def finish(self, source: PromptSource, fingerprint: Fingerprint) -> Survey:
         if self._window.row_ids:
             self._close_window()
-        if not self._shards:
-            raise self._no_prompts(source.options.prompts)
+        num_quarantined = self.num_rows - len(self._tokens)
+        if not self._shards or num_quarantined > source.options.quarantine_limit * self.num_rows:
+            raise self._too_few(source.options, num_quarantined)
         return Survey(
             shards=ShardTable.join(self._shards),
             num_sequences=self.num_rows,
             num_ready=len(self._tokens),
-            num_quarantined=self.num_rows - len(self._tokens),
+            num_quarantined=num_quarantined,
             num_tokens=self._tokens.num_tokens,
             first_quarantined=tuple(self._sample),
             sequence_files=self._writer.finish(),
+            fingerprint=fingerprint.hexdigest(),
             tokens=self._tokens,
         )
 
@@ -197,8 +214,21 @@ class _Pass:
         self._shards += self._window.close(self._writer, len(self._shards), self._shard_tokens)
         self._window = _Window(first_id=self.num_rows)
 
-    def _no_prompts(self, prompts: str) -> PromptsError:
+    def _count(self, reason: str) -> None:
+        """Reasons that differ in a number or a quoted word are of one kind."""
+        kind = re.sub(r"\d+|'[^']*'", "...", reason)
+        self._reasons[kind if kind in self._reasons or len(self._reasons) < _KINDS_OF_REASONS else "others"] += 1
+
+    def _too_few(self, options: PromptOptions, num_quarantined: int) -> PromptsError:
         if not self.num_rows:
-            return PromptsError(f"The prompts {prompts} hold no rows.", "Give at least one prompt.")
+            return PromptsError(f"The prompts {options.prompts} hold no rows.", "Give at least one prompt.")
+        counted = "".join(f"\n  {count:,} rows: {kind}" for kind, count in self._reasons.most_common(_SHOWN_REASONS))
         listed = "".join(f"\n  {quarantined}" for quarantined in self._sample)
-        return PromptsError(f"None of the {self.num_rows} rows of {prompts} can be used. The first reasons:{listed}")
+        told = f"The reasons:{counted}\nThe first of these rows:{listed}\n"
+        if not len(self._tokens):
+            return PromptsError(f"None of the {self.num_rows:,} rows of {options.prompts} can be used. {told}")
+        return PromptsError(
+            f"{num_quarantined:,} of the {self.num_rows:,} rows of {options.prompts} cannot be used, "
+            f"more than quarantine_limit = {options.quarantine_limit} allows. {told}",
+            "Correct the prompts or the options that they are read by, or raise quarantine_limit.",
+        )

@@ -3,6 +3,8 @@
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Self
@@ -10,13 +12,14 @@ from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import xxhash
-from jinja2 import TemplateError
-from transformers import AutoTokenizer
 
 from m2ray.batches import Int32Array
 from m2ray.errors import CheckpointError, PromptsError
 from m2ray.options import PromptOptions
-from m2ray.prompts.rows import Message, PromptRow
+from m2ray.prompts.chat_template import ChatTemplate, RefusedError
+from m2ray.prompts.own_tokenizer import own_tokenizer, probed_digest
+from m2ray.prompts.rows import Columns, PromptRow
+from m2ray.prompts.special_tokens import SpecialTokens, SpecialTokensRule
 from m2ray.storage import SCHEMES, open_store
 
 _VOCABULARY_FILES = (
@@ -32,16 +35,16 @@ _OTHER_FILES = ("added_tokens.json", "merges.txt", "special_tokens_map.json", "t
 _FILES_BESIDE = ("chat_template.jinja", "chat_template.json", "config.json")
 _TEMPLATES_FOLDER = "additional_chat_templates"
 
-# What a template written for other messages raises: its own raise_exception(), or Python's errors on their values.
-_TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RecursionError)
+_SHOWN_FIRST, _SHOWN_LAST = 8, 4
 
 
 class PromptTokenizer:
     """The model's tokenizer, offline and without code from the checkpoint.
 
     Attributes:
-        tokenizer_digest: xxh3-128 of the tokenizer's files, 32 hex digits.
-        template_digest: xxh3-128 of the chat template's text, or "" if the model has none.
+        tokenizer_digest: xxh3-128 of the tokenizer's files and of its tokens of some probes, 32 hex digits.
+        template: the chat template.
+        template_digest: xxh3-128 of its text, or "" if the model has none.
     """
 
     def __init__(self, tokenizer: Any, tokenizer_digest: str, options: PromptOptions, vocab_size: int) -> None:
@@ -49,8 +52,8 @@ class PromptTokenizer:
         self._options = options
         self._vocab_size = vocab_size
         self.tokenizer_digest = tokenizer_digest
-        template = _chat_template(tokenizer)
-        self.template_digest = xxhash.xxh3_128(template.encode()).hexdigest() if template is not None else ""
+        self.template = ChatTemplate(tokenizer, options.template_date or datetime.now(UTC).date())
+        self.template_digest = self.template.digest
 
     @classmethod
     def load(cls, model_url: str, options: PromptOptions, vocab_size: int) -> Self:
@@ -58,61 +61,95 @@ class PromptTokenizer:
 
         Args:
             model_url: the checkpoint's folder, as a path or a URL.
-            options: `max_length` and `truncation` are used.
+            options: `max_length`, `truncation`, `special_tokens` and `template_date` are used.
             vocab_size: rows of the model's embedding; no token id may reach it.
 
         Raises:
-            CheckpointError: the folder has no tokenizer, or a damaged one.
+            CheckpointError: the folder has no tokenizer, a damaged one, or one that transformers makes another of.
             StoreError: the folder is in an object store that cannot be read.
         """
         with _local_folder(model_url) as folder:
             digest = _digest_files(folder, model_url)
             try:
-                tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+                tokenizer = own_tokenizer(folder)
             except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
                 raise CheckpointError(
                     f"transformers cannot load the tokenizer of {model_url}: {error}.",
                     "Copy the tokenizer's files again. Tokenizers that need code from the checkpoint are refused.",
                 ) from error
-        return cls(tokenizer, digest, options, vocab_size)
+        return cls(tokenizer, probed_digest(tokenizer, digest), options, vocab_size)
 
-    def require_template(self) -> None:
-        """Raise PromptsError if the model has no chat template."""
-        if not self.template_digest:
-            raise PromptsError(
-                "The prompts are chat messages, but the model's tokenizer has no chat template.",
-                "Give the prompts as text, or a model with a chat template.",
+    @cached_property
+    def _special_tokens(self) -> SpecialTokens:
+        return SpecialTokens.of(self._tokenizer)
+
+    def resolved_special_tokens(self, columns: Columns) -> SpecialTokensRule:
+        """What is done about special tokens, without "auto": a chat gets none beside the template's.
+
+        Raises:
+            PromptsError: they are to be added to a chat, or what the tokenizer adds cannot be told.
+        """
+        rule = self._options.special_tokens
+        if columns.is_messages:
+            if rule == "add":
+                raise PromptsError(
+                    'special_tokens = "add", but the prompts are chat messages, whose special tokens the chat template writes.',
+                    "Leave it out.",
+                )
+            return "none"
+        if rule != "auto":
+            return rule
+        return "add_where_absent" if self._special_tokens.prefix or self._special_tokens.suffix else "none"
+
+    def told(self, columns: Columns, first_prompt: Int32Array) -> list[str]:
+        """Lines for a person: what was done about special tokens until now, and the first prompt's token ids in words."""
+        rule = self.resolved_special_tokens(columns)
+        if columns.is_messages:
+            done = "those of the chat template, and no others"
+            if self.template.reads_date:
+                done += f"; its date is {self._options.template_date}"
+        elif rule == "add_where_absent":
+            found = self._special_tokens
+            pieces = [("before", found.prefix, found.num_begun), ("after", found.suffix, found.num_ended)]
+            done = ", ".join(
+                f"{self._in_words(token_ids)} {where} each text ({had:,} of {found.num_texts:,} had it already)"
+                for where, token_ids, had in pieces
+                if token_ids
             )
+        else:
+            done = "all that the tokenizer adds" if rule == "add" else "none added"
+        return [f"special tokens: {done}", f"the first prompt's {len(first_prompt):,} tokens: {self._in_words(first_prompt.tolist())}"]
 
     def encode(self, rows: Sequence[PromptRow]) -> list[Int32Array | str]:
         """Each row's token ids as int32 [T], or the reason why the row is quarantined.
 
-        Texts get the tokenizer's own special tokens; messages those that the chat template writes, and no others.
+        Texts get the tokenizer's own special tokens as `special_tokens` says; messages those that the chat template writes, and no others.
 
         Raises:
-            PromptsError: a token id is beyond the model's vocabulary, or there is no chat template for messages.
+            PromptsError: there is no chat template for messages.
         """
         if any(row.messages is not None for row in rows):
-            self.require_template()
+            self.template.require()
         results: list[Int32Array | str] = [row.reason or "" for row in rows]
         rendered: dict[int, str] = {}
         for place, row in enumerate(rows):
             if row.messages is not None:
                 try:
-                    rendered[place] = self._render(row.messages)
-                except _TEMPLATE_ERRORS as error:
-                    results[place] = f"the chat template refuses it: {str(error) or type(error).__name__}"
+                    rendered[place] = self.template.render(row)
+                except RefusedError as error:
+                    results[place] = str(error)
         texts = {place: row.text for place, row in enumerate(rows) if row.text is not None}
-        for group, adds_special_tokens in ((texts, True), (rendered, False)):
-            for place, token_ids in zip(group, self._tokenize(list(group.values()), adds_special_tokens=adds_special_tokens), strict=True):
-                results[place] = self._check(token_ids, rows[place])
+        for group, tokenized in ((texts, self._tokenize_texts(list(texts.values()))), (rendered, self._tokenize(list(rendered.values())))):
+            for place, token_ids in zip(group, tokenized, strict=True):
+                results[place] = self._check(token_ids)
         return results
 
-    def _render(self, messages: list[Message]) -> str:
-        text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
-        return str(text)
+    def _tokenize_texts(self, texts: list[str]) -> list[list[int]]:
+        rule = self._options.special_tokens
+        tokenized = self._tokenize(texts, adds_special_tokens=rule == "add")
+        return [self._special_tokens.around(token_ids) for token_ids in tokenized] if rule == "auto" else tokenized
 
-    def _tokenize(self, texts: list[str], *, adds_special_tokens: bool) -> list[list[int]]:
+    def _tokenize(self, texts: list[str], *, adds_special_tokens: bool = False) -> list[list[int]]:
         if not texts:
             return []
         encoding = self._tokenizer(
@@ -127,7 +164,7 @@ class PromptTokenizer:
         token_ids: list[list[int]] = encoding["input_ids"]
         return token_ids
 
-    def _check(self, token_ids: list[int], row: PromptRow) -> Int32Array | str:
+    def _check(self, token_ids: list[int]) -> Int32Array | str:
         max_length = self._options.max_length
         if not token_ids:
             return "no tokens"
@@ -135,21 +172,16 @@ class PromptTokenizer:
             if self._options.truncation == "refuse":
                 return f"{len(token_ids)} tokens, more than max_length {max_length}"
             token_ids = token_ids[:max_length]
-        array = np.array(token_ids, dtype=np.int32)
-        if array.max() >= self._vocab_size:
-            raise PromptsError(
-                f"The tokenizer gives row {row.row_id} the token id {array.max()}, but the model's vocabulary has {self._vocab_size} tokens.",
-                "The tokenizer belongs to another model: copy the right tokenizer's files into the model's folder.",
-            )
-        return array
+        if max(token_ids) >= self._vocab_size:
+            return f"token id {max(token_ids)} is beyond the model's vocabulary of {self._vocab_size} tokens"
+        return np.array(token_ids, dtype=np.int32)
 
-
-def _chat_template(tokenizer: Any) -> str | None:
-    """The template that apply_chat_template uses, or None."""
-    try:
-        return str(tokenizer.get_chat_template())
-    except ValueError:  # transformers' word for: none, or several without a default
-        return None
+    def _in_words(self, token_ids: list[int]) -> str:
+        """The first and the last tokens as Python strings, which show control characters escaped."""
+        words = [repr(self._tokenizer.decode([token_id], clean_up_tokenization_spaces=False)) for token_id in token_ids]
+        if len(words) > _SHOWN_FIRST + _SHOWN_LAST:
+            words[_SHOWN_FIRST:-_SHOWN_LAST] = ["..."]
+        return " ".join(words)
 
 
 @contextmanager

@@ -20,7 +20,8 @@ class Driver:
 
     def __init__(self, cluster: Cluster, output: str, words: Sequence[str], log: Path, *, as_job: bool) -> None:
         self._cluster = cluster
-        self._output = output
+        self.output = output
+        self.model = Path(words[words.index("--model") + 1])
         self._log = log
         self._job = f"faults-{uuid.uuid4().hex[:8]}" if as_job else None
         command = [*_COMMAND, "--output", output, *words]
@@ -91,7 +92,7 @@ class Driver:
 
     def _pid(self) -> int | None:
         """The process that runs `m2ray extract` for this output: in a job, Ray's supervisor started it."""
-        wanted = [*(word.encode() for word in _COMMAND), b"--output", self._output.encode()]
+        wanted = [*(word.encode() for word in _COMMAND), b"--output", self.output.encode()]
         for folder in Path("/proc").glob("[0-9]*"):
             try:
                 if (folder / "cmdline").read_bytes().split(b"\0")[: len(wanted)] == wanted:

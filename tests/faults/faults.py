@@ -14,6 +14,7 @@ from tests.faults.processes import (
     node_killed,
     stage_hung,
     stage_killed,
+    weights_replaced,
 )
 from tests.faults.scene import Scene
 
@@ -101,6 +102,7 @@ FAULTS = (
     Fault("SIGKILL of a whole node", node_killed, 2),
     Fault("SIGKILL of the driver", driver_killed, 4),
     Fault("SIGSTOP of a stage", stage_hung, 1, "local"),
+    Fault("weights replaced, a stage killed", weights_replaced, 1, "local"),
     Fault("job stopped", job_stopped, 2),
     Fault("disk full, up to 3 s", _disk_full_briefly, 1, "small disk"),
     Fault("disk full, up to 30 s", _disk_full_long, 1, "small disk"),

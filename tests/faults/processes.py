@@ -11,6 +11,7 @@ import psutil
 
 from tests.faults.scene import Scene
 from tests.faults.server import FaultyServer
+from tests.reference import other_weights
 
 _CRASH_LOOP_S = 25.0
 
@@ -100,6 +101,17 @@ def node_killed(scene: Scene) -> int:
 def driver_killed(scene: Scene) -> int:
     kills = int(scene.driver.kill())
     scene.wait_until("the killed driver was gone", lambda: False)
+    return kills
+
+
+def weights_replaced(scene: Scene) -> int:
+    """Other weights of the same sizes take the files' place, and a stage is killed: what it loads then has to be refused."""
+    scene.wait_until("the run records its weights", lambda: Path(scene.driver.output, "weights.json").exists())
+    with other_weights(scene.driver.model):
+        kills = _kill(_any_stage(scene))
+        scene.wait_until("the driver refused other weights", lambda: False)
+    if scene.driver.exit_code and "The weights that the stages have loaded are not those of the run" not in scene.driver.error:
+        scene.problems.append(f"other weights were not refused by name: {scene.driver.error}")
     return kills
 
 

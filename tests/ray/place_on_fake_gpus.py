@@ -17,6 +17,7 @@ from m2ray.chain import placement, probing
 from m2ray.config import ExtractConfig
 from m2ray.errors import ClusterError
 from m2ray.model.checkpoint import tensor_table_from_config
+from m2ray.options import PromptOptions
 from m2ray.planning.demand import Assumptions, Demand
 from m2ray.planning.hardware import Node, parse_gpus
 from m2ray.planning.memory import ModelShape
@@ -41,7 +42,9 @@ def fake_gpus_here():
 def planned(hardware: probing.Hardware, **options: object) -> Plan:
     shape = ModelShape.of(config, "sdpa")
     wanted = ExtractConfig(model="m", prompts="p", output="o", batch_tokens=16384, **options)
-    return plan_run(Demand(table, shape, resolve(wanted, table, shape, hardware.cluster, Assumptions())), hardware.cluster)
+    return plan_run(
+        Demand(table, shape, resolve(wanted, PromptOptions.of(wanted, 1), table, shape, hardware.cluster, Assumptions())), hardware.cluster
+    )
 
 
 def reserved(hardware: probing.Hardware, plan: Plan, timeout_s: float = 30.0) -> dict[str, Any]:

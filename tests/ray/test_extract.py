@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,11 +11,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 import m2ray
+from m2ray.activations.commits import reopen
 from m2ray.batches import MicroBatch
+from m2ray.storage import open_store
 from scripts.make_checkpoint import make_checkpoint
 from tests.ray.conftest import RayCluster
 from tests.reference import DATA, MINIMAX_TINY, load_reference, make_minimax, reference_rows, same_bits
@@ -159,6 +165,38 @@ def test_m2ray_submit_runs_a_dense_family_up_to_the_last_layer_asked_for(
     assert re.search(r"stage 1 on \S+: layers 2-3", submitted.stdout), "layer 4 is not asked for, so no stage runs it"
     assert m2ray.open_run(run).layer_numbers == (0, 2, 3)
     assert_equals_transformers(run, qwen3, (0, 2, 3))
+
+
+def test_chats_with_tools_from_parquet_are_the_rows_of_the_same_chats_as_json_lines(
+    cluster: RayCluster, qwen3: Path, tmp_path: Path
+) -> None:
+    """Parquet gives each call the other calls' keys; the run was begun on another day than today."""
+    model = Path(shutil.copytree(qwen3, tmp_path / "model"))
+    template = "{{ strftime_now('%d %b %Y') }}{% for message in messages %}{{ message.role }}: {{ message.content }}{{ message.tool_calls | tojson }}{% endfor %}"
+    (model / "chat_template.jinja").write_text(template)
+    arguments: list[dict[str, object]] = [{"city": "Oslo"}, {"a": 1, "b": 2}]
+    chats = [[{"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": one}}]}] for one in arguments]
+    pq.write_table(pa.table({"messages": chats}), tmp_path / "chats.parquet")
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    digests = []
+    for name in ("chats.parquet", "chats.jsonl"):
+        run = tmp_path / f"run-{name}"
+        options = ("--model", str(model), "--prompts", str(tmp_path / name), "--output", str(run), *OPTIONS)
+        done = cluster.run("m2ray", "extract", *options, "--template-date", "2025-02-03")
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "chat messages of the column 'messages'" in done.stdout
+        assert "its date is 2025-02-03" in done.stdout
+        assert_equals_transformers(run, model, range(5))
+        digests.append(m2ray.open_run(run).sequences.column("prompt_digest").to_pylist())
+    assert digests[0] == digests[1]
+    first = next(m2ray.open_run(run).layer(0).shards()).tokens
+    text = AutoTokenizer.from_pretrained(str(model)).decode(first["token_id"][first["sequence_id"] == 0].tolist())
+    assert text == '03 Feb 2025assistant: [{"function": {"name": "f", "arguments": {"city": "Oslo"}}}]'
+    reopen(open_store(str(run)), [0])
+    again = cluster.run("m2ray", "extract", *options)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "1 of 1 shards are missing" in again.stdout
+    assert_equals_transformers(run, model, range(5))
 
 
 def test_m2ray_submit_returns_the_jobs_exit_code(cluster: RayCluster, minimax: Path, tmp_path: Path) -> None:

@@ -9,11 +9,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from m2ray.errors import CheckpointError
+from m2ray.model import families
 from m2ray.model.checkpoint import open_checkpoint, tensor_table, tensor_table_from_config
 from m2ray.model.families import VERIFIED, parse_config
-from tests.reference import DATA, make_family, make_minimax
+from m2ray.model.skeleton import build_skeleton
+from tests.reference import DATA, load_reference, make_family, make_minimax
 
 INDEX = "model.safetensors.index.json"
 
@@ -120,6 +123,74 @@ def test_a_key_that_is_not_in_its_file_is_named(minimax: Path) -> None:
         open_checkpoint(str(minimax)).check()
 
 
+def single_file_of(folder: Path) -> dict[str, torch.Tensor]:
+    return {key: tensor for file in folder.glob("*.safetensors") for key, tensor in load_file(file).items()}
+
+
+def test_a_single_file_beside_an_index_and_its_shards_is_refused_naming_both(llama: Path) -> None:
+    other = {key: tensor + 1 for key, tensor in single_file_of(llama).items()}
+    save_file(other, llama / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"both model\.safetensors and {INDEX} with \d+ of its files \(model-00001-of-"):
+        open_checkpoint(str(llama)).check()
+    min(llama.glob("model-*.safetensors")).unlink()
+    with pytest.raises(CheckpointError, match=rf"both model\.safetensors and {INDEX}"):
+        open_checkpoint(str(llama)).check()
+
+
+def test_a_stale_index_beside_the_single_file_of_save_pretrained_is_not_read(llama: Path, tmp_path: Path) -> None:
+    model = load_reference(llama, torch.float32)
+    model.save_pretrained(llama)  # removes the shards, and leaves their index
+    assert (llama / INDEX).exists()
+    assert not list(llama.glob("model-*.safetensors"))
+    checkpoint = open_checkpoint(str(llama))
+    checkpoint.check()
+    key = "model.layers.0.mlp.up_proj.weight"
+    assert torch.equal(checkpoint.read(key), model.state_dict()[key])
+    (llama / INDEX).unlink()
+    assert open_checkpoint(str(llama)).digest == checkpoint.digest
+
+
+def test_an_index_that_names_the_single_file_is_read(llama: Path) -> None:
+    edit_tensors(llama, lambda _: None)
+    keys = load_file(llama / "model.safetensors")
+    (llama / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(keys, "model.safetensors")}))
+    open_checkpoint(str(llama)).check()
+
+
+def test_a_tensor_in_two_files_is_refused_naming_both(llama: Path) -> None:
+    first, *_, last = sorted(llama.glob("*.safetensors"))
+    tensors, key = load_file(last), min(load_file(first))
+    save_file({**tensors, key: load_file(first)[key] + 1}, last, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"{first.name} and {last.name} both hold {key}: transformers takes the file"):
+        open_checkpoint(str(llama)).check()
+
+
+OLD, NEW = {"rope_type": "linear", "factor": 2.0}, {"rope_type": "default", "rope_theta": 5e6}
+
+
+def test_rope_scaling_that_contradicts_rope_parameters_is_refused_naming_both(llama: Path) -> None:
+    edit_config(llama, rope_parameters=NEW, rope_scaling=OLD)
+    with pytest.raises(CheckpointError, match=r"rope_scaling = .*'factor': 2.0} and rope_parameters = .*5000000\.0.* would take"):
+        open_checkpoint(str(llama))
+
+
+@pytest.mark.parametrize("fields", [{"rope_parameters": NEW, "rope_scaling": None}, {"rope_parameters": NEW, "rope_scaling": NEW}])
+def test_rope_scaling_that_says_nothing_else_is_read(llama: Path, fields: dict[str, Any]) -> None:
+    edit_config(llama, **fields)
+    assert open_checkpoint(str(llama)).config.rope_parameters["rope_theta"] == 5e6
+
+
+@pytest.mark.parametrize("model_type", ["gptj", "codegen", "llama", "minimax_m3_vl_text"])
+def test_rotary_dim_is_minimax_m2s_alone(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(families, "VERIFIED", (model_type,))
+    fields = {"model_type": model_type, "rotary_dim": 32, "partial_rotary_factor": 0.25}
+    config = parse_config(json.dumps(fields).encode())
+    expected = CONFIG_MAPPING[model_type].from_dict(fields)
+    assert config.to_dict() == expected.to_dict()
+    if model_type == "minimax_m3_vl_text":
+        assert families.expected_rotary_dim(config) == config.head_dim // 4
+
+
 def change_header(data: bytes, change: Callable[[dict[str, Any]], None]) -> bytes:
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
@@ -198,6 +269,8 @@ def test_a_malformed_index_is_refused(llama: Path, text: str) -> None:
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "'dynamic' changes with the longest prompt"),
         ({"quantization_config": {"quant_method": "mxfp4"}}, "quant_method 'mxfp4'"),
         ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [128]}}, "weight_block_size"),
+        ({"quantization_config": "fp8"}, "quantization_config = 'fp8' is no JSON object"),
+        ({"dtype": "bf16"}, "transformers refuses config.json as a llama configuration: .*bf16"),
         ({"num_attention_heads": "many"}, "transformers refuses config.json"),
     ],
 )
@@ -205,6 +278,26 @@ def test_what_m2ray_does_not_run_is_refused_with_the_reason(llama: Path, fields:
     edit_config(llama, **fields)
     with pytest.raises(CheckpointError, match=message):
         open_checkpoint(str(llama))
+
+
+def test_a_padding_token_beyond_the_vocabulary_is_refused_with_both_numbers(llama: Path) -> None:
+    edit_config(llama, pad_token_id=96)
+    with pytest.raises(CheckpointError, match=r"cannot build a llama .*Padding_idx.* pad_token_id = 96, and vocab_size = 96"):
+        tensor_table(open_checkpoint(str(llama)))
+
+
+def test_numbers_that_json_cannot_say_are_read_as_transformers_writes_them(llama: Path) -> None:
+    edit_config(llama, limits=[{"__float__": "Infinity"}, {"__float__": "-Infinity"}], other={"__float__": "x"})
+    config = open_checkpoint(str(llama)).config
+    assert (config.limits, config.other) == ([float("inf"), float("-inf")], {"__float__": "x"})
+
+
+@pytest.mark.parametrize("model_type", sorted(set(VERIFIED) - {"minimax_m2"}))
+def test_families_that_look_positions_up_are_known(model_type: str) -> None:
+    config = parse_config((DATA / "families" / f"{model_type}.json").read_bytes())
+    skeleton = build_skeleton(config, torch.bfloat16)
+    tables = [name for name in skeleton.inputs if isinstance(skeleton.model.get_submodule(name), torch.nn.Embedding)]
+    assert (len(tables) > 1) == (families.learned_positions(config) is not None), tables
 
 
 def test_code_and_settings_of_the_folder_are_ignored(llama: Path) -> None:

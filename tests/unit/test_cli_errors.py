@@ -151,6 +151,72 @@ def test_automatic_values_stay_those_of_the_run(sound_model: Path, prompts: Path
     assert "RAY_ADDRESS" in again.stderr, "a run resumed without naming its options keeps them"
 
 
+@pytest.fixture
+def dated(model: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """A model whose template reads the date, and a chat."""
+    (model / "chat_template.jinja").write_text("{{ strftime_now('%Y-%m-%d') }} {{ messages[0].content }}")
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text('{"messages": [{"role": "user", "content": "hi"}]}\n', encoding="utf-8")
+    return model, chats
+
+
+def test_a_run_keeps_the_day_on_which_it_began(dated: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "run"
+    begin(monkeypatch, *dated, run, "--template-date", "2025-02-03")
+    assert "RAY_ADDRESS" in extract(*dated, run).stderr, "on another day it goes on, with the tokens that it had"
+    refused = extract(*dated, run, "--template-date", "2025-02-04")
+    assert_refused(refused, 'template_date: "2025-02-03" in the run, "2025-02-04" now')
+    assert_refused(extract(*dated, run, "--template-date", "3 Feb"), "template_date = '3 Feb' is not")
+
+
+def test_a_driver_that_loses_the_claim_goes_on_with_the_winners_day(
+    dated: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+
+    @contextmanager
+    def another_begins(*_: object) -> Iterator[Hardware]:
+        begin(monkeypatch, *dated, run, "--template-date", "2025-02-03")
+        yield Hardware(Cluster((Node("here"),)), {"here": "id"}, {"here": 2.0})
+
+    def cut_off(*_: object) -> None:
+        raise StageError("the loser goes on")
+
+    monkeypatch.setattr("m2ray.chain.extract._hardware", another_begins)
+    monkeypatch.setattr("m2ray.chain.extract._extract_missing", cut_off)
+    lost = extract(*dated, run)
+    assert "the loser goes on" in lost.stderr, lost.output
+    assert "Going on with the run of" in lost.output
+    job = json.loads((run / "job.json").read_text())
+    assert job["options"]["template_date"] == "2025-02-03"
+    assert [path.name for path in (run / "sequences").iterdir()] == [Path(file["key"]).name for file in job["sequence_files"]]
+
+
+def test_job_json_says_what_the_prompts_settled(
+    dated: tuple[Path, Path], prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, chats = dated
+    of_prompts = ("text_column", "messages_column", "tools_column", "special_tokens")
+    begin(monkeypatch, model, chats, tmp_path / "chat")
+    begin(monkeypatch, model, prompts, tmp_path / "text")
+    chat, text = (json.loads((tmp_path / name / "job.json").read_text())["options"] for name in ("chat", "text"))
+    assert [chat[name] for name in of_prompts] == [None, "messages", "tools", "none"]
+    assert [text[name] for name in of_prompts] == ["text", None, None, "none"], "this tokenizer adds none"
+    assert text["template_date"] is None, "a text sees no date, so the run has none to keep"
+    job = json.loads((tmp_path / "text" / "job.json").read_text())
+    del job["options"]["special_tokens"]
+    (tmp_path / "text" / "job.json").write_text(json.dumps(job))
+    assert_refused(extract(model, prompts, tmp_path / "text"), 'special_tokens: absent in the run, "none" now')
+
+
+def test_more_quarantined_rows_than_the_limit(sound_model: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"text": "x"}\n' + '{"txt": "y"}\n' * 2, encoding="utf-8")
+    refused = extract(sound_model, bad, tmp_path / "run")
+    assert_refused(refused, "2 of the 3 rows", "quarantine_limit = 0.5", "2 rows: no column")
+    assert "RAY_ADDRESS" in extract(sound_model, bad, tmp_path / "run", "--quarantine-limit", "0.7").stderr
+
+
 def test_nothing_is_left_of_a_run_whose_cluster_is_not_there(sound_model: Path, prompts: Path, tmp_path: Path) -> None:
     refused = extract(sound_model, prompts, tmp_path / "run")
     assert "RAY_ADDRESS" in refused.stderr

@@ -144,6 +144,19 @@ def test_prompts_give_the_output_and_a_price(small_model: Path, tmp_path: Path) 
     assert found["rates"]["tokens_per_s"] == 1000
 
 
+def test_prompts_are_counted_as_a_run_would_read_them(small_model: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"text": "one", "messages": [{"role": "user", "content": "one two three"}]}) + "\n", encoding="utf-8")
+    refused = plan("--gpus", "H200", "--prompts", str(prompts), model=small_model)
+    assert refused.exit_code == 1
+    assert "The prompts have two columns" in refused.stderr
+    chat, text = (
+        plan_json("--gpus", "H200", "--prompts", str(prompts), f"--{name}-column", name, model=small_model)["output"]["tokens"]
+        for name in ("messages", "text")
+    )
+    assert chat > text > 0
+
+
 def test_limits_and_device_maps_change_the_layout() -> None:
     everywhere = plan_json("--gpus", "8xH200", "--max-memory", "60GB")
     assert not everywhere["fits"]

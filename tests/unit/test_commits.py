@@ -2,11 +2,12 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -207,12 +208,54 @@ def test_a_commit_of_another_run_is_refused(store: LocalStore, tmp_path: Path) -
         read_commit(store, run.job, 1)
 
 
+OUTSIDE = (
+    "/data/site=residual/layer=000/shard-000000-a1.parquet",
+    "data/site=residual/../../../other/shard-000000-a1.parquet",
+    "data/./layer=000/shard-000000-a1.parquet",
+    "data//shard-000000-a1.parquet",
+    "../data/site=residual/layer=000/shard-000000-a1.parquet",
+    "sequences/shard-000000-a1.parquet",
+    "data/shard-000000-a1.parquet",
+    "",
+)
+
+
+@pytest.mark.parametrize("key", [*OUTSIDE, "data/site=residual/layer=000/shard-000001-a1.parquet", "data/x/shard-000000-b2.parquet"])
+def test_a_commit_that_names_a_file_outside_of_its_attempt_is_refused(store: LocalStore, key: str) -> None:
+    run = claim_run(store, runs.job(store))
+    runs.commit_shard(run, runs.shard(0), "a1")
+    commit = read_commit(store, run.job, 0)
+    store.put(commit_key(0), replace(commit, parts=(*commit.parts[:-1], replace(commit.parts[-1], key=key))).to_json())
+    for read in (lambda: read_commit(store, run.job, 0), lambda: open_run(store.root), run.reopen_damaged):
+        with pytest.raises(RunDamagedError, match=r"_commits/shard-000000\.json.*names .*" + re.escape(repr(key))):
+            read()
+
+
+@pytest.mark.parametrize("key", OUTSIDE)
+def test_a_manifest_that_names_a_file_outside_of_the_run_is_refused(store: LocalStore, key: str) -> None:
+    runs.finished_run(store)
+    table = pq.read_table(store.path("manifest.parquet"))
+    keys = [*table["key"].to_pylist()[:-1], key]
+    pq.write_table(table.set_column(table.schema.get_field_index("key"), table.schema.field("key"), [keys]), store.path("manifest.parquet"))
+    with pytest.raises(RunDamagedError, match=r"manifest\.parquet.*names " + re.escape(repr(key))):
+        open_run(store.root)
+
+
+@pytest.mark.parametrize("key", ["/sequences/a.parquet", "sequences/../../a.parquet", "sequences/..", "data/a.parquet"])
+def test_a_job_whose_sequences_lie_elsewhere_is_refused(store: LocalStore, key: str) -> None:
+    record = json.loads(runs.job(store).to_json())
+    record["sequence_files"][1]["key"] = key
+    store.put("job.json", json.dumps(record).encode())
+    with pytest.raises(RunDamagedError, match=r"job\.json.*" + re.escape(repr(key))):
+        read_job(store)
+
+
 # -- finishing --------------------------------------------------------------------------------------------------------
 
 
 def test_the_manifest_says_what_the_commits_say(store: LocalStore) -> None:
     run = runs.finished_run(store)
-    assert run.is_finished
+    assert read_summary(store)
     rows = pq.read_table(store.path("manifest.parquet")).to_pylist()
     committed = [receipt.to_json() for shard in range(3) for receipt in read_commit(store, run.job, shard).receipts()]
     assert len(rows) == 9
@@ -243,7 +286,7 @@ def test_a_run_with_missing_shards_is_not_finished(store: LocalStore) -> None:
     runs.commit_shard(run, runs.shard(1), "a1")
     with pytest.raises(StageError, match="2 of 3 shards are not committed, the first is 0"):
         run.finish()
-    assert not run.is_finished
+    assert read_summary(store) is None
     assert store.size("manifest.parquet") is None
 
 
@@ -254,7 +297,7 @@ def test_an_account_that_does_not_close_is_no_success(store: LocalStore) -> None
         runs.commit_shard(run, shard, "a1")
     with pytest.raises(RunDamagedError, match="does not close: 3 shards with 10 sequences and 67 tokens.*13 sequences"):
         run.finish()
-    assert not run.is_finished
+    assert read_summary(store) is None
 
 
 def test_finishing_leaves_only_what_records_name_and_what_is_not_of_the_run(store: LocalStore) -> None:
@@ -269,6 +312,137 @@ def test_finishing_leaves_only_what_records_name_and_what_is_not_of_the_run(stor
     named = {part.key for shard in range(3) for part in read_commit(store, run.job, shard).receipts()}
     assert data_keys(store) == named | {"data/site=residual/README.txt"}
     assert {key for key, _ in store.list("sequences")} == surveyed
+
+
+def again(store: LocalStore, attempt: str) -> list[int]:
+    """What the same command does: the damaged and the missing shards, and the end. Gives the shards that it did."""
+    job = read_job(store)
+    assert job is not None
+    run = claim_run(store, job)
+    run.reopen_damaged()
+    missing = run.missing(runs.shards())
+    for shard in missing:
+        assert runs.commit_shard(run, shard, attempt)
+    run.finish()
+    return [shard.index for shard in missing]
+
+
+def assert_closed(store: LocalStore) -> None:
+    """Commits, manifest, account and files say the same, and the rows are right."""
+    job = read_job(store)
+    assert job is not None
+    receipts = [receipt for shard in range(3) for receipt in read_commit(store, job, shard).receipts()]
+    named = {(receipt.key, receipt.num_bytes) for receipt in receipts}
+    table = pq.read_table(store.path("manifest.parquet"))
+    assert set(zip(table["key"].to_pylist(), table["num_bytes"].to_pylist(), strict=True)) == named == set(store.list("data"))
+    assert read_summary(store).num_bytes == sum(num_bytes for _, num_bytes in named)
+    rows = b"".join(runs.bits(runs.PARTS[1], i).tobytes() for ids in runs.SHARD_SEQUENCES for i in ids)
+    assert open_run(store.root).layer(7).tensor().view(torch.uint8).numpy().tobytes() == rows
+
+
+def test_a_finished_run_that_lost_a_commit_is_closed_again_without_the_old_parts(store: LocalStore) -> None:
+    runs.finished_run(store)
+    store.delete([commit_key(1)])
+    assert again(store, "b2") == [1]
+    assert_closed(store)
+    assert read_commit(store, read_job(store), 1).attempt == "b2"
+
+
+def test_a_run_that_lost_a_commit_is_not_finished_while_it_is_done_anew(store: LocalStore) -> None:
+    run = runs.finished_run(store)
+    store.delete([commit_key(1)])
+    assert claim_run(store, run.job).reopen_damaged() == []
+    assert read_summary(store) is None
+    assert [shard.index for shard in open_run(store.root).layer(7).shards()] == [0, 2]
+
+
+@pytest.mark.parametrize("records", [("manifest.parquet",), ("_SUCCESS",), ("manifest.parquet", "_SUCCESS")])
+@pytest.mark.parametrize("damage", [lambda _: None, lambda data: data[: len(data) // 2], lambda _: b"{}"])
+def test_what_follows_from_the_commits_is_made_anew(
+    store: LocalStore, records: tuple[str, ...], damage: Callable[[bytes], bytes | None]
+) -> None:
+    runs.finished_run(store)
+    for key in records:
+        changed = damage(store.read(key))
+        store.delete([key])
+        if changed is not None:
+            store.put(key, changed)
+    assert again(store, "b2") == []
+    assert_closed(store)
+
+
+def test_a_manifest_of_other_attempts_is_made_anew(store: LocalStore) -> None:
+    """A commit was lost, its shard done anew, and the driver killed before the end: everything is there, and the manifest is stale."""
+    run = runs.finished_run(store)
+    stale, success = store.read("manifest.parquet"), store.read("_SUCCESS")
+    store.delete([commit_key(2)])
+    runs.commit_shard(claim_run(store, run.job), runs.shard(2), "b2")
+    store.put("manifest.parquet", stale)
+    store.put("_SUCCESS", success)
+    assert again(store, "c3") == []
+    assert_closed(store)
+
+
+@pytest.mark.parametrize("cut", [None, 100])
+def test_the_end_refuses_lost_parts_by_name_and_the_same_command_does_their_shards_anew(store: LocalStore, cut: int | None) -> None:
+    run = claim_run(store, runs.job(store))
+    for shard in runs.shards():
+        runs.commit_shard(run, shard, "a1")
+    lost = store.path(read_commit(store, run.job, 1).parts[2].key)
+    whole = lost.read_bytes()
+    lost.unlink()
+    if cut is not None:
+        lost.write_bytes(whole[:cut])
+    with pytest.raises(RunDamagedError, match=f"1 of 9 parts are gone.*(?s:.*){lost}(?s:.*)the first are 1"):
+        run.finish()
+    assert read_summary(store) is None
+    assert again(store, "b2") == [1]
+    assert_closed(store)
+
+
+def test_a_part_lost_from_a_finished_run_is_done_anew(store: LocalStore) -> None:
+    run = runs.finished_run(store)
+    store.path(read_commit(store, run.job, 0).parts[0].key).unlink()
+    assert again(store, "b2") == [0]
+    assert_closed(store)
+
+
+def test_shards_committed_while_the_end_looks_are_no_lost_parts(store: LocalStore) -> None:
+    """The parts are listed first; another driver commits the last shard before the commits are listed."""
+    run = claim_run(store, runs.job(store))
+    for shard in runs.shards()[:2]:
+        runs.commit_shard(run, shard, "a1")
+
+    class Late(LocalStore):
+        def list(self, prefix: str) -> Iterator[tuple[str, int]]:
+            found = list(super().list(prefix))
+            if prefix == "data" and len(committed_shards(store)) == 2:
+                runs.commit_shard(run, runs.shard(2), "b2")
+            return iter(found)
+
+    claim_run(Late(store.root), run.job).finish()
+    assert_closed(store)
+
+
+def test_a_driver_that_stood_still_sweeps_nothing_that_came_to_count_meanwhile(store: LocalStore) -> None:
+    """It has read the commits; then one is lost, and the shard is done anew by another driver; then it deletes what it knows no name of."""
+    run = claim_run(store, runs.job(store))
+    for shard in runs.shards():
+        runs.commit_shard(run, shard, "a1")
+
+    class Paused(LocalStore):
+        def delete_unfinished(self) -> int:
+            store.delete([commit_key(1)])
+            assert again(store, "b2") == [1]
+            return super().delete_unfinished()
+
+    paused = Run(Paused(store.root), run.job)
+    paused.finish()
+    kept = read_commit(store, run.job, 1)
+    assert kept.attempt == "b2"
+    assert all(store.size(part.key) == part.num_bytes for part in kept.parts)
+    again(store, "c3")
+    assert_closed(store)
 
 
 KILLED_DRIVER = """

@@ -16,7 +16,8 @@ from m2ray.model import extents, fp8, gpu_loading, weights
 from m2ray.model.checkpoint import open_checkpoint
 from m2ray.model.decoder import DecoderSpan
 from m2ray.model.skeleton import build_skeleton
-from m2ray.model.weights import load_weights
+from m2ray.model.stage import StageSpec, load_stage
+from m2ray.model.weights import Loaded, load_weights
 from tests.reference import edited, load_span, make_minimax, same_bits
 
 CPU = torch.device("cpu")
@@ -81,12 +82,16 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
-def load(folder: Path, span: LayerSpan, dtype: torch.dtype = torch.bfloat16) -> tuple[dict[str, torch.Tensor], int, int]:
+def load(folder: Path, span: LayerSpan, dtype: torch.dtype = torch.bfloat16) -> tuple[dict[str, torch.Tensor], Loaded, int]:
     checkpoint = open_checkpoint(str(folder))
     decoder = DecoderSpan(build_skeleton(checkpoint.config, dtype), span, CPU)
     with gpu_loading.Lanes(CPU) as lanes:
-        needed_bytes = load_weights(checkpoint, decoder, lambda *_: None, lanes)
-    return filled(decoder), needed_bytes, checkpoint.bytes_read
+        loaded = load_weights(checkpoint, decoder, lambda *_: None, lanes)
+    return filled(decoder), loaded, checkpoint.bytes_read
+
+
+def spec(folder: Path, span: LayerSpan) -> StageSpec:
+    return StageSpec(str(folder), span, (), ("residual",), "bfloat16", "bfloat16", "auto", "cpu", None)
 
 
 def filled(decoder: DecoderSpan) -> dict[str, torch.Tensor]:
@@ -103,10 +108,11 @@ def test_lanes_load_what_the_cpu_loads(
     expected = filled(load_span(folders[layout], span)[0])
     for module in (extents, gpu_loading):
         monkeypatch.setattr(module, "EXTENT_BYTES", extent_bytes)
-    found, needed_bytes, bytes_read = load(folders[layout], span)
+    found, loaded, bytes_read = load(folders[layout], span)
     assert found.keys() == expected.keys()
     assert all(same_bits(found[name], expected[name]) for name in expected)
-    assert needed_bytes <= bytes_read <= 1.1 * needed_bytes
+    assert loaded.needed_bytes <= bytes_read <= 1.1 * loaded.needed_bytes
+    assert loaded.digests == load_stage(spec(folders[layout], span), lambda *_: None).digests
     assert bool(RAN) == (on_host == "kernel" and layout.startswith("scales"))
 
 
@@ -115,8 +121,9 @@ def test_cut_tensors_find_their_scales(on_host: str, folders: dict[str, Path], m
     """Rows of a tensor lie in another piece than its scales, beside or not."""
     expected = filled(load_span(folders[layout], LayerSpan(2, 4))[0])
     monkeypatch.setattr(weights, "PIECE_BYTES", 512)
-    found = load(folders[layout], LayerSpan(2, 4))[0]
+    found, loaded, _ = load(folders[layout], LayerSpan(2, 4))
     assert all(same_bits(found[name], expected[name]) for name in expected)
+    assert loaded.digests == load_stage(spec(folders[layout], LayerSpan(2, 4)), lambda *_: None).digests
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -157,7 +164,7 @@ def test_a_wrong_tensor_is_told_while_others_are_read(on_host: str, folders: dic
 
 
 def test_a_reader_that_fails_ends_the_loading(on_host: str, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    def read(lane: HostLane, checkpoint: Any, extent: Any) -> torch.Tensor:
+    def read(lane: HostLane, checkpoint: Any, extent: Any, digests: Any) -> torch.Tensor:
         raise StoreError("the disk is gone")
 
     monkeypatch.setattr(HostLane, "read", read)

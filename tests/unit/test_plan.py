@@ -13,6 +13,7 @@ from m2ray.activations.part_writer import PartWriter
 from m2ray.batches import TOKEN_ROW, LayerSpan, PartSpec, PromptStats, TensorRow, TensorTable
 from m2ray.config import ExtractConfig
 from m2ray.errors import ClusterError, ConfigError
+from m2ray.options import PromptOptions
 from m2ray.planning.demand import Assumptions, Demand
 from m2ray.planning.hardware import Cluster, Gpu, Node, parse_gpus
 from m2ray.planning.layout import render, size
@@ -78,7 +79,9 @@ def demand(num_layers: int = 62, **options) -> Demand:
     """MiniMax-M2, all residuals; `options` of RunOptions and of Assumptions alike."""
     assumed = Assumptions(**{name: options.pop(name) for name in list(options) if name in Assumptions.__annotations__})
     config, table = ExtractConfig(model="m", prompts="p", output="o", compile=False), m2_table(num_layers)
-    return Demand(table, SHAPE, replace(resolve(config, table, SHAPE, Cluster(()), assumed), **options), assumed)
+    return Demand(
+        table, SHAPE, replace(resolve(config, PromptOptions.of(config, 1), table, SHAPE, Cluster(()), assumed), **options), assumed
+    )
 
 
 def plan(gpus: str | Cluster, num_layers: int = 62, prompts: PromptStats | None = None, **options) -> Plan:

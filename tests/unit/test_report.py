@@ -8,6 +8,7 @@ import pytest
 from m2ray.batches import LayerSpan, PromptStats, TensorRow, TensorTable
 from m2ray.chain.report import GpuMeasured, RunMeasured, StageMeasured, build_report, limiting, loaded_lines, start_lines, summary_lines
 from m2ray.config import ExtractConfig
+from m2ray.options import PromptOptions
 from m2ray.planning.demand import Assumptions, Demand
 from m2ray.planning.hardware import parse_gpus
 from m2ray.planning.memory import ModelShape
@@ -23,7 +24,8 @@ def plan() -> Plan:
     rows += [TensorRow(f"w{layer}", "layer", layer, (5 * GB,), False, 10 * GB, (f"w{layer}",)) for layer in range(4)]
     table = TensorTable(4, 64, tuple(rows))
     shape, cluster = ModelShape(64, 4, 4, 16, 256), parse_gpus("2xA100-80GB")
-    options = resolve(ExtractConfig(model="m", prompts="p", output="o", compile=False), table, shape, cluster, Assumptions())
+    config = ExtractConfig(model="m", prompts="p", output="o", compile=False)
+    options = resolve(config, PromptOptions.of(config, 1), table, shape, cluster, Assumptions())
     return plan_run(Demand(table, shape, options), cluster, PromptStats(10, 900, 1000, 100, 1, 2))
 
 

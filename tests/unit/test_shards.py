@@ -232,15 +232,32 @@ def test_prompts_of_which_none_is_left_stop_the_run_with_reasons(tmp_path):
     assert list(LocalStore(tmp_path / "run").list("")) == []
 
 
+def test_more_bad_rows_than_the_limit_allows_stop_the_survey_with_the_reasons_counted(tmp_path):
+    records = [*[{"text": "fine"}] * 6, *[{"text": None}] * 2, *[{"text": "river " * length} for length in (300, 301)]]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+
+    def surveyed(limit):
+        options = PromptOptions(str(tmp_path / "p.jsonl"), 100, quarantine_limit=limit)
+        found = survey(PromptSource.open(options), PromptTokenizer.load(str(TINY), options, 320), LocalStore(tmp_path / "run"), "a", 400)
+        found.tokens.close()
+        return found.num_quarantined
+
+    with pytest.raises(
+        PromptsError, match=r"(?s)4 of the 10 rows .* more than quarantine_limit = 0.3 allows.*2 rows: null\n.*row 6 "
+    ) as caught:
+        surveyed(0.3)
+    assert "2 rows: ... tokens, more than max_length ...\n" in str(caught.value)
+    assert not list((tmp_path / "run").rglob("*.parquet"))
+    assert surveyed(0.4) == 4
+
+
 def test_messages_without_a_template_stop_the_survey_before_it_writes(tmp_path):
     folder = Path(shutil.copytree(TINY, tmp_path / "model"))
     (folder / "chat_template.jinja").unlink()
-    (tmp_path / "prompts").mkdir()
-    write_prompts(tmp_path / "prompts" / "a.jsonl", 3000)
-    (tmp_path / "prompts" / "b.jsonl").write_text('{"id": "a", "messages": [{"role": "user", "content": "x"}]}\n')
+    (tmp_path / "p.jsonl").write_text('{"id": "a", "messages": [{"role": "user", "content": "x"}]}\n')
     rows_done = []
     with pytest.raises(PromptsError, match="no chat template"):
-        survey(*prepare(tmp_path / "prompts", folder=folder), LocalStore(tmp_path / "run"), "a", 400, on_progress=rows_done.append)
+        survey(*prepare(tmp_path / "p.jsonl", folder=folder), LocalStore(tmp_path / "run"), "a", 400, on_progress=rows_done.append)
     assert rows_done == []
     assert not (tmp_path / "run").exists()
 
@@ -378,14 +395,14 @@ def test_padding_stays_decent_for_a_few_hundred_prompts(shard_tokens, batch_toke
         assert batching(as_table(realistic_lengths(300, seed), shard_tokens), batch_tokens).padding_waste < limit
 
 
-def test_batches_for_the_tokenizer_are_bounded_in_rows_and_characters():
+def test_batches_for_the_tokenizer_are_bounded_in_rows_and_bytes():
     def sizes(rows):
         return [len(batch) for batch in surveying.row_batches(rows)]
 
     chat = [{"role": "user", "content": "x" * (3 << 20)}]
     assert sizes(PromptRow(place, "", text="x") for place in range(2500)) == [1024, 1024, 452]
-    assert sizes(PromptRow(place, "", text="x" * (3 << 20)) for place in range(5)) == [2, 2, 1]
-    assert sizes(PromptRow(place, "", messages=chat) for place in range(5)) == [2, 2, 1]
+    assert sizes(PromptRow(place, "", text="x" * (3 << 20), num_bytes=3 << 20) for place in range(5)) == [2, 2, 1]
+    assert sizes(PromptRow(place, "", messages=chat, num_bytes=3 << 20) for place in range(5)) == [2, 2, 1]
 
 
 # --- bounds ----------------------------------------------------------------------------------------------------------

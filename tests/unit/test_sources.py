@@ -17,6 +17,7 @@ from datasets.utils.logging import disable_progress_bar
 from m2ray.errors import PromptsError
 from m2ray.options import PromptOptions
 from m2ray.prompts import PromptSource
+from m2ray.prompts.fingerprint import Fingerprint
 from m2ray.prompts.rows import MAX_PROMPT_BYTES
 
 TEXTS = ["The river is low.", 'He said: "cross, now"', "河水带走一切", "two\nlines", "  spaces kept  "]
@@ -192,7 +193,7 @@ def test_messages_of_every_format(tmp_path, name):
     else:
         pq.write_table(pa.table({"chat": [[{"name": None, **message} for message in chat] for chat in chats]}), path)
     source = open_source(path, messages_column="chat")
-    assert source.uses_messages
+    assert source.columns.is_messages
     assert [row.messages for row in source.rows()] == chats
 
 
@@ -208,6 +209,7 @@ def test_messages_of_every_format(tmp_path, name):
         ([*GOOD_CHAT, {"content": "hi"}], "message 2: no 'role'"),
         ([{"role": "user"}], "message 0: no 'content'"),
         ([{"role": "user", "content": None}], "message 0: 'content' is not a string but NoneType"),
+        ([{"role": "assistant", "tool_calls": []}], "message 0: no 'content'"),
         ([{"role": 3, "content": "hi"}], "message 0: 'role' is not a string but int"),
         ([{"role": "", "content": "hi"}], "message 0: 'role' is empty"),
         ([{"role": "user", "content": "\ud800"}], "invalid Unicode: a lone surrogate"),
@@ -220,11 +222,60 @@ def test_malformed_messages_are_quarantined(tmp_path, messages, reason):
     assert rows[1].reason.startswith(reason)
 
 
-def test_a_file_with_a_text_column_is_read_by_it_even_if_it_has_messages(tmp_path):
-    path = write_jsonl(tmp_path / "a.jsonl", [{"messages": GOOD_CHAT}, {"text": "t", "messages": GOOD_CHAT}])
-    rows = rows_of(path)
-    assert [row.reason for row in rows] == ["no column 'text'", None]
-    assert rows_of(path, text_column="absent")[0].messages == GOOD_CHAT
+MIXED = [{"messages": GOOD_CHAT}, {"text": "stray"}]
+
+
+def test_two_columns_are_an_error_unless_one_is_named(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [*[MIXED[0]] * 999, MIXED[1]])
+    with pytest.raises(PromptsError, match=r"'text' \(first in row 999 of a.jsonl\) and 'messages' \(first in row 0 of a.jsonl\)"):
+        open_source(path)
+    assert [row.reason for row in rows_of(path, messages_column="messages")] == [None] * 999 + ["no column 'messages'"]
+    assert rows_of(path, text_column="text")[999].text == "stray"
+    with pytest.raises(PromptsError, match="text_column = 'text' and messages_column = 'messages' are both given"):
+        open_source(path, text_column="text", messages_column="messages")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "a.csv"])
+def test_the_named_one_of_two_columns_in_a_row_counts(tmp_path, name):
+    path = tmp_path / name
+    if name == "a.jsonl":
+        write_jsonl(path, [{"text": "doc-title", "messages": GOOD_CHAT}])
+    elif name == "a.csv":
+        with path.open("w", newline="") as file:
+            csv.writer(file).writerows([["text", "messages"], ["doc-title", json.dumps(GOOD_CHAT)]])
+    else:
+        pq.write_table(pa.table({"text": ["doc-title"], "messages": [GOOD_CHAT]}), path)
+    with pytest.raises(PromptsError, match="The prompts have two columns"):
+        open_source(path)
+    assert rows_of(path, messages_column="messages")[0].messages == GOOD_CHAT
+    assert rows_of(path, text_column="text")[0].text == "doc-title"
+
+
+def test_a_stray_row_deep_in_a_file_stops_the_survey(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [*[{"text": "x"}] * 1500, {"messages": GOOD_CHAT}, {"text": "x"}])
+    with pytest.raises(
+        PromptsError, match=r"Row 1500 of .*a.jsonl has a column 'messages', but the rows before it have their prompts in 'text'"
+    ):
+        rows_of(path)
+    assert [row.reason for row in rows_of(path, text_column="text")][1499:] == [None, "no column 'text'", None]
+
+
+def test_all_files_give_their_prompts_by_one_column(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [{"messages": GOOD_CHAT}])
+    (tmp_path / "b.txt").write_text("a line\n")
+    with pytest.raises(PromptsError, match=r"'text' \(the lines of b.txt\) and 'messages' \(first in row 0 of a.jsonl\)"):
+        open_source(tmp_path)
+    with pytest.raises(PromptsError, match="b.txt is plain text and has no column 'messages'. Leave messages_column out, or the file"):
+        open_source(tmp_path, messages_column="messages")
+    write_jsonl(tmp_path / "a.jsonl", [{"body": "another"}])
+    assert [row.text for row in rows_of(tmp_path, text_column="body")] == ["another", "a line"]
+
+
+def test_tools_are_of_no_use_to_texts(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "x", "tools": []}])
+    assert rows_of(path)[0].text == "x"
+    with pytest.raises(PromptsError, match="tools_column = 'tools' is given, but the prompts are texts"):
+        open_source(path, tools_column="tools")
 
 
 def test_a_folder_is_read_in_the_order_of_its_paths_and_numbered_through(tmp_path):
@@ -314,7 +365,7 @@ def test_sources_that_cannot_be_read_stop_the_run(tmp_path):
 def test_all_problems_of_a_folder_are_listed_at_once(tmp_path):
     (tmp_path / "a.csv").write_text("body\n1\n")
     (tmp_path / "b.parquet").write_bytes(b"nothing")
-    with pytest.raises(PromptsError, match=r"(?s)2 problems.*a\.csv has neither.*b\.parquet is damaged"):
+    with pytest.raises(PromptsError, match=r"(?s)2 problems.*b\.parquet is damaged.*a\.csv has neither"):
         open_source(tmp_path)
 
 
@@ -370,3 +421,45 @@ def test_reading_holds_a_bounded_share_of_the_file(tmp_path):
     tracemalloc.stop()
     assert count == 4000
     assert peak_bytes < 2 << 20 < path.stat().st_size // 10
+
+
+def fingerprint_while_read(source: PromptSource, between=lambda: None) -> str:
+    """Of the bytes that the rows came from. `between` is called once the first row is there."""
+    seen = Fingerprint()
+    for row in source.rows(seen):
+        if row.sequence_id == 0:
+            between()
+    return seen.hexdigest()
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.csv", "a.csv.gz", "a.txt", "a.parquet", "saved"])
+def test_the_fingerprint_that_is_taken_while_reading_is_that_of_the_files(tmp_path, name):
+    path = tmp_path / name
+    if name == "a.txt":
+        path.write_text("one\ntwo")
+    else:
+        write_format(path, TEXTS, TEXTS)
+    if name.endswith(".gz"):
+        path.write_bytes(path.read_bytes() + bytes(2 << 20))  # padding, which gzip allows
+    assert fingerprint_while_read(open_source(path)) == open_source(path).fingerprint()
+
+
+def test_a_file_that_is_replaced_while_it_is_read_leaves_the_fingerprint_of_what_was_read(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "x" * 5000} for _ in range(1000)])
+    other = write_jsonl(tmp_path / "b.jsonl", [{"text": "y" * 5000} for _ in range(1000)])
+    source = open_source(path)
+    before = source.fingerprint()
+    assert fingerprint_while_read(source, lambda: other.replace(path)) == before != source.fingerprint()
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_a_file_that_grows_or_is_overwritten_while_it_is_read_stops_the_survey(tmp_path, name):
+    path = write_format(tmp_path / name, TEXTS, TEXTS)
+
+    def change():
+        with path.open("r+b") as file:
+            file.seek(0, os.SEEK_END if name == "a.jsonl" else 4)
+            file.write(b'{"text": "more"}\n')
+
+    with pytest.raises(PromptsError, match=f"{name} (changed while it was read|is damaged)"):
+        fingerprint_while_read(open_source(path), change)

@@ -3,15 +3,19 @@
 import json
 import logging
 import shutil
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import pytest
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, LlamaTokenizer, Qwen2Tokenizer
 
 from m2ray.errors import CheckpointError, PromptsError
 from m2ray.options import PromptOptions
-from m2ray.prompts import PromptRow, PromptTokenizer
+from m2ray.prompts import PromptRow, PromptTokenizer, own_tokenizer
+from m2ray.prompts.own_tokenizer import PROBES
+from m2ray.prompts.rows import Columns
 
 TINY = Path(__file__).parents[1] / "data" / "prompts" / "tokenizer"
 VOCAB_SIZE = 320
@@ -19,8 +23,8 @@ BOS = 0
 CHAT = [{"role": "system", "content": "河水"}, {"role": "user", "content": "The river?"}]
 
 
-def load(folder=TINY, *, max_length=1000, truncation="refuse", vocab_size=VOCAB_SIZE):
-    return PromptTokenizer.load(str(folder), PromptOptions("unused", max_length, truncation=truncation), vocab_size)
+def load(folder=TINY, *, max_length=1000, vocab_size=VOCAB_SIZE, **options):
+    return PromptTokenizer.load(str(folder), PromptOptions("unused", max_length, **options), vocab_size)
 
 
 def text_rows(*texts):
@@ -54,6 +58,64 @@ def test_the_beginning_of_sequence_is_never_doubled():
     encoded = load().encode([PromptRow(0, "0", text="The river"), PromptRow(1, "1", messages=CHAT)])
     assert [ids.tolist().count(BOS) for ids in encoded] == [1, 1]
     assert [ids[0] for ids in encoded] == [BOS, BOS]
+
+
+RENDERED = "<s><|start|>user\nhi<|end|>"
+
+
+def around(copied, prefix, suffix):
+    """The tokenizer with a post-processor that puts these around a text."""
+    names = {"<s>": 0, "<|start|>": 1, "<|end|>": 2}
+    pieces = [{"SpecialToken": {"id": name, "type_id": 0}} for name in prefix]
+    pieces += [{"Sequence": {"id": "A", "type_id": 0}}, *({"SpecialToken": {"id": name, "type_id": 0}} for name in suffix)]
+    special = {name: {"id": name, "ids": [number], "tokens": [name]} for name, number in names.items()}
+    processor = {"type": "TemplateProcessing", "single": pieces, "pair": pieces, "special_tokens": special}
+    edit_json(copied / "tokenizer.json", post_processor=processor)
+    return copied
+
+
+@pytest.mark.parametrize(("prefix", "suffix"), [(["<s>"], []), ([], ["<|end|>"]), (["<s>", "<|start|>"], ["<|end|>"]), ([], [])])
+def test_special_tokens_that_a_text_has_are_not_doubled(copied, prefix, suffix):
+    folder = around(copied, prefix, suffix)
+    reference = AutoTokenizer.from_pretrained(str(folder))
+    plain = ["The river is low.", "河水", "<s>", "low<|end|> and on", "<|end|>"]
+    texts = [*plain, RENDERED, "<s><|start|>low", "low<|end|>"]
+    bare = [reference(text, add_special_tokens=False)["input_ids"] for text in texts]
+    put = {name: reference.convert_tokens_to_ids(name) for name in {*prefix, *suffix}}
+    before, after = ([put[name] for name in names] for names in (prefix, suffix))
+    expected = [
+        ([] if before and ids[: len(before)] == before else before) + ids + ([] if after and ids[-len(after) :] == after else after)
+        for ids in bare
+    ]
+    tokenizer = load(folder)
+    assert [ids.tolist() for ids in tokenizer.encode(text_rows(*texts))] == expected
+    assert expected[0] == reference(texts[0])["input_ids"]
+    assert [ids.tolist() for ids in load(folder, special_tokens="none").encode(text_rows(*texts))] == bare
+    always = load(folder, special_tokens="add").encode(text_rows(*texts))
+    assert [ids.tolist() for ids in always] == [reference(text)["input_ids"] for text in texts]
+
+
+TEXT, CHATS = Columns("text"), Columns("messages", is_messages=True)
+
+
+def test_what_was_done_about_special_tokens_is_told_in_words(copied):
+    tokenizer = load()
+    encoded = tokenizer.encode(text_rows(RENDERED, "The river\u202e\x1b is low today, " * 3))
+    assert tokenizer.resolved_special_tokens(TEXT) == "add_where_absent"
+    lines = tokenizer.told(TEXT, encoded[0])
+    assert lines[0] == "special tokens: '<s>' before each text (1 of 2 had it already)"
+    assert lines[1].startswith("the first prompt's 9 tokens: '<s>' '<|start|>' 'u'")
+    assert lines[1].endswith("'\\n' 'h' 'i' '<|end|>'")
+    long = tokenizer.told(TEXT, encoded[1])[1]
+    assert " ... " in long
+    assert long.isprintable()
+    assert load(around(copied, [], [])).resolved_special_tokens(TEXT) == "none"
+    assert load(special_tokens="add").resolved_special_tokens(TEXT) == "add"
+    assert load(special_tokens="add").told(TEXT, encoded[0])[0] == "special tokens: all that the tokenizer adds"
+    assert tokenizer.resolved_special_tokens(CHATS) == "none"
+    assert tokenizer.told(CHATS, encoded[0])[0] == "special tokens: those of the chat template, and no others"
+    with pytest.raises(PromptsError, match='special_tokens = "add", but the prompts are chat messages'):
+        load(special_tokens="add").resolved_special_tokens(CHATS)
 
 
 def test_over_long_prompts_are_refused_or_cut():
@@ -104,12 +166,14 @@ def test_messages_without_a_chat_template_stop_the_run(copied):
     assert tokenizer.encode(text_rows("low"))[0][0] == BOS
 
 
-def test_a_token_beyond_the_models_vocabulary_stops_the_run():
-    ids = load().encode(text_rows("The river is low."))[0]
-    largest = int(ids.max())
-    with pytest.raises(PromptsError, match=rf"row row-0 the token id {largest}, but the model's vocabulary has {largest} tokens"):
-        load(vocab_size=largest).encode(text_rows("The river is low."))
-    assert load(vocab_size=largest + 1).encode(text_rows("The river is low."))[0].tolist() == ids.tolist()
+def test_a_token_beyond_the_models_vocabulary_costs_only_its_row():
+    whole = [ids.tolist() for ids in load().encode(text_rows("The river is low.", "x"))]
+    largest = max(whole[0])
+    assert largest > max(whole[1])
+    bad, good = load(vocab_size=largest).encode(text_rows("The river is low.", "x"))
+    assert bad == f"token id {largest} is beyond the model's vocabulary of {largest} tokens"
+    assert good.tolist() == whole[1]
+    assert load(vocab_size=largest + 1).encode(text_rows("The river is low."))[0].tolist() == whole[0]
 
 
 def test_digests_follow_the_files_and_the_template(copied):
@@ -122,6 +186,71 @@ def test_digests_follow_the_files_and_the_template(copied):
     assert changed.template_digest != first.template_digest
     edit_json(copied / "tokenizer.json", normalizer={"type": "NFC"})
     assert load(copied).tokenizer_digest != first.tokenizer_digest
+
+
+@pytest.mark.parametrize(
+    ("model_type", "tokenizer_class"),
+    [
+        ("qwen2", None),
+        ("qwen2", "Qwen2Tokenizer"),
+        ("llama", "LlamaTokenizerFast"),
+        ("gpt2", "GPT2Tokenizer"),
+        ("gpt_neox", "GPTNeoXTokenizerFast"),
+        ("codegen", "CodeGenTokenizer"),
+        ("cohere2", "CohereTokenizerFast"),
+        ("gemma2", "GemmaTokenizerFast"),
+        ("minimax_m2", "GPT2Tokenizer"),
+    ],
+)
+def test_tokens_are_those_of_tokenizer_json_whatever_class_transformers_chooses(copied, model_type, tokenizer_class):
+    choose_class(copied, model_type, tokenizer_class)
+    split = {"type": "Split", "pattern": {"Regex": "\\p{N}{1,3}|[^\\r\\n]"}, "behavior": "Isolated", "invert": False}
+    whole = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    edit_json(copied / "tokenizer.json", pre_tokenizer={"type": "Sequence", "pretokenizers": [split, whole]})
+    own = Tokenizer.from_file(str(copied / "tokenizer.json"))
+    encoded = load(copied).encode([*text_rows(*PROBES), PromptRow(90, "90", messages=CHAT)])
+    assert [ids.tolist() for ids in encoded[:-1]] == [own.encode(text).ids for text in PROBES]
+    rendered = AutoTokenizer.from_pretrained(str(TINY)).apply_chat_template(CHAT, tokenize=False)
+    assert encoded[-1].tolist() == own.encode(rendered, add_special_tokens=False).ids
+
+
+def choose_class(folder, model_type, tokenizer_class):
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings = {name: value for name, value in settings.items() if name not in {"backend", "tokenizer_class"}}
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({**settings, "tokenizer_class": tokenizer_class} if tokenizer_class else settings)
+    )
+
+
+def test_a_class_that_loses_spaces_is_not_used_but_its_special_tokens_are_known(copied, monkeypatch):
+    # transformers 5.17 to 5.21 hand this class out for a byte-level tokenizer.json under LlamaTokenizerFast.
+    settings = json.loads((copied / "tokenizer_config.json").read_text())
+    del settings["bos_token"]
+    (copied / "tokenizer_config.json").write_text(json.dumps(settings))
+    handed = LlamaTokenizer.from_pretrained(str(copied))
+    expected = Tokenizer.from_file(str(copied / "tokenizer.json")).encode("The river is low.").ids
+    assert handed("The river is low.")["input_ids"] != expected
+    monkeypatch.setattr(own_tokenizer, "_handed", lambda _: handed)
+    (copied / "chat_template.jinja").write_text("{{ bos_token }}low")
+    fixed = load(copied)
+    assert [ids.tolist() for ids in fixed.encode(text_rows("The river is low."))] == [expected]
+    assert fixed.encode([PromptRow(0, "0", messages=CHAT)])[0][0] == BOS
+    monkeypatch.setattr(own_tokenizer, "_differences", lambda *_, **__: [])
+    assert load(copied).tokenizer_digest != fixed.tokenizer_digest
+
+
+def test_a_tokenizer_json_that_transformers_never_loads_as_it_is_is_refused(copied, monkeypatch):
+    choose_class(copied, "qwen2", None)
+    monkeypatch.setattr(own_tokenizer, "PreTrainedTokenizerFast", Qwen2Tokenizer)
+    with pytest.raises(CheckpointError, match=r"not the one of tokenizer\.json: its normalizer is NFC\(\), not None; its pre_tokenizer is"):
+        load(copied)
+
+
+def test_a_tokenizer_json_of_a_newer_format_is_refused_in_a_sentence(copied):
+    edit_json(copied / "tokenizer.json", pre_tokenizer={"type": "SplitByMeaning"})
+    with pytest.raises(CheckpointError, match=rf"tokenizers {version('tokenizers')} does not read tokenizer\.json: .*newer tokenizers"):
+        load(copied)
 
 
 def test_absent_and_damaged_tokenizers_are_named(copied, tmp_path):

@@ -56,6 +56,7 @@ def extract_again(run: Path) -> None:
     job = read_job(store)
     assert job is not None
     claimed = claim_run(store, job)
+    claimed.reopen_damaged()
     for shard in claimed.missing(runs.shards()):
         assert runs.commit_shard(claimed, shard, f"{0xB0 + shard.index:012x}")
     claimed.finish()
@@ -67,7 +68,8 @@ def assert_whole(run: Path) -> None:
     for spec in runs.PARTS:
         rows = b"".join(runs.bits(spec, i).tobytes() for ids in runs.SHARD_SEQUENCES for i in ids)
         assert reader.layer(spec.layer).tensor().view(torch.uint8).numpy().tobytes() == rows
-    assert verify(LocalStore(run), checksums=True).damages == ()
+    found = verify(LocalStore(run), checksums=True)
+    assert (found.damages, found.unnamed) == ((), ())
 
 
 def test_a_sound_run_is_sound(run: Path) -> None:
@@ -143,6 +145,58 @@ def test_damaged_records_are_found_and_repaired(run: Path, damage: Callable[[Pat
     assert facts["reopened_shards"] == shards
     extract_again(run)
     assert_whole(run)
+
+
+def leftovers(run: Path) -> set[str]:
+    """What a driver leaves that lost, or was stopped while another one finished: parts of another attempt, and another survey."""
+    store = LocalStore(run)
+    job = read_job(store)
+    assert job is not None
+    parts = runs.write_shard(store, job, runs.shard(1), "dead")
+    return {part.key for part in parts} | {file.key for file in runs.survey(store, "dead")}
+
+
+def test_files_that_no_record_names_are_reported_until_the_same_command_deletes_them(run: Path) -> None:
+    expected = leftovers(run)
+    (run / "data/notes.txt").write_text("a user's own")
+    result = command(run)
+    assert result.exit_code == 1
+    facts = json.loads(result.stdout)
+    assert facts["damaged"] == []
+    assert {file["key"] for file in facts["unnamed"]} == expected | {"data/notes.txt"}
+    assert {file["num_bytes"] for file in facts["unnamed"]} == {(run / file["key"]).stat().st_size for file in facts["unnamed"]}
+    shown = CliRunner().invoke(main, ["verify", str(run)]).stdout
+    assert "6 files with" in shown
+    assert "named by no record" in shown
+    assert all(key in shown for key in expected)
+    before = {name: (run / name).read_bytes() for name in ("manifest.parquet", "_SUCCESS")}
+    extract_again(run)
+    assert {name: (run / name).read_bytes() for name in before} == before, "nothing was wrong with them"
+    assert command(run).exit_code == 0
+    assert (run / "data/notes.txt").exists()
+    (run / "data/notes.txt").unlink()
+    assert_whole(run)
+
+
+def test_parts_of_a_run_that_is_not_finished_are_reported_and_no_fault(run: Path) -> None:
+    reopen(LocalStore(run), [1])
+    expected = leftovers(run)
+    result = command(run)
+    assert result.exit_code == 0
+    assert {file["key"] for file in json.loads(result.stdout)["unnamed"]} == expected
+    assert "the end of the run deletes" in CliRunner().invoke(main, ["verify", str(run)]).stdout
+
+
+@pytest.mark.parametrize("key", ["/etc/shard-000001-0000000000a1.parquet", "data/../../other/data/shard-000001-0000000000a1.parquet"])
+def test_verify_follows_no_key_out_of_the_run(run: Path, key: str) -> None:
+    store = LocalStore(run)
+    job = read_job(store)
+    assert job is not None
+    commit = read_commit(store, job, 1)
+    store.put(commit_key(1), replace(commit, parts=(replace(commit.parts[0], key=key), *commit.parts[1:])).to_json())
+    (damage,) = verify(store, checksums=True).damages
+    assert damage.key == commit_key(1)
+    assert repr(key) in damage.problem
 
 
 def test_a_damaged_sequences_file_is_named_and_nothing_is_deleted(run: Path) -> None:

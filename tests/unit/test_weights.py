@@ -267,7 +267,7 @@ def test_progress_grows_to_what_is_needed(originals: dict[str, Path]) -> None:
     reports: list[tuple[int, int]] = []
     checkpoint = open_checkpoint(str(originals["fp8"]))
     decoder = DecoderSpan(build_skeleton(checkpoint.config, torch.bfloat16), LayerSpan(0, 3), torch.device("cpu"))
-    needed_bytes = load_weights(checkpoint, decoder, lambda read, needed: reports.append((read, needed)))
+    needed_bytes = load_weights(checkpoint, decoder, lambda read, needed: reports.append((read, needed))).needed_bytes
     reads = [read for read, _ in reports]
     assert reads == sorted(reads)
     assert (reads[0], reads[-1]) == (0, needed_bytes)

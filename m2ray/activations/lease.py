@@ -1,0 +1,204 @@
+"""Lease: which driver is at a run. It saves a second one from working in vain; that rows count once never rests on it.
+
+The holder creates `_lease/00000001.json`, then, every few seconds, the next number, each only if absent, and deletes the ones before.
+Nothing is ever overwritten, and no clock is compared with another machine's: whoever finds a lease watches by its own clock whether
+another number comes. At its end a driver deletes what it created.
+"""
+
+import json
+import os
+import re
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from uuid import uuid4
+
+from pydantic import TypeAdapter
+
+from m2ray.activations.job import read_record, utc_now
+from m2ray.activations.schema import FORMAT_VERSION, LEASE_FOLDER
+from m2ray.errors import AlreadyExistsError, RunConflictError, RunDamagedError, StoreError
+from m2ray.storage import Store
+
+PERIOD_S = 5.0
+"""How often a lease is renewed."""
+
+_PATIENCE_PERIODS = 4
+_LONGEST_PERIOD_S = 15.0
+_WATCH_S = 0.5
+_CLOSING_S = 5.0
+_KEY = re.compile(rf"{LEASE_FOLDER}/(\d{{8,}})\.json")
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who holds a lease: a driver process. `driver` is unlike any other's; `since` is UTC, ISO 8601, for people."""
+
+    format_version: int
+    driver: str
+    host: str
+    pid: int
+    since: str
+    period_s: float
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host!r}, since {self.since}"
+
+    @property
+    def patience_s(self) -> float:
+        """How long it may give no sign."""
+        return _PATIENCE_PERIODS * min(max(self.period_s, 0.0), _LONGEST_PERIOD_S)
+
+
+_HOLDER = TypeAdapter(Holder)
+_UNKNOWN = Holder(FORMAT_VERSION, "", "an unknown host", 0, "an unknown time", PERIOD_S)
+
+
+def read_holder(store: Store) -> Holder | None:
+    """Who holds the lease of a run, whether alive or not; None if nobody does. Raises StoreError."""
+    newest = _newest(store)
+    return newest[1] if newest else None
+
+
+@contextmanager
+def held(
+    store: Store, say: Callable[[str], None], on_lost: Callable[[str], None], *, wait: bool = False, period_s: float = PERIOD_S
+) -> Iterator[bool]:
+    """Hold the lease of a run for the length of a context, which gets whether another driver held it before.
+
+    Args:
+        store: the run folder.
+        say: takes a line for the person who waits.
+        on_lost: called on another thread, with the reason, if another driver took the lease over: this one gave no sign for too long.
+        wait: wait for the end of a driver that is at work, however long that takes.
+        period_s: how often the lease is renewed; another driver waits four times as long for a sign.
+
+    Raises:
+        RunConflictError: another driver is at work.
+        StoreError: the store refuses.
+    """
+    own = Holder(FORMAT_VERSION, uuid4().hex, socket.gethostname(), os.getpid(), utc_now(), period_s)
+    number, is_second = _acquire(store, own, say, wait=wait)
+    lease = _Lease(store, own, number, say, on_lost)
+    try:
+        yield is_second
+    finally:
+        lease.close()
+
+
+class _Lease:
+    """A lease that is renewed on a thread of its own."""
+
+    def __init__(self, store: Store, own: Holder, number: int, say: Callable[[str], None], on_lost: Callable[[str], None]) -> None:
+        self._store = store
+        self._own = own
+        self._number = number
+        self._say = say
+        self._on_lost = on_lost
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="lease", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Delete it, so that the next driver starts at once. A store that does not answer keeps nobody waiting for long."""
+        self._ended.set()
+        self._thread.join(_CLOSING_S)
+
+    def _run(self) -> None:
+        is_told = False
+        while not self._ended.wait(self._own.period_s):
+            try:
+                taken_by = self._renew()
+            except StoreError as error:
+                if not is_told:
+                    self._say(f"This driver's lease of the run could not be renewed, and is tried again: {error}")
+                is_told = True
+                continue
+            is_told = False
+            if taken_by:
+                self._on_lost(f"Another driver took the run over, since this one gave no sign for {self._own.patience_s:g} s: {taken_by}.")
+                return
+        try:  # the others' numbers are higher
+            self._store.delete([key for number, key in _keys(self._store) if number <= self._number])
+        except StoreError as error:
+            self._say(f"This driver's lease could not be given back; the next one waits {self._own.patience_s:g} s for it: {error}")
+
+    def _renew(self) -> Holder | None:
+        """Create the next number and delete those before. Gives who took the lease over, if somebody did."""
+        keys = _keys(self._store)
+        number = max([self._number, *(number for number, _ in keys)])
+        if number == self._number and _create(self._store, number + 1, self._own):
+            self._number = number + 1
+            self._store.delete([key for older, key in keys if older <= number])
+            return None
+        newest = _newest(self._store)
+        return newest[1] if newest and newest[1].driver != self._own.driver else None
+
+
+def _acquire(store: Store, own: Holder, say: Callable[[str], None], *, wait: bool) -> tuple[int, bool]:
+    """The number under which the lease was created, and whether another driver held it before."""
+    is_second = False
+    while True:
+        found = _newest(store)
+        if found is None:
+            if _create(store, 1, own):
+                return 1, is_second
+            continue
+        if not is_second:
+            say(f"A driver may be at this run ({found[1]}): waiting up to {found[1].patience_s:g} s for a sign of it.")
+        is_second = True
+        now = _watched(store, found)
+        if now == found:
+            if _create(store, found[0] + 1, own):
+                say("None came: this driver takes the run over.")
+                return found[0] + 1, is_second
+        elif now and not wait:
+            raise RunConflictError(
+                f"Another driver is at the run at {store.url}: {now[1]}.",
+                "Wait for its end, or give --wait, which waits for it; `m2ray inspect` shows how far it is.",
+            )
+        elif now:
+            say(f"{now[1]} is at work: waiting for its end.")
+            while now and now != (found := now):
+                now = _watched(store, found)
+
+
+def _watched(store: Store, found: tuple[int, Holder]) -> tuple[int, Holder] | None:
+    """What is the newest once it is not `found` any more, `found` itself if nothing comes in time, None at the end of the lease."""
+    deadline = time.monotonic() + found[1].patience_s
+    while (now := _newest(store)) == found and time.monotonic() < deadline:
+        time.sleep(min(_WATCH_S, found[1].patience_s / 16))
+    return now
+
+
+def _newest(store: Store) -> tuple[int, Holder] | None:
+    """The highest number and its holder; None if there is none."""
+    while keys := sorted(_keys(store)):
+        number, key = keys[-1]
+        try:
+            return number, read_record(store, key, _HOLDER)
+        except RunDamagedError:
+            return number, _UNKNOWN
+        except StoreError:
+            if store.size(key) is not None:
+                raise  # else it was renewed or given back between the listing and the look
+    return None
+
+
+def _keys(store: Store) -> list[tuple[int, str]]:
+    found = ((_KEY.fullmatch(key), key) for key, _ in store.list(LEASE_FOLDER))
+    return [(int(match[1]), key) for match, key in found if match]
+
+
+def _create(store: Store, number: int, own: Holder) -> bool:
+    """Whether the number was free, or is this driver's own: an answer may have been lost."""
+    key = f"{LEASE_FOLDER}/{number:08d}.json"
+    try:
+        store.create(key, json.dumps(asdict(own)).encode())
+    except AlreadyExistsError:
+        newest = _newest(store)
+        return newest is not None and newest[0] == number and newest[1].driver == own.driver
+    return True

@@ -1,0 +1,103 @@
+"""WeightsRecord: `weights.json`, which weights a run's rows come from. Created before its first row, and never changed.
+
+The fingerprint in job.json is of a checkpoint's names, sizes and headers, which two checkpoints of one kind share; this is of what was loaded.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+
+from pydantic import TypeAdapter
+
+from m2ray.activations.job import JobRecord, read_record
+from m2ray.activations.records import committed_shards
+from m2ray.activations.schema import FORMAT_VERSION
+from m2ray.errors import AlreadyExistsError, RunConflictError, RunDamagedError
+from m2ray.storage import Store
+
+WEIGHTS_KEY = "weights.json"
+
+
+@dataclass(frozen=True)
+class WeightsRecord:
+    """The digests of what a run's chains load (m2ray.model.digests).
+
+    Attributes:
+        embedding: of what runs before the first layer.
+        layers: of each layer, from 0 to the last one that the run asks for.
+    """
+
+    format_version: int
+    run_id: str
+    embedding: str
+    layers: tuple[str, ...]
+
+    def to_json(self) -> bytes:
+        return json.dumps(asdict(self), indent=2).encode()
+
+
+def hold_weights(store: Store, job: JobRecord, loaded: Mapping[int | None, str]) -> None:
+    """Record what a chain has loaded, or hold it against what the run's record says. To be called before the chain's first row.
+
+    Args:
+        loaded: the digest of each of the chain's layers, and at None that of what runs before the first one.
+
+    Raises:
+        RunConflictError: the chain has loaded other weights than the run's rows come from, named by layer; or rows were committed
+            by an m2ray that did not record its weights.
+        RunDamagedError: weights.json is not understood, or another run's.
+        StoreError: it cannot be written or read.
+    """
+    layers = tuple(digest for _, digest in sorted((layer, digest) for layer, digest in loaded.items() if layer is not None))
+    found = WeightsRecord(FORMAT_VERSION, job.run_id, loaded[None], layers)
+    # In this order: whoever commits has created the record before.
+    has_rows = bool(committed_shards(store))
+    if store.size(WEIGHTS_KEY) is None:
+        if has_rows:
+            what = f"The run at {store.url} has committed shards and no {WEIGHTS_KEY}: which weights they come from is not known."
+            raise RunConflictError(what, "Restore that file if it was deleted; a run of an earlier m2ray has none: give another output.")
+        try:
+            store.create(WEIGHTS_KEY, found.to_json())
+        except AlreadyExistsError:
+            pass  # another chain was first
+        else:
+            return
+    _require_same(store, read_weights(store, job), found)
+
+
+def read_weights(store: Store, job: JobRecord) -> WeightsRecord:
+    """The record of a run that has one. Raises RunDamagedError, RunConflictError (a newer format) or StoreError."""
+    record = read_record(store, WEIGHTS_KEY, _WEIGHTS)
+    if record.run_id != job.run_id:
+        raise RunDamagedError(
+            f"{WEIGHTS_KEY} of the run at {store.url} is of run {record.run_id}; job.json is of run {job.run_id}.",
+            "The folder holds files of several runs: restore it.",
+        )
+    return record
+
+
+def _require_same(store: Store, recorded: WeightsRecord, found: WeightsRecord) -> None:
+    numbers = range(max(len(recorded.layers), len(found.layers)))
+    differing = [layer for layer in numbers if recorded.layers[layer : layer + 1] != found.layers[layer : layer + 1]]
+    words = ["the embedding"] if recorded.embedding != found.embedding else []
+    words += [f"layer{'s' if len(differing) > 1 else ''} {_ranges(differing)}"] if differing else []
+    if words:
+        raise RunConflictError(
+            f"The weights that the stages have loaded are not those of the run at {store.url}: {' and '.join(words)} of "
+            f"{len(found.layers)} layers differ from what its {WEIGHTS_KEY} says.",
+            "Put the files back with which the run began, on every node, or give another output.",
+        )
+
+
+def _ranges(numbers: Iterable[int]) -> str:
+    """Ascending numbers in words: 0-3, 7."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][1] == number - 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+
+
+_WEIGHTS = TypeAdapter(WeightsRecord)

@@ -1,0 +1,92 @@
+"""ChatTemplate: messages to text by the model's own template, with a date that does not change overnight."""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import date, datetime, time
+from types import SimpleNamespace
+from typing import Any
+
+import xxhash
+from jinja2 import TemplateError
+from transformers.utils import chat_template_utils
+
+from m2ray.errors import PromptsError
+from m2ray.prompts.columns import TEMPLATE_OPTIONS
+from m2ray.prompts.rows import PromptRow
+
+# What a template written for other messages raises: its own raise_exception(), or Python's errors on their values.
+_TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RecursionError)
+
+_CLOCK = "strftime_now"
+"""The function that templates ask for the date."""
+
+_NO_TOOLS: list[Any] = []
+
+
+class RefusedError(ValueError):
+    """The reason why a row cannot be rendered."""
+
+
+class ChatTemplate:
+    """The template of a transformers tokenizer. `digest` is xxh3-128 of its text, or "" if the model has none."""
+
+    def __init__(self, tokenizer: Any, day: date) -> None:
+        self._tokenizer = tokenizer
+        self._midnight = datetime.combine(day, time())
+        text = _text(tokenizer)
+        self.digest = xxhash.xxh3_128(text.encode()).hexdigest() if text is not None else ""
+        self.reads_date = text is not None and _CLOCK in text
+        self._reserved = {*inspect.signature(tokenizer.apply_chat_template).parameters, "messages", _CLOCK}
+
+    def require(self) -> None:
+        """Raise PromptsError if the model has no chat template, or one whose date cannot be set."""
+        if not self.digest:
+            raise PromptsError(
+                "The prompts are chat messages, but the model's tokenizer has no chat template.",
+                "Give the prompts as text, or a model with a chat template.",
+            )
+        if self.reads_date:
+            self._require_date()
+
+    def render(self, row: PromptRow) -> str:
+        """The text of a row's messages. Raises RefusedError."""
+        options = dict(row.template_options or {})
+        if taken := sorted(self._reserved & options.keys()):
+            raise RefusedError(f"{TEMPLATE_OPTIONS}: {', '.join(map(repr, taken))} cannot be set for one row")
+        try:
+            return self._render(row.messages, tools=row.tools, **options)
+        except _TEMPLATE_ERRORS as error:
+            raise RefusedError(f"the chat template refuses it: {str(error) or type(error).__name__}") from error
+
+    def _render(self, messages: Any, **options: Any) -> str:
+        with _telling(self._midnight):
+            return str(self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False, **options))
+
+    def _require_date(self) -> None:
+        told = self._render([{"role": "user", "content": ""}], chat_template=f"{{{{ {_CLOCK}('%Y-%m-%d') }}}}")
+        if told != f"{self._midnight:%Y-%m-%d}":
+            raise PromptsError(
+                f"The chat template reads the date, and this transformers tells it {told}, not {self._midnight:%Y-%m-%d}.",
+                "Install the version of transformers that m2ray was tested with.",
+            )
+
+
+def _text(tokenizer: Any) -> str | None:
+    """The template that apply_chat_template uses and, if there is one, that for rows with tools; None without."""
+    try:
+        texts = [str(tokenizer.get_chat_template(tools=tools)) for tools in (None, _NO_TOOLS)]
+    except ValueError:  # transformers' word for: none, or several without a default
+        return None
+    return "\0".join(dict.fromkeys(texts))
+
+
+@contextmanager
+def _telling(now: datetime) -> Iterator[None]:
+    """The strftime_now of transformers asks its own module's `datetime` for the time, and there is no other way to tell it one."""
+    real = chat_template_utils.datetime
+    chat_template_utils.datetime = SimpleNamespace(now=lambda: now)
+    try:
+        yield
+    finally:
+        chat_template_utils.datetime = real

@@ -1,0 +1,176 @@
+"""Beginning a run: job.json and what it names belong together, whatever the store, another driver or a hand on the prompts does."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from m2ray.activations.job import read_job
+from m2ray.chain import extract
+from m2ray.chain.checking import Inputs, check
+from m2ray.chain.probing import Hardware
+from m2ray.chain.progress import Progress
+from m2ray.chain.stopping import Stop
+from m2ray.config import ExtractConfig
+from m2ray.errors import ClusterError, RunConflictError, StoreError
+from m2ray.planning.hardware import Cluster, Gpu, Node
+from m2ray.prompts import PromptTokenizer, load_shards
+from m2ray.storage import LocalStore
+from tests.reference import make_minimax
+
+MANY = Gpu(0, "NVIDIA H200", 150 * 10**9, 150 * 10**9)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_minimax(tmp_path_factory.mktemp("model") / "model", "fp8")
+
+
+@pytest.fixture
+def config(model: Path, tmp_path: Path) -> ExtractConfig:
+    (tmp_path / "prompts.txt").write_text("".join(f"sea wind stone {number}\n" for number in range(30)))
+    options: dict[str, Any] = {"batch_tokens": 256, "shard_tokens": 300, "compile": False}
+    return ExtractConfig(model=str(model), prompts=str(tmp_path / "prompts.txt"), output=str(tmp_path / "run"), **options)
+
+
+@pytest.fixture
+def while_ray_starts(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Callable[[], object]]]:
+    """What is done once the prompts were surveyed, and before the run is claimed."""
+    steps: list[Callable[[], object]] = []
+
+    @contextmanager
+    def hardware(_: ExtractConfig) -> Iterator[Hardware]:
+        while steps:
+            steps.pop(0)()
+        yield Hardware(Cluster((Node("here", (MANY,)),)), {"here": "0"}, {"here": 8.0})
+
+    monkeypatch.setattr(extract, "_hardware", hardware)
+    return steps
+
+
+def begin(config: ExtractConfig, store: LocalStore | None = None) -> extract._Work:
+    inputs: Inputs = check(config)
+    if store:
+        inputs = extract.replace(inputs, store=store)
+    with ExitStack() as stack, Progress() as progress:
+        _, work, _ = extract._begin(inputs, stack, Stop(), progress)
+    work.tokens.close()
+    return work
+
+
+def go_on(config: ExtractConfig) -> extract._Work:
+    inputs = check(config)
+    recorded = read_job(inputs.store)
+    assert recorded is not None
+    with Progress() as progress:
+        work = extract._resume(inputs, recorded, progress)
+    work.tokens.close()
+    return work
+
+
+def surveys(config: ExtractConfig) -> list[str]:
+    return sorted(key for key, _ in LocalStore(Path(config.output)).list("sequences"))
+
+
+class Failing(LocalStore):
+    """A disk that does what it is told and says that it failed, or fails from a moment on."""
+
+    def __init__(self, root: str, at: str) -> None:
+        super().__init__(Path(root))
+        self.at = at
+        self.is_claimed = False
+
+    def create(self, key: str, data: Any) -> None:
+        super().create(key, data)
+        if key == "job.json":
+            self.is_claimed = True
+            if self.at == "answer":
+                raise StoreError("the answer was lost")
+
+    def list(self, prefix: str) -> Iterator[tuple[str, int]]:
+        if self.is_claimed and self.at == "listing":
+            raise StoreError("the disk is gone")
+        return super().list(prefix)
+
+    def delete_unfinished(self) -> int:
+        if self.is_claimed and self.at == "sweep":
+            raise StoreError("the disk is gone")
+        return super().delete_unfinished()
+
+
+@pytest.mark.usefixtures("while_ray_starts")
+@pytest.mark.parametrize("at", ["answer", "listing", "sweep"])
+def test_what_job_json_names_stays_after_an_error_of_the_store(config: ExtractConfig, at: str) -> None:
+    with pytest.raises(StoreError):
+        begin(config, Failing(config.output, at))
+    recorded = read_job(LocalStore(Path(config.output)))
+    assert [file.key for file in recorded.sequence_files] == surveys(config)
+    work = go_on(config)
+    assert len(work.run.missing(work.shards)) == recorded.num_shards > 0
+
+
+def test_before_job_json_a_survey_is_deleted_on_the_way_out(config: ExtractConfig, while_ray_starts: list[Callable[[], object]]) -> None:
+    def no_room() -> None:
+        assert surveys(config)
+        raise ClusterError("no room")
+
+    while_ray_starts.append(no_room)
+    with pytest.raises(ClusterError):
+        begin(config)
+    assert surveys(config) == []
+
+
+def test_prompts_that_change_between_the_survey_and_the_claim_are_not_those_of_the_run(
+    config: ExtractConfig, while_ray_starts: list[Callable[[], object]]
+) -> None:
+    before = check(config).source.fingerprint()
+    while_ray_starts.append(lambda: Path(config.prompts).write_text("other prompts\n" * 60))
+    work = begin(config)
+    assert work.run.job.fingerprints["prompts"] == before
+    assert work.run.job.counts.sequences == 30
+    with pytest.raises(RunConflictError, match=r"fingerprints\.prompts"):
+        go_on(config)
+
+
+def test_of_two_drivers_that_begin_the_second_goes_on_by_the_survey_of_the_first(
+    config: ExtractConfig, while_ray_starts: list[Callable[[], object]]
+) -> None:
+    first: list[extract._Work] = []
+    while_ray_starts.append(lambda: first.append(begin(config)))
+    second = begin(config)
+    assert second.run.job == first[0].run.job
+    assert surveys(config) == [file.key for file in second.run.job.sequence_files], "the second one's own is gone"
+    assert [shard.index for shard in second.shards] == list(range(second.run.job.num_shards))
+
+
+def test_two_drivers_whose_surveys_differ_cannot_share_a_run(
+    config: ExtractConfig, while_ray_starts: list[Callable[[], object]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same files, options and template: but a template that writes the date gives other tokens tomorrow, and as many."""
+    encode = PromptTokenizer.encode
+
+    def tomorrow() -> None:
+        monkeypatch.setattr(PromptTokenizer, "encode", lambda self, rows: [ids[::-1] for ids in encode(self, rows)])
+        begin(config)
+        monkeypatch.setattr(PromptTokenizer, "encode", encode)
+
+    while_ray_starts.append(tomorrow)
+    with pytest.raises(RunConflictError, match="gives other tokens"):
+        begin(config)
+    recorded = read_job(LocalStore(Path(config.output)))
+    assert surveys(config) == [file.key for file in recorded.sequence_files]
+    assert len(load_shards(LocalStore(Path(config.output)), recorded.sequence_files)) == recorded.num_shards
+
+
+def test_two_drivers_of_other_prompts_cannot_share_a_run(config: ExtractConfig, while_ray_starts: list[Callable[[], object]]) -> None:
+    def other() -> None:
+        Path(config.prompts).write_text("".join(f"sea wind store {number}\n" for number in range(30)))
+        begin(config)
+
+    while_ray_starts.append(other)
+    with pytest.raises(RunConflictError, match=r"fingerprints\.prompts"):
+        begin(config)
+    recorded = read_job(LocalStore(Path(config.output)))
+    assert surveys(config) == [file.key for file in recorded.sequence_files]

@@ -1,0 +1,191 @@
+"""Chats with tools, options and a date: the same tokens from every format, and the ones that transformers gives."""
+
+import csv
+import json
+import shutil
+from datetime import date
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from datasets.utils.logging import disable_progress_bar
+from transformers import AutoTokenizer
+from transformers.utils import chat_template_utils
+
+from m2ray.errors import PromptsError
+from m2ray.options import PromptOptions
+from m2ray.prompts import PromptRow, PromptSource, PromptTokenizer, chat_template
+
+TINY = Path(__file__).parents[1] / "data" / "prompts" / "tokenizer"
+
+TEMPLATE = (
+    "{{ bos_token }}{% if tools %}{{ tools | tojson }}{% endif %}{% if thinking %}<think {{ thinking }}>{% endif %}"
+    "{% for message in messages %}<|start|>{{ message.role }} {{ message.keys() | sort | join(' ') }}\n"
+    "{% if message.content is defined %}{{ message.content }}{% endif %}"
+    "{% for call in message.tool_calls or [] %}{{ call | tojson }}{% endfor %}<|end|>{% endfor %}"
+)
+
+
+def call(name: str, **arguments: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def tool(name: str, **properties: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "parameters": {"type": "object", "properties": properties}}}
+
+
+ROWS: list[dict[str, Any]] = [
+    {
+        "messages": [
+            {"role": "user", "content": "Weather in Oslo?"},
+            {"role": "assistant", "content": None, "tool_calls": [call("weather", city="Oslo")]},
+            {"role": "tool", "content": "rain", "name": "weather"},
+        ],
+        "tools": [tool("weather", city={"type": "string"})],
+    },
+    {
+        "messages": [{"role": "assistant", "tool_calls": [call("add", a=1, b=[2, None]), call("now")]}],
+        "tools": [tool("add", a={"type": "integer"}, b={"type": "integer", "minimum": 0})],
+        "chat_template_kwargs": {"thinking": "hard"},
+    },
+    {"messages": [{"role": "user", "content": "No tools here."}], "chat_template_kwargs": {"unused": True}},
+]
+COLUMNS = ("messages", "tools", "chat_template_kwargs")
+
+
+@pytest.fixture(autouse=True)
+def _quiet_datasets() -> None:
+    disable_progress_bar()
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    folder = Path(shutil.copytree(TINY, tmp_path / "model"))
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    return folder
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    """The rows as the name says: with structs, as JSON values of Arrow's own type, or as strings of JSON."""
+    json_lists = datasets.Features({"messages": datasets.List(datasets.Json()), "tools": datasets.Json(), COLUMNS[2]: datasets.Json()})
+    by_column = {name: [row.get(name) for row in rows] for name in COLUMNS}
+    as_strings = {name: [None if value is None else json.dumps(value) for value in values] for name, values in by_column.items()}
+    if path.name == "structs.parquet":
+        pq.write_table(pa.table(by_column), path)
+    elif path.name == "structs":
+        datasets.Dataset.from_dict(by_column).save_to_disk(path)
+    elif path.name == "json":
+        datasets.Dataset.from_dict(by_column, features=json_lists).save_to_disk(path)
+    elif path.name == "json.parquet":
+        datasets.Dataset.from_dict(by_column, features=json_lists).to_parquet(path)
+    elif path.name == "strings.parquet":
+        pq.write_table(pa.table(as_strings), path)
+    elif path.suffix == ".csv":
+        with path.open("w", newline="") as file:
+            csv.writer(file).writerows([COLUMNS, *zip(*as_strings.values(), strict=True)])
+    else:
+        write_jsonl(path, rows)
+    return path
+
+
+def tokens_of(path: Path, model: Path, **options: Any) -> list[Any]:
+    chosen = PromptOptions(str(path), 10_000, **options)
+    encoded = PromptTokenizer.load(str(model), chosen, 320).encode(list(PromptSource.open(chosen).rows()))
+    return [ids if isinstance(ids, str) else ids.tolist() for ids in encoded]
+
+
+def of_transformers(model: Path, row: dict[str, Any]) -> Any:
+    options = {"tokenize": True, "return_dict": False, **(row.get("chat_template_kwargs") or {})}
+    return AutoTokenizer.from_pretrained(str(model)).apply_chat_template(row["messages"], tools=row.get("tools"), **options)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "structs.parquet", "structs", "json", "json.parquet", "strings.parquet", "a.csv"])
+def test_every_format_gives_the_tokens_of_transformers(model: Path, tmp_path: Path, name: str) -> None:
+    assert tokens_of(write(tmp_path / name, ROWS), model) == [of_transformers(model, row) for row in ROWS]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "json", "json.parquet", "strings.parquet"])
+def test_a_null_that_is_the_rows_own_stays(model: Path, tmp_path: Path, name: str) -> None:
+    rows = [{"messages": [{"role": "assistant", "content": None, "tool_calls": [call("add", a=None)]}]}]
+    (tokens,) = tokens_of(write(tmp_path / name, rows), model)
+    assert tokens == of_transformers(model, rows[0])
+    assert '"a": null' in AutoTokenizer.from_pretrained(str(model)).decode(tokens)
+
+
+def test_maps_are_objects(model: Path, tmp_path: Path) -> None:
+    arguments = pa.map_(pa.string(), pa.string())
+    calls = pa.list_(pa.struct({"function": pa.struct({"name": pa.string(), "arguments": arguments})}))
+    kind = pa.list_(pa.struct({"role": pa.string(), "content": pa.string(), "tool_calls": calls}))
+    chat = [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"z": "1", "a": None}}}]}]
+    pairs = [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": [("z", "1"), ("a", None)]}}]}]
+    pq.write_table(pa.table({"messages": pa.array([pairs], kind)}), tmp_path / "a.parquet")
+    assert tokens_of(tmp_path / "a.parquet", model) == [of_transformers(model, {"messages": chat})]
+
+
+def test_text_that_is_no_json_in_a_json_column_costs_only_its_row(model: Path, tmp_path: Path) -> None:
+    texts = pa.array(['[{"role": "user", "content": "hi"}]', "[{"], pa.string())
+    pq.write_table(pa.table({"messages": pa.ExtensionArray.from_storage(pa.json_(), texts)}), tmp_path / "a.parquet")
+    good, bad = tokens_of(tmp_path / "a.parquet", model)
+    assert good == of_transformers(model, {"messages": [{"role": "user", "content": "hi"}]})
+    assert bad.startswith("malformed JSON: ")
+
+
+@pytest.mark.parametrize(
+    ("others", "reason"),
+    [
+        ({"tools": "not json"}, "tools are neither a list nor a list in JSON"),
+        ({"tools": {"type": "function"}}, "tools are not a list but dict"),
+        ({"tools": ["weather"]}, "tools: tool 0 is not an object but str"),
+        ({"chat_template_kwargs": [1]}, "chat_template_kwargs is not an object but list"),
+        (
+            {"chat_template_kwargs": {"tokenize": True, "chat_template": "x"}},
+            "chat_template_kwargs: 'chat_template', 'tokenize' cannot be set",
+        ),
+    ],
+)
+def test_what_no_template_could_take_is_quarantined(model: Path, tmp_path: Path, others: dict[str, Any], reason: str) -> None:
+    messages = [{"role": "user", "content": "hi"}]
+    good, bad = tokens_of(write_jsonl(tmp_path / "a.jsonl", [{"messages": messages}, {"messages": messages, **others}]), model)
+    assert good == of_transformers(model, {"messages": messages})
+    assert bad.startswith(reason)
+
+
+def test_another_tools_column_is_used_when_named(model: Path, tmp_path: Path) -> None:
+    row = {"messages": ROWS[0]["messages"], "functions": ROWS[0]["tools"]}
+    path = write_jsonl(tmp_path / "a.jsonl", [row])
+    assert tokens_of(path, model, tools_column="functions") == [of_transformers(model, ROWS[0])]
+    with pytest.raises(PromptsError, match="has no column 'absent'. Set tools_column to one of its columns: 'functions', 'messages'"):
+        tokens_of(path, model, tools_column="absent")
+
+
+# -- the date ---------------------------------------------------------------------------------------------------------
+
+DATED = "{%- macro today() %}{{ strftime_now('%d %b %Y %H:%M') }}{% endmacro %}{{ today() }}: {{ messages[0].content }}"
+CHAT = [{"role": "user", "content": "hi"}]
+
+
+def test_a_template_is_told_the_day_of_the_run(model: Path) -> None:
+    (model / "chat_template.jinja").write_text(DATED)
+    tokenizer = PromptTokenizer.load(str(model), PromptOptions("unused", 100, template_date=date(2025, 2, 3)), 320)
+    (ids,) = tokenizer.encode([PromptRow(0, "0", messages=CHAT)])
+    reference = AutoTokenizer.from_pretrained(str(model))
+    assert not isinstance(ids, str)
+    assert reference.decode(ids.tolist()) == "03 Feb 2025 00:00: hi"
+    assert "03 Feb 2025" not in reference.apply_chat_template(CHAT, tokenize=False), "others are told the time as before"
+
+
+def test_a_transformers_that_cannot_be_told_the_day_is_refused(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (model / "chat_template.jinja").write_text(DATED)
+    tokenizer = PromptTokenizer.load(str(model), PromptOptions("unused", 100, template_date=date(2025, 2, 3)), 320)
+    monkeypatch.setattr(chat_template, "chat_template_utils", SimpleNamespace(datetime=chat_template_utils.datetime))
+    with pytest.raises(PromptsError, match="tells it 2.*, not 2025-02-03"):
+        tokenizer.encode([PromptRow(0, "0", messages=CHAT)])

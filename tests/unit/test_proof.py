@@ -1,0 +1,130 @@
+"""The proof on a tiny copy: what is not causal is refused though nobody listed its field, every family that is run passes."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from m2ray.chain.checking import check
+from m2ray.config import ExtractConfig
+from m2ray.errors import CheckpointError, M2rayError
+from m2ray.model import families, proof
+from m2ray.model.families import VERIFIED, parse_config
+from m2ray.model.proof import prove
+from m2ray.model.tiny import WINDOW, kept_layers, tiny_copy
+from tests.reference import DATA, make_family
+
+LLAMA_ROPE = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "m2ray" / "proofs"
+
+
+def fields_of(model_type: str) -> dict[str, Any]:
+    path = DATA / "families" / f"{model_type}.json"
+    path = path if path.exists() else DATA / model_type / "config.json"
+    return dict(json.loads(path.read_text()))
+
+
+def unchecked(model_type: str, **fields: Any) -> Any:
+    """A configuration as transformers reads it, past what m2ray refuses by name."""
+    return CONFIG_MAPPING[model_type].from_dict({**fields_of(model_type), **fields})
+
+
+@pytest.mark.parametrize("model_type", VERIFIED)
+def test_every_family_is_proved_in_a_moment_and_again_from_the_cache(model_type: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = parse_config(json.dumps(fields_of(model_type)).encode())
+    began = time.monotonic()
+    prove(config)
+    assert time.monotonic() - began < 5
+    assert len(list(cache.iterdir())) == 1  # proved, not let in unseen
+    monkeypatch.setattr(proof, "_probe", lambda *_: pytest.fail("was proved before"))
+    prove(config)
+
+
+@pytest.mark.parametrize("model_type", VERIFIED)
+def test_a_field_that_makes_a_family_look_ahead_is_found_though_nobody_listed_it(model_type: str, cache: Path) -> None:
+    with pytest.raises(CheckpointError, match=rf"(?s)a tiny {model_type} .* the tokens after them.*right-padded"):
+        prove(unchecked(model_type, is_causal=False))
+    assert not cache.exists()
+
+
+@pytest.mark.parametrize("model_type", ["gemma", "gemma3_text"])  # gemma2's eager attention gets a causal mask all the same
+def test_use_bidirectional_attention_is_found_where_transformers_honours_it(model_type: str) -> None:
+    with pytest.raises(CheckpointError, match="the tokens after them"):
+        prove(unchecked(model_type, use_bidirectional_attention=True))
+
+
+def test_rows_that_change_with_their_company_are_found() -> None:
+    with pytest.raises(CheckpointError, match=r"^config\.json: rows of a tiny llama .* right-padded beside a longer one"):
+        prove(unchecked("llama", rope_parameters=LLAMA_ROPE, max_position_embeddings=12))
+
+
+@pytest.mark.parametrize("model_type", VERIFIED)
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"is_causal": False}, "is_causal = False"),
+        ({"is_causal": None}, "is_causal = None"),
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention = True"),
+        ({"text_config": {"is_causal": False}}, r"text_config\.is_causal = False"),
+        ({"text_config": {"use_bidirectional_attention": "all"}}, r"text_config\.use_bidirectional_attention = all"),
+    ],
+)
+def test_known_fields_are_refused_by_name_and_value(model_type: str, fields: dict[str, Any], named: str) -> None:
+    with pytest.raises(CheckpointError, match=rf"config\.json: {named}: the model is not causal"):
+        parse_config(json.dumps({**fields_of(model_type), **fields}).encode())
+
+
+@pytest.mark.parametrize("fields", [{"is_causal": True}, {"use_bidirectional_attention": False}, {"use_bidirectional_attention": None}])
+def test_the_same_fields_that_say_causal_are_read(fields: dict[str, Any]) -> None:
+    prove(parse_config(json.dumps({**fields_of("qwen3"), **fields}).encode()))
+
+
+def test_an_extraction_is_proved_before_ray_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_family(tmp_path / "model", "qwen3")
+    path = model / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "is_causal": False}))
+    (tmp_path / "prompts.txt").write_text("a\n")
+    config = ExtractConfig(model=str(model), prompts=str(tmp_path / "prompts.txt"), output=str(tmp_path / "run"))
+    with pytest.raises(M2rayError, match="is_causal = False"):
+        check(config)
+    monkeypatch.setattr(families, "_not_causal", lambda _: [])
+    with pytest.raises(M2rayError, match="the tokens after them"):
+        check(config)
+
+
+def test_a_max_length_beyond_learned_positions_is_refused_from_the_configuration(tmp_path: Path) -> None:
+    model = make_family(tmp_path / "model", "gpt2")
+    (tmp_path / "prompts.txt").write_text("a\n")
+    config = ExtractConfig(model=str(model), prompts=str(tmp_path / "prompts.txt"), output=str(tmp_path / "run"), max_length=129)
+    with pytest.raises(M2rayError, match=r"max_length = 129, but a gpt2 of config\.json has learned 128 positions\. Set max_length to 128"):
+        check(config)
+
+
+def test_a_tiny_copy_keeps_ratios_and_every_kind_of_layer() -> None:
+    minimax = tiny_copy(parse_config(json.dumps(fields_of("minimax_m2")).encode()))
+    assert minimax.num_hidden_layers <= 3
+    assert minimax.num_attention_heads // minimax.num_key_value_heads == 6
+    assert (minimax.head_dim, minimax.rotary_dim, minimax.rope_parameters["partial_rotary_factor"]) == (128, 64, 0.5)
+    assert minimax.num_local_experts == 16
+    assert minimax.num_experts_per_tok == 8
+    deep = tiny_copy(unchecked("deepseek_v3", first_k_dense_replace=3, num_hidden_layers=61, n_routed_experts=256, n_group=8, topk_group=4))
+    assert (deep.num_hidden_layers, deep.n_routed_experts, deep.first_k_dense_replace) == (5, 32, 3)
+    gemma = unchecked("gemma3_text", num_hidden_layers=34, sliding_window=1024)
+    assert tiny_copy(gemma).sliding_window == WINDOW
+    kinds = [gemma.layer_types[layer] for layer in kept_layers(gemma)]
+    assert kinds[:4] == ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
+    assert tiny_copy(gemma).layer_types == kinds
+
+
+def test_a_listed_family_that_cannot_be_made_tiny_is_let_in(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proof, "_MOST_PARAMETERS", 1000)
+    prove(unchecked("llama"))
+    assert not cache.exists()
