@@ -6,6 +6,7 @@ from typing import Any
 
 from m2ray.activations.job import JobRecord, read_job
 from m2ray.batches import TensorTable
+from m2ray.chain.machine import disk_free_bytes
 from m2ray.config import ExtractConfig, parse_labels, parse_layers
 from m2ray.errors import ConfigError, M2rayError, raise_all
 from m2ray.model.attention import resolve_attn_implementation
@@ -14,7 +15,6 @@ from m2ray.model.stage import DTYPES
 from m2ray.planning.batch_size import AUTO_BATCH_TOKENS
 from m2ray.planning.demand import Demand, PlanOptions
 from m2ray.planning.memory import ModelShape
-from m2ray.planning.probe import disk_free_bytes
 from m2ray.prompts import PromptOptions, PromptSource, PromptTokenizer
 from m2ray.storage import Store, open_store
 

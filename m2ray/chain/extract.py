@@ -15,6 +15,7 @@ from m2ray.chain.checking import Inputs, check
 from m2ray.chain.driver import Chain, ChainLimits
 from m2ray.chain.joining import cluster
 from m2ray.chain.loading import WriterSpec
+from m2ray.chain.machine import offload_folder, probed_folder
 from m2ray.chain.monitor import Monitor
 from m2ray.chain.placement import Reservation, reserve
 from m2ray.chain.probing import Hardware, probe_hardware
@@ -32,7 +33,6 @@ from m2ray.planning.demand import Demand
 from m2ray.planning.memory import window
 from m2ray.planning.output import PromptStats
 from m2ray.planning.plan import Plan, most_batch_tokens, most_replicas, plan_run
-from m2ray.planning.probe import offload_folder, probed_folder
 from m2ray.planning.spill import Spill
 from m2ray.prompts import ShardTable, Survey, TokenSpool, batching, load_shards, micro_batches, respool, survey
 

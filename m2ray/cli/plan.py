@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import click
 from pydantic import Field
 
+from m2ray.chain.machine import disk_free_bytes, probe_node, probed_folder
 from m2ray.cli import Command
 from m2ray.config import ExtractConfig, NonEmpty, Positive, parse_labels, parse_layers
 from m2ray.errors import ConfigError
@@ -18,7 +19,6 @@ from m2ray.planning.demand import Demand, PlanOptions
 from m2ray.planning.hardware import Cluster, parse_gpus
 from m2ray.planning.memory import ModelShape
 from m2ray.planning.plan import Plan, most_replicas, plan_run
-from m2ray.planning.probe import disk_free_bytes, probe_node, probed_folder
 from m2ray.planning.profile import Profile
 
 DOES_NOT_FIT = 3

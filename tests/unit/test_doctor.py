@@ -10,9 +10,9 @@ import pytest
 from click.testing import CliRunner
 
 from m2ray.cli import main
-from m2ray.planning.checks import check_nodes
+from m2ray.doctor.checks import check_nodes
+from m2ray.doctor.node_facts import GpuUser, NodeFacts
 from m2ray.planning.hardware import Gpu, Node
-from m2ray.planning.node_facts import GpuUser, NodeFacts
 from tests.reference import make_minimax
 
 GIB = 2**30

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from m2ray import planning
+from m2ray.chain.machine import probe_node, visible_devices
 from m2ray.errors import ConfigError, M2rayError
 from m2ray.planning.hardware import GPU_MODELS, Cluster, Gpu, MaxMemory, Node, find_gpu_model, parse_gpus, parse_max_memory
-from m2ray.planning.probe import probe_node, visible_devices
 
 GB = 10**9
 

@@ -16,9 +16,9 @@ from typing import Any
 
 import xxhash
 
+from m2ray.chain.machine import probe_node
 from m2ray.errors import M2rayError
 from m2ray.planning.hardware import Node
-from m2ray.planning.probe import probe_node
 from m2ray.storage import LocalStore, open_store
 from m2ray.toolchain import triton_problem
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from m2ray.planning.node_facts import NodeFacts
+from m2ray.doctor.node_facts import NodeFacts
 from m2ray.toolchain import TRITON_REMEDY
 
 SAME_EVERYWHERE = ("python", "ray", "torch", "transformers", "m2ray", "driver", "cuda", "nccl")
