@@ -8,7 +8,7 @@ from pathlib import Path
 
 from m2ray.doctor.node_facts import NodeFacts, look_at_node
 from m2ray.errors import M2rayError
-from m2ray.storage import LocalStore, open_store
+from m2ray.storage import open_store
 
 _CONNECT_TIMEOUT_S = 30.0
 
@@ -72,7 +72,7 @@ def _folders(output: str | None) -> set[Path]:
     """The folders on the way to a local run folder and those in it that can be seen."""
     with suppress(M2rayError, OSError):
         store = open_store(output) if output else None
-        if isinstance(store, LocalStore):
-            inside = store.root.iterdir() if store.root.is_dir() else ()
-            return {folder for folder in (store.root, *store.root.parents, *inside) if folder.is_dir()}
+        if store and store.folder:
+            inside = store.folder.iterdir() if store.folder.is_dir() else ()
+            return {folder for folder in (store.folder, *store.folder.parents, *inside) if folder.is_dir()}
     return set()

@@ -9,11 +9,11 @@ import xxhash
 from m2ray.batches import Int32Array, Int64Array, SequenceFile
 from m2ray.errors import PromptsError
 from m2ray.prompts.rows import PromptRow
-from m2ray.prompts.sequences_table import SequencesWriter
 from m2ray.prompts.shards import WINDOW_ROWS, ShardTable, cut_shards
 from m2ray.prompts.sources import PromptSource
 from m2ray.prompts.spool import TokenSpool
 from m2ray.prompts.tokenize import PromptTokenizer
+from m2ray.sequences import SequencesWriter
 from m2ray.storage import Store
 
 _BATCH_ROWS = 1024
