@@ -15,7 +15,7 @@ from m2ray.planning.output import OutputPlan, PromptStats
 from m2ray.planning.partition import DeviceMap
 from m2ray.planning.placing import GpuPlan, NodePlan, Placing, Shortage, StagePlan, gpus_of, place_all
 from m2ray.planning.rates import RatePlan, SpiltBytes, plan_rates
-from m2ray.planning.remedies import STEP_TOKENS, OffloadTrial, Remedy, find_remedies
+from m2ray.planning.remedies import STEP_TOKENS, Remedy, find_remedies
 from m2ray.planning.spill import Spills
 
 
@@ -109,15 +109,6 @@ def plan_run(
     _require_attention(demand, chains)
     placing = place_all(demand, cluster, chains, prompts)
     _require_disks(cluster, placing)
-
-    def fits(changed: Demand, on: Cluster, over: Sequence[Sequence[Device]]) -> bool:
-        return not place_all(changed, on, over, prompts).shortages
-
-    def try_offload(changed: Demand) -> OffloadTrial:
-        tried = place_all(changed, cluster, chains, prompts)
-        host_bytes = sum(stage.host.running.get("offloaded", 0) for stage in tried.stages)
-        return OffloadTrial(not tried.shortages, host_bytes, sum(node.disk_bytes for node in tried.nodes))
-
     waste = placing.output.padding_waste if placing.output else 0.0
     short = {shortage.resource for shortage in placing.shortages}
     return Plan(
@@ -132,7 +123,7 @@ def plan_run(
         output=placing.output,
         rates=plan_rates(demand, placing.placed, prompts, waste, _spilt_bytes(demand, placing.spills)),
         shortages=placing.shortages,
-        remedies=find_remedies(demand, cluster, chains, short, fits, try_offload) if short else (),
+        remedies=find_remedies(demand, cluster, chains, prompts, short) if short else (),
     )
 
 
