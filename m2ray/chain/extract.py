@@ -26,14 +26,12 @@ from m2ray.chain.stages import Patience, Stages
 from m2ray.chain.stopping import GOES_ON, NOTHING_WRITTEN, Stop, stop_on_sigterm
 from m2ray.config import ExtractConfig, parse_labels
 from m2ray.errors import M2rayError
-from m2ray.model.offload import Offload
 from m2ray.model.stage import StageSpec
 from m2ray.planning.batch_size import AUTO_BATCH_TOKENS, best_batch_tokens
 from m2ray.planning.demand import Demand
 from m2ray.planning.memory import window
 from m2ray.planning.output import PromptStats
 from m2ray.planning.plan import Plan, most_batch_tokens, most_replicas, plan_run
-from m2ray.planning.spill import Spill
 from m2ray.prompts import ShardTable, Survey, TokenSpool, batching, load_shards, micro_batches, respool, survey
 
 _JUDGED_SHARDS = 64
@@ -232,8 +230,8 @@ def _specs(inputs: Inputs, plan: Plan, replica: int, stage: int, span: LayerSpan
     """What each device of a stage holds. `cuda:N` counts the GPUs that the stage's process sees, in the order of the plan."""
     options = inputs.options
     gpus = [gpu for gpu in plan.gpus if (gpu.replica, gpu.stage) == (replica, stage)]
-    spans = [(f"cuda:{number}", gpu.span, gpu.spill) for number, gpu in enumerate(gpus) if gpu.span is not None] or [("cpu", span, Spill())]
-    for device, on_device, spilt in spans:
+    spans = [(f"cuda:{number}", gpu.span, gpu.residency) for number, gpu in enumerate(gpus) if gpu.span is not None] or [("cpu", span, {})]
+    for device, on_device, residency in spans:
         yield StageSpec(
             model_url=inputs.config.model,
             span=on_device,
@@ -245,12 +243,9 @@ def _specs(inputs: Inputs, plan: Plan, replica: int, stage: int, span: LayerSpan
             device=device,
             threads=options["threads_per_stage"],
             compile=options["compile"],
-            offload=Offload(_layers(spilt.in_host), _layers(spilt.on_disk), offload_folder(inputs.config)),
+            residency=residency,
+            offload_folder=offload_folder(inputs.config),
         )
-
-
-def _layers(span: LayerSpan | None) -> tuple[int, ...]:
-    return tuple(range(span.start, span.stop)) if span else ()
 
 
 def _limits(inputs: Inputs, plan: Plan) -> ChainLimits:

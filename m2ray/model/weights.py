@@ -63,7 +63,7 @@ def load_weights(checkpoint: Checkpoint, decoder: DecoderSpan, on_bytes: OnBytes
         _load_pieces(checkpoint, pieces, block, lambda: on_bytes(checkpoint.bytes_read, needed_bytes))
     on_bytes(checkpoint.bytes_read, needed_bytes)
     decoder.check_complete()
-    decoder.take_turns()
+    decoder.bring_layers()
     return needed_bytes
 
 

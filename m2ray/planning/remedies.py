@@ -4,6 +4,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from m2ray.planning.demand import Demand
@@ -35,10 +36,14 @@ def find_remedies(
     """Every single change that makes the run fit, the cheapest first; `short` are the resources that are short now."""
     found = []
     for option, candidates, changed, sentence in _changes(demand, cluster, chains, prompts, short):
-        value = _first(candidates, lambda value, changed=changed: not place_all(*changed(value)).shortages)
+        value = _first(candidates, partial(_fits, changed))
         if value is not None:
             found.append(Remedy(option, value, sentence.format(value=value, **_copied(changed(value)))))
     return tuple(found)
+
+
+def _fits(changed: Callable[[Any], Layout], value: Any) -> bool:
+    return not place_all(*changed(value)).shortages
 
 
 def _first(candidates: Sequence[Any], fits: Callable[[Any], bool]) -> Any:
