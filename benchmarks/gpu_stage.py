@@ -22,7 +22,7 @@ from benchmarks.records import Row, record
 from benchmarks.runs import peak_rss_bytes
 from m2ray.activations.writer import ActivationWriter
 from m2ray.batches import LayerSpan, MicroBatch
-from m2ray.cli.measuring import Nowhere
+from m2ray.bench.measuring import Nowhere
 from m2ray.model.checkpoint import open_checkpoint, tensor_table
 from m2ray.model.stage import Stage, StageOutput, StageSpec, load_stage
 from m2ray.model.tensors import SCALE

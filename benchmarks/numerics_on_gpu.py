@@ -19,8 +19,8 @@ import torch
 from benchmarks.against_guide import TINY
 from benchmarks.records import Row, record
 from benchmarks.runs import ROOT
+from m2ray.bench.trial import TrialLayer
 from m2ray.model.families import parse_config
-from m2ray.model.trial import TrialLayer
 from scripts.make_checkpoint import OVERRIDES, RELATIVE_UPDATE, SILU_GATED_RMS, resolve_config
 
 SHAPE = (8, 512)

@@ -27,7 +27,7 @@ import obstore
 from benchmarks.records import Row, record
 from m2ray.activations.writer import ActivationWriter
 from m2ray.batches import Bits, CapturedLayer, MicroBatch, PartSpec
-from m2ray.storage import LocalStore, ObjectStore, Store, open_store
+from m2ray.storage import ObjectStore, Store, open_store
 
 HIDDEN_SIZE = 3072
 SEQUENCES, LENGTH = 32, 512
@@ -178,8 +178,8 @@ def thread_rows(store: Store, where: str, rows: Bits, pairs: int) -> list[Row]:
         ours = partial(write_parts, store, rows, layers, threads)
         measured = in_pairs(ours, partial(write_parts, store, rows, layers, 1), pairs)
         found.append(row(f"ActivationWriter, {threads} threads, {where}", rows, layers, measured, "1 thread", ""))
-        if isinstance(store, LocalStore):
-            measured = in_pairs(ours, partial(write_plainly, store.root, rows, layers, threads), pairs)
+        if store.folder:
+            measured = in_pairs(ours, partial(write_plainly, store.folder, rows, layers, threads), pairs)
             found.append(
                 row(f"ActivationWriter, {threads} threads, {where}", rows, layers, measured, f"write() and fsync, {threads} threads", "")
             )

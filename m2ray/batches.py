@@ -46,6 +46,10 @@ class LayerSpan:
         return f"layers {self.start}-{self.stop - 1}"
 
 
+Residency = Literal["gpu", "host", "disk"]
+"""Where a layer's weights live while it does not run: on its GPU, in host memory, or in a file on its node's disk."""
+
+
 @dataclass(frozen=True)
 class Sequence:
     """One tokenised prompt: `sequence_id` is its row's 0-based place in the source, `token_ids` its int32 [T] ids."""

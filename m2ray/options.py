@@ -4,12 +4,12 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from datetime import UTC, date, datetime
-from pathlib import Path
 from typing import Any, Literal, Self
 
 from m2ray.batches import PartSpec
 from m2ray.config import ExtractConfig, OffloadTo, Transport
 from m2ray.sizes import MaxMemory
+from m2ray.storage import local_folder
 
 WRITER_QUEUE_BYTES = 2 << 30
 """Captured bytes that may wait for the store, a stage."""
@@ -113,8 +113,8 @@ class RunOptions:
         """Of whose disk every node says what is free: that of layers which are kept there, else the run's, else the temporary one."""
         if self.offload == "disk":
             return self.offload_folder
-        is_local = self.output is not None and "://" not in self.output
-        return str(Path(self.output or "").expanduser().absolute()) if is_local else tempfile.gettempdir()
+        folder = local_folder(self.output) if self.output else None
+        return str(folder.absolute()) if folder else tempfile.gettempdir()
 
     def row_options(self) -> dict[str, Any]:
         """What decides the rows, as job.json keeps it: by the names in ExtractConfig and in their order, as plain JSON values.

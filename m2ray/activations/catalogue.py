@@ -9,15 +9,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
-import xxhash
 
 from m2ray.activations.job import JobRecord, read_job
 from m2ray.activations.manifest import manifest_table, read_manifest, receipts_of
 from m2ray.activations.part_reader import PartReader
 from m2ray.activations.records import committed_shards, read_commits, read_summary
 from m2ray.batches import PartReceipt, PartSpec, SequenceFile
-from m2ray.errors import NotInRunError, RunDamagedError, StoreError
+from m2ray.errors import NotInRunError, StoreError
+from m2ray.sequences import read_sequences
 from m2ray.storage import Store
 
 
@@ -101,7 +100,7 @@ class Catalogue:
 
     def sequences(self) -> Any:
         """Every row of the source, ascending by sequence id: the whole of `sequences/` as one pyarrow table."""
-        return pa.concat_tables(self._read_sequences(file) for file in self.job.sequence_files)
+        return pa.concat_tables(read_sequences(self.store, file) for file in self.job.sequence_files)
 
     @cached_property
     def _first_ids(self) -> list[int]:
@@ -111,14 +110,5 @@ class Catalogue:
     def _sequence_table(self, file: SequenceFile) -> Any:
         """One file's table. The last one stays in memory: neighbours are often asked for next."""
         if self._held is None or self._held[0] != file:
-            self._held = (file, self._read_sequences(file))
+            self._held = (file, read_sequences(self.store, file))
         return self._held[1]
-
-    def _read_sequences(self, file: SequenceFile) -> Any:
-        data = self.store.read(file.key)
-        if len(data) != file.num_bytes or xxhash.xxh3_64_hexdigest(data) != file.xxh3:
-            raise RunDamagedError(
-                f"{self.store.url}/{file.key} is damaged: its {len(data)} bytes are not the {file.num_bytes} that were written.",
-                "Restore it from a copy.",
-            )
-        return pq.read_table(pa.BufferReader(data))

@@ -16,7 +16,7 @@ from m2ray.activations import planes
 from m2ray.activations.parquet_format import DATA_PAGE, FILE_META_DATA, MAGIC, OFFSET_INDEX, PAGE_HEADER, UNCOMPRESSED, ZSTD
 from m2ray.batches import Bits, Int64Array
 from m2ray.errors import RunDamagedError
-from m2ray.storage import LocalStore, Store, scratch
+from m2ray.storage import Store, scratch
 
 _MALFORMED = (ValueError, LookupError, TypeError, AttributeError, OverflowError)
 
@@ -49,7 +49,7 @@ class PartPages:
         Neighbours are read together; of compressed pages all rows are, since the page is read as a whole anyway. On a disk all rows
         of a column that is not compressed are, since the store finds neighbours by itself and opens the file once.
         """
-        if isinstance(self._store, LocalStore) and not self._columns[0].is_compressed:
+        if self._store.folder and not self._columns[0].is_compressed:
             if len(numbers):
                 yield 0, len(numbers)
             return

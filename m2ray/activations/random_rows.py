@@ -13,7 +13,6 @@ from m2ray.activations.pages import PartPages
 from m2ray.activations.schema import row_bytes
 from m2ray.batches import Bits, Int64Array, PartSpec
 from m2ray.errors import NotInRunError
-from m2ray.storage import LocalStore
 
 _KEPT_PARTS = 4096
 _REMOTE_READS_AT_ONCE = 32
@@ -36,11 +35,6 @@ class RandomRows:
     def num_rows(self) -> int:
         return int(self._first_rows[-1])
 
-    @property
-    def first_rows(self) -> Int64Array:
-        """The number of each part's first row, and behind them the number of rows: int64 [parts + 1]."""
-        return self._first_rows
-
     def read(self, indices: Sequence[int] | Int64Array) -> Bits:
         """The rows of these numbers, in their order: uint8 [N, W * itemsize].
 
@@ -61,7 +55,7 @@ class RandomRows:
             self.pages(part).take(ascending[start:stop] - self._first_rows[part], rows, order[start:stop])
 
         pieces = self._pieces(ascending)
-        if isinstance(self._catalogue.store, LocalStore):
+        if self._catalogue.store.folder:
             for piece in pieces:
                 take(piece)
         else:

@@ -16,6 +16,7 @@ from m2ray.activations.records import SUCCESS_KEY, commit_key, committed_shards,
 from m2ray.activations.schema import parse_part_key
 from m2ray.batches import PartReceipt, PartSpec
 from m2ray.errors import RunDamagedError, StoreError
+from m2ray.sequences import read_sequences
 from m2ray.storage import Store
 
 _FOLDERS = ("data", "sequences", "_commits")
@@ -154,9 +155,10 @@ def _damages_of_summary(store: Store, job: JobRecord, parts: Any, *, commits_are
 
 def _damages_of_sequences(store: Store, job: JobRecord) -> Iterator[Damage]:
     for file in job.sequence_files:
-        problem = _problem_of_size(store, file.key, file.num_bytes) or _problem_of_bytes(store, file.key, file.num_bytes, file.xxh3)
-        if problem:
-            yield Damage(file.key, None, problem)
+        try:
+            read_sequences(store, file, columns=[])
+        except RunDamagedError as error:
+            yield Damage(file.key, None, error.what)
 
 
 def _checked_parts(

@@ -6,6 +6,7 @@ from typing import Any
 
 from m2ray.activations.job import JobRecord, read_job
 from m2ray.batches import TensorTable
+from m2ray.chain.machine import disk_free_bytes
 from m2ray.chain.stopping import GOES_ON, Stop
 from m2ray.config import ExtractConfig, parse_layers
 from m2ray.errors import ConfigError, M2rayError, raise_all
@@ -18,7 +19,6 @@ from m2ray.options import PromptOptions, RunOptions
 from m2ray.planning.demand import Assumptions, Demand
 from m2ray.planning.hardware import Cluster
 from m2ray.planning.memory import ModelShape
-from m2ray.planning.probe import disk_free_bytes
 from m2ray.planning.resolve import StatsAt, resolve
 from m2ray.prompts import PromptSource, PromptTokenizer
 from m2ray.storage import Store, open_store

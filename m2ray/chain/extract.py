@@ -28,12 +28,10 @@ from m2ray.chain.stages import Patience, Stages
 from m2ray.chain.stopping import GOES_ON, NOTHING_WRITTEN, Stop, stop_on_sigterm
 from m2ray.config import ExtractConfig
 from m2ray.errors import M2rayError, RunConflictError
-from m2ray.model.offload import Offload
 from m2ray.model.stage import StageSpec
 from m2ray.options import RunOptions
 from m2ray.planning.memory import window
 from m2ray.planning.plan import Plan, plan_run
-from m2ray.planning.spill import Spill
 from m2ray.prompts import Survey, TokenSpool, batching, estimated_batching, load_shards, micro_batches, respool, survey
 
 
@@ -221,8 +219,8 @@ def _specs(inputs: Inputs, plan: Plan, replica: int, stage: int, span: LayerSpan
     """What each device of a stage holds. `cuda:N` counts the GPUs that the stage's process sees, in the order of the plan."""
     options = plan.demand.options
     gpus = [gpu for gpu in plan.gpus if (gpu.replica, gpu.stage) == (replica, stage)]
-    spans = [(f"cuda:{number}", gpu.span, gpu.spill) for number, gpu in enumerate(gpus) if gpu.span is not None] or [("cpu", span, Spill())]
-    for device, on_device, spilt in spans:
+    spans = [(f"cuda:{number}", gpu.span, gpu.residency) for number, gpu in enumerate(gpus) if gpu.span is not None] or [("cpu", span, {})]
+    for device, on_device, residency in spans:
         yield StageSpec(
             model_url=inputs.config.model,
             span=on_device,
@@ -234,13 +232,10 @@ def _specs(inputs: Inputs, plan: Plan, replica: int, stage: int, span: LayerSpan
             device=device,
             threads=options.threads_per_stage,
             compile=options.compile,
-            offload=Offload(_layers(spilt.in_host), _layers(spilt.on_disk), options.offload_folder),
+            residency=residency,
+            offload_folder=options.offload_folder,
             model_digest=inputs.checkpoint.digest,
         )
-
-
-def _layers(span: LayerSpan | None) -> tuple[int, ...]:
-    return tuple(range(span.start, span.stop)) if span else ()
 
 
 def _limits(plan: Plan) -> ChainLimits:

@@ -11,12 +11,12 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from m2ray.chain.machine import probe_node
 from m2ray.chain.probing import Hardware
 from m2ray.errors import ClusterError
 from m2ray.planning.devices import Device
 from m2ray.planning.hardware import Gpu
 from m2ray.planning.plan import Plan, plan_run
-from m2ray.planning.probe import probe_node
 
 _START_S = 60.0
 """What a worker process may take to start on a busy node."""

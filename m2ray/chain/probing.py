@@ -9,23 +9,14 @@ from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from m2ray.chain.joining import cluster
+from m2ray.chain.machine import probe_node
 from m2ray.errors import ClusterError, raise_all
 from m2ray.planning.hardware import Cluster
-from m2ray.planning.node_facts import NodeFacts, look_at_node
-from m2ray.planning.probe import probe_node
 
 LOOK_TIMEOUT_S = 300.0
 """Imports of torch on a cold disk, and the reading of half a gigabyte."""
 
 _Seen = TypeVar("_Seen")
-
-
-@dataclass(frozen=True)
-class Looks:
-    """What each node answered by name, and for the others why not."""
-
-    seen: Mapping[str, Any]
-    silent: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -63,7 +54,7 @@ def probe_hardware(labels: Mapping[str, str], folder: str = "") -> Hardware:
     Raises:
         ClusterError: a node does not answer, its GPUs are not those that Ray counts, or no node has the labels.
     """
-    labelled = {name: node for name, node in _living_nodes().items() if labels.items() <= node["Labels"].items()}
+    labelled = {name: node for name, node in living_nodes().items() if labels.items() <= node["Labels"].items()}
     if not labelled:
         wanted = ", ".join(f"{name}={value}" for name, value in labels.items())
         raise ClusterError(f"No living node has the labels {wanted}.", "`ray list nodes --detail` shows each node's labels.")
@@ -71,10 +62,10 @@ def probe_hardware(labels: Mapping[str, str], folder: str = "") -> Hardware:
     nodes = {name: node for name, node in labelled.items() if node["Resources"].get("CPU") or node["Resources"].get("GPU")}
     if not nodes:
         raise ClusterError(f"None of the nodes {', '.join(labelled)} offers CPUs or GPUs.", "Start Ray with --num-cpus above 0 somewhere.")
-    looks = _on_nodes(nodes, probe_node, {"folder": folder}, LOOK_TIMEOUT_S)
-    problems = [ClusterError(f"Node {name} could not be looked at: {why}") for name, why in looks.silent.items()]
+    found, silent = on_nodes(nodes, probe_node, {"folder": folder}, LOOK_TIMEOUT_S)
+    problems = [ClusterError(f"Node {name} could not be looked at: {why}") for name, why in silent.items()]
     probed = []
-    for name, seen in looks.seen.items():
+    for name, seen in found.items():
         num_gpus = int(nodes[name]["Resources"].get("GPU", 0))
         if num_gpus > len(seen.gpus):
             problems.append(
@@ -92,20 +83,7 @@ def probe_hardware(labels: Mapping[str, str], folder: str = "") -> Hardware:
     )
 
 
-def look_at_cluster(
-    connect_timeout_s: float, model: str | None, output: str | None, marker: str | None
-) -> tuple[list[NodeFacts], dict[str, str]]:
-    """(the facts of each node that answered, why the others did not) of the cluster that RAY_ADDRESS names.
-
-    Raises:
-        ClusterError: it cannot be joined.
-    """
-    with cluster(connect_timeout_s):
-        looks = _on_nodes(_living_nodes(), look_at_node, {"model": model, "output": output, "marker": marker}, LOOK_TIMEOUT_S)
-    return list(looks.seen.values()), dict(looks.silent)
-
-
-def _living_nodes() -> dict[str, Any]:
+def living_nodes() -> dict[str, Any]:
     """Ray's record of each living node, by its address; where several share one, with the begin of their ids."""
     named: dict[str, Any] = {}
     for node in ray.nodes():
@@ -115,16 +93,22 @@ def _living_nodes() -> dict[str, Any]:
     return named
 
 
-def _on_nodes(nodes: Mapping[str, Any], look: Callable[..., _Seen], arguments: Mapping[str, Any], timeout_s: float) -> Looks:
-    """Call `look(name=..., **arguments)` on each of the nodes at once, without reserving anything."""
+def on_nodes(
+    nodes: Mapping[str, Any], look: Callable[..., _Seen], arguments: Mapping[str, Any], timeout_s: float
+) -> tuple[dict[str, _Seen], dict[str, str]]:
+    """Call `look(name=..., **arguments)` on each of the nodes at once, without reserving anything.
+
+    Returns:
+        What each node answered, by name, and for the others why not.
+    """
     task = ray.remote(num_cpus=0, num_gpus=0, max_retries=0)(look)
     asked = {}
     for name, node in nodes.items():
         there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         asked[name] = task.options(scheduling_strategy=there).remote(name=name, **arguments)
     ray.wait(list(asked.values()), num_returns=len(asked), timeout=timeout_s)
-    seen: dict[str, Any] = {}
-    silent = {}
+    seen: dict[str, _Seen] = {}
+    silent: dict[str, str] = {}
     for name, ref in asked.items():
         try:
             seen[name] = ray.get(ref, timeout=0.1)
@@ -132,4 +116,4 @@ def _on_nodes(nodes: Mapping[str, Any], look: Callable[..., _Seen], arguments: M
             silent[name] = f"no answer within {timeout_s:g} s"
         except RayError as error:
             silent[name] = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-    return Looks(seen, silent)
+    return seen, silent

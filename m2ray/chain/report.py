@@ -8,9 +8,10 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from m2ray.batches import LayerSpan
+from m2ray.planning.devices import DevicePlan
 from m2ray.planning.layout import size
-from m2ray.planning.placing import GpuPlan
 from m2ray.planning.plan import Plan
+from m2ray.planning.residency import layers_in
 
 FORMAT_VERSION = 1
 REPORT = "report.json"
@@ -43,7 +44,7 @@ class StageMeasured:
     """One stage at its end. Seconds are sums over its micro-batches; bytes are of this run, not of those it went on with.
 
     Attributes:
-        replica, stage: its place, as in GpuPlan.
+        replica, stage: its place, as in DevicePlan.
         gpus: in the order of its span; none on a CPU.
         read_bytes, load_s: of the checkpoint; from the call to the last tensor in place.
         parameter_bytes: in memory.
@@ -118,8 +119,8 @@ def start_lines(plan: Plan) -> list[str]:
     for planned in plan.gpus:
         if planned.span is not None:
             weights = size(planned.memory.running["weights"])
-            spilt = [(planned.spill.in_host, "in host memory"), (planned.spill.on_disk, "on disk")]
-            kept = "".join(f", {layers} {where}" for layers, where in spilt if layers)
+            outside = [(layers_in(planned.residency, "host"), "in host memory"), (layers_in(planned.residency, "disk"), "on disk")]
+            kept = "".join(f", {layers} {where}" for layers, where in outside if layers)
             lines.append(f"{_place(planned)}: {planned.span}, {weights} of weights{kept}, {size(planned.memory.peak_bytes)} at its peak")
     return lines
 
@@ -227,7 +228,7 @@ def _stage(plan: Plan, stage: StageMeasured) -> dict[str, Any]:
     return record
 
 
-def _planned(plan: Plan, stage: StageMeasured) -> list[GpuPlan]:
+def _planned(plan: Plan, stage: StageMeasured) -> list[DevicePlan]:
     """The GPUs that the plan gave to a stage, in the order of its span; none without GPUs. Those without layers are not the stage's."""
     if not stage.gpus:
         return []
@@ -239,7 +240,7 @@ def _planned_weights(plan: Plan, stage: StageMeasured) -> int:
     return sum(row.compute_bytes(plan.demand.itemsize_bytes) for row in rows)
 
 
-def _place(planned: GpuPlan) -> str:
+def _place(planned: DevicePlan) -> str:
     gpu = planned.device.gpu
     index = "" if gpu is None else f" GPU {gpu.index}"
     return f"replica {planned.replica} stage {planned.stage} on {planned.device.node.name}{index}"

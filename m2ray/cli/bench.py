@@ -54,12 +54,12 @@ def measure(
     """
     import torch
 
-    from m2ray.cli.measuring import encode_bytes_per_s, store_bytes_per_s
+    from m2ray.bench.measuring import encode_bytes_per_s, store_bytes_per_s
+    from m2ray.bench.trial import TrialLayer, copy_bytes_per_s
+    from m2ray.chain.machine import probe_node
     from m2ray.cli.plan_inputs import read_model
-    from m2ray.model.trial import TrialLayer, copy_bytes_per_s
+    from m2ray.doctor.node_facts import look_at_model
     from m2ray.planning.memory import ModelShape
-    from m2ray.planning.node_facts import look_at_model
-    from m2ray.planning.probe import probe_node
     from m2ray.planning.rates import active_elements
     from m2ray.storage import open_store
 

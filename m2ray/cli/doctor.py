@@ -1,23 +1,18 @@
 """`m2ray doctor`: everything that would stop or slow a run on this machine or cluster, at once, each with its remedy."""
 
 import json
-import os
-import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 
 import click
 
 from m2ray.cli import Command
+from m2ray.doctor.checks import Finding, check_nodes
+from m2ray.doctor.cluster import look
+from m2ray.doctor.node_facts import NodeFacts
 from m2ray.errors import ClusterError, M2rayError
-from m2ray.planning.checks import Finding, check_nodes
-from m2ray.planning.node_facts import NodeFacts, look_at_node
 from m2ray.sizes import parse_bytes
-from m2ray.storage import LocalStore, open_store
-
-_CONNECT_TIMEOUT_S = 30.0
+from m2ray.storage import open_store
 
 
 @click.command(cls=Command)
@@ -34,8 +29,7 @@ def command(ctx: click.Context, /, address: str | None, model: str | None, outpu
     nodes: list[NodeFacts] = []
     silent: dict[str, str] = {}
     try:
-        with _folders_left_as_they_were(output):
-            nodes, silent = _look(address, model, output)
+        nodes, silent = look(address, model, output)
     except ClusterError as error:  # the model's problems are told all the same
         findings.append(Finding("cluster", "problem", address or "cluster", error.what, error.remedy))
     findings += [
@@ -80,48 +74,6 @@ def check_model(model: str) -> tuple[list[Finding], int | None]:
     if index_bytes not in (None, num_bytes):
         found.append(Finding("checkpoint_files", "note", model, f"The index says {index_bytes:,} bytes, the files hold {num_bytes:,}."))
     return found, num_bytes
-
-
-def _look(address: str | None, model: str | None, output: str | None) -> tuple[list[NodeFacts], dict[str, str]]:
-    """This machine, or every node of the cluster at `address`; there all must see the object that this one makes in `output`."""
-    if not address:
-        return [look_at_node(model=model, output=output)], {}
-    from m2ray.chain.probing import look_at_cluster
-
-    os.environ["RAY_ADDRESS"] = address
-    if output is None:
-        return look_at_cluster(_CONNECT_TIMEOUT_S, model, None, None)
-    store, marker = open_store(output), f"_doctor-{uuid.uuid4().hex}"
-    try:
-        store.put(marker, b"")
-    except M2rayError:  # every node will say the same of this store, with its remedy
-        return look_at_cluster(_CONNECT_TIMEOUT_S, model, output, None)
-    try:
-        return look_at_cluster(_CONNECT_TIMEOUT_S, model, output, marker)
-    finally:
-        store.delete([marker])
-
-
-@contextmanager
-def _folders_left_as_they_were(output: str | None) -> Iterator[None]:
-    """Remove the folders that trying a local run folder makes, as far as they are empty: nobody began a run there."""
-    before = _folders(output)
-    try:
-        yield
-    finally:
-        for folder in sorted(_folders(output) - before, reverse=True):  # each before the one that holds it
-            with suppress(OSError):
-                folder.rmdir()
-
-
-def _folders(output: str | None) -> set[Path]:
-    """The folders on the way to a local run folder and those in it, as far as they can be seen."""
-    with suppress(M2rayError, OSError):
-        store = open_store(output) if output else None
-        if isinstance(store, LocalStore):
-            inside = store.root.iterdir() if store.root.is_dir() else ()
-            return {folder for folder in (store.root, *store.root.parents, *inside) if folder.is_dir()}
-    return set()
 
 
 def _print(nodes: Sequence[NodeFacts], findings: Sequence[Finding]) -> None:

@@ -33,9 +33,12 @@ def require_absolute(config: ExtractConfig) -> None:
     Raises:
         ConfigError: `output`, `model` or `offload_folder` is a relative local path.
     """
+    from m2ray.storage import local_folder
+
     for name in ("output", "model", "offload_folder"):
         value = str(getattr(config, name) or "/")
-        if "://" not in value and not Path(value).expanduser().is_absolute():
+        folder = local_folder(value)
+        if folder and not folder.is_absolute():
             raise ConfigError(
                 f"{name} = {value!r} is relative, and a Ray job runs in a copy of its folder.", "Give an absolute path that all nodes see."
             )

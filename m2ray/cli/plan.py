@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import click
 from pydantic import Field
 
+from m2ray.chain.machine import disk_free_bytes, probe_node
 from m2ray.cli import Command
 from m2ray.config import ExtractConfig, NonEmpty, Positive
 from m2ray.errors import ConfigError
@@ -19,7 +20,6 @@ from m2ray.planning.demand import Assumptions, Demand
 from m2ray.planning.hardware import Cluster, parse_gpus
 from m2ray.planning.memory import ModelShape
 from m2ray.planning.plan import Plan, plan_run
-from m2ray.planning.probe import disk_free_bytes, probe_node
 from m2ray.planning.profile import Profile
 from m2ray.planning.resolve import resolve
 

@@ -1,17 +1,17 @@
 """One span of a model: the base model's own forward pass, entered at the span's first layer and left after its last."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from m2ray.batches import LayerSpan
+from m2ray.batches import LayerSpan, Residency
 from m2ray.errors import CheckpointError, raise_all
 from m2ray.model.attention import avoid_plans_by_shape
 from m2ray.model.compilation import compile_layers
 from m2ray.model.families import expected_rotary_dim
-from m2ray.model.offload import DiskHome, Home, Offload, OffloadedLayers
+from m2ray.model.residency import BroughtLayers, WeightsInHost, WeightsOnDisk
 from m2ray.model.skeleton import ModelTensor, Skeleton
 
 OnLayer = Callable[[int, torch.Tensor], None]
@@ -25,15 +25,23 @@ class DecoderSpan:
 
     Attributes:
         skeleton: emptied of all other layers; the span's parameters are filled in by `m2ray.model.weights`.
-        offload: layers whose weights stay in host memory or on a disk; they are on `device` only while they run.
+        residency: where those of its layers live that are on `device` only while they run.
     """
 
-    def __init__(self, skeleton: Skeleton, span: LayerSpan, device: torch.device, offload: Offload | None = None) -> None:
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        span: LayerSpan,
+        device: torch.device,
+        residency: Mapping[int, Residency] | None = None,
+        offload_folder: str = "",
+    ) -> None:
         self.skeleton = skeleton
         self.span = span
         self.device = device
-        self.offload = offload or Offload()
-        self._homes: dict[int, Home] = {}
+        self.residency = residency or {}
+        self._offload_folder = offload_folder
+        self._outside: dict[int, WeightsInHost] = {}
         self._base = skeleton.model.base_model
         self._incoming_BTH: torch.Tensor | None = None
         self._on_layer: OnLayer = _ignore
@@ -75,28 +83,29 @@ class DecoderSpan:
         compile_layers([self.skeleton.layers[number] for number in range(self.span.start, self.span.stop)])
 
     def allocate(self, tensor: ModelTensor) -> torch.Tensor:
-        """Memory without values for one of the span's tensors: on the device, or where its offloaded layer is kept.
+        """Memory without values for one of the span's tensors: on the device, or where its layer lives.
 
         Raises:
             StageError: the disk has no room for the layer.
         """
-        if tensor.layer is None or tensor.layer not in self.offload.layers:
+        if tensor.layer is None or self.residency.get(tensor.layer, "gpu") == "gpu":
             return torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device)
-        home = self._homes.get(tensor.layer) or self._make_home(tensor.layer)
-        return home.views(home.memory)[tensor.name]
+        weights = self._outside.get(tensor.layer) or self._make_room(tensor.layer)
+        return weights.views(weights.memory)[tensor.name]
 
-    def take_turns(self) -> None:
-        """Let the offloaded layers, once they are loaded, come to the device in turn."""
-        layers = self.offload.layers
-        if layers:
+    def bring_layers(self) -> None:
+        """Have the layers that live elsewhere, once they are loaded, brought to the device just before they run."""
+        if self._outside:
+            layers = sorted(self._outside)
             prefixes = [f"{self.skeleton.layers_name}.{layer}." for layer in layers]
-            homes = [self._homes[layer] for layer in layers]
-            OffloadedLayers([self.skeleton.layers[layer] for layer in layers], prefixes, homes, self.device)
+            weights = [self._outside[layer] for layer in layers]
+            BroughtLayers([self.skeleton.layers[layer] for layer in layers], prefixes, weights, self.device)
 
-    def _make_home(self, layer: int) -> Home:
+    def _make_room(self, layer: int) -> WeightsInHost:
         tensors = [tensor for tensor in self.skeleton.needed(self.span) if tensor.layer == layer]
-        self._homes[layer] = DiskHome(tensors, self.offload.folder) if layer in self.offload.on_disk else Home(tensors)
-        return self._homes[layer]
+        on_disk = self.residency[layer] == "disk"
+        self._outside[layer] = WeightsOnDisk(tensors, self._offload_folder) if on_disk else WeightsInHost(tensors)
+        return self._outside[layer]
 
     def check_complete(self) -> None:
         """Raise CheckpointError if any tensor that the span computes with has no memory."""

@@ -2,13 +2,14 @@
 
 import time
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 import torch
 
-from m2ray.batches import CapturedLayer, LayerSpan, MicroBatch, PartSpec
+from m2ray.batches import CapturedLayer, LayerSpan, MicroBatch, PartSpec, Residency
 from m2ray.errors import ConfigError
 from m2ray.model.attention import FLEX_BLOCK, require_machine, resolve_attn_implementation
 from m2ray.model.capture import ResidualCapture, pin_host_memory
@@ -16,7 +17,6 @@ from m2ray.model.checkpoint import open_checkpoint
 from m2ray.model.decoder import DecoderSpan
 from m2ray.model.gpu_loading import Lanes
 from m2ray.model.interpreter import quick_switches, without_collector
-from m2ray.model.offload import Offload
 from m2ray.model.skeleton import build_skeleton
 from m2ray.model.weights import Loaded, OnBytes, load_weights, parameter_bytes
 from m2ray.toolchain import require_triton
@@ -38,7 +38,8 @@ class StageSpec:
         device: "cpu" or "cuda:0".
         threads: torch threads on the CPU, for the whole process; None leaves them as they are.
         compile: whether the layers are compiled by torch.compile, which changes results by rounding (docs/numerics.md).
-        offload: those of its layers whose weights stay in host memory or on a disk.
+        residency: where those of its layers live that are not kept on the device.
+        offload_folder: where the files of those on a disk lie, there or yet to be made.
         model_digest: the fingerprint that the checkpoint has to have (`Checkpoint.digest`); None takes what is there.
     """
 
@@ -52,7 +53,8 @@ class StageSpec:
     device: str
     threads: int | None
     compile: bool = False
-    offload: Offload = field(default_factory=Offload)
+    residency: Mapping[int, Residency] = field(default_factory=dict)
+    offload_folder: str = ""
     model_digest: str | None = None
 
 
@@ -282,7 +284,7 @@ def _load_stage(spec: StageSpec, device: torch.device, lanes: Lanes | None, on_b
         raise ConfigError(
             f"{spec.span} with captured layers {list(spec.capture_layers)}: the model has layers 0 to {len(skeleton.layers) - 1}."
         )
-    decoder = DecoderSpan(skeleton, spec.span, device, spec.offload)
+    decoder = DecoderSpan(skeleton, spec.span, device, spec.residency, spec.offload_folder)
     loaded = load_weights(checkpoint, decoder, on_bytes, lanes)
     if spec.compile:
         decoder.compile_layers()

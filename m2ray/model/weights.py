@@ -78,7 +78,7 @@ def load_weights(checkpoint: Checkpoint, decoder: DecoderSpan, on_bytes: OnBytes
         _load_pieces(checkpoint, pieces, block, digests, lambda: on_bytes(checkpoint.bytes_read, needed_bytes))
     on_bytes(checkpoint.bytes_read, needed_bytes)
     decoder.check_complete()
-    decoder.take_turns()
+    decoder.bring_layers()
     return Loaded(needed_bytes, digests.by_layer())
 
 

@@ -1,11 +1,11 @@
 """What is asked of a run, and what that asks of each device: tensors, parts and bytes of any span."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, cast
 
-from m2ray.batches import LayerSpan, PartSpec, TensorRow, TensorTable
+from m2ray.batches import LayerSpan, PartSpec, Residency, TensorRow, TensorTable
 from m2ray.options import RunOptions
 from m2ray.planning.devices import Device
 from m2ray.planning.memory import (
@@ -93,9 +93,9 @@ class Demand:
         """The tensors that a stage of `span` loads."""
         return span_rows(self.table, span, with_final_norm=self.with_final_norm)
 
-    def bytes_of(self, layers: LayerSpan | None) -> int:
-        """Their weights alone; 0 for none."""
-        return sum(self._costs[0][layers.start : layers.stop]) if layers else 0
+    def bytes_in(self, residency: Mapping[int, Residency], place: Residency) -> int:
+        """The weights of the layers that live there."""
+        return sum(self._costs[0][layer] for layer, where in residency.items() if where == place)
 
     def parts(self, span: LayerSpan) -> tuple[PartSpec, ...]:
         """What a stage of `span` captures."""
@@ -123,17 +123,17 @@ class Demand:
             return partition(*self._costs, [None] * len(devices), "balanced")
         return partition(*self._costs, caps_bytes, device_map, least_first)
 
-    def offloaded(self, span: LayerSpan, device: Device) -> LayerSpan | None:
-        """The layers at a span's end whose weights stay elsewhere; None where all find room on the device."""
+    def layers_outside(self, span: LayerSpan, device: Device) -> range:
+        """The layers at a span's end whose weights find no room on the device."""
         (cap_bytes,) = self._caps_bytes([device])
         if self.options.offload == "none" or cap_bytes is None or self._span_bytes(span) <= cap_bytes:
-            return None
-        room_bytes = cap_bytes - self.turning_bytes(span)
+            return range(0)
+        room_bytes = cap_bytes - self.buffers_bytes(span)
         kept = next(stop for stop in range(span.stop - 1, span.start - 1, -1) if stop == span.start or self._fits(span, stop, room_bytes))
-        return LayerSpan(kept, span.stop)
+        return range(kept, span.stop)
 
-    def turning_bytes(self, span: LayerSpan) -> int:
-        """The buffers on a GPU in which a span's offloaded layers take turns."""
+    def buffers_bytes(self, span: LayerSpan) -> int:
+        """The buffers on a GPU into which layers that live elsewhere are brought."""
         layers, _, _ = self._costs
         return OFFLOAD_BUFFERS * max(layers[number] for number in range(span.start, span.stop))
 
@@ -144,7 +144,7 @@ class Demand:
         """What an offloading device lacks for the least that it must hold: its buffers, and what is no layer."""
         (cap_bytes,) = self._caps_bytes([device])
         layers, _, _ = self._costs
-        least_bytes = self.turning_bytes(span) + self._span_bytes(span) - sum(layers[span.start : span.stop])
+        least_bytes = self.buffers_bytes(span) + self._span_bytes(span) - sum(layers[span.start : span.stop])
         return 0 if cap_bytes is None else max(0, least_bytes - cap_bytes)
 
     def _span_bytes(self, span: LayerSpan) -> int:

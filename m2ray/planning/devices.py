@@ -1,11 +1,14 @@
 """Which GPUs the chains take, in order: neighbours on one node, as few crossings between nodes as can be."""
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
+from m2ray.batches import LayerSpan, Residency
 from m2ray.errors import ClusterError, ConfigError
 from m2ray.options import RunOptions
 from m2ray.planning.hardware import Cluster, Gpu, Node
+from m2ray.planning.memory import Memory
 
 
 @dataclass(frozen=True)
@@ -18,6 +21,32 @@ class Device:
     node: Node
     gpu: Gpu | None
     usable_bytes: int | None
+
+
+@dataclass(frozen=True)
+class DevicePlan:
+    """A device of a chain and what it holds.
+
+    Attributes:
+        replica, stage, place: the chain, the stage, and which of the chain's devices it is.
+        span: None where a GPU gets no layer, and on all GPUs where the model does not fit.
+        residency: where those of its layers live that are not kept on it, a run at the span's end.
+        memory: of a GPU, once the plan is made.
+    """
+
+    replica: int
+    stage: int
+    place: int
+    device: Device
+    span: LayerSpan | None
+    residency: Mapping[int, Residency] = field(default_factory=dict)
+    memory: Memory = field(default_factory=lambda: Memory({}, {}))
+
+    @property
+    def held(self) -> LayerSpan:
+        """The span of a device that has one."""
+        assert self.span is not None
+        return self.span
 
 
 def chain_devices(cluster: Cluster, num_layers: int, options: RunOptions) -> tuple[tuple[Device, ...], ...]:

@@ -7,9 +7,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from m2ray.planning.devices import DevicePlan
 from m2ray.planning.hardware import Node
 from m2ray.planning.memory import Memory
-from m2ray.planning.placing import GpuPlan
 from m2ray.planning.plan import Plan
 
 _BAR_WIDTH = 24
@@ -96,7 +96,7 @@ def _node(plan: Plan, node: Node) -> Table:
     return table
 
 
-def _bar_of(planned: GpuPlan, usable_bytes: int) -> Text:
+def _bar_of(planned: DevicePlan, usable_bytes: int) -> Text:
     running = dict(planned.memory.running)
     parts = {name: running.pop(name, 0) for name in ("weights", "transient")}
     return _bar({**parts, "rest": sum(running.values())}, usable_bytes)

@@ -1,4 +1,4 @@
-"""Which device holds which layers: contiguous spans over exact bytes and caps, never a spill."""
+"""Which device holds which layers: contiguous spans over exact bytes and caps."""
 
 from bisect import bisect_left
 from collections.abc import Sequence

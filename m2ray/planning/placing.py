@@ -1,36 +1,20 @@
 """Where everything lies: the layers on the GPUs, what each stage and node holds, and what is short for it."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Literal
 
 from m2ray.batches import LayerSpan, PromptStats
 from m2ray.planning.demand import Demand
-from m2ray.planning.devices import Device
+from m2ray.planning.devices import Device, DevicePlan
 from m2ray.planning.hardware import Cluster
 from m2ray.planning.memory import OFFLOAD_READ_BYTES, Memory, cpu_memory, gpu_host_memory, gpu_memory, window
 from m2ray.planning.output import OutputPlan, plan_output
-from m2ray.planning.rates import PlacedSpan
-from m2ray.planning.spill import Spill, Spills, spill, to_disk
+from m2ray.planning.residency import in_host, with_disk
 
 Resource = Literal["gpu_memory", "host_memory", "shared_memory", "disk"]
-
-
-@dataclass(frozen=True)
-class GpuPlan:
-    """One GPU of a chain, by its `stage`; `span` is None where it gets no layer, and on all GPUs where the model does not fit.
-
-    `spill` are the layers at the span's end whose weights stay elsewhere.
-    """
-
-    replica: int
-    stage: int
-    device: Device
-    span: LayerSpan | None
-    memory: Memory
-    spill: Spill = field(default_factory=Spill)
 
 
 @dataclass(frozen=True)
@@ -70,8 +54,7 @@ class Shortage:
 class Placing:
     """Where everything lies, and what is short for it. Nothing is placed where GPU memory is short."""
 
-    placed: tuple[PlacedSpan, ...]
-    spills: Spills
+    placed: tuple[DevicePlan, ...]
     stages: tuple[StagePlan, ...]
     nodes: tuple[NodePlan, ...]
     output: OutputPlan | None
@@ -83,84 +66,78 @@ def place_all(demand: Demand, cluster: Cluster, chains: Sequence[Sequence[Device
     options = demand.options
     short_bytes = sum(demand.short_bytes(chain) for chain in chains)
     placed = () if short_bytes else tuple(each for replica, chain in enumerate(chains) for each in _place(demand, replica, chain))
-    spills = _spills(demand, cluster, placed)
-    stages = tuple(_stages(demand, placed, spills))
-    nodes = _nodes(demand, cluster, stages, _disk_bytes(demand, placed, spills))
+    placed = _with_residency(demand, cluster, placed)
+    stages = tuple(_stages(demand, placed))
+    nodes = _nodes(demand, cluster, stages, placed)
     output = plan_output(options.parts, prompts, demand.assumed.price_per_gb_month, options.compression) if prompts else None
     shortages = [Shortage("gpu_memory", "all GPUs together", short_bytes)] if short_bytes else []
     shortages += [*_node_shortages(cluster, nodes), *_disk_shortages(demand, output)]
-    return Placing(placed, spills, stages, nodes, output, tuple(shortages))
+    return Placing(placed, stages, nodes, output, tuple(shortages))
 
 
-def _place(demand: Demand, replica: int, chain: Sequence[Device]) -> Iterator[PlacedSpan]:
+def _place(demand: Demand, replica: int, chain: Sequence[Device]) -> Iterator[DevicePlan]:
     size = demand.options.gpus_per_stage if chain[0].gpu else 1
     for held in demand.split(chain):
-        yield PlacedSpan(replica, held.device // size, held.device, chain[held.device], held.span)
+        yield DevicePlan(replica, held.device // size, held.device, chain[held.device], held.span)
 
 
-def _spills(demand: Demand, cluster: Cluster, placed: Sequence[PlacedSpan]) -> Spills:
-    """What is not on the GPUs, dealt out between each node's memory and its disk."""
-    spills = spill(demand, placed)
-    without = _nodes(demand, cluster, tuple(_stages(demand, placed, {})), {}) if spills else ()
-    for node, planned in zip(cluster.nodes, without, strict=False):
-        keys = {(each.replica, each.place) for each in placed if each.device.node.name == node.name} & spills.keys()
-        here = {key: spills[key] for key in keys}
-        spills = {**spills, **to_disk(demand, here, node, planned.host_bytes + OFFLOAD_READ_BYTES * len(here))}
-    return spills
+def _with_residency(demand: Demand, cluster: Cluster, placed: Sequence[DevicePlan]) -> tuple[DevicePlan, ...]:
+    """The devices, with what finds no room on them dealt out between each node's memory and its disk."""
+    if demand.options.offload == "none":
+        return tuple(placed)
+    without = _nodes(demand, cluster, tuple(_stages(demand, placed)), placed)
+    placed = in_host(demand, placed)
+    for node, planned in zip(cluster.nodes, without, strict=True):
+        num_readers = sum(bool(each.residency) for each in placed if each.device.node.name == node.name)
+        if num_readers:
+            placed = with_disk(demand, placed, node, planned.host_bytes + OFFLOAD_READ_BYTES * num_readers)
+    return tuple(placed)
 
 
-def gpus_of(demand: Demand, chains: Sequence[Sequence[Device]], placing: Placing) -> Iterator[GpuPlan]:
-    """Every GPU of every chain, in order; those that stay empty take nothing."""
+def gpus_of(demand: Demand, chains: Sequence[Sequence[Device]], placing: Placing) -> Iterator[DevicePlan]:
+    """Every GPU of every chain with its memory, in order; those that stay empty take nothing."""
     size = demand.options.gpus_per_stage
-    spans = {(each.replica, each.place): each.span for each in placing.placed}
+    with_layers = {(each.replica, each.place): each for each in placing.placed}
     for replica, chain in enumerate(chains):
         for place, device in enumerate(chain):
             if device.gpu is None:
                 continue
-            span = spans.get((replica, place))
-            if span is None:
-                yield GpuPlan(replica, place // size, device, None, Memory({} if placing.placed else demand.overhead, {}))
+            found = with_layers.get((replica, place))
+            if found is None:
+                empty = Memory({} if placing.placed else demand.overhead, {})
+                yield DevicePlan(replica, place // size, place, device, None, memory=empty)
                 continue
-            spilt = placing.spills.get((replica, place), Spill())
-            rows = [row for row in demand.rows(span) if spilt.layers is None or row.layer is None or row.layer not in spilt.layers]
-            buffers_bytes = demand.turning_bytes(span) if spilt.layers else 0
-            memory = gpu_memory(rows, demand.workload, demand.transient_bytes, demand.row_bytes(span), buffers_bytes)
-            yield GpuPlan(replica, place // size, device, span, memory, spilt)
+            rows = [row for row in demand.rows(found.held) if row.layer not in found.residency]
+            buffers_bytes = demand.buffers_bytes(found.held) if found.residency else 0
+            memory = gpu_memory(rows, demand.workload, demand.transient_bytes, demand.row_bytes(found.held), buffers_bytes)
+            yield replace(found, memory=memory)
 
 
-def _stages(demand: Demand, placed: Sequence[PlacedSpan], spills: Spills) -> Iterator[StagePlan]:
+def _stages(demand: Demand, placed: Sequence[DevicePlan]) -> Iterator[StagePlan]:
     for (replica, stage), group in groupby(placed, key=lambda each: (each.replica, each.stage)):
         of_stage = list(group)
-        span = LayerSpan(of_stage[0].span.start, of_stage[-1].span.stop)
+        span = LayerSpan(of_stage[0].held.start, of_stage[-1].held.stop)
         row_bytes = demand.row_bytes(span)
         if of_stage[0].device.gpu:
-            here = [spills[each.replica, each.place] for each in of_stage if (each.replica, each.place) in spills]
-            offloaded_bytes = sum(demand.bytes_of(spilt.in_host) for spilt in here)
-            readers_bytes = OFFLOAD_READ_BYTES * sum(spilt.on_disk is not None for spilt in here)
+            offloaded_bytes = sum(demand.bytes_in(each.residency, "host") for each in of_stage)
+            readers_bytes = OFFLOAD_READ_BYTES * sum("disk" in each.residency.values() for each in of_stage)
             host = gpu_host_memory(demand.workload, row_bytes, offloaded_bytes, readers_bytes)
         else:
             host = cpu_memory(demand.rows(span), demand.workload, demand.transient_bytes, row_bytes)
         yield StagePlan(replica, stage, of_stage[0].device.node.name, span, host)
 
 
-def _disk_bytes(demand: Demand, placed: Sequence[PlacedSpan], spills: Spills) -> dict[str, int]:
-    """Of layers that are kept on each node's disk, by its name."""
-    kept: Counter[str] = Counter()
-    for each in placed:
-        kept[each.device.node.name] += demand.bytes_of(spills.get((each.replica, each.place), Spill()).on_disk)
-    return kept
-
-
-def _nodes(demand: Demand, cluster: Cluster, stages: Sequence[StagePlan], disk_bytes: Mapping[str, int]) -> tuple[NodePlan, ...]:
+def _nodes(demand: Demand, cluster: Cluster, stages: Sequence[StagePlan], placed: Sequence[DevicePlan]) -> tuple[NodePlan, ...]:
     """Hidden states in flight may all be on one node; a chain of one stage has none."""
     planned = []
     for node in cluster.nodes:
+        disk_bytes = sum(demand.bytes_in(each.residency, "disk") for each in placed if each.device.node.name == node.name)
         here = [stage for stage in stages if stage.node == node.name]
         lengths = Counter(stage.replica for stage in stages)
         chains = {stage.replica for stage in here if lengths[stage.replica] > 1}
         shm_bytes = sum(min(demand.options.in_flight_bytes, window(lengths[replica]) * demand.workload.hidden_bytes) for replica in chains)
         host_bytes = sum(stage.host.peak_bytes for stage in here) + shm_bytes
-        planned.append(NodePlan(node.name, host_bytes, shm_bytes, disk_bytes.get(node.name, 0)))
+        planned.append(NodePlan(node.name, host_bytes, shm_bytes, disk_bytes))
     return tuple(planned)
 
 

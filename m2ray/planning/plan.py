@@ -8,15 +8,14 @@ from typing import get_args
 from m2ray.batches import LayerSpan, PromptStats
 from m2ray.errors import ClusterError, ConfigError, raise_all
 from m2ray.planning.demand import Demand
-from m2ray.planning.devices import Device, chain_devices
+from m2ray.planning.devices import Device, DevicePlan, chain_devices
 from m2ray.planning.hardware import FLASH_PACKAGE, Cluster
 from m2ray.planning.memory import weight_bytes
 from m2ray.planning.output import OutputPlan
 from m2ray.planning.partition import DeviceMap
-from m2ray.planning.placing import GpuPlan, NodePlan, Placing, Shortage, StagePlan, gpus_of, place_all
-from m2ray.planning.rates import RatePlan, SpiltBytes, plan_rates
-from m2ray.planning.remedies import STEP_TOKENS, OffloadTrial, Remedy, find_remedies
-from m2ray.planning.spill import Spills
+from m2ray.planning.placing import NodePlan, Placing, Shortage, StagePlan, gpus_of, place_all
+from m2ray.planning.rates import RatePlan, plan_rates
+from m2ray.planning.remedies import STEP_TOKENS, Remedy, find_remedies
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class Plan:
     prompts: PromptStats | None
     chains: tuple[tuple[Device, ...], ...]
     weights: WeightsPlan
-    gpus: tuple[GpuPlan, ...]
+    gpus: tuple[DevicePlan, ...]
     stages: tuple[StagePlan, ...]
     nodes: tuple[NodePlan, ...]
     output: OutputPlan | None
@@ -109,15 +108,6 @@ def plan_run(
     _require_attention(demand, chains)
     placing = place_all(demand, cluster, chains, prompts)
     _require_disks(cluster, placing)
-
-    def fits(changed: Demand, on: Cluster, over: Sequence[Sequence[Device]]) -> bool:
-        return not place_all(changed, on, over, prompts).shortages
-
-    def try_offload(changed: Demand) -> OffloadTrial:
-        tried = place_all(changed, cluster, chains, prompts)
-        host_bytes = sum(stage.host.running.get("offloaded", 0) for stage in tried.stages)
-        return OffloadTrial(not tried.shortages, host_bytes, sum(node.disk_bytes for node in tried.nodes))
-
     waste = placing.output.padding_waste if placing.output else 0.0
     short = {shortage.resource for shortage in placing.shortages}
     return Plan(
@@ -130,14 +120,10 @@ def plan_run(
         stages=placing.stages,
         nodes=placing.nodes,
         output=placing.output,
-        rates=plan_rates(demand, placing.placed, prompts, waste, _spilt_bytes(demand, placing.spills)),
+        rates=plan_rates(demand, placing.placed, prompts, waste),
         shortages=placing.shortages,
-        remedies=find_remedies(demand, cluster, chains, short, fits, try_offload) if short else (),
+        remedies=find_remedies(demand, cluster, chains, prompts, short) if short else (),
     )
-
-
-def _spilt_bytes(demand: Demand, spills: Spills) -> SpiltBytes:
-    return {key: (demand.bytes_of(spilt.in_host), demand.bytes_of(spilt.on_disk)) for key, spilt in spills.items()}
 
 
 def _require_attention(demand: Demand, chains: Sequence[Sequence[Device]]) -> None:

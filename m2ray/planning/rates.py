@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from m2ray.batches import LayerSpan, PromptStats, TensorRow
+from m2ray.batches import PromptStats, TensorRow
 from m2ray.planning.demand import Demand
-from m2ray.planning.devices import Device
+from m2ray.planning.devices import DevicePlan
 from m2ray.planning.hardware import GPU_MODELS, find_gpu_model
 from m2ray.planning.memory import ModelShape
 from m2ray.planning.output import stored_row_bytes
@@ -19,8 +19,6 @@ COPY_BYTES_PER_S = 51 * 2**30
 """Between one GPU and pinned host memory, either way, measured on an H200 behind PCIe 5."""
 
 Limit = Literal["computation", "device_to_host_copy", "offload", "encoder", "store"]
-SpiltBytes = Mapping[tuple[int, int], tuple[int, int]]
-"""By replica and place: what a GPU is brought for each micro-batch, from host memory and from a disk."""
 
 
 @dataclass(frozen=True)
@@ -50,20 +48,7 @@ class RatePlan:
     duration_s: float | None
 
 
-@dataclass(frozen=True)
-class PlacedSpan:
-    """A span on its device, which is number `place` of its chain."""
-
-    replica: int
-    stage: int
-    place: int
-    device: Device
-    span: LayerSpan
-
-
-def plan_rates(
-    demand: Demand, placed: Sequence[PlacedSpan], prompts: PromptStats | None, padding_waste: float, spilt_bytes: SpiltBytes
-) -> RatePlan:
+def plan_rates(demand: Demand, placed: Sequence[DevicePlan], prompts: PromptStats | None, padding_waste: float) -> RatePlan:
     """What the layout and the assumptions, or a profile's measurements, allow.
 
     Args:
@@ -71,7 +56,6 @@ def plan_rates(
         placed: every span of every chain.
         prompts: what the survey found, if there was one.
         padding_waste: share of computed tokens that are padding.
-        spilt_bytes: of GPUs that hold not all of their layers.
 
     Raises:
         ConfigError: the profile is of another GPU or dtype.
@@ -84,7 +68,7 @@ def plan_rates(
     found: dict[Limit, float | None] = {
         "computation": computed,
         "device_to_host_copy": _copied_tokens_per_s(demand, placed),
-        "offload": _offloaded_tokens_per_s(demand, spilt_bytes, padding_waste),
+        "offload": _offloaded_tokens_per_s(demand, placed, padding_waste),
         "encoder": _encoded_tokens_per_s(demand, placed),
         "store": _stored_tokens_per_s(demand, token_bytes),
     }
@@ -106,7 +90,7 @@ def plan_rates(
     )
 
 
-def _filled_share(placed: Sequence[PlacedSpan], prompts: PromptStats) -> float | None:
+def _filled_share(placed: Sequence[DevicePlan], prompts: PromptStats) -> float | None:
     """Micro-batches shared evenly by the replicas; None where nothing is placed."""
     if not placed or not prompts.micro_batches:
         return None
@@ -130,14 +114,14 @@ def active_elements(rows: Sequence[TensorRow], shape: ModelShape) -> float:
     )
 
 
-def _computed_tokens_per_s(demand: Demand, placed: Sequence[PlacedSpan], padding_waste: float) -> float | None:
+def _computed_tokens_per_s(demand: Demand, placed: Sequence[DevicePlan], padding_waste: float) -> float | None:
     """Of all chains: each is as fast as its slowest stage, and a stage's GPUs work one after the other. None on unknown GPUs."""
     seconds: dict[tuple[int, int], float] = {}
     for each in placed:
         rate = _operations_per_s(demand, each)
         if rate is None:
             return None
-        active = active_elements(demand.rows(each.span), demand.shape)
+        active = active_elements(demand.rows(each.held), demand.shape)
         stage = (each.replica, each.stage)
         seconds[stage] = seconds.get(stage, 0.0) + 2 * active / rate
     slowest: dict[int, float] = {}
@@ -146,7 +130,7 @@ def _computed_tokens_per_s(demand: Demand, placed: Sequence[PlacedSpan], padding
     return sum((1 - padding_waste) / stage_s for stage_s in slowest.values()) or None
 
 
-def _operations_per_s(demand: Demand, placed: PlacedSpan) -> float | None:
+def _operations_per_s(demand: Demand, placed: DevicePlan) -> float | None:
     """As measured, or as the GPU's name lets expect."""
     compiled = demand.options.compile
     if demand.assumed.profile:
@@ -155,7 +139,7 @@ def _operations_per_s(demand: Demand, placed: PlacedSpan) -> float | None:
     return None if model is None else GPU_MODELS[model].bf16_flops * SUSTAINED_SHARE[compiled]
 
 
-def _copied_tokens_per_s(demand: Demand, placed: Sequence[PlacedSpan]) -> float | None:
+def _copied_tokens_per_s(demand: Demand, placed: Sequence[DevicePlan]) -> float | None:
     """Of all chains, by the GPU that copies most: captured rows, and the hidden states that leave it."""
     profile = demand.assumed.profile
     rate = COPY_BYTES_PER_S if profile is None else profile.copy_bytes_per_s
@@ -163,30 +147,32 @@ def _copied_tokens_per_s(demand: Demand, placed: Sequence[PlacedSpan]) -> float 
         return None
     most: dict[int, int] = {}
     for each in placed:
-        copied = sum(demand.row_bytes(each.span)) + demand.table.hidden_size * demand.itemsize_bytes
+        copied = sum(demand.row_bytes(each.held)) + demand.table.hidden_size * demand.itemsize_bytes
         most[each.replica] = max(most.get(each.replica, 0), copied)
     return sum(rate / copied for copied in most.values()) or None
 
 
-def _offloaded_tokens_per_s(demand: Demand, spilt_bytes: SpiltBytes, padding_waste: float) -> float | None:
+def _offloaded_tokens_per_s(demand: Demand, placed: Sequence[DevicePlan], padding_waste: float) -> float | None:
     """Of all chains, by the GPU that is brought most; None where none is. A disk counts as its profile says, else as the bus it comes by."""
     profile = demand.assumed.profile
     bus = COPY_BYTES_PER_S if profile is None or profile.copy_bytes_per_s is None else profile.copy_bytes_per_s
     disk = bus if profile is None or profile.read_bytes_per_s is None else min(bus, profile.read_bytes_per_s)
     slowest: dict[int, float] = {}
-    for (replica, _), (host_bytes, disk_bytes) in spilt_bytes.items():
-        slowest[replica] = max(slowest.get(replica, 0.0), host_bytes / bus + disk_bytes / disk)
+    for each in placed:
+        if each.residency:
+            seconds = demand.bytes_in(each.residency, "host") / bus + demand.bytes_in(each.residency, "disk") / disk
+            slowest[each.replica] = max(slowest.get(each.replica, 0.0), seconds)
     return sum(demand.options.batch_tokens * (1 - padding_waste) / seconds for seconds in slowest.values()) or None
 
 
-def _encoded_tokens_per_s(demand: Demand, placed: Sequence[PlacedSpan]) -> float | None:
+def _encoded_tokens_per_s(demand: Demand, placed: Sequence[DevicePlan]) -> float | None:
     """Of all chains, by the stage that encodes most; None without a profile. A thread takes whole parts: no more help than parts."""
     profile = demand.assumed.profile
     if profile is None:
         return None
     parts: dict[tuple[int, int], list[int]] = {}
     for each in placed:
-        parts.setdefault((each.replica, each.stage), []).extend(demand.row_bytes(each.span))
+        parts.setdefault((each.replica, each.stage), []).extend(demand.row_bytes(each.held))
     slowest: dict[int, float] = {}
     for (replica, _), row_sizes in parts.items():
         if row_sizes:

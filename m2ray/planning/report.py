@@ -4,10 +4,12 @@ from dataclasses import asdict
 from typing import Any
 
 from m2ray.batches import LayerSpan
+from m2ray.planning.devices import DevicePlan
 from m2ray.planning.hardware import Cluster
 from m2ray.planning.memory import Memory
-from m2ray.planning.placing import GpuPlan, StagePlan
+from m2ray.planning.placing import StagePlan
 from m2ray.planning.plan import Plan
+from m2ray.planning.residency import layers_in
 
 FORMAT_VERSION = 1
 
@@ -53,7 +55,7 @@ def _cluster(cluster: Cluster) -> list[dict[str, Any]]:
     return [{**asdict(node), "gpus": [asdict(gpu) for gpu in node.gpus], "versions": dict(node.versions)} for node in cluster.nodes]
 
 
-def _gpu(planned: GpuPlan) -> dict[str, Any]:
+def _gpu(planned: DevicePlan) -> dict[str, Any]:
     gpu = planned.device.gpu
     assert gpu is not None
     return {
@@ -65,8 +67,8 @@ def _gpu(planned: GpuPlan) -> dict[str, Any]:
         "total_bytes": gpu.total_bytes,
         "usable_bytes": planned.device.usable_bytes,
         "layers": _span(planned.span),
-        "offloaded": _span(planned.spill.layers),
-        "on_disk": _span(planned.spill.on_disk),
+        "offloaded": _span(layers_in(planned.residency, "host", "disk")),
+        "on_disk": _span(layers_in(planned.residency, "disk")),
         **_memory(planned.memory),
     }
 

@@ -2,7 +2,6 @@
 
 from m2ray.prompts.resume import load_shards, respool
 from m2ray.prompts.rows import PromptRow
-from m2ray.prompts.sequences_table import SEQUENCES_SCHEMA, read_quarantined
 from m2ray.prompts.shards import ShardTable, batching, estimated_batching, micro_batches
 from m2ray.prompts.sources import PromptSource
 from m2ray.prompts.spool import TokenSpool
@@ -10,7 +9,6 @@ from m2ray.prompts.surveying import Quarantined, Survey, survey
 from m2ray.prompts.tokenize import PromptTokenizer
 
 __all__ = [
-    "SEQUENCES_SCHEMA",
     "PromptRow",
     "PromptSource",
     "PromptTokenizer",
@@ -22,7 +20,6 @@ __all__ = [
     "estimated_batching",
     "load_shards",
     "micro_batches",
-    "read_quarantined",
     "respool",
     "survey",
 ]

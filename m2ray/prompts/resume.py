@@ -9,12 +9,12 @@ import pyarrow.compute as pc
 
 from m2ray.batches import Int32Array, Int64Array, SequenceFile, Shard
 from m2ray.errors import RunConflictError, RunDamagedError
-from m2ray.prompts.sequences_table import read_sequences
 from m2ray.prompts.shards import ShardTable
 from m2ray.prompts.sources import PromptSource
 from m2ray.prompts.spool import TokenSpool
 from m2ray.prompts.surveying import prompt_digest, row_batches
 from m2ray.prompts.tokenize import PromptTokenizer
+from m2ray.sequences import read_sequences
 from m2ray.storage import Store
 
 

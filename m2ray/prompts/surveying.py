@@ -13,11 +13,11 @@ from m2ray.errors import PromptsError
 from m2ray.options import PromptOptions
 from m2ray.prompts.fingerprint import Fingerprint
 from m2ray.prompts.rows import PromptRow
-from m2ray.prompts.sequences_table import SequencesWriter
 from m2ray.prompts.shards import WINDOW_ROWS, ShardTable, cut_shards
 from m2ray.prompts.sources import PromptSource
 from m2ray.prompts.spool import TokenSpool
 from m2ray.prompts.tokenize import PromptTokenizer
+from m2ray.sequences import SequencesWriter
 from m2ray.storage import Store
 
 _BATCH_ROWS = 1024

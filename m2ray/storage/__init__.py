@@ -1,17 +1,17 @@
 """Local disks and object stores behind one small interface."""
 
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 
 from m2ray.errors import StoreError
 from m2ray.storage.address import SCHEMES
 from m2ray.storage.file import StoreFile
-from m2ray.storage.local import LocalStore
+from m2ray.storage.local import LocalStore, local_folder
 from m2ray.storage.object_store import ObjectStore
 from m2ray.storage.scratch import scratch
 from m2ray.storage.store import Data, PartSink, Store
 
-__all__ = ["SCHEMES", "Data", "LocalStore", "ObjectStore", "PartSink", "Store", "StoreFile", "open_store", "scratch"]
+__all__ = ["SCHEMES", "Data", "LocalStore", "ObjectStore", "PartSink", "Store", "StoreFile", "local_folder", "open_store", "scratch"]
 
 
 def open_store(url: str | Path) -> Store:
@@ -24,11 +24,10 @@ def open_store(url: str | Path) -> Store:
         StoreError: the scheme is not one that m2ray uses, or the URL is malformed or holds a secret.
     """
     text = str(url)
-    scheme = urlsplit(text).scheme if "://" in text else ""
-    if scheme in SCHEMES:
-        return ObjectStore(text)
-    if scheme == "file":
-        return LocalStore(Path(unquote(urlsplit(text).path)))
-    if scheme:
+    folder = local_folder(text)
+    if folder is not None:
+        return LocalStore(folder)
+    scheme = urlsplit(text).scheme
+    if scheme not in SCHEMES:
         raise StoreError(f"m2ray cannot use {text!r}: its scheme is {scheme!r}.", f"Give a local path or one of {', '.join(SCHEMES)}.")
-    return LocalStore(Path(text))
+    return ObjectStore(text)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
+from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,14 @@ from m2ray.storage.store import Data, PartSink, Store
 
 _UNFINISHED = "_unfinished"
 _SCATTERED_ROW_BYTES = 1024
+
+
+def local_folder(url: str) -> Path | None:
+    """The folder of a path or a `file://` URL; None for a URL of another scheme."""
+    if "://" not in url:
+        return Path(url).expanduser()
+    parts = urlsplit(url)
+    return Path(unquote(parts.path)) if parts.scheme == "file" else None
 
 
 @contextmanager
@@ -46,11 +55,15 @@ class LocalStore(Store):
     """
 
     def __init__(self, root: Path) -> None:
-        self.root = root.expanduser()
-        self.url = str(self.root)
+        self._folder = root.expanduser()
+        self.url = str(self._folder)
+
+    @property
+    def folder(self) -> Path:
+        return self._folder
 
     def path(self, key: str) -> Path:
-        return self.root / key
+        return self._folder / key
 
     def size(self, key: str) -> int | None:
         with _naming("read", self.path(key)):
@@ -97,12 +110,12 @@ class LocalStore(Store):
 
     def list(self, prefix: str) -> Iterator[tuple[str, int]]:
         for folder, folders, names in os.walk(self.path(prefix)):
-            if Path(folder) == self.root and _UNFINISHED in folders:
+            if Path(folder) == self._folder and _UNFINISHED in folders:
                 folders.remove(_UNFINISHED)
             for name in names:
                 path = Path(folder, name)
                 try:
-                    yield path.relative_to(self.root).as_posix(), path.stat().st_size
+                    yield path.relative_to(self._folder).as_posix(), path.stat().st_size
                 except FileNotFoundError:
                     continue  # deleted between the listing and the look at it
 

@@ -7,6 +7,7 @@ import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +39,11 @@ class Store(ABC):
     """One root (a folder, a bucket's prefix) and the operations m2ray needs below it."""
 
     url: str
+
+    @property
+    def folder(self) -> Path | None:
+        """Where its objects lie as files that this machine sees; None where each read is a request to a server."""
+        return None
 
     @abstractmethod
     def size(self, key: str) -> int | None:

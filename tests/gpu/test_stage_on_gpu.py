@@ -12,7 +12,6 @@ from m2ray.errors import StageError
 from m2ray.model import fp8
 from m2ray.model.extents import Range, Wanted
 from m2ray.model.fp8 import KernelTable, dequantize
-from m2ray.model.offload import Offload
 from m2ray.model.stage import Stage, StageSpec, load_stage
 from tests.reference import LENGTHS, MINIMAX_TINY, load_reference, make_minimax, micro_batch_of, reference_rows
 
@@ -196,8 +195,9 @@ def test_offloaded_layers_give_the_same_rows(folder: Path, tmp_path: Path, *, co
     spec = StageSpec(str(folder), span, every, ("residual",), "bfloat16", "bfloat16", "auto", "cuda:0", None, compile=compiled)
     batches = [micro_batch_of((9 + seed, 230, 1, 170, 4), MINIMAX_TINY["vocab_size"], seed) for seed in range(8)]
     rows = []
-    for offload in (Offload(), Offload(every[2:]), Offload(every[2:4], every[4:], str(tmp_path)), Offload((), every, str(tmp_path))):
-        stage = load_stage(replace(spec, offload=offload), lambda *_: None)
+    for num_gpu, num_host in ((NUM_LAYERS, 0), (2, NUM_LAYERS - 2), (2, 2), (0, 0)):
+        residency = {layer: "host" if layer < num_gpu + num_host else "disk" for layer in every[num_gpu:]}
+        stage = load_stage(replace(spec, residency=residency, offload_folder=str(tmp_path)), lambda *_: None)
         outputs = [stage.forward(batch, None) for batch in batches]
         rows.append([layer.rows for output in outputs for layer in output.captured])
     assert all(np.array_equal(one, other) for offloaded in rows[1:] for one, other in zip(rows[0], offloaded, strict=True))

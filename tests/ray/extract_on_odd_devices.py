@@ -16,7 +16,6 @@ import torch
 from m2ray.batches import LayerSpan, MicroBatch
 from m2ray.chain import actor, extract
 from m2ray.cli import main
-from m2ray.model.offload import Offload
 from m2ray.model.stage import Stage, StageSpec
 
 
@@ -48,7 +47,7 @@ def halves(*args: Any) -> Iterator[StageSpec]:
 def nothing_resident(*args: Any) -> Iterator[StageSpec]:
     for spec in one_spec(*args):
         first, *others = range(spec.span.start, spec.span.stop)
-        yield replace(spec, offload=Offload((first,), tuple(others), spec.offload.folder))
+        yield replace(spec, residency={first: "host", **dict.fromkeys(others, "disk")})
 
 
 actor.StageActor = ActorWithSmallStages

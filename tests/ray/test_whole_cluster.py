@@ -82,7 +82,8 @@ def test_the_doctor_looks_at_every_node(two_nodes: RayCluster, model: Path, tmp_
     (differs,) = [one for one in found["findings"] if one["check"] == "same_everywhere"]
     assert "NCCL_DEBUG" in differs["what"]
     assert "unset" in differs["what"]
-    assert (done.returncode, found["ok"]) == (1, False)
+    assert differs["level"] == "note", "the chain uses no NCCL"
+    assert (done.returncode, found["ok"]) == (0, True)
     of_folders = {"checkpoint_files", "checkpoint_tensors", "model_visible", "store"}
     assert not [one for one in found["findings"] if one["level"] == "problem" and one["check"] in of_folders]
     assert not [path for path in output.rglob("*") if path.is_file()], "what was made to try the store is gone"

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from m2ray.bench.measuring import store_bytes_per_s
 from m2ray.cli import main
 from m2ray.cli.bench import shapes_of
-from m2ray.cli.measuring import store_bytes_per_s
 from m2ray.errors import ConfigError, StoreError
 from m2ray.planning.plan import Plan
 from m2ray.planning.profile import LayerTime, Profile
@@ -110,7 +110,7 @@ def test_shapes_hold_the_tokens_of_a_micro_batch() -> None:
 
 
 def test_the_command_measures_a_small_model_and_plan_reads_its_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("m2ray.cli.measuring._STORE_ROUNDS", ((2 << 20, 1, 1),))
+    monkeypatch.setattr("m2ray.bench.measuring._STORE_ROUNDS", ((2 << 20, 1, 1),))
     model, profile, output = make_minimax(tmp_path / "model", "fp8"), tmp_path / "profile.json", tmp_path / "run"
     words = ["bench", str(model), "--output", str(output), "--profile", str(profile), "--batch-tokens", "64", "--no-compile"]
     done = CliRunner(env={"CUDA_VISIBLE_DEVICES": ""}).invoke(main, words)
@@ -161,7 +161,7 @@ class Watched(LocalStore):
 
 def test_the_store_is_measured_by_parts_that_no_reader_takes_for_a_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rounds grow, all layers of a round's shards are written, and everything is deleted, whether it went well or not."""
-    monkeypatch.setattr("m2ray.cli.measuring._STORE_ROUNDS", ((1 << 16, 1, 1), (1 << 16, 2, 3)))
+    monkeypatch.setattr("m2ray.bench.measuring._STORE_ROUNDS", ((1 << 16, 1, 1), (1 << 16, 2, 3)))
     store = Watched(tmp_path)
     assert store_bytes_per_s(store, 64, "bfloat16", 2) > 0
     assert len(store.keys) == 8 * (1 + 3)

@@ -445,6 +445,66 @@ def test_a_driver_that_stood_still_sweeps_nothing_that_came_to_count_meanwhile(s
     assert_closed(store)
 
 
+class Disk:
+    """What of a folder a loss of power would leave at this moment: the bytes and the names that were synced."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, on_link: Callable[[Path, Path], None]) -> None:
+        self._folder = folder
+        self._bytes: dict[int, int] = {}
+        self._names: set[Path] = set()
+        fsync, link = os.fsync, os.link
+
+        def synced(fd: int) -> None:
+            fsync(fd)
+            found, path = os.fstat(fd), Path(os.readlink(f"/proc/self/fd/{fd}"))
+            if path.is_dir():
+                self._names |= {path / name for name in os.listdir(path)}
+            self._bytes[found.st_ino] = found.st_size
+
+        def linked(source: Path, target: Path) -> None:
+            on_link(Path(source), Path(target))
+            link(source, target)
+
+        monkeypatch.setattr(os, "fsync", synced)
+        monkeypatch.setattr(os, "link", linked)
+
+    def has_bytes(self, path: Path) -> bool:
+        found = path.stat()
+        return self._bytes.get(found.st_ino) == found.st_size
+
+    def has(self, key: str) -> bool:
+        """Whether an object would be there, whole, under its name."""
+        path = self._folder / key
+        above = path.relative_to(self._folder.parent).parents[:-1]
+        return self.has_bytes(path) and {path, *(self._folder.parent / folder for folder in above)} <= self._names
+
+
+def test_what_a_commit_names_is_durable_before_the_commit_is_visible(store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So it is with `_SUCCESS` and all that it vouches for."""
+    seen: list[str] = []
+
+    def look(source: Path, target: Path) -> None:
+        key = target.relative_to(store.folder).as_posix()
+        named = {"job.json"}
+        if key.startswith("_commits/"):
+            named |= {part["key"] for part in json.loads(source.read_bytes())["parts"]}
+            assert len(named) == 1 + len(runs.PARTS)
+        elif key == "_SUCCESS":
+            named |= {"manifest.parquet", *map(commit_key, range(3))}
+        else:
+            return
+        assert disk.has_bytes(source), f"{key} is not durable itself when it appears"
+        assert {name for name in named if not disk.has(name)} == set(), f"not durable when {key} appears"
+        seen.append(key)
+
+    disk = Disk(store.folder, monkeypatch, look)
+    run = claim_run(store, runs.job(store))
+    for shard in runs.shards():
+        assert runs.commit_shard(run, shard, "a1")
+    run.finish()
+    assert seen == [*map(commit_key, range(3)), "_SUCCESS"]
+
+
 KILLED_DRIVER = """
     import os, signal, sys
     from m2ray.activations.commits import claim_run

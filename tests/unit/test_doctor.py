@@ -10,9 +10,9 @@ import pytest
 from click.testing import CliRunner
 
 from m2ray.cli import main
-from m2ray.planning.checks import check_nodes
+from m2ray.doctor.checks import check_nodes
+from m2ray.doctor.node_facts import GpuUser, NodeFacts
 from m2ray.planning.hardware import Gpu, Node
-from m2ray.planning.node_facts import GpuUser, NodeFacts
 from tests.reference import make_minimax
 
 GIB = 2**30
@@ -54,10 +54,6 @@ BROKEN = {
     "cannot use any": ("torch", {"torch_sees_gpus": False}),
     "no kernels for GPU 0": ("torch", {"compute_capabilities": ((10, 0),)}),
     "process 4711": ("gpu_busy", {"gpu_users": (GpuUser(1, 4711, None),)}),
-    "NCCL_P2P_DISABLE=1": ("nccl", {"nccl_env": {"NCCL_P2P_DISABLE": "1"}}),
-    "NCCL_SOCKET_IFNAME=ib": ("nccl", {"nccl_env": {"NCCL_SOCKET_IFNAME": "ib"}}),
-    "NCCL_SOCKET_IFNAME=^lo,eth": ("nccl", {"nccl_env": {"NCCL_SOCKET_IFNAME": "^lo,eth"}}),
-    "NCCL_SOCKET_IFNAME==eth": ("nccl", {"nccl_env": {"NCCL_SOCKET_IFNAME": "=eth"}}),
     "no gcc and no clang": ("triton", {"triton_problem": "there is no C compiler: no gcc and no clang"}),
     "no config.json": ("model_visible", {"model_problem": "There is no config.json in /m."}),
     "another folder": ("store", {"output_problem": "/out is another folder here."}),
@@ -92,9 +88,35 @@ def test_a_node_without_gpus_needs_no_driver() -> None:
     assert problems(sound("a"), cpu) == []
 
 
-def test_code_and_nccl_settings_that_differ() -> None:
-    other = replace(sound("b"), source_digest="e", nccl_env={"NCCL_DEBUG": "WARN"})
-    assert [what.split(" is ")[0] for _, _, what in problems(sound("a"), other)] == ["m2ray's code", "NCCL_DEBUG"]
+def test_code_that_differs() -> None:
+    assert [what.split(" is ")[0] for _, _, what in problems(sound("a"), replace(sound("b"), source_digest="e"))] == ["m2ray's code"]
+
+
+NCCL = {"NCCL_P2P_DISABLE": "1", "NCCL_SOCKET_IFNAME": "ib"}, {"NCCL_SOCKET_IFNAME": "^lo,eth"}, {"NCCL_SOCKET_IFNAME": "=eth"}
+
+
+@pytest.mark.parametrize("env", NCCL)
+def test_what_concerns_nccl_is_noted_and_no_problem(env: dict[str, str]) -> None:
+    """The chain uses none of it."""
+    other = sound("b", versions={**VERSIONS, "nccl": "0.0"})
+    nodes = [replace(sound("a"), nccl_env=env), replace(other, nccl_env=env | {"NCCL_DEBUG": "WARN"})]
+    assert problems(*nodes) == []
+    noted = [finding.what for finding in check_nodes(nodes, 4 * GIB) if finding.level == "note"]
+    for name, value in env.items():
+        assert sum(f"{name}={value}" in what for what in noted) == 2, "of each node"
+    assert [what for what in noted if " is not the same " in what] == [
+        "nccl is not the same on every node: a has 2.28, b has 0.0.",
+        "NCCL_DEBUG is not the same on every node: a has unset, b has WARN.",
+    ]
+
+
+def test_no_nccl_at_all_is_noted_and_the_command_ends_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    without = sound(versions={name: VERSIONS[name] for name in VERSIONS if name != "nccl"})
+    assert [finding.what for finding in check_nodes([without], 4 * GIB) if finding.check == "nccl"] == ["torch has no NCCL."]
+    before, _ = doctor()
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "nope")
+    after, found = doctor()
+    assert (after, [one["level"] for one in found["findings"] if one["check"] == "nccl"]) == (before, ["note"])
 
 
 def test_all_problems_come_at_once() -> None:

@@ -1,6 +1,7 @@
 """GPUs in words, limits in words, and what a probe finds on the machine at hand."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from m2ray import planning
+from m2ray.chain.machine import disk_free_bytes, probe_node, visible_devices
 from m2ray.errors import ConfigError, M2rayError
 from m2ray.planning.hardware import GPU_MODELS, Gpu, find_gpu_model, parse_gpus
-from m2ray.planning.probe import probe_node, visible_devices
 from m2ray.sizes import MaxMemory, parse_max_memory
 
 GB = 10**9
@@ -139,6 +140,14 @@ def test_a_probe_reads_this_machine(tmp_path):
     assert {"ray", "torch"} <= node.versions.keys()
     assert probe_node(name="here").name == "here"
     assert probe_node().disk_free_bytes is None
+
+
+def test_the_disk_of_a_run_folder_is_found_however_it_is_written(tmp_path):
+    free_bytes = shutil.disk_usage(tmp_path).free
+    for output in (str(tmp_path / "run"), f"file://{tmp_path}/run"):
+        assert disk_free_bytes(output) == pytest.approx(free_bytes, rel=0.05)
+    assert disk_free_bytes("s3://bucket/run") is None
+    assert disk_free_bytes(None) is None
 
 
 def test_a_folder_in_memory_is_told_from_one_on_a_disk():

@@ -163,15 +163,14 @@ def test_offload_keeps_what_finds_no_room_in_host_memory():
     planned = plan("2xH200", offload="cpu")
     assert planned.fits
     for gpu in planned.gpus:
-        assert gpu.spill.layers is not None
-        assert gpu.spill.layers.stop == gpu.span.stop
+        assert max(gpu.residency) == gpu.span.stop - 1
         assert gpu.memory.peak_bytes <= gpu.device.usable_bytes, "what stays and two layers in turn find room"
-    kept = [layer for gpu in planned.gpus for layer in range(gpu.spill.layers.start, gpu.spill.layers.stop)]
+    kept = [layer for gpu in planned.gpus for layer in gpu.residency]
     layer_bytes = planned.weights.layer_bytes
     assert sum(stage.host.running["offloaded"] for stage in planned.stages) == sum(layer_bytes[layer] for layer in kept)
     on_gpus = sum(gpu.memory.running["weights"] for gpu in planned.gpus)
     assert on_gpus + sum(layer_bytes[layer] for layer in kept) == planned.weights.loaded_bytes
-    assert all(gpu.spill.layers is None for gpu in plan("8xH200", offload="cpu").gpus), "nothing is moved that fits"
+    assert all(not gpu.residency for gpu in plan("8xH200", offload="cpu").gpus), "nothing is moved that fits"
 
 
 def offloading(host_free_bytes: int, disk_free_bytes: int | None = None, *, disk_in_memory: bool = False, **options) -> Plan:
@@ -199,24 +198,22 @@ def test_what_finds_no_room_in_host_memory_stays_on_disk():
     layer_bytes = planned.weights.layer_bytes
     on_disk = []
     for gpu in planned.gpus:
-        spilt = gpu.spill
-        assert spilt.layers.stop == spilt.on_disk.stop == gpu.span.stop
-        assert spilt.in_host.stop == spilt.on_disk.start
-        on_disk += range(spilt.on_disk.start, spilt.on_disk.stop)
+        assert [*gpu.residency] == [*range(min(gpu.residency), gpu.span.stop)]
+        assert [*gpu.residency.values()] == sorted(gpu.residency.values(), reverse=True), "host, then disk"
+        on_disk += [layer for layer, place in gpu.residency.items() if place == "disk"]
+    disks = [list(gpu.residency.values()).count("disk") for gpu in planned.gpus]
     in_gpus = sum(gpu.memory.running["weights"] for gpu in planned.gpus)
     in_host = sum(stage.host.running["offloaded"] for stage in planned.stages)
     assert node.disk_bytes == sum(layer_bytes[layer] for layer in on_disk)
     assert in_gpus + in_host + node.disk_bytes == planned.weights.loaded_bytes
-    assert abs(len(planned.gpus[0].spill.on_disk) - len(planned.gpus[1].spill.on_disk)) <= 1
+    assert abs(disks[0] - disks[1]) <= 1
     assert node.host_bytes <= 0.9 * 100 * GB < node.host_bytes + max(layer_bytes), "host memory is filled first"
     assert offloading(2000 * GB, 0, offload="disk").nodes[0].disk_bytes == 0
 
 
 def test_what_is_brought_for_each_micro_batch_limits_the_rate():
     planned = offloading(100 * GB, 500 * GB, offload="disk")
-    most = max(
-        sum(planned.weights.layer_bytes[layer] for layer in range(gpu.spill.layers.start, gpu.spill.layers.stop)) for gpu in planned.gpus
-    )
+    most = max(sum(planned.weights.layer_bytes[layer] for layer in gpu.residency) for gpu in planned.gpus)
     assert planned.limiting_resource == "offload"
     assert planned.rates.limits["offload"] == pytest.approx(16_384 / (most / (51 * 2**30)))
     assert "offload" not in plan("8xH200", offload="disk").rates.limits
@@ -319,7 +316,7 @@ def test_long_prompts_count_where_layers_are_offloaded():
     assert long.fits
     assert all(gpu.memory.peak_bytes <= gpu.device.usable_bytes for planned in (short, long) for gpu in planned.gpus)
     assert long.gpus[0].memory.running["transient"] == SHAPE.transient_bytes(65_536, 65_536, 2)
-    assert sum(len(gpu.spill.layers) for gpu in long.gpus) > sum(len(gpu.spill.layers) for gpu in short.gpus)
+    assert sum(len(gpu.residency) for gpu in long.gpus) > sum(len(gpu.residency) for gpu in short.gpus)
 
 
 def test_a_sequence_longer_than_a_micro_batch_sets_its_size():

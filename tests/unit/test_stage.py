@@ -14,8 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from m2ray.batches import LayerSpan, MicroBatch, PartSpec
 from m2ray.errors import ConfigError, StageError
-from m2ray.model import offload
-from m2ray.model.offload import Offload
+from m2ray.model import residency
 from m2ray.model.stage import Stage, StageSpec, load_stage
 from tests.reference import chain_rows, load_reference, make_family, micro_batch_of, reference_rows, same_bits
 
@@ -64,7 +63,13 @@ def test_a_stage_counts_its_bytes(llama: Path) -> None:
 )
 def test_offloaded_layers_give_the_same_rows(llama: Path, tmp_path: Path, in_host: tuple[int, ...], on_disk: tuple[int, ...]) -> None:
     resident = load(spec_of(llama, 0, 5))
-    stage = load(replace(spec_of(llama, 0, 5), offload=Offload(in_host, on_disk, str(tmp_path / "made" / "here"))))
+    stage = load(
+        replace(
+            spec_of(llama, 0, 5),
+            residency=dict.fromkeys(in_host, "host") | dict.fromkeys(on_disk, "disk"),
+            offload_folder=str(tmp_path / "made" / "here"),
+        )
+    )
     for seed in range(3):
         micro_batch = micro_batch_of([5, 8, 3], 64, seed)
         for one, other in zip(resident.forward(micro_batch, None).captured, stage.forward(micro_batch, None).captured, strict=True):
@@ -75,23 +80,23 @@ def test_offloaded_layers_give_the_same_rows(llama: Path, tmp_path: Path, in_hos
 
 def test_a_layer_on_a_disk_is_read_each_time_it_runs(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In pieces smaller than a layer, by several threads; and what cannot be read is said, not computed with."""
-    monkeypatch.setattr(offload, "PIECE_BYTES", 1000)
-    stage = load(replace(spec_of(llama, 0, 5), offload=Offload(on_disk=(1, 3), folder=str(tmp_path))))
+    monkeypatch.setattr(residency, "PIECE_BYTES", 1000)
+    stage = load(replace(spec_of(llama, 0, 5), residency={1: "disk", 3: "disk"}, offload_folder=str(tmp_path)))
     micro_batch = micro_batch_of([5, 8, 3], 64)
     first = stage.forward(micro_batch, None).captured
     resident = load(spec_of(llama, 0, 5)).forward(micro_batch, None).captured
     assert all((one.rows == other.rows).all() for one, other in zip(first, resident, strict=True))
-    home = stage._decoder._homes[3]
-    os.pwrite(home._file.fileno(), bytes(home.num_bytes), 0)
+    weights = stage._decoder._outside[3]
+    os.pwrite(weights._file.fileno(), bytes(weights.num_bytes), 0)
     changed = stage.forward(micro_batch, None).captured
     assert [(one.rows == other.rows).all() for one, other in zip(first, changed, strict=True)] == [True, True, True, False, False]
-    os.ftruncate(home._file.fileno(), 10)
+    os.ftruncate(weights._file.fileno(), 10)
     with pytest.raises(StageError, match="cut short"):
         stage.forward(micro_batch, None)
 
 
 def test_a_pass_that_was_given_up_leaves_the_next_one_right(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stage = load(replace(spec_of(llama, 0, 5), offload=Offload((1, 2), (3, 4), str(tmp_path))))
+    stage = load(replace(spec_of(llama, 0, 5), residency={1: "host", 2: "host", 3: "disk", 4: "disk"}, offload_folder=str(tmp_path)))
     micro_batch = micro_batch_of([5, 8, 3], 64)
     expected = stage.forward(micro_batch, None).captured
 
@@ -111,7 +116,7 @@ def test_a_disk_without_room_is_said_with_the_numbers(llama: Path, tmp_path: Pat
     file = tmp_path / "file"
     file.touch()
     with pytest.raises(StageError, match=r"A layer of [\d,]+ bytes cannot be kept in .*file/below: Not a directory"):
-        load(replace(spec_of(llama, 0, 5), offload=Offload(on_disk=(3,), folder=str(file / "below"))))
+        load(replace(spec_of(llama, 0, 5), residency={3: "disk"}, offload_folder=str(file / "below")))
 
 
 def test_rows_come_in_token_rows_order(llama: Path) -> None:

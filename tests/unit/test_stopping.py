@@ -14,7 +14,7 @@ from m2ray.chain.progress import Progress
 from m2ray.chain.stopping import sigterm_kept, stop_on_sigterm
 from m2ray.cli import main
 from m2ray.errors import StageError
-from m2ray.prompts.sequences_table import SequencesWriter
+from m2ray.sequences import SequencesWriter
 from m2ray.storage import open_store
 from m2ray.storage.hashing import HashingFile
 from tests.reference import make_minimax

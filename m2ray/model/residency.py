@@ -1,11 +1,10 @@
-"""Layers whose weights stay in host memory or on a disk, and are on the device only while they run."""
+"""Layers whose weights live in host memory or on a disk, and are on the device only while they run."""
 
 import mmap
 import os
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -25,26 +24,7 @@ PIECE_BYTES = 32 * 2**20
 _ALIGNMENT = 256
 
 
-@dataclass(frozen=True)
-class Offload:
-    """Which layers of a span are not kept on its device.
-
-    Attributes:
-        in_host: layers whose weights stay in host memory, ascending.
-        on_disk: layers whose weights stay in files, ascending; they have no name there, so they are gone with the process.
-        folder: where those files lie, there or yet to be made.
-    """
-
-    in_host: tuple[int, ...] = ()
-    on_disk: tuple[int, ...] = ()
-    folder: str = ""
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        return tuple(sorted((*self.in_host, *self.on_disk)))
-
-
-class Home:
+class WeightsInHost:
     """One layer's tensors, one after the other in one run of memory, so that they move as one.
 
     Attributes:
@@ -84,7 +64,7 @@ class Home:
         buffer[: self.num_bytes].copy_(self.memory, non_blocking=True)
 
 
-class DiskHome(Home):
+class WeightsOnDisk(WeightsInHost):
     """The same in a file without a name. It is mapped for loading alone: reading it is faster."""
 
     def __init__(self, tensors: Sequence[ModelTensor], folder: str) -> None:
@@ -159,77 +139,79 @@ class _Lane:
         self.copied = torch.cuda.Event()
 
 
-class OffloadedLayers:
-    """Takes turns on two buffers of the device: the next layer's weights are brought in while one layer computes.
+class BroughtLayers:
+    """Brings each layer into one of two buffers of the device, the next layer's weights while one computes.
 
     Bringing a layer takes many times as long as computing with it, so this is for what does not fit, never for speed.
     """
 
-    def __init__(self, layers: Sequence[nn.Module], prefixes: Sequence[str], homes: Sequence[Home], device: torch.device) -> None:
+    def __init__(
+        self, layers: Sequence[nn.Module], prefixes: Sequence[str], weights: Sequence[WeightsInHost], device: torch.device
+    ) -> None:
         """Args:
-        layers: loaded into their homes, in the order in which they run.
+        layers: in the order in which they run.
         prefixes: each layer's name in the model, with a dot.
-        homes: one a layer.
+        weights: what each was loaded into.
         device: where they run.
         """
         self._on_gpu = device.type == "cuda"
         self._stream = torch.cuda.Stream(device) if self._on_gpu else None
-        self._homes = homes
+        self._weights = weights
         self._tensors = [_tensors_of(layer, prefix) for layer, prefix in zip(layers, prefixes, strict=True)]
-        for home in homes:
-            home.settle(on_gpu=self._on_gpu)
-        self._readers = Readers(device) if any(isinstance(home, DiskHome) for home in homes) else Readers(torch.device("cpu"))
-        num_bytes = max(home.num_bytes for home in homes)
+        for each in weights:
+            each.settle(on_gpu=self._on_gpu)
+        self._readers = Readers(device) if any(isinstance(each, WeightsOnDisk) for each in weights) else Readers(torch.device("cpu"))
+        num_bytes = max(each.num_bytes for each in weights)
         self._buffers = [torch.empty(num_bytes, dtype=torch.uint8, device=device) for _ in range(2)]
         self._copied = [torch.cuda.Event() for _ in range(2)] if self._on_gpu else []
         self._used = [torch.cuda.Event() for _ in range(2)] if self._on_gpu else []
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="offload")
         self._coming: tuple[int, Future[None]] | None = None
-        self._turn = 0
+        self._num_entered = 0
         for place, layer in enumerate(layers):
             layer.register_forward_pre_hook(partial(self._enter, place))
             # Before the hook that ends the span's forward pass by an exception.
             layer.register_forward_hook(partial(self._leave, place), prepend=True)
 
     def _enter(self, place: int, *_: Any) -> None:
-        number = self._turn % 2
+        number = self._num_entered % 2
         if self._coming is None or self._coming[0] != place:
-            self._begin_anew()
+            self._begin_again()
             self._fetch(place)
         assert self._coming is not None
         self._coming[1].result()
         if self._stream is not None:
             torch.cuda.current_stream(self._stream.device).wait_event(self._copied[number])
         self._point(place, self._buffers[number])
-        self._turn += 1
-        self._fetch((place + 1) % len(self._homes))
+        self._num_entered += 1
+        self._fetch((place + 1) % len(self._weights))
 
     def _leave(self, place: int, *_: Any) -> None:
-        self._point(place, self._homes[place].memory)
+        self._point(place, self._weights[place].memory)
         if self._stream is not None:
-            self._used[(self._turn - 1) % 2].record(torch.cuda.current_stream(self._stream.device))
+            self._used[(self._num_entered - 1) % 2].record(torch.cuda.current_stream(self._stream.device))
 
     def _point(self, place: int, memory: torch.Tensor) -> None:
-        for name, view in self._homes[place].views(memory).items():
+        for name, view in self._weights[place].views(memory).items():
             self._tensors[place][name].data = view
 
-    def _begin_anew(self) -> None:
+    def _begin_again(self) -> None:
         """A pass was given up in its midst: what it still computes has the buffers until it is done. What it brings comes first anyway."""
         if self._stream is not None:
             for used in self._used:
                 used.record(torch.cuda.current_stream(self._stream.device))
 
     def _fetch(self, place: int) -> None:
-        """Begin to bring a layer into the buffer whose turn is next, once its last user is done."""
-        self._coming = (place, self._thread.submit(self._fill, place, self._turn % 2))
+        """Begin to bring a layer into the buffer that comes next, once its last user is done."""
+        self._coming = (place, self._thread.submit(self._fill, place, self._num_entered % 2))
 
     def _fill(self, place: int, number: int) -> None:
         if self._stream is None:
-            self._homes[place].copy_into(self._buffers[number], self._readers)
+            self._weights[place].copy_into(self._buffers[number], self._readers)
             return
         self._stream.wait_event(self._used[number])
         with torch.cuda.stream(self._stream):
-            self._homes[place].copy_into(self._buffers[number], self._readers)
+            self._weights[place].copy_into(self._buffers[number], self._readers)
             self._copied[number].record(self._stream)
 
 

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from m2ray.planning.hardware import FLASH_PACKAGE, Gpu, Node
+from m2ray.storage import local_folder
 
 _IN_MEMORY = ("tmpfs", "ramfs", "devtmpfs")
 _SHM = Path("/dev/shm")  # noqa: S108 - its size is asked for; nothing is written
 
 
-def probe_node(name: str | None = None, folder: str | None = None, visible: str | None = None) -> Node:
+def probe_node(name: str | None = None, folder: str | Path | None = None, visible: str | None = None) -> Node:
     """Describe this machine.
 
     Args:
@@ -48,9 +49,8 @@ def probe_node(name: str | None = None, folder: str | None = None, visible: str 
 
 def disk_free_bytes(output: str | None) -> int | None:
     """What the disk of a run folder, there or yet to be made, has left; None for a bucket."""
-    if output is None or "://" in output:
-        return None
-    return _file_system(_nearest(Path(output)))[1]
+    folder = local_folder(output) if output else None
+    return _file_system(_nearest(folder))[1] if folder else None
 
 
 def _nvml_gpus(visible: str | None) -> tuple[tuple[Gpu, ...], dict[str, str]]:

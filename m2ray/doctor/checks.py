@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from m2ray.planning.node_facts import NodeFacts
+from m2ray.doctor.node_facts import NodeFacts
 from m2ray.toolchain import TRITON_REMEDY
 
 SAME_EVERYWHERE = ("python", "ray", "torch", "transformers", "m2ray", "driver", "cuda", "nccl")
@@ -50,27 +50,21 @@ def check_nodes(nodes: Sequence[NodeFacts], in_flight_bytes: int, model_bytes: i
 def _differences(nodes: Sequence[NodeFacts]) -> Iterator[Finding]:
     """Versions, code and NCCL's settings that are not the same on every node. Nodes without GPUs have no driver to compare."""
     for name in SAME_EVERYWHERE:
-        of_gpus = name in ("driver", "cuda", "nccl")
-        versions = {
-            facts.hardware.name: facts.hardware.versions.get(name, "absent") for facts in nodes if facts.hardware.gpus or not of_gpus
-        }
-        if len(set(versions.values())) > 1:
-            yield _differs(f"{name} is not the same on every node", versions, f"Install the same {name} everywhere.")
+        here = [facts for facts in nodes if facts.hardware.gpus or name not in ("driver", "cuda", "nccl")]
+        versions = {facts.hardware.name: facts.hardware.versions.get(name, "absent") for facts in here}
+        yield from _different(name, versions, "" if name == "nccl" else f"Install the same {name} everywhere.")
     digests = {facts.hardware.name: facts.source_digest for facts in nodes}
-    if len(set(digests.values())) > 1:
-        yield _differs(
-            "m2ray's code is not the same on every node", digests, "Install the same m2ray everywhere, or submit it as working_dir."
-        )
+    yield from _different("m2ray's code", digests, "Install the same m2ray everywhere, or submit it as working_dir.")
     for variable in sorted({variable for facts in nodes for variable in facts.nccl_env}):
-        values = {facts.hardware.name: facts.nccl_env.get(variable, "unset") for facts in nodes}
-        if len(set(values.values())) > 1:
-            yield _differs(f"{variable} is not the same on every node", values, f"Set {variable} alike before `ray start` on every node.")
+        yield from _different(variable, {facts.hardware.name: facts.nccl_env.get(variable, "unset") for facts in nodes}, "")
 
 
-def _differs(what: str, values: dict[str, str], remedy: str) -> Finding:
-    return Finding(
-        "same_everywhere", "problem", "cluster", f"{what}: {', '.join(f'{node} has {value}' for node, value in values.items())}.", remedy
-    )
+def _different(what: str, values: dict[str, str], remedy: str) -> Iterator[Finding]:
+    """A problem where the nodes' values differ, by node; a note where there is no remedy, for nothing of m2ray depends on them."""
+    if len(set(values.values())) > 1:
+        level: Literal["problem", "note"] = "problem" if remedy else "note"
+        listed = ", ".join(f"{node} has {value}" for node, value in values.items())
+        yield Finding("same_everywhere", level, "cluster", f"{what} is not the same on every node: {listed}.", remedy)
 
 
 def _torch(facts: NodeFacts) -> Iterator[Finding]:
@@ -133,20 +127,19 @@ def _gpu_memory(facts: NodeFacts) -> Iterator[Finding]:
 
 
 def _nccl(facts: NodeFacts) -> Iterator[Finding]:
+    """Notes alone, for the chain uses no NCCL: what else runs on these nodes may care."""
     name = facts.hardware.name
     if len(facts.hardware.gpus) > 1 and "nccl" not in facts.hardware.versions and facts.torch_sees_gpus:
-        yield Finding("nccl", "problem", name, "torch has no NCCL.", "Install a CUDA build of torch for Linux.")
+        yield Finding("nccl", "note", name, "torch has no NCCL.")
     for variable in ("NCCL_P2P_DISABLE", "NCCL_SHM_DISABLE", "NCCL_IB_DISABLE"):
         if facts.nccl_env.get(variable, "0") != "0":
-            yield Finding(
-                "nccl", "problem", name, f"{variable}={facts.nccl_env[variable]} turns off a fast path between GPUs.", f"Unset {variable}."
-            )
+            yield Finding("nccl", "note", name, f"{variable}={facts.nccl_env[variable]} turns off a fast path between GPUs.")
     if facts.nccl_env.get("NCCL_DEBUG", "").upper() in ("INFO", "TRACE"):
         yield Finding("nccl", "note", name, f"NCCL_DEBUG={facts.nccl_env['NCCL_DEBUG']} fills the logs.")
     wanted = facts.nccl_env.get("NCCL_SOCKET_IFNAME", "")
     if wanted and not _names_interface(wanted, facts.interfaces):
         what = f"NCCL_SOCKET_IFNAME={wanted} matches no network interface: there are {', '.join(facts.interfaces)}."
-        yield Finding("nccl", "problem", name, what, "Name one of them.")
+        yield Finding("nccl", "note", name, what)
 
 
 def _names_interface(wanted: str, interfaces: Sequence[str]) -> bool:

@@ -16,10 +16,10 @@ from typing import Any
 
 import xxhash
 
+from m2ray.chain.machine import probe_node
 from m2ray.errors import M2rayError
 from m2ray.planning.hardware import Node
-from m2ray.planning.probe import probe_node
-from m2ray.storage import LocalStore, open_store
+from m2ray.storage import local_folder, open_store
 from m2ray.toolchain import triton_problem
 
 READ_BYTES = 512 << 20
@@ -94,7 +94,7 @@ def look_at_node(name: str | None = None, model: str | None = None, output: str 
     temp = shutil.disk_usage(tempfile.gettempdir())
     model_problem, read_bytes_per_s = look_at_model(model) if model else ("", None)
     return NodeFacts(
-        hardware=probe_node(name, output if output and "://" not in output else None),
+        hardware=probe_node(name, local_folder(output) if output else None),
         source_digest=_source_digest(),
         nccl_env={key: value for key, value in sorted(os.environ.items()) if key.startswith("NCCL_")},
         interfaces=tuple(name for _, name in socket.if_nameindex()),
@@ -169,8 +169,8 @@ def look_at_model(model: str) -> tuple[str, float | None]:
         if not files:
             return "", None
         num_bytes, key = files[0]
-        if isinstance(store, LocalStore):
-            _forget(Path(store.where(key)))
+        if store.folder:
+            _forget(store.folder / key)
         begin, done, wanted = time.monotonic(), 0, min(num_bytes, READ_BYTES)
         while done < wanted:
             done += len(store.read_range(key, done, min(_PIECE_BYTES, wanted - done)))

@@ -1,11 +1,10 @@
 """The run's `sequences/*.parquet`: what became of every row of the source, quarantined ones too."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Self
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
 
@@ -81,27 +80,19 @@ def read_sequences(store: Store, file: SequenceFile, columns: list[str] | None =
     """The file as a pyarrow table, after its size and checksum were compared.
 
     Raises:
-        RunDamagedError: the file is absent or differs from what the run recorded.
+        RunDamagedError: the file is absent or not as it was written.
         StoreError: it cannot be read.
     """
-    remedy = "Restore the file, or start the run anew in another folder."
+    name, remedy = store.where(file.key), "Restore it from a copy, or begin a new run in another folder."
     num_bytes = store.size(file.key)
-    if num_bytes is None:
-        raise RunDamagedError(f"The run at {store.url} lacks {file.key}.", remedy)
     if num_bytes != file.num_bytes:
-        raise RunDamagedError(f"{file.key} of the run at {store.url} has {num_bytes} bytes; {file.num_bytes} were written.", remedy)
+        has = "is absent" if num_bytes is None else f"has {num_bytes} bytes"
+        raise RunDamagedError(f"{name} is damaged: it {has}; {file.num_bytes} bytes were written.", remedy)
     data = store.read(file.key)
-    if xxhash.xxh3_64_hexdigest(data) != file.xxh3:
-        raise RunDamagedError(f"{file.key} of the run at {store.url} has other bytes than were written: its xxh3 differs.", remedy)
+    xxh3 = xxhash.xxh3_64_hexdigest(data)
+    if xxh3 != file.xxh3:
+        raise RunDamagedError(f"{name} is damaged: the xxh3 of its bytes is {xxh3}; {file.xxh3} was written.", remedy)
     return pq.read_table(pa.BufferReader(data), columns=columns)
-
-
-def read_quarantined(store: Store, files: Iterable[SequenceFile]) -> Iterator[tuple[int, str, str]]:
-    """(sequence id, row id, reason) of each quarantined row, ascending. Raises as `read_sequences` does."""
-    for file in files:
-        table = read_sequences(store, file, ["sequence_id", "row_id", "status", "reason"])
-        chosen = table.filter(pc.equal(table["status"], "quarantined"))
-        yield from zip(*(chosen[name].to_pylist() for name in ("sequence_id", "row_id", "reason")), strict=True)
 
 
 class _OpenFile:
