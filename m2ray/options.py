@@ -4,6 +4,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from datetime import UTC, date, datetime
+from pathlib import Path
 from typing import Any, Literal, Self
 
 from m2ray.batches import PartSpec
@@ -76,7 +77,7 @@ class RunOptions:
         device_map: "auto", "balanced", "balanced_low_0", "sequential", or "cuda:N": GPU N of the first node that has any.
         max_memory: GPUs that it leaves out are not used.
         offload: where layers stay that find no room on a GPU: "none" for nowhere, "cpu" for host memory, "disk" for host memory
-            and what finds no room there on the node's disk, in `offload_folder`, the same path on every node.
+            and what finds no room there on the node's disk, in `offload_folder` or, without one, the temporary folder.
         node_labels: Ray's labels that a node must have.
         in_flight_bytes: hidden states between the stages of a chain at one time, at most.
     """
@@ -100,7 +101,7 @@ class RunOptions:
     device_map: str
     max_memory: MaxMemory
     offload: OffloadTo
-    offload_folder: str
+    offload_folder: str | None
     node_labels: Mapping[str, str]
     in_flight_bytes: int
     transport: Transport
@@ -109,10 +110,15 @@ class RunOptions:
     writer_queue_bytes: int = WRITER_QUEUE_BYTES
 
     @property
+    def offload_path(self) -> str:
+        """Where layers lie that are kept on a disk, the same path on every node."""
+        return str(Path(self.offload_folder or tempfile.gettempdir()).expanduser().absolute())
+
+    @property
     def watched_folder(self) -> str:
         """Of whose disk every node says what is free: that of layers which are kept there, else the run's, else the temporary one."""
         if self.offload == "disk":
-            return self.offload_folder
+            return self.offload_path
         folder = local_folder(self.output) if self.output else None
         return str(folder.absolute()) if folder else tempfile.gettempdir()
 

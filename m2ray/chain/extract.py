@@ -233,7 +233,7 @@ def _specs(inputs: Inputs, plan: Plan, replica: int, stage: int, span: LayerSpan
             threads=options.threads_per_stage,
             compile=options.compile,
             residency=residency,
-            offload_folder=options.offload_folder,
+            offload_folder=options.offload_path,
             model_digest=inputs.checkpoint.digest,
         )
 

@@ -1,9 +1,7 @@
 """RunOptions from what a user asks for: every "auto" is decided here, for `m2ray plan` and `m2ray extract` alike."""
 
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from m2ray.batches import PromptStats, TensorTable
@@ -80,7 +78,7 @@ def resolve(
         device_map=config.device_map,
         max_memory=parse_max_memory(config.max_memory),
         offload=config.offload,
-        offload_folder=str(Path(config.offload_folder or tempfile.gettempdir()).expanduser().absolute()),
+        offload_folder=config.offload_folder,
         node_labels=parse_labels(config.node_labels),
         in_flight_bytes=parse_bytes(config.in_flight, "in_flight"),
         transport=config.transport,
