@@ -194,11 +194,14 @@ class Chain:
         """Wait a moment for news of the last stage, and take in what is complete. Raises what a stage failed with."""
         if self._news is None:
             self._news = self._stages.actors[-1].completed.remote(self._epoch, self._steps_done, self._shards_done)
-        # The watches come first: of several that are there, Ray gives the first.
-        done, _ = ray.wait([*self._stages.watches, self._news], num_returns=1, timeout=_POLL_S)
-        if done != [self._news]:
-            for watch in done:
+        awaited = [*self._stages.watches, self._news]
+        ray.wait(awaited, num_returns=1, timeout=_POLL_S)
+        # Failures come first. Asked for one of several that are ready, Ray gives any of them: so all that are ready are looked at.
+        ready, _ = ray.wait(awaited, num_returns=len(awaited), timeout=0)
+        for watch in ready:
+            if watch is not self._news:
                 self._stages.heed(watch, self._epoch)
+        if self._news not in ready:
             return False
         completed = ray.get(self._news, timeout=self._limits.timeout_s)
         self._news = None
