@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import ray
@@ -26,7 +27,7 @@ import torch
 from benchmarks.checkpoints import free, real_size
 from benchmarks.records import Row, record
 from m2ray.batches import LayerSpan, MicroBatch, Shard
-from m2ray.chain.driver import Chain, ChainLimits, ShardResult
+from m2ray.chain.driver import Chain, ShardAttempt
 from m2ray.chain.loading import WriterSpec
 from m2ray.chain.placement import Reservation, Room
 from m2ray.chain.queue import ShardQueue
@@ -219,12 +220,12 @@ class Chains:
             open_store(folder).put("job.json", b"{}")
             writer = WriterSpec(folder, {}, 1 << 30, 1, 600.0, SHAPE[0] * SHAPE[1])
             stages = Stages(specs, writer, reservation, Patience(600.0, 60.0), window(num_stages), transport)
-            limits = ChainLimits(16 << 30, hidden_size, 2, 600.0)
-            chain = Chain(stages, limits, lambda shard, _: micro_batches(shard, self.vocab_size), SHAPE[0] * SHAPE[1], print)
+            limits: dict[str, Any] = {"in_flight_bytes": 16 << 30, "hidden_bytes": hidden_size * 2, "timeout_s": 600.0}
+            chain = Chain(stages, lambda shard, _: micro_batches(shard, self.vocab_size), SHAPE[0] * SHAPE[1], print, **limits)
             ended: list[float] = []
             queue = ShardQueue(shards())
 
-            def take(result: ShardResult) -> None:
+            def take(result: ShardAttempt) -> None:
                 ended.append(time.perf_counter())
                 queue.finish(result.shard)
 

@@ -21,7 +21,7 @@ import ray
 from benchmarks.records import Row, record
 from m2ray.batches import LayerSpan, MicroBatch, PartReceipt, Shard
 from m2ray.chain.completion import Completed, GatheredShard
-from m2ray.chain.driver import Chain, ChainLimits, ShardResult
+from m2ray.chain.driver import Chain, ShardAttempt
 from m2ray.chain.loading import WriterSpec
 from m2ray.chain.replicas import Replicas
 from m2ray.chain.stages import Patience, Stages
@@ -116,7 +116,7 @@ class TimedChain(Chain):
 
     python_s = 0.0
 
-    def run(self, queue: Any, on_result: Callable[[ShardResult], None]) -> None:
+    def run(self, queue: Any, on_result: Callable[[ShardAttempt], None]) -> None:
         began = time.thread_time()
         super().run(queue, on_result)
         self.python_s = time.thread_time() - began
@@ -167,8 +167,8 @@ def measure(num_stages: int, num_replicas: int, num_micro_batches: int) -> Cost:
     """Run the chains over as many shards as give each replica its micro-batches."""
     actors = [REMOTE_NO_STAGE.remote(PERIOD_S) for _ in range(num_replicas)]
     all_stages = [NoStages(num_stages, actor) for actor in actors]
-    limits = ChainLimits(in_flight_bytes=1 << 40, hidden_size=3072, itemsize_bytes=2, timeout_s=60.0)
-    chains = [(TimedChain(stages, limits, micro_batches, SEQUENCES * LENGTH, print), stages) for stages in all_stages]
+    limits: dict[str, Any] = {"in_flight_bytes": 1 << 40, "hidden_bytes": 3072 * 2, "timeout_s": 60.0}
+    chains = [(TimedChain(stages, micro_batches, SEQUENCES * LENGTH, print, **limits), stages) for stages in all_stages]
     ids = np.arange(MICRO_BATCHES_A_SHARD * SEQUENCES)
     num_shards = num_micro_batches * num_replicas // MICRO_BATCHES_A_SHARD
     shards = [Shard(index, ids, np.full(len(ids), LENGTH, np.int32)) for index in range(num_shards)]

@@ -12,7 +12,7 @@ from m2ray.activations.commits import Run, RunSummary, claim_run, read_summary
 from m2ray.activations.job import Counts, JobRecord, ModelFacts, read_job, require_same
 from m2ray.batches import LayerSpan, MicroBatch, PartSpec, Shard
 from m2ray.chain.checking import Inputs, check
-from m2ray.chain.driver import Chain, ChainLimits
+from m2ray.chain.driver import Chain
 from m2ray.chain.joining import cluster
 from m2ray.chain.loading import WriterSpec
 from m2ray.chain.monitor import Monitor
@@ -195,8 +195,7 @@ def _extract_missing(inputs: Inputs, work: _Work, missing: Sequence[Shard], hard
             progress.say(line)
         batches_of = _micro_batches_of(work)
         chains = [
-            (Chain(stages, _limits(inputs, plan), batches_of, inputs.options["batch_tokens"], progress.say), stages)
-            for stages in _stages(inputs, work, plan, hardware, reservations)
+            (_chain(inputs, plan, stages, batches_of, progress), stages) for stages in _stages(inputs, work, plan, hardware, reservations)
         ]
         monitor = Monitor(plan, chains, work.shards, missing, progress)
         with closing(Replicas(chains, missing, stop, progress.say).results(monitor.tick)) as results:
@@ -253,9 +252,18 @@ def _layers(span: LayerSpan | None) -> tuple[int, ...]:
     return tuple(range(span.start, span.stop)) if span else ()
 
 
-def _limits(inputs: Inputs, plan: Plan) -> ChainLimits:
-    demand = plan.demand
-    return ChainLimits(demand.options.in_flight_bytes, inputs.table.hidden_size, demand.itemsize_bytes, inputs.config.stage_timeout_s)
+def _chain(
+    inputs: Inputs, plan: Plan, stages: Stages, micro_batches_of: Callable[[Shard, int], Iterator[MicroBatch]], progress: Progress
+) -> Chain:
+    return Chain(
+        stages,
+        micro_batches_of,
+        inputs.options["batch_tokens"],
+        progress.say,
+        in_flight_bytes=plan.demand.options.in_flight_bytes,
+        hidden_bytes=inputs.table.hidden_size * plan.demand.itemsize_bytes,
+        timeout_s=inputs.config.stage_timeout_s,
+    )
 
 
 def _micro_batches_of(work: _Work) -> Callable[[Shard, int], Iterator[MicroBatch]]:

@@ -14,13 +14,14 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from m2ray.batches import LayerSpan
+from m2ray.batches import LayerSpan, MicroBatch
 from m2ray.chain.actor import actor_class
+from m2ray.chain.completion import Completed
 from m2ray.chain.loading import WriterSpec
 from m2ray.chain.placement import Reservation
 from m2ray.chain.status import StageStatus
 from m2ray.config import Transport
-from m2ray.errors import ClusterError, M2rayError
+from m2ray.errors import ClusterError
 from m2ray.model.stage import StageSpec
 
 _POLL_S = 1.0
@@ -53,10 +54,6 @@ class Stages:
 
     Args:
         specs: what each stage holds: one spec a device.
-
-    Attributes:
-        actors: in the order of the layers.
-        watches: a call to each actor that ends when something fails in it.
     """
 
     def __init__(
@@ -75,10 +72,11 @@ class Stages:
         self._patience = patience
         # More threads than micro-batches in flight: Ray may hand them over out of order, and each waits its turn.
         self._class = actor_class(window + 2)
-        self.actors: list[Any] = []
+        self._actors: list[Any] = []
         self._epoch = 0
         self._unloaded: set[int] = set()
-        self.watches: list[Any] = []
+        self._watches: list[Any] = []  # a call to each actor that ends when something fails in it
+        self._news: Any = None  # the call to the last actor that ends when something is complete
         self.loaded_at = 0.0
         self._asked: dict[int, Any] = {}
         self._asked_at = -ASK_S
@@ -90,7 +88,7 @@ class Stages:
     @property
     def is_loaded(self) -> bool:
         """Whether every stage has its layers."""
-        return bool(self.actors) and not self._unloaded
+        return bool(self._actors) and not self._unloaded
 
     @property
     def statuses(self) -> list[StageStatus]:
@@ -106,7 +104,7 @@ class Stages:
 
     def start(self) -> None:
         """Start all actors."""
-        self.actors = [self._actor(index) for index in range(len(self._specs))]
+        self._actors = [self._actor(index) for index in range(len(self._specs))]
         self._unloaded = set(range(len(self._specs)))
 
     def load(self, stop: threading.Event) -> None:
@@ -116,7 +114,7 @@ class Stages:
             M2rayError: what a stage reports.
             RayError: a stage died, or nothing was read for the patience that a stage gets (GetTimeoutError).
         """
-        waiting = {self.actors[index].load.remote(): index for index in sorted(self._unloaded)}
+        waiting = {self._actors[index].load.remote(): index for index in sorted(self._unloaded)}
         read_bytes, progressed = -1, time.monotonic()
         while waiting and not stop.is_set():
             done, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=_POLL_S)
@@ -139,15 +137,50 @@ class Stages:
 
     def link(self, epoch: int) -> None:
         """Tell every stage which one follows, and begin to watch all. Raises RayError, GetTimeoutError or M2rayError as they do."""
-        refs = [actor.link.remote(successor) for actor, successor in zip(self.actors, [*self.actors[1:], None], strict=True)]
+        refs = [actor.link.remote(successor) for actor, successor in zip(self._actors, [*self._actors[1:], None], strict=True)]
         ray.get(refs, timeout=self._patience.stage_s)
-        self.watches = [actor.watch.remote(epoch) for actor in self.actors]
+        self._watches = [actor.watch.remote(epoch) for actor in self._actors]
+        self._news = None  # an answer to an earlier epoch is nobody's
 
-    def heed(self, watch: Any, epoch: int) -> None:
-        """Raise what a watch that ended has to tell; if that is nothing, watch on."""
-        ray.get(watch, timeout=self._patience.stage_s)
-        index = self.watches.index(watch)
-        self.watches[index] = self.actors[index].watch.remote(epoch)
+    # -- a micro-batch's way ------------------------------------------------------------------------------------------
+
+    def take(self, epoch: int, step: int, attempt: str, micro_batch: MicroBatch) -> None:
+        """Give a micro-batch to the first stage, without waiting; `failed` tells what becomes of it, or `news`. As `StageActor.take`."""
+        self._actors[0].take.options(num_returns=0).remote(epoch, step, attempt, micro_batch, None)
+
+    def gather(self, epoch: int, step: int, shard: int, attempt: str) -> None:
+        """Ask for the receipts of a shard whose last micro-batch was `step`, without waiting; they come as `news`."""
+        self._actors[0].gather.remote(epoch, step, shard, attempt, ())
+
+    def news(self, epoch: int, steps: int, shards: int, timeout_s: float) -> Completed | None:
+        """What has left the chain, as soon as it is more than `steps` micro-batches and `shards` shards of an epoch.
+
+        None after `timeout_s`, or once a stage has to tell of a failure.
+
+        Raises:
+            RayError: the last stage is lost.
+        """
+        if self._news is None:
+            self._news = self._actors[-1].completed.remote(epoch, steps, shards)
+        ready, _ = ray.wait([self._news, *self._watches], num_returns=1, timeout=timeout_s)
+        if ready != [self._news]:
+            return None
+        self._news = None
+        completed: Completed = ray.get(ready[0], timeout=self._patience.stage_s)
+        return completed
+
+    def failed(self) -> RayError | None:
+        """What a stage failed with, or None, without waiting. All are looked at: asked for one of several, Ray gives any that is ready."""
+        ended, _ = ray.wait(self._watches, num_returns=len(self._watches), timeout=0)
+        for watch in ended:
+            answer = _answer(watch, self._patience.stage_s)
+            if isinstance(answer, RayError):
+                return answer
+            index = self._watches.index(watch)
+            self._watches[index] = self._actors[index].watch.remote(self._epoch)
+        return None
+
+    # -- how far they are ---------------------------------------------------------------------------------------------
 
     def ask(self) -> None:
         """Take in what the stages answered and ask again, without waiting: a busy stage may be late, a lost one never answers.
@@ -160,7 +193,7 @@ class Stages:
         self._asked_at = now
         asked = list(self._asked.values())
         ready = set(ray.wait(asked, num_returns=len(asked), timeout=0)[0]) if asked else set()
-        for index, actor in enumerate(self.actors):
+        for index, actor in enumerate(self._actors):
             ref = self._asked.get(index)
             if ref in ready:
                 answer = _answer(ref, self._patience.stage_s)
@@ -171,7 +204,7 @@ class Stages:
 
     def ask_all(self) -> None:
         """Ask every stage now and wait a short while for the answers. For another thread than the chain's, once that has no work."""
-        refs = [actor.status.remote() for actor in self.actors]
+        refs = [actor.status.remote() for actor in self._actors]
         ray.wait(refs, num_returns=len(refs), timeout=_FINAL_S)
         for index, ref in enumerate(refs):
             answer = _answer(ref, 0.0)
@@ -182,10 +215,12 @@ class Stages:
         """What a stage said last."""
         return self._answers.get(index)
 
+    # -- beginning anew -----------------------------------------------------------------------------------------------
+
     def reset(self, epoch: int, attempts: Sequence[tuple[int, str]]) -> dict[int, str]:
         """Let every stage begin an epoch. Gives those that could not, with what they did: died or hung."""
         self._epoch = epoch
-        refs = [actor.reset.remote(epoch, attempts) for actor in self.actors]
+        refs = [actor.reset.remote(epoch, attempts) for actor in self._actors]
         ray.wait(refs, num_returns=len(refs), timeout=self._patience.stage_s)
         lost = {}
         for index, ref in enumerate(refs):
@@ -218,7 +253,7 @@ class Stages:
     def _have_come_back(self, lost: Iterable[int]) -> bool:
         stages = list(lost)
         deadline = time.monotonic() + self._patience.stage_s + self._patience.placement_s + _START_S
-        refs = [self.actors[index].status.remote() for index in stages]
+        refs = [self._actors[index].status.remote() for index in stages]
         while time.monotonic() < deadline:
             if len(ray.wait(refs, num_returns=len(refs), timeout=_POLL_S)[0]) == len(refs):
                 return True
@@ -230,20 +265,20 @@ class Stages:
                 except ClusterError:
                     return False
                 self._replace(dict.fromkeys(gone, "died"))
-                refs = [self.actors[index].status.remote() for index in stages]
+                refs = [self._actors[index].status.remote() for index in stages]
         return False
 
     def close(self) -> None:
         """Let the writers end, then end the actors."""
         try:
-            refs = [actor.close.remote() for actor in self.actors]
+            refs = [actor.close.remote() for actor in self._actors]
             ray.wait(refs, num_returns=len(refs), timeout=min(self._patience.stage_s, _CLOSE_S))
         finally:
             self.kill()
 
     def kill(self) -> None:
         """End the actors at once."""
-        for actor in self.actors:
+        for actor in self._actors:
             ray.kill(actor)
 
     def span(self, index: int) -> str:
@@ -253,7 +288,7 @@ class Stages:
 
     def diagnosis(self) -> str:
         """Which stages answer and which do not, in words."""
-        refs = [actor.status.remote() for actor in self.actors]
+        refs = [actor.status.remote() for actor in self._actors]
         ray.wait(refs, num_returns=len(refs), timeout=5.0)
         words = []
         for index, ref in enumerate(refs):
@@ -266,12 +301,12 @@ class Stages:
 
     def _replace(self, lost: Mapping[int, str]) -> None:
         for index, why in lost.items():
-            ray.kill(self.actors[index])
+            ray.kill(self._actors[index])
             status = self._answers.pop(index, None)
             if why == "hung":
                 self._end_process(status)
             self._asked.pop(index, None)
-            self.actors[index] = self._actor(index)
+            self._actors[index] = self._actor(index)
             self._unloaded.add(index)
 
     def _end_process(self, status: StageStatus | None) -> None:
@@ -304,5 +339,5 @@ def _answer(ref: Any, timeout_s: float) -> Any:
     """What a call gave, or the error that it ended with."""
     try:
         return ray.get(ref, timeout=timeout_s)
-    except (RayError, GetTimeoutError, M2rayError) as error:
+    except RayError as error:  # what a stage raised is wrapped in one
         return error

@@ -125,8 +125,3 @@ def receive(bits: Bits, dtype: torch.dtype, *, pinned: bool) -> torch.Tensor:
     hidden_BTH = torch.empty(bits.shape, dtype=dtype, device="cpu", pin_memory=pinned)
     np.copyto(hidden_BTH.view(_BITS[dtype]).numpy(), bits)
     return hidden_BTH
-
-
-def hidden_bytes(padded_tokens: int, hidden_size: int, itemsize_bytes: int) -> int:
-    """Bytes of one micro-batch's hidden states on their way."""
-    return padded_tokens * hidden_size * itemsize_bytes

@@ -44,7 +44,7 @@ def refs(monkeypatch: pytest.MonkeyPatch) -> Refs:
 def test_stages_are_asked_once_a_second_and_a_silent_one_not_again(refs: Refs) -> None:
     spec = StageSpec("", LayerSpan(0, 1), (), ("residual",), "bfloat16", "bfloat16", "auto", "cpu", None)
     stages = Stages([(spec,), (spec,)], WriterSpec("", {}, 0, 1, 1.0, 64), None, Patience(1.0, 1.0), 6, "auto")
-    stages.actors = [refs.actor("a"), refs.actor("b")]
+    stages._actors = [refs.actor("a"), refs.actor("b")]
     for _ in range(100):
         stages.ask()
     assert refs.asked == ["a0", "b1"]
