@@ -164,7 +164,7 @@ class Stage:
             expected = (*micro_batch.token_ids_BT.shape, self._decoder.skeleton.config.hidden_size)
             assert tuple(hidden_BTH.shape) == expected, f"hidden states {list(hidden_BTH.shape)} for a micro-batch of {list(expected)}"
             assert hidden_BTH.dtype == DTYPES[self._spec.compute_dtype], f"hidden states in {hidden_BTH.dtype}"
-        self._wait_for_turn()
+        self._wait_for_gpu()
         with torch.inference_mode():
             capture = ResidualCapture(micro_batch, self._spec.capture_layers, DTYPES[self._spec.store_dtype], self._copy_out)
             token_ids_BT = torch.tensor(micro_batch.token_ids_BT, dtype=torch.int64)
@@ -223,7 +223,7 @@ class Stage:
         hidden_BTH = None if self.is_first else torch.zeros((*shape, config.hidden_size), dtype=dtype)
         _ = self.forward(micro_batch, hidden_BTH).captured
 
-    def _wait_for_turn(self) -> None:
+    def _wait_for_gpu(self) -> None:
         """Let the host run ahead of the GPU by two micro-batches, so that neither waits for the other and memory stays bounded."""
         while len(self._running) >= 2:
             self._running.popleft().synchronize()

@@ -3,10 +3,12 @@
 import os
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from ray.exceptions import GetTimeoutError
 
 from m2ray.batches import LayerSpan
 from m2ray.chain import actor
@@ -18,6 +20,11 @@ from m2ray.model.decoder import DecoderSpan
 from m2ray.model.stage import StageSpec
 from m2ray.storage import open_store
 from tests.reference import make_family
+
+
+def stage_of(spec: StageSpec, folder: Path, monkeypatch: pytest.MonkeyPatch) -> actor.StageActor:
+    monkeypatch.setattr(actor, "status_here", lambda _: StageStatus("layers 0-4", "here", "cpu", "node", os.getpid()))
+    return actor.StageActor([spec], WriterSpec(str(folder / "run"), {}, 1 << 20, 1, 60.0, 128), transport="auto", epoch=0)
 
 
 def test_what_a_failed_load_held_is_given_back_before_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,11 +46,28 @@ def test_what_a_failed_load_held_is_given_back_before_the_next(tmp_path: Path, m
 
     monkeypatch.setattr(DecoderSpan, "__init__", made)
     monkeypatch.setattr(Checkpoint, "read", refused)
-    monkeypatch.setattr(actor, "status_here", lambda _: StageStatus("layers 0-4", "here", "cpu", "node", os.getpid()))
-    stage = actor.StageActor([spec], WriterSpec(str(tmp_path / "run"), {}, 1 << 20, 1, 60.0, 128), transport="auto", epoch=0)
+    stage = stage_of(spec, tmp_path, monkeypatch)
     store = open_store(tmp_path / "run")
     with pytest.raises(StoreError, match="gone"):
         stage._build(store)
     stage._build(store)
     assert len(held) == 2
     stage.close()
+
+
+def test_receipts_are_not_collected_before_the_rows_of_the_last_micro_batch_are_with_the_writer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = stage_of(StageSpec("", LayerSpan(0, 5), (), ("residual",), "float32", "float32", "auto", "cpu", 1), tmp_path, monkeypatch)
+    stage._writer = SimpleNamespace(collect=lambda *collected: collected[:2])
+    stage._limit_s = 0.01
+    stage._turns.finish_step(0)
+    stage.gather(0, 1, 7, "attempt", ())
+    with pytest.raises(GetTimeoutError, match="for the rows of micro-batch 1"):
+        stage._turns.watch(0, 0.0)
+    stage._turns.begin(1)
+    stage._turns.finish_step(1)
+    stage._turns.finish_step(1)
+    stage.gather(1, 1, 7, "attempt", ())
+    (gathered,) = stage.completed(1, 2, 0).shards
+    assert (gathered.shard, gathered.attempt, gathered.receipts) == (7, "attempt", (7, "attempt"))
