@@ -57,10 +57,10 @@ class NoStage:
         self._changed = asyncio.Condition()
 
     async def load(self) -> StageStatus:
-        return StageStatus("", "", "", ready=True)
+        return StageStatus(LayerSpan(0, 1), "", "")
 
     async def status(self) -> StageStatus:
-        return StageStatus("", "", "", ready=True)
+        return StageStatus(LayerSpan(0, 1), "", "")
 
     async def link(self, successor: Any) -> None:
         """Nothing is handed on."""

@@ -92,7 +92,6 @@ class StageActor:
         self._compute.thread.submit(self._build, store).result()
         self._status = replace(
             self._status,
-            ready=True,
             parameter_bytes=sum(stage.parameter_bytes for stage in self._stages),
             load_s=time.monotonic() - begin,
             gpus=measure_gpus(self._devices) if self._on_gpu else (),

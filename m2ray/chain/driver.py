@@ -232,6 +232,7 @@ class Chain:
         if kind is FailureKind.USER:
             raise _as_ours(cause)
         lost = self._stages.reset(over.number + 1, list(over.open))
+        self.tokens_done -= over.leaving_tokens
         self._failures.append(Failure(kind, time.monotonic(), tuple(lost), tuple(shard.index for shard in over.shards)))
         decision = self._policy.decide(self._failures)
         what = "; ".join(f"stage {index} ({self._stages.span(index)}) {why}" for index, why in lost.items())
@@ -248,7 +249,6 @@ class Chain:
         else:
             self._say(f"{what}: restarted, {len(over.shards)} shards in flight are tried again")
         queue.give_back(over.shards)
-        self.tokens_done -= over.leaving_tokens
         self._epoch = _Epoch(over.number + 1)
         self.stop.wait(decision.after_s)
         if lost and not self._stages.restart(lost):

@@ -20,7 +20,7 @@ from m2ray.chain.placement import Reservation, reserve
 from m2ray.chain.probing import Hardware, probe_hardware
 from m2ray.chain.progress import Progress
 from m2ray.chain.replicas import Replicas
-from m2ray.chain.report import REPORT, RunMeasured, build_report, start_lines, summary_lines
+from m2ray.chain.report import REPORT, build_report, start_lines, summary_lines
 from m2ray.chain.stages import Patience, Stages
 from m2ray.chain.stopping import GOES_ON, NOTHING_WRITTEN, Stop, stop_on_sigterm
 from m2ray.config import ExtractConfig, parse_labels
@@ -202,10 +202,10 @@ def _extract_missing(inputs: Inputs, work: _Work, missing: Sequence[Shard], hard
             for result in results:
                 work.run.commit(result.shard, result.attempt, result.receipts, result.micro_batches, result.elapsed_s)
                 monitor.committed(result.receipts)
-            measured = RunMeasured(work.run.job.run_id, *monitor.measured())
+            measured = monitor.status()
         for line in summary_lines(plan, measured):
             progress.say(line)
-        inputs.store.put(REPORT, json.dumps(build_report(plan, measured), indent=2).encode())
+        inputs.store.put(REPORT, json.dumps(build_report(plan, work.run.job.run_id, measured), indent=2).encode())
 
 
 def _stages(inputs: Inputs, work: _Work, plan: Plan, hardware: Hardware, reservations: Sequence[Reservation]) -> Iterator[Stages]:

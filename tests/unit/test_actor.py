@@ -23,7 +23,7 @@ from tests.reference import make_family
 
 
 def stage_of(spec: StageSpec, folder: Path, monkeypatch: pytest.MonkeyPatch) -> actor.StageActor:
-    monkeypatch.setattr(actor, "status_here", lambda _: StageStatus("layers 0-4", "here", "cpu", "node", os.getpid()))
+    monkeypatch.setattr(actor, "status_here", lambda _: StageStatus(LayerSpan(0, 5), "here", "cpu", "node", os.getpid()))
     return actor.StageActor([spec], WriterSpec(str(folder / "run"), {}, 1 << 20, 1, 60.0, 128), transport="auto", epoch=0)
 
 

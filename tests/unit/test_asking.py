@@ -37,7 +37,7 @@ def refs(monkeypatch: pytest.MonkeyPatch) -> Refs:
     refs = Refs()
     monkeypatch.setattr(module, "ray", SimpleNamespace(wait=refs.wait))
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: refs.now_s))
-    monkeypatch.setattr(module, "_answer", lambda ref, _: StageStatus(ref, "", ""))
+    monkeypatch.setattr(module, "_answer", lambda ref, _: StageStatus(LayerSpan(0, 1), ref, ""))
     return refs
 
 
@@ -53,4 +53,4 @@ def test_stages_are_asked_once_a_second_and_a_silent_one_not_again(refs: Refs) -
     stages.ask()
     stages.ask()
     assert refs.asked == ["a0", "b1", "b2"], "the first stage has not answered yet"
-    assert [status.span for status in stages.statuses] == ["b1"]
+    assert [status.node for status in stages.statuses] == ["b1"]

@@ -327,16 +327,19 @@ def test_a_chain_that_stands_still_is_begun_anew(monkeypatch: pytest.MonkeyPatch
     ("error", "lost", "raised"), [(ActorDiedError(), {0: "died"}, ChainLostError), (StoreError("full", "clean"), {}, StoreError)]
 )
 def test_what_fails_too_often_ends_the_chain(error: Exception, lost: dict[int, str], raised: type[M2rayError]) -> None:
-    run = Run(policy=FailurePolicy(stage_restarts=1, store_retries=0))
+    run = Run(policy=FailurePolicy(stage_restarts=0, store_retries=0))
 
     def script() -> Iterator[None]:
-        while True:
-            run.stages.fail(error, lost)
-            yield
+        run.stages.finish(2)
+        yield
+        assert run.chain.tokens_done == SEQUENCES * LENGTH
+        run.stages.fail(error, lost)
+        yield
 
     with pytest.raises(raised):
         run(script)
     assert run.queue.take() is not None
+    assert run.chain.tokens_done == 0, "another chain does them again"
 
 
 def test_a_hang_that_lost_no_stage_counts_for_the_shards_in_flight() -> None:

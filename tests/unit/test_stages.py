@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 from ray.exceptions import ActorDiedError, GetTimeoutError
 
+from m2ray.batches import LayerSpan
 from m2ray.chain import stages as module
 from m2ray.chain.completion import Completed
 from m2ray.chain.stages import Patience, Stages
 from m2ray.chain.status import StageStatus
 
-ANSWER = StageStatus("layers 0-1", "here", "cpu", ready=False, needed_bytes=10, read_bytes=5)
+ANSWER = StageStatus(LayerSpan(0, 2), "here", "cpu", needed_bytes=10, read_bytes=5)
 
 
 class Ray:
