@@ -106,7 +106,7 @@ class Chain:
         self._timeout_s = timeout_s
         self._policy = policy or FailurePolicy()
         self._failures: list[Failure] = []
-        self._epoch = _Epoch(0)
+        self._epoch = _Epoch(stages.epoch)
         self.stop = threading.Event()
         self.tokens_done = 0
 

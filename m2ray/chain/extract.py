@@ -10,26 +10,27 @@ from uuid import uuid4
 from m2ray import __version__
 from m2ray.activations.commits import Run, RunSummary, claim_run, read_summary
 from m2ray.activations.job import Counts, JobRecord, ModelFacts, read_job, require_same
+from m2ray.activations.writer import WriterSpec
 from m2ray.batches import LayerSpan, MicroBatch, PartSpec, Shard
+from m2ray.chain.actor import Job
 from m2ray.chain.checking import Inputs, check
 from m2ray.chain.driver import Chain
 from m2ray.chain.joining import cluster
-from m2ray.chain.loading import WriterSpec
 from m2ray.chain.monitor import Monitor
 from m2ray.chain.placement import Reservation, reserve
 from m2ray.chain.probing import Hardware, probe_hardware
 from m2ray.chain.progress import Progress
 from m2ray.chain.replicas import Replicas
 from m2ray.chain.report import REPORT, build_report, start_lines, summary_lines
-from m2ray.chain.stages import Patience, Stages
+from m2ray.chain.stages import Stages
 from m2ray.chain.stopping import GOES_ON, NOTHING_WRITTEN, Stop, stop_on_sigterm
 from m2ray.config import ExtractConfig, parse_labels
 from m2ray.errors import M2rayError
+from m2ray.model.capture import CaptureSpec
 from m2ray.model.offload import Offload
 from m2ray.model.stage import StageSpec
 from m2ray.planning.batch_size import AUTO_BATCH_TOKENS, best_batch_tokens
 from m2ray.planning.demand import Demand
-from m2ray.planning.memory import window
 from m2ray.planning.output import PromptStats
 from m2ray.planning.plan import Plan, most_batch_tokens, most_replicas, plan_run
 from m2ray.planning.probe import offload_folder, probed_folder
@@ -217,14 +218,20 @@ def _stages(inputs: Inputs, work: _Work, plan: Plan, hardware: Hardware, reserva
         run_metadata=work.run.job.run_metadata(),
         queue_bytes=plan.demand.options.writer_queue_bytes,
         threads=max(1, int(per_stage_cpus / 2)) if plan.gpus else 1,
-        timeout_s=config.stage_timeout_s,
-        batch_tokens=inputs.options["batch_tokens"],
         compression=config.compression,
     )
-    patience = Patience(config.stage_timeout_s, config.placement_timeout_s)
+    capture = CaptureSpec({inputs.options["sites"]: inputs.layers}, inputs.options["store_dtype"])
     for replica, reservation in enumerate(reservations):
         specs = [list(_specs(inputs, plan, replica, stage.stage, stage.span)) for stage in plan.stages if stage.replica == replica]
-        yield Stages(specs, writer, reservation, patience, window(len(specs)), config.transport)
+        stages = Stages(
+            specs,
+            reservation,
+            transport=config.transport,
+            timeout_s=config.stage_timeout_s,
+            placement_timeout_s=config.placement_timeout_s,
+        )
+        stages.begin(Job(capture, writer, inputs.options["batch_tokens"]))
+        yield stages
 
 
 def _specs(inputs: Inputs, plan: Plan, replica: int, stage: int, span: LayerSpan) -> Iterator[StageSpec]:
@@ -236,10 +243,7 @@ def _specs(inputs: Inputs, plan: Plan, replica: int, stage: int, span: LayerSpan
         yield StageSpec(
             model_url=inputs.config.model,
             span=on_device,
-            capture_layers=tuple(layer for layer in inputs.layers if layer in on_device),
-            sites=(options["sites"],),
             compute_dtype=options["compute_dtype"],
-            store_dtype=options["store_dtype"],
             attn_implementation=options["attn_implementation"],
             device=device,
             threads=options["threads_per_stage"],

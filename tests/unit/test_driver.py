@@ -30,6 +30,7 @@ class LeverStages:
 
     def __init__(self, number: int = 2) -> None:
         self.number = number
+        self.epoch = 0
         self.taken: list[tuple[int, int, str, MicroBatch]] = []
         self.gathers: list[tuple[int, int, int, str]] = []
         self.resets: list[tuple[int, list[tuple[int, str]]]] = []

@@ -8,11 +8,14 @@ from typing import Any
 import pytest
 from ray.exceptions import ActorDiedError, GetTimeoutError
 
+from m2ray.activations.writer import WriterSpec
 from m2ray.batches import LayerSpan
 from m2ray.chain import stages as module
+from m2ray.chain.actor import Job
 from m2ray.chain.completion import Completed
-from m2ray.chain.stages import Patience, Stages
+from m2ray.chain.stages import Stages
 from m2ray.chain.status import StageStatus
+from m2ray.model.capture import CaptureSpec
 
 ANSWER = StageStatus(LayerSpan(0, 2), "here", "cpu", needed_bytes=10, read_bytes=5)
 
@@ -53,7 +56,7 @@ def ray(monkeypatch: pytest.MonkeyPatch) -> Ray:
 
 
 def linked(ray: Ray) -> Stages:
-    stages = Stages([None, None], None, None, Patience(20.0, 1.0), window=1, transport="auto")
+    stages = Stages([None, None], None, transport="auto", timeout_s=20.0, placement_timeout_s=1.0)
     stages._actors = [ray.actor("first"), ray.actor("last")]
     stages.link(0)
     return stages
@@ -64,10 +67,10 @@ def test_a_stage_whose_process_still_starts_gets_that_long_too(monkeypatch, answ
     clock = itertools.count()
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
     monkeypatch.setattr(module.ray, "wait", lambda refs, **_: ([], refs))
-    silent = SimpleNamespace(remote=object)
-    stages = Stages([None], None, None, Patience(stage_s=20.0, placement_s=1.0), window=1, transport="auto")
-    stages._actors = [SimpleNamespace(load=silent, status=silent)]
-    stages._unloaded = {0}
+    silent = SimpleNamespace(remote=lambda *_: object())
+    stages = Stages([None], None, transport="auto", timeout_s=20.0, placement_timeout_s=1.0)
+    stages.begin(Job(CaptureSpec({}, "float32"), WriterSpec("run", {}, 1, 1), 1))
+    stages._actors = [SimpleNamespace(look=silent, load=silent, begin=silent, status=silent)]
     stages._answers = dict(answers)
     with pytest.raises(GetTimeoutError, match=f"stood still for {patience}"):
         stages.load(threading.Event())
