@@ -26,6 +26,7 @@ from benchmarks.guide import Guide
 from benchmarks.records import Row, record
 from benchmarks.runs import ROOT
 from m2ray.batches import LayerSpan, MicroBatch
+from m2ray.model.capture import CaptureSpec
 from m2ray.model.stage import Stage, StageSpec, load_stage
 from m2ray.options import PromptOptions
 from m2ray.prompts import PromptSource, PromptTokenizer, micro_batches, survey
@@ -157,21 +158,19 @@ def rates_of(stage: Stage, prompts: Prompts, options: argparse.Namespace) -> flo
 
 
 def stage_of(model: Path, options: argparse.Namespace) -> Stage:
-    layers = tuple(range(options.layers))
-    return load_stage(
+    stage = load_stage(
         StageSpec(
             model_url=str(model),
             span=LayerSpan(0, options.layers),
-            capture_layers=layers,
-            sites=("residual",),
             compute_dtype="bfloat16",
-            store_dtype="bfloat16",
             attn_implementation="auto",
             device=options.device,
             threads=None,
         ),
         lambda *_: None,
     )
+    stage.begin(CaptureSpec({"residual": tuple(range(options.layers))}, "bfloat16"))
+    return stage
 
 
 def stage_s(stage: Stage, prompts: Prompts) -> float:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import ray
@@ -25,13 +26,15 @@ import torch
 
 from benchmarks.checkpoints import free, real_size
 from benchmarks.records import Row, record
+from m2ray.activations.writer import WriterSpec
 from m2ray.batches import LayerSpan, MicroBatch, Shard
-from m2ray.chain.driver import Chain, ChainLimits, ShardResult
-from m2ray.chain.loading import WriterSpec
+from m2ray.chain.actor import Job
+from m2ray.chain.driver import Chain, ShardAttempt
 from m2ray.chain.placement import Reservation, Room
 from m2ray.chain.queue import ShardQueue
-from m2ray.chain.stages import Patience, Stages
+from m2ray.chain.stages import Stages
 from m2ray.config import Transport
+from m2ray.model.capture import CaptureSpec
 from m2ray.model.stage import DTYPES, Stage, StageSpec, load_stage
 from m2ray.planning.memory import window
 from m2ray.storage import open_store
@@ -93,7 +96,7 @@ def main() -> None:
 
 
 def spec(model: Path, span: LayerSpan, device: str, *, compiled: bool) -> StageSpec:
-    return StageSpec(str(model), span, (), ("residual",), "bfloat16", "bfloat16", "auto", device, 1, compile=compiled)
+    return StageSpec(str(model), span, "bfloat16", "auto", device, 1, compile=compiled)
 
 
 def micro_batches(shard: Shard, vocab_size: int) -> Iterator[MicroBatch]:
@@ -217,14 +220,14 @@ class Chains:
         hidden_size = json.loads((self.model / "config.json").read_text())["hidden_size"]
         with tempfile.TemporaryDirectory() as folder:
             open_store(folder).put("job.json", b"{}")
-            writer = WriterSpec(folder, {}, 1 << 30, 1, 600.0, SHAPE[0] * SHAPE[1])
-            stages = Stages(specs, writer, reservation, Patience(600.0, 60.0), window(num_stages), transport)
-            limits = ChainLimits(16 << 30, hidden_size, 2, 600.0)
-            chain = Chain(stages, limits, lambda shard, _: micro_batches(shard, self.vocab_size), SHAPE[0] * SHAPE[1], print)
+            stages = Stages(specs, reservation, transport=transport, timeout_s=600.0, placement_timeout_s=60.0)
+            stages.begin(Job(CaptureSpec({}, "bfloat16"), WriterSpec(folder, {}, 1 << 30, 1), SHAPE[0] * SHAPE[1]))
+            limits: dict[str, Any] = {"in_flight_bytes": 16 << 30, "hidden_bytes": hidden_size * 2, "timeout_s": 600.0}
+            chain = Chain(stages, lambda shard, _: micro_batches(shard, self.vocab_size), SHAPE[0] * SHAPE[1], print, **limits)
             ended: list[float] = []
             queue = ShardQueue(shards())
 
-            def take(result: ShardResult) -> None:
+            def take(result: ShardAttempt) -> None:
                 ended.append(time.perf_counter())
                 queue.finish(result.shard)
 

@@ -19,16 +19,17 @@ import numpy as np
 import ray
 
 from benchmarks.records import Row, record
+from m2ray.activations.writer import WriterSpec
 from m2ray.batches import LayerSpan, MicroBatch, PartReceipt, Shard
+from m2ray.chain.actor import Job
 from m2ray.chain.completion import Completed, GatheredShard
-from m2ray.chain.driver import Chain, ChainLimits, ShardResult
-from m2ray.chain.loading import WriterSpec
+from m2ray.chain.driver import Chain, ShardAttempt
 from m2ray.chain.replicas import Replicas
-from m2ray.chain.stages import Patience, Stages
+from m2ray.chain.stages import Stages
 from m2ray.chain.status import StageStatus
 from m2ray.chain.stopping import Stop
+from m2ray.model.capture import CaptureSpec
 from m2ray.model.stage import StageSpec
-from m2ray.planning.memory import window
 
 PERIOD_S = 0.09
 SHARE = 0.05
@@ -56,11 +57,17 @@ class NoStage:
         self._told = 0
         self._changed = asyncio.Condition()
 
-    async def load(self) -> StageStatus:
-        return StageStatus("", "", "", ready=True)
+    async def look(self, output: str) -> None:
+        """There is no run folder."""
+
+    async def load(self, _after: object = None) -> None:
+        """There is nothing to load."""
+
+    async def begin(self, job: Job, _after: object = None) -> StageStatus:
+        return StageStatus(LayerSpan(0, 1), "", "")
 
     async def status(self) -> StageStatus:
-        return StageStatus("", "", "", ready=True)
+        return StageStatus(LayerSpan(0, 1), "", "")
 
     async def link(self, successor: Any) -> None:
         """Nothing is handed on."""
@@ -97,11 +104,9 @@ class NoStages(Stages):
     """The real driver's side of the stages, over shared actors."""
 
     def __init__(self, num_stages: int, actor: Any) -> None:
-        specs = [
-            (StageSpec("", LayerSpan(index, index + 1), (), ("residual",), "bfloat16", "bfloat16", "auto", "cpu", None),)
-            for index in range(num_stages)
-        ]
-        super().__init__(specs, WriterSpec("", {}, 0, 1, 60.0, SEQUENCES * LENGTH), None, Patience(60.0, 60.0), window(num_stages), "auto")  # type: ignore[arg-type]
+        specs = [(StageSpec("", LayerSpan(index, index + 1), "bfloat16", "auto", "cpu", None),) for index in range(num_stages)]
+        super().__init__(specs, None, transport="auto", timeout_s=60.0, placement_timeout_s=60.0)  # type: ignore[arg-type]
+        self.begin(Job(CaptureSpec({}, "bfloat16"), WriterSpec("", {}, 0, 1), SEQUENCES * LENGTH))
         self._shared = actor
 
     def _actor(self, index: int) -> Any:
@@ -116,7 +121,7 @@ class TimedChain(Chain):
 
     python_s = 0.0
 
-    def run(self, queue: Any, on_result: Callable[[ShardResult], None]) -> None:
+    def run(self, queue: Any, on_result: Callable[[ShardAttempt], None]) -> None:
         began = time.thread_time()
         super().run(queue, on_result)
         self.python_s = time.thread_time() - began
@@ -167,8 +172,8 @@ def measure(num_stages: int, num_replicas: int, num_micro_batches: int) -> Cost:
     """Run the chains over as many shards as give each replica its micro-batches."""
     actors = [REMOTE_NO_STAGE.remote(PERIOD_S) for _ in range(num_replicas)]
     all_stages = [NoStages(num_stages, actor) for actor in actors]
-    limits = ChainLimits(in_flight_bytes=1 << 40, hidden_size=3072, itemsize_bytes=2, timeout_s=60.0)
-    chains = [(TimedChain(stages, limits, micro_batches, SEQUENCES * LENGTH, print), stages) for stages in all_stages]
+    limits: dict[str, Any] = {"in_flight_bytes": 1 << 40, "hidden_bytes": 3072 * 2, "timeout_s": 60.0}
+    chains = [(TimedChain(stages, micro_batches, SEQUENCES * LENGTH, print, **limits), stages) for stages in all_stages]
     ids = np.arange(MICRO_BATCHES_A_SHARD * SEQUENCES)
     num_shards = num_micro_batches * num_replicas // MICRO_BATCHES_A_SHARD
     shards = [Shard(index, ids, np.full(len(ids), LENGTH, np.int32)) for index in range(num_shards)]

@@ -146,7 +146,7 @@ def bare_tokens_per_s(model: Path, prompts: Prompts, num_layers: int, batch_toke
     The median of three passes over all of them, and the first one, to which every shape is new.
     """
     span, compiled = LayerSpan(0, num_layers), device != "cpu"
-    spec = StageSpec(str(model), span, (), ("residual",), "bfloat16", "bfloat16", "auto", device, None, compile=compiled)
+    spec = StageSpec(str(model), span, "bfloat16", "auto", device, None, compile=compiled)
     stage = load_stage(spec, lambda *_: None)
     stage.warm_up(batch_tokens)
     seconds = []

@@ -55,10 +55,7 @@ def main() -> None:
 
 
 def spec(model: Path, num_layers: int, *, compiled: bool) -> StageSpec:
-    layers = tuple(range(num_layers))
-    return StageSpec(
-        str(model), LayerSpan(0, num_layers), layers, ("residual",), "bfloat16", "bfloat16", "auto", "cuda:0", None, compile=compiled
-    )
+    return StageSpec(str(model), LayerSpan(0, num_layers), "bfloat16", "auto", "cuda:0", None, compile=compiled)
 
 
 # -- loading --------------------------------------------------------------------------------------------------------------

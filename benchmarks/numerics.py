@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from m2ray.batches import LayerSpan, MicroBatch
+from m2ray.model.capture import CaptureSpec
 from m2ray.model.stage import Stage, StageSpec, load_stage
 from scripts.make_checkpoint import make_checkpoint
 
@@ -49,8 +50,9 @@ def rows_of(stage: Stage, batch: MicroBatch, dtype: torch.dtype) -> torch.Tensor
 
 def extract(folder: Path, dtype_name: str, layers: int, prompts: list[Prompt]) -> tuple[torch.Tensor, torch.Tensor]:
     """All rows [L, N, H], the prompts in one micro-batch and each alone."""
-    spec = StageSpec(str(folder), LayerSpan(0, layers), tuple(range(layers)), ("residual",), dtype_name, dtype_name, "auto", "cpu", 1)
+    spec = StageSpec(str(folder), LayerSpan(0, layers), dtype_name, "auto", "cpu", 1)
     stage, dtype = load_stage(spec, lambda *_: None), getattr(torch, dtype_name)
+    stage.begin(CaptureSpec({"residual": tuple(range(layers))}, dtype_name))
     alone = torch.cat([rows_of(stage, micro_batch([prompt]), dtype) for prompt in prompts], dim=1)
     return rows_of(stage, micro_batch(prompts), dtype), alone
 

@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from m2ray.batches import LayerSpan, MicroBatch
+from m2ray.model.capture import CaptureSpec
 from m2ray.model.checkpoint import open_checkpoint
 from m2ray.model.decoder import DecoderSpan
 from m2ray.model.families import parse_config
@@ -149,23 +150,18 @@ def reference_rows(model: Any, micro_batch: MicroBatch) -> list[torch.Tensor]:
     return [output[is_real_BT] for output in outputs]
 
 
+def load_capturing(spec: StageSpec, layers: Iterable[int] | None = None, store_dtype: str | None = None) -> Stage:
+    """A stage that keeps the residual of `layers`, all of its span if None, in its compute dtype if no other is given."""
+    stage = load_stage(spec, lambda *_: None)
+    kept = range(spec.span.start, spec.span.stop) if layers is None else layers
+    stage.begin(CaptureSpec({"residual": tuple(kept)}, store_dtype or spec.compute_dtype))
+    return stage
+
+
 def load_chain(folder: Path, bounds: Sequence[int], compute_dtype: str, store_dtype: str | None = None, attn: str = "auto") -> list[Stage]:
     """The stages of the spans between `bounds`, each loaded by itself and capturing all its layers."""
     return [
-        load_stage(
-            StageSpec(
-                str(folder),
-                LayerSpan(*ends),
-                tuple(range(*ends)),
-                ("residual",),
-                compute_dtype,
-                store_dtype or compute_dtype,
-                attn,
-                "cpu",
-                1,
-            ),
-            lambda *_: None,
-        )
+        load_capturing(StageSpec(str(folder), LayerSpan(*ends), compute_dtype, attn, "cpu", 1), store_dtype=store_dtype)
         for ends in pairwise(bounds)
     ]
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 
 from m2ray.activations.attempt import Attempt
 from m2ray.activations.column_chunks import TokenColumns
@@ -19,12 +20,30 @@ from m2ray.activations.part_writer import PartWriter
 from m2ray.activations.schema import Compression, require_compression
 from m2ray.batches import Bits, CapturedLayer, MicroBatch, PartReceipt, PartSpec
 from m2ray.errors import M2rayError, StageError, StoreError, raise_all
-from m2ray.storage import Store
+from m2ray.storage import Store, open_store
 
 _FINISHING_A_LANE = 4
 _LOOK_S = 1.0
 
 _DEFECT = "This is a defect of m2ray."
+
+
+@dataclass(frozen=True)
+class WriterSpec:
+    """Where and how the stages of a run write, each by a writer of its own: the run folder, and the rest as in ActivationWriter."""
+
+    output: str
+    run_metadata: Mapping[str, str]
+    queue_bytes: int
+    threads: int
+    compression: Compression = "none"
+
+    def open(self, parts: Sequence[PartSpec]) -> "ActivationWriter":
+        """The writer of `parts`. Raises as ActivationWriter and open_store do."""
+        store = open_store(self.output)
+        return ActivationWriter(
+            store, self.run_metadata, parts, queue_bytes=self.queue_bytes, threads=self.threads, compression=self.compression
+        )
 
 
 class ActivationWriter:

@@ -8,27 +8,27 @@ import gc
 import resource
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 import torch
 
-from m2ray.activations.writer import ActivationWriter
+from m2ray.activations.writer import ActivationWriter, WriterSpec
 from m2ray.batches import MicroBatch, PartReceipt
 from m2ray.chain.completion import Completed, Completion, GatheredShard
 from m2ray.chain.cuda_ipc import Offer
+from m2ray.chain.door import Door
 from m2ray.chain.failure import as_memory_error
-from m2ray.chain.loading import WriterSpec, load_warm, open_run_folder, open_writer, require_gpus
+from m2ray.chain.loading import require_gpus, require_run_folder, warm_up
 from m2ray.chain.status import StageStatus, measure_gpus, status_here, with_micro_batch, with_peaks, with_writer
 from m2ray.chain.transport import Incoming, Outgoing, Payload
-from m2ray.chain.turns import Allowance, Superseded, Turns
+from m2ray.chain.turns import Turns
 from m2ray.config import Transport
 from m2ray.errors import StoreError
-from m2ray.model.stage import Stage, StageOutput, StageSpec
-from m2ray.storage import Store
+from m2ray.model.capture import CaptureSpec
+from m2ray.model.stage import Stage, StageOutput, StageSpec, load_stage
 
 _AHEAD = 2
 """Micro-batches at each of a stage's doors, at most: received and not computed, computed and not sent, sent and not taken by the next
@@ -40,6 +40,14 @@ _WATCH_S = 60.0
 """How long a call may wait for news before it is asked again."""
 
 
+class Job(NamedTuple):
+    """What a loaded chain does next: what it takes, where and how that is written, and the padded tokens of a full micro-batch."""
+
+    capture: CaptureSpec
+    writer: WriterSpec
+    batch_tokens: int
+
+
 class StageActor:
     """Runs one span, on one device or dealt out over several.
 
@@ -48,58 +56,62 @@ class StageActor:
     another one's work: while the next stage takes hidden states over, the next ones are sent (cuda_ipc's one slot has to be empty first).
     """
 
-    def __init__(self, specs: Sequence[StageSpec], writer: WriterSpec, *, transport: Transport, epoch: int) -> None:
+    def __init__(self, specs: Sequence[StageSpec], *, transport: Transport, timeout_s: float, epoch: int) -> None:
         """Args:
         specs: one a device, in the order of the layers.
+        timeout_s: how long the driver lets a stage be silent.
         epoch: of the chain, now.
         """
         self._specs = specs
-        self._writer_spec = writer
         self._devices = [torch.device(spec.device) for spec in specs]
         self._on_gpu = self._devices[0].type == "cuda"
         dtype: torch.dtype = getattr(torch, specs[0].compute_dtype)
         self._stages: list[Stage] = []
+        self._job: Job | None = None
         self._writer: ActivationWriter | None = None
-        self._threads = [ThreadPoolExecutor(1, name) for name in ("compute", "send", "arrive", "capture")]
-        self._compute, self._send, self._arrive, self._capture = self._threads
-        self._limit_s = 2 * writer.timeout_s  # twice the watchdog's limit: the driver is the one that decides
+        self._timeout_s = timeout_s
+        self._limit_s = 2 * timeout_s  # twice the watchdog's limit: the driver is the one that decides
         self._turns = Turns(epoch)
         self._completion = Completion(self._turns)
         # On a GPU `_run` returns when the computation is queued there: one more at the door suffices.
-        self._received = Allowance(self._turns, 1 if self._on_gpu else _AHEAD, "an earlier micro-batch to be computed")
-        self._unsent = Allowance(self._turns, _AHEAD, "hidden states to be sent")
-        self._untaken = Allowance(self._turns, _AHEAD, "the next stage to take hidden states over")
-        self._uncaptured = Allowance(self._turns, _AHEAD, "captured rows to find their way to the writer")
+        self._compute = self._door("compute", 1 if self._on_gpu else _AHEAD, "an earlier micro-batch to be computed")
+        self._send = self._door("send", _AHEAD, "hidden states to be sent")
+        self._arrive = self._door("arrive", _AHEAD, "the next stage to take hidden states over")
+        self._capture = self._door("capture", _AHEAD, "captured rows to find their way to the writer")
         self._incoming = Incoming(self._devices[0], dtype)
         self._outgoing = Outgoing(self._turns, self._devices[-1], transport, self._limit_s)
         self._successor: Any = None
         self._began_at: float | None = None
-        self._status = status_here(specs)
+        self._loaded = self._status = status_here(specs)
 
     # -- beginning ----------------------------------------------------------------------------------------------------
 
     @ray.method(concurrency_group="collect")
-    def load(self) -> StageStatus:
-        """Build the span, reading only its own tensors.
+    def look(self, output: str) -> None:
+        """Raise StoreError unless the run folder is visible from here: to be asked before the minutes that loading may take."""
+        require_run_folder(output, self._status.node)
+
+    @ray.method(concurrency_group="collect")
+    def load(self, _after: object = None) -> None:
+        """Build the span, reading only its own tensors, unless an earlier call did; once the call that gave `_after` is done.
 
         Raises:
             CheckpointError: the span's tensors are missing or damaged, or the files are not those that the driver saw.
-            StoreError: the run folder of the driver is not visible from this node.
             StageError: torch does not see the GPUs that Ray gave.
         """
-        begin = time.monotonic()
-        store = open_run_folder(self._writer_spec.output, self._status.node)
         if self._on_gpu:
             require_gpus(len(self._devices), self._status.node)
-        self._compute.submit(self._build, store).result()
-        self._status = replace(
-            self._status,
-            ready=True,
-            parameter_bytes=sum(stage.parameter_bytes for stage in self._stages),
-            load_s=time.monotonic() - begin,
-            gpus=measure_gpus(self._devices) if self._on_gpu else (),
-            weights={layer: digest for stage in self._stages for layer, digest in stage.digests.items()},
-        )
+        self._compute.thread.submit(self._build).result()
+
+    @ray.method(concurrency_group="collect")
+    def begin(self, job: Job, _after: object = None) -> StageStatus:
+        """Take on a job, unless an earlier call did: nothing of the one before is on its way any more. `load` comes first, as `_after`.
+
+        Raises:
+            ConfigError: it takes what the model does not have.
+            StoreError: the one before is not ended by the store.
+        """
+        self._compute.thread.submit(self._take_on, job).result()
         return self._status
 
     @ray.method(concurrency_group="control")
@@ -111,8 +123,9 @@ class StageActor:
         """
         self._successor = successor
         if successor is not None:
-            hidden_bytes = self._writer_spec.batch_tokens * self._stages[-1].hidden_bytes
-            sends_by = self._outgoing.connect(successor, self._status.node_id, hidden_bytes, self._writer_spec.timeout_s)
+            assert self._job is not None, "begin() comes first"
+            hidden_bytes = self._job.batch_tokens * self._stages[-1].hidden_bytes
+            sends_by = self._outgoing.connect(successor, self._status.node_id, hidden_bytes, self._timeout_s)
             self._status = replace(self._status, sends_by=sends_by)
 
     @ray.method(concurrency_group="control")
@@ -132,12 +145,12 @@ class StageActor:
         """
         with self._turns.changed:
             self._turns.begin(epoch)
-            self._completion.begin()
-        if self._writer is None:
-            return  # it is still loading, which need not begin anew
+            self._completion = Completion(self._turns)
+        if self._writer is None or self._job is None:
+            return  # it is still loading, or taking a job on, which need not begin anew
         self._abandon(self._writer, attempts)
-        for thread in self._threads:
-            thread.submit(int).result(self._writer_spec.timeout_s)
+        for door in (self._compute, self._send, self._arrive, self._capture):
+            door.drain(self._timeout_s)
         self._abandon(self._writer, attempts)  # what was being computed may have opened its attempt again
 
     # -- a micro-batch's way ------------------------------------------------------------------------------------------
@@ -154,70 +167,52 @@ class StageActor:
             attempt: the try at the shard that the rows belong to.
             payload: the hidden states, or where they lie; None for the first stage.
         """
-        with self._guarded(epoch), self._turns.turn(epoch, step, self._limit_s), ExitStack() as undo:
-            self._received.take(epoch, self._limit_s)
-            undo.callback(self._received.give_back)
+        turns = self._turns
+        with turns.guarded(epoch), turns.turn(epoch, step, self._limit_s), self._compute.place(epoch) as compute:
             with self._finding_room(micro_batch):
                 hidden_BTH = None if payload is None else self._incoming.receive(epoch, payload)
-            self._compute.submit(self._run, epoch, step, attempt, micro_batch, hidden_BTH)
-            undo.pop_all()
+            compute(self._run, step, attempt, micro_batch, hidden_BTH)
 
     def _run(self, epoch: int, step: int, attempt: str, micro_batch: MicroBatch, hidden_BTH: torch.Tensor | None) -> None:
         """Compute, or on a GPU begin to."""
-        with self._guarded(epoch), ExitStack() as done, ExitStack() as undo:
-            done.callback(self._received.give_back)
-            for allowance in (self._uncaptured, self._unsent):
-                allowance.take(epoch, self._limit_s)
-                undo.callback(allowance.give_back)
+        with self._capture.place(epoch) as capture, self._send.place(epoch) as send:
             self._turns.require(epoch)
-            assert self._stages, "load() comes first"
+            assert self._job is not None, "begin() comes first"
             self._began_at = self._began_at or time.monotonic()
             outputs: list[StageOutput] = []
             with self._finding_room(micro_batch):
                 for stage in self._stages:
                     outputs.append(stage.forward(micro_batch, hidden_BTH))
                     hidden_BTH = outputs[-1].hidden_BTH
-            undo.pop_all()
-            self._send.submit(self._hand_on, epoch, step, attempt, micro_batch, outputs[-1])
-            self._capture.submit(self._hand_over, epoch, attempt, micro_batch, outputs)
+            send(self._hand_on, step, attempt, micro_batch, outputs[-1])
+            capture(self._hand_over, attempt, micro_batch, outputs)
 
     def _hand_on(self, epoch: int, step: int, attempt: str, micro_batch: MicroBatch, output: StageOutput) -> None:
-        with self._guarded(epoch), ExitStack() as done, ExitStack() as undo:
-            done.callback(self._unsent.give_back)
-            if self._successor is None:
-                return
-            self._untaken.take(epoch, self._limit_s)
-            undo.callback(self._untaken.give_back)
+        if self._successor is None:
+            return
+        with self._arrive.place(epoch) as arrive:
             payload = self._outgoing.payload(epoch, output)
-            taken = self._successor.take.remote(epoch, step, attempt, micro_batch, payload)
-            self._arrive.submit(self._see_taken, epoch, taken)
-            undo.pop_all()
+            arrive(self._see_taken, self._successor.take.remote(epoch, step, attempt, micro_batch, payload))
 
     def _see_taken(self, epoch: int, taken: Any) -> None:
         """The next stage makes this one wait, and what is lost on the way there is heard of; but a reset ends the wait."""
-        with self._guarded(epoch), ExitStack() as done:
-            done.callback(self._untaken.give_back)
+        self._turns.require(epoch)
+        while not ray.wait([taken], timeout=_POLL_S)[0]:
             self._turns.require(epoch)
-            while not ray.wait([taken], timeout=_POLL_S)[0]:
-                self._turns.require(epoch)
-            ray.get(taken, timeout=self._limit_s)
+        ray.get(taken, timeout=self._limit_s)
 
     def _hand_over(self, epoch: int, attempt: str, micro_batch: MicroBatch, outputs: Sequence[StageOutput]) -> None:
         assert self._writer is not None
         assert self._began_at is not None
-        with self._guarded(epoch):
-            try:
-                compute_s = sum(output.compute_s for output in outputs)
-                computed_at = time.monotonic()
-                captured = [layer for output in outputs for layer in output.captured]
-                copied_at = time.monotonic()
-                self._turns.require(epoch)
-                self._writer.submit(attempt, micro_batch, captured, self._writer_spec.timeout_s)
-            finally:
-                self._uncaptured.give_back()
-            since_begin_s = computed_at - self._began_at - self._writer.waited_s
-            self._status = with_micro_batch(self._status, micro_batch, compute_s, copied_at - computed_at, since_begin_s)
-            self._turns.finish_step(epoch)
+        compute_s = sum(output.compute_s for output in outputs)
+        computed_at = time.monotonic()
+        captured = [layer for output in outputs for layer in output.captured]
+        copied_at = time.monotonic()
+        self._turns.require(epoch)
+        self._writer.submit(attempt, micro_batch, captured, self._timeout_s)
+        since_begin_s = computed_at - self._began_at - self._writer.waited_s
+        self._status = with_micro_batch(self._status, micro_batch, compute_s, copied_at - computed_at, since_begin_s)
+        self._turns.finish_step(epoch)
 
     @ray.method(concurrency_group="control", num_returns=0)
     def release(self, epoch: int) -> None:
@@ -227,10 +222,10 @@ class StageActor:
     @ray.method(concurrency_group="collect", num_returns=0)
     def gather(self, epoch: int, step: int, shard: int, attempt: str, receipts: tuple[PartReceipt, ...]) -> None:
         """Add this stage's receipts of a shard whose last micro-batch is `step`, once all its parts are durable, and pass them on."""
-        with self._guarded(epoch):
+        with self._turns.guarded(epoch):
             self._turns.wait(epoch, lambda: self._turns.done > step, self._limit_s, f"the rows of micro-batch {step}")
-            assert self._writer is not None, "load() comes first"
-            receipts = (*receipts, *self._writer.collect(shard, attempt, self._writer_spec.timeout_s))
+            assert self._writer is not None, "begin() comes first"
+            receipts = (*receipts, *self._writer.collect(shard, attempt, self._timeout_s))
             if self._successor is not None:
                 self._successor.gather.remote(epoch, step, shard, attempt, receipts)
                 return
@@ -262,23 +257,23 @@ class StageActor:
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def _guarded(self, epoch: int) -> Iterator[None]:
-        """Keep what fails for `watch`: whoever began this work does not wait for it."""
-        try:
-            yield
-        except Superseded:
-            return
-        except BaseException as error:  # noqa: BLE001 - handed to the driver, whatever it is
-            self._turns.fail(epoch, error)
+    def _door(self, name: str, places: int, awaited: str) -> Door:
+        return Door(self._turns, name, places, awaited, self._limit_s)
 
-    def _build(self, store: Store) -> None:
+    def _build(self) -> None:
         """Load all devices' spans, unless an earlier call did: one whose answer the driver missed because another stage failed."""
-        if self._writer is not None:
+        if self._stages:
             return
         gc.collect()  # what an earlier call loaded before it failed refers to itself, and there is no room for it beside what comes now
-        self._stages = [self._load(spec) for spec in self._specs]
-        self._writer = open_writer(self._writer_spec, store, self._stages)
+        began_at = time.monotonic()
+        stages = [self._load(spec) for spec in self._specs]
+        self._loaded = self._status = replace(
+            self._status,
+            parameter_bytes=sum(stage.parameter_bytes for stage in stages),
+            load_s=time.monotonic() - began_at,
+            weights={layer: digest for stage in stages for layer, digest in stage.digests.items()},
+        )
+        self._stages = stages
 
     def _load(self, spec: StageSpec) -> Stage:
         before = self._status
@@ -286,12 +281,29 @@ class StageActor:
         def count(read_bytes: int, needed_bytes: int) -> None:
             self._status = replace(self._status, read_bytes=before.read_bytes + read_bytes, needed_bytes=before.needed_bytes + needed_bytes)
 
-        return load_warm(spec, self._writer_spec.batch_tokens, self._writer_spec.queue_bytes // len(self._specs), count)
+        stage = load_stage(spec, count)
+        count(stage.bytes_read, stage.needed_bytes)
+        return stage
+
+    def _take_on(self, job: Job) -> None:
+        assert self._stages, "load() comes first"
+        if job == self._job:
+            return
+        self._job = None
+        if self._writer is not None:
+            self._writer.close()
+        for stage, spec in zip(self._stages, self._specs, strict=True):
+            stage.begin(job.capture)
+            warm_up(stage, spec, job.batch_tokens, job.writer.queue_bytes // len(self._specs))
+        self._writer = job.writer.open([part for stage in self._stages for part in stage.parts])
+        self._began_at = None
+        self._status = replace(self._loaded, gpus=measure_gpus(self._devices) if self._on_gpu else ())
+        self._job = job
 
     def _abandon(self, writer: ActivationWriter, attempts: Sequence[tuple[int, str]]) -> None:
         # What the store does not delete soon is no commit's, and goes when the run is finished; a reset has to end within `timeout_s`.
         with suppress(StoreError):
-            writer.abandon(attempts, self._writer_spec.timeout_s / 4)
+            writer.abandon(attempts, self._timeout_s / 4)
 
     @contextmanager
     def _finding_room(self, micro_batch: MicroBatch) -> Iterator[None]:

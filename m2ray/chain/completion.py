@@ -24,18 +24,12 @@ class Completed:
 
 
 class Completion:
-    """The shards of this epoch that are gathered, less those that the driver knows of. Any thread may call."""
+    """The shards of one epoch that are gathered, less those that the driver knows of. Any thread may call."""
 
     def __init__(self, turns: Turns) -> None:
         self._turns = turns
         self._gathered: list[GatheredShard] = []
         self._told_shards = 0
-
-    def begin(self) -> None:
-        """Forget the epoch before."""
-        with self._turns.changed:
-            self._gathered.clear()
-            self._told_shards = 0
 
     def add(self, epoch: int, shard: GatheredShard) -> None:
         """Keep a shard. Raises Superseded if the epoch is over."""

@@ -9,17 +9,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 from uuid import uuid4
 
-import ray
 from ray.exceptions import GetTimeoutError, RayError
 
 from m2ray.batches import MicroBatch, PartReceipt, Shard
 from m2ray.chain.failure import Failure, FailureKind, FailurePolicy, GiveUp, cause_of, classify
 from m2ray.chain.queue import ShardQueue
 from m2ray.chain.stages import Stages
-from m2ray.chain.transport import hidden_bytes
 from m2ray.errors import M2rayError, StageError, StageMemoryError
 from m2ray.planning.memory import window
 
@@ -30,45 +27,51 @@ class ChainLostError(StageError):
     """A chain's stages failed too often; another replica may still go on."""
 
 
-@dataclass(frozen=True)
-class ShardResult:
-    """A shard that every stage has written: ready to be committed."""
-
-    shard: Shard
-    attempt: str
-    receipts: tuple[PartReceipt, ...]
-    micro_batches: tuple[tuple[int, int], ...]
-    """(sequences, padded length) of each, in order."""
-    elapsed_s: float
-
-
 @dataclass
-class _OpenShard:
-    """A shard on its way: first its micro-batches in the chain, then its receipts from the stages."""
+class ShardAttempt:
+    """A try at a shard: its micro-batches go through the chain, then its receipts are gathered, then it is ready to be committed.
+
+    `micro_batches` are (sequences, padded length) of each, in order.
+    """
 
     shard: Shard
     attempt: str
     began_at: float = field(default_factory=time.monotonic)
     micro_batches: list[tuple[int, int]] = field(default_factory=list)
+    receipts: tuple[PartReceipt, ...] = ()
+    elapsed_s: float = 0.0
 
 
-@dataclass(frozen=True)
-class _InFlight:
-    """A micro-batch inside the chain, until the last stage is done with it."""
+class _Epoch:
+    """What is on its way since the chain began, or began anew: a failure puts a fresh one in its place.
 
-    owner: _OpenShard
-    num_bytes: int
-    is_last: bool
+    Attributes:
+        open: by shard and attempt, all that were taken from the queue and are not complete.
+        source: the attempt that is being cut into micro-batches; upcoming: a micro-batch that waits for room.
+        in_flight: micro-batches inside the chain, until the last stage is done with them.
+        steps: micro-batches that entered the chain. shards_done: attempts that are complete.
+        leaving_tokens: of attempts whose receipts are being gathered.
+    """
 
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.open: dict[tuple[int, str], ShardAttempt] = {}
+        self.source: tuple[ShardAttempt, Iterator[MicroBatch]] | None = None
+        self.upcoming: tuple[ShardAttempt, MicroBatch] | None = None
+        self.in_flight: deque[tuple[ShardAttempt, MicroBatch]] = deque()
+        self.in_flight_bytes = 0
+        self.steps = 0
+        self.shards_done = 0
+        self.leaving_tokens = 0
 
-@dataclass(frozen=True)
-class ChainLimits:
-    """Bounds of what the chain holds at one time, and how long it may stand still."""
+    @property
+    def steps_done(self) -> int:
+        return self.steps - len(self.in_flight)
 
-    in_flight_bytes: int
-    hidden_size: int
-    itemsize_bytes: int
-    timeout_s: float
+    @property
+    def shards(self) -> list[Shard]:
+        """Those that go back to the queue if the epoch ends here."""
+        return [opened.shard for opened in self.open.values()]
 
 
 class Chain:
@@ -78,37 +81,36 @@ class Chain:
         micro_batches_of: the micro-batches of a shard at a limit of padded tokens, the same every time.
         batch_tokens: the limit, unless less fits.
         say: takes a line for the user.
+        in_flight_bytes: hidden states that the chain holds at one time, at most; hidden_bytes: those of one token.
+        timeout_s: how long it may stand still.
     """
-
-    _in_flight: deque[_InFlight]
-    _open: list[_OpenShard]  # taken from the queue, closing ones too
-    _closing: dict[tuple[int, str], _OpenShard]  # by shard and attempt: their receipts are being gathered
-    _news: Any  # the call to the last stage that waits for what is complete
-    _current: tuple[_OpenShard, Iterator[MicroBatch]] | None
-    _upcoming: tuple[_OpenShard, MicroBatch] | None
 
     def __init__(
         self,
         stages: Stages,
-        limits: ChainLimits,
         micro_batches_of: Callable[[Shard, int], Iterator[MicroBatch]],
         batch_tokens: int,
         say: Callable[[str], None],
+        *,
+        in_flight_bytes: int,
+        hidden_bytes: int,
+        timeout_s: float,
         policy: FailurePolicy | None = None,
     ) -> None:
         self._stages = stages
-        self._limits = limits
         self._micro_batches_of = micro_batches_of
         self._batch_tokens = batch_tokens
         self._say = say
+        self._in_flight_bytes = in_flight_bytes
+        self._hidden_bytes = hidden_bytes
+        self._timeout_s = timeout_s
         self._policy = policy or FailurePolicy()
         self._failures: list[Failure] = []
-        self._epoch = 0
-        self._forget()
+        self._epoch = _Epoch(stages.epoch)
         self.stop = threading.Event()
         self.tokens_done = 0
 
-    def run(self, queue: ShardQueue, on_result: Callable[[ShardResult], None]) -> None:
+    def run(self, queue: ShardQueue, on_result: Callable[[ShardAttempt], None]) -> None:
         """Load the stages and take shards from the queue until it is finished or `stop` is set.
 
         Dead and hung stages are restarted, and the shards in flight then are tried again. However it ends, shards that were
@@ -123,21 +125,21 @@ class Chain:
                 try:
                     self._stages.load(self.stop)
                     if not self.stop.is_set():
-                        self._stages.link(self._epoch)
+                        self._stages.link(self._epoch.number)
                         self._flow(queue, on_result)
-                except (RayError, GetTimeoutError, M2rayError) as error:
+                except (RayError, M2rayError) as error:
                     self._begin_anew(error, queue)
         finally:
-            queue.give_back([opened.shard for opened in self._open])
+            queue.give_back(self._epoch.shards)
 
     # -- extracting ---------------------------------------------------------------------------------------------------
 
-    def _flow(self, queue: ShardQueue, on_result: Callable[[ShardResult], None]) -> None:
+    def _flow(self, queue: ShardQueue, on_result: Callable[[ShardAttempt], None]) -> None:
         """The chain never drains between shards: the next one's micro-batches enter while the last stages still work."""
         progressed, work_done = time.monotonic(), self._stages.work_done
         while not queue.is_finished and not self.stop.is_set():
             self._fill(queue)
-            if not self._open:
+            if not self._epoch.open:
                 queue.wait(_POLL_S)
                 progressed = time.monotonic()
                 continue
@@ -146,136 +148,115 @@ class Chain:
             # What a stage computed or wrote is progress too: a slow chain's first micro-batch comes through late, and so do its last receipts.
             if moved or self._stages.work_done != work_done:
                 progressed, work_done = time.monotonic(), self._stages.work_done
-            elif time.monotonic() - progressed > self._limits.timeout_s:
-                raise GetTimeoutError(f"The chain stood still for {self._limits.timeout_s:g} s: {self._stages.diagnosis()}.")
+            elif time.monotonic() - progressed > self._timeout_s:
+                raise GetTimeoutError(f"The chain stood still for {self._timeout_s:g} s: {self._stages.diagnosis()}.")
 
     def _fill(self, queue: ShardQueue) -> None:
+        epoch = self._epoch
         while True:
-            if self._upcoming is None:
-                self._upcoming = self._next(queue)
-            if self._upcoming is None or not self._has_room(self._upcoming[1]):
+            epoch.upcoming = epoch.upcoming or self._next(queue)
+            if epoch.upcoming is None or not self._has_room(epoch.upcoming[1]):
                 return
-            self._submit(*self._upcoming)
-            self._upcoming = None
+            self._submit(*epoch.upcoming)
+            epoch.upcoming = None
 
-    def _next(self, queue: ShardQueue) -> tuple[_OpenShard, MicroBatch] | None:
+    def _next(self, queue: ShardQueue) -> tuple[ShardAttempt, MicroBatch] | None:
+        epoch = self._epoch
         while True:
-            if self._current is not None:
-                opened, source = self._current
+            if epoch.source is not None:
+                opened, source = epoch.source
                 micro_batch = next(source, None)
                 if micro_batch is not None:
                     return opened, micro_batch
-                self._current = None
+                epoch.source = None
             shard = queue.take()
             if shard is None:
                 return None
-            opened = _OpenShard(shard, uuid4().hex[:12])
-            self._open.append(opened)
-            self._current = (opened, iter(self._micro_batches_of(shard, self._batch_tokens)))
+            opened = ShardAttempt(shard, uuid4().hex[:12])
+            epoch.open[shard.index, opened.attempt] = opened
+            epoch.source = (opened, iter(self._micro_batches_of(shard, self._batch_tokens)))
 
     def _has_room(self, micro_batch: MicroBatch) -> bool:
-        if not self._in_flight:
+        epoch = self._epoch
+        if not epoch.in_flight:
             return True
-        needed = self._in_flight_bytes + self._hidden_bytes(micro_batch)
-        return len(self._in_flight) < window(len(self._stages)) and needed <= self._limits.in_flight_bytes
+        needed_bytes = epoch.in_flight_bytes + micro_batch.padded_tokens * self._hidden_bytes
+        return len(epoch.in_flight) < window(len(self._stages)) and needed_bytes <= self._in_flight_bytes
 
-    def _hidden_bytes(self, micro_batch: MicroBatch) -> int:
-        return hidden_bytes(micro_batch.padded_tokens, self._limits.hidden_size, self._limits.itemsize_bytes)
+    def _submit(self, opened: ShardAttempt, micro_batch: MicroBatch) -> None:
+        epoch = self._epoch
+        opened.micro_batches.append((len(micro_batch.sequence_ids), micro_batch.token_ids_BT.shape[1]))
+        self._stages.take(epoch.number, epoch.steps, opened.attempt, micro_batch)
+        epoch.in_flight.append((opened, micro_batch))
+        epoch.in_flight_bytes += micro_batch.padded_tokens * self._hidden_bytes
+        epoch.steps += 1
 
-    def _submit(self, owner: _OpenShard, micro_batch: MicroBatch) -> None:
-        owner.micro_batches.append((len(micro_batch.sequence_ids), micro_batch.token_ids_BT.shape[1]))
-        self._stages.actors[0].take.options(num_returns=0).remote(self._epoch, self._step, owner.attempt, micro_batch, None)
-        num_bytes = self._hidden_bytes(micro_batch)
-        self._in_flight.append(_InFlight(owner, num_bytes, micro_batch.is_last))
-        self._in_flight_bytes += num_bytes
-        self._step += 1
-
-    def _advance(self, on_result: Callable[[ShardResult], None]) -> bool:
-        """Wait a moment for news of the last stage, and take in what is complete. Raises what a stage failed with."""
-        if self._news is None:
-            self._news = self._stages.actors[-1].completed.remote(self._epoch, self._steps_done, self._shards_done)
-        # The watches come first: of several that are there, Ray gives the first.
-        done, _ = ray.wait([*self._stages.watches, self._news], num_returns=1, timeout=_POLL_S)
-        if done != [self._news]:
-            for watch in done:
-                self._stages.heed(watch, self._epoch)
+    def _advance(self, on_result: Callable[[ShardAttempt], None]) -> bool:
+        """Wait a moment for news, and take in what is complete, unless a stage failed: that comes first, and is raised."""
+        epoch = self._epoch
+        completed = self._stages.news(epoch.number, epoch.steps_done, epoch.shards_done, _POLL_S)
+        failure = self._stages.failed()
+        if failure is not None:
+            raise failure
+        if completed is None:
             return False
-        completed = ray.get(self._news, timeout=self._limits.timeout_s)
-        self._news = None
-        moved = completed.steps > self._steps_done or bool(completed.shards)
-        while self._steps_done < completed.steps:
-            self._retire(self._in_flight.popleft())
+        moved = completed.steps > epoch.steps_done or bool(completed.shards)
+        while epoch.steps_done < completed.steps:
+            self._retire()
         for gathered in completed.shards:
-            self._shards_done += 1
-            opened = self._closing.pop((gathered.shard, gathered.attempt))
-            self._open.remove(opened)
-            elapsed_s = time.monotonic() - opened.began_at
-            on_result(ShardResult(opened.shard, opened.attempt, gathered.receipts, tuple(opened.micro_batches), elapsed_s))
+            opened = epoch.open.pop((gathered.shard, gathered.attempt))
+            epoch.shards_done += 1
+            epoch.leaving_tokens -= opened.shard.num_tokens
+            opened.receipts, opened.elapsed_s = gathered.receipts, time.monotonic() - opened.began_at
+            on_result(opened)
         return moved
 
-    def _retire(self, retired: _InFlight) -> None:
+    def _retire(self) -> None:
         """A micro-batch has left the chain; with a shard's last one the stages are asked for their receipts, down the chain."""
-        self._in_flight_bytes -= retired.num_bytes
-        if retired.is_last:
-            owner = retired.owner
-            self._stages.actors[0].gather.remote(self._epoch, self._steps_done, owner.shard.index, owner.attempt, ())
-            self._closing[owner.shard.index, owner.attempt] = owner
-            self.tokens_done += owner.shard.num_tokens
-        self._steps_done += 1
+        epoch = self._epoch
+        step = epoch.steps_done
+        opened, micro_batch = epoch.in_flight.popleft()
+        epoch.in_flight_bytes -= micro_batch.padded_tokens * self._hidden_bytes
+        if micro_batch.is_last:
+            self._stages.gather(epoch.number, step, opened.shard.index, opened.attempt)
+            epoch.leaving_tokens += opened.shard.num_tokens
+            self.tokens_done += opened.shard.num_tokens
 
     # -- failures -----------------------------------------------------------------------------------------------------
 
-    def _begin_anew(self, error: RayError | GetTimeoutError | M2rayError, queue: ShardQueue) -> None:
+    def _begin_anew(self, error: RayError | M2rayError, queue: ShardQueue) -> None:
         """Restart what is lost and give the shards in flight back, or raise what ends the chain."""
         if self.stop.is_set():
             return  # the stages are being ended, which looks like death from here
-        kind = classify(error)
+        kind, cause, over = classify(error), cause_of(error), self._epoch
         if kind is FailureKind.USER:
-            raise _as_ours(error)
-        self._epoch += 1
-        in_flight = self._open
-        lost = self._stages.reset(self._epoch, [(opened.shard.index, opened.attempt) for opened in in_flight])
-        shards = tuple(opened.shard.index for opened in in_flight)
-        self._failures.append(Failure(kind, time.monotonic(), tuple(lost), shards))
+            raise _as_ours(cause)
+        lost = self._stages.reset(over.number + 1, list(over.open))
+        self.tokens_done -= over.leaving_tokens
+        self._failures.append(Failure(kind, time.monotonic(), tuple(lost), tuple(shard.index for shard in over.shards)))
         decision = self._policy.decide(self._failures)
         what = "; ".join(f"stage {index} ({self._stages.span(index)}) {why}" for index, why in lost.items())
-        what = what or f"the chain {kind.value}: {cause_of(error)}"
+        what = what or f"the chain {kind.value}: {cause}"
         if isinstance(decision, GiveUp):
-            if isinstance(cause_of(error), M2rayError):
-                raise _as_ours(error)
+            if isinstance(cause, M2rayError):
+                raise cause
             raise ChainLostError(
                 f"{what}. {decision.why}", "Often a node ran out of memory. Run the same command again: finished shards are kept."
             )
-        cause = cause_of(error)
         if isinstance(cause, StageMemoryError):
             self._batch_tokens = cause.num_sequences * cause.length // 2
             self._say(f"{cause.what} Micro-batches of at most {self._batch_tokens} padded tokens from here on.")
         else:
-            self._say(f"{what}: restarted, {len(shards)} shards in flight are tried again")
-        queue.give_back([opened.shard for opened in in_flight])
-        self.tokens_done -= sum(opened.shard.num_tokens for opened in self._closing.values())
-        self._forget()
+            self._say(f"{what}: restarted, {len(over.shards)} shards in flight are tried again")
+        queue.give_back(over.shards)
+        self._epoch = _Epoch(over.number + 1)
         self.stop.wait(decision.after_s)
         if lost and not self._stages.restart(lost):
             self._say("The room of a lost stage did not come back: all stages of this chain start anew elsewhere")
 
-    def _forget(self) -> None:
-        """Nothing is in flight."""
-        self._in_flight = deque()
-        self._in_flight_bytes = 0
-        self._open = []
-        self._closing = {}
-        self._current = None
-        self._upcoming = None
-        self._step = 0
-        self._steps_done = 0
-        self._shards_done = 0
-        self._news = None
 
-
-def _as_ours(error: BaseException) -> M2rayError:
+def _as_ours(cause: BaseException) -> M2rayError:
     """The error as it was raised in the stage, or one of ours that tells of it."""
-    cause = cause_of(error)
     if isinstance(cause, M2rayError):
         return cause
     return StageError(f"A stage failed: {cause!r}.", "This is a defect of m2ray: --debug shows the trace.")

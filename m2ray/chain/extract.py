@@ -13,24 +13,25 @@ from m2ray.activations.commits import Run, RunSummary, claim_run, go_on_with
 from m2ray.activations.job import Counts, JobRecord, ModelFacts, require_same
 from m2ray.activations.lease import held
 from m2ray.activations.weights_record import hold_weights
+from m2ray.activations.writer import WriterSpec
 from m2ray.batches import LayerSpan, MicroBatch, Shard
+from m2ray.chain.actor import Job
 from m2ray.chain.checking import Inputs, check
-from m2ray.chain.driver import Chain, ChainLimits
+from m2ray.chain.driver import Chain
 from m2ray.chain.joining import cluster
-from m2ray.chain.loading import WriterSpec
 from m2ray.chain.monitor import Monitor
 from m2ray.chain.placement import Reservation, reserve
 from m2ray.chain.probing import Hardware, probe_hardware
 from m2ray.chain.progress import Progress
 from m2ray.chain.replicas import Replicas
-from m2ray.chain.report import REPORT, RunMeasured, build_report, start_lines, summary_lines
-from m2ray.chain.stages import Patience, Stages
+from m2ray.chain.report import REPORT, build_report, start_lines, summary_lines
+from m2ray.chain.stages import Stages
 from m2ray.chain.stopping import GOES_ON, NOTHING_WRITTEN, Stop, stop_on_sigterm
 from m2ray.config import ExtractConfig
 from m2ray.errors import M2rayError, RunConflictError
+from m2ray.model.capture import CaptureSpec
 from m2ray.model.stage import StageSpec
 from m2ray.options import RunOptions
-from m2ray.planning.memory import window
 from m2ray.planning.plan import Plan, plan_run
 from m2ray.prompts import Survey, TokenSpool, batching, estimated_batching, load_shards, micro_batches, respool, survey
 
@@ -180,19 +181,16 @@ def _extract_missing(work: _Work, hardware: Hardware, stop: Stop, progress: Prog
         for line in start_lines(plan):
             progress.say(line)
         batches_of = _micro_batches_of(work)
-        chains = [
-            (Chain(stages, _limits(plan), batches_of, options.batch_tokens, progress.say), stages)
-            for stages in _stages(work, plan, hardware, reservations)
-        ]
+        chains = [(_chain(plan, stages, batches_of, progress), stages) for stages in _stages(work, plan, hardware, reservations)]
         monitor = Monitor(plan, chains, work.shards, work.missing, progress)
         with closing(Replicas(chains, work.missing, stop, progress.say).results(monitor.tick)) as results:
             for result in results:
                 work.run.commit(result.shard, result.attempt, result.receipts, result.micro_batches, result.elapsed_s)
                 monitor.committed(result.receipts)
-            measured = RunMeasured(work.run.job.run_id, *monitor.measured())
+            measured = monitor.status()
         for line in summary_lines(plan, measured):
             progress.say(line)
-        work.inputs.store.put(REPORT, json.dumps(build_report(plan, measured), indent=2).encode())
+        work.inputs.store.put(REPORT, json.dumps(build_report(plan, work.run.job.run_id, measured), indent=2).encode())
 
 
 def _stages(work: _Work, plan: Plan, hardware: Hardware, reservations: Sequence[Reservation]) -> Iterator[Stages]:
@@ -204,15 +202,21 @@ def _stages(work: _Work, plan: Plan, hardware: Hardware, reservations: Sequence[
         run_metadata=work.run.job.run_metadata(),
         queue_bytes=options.writer_queue_bytes,
         threads=max(1, int(per_stage_cpus / 2)) if plan.gpus else 1,
-        timeout_s=options.stage_timeout_s,
-        batch_tokens=options.batch_tokens,
         compression=options.compression,
     )
-    patience = Patience(options.stage_timeout_s, options.placement_timeout_s)
-    hold = partial(hold_weights, work.inputs.store, work.run.job)
+    job = Job(CaptureSpec({options.sites: options.layers}, options.store_dtype), writer, options.batch_tokens)
     for replica, reservation in enumerate(reservations):
         specs = [list(_specs(work.inputs, plan, replica, stage.stage, stage.span)) for stage in plan.stages if stage.replica == replica]
-        yield Stages(specs, writer, reservation, patience, window(len(specs)), options.transport, hold)
+        stages = Stages(
+            specs,
+            reservation,
+            transport=options.transport,
+            timeout_s=options.stage_timeout_s,
+            placement_timeout_s=options.placement_timeout_s,
+            hold_weights=partial(hold_weights, work.inputs.store, work.run.job),
+        )
+        stages.begin(job)
+        yield stages
 
 
 def _specs(inputs: Inputs, plan: Plan, replica: int, stage: int, span: LayerSpan) -> Iterator[StageSpec]:
@@ -224,10 +228,7 @@ def _specs(inputs: Inputs, plan: Plan, replica: int, stage: int, span: LayerSpan
         yield StageSpec(
             model_url=inputs.config.model,
             span=on_device,
-            capture_layers=tuple(layer for layer in options.layers if layer in on_device),
-            sites=(options.sites,),
             compute_dtype=options.compute_dtype,
-            store_dtype=options.store_dtype,
             attn_implementation=options.attn_implementation,
             device=device,
             threads=options.threads_per_stage,
@@ -238,9 +239,17 @@ def _specs(inputs: Inputs, plan: Plan, replica: int, stage: int, span: LayerSpan
         )
 
 
-def _limits(plan: Plan) -> ChainLimits:
-    demand = plan.demand
-    return ChainLimits(demand.options.in_flight_bytes, demand.table.hidden_size, demand.itemsize_bytes, demand.options.stage_timeout_s)
+def _chain(plan: Plan, stages: Stages, micro_batches_of: Callable[[Shard, int], Iterator[MicroBatch]], progress: Progress) -> Chain:
+    options = plan.demand.options
+    return Chain(
+        stages,
+        micro_batches_of,
+        options.batch_tokens,
+        progress.say,
+        in_flight_bytes=options.in_flight_bytes,
+        hidden_bytes=plan.demand.table.hidden_size * plan.demand.itemsize_bytes,
+        timeout_s=options.stage_timeout_s,
+    )
 
 
 def _micro_batches_of(work: _Work) -> Callable[[Shard, int], Iterator[MicroBatch]]:

@@ -3,7 +3,6 @@
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Self, TextIO
 
@@ -11,28 +10,9 @@ from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn
 from rich.progress import Progress as Bars
 
-from m2ray.chain.status import StageStatus
+from m2ray.chain.status import RunStatus, StageStatus
 
 _LINE_EVERY_S = 5.0
-
-
-@dataclass(frozen=True)
-class Extracted:
-    """How far the extraction is, `elapsed_s` after the first chain was loaded. `tokens_before` were committed by earlier runs of the job.
-
-    `gpu_busy` is the busiest GPU's share of time in computation, `gpu_used_bytes` the fullest one's memory.
-    """
-
-    shards: int
-    all_shards: int
-    tokens: int
-    all_tokens: int
-    tokens_before: int
-    elapsed_s: float
-    written_bytes: int
-    write_wait_s: float
-    gpu_busy: float | None = None
-    gpu_used_bytes: int = 0
 
 
 class Progress:
@@ -77,21 +57,22 @@ class Progress:
         words = f"{_bytes(read_bytes)} of {_bytes(needed_bytes)}, {_bytes(rate)}/s (stages: {stages})"
         self._show("load", words, read_bytes / max(needed_bytes, 1))
 
-    def extracting(self, state: Extracted) -> None:
+    def extracting(self, run: RunStatus) -> None:
         """Shards, tokens, rates and the time left."""
-        elapsed_s = max(state.elapsed_s, 1e-3)
-        rate = state.tokens / elapsed_s
-        left = state.all_tokens - state.tokens_before - state.tokens
-        left_words = f"{_seconds(left / rate)} left" if rate else "time left unknown"
+        elapsed_s = max(run.extract_s, 1e-3)
+        rate, tokens = run.tokens / elapsed_s, run.tokens_before + run.tokens
+        left_words = f"{_seconds((run.all_tokens - tokens) / rate)} left" if rate else "time left unknown"
         words = (
-            f"{state.shards:,} of {state.all_shards:,} shards, {state.tokens_before + state.tokens:,} of {state.all_tokens:,} tokens, "
-            f"{rate:,.0f} tokens/s, {_bytes(state.written_bytes / elapsed_s)}/s written, {left_words}"
+            f"{run.shards:,} of {run.all_shards:,} shards, {tokens:,} of {run.all_tokens:,} tokens, "
+            f"{rate:,.0f} tokens/s, {_bytes(run.written_bytes / elapsed_s)}/s written, {left_words}"
         )
-        if state.write_wait_s > 0.01 * elapsed_s:
-            words += f", waited {_seconds(state.write_wait_s)} for the disk"
-        if state.gpu_busy is not None:
-            words += f", GPU {state.gpu_busy:.0%} busy, {_bytes(state.gpu_used_bytes)} taken"
-        self._show("extract", words, (state.tokens_before + state.tokens) / max(state.all_tokens, 1))
+        write_wait_s = max((stage.write_wait_s for stage in run.statuses), default=0.0)
+        if write_wait_s > 0.01 * elapsed_s:
+            words += f", waited {_seconds(write_wait_s)} for the disk"
+        if run.gpu_busy is not None:
+            used_bytes = max(gpu.used_bytes for stage in run.statuses for gpu in stage.gpus)
+            words += f", GPU {run.gpu_busy:.0%} busy, {_bytes(used_bytes)} taken"
+        self._show("extract", words, tokens / max(run.all_tokens, 1))
 
     def _show(self, phase: str, words: str, fraction: float | None) -> None:
         now = time.monotonic()

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 
 from m2ray.batches import Shard
-from m2ray.chain.driver import Chain, ChainLostError, ShardResult
+from m2ray.chain.driver import Chain, ChainLostError, ShardAttempt
 from m2ray.chain.queue import ShardQueue
 from m2ray.chain.stages import Stages
 from m2ray.chain.stopping import GOES_ON, Stop
@@ -27,12 +27,12 @@ class Replicas:
         self._queue = ShardQueue(shards)
         self._stop = stop
         self._say = say
-        self._results: queue.Queue[ShardResult] = queue.Queue()
+        self._results: queue.Queue[ShardAttempt] = queue.Queue()
         self._errors: dict[int, BaseException] = {}
         self._told: set[int] = set()
         self._threads = [threading.Thread(target=self._run, args=(number,), daemon=True) for number in range(len(chains))]
 
-    def results(self, on_tick: Callable[[], None]) -> Generator[ShardResult, None, None]:
+    def results(self, on_tick: Callable[[], None]) -> Generator[ShardAttempt, None, None]:
         """Each shard as soon as all its parts are durable; `on_tick` is called about twice a second.
 
         Raises:
@@ -51,7 +51,7 @@ class Replicas:
         finally:
             self._end()
 
-    def _ready(self, timeout_s: float) -> Iterator[ShardResult]:
+    def _ready(self, timeout_s: float) -> Iterator[ShardAttempt]:
         """The results that are there, having waited for the first."""
         try:
             while True:
@@ -62,7 +62,7 @@ class Replicas:
         except queue.Empty:
             return
 
-    def _flush(self) -> Iterator[ShardResult]:
+    def _flush(self) -> Iterator[ShardAttempt]:
         """What comes in a short while after the run was asked to stop: shards that were being written."""
         deadline = time.monotonic() + _FLUSH_S
         while time.monotonic() < deadline and not self._queue.is_finished and any(thread.is_alive() for thread in self._threads):

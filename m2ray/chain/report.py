@@ -4,12 +4,13 @@ docs/planning.md lists the keys of `report.json`.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any, Literal
 
-from m2ray.batches import LayerSpan
+from m2ray.chain.status import GpuStatus, RunStatus, StageStatus
 from m2ray.planning.devices import DevicePlan
 from m2ray.planning.layout import size
+from m2ray.planning.placing import StagePlan
 from m2ray.planning.plan import Plan
 from m2ray.planning.residency import layers_in
 
@@ -22,86 +23,8 @@ _IDLE_SHARE = 0.5
 """Of the loaded time: a chain whose busiest stage waits longer than that has too few micro-batches to fill it."""
 
 
-@dataclass(frozen=True)
-class GpuMeasured:
-    """One GPU of a stage, as torch's allocator says: right after loading, and at its peak since the start.
-
-    `used_bytes`: what the driver says is taken on it, context and other processes counted, when it was last asked.
-    """
-
-    index: int
-    name: str
-    total_bytes: int
-    loaded_allocated_bytes: int
-    loaded_reserved_bytes: int
-    peak_allocated_bytes: int
-    peak_reserved_bytes: int
-    used_bytes: int
-
-
-@dataclass(frozen=True)
-class StageMeasured:
-    """One stage at its end. Seconds are sums over its micro-batches; bytes are of this run, not of those it went on with.
-
-    Attributes:
-        replica, stage: its place, as in DevicePlan.
-        gpus: in the order of its span; none on a CPU.
-        read_bytes, load_s: of the checkpoint; from the call to the last tensor in place.
-        parameter_bytes: in memory.
-        tokens, padded_tokens: real ones, and computed ones.
-        compute_s: layers and selection, by the device's own clock. wait_s: the rest of the time from the first micro-batch on, mostly
-            for hidden states of the stage before. copy_s: captured rows from GPU to host, as far as the layers were done before.
-        write_wait_s: for room in the writer's queue; two micro-batches later the computation stands still.
-        write_s: that the writer's threads spent on encoding and storing, beside the computation. store_s: what of it the store took.
-        sends_by: how hidden states went to the next stage, "cuda_ipc" or "object_store"; empty where there is none.
-    """
-
-    replica: int
-    stage: int
-    node: str
-    span: LayerSpan
-    gpus: tuple[GpuMeasured, ...]
-    read_bytes: int
-    load_s: float
-    parameter_bytes: int
-    micro_batches: int
-    tokens: int
-    padded_tokens: int
-    compute_s: float
-    wait_s: float
-    copy_s: float
-    write_wait_s: float
-    write_s: float
-    store_s: float
-    written_bytes: int
-    peak_rss_bytes: int
-    sends_by: str = ""
-
-
-@dataclass(frozen=True)
-class RunMeasured:
-    """The run as the driver saw it, of its own shards alone.
-
-    `extract_s` is from the first micro-batch to the last commit; `tokens` are real ones; `output_bytes` are those of the committed parts:
-    what was written for attempts that failed is among the stages' `written_bytes` alone.
-    """
-
-    run_id: str
-    load_s: float
-    extract_s: float
-    tokens: int
-    output_bytes: int
-    stages: tuple[StageMeasured, ...]
-
-    @property
-    def tokens_per_s(self) -> float | None:
-        return self.tokens / self.extract_s if self.extract_s > 0 else None
-
-    @property
-    def padding_waste(self) -> float:
-        """Share of the computed tokens that were padding."""
-        computed = sum(stage.padded_tokens for stage in self.stages)
-        return 1 - sum(stage.tokens for stage in self.stages) / computed if computed else 0.0
+_NOT_REPORTED = ("span", "device", "node_id", "pid", "needed_bytes", "weights")
+"""Of a stage's status."""
 
 
 def start_lines(plan: Plan) -> list[str]:
@@ -125,17 +48,17 @@ def start_lines(plan: Plan) -> list[str]:
     return lines
 
 
-def loaded_lines(plan: Plan, stages: Sequence[StageMeasured]) -> list[str]:
+def loaded_lines(plan: Plan, stages: Sequence[tuple[StagePlan, StageStatus]]) -> list[str]:
     """Allocated and reserved bytes by GPU against the plan, and how fast each stage read."""
     lines = []
-    for stage in stages:
+    for planned, stage in stages:
         rate = stage.read_bytes / stage.load_s / 1e6 if stage.load_s > 0 else 0.0
         lines.append(
-            f"replica {stage.replica} stage {stage.stage}: {size(stage.read_bytes)} read in {stage.load_s:.1f} s, {rate:,.0f} MB/s; "
+            f"replica {planned.replica} stage {planned.stage}: {size(stage.read_bytes)} read in {stage.load_s:.1f} s, {rate:,.0f} MB/s; "
             f"{size(stage.parameter_bytes)} of parameters"
         )
-        for planned, gpu in zip(_planned(plan, stage), stage.gpus, strict=True):
-            weights = planned.memory.running["weights"]
+        for planned_gpu, gpu in _gpus(plan, planned, stage):
+            weights = planned_gpu.memory.running["weights"]
             lines.append(
                 f"  GPU {gpu.index}: allocated {size(gpu.loaded_allocated_bytes)}, reserved {size(gpu.loaded_reserved_bytes)}; "
                 f"planned {size(weights)} of weights"
@@ -143,11 +66,10 @@ def loaded_lines(plan: Plan, stages: Sequence[StageMeasured]) -> list[str]:
     return lines
 
 
-def summary_lines(plan: Plan, run: RunMeasured) -> list[str]:
+def summary_lines(plan: Plan, run: RunStatus) -> list[str]:
     """The end of a run in a few lines."""
     if run.tokens_per_s is None or not run.stages:
         return ["Nothing was extracted: every shard was there."]
-    written_bytes = sum(stage.written_bytes for stage in run.stages)
     planned = "" if plan.rates.tokens_per_s is None else f" (planned {plan.rates.tokens_per_s:,.0f})"
     planned_output = "" if plan.output is None else f" (planned {size(plan.output.num_bytes)})"
     lines = [
@@ -155,28 +77,28 @@ def summary_lines(plan: Plan, run: RunMeasured) -> list[str]:
             f"{run.tokens:,} tokens in {run.extract_s:.1f} s: {run.tokens_per_s:,.0f} tokens/s{planned}, "
             f"padding {run.padding_waste:.1%}; loading took {run.load_s:.1f} s"
         ),
-        f"{size(run.output_bytes)} of output{planned_output}, {size(written_bytes / run.extract_s)}/s written",
+        f"{size(run.output_bytes)} of output{planned_output}, {size(run.written_bytes / run.extract_s)}/s written",
     ]
-    for stage in run.stages:
+    for planned_stage, stage in run.stages:
         lines.append(
-            f"  stage {stage.replica}.{stage.stage} {stage.span}: compute {stage.compute_s:.1f} s, wait {stage.wait_s:.1f} s, "
+            f"  stage {planned_stage.replica}.{planned_stage.stage} {planned_stage.span}: compute {stage.compute_s:.1f} s, wait {stage.wait_s:.1f} s, "
             f"copy {stage.copy_s:.1f} s, blocked by the writer {stage.write_wait_s:.1f} s, "
             f"encode {stage.write_s - stage.store_s:.1f} s, store {stage.store_s:.1f} s"
         )
         lines += [
             f"    GPU {gpu.index}: peak {size(gpu.peak_reserved_bytes)}, planned {size(planned_gpu.memory.peak_bytes)}"
-            for planned_gpu, gpu in zip(_planned(plan, stage), stage.gpus, strict=True)
+            for planned_gpu, gpu in _gpus(plan, planned_stage, stage)
         ]
     limit = limiting(run)
     return [*lines, f"What limited the run: {limit.replace('_', ' ')}"] if limit else lines
 
 
-def limiting(run: RunMeasured) -> Limit | None:
+def limiting(run: RunStatus) -> Limit | None:
     """The resource that limited the run: what its busiest stage spent most time on, unless even that one mostly waited.
 
     Where that is the writer's full queue, it is what the writer's threads spent more time on: encoding, or the store.
     """
-    stages = [stage for stage in run.stages if stage.micro_batches]
+    stages = [stage for stage in run.statuses if stage.micro_batches]
     if not stages:
         return None
     busiest = max(stages, key=lambda stage: stage.compute_s + stage.copy_s + stage.write_wait_s)
@@ -190,54 +112,54 @@ def limiting(run: RunMeasured) -> Limit | None:
     return max(spent, key=lambda name: spent[name])
 
 
-def build_report(plan: Plan, run: RunMeasured) -> dict[str, Any]:
+def build_report(plan: Plan, run_id: str, run: RunStatus) -> dict[str, Any]:
     """`report.json`: plan against measured, in plain values."""
     planned_output = plan.output
     return {
         "format_version": FORMAT_VERSION,
-        "run_id": run.run_id,
+        "run_id": run_id,
         "load_s": run.load_s,
         "extract_s": run.extract_s,
         "tokens": run.tokens,
         "tokens_per_s": {"planned": plan.rates.tokens_per_s, "measured": run.tokens_per_s},
         "padding_waste": {"planned": planned_output.padding_waste if planned_output else None, "measured": run.padding_waste},
         "parameter_bytes": {
-            "planned": sum(_planned_weights(plan, stage) for stage in run.stages),
-            "measured": sum(stage.parameter_bytes for stage in run.stages),
+            "planned": sum(_planned_weights(plan, planned) for planned, _ in run.stages),
+            "measured": sum(stage.parameter_bytes for stage in run.statuses),
         },
         "output_bytes": {
             "planned": planned_output.num_bytes if planned_output else None,
             "measured": run.output_bytes,
         },
         "limiting_resource": {"planned": plan.limiting_resource, "measured": limiting(run)},
-        "stages": [_stage(plan, stage) for stage in run.stages],
+        "stages": [_stage(plan, planned, stage) for planned, stage in run.stages],
     }
 
 
-def _stage(plan: Plan, stage: StageMeasured) -> dict[str, Any]:
-    record = asdict(stage)
-    record["span"] = [stage.span.start, stage.span.stop - 1]
-    record["layers"] = record.pop("span")
-    record["planned_host_bytes"] = next(
-        (each.host.peak_bytes for each in plan.stages if (each.replica, each.stage) == (stage.replica, stage.stage)), None
-    )
-    record["gpus"] = [
-        {**asdict(gpu), "planned_peak_bytes": planned.memory.peak_bytes, "planned_weights_bytes": planned.memory.running["weights"]}
-        for planned, gpu in zip(_planned(plan, stage), stage.gpus, strict=True)
-    ]
-    return record
+def _stage(plan: Plan, planned: StagePlan, stage: StageStatus) -> dict[str, Any]:
+    return {
+        "replica": planned.replica,
+        "stage": planned.stage,
+        "layers": [planned.span.start, planned.span.stop - 1],
+        "planned_host_bytes": planned.host.peak_bytes,
+        **{name: value for name, value in asdict(stage).items() if name not in _NOT_REPORTED},
+        "gpus": [
+            {**asdict(gpu), "planned_peak_bytes": memory.peak_bytes, "planned_weights_bytes": memory.running["weights"]}
+            for memory, gpu in ((planned_gpu.memory, gpu) for planned_gpu, gpu in _gpus(plan, planned, stage))
+        ],
+    }
 
 
-def _planned(plan: Plan, stage: StageMeasured) -> list[DevicePlan]:
-    """The GPUs that the plan gave to a stage, in the order of its span; none without GPUs. Those without layers are not the stage's."""
+def _gpus(plan: Plan, planned: StagePlan, stage: StageStatus) -> list[tuple[DevicePlan, GpuStatus]]:
+    """A stage's GPUs as planned and as they are, in the order of its span; none without GPUs. Those without layers are not the stage's."""
     if not stage.gpus:
         return []
-    return [gpu for gpu in plan.gpus if (gpu.replica, gpu.stage) == (stage.replica, stage.stage) and gpu.span is not None]
+    of_stage = [gpu for gpu in plan.gpus if (gpu.replica, gpu.stage) == (planned.replica, planned.stage) and gpu.span is not None]
+    return list(zip(of_stage, stage.gpus, strict=True))
 
 
-def _planned_weights(plan: Plan, stage: StageMeasured) -> int:
-    rows = plan.demand.rows(stage.span)
-    return sum(row.compute_bytes(plan.demand.itemsize_bytes) for row in rows)
+def _planned_weights(plan: Plan, planned: StagePlan) -> int:
+    return sum(row.compute_bytes(plan.demand.itemsize_bytes) for row in plan.demand.rows(planned.span))
 
 
 def _place(planned: DevicePlan) -> str:

@@ -6,7 +6,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +13,15 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from m2ray.batches import LayerSpan
-from m2ray.chain.actor import actor_class
-from m2ray.chain.loading import WriterSpec
+from m2ray.batches import LayerSpan, MicroBatch
+from m2ray.chain.actor import Job, actor_class
+from m2ray.chain.completion import Completed
 from m2ray.chain.placement import Reservation
 from m2ray.chain.status import StageStatus
 from m2ray.config import Transport
-from m2ray.errors import ClusterError, M2rayError
+from m2ray.errors import ClusterError
 from m2ray.model.stage import StageSpec
+from m2ray.planning.memory import window
 
 _POLL_S = 1.0
 ASK_S = 1.0
@@ -40,48 +40,43 @@ _START_S = 60.0
 """What a worker process with torch may take to start on a busy node."""
 
 
-@dataclass(frozen=True)
-class Patience:
-    """How long a stage may be silent, and how long a lost bundle may take to come back."""
-
-    stage_s: float
-    placement_s: float
-
-
 class Stages:
     """One actor a stage. Those that are lost come back with their own layers only; the others are not touched.
 
     Args:
         specs: what each stage holds: one spec a device.
+        timeout_s: how long a stage may be silent.
+        placement_timeout_s: how long a lost bundle may take to come back.
         hold_weights: is given the digests of all layers once all are loaded, also after a restart; raises if they are not the run's.
 
     Attributes:
-        actors: in the order of the layers.
-        watches: a call to each actor that ends when something fails in it.
+        epoch: the last one that was begun.
     """
 
     def __init__(
         self,
         specs: Sequence[Sequence[StageSpec]],
-        writer: WriterSpec,
         reservation: Reservation,
-        patience: Patience,
-        window: int,
+        *,
         transport: Transport,
+        timeout_s: float,
+        placement_timeout_s: float,
         hold_weights: Callable[[Mapping[int | None, str]], None] = lambda _: None,
     ) -> None:
         self._hold_weights = hold_weights
         self._specs = specs
-        self._writer = writer
-        self._transport = transport
         self._reservation = reservation
-        self._patience = patience
+        self._transport = transport
+        self._timeout_s = timeout_s
+        self._placement_timeout_s = placement_timeout_s
         # More threads than micro-batches in flight: Ray may hand them over out of order, and each waits its turn.
-        self._class = actor_class(window + 2)
-        self.actors: list[Any] = []
-        self._epoch = 0
-        self._unloaded: set[int] = set()
-        self.watches: list[Any] = []
+        self._class = actor_class(window(len(specs)) + 2)
+        self._actors: list[Any] = []
+        self._job: Job | None = None
+        self.epoch = 0
+        self._unready: set[int] = set()  # have not begun the job
+        self._watches: list[Any] = []  # a call to each actor that ends when something fails in it
+        self._news: Any = None  # the call to the last actor that ends when something is complete
         self.loaded_at = 0.0
         self._asked: dict[int, Any] = {}
         self._asked_at = -ASK_S
@@ -93,7 +88,7 @@ class Stages:
     @property
     def is_loaded(self) -> bool:
         """Whether every stage has its layers."""
-        return bool(self.actors) and not self._unloaded
+        return bool(self._actors) and not self._unready
 
     @property
     def statuses(self) -> list[StageStatus]:
@@ -107,28 +102,37 @@ class Stages:
         statuses = self.statuses
         return sum(status.micro_batches for status in statuses), sum(status.written_bytes for status in statuses)
 
+    def begin(self, job: Job) -> None:
+        """Take on a job, once the one before is done; `load` has to follow. Stages that are loaded stay as they are."""
+        self._job = job
+        self.loaded_at = 0.0
+        self._unready = set(range(len(self._specs)))
+        if self._actors:
+            self.reset(self.epoch + 1, [])  # `load` finds those that are lost
+
     def start(self) -> None:
-        """Start all actors."""
-        self.actors = [self._actor(index) for index in range(len(self._specs))]
-        self._unloaded = set(range(len(self._specs)))
+        """Start all actors, unless they are there from a job before."""
+        if not self._actors:
+            self._actors = [self._actor(index) for index in range(len(self._specs))]
+            self._unready = set(range(len(self._specs)))
 
     def load(self, stop: threading.Event) -> None:
-        """Load the spans of the actors that have none yet, all at the same time.
+        """Let all stages that have not begun the job load, unless they have, and begin it, all at the same time.
 
         Raises:
-            M2rayError: what a stage reports, or what `hold_weights` raises.
-            RayError: a stage died, or nothing was read for the patience that a stage gets (GetTimeoutError).
+            M2rayError: what `hold_weights` raises.
+            RayError: what a stage reports, that it died, or that nothing was read for the patience that a stage gets (GetTimeoutError).
         """
-        waiting = {self.actors[index].load.remote(): index for index in sorted(self._unloaded)}
+        waiting = {self._begun(index): index for index in sorted(self._unready)}
         read_bytes, progressed = -1, time.monotonic()
         while waiting and not stop.is_set():
             done, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=_POLL_S)
             for ref in done:
                 index = waiting.pop(ref)
-                self._answers[index] = ray.get(ref, timeout=self._patience.stage_s)
+                self._answers[index] = ray.get(ref, timeout=self._timeout_s)
                 self._asked.pop(index, None)  # what was asked before knows less
-                self._unloaded.discard(index)
-                if not self._unloaded:
+                self._unready.discard(index)
+                if not self._unready:
                     self.loaded_at = self.loaded_at or time.monotonic()
             self.ask()
             now_read_bytes = sum(status.read_bytes for status in self.statuses)
@@ -136,23 +140,64 @@ class Stages:
                 read_bytes, progressed = now_read_bytes, time.monotonic()
                 continue
             # Until a stage has answered, its process starts.
-            patience_s = self._patience.stage_s + (_START_S if set(waiting.values()) - self._answers.keys() else 0.0)
+            patience_s = self._timeout_s + (_START_S if set(waiting.values()) - self._answers.keys() else 0.0)
             if time.monotonic() - progressed > patience_s:
                 raise GetTimeoutError(f"Loading stood still for {patience_s:g} s.")
         if self.is_loaded:
             self._hold_weights({layer: digest for status in self.statuses for layer, digest in status.weights.items()})
 
+    def _begun(self, index: int) -> Any:
+        """The call that ends when a stage has begun the job. Each waits for the one before; the folder is looked at first, it takes no time."""
+        assert self._job is not None, "begin() comes first"
+        actor = self._actors[index]
+        return actor.begin.remote(self._job, actor.load.remote(actor.look.remote(self._job.writer.output)))
+
     def link(self, epoch: int) -> None:
         """Tell every stage which one follows, and begin to watch all. Raises RayError, GetTimeoutError or M2rayError as they do."""
-        refs = [actor.link.remote(successor) for actor, successor in zip(self.actors, [*self.actors[1:], None], strict=True)]
-        ray.get(refs, timeout=self._patience.stage_s)
-        self.watches = [actor.watch.remote(epoch) for actor in self.actors]
+        refs = [actor.link.remote(successor) for actor, successor in zip(self._actors, [*self._actors[1:], None], strict=True)]
+        ray.get(refs, timeout=self._timeout_s)
+        self._watches = [actor.watch.remote(epoch) for actor in self._actors]
+        self._news = None  # an answer to an earlier epoch is nobody's
 
-    def heed(self, watch: Any, epoch: int) -> None:
-        """Raise what a watch that ended has to tell; if that is nothing, watch on."""
-        ray.get(watch, timeout=self._patience.stage_s)
-        index = self.watches.index(watch)
-        self.watches[index] = self.actors[index].watch.remote(epoch)
+    # -- a micro-batch's way ------------------------------------------------------------------------------------------
+
+    def take(self, epoch: int, step: int, attempt: str, micro_batch: MicroBatch) -> None:
+        """Give a micro-batch to the first stage, without waiting; `failed` tells what becomes of it, or `news`. As `StageActor.take`."""
+        self._actors[0].take.options(num_returns=0).remote(epoch, step, attempt, micro_batch, None)
+
+    def gather(self, epoch: int, step: int, shard: int, attempt: str) -> None:
+        """Ask for the receipts of a shard whose last micro-batch was `step`, without waiting; they come as `news`."""
+        self._actors[0].gather.remote(epoch, step, shard, attempt, ())
+
+    def news(self, epoch: int, steps: int, shards: int, timeout_s: float) -> Completed | None:
+        """What has left the chain, as soon as it is more than `steps` micro-batches and `shards` shards of an epoch.
+
+        None after `timeout_s`, or once a stage has to tell of a failure.
+
+        Raises:
+            RayError: the last stage is lost.
+        """
+        if self._news is None:
+            self._news = self._actors[-1].completed.remote(epoch, steps, shards)
+        ready, _ = ray.wait([self._news, *self._watches], num_returns=1, timeout=timeout_s)
+        if ready != [self._news]:
+            return None
+        self._news = None
+        completed: Completed = ray.get(ready[0], timeout=self._timeout_s)
+        return completed
+
+    def failed(self) -> RayError | None:
+        """What a stage failed with, or None, without waiting. All are looked at: asked for one of several, Ray gives any that is ready."""
+        ended, _ = ray.wait(self._watches, num_returns=len(self._watches), timeout=0)
+        for watch in ended:
+            answer = _answer(watch, self._timeout_s)
+            if isinstance(answer, RayError):
+                return answer
+            index = self._watches.index(watch)
+            self._watches[index] = self._actors[index].watch.remote(self.epoch)
+        return None
+
+    # -- how far they are ---------------------------------------------------------------------------------------------
 
     def ask(self) -> None:
         """Take in what the stages answered and ask again, without waiting: a busy stage may be late, a lost one never answers.
@@ -165,10 +210,10 @@ class Stages:
         self._asked_at = now
         asked = list(self._asked.values())
         ready = set(ray.wait(asked, num_returns=len(asked), timeout=0)[0]) if asked else set()
-        for index, actor in enumerate(self.actors):
+        for index, actor in enumerate(self._actors):
             ref = self._asked.get(index)
             if ref in ready:
-                answer = _answer(ref, self._patience.stage_s)
+                answer = _answer(ref, self._timeout_s)
                 if isinstance(answer, StageStatus):
                     self._answers[index] = answer
             if ref is None or ref in ready:
@@ -176,7 +221,7 @@ class Stages:
 
     def ask_all(self) -> None:
         """Ask every stage now and wait a short while for the answers. For another thread than the chain's, once that has no work."""
-        refs = [actor.status.remote() for actor in self.actors]
+        refs = [actor.status.remote() for actor in self._actors]
         ray.wait(refs, num_returns=len(refs), timeout=_FINAL_S)
         for index, ref in enumerate(refs):
             answer = _answer(ref, 0.0)
@@ -187,11 +232,13 @@ class Stages:
         """What a stage said last."""
         return self._answers.get(index)
 
+    # -- beginning anew -----------------------------------------------------------------------------------------------
+
     def reset(self, epoch: int, attempts: Sequence[tuple[int, str]]) -> dict[int, str]:
         """Let every stage begin an epoch. Gives those that could not, with what they did: died or hung."""
-        self._epoch = epoch
-        refs = [actor.reset.remote(epoch, attempts) for actor in self.actors]
-        ray.wait(refs, num_returns=len(refs), timeout=self._patience.stage_s)
+        self.epoch = epoch
+        refs = [actor.reset.remote(epoch, attempts) for actor in self._actors]
+        ray.wait(refs, num_returns=len(refs), timeout=self._timeout_s)
         lost = {}
         for index, ref in enumerate(refs):
             answer = _answer(ref, 0.0)
@@ -214,16 +261,17 @@ class Stages:
         if self._have_come_back(lost):
             return True
         self.kill()
-        self._reservation.renew(self._patience.placement_s)
+        self._reservation.renew(self._placement_timeout_s)
         self._answers.clear()
         self._asked.clear()
+        self._actors = []
         self.start()
         return False
 
     def _have_come_back(self, lost: Iterable[int]) -> bool:
         stages = list(lost)
-        deadline = time.monotonic() + self._patience.stage_s + self._patience.placement_s + _START_S
-        refs = [self.actors[index].status.remote() for index in stages]
+        deadline = time.monotonic() + self._timeout_s + self._placement_timeout_s + _START_S
+        refs = [self._actors[index].status.remote() for index in stages]
         while time.monotonic() < deadline:
             if len(ray.wait(refs, num_returns=len(refs), timeout=_POLL_S)[0]) == len(refs):
                 return True
@@ -231,24 +279,24 @@ class Stages:
             gone = self._reservation.gone(stages)
             if gone:
                 try:
-                    self._reservation.replace(gone, self._patience.placement_s)
+                    self._reservation.replace(gone, self._placement_timeout_s)
                 except ClusterError:
                     return False
                 self._replace(dict.fromkeys(gone, "died"))
-                refs = [self.actors[index].status.remote() for index in stages]
+                refs = [self._actors[index].status.remote() for index in stages]
         return False
 
     def close(self) -> None:
         """Let the writers end, then end the actors."""
         try:
-            refs = [actor.close.remote() for actor in self.actors]
-            ray.wait(refs, num_returns=len(refs), timeout=min(self._patience.stage_s, _CLOSE_S))
+            refs = [actor.close.remote() for actor in self._actors]
+            ray.wait(refs, num_returns=len(refs), timeout=min(self._timeout_s, _CLOSE_S))
         finally:
             self.kill()
 
     def kill(self) -> None:
         """End the actors at once."""
-        for actor in self.actors:
+        for actor in self._actors:
             ray.kill(actor)
 
     def span(self, index: int) -> str:
@@ -258,7 +306,7 @@ class Stages:
 
     def diagnosis(self) -> str:
         """Which stages answer and which do not, in words."""
-        refs = [actor.status.remote() for actor in self.actors]
+        refs = [actor.status.remote() for actor in self._actors]
         ray.wait(refs, num_returns=len(refs), timeout=5.0)
         words = []
         for index, ref in enumerate(refs):
@@ -271,13 +319,13 @@ class Stages:
 
     def _replace(self, lost: Mapping[int, str]) -> None:
         for index, why in lost.items():
-            ray.kill(self.actors[index])
+            ray.kill(self._actors[index])
             status = self._answers.pop(index, None)
             if why == "hung":
                 self._end_process(status)
             self._asked.pop(index, None)
-            self.actors[index] = self._actor(index)
-            self._unloaded.add(index)
+            self._actors[index] = self._actor(index)
+            self._unready.add(index)
 
     def _end_process(self, status: StageStatus | None) -> None:
         """End a stage's process from its node: Ray asks the process to end itself, and one that is stopped does not."""
@@ -294,7 +342,7 @@ class Stages:
             num_gpus=room.num_gpus,
             scheduling_strategy=PlacementGroupSchedulingStrategy(*self._reservation.places[index]),
             runtime_env={"env_vars": {"OMP_NUM_THREADS": str(specs[0].threads)}},
-        ).remote(specs, self._writer, transport=self._transport, epoch=self._epoch)
+        ).remote(specs, transport=self._transport, timeout_s=self._timeout_s, epoch=self.epoch)
 
 
 @ray.remote(num_cpus=0, max_retries=0)
@@ -309,5 +357,5 @@ def _answer(ref: Any, timeout_s: float) -> Any:
     """What a call gave, or the error that it ended with."""
     try:
         return ray.get(ref, timeout=timeout_s)
-    except (RayError, GetTimeoutError, M2rayError) as error:
+    except RayError as error:  # what a stage raised is wrapped in one
         return error

@@ -1,4 +1,4 @@
-"""StageStatus: what a stage tells of itself when it is asked, and how its GPUs are looked at."""
+"""What a stage tells of itself when it is asked, and what the driver makes of all stages: for the progress line and for report.json."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -9,20 +9,50 @@ import torch
 
 from m2ray.activations.writer import ActivationWriter
 from m2ray.batches import LayerSpan, MicroBatch
-from m2ray.chain.report import GpuMeasured
 from m2ray.model.stage import StageSpec
+from m2ray.planning.placing import StagePlan
+
+
+@dataclass(frozen=True)
+class GpuStatus:
+    """One GPU of a stage, as torch's allocator says: right after loading, and at its peak since the start.
+
+    `used_bytes`: what the driver says is taken on it, context and other processes counted, when it was last asked.
+    """
+
+    index: int
+    name: str
+    total_bytes: int
+    loaded_allocated_bytes: int
+    loaded_reserved_bytes: int
+    peak_allocated_bytes: int
+    peak_reserved_bytes: int
+    used_bytes: int
 
 
 @dataclass(frozen=True)
 class StageStatus:
-    """What a stage has done so far. Times are sums over its micro-batches; report.py says what each of them is."""
+    """What a stage has done so far. Seconds are sums over its micro-batches; bytes are of this run, not of those it went on with.
 
-    span: str
+    Attributes:
+        node, device, node_id, pid: where it runs; the devices in words, Ray's id of the node, and the process.
+        needed_bytes: that it has to read of the checkpoint. read_bytes, load_s: that it read; from the call to the last tensor in place.
+        parameter_bytes: in memory.
+        tokens, padded_tokens: real ones, and computed ones.
+        compute_s: layers and selection, by the device's own clock. wait_s: the rest of the time from the first micro-batch on, mostly
+            for hidden states of the stage before. copy_s: captured rows from GPU to host, as far as the layers were done before.
+        write_wait_s: for room in the writer's queue; two micro-batches later the computation stands still.
+        write_s: that the writer's threads spent on encoding and storing, beside the computation. store_s: what of it the store took.
+        sends_by: how hidden states went to the next stage, "cuda_ipc" or "object_store"; empty where there is none.
+        gpus: in the order of its span; none on a CPU.
+        weights: once it is loaded, the digest of each of its layers, and at None that of what runs before the first one.
+    """
+
+    span: LayerSpan
     node: str
     device: str
     node_id: str = ""
     pid: int = 0
-    ready: bool = False
     needed_bytes: int = 0
     read_bytes: int = 0
     parameter_bytes: int = 0
@@ -39,19 +69,65 @@ class StageStatus:
     written_bytes: int = 0
     peak_rss_bytes: int = 0
     sends_by: str = ""
-    gpus: tuple[GpuMeasured, ...] = ()
+    gpus: tuple[GpuStatus, ...] = ()
     weights: Mapping[int | None, str] = field(default_factory=dict)
-    """Once it is loaded, the digest of each of its layers, and at None that of what runs before the first one."""
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """The run as the driver sees it, by now or at its end.
+
+    Attributes:
+        shards, all_shards: committed, and of the job. tokens_before, all_tokens: committed by earlier runs of the job, and of the job.
+        tokens: real ones that left the chains in this run.
+        load_s, extract_s: until the first chain had its layers; from then on, to the last commit.
+        output_bytes: of the parts committed in this run; what was written for attempts that failed is among the stages' `written_bytes` alone.
+        stages: every stage that has answered, with its plan. One that was restarted counts from there on.
+    """
+
+    shards: int
+    all_shards: int
+    tokens: int
+    tokens_before: int
+    all_tokens: int
+    load_s: float
+    extract_s: float
+    output_bytes: int
+    stages: tuple[tuple[StagePlan, StageStatus], ...]
+
+    @property
+    def statuses(self) -> list[StageStatus]:
+        return [status for _, status in self.stages]
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        return self.tokens / self.extract_s if self.extract_s > 0 else None
+
+    @property
+    def padding_waste(self) -> float:
+        """Share of the computed tokens that were padding."""
+        computed = sum(stage.padded_tokens for stage in self.statuses)
+        return 1 - sum(stage.tokens for stage in self.statuses) / computed if computed else 0.0
+
+    @property
+    def written_bytes(self) -> int:
+        return sum(stage.written_bytes for stage in self.statuses)
+
+    @property
+    def gpu_busy(self) -> float | None:
+        """The share of the time since its first micro-batch that the GPU of the busiest stage computed; None without GPUs."""
+        shares = [stage.compute_s / (stage.compute_s + stage.wait_s) for stage in self.statuses if stage.gpus and stage.compute_s]
+        return max(shares, default=None)
 
 
 def status_here(specs: Sequence[StageSpec]) -> StageStatus:
     """Of an actor that holds these spans, one a device, and has not begun."""
     span = LayerSpan(specs[0].span.start, specs[-1].span.stop)
     devices = ", ".join(spec.device for spec in specs)
-    return StageStatus(str(span), ray.util.get_node_ip_address(), devices, ray.get_runtime_context().get_node_id(), os.getpid())
+    return StageStatus(span, ray.util.get_node_ip_address(), devices, ray.get_runtime_context().get_node_id(), os.getpid())
 
 
-def measure_gpus(devices: Sequence[torch.device]) -> tuple[GpuMeasured, ...]:
+def measure_gpus(devices: Sequence[torch.device]) -> tuple[GpuStatus, ...]:
     """The GPUs of a stage right after loading."""
     visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
     measured = []
@@ -61,9 +137,7 @@ def measure_gpus(devices: Sequence[torch.device]) -> tuple[GpuMeasured, ...]:
         # By the driver's numbers, where Ray gave those.
         index = int(visible[number]) if number < len(visible) and visible[number].isdecimal() else number
         measured.append(
-            GpuMeasured(
-                index, properties.name, properties.total_memory, allocated_bytes, reserved_bytes, allocated_bytes, reserved_bytes, 0
-            )
+            GpuStatus(index, properties.name, properties.total_memory, allocated_bytes, reserved_bytes, allocated_bytes, reserved_bytes, 0)
         )
     return tuple(measured)
 

@@ -49,7 +49,8 @@ class Outgoing:
         if self._transport == "object_store" or self._device.type != "cuda":
             return "object_store"
         try:
-            self._outbox = self._outbox or Outbox(self._turns, self._device, hidden_bytes)
+            if self._outbox is None or self._outbox.num_bytes < hidden_bytes:
+                self._outbox = Outbox(self._turns, self._device, hidden_bytes)
             offer = self._outbox.offer(node_id, ray.get_runtime_context().current_actor)
         except RuntimeError as error:
             refusal = f"{self._device} cannot share memory with other processes: {str(error).splitlines()[0]}"
@@ -125,8 +126,3 @@ def receive(bits: Bits, dtype: torch.dtype, *, pinned: bool) -> torch.Tensor:
     hidden_BTH = torch.empty(bits.shape, dtype=dtype, device="cpu", pin_memory=pinned)
     np.copyto(hidden_BTH.view(_BITS[dtype]).numpy(), bits)
     return hidden_BTH
-
-
-def hidden_bytes(padded_tokens: int, hidden_size: int, itemsize_bytes: int) -> int:
-    """Bytes of one micro-batch's hidden states on their way."""
-    return padded_tokens * hidden_size * itemsize_bytes

@@ -1,11 +1,10 @@
-"""Turns: what the threads of one stage agree on, in which order micro-batches pass and what went wrong first.
+"""Turns: what the threads of one stage agree on, in which order micro-batches enter and what went wrong first.
 
-Work belongs to an epoch, of which the chain begins a new one after every failure. Whoever waits for something of an epoch that is
+A micro-batch's turn is its right to enter the stage: those of an epoch get it one after the other, in the order of their steps. Work belongs to an epoch, of which the chain begins a new one after every failure. Whoever waits for something of an epoch that is
 over, or that has failed, is let go with `Superseded`: nobody waits for its result any more.
 """
 
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -16,42 +15,54 @@ class Superseded(Exception):  # noqa: N818 - it ends work that nobody wants any 
     """The epoch that the work belongs to is over, or has failed."""
 
 
+class _Epoch:
+    """Of one epoch: whose turn it is, how many are done, and the first failure."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.next_step = 0
+        self.done = 0
+        self.failure: BaseException | None = None
+
+
 class Turns:
     """The epoch of a stage, the steps of its micro-batches, and the first failure. Any thread may call.
 
-    Attributes:
-        epoch: how often the chain began anew.
-        done: micro-batches of this epoch whose rows are with the writer: they come in order.
+    Args:
+        epoch: how often the chain has begun anew.
     """
 
     def __init__(self, epoch: int) -> None:
         self.changed = threading.Condition()
-        self.epoch = epoch
-        self.done = 0
-        self._next_step = 0
-        self._failure: BaseException | None = None
+        self._now = _Epoch(epoch)
+
+    @property
+    def epoch(self) -> int:
+        return self._now.number
+
+    @property
+    def done(self) -> int:
+        """Micro-batches of this epoch whose rows are with the writer: they come in order."""
+        return self._now.done
 
     def begin(self, epoch: int) -> None:
         """Begin an epoch: steps count from 0 again, and whoever waits for something of an earlier one is let go."""
         with self.changed:
-            self.epoch = epoch
-            self.done = 0
-            self._next_step = 0
-            self._failure = None
+            self._now = _Epoch(epoch)
             self.changed.notify_all()
 
     def fail(self, epoch: int, error: BaseException) -> None:
         """Keep the first failure of an epoch, unless the epoch is over."""
         with self.changed:
-            if epoch == self.epoch and self._failure is None:
-                self._failure = error
+            if epoch == self.epoch and self._now.failure is None:
+                self._now.failure = error
                 self.changed.notify_all()
 
     def finish_step(self, epoch: int) -> None:
         """Note that one more micro-batch is done."""
         with self.changed:
             if epoch == self.epoch:
-                self.done += 1
+                self._now.done += 1
                 self.changed.notify_all()
 
     def wait(self, epoch: int, is_ready: Callable[[], object], timeout_s: float, what: str) -> None:
@@ -74,6 +85,16 @@ class Turns:
                 raise Superseded
 
     @contextmanager
+    def guarded(self, epoch: int) -> Iterator[None]:
+        """Keep what fails for `watch`: whoever began this work does not wait for it."""
+        try:
+            yield
+        except Superseded:
+            return
+        except BaseException as error:  # noqa: BLE001 - handed to the driver, whatever it is
+            self.fail(epoch, error)
+
+    @contextmanager
     def turn(self, epoch: int, step: int, timeout_s: float) -> Iterator[None]:
         """Hold the turn of `step`: steps take theirs one after the other, from 0 on without gaps.
 
@@ -81,47 +102,20 @@ class Turns:
         """
         with self.changed:
             self.require(epoch)
-            while (first := self._next_step) != step:
-                self.wait(epoch, lambda: self._next_step != first, timeout_s, f"micro-batch {first}, which comes before {step}")
+            while (first := self._now.next_step) != step:
+                self.wait(epoch, lambda: self._now.next_step != first, timeout_s, f"micro-batch {first}, which comes before {step}")
         yield
         with self.changed:
             if epoch == self.epoch:
-                self._next_step += 1
+                self._now.next_step += 1
                 self.changed.notify_all()
 
     def watch(self, epoch: int, timeout_s: float) -> None:
         """Raise what an epoch failed with as soon as it does; return when it is over, or after `timeout_s`."""
         with self.changed:
             self.changed.wait_for(lambda: self._is_over(epoch), timeout_s)
-            if epoch == self.epoch and self._failure is not None:
-                raise self._failure
+            if epoch == self.epoch and self._now.failure is not None:
+                raise self._now.failure
 
     def _is_over(self, epoch: int) -> bool:
-        return epoch != self.epoch or self._failure is not None
-
-
-class Allowance:
-    """At most so many at one time, of what the threads of a stage hold: micro-batches received, sent, captured."""
-
-    def __init__(self, turns: Turns, number: int, what: str) -> None:
-        self._turns = turns
-        self._free = number
-        self._what = what
-
-    @property
-    def is_free(self) -> bool:
-        return self._free > 0
-
-    def take(self, epoch: int, timeout_s: float) -> float:
-        """Wait for one and take it; gives the seconds that took. Raises as `Turns.wait` does."""
-        began = time.monotonic()
-        with self._turns.changed:
-            self._turns.wait(epoch, lambda: self.is_free, timeout_s, self._what)
-            self._free -= 1
-        return time.monotonic() - began
-
-    def give_back(self) -> None:
-        """Give one back, of whichever epoch it was taken in."""
-        with self._turns.changed:
-            self._free += 1
-            self._turns.changed.notify_all()
+        return epoch != self.epoch or self._now.failure is not None

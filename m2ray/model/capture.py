@@ -1,6 +1,7 @@
 """What is kept of a layer's output: the real tokens' rows, selected and rounded on the device, then copied to the host."""
 
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +12,19 @@ from m2ray.errors import StageError
 
 COPYING_LAYERS = 3
 """Layers of one micro-batch whose rows are on the GPU at one time: on their way to the host, or yet to be computed."""
+
+
+@dataclass(frozen=True)
+class CaptureSpec:
+    """What a job takes of a model, the same for all its stages.
+
+    Attributes:
+        sites: the layers whose rows are kept, ascending, by site; there is "residual".
+        store_dtype: "bfloat16", "float16" or "float32".
+    """
+
+    sites: Mapping[str, tuple[int, ...]]
+    store_dtype: str
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 from m2ray.batches import CapturedLayer, LayerSpan, MicroBatch, PartSpec, Residency
 from m2ray.errors import ConfigError
 from m2ray.model.attention import FLEX_BLOCK, require_machine, resolve_attn_implementation
-from m2ray.model.capture import ResidualCapture, pin_host_memory
+from m2ray.model.capture import CaptureSpec, ResidualCapture, pin_host_memory
 from m2ray.model.checkpoint import open_checkpoint
 from m2ray.model.decoder import DecoderSpan
 from m2ray.model.gpu_loading import Lanes
@@ -26,14 +26,12 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 @dataclass(frozen=True)
 class StageSpec:
-    """All that a stage needs to know to build itself.
+    """What a stage loads; what a job takes of it is `CaptureSpec`.
 
     Attributes:
         model_url: the checkpoint's folder.
         span: the layers it owns.
-        capture_layers: those of them whose output is kept, ascending.
-        sites: what is kept there; "residual".
-        compute_dtype, store_dtype: "bfloat16", "float16" or "float32".
+        compute_dtype: "bfloat16", "float16" or "float32".
         attn_implementation: "auto", "eager", "sdpa", "flash_attention_2" or "flex_attention" (m2ray.model.attention).
         device: "cpu" or "cuda:0".
         threads: torch threads on the CPU, for the whole process; None leaves them as they are.
@@ -45,10 +43,7 @@ class StageSpec:
 
     model_url: str
     span: LayerSpan
-    capture_layers: tuple[int, ...]
-    sites: tuple[str, ...]
     compute_dtype: str
-    store_dtype: str
     attn_implementation: str
     device: str
     threads: int | None
@@ -128,7 +123,7 @@ class _Timed:
 
 
 class Stage:
-    """A loaded span. One `forward` at a time.
+    """A loaded span, which captures nothing until `begin`. One `forward` at a time.
 
     Attributes:
         parts: what every micro-batch's capture consists of, in order.
@@ -143,7 +138,6 @@ class Stage:
         config = decoder.skeleton.config
         self.is_first = spec.span.start == 0
         self.is_last = spec.span.stop == config.num_hidden_layers
-        self.parts = tuple(PartSpec("residual", layer, spec.store_dtype, config.hidden_size) for layer in spec.capture_layers)
         self.needed_bytes, self.digests = loaded
         self.bytes_read = bytes_read
         self.parameter_bytes = parameter_bytes(decoder)
@@ -154,6 +148,23 @@ class Stage:
         self._copy_in = torch.cuda.Stream(decoder.device) if self._on_gpu else None
         self._copy_out = torch.cuda.Stream(decoder.device) if self._on_gpu else None
         self._running: deque[torch.cuda.Event] = deque()
+        self.begin(CaptureSpec({}, spec.compute_dtype))
+
+    def begin(self, capture: CaptureSpec) -> None:
+        """From the next micro-batch on, keep what `capture` asks for of the span's layers.
+
+        Raises:
+            ConfigError: there is no such site, or the model has no such layer.
+        """
+        config = self._decoder.skeleton.config
+        if others := sorted(capture.sites.keys() - {"residual"}):
+            raise ConfigError(f"sites = {', '.join(others)!r}: only 'residual' can be captured.")
+        layers = capture.sites.get("residual", ())
+        if outside := [layer for layer in layers if layer >= config.num_hidden_layers]:
+            raise ConfigError(f"Captured layers {outside}: the model has layers 0 to {config.num_hidden_layers - 1}.")
+        self._layers = tuple(layer for layer in layers if layer in self._spec.span)
+        self._store_dtype = DTYPES[capture.store_dtype]
+        self.parts = tuple(PartSpec("residual", layer, capture.store_dtype, config.hidden_size) for layer in self._layers)
 
     def forward(self, micro_batch: MicroBatch, hidden_BTH: torch.Tensor | None) -> StageOutput:
         """Take a micro-batch through the span.
@@ -169,9 +180,9 @@ class Stage:
             expected = (*micro_batch.token_ids_BT.shape, self._decoder.skeleton.config.hidden_size)
             assert tuple(hidden_BTH.shape) == expected, f"hidden states {list(hidden_BTH.shape)} for a micro-batch of {list(expected)}"
             assert hidden_BTH.dtype == DTYPES[self._spec.compute_dtype], f"hidden states in {hidden_BTH.dtype}"
-        self._wait_for_turn()
+        self._wait_for_gpu()
         with torch.inference_mode():
-            capture = ResidualCapture(micro_batch, self._spec.capture_layers, DTYPES[self._spec.store_dtype], self._copy_out)
+            capture = ResidualCapture(micro_batch, self._layers, self._store_dtype, self._copy_out)
             token_ids_BT = torch.tensor(micro_batch.token_ids_BT, dtype=torch.int64)
             if self._on_gpu:
                 token_ids_BT = token_ids_BT.pin_memory().to(self._decoder.device, non_blocking=True)
@@ -199,10 +210,9 @@ class Stage:
         """
         config = self._decoder.skeleton.config
         if self._on_gpu and self.parts:
-            dtype = DTYPES[self._spec.store_dtype]
-            capture_bytes = batch_tokens * config.hidden_size * dtype.itemsize * len(self.parts)
+            capture_bytes = batch_tokens * config.hidden_size * self._store_dtype.itemsize * len(self.parts)
             # Beside what waits, of two micro-batches: one that is computed, and one whose rows are handed over.
-            pin_host_memory(waiting_bytes + 2 * capture_bytes, batch_tokens, config.hidden_size, dtype)
+            pin_host_memory(waiting_bytes + 2 * capture_bytes, batch_tokens, config.hidden_size, self._store_dtype)
         longest = max(4, min(1024, config.max_position_embeddings, batch_tokens // 2))
         full = -(-batch_tokens // longest)
         shapes = [(full, batch_tokens // full), (batch_tokens // (longest // 2), longest // 2), (1, longest)]
@@ -228,7 +238,7 @@ class Stage:
         hidden_BTH = None if self.is_first else torch.zeros((*shape, config.hidden_size), dtype=dtype)
         _ = self.forward(micro_batch, hidden_BTH).captured
 
-    def _wait_for_turn(self) -> None:
+    def _wait_for_gpu(self) -> None:
         """Let the host run ahead of the GPU by two micro-batches, so that neither waits for the other and memory stays bounded."""
         while len(self._running) >= 2:
             self._running.popleft().synchronize()
@@ -256,8 +266,6 @@ def load_stage(spec: StageSpec, on_bytes: OnBytes) -> Stage:
         ConfigError: the family, the dtype or this machine cannot have such attention, or the span is not in the model.
         StoreError: reading fails.
     """
-    if spec.sites != ("residual",):
-        raise ConfigError(f"sites = {', '.join(spec.sites)!r}: only 'residual' can be captured.")
     if spec.threads is not None:
         torch.set_num_threads(spec.threads)
     device = torch.device(spec.device)
@@ -279,11 +287,8 @@ def _load_stage(spec: StageSpec, device: torch.device, lanes: Lanes | None, on_b
     if spec.compile and device.type == "cuda":
         require_triton("compile = true")
     skeleton = build_skeleton(checkpoint.config, compute_dtype, attn_implementation)
-    outside = [layer for layer in spec.capture_layers if layer not in spec.span]
-    if spec.span.stop > len(skeleton.layers) or outside:
-        raise ConfigError(
-            f"{spec.span} with captured layers {list(spec.capture_layers)}: the model has layers 0 to {len(skeleton.layers) - 1}."
-        )
+    if spec.span.stop > len(skeleton.layers):
+        raise ConfigError(f"{spec.span}: the model has layers 0 to {len(skeleton.layers) - 1}.")
     decoder = DecoderSpan(skeleton, spec.span, device, spec.residency, spec.offload_folder)
     loaded = load_weights(checkpoint, decoder, on_bytes, lanes)
     if spec.compile:

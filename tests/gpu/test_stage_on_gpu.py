@@ -12,8 +12,8 @@ from m2ray.errors import StageError
 from m2ray.model import fp8
 from m2ray.model.extents import Range, Wanted
 from m2ray.model.fp8 import KernelTable, dequantize
-from m2ray.model.stage import Stage, StageSpec, load_stage
-from tests.reference import LENGTHS, MINIMAX_TINY, load_reference, make_minimax, micro_batch_of, reference_rows
+from m2ray.model.stage import Stage, StageSpec
+from tests.reference import LENGTHS, MINIMAX_TINY, load_capturing, load_reference, make_minimax, micro_batch_of, reference_rows
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 FP8 = torch.float8_e4m3fn
@@ -29,9 +29,7 @@ def load(
     span: tuple[int, int] = (0, NUM_LAYERS),
     attn: str = "auto",
 ) -> Stage:
-    layers = tuple(range(*span))
-    spec = StageSpec(str(folder), LayerSpan(*span), layers, ("residual",), dtype, dtype, attn, device, None, compile=compiled)
-    return load_stage(spec, lambda *_: None)
+    return load_capturing(StageSpec(str(folder), LayerSpan(*span), dtype, attn, device, None, compile=compiled))
 
 
 @pytest.fixture(scope="module")
@@ -192,12 +190,12 @@ def test_offloaded_layers_give_the_same_rows(folder: Path, tmp_path: Path, *, co
     """Several micro-batches are in flight at once, so that a buffer filled too early would show."""
     span = LayerSpan(0, NUM_LAYERS)
     every = tuple(range(NUM_LAYERS))
-    spec = StageSpec(str(folder), span, every, ("residual",), "bfloat16", "bfloat16", "auto", "cuda:0", None, compile=compiled)
+    spec = StageSpec(str(folder), span, "bfloat16", "auto", "cuda:0", None, compile=compiled)
     batches = [micro_batch_of((9 + seed, 230, 1, 170, 4), MINIMAX_TINY["vocab_size"], seed) for seed in range(8)]
     rows = []
     for num_gpu, num_host in ((NUM_LAYERS, 0), (2, NUM_LAYERS - 2), (2, 2), (0, 0)):
         residency = {layer: "host" if layer < num_gpu + num_host else "disk" for layer in every[num_gpu:]}
-        stage = load_stage(replace(spec, residency=residency, offload_folder=str(tmp_path)), lambda *_: None)
+        stage = load_capturing(replace(spec, residency=residency, offload_folder=str(tmp_path)))
         outputs = [stage.forward(batch, None) for batch in batches]
         rows.append([layer.rows for output in outputs for layer in output.captured])
     assert all(np.array_equal(one, other) for offloaded in rows[1:] for one, other in zip(rows[0], offloaded, strict=True))

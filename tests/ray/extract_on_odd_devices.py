@@ -41,7 +41,7 @@ def halves(*args: Any) -> Iterator[StageSpec]:
     for spec in one_spec(*args):
         middle = (spec.span.start + spec.span.stop) // 2
         for span in (LayerSpan(spec.span.start, middle), LayerSpan(middle, spec.span.stop)):
-            yield replace(spec, span=span, capture_layers=tuple(layer for layer in spec.capture_layers if layer in span))
+            yield replace(spec, span=span)
 
 
 def nothing_resident(*args: Any) -> Iterator[StageSpec]:

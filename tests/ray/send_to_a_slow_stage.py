@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import ray
 
+from m2ray.activations.writer import WriterSpec
 from m2ray.batches import LayerSpan, MicroBatch
-from m2ray.chain.actor import actor_class
-from m2ray.chain.loading import WriterSpec
+from m2ray.chain.actor import Job, actor_class
+from m2ray.model.capture import CaptureSpec
 from m2ray.model.stage import StageSpec
-from m2ray.storage import open_store
 from tests.reference import make_family
 
 NUM_STEPS = 6
@@ -68,13 +68,12 @@ def send_all(stage, epoch: int) -> None:
 def main() -> None:
     folder = Path(sys.argv[1])
     model = make_family(folder / "llama", "llama")
-    open_store(folder / "run").put("job.json", b"{}")
     ray.init(logging_level="ERROR")
-    spec = StageSpec(str(model), LayerSpan(0, 2), (), ("residual",), "float32", "float32", "auto", "cpu", 1)
-    writer = WriterSpec(str(folder / "run"), {}, 1 << 20, 1, TIMEOUT_S, 128)
-    stage = actor_class(2 * NUM_STEPS).options(num_cpus=1).remote([spec], writer, transport="auto", epoch=0)
+    spec = StageSpec(str(model), LayerSpan(0, 2), "float32", "auto", "cpu", 1)
+    stage = actor_class(2 * NUM_STEPS).options(num_cpus=1).remote([spec], transport="auto", timeout_s=TIMEOUT_S, epoch=0)
+    job = Job(CaptureSpec({}, "float32"), WriterSpec(str(folder / "run"), {}, 1 << 20, 1), 128)
     slow = SlowStage.remote()
-    ray.get(stage.load.remote(), timeout=LOAD_S)
+    ray.get(stage.begin.remote(job, stage.load.remote()), timeout=LOAD_S)
     ray.get(stage.link.remote(slow), timeout=TIMEOUT_S)
 
     def sent(epoch: int, count: int) -> list[int]:

@@ -3,26 +3,31 @@
 import os
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.exceptions import GetTimeoutError
 
 from m2ray.batches import LayerSpan
 from m2ray.chain import actor
-from m2ray.chain.loading import WriterSpec
 from m2ray.chain.status import StageStatus
 from m2ray.errors import StoreError
 from m2ray.model.checkpoint import Checkpoint
 from m2ray.model.decoder import DecoderSpan
 from m2ray.model.stage import StageSpec
-from m2ray.storage import open_store
 from tests.reference import make_family
+
+
+def stage_of(spec: StageSpec, monkeypatch: pytest.MonkeyPatch) -> actor.StageActor:
+    monkeypatch.setattr(actor, "status_here", lambda _: StageStatus(LayerSpan(0, 5), "here", "cpu", "node", os.getpid()))
+    return actor.StageActor([spec], transport="auto", timeout_s=60.0, epoch=0)
 
 
 def test_what_a_failed_load_held_is_given_back_before_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The driver asks the same process again; on a GPU there is no room for two spans."""
     model = make_family(tmp_path / "llama", "llama")
-    spec = StageSpec(str(model), LayerSpan(0, 5), (4,), ("residual",), "float32", "float32", "auto", "cpu", 1)
+    spec = StageSpec(str(model), LayerSpan(0, 5), "float32", "auto", "cpu", 1)
     held: list[weakref.ref[DecoderSpan]] = []
     was_read, was_made = Checkpoint.read_extent, DecoderSpan.__init__
 
@@ -38,11 +43,25 @@ def test_what_a_failed_load_held_is_given_back_before_the_next(tmp_path: Path, m
 
     monkeypatch.setattr(DecoderSpan, "__init__", made)
     monkeypatch.setattr(Checkpoint, "read_extent", refused)
-    monkeypatch.setattr(actor, "status_here", lambda _: StageStatus("layers 0-4", "here", "cpu", "node", os.getpid()))
-    stage = actor.StageActor([spec], WriterSpec(str(tmp_path / "run"), {}, 1 << 20, 1, 60.0, 128), transport="auto", epoch=0)
-    store = open_store(tmp_path / "run")
+    stage = stage_of(spec, monkeypatch)
     with pytest.raises(StoreError, match="gone"):
-        stage._build(store)
-    stage._build(store)
+        stage._build()
+    stage._build()
     assert len(held) == 2
     stage.close()
+
+
+def test_receipts_are_not_collected_before_the_rows_of_the_last_micro_batch_are_with_the_writer(monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = stage_of(StageSpec("", LayerSpan(0, 5), "float32", "auto", "cpu", 1), monkeypatch)
+    stage._writer = SimpleNamespace(collect=lambda *collected: collected[:2])
+    stage._limit_s = 0.01
+    stage._turns.finish_step(0)
+    stage.gather(0, 1, 7, "attempt", ())
+    with pytest.raises(GetTimeoutError, match="for the rows of micro-batch 1"):
+        stage._turns.watch(0, 0.0)
+    stage._turns.begin(1)
+    stage._turns.finish_step(1)
+    stage._turns.finish_step(1)
+    stage.gather(1, 1, 7, "attempt", ())
+    (gathered,) = stage.completed(1, 2, 0).shards
+    assert (gathered.shard, gathered.attempt, gathered.receipts) == (7, "attempt", (7, "attempt"))

@@ -7,8 +7,7 @@ import pytest
 
 from m2ray.batches import LayerSpan
 from m2ray.chain import stages as module
-from m2ray.chain.loading import WriterSpec
-from m2ray.chain.stages import ASK_S, Patience, Stages
+from m2ray.chain.stages import ASK_S, Stages
 from m2ray.chain.status import StageStatus
 from m2ray.model.stage import StageSpec
 
@@ -37,14 +36,14 @@ def refs(monkeypatch: pytest.MonkeyPatch) -> Refs:
     refs = Refs()
     monkeypatch.setattr(module, "ray", SimpleNamespace(wait=refs.wait))
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: refs.now_s))
-    monkeypatch.setattr(module, "_answer", lambda ref, _: StageStatus(ref, "", ""))
+    monkeypatch.setattr(module, "_answer", lambda ref, _: StageStatus(LayerSpan(0, 1), ref, ""))
     return refs
 
 
 def test_stages_are_asked_once_a_second_and_a_silent_one_not_again(refs: Refs) -> None:
-    spec = StageSpec("", LayerSpan(0, 1), (), ("residual",), "bfloat16", "bfloat16", "auto", "cpu", None)
-    stages = Stages([(spec,), (spec,)], WriterSpec("", {}, 0, 1, 1.0, 64), None, Patience(1.0, 1.0), 6, "auto")
-    stages.actors = [refs.actor("a"), refs.actor("b")]
+    spec = StageSpec("", LayerSpan(0, 1), "bfloat16", "auto", "cpu", None)
+    stages = Stages([(spec,), (spec,)], None, transport="auto", timeout_s=1.0, placement_timeout_s=1.0)
+    stages._actors = [refs.actor("a"), refs.actor("b")]
     for _ in range(100):
         stages.ask()
     assert refs.asked == ["a0", "b1"]
@@ -53,4 +52,4 @@ def test_stages_are_asked_once_a_second_and_a_silent_one_not_again(refs: Refs) -
     stages.ask()
     stages.ask()
     assert refs.asked == ["a0", "b1", "b2"], "the first stage has not answered yet"
-    assert [status.span for status in stages.statuses] == ["b1"]
+    assert [status.node for status in stages.statuses] == ["b1"]

@@ -100,7 +100,7 @@ def test_all_reasons_are_given_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_machine_that_cannot_is_refused_by_the_stage(tmp_path: Path) -> None:
     folder = make_family(tmp_path / "gpt_oss", "gpt_oss")
-    spec = StageSpec(str(folder), LayerSpan(0, 2), (0,), ("residual",), "bfloat16", "bfloat16", "flex_attention", "cpu", 1)
+    spec = StageSpec(str(folder), LayerSpan(0, 2), "bfloat16", "flex_attention", "cpu", 1)
     with pytest.raises(ConfigError, match="on GPUs only"):
         load_stage(spec, lambda *_: None)
     with pytest.raises(ConfigError, match="needs a CUDA GPU"):

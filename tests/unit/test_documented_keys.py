@@ -66,7 +66,7 @@ def test_the_keys_of_the_plan() -> None:
 @pytest.mark.usefixtures("plan", "run")
 def test_the_keys_of_the_report(request: pytest.FixtureRequest) -> None:
     text = section("report.json")
-    report = build_report(request.getfixturevalue("plan"), request.getfixturevalue("run"))
+    report = build_report(request.getfixturevalue("plan"), "run", request.getfixturevalue("run"))
     assert set(keys(report)) - words(text) == set()
     assert first_column(text) - set(keys(report)) == set()
 

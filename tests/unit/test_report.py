@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 
 from m2ray.batches import LayerSpan, PromptStats, TensorRow, TensorTable
-from m2ray.chain.report import GpuMeasured, RunMeasured, StageMeasured, build_report, limiting, loaded_lines, start_lines, summary_lines
+from m2ray.chain.report import build_report, limiting, loaded_lines, start_lines, summary_lines
+from m2ray.chain.status import GpuStatus, RunStatus, StageStatus
 from m2ray.config import ExtractConfig
 from m2ray.options import PromptOptions
 from m2ray.planning.demand import Assumptions, Demand
@@ -29,22 +30,36 @@ def plan() -> Plan:
     return plan_run(Demand(table, shape, options), cluster, PromptStats(10, 900, 1000, 100, 1, 2))
 
 
-def stage(number: int, span: LayerSpan, parameter_bytes: int, **changed) -> StageMeasured:
-    gpu = GpuMeasured(number, "A100-80GB", 80 * GB, 20 * GB, 21 * GB, 23 * GB, 24 * GB, 25 * GB)
-    measured = StageMeasured(
-        0, number, "node-0", span, (gpu,), 20 * GB, 10.0, parameter_bytes, 2, 900, 1000, 6.0, 1.0, 0.5, 0.25, 3.0, 2.0, 230_000, GB
-    )
-    return replace(measured, **changed)
+MEASURED = {
+    "read_bytes": 20 * GB,
+    "load_s": 10.0,
+    "micro_batches": 2,
+    "tokens": 900,
+    "padded_tokens": 1000,
+    "compute_s": 6.0,
+    "wait_s": 1.0,
+    "copy_s": 0.5,
+    "write_wait_s": 0.25,
+    "write_s": 3.0,
+    "store_s": 2.0,
+    "written_bytes": 230_000,
+    "peak_rss_bytes": GB,
+}
+
+
+def stage(number: int, span: LayerSpan, parameter_bytes: int) -> StageStatus:
+    gpu = GpuStatus(number, "A100-80GB", 80 * GB, 20 * GB, 21 * GB, 23 * GB, 24 * GB, 25 * GB)
+    return StageStatus(span, "node-0", "cuda:0", parameter_bytes=parameter_bytes, gpus=(gpu,), **MEASURED)
 
 
 @pytest.fixture
-def run() -> RunMeasured:
+def run(plan: Plan) -> RunStatus:
     stages = (stage(0, LayerSpan(0, 2), 20 * GB + 128_000), stage(1, LayerSpan(2, 4), 20 * GB))
-    return RunMeasured("run", 10.0, 9.0, 900, 457_000, stages)
+    return RunStatus(1, 1, 900, 0, 900, 10.0, 9.0, 457_000, tuple(zip(plan.stages, stages, strict=True)))
 
 
-def test_the_report_sets_plan_against_measured(plan: Plan, run: RunMeasured) -> None:
-    report = build_report(plan, run)
+def test_the_report_sets_plan_against_measured(plan: Plan, run: RunStatus) -> None:
+    report = build_report(plan, "run", run)
     assert json.loads(json.dumps(report)) == report, "plain values only"
     assert report["parameter_bytes"] == {"planned": 40 * GB + 128_000, "measured": 40 * GB + 128_000}
     assert report["tokens_per_s"]["measured"] == 100
@@ -65,11 +80,12 @@ def test_the_report_sets_plan_against_measured(plan: Plan, run: RunMeasured) -> 
         ({"wait_s": 50.0, "compute_s": 7.0}, "filling_the_chain"),
     ],
 )
-def test_the_busiest_stage_tells_what_limited_the_run(run: RunMeasured, changed: dict[str, float], limit: str) -> None:
-    assert limiting(replace(run, stages=(run.stages[0], replace(run.stages[1], **changed)))) == limit
+def test_the_busiest_stage_tells_what_limited_the_run(run: RunStatus, changed: dict[str, float], limit: str) -> None:
+    first, (planned, last) = run.stages
+    assert limiting(replace(run, stages=(first, (planned, replace(last, **changed))))) == limit
 
 
-def test_lines_at_the_start_after_loading_and_at_the_end(plan: Plan, run: RunMeasured) -> None:
+def test_lines_at_the_start_after_loading_and_at_the_end(plan: Plan, run: RunStatus) -> None:
     assert start_lines(plan)[0] == "node-0: 2 x A100-80GB"
     assert "stage 1 on node-0 GPU 1: layers 2-3, 20.0 GB of weights" in start_lines(plan)[2]
     loaded = "\n".join(loaded_lines(plan, run.stages))
@@ -83,6 +99,6 @@ def test_lines_at_the_start_after_loading_and_at_the_end(plan: Plan, run: RunMea
 
 
 def test_a_run_with_nothing_left_to_do(plan: Plan) -> None:
-    nothing = RunMeasured("run", 0.0, 0.0, 0, 0, ())
+    nothing = RunStatus(1, 1, 0, 900, 900, 0.0, 0.0, 0, ())
     assert summary_lines(plan, nothing) == ["Nothing was extracted: every shard was there."]
-    assert build_report(plan, nothing)["tokens_per_s"]["measured"] is None
+    assert build_report(plan, "run", nothing)["tokens_per_s"]["measured"] is None

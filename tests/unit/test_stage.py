@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from m2ray.batches import LayerSpan, MicroBatch, PartSpec
 from m2ray.errors import ConfigError, StageError
 from m2ray.model import residency
+from m2ray.model.capture import CaptureSpec
 from m2ray.model.stage import Stage, StageSpec, load_stage
-from tests.reference import chain_rows, load_reference, make_family, micro_batch_of, reference_rows, same_bits
+from tests.reference import chain_rows, load_capturing, load_reference, make_family, micro_batch_of, reference_rows, same_bits
 
 LENGTHS = (3, 8, 1)
 
@@ -26,19 +27,16 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_family(tmp_path_factory.mktemp("llama") / "llama", "llama")
 
 
-def spec_of(
-    folder: Path, start: int, stop: int, capture: tuple[int, ...] | None = None, compute: str = "float32", store: str = "float32"
-) -> StageSpec:
-    layers = tuple(range(start, stop)) if capture is None else capture
-    return StageSpec(str(folder), LayerSpan(start, stop), layers, ("residual",), compute, store, "auto", "cpu", 1)
+def spec_of(folder: Path, start: int, stop: int, compute: str = "float32") -> StageSpec:
+    return StageSpec(str(folder), LayerSpan(start, stop), compute, "auto", "cpu", 1)
 
 
-def load(spec: StageSpec) -> Stage:
-    return load_stage(spec, lambda *_: None)
+def load(spec: StageSpec, layers: tuple[int, ...] | None = None, store: str | None = None) -> Stage:
+    return load_capturing(spec, layers, store)
 
 
 def test_parts_say_what_forward_will_give(llama: Path) -> None:
-    stage = load(spec_of(llama, 1, 4, capture=(1, 3), store="bfloat16"))
+    stage = load(spec_of(llama, 1, 4), (1, 3), "bfloat16")
     assert stage.parts == (PartSpec("residual", 1, "bfloat16", 48), PartSpec("residual", 3, "bfloat16", 48))
     micro_batch = micro_batch_of(LENGTHS, 96)
     captured = stage.forward(micro_batch, torch.zeros(3, 8, 48)).captured
@@ -163,7 +161,7 @@ def test_hidden_states_are_not_what_was_captured(llama: Path) -> None:
 
 
 def test_a_stage_may_capture_nothing(llama: Path) -> None:
-    stage = load(spec_of(llama, 0, 2, capture=()))
+    stage = load(spec_of(llama, 0, 2), ())
     output = stage.forward(micro_batch_of(LENGTHS, 96), None)
     assert (stage.parts, output.captured) == ((), ())
     assert output.hidden_BTH is not None
@@ -182,17 +180,17 @@ def test_values_that_float16_cannot_hold_name_layer_sequences_and_value(llama: P
     micro_batch.token_ids_BT[1, 2] = micro_batch.token_ids_BT[3, 0] = 50
     row = reference_rows(load_reference(folder, torch.float32), micro_batch)[0]
     with pytest.raises(StageError) as caught:
-        load(spec_of(folder, 0, 2, store="float16")).forward(micro_batch, None)
+        load(spec_of(folder, 0, 2), store="float16").forward(micro_batch, None)
     message = str(caught.value)
     assert message.startswith("Layer 0, sequences 101, 103: values from ")
     assert f"to {row.max():g} do not fit float16" in message
-    load(spec_of(folder, 0, 2, store="bfloat16")).forward(micro_batch, None)
+    load(spec_of(folder, 0, 2), store="bfloat16").forward(micro_batch, None)
     micro_batch.token_ids_BT[:] = 5
-    load(spec_of(folder, 0, 2, store="float16")).forward(micro_batch, None)
+    load(spec_of(folder, 0, 2), store="float16").forward(micro_batch, None)
 
 
 def test_padding_that_overflows_stops_nothing(llama: Path) -> None:
-    stage = load(spec_of(llama, 1, 3, store="float16"))
+    stage = load(spec_of(llama, 1, 3), store="float16")
     hidden_BTH = torch.ones(1, 4, 48)
     hidden_BTH[0, 3] = 1e6
     one_short = replace(micro_batch_of((4,), 96), token_counts=np.array([3], np.int32))
@@ -206,7 +204,7 @@ def test_rows_that_are_no_numbers_stop_the_run(llama: Path, store: str) -> None:
     hidden_BTH = torch.ones(2, 4, 48)
     hidden_BTH[1, 2] = float("nan")
     with pytest.raises(StageError, match="Layer 1, sequences 101: values from nan to nan"):
-        load(spec_of(llama, 1, 3, store=store)).forward(micro_batch_of((4, 4), 96), hidden_BTH)
+        load(spec_of(llama, 1, 3), store=store).forward(micro_batch_of((4, 4), 96), hidden_BTH)
 
 
 def test_threads_are_set_for_the_process(llama: Path) -> None:
@@ -222,16 +220,36 @@ def test_threads_are_set_for_the_process(llama: Path) -> None:
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [
-        ({"span": LayerSpan(3, 6), "capture_layers": (3,)}, "the model has layers 0 to 4"),
-        ({"capture_layers": (0, 3)}, r"captured layers \[0, 3\]"),
-        ({"sites": ("router_logits",)}, "only 'residual'"),
-        ({"attn_implementation": "flash"}, "attn_implementation = 'flash'"),
-    ],
+    [({"span": LayerSpan(3, 6)}, "the model has layers 0 to 4"), ({"attn_implementation": "flash"}, "attn_implementation = 'flash'")],
 )
 def test_a_spec_that_does_not_fit_the_model_is_refused(llama: Path, change: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        load(replace(spec_of(llama, 0, 3), **change))
+        load_stage(replace(spec_of(llama, 0, 3), **change), lambda *_: None)
+
+
+@pytest.mark.parametrize(
+    ("sites", "message"),
+    [({"residual": (0, 5)}, r"Captured layers \[5\]: the model has layers 0 to 4"), ({"router_logits": (0,)}, "only 'residual'")],
+)
+def test_what_the_model_does_not_have_is_not_begun(llama: Path, sites: dict[str, tuple[int, ...]], message: str) -> None:
+    stage = load(spec_of(llama, 0, 3), (1,))
+    with pytest.raises(ConfigError, match=message):
+        stage.begin(CaptureSpec(sites, "float32"))
+    assert [part.layer for part in stage.parts] == [1]
+
+
+def test_a_loaded_stage_takes_one_job_after_another(llama: Path) -> None:
+    """Of layers for the whole model each takes its own."""
+    stage, micro_batch = load_stage(spec_of(llama, 0, 4), lambda *_: None), micro_batch_of(LENGTHS, 96)
+    assert stage.forward(micro_batch, None).captured == ()
+    for sites, store_dtype in (({"residual": (1, 4)}, "float32"), ({"residual": (0, 1, 3)}, "bfloat16"), ({}, "float32")):
+        stage.begin(CaptureSpec(sites, store_dtype))
+        fresh = load(spec_of(llama, 0, 4), sites.get("residual", ()), store_dtype)
+        assert stage.parts == fresh.parts
+        expected = fresh.forward(micro_batch, None).captured
+        for one, other in zip(stage.forward(micro_batch, None).captured, expected, strict=True):
+            assert (one.layer, one.rows.tobytes()) == (other.layer, other.rows.tobytes())
+        assert [part.layer for part in stage.parts] == [layer for layer in sites.get("residual", ()) if layer < 4]
 
 
 def test_a_spec_crosses_processes(llama: Path) -> None:

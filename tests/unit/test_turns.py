@@ -1,11 +1,12 @@
-"""What the threads of a stage agree on: order, epochs, the first failure, and how much each may hold."""
+"""What the threads of a stage agree on: order, epochs, the first failure, and how much may stand at each door."""
 
 import threading
 
 import pytest
 from ray.exceptions import GetTimeoutError
 
-from m2ray.chain.turns import Allowance, Superseded, Turns
+from m2ray.chain.door import Door
+from m2ray.chain.turns import Superseded, Turns
 
 PATIENCE_S = 30.0
 
@@ -39,9 +40,9 @@ def test_steps_take_their_turns_in_order_whoever_comes_first() -> None:
 
 def test_a_new_epoch_lets_everyone_go_who_waits_for_the_old_one() -> None:
     turns, results = Turns(0), []
-    allowance = Allowance(turns, 0, "room")
+    door = Door(turns, "compute", 0, "room", PATIENCE_S)
     waiting = [
-        in_thread(lambda: allowance.take(0, PATIENCE_S), results),
+        in_thread(lambda: door.place(0).__enter__(), results),
         in_thread(lambda: turns.turn(0, 1, PATIENCE_S).__enter__(), results),
     ]
     turns.begin(1)
@@ -75,19 +76,44 @@ def test_a_turn_that_failed_is_not_passed_on() -> None:
         pass
 
 
-def test_an_allowance_is_used_again_when_it_is_given_back() -> None:
-    turns, results = Turns(0), []
-    allowance = Allowance(turns, 1, "room")
-    allowance.take(0, PATIENCE_S)
+def at_door(door: Door, epoch: int, work, *arguments) -> None:
+    with door.place(epoch) as hand_over:
+        hand_over(work, *arguments)
+
+
+def test_a_place_at_a_door_is_held_until_the_work_is_done() -> None:
+    turns, done, may_end = Turns(0), [], threading.Event()
+    door = Door(turns, "compute", 1, "room", 0.01)
+    at_door(door, 0, lambda epoch, what: (may_end.wait(PATIENCE_S), done.append((epoch, what))), "first")
     with pytest.raises(GetTimeoutError, match="for room"):
-        allowance.take(0, 0.01)
-    second = in_thread(lambda: allowance.take(0, PATIENCE_S) >= 0, results)
-    allowance.give_back()
-    second.join(PATIENCE_S)
-    assert results == [True]
+        at_door(door, 0, print)
     turns.begin(1)
-    allowance.give_back()  # of the epoch before
-    allowance.take(1, PATIENCE_S)
+    with pytest.raises(GetTimeoutError, match="for room"):
+        at_door(door, 1, print)
+    may_end.set()
+    door.drain(PATIENCE_S)
+    at_door(door, 1, done.append)
+    door.drain(PATIENCE_S)
+    assert done == [(0, "first"), 1]
+
+
+def test_a_place_is_free_again_if_nothing_is_handed_over_or_the_work_fails() -> None:
+    turns = Turns(0)
+    door = Door(turns, "compute", 1, "room", 0.01)
+
+    def fail(_: int) -> None:
+        raise ValueError("in the thread")
+
+    with pytest.raises(ZeroDivisionError), door.place(0):
+        raise ZeroDivisionError
+    at_door(door, 0, fail)
+    door.drain(PATIENCE_S)
+    with pytest.raises(ValueError, match="in the thread"):
+        turns.watch(0, PATIENCE_S)
+    turns.begin(1)
+    at_door(door, 1, lambda _: None)
+    door.drain(PATIENCE_S)
+    turns.require(1)
 
 
 def test_done_counts_from_nought_in_each_epoch() -> None:

@@ -204,7 +204,7 @@ def read_chars():
     return int(Path("/proc/self/io").read_text().split("rchar: ")[1].split()[0])
 
 def load(start, stop):
-    return load_stage(StageSpec(sys.argv[1], LayerSpan(start, stop), (start,), ("residual",), "bfloat16", "bfloat16", "auto", "cpu", 1), lambda *_: None)
+    return load_stage(StageSpec(sys.argv[1], LayerSpan(start, stop), "bfloat16", "auto", "cpu", 1), lambda *_: None)
 
 load(0, 1)  # for what is imported late, so that only the checkpoint is counted
 before = read_chars()
@@ -239,7 +239,7 @@ from m2ray.model.stage import StageSpec, load_stage
 weights.PIECE_BYTES = 2**20
 
 def load(folder, start):
-    spec = StageSpec(folder, LayerSpan(start, start + 1), (), ("residual",), "bfloat16", "bfloat16", "auto", "cpu", 1)
+    spec = StageSpec(folder, LayerSpan(start, start + 1), "bfloat16", "auto", "cpu", 1)
     return load_stage(spec, lambda *_: None)
 
 def peak_bytes():

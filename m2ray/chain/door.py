@@ -1,0 +1,66 @@
+"""Doors: where one thread of a stage takes micro-batches over from another."""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+from m2ray.chain.turns import Turns
+
+
+class Door:
+    """A thread that takes work in the order it is handed in, and the places of those whose work it has or will have.
+
+    Args:
+        name: of the thread.
+        places: micro-batches that may stand here at one time.
+        awaited: what whoever finds no place waits for, in words.
+        timeout_s: how long it waits.
+    """
+
+    def __init__(self, turns: Turns, name: str, places: int, awaited: str, timeout_s: float) -> None:
+        self.thread = ThreadPoolExecutor(1, name)
+        self._turns = turns
+        self._free = places
+        self._awaited = awaited
+        self._timeout_s = timeout_s
+
+    @contextmanager
+    def place(self, epoch: int) -> Iterator[Callable[..., None]]:
+        """Wait for a place and hold it. What this gives hands work to the thread, and the place is held until that is done.
+
+        The work is called with the epoch and what else is given; what it fails with is the epoch's failure. If none is handed over, the
+        place is free again at the end. Raises as `Turns.wait` does.
+        """
+        with self._turns.changed:
+            self._turns.wait(epoch, lambda: self._free, self._timeout_s, self._awaited)
+            self._free -= 1
+        is_held = True
+
+        def hand_over(work: Callable[..., None], *arguments: Any) -> None:
+            nonlocal is_held
+            self.thread.submit(self._work, epoch, work, arguments)
+            is_held = False
+
+        try:
+            yield hand_over
+        finally:
+            if is_held:
+                self._leave()
+
+    def drain(self, timeout_s: float) -> None:
+        """Wait until the thread has done all that it was given by now. Raises TimeoutError."""
+        self.thread.submit(int).result(timeout_s)
+
+    def _work(self, epoch: int, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+        with self._turns.guarded(epoch):
+            try:
+                work(epoch, *arguments)
+            finally:
+                self._leave()
+
+    def _leave(self) -> None:
+        """Free a place, of whichever epoch it was taken in."""
+        with self._turns.changed:
+            self._free += 1
+            self._turns.changed.notify_all()

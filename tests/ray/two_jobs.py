@@ -1,0 +1,80 @@
+"""One loaded chain does two jobs one after the other: what the stages say of each is printed as JSON.
+
+    python two_jobs.py MODEL PROMPTS OUTPUT LAYERS OUTPUT LAYERS
+
+The weights lie elsewhere while the second is done. Run by test_two_jobs.py.
+"""
+
+import json
+import sys
+from pathlib import Path
+from uuid import uuid4
+
+import ray
+
+from m2ray.activations.writer import WriterSpec
+from m2ray.batches import LayerSpan
+from m2ray.chain import extract
+from m2ray.chain.actor import Job
+from m2ray.chain.checking import check
+from m2ray.chain.driver import Chain, ShardAttempt
+from m2ray.chain.placement import Reservation, Room
+from m2ray.chain.progress import Progress
+from m2ray.chain.queue import ShardQueue
+from m2ray.chain.stages import Stages
+from m2ray.config import ExtractConfig
+from m2ray.model.capture import CaptureSpec
+from m2ray.model.stage import StageSpec
+from m2ray.prompts import survey
+
+TIMEOUT_S = 120.0
+OPTIONS = {"compute_dtype": "float32", "store_dtype": "float32", "id_column": "id", "shard_tokens": 300, "compile": False}
+
+
+def do(stages: Stages, model: str, prompts: str, output: str, layers: str, batch_tokens: int) -> list[dict[str, int]]:
+    """Extract into one folder, and give what the stages say then."""
+    inputs = check(ExtractConfig(model=model, prompts=prompts, output=output, layers=layers, batch_tokens=batch_tokens, **OPTIONS))
+    progress = Progress(sys.stderr)
+    found = survey(inputs.source, inputs.tokenizer, inputs.store, uuid4().hex[:12], 300, on_progress=progress.surveying)
+    work = extract._claim(inputs, found, progress)
+    capture = CaptureSpec({"residual": inputs.layers}, "float32")
+    stages.begin(Job(capture, WriterSpec(output, work.run.job.run_metadata(), 1 << 20, 1), batch_tokens))
+    limits = {"in_flight_bytes": 1 << 20, "hidden_bytes": 4 * inputs.table.hidden_size, "timeout_s": TIMEOUT_S}
+    chain = Chain(stages, extract._micro_batches_of(work), batch_tokens, progress.say, **limits)
+    queue = ShardQueue(work.shards)
+
+    def commit(result: ShardAttempt) -> None:
+        work.run.commit(result.shard, result.attempt, result.receipts, result.micro_batches, result.elapsed_s)
+        queue.finish(result.shard)
+
+    chain.run(queue, commit)
+    work.run.finish()
+    stages.ask_all()
+    return [{name: getattr(status, name) for name in ("pid", "read_bytes", "tokens", "written_bytes")} for status in stages.statuses]
+
+
+def main() -> None:
+    model, prompts, first, first_layers, second, second_layers = sys.argv[1:]
+    ray.init(logging_level="ERROR")
+    node = ray.nodes()[0]
+    reservation = Reservation([Room(node["NodeManagerAddress"], node["NodeID"], 0, 1.0)] * 2)
+    reservation.wait(TIMEOUT_S)
+    num_layers = json.loads((Path(model) / "config.json").read_text())["num_hidden_layers"]
+    specs = [[StageSpec(model, span, "float32", "auto", "cpu", 1)] for span in (LayerSpan(0, 3), LayerSpan(3, num_layers))]
+    stages = Stages(specs, reservation, transport="auto", timeout_s=TIMEOUT_S, placement_timeout_s=TIMEOUT_S)
+    found = [do(stages, model, prompts, first, first_layers, 128)]
+    away = Path(model).with_name("away")
+    away.mkdir()
+    for file in Path(model).glob("*.safetensors"):
+        (away / file.name).write_bytes(file.read_bytes())
+        file.write_bytes(file.read_bytes()[:-1000] + bytes(1000))  # as large as before, and other weights
+    found.append(do(stages, model, prompts, second, second_layers, 200))
+    for file in away.iterdir():
+        file.rename(Path(model) / file.name)
+    stages.close()
+    reservation.release()
+    print(json.dumps(found))  # noqa: T201 - what the test reads
+
+
+if __name__ == "__main__":
+    main()

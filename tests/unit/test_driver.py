@@ -1,0 +1,355 @@
+"""The driver of one chain, step by step, over stages that fail, finish, hang and answer when the test says so."""
+
+import itertools
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from ray.exceptions import ActorDiedError, GetTimeoutError, RayError, RayTaskError
+
+from m2ray.batches import MicroBatch, PartReceipt, Shard
+from m2ray.chain import driver
+from m2ray.chain.completion import Completed, GatheredShard
+from m2ray.chain.driver import Chain, ChainLostError, ShardAttempt
+from m2ray.chain.failure import FailurePolicy
+from m2ray.chain.queue import ShardQueue
+from m2ray.errors import ConfigError, M2rayError, StageMemoryError, StoreError
+
+SEQUENCES, LENGTH, BATCH_TOKENS = 8, 4, 16
+"""A shard's, and a micro-batch's padded tokens: 2 micro-batches of 4 sequences."""
+
+HIDDEN_BYTES = 10
+BATCH_BYTES = BATCH_TOKENS * HIDDEN_BYTES
+RECEIPT = PartReceipt(0, "", "residual", 0, "key", 32, 1, "0" * 16, "0" * 32)
+
+
+class LeverStages:
+    """Stands for Stages. Levers say what comes next; an answer belongs to the epoch in which it was made, however late it is fetched."""
+
+    def __init__(self, number: int = 2) -> None:
+        self.number = number
+        self.epoch = 0
+        self.taken: list[tuple[int, int, str, MicroBatch]] = []
+        self.gathers: list[tuple[int, int, int, str]] = []
+        self.resets: list[tuple[int, list[tuple[int, str]]]] = []
+        self.restarted: list[dict[int, str]] = []
+        self.asked: list[tuple[int, int, int]] = []
+        self.lost: dict[int, str] = {}
+        self.work_done = (0, 0)
+        self._steps: dict[int, int] = {}
+        self._shards: dict[int, list[GatheredShard]] = {}
+        self._failure: RayError | None = None
+        self.script: Iterator[None] = itertools.repeat(None)
+
+    def __len__(self) -> int:
+        return self.number
+
+    # -- levers
+
+    def finish(self, count: int = 1, epoch: int = 0) -> None:
+        """So many micro-batches more leave the last stage."""
+        self._steps[epoch] = self._steps.get(epoch, 0) + count
+
+    def answer(self, gather: tuple[int, int, int, str]) -> None:
+        """A shard's receipts have come down the chain."""
+        epoch, _, shard, attempt = gather
+        self._shards.setdefault(epoch, []).append(GatheredShard(shard, attempt, (RECEIPT,)))
+
+    def fail(self, error: Exception, lost: dict[int, str] | None = None) -> None:
+        self._failure = error if isinstance(error, RayError) else RayTaskError("take", "trace", error)
+        self.lost = lost or {}
+
+    # -- what the driver calls
+
+    def start(self) -> None:
+        pass
+
+    load = link = ask = lambda *_: None
+
+    def take(self, *taken: Any) -> None:
+        self.taken.append(taken)
+
+    def gather(self, *gather: Any) -> None:
+        self.gathers.append(gather)
+
+    def news(self, epoch: int, steps: int, shards: int, timeout_s: float) -> Completed | None:
+        self.asked.append((epoch, steps, shards))
+        next(self.script)
+        done = self._steps.get(epoch, 0)
+        gathered = self._shards.get(epoch, [])[shards:]
+        return Completed(done, tuple(gathered)) if done > steps or gathered else None
+
+    def failed(self) -> RayError | None:
+        return self._failure
+
+    def reset(self, epoch: int, attempts: list[tuple[int, str]]) -> dict[int, str]:
+        self.resets.append((epoch, attempts))
+        self._failure = None
+        return self.lost
+
+    def restart(self, lost: dict[int, str]) -> bool:
+        self.restarted.append(lost)
+        return True
+
+    def span(self, index: int) -> str:
+        return f"layers {index}-{index}"
+
+    def diagnosis(self) -> str:
+        return "stage 1 does not answer"
+
+
+def micro_batches(shard: Shard, batch_tokens: int) -> Iterator[MicroBatch]:
+    size = max(1, batch_tokens // LENGTH)
+    for index, start in enumerate(range(0, SEQUENCES, size)):
+        ids = shard.sequence_ids[start : start + size]
+        tokens_BT = np.zeros((len(ids), LENGTH), np.int32)
+        yield MicroBatch(shard.index, index, start + size >= SEQUENCES, ids, shard.token_counts[: len(ids)], tokens_BT)
+
+
+class Run:
+    """A chain over `shards` shards: `run(script)` lets the levers of `script` act, one step of it before each piece of news."""
+
+    def __init__(self, shards: int = 1, in_flight_bytes: int = 100 * BATCH_BYTES, policy: FailurePolicy | None = None) -> None:
+        ids, counts = np.arange(SEQUENCES), np.full(SEQUENCES, LENGTH, np.int32)
+        self.stages = LeverStages()
+        self.queue = ShardQueue([Shard(index, ids, counts) for index in range(shards)])
+        self.results: list[ShardAttempt] = []
+        self.said: list[str] = []
+        limits: dict[str, Any] = {"in_flight_bytes": in_flight_bytes, "hidden_bytes": HIDDEN_BYTES, "timeout_s": 30.0, "policy": policy}
+        self.chain = Chain(self.stages, micro_batches, BATCH_TOKENS, self.said.append, **limits)  # type: ignore[arg-type]
+
+    def __call__(self, script: Callable[[], Iterator[None]]) -> None:
+        self.stages.script = script()
+        self.chain.run(self.queue, self._take)
+
+    def _take(self, result: ShardAttempt) -> None:
+        self.results.append(result)
+        self.queue.finish(result.shard)
+
+    def complete(self, epoch: int = 0) -> None:
+        """Every micro-batch that was taken leaves the chain, and all receipts that were asked for are there."""
+        self.stages.finish(sum(taken[0] == epoch for taken in self.stages.taken) - self.stages._steps.get(epoch, 0), epoch)
+        done = {(each.shard, each.attempt) for each in self.stages._shards.get(epoch, [])}
+        for gather in self.stages.gathers:
+            if gather[0] == epoch and gather[2:] not in done:
+                self.stages.answer(gather)
+
+
+def test_shards_are_complete_in_whichever_order_their_receipts_come() -> None:
+    run = Run(shards=2)
+    stages = run.stages
+
+    def script() -> Iterator[None]:
+        assert [(taken[:2], taken[3].shard) for taken in stages.taken] == [((0, 0), 0), ((0, 1), 0), ((0, 2), 1), ((0, 3), 1)]
+        stages.finish(4)
+        yield
+        assert run.chain.tokens_done == 2 * SEQUENCES * LENGTH
+        stages.answer(stages.gathers[1])
+        yield
+        assert stages.asked[-1] == (0, 4, 1)
+        stages.answer(stages.gathers[0])
+        yield
+
+    run(script)
+    assert [(result.shard.index, result.attempt) for result in run.results] == [(1, stages.taken[2][2]), (0, stages.taken[0][2])]
+    assert [(result.micro_batches, result.receipts) for result in run.results] == [([(4, LENGTH), (4, LENGTH)], (RECEIPT,))] * 2
+    assert run.chain.tokens_done == 2 * SEQUENCES * LENGTH
+
+
+def test_receipts_are_asked_for_behind_the_last_micro_batch_of_a_shard() -> None:
+    """Stages give them once they are done with that step: an earlier one would let them be asked too soon."""
+    run = Run(shards=2)
+    stages = run.stages
+
+    def script() -> Iterator[None]:
+        stages.finish(1)
+        yield
+        assert stages.gathers == []
+        stages.finish(2)
+        yield
+        assert stages.gathers == [(0, 1, 0, stages.taken[0][2])]
+        stages.finish(1)
+        yield
+        assert stages.gathers[1:] == [(0, 3, 1, stages.taken[2][2])]
+        run.complete()
+        yield
+
+    run(script)
+    assert len(run.results) == 2
+
+
+@pytest.mark.parametrize(("bound_bytes", "held"), [(3 * BATCH_BYTES, 3), (4 * BATCH_BYTES - 1, 3), (BATCH_BYTES - 1, 1)])
+def test_no_more_bytes_are_in_the_chain_than_may_be(bound_bytes: int, held: int) -> None:
+    """But for one micro-batch, which is there even if it is larger by itself."""
+    run = Run(shards=4, in_flight_bytes=bound_bytes)
+    stages, left = run.stages, 0
+
+    def script() -> Iterator[None]:
+        nonlocal left
+        for _ in range(8):
+            assert len(stages.taken) == min(left + held, 8)
+            left += 1
+            stages.finish(1)
+            yield
+        run.complete()
+        yield
+
+    run(script)
+    assert len(run.results) == 4
+
+
+def test_no_more_micro_batches_are_in_the_chain_than_its_stages_have_use_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(driver, "window", lambda num_stages: num_stages + 1)
+    run = Run(shards=2)
+
+    def script() -> Iterator[None]:
+        assert len(run.stages.taken) == 3
+        run.stages.finish(1)
+        yield
+        assert len(run.stages.taken) == 4
+        run.complete()
+        yield
+        run.complete()
+        yield
+
+    run(script)
+
+
+def test_a_lack_of_memory_halves_the_micro_batches_from_there_on() -> None:
+    run = Run(shards=2)
+    stages = run.stages
+
+    def script() -> Iterator[None]:
+        stages.finish(2)
+        yield
+        run.complete()
+        yield  # the first shard is done
+        stages.fail(StageMemoryError("No room.", "Halve.", 4, LENGTH))
+        yield
+        again = [taken for taken in stages.taken if taken[0] == 1]
+        assert [len(taken[3].sequence_ids) for taken in again] == [2] * 4
+        assert {taken[3].shard for taken in again} == {1}
+        run.complete(1)
+        yield
+        run.complete(1)
+        yield
+
+    run(script)
+    assert run.said == ["No room. Micro-batches of at most 8 padded tokens from here on."]
+    assert [(result.shard.index, len(result.micro_batches)) for result in run.results] == [(0, 2), (1, 4)]
+    assert stages.restarted == []
+
+
+def test_a_single_sequence_without_room_ends_the_run() -> None:
+    run = Run()
+
+    def script() -> Iterator[None]:
+        run.stages.fail(StageMemoryError("No room.", "Halve.", 1, LENGTH))
+        yield
+
+    with pytest.raises(StageMemoryError):
+        run(script)
+    assert run.queue.take() is not None, "the shard is given back"
+
+
+def test_a_lost_stage_begins_a_fresh_epoch_and_nothing_late_of_the_old_one_counts() -> None:
+    run = Run(shards=2)
+    stages = run.stages
+
+    def script() -> Iterator[None]:
+        stages.finish(2)
+        yield
+        assert len(stages.gathers) == 1
+        stages.fail(ActorDiedError(), lost={1: "died"})
+        yield
+        attempts = {(taken[3].shard, taken[2]) for taken in stages.taken if taken[0] == 0}
+        assert (stages.resets[0][0], set(stages.resets[0][1])) == (1, attempts)
+        assert stages.restarted == [{1: "died"}]
+        assert run.chain.tokens_done == 0
+        assert [taken[:2] for taken in stages.taken[4:]] == [(1, 0), (1, 1), (1, 2), (1, 3)]
+        assert stages.asked[-1] == (1, 0, 0)
+        stages.finish(2)  # what the old epoch had still to say
+        stages.answer(stages.gathers[0])
+        yield
+        assert run.results == []
+        assert len(stages.gathers) == 1
+        assert run.chain.tokens_done == 0
+        run.complete(1)
+        yield
+        run.complete(1)
+        yield
+
+    run(script)
+    assert {result.attempt for result in run.results} == {taken[2] for taken in stages.taken if taken[0] == 1}
+    assert len(run.results) == 2
+    assert run.said == ["stage 1 (layers 1-1) died: restarted, 2 shards in flight are tried again"]
+
+
+def test_a_failure_is_heard_before_news_that_is_there_too() -> None:
+    run = Run()
+
+    def script() -> Iterator[None]:
+        run.stages.finish(2)
+        run.stages.fail(ConfigError("no", "yes"))
+        yield
+
+    with pytest.raises(ConfigError):
+        run(script)
+    assert run.stages.gathers == []
+
+
+def test_a_chain_that_stands_still_is_begun_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But not while a stage computes or writes."""
+    run, clock = Run(), SimpleNamespace(now_s=0.0)
+    monkeypatch.setattr(driver, "time", SimpleNamespace(monotonic=lambda: clock.now_s))
+
+    def script() -> Iterator[None]:
+        for work in range(4):
+            clock.now_s += 20.0
+            run.stages.work_done = (work, 0)
+            yield
+        assert run.stages.resets == []
+        run.stages.lost = {1: "hung"}
+        clock.now_s += 31.0
+        yield
+        run.complete(1)
+        yield
+        run.complete(1)
+        yield
+
+    run(script)
+    assert run.stages.restarted == [{1: "hung"}]
+    assert len(run.results) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "lost", "raised"), [(ActorDiedError(), {0: "died"}, ChainLostError), (StoreError("full", "clean"), {}, StoreError)]
+)
+def test_what_fails_too_often_ends_the_chain(error: Exception, lost: dict[int, str], raised: type[M2rayError]) -> None:
+    run = Run(policy=FailurePolicy(stage_restarts=0, store_retries=0))
+
+    def script() -> Iterator[None]:
+        run.stages.finish(2)
+        yield
+        assert run.chain.tokens_done == SEQUENCES * LENGTH
+        run.stages.fail(error, lost)
+        yield
+
+    with pytest.raises(raised):
+        run(script)
+    assert run.queue.take() is not None
+    assert run.chain.tokens_done == 0, "another chain does them again"
+
+
+def test_a_hang_that_lost_no_stage_counts_for_the_shards_in_flight() -> None:
+    run = Run(policy=FailurePolicy(shard_failures=3))
+
+    def script() -> Iterator[None]:
+        while True:
+            run.stages.fail(GetTimeoutError("late"))
+            yield
+
+    with pytest.raises(ChainLostError, match="Shard 0 was in flight in 3 failures"):
+        run(script)
