@@ -97,21 +97,12 @@ class MicroBatch:
 
     @property
     def num_tokens(self) -> int:
-        """Real tokens: the rows that this micro-batch adds to each part."""
+        """Real tokens, padding left out."""
         return int(self.token_counts.sum(dtype=np.int64))
 
     @property
     def padded_tokens(self) -> int:
         return int(self.token_ids_BT.size)
-
-    def token_rows(self) -> npt.NDArray[Any]:
-        """The rows' identities as TOKEN_ROW [N]: sequence by sequence, position by position."""
-        rows = np.empty(self.num_tokens, TOKEN_ROW)
-        rows["sequence_id"] = np.repeat(self.sequence_ids, self.token_counts)
-        is_real_BT = np.arange(self.token_ids_BT.shape[1]) < self.token_counts[:, None]
-        rows["position"] = np.nonzero(is_real_BT)[1]
-        rows["token_id"] = self.token_ids_BT[is_real_BT]
-        return rows
 
 
 @dataclass(frozen=True)
@@ -197,7 +188,7 @@ class TensorTable:
 
 @dataclass(frozen=True)
 class CapturedLayer:
-    """What a stage captured of one micro-batch at one site: real tokens only, in `MicroBatch.token_rows()` order.
+    """What a stage captured of one micro-batch at one site: the chosen tokens only, in the order of m2ray.selection.
 
     `layer` is None at model-wide sites. `rows` is uint8 [N, W * itemsize] in the store dtype, on the host.
     """

@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 from concurrent.futures import Future
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import xxhash
 
 from m2ray.activations.column_chunks import TokenColumns, encode_tokens
@@ -47,7 +49,7 @@ class Attempt:
         receipts = tuple(part.receipt for part in finished if part.receipt is not None)
         return receipts if len(receipts) == len(self.parts) else None
 
-    def matched(self, micro_batch: MicroBatch, captured: Sequence[CapturedLayer]) -> list[Bits]:
+    def matched(self, num_rows: int, captured: Sequence[CapturedLayer]) -> list[Bits]:
         """The captured rows in the order of the parts. Raises StageError unless they are exactly what the parts need."""
         by_name = {(layer.site, layer.layer): layer.rows for layer in captured}
         wanted = {(part.spec.site, part.spec.layer) for part in self.parts}
@@ -55,13 +57,13 @@ class Attempt:
             raise StageError(f"{self._label}: captured {[(c.site, c.layer) for c in captured]}, not {sorted(wanted, key=str)}.", _DEFECT)
         for part in self.parts:
             rows = by_name[part.spec.site, part.spec.layer]
-            shape = (micro_batch.num_tokens, row_bytes(part.spec))
+            shape = (num_rows, row_bytes(part.spec))
             if rows.shape != shape or rows.dtype != np.uint8:
                 found = f"{rows.dtype} {list(rows.shape)}"
                 raise StageError(f"{self._label}: {part.spec} was captured as {found}, not as uint8 {list(shape)}.", _DEFECT)
         return [by_name[part.spec.site, part.spec.layer] for part in self.parts]
 
-    def admit(self, micro_batch: MicroBatch) -> TokenColumns:
+    def admit(self, micro_batch: MicroBatch, token_rows: npt.NDArray[Any]) -> TokenColumns:
         """Check the order, extend the digest, and encode the token columns. Raises StageError where rows would not ascend."""
         if self.is_complete or micro_batch.index != self._next_index:
             expected = "nothing more" if self.is_complete else self._next_index
@@ -69,7 +71,6 @@ class Attempt:
         sequence_ids = np.concatenate([[self._last_sequence_id], micro_batch.sequence_ids])
         if (np.diff(sequence_ids) <= 0).any() or (micro_batch.token_counts <= 0).any():
             raise StageError(f"{self._label}: the sequences of micro-batch {micro_batch.index} do not ascend, or one is empty.", _DEFECT)
-        token_rows = micro_batch.token_rows()
         self.digest.update(token_rows.view(np.uint8).data)
         self._next_index += 1
         self._last_sequence_id = int(sequence_ids[-1])

@@ -26,6 +26,7 @@ from m2ray.activations.records import (
 from m2ray.activations.schema import FORMAT_VERSION, parse_part_key, stored_parts
 from m2ray.batches import PartReceipt, Shard
 from m2ray.errors import AlreadyExistsError, RunDamagedError, StageError, raise_all
+from m2ray.selection import num_rows
 from m2ray.storage import Store
 
 __all__ = ["Run", "RunSummary", "claim_run", "read_summary", "reopen"]
@@ -130,7 +131,7 @@ class Run:
             shard=shard.index,
             attempt=attempt,
             num_sequences=len(shard.sequence_ids),
-            rows=shard.num_tokens,
+            rows=receipts[0].rows,
             token_digest=receipts[0].token_digest,
             micro_batches=tuple(micro_batches),
             elapsed_s=round(elapsed_s, 3),
@@ -310,8 +311,8 @@ def _problems(
     for part in receipts:
         if (part.shard, part.attempt) != (shard.index, attempt):
             problems.append(f"{part.key} is of shard {part.shard}, attempt {part.attempt}.")
-        if part.rows != shard.num_tokens:
-            problems.append(f"{part.key} has {part.rows} rows; the shard has {shard.num_tokens} tokens.")
+        if part.rows != num_rows(shard):
+            problems.append(f"{part.key} has {part.rows} rows; the shard has {num_rows(shard)}.")
     digests = {part.token_digest for part in receipts}
     if len(digests) > 1:
         problems.append(f"The parts hold different tokens: {len(digests)} digests.")

@@ -14,6 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 
+from m2ray import selection
 from m2ray.activations.attempt import Attempt
 from m2ray.activations.column_chunks import TokenColumns
 from m2ray.activations.part_writer import PartWriter
@@ -134,8 +135,9 @@ class ActivationWriter:
         with self._changed:
             self._raise_failure()
             opened = self._open_attempt(micro_batch.shard, attempt)
-        rows_of_parts = opened.matched(micro_batch, captured)
-        tokens = opened.admit(micro_batch)
+        token_rows = selection.token_rows(micro_batch)
+        rows_of_parts = opened.matched(len(token_rows), captured)
+        tokens = opened.admit(micro_batch, token_rows)
         token_digest = opened.digest.hexdigest() if micro_batch.is_last else None
         for number, (part, rows) in enumerate(zip(opened.parts, rows_of_parts, strict=True)):
             self._wait_for_room(opened, rows.nbytes, deadline, timeout_s)

@@ -2,13 +2,14 @@
 
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
 from m2ray.activations.writer import ActivationWriter
 from m2ray.batches import Bits, CapturedLayer, MicroBatch, PartReceipt, PartSpec
 from m2ray.errors import StoreError
+from m2ray.sites import parts_of_run
 from m2ray.storage import Store
 from m2ray.storage.store import Data, PartSink
 
@@ -26,7 +27,7 @@ _TIMEOUT_S = 120.0
 
 def encode_bytes_per_s(hidden_size: int, store_dtype: str) -> float:
     """Activations that one writer thread turns into Parquet a second, checksums and all, stored nowhere."""
-    rows, specs = _rows(hidden_size, store_dtype, _MICRO_BATCH_BYTES), _parts(1, hidden_size, store_dtype)
+    rows, specs = _rows(hidden_size, store_dtype, _MICRO_BATCH_BYTES), parts_of_run("residual", range(1), store_dtype, hidden_size)
     writer = ActivationWriter(Nowhere(), {}, specs, queue_bytes=2 * rows.nbytes, threads=1)
     try:
         shards = 0
@@ -49,7 +50,7 @@ def store_bytes_per_s(store: Store, hidden_size: int, store_dtype: str, threads:
     Raises:
         StoreError: it cannot be written.
     """
-    beside, specs = _Beside(store, f"_bench-{uuid.uuid4().hex}"), _parts(_STORE_LAYERS, hidden_size, store_dtype)
+    beside, specs = _Beside(store, f"_bench-{uuid.uuid4().hex}"), parts_of_run("residual", range(_STORE_LAYERS), store_dtype, hidden_size)
     rate = 0.0
     for micro_batch_bytes, micro_batches, shards in _STORE_ROUNDS:
         rows = _rows(hidden_size, store_dtype, micro_batch_bytes)
@@ -73,10 +74,6 @@ def store_bytes_per_s(store: Store, hidden_size: int, store_dtype: str, threads:
     return rate
 
 
-def _parts(layers: int, hidden_size: int, store_dtype: str) -> list[PartSpec]:
-    return [PartSpec("residual", layer, store_dtype, hidden_size) for layer in range(layers)]
-
-
 def _rows(hidden_size: int, store_dtype: str, num_bytes: int) -> Bits:
     """About so many bytes of rows, of whole sequences."""
     itemsize_bytes = 4 if store_dtype == "float32" else 2
@@ -84,7 +81,7 @@ def _rows(hidden_size: int, store_dtype: str, num_bytes: int) -> Bits:
     return _gaussian_bits(sequences * _LENGTH, hidden_size, itemsize_bytes)
 
 
-def _submit(writer: ActivationWriter, specs: list[PartSpec], rows: Bits, shard: int, micro_batches: int) -> None:
+def _submit(writer: ActivationWriter, specs: Sequence[PartSpec], rows: Bits, shard: int, micro_batches: int) -> None:
     """A whole shard, each layer of each micro-batch the same rows."""
     sequences = len(rows) // _LENGTH
     counts = np.full(sequences, _LENGTH, np.int32)

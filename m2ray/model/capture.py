@@ -1,13 +1,14 @@
 """What is kept of a layer's output: the real tokens' rows, selected and rounded on the device, then copied to the host."""
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from m2ray.batches import Bits, CapturedLayer, MicroBatch
+from m2ray import selection
+from m2ray.batches import Bits, CapturedLayer, MicroBatch, PartSpec
 from m2ray.errors import StageError
 
 COPYING_LAYERS = 3
@@ -39,19 +40,19 @@ class _Rows:
 class ResidualCapture:
     """The residual stream after some layers, of one micro-batch.
 
-    Rows are real tokens only, in the order of `MicroBatch.token_rows`. Padding is left out before anything is copied, and every
+    Rows are those of the chosen tokens, in the order of m2ray.selection. Padding is left out before anything is copied, and every
     layer's rows have memory of their own. On a GPU they are copied into pinned memory on a stream of their own, beside the
     computation: `finish` is what waits, and may be called on another thread.
     """
 
     def __init__(
-        self, micro_batch: MicroBatch, layers: tuple[int, ...], store_dtype: torch.dtype, copy_stream: "torch.cuda.Stream | None"
+        self, micro_batch: MicroBatch, parts: Iterable[PartSpec], store_dtype: torch.dtype, copy_stream: "torch.cuda.Stream | None"
     ) -> None:
         self._micro_batch = micro_batch
-        self._layers = frozenset(layers)
+        self._layers = frozenset(part.layer for part in parts)
         self._store_dtype = store_dtype
         self._copy_stream = copy_stream
-        places_N = torch.from_numpy(_real_places(micro_batch))
+        places_N = torch.from_numpy(selection.places(micro_batch))
         # From pinned memory the host need not wait for the computation that is still running.
         self._places_N = places_N if copy_stream is None else places_N.pin_memory().to(copy_stream.device, non_blocking=True)
         self._captured: list[_Rows] = []
@@ -109,7 +110,7 @@ class ResidualCapture:
 
     def _not_finite(self, rows: _Rows) -> StageError:
         is_bad_N = ~rows.rows_NW.isfinite().all(dim=1).numpy()
-        ids = np.unique(np.repeat(self._micro_batch.sequence_ids, self._micro_batch.token_counts)[is_bad_N])
+        ids = np.unique(selection.token_rows(self._micro_batch)["sequence_id"][is_bad_N])
         listed = ", ".join(str(sequence_id) for sequence_id in ids[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
         smallest, largest = rows.extremes.float().tolist()
         dtype = str(self._store_dtype).removeprefix("torch.")
@@ -140,13 +141,6 @@ def pin_host_memory(num_bytes: int, padded_tokens: int, row_width: int, store_dt
             "Set batch_tokens lower or capture fewer layers, or allow the process to lock more memory (ulimit -l).",
         ) from error
     del pieces
-
-
-def _real_places(micro_batch: MicroBatch) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    """Where the real tokens are among all B * T places, row by row: int64 [N]."""
-    is_real_BT = np.arange(micro_batch.token_ids_BT.shape[1]) < micro_batch.token_counts[:, None]
-    places_N: np.ndarray[tuple[int], np.dtype[np.int64]] = np.flatnonzero(is_real_BT)
-    return places_N
 
 
 def _bits(rows_NW: torch.Tensor) -> Bits:

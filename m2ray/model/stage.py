@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from m2ray.batches import CapturedLayer, LayerSpan, MicroBatch, PartSpec, Residency
+from m2ray.batches import CapturedLayer, LayerSpan, MicroBatch, Residency
 from m2ray.errors import ConfigError
 from m2ray.model.attention import FLEX_BLOCK, require_machine, resolve_attn_implementation
 from m2ray.model.capture import CaptureSpec, ResidualCapture, pin_host_memory
@@ -19,6 +19,7 @@ from m2ray.model.gpu_loading import Lanes
 from m2ray.model.interpreter import quick_switches, without_collector
 from m2ray.model.skeleton import build_skeleton
 from m2ray.model.weights import Loaded, OnBytes, load_weights, parameter_bytes
+from m2ray.sites import parts_of_run, parts_of_span
 from m2ray.toolchain import require_triton
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -162,9 +163,9 @@ class Stage:
         layers = capture.sites.get("residual", ())
         if outside := [layer for layer in layers if layer >= config.num_hidden_layers]:
             raise ConfigError(f"Captured layers {outside}: the model has layers 0 to {config.num_hidden_layers - 1}.")
-        self._layers = tuple(layer for layer in layers if layer in self._spec.span)
+        of_the_job = parts_of_run("residual", layers, capture.store_dtype, config.hidden_size)
+        self.parts = parts_of_span(of_the_job, self._spec.span, config.num_hidden_layers)
         self._store_dtype = DTYPES[capture.store_dtype]
-        self.parts = tuple(PartSpec("residual", layer, capture.store_dtype, config.hidden_size) for layer in self._layers)
 
     def forward(self, micro_batch: MicroBatch, hidden_BTH: torch.Tensor | None) -> StageOutput:
         """Take a micro-batch through the span.
@@ -182,7 +183,7 @@ class Stage:
             assert hidden_BTH.dtype == DTYPES[self._spec.compute_dtype], f"hidden states in {hidden_BTH.dtype}"
         self._wait_for_gpu()
         with torch.inference_mode():
-            capture = ResidualCapture(micro_batch, self._layers, self._store_dtype, self._copy_out)
+            capture = ResidualCapture(micro_batch, self.parts, self._store_dtype, self._copy_out)
             token_ids_BT = torch.tensor(micro_batch.token_ids_BT, dtype=torch.int64)
             if self._on_gpu:
                 token_ids_BT = token_ids_BT.pin_memory().to(self._decoder.device, non_blocking=True)

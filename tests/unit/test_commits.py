@@ -177,7 +177,7 @@ def swapped(receipts: list[PartReceipt], **changed: object) -> list[PartReceipt]
         (lambda parts: parts[:-1], "residual of layer 11 is missing"),
         (lambda parts: [*parts, parts[0]], "residual of layer 0 came 2 times"),
         (lambda parts: swapped(parts, layer=5), "residual of layer 11 is missing.*residual of layer 5 is none of the run's"),
-        (lambda parts: swapped(parts, rows=parts[0].rows - 1), "has 24 rows; the shard has 25 tokens"),
+        (lambda parts: swapped(parts, rows=parts[0].rows - 1), "has 24 rows; the shard has 25"),
         (lambda parts: swapped(parts, token_digest="0" * 32), "hold different tokens"),
         (lambda parts: swapped(parts, attempt="b2"), "is of shard 0, attempt b2"),
         (lambda parts: swapped(parts, shard=2), "is of shard 2, attempt a1"),
@@ -226,7 +226,7 @@ def test_a_commit_that_names_a_file_outside_of_its_attempt_is_refused(store: Loc
     runs.commit_shard(run, runs.shard(0), "a1")
     commit = read_commit(store, run.job, 0)
     store.put(commit_key(0), replace(commit, parts=(*commit.parts[:-1], replace(commit.parts[-1], key=key))).to_json())
-    for read in (lambda: read_commit(store, run.job, 0), lambda: open_run(store.root), run.reopen_damaged):
+    for read in (lambda: read_commit(store, run.job, 0), lambda: open_run(store.folder), run.reopen_damaged):
         with pytest.raises(RunDamagedError, match=r"_commits/shard-000000\.json.*names .*" + re.escape(repr(key))):
             read()
 
@@ -238,7 +238,7 @@ def test_a_manifest_that_names_a_file_outside_of_the_run_is_refused(store: Local
     keys = [*table["key"].to_pylist()[:-1], key]
     pq.write_table(table.set_column(table.schema.get_field_index("key"), table.schema.field("key"), [keys]), store.path("manifest.parquet"))
     with pytest.raises(RunDamagedError, match=r"manifest\.parquet.*names " + re.escape(repr(key))):
-        open_run(store.root)
+        open_run(store.folder)
 
 
 @pytest.mark.parametrize("key", ["/sequences/a.parquet", "sequences/../../a.parquet", "sequences/..", "data/a.parquet"])
@@ -337,7 +337,7 @@ def assert_closed(store: LocalStore) -> None:
     assert set(zip(table["key"].to_pylist(), table["num_bytes"].to_pylist(), strict=True)) == named == set(store.list("data"))
     assert read_summary(store).num_bytes == sum(num_bytes for _, num_bytes in named)
     rows = b"".join(runs.bits(runs.PARTS[1], i).tobytes() for ids in runs.SHARD_SEQUENCES for i in ids)
-    assert open_run(store.root).layer(7).tensor().view(torch.uint8).numpy().tobytes() == rows
+    assert open_run(store.folder).layer(7).tensor().view(torch.uint8).numpy().tobytes() == rows
 
 
 def test_a_finished_run_that_lost_a_commit_is_closed_again_without_the_old_parts(store: LocalStore) -> None:
@@ -353,7 +353,7 @@ def test_a_run_that_lost_a_commit_is_not_finished_while_it_is_done_anew(store: L
     store.delete([commit_key(1)])
     assert claim_run(store, run.job).reopen_damaged() == []
     assert read_summary(store) is None
-    assert [shard.index for shard in open_run(store.root).layer(7).shards()] == [0, 2]
+    assert [shard.index for shard in open_run(store.folder).layer(7).shards()] == [0, 2]
 
 
 @pytest.mark.parametrize("records", [("manifest.parquet",), ("_SUCCESS",), ("manifest.parquet", "_SUCCESS")])
@@ -420,7 +420,7 @@ def test_shards_committed_while_the_end_looks_are_no_lost_parts(store: LocalStor
                 runs.commit_shard(run, runs.shard(2), "b2")
             return iter(found)
 
-    claim_run(Late(store.root), run.job).finish()
+    claim_run(Late(store.folder), run.job).finish()
     assert_closed(store)
 
 
@@ -436,7 +436,7 @@ def test_a_driver_that_stood_still_sweeps_nothing_that_came_to_count_meanwhile(s
             assert again(store, "b2") == [1]
             return super().delete_unfinished()
 
-    paused = Run(Paused(store.root), run.job)
+    paused = Run(Paused(store.folder), run.job)
     paused.finish()
     kept = read_commit(store, run.job, 1)
     assert kept.attempt == "b2"

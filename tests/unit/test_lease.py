@@ -110,7 +110,7 @@ class Standing(LocalStore):
 
 
 def test_a_driver_without_a_sign_is_outlived_and_told(store: LocalStore) -> None:
-    standing = Standing(store.root)
+    standing = Standing(store.folder)
     first, second = Driver(standing), Driver(store)
     with first.at_work():
         standing.goes.clear()
@@ -170,7 +170,7 @@ def test_a_renewal_whose_answer_was_lost_is_its_own(store: LocalStore) -> None:
             super().create(key, data)
             super().create(key, data)  # the answer was lost, and the request repeated
 
-    driver = Driver(Deaf(store.root))
+    driver = Driver(Deaf(store.folder))
     with driver.at_work() as is_second:
         assert not is_second
         wait_for(lambda: keys(store) and keys(store)[-1] >= "_lease/00000003.json")

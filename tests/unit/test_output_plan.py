@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from m2ray import selection
 from m2ray.activations.column_chunks import encode_tokens
 from m2ray.activations.part_writer import PartWriter
 from m2ray.batches import MicroBatch, PartSpec, Shard
@@ -48,7 +49,7 @@ def written_bytes(folder: str, part: PartSpec, shards: list[Shard], batch_tokens
         writer = PartWriter(open_store(folder), part, METADATA, shard.index, "0123456789ab", compression)
         for batch in batches_of(shard, batch_tokens):
             rows = (torch.randn(batch.num_tokens, part.width, generator=generator) * scales).to(getattr(torch, part.dtype))
-            writer.append(encode_tokens(batch.token_rows()), rows.view(torch.uint8).numpy())
+            writer.append(encode_tokens(selection.token_rows(batch)), rows.view(torch.uint8).numpy())
         writer.finish("0" * 32)
         total += writer.receipt.num_bytes
     return total
