@@ -125,7 +125,7 @@ def test_a_tiny_copy_keeps_ratios_and_every_kind_of_layer() -> None:
 
 
 LARGE = {
-    "qwen3_moe": {"hidden_size": 4096, "num_hidden_layers": 94, "num_attention_heads": 64, "num_key_value_heads": 4, "num_experts": 128},
+    "qwen3_moe": {"hidden_size": 4096, "num_hidden_layers": 94, "num_attention_heads": 64, "num_key_value_heads": 4, "head_dim": 128},
     "deepseek_v3": {"hidden_size": 7168, "num_hidden_layers": 61, "num_attention_heads": 128, "n_routed_experts": 256, "n_group": 8},
     "gemma3_text": {"hidden_size": 5376, "num_hidden_layers": 62, "num_attention_heads": 32, "num_key_value_heads": 16, "head_dim": 128},
 }
