@@ -34,15 +34,23 @@ class Checkpoint:
         config: transformers' configuration (PreTrainedConfig).
         headers: where each tensor lies, by the checkpoint's own key.
         digest: the model's fingerprint: xxh3-128 over config.json, the index, and every file's name, size and header, 32 hex digits.
+        stale: entries of the index that their files do not hold. No damage by itself: the model may need none of them.
     """
 
     def __init__(
-        self, store: Store, config: Any, headers: Mapping[str, TensorHeader], digest: str, problems: tuple[M2rayError, ...] = ()
+        self,
+        store: Store,
+        config: Any,
+        headers: Mapping[str, TensorHeader],
+        digest: str,
+        problems: tuple[M2rayError, ...] = (),
+        stale: tuple[CheckpointError, ...] = (),
     ) -> None:
         self.url = store.url
         self.config = config
         self.headers = headers
         self.digest = digest
+        self.stale = stale
         self._store = store
         self._problems = problems
         self._bytes_read = 0
@@ -54,7 +62,7 @@ class Checkpoint:
         return self._bytes_read
 
     def check(self) -> None:
-        """Raise one error that lists every absent, truncated or contradictory file, and every key not in its file.
+        """Raise one error that lists every absent, truncated or contradictory file.
 
         Raises:
             CheckpointError: the folder's files are incomplete or damaged.
@@ -139,8 +147,8 @@ def open_checkpoint(url: str) -> Checkpoint:
             problems.append(problem)
             continue
         _add(fingerprint, f"{file} {files[file].size_bytes}", files[file].raw)
-    headers, misplaced = _join(weight_map, files)
-    return Checkpoint(store, config, headers, fingerprint.hexdigest(), (*problems, *misplaced))
+    headers, twice = _join(files)
+    return Checkpoint(store, config, headers, fingerprint.hexdigest(), (*problems, *twice), _stale_entries(weight_map, files))
 
 
 def _add(fingerprint: Any, name: str, content: bytes) -> None:
@@ -189,8 +197,8 @@ def _two_sets_of_weights(shards: list[str]) -> list[CheckpointError]:
     ]
 
 
-def _join(weight_map: Mapping[str, str], files: Mapping[str, FileHeader]) -> tuple[dict[str, TensorHeader], list[CheckpointError]]:
-    """Every tensor of the files that could be read, where the index puts it; and what index and files disagree on."""
+def _join(files: Mapping[str, FileHeader]) -> tuple[dict[str, TensorHeader], list[CheckpointError]]:
+    """Every tensor of the files that could be read, and those that are in two of them."""
     headers: dict[str, TensorHeader] = {}
     twice: dict[tuple[str, str], list[str]] = {}
     for file, header in files.items():
@@ -205,15 +213,18 @@ def _join(weight_map: Mapping[str, str], files: Mapping[str, FileHeader]) -> tup
         )
         for (first, second), keys in twice.items()
     ]
+    return headers, problems
+
+
+def _stale_entries(weight_map: Mapping[str, str], files: Mapping[str, FileHeader]) -> tuple[CheckpointError, ...]:
     absent: dict[str, list[str]] = {}
     for key, file in weight_map.items():
         if file in files and key not in files[file].tensors:
             absent.setdefault(file, []).append(key)
-    for file, keys in absent.items():
-        problems.append(
-            CheckpointError(f"{INDEX} puts {len(keys)} tensors into {file} that it does not hold: {_listed(keys)}.", COPY_AGAIN)
-        )
-    return headers, problems
+    return tuple(
+        CheckpointError(f"{INDEX} puts {len(keys)} tensors into {file} that it does not hold: {_listed(keys)}.", COPY_AGAIN)
+        for file, keys in absent.items()
+    )
 
 
 def _listed(keys: list[str]) -> str:
@@ -229,7 +240,12 @@ def tensor_table(checkpoint: Checkpoint) -> TensorTable:
         ConfigError, StoreError: as `build_skeleton` and `Checkpoint.check`.
     """
     checkpoint.check()
-    return table_of(build_skeleton(checkpoint.config, torch.bfloat16), checkpoint.headers)
+    skeleton = build_skeleton(checkpoint.config, torch.bfloat16)
+    try:
+        return table_of(skeleton, checkpoint.headers)
+    except CheckpointError as problem:
+        raise_all([*checkpoint.stale, problem])
+        raise
 
 
 def tensor_table_from_config(config: Any) -> TensorTable:

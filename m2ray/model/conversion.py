@@ -64,7 +64,8 @@ class Conversion:
 
     def __init__(self, skeleton: Skeleton) -> None:
         self._model = skeleton.model
-        self._known = skeleton.model.state_dict()
+        # Not the model's own state: in a stage all other layers are cut away, and a name's prefix is judged by what the whole model has.
+        self._known = dict.fromkeys([*skeleton.tensors, *skeleton.tied], True)
         mapping = get_model_conversion_mapping(skeleton.model)
         self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         self._converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
@@ -80,7 +81,7 @@ class Conversion:
 
     def published(self, tensor: ModelTensor) -> dict[str, Shape]:
         """The names and shapes that the family's published checkpoints have for this model tensor."""
-        reverted = revert_weight_conversion(self._model, {tensor.name: self._known[tensor.name]})
+        reverted = revert_weight_conversion(self._model, {tensor.name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")})
         return {key: tuple(piece.shape) for key, piece in reverted.items()}
 
     def place(self, tensor: ModelTensor, sources: list[Source], shapes: Mapping[str, Shape]) -> list[Placement]:

@@ -101,7 +101,7 @@ def build_skeleton(config: Any, compute_dtype: torch.dtype, attn_implementation:
         beyond = isinstance(pad, int) and pad >= config.vocab_size
         hint = f" pad_token_id = {pad}, and vocab_size = {config.vocab_size}." if beyond else ""
         raise CheckpointError(
-            f"transformers cannot build a {config.model_type} from config.json: {error or type(error).__name__}.{hint}"
+            f"transformers cannot build a {config.model_type} from config.json: {str(error) or type(error).__name__}.{hint}"
         ) from error
     layers_name, layers = _find_layers(model)
     for layer in layers:

@@ -21,6 +21,12 @@ FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 WEIGHTS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 SCALES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu)
 EXTRA_LAYERS = re.compile(r"(?:^|\.)mtp[._]")
+EXTRA_HEADS = re.compile(r"^(?:score|classifier|classification_head|v_head|value_head|reward_head|regression_head|medusa_heads?)\.")
+"""What judges, scores or drafts behind the last layer, by the names that it is saved under."""
+
+ACTIVATION_SCALES = re.compile(r"\.(?:activation|input|output|q|k|v)_scale$")
+"""What engines that multiply in FP8 quantise activations and caches with; weights do not need it."""
+
 SHOWN_PROBLEMS = 20
 
 
@@ -49,7 +55,7 @@ def match_tensors(skeleton: Skeleton, headers: Mapping[str, TensorHeader], span:
     """Find every model tensor's checkpoint tensors; of `span` only, if given.
 
     Raises:
-        CheckpointError: tensors are missing, unknown, of a wrong shape or dtype, or without their FP8 scale; all at once.
+        CheckpointError: tensors are missing (but for the head's), unknown, of a wrong shape or dtype, or without their FP8 scale; all at once.
     """
     unread: dict[str, Role] = {}
     fillings = [filling for group in match_by_layer(skeleton, headers, span, unread) for filling in group]
@@ -90,6 +96,8 @@ def match_by_layer(
             _use_tied(skeleton, sources, unread)
         fillings = []
         for tensor in tensors.get(layer, ()):
+            if tensor.role == "head" and not sources[tensor.name]:
+                continue  # never loaded, so it need not be there
             try:
                 placements = conversion.place(tensor, sources[tensor.name], shapes)
                 fillings.append(Filling(tensor, tuple(placements)))
@@ -170,9 +178,13 @@ def _unread_reason(skeleton: Skeleton, name: str) -> Role | None:
 
 
 def _is_unused(skeleton: Skeleton, name: str) -> bool:
-    """Whether a name is known to be of no use: layers past the last (multi-token prediction), and what transformers ignores."""
+    """Whether a name is known to be of no use: layers past the last (multi-token prediction), other heads, scales of activations, and what
+    transformers ignores.
+    """
     layer = skeleton.layer_of(name)
-    if EXTRA_LAYERS.search(name) or (layer is not None and layer >= len(skeleton.layers)):
+    if EXTRA_LAYERS.search(name) or EXTRA_HEADS.search(name) or (layer is not None and layer >= len(skeleton.layers)):
+        return True
+    if is_fp8(skeleton.config_on_disk) and ACTIVATION_SCALES.search(name):
         return True
     # Patterns that name a layer by number stand for sizes of the model whose last layer it is; the rule above covers those.
     patterns = type(skeleton.model)._keys_to_ignore_on_load_unexpected or ()  # noqa: SLF001 - the rule has no public name

@@ -13,6 +13,7 @@ _VOCABULARY = 128
 _WIDTH = 64
 _RANK = 32
 _KV_HEADS = 2
+_WIDTH_PER_HEAD = 16
 
 # Numbers that say which layers are of which kind; larger ones say something else.
 _LAYER_RULE = re.compile(r"first|step|interval|pattern|period|freq|every|num_dense|offset|start")
@@ -84,7 +85,8 @@ def _narrow(tiny: Any, config: Any) -> None:
         tiny.num_attention_heads = min(kv_heads, _KV_HEADS) * (heads // kv_heads)
         if getattr(config, "num_key_value_heads", None):
             tiny.num_key_value_heads = min(kv_heads, _KV_HEADS)
-    tiny.hidden_size = config.hidden_size * tiny.num_attention_heads // heads
+    width = config.hidden_size // heads  # is a head's size where none is given
+    tiny.hidden_size = tiny.num_attention_heads * (min(width, _WIDTH_PER_HEAD) if getattr(config, "head_dim", None) else width)
     tiny.vocab_size = min(config.vocab_size, _VOCABULARY)
     for name, value in list(vars(config).items()):
         if type(value) is not int:

