@@ -34,9 +34,7 @@ def test_replaced_weights_are_refused_by_layer_at_a_restart_and_at_a_resume(
         os.kill(sorted(stage_processes(cluster))[1], signal.SIGKILL)
         printed, _ = driver.communicate(timeout=180)
         assert driver.returncode == 1, printed
-        refused = re.search(REFUSED + r"layers (\d)-(\d) of 7 layers differ", printed)
-        assert refused, printed
-        assert refused[1] != "0" or refused[2] != "6", "only the lost stage loaded again"
+        assert re.search(REFUSED + "(the embedding and layers 0-1|layers 2-3|layers 4-6) of 7 layers differ", printed), printed
         before = commits(run)
         again = cluster.run("m2ray", "extract", *words(model, prompts, run, "--stages", "1", *slowly))
         assert again.returncode == 1, again.stdout
