@@ -10,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 import m2ray
 from tests.ray.conftest import RayCluster
 from tests.ray.test_extract import HOLDER, assert_equals_transformers, commits, minimax, prompts, wait_for_commits, words  # noqa: F401 - fixtures among them
@@ -19,6 +21,7 @@ from tests.reference import MINIMAX_TINY, other_weights
 REFUSED = r"Error: The weights that the stages have loaded are not those of the run at \S+: "
 
 
+@pytest.mark.timeout(600)
 def test_replaced_weights_are_refused_by_layer_at_a_restart_and_at_a_resume(
     cluster: RayCluster,
     minimax: Path,  # noqa: F811
@@ -26,26 +29,24 @@ def test_replaced_weights_are_refused_by_layer_at_a_restart_and_at_a_resume(
     tmp_path: Path,
 ) -> None:
     model, run = shutil.copytree(minimax, tmp_path / "model"), tmp_path / "run"
-    slowly = ("--in-flight", "1KB", "--shard-tokens", "150", "--stage-timeout-s", "30")
-    driver = cluster.start("m2ray", "extract", *words(model, prompts, run, "--stages", "3", *slowly))
+    shards, slowly = ("--shard-tokens", "250"), ("--in-flight", "1KB")
+    driver = cluster.start("m2ray", "extract", *words(model, prompts, run, "--stages", "3", *shards, *slowly))
     wait_for_commits(run, 1, driver)
     record = (run / "weights.json").read_bytes()
     with other_weights(model):
         os.kill(sorted(stage_processes(cluster))[1], signal.SIGKILL)
         printed, _ = driver.communicate(timeout=180)
         assert driver.returncode == 1, printed
-        refused = re.search(REFUSED + r"layers (\d)-(\d) of 7 layers differ", printed)
-        assert refused, printed
-        assert refused[1] != "0" or refused[2] != "6", "only the lost stage loaded again"
+        assert re.search(REFUSED + "(the embedding and layers 0-1|layers 2-3|layers 4-6) of 7 layers differ", printed), printed
         before = commits(run)
-        again = cluster.run("m2ray", "extract", *words(model, prompts, run, "--stages", "1", *slowly))
+        again = cluster.run("m2ray", "extract", *words(model, prompts, run, "--stages", "1", *shards))
         assert again.returncode == 1, again.stdout
         assert re.search(REFUSED + "the embedding and layers 0-6 of 7 layers differ", again.stderr), again.stderr
         assert "Put the files back" in again.stderr
         assert "Traceback" not in printed + again.stderr
         assert commits(run) == before
         assert not (run / "_SUCCESS").exists()
-    done = cluster.run("m2ray", "extract", *words(model, prompts, run, "--stages", "1", *slowly))
+    done = cluster.run("m2ray", "extract", *words(model, prompts, run, "--stages", "1", *shards))
     assert done.returncode == 0, done.stdout + done.stderr
     assert (run / "weights.json").read_bytes() == record
     assert m2ray.open_run(run).is_complete
