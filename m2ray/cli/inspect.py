@@ -8,8 +8,10 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from m2ray.activations.lease import read_holder
 from m2ray.activations.reader import RunReader, open_run
 from m2ray.cli import Command
+from m2ray.storage import open_store
 
 _SHOWN_ROWS = 20
 
@@ -59,7 +61,8 @@ def describe(run: RunReader) -> dict[str, Any]:
 @click.option("--json", "as_json", is_flag=True, help="Everything as one JSON object.")
 def command(run: str, as_json: bool) -> None:
     """Show what the run folder RUN holds: layers, sequences, tokens, files, mean norms, quarantined rows."""
-    facts = describe(open_run(run))
+    holder = read_holder(open_store(run))
+    facts = describe(open_run(run)) | {"driver": asdict(holder) if holder else None}
     if as_json:
         click.echo(json.dumps(facts, indent=2, ensure_ascii=False))
     else:
@@ -69,7 +72,11 @@ def command(run: str, as_json: bool) -> None:
 def _print(facts: dict[str, Any]) -> None:
     console = Console(highlight=False, soft_wrap=True)
     shards, sequences, tokens, model = facts["shards"], facts["sequences"], facts["tokens"], facts["model"]
+    driver = facts["driver"]
     state = "complete" if facts["complete"] else "not complete: run the same command again to finish it"
+    if driver:
+        begun = f"{'' if facts['complete'] else 'not '}complete"
+        state = f"{begun}: a driver is at it, process {driver['pid']} on {driver['host']} since {driver['since']}, unless it was killed"
     console.print(
         f"{model['model_type']}, {model['num_layers']} layers, hidden size {model['hidden_size']}; begun {facts['created_at']}; {state}"
     )

@@ -19,8 +19,9 @@ from transformers import AutoTokenizer
 
 import m2ray
 from m2ray.activations.commits import reopen
+from m2ray.activations.verify import verify
 from m2ray.batches import MicroBatch
-from m2ray.storage import open_store
+from m2ray.storage import LocalStore, open_store
 from scripts.make_checkpoint import make_checkpoint
 from tests.ray.conftest import RayCluster
 from tests.reference import DATA, MINIMAX_TINY, load_reference, make_minimax, reference_rows, same_bits
@@ -255,10 +256,48 @@ def test_a_killed_run_goes_on_with_other_stages_to_the_same_rows(
     assert not (run / "_SUCCESS").exists()
     again = cluster.run("m2ray", "extract", *words(minimax, prompts, run, "--stages", "1"))
     assert again.returncode == 0, again.stdout + again.stderr
+    assert "waiting up to 20 s for a sign of it" in again.stdout, "the killed driver's lease is outlived"
     missing = int(re.search(r"(\d+) of \d+ shards are missing", again.stdout)[1])
     after = commits(run)
     assert missing == len(after) - len(before) < len(after)
     assert {name: after[name] for name in before} == before
+    ours, theirs = rows_of(run), rows_of(finished)
+    assert np.array_equal(ours[0], theirs[0])
+    assert same_bits(ours[1], theirs[1])
+
+
+def test_of_two_drivers_one_waits_and_the_run_is_made_once(
+    cluster: RayCluster, minimax: Path, prompts: Path, finished: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    command = ("m2ray", "extract", *words(minimax, prompts, run, "--stages", "1", "--wait"))
+    drivers = [cluster.start(*command) for _ in range(2)]
+    printed = [driver.communicate(timeout=200)[0] for driver in drivers]
+    assert [driver.returncode for driver in drivers] == [0, 0], printed
+    assert all("Complete: 35 sequences" in text for text in printed), printed
+    assert sum("is at work: waiting for its end" in text and " 0 of " in text for text in printed) == 1, printed
+    found = verify(LocalStore(run), checksums=True)
+    assert (found.damages, found.unnamed, found.is_complete) == ((), (), True)
+    ours, theirs = rows_of(run), rows_of(finished)
+    assert np.array_equal(ours[0], theirs[0])
+    assert same_bits(ours[1], theirs[1])
+
+
+def test_a_finished_run_without_a_commit_and_with_parts_of_a_dead_driver_is_made_whole(
+    cluster: RayCluster, minimax: Path, prompts: Path, finished: Path, tmp_path: Path
+) -> None:
+    """By the same command: one shard is done anew, and no row is there twice, by the manifest and by a glob."""
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    (run / "_commits" / "shard-000001.json").unlink()
+    part = next((run / "data").rglob("shard-000000-*.parquet"))
+    shutil.copy(part, part.with_name("shard-000000-dead.parquet"))
+    again = cluster.run("m2ray", "extract", *words(minimax, prompts, run))
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "1 of" in again.stdout
+    found = verify(LocalStore(run), checksums=True)
+    assert (found.damages, found.unnamed, found.is_complete) == ((), (), True)
+    keys = pq.read_table(run / "manifest.parquet")["key"].to_pylist()
+    assert sorted(keys) == sorted(path.relative_to(run).as_posix() for path in (run / "data").rglob("*.parquet"))
     ours, theirs = rows_of(run), rows_of(finished)
     assert np.array_equal(ours[0], theirs[0])
     assert same_bits(ours[1], theirs[1])
@@ -309,6 +348,7 @@ def test_a_run_that_waits_for_room_can_be_stopped(full_cluster: RayCluster, mini
     printed, _ = driver.communicate(timeout=60)
     assert driver.returncode == 1, printed
     assert "Error: The run was stopped on request." in printed
+    assert not list((run / "_lease").iterdir()), "the next driver starts at once"
     assert "Traceback" not in printed
 
 

@@ -127,14 +127,14 @@ def assert_equals(rows: list[tuple[int, int, int, bytes]], local_run: Path) -> N
             assert same_bits(bits, row)
 
 
-def test_duckdb_reads_the_finished_run_by_a_glob(remote_run: str, local_run: Path, s3: S3Server) -> None:
-    files = FsspecStore("s3", endpoint=s3.endpoint, client_options={"allow_http": True})
+def test_duckdb_reads_the_finished_run_by_its_manifest(remote_run: str, local_run: Path, s3: S3Server) -> None:
     connection = duckdb.connect()
-    connection.register_filesystem(files)
-    # DuckDB hands a glob over with its "s3://", which obstore's glob finds nothing for.
-    found = [f"s3://{path}" for path in files.glob(f"{remote_run.removeprefix('s3://')}/data/site=residual/*/*.parquet")]
-    query = "SELECT sequence_id, position, CAST(layer AS INTEGER), activation FROM read_parquet(?, hive_partitioning = true)"
-    assert_equals(connection.execute(query, [found]).fetchall(), local_run)
+    connection.register_filesystem(FsspecStore("s3", endpoint=s3.endpoint, client_options={"allow_http": True}))
+    connection.execute(f"SET VARIABLE files = (SELECT list('{remote_run}/' || key) FROM '{remote_run}/manifest.parquet')")
+    query = (
+        "SELECT sequence_id, position, CAST(layer AS INTEGER), activation FROM read_parquet(getvariable('files'), hive_partitioning = true)"
+    )
+    assert_equals(connection.execute(query).fetchall(), local_run)
 
 
 def test_an_autoencoder_trains_on_the_run_in_the_bucket(remote_run: str, cluster: RayCluster) -> None:
@@ -214,8 +214,9 @@ def test_pyarrow_reads_it_with_its_own_s3_client(remote_run: str, local_run: Pat
     client = S3FileSystem(
         access_key=s3.access_key, secret_key=s3.secret_key, scheme=parts.scheme, endpoint_override=parts.netloc, region=s3.region
     )
-    folder = f"{remote_run.removeprefix('s3://')}/data/site=residual"
-    table = pa_dataset.dataset(folder, filesystem=client, format="parquet", partitioning="hive").to_table()
+    folder = remote_run.removeprefix("s3://")
+    keys = pa_dataset.dataset(f"{folder}/manifest.parquet", filesystem=client).to_table()["key"].to_pylist()
+    table = pa_dataset.dataset([f"{folder}/{key}" for key in keys], filesystem=client, partitioning="hive").to_table()
     columns = (table["sequence_id"], table["position"], pc.cast(table["layer"], "int32"), table["activation"])
     assert_equals(list(zip(*(column.to_pylist() for column in columns), strict=True)), local_run)
 

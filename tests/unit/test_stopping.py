@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from m2ray.activations.lease import held
 from m2ray.chain.progress import Progress
 from m2ray.chain.stopping import sigterm_kept, stop_on_sigterm
 from m2ray.cli import main
 from m2ray.errors import StageError
 from m2ray.sequences import SequencesWriter
-from m2ray.storage import open_store
+from m2ray.storage import LocalStore, open_store
 from m2ray.storage.hashing import HashingFile
 from tests.reference import make_minimax
 
@@ -45,6 +46,17 @@ def test_a_stop_during_the_survey_says_so_and_leaves_nothing(tmp_path: Path, mon
     assert ended.exit_code == 1
     assert ended.stderr == "Error: The run was stopped on request. Nothing was written: run the same command again to begin anew.\n"
     assert not [path for path in run.rglob("*") if path.is_file()]
+
+
+def test_a_second_driver_is_refused_before_ray_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, prompts, run = make_minimax(tmp_path / "model", "fp8"), tmp_path / "prompts.jsonl", tmp_path / "run"
+    prompts.write_text('{"text": "one two three"}\n', encoding="utf-8")
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")  # a run that gets as far as Ray fails with another error
+    with held(LocalStore(run), print, print, period_s=1.0):
+        refused = CliRunner().invoke(main, ["extract", "--model", str(model), "--prompts", str(prompts), "--output", str(run)])
+    assert refused.exit_code == 1
+    assert f"Error: Another driver is at the run at {run}: process {os.getpid()} on " in refused.stderr
+    assert "or give --wait" in refused.stderr
 
 
 def test_what_is_not_to_be_broken_off_goes_on_and_the_next_step_does_not_begin() -> None:
