@@ -16,7 +16,7 @@ Attention = Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attentio
 OffloadTo = Literal["none", "cpu", "disk"]
 Transport = Literal["auto", "object_store", "cuda_ipc"]
 Positive = Annotated[int, Field(gt=0)]
-Day = Annotated[date, BeforeValidator(lambda value: date.fromisoformat(value) if isinstance(value, str) else value)]
+Day = Annotated[date, BeforeValidator(lambda value: date.fromisoformat(str(value)))]
 NonEmpty = Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)]
 
 

@@ -155,6 +155,8 @@ def test_prompts_are_counted_as_a_run_would_read_them(small_model: Path, tmp_pat
         for name in ("messages", "text")
     )
     assert chat > text > 0
+    added = plan("--gpus", "H200", "--prompts", str(prompts), "--messages-column", "messages", "--special-tokens", "add", model=small_model)
+    assert 'special_tokens = "add", but the prompts are chat messages' in added.stderr
 
 
 def test_limits_and_device_maps_change_the_layout() -> None:
