@@ -42,6 +42,7 @@ class ExtractConfig(BaseModel):
     special_tokens: Literal["auto", "add", "none"] = Field(
         "auto", description="Those that the tokenizer puts around a text (never around a chat); auto: where the text has them not already."
     )
+    add_generation_prompt: bool = Field(False, description="End each chat with what its template writes before an assistant's answer.")
     template_date: Day | Auto = Field("auto", description="The day that chat templates are told; auto: the UTC day on which the run began.")
     layers: NonEmpty = Field("all", description='Layers to extract: "all", "0", "0-5", "0,7,20-61".')
     sites: Literal["residual"] = Field("residual", description="What to capture at each layer.")

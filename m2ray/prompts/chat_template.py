@@ -31,8 +31,9 @@ class RefusedError(ValueError):
 class ChatTemplate:
     """The template of a transformers tokenizer. `digest` is xxh3-128 of its text, or "" if the model has none."""
 
-    def __init__(self, tokenizer: Any, day: date) -> None:
+    def __init__(self, tokenizer: Any, day: date, *, add_generation_prompt: bool) -> None:
         self._tokenizer = tokenizer
+        self._add_generation_prompt = add_generation_prompt
         self._midnight = datetime.combine(day, time())
         text = _text(tokenizer)
         self.digest = xxhash.xxh3_128(text.encode()).hexdigest() if text is not None else ""
@@ -61,7 +62,10 @@ class ChatTemplate:
 
     def _render(self, messages: Any, **options: Any) -> str:
         with _telling(self._midnight):
-            return str(self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False, **options))
+            rendered = self._tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=self._add_generation_prompt, **options
+            )
+        return str(rendered)
 
     def _require_date(self) -> None:
         told = self._render([{"role": "user", "content": ""}], chat_template=f"{{{{ {_CLOCK}('%Y-%m-%d') }}}}")

@@ -1,5 +1,6 @@
 """Which column of the source holds the prompts, text or chat messages: chosen once, for all its files."""
 
+import json
 from collections.abc import Iterable, Sequence
 
 from m2ray.errors import PromptsError
@@ -17,7 +18,7 @@ def choose_columns(files: Sequence[tuple[PromptFile, FileColumns]], options: Pro
     """The one column of all files: the one that the options name, else "text" or "messages", whichever is there.
 
     Raises:
-        PromptsError: both are there or named, or `tools_column` is named beside texts.
+        PromptsError: both are there or named, or an option of chats is given beside texts.
     """
     if options.text_column and options.messages_column:
         raise PromptsError(
@@ -29,9 +30,11 @@ def choose_columns(files: Sequence[tuple[PromptFile, FileColumns]], options: Pro
     if named is None:
         _refuse_both(files)
     is_messages = bool(options.messages_column) or (named is None and any(present and _MESSAGES in present for _, present in files))
-    if options.tools_column and not is_messages:
+    of_chats = {"tools_column": options.tools_column, "add_generation_prompt": options.add_generation_prompt}
+    given = ", ".join(f"{name} = {json.dumps(value)}" for name, value in of_chats.items() if value)
+    if given and not is_messages:
         raise PromptsError(
-            f"tools_column = {options.tools_column!r} is given, but the prompts are texts, which no chat template is applied to.",
+            f"{given} is given, but the prompts are texts, which no chat template is applied to.",
             "Leave it out, or set messages_column.",
         )
     return Columns(
@@ -45,7 +48,10 @@ def choose_columns(files: Sequence[tuple[PromptFile, FileColumns]], options: Pro
 
 
 def absent_columns(file: PromptFile, present: FileColumns, columns: Columns, options: PromptOptions) -> list[PromptsError]:
-    """What a file lacks of the columns that were chosen and named. An empty one has no row to tell from: there is none, or they are quarantined one by one."""
+    """What a file lacks of the columns that were chosen and named.
+
+    One that shows no columns has no row to tell from: there is none, or they are quarantined one by one.
+    """
     needed = {"id_column": columns.row_id, "tools_column": options.tools_column}
     if present is None:
         needed["messages_column"] = columns.prompt if columns.is_messages else None

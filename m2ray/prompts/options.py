@@ -15,6 +15,7 @@ class PromptOptions:
         prompts: file, folder, glob or saved dataset.
         max_length: in tokens.
         text_column, messages_column, tools_column, id_column: None where the user named none.
+        add_generation_prompt: whether chats end with the words that begin an assistant's answer.
         template_date: the day that chat templates are told, UTC; None: today.
         quarantine_limit: the share of the rows, 0 to 1, that may be quarantined.
     """
@@ -27,6 +28,7 @@ class PromptOptions:
     id_column: str | None = None
     truncation: Literal["refuse", "cut"] = "refuse"
     special_tokens: Literal["auto", "add", "none"] = "auto"
+    add_generation_prompt: bool = False
     template_date: date | None = None
     quarantine_limit: float = 1.0
 
@@ -43,6 +45,7 @@ class PromptOptions:
             config.id_column,
             config.truncation,
             config.special_tokens,
+            config.add_generation_prompt,
             given or (date.fromisoformat(recorded_date) if recorded_date else datetime.now(UTC).date()),
             config.quarantine_limit,
         )

@@ -52,7 +52,8 @@ class PromptTokenizer:
         self._options = options
         self._vocab_size = vocab_size
         self.tokenizer_digest = tokenizer_digest
-        self.template = ChatTemplate(tokenizer, options.template_date or datetime.now(UTC).date())
+        today = datetime.now(UTC).date()
+        self.template = ChatTemplate(tokenizer, options.template_date or today, add_generation_prompt=options.add_generation_prompt)
         self.template_digest = self.template.digest
 
     @classmethod
@@ -61,7 +62,7 @@ class PromptTokenizer:
 
         Args:
             model_url: the checkpoint's folder, as a path or a URL.
-            options: `max_length`, `truncation`, `special_tokens` and `template_date` are used.
+            options: all but those of the source are used.
             vocab_size: rows of the model's embedding; no token id may reach it.
 
         Raises:

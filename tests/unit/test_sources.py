@@ -272,8 +272,8 @@ def test_all_files_give_their_prompts_by_one_column(tmp_path):
 def test_tools_are_of_no_use_to_texts(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "x", "tools": []}])
     assert rows_of(path)[0].text == "x"
-    with pytest.raises(PromptsError, match="tools_column = 'tools' is given, but the prompts are texts"):
-        open_source(path, tools_column="tools")
+    with pytest.raises(PromptsError, match='tools_column = "tools", add_generation_prompt = true is given, but the prompts are texts'):
+        open_source(path, tools_column="tools", add_generation_prompt=True)
 
 
 def test_a_folder_is_read_in_the_order_of_its_paths_and_numbered_through(tmp_path):

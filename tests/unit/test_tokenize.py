@@ -114,6 +114,13 @@ def test_what_was_done_about_special_tokens_is_told_in_words(copied):
         load(special_tokens="add").resolved_special_tokens(CHATS)
 
 
+def test_a_chat_may_end_where_an_answer_would_begin():
+    reference = AutoTokenizer.from_pretrained(str(TINY))
+    (ids,) = load(add_generation_prompt=True).encode([PromptRow(0, "0", messages=CHAT)])
+    assert ids.tolist() == reference.apply_chat_template(CHAT, tokenize=True, add_generation_prompt=True, return_dict=False)
+    assert reference.decode(ids.tolist()).endswith("<|start|>assistant\n")
+
+
 def test_over_long_prompts_are_refused_or_cut():
     rows = text_rows("The river is low.", "low")
     whole = load().encode(rows)
