@@ -31,9 +31,12 @@ class ExtractConfig(BaseModel):
 
     model: NonEmpty = Field(description="Checkpoint folder: config.json, tokenizer, safetensors and their index.")
     prompts: NonEmpty = Field(description="Prompt file, folder or glob: .jsonl, .parquet, .csv, .txt, or a saved HF dataset.")
-    text_column: NonEmpty | None = Field(None, description="Column that holds a prompt's text; default: text, if there is no messages.")
+    text_column: NonEmpty | None = Field(None, description="Column that holds a prompt's text; default: text, if it alone is there.")
     messages_column: NonEmpty | None = Field(
-        None, description="Column that holds a prompt's chat messages, for the chat template; default: messages, if there is no text."
+        None, description="Column that holds a prompt's chat messages, for the chat template; default: messages, if it alone is there."
+    )
+    input_ids_column: NonEmpty | None = Field(
+        None, description="Column that holds a prompt's token ids, which are taken as they are; default: input_ids, if it alone is there."
     )
     tools_column: NonEmpty | None = Field(None, description="Column that holds the tools of a chat; default: tools, where it is.")
     id_column: NonEmpty | None = Field(None, description="Column that names a row; default: its position.")

@@ -118,8 +118,7 @@ def _of_the_prompts(source: PromptSource, tokenizer: PromptTokenizer) -> dict[st
     columns, options = source.columns, source.options
     return {
         "max_length": options.max_length,
-        "text_column": None if columns.is_messages else columns.prompt,
-        "messages_column": columns.prompt if columns.is_messages else None,
+        **{f"{kind}_column": columns.prompt if kind == columns.kind else None for kind in ("text", "messages", "input_ids")},
         "tools_column": columns.tools,
         "special_tokens": tokenizer.resolved_special_tokens(columns),
         "template_date": str(options.template_date) if columns.is_messages else None,

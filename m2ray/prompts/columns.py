@@ -1,50 +1,80 @@
-"""Which column of the source holds the prompts, text or chat messages: chosen once, for all its files."""
+"""Which column of the source holds the prompts, text, chat messages or token ids: chosen once, for all its files."""
 
 import json
 from collections.abc import Iterable, Sequence
+from typing import get_args
 
 from m2ray.errors import PromptsError
 from m2ray.prompts.options import PromptOptions
 from m2ray.prompts.readers import PromptFile
-from m2ray.prompts.rows import Columns, FileColumns
+from m2ray.prompts.rows import Columns, FileColumns, Kind
 
 TEMPLATE_OPTIONS = "chat_template_kwargs"
 """The column whose objects a row's chat template gets as options, by the name that vLLM and TRL give it."""
 
-_TEXT, _MESSAGES, _TOOLS = "text", "messages", "tools"
+NAME_ONE = (
+    "Name the one that counts: text_column, messages_column or input_ids_column. Rows without that column are then quarantined, "
+    "files without it refused."
+)
+
+_KINDS: tuple[Kind, ...] = get_args(Kind)
+"""Each is also the name of the column that holds it by default."""
 
 
 def choose_columns(files: Sequence[tuple[PromptFile, FileColumns]], options: PromptOptions) -> Columns:
-    """The one column of all files: the one that the options name, else "text" or "messages", whichever is there.
+    """The one column of all files: the one that the options name, else "text", "messages" or "input_ids", whichever is there.
 
     Raises:
-        PromptsError: both are there or named, or an option of chats is given beside texts.
+        PromptsError: several are there or named, or an option of chats is given beside other prompts.
     """
-    if options.text_column and options.messages_column:
+    named = {kind: name for kind, name in _named(options).items() if name}
+    if len(named) > 1:
+        given = " and ".join(f"{kind}_column = {name!r}" for kind, name in named.items())
+        raise PromptsError(f"{given} are both given, and a run's prompts come from one column.", "Name one.")
+    found = {} if named else _default_columns(files)
+    if len(found) > 1:
         raise PromptsError(
-            f"text_column = {options.text_column!r} and messages_column = {options.messages_column!r} are both given, "
-            "and a run's prompts come from one column.",
-            "Leave one of them out.",
+            f"The prompts have several columns, and one of them must count for all rows: {' and '.join(found.values())}.", NAME_ONE
         )
-    named = options.text_column or options.messages_column
-    if named is None:
-        _refuse_both(files)
-    is_messages = bool(options.messages_column) or (named is None and any(present and _MESSAGES in present for _, present in files))
+    kind = next(iter(named or found), _KINDS[0])
+    _refuse_options_of_chats(kind, options)
+    is_messages, is_ids = kind == "messages", kind == "input_ids"
+    return Columns(
+        prompt=named.get(kind) or kind,
+        kind=kind,
+        row_id=options.id_column,
+        tools=(options.tools_column or "tools") if is_messages else None,
+        template_options=TEMPLATE_OPTIONS if is_messages else None,
+        attention_mask="attention_mask" if is_ids else None,
+        loss_mask="loss_mask" if is_ids else None,
+        rivals=frozenset() if named else frozenset(_KINDS) - {kind},
+    )
+
+
+def _named(options: PromptOptions) -> dict[Kind, str | None]:
+    return {"text": options.text_column, "messages": options.messages_column, "input_ids": options.input_ids_column}
+
+
+def _default_columns(files: Iterable[tuple[PromptFile, FileColumns]]) -> dict[Kind, str]:
+    """Each default column that is there, in words that say where it was found first."""
+    seen: dict[Kind, str] = {}
+    for file, present in files:
+        if present is None:
+            seen.setdefault("text", f"'text' (the lines of {file.name})")
+        for kind in _KINDS:
+            if present is not None and kind in present:
+                seen.setdefault(kind, f"{kind!r} (first in row {present[kind]} of {file.name})")
+    return {kind: seen[kind] for kind in _KINDS if kind in seen}
+
+
+def _refuse_options_of_chats(kind: Kind, options: PromptOptions) -> None:
     of_chats = {"tools_column": options.tools_column, "add_generation_prompt": options.add_generation_prompt}
     given = ", ".join(f"{name} = {json.dumps(value)}" for name, value in of_chats.items() if value)
-    if given and not is_messages:
+    if given and kind != "messages":
         raise PromptsError(
-            f"{given} is given, but the prompts are texts, which no chat template is applied to.",
+            f"{given} is given, but the prompts are no chat messages, and no template is applied to them.",
             "Leave it out, or set messages_column.",
         )
-    return Columns(
-        prompt=named or (_MESSAGES if is_messages else _TEXT),
-        is_messages=is_messages,
-        row_id=options.id_column,
-        tools=(options.tools_column or _TOOLS) if is_messages else None,
-        template_options=TEMPLATE_OPTIONS if is_messages else None,
-        rival=None if named else (_TEXT if is_messages else _MESSAGES),
-    )
 
 
 def absent_columns(file: PromptFile, present: FileColumns, columns: Columns, options: PromptOptions) -> list[PromptsError]:
@@ -54,7 +84,7 @@ def absent_columns(file: PromptFile, present: FileColumns, columns: Columns, opt
     """
     needed = {"id_column": columns.row_id, "tools_column": options.tools_column}
     if present is None:
-        needed["messages_column"] = columns.prompt if columns.is_messages else None
+        needed[f"{columns.kind}_column"] = None if columns.kind == "text" else columns.prompt
         return [
             PromptsError(f"{file.path} is plain text and has no column {name!r}.", f"Leave {option} out, or the file.")
             for option, name in needed.items()
@@ -69,22 +99,11 @@ def absent_columns(file: PromptFile, present: FileColumns, columns: Columns, opt
         if name is not None and name not in present
     ]
     if columns.prompt not in present:
-        lacks_both = columns.rival is not None and columns.rival not in present
-        either = f"neither a column {_TEXT!r} nor {_MESSAGES!r}" if lacks_both else f"no column {columns.prompt!r}"
-        problems.append(PromptsError(f"{file.path} has {either}.", f"Set text_column or messages_column to one of its columns: {listed}."))
-    return problems
-
-
-def _refuse_both(files: Iterable[tuple[PromptFile, FileColumns]]) -> None:
-    seen: dict[str, str] = {}
-    for file, present in files:
-        for name in (_TEXT, _MESSAGES):
-            if present is not None and name in present:
-                seen.setdefault(name, f"{name!r} (first in row {present[name]} of {file.name})")
-            elif present is None and name == _TEXT:
-                seen.setdefault(name, f"{name!r} (the lines of {file.name})")
-    if len(seen) == 2:
-        raise PromptsError(
-            f"The prompts have two columns, and one of them must count for all rows: {seen[_TEXT]} and {seen[_MESSAGES]}.",
-            'Set text_column = "text" or messages_column = "messages". Rows without that column are then quarantined, files without it refused.',
+        # None was named, and every file that has another of the default columns was refused before.
+        none = "neither a column 'text' nor 'messages' nor 'input_ids'" if columns.rivals else f"no column {columns.prompt!r}"
+        problems.append(
+            PromptsError(
+                f"{file.path} has {none}.", f"Set text_column, messages_column or input_ids_column to one of its columns: {listed}."
+            )
         )
+    return problems

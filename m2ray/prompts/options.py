@@ -14,7 +14,7 @@ class PromptOptions:
     Attributes:
         prompts: file, folder, glob or saved dataset.
         max_length: in tokens.
-        text_column, messages_column, tools_column, id_column: None where the user named none.
+        text_column, messages_column, input_ids_column, tools_column, id_column: None where the user named none.
         add_generation_prompt: whether chats end with the words that begin an assistant's answer.
         template_date: the day that chat templates are told, UTC; None: today.
         quarantine_limit: the share of the rows, 0 to 1, that may be quarantined.
@@ -24,6 +24,7 @@ class PromptOptions:
     max_length: int
     text_column: str | None = None
     messages_column: str | None = None
+    input_ids_column: str | None = None
     tools_column: str | None = None
     id_column: str | None = None
     truncation: Literal["refuse", "cut"] = "refuse"
@@ -41,6 +42,7 @@ class PromptOptions:
             config.max_length or longest,
             config.text_column,
             config.messages_column,
+            config.input_ids_column,
             config.tools_column,
             config.id_column,
             config.truncation,

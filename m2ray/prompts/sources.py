@@ -11,7 +11,7 @@ from urllib.parse import unquote, urlsplit
 import xxhash
 
 from m2ray.errors import PromptsError, raise_all
-from m2ray.prompts.columns import absent_columns, choose_columns
+from m2ray.prompts.columns import NAME_ONE, absent_columns, choose_columns
 from m2ray.prompts.options import PromptOptions
 from m2ray.prompts.readers import FORMATS, ArrowStreamFile, PromptFile, format_of
 from m2ray.prompts.remote import RemotePath, find_remote, reading_store
@@ -70,17 +70,14 @@ class PromptSource:
         sequence_id = 0
         for file, present in self._files:
             for number, record in enumerate(file.records(self.columns.of(present))):
-                if self.columns.rival in record.values:
-                    raise self._two_columns(file, number)
+                if rivals := sorted(self.columns.rivals & record.values.keys()):
+                    raise PromptsError(
+                        f"Row {number} of {file.path} has a column {rivals[0]!r}, but the rows before it have their prompts in "
+                        f"{self.columns.prompt!r}.",
+                        NAME_ONE,
+                    )
                 yield as_row(record, sequence_id, self.columns)
                 sequence_id += 1
-
-    def _two_columns(self, file: PromptFile, row: int) -> PromptsError:
-        prompt, rival = self.columns.prompt, self.columns.rival
-        return PromptsError(
-            f"Row {row} of {file.path} has a column {rival!r}, but the rows before it have their prompts in {prompt!r}.",
-            'Set text_column = "text" or messages_column = "messages". Rows without that column are then quarantined, files without it refused.',
-        )
 
     def fingerprint(self) -> str:
         """xxh3-128 over each file's name, size and bytes, in order: 32 hex digits."""

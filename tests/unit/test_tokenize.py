@@ -91,7 +91,7 @@ def test_special_tokens_that_a_text_has_are_not_doubled(copied, prefix, suffix):
     assert [ids.tolist() for ids in always] == [reference(text)["input_ids"] for text in texts]
 
 
-TEXT, CHATS = Columns("text"), Columns("messages", is_messages=True)
+TEXT, CHATS = Columns("text"), Columns("messages", "messages")
 
 
 def test_what_was_done_about_special_tokens_is_told_in_words(copied):
@@ -110,7 +110,7 @@ def test_what_was_done_about_special_tokens_is_told_in_words(copied):
     assert load(special_tokens="add").told(TEXT, encoded[0])[0] == "special tokens: all that the tokenizer adds"
     assert tokenizer.resolved_special_tokens(CHATS) == "none"
     assert tokenizer.told(CHATS, encoded[0])[0] == "special tokens: those of the chat template, and no others"
-    with pytest.raises(PromptsError, match='special_tokens = "add", but the prompts are chat messages'):
+    with pytest.raises(PromptsError, match='special_tokens = "add", but the prompts are chat messages of'):
         load(special_tokens="add").resolved_special_tokens(CHATS)
 
 
