@@ -33,7 +33,8 @@ class ExtractConfig(BaseModel):
     prompts: NonEmpty = Field(description="Prompt file, folder or glob: .jsonl, .parquet, .csv, .txt, or a saved HF dataset.")
     text_column: NonEmpty | None = Field(None, description="Column that holds a prompt's text; default: text, if it alone is there.")
     messages_column: NonEmpty | None = Field(
-        None, description="Column that holds a prompt's chat messages, for the chat template; default: messages, if it alone is there."
+        None,
+        description="Column that holds a prompt's chat messages, for the chat template; default: messages or conversations, if it alone is there.",
     )
     input_ids_column: NonEmpty | None = Field(
         None, description="Column that holds a prompt's token ids, which are taken as they are; default: input_ids, if it alone is there."

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterable, Sequence
-from typing import get_args
 
 from m2ray.errors import PromptsError
 from m2ray.prompts.options import PromptOptions
@@ -17,12 +16,12 @@ NAME_ONE = (
     "files without it refused."
 )
 
-_KINDS: tuple[Kind, ...] = get_args(Kind)
-"""Each is also the name of the column that holds it by default."""
+_DEFAULTS: dict[str, Kind] = {"text": "text", "messages": "messages", "conversations": "messages", "input_ids": "input_ids"}
+"""The columns that are looked for where none is named, and what they hold."""
 
 
 def choose_columns(files: Sequence[tuple[PromptFile, FileColumns]], options: PromptOptions) -> Columns:
-    """The one column of all files: the one that the options name, else "text", "messages" or "input_ids", whichever is there.
+    """The one column of all files: the one that the options name, else the default one that is there.
 
     Raises:
         PromptsError: several are there or named, or an option of chats is given beside other prompts.
@@ -31,23 +30,24 @@ def choose_columns(files: Sequence[tuple[PromptFile, FileColumns]], options: Pro
     if len(named) > 1:
         given = " and ".join(f"{kind}_column = {name!r}" for kind, name in named.items())
         raise PromptsError(f"{given} are both given, and a run's prompts come from one column.", "Name one.")
-    found = {} if named else _default_columns(files)
+    found = {} if named else _found(files)
     if len(found) > 1:
         raise PromptsError(
             f"The prompts have several columns, and one of them must count for all rows: {' and '.join(found.values())}.", NAME_ONE
         )
-    kind = next(iter(named or found), _KINDS[0])
+    prompt = next(iter([*named.values(), *found]), "text")
+    kind = next(iter(named), None) or _DEFAULTS[prompt]
     _refuse_options_of_chats(kind, options)
     is_messages, is_ids = kind == "messages", kind == "input_ids"
     return Columns(
-        prompt=named.get(kind) or kind,
+        prompt=prompt,
         kind=kind,
         row_id=options.id_column,
         tools=(options.tools_column or "tools") if is_messages else None,
         template_options=TEMPLATE_OPTIONS if is_messages else None,
         attention_mask="attention_mask" if is_ids else None,
         loss_mask="loss_mask" if is_ids else None,
-        rivals=frozenset() if named else frozenset(_KINDS) - {kind},
+        rivals=frozenset() if named else frozenset(_DEFAULTS) - {prompt},
     )
 
 
@@ -55,16 +55,16 @@ def _named(options: PromptOptions) -> dict[Kind, str | None]:
     return {"text": options.text_column, "messages": options.messages_column, "input_ids": options.input_ids_column}
 
 
-def _default_columns(files: Iterable[tuple[PromptFile, FileColumns]]) -> dict[Kind, str]:
-    """Each default column that is there, in words that say where it was found first."""
-    seen: dict[Kind, str] = {}
+def _found(files: Iterable[tuple[PromptFile, FileColumns]]) -> dict[str, str]:
+    """Each default column that is there, with words that say where it was found first."""
+    seen: dict[str, str] = {}
     for file, present in files:
         if present is None:
             seen.setdefault("text", f"'text' (the lines of {file.name})")
-        for kind in _KINDS:
-            if present is not None and kind in present:
-                seen.setdefault(kind, f"{kind!r} (first in row {present[kind]} of {file.name})")
-    return {kind: seen[kind] for kind in _KINDS if kind in seen}
+        for name in _DEFAULTS:
+            if present is not None and name in present:
+                seen.setdefault(name, f"{name!r} (first in row {present[name]} of {file.name})")
+    return {name: seen[name] for name in _DEFAULTS if name in seen}
 
 
 def _refuse_options_of_chats(kind: Kind, options: PromptOptions) -> None:
@@ -100,7 +100,7 @@ def absent_columns(file: PromptFile, present: FileColumns, columns: Columns, opt
     ]
     if columns.prompt not in present:
         # None was named, and every file that has another of the default columns was refused before.
-        none = "neither a column 'text' nor 'messages' nor 'input_ids'" if columns.rivals else f"no column {columns.prompt!r}"
+        none = f"neither a column {' nor '.join(map(repr, _DEFAULTS))}" if columns.rivals else f"no column {columns.prompt!r}"
         problems.append(
             PromptsError(
                 f"{file.path} has {none}.", f"Set text_column, messages_column or input_ids_column to one of its columns: {listed}."

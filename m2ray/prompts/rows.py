@@ -13,6 +13,7 @@ Kind = Literal["text", "messages", "input_ids"]
 MAX_PROMPT_BYTES = 16 << 20
 """Longer rows are quarantined unread: tokenising one takes about a hundred bytes of memory for each of its bytes."""
 
+_SPEAKERS = {"human": "user", "gpt": "assistant"}
 _ID_BYTES = 4
 _LARGEST_ID = 2**31 - 1
 
@@ -146,7 +147,8 @@ def _read_messages(value: Any) -> list[Message]:
     if not isinstance(value, list):
         raise _BadRowError(f"messages are not a list but {type(value).__name__}")
     messages: list[Message] = []
-    for number, item in enumerate(value):
+    for number, given in enumerate(value):
+        item = _without_sharegpt(given)
         problem = _message_problem(item)
         if problem:
             raise _BadRowError(f"message {number}: {problem}")
@@ -154,6 +156,15 @@ def _read_messages(value: Any) -> list[Message]:
     if all(_says_nothing(message) for message in messages):
         raise _BadRowError("empty")
     return messages
+
+
+def _without_sharegpt(item: Any) -> Any:
+    """A message of ShareGPT's, {"from": "human", "value": ...}, with the names that templates know; any other as it is."""
+    if not isinstance(item, dict) or item.get("from") is None or item.get("role") is not None:
+        return item
+    others = {key: part for key, part in item.items() if key not in ("from", "value", "role", "content")}
+    speaker = item["from"]
+    return {"role": _SPEAKERS.get(speaker, speaker) if isinstance(speaker, str) else speaker, "content": item.get("value"), **others}
 
 
 def _message_problem(item: Any) -> str | None:

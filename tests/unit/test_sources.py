@@ -343,7 +343,7 @@ def test_sources_that_cannot_be_read_stop_the_run(tmp_path):
         "a.json": "a.json is unknown. m2ray reads .jsonl",
         "noext": "noext is unknown",
         "broken.parquet": "broken.parquet is damaged",
-        "a.jsonl": "neither a column 'text' nor 'messages' nor 'input_ids'. Set text_column, messages_column or input_ids_column to one of its columns: 'body', 'title'",
+        "a.jsonl": "neither a column 'text' nor 'messages' nor 'conversations' nor 'input_ids'. Set text_column, messages_column or input_ids_column to one of its columns: 'body', 'title'",
         "a.csv": "to one of its columns: 'body', 'title'",
         "twice.csv": "names 'text' more than once",
         "a.parquet": "to one of its columns: 'body'",
