@@ -1,5 +1,6 @@
 """ExtractConfig: the options of an extraction, in one place, for TOML files and command-line flags alike."""
 
+import json
 import re
 import tomllib
 from collections.abc import Mapping
@@ -10,6 +11,12 @@ from typing import Annotated, Any, Literal, Self, get_args
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError
 
 from m2ray.errors import ConfigError, raise_all
+
+
+def _as_object(value: Any) -> Any:
+    """A flag's JSON text as what it says; any other value as it is."""
+    return json.loads(value) if isinstance(value, str) else value
+
 
 Auto = Literal["auto"]
 Attention = Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"]
@@ -47,6 +54,9 @@ class ExtractConfig(BaseModel):
         "auto", description="Those that the tokenizer puts around a text (never around a chat); auto: where the text has them not already."
     )
     add_generation_prompt: bool = Field(False, description="End each chat with what its template writes before an assistant's answer.")
+    template_options: Annotated[dict[str, Any], BeforeValidator(_as_object)] = Field(
+        {}, description="For every chat's template: {enable_thinking = false} in TOML, JSON as a flag; a row's chat_template_kwargs win."
+    )
     template_date: Day | Auto = Field("auto", description="The day that chat templates are told; auto: the UTC day on which the run began.")
     layers: NonEmpty = Field("all", description='Layers to extract: "all", "0", "0-5", "0,7,20-61".')
     sites: Literal["residual"] = Field("residual", description="What to capture at each layer.")

@@ -68,7 +68,7 @@ def _found(files: Iterable[tuple[PromptFile, FileColumns]]) -> dict[str, str]:
 
 
 def _refuse_options_of_chats(kind: Kind, options: PromptOptions) -> None:
-    of_chats = {"tools_column": options.tools_column, "add_generation_prompt": options.add_generation_prompt}
+    of_chats = {name: getattr(options, name) for name in ("tools_column", "add_generation_prompt", "template_options")}
     given = ", ".join(f"{name} = {json.dumps(value)}" for name, value in of_chats.items() if value)
     if given and kind != "messages":
         raise PromptsError(

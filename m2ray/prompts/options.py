@@ -1,8 +1,9 @@
 """PromptOptions: the options of an extraction that decide its sequences."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from m2ray.config import ExtractConfig
 
@@ -16,6 +17,7 @@ class PromptOptions:
         max_length: in tokens.
         text_column, messages_column, input_ids_column, tools_column, id_column: None where the user named none.
         add_generation_prompt: whether chats end with the words that begin an assistant's answer.
+        template_options: variables of every chat's template.
         template_date: the day that chat templates are told, UTC; None: today.
         quarantine_limit: the share of the rows, 0 to 1, that may be quarantined.
     """
@@ -30,6 +32,7 @@ class PromptOptions:
     truncation: Literal["refuse", "cut"] = "refuse"
     special_tokens: Literal["auto", "add", "none"] = "auto"
     add_generation_prompt: bool = False
+    template_options: Mapping[str, Any] = field(default_factory=dict)
     template_date: date | None = None
     quarantine_limit: float = 1.0
 
@@ -48,6 +51,7 @@ class PromptOptions:
             config.truncation,
             config.special_tokens,
             config.add_generation_prompt,
+            config.template_options,
             given or (date.fromisoformat(recorded_date) if recorded_date else datetime.now(UTC).date()),
             config.quarantine_limit,
         )

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -52,8 +51,7 @@ class PromptTokenizer:
         self._options = options
         self._vocab_size = vocab_size
         self.tokenizer_digest = tokenizer_digest
-        today = datetime.now(UTC).date()
-        self.template = ChatTemplate(tokenizer, options.template_date or today, add_generation_prompt=options.add_generation_prompt)
+        self.template = ChatTemplate(tokenizer, options)
         self.template_digest = self.template.digest
 
     @classmethod

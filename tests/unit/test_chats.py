@@ -184,6 +184,15 @@ def test_conversations_of_sharegpt(model: Path, tmp_path: Path, name: str) -> No
     assert reasons == ["message 0: 'content' is not a string but NoneType", "message 0: 'role' is empty"]
 
 
+def test_options_of_the_template_for_all_rows(model: Path, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", ROWS)
+    expected = [of_transformers(model, {**row, "chat_template_kwargs": {"thinking": "a bit", **row.get(COLUMNS[2], {})}}) for row in ROWS]
+    assert tokens_of(path, model, template_options={"thinking": "a bit"}) == expected
+    assert expected[1] == of_transformers(model, ROWS[1]), "the row's own wins"
+    with pytest.raises(PromptsError, match="template_options sets 'tokenize', which m2ray or transformers sets itself"):
+        tokens_of(path, model, template_options={"tokenize": True})
+
+
 # -- the date ---------------------------------------------------------------------------------------------------------
 
 DATED = "{%- macro today() %}{{ strftime_now('%d %b %Y %H:%M') }}{% endmacro %}{{ today() }}: {{ messages[0].content }}"

@@ -167,6 +167,9 @@ def test_a_run_keeps_the_day_on_which_it_began(dated: tuple[Path, Path], tmp_pat
     refused = extract(*dated, run, "--template-date", "2025-02-04")
     assert_refused(refused, 'template_date: "2025-02-03" in the run, "2025-02-04" now')
     assert_refused(extract(*dated, run, "--template-date", "3 Feb"), "template_date = '3 Feb' is not")
+    refused = extract(*dated, run, "--template-options", '{"thinking": false}')
+    assert_refused(refused, 'template_options: {} in the run, {"thinking": false} now')
+    assert_refused(extract(*dated, run, "--template-options", "thinking"), "template_options = 'thinking' is not")
 
 
 def test_a_driver_that_loses_the_claim_goes_on_with_the_winners_day(
