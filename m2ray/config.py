@@ -1,5 +1,6 @@
 """ExtractConfig: the options of an extraction, in one place, for TOML files and command-line flags alike."""
 
+import json
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -12,12 +13,18 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstr
 from m2ray.errors import ConfigError, raise_all
 from m2ray.sizes import parse_bytes, parse_max_memory
 
+
+def _as_object(value: Any) -> Any:
+    """A flag's JSON text as what it says; any other value as it is."""
+    return json.loads(value) if isinstance(value, str) else value
+
+
 Auto = Literal["auto"]
 Attention = Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"]
 OffloadTo = Literal["none", "cpu", "disk"]
 Transport = Literal["auto", "object_store", "cuda_ipc"]
 Positive = Annotated[int, Field(gt=0)]
-Day = Annotated[date, BeforeValidator(lambda value: date.fromisoformat(value) if isinstance(value, str) else value)]
+Day = Annotated[date, BeforeValidator(lambda value: date.fromisoformat(str(value)))]
 NonEmpty = Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)]
 
 
@@ -39,9 +46,13 @@ class ExtractConfig(BaseModel):
 
     model: NonEmpty = _rows(description="Checkpoint folder: config.json, tokenizer, safetensors and their index.")
     prompts: NonEmpty = _rows(description="Prompt file, folder or glob: .jsonl, .parquet, .csv, .txt, or a saved HF dataset.")
-    text_column: NonEmpty | None = _rows(None, description="Column that holds a prompt's text; default: text, if there is no messages.")
+    text_column: NonEmpty | None = _rows(None, description="Column that holds a prompt's text; default: text, if it alone is there.")
     messages_column: NonEmpty | None = _rows(
-        None, description="Column that holds a prompt's chat messages, for the chat template; default: messages, if there is no text."
+        None,
+        description="Column that holds a prompt's chat messages, for the chat template; default: messages or conversations, if it alone is there.",
+    )
+    input_ids_column: NonEmpty | None = _rows(
+        None, description="Column that holds a prompt's token ids, which are taken as they are; default: input_ids, if it alone is there."
     )
     tools_column: NonEmpty | None = _rows(None, description="Column that holds the tools of a chat; default: tools, where it is.")
     id_column: NonEmpty | None = _rows(None, description="Column that names a row; default: its position.")
@@ -49,6 +60,10 @@ class ExtractConfig(BaseModel):
     truncation: Literal["refuse", "cut"] = _rows("refuse", description="Longer prompts: quarantine them, or cut their end.")
     special_tokens: Literal["auto", "add", "none"] = _rows(
         "auto", description="Those that the tokenizer puts around a text (never around a chat); auto: where the text has them not already."
+    )
+    add_generation_prompt: bool = _rows(False, description="End each chat with what its template writes before an assistant's answer.")
+    template_options: Annotated[dict[str, Any], BeforeValidator(_as_object)] = _rows(
+        {}, description="For every chat's template: {enable_thinking = false} in TOML, JSON as a flag; a row's chat_template_kwargs win."
     )
     template_date: Day | Auto = _rows("auto", description="The day that chat templates are told; auto: the UTC day on which the run began.")
     layers: NonEmpty = _rows("all", description='Layers to extract: "all", "0", "0-5", "0,7,20-61".')

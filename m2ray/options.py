@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -23,7 +23,9 @@ class PromptOptions:
     Attributes:
         prompts: file, folder, glob or saved dataset.
         max_length: in tokens.
-        text_column, messages_column, tools_column, id_column: None where the user named none.
+        text_column, messages_column, input_ids_column, tools_column, id_column: None where the user named none.
+        add_generation_prompt: whether chats end with the words that begin an assistant's answer.
+        template_options: variables of every chat's template.
         special_tokens: what is put around a text; "add_where_absent" is what "auto" comes to where the tokenizer adds any.
         template_date: the day that chat templates are told, UTC; None where none is.
         quarantine_limit: the share of the rows, 0 to 1, that may be quarantined.
@@ -33,10 +35,13 @@ class PromptOptions:
     max_length: int
     text_column: str | None = None
     messages_column: str | None = None
+    input_ids_column: str | None = None
     tools_column: str | None = None
     id_column: str | None = None
     truncation: Literal["refuse", "cut"] = "refuse"
     special_tokens: Literal["auto", "add_where_absent", "add", "none"] = "auto"
+    add_generation_prompt: bool = False
+    template_options: Mapping[str, Any] = field(default_factory=dict)
     template_date: date | None = None
     quarantine_limit: float = 1.0
 
@@ -49,10 +54,13 @@ class PromptOptions:
             config.max_length or longest,
             config.text_column,
             config.messages_column,
+            config.input_ids_column,
             config.tools_column,
             config.id_column,
             config.truncation,
             config.special_tokens,
+            config.add_generation_prompt,
+            config.template_options,
             given or (date.fromisoformat(recorded_date) if recorded_date else datetime.now(UTC).date()),
             config.quarantine_limit,
         )
@@ -127,7 +135,7 @@ class RunOptions:
 
         The model and the prompts are left out: their digests say more than their paths.
         """
-        values = {field.name: getattr(owner, field.name) for owner in (self.prompts, self) for field in fields(owner)}
+        values = {each.name: getattr(owner, each.name) for owner in (self.prompts, self) for each in fields(owner)}
         names = [name for name in ExtractConfig.row_options() if name not in ("model", "prompts")]
         return {name: _plain(values[name]) for name in names}
 

@@ -125,8 +125,9 @@ def _settled(source: PromptSource, tokenizer: PromptTokenizer) -> PromptOptions:
     columns, options = source.columns, source.options
     return replace(
         options,
-        text_column=None if columns.is_messages else columns.prompt,
-        messages_column=columns.prompt if columns.is_messages else None,
+        text_column=columns.prompt if columns.kind == "text" else None,
+        messages_column=columns.prompt if columns.kind == "messages" else None,
+        input_ids_column=columns.prompt if columns.kind == "input_ids" else None,
         tools_column=columns.tools,
         special_tokens=tokenizer.resolved_special_tokens(columns),
         template_date=options.template_date if columns.is_messages else None,

@@ -97,7 +97,8 @@ def survey_prompts(model: str, options: PromptOptions, vocab_size: int, shard_to
         PromptsError, CheckpointError: as a run would.
     """
     with tempfile.TemporaryDirectory(prefix="m2ray-plan-") as folder:
-        tokenizer = PromptTokenizer.load(model, options, vocab_size)
-        found = survey(PromptSource.open(options), tokenizer, open_store(folder), "plan", shard_tokens)
+        source, tokenizer = PromptSource.open(options), PromptTokenizer.load(model, options, vocab_size)
+        tokenizer.resolved_special_tokens(source.columns)  # which refuses what a run would refuse
+        found = survey(source, tokenizer, open_store(folder), "plan", shard_tokens)
         found.tokens.close()
     return found.shards

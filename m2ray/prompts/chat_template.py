@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import date, datetime, time
+from datetime import UTC, datetime, time
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +12,7 @@ from jinja2 import TemplateError
 from transformers.utils import chat_template_utils
 
 from m2ray.errors import PromptsError
+from m2ray.options import PromptOptions
 from m2ray.prompts.columns import TEMPLATE_OPTIONS
 from m2ray.prompts.rows import PromptRow
 
@@ -31,20 +32,25 @@ class RefusedError(ValueError):
 class ChatTemplate:
     """The template of a transformers tokenizer. `digest` is xxh3-128 of its text, or "" if the model has none."""
 
-    def __init__(self, tokenizer: Any, day: date) -> None:
+    def __init__(self, tokenizer: Any, options: PromptOptions) -> None:
         self._tokenizer = tokenizer
-        self._midnight = datetime.combine(day, time())
+        self._options = options
+        self._midnight = datetime.combine(options.template_date or datetime.now(UTC).date(), time())
         text = _text(tokenizer)
         self.digest = xxhash.xxh3_128(text.encode()).hexdigest() if text is not None else ""
         self.reads_date = text is not None and _CLOCK in text
         self._reserved = {*inspect.signature(tokenizer.apply_chat_template).parameters, "messages", _CLOCK}
 
     def require(self) -> None:
-        """Raise PromptsError if the model has no chat template, or one whose date cannot be set."""
+        """Raise PromptsError if the model has no chat template, or one whose date cannot be set, or options that none can have."""
         if not self.digest:
             raise PromptsError(
                 "The prompts are chat messages, but the model's tokenizer has no chat template.",
                 "Give the prompts as text, or a model with a chat template.",
+            )
+        if taken := self._reserved & self._options.template_options.keys():
+            raise PromptsError(
+                f"template_options sets {', '.join(map(repr, sorted(taken)))}, which m2ray or transformers sets itself.", "Leave it out."
             )
         if self.reads_date:
             self._require_date()
@@ -55,13 +61,16 @@ class ChatTemplate:
         if taken := sorted(self._reserved & options.keys()):
             raise RefusedError(f"{TEMPLATE_OPTIONS}: {', '.join(map(repr, taken))} cannot be set for one row")
         try:
-            return self._render(row.messages, tools=row.tools, **options)
+            return self._render(row.messages, tools=row.tools, **{**self._options.template_options, **options})
         except _TEMPLATE_ERRORS as error:
             raise RefusedError(f"the chat template refuses it: {str(error) or type(error).__name__}") from error
 
     def _render(self, messages: Any, **options: Any) -> str:
         with _telling(self._midnight):
-            return str(self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False, **options))
+            rendered = self._tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=self._options.add_generation_prompt, **options
+            )
+        return str(rendered)
 
     def _require_date(self) -> None:
         told = self._render([{"role": "user", "content": ""}], chat_template=f"{{{{ {_CLOCK}('%Y-%m-%d') }}}}")

@@ -1,54 +1,90 @@
-"""Which column of the source holds the prompts, text or chat messages: chosen once, for all its files."""
+"""Which column of the source holds the prompts, text, chat messages or token ids: chosen once, for all its files."""
 
+import json
 from collections.abc import Iterable, Sequence
 
 from m2ray.errors import PromptsError
 from m2ray.options import PromptOptions
 from m2ray.prompts.readers import PromptFile
-from m2ray.prompts.rows import Columns, FileColumns
+from m2ray.prompts.rows import Columns, FileColumns, Kind
 
 TEMPLATE_OPTIONS = "chat_template_kwargs"
 """The column whose objects a row's chat template gets as options, by the name that vLLM and TRL give it."""
 
-_TEXT, _MESSAGES, _TOOLS = "text", "messages", "tools"
+NAME_ONE = (
+    "Name the one that counts: text_column, messages_column or input_ids_column. Rows without that column are then quarantined, "
+    "files without it refused."
+)
+
+_DEFAULTS: dict[str, Kind] = {"text": "text", "messages": "messages", "conversations": "messages", "input_ids": "input_ids"}
+"""The columns that are looked for where none is named, and what they hold."""
 
 
 def choose_columns(files: Sequence[tuple[PromptFile, FileColumns]], options: PromptOptions) -> Columns:
-    """The one column of all files: the one that the options name, else "text" or "messages", whichever is there.
+    """The one column of all files: the one that the options name, else the default one that is there.
 
     Raises:
-        PromptsError: both are there or named, or `tools_column` is named beside texts.
+        PromptsError: several are there or named, or an option of chats is given beside other prompts.
     """
-    if options.text_column and options.messages_column:
+    named = {kind: name for kind, name in _named(options).items() if name}
+    if len(named) > 1:
+        given = " and ".join(f"{kind}_column = {name!r}" for kind, name in named.items())
+        raise PromptsError(f"{given} are both given, and a run's prompts come from one column.", "Name one.")
+    found = {} if named else _found(files)
+    if len(found) > 1:
         raise PromptsError(
-            f"text_column = {options.text_column!r} and messages_column = {options.messages_column!r} are both given, "
-            "and a run's prompts come from one column.",
-            "Leave one of them out.",
+            f"The prompts have several columns, and one of them must count for all rows: {' and '.join(found.values())}.", NAME_ONE
         )
-    named = options.text_column or options.messages_column
-    if named is None:
-        _refuse_both(files)
-    is_messages = bool(options.messages_column) or (named is None and any(present and _MESSAGES in present for _, present in files))
-    if options.tools_column and not is_messages:
-        raise PromptsError(
-            f"tools_column = {options.tools_column!r} is given, but the prompts are texts, which no chat template is applied to.",
-            "Leave it out, or set messages_column.",
-        )
+    prompt = next(iter([*named.values(), *found]), "text")
+    kind = next(iter(named), None) or _DEFAULTS[prompt]
+    _refuse_options_of_chats(kind, options)
+    is_messages, is_ids = kind == "messages", kind == "input_ids"
     return Columns(
-        prompt=named or (_MESSAGES if is_messages else _TEXT),
-        is_messages=is_messages,
+        prompt=prompt,
+        kind=kind,
         row_id=options.id_column,
-        tools=(options.tools_column or _TOOLS) if is_messages else None,
+        tools=(options.tools_column or "tools") if is_messages else None,
         template_options=TEMPLATE_OPTIONS if is_messages else None,
-        rival=None if named else (_TEXT if is_messages else _MESSAGES),
+        attention_mask="attention_mask" if is_ids else None,
+        loss_mask="loss_mask" if is_ids else None,
+        rivals=frozenset() if named else frozenset(_DEFAULTS) - {prompt},
     )
 
 
+def _named(options: PromptOptions) -> dict[Kind, str | None]:
+    return {"text": options.text_column, "messages": options.messages_column, "input_ids": options.input_ids_column}
+
+
+def _found(files: Iterable[tuple[PromptFile, FileColumns]]) -> dict[str, str]:
+    """Each default column that is there, with words that say where it was found first."""
+    seen: dict[str, str] = {}
+    for file, present in files:
+        if present is None:
+            seen.setdefault("text", f"'text' (the lines of {file.name})")
+        for name in _DEFAULTS:
+            if present is not None and name in present:
+                seen.setdefault(name, f"{name!r} (first in row {present[name]} of {file.name})")
+    return {name: seen[name] for name in _DEFAULTS if name in seen}
+
+
+def _refuse_options_of_chats(kind: Kind, options: PromptOptions) -> None:
+    of_chats = {name: getattr(options, name) for name in ("tools_column", "add_generation_prompt", "template_options")}
+    given = ", ".join(f"{name} = {json.dumps(value)}" for name, value in of_chats.items() if value)
+    if given and kind != "messages":
+        raise PromptsError(
+            f"{given} is given, but the prompts are no chat messages, and no template is applied to them.",
+            "Leave it out, or set messages_column.",
+        )
+
+
 def absent_columns(file: PromptFile, present: FileColumns, columns: Columns, options: PromptOptions) -> list[PromptsError]:
-    """What a file lacks of the columns that were chosen and named. An empty one has no row to tell from: there is none, or they are quarantined one by one."""
+    """What a file lacks of the columns that were chosen and named.
+
+    One that shows no columns has no row to tell from: there is none, or they are quarantined one by one.
+    """
     needed = {"id_column": columns.row_id, "tools_column": options.tools_column}
     if present is None:
-        needed["messages_column"] = columns.prompt if columns.is_messages else None
+        needed[f"{columns.kind}_column"] = None if columns.kind == "text" else columns.prompt
         return [
             PromptsError(f"{file.path} is plain text and has no column {name!r}.", f"Leave {option} out, or the file.")
             for option, name in needed.items()
@@ -63,22 +99,11 @@ def absent_columns(file: PromptFile, present: FileColumns, columns: Columns, opt
         if name is not None and name not in present
     ]
     if columns.prompt not in present:
-        lacks_both = columns.rival is not None and columns.rival not in present
-        either = f"neither a column {_TEXT!r} nor {_MESSAGES!r}" if lacks_both else f"no column {columns.prompt!r}"
-        problems.append(PromptsError(f"{file.path} has {either}.", f"Set text_column or messages_column to one of its columns: {listed}."))
-    return problems
-
-
-def _refuse_both(files: Iterable[tuple[PromptFile, FileColumns]]) -> None:
-    seen: dict[str, str] = {}
-    for file, present in files:
-        for name in (_TEXT, _MESSAGES):
-            if present is not None and name in present:
-                seen.setdefault(name, f"{name!r} (first in row {present[name]} of {file.name})")
-            elif present is None and name == _TEXT:
-                seen.setdefault(name, f"{name!r} (the lines of {file.name})")
-    if len(seen) == 2:
-        raise PromptsError(
-            f"The prompts have two columns, and one of them must count for all rows: {seen[_TEXT]} and {seen[_MESSAGES]}.",
-            'Set text_column = "text" or messages_column = "messages". Rows without that column are then quarantined, files without it refused.',
+        # None was named, and every file that has another of the default columns was refused before.
+        none = f"neither a column {' nor '.join(map(repr, _DEFAULTS))}" if columns.rivals else f"no column {columns.prompt!r}"
+        problems.append(
+            PromptsError(
+                f"{file.path} has {none}.", f"Set text_column, messages_column or input_ids_column to one of its columns: {listed}."
+            )
         )
+    return problems

@@ -1,14 +1,21 @@
 """PromptRow: one row of the source, checked: a text, or chat messages, or the reason why it is neither."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 Message = dict[str, Any]
 
+Kind = Literal["text", "messages", "input_ids"]
+"""What a prompt is given as."""
+
 MAX_PROMPT_BYTES = 16 << 20
 """Longer rows are quarantined unread: tokenising one takes about a hundred bytes of memory for each of its bytes."""
+
+_SPEAKERS = {"human": "user", "gpt": "assistant"}
+_ID_BYTES = 4
+_LARGEST_ID = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,31 +32,39 @@ FileColumns = Mapping[str, int] | None
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """Where the prompts are. `prompt` holds chat messages if `is_messages`, else text.
+    """Where the prompts are, and of which kind they are.
 
-    `tools` and `template_options` go with messages, where a file has them. `rival` is the column that no row may have beside or
-    instead of `prompt`; None if the user named `prompt`.
+    `tools` and `template_options` go with messages, `attention_mask` and `loss_mask` with input_ids, where a file has them.
+    `rivals` are the columns that no row may have beside or instead of `prompt`; none if the user named `prompt`.
     """
 
     prompt: str
-    is_messages: bool = False
+    kind: Kind = "text"
     row_id: str | None = None
     tools: str | None = None
     template_options: str | None = None
-    rival: str | None = None
+    attention_mask: str | None = None
+    loss_mask: str | None = None
+    rivals: frozenset[str] = frozenset()
 
     def __str__(self) -> str:
-        return f"{'chat messages' if self.is_messages else 'text'} of the column {self.prompt!r}"
+        what = {"text": "text", "messages": "chat messages", "input_ids": "token ids"}
+        return f"{what[self.kind]} of the column {self.prompt!r}"
+
+    @property
+    def is_messages(self) -> bool:
+        return self.kind == "messages"
 
     def of(self, present: FileColumns) -> list[str]:
         """Those that are to be read of a file, the prompt first."""
-        wanted = dict.fromkeys(name for name in (self.prompt, self.row_id, self.tools, self.template_options) if name is not None)
-        return [name for name in wanted if present is None or name in present or name == self.prompt]
+        others = (self.row_id, self.tools, self.template_options, self.attention_mask, self.loss_mask)
+        found = (name for name in others if name is not None and (present is None or name in present))
+        return list(dict.fromkeys([self.prompt, *found]))
 
 
 @dataclass(frozen=True, slots=True)
 class PromptRow:
-    """One row. Exactly one of `text`, `messages` and `reason` (why it is quarantined) is given.
+    """One row. Exactly one of `text`, `messages`, `token_ids` and `reason` (why it is quarantined) is given.
 
     `sequence_id` is its 0-based place in the source, over all files; `row_id` the value of the id column, else that place.
     `tools` and `template_options` go with messages, to the chat template. `num_bytes` is what all of it takes as UTF-8.
@@ -59,6 +74,7 @@ class PromptRow:
     row_id: str
     text: str | None = None
     messages: list[Message] | None = None
+    token_ids: list[int] | None = None
     reason: str | None = None
     tools: list[Any] | None = None
     template_options: Mapping[str, Any] | None = None
@@ -77,8 +93,7 @@ def as_row(record: Record, sequence_id: int, columns: Columns) -> PromptRow:
             raise _BadRowError(record.problem)
         if columns.prompt not in record.values:
             raise _BadRowError(f"no column {columns.prompt!r}")
-        read = _read_chat if columns.is_messages else _read_text
-        return PromptRow(sequence_id, row_id, **read(record.values, columns))
+        return PromptRow(sequence_id, row_id, **_READERS[columns.kind](record.values, columns))
     except _BadRowError as error:
         return PromptRow(sequence_id, row_id, reason=str(error))
 
@@ -132,7 +147,8 @@ def _read_messages(value: Any) -> list[Message]:
     if not isinstance(value, list):
         raise _BadRowError(f"messages are not a list but {type(value).__name__}")
     messages: list[Message] = []
-    for number, item in enumerate(value):
+    for number, given in enumerate(value):
+        item = _without_sharegpt(given)
         problem = _message_problem(item)
         if problem:
             raise _BadRowError(f"message {number}: {problem}")
@@ -140,6 +156,15 @@ def _read_messages(value: Any) -> list[Message]:
     if all(_says_nothing(message) for message in messages):
         raise _BadRowError("empty")
     return messages
+
+
+def _without_sharegpt(item: Any) -> Any:
+    """A message of ShareGPT's, {"from": "human", "value": ...}, with the names that templates know; any other as it is."""
+    if not isinstance(item, dict) or item.get("from") is None or item.get("role") is not None:
+        return item
+    others = {key: part for key, part in item.items() if key not in ("from", "value", "role", "content")}
+    speaker = item["from"]
+    return {"role": _SPEAKERS.get(speaker, speaker) if isinstance(speaker, str) else speaker, "content": item.get("value"), **others}
 
 
 def _message_problem(item: Any) -> str | None:
@@ -187,3 +212,59 @@ def _parsed(value: Any, name: str | None, wanted: str) -> Any:
         return json.loads(value)
     except (ValueError, RecursionError) as error:
         raise _BadRowError(f"{name} are neither a {wanted} nor a {wanted} in JSON") from error
+
+
+# -- token ids ------------------------------------------------------------------------------------------------------------
+
+
+def _read_token_ids(values: Mapping[str, Any], columns: Columns) -> dict[str, Any]:
+    """The ids without the padding at one end that `attention_mask` marks. `loss_mask` is looked at, and not kept."""
+    token_ids = _integers(values[columns.prompt], columns.prompt, _LARGEST_ID)
+    if token_ids is None:
+        raise _BadRowError("null")
+    _mask(values.get(columns.loss_mask or ""), columns.loss_mask, len(token_ids), columns.prompt)
+    attention_mask = _mask(values.get(columns.attention_mask or ""), columns.attention_mask, len(token_ids), columns.prompt)
+    if attention_mask is not None:
+        token_ids = token_ids[_unpadded(attention_mask, columns.attention_mask)]
+    if not token_ids:
+        raise _BadRowError("empty")
+    num_bytes = _ID_BYTES * len(token_ids)
+    if num_bytes > MAX_PROMPT_BYTES:
+        raise _BadRowError(f"{num_bytes} bytes, more than {MAX_PROMPT_BYTES}")
+    return {"token_ids": token_ids, "num_bytes": num_bytes}
+
+
+def _integers(value: Any, name: str, largest: int) -> list[int] | None:
+    numbers = _parsed(value, name, "list")
+    if numbers is None:
+        return None
+    if not isinstance(numbers, list):
+        raise _BadRowError(f"{name} are not a list but {type(numbers).__name__}")
+    for place, number in enumerate(numbers):
+        if type(number) is not int or not 0 <= number <= largest:
+            raise _BadRowError(f"{name}: {number!r} at place {place} is not a whole number from 0 to {largest}")
+    return numbers
+
+
+def _mask(value: Any, name: str | None, num_tokens: int, prompt: str) -> list[int] | None:
+    mask = _integers([int(one) if isinstance(one, bool) else one for one in value] if isinstance(value, list) else value, str(name), 1)
+    if mask is not None and len(mask) != num_tokens:
+        raise _BadRowError(f"{name} has {len(mask)} entries for the {num_tokens} of {prompt}")
+    return mask
+
+
+def _unpadded(mask: list[int], name: str | None) -> slice:
+    """The tokens that the mask keeps: all but some at one end."""
+    if 1 not in mask:
+        return slice(0)
+    first, stop = mask.index(1), len(mask) - mask[::-1].index(1)
+    if 0 in mask[first:stop] or (first > 0 and stop < len(mask)):
+        raise _BadRowError(f"{name} marks more than padding at one end")
+    return slice(first, stop)
+
+
+_READERS: dict[Kind, Callable[[Mapping[str, Any], Columns], dict[str, Any]]] = {
+    "text": _read_text,
+    "messages": _read_chat,
+    "input_ids": _read_token_ids,
+}

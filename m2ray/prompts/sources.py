@@ -11,7 +11,7 @@ from urllib.parse import unquote, urlsplit
 
 from m2ray.errors import PromptsError, raise_all
 from m2ray.options import PromptOptions
-from m2ray.prompts.columns import absent_columns, choose_columns
+from m2ray.prompts.columns import NAME_ONE, absent_columns, choose_columns
 from m2ray.prompts.fingerprint import Fingerprint
 from m2ray.prompts.readers import FORMATS, ArrowStreamFile, PromptFile, format_of
 from m2ray.prompts.remote import RemotePath, find_remote
@@ -71,16 +71,15 @@ class PromptSource:
         for file, present in self._files:
             with fingerprint.reading(file) if fingerprint else nullcontext(file) as data:
                 for number, record in enumerate(data.records(self.columns.of(present))):
-                    if self.columns.rival in record.values:
-                        raise self._two_columns(file, number)
+                    if rivals := sorted(self.columns.rivals & record.values.keys()):
+                        raise self._two_columns(file, number, rivals[0])
                     yield as_row(record, sequence_id, self.columns)
                     sequence_id += 1
 
-    def _two_columns(self, file: PromptFile, row: int) -> PromptsError:
-        prompt, rival = self.columns.prompt, self.columns.rival
+    def _two_columns(self, file: PromptFile, row: int, rival: str) -> PromptsError:
         return PromptsError(
-            f"Row {row} of {file.path} has a column {rival!r}, but the rows before it have their prompts in {prompt!r}.",
-            'Set text_column = "text" or messages_column = "messages". Rows without that column are then quarantined, files without it refused.',
+            f"Row {row} of {file.path} has a column {rival!r}, but the rows before it have their prompts in {self.columns.prompt!r}.",
+            NAME_ONE,
         )
 
     def fingerprint(self) -> str:

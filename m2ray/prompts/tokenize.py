@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -52,7 +51,7 @@ class PromptTokenizer:
         self._options = options
         self._vocab_size = vocab_size
         self.tokenizer_digest = tokenizer_digest
-        self.template = ChatTemplate(tokenizer, options.template_date or datetime.now(UTC).date())
+        self.template = ChatTemplate(tokenizer, options)
         self.template_digest = self.template.digest
 
     @classmethod
@@ -61,7 +60,7 @@ class PromptTokenizer:
 
         Args:
             model_url: the checkpoint's folder, as a path or a URL.
-            options: `max_length`, `truncation`, `special_tokens` and `template_date` are used.
+            options: all but those of the source are used.
             vocab_size: rows of the model's embedding; no token id may reach it.
 
         Raises:
@@ -84,18 +83,15 @@ class PromptTokenizer:
         return SpecialTokens.of(self._tokenizer)
 
     def resolved_special_tokens(self, columns: Columns) -> SpecialTokensRule:
-        """What is done about special tokens, without "auto": a chat gets none beside the template's.
+        """What is done about special tokens, without "auto": a chat gets none beside the template's, token ids get none.
 
         Raises:
-            PromptsError: they are to be added to a chat, or what the tokenizer adds cannot be told.
+            PromptsError: they are to be added to a chat or to token ids, or what the tokenizer adds cannot be told.
         """
         rule = self._options.special_tokens
-        if columns.is_messages:
+        if columns.kind != "text":
             if rule == "add":
-                raise PromptsError(
-                    'special_tokens = "add", but the prompts are chat messages, whose special tokens the chat template writes.',
-                    "Leave it out.",
-                )
+                raise PromptsError(f'special_tokens = "add", but the prompts are {columns}: nothing is added to those.', "Leave it out.")
             return "none"
         if rule != "auto":
             return rule
@@ -124,6 +120,7 @@ class PromptTokenizer:
         """Each row's token ids as int32 [T], or the reason why the row is quarantined.
 
         Texts get the tokenizer's own special tokens as `special_tokens` says; messages those that the chat template writes, and no others.
+        Token ids are taken as they are.
 
         Raises:
             PromptsError: there is no chat template for messages.
@@ -139,6 +136,9 @@ class PromptTokenizer:
                 except RefusedError as error:
                     results[place] = str(error)
         texts = {place: row.text for place, row in enumerate(rows) if row.text is not None}
+        given = {place: row.token_ids for place, row in enumerate(rows) if row.token_ids is not None}
+        for place, token_ids in given.items():
+            results[place] = self._check(token_ids)
         for group, tokenized in ((texts, self._tokenize_texts(list(texts.values()))), (rendered, self._tokenize(list(rendered.values())))):
             for place, token_ids in zip(group, tokenized, strict=True):
                 results[place] = self._check(token_ids)

@@ -167,6 +167,33 @@ def test_another_tools_column_is_used_when_named(model: Path, tmp_path: Path) ->
         tokens_of(path, model, tools_column="absent")
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_conversations_of_sharegpt(model: Path, tmp_path: Path, name: str) -> None:
+    said = [("system", "Be brief."), ("human", "hi"), ("gpt", "Hello."), ("tool", "42")]
+    chat: list[dict[str, Any]] = [{"from": speaker, "value": value} for speaker, value in said]
+    bad: list[list[dict[str, Any]]] = [[{"from": "human"}], [{"from": "", "value": "x"}]]
+    rows = [{"conversations": one} for one in (chat, *bad)]
+    path = tmp_path / name
+    if name == "a.jsonl":
+        write_jsonl(path, rows)
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    roles = ["system", "user", "assistant", "tool"]
+    expected = [{"role": role, "content": value} for role, (_, value) in zip(roles, said, strict=True)]
+    tokens, *reasons = tokens_of(path, model)
+    assert tokens == of_transformers(model, {"messages": expected})
+    assert reasons == ["message 0: 'content' is not a string but NoneType", "message 0: 'role' is empty"]
+
+
+def test_options_of_the_template_for_all_rows(model: Path, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", ROWS)
+    expected = [of_transformers(model, {**row, "chat_template_kwargs": {"thinking": "a bit", **row.get(COLUMNS[2], {})}}) for row in ROWS]
+    assert tokens_of(path, model, template_options={"thinking": "a bit"}) == expected
+    assert expected[1] == of_transformers(model, ROWS[1]), "the row's own wins"
+    with pytest.raises(PromptsError, match="template_options sets 'tokenize', which m2ray or transformers sets itself"):
+        tokens_of(path, model, template_options={"tokenize": True})
+
+
 # -- the date ---------------------------------------------------------------------------------------------------------
 
 DATED = "{%- macro today() %}{{ strftime_now('%d %b %Y %H:%M') }}{% endmacro %}{{ today() }}: {{ messages[0].content }}"

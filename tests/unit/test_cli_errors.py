@@ -167,6 +167,9 @@ def test_a_run_keeps_the_day_on_which_it_began(dated: tuple[Path, Path], tmp_pat
     refused = extract(*dated, run, "--template-date", "2025-02-04")
     assert_refused(refused, 'template_date: "2025-02-03" in the run, "2025-02-04" now')
     assert_refused(extract(*dated, run, "--template-date", "3 Feb"), "template_date = '3 Feb' is not")
+    refused = extract(*dated, run, "--template-options", '{"thinking": false}')
+    assert_refused(refused, 'template_options: {} in the run, {"thinking": false} now')
+    assert_refused(extract(*dated, run, "--template-options", "thinking"), "template_options = 'thinking' is not")
 
 
 def test_a_driver_that_loses_the_claim_goes_on_with_the_winners_day(
@@ -196,12 +199,12 @@ def test_job_json_says_what_the_prompts_settled(
     dated: tuple[Path, Path], prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, chats = dated
-    of_prompts = ("text_column", "messages_column", "tools_column", "special_tokens")
+    of_prompts = ("text_column", "messages_column", "input_ids_column", "tools_column", "special_tokens")
     begin(monkeypatch, model, chats, tmp_path / "chat")
     begin(monkeypatch, model, prompts, tmp_path / "text")
     chat, text = (json.loads((tmp_path / name / "job.json").read_text())["options"] for name in ("chat", "text"))
-    assert [chat[name] for name in of_prompts] == [None, "messages", "tools", "none"]
-    assert [text[name] for name in of_prompts] == ["text", None, None, "none"], "this tokenizer adds none"
+    assert [chat[name] for name in of_prompts] == [None, "messages", None, "tools", "none"]
+    assert [text[name] for name in of_prompts] == ["text", None, None, None, "none"], "this tokenizer adds none"
     assert text["template_date"] is None, "a text sees no date, so the run has none to keep"
     job = json.loads((tmp_path / "text" / "job.json").read_text())
     del job["options"]["special_tokens"]

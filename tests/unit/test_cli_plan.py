@@ -149,12 +149,14 @@ def test_prompts_are_counted_as_a_run_would_read_them(small_model: Path, tmp_pat
     prompts.write_text(json.dumps({"text": "one", "messages": [{"role": "user", "content": "one two three"}]}) + "\n", encoding="utf-8")
     refused = plan("--gpus", "H200", "--prompts", str(prompts), model=small_model)
     assert refused.exit_code == 1
-    assert "The prompts have two columns" in refused.stderr
+    assert "The prompts have several columns" in refused.stderr
     chat, text = (
         plan_json("--gpus", "H200", "--prompts", str(prompts), f"--{name}-column", name, model=small_model)["output"]["tokens"]
         for name in ("messages", "text")
     )
     assert chat > text > 0
+    added = plan("--gpus", "H200", "--prompts", str(prompts), "--messages-column", "messages", "--special-tokens", "add", model=small_model)
+    assert 'special_tokens = "add", but the prompts are chat messages of' in added.stderr
 
 
 def test_limits_and_device_maps_change_the_layout() -> None:

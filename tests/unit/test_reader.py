@@ -215,10 +215,10 @@ def test_the_documented_lines_run(damaged: Path) -> None:
         ([row[3] for row in names["found"]], runs.bits(runs.PARTS[1], 4)),
         (names["selected"]["activation"].to_list(), runs.bits(runs.PARTS[1], 4)),
         (names["frame"]["activation"].tolist(), all_bits(runs.PARTS[1])),
-        ([row["activation"] for row in names["dataset"]], all_bits(runs.PARTS[1])),
+        ([row["activation"][0].as_py() for row in names["dataset"]], all_bits(runs.PARTS[1])),
     ):
         assert same_bits(names["numbers"](rows), layer_7)
-    assert [(row["sequence_id"], row["position"]) for row in names["dataset"]] == open_run(finished).tokens()[
+    assert [(row["sequence_id"][0].as_py(), row["position"][0].as_py()) for row in names["dataset"]] == open_run(finished).tokens()[
         ["sequence_id", "position"]
     ].tolist()
 

@@ -245,7 +245,7 @@ def test_the_named_one_of_two_columns_in_a_row_counts(tmp_path, name):
             csv.writer(file).writerows([["text", "messages"], ["doc-title", json.dumps(GOOD_CHAT)]])
     else:
         pq.write_table(pa.table({"text": ["doc-title"], "messages": [GOOD_CHAT]}), path)
-    with pytest.raises(PromptsError, match="The prompts have two columns"):
+    with pytest.raises(PromptsError, match="The prompts have several columns"):
         open_source(path)
     assert rows_of(path, messages_column="messages")[0].messages == GOOD_CHAT
     assert rows_of(path, text_column="text")[0].text == "doc-title"
@@ -274,8 +274,8 @@ def test_all_files_give_their_prompts_by_one_column(tmp_path):
 def test_tools_are_of_no_use_to_texts(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "x", "tools": []}])
     assert rows_of(path)[0].text == "x"
-    with pytest.raises(PromptsError, match="tools_column = 'tools' is given, but the prompts are texts"):
-        open_source(path, tools_column="tools")
+    with pytest.raises(PromptsError, match='tools_column = "tools", add_generation_prompt = true is given, but the prompts are no chat'):
+        open_source(path, tools_column="tools", add_generation_prompt=True)
 
 
 def test_a_folder_is_read_in_the_order_of_its_paths_and_numbered_through(tmp_path):
@@ -345,7 +345,7 @@ def test_sources_that_cannot_be_read_stop_the_run(tmp_path):
         "a.json": "a.json is unknown. m2ray reads .jsonl",
         "noext": "noext is unknown",
         "broken.parquet": "broken.parquet is damaged",
-        "a.jsonl": "neither a column 'text' nor 'messages'. Set text_column or messages_column to one of its columns: 'body', 'title'",
+        "a.jsonl": "neither a column 'text' nor 'messages' nor 'conversations' nor 'input_ids'. Set text_column, messages_column or input_ids_column to one of its columns: 'body', 'title'",
         "a.csv": "to one of its columns: 'body', 'title'",
         "twice.csv": "names 'text' more than once",
         "a.parquet": "to one of its columns: 'body'",

@@ -95,7 +95,7 @@ def test_special_tokens_that_a_text_has_are_not_doubled(copied, prefix, suffix):
     assert [ids.tolist() for ids in always] == [reference(text)["input_ids"] for text in texts]
 
 
-TEXT, CHATS = Columns("text"), Columns("messages", is_messages=True)
+TEXT, CHATS = Columns("text"), Columns("messages", "messages")
 
 
 def test_what_was_done_about_special_tokens_is_told_in_words(copied):
@@ -114,8 +114,15 @@ def test_what_was_done_about_special_tokens_is_told_in_words(copied):
     assert load(special_tokens="add").told(TEXT, encoded[0])[0] == "special tokens: all that the tokenizer adds"
     assert tokenizer.resolved_special_tokens(CHATS) == "none"
     assert tokenizer.told(CHATS, encoded[0])[0] == "special tokens: those of the chat template, and no others"
-    with pytest.raises(PromptsError, match='special_tokens = "add", but the prompts are chat messages'):
+    with pytest.raises(PromptsError, match='special_tokens = "add", but the prompts are chat messages of'):
         load(special_tokens="add").resolved_special_tokens(CHATS)
+
+
+def test_a_chat_may_end_where_an_answer_would_begin():
+    reference = AutoTokenizer.from_pretrained(str(TINY))
+    (ids,) = load(add_generation_prompt=True).encode([PromptRow(0, "0", messages=CHAT)])
+    assert ids.tolist() == reference.apply_chat_template(CHAT, tokenize=True, add_generation_prompt=True, return_dict=False)
+    assert reference.decode(ids.tolist()).endswith("<|start|>assistant\n")
 
 
 def test_over_long_prompts_are_refused_or_cut():
