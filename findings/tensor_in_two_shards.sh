@@ -50,8 +50,8 @@ for seed in {1..16}; do # the order of a set of strings follows this seed; witho
 from huggingface_hub import load_torch_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-model = LlamaForCausalLM(LlamaConfig.from_pretrained("fix"))
-load_torch_model(model, "fix")
+model = LlamaForCausalLM(LlamaConfig.from_pretrained("patch"))
+load_torch_model(model, "patch")
 print(model.model.norm.weight[0].item(), end=" ")
 PYTHON
     )" "
