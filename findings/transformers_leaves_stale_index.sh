@@ -4,7 +4,7 @@
 # Seen 2026-11-29 with transformers 5.24.0, huggingface_hub 2.4.0, torch 2.13.0 on Python 3.11.
 # Seen: a model saved with max_shard_size="10KB" into a folder (4 shards and an index), then again without it. There is
 #   model.safetensors now, the 4 shards are gone, and model.safetensors.index.json still names them. from_pretrained
-#   takes the single file. huggingface_hub's load_torch_model looks at the index first: FileNotFoundError for shard 1.
+#   takes the single file. huggingface_hub's load_torch_model looks at the index first: FileNotFoundError for a shard.
 # One would have guessed: an index goes with its shards, as the shards themselves went.
 # Why it matters: a checkpoint that is cut, merged or cast in place passes from many files to one. Tools that start at
 #   the index call the folder incomplete ("copy the missing file") though all weights are there. Remove the index when a
