@@ -33,6 +33,9 @@ _ASKED_A_S = 16
 _FINAL_S = 10.0
 """What the last look at the stages may take."""
 
+_DIAGNOSIS_S = 5.0
+"""What may pass until a stage counts as one that does not answer."""
+
 _CLOSE_S = 60.0
 """What the writers may take to give up what is unfinished."""
 
@@ -215,12 +218,8 @@ class Stages:
 
     def ask_all(self) -> None:
         """Ask every stage now and wait a short while for the answers. For another thread than the chain's, once that has no work."""
-        refs = [actor.status.remote() for actor in self._actors]
-        ray.wait(refs, num_returns=len(refs), timeout=_FINAL_S)
-        for index, ref in enumerate(refs):
-            answer = _answer(ref, 0.0)
-            if isinstance(answer, StageStatus):
-                self._answers[index] = answer
+        answers = _answers_to([actor.status.remote() for actor in self._actors], _FINAL_S)
+        self._answers |= {index: answer for index, answer in enumerate(answers) if isinstance(answer, StageStatus)}
 
     def status(self, index: int) -> StageStatus | None:
         """What a stage said last."""
@@ -231,14 +230,9 @@ class Stages:
     def reset(self, epoch: int, attempts: Sequence[tuple[int, str]]) -> dict[int, str]:
         """Let every stage begin an epoch. Gives those that could not, with what they did: died or hung."""
         self.epoch = epoch
-        refs = [actor.reset.remote(epoch, attempts) for actor in self._actors]
-        ray.wait(refs, num_returns=len(refs), timeout=self._timeout_s)
-        lost = {}
-        for index, ref in enumerate(refs):
-            answer = _answer(ref, 0.0)
-            if isinstance(answer, BaseException):
-                lost[index] = "hung" if isinstance(answer, GetTimeoutError) else "died"
-        return lost
+        answers = _answers_to([actor.reset.remote(epoch, attempts) for actor in self._actors], self._timeout_s)
+        lost = {index: answer for index, answer in enumerate(answers) if isinstance(answer, RayError)}
+        return {index: "hung" if isinstance(answer, GetTimeoutError) else "died" for index, answer in lost.items()}
 
     def restart(self, lost: Mapping[int, str]) -> bool:
         """Start the lost stages, as `reset` gave them, anew: where they were, or elsewhere if their node is gone. `load` has to follow.
@@ -283,8 +277,7 @@ class Stages:
     def close(self) -> None:
         """Let the writers end, then end the actors."""
         try:
-            refs = [actor.close.remote() for actor in self._actors]
-            ray.wait(refs, num_returns=len(refs), timeout=min(self._timeout_s, _CLOSE_S))
+            _answers_to([actor.close.remote() for actor in self._actors], min(self._timeout_s, _CLOSE_S))
         finally:
             self.kill()
 
@@ -300,11 +293,8 @@ class Stages:
 
     def diagnosis(self) -> str:
         """Which stages answer and which do not, in words."""
-        refs = [actor.status.remote() for actor in self._actors]
-        ray.wait(refs, num_returns=len(refs), timeout=5.0)
         words = []
-        for index, ref in enumerate(refs):
-            answer = _answer(ref, 0.0)
+        for index, answer in enumerate(_answers_to([actor.status.remote() for actor in self._actors], _DIAGNOSIS_S)):
             if isinstance(answer, StageStatus):
                 words.append(f"stage {index} ({answer.span}, node {answer.node}) has done {answer.micro_batches} micro-batches")
             else:
@@ -345,6 +335,13 @@ def _end(pid: int) -> None:
     with suppress(FileNotFoundError, ProcessLookupError):
         if b"StageActor" in Path(f"/proc/{pid}/cmdline").read_bytes():
             os.kill(pid, signal.SIGKILL)
+
+
+def _answers_to(refs: list[Any], timeout_s: float) -> list[Any]:
+    """What each call gave, or the error that it ended with; GetTimeoutError if it is not done after `timeout_s` for all together."""
+    if refs:
+        ray.wait(refs, num_returns=len(refs), timeout=timeout_s)
+    return [_answer(ref, 0.0) for ref in refs]
 
 
 def _answer(ref: Any, timeout_s: float) -> Any:
