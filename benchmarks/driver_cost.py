@@ -107,10 +107,7 @@ class NoStages(Stages):
         specs = [(StageSpec("", LayerSpan(index, index + 1), "bfloat16", "auto", "cpu", None),) for index in range(num_stages)]
         super().__init__(specs, None, transport="auto", timeout_s=60.0, placement_timeout_s=60.0)  # type: ignore[arg-type]
         self.begin(Job(CaptureSpec({}, "bfloat16"), WriterSpec("", {}, 0, 1), SEQUENCES * LENGTH))
-        self._shared = actor
-
-    def _actor(self, index: int) -> Any:
-        return self._shared
+        self._actors.handles = [actor] * num_stages
 
     def close(self) -> None:
         """The actors are ended by whoever started them."""

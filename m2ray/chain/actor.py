@@ -51,8 +51,8 @@ class Job(NamedTuple):
 class StageActor:
     """Runs one span, on one device or dealt out over several.
 
-    A micro-batch is received on a thread of Ray's when its turn comes, computed on one thread in the order of `step`, and then
-    sent by a second one, whose arrival a third waits for, and given to the writer by a fourth, so that none of these waits for
+    A micro-batch is received on a thread of Ray's when its turn comes, computed at one door in the order of `step`, and then
+    sent at a second one, whose arrival is waited for at a third, and given to the writer at a fourth, so that none of these waits for
     another one's work: while the next stage takes hidden states over, the next ones are sent (cuda_ipc's one slot has to be empty first).
     """
 
@@ -109,7 +109,7 @@ class StageActor:
 
         Raises:
             ConfigError: it takes what the model does not have.
-            StoreError: the one before is not ended by the store.
+            StoreError: what the one before left unfinished could not be removed.
         """
         self._compute.thread.submit(self._take_on, job).result()
         return self._status

@@ -1,27 +1,21 @@
-"""The actors of one chain: started in their bundles, loaded, asked, reset, and restarted one by one."""
+"""What the driver says to the stages of one chain, and what it hears of them."""
 
-import os
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from m2ray.batches import LayerSpan, MicroBatch
-from m2ray.chain.actor import Job, actor_class
+from m2ray.chain.actor import Job
+from m2ray.chain.actors import START_S, Actors
 from m2ray.chain.completion import Completed
 from m2ray.chain.placement import Reservation
 from m2ray.chain.status import StageStatus
 from m2ray.config import Transport
-from m2ray.errors import ClusterError
 from m2ray.model.stage import StageSpec
-from m2ray.planning.memory import window
 
 _POLL_S = 1.0
 ASK_S = 1.0
@@ -33,11 +27,11 @@ _ASKED_A_S = 16
 _FINAL_S = 10.0
 """What the last look at the stages may take."""
 
+_DIAGNOSIS_S = 5.0
+"""What may pass until a stage counts as one that does not answer."""
+
 _CLOSE_S = 60.0
 """What the writers may take to give up what is unfinished."""
-
-_START_S = 60.0
-"""What a worker process with torch may take to start on a busy node."""
 
 
 class Stages:
@@ -65,13 +59,8 @@ class Stages:
     ) -> None:
         self._hold_weights = hold_weights
         self._specs = specs
-        self._reservation = reservation
-        self._transport = transport
         self._timeout_s = timeout_s
-        self._placement_timeout_s = placement_timeout_s
-        # More threads than micro-batches in flight: Ray may hand them over out of order, and each waits its turn.
-        self._class = actor_class(window(len(specs)) + 2)
-        self._actors: list[Any] = []
+        self._actors = Actors(specs, reservation, transport, timeout_s, placement_timeout_s)
         self._job: Job | None = None
         self.epoch = 0
         self._unready: set[int] = set()  # have not begun the job
@@ -88,7 +77,7 @@ class Stages:
     @property
     def is_loaded(self) -> bool:
         """Whether every stage has its layers."""
-        return bool(self._actors) and not self._unready
+        return bool(self._actors.handles) and not self._unready
 
     @property
     def statuses(self) -> list[StageStatus]:
@@ -107,14 +96,13 @@ class Stages:
         self._job = job
         self.loaded_at = 0.0
         self._unready = set(range(len(self._specs)))
-        if self._actors:
+        if self._actors.handles:
             self.reset(self.epoch + 1, [])  # `load` finds those that are lost
 
     def start(self) -> None:
         """Start all actors, unless they are there from a job before."""
-        if not self._actors:
-            self._actors = [self._actor(index) for index in range(len(self._specs))]
-            self._unready = set(range(len(self._specs)))
+        if not self._actors.handles:
+            self._actors.start(self.epoch)
 
     def load(self, stop: threading.Event) -> None:
         """Let all stages that have not begun the job load, unless they have, and begin it, all at the same time.
@@ -140,7 +128,7 @@ class Stages:
                 read_bytes, progressed = now_read_bytes, time.monotonic()
                 continue
             # Until a stage has answered, its process starts.
-            patience_s = self._timeout_s + (_START_S if set(waiting.values()) - self._answers.keys() else 0.0)
+            patience_s = self._timeout_s + (START_S if set(waiting.values()) - self._answers.keys() else 0.0)
             if time.monotonic() - progressed > patience_s:
                 raise GetTimeoutError(f"Loading stood still for {patience_s:g} s.")
         if self.is_loaded:
@@ -149,25 +137,27 @@ class Stages:
     def _begun(self, index: int) -> Any:
         """The call that ends when a stage has begun the job. Each waits for the one before; the folder is looked at first, it takes no time."""
         assert self._job is not None, "begin() comes first"
-        actor = self._actors[index]
+        actor = self._actors.handles[index]
         return actor.begin.remote(self._job, actor.load.remote(actor.look.remote(self._job.writer.output)))
 
     def link(self, epoch: int) -> None:
         """Tell every stage which one follows, and begin to watch all. Raises RayError, GetTimeoutError or M2rayError as they do."""
-        refs = [actor.link.remote(successor) for actor, successor in zip(self._actors, [*self._actors[1:], None], strict=True)]
+        refs = [
+            actor.link.remote(successor) for actor, successor in zip(self._actors.handles, [*self._actors.handles[1:], None], strict=True)
+        ]
         ray.get(refs, timeout=self._timeout_s)
-        self._watches = [actor.watch.remote(epoch) for actor in self._actors]
+        self._watches = [actor.watch.remote(epoch) for actor in self._actors.handles]
         self._news = None  # an answer to an earlier epoch is nobody's
 
     # -- a micro-batch's way ------------------------------------------------------------------------------------------
 
     def take(self, epoch: int, step: int, attempt: str, micro_batch: MicroBatch) -> None:
         """Give a micro-batch to the first stage, without waiting; `failed` tells what becomes of it, or `news`. As `StageActor.take`."""
-        self._actors[0].take.options(num_returns=0).remote(epoch, step, attempt, micro_batch, None)
+        self._actors.handles[0].take.options(num_returns=0).remote(epoch, step, attempt, micro_batch, None)
 
     def gather(self, epoch: int, step: int, shard: int, attempt: str) -> None:
         """Ask for the receipts of a shard whose last micro-batch was `step`, without waiting; they come as `news`."""
-        self._actors[0].gather.remote(epoch, step, shard, attempt, ())
+        self._actors.handles[0].gather.remote(epoch, step, shard, attempt, ())
 
     def news(self, epoch: int, steps: int, shards: int, timeout_s: float) -> Completed | None:
         """What has left the chain, as soon as it is more than `steps` micro-batches and `shards` shards of an epoch.
@@ -178,7 +168,7 @@ class Stages:
             RayError: the last stage is lost.
         """
         if self._news is None:
-            self._news = self._actors[-1].completed.remote(epoch, steps, shards)
+            self._news = self._actors.handles[-1].completed.remote(epoch, steps, shards)
         ready, _ = ray.wait([self._news, *self._watches], num_returns=1, timeout=timeout_s)
         if ready != [self._news]:
             return None
@@ -194,7 +184,7 @@ class Stages:
             if isinstance(answer, RayError):
                 return answer
             index = self._watches.index(watch)
-            self._watches[index] = self._actors[index].watch.remote(self.epoch)
+            self._watches[index] = self._actors.handles[index].watch.remote(self.epoch)
         return None
 
     # -- how far they are ---------------------------------------------------------------------------------------------
@@ -210,7 +200,7 @@ class Stages:
         self._asked_at = now
         asked = list(self._asked.values())
         ready = set(ray.wait(asked, num_returns=len(asked), timeout=0)[0]) if asked else set()
-        for index, actor in enumerate(self._actors):
+        for index, actor in enumerate(self._actors.handles):
             ref = self._asked.get(index)
             if ref in ready:
                 answer = _answer(ref, self._timeout_s)
@@ -221,12 +211,8 @@ class Stages:
 
     def ask_all(self) -> None:
         """Ask every stage now and wait a short while for the answers. For another thread than the chain's, once that has no work."""
-        refs = [actor.status.remote() for actor in self._actors]
-        ray.wait(refs, num_returns=len(refs), timeout=_FINAL_S)
-        for index, ref in enumerate(refs):
-            answer = _answer(ref, 0.0)
-            if isinstance(answer, StageStatus):
-                self._answers[index] = answer
+        answers = _answers_to([actor.status.remote() for actor in self._actors.handles], _FINAL_S)
+        self._answers |= {index: answer for index, answer in enumerate(answers) if isinstance(answer, StageStatus)}
 
     def status(self, index: int) -> StageStatus | None:
         """What a stage said last."""
@@ -237,14 +223,9 @@ class Stages:
     def reset(self, epoch: int, attempts: Sequence[tuple[int, str]]) -> dict[int, str]:
         """Let every stage begin an epoch. Gives those that could not, with what they did: died or hung."""
         self.epoch = epoch
-        refs = [actor.reset.remote(epoch, attempts) for actor in self._actors]
-        ray.wait(refs, num_returns=len(refs), timeout=self._timeout_s)
-        lost = {}
-        for index, ref in enumerate(refs):
-            answer = _answer(ref, 0.0)
-            if isinstance(answer, BaseException):
-                lost[index] = "hung" if isinstance(answer, GetTimeoutError) else "died"
-        return lost
+        answers = _answers_to([actor.reset.remote(epoch, attempts) for actor in self._actors.handles], self._timeout_s)
+        lost = {index: answer for index, answer in enumerate(answers) if isinstance(answer, RayError)}
+        return {index: "hung" if isinstance(answer, GetTimeoutError) else "died" for index, answer in lost.items()}
 
     def restart(self, lost: Mapping[int, str]) -> bool:
         """Start the lost stages, as `reset` gave them, anew: where they were, or elsewhere if their node is gone. `load` has to follow.
@@ -257,47 +238,26 @@ class Stages:
         Raises:
             ClusterError: there is no room any more.
         """
-        self._replace(lost)
-        if self._have_come_back(lost):
-            return True
-        self.kill()
-        self._reservation.renew(self._placement_timeout_s)
-        self._answers.clear()
-        self._asked.clear()
-        self._actors = []
-        self.start()
-        return False
+        said = {index: self._answers.get(index) if why == "hung" else None for index, why in lost.items()}
+        self._forget(lost)
+        others_stay = self._actors.restart(said, self.epoch)
+        if not others_stay:
+            self._forget(range(len(self._specs)))
+        return others_stay
 
-    def _have_come_back(self, lost: Iterable[int]) -> bool:
-        stages = list(lost)
-        deadline = time.monotonic() + self._timeout_s + self._placement_timeout_s + _START_S
-        refs = [self._actors[index].status.remote() for index in stages]
-        while time.monotonic() < deadline:
-            if len(ray.wait(refs, num_returns=len(refs), timeout=_POLL_S)[0]) == len(refs):
-                return True
-            # Ray takes a few seconds to notice that a node is gone.
-            gone = self._reservation.gone(stages)
-            if gone:
-                try:
-                    self._reservation.replace(gone, self._placement_timeout_s)
-                except ClusterError:
-                    return False
-                self._replace(dict.fromkeys(gone, "died"))
-                refs = [self._actors[index].status.remote() for index in stages]
-        return False
+    def _forget(self, stages: Iterable[int]) -> None:
+        """What these said is not true of those that take their places."""
+        for index in stages:
+            self._answers.pop(index, None)
+            self._asked.pop(index, None)
+            self._unready.add(index)
 
     def close(self) -> None:
         """Let the writers end, then end the actors."""
         try:
-            refs = [actor.close.remote() for actor in self._actors]
-            ray.wait(refs, num_returns=len(refs), timeout=min(self._timeout_s, _CLOSE_S))
+            _answers_to([actor.close.remote() for actor in self._actors.handles], min(self._timeout_s, _CLOSE_S))
         finally:
-            self.kill()
-
-    def kill(self) -> None:
-        """End the actors at once."""
-        for actor in self._actors:
-            ray.kill(actor)
+            self._actors.kill()
 
     def span(self, index: int) -> str:
         """The layers of a stage, in words."""
@@ -306,51 +266,20 @@ class Stages:
 
     def diagnosis(self) -> str:
         """Which stages answer and which do not, in words."""
-        refs = [actor.status.remote() for actor in self._actors]
-        ray.wait(refs, num_returns=len(refs), timeout=5.0)
         words = []
-        for index, ref in enumerate(refs):
-            answer = _answer(ref, 0.0)
+        for index, answer in enumerate(_answers_to([actor.status.remote() for actor in self._actors.handles], _DIAGNOSIS_S)):
             if isinstance(answer, StageStatus):
                 words.append(f"stage {index} ({answer.span}, node {answer.node}) has done {answer.micro_batches} micro-batches")
             else:
                 words.append(f"stage {index} does not answer ({type(answer).__name__})")
         return "; ".join(words)
 
-    def _replace(self, lost: Mapping[int, str]) -> None:
-        for index, why in lost.items():
-            ray.kill(self._actors[index])
-            status = self._answers.pop(index, None)
-            if why == "hung":
-                self._end_process(status)
-            self._asked.pop(index, None)
-            self._actors[index] = self._actor(index)
-            self._unready.add(index)
 
-    def _end_process(self, status: StageStatus | None) -> None:
-        """End a stage's process from its node: Ray asks the process to end itself, and one that is stopped does not."""
-        if status is None:
-            return
-        here = NodeAffinitySchedulingStrategy(status.node_id, soft=False)
-        _answer(_end.options(scheduling_strategy=here).remote(status.pid), _START_S)
-
-    def _actor(self, index: int) -> Any:
-        specs = self._specs[index]
-        room = self._reservation.rooms[index]
-        return self._class.options(
-            num_cpus=room.num_cpus,
-            num_gpus=room.num_gpus,
-            scheduling_strategy=PlacementGroupSchedulingStrategy(*self._reservation.places[index]),
-            runtime_env={"env_vars": {"OMP_NUM_THREADS": str(specs[0].threads)}},
-        ).remote(specs, transport=self._transport, timeout_s=self._timeout_s, epoch=self.epoch)
-
-
-@ray.remote(num_cpus=0, max_retries=0)
-def _end(pid: int) -> None:
-    """End the process of a stage on this node, unless it is gone or the number is another's by now."""
-    with suppress(FileNotFoundError, ProcessLookupError):
-        if b"StageActor" in Path(f"/proc/{pid}/cmdline").read_bytes():
-            os.kill(pid, signal.SIGKILL)
+def _answers_to(refs: list[Any], timeout_s: float) -> list[Any]:
+    """What each call gave, or the error that it ended with; GetTimeoutError if it is not done after `timeout_s` for all together."""
+    if refs:
+        ray.wait(refs, num_returns=len(refs), timeout=timeout_s)
+    return [_answer(ref, 0.0) for ref in refs]
 
 
 def _answer(ref: Any, timeout_s: float) -> Any:

@@ -21,7 +21,8 @@ def test_a_loaded_chain_does_one_job_after_another(cluster: RayCluster, minimax:
     assert done.returncode == 0, done.stdout + done.stderr
     assert_equals_transformers(runs[0], minimax, range(MINIMAX_TINY["layers"]))
     assert_equals_transformers(runs[1], minimax, (0, 3, 5))
-    first, second = json.loads(done.stdout.splitlines()[-1])
+    refused, first, second = json.loads(done.stdout.splitlines()[-1])
+    assert refused == ["StoreError", 0], "the folder is looked at before the weights are read"
     assert [(stage["pid"], stage["read_bytes"], stage["tokens"]) for stage in first] == [
         (stage["pid"], stage["read_bytes"], stage["tokens"]) for stage in second
     ]

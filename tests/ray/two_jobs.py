@@ -1,4 +1,4 @@
-"""One loaded chain does two jobs one after the other: what the stages say of each is printed as JSON.
+"""One loaded chain does two jobs one after the other, once one is refused: what the stages say of each is printed as JSON.
 
     python two_jobs.py MODEL PROMPTS OUTPUT LAYERS OUTPUT LAYERS
 
@@ -7,10 +7,12 @@ The weights lie elsewhere while the second is done. Run by test_two_jobs.py.
 
 import json
 import sys
+import threading
 from pathlib import Path
 from uuid import uuid4
 
 import ray
+from ray.exceptions import RayError
 
 from m2ray.activations.writer import WriterSpec
 from m2ray.batches import LayerSpan
@@ -18,6 +20,7 @@ from m2ray.chain import extract
 from m2ray.chain.actor import Job
 from m2ray.chain.checking import check
 from m2ray.chain.driver import Chain, ShardAttempt
+from m2ray.chain.failure import cause_of
 from m2ray.chain.placement import Reservation, Room
 from m2ray.chain.progress import Progress
 from m2ray.chain.queue import ShardQueue
@@ -53,6 +56,18 @@ def do(stages: Stages, model: str, prompts: str, output: str, layers: str, batch
     return [{name: getattr(status, name) for name in ("pid", "read_bytes", "tokens", "written_bytes")} for status in stages.statuses]
 
 
+def refusal(stages: Stages, output: str) -> list[str | int]:
+    """What a job into a folder that is not there fails with, and the bytes that were read before."""
+    stages.begin(Job(CaptureSpec({}, "float32"), WriterSpec(output, {}, 1 << 20, 1), 128))
+    stages.start()
+    try:
+        stages.load(threading.Event())
+    except RayError as error:
+        stages.ask_all()
+        return [type(cause_of(error)).__name__, sum(status.read_bytes for status in stages.statuses)]
+    return ["none"]
+
+
 def main() -> None:
     model, prompts, first, first_layers, second, second_layers = sys.argv[1:]
     ray.init(logging_level="ERROR")
@@ -62,7 +77,7 @@ def main() -> None:
     num_layers = json.loads((Path(model) / "config.json").read_text())["num_hidden_layers"]
     specs = [[StageSpec(model, span, "float32", "auto", "cpu", 1)] for span in (LayerSpan(0, 3), LayerSpan(3, num_layers))]
     stages = Stages(specs, reservation, transport="auto", timeout_s=TIMEOUT_S, placement_timeout_s=TIMEOUT_S)
-    found = [do(stages, model, prompts, first, first_layers, 128)]
+    found = [refusal(stages, f"{first}-not-there"), do(stages, model, prompts, first, first_layers, 128)]
     away = Path(model).with_name("away")
     away.mkdir()
     for file in Path(model).glob("*.safetensors"):

@@ -43,7 +43,7 @@ def refs(monkeypatch: pytest.MonkeyPatch) -> Refs:
 def test_stages_are_asked_once_a_second_and_a_silent_one_not_again(refs: Refs) -> None:
     spec = StageSpec("", LayerSpan(0, 1), "bfloat16", "auto", "cpu", None)
     stages = Stages([(spec,), (spec,)], None, transport="auto", timeout_s=1.0, placement_timeout_s=1.0)
-    stages._actors = [refs.actor("a"), refs.actor("b")]
+    stages._actors.handles = [refs.actor("a"), refs.actor("b")]
     for _ in range(100):
         stages.ask()
     assert refs.asked == ["a0", "b1"]

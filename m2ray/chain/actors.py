@@ -1,0 +1,127 @@
+"""The actors of one chain: started in their bundles, ended, and started anew where they were or elsewhere."""
+
+import os
+import signal
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+
+from m2ray.chain.actor import actor_class
+from m2ray.chain.placement import Reservation
+from m2ray.chain.status import StageStatus
+from m2ray.config import Transport
+from m2ray.errors import ClusterError
+from m2ray.model.stage import StageSpec
+from m2ray.planning.memory import window
+
+_POLL_S = 1.0
+
+START_S = 60.0
+"""What a worker process with torch may take to start on a busy node."""
+
+
+class Actors:
+    """One actor a stage, in the order of the layers. The arguments are those of Stages."""
+
+    def __init__(
+        self,
+        specs: Sequence[Sequence[StageSpec]],
+        reservation: Reservation,
+        transport: Transport,
+        timeout_s: float,
+        placement_timeout_s: float,
+    ) -> None:
+        self._specs = specs
+        self._reservation = reservation
+        self._transport = transport
+        self._timeout_s = timeout_s
+        self._placement_timeout_s = placement_timeout_s
+        # More threads than micro-batches in flight: Ray may hand them over out of order, and each waits its turn.
+        self._class = actor_class(window(len(specs)) + 2)
+        self.handles: list[Any] = []
+
+    def start(self, epoch: int) -> None:
+        """Start all, in the epoch that the chain is in."""
+        self.handles = [self._start(index, epoch) for index in range(len(self._specs))]
+
+    def restart(self, lost: Mapping[int, StageStatus | None], epoch: int) -> bool:
+        """Start the lost ones anew: where they were, or elsewhere if their node is gone.
+
+        Where that does not succeed, all the room of the chain is given back and asked for anew, and all start anew.
+
+        Args:
+            lost: by stage, what one that hung said last, so that its process can be found; None for one that died.
+
+        Returns:
+            Whether the others kept their processes.
+
+        Raises:
+            ClusterError: there is no room any more.
+        """
+        self._replace(lost, epoch)
+        if self._have_come_back(list(lost), epoch):
+            return True
+        self.kill()
+        self._reservation.renew(self._placement_timeout_s)
+        self.start(epoch)
+        return False
+
+    def kill(self) -> None:
+        """End all at once."""
+        for actor in self.handles:
+            ray.kill(actor)
+
+    def _have_come_back(self, lost: Sequence[int], epoch: int) -> bool:
+        deadline = time.monotonic() + self._timeout_s + self._placement_timeout_s + START_S
+        refs = [self.handles[index].status.remote() for index in lost]
+        while time.monotonic() < deadline:
+            if len(ray.wait(refs, num_returns=len(refs), timeout=_POLL_S)[0]) == len(refs):
+                return True
+            # Ray takes a few seconds to notice that a node is gone.
+            gone = self._reservation.gone(lost)
+            if gone:
+                try:
+                    self._reservation.replace(gone, self._placement_timeout_s)
+                except ClusterError:
+                    return False
+                self._replace(dict.fromkeys(gone), epoch)
+                refs = [self.handles[index].status.remote() for index in lost]
+        return False
+
+    def _replace(self, lost: Mapping[int, StageStatus | None], epoch: int) -> None:
+        for index, hung in lost.items():
+            ray.kill(self.handles[index])
+            if hung is not None:
+                _end_process(hung)
+            self.handles[index] = self._start(index, epoch)
+
+    def _start(self, index: int, epoch: int) -> Any:
+        specs = self._specs[index]
+        room = self._reservation.rooms[index]
+        return self._class.options(
+            num_cpus=room.num_cpus,
+            num_gpus=room.num_gpus,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(*self._reservation.places[index]),
+            runtime_env={"env_vars": {"OMP_NUM_THREADS": str(specs[0].threads)}},
+        ).remote(specs, transport=self._transport, timeout_s=self._timeout_s, epoch=epoch)
+
+
+def _end_process(hung: StageStatus) -> None:
+    """End a stage's process from its node: Ray asks the process to end itself, and one that is stopped does not."""
+    here = NodeAffinitySchedulingStrategy(hung.node_id, soft=False)
+    with suppress(RayError):
+        ray.get(_end.options(scheduling_strategy=here).remote(hung.pid), timeout=START_S)
+
+
+@ray.remote(num_cpus=0, max_retries=0)
+def _end(pid: int) -> None:
+    """End the process of a stage on this node, unless it is gone or the number is another's by now."""
+    with suppress(FileNotFoundError, ProcessLookupError):
+        if b"StageActor" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            os.kill(pid, signal.SIGKILL)
