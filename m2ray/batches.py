@@ -227,6 +227,30 @@ class PartReceipt:
 
 
 @dataclass(frozen=True)
+class PromptStats:
+    """What prompts come to once they are cut into micro-batches.
+
+    Attributes:
+        sequences, tokens: those that are extracted; quarantined rows are not counted.
+        padded_tokens: tokens that are computed, padding included.
+        longest_tokens: of one sequence.
+        shards, micro_batches: in all.
+    """
+
+    sequences: int
+    tokens: int
+    padded_tokens: int
+    longest_tokens: int
+    shards: int
+    micro_batches: int
+
+    @property
+    def padding_waste(self) -> float:
+        """The share of computed tokens that are padding, from 0 to 1."""
+        return 1 - self.tokens / self.padded_tokens if self.padded_tokens else 0.0
+
+
+@dataclass(frozen=True)
 class SequenceFile:
     """One object below `sequences/` as its writer left it. `xxh3` is xxh3-64 of the whole object, 16 hex digits."""
 

@@ -10,7 +10,7 @@ from uuid import uuid4
 from m2ray import __version__
 from m2ray.activations.commits import Run, RunSummary, claim_run, read_summary
 from m2ray.activations.job import Counts, JobRecord, ModelFacts, read_job, require_same
-from m2ray.batches import LayerSpan, MicroBatch, PartSpec, Shard
+from m2ray.batches import LayerSpan, MicroBatch, PartSpec, PromptStats, Shard
 from m2ray.chain.checking import Inputs, check
 from m2ray.chain.driver import Chain, ChainLimits
 from m2ray.chain.joining import cluster
@@ -30,7 +30,6 @@ from m2ray.model.stage import StageSpec
 from m2ray.planning.batch_size import AUTO_BATCH_TOKENS, best_batch_tokens
 from m2ray.planning.demand import Demand
 from m2ray.planning.memory import window
-from m2ray.planning.output import PromptStats
 from m2ray.planning.plan import Plan, most_batch_tokens, most_replicas, plan_run
 from m2ray.prompts import ShardTable, Survey, TokenSpool, batching, load_shards, micro_batches, respool, survey
 
@@ -183,7 +182,7 @@ def _resume(inputs: Inputs, recorded: JobRecord, progress: Progress) -> _Work:
 def _extract_missing(inputs: Inputs, work: _Work, missing: Sequence[Shard], hardware: Hardware, stop: Stop, progress: Progress) -> None:
     """Plan, reserve room, run the chains, commit each shard as it completes, and report."""
     config = inputs.config
-    stats = PromptStats(sum(len(shard.sequence_ids) for shard in missing), *batching(missing, inputs.options["batch_tokens"]))
+    stats = batching(missing, inputs.options["batch_tokens"])
     wanted = plan_run(_demand(inputs, hardware, stats.longest_tokens), hardware.cluster, stats)
     wanted.require_fit()
     with ExitStack() as stack:

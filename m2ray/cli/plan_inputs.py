@@ -5,13 +5,12 @@ import tempfile
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from m2ray.batches import TensorTable
+from m2ray.batches import PromptStats, TensorTable
 from m2ray.errors import CheckpointError
 from m2ray.model.attention import resolve_attn_implementation
 from m2ray.model.checkpoint import CONFIG, INDEX, SINGLE_FILE, open_checkpoint, tensor_table, tensor_table_from_config
 from m2ray.model.families import parse_config
 from m2ray.model.stage import DTYPES
-from m2ray.planning.output import PromptStats
 from m2ray.storage import Store, open_store
 
 _SHOWN_NAMES = 5
@@ -102,4 +101,4 @@ def survey_prompts(model: str, options: Any, vocab_size: int, *, shard_tokens: i
         tokenizer = PromptTokenizer.load(model, options, vocab_size)
         found = survey(PromptSource.open(options), tokenizer, open_store(folder), "plan", shard_tokens)
         found.tokens.close()
-    return PromptStats(found.num_ready, *batching(found.shards, batch_tokens))
+    return batching(found.shards, batch_tokens)

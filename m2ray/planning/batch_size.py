@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from m2ray.planning.output import PromptStats
+from m2ray.batches import PromptStats
 
 AUTO_BATCH_TOKENS = 16_384
 """No larger one is chosen: each of MiniMax-M2's 256 experts then sees 512 tokens on average, and little of a micro-batch's time is fixed."""

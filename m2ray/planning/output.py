@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from m2ray.batches import PartSpec
+from m2ray.batches import PartSpec, PromptStats
 
 ITEMSIZE_BYTES: Mapping[str, int] = {"bfloat16": 2, "float16": 2, "float32": 4}
 
@@ -29,25 +29,6 @@ RECORD_BYTES_A_SEQUENCE = 80
 
 
 @dataclass(frozen=True)
-class PromptStats:
-    """What the survey of the prompts found.
-
-    Attributes:
-        sequences, tokens: those that are extracted; quarantined rows are not counted.
-        padded_tokens: tokens that are computed, padding included.
-        longest_tokens: of one sequence.
-        shards, micro_batches: in all.
-    """
-
-    sequences: int
-    tokens: int
-    padded_tokens: int
-    longest_tokens: int
-    shards: int
-    micro_batches: int
-
-
-@dataclass(frozen=True)
 class PartBytes:
     """All parts of one site and layer together."""
 
@@ -62,16 +43,12 @@ class OutputPlan:
     """What the run folder will hold.
 
     Attributes:
-        padding_waste: share of the computed tokens that are padding.
         by_part: site by site and layer by layer.
         files, num_bytes: of all parts.
         disk_bytes: parts and records: what the disk or bucket needs.
         cost_a_month: of `disk_bytes` at the stated price per GB (10^9 bytes) and month; None where none was stated.
     """
 
-    sequences: int
-    tokens: int
-    padding_waste: float
     by_part: tuple[PartBytes, ...]
     files: int
     num_bytes: int
@@ -106,9 +83,6 @@ def plan_output(parts: Sequence[PartSpec], prompts: PromptStats, price_per_gb_mo
     files = sum(part.files for part in by_part)
     disk_bytes = num_bytes + files * RECORD_BYTES_A_PART + prompts.sequences * RECORD_BYTES_A_SEQUENCE
     return OutputPlan(
-        sequences=prompts.sequences,
-        tokens=prompts.tokens,
-        padding_waste=1 - prompts.tokens / prompts.padded_tokens if prompts.padded_tokens else 0.0,
         by_part=by_part,
         files=files,
         num_bytes=num_bytes,

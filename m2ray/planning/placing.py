@@ -6,12 +6,12 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Literal
 
-from m2ray.batches import LayerSpan
+from m2ray.batches import LayerSpan, PromptStats
 from m2ray.planning.demand import Demand
 from m2ray.planning.devices import Device, DevicePlan
 from m2ray.planning.hardware import Cluster
 from m2ray.planning.memory import OFFLOAD_READ_BYTES, Memory, cpu_memory, gpu_host_memory, gpu_memory, window
-from m2ray.planning.output import OutputPlan, PromptStats, plan_output
+from m2ray.planning.output import OutputPlan, plan_output
 from m2ray.planning.residency import in_host, with_disk
 
 Resource = Literal["gpu_memory", "host_memory", "shared_memory", "disk"]
@@ -109,7 +109,7 @@ def gpus_of(demand: Demand, chains: Sequence[Sequence[Device]], placing: Placing
                 continue
             rows = [row for row in demand.rows(found.held) if row.layer not in found.residency]
             buffers_bytes = demand.buffers_bytes(found.held) if found.residency else 0
-            memory = gpu_memory(rows, demand.workload, demand.transient_bytes, demand.row_bytes(found.held), buffers_bytes)
+            memory = gpu_memory(rows, demand.workload, demand.row_bytes(found.held), buffers_bytes)
             yield replace(found, memory=memory)
 
 
@@ -123,7 +123,7 @@ def _stages(demand: Demand, placed: Sequence[DevicePlan]) -> Iterator[StagePlan]
             readers_bytes = OFFLOAD_READ_BYTES * sum("disk" in each.residency.values() for each in of_stage)
             host = gpu_host_memory(demand.workload, row_bytes, offloaded_bytes, readers_bytes)
         else:
-            host = cpu_memory(demand.rows(span), demand.workload, demand.transient_bytes, row_bytes)
+            host = cpu_memory(demand.rows(span), demand.workload, row_bytes)
         yield StagePlan(replica, stage, of_stage[0].device.node.name, span, host)
 
 

@@ -4,12 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from m2ray.batches import TensorRow
+from m2ray.batches import PromptStats, TensorRow
 from m2ray.planning.demand import Demand
 from m2ray.planning.devices import DevicePlan
 from m2ray.planning.hardware import GPU_MODELS, find_gpu_model
 from m2ray.planning.memory import ModelShape
-from m2ray.planning.output import PromptStats, stored_row_bytes
+from m2ray.planning.output import stored_row_bytes
 
 SUSTAINED_SHARE = {False: 0.22, True: 0.39}
 """Of the peak bfloat16 operations, not compiled and compiled: two for each weight that a token meets, on an H200 with real-size
@@ -48,19 +48,19 @@ class RatePlan:
     duration_s: float | None
 
 
-def plan_rates(demand: Demand, placed: Sequence[DevicePlan], prompts: PromptStats | None, padding_waste: float) -> RatePlan:
+def plan_rates(demand: Demand, placed: Sequence[DevicePlan], prompts: PromptStats | None) -> RatePlan:
     """What the layout and the assumptions, or a profile's measurements, allow.
 
     Args:
         demand: the model and what is asked of it.
         placed: every span of every chain.
         prompts: what the survey found, if there was one.
-        padding_waste: share of computed tokens that are padding.
 
     Raises:
         ConfigError: the profile is of another GPU or dtype.
     """
     options = demand.options
+    padding_waste = prompts.padding_waste if prompts else 0.0
     if options.profile:
         options.profile.require(options.compute_dtype, [each.device.gpu.name if each.device.gpu else None for each in placed])
     token_bytes = sum(stored_row_bytes(part, options.compression) for part in options.parts)

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from m2ray.batches import PromptStats
 from m2ray.planning.demand import Demand
 from m2ray.planning.devices import Device, chain_devices
 from m2ray.planning.hardware import Cluster, MaxMemory
-from m2ray.planning.output import PromptStats
 from m2ray.planning.placing import place_all
 
 STEP_TOKENS = 256

@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import NamedTuple, overload
+from typing import overload
 
 import numpy as np
 import numpy.typing as npt
 
-from m2ray.batches import MOST_SEQUENCES, Int32Array, Int64Array, MicroBatch, Shard
+from m2ray.batches import MOST_SEQUENCES, Int32Array, Int64Array, MicroBatch, PromptStats, Shard
 from m2ray.prompts.spool import TokenSpool
 
 WINDOW_ROWS = 1 << 16
@@ -143,28 +143,14 @@ def micro_batches(shard: Shard, tokens: TokenSpool, batch_tokens: int) -> Iterat
         )
 
 
-class Batching(NamedTuple):
-    """What the micro-batches of some shards come to: real and padded tokens in all, tokens of the longest sequence."""
-
-    tokens: int
-    padded_tokens: int
-    longest_tokens: int
-    shards: int
-    micro_batches: int
-
-    @property
-    def padding_waste(self) -> float:
-        """The share of computed tokens that are padding, from 0 to 1."""
-        return 1 - self.tokens / self.padded_tokens if self.padded_tokens else 0.0
-
-
-def batching(shards: Sequence[Shard], batch_tokens: int) -> Batching:
+def batching(shards: Sequence[Shard], batch_tokens: int) -> PromptStats:
     """How these shards will be cut."""
-    tokens = padded_tokens = longest_tokens = num_batches = 0
+    sequences = tokens = padded_tokens = longest_tokens = num_batches = 0
     for shard in shards:
+        sequences += len(shard.sequence_ids)
         tokens += shard.num_tokens
         for start, stop in pairwise(cut_micro_batches(shard.token_counts, batch_tokens)):
             padded_tokens += int(shard.token_counts[start:stop].max()) * (stop - start)
             num_batches += 1
         longest_tokens = max(longest_tokens, int(shard.token_counts.max()))
-    return Batching(tokens, padded_tokens, longest_tokens, len(shards), num_batches)
+    return PromptStats(sequences, tokens, padded_tokens, longest_tokens, len(shards), num_batches)

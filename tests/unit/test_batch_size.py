@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from m2ray.batches import PromptStats
 from m2ray.chain import extract
 from m2ray.chain.checking import check
 from m2ray.chain.probing import Hardware
@@ -18,7 +19,6 @@ from m2ray.config import ExtractConfig
 from m2ray.errors import ClusterError
 from m2ray.planning.batch_size import best_batch_tokens
 from m2ray.planning.hardware import Cluster, Gpu, Node
-from m2ray.planning.output import PromptStats
 from m2ray.planning.plan import plan_run
 from m2ray.prompts.shards import ShardTable, batching, cut_shards
 from tests.reference import make_minimax
@@ -32,7 +32,7 @@ def stats_of(lengths: list[int]) -> Stats:
     shards = ShardTable.join([(places, counts[places]) for places in cut_shards(counts, 32_768)])
 
     def stats_at(batch_tokens: int) -> PromptStats:
-        return PromptStats(len(lengths), *batching(shards, batch_tokens))
+        return batching(shards, batch_tokens)
 
     return stats_at
 

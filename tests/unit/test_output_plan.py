@@ -10,7 +10,7 @@ import torch
 from m2ray.activations.column_chunks import encode_tokens
 from m2ray.activations.part_writer import PartWriter
 from m2ray.batches import MicroBatch, PartSpec, Shard
-from m2ray.planning.output import PromptStats, plan_output
+from m2ray.planning.output import plan_output
 from m2ray.prompts import batching
 from m2ray.prompts.shards import cut_micro_batches, cut_shards
 from m2ray.storage import open_store
@@ -72,7 +72,7 @@ def test_planned_output_is_within_two_percent(
 ) -> None:
     shards = shards_of(lengths, shard_tokens)
     parts = [PartSpec("residual", layer, dtype, width) for layer in range(num_layers)]
-    stats = PromptStats(sum(len(shard.sequence_ids) for shard in shards), *batching(shards, batch_tokens))
+    stats = batching(shards, batch_tokens)
     planned = plan_output(parts, stats, None, compression)
     for part, of_part in zip(parts, planned.by_part, strict=True):
         written = written_bytes(str(tmp_path), part, shards, batch_tokens, compression, sigma=1.0)
@@ -84,5 +84,5 @@ def test_planned_output_is_within_two_percent(
 @pytest.mark.parametrize("sigma", [0.0, 2.0])
 def test_other_rows_in_planes_are_within_seven_percent(tmp_path, dtype: str, sigma: float) -> None:
     shards, part = shards_of("mixed", 8_000), PartSpec("residual", 0, dtype, 1024)
-    planned = plan_output([part], PromptStats(80, *batching(shards, 4_096)), None, "planes").num_bytes
+    planned = plan_output([part], batching(shards, 4_096), None, "planes").num_bytes
     assert planned == pytest.approx(written_bytes(str(tmp_path), part, shards, 4_096, "planes", sigma), rel=0.07)

@@ -10,14 +10,14 @@ from rich.console import Console
 
 from m2ray.activations.column_chunks import encode_tokens
 from m2ray.activations.part_writer import PartWriter
-from m2ray.batches import TOKEN_ROW, LayerSpan, PartSpec, TensorRow, TensorTable
+from m2ray.batches import TOKEN_ROW, LayerSpan, PartSpec, PromptStats, TensorRow, TensorTable
 from m2ray.errors import ClusterError, ConfigError
 from m2ray.planning.demand import Demand, PlanOptions
 from m2ray.planning.devices import ChainOptions
 from m2ray.planning.hardware import Cluster, Gpu, Node, parse_gpus, parse_max_memory
 from m2ray.planning.layout import render, size
 from m2ray.planning.memory import ModelShape
-from m2ray.planning.output import PromptStats, part_bytes, plan_output
+from m2ray.planning.output import part_bytes, plan_output
 from m2ray.planning.plan import Plan, most_replicas, plan_run
 from m2ray.planning.rates import active_elements
 from m2ray.planning.report import to_json
@@ -465,7 +465,7 @@ def test_output_of_a_run():
     output = plan_output(residuals(), PROMPTS, price_per_gb_month=0.02)
     assert output.files == 62 * 3
     assert output.num_bytes == sum(part.num_bytes for part in output.by_part) == 62 * part_bytes(residuals()[0], 20_000, 5, 3)
-    assert output.padding_waste == pytest.approx(0.2)
+    assert PROMPTS.padding_waste == pytest.approx(0.2)
     assert output.cost_a_month == pytest.approx(output.disk_bytes * 0.02 / 1e9)
     assert output.disk_bytes > output.num_bytes
     assert plan_output(residuals(), PROMPTS, None).cost_a_month is None

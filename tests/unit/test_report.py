@@ -5,12 +5,11 @@ from dataclasses import replace
 
 import pytest
 
-from m2ray.batches import LayerSpan, PartSpec, TensorRow, TensorTable
+from m2ray.batches import LayerSpan, PartSpec, PromptStats, TensorRow, TensorTable
 from m2ray.chain.report import GpuMeasured, RunMeasured, StageMeasured, build_report, limiting, loaded_lines, start_lines, summary_lines
 from m2ray.planning.demand import Demand, PlanOptions
 from m2ray.planning.hardware import parse_gpus
 from m2ray.planning.memory import ModelShape
-from m2ray.planning.output import PromptStats
 from m2ray.planning.plan import Plan, plan_run
 
 GB = 10**9
