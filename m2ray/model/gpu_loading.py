@@ -15,7 +15,7 @@ from typing import Self
 import torch
 
 from m2ray.model.checkpoint import Checkpoint
-from m2ray.model.extents import EXTENT_BYTES, Extent, Range, Wanted, scale_extents, value_extents
+from m2ray.model.extents import EXTENT_BYTES, Extent, Range, RowsToLoad, scale_extents, value_extents
 from m2ray.model.fp8 import Block, KernelTable, is_for_kernel, warm_up
 
 LANES = min(16, 2 * (os.cpu_count() or 8))
@@ -26,7 +26,7 @@ _SCALE_READERS = 4
 _COMPILE_S = 600.0
 """What Triton may take to compile the kernel on a busy node."""
 
-Fill = Callable[[Wanted, torch.Tensor, torch.Tensor | None], None]
+Fill = Callable[[RowsToLoad, torch.Tensor, torch.Tensor | None], None]
 """Converts values and their scales, both on the GPU, and writes them where they are wanted."""
 
 
@@ -43,7 +43,7 @@ class _Lane:
             torch.cuda.current_stream().synchronize()
         self._memory = self._pinned.numpy().data
 
-    def read(self, checkpoint: Checkpoint, extent: Extent[Wanted]) -> torch.Tensor:
+    def read(self, checkpoint: Checkpoint, extent: Extent[RowsToLoad]) -> torch.Tensor:
         """Read the extent and begin to copy it to the GPU, on this lane's stream, which has to be the current one."""
         begin, stop = _lead(extent), _lead(extent) + extent.stop - extent.start
         if stop > len(self._on_gpu):
@@ -68,7 +68,7 @@ class _Plan:
         self._fill = fill
         self._table = KernelTable(block or (1, 1))
 
-    def add(self, extent: Extent[Wanted]) -> Callable[[torch.Tensor], None]:
+    def add(self, extent: Extent[RowsToLoad]) -> Callable[[torch.Tensor], None]:
         """What converts an extent once it lies in a lane's buffer on the GPU."""
         first, max_blocks = len(self._table), 0
         base = extent.start - _lead(extent)
@@ -129,7 +129,7 @@ class Lanes:
         if block is not None:
             self._compiled = self._compiler.submit(warm_up, block, self._device)
 
-    def begin(self, checkpoint: Checkpoint, wanted: Sequence[Wanted], block: Block, fill: Fill) -> None:
+    def begin(self, checkpoint: Checkpoint, wanted: Sequence[RowsToLoad], block: Block, fill: Fill) -> None:
         """Begin to read all that is wanted. Scales that lie apart from their values are read at once, for the kernel has to know their place.
 
         Raises:
@@ -157,7 +157,7 @@ class Lanes:
         torch.cuda.synchronize(self._device)
         self._plans.clear()
 
-    def _load(self, checkpoint: Checkpoint, extent: Extent[Wanted], convert: Callable[[torch.Tensor], None]) -> None:
+    def _load(self, checkpoint: Checkpoint, extent: Extent[RowsToLoad], convert: Callable[[torch.Tensor], None]) -> None:
         # There are as many threads as lanes, and all lanes were asked for before any extent.
         lane = self._free.get_nowait()
         try:
@@ -169,7 +169,7 @@ class Lanes:
         finally:
             self._free.put(lane)
 
-    def _read_scales(self, checkpoint: Checkpoint, wanted: Sequence[Wanted]) -> dict[Range, torch.Tensor]:
+    def _read_scales(self, checkpoint: Checkpoint, wanted: Sequence[RowsToLoad]) -> dict[Range, torch.Tensor]:
         """The scales that lie apart from their values, on the GPU."""
 
         def read(extent: Extent[Range]) -> bytearray:
@@ -187,6 +187,6 @@ class Lanes:
         return scales
 
 
-def _lead(extent: Extent[Wanted]) -> int:
+def _lead(extent: Extent[RowsToLoad]) -> int:
     """Where an extent begins in a lane's buffer: tensors keep the alignment that they have in the file."""
     return extent.start % _ALIGNMENT
