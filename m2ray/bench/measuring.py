@@ -41,7 +41,7 @@ def encode_bytes_per_s(hidden_size: int, store_dtype: str) -> float:
 
 
 def store_bytes_per_s(store: Store, hidden_size: int, store_dtype: str, threads: int) -> float:
-    """What a run's writer of so many threads gets into the store a second, if rows are always there, all of it durable at the end.
+    """What a run's writer with `threads` threads gets into the store a second, if rows are always there, all of it durable at the end.
 
     Sizes grow until a round takes two seconds: a slow store is not sent gigabytes, a fast one is not judged by what caches take.
     Deletes what it wrote.
@@ -78,7 +78,7 @@ def _parts(layers: int, hidden_size: int, store_dtype: str) -> list[PartSpec]:
 
 
 def _rows(hidden_size: int, store_dtype: str, num_bytes: int) -> Bits:
-    """About so many bytes of rows, of whole sequences."""
+    """About `num_bytes` of rows, of whole sequences."""
     itemsize_bytes = 4 if store_dtype == "float32" else 2
     sequences = max(1, num_bytes // (_LENGTH * hidden_size * itemsize_bytes))
     return _gaussian_bits(sequences * _LENGTH, hidden_size, itemsize_bytes)

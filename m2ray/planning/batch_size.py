@@ -21,7 +21,7 @@ def best_batch_tokens(most_tokens: int, stats_at: Callable[[int], PromptStats], 
 
     Args:
         most_tokens: what memory has room for.
-        stats_at: the prompts of one replica, cut into micro-batches of so many padded tokens.
+        stats_at: the prompts of one replica, cut into micro-batches of a number of padded tokens.
         num_stages: of a chain.
     """
     sizes = [most_tokens]

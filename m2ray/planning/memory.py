@@ -240,7 +240,7 @@ def cpu_memory(rows: Sequence[TensorRow], workload: Workload, row_bytes: Sequenc
 
 
 def _pinned_bytes(num_bytes: int, piece_bytes: int) -> int:
-    """What torch takes to pin so many bytes in pieces: each is rounded up to a power of two."""
+    """What torch takes to pin `num_bytes` in pieces: each is rounded up to a power of two."""
     return -(-num_bytes // piece_bytes) * (1 << (piece_bytes - 1).bit_length())
 
 

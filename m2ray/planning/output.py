@@ -67,7 +67,7 @@ def stored_row_bytes(spec: PartSpec, compression: str) -> float:
 
 
 def part_bytes(spec: PartSpec, rows: int, row_groups: int, files: int = 1, compression: str = "none") -> int:
-    """Bytes of `files` parts with so many rows and row groups together, within 2 % of what the writer makes of 128 bytes a row."""
+    """Bytes of `files` parts with these rows and row groups together, within 2 % of what the writer makes of 128 bytes a row."""
     return round(rows * stored_row_bytes(spec, compression)) + row_groups * BYTES_A_ROW_GROUP + files * BYTES_A_PART
 
 

@@ -142,7 +142,7 @@ def _nodes(demand: Demand, cluster: Cluster, stages: Sequence[StagePlan], placed
 
 
 def _node_shortages(cluster: Cluster, nodes: Sequence[NodePlan]) -> list[Shortage]:
-    """Host memory of every node, then /dev/shm, then the disk, as far as they are known."""
+    """Host memory of every node, then /dev/shm, then the disk, where they are known."""
     host, shared, disk = [], [], []
     for node, planned in zip(cluster.nodes, nodes, strict=True):
         has_bytes = node.host_bytes if node.host_free_bytes is None else node.host_free_bytes

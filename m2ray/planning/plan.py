@@ -118,7 +118,7 @@ def plan_run(
 
 
 def _require_attention(demand: Demand, chains: Sequence[Sequence[Device]]) -> None:
-    """Raise ClusterError, all at once, for what keeps the attention from these devices, as far as is known of them."""
+    """Raise ClusterError, all at once, for all that is known to keep the attention from these devices."""
     if demand.shape.attn_implementation != "flash_attention_2":
         return
     remedy = 'Set attn_implementation = "sdpa".'

@@ -30,7 +30,7 @@ class RatePlan:
         is_stated: whether the user stated it.
         is_measured: whether it comes of a profile that `m2ray bench` took.
         store_bytes_per_s: what the store must take at that rate; None where the rate is not known.
-        limits: tokens a second that each resource allows, as far as it is known.
+        limits: tokens a second that each resource allows, where it is known.
         limiting: the one that allows least, of the stages' own with the time to fill and drain the chains.
         filled_share: of the time in which a chain works, the share in which each stage does: S stages need M + S - 1 steps for M
             micro-batches; None without prompts.
