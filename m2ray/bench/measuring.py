@@ -117,7 +117,7 @@ class Nowhere(Store):
     def read_into(self, key: str, offset: int, out: memoryview) -> None:
         raise StoreError(f"{key} was not kept.")
 
-    def list(self, prefix: str) -> Iterator[tuple[str, int]]:
+    def list(self, prefix: str, depth: int | None = None) -> Iterator[tuple[str, int]]:
         return iter(())
 
     def create(self, key: str, data: Data) -> None:
