@@ -25,7 +25,8 @@ from benchmarks.checkpoints import LAYERS, free, real_size
 from benchmarks.gpu_stage import drop_caches, require_root, spec
 from benchmarks.records import Row, record
 from m2ray.model.checkpoint import open_checkpoint
-from m2ray.model.extents import Range, Wanted
+from m2ray.model.digests import WeightDigests
+from m2ray.model.extents import Range, RowsToLoad
 from m2ray.model.gpu_loading import Lanes
 from m2ray.model.stage import load_stage
 from m2ray.model.weights import PIECE_BYTES
@@ -131,14 +132,14 @@ def lanes(model: Path, files: list[Path]) -> None:
     checkpoint = open_checkpoint(str(model))
     # A tensor that is larger than an extent is cut, as weights.py does.
     wanted = [
-        Wanted(key, Range(header.file, begin, num_bytes, torch.uint8, (num_bytes,)), None, nowhere)
+        RowsToLoad(key, Range(header.file, begin, num_bytes, torch.uint8, (num_bytes,)), None, nowhere)
         for key, header in checkpoint.headers.items()
         if header.file in names
         for begin in range(header.offset, header.offset + header.num_bytes, PIECE_BYTES)
         for num_bytes in [min(PIECE_BYTES, header.offset + header.num_bytes - begin)]
     ]
     with Lanes(torch.device(GPU)) as readers:
-        readers.begin(checkpoint, wanted, None, lambda *_: None)
+        readers.begin(checkpoint, wanted, None, WeightDigests(checkpoint.headers), lambda *_: None)
         readers.finish(lambda: None)
 
 

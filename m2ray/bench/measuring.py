@@ -42,7 +42,7 @@ def encode_bytes_per_s(hidden_size: int, store_dtype: str) -> float:
 
 
 def store_bytes_per_s(store: Store, hidden_size: int, store_dtype: str, threads: int) -> float:
-    """What a run's writer of so many threads gets into the store a second, if rows are always there, all of it durable at the end.
+    """What a run's writer with `threads` threads gets into the store a second, if rows are always there, all of it durable at the end.
 
     Sizes grow until a round takes two seconds: a slow store is not sent gigabytes, a fast one is not judged by what caches take.
     Deletes what it wrote.
@@ -75,7 +75,7 @@ def store_bytes_per_s(store: Store, hidden_size: int, store_dtype: str, threads:
 
 
 def _rows(hidden_size: int, store_dtype: str, num_bytes: int) -> Bits:
-    """About so many bytes of rows, of whole sequences."""
+    """About `num_bytes` of rows, of whole sequences."""
     itemsize_bytes = 4 if store_dtype == "float32" else 2
     sequences = max(1, num_bytes // (_LENGTH * hidden_size * itemsize_bytes))
     return _gaussian_bits(sequences * _LENGTH, hidden_size, itemsize_bytes)
@@ -114,7 +114,7 @@ class Nowhere(Store):
     def read_into(self, key: str, offset: int, out: memoryview) -> None:
         raise StoreError(f"{key} was not kept.")
 
-    def list(self, prefix: str) -> Iterator[tuple[str, int]]:
+    def list(self, prefix: str, depth: int | None = None) -> Iterator[tuple[str, int]]:
         return iter(())
 
     def create(self, key: str, data: Data) -> None:

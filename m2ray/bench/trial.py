@@ -76,7 +76,7 @@ class TrialLayer:
         return lambda: self._decoder.run(token_ids_BT, None if hidden_BTH is None else hidden_BTH.clone(), lambda *_: None)
 
     def _times_ms(self, step: Callable[[], object]) -> list[float]:
-        """Several passes, as far as they fit into a few seconds."""
+        """Several passes, fewer where they would take more than a few seconds."""
         times_ms: list[float] = []
         while len(times_ms) < _REPEATS and sum(times_ms) < _MOST_MS:
             self._wait()

@@ -136,7 +136,7 @@ def _gpus_here() -> tuple[Gpu, ...]:
 def reserve(plan: Plan, hardware: Hardware, timeout_s: float) -> Iterator[tuple[Plan, list[Reservation]]]:
     """Hold the room that a plan asks for, one placement group a replica, and lay the plan out over the GPUs that were given.
 
-    A bundle goes to its stage's node. Which of a node's GPUs it gets is Ray's choice: the layers are dealt out anew over these. Where
+    A bundle goes to its stage's node. Which of a node's GPUs it gets is Ray's choice: the layers are dealt out again over these. Where
     `max_memory` or `device_map` leave GPUs of a node out, all of the node's GPUs are held, so that the right ones are among them.
 
     Yields:

@@ -122,7 +122,7 @@ def build_report(plan: Plan, run_id: str, run: RunStatus) -> dict[str, Any]:
         "extract_s": run.extract_s,
         "tokens": run.tokens,
         "tokens_per_s": {"planned": plan.rates.tokens_per_s, "measured": run.tokens_per_s},
-        "padding_waste": {"planned": planned_output.padding_waste if planned_output else None, "measured": run.padding_waste},
+        "padding_waste": {"planned": plan.prompts.padding_waste if plan.prompts else None, "measured": run.padding_waste},
         "parameter_bytes": {
             "planned": sum(_planned_weights(plan, planned) for planned, _ in run.stages),
             "measured": sum(stage.parameter_bytes for stage in run.statuses),

@@ -15,7 +15,7 @@ import xxhash
 
 from m2ray.model.extents import Range
 from m2ray.model.headers import DTYPES, TensorHeader
-from m2ray.model.tensors import SCALE, Filling
+from m2ray.model.tensors import SCALE, MatchedTensor
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -30,9 +30,9 @@ class WeightDigests:
         """By file and offset: bytes and digest."""
         self._begun: dict[tuple[str, int], xxhash.xxh3_128] = {}
 
-    def expect(self, fillings: Iterable[Filling]) -> None:
+    def expect(self, matched: Iterable[MatchedTensor]) -> None:
         """These tensors will be read, with their scales."""
-        for filling in fillings:
+        for filling in matched:
             keys = self._keys.setdefault(filling.tensor.layer, set())
             for placement in filling.placements:
                 keys.update(key for key in (placement.key, placement.key + SCALE) if key in self._headers)

@@ -42,7 +42,7 @@ class Range(NamedTuple):
         return values.view(self.dtype).view(self.shape)
 
 
-class Wanted(NamedTuple):
+class RowsToLoad(NamedTuple):
     """Some rows of the checkpoint tensor `key`, their scales if they are FP8, and the part of a model tensor that they fill."""
 
     key: str
@@ -72,7 +72,7 @@ class Extent(Generic[Item]):
     items: list[Item]
 
 
-def value_extents(wanted: Iterable[Wanted]) -> list[Extent[Wanted]]:
+def value_extents(wanted: Iterable[RowsToLoad]) -> list[Extent[RowsToLoad]]:
     """All wanted values, each with its scales if they are beside it."""
     return _joined(
         (each.values.file, each.values.offset, each.scale.stop if each.scale and each.is_beside_scale else each.values.stop, each)
@@ -80,7 +80,7 @@ def value_extents(wanted: Iterable[Wanted]) -> list[Extent[Wanted]]:
     )
 
 
-def scale_extents(wanted: Iterable[Wanted]) -> list[Extent[Range]]:
+def scale_extents(wanted: Iterable[RowsToLoad]) -> list[Extent[Range]]:
     """The scales that lie apart from their values, each once."""
     apart = {each.scale for each in wanted if each.scale is not None and not each.is_beside_scale}
     return _joined((scale.file, scale.offset, scale.stop, scale) for scale in apart)

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from m2ray.model.extents import Wanted
+from m2ray.model.extents import RowsToLoad
 from m2ray.toolchain import triton_problem
 
 Block = tuple[int, int] | None
@@ -30,7 +30,7 @@ def dequantize(weight: torch.Tensor, scale: torch.Tensor, block: Block) -> torch
     return values.to(torch.bfloat16)
 
 
-def is_for_kernel(wanted: Wanted, block: Block, device: torch.device) -> bool:
+def is_for_kernel(wanted: RowsToLoad, block: Block, device: torch.device) -> bool:
     """Whether the fused kernel serves: Hopper's FP8 on a GPU that has it, float32 scales, blocks of powers of two, bfloat16 rows.
 
     And Triton can make it on this machine; the formula serves everywhere, more slowly.
@@ -67,7 +67,7 @@ class KernelTable:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def add(self, wanted: Wanted, weight_at: int, scale_at: int) -> int:
+    def add(self, wanted: RowsToLoad, weight_at: int, scale_at: int) -> int:
         """Add a tensor, whose `scale_at` may be an address, as a negative number. Returns the number of its blocks."""
         assert wanted.scale is not None
         rows, columns = wanted.values.shape

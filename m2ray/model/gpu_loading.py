@@ -16,7 +16,7 @@ import torch
 
 from m2ray.model.checkpoint import Checkpoint
 from m2ray.model.digests import WeightDigests
-from m2ray.model.extents import EXTENT_BYTES, Extent, Range, Wanted, scale_extents, value_extents
+from m2ray.model.extents import EXTENT_BYTES, Extent, Range, RowsToLoad, scale_extents, value_extents
 from m2ray.model.fp8 import Block, KernelTable, is_for_kernel, warm_up
 
 LANES = min(16, 2 * (os.cpu_count() or 8))
@@ -27,7 +27,7 @@ _SCALE_READERS = 4
 _COMPILE_S = 600.0
 """What Triton may take to compile the kernel on a busy node."""
 
-Fill = Callable[[Wanted, torch.Tensor, torch.Tensor | None], None]
+Fill = Callable[[RowsToLoad, torch.Tensor, torch.Tensor | None], None]
 """Converts values and their scales, both on the GPU, and writes them where they are wanted."""
 
 
@@ -44,7 +44,7 @@ class _Lane:
             torch.cuda.current_stream().synchronize()
         self._memory = self._pinned.numpy().data
 
-    def read(self, checkpoint: Checkpoint, extent: Extent[Wanted], digests: WeightDigests) -> torch.Tensor:
+    def read(self, checkpoint: Checkpoint, extent: Extent[RowsToLoad], digests: WeightDigests) -> torch.Tensor:
         """Read the extent and begin to copy it to the GPU, on this lane's stream, which has to be the current one; hash it meanwhile."""
         pieces = [piece for wanted in extent.items for piece in wanted.in_one_run]
         begin, stop = _lead(extent), _lead(extent) + extent.stop - extent.start
@@ -71,7 +71,7 @@ class _Plan:
         self._fill = fill
         self._table = KernelTable(block or (1, 1))
 
-    def add(self, extent: Extent[Wanted]) -> Callable[[torch.Tensor], None]:
+    def add(self, extent: Extent[RowsToLoad]) -> Callable[[torch.Tensor], None]:
         """What converts an extent once it lies in a lane's buffer on the GPU."""
         first, max_blocks = len(self._table), 0
         base = extent.start - _lead(extent)
@@ -132,7 +132,7 @@ class Lanes:
         if block is not None:
             self._compiled = self._compiler.submit(warm_up, block, self._device)
 
-    def begin(self, checkpoint: Checkpoint, wanted: Sequence[Wanted], block: Block, digests: WeightDigests, fill: Fill) -> None:
+    def begin(self, checkpoint: Checkpoint, wanted: Sequence[RowsToLoad], block: Block, digests: WeightDigests, fill: Fill) -> None:
         """Begin to read and to hash all that is wanted. Scales that lie apart from their values are read at once, for the kernel has to know their place.
 
         Raises:
@@ -161,7 +161,7 @@ class Lanes:
         self._plans.clear()
 
     def _load(
-        self, checkpoint: Checkpoint, extent: Extent[Wanted], digests: WeightDigests, convert: Callable[[torch.Tensor], None]
+        self, checkpoint: Checkpoint, extent: Extent[RowsToLoad], digests: WeightDigests, convert: Callable[[torch.Tensor], None]
     ) -> None:
         # There are as many threads as lanes, and all lanes were asked for before any extent.
         lane = self._free.get_nowait()
@@ -174,7 +174,7 @@ class Lanes:
         finally:
             self._free.put(lane)
 
-    def _read_scales(self, checkpoint: Checkpoint, wanted: Sequence[Wanted], digests: WeightDigests) -> dict[Range, torch.Tensor]:
+    def _read_scales(self, checkpoint: Checkpoint, wanted: Sequence[RowsToLoad], digests: WeightDigests) -> dict[Range, torch.Tensor]:
         """The scales that lie apart from their values, on the GPU."""
 
         def read(extent: Extent[Range]) -> bytearray:
@@ -193,6 +193,6 @@ class Lanes:
         return scales
 
 
-def _lead(extent: Extent[Wanted]) -> int:
+def _lead(extent: Extent[RowsToLoad]) -> int:
     """Where an extent begins in a lane's buffer: tensors keep the alignment that they have in the file."""
     return extent.start % _ALIGNMENT

@@ -31,7 +31,7 @@ SHOWN_PROBLEMS = 20
 
 
 @dataclass(frozen=True)
-class Filling:
+class MatchedTensor:
     """One model tensor and the checkpoint tensors that fill it."""
 
     tensor: ModelTensor
@@ -43,11 +43,11 @@ class Match:
     """A checkpoint's tensors matched with a model's.
 
     Attributes:
-        fillings: how each model tensor is made.
+        tensors: how each model tensor is made.
         unread: checkpoint keys that no model tensor is made of, and why: the "head" of tied embeddings, "unused".
     """
 
-    fillings: tuple[Filling, ...]
+    tensors: tuple[MatchedTensor, ...]
     unread: Mapping[str, Role]
 
 
@@ -58,13 +58,13 @@ def match_tensors(skeleton: Skeleton, headers: Mapping[str, TensorHeader], span:
         CheckpointError: tensors are missing (but for the head's), unknown, of a wrong shape or dtype, or without their FP8 scale; all at once.
     """
     unread: dict[str, Role] = {}
-    fillings = [filling for group in match_by_layer(skeleton, headers, span, unread) for filling in group]
-    return Match(tuple(fillings), unread)
+    matched = [each for group in match_by_layer(skeleton, headers, span, unread) for each in group]
+    return Match(tuple(matched), unread)
 
 
 def match_by_layer(
     skeleton: Skeleton, headers: Mapping[str, TensorHeader], span: LayerSpan | None = None, unread: dict[str, Role] | None = None
-) -> Iterator[list[Filling]]:
+) -> Iterator[list[MatchedTensor]]:
     """The same a layer at a time, so that the first ones can be read meanwhile; what belongs to no layer comes first.
 
     Args:
@@ -94,18 +94,18 @@ def match_by_layer(
                 problems.append(CheckpointError(f"{source.key}: a {skeleton.config.model_type} model has no such tensor."))
         if layer is None:
             _use_tied(skeleton, sources, unread)
-        fillings = []
+        matched = []
         for tensor in tensors.get(layer, ()):
             if tensor.role == "head" and not sources[tensor.name]:
                 continue  # never loaded, so it need not be there
             try:
                 placements = conversion.place(tensor, sources[tensor.name], shapes)
-                fillings.append(Filling(tensor, tuple(placements)))
+                matched.append(MatchedTensor(tensor, tuple(placements)))
                 problems += [problem for placement in placements for problem in _check_dtype(skeleton, headers, placement.key)]
             except CheckpointError as problem:
                 problems.append(problem)
         if not problems:
-            yield fillings
+            yield matched
     _raise_shortened(problems)
 
 
@@ -116,10 +116,7 @@ def table_of(skeleton: Skeleton, headers: Mapping[str, TensorHeader]) -> TensorT
         CheckpointError: as `match_tensors`.
     """
     match = match_tensors(skeleton, headers)
-    rows = [
-        _row(filling.tensor, tuple(placement.key for placement in filling.placements), disk_bytes(filling, headers))
-        for filling in match.fillings
-    ]
+    rows = [_row(each.tensor, tuple(placement.key for placement in each.placements), disk_bytes(each, headers)) for each in match.tensors]
     for key, role in match.unread.items():
         rows.append(TensorRow(key, role, None, headers[key].shape, False, key_bytes(key, headers), (key,)))
     return TensorTable(len(skeleton.layers), skeleton.config.hidden_size, tuple(rows))
@@ -146,9 +143,9 @@ def key_bytes(key: str, headers: Mapping[str, TensorHeader]) -> int:
     return headers[key].num_bytes + (scale.num_bytes if scale else 0)
 
 
-def disk_bytes(filling: Filling, headers: Mapping[str, TensorHeader]) -> int:
+def disk_bytes(matched: MatchedTensor, headers: Mapping[str, TensorHeader]) -> int:
     """Bytes that one model tensor has in the checkpoint, scales included."""
-    return sum(key_bytes(placement.key, headers) for placement in filling.placements)
+    return sum(key_bytes(placement.key, headers) for placement in matched.placements)
 
 
 def scale_shape(shape: tuple[int, ...], block: tuple[int, int] | None) -> tuple[int, ...]:

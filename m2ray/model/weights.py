@@ -17,11 +17,11 @@ from m2ray.model.checkpoint import Checkpoint
 from m2ray.model.conversion import Placement
 from m2ray.model.decoder import DecoderSpan
 from m2ray.model.digests import WeightDigests
-from m2ray.model.extents import Range, Wanted
+from m2ray.model.extents import Range, RowsToLoad
 from m2ray.model.families import fp8_block
 from m2ray.model.fp8 import Block, dequantize
 from m2ray.model.gpu_loading import Lanes
-from m2ray.model.tensors import FP8, SCALE, Filling, disk_bytes, match_by_layer, match_tensors
+from m2ray.model.tensors import FP8, SCALE, MatchedTensor, disk_bytes, match_by_layer, match_tensors
 
 OnBytes = Callable[[int, int], None]
 
@@ -70,11 +70,11 @@ def load_weights(checkpoint: Checkpoint, decoder: DecoderSpan, on_bytes: OnBytes
     if lanes is not None:
         needed_bytes = _load_by_lanes(checkpoint, decoder, block, digests, on_bytes, lanes)
     else:
-        fillings = match_tensors(decoder.skeleton, checkpoint.headers, decoder.span).fillings
-        digests.expect(fillings)
-        needed_bytes = sum(disk_bytes(filling, checkpoint.headers) for filling in fillings)
+        matched = match_tensors(decoder.skeleton, checkpoint.headers, decoder.span).tensors
+        digests.expect(matched)
+        needed_bytes = sum(disk_bytes(each, checkpoint.headers) for each in matched)
         on_bytes(checkpoint.bytes_read, needed_bytes)
-        pieces = _pieces(checkpoint, decoder, fillings, block)
+        pieces = _pieces(checkpoint, decoder, matched, block)
         _load_pieces(checkpoint, pieces, block, digests, lambda: on_bytes(checkpoint.bytes_read, needed_bytes))
     on_bytes(checkpoint.bytes_read, needed_bytes)
     decoder.check_complete()
@@ -89,13 +89,13 @@ def _load_by_lanes(
     lanes.compile(block)
     needed_bytes = 0
 
-    def fill(wanted: Wanted, values: torch.Tensor, scale: torch.Tensor | None) -> None:
+    def fill(wanted: RowsToLoad, values: torch.Tensor, scale: torch.Tensor | None) -> None:
         _convert(wanted.key, values if scale is None else dequantize(values, scale, block), wanted.into)
 
-    for fillings in match_by_layer(decoder.skeleton, checkpoint.headers, decoder.span):
-        needed_bytes += sum(disk_bytes(filling, checkpoint.headers) for filling in fillings)
-        digests.expect(fillings)
-        wanted = [_wanted(checkpoint, piece, block) for piece in _pieces(checkpoint, decoder, fillings, block)]
+    for matched in match_by_layer(decoder.skeleton, checkpoint.headers, decoder.span):
+        needed_bytes += sum(disk_bytes(each, checkpoint.headers) for each in matched)
+        digests.expect(matched)
+        wanted = [_wanted(checkpoint, piece, block) for piece in _pieces(checkpoint, decoder, matched, block)]
         lanes.begin(checkpoint, wanted, block, digests, fill)
     lanes.finish(lambda: on_bytes(checkpoint.bytes_read, needed_bytes))
     return needed_bytes
@@ -119,11 +119,11 @@ def _load_pieces(
             pool.shutdown(cancel_futures=True)
 
 
-def _wanted(checkpoint: Checkpoint, piece: _Piece, block: Block) -> Wanted:
+def _wanted(checkpoint: Checkpoint, piece: _Piece, block: Block) -> RowsToLoad:
     """Where a piece's bytes lie, and those of its scales."""
     is_fp8 = checkpoint.headers[piece.key].dtype in FP8
     scale = _range(checkpoint, piece.key + SCALE, _scale_rows(piece, block)) if is_fp8 else None
-    return Wanted(piece.key, _range(checkpoint, piece.key, piece.rows), scale, piece.into)
+    return RowsToLoad(piece.key, _range(checkpoint, piece.key, piece.rows), scale, piece.into)
 
 
 def _range(checkpoint: Checkpoint, key: str, rows: slice | None) -> Range:
@@ -137,13 +137,13 @@ def _range(checkpoint: Checkpoint, key: str, rows: slice | None) -> Range:
     return Range(header.file, offset, prod(shape) * header.dtype.itemsize, header.dtype, tuple(shape))
 
 
-def _pieces(checkpoint: Checkpoint, decoder: DecoderSpan, fillings: Iterable[Filling], block: Block) -> Iterator[_Piece]:
+def _pieces(checkpoint: Checkpoint, decoder: DecoderSpan, matched: Iterable[MatchedTensor], block: Block) -> Iterator[_Piece]:
     """Allocate one model tensor after the other and cut what fills it into pieces."""
-    for filling in fillings:
-        values = decoder.allocate(filling.tensor)
-        for placement in filling.placements:
+    for each in matched:
+        values = decoder.allocate(each.tensor)
+        for placement in each.placements:
             yield from _cut(checkpoint, placement, placement.part_of(values), block)
-        assign(decoder.skeleton.model, filling.tensor.name, values)
+        assign(decoder.skeleton.model, each.tensor.name, values)
 
 
 def assign(model: nn.Module, name: str, values: torch.Tensor) -> None:
@@ -168,7 +168,7 @@ def _cut(checkpoint: Checkpoint, placement: Placement, into: torch.Tensor, block
     return [_Piece(placement.key, slice(start, start + step), into[start : start + step]) for start in range(0, num_rows, step)]
 
 
-def _load(checkpoint: Checkpoint, wanted: Wanted, block: Block, digests: WeightDigests) -> None:
+def _load(checkpoint: Checkpoint, wanted: RowsToLoad, block: Block, digests: WeightDigests) -> None:
     """Read one piece, hash it, convert it and write it into the model; what needs no conversion is read where it belongs."""
     into = wanted.into
     is_as_on_disk = wanted.values.dtype == into.dtype and into.is_contiguous()

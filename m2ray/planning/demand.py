@@ -14,7 +14,6 @@ from m2ray.planning.memory import (
     STAGING_BYTES,
     UNUSABLE_BYTES,
     ModelShape,
-    TransientBytes,
     Workload,
     gpu_overhead,
     span_rows,
@@ -81,11 +80,15 @@ class Demand:
     @cached_property
     def workload(self) -> Workload:
         longest_tokens = self.assumed.longest_tokens or self.options.batch_tokens
+        padded_tokens = max(self.options.batch_tokens, longest_tokens)
+        shape = replace(self.shape, attn_implementation=self.options.attn_implementation)
+        transient_bytes = shape.compiled_transient_bytes if self.options.compile else shape.transient_bytes
         return Workload(
-            padded_tokens=max(self.options.batch_tokens, longest_tokens),
+            padded_tokens=padded_tokens,
             longest_tokens=longest_tokens,
             hidden_size=self.table.hidden_size,
             itemsize_bytes=self.itemsize_bytes,
+            transient_bytes=transient_bytes(padded_tokens, longest_tokens, self.itemsize_bytes),
             writer_queue_bytes=self.options.writer_queue_bytes,
         )
 
@@ -151,16 +154,10 @@ class Demand:
         layers, first, last = self._costs
         return sum(layers[span.start : span.stop]) + (first if span.start == 0 else 0) + (last if span.stop == self.table.num_layers else 0)
 
-    @property
-    def transient_bytes(self) -> TransientBytes:
-        """Of a layer's forward pass, as it will run."""
-        shape = replace(self.shape, attn_implementation=self.options.attn_implementation)
-        return shape.compiled_transient_bytes if self.options.compile else shape.transient_bytes
-
     @cached_property
     def overhead(self) -> dict[str, int]:
         """What a GPU holds besides weights, whichever span it gets."""
-        return gpu_overhead(self.workload, self.transient_bytes, [row_bytes(part) for part in self.options.parts])
+        return gpu_overhead(self.workload, [row_bytes(part) for part in self.options.parts])
 
     @cached_property
     def _costs(self) -> tuple[Sequence[int], int, int]:

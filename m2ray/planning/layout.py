@@ -175,11 +175,11 @@ def _output(plan: Plan) -> Sequence[RenderableType]:
 
 
 def _output_lines(plan: Plan) -> Iterator[str]:
-    output = plan.output
-    if output is None:
+    output, prompts = plan.output, plan.prompts
+    if output is None or prompts is None:
         return
     yield ""
-    yield f"output   {output.tokens:,} tokens of {output.sequences:,} prompts; padding {output.padding_waste:.1%}"
+    yield f"output   {prompts.tokens:,} tokens of {prompts.sequences:,} prompts; padding {prompts.padding_waste:.1%}"
     sizes = sorted({part.num_bytes for part in output.by_part})
     each = size(sizes[0]) if len(sizes) == 1 else f"{size(sizes[0])} to {size(sizes[-1])}"
     yield f"         {len(output.by_part)} sites and layers of {each} in {output.by_part[0].files:,} files each"

@@ -3,7 +3,7 @@
 What no formula gives is one of the constants below: allowances, to be held against measurements on a new kind of machine.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -50,11 +50,6 @@ extents are converted there as pieces are on the CPU."""
 def window(num_stages: int) -> int:
     """Micro-batches in a chain at most: two a stage keep each computing while one is handed on, and two to spare."""
     return 2 * num_stages + 2
-
-
-TransientBytes = Callable[[int, int, int], int]
-"""What a layer's forward pass allocates beside its weights: bytes, from (padded tokens, the longest sequence's tokens, bytes of an
-element of the compute dtype). `ModelShape.transient_bytes` is one."""
 
 
 @dataclass(frozen=True)
@@ -164,6 +159,7 @@ class Workload:
         longest_tokens: tokens of the longest sequence.
         hidden_size: H.
         itemsize_bytes: of the compute dtype.
+        transient_bytes: what a layer's forward pass allocates beside its weights.
         writer_queue_bytes: captured bytes that may wait for the store, a stage.
     """
 
@@ -171,6 +167,7 @@ class Workload:
     longest_tokens: int
     hidden_size: int
     itemsize_bytes: int
+    transient_bytes: int
     writer_queue_bytes: int
 
     @property
@@ -207,27 +204,24 @@ def weight_bytes(rows: Iterable[TensorRow], itemsize_bytes: int) -> int:
     return sum(row.compute_bytes(itemsize_bytes) for row in rows)
 
 
-def gpu_overhead(workload: Workload, transient_bytes: TransientBytes, row_bytes: Sequence[int]) -> dict[str, int]:
+def gpu_overhead(workload: Workload, row_bytes: Sequence[int]) -> dict[str, int]:
     """Everything that a running stage needs on a GPU besides its weights; `row_bytes` are those of each part captured there."""
-    transient = transient_bytes(workload.padded_tokens, workload.longest_tokens, workload.itemsize_bytes)
     return {
-        "transient": transient,
-        "unusable": int(transient * UNUSABLE_SHARE) + UNUSABLE_BYTES,
+        "transient": workload.transient_bytes,
+        "unusable": int(workload.transient_bytes * UNUSABLE_SHARE) + UNUSABLE_BYTES,
         "hidden_states": HIDDEN_BUFFERS * workload.hidden_bytes,
         "capture": CAPTURE_BUFFERS * workload.padded_tokens * max(row_bytes, default=0),
         "context": CONTEXT_BYTES,
     }
 
 
-def gpu_memory(
-    rows: Sequence[TensorRow], workload: Workload, transient_bytes: TransientBytes, row_bytes: Sequence[int], offload_bytes: int = 0
-) -> Memory:
+def gpu_memory(rows: Sequence[TensorRow], workload: Workload, row_bytes: Sequence[int], offload_bytes: int = 0) -> Memory:
     """A GPU that holds the tensors `rows`, and buffers of `offload_bytes` for layers that are kept elsewhere."""
     weights = {"weights": weight_bytes(rows, workload.itemsize_bytes)}
     if offload_bytes:
         weights["offload_buffers"] = offload_bytes
     loading = {"staging": STAGING_BYTES["device"], "unusable": UNUSABLE_BYTES, "context": CONTEXT_BYTES}
-    return Memory(weights | gpu_overhead(workload, transient_bytes, row_bytes), weights | loading)
+    return Memory(weights | gpu_overhead(workload, row_bytes), weights | loading)
 
 
 def gpu_host_memory(workload: Workload, row_bytes: Sequence[int], offloaded_bytes: int = 0, readers_bytes: int = 0) -> Memory:
@@ -240,15 +234,16 @@ def gpu_host_memory(workload: Workload, row_bytes: Sequence[int], offloaded_byte
     return Memory(process | buffers, process | {"staging": STAGING_BYTES["host"]})
 
 
-def cpu_memory(rows: Sequence[TensorRow], workload: Workload, transient_bytes: TransientBytes, row_bytes: Sequence[int]) -> Memory:
+def cpu_memory(rows: Sequence[TensorRow], workload: Workload, row_bytes: Sequence[int]) -> Memory:
     """A stage without a GPU: everything is in host memory."""
     held = {"weights": weight_bytes(rows, workload.itemsize_bytes), "process": PROCESS_BYTES["cpu"]}
-    transient = {"transient": transient_bytes(workload.padded_tokens, workload.longest_tokens, workload.itemsize_bytes)}
-    return Memory(held | transient | _host_buffers(workload, row_bytes), held | {"staging": STAGING_BYTES["device"]})
+    return Memory(
+        held | {"transient": workload.transient_bytes} | _host_buffers(workload, row_bytes), held | {"staging": STAGING_BYTES["device"]}
+    )
 
 
 def _pinned_bytes(num_bytes: int, piece_bytes: int) -> int:
-    """What torch takes to pin so many bytes in pieces: each is rounded up to a power of two."""
+    """What torch takes to pin `num_bytes` in pieces: each is rounded up to a power of two."""
     return -(-num_bytes // piece_bytes) * (1 << (piece_bytes - 1).bit_length())
 
 

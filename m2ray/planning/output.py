@@ -43,16 +43,12 @@ class OutputPlan:
     """What the run folder will hold.
 
     Attributes:
-        padding_waste: share of the computed tokens that are padding.
         by_part: site by site and layer by layer.
         files, num_bytes: of all parts.
         disk_bytes: parts and records: what the disk or bucket needs.
         cost_a_month: of `disk_bytes` at the stated price per GB (10^9 bytes) and month; None where none was stated.
     """
 
-    sequences: int
-    tokens: int
-    padding_waste: float
     by_part: tuple[PartBytes, ...]
     files: int
     num_bytes: int
@@ -71,7 +67,7 @@ def stored_row_bytes(spec: PartSpec, compression: str) -> float:
 
 
 def part_bytes(spec: PartSpec, rows: int, row_groups: int, files: int = 1, compression: str = "none") -> int:
-    """Bytes of `files` parts with so many rows and row groups together, within 2 % of what the writer makes of 128 bytes a row."""
+    """Bytes of `files` parts with these rows and row groups together, within 2 % of what the writer makes of 128 bytes a row."""
     return round(rows * stored_row_bytes(spec, compression)) + row_groups * BYTES_A_ROW_GROUP + files * BYTES_A_PART
 
 
@@ -87,9 +83,6 @@ def plan_output(parts: Sequence[PartSpec], prompts: PromptStats, price_per_gb_mo
     files = sum(part.files for part in by_part)
     disk_bytes = num_bytes + files * RECORD_BYTES_A_PART + prompts.sequences * RECORD_BYTES_A_SEQUENCE
     return OutputPlan(
-        sequences=prompts.sequences,
-        tokens=prompts.tokens,
-        padding_waste=prompts.padding_waste,
         by_part=by_part,
         files=files,
         num_bytes=num_bytes,

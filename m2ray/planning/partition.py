@@ -78,7 +78,7 @@ def partition(
 def short_by_bytes(layer_bytes: Sequence[int], first_bytes: int, last_bytes: int, caps_bytes: Sequence[int | None]) -> int:
     """Bytes of the layers that find no room when every device is filled in order; 0 if the model fits.
 
-    No contiguous split places more, so this decides for every device map. One more device with room for so many bytes,
+    No contiguous split places more, so this decides for every device map. One more device with room for these bytes,
     put last, would hold the rest.
     """
     costs = _with_ends(layer_bytes, first_bytes, last_bytes)

@@ -109,7 +109,7 @@ def gpus_of(demand: Demand, chains: Sequence[Sequence[Device]], placing: Placing
                 continue
             rows = [row for row in demand.rows(found.held) if row.layer not in found.residency]
             buffers_bytes = demand.buffers_bytes(found.held) if found.residency else 0
-            memory = gpu_memory(rows, demand.workload, demand.transient_bytes, demand.row_bytes(found.held), buffers_bytes)
+            memory = gpu_memory(rows, demand.workload, demand.row_bytes(found.held), buffers_bytes)
             yield replace(found, memory=memory)
 
 
@@ -123,7 +123,7 @@ def _stages(demand: Demand, placed: Sequence[DevicePlan]) -> Iterator[StagePlan]
             readers_bytes = OFFLOAD_READ_BYTES * sum("disk" in each.residency.values() for each in of_stage)
             host = gpu_host_memory(demand.workload, row_bytes, offloaded_bytes, readers_bytes)
         else:
-            host = cpu_memory(demand.rows(span), demand.workload, demand.transient_bytes, row_bytes)
+            host = cpu_memory(demand.rows(span), demand.workload, row_bytes)
         yield StagePlan(replica, stage, of_stage[0].device.node.name, span, host)
 
 
@@ -142,7 +142,7 @@ def _nodes(demand: Demand, cluster: Cluster, stages: Sequence[StagePlan], placed
 
 
 def _node_shortages(cluster: Cluster, nodes: Sequence[NodePlan]) -> list[Shortage]:
-    """Host memory of every node, then /dev/shm, then the disk, as far as they are known."""
+    """Host memory of every node, then /dev/shm, then the disk, where they are known."""
     host, shared, disk = [], [], []
     for node, planned in zip(cluster.nodes, nodes, strict=True):
         has_bytes = node.host_bytes if node.host_free_bytes is None else node.host_free_bytes

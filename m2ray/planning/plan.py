@@ -11,9 +11,8 @@ from m2ray.planning.demand import Demand
 from m2ray.planning.devices import Device, DevicePlan, chain_devices
 from m2ray.planning.hardware import FLASH_PACKAGE, Cluster
 from m2ray.planning.memory import weight_bytes
-from m2ray.planning.output import OutputPlan
 from m2ray.planning.partition import DeviceMap
-from m2ray.planning.placing import NodePlan, Placing, Shortage, StagePlan, gpus_of, place_all
+from m2ray.planning.placing import Placing, gpus_of, place_all
 from m2ray.planning.rates import RatePlan, plan_rates
 from m2ray.planning.remedies import STEP_TOKENS, Remedy, find_remedies
 
@@ -44,7 +43,7 @@ class WeightsPlan:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Placing):
     """The whole plan. Where GPU memory is short there are no `stages`, and `gpus` tell what each would need besides weights."""
 
     demand: Demand
@@ -53,11 +52,7 @@ class Plan:
     chains: tuple[tuple[Device, ...], ...]
     weights: WeightsPlan
     gpus: tuple[DevicePlan, ...]
-    stages: tuple[StagePlan, ...]
-    nodes: tuple[NodePlan, ...]
-    output: OutputPlan | None
     rates: RatePlan
-    shortages: tuple[Shortage, ...]
     remedies: tuple[Remedy, ...]
 
     @property
@@ -108,26 +103,22 @@ def plan_run(
     _require_attention(demand, chains)
     placing = place_all(demand, cluster, chains, prompts)
     _require_disks(cluster, placing)
-    waste = placing.output.padding_waste if placing.output else 0.0
     short = {shortage.resource for shortage in placing.shortages}
     return Plan(
+        **vars(placing),
         demand=demand,
         cluster=cluster,
         prompts=prompts,
         chains=chains,
         weights=_weights(demand),
         gpus=tuple(gpus_of(demand, chains, placing)),
-        stages=placing.stages,
-        nodes=placing.nodes,
-        output=placing.output,
-        rates=plan_rates(demand, placing.placed, prompts, waste),
-        shortages=placing.shortages,
+        rates=plan_rates(demand, placing.placed, prompts),
         remedies=find_remedies(demand, cluster, chains, prompts, short) if short else (),
     )
 
 
 def _require_attention(demand: Demand, chains: Sequence[Sequence[Device]]) -> None:
-    """Raise ClusterError, all at once, for what keeps the attention from these devices, as far as is known of them."""
+    """Raise ClusterError, all at once, for all that is known to keep the attention from these devices."""
     if demand.options.attn_implementation != "flash_attention_2":
         return
     remedy = 'Set attn_implementation = "sdpa".'

@@ -30,7 +30,7 @@ class RatePlan:
         is_stated: whether the user stated it.
         is_measured: whether it comes of a profile that `m2ray bench` took.
         store_bytes_per_s: what the store must take at that rate; None where the rate is not known.
-        limits: tokens a second that each resource allows, as far as it is known.
+        limits: tokens a second that each resource allows, where it is known.
         limiting: the one that allows least, of the stages' own with the time to fill and drain the chains.
         filled_share: of the time in which a chain works, the share in which each stage does: S stages need M + S - 1 steps for M
             micro-batches; None without prompts.
@@ -48,19 +48,19 @@ class RatePlan:
     duration_s: float | None
 
 
-def plan_rates(demand: Demand, placed: Sequence[DevicePlan], prompts: PromptStats | None, padding_waste: float) -> RatePlan:
+def plan_rates(demand: Demand, placed: Sequence[DevicePlan], prompts: PromptStats | None) -> RatePlan:
     """What the layout and the assumptions, or a profile's measurements, allow.
 
     Args:
         demand: the model and what is asked of it.
         placed: every span of every chain.
         prompts: what the survey found, if there was one.
-        padding_waste: share of computed tokens that are padding.
 
     Raises:
         ConfigError: the profile is of another GPU or dtype.
     """
     options, assumed = demand.options, demand.assumed
+    padding_waste = prompts.padding_waste if prompts else 0.0
     if assumed.profile:
         assumed.profile.require(options.compute_dtype, [each.device.gpu.name if each.device.gpu else None for each in placed])
     token_bytes = sum(stored_row_bytes(part, options.compression) for part in options.parts)

@@ -119,7 +119,7 @@ def _if(helps: bool, value: str) -> Sequence[str]:  # noqa: FBT001 - read as a w
 
 
 def _fewer(tokens: int) -> range:
-    """Less than so many tokens, in steps of 256."""
+    """Fewer than `tokens`, in steps of 256, the most first."""
     return range((tokens - 1) // STEP_TOKENS * STEP_TOKENS, 0, -STEP_TOKENS)
 
 

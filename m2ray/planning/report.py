@@ -46,9 +46,16 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "gpus": [_gpu(gpu) for gpu in plan.gpus],
         "stages": [_stage(stage) for stage in plan.stages],
         "nodes": [asdict(node) for node in plan.nodes],
-        "output": None if plan.output is None else {**asdict(plan.output), "by_part": [asdict(part) for part in plan.output.by_part]},
+        "output": _output(plan),
         "rates": {**asdict(plan.rates), "limits": dict(plan.rates.limits)},
     }
+
+
+def _output(plan: Plan) -> dict[str, Any] | None:
+    if plan.output is None or plan.prompts is None:
+        return None
+    prompts = {name: getattr(plan.prompts, name) for name in ("sequences", "tokens", "padding_waste")}
+    return {**prompts, **asdict(plan.output), "by_part": [asdict(part) for part in plan.output.by_part]}
 
 
 def _cluster(cluster: Cluster) -> list[dict[str, Any]]:

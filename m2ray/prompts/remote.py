@@ -1,4 +1,4 @@
-"""Prompts in an object store: its files, folders and globs, found by listing and read in ranges."""
+"""Where prompts lie, on a disk or in an object store: files, folders and globs, found by listing; and objects as paths to read."""
 
 import re
 from collections.abc import Iterator
@@ -6,14 +6,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import translate
 from io import BufferedReader
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from m2ray.errors import PromptsError, StoreError
-from m2ray.storage import Store, StoreFile, open_store
+from m2ray.storage import SCHEMES, LocalStore, Store, StoreFile, local_folder, open_store
 
 _MAGIC = re.compile(r"[*?[]")
-_URL = re.compile(r"(?P<bucket>[a-z0-9]+://[^/?]+)/?(?P<path>.*?)(?P<options>\?[A-Za-z_-]+=.*)?", re.DOTALL)
+_URL = re.compile(r"(?P<bucket>(?P<scheme>[a-z0-9]+)://[^/?]+)/?(?P<path>.*?)(?P<options>\?[A-Za-z_-]+=.*)?", re.DOTALL)
 
 
 @contextmanager
@@ -69,46 +69,78 @@ class RemotePath:
         return self.file().buffered()
 
 
-def find_remote(url: str) -> tuple[RemotePath, list[tuple[RemotePath, str]]]:
-    """What lies at a URL: the path itself, and the files there with their names below it, sorted.
+PromptPath = Path | RemotePath
 
-    One object; or every object below a folder, without those whose name, or that of a folder on the way, begins with "." or
+
+def find(prompts: str) -> tuple[PromptPath | None, list[tuple[PromptPath, str]]]:
+    """The files at a path or URL with their names, in order; and the folder itself where it is one.
+
+    A file; or all files below a folder, without those whose name, or that of a folder on the way, begins with "." or
     "_"; or those that match a glob (`*`, `?`, `[...]`, and `**` for any number of folders).
 
     Raises:
         PromptsError: nothing is there, or the store cannot be read.
     """
-    match = _URL.fullmatch(url)
-    assert match is not None, "the scheme was looked at before"
     with reading_store():
-        at = RemotePath(open_store(match["bucket"] + (match["options"] or "")), match["path"].strip("/"))
-        if at.key and at.is_file():
-            return at, [(at, at.name)]
-        found = sorted(_matching(at) if _MAGIC.search(at.key) else _below(at), key=lambda pair: pair[1])
-    if not found:
-        raise PromptsError(f"There are no prompts at {at}.", "Check the URL.")
-    return at, found
+        store, key = _place(prompts)
+        at = _path(store, key)
+        if key and store.size(key) is not None:
+            return None, [(at, at.name)]
+        if names := sorted(_below(store, key)):
+            return at, [(_path(store, f"{key}/{name}" if key else name), name) for name in names]
+        root, names = _matching(store, key) if _MAGIC.search(key) else (key, [])
+    if not names:
+        raise _absent(at, key)
+    return None, [(_path(store, f"{root}/{name}" if root else name), name) for name in names]
 
 
-def _below(folder: RemotePath) -> Iterator[tuple[RemotePath, str]]:
-    start = len(folder.key) + 1 if folder.key else 0
-    for key, _ in folder.store.list(folder.key):
+def _absent(at: PromptPath, key: str) -> PromptsError:
+    if _MAGIC.search(key):
+        return PromptsError(f"No file matches {at}.", "Check the pattern.")
+    if isinstance(at, Path) and at.is_dir():
+        return PromptsError(f"The folder {at} holds no files.", "Give one with prompts; names that begin with '.' or '_' do not count.")
+    return PromptsError(f"The prompts {at} are absent.", "Check the path; every node that runs m2ray's driver must see it.")
+
+
+def _place(prompts: str) -> tuple[Store, str]:
+    """The bucket or the disk, and the key in it."""
+    folder = local_folder(prompts)
+    if folder is not None:
+        root = Path(folder.anchor or ".")
+        return LocalStore(root), "/".join(folder.relative_to(root).parts)
+    match = _URL.fullmatch(prompts)
+    if match is None or match["scheme"] not in SCHEMES:
+        scheme = prompts.partition("://")[0]
+        raise PromptsError(
+            f"Prompts cannot be read from {prompts!r}: its scheme is {scheme!r}.", f"Give a path or one of {', '.join(SCHEMES)}."
+        )
+    return open_store(match["bucket"] + (match["options"] or "")), match["path"].strip("/")
+
+
+def _path(store: Store, key: str) -> PromptPath:
+    return RemotePath(store, key) if store.folder is None else store.folder / key
+
+
+def _below(store: Store, folder: str) -> Iterator[str]:
+    start = len(folder) + 1 if folder else 0
+    for key, _ in store.list(folder):
         name = key[start:]
         if not any(part.startswith((".", "_")) for part in name.split("/")):
-            yield RemotePath(folder.store, key), name
+            yield name
 
 
-def _matching(glob: RemotePath) -> Iterator[tuple[RemotePath, str]]:
-    """Names are relative to the folder before the first wildcard, as those of a local glob."""
-    parts = glob.key.split("/")
+def _matching(store: Store, glob: str) -> tuple[str, list[str]]:
+    """The folder before the first wildcard, and the names below it that match."""
+    parts = glob.split("/")
     fixed = next(number for number, part in enumerate(parts) if _MAGIC.search(part))
     root, wanted = "/".join(parts[:fixed]), parts[fixed:]
     if wanted[-1] == "**":
         wanted.append("*")
     start = len(root) + 1 if root else 0
-    for key, _ in glob.store.list(root):
-        if _matches(key[start:].split("/"), wanted):
-            yield RemotePath(glob.store, key), key[start:]
+    listed = (key[start:] for key, _ in store.list(root, None if "**" in wanted else len(wanted)))
+    found = [name for name in listed if _matches(name.split("/"), wanted)]
+    # On a disk as its paths sort, part by part: runs that began with a glob have this order.
+    return root, sorted(found, key=lambda name: name.split("/") if store.folder else [name])
 
 
 def _matches(parts: list[str], wanted: list[str]) -> bool:

@@ -1,22 +1,17 @@
 """PromptSource: a file, folder, glob or saved Hugging Face dataset, read row by row in one fixed order."""
 
-import glob
 import json
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Self
-from urllib.parse import unquote, urlsplit
 
 from m2ray.errors import PromptsError, raise_all
 from m2ray.options import PromptOptions
 from m2ray.prompts.columns import NAME_ONE, absent_columns, choose_columns
 from m2ray.prompts.fingerprint import Fingerprint
 from m2ray.prompts.readers import FORMATS, ArrowStreamFile, PromptFile, format_of
-from m2ray.prompts.remote import RemotePath, find_remote
+from m2ray.prompts.remote import PromptPath, find
 from m2ray.prompts.rows import Columns, FileColumns, PromptRow, as_row
-from m2ray.storage import SCHEMES
 
 _KNOWN_FORMATS = f"m2ray reads {', '.join(FORMATS)} and folders that Hugging Face datasets saved to disk."
 
@@ -91,41 +86,17 @@ class PromptSource:
 
 
 def _find_files(prompts: str) -> list[PromptFile]:
-    if urlsplit(prompts).scheme in SCHEMES:
-        at, found = find_remote(prompts)
-        names = {name for _, name in found}
-        if "state.json" in names and found[0][0] != at:
-            return _saved_dataset(at)
-        if "dataset_dict.json" in names:
-            raise _splits_error(
-                at, sorted(name.removesuffix("/state.json") for name in names if name.count("/") == 1 and name.endswith("/state.json"))
-            )
-        return _as_prompt_files(found)
-    path = _local_path(prompts)
-    try:
-        if path.is_dir():
-            return _saved_dataset(path) if (path / "state.json").exists() else _folder(path)
-        if path.exists():
-            return _as_prompt_files([(path, path.name)])
-    except OSError as error:
-        raise PromptsError(f"Cannot read the prompts {path}: {error.strerror}.", "Check the permission to read it.") from error
-    if not glob.has_magic(str(path)):
-        raise PromptsError(f"The prompts {path} are absent.", "Check the path; every node that runs m2ray's driver must see it.")
-    return _glob(path)
+    folder, found = find(prompts)
+    names = {name for _, name in found} if folder else set()
+    if folder and "state.json" in names:
+        return _saved_dataset(folder)
+    if folder and "dataset_dict.json" in names:
+        splits = sorted(name.removesuffix("/state.json") for name in names if name.count("/") == 1 and name.endswith("/state.json"))
+        raise _splits_error(folder, splits)
+    return _as_prompt_files(found)
 
 
-def _local_path(prompts: str) -> Path:
-    parts = urlsplit(prompts)
-    if "://" not in prompts:
-        return Path(prompts).expanduser()
-    if parts.scheme != "file":
-        raise PromptsError(
-            f"Prompts cannot be read from {prompts!r}: its scheme is {parts.scheme!r}.", f"Give a path or one of {', '.join(SCHEMES)}."
-        )
-    return Path(unquote(parts.path))
-
-
-def _saved_dataset(folder: Path | RemotePath) -> list[PromptFile]:
+def _saved_dataset(folder: PromptPath) -> list[PromptFile]:
     try:
         state = json.loads((folder / "state.json").read_bytes())
         names = [str(entry["filename"]) for entry in state["_data_files"]]
@@ -142,39 +113,13 @@ def _saved_dataset(folder: Path | RemotePath) -> list[PromptFile]:
     return [ArrowStreamFile(folder / name, name) for name in names]
 
 
-def _folder(folder: Path) -> list[PromptFile]:
-    """Every file at any depth, but for hidden ones and those whose name begins with "_" (`_SUCCESS` and the like)."""
-    if (folder / "dataset_dict.json").exists():
-        raise _splits_error(folder, sorted(state.parent.name for state in folder.glob("*/state.json")))
-    found: list[tuple[Path, str]] = []
-    for root, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith((".", "_"))]
-        paths = [Path(root, name) for name in names if not name.startswith((".", "_"))]
-        found += [(path, path.relative_to(folder).as_posix()) for path in paths]
-    if not found:
-        raise PromptsError(f"The folder {folder} holds no files.", _KNOWN_FORMATS)
-    return _as_prompt_files(sorted(found, key=lambda pair: pair[1]))
-
-
-def _splits_error(folder: Path | RemotePath, splits: list[str]) -> PromptsError:
+def _splits_error(folder: PromptPath, splits: list[str]) -> PromptsError:
     return PromptsError(
         f"{folder} holds a dataset with the splits {', '.join(splits)}.", f"Name one of them: {folder / (splits or ['train'])[0]}"
     )
 
 
-def _glob(pattern: Path) -> list[PromptFile]:
-    """The files that match; names are relative to the folder before the first wildcard."""
-    fixed = 0
-    while not glob.has_magic(pattern.parts[fixed]):
-        fixed += 1
-    root = Path(*pattern.parts[:fixed])
-    found = sorted(path for path in map(Path, glob.glob(str(pattern), recursive=True)) if path.is_file())
-    if not found:
-        raise PromptsError(f"No file matches {pattern}.", "Check the pattern.")
-    return _as_prompt_files([(path, path.relative_to(root).as_posix()) for path in found])
-
-
-def _as_prompt_files(found: Sequence[tuple[Path | RemotePath, str]]) -> list[PromptFile]:
+def _as_prompt_files(found: Sequence[tuple[PromptPath, str]]) -> list[PromptFile]:
     files: list[PromptFile] = []
     unknown: list[str] = []
     for path, name in found:

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import stat
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -68,9 +69,10 @@ class LocalStore(Store):
     def size(self, key: str) -> int | None:
         with _naming("read", self.path(key)):
             try:
-                return self.path(key).stat().st_size
+                found = self.path(key).stat()
             except (FileNotFoundError, NotADirectoryError):
                 return None
+        return None if stat.S_ISDIR(found.st_mode) else found.st_size
 
     def read(self, key: str) -> bytes:
         with _naming("read", self.path(key)):
@@ -108,16 +110,21 @@ class LocalStore(Store):
             finally:
                 os.close(fd)
 
-    def list(self, prefix: str) -> Iterator[tuple[str, int]]:
-        for folder, folders, names in os.walk(self.path(prefix)):
+    def list(self, prefix: str, depth: int | None = None) -> Iterator[tuple[str, int]]:
+        """Links to folders are followed, as they are in reading; one to nothing is listed, so that reading it says so."""
+        top = self.path(prefix)
+        for folder, folders, names in os.walk(top, followlinks=True):
             if Path(folder) == self._folder and _UNFINISHED in folders:
                 folders.remove(_UNFINISHED)
+            if depth is not None and len(Path(folder).relative_to(top).parts) + 1 >= depth:
+                folders.clear()
             for name in names:
                 path = Path(folder, name)
                 try:
-                    yield path.relative_to(self._folder).as_posix(), path.stat().st_size
+                    num_bytes = (path.lstat() if path.is_symlink() and not path.exists() else path.stat()).st_size
                 except FileNotFoundError:
                     continue  # deleted between the listing and the look at it
+                yield path.relative_to(self._folder).as_posix(), num_bytes
 
     def create(self, key: str, data: Data) -> None:
         sink = self.open_part(key)

@@ -94,7 +94,7 @@ class ObjectStore(Store):
             raise StoreError(f"{self.where(key)} gave {len(data)} bytes from byte {offset} on, not {len(out)}.")
         out[:] = memoryview(data)
 
-    def list(self, prefix: str) -> Iterator[tuple[str, int]]:
+    def list(self, prefix: str, depth: int | None = None) -> Iterator[tuple[str, int]]:
         with self.naming("list", prefix):
             for page in obstore.list(self._store, prefix or None, chunk_size=_LISTED_AT_ONCE):
                 for entry in page:

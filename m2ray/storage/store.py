@@ -71,8 +71,11 @@ class Store(ABC):
             out[places[start:stop]] = rows_at[offsets[start:stop] - begin]
 
     @abstractmethod
-    def list(self, prefix: str) -> Iterator[tuple[str, int]]:
-        """(key, bytes) of each object below the folder `prefix` ("" for all), in any order, unfinished ones left out."""
+    def list(self, prefix: str, depth: int | None = None) -> Iterator[tuple[str, int]]:
+        """(key, bytes) of each object below the folder `prefix` ("" for all), in any order, unfinished ones left out.
+
+        With `depth` of those that lie that many folders down or less (1: in `prefix` itself); a store may list deeper ones too.
+        """
 
     @abstractmethod
     def create(self, key: str, data: Data) -> None:

@@ -10,7 +10,7 @@ import torch
 from m2ray.batches import LayerSpan, MicroBatch
 from m2ray.errors import StageError
 from m2ray.model import fp8
-from m2ray.model.extents import Range, Wanted
+from m2ray.model.extents import Range, RowsToLoad
 from m2ray.model.fp8 import KernelTable, dequantize
 from m2ray.model.stage import Stage, StageSpec
 from tests.reference import LENGTHS, MINIMAX_TINY, load_capturing, load_reference, make_minimax, micro_batch_of, reference_rows
@@ -87,7 +87,7 @@ def test_the_fused_kernel_is_bitwise_the_formula() -> None:
         data[scales.offset : scales.stop] = scale.view(torch.uint8).view(-1)
         elsewhere.append(scale.clone())
         scale_at = scales.offset if number % 2 else -elsewhere[-1].data_ptr()
-        max_blocks = max(max_blocks, table.add(Wanted("", values, scales, into[:rows, :columns]), values.offset, scale_at))
+        max_blocks = max(max_blocks, table.add(RowsToLoad("", values, scales, into[:rows, :columns]), values.offset, scale_at))
         cases.append((into, dequantize(bits.view(FP8), scale, (128, 128))))
         at = scales.stop + 3
     table.to(data.device)

@@ -14,7 +14,7 @@ from datasets import Dataset, DatasetDict, disable_progress_bar
 from m2ray.errors import PromptsError
 from m2ray.options import PromptOptions
 from m2ray.prompts import PromptRow, PromptSource
-from m2ray.prompts.remote import find_remote
+from m2ray.prompts.remote import find
 from m2ray.storage import open_store
 from tests.store.test_model import upload
 
@@ -93,13 +93,14 @@ def test_a_folder_and_globs_find_the_files_of_the_disk(tmp_path: Path, url: str)
 def test_options_of_the_url_go_along_with_a_glob(url: str) -> None:
     open_store(url).put("part-1.txt", b"one")
     assert [row.text for row in rows(f"{url}/part-?.txt?region=us-east-1")] == ["one"]
-    assert find_remote(f"{url}/part-1.txt?region=us-east-1")[0].store.url.endswith("?region=us-east-1")
+    ((path, _),) = find(f"{url}/part-1.txt?region=us-east-1")[1]
+    assert path.store.url.endswith("?region=us-east-1")
 
 
 def test_what_is_not_there_or_not_readable_is_named(tmp_path: Path, url: str) -> None:
     store = open_store(url)
     for prompts in (f"{url}/no.jsonl", f"{url}/*.jsonl", url):
-        with pytest.raises(PromptsError, match="There are no prompts at s3://"):
+        with pytest.raises(PromptsError, match=r"No file matches s3://.*\*\.jsonl|The prompts s3://.* are absent"):
             source(prompts)
     with pytest.raises(PromptsError, match="NoSuchBucket"):
         source("s3://m2ray-no-such-bucket/prompts")

@@ -148,7 +148,7 @@ def test_scales_that_do_not_begin_at_a_multiple_of_four_bytes_are_right(on_host:
     data = torch.arange(64, dtype=torch.uint8)
     odd = extents.Range("f", 13, 8, torch.float32, (2, 1))
     assert torch.equal(odd.of(data, 10), data[3:11].clone().view(torch.float32).view(2, 1))
-    wanted = extents.Wanted("w", extents.Range("f", 5, 8, torch.float8_e4m3fn, (2, 4)), odd, torch.empty(2, 4, dtype=torch.bfloat16))
+    wanted = extents.RowsToLoad("w", extents.Range("f", 5, 8, torch.float8_e4m3fn, (2, 4)), odd, torch.empty(2, 4, dtype=torch.bfloat16))
     assert wanted.is_beside_scale
     assert not fp8.is_for_kernel(wanted, (1, 4), CPU)
 

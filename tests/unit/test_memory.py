@@ -98,12 +98,8 @@ def test_allowances_are_what_the_model_takes():
 
 def test_items_of_a_gpu_and_of_hosts():
     rows = span_rows(table(), LayerSpan(0, 2), with_final_norm=False)
-    work = Workload(padded_tokens=1000, longest_tokens=100, hidden_size=4, itemsize_bytes=2, writer_queue_bytes=5000)
-
-    def transient(padded_tokens: int, longest_tokens: int, itemsize_bytes: int) -> int:
-        return padded_tokens * longest_tokens * itemsize_bytes
-
-    on_gpu = gpu_memory(rows, work, transient, [8, 16])
+    work = Workload(1000, longest_tokens=100, hidden_size=4, itemsize_bytes=2, transient_bytes=200_000, writer_queue_bytes=5000)
+    on_gpu = gpu_memory(rows, work, [8, 16])
     assert on_gpu.running == {
         "weights": 400,
         "transient": 200_000,
@@ -118,7 +114,7 @@ def test_items_of_a_gpu_and_of_hosts():
     assert host.running["capture"] == 4 * 2**14  # 2 * 1000 * 24 + 5000 bytes in pieces of 1000 * 16, as torch pins them
     assert "weights" not in host.running
     assert gpu_host_memory(work, []).running["capture"] == 0
-    on_cpu = cpu_memory(rows, work, transient, [8, 16])
+    on_cpu = cpu_memory(rows, work, [8, 16])
     assert {"weights": 400, "transient": 200_000, "capture": 2 * 1000 * 24 + 5000}.items() <= on_cpu.running.items()
 
 

@@ -303,6 +303,32 @@ def test_a_relative_glob_is_resolved_where_m2ray_runs(tmp_path, monkeypatch):
     assert [row.text for row in open_source("[b].txt").rows()] == ["b"]  # a file of that very name comes before the pattern
 
 
+def test_links_are_followed_and_a_link_to_nothing_is_named(tmp_path):
+    for name in ("elsewhere/deep/x.txt", "prompts/y.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"{name}\n")
+    (tmp_path / "prompts" / "linked").symlink_to(tmp_path / "elsewhere")
+    for path in (tmp_path / "prompts", tmp_path / "prompts" / "**" / "*.txt"):
+        assert open_source(path).names == ("linked/deep/x.txt", "y.txt")
+    (tmp_path / "prompts" / "z.txt").symlink_to(tmp_path / "gone.txt")
+    with pytest.raises(PromptsError, match=r"z\.txt"):
+        open_source(tmp_path / "prompts").fingerprint()
+
+
+def test_a_glob_gives_files_part_by_part_and_looks_no_deeper_than_it_says(tmp_path, monkeypatch):
+    for name in ("a-b/1.txt", "a/2.txt", "a/deep/3.txt", "b.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x\n")
+    walked = []
+    walk = os.walk
+    monkeypatch.setattr(os, "walk", lambda *args, **options: (walked.append(each[0]) or each for each in walk(*args, **options)))
+    assert open_source(tmp_path / "*" / "*.txt").names == ("a/2.txt", "a-b/1.txt")
+    assert str(tmp_path / "a" / "deep") not in walked
+    walked.clear()
+    assert open_source(tmp_path / "*.txt").names == ("b.txt",)
+    assert walked == [str(tmp_path)]
+
+
 def test_a_shuffled_saved_dataset_keeps_its_own_order(tmp_path):
     dataset = datasets.Dataset.from_dict({"text": [f"t{place}" for place in range(3000)]}).shuffle(seed=3)
     dataset.save_to_disk(tmp_path / "saved", num_shards=2)

@@ -109,6 +109,11 @@ def test_errors_name_the_file_and_the_reason(store: Store, tmp_path: Path) -> No
         open_store(tmp_path / "file").put("key", b"")
 
 
+def test_a_folder_is_no_object(store: Store) -> None:
+    store.put("data/a", b"1")
+    assert store.size("data") is None
+
+
 def test_schemes() -> None:
     assert open_store("file:///some/where").url == "/some/where"
     with pytest.raises(StoreError, match="'ftp'"):
