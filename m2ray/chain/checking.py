@@ -1,12 +1,15 @@
 """What is known before Ray is started: the model, the prompts, the tokenizer, the output and its record, and the options."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
 from m2ray.activations.job import JobRecord, read_job
+from m2ray.activations.lease import held
 from m2ray.batches import TensorTable
 from m2ray.chain.machine import disk_free_bytes
+from m2ray.chain.progress import Progress
 from m2ray.chain.stopping import GOES_ON, Stop
 from m2ray.config import ExtractConfig, parse_layers
 from m2ray.errors import ConfigError, M2rayError, raise_all
@@ -66,21 +69,25 @@ class Inputs:
         return Assumptions(longest_tokens=longest_tokens, disk_free_bytes=disk_free_bytes(self.config.output))
 
 
-def check(config: ExtractConfig, stop: Stop) -> Inputs:
-    """Look at checkpoint, layers, prompts, tokenizer and output.
+def check(config: ExtractConfig, stack: ExitStack, stop: Stop, progress: Progress) -> Inputs:
+    """Look at all that is known before Ray is started, and hold the run until the stack ends, so that no other driver works in vain.
 
     Raises:
-        M2rayError: all their problems at once; or the run was asked to stop.
+        M2rayError: all problems at once; another driver is at the run; or the run was asked to stop.
     """
     with stop.at_once(GOES_ON):
-        return _check(config)
+        inputs = look(config)
+        if stack.enter_context(held(inputs.store, progress.say, stop.ask_because, wait=config.wait)):
+            inputs = look(config)  # what another driver began meanwhile
+        return inputs
 
 
-def _check(config: ExtractConfig) -> Inputs:
+def look(config: ExtractConfig) -> Inputs:
+    """Look at checkpoint, layers, prompts, tokenizer and output. Raises all their problems at once."""
     store = open_store(config.output)
     problems: list[M2rayError] = []
 
-    def look(*steps: Callable[[], Any]) -> list[Any]:
+    def tried(*steps: Callable[[], Any]) -> list[Any]:
         """Take each step, keep its problem for later, and give what the successful ones found."""
         found = []
         for step in steps:
@@ -90,20 +97,20 @@ def _check(config: ExtractConfig) -> Inputs:
                 problems.append(problem)
         return found
 
-    look(store.probe)
-    recorded = next(iter(look(lambda: read_job(store))), None)
-    opened = look(lambda: open_checkpoint(config.model))
+    tried(store.probe)
+    recorded = next(iter(tried(lambda: read_job(store))), None)
+    opened = tried(lambda: open_checkpoint(config.model))
     # What is wrong with the prompts is said beside what is wrong with the model, whose limit is not known then.
     limit = opened[0].config.max_position_embeddings if opened else 1
     prompts = PromptOptions.of(config, limit, recorded.options.get("template_date") if recorded else None)
-    source = look(lambda: PromptSource.open(prompts))
+    source = tried(lambda: PromptSource.open(prompts))
     if not opened:
         raise_all(problems)
     checkpoint: Checkpoint = opened[0]
-    look(checkpoint.check, lambda: prove(checkpoint.config), lambda: _check_length(config, checkpoint))
-    look(lambda: parse_layers(config.layers, checkpoint.config.num_hidden_layers))
-    tokenizer = look(lambda: PromptTokenizer.load(config.model, prompts, checkpoint.config.vocab_size))
-    attention = look(lambda: resolve_attn_implementation(checkpoint.config, config.attn_implementation, DTYPES[config.compute_dtype]))
+    tried(checkpoint.check, lambda: prove(checkpoint.config), lambda: _check_length(config, checkpoint))
+    tried(lambda: parse_layers(config.layers, checkpoint.config.num_hidden_layers))
+    tokenizer = tried(lambda: PromptTokenizer.load(config.model, prompts, checkpoint.config.vocab_size))
+    attention = tried(lambda: resolve_attn_implementation(checkpoint.config, config.attn_implementation, DTYPES[config.compute_dtype]))
     raise_all(problems)
     table, shape = tensor_table(checkpoint), ModelShape.of(checkpoint.config, attention[0])
     settled = _settled(source[0], tokenizer[0])

@@ -3,20 +3,19 @@
 import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from uuid import uuid4
 
 from m2ray import __version__
 from m2ray.activations.commits import Run, RunSummary, claim_run, go_on_with
-from m2ray.activations.job import Counts, JobRecord, ModelFacts, require_same
-from m2ray.activations.lease import held
+from m2ray.activations.job import Counts, JobRecord, ModelFacts, read_job, require_same
 from m2ray.activations.weights_record import hold_weights
 from m2ray.activations.writer import WriterSpec
 from m2ray.batches import LayerSpan, MicroBatch, Shard
 from m2ray.chain.actor import Job
-from m2ray.chain.checking import Inputs, check
+from m2ray.chain.checking import Inputs, check, look
 from m2ray.chain.driver import Chain
 from m2ray.chain.joining import cluster
 from m2ray.chain.monitor import Monitor
@@ -44,9 +43,7 @@ def extract(config: ExtractConfig, progress: Progress) -> RunSummary:
             cluster that does not hold the plan; later for what fails there; at any time for SIGTERM.
     """
     with stop_on_sigterm() as stop, ExitStack() as stack:
-        inputs = check(config, stop)
-        if stack.enter_context(held(inputs.store, progress.say, stop.ask_because, wait=config.wait)):
-            inputs = check(config, stop)  # what another driver began meanwhile
+        inputs = check(config, stack, stop, progress)
         work = _resume(inputs, stack, stop, progress) if inputs.recorded else _begin(inputs, stack, stop, progress)
         if work.hardware is not None:
             _extract_missing(work, work.hardware, stop, progress)
@@ -75,6 +72,7 @@ def _begin(inputs: Inputs, stack: ExitStack, stop: Stop, progress: Progress) -> 
         with stop.at_once(NOTHING_WRITTEN):
             shard_tokens, attempt = inputs.options.shard_tokens, uuid4().hex[:12]
             found = survey(inputs.source, inputs.tokenizer, inputs.store, attempt, shard_tokens, on_progress=progress.surveying)
+            stack.enter_context(found.tokens)
             hardware = _hardware(inputs.options, stack)
             longest_tokens = found.shards.longest_tokens
             inputs = inputs.on(hardware.cluster, longest_tokens, partial(estimated_batching, found.shards))
@@ -85,8 +83,9 @@ def _begin(inputs: Inputs, stack: ExitStack, stop: Stop, progress: Progress) -> 
         raise
     run = _claim(inputs, found, progress)
     if run is None:
-        return _resume(check(inputs.config, stop), stack, stop, progress, hardware)
-    stack.enter_context(found.tokens)
+        with stop.at_once(GOES_ON):
+            inputs = look(inputs.config)
+        return _resume(inputs, stack, stop, progress, hardware)
     return _Work(inputs, run, found.shards, run.missing(found.shards), found.tokens, hardware)
 
 
@@ -116,17 +115,22 @@ def _claim(inputs: Inputs, found: Survey, progress: Progress) -> Run | None:
         counts=Counts(found.num_sequences, found.num_ready, found.num_quarantined, found.num_tokens),
         sequence_files=found.sequence_files,
     )
-    with suppress(RunConflictError):  # whoever goes on with that record is told what differs
+    try:
         run = claim_run(inputs.store, job)
-        if run.job.run_id == job.run_id:
-            return run
+    except RunConflictError:
+        _discard(inputs, found)
+        theirs = read_job(inputs.store)
+        if theirs is None or theirs.options["template_date"] == job.options["template_date"]:
+            raise
+        return None  # another driver began the run before midnight: its templates saw another day
+    if run.job.run_id == job.run_id:
+        return run
     _discard(inputs, found)
     return None
 
 
 def _discard(inputs: Inputs, found: Survey) -> None:
     """Delete the files of a survey that no record names."""
-    found.tokens.close()
     inputs.store.delete([file.key for file in found.sequence_files])
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from m2ray.batches import PromptStats
 from m2ray.chain import extract
-from m2ray.chain.checking import check
+from m2ray.chain.checking import look
 from m2ray.chain.probing import Hardware
 from m2ray.chain.progress import Progress
 from m2ray.chain.stopping import Stop
@@ -81,14 +81,14 @@ def begin(monkeypatch: pytest.MonkeyPatch, gpu_bytes: int, run: Path, **options:
     hardware = Hardware(Cluster((Node("here", gpus),)), {"here": "0"}, {"here": 8.0})
     monkeypatch.setattr(extract, "_hardware", lambda *_: hardware)
     with ExitStack() as stack, Progress() as progress:
-        extract._begin(check(ExtractConfig(output=str(run), **options), Stop()), stack, Stop(), progress)
+        extract._begin(look(ExtractConfig(output=str(run), **options)), stack, Stop(), progress)
     found: dict[str, Any] = json.loads((run / "job.json").read_text())["options"]
     return found
 
 
 def needed_bytes(run: Path, batch_tokens: int, **options: Any) -> int:
     """What a GPU of two must have free for micro-batches of this size: the plan's own peak."""
-    inputs = check(ExtractConfig(output=str(run), batch_tokens=batch_tokens, compile=True, **options), Stop())
+    inputs = look(ExtractConfig(output=str(run), batch_tokens=batch_tokens, compile=True, **options))
     gpus = tuple(Gpu(index, "NVIDIA H200", 150 * 10**9, 150 * 10**9) for index in range(2))
     planned = plan_run(inputs.demand(2000), Cluster((Node("here", gpus),)))
     return max(gpu.memory.peak_bytes for gpu in planned.gpus)

@@ -1,7 +1,8 @@
 """Beginning a run: job.json and what it names belong together, whatever the store, another driver or a hand on the prompts does."""
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 
 from m2ray.activations.job import read_job
 from m2ray.chain import extract
-from m2ray.chain.checking import Inputs, check
+from m2ray.chain.checking import look
 from m2ray.chain.probing import Hardware
 from m2ray.chain.progress import Progress
 from m2ray.chain.stopping import Stop
@@ -40,34 +41,26 @@ def while_ray_starts(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Callable[
     """What is done once the prompts were surveyed, and before the run is claimed."""
     steps: list[Callable[[], object]] = []
 
-    @contextmanager
-    def hardware(_: ExtractConfig) -> Iterator[Hardware]:
+    def hardware(*_: object) -> Hardware:
         while steps:
             steps.pop(0)()
-        yield Hardware(Cluster((Node("here", (MANY,)),)), {"here": "0"}, {"here": 8.0})
+        return Hardware(Cluster((Node("here", (MANY,)),)), {"here": "0"}, {"here": 8.0})
 
     monkeypatch.setattr(extract, "_hardware", hardware)
     return steps
 
 
 def begin(config: ExtractConfig, store: LocalStore | None = None) -> extract._Work:
-    inputs: Inputs = check(config)
+    inputs = look(config)
     if store:
-        inputs = extract.replace(inputs, store=store)
+        inputs = replace(inputs, store=store)
     with ExitStack() as stack, Progress() as progress:
-        _, work, _ = extract._begin(inputs, stack, Stop(), progress)
-    work.tokens.close()
-    return work
+        return extract._begin(inputs, stack, Stop(), progress)
 
 
 def go_on(config: ExtractConfig) -> extract._Work:
-    inputs = check(config)
-    recorded = read_job(inputs.store)
-    assert recorded is not None
-    with Progress() as progress:
-        work = extract._resume(inputs, recorded, progress)
-    work.tokens.close()
-    return work
+    with ExitStack() as stack, Progress() as progress:
+        return extract._resume(look(config), stack, Stop(), progress)
 
 
 def surveys(config: ExtractConfig) -> list[str]:
@@ -125,7 +118,7 @@ def test_before_job_json_a_survey_is_deleted_on_the_way_out(config: ExtractConfi
 def test_prompts_that_change_between_the_survey_and_the_claim_are_not_those_of_the_run(
     config: ExtractConfig, while_ray_starts: list[Callable[[], object]]
 ) -> None:
-    before = check(config).source.fingerprint()
+    before = look(config).source.fingerprint()
     while_ray_starts.append(lambda: Path(config.prompts).write_text("other prompts\n" * 60))
     work = begin(config)
     assert work.run.job.fingerprints["prompts"] == before

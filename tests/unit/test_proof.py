@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from m2ray.chain.checking import check
+from m2ray.chain.checking import look
 from m2ray.config import ExtractConfig
 from m2ray.errors import CheckpointError, M2rayError
 from m2ray.model import families, proof
@@ -94,10 +94,10 @@ def test_an_extraction_is_proved_before_ray_is_started(tmp_path: Path, monkeypat
     (tmp_path / "prompts.txt").write_text("a\n")
     config = ExtractConfig(model=str(model), prompts=str(tmp_path / "prompts.txt"), output=str(tmp_path / "run"))
     with pytest.raises(M2rayError, match="is_causal = False"):
-        check(config)
+        look(config)
     monkeypatch.setattr(families, "_not_causal", lambda _: [])
     with pytest.raises(M2rayError, match="the tokens after them"):
-        check(config)
+        look(config)
 
 
 def test_a_max_length_beyond_learned_positions_is_refused_from_the_configuration(tmp_path: Path) -> None:
@@ -105,7 +105,7 @@ def test_a_max_length_beyond_learned_positions_is_refused_from_the_configuration
     (tmp_path / "prompts.txt").write_text("a\n")
     config = ExtractConfig(model=str(model), prompts=str(tmp_path / "prompts.txt"), output=str(tmp_path / "run"), max_length=129)
     with pytest.raises(M2rayError, match=r"max_length = 129, but a gpt2 of config\.json has learned 128 positions\. Set max_length to 128"):
-        check(config)
+        look(config)
 
 
 def test_a_tiny_copy_keeps_ratios_and_every_kind_of_layer() -> None:
