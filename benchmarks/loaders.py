@@ -25,6 +25,7 @@ from benchmarks.checkpoints import LAYERS, free, real_size
 from benchmarks.gpu_stage import drop_caches, require_root, spec
 from benchmarks.records import Row, record
 from m2ray.model.checkpoint import open_checkpoint
+from m2ray.model.digests import WeightDigests
 from m2ray.model.extents import Range, Wanted
 from m2ray.model.gpu_loading import Lanes
 from m2ray.model.stage import load_stage
@@ -138,7 +139,7 @@ def lanes(model: Path, files: list[Path]) -> None:
         for num_bytes in [min(PIECE_BYTES, header.offset + header.num_bytes - begin)]
     ]
     with Lanes(torch.device(GPU)) as readers:
-        readers.begin(checkpoint, wanted, None, lambda *_: None)
+        readers.begin(checkpoint, wanted, None, WeightDigests(checkpoint.headers), lambda *_: None)
         readers.finish(lambda: None)
 
 
