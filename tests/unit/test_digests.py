@@ -14,7 +14,6 @@ from m2ray.batches import LayerSpan
 from m2ray.errors import CheckpointError
 from m2ray.model import weights
 from m2ray.model.checkpoint import open_checkpoint
-from m2ray.model.offload import Offload
 from m2ray.model.stage import StageSpec, load_stage
 from tests.reference import MINIMAX_TINY, edited, make_family, make_minimax, other_weights
 
@@ -27,7 +26,7 @@ def fp8(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def spec(folder: Path, start: int, stop: int, dtype: str = "bfloat16") -> StageSpec:
-    return StageSpec(str(folder), LayerSpan(start, stop), (), ("residual",), dtype, dtype, "auto", "cpu", None)
+    return StageSpec(str(folder), LayerSpan(start, stop), dtype, "auto", "cpu", None)
 
 
 def digests(specs: Sequence[StageSpec]) -> dict[int | None, str]:
@@ -80,7 +79,7 @@ def test_a_digest_is_what_the_docs_say(fp8: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def offloaded(folder: Path, home: Path) -> list[StageSpec]:
-    return [replace(spec(folder, 0, NUM_LAYERS), offload=Offload((1, 2), (4,), str(home)))]
+    return [replace(spec(folder, 0, NUM_LAYERS), residency={1: "host", 2: "host", 4: "disk"}, offload_folder=str(home))]
 
 
 WAYS: dict[str, Callable[[Path, Path], list[StageSpec]]] = {

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from m2ray import sequences
 from m2ray.batches import SequenceFile, Shard
 from m2ray.errors import PromptsError, RunConflictError, RunDamagedError, StoreError
+from m2ray.options import PromptOptions
 from m2ray.prompts import (
-    PromptOptions,
     PromptRow,
     PromptSource,
     PromptTokenizer,
