@@ -13,6 +13,8 @@ from tests.faults.scene import Scene
 from tests.faults.server import FaultyServer
 
 _CRASH_LOOP_S = 25.0
+_OUTLIVED_S = 120.0
+"""Within this a second driver starts and gives the first one up, for which it waits 20 s."""
 
 
 def stage_killed(scene: Scene) -> int:
@@ -101,6 +103,27 @@ def driver_killed(scene: Scene) -> int:
     kills = int(scene.driver.kill())
     scene.wait_until("the killed driver was gone", lambda: False)
     return kills
+
+
+def driver_outlived(scene: Scene) -> int:
+    """A driver stands still until a second one has taken the run over, and goes on then; the second one gets a Ctrl-C once the first is gone."""
+    if not scene.driver.pause():
+        return 0
+    second = scene.driver.another()
+    try:
+        deadline = time.monotonic() + _OUTLIVED_S
+        while second.is_running and "takes the run over" not in second.printed and time.monotonic() < deadline:
+            time.sleep(0.1)  # looks again; nothing rests on the interval
+        if "takes the run over" not in second.printed:
+            scene.problems.append(f"a driver without a sign was not outlived: {second.printed[-2000:]}")
+        scene.driver.go_on()
+        scene.wait_until("the driver that was outlived stopped", lambda: False)
+        second.interrupt()
+        second.wait(60.0)
+    finally:
+        scene.driver.go_on()
+        second.end()
+    return 0
 
 
 def stage_hung(scene: Scene) -> int:
