@@ -51,7 +51,7 @@ def extract(config: ExtractConfig, progress: Progress) -> RunSummary:
     with stop_on_sigterm() as stop, ExitStack() as stack:
         with stop.at_once(GOES_ON):
             inputs = check(config)
-            if stack.enter_context(held(inputs.store, progress.say, stop.ask_because, wait=config.wait)):
+            if stack.enter_context(held(inputs.store, progress.say, stop.outlived, wait=config.wait)):
                 inputs = check(config)  # what another driver began meanwhile
             recorded = read_job(inputs.store)
         if recorded:

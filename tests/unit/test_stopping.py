@@ -69,8 +69,8 @@ def test_what_is_not_to_be_broken_off_goes_on_and_the_next_step_does_not_begin()
 
 def test_a_driver_that_was_outlived_ends_with_the_reason() -> None:
     with stop_on_sigterm() as stop:
-        stop.ask_because("Another driver took the run over.")
-        with pytest.raises(StageError, match="Another driver took the run over. Later"), stop.at_once("Later."):
+        stop.outlived("Another driver took the run over.")
+        with pytest.raises(StageError, match="Another driver took the run over. What this one committed is kept"), stop.at_once("Later."):
             pytest.fail("it began")
 
 
