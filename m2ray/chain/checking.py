@@ -77,7 +77,7 @@ def check(config: ExtractConfig, stack: ExitStack, stop: Stop, progress: Progres
     """
     with stop.at_once(GOES_ON):
         inputs = look(config)
-        if stack.enter_context(held(inputs.store, progress.say, stop.ask_because, wait=config.wait)):
+        if stack.enter_context(held(inputs.store, progress.say, stop.outlived, wait=config.wait)):
             inputs = look(config)  # what another driver began meanwhile
         return inputs
 

@@ -16,7 +16,7 @@ class Stop:
 
     def __init__(self) -> None:
         self.asked = threading.Event()
-        self._why = "The run was stopped on request."
+        self._outlived: StageError | None = None
         self._ends_at_once = False
 
     @contextmanager
@@ -39,14 +39,14 @@ class Stop:
         if self.asked.is_set():
             raise self.error(remedy)
 
-    def ask_because(self, why: str) -> None:
-        """Ask from any thread. What may be broken off anywhere is not broken off, but ends with the error."""
-        self._why = why
+    def outlived(self, why: str) -> None:
+        """Ask, from any thread, since another driver has taken the run over. What goes on ends by itself, and then with this error."""
+        self._outlived = StageError(why, "What this one committed is kept; `m2ray inspect` shows how far the run is.")
         self.asked.set()
 
     def error(self, remedy: str) -> StageError:
         """What a run that was asked to stop ends with."""
-        return StageError(self._why, remedy)
+        return self._outlived or StageError("The run was stopped on request.", remedy)
 
     def ask(self, *_: object) -> None:
         """The handler of the signal, in the main thread."""

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from tests.faults.cluster import Cluster
@@ -22,6 +23,7 @@ class Driver:
         self._cluster = cluster
         self.output = output
         self.model = Path(words[words.index("--model") + 1])
+        self._words = words
         self._log = log
         self._job = f"faults-{uuid.uuid4().hex[:8]}" if as_job else None
         command = [*_COMMAND, "--output", output, *words]
@@ -30,6 +32,8 @@ class Driver:
         with log.open("wb") as file:
             self._client = subprocess.Popen(command, cwd=REPOSITORY, env=cluster.env, stdout=file, stderr=subprocess.STDOUT)
         self.was_killed = False
+        self._process: int | None = None
+        """The process that was paused: a second driver of the same run has the same words."""
 
     @property
     def printed(self) -> str:
@@ -70,6 +74,30 @@ class Driver:
         self.was_killed = True
         os.kill(pid, signal.SIGKILL)
         return True
+
+    def pause(self) -> bool:
+        """SIGSTOP the driver process, until `go_on`. Gives whether it was there."""
+        return self._signal(signal.SIGSTOP)
+
+    def go_on(self) -> bool:
+        return self._signal(signal.SIGCONT)
+
+    def interrupt(self) -> None:
+        """Ctrl-C, for a driver that was started by hand."""
+        self._client.send_signal(signal.SIGINT)
+
+    def another(self) -> "Driver":
+        """A second driver of the same run, started by hand."""
+        return Driver(self._cluster, self.output, self._words, self._log.with_suffix(".second.log"), as_job=False)
+
+    def _signal(self, signum: signal.Signals) -> bool:
+        with suppress(ProcessLookupError):
+            if self._process is None:
+                self._process = self._pid()
+            if self._process is not None:
+                os.kill(self._process, signum)
+                return True
+        return False
 
     def ask_to_stop(self) -> None:
         """`ray job stop`, or the signal that it sends."""

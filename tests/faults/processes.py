@@ -14,6 +14,8 @@ from tests.faults.server import FaultyServer
 from tests.reference import other_weights
 
 _CRASH_LOOP_S = 25.0
+_OUTLIVED_S = 120.0
+"""Within this a second driver starts and gives the first one up, for which it waits 20 s."""
 
 
 def stage_killed(scene: Scene) -> int:
@@ -113,6 +115,27 @@ def weights_replaced(scene: Scene) -> int:
     if scene.driver.exit_code and "The weights that the stages have loaded are not those of the run" not in scene.driver.error:
         scene.problems.append(f"other weights were not refused by name: {scene.driver.error}")
     return kills
+
+
+def driver_outlived(scene: Scene) -> int:
+    """A driver stands still until a second one has taken the run over, and goes on then; the second one gets a Ctrl-C once the first is gone."""
+    if not scene.driver.pause():
+        return 0
+    second = scene.driver.another()
+    try:
+        deadline = time.monotonic() + _OUTLIVED_S
+        while second.is_running and "takes the run over" not in second.printed and time.monotonic() < deadline:
+            time.sleep(0.1)  # looks again; nothing rests on the interval
+        if "takes the run over" not in second.printed:
+            scene.problems.append(f"a driver without a sign was not outlived: {second.printed[-2000:]}")
+        scene.driver.go_on()
+        scene.wait_until("the driver that was outlived stopped", lambda: False)
+        second.interrupt()
+        second.wait(60.0)
+    finally:
+        scene.driver.go_on()
+        second.end()
+    return 0
 
 
 def stage_hung(scene: Scene) -> int:

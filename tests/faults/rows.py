@@ -126,7 +126,7 @@ def unnamed_files(run: str) -> list[str]:
     job = m2ray.open_run(run).job
     named = {part.key for shard in committed_shards(store) for part in read_commit(store, job, shard).parts}
     named |= {file.key for file in job.sequence_files}
-    return sorted(key for key, _ in store.list("") if key.startswith(("data/", "sequences/", "_probe")) and key not in named)
+    return sorted(key for key, _ in store.list("") if key.startswith(("data/", "sequences/", "_probe", "_lease/")) and key not in named)
 
 
 def unfinished_files(folder: Path) -> list[str]:

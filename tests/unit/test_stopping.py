@@ -67,6 +67,13 @@ def test_what_is_not_to_be_broken_off_goes_on_and_the_next_step_does_not_begin()
             pytest.fail("it began")
 
 
+def test_a_driver_that_was_outlived_ends_with_the_reason() -> None:
+    with stop_on_sigterm() as stop:
+        stop.outlived("Another driver took the run over.")
+        with pytest.raises(StageError, match="Another driver took the run over. What this one committed is kept"), stop.at_once("Later."):
+            pytest.fail("it began")
+
+
 def test_an_error_that_is_collected_does_not_hide_the_stop() -> None:
     """As checks do: each keeps its error and the next one begins."""
     with stop_on_sigterm() as stop, pytest.raises(StageError, match="stopped on request"), stop.at_once("Later."):
