@@ -31,8 +31,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from m2ray.config import parse_bytes
 from m2ray.errors import ConfigError, M2rayError, raise_all
+from m2ray.sizes import parse_bytes
 
 # Options and their config fields, unless the config has a field of the option's name.
 OVERRIDES = {name: name for name in ("hidden_size", "intermediate_size", "head_dim", "rotary_dim", "vocab_size")}

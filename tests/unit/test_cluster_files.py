@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from m2ray.config import ExtractConfig, parse_bytes
+from m2ray.config import ExtractConfig
+from m2ray.sizes import parse_bytes
 
 REPOSITORY = Path(__file__).parents[2]
 RAY_UP = REPOSITORY / "ray_cluster.yaml"
