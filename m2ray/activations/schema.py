@@ -4,10 +4,13 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from m2ray.batches import PartSpec
 from m2ray.errors import ConfigError
+from m2ray.parquet.column_chunks import EncodedColumns, encode_integers
 
 FORMAT_VERSION = 1
 """Of the run folder as a whole. It grows when an older m2ray would misread what a newer one writes."""
@@ -29,7 +32,15 @@ TOKEN_FIELDS = (
 )
 """The columns that every part begins with, in TOKEN_ROW's order."""
 
+_TOKEN_ENCODING = {"dictionary": ("sequence_id", "token_id"), "delta": ("position",), "statistics": ("sequence_id", "position")}
+
 _PART_NAME = re.compile(r"data/.+/shard-(?P<shard>\d{6,})-(?P<attempt>[0-9a-z]+)\.parquet")
+
+
+def encode_tokens(token_rows: npt.NDArray[Any]) -> EncodedColumns:
+    """The token columns of TOKEN_ROW [N], encoded: made once, written into every part."""
+    arrays = [pa.array(np.ascontiguousarray(token_rows[field.name]), type=field.type) for field in TOKEN_FIELDS]
+    return encode_integers(pa.Table.from_arrays(arrays, schema=pa.schema(TOKEN_FIELDS)), **_TOKEN_ENCODING)
 
 
 def row_bytes(spec: PartSpec) -> int:

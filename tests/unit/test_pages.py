@@ -13,12 +13,11 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
 from m2ray.activations import planes
-from m2ray.activations.column_chunks import encode_tokens
 from m2ray.activations.commits import claim_run
 from m2ray.activations.pages import PartPages
 from m2ray.activations.part_writer import PartWriter
 from m2ray.activations.reader import open_run
-from m2ray.activations.schema import activation_columns, part_key
+from m2ray.activations.schema import activation_columns, encode_tokens, part_key
 from m2ray.activations.verify import verify
 from m2ray.batches import TOKEN_ROW, PartSpec
 from m2ray.errors import ConfigError, NotInRunError, RunDamagedError

@@ -10,12 +10,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from m2ray import __version__
-from m2ray.activations.column_chunks import PLAIN_PAGE_BYTES, ZSTD_PAGE_BYTES, encode_tokens
 from m2ray.activations.pages import PartPages
-from m2ray.activations.parquet_format import FILE_META_DATA, MAGIC, OFFSET_INDEX, PAGE_HEADER, PLAIN
 from m2ray.activations.part_writer import PartWriter
-from m2ray.activations.schema import activation_columns, part_schema
+from m2ray.activations.schema import activation_columns, encode_tokens, part_schema
 from m2ray.batches import TOKEN_ROW, Bits, PartSpec
+from m2ray.parquet.column_chunks import PLAIN_PAGE_BYTES, ZSTD_PAGE_BYTES
+from m2ray.parquet.structs import FILE_META_DATA, MAGIC, OFFSET_INDEX, PAGE_HEADER, PLAIN
 from m2ray.storage import LocalStore
 from tests.unit import activation_runs as runs
 

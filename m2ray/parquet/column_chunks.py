@@ -1,10 +1,10 @@
-"""Column chunks: one column of one row group each. The tokens' are encoded by pyarrow; an activation's pages are its rows' memory.
+"""Column chunks: one column of one row group each. Integers are encoded by pyarrow; a fixed-size column's pages are its values' memory.
 
-A required fixed-length column, plainly encoded, has pages whose body is the values one after the other: what row-major rows are
-already. So they go to the store from where they lie; a library that encodes them copies them for nothing.
+A required fixed-length column, plainly encoded, has pages whose body is the values one after the other: what a row-major array
+is already. So they go to the store from where they lie; a library that encodes them copies them for nothing.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,29 +13,20 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from m2ray.activations import parquet_format as parquet
-from m2ray.activations.schema import TOKEN_FIELDS
-from m2ray.batches import Bits
+from m2ray.parquet import structs
 from m2ray.storage.hashing import HashingFile
 
+Values = npt.NDArray[np.uint8]
+"""[N, bytes of a value]"""
+
 PLAIN_PAGE_BYTES = 4 << 20
-"""Of rows that are stored as they are: any row is found in them by its number alone. Larger ones leave the processor's cache between
+"""Of values that are stored as they are: any one is found in them by its number alone. Larger ones leave the processor's cache between
 their hash and their way out, smaller ones cost more calls."""
 
 ZSTD_PAGE_BYTES = 128 << 10
-"""Before compression: whoever needs one row reads and decompresses its whole page."""
+"""Before compression: whoever needs one value reads and decompresses its whole page."""
 
-_ZSTD_LEVEL = 1  # higher ones gain nothing on activations
-
-# Token ids make a small dictionary, positions have small differences. The page index is how single rows are found (pages.py).
-_TOKEN_OPTIONS = {
-    "compression": "none",
-    "use_dictionary": ["sequence_id", "token_id"],
-    "column_encoding": {"position": "DELTA_BINARY_PACKED"},
-    "write_statistics": ["sequence_id", "position"],
-    "write_page_index": True,
-    "store_schema": False,
-}
+_ZSTD_LEVEL = 1  # higher ones gain nothing on bytes of floating-point numbers
 
 
 @dataclass(frozen=True)
@@ -43,8 +34,8 @@ class ColumnChunk:
     """One column of one row group, written or to be written.
 
     Attributes:
-        meta_data: parquet_format.COLUMN_META_DATA.
-        page_locations: parquet_format.PAGE_LOCATION of each page.
+        meta_data: structs.COLUMN_META_DATA.
+        page_locations: structs.PAGE_LOCATION of each page.
         column_index: the bytes of its column index; empty if it has none.
     """
 
@@ -60,44 +51,60 @@ class ColumnChunk:
 
 
 @dataclass(frozen=True)
-class TokenColumns:
-    """The token columns of one micro-batch: `data` is their chunks, whose offsets count from its beginning."""
+class EncodedColumns:
+    """Several columns of one row group: `data` is their chunks, whose offsets count from its beginning."""
 
     num_rows: int
     data: bytes
     chunks: tuple[ColumnChunk, ...]
 
 
-def encode_tokens(token_rows: npt.NDArray[Any]) -> TokenColumns:
-    """TOKEN_ROW [N], encoded: made once, written into every part."""
-    arrays = [pa.array(np.ascontiguousarray(token_rows[field.name]), type=field.type) for field in TOKEN_FIELDS]
+def encode_integers(table: Any, *, dictionary: Sequence[str], delta: Sequence[str], statistics: Sequence[str]) -> EncodedColumns:
+    """A pyarrow table of integers as one row group, which may be written into any number of files.
+
+    Args:
+        table: its fields may not be null.
+        dictionary: the columns of few different values.
+        delta: those whose neighbours differ little.
+        statistics: those that are given minimum and maximum, a page and a row group.
+    """
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_arrays(arrays, schema=pa.schema(TOKEN_FIELDS)), sink, row_group_size=len(token_rows), **_TOKEN_OPTIONS)
+    pq.write_table(
+        table,
+        sink,
+        row_group_size=len(table),
+        compression="none",
+        use_dictionary=list(dictionary),
+        column_encoding=dict.fromkeys(delta, "DELTA_BINARY_PACKED"),
+        write_statistics=list(statistics),
+        write_page_index=True,
+        store_schema=False,
+    )
     file = sink.getvalue().to_pybytes()
-    footer, _ = parquet.FILE_META_DATA.read(file, len(file) - 8 - int.from_bytes(file[-8:-4], "little"))
+    footer, _ = structs.FILE_META_DATA.read(file, len(file) - 8 - int.from_bytes(file[-8:-4], "little"))
     (group,) = footer["row_groups"]
-    start = len(parquet.MAGIC)
+    start = len(structs.MAGIC)
     chunks = tuple(_chunk_of(file, column).moved(-start) for column in group["columns"])
-    return TokenColumns(len(token_rows), file[start : start + group["total_compressed_size"]], chunks)
+    return EncodedColumns(len(table), file[start : start + group["total_compressed_size"]], chunks)
 
 
 def _chunk_of(file: bytes, column: dict[str, Any]) -> ColumnChunk:
     """A column chunk of a whole file, with its part of the page index."""
-    pages = parquet.OFFSET_INDEX.read(file, column["offset_index_offset"])[0]["page_locations"]
+    pages = structs.OFFSET_INDEX.read(file, column["offset_index_offset"])[0]["page_locations"]
     start = column.get("column_index_offset", 0)
     return ColumnChunk(column["meta_data"], tuple(pages), file[start : start + column.get("column_index_length", 0)])
 
 
-def write_rows(
-    file: HashingFile, column: tuple[str, int], rows: Bits, values_of: Callable[[Bits], Bits] | None = None, *, zstd: bool = False
+def write_values(
+    file: HashingFile, column: tuple[str, int], rows: Values, values_of: Callable[[Values], Values] | None = None, *, zstd: bool = False
 ) -> ColumnChunk:
     """Write a column of fixed-size values at the file's end, page by page.
 
     Args:
-        file: the part.
+        file: what is being written.
         column: its name, and the bytes of one value.
-        rows: uint8 [N, W * itemsize].
-        values_of: gives the values, uint8 [N, value_bytes], of some of the rows; None if the rows are the values.
+        rows: what the values are made from, uint8 [N, any].
+        values_of: gives the values, uint8 [N, bytes of a value], of some of the rows; None if the rows are the values.
         zstd: whether pages are compressed.
 
     Raises:
@@ -116,15 +123,15 @@ def write_rows(
         file.write(body)
         uncompressed_bytes += len(header) + len(values)
     meta_data = {
-        "type": parquet.FIXED_LEN_BYTE_ARRAY,
-        "encodings": [parquet.PLAIN],
+        "type": structs.FIXED_LEN_BYTE_ARRAY,
+        "encodings": [structs.PLAIN],
         "path_in_schema": [name.encode()],
-        "codec": parquet.ZSTD if zstd else parquet.UNCOMPRESSED,
+        "codec": structs.ZSTD if zstd else structs.UNCOMPRESSED,
         "num_values": len(rows),
         "total_uncompressed_size": uncompressed_bytes,
         "total_compressed_size": file.num_bytes - begin,
         "data_page_offset": begin,
-        "encoding_stats": [{"page_type": parquet.DATA_PAGE, "encoding": parquet.PLAIN, "count": len(locations)}],
+        "encoding_stats": [{"page_type": structs.DATA_PAGE, "encoding": structs.PLAIN, "count": len(locations)}],
     }
     return ColumnChunk(meta_data, tuple(locations))
 
@@ -133,13 +140,13 @@ def _page_header(num_values: int, values_bytes: int, body_bytes: int) -> bytes:
     """Of a page of required values, which have no levels: their encodings are named because the format wants it."""
     of_values = {
         "num_values": num_values,
-        "encoding": parquet.PLAIN,
-        "definition_level_encoding": parquet.RLE,
-        "repetition_level_encoding": parquet.RLE,
+        "encoding": structs.PLAIN,
+        "definition_level_encoding": structs.RLE,
+        "repetition_level_encoding": structs.RLE,
     }
-    return parquet.PAGE_HEADER.write(
+    return structs.PAGE_HEADER.write(
         {
-            "type": parquet.DATA_PAGE,
+            "type": structs.DATA_PAGE,
             "uncompressed_page_size": values_bytes,
             "compressed_page_size": body_bytes,
             "data_page_header": of_values,
