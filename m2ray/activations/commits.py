@@ -127,7 +127,10 @@ class Run:
             micro_batches=tuple(micro_batches),
             elapsed_s=round(elapsed_s, 3),
             committed_at=utc_now(),
-            parts=tuple(CommittedPart(part.site, part.layer, part.key, part.num_bytes, part.xxh3) for part in receipts),
+            parts=tuple(
+                CommittedPart(part.site, part.layer, part.key, part.num_bytes, part.xxh3, part.tail_bytes, part.tail_xxh3)
+                for part in receipts
+            ),
         )
         try:
             self.store.create(commit_key(shard.index), record.to_json())

@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 
+import xxhash
+
 from m2ray import __version__
 from m2ray.activations import planes
 from m2ray.activations.schema import Compression, activation_columns, part_key, part_schema, row_bytes
@@ -71,7 +73,8 @@ class PartWriter:
     def finish(self, token_digest: str) -> None:
         """Write the footer, make the part durable and set `receipt`. Raises StoreError."""
         assert self._file is not None, "a part has at least one micro-batch"
-        self._file.write(self._footer.encode(self._file.num_bytes))
+        tail = self._footer.encode(self._file.num_bytes)
+        self._file.write(tail)
         self._file.publish()
         self.receipt = PartReceipt(
             shard=self._shard,
@@ -83,6 +86,8 @@ class PartWriter:
             num_bytes=self._file.num_bytes,
             xxh3=self._file.xxh3,
             token_digest=token_digest,
+            tail_bytes=len(tail),
+            tail_xxh3=xxhash.xxh3_64_hexdigest(tail),
         )
 
     def abort(self) -> None:

@@ -12,7 +12,7 @@ from m2ray.batches import PartSpec
 from m2ray.errors import ConfigError
 from m2ray.parquet.column_chunks import EncodedColumns, encode_integers
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Of the run folder as a whole. It grows when an older m2ray would misread what a newer one writes."""
 
 LAYER_CONVENTION = "residual of layer i is the output of decoder layer i, before the final norm"
@@ -66,11 +66,14 @@ def parse_part_key(key: str) -> tuple[int, str] | None:
 
 
 def part_metadata(
-    spec: PartSpec, run_metadata: Mapping[str, str], shard: int, attempt: str, compression: Compression = "none"
+    spec: PartSpec,
+    run_metadata: Mapping[str, str],
+    shard: int,
+    attempt: str,
+    compression: Compression = "none",
 ) -> dict[str, str]:
     """The footer's key-value pairs, all below "m2ray.": what the whole run says of itself, and what is in this part."""
     of_the_part = {
-        "format_version": str(FORMAT_VERSION),
         "site": spec.site,
         "layer": "" if spec.layer is None else str(spec.layer),
         "layer_convention": LAYER_CONVENTION,
@@ -81,7 +84,10 @@ def part_metadata(
         "shard": str(shard),
         "attempt": attempt,
     }
-    return {METADATA_PREFIX + name: value for name, value in (dict(run_metadata) | of_the_part).items()}
+    return {
+        METADATA_PREFIX + name: value
+        for name, value in ({"format_version": str(FORMAT_VERSION)} | dict(run_metadata) | of_the_part).items()
+    }
 
 
 def require_compression(spec: PartSpec, compression: str) -> None:

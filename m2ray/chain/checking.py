@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from m2ray.activations.job import JobRecord, read_job
+from m2ray.activations.job import JobRecord, read_job, require_todays_format
 from m2ray.batches import TensorTable
 from m2ray.config import ExtractConfig, parse_labels, parse_layers
 from m2ray.errors import ConfigError, M2rayError, raise_all
@@ -73,6 +73,8 @@ def check(config: ExtractConfig) -> Inputs:
 
     look(store.probe)
     recorded = next(iter(look(lambda: read_job(store))), None)
+    if recorded:
+        look(lambda: require_todays_format(store, recorded))
     opened = look(lambda: open_checkpoint(config.model))
     limit = opened[0].config.max_position_embeddings if opened else 1
     prompts = PromptOptions(

@@ -13,20 +13,28 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from m2ray.parquet import structs
+from m2ray.parquet import offset_index, structs
+from m2ray.parquet.offset_index import PageLocations
+from m2ray.parquet.page_header import page_header
 from m2ray.storage.hashing import HashingFile
 
 Values = npt.NDArray[np.uint8]
 """[N, bytes of a value]"""
 
-PLAIN_PAGE_BYTES = 4 << 20
-"""Of values that are stored as they are: any one is found in them by its number alone. Larger ones leave the processor's cache between
-their hash and their way out, smaller ones cost more calls."""
+PAGE_BYTES = 192 << 10
+PAGE_ROWS = 64
+"""Of a page, at most, before compression: whoever needs one value reads its whole page, to hold it against its CRC. Smaller ones cost
+more calls."""
 
-ZSTD_PAGE_BYTES = 128 << 10
-"""Before compression: whoever needs one value reads and decompresses its whole page."""
+_SENT_BYTES = 4 << 20
+_MOST_PIECES = 1024  # that go to a disk at once
 
 _ZSTD_LEVEL = 1  # higher ones gain nothing on bytes of floating-point numbers
+
+
+def rows_of_page(value_bytes: int) -> int:
+    """Rows of every page of a column but its last in a row group."""
+    return max(1, min(PAGE_ROWS, PAGE_BYTES // value_bytes))
 
 
 @dataclass(frozen=True)
@@ -35,19 +43,18 @@ class ColumnChunk:
 
     Attributes:
         meta_data: structs.COLUMN_META_DATA.
-        page_locations: structs.PAGE_LOCATION of each page.
+        pages: where each page lies.
         column_index: the bytes of its column index; empty if it has none.
     """
 
     meta_data: dict[str, Any]
-    page_locations: tuple[dict[str, Any], ...]
+    pages: PageLocations
     column_index: bytes = b""
 
     def moved(self, num_bytes: int) -> "ColumnChunk":
         """The same bytes, so much further on in a file."""
         offsets = {name: value + num_bytes for name, value in self.meta_data.items() if name.endswith("_page_offset")}
-        pages = tuple(page | {"offset": page["offset"] + num_bytes} for page in self.page_locations)
-        return replace(self, meta_data=self.meta_data | offsets, page_locations=pages)
+        return replace(self, meta_data=self.meta_data | offsets, pages=self.pages + np.array((num_bytes, 0, 0)))
 
 
 @dataclass(frozen=True)
@@ -78,6 +85,7 @@ def encode_integers(table: Any, *, dictionary: Sequence[str], delta: Sequence[st
         column_encoding=dict.fromkeys(delta, "DELTA_BINARY_PACKED"),
         write_statistics=list(statistics),
         write_page_index=True,
+        write_page_checksum=True,
         store_schema=False,
     )
     file = sink.getvalue().to_pybytes()
@@ -90,9 +98,10 @@ def encode_integers(table: Any, *, dictionary: Sequence[str], delta: Sequence[st
 
 def _chunk_of(file: bytes, column: dict[str, Any]) -> ColumnChunk:
     """A column chunk of a whole file, with its part of the page index."""
-    pages = structs.OFFSET_INDEX.read(file, column["offset_index_offset"])[0]["page_locations"]
+    start = column["offset_index_offset"]
+    pages = offset_index.decode(file[start : start + column["offset_index_length"]])
     start = column.get("column_index_offset", 0)
-    return ColumnChunk(column["meta_data"], tuple(pages), file[start : start + column.get("column_index_length", 0)])
+    return ColumnChunk(column["meta_data"], pages, file[start : start + column.get("column_index_length", 0)])
 
 
 def write_values(
@@ -101,7 +110,7 @@ def write_values(
     """Write a column of fixed-size values at the file's end, page by page.
 
     Args:
-        file: what is being written.
+        file: what is being written; the pages say by themselves whether they are whole, so its hash leaves them out.
         column: its name, and the bytes of one value.
         rows: what the values are made from, uint8 [N, any].
         values_of: gives the values, uint8 [N, bytes of a value], of some of the rows; None if the rows are the values.
@@ -111,17 +120,23 @@ def write_values(
         StoreError: the store refused.
     """
     name, value_bytes = column
-    begin, uncompressed_bytes, locations = file.num_bytes, 0, []
-    page_rows = max(1, (ZSTD_PAGE_BYTES if zstd else PLAIN_PAGE_BYTES) // value_bytes)
+    codec = pa.Codec("zstd", compression_level=_ZSTD_LEVEL) if zstd else None
+    begin, uncompressed_bytes, pages, pieces = file.num_bytes, 0, [], []
+    at, sent_at, page_rows = begin, begin, rows_of_page(value_bytes)
     for first_row in range(0, len(rows), page_rows):
         page = rows[first_row : first_row + page_rows]
         values = np.ascontiguousarray(values_of(page) if values_of else page).reshape(-1).data
-        body = pa.Codec("zstd", compression_level=_ZSTD_LEVEL).compress(values, asbytes=True) if zstd else values
-        header = _page_header(len(page), len(values), len(body))
-        locations.append({"offset": file.num_bytes, "compressed_page_size": len(header) + len(body), "first_row_index": first_row})
-        file.write(header)
-        file.write(body)
+        body = codec.compress(values, asbytes=True) if codec else values
+        header = page_header(len(page), len(values), body)
+        pages.append((at, len(header) + len(body), first_row))
+        pieces += [header, body]
+        at += len(header) + len(body)
         uncompressed_bytes += len(header) + len(values)
+        if at - sent_at >= _SENT_BYTES or len(pieces) >= _MOST_PIECES:
+            file.write_pieces(pieces)
+            pieces, sent_at = [], at
+    if pieces:
+        file.write_pieces(pieces)
     meta_data = {
         "type": structs.FIXED_LEN_BYTE_ARRAY,
         "encodings": [structs.PLAIN],
@@ -129,26 +144,8 @@ def write_values(
         "codec": structs.ZSTD if zstd else structs.UNCOMPRESSED,
         "num_values": len(rows),
         "total_uncompressed_size": uncompressed_bytes,
-        "total_compressed_size": file.num_bytes - begin,
+        "total_compressed_size": at - begin,
         "data_page_offset": begin,
-        "encoding_stats": [{"page_type": structs.DATA_PAGE, "encoding": structs.PLAIN, "count": len(locations)}],
+        "encoding_stats": [{"page_type": structs.DATA_PAGE, "encoding": structs.PLAIN, "count": len(pages)}],
     }
-    return ColumnChunk(meta_data, tuple(locations))
-
-
-def _page_header(num_values: int, values_bytes: int, body_bytes: int) -> bytes:
-    """Of a page of required values, which have no levels: their encodings are named because the format wants it."""
-    of_values = {
-        "num_values": num_values,
-        "encoding": structs.PLAIN,
-        "definition_level_encoding": structs.RLE,
-        "repetition_level_encoding": structs.RLE,
-    }
-    return structs.PAGE_HEADER.write(
-        {
-            "type": structs.DATA_PAGE,
-            "uncompressed_page_size": values_bytes,
-            "compressed_page_size": body_bytes,
-            "data_page_header": of_values,
-        }
-    )
+    return ColumnChunk(meta_data, np.array(pages, np.int64).reshape(-1, 3))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from m2ray.parquet import structs
+from m2ray.parquet import offset_index, structs
 from m2ray.parquet.column_chunks import ColumnChunk
 
 _FORMAT_VERSION = 2
@@ -48,7 +48,7 @@ class Footer:
                     index += encoded
         for number in range(len(self._schema)):
             for column, (_, _, chunks) in zip(columns, self._groups, strict=True):
-                encoded = structs.OFFSET_INDEX.write({"page_locations": chunks[number].page_locations})
+                encoded = offset_index.encode(chunks[number].pages)
                 column[number] |= {"offset_index_offset": begin + len(index), "offset_index_length": len(encoded)}
                 index += encoded
         file_meta_data = structs.FILE_META_DATA.write(

@@ -1,4 +1,4 @@
-"""ColumnPages: where each value of a column lies, so that a few are read without all that lies around them.
+"""ColumnPages: where each value of a column lies, so that a few are read without all that lies around them, and held against their CRC.
 
 A column of fixed-size, never-null values is stored plainly: a page's body is the values one after the other, whole if the
 column is not compressed. The offset index at the file's end says where each page begins, and which row is its first.
@@ -6,46 +6,78 @@ Source: https://parquet.apache.org/docs/file-format/pageindex/ and parquet.thrif
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from m2ray.parquet import offset_index
 from m2ray.parquet.column_chunks import Values
-from m2ray.parquet.structs import DATA_PAGE, FILE_META_DATA, MAGIC, OFFSET_INDEX, PAGE_HEADER, UNCOMPRESSED, ZSTD
+from m2ray.parquet.page_header import page_header
+from m2ray.parquet.structs import DATA_PAGE, FILE_META_DATA, MAGIC, PAGE_HEADER, UNCOMPRESSED, ZSTD
 from m2ray.storage import Store, scratch
 
 Rows = npt.NDArray[np.int64]
 
-MALFORMED = (ValueError, LookupError, TypeError, AttributeError, OverflowError, pa.ArrowException)
+_RUN_BYTES = 512 << 10
+"""Of pages that are read at once to be checked: they stay in the processor's cache until their values are where they belong."""
+
+MALFORMED = (ValueError, LookupError, TypeError, AttributeError, OverflowError, MemoryError, pa.ArrowException)
 """What reading raises of a file that is not what it should be, besides the store's own errors."""
 
 
-def columns_of(store: Store, key: str, num_bytes: int, columns: Sequence[tuple[str, int]]) -> Iterator["ColumnPages"]:
-    """The pages of the columns of these names and bytes a value. Raises StoreError, and MALFORMED if they cannot be found."""
-    tail = store.read_range(key, num_bytes - 8, 8)
-    if tail[4:] != MAGIC:
+def read_footer(tail: bytes | bytearray) -> dict[str, Any]:
+    """structs.FILE_META_DATA of the file that ends so. Raises MALFORMED."""
+    footer_bytes = int.from_bytes(tail[-8:-4], "little")
+    if tail[-4:] != MAGIC or footer_bytes > len(tail) - 8:
         raise ValueError("there is no footer")
-    footer_bytes = int.from_bytes(tail[:4], "little")
-    footer, _ = FILE_META_DATA.read(store.read_range(key, num_bytes - 8 - footer_bytes, footer_bytes))
-    groups = footer["row_groups"]
+    return FILE_META_DATA.read(tail, len(tail) - 8 - footer_bytes)[0]
+
+
+def read_tail(store: Store, key: str, num_bytes: int) -> bytearray:
+    """All that comes after the last row group of a file of `num_bytes`: page indexes and footer. Raises StoreError and MALFORMED."""
+    footer_bytes = int.from_bytes(store.read_range(key, num_bytes - 8, 4), "little") + 8
+    if footer_bytes > num_bytes:
+        raise ValueError("there is no footer")
+    footer = read_footer(store.read_range(key, num_bytes - footer_bytes, footer_bytes))
+    chunks = [chunk for group in footer["row_groups"] for chunk in group["columns"]]
+    begin = min(chunk[name] for chunk in chunks for name in ("column_index_offset", "offset_index_offset") if name in chunk)
+    if not 0 <= begin < num_bytes:
+        raise ValueError(f"the page index is said to begin at byte {begin} of {num_bytes}")
+    return store.read_range(key, begin, num_bytes - begin)
+
+
+def columns_of(
+    store: Store, key: str, num_bytes: int, tail: bytes | bytearray, columns: Sequence[tuple[str, int]], *, check: bool
+) -> Iterator["ColumnPages"]:
+    """The pages of the columns of these names and bytes a value. Raises MALFORMED if they cannot be found."""
+    groups = read_footer(tail)["row_groups"]
     names = [chunk["meta_data"]["path_in_schema"][0].decode() for chunk in groups[0]["columns"]]
+    begin = num_bytes - len(tail)
     for name, value_bytes in columns:
         chunks = [group["columns"][names.index(name)] for group in groups]
-        start = min(chunk["offset_index_offset"] for chunk in chunks)
-        stop = max(chunk["offset_index_offset"] + chunk["offset_index_length"] for chunk in chunks)
-        if not 0 <= start < stop <= num_bytes:
-            raise ValueError(f"it is said to lie at bytes {start} to {stop} of {num_bytes}")
-        index = store.read_range(key, start, stop - start)
         pages, first_row = [], 0
         for chunk, group in zip(chunks, groups, strict=True):
-            located, _ = OFFSET_INDEX.read(index, chunk["offset_index_offset"] - start)
-            pages += [
-                (first_row + page["first_row_index"], page["offset"], page["compressed_page_size"]) for page in located["page_locations"]
-            ]
+            start = chunk["offset_index_offset"] - begin
+            located = offset_index.decode(tail[start : start + chunk["offset_index_length"]])
+            pages.append(located[:, [2, 0, 1]] + (first_row, 0, 0))
             first_row += group["num_rows"]
-        located_pages = np.array([*pages, (first_row, 0, 0)], np.int64)
-        yield ColumnPages(store, key, num_bytes, value_bytes, chunks[0]["meta_data"]["codec"], located_pages)
+        codec = chunks[0]["meta_data"]["codec"]
+        yield ColumnPages(store, key, num_bytes, value_bytes, codec, np.concatenate([*pages, [(first_row, 0, 0)]]), check=check)
+
+
+def others(tail: bytes | bytearray, num_bytes: int, columns: Sequence[str]) -> Iterator[tuple[int, int]]:
+    """(offset, bytes) of what a file holds besides the pages of these columns, ascending. Raises MALFORMED."""
+    at = 0
+    for group in read_footer(tail)["row_groups"]:
+        for meta_data in (chunk["meta_data"] for chunk in group["columns"]):
+            if meta_data["path_in_schema"][0].decode() in columns:
+                if not at <= meta_data["data_page_offset"] <= num_bytes:
+                    raise ValueError("its columns do not lie one after the other")
+                yield at, meta_data["data_page_offset"] - at
+                at = meta_data["data_page_offset"] + meta_data["total_compressed_size"]
+    yield at, num_bytes - at
 
 
 class ColumnPages:
@@ -58,61 +90,105 @@ class ColumnPages:
         value_bytes: bytes of a value.
         codec: structs.UNCOMPRESSED or structs.ZSTD.
         pages: first row, offset and bytes of each page, int64 [pages + 1, 3]; the last row ends it.
+        check: whether pages have a CRC and are held against it whenever they are read.
 
     Raises:
         ValueError: no pages of such a column lie so.
     """
 
-    def __init__(self, store: Store, key: str, num_bytes: int, value_bytes: int, codec: int, pages: Rows) -> None:
+    def __init__(self, store: Store, key: str, num_bytes: int, value_bytes: int, codec: int, pages: Rows, *, check: bool) -> None:
         if codec not in (UNCOMPRESSED, ZSTD):
             raise ValueError(f"codec {codec} is neither none nor zstd")
         self._store = store
         self._key = key
+        self._check = check
         self.value_bytes = value_bytes
         self.is_compressed = codec == ZSTD
         self._first_rows = pages[:, 0].copy()
-        self._offsets, self._sizes = pages[:-1, 1].copy(), pages[:-1, 2].copy()
+        self._offsets, self._sizes = pages[:-1, 1].copy(), pages[:-1, 2].astype(np.int32)
         if (np.diff(self._first_rows) <= 0).any():
             raise ValueError("its pages do not ascend")
-        if ((self._offsets < 0) | (self._sizes <= 0) | (self._sizes > num_bytes - self._offsets)).any():
+        if ((self._offsets < 0) | (pages[:-1, 2] <= 0) | (pages[:-1, 2] > num_bytes - self._offsets)).any():
             raise ValueError("a page lies outside the file")
-        if not self.is_compressed:
-            headers = self._sizes - np.diff(self._first_rows) * value_bytes
-            if (headers <= 0).any():
-                raise ValueError("its pages are shorter than their rows")
-            self._offsets += headers
+        if not self.is_compressed and (self._sizes <= np.diff(self._first_rows) * value_bytes).any():
+            raise ValueError("its pages are shorter than their rows")
+
+    @property
+    def is_read_by_page(self) -> bool:
+        """Whether a page is read as a whole whatever is wanted of it."""
+        return self.is_compressed or self._check
+
+    @property
+    def num_rows(self) -> int:
+        return int(self._first_rows[-1])
 
     def pages_of(self, rows: Rows) -> Rows:
         """The number of the page that holds each row."""
         return np.searchsorted(self._first_rows, rows, "right") - 1
 
-    def span(self, start: int, stop: int, purpose: str) -> Values:
-        """The values of the rows [start, stop), this thread's until it asks for the same purpose again."""
-        values = scratch_values(purpose, stop - start, self.value_bytes)
-        if not self.is_compressed:
-            self.take(np.arange(start, stop), values, np.arange(stop - start))
-            return values
-        first, last = self.pages_of(np.array([start, stop - 1])).tolist()
-        for page in range(first, last + 1):
-            begin, end = max(start, int(self._first_rows[page])), min(stop, int(self._first_rows[page + 1]))
-            values[begin - start : end - start] = self._decompressed(page)[begin - self._first_rows[page] : end - self._first_rows[page]]
-        return values
-
     def take(self, rows: Rows, out: Values, places: Rows) -> None:
-        """Read the values of these ascending rows, of a column that is not compressed: `out[places] = values`."""
+        """Read the values of these ascending rows: `out[places] = values`.
+
+        Raises:
+            StoreError: the file cannot be read.
+            MALFORMED: a page is not what it should be.
+        """
         pages = self.pages_of(rows)
-        offsets = self._offsets[pages] + (rows - self._first_rows[pages]) * self.value_bytes
+        if self.is_read_by_page:
+            self._take_pages(pages, rows, out, places)
+            return
+        headers = self._sizes[pages] - (self._first_rows[pages + 1] - self._first_rows[pages]) * self.value_bytes
+        offsets = self._offsets[pages] + headers + (rows - self._first_rows[pages]) * self.value_bytes
         self._store.read_rows(self._key, offsets, out, places)
 
-    def _decompressed(self, page: int) -> Values:
-        data = scratch("page", int(self._sizes[page]))
-        self._store.read_into(self._key, int(self._offsets[page]), data)
-        header, body = PAGE_HEADER.read(data)
-        num_bytes = int(self._first_rows[page + 1] - self._first_rows[page]) * self.value_bytes
+    def _take_pages(self, pages: Rows, rows: Rows, out: Values, places: Rows) -> None:
+        """`take` by whole pages; those that lie side by side, are equally long and wanted as they are go together."""
+        edges = np.flatnonzero(np.diff(pages, prepend=-1, append=-1))
+        touched, counts = pages[edges[:-1]], np.diff(edges)
+        lengths, ends = self._first_rows[touched + 1] - self._first_rows[touched], self._offsets[touched] + self._sizes[touched]
+        is_whole = (counts == lengths) & (not self.is_compressed and bool((np.diff(rows) > 0).all()))
+        goes_on = is_whole[1:] & is_whole[:-1] & (self._offsets[touched[1:]] == ends[:-1]) & (lengths[1:] == lengths[:-1])
+        goes_on &= self._sizes[touched[1:]] == self._sizes[touched[:-1]]
+        start, at_once = 0, max(1, _RUN_BYTES // max(1, int(self._sizes[touched].max(initial=1))))
+        for stop in range(1, len(touched) + 1):
+            if stop < len(touched) and goes_on[stop - 1] and stop - start < at_once:
+                continue
+            first, place = int(touched[start]), places[edges[start] : edges[stop]]
+            values = self._read(first, stop - start)
+            if is_whole[start]:
+                out[place.reshape(values.shape[:2])] = values
+            else:
+                out[place] = values[0][rows[edges[start] : edges[stop]] - self._first_rows[first]]
+            start = stop
+
+    def _read(self, first: int, count: int) -> Values:
+        """The values of some pages that lie side by side, of one length: uint8 [pages, rows, bytes of a value], this thread's until the next."""
+        size, num_rows = int(self._sizes[first]), int(self._first_rows[first + 1] - self._first_rows[first])
+        data = scratch("pages", size * count)
+        self._store.read_into(self._key, int(self._offsets[first]), data)
+        if self.is_compressed:
+            return self._decompressed(first, data, num_rows)
+        header_bytes = size - num_rows * self.value_bytes
+        for number in range(count if self._check else 0):
+            self._require_header(first + number, data[number * size : (number + 1) * size], header_bytes, num_rows)
+        pages = np.frombuffer(data, np.uint8).reshape(count, size)[:, header_bytes:]
+        strides = (size, self.value_bytes, 1)
+        return np.lib.stride_tricks.as_strided(pages, (count, num_rows, self.value_bytes), strides, writeable=False)
+
+    def _decompressed(self, page: int, data: memoryview, num_rows: int) -> Values:
+        header, header_bytes = PAGE_HEADER.read(data)
+        num_bytes = num_rows * self.value_bytes
         if header["type"] != DATA_PAGE or header["uncompressed_page_size"] != num_bytes:
             raise ValueError(f"page {page} has {header['uncompressed_page_size']} bytes, not {num_bytes}")
-        plain = pa.decompress(data[body : body + header["compressed_page_size"]], num_bytes, "zstd")
-        return np.frombuffer(plain, np.uint8).reshape(-1, self.value_bytes)
+        if self._check:
+            self._require_header(page, data, header_bytes, num_rows)
+        plain = pa.decompress(data[header_bytes : header_bytes + header["compressed_page_size"]], num_bytes, "zstd")
+        return np.frombuffer(plain, np.uint8).reshape(1, num_rows, self.value_bytes)
+
+    def _require_header(self, page: int, data: memoryview, header_bytes: int, num_rows: int) -> None:
+        """Raise ValueError unless a page's header is the very one that its body has."""
+        if data[:header_bytes] != page_header(num_rows, num_rows * self.value_bytes, data[header_bytes:]):
+            raise ValueError(f"the bytes of page {page} do not have the CRC in its header")
 
 
 def scratch_values(purpose: str, num_values: int, value_bytes: int) -> Values:

@@ -27,6 +27,7 @@ PAGE_HEADER = Struct(
     type=(1, I32),
     uncompressed_page_size=(2, I32),
     compressed_page_size=(3, I32),
+    crc=(4, I32),
     data_page_header=(5, DATA_PAGE_HEADER),
 )
 

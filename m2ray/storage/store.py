@@ -5,7 +5,7 @@ Keys are relative to the store's root, with "/" between their parts. Every failu
 
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 
 import numpy as np
@@ -24,6 +24,10 @@ class PartSink(ABC):
     @abstractmethod
     def write(self, data: Data) -> None:
         """Append bytes. The caller may reuse `data` afterwards."""
+
+    def write_pieces(self, pieces: Sequence[Data]) -> None:
+        """Append several pieces, in their order."""
+        self.write(b"".join(pieces))
 
     @abstractmethod
     def close(self) -> None:

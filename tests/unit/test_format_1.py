@@ -14,7 +14,7 @@ from m2ray.activations.verify import verify
 from m2ray.batches import MicroBatch
 from m2ray.cli import main
 from m2ray.storage import LocalStore
-from tests.data.run_format_1.make_runs import HERE, RUNS, TEXTS, make_model
+from tests.data.run_format_1.make_runs import HERE, RUNS, TEXTS, command, make_model
 from tests.reference import load_reference, reference_rows, same_bits
 
 LAYERS = (0, 1, 2)
@@ -92,3 +92,13 @@ def test_what_is_committed_of_an_unfinished_run_is_read(unfinished: Path) -> Non
     assert (run.is_complete, run.num_shards) == (False, 2)
     assert same_bits(run.tensor(), whole.tensor()[:, : run.num_tokens])
     assert verify(LocalStore(unfinished), checksums=True).damages == ()
+
+
+def test_the_command_that_began_it_is_told_what_goes_on_with_it(unfinished: Path, model: Path) -> None:
+    before = {path: path.read_bytes() for path in unfinished.rglob("*") if path.is_file()}
+    told = CliRunner().invoke(main, command(model, unfinished.name, unfinished)[1:])
+    assert told.exit_code == 1
+    said = " ".join(told.output.split())
+    assert "was begun by m2ray 0.1.0 with format 1; this m2ray goes on with format 2 only." in said
+    assert "Finish it with m2ray 0.1.0, or give another output." in said
+    assert {path: path.read_bytes() for path in unfinished.rglob("*") if path.is_file()} == before

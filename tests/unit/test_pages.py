@@ -21,6 +21,7 @@ from m2ray.activations.schema import activation_columns, encode_tokens, part_key
 from m2ray.activations.verify import verify
 from m2ray.batches import TOKEN_ROW, PartSpec
 from m2ray.errors import ConfigError, NotInRunError, RunDamagedError
+from m2ray.parquet.pages import read_tail
 from m2ray.storage import LocalStore
 from tests.unit import activation_runs as runs
 
@@ -54,7 +55,8 @@ def write_part(folder: Path, compression: str, spec: PartSpec, groups: list[np.n
         tokens["position"] = np.arange(len(rows))
         writer.append(encode_tokens(tokens), rows)
     writer.finish("0")
-    return PartPages(store, writer.receipt.key, writer.receipt.num_bytes, activation_columns(spec, compression))
+    key, num_bytes = writer.receipt.key, writer.receipt.num_bytes
+    return PartPages(store, key, num_bytes, read_tail(store, key, num_bytes), activation_columns(spec, compression), check=True)
 
 
 @given(npst.arrays(np.uint16, st.tuples(st.integers(0, 5), st.integers(1, 9))))
