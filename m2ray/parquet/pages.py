@@ -171,9 +171,7 @@ class ColumnPages:
         header_bytes = size - num_rows * self.value_bytes
         for number in range(count if self._check else 0):
             self._require_header(first + number, data[number * size : (number + 1) * size], header_bytes, num_rows)
-        pages = np.frombuffer(data, np.uint8).reshape(count, size)[:, header_bytes:]
-        strides = (size, self.value_bytes, 1)
-        return np.lib.stride_tricks.as_strided(pages, (count, num_rows, self.value_bytes), strides, writeable=False)
+        return np.ndarray((count, num_rows, self.value_bytes), np.uint8, data, header_bytes, (size, self.value_bytes, 1))
 
     def _decompressed(self, page: int, data: memoryview, num_rows: int) -> Values:
         header, header_bytes = PAGE_HEADER.read(data)
