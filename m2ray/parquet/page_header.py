@@ -20,10 +20,15 @@ def page_header(num_values: int, values_bytes: int, body: Data) -> bytes:
         body: what follows the header.
     """
     crc = isal_zlib.crc32(body)
-    number = (crc << 1) if crc < 1 << 31 else ((1 << 32) - crc << 1) - 1  # zigzag, of 32 bits with a sign
+    number = crc << 1 if crc < 1 << 31 else (crc << 1 ^ 0x1FFFFFFFF)  # zigzag, of 32 bits with a sign
     before, after = _around_crc(num_values, values_bytes, len(body))
-    octets = (number & 0x7F | 0x80, number >> 7 & 0x7F | 0x80, number >> 14 & 0x7F | 0x80, number >> 21 & 0x7F | 0x80, number >> 28)
-    return before + bytes(octets) + after
+    return b"".join((before, _TWO_GROUPS[number & 0x3FFF], _TWO_GROUPS[number >> 14 & 0x3FFF], _LAST_GROUP[number >> 28], after))
+
+
+_TWO_GROUPS = [bytes((low | 0x80, high | 0x80)) for high in range(128) for low in range(128)]
+"""Of a varint that goes on: 14 bits as two bytes."""
+
+_LAST_GROUP = [bytes((group,)) for group in range(32)]
 
 
 @lru_cache(256)

@@ -6,6 +6,7 @@ Source: https://parquet.apache.org/docs/file-format/pageindex/ and parquet.thrif
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -133,6 +134,8 @@ class ColumnPages:
             StoreError: the file cannot be read.
             MALFORMED: a page is not what it should be.
         """
+        if not len(rows):
+            return
         pages = self.pages_of(rows)
         if self.is_read_by_page:
             self._take_pages(pages, rows, out, places)
@@ -142,35 +145,34 @@ class ColumnPages:
         self._store.read_rows(self._key, offsets, out, places)
 
     def _take_pages(self, pages: Rows, rows: Rows, out: Values, places: Rows) -> None:
-        """`take` by whole pages; those that lie side by side, are equally long and wanted as they are go together."""
+        """`take` by whole pages, several that are alike at once."""
         edges = np.flatnonzero(np.diff(pages, prepend=-1, append=-1))
-        touched, counts = pages[edges[:-1]], np.diff(edges)
-        lengths, ends = self._first_rows[touched + 1] - self._first_rows[touched], self._offsets[touched] + self._sizes[touched]
-        is_whole = (counts == lengths) & (not self.is_compressed and bool((np.diff(rows) > 0).all()))
-        goes_on = is_whole[1:] & is_whole[:-1] & (self._offsets[touched[1:]] == ends[:-1]) & (lengths[1:] == lengths[:-1])
-        goes_on &= self._sizes[touched[1:]] == self._sizes[touched[:-1]]
-        start, at_once = 0, max(1, _RUN_BYTES // max(1, int(self._sizes[touched].max(initial=1))))
-        for stop in range(1, len(touched) + 1):
-            if stop < len(touched) and goes_on[stop - 1] and stop - start < at_once:
-                continue
-            first, place = int(touched[start]), places[edges[start] : edges[stop]]
-            values = self._read(first, stop - start)
-            if is_whole[start]:
-                out[place.reshape(values.shape[:2])] = values
-            else:
-                out[place] = values[0][rows[edges[start] : edges[stop]] - self._first_rows[first]]
-            start = stop
+        touched = pages[edges[:-1]]
+        sizes, lengths = self._sizes[touched], self._first_rows[touched + 1] - self._first_rows[touched]
+        is_whole = (np.diff(edges) == lengths) & (not self.is_compressed and bool((np.diff(rows) > 0).all()))
+        is_new = (np.diff(sizes) != 0) | (np.diff(lengths) != 0) | (np.diff(is_whole)) | self.is_compressed
+        for start, stop in pairwise([0, *(np.flatnonzero(is_new) + 1).tolist(), len(touched)]):
+            at_once = max(1, _RUN_BYTES // int(sizes[start]))
+            for first in range(start, stop, at_once):
+                last = min(stop, first + at_once)
+                values, of = self._read(touched[first:last]), slice(edges[first], edges[last])
+                if is_whole[start]:
+                    out[places[of].reshape(values.shape[:2])] = values
+                else:
+                    number = np.repeat(np.arange(last - first), np.diff(edges[first : last + 1]))
+                    out[places[of]] = values[number, rows[of] - self._first_rows[pages[of]]]
 
-    def _read(self, first: int, count: int) -> Values:
-        """The values of some pages that lie side by side, of one length: uint8 [pages, rows, bytes of a value], this thread's until the next."""
+    def _read(self, pages: Rows) -> Values:
+        """The values of pages of one size and length: uint8 [pages, rows, bytes of a value], this thread's until the next."""
+        first, count = int(pages[0]), len(pages)
         size, num_rows = int(self._sizes[first]), int(self._first_rows[first + 1] - self._first_rows[first])
         data = scratch("pages", size * count)
-        self._store.read_into(self._key, int(self._offsets[first]), data)
+        self._store.read_ranges(self._key, self._offsets[pages].tolist(), size, data)
         if self.is_compressed:
             return self._decompressed(first, data, num_rows)
         header_bytes = size - num_rows * self.value_bytes
-        for number in range(count if self._check else 0):
-            self._require_header(first + number, data[number * size : (number + 1) * size], header_bytes, num_rows)
+        for number, page in enumerate(pages.tolist() if self._check else ()):
+            self._require_header(page, data[number * size : (number + 1) * size], header_bytes, num_rows)
         return np.ndarray((count, num_rows, self.value_bytes), np.uint8, data, header_bytes, (size, self.value_bytes, 1))
 
     def _decompressed(self, page: int, data: memoryview, num_rows: int) -> Values:

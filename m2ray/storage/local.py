@@ -64,18 +64,16 @@ class LocalStore(Store):
             return self.path(key).read_bytes()
 
     def read_into(self, key: str, offset: int, out: memoryview) -> None:
-        with _naming("read", self.path(key)):
-            fd = os.open(self.path(key), os.O_RDONLY | os.O_CLOEXEC)
+        self.read_ranges(key, [offset], len(out), out)
+
+    def read_ranges(self, key: str, offsets: Sequence[int], num_bytes: int, out: memoryview) -> None:
+        """The file is opened once."""
+        path = self.path(key)
+        with _naming("read", path):
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             try:
-                done = 0
-                while done < len(out):
-                    count = os.preadv(fd, [out[done:]], offset + done)
-                    if count == 0:
-                        raise StoreError(
-                            f"{self.path(key)} ends at byte {offset + done}, but bytes {offset} to {offset + len(out)} are needed.",
-                            "The file is truncated: copy it again.",
-                        )
-                    done += count
+                for number, offset in enumerate(offsets):
+                    _read_all(fd, path, offset, out[number * num_bytes : (number + 1) * num_bytes])
             finally:
                 os.close(fd)
 
@@ -207,6 +205,18 @@ def _locked(file: BinaryIO, flags: int = 0) -> bool:
     except OSError:
         return False
     return True
+
+
+def _read_all(fd: int, path: Path, offset: int, out: memoryview) -> None:
+    done = 0
+    while done < len(out):
+        count = os.preadv(fd, [out[done:]], offset + done)
+        if count == 0:
+            raise StoreError(
+                f"{path} ends at byte {offset + done}, but bytes {offset} to {offset + len(out)} are needed.",
+                "The file is truncated: copy it again.",
+            )
+        done += count
 
 
 def _write_all(file: BinaryIO, pieces: Sequence[Data]) -> int:

@@ -55,6 +55,14 @@ class Store(ABC):
     def read_into(self, key: str, offset: int, out: memoryview) -> None:
         """Fill `out` with the object's bytes from `offset` on. Raises StoreError if the object ends before that."""
 
+    def read_ranges(self, key: str, offsets: Sequence[int], num_bytes: int, out: memoryview) -> None:
+        """Read `num_bytes` from each of the bytes `offsets` of the object, one range behind the other in `out`. Raises as `read_into` does."""
+        start = 0
+        for stop in range(1, len(offsets) + 1):
+            if stop == len(offsets) or offsets[stop] != offsets[stop - 1] + num_bytes:
+                self.read_into(key, offsets[start], out[start * num_bytes : stop * num_bytes])
+                start = stop
+
     def read_rows(self, key: str, offsets: npt.NDArray[np.int64], out: npt.NDArray[np.uint8], places: npt.NDArray[np.int64]) -> None:
         """Read rows that begin at the bytes `offsets` [N] of the object and lay each at its place in `out` uint8 [.., row bytes].
 
