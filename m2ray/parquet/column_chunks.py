@@ -21,7 +21,7 @@ from m2ray.storage.hashing import HashingFile
 Values = npt.NDArray[np.uint8]
 """[N, bytes of a value]"""
 
-PAGE_BYTES = 112 << 10
+PAGE_BYTES = 128 << 10
 PAGE_ROWS = 64
 """Of a page, at most, before compression: whoever needs one value reads its whole page, to hold it against its CRC. Smaller ones cost
 more calls."""
