@@ -219,8 +219,10 @@ class PartReceipt:
         key: the object's key below the run folder.
         rows: tokens in it.
         num_bytes: the object's size.
-        xxh3: xxh3-64 of the whole object, 16 hex digits.
+        xxh3: xxh3-64 of all its bytes but the pages of its activation columns, 16 hex digits; in format 1 of all its bytes.
         token_digest: xxh3-128 over its TOKEN_ROW rows, 32 hex digits; equal in all parts of a shard.
+        tail_bytes: bytes behind the last row group: page indexes and footer. None in format 1.
+        tail_xxh3: xxh3-64 of these bytes, 16 hex digits. None in format 1.
     """
 
     shard: int
@@ -232,6 +234,8 @@ class PartReceipt:
     num_bytes: int
     xxh3: str
     token_digest: str
+    tail_bytes: int | None = None
+    tail_xxh3: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -8,11 +8,11 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from m2ray.activations.column_chunks import TokenColumns, encode_tokens
 from m2ray.activations.part_writer import PartWriter
-from m2ray.activations.schema import row_bytes
+from m2ray.activations.schema import encode_tokens, row_bytes
 from m2ray.batches import Bits, CapturedLayer, MicroBatch, PartReceipt
 from m2ray.errors import StageError
+from m2ray.parquet.column_chunks import EncodedColumns
 
 _DEFECT = "This is a defect of m2ray."
 
@@ -63,7 +63,7 @@ class Attempt:
                 raise StageError(f"{self._label}: {part.spec} was captured as {found}, not as uint8 {list(shape)}.", _DEFECT)
         return [by_name[part.spec.site, part.spec.layer] for part in self.parts]
 
-    def admit(self, micro_batch: MicroBatch, token_rows: npt.NDArray[Any]) -> TokenColumns:
+    def admit(self, micro_batch: MicroBatch, token_rows: npt.NDArray[Any]) -> EncodedColumns:
         """Check the order, extend the digest, and encode the token columns. Raises StageError where rows would not ascend."""
         if self.is_complete or micro_batch.index != self._next_index:
             expected = "nothing more" if self.is_complete else self._next_index

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from m2ray.activations.job import JobRecord, read_job
 from m2ray.activations.manifest import manifest_table, read_manifest, receipts_of
-from m2ray.activations.part_reader import PartReader
+from m2ray.activations.part_reader import Check, PartReader
 from m2ray.activations.records import committed_shards, read_commits, read_summary
 from m2ray.batches import PartReceipt, PartSpec, SequenceFile
 from m2ray.errors import NotInRunError, StoreError
@@ -41,8 +41,9 @@ class Catalogue:
         RunConflictError: a newer m2ray wrote it.
     """
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, check: Check = "pages") -> None:
         self.store = store
+        self._check = check
         job = read_job(store)
         if job is None:
             raise StoreError(
@@ -51,7 +52,7 @@ class Catalogue:
         self.job: JobRecord = job
         self.summary = read_summary(store)
         if self.summary is not None:
-            self.parts = read_manifest(store, job.run_id, self.summary.parts)
+            self.parts = read_manifest(store, job, self.summary.parts)
         else:
             commits = read_commits(store, job, sorted(committed_shards(store)))
             self.parts = manifest_table(commit.receipts() for commit in commits)
@@ -71,7 +72,7 @@ class Catalogue:
 
     def open_part(self, spec: PartSpec, receipt: PartReceipt) -> PartReader:
         """Open a part after its size and footer were checked. Raises RunDamagedError or StoreError."""
-        return PartReader(self.store, spec, self.job.run_metadata(), receipt)
+        return PartReader(self.store, spec, self.job.run_metadata(), receipt, self._check)
 
     def part_of_shard(self, spec: PartSpec, shard: int) -> PartReceipt | None:
         """One part's receipt; None if the shard is not committed."""

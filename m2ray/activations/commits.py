@@ -136,7 +136,10 @@ class Run:
             micro_batches=tuple(micro_batches),
             elapsed_s=round(elapsed_s, 3),
             committed_at=utc_now(),
-            parts=tuple(CommittedPart(part.site, part.layer, part.key, part.num_bytes, part.xxh3) for part in receipts),
+            parts=tuple(
+                CommittedPart(part.site, part.layer, part.key, part.num_bytes, part.xxh3, part.tail_bytes, part.tail_xxh3)
+                for part in receipts
+            ),
         )
         try:
             self.store.create(commit_key(shard.index), record.to_json())
@@ -229,7 +232,7 @@ class Run:
             return None
         try:
             summary = read_summary(self.store)
-            manifest = read_manifest(self.store, self.job.run_id, summary.parts) if summary else None
+            manifest = read_manifest(self.store, self.job, summary.parts) if summary else None
         except RunDamagedError:
             return None
         return (summary, manifest) if summary and summary.run_id == self.job.run_id else None

@@ -5,20 +5,19 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 from uuid import uuid4
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
+from m2ray.activations.json_record import read_record, to_json
 from m2ray.activations.schema import FORMAT_VERSION, LAYER_CONVENTION, LEASE_FOLDER
 from m2ray.batches import PartSpec, SequenceFile
-from m2ray.errors import RunConflictError, RunDamagedError
+from m2ray.errors import RunConflictError
 from m2ray.storage import Store
 
 JOB_KEY = "job.json"
 SEQUENCE_FILE = r"sequences/[^/.][^/]*\.parquet"
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -107,11 +106,12 @@ class JobRecord:
         )
 
     def to_json(self) -> bytes:
-        return json.dumps(asdict(self), indent=2).encode()
+        return to_json(self, indent=2)
 
     def run_metadata(self) -> dict[str, str]:
         """What every part's footer says of the run."""
         return {
+            "format_version": str(self.format_version),
             "run_id": self.run_id,
             "model_type": self.model.model_type,
             "num_layers": str(self.model.num_layers),
@@ -138,12 +138,27 @@ def read_job(store: Store) -> JobRecord | None:
     return None
 
 
+def require_todays_format(store: Store, recorded: JobRecord) -> None:
+    """Refuse to go on with a run of an older format: its parts and records would be of two kinds.
+
+    Raises:
+        RunConflictError: naming the version of m2ray that finishes it.
+    """
+    if recorded.format_version != FORMAT_VERSION:
+        raise RunConflictError(
+            f"The run at {store.url} was begun by m2ray {recorded.m2ray_version} with format {recorded.format_version}; "
+            f"this m2ray goes on with format {FORMAT_VERSION} only.",
+            f"Finish it with m2ray {recorded.m2ray_version}, or give another output. It can be read as it is.",
+        )
+
+
 def require_same(store: Store, recorded: JobRecord, options: Mapping[str, Any], fingerprints: Mapping[str, str]) -> None:
     """Refuse other options, or other values of those fingerprints that are given: the prompts' may not be known yet.
 
     Raises:
         RunConflictError: naming every field that differs, with both values.
     """
+    require_todays_format(store, recorded)
     of_the_run = {name: recorded.fingerprints[name] for name in fingerprints if name in recorded.fingerprints}
     _refuse_differences(store, _named(recorded.options, of_the_run), _named(options, fingerprints))
 
@@ -154,6 +169,7 @@ def require_same_job(store: Store, recorded: JobRecord, job: JobRecord) -> None:
     Raises:
         RunConflictError: naming every field that differs, with both values.
     """
+    require_todays_format(store, recorded)
     there, here = (
         _named(record.options, record.fingerprints)
         | {f"counts.{name}": count for name, count in asdict(record.counts).items()}
@@ -182,31 +198,6 @@ def _refuse_differences(store: Store, there: Mapping[str, Any], here: Mapping[st
             f"The run at {store.url} was made otherwise. What differs:{''.join(lines)}\n",
             "Change it back to go on with the run, or give another output.",
         )
-
-
-def read_record(store: Store, key: str, adapter: TypeAdapter[T]) -> T:
-    """A JSON object of the run, validated.
-
-    Raises:
-        RunConflictError: a newer m2ray wrote it.
-        RunDamagedError: it is not what m2ray writes.
-        StoreError: it cannot be read.
-    """
-    data = store.read(key)
-    try:
-        version = json.loads(data)["format_version"]
-        if version <= FORMAT_VERSION:
-            return adapter.validate_json(data, strict=True)
-    except (ValueError, KeyError, TypeError) as error:
-        problems = (
-            [f"{'.'.join(map(str, p['loc']))}: {p['msg']}" for p in error.errors()] if isinstance(error, ValidationError) else [str(error)]
-        )
-        raise RunDamagedError(
-            f"{key} of the run at {store.url} is damaged: {'; '.join(problems)}.", "Restore it, or begin another run."
-        ) from error
-    raise RunConflictError(
-        f"{key} of the run at {store.url} has format {version}; this m2ray knows formats up to {FORMAT_VERSION}.", "Upgrade m2ray."
-    )
 
 
 def _may_precede_a_job(key: str) -> bool:

@@ -5,7 +5,6 @@ Nothing is ever overwritten, and no clock is compared with another machine's: wh
 another number comes. At its end a driver deletes what it created.
 """
 
-import json
 import os
 import re
 import socket
@@ -13,12 +12,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from uuid import uuid4
 
 from pydantic import TypeAdapter
 
-from m2ray.activations.job import read_record, utc_now
+from m2ray.activations.job import utc_now
+from m2ray.activations.json_record import read_record, to_json
 from m2ray.activations.schema import FORMAT_VERSION, LEASE_FOLDER
 from m2ray.errors import AlreadyExistsError, RunConflictError, RunDamagedError, StoreError
 from m2ray.storage import Store
@@ -197,7 +197,7 @@ def _create(store: Store, number: int, own: Holder) -> bool:
     """Whether the number was free, or is this driver's own: an answer may have been lost."""
     key = f"{LEASE_FOLDER}/{number:08d}.json"
     try:
-        store.create(key, json.dumps(asdict(own)).encode())
+        store.create(key, to_json(own))
     except AlreadyExistsError:
         newest = _newest(store)
         return newest is not None and newest[0] == number and newest[1].driver == own.driver

@@ -8,9 +8,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from m2ray.activations.job import JobRecord
 from m2ray.activations.schema import PART_NAME
 from m2ray.batches import PartReceipt
 from m2ray.errors import RunDamagedError
+from m2ray.parquet.pages import MALFORMED
+from m2ray.parquet.seal import require_seal, seal
 from m2ray.storage import Store
 
 MANIFEST_KEY = "manifest.parquet"
@@ -26,9 +29,11 @@ MANIFEST_SCHEMA = pa.schema(
         pa.field("num_bytes", pa.int64(), nullable=False),
         pa.field("xxh3", pa.string(), nullable=False),
         pa.field("token_digest", pa.string(), nullable=False),
+        pa.field("tail_bytes", pa.int64()),
+        pa.field("tail_xxh3", pa.string()),
     ]
 )
-"""One row a part, all fields of its receipt; `layer` is null at model-wide sites. Sorted by site, layer and shard."""
+"""One row a part, all fields of its receipt; `layer` is null at model-wide sites, `tail_bytes` and `tail_xxh3` in format 1. Sorted by site, layer and shard."""
 
 
 def manifest_table(receipts_of_shards: Iterable[Iterable[PartReceipt]]) -> Any:
@@ -56,23 +61,32 @@ def write_manifest(store: Store, table: Any, run_id: str) -> None:
     """Write or replace manifest.parquet. Raises StoreError."""
     sink = pa.BufferOutputStream()
     pq.write_table(table.replace_schema_metadata({"m2ray.run_id": run_id}), sink, compression="zstd")
-    store.put(MANIFEST_KEY, memoryview(sink.getvalue()))
+    store.put(MANIFEST_KEY, seal(memoryview(sink.getvalue())))
 
 
-def read_manifest(store: Store, run_id: str, num_parts: int) -> Any:
-    """The manifest of a finished run.
+def read_manifest(store: Store, job: JobRecord, num_parts: int) -> Any:
+    """The manifest of a finished run: a table of MANIFEST_SCHEMA.
 
     Raises:
-        RunDamagedError: it is no Parquet file, or of another run, has not `num_parts` rows, or names a file outside of `data/`.
+        RunDamagedError: it is no Parquet file, not the one that was written, of another run, has not `num_parts` rows, or names a file
+            outside of `data/`.
         StoreError: it cannot be read.
     """
     try:
-        table = pq.read_table(pa.BufferReader(store.read(MANIFEST_KEY)))
-    except (pa.ArrowException, OSError) as error:
+        data = store.read(MANIFEST_KEY)
+        if job.format_version > 1:
+            require_seal(data)
+        table = pq.read_table(pa.BufferReader(data))
+    except (*MALFORMED, OSError) as error:
         raise RunDamagedError(f"{MANIFEST_KEY} of the run at {store.url} is damaged: {error}", _REMEDY) from error
     metadata = table.schema.metadata or {}
-    if not table.schema.equals(MANIFEST_SCHEMA) or metadata.get(b"m2ray.run_id") != run_id.encode() or len(table) != num_parts:
-        raise RunDamagedError(f"{MANIFEST_KEY} of the run at {store.url} is not the one of run {run_id} with {num_parts} parts.", _REMEDY)
+    if job.format_version == 1:
+        for field in list(MANIFEST_SCHEMA)[len(table.schema) :]:
+            table = table.append_column(field, pa.nulls(len(table), field.type))
+    if not table.schema.equals(MANIFEST_SCHEMA) or metadata.get(b"m2ray.run_id") != job.run_id.encode() or len(table) != num_parts:
+        raise RunDamagedError(
+            f"{MANIFEST_KEY} of the run at {store.url} is not the one of run {job.run_id} with {num_parts} parts.", _REMEDY
+        )
     strange = table["key"].filter(pc.invert(pc.match_substring_regex(table["key"], f"^{PART_NAME}$")))
     if len(strange):
         raise RunDamagedError(f"{MANIFEST_KEY} of the run at {store.url} names {strange[0].as_py()!r}, which is no part.", _REMEDY)

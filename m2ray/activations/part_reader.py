@@ -1,111 +1,134 @@
 """PartReader: one committed part, opened only if it is what its commit says."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
+import xxhash
 
 from m2ray.activations.pages import PartPages
-from m2ray.activations.planes import join
-from m2ray.activations.schema import Compression, activation_columns, part_metadata, part_schema
+from m2ray.activations.schema import Compression, activation_columns, part_metadata, part_schema, row_bytes
 from m2ray.batches import TOKEN_ROW, Bits, PartReceipt, PartSpec
 from m2ray.errors import RunDamagedError
+from m2ray.parquet.pages import MALFORMED, others, read_tail
 from m2ray.storage import Store
 
+_READ_BYTES = 4 << 20
 
-@dataclass(frozen=True)
-class PartRows:
-    """Rows of one part: `tokens` TOKEN_ROW [N], and `bits` uint8 [N, W * itemsize], which is read-only."""
-
-    tokens: npt.NDArray[Any]
-    bits: Bits
-
-    def __len__(self) -> int:
-        return len(self.tokens)
+Check = Literal["pages", "none"]
+"""Whether what is read of a part is held against the digests that were written with it."""
 
 
 class PartReader:
-    """One part of a run, read by row groups (one a micro-batch).
+    """One part of a run: its tokens, and its rows by their numbers.
 
     Args:
         store: the run folder.
         spec: the site and layer that the part is of.
         run_metadata: what its footer has to say of the run.
         receipt: what its commit says.
+        check: with "pages" all that is read is held against what was written, where it says so: tokens against their digest, pages
+            against their CRC, which parts of format 1 have none of. Page indexes and footer are always.
 
     Raises:
-        RunDamagedError: the file is absent, has another size, or its footer says anything else than it should.
+        RunDamagedError: the file is absent, has another size, other page indexes, or its footer says anything else than it should.
         StoreError: it cannot be read.
     """
 
-    def __init__(self, store: Store, spec: PartSpec, run_metadata: Mapping[str, str], receipt: PartReceipt) -> None:
+    def __init__(self, store: Store, spec: PartSpec, run_metadata: Mapping[str, str], receipt: PartReceipt, check: Check = "pages") -> None:
         self._url = store.where(receipt.key)
         self._store = store
         self._receipt = receipt
         self._spec = spec
+        self._check = check == "pages"
         self._remedy = "Restore it from a copy, or run `m2ray verify RUN --checksums --repair` and the same extract command again: it does the shard anew."
         num_bytes = store.size(receipt.key)
         if num_bytes != receipt.num_bytes:
             found = "is absent" if num_bytes is None else f"has {num_bytes} bytes"
             raise self._damaged(f"it {found}; {receipt.num_bytes} bytes were written")
-        stream = pa.PythonFile(_StoreStream(store, receipt.key, receipt.num_bytes), mode="r")
-        self._parquet = self._understood(lambda: pq.ParquetFile(stream))
+        self._tail = self._understood(self._read_tail)
+        self._metadata = self._understood(lambda: pq.read_metadata(pa.BufferReader(self._tail)))
         self._check_footer(run_metadata, receipt)
 
     @property
     def num_rows(self) -> int:
-        return int(self._parquet.metadata.num_rows)
-
-    def row_groups(self) -> Iterator[PartRows]:
-        """All rows, a row group at a time."""
-        for number in range(self._parquet.num_row_groups):
-            yield self._read(number)
+        return int(self._metadata.num_rows)
 
     def tokens(self) -> npt.NDArray[Any]:
-        """Which token each row is: TOKEN_ROW [N]. Reads no activations."""
-        return _token_rows(self._understood(lambda: self._parquet.read(list(TOKEN_ROW.names or ()))))
+        """Which token each row is: TOKEN_ROW [N]. Reads no activations.
+
+        Raises:
+            RunDamagedError: they are not those that were committed.
+            StoreError: they cannot be read.
+        """
+        stream = pa.PythonFile(_StoreStream(self._store, self._receipt.key, self._receipt.num_bytes), mode="r")
+        checked = self._check and self._receipt.tail_xxh3 is not None
+
+        def read() -> Any:
+            file = pq.ParquetFile(stream, metadata=self._metadata, page_checksum_verification=checked)
+            return _token_rows(file.read(list(TOKEN_ROW.names or ())))
+
+        rows: npt.NDArray[Any] = self._understood(read)
+        if self._check and xxhash.xxh3_128_hexdigest(rows.view(np.uint8).data) != self._receipt.token_digest:
+            raise self._damaged(f"its tokens do not have the digest that was committed, {self._receipt.token_digest}")
+        return rows
 
     def sequence(self, sequence_id: int, num_tokens: int) -> Bits:
-        """The rows of one sequence: uint8 [T, W * itemsize], read-only. Reads only the row group that holds it.
+        """The rows of one sequence: uint8 [T, W * itemsize]. Reads only the tokens and the pages that hold it.
 
         Raises:
             RunDamagedError: the part does not hold exactly the positions 0 to `num_tokens` - 1 of it.
+            StoreError: it cannot be read.
         """
-        # The two columns are run-length encoded: a few KB for the whole part.
-        tokens = self._understood(lambda: self._parquet.read(["sequence_id", "position"]))
-        start, stop = np.searchsorted(tokens["sequence_id"].to_numpy(), [sequence_id, sequence_id + 1])
-        if not np.array_equal(tokens["position"].to_numpy()[start:stop], np.arange(num_tokens)):
+        tokens = self.tokens()
+        start, stop = np.searchsorted(tokens["sequence_id"], [sequence_id, sequence_id + 1])
+        if not np.array_equal(tokens["position"][start:stop], np.arange(num_tokens)):
             raise self._damaged(f"it does not hold the {num_tokens} positions of sequence {sequence_id}")
-        first_row = 0
-        for number in range(self._parquet.num_row_groups):
-            num_rows = self._parquet.metadata.row_group(number).num_rows
-            if first_row <= start and stop <= first_row + num_rows:
-                return self._read(number).bits[start - first_row : stop - first_row]
-            first_row += num_rows
-        raise self._damaged(f"sequence {sequence_id} lies in no one row group")
+        rows = np.empty((num_tokens, row_bytes(self._spec)), np.uint8)
+        self.pages().read(int(start), rows)
+        return rows
 
     def pages(self) -> PartPages:
-        """Where each row lies. Raises RunDamagedError or StoreError."""
-        return PartPages(self._store, self._receipt.key, self._receipt.num_bytes, self._columns)
+        """Where each row lies. Raises RunDamagedError."""
+        receipt, check = self._receipt, self._check and self._receipt.tail_xxh3 is not None
+        return PartPages(self._store, receipt.key, receipt.num_bytes, self._tail, self._columns, check=check)
 
-    def _read(self, number: int) -> PartRows:
-        table = self._understood(lambda: self._parquet.read_row_group(number))
-        columns = [_bytes_of(table[name], num_bytes) for name, num_bytes in self._columns]
-        if len(columns) == 1:
-            return PartRows(_token_rows(table), columns[0])
-        high, low = columns
-        return PartRows(_token_rows(table), join(high, low, np.empty((len(high), 2 * high.shape[1]), np.uint8)))
+    def require_whole(self) -> None:
+        """Read every byte and raise RunDamagedError unless all are those that were written. Takes 4 MiB, and 16 bytes a row."""
+        receipt, digest = self._receipt, xxhash.xxh3_64()
+        names = [name for name, _ in self._columns] if receipt.tail_bytes is not None else []
+        for offset, num_bytes in self._understood(lambda: list(others(self._tail, receipt.num_bytes, names))):
+            for start in range(offset, offset + num_bytes, _READ_BYTES):
+                digest.update(self._store.read_range(receipt.key, start, min(_READ_BYTES, offset + num_bytes - start)))
+        if digest.hexdigest() != receipt.xxh3:
+            raise self._damaged(f"the xxh3 of its bytes is {digest.hexdigest()}; {receipt.xxh3} was written")
+        self.tokens()
+        pages, at_once = self.pages(), max(1, _READ_BYTES // row_bytes(self._spec))
+        rows = np.empty((at_once, row_bytes(self._spec)), np.uint8)
+        for start in range(0, receipt.rows, at_once):
+            pages.read(start, rows[: receipt.rows - start])
+
+    def _read_tail(self) -> bytearray:
+        """All that comes after the last row group, which is what was written: its digest is in the commit since format 2."""
+        receipt = self._receipt
+        if receipt.tail_bytes is None:
+            return read_tail(self._store, receipt.key, receipt.num_bytes)
+        if not 8 <= receipt.tail_bytes <= receipt.num_bytes:
+            raise ValueError(f"its commit says that {receipt.tail_bytes} of {receipt.num_bytes} bytes are page indexes and footer")
+        tail = self._store.read_range(receipt.key, receipt.num_bytes - receipt.tail_bytes, receipt.tail_bytes)
+        if xxhash.xxh3_64_hexdigest(tail) != receipt.tail_xxh3:
+            raise ValueError("its page indexes or its footer are not what was written")
+        return tail
 
     def _check_footer(self, run_metadata: Mapping[str, str], receipt: PartReceipt) -> None:
-        schema = self._parquet.schema_arrow
+        schema = self._understood(self._metadata.schema.to_arrow_schema)
         if self.num_rows != receipt.rows:
             raise self._damaged(f"its footer says {self.num_rows} rows; {receipt.rows} were written")
-        # What the footer itself says; schema_arrow would say what a copy inside it, for Arrow's own use, says.
-        footer = self._parquet.metadata.metadata or {}
+        # What the footer itself says; the schema would say what a copy inside it, for Arrow's own use, says.
+        footer = self._metadata.metadata or {}
         found = {key.decode(errors="replace"): value.decode(errors="replace") for key, value in footer.items()}
         compression: Compression = "planes" if found.get("m2ray.compression") == "planes" else "none"
         wanted = part_metadata(self._spec, run_metadata, receipt.shard, receipt.attempt, compression)
@@ -117,11 +140,11 @@ class PartReader:
         self._columns = activation_columns(self._spec, compression)
 
     def _understood(self, read: Any) -> Any:
-        """What `read` gives; what pyarrow cannot make sense of is a damaged file."""
+        """What `read` gives; what cannot be made sense of is a damaged file."""
         try:
             return read()
-        except (pa.ArrowException, OSError, ValueError) as error:
-            raise self._damaged(f"pyarrow says: {' '.join(str(error).split())}") from error
+        except (*MALFORMED, OSError) as error:
+            raise self._damaged(" ".join(str(error).split())) from error
 
     def _damaged(self, how: str) -> RunDamagedError:
         return RunDamagedError(f"{self._url} is damaged: {how}.", self._remedy)
@@ -159,12 +182,6 @@ class _StoreStream:
 
     def close(self) -> None:
         """Nothing is held open here."""
-
-
-def _bytes_of(column: Any, value_bytes: int) -> Bits:
-    """A column of fixed-size values as uint8 [N, value_bytes], read-only."""
-    values = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
-    return np.frombuffer(values.buffers()[1], np.uint8, len(values) * value_bytes, values.offset * value_bytes).reshape(-1, value_bytes)
 
 
 def _token_rows(table: Any) -> npt.NDArray[Any]:

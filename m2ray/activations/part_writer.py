@@ -2,12 +2,15 @@
 
 from collections.abc import Mapping
 
+import xxhash
+
+from m2ray import __version__
 from m2ray.activations import planes
-from m2ray.activations.column_chunks import ColumnChunk, TokenColumns, write_rows
-from m2ray.activations.footer import Footer
-from m2ray.activations.parquet_format import MAGIC
 from m2ray.activations.schema import Compression, activation_columns, part_key, part_schema, row_bytes
 from m2ray.batches import Bits, PartReceipt, PartSpec
+from m2ray.parquet.column_chunks import ColumnChunk, EncodedColumns, write_values
+from m2ray.parquet.footer import Footer
+from m2ray.parquet.structs import MAGIC
 from m2ray.storage import Store
 from m2ray.storage.hashing import HashingFile
 
@@ -32,7 +35,7 @@ class PartWriter:
         self._attempt = attempt
         self._key = part_key(spec, shard, attempt)
         self._file: HashingFile | None = None
-        self._footer = Footer(part_schema(spec, run_metadata, shard, attempt, compression))
+        self._footer = Footer(part_schema(spec, run_metadata, shard, attempt, compression), f"m2ray version {__version__}")
 
     @property
     def num_bytes(self) -> int:
@@ -44,7 +47,7 @@ class PartWriter:
         """Seconds that the store took so far; the rest of what `append` and `finish` take is encoding."""
         return self._file.store_s if self._file else 0.0
 
-    def append(self, tokens: TokenColumns, rows: Bits) -> None:
+    def append(self, tokens: EncodedColumns, rows: Bits) -> None:
         """Append one micro-batch as one row group: its tokens, and `rows` uint8 [N, W * itemsize].
 
         Raises:
@@ -63,14 +66,15 @@ class PartWriter:
     def _write_activations(self, file: HashingFile, rows: Bits) -> list[ColumnChunk]:
         columns = activation_columns(self.spec, self._compression)
         if self._compression == "none":
-            return [write_rows(file, columns[0], rows)]
+            return [write_values(file, columns[0], rows)]
         high, low = columns
-        return [write_rows(file, high, rows, planes.high, zstd=True), write_rows(file, low, rows, planes.low)]
+        return [write_values(file, high, rows, planes.high, zstd=True), write_values(file, low, rows, planes.low)]
 
     def finish(self, token_digest: str) -> None:
         """Write the footer, make the part durable and set `receipt`. Raises StoreError."""
         assert self._file is not None, "a part has at least one micro-batch"
-        self._file.write(self._footer.encode(self._file.num_bytes))
+        tail = self._footer.encode(self._file.num_bytes)
+        self._file.write(tail)
         self._file.publish()
         self.receipt = PartReceipt(
             shard=self._shard,
@@ -82,6 +86,8 @@ class PartWriter:
             num_bytes=self._file.num_bytes,
             xxh3=self._file.xxh3,
             token_digest=token_digest,
+            tail_bytes=len(tail),
+            tail_xxh3=xxhash.xxh3_64_hexdigest(tail),
         )
 
     def abort(self) -> None:

@@ -1,6 +1,5 @@
 """The small records by which a run says what it holds: `_commits/shard-000012.json` for each shard, `_SUCCESS` for the whole."""
 
-import json
 import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -9,7 +8,8 @@ from functools import partial
 
 from pydantic import TypeAdapter
 
-from m2ray.activations.job import JobRecord, read_record
+from m2ray.activations.job import JobRecord
+from m2ray.activations.json_record import read_record, to_json
 from m2ray.activations.schema import parse_part_key
 from m2ray.batches import PartReceipt
 from m2ray.errors import RunDamagedError
@@ -29,6 +29,8 @@ class CommittedPart:
     key: str
     num_bytes: int
     xxh3: str
+    tail_bytes: int | None = None
+    tail_xxh3: str | None = None
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class CommitRecord:
     parts: tuple[CommittedPart, ...]
 
     def to_json(self) -> bytes:
-        return json.dumps(asdict(self)).encode()
+        return to_json(self)
 
     def receipts(self) -> list[PartReceipt]:
         """The parts as their writers reported them."""
@@ -83,7 +85,7 @@ class RunSummary:
     num_bytes: int
 
     def to_json(self) -> bytes:
-        return json.dumps(asdict(self), indent=2).encode()
+        return to_json(self, indent=2)
 
 
 def commit_key(shard: int) -> str:

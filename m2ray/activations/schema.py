@@ -4,13 +4,16 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from m2ray.batches import PartSpec
 from m2ray.errors import ConfigError
+from m2ray.parquet.column_chunks import EncodedColumns, encode_integers
 from m2ray.storage import Store
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Of the run folder as a whole. It grows when an older m2ray would misread what a newer one writes."""
 
 LAYER_CONVENTION = "residual of layer i is the output of decoder layer i, before the final norm"
@@ -35,6 +38,14 @@ TOKEN_FIELDS = (
 
 PART_NAME = r"data/(?:[^/.][^/]*/)+shard-(?P<shard>\d{6,})-(?P<attempt>[0-9a-z]+)\.parquet"
 """What a part's key looks like. No piece of it is empty or begins with ".": a record that names another key would lead out of the run."""
+
+_TOKEN_ENCODING = {"dictionary": ("sequence_id", "token_id"), "delta": ("position",), "statistics": ("sequence_id", "position")}
+
+
+def encode_tokens(token_rows: npt.NDArray[Any]) -> EncodedColumns:
+    """The token columns of TOKEN_ROW [N], encoded: made once, written into every part."""
+    arrays = [pa.array(np.ascontiguousarray(token_rows[field.name]), type=field.type) for field in TOKEN_FIELDS]
+    return encode_integers(pa.Table.from_arrays(arrays, schema=pa.schema(TOKEN_FIELDS)), **_TOKEN_ENCODING)
 
 
 def row_bytes(spec: PartSpec) -> int:
@@ -65,11 +76,14 @@ def stored_parts(store: Store) -> dict[str, int]:
 
 
 def part_metadata(
-    spec: PartSpec, run_metadata: Mapping[str, str], shard: int, attempt: str, compression: Compression = "none"
+    spec: PartSpec,
+    run_metadata: Mapping[str, str],
+    shard: int,
+    attempt: str,
+    compression: Compression = "none",
 ) -> dict[str, str]:
     """The footer's key-value pairs, all below "m2ray.": what the whole run says of itself, and what is in this part."""
     of_the_part = {
-        "format_version": str(FORMAT_VERSION),
         "site": spec.site,
         "layer": "" if spec.layer is None else str(spec.layer),
         "layer_convention": LAYER_CONVENTION,
@@ -80,7 +94,10 @@ def part_metadata(
         "shard": str(shard),
         "attempt": attempt,
     }
-    return {METADATA_PREFIX + name: value for name, value in (dict(run_metadata) | of_the_part).items()}
+    return {
+        METADATA_PREFIX + name: value
+        for name, value in ({"format_version": str(FORMAT_VERSION)} | dict(run_metadata) | of_the_part).items()
+    }
 
 
 def require_compression(spec: PartSpec, compression: str) -> None:

@@ -7,6 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import xxhash
 
 from m2ray.activations.job import JobRecord, read_job
@@ -80,13 +84,14 @@ class Verification:
 def verify(store: Store, *, checksums: bool, threads: int = 8, on_progress: Callable[[Checked], object] = lambda _: None) -> Verification:
     """Look at every file of a run that counts.
 
-    Always: records agree, and each part's size, footer and number of rows are those of its commit. With `checksums` also the
-    xxh3 of every byte of each part, and the token digest, taken again from the columns. Files that no record names are listed, not read.
+    Always: records agree and have the digests that they name, and each part's size, page indexes, footer and number of rows are those
+    of its commit. With `checksums` also every byte of each part, the token digest, taken again from the columns, and, if nothing else is
+    damaged, each prompt's digest. Files that no record names are listed, not read.
 
     Args:
         store: the run folder.
         checksums: read every byte.
-        threads: parts read at the same time; each takes 8 MiB and its token columns, 16 bytes a row.
+        threads: parts read at the same time; each takes some MiB and its token columns, 16 bytes a row.
         on_progress: called on the caller's thread after each part.
 
     Raises:
@@ -112,6 +117,8 @@ def verify(store: Store, *, checksums: bool, threads: int = 8, on_progress: Call
         files, num_bytes = files + 1, num_bytes + receipt.num_bytes
         damages += [damage] if damage else []
         on_progress(Checked(files, len(parts), num_bytes, all_bytes))
+    if checksums and not damages:
+        damages += _damages_of_tokens(store, job, parts)
     return Verification(job, is_complete, len(parts), all_bytes, tuple(damages), unnamed)
 
 
@@ -145,7 +152,7 @@ def _damages_of_summary(store: Store, job: JobRecord, parts: Any, *, commits_are
     except RunDamagedError as error:
         return [*damages, Damage(SUCCESS_KEY, None, error.what)]
     try:
-        manifest = read_manifest(store, job.run_id, summary.parts if summary else len(parts))
+        manifest = read_manifest(store, job, summary.parts if summary else len(parts))
     except (RunDamagedError, StoreError) as error:
         return [*damages, Damage(MANIFEST_KEY, None, error.what)]
     if commits_are_sound and not absent and not manifest.equals(parts):
@@ -196,21 +203,41 @@ def _in_order(
 
 
 def _problem_of_part(store: Store, job: JobRecord, spec: PartSpec, receipt: PartReceipt, *, checksums: bool) -> str | None:
-    problem = _problem_of_size(store, receipt.key, receipt.num_bytes)
-    if not problem and checksums:
-        problem = _problem_of_bytes(store, receipt.key, receipt.num_bytes, receipt.xxh3)
-    if problem:
-        return problem
     try:
         reader = PartReader(store, spec, job.run_metadata(), receipt)
-        if not checksums:
-            return None
-        token_digest = xxhash.xxh3_128_hexdigest(np.ascontiguousarray(reader.tokens()).view(np.uint8).data)
+        if checksums:
+            reader.require_whole()
     except RunDamagedError as error:
         return error.what
-    if token_digest != receipt.token_digest:
-        return f"{store.where(receipt.key)} is damaged: its tokens' digest is {token_digest}; {receipt.token_digest} was committed."
     return None
+
+
+def _damages_of_tokens(store: Store, job: JobRecord, parts: Any) -> Iterator[Damage]:
+    """Shards whose tokens are not those that `sequences/` has the digests of, by the first of their parts."""
+    spec = job.parts[0]
+    of_spec = pc.and_(
+        pc.equal(parts["site"], spec.site), pc.equal(parts["layer"], spec.layer) if spec.layer is not None else pc.is_null(parts["layer"])
+    )
+    receipts = {receipt.shard: receipt for receipt in receipts_of(parts.filter(of_spec))}
+    for file in job.sequence_files:
+        table = pq.read_table(pa.BufferReader(store.read(file.key)), columns=["sequence_id", "prompt_digest", "shard"])
+        table = table.filter(pc.is_valid(table["shard"])).sort_by([("shard", "ascending"), ("sequence_id", "ascending")])
+        shards, starts = np.unique(table["shard"].to_numpy(), return_index=True)
+        for shard, start, stop in zip(shards.tolist(), starts, [*starts[1:], len(table)], strict=True):
+            if shard in receipts:
+                tokens = PartReader(store, spec, job.run_metadata(), receipts[shard]).tokens()
+                found, of_shard = _prompt_digests(tokens), table.slice(start, stop - start)
+                recorded = zip(of_shard["sequence_id"].to_pylist(), of_shard["prompt_digest"].to_pylist(), strict=True)
+                if any(found.get(sequence_id) != digest for sequence_id, digest in recorded):
+                    key = receipts[shard].key
+                    yield Damage(key, shard, f"{store.where(key)} holds other tokens than {file.key} says that the prompts had.")
+
+
+def _prompt_digests(tokens: npt.NDArray[Any]) -> dict[int, str]:
+    """The digest of each sequence's token ids, of TOKEN_ROW [N]."""
+    ids, starts = np.unique(tokens["sequence_id"], return_index=True)
+    pieces = np.split(np.ascontiguousarray(tokens["token_id"]), starts[1:])
+    return {number: xxhash.xxh3_128_hexdigest(piece.data) for number, piece in zip(ids.tolist(), pieces, strict=True)}
 
 
 def _problem_of_size(store: Store, key: str, num_bytes: int) -> str | None:

@@ -3,13 +3,13 @@
 The fingerprint in job.json is of a checkpoint's names, sizes and headers, which two checkpoints of one kind share; this is of what was loaded.
 """
 
-import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from pydantic import TypeAdapter
 
-from m2ray.activations.job import JobRecord, read_record
+from m2ray.activations.job import JobRecord
+from m2ray.activations.json_record import read_record, to_json
 from m2ray.activations.records import committed_shards
 from m2ray.activations.schema import FORMAT_VERSION
 from m2ray.errors import AlreadyExistsError, RunConflictError, RunDamagedError
@@ -31,9 +31,6 @@ class WeightsRecord:
     run_id: str
     embedding: str
     layers: tuple[str, ...]
-
-    def to_json(self) -> bytes:
-        return json.dumps(asdict(self), indent=2).encode()
 
 
 def hold_weights(store: Store, job: JobRecord, loaded: Mapping[int | None, str]) -> None:
@@ -57,7 +54,7 @@ def hold_weights(store: Store, job: JobRecord, loaded: Mapping[int | None, str])
             what = f"The run at {store.url} has committed shards and no {WEIGHTS_KEY}: which weights they come from is not known."
             raise RunConflictError(what, "Restore that file if it was deleted; a run of an earlier m2ray has none: give another output.")
         try:
-            store.create(WEIGHTS_KEY, found.to_json())
+            store.create(WEIGHTS_KEY, to_json(found, 2))
         except AlreadyExistsError:
             pass  # another chain was first
         else:

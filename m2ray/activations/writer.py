@@ -16,11 +16,11 @@ from dataclasses import dataclass
 
 from m2ray import selection
 from m2ray.activations.attempt import Attempt
-from m2ray.activations.column_chunks import TokenColumns
 from m2ray.activations.part_writer import PartWriter
 from m2ray.activations.schema import Compression, require_compression
 from m2ray.batches import Bits, CapturedLayer, MicroBatch, PartReceipt, PartSpec
 from m2ray.errors import M2rayError, StageError, StoreError, raise_all
+from m2ray.parquet.column_chunks import EncodedColumns
 from m2ray.storage import Store, open_store
 
 _FINISHING_A_LANE = 4
@@ -235,7 +235,7 @@ class ActivationWriter:
                 raise opened.failure
             self._queued_bytes += num_bytes
 
-    def _write(self, opened: Attempt, part: PartWriter, tokens: TokenColumns, rows: Bits, token_digest: str | None) -> None:
+    def _write(self, opened: Attempt, part: PartWriter, tokens: EncodedColumns, rows: Bits, token_digest: str | None) -> None:
         """One row group, on the part's thread. With `token_digest` it is the part's last; it counts as queued until the part is durable."""
         with ExitStack() as undo:
             undo.callback(self._release, rows.nbytes)

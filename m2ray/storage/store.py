@@ -5,7 +5,7 @@ Keys are relative to the store's root, with "/" between their parts. Every failu
 
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -25,6 +25,10 @@ class PartSink(ABC):
     @abstractmethod
     def write(self, data: Data) -> None:
         """Append bytes. The caller may reuse `data` afterwards."""
+
+    def write_pieces(self, pieces: Sequence[Data]) -> None:
+        """Append several pieces, in their order."""
+        self.write(b"".join(pieces))
 
     @abstractmethod
     def close(self) -> None:
@@ -56,6 +60,14 @@ class Store(ABC):
     @abstractmethod
     def read_into(self, key: str, offset: int, out: memoryview) -> None:
         """Fill `out` with the object's bytes from `offset` on. Raises StoreError if the object ends before that."""
+
+    def read_ranges(self, key: str, offsets: Sequence[int], num_bytes: int, out: memoryview) -> None:
+        """Read `num_bytes` from each of the bytes `offsets` of the object, one range behind the other in `out`. Raises as `read_into` does."""
+        start = 0
+        for stop in range(1, len(offsets) + 1):
+            if stop == len(offsets) or offsets[stop] != offsets[stop - 1] + num_bytes:
+                self.read_into(key, offsets[start], out[start * num_bytes : stop * num_bytes])
+                start = stop
 
     def read_rows(self, key: str, offsets: npt.NDArray[np.int64], out: npt.NDArray[np.uint8], places: npt.NDArray[np.int64]) -> None:
         """Read rows that begin at the bytes `offsets` [N] of the object and lay each at its place in `out` uint8 [.., row bytes].

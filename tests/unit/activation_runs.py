@@ -79,7 +79,7 @@ def survey(store: Store, attempt: str = "a0") -> tuple[SequenceFile, ...]:
             {
                 "sequence_id": pa.array(ids, pa.int64()),
                 "row_id": [f"row-{i}" for i in ids],
-                "prompt_digest": [f"{i:032x}" if i in shard_of else None for i in ids],
+                "prompt_digest": [xxhash.xxh3_128_hexdigest(token_ids(i).tobytes()) if i in shard_of else None for i in ids],
                 "token_count": pa.array([token_count(i) if i in shard_of else 0 for i in ids], pa.int32()),
                 "shard": pa.array([shard_of.get(i) for i in ids], pa.int32()),
                 "status": ["ready" if i in shard_of else "quarantined" for i in ids],

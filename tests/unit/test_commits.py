@@ -98,9 +98,9 @@ def test_a_folder_of_something_else_is_refused(store: LocalStore) -> None:
 
 
 def test_a_newer_format_is_refused(store: LocalStore) -> None:
-    record = json.loads(runs.job(store).to_json()) | {"format_version": 2, "fingerprints": "of another shape"}
+    record = json.loads(runs.job(store).to_json()) | {"format_version": 3, "fingerprints": "of another shape"}
     store.put("job.json", json.dumps(record).encode())
-    with pytest.raises(RunConflictError, match="format 2.*up to 1.*Upgrade"):
+    with pytest.raises(RunConflictError, match="format 3.*up to 2.*Upgrade"):
         read_job(store)
 
 
@@ -115,7 +115,7 @@ def test_a_newer_format_is_refused(store: LocalStore) -> None:
         lambda data: data.replace(b'"num_shards": 3', b'"num_shards": "3"'),
         lambda data: data.replace(b'"run_id"', b'"run"'),
         lambda data: data.replace(b'"ready": 10', b'"ready": 9'),
-        lambda data: data.replace(b'"format_version": 1', b'"format_version": "1"'),
+        lambda data: data.replace(b'"format_version": 2', b'"format_version": "2"'),
     ],
 )
 def test_a_damaged_job_is_refused_by_name(store: LocalStore, damage: Callable[[bytes], bytes]) -> None:

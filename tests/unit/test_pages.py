@@ -13,15 +13,15 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
 from m2ray.activations import planes
-from m2ray.activations.column_chunks import encode_tokens
 from m2ray.activations.commits import claim_run
 from m2ray.activations.pages import PartPages
 from m2ray.activations.part_writer import PartWriter
 from m2ray.activations.reader import open_run
-from m2ray.activations.schema import activation_columns, part_key
+from m2ray.activations.schema import activation_columns, encode_tokens, part_key
 from m2ray.activations.verify import verify
 from m2ray.batches import TOKEN_ROW, PartSpec
 from m2ray.errors import ConfigError, NotInRunError, RunDamagedError
+from m2ray.parquet.pages import read_tail
 from m2ray.storage import LocalStore
 from tests.unit import activation_runs as runs
 
@@ -55,7 +55,8 @@ def write_part(folder: Path, compression: str, spec: PartSpec, groups: list[np.n
         tokens["position"] = np.arange(len(rows))
         writer.append(encode_tokens(tokens), rows)
     writer.finish("0")
-    return PartPages(store, writer.receipt.key, writer.receipt.num_bytes, activation_columns(spec, compression))
+    key, num_bytes = writer.receipt.key, writer.receipt.num_bytes
+    return PartPages(store, key, num_bytes, read_tail(store, key, num_bytes), activation_columns(spec, compression), check=True)
 
 
 @given(npst.arrays(np.uint16, st.tuples(st.integers(0, 5), st.integers(1, 9))))

@@ -1,5 +1,6 @@
 """Parts as files: at a real width and many pages, other libraries read them, and what they say of themselves is true."""
 
+import zlib
 from pathlib import Path
 
 import duckdb
@@ -10,12 +11,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from m2ray import __version__
-from m2ray.activations.column_chunks import PLAIN_PAGE_BYTES, ZSTD_PAGE_BYTES, encode_tokens
 from m2ray.activations.pages import PartPages
-from m2ray.activations.parquet_format import FILE_META_DATA, MAGIC, OFFSET_INDEX, PAGE_HEADER, PLAIN
 from m2ray.activations.part_writer import PartWriter
-from m2ray.activations.schema import activation_columns, part_schema
+from m2ray.activations.schema import activation_columns, encode_tokens, part_schema
 from m2ray.batches import TOKEN_ROW, Bits, PartSpec
+from m2ray.parquet.column_chunks import rows_of_page
+from m2ray.parquet.pages import read_tail
+from m2ray.parquet.structs import FILE_META_DATA, MAGIC, OFFSET_INDEX, PAGE_HEADER, PLAIN
 from m2ray.storage import LocalStore
 from tests.unit import activation_runs as runs
 
@@ -138,13 +140,14 @@ def test_pages_lie_where_the_index_says_and_hold_the_rows_themselves(part: tuple
 
 
 def check_pages(data: bytes, pages: list[dict], values: Bits, *, is_plain: bool) -> None:
-    limit = PLAIN_PAGE_BYTES if is_plain else ZSTD_PAGE_BYTES
-    assert len(pages) == -(-len(values) // (limit // values.shape[1]))
+    assert len(pages) == -(-len(values) // rows_of_page(values.shape[1]))
+    assert rows_of_page(values.shape[1]) <= 64
     first_rows = [page["first_row_index"] for page in pages]
     for page, first, last in zip(pages, first_rows, [*first_rows[1:], len(values)], strict=True):
         header, body = PAGE_HEADER.read(data, page["offset"])
         stop = page["offset"] + page["compressed_page_size"]
         assert body + header["compressed_page_size"] == stop
+        assert header["crc"] % (1 << 32) == zlib.crc32(data[body:stop])
         assert header["uncompressed_page_size"] == (last - first) * values.shape[1]
         assert (header["data_page_header"]["num_values"], header["data_page_header"]["encoding"]) == (last - first, PLAIN)
         if is_plain:
@@ -154,8 +157,15 @@ def check_pages(data: bytes, pages: list[dict], values: Bits, *, is_plain: bool)
 def test_any_rows_are_found_across_pages_and_row_groups(part: tuple[Path, str]) -> None:
     path, compression = part
     store, rows = LocalStore(path.parent), np.concatenate(ROWS)
-    pages = PartPages(store, path.name, path.stat().st_size, activation_columns(SPEC, compression))
-    page_rows = PLAIN_PAGE_BYTES // (6144 if compression == "none" else 3072)
+    pages = PartPages(
+        store,
+        path.name,
+        path.stat().st_size,
+        read_tail(store, path.name, path.stat().st_size),
+        activation_columns(SPEC, compression),
+        check=True,
+    )
+    page_rows = rows_of_page(6144 if compression == "none" else 3072)
     for start, stop in ((0, len(rows)), (page_rows - 1, page_rows + 1), (1499, 1501), (2199, 2201), (2200, 2201)):
         assert np.array_equal(runs.span(pages, start, stop, 6144), rows[start:stop])
     for numbers in (np.array([0, page_rows, 1499, 1500, 2200]), np.sort(np.random.default_rng(0).choice(len(rows), 300, replace=False))):

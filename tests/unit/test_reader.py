@@ -262,12 +262,12 @@ def change_in_footer(old: bytes, new: bytes) -> Callable[[Path, Path], None]:
     [
         (truncate, r"has \d+ bytes; \d+ bytes were written"),
         (remove, "it is absent"),
-        (overwrite_with_zeros, "pyarrow says"),
-        (put_layer_0_there, "m2ray.layer = 0, not 7"),
+        (overwrite_with_zeros, "are not what was written"),
+        (put_layer_0_there, "are not what was written"),
         (put_shard_2_there, r"bytes; \d+ bytes were written"),
-        (change_in_footer(b"bfloat16", b"bfloat61"), "m2ray.dtype = bfloat61, not bfloat16"),
-        (change_in_footer(b"[24]", b"[42]"), r"m2ray.shape = \[42\], not \[24\]"),
-        (change_in_footer(b"0000000000a1", b"0000000000a9"), "m2ray.attempt = 0000000000a9, not 0000000000a1"),
+        (change_in_footer(b"bfloat16", b"bfloat61"), "are not what was written"),
+        (change_in_footer(b"[24]", b"[42]"), "are not what was written"),
+        (change_in_footer(b"0000000000a1", b"0000000000a9"), "are not what was written"),
     ],
 )
 def test_a_damaged_part_is_refused_by_name(damaged: Path, damage: Callable[[Path, Path], None], message: str) -> None:
@@ -290,7 +290,7 @@ def test_a_part_without_exactly_the_sequences_positions_is_damaged(finished: Pat
 
 
 def test_swapped_layers_of_one_size_are_refused(tmp_path: Path) -> None:
-    """Two layers' files of the same size change places: only their footers can tell."""
+    """Two layers' files of the same size change places: only their footers, whose digests the commit has, can tell."""
     store = LocalStore(tmp_path)
     run = claim_run(store, runs.job(store, [PartSpec("residual", layer, "bfloat16", 24) for layer in (3, 4)]))
     runs.commit_shard(run, runs.shard(0), "a1")
@@ -299,9 +299,9 @@ def test_swapped_layers_of_one_size_are_refused(tmp_path: Path) -> None:
     content = three.read_bytes()
     shutil.copy(four, three)
     four.write_bytes(content)
-    with pytest.raises(RunDamagedError, match=f"{three} is damaged: its footer says m2ray.layer = 4, not 3"):
+    with pytest.raises(RunDamagedError, match=f"{three} is damaged: its page indexes or its footer are not what was written"):
         open_run(tmp_path).layer(3).sequence(4)
-    with pytest.raises(RunDamagedError, match=f"{four} is damaged: its footer says m2ray.layer = 3, not 4"):
+    with pytest.raises(RunDamagedError, match=f"{four} is damaged: its page indexes or its footer are not what was written"):
         open_run(tmp_path).layers([4, 3]).tensor()
 
 

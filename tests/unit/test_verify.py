@@ -96,7 +96,7 @@ def test_exactly_the_damaged_parts_are_named_and_a_repair_makes_the_run_whole(ru
     facts = json.loads(result.stdout)
     problems = {damage["key"]: damage["problem"] for damage in facts["damaged"]}
     assert problems.keys() == {flipped, truncated, absent}
-    assert "the xxh3 of its bytes is" in problems[flipped]
+    assert "do not have the CRC in its header" in problems[flipped]
     assert all(str(run / key) in problem for key, problem in problems.items())
     assert facts["reopened_shards"] == [0, 2]
     reader = open_run(run)

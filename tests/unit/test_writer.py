@@ -100,7 +100,12 @@ def test_receipts_say_what_lies_in_the_store(tmp_path: Path, threads: int) -> No
     assert [(part.site, part.layer) for part in receipts] == [(spec.site, spec.layer) for spec in record.parts]
     for part in receipts:
         data = store.read(part.key)
-        assert (part.num_bytes, part.xxh3) == (len(data), xxhash.xxh3_64_hexdigest(data))
+        assert part.num_bytes == len(data)
+        assert part.tail_xxh3 == xxhash.xxh3_64_hexdigest(data[-part.tail_bytes :])
+        columns = [group.column(3) for group in map(pq.read_metadata(tmp_path / part.key).row_group, range(2))]
+        edges = [0, *(edge for each in columns for edge in (each.data_page_offset, each.data_page_offset + each.total_compressed_size))]
+        others = b"".join(data[start:stop] for start, stop in zip(edges[::2], [*edges[1::2], len(data)], strict=True))
+        assert part.xxh3 == xxhash.xxh3_64_hexdigest(others), "all but the pages of the activations, which have their CRC"
         assert (part.rows, part.shard, part.attempt) == (shard.num_tokens, 0, ATTEMPT)
         table = pq.read_table(tmp_path / part.key, partitioning=None)
         assert table["sequence_id"].to_pylist() == sorted(table["sequence_id"].to_pylist())
@@ -310,7 +315,7 @@ def writes_of_a_shard(folder: Path) -> int:
 
 def test_a_full_disk_at_any_write_surfaces_and_leaves_nothing(tmp_path: Path) -> None:
     num_writes = writes_of_a_shard(tmp_path / "counted")
-    assert num_writes > 25
+    assert num_writes > 15
     for failing_write in range(1, num_writes + 1):
         folder = tmp_path / f"{failing_write}"
         store = HookedStore(folder, full_disk(failing_write))

@@ -1,4 +1,4 @@
-"""Footer: what ends a part: the page index, and what the file is (Parquet's FileMetaData).
+"""Footer: what ends a file: the page index, and what the file is (Parquet's FileMetaData).
 
 Source: https://parquet.apache.org/docs/file-format/ and parquet.thrift of the same project.
 """
@@ -9,29 +9,31 @@ from typing import Any
 
 import pyarrow as pa
 
-from m2ray import __version__
-from m2ray.activations import parquet_format as parquet
-from m2ray.activations.column_chunks import ColumnChunk
-from m2ray.batches import MOST_SEQUENCES
+from m2ray.parquet import offset_index, structs
+from m2ray.parquet.column_chunks import ColumnChunk
 
 _FORMAT_VERSION = 2
-_CREATED_BY = f"m2ray version {__version__}"
+
+MOST_ROW_GROUPS = 2**15 - 1
+"""Parquet numbers them by 16 bits."""
 
 
 class Footer:
     """Gathers row groups while they are written.
 
     Args:
-        schema: of the part: integers of 32 and 64 bits and fixed-size binaries, none of them nullable; and its metadata.
+        schema: a pyarrow schema of integers of 32 and 64 bits and fixed-size binaries, none of them nullable; and its metadata.
+        created_by: which program writes the file, as "NAME version NUMBER".
     """
 
-    def __init__(self, schema: Any) -> None:
+    def __init__(self, schema: Any, created_by: str) -> None:
         self._schema = schema
+        self._created_by = created_by
         self._groups: list[tuple[int, int, Sequence[ColumnChunk]]] = []
 
     def add(self, begin: int, num_rows: int, chunks: Sequence[ColumnChunk]) -> None:
         """A row group that begins at byte `begin` of the file: one chunk a column."""
-        assert len(self._groups) < MOST_SEQUENCES, "a shard has no more micro-batches"
+        assert len(self._groups) < MOST_ROW_GROUPS
         self._groups.append((begin, num_rows, chunks))
 
     def encode(self, begin: int) -> bytes:
@@ -46,21 +48,21 @@ class Footer:
                     index += encoded
         for number in range(len(self._schema)):
             for column, (_, _, chunks) in zip(columns, self._groups, strict=True):
-                encoded = parquet.OFFSET_INDEX.write({"page_locations": chunks[number].page_locations})
+                encoded = offset_index.encode(chunks[number].pages)
                 column[number] |= {"offset_index_offset": begin + len(index), "offset_index_length": len(encoded)}
                 index += encoded
-        file_meta_data = parquet.FILE_META_DATA.write(
+        file_meta_data = structs.FILE_META_DATA.write(
             {
                 "version": _FORMAT_VERSION,
                 "schema": _schema_elements(self._schema),
                 "num_rows": sum(num_rows for _, num_rows, _ in self._groups),
                 "row_groups": [_row_group(number, *group[:2], columns[number]) for number, group in enumerate(self._groups)],
                 "key_value_metadata": _key_values(self._schema),
-                "created_by": _CREATED_BY.encode(),
+                "created_by": self._created_by.encode(),
                 "column_orders": [{"type_order": {}}] * len(self._schema),
             }
         )
-        return bytes(index) + file_meta_data + len(file_meta_data).to_bytes(4, "little") + parquet.MAGIC
+        return bytes(index) + file_meta_data + len(file_meta_data).to_bytes(4, "little") + structs.MAGIC
 
 
 def _column(chunk: ColumnChunk) -> dict[str, Any]:
@@ -80,14 +82,14 @@ def _row_group(number: int, begin: int, num_rows: int, columns: Sequence[dict[st
 
 def _schema_elements(schema: Any) -> list[dict[str, Any]]:
     """The root and its columns."""
-    root = {"repetition_type": parquet.REQUIRED, "name": b"schema", "num_children": len(schema)}
-    return [root, *({"repetition_type": parquet.REQUIRED, "name": field.name.encode()} | _type(field.type) for field in schema)]
+    root = {"repetition_type": structs.REQUIRED, "name": b"schema", "num_children": len(schema)}
+    return [root, *({"repetition_type": structs.REQUIRED, "name": field.name.encode()} | _type(field.type) for field in schema)]
 
 
 def _type(of: Any) -> dict[str, int]:
     if pa.types.is_fixed_size_binary(of):
-        return {"type": parquet.FIXED_LEN_BYTE_ARRAY, "type_length": of.byte_width}
-    return {"type": {pa.int32(): parquet.INT32, pa.int64(): parquet.INT64}[of]}
+        return {"type": structs.FIXED_LEN_BYTE_ARRAY, "type_length": of.byte_width}
+    return {"type": {pa.int32(): structs.INT32, pa.int64(): structs.INT64}[of]}
 
 
 def _key_values(schema: Any) -> list[dict[str, bytes]]:

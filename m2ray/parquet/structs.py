@@ -1,9 +1,9 @@
-"""The structs of Parquet that m2ray reads or writes itself, by their names there and without the fields that no part has.
+"""The structs of Parquet that are read or written here, by their names there and without the fields that nothing here has.
 
 Source: https://github.com/apache/parquet-format/blob/master/src/main/thrift/parquet.thrift
 """
 
-from m2ray.activations.thrift import BINARY, BOOL, I16, I32, I64, List, Struct
+from m2ray.parquet.thrift import BINARY, BOOL, I16, I32, I64, List, Struct
 
 MAGIC = b"PAR1"
 """A file begins and ends with it. Before the end are the footer, FILE_META_DATA, and its length as 4 little-endian bytes."""
@@ -27,6 +27,7 @@ PAGE_HEADER = Struct(
     type=(1, I32),
     uncompressed_page_size=(2, I32),
     compressed_page_size=(3, I32),
+    crc=(4, I32),
     data_page_header=(5, DATA_PAGE_HEADER),
 )
 

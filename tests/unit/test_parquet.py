@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from m2ray.activations.parquet_format import FILE_META_DATA, MAGIC, OFFSET_INDEX
-from m2ray.activations.thrift import BINARY, BOOL, I16, I32, I64, List, Struct, Type
+from m2ray.parquet.structs import FILE_META_DATA, MAGIC, OFFSET_INDEX
+from m2ray.parquet.thrift import BINARY, BOOL, I16, I32, I64, List, Struct, Type
 
 INNER = Struct(flag=(1, BOOL), text=(40, BINARY))
 OUTER = Struct(small=(2, I16), number=(3, I32), large=(300, I64), inner=(301, INNER), numbers=(302, List(I64)), inners=(303, List(INNER)))
