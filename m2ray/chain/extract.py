@@ -46,7 +46,7 @@ def extract(config: ExtractConfig, progress: Progress) -> RunSummary:
         inputs = check(config, stack, stop, progress)
         work = _resume(inputs, stack, stop, progress) if inputs.recorded else _begin(inputs, stack, stop, progress)
         if work.hardware is not None:
-            _extract_missing(work, work.hardware, stop, progress)
+            _run(work, work.hardware, stop, progress)
         return _finish(work, progress)
 
 
@@ -173,7 +173,7 @@ def _finish(work: _Work, progress: Progress) -> RunSummary:
 # -- extracting -----------------------------------------------------------------------------------------------------------
 
 
-def _extract_missing(work: _Work, hardware: Hardware, stop: Stop, progress: Progress) -> None:
+def _run(work: _Work, hardware: Hardware, stop: Stop, progress: Progress) -> None:
     """Plan, reserve room, run the chains, commit each shard as it completes, and report."""
     options = work.inputs.options
     stats = batching(work.missing, options.batch_tokens)

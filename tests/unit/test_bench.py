@@ -44,7 +44,7 @@ def test_the_slowest_shape_gives_the_computation() -> None:
     rates = profiled().rates
     assert rates.is_measured
     assert rates.limits["computation"] == pytest.approx(16_384 / (8 * 0.024))
-    assert profiled(compiled=True).rates.limits["computation"] == pytest.approx(16_384 / (8 * 0.012))
+    assert profiled(compile=True).rates.limits["computation"] == pytest.approx(16_384 / (8 * 0.012))
     assert profiled(replicas=2).rates.limits["computation"] == pytest.approx(2 * 16_384 / (16 * 0.024))
 
 
@@ -91,7 +91,7 @@ def test_a_profile_of_another_machine_dtype_or_kind_is_refused() -> None:
     with pytest.raises(ConfigError, match="taken in bfloat16, the plan is for float32"):
         profiled("16xH200", compute_dtype="float32")
     with pytest.raises(ConfigError, match="no layer compiled"):
-        profiled(profile=replace(PROFILE, layer=PROFILE.layer[:2]), compiled=True)
+        profiled(profile=replace(PROFILE, layer=PROFILE.layer[:2]), compile=True)
 
 
 def test_a_profile_survives_its_file_and_anything_else_is_refused() -> None:

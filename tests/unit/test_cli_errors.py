@@ -3,14 +3,15 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
+from m2ray.activations.json_record import digest
 from m2ray.chain.probing import Hardware
 from m2ray.cli import main
 from m2ray.errors import StageError
@@ -49,16 +50,15 @@ def extract(model: Path, prompts: Path, output: Path, *more: str) -> Result:
 def begin(monkeypatch: pytest.MonkeyPatch, model: Path, prompts: Path, output: Path, *more: str) -> None:
     """A run that is claimed on a machine without GPUs, and cut off before its first stage."""
 
-    @contextmanager
-    def hardware(*_: object) -> Iterator[Hardware]:
-        yield Hardware(Cluster((Node("here"),)), {"here": "id"}, {"here": 2.0})
+    def hardware(*_: object) -> Hardware:
+        return Hardware(Cluster((Node("here"),)), {"here": "id"}, {"here": 2.0})
 
     def cut_off(*_: object) -> None:
         raise StageError("cut off")
 
     with monkeypatch.context() as patch:
         patch.setattr("m2ray.chain.extract._hardware", hardware)
-        patch.setattr("m2ray.chain.extract._extract_missing", cut_off)
+        patch.setattr("m2ray.chain.extract._run", cut_off)
         begun = extract(model, prompts, output, *more)
     assert "cut off" in begun.stderr, begun.output
     assert (output / "job.json").exists()
@@ -177,16 +177,17 @@ def test_a_driver_that_loses_the_claim_goes_on_with_the_winners_day(
 ) -> None:
     run = tmp_path / "run"
 
-    @contextmanager
-    def another_begins(*_: object) -> Iterator[Hardware]:
+    def another_begins(*_: object) -> Hardware:
         begin(monkeypatch, *dated, run, "--template-date", "2025-02-03")
-        yield Hardware(Cluster((Node("here"),)), {"here": "id"}, {"here": 2.0})
+        return Hardware(Cluster((Node("here"),)), {"here": "id"}, {"here": 2.0})
 
     def cut_off(*_: object) -> None:
         raise StageError("the loser goes on")
 
+    # As if both had found the run free: its lease would keep the second one from beginning.
+    monkeypatch.setattr("m2ray.chain.checking.held", lambda *_, **__: nullcontext(False))
     monkeypatch.setattr("m2ray.chain.extract._hardware", another_begins)
-    monkeypatch.setattr("m2ray.chain.extract._extract_missing", cut_off)
+    monkeypatch.setattr("m2ray.chain.extract._run", cut_off)
     lost = extract(*dated, run)
     assert "the loser goes on" in lost.stderr, lost.output
     assert "Going on with the run of" in lost.output
@@ -208,6 +209,7 @@ def test_job_json_says_what_the_prompts_settled(
     assert text["template_date"] is None, "a text sees no date, so the run has none to keep"
     job = json.loads((tmp_path / "text" / "job.json").read_text())
     del job["options"]["special_tokens"]
+    job["digest"] = digest(job)
     (tmp_path / "text" / "job.json").write_text(json.dumps(job))
     assert_refused(extract(model, prompts, tmp_path / "text"), 'special_tokens: absent in the run, "none" now')
 

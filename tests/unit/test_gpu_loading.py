@@ -91,7 +91,7 @@ def load(folder: Path, span: LayerSpan, dtype: torch.dtype = torch.bfloat16) -> 
 
 
 def spec(folder: Path, span: LayerSpan) -> StageSpec:
-    return StageSpec(str(folder), span, (), ("residual",), "bfloat16", "bfloat16", "auto", "cpu", None)
+    return StageSpec(str(folder), span, "bfloat16", "auto", "cpu", None)
 
 
 def filled(decoder: DecoderSpan) -> dict[str, torch.Tensor]:
