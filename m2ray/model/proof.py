@@ -6,15 +6,16 @@ So far: the model is causal, and a prompt does not feel its company, through tra
 import json
 import os
 from contextlib import suppress
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 import xxhash
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from m2ray import __version__
 from m2ray.errors import CheckpointError, raise_all
 from m2ray.model.attention import resolve_attn_implementation
 from m2ray.model.skeleton import QUIET
@@ -125,7 +126,7 @@ def _digest(config: Any) -> str:
     """Of all that the proof rests on, this file included."""
     digest = xxhash.xxh3_128(Path(__file__).read_bytes())
     digest.update(Path(tiny_copy.__code__.co_filename).read_bytes())
-    digest.update(" ".join(f"{package}={version(package)}" for package in ("m2ray", "torch", "transformers")).encode())
+    digest.update(f"{__version__} {torch.__version__} {transformers.__version__}".encode())
     digest.update(json.dumps(config.to_dict(), sort_keys=True, default=str).encode())
     return digest.hexdigest()
 
