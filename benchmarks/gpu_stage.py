@@ -20,7 +20,7 @@ import torch
 from benchmarks.checkpoints import LAYERS, free, real_size
 from benchmarks.records import Row, record
 from benchmarks.runs import peak_rss_bytes
-from m2ray.activations.writer import ActivationWriter
+from m2ray.activations.writing.writer import ActivationWriter
 from m2ray.batches import LayerSpan, MicroBatch
 from m2ray.bench.measuring import Nowhere
 from m2ray.model.checkpoint import open_checkpoint, tensor_table

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from m2ray.activations.writer import ActivationWriter
+from m2ray.activations.writing.writer import ActivationWriter
 from m2ray.batches import Bits, CapturedLayer, MicroBatch, PartReceipt, PartSpec
 from m2ray.errors import StoreError
 from m2ray.sites import parts_of_run

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import ray
 import torch
 
-from m2ray.activations.writer import ActivationWriter, WriterSpec
+from m2ray.activations.writing.writer import ActivationWriter, WriterSpec
 from m2ray.batches import MicroBatch, PartReceipt
 from m2ray.chain.completion import Completed, Completion, GatheredShard
 from m2ray.chain.cuda_ipc import Offer

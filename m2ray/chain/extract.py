@@ -9,10 +9,10 @@ from functools import partial
 from uuid import uuid4
 
 from m2ray import __version__
-from m2ray.activations.commits import Run, RunSummary, claim_run, go_on_with
 from m2ray.activations.job import Counts, JobRecord, ModelFacts, read_job, require_same
-from m2ray.activations.weights_record import hold_weights
-from m2ray.activations.writer import WriterSpec
+from m2ray.activations.writing.commits import Run, RunSummary, claim_run, go_on_with
+from m2ray.activations.writing.weights_record import hold_weights
+from m2ray.activations.writing.writer import WriterSpec
 from m2ray.batches import LayerSpan, MicroBatch, Shard
 from m2ray.chain.actor import Job
 from m2ray.chain.checking import Inputs, check, look

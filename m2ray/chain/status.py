@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import ray
 import torch
 
-from m2ray.activations.writer import ActivationWriter
+from m2ray.activations.writing.writer import ActivationWriter
 from m2ray.batches import LayerSpan, MicroBatch
 from m2ray.model.stage import StageSpec
 from m2ray.planning.placing import StagePlan

@@ -8,8 +8,8 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from m2ray.activations.lease import read_holder
-from m2ray.activations.reader import RunReader, open_run
+from m2ray.activations.reading.reader import RunReader, open_run
+from m2ray.activations.writing.lease import read_holder
 from m2ray.cli import Command
 from m2ray.storage import open_store
 

@@ -8,9 +8,9 @@ from dataclasses import asdict
 
 import click
 
-from m2ray.activations.commits import reopen
-from m2ray.activations.lease import held
-from m2ray.activations.verify import Checked, Verification, verify
+from m2ray.activations.reading.verify import Checked, Verification, verify
+from m2ray.activations.writing.commits import reopen
+from m2ray.activations.writing.lease import held
 from m2ray.cli import Command
 from m2ray.storage import open_store
 

@@ -16,10 +16,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from m2ray.activations.commits import Run, claim_run
 from m2ray.activations.job import Counts, read_job, require_same
-from m2ray.activations.reader import open_run
+from m2ray.activations.reading.reader import open_run
 from m2ray.activations.records import commit_key, committed_shards, read_commit, read_summary
+from m2ray.activations.writing.commits import Run, claim_run
 from m2ray.batches import PartReceipt
 from m2ray.errors import RunConflictError, RunDamagedError, StageError
 from m2ray.storage import LocalStore
@@ -507,7 +507,7 @@ def test_what_a_commit_names_is_durable_before_the_commit_is_visible(store: Loca
 
 KILLED_DRIVER = """
     import os, signal, sys
-    from m2ray.activations.commits import claim_run
+    from m2ray.activations.writing.commits import claim_run
     from m2ray.storage import LocalStore
     from tests.unit import activation_runs as runs
 

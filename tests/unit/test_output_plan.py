@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from m2ray import selection
-from m2ray.activations.part_writer import PartWriter
 from m2ray.activations.schema import encode_tokens
+from m2ray.activations.writing.part_writer import PartWriter
 from m2ray.batches import MicroBatch, PartSpec, Shard
 from m2ray.planning.output import plan_output
 from m2ray.prompts import batching

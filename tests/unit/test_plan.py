@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from m2ray.activations.part_writer import PartWriter
 from m2ray.activations.schema import encode_tokens
+from m2ray.activations.writing.part_writer import PartWriter
 from m2ray.batches import TOKEN_ROW, LayerSpan, PartSpec, PromptStats, TensorRow, TensorTable
 from m2ray.config import ExtractConfig
 from m2ray.errors import ClusterError, ConfigError

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from m2ray.activations.lease import held
+from m2ray.activations.writing.lease import held
 from m2ray.chain.progress import Progress
 from m2ray.chain.stopping import sigterm_kept, stop_on_sigterm
 from m2ray.cli import main

@@ -10,12 +10,12 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from m2ray.activations.commits import claim_run, reopen
 from m2ray.activations.job import read_job
-from m2ray.activations.reader import open_run
+from m2ray.activations.reading.reader import open_run
+from m2ray.activations.reading.verify import Checked, verify
 from m2ray.activations.records import CommitRecord, commit_key, read_commit
 from m2ray.activations.schema import part_key
-from m2ray.activations.verify import Checked, verify
+from m2ray.activations.writing.commits import claim_run, reopen
 from m2ray.batches import PartSpec
 from m2ray.cli import main
 from m2ray.errors import RunDamagedError, StoreError

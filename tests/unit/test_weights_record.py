@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from m2ray.activations.commits import claim_run
-from m2ray.activations.weights_record import hold_weights, read_weights
+from m2ray.activations.writing.commits import claim_run
+from m2ray.activations.writing.weights_record import hold_weights, read_weights
 from m2ray.errors import RunConflictError, RunDamagedError
 from m2ray.storage import LocalStore
 from tests.unit import activation_runs as runs

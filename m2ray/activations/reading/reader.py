@@ -10,10 +10,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.compute as pc
 
-from m2ray.activations.catalogue import Catalogue
 from m2ray.activations.job import JobRecord
-from m2ray.activations.part_reader import Check
-from m2ray.activations.random_rows import RandomRows
+from m2ray.activations.reading.catalogue import Catalogue
+from m2ray.activations.reading.part_reader import Check
+from m2ray.activations.reading.random_rows import RandomRows
 from m2ray.activations.schema import row_bytes
 from m2ray.batches import TOKEN_ROW, PartReceipt, PartSpec
 from m2ray.errors import NotInRunError
@@ -22,7 +22,7 @@ from m2ray.storage import open_store
 if TYPE_CHECKING:
     import torch
 
-    from m2ray.activations.stream import ActivationStream
+    from m2ray.activations.reading.stream import ActivationStream
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,7 @@ class RunReader:
             NotInRunError: the view has several layers or sites.
             ConfigError: an option makes no sense.
         """
-        from m2ray.activations.stream import ActivationStream, StreamOptions
+        from m2ray.activations.reading.stream import ActivationStream, StreamOptions
 
         options = StreamOptions(batch_rows, shuffle_buffer_bytes, seed, rank, world_size)
         return ActivationStream(self._catalogue, self._one_layer(), options)

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from m2ray.activations.job import JobRecord, read_job
 from m2ray.activations.manifest import manifest_table, read_manifest, receipts_of
-from m2ray.activations.part_reader import Check, PartReader
+from m2ray.activations.reading.part_reader import Check, PartReader
 from m2ray.activations.records import committed_shards, read_commits, read_summary
 from m2ray.batches import PartReceipt, PartSpec, SequenceFile
 from m2ray.errors import NotInRunError, StoreError

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from m2ray.activations.pages import PartPages
+from m2ray.activations.reading.pages import PartPages
 from m2ray.activations.schema import Compression, activation_columns, part_metadata, part_schema, row_bytes
 from m2ray.batches import TOKEN_ROW, Bits, PartReceipt, PartSpec
 from m2ray.errors import RunDamagedError

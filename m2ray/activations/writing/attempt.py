@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from m2ray.activations.part_writer import PartWriter
 from m2ray.activations.schema import encode_tokens, row_bytes
+from m2ray.activations.writing.part_writer import PartWriter
 from m2ray.batches import Bits, CapturedLayer, MicroBatch, PartReceipt
 from m2ray.errors import StageError
 from m2ray.parquet.column_chunks import EncodedColumns

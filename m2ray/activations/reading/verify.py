@@ -15,7 +15,7 @@ import xxhash
 
 from m2ray.activations.job import JobRecord, read_job
 from m2ray.activations.manifest import MANIFEST_KEY, manifest_table, read_manifest, receipts_of
-from m2ray.activations.part_reader import PartReader
+from m2ray.activations.reading.part_reader import PartReader
 from m2ray.activations.records import SUCCESS_KEY, commit_key, committed_shards, read_commit, read_summary
 from m2ray.activations.schema import parse_part_key
 from m2ray.batches import PartReceipt, PartSpec

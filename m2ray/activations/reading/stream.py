@@ -18,10 +18,10 @@ import torch
 import xxhash
 from torch.utils.data import IterableDataset, get_worker_info
 
-from m2ray.activations.catalogue import Catalogue
-from m2ray.activations.open_parts import OpenParts
+from m2ray.activations.reading.catalogue import Catalogue
+from m2ray.activations.reading.open_parts import OpenParts
+from m2ray.activations.reading.window_memory import WindowMemory
 from m2ray.activations.schema import row_bytes
-from m2ray.activations.window_memory import WindowMemory
 from m2ray.batches import TOKEN_ROW, Bits, Int64Array, PartSpec
 from m2ray.errors import ConfigError
 

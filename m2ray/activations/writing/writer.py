@@ -15,9 +15,9 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 
 from m2ray import selection
-from m2ray.activations.attempt import Attempt
-from m2ray.activations.part_writer import PartWriter
 from m2ray.activations.schema import Compression, require_compression
+from m2ray.activations.writing.attempt import Attempt
+from m2ray.activations.writing.part_writer import PartWriter
 from m2ray.batches import Bits, CapturedLayer, MicroBatch, PartReceipt, PartSpec
 from m2ray.errors import M2rayError, StageError, StoreError, raise_all
 from m2ray.parquet.column_chunks import EncodedColumns
