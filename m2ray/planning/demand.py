@@ -19,7 +19,7 @@ from m2ray.planning.memory import (
     span_rows,
 )
 from m2ray.planning.output import ITEMSIZE_BYTES, row_bytes
-from m2ray.planning.partition import DeviceMap, DeviceSpan, partition, short_by_bytes
+from m2ray.planning.partition import DeviceMap, partition, short_by_bytes
 from m2ray.planning.profile import Profile
 from m2ray.sites import parts_of_span
 
@@ -113,10 +113,10 @@ class Demand:
         short = short_by_bytes(*self._costs, self._caps_bytes(devices))
         if not short or self.options.offload == "none":
             return short
-        return sum(self._too_much_bytes(held.span, devices[held.device]) for held in self.split(devices))
+        return sum(self._too_much_bytes(span, devices[place]) for place, span in self.split(devices).items())
 
-    def split(self, devices: Sequence[Device]) -> tuple[DeviceSpan, ...]:
-        """Deal the layers out over one chain's devices. Raises ClusterError where `short_bytes` is not 0."""
+    def split(self, devices: Sequence[Device]) -> dict[int, LayerSpan]:
+        """Deal the layers out over one chain's devices: the span of each that gets some, by its place. Raises ClusterError where `short_bytes` is not 0."""
         options = self.options
         device_map = "sequential" if options.device_map.startswith("cuda:") else cast("DeviceMap", options.device_map)
         # A GPU may stay free, but a number of stages that was asked for is one of stages with layers.

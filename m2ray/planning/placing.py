@@ -77,8 +77,8 @@ def place_all(demand: Demand, cluster: Cluster, chains: Sequence[Sequence[Device
 
 def _place(demand: Demand, replica: int, chain: Sequence[Device]) -> Iterator[DevicePlan]:
     size = demand.options.gpus_per_stage if chain[0].gpu else 1
-    for held in demand.split(chain):
-        yield DevicePlan(replica, held.device // size, held.device, chain[held.device], held.span)
+    for place, span in demand.split(chain).items():
+        yield DevicePlan(replica, place // size, place, chain[place], span)
 
 
 def _with_residency(demand: Demand, cluster: Cluster, placed: Sequence[DevicePlan]) -> tuple[DevicePlan, ...]:

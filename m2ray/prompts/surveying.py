@@ -27,20 +27,8 @@ _KINDS_OF_REASONS = 1000
 
 
 @dataclass(frozen=True)
-class Quarantined:
-    """A row that is not extracted, and why."""
-
-    sequence_id: int
-    row_id: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"row {self.row_id} (place {self.sequence_id}): {self.reason}"
-
-
-@dataclass(frozen=True)
 class Survey:
-    """What the survey found. `num_sequences` = `num_ready` + `num_quarantined`; `first_quarantined` is a sample.
+    """What the survey found. `num_sequences` = `num_ready` + `num_quarantined`; `first_quarantined` says of the first few which they are, and why.
 
     `fingerprint` is that of the bytes that were read, as PromptSource.fingerprint takes it of files that nobody reads. `tokens` is
     open: close it once the extraction is done.
@@ -51,7 +39,7 @@ class Survey:
     num_ready: int
     num_quarantined: int
     num_tokens: int
-    first_quarantined: tuple[Quarantined, ...]
+    first_quarantined: tuple[str, ...]
     sequence_files: tuple[SequenceFile, ...]
     fingerprint: str
     tokens: TokenSpool
@@ -173,7 +161,7 @@ class _Pass:
         self._tokens = tokens
         self._shard_tokens = shard_tokens
         self._shards: list[tuple[Int64Array, Int32Array]] = []
-        self._sample: list[Quarantined] = []
+        self._sample: list[str] = []
         self._reasons: Counter[str] = Counter()
         self._window = _Window(first_id=0)
 
@@ -184,7 +172,7 @@ class _Pass:
                 self._window.add(row.row_id, None, 0, encoded)
                 self._count(encoded)
                 if len(self._sample) < _SHOWN_REASONS:
-                    self._sample.append(Quarantined(row.sequence_id, row.row_id, encoded))
+                    self._sample.append(f"row {row.row_id} (place {row.sequence_id}): {encoded}")
             else:
                 self._window.add(row.row_id, prompt_digest(encoded), len(encoded), None)
                 self._tokens.append(row.sequence_id, encoded)

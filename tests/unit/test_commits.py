@@ -9,7 +9,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -17,6 +17,8 @@ import pytest
 import torch
 
 from m2ray.activations.job import Counts, read_job, require_same
+from m2ray.activations.json_record import digest
+from m2ray.activations.manifest import write_manifest
 from m2ray.activations.reading.reader import open_run
 from m2ray.activations.records import commit_key, committed_shards, read_commit, read_summary
 from m2ray.activations.writing.commits import Run, claim_run
@@ -236,7 +238,8 @@ def test_a_manifest_that_names_a_file_outside_of_the_run_is_refused(store: Local
     runs.finished_run(store)
     table = pq.read_table(store.path("manifest.parquet"))
     keys = [*table["key"].to_pylist()[:-1], key]
-    pq.write_table(table.set_column(table.schema.get_field_index("key"), table.schema.field("key"), [keys]), store.path("manifest.parquet"))
+    table = table.set_column(table.schema.get_field_index("key"), table.schema.field("key"), [keys])
+    write_manifest(store, table, read_job(store).run_id)
     with pytest.raises(RunDamagedError, match=r"manifest\.parquet.*names " + re.escape(repr(key))):
         open_run(store.folder)
 
@@ -245,7 +248,7 @@ def test_a_manifest_that_names_a_file_outside_of_the_run_is_refused(store: Local
 def test_a_job_whose_sequences_lie_elsewhere_is_refused(store: LocalStore, key: str) -> None:
     record = json.loads(runs.job(store).to_json())
     record["sequence_files"][1]["key"] = key
-    store.put("job.json", json.dumps(record).encode())
+    store.put("job.json", json.dumps(record | {"digest": digest(record)}).encode())
     with pytest.raises(RunDamagedError, match=r"job\.json.*" + re.escape(repr(key))):
         read_job(store)
 
@@ -257,7 +260,7 @@ def test_the_manifest_says_what_the_commits_say(store: LocalStore) -> None:
     run = runs.finished_run(store)
     assert read_summary(store)
     rows = pq.read_table(store.path("manifest.parquet")).to_pylist()
-    committed = [receipt.to_json() for shard in range(3) for receipt in read_commit(store, run.job, shard).receipts()]
+    committed = [asdict(receipt) for shard in range(3) for receipt in read_commit(store, run.job, shard).receipts()]
     assert len(rows) == 9
     assert sorted(rows, key=str) == sorted(committed, key=str)
     assert [(row["layer"], row["shard"]) for row in rows] == [(layer, shard) for layer in (0, 7, 11) for shard in range(3)]

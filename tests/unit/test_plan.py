@@ -469,7 +469,7 @@ def test_output_bytes_are_within_two_percent_of_the_writers(tmp_path, width, dty
 def test_output_of_a_run():
     output = plan_output(residuals(), PROMPTS, price_per_gb_month=0.02)
     assert output.files == 62 * 3
-    assert output.num_bytes == sum(part.num_bytes for part in output.by_part) == 62 * part_bytes(residuals()[0], 20_000, 5, 3)
+    assert output.num_bytes == sum(output.by_part.values()) == 62 * part_bytes(residuals()[0], 20_000, 5, 3)
     assert PROMPTS.padding_waste == pytest.approx(0.2)
     assert output.cost_a_month == pytest.approx(output.disk_bytes * 0.02 / 1e9)
     assert output.disk_bytes > output.num_bytes

@@ -173,12 +173,12 @@ class _Windows:
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _batch(self, window: "_Filling", start: int, stop: int) -> Batch:
+    def _batch(self, window: "_Window", start: int, stop: int) -> Batch:
         """Its rows from `start` to `stop`. The activations stay where they are."""
         columns = {name: torch.from_numpy(window.tokens[name][start:stop].copy()) for name in TOKEN_ROW.names or ()}
         return {"activations": torch.from_numpy(window.bits[start:stop]).view(self._dtype), **columns}
 
-    def _begin(self, pool: ThreadPoolExecutor, number: int, carried: int, batch_rows: int) -> "_Filling | None":
+    def _begin(self, pool: ThreadPoolExecutor, number: int, carried: int, batch_rows: int) -> "_Window | None":
         """Begin to read a window, behind room for the `carried` rows of the one before that fill no batch."""
         if number >= len(self._windows):
             return None
@@ -195,10 +195,10 @@ class _Windows:
             pages.take(np.arange(start, stop), bits, into)
             tokens[into] = tokens_of_part[start:stop]
 
-        filling = _Filling(bits, tokens, [pool.submit(read, block) for block in range(len(blocks))])
+        window = _Window(bits, tokens, [pool.submit(read, block) for block in range(len(blocks))])
         if number + 1 < len(self._windows):
             self._next_places = pool.submit(self._places, number + 1)
-        return filling
+        return window
 
     def _places(self, number: int) -> Int64Array:
         """Where each of a window's rows goes: int64 [N]."""
@@ -206,14 +206,14 @@ class _Windows:
 
 
 @dataclass(frozen=True)
-class _Filling:
-    """A window on its way into memory."""
+class _Window:
+    """A window's rows and tokens in memory, and the reads that put them there."""
 
     bits: Bits
     tokens: npt.NDArray[Any]
     reads: list[Future[None]]
 
-    def whole(self) -> "_Filling":
+    def whole(self) -> "_Window":
         """Wait for all of it. Raises what a read raised."""
         for read in self.reads:
             read.result()
