@@ -93,4 +93,4 @@ def read_manifest(store: Store, job: JobRecord, num_parts: int) -> Any:
     return table
 
 
-_REMEDY = "Run the same extract command again: it is made anew from _commits/."
+_REMEDY = "Run the same extract command again: it writes the manifest from _commits/."

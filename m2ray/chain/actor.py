@@ -147,7 +147,7 @@ class StageActor:
             self._turns.begin(epoch)
             self._completion = Completion(self._turns)
         if self._writer is None or self._job is None:
-            return  # it is still loading, or taking a job on, which need not begin anew
+            return  # it is still loading, or taking a job on, which goes on in any epoch
         self._abandon(self._writer, attempts)
         for door in (self._compute, self._send, self._arrive, self._capture):
             door.drain(self._timeout_s)
@@ -162,7 +162,7 @@ class StageActor:
         What fails is told by `watch`.
 
         Args:
-            epoch: how often the chain began anew after a failure; calls of an earlier epoch end at once.
+            epoch: counts the failures after which the chain went on; calls of an earlier epoch end at once.
             step: this micro-batch's place in the order of its epoch, from 0 on without gaps.
             attempt: the try at the shard that the rows belong to.
             payload: the hidden states, or where they lie; None for the first stage.
@@ -320,7 +320,7 @@ class StageActor:
 
 
 def actor_class(num_take_threads: int) -> Any:
-    """StageActor as a Ray actor class whose `take` may be entered by so many micro-batches at once.
+    """StageActor as a Ray actor class whose `take` may be entered by `num_take_threads` micro-batches at once.
 
     They must be more than the micro-batches in flight: Ray may hand them over out of order, and each waits its turn.
     """

@@ -56,10 +56,10 @@ class FailurePolicy:
     """How often is enough.
 
     Attributes:
-        shard_failures: a shard that was in flight in so many failures ends the chain, and so do as many
+        shard_failures: a shard that was in flight in this many failures ends the chain, and so do as many
             failures within `window_s` that had no shard in flight and lost no stage.
-        stage_restarts: so many restarts of one stage within `window_s` are allowed.
-        store_retries: a shard is tried again so often after the store refused it.
+        stage_restarts: of one stage within `window_s`, at most.
+        store_retries: how often a shard is tried again after the store refused it.
     """
 
     shard_failures: int = 6

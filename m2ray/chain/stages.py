@@ -218,7 +218,7 @@ class Stages:
         """What a stage said last."""
         return self._answers.get(index)
 
-    # -- beginning anew -----------------------------------------------------------------------------------------------
+    # -- after a failure -----------------------------------------------------------------------------------------------
 
     def reset(self, epoch: int, attempts: Sequence[tuple[int, str]]) -> dict[int, str]:
         """Let every stage begin an epoch. Gives those that could not, with what they did: died or hung."""
@@ -228,9 +228,9 @@ class Stages:
         return {index: "hung" if isinstance(answer, GetTimeoutError) else "died" for index, answer in lost.items()}
 
     def restart(self, lost: Mapping[int, str]) -> bool:
-        """Start the lost stages, as `reset` gave them, anew: where they were, or elsewhere if their node is gone. `load` has to follow.
+        """Start the lost stages, as `reset` gave them, again: where they were, or elsewhere if their node is gone. `load` has to follow.
 
-        Where that does not succeed, all the room of the chain is given back and asked for anew, and all stages start anew.
+        Where that does not succeed, the chain gives all its room back, asks for it again, and starts all its stages there.
 
         Returns:
             Whether the other stages kept their processes.

@@ -40,7 +40,7 @@ class StageStatus:
         parameter_bytes: in memory.
         tokens, padded_tokens: real ones, and computed ones.
         compute_s: layers and selection, by the device's own clock. wait_s: the rest of the time from the first micro-batch on, mostly
-            for hidden states of the stage before. copy_s: captured rows from GPU to host, as far as the layers were done before.
+            for hidden states of the stage before. copy_s: captured rows from GPU to host, after the layers were done.
         write_wait_s: for room in the writer's queue; two micro-batches later the computation stands still.
         write_s: that the writer's threads spent on encoding and storing, beside the computation. store_s: what of it the store took.
         sends_by: how hidden states went to the next stage, "cuda_ipc" or "object_store"; empty where there is none.

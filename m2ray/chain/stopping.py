@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from m2ray.errors import StageError
 
-NOTHING_WRITTEN = "Nothing was written: run the same command again to begin anew."
+NOTHING_WRITTEN = "Nothing was written: the same command begins from the start."
 GOES_ON = "Run the same command again: finished shards are kept."
 
 

@@ -29,7 +29,7 @@ class Turns:
     """The epoch of a stage, the steps of its micro-batches, and the first failure. Any thread may call.
 
     Args:
-        epoch: how often the chain has begun anew.
+        epoch: counts the failures after which the chain went on.
     """
 
     def __init__(self, epoch: int) -> None:

@@ -22,7 +22,9 @@ _SEQUENCES = "sequences/"
 @click.command(cls=Command)
 @click.argument("run", metavar="RUN")
 @click.option("--checksums", is_flag=True, help="Read every byte: xxh3 of each file, and the digest of its tokens.")
-@click.option("--repair", is_flag=True, help="Delete damaged shards, so that the same extract command does them anew. No driver may run.")
+@click.option(
+    "--repair", is_flag=True, help="Delete damaged shards, so that the same extract command extracts them again. No driver may run."
+)
 @click.option("--threads", default=min(16, 2 * (os.cpu_count() or 1)), show_default=True, type=click.IntRange(1), help="Files at a time.")
 @click.option("--json", "as_json", is_flag=True, help="The findings as one JSON object.")
 @click.pass_context
@@ -73,7 +75,7 @@ def _print(found: Verification, checksums: bool, repair: bool) -> None:
     if found.damaged_shards:
         listed = ", ".join(map(str, found.damaged_shards))
         click.echo(
-            f"Opened again: shards {listed}. Run the same extract command: it does them anew."
+            f"Opened again: shards {listed}. Run the same extract command: it extracts them again."
             if repair
             else f"Shards {listed} can be extracted again: once no driver runs, repeat this with --repair, then run the same extract command."
         )

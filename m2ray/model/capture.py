@@ -121,7 +121,7 @@ class ResidualCapture:
 
 
 def pin_host_memory(num_bytes: int, padded_tokens: int, row_width: int, store_dtype: torch.dtype) -> None:
-    """Take pinned memory for so many bytes of captured rows and leave it to torch, which keeps it for the micro-batches to come.
+    """Take pinned memory for `num_bytes` of captured rows and leave it to torch, which keeps it for the micro-batches to come.
 
     Pinning takes the system long, and a computation that has to wait for it stands still.
 

@@ -123,7 +123,7 @@ def table_of(skeleton: Skeleton, headers: Mapping[str, TensorHeader]) -> TensorT
 
 
 def table_without_weights(config: Any) -> TensorTable:
-    """The table of a model whose checkpoint is not at hand; disk bytes as far as config.json tells.
+    """The table of a model whose checkpoint is not at hand; disk bytes are what config.json implies.
 
     Tensors have the names of published checkpoints; FP8 takes one byte and a float32 scale a block, what a family keeps in float32 is
     float32 on disk, and everything else has the dtype that config.json names, two bytes if none.

@@ -82,7 +82,7 @@ def survey(
     tokens, fingerprint = TokenSpool(), Fingerprint()
     try:
         with SequencesWriter(store, attempt) as writer:
-            survey_pass = _Pass(writer, tokens, shard_tokens)
+            survey_pass = _SurveyPass(writer, tokens, shard_tokens)
             for rows in row_batches(source.rows(fingerprint)):
                 survey_pass.add(rows, tokenizer.encode(rows))
                 if on_progress is not None:
@@ -152,7 +152,7 @@ class _Window:
         return [(sequence_ids[places], token_counts[places]) for places in shards]
 
 
-class _Pass:
+class _SurveyPass:
     """The survey on its way through the rows."""
 
     def __init__(self, writer: SequencesWriter, tokens: TokenSpool, shard_tokens: int) -> None:

@@ -32,7 +32,7 @@ def _read_once(url: str, attn_implementation: str, compute_dtype: str) -> plan_i
 
 @pytest.fixture(autouse=True)
 def _models_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The real reading, but once a folder: building the 62 layers anew takes most of each command's time."""
+    """The real reading, but once a folder: building the 62 layers each time takes most of each command's time."""
     monkeypatch.setattr(plan_inputs, "read_model", _read_once)
 
 

@@ -351,7 +351,7 @@ def test_a_finished_run_that_lost_a_commit_is_closed_again_without_the_old_parts
     assert read_commit(store, read_job(store), 1).attempt == "b2"
 
 
-def test_a_run_that_lost_a_commit_is_not_finished_while_it_is_done_anew(store: LocalStore) -> None:
+def test_a_run_that_lost_a_commit_is_not_finished_while_it_is_done_again(store: LocalStore) -> None:
     run = runs.finished_run(store)
     store.delete([commit_key(1)])
     assert claim_run(store, run.job).reopen_damaged() == []
@@ -361,7 +361,7 @@ def test_a_run_that_lost_a_commit_is_not_finished_while_it_is_done_anew(store: L
 
 @pytest.mark.parametrize("records", [("manifest.parquet",), ("_SUCCESS",), ("manifest.parquet", "_SUCCESS")])
 @pytest.mark.parametrize("damage", [lambda _: None, lambda data: data[: len(data) // 2], lambda _: b"{}"])
-def test_what_follows_from_the_commits_is_made_anew(
+def test_what_follows_from_the_commits_is_written_again(
     store: LocalStore, records: tuple[str, ...], damage: Callable[[bytes], bytes | None]
 ) -> None:
     runs.finished_run(store)
@@ -374,8 +374,8 @@ def test_what_follows_from_the_commits_is_made_anew(
     assert_closed(store)
 
 
-def test_a_manifest_of_other_attempts_is_made_anew(store: LocalStore) -> None:
-    """A commit was lost, its shard done anew, and the driver killed before the end: everything is there, and the manifest is stale."""
+def test_a_manifest_of_other_attempts_is_written_again(store: LocalStore) -> None:
+    """A commit was lost, its shard done again, and the driver killed before the end: everything is there, and the manifest is stale."""
     run = runs.finished_run(store)
     stale, success = store.read("manifest.parquet"), store.read("_SUCCESS")
     store.delete([commit_key(2)])
@@ -387,7 +387,7 @@ def test_a_manifest_of_other_attempts_is_made_anew(store: LocalStore) -> None:
 
 
 @pytest.mark.parametrize("cut", [None, 100])
-def test_the_end_refuses_lost_parts_by_name_and_the_same_command_does_their_shards_anew(store: LocalStore, cut: int | None) -> None:
+def test_the_end_refuses_lost_parts_by_name_and_the_same_command_does_their_shards_again(store: LocalStore, cut: int | None) -> None:
     run = claim_run(store, runs.job(store))
     for shard in runs.shards():
         runs.commit_shard(run, shard, "a1")
@@ -403,7 +403,7 @@ def test_the_end_refuses_lost_parts_by_name_and_the_same_command_does_their_shar
     assert_closed(store)
 
 
-def test_a_part_lost_from_a_finished_run_is_done_anew(store: LocalStore) -> None:
+def test_a_part_lost_from_a_finished_run_is_done_again(store: LocalStore) -> None:
     run = runs.finished_run(store)
     store.path(read_commit(store, run.job, 0).parts[0].key).unlink()
     assert again(store, "b2") == [0]
@@ -428,7 +428,7 @@ def test_shards_committed_while_the_end_looks_are_no_lost_parts(store: LocalStor
 
 
 def test_a_driver_that_stood_still_sweeps_nothing_that_came_to_count_meanwhile(store: LocalStore) -> None:
-    """It has read the commits; then one is lost, and the shard is done anew by another driver; then it deletes what it knows no name of."""
+    """It has read the commits; then one is lost, and the shard is done again by another driver; then it deletes what it knows no name of."""
     run = claim_run(store, runs.job(store))
     for shard in runs.shards():
         runs.commit_shard(run, shard, "a1")

@@ -172,7 +172,7 @@ def test_parts_come_in_groups_when_not_all_can_be_held(view: RunReader, monkeypa
     assert len(opened) == 3
 
 
-def test_an_iteration_that_is_left_begins_anew(view: RunReader) -> None:
+def test_an_iteration_that_is_left_begins_again(view: RunReader) -> None:
     stream = view.stream(batch_rows=4)
     next(iter(stream))
     assert sorted(identities(stream)) == ALL_ROWS

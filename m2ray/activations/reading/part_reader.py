@@ -44,7 +44,7 @@ class PartReader:
         self._receipt = receipt
         self._spec = spec
         self._check = check == "pages"
-        self._remedy = "Restore it from a copy, or run `m2ray verify RUN --checksums --repair` and the same extract command again: it does the shard anew."
+        self._remedy = "Restore it from a copy, or run `m2ray verify RUN --checksums --repair` and the same extract command: it extracts the shard again."
         num_bytes = store.size(receipt.key)
         if num_bytes != receipt.num_bytes:
             found = "is absent" if num_bytes is None else f"has {num_bytes} bytes"

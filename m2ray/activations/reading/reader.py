@@ -268,7 +268,7 @@ class RunReader:
         return tensor if self._has_layer_axis else tensor[0]
 
     def _empty(self, num_rows: int) -> "torch.Tensor":
-        """Room for so many rows of each layer: [L, N, W]."""
+        """Memory for `num_rows` rows of each layer: [L, N, W]."""
         import torch
 
         spec = self._parts[0]

@@ -221,7 +221,7 @@ class _Window:
 
 
 def _in_random_order(rows_of_parts: Int64Array, block_rows: int, parts_at_once: int, rng: np.random.Generator) -> Int64Array:
-    """(part, start, stop) of every block: int64 [blocks, 3]. Parts come in groups, so that none is opened time and again."""
+    """(part, start, stop) of every block: int64 [blocks, 3]. Parts come in groups, so that each is opened once."""
     order = rng.permutation(len(rows_of_parts)).tolist()
     groups = [np.empty((0, 3), np.int64)]
     for first in range(0, len(order), parts_at_once):
@@ -248,5 +248,6 @@ def _require_same(state: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     differing = [f"{name} was {state.get(name, 'absent')}, is {value}" for name, value in now.items() if state.get(name) != value]
     if differing:
         raise ConfigError(
-            f"This state of a stream is of another one: {'; '.join(differing)}.", "Make the stream as it was, or begin an epoch anew."
+            f"This state of a stream is of another one: {'; '.join(differing)}.",
+            "Make the stream as it was, or leave its state out and begin with an epoch's first row.",
         )

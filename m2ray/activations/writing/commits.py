@@ -64,10 +64,10 @@ def go_on_with(store: Store, recorded: JobRecord) -> "Run":
 
 
 def reopen(store: Store, shards: Iterable[int]) -> None:
-    """Make shards uncommitted again, so that the same command extracts them anew. No driver may run. Safe to repeat.
+    """Make shards uncommitted again, so that the same command extracts them again. No driver may run. Safe to repeat.
 
     First the run ceases to be finished, then the shards cease to count, then their parts go: whoever opens the run in between
-    sees whole shards or none. With no shards, only `manifest.parquet` and `_SUCCESS` are made anew by the next command.
+    sees whole shards or none. With no shards, only `manifest.parquet` and `_SUCCESS` go, which the next command writes.
 
     Raises:
         StoreError: something could not be deleted.
@@ -256,7 +256,7 @@ class Run:
             shards = ", ".join(map(str, sorted({part.shard for part in lost})[:_SHOWN_SHARDS]))
             raise RunDamagedError(
                 f"{len(lost):,} of {len(manifest):,} parts are gone or have another size than was committed:{listed}{more}\n",
-                f"Run the same extract command again: it does their shards anew (the first are {shards}).",
+                f"Run the same extract command again: it extracts their shards again (the first are {shards}).",
             )
 
     def _account(self, ledger: Sequence[CommitRecord], bytes_of_parts: Sequence[int]) -> RunSummary:

@@ -148,8 +148,8 @@ class ActivationWriter:
         """Wait until every part of a complete attempt is durable and give the receipts, in the order of `parts`.
 
         Raises:
-            StoreError: a write failed, or is not done after `timeout_s`. Nothing of the attempt is left behind then, as far as
-                the store let it be deleted.
+            StoreError: a write failed, or is not done after `timeout_s`. What the attempt has written is deleted then,
+                where the store allows it.
             StageError: the attempt is not complete.
         """
         with self._changed:
