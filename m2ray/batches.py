@@ -50,7 +50,7 @@ Residency = Literal["gpu", "host", "disk"]
 
 
 MOST_SEQUENCES = 2**15 - 1
-"""In a shard. Each may be a micro-batch of its own, which is a row group, and Parquet numbers those of a file with 16 bits: Rust's
+"""In a shard, at most. Each may be a micro-batch of its own, which is a row group, and Parquet numbers row groups by 16 bits: Rust's
 readers refuse a file with more (apache/arrow-rs#10129)."""
 
 

@@ -134,7 +134,7 @@ class DiscardingStore(Store):
 
 
 class _RenamingStore(DiscardingStore):
-    """Takes parts into a store under names of their own: whatever happens, no reader of a run there takes them for its own."""
+    """Keeps parts in a store under other names, which no reader of a run there takes for its own."""
 
     def __init__(self, store: Store, mark: str) -> None:
         self._store = store

@@ -132,7 +132,7 @@ _CPU_OUT_OF_MEMORY = "DefaultCPUAllocator"
 
 
 def as_memory_error(error: RuntimeError, micro_batch: MicroBatch, stage: StageStatus) -> StageMemoryError | None:
-    """What tells the driver to try a smaller micro-batch than this one of `stage`; None for errors that mean something else."""
+    """The error by which the driver tries a smaller micro-batch than this one of `stage`; None if `error` is no lack of memory."""
     if not isinstance(error, torch.OutOfMemoryError) and _CPU_OUT_OF_MEMORY not in str(error):
         return None
     num_sequences, length = micro_batch.token_ids_BT.shape

@@ -158,9 +158,9 @@ class _SpanDone(Exception):  # noqa: N818 - it carries the result, it is no erro
 
 
 class _Placeholder(nn.Module):
-    """Stands for a module in front of the layers whose weights another stage has; what comes of it is replaced.
+    """In the place of a module before the layers whose weights another stage has. Its output is replaced.
 
-    An embedding becomes nothing to add, a projection or norm hands through.
+    For an embedding it adds nothing; for a projection or a norm it returns its input.
     """
 
     def __init__(self, *, adds: bool) -> None:

@@ -22,10 +22,10 @@ WEIGHTS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 SCALES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu)
 EXTRA_LAYERS = re.compile(r"(?:^|\.)mtp[._]")
 EXTRA_HEADS = re.compile(r"^(?:score|classifier|classification_head|v_head|value_head|reward_head|regression_head|medusa_heads?)\.")
-"""What judges, scores or drafts behind the last layer, by the names that it is saved under."""
+"""Names of heads that judge, score or draft, behind the last layer."""
 
 ACTIVATION_SCALES = re.compile(r"\.(?:activation|input|output|q|k|v)_scale$")
-"""What engines that multiply in FP8 quantise activations and caches with; weights do not need it."""
+"""Scales by which engines that multiply in FP8 quantise activations and caches; weights do not need them."""
 
 SHOWN_PROBLEMS = 20
 
@@ -168,7 +168,7 @@ def _keys_by_layer(skeleton: Skeleton, headers: Mapping[str, TensorHeader], span
 
 
 def _unread_reason(skeleton: Skeleton, name: str) -> Role | None:
-    """Why no model tensor is made of what is called so, if that is as it should be."""
+    """Why the model needs no tensor of this name; None if it is not known to be unneeded."""
     if name in skeleton.tied:
         return "head"
     return "unused" if name not in skeleton.tensors and _is_unused(skeleton, name) else None

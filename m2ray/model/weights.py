@@ -35,7 +35,7 @@ The layers' digests rest on it: with another number no run that began before can
 
 
 class Loaded(NamedTuple):
-    """What was loaded of a span.
+    """What `load_weights` has loaded.
 
     Attributes:
         needed_bytes: checkpoint bytes of its tensors, scales included.

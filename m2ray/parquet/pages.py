@@ -116,7 +116,7 @@ class ColumnPages:
 
     @property
     def is_read_by_page(self) -> bool:
-        """Whether a page is read as a whole whatever is wanted of it."""
+        """Whether a page is always read as a whole."""
         return self.is_compressed or self._check
 
     @property

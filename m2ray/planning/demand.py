@@ -26,7 +26,7 @@ from m2ray.sites import parts_of_span
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What a plan takes to be so of the world around the run; None where nothing is known.
+    """What a plan assumes of the world around the run; None where nothing is known.
 
     Attributes:
         longest_tokens: of one sequence; where it is not known, one may be as long as a micro-batch.
@@ -97,7 +97,7 @@ class Demand:
         return span_rows(self.table, span, with_final_norm=self.with_final_norm)
 
     def bytes_in(self, residency: Mapping[int, Residency], place: Residency) -> int:
-        """The weights of the layers that live there."""
+        """Bytes of the weights of the layers that live in `place`."""
         return sum(self._costs[0][layer] for layer, where in residency.items() if where == place)
 
     def parts(self, span: LayerSpan) -> tuple[PartSpec, ...]:
@@ -144,7 +144,7 @@ class Demand:
         return self._span_bytes(LayerSpan(span.start, stop)) <= room_bytes
 
     def _too_much_bytes(self, span: LayerSpan, device: Device) -> int:
-        """What an offloading device lacks for the least that it must hold: its buffers, and what is no layer."""
+        """What a device lacks for the least that it must hold where layers live elsewhere: buffers, and weights of no layer."""
         (cap_bytes,) = self._caps_bytes([device])
         layers, _, _ = self._costs
         least_bytes = self.buffers_bytes(span) + self._span_bytes(span) - sum(layers[span.start : span.stop])

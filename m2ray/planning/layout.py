@@ -30,7 +30,7 @@ def render(plan: Plan) -> RenderableType:
 
 
 def size(num_bytes: float) -> str:
-    """Bytes for people: "457.4 GB" (10^9), short of rounding never wrong by more than its last digit."""
+    """Bytes for people: "457.4 GB" (10^9), rounded to a tenth of its unit."""
     for unit_bytes, unit in _UNITS:
         if abs(num_bytes) >= unit_bytes:
             return f"{num_bytes / unit_bytes:.1f} {unit}"
@@ -205,7 +205,7 @@ def _rate_lines(plan: Plan) -> Iterator[str]:
 
 
 def _amount(money: float) -> str:
-    """Cents, and where there are none two digits."""
+    """An amount of money to the cent; below a cent, with two digits."""
     return f"{money:,.2f}" if money >= 0.01 else f"{money:.2g}"
 
 

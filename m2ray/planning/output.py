@@ -12,7 +12,7 @@ IDS_BYTES_A_ROW = 4.2
 natural text) and 6.5 (all token ids equally frequent), as measured on parts of the writer."""
 
 PLANES_SHARE: Mapping[str, float] = {"bfloat16": 0.71, "float16": 0.87}
-"""Of a row's bytes, what is left of it in planes. It depends on the rows: 0.66 to 0.75 and 0.84 to 0.93 were seen, and the values here are
+"""The share of a row's bytes that planes take. It depends on the rows: 0.66 to 0.75 and 0.84 to 0.93 were seen, and the values here are
 those of rows whose elements' scales differ as widely as those of a residual stream (log-normal, sigma 1)."""
 
 BYTES_A_ROW_GROUP = 500

@@ -87,7 +87,7 @@ def _with_ends(layer_bytes: Sequence[int], first_bytes: int, last_bytes: int) ->
 
 
 def _fill(costs: Sequence[int], caps_bytes: Sequence[int | None]) -> list[int]:
-    """Where each device's layers end when each takes all that it can; the last end is short of the layers if they do not fit."""
+    """Where each device's layers end if each takes all that it can; if the layers do not fit, the last end is below their number."""
     cuts, layer = [], 0
     for cap_bytes in caps_bytes:
         held_bytes = 0

@@ -62,7 +62,7 @@ class Placing:
 
 
 def place_all(demand: Demand, cluster: Cluster, chains: Sequence[Sequence[Device]], prompts: PromptStats | None) -> Placing:
-    """Deal a model out over its chains, what finds no room on GPUs over hosts and disks, and count what each holds."""
+    """Deal the layers out over the chains, those without room on a GPU over hosts and disks, and count what each device holds."""
     options = demand.options
     short_bytes = sum(demand.short_bytes(chain) for chain in chains)
     placed = () if short_bytes else tuple(each for replica, chain in enumerate(chains) for each in _place(demand, replica, chain))

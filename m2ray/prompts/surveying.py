@@ -28,10 +28,10 @@ _KINDS_OF_REASONS = 1000
 
 @dataclass(frozen=True)
 class Survey:
-    """What the survey found. `num_sequences` = `num_ready` + `num_quarantined`; `first_quarantined` says of the first few which they are, and why.
+    """What the survey found. `num_sequences` = `num_ready` + `num_quarantined`; `first_quarantined` are lines on the first few.
 
-    `fingerprint` is that of the bytes that were read, as PromptSource.fingerprint takes it of files that nobody reads. `tokens` is
-    open: close it once the extraction is done.
+    `fingerprint` is of the bytes that were read; PromptSource.fingerprint gives the same for the same files. `tokens` is open: close it
+    once the extraction is done.
     """
 
     shards: ShardTable

@@ -112,7 +112,7 @@ class PartReader:
             pages.read(start, rows[: receipt.rows - start])
 
     def _read_tail(self) -> bytearray:
-        """All that comes after the last row group, which is what was written: its digest is in the commit since format 2."""
+        """All that comes after the last row group, held against its digest, which commits have since format 2."""
         receipt = self._receipt
         if receipt.tail_bytes is None:
             return read_tail(self._store, receipt.key, receipt.num_bytes)

@@ -36,8 +36,8 @@ Batch = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class StreamOptions:
-    """What decides which rows come when. `shuffle_buffer_bytes`, and two batches, bound the rows that a worker holds: half as much
-    again, if a batch is larger than half of the buffer.
+    """What decides which rows come when. A worker holds at most `shuffle_buffer_bytes` and two batches of rows; half as much again if a
+    batch is larger than half of the buffer.
     """
 
     batch_rows: int

@@ -110,7 +110,7 @@ def verify(store: Store, *, checksums: bool, threads: int = 8, on_progress: OnPr
 def _unnamed(
     job: JobRecord, stored: Iterable[tuple[str, int]], parts: Collection[str], without_commit: Collection[int | None]
 ) -> Iterator[tuple[str, int]]:
-    """Those of the stored files that no record names. What a commit named that is gone or cannot be understood is left out."""
+    """Those of the stored files that no record names. Parts of a shard whose commit is gone or cannot be understood are left out."""
     named = {*parts, *(file.key for file in job.sequence_files), *map(commit_key, range(job.num_shards))}
     for key, num_bytes in sorted(stored):
         part = parse_part_key(key)
@@ -198,7 +198,7 @@ def _problem_of_part(store: Store, job: JobRecord, spec: PartSpec, receipt: Part
 
 
 def _damages_of_tokens(store: Store, job: JobRecord, parts: Any) -> Iterator[Damage]:
-    """Shards whose tokens are not those that `sequences/` has the digests of, by the first of their parts."""
+    """Shards whose tokens do not have the digests that `sequences/` says, each by its first part."""
     spec = job.parts[0]
     of_spec = pc.and_(
         pc.equal(parts["site"], spec.site), pc.equal(parts["layer"], spec.layer) if spec.layer is not None else pc.is_null(parts["layer"])

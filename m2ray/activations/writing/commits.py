@@ -153,7 +153,7 @@ class Run:
         return is_ours
 
     def reopen_damaged(self) -> list[int]:
-        """Make those shards uncommitted of which a part is gone or has another size, and a run not finished that lacks a commit.
+        """Make shards uncommitted of which a part is gone or has another size; a run that lacks a commit ceases to be finished.
 
         What their attempts left stays until the run is finished: nothing that another driver may be at is deleted here.
 
@@ -227,7 +227,7 @@ class Run:
         return summary
 
     def _recorded(self) -> tuple[RunSummary, Any] | None:
-        """What `_SUCCESS` and the manifest say; None where one is absent or damaged: both are made from the commits, and can be again."""
+        """What `_SUCCESS` and the manifest say; None where one is absent or damaged: both follow from the commits."""
         if self.store.size(SUCCESS_KEY) is None or self.store.size(MANIFEST_KEY) is None:
             return None
         try:
@@ -285,8 +285,8 @@ class Run:
         )
 
     def _sweep(self, unnamed: Iterable[str]) -> None:
-        """Delete those of the parts that no commit names that are of the run's shards, surveys that job.json does not name, and what dead
-        writers left unfinished.
+        """Delete parts of the run's shards that no commit names, surveys that job.json does not name, and what dead writers left
+        unfinished.
         """
         self.store.delete_unfinished()
         named = ((key, parse_part_key(key)) for key in unnamed)
