@@ -116,7 +116,7 @@ class Lanes:
         self._compiler = ThreadPoolExecutor(1, thread_name_prefix="compile")
         self._compiled: Future[None] | None = None
         self._reading: list[Future[None]] = []
-        self._plans: list[_Conversions] = []  # until the GPU is done: what it uses would be given to others
+        self._conversions: list[_Conversions] = []  # until the GPU is done: what it uses would be given to others
 
     def __enter__(self) -> Self:
         return self
@@ -141,7 +141,7 @@ class Lanes:
         conversions = _Conversions(block, self._device, self._read_scales(checkpoint, wanted, digests), fill)
         work = [(extent, conversions.add(extent)) for extent in value_extents(wanted)]
         conversions.settle()
-        self._plans.append(plan)
+        self._conversions.append(conversions)
         # Other streams use what was allocated and copied here.
         torch.cuda.current_stream(self._device).synchronize()
         self._reading += [self._pool.submit(self._load, checkpoint, extent, digests, convert) for extent, convert in work]
@@ -158,7 +158,7 @@ class Lanes:
             future.result()
             on_extent()
         torch.cuda.synchronize(self._device)
-        self._plans.clear()
+        self._conversions.clear()
 
     def _load(
         self, checkpoint: Checkpoint, extent: Extent[RowsToLoad], digests: WeightDigests, convert: Callable[[torch.Tensor], None]
