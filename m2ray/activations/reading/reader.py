@@ -148,16 +148,16 @@ class RunReader:
             RunDamagedError: a file is not what its commit says.
         """
         row = self._catalogue.sequence(sequence_id)
-        if row.shard is None:
-            raise NotInRunError(f"Sequence {sequence_id} (row {row.row_id}) has no activations: it was quarantined: {row.reason}.")
-        receipts = [self._catalogue.part_of_shard(spec, row.shard) for spec in self._one_site()]
-        tensor = self._empty(row.token_count)
+        if row["shard"] is None:
+            raise NotInRunError(f"Sequence {sequence_id} (row {row['row_id']}) has no activations: it was quarantined: {row['reason']}.")
+        receipts = [self._catalogue.part_of_shard(spec, row["shard"]) for spec in self._one_site()]
+        tensor = self._empty(row["token_count"])
         for bytes_TB, spec, receipt in zip(_bytes_of(tensor), self._parts, receipts, strict=True):
             if receipt is None:
                 raise NotInRunError(
-                    f"Sequence {sequence_id} is not extracted yet: its shard {row.shard} is not committed.", "Finish the run."
+                    f"Sequence {sequence_id} is not extracted yet: its shard {row['shard']} is not committed.", "Finish the run."
                 )
-            bytes_TB[:] = self._catalogue.open_part(spec, receipt).sequence(sequence_id, row.token_count)
+            bytes_TB[:] = self._catalogue.open_part(spec, receipt).sequence(sequence_id, row["token_count"])
         return tensor if self._has_layer_axis else tensor[0]
 
     def rows(self, indices: "Sequence[int] | npt.NDArray[np.int64]") -> "torch.Tensor":
