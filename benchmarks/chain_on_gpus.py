@@ -26,7 +26,7 @@ import torch
 
 from benchmarks.checkpoints import free, real_size
 from benchmarks.records import Row, record
-from m2ray.activations.writer import WriterSpec
+from m2ray.activations.writing.writer import WriterSpec
 from m2ray.batches import LayerSpan, MicroBatch, Shard
 from m2ray.chain.actor import Job
 from m2ray.chain.driver import Chain, ShardAttempt

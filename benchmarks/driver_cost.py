@@ -19,7 +19,7 @@ import numpy as np
 import ray
 
 from benchmarks.records import Row, record
-from m2ray.activations.writer import WriterSpec
+from m2ray.activations.writing.writer import WriterSpec
 from m2ray.batches import LayerSpan, MicroBatch, PartReceipt, Shard
 from m2ray.chain.actor import Job
 from m2ray.chain.completion import Completed, GatheredShard

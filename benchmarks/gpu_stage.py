@@ -20,9 +20,9 @@ import torch
 from benchmarks.checkpoints import LAYERS, free, real_size
 from benchmarks.records import Row, record
 from benchmarks.runs import peak_rss_bytes
-from m2ray.activations.writer import ActivationWriter
+from m2ray.activations.writing.writer import ActivationWriter
 from m2ray.batches import LayerSpan, MicroBatch
-from m2ray.bench.measuring import Nowhere
+from m2ray.bench.measuring import DiscardingStore
 from m2ray.model.checkpoint import open_checkpoint, tensor_table
 from m2ray.model.stage import Stage, StageOutput, StageSpec, load_stage
 from m2ray.model.tensors import SCALE
@@ -268,7 +268,7 @@ def captured_ms(stage: Stage, shape: tuple[int, int]) -> float:
 def encoded_ms(stage: Stage, shape: tuple[int, int]) -> float:
     """The same with a run's own writer, from the first micro-batch to the end of the last part; what it makes is kept nowhere."""
     threads = max(1, (os.cpu_count() or 2) // 2)
-    writer = ActivationWriter(Nowhere(), {}, stage.parts, queue_bytes=QUEUE_BYTES, threads=threads)
+    writer = ActivationWriter(DiscardingStore(), {}, stage.parts, queue_bytes=QUEUE_BYTES, threads=threads)
     batch, under_way = micro_batch(shape), deque[tuple[MicroBatch, StageOutput]]()
 
     def hand_over() -> None:

@@ -18,8 +18,8 @@ import numpy as np
 import m2ray
 from benchmarks.records import Row, record
 from benchmarks.synthetic import HIDDEN_SIZE, LAYER, make_run
+from m2ray.activations.reading.stream import READS_AT_ONCE, ActivationStream
 from m2ray.activations.schema import Compression
-from m2ray.activations.stream import READS_AT_ONCE, ActivationStream
 
 READ_BYTES = 1 << 20
 PAGE_BYTES = 4096

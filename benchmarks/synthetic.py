@@ -7,10 +7,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from m2ray.activations.commits import claim_run
 from m2ray.activations.job import Counts, JobRecord, ModelFacts
 from m2ray.activations.schema import Compression
-from m2ray.activations.writer import ActivationWriter
+from m2ray.activations.writing.commits import claim_run
+from m2ray.activations.writing.writer import ActivationWriter
 from m2ray.batches import Bits, CapturedLayer, MicroBatch, PartSpec, SequenceFile, Shard
 from m2ray.storage import Store, open_store
 

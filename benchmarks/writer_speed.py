@@ -25,7 +25,7 @@ import numpy as np
 import obstore
 
 from benchmarks.records import Row, record
-from m2ray.activations.writer import ActivationWriter
+from m2ray.activations.writing.writer import ActivationWriter
 from m2ray.batches import Bits, CapturedLayer, MicroBatch, PartSpec
 from m2ray.storage import ObjectStore, Store, open_store
 

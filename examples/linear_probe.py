@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import m2ray
-from m2ray.activations.stream import ActivationStream
+from m2ray.activations.reading.stream import ActivationStream
 
 TARGETS = {"token": "token_id", "position": "position"}
 

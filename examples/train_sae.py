@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import m2ray
-from m2ray.activations.stream import ActivationStream
+from m2ray.activations.reading.stream import ActivationStream
 
 
 class SparseAutoencoder(nn.Module):

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from m2ray.activations.reader import open_run as open_run
+    from m2ray.activations.reading.reader import open_run as open_run
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "open_run"]
@@ -12,7 +12,7 @@ __all__ = ["__version__", "open_run"]
 def __getattr__(name: str) -> Any:
     # Reading a run needs pyarrow and torch; `m2ray --help` should not wait for them.
     if name == "open_run":
-        from m2ray.activations.reader import open_run
+        from m2ray.activations.reading.reader import open_run
 
         return open_run
     raise AttributeError(f"module 'm2ray' has no attribute {name!r}")

@@ -7,9 +7,8 @@ Shape legend, used as suffixes of tensor and array names here and elsewhere:
     S  sequences in a shard              L  layers
 """
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, Self
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -50,16 +49,8 @@ Residency = Literal["gpu", "host", "disk"]
 """Where a layer's weights live while it does not run: on its GPU, in host memory, or in a file on its node's disk."""
 
 
-@dataclass(frozen=True)
-class Sequence:
-    """One tokenised prompt: `sequence_id` is its row's 0-based place in the source, `token_ids` its int32 [T] ids."""
-
-    sequence_id: int
-    token_ids: Int32Array
-
-
 MOST_SEQUENCES = 2**15 - 1
-"""In a shard. Each may be a micro-batch of its own, which is a row group, and Parquet numbers those of a file with 16 bits: Rust's
+"""In a shard, at most. Each may be a micro-batch of its own, which is a row group, and Parquet numbers row groups by 16 bits: Rust's
 readers refuse a file with more (apache/arrow-rs#10129)."""
 
 
@@ -237,13 +228,6 @@ class PartReceipt:
     tail_bytes: int | None = None
     tail_xxh3: str | None = None
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, record: Mapping[str, Any]) -> Self:
-        return cls(**record)
-
 
 @dataclass(frozen=True)
 class SequenceFile:
@@ -253,10 +237,3 @@ class SequenceFile:
     rows: int
     num_bytes: int
     xxh3: str
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, record: Mapping[str, Any]) -> Self:
-        return cls(**record)

@@ -28,6 +28,6 @@ def require_triton(why: str) -> None:
 
 
 def _scheme() -> str:
-    """Debian's own scheme names a folder that packages of headers do not use."""
+    """The scheme of Python's paths: Debian's default one names a folder without headers."""
     scheme = sysconfig.get_default_scheme()
     return "posix_prefix" if scheme == "posix_local" else scheme

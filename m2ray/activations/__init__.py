@@ -1,1 +1,1 @@
-"""The sink: activations out of a stage into a run folder, and out of the folder into tensors again."""
+"""The run folder: its records and the schema of a part, which `writing` and `reading` share."""

@@ -153,7 +153,7 @@ def require_todays_format(store: Store, recorded: JobRecord) -> None:
 
 
 def require_same(store: Store, recorded: JobRecord, options: Mapping[str, Any], fingerprints: Mapping[str, str]) -> None:
-    """Refuse other options, or other values of those fingerprints that are given: the prompts' may not be known yet.
+    """Refuse other options or fingerprints than the run's. Only the given ones are compared: the prompts' may not be known yet.
 
     Raises:
         RunConflictError: naming every field that differs, with both values.

@@ -78,7 +78,7 @@ def read_manifest(store: Store, job: JobRecord, num_parts: int) -> Any:
             require_seal(data)
         table = pq.read_table(pa.BufferReader(data))
     except (*MALFORMED, OSError) as error:
-        raise RunDamagedError(f"{MANIFEST_KEY} of the run at {store.url} is damaged: {error}", _REMEDY) from error
+        raise RunDamagedError(f"{MANIFEST_KEY} of the run at {store.url} is damaged: {error}.", _REMEDY) from error
     metadata = table.schema.metadata or {}
     if job.format_version == 1:
         for field in list(MANIFEST_SCHEMA)[len(table.schema) :]:
@@ -93,4 +93,4 @@ def read_manifest(store: Store, job: JobRecord, num_parts: int) -> Any:
     return table
 
 
-_REMEDY = "Run the same extract command again: it is made anew from _commits/."
+_REMEDY = "Run the same extract command again: it writes the manifest from _commits/."

@@ -14,7 +14,7 @@ from m2ray.parquet.column_chunks import EncodedColumns, encode_integers
 from m2ray.storage import Store
 
 FORMAT_VERSION = 2
-"""Of the run folder as a whole. It grows when an older m2ray would misread what a newer one writes."""
+"""Of the run folder. It grows when an older m2ray would misread what a newer one writes."""
 
 LAYER_CONVENTION = "residual of layer i is the output of decoder layer i, before the final norm"
 

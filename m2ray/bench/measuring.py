@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from m2ray.activations.writer import ActivationWriter
+from m2ray.activations.writing.writer import ActivationWriter
 from m2ray.batches import Bits, CapturedLayer, MicroBatch, PartReceipt, PartSpec
 from m2ray.errors import StoreError
 from m2ray.sites import parts_of_run
@@ -28,7 +28,7 @@ _TIMEOUT_S = 120.0
 def encode_bytes_per_s(hidden_size: int, store_dtype: str) -> float:
     """Activations that one writer thread turns into Parquet a second, checksums and all, stored nowhere."""
     rows, specs = _rows(hidden_size, store_dtype, _MICRO_BATCH_BYTES), parts_of_run("residual", range(1), store_dtype, hidden_size)
-    writer = ActivationWriter(Nowhere(), {}, specs, queue_bytes=2 * rows.nbytes, threads=1)
+    writer = ActivationWriter(DiscardingStore(), {}, specs, queue_bytes=2 * rows.nbytes, threads=1)
     try:
         shards = 0
         began = time.monotonic()
@@ -50,7 +50,10 @@ def store_bytes_per_s(store: Store, hidden_size: int, store_dtype: str, threads:
     Raises:
         StoreError: it cannot be written.
     """
-    beside, specs = _Beside(store, f"_bench-{uuid.uuid4().hex}"), parts_of_run("residual", range(_STORE_LAYERS), store_dtype, hidden_size)
+    beside, specs = (
+        _RenamingStore(store, f"_bench-{uuid.uuid4().hex}"),
+        parts_of_run("residual", range(_STORE_LAYERS), store_dtype, hidden_size),
+    )
     rate = 0.0
     for micro_batch_bytes, micro_batches, shards in _STORE_ROUNDS:
         rows = _rows(hidden_size, store_dtype, micro_batch_bytes)
@@ -100,7 +103,7 @@ def _gaussian_bits(rows: int, hidden_size: int, itemsize_bytes: int) -> Bits:
     return np.ascontiguousarray(bits if itemsize_bytes == 4 else (bits >> 16).astype(np.uint16)).view(np.uint8)
 
 
-class Nowhere(Store):
+class DiscardingStore(Store):
     """Takes parts and keeps nothing."""
 
     url = "nowhere"
@@ -124,14 +127,14 @@ class Nowhere(Store):
         pass
 
     def open_part(self, key: str) -> PartSink:
-        return _NoSink()
+        return _DiscardingSink()
 
     def delete(self, keys: Iterable[str]) -> None:
         pass
 
 
-class _Beside(Nowhere):
-    """Takes parts into a store under names of their own: whatever happens, no reader of a run there takes them for its own."""
+class _RenamingStore(DiscardingStore):
+    """Keeps parts in a store under other names, which no reader of a run there takes for its own."""
 
     def __init__(self, store: Store, mark: str) -> None:
         self._store = store
@@ -147,7 +150,7 @@ class _Beside(Nowhere):
         return f"{self._mark}-{key.replace('/', '-')}"
 
 
-class _NoSink(PartSink):
+class _DiscardingSink(PartSink):
     def write(self, data: Data) -> None:
         pass
 

@@ -106,7 +106,7 @@ def copy_bytes_per_s(device: str) -> float:
 
 
 def _random(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Normal values, of a size that keeps sums of order one; a vector is all ones, lest a router's bias choose the experts.
+    """Normal values, of a size that keeps sums of order one; a vector is all ones, so that no router's bias chooses the experts.
 
     The CPU repeats a million values: drawing billions takes minutes.
     """

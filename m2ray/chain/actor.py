@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import ray
 import torch
 
-from m2ray.activations.writer import ActivationWriter, WriterSpec
+from m2ray.activations.writing.writer import ActivationWriter, WriterSpec
 from m2ray.batches import MicroBatch, PartReceipt
 from m2ray.chain.completion import Completed, Completion, GatheredShard
 from m2ray.chain.cuda_ipc import Offer
@@ -51,9 +51,9 @@ class Job(NamedTuple):
 class StageActor:
     """Runs one span, on one device or dealt out over several.
 
-    A micro-batch is received on a thread of Ray's when its turn comes, computed at one door in the order of `step`, and then
-    sent at a second one, whose arrival is waited for at a third, and given to the writer at a fourth, so that none of these waits for
-    another one's work: while the next stage takes hidden states over, the next ones are sent (cuda_ipc's one slot has to be empty first).
+    A micro-batch is received on one of Ray's threads when its turn comes, in the order of `step`. Then it goes through four doors, each
+    with a thread of its own: it is computed, sent to the next stage, awaited until the next stage has taken it, and given to the writer.
+    So none of these waits for another: while the next stage takes one over, the next is sent (cuda_ipc's one slot has to be empty first).
     """
 
     def __init__(self, specs: Sequence[StageSpec], *, transport: Transport, timeout_s: float, epoch: int) -> None:
@@ -88,12 +88,12 @@ class StageActor:
 
     @ray.method(concurrency_group="collect")
     def look(self, output: str) -> None:
-        """Raise StoreError unless the run folder is visible from here: to be asked before the minutes that loading may take."""
+        """Raise StoreError unless this node sees the run folder. Asked first, since loading may take minutes."""
         require_run_folder(output, self._status.node)
 
     @ray.method(concurrency_group="collect")
     def load(self, _after: object = None) -> None:
-        """Build the span, reading only its own tensors, unless an earlier call did; once the call that gave `_after` is done.
+        """Build the span from its own tensors, unless an earlier call did. `_after` is the result of a call that has to end first.
 
         Raises:
             CheckpointError: the span's tensors are missing or damaged, or the files are not those that the driver saw.
@@ -105,7 +105,7 @@ class StageActor:
 
     @ray.method(concurrency_group="collect")
     def begin(self, job: Job, _after: object = None) -> StageStatus:
-        """Take on a job, unless an earlier call did: nothing of the one before is on its way any more. `load` comes first, as `_after`.
+        """Take on a job, unless an earlier call did. `load` comes first, as `_after`, and nothing of an earlier job may be on its way.
 
         Raises:
             ConfigError: it takes what the model does not have.
@@ -119,7 +119,7 @@ class StageActor:
         """Learn which stage follows (None: this is the last), and agree with it how hidden states travel.
 
         Raises:
-            StageError: `transport` asks for a way that there is not.
+            StageError: the way that `transport` names does not work here.
         """
         self._successor = successor
         if successor is not None:
@@ -130,7 +130,7 @@ class StageActor:
 
     @ray.method(concurrency_group="control")
     def connect(self, offer: Offer) -> str:
-        """Map the slot of the stage before. Gives why that is impossible, or nothing."""
+        """Map the slot of the stage before. Returns why that is impossible; "" if it is mapped."""
         return self._incoming.connect(offer, self._status.node_id)
 
     @ray.method(concurrency_group="control")
@@ -147,7 +147,7 @@ class StageActor:
             self._turns.begin(epoch)
             self._completion = Completion(self._turns)
         if self._writer is None or self._job is None:
-            return  # it is still loading, or taking a job on, which need not begin anew
+            return  # it is still loading, or taking a job on, which goes on in any epoch
         self._abandon(self._writer, attempts)
         for door in (self._compute, self._send, self._arrive, self._capture):
             door.drain(self._timeout_s)
@@ -159,10 +159,10 @@ class StageActor:
     def take(self, epoch: int, step: int, attempt: str, micro_batch: MicroBatch, payload: Payload | None) -> None:
         """Take one micro-batch over, as soon as there is room for it; it goes through the span and to the next stage by itself.
 
-        What fails is told by `watch`.
+        `watch` tells what failed.
 
         Args:
-            epoch: how often the chain began anew after a failure; calls of an earlier epoch end at once.
+            epoch: counts the failures after which the chain went on; calls of an earlier epoch end at once.
             step: this micro-batch's place in the order of its epoch, from 0 on without gaps.
             attempt: the try at the shard that the rows belong to.
             payload: the hidden states, or where they lie; None for the first stage.
@@ -184,24 +184,24 @@ class StageActor:
                 for stage in self._stages:
                     outputs.append(stage.forward(micro_batch, hidden_BTH))
                     hidden_BTH = outputs[-1].hidden_BTH
-            send(self._hand_on, step, attempt, micro_batch, outputs[-1])
-            capture(self._hand_over, attempt, micro_batch, outputs)
+            send(self._send_on, step, attempt, micro_batch, outputs[-1])
+            capture(self._give_to_writer, attempt, micro_batch, outputs)
 
-    def _hand_on(self, epoch: int, step: int, attempt: str, micro_batch: MicroBatch, output: StageOutput) -> None:
+    def _send_on(self, epoch: int, step: int, attempt: str, micro_batch: MicroBatch, output: StageOutput) -> None:
         if self._successor is None:
             return
         with self._arrive.place(epoch) as arrive:
             payload = self._outgoing.payload(epoch, output)
-            arrive(self._see_taken, self._successor.take.remote(epoch, step, attempt, micro_batch, payload))
+            arrive(self._wait_until_taken, self._successor.take.remote(epoch, step, attempt, micro_batch, payload))
 
-    def _see_taken(self, epoch: int, taken: Any) -> None:
-        """The next stage makes this one wait, and what is lost on the way there is heard of; but a reset ends the wait."""
+    def _wait_until_taken(self, epoch: int, taken: Any) -> None:
+        """Wait until the next stage has taken the micro-batch, or a reset. Raises what was lost on the way there."""
         self._turns.require(epoch)
         while not ray.wait([taken], timeout=_POLL_S)[0]:
             self._turns.require(epoch)
         ray.get(taken, timeout=self._limit_s)
 
-    def _hand_over(self, epoch: int, attempt: str, micro_batch: MicroBatch, outputs: Sequence[StageOutput]) -> None:
+    def _give_to_writer(self, epoch: int, attempt: str, micro_batch: MicroBatch, outputs: Sequence[StageOutput]) -> None:
         assert self._writer is not None
         assert self._began_at is not None
         compute_s = sum(output.compute_s for output in outputs)
@@ -261,7 +261,7 @@ class StageActor:
         return Door(self._turns, name, places, awaited, self._limit_s)
 
     def _build(self) -> None:
-        """Load all devices' spans, unless an earlier call did: one whose answer the driver missed because another stage failed."""
+        """Load the spans of all devices, unless an earlier call did: the driver misses its answer where another stage fails at that time."""
         if self._stages:
             return
         gc.collect()  # what an earlier call loaded before it failed refers to itself, and there is no room for it beside what comes now
@@ -307,7 +307,7 @@ class StageActor:
 
     @contextmanager
     def _finding_room(self, micro_batch: MicroBatch) -> Iterator[None]:
-        """Raise a lack of memory as what it means to the driver, with the memory that this micro-batch left given back."""
+        """Turn a lack of memory into the error that the driver acts on, and free what this micro-batch has taken."""
         try:
             yield
         except RuntimeError as error:
@@ -320,7 +320,7 @@ class StageActor:
 
 
 def actor_class(num_take_threads: int) -> Any:
-    """StageActor as a Ray actor class whose `take` may be entered by so many micro-batches at once.
+    """StageActor as a Ray actor class whose `take` may be entered by `num_take_threads` micro-batches at once.
 
     They must be more than the micro-batches in flight: Ray may hand them over out of order, and each waits its turn.
     """

@@ -1,4 +1,4 @@
-"""The actors of one chain: started in their bundles, ended, and started anew where they were or elsewhere."""
+"""The actors of one chain: started in their bundles, ended, and started again there or elsewhere."""
 
 import os
 import signal
@@ -51,9 +51,9 @@ class Actors:
         self.handles = [self._start(index, epoch) for index in range(len(self._specs))]
 
     def restart(self, lost: Mapping[int, StageStatus | None], epoch: int) -> bool:
-        """Start the lost ones anew: where they were, or elsewhere if their node is gone.
+        """Start the lost ones again: where they were, or elsewhere if their node is gone.
 
-        Where that does not succeed, all the room of the chain is given back and asked for anew, and all start anew.
+        Where that does not succeed, the chain gives all its room back, asks for it again, and starts all its stages there.
 
         Args:
             lost: by stage, what one that hung said last, so that its process can be found; None for one that died.

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from m2ray.activations.job import JobRecord, read_job, require_todays_format
-from m2ray.activations.lease import held
+from m2ray.activations.writing.lease import held
 from m2ray.batches import TensorTable
 from m2ray.chain.machine import disk_free_bytes
 from m2ray.chain.progress import Progress

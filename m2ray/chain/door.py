@@ -9,12 +9,12 @@ from m2ray.chain.turns import Turns
 
 
 class Door:
-    """A thread that takes work in the order it is handed in, and the places of those whose work it has or will have.
+    """A thread that does what it is handed, in order, and a bounded number of places for the micro-batches whose work that is.
 
     Args:
         name: of the thread.
         places: micro-batches that may stand here at one time.
-        awaited: what whoever finds no place waits for, in words.
+        awaited: what a micro-batch without a place waits for, in words.
         timeout_s: how long it waits.
     """
 
@@ -27,10 +27,10 @@ class Door:
 
     @contextmanager
     def place(self, epoch: int) -> Iterator[Callable[..., None]]:
-        """Wait for a place and hold it. What this gives hands work to the thread, and the place is held until that is done.
+        """Wait for a place and hold it. Gives a function that hands work to the thread: the place is then held until that is done.
 
-        The work is called with the epoch and what else is given; what it fails with is the epoch's failure. If none is handed over, the
-        place is free again at the end. Raises as `Turns.wait` does.
+        The work is called with the epoch and the arguments given; if it fails, the epoch has failed. A place whose work was not handed
+        over is free again at the end. Raises as `Turns.wait` does.
         """
         with self._turns.changed:
             self._turns.wait(epoch, lambda: self._free, self._timeout_s, self._awaited)
@@ -60,7 +60,7 @@ class Door:
                 self._leave()
 
     def _leave(self) -> None:
-        """Free a place, of whichever epoch it was taken in."""
+        """Free a place; it may have been taken in an earlier epoch."""
         with self._turns.changed:
             self._free += 1
             self._turns.changed.notify_all()

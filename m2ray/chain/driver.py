@@ -1,4 +1,4 @@
-"""The driver's side of one chain: keep micro-batches flowing through its stages, gather the receipts, begin anew after a failure.
+"""The driver's side of one chain: keep micro-batches flowing through its stages, gather the receipts, go on after a failure.
 
 Only token ids, receipts and numbers pass through the driver: a call to the first stage for each micro-batch, which the stages hand on
 by themselves, and one to the last stage for what is complete. All stages are watched for failures.
@@ -43,7 +43,7 @@ class ShardAttempt:
 
 
 class _Epoch:
-    """What is on its way since the chain began, or began anew: a failure puts a fresh one in its place.
+    """What is on its way since the chain began, or since its last failure, which puts a fresh one in its place.
 
     Attributes:
         open: by shard and attempt, all that were taken from the queue and are not complete.
@@ -128,7 +128,7 @@ class Chain:
                         self._stages.link(self._epoch.number)
                         self._flow(queue, on_result)
                 except (RayError, M2rayError) as error:
-                    self._begin_anew(error, queue)
+                    self._go_on(error, queue)
         finally:
             queue.give_back(self._epoch.shards)
 
@@ -224,7 +224,7 @@ class Chain:
 
     # -- failures -----------------------------------------------------------------------------------------------------
 
-    def _begin_anew(self, error: RayError | M2rayError, queue: ShardQueue) -> None:
+    def _go_on(self, error: RayError | M2rayError, queue: ShardQueue) -> None:
         """Restart what is lost and give the shards in flight back, or raise what ends the chain."""
         if self.stop.is_set():
             return  # the stages are being ended, which looks like death from here
@@ -252,7 +252,7 @@ class Chain:
         self._epoch = _Epoch(over.number + 1)
         self.stop.wait(decision.after_s)
         if lost and not self._stages.restart(lost):
-            self._say("The room of a lost stage did not come back: all stages of this chain start anew elsewhere")
+            self._say("The room of a lost stage did not come back: all stages of this chain are started again elsewhere")
 
 
 def _as_ours(cause: BaseException) -> M2rayError:

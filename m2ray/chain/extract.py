@@ -9,10 +9,10 @@ from functools import partial
 from uuid import uuid4
 
 from m2ray import __version__
-from m2ray.activations.commits import Run, RunSummary, claim_run, go_on_with
 from m2ray.activations.job import Counts, JobRecord, ModelFacts, read_job, require_same
-from m2ray.activations.weights_record import hold_weights
-from m2ray.activations.writer import WriterSpec
+from m2ray.activations.writing.commits import Run, RunSummary, claim_run, go_on_with
+from m2ray.activations.writing.weights_record import hold_weights
+from m2ray.activations.writing.writer import WriterSpec
 from m2ray.batches import LayerSpan, MicroBatch, Shard
 from m2ray.chain.actor import Job
 from m2ray.chain.checking import Inputs, check, look
@@ -52,7 +52,7 @@ def extract(config: ExtractConfig, progress: Progress) -> RunSummary:
 
 @dataclass(frozen=True)
 class _Work:
-    """A claimed run, all its shards, those to be extracted with their token ids, and where; no hardware where nothing is missing."""
+    """A claimed run, all its shards, the missing ones, their token ids, and the hardware to extract them on; None where nothing is missing."""
 
     inputs: Inputs
     run: Run
@@ -92,7 +92,7 @@ def _begin(inputs: Inputs, stack: ExitStack, stop: Stop, progress: Progress) -> 
 def _claim(inputs: Inputs, found: Survey, progress: Progress) -> Run | None:
     """Create the run's record; None where another driver has created one by now, and this survey has been deleted.
 
-    Once job.json was asked for it may be there, whatever the answer says, and names the survey's files: they are deleted only where
+    A request to create job.json may fail and have created it all the same, and it names the survey's files: they are deleted only where
     another record is seen in its place.
     """
     waste = batching(found.shards, inputs.options.batch_tokens).padding_waste

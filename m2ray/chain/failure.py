@@ -56,10 +56,10 @@ class FailurePolicy:
     """How often is enough.
 
     Attributes:
-        shard_failures: a shard that was in flight in so many failures ends the chain, and so do as many
+        shard_failures: a shard that was in flight in this many failures ends the chain, and so do as many
             failures within `window_s` that had no shard in flight and lost no stage.
-        stage_restarts: so many restarts of one stage within `window_s` are allowed.
-        store_retries: a shard is tried again so often after the store refused it.
+        stage_restarts: of one stage within `window_s`, at most.
+        store_retries: how often a shard is tried again after the store refused it.
     """
 
     shard_failures: int = 6
@@ -132,7 +132,7 @@ _CPU_OUT_OF_MEMORY = "DefaultCPUAllocator"
 
 
 def as_memory_error(error: RuntimeError, micro_batch: MicroBatch, stage: StageStatus) -> StageMemoryError | None:
-    """What tells the driver to try a smaller micro-batch than this one of `stage`; None for errors that mean something else."""
+    """The error by which the driver tries a smaller micro-batch than this one of `stage`; None if `error` is no lack of memory."""
     if not isinstance(error, torch.OutOfMemoryError) and _CPU_OUT_OF_MEMORY not in str(error):
         return None
     num_sequences, length = micro_batch.token_ids_BT.shape

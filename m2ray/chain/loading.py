@@ -1,4 +1,4 @@
-"""What a stage looks at and does before its first micro-batch, beside loading."""
+"""What a stage checks and does before its first micro-batch, besides loading."""
 
 from contextlib import suppress
 

@@ -24,7 +24,7 @@ _START_S = 60.0
 
 @dataclass(frozen=True)
 class Room:
-    """What one bundle asks for: a node by name and by Ray's id, GPUs, and CPUs. Some are no stage's and keep GPUs from being used."""
+    """What one bundle asks for: a node by name and by Ray's id, GPUs, and CPUs. A room without a stage keeps GPUs from being used."""
 
     node: str
     node_id: str
@@ -125,7 +125,7 @@ def _wait(group: PlacementGroup, rooms: Sequence[Room], timeout_s: float) -> Non
 
 @ray.remote(num_cpus=0, max_retries=0)
 def _gpus_here() -> tuple[Gpu, ...]:
-    """This bundle's GPUs with the numbers that the whole node's driver gives them, where it does."""
+    """This bundle's GPUs, numbered as by the node's driver where that is known."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     numbers = [name.strip() for name in visible.split(",")]
     gpus = probe_node(visible=visible).gpus

@@ -21,7 +21,7 @@ _Seen = TypeVar("_Seen")
 
 @dataclass(frozen=True)
 class Hardware:
-    """A cluster as the driver of each node sees it, without what Ray may not give out.
+    """A cluster: of what each node has, the part that Ray may give out.
 
     Attributes:
         cluster: the nodes, and of their GPUs as many as Ray counts there.

@@ -135,7 +135,7 @@ class Stages:
             self._hold_weights({layer: digest for status in self.statuses for layer, digest in status.weights.items()})
 
     def _begun(self, index: int) -> Any:
-        """The call that ends when a stage has begun the job. Each waits for the one before; the folder is looked at first, it takes no time."""
+        """A call that ends when a stage has begun the job: after `load`, and that after `look`, which takes no time."""
         assert self._job is not None, "begin() comes first"
         actor = self._actors.handles[index]
         return actor.begin.remote(self._job, actor.load.remote(actor.look.remote(self._job.writer.output)))
@@ -177,7 +177,7 @@ class Stages:
         return completed
 
     def failed(self) -> RayError | None:
-        """What a stage failed with, or None, without waiting. All are looked at: asked for one of several, Ray gives any that is ready."""
+        """What a stage failed with, or None, without waiting. All are asked for: of one out of several, Ray gives any that is ready."""
         ended, _ = ray.wait(self._watches, num_returns=len(self._watches), timeout=0)
         for watch in ended:
             answer = _answer(watch, self._timeout_s)
@@ -218,7 +218,7 @@ class Stages:
         """What a stage said last."""
         return self._answers.get(index)
 
-    # -- beginning anew -----------------------------------------------------------------------------------------------
+    # -- after a failure -----------------------------------------------------------------------------------------------
 
     def reset(self, epoch: int, attempts: Sequence[tuple[int, str]]) -> dict[int, str]:
         """Let every stage begin an epoch. Gives those that could not, with what they did: died or hung."""
@@ -228,9 +228,9 @@ class Stages:
         return {index: "hung" if isinstance(answer, GetTimeoutError) else "died" for index, answer in lost.items()}
 
     def restart(self, lost: Mapping[int, str]) -> bool:
-        """Start the lost stages, as `reset` gave them, anew: where they were, or elsewhere if their node is gone. `load` has to follow.
+        """Start the lost stages, as `reset` gave them, again: where they were, or elsewhere if their node is gone. `load` has to follow.
 
-        Where that does not succeed, all the room of the chain is given back and asked for anew, and all stages start anew.
+        Where that does not succeed, the chain gives all its room back, asks for it again, and starts all its stages there.
 
         Returns:
             Whether the other stages kept their processes.
@@ -246,7 +246,7 @@ class Stages:
         return others_stay
 
     def _forget(self, stages: Iterable[int]) -> None:
-        """What these said is not true of those that take their places."""
+        """Drop what lost stages have said: those that take their places have done none of it."""
         for index in stages:
             self._answers.pop(index, None)
             self._asked.pop(index, None)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import ray
 import torch
 
-from m2ray.activations.writer import ActivationWriter
+from m2ray.activations.writing.writer import ActivationWriter
 from m2ray.batches import LayerSpan, MicroBatch
 from m2ray.model.stage import StageSpec
 from m2ray.planning.placing import StagePlan
@@ -36,13 +36,14 @@ class StageStatus:
 
     Attributes:
         node, device, node_id, pid: where it runs; the devices in words, Ray's id of the node, and the process.
-        needed_bytes: that it has to read of the checkpoint. read_bytes, load_s: that it read; from the call to the last tensor in place.
+        needed_bytes: of the checkpoint, which it has to read. read_bytes: of them, read so far. load_s: from the call to the last tensor
+            in place.
         parameter_bytes: in memory.
         tokens, padded_tokens: real ones, and computed ones.
-        compute_s: layers and selection, by the device's own clock. wait_s: the rest of the time from the first micro-batch on, mostly
-            for hidden states of the stage before. copy_s: captured rows from GPU to host, as far as the layers were done before.
-        write_wait_s: for room in the writer's queue; two micro-batches later the computation stands still.
-        write_s: that the writer's threads spent on encoding and storing, beside the computation. store_s: what of it the store took.
+        compute_s: of layers and selection, by the device's own clock. wait_s: the rest of the time since the first micro-batch, mostly
+            spent on waiting for the stage before. copy_s: of copying captured rows to the host, after the layers are done.
+        write_wait_s: of waiting for room in the writer's queue; two micro-batches later the computation stands still.
+        write_s: of the writer's threads, encoding and storing, beside the computation. store_s: the store's share of it.
         sends_by: how hidden states went to the next stage, "cuda_ipc" or "object_store"; empty where there is none.
         gpus: in the order of its span; none on a CPU.
         weights: once it is loaded, the digest of each of its layers, and at None that of what runs before the first one.
@@ -121,7 +122,7 @@ class RunStatus:
 
 
 def status_here(specs: Sequence[StageSpec]) -> StageStatus:
-    """Of an actor that holds these spans, one a device, and has not begun."""
+    """The status of an actor that holds these spans, one a device, and has done nothing yet."""
     span = LayerSpan(specs[0].span.start, specs[-1].span.stop)
     devices = ", ".join(spec.device for spec in specs)
     return StageStatus(span, ray.util.get_node_ip_address(), devices, ray.get_runtime_context().get_node_id(), os.getpid())
@@ -143,7 +144,7 @@ def measure_gpus(devices: Sequence[torch.device]) -> tuple[GpuStatus, ...]:
 
 
 def with_micro_batch(status: StageStatus, micro_batch: MicroBatch, compute_s: float, copy_s: float, since_begin_s: float) -> StageStatus:
-    """The same with one more micro-batch; what is left of the time since the first one began, less all computing, was waiting."""
+    """The same with one more micro-batch. The time since the first one began, less all computing, was waiting."""
     compute_s += status.compute_s
     return replace(
         status,
@@ -168,7 +169,7 @@ def with_writer(status: StageStatus, writer: ActivationWriter) -> StageStatus:
 
 
 def with_peaks(status: StageStatus, devices: Sequence[torch.device]) -> StageStatus:
-    """The same with what torch's allocator held at most, and what the driver says is taken there now, by whomever."""
+    """The same with what torch's allocator held at most, and what the driver says is taken there now, by all processes."""
     measured = []
     for gpu, device in zip(status.gpus, devices, strict=False):
         free_bytes, total_bytes = torch.cuda.mem_get_info(device)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from m2ray.errors import StageError
 
-NOTHING_WRITTEN = "Nothing was written: run the same command again to begin anew."
+NOTHING_WRITTEN = "Nothing was written: the same command begins from the start."
 GOES_ON = "Run the same command again: finished shards are kept."
 
 
@@ -40,7 +40,7 @@ class Stop:
             raise self.error(remedy)
 
     def outlived(self, why: str) -> None:
-        """Ask, from any thread, since another driver has taken the run over. What goes on ends by itself, and then with this error."""
+        """Ask the run to stop, from any thread: another driver has taken it over. It ends by itself, with an error that says so."""
         self._outlived = StageError(why, "What this one committed is kept; `m2ray inspect` shows how far the run is.")
         self.asked.set()
 
@@ -72,7 +72,7 @@ def stop_on_sigterm() -> Iterator[Stop]:
 
 @contextmanager
 def sigterm_kept() -> Iterator[None]:
-    """Around ray.init, which sets a handler of its own that ends the process without a word: the one of before, if any, stays."""
+    """Around ray.init, which sets a handler that ends the process without a word: put the handler of before back."""
     before = signal.getsignal(signal.SIGTERM)
     if not callable(before) or threading.current_thread() is not threading.main_thread():
         yield

@@ -36,7 +36,7 @@ class Outgoing:
         self._is_connected = False
 
     def connect(self, successor: Any, node_id: str, hidden_bytes: int, timeout_s: float) -> str:
-        """Agree with the next stage on the way there; gives its name.
+        """Agree with the next stage how hidden states travel. Returns the name of that way.
 
         Args:
             node_id: Ray's, of this stage.

@@ -1,7 +1,8 @@
 """Turns: what the threads of one stage agree on, in which order micro-batches enter and what went wrong first.
 
-A micro-batch's turn is its right to enter the stage: those of an epoch get it one after the other, in the order of their steps. Work belongs to an epoch, of which the chain begins a new one after every failure. Whoever waits for something of an epoch that is
-over, or that has failed, is let go with `Superseded`: nobody waits for its result any more.
+A micro-batch's turn is its right to enter the stage: those of an epoch get it one after the other, in the order of their steps. Work
+belongs to an epoch, and the chain begins another one after every failure. A wait for something of an epoch that is over, or has failed,
+ends with `Superseded`: its result is of no use any more.
 """
 
 import threading
@@ -11,12 +12,12 @@ from contextlib import contextmanager
 from ray.exceptions import GetTimeoutError
 
 
-class Superseded(Exception):  # noqa: N818 - it ends work that nobody wants any more, and is no error
+class Superseded(Exception):  # noqa: N818 - it ends work that is of no use any more, and is no error
     """The epoch that the work belongs to is over, or has failed."""
 
 
 class _Epoch:
-    """Of one epoch: whose turn it is, how many are done, and the first failure."""
+    """One epoch: whose turn it is, how many micro-batches are done, and the first failure."""
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -29,7 +30,7 @@ class Turns:
     """The epoch of a stage, the steps of its micro-batches, and the first failure. Any thread may call.
 
     Args:
-        epoch: how often the chain has begun anew.
+        epoch: counts the failures after which the chain went on.
     """
 
     def __init__(self, epoch: int) -> None:
@@ -46,7 +47,7 @@ class Turns:
         return self._now.done
 
     def begin(self, epoch: int) -> None:
-        """Begin an epoch: steps count from 0 again, and whoever waits for something of an earlier one is let go."""
+        """Begin an epoch: steps count from 0 again, and waits for something of an earlier one end."""
         with self.changed:
             self._now = _Epoch(epoch)
             self.changed.notify_all()
@@ -79,14 +80,14 @@ class Turns:
                 raise GetTimeoutError(f"A stage waited {timeout_s:g} s for {what}.")  # as a call that hangs, which is tried again
 
     def require(self, epoch: int) -> None:
-        """Raise Superseded unless the epoch is the present one, and well."""
+        """Raise Superseded if the epoch is over or has failed."""
         with self.changed:
             if self._is_over(epoch):
                 raise Superseded
 
     @contextmanager
     def guarded(self, epoch: int) -> Iterator[None]:
-        """Keep what fails for `watch`: whoever began this work does not wait for it."""
+        """Keep an error for `watch`: nobody waits for the end of this work."""
         try:
             yield
         except Superseded:

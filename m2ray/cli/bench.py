@@ -112,6 +112,6 @@ def measure(
 
 
 def shapes_of(batch_tokens: int, longest: int) -> list[tuple[int, int]]:
-    """Two micro-batches of so many tokens: few long sequences, and four times as many shorter ones."""
+    """Two micro-batches of `batch_tokens` tokens: few long sequences, and four times as many shorter ones."""
     length = min(_LONGEST, longest, batch_tokens)
     return list(dict.fromkeys(((batch_tokens // length, length), (batch_tokens // max(1, length // 4), max(1, length // 4)))))

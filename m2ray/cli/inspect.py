@@ -1,42 +1,26 @@
 """`m2ray inspect`: what a run holds, whether it is complete, and what was left out and why."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import click
 from rich.console import Console
 from rich.table import Table
 
-from m2ray.activations.lease import read_holder
-from m2ray.activations.reader import RunReader, open_run
+from m2ray.activations.reading.reader import RunReader, open_run
+from m2ray.activations.writing.lease import read_holder
 from m2ray.cli import Command
 from m2ray.storage import open_store
 
 _SHOWN_ROWS = 20
 
 
-@dataclass(frozen=True)
-class LayerFacts:
-    """One site and layer: its files, their bytes, and the mean L2 norm of its rows (None before any is committed)."""
-
-    site: str
-    layer: int | None
-    files: int
-    num_bytes: int
-    mean_norm: float | None
-
-
 def describe(run: RunReader) -> dict[str, Any]:
     """What inspect shows, as JSON values: the stable keys of `--json`. Reads every committed part once for the norms."""
     job = run.job
-    facts = []
-    for site in run.sites:
-        view = run.site(site)
-        for one in [view.layer(number) for number in view.layer_numbers] or [view]:
-            layer = one.layer_numbers[0] if one.layer_numbers else None
-            norm = one.mean_norm() if run.num_tokens else None
-            facts.append(LayerFacts(site, layer, one.num_files, one.num_bytes, norm))
+    views = [run.site(site) for site in run.sites]
+    parts = [one for view in views for one in ([view.layer(number) for number in view.layer_numbers] or [view])]
     quarantined = run.quarantined.select(["sequence_id", "row_id", "reason"]).to_pylist()
     return {
         "run_id": job.run_id,
@@ -51,8 +35,19 @@ def describe(run: RunReader) -> dict[str, Any]:
         "tokens": {"committed": run.num_tokens, "all": job.counts.tokens},
         "files": run.num_files,
         "num_bytes": run.num_bytes,
-        "layers": [asdict(fact) for fact in facts],
+        "layers": [_part_facts(one) for one in parts],
         "quarantined": quarantined,
+    }
+
+
+def _part_facts(view: RunReader) -> dict[str, Any]:
+    """One site and layer: its files, their bytes, and the mean L2 norm of its rows (None before any is committed)."""
+    return {
+        "site": view.sites[0],
+        "layer": view.layer_numbers[0] if view.layer_numbers else None,
+        "files": view.num_files,
+        "num_bytes": view.num_bytes,
+        "mean_norm": view.mean_norm() if view.num_tokens else None,
     }
 
 

@@ -19,8 +19,8 @@ _SHOWN_NAMES = 5
 
 
 @dataclass(frozen=True)
-class ModelFacts:
-    """A model as far as its folder tells.
+class PlannedModel:
+    """A model, by what its folder says of it.
 
     Attributes:
         config: transformers' configuration.
@@ -37,7 +37,7 @@ class ModelFacts:
     index_bytes: int | None
 
 
-def read_model(url: str, attn_implementation: str, compute_dtype: str) -> ModelFacts:
+def read_model(url: str, attn_implementation: str, compute_dtype: str) -> PlannedModel:
     """The model of a checkpoint folder, of a folder with config.json (and the index) alone, or of a config.json.
 
     Raises:
@@ -54,13 +54,13 @@ def read_model(url: str, attn_implementation: str, compute_dtype: str) -> ModelF
     if not alone and all(store.size(file) is not None for file in files):
         checkpoint = open_checkpoint(url)
         attention = resolve_attn_implementation(checkpoint.config, attn_implementation, DTYPES[compute_dtype])
-        return ModelFacts(checkpoint.config, attention, tensor_table(checkpoint), "headers", index_bytes)
+        return PlannedModel(checkpoint.config, attention, tensor_table(checkpoint), "headers", index_bytes)
     config = parse_config(store.read(config_key))
     table = tensor_table_from_config(config)
     if weight_map:
         _require_all(table, set(weight_map))
     attention = resolve_attn_implementation(config, attn_implementation, DTYPES[compute_dtype])
-    return ModelFacts(config, attention, table, "config", index_bytes)
+    return PlannedModel(config, attention, table, "config", index_bytes)
 
 
 def read_index(store: Store) -> tuple[dict[str, str], int | None]:

@@ -8,9 +8,9 @@ from dataclasses import asdict
 
 import click
 
-from m2ray.activations.commits import reopen
-from m2ray.activations.lease import held
-from m2ray.activations.verify import Checked, Verification, verify
+from m2ray.activations.reading.verify import Verification, verify
+from m2ray.activations.writing.commits import reopen
+from m2ray.activations.writing.lease import held
 from m2ray.cli import Command
 from m2ray.storage import open_store
 
@@ -22,7 +22,9 @@ _SEQUENCES = "sequences/"
 @click.command(cls=Command)
 @click.argument("run", metavar="RUN")
 @click.option("--checksums", is_flag=True, help="Read every byte: xxh3 of each file, and the digest of its tokens.")
-@click.option("--repair", is_flag=True, help="Delete damaged shards, so that the same extract command does them anew. No driver may run.")
+@click.option(
+    "--repair", is_flag=True, help="Delete damaged shards, so that the same extract command extracts them again. No driver may run."
+)
 @click.option("--threads", default=min(16, 2 * (os.cpu_count() or 1)), show_default=True, type=click.IntRange(1), help="Files at a time.")
 @click.option("--json", "as_json", is_flag=True, help="The findings as one JSON object.")
 @click.pass_context
@@ -58,7 +60,7 @@ def _facts(found: Verification, checksums: bool, reopened: list[int]) -> dict[st
         "files": found.files,
         "num_bytes": found.num_bytes,
         "damaged": [asdict(damage) for damage in found.damages],
-        "unnamed": [asdict(file) for file in found.unnamed],
+        "unnamed": [{"key": key, "num_bytes": num_bytes} for key, num_bytes in found.unnamed],
         "reopened_shards": reopened,
     }
 
@@ -73,7 +75,7 @@ def _print(found: Verification, checksums: bool, repair: bool) -> None:
     if found.damaged_shards:
         listed = ", ".join(map(str, found.damaged_shards))
         click.echo(
-            f"Opened again: shards {listed}. Run the same extract command: it does them anew."
+            f"Opened again: shards {listed}. Run the same extract command: it extracts them again."
             if repair
             else f"Shards {listed} can be extracted again: once no driver runs, repeat this with --repair, then run the same extract command."
         )
@@ -84,10 +86,10 @@ def _print(found: Verification, checksums: bool, repair: bool) -> None:
 def _print_unnamed(found: Verification) -> None:
     if not found.unnamed:
         return
-    num_bytes = sum(file.num_bytes for file in found.unnamed)
+    num_bytes = sum(size for _, size in found.unnamed)
     click.echo(f"{len(found.unnamed):,} files with {num_bytes:,} bytes are named by no record, and do not count:")
-    for file in found.unnamed[:_SHOWN_FILES]:
-        click.echo(f"  {file.key}")
+    for key, _ in found.unnamed[:_SHOWN_FILES]:
+        click.echo(f"  {key}")
     if len(found.unnamed) > _SHOWN_FILES:
         click.echo(f"  and {len(found.unnamed) - _SHOWN_FILES:,} more: --json lists all")
     click.echo(
@@ -103,14 +105,13 @@ class _Progress:
     def __init__(self) -> None:
         self._began = self._said = time.monotonic()
 
-    def __call__(self, checked: Checked) -> None:
+    def __call__(self, files: int, all_files: int, num_bytes: int, all_bytes: int) -> None:
         now = time.monotonic()
         if now - self._said < _EVERY_S:
             return
         self._said = now
-        rate = checked.num_bytes / (now - self._began) / 1e6
+        rate = num_bytes / (now - self._began) / 1e6
         click.echo(
-            f"verify: {checked.files:,} of {checked.all_files:,} files, {checked.num_bytes / 1e9:.1f} of {checked.all_bytes / 1e9:.1f} GB, "
-            f"{rate:,.0f} MB/s",
+            f"verify: {files:,} of {all_files:,} files, {num_bytes / 1e9:.1f} of {all_bytes / 1e9:.1f} GB, {rate:,.0f} MB/s",
             err=True,
         )

@@ -14,7 +14,7 @@ TEMP_FREE_SHARE = 0.05
 
 TEMP_FREE_BYTES = 2 << 30
 TAKEN_BYTES = 2 << 30
-"""Memory of a GPU that may be taken without a reason to speak of it: what the driver holds, and a display."""
+"""Memory of a GPU that is normally taken: by the driver, and by a display."""
 
 SLOW_LOAD_S = 3600.0
 

@@ -59,7 +59,7 @@ def require_machine(config: Any, chosen: str, device: torch.device) -> None:
 def avoid_plans_by_shape() -> None:
     """Leave cuDNN out of what torch's sdpa chooses from, in this process.
 
-    It builds a plan for each new number and length of sequences, and of a prompt set nearly every micro-batch is new. FlashAttention has
+    It builds a plan for each new number and length of sequences, and nearly every micro-batch of a prompt set is new. FlashAttention has
     one kernel for all of them.
     """
     torch.backends.cuda.enable_cudnn_sdp(enabled=False)
@@ -70,7 +70,7 @@ def _refusal(config: Any, wanted: str, reason: str) -> ConfigError:
 
 
 def _reasons(config: Any, wanted: str, compute_dtype: torch.dtype) -> Iterator[str]:
-    """Why a family in this dtype cannot, whatever the machine."""
+    """Why a family in this dtype cannot run it, on any machine."""
     if wanted == "eager":
         return
     if wanted not in _SUPPORT:

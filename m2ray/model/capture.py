@@ -74,12 +74,12 @@ class ResidualCapture:
             self._copying[-1].record(self._copy_stream)
 
     def _wait_for_room(self) -> None:
-        """Hold the host back: it runs ahead of the GPU, and rows whose copy is not done keep their memory there."""
+        """Let the host wait: it runs ahead of the GPU, where rows keep their memory until they are copied."""
         while len(self._copying) >= COPYING_LAYERS:
             self._copying.popleft().synchronize()
 
     def _to_host(self, values: torch.Tensor, room: int) -> torch.Tensor:
-        """A copy in pinned memory, which has room for as many rows: sizes that vary little are found again among what torch keeps."""
+        """A copy in pinned memory of `room` rows: torch finds memory that it keeps for sizes that vary little."""
         if self._copy_stream is None:
             return values
         self._copy_stream.wait_stream(torch.cuda.current_stream(values.device))
@@ -121,9 +121,9 @@ class ResidualCapture:
 
 
 def pin_host_memory(num_bytes: int, padded_tokens: int, row_width: int, store_dtype: torch.dtype) -> None:
-    """Take pinned memory for so many bytes of captured rows and leave it to torch, which keeps it for the micro-batches to come.
+    """Take pinned memory for `num_bytes` of captured rows and leave it to torch, which keeps it for the micro-batches to come.
 
-    Pinning takes the system long, and a computation that has to wait for it stands still.
+    Pinning takes long, and the computation would have to wait for it.
 
     Args:
         padded_tokens: of a full micro-batch, whose rows of one layer lie in one piece.

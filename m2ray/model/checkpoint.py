@@ -249,5 +249,5 @@ def tensor_table(checkpoint: Checkpoint) -> TensorTable:
 
 
 def tensor_table_from_config(config: Any) -> TensorTable:
-    """The table as far as config.json tells, without a look at weights or index. See `table_without_weights`."""
+    """The table by config.json alone, without a look at weights or index. See `table_without_weights`."""
     return table_without_weights(config)

@@ -1,4 +1,4 @@
-"""torch.compile of decoder layers, and what it has to be told where it would make a mixture of experts slow."""
+"""torch.compile of decoder layers, and two settings without which a mixture of experts would be slow."""
 
 import inspect
 import warnings
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 _ADVICE = ("TensorFloat32 tensor cores for float32", "Dynamo detected a call to a `functools.lru_cache`")
-"""What torch.compile has to say to whoever wrote the model: nothing for a user of m2ray, whose float32 products stay float32."""
+"""Warnings of torch.compile for authors of models; they say nothing to a user of m2ray, whose float32 products stay float32."""
 
 _OPTIONS: dict[str, Any] = {"unroll_reductions_threshold": 17}
 """Sums of up to 16 terms are written out, as a mixture's over the experts of a token. torch.compile does so below 8 of its own accord,

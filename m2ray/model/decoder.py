@@ -127,7 +127,7 @@ class DecoderSpan:
         if self.span.start > 0:
             for name in self.skeleton.inputs:
                 replaced = self.skeleton.model.get_submodule(name)
-                self.skeleton.model.set_submodule(name, _Absent(adds=isinstance(replaced, nn.Embedding)))
+                self.skeleton.model.set_submodule(name, _Placeholder(adds=isinstance(replaced, nn.Embedding)))
 
     def _inject(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if self._incoming_BTH is None:
@@ -157,10 +157,10 @@ class _SpanDone(Exception):  # noqa: N818 - it carries the result, it is no erro
         self.hidden_BTH = hidden_BTH
 
 
-class _Absent(nn.Module):
-    """Stands for a module in front of the layers whose weights another stage has; what comes of it is replaced.
+class _Placeholder(nn.Module):
+    """In the place of a module before the layers whose weights another stage has. Its output is replaced.
 
-    An embedding becomes nothing to add, a projection or norm hands through.
+    For an embedding it adds nothing; for a projection or a norm it returns its input.
     """
 
     def __init__(self, *, adds: bool) -> None:

@@ -15,13 +15,13 @@ EXTENT_BYTES = 32 * 2**20 - 16
 Half as many bytes make twice as many calls for one interpreter: loading out of the page cache then took 1.4 times as long (16 cores)."""
 
 _MAX_GAP_BYTES = 4096
-"""Of bytes that nobody wants: to read so few along costs less than a read of its own."""
+"""Unwanted bytes between two wanted ones: to read this many costs less than another read."""
 
 Item = TypeVar("Item")
 
 
 class Range(NamedTuple):
-    """Some rows of one checkpoint tensor as they lie in a file. A tuple, as all that planning makes thousands of while lanes wait for it."""
+    """Some rows of one checkpoint tensor as they lie in a file. A tuple, because thousands are made while lanes wait."""
 
     file: str
     offset: int

@@ -31,9 +31,8 @@ def dequantize(weight: torch.Tensor, scale: torch.Tensor, block: Block) -> torch
 
 
 def is_for_kernel(wanted: RowsToLoad, block: Block, device: torch.device) -> bool:
-    """Whether the fused kernel serves: Hopper's FP8 on a GPU that has it, float32 scales, blocks of powers of two, bfloat16 rows.
-
-    And Triton can make it on this machine; the formula serves everywhere, more slowly.
+    """Whether the fused kernel can be used: Hopper's FP8 on a GPU that has it, float32 scales, blocks of powers of two, bfloat16 rows, and
+    a machine on which Triton can make it. Elsewhere the formula is used, which is slower.
     """
     values, scale, into = wanted.values, wanted.scale, wanted.into
     return (

@@ -61,8 +61,8 @@ class _Lane:
         return self._on_gpu
 
 
-class _Plan:
-    """How the values of one call of `Lanes.begin` become weights: the fused kernel's table, and what is left to `fill`."""
+class _Conversions:
+    """How what one call of `Lanes.begin` reads becomes weights: by the fused kernel's table, or by `fill`."""
 
     def __init__(self, block: Block, device: torch.device, scales: Mapping[Range, torch.Tensor], fill: Fill) -> None:
         self._block = block
@@ -72,7 +72,7 @@ class _Plan:
         self._table = KernelTable(block or (1, 1))
 
     def add(self, extent: Extent[RowsToLoad]) -> Callable[[torch.Tensor], None]:
-        """What converts an extent once it lies in a lane's buffer on the GPU."""
+        """A function that converts an extent once it lies in a lane's buffer on the GPU."""
         first, max_blocks = len(self._table), 0
         base = extent.start - _lead(extent)
         others = []
@@ -116,7 +116,7 @@ class Lanes:
         self._compiler = ThreadPoolExecutor(1, thread_name_prefix="compile")
         self._compiled: Future[None] | None = None
         self._reading: list[Future[None]] = []
-        self._plans: list[_Plan] = []  # until the GPU is done: what it uses would be given to others
+        self._conversions: list[_Conversions] = []  # until the GPU is done: what it uses would be given to others
 
     def __enter__(self) -> Self:
         return self
@@ -138,10 +138,10 @@ class Lanes:
         Raises:
             StoreError: reading scales fails.
         """
-        plan = _Plan(block, self._device, self._read_scales(checkpoint, wanted, digests), fill)
-        work = [(extent, plan.add(extent)) for extent in value_extents(wanted)]
-        plan.settle()
-        self._plans.append(plan)
+        conversions = _Conversions(block, self._device, self._read_scales(checkpoint, wanted, digests), fill)
+        work = [(extent, conversions.add(extent)) for extent in value_extents(wanted)]
+        conversions.settle()
+        self._conversions.append(conversions)
         # Other streams use what was allocated and copied here.
         torch.cuda.current_stream(self._device).synchronize()
         self._reading += [self._pool.submit(self._load, checkpoint, extent, digests, convert) for extent, convert in work]
@@ -158,7 +158,7 @@ class Lanes:
             future.result()
             on_extent()
         torch.cuda.synchronize(self._device)
-        self._plans.clear()
+        self._conversions.clear()
 
     def _load(
         self, checkpoint: Checkpoint, extent: Extent[RowsToLoad], digests: WeightDigests, convert: Callable[[torch.Tensor], None]

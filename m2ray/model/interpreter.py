@@ -10,7 +10,7 @@ _SWITCH_S = 2e-4
 
 @contextmanager
 def without_collector() -> Iterator[None]:
-    """Python's collector, called by thousands of small objects, looks through all of torch's and transformers' each time.
+    """Without Python's garbage collector: thousands of small objects call it, and it looks through all of torch's and transformers' each time.
 
     To open MiniMax-M2's 96,103 tensors takes 2.0 s with it and 0.6 s without (2 CPU cores).
     """
@@ -25,9 +25,9 @@ def without_collector() -> Iterator[None]:
 
 @contextmanager
 def quick_switches() -> Iterator[None]:
-    """A reader that comes back from the disk waits until the thread that plans lets go of the interpreter: 5 ms, by Python's default.
+    """With quick switches between threads: a reader that is back from the disk waits up to 5 ms (Python's default) for the thread that plans.
 
-    Sixteen readers beside a busy thread did 0.38 of their work so, and 0.84 with 0.2 ms (2 CPU cores, reads of 8 ms simulated).
+    Sixteen readers beside a busy thread did 0.38 of their work with 5 ms, and 0.84 with 0.2 ms (2 CPU cores, reads of 8 ms simulated).
     """
     interval_s = sys.getswitchinterval()
     sys.setswitchinterval(_SWITCH_S)

@@ -1,6 +1,7 @@
 """Proof that a configuration can be run as m2ray runs it, on a tiny copy of it with random weights.
 
-So far: the model is causal, and a prompt does not feel its company, through transformers alone. A field that nobody listed is found so.
+Two things are proved, by transformers alone: the model is causal, and a prompt's rows do not depend on the prompts beside it. So a field
+of the configuration that breaks one of them is found even if m2ray does not know it.
 """
 
 import json
@@ -37,13 +38,13 @@ _NOT_TINY = (ArithmeticError, AssertionError, AttributeError, ImportError, Looku
 def prove(config: Any) -> None:
     """Try a configuration on a tiny copy of it; what was proved once is remembered in the user's cache folder.
 
-    A family of `families.VERIFIED` that this module cannot make tiny is let in without: tests prove each of them layer by layer.
+    A family of `families.VERIFIED` of which no tiny copy can be made passes without it: tests prove each family layer by layer.
 
     Args:
         config: transformers' configuration, as `parse_config` gives it.
 
     Raises:
-        CheckpointError: a prompt's rows depend on later tokens or on its company; both, if both.
+        CheckpointError: a prompt's rows depend on later tokens, or on the prompts beside it; says which, or both.
     """
     cached = _cache_folder() / _digest(config)
     if cached.exists():
@@ -123,7 +124,7 @@ def _differences(config: Any, rows: dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 
 def _digest(config: Any) -> str:
-    """Of all that the proof rests on, this file included."""
+    """The digest of all that the proof depends on, this file included."""
     digest = xxhash.xxh3_128(Path(__file__).read_bytes())
     digest.update(Path(tiny_copy.__code__.co_filename).read_bytes())
     digest.update(f"{__version__} {torch.__version__} {transformers.__version__}".encode())

@@ -65,7 +65,7 @@ class WeightsInHost:
 
 
 class WeightsOnDisk(WeightsInHost):
-    """The same in a file without a name. It is mapped for loading alone: reading it is faster."""
+    """The same in a file without a name. It is mapped only while the layer is loaded: later, reading is faster."""
 
     def __init__(self, tensors: Sequence[ModelTensor], folder: str) -> None:
         """Raises StageError: the folder cannot be written, or has too little room."""
@@ -100,9 +100,9 @@ class Readers:
     def __init__(self, device: torch.device) -> None:
         self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="offload-read")
         self._on_gpu = device.type == "cuda"
-        self._lanes: SimpleQueue[_Lane] = SimpleQueue()
+        self._lanes: SimpleQueue[_PinnedBuffer] = SimpleQueue()
         for _ in range(READERS if self._on_gpu else 0):
-            self._lanes.put(_Lane())
+            self._lanes.put(_PinnedBuffer())
 
     def read(self, file: int, out: torch.Tensor) -> None:
         """Fill `out`, uint8, with the begin of the file. On a GPU the last copies may still be under way.
@@ -131,7 +131,7 @@ class Readers:
             self._lanes.put(lane)
 
 
-class _Lane:
+class _PinnedBuffer:
     """A pinned buffer, and the event after which it may be filled again."""
 
     def __init__(self) -> None:
@@ -196,7 +196,7 @@ class BroughtLayers:
             self._tensors[place][name].data = view
 
     def _begin_again(self) -> None:
-        """A pass was given up in its midst: what it still computes has the buffers until it is done. What it brings comes first anyway."""
+        """After a pass that was given up: the next copies wait until its computation has left the buffers."""
         if self._stream is not None:
             for used in self._used:
                 used.record(torch.cuda.current_stream(self._stream.device))

@@ -22,10 +22,10 @@ WEIGHTS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 SCALES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu)
 EXTRA_LAYERS = re.compile(r"(?:^|\.)mtp[._]")
 EXTRA_HEADS = re.compile(r"^(?:score|classifier|classification_head|v_head|value_head|reward_head|regression_head|medusa_heads?)\.")
-"""What judges, scores or drafts behind the last layer, by the names that it is saved under."""
+"""Names of heads that judge, score or draft, behind the last layer."""
 
 ACTIVATION_SCALES = re.compile(r"\.(?:activation|input|output|q|k|v)_scale$")
-"""What engines that multiply in FP8 quantise activations and caches with; weights do not need it."""
+"""Scales by which engines that multiply in FP8 quantise activations and caches; weights do not need them."""
 
 SHOWN_PROBLEMS = 20
 
@@ -38,40 +38,20 @@ class MatchedTensor:
     placements: tuple[Placement, ...]
 
 
-@dataclass(frozen=True)
-class Match:
-    """A checkpoint's tensors matched with a model's.
-
-    Attributes:
-        tensors: how each model tensor is made.
-        unread: checkpoint keys that no model tensor is made of, and why: the "head" of tied embeddings, "unused".
-    """
-
-    tensors: tuple[MatchedTensor, ...]
-    unread: Mapping[str, Role]
-
-
-def match_tensors(skeleton: Skeleton, headers: Mapping[str, TensorHeader], span: LayerSpan | None = None) -> Match:
-    """Find every model tensor's checkpoint tensors; of `span` only, if given.
-
-    Raises:
-        CheckpointError: tensors are missing (but for the head's), unknown, of a wrong shape or dtype, or without their FP8 scale; all at once.
-    """
-    unread: dict[str, Role] = {}
-    matched = [each for group in match_by_layer(skeleton, headers, span, unread) for each in group]
-    return Match(tuple(matched), unread)
-
-
 def match_by_layer(
     skeleton: Skeleton, headers: Mapping[str, TensorHeader], span: LayerSpan | None = None, unread: dict[str, Role] | None = None
 ) -> Iterator[list[MatchedTensor]]:
-    """The same a layer at a time, so that the first ones can be read meanwhile; what belongs to no layer comes first.
+    """Find every model tensor's checkpoint tensors, a layer at a time, so that the first can be read while the next are matched.
+
+    Those of no layer come first.
 
     Args:
-        unread: is given the keys that no model tensor is made of, and why.
+        span: the layers that are wanted; all without it.
+        unread: is given the checkpoint keys that no model tensor is made of, and why: the "head" of tied embeddings, "unused".
 
     Raises:
-        CheckpointError: as `match_tensors`, after all that do match.
+        CheckpointError: tensors are missing (but for the head's), unknown, of a wrong shape or dtype, or without their FP8 scale; all at
+            once, after all that do match.
     """
     unread = {} if unread is None else unread
     if not is_fp8(skeleton.config_on_disk) and any(header.dtype in FP8 for header in headers.values()):
@@ -113,17 +93,18 @@ def table_of(skeleton: Skeleton, headers: Mapping[str, TensorHeader]) -> TensorT
     """Every tensor of a checkpoint and of its model, built at bfloat16.
 
     Raises:
-        CheckpointError: as `match_tensors`.
+        CheckpointError: as `match_by_layer`.
     """
-    match = match_tensors(skeleton, headers)
-    rows = [_row(each.tensor, tuple(placement.key for placement in each.placements), disk_bytes(each, headers)) for each in match.tensors]
-    for key, role in match.unread.items():
+    unread: dict[str, Role] = {}
+    matched = [each for layer in match_by_layer(skeleton, headers, unread=unread) for each in layer]
+    rows = [_row(each.tensor, tuple(placement.key for placement in each.placements), disk_bytes(each, headers)) for each in matched]
+    for key, role in unread.items():
         rows.append(TensorRow(key, role, None, headers[key].shape, False, key_bytes(key, headers), (key,)))
     return TensorTable(len(skeleton.layers), skeleton.config.hidden_size, tuple(rows))
 
 
 def table_without_weights(config: Any) -> TensorTable:
-    """The table of a model whose checkpoint is not at hand; disk bytes as far as config.json tells.
+    """The table of a model whose checkpoint is not at hand; disk bytes are what config.json implies.
 
     Tensors have the names of published checkpoints; FP8 takes one byte and a float32 scale a block, what a family keeps in float32 is
     float32 on disk, and everything else has the dtype that config.json names, two bytes if none.
@@ -168,7 +149,7 @@ def _keys_by_layer(skeleton: Skeleton, headers: Mapping[str, TensorHeader], span
 
 
 def _unread_reason(skeleton: Skeleton, name: str) -> Role | None:
-    """Why no model tensor is made of what is called so, if that is as it should be."""
+    """Why the model needs no tensor of this name; None if it is not known to be unneeded."""
     if name in skeleton.tied:
         return "head"
     return "unused" if name not in skeleton.tensors and _is_unused(skeleton, name) else None

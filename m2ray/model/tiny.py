@@ -42,8 +42,8 @@ def tiny_copy(config: Any) -> Any:
 
 
 def kept_layers(config: Any) -> list[int]:
-    """Numbers of the layers that a tiny copy keeps: the first ones, as far as a rule in numbers reaches, and every later one that is the
-    first of its kind to follow the one before it.
+    """Numbers of the layers that a tiny copy keeps: the first ones, two more than the largest number by which a rule of the
+    configuration counts layers (an interval, the first dense ones), and every later one whose kind follows the kind before it for the first time.
     """
     lists = _layer_lists(config)
     kinds = [tuple(str(values[layer]) for values in lists.values()) for layer in range(config.num_hidden_layers)]

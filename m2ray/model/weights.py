@@ -21,7 +21,7 @@ from m2ray.model.extents import Range, RowsToLoad
 from m2ray.model.families import fp8_block
 from m2ray.model.fp8 import Block, dequantize
 from m2ray.model.gpu_loading import Lanes
-from m2ray.model.tensors import FP8, SCALE, MatchedTensor, disk_bytes, match_by_layer, match_tensors
+from m2ray.model.tensors import FP8, SCALE, MatchedTensor, disk_bytes, match_by_layer
 
 OnBytes = Callable[[int, int], None]
 
@@ -35,7 +35,7 @@ The layers' digests rest on it: with another number no run that began before can
 
 
 class Loaded(NamedTuple):
-    """What was loaded of a span.
+    """What `load_weights` has loaded.
 
     Attributes:
         needed_bytes: checkpoint bytes of its tensors, scales included.
@@ -44,14 +44,6 @@ class Loaded(NamedTuple):
 
     needed_bytes: int
     digests: Mapping[int | None, str]
-
-
-class _Piece(NamedTuple):
-    """Some rows of one checkpoint tensor, and the part of a model tensor that they fill."""
-
-    key: str
-    rows: slice | None
-    into: torch.Tensor
 
 
 def load_weights(checkpoint: Checkpoint, decoder: DecoderSpan, on_bytes: OnBytes, lanes: Lanes | None = None) -> Loaded:
@@ -70,7 +62,7 @@ def load_weights(checkpoint: Checkpoint, decoder: DecoderSpan, on_bytes: OnBytes
     if lanes is not None:
         needed_bytes = _load_by_lanes(checkpoint, decoder, block, digests, on_bytes, lanes)
     else:
-        matched = match_tensors(decoder.skeleton, checkpoint.headers, decoder.span).tensors
+        matched = [each for layer in match_by_layer(decoder.skeleton, checkpoint.headers, decoder.span) for each in layer]
         digests.expect(matched)
         needed_bytes = sum(disk_bytes(each, checkpoint.headers) for each in matched)
         on_bytes(checkpoint.bytes_read, needed_bytes)
@@ -95,14 +87,13 @@ def _load_by_lanes(
     for matched in match_by_layer(decoder.skeleton, checkpoint.headers, decoder.span):
         needed_bytes += sum(disk_bytes(each, checkpoint.headers) for each in matched)
         digests.expect(matched)
-        wanted = [_wanted(checkpoint, piece, block) for piece in _pieces(checkpoint, decoder, matched, block)]
-        lanes.begin(checkpoint, wanted, block, digests, fill)
+        lanes.begin(checkpoint, list(_pieces(checkpoint, decoder, matched, block)), block, digests, fill)
     lanes.finish(lambda: on_bytes(checkpoint.bytes_read, needed_bytes))
     return needed_bytes
 
 
 def _load_pieces(
-    checkpoint: Checkpoint, pieces: Iterable[_Piece], block: Block, digests: WeightDigests, on_piece: Callable[[], None]
+    checkpoint: Checkpoint, pieces: Iterable[RowsToLoad], block: Block, digests: WeightDigests, on_piece: Callable[[], None]
 ) -> None:
     """Read and convert on the CPU, a few pieces at a time."""
     with ThreadPoolExecutor(THREADS, thread_name_prefix="load") as pool:
@@ -112,18 +103,18 @@ def _load_pieces(
                 if len(waiting) == 2 * THREADS:
                     waiting.popleft().result()
                     on_piece()
-                waiting.append(pool.submit(_load, checkpoint, _wanted(checkpoint, piece, block), block, digests))
+                waiting.append(pool.submit(_load, checkpoint, piece, block, digests))
             for future in waiting:
                 future.result()
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def _wanted(checkpoint: Checkpoint, piece: _Piece, block: Block) -> RowsToLoad:
-    """Where a piece's bytes lie, and those of its scales."""
-    is_fp8 = checkpoint.headers[piece.key].dtype in FP8
-    scale = _range(checkpoint, piece.key + SCALE, _scale_rows(piece, block)) if is_fp8 else None
-    return RowsToLoad(piece.key, _range(checkpoint, piece.key, piece.rows), scale, piece.into)
+def _piece(checkpoint: Checkpoint, key: str, rows: slice | None, into: torch.Tensor, block: Block) -> RowsToLoad:
+    """Where some rows of a checkpoint tensor lie, all without `rows`, and where their scales do."""
+    is_fp8 = checkpoint.headers[key].dtype in FP8
+    scale = _range(checkpoint, key + SCALE, _scale_rows(rows, into, block)) if is_fp8 else None
+    return RowsToLoad(key, _range(checkpoint, key, rows), scale, into)
 
 
 def _range(checkpoint: Checkpoint, key: str, rows: slice | None) -> Range:
@@ -137,7 +128,7 @@ def _range(checkpoint: Checkpoint, key: str, rows: slice | None) -> Range:
     return Range(header.file, offset, prod(shape) * header.dtype.itemsize, header.dtype, tuple(shape))
 
 
-def _pieces(checkpoint: Checkpoint, decoder: DecoderSpan, matched: Iterable[MatchedTensor], block: Block) -> Iterator[_Piece]:
+def _pieces(checkpoint: Checkpoint, decoder: DecoderSpan, matched: Iterable[MatchedTensor], block: Block) -> Iterator[RowsToLoad]:
     """Allocate one model tensor after the other and cut what fills it into pieces."""
     for each in matched:
         values = decoder.allocate(each.tensor)
@@ -156,16 +147,17 @@ def assign(model: nn.Module, name: str, values: torch.Tensor) -> None:
         module.register_buffer(leaf, values)
 
 
-def _cut(checkpoint: Checkpoint, placement: Placement, into: torch.Tensor, block: Block) -> Iterable[_Piece]:
+def _cut(checkpoint: Checkpoint, placement: Placement, into: torch.Tensor, block: Block) -> Iterable[RowsToLoad]:
     """Pieces of at most PIECE_BYTES where rows allow it; FP8 rows are cut between blocks."""
     header = checkpoint.headers[placement.key]
     if header.num_bytes <= PIECE_BYTES or into.dim() == 0:
-        return [_Piece(placement.key, None, into)]
+        return [_piece(checkpoint, placement.key, None, into, block)]
     num_rows = into.shape[0]
     step = max(1, PIECE_BYTES * num_rows // header.num_bytes)
     if header.dtype in FP8 and into.dim() == 2 and block is not None:
         step = max(block[0], step // block[0] * block[0])
-    return [_Piece(placement.key, slice(start, start + step), into[start : start + step]) for start in range(0, num_rows, step)]
+    cuts = [slice(start, start + step) for start in range(0, num_rows, step)]
+    return [_piece(checkpoint, placement.key, rows, into[rows], block) for rows in cuts]
 
 
 def _load(checkpoint: Checkpoint, wanted: RowsToLoad, block: Block, digests: WeightDigests) -> None:
@@ -198,11 +190,11 @@ def _convert(key: str, values: torch.Tensor, into: torch.Tensor) -> None:
         into.copy_(converted)
 
 
-def _scale_rows(piece: _Piece, block: Block) -> slice | None:
+def _scale_rows(rows: slice | None, into: torch.Tensor, block: Block) -> slice | None:
     """The rows of a piece's scales: of the same experts for three axes, of its row blocks for two."""
-    if piece.rows is None or block is None or piece.into.dim() == 3:
-        return None if block is None else piece.rows
-    return slice(piece.rows.start // block[0], -(-piece.rows.stop // block[0]))
+    if rows is None or block is None or into.dim() == 3:
+        return None if block is None else rows
+    return slice(rows.start // block[0], -(-rows.stop // block[0]))
 
 
 def parameter_bytes(decoder: DecoderSpan) -> int:

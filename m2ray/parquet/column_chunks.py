@@ -52,7 +52,7 @@ class ColumnChunk:
     column_index: bytes = b""
 
     def moved(self, num_bytes: int) -> "ColumnChunk":
-        """The same bytes, so much further on in a file."""
+        """The same bytes, further on in a file."""
         offsets = {name: value + num_bytes for name, value in self.meta_data.items() if name.endswith("_page_offset")}
         return replace(self, meta_data=self.meta_data | offsets, pages=self.pages + np.array((num_bytes, 0, 0)))
 

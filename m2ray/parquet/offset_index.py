@@ -47,7 +47,7 @@ def decode(data: bytes | bytearray | memoryview) -> PageLocations:
 
 
 def _list_head(count: int) -> bytes:
-    """Field 1, a list of so many structs."""
+    """The head of field 1, a list of `count` structs."""
     if count < 15:
         return bytes([0x19, count << 4 | 0x0C])
     head = bytearray([0x19, 0xFC])

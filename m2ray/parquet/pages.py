@@ -116,7 +116,7 @@ class ColumnPages:
 
     @property
     def is_read_by_page(self) -> bool:
-        """Whether a page is read as a whole whatever is wanted of it."""
+        """Whether a page is always read as a whole."""
         return self.is_compressed or self._check
 
     @property
@@ -192,5 +192,5 @@ class ColumnPages:
 
 
 def scratch_values(purpose: str, num_values: int, value_bytes: int) -> Values:
-    """Room for so many values, this thread's until it asks for the same purpose again."""
+    """Memory for `num_values` values, this thread's until it asks for the same purpose again."""
     return np.frombuffer(scratch(purpose, num_values * value_bytes), np.uint8).reshape(-1, value_bytes)

@@ -16,12 +16,12 @@ FIXED_TOKENS = 1_700
 def best_batch_tokens(most_tokens: int, stats_at: Callable[[int], PromptStats], num_stages: int, replicas: int = 1) -> int:
     """The quickest of `most_tokens`, its half, its quarter and so on down to 2,048; of equal ones the largest.
 
-    A smaller micro-batch pads less and fills the chain sooner, and pays more often what each costs. So many prompts get the largest,
+    A smaller micro-batch pads less and fills the chain sooner, and pays more often what each costs. Hence many prompts get the largest,
     and a few prompts over many stages a smaller one.
 
     Args:
         most_tokens: what memory has room for.
-        stats_at: the prompts, cut into micro-batches of so many padded tokens.
+        stats_at: from the padded tokens of a micro-batch to what the prompts come to in such micro-batches.
         num_stages: of a chain.
         replicas: chains that share the prompts.
     """

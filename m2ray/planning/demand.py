@@ -19,14 +19,14 @@ from m2ray.planning.memory import (
     span_rows,
 )
 from m2ray.planning.output import ITEMSIZE_BYTES, row_bytes
-from m2ray.planning.partition import DeviceMap, DeviceSpan, partition, short_by_bytes
+from m2ray.planning.partition import DeviceMap, partition, short_by_bytes
 from m2ray.planning.profile import Profile
 from m2ray.sites import parts_of_span
 
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What a plan takes to be so of the world around the run; None where nothing is known.
+    """What a plan assumes of the world around the run; None where nothing is known.
 
     Attributes:
         longest_tokens: of one sequence; where it is not known, one may be as long as a micro-batch.
@@ -97,7 +97,7 @@ class Demand:
         return span_rows(self.table, span, with_final_norm=self.with_final_norm)
 
     def bytes_in(self, residency: Mapping[int, Residency], place: Residency) -> int:
-        """The weights of the layers that live there."""
+        """Bytes of the weights of the layers that live in `place`."""
         return sum(self._costs[0][layer] for layer, where in residency.items() if where == place)
 
     def parts(self, span: LayerSpan) -> tuple[PartSpec, ...]:
@@ -113,10 +113,10 @@ class Demand:
         short = short_by_bytes(*self._costs, self._caps_bytes(devices))
         if not short or self.options.offload == "none":
             return short
-        return sum(self._too_much_bytes(held.span, devices[held.device]) for held in self.split(devices))
+        return sum(self._too_much_bytes(span, devices[place]) for place, span in self.split(devices).items())
 
-    def split(self, devices: Sequence[Device]) -> tuple[DeviceSpan, ...]:
-        """Deal the layers out over one chain's devices. Raises ClusterError where `short_bytes` is not 0."""
+    def split(self, devices: Sequence[Device]) -> dict[int, LayerSpan]:
+        """Deal the layers out over one chain's devices: the span of each that gets some, by its place. Raises ClusterError where `short_bytes` is not 0."""
         options = self.options
         device_map = "sequential" if options.device_map.startswith("cuda:") else cast("DeviceMap", options.device_map)
         # A GPU may stay free, but a number of stages that was asked for is one of stages with layers.
@@ -144,7 +144,7 @@ class Demand:
         return self._span_bytes(LayerSpan(span.start, stop)) <= room_bytes
 
     def _too_much_bytes(self, span: LayerSpan, device: Device) -> int:
-        """What an offloading device lacks for the least that it must hold: its buffers, and what is no layer."""
+        """What a device lacks for the least that it must hold where layers live elsewhere: buffers, and weights of no layer."""
         (cap_bytes,) = self._caps_bytes([device])
         layers, _, _ = self._costs
         least_bytes = self.buffers_bytes(span) + self._span_bytes(span) - sum(layers[span.start : span.stop])

@@ -9,7 +9,7 @@ from m2ray.errors import ConfigError, raise_all
 _MIB = 2**20
 
 MOST_GPUS = 4096
-"""That are planned for by name: a slip of the finger is refused, not counted through."""
+"""In `--gpus`, at most: a mistyped number is refused at once."""
 
 FLASH_PACKAGE = "flash-attn"
 """Without it on a node `attn_implementation = "flash_attention_2"` cannot run there."""
@@ -59,8 +59,8 @@ class Node:
     """One machine; None where it is not known. "free" is at the time of the probe.
 
     `shm_bytes` is /dev/shm's size, `disk_free_bytes` what the probed folder's file system has left, and `disk_in_memory` whether that
-    is one in memory (tmpfs). `versions` maps python, m2ray,
-    ray, torch, flash-attn, cuda, nccl and driver, where they are there, to their versions.
+    is one in memory (tmpfs). `versions` maps python, m2ray, ray, torch, flash-attn, cuda, nccl and driver, where they are there, to their
+    versions.
     """
 
     name: str

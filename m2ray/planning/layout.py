@@ -30,7 +30,7 @@ def render(plan: Plan) -> RenderableType:
 
 
 def size(num_bytes: float) -> str:
-    """Bytes for people: "457.4 GB" (10^9), short of rounding never wrong by more than its last digit."""
+    """Bytes for people: "457.4 GB" (10^9), rounded to a tenth of its unit."""
     for unit_bytes, unit in _UNITS:
         if abs(num_bytes) >= unit_bytes:
             return f"{num_bytes / unit_bytes:.1f} {unit}"
@@ -180,9 +180,9 @@ def _output_lines(plan: Plan) -> Iterator[str]:
         return
     yield ""
     yield f"output   {prompts.tokens:,} tokens of {prompts.sequences:,} prompts; padding {prompts.padding_waste:.1%}"
-    sizes = sorted({part.num_bytes for part in output.by_part})
+    sizes = sorted(set(output.by_part.values()))
     each = size(sizes[0]) if len(sizes) == 1 else f"{size(sizes[0])} to {size(sizes[-1])}"
-    yield f"         {len(output.by_part)} sites and layers of {each} in {output.by_part[0].files:,} files each"
+    yield f"         {len(output.by_part)} sites and layers of {each} in {prompts.shards:,} files each"
     yield f"         {output.num_bytes:,} bytes in {output.files:,} files; with records {size(output.disk_bytes)}"
     if output.cost_a_month is not None:
         yield f"         {_amount(output.cost_a_month)} a month at {plan.demand.assumed.price_per_gb_month:g} a GB"
@@ -205,7 +205,7 @@ def _rate_lines(plan: Plan) -> Iterator[str]:
 
 
 def _amount(money: float) -> str:
-    """Cents, and where there are none two digits."""
+    """An amount of money to the cent; below a cent, with two digits."""
     return f"{money:,.2f}" if money >= 0.01 else f"{money:.2g}"
 
 

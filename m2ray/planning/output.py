@@ -7,15 +7,15 @@ from m2ray.batches import PartSpec, PromptStats
 
 ITEMSIZE_BYTES: Mapping[str, int] = {"bfloat16": 2, "float16": 2, "float32": 4}
 
-IDS_BYTES_A_ROW = 4.2
+IDS_BYTES_A_ROW = 4.4
 """sequence_id, position and token_id of one row. 16 bytes in memory; encoded between 3.4 (tokens as frequent as in
-natural text) and 6.5 (all token ids equally frequent), as measured on parts of the writer."""
+natural text) and 6.7 (all token ids equally frequent), as measured on parts of the writer with the headers of their pages."""
 
 PLANES_SHARE: Mapping[str, float] = {"bfloat16": 0.71, "float16": 0.87}
-"""Of a row's bytes, what is left of it in planes. It depends on the rows: 0.66 to 0.75 and 0.84 to 0.93 were seen, and the values here are
+"""The share of a row's bytes that planes take. It depends on the rows: 0.66 to 0.75 and 0.84 to 0.93 were seen, and the values here are
 those of rows whose elements' scales differ as widely as those of a residual stream (log-normal, sigma 1)."""
 
-BYTES_A_ROW_GROUP = 500
+BYTES_A_ROW_GROUP = 560
 """Page headers, dictionaries' headers and the footer's entry: measured. A micro-batch is one row group."""
 
 BYTES_A_PART = 2_300
@@ -29,27 +29,17 @@ RECORD_BYTES_A_SEQUENCE = 80
 
 
 @dataclass(frozen=True)
-class PartBytes:
-    """All parts of one site and layer together."""
-
-    site: str
-    layer: int | None
-    files: int
-    num_bytes: int
-
-
-@dataclass(frozen=True)
 class OutputPlan:
     """What the run folder will hold.
 
     Attributes:
-        by_part: site by site and layer by layer.
+        by_part: bytes of all parts of each site and layer; each has a file a shard.
         files, num_bytes: of all parts.
         disk_bytes: parts and records: what the disk or bucket needs.
         cost_a_month: of `disk_bytes` at the stated price per GB (10^9 bytes) and month; None where none was stated.
     """
 
-    by_part: tuple[PartBytes, ...]
+    by_part: Mapping[PartSpec, int]
     files: int
     num_bytes: int
     disk_bytes: int
@@ -73,14 +63,8 @@ def part_bytes(spec: PartSpec, rows: int, row_groups: int, files: int = 1, compr
 
 def plan_output(parts: Sequence[PartSpec], prompts: PromptStats, price_per_gb_month: float | None, compression: str = "none") -> OutputPlan:
     """The output of these parts for these prompts."""
-    by_part = tuple(
-        PartBytes(
-            spec.site, spec.layer, prompts.shards, part_bytes(spec, prompts.tokens, prompts.micro_batches, prompts.shards, compression)
-        )
-        for spec in parts
-    )
-    num_bytes = sum(part.num_bytes for part in by_part)
-    files = sum(part.files for part in by_part)
+    by_part = {spec: part_bytes(spec, prompts.tokens, prompts.micro_batches, prompts.shards, compression) for spec in parts}
+    num_bytes, files = sum(by_part.values()), len(parts) * prompts.shards
     disk_bytes = num_bytes + files * RECORD_BYTES_A_PART + prompts.sequences * RECORD_BYTES_A_SEQUENCE
     return OutputPlan(
         by_part=by_part,

@@ -2,7 +2,6 @@
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 from typing import Literal
 
@@ -13,15 +12,6 @@ DeviceMap = Literal["auto", "balanced", "balanced_low_0", "sequential"]
 """How layers are dealt out. "cuda:0" is "sequential" over one device: a caller hands over that device alone."""
 
 
-@dataclass(frozen=True)
-class DeviceSpan:
-    """The layers of one device: `device` is its place in the caps given, `num_bytes` the weights that it holds."""
-
-    device: int
-    span: LayerSpan
-    num_bytes: int
-
-
 def partition(
     layer_bytes: Sequence[int],
     first_bytes: int,
@@ -29,7 +19,7 @@ def partition(
     caps_bytes: Sequence[int | None],
     device_map: DeviceMap = "auto",
     least_first: int = 0,
-) -> tuple[DeviceSpan, ...]:
+) -> dict[int, LayerSpan]:
     """Deal the layers out over devices in order: contiguous, all of them, none twice, no device above its cap.
 
     `auto` and `balanced` make the fullest device as little full as the caps allow, and among the splits that do, take the
@@ -46,7 +36,7 @@ def partition(
         least_first: layers that `balanced_low_0` leaves device 0 at least, 0 or 1, if it has room for one.
 
     Returns:
-        The devices that hold layers, in order.
+        The layers of each device that holds some, by its place in `caps_bytes`, in order.
 
     Raises:
         ConfigError: there are more devices to balance over than layers.
@@ -72,7 +62,7 @@ def partition(
         cuts = _balance(costs, caps_bytes)
     starts = [0, *cuts[:-1]]
     spans = zip(starts, cuts, strict=True)
-    return tuple(DeviceSpan(device, LayerSpan(a, b), sum(costs[a:b])) for device, (a, b) in enumerate(spans) if a < b)
+    return {device: LayerSpan(start, stop) for device, (start, stop) in enumerate(spans) if start < stop}
 
 
 def short_by_bytes(layer_bytes: Sequence[int], first_bytes: int, last_bytes: int, caps_bytes: Sequence[int | None]) -> int:
@@ -97,7 +87,7 @@ def _with_ends(layer_bytes: Sequence[int], first_bytes: int, last_bytes: int) ->
 
 
 def _fill(costs: Sequence[int], caps_bytes: Sequence[int | None]) -> list[int]:
-    """Where each device's layers end when each takes all that it can; the last end is short of the layers if they do not fit."""
+    """Where each device's layers end if each takes all that it can; if the layers do not fit, the last end is below their number."""
     cuts, layer = [], 0
     for cap_bytes in caps_bytes:
         held_bytes = 0

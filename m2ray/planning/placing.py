@@ -62,7 +62,7 @@ class Placing:
 
 
 def place_all(demand: Demand, cluster: Cluster, chains: Sequence[Sequence[Device]], prompts: PromptStats | None) -> Placing:
-    """Deal a model out over its chains, what finds no room on GPUs over hosts and disks, and count what each holds."""
+    """Deal the layers out over the chains, those without room on a GPU over hosts and disks, and count what each device holds."""
     options = demand.options
     short_bytes = sum(demand.short_bytes(chain) for chain in chains)
     placed = () if short_bytes else tuple(each for replica, chain in enumerate(chains) for each in _place(demand, replica, chain))
@@ -77,8 +77,8 @@ def place_all(demand: Demand, cluster: Cluster, chains: Sequence[Sequence[Device
 
 def _place(demand: Demand, replica: int, chain: Sequence[Device]) -> Iterator[DevicePlan]:
     size = demand.options.gpus_per_stage if chain[0].gpu else 1
-    for held in demand.split(chain):
-        yield DevicePlan(replica, held.device // size, held.device, chain[held.device], held.span)
+    for place, span in demand.split(chain).items():
+        yield DevicePlan(replica, place // size, place, chain[place], span)
 
 
 def _with_residency(demand: Demand, cluster: Cluster, placed: Sequence[DevicePlan]) -> tuple[DevicePlan, ...]:

@@ -138,7 +138,7 @@ def _require_attention(demand: Demand, chains: Sequence[Sequence[Device]]) -> No
 
 
 def _require_disks(cluster: Cluster, placing: Placing) -> None:
-    """Raise ConfigError, all at once, for nodes that would keep layers on a disk that is none: they would take the memory planned for others."""
+    """Raise ConfigError, all at once, for nodes whose disk for layers lies in memory: it would take what is planned for others."""
     raise_all(
         [
             ConfigError(

@@ -131,7 +131,7 @@ def _computed_tokens_per_s(demand: Demand, placed: Sequence[DevicePlan], padding
 
 
 def _operations_per_s(demand: Demand, placed: DevicePlan) -> float | None:
-    """As measured, or as the GPU's name lets expect."""
+    """As measured, or estimated by the GPU's name."""
     compiled = demand.options.compile
     if demand.assumed.profile:
         return demand.assumed.profile.operations_per_s(compiled=compiled)

@@ -48,7 +48,7 @@ def _fits(changed: Callable[[Any], Layout], value: Any) -> bool:
 
 
 def _first(candidates: Sequence[Any], fits: Callable[[Any], bool]) -> Any:
-    """The first that fits, or None. Where one in a range fits all behind it do, so a range is halved."""
+    """The first that fits, or None. In a range, all values after one that fits do, so it is found by halving."""
     if isinstance(candidates, range):
         number = bisect_left(candidates, x=True, key=fits)
         return candidates[number] if number < len(candidates) else None

@@ -55,7 +55,11 @@ def _output(plan: Plan) -> dict[str, Any] | None:
     if plan.output is None or plan.prompts is None:
         return None
     prompts = {name: getattr(plan.prompts, name) for name in ("sequences", "tokens", "padding_waste")}
-    return {**prompts, **asdict(plan.output), "by_part": [asdict(part) for part in plan.output.by_part]}
+    by_part = [
+        {"site": part.site, "layer": part.layer, "files": plan.prompts.shards, "num_bytes": num_bytes}
+        for part, num_bytes in plan.output.by_part.items()
+    ]
+    return {**prompts, **vars(plan.output), "by_part": by_part}
 
 
 def _cluster(cluster: Cluster) -> list[dict[str, Any]]:

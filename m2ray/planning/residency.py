@@ -45,6 +45,6 @@ def with_disk(demand: Demand, placed: Sequence[DevicePlan], node: Node, taken_by
 
 
 def layers_in(residency: Mapping[int, Residency], *places: Residency) -> LayerSpan | None:
-    """The run of layers that live there; None for none."""
+    """The span of layers that live in one of these places; None for none."""
     layers = [layer for layer, place in residency.items() if place in places]
     return LayerSpan(min(layers), max(layers) + 1) if layers else None

@@ -19,7 +19,7 @@ from m2ray.sizes import parse_bytes, parse_max_memory
 AUTO_SHARD_TOKENS = 32_768
 
 StatsAt = Callable[[int], PromptStats]
-"""The prompts, cut into micro-batches of at most so many padded tokens."""
+"""From the most padded tokens of a micro-batch to what the prompts come to in such micro-batches."""
 
 
 def resolve(

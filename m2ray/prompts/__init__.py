@@ -5,14 +5,13 @@ from m2ray.prompts.rows import PromptRow
 from m2ray.prompts.shards import ShardTable, batching, estimated_batching, micro_batches
 from m2ray.prompts.sources import PromptSource
 from m2ray.prompts.spool import TokenSpool
-from m2ray.prompts.surveying import Quarantined, Survey, survey
+from m2ray.prompts.surveying import Survey, survey
 from m2ray.prompts.tokenize import PromptTokenizer
 
 __all__ = [
     "PromptRow",
     "PromptSource",
     "PromptTokenizer",
-    "Quarantined",
     "ShardTable",
     "Survey",
     "TokenSpool",

@@ -92,7 +92,7 @@ def _text(tokenizer: Any) -> str | None:
 
 @contextmanager
 def _telling(now: datetime) -> Iterator[None]:
-    """The strftime_now of transformers asks its own module's `datetime` for the time, and there is no other way to tell it one."""
+    """Tell templates another time: strftime_now of transformers asks the `datetime` of its own module for it, and can be told nowhere else."""
     real = chat_template_utils.datetime
     chat_template_utils.datetime = SimpleNamespace(now=lambda: now)
     try:

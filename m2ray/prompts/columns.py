@@ -80,7 +80,7 @@ def _refuse_options_of_chats(kind: Kind, options: PromptOptions) -> None:
 def absent_columns(file: PromptFile, present: FileColumns, columns: Columns, options: PromptOptions) -> list[PromptsError]:
     """What a file lacks of the columns that were chosen and named.
 
-    One that shows no columns has no row to tell from: there is none, or they are quarantined one by one.
+    A file that shows no columns has no rows, or rows that are quarantined one by one.
     """
     needed = {"id_column": columns.row_id, "tools_column": options.tools_column}
     if present is None:

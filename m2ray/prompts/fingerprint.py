@@ -52,7 +52,7 @@ class Fingerprint:
         with _opened(file) as data:
             num_bytes = self._begin(file, data)
             through = copy(file)
-            through.path = cast("Path", _OpenPath(file.path, _Passing(data, self._digest)))
+            through.path = cast("Path", _OpenPath(file.path, _HashingReader(data, self._digest)))
             yield through
             self._take_rest(data)  # what follows the last record, such as padding behind a gzip member
             if data.tell() != num_bytes:
@@ -74,7 +74,7 @@ class Fingerprint:
             self._digest.update(piece)
 
 
-class _Passing(io.RawIOBase):
+class _HashingReader(io.RawIOBase):
     """An open file whose bytes are hashed as they are read. Closing it leaves the file open."""
 
     def __init__(self, data: IO[bytes], digest: xxhash.xxh3_128) -> None:
@@ -96,7 +96,7 @@ class _Passing(io.RawIOBase):
 class _OpenPath:
     """The path of a file that is open already, with as much of Path as a format that is read in order takes."""
 
-    def __init__(self, path: Path | RemotePath, data: _Passing) -> None:
+    def __init__(self, path: Path | RemotePath, data: _HashingReader) -> None:
         self.suffix = path.suffix
         self._name = str(path)
         self._data = data

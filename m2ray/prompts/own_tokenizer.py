@@ -1,4 +1,4 @@
-"""The tokenizer that tokenizer.json describes, where transformers hands out another.
+"""The tokenizer that tokenizer.json describes, where transformers makes another one.
 
 Some of transformers' classes (LlamaTokenizerFast, Qwen2Tokenizer, GPT2Tokenizer, CohereTokenizer ...) take the vocabulary of tokenizer.json
 and put a normalizer and a pre-tokenizer of their own before it; which classes do, changes with its version.
@@ -32,7 +32,7 @@ _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token"
 
 
 def own_tokenizer(folder: Path) -> Any:
-    """The tokenizer that transformers hands out for a model's folder, or tokenizer.json as it is, where the two would give other tokens.
+    """The tokenizer that transformers makes of a model's folder, or tokenizer.json as it is where the two give different tokens.
 
     Chat template and special tokens are those of the folder's other files and of the class that transformers chose, either way.
 
@@ -81,7 +81,7 @@ def _read(path: Path) -> Tokenizer:
 
 
 def _handed(folder: Path) -> Any | None:
-    """What transformers makes of the folder; None where its class does not find a token that it takes for granted."""
+    """What transformers makes of the folder; None where its class lacks a token that it needs."""
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:
@@ -97,7 +97,7 @@ def _settings(folder: Path) -> dict[str, Any]:
 
 
 def _differences(tokenizer: Any, own: Tokenizer) -> list[str]:
-    """What of transformers' tokenizer is not as in tokenizer.json; tokens that tokenizer_config.json adds are no difference."""
+    """What transformers' tokenizer does otherwise than tokenizer.json; tokens that tokenizer_config.json adds are no difference."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if not isinstance(backend, Tokenizer):
         return [f"{type(tokenizer).__name__} does not read it"]

@@ -27,23 +27,11 @@ _KINDS_OF_REASONS = 1000
 
 
 @dataclass(frozen=True)
-class Quarantined:
-    """A row that is not extracted, and why."""
-
-    sequence_id: int
-    row_id: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"row {self.row_id} (place {self.sequence_id}): {self.reason}"
-
-
-@dataclass(frozen=True)
 class Survey:
-    """What the survey found. `num_sequences` = `num_ready` + `num_quarantined`; `first_quarantined` is a sample.
+    """What the survey found. `num_sequences` = `num_ready` + `num_quarantined`; `first_quarantined` are lines on the first few.
 
-    `fingerprint` is that of the bytes that were read, as PromptSource.fingerprint takes it of files that nobody reads. `tokens` is
-    open: close it once the extraction is done.
+    `fingerprint` is of the bytes that were read; PromptSource.fingerprint gives the same for the same files. `tokens` is open: close it
+    once the extraction is done.
     """
 
     shards: ShardTable
@@ -51,7 +39,7 @@ class Survey:
     num_ready: int
     num_quarantined: int
     num_tokens: int
-    first_quarantined: tuple[Quarantined, ...]
+    first_quarantined: tuple[str, ...]
     sequence_files: tuple[SequenceFile, ...]
     fingerprint: str
     tokens: TokenSpool
@@ -94,7 +82,7 @@ def survey(
     tokens, fingerprint = TokenSpool(), Fingerprint()
     try:
         with SequencesWriter(store, attempt) as writer:
-            survey_pass = _Pass(writer, tokens, shard_tokens)
+            survey_pass = _SurveyPass(writer, tokens, shard_tokens)
             for rows in row_batches(source.rows(fingerprint)):
                 survey_pass.add(rows, tokenizer.encode(rows))
                 if on_progress is not None:
@@ -164,7 +152,7 @@ class _Window:
         return [(sequence_ids[places], token_counts[places]) for places in shards]
 
 
-class _Pass:
+class _SurveyPass:
     """The survey on its way through the rows."""
 
     def __init__(self, writer: SequencesWriter, tokens: TokenSpool, shard_tokens: int) -> None:
@@ -173,7 +161,7 @@ class _Pass:
         self._tokens = tokens
         self._shard_tokens = shard_tokens
         self._shards: list[tuple[Int64Array, Int32Array]] = []
-        self._sample: list[Quarantined] = []
+        self._sample: list[str] = []
         self._reasons: Counter[str] = Counter()
         self._window = _Window(first_id=0)
 
@@ -184,7 +172,7 @@ class _Pass:
                 self._window.add(row.row_id, None, 0, encoded)
                 self._count(encoded)
                 if len(self._sample) < _SHOWN_REASONS:
-                    self._sample.append(Quarantined(row.sequence_id, row.row_id, encoded))
+                    self._sample.append(f"row {row.row_id} (place {row.sequence_id}): {encoded}")
             else:
                 self._window.add(row.row_id, prompt_digest(encoded), len(encoded), None)
                 self._tokens.append(row.sequence_id, encoded)

@@ -14,7 +14,7 @@ from m2ray.storage.address import Address
 
 REQUEST_TIMEOUT_S = 60
 RETRY_TIMEOUT_S = 180
-"""Below the five minutes after which a signed request would be refused: retries are not signed anew."""
+"""Below the five minutes after which a signed request would be refused: a retry has the first request's signature."""
 
 _CONNECT_TIMEOUT_S = 5
 _S3_ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")

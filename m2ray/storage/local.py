@@ -167,8 +167,8 @@ class LocalStore(Store):
 
 
 _SENT_BYTES = 32 << 20
-"""After so many written bytes the kernel is told that nobody will read them soon: it sends them to the disk at once, and not all of them
-when the part is synced, for which the disk would have stood idle until then."""
+"""Each time this much is written, the kernel is told that nobody will read it soon, and sends it to the disk at once. Otherwise the disk
+would stand idle until the part is synced, and then get all of it."""
 
 
 class _LocalPartSink(PartSink):

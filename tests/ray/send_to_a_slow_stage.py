@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import ray
 
-from m2ray.activations.writer import WriterSpec
+from m2ray.activations.writing.writer import WriterSpec
 from m2ray.batches import LayerSpan, MicroBatch
 from m2ray.chain.actor import Job, actor_class
 from m2ray.model.capture import CaptureSpec

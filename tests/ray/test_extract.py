@@ -18,8 +18,8 @@ import torch
 from transformers import AutoTokenizer
 
 import m2ray
-from m2ray.activations.commits import reopen
-from m2ray.activations.verify import verify
+from m2ray.activations.reading.verify import verify
+from m2ray.activations.writing.commits import reopen
 from m2ray.batches import MicroBatch
 from m2ray.storage import LocalStore, open_store
 from scripts.make_checkpoint import make_checkpoint

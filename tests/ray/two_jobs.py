@@ -14,7 +14,7 @@ from uuid import uuid4
 import ray
 from ray.exceptions import RayError
 
-from m2ray.activations.writer import WriterSpec
+from m2ray.activations.writing.writer import WriterSpec
 from m2ray.batches import LayerSpan
 from m2ray.chain import extract
 from m2ray.chain.actor import Job

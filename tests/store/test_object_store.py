@@ -13,7 +13,7 @@ from urllib.parse import unquote
 import numpy as np
 import pytest
 
-from m2ray.activations.writer import ActivationWriter
+from m2ray.activations.writing.writer import ActivationWriter
 from m2ray.batches import CapturedLayer, MicroBatch, PartSpec
 from m2ray.errors import StoreError
 from m2ray.storage import Store, connect, open_store

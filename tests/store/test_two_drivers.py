@@ -8,11 +8,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from m2ray.activations.commits import Run, claim_run
 from m2ray.activations.job import read_job
-from m2ray.activations.lease import held, read_holder
+from m2ray.activations.reading.verify import verify
 from m2ray.activations.records import commit_key, read_commit, read_summary
-from m2ray.activations.verify import verify
+from m2ray.activations.writing.commits import Run, claim_run
+from m2ray.activations.writing.lease import held, read_holder
 from m2ray.errors import RunConflictError
 from m2ray.storage import Store, open_store
 from tests.unit import activation_runs as runs

@@ -8,11 +8,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from m2ray.activations.commits import Run, claim_run
 from m2ray.activations.job import Counts, JobRecord, ModelFacts
-from m2ray.activations.pages import PartPages
+from m2ray.activations.reading.pages import PartPages
 from m2ray.activations.schema import Compression
-from m2ray.activations.writer import ActivationWriter
+from m2ray.activations.writing.commits import Run, claim_run
+from m2ray.activations.writing.writer import ActivationWriter
 from m2ray.batches import Bits, CapturedLayer, MicroBatch, PartReceipt, PartSpec, SequenceFile, Shard
 from m2ray.storage import Store
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from m2ray import errors, selection
-from m2ray.batches import LayerSpan, MicroBatch, PartReceipt, TensorRow, TensorTable
+from m2ray.batches import LayerSpan, MicroBatch, TensorRow, TensorTable
 
 
 def test_token_rows_leave_padding_out() -> None:
@@ -41,11 +41,6 @@ def test_table_counts_fp32_tensors_apart() -> None:
 def test_spans_hold_at_least_one_layer(bounds: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match="span"):
         LayerSpan(*bounds)
-
-
-def test_receipts_survive_json() -> None:
-    receipt = PartReceipt(1, "a", "residual", 7, "data/x", 10, 20, "ff", "ee")
-    assert PartReceipt.from_json(receipt.to_json()) == receipt
 
 
 @pytest.mark.parametrize("kind", [errors.M2rayError, *errors.M2rayError.__subclasses__()])

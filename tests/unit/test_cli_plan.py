@@ -18,10 +18,10 @@ M2 = ROOT / "tests/data/minimax_m2"
 CLUSTERS = ("8xA100-80GB", "8xA100-40GB", "4xH100-80GB", "6xH100-80GB", "1xH200", "2xH200", "8xH200")
 FITS, DOES_NOT_FIT = 0, 3
 _read = plan_inputs.read_model
-_seen: dict[tuple[str, str, str, int], plan_inputs.ModelFacts] = {}
+_seen: dict[tuple[str, str, str, int], plan_inputs.PlannedModel] = {}
 
 
-def _read_once(url: str, attn_implementation: str, compute_dtype: str) -> plan_inputs.ModelFacts:
+def _read_once(url: str, attn_implementation: str, compute_dtype: str) -> plan_inputs.PlannedModel:
     """Keyed by the newest change below the folder too."""
     paths = [Path(url), *Path(url).glob("*")]
     key = (url, attn_implementation, compute_dtype, max(path.stat().st_mtime_ns for path in paths))
@@ -32,7 +32,7 @@ def _read_once(url: str, attn_implementation: str, compute_dtype: str) -> plan_i
 
 @pytest.fixture(autouse=True)
 def _models_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The real reading, but once a folder: building the 62 layers anew takes most of each command's time."""
+    """The real reading, but once a folder: building the 62 layers each time takes most of each command's time."""
     monkeypatch.setattr(plan_inputs, "read_model", _read_once)
 
 

@@ -9,17 +9,19 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 import torch
 
-from m2ray.activations.commits import Run, claim_run
 from m2ray.activations.job import Counts, read_job, require_same
-from m2ray.activations.reader import open_run
+from m2ray.activations.json_record import digest
+from m2ray.activations.manifest import write_manifest
+from m2ray.activations.reading.reader import open_run
 from m2ray.activations.records import commit_key, committed_shards, read_commit, read_summary
+from m2ray.activations.writing.commits import Run, claim_run
 from m2ray.batches import PartReceipt
 from m2ray.errors import RunConflictError, RunDamagedError, StageError
 from m2ray.storage import LocalStore
@@ -236,7 +238,8 @@ def test_a_manifest_that_names_a_file_outside_of_the_run_is_refused(store: Local
     runs.finished_run(store)
     table = pq.read_table(store.path("manifest.parquet"))
     keys = [*table["key"].to_pylist()[:-1], key]
-    pq.write_table(table.set_column(table.schema.get_field_index("key"), table.schema.field("key"), [keys]), store.path("manifest.parquet"))
+    table = table.set_column(table.schema.get_field_index("key"), table.schema.field("key"), [keys])
+    write_manifest(store, table, read_job(store).run_id)
     with pytest.raises(RunDamagedError, match=r"manifest\.parquet.*names " + re.escape(repr(key))):
         open_run(store.folder)
 
@@ -245,7 +248,7 @@ def test_a_manifest_that_names_a_file_outside_of_the_run_is_refused(store: Local
 def test_a_job_whose_sequences_lie_elsewhere_is_refused(store: LocalStore, key: str) -> None:
     record = json.loads(runs.job(store).to_json())
     record["sequence_files"][1]["key"] = key
-    store.put("job.json", json.dumps(record).encode())
+    store.put("job.json", json.dumps(record | {"digest": digest(record)}).encode())
     with pytest.raises(RunDamagedError, match=r"job\.json.*" + re.escape(repr(key))):
         read_job(store)
 
@@ -257,7 +260,7 @@ def test_the_manifest_says_what_the_commits_say(store: LocalStore) -> None:
     run = runs.finished_run(store)
     assert read_summary(store)
     rows = pq.read_table(store.path("manifest.parquet")).to_pylist()
-    committed = [receipt.to_json() for shard in range(3) for receipt in read_commit(store, run.job, shard).receipts()]
+    committed = [asdict(receipt) for shard in range(3) for receipt in read_commit(store, run.job, shard).receipts()]
     assert len(rows) == 9
     assert sorted(rows, key=str) == sorted(committed, key=str)
     assert [(row["layer"], row["shard"]) for row in rows] == [(layer, shard) for layer in (0, 7, 11) for shard in range(3)]
@@ -348,7 +351,7 @@ def test_a_finished_run_that_lost_a_commit_is_closed_again_without_the_old_parts
     assert read_commit(store, read_job(store), 1).attempt == "b2"
 
 
-def test_a_run_that_lost_a_commit_is_not_finished_while_it_is_done_anew(store: LocalStore) -> None:
+def test_a_run_that_lost_a_commit_is_not_finished_while_it_is_done_again(store: LocalStore) -> None:
     run = runs.finished_run(store)
     store.delete([commit_key(1)])
     assert claim_run(store, run.job).reopen_damaged() == []
@@ -358,7 +361,7 @@ def test_a_run_that_lost_a_commit_is_not_finished_while_it_is_done_anew(store: L
 
 @pytest.mark.parametrize("records", [("manifest.parquet",), ("_SUCCESS",), ("manifest.parquet", "_SUCCESS")])
 @pytest.mark.parametrize("damage", [lambda _: None, lambda data: data[: len(data) // 2], lambda _: b"{}"])
-def test_what_follows_from_the_commits_is_made_anew(
+def test_what_follows_from_the_commits_is_written_again(
     store: LocalStore, records: tuple[str, ...], damage: Callable[[bytes], bytes | None]
 ) -> None:
     runs.finished_run(store)
@@ -371,8 +374,8 @@ def test_what_follows_from_the_commits_is_made_anew(
     assert_closed(store)
 
 
-def test_a_manifest_of_other_attempts_is_made_anew(store: LocalStore) -> None:
-    """A commit was lost, its shard done anew, and the driver killed before the end: everything is there, and the manifest is stale."""
+def test_a_manifest_of_other_attempts_is_written_again(store: LocalStore) -> None:
+    """A commit was lost, its shard done again, and the driver killed before the end: everything is there, and the manifest is stale."""
     run = runs.finished_run(store)
     stale, success = store.read("manifest.parquet"), store.read("_SUCCESS")
     store.delete([commit_key(2)])
@@ -384,7 +387,7 @@ def test_a_manifest_of_other_attempts_is_made_anew(store: LocalStore) -> None:
 
 
 @pytest.mark.parametrize("cut", [None, 100])
-def test_the_end_refuses_lost_parts_by_name_and_the_same_command_does_their_shards_anew(store: LocalStore, cut: int | None) -> None:
+def test_the_end_refuses_lost_parts_by_name_and_the_same_command_does_their_shards_again(store: LocalStore, cut: int | None) -> None:
     run = claim_run(store, runs.job(store))
     for shard in runs.shards():
         runs.commit_shard(run, shard, "a1")
@@ -400,7 +403,7 @@ def test_the_end_refuses_lost_parts_by_name_and_the_same_command_does_their_shar
     assert_closed(store)
 
 
-def test_a_part_lost_from_a_finished_run_is_done_anew(store: LocalStore) -> None:
+def test_a_part_lost_from_a_finished_run_is_done_again(store: LocalStore) -> None:
     run = runs.finished_run(store)
     store.path(read_commit(store, run.job, 0).parts[0].key).unlink()
     assert again(store, "b2") == [0]
@@ -425,7 +428,7 @@ def test_shards_committed_while_the_end_looks_are_no_lost_parts(store: LocalStor
 
 
 def test_a_driver_that_stood_still_sweeps_nothing_that_came_to_count_meanwhile(store: LocalStore) -> None:
-    """It has read the commits; then one is lost, and the shard is done anew by another driver; then it deletes what it knows no name of."""
+    """It has read the commits; then one is lost, and the shard is done again by another driver; then it deletes what it knows no name of."""
     run = claim_run(store, runs.job(store))
     for shard in runs.shards():
         runs.commit_shard(run, shard, "a1")
@@ -507,7 +510,7 @@ def test_what_a_commit_names_is_durable_before_the_commit_is_visible(store: Loca
 
 KILLED_DRIVER = """
     import os, signal, sys
-    from m2ray.activations.commits import claim_run
+    from m2ray.activations.writing.commits import claim_run
     from m2ray.storage import LocalStore
     from tests.unit import activation_runs as runs
 

@@ -300,7 +300,7 @@ def test_a_failure_is_heard_before_news_that_is_there_too() -> None:
     assert run.stages.gathers == []
 
 
-def test_a_chain_that_stands_still_is_begun_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_chain_that_stands_still_is_restarted(monkeypatch: pytest.MonkeyPatch) -> None:
     """But not while a stage computes or writes."""
     run, clock = Run(), SimpleNamespace(now_s=0.0)
     monkeypatch.setattr(driver, "time", SimpleNamespace(monotonic=lambda: clock.now_s))

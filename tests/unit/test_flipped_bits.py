@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from m2ray.activations.reader import open_run
-from m2ray.activations.verify import verify
+from m2ray.activations.reading.reader import open_run
+from m2ray.activations.reading.verify import verify
 from m2ray.batches import PartSpec
 from m2ray.errors import M2rayError
 from m2ray.storage import LocalStore

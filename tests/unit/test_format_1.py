@@ -10,7 +10,7 @@ import torch
 from click.testing import CliRunner
 
 import m2ray
-from m2ray.activations.verify import verify
+from m2ray.activations.reading.verify import verify
 from m2ray.batches import MicroBatch
 from m2ray.cli import main
 from m2ray.storage import LocalStore

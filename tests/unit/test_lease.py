@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from m2ray.activations.job import read_job
-from m2ray.activations.lease import Holder, held, read_holder
+from m2ray.activations.writing.lease import Holder, held, read_holder
 from m2ray.errors import M2rayError, RunConflictError, StoreError
 from m2ray.storage import LocalStore
 
@@ -154,7 +154,7 @@ def test_a_dead_drivers_lease_is_outlived_by_one_of_many(store: LocalStore) -> N
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"\xff"])
 def test_a_lease_that_cannot_be_read_keeps_nobody_out_for_ever(store: LocalStore, content: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("m2ray.activations.lease._UNKNOWN", Holder(1, "", "an unknown host", 0, "an unknown time", PERIOD_S))
+    monkeypatch.setattr("m2ray.activations.writing.lease._UNKNOWN", Holder(1, "", "an unknown host", 0, "an unknown time", PERIOD_S))
     store.put("_lease/00000007.json", content)
     driver = Driver(store)
     with driver.at_work() as is_second:

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
 from m2ray.activations import planes
-from m2ray.activations.commits import claim_run
-from m2ray.activations.pages import PartPages
-from m2ray.activations.part_writer import PartWriter
-from m2ray.activations.reader import open_run
+from m2ray.activations.reading.pages import PartPages
+from m2ray.activations.reading.reader import open_run
+from m2ray.activations.reading.verify import verify
 from m2ray.activations.schema import activation_columns, encode_tokens, part_key
-from m2ray.activations.verify import verify
+from m2ray.activations.writing.commits import claim_run
+from m2ray.activations.writing.part_writer import PartWriter
 from m2ray.batches import TOKEN_ROW, PartSpec
 from m2ray.errors import ConfigError, NotInRunError, RunDamagedError
 from m2ray.parquet.pages import read_tail

@@ -11,9 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from m2ray import __version__
-from m2ray.activations.pages import PartPages
-from m2ray.activations.part_writer import PartWriter
+from m2ray.activations.reading.pages import PartPages
 from m2ray.activations.schema import activation_columns, encode_tokens, part_schema
+from m2ray.activations.writing.part_writer import PartWriter
 from m2ray.batches import TOKEN_ROW, Bits, PartSpec
 from m2ray.parquet.column_chunks import rows_of_page
 from m2ray.parquet.pages import read_tail

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from m2ray.batches import LayerSpan
 from m2ray.errors import ClusterError, ConfigError
-from m2ray.planning.partition import DeviceSpan, partition, short_by_bytes
+from m2ray.planning.partition import partition, short_by_bytes
 
 M2_LAYER_BYTES = 7_339_011_072
 M2_EMBEDDING_BYTES = 1_229_193_216
@@ -21,13 +22,6 @@ def every_split(costs: list[int], caps: list[int | None]) -> Iterator[list[int]]
         loads = [sum(costs[a:b]) for a, b in pairwise([0, *inner, len(costs)])]
         if all(cap is None or load == 0 or load <= cap for load, cap in zip(loads, caps, strict=True)):
             yield loads
-
-
-def loads_of(spans: tuple[DeviceSpan, ...], num_devices: int) -> list[int]:
-    loads = [0] * num_devices
-    for held in spans:
-        loads[held.device] = held.num_bytes
-    return loads
 
 
 @st.composite
@@ -53,9 +47,8 @@ def test_every_map_against_brute_force(case, device_map, least_first):
 
     spans = partition(layers, first, last, caps, device_map, least_first)
 
-    assert [layer for held in spans for layer in range(held.span.start, held.span.stop)] == list(range(len(layers)))
-    assert all(held.num_bytes == sum(costs[held.span.start : held.span.stop]) for held in spans)
-    loads = loads_of(spans, len(caps))
+    assert [layer for span in spans.values() for layer in range(span.start, span.stop)] == list(range(len(layers)))
+    loads = [sum(costs[spans[place].start : spans[place].stop]) if place in spans else 0 for place in range(len(caps))]
     assert loads in splits
     if device_map == "sequential":
         assert loads == max(splits)  # no split puts more on device 0; of those, none more on device 1; and so on
@@ -92,7 +85,7 @@ def test_short_by_is_the_room_of_the_one_device_more_that_would_do(case):
 def test_seven_80_gb_devices_share_m2_evenly():
     # accelerate gives 8, 10, 10, 10, 10, 10 and 4 layers here.
     spans = partition([M2_LAYER_BYTES] * 62, M2_EMBEDDING_BYTES, M2_NORM_BYTES, [80 * 10**9] * 7)
-    assert [len(held.span) for held in spans] == [8, 9, 9, 9, 9, 9, 9]
+    assert [len(span) for span in spans.values()] == [8, 9, 9, 9, 9, 9, 9]
 
 
 def test_sequential_refuses_where_accelerate_spills_to_the_cpu():
@@ -102,17 +95,17 @@ def test_sequential_refuses_where_accelerate_spills_to_the_cpu():
 
 def test_balanced_low_0_leaves_the_first_device_alone_when_the_others_hold_the_model():
     spans = partition([10] * 6, 5, 1, [100, 40, 40], "balanced_low_0")
-    assert [(held.device, str(held.span)) for held in spans] == [(1, "layers 0-2"), (2, "layers 3-5")]
+    assert {device: str(span) for device, span in spans.items()} == {1: "layers 0-2", 2: "layers 3-5"}
 
 
 def test_a_device_too_small_for_any_layer_is_left_out():
     spans = partition([10] * 4, 0, 0, [None, 9, None])
-    assert [(held.device, len(held.span)) for held in spans] == [(0, 2), (2, 2)]
+    assert {device: len(span) for device, span in spans.items()} == {0: 2, 2: 2}
 
 
 def test_one_device_takes_all_whatever_the_map():
     for device_map in ("auto", "balanced_low_0", "sequential"):
-        assert partition([3, 4], 1, 1, [None], device_map)[0].num_bytes == 9
+        assert partition([3, 4], 1, 1, [None], device_map) == {0: LayerSpan(0, 2)}
 
 
 def test_more_devices_than_layers_are_refused_where_layers_are_balanced():

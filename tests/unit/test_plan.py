@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from m2ray.activations.part_writer import PartWriter
 from m2ray.activations.schema import encode_tokens
+from m2ray.activations.writing.part_writer import PartWriter
 from m2ray.batches import TOKEN_ROW, LayerSpan, PartSpec, PromptStats, TensorRow, TensorTable
 from m2ray.config import ExtractConfig
 from m2ray.errors import ClusterError, ConfigError
@@ -469,7 +469,7 @@ def test_output_bytes_are_within_two_percent_of_the_writers(tmp_path, width, dty
 def test_output_of_a_run():
     output = plan_output(residuals(), PROMPTS, price_per_gb_month=0.02)
     assert output.files == 62 * 3
-    assert output.num_bytes == sum(part.num_bytes for part in output.by_part) == 62 * part_bytes(residuals()[0], 20_000, 5, 3)
+    assert output.num_bytes == sum(output.by_part.values()) == 62 * part_bytes(residuals()[0], 20_000, 5, 3)
     assert PROMPTS.padding_waste == pytest.approx(0.2)
     assert output.cost_a_month == pytest.approx(output.disk_bytes * 0.02 / 1e9)
     assert output.disk_bytes > output.num_bytes
@@ -491,13 +491,13 @@ def test_active_weights_of_minimax_m2():
 def test_the_slowest_resource_limits_the_run():
     stated = plan("8xH200", prompts=PROMPTS, tokens_per_s=1000.0)
     assert stated.rates.is_stated
-    assert stated.rates.store_bytes_per_s == pytest.approx(1000 * 62 * (6144 + 4.2))
+    assert stated.rates.store_bytes_per_s == pytest.approx(1000 * 62 * (6144 + 4.4))
     assert (stated.limiting_resource, stated.rates.duration_s) == ("computation", 20.0)
     in_planes = plan("8xH200", prompts=PROMPTS, tokens_per_s=1000.0, compression="planes")
-    assert in_planes.rates.store_bytes_per_s == pytest.approx(1000 * 62 * (0.71 * 6144 + 4.2))
+    assert in_planes.rates.store_bytes_per_s == pytest.approx(1000 * 62 * (0.71 * 6144 + 4.4))
     slow_store = plan("8xH200", tokens_per_s=1000.0, store_bytes_per_s=1e6)
     assert slow_store.limiting_resource == "store"
-    assert slow_store.rates.limits["store"] == pytest.approx(1e6 / 62 / (6144 + 4.2))
+    assert slow_store.rates.limits["store"] == pytest.approx(1e6 / 62 / (6144 + 4.4))
     assert plan("8xH200", tokens_per_s=1e9).limiting_resource == "device_to_host_copy"
     assert plan("1xH200").limiting_resource == "gpu_memory"
 

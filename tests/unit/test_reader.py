@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from m2ray.activations.catalogue import Catalogue
-from m2ray.activations.commits import claim_run
-from m2ray.activations.reader import RunReader, open_run
+from m2ray.activations.reading.catalogue import Catalogue
+from m2ray.activations.reading.reader import RunReader, open_run
 from m2ray.activations.records import commit_key, read_commit
 from m2ray.activations.schema import part_key
+from m2ray.activations.writing.commits import claim_run
 from m2ray.batches import CapturedLayer, PartSpec
 from m2ray.errors import M2rayError, NotInRunError, RunConflictError, RunDamagedError, StoreError
 from m2ray.storage import LocalStore
@@ -195,7 +195,7 @@ def test_no_run_here(tmp_path: Path) -> None:
 
 
 def test_importing_m2ray_stays_light() -> None:
-    script = "import sys, m2ray, m2ray.activations.reader; sys.exit('torch' in sys.modules)"
+    script = "import sys, m2ray, m2ray.activations.reading.reader; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[2], timeout=60, check=False).returncode == 0
 
 

@@ -1,4 +1,4 @@
-"""README's options table says what ExtractConfig says."""
+"""README is short, and its options table says what ExtractConfig says."""
 
 from pathlib import Path
 
@@ -7,6 +7,10 @@ from pydantic_core import PydanticUndefined
 from m2ray.config import ExtractConfig
 
 README = Path(__file__).parents[2] / "README.md"
+
+
+def test_it_is_read_in_one_sitting() -> None:
+    assert len(README.read_text(encoding="utf-8").splitlines()) < 150
 
 
 def test_the_options_table_is_true() -> None:

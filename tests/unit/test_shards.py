@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from m2ray import sequences
-from m2ray.batches import SequenceFile, Shard
+from m2ray.batches import Shard
 from m2ray.errors import PromptsError, RunConflictError, RunDamagedError, StoreError
 from m2ray.options import PromptOptions
 from m2ray.prompts import (
@@ -97,7 +97,7 @@ def test_survey_accounts_for_every_row_and_keeps_its_tokens(surveyed):
             assert result.tokens.read(sequence_id).tolist() == ready[sequence_id].tolist()
             assert count == len(ready[sequence_id])
     first_bad = [place for place, ids in enumerate(encoded) if isinstance(ids, str)][:5]
-    assert [str(bad) for bad in result.first_quarantined] == [f"row p{place} (place {place}): {encoded[place]}" for place in first_bad]
+    assert list(result.first_quarantined) == [f"row p{place} (place {place}): {encoded[place]}" for place in first_bad]
 
 
 def test_the_sequences_table_says_what_became_of_every_row(surveyed):
@@ -106,7 +106,6 @@ def test_the_sequences_table_says_what_became_of_every_row(surveyed):
     (file,) = result.sequence_files
     assert file.key == "sequences/sequences-00000-attempt.parquet"
     assert (file.num_bytes, file.xxh3) == (store.size(file.key), xxhash.xxh3_64_hexdigest(store.read(file.key)))
-    assert SequenceFile.from_json(json.loads(json.dumps(file.to_json()))) == file
     shard_of = {sequence_id: shard.index for shard in result.shards for sequence_id in shard.sequence_ids.tolist()}
     rows = pq.read_table(store.path(file.key)).to_pylist()
     assert len(rows) == file.rows == len(records)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from ray.exceptions import ActorDiedError, GetTimeoutError
 
-from m2ray.activations.writer import WriterSpec
+from m2ray.activations.writing.writer import WriterSpec
 from m2ray.batches import LayerSpan
 from m2ray.chain import stages as module
 from m2ray.chain.actor import Job

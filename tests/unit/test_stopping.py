@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from m2ray.activations.lease import held
+from m2ray.activations.writing.lease import held
 from m2ray.chain.progress import Progress
 from m2ray.chain.stopping import sigterm_kept, stop_on_sigterm
 from m2ray.cli import main
@@ -44,7 +44,7 @@ def test_a_stop_during_the_survey_says_so_and_leaves_nothing(tmp_path: Path, mon
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")  # a run that gets as far as Ray fails with another error
     ended = CliRunner().invoke(main, ["extract", "--model", str(model), "--prompts", str(prompts), "--output", str(run)])
     assert ended.exit_code == 1
-    assert ended.stderr == "Error: The run was stopped on request. Nothing was written: run the same command again to begin anew.\n"
+    assert ended.stderr == "Error: The run was stopped on request. Nothing was written: the same command begins from the start.\n"
     assert not [path for path in run.rglob("*") if path.is_file()]
 
 

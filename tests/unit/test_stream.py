@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from m2ray.activations.catalogue import Catalogue
-from m2ray.activations.reader import RunReader, open_run
-from m2ray.activations.stream import ActivationStream
+from m2ray.activations.reading.catalogue import Catalogue
+from m2ray.activations.reading.reader import RunReader, open_run
+from m2ray.activations.reading.stream import ActivationStream
 from m2ray.errors import ConfigError, NotInRunError, RunDamagedError
 from m2ray.storage import LocalStore
 from tests.unit import activation_runs as runs
@@ -163,7 +163,7 @@ def test_two_iterations_at_once_do_not_disturb_each_other(view: RunReader) -> No
 
 
 def test_parts_come_in_groups_when_not_all_can_be_held(view: RunReader, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("m2ray.activations.open_parts._TOKENS_KEPT_BYTES", 1)
+    monkeypatch.setattr("m2ray.activations.reading.open_parts._TOKENS_KEPT_BYTES", 1)
     opened = []
     monkeypatch.setattr(
         Catalogue, "open_part", lambda self, spec, receipt, was=Catalogue.open_part: opened.append(1) or was(self, spec, receipt)
@@ -172,7 +172,7 @@ def test_parts_come_in_groups_when_not_all_can_be_held(view: RunReader, monkeypa
     assert len(opened) == 3
 
 
-def test_an_iteration_that_is_left_begins_anew(view: RunReader) -> None:
+def test_an_iteration_that_is_left_begins_again(view: RunReader) -> None:
     stream = view.stream(batch_rows=4)
     next(iter(stream))
     assert sorted(identities(stream)) == ALL_ROWS
@@ -191,7 +191,7 @@ def test_a_state_of_another_stream_is_refused(view: RunReader, folder: Path, mon
     resumed = view.stream(batch_rows=4, seed=1)
     resumed.load_state_dict(state)
     # As in a worker. After an error a real loader's workers are joined for 5 s each, by whatever thread collects the garbage.
-    monkeypatch.setattr("m2ray.activations.stream.get_worker_info", lambda: SimpleNamespace(num_workers=2, id=0))
+    monkeypatch.setattr("m2ray.activations.reading.stream.get_worker_info", lambda: SimpleNamespace(num_workers=2, id=0))
     with pytest.raises(ConfigError, match="consumers was 1, is 2"):
         list(resumed)
 

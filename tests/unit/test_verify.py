@@ -10,12 +10,12 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from m2ray.activations.commits import claim_run, reopen
 from m2ray.activations.job import read_job
-from m2ray.activations.reader import open_run
+from m2ray.activations.reading.reader import open_run
+from m2ray.activations.reading.verify import verify
 from m2ray.activations.records import CommitRecord, commit_key, read_commit
 from m2ray.activations.schema import part_key
-from m2ray.activations.verify import Checked, verify
+from m2ray.activations.writing.commits import claim_run, reopen
 from m2ray.batches import PartSpec
 from m2ray.cli import main
 from m2ray.errors import RunDamagedError, StoreError
@@ -73,12 +73,12 @@ def assert_whole(run: Path) -> None:
 
 
 def test_a_sound_run_is_sound(run: Path) -> None:
-    seen: list[Checked] = []
-    found = verify(LocalStore(run), checksums=True, threads=3, on_progress=seen.append)
+    seen: list[tuple[int, ...]] = []
+    found = verify(LocalStore(run), checksums=True, threads=3, on_progress=lambda *done: seen.append(done))
     num_bytes = sum(path.stat().st_size for path in (run / "data").rglob("*.parquet"))
     assert (found.damages, found.files, found.num_bytes, found.is_complete) == ((), 9, num_bytes, True)
-    assert [checked.files for checked in seen] == list(range(1, 10))
-    assert seen[-1] == Checked(9, 9, num_bytes, num_bytes)
+    assert [files for files, *_ in seen] == list(range(1, 10))
+    assert seen[-1] == (9, 9, num_bytes, num_bytes)
     assert command(run).exit_code == 0
 
 

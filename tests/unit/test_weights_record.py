@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from m2ray.activations.commits import claim_run
-from m2ray.activations.weights_record import hold_weights, read_weights
+from m2ray.activations.json_record import digest
+from m2ray.activations.writing.commits import claim_run
+from m2ray.activations.writing.weights_record import hold_weights, read_weights
 from m2ray.errors import RunConflictError, RunDamagedError
 from m2ray.storage import LocalStore
 from tests.unit import activation_runs as runs
@@ -54,7 +55,7 @@ def test_rows_without_a_record_are_refused(store: LocalStore) -> None:
 def test_another_runs_record_is_damage(store: LocalStore) -> None:
     job = claim_run(store, runs.job(store)).job
     hold_weights(store, job, LOADED)
-    record = json.loads(store.read("weights.json"))
-    store.put("weights.json", json.dumps({**record, "run_id": "0" * 32}).encode())
+    record = json.loads(store.read("weights.json")) | {"run_id": "0" * 32}
+    store.put("weights.json", json.dumps(record | {"digest": digest(record)}).encode())
     with pytest.raises(RunDamagedError, match="of run 0000"):
         hold_weights(store, job, LOADED)

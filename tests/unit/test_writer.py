@@ -14,7 +14,7 @@ import xxhash
 
 from m2ray import selection
 from m2ray.activations.job import JobRecord
-from m2ray.activations.writer import ActivationWriter
+from m2ray.activations.writing.writer import ActivationWriter
 from m2ray.batches import CapturedLayer, MicroBatch, PartReceipt, PartSpec
 from m2ray.errors import StageError, StoreError
 from m2ray.storage import Data, LocalStore, PartSink
@@ -389,7 +389,7 @@ def test_all_attempts_behind_a_hung_store_are_given_up_by_one_deadline(tmp_path:
         waits.append(timeout_s)
         return wait(futures, timeout_s)
 
-    monkeypatch.setattr("m2ray.activations.writer.wait", noted)
+    monkeypatch.setattr("m2ray.activations.writing.writer.wait", noted)
     with pytest.raises(StoreError, match="could not be removed within 0.05 s"):
         writer.abandon([(0, ATTEMPT), (1, ATTEMPT)], 0.05)
     assert waits == [0.05]

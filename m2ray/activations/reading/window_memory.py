@@ -1,4 +1,4 @@
-"""WindowMemory: where a stream's windows lie, used again once nobody looks at them any more."""
+"""WindowMemory: memory for a stream's windows, used again once no batch refers to it."""
 
 import threading
 import weakref
@@ -8,11 +8,11 @@ import numpy as np
 from m2ray.batches import Bits
 
 _ALIGNMENT = 64
-"""Of a window. numpy aligns by 16, and to where only that holds the kernel copies a third slower, or half as fast (AMD EPYC)."""
+"""Of a window. numpy aligns by 16 bytes; into memory aligned like that the kernel copies a third slower, or half as fast (AMD EPYC)."""
 
 
 class WindowMemory:
-    """Memory of windows, used again once no batch lies in it any more: to give out fresh memory takes the kernel longer than to read.
+    """Memory of windows, used again once no batch lies in it any more: to get fresh memory takes longer than to read a window.
 
     Any number of threads may ask.
     """

@@ -1,7 +1,6 @@
 """Catalogue: what a run folder holds that counts. Parts are resolved through commits only, so half a shard is invisible."""
 
 from bisect import bisect_right
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from typing import Any
@@ -12,24 +11,12 @@ import pyarrow.compute as pc
 
 from m2ray.activations.job import JobRecord, read_job
 from m2ray.activations.manifest import manifest_table, read_manifest, receipts_of
-from m2ray.activations.part_reader import Check, PartReader
+from m2ray.activations.reading.part_reader import Check, PartReader
 from m2ray.activations.records import committed_shards, read_commits, read_summary
 from m2ray.batches import PartReceipt, PartSpec, SequenceFile
 from m2ray.errors import NotInRunError, StoreError
 from m2ray.sequences import read_sequences
 from m2ray.storage import Store
-
-
-@dataclass(frozen=True)
-class SequenceRow:
-    """What became of one row of the source; `shard` is None and `reason` is given if it was quarantined."""
-
-    sequence_id: int
-    row_id: str
-    token_count: int
-    shard: int | None
-    status: str
-    reason: str | None
 
 
 class Catalogue:
@@ -83,8 +70,8 @@ class Catalogue:
 
     # -- sequences ----------------------------------------------------------------------------------------------------
 
-    def sequence(self, sequence_id: int) -> SequenceRow:
-        """What became of a row of the source. Reads only the file that holds it.
+    def sequence(self, sequence_id: int) -> dict[str, Any]:
+        """A row of `sequences/`, by its columns: what became of a row of the source. Reads only the file that holds it.
 
         Raises:
             NotInRunError: the source has no such row.
@@ -97,7 +84,7 @@ class Catalogue:
         number = bisect_right(self._first_ids, sequence_id) - 1
         table = self._sequence_table(self.job.sequence_files[number])
         (row,) = table.slice(sequence_id - self._first_ids[number], 1).to_pylist()
-        return SequenceRow(**{name: row[name] for name in SequenceRow.__annotations__})
+        return dict(row)
 
     def sequences(self) -> Any:
         """Every row of the source, ascending by sequence id: the whole of `sequences/` as one pyarrow table."""

@@ -15,7 +15,7 @@ import xxhash
 
 from m2ray.activations.job import JobRecord, read_job
 from m2ray.activations.manifest import MANIFEST_KEY, manifest_table, read_manifest, receipts_of
-from m2ray.activations.part_reader import PartReader
+from m2ray.activations.reading.part_reader import PartReader
 from m2ray.activations.records import SUCCESS_KEY, commit_key, committed_shards, read_commit, read_summary
 from m2ray.activations.schema import parse_part_key
 from m2ray.batches import PartReceipt, PartSpec
@@ -24,7 +24,6 @@ from m2ray.sequences import read_sequences
 from m2ray.storage import Store
 
 _FOLDERS = ("data", "sequences", "_commits")
-_CHUNK_BYTES = 8 << 20
 _LISTED_AT_ONCE = 1024
 
 
@@ -37,30 +36,16 @@ class Damage:
     problem: str
 
 
-@dataclass(frozen=True)
-class Unnamed:
-    """A file below `data/`, `sequences/` or `_commits/` that no record of the run names."""
-
-    key: str
-    num_bytes: int
-
-
-@dataclass(frozen=True)
-class Checked:
-    """How far a verification is: files and bytes of parts looked at, out of all."""
-
-    files: int
-    all_files: int
-    num_bytes: int
-    all_bytes: int
+OnProgress = Callable[[int, int, int, int], object]
+"""Takes the parts looked at and all of them, then the bytes of both."""
 
 
 @dataclass(frozen=True)
 class Verification:
     """What was found. `files` and `num_bytes` are those of the committed parts.
 
-    `unnamed` files of a run that is not complete are most often of shards that are not committed; in a complete one they are in the way
-    of whoever reads it by a glob.
+    `unnamed` are (key, bytes) of the files below `data/`, `sequences/` and `_commits/` that no record names. In a run that is not complete
+    most of them are of shards that are not committed; in a complete one they are in the way of whoever reads it by a glob.
     """
 
     job: JobRecord
@@ -68,12 +53,12 @@ class Verification:
     files: int
     num_bytes: int
     damages: tuple[Damage, ...]
-    unnamed: tuple[Unnamed, ...]
+    unnamed: tuple[tuple[str, int], ...]
 
     @property
     def is_sound(self) -> bool:
         """Whether nothing is damaged, and a glob over a complete run finds each row once."""
-        return not self.damages and not (self.is_complete and any(file.key.endswith(".parquet") for file in self.unnamed))
+        return not self.damages and not (self.is_complete and any(key.endswith(".parquet") for key, _ in self.unnamed))
 
     @property
     def damaged_shards(self) -> tuple[int, ...]:
@@ -81,7 +66,7 @@ class Verification:
         return tuple(sorted({damage.shard for damage in self.damages if damage.shard is not None}))
 
 
-def verify(store: Store, *, checksums: bool, threads: int = 8, on_progress: Callable[[Checked], object] = lambda _: None) -> Verification:
+def verify(store: Store, *, checksums: bool, threads: int = 8, on_progress: OnProgress = lambda *_: None) -> Verification:
     """Look at every file of a run that counts.
 
     Always: records agree and have the digests that they name, and each part's size, page indexes, footer and number of rows are those
@@ -116,7 +101,7 @@ def verify(store: Store, *, checksums: bool, threads: int = 8, on_progress: Call
     for receipt, damage in _checked_parts(store, job, parts, threads, checksums=checksums):
         files, num_bytes = files + 1, num_bytes + receipt.num_bytes
         damages += [damage] if damage else []
-        on_progress(Checked(files, len(parts), num_bytes, all_bytes))
+        on_progress(files, len(parts), num_bytes, all_bytes)
     if checksums and not damages:
         damages += _damages_of_tokens(store, job, parts)
     return Verification(job, is_complete, len(parts), all_bytes, tuple(damages), unnamed)
@@ -124,13 +109,13 @@ def verify(store: Store, *, checksums: bool, threads: int = 8, on_progress: Call
 
 def _unnamed(
     job: JobRecord, stored: Iterable[tuple[str, int]], parts: Collection[str], without_commit: Collection[int | None]
-) -> Iterator[Unnamed]:
-    """Those of the stored files that no record names. What a commit named that is gone or cannot be understood is left out."""
+) -> Iterator[tuple[str, int]]:
+    """Those of the stored files that no record names. Parts of a shard whose commit is gone or cannot be understood are left out."""
     named = {*parts, *(file.key for file in job.sequence_files), *map(commit_key, range(job.num_shards))}
     for key, num_bytes in sorted(stored):
         part = parse_part_key(key)
         if key not in named and not (part and part[0] in without_commit):
-            yield Unnamed(key, num_bytes)
+            yield key, num_bytes
 
 
 def _receipts_of_commits(store: Store, job: JobRecord, damages: list[Damage]) -> Iterator[list[PartReceipt]]:
@@ -213,7 +198,7 @@ def _problem_of_part(store: Store, job: JobRecord, spec: PartSpec, receipt: Part
 
 
 def _damages_of_tokens(store: Store, job: JobRecord, parts: Any) -> Iterator[Damage]:
-    """Shards whose tokens are not those that `sequences/` has the digests of, by the first of their parts."""
+    """Shards whose tokens do not have the digests that `sequences/` says, each by its first part."""
     spec = job.parts[0]
     of_spec = pc.and_(
         pc.equal(parts["site"], spec.site), pc.equal(parts["layer"], spec.layer) if spec.layer is not None else pc.is_null(parts["layer"])
@@ -238,20 +223,3 @@ def _prompt_digests(tokens: npt.NDArray[Any]) -> dict[int, str]:
     ids, starts = np.unique(tokens["sequence_id"], return_index=True)
     pieces = np.split(np.ascontiguousarray(tokens["token_id"]), starts[1:])
     return {number: xxhash.xxh3_128_hexdigest(piece.data) for number, piece in zip(ids.tolist(), pieces, strict=True)}
-
-
-def _problem_of_size(store: Store, key: str, num_bytes: int) -> str | None:
-    found = store.size(key)
-    if found == num_bytes:
-        return None
-    return f"{store.where(key)} is damaged: it {'is absent' if found is None else f'has {found} bytes'}; {num_bytes} bytes were written."
-
-
-def _problem_of_bytes(store: Store, key: str, num_bytes: int, xxh3: str) -> str | None:
-    digest, chunk = xxhash.xxh3_64(), bytearray(min(_CHUNK_BYTES, num_bytes))
-    for offset in range(0, num_bytes, _CHUNK_BYTES):
-        view = memoryview(chunk)[: min(_CHUNK_BYTES, num_bytes - offset)]
-        store.read_into(key, offset, view)
-        digest.update(view)
-    found = digest.hexdigest()
-    return None if found == xxh3 else f"{store.where(key)} is damaged: the xxh3 of its bytes is {found}; {xxh3} was written."

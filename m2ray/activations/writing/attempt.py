@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from m2ray.activations.part_writer import PartWriter
 from m2ray.activations.schema import encode_tokens, row_bytes
+from m2ray.activations.writing.part_writer import PartWriter
 from m2ray.batches import Bits, CapturedLayer, MicroBatch, PartReceipt
 from m2ray.errors import StageError
 from m2ray.parquet.column_chunks import EncodedColumns
@@ -25,8 +25,8 @@ class Attempt:
         digest: xxh3-128 over the token rows so far.
         is_complete: the last micro-batch was admitted.
         failure: the first error of any part.
-        finishes: of each part whose last row group is written, its way to being durable.
-        aborts: once it failed, of each part.
+        finishes: by part whose last row group is written, the call that makes it durable.
+        aborts: once it failed, the call for each part that deletes it.
     """
 
     finishes: dict[PartWriter, Future[None]]
@@ -44,7 +44,7 @@ class Attempt:
         self._last_sequence_id = -1
 
     def receipts(self) -> tuple[PartReceipt, ...] | None:
-        """The parts' receipts, in order, once the last of them is durable and nothing of it is held any more."""
+        """The parts' receipts, in order, once all are durable; None before."""
         finished = [part for part in self.parts if part in self.finishes and self.finishes[part].done()]
         receipts = tuple(part.receipt for part in finished if part.receipt is not None)
         return receipts if len(receipts) == len(self.parts) else None

@@ -1,4 +1,4 @@
-"""ActivationWriter: takes what a stage captured off its hands and writes it beside the computation, bounded in bytes.
+"""ActivationWriter: writes what a stage captured, beside the computation, bounded in bytes.
 
 A micro-batch's layers are spread over worker threads, one queue a thread. A part belongs to one thread, so its row groups
 keep their order. Once the last is written, another thread finishes the part: what is durable only after a while (an fsync, the end of an
@@ -15,9 +15,9 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 
 from m2ray import selection
-from m2ray.activations.attempt import Attempt
-from m2ray.activations.part_writer import PartWriter
 from m2ray.activations.schema import Compression, require_compression
+from m2ray.activations.writing.attempt import Attempt
+from m2ray.activations.writing.part_writer import PartWriter
 from m2ray.batches import Bits, CapturedLayer, MicroBatch, PartReceipt, PartSpec
 from m2ray.errors import M2rayError, StageError, StoreError, raise_all
 from m2ray.parquet.column_chunks import EncodedColumns
@@ -148,8 +148,8 @@ class ActivationWriter:
         """Wait until every part of a complete attempt is durable and give the receipts, in the order of `parts`.
 
         Raises:
-            StoreError: a write failed, or is not done after `timeout_s`. Nothing of the attempt is left behind then, as far as
-                the store let it be deleted.
+            StoreError: a write failed, or is not done after `timeout_s`. What the attempt has written is deleted then,
+                where the store allows it.
             StageError: the attempt is not complete.
         """
         with self._changed:
@@ -173,7 +173,7 @@ class ActivationWriter:
         raise opened.failure
 
     def abandon(self, attempts: Iterable[tuple[int, str]], timeout_s: float = 60.0) -> None:
-        """Give up each (shard, attempt) and delete what it has written. One that is not open (any more) is none of its business.
+        """Give up each (shard, attempt) and delete what it has written. One that is not open is left alone.
 
         Raises:
             StoreError: something of them could not be deleted, or not within `timeout_s` for all together.
@@ -251,9 +251,10 @@ class ActivationWriter:
                 finished.add_done_callback(lambda done: self._note(opened, done))
 
     def _may_finish(self, opened: Attempt) -> bool:
-        """Wait until few enough parts are being finished: each holds a file open or an upload, whatever its last row group counts.
+        """Wait until few enough parts are being finished: each holds an open file or an upload.
 
-        No, if the attempt fails meanwhile.
+        Returns:
+            Whether the part may be finished; not if its attempt fails before.
         """
         with self._changed:
             while self._finishing >= _FINISHING_A_LANE * len(self._lanes) and opened.failure is None:
@@ -268,7 +269,7 @@ class ActivationWriter:
             self._changed.notify_all()
 
     def _finish(self, opened: Attempt, part: PartWriter, held_bytes: int, token_digest: str) -> None:
-        """Make a part durable. Its own thread has nothing more for it but an abort, which waits for this."""
+        """Make a part durable. All that may follow on the part's own thread is an abort, which waits for this."""
         try:
             if opened.failure is None:
                 with self._measured(part):
@@ -278,7 +279,7 @@ class ActivationWriter:
             self._release(held_bytes)
 
     def _abort(self, opened: Attempt, part: PartWriter) -> None:
-        """On the part's thread, so that nothing is written any more; a finish that has begun comes to its end first."""
+        """Delete a part. On its own thread, so that nothing is written any more; a finish that has begun ends first."""
         if part in opened.finishes:
             wait([opened.finishes[part]])
         part.abort()
@@ -307,7 +308,7 @@ class ActivationWriter:
             self._changed.notify_all()
 
     def _fail(self, opened: Attempt, error: BaseException) -> None:
-        """Remember an attempt's first error and let each part's thread abort it, behind whatever it is at."""
+        """Remember an attempt's first error and let each part's thread abort it, after its work so far."""
         with self._changed:
             if opened.failure is None:
                 opened.failure = error

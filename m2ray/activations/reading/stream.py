@@ -18,10 +18,10 @@ import torch
 import xxhash
 from torch.utils.data import IterableDataset, get_worker_info
 
-from m2ray.activations.catalogue import Catalogue
-from m2ray.activations.open_parts import OpenParts
+from m2ray.activations.reading.catalogue import Catalogue
+from m2ray.activations.reading.open_parts import OpenParts
+from m2ray.activations.reading.window_memory import WindowMemory
 from m2ray.activations.schema import row_bytes
-from m2ray.activations.window_memory import WindowMemory
 from m2ray.batches import TOKEN_ROW, Bits, Int64Array, PartSpec
 from m2ray.errors import ConfigError
 
@@ -36,8 +36,8 @@ Batch = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class StreamOptions:
-    """What decides which rows come when. `shuffle_buffer_bytes`, and two batches, bound the rows that a worker holds: half as much
-    again, if a batch is larger than half of the buffer.
+    """What decides which rows come when. A worker holds at most `shuffle_buffer_bytes` and two batches of rows; half as much again if a
+    batch is larger than half of the buffer.
     """
 
     batch_rows: int
@@ -173,12 +173,12 @@ class _Windows:
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _batch(self, window: "_Filling", start: int, stop: int) -> Batch:
+    def _batch(self, window: "_Window", start: int, stop: int) -> Batch:
         """Its rows from `start` to `stop`. The activations stay where they are."""
         columns = {name: torch.from_numpy(window.tokens[name][start:stop].copy()) for name in TOKEN_ROW.names or ()}
         return {"activations": torch.from_numpy(window.bits[start:stop]).view(self._dtype), **columns}
 
-    def _begin(self, pool: ThreadPoolExecutor, number: int, carried: int, batch_rows: int) -> "_Filling | None":
+    def _begin(self, pool: ThreadPoolExecutor, number: int, carried: int, batch_rows: int) -> "_Window | None":
         """Begin to read a window, behind room for the `carried` rows of the one before that fill no batch."""
         if number >= len(self._windows):
             return None
@@ -195,10 +195,10 @@ class _Windows:
             pages.take(np.arange(start, stop), bits, into)
             tokens[into] = tokens_of_part[start:stop]
 
-        filling = _Filling(bits, tokens, [pool.submit(read, block) for block in range(len(blocks))])
+        window = _Window(bits, tokens, [pool.submit(read, block) for block in range(len(blocks))])
         if number + 1 < len(self._windows):
             self._next_places = pool.submit(self._places, number + 1)
-        return filling
+        return window
 
     def _places(self, number: int) -> Int64Array:
         """Where each of a window's rows goes: int64 [N]."""
@@ -206,14 +206,14 @@ class _Windows:
 
 
 @dataclass(frozen=True)
-class _Filling:
-    """A window on its way into memory."""
+class _Window:
+    """A window's rows and tokens in memory, and the reads that put them there."""
 
     bits: Bits
     tokens: npt.NDArray[Any]
     reads: list[Future[None]]
 
-    def whole(self) -> "_Filling":
+    def whole(self) -> "_Window":
         """Wait for all of it. Raises what a read raised."""
         for read in self.reads:
             read.result()
@@ -221,7 +221,7 @@ class _Filling:
 
 
 def _in_random_order(rows_of_parts: Int64Array, block_rows: int, parts_at_once: int, rng: np.random.Generator) -> Int64Array:
-    """(part, start, stop) of every block: int64 [blocks, 3]. Parts come in groups, so that none is opened time and again."""
+    """(part, start, stop) of every block: int64 [blocks, 3]. Parts come in groups, so that each is opened once."""
     order = rng.permutation(len(rows_of_parts)).tolist()
     groups = [np.empty((0, 3), np.int64)]
     for first in range(0, len(order), parts_at_once):
@@ -248,5 +248,6 @@ def _require_same(state: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     differing = [f"{name} was {state.get(name, 'absent')}, is {value}" for name, value in now.items() if state.get(name) != value]
     if differing:
         raise ConfigError(
-            f"This state of a stream is of another one: {'; '.join(differing)}.", "Make the stream as it was, or begin an epoch anew."
+            f"This state of a stream is of another one: {'; '.join(differing)}.",
+            "Make the stream as it was, or leave its state out and begin with an epoch's first row.",
         )

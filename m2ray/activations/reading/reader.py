@@ -10,10 +10,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.compute as pc
 
-from m2ray.activations.catalogue import Catalogue
 from m2ray.activations.job import JobRecord
-from m2ray.activations.part_reader import Check
-from m2ray.activations.random_rows import RandomRows
+from m2ray.activations.reading.catalogue import Catalogue
+from m2ray.activations.reading.part_reader import Check
+from m2ray.activations.reading.random_rows import RandomRows
 from m2ray.activations.schema import row_bytes
 from m2ray.batches import TOKEN_ROW, PartReceipt, PartSpec
 from m2ray.errors import NotInRunError
@@ -22,7 +22,7 @@ from m2ray.storage import open_store
 if TYPE_CHECKING:
     import torch
 
-    from m2ray.activations.stream import ActivationStream
+    from m2ray.activations.reading.stream import ActivationStream
 
 
 @dataclass(frozen=True)
@@ -148,16 +148,16 @@ class RunReader:
             RunDamagedError: a file is not what its commit says.
         """
         row = self._catalogue.sequence(sequence_id)
-        if row.shard is None:
-            raise NotInRunError(f"Sequence {sequence_id} (row {row.row_id}) has no activations: it was quarantined: {row.reason}.")
-        receipts = [self._catalogue.part_of_shard(spec, row.shard) for spec in self._one_site()]
-        tensor = self._empty(row.token_count)
+        if row["shard"] is None:
+            raise NotInRunError(f"Sequence {sequence_id} (row {row['row_id']}) has no activations: it was quarantined: {row['reason']}.")
+        receipts = [self._catalogue.part_of_shard(spec, row["shard"]) for spec in self._one_site()]
+        tensor = self._empty(row["token_count"])
         for bytes_TB, spec, receipt in zip(_bytes_of(tensor), self._parts, receipts, strict=True):
             if receipt is None:
                 raise NotInRunError(
-                    f"Sequence {sequence_id} is not extracted yet: its shard {row.shard} is not committed.", "Finish the run."
+                    f"Sequence {sequence_id} is not extracted yet: its shard {row['shard']} is not committed.", "Finish the run."
                 )
-            bytes_TB[:] = self._catalogue.open_part(spec, receipt).sequence(sequence_id, row.token_count)
+            bytes_TB[:] = self._catalogue.open_part(spec, receipt).sequence(sequence_id, row["token_count"])
         return tensor if self._has_layer_axis else tensor[0]
 
     def rows(self, indices: "Sequence[int] | npt.NDArray[np.int64]") -> "torch.Tensor":
@@ -209,7 +209,7 @@ class RunReader:
             NotInRunError: the view has several layers or sites.
             ConfigError: an option makes no sense.
         """
-        from m2ray.activations.stream import ActivationStream, StreamOptions
+        from m2ray.activations.reading.stream import ActivationStream, StreamOptions
 
         options = StreamOptions(batch_rows, shuffle_buffer_bytes, seed, rank, world_size)
         return ActivationStream(self._catalogue, self._one_layer(), options)
@@ -268,7 +268,7 @@ class RunReader:
         return tensor if self._has_layer_axis else tensor[0]
 
     def _empty(self, num_rows: int) -> "torch.Tensor":
-        """Room for so many rows of each layer: [L, N, W]."""
+        """Memory for `num_rows` rows of each layer: [L, N, W]."""
         import torch
 
         spec = self._parts[0]

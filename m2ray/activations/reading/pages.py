@@ -40,10 +40,10 @@ class PartPages:
             raise self._damaged(f"its page index cannot be understood ({error})") from error
 
     def pieces(self, numbers: Int64Array) -> Iterator[tuple[int, int]]:
-        """Cut ascending row numbers, where each is read best: [start, stop) places in `numbers`.
+        """Cut ascending row numbers into pieces that are best read at once: [start, stop) places in `numbers`.
 
-        Neighbours are read together; where a page is read as a whole anyway, all its rows are. On a disk all rows of a column that is
-        not compressed are, since neighbours are found there as well.
+        Neighbours are one piece, and so are all rows of a page that has to be read as a whole. On a disk all rows of a column that is not
+        compressed are: there the read itself joins neighbours.
         """
         if self._store.folder and not self._columns[0].is_compressed:
             if len(numbers):

@@ -7,9 +7,9 @@ from itertools import pairwise
 
 import numpy as np
 
-from m2ray.activations.catalogue import Catalogue
 from m2ray.activations.manifest import receipts_of
-from m2ray.activations.pages import PartPages
+from m2ray.activations.reading.catalogue import Catalogue
+from m2ray.activations.reading.pages import PartPages
 from m2ray.activations.schema import row_bytes
 from m2ray.batches import Bits, Int64Array, PartSpec
 from m2ray.errors import NotInRunError

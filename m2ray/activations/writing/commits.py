@@ -64,10 +64,10 @@ def go_on_with(store: Store, recorded: JobRecord) -> "Run":
 
 
 def reopen(store: Store, shards: Iterable[int]) -> None:
-    """Make shards uncommitted again, so that the same command extracts them anew. No driver may run. Safe to repeat.
+    """Make shards uncommitted again, so that the same command extracts them again. No driver may run. Safe to repeat.
 
     First the run ceases to be finished, then the shards cease to count, then their parts go: whoever opens the run in between
-    sees whole shards or none. With no shards, only `manifest.parquet` and `_SUCCESS` are made anew by the next command.
+    sees whole shards or none. With no shards, only `manifest.parquet` and `_SUCCESS` go, which the next command writes.
 
     Raises:
         StoreError: something could not be deleted.
@@ -153,7 +153,7 @@ class Run:
         return is_ours
 
     def reopen_damaged(self) -> list[int]:
-        """Make those shards uncommitted of which a part is gone or has another size, and a run not finished that lacks a commit.
+        """Make shards uncommitted of which a part is gone or has another size; a run that lacks a commit ceases to be finished.
 
         What their attempts left stays until the run is finished: nothing that another driver may be at is deleted here.
 
@@ -227,7 +227,7 @@ class Run:
         return summary
 
     def _recorded(self) -> tuple[RunSummary, Any] | None:
-        """What `_SUCCESS` and the manifest say; None where one is absent or damaged: both are made from the commits, and can be again."""
+        """What `_SUCCESS` and the manifest say; None where one is absent or damaged: both follow from the commits."""
         if self.store.size(SUCCESS_KEY) is None or self.store.size(MANIFEST_KEY) is None:
             return None
         try:
@@ -256,7 +256,7 @@ class Run:
             shards = ", ".join(map(str, sorted({part.shard for part in lost})[:_SHOWN_SHARDS]))
             raise RunDamagedError(
                 f"{len(lost):,} of {len(manifest):,} parts are gone or have another size than was committed:{listed}{more}\n",
-                f"Run the same extract command again: it does their shards anew (the first are {shards}).",
+                f"Run the same extract command again: it extracts their shards again (the first are {shards}).",
             )
 
     def _account(self, ledger: Sequence[CommitRecord], bytes_of_parts: Sequence[int]) -> RunSummary:
@@ -285,8 +285,8 @@ class Run:
         )
 
     def _sweep(self, unnamed: Iterable[str]) -> None:
-        """Delete those of the parts that no commit names that are of the run's shards, surveys that job.json does not name, and what dead
-        writers left unfinished.
+        """Delete parts of the run's shards that no commit names, surveys that job.json does not name, and what dead writers left
+        unfinished.
         """
         self.store.delete_unfinished()
         named = ((key, parse_part_key(key)) for key in unnamed)

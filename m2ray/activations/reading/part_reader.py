@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from m2ray.activations.pages import PartPages
+from m2ray.activations.reading.pages import PartPages
 from m2ray.activations.schema import Compression, activation_columns, part_metadata, part_schema, row_bytes
 from m2ray.batches import TOKEN_ROW, Bits, PartReceipt, PartSpec
 from m2ray.errors import RunDamagedError
@@ -44,7 +44,7 @@ class PartReader:
         self._receipt = receipt
         self._spec = spec
         self._check = check == "pages"
-        self._remedy = "Restore it from a copy, or run `m2ray verify RUN --checksums --repair` and the same extract command again: it does the shard anew."
+        self._remedy = "Restore it from a copy, or run `m2ray verify RUN --checksums --repair` and the same extract command: it extracts the shard again."
         num_bytes = store.size(receipt.key)
         if num_bytes != receipt.num_bytes:
             found = "is absent" if num_bytes is None else f"has {num_bytes} bytes"
@@ -112,7 +112,7 @@ class PartReader:
             pages.read(start, rows[: receipt.rows - start])
 
     def _read_tail(self) -> bytearray:
-        """All that comes after the last row group, which is what was written: its digest is in the commit since format 2."""
+        """All that comes after the last row group, held against its digest, which commits have since format 2."""
         receipt = self._receipt
         if receipt.tail_bytes is None:
             return read_tail(self._store, receipt.key, receipt.num_bytes)

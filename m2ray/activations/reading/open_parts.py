@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy.typing as npt
 
-from m2ray.activations.catalogue import Catalogue
 from m2ray.activations.manifest import receipts_of
-from m2ray.activations.pages import PartPages
+from m2ray.activations.reading.catalogue import Catalogue
+from m2ray.activations.reading.pages import PartPages
 from m2ray.batches import TOKEN_ROW, Int64Array, PartSpec
 
 _TOKENS_KEPT_BYTES = 256 << 20

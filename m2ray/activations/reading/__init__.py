@@ -1,0 +1,1 @@
+"""A run folder into rows: opened, streamed, drawn at random, verified."""

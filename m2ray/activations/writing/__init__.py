@@ -1,0 +1,1 @@
+"""Rows of a stage into parts, parts into commits, and who may write a run folder."""
