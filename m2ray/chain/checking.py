@@ -5,7 +5,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
-from m2ray.activations.job import JobRecord, read_job, require_todays_format
+from m2ray.activations.job import JobRecord, read_job, require_resumable
 from m2ray.activations.lease import held
 from m2ray.batches import TensorTable
 from m2ray.chain.machine import disk_free_bytes
@@ -100,7 +100,7 @@ def look(config: ExtractConfig) -> Inputs:
     tried(store.probe)
     recorded = next(iter(tried(lambda: read_job(store))), None)
     if recorded:
-        tried(lambda: require_todays_format(store, recorded))
+        tried(lambda: require_resumable(store, recorded))
     opened = tried(lambda: open_checkpoint(config.model))
     # What is wrong with the prompts is said beside what is wrong with the model, whose limit is not known then.
     limit = opened[0].config.max_position_embeddings if opened else 1
