@@ -7,7 +7,6 @@ from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Self
-from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import xxhash
@@ -19,7 +18,7 @@ from m2ray.prompts.chat_template import ChatTemplate, RefusedError
 from m2ray.prompts.own_tokenizer import own_tokenizer, probed_digest
 from m2ray.prompts.rows import Columns, PromptRow
 from m2ray.prompts.special_tokens import SpecialTokens, SpecialTokensRule
-from m2ray.storage import SCHEMES, open_store
+from m2ray.storage import local_folder, open_store
 
 _VOCABULARY_FILES = (
     "sentencepiece.bpe.model",
@@ -187,7 +186,8 @@ class PromptTokenizer:
 @contextmanager
 def _local_folder(model_url: str) -> Iterator[Path]:
     """The model's folder, or for one in an object store a temporary one with the files that a tokenizer may be made of."""
-    if urlsplit(model_url).scheme in SCHEMES:
+    folder = local_folder(model_url)
+    if folder is None:
         store = open_store(model_url)
         with TemporaryDirectory(prefix="m2ray-tokenizer-") as temporary:
             for name in (*_VOCABULARY_FILES, *_OTHER_FILES, *_FILES_BESIDE):
@@ -198,7 +198,6 @@ def _local_folder(model_url: str) -> Iterator[Path]:
                 Path(temporary, _TEMPLATES_FOLDER, Path(key).name).write_bytes(store.read(key))
             yield Path(temporary)
         return
-    folder = Path(unquote(urlsplit(model_url).path)) if model_url.startswith("file://") else Path(model_url).expanduser()
     if not folder.is_dir():
         raise CheckpointError(f"The model folder {model_url} is absent.", "Check the path.")
     yield folder
