@@ -88,5 +88,5 @@ def _problem(scheme: str, name: str, value: str) -> M2rayError | None:
 
 
 def without_secrets(url: str) -> str:
-    """A URL as a message may show it: without user, password and query."""
-    return re.sub(r"//[^/@]*@", "//", url).partition("?")[0]
+    """A URL as a message may show it: without user, password, query and fragment."""
+    return re.split("[?#]", re.sub(r"//[^/@]*@", "//", url))[0]
