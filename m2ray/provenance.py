@@ -4,21 +4,16 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 
-from m2ray import __version__
-
 ROW_PACKAGES = ("torch", "transformers", "tokenizers")
 """Whose other versions may make other tokens of a prompt, or other bits of a row."""
 
-PACKAGES = ("m2ray", *ROW_PACKAGES)
-"""What every node of a run must have as its driver has it."""
 
-
-def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
-    """Of those of the packages that are installed here; m2ray's is that of the code at work, which need not be installed."""
+def versions(packages: Iterable[str] = ROW_PACKAGES) -> dict[str, str]:
+    """Of those of the packages that are installed here."""
     found = {}
     for package in packages:
         with suppress(PackageNotFoundError):
-            found[package] = __version__ if package == "m2ray" else version(package)
+            found[package] = version(package)
     return found
 
 

@@ -109,7 +109,7 @@ class JobRecord:
             num_shards=num_shards,
             counts=counts,
             sequence_files=sequence_files,
-            versions=versions(ROW_PACKAGES),
+            versions=versions(),
             names=dict(names),
         )
 
@@ -157,7 +157,7 @@ def require_resumable(store: Store, recorded: JobRecord, here: str = "now") -> N
         RunConflictError: naming the version of m2ray that finishes it, or every package that differs, with both versions.
     """
     require_todays_format(store, recorded)
-    differing = differences(recorded.versions, versions(ROW_PACKAGES), ROW_PACKAGES)
+    differing = differences(recorded.versions, versions(), ROW_PACKAGES)
     if differing:
         lines = "".join(f"\n  {package}: {there} in the run, {found} {here}" for package, (there, found) in differing.items())
         wanted = ", ".join(f"{package} {there}" for package, (there, _) in differing.items())

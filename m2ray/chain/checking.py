@@ -12,10 +12,10 @@ from m2ray.chain.machine import disk_free_bytes
 from m2ray.chain.progress import Progress
 from m2ray.chain.stopping import GOES_ON, Stop
 from m2ray.config import ExtractConfig, parse_layers
-from m2ray.errors import ConfigError, M2rayError, raise_all
+from m2ray.errors import M2rayError, raise_all
 from m2ray.model.attention import resolve_attn_implementation
 from m2ray.model.checkpoint import Checkpoint, open_checkpoint, tensor_table
-from m2ray.model.families import learned_positions
+from m2ray.model.families import require_positions
 from m2ray.model.proof import prove
 from m2ray.model.stage import DTYPES
 from m2ray.options import PromptOptions, RunOptions
@@ -109,35 +109,12 @@ def look(config: ExtractConfig) -> Inputs:
     if not opened:
         raise_all(problems)
     checkpoint: Checkpoint = opened[0]
-    tried(checkpoint.check, lambda: prove(checkpoint.config), lambda: _check_length(config, checkpoint))
+    tried(checkpoint.check, lambda: prove(checkpoint.config), lambda: require_positions(checkpoint.config, config.max_length))
     tried(lambda: parse_layers(config.layers, checkpoint.config.num_hidden_layers))
     tokenizer = tried(lambda: PromptTokenizer.load(config.model, prompts, checkpoint.config.vocab_size))
     attention = tried(lambda: resolve_attn_implementation(checkpoint.config, config.attn_implementation, DTYPES[config.compute_dtype]))
     raise_all(problems)
     table, shape = tensor_table(checkpoint), ModelShape.of(checkpoint.config, attention[0])
-    settled = _settled(source[0], tokenizer[0])
+    settled = tokenizer[0].settled(source[0].columns)
     options = resolve(config, settled, table, shape, Cluster(()), Assumptions(), recorded and recorded.options)
     return Inputs(config, checkpoint, table, shape, source[0], tokenizer[0], store, recorded, options)
-
-
-def _check_length(config: ExtractConfig, checkpoint: Checkpoint) -> None:
-    positions = learned_positions(checkpoint.config)
-    if positions is not None and config.max_length is not None and config.max_length > positions:
-        raise ConfigError(
-            f"max_length = {config.max_length}, but a {checkpoint.config.model_type} of config.json has learned {positions} positions.",
-            f"Set max_length to {positions} at most.",
-        )
-
-
-def _settled(source: PromptSource, tokenizer: PromptTokenizer) -> PromptOptions:
-    """What the prompts settle: which column counts, and what is put around its texts. A text sees no date."""
-    columns, options = source.columns, source.options
-    return replace(
-        options,
-        text_column=columns.prompt if columns.kind == "text" else None,
-        messages_column=columns.prompt if columns.kind == "messages" else None,
-        input_ids_column=columns.prompt if columns.kind == "input_ids" else None,
-        tools_column=columns.tools,
-        special_tokens=tokenizer.resolved_special_tokens(columns),
-        template_date=options.template_date if columns.is_messages else None,
-    )

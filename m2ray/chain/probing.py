@@ -8,11 +8,12 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from m2ray import __version__
 from m2ray.chain.joining import cluster
 from m2ray.chain.machine import probe_node
 from m2ray.errors import ClusterError, raise_all
 from m2ray.planning.hardware import Cluster
-from m2ray.provenance import PACKAGES, differences, versions
+from m2ray.provenance import ROW_PACKAGES, differences, versions
 
 LOOK_TIMEOUT_S = 300.0
 """Imports of torch on a cold disk, and the reading of half a gigabyte."""
@@ -90,11 +91,11 @@ def require_versions(cluster: Cluster) -> None:
     Raises:
         ClusterError: naming every such node and package, with both versions.
     """
-    here = versions()
+    here = {"m2ray": __version__, **versions()}
     lines = [
         f"\n  node {node.name}: {package} {there}, {wanted} here"
         for node in cluster.nodes
-        for package, (wanted, there) in differences(here, node.versions, PACKAGES).items()
+        for package, (wanted, there) in differences(here, node.versions, ("m2ray", *ROW_PACKAGES)).items()
     ]
     if lines:
         raise ClusterError(

@@ -2,10 +2,10 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from m2ray.batches import PromptStats, TensorTable
-from m2ray.config import ExtractConfig, parse_labels, parse_layers
+from m2ray.config import Auto, ExtractConfig, parse_labels, parse_layers
 from m2ray.errors import ConfigError
 from m2ray.options import PromptOptions, RunOptions
 from m2ray.planning.batch_size import AUTO_BATCH_TOKENS, best_batch_tokens
@@ -17,6 +17,8 @@ from m2ray.sites import parts_of_run
 from m2ray.sizes import parse_bytes, parse_max_memory
 
 AUTO_SHARD_TOKENS = 32_768
+
+_Value = TypeVar("_Value", bool, int, str)
 
 StatsAt = Callable[[int], PromptStats]
 """The prompts, cut into micro-batches of at most so many padded tokens."""
@@ -54,8 +56,7 @@ def resolve(
         raise ConfigError(f"stages = {config.stages}, but only {layers[-1] + 1} layers are run.", f"Ask for at most {layers[-1] + 1}.")
     of_the_run = recorded or {}
 
-    def decided(name: str, automatic: Any) -> Any:
-        asked = getattr(config, name)
+    def decided(name: str, asked: _Value | Auto, automatic: _Value) -> _Value:
         return of_the_run.get(name, automatic) if asked == "auto" else asked
 
     options = RunOptions(
@@ -65,11 +66,11 @@ def resolve(
         parts=parts_of_run(config.sites, layers, config.store_dtype, table.hidden_size),
         compute_dtype=config.compute_dtype,
         store_dtype=config.store_dtype,
-        batch_tokens=decided("batch_tokens", AUTO_BATCH_TOKENS),
-        shard_tokens=decided("shard_tokens", AUTO_SHARD_TOKENS),
-        attn_implementation=decided("attn_implementation", shape.attn_implementation),
-        compile=decided("compile", cluster.num_gpus > 0),
-        threads_per_stage=decided("threads_per_stage", 1),
+        batch_tokens=decided("batch_tokens", config.batch_tokens, AUTO_BATCH_TOKENS),
+        shard_tokens=decided("shard_tokens", config.shard_tokens, AUTO_SHARD_TOKENS),
+        attn_implementation=decided("attn_implementation", config.attn_implementation, shape.attn_implementation),
+        compile=decided("compile", config.compile, cluster.num_gpus > 0),
+        threads_per_stage=decided("threads_per_stage", config.threads_per_stage, 1),
         output=config.output,
         compression=config.compression,
         stages=None if config.stages == "auto" else config.stages,

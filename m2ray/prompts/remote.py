@@ -112,7 +112,8 @@ def _place(prompts: str) -> tuple[Store, str]:
     if match is None or match["scheme"] not in SCHEMES:
         scheme = prompts.partition("://")[0]
         raise PromptsError(
-            f"Prompts cannot be read from {without_secrets(prompts)!r}: its scheme is {scheme!r}.", f"Give a path or one of {', '.join(SCHEMES)}."
+            f"Prompts cannot be read from {without_secrets(prompts)!r}: its scheme is {scheme!r}.",
+            f"Give a path or one of {', '.join(SCHEMES)}.",
         )
     return open_store(match["bucket"] + (match["options"] or "")), match["path"].strip("/")
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -95,6 +96,22 @@ class PromptTokenizer:
         if rule != "auto":
             return rule
         return "add_where_absent" if self._special_tokens.prefix or self._special_tokens.suffix else "none"
+
+    def settled(self, columns: Columns) -> PromptOptions:
+        """The options as the prompts settle them: which column counts, and what is put around its texts. A text sees no date.
+
+        Raises:
+            PromptsError: as `resolved_special_tokens`.
+        """
+        return replace(
+            self._options,
+            text_column=columns.prompt if columns.kind == "text" else None,
+            messages_column=columns.prompt if columns.kind == "messages" else None,
+            input_ids_column=columns.prompt if columns.kind == "input_ids" else None,
+            tools_column=columns.tools,
+            special_tokens=self.resolved_special_tokens(columns),
+            template_date=self._options.template_date if columns.is_messages else None,
+        )
 
     def told(self, columns: Columns, first_prompt: Int32Array) -> list[str]:
         """Lines for a person: what was done about special tokens until now, and the first prompt's token ids in words."""

@@ -11,7 +11,19 @@ from m2ray.storage.object_store import ObjectStore
 from m2ray.storage.scratch import scratch
 from m2ray.storage.store import Data, PartSink, Store
 
-__all__ = ["SCHEMES", "Data", "LocalStore", "ObjectStore", "PartSink", "Store", "StoreFile", "local_folder", "open_store", "scratch", "without_secrets"]
+__all__ = [
+    "SCHEMES",
+    "Data",
+    "LocalStore",
+    "ObjectStore",
+    "PartSink",
+    "Store",
+    "StoreFile",
+    "local_folder",
+    "open_store",
+    "scratch",
+    "without_secrets",
+]
 
 
 def open_store(url: str | Path) -> Store:
@@ -29,5 +41,7 @@ def open_store(url: str | Path) -> Store:
         return LocalStore(folder)
     scheme = urlsplit(text).scheme
     if scheme not in SCHEMES:
-        raise StoreError(f"m2ray cannot use {without_secrets(text)!r}: its scheme is {scheme!r}.", f"Give a local path or one of {', '.join(SCHEMES)}.")
+        raise StoreError(
+            f"m2ray cannot use {without_secrets(text)!r}: its scheme is {scheme!r}.", f"Give a local path or one of {', '.join(SCHEMES)}."
+        )
     return ObjectStore(text)

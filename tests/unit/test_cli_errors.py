@@ -226,7 +226,9 @@ def test_nodes_with_other_versions_than_the_driver_are_all_named(
     monkeypatch.setattr("m2ray.chain.extract.cluster", lambda _: nullcontext())
     monkeypatch.setattr("m2ray.chain.extract.probe_hardware", lambda *_: Hardware(Cluster(tuple(nodes)), {}, {}))
     refused = extract(sound_model, prompts, tmp_path / "run")
-    assert_refused(refused, "Install the same everywhere", f"node b: m2ray 0.0.9, {__version__} here", "node b: torch 2.12.1+cu130, 2.13.0+cpu here")
+    assert_refused(
+        refused, "Install the same everywhere", f"node b: m2ray 0.0.9, {__version__} here", "node b: torch 2.12.1+cu130, 2.13.0+cpu here"
+    )
     assert "node c: tokenizers absent, 0.23.3 here" in refused.stderr
     assert "node a" not in refused.stderr
     assert not [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
