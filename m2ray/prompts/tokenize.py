@@ -16,7 +16,7 @@ from m2ray.batches import Int32Array
 from m2ray.errors import CheckpointError, PromptsError
 from m2ray.options import PromptOptions
 from m2ray.prompts.chat_template import ChatTemplate, RefusedError
-from m2ray.prompts.own_tokenizer import own_tokenizer, probed_digest
+from m2ray.prompts.own_tokenizer import TokenizersRefusalError, own_tokenizer, probed_digest, refusals_named
 from m2ray.prompts.rows import Columns, PromptRow
 from m2ray.prompts.special_tokens import SpecialTokens, SpecialTokensRule
 from m2ray.storage import local_folder, open_store
@@ -156,18 +156,28 @@ class PromptTokenizer:
         for place, token_ids in given.items():
             results[place] = self._check(token_ids)
         for group, tokenized in ((texts, self._tokenize_texts(list(texts.values()))), (rendered, self._tokenize(list(rendered.values())))):
-            for place, token_ids in zip(group, tokenized, strict=True):
-                results[place] = self._check(token_ids)
+            for place, found in zip(group, tokenized, strict=True):
+                results[place] = self._check(found)
         return results
 
-    def _tokenize_texts(self, texts: list[str]) -> list[list[int]]:
+    def _tokenize_texts(self, texts: list[str]) -> list[list[int] | str]:
         rule = self._options.special_tokens
         tokenized = self._tokenize(texts, adds_special_tokens=rule == "add")
-        return [self._special_tokens.around(token_ids) for token_ids in tokenized] if rule == "auto" else tokenized
+        if rule != "auto":
+            return tokenized
+        return [found if isinstance(found, str) else self._special_tokens.around(found) for found in tokenized]
 
-    def _tokenize(self, texts: list[str], *, adds_special_tokens: bool = False) -> list[list[int]]:
-        if not texts:
-            return []
+    def _tokenize(self, texts: list[str], *, adds_special_tokens: bool = False) -> list[list[int] | str]:
+        """Each text's token ids, or why it has none."""
+        try:
+            with refusals_named():
+                return [*self._token_ids(texts, adds_special_tokens=adds_special_tokens)] if texts else []
+        except TokenizersRefusalError as error:
+            if len(texts) == 1:
+                return [f"the tokenizer refuses it: {error}"]
+        return [self._tokenize([text], adds_special_tokens=adds_special_tokens)[0] for text in texts]
+
+    def _token_ids(self, texts: list[str], *, adds_special_tokens: bool) -> list[list[int]]:
         encoding = self._tokenizer(
             texts,
             add_special_tokens=adds_special_tokens,
@@ -180,7 +190,9 @@ class PromptTokenizer:
         token_ids: list[list[int]] = encoding["input_ids"]
         return token_ids
 
-    def _check(self, token_ids: list[int]) -> Int32Array | str:
+    def _check(self, token_ids: list[int] | str) -> Int32Array | str:
+        if isinstance(token_ids, str):
+            return token_ids
         max_length = self._options.max_length
         if not token_ids:
             return "no tokens"
