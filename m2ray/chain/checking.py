@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TypeVar
 
 from m2ray.activations.job import JobRecord, read_job, require_resumable
 from m2ray.activations.lease import held
@@ -25,6 +25,8 @@ from m2ray.planning.memory import ModelShape
 from m2ray.planning.resolve import StatsAt, resolve
 from m2ray.prompts import PromptSource, PromptTokenizer
 from m2ray.storage import Store, open_store
+
+_Found = TypeVar("_Found")
 
 
 @dataclass(frozen=True)
@@ -87,34 +89,37 @@ def look(config: ExtractConfig) -> Inputs:
     store = open_store(config.output)
     problems: list[M2rayError] = []
 
-    def tried(*steps: Callable[[], Any]) -> list[Any]:
-        """Take each step, keep its problem for later, and give what the successful ones found."""
-        found = []
-        for step in steps:
-            try:
-                found.append(step())
-            except M2rayError as problem:
-                problems.append(problem)
-        return found
+    def tried(step: Callable[[], _Found]) -> _Found | None:
+        """What a step finds; None where it raises a problem, which is kept for later."""
+        try:
+            return step()
+        except M2rayError as problem:
+            problems.append(problem)
+            return None
 
     tried(store.probe)
-    recorded = next(iter(tried(lambda: read_job(store))), None)
+    recorded = tried(lambda: read_job(store))
     if recorded:
         tried(lambda: require_resumable(store, recorded))
-    opened = tried(lambda: open_checkpoint(config.model))
+    of_the_run = recorded.options if recorded else {}
+    checkpoint = tried(lambda: open_checkpoint(config.model))
     # What is wrong with the prompts is said beside what is wrong with the model, whose limit is not known then.
-    limit = opened[0].config.max_position_embeddings if opened else 1
-    prompts = PromptOptions.of(config, limit, recorded.options.get("template_date") if recorded else None)
+    limit = checkpoint.config.max_position_embeddings if checkpoint else 1
+    prompts = PromptOptions.of(config, limit, of_the_run.get("template_date"))
     source = tried(lambda: PromptSource.open(prompts))
-    if not opened:
+    if checkpoint is None:
         raise_all(problems)
-    checkpoint: Checkpoint = opened[0]
-    tried(checkpoint.check, lambda: prove(checkpoint.config), lambda: require_positions(checkpoint.config, config.max_length))
+    assert checkpoint is not None
+    tried(checkpoint.check)
+    tried(lambda: prove(checkpoint.config))
+    tried(lambda: require_positions(checkpoint.config, config.max_length))
     tried(lambda: parse_layers(config.layers, checkpoint.config.num_hidden_layers))
     tokenizer = tried(lambda: PromptTokenizer.load(config.model, prompts, checkpoint.config.vocab_size))
     attention = tried(lambda: resolve_attn_implementation(checkpoint.config, config.attn_implementation, DTYPES[config.compute_dtype]))
     raise_all(problems)
-    table, shape = tensor_table(checkpoint), ModelShape.of(checkpoint.config, attention[0])
-    settled = tokenizer[0].settled(source[0].columns)
-    options = resolve(config, settled, table, shape, Cluster(()), Assumptions(), recorded and recorded.options)
-    return Inputs(config, checkpoint, table, shape, source[0], tokenizer[0], store, recorded, options)
+    assert source is not None
+    assert tokenizer is not None
+    assert attention is not None
+    table, shape = tensor_table(checkpoint), ModelShape.of(checkpoint.config, attention)
+    options = resolve(config, tokenizer.settled(source.columns), table, shape, recorded=of_the_run)
+    return Inputs(config, checkpoint, table, shape, source, tokenizer, store, recorded, options)

@@ -97,7 +97,7 @@ def make_plan(config: PlanConfig) -> tuple[Plan, dict[str, Any]]:
         profile=profile,
     )
     prompts, shards, stats_at = PromptOptions.of(config, model.config.max_position_embeddings), None, None
-    options = resolve(config, prompts, model.table, model.shape, Cluster(()), assumed)
+    options = resolve(config, prompts, model.table, model.shape)
     if config.prompts:
         prompts, shards = survey_prompts(config.model, prompts, model.config.vocab_size, options.shard_tokens)
         stats_at = partial(estimated_batching, shards)

@@ -29,8 +29,8 @@ def resolve(
     prompts: PromptOptions,
     table: TensorTable,
     shape: ModelShape,
-    cluster: Cluster,
-    assumed: Assumptions,
+    cluster: Cluster | None = None,
+    assumed: Assumptions | None = None,
     recorded: Mapping[str, Any] | None = None,
     stats_at: StatsAt | None = None,
 ) -> RunOptions:
@@ -43,7 +43,8 @@ def resolve(
         config: what is asked for.
         prompts: what the prompts settled of it.
         table, shape: the model; `shape` names the attention that "auto" means for it.
-        cluster: where it is to run; without nodes, what needs no look at a cluster is decided as without GPUs.
+        cluster: where it is to run; without it, what depends on one is as on a machine without GPUs.
+        assumed: of the world around the run; nothing is known of it by default.
         recorded: the options in job.json, if the run has begun.
         stats_at: the prompts; None where none are known.
 
@@ -69,7 +70,7 @@ def resolve(
         batch_tokens=decided("batch_tokens", config.batch_tokens, AUTO_BATCH_TOKENS),
         shard_tokens=decided("shard_tokens", config.shard_tokens, AUTO_SHARD_TOKENS),
         attn_implementation=decided("attn_implementation", config.attn_implementation, shape.attn_implementation),
-        compile=decided("compile", config.compile, cluster.num_gpus > 0),
+        compile=decided("compile", config.compile, cluster is not None and cluster.num_gpus > 0),
         threads_per_stage=decided("threads_per_stage", config.threads_per_stage, 1),
         output=config.output,
         compression=config.compression,
@@ -86,9 +87,9 @@ def resolve(
         placement_timeout_s=config.placement_timeout_s,
         stage_timeout_s=config.stage_timeout_s,
     )
-    if not cluster.nodes:
+    if cluster is None:
         return options
-    demand = Demand(table, shape, options, assumed)
+    demand = Demand(table, shape, options, assumed or Assumptions())
     if config.batch_tokens == "auto" and "batch_tokens" not in of_the_run:
         demand = demand.asking(batch_tokens=_batch_tokens(config, demand, cluster, stats_at))
     return replace(demand.options, replicas=_replicas(config, demand, cluster))
