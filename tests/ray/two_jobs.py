@@ -40,7 +40,8 @@ def do(stages: Stages, model: str, prompts: str, output: str, layers: str, batch
     progress = Progress(sys.stderr)
     found = survey(inputs.source, inputs.tokenizer, inputs.store, uuid4().hex[:12], 300, on_progress=progress.surveying)
     run = extract._claim(inputs, found, progress)
-    work = extract._Work(inputs, run, found.shards, found.shards, found.tokens, None)
+    assert run is not None, "nobody else begins it"
+    work = extract._Work(inputs, run, found.shards, run.missing(found.shards), found.tokens, None)
     capture = CaptureSpec({"residual": inputs.options.layers}, "float32")
     stages.begin(Job(capture, WriterSpec(output, run.job.run_metadata(), 1 << 20, 1), batch_tokens))
     limits = {"in_flight_bytes": 1 << 20, "hidden_bytes": 4 * inputs.table.hidden_size, "timeout_s": TIMEOUT_S}
@@ -51,7 +52,8 @@ def do(stages: Stages, model: str, prompts: str, output: str, layers: str, batch
         run.commit(result.shard, result.attempt, result.receipts, result.micro_batches, result.elapsed_s)
         queue.finish(result.shard)
 
-    chain.run(queue, commit)
+    with found.tokens:
+        chain.run(queue, commit)
     run.finish()
     stages.ask_all()
     return [{name: getattr(status, name) for name in ("pid", "read_bytes", "tokens", "written_bytes")} for status in stages.statuses]
