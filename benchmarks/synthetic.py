@@ -42,6 +42,7 @@ def make_run(folder: Path, num_shards: int, compression: Compression = "none") -
         num_shards=num_shards,
         counts=Counts(num_shards * num_sequences, num_shards * num_sequences, 0, num_shards * num_sequences * _LENGTH),
         sequence_files=(_sequences(store, num_shards, num_sequences),),
+        names={"model": "-", "prompts": "-"},
     )
     run = claim_run(store, job)
     writer = ActivationWriter(store, job.run_metadata(), [spec], queue_bytes=1 << 30, threads=1, compression=compression)

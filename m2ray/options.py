@@ -50,19 +50,19 @@ class PromptOptions:
         """The options of a run, for a model that takes `longest` tokens. `recorded_date` is that of the run's record, if there is one."""
         given = None if config.template_date == "auto" else config.template_date
         return cls(
-            config.prompts or "",
-            config.max_length or longest,
-            config.text_column,
-            config.messages_column,
-            config.input_ids_column,
-            config.tools_column,
-            config.id_column,
-            config.truncation,
-            config.special_tokens,
-            config.add_generation_prompt,
-            config.template_options,
-            given or (date.fromisoformat(recorded_date) if recorded_date else datetime.now(UTC).date()),
-            config.quarantine_limit,
+            prompts=config.prompts or "",
+            max_length=config.max_length or longest,
+            text_column=config.text_column,
+            messages_column=config.messages_column,
+            input_ids_column=config.input_ids_column,
+            tools_column=config.tools_column,
+            id_column=config.id_column,
+            truncation=config.truncation,
+            special_tokens=config.special_tokens,
+            add_generation_prompt=config.add_generation_prompt,
+            template_options=config.template_options,
+            template_date=given or (date.fromisoformat(recorded_date) if recorded_date else datetime.now(UTC).date()),
+            quarantine_limit=config.quarantine_limit,
         )
 
 

@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Self
 from uuid import uuid4
@@ -14,6 +14,7 @@ from m2ray.activations.json_record import read_record, to_json
 from m2ray.activations.schema import FORMAT_VERSION, LAYER_CONVENTION, LEASE_FOLDER
 from m2ray.batches import PartSpec, SequenceFile
 from m2ray.errors import RunConflictError
+from m2ray.provenance import ROW_PACKAGES, differences, versions
 from m2ray.storage import Store
 
 JOB_KEY = "job.json"
@@ -51,6 +52,8 @@ class JobRecord:
         fingerprints: digests of what rows are made from: `model` and `tokenizer`, `template`, `prompts`.
         parts: what every shard consists of, in order.
         sequence_files: the whole of `sequences/`, in order of sequence id.
+        versions: of the packages that decide the rows, as the driver that began the run had them; none in format 1.
+        names: `model` and `prompts` as the user named them, which hold no credentials (m2ray.storage.address); none in format 1.
     """
 
     format_version: int
@@ -65,6 +68,8 @@ class JobRecord:
     num_shards: int
     counts: Counts
     sequence_files: tuple[SequenceFile, ...]
+    versions: Mapping[str, str] = field(default_factory=dict)
+    names: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         absent = {"model", "tokenizer"} - self.fingerprints.keys()
@@ -88,8 +93,9 @@ class JobRecord:
         num_shards: int,
         counts: Counts,
         sequence_files: tuple[SequenceFile, ...],
+        names: Mapping[str, str],
     ) -> Self:
-        """The record of a run that begins now."""
+        """The record of a run that begins now, under the versions that are installed here."""
         return cls(
             format_version=FORMAT_VERSION,
             m2ray_version=m2ray_version,
@@ -103,6 +109,8 @@ class JobRecord:
             num_shards=num_shards,
             counts=counts,
             sequence_files=sequence_files,
+            versions=versions(),
+            names=dict(names),
         )
 
     def to_json(self) -> bytes:
@@ -136,6 +144,27 @@ def read_job(store: Store) -> JobRecord | None:
         what = f"{store.url} is not empty and is no run folder: it holds {foreign} and no {JOB_KEY}."
         raise RunConflictError(what, "Give another output.")
     return None
+
+
+def require_resumable(store: Store, recorded: JobRecord, here: str = "now") -> None:
+    """Refuse to go on with a run of an older format, or under other versions of what decides the rows than it was begun with.
+
+    Args:
+        store, recorded: the run.
+        here: what to call this process in the message.
+
+    Raises:
+        RunConflictError: naming the version of m2ray that finishes it, or every package that differs, with both versions.
+    """
+    require_todays_format(store, recorded)
+    differing = differences(recorded.versions, versions(), ROW_PACKAGES)
+    if differing:
+        lines = "".join(f"\n  {package}: {there} in the run, {found} {here}" for package, (there, found) in differing.items())
+        wanted = ", ".join(f"{package} {there}" for package, (there, _) in differing.items())
+        raise RunConflictError(
+            f"The run at {store.url} was begun under other versions, which may make other rows. What differs:{lines}\n",
+            f"Go on with it under {wanted}, or give another output. It can be read as it is.",
+        )
 
 
 def require_todays_format(store: Store, recorded: JobRecord) -> None:

@@ -3,19 +3,19 @@
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TypeVar
 
-from m2ray.activations.job import JobRecord, read_job, require_todays_format
+from m2ray.activations.job import JobRecord, read_job, require_resumable
 from m2ray.activations.writing.lease import held
 from m2ray.batches import TensorTable
 from m2ray.chain.machine import disk_free_bytes
 from m2ray.chain.progress import Progress
 from m2ray.chain.stopping import GOES_ON, Stop
 from m2ray.config import ExtractConfig, parse_layers
-from m2ray.errors import ConfigError, M2rayError, raise_all
+from m2ray.errors import M2rayError, raise_all
 from m2ray.model.attention import resolve_attn_implementation
 from m2ray.model.checkpoint import Checkpoint, open_checkpoint, tensor_table
-from m2ray.model.families import learned_positions
+from m2ray.model.families import require_positions
 from m2ray.model.proof import prove
 from m2ray.model.stage import DTYPES
 from m2ray.options import PromptOptions, RunOptions
@@ -25,6 +25,8 @@ from m2ray.planning.memory import ModelShape
 from m2ray.planning.resolve import StatsAt, resolve
 from m2ray.prompts import PromptSource, PromptTokenizer
 from m2ray.storage import Store, open_store
+
+_Found = TypeVar("_Found")
 
 
 @dataclass(frozen=True)
@@ -87,57 +89,37 @@ def look(config: ExtractConfig) -> Inputs:
     store = open_store(config.output)
     problems: list[M2rayError] = []
 
-    def tried(*steps: Callable[[], Any]) -> list[Any]:
-        """Take each step, keep its problem for later, and give what the successful ones found."""
-        found = []
-        for step in steps:
-            try:
-                found.append(step())
-            except M2rayError as problem:
-                problems.append(problem)
-        return found
+    def tried(step: Callable[[], _Found]) -> _Found | None:
+        """What a step finds; None where it raises a problem, which is kept for later."""
+        try:
+            return step()
+        except M2rayError as problem:
+            problems.append(problem)
+            return None
 
     tried(store.probe)
-    recorded = next(iter(tried(lambda: read_job(store))), None)
+    recorded = tried(lambda: read_job(store))
     if recorded:
-        tried(lambda: require_todays_format(store, recorded))
-    opened = tried(lambda: open_checkpoint(config.model))
+        tried(lambda: require_resumable(store, recorded))
+    of_the_run = recorded.options if recorded else {}
+    checkpoint = tried(lambda: open_checkpoint(config.model))
     # What is wrong with the prompts is said beside what is wrong with the model, whose limit is not known then.
-    limit = opened[0].config.max_position_embeddings if opened else 1
-    prompts = PromptOptions.of(config, limit, recorded.options.get("template_date") if recorded else None)
+    limit = checkpoint.config.max_position_embeddings if checkpoint else 1
+    prompts = PromptOptions.of(config, limit, of_the_run.get("template_date"))
     source = tried(lambda: PromptSource.open(prompts))
-    if not opened:
+    if checkpoint is None:
         raise_all(problems)
-    checkpoint: Checkpoint = opened[0]
-    tried(checkpoint.check, lambda: prove(checkpoint.config), lambda: _check_length(config, checkpoint))
+    assert checkpoint is not None
+    tried(checkpoint.check)
+    tried(lambda: prove(checkpoint.config))
+    tried(lambda: require_positions(checkpoint.config, config.max_length))
     tried(lambda: parse_layers(config.layers, checkpoint.config.num_hidden_layers))
     tokenizer = tried(lambda: PromptTokenizer.load(config.model, prompts, checkpoint.config.vocab_size))
     attention = tried(lambda: resolve_attn_implementation(checkpoint.config, config.attn_implementation, DTYPES[config.compute_dtype]))
     raise_all(problems)
-    table, shape = tensor_table(checkpoint), ModelShape.of(checkpoint.config, attention[0])
-    settled = _settled(source[0], tokenizer[0])
-    options = resolve(config, settled, table, shape, Cluster(()), Assumptions(), recorded and recorded.options)
-    return Inputs(config, checkpoint, table, shape, source[0], tokenizer[0], store, recorded, options)
-
-
-def _check_length(config: ExtractConfig, checkpoint: Checkpoint) -> None:
-    positions = learned_positions(checkpoint.config)
-    if positions is not None and config.max_length is not None and config.max_length > positions:
-        raise ConfigError(
-            f"max_length = {config.max_length}, but a {checkpoint.config.model_type} of config.json has learned {positions} positions.",
-            f"Set max_length to {positions} at most.",
-        )
-
-
-def _settled(source: PromptSource, tokenizer: PromptTokenizer) -> PromptOptions:
-    """What the prompts settle: which column counts, and what is put around its texts. A text sees no date."""
-    columns, options = source.columns, source.options
-    return replace(
-        options,
-        text_column=columns.prompt if columns.kind == "text" else None,
-        messages_column=columns.prompt if columns.kind == "messages" else None,
-        input_ids_column=columns.prompt if columns.kind == "input_ids" else None,
-        tools_column=columns.tools,
-        special_tokens=tokenizer.resolved_special_tokens(columns),
-        template_date=options.template_date if columns.is_messages else None,
-    )
+    assert source is not None
+    assert tokenizer is not None
+    assert attention is not None
+    table, shape = tensor_table(checkpoint), ModelShape.of(checkpoint.config, attention)
+    options = resolve(config, tokenizer.settled(source.columns), table, shape, recorded=of_the_run)
+    return Inputs(config, checkpoint, table, shape, source, tokenizer, store, recorded, options)

@@ -20,7 +20,7 @@ from m2ray.chain.driver import Chain
 from m2ray.chain.joining import cluster
 from m2ray.chain.monitor import Monitor
 from m2ray.chain.placement import Reservation, reserve
-from m2ray.chain.probing import Hardware, probe_hardware
+from m2ray.chain.probing import Hardware, probe_hardware, require_versions
 from m2ray.chain.progress import Progress
 from m2ray.chain.replicas import Replicas
 from m2ray.chain.report import REPORT, build_report, start_lines, summary_lines
@@ -114,6 +114,7 @@ def _claim(inputs: Inputs, found: Survey, progress: Progress) -> Run | None:
         num_shards=len(found.shards),
         counts=Counts(found.num_sequences, found.num_ready, found.num_quarantined, found.num_tokens),
         sequence_files=found.sequence_files,
+        names={"model": inputs.config.model, "prompts": inputs.config.prompts},
     )
     try:
         run = claim_run(inputs.store, job)
@@ -155,9 +156,11 @@ def _resume(inputs: Inputs, stack: ExitStack, stop: Stop, progress: Progress, ha
 
 
 def _hardware(options: RunOptions, stack: ExitStack) -> Hardware:
-    """Join or start the cluster until the stack ends, and look at its nodes."""
+    """Join or start the cluster until the stack ends, and look at its nodes, whose versions must be the driver's."""
     stack.enter_context(cluster(options.placement_timeout_s))
-    return probe_hardware(options.node_labels, options.watched_folder)
+    hardware = probe_hardware(options.node_labels, options.watched_folder)
+    require_versions(hardware.cluster)
+    return hardware
 
 
 def _finish(work: _Work, progress: Progress) -> RunSummary:

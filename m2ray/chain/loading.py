@@ -4,19 +4,27 @@ from contextlib import suppress
 
 import torch
 
+from m2ray.activations.job import JOB_KEY, read_job, require_resumable
 from m2ray.errors import StageError, StoreError
 from m2ray.model.stage import Stage, StageSpec
 from m2ray.storage import open_store
 
 
 def require_run_folder(output: str, node: str) -> None:
-    """Raise StoreError unless the run folder is visible from this node, as the driver left it."""
+    """Look at the run from a stage's node, which may have joined after the driver had looked at all.
+
+    Raises:
+        StoreError: the run folder is not visible from here, as the driver left it.
+        RunConflictError: torch, transformers or tokenizers are of other versions here than in the run.
+    """
     store = open_store(output)
-    if store.size("job.json") is None:
+    recorded = None if store.size(JOB_KEY) is None else read_job(store)
+    if recorded is None:
         raise StoreError(
-            f"{store.url} on node {node} has no job.json, though the driver wrote it.",
+            f"{store.url} on node {node} has no {JOB_KEY}, though the driver wrote it.",
             "Give an output folder on a disk that all nodes share.",
         )
+    require_resumable(store, recorded, f"on node {node}")
 
 
 def require_gpus(num_gpus: int, node: str) -> None:

@@ -7,11 +7,12 @@ import os
 import platform
 from collections.abc import Sequence
 from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from m2ray import __version__
 from m2ray.planning.hardware import FLASH_PACKAGE, Gpu, Node
+from m2ray.provenance import ROW_PACKAGES, versions
 from m2ray.storage import local_folder
 
 _IN_MEMORY = ("tmpfs", "ramfs", "devtmpfs")
@@ -169,10 +170,8 @@ def _nearest(folder: Path) -> Path:
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in ("m2ray", "ray", "torch", "transformers", FLASH_PACKAGE):
-        with suppress(PackageNotFoundError):
-            found[package] = version(package)
+    # m2ray's is that of the code at work, which need not be installed: Ray may have brought it.
+    found = {"python": platform.python_version(), "m2ray": __version__, **versions((*ROW_PACKAGES, "ray", FLASH_PACKAGE))}
     if "torch" in found:
         found |= _torch_versions()
     return found

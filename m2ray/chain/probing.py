@@ -8,10 +8,12 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from m2ray import __version__
 from m2ray.chain.joining import cluster
 from m2ray.chain.machine import probe_node
 from m2ray.errors import ClusterError, raise_all
 from m2ray.planning.hardware import Cluster
+from m2ray.provenance import ROW_PACKAGES, differences, versions
 
 LOOK_TIMEOUT_S = 300.0
 """Imports of torch on a cold disk, and the reading of half a gigabyte."""
@@ -81,6 +83,25 @@ def probe_hardware(labels: Mapping[str, str], folder: str = "") -> Hardware:
         {name: node["NodeID"] for name, node in nodes.items()},
         {name: node["Resources"].get("CPU", 0.0) for name, node in nodes.items()},
     )
+
+
+def require_versions(cluster: Cluster) -> None:
+    """Refuse nodes whose versions of m2ray or of what decides the rows are not the driver's: their rows could be others.
+
+    Raises:
+        ClusterError: naming every such node and package, with both versions.
+    """
+    here = {"m2ray": __version__, **versions()}
+    lines = [
+        f"\n  node {node.name}: {package} {there}, {wanted} here"
+        for node in cluster.nodes
+        for package, (wanted, there) in differences(here, node.versions, ("m2ray", *ROW_PACKAGES)).items()
+    ]
+    if lines:
+        raise ClusterError(
+            f"Nodes have other versions than this driver:{''.join(lines)}\n",
+            "Install the same everywhere (`m2ray doctor` shows all nodes), or use other nodes (node_labels).",
+        )
 
 
 def living_nodes() -> dict[str, Any]:

@@ -59,7 +59,6 @@ def measure(
     from m2ray.chain.machine import probe_node
     from m2ray.cli.plan_inputs import read_model
     from m2ray.doctor.node_facts import look_at_model
-    from m2ray.planning.memory import ModelShape
     from m2ray.planning.rates import active_elements
     from m2ray.storage import open_store
 
@@ -71,7 +70,7 @@ def measure(
     node = probe_node()
     layer = TrialLayer(facts.config, getattr(torch, compute_dtype), device)
     rows = [row for row in facts.table.rows if row.layer == layer.number]
-    active = active_elements(rows, ModelShape.of(facts.config, facts.attn_implementation))
+    active = active_elements(rows, facts.shape)
     gpu = torch.cuda.get_device_name(0) if device != "cpu" else None
     say(f"{gpu or 'CPU'}, layer {layer.number} of a {facts.config.model_type} in {compute_dtype}, random weights")
     times: list[LayerTime] = []

@@ -26,6 +26,8 @@ def describe(run: RunReader) -> dict[str, Any]:
         "run_id": job.run_id,
         "created_at": job.created_at,
         "m2ray_version": job.m2ray_version,
+        "versions": dict(job.versions),
+        "names": dict(job.names),
         "complete": run.is_complete,
         "model": asdict(job.model),
         "options": dict(job.options),
@@ -75,6 +77,10 @@ def _print(facts: dict[str, Any]) -> None:
     console.print(
         f"{model['model_type']}, {model['num_layers']} layers, hidden size {model['hidden_size']}; begun {facts['created_at']}; {state}"
     )
+    for kind, name in facts["names"].items():
+        console.print(f"{kind:<11}{name}", markup=False)
+    versions = {"m2ray": facts["m2ray_version"], **facts["versions"]}
+    console.print(f"begun by   {', '.join(f'{package} {version}' for package, version in versions.items())}")
     console.print(f"shards     {shards['committed']:,} of {shards['all']:,} committed")
     console.print(f"sequences  {sequences['all']:,} = {sequences['ready']:,} ready + {sequences['quarantined']:,} quarantined")
     console.print(f"tokens     {tokens['committed']:,} of {tokens['all']:,}")

@@ -18,7 +18,6 @@ from m2ray.errors import ConfigError
 from m2ray.options import PromptOptions, RunOptions
 from m2ray.planning.demand import Assumptions, Demand
 from m2ray.planning.hardware import Cluster, parse_gpus
-from m2ray.planning.memory import ModelShape
 from m2ray.planning.plan import Plan, plan_run
 from m2ray.planning.profile import Profile
 from m2ray.planning.resolve import resolve
@@ -70,7 +69,7 @@ def command(ctx: click.Context, /, toml_path: Path | None, as_json: bool, **flag
 
         click.echo(json.dumps({**to_json(plan), "checkpoint": checkpoint}, indent=2))
     else:
-        _print(plan, checkpoint)
+        _print(plan, checkpoint, chose_batch_tokens=config.batch_tokens == "auto")
     ctx.exit(0 if plan.fits else DOES_NOT_FIT)
 
 
@@ -84,10 +83,11 @@ def make_plan(config: PlanConfig) -> tuple[Plan, dict[str, Any]]:
     cluster = parse_gpus(config.gpus) if config.gpus else None
     profile = _profile(config.profile) if config.profile else None
     from m2ray.cli.plan_inputs import read_model, survey_prompts
+    from m2ray.model.families import require_positions
     from m2ray.prompts import batching, estimated_batching
 
     model = read_model(config.model, config.attn_implementation, config.compute_dtype)
-    shape = ModelShape.of(model.config, model.attn_implementation)
+    require_positions(model.config, config.max_length)
     assumed = Assumptions(
         longest_tokens=config.longest_tokens,
         disk_free_bytes=disk_free_bytes(config.output),
@@ -96,18 +96,17 @@ def make_plan(config: PlanConfig) -> tuple[Plan, dict[str, Any]]:
         price_per_gb_month=config.price_per_gb_month,
         profile=profile,
     )
-    wanted = PromptOptions.of(config, shape.positions)
-    options = resolve(config, wanted, model.table, shape, Cluster(()), assumed)
-    shards, stats_at = None, None
+    prompts, shards, stats_at = PromptOptions.of(config, model.config.max_position_embeddings), None, None
+    options = resolve(config, prompts, model.table, model.shape)
     if config.prompts:
-        shards = survey_prompts(config.model, wanted, model.config.vocab_size, options.shard_tokens)
+        prompts, shards = survey_prompts(config.model, prompts, model.config.vocab_size, options.shard_tokens)
         stats_at = partial(estimated_batching, shards)
         assumed = replace(assumed, longest_tokens=config.longest_tokens or shards.longest_tokens)
     cluster = cluster or _found_cluster(options)
-    options = resolve(config, wanted, model.table, shape, cluster, assumed, stats_at=stats_at)
-    prompts = batching(shards, options.batch_tokens) if shards else None
-    demand = Demand(model.table, shape, options, assumed)
-    return plan_run(demand, cluster, prompts), {"source": model.source, "index_bytes": model.index_bytes}
+    options = resolve(config, prompts, model.table, model.shape, cluster, assumed, stats_at=stats_at)
+    demand = Demand(model.table, model.shape, options, assumed)
+    stats = batching(shards, options.batch_tokens) if shards else None
+    return plan_run(demand, cluster, stats), {"source": model.source, "index_bytes": model.index_bytes}
 
 
 def _profile(path: str) -> Profile:
@@ -126,13 +125,13 @@ def _found_cluster(options: RunOptions) -> Cluster:
     return probe_cluster(options.placement_timeout_s, options.node_labels, options.watched_folder)
 
 
-def _print(plan: Plan, checkpoint: dict[str, Any]) -> None:
+def _print(plan: Plan, checkpoint: dict[str, Any], *, chose_batch_tokens: bool) -> None:
     from rich.console import Console
 
     from m2ray.planning.layout import render
 
     console = Console(highlight=False)
-    console.print(render(plan))
+    console.print(render(plan, chose_batch_tokens=chose_batch_tokens))
     index_bytes, counted_bytes = checkpoint["index_bytes"], plan.weights.disk_bytes
     if checkpoint["source"] == "config":
         console.print("The files are not at hand: bytes on disk are as config.json tells.")

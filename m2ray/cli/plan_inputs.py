@@ -12,6 +12,7 @@ from m2ray.model.checkpoint import CONFIG, INDEX, SINGLE_FILE, open_checkpoint, 
 from m2ray.model.families import parse_config
 from m2ray.model.stage import DTYPES
 from m2ray.options import PromptOptions
+from m2ray.planning.memory import ModelShape
 from m2ray.prompts import PromptSource, PromptTokenizer, ShardTable, survey
 from m2ray.storage import Store, open_store
 
@@ -24,14 +25,14 @@ class PlannedModel:
 
     Attributes:
         config: transformers' configuration.
-        attn_implementation: the attention that runs, "auto" resolved.
+        shape: its dimensions, and the attention that runs, "auto" resolved.
         table: every tensor.
         source: what the bytes on disk were read from: the safetensors "headers", or "config", where the files are not all there.
         index_bytes: the bytes of all tensors as the index sums them up; None without an index or its total.
     """
 
     config: Any
-    attn_implementation: str
+    shape: ModelShape
     table: TensorTable
     source: Literal["headers", "config"]
     index_bytes: int | None
@@ -51,16 +52,17 @@ def read_model(url: str, attn_implementation: str, compute_dtype: str) -> Planne
         raise CheckpointError(f"There is no {config_key} in {store.url}.", "Give a checkpoint's folder, or its config.json.")
     weight_map, index_bytes = ({}, None) if alone else read_index(store)
     files = set(weight_map.values()) or {SINGLE_FILE}
-    if not alone and all(store.size(file) is not None for file in files):
+    is_whole = not alone and all(store.size(file) is not None for file in files)
+    if is_whole:
         checkpoint = open_checkpoint(url)
-        attention = resolve_attn_implementation(checkpoint.config, attn_implementation, DTYPES[compute_dtype])
-        return PlannedModel(checkpoint.config, attention, tensor_table(checkpoint), "headers", index_bytes)
-    config = parse_config(store.read(config_key))
-    table = tensor_table_from_config(config)
-    if weight_map:
-        _require_all(table, set(weight_map))
+        config, table = checkpoint.config, tensor_table(checkpoint)
+    else:
+        config = parse_config(store.read(config_key))
+        table = tensor_table_from_config(config)
+        if weight_map:
+            _require_all(table, set(weight_map))
     attention = resolve_attn_implementation(config, attn_implementation, DTYPES[compute_dtype])
-    return PlannedModel(config, attention, table, "config", index_bytes)
+    return PlannedModel(config, ModelShape.of(config, attention), table, "headers" if is_whole else "config", index_bytes)
 
 
 def read_index(store: Store) -> tuple[dict[str, str], int | None]:
@@ -90,15 +92,15 @@ def _require_all(table: TensorTable, keys: set[str]) -> None:
         )
 
 
-def survey_prompts(model: str, options: PromptOptions, vocab_size: int, shard_tokens: int) -> ShardTable:
-    """The shards that a run would cut: the prompts are read and tokenised as there, and nothing is kept.
+def survey_prompts(model: str, options: PromptOptions, vocab_size: int, shard_tokens: int) -> tuple[PromptOptions, ShardTable]:
+    """The options as the prompts settle them, and the shards that a run would cut: the prompts are read and tokenised as there, and nothing is kept.
 
     Raises:
         PromptsError, CheckpointError: as a run would.
     """
     with tempfile.TemporaryDirectory(prefix="m2ray-plan-") as folder:
         source, tokenizer = PromptSource.open(options), PromptTokenizer.load(model, options, vocab_size)
-        tokenizer.resolved_special_tokens(source.columns)  # which refuses what a run would refuse
+        settled = tokenizer.settled(source.columns)
         found = survey(source, tokenizer, open_store(folder), "plan", shard_tokens)
         found.tokens.close()
-    return found.shards
+    return settled, found.shards

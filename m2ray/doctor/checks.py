@@ -8,7 +8,7 @@ from typing import Literal
 from m2ray.doctor.node_facts import NodeFacts
 from m2ray.toolchain import TRITON_REMEDY
 
-SAME_EVERYWHERE = ("python", "ray", "torch", "transformers", "m2ray", "driver", "cuda", "nccl")
+SAME_EVERYWHERE = ("python", "ray", "torch", "transformers", "tokenizers", "m2ray", "driver", "cuda", "nccl")
 TEMP_FREE_SHARE = 0.05
 """Ray stores no more objects on a disk that is 95 % full (RAY_local_fs_capacity_threshold)."""
 

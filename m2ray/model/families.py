@@ -8,7 +8,7 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from m2ray.errors import CheckpointError, raise_all
+from m2ray.errors import CheckpointError, ConfigError, raise_all
 
 VERIFIED = (
     "cohere2",
@@ -107,9 +107,14 @@ def expected_rotary_dim(config: Any) -> int | None:
     return int(head_dim * factor)
 
 
-def learned_positions(config: Any) -> int | None:
-    """Positions that a model has, or None where they do not end."""
-    return int(config.max_position_embeddings) if config.model_type in LEARNED_POSITIONS else None
+def require_positions(config: Any, max_length: int | None) -> None:
+    """Raise ConfigError for sequences longer than the positions that a model has; None is for as long as it takes."""
+    positions = config.max_position_embeddings
+    if config.model_type in LEARNED_POSITIONS and max_length is not None and max_length > positions:
+        raise ConfigError(
+            f"max_length = {max_length}, but a {config.model_type} of config.json has learned {positions} positions.",
+            f"Set max_length to {positions} at most.",
+        )
 
 
 def fp8_block(config: Any) -> tuple[int, int] | None:

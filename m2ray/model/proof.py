@@ -16,7 +16,6 @@ import xxhash
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from m2ray import __version__
 from m2ray.errors import CheckpointError, raise_all
 from m2ray.model.attention import resolve_attn_implementation
 from m2ray.model.skeleton import QUIET
@@ -127,7 +126,7 @@ def _digest(config: Any) -> str:
     """The digest of all that the proof depends on, this file included."""
     digest = xxhash.xxh3_128(Path(__file__).read_bytes())
     digest.update(Path(tiny_copy.__code__.co_filename).read_bytes())
-    digest.update(f"{__version__} {torch.__version__} {transformers.__version__}".encode())
+    digest.update(f"{torch.__version__} {transformers.__version__}".encode())
     digest.update(json.dumps(config.to_dict(), sort_keys=True, default=str).encode())
     return digest.hexdigest()
 

@@ -59,8 +59,8 @@ class Node:
     """One machine; None where it is not known. "free" is at the time of the probe.
 
     `shm_bytes` is /dev/shm's size, `disk_free_bytes` what the probed folder's file system has left, and `disk_in_memory` whether that
-    is one in memory (tmpfs). `versions` maps python, m2ray, ray, torch, flash-attn, cuda, nccl and driver, where they are there, to their
-    versions.
+    is one in memory (tmpfs). `versions` maps python, m2ray, ray, torch, transformers, tokenizers, flash-attn, cuda, nccl and driver, where
+    they are there, to their versions.
     """
 
     name: str

@@ -17,9 +17,9 @@ _SHADES = {"weights": ("█", "cyan"), "transient": ("▓", "yellow"), "rest": (
 _UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
 
-def render(plan: Plan) -> RenderableType:
-    """The whole plan for rich to print."""
-    blocks: list[RenderableType] = [_verdict(plan), _weights(plan)]
+def render(plan: Plan, *, chose_batch_tokens: bool = False) -> RenderableType:
+    """The whole plan for rich to print. `chose_batch_tokens`: the verdict tells the size of micro-batches, which nobody asked for."""
+    blocks: list[RenderableType] = [_verdict(plan, chose_batch_tokens=chose_batch_tokens), _weights(plan)]
     blocks += [_node(plan, node) for node in plan.cluster.nodes if node.gpus]
     if plan.gpus:
         blocks += [_legend(), _gpus_memory(plan)]
@@ -37,12 +37,14 @@ def size(num_bytes: float) -> str:
     return f"{num_bytes:.0f} B"
 
 
-def _verdict(plan: Plan) -> Text:
+def _verdict(plan: Plan, *, chose_batch_tokens: bool) -> Text:
     if plan.fits:
         text = Text("It fits", style="bold green")
         if plan.limiting_resource:
             unknown = "" if "store" in plan.rates.limits else ", unless the store does, whose speed is not known (--store-gb-per-s)"
             text.append(f"; {_words(plan.limiting_resource)} limits the run{unknown}", style="not bold")
+        if chose_batch_tokens:
+            text.append(f"\nmicro-batches of at most {plan.demand.options.batch_tokens:,} tokens", style="not bold")
     else:
         text = Text("It does not fit:", style="bold red")
         for shortage in plan.shortages:

@@ -64,7 +64,6 @@ class ModelShape:
         shared_size: width of the experts that every token goes through.
         attn_implementation: "eager" builds the matrix of attention scores; "sdpa", "flash_attention_2", "flex_attention" do not.
         window: positions that a layer with a sliding window sees; for such layers sdpa is given a mask of all pairs of positions.
-        positions: tokens of the longest sequence that the model is made for.
     """
 
     hidden_size: int
@@ -78,7 +77,6 @@ class ModelShape:
     shared_size: int = 0
     attn_implementation: str = "sdpa"
     window: int = 0
-    positions: int = 0
 
     @classmethod
     def of(cls, config: Any, attn_implementation: str) -> Self:
@@ -101,7 +99,6 @@ class ModelShape:
             shared_size=expert_size * first("n_shared_experts"),
             attn_implementation=attn_implementation,
             window=first("sliding_window"),
-            positions=first("max_position_embeddings"),
         )
 
     def transient_bytes(self, padded_tokens: int, longest_tokens: int, itemsize_bytes: int) -> int:

@@ -2,10 +2,10 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from m2ray.batches import PromptStats, TensorTable
-from m2ray.config import ExtractConfig, parse_labels, parse_layers
+from m2ray.config import Auto, ExtractConfig, parse_labels, parse_layers
 from m2ray.errors import ConfigError
 from m2ray.options import PromptOptions, RunOptions
 from m2ray.planning.batch_size import AUTO_BATCH_TOKENS, best_batch_tokens
@@ -18,6 +18,8 @@ from m2ray.sizes import parse_bytes, parse_max_memory
 
 AUTO_SHARD_TOKENS = 32_768
 
+_Value = TypeVar("_Value", bool, int, str)
+
 StatsAt = Callable[[int], PromptStats]
 """From the most padded tokens of a micro-batch to what the prompts come to in such micro-batches."""
 
@@ -27,8 +29,8 @@ def resolve(
     prompts: PromptOptions,
     table: TensorTable,
     shape: ModelShape,
-    cluster: Cluster,
-    assumed: Assumptions,
+    cluster: Cluster | None = None,
+    assumed: Assumptions | None = None,
     recorded: Mapping[str, Any] | None = None,
     stats_at: StatsAt | None = None,
 ) -> RunOptions:
@@ -41,7 +43,8 @@ def resolve(
         config: what is asked for.
         prompts: what the prompts settled of it.
         table, shape: the model; `shape` names the attention that "auto" means for it.
-        cluster: where it is to run; without nodes, what needs no look at a cluster is decided as without GPUs.
+        cluster: where it is to run; without it, what depends on one is as on a machine without GPUs.
+        assumed: of the world around the run; nothing is known of it by default.
         recorded: the options in job.json, if the run has begun.
         stats_at: the prompts; None where none are known.
 
@@ -54,8 +57,7 @@ def resolve(
         raise ConfigError(f"stages = {config.stages}, but only {layers[-1] + 1} layers are run.", f"Ask for at most {layers[-1] + 1}.")
     of_the_run = recorded or {}
 
-    def decided(name: str, automatic: Any) -> Any:
-        asked = getattr(config, name)
+    def decided(name: str, asked: _Value | Auto, automatic: _Value) -> _Value:
         return of_the_run.get(name, automatic) if asked == "auto" else asked
 
     options = RunOptions(
@@ -65,11 +67,11 @@ def resolve(
         parts=parts_of_run(config.sites, layers, config.store_dtype, table.hidden_size),
         compute_dtype=config.compute_dtype,
         store_dtype=config.store_dtype,
-        batch_tokens=decided("batch_tokens", AUTO_BATCH_TOKENS),
-        shard_tokens=decided("shard_tokens", AUTO_SHARD_TOKENS),
-        attn_implementation=decided("attn_implementation", shape.attn_implementation),
-        compile=decided("compile", cluster.num_gpus > 0),
-        threads_per_stage=decided("threads_per_stage", 1),
+        batch_tokens=decided("batch_tokens", config.batch_tokens, AUTO_BATCH_TOKENS),
+        shard_tokens=decided("shard_tokens", config.shard_tokens, AUTO_SHARD_TOKENS),
+        attn_implementation=decided("attn_implementation", config.attn_implementation, shape.attn_implementation),
+        compile=decided("compile", config.compile, cluster is not None and cluster.num_gpus > 0),
+        threads_per_stage=decided("threads_per_stage", config.threads_per_stage, 1),
         output=config.output,
         compression=config.compression,
         stages=None if config.stages == "auto" else config.stages,
@@ -85,9 +87,9 @@ def resolve(
         placement_timeout_s=config.placement_timeout_s,
         stage_timeout_s=config.stage_timeout_s,
     )
-    if not cluster.nodes:
+    if cluster is None:
         return options
-    demand = Demand(table, shape, options, assumed)
+    demand = Demand(table, shape, options, assumed or Assumptions())
     if config.batch_tokens == "auto" and "batch_tokens" not in of_the_run:
         demand = demand.asking(batch_tokens=_batch_tokens(config, demand, cluster, stats_at))
     return replace(demand.options, replicas=_replicas(config, demand, cluster))

@@ -5,6 +5,8 @@ and put a normalizer and a pre-tokenizer of their own before it; which classes d
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,25 @@ PROBES = (
 _COMPONENTS = ("normalizer", "pre_tokenizer")
 _MODEL_SETTINGS = ("dropout", "unk_token", "fuse_unk", "byte_fallback", "ignore_merges", "continuing_subword_prefix", "end_of_word_suffix")
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+class TokenizersRefusalError(Exception):
+    """What `tokenizers` says of a text or a vocabulary: that there is no token for a word, and none for unknown words, for example."""
+
+
+@contextmanager
+def refusals_named() -> Iterator[None]:
+    """Raise TokenizersRefusalError where `tokenizers` raises Exception itself.
+
+    Its Rust code has nothing narrower for a text (0.23.3), and whether a text has a word without a token shows only when it is encoded. So
+    this is the one place where Exception is caught.
+    """
+    try:
+        yield
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        raise TokenizersRefusalError(str(error)) from error
 
 
 def own_tokenizer(folder: Path) -> Any:
@@ -64,16 +85,21 @@ def own_tokenizer(folder: Path) -> Any:
 
 def probed_digest(tokenizer: Any, files_digest: str) -> str:
     """xxh3-128 of a tokenizer's files and of the tokens that it makes of the probes: other code on the same files is another tokenizer."""
-    token_ids = [_token_ids(tokenizer, probe) for probe in PROBES]
+    token_ids = [ids_of_probe(tokenizer, probe) for probe in PROBES]
     return xxhash.xxh3_128(f"{files_digest} {json.dumps(token_ids)}".encode()).hexdigest()
+
+
+def ids_of_probe(tokenizer: Any, probe: str, **asked: bool) -> list[int]:
+    """What transformers' tokenizer makes of a text, special tokens included unless `asked` otherwise; none if it has no token for a word."""
+    with suppress(TokenizersRefusalError), refusals_named():
+        return list(tokenizer(probe, padding=False, truncation=False, verbose=False, **asked)["input_ids"])
+    return []
 
 
 def _read(path: Path) -> Tokenizer:
     try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:
-        if type(error) is not Exception:  # what the library raises is Exception itself, nothing narrower
-            raise
+        return Tokenizer.from_buffer(path.read_bytes())  # from_file has no error of its own
+    except ValueError as error:
         raise CheckpointError(
             f"tokenizers {version('tokenizers')} does not read tokenizer.json: {error}.",
             "Install a newer tokenizers, or copy the file again.",
@@ -82,12 +108,9 @@ def _read(path: Path) -> Tokenizer:
 
 def _handed(folder: Path) -> Any | None:
     """What transformers makes of the folder; None where its class lacks a token that it needs."""
-    try:
+    with suppress(TokenizersRefusalError), refusals_named():
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except Exception as error:
-        if type(error) is not Exception:  # as above
-            raise
-        return None
+    return None
 
 
 def _settings(folder: Path) -> dict[str, Any]:
@@ -114,32 +137,19 @@ def _differences(tokenizer: Any, own: Tokenizer) -> list[str]:
     if not own.get_vocab().items() <= backend.get_vocab().items():
         differences.append("its vocabulary is another")
     for probe in PROBES if not differences else ():
-        found, expected = _token_ids(tokenizer, probe), _own_ids(own, probe)
+        found, expected = ids_of_probe(tokenizer, probe), _own_ids(own, probe)
         if found != expected:
             differences.append(f"it makes {len(found)} tokens of {probe!r}, not {len(expected)}")
             break
     return differences
 
 
-def _token_ids(tokenizer: Any, text: str) -> list[int]:
-    """Of a text, special tokens included; none if the vocabulary lacks a word and a token for unknown ones."""
-    try:
-        return list(tokenizer(text, padding=False, truncation=False, verbose=False)["input_ids"])
-    except Exception as error:
-        if type(error) is not Exception:  # as in _read
-            raise
-        return []
-
-
 def _own_ids(own: Tokenizer, text: str) -> list[int]:
     own.no_truncation()
     own.no_padding()
-    try:
+    with suppress(TokenizersRefusalError), refusals_named():
         return list(own.encode(text).ids)
-    except Exception as error:
-        if type(error) is not Exception:  # as in _read
-            raise
-        return []
+    return []
 
 
 def _state(component: Any) -> Any:

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from m2ray.errors import PromptsError, StoreError
-from m2ray.storage import SCHEMES, LocalStore, Store, StoreFile, local_folder, open_store
+from m2ray.storage import SCHEMES, LocalStore, Store, StoreFile, local_folder, open_store, without_secrets
 
 _MAGIC = re.compile(r"[*?[]")
 _URL = re.compile(r"(?P<bucket>(?P<scheme>[a-z0-9]+)://[^/?]+)/?(?P<path>.*?)(?P<options>\?[A-Za-z_-]+=.*)?", re.DOTALL)
@@ -112,7 +112,8 @@ def _place(prompts: str) -> tuple[Store, str]:
     if match is None or match["scheme"] not in SCHEMES:
         scheme = prompts.partition("://")[0]
         raise PromptsError(
-            f"Prompts cannot be read from {prompts!r}: its scheme is {scheme!r}.", f"Give a path or one of {', '.join(SCHEMES)}."
+            f"Prompts cannot be read from {without_secrets(prompts)!r}: its scheme is {scheme!r}.",
+            f"Give a path or one of {', '.join(SCHEMES)}.",
         )
     return open_store(match["bucket"] + (match["options"] or "")), match["path"].strip("/")
 

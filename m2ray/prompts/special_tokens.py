@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 from m2ray.errors import PromptsError
+from m2ray.prompts.own_tokenizer import ids_of_probe
 
 SpecialTokensRule = Literal["add_where_absent", "add", "none"]
 """What is done to each text: a prefix or suffix that it has already is not doubled; the tokenizer's own way; nothing."""
@@ -24,7 +25,7 @@ class SpecialTokens:
     @classmethod
     def of(cls, tokenizer: Any) -> Self:
         """Those that transformers' tokenizer adds. Raises PromptsError if it does more than add."""
-        bare, whole = (tokenizer(_PROBE, add_special_tokens=adds)["input_ids"] for adds in (False, True))
+        bare, whole = (ids_of_probe(tokenizer, _PROBE, add_special_tokens=adds) for adds in (False, True))
         for start in range(len(whole) - len(bare) + 1):
             if bare and whole[start : start + len(bare)] == bare:
                 return cls(whole[:start], whole[start + len(bare) :])

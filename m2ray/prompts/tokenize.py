@@ -3,11 +3,11 @@
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Self
-from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import xxhash
@@ -16,10 +16,10 @@ from m2ray.batches import Int32Array
 from m2ray.errors import CheckpointError, PromptsError
 from m2ray.options import PromptOptions
 from m2ray.prompts.chat_template import ChatTemplate, RefusedError
-from m2ray.prompts.own_tokenizer import own_tokenizer, probed_digest
+from m2ray.prompts.own_tokenizer import TokenizersRefusalError, own_tokenizer, probed_digest, refusals_named
 from m2ray.prompts.rows import Columns, PromptRow
 from m2ray.prompts.special_tokens import SpecialTokens, SpecialTokensRule
-from m2ray.storage import SCHEMES, open_store
+from m2ray.storage import local_folder, open_store
 
 _VOCABULARY_FILES = (
     "sentencepiece.bpe.model",
@@ -97,6 +97,22 @@ class PromptTokenizer:
             return rule
         return "add_where_absent" if self._special_tokens.prefix or self._special_tokens.suffix else "none"
 
+    def settled(self, columns: Columns) -> PromptOptions:
+        """The options as the prompts settle them: which column counts, and what is put around its texts. A text sees no date.
+
+        Raises:
+            PromptsError: as `resolved_special_tokens`.
+        """
+        return replace(
+            self._options,
+            text_column=columns.prompt if columns.kind == "text" else None,
+            messages_column=columns.prompt if columns.kind == "messages" else None,
+            input_ids_column=columns.prompt if columns.kind == "input_ids" else None,
+            tools_column=columns.tools,
+            special_tokens=self.resolved_special_tokens(columns),
+            template_date=self._options.template_date if columns.is_messages else None,
+        )
+
     def told(self, columns: Columns, first_prompt: Int32Array) -> list[str]:
         """Lines for a person: what was done about special tokens until now, and the first prompt's token ids in words."""
         rule = self.resolved_special_tokens(columns)
@@ -140,18 +156,28 @@ class PromptTokenizer:
         for place, token_ids in given.items():
             results[place] = self._check(token_ids)
         for group, tokenized in ((texts, self._tokenize_texts(list(texts.values()))), (rendered, self._tokenize(list(rendered.values())))):
-            for place, token_ids in zip(group, tokenized, strict=True):
-                results[place] = self._check(token_ids)
+            for place, found in zip(group, tokenized, strict=True):
+                results[place] = self._check(found)
         return results
 
-    def _tokenize_texts(self, texts: list[str]) -> list[list[int]]:
+    def _tokenize_texts(self, texts: list[str]) -> list[list[int] | str]:
         rule = self._options.special_tokens
         tokenized = self._tokenize(texts, adds_special_tokens=rule == "add")
-        return [self._special_tokens.around(token_ids) for token_ids in tokenized] if rule == "auto" else tokenized
+        if rule != "auto":
+            return tokenized
+        return [found if isinstance(found, str) else self._special_tokens.around(found) for found in tokenized]
 
-    def _tokenize(self, texts: list[str], *, adds_special_tokens: bool = False) -> list[list[int]]:
-        if not texts:
-            return []
+    def _tokenize(self, texts: list[str], *, adds_special_tokens: bool = False) -> list[list[int] | str]:
+        """Each text's token ids, or why it has none."""
+        try:
+            with refusals_named():
+                return [*self._token_ids(texts, adds_special_tokens=adds_special_tokens)] if texts else []
+        except TokenizersRefusalError as error:
+            if len(texts) == 1:
+                return [f"the tokenizer refuses it: {error}"]
+        return [self._tokenize([text], adds_special_tokens=adds_special_tokens)[0] for text in texts]
+
+    def _token_ids(self, texts: list[str], *, adds_special_tokens: bool) -> list[list[int]]:
         encoding = self._tokenizer(
             texts,
             add_special_tokens=adds_special_tokens,
@@ -164,7 +190,9 @@ class PromptTokenizer:
         token_ids: list[list[int]] = encoding["input_ids"]
         return token_ids
 
-    def _check(self, token_ids: list[int]) -> Int32Array | str:
+    def _check(self, token_ids: list[int] | str) -> Int32Array | str:
+        if isinstance(token_ids, str):
+            return token_ids
         max_length = self._options.max_length
         if not token_ids:
             return "no tokens"
@@ -187,7 +215,8 @@ class PromptTokenizer:
 @contextmanager
 def _local_folder(model_url: str) -> Iterator[Path]:
     """The model's folder, or for one in an object store a temporary one with the files that a tokenizer may be made of."""
-    if urlsplit(model_url).scheme in SCHEMES:
+    folder = local_folder(model_url)
+    if folder is None:
         store = open_store(model_url)
         with TemporaryDirectory(prefix="m2ray-tokenizer-") as temporary:
             for name in (*_VOCABULARY_FILES, *_OTHER_FILES, *_FILES_BESIDE):
@@ -198,7 +227,6 @@ def _local_folder(model_url: str) -> Iterator[Path]:
                 Path(temporary, _TEMPLATES_FOLDER, Path(key).name).write_bytes(store.read(key))
             yield Path(temporary)
         return
-    folder = Path(unquote(urlsplit(model_url).path)) if model_url.startswith("file://") else Path(model_url).expanduser()
     if not folder.is_dir():
         raise CheckpointError(f"The model folder {model_url} is absent.", "Check the path.")
     yield folder

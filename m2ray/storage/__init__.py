@@ -4,14 +4,26 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from m2ray.errors import StoreError
-from m2ray.storage.address import SCHEMES
+from m2ray.storage.address import SCHEMES, without_secrets
 from m2ray.storage.file import StoreFile
 from m2ray.storage.local import LocalStore, local_folder
 from m2ray.storage.object_store import ObjectStore
 from m2ray.storage.scratch import scratch
 from m2ray.storage.store import Data, PartSink, Store
 
-__all__ = ["SCHEMES", "Data", "LocalStore", "ObjectStore", "PartSink", "Store", "StoreFile", "local_folder", "open_store", "scratch"]
+__all__ = [
+    "SCHEMES",
+    "Data",
+    "LocalStore",
+    "ObjectStore",
+    "PartSink",
+    "Store",
+    "StoreFile",
+    "local_folder",
+    "open_store",
+    "scratch",
+    "without_secrets",
+]
 
 
 def open_store(url: str | Path) -> Store:
@@ -29,5 +41,7 @@ def open_store(url: str | Path) -> Store:
         return LocalStore(folder)
     scheme = urlsplit(text).scheme
     if scheme not in SCHEMES:
-        raise StoreError(f"m2ray cannot use {text!r}: its scheme is {scheme!r}.", f"Give a local path or one of {', '.join(SCHEMES)}.")
+        raise StoreError(
+            f"m2ray cannot use {without_secrets(text)!r}: its scheme is {scheme!r}.", f"Give a local path or one of {', '.join(SCHEMES)}."
+        )
     return ObjectStore(text)

@@ -59,7 +59,7 @@ def parse_address(url: str) -> Address:
     """
     match = _URL.fullmatch(url)
     if match is None or match["scheme"] not in SCHEMES or not match["bucket"]:
-        raise StoreError(f"{_without_secrets(url)!r} names no bucket.", "Write for example s3://bucket/folder.")
+        raise StoreError(f"{without_secrets(url)!r} names no bucket.", "Write for example s3://bucket/folder.")
     if "@" in match["bucket"]:
         raise StoreError(
             f"The URL of bucket {match['bucket'].rpartition('@')[2]!r} holds credentials, which every log would show.",
@@ -76,8 +76,8 @@ def _problem(scheme: str, name: str, value: str) -> M2rayError | None:
     if name in known:
         if not value or (name in _SWITCHES and value not in ("true", "false")):
             return StoreError(f"{name}={value} of an {scheme}:// URL is not {'true or false' if name in _SWITCHES else 'a value'}.")
-        if name == "endpoint" and not re.fullmatch(r"https?://[^/@\s]+(/[^@\s]*)?", value):
-            return StoreError(f"endpoint={_without_secrets(value)} is no URL of a server.", "Write for example endpoint=https://host:9000.")
+        if name == "endpoint" and not re.fullmatch(r"https?://[^/@?#\s]+(/[^@?#\s]*)?", value):
+            return StoreError(f"endpoint={without_secrets(value)} is no URL of a server.", "Write for example endpoint=https://host:9000.")
         return None
     if _SECRET.search(name):
         return StoreError(
@@ -87,6 +87,6 @@ def _problem(scheme: str, name: str, value: str) -> M2rayError | None:
     return StoreError(f"An {scheme}:// URL has no option {name!r}.", f"The options are: {', '.join(known)}.")
 
 
-def _without_secrets(url: str) -> str:
-    """The URL without user, password and query."""
-    return re.sub(r"//[^/@]*@", "//", url).partition("?")[0]
+def without_secrets(url: str) -> str:
+    """A URL as a message may show it: without user, password, query and fragment."""
+    return re.split("[?#]", re.sub(r"//[^/@]*@", "//", url))[0]

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from m2ray.errors import AlreadyExistsError, StoreError
+from m2ray.storage.address import without_secrets
 from m2ray.storage.scatter import close_rows, scattered
 from m2ray.storage.store import Data, PartSink, Store
 
@@ -23,11 +24,18 @@ _SCATTERED_ROW_BYTES = 1024
 
 
 def local_folder(url: str) -> Path | None:
-    """The folder of a path or a `file://` URL; None for a URL of another scheme."""
+    """The folder of a path or a `file://` URL; None for a URL of another scheme. Raises StoreError for one that names a host."""
     if "://" not in url:
         return Path(url).expanduser()
     parts = urlsplit(url)
-    return Path(unquote(parts.path)) if parts.scheme == "file" else None
+    if parts.scheme != "file":
+        return None
+    if parts.netloc not in ("", "localhost"):
+        raise StoreError(
+            f"{without_secrets(url)!r} names the host {parts.hostname!r}, and files are read from this machine's disks alone.",
+            "Write file:///folder with three slashes, or a path.",
+        )
+    return Path(unquote(parts.path))
 
 
 @contextmanager

@@ -105,6 +105,7 @@ def job(store: Store, parts: Sequence[PartSpec] = PARTS, **options: object) -> J
         num_shards=len(SHARD_SEQUENCES),
         counts=Counts(NUM_SEQUENCES, NUM_SEQUENCES - len(QUARANTINED), len(QUARANTINED), sum(each.num_tokens for each in shards())),
         sequence_files=survey(store),
+        names={"model": "/models/m", "prompts": "prompts.jsonl"},
     )
 
 

@@ -15,6 +15,7 @@ from m2ray.chain.checking import look
 from m2ray.chain.probing import Hardware
 from m2ray.chain.progress import Progress
 from m2ray.chain.stopping import Stop
+from m2ray.cli import plan
 from m2ray.config import ExtractConfig
 from m2ray.errors import ClusterError
 from m2ray.planning.batch_size import best_batch_tokens
@@ -74,11 +75,14 @@ def prompts(tmp_path: Path) -> Path:
     return path
 
 
-def begin(monkeypatch: pytest.MonkeyPatch, gpu_bytes: int, run: Path, **options: Any) -> dict[str, Any]:
-    """The options that job.json holds after a run has begun on two GPUs that have so much left."""
-    gpus = tuple(Gpu(index, "NVIDIA H200", 150 * 10**9, gpu_bytes) for index in range(2))
+def two_gpus(free_bytes: int) -> Cluster:
+    return Cluster((Node("here", tuple(Gpu(index, "NVIDIA H200", 150 * 10**9, free_bytes) for index in range(2))),))
 
-    hardware = Hardware(Cluster((Node("here", gpus),)), {"here": "0"}, {"here": 8.0})
+
+def begin(monkeypatch: pytest.MonkeyPatch, cluster: Cluster | int, run: Path, **options: Any) -> dict[str, Any]:
+    """The options that job.json holds after a run has begun there, or on two GPUs that have so much left."""
+    cluster = two_gpus(cluster) if isinstance(cluster, int) else cluster
+    hardware = Hardware(cluster, {"here": "0"}, {"here": 8.0})
     monkeypatch.setattr(extract, "_hardware", lambda *_: hardware)
     with ExitStack() as stack, Progress() as progress:
         extract._begin(look(ExtractConfig(output=str(run), **options)), stack, Stop(), progress)
@@ -89,8 +93,7 @@ def begin(monkeypatch: pytest.MonkeyPatch, gpu_bytes: int, run: Path, **options:
 def needed_bytes(run: Path, batch_tokens: int, **options: Any) -> int:
     """What a GPU of two must have free for micro-batches of this size: the plan's own peak."""
     inputs = look(ExtractConfig(output=str(run), batch_tokens=batch_tokens, compile=True, **options))
-    gpus = tuple(Gpu(index, "NVIDIA H200", 150 * 10**9, 150 * 10**9) for index in range(2))
-    planned = plan_run(inputs.demand(2000), Cluster((Node("here", gpus),)))
+    planned = plan_run(inputs.demand(2000), two_gpus(150 * 10**9))
     return max(gpu.memory.peak_bytes for gpu in planned.gpus)
 
 
@@ -113,3 +116,20 @@ def test_a_gpu_without_room_for_the_longest_prompt_is_refused_before_the_run_is_
     with pytest.raises(ClusterError, match="The plan does not fit"):
         begin(monkeypatch, 1 << 30, tmp_path / "run", model=str(model), prompts=str(prompts))
     assert not (tmp_path / "run" / "job.json").exists()
+
+
+def test_a_plan_decides_what_the_run_will_record(monkeypatch: pytest.MonkeyPatch, model: Path, prompts: Path, tmp_path: Path) -> None:
+    """Every option that decides the rows, most of them "auto", where memory is ample, where it is short, and without GPUs."""
+    options = {"model": str(model), "prompts": str(prompts), "attn_implementation": "eager"}
+    small = two_gpus(needed_bytes(tmp_path / "none", 10_240, **options))
+    automatic = {**options, "attn_implementation": "auto"}
+    cases = {"ample": (two_gpus(100 * 10**9), automatic), "small": (small, options), "none": (Cluster((Node("here"),)), automatic)}
+    found = {}
+    for name, (cluster, asked) in cases.items():
+        monkeypatch.setattr(plan, "_found_cluster", lambda _, cluster=cluster: cluster)
+        planned, _ = plan.make_plan(plan.PlanConfig(output=str(tmp_path / name), **asked))
+        found[name] = json.loads(json.dumps(planned.demand.options.row_options()))
+        assert found[name] == begin(monkeypatch, cluster, tmp_path / name, **asked)
+    assert [each["batch_tokens"] for each in found.values()] == [16_384, 10_240, 16_384]
+    assert [each["compile"] for each in found.values()] == [True, True, False]
+    assert not any("auto" in each.values() for each in found.values())

@@ -324,7 +324,7 @@ def test_families_that_look_positions_up_are_known(model_type: str) -> None:
     config = parse_config((DATA / "families" / f"{model_type}.json").read_bytes())
     skeleton = build_skeleton(config, torch.bfloat16)
     tables = [name for name in skeleton.inputs if isinstance(skeleton.model.get_submodule(name), torch.nn.Embedding)]
-    assert (len(tables) > 1) == (families.learned_positions(config) is not None), tables
+    assert (len(tables) > 1) == (model_type in families.LEARNED_POSITIONS), tables
 
 
 def test_code_and_settings_of_the_folder_are_ignored(llama: Path) -> None:

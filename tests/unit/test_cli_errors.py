@@ -11,10 +11,12 @@ import pytest
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
+from m2ray import __version__, provenance
 from m2ray.activations.json_record import digest
+from m2ray.chain.loading import require_run_folder
 from m2ray.chain.probing import Hardware
 from m2ray.cli import main
-from m2ray.errors import StageError
+from m2ray.errors import RunConflictError, StageError
 from m2ray.planning.hardware import Cluster, Node
 from tests.reference import make_minimax
 
@@ -143,6 +145,93 @@ def test_output_folder_of_another_job_names_what_differs(
     prompts.write_text('{"text": "others"}\n', encoding="utf-8")
     result = extract(sound_model, prompts, tmp_path / "run", "--batch-tokens", "256", "--layers", "0-2")
     assert_refused(result, "batch_tokens: 512 in the run, 256 now", "layers", "prompts", "another output")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "s3://me:hunter2@bucket/x.jsonl",
+        "s3://bucket/x.jsonl?aws_secret_access_key=hunter2",
+        "s3://bucket/x.jsonl?X-Amz-Signature=hunter2",
+        "s3://bucket/x.jsonl?endpoint=http://host?token=hunter2",
+        "file://me:hunter2@host/x.jsonl",
+        "https://me:hunter2@host/x.jsonl",
+    ],
+)
+@pytest.mark.parametrize("option", ["model", "prompts"])
+def test_a_name_with_credentials_is_refused_and_not_repeated(
+    sound_model: Path, prompts: Path, tmp_path: Path, option: str, url: str
+) -> None:
+    """job.json holds both names."""
+    refused = CliRunner().invoke(
+        main, ["extract", "--model", str(sound_model), "--prompts", str(prompts), "--output", str(tmp_path / "run"), f"--{option}", url]
+    )
+    assert_refused(refused)
+    assert "hunter2" not in refused.output
+
+
+VERSIONS = {"torch": "2.13.0+cpu", "transformers": "5.24.0", "tokenizers": "0.23.3"}
+
+
+def installed(monkeypatch: pytest.MonkeyPatch, **others: str) -> None:
+    versions = {**VERSIONS, **others}
+    monkeypatch.setattr(provenance, "version", lambda package: versions[package])
+
+
+def test_a_run_goes_on_under_the_versions_that_it_began_with_alone(
+    sound_model: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    installed(monkeypatch)
+    begin(monkeypatch, sound_model, prompts, run)
+    job = json.loads((run / "job.json").read_text())
+    assert (job["versions"], job["m2ray_version"]) == (VERSIONS, __version__)
+    assert job["names"] == {"model": str(sound_model), "prompts": str(prompts)}
+    installed(monkeypatch, torch="2.13.0+cu130")
+    assert "RAY_ADDRESS" in extract(sound_model, prompts, run).stderr, "another build of the same version"
+    installed(monkeypatch, transformers="5.24.1", tokenizers="0.24.0")
+    refused = extract(sound_model, prompts, run)
+    assert_refused(refused, "transformers: 5.24.0 in the run, 5.24.1 now", "tokenizers: 0.23.3 in the run, 0.24.0 now", "another output")
+    assert "Go on with it under transformers 5.24.0, tokenizers 0.23.3" in refused.stderr
+    assert "torch" not in refused.stderr
+    shown = CliRunner().invoke(main, ["inspect", str(run)]).stdout
+    assert f"model      {sound_model}" in shown
+    assert f"begun by   m2ray {__version__}, torch 2.13.0+cpu, transformers 5.24.0, tokenizers 0.23.3" in shown
+    facts = json.loads(CliRunner().invoke(main, ["inspect", str(run), "--json"]).stdout)
+    assert (facts["versions"], facts["names"]) == (job["versions"], job["names"])
+
+
+def test_a_stage_on_a_node_with_other_versions_refuses_before_it_loads(
+    sound_model: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have come back on a node that joined after the driver had looked at all."""
+    installed(monkeypatch)
+    begin(monkeypatch, sound_model, prompts, tmp_path / "run")
+    require_run_folder(str(tmp_path / "run"), "here")
+    installed(monkeypatch, torch="2.14.0")
+    with pytest.raises(RunConflictError, match=r"torch: 2\.13\.0\+cpu in the run, 2\.14\.0 on node late"):
+        require_run_folder(str(tmp_path / "run"), "late")
+
+
+def test_nodes_with_other_versions_than_the_driver_are_all_named(
+    sound_model: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed(monkeypatch)
+    same = {"m2ray": __version__, **VERSIONS}
+    nodes = [
+        Node("a", versions={**same, "torch": "2.13.0+cu130"}),
+        Node("b", versions={**same, "m2ray": "0.0.9", "torch": "2.12.1+cu130"}),
+        Node("c", versions={name: same[name] for name in same if name != "tokenizers"}),
+    ]
+    monkeypatch.setattr("m2ray.chain.extract.cluster", lambda _: nullcontext())
+    monkeypatch.setattr("m2ray.chain.extract.probe_hardware", lambda *_: Hardware(Cluster(tuple(nodes)), {}, {}))
+    refused = extract(sound_model, prompts, tmp_path / "run")
+    assert_refused(
+        refused, "Install the same everywhere", f"node b: m2ray 0.0.9, {__version__} here", "node b: torch 2.12.1+cu130, 2.13.0+cpu here"
+    )
+    assert "node c: tokenizers absent, 0.23.3 here" in refused.stderr
+    assert "node a" not in refused.stderr
+    assert not [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
 
 
 def test_automatic_values_stay_those_of_the_run(sound_model: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

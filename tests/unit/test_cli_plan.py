@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from m2ray.cli import main, plan_inputs
-from tests.reference import make_minimax
+from tests.reference import make_family, make_minimax
 
 ROOT = Path(__file__).parents[2]
 M2 = ROOT / "tests/data/minimax_m2"
@@ -85,6 +85,20 @@ def test_the_table_in_the_docs_is_what_the_command_says(bf16_m2: Path) -> None:
     (batch_tokens,) = (remedy["value"] for remedy in six["remedies"] if remedy["option"] == "batch_tokens")
     said = f"{six['short_by_bytes']:,} bytes short; at {batch_tokens:,} they are"
     assert said in (ROOT / "docs/migrating.md").read_text(encoding="utf-8")
+
+
+def test_the_size_of_micro_batches_is_told_where_the_plan_chose_it() -> None:
+    chosen, asked = plan("--gpus", "6xH100-80GB"), plan("--gpus", "6xH100-80GB", "--batch-tokens", "12544")
+    assert "\nmicro-batches of at most 12,544 tokens\n" in chosen.stdout
+    assert chosen.stdout.replace("micro-batches of at most 12,544 tokens\n", "") == asked.stdout
+    assert "micro-batches of at most" not in plan("--gpus", "1xH200").stdout
+
+
+def test_a_max_length_that_a_run_would_refuse(tmp_path: Path) -> None:
+    model = make_family(tmp_path / "model", "gpt2")
+    assert plan("--gpus", "H200", "--max-length", "128", model=model).exit_code == FITS
+    refused = plan("--gpus", "H200", "--max-length", "129", model=model)
+    assert (refused.exit_code, "has learned 128 positions" in refused.stderr) == (1, True)
 
 
 def test_exact_bytes_of_the_real_model() -> None:

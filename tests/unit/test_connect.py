@@ -5,6 +5,7 @@ from datetime import timedelta
 import pytest
 from obstore.store import AzureStore, GCSStore, S3Store
 
+from m2ray.errors import StoreError
 from m2ray.storage import connect
 from m2ray.storage.address import parse_address
 
@@ -78,3 +79,12 @@ def test_google_and_azure_are_reached_as_their_urls_say() -> None:
     assert (
         store_at("az://container/run?account=mine&endpoint=http://127.0.0.1:10000/mine").config["endpoint"] == "http://127.0.0.1:10000/mine"
     )
+
+
+@pytest.mark.parametrize(
+    "endpoint", ["http://me:hunter2@host", "http://host?token=hunter2", "http://host/a?token=hunter2", "http://host#hunter2"]
+)
+def test_an_endpoint_that_may_hold_a_secret_is_refused_and_not_repeated(endpoint: str) -> None:
+    with pytest.raises(StoreError, match="is no URL of a server") as refused:
+        parse_address(f"s3://bucket/run?endpoint={endpoint}")
+    assert "hunter2" not in str(refused.value)

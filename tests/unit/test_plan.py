@@ -79,9 +79,7 @@ def demand(num_layers: int = 62, **options) -> Demand:
     """MiniMax-M2, all residuals; `options` of RunOptions and of Assumptions alike."""
     assumed = Assumptions(**{name: options.pop(name) for name in list(options) if name in Assumptions.__annotations__})
     config, table = ExtractConfig(model="m", prompts="p", output="o", compile=False), m2_table(num_layers)
-    return Demand(
-        table, SHAPE, replace(resolve(config, PromptOptions.of(config, 1), table, SHAPE, Cluster(()), assumed), **options), assumed
-    )
+    return Demand(table, SHAPE, replace(resolve(config, PromptOptions.of(config, 1), table, SHAPE), **options), assumed)
 
 
 def plan(gpus: str | Cluster, num_layers: int = 62, prompts: PromptStats | None = None, **options) -> Plan:

@@ -118,6 +118,9 @@ def test_schemes() -> None:
     assert open_store("file:///some/where").url == "/some/where"
     with pytest.raises(StoreError, match="'ftp'"):
         open_store("ftp://host/folder")
+    assert open_store("file://localhost/some/where").url == "/some/where"
+    with pytest.raises(StoreError, match="names the host 'some'"):
+        open_store("file://some/where")
 
 
 def test_what_is_being_written_is_out_of_the_way_of_globs(store: Store, tmp_path: Path) -> None:

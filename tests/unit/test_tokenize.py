@@ -260,6 +260,29 @@ def test_a_tokenizer_json_of_a_newer_format_is_refused_in_a_sentence(copied):
         load(copied)
 
 
+def test_a_word_that_the_vocabulary_has_no_token_for_costs_only_its_row(copied):
+    words = {"type": "WordLevel", "vocab": {"low": 0, "river": 1, "a": 2}, "unk_token": "<absent>"}
+    edit_json(copied / "tokenizer.json", model=words, added_tokens=[], post_processor=None, pre_tokenizer={"type": "Whitespace"})
+    choose_class(copied, "llama", "PreTrainedTokenizerFast")
+    reasons = load(copied).encode(text_rows("low river", "high river", "low"))
+    assert [reasons[0].tolist(), reasons[2].tolist()] == [[0, 1], [0]]
+    assert reasons[1].startswith("the tokenizer refuses it: WordLevel error: Missing")
+    del words["vocab"]["a"]
+    edit_json(copied / "tokenizer.json", model=words)
+    with pytest.raises(PromptsError, match=r"text 'a' the token ids \[\] without special tokens"):
+        load(copied).encode(text_rows("low"))
+
+
+def test_a_class_that_cannot_take_the_vocabulary_is_not_used(copied):
+    """T5Tokenizer takes the third token for the one of unknown words, and this vocabulary has two."""
+    choose_class(copied, "llama", "T5Tokenizer")
+    model = {"type": "Unigram", "vocab": [["l", -1.0], ["o", -1.0]], "unk_id": None}
+    edit_json(copied / "tokenizer.json", model=model, added_tokens=[], post_processor=None, pre_tokenizer=None, normalizer=None)
+    assert own_tokenizer._handed(copied) is None
+    (found,) = load(copied, special_tokens="none").encode(text_rows("loo"))
+    assert found.tolist() == [0, 1, 1]
+
+
 def test_absent_and_damaged_tokenizers_are_named(copied, tmp_path):
     with pytest.raises(CheckpointError, match="absent-model is absent"):
         load(tmp_path / "absent-model")
