@@ -18,7 +18,7 @@ from m2ray.activations.writer import WriterSpec
 from m2ray.batches import LayerSpan
 from m2ray.chain import extract
 from m2ray.chain.actor import Job
-from m2ray.chain.checking import check
+from m2ray.chain.checking import look
 from m2ray.chain.driver import Chain, ShardAttempt
 from m2ray.chain.failure import cause_of
 from m2ray.chain.placement import Reservation, Room
@@ -36,22 +36,25 @@ OPTIONS = {"compute_dtype": "float32", "store_dtype": "float32", "id_column": "i
 
 def do(stages: Stages, model: str, prompts: str, output: str, layers: str, batch_tokens: int) -> list[dict[str, int]]:
     """Extract into one folder, and give what the stages say then."""
-    inputs = check(ExtractConfig(model=model, prompts=prompts, output=output, layers=layers, batch_tokens=batch_tokens, **OPTIONS))
+    inputs = look(ExtractConfig(model=model, prompts=prompts, output=output, layers=layers, batch_tokens=batch_tokens, **OPTIONS))
     progress = Progress(sys.stderr)
     found = survey(inputs.source, inputs.tokenizer, inputs.store, uuid4().hex[:12], 300, on_progress=progress.surveying)
-    work = extract._claim(inputs, found, progress)
-    capture = CaptureSpec({"residual": inputs.layers}, "float32")
-    stages.begin(Job(capture, WriterSpec(output, work.run.job.run_metadata(), 1 << 20, 1), batch_tokens))
+    run = extract._claim(inputs, found, progress)
+    assert run is not None, "nobody else begins it"
+    work = extract._Work(inputs, run, found.shards, run.missing(found.shards), found.tokens, None)
+    capture = CaptureSpec({"residual": inputs.options.layers}, "float32")
+    stages.begin(Job(capture, WriterSpec(output, run.job.run_metadata(), 1 << 20, 1), batch_tokens))
     limits = {"in_flight_bytes": 1 << 20, "hidden_bytes": 4 * inputs.table.hidden_size, "timeout_s": TIMEOUT_S}
     chain = Chain(stages, extract._micro_batches_of(work), batch_tokens, progress.say, **limits)
     queue = ShardQueue(work.shards)
 
     def commit(result: ShardAttempt) -> None:
-        work.run.commit(result.shard, result.attempt, result.receipts, result.micro_batches, result.elapsed_s)
+        run.commit(result.shard, result.attempt, result.receipts, result.micro_batches, result.elapsed_s)
         queue.finish(result.shard)
 
-    chain.run(queue, commit)
-    work.run.finish()
+    with found.tokens:
+        chain.run(queue, commit)
+    run.finish()
     stages.ask_all()
     return [{name: getattr(status, name) for name in ("pid", "read_bytes", "tokens", "written_bytes")} for status in stages.statuses]
 
