@@ -64,11 +64,12 @@ def words(model: Path, prompts: Path, output: Path, *more: str) -> list[str]:
 def micro_batches(run: Path) -> list[MicroBatch]:
     """The micro-batches as the commits say they went through the model, rebuilt from the rows' tokens."""
     rebuilt = []
+    tokens = {shard.index: shard.tokens for shard in m2ray.open_run(run).layer(0).shards()}
     for path in sorted((run / "_commits").iterdir()):
         commit = json.loads(path.read_text())
-        shard = next(shard for shard in m2ray.open_run(run).layer(0).shards() if shard.index == commit["shard"])
-        ids, starts = np.unique(shard.tokens["sequence_id"], return_index=True)
-        sequences = np.split(shard.tokens["token_id"], starts[1:])
+        of_shard = tokens[commit["shard"]]
+        ids, starts = np.unique(of_shard["sequence_id"], return_index=True)
+        sequences = np.split(of_shard["token_id"], starts[1:])
         first = 0
         for index, (count, length) in enumerate(commit["micro_batches"]):
             token_ids_BT = np.zeros((count, length), np.int32)
