@@ -7,13 +7,13 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.request import Request, urlopen
 
 import psutil
 
-from tests.ray.conftest import environment, free_ports
+from tests.ray.conftest import end_node, environment, free_ports
 
 _START_TIMEOUT_S = 120.0
 _OBJECT_STORE_BYTES = 100_000_000
@@ -72,7 +72,7 @@ class Cluster:
         node = next((node for node in self._nodes if node.pid in parents), None)
         if node is None:
             return False
-        _kill_all(node)
+        end_node(node)
         self._nodes.remove(node)
         return True
 
@@ -90,7 +90,7 @@ class Cluster:
     def end(self) -> None:
         """End every process of every node."""
         for node in [*self._nodes, *([self._head] if self._head else [])]:
-            _kill_all(node)
+            end_node(node)
 
     def _start(self, *words: str, num_cpus: int) -> subprocess.Popen[bytes]:
         (agent_port,) = free_ports(1)
@@ -109,14 +109,6 @@ class Cluster:
         except OSError:  # nothing listens yet
             return 0
         return sum(node["raylet"].get("state") == "ALIVE" for node in nodes)
-
-
-def _kill_all(node: subprocess.Popen[bytes]) -> None:
-    """SIGKILL a node's processes, the one that would start others anew first. Ray gives each worker a process group of its own."""
-    for process in [psutil.Process(node.pid), *psutil.Process(node.pid).children(recursive=True)]:
-        with suppress(psutil.NoSuchProcess):
-            process.kill()
-    node.wait(30)
 
 
 @contextmanager

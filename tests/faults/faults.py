@@ -48,6 +48,17 @@ def _disk_full(scene: Scene, at_least_s: float, at_most_s: float) -> int:
     return 0
 
 
+# -- the run folder -------------------------------------------------------------------------------------------------------
+
+
+def _commit_lost(scene: Scene) -> int:
+    """While the driver runs, which then has to stop at its end, or of a run that it has finished."""
+    if scene.chance.random() < 0.5:
+        scene.last(150.0, 150.0)
+    scene.watcher.lose_commit(scene.chance)
+    return 0
+
+
 # -- the store ------------------------------------------------------------------------------------------------------------
 
 
@@ -106,6 +117,7 @@ FAULTS = (
     Fault("SIGSTOP of a stage", stage_hung, 1, "local"),
     Fault("weights replaced, a stage killed", weights_replaced, 1, "local"),
     Fault("job stopped", job_stopped, 2),
+    Fault("a commit lost", _commit_lost, 2),
     Fault("disk full, up to 3 s", _disk_full_briefly, 1, "small disk"),
     Fault("disk full, up to 30 s", _disk_full_long, 1, "small disk"),
     Fault("S3 server restarted", _server_restarted, 1, "s3"),

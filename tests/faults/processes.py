@@ -169,9 +169,9 @@ def _strike(scene: Scene, victims: Iterable[int]) -> int:
 
 def _require_others(scene: Scene, victims: Iterable[int], before: Mapping[int, int], restarts: int) -> None:
     """Wait for the victims' successors. Whoever else was there `before` must be there still and have read no weights since."""
-    if not _await_stages(scene, victims) or scene.driver.num_restarts > restarts + 1:
+    now = _await_stages(scene, victims)
+    if not now or scene.driver.num_restarts > restarts + 1:
         return  # with several failures in a row, the second strikes those that the first one spared
-    now = scene.cluster.stage_pids()
     for pid, read_bytes in before.items():
         if pid not in victims and pid not in now:
             scene.problems.append(f"stage process {pid} was not killed, but did not stay")
@@ -179,16 +179,18 @@ def _require_others(scene: Scene, victims: Iterable[int], before: Mapping[int, i
             scene.problems.append(f"stage process {pid} was not killed, but read {_read_bytes(pid) - read_bytes} bytes again")
 
 
-def _await_stages(scene: Scene, victims: Iterable[int]) -> bool:
-    """Wait until others stand in the victims' places. Gives whether the driver still runs."""
-    gone = set(victims)
+def _await_stages(scene: Scene, victims: Iterable[int]) -> set[int]:
+    """Wait until others stand in the victims' places. Gives all stages as they were then; none if the driver ended before."""
+    gone, whole = set(victims), set()
 
     def is_whole() -> bool:
         now = scene.cluster.stage_pids()
-        return len(now) == scene.num_processes and not now & gone
+        if len(now) == scene.num_processes and not now & gone:
+            whole.update(now)  # not listed again later: a run that completes ends its stages before its driver
+        return bool(whole)
 
     scene.wait_until("the stages are whole again", is_whole)
-    return scene.driver.is_running
+    return whole
 
 
 def _kill(pids: Iterable[int]) -> int:

@@ -126,7 +126,7 @@ class Round:
                 finally:
                     scene.driver.end()
                 self._judge(scene)
-                if scene.driver.exit_code == 0 and not scene.driver.was_killed:
+                if scene.driver.exit_code == 0 and not scene.driver.was_killed and not self._watcher.lost:
                     break
             else:
                 self._problems.append(f"{_DRIVERS} drivers did not complete the run")
@@ -147,7 +147,16 @@ class Round:
         self._tally.drivers += 1
         self._cause, self._unrecovered = _NO_FAULT, None
         return Scene(
-            self._cluster, driver, stages * replicas, replicas, _SPAN_BYTES, self._disk, self._server, self._chance, self._problems
+            self._cluster,
+            driver,
+            stages * replicas,
+            replicas,
+            _SPAN_BYTES,
+            self._disk,
+            self._server,
+            self._watcher,
+            self._chance,
+            self._problems,
         )
 
     def _disturb(self, scene: Scene, waiting: list[Fault], until_s: float) -> None:

@@ -3,6 +3,7 @@
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 import m2ray
-from m2ray.activations.records import committed_shards, read_commit
+from m2ray.activations.records import commit_key, committed_shards, read_commit
 from m2ray.activations.schema import parse_part_key
 from m2ray.errors import M2rayError, StoreError
 from m2ray.storage import Store, open_store
@@ -54,6 +55,7 @@ class Watcher:
     Attributes:
         problems: what should not have been seen.
         refused: polls that the store did not answer.
+        lost: shards whose commit was deleted on purpose and was not seen again.
     """
 
     run: str
@@ -63,8 +65,10 @@ class Watcher:
     refused: int = 0
     shards: int = 0
     problems: list[str] = field(default_factory=list)
+    lost: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
+        self._look_lock = threading.Lock()
         self._attempts: dict[int, str] = {}
         self._seen_parts: set[tuple[int, str]] = set()
         self._ended = threading.Event()
@@ -80,6 +84,14 @@ class Watcher:
         if self._thread.is_alive():
             self.problems.append("the reader hangs")
 
+    def lose_commit(self, chance: Random) -> None:
+        """Delete the commit of a shard, if any was seen: it may be committed once more."""
+        with self._look_lock:
+            for shard in chance.sample(sorted(self._attempts), min(1, len(self._attempts))):
+                open_store(self.run).delete([commit_key(shard)])
+                del self._attempts[shard]
+                self.lost.add(shard)
+
     def changed_commits(self) -> list[str]:
         """The shards whose commit is not the one that was seen first."""
         store = open_store(self.run)
@@ -92,7 +104,8 @@ class Watcher:
         while not self._ended.wait(self.poll_s):
             try:
                 if store.size("job.json") is not None:
-                    self._look(store)
+                    with self._look_lock:
+                        self._look(store)
                     self.polls += 1
             except StoreError:
                 self.refused += 1
@@ -117,6 +130,7 @@ class Watcher:
             if shard in before and before[shard] != attempt:
                 self.problems.append(f"shard {shard} was computed again (attempt {attempt}) after it was committed")
         self._seen_parts |= parts
+        self.lost -= done
         self.shards = len(done)
 
 

@@ -8,6 +8,7 @@ from random import Random
 from tests.faults.cluster import Cluster
 from tests.faults.disk import SmallDisk
 from tests.faults.driver import Driver
+from tests.faults.rows import Watcher
 from tests.faults.server import FaultyServer
 
 _RECOVERY_S = 150.0
@@ -21,6 +22,7 @@ class Scene:
         num_processes: the stage actors of all replicas.
         span_bytes: the fewest bytes of weights that a stage loads.
         server: where the run lies; None for the disk.
+        watcher: the reader that sees what is committed.
         num_replicas: chains; while one commits, another may still load.
         is_loaded: whether all stages had their weights before the strike.
         problems: takes what should not have happened.
@@ -33,6 +35,7 @@ class Scene:
     span_bytes: int
     disk: SmallDisk
     server: FaultyServer | None
+    watcher: Watcher
     chance: Random
     problems: list[str]
     is_loaded: bool = False

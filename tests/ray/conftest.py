@@ -3,17 +3,17 @@
 import os
 import secrets
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 
 REPOSITORY = Path(__file__).parents[2]
@@ -84,7 +84,7 @@ def ray_head(num_cpus: int) -> Iterator[RayCluster]:
         yield RayCluster(dashboard, {**env, "RAY_ADDRESS": f"127.0.0.1:{gcs_port}"})
     finally:
         log.close()
-        end_group(process)
+        end_node(process)
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -95,14 +95,17 @@ def _wait_for_jobs(process: subprocess.Popen[bytes], dashboard: str, env: Mappin
             pytest.fail(f"Ray did not start:\n{(folder / 'start.log').read_text()}")
 
 
-def end_group(process: subprocess.Popen[bytes]) -> None:
-    """End a process started in a session of its own, and all its children."""
-    for signum in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(process.pid, signum)
-            process.wait(15)
-        except (ProcessLookupError, subprocess.TimeoutExpired):
-            continue
+def end_node(node: subprocess.Popen[bytes]) -> None:
+    """SIGKILL all processes of a node, the one that would start others anew first: Ray takes 15 s to heed a SIGTERM.
+
+    Its workers have process groups of their own, so that the node's is not enough.
+    """
+    with suppress(psutil.NoSuchProcess):
+        started = psutil.Process(node.pid)
+        for process in [started, *started.children(recursive=True)]:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+    node.wait(30)
 
 
 @pytest.fixture(scope="session")

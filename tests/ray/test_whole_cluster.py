@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.ray.conftest import START_TIMEOUT_S, RayCluster, end_group, free_ports, ray_head
+from tests.ray.conftest import START_TIMEOUT_S, RayCluster, end_node, free_ports, ray_head
 from tests.reference import make_minimax
 
 
@@ -25,7 +25,7 @@ def second_node(head: RayCluster) -> Iterator[subprocess.Popen[bytes]]:
     try:
         yield worker
     finally:
-        end_group(worker)
+        end_node(worker)
 
 
 def has_joined(head: RayCluster, worker: subprocess.Popen[bytes]) -> bool:

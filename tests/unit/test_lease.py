@@ -1,12 +1,16 @@
 """The lease: a second driver is refused by name or waits, a dead one is outlived, and an end is seen at once."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -150,6 +154,45 @@ def test_a_dead_drivers_lease_is_outlived_by_one_of_many(store: LocalStore) -> N
             driver.result(20)
     assert len(won) == 1
     assert keys(store) == []
+
+
+HOLDER = """
+import sys
+from m2ray.activations.lease import held
+from m2ray.storage import open_store
+with held(open_store(sys.argv[1]), print, print):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_driver_killed_on_this_machine_is_outlived_at_once(store: LocalStore) -> None:
+    child = subprocess.Popen([sys.executable, "-c", HOLDER, store.folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with child:
+        try:
+            assert child.stdout.readline() == "held\n"
+            holder = read_holder(store)
+            os.kill(child.pid, signal.SIGSTOP)
+            assert not holder.is_dead
+        finally:
+            child.kill()
+        wait_for(lambda: holder.is_dead)  # nobody has asked for its exit code yet
+    assert holder.is_dead
+    driver = Driver(store)
+    with driver.at_work() as is_second:
+        assert is_second
+    assert driver.lines == [f"The driver that was at this run is dead ({holder}): this driver takes the run over."]
+
+
+def test_a_process_number_in_use_is_a_sign_of_its_first_process_alone(store: LocalStore) -> None:
+    with Driver(store).at_work():
+        own = read_holder(store)
+    boot, namespace, start = own.process.split(" ")
+    assert not own.is_dead
+    assert replace(own, process=f"{boot} {namespace} {int(start) - 1}").is_dead, "the number went on to this process"
+    assert replace(own, pid=10**12).is_dead
+    for elsewhere in ("", f"another-boot {namespace} 1", f"{boot} pid:[1] 1"):
+        assert not replace(own, process=elsewhere).is_dead
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"\xff"])

@@ -2,7 +2,7 @@
 
 The holder creates `_lease/00000001.json`, then, every few seconds, the next number, each only if absent, and deletes the ones before.
 Nothing is ever overwritten, and no clock is compared with another machine's: whoever finds a lease watches by its own clock whether
-another number comes. At its end a driver deletes what it created.
+another number comes. On the holder's own machine it also sees whether that process is still there. At its end a driver deletes what it created.
 """
 
 import os
@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from uuid import uuid4
 
 from pydantic import TypeAdapter
@@ -35,7 +36,10 @@ _KEY = re.compile(rf"{LEASE_FOLDER}/(\d{{8,}})\.json")
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a lease: a driver process. `driver` is unlike any other's; `since` is UTC, ISO 8601, for people."""
+    """Who holds a lease: a driver process. `driver` is unlike any other's; `since` is UTC, ISO 8601, for people.
+
+    `process` is the boot of its machine, its process namespace and its start there, with single spaces; empty where the system does not tell.
+    """
 
     format_version: int
     driver: str
@@ -43,6 +47,7 @@ class Holder:
     pid: int
     since: str
     period_s: float
+    process: str = ""
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host!r}, since {self.since}"
@@ -51,6 +56,12 @@ class Holder:
     def patience_s(self) -> float:
         """How long it may give no sign."""
         return _PATIENCE_PERIODS * min(max(self.period_s, 0.0), _LONGEST_PERIOD_S)
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether it surely is no more. False on another machine, in another container, and wherever that cannot be told."""
+        machine, _, start = self.process.rpartition(" ")
+        return bool(machine) and machine == _machine() and not _may_live(self.pid, start)
 
 
 _HOLDER = TypeAdapter(Holder)
@@ -80,7 +91,7 @@ def held(
         RunConflictError: another driver is at work.
         StoreError: the store refuses.
     """
-    own = Holder(FORMAT_VERSION, uuid4().hex, socket.gethostname(), os.getpid(), utc_now(), period_s)
+    own = Holder(FORMAT_VERSION, uuid4().hex, socket.gethostname(), os.getpid(), utc_now(), period_s, _own_process())
     number, is_second = _acquire(store, own, say, wait=wait)
     lease = _Lease(store, own, number, say, on_lost)
     try:
@@ -147,13 +158,14 @@ def _acquire(store: Store, own: Holder, say: Callable[[str], None], *, wait: boo
             if _create(store, 1, own):
                 return 1, is_second
             continue
-        if not is_second:
+        if not is_second and not found[1].is_dead:
             say(f"A driver may be at this run ({found[1]}): waiting up to {found[1].patience_s:g} s for a sign of it.")
         is_second = True
         now = _watched(store, found)
         if now == found:
             if _create(store, found[0] + 1, own):
-                say("None came: this driver takes the run over.")
+                why = f"The driver that was at this run is dead ({found[1]})" if found[1].is_dead else "None came"
+                say(f"{why}: this driver takes the run over.")
                 return found[0] + 1, is_second
         elif now and not wait:
             raise RunConflictError(
@@ -167,9 +179,9 @@ def _acquire(store: Store, own: Holder, say: Callable[[str], None], *, wait: boo
 
 
 def _watched(store: Store, found: tuple[int, Holder]) -> tuple[int, Holder] | None:
-    """What is the newest once it is not `found` any more, `found` itself if nothing comes in time, None at the end of the lease."""
+    """What is the newest once it is not `found` any more, `found` itself if it is dead or gives no sign in time, None at the end of the lease."""
     deadline = time.monotonic() + found[1].patience_s
-    while (now := _newest(store)) == found and time.monotonic() < deadline:
+    while (now := _newest(store)) == found and not found[1].is_dead and time.monotonic() < deadline:
         time.sleep(min(_WATCH_S, found[1].patience_s / 16))
     return now
 
@@ -201,4 +213,48 @@ def _create(store: Store, number: int, own: Holder) -> bool:
     except AlreadyExistsError:
         newest = _newest(store)
         return newest is not None and newest[0] == number and newest[1].driver == own.driver
+    return True
+
+
+def _own_process() -> str:
+    """What tells this process from all others that `_machine` ever runs, and from those of any other one."""
+    machine = _machine()
+    return f"{machine} {_state_and_start(os.getpid())[1]}" if machine else ""
+
+
+def _machine() -> str:
+    """This boot of the machine and the namespace of this process's number; empty where /proc is absent or shows another namespace."""
+    try:
+        is_own = str(Path("/proc/self").readlink()) == str(os.getpid())
+        boot, namespace = Path("/proc/sys/kernel/random/boot_id").read_text().strip(), Path("/proc/self/ns/pid").readlink()
+    except OSError:
+        return ""
+    return f"{boot} {namespace}" if is_own else ""
+
+
+def _may_live(pid: int, start: str) -> bool:
+    """Whether process `pid`, started at `start`, may still be there. A number that went on to another process has another start."""
+    try:
+        state, now = _state_and_start(pid)
+    except (FileNotFoundError, ProcessLookupError):
+        return _exists(pid)
+    except OSError:
+        return True
+    return now == start and state not in {"Z", "X"}  # ended, though nobody has asked for its exit code yet
+
+
+def _state_and_start(pid: int) -> tuple[str, str]:
+    """State and start, in clock ticks since the boot, of a process."""
+    fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].decode().split()  # the name before may hold anything
+    return fields[0], fields[19]
+
+
+def _exists(pid: int) -> bool:
+    """Whether a process has this number: where /proc hides other users' processes, they look absent there."""
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return True
+    except (ProcessLookupError, OverflowError):
+        return False
     return True
