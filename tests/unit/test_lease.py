@@ -158,7 +158,7 @@ def test_a_dead_drivers_lease_is_outlived_by_one_of_many(store: LocalStore) -> N
 
 HOLDER = """
 import sys
-from m2ray.activations.lease import held
+from m2ray.activations.writing.lease import held
 from m2ray.storage import open_store
 with held(open_store(sys.argv[1]), print, print):
     print("held", flush=True)
