@@ -121,7 +121,7 @@ def _claim(inputs: Inputs, found: Survey, progress: Progress) -> Run | None:
     except RunConflictError:
         _discard(inputs, found)
         theirs = read_job(inputs.store)
-        if theirs is None or theirs.options["template_date"] == job.options["template_date"]:
+        if theirs is None or theirs.options.get("template_date") == job.options["template_date"]:
             raise
         return None  # another driver began the run before midnight: its templates saw another day
     if run.job.run_id == job.run_id:
