@@ -1,7 +1,7 @@
 """What a part looks like: its key below the run folder, its columns, and the footer metadata that names what is in it."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from m2ray.batches import PartSpec
-from m2ray.errors import ConfigError
+from m2ray.errors import ConfigError, StoreError
 from m2ray.parquet.column_chunks import EncodedColumns, encode_integers
 from m2ray.storage import Store
 
@@ -58,10 +58,17 @@ def part_key(spec: PartSpec, shard: int, attempt: str) -> str:
 
     Model-wide sites have no `layer=` folder. `attempt` is of lower-case letters and digits.
     """
-    layer = "" if spec.layer is None else f"layer={spec.layer:03d}/"
-    key = f"data/site={spec.site}/{layer}shard-{shard:06d}-{attempt}.parquet"
+    key = f"{_part_folder(spec)}/{_part_name(shard, attempt)}"
     assert parse_part_key(key) == (shard, attempt), f"{key} cannot be read back"
     return key
+
+
+def _part_folder(spec: PartSpec) -> str:
+    return f"data/site={spec.site}" + ("" if spec.layer is None else f"/layer={spec.layer:03d}")
+
+
+def _part_name(shard: int, attempt: str) -> str:
+    return f"shard-{shard:06d}-{attempt}.parquet"
 
 
 def parse_part_key(key: str) -> tuple[int, str] | None:
@@ -70,9 +77,23 @@ def parse_part_key(key: str) -> tuple[int, str] | None:
     return (int(match["shard"]), match["attempt"]) if match else None
 
 
-def stored_parts(store: Store) -> dict[str, int]:
-    """Key and bytes of every file below `data/` that is named as a part, whether it counts or not. One listing; raises StoreError."""
-    return {key: num_bytes for key, num_bytes in store.list("data") if parse_part_key(key)}
+def stored_parts(store: Store, parts: Iterable[PartSpec]) -> dict[str, int]:
+    """Key and bytes of every stored part of these kinds, whether it counts or not: of each file whose key `part_key` would give. One listing.
+
+    Raises:
+        StoreError: it cannot be listed, or a link stands where a folder of parts belongs.
+    """
+    folders = {_part_folder(spec) for spec in parts}
+    on_the_way = folders | {folder.rpartition("/")[0] for folder in folders}
+    stored = {}
+    for key, num_bytes in store.list("data"):
+        folder, _, name = key.rpartition("/")
+        if key in on_the_way:
+            remedy = "Put the folder itself in its place; the whole run folder may be a link."
+            raise StoreError(f"{store.where(key)} is a link or a file where a folder of parts belongs.", remedy)
+        if folder in folders and (named := parse_part_key(key)) and name == _part_name(*named):
+            stored[key] = num_bytes
+    return stored
 
 
 def part_metadata(

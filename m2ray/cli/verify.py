@@ -39,7 +39,7 @@ def command(ctx: click.Context, run: str, checksums: bool, repair: bool, threads
         found = verify(store, checksums=checksums, threads=threads, on_progress=_Progress())
         if repair and not all(damage.key.startswith(_SEQUENCES) for damage in found.damages):
             reopened = list(found.damaged_shards)
-            reopen(store, reopened)
+            reopen(store, found.job, reopened)
     if as_json:
         click.echo(json.dumps(_facts(found, checksums, reopened), indent=2, ensure_ascii=False))
     else:

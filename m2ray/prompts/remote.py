@@ -107,7 +107,7 @@ def _place(prompts: str) -> tuple[Store, str]:
     folder = local_folder(prompts)
     if folder is not None:
         root = Path(folder.anchor or ".")
-        return LocalStore(root), "/".join(folder.relative_to(root).parts)
+        return LocalStore(root, follows_links=True), "/".join(folder.relative_to(root).parts)
     match = _URL.fullmatch(prompts)
     if match is None or match["scheme"] not in SCHEMES:
         scheme = prompts.partition("://")[0]

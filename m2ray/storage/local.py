@@ -7,7 +7,7 @@ import stat
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 from urllib.parse import unquote, urlsplit
 
@@ -63,8 +63,10 @@ class LocalStore(Store):
     What is being written lies in `_unfinished/`, locked by its writer, and is linked into place once it is whole.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, follows_links: bool = False) -> None:
+        """`follows_links`: `list` goes into links to folders too. For what is only read: behind a link lies what is another's to delete."""
         self._folder = root.expanduser()
+        self._follows_links = follows_links
         self.url = str(self._folder)
 
     @property
@@ -117,20 +119,34 @@ class LocalStore(Store):
                 os.close(fd)
 
     def list(self, prefix: str, depth: int | None = None) -> Iterator[tuple[str, int]]:
-        """Links to folders are followed, as they are in reading; one to nothing is listed, so that reading it says so."""
-        top = self.path(prefix)
-        for folder, folders, names in os.walk(top, followlinks=True):
-            if Path(folder) == self._folder and _UNFINISHED in folders:
-                folders.remove(_UNFINISHED)
-            if depth is not None and len(Path(folder).relative_to(top).parts) + 1 >= depth:
-                folders.clear()
-            for name in names:
-                path = Path(folder, name)
-                try:
-                    num_bytes = (path.lstat() if path.is_symlink() and not path.exists() else path.stat()).st_size
-                except FileNotFoundError:
-                    continue  # deleted between the listing and the look at it
-                yield path.relative_to(self._folder).as_posix(), num_bytes
+        """A link that is not followed is listed as itself, and so is one to nothing: reading it says so."""
+        return self._below(self.path(prefix), depth, frozenset())
+
+    def _below(self, folder: Path, depth: int | None, above: frozenset[tuple[int, int]]) -> Iterator[tuple[str, int]]:
+        """Files first. `above` are the device and inode of the folders on the way, which a loop of links would come to again."""
+        with _naming("list", folder):
+            try:
+                found = folder.stat()
+                with os.scandir(folder) as listing:
+                    entries = [(entry, self._is_folder(entry)) for entry in listing]
+            except (FileNotFoundError, NotADirectoryError):
+                return
+        way = above | {(found.st_dev, found.st_ino)}
+        if way == above:
+            raise StoreError(f"{folder} is one of the folders that it lies in: a link leads round in a circle.", "Remove the link.")
+        for entry, is_folder in entries:
+            num_bytes = None if is_folder else _num_bytes(entry)
+            if num_bytes is not None:
+                yield Path(entry.path).relative_to(self._folder).as_posix(), num_bytes
+        for entry, is_folder in entries:
+            if is_folder and depth != 1 and Path(entry.path) != self.path(_UNFINISHED):
+                yield from self._below(Path(entry.path), depth and depth - 1, way)
+
+    def _is_folder(self, entry: "os.DirEntry[str]") -> bool:
+        try:
+            return entry.is_dir(follow_symlinks=self._follows_links)
+        except NotADirectoryError:  # a link to what would lie below a file
+            return False
 
     def create(self, key: str, data: Data) -> None:
         sink = self.open_part(key)
@@ -159,8 +175,15 @@ class LocalStore(Store):
         return _LocalPartSink(self.path(key), self.path(_UNFINISHED))
 
     def delete(self, keys: Iterable[str]) -> None:
+        """Raises StoreError for one behind a link to a folder, of which nobody knows whose it is."""
         for key in keys:
             with _naming("delete", self.path(key)):
+                links = [folder for folder in map(str, PurePosixPath(key).parents) if folder != "." and self.path(folder).is_symlink()]
+                if links:
+                    raise StoreError(
+                        f"{self.path(key)} is not deleted: {self.path(links[0])} is a link to a folder.",
+                        "Put the folder itself in the place of the link; the whole run folder may be a link.",
+                    )
                 self.path(key).unlink(missing_ok=True)
 
     def delete_unfinished(self) -> int:
@@ -172,6 +195,16 @@ class LocalStore(Store):
                         path.unlink()
                         num_deleted += 1
         return num_deleted
+
+
+def _num_bytes(entry: "os.DirEntry[str]") -> int | None:
+    """The size of a listed file, of the link itself where that leads nowhere or to a folder; None if it was deleted since."""
+    with _naming("list", Path(entry.path)):
+        try:
+            found = entry.stat()
+            return (entry.stat(follow_symlinks=False) if stat.S_ISDIR(found.st_mode) else found).st_size
+        except (FileNotFoundError, NotADirectoryError):
+            return entry.stat(follow_symlinks=False).st_size if entry.is_symlink() else None
 
 
 _SENT_BYTES = 32 << 20

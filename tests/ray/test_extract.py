@@ -18,6 +18,7 @@ import torch
 from transformers import AutoTokenizer
 
 import m2ray
+from m2ray.activations.job import read_job
 from m2ray.activations.reading.verify import verify
 from m2ray.activations.writing.commits import reopen
 from m2ray.batches import MicroBatch
@@ -194,7 +195,8 @@ def test_chats_with_tools_from_parquet_are_the_rows_of_the_same_chats_as_json_li
     first = next(m2ray.open_run(run).layer(0).shards()).tokens
     text = AutoTokenizer.from_pretrained(str(model)).decode(first["token_id"][first["sequence_id"] == 0].tolist())
     assert text == '03 Feb 2025assistant: [{"function": {"name": "f", "arguments": {"city": "Oslo"}}}]'
-    reopen(open_store(str(run)), [0])
+    store = open_store(str(run))
+    reopen(store, read_job(store), [0])
     again = cluster.run("m2ray", "extract", *options)
     assert again.returncode == 0, again.stdout + again.stderr
     assert "1 of 1 shards are missing" in again.stdout

@@ -21,9 +21,9 @@ from m2ray.activations.json_record import digest
 from m2ray.activations.manifest import write_manifest
 from m2ray.activations.reading.reader import open_run
 from m2ray.activations.records import commit_key, committed_shards, read_commit, read_summary
-from m2ray.activations.writing.commits import Run, claim_run
+from m2ray.activations.writing.commits import Run, claim_run, reopen
 from m2ray.batches import PartReceipt
-from m2ray.errors import RunConflictError, RunDamagedError, StageError
+from m2ray.errors import RunConflictError, RunDamagedError, StageError, StoreError
 from m2ray.storage import LocalStore
 from tests.unit import activation_runs as runs
 
@@ -408,6 +408,33 @@ def test_a_part_lost_from_a_finished_run_is_done_again(store: LocalStore) -> Non
     store.path(read_commit(store, run.job, 0).parts[0].key).unlink()
     assert again(store, "b2") == [0]
     assert_closed(store)
+
+
+def test_another_name_of_a_folder_of_parts_is_none_of_the_runs(store: LocalStore) -> None:
+    """Deleting what no commit names would delete the committed parts through it."""
+    run = runs.finished_run(store)
+    (store.folder / "data/site=residual/alias").symlink_to("layer=007")
+    copy = "data/site=other/shard-000001-000000000001.parquet"
+    store.put(copy, b"a user's own")
+    before = {key: store.read(key) for key in data_keys(store) if key.endswith(".parquet")}
+    assert Run(store, run.job).finished()
+    store.delete(["_SUCCESS"])
+    assert again(store, "b2") == []
+    assert {key: store.read(key) for key in data_keys(store) if key.endswith(".parquet")} == before
+
+
+@pytest.mark.parametrize("name", ["data/site=residual", "data/site=residual/layer=007"])
+def test_a_link_in_the_place_of_a_folder_of_parts_is_refused_before_anything_is_deleted(
+    store: LocalStore, name: str, tmp_path: Path
+) -> None:
+    run = runs.finished_run(store)
+    store.path(name).rename(tmp_path / "elsewhere")
+    store.path(name).symlink_to(tmp_path / "elsewhere")
+    for begin in (lambda: again(store, "b2"), lambda: reopen(store, run.job, [0])):
+        with pytest.raises(StoreError, match=f"{name} is a link .*in its place"):
+            begin()
+    assert committed_shards(store) == {0, 1, 2}
+    assert read_summary(store)
 
 
 def test_shards_committed_while_the_end_looks_are_no_lost_parts(store: LocalStore) -> None:

@@ -315,13 +315,21 @@ def test_links_are_followed_and_a_link_to_nothing_is_named(tmp_path):
         open_source(tmp_path / "prompts").fingerprint()
 
 
+def test_links_that_lead_round_in_a_circle_are_an_error(tmp_path):
+    (tmp_path / "prompts" / "deep").mkdir(parents=True)
+    (tmp_path / "prompts" / "y.txt").write_text("y\n")
+    (tmp_path / "prompts" / "deep" / "again").symlink_to(tmp_path / "prompts")
+    with pytest.raises(PromptsError, match=r"deep/again .*round in a circle.*Remove the link"):
+        open_source(tmp_path / "prompts")
+
+
 def test_a_glob_gives_files_part_by_part_and_looks_no_deeper_than_it_says(tmp_path, monkeypatch):
     for name in ("a-b/1.txt", "a/2.txt", "a/deep/3.txt", "b.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("x\n")
     walked = []
-    walk = os.walk
-    monkeypatch.setattr(os, "walk", lambda *args, **options: (walked.append(each[0]) or each for each in walk(*args, **options)))
+    scandir = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda folder: walked.append(str(folder)) or scandir(folder))
     assert open_source(tmp_path / "*" / "*.txt").names == ("a/2.txt", "a-b/1.txt")
     assert str(tmp_path / "a" / "deep") not in walked
     walked.clear()

@@ -1,5 +1,6 @@
 """LocalStore: create-if-absent under races, nothing half-written in sight, errors that name the file."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -173,3 +174,32 @@ def test_a_probe_that_is_broken_off_leaves_nothing(tmp_path: Path, monkeypatch: 
     with pytest.raises(KeyboardInterrupt):
         LocalStore(tmp_path / "root").probe()
     assert [path for path in (tmp_path / "root").rglob("*") if path.is_file()] == []
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error_and_one_that_is_gone_is_not(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    for key in ("data/a/1", "data/b/2"):
+        store.put(key, b"x")
+    scandir = os.scandir
+
+    def failing(error: OSError) -> Callable[[Path], Any]:
+        def listed(folder: Path) -> Any:
+            if folder.name == "b":
+                raise error
+            return scandir(folder)
+
+        return listed
+
+    monkeypatch.setattr(os, "scandir", failing(FileNotFoundError(errno.ENOENT, "gone")))
+    assert list(store.list("")) == [("data/a/1", 1)]
+    monkeypatch.setattr(os, "scandir", failing(OSError(errno.EIO, "broken")))
+    with pytest.raises(StoreError, match=r"Cannot list .*/data/b: Input/output error"):
+        list(store.list("data"))
+
+
+def test_links_to_folders_are_listed_as_links_and_nothing_is_deleted_behind_them(store: Store, tmp_path: Path) -> None:
+    store.put("data/a/1", b"x")
+    (tmp_path / "root/data/alias").symlink_to("a")
+    assert [key for key, _ in store.list("data")] == ["data/alias", "data/a/1"]
+    with pytest.raises(StoreError, match=r"data/alias/1 is not deleted: .*data/alias is a link to a folder"):
+        store.delete(["data/alias/1"])
+    assert store.read("data/a/1") == b"x"

@@ -179,7 +179,7 @@ def test_files_that_no_record_names_are_reported_until_the_same_command_deletes_
 
 
 def test_parts_of_a_run_that_is_not_finished_are_reported_and_no_fault(run: Path) -> None:
-    reopen(LocalStore(run), [1])
+    reopen(LocalStore(run), read_job(LocalStore(run)), [1])
     expected = leftovers(run)
     result = command(run)
     assert result.exit_code == 0
@@ -211,7 +211,7 @@ def test_a_damaged_sequences_file_is_named_and_nothing_is_deleted(run: Path) -> 
 
 
 def test_an_unfinished_run_is_verified_too(run: Path) -> None:
-    reopen(LocalStore(run), [1])
+    reopen(LocalStore(run), read_job(LocalStore(run)), [1])
     found = verify(LocalStore(run), checksums=True)
     assert (found.files, found.damages, found.is_complete) == (6, (), False)
 
@@ -234,11 +234,11 @@ def test_a_repair_cut_off_anywhere_leaves_whole_shards_and_can_be_repeated(run: 
     store = Interrupted(run)
     store.left = num_deletions
     with pytest.raises(StoreError, match="cut off"):
-        reopen(store, [0, 2])
+        reopen(store, read_job(store), [0, 2])
     seen = {shard.index: shard.activations for shard in open_run(run).layer(7).shards()}
     assert seen.keys() >= {1}
     store.left = 100
-    reopen(store, [0, 2])
+    reopen(store, read_job(store), [0, 2])
     extract_again(run)
     assert_whole(run)
 

@@ -63,7 +63,7 @@ def go_on_with(store: Store, recorded: JobRecord) -> "Run":
     return Run(store, recorded)
 
 
-def reopen(store: Store, shards: Iterable[int]) -> None:
+def reopen(store: Store, job: JobRecord, shards: Iterable[int]) -> None:
     """Make shards uncommitted again, so that the same command extracts them again. No driver may run. Safe to repeat.
 
     First the run ceases to be finished, then the shards cease to count, then their parts go: whoever opens the run in between
@@ -73,8 +73,8 @@ def reopen(store: Store, shards: Iterable[int]) -> None:
         StoreError: something could not be deleted.
     """
     numbers = set(shards)
+    named = [(key, parse_part_key(key)) for key in stored_parts(store, job.parts)] if numbers else []
     _uncommit(store, numbers)
-    named = ((key, parse_part_key(key)) for key in stored_parts(store)) if numbers else ()
     store.delete([key for key, name in named if name and name[0] in numbers])
 
 
@@ -170,7 +170,7 @@ class Run:
         self._committed = committed_shards(self.store)
         named = manifest_table(commit.receipts() for commit in self._commits())
         # Listed after the commits were read: what they name was there before them.
-        damaged = {part.shard for part in lost_parts(named, stored_parts(self.store))}
+        damaged = {part.shard for part in lost_parts(named, stored_parts(self.store, self.job.parts))}
         if damaged or (was_finished and len(self._committed) < self.job.num_shards):
             _uncommit(self.store, damaged)
             self._committed -= damaged
@@ -187,7 +187,7 @@ class Run:
             return None
         summary, manifest = recorded
         named = dict(zip(manifest["key"].to_pylist(), manifest["num_bytes"].to_pylist(), strict=True))
-        is_swept = stored_parts(self.store) == named and not self._other_surveys()
+        is_swept = stored_parts(self.store, self.job.parts) == named and not self._other_surveys()
         return summary if is_swept else None
 
     def finish(self) -> RunSummary:
@@ -205,7 +205,7 @@ class Run:
             return closed
         was_finished = self.store.size(SUCCESS_KEY) is not None  # asked before the commits are read, which were all there then
         recorded = self._recorded()
-        stored = stored_parts(self.store)  # before the commits are read: what is written later may still come to count
+        stored = stored_parts(self.store, self.job.parts)  # before the commits are read: what is written later may still come to count
         self._committed = committed_shards(self.store)
         absent = [number for number in range(self.job.num_shards) if number not in self._committed]
         if absent:
@@ -249,7 +249,7 @@ class Run:
     def _require_parts(self, manifest: Any, stored: Mapping[str, int]) -> None:
         """Raise RunDamagedError unless every part is there with its size. Those committed since `stored` was listed are looked at again."""
         lost = lost_parts(manifest, stored)
-        lost = lost and lost_parts(manifest, stored_parts(self.store))
+        lost = lost and lost_parts(manifest, stored_parts(self.store, self.job.parts))
         if lost:
             listed = "".join(f"\n  {self.store.where(part.key)}" for part in lost[:_SHOWN_PARTS])
             more = f"\n  and {len(lost) - _SHOWN_PARTS:,} more" if len(lost) > _SHOWN_PARTS else ""
