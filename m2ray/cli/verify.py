@@ -8,7 +8,9 @@ from dataclasses import asdict
 
 import click
 
+from m2ray.activations.job import read_job, require_todays_format
 from m2ray.activations.reading.verify import Verification, verify
+from m2ray.activations.schema import FORMAT_VERSION
 from m2ray.activations.writing.commits import reopen
 from m2ray.activations.writing.lease import held
 from m2ray.cli import Command
@@ -35,6 +37,9 @@ def command(ctx: click.Context, run: str, checksums: bool, repair: bool, threads
     """
     store = open_store(run)
     reopened: list[int] = []
+    job = read_job(store)
+    if repair and job:
+        require_todays_format(store, job)  # before every byte is read in vain
     with held(store, _tell, _tell) if repair else nullcontext():
         found = verify(store, checksums=checksums, threads=threads, on_progress=_Progress())
         if repair and not all(damage.key.startswith(_SEQUENCES) for damage in found.damages):
@@ -72,12 +77,16 @@ def _print(found: Verification, checksums: bool, repair: bool) -> None:
     state = "complete" if found.is_complete else "not complete"
     click.echo(f"{found.files:,} files with {found.num_bytes:,} bytes ({depth}); {len(found.damages):,} damaged; the run is {state}.")
     _print_unnamed(found)
-    if found.damaged_shards:
+    if found.damaged_shards and found.job.format_version == FORMAT_VERSION:
         listed = ", ".join(map(str, found.damaged_shards))
         click.echo(
             f"Opened again: shards {listed}. Run the same extract command: it extracts them again."
             if repair
             else f"Shards {listed} can be extracted again: once no driver runs, repeat this with --repair, then run the same extract command."
+        )
+    elif found.damaged_shards:
+        click.echo(
+            f"The run has format {found.job.format_version}, whose shards this m2ray does not extract again: restore them from a copy."
         )
     if any(damage.key.startswith(_SEQUENCES) for damage in found.damages):
         click.echo("Files of sequences/ are written once, at the start: restore them from a copy.")

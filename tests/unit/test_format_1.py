@@ -10,9 +10,12 @@ import torch
 from click.testing import CliRunner
 
 import m2ray
+from m2ray.activations.job import read_job
 from m2ray.activations.reading.verify import verify
+from m2ray.activations.writing.commits import reopen
 from m2ray.batches import MicroBatch
 from m2ray.cli import main
+from m2ray.errors import RunConflictError, RunDamagedError
 from m2ray.storage import LocalStore
 from tests.data.run_format_1.make_runs import HERE, RUNS, TEXTS, command, make_model
 from tests.reference import load_reference, reference_rows, same_bits
@@ -85,6 +88,30 @@ def test_the_account_and_every_checksum_hold(name: str) -> None:
     assert facts["complete"]
     assert facts["sequences"] == {"all": len(TEXTS), "ready": 5, "quarantined": 1}
     assert facts["quarantined"] == [{"sequence_id": 2, "row_id": "row-2", "reason": "empty"}]
+
+
+def test_nothing_is_deleted_that_this_m2ray_cannot_make_again(name: str, tmp_path: Path) -> None:
+    run = shutil.copytree(HERE / name, tmp_path / name)
+    damaged = next((run / "data").rglob("shard-000001-*.parquet"))
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    before = sorted(run.rglob("*"))
+    shown = CliRunner().invoke(main, ["verify", str(run)])
+    assert str(damaged) in shown.stdout
+    assert "--repair" not in shown.stdout
+    assert "restore them from a copy" in shown.stdout
+    with pytest.raises(RunDamagedError) as raised:
+        m2ray.open_run(run).layer(int(damaged.parent.name[-1])).tensor()
+    assert "--repair" not in raised.value.remedy
+    assert "Restore it from a copy" in raised.value.remedy
+    refused = CliRunner().invoke(main, ["verify", str(run), "--repair"])
+    assert refused.exit_code == 1
+    assert "with format 1; this m2ray goes on with format 2 only" in refused.stderr
+    store = LocalStore(run)
+    job = read_job(store)
+    assert job is not None
+    with pytest.raises(RunConflictError, match="with format 1"):
+        reopen(store, job, [1])
+    assert sorted(run.rglob("*")) == before
 
 
 def test_what_is_committed_of_an_unfinished_run_is_read(unfinished: Path) -> None:

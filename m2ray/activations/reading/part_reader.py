@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import xxhash
 
 from m2ray.activations.reading.pages import PartPages
-from m2ray.activations.schema import Compression, activation_columns, part_metadata, part_schema, row_bytes
+from m2ray.activations.schema import FORMAT_VERSION, Compression, activation_columns, part_metadata, part_schema, row_bytes
 from m2ray.batches import TOKEN_ROW, Bits, PartReceipt, PartSpec
 from m2ray.errors import RunDamagedError
 from m2ray.parquet.pages import MALFORMED, others, read_tail
@@ -44,7 +44,7 @@ class PartReader:
         self._receipt = receipt
         self._spec = spec
         self._check = check == "pages"
-        self._remedy = "Restore it from a copy, or run `m2ray verify RUN --checksums --repair` and the same extract command: it extracts the shard again."
+        self._remedy = _REMEDY if run_metadata["format_version"] == str(FORMAT_VERSION) else "Restore it from a copy."
         num_bytes = store.size(receipt.key)
         if num_bytes != receipt.num_bytes:
             found = "is absent" if num_bytes is None else f"has {num_bytes} bytes"
@@ -148,6 +148,11 @@ class PartReader:
 
     def _damaged(self, how: str) -> RunDamagedError:
         return RunDamagedError(f"{self._url} is damaged: {how}.", self._remedy)
+
+
+_REMEDY = (
+    "Restore it from a copy, or run `m2ray verify RUN --checksums --repair` and the same extract command: it extracts the shard again."
+)
 
 
 class _StoreStream:

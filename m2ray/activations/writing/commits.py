@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from m2ray.activations.job import JOB_KEY, SEQUENCE_FILE, JobRecord, read_job, require_same_job, utc_now
+from m2ray.activations.job import JOB_KEY, SEQUENCE_FILE, JobRecord, read_job, require_same_job, require_todays_format, utc_now
 from m2ray.activations.manifest import MANIFEST_KEY, lost_parts, manifest_table, read_manifest, write_manifest
 from m2ray.activations.records import (
     SUCCESS_KEY,
@@ -70,8 +70,10 @@ def reopen(store: Store, job: JobRecord, shards: Iterable[int]) -> None:
     sees whole shards or none. With no shards, only `manifest.parquet` and `_SUCCESS` go, which the next command writes.
 
     Raises:
+        RunConflictError: it is of an older format, whose shards this m2ray does not extract.
         StoreError: something could not be deleted.
     """
+    require_todays_format(store, job)
     numbers = set(shards)
     named = [(key, parse_part_key(key)) for key in stored_parts(store, job.parts)] if numbers else []
     _uncommit(store, numbers)
