@@ -1,4 +1,4 @@
-"""The small records by which a run says what it holds: `_commits/shard-000012.json` for each shard, `_SUCCESS` for the whole."""
+"""The small records by which a run says what it holds: `_commits/shard-000012.json` for each shard, `weights.json` and `_SUCCESS` for the whole."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -16,6 +16,7 @@ from m2ray.errors import RunDamagedError
 from m2ray.storage import Store
 
 SUCCESS_KEY = "_SUCCESS"
+WEIGHTS_KEY = "weights.json"
 _READ_AT_ONCE, _AHEAD = 16, 256
 _COMMIT_NAME = re.compile(r"_commits/shard-(\d{6,})\.json")
 
@@ -67,6 +68,21 @@ class CommitRecord:
             PartReceipt(shard=self.shard, attempt=self.attempt, rows=self.rows, token_digest=self.token_digest, **asdict(part))
             for part in self.parts
         ]
+
+
+@dataclass(frozen=True)
+class WeightsRecord:
+    """`weights.json`, which weights a run's rows come from: the digests of what a run's chains load (m2ray.model.digests).
+
+    Attributes:
+        embedding: of what runs before the first layer.
+        layers: of each layer, from 0 to the last one that the run asks for.
+    """
+
+    format_version: int
+    run_id: str
+    embedding: str
+    layers: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -137,5 +153,17 @@ def read_summary(store: Store) -> RunSummary | None:
     return read_record(store, SUCCESS_KEY, _SUMMARY) if store.size(SUCCESS_KEY) is not None else None
 
 
+def read_weights(store: Store, job: JobRecord) -> WeightsRecord:
+    """The record of a run that has one. Raises RunDamagedError, RunConflictError (a newer format) or StoreError."""
+    record = read_record(store, WEIGHTS_KEY, _WEIGHTS)
+    if record.run_id != job.run_id:
+        raise RunDamagedError(
+            f"{WEIGHTS_KEY} of the run at {store.url} is of run {record.run_id}; job.json is of run {job.run_id}.",
+            "The folder holds files of several runs: restore it.",
+        )
+    return record
+
+
 _COMMIT = TypeAdapter(CommitRecord)
 _SUMMARY = TypeAdapter(RunSummary)
+_WEIGHTS = TypeAdapter(WeightsRecord)

@@ -10,6 +10,7 @@ import click
 
 from m2ray.activations.job import read_job, require_todays_format
 from m2ray.activations.reading.verify import Verification, verify
+from m2ray.activations.records import WEIGHTS_KEY
 from m2ray.activations.schema import FORMAT_VERSION
 from m2ray.activations.writing.commits import reopen
 from m2ray.activations.writing.lease import held
@@ -18,7 +19,6 @@ from m2ray.storage import open_store
 
 _EVERY_S = 5.0
 _SHOWN_FILES = 20
-_SEQUENCES = "sequences/"
 
 
 @click.command(cls=Command)
@@ -42,13 +42,13 @@ def command(ctx: click.Context, run: str, checksums: bool, repair: bool, threads
         require_todays_format(store, job)  # before every byte is read in vain
     with held(store, _tell, _tell) if repair else nullcontext():
         found = verify(store, checksums=checksums, threads=threads, on_progress=_Progress())
-        if repair and not all(damage.key.startswith(_SEQUENCES) for damage in found.damages):
+        if repair and found.damages and not _written_once(found):
             reopened = list(found.damaged_shards)
             reopen(store, found.job, reopened)
     if as_json:
         click.echo(json.dumps(_facts(found, checksums, reopened), indent=2, ensure_ascii=False))
     else:
-        _print(found, checksums, repair)
+        _print(found, checksums, reopened)
     ctx.exit(0 if found.is_sound else 1)
 
 
@@ -70,7 +70,7 @@ def _facts(found: Verification, checksums: bool, reopened: list[int]) -> dict[st
     }
 
 
-def _print(found: Verification, checksums: bool, repair: bool) -> None:
+def _print(found: Verification, checksums: bool, reopened: list[int]) -> None:
     for damage in found.damages:
         click.echo(damage.problem)
     depth = "every byte was read" if checksums else "sizes and footers only; --checksums reads every byte"
@@ -81,15 +81,20 @@ def _print(found: Verification, checksums: bool, repair: bool) -> None:
         listed = ", ".join(map(str, found.damaged_shards))
         click.echo(
             f"Opened again: shards {listed}. Run the same extract command: it extracts them again."
-            if repair
+            if reopened
             else f"Shards {listed} can be extracted again: once no driver runs, repeat this with --repair, then run the same extract command."
         )
     elif found.damaged_shards:
         click.echo(
             f"The run has format {found.job.format_version}, whose shards this m2ray does not extract again: restore them from a copy."
         )
-    if any(damage.key.startswith(_SEQUENCES) for damage in found.damages):
-        click.echo("Files of sequences/ are written once, at the start: restore them from a copy.")
+    if once := _written_once(found):
+        click.echo(f"Files that are written once, at the start, are damaged ({', '.join(once)}): restore them from a copy before all else.")
+
+
+def _written_once(found: Verification) -> list[str]:
+    """The damaged files that no command writes again, and without which none goes on: a shard opened again would stay so."""
+    return [damage.key for damage in found.damages if damage.key == WEIGHTS_KEY or damage.key.startswith("sequences/")]
 
 
 def _print_unnamed(found: Verification) -> None:

@@ -12,6 +12,7 @@ from m2ray.activations.job import Counts, JobRecord, ModelFacts
 from m2ray.activations.reading.pages import PartPages
 from m2ray.activations.schema import Compression
 from m2ray.activations.writing.commits import Run, claim_run
+from m2ray.activations.writing.weights_record import hold_weights
 from m2ray.activations.writing.writer import ActivationWriter
 from m2ray.batches import Bits, CapturedLayer, MicroBatch, PartReceipt, PartSpec, SequenceFile, Shard
 from m2ray.storage import Store
@@ -21,6 +22,8 @@ NUM_LAYERS = 12
 PARTS = tuple(PartSpec("residual", layer, "bfloat16", WIDTH) for layer in (0, 7, 11))
 QUARANTINED = {2: "empty", 6: "not a string but int"}
 NUM_SEQUENCES = 12
+LOADED = {None: "e" * 32, **{layer: f"{layer:032x}" for layer in range(NUM_LAYERS)}}
+"""What a chain loads: a digest of each layer."""
 SHARD_SEQUENCES = ([0, 4, 5, 9], [1, 3, 11], [7, 8, 10])
 # NaNs with payloads of both signs, infinities, zeros of both signs, the smallest and the largest denormals
 PATTERNS = np.array([0x7FC1, 0xFFFF, 0x7F81, 0x7F80, 0xFF80, 0x0000, 0x8000, 0x0001, 0x8001, 0x007F, 0x3F80], np.uint16)
@@ -139,6 +142,7 @@ def attempts() -> Iterator[str]:
 def finished_run(store: Store, parts: Sequence[PartSpec] = PARTS, compressions: Sequence[Compression] = ("none",)) -> Run:
     """A whole run, finished. Its shards take the compressions in turn."""
     run = claim_run(store, job(store, parts))
+    hold_weights(store, run.job, LOADED)
     for of, attempt, compression in zip(shards(), attempts(), cycle(compressions), strict=False):
         assert commit_shard(run, of, attempt, compression)
     run.finish()

@@ -210,6 +210,31 @@ def test_a_damaged_sequences_file_is_named_and_nothing_is_deleted(run: Path) -> 
     assert sorted(path.name for path in run.rglob("*") if path.is_file()) == before
 
 
+@pytest.mark.parametrize(
+    ("damage", "problem"),
+    [
+        (lambda path: path.unlink(), "is absent"),
+        (lambda path: path.write_bytes(path.read_bytes().replace(b"eeee", b"eeef", 1)), "does not have the digest that it names"),
+    ],
+)
+def test_a_damaged_record_of_the_weights_is_named_and_nothing_is_deleted(run: Path, damage: Callable[[Path], object], problem: str) -> None:
+    """Without it the same command does not go on: a shard that was opened again would stay so."""
+    damage(run / "weights.json")
+    (run / key_of(runs.PARTS[1], 0)).unlink()
+    before = sorted(path.name for path in run.rglob("*") if path.is_file())
+    result = command(run, "--repair")
+    assert result.exit_code == 1
+    facts = json.loads(result.stdout)
+    found = {each["key"]: each["problem"] for each in facts["damaged"]}
+    assert found.keys() == {"weights.json", key_of(runs.PARTS[1], 0)}
+    assert problem in found["weights.json"]
+    assert facts["reopened_shards"] == []
+    shown = CliRunner().invoke(main, ["verify", str(run), "--repair"]).stdout
+    assert "restore them from a copy" in shown
+    assert "Opened again" not in shown
+    assert sorted(path.name for path in run.rglob("*") if path.is_file()) == before
+
+
 def test_an_unfinished_run_is_verified_too(run: Path) -> None:
     reopen(LocalStore(run), read_job(LocalStore(run)), [1])
     found = verify(LocalStore(run), checksums=True)

@@ -16,7 +16,7 @@ import xxhash
 from m2ray.activations.job import JobRecord, read_job
 from m2ray.activations.manifest import MANIFEST_KEY, manifest_table, read_manifest, receipts_of
 from m2ray.activations.reading.part_reader import PartReader
-from m2ray.activations.records import SUCCESS_KEY, commit_key, committed_shards, read_commit, read_summary
+from m2ray.activations.records import SUCCESS_KEY, WEIGHTS_KEY, commit_key, committed_shards, read_commit, read_summary, read_weights
 from m2ray.activations.schema import parse_part_key
 from m2ray.batches import PartReceipt, PartSpec
 from m2ray.errors import RunDamagedError, StoreError
@@ -95,7 +95,7 @@ def verify(store: Store, *, checksums: bool, threads: int = 8, on_progress: OnPr
         damages += _damages_of_summary(store, job, parts, commits_are_sound=not damages)
     without_commit = {damage.shard for damage in damages if damage.key == commit_key(damage.shard or 0)}
     unnamed = tuple(_unnamed(job, stored, set(parts["key"].to_pylist()), without_commit))
-    damages += _damages_of_sequences(store, job)
+    damages += [*_damages_of_weights(store, job, has_rows=bool(len(parts))), *_damages_of_sequences(store, job)]
     all_bytes = sum(parts["num_bytes"].to_pylist())
     files, num_bytes = 0, 0
     for receipt, damage in _checked_parts(store, job, parts, threads, checksums=checksums):
@@ -143,6 +143,18 @@ def _damages_of_summary(store: Store, job: JobRecord, parts: Any, *, commits_are
     if commits_are_sound and not absent and not manifest.equals(parts):
         damages.append(Damage(MANIFEST_KEY, None, f"{store.where(MANIFEST_KEY)} does not say what the commits say."))
     return damages
+
+
+def _damages_of_weights(store: Store, job: JobRecord, *, has_rows: bool) -> Iterator[Damage]:
+    """Runs have the record since format 2, before their first row."""
+    if store.size(WEIGHTS_KEY) is None:
+        if has_rows and job.format_version > 1:
+            yield Damage(WEIGHTS_KEY, None, f"{store.where(WEIGHTS_KEY)} is absent: which weights the rows come from is not known.")
+        return
+    try:
+        read_weights(store, job)
+    except RunDamagedError as error:
+        yield Damage(WEIGHTS_KEY, None, error.what)
 
 
 def _damages_of_sequences(store: Store, job: JobRecord) -> Iterator[Damage]:

@@ -1,36 +1,16 @@
-"""WeightsRecord: `weights.json`, which weights a run's rows come from. Created before its first row, and never changed.
+"""The driver's side of `weights.json`: what a chain has loaded is recorded before the first row, and held against it ever after.
 
 The fingerprint in job.json is of a checkpoint's names, sizes and headers, which two checkpoints of one kind share; this is of what was loaded.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-
-from pydantic import TypeAdapter
 
 from m2ray.activations.job import JobRecord
-from m2ray.activations.json_record import read_record, to_json
-from m2ray.activations.records import committed_shards
+from m2ray.activations.json_record import to_json
+from m2ray.activations.records import WEIGHTS_KEY, WeightsRecord, committed_shards, read_weights
 from m2ray.activations.schema import FORMAT_VERSION
-from m2ray.errors import AlreadyExistsError, RunConflictError, RunDamagedError
+from m2ray.errors import AlreadyExistsError, RunConflictError
 from m2ray.storage import Store
-
-WEIGHTS_KEY = "weights.json"
-
-
-@dataclass(frozen=True)
-class WeightsRecord:
-    """The digests of what a run's chains load (m2ray.model.digests).
-
-    Attributes:
-        embedding: of what runs before the first layer.
-        layers: of each layer, from 0 to the last one that the run asks for.
-    """
-
-    format_version: int
-    run_id: str
-    embedding: str
-    layers: tuple[str, ...]
 
 
 def hold_weights(store: Store, job: JobRecord, loaded: Mapping[int | None, str]) -> None:
@@ -62,17 +42,6 @@ def hold_weights(store: Store, job: JobRecord, loaded: Mapping[int | None, str])
     _require_same(store, read_weights(store, job), found)
 
 
-def read_weights(store: Store, job: JobRecord) -> WeightsRecord:
-    """The record of a run that has one. Raises RunDamagedError, RunConflictError (a newer format) or StoreError."""
-    record = read_record(store, WEIGHTS_KEY, _WEIGHTS)
-    if record.run_id != job.run_id:
-        raise RunDamagedError(
-            f"{WEIGHTS_KEY} of the run at {store.url} is of run {record.run_id}; job.json is of run {job.run_id}.",
-            "The folder holds files of several runs: restore it.",
-        )
-    return record
-
-
 def _require_same(store: Store, recorded: WeightsRecord, found: WeightsRecord) -> None:
     numbers = range(max(len(recorded.layers), len(found.layers)))
     differing = [layer for layer in numbers if recorded.layers[layer : layer + 1] != found.layers[layer : layer + 1]]
@@ -95,6 +64,3 @@ def _ranges(numbers: Iterable[int]) -> str:
         else:
             runs.append([number, number])
     return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
-
-
-_WEIGHTS = TypeAdapter(WeightsRecord)
