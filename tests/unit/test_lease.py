@@ -217,3 +217,40 @@ def test_a_renewal_whose_answer_was_lost_is_its_own(store: LocalStore) -> None:
         assert not is_second
         wait_for(lambda: keys(store) and keys(store)[-1] >= "_lease/00000003.json")
     assert not driver.lost.is_set()
+
+
+def test_a_renewal_that_landed_though_its_answer_failed_is_gone_on_with(store: LocalStore) -> None:
+    class Failing(LocalStore):
+        failed = 0
+
+        def create(self, key: str, data) -> None:
+            super().create(key, data)
+            if key in ("_lease/00000002.json", "_lease/00000005.json"):
+                self.failed += 1
+                raise StoreError("no answer came")
+
+    driver = Driver(failing := Failing(store.folder))
+    with driver.at_work():
+        wait_for(lambda: failing.failed == 2)
+    assert keys(store) == [], "a number whose answer failed is given back too"
+    assert not driver.lost.is_set()
+
+
+def test_a_lease_that_a_newer_m2ray_took_is_lost(store: LocalStore) -> None:
+    driver = Driver(store)
+    with driver.at_work():
+        store.put("_lease/00000900.json", json.dumps({"format_version": 99}).encode())
+        assert driver.lost.wait(20)
+    assert "has format 99" in driver.lines[-1]
+    assert "_lease/00000900.json" in keys(store)
+
+
+@pytest.mark.parametrize("number", [1, 8])
+def test_a_number_that_is_taken_and_not_listed_is_an_error(store: LocalStore, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("m2ray.activations.writing.lease._WATCH_S", 0.01)
+    if number == 8:
+        dead = Holder(1, "dead", "host", 1, "2026-01-01T00:00:00+00:00", 0.0)
+        store.put("_lease/00000007.json", json.dumps(asdict(dead)).encode())
+    store.path(f"_lease/0000000{number}.json").mkdir(parents=True)
+    with pytest.raises(StoreError, match=rf"_lease/0000000{number}\.json is taken, and is not listed"), Driver(store).at_work():
+        pytest.fail("it holds no lease")

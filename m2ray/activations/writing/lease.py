@@ -30,6 +30,7 @@ PERIOD_S = 5.0
 _PATIENCE_PERIODS = 4
 _LONGEST_PERIOD_S = 15.0
 _WATCH_S = 0.5
+_TRIES = 10
 _CLOSING_S = 5.0
 _KEY = re.compile(rf"{LEASE_FOLDER}/(\d{{8,}})\.json")
 
@@ -121,8 +122,11 @@ class _Lease:
     def _run(self) -> None:
         is_told = False
         while not self._ended.wait(self._own.period_s):
+            taken_by: Holder | str | None
             try:
                 taken_by = self._renew()
+            except RunConflictError as error:  # a newer m2ray's, which this one does not understand
+                taken_by = error.what.rstrip(".")
             except StoreError as error:
                 if not is_told:
                     self._say(f"This driver's lease of the run could not be renewed, and is tried again: {error}")
@@ -133,30 +137,44 @@ class _Lease:
                 self._on_lost(f"Another driver took the run over, since this one gave no sign for {self._own.patience_s:g} s: {taken_by}.")
                 return
         try:  # the others' numbers are higher
+            self._other()
             self._store.delete([key for number, key in _keys(self._store) if number <= self._number])
-        except StoreError as error:
+        except (StoreError, RunConflictError) as error:
             self._say(f"This driver's lease could not be given back; the next one waits {self._own.patience_s:g} s for it: {error}")
 
     def _renew(self) -> Holder | None:
         """Create the next number and delete those before. Gives who took the lease over, if somebody did."""
         keys = _keys(self._store)
-        number = max([self._number, *(number for number, _ in keys)])
-        if number == self._number and _create(self._store, number + 1, self._own):
-            self._number = number + 1
-            self._store.delete([key for older, key in keys if older <= number])
-            return None
+        if any(number > self._number for number, _ in keys) and (other := self._other()):
+            return other
+        if not _create(self._store, self._number + 1, self._own):
+            return self._other()
+        self._number += 1
+        self._store.delete([key for number, key in keys if number < self._number])
+        return None
+
+    def _other(self) -> Holder | None:
+        """Who holds the lease now, if it is another driver. A number of this one's that was created though its answer failed is taken as its own."""
         newest = _newest(self._store)
-        return newest[1] if newest and newest[1].driver != self._own.driver else None
+        if newest and newest[1].driver == self._own.driver:
+            self._number = newest[0]
+            return None
+        return newest[1] if newest else None
 
 
 def _acquire(store: Store, own: Holder, say: Callable[[str], None], *, wait: bool) -> tuple[int, bool]:
     """The number under which the lease was created, and whether another driver held it before."""
-    is_second = False
+    is_second, refused = False, 0
     while True:
         found = _newest(store)
+        if refused == _TRIES:  # of drivers that begin at once another one wins, and is found
+            key = _key(found[0] + 1 if found else 1)
+            raise StoreError(f"{store.where(key)} is taken, and is not listed as a file.", "If no driver is at work, delete it.")
         if found is None:
             if _create(store, 1, own):
                 return 1, is_second
+            refused += 1
+            time.sleep(_WATCH_S)
             continue
         if not is_second and not found[1].is_dead:
             say(f"A driver may be at this run ({found[1]}): waiting up to {found[1].patience_s:g} s for a sign of it.")
@@ -167,12 +185,14 @@ def _acquire(store: Store, own: Holder, say: Callable[[str], None], *, wait: boo
                 why = f"The driver that was at this run is dead ({found[1]})" if found[1].is_dead else "None came"
                 say(f"{why}: this driver takes the run over.")
                 return found[0] + 1, is_second
+            refused += 1
         elif now and not wait:
             raise RunConflictError(
                 f"Another driver is at the run at {store.url}: {now[1]}.",
                 "Wait for its end, or give --wait, which waits for it; `m2ray inspect` shows how far it is.",
             )
         elif now:
+            refused = 0
             say(f"{now[1]} is at work: waiting for its end.")
             while now and now != (found := now):
                 now = _watched(store, found)
@@ -205,11 +225,14 @@ def _keys(store: Store) -> list[tuple[int, str]]:
     return [(int(match[1]), key) for match, key in found if match]
 
 
+def _key(number: int) -> str:
+    return f"{LEASE_FOLDER}/{number:08d}.json"
+
+
 def _create(store: Store, number: int, own: Holder) -> bool:
     """Whether the number was free, or is this driver's own: an answer may have been lost."""
-    key = f"{LEASE_FOLDER}/{number:08d}.json"
     try:
-        store.create(key, to_json(own))
+        store.create(_key(number), to_json(own))
     except AlreadyExistsError:
         newest = _newest(store)
         return newest is not None and newest[0] == number and newest[1].driver == own.driver
