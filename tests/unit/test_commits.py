@@ -43,8 +43,9 @@ def data_keys(store: LocalStore) -> set[str]:
 def test_a_new_folder_is_claimed_and_a_resume_finds_the_same_job(store: LocalStore) -> None:
     assert read_job(store) is None
     record = runs.job(store)
-    store.put("_probe-1234", b"first")
-    assert read_job(store) is None, "a survey or a probe that was cut off keeps nobody out"
+    for name in ("_probe-1234", "_doctor-1234"):
+        store.put(name, b"first")
+    assert read_job(store) is None, "a survey, a probe or a doctor that was cut off keeps nobody out"
     assert claim_run(store, record).job == record
     assert read_job(store) == record
     resumed = claim_run(store, replace(record, run_id="f" * 32, created_at="later", m2ray_version="9"))
