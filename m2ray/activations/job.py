@@ -230,8 +230,7 @@ def _refuse_differences(store: Store, there: Mapping[str, Any], here: Mapping[st
 
 
 def _may_precede_a_job(key: str) -> bool:
-    """Whether m2ray leaves such a key behind if it is killed before job.json: a survey's files, a lease, the store's probe, or the
-    doctor's (m2ray.doctor.cluster)."""
+    """Whether m2ray leaves such a key behind if it is killed before job.json: a survey's files, a lease, a probe of the store or the doctor's."""
     return re.fullmatch(SEQUENCE_FILE, key) is not None or key.startswith(("_probe-", "_doctor-", f"{LEASE_FOLDER}/"))
 
 

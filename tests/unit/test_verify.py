@@ -210,6 +210,23 @@ def test_a_damaged_sequences_file_is_named_and_nothing_is_deleted(run: Path) -> 
     assert sorted(path.name for path in run.rglob("*") if path.is_file()) == before
 
 
+def test_a_sequences_file_that_goes_bad_while_verify_reads_is_named_too(run: Path) -> None:
+    class Rotting(LocalStore):
+        num_reads = 0
+
+        def read(self, key: str) -> bytes:
+            data = super().read(key)
+            self.num_reads += key == file.key
+            return data[:50] + bytes([data[50] ^ 1]) + data[51:] if key == file.key and self.num_reads > 1 else data
+
+    job = read_job(LocalStore(run))
+    assert job is not None
+    file = job.sequence_files[0]
+    (damage,) = verify(Rotting(run), checksums=True).damages
+    assert (damage.key, damage.shard) == (file.key, None)
+    assert "the xxh3 of its bytes is" in damage.problem
+
+
 @pytest.mark.parametrize(
     ("damage", "problem"),
     [

@@ -8,9 +8,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import xxhash
 
 from m2ray.activations.job import JobRecord, read_job
@@ -217,7 +215,11 @@ def _damages_of_tokens(store: Store, job: JobRecord, parts: Any) -> Iterator[Dam
     )
     receipts = {receipt.shard: receipt for receipt in receipts_of(parts.filter(of_spec))}
     for file in job.sequence_files:
-        table = pq.read_table(pa.BufferReader(store.read(file.key)), columns=["sequence_id", "prompt_digest", "shard"])
+        try:
+            table = read_sequences(store, file, ["sequence_id", "prompt_digest", "shard"])
+        except RunDamagedError as error:  # it was sound a while ago
+            yield Damage(file.key, None, error.what)
+            continue
         table = table.filter(pc.is_valid(table["shard"])).sort_by([("shard", "ascending"), ("sequence_id", "ascending")])
         shards, starts = np.unique(table["shard"].to_numpy(), return_index=True)
         for shard, start, stop in zip(shards.tolist(), starts, [*starts[1:], len(table)], strict=True):
