@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from m2ray.activations.job import JobRecord
-from m2ray.activations.schema import PART_NAME
+from m2ray.activations.schema import FORMAT_VERSION, PART_NAME
 from m2ray.batches import PartReceipt
 from m2ray.errors import RunDamagedError
 from m2ray.parquet.pages import MALFORMED
@@ -72,25 +72,24 @@ def read_manifest(store: Store, job: JobRecord, num_parts: int) -> Any:
             outside of `data/`.
         StoreError: it cannot be read.
     """
+    again = "Run the same extract command again: it writes the manifest from _commits/."
+    remedy = again if job.format_version == FORMAT_VERSION else "Restore it from a copy; without _SUCCESS the run is read by its _commits/."
     try:
         data = store.read(MANIFEST_KEY)
         if job.format_version > 1:
             require_seal(data)
         table = pq.read_table(pa.BufferReader(data))
     except (*MALFORMED, OSError) as error:
-        raise RunDamagedError(f"{MANIFEST_KEY} of the run at {store.url} is damaged: {error}.", _REMEDY) from error
+        raise RunDamagedError(f"{MANIFEST_KEY} of the run at {store.url} is damaged: {error}.", remedy) from error
     metadata = table.schema.metadata or {}
     if job.format_version == 1:
         for field in list(MANIFEST_SCHEMA)[len(table.schema) :]:
             table = table.append_column(field, pa.nulls(len(table), field.type))
     if not table.schema.equals(MANIFEST_SCHEMA) or metadata.get(b"m2ray.run_id") != job.run_id.encode() or len(table) != num_parts:
         raise RunDamagedError(
-            f"{MANIFEST_KEY} of the run at {store.url} is not the one of run {job.run_id} with {num_parts} parts.", _REMEDY
+            f"{MANIFEST_KEY} of the run at {store.url} is not the one of run {job.run_id} with {num_parts} parts.", remedy
         )
     strange = table["key"].filter(pc.invert(pc.match_substring_regex(table["key"], f"^{PART_NAME}$")))
     if len(strange):
-        raise RunDamagedError(f"{MANIFEST_KEY} of the run at {store.url} names {strange[0].as_py()!r}, which is no part.", _REMEDY)
+        raise RunDamagedError(f"{MANIFEST_KEY} of the run at {store.url} names {strange[0].as_py()!r}, which is no part.", remedy)
     return table
-
-
-_REMEDY = "Run the same extract command again: it writes the manifest from _commits/."

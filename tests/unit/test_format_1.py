@@ -103,6 +103,11 @@ def test_nothing_is_deleted_that_this_m2ray_cannot_make_again(name: str, tmp_pat
         m2ray.open_run(run).layer(int(damaged.parent.name[-1])).tensor()
     assert "--repair" not in raised.value.remedy
     assert "Restore it from a copy" in raised.value.remedy
+    manifest = (run / "manifest.parquet").read_bytes()
+    (run / "manifest.parquet").write_bytes(b"PAR1")
+    with pytest.raises(RunDamagedError, match=r"manifest\.parquet.*from a copy"):
+        m2ray.open_run(run)
+    (run / "manifest.parquet").write_bytes(manifest)
     refused = CliRunner().invoke(main, ["verify", str(run), "--repair"])
     assert refused.exit_code == 1
     assert "with format 1; this m2ray goes on with format 2 only" in refused.stderr
