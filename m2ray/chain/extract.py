@@ -181,7 +181,7 @@ def _run(work: _Work, hardware: Hardware, stop: Stop, progress: Progress) -> Non
     options = work.inputs.options
     stats = batching(work.missing, options.batch_tokens)
     wanted = plan_run(work.inputs.demand(stats.longest_tokens), hardware.cluster, stats)
-    wanted.require_fit()
+    wanted.require_fit(has_begun=True)
     with ExitStack() as stack:
         with stop.at_once(GOES_ON):
             plan, reservations = stack.enter_context(reserve(wanted, hardware, options.placement_timeout_s))

@@ -72,7 +72,7 @@ class Reservation:
         ]
         try:
             answers = iter(ray.get(asked, timeout=timeout_s + _START_S))
-        except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError) as error:
+        except ray.exceptions.RayError as error:
             raise ClusterError(f"The GPUs that Ray gave could not be looked at: {error}.", "`m2ray doctor` tells more.") from error
         return [Bundle(number, room, next(answers) if room.num_gpus else ()) for number, room in enumerate(self.rooms)]
 
@@ -156,7 +156,7 @@ def reserve(plan: Plan, hardware: Hardware, timeout_s: float) -> Iterator[tuple[
         chains = [_stages_of(plan, bundles) for bundles in given]
         devices = [[device for bundle in chain for device in _devices(plan, bundle)] for chain in chains]
         final = plan_run(plan.demand, plan.cluster, plan.prompts, devices)
-        final.require_fit()
+        final.require_fit(has_begun=True)
         for replica, (reservation, chain) in enumerate(zip(held, chains, strict=True)):
             stages = [stage.stage for stage in final.stages if stage.replica == replica]
             reservation.give_out([chain[stage] for stage in stages])
