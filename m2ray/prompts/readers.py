@@ -8,6 +8,7 @@ import gzip
 import json
 import zlib
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import count, islice
@@ -70,7 +71,7 @@ class CsvFile(PromptFile):
 
     def columns(self) -> Mapping[str, int] | None:
         with _reading(self.path), _open(self.path) as file:
-            return dict.fromkeys(self._header(csv.reader(_Lines(file), strict=True)), 0)
+            return _distinct(self._header(csv.reader(_Lines(file), strict=True)), f"The header of {self.path}")
 
     def records(self, columns: Sequence[str]) -> Iterator[Record]:
         # Python's own limit is less than a long prompt. A line that was not cut passes: only a value of several lines is refused for its size.
@@ -99,13 +100,9 @@ class CsvFile(PromptFile):
 
     def _header(self, reader: Iterator[list[str]]) -> list[str]:
         try:
-            header = next(reader, [])
+            return next(reader, [])
         except csv.Error as error:
             raise PromptsError(f"The header of {self.path} is malformed: {error}.", "Correct the file's first line.") from error
-        doubled = sorted({name for name in header if header.count(name) > 1})
-        if doubled:
-            raise PromptsError(f"The header of {self.path} names {', '.join(map(repr, doubled))} more than once.", "Rename the columns.")
-        return header
 
 
 class TextFile(PromptFile):
@@ -128,7 +125,7 @@ class ParquetFile(PromptFile):
 
     def columns(self) -> Mapping[str, int] | None:
         with _reading(self.path):
-            return dict.fromkeys(pq.read_schema(_seekable(self.path)).names, 0)
+            return _distinct(pq.read_schema(_seekable(self.path)).names, f"The schema of {self.path}")
 
     def records(self, columns: Sequence[str]) -> Iterator[Record]:
         with _reading(self.path), pq.ParquetFile(_seekable(self.path), pre_buffer=False) as file:
@@ -143,7 +140,7 @@ class ArrowStreamFile(PromptFile):
 
     def columns(self) -> Mapping[str, int] | None:
         with _reading(self.path), _arrow_file(self.path) as file, pa.ipc.open_stream(file) as stream:
-            return dict.fromkeys(stream.schema.names, 0)
+            return _distinct(stream.schema.names, f"The schema of {self.path}")
 
     def records(self, columns: Sequence[str]) -> Iterator[Record]:
         with _reading(self.path), _arrow_file(self.path) as file, pa.ipc.open_stream(file) as stream:
@@ -209,6 +206,14 @@ class _Lines(Iterator[str]):
         self.cut_quote |= b'"' in piece
         while not piece.endswith(b"\n") and (piece := self._file.readline(1 << 20)):
             self.cut_quote |= b'"' in piece
+
+
+def _distinct(names: Sequence[str], where: str) -> dict[str, int]:
+    """The columns of a file that lists them in its first row. Raises PromptsError where two have one name."""
+    doubled = sorted(name for name, times in Counter(names).items() if times > 1)
+    if doubled:
+        raise PromptsError(f"{where} names {', '.join(map(repr, doubled))} more than once.", "Rename the columns.")
+    return dict.fromkeys(names, 0)
 
 
 def _without_line_end(line: str) -> str:

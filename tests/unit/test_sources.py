@@ -379,6 +379,12 @@ def test_sources_that_cannot_be_read_stop_the_run(tmp_path):
     (tmp_path / "a.csv").write_text("body,title\n1,2\n")
     (tmp_path / "twice.csv").write_text("text,text\n1,2\n")
     pq.write_table(pa.table({"body": ["x"]}), tmp_path / "a.parquet")
+    twice = pa.table([["1"], ["2"]], names=["text", "text"])
+    pq.write_table(twice, tmp_path / "twice.parquet")
+    (tmp_path / "twice").mkdir()
+    (tmp_path / "twice" / "state.json").write_text('{"_data_files": [{"filename": "a.arrow"}]}')
+    with pa.ipc.new_stream(tmp_path / "twice" / "a.arrow", twice.schema) as stream:
+        stream.write_table(twice)
     (tmp_path / "a.txt").write_text("x\n")
     cases = {
         "absent.jsonl": "absent.jsonl are absent",
@@ -389,7 +395,9 @@ def test_sources_that_cannot_be_read_stop_the_run(tmp_path):
         "broken.parquet": "broken.parquet is damaged",
         "a.jsonl": "neither a column 'text' nor 'messages' nor 'conversations' nor 'input_ids'. Set text_column, messages_column or input_ids_column to one of its columns: 'body', 'title'",
         "a.csv": "to one of its columns: 'body', 'title'",
-        "twice.csv": "names 'text' more than once",
+        "twice.csv": "twice.csv names 'text' more than once",
+        "twice.parquet": "twice.parquet names 'text' more than once",
+        "twice": "a.arrow names 'text' more than once",
         "a.parquet": "to one of its columns: 'body'",
     }
     for name, message in cases.items():
