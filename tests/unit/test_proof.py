@@ -73,6 +73,7 @@ def test_rows_that_change_with_their_company_are_found() -> None:
         ({"is_causal": False}, "is_causal = False"),
         ({"is_causal": None}, "is_causal = None"),
         ({"use_bidirectional_attention": True}, "use_bidirectional_attention = True"),
+        ({"text_config": {"use_bidirectional_attention": ["vision"]}}, r"text_config\.use_bidirectional_attention = \['vision'\]"),
         ({"text_config": {"is_causal": False}}, r"text_config\.is_causal = False"),
         ({"text_config": {"use_bidirectional_attention": "all"}}, r"text_config\.use_bidirectional_attention = all"),
     ],
