@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,26 @@ def test_use_bidirectional_attention_is_found_where_transformers_honours_it(mode
 def test_rows_that_change_with_their_company_are_found() -> None:
     with pytest.raises(CheckpointError, match=r"^config\.json: rows of a tiny llama .* right-padded beside a longer one"):
         prove(unchecked("llama", rope_parameters=LLAMA_ROPE, max_position_embeddings=12))
+
+
+def refused(*_: object) -> Any:
+    raise PermissionError("this is another user's")
+
+
+def homeless(*_: object) -> Any:
+    raise RuntimeError("Could not determine home directory.")
+
+
+@pytest.mark.parametrize(("method", "fails"), [("exists", refused), ("mkdir", refused), ("expanduser", homeless)])
+def test_without_a_cache_every_run_proves_again_and_none_fails(
+    monkeypatch: pytest.MonkeyPatch, cache: Path, method: str, fails: Callable[..., Any]
+) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(cache.parent))
+    monkeypatch.setattr(Path, method, fails)
+    prove(unchecked("qwen3"))
+    with pytest.raises(CheckpointError, match="the tokens after them"):
+        prove(unchecked("qwen3", is_causal=False))
 
 
 @pytest.mark.parametrize("model_type", VERIFIED)
