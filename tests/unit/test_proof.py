@@ -2,7 +2,6 @@
 
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -67,21 +66,22 @@ def test_rows_that_change_with_their_company_are_found() -> None:
         prove(unchecked("llama", rope_parameters=LLAMA_ROPE, max_position_embeddings=12))
 
 
-def refused(*_: object) -> Any:
-    raise PermissionError("this is another user's")
-
-
-def homeless(*_: object) -> Any:
-    raise RuntimeError("Could not determine home directory.")
-
-
-@pytest.mark.parametrize(("method", "fails"), [("exists", refused), ("mkdir", refused), ("expanduser", homeless)])
+@pytest.mark.parametrize(
+    ("method", "error"), [("exists", PermissionError()), ("mkdir", PermissionError()), ("expanduser", RuntimeError("there is no home"))]
+)
 def test_without_a_cache_every_run_proves_again_and_none_fails(
-    monkeypatch: pytest.MonkeyPatch, cache: Path, method: str, fails: Callable[..., Any]
+    monkeypatch: pytest.MonkeyPatch, cache: Path, method: str, error: Exception
 ) -> None:
+    usual = getattr(Path, method)
+
+    def refused(path: Path, *args: Any, **options: Any) -> Any:
+        if "proofs" in path.parts or path.parts == ("~", ".cache"):
+            raise error
+        return usual(path, *args, **options)
+
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(cache.parent))
-    monkeypatch.setattr(Path, method, fails)
+    monkeypatch.setattr(Path, method, refused)
     prove(unchecked("qwen3"))
     with pytest.raises(CheckpointError, match="the tokens after them"):
         prove(unchecked("qwen3", is_causal=False))
