@@ -215,7 +215,7 @@ class Chains:
         specs = [[spec(self.model, span, self.device, compiled=bool(self.num_gpus))] for span in spans(self.num_layers, num_stages)]
         node = ray.nodes()[0]
         room = Room(node["NodeManagerAddress"], node["NodeID"], self.num_gpus / num_stages, 1.0)
-        reservation = Reservation([room] * num_stages)
+        reservation = Reservation([room] * num_stages, {})
         reservation.wait(60.0)
         hidden_size = json.loads((self.model / "config.json").read_text())["hidden_size"]
         with tempfile.TemporaryDirectory() as folder:

@@ -15,8 +15,13 @@ from m2ray.sizes import parse_bytes, parse_max_memory
 
 
 def _as_object(value: Any) -> Any:
-    """A flag's JSON text as what it says; any other value as it is."""
-    return json.loads(value) if isinstance(value, str) else value
+    """A flag's JSON text as what it says; any other value as it is. Raises ValueError for what JSON cannot say: TOML's dates, infinities."""
+    try:
+        value = json.loads(value) if isinstance(value, str) else value
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"JSON, where a date is text: {error}") from error
+    return value
 
 
 Auto = Literal["auto"]
@@ -206,6 +211,6 @@ def _as_problems(config: type[BaseModel], error: ValidationError) -> list[Config
         if first["type"] == "missing":
             problems.append(ConfigError(f"The option {name!r} is missing.", description))
             continue
-        wanted = " or ".join(str(report["msg"]).removeprefix("Input should be ") for report in reports)
+        wanted = " or ".join(str(report["msg"]).removeprefix("Input should be ").removeprefix("Value error, ") for report in reports)
         problems.append(ConfigError(f"{name} = {first['input']!r} is not {wanted}.", description))
     return problems

@@ -1,4 +1,8 @@
-"""RunOptions: one extraction with everything decided. What a user leaves to "auto" is decided in m2ray.planning.resolve, nowhere else."""
+"""RunOptions: one extraction with everything decided. What a user leaves to "auto" is decided in m2ray.planning.resolve, nowhere else.
+
+In three fields a choice is left to the place where it is made: `device_map` = "auto" is one of the ways to deal layers out, `transport` =
+"auto" lets each two stages find out what works between them, and `stages` is None for as many as the cluster's GPUs come to.
+"""
 
 import tempfile
 from collections.abc import Mapping

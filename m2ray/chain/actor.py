@@ -87,9 +87,13 @@ class StageActor:
     # -- beginning ----------------------------------------------------------------------------------------------------
 
     @ray.method(concurrency_group="collect")
-    def look(self, output: str) -> None:
-        """Raise StoreError unless this node sees the run folder. Asked first, since loading may take minutes."""
-        require_run_folder(output, self._status.node)
+    def look(self, output: str, driver_version: str) -> None:
+        """Refuse a node of other versions, or one that does not see the run folder. Asked first, since loading may take minutes.
+
+        Raises:
+            StoreError, RunConflictError, ClusterError: as `require_run_folder`.
+        """
+        require_run_folder(output, self._status.node, driver_version)
 
     @ray.method(concurrency_group="collect")
     def load(self, _after: object = None) -> None:

@@ -13,7 +13,7 @@ from m2ray.activations.job import Counts, JobRecord, ModelFacts, read_job, requi
 from m2ray.activations.writing.commits import Run, RunSummary, claim_run, go_on_with
 from m2ray.activations.writing.weights_record import hold_weights
 from m2ray.activations.writing.writer import WriterSpec
-from m2ray.batches import LayerSpan, MicroBatch, Shard
+from m2ray.batches import LayerSpan, MicroBatch, PromptStats, Shard
 from m2ray.chain.actor import Job
 from m2ray.chain.checking import Inputs, check, look
 from m2ray.chain.driver import Chain
@@ -76,12 +76,13 @@ def _begin(inputs: Inputs, stack: ExitStack, stop: Stop, progress: Progress) -> 
             hardware = _hardware(inputs.options, stack)
             longest_tokens = found.shards.longest_tokens
             inputs = inputs.on(hardware.cluster, longest_tokens, partial(estimated_batching, found.shards))
-            plan_run(inputs.demand(longest_tokens), hardware.cluster).require_fit()
+            stats = batching(found.shards, inputs.options.batch_tokens)
+            plan_run(inputs.demand(longest_tokens), hardware.cluster, stats).require_fit()
     except M2rayError:
         if found is not None:  # no record names its files: job.json comes later
             _discard(inputs, found)
         raise
-    run = _claim(inputs, found, progress)
+    run = _claim(inputs, found, stats, progress)
     if run is None:
         with stop.at_once(GOES_ON):
             inputs = look(inputs.config)
@@ -89,16 +90,15 @@ def _begin(inputs: Inputs, stack: ExitStack, stop: Stop, progress: Progress) -> 
     return _Work(inputs, run, found.shards, run.missing(found.shards), found.tokens, hardware)
 
 
-def _claim(inputs: Inputs, found: Survey, progress: Progress) -> Run | None:
+def _claim(inputs: Inputs, found: Survey, stats: PromptStats, progress: Progress) -> Run | None:
     """Create the run's record; None where another driver has created one by now, and this survey has been deleted.
 
     A request to create job.json may fail and have created it all the same, and it names the survey's files: they are deleted only where
     another record is seen in its place.
     """
-    waste = batching(found.shards, inputs.options.batch_tokens).padding_waste
     progress.say(
         f"{found.num_sequences:,} prompts: {found.num_ready:,} ready with {found.num_tokens:,} tokens in {len(found.shards):,} shards, "
-        f"{found.num_quarantined:,} quarantined; padding {waste:.1%}; {inputs.source.columns}"
+        f"{found.num_quarantined:,} quarantined; padding {stats.padding_waste:.1%}; {inputs.source.columns}"
     )
     for line in inputs.tokenizer.told(inputs.source.columns, found.first_prompt):
         progress.say(f"  {line}")
@@ -181,7 +181,7 @@ def _run(work: _Work, hardware: Hardware, stop: Stop, progress: Progress) -> Non
     options = work.inputs.options
     stats = batching(work.missing, options.batch_tokens)
     wanted = plan_run(work.inputs.demand(stats.longest_tokens), hardware.cluster, stats)
-    wanted.require_fit()
+    wanted.require_fit(has_begun=True)
     with ExitStack() as stack:
         with stop.at_once(GOES_ON):
             plan, reservations = stack.enter_context(reserve(wanted, hardware, options.placement_timeout_s))

@@ -139,7 +139,7 @@ def as_memory_error(error: RuntimeError, micro_batch: MicroBatch, stage: StageSt
     return StageMemoryError(
         f"{num_sequences} sequences of {length} padded tokens found no room in the {stage.span} "
         f"({stage.device} of node {stage.node}): {str(error).splitlines()[0]}",
-        "Lower max_length or batch_tokens, spread the layers over more GPUs (stages, gpus_per_stage), or lower what others use there.",
+        "Spread the layers over more GPUs (stages, gpus_per_stage), lower what others use there, or begin another run with a lower max_length.",
         num_sequences,
         length,
     )

@@ -4,19 +4,23 @@ from contextlib import suppress
 
 import torch
 
+from m2ray import __version__
 from m2ray.activations.job import JOB_KEY, read_job, require_resumable
-from m2ray.errors import StageError, StoreError
+from m2ray.errors import ClusterError, StageError, StoreError
 from m2ray.model.stage import Stage, StageSpec
 from m2ray.storage import open_store
 
 
-def require_run_folder(output: str, node: str) -> None:
+def require_run_folder(output: str, node: str, driver_version: str) -> None:
     """Look at the run from a stage's node, which may have joined after the driver had looked at all.
 
     Raises:
         StoreError: the run folder is not visible from here, as the driver left it.
         RunConflictError: torch, transformers or tokenizers are of other versions here than in the run.
+        ClusterError: m2ray is of another version here than the driver's, which need not be the one that began the run.
     """
+    if __version__ != driver_version:
+        raise ClusterError(f"Node {node} has m2ray {__version__}, the driver {driver_version}.", "Install the same everywhere.")
     store = open_store(output)
     recorded = None if store.size(JOB_KEY) is None else read_job(store)
     if recorded is None:

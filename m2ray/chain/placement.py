@@ -47,10 +47,14 @@ class Bundle:
 
 
 class Reservation:
-    """Room for the stages of one replica: stage i's is bundle `places[i][1]` of the placement group `places[i][0]`."""
+    """Room for the stages of one replica: stage i's is bundle `places[i][1]` of the placement group `places[i][0]`.
 
-    def __init__(self, rooms: Sequence[Room]) -> None:
+    Room that takes the place of a lost one is on nodes with `node_labels`, as the first was.
+    """
+
+    def __init__(self, rooms: Sequence[Room], node_labels: Mapping[str, str]) -> None:
         self.rooms = list(rooms)
+        self._node_labels = dict(node_labels)
         group = placement_group(
             [room.resources for room in rooms],
             strategy="PACK",
@@ -72,7 +76,7 @@ class Reservation:
         ]
         try:
             answers = iter(ray.get(asked, timeout=timeout_s + _START_S))
-        except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError) as error:
+        except ray.exceptions.RayError as error:
             raise ClusterError(f"The GPUs that Ray gave could not be looked at: {error}.", "`m2ray doctor` tells more.") from error
         return [Bundle(number, room, next(answers) if room.num_gpus else ()) for number, room in enumerate(self.rooms)]
 
@@ -87,7 +91,7 @@ class Reservation:
         return [stage for stage in stages if self.rooms[stage].node_id not in alive]
 
     def replace(self, stages: Sequence[int], timeout_s: float) -> None:
-        """Take room on any node for some stages, beside that of the others.
+        """Take room on any node with the labels for some stages, beside that of the others.
 
         A group is bound to its nodes, and one that was repaired in part can stay pending for ever (ray-project/ray#65147).
 
@@ -95,7 +99,9 @@ class Reservation:
             ClusterError: there is no room within `timeout_s`.
         """
         rooms = [self.rooms[stage] for stage in stages]
-        group = placement_group([room.resources for room in rooms], strategy="PACK")
+        group = placement_group(
+            [room.resources for room in rooms], strategy="PACK", bundle_label_selector=[self._node_labels for _ in rooms]
+        )
         self._groups.append(group)
         _wait(group, rooms, timeout_s)
         nodes = placement_group_table(group)["bundles_to_node_id"]
@@ -104,7 +110,7 @@ class Reservation:
             self.rooms[stage] = replace(self.rooms[stage], node_id=nodes[number])
 
     def renew(self, timeout_s: float) -> None:
-        """Give all the room back and ask for as much anywhere. Ends its actors. Raises ClusterError as `replace` does."""
+        """Give all the room back and ask for as much on any nodes with the labels. Ends its actors. Raises ClusterError as `replace` does."""
         self.release()
         self._groups = []
         self.replace(range(len(self.rooms)), timeout_s)
@@ -149,14 +155,14 @@ def reserve(plan: Plan, hardware: Hardware, timeout_s: float) -> Iterator[tuple[
     try:
         given: list[list[Bundle]] = []
         for rooms in _rooms(plan, hardware):
-            held.append(Reservation(rooms))
+            held.append(Reservation(rooms, plan.demand.options.node_labels))
             # One after the other: two groups that wait for the same GPUs could each hold a half of them.
             held[-1].wait(timeout_s)
             given.append(held[-1].look(timeout_s))
         chains = [_stages_of(plan, bundles) for bundles in given]
         devices = [[device for bundle in chain for device in _devices(plan, bundle)] for chain in chains]
         final = plan_run(plan.demand, plan.cluster, plan.prompts, devices)
-        final.require_fit()
+        final.require_fit(has_begun=True)
         for replica, (reservation, chain) in enumerate(zip(held, chains, strict=True)):
             stages = [stage.stage for stage in final.stages if stage.replica == replica]
             reservation.give_out([chain[stage] for stage in stages])

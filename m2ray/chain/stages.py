@@ -8,6 +8,7 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayError
 
+from m2ray import __version__
 from m2ray.batches import LayerSpan, MicroBatch
 from m2ray.chain.actor import Job
 from m2ray.chain.actors import START_S, Actors
@@ -138,7 +139,7 @@ class Stages:
         """A call that ends when a stage has begun the job: after `load`, and that after `look`, which takes no time."""
         assert self._job is not None, "begin() comes first"
         actor = self._actors.handles[index]
-        return actor.begin.remote(self._job, actor.load.remote(actor.look.remote(self._job.writer.output)))
+        return actor.begin.remote(self._job, actor.load.remote(actor.look.remote(self._job.writer.output, __version__)))
 
     def link(self, epoch: int) -> None:
         """Tell every stage which one follows, and begin to watch all. Raises RayError, GetTimeoutError or M2rayError as they do."""

@@ -138,7 +138,7 @@ def pin_host_memory(num_bytes: int, padded_tokens: int, row_width: int, store_dt
     except RuntimeError as error:
         raise StageError(
             f"{num_bytes:,} bytes of pinned host memory for captured rows cannot be had: {str(error).splitlines()[0]}.",
-            "Set batch_tokens lower or capture fewer layers, or allow the process to lock more memory (ulimit -l).",
+            "Allow the process to lock more memory (ulimit -l), or begin another run with lower batch_tokens or fewer layers.",
         ) from error
     del pieces
 

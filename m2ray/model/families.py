@@ -128,10 +128,13 @@ def is_fp8(config: Any) -> bool:
     return bool(getattr(config, "quantization_config", None))
 
 
+_UNSAYABLE = ("Infinity", "-Infinity", "NaN")  # as all that config.json's values are held against a tuple: they may be lists or objects
+
+
 def _untagged(fields: dict[str, Any]) -> Any:
     """A JSON object; or the number that JSON cannot say, where transformers wrote it as {"__float__": "Infinity"}."""
     tag = fields.get("__float__")
-    return float(tag) if len(fields) == 1 and tag in {"Infinity", "-Infinity", "NaN"} else fields
+    return float(tag) if len(fields) == 1 and tag in _UNSAYABLE else fields
 
 
 def _read_fields(model_type: str, fields: Mapping[str, Any]) -> Any:
@@ -171,7 +174,7 @@ def _unknown_family(model_type: Any) -> CheckpointError:
     remedy = f"It runs {', '.join(VERIFIED)}."
     if model_type is None:
         return CheckpointError("config.json has no model_type.", remedy)
-    if model_type not in CONFIG_MAPPING:
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         return CheckpointError(f"config.json: transformers knows no model_type {model_type!r}, so m2ray cannot run it.", remedy)
     return CheckpointError(f"config.json: m2ray has not verified model_type {model_type!r} layer by layer, so it does not run it.", remedy)
 
@@ -182,7 +185,7 @@ def _not_causal(fields: Mapping[str, Any], place: str = "") -> list[CheckpointEr
     transformers takes an `is_causal` of any family at its word; `use_bidirectional_attention = "vision"` is about images alone.
     """
     reasons = [f"{name} = {fields[name]}" for name in ("is_causal", "causal") if not fields.get(name, True)]
-    if fields.get("use_bidirectional_attention") not in {None, False, "vision"}:
+    if fields.get("use_bidirectional_attention") not in (None, False, "vision"):
         reasons.append(f"use_bidirectional_attention = {fields['use_bidirectional_attention']}")
     problems = [
         CheckpointError(

@@ -45,9 +45,10 @@ def prove(config: Any) -> None:
     Raises:
         CheckpointError: a prompt's rows depend on later tokens, or on the prompts beside it; says which, or both.
     """
-    cached = _cache_folder() / _digest(config)
-    if cached.exists():
-        return
+    cached = _cached_at(config)
+    with suppress(OSError):  # a folder that may not be looked into remembers nothing
+        if cached and cached.exists():
+            return
     problems: list[CheckpointError] = []
     for seed in _SEEDS:  # rounding may flip the choice of an expert with one seed; what leaks, leaks with all
         try:
@@ -58,9 +59,10 @@ def prove(config: Any) -> None:
         if not problems:
             break
     raise_all(problems)
-    with suppress(OSError):  # where nothing can be written, the next run proves it again
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        cached.touch()
+    if cached:
+        with suppress(OSError):  # where nothing can be written, the next run proves it again
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            cached.touch()
 
 
 def _probe(config: Any, seed: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
@@ -131,5 +133,10 @@ def _digest(config: Any) -> str:
     return digest.hexdigest()
 
 
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "m2ray" / "proofs"
+def _cached_at(config: Any) -> Path | None:
+    """The file whose being there says that a configuration was proved; None for a user without a home."""
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
+    except RuntimeError:
+        return None
+    return folder / "m2ray" / "proofs" / _digest(config)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import get_args
 
 from m2ray.batches import LayerSpan, PromptStats
+from m2ray.config import ExtractConfig
 from m2ray.errors import ClusterError, ConfigError, raise_all
 from m2ray.planning.demand import Demand
 from m2ray.planning.devices import Device, DevicePlan, chain_devices
@@ -15,6 +16,8 @@ from m2ray.planning.partition import DeviceMap
 from m2ray.planning.placing import Placing, gpus_of, place_all
 from m2ray.planning.rates import RatePlan, plan_rates
 from m2ray.planning.remedies import STEP_TOKENS, Remedy, find_remedies
+
+_WHAT_TAKES_IT = "`m2ray plan` shows what takes how much."
 
 
 @dataclass(frozen=True)
@@ -64,15 +67,21 @@ class Plan(Placing):
         """Of the first resource that is short, in this order: GPU memory, host memory, /dev/shm, disk; 0 if everything fits."""
         return sum(shortage.short_by_bytes for shortage in self.shortages if shortage.resource == self.shortages[0].resource)
 
-    def require_fit(self) -> None:
-        """Raise ClusterError, with what is missing where and what would help, unless the plan fits."""
+    def require_fit(self, *, has_begun: bool = False) -> None:
+        """Raise ClusterError, with what is missing where and what would help, unless the plan fits.
+
+        Args:
+            has_begun: the run is claimed: it takes no other row options, and no other output.
+        """
         if not self.fits:
+            fixed = (*ExtractConfig.row_options(), "output") if has_begun else ()
+            remedies = [remedy.text for remedy in self.remedies if remedy.option not in fixed]
             short = "; ".join(
                 f"{each.short_by_bytes:,} bytes of {each.resource.replace('_', ' ')} ({each.where})" for each in self.shortages
             )
             raise ClusterError(
                 f"The plan does not fit: {short} too little.",
-                " ".join(remedy.text for remedy in self.remedies) or "`m2ray plan` shows what takes how much.",
+                " ".join(remedies) or ("Free as much, or begin another run with another output." if has_begun else _WHAT_TAKES_IT),
             )
 
     @property

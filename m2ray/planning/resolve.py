@@ -1,4 +1,4 @@
-"""RunOptions from what a user asks for: every "auto" is decided here, for `m2ray plan` and `m2ray extract` alike."""
+"""RunOptions from what a user asks for: every "auto" is decided here but those of `device_map` and `transport`, for `m2ray plan` and `m2ray extract` alike."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace

@@ -8,9 +8,10 @@ import gzip
 import json
 import zlib
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -66,38 +67,42 @@ class JsonLinesFile(PromptFile):
 
 
 class CsvFile(PromptFile):
-    """Comma-separated values with a header, quoted as in RFC 4180; a quoted value may hold line ends."""
+    """Comma-separated values with a header, quoted as in RFC 4180; a quoted value may hold line ends. A wrong quote is a PromptsError."""
 
     def columns(self) -> Mapping[str, int] | None:
         with _reading(self.path), _open(self.path) as file:
-            return dict.fromkeys(self._header(csv.reader(_Lines(file), strict=True)), 0)
+            return _distinct(self._header(csv.reader(_Lines(file), strict=True)), f"The header of {self.path}")
 
     def records(self, columns: Sequence[str]) -> Iterator[Record]:
-        csv.field_size_limit(MAX_PROMPT_BYTES)  # Python's own limit of 128 KiB is less than a long prompt
+        # Python's own limit is less than a long prompt. A line that was not cut passes: only a value of several lines is refused for its size.
+        csv.field_size_limit(MAX_PROMPT_BYTES + 2)
         with _reading(self.path), _open(self.path) as file:
             lines = _Lines(file)
             reader = csv.reader(lines, strict=True)
             header = self._header(reader)
             lines.take_problem()
-            while True:
+            for row in count():
+                line = reader.line_num + 1
                 try:
                     values = next(reader)
                 except StopIteration:
                     return
                 except csv.Error as error:
-                    yield Record({}, lines.take_problem() or f"malformed CSV: {error}")
-                    continue
+                    raise self._malformed(row, line, str(error)) from error
+                if lines.cut_quote:
+                    raise self._malformed(row, line, f"a line of more than {MAX_PROMPT_BYTES} bytes has quotes")
                 yield _match_header(header, values, lines.take_problem())
+
+    def _malformed(self, row: int, line: int, why: str) -> PromptsError:
+        """Where a quote is wrong, nobody knows which of the next lines are rows, and which the rest of a value."""
+        what = f"Row {row} of {self.path}, which begins in line {line}, is malformed CSV: {why}. Where the next row begins is not known."
+        return PromptsError(what, 'Quote the file as RFC 4180 says ("" for a quote within quotes), or give JSONL or Parquet.')
 
     def _header(self, reader: Iterator[list[str]]) -> list[str]:
         try:
-            header = next(reader, [])
+            return next(reader, [])
         except csv.Error as error:
             raise PromptsError(f"The header of {self.path} is malformed: {error}.", "Correct the file's first line.") from error
-        doubled = sorted({name for name in header if header.count(name) > 1})
-        if doubled:
-            raise PromptsError(f"The header of {self.path} names {', '.join(map(repr, doubled))} more than once.", "Rename the columns.")
-        return header
 
 
 class TextFile(PromptFile):
@@ -120,7 +125,7 @@ class ParquetFile(PromptFile):
 
     def columns(self) -> Mapping[str, int] | None:
         with _reading(self.path):
-            return dict.fromkeys(pq.read_schema(_seekable(self.path)).names, 0)
+            return _distinct(pq.read_schema(_seekable(self.path)).names, f"The schema of {self.path}")
 
     def records(self, columns: Sequence[str]) -> Iterator[Record]:
         with _reading(self.path), pq.ParquetFile(_seekable(self.path), pre_buffer=False) as file:
@@ -135,7 +140,7 @@ class ArrowStreamFile(PromptFile):
 
     def columns(self) -> Mapping[str, int] | None:
         with _reading(self.path), _arrow_file(self.path) as file, pa.ipc.open_stream(file) as stream:
-            return dict.fromkeys(stream.schema.names, 0)
+            return _distinct(stream.schema.names, f"The schema of {self.path}")
 
     def records(self, columns: Sequence[str]) -> Iterator[Record]:
         with _reading(self.path), _arrow_file(self.path) as file, pa.ipc.open_stream(file) as stream:
@@ -164,9 +169,13 @@ def format_of(path: Path | RemotePath) -> type[PromptFile] | None:
 
 
 class _Lines(Iterator[str]):
-    """The lines of a file of bytes, with their line ends. Bytes that are no UTF-8 become lone surrogates."""
+    """The lines of a file of bytes, with their line ends. Bytes that are no UTF-8 become lone surrogates.
+
+    `cut_quote` says whether a quote was in a line that was too long to be given.
+    """
 
     def __init__(self, file: IO[bytes]) -> None:
+        self.cut_quote = False
         self._file = file
         self._problem: str | None = None
         self._is_first = True
@@ -179,7 +188,7 @@ class _Lines(Iterator[str]):
             line = line.removeprefix(_BYTE_ORDER_MARK)
             self._is_first = False
         if len(line) > MAX_PROMPT_BYTES and not line.endswith(b"\n"):
-            self._skip_line()
+            self._skip_line(line)
             self._problem = self._problem or f"a line of more than {MAX_PROMPT_BYTES} bytes"
             return "\n"
         try:
@@ -193,9 +202,18 @@ class _Lines(Iterator[str]):
         problem, self._problem = self._problem, None
         return problem
 
-    def _skip_line(self) -> None:
-        while (rest := self._file.readline(1 << 20)) and not rest.endswith(b"\n"):
-            pass
+    def _skip_line(self, piece: bytes) -> None:
+        self.cut_quote |= b'"' in piece
+        while not piece.endswith(b"\n") and (piece := self._file.readline(1 << 20)):
+            self.cut_quote |= b'"' in piece
+
+
+def _distinct(names: Sequence[str], where: str) -> dict[str, int]:
+    """The columns of a file that lists them in its first row. Raises PromptsError where two have one name."""
+    doubled = sorted(name for name, times in Counter(names).items() if times > 1)
+    if doubled:
+        raise PromptsError(f"{where} names {', '.join(map(repr, doubled))} more than once.", "Rename the columns.")
+    return dict.fromkeys(names, 0)
 
 
 def _without_line_end(line: str) -> str:

@@ -59,6 +59,15 @@ def reserved(hardware: probing.Hardware, plan: Plan, timeout_s: float = 30.0) ->
         }
 
 
+def moved(hardware: probing.Hardware, plan: Plan) -> dict[str, Any]:
+    """Where stages go that lose their room, while all nodes with the labels are full, and once these are free."""
+    with placement.reserve(plan, hardware, 30.0) as (_, held):
+        names = {node_id: name for name, node_id in hardware.node_ids.items()}
+        full, _ = refused(lambda: held[0].replace([0], 3.0))
+        held[0].renew(30.0)
+        return {"full": full, "got": [names.get(node_of(*place), "another") for place in held[0].places]}
+
+
 def node_of(group: PlacementGroup, bundle: int) -> str:
     return placement_group_table(group)["bundles_to_node_id"][bundle]
 
@@ -83,6 +92,7 @@ def main() -> None:
     found["left_out"] = reserved(hardware, planned(hardware, max_memory="2:60GB,3:70GB,5:70GB", stages=9))
     of_kind = probing.probe_hardware({"kind": "b"})
     found["labels"] = reserved(of_kind, planned(of_kind, stages=16))
+    found["moved"] = moved(of_kind, planned(of_kind, stages=16, node_labels="kind=b"))
     found["two_a_stage"] = reserved(hardware, planned(hardware, stages=5, gpus_per_stage=2))
     found["too_many"] = refused(lambda: planned(hardware, stages=13, replicas=2))
     held = ray.util.placement_group([{"GPU": 3}])

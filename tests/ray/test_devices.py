@@ -69,7 +69,7 @@ def test_a_single_sequence_that_does_not_fit_stops_the_run_with_what_would_help(
     done = extract(cluster, 20, "1", words(minimax, prompts, run))
     assert done.returncode == 1, done.stdout + done.stderr
     assert "1 sequences of" in done.stderr + done.stdout
-    assert "Lower max_length or batch_tokens" in done.stderr + done.stdout
+    assert "begin another run with a lower max_length" in done.stderr + done.stdout
     assert "Traceback" not in done.stderr + done.stdout
     again = cluster.run("m2ray", "extract", *words(minimax, prompts, run))
     assert again.returncode == 0, again.stdout + again.stderr

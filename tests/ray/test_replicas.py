@@ -56,6 +56,11 @@ def test_only_nodes_with_the_labels_are_used(placed: dict[str, Any]) -> None:
     assert len(set(placed["labels"]["got"][0])) == 2
 
 
+def test_stages_that_lose_their_room_get_other_on_nodes_with_the_labels_alone(placed: dict[str, Any]) -> None:
+    assert "No room" in placed["moved"]["full"], "the node without the label has room"
+    assert set(placed["moved"]["got"]) == set(placed["labels"]["got"][0])
+
+
 def test_a_stage_of_two_gpus_has_both_on_one_node(placed: dict[str, Any]) -> None:
     gpus = [tuple(gpu) for gpu in placed["two_a_stage"]["gpus"]]
     assert len(gpus) == len(set(gpus)) == 10

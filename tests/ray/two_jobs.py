@@ -75,7 +75,7 @@ def main() -> None:
     model, prompts, first, first_layers, second, second_layers = sys.argv[1:]
     ray.init(logging_level="ERROR")
     node = ray.nodes()[0]
-    reservation = Reservation([Room(node["NodeManagerAddress"], node["NodeID"], 0, 1.0)] * 2)
+    reservation = Reservation([Room(node["NodeManagerAddress"], node["NodeID"], 0, 1.0)] * 2, {})
     reservation.wait(TIMEOUT_S)
     num_layers = json.loads((Path(model) / "config.json").read_text())["num_hidden_layers"]
     specs = [[StageSpec(model, span, "float32", "auto", "cpu", 1)] for span in (LayerSpan(0, 3), LayerSpan(3, num_layers))]

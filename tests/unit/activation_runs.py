@@ -100,7 +100,7 @@ def survey(store: Store, attempt: str = "a0") -> tuple[SequenceFile, ...]:
 
 def job(store: Store, parts: Sequence[PartSpec] = PARTS, **options: object) -> JobRecord:
     return JobRecord.new(
-        m2ray_version="0.1.0",
+        m2ray_version="0.2.0",
         options={"model": "/models/m", "max_length": None, "layers": "all", "batch_tokens": 16384} | options,
         fingerprints={"model": "aa", "tokenizer": "bb", "template": "cc", "prompts": "dd"},
         model=ModelFacts("minimax_m2", NUM_LAYERS, WIDTH),

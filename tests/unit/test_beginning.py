@@ -115,6 +115,15 @@ def test_before_job_json_a_survey_is_deleted_on_the_way_out(config: ExtractConfi
     assert surveys(config) == []
 
 
+@pytest.mark.usefixtures("while_ray_starts")
+def test_a_disk_without_room_for_the_rows_is_refused_before_the_claim(config: ExtractConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("m2ray.chain.checking.disk_free_bytes", lambda _: 1000)
+    with pytest.raises(ClusterError, match=r"bytes of disk .* too little"):
+        begin(config)
+    assert surveys(config) == []
+    assert read_job(LocalStore(Path(config.output))) is None
+
+
 def test_prompts_that_change_between_the_survey_and_the_claim_are_not_those_of_the_run(
     config: ExtractConfig, while_ray_starts: list[Callable[[], object]]
 ) -> None:

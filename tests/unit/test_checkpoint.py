@@ -314,9 +314,17 @@ def test_a_padding_token_beyond_the_vocabulary_is_refused_with_both_numbers(llam
 
 
 def test_numbers_that_json_cannot_say_are_read_as_transformers_writes_them(llama: Path) -> None:
-    edit_config(llama, limits=[{"__float__": "Infinity"}, {"__float__": "-Infinity"}], other={"__float__": "x"})
+    edit_config(llama, limits=[{"__float__": "Infinity"}, {"__float__": "-Infinity"}], other={"__float__": "x"}, odd={"__float__": [{}]})
     config = open_checkpoint(str(llama)).config
     assert (config.limits, config.other) == ([float("inf"), float("-inf")], {"__float__": "x"})
+    assert config.odd == {"__float__": [{}]}
+
+
+@pytest.mark.parametrize("model_type", [["llama"], {"name": "llama"}, 7])
+def test_a_model_type_that_is_no_name_is_refused(llama: Path, model_type: object) -> None:
+    edit_config(llama, model_type=model_type)
+    with pytest.raises(CheckpointError, match="transformers knows no model_type"):
+        open_checkpoint(str(llama))
 
 
 @pytest.mark.parametrize("model_type", sorted(set(VERIFIED) - {"minimax_m2"}))

@@ -16,7 +16,7 @@ from m2ray.activations.json_record import digest
 from m2ray.chain.loading import require_run_folder
 from m2ray.chain.probing import Hardware
 from m2ray.cli import main
-from m2ray.errors import RunConflictError, StageError
+from m2ray.errors import ClusterError, RunConflictError, StageError
 from m2ray.planning.hardware import Cluster, Node
 from tests.reference import make_minimax
 
@@ -207,10 +207,12 @@ def test_a_stage_on_a_node_with_other_versions_refuses_before_it_loads(
     """It may have come back on a node that joined after the driver had looked at all."""
     installed(monkeypatch)
     begin(monkeypatch, sound_model, prompts, tmp_path / "run")
-    require_run_folder(str(tmp_path / "run"), "here")
+    require_run_folder(str(tmp_path / "run"), "here", __version__)
+    with pytest.raises(ClusterError, match=rf"Node late has m2ray {__version__}, the driver 0\.2\.99"):
+        require_run_folder(str(tmp_path / "run"), "late", "0.2.99")
     installed(monkeypatch, torch="2.14.0")
     with pytest.raises(RunConflictError, match=r"torch: 2\.13\.0\+cpu in the run, 2\.14\.0 on node late"):
-        require_run_folder(str(tmp_path / "run"), "late")
+        require_run_folder(str(tmp_path / "run"), "late", __version__)
 
 
 def test_nodes_with_other_versions_than_the_driver_are_all_named(

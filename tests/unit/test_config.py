@@ -13,6 +13,19 @@ from m2ray.sizes import parse_bytes
 REQUIRED = {"model": "m", "prompts": "p", "output": "o"}
 
 
+@pytest.mark.parametrize(
+    ("value", "why"),
+    [("2024-01-01", "type date"), ("2024-01-01T10:00:00", "type datetime"), ("10:00:00", "type time"), ("inf", "Out of range")],
+)
+def test_template_options_that_json_cannot_say_are_refused(tmp_path: Path, value: str, why: str) -> None:
+    toml = tmp_path / "run.toml"
+    toml.write_text(f'model = "m"\nprompts = "p"\noutput = "o"\n[template_options.deep]\nday = {value}\n')
+    with pytest.raises(ConfigError, match=rf"template_options = .* is not JSON, where a date is text: .*{why}"):
+        ExtractConfig.from_sources(toml, {})
+    toml.write_text(toml.read_text().replace(value, f'"{value}"'))
+    assert ExtractConfig.from_sources(toml, {}).template_options == {"deep": {"day": value}}
+
+
 def test_flags_lie_over_the_file(tmp_path: Path) -> None:
     toml = tmp_path / "job.toml"
     toml.write_text('model = "m"\nprompts = "p"\noutput = "o"\nlayers = 3\nstages = 4\n', encoding="utf-8")

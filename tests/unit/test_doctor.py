@@ -16,7 +16,7 @@ from m2ray.planning.hardware import Gpu, Node
 from tests.reference import make_minimax
 
 GIB = 2**30
-VERSIONS = {"python": "3.11.9", "ray": "2.60.0", "torch": "2.13.0", "m2ray": "0.1.0", "driver": "580.1", "cuda": "13.0", "nccl": "2.28"}
+VERSIONS = {"python": "3.11.9", "ray": "2.60.0", "torch": "2.13.0", "m2ray": "0.2.0", "driver": "580.1", "cuda": "13.0", "nccl": "2.28"}
 
 
 def sound(name: str = "a", **hardware) -> NodeFacts:

@@ -133,4 +133,5 @@ def test_the_command_that_began_it_is_told_what_goes_on_with_it(unfinished: Path
     said = " ".join(told.output.split())
     assert "was begun by m2ray 0.1.0 with format 1; this m2ray goes on with format 2 only." in said
     assert "Finish it with m2ray 0.1.0, or give another output." in said
+    assert m2ray.__version__ != "0.1.0", "it would name itself"
     assert {path: path.read_bytes() for path in unfinished.rglob("*") if path.is_file()} == before

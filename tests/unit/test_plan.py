@@ -150,6 +150,10 @@ def test_every_remedy_is_enough_and_no_more_than_needed():
     remedies = {remedy.option: remedy.value for remedy in planned.remedies}
     assert {"batch_tokens", "gpus"} <= remedies.keys()
     assert plan("6xH100-80GB", batch_tokens=remedies["batch_tokens"]).fits
+    with pytest.raises(ClusterError, match="It fits with batch_tokens = .* It fits on "):
+        planned.require_fit()
+    with pytest.raises(ClusterError, match="too little. It fits on "):
+        planned.require_fit(has_begun=True)  # a run that has begun keeps its row options
     assert not plan("6xH100-80GB", batch_tokens=remedies["batch_tokens"] + 256).fits
     assert plan(f"{remedies['gpus']}xH100-80GB", batch_tokens=65_536).fits
     assert not plan(f"{remedies['gpus'] - 1}xH100-80GB", batch_tokens=65_536).fits

@@ -66,6 +66,27 @@ def test_rows_that_change_with_their_company_are_found() -> None:
         prove(unchecked("llama", rope_parameters=LLAMA_ROPE, max_position_embeddings=12))
 
 
+@pytest.mark.parametrize(
+    ("method", "error"), [("exists", PermissionError()), ("mkdir", PermissionError()), ("expanduser", RuntimeError("there is no home"))]
+)
+def test_without_a_cache_every_run_proves_again_and_none_fails(
+    monkeypatch: pytest.MonkeyPatch, cache: Path, method: str, error: Exception
+) -> None:
+    usual = getattr(Path, method)
+
+    def refused(path: Path, *args: Any, **options: Any) -> Any:
+        if "proofs" in path.parts or path.parts == ("~", ".cache"):
+            raise error
+        return usual(path, *args, **options)
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(cache.parent))
+    monkeypatch.setattr(Path, method, refused)
+    prove(unchecked("qwen3"))
+    with pytest.raises(CheckpointError, match="the tokens after them"):
+        prove(unchecked("qwen3", is_causal=False))
+
+
 @pytest.mark.parametrize("model_type", VERIFIED)
 @pytest.mark.parametrize(
     ("fields", "named"),
@@ -73,6 +94,7 @@ def test_rows_that_change_with_their_company_are_found() -> None:
         ({"is_causal": False}, "is_causal = False"),
         ({"is_causal": None}, "is_causal = None"),
         ({"use_bidirectional_attention": True}, "use_bidirectional_attention = True"),
+        ({"text_config": {"use_bidirectional_attention": ["vision"]}}, r"text_config\.use_bidirectional_attention = \['vision'\]"),
         ({"text_config": {"is_causal": False}}, r"text_config\.is_causal = False"),
         ({"text_config": {"use_bidirectional_attention": "all"}}, r"text_config\.use_bidirectional_attention = all"),
     ],

@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import os
+import re
 import tracemalloc
 from pathlib import Path
 
@@ -131,20 +132,35 @@ def test_bad_jsonl_rows_are_quarantined_one_by_one(tmp_path):
 
 def test_bad_csv_rows_are_quarantined_one_by_one(tmp_path):
     path = tmp_path / "a.csv"
-    path.write_bytes(
-        b'id,text\na,fine\nb,"two\nlines \xff"\nc,an unquoted, comma\nd\n\ne,"closed" early\nf,\ng,"still, fine"\nh,"never closed\n'
-    )
+    path.write_bytes(b'id,text\na,fine\nb,"two\nlines \xff"\nc,an unquoted, comma\nd\n\nf,\ng,"still, fine"\n')
     rows = rows_of(path, id_column="id")
-    assert [(row.sequence_id, row.text) for row in rows if row.reason is None] == [(0, "fine"), (7, "still, fine")]
+    assert [(row.sequence_id, row.text) for row in rows if row.reason is None] == [(0, "fine"), (6, "still, fine")]
     found = {row.sequence_id: (row.row_id, row.reason) for row in rows if row.reason is not None}
-    assert found[1] == ("b", "invalid UTF-8 at byte 6 of its line")
-    assert found[2] == ("2", "3 values under a header of 2")
-    assert found[3] == ("3", "1 values under a header of 2")
-    assert found[4] == ("4", "empty")
-    assert found[5][1].startswith("malformed CSV:")
-    assert found[6] == ("f", "empty")
-    assert found[8][1].startswith("malformed CSV:")
-    assert len(rows) == 9
+    assert found == {
+        1: ("b", "invalid UTF-8 at byte 6 of its line"),
+        2: ("2", "3 values under a header of 2"),
+        3: ("3", "1 values under a header of 2"),
+        4: ("4", "empty"),
+        5: ("f", "empty"),
+    }
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        pytest.param('"first "bad" quote\nsecond line of it"\nok', id="closed-early"),
+        pytest.param('"never closed\nok', id="never-closed"),
+        pytest.param(f'"{"x" * (MAX_PROMPT_BYTES + 9)}\nthe rest of it"\nok', id="cut-with-its-quote"),
+        pytest.param(f'"{f"{chr(10)}x" * (MAX_PROMPT_BYTES // 2 + 2)}"\nok', id="long-value-of-many-lines"),
+    ],
+)
+def test_a_wrong_quote_in_csv_ends_the_survey_rather_than_make_prompts_of_a_values_rest(tmp_path, row):
+    path = tmp_path / "a.csv"
+    path.write_text(f'text\n"two\nlines"\n{row}\n')
+    with pytest.raises(
+        PromptsError, match=rf"Row 1 of {re.escape(str(path))}, which begins in line 4, is malformed CSV: .* JSONL or Parquet"
+    ):
+        rows_of(path)
 
 
 def test_bad_utf8_in_parquet_costs_only_its_row(tmp_path):
@@ -371,6 +387,12 @@ def test_sources_that_cannot_be_read_stop_the_run(tmp_path):
     (tmp_path / "a.csv").write_text("body,title\n1,2\n")
     (tmp_path / "twice.csv").write_text("text,text\n1,2\n")
     pq.write_table(pa.table({"body": ["x"]}), tmp_path / "a.parquet")
+    twice = pa.table([["1"], ["2"]], names=["text", "text"])
+    pq.write_table(twice, tmp_path / "twice.parquet")
+    (tmp_path / "twice").mkdir()
+    (tmp_path / "twice" / "state.json").write_text('{"_data_files": [{"filename": "a.arrow"}]}')
+    with pa.ipc.new_stream(tmp_path / "twice" / "a.arrow", twice.schema) as stream:
+        stream.write_table(twice)
     (tmp_path / "a.txt").write_text("x\n")
     cases = {
         "absent.jsonl": "absent.jsonl are absent",
@@ -381,7 +403,9 @@ def test_sources_that_cannot_be_read_stop_the_run(tmp_path):
         "broken.parquet": "broken.parquet is damaged",
         "a.jsonl": "neither a column 'text' nor 'messages' nor 'conversations' nor 'input_ids'. Set text_column, messages_column or input_ids_column to one of its columns: 'body', 'title'",
         "a.csv": "to one of its columns: 'body', 'title'",
-        "twice.csv": "names 'text' more than once",
+        "twice.csv": "twice.csv names 'text' more than once",
+        "twice.parquet": "twice.parquet names 'text' more than once",
+        "twice": "a.arrow names 'text' more than once",
         "a.parquet": "to one of its columns: 'body'",
     }
     for name, message in cases.items():
