@@ -13,6 +13,7 @@ from m2ray.activations.reading.verify import verify
 from m2ray.activations.records import commit_key, read_commit, read_summary
 from m2ray.activations.writing.commits import Run, claim_run
 from m2ray.activations.writing.lease import held, read_holder
+from m2ray.activations.writing.weights_record import hold_weights
 from m2ray.errors import RunConflictError
 from m2ray.storage import Store, open_store
 from tests.unit import activation_runs as runs
@@ -35,7 +36,7 @@ def assert_closed(store: Store) -> None:
 
 def test_two_drivers_at_work_at_once_make_one_run(place: str) -> None:
     """As if neither knew of the other's lease: each does every shard, and both finish."""
-    claim_run(open_store(place), runs.job(open_store(place)))
+    hold_weights(open_store(place), claim_run(open_store(place), runs.job(open_store(place))).job, runs.LOADED)
 
     def drive(name: str) -> None:
         store = open_store(place)
@@ -54,6 +55,7 @@ def test_two_drivers_at_work_at_once_make_one_run(place: str) -> None:
 def test_one_driver_is_stopped_while_another_one_finishes(place: str) -> None:
     store = open_store(place)
     run = claim_run(store, runs.job(store))
+    hold_weights(store, run.job, runs.LOADED)
     for shard in runs.shards():
         runs.commit_shard(run, shard, "a1")
     run.finish()
