@@ -28,7 +28,7 @@ from m2ray.chain.stages import Stages
 from m2ray.config import ExtractConfig
 from m2ray.model.capture import CaptureSpec
 from m2ray.model.stage import StageSpec
-from m2ray.prompts import survey
+from m2ray.prompts import batching, survey
 
 TIMEOUT_S = 120.0
 OPTIONS = {"compute_dtype": "float32", "store_dtype": "float32", "id_column": "id", "shard_tokens": 300, "compile": False}
@@ -39,7 +39,7 @@ def do(stages: Stages, model: str, prompts: str, output: str, layers: str, batch
     inputs = look(ExtractConfig(model=model, prompts=prompts, output=output, layers=layers, batch_tokens=batch_tokens, **OPTIONS))
     progress = Progress(sys.stderr)
     found = survey(inputs.source, inputs.tokenizer, inputs.store, uuid4().hex[:12], 300, on_progress=progress.surveying)
-    run = extract._claim(inputs, found, progress)
+    run = extract._claim(inputs, found, batching(found.shards, batch_tokens), progress)
     assert run is not None, "nobody else begins it"
     work = extract._Work(inputs, run, found.shards, run.missing(found.shards), found.tokens, None)
     capture = CaptureSpec({"residual": inputs.options.layers}, "float32")
