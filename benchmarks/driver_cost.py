@@ -57,7 +57,7 @@ class NoStage:
         self._told = 0
         self._changed = asyncio.Condition()
 
-    async def look(self, output: str) -> None:
+    async def look(self, output: str, driver_version: str) -> None:
         """There is no run folder."""
 
     async def load(self, _after: object = None) -> None:
