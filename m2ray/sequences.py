@@ -92,7 +92,8 @@ def read_sequences(store: Store, file: SequenceFile, columns: list[str] | None =
     xxh3 = xxhash.xxh3_64_hexdigest(data)
     if xxh3 != file.xxh3:
         raise RunDamagedError(f"{name} is damaged: the xxh3 of its bytes is {xxh3}; {file.xxh3} was written.", remedy)
-    return pq.read_table(pa.BufferReader(data), columns=columns)
+    # A thread of Arrow's that still holds `data`, a Python object, while the interpreter ends would abort the process.
+    return pq.ParquetFile(pa.BufferReader(data), pre_buffer=False).read(columns, use_threads=False)
 
 
 class _OpenFile:

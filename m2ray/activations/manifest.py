@@ -78,7 +78,7 @@ def read_manifest(store: Store, job: JobRecord, num_parts: int) -> Any:
         data = store.read(MANIFEST_KEY)
         if job.format_version > 1:
             require_seal(data)
-        table = pq.read_table(pa.BufferReader(data))
+        table = pq.ParquetFile(pa.BufferReader(data), pre_buffer=False).read(use_threads=False)  # as in m2ray/sequences.py
     except (*MALFORMED, OSError) as error:
         raise RunDamagedError(f"{MANIFEST_KEY} of the run at {store.url} is damaged: {error}.", remedy) from error
     metadata = table.schema.metadata or {}

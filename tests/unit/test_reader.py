@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ import numpy as np
 import pytest
 import torch
 
+from m2ray.activations.job import read_job
 from m2ray.activations.reading.catalogue import Catalogue
+from m2ray.activations.reading.part_reader import PartReader
 from m2ray.activations.reading.reader import RunReader, open_run
 from m2ray.activations.records import commit_key, read_commit
 from m2ray.activations.schema import part_key
@@ -52,6 +55,18 @@ def all_bits(spec: PartSpec) -> np.ndarray:
     return np.concatenate([runs.bits(spec, i) for ids in runs.SHARD_SEQUENCES for i in ids])
 
 
+class ThreadsOf(LocalStore):
+    """A store that notes which threads read from it."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.threads: set[int] = set()
+
+    def read_range(self, key: str, start: int, num_bytes: int) -> bytearray:
+        self.threads.add(threading.get_ident())
+        return super().read_range(key, start, num_bytes)
+
+
 # -- values -----------------------------------------------------------------------------------------------------------
 
 
@@ -62,6 +77,17 @@ def test_one_sequence_of_one_layer(finished: Path) -> None:
             tensor = view.sequence(sequence_id)
             assert (tensor.dtype, tuple(tensor.shape)) == (torch.bfloat16, (runs.token_count(sequence_id), runs.WIDTH))
             assert same_bits(tensor, runs.bits(runs.PARTS[1], sequence_id))
+
+
+def test_tokens_are_read_on_the_callers_thread_alone(finished: Path) -> None:
+    """What another thread still holds of the store's stream while Python ends aborts the process: one `m2ray verify` in some hundred."""
+    store = ThreadsOf(finished)
+    job = read_job(store)
+    assert job
+    receipt = next(part for part in read_commit(store, job, 0).receipts() if (part.site, part.layer) == ("residual", 0))
+    for _ in range(20):
+        PartReader(store, runs.PARTS[0], job.run_metadata(), receipt).tokens()
+    assert store.threads == {threading.get_ident()}
 
 
 def test_views_chain_in_any_order(finished: Path) -> None:

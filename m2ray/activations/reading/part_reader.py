@@ -1,6 +1,6 @@
 """PartReader: one committed part, opened only if it is what its commit says."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -64,12 +64,13 @@ class PartReader:
             RunDamagedError: they are not those that were committed.
             StoreError: they cannot be read.
         """
-        stream = pa.PythonFile(_StoreStream(self._store, self._receipt.key, self._receipt.num_bytes), mode="r")
         checked = self._check and self._receipt.tail_xxh3 is not None
 
         def read() -> Any:
-            file = pq.ParquetFile(stream, metadata=self._metadata, page_checksum_verification=checked)
-            return _token_rows(file.read(list(TOKEN_ROW.names or ())))
+            stream = pa.PythonFile(_TokenStream(self._store, self._receipt, _token_extents(self._metadata)), mode="r")
+            # On this thread alone: as in m2ray/sequences.py.
+            file = pq.ParquetFile(stream, metadata=self._metadata, page_checksum_verification=checked, pre_buffer=False)
+            return _token_rows(file.read(list(TOKEN_ROW.names or ()), use_threads=False))
 
         rows: npt.NDArray[Any] = self._understood(read)
         if self._check and xxhash.xxh3_128_hexdigest(rows.view(np.uint8).data) != self._receipt.token_digest:
@@ -155,20 +156,28 @@ _REMEDY = (
 )
 
 
-class _StoreStream:
-    """An object of the store as the file object that pyarrow reads from."""
+class _TokenStream:
+    """The token columns of a part as the file object that pyarrow reads from: one request for each of `extents`, (start, stop)."""
 
     closed = False
 
-    def __init__(self, store: Store, key: str, num_bytes: int) -> None:
+    def __init__(self, store: Store, receipt: PartReceipt, extents: Sequence[tuple[int, int]]) -> None:
         self._store = store
-        self._key = key
-        self._num_bytes = num_bytes
+        self._key = receipt.key
+        self._num_bytes = receipt.num_bytes
+        self._extents = extents
         self._position = 0
+        self._start, self._data = 0, bytearray()
 
-    def read(self, num_bytes: int | None = None) -> bytearray:
-        left = max(0, self._num_bytes - self._position)
-        data = self._store.read_range(self._key, self._position, left if num_bytes is None else min(num_bytes, left))
+    def read(self, num_bytes: int) -> memoryview:
+        if not self._start <= self._position < self._start + len(self._data):
+            around = [extent for extent in self._extents if extent[0] <= self._position < extent[1]]
+            if not around:
+                raise LookupError(f"byte {self._position} is of no token column")
+            self._start, stop = around[0]
+            self._data = self._store.read_range(self._key, self._start, min(stop, self._num_bytes) - self._start)
+        offset = self._position - self._start
+        data = memoryview(self._data)[offset : offset + num_bytes]
         self._position += len(data)
         return data
 
@@ -187,6 +196,21 @@ class _StoreStream:
 
     def close(self) -> None:
         """Nothing is held open here."""
+
+
+def _token_extents(metadata: Any) -> list[tuple[int, int]]:
+    """Where the token columns lie, start and stop, in each row group: side by side."""
+    names = TOKEN_ROW.names or ()
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    chunks = [[column for column in map(group.column, range(group.num_columns)) if column.path_in_schema in names] for group in groups]
+    return [
+        (min(map(_first_byte, columns)), max(_first_byte(column) + column.total_compressed_size for column in columns))
+        for columns in chunks
+    ]
+
+
+def _first_byte(column: Any) -> int:
+    return int(column.dictionary_page_offset or column.data_page_offset)
 
 
 def _token_rows(table: Any) -> npt.NDArray[Any]:
