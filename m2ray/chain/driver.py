@@ -192,12 +192,9 @@ class Chain:
         epoch.steps += 1
 
     def _advance(self, on_result: Callable[[ShardAttempt], None]) -> bool:
-        """Wait a moment for news, and take in what is complete, unless a stage failed: that comes first, and is raised."""
+        """Wait a moment for news, and take in what is complete. Raises what a stage failed with."""
         epoch = self._epoch
         completed = self._stages.news(epoch.number, epoch.steps_done, epoch.shards_done, _POLL_S)
-        failure = self._stages.failed()
-        if failure is not None:
-            raise failure
         if completed is None:
             return False
         moved = completed.steps > epoch.steps_done or bool(completed.shards)

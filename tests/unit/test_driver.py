@@ -77,12 +77,11 @@ class LeverStages:
     def news(self, epoch: int, steps: int, shards: int, timeout_s: float) -> Completed | None:
         self.asked.append((epoch, steps, shards))
         next(self.script)
+        if self._failure:
+            raise self._failure
         done = self._steps.get(epoch, 0)
         gathered = self._shards.get(epoch, [])[shards:]
         return Completed(done, tuple(gathered)) if done > steps or gathered else None
-
-    def failed(self) -> RayError | None:
-        return self._failure
 
     def reset(self, epoch: int, attempts: list[tuple[int, str]]) -> dict[int, str]:
         self.resets.append((epoch, attempts))
