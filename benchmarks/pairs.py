@@ -8,6 +8,7 @@ interval of the median is that of order statistics: it holds whatever the distri
 """
 
 import argparse
+import itertools
 import json
 import os
 import shlex
@@ -30,9 +31,8 @@ def main() -> None:
     parser.add_argument("name", help="a module of benchmarks/ that records rows")
     parser.add_argument("--pairs", type=int, default=15)
     parser.add_argument("--record", action="store_true", help="keep the row in results/pairs_NAME.json")
-    parser.add_argument("arguments", nargs="*", help="the benchmark's own, after --")
-    options = parser.parse_args()
-    arguments = options.arguments
+    ours = [*itertools.takewhile(lambda word: word != "--", sys.argv[1:])]
+    options, arguments = parser.parse_args(ours), sys.argv[len(ours) + 2 :]
     ratios = []
     for number in range(options.pairs):
         found = {tree: first_row(tree, options.name, arguments) for tree in order(options.base.resolve(), number)}

@@ -3,7 +3,6 @@
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent import futures
 from typing import Any
 
 import ray
@@ -66,8 +65,8 @@ class Stages:
         self._job: Job | None = None
         self.epoch = 0
         self._unready: set[int] = set()  # have not begun the job
-        self._watches: list[futures.Future[Any]] = []  # a call to each actor that ends when something fails in it
-        self._news: futures.Future[Completed] | None = None  # the call to the last actor that ends when something is complete
+        self._watches: list[Any] = []  # a call to each actor that ends when something fails in it
+        self._news: Any = None  # the call to the last actor that ends when something is complete
         self.loaded_at = 0.0
         self._asked: dict[int, Any] = {}
         self._asked_at = -ASK_S
@@ -137,10 +136,9 @@ class Stages:
             self._hold_weights({layer: digest for status in self.statuses for layer, digest in status.weights.items()})
 
     def _begun(self, index: int) -> Any:
-        """A call that ends when a stage has begun the job: after `load`, and that after `look`, which takes no time."""
+        """A call that ends when a stage has begun the job."""
         assert self._job is not None, "begin() comes first"
-        actor = self._actors.handles[index]
-        return actor.begin.remote(self._job, actor.load.remote(actor.look.remote(self._job.writer.output, __version__)))
+        return self._actors.handles[index].get_ready.remote(self._job, __version__)
 
     def link(self, epoch: int) -> None:
         """Tell every stage which one follows, and begin to watch all. Raises RayError, GetTimeoutError or M2rayError as they do."""
@@ -148,13 +146,13 @@ class Stages:
             actor.link.remote(successor) for actor, successor in zip(self._actors.handles, [*self._actors.handles[1:], None], strict=True)
         ]
         ray.get(refs, timeout=self._timeout_s)
-        self._watches = [actor.watch.remote(epoch).future() for actor in self._actors.handles]
+        self._watches = [actor.watch.remote(epoch) for actor in self._actors.handles]
         self._news = None  # an answer to an earlier epoch is nobody's
 
     # -- a micro-batch's way ------------------------------------------------------------------------------------------
 
     def take(self, epoch: int, step: int, attempt: str, micro_batch: MicroBatch) -> None:
-        """Give a micro-batch to the first stage, without waiting; `news` tells what becomes of it. As `StageActor.take`."""
+        """Give a micro-batch to the first stage, without waiting; `failed` tells what becomes of it, or `news`. As `StageActor.take`."""
         self._actors.handles[0].take.options(num_returns=0).remote(epoch, step, attempt, micro_batch, None)
 
     def gather(self, epoch: int, step: int, shard: int, attempt: str) -> None:
@@ -164,23 +162,31 @@ class Stages:
     def news(self, epoch: int, steps: int, shards: int, timeout_s: float) -> Completed | None:
         """What has left the chain, as soon as it is more than `steps` micro-batches and `shards` shards of an epoch.
 
-        None after `timeout_s`. Waits by futures: `ray.wait` takes a tenth of the driver's time, by the number of stages, and names any
-        of the calls that are done, where a failure has to come before all news.
+        None after `timeout_s`, or where a stage has to tell of a failure: of the two Ray names any, and looking for both each time would
+        take a twentieth of the driver's time. A failed stage lets little more come through, and what is complete stays so.
 
         Raises:
-            RayError: what a stage failed with, or that it is lost.
+            RayError: the last stage is lost.
         """
         if self._news is None:
-            self._news = self._actors.handles[-1].completed.remote(epoch, steps, shards).future()
-        futures.wait([self._news, *self._watches], timeout_s, futures.FIRST_COMPLETED)
-        for index, watch in enumerate(self._watches):
-            if watch.done():
-                watch.result()
-                self._watches[index] = self._actors.handles[index].watch.remote(self.epoch).future()
-        if not self._news.done():
+            self._news = self._actors.handles[-1].completed.remote(epoch, steps, shards)
+        ready, _ = ray.wait([self._news, *self._watches], num_returns=1, timeout=timeout_s)
+        if ready != [self._news]:
             return None
-        news, self._news = self._news, None
-        return news.result()
+        self._news = None
+        completed: Completed = ray.get(ready[0], timeout=self._timeout_s)
+        return completed
+
+    def failed(self) -> RayError | None:
+        """What a stage failed with, or None, without waiting. All are asked for: of one out of several, Ray gives any that is ready."""
+        ended, _ = ray.wait(self._watches, num_returns=len(self._watches), timeout=0)
+        for watch in ended:
+            answer = _answer(watch, self._timeout_s)
+            if isinstance(answer, RayError):
+                return answer
+            index = self._watches.index(watch)
+            self._watches[index] = self._actors.handles[index].watch.remote(self.epoch)
+        return None
 
     # -- how far they are ---------------------------------------------------------------------------------------------
 

@@ -2,7 +2,6 @@
 
 import itertools
 import threading
-from concurrent.futures import Future
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,32 +19,33 @@ from m2ray.model.capture import CaptureSpec
 
 ANSWER = StageStatus(LayerSpan(0, 2), "here", "cpu", needed_bytes=10, read_bytes=5)
 
-NOW = 0.01
-
 
 class Ray:
-    """A call is named by method and number; it is done once it was given its answer."""
+    """A call is named by method and number; it is ready once `answers` has its name. Of those that are ready `wait` gives the last."""
 
     def __init__(self) -> None:
-        self.calls: dict[str, Future[Any]] = {}
+        self.answers: dict[str, Any] = {}
+        self.calls: list[str] = []
 
     def actor(self, name: str) -> Any:
         def call(method: str) -> Any:
-            return SimpleNamespace(remote=lambda *_: SimpleNamespace(future=lambda: self._call(f"{name}.{method}")))
+            return SimpleNamespace(remote=lambda *_: self._call(f"{name}.{method}"))
 
         return SimpleNamespace(**{method: call(method) for method in ("link", "watch", "completed")})
 
-    def _call(self, name: str) -> Future[Any]:
-        return self.calls.setdefault(f"{name}{sum(call.startswith(name) for call in self.calls)}", Future())
+    def _call(self, name: str) -> str:
+        self.calls.append(f"{name}{sum(call.startswith(name) for call in self.calls)}")
+        return self.calls[-1]
 
-    def answer(self, **answers: Any) -> None:
-        """By actor_method_number."""
-        for name, answer in answers.items():
-            call = self.calls[name.replace("_", ".", 1).replace("_", "")]
-            call.set_exception(answer) if isinstance(answer, Exception) else call.set_result(answer)
+    def wait(self, refs: list[str], num_returns: int, timeout: float) -> tuple[list[str], list[str]]:
+        ready = [ref for ref in refs if ref in self.answers][-num_returns:]
+        return ready, [ref for ref in refs if ref not in ready]
 
-    def get(self, refs: list[Any], timeout: float) -> None:
-        """What is linked answers at once."""
+    def get(self, ref: Any, timeout: float) -> Any:
+        answer = None if isinstance(ref, list) else self.answers[ref]
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
 
 
 @pytest.fixture
@@ -70,43 +70,41 @@ def test_a_stage_whose_process_still_starts_gets_that_long_too(monkeypatch, answ
     silent = SimpleNamespace(remote=lambda *_: object())
     stages = Stages([None], None, transport="auto", timeout_s=20.0, placement_timeout_s=1.0)
     stages.begin(Job(CaptureSpec({}, "float32"), WriterSpec("run", {}, 1, 1), 1))
-    stages._actors.handles = [SimpleNamespace(look=silent, load=silent, begin=silent, status=silent)]
+    stages._actors.handles = [SimpleNamespace(get_ready=silent, status=silent)]
     stages._answers = dict(answers)
     with pytest.raises(GetTimeoutError, match=f"stood still for {patience}"):
         stages.load(threading.Event())
 
 
-def test_a_failure_comes_before_all_news(ray: Ray) -> None:
+def test_a_failure_is_found_whichever_watch_ray_names_first(ray: Ray) -> None:
     """News, a watch that ended for nothing, and one with a failure: all are there at one time."""
     stages = linked(ray)
-    assert stages.news(0, 0, 0, NOW) is None
-    ray.answer(last_completed_0=Completed(1, ()), first_watch_0=None, last_watch_0=ActorDiedError())
-    with pytest.raises(ActorDiedError):
-        stages.news(0, 0, 0, NOW)
+    ray.answers = {"last.completed0": Completed(1, ()), "first.watch0": ActorDiedError(), "last.watch0": None}
+    stages.news(0, 0, 0, 1.0)
+    assert isinstance(stages.failed(), ActorDiedError)
 
 
 def test_a_watch_that_ended_for_nothing_is_begun_again_and_keeps_no_news_back(ray: Ray) -> None:
     stages = linked(ray)
-    assert stages.news(0, 0, 0, NOW) is None
-    ray.answer(last_completed_0=Completed(3, ()), first_watch_0=None)
-    assert stages.news(0, 0, 0, NOW) == Completed(3, ())
-    assert "first.watch1" in ray.calls
-    assert stages.news(0, 3, 0, NOW) is None
+    ray.answers = {"last.completed0": Completed(3, ()), "first.watch0": None}
+    assert (stages.news(0, 0, 0, 1.0), stages.failed()) == (None, None)
+    assert ray.calls.count("first.watch1") == 1
+    assert (stages.news(0, 0, 0, 1.0), stages.failed()) == (Completed(3, ()), None)
 
 
 def test_a_late_answer_to_an_earlier_epoch_is_nobodys(ray: Ray) -> None:
     stages = linked(ray)
-    assert stages.news(0, 0, 0, NOW) is None
+    assert stages.news(0, 0, 0, 1.0) is None
     stages.link(1)
-    ray.answer(last_completed_0=Completed(3, ()))
-    assert stages.news(1, 0, 0, NOW) is None
-    ray.answer(last_completed_1=Completed(1, ()))
-    assert stages.news(1, 0, 0, NOW) == Completed(1, ())
+    ray.answers = {"last.completed0": Completed(3, ())}
+    assert stages.news(1, 0, 0, 1.0) is None
+    ray.answers["last.completed1"] = Completed(1, ())
+    assert stages.news(1, 0, 0, 1.0) == Completed(1, ())
 
 
 def test_a_last_stage_that_is_lost_has_no_news_but_an_error(ray: Ray) -> None:
     stages = linked(ray)
-    assert stages.news(0, 0, 0, NOW) is None
-    ray.answer(last_completed_0=ActorDiedError())
+    ray.answers = {"last.completed0": ActorDiedError()}
+    stages._watches.clear()
     with pytest.raises(ActorDiedError):
-        stages.news(0, 0, 0, NOW)
+        stages.news(0, 0, 0, 1.0)
