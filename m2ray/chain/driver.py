@@ -192,13 +192,13 @@ class Chain:
         epoch.steps += 1
 
     def _advance(self, on_result: Callable[[ShardAttempt], None]) -> bool:
-        """Wait a moment for news, and take in what is complete; where there is none, raise what a stage failed with."""
+        """Wait a moment for news, and take in what is complete, unless a stage failed: that comes first, and is raised."""
         epoch = self._epoch
         completed = self._stages.news(epoch.number, epoch.steps_done, epoch.shards_done, _POLL_S)
+        failure = self._stages.failed()
+        if failure is not None:
+            raise failure
         if completed is None:
-            failure = self._stages.failed()
-            if failure is not None:
-                raise failure
             return False
         moved = completed.steps > epoch.steps_done or bool(completed.shards)
         while epoch.steps_done < completed.steps:

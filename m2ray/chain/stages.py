@@ -162,8 +162,7 @@ class Stages:
     def news(self, epoch: int, steps: int, shards: int, timeout_s: float) -> Completed | None:
         """What has left the chain, as soon as it is more than `steps` micro-batches and `shards` shards of an epoch.
 
-        None after `timeout_s`, or where a stage has to tell of a failure: of the two Ray names any, and looking for both each time would
-        take a twentieth of the driver's time. A failed stage lets little more come through, and what is complete stays so.
+        None after `timeout_s`, or once a stage has to tell of a failure.
 
         Raises:
             RayError: the last stage is lost.

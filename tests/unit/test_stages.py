@@ -76,7 +76,7 @@ def test_a_stage_whose_process_still_starts_gets_that_long_too(monkeypatch, answ
         stages.load(threading.Event())
 
 
-def test_a_failure_is_found_whichever_watch_ray_names_first(ray: Ray) -> None:
+def test_a_failure_is_found_whichever_call_ray_names_first(ray: Ray) -> None:
     """News, a watch that ended for nothing, and one with a failure: all are there at one time."""
     stages = linked(ray)
     ray.answers = {"last.completed0": Completed(1, ()), "first.watch0": ActorDiedError(), "last.watch0": None}
