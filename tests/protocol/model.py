@@ -1,0 +1,346 @@
+# ruff: noqa: PLR0911 - one return for each place that a driver may be at
+"""The commit protocol as a state machine: a store, two drivers with three writers each, a repair, and requests that go astray.
+
+A step is one request that changes the store, or the reads that belong together, with all that is decided from their answers. Between any two
+steps every other process may do any number of its own: so each driver may stand still anywhere, for as long as it likes, and no lease
+keeps two of them apart. docs/decisions/the-commit-protocol-modelled.md says what is left out.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+NUM_SHARDS, NUM_DRIVERS, NUM_WRITERS = 2, 2, 3
+SHARDS = range(NUM_SHARDS)
+NONE, WHOLE = -1, (1 << NUM_WRITERS) - 1
+ABSENT = (NONE,) * NUM_SHARDS
+ENDED = ("done", "dead")
+
+BUGS = (
+    "commit before part",
+    "put instead of create-if-absent",
+    "lease as the guard",
+    "parts are listed after the commits were read",
+    "sweep before all is committed",
+    "manifest is put",
+    "manifest of other attempts is kept",
+    "loser deletes its shard's parts",
+    "survey is deleted when its claim fails",
+    "repair deletes parts",
+    "repair begins with _SUCCESS",
+    "the end is not looked at again",
+)
+"""Other protocols, each of which the search has to refute. The last three, and the manifest that is put, are what m2ray did before it was modelled."""
+
+Request = tuple[str, tuple[Any, ...], Any]
+"""(verb, key, value): create, put or delete; a key is its kind and its numbers."""
+
+
+class Driver(NamedTuple):
+    """Where a driver is, and what it remembers. `named` are commits as it read them, `listed` parts, `written` the manifest."""
+
+    at: str = "off"
+    todo: tuple[int, ...] = ()
+    named: tuple[int, ...] = ()
+    listed: tuple[int, ...] = ()
+    written: tuple[int, ...] | None = None
+    was_finished: bool = False
+    deletes: tuple[tuple[Any, ...], ...] = ()
+
+
+class World(NamedTuple):
+    """A store, and who is at it. A driver's number stands for its survey, and for its attempt at each shard.
+
+    Attributes:
+        job: whose survey job.json names.
+        surveys: bits of the drivers whose survey is stored.
+        parts: of each driver's attempt at each shard, and of a third one's, bits of the parts that are stored.
+        commits: of each shard, whose attempt it names.
+        manifest: the same of all shards.
+        late: requests that were sent and may arrive at any time, each with whether its name was freed since.
+        broken: an attempt of which a part was lost.
+        opened: the shards that a repair or a loss took back.
+        is_stale: a name that was freed was taken by a request from before.
+    """
+
+    job: int = NONE
+    surveys: int = 0
+    parts: tuple[int, ...] = (0,) * (NUM_SHARDS * (NUM_DRIVERS + 1))
+    commits: tuple[int, ...] = ABSENT
+    manifest: tuple[int, ...] | None = None
+    success: bool = False
+    drivers: tuple[Driver, ...] = (Driver(),) * NUM_DRIVERS
+    repair: tuple[tuple[Any, ...], ...] = ()
+    late: tuple[tuple[Request, bool], ...] = ()
+    faults: int = 1
+    strikes: int = 1
+    broken: tuple[int, int] | None = None
+    opened: frozenset[int] = frozenset()
+    is_stale: bool = False
+
+    def is_whole(self, shard: int, driver: int) -> bool:
+        return self.parts[driver * NUM_SHARDS + shard] == WHOLE
+
+    def is_finished(self) -> bool:
+        """What `Run.finished` finds: `_SUCCESS`, manifest, commits, parts and surveys agree."""
+        has_records = self.success and self.manifest is not None and NONE not in self.commits
+        return has_records and self.surveys == 1 << self.job and self.is_swept(self.manifest or ())
+
+    def is_swept(self, named: tuple[int, ...]) -> bool:
+        """Whether the parts that are stored are those of these attempts."""
+        attempts = {driver * NUM_SHARDS + shard for shard, driver in enumerate(named)}
+        return all(parts == (WHOLE if attempt in attempts else 0) for attempt, parts in enumerate(self.parts))
+
+    def is_closed(self) -> bool:
+        return self.is_finished() and self.manifest == self.commits
+
+
+Step = tuple[tuple[Any, ...], World]
+"""(what happened, the world after)."""
+
+
+def apply(world: World, request: Request) -> tuple[World, bool]:
+    """The world once the store has done what was asked, and whether a create found its key taken."""
+    verb, key, value = request
+    kind = key[0]
+    if verb == "delete":
+        return _freed(world, key), False
+    if kind == "part":
+        parts = list(world.parts)
+        parts[key[1] * NUM_SHARDS + key[2]] |= 1 << key[3]
+        return world._replace(parts=tuple(parts)), False
+    if kind == "commit":
+        is_taken = verb == "create" and world.commits[key[1]] != NONE
+        return (world if is_taken else world._replace(commits=_with(world.commits, key[1], value))), is_taken
+    is_taken = verb == "create" and {"job": world.job != NONE, "manifest": world.manifest is not None, "success": world.success}[kind]
+    return (world if is_taken else world._replace(**{kind: value})), is_taken
+
+
+def _freed(world: World, key: tuple[Any, ...]) -> World:
+    kind = key[0]
+    late = tuple((request, was or request[1] == key) for request, was in world.late)
+    if kind == "commit":
+        return world._replace(late=late, commits=_with(world.commits, key[1], NONE))
+    if kind == "swept":  # (attempts with the bits that were listed, surveys)
+        parts = list(world.parts)
+        for attempt, bits in key[1]:
+            parts[attempt] &= ~bits
+        return world._replace(parts=tuple(parts), surveys=world.surveys & ~key[2])
+    if kind == "manifest":
+        return world._replace(late=late, manifest=None)
+    return world._replace(late=late, success=False)
+
+
+def _with(values: tuple[int, ...], place: int, value: int) -> tuple[int, ...]:
+    return (*values[:place], value, *values[place + 1 :])
+
+
+def steps(world: World, bug: str = "") -> Iterator[Step]:
+    """Everything that may happen next."""
+    for number, driver in enumerate(world.drivers):
+        if driver.at in ENDED or (number and world.drivers[number - 1].at == "off"):  # drivers are numbered as they begin
+            continue
+        request = asked(world, number, driver, bug)
+        if request is None:
+            yield ("driver", number, "ok"), looked(world, number, bug)
+        else:
+            yield from _sent(world, number, request, bug)
+        yield ("driver", number, "dies"), _at(world, number, Driver("dead"))
+    if world.repair:
+        for what, after, _ in _requested(world, ("delete", world.repair[0], None)):
+            ends = what in {"late", "dies"}
+            yield ("repair", 0, what), after._replace(repair=() if ends else world.repair[1:])
+    for place, (request, was_freed) in enumerate(world.late):
+        left = world._replace(late=(*world.late[:place], *world.late[place + 1 :]))
+        landed, is_taken = apply(left, request)
+        is_stale = was_freed and not is_taken and request[0] != "delete"
+        yield ("lands", request, ""), landed._replace(is_stale=world.is_stale or is_stale)
+    if world.strikes:
+        yield from _struck(world, bug)
+
+
+def _struck(world: World, bug: str) -> Iterator[Step]:
+    """A repair that takes a shard back, a commit that is lost, or a part."""
+    for shard, driver in enumerate(world.commits):
+        if driver == NONE:
+            continue
+        struck = world._replace(strikes=world.strikes - 1, opened=world.opened | {shard})
+        repair = taken_back((shard,), bug)
+        if bug == "repair deletes parts":
+            repair += (("swept", tuple((number * NUM_SHARDS + shard, WHOLE) for number in range(NUM_DRIVERS)), 0),)
+        yield ("repair begins", shard, ""), struck._replace(repair=repair)
+        yield ("commit lost", shard, ""), _freed(struck, ("commit", shard))
+        parts = _with(struck.parts, driver * NUM_SHARDS + shard, WHOLE & ~1)
+        yield ("part lost", shard, ""), struck._replace(parts=parts, broken=(shard, driver))
+
+
+def taken_back(shards: tuple[int, ...], bug: str = "") -> tuple[tuple[Any, ...], ...]:
+    """The keys that go when shards cease to count, in this order."""
+    records, commits = (("success",), ("manifest",)), tuple(("commit", shard) for shard in shards)
+    return (*records, *commits) if bug == "repair begins with _SUCCESS" else (*commits, *records)
+
+
+def _requested(world: World, request: Request) -> Iterator[tuple[str, World, bool]]:
+    """(what becomes of a request, the world then, whether its sender is told that the key is taken). One that is lost is a sender's death."""
+    after, is_taken = apply(world, request)
+    yield "ok", after, is_taken
+    if world.faults:
+        after = after._replace(faults=world.faults - 1)
+        copy = ((request, False),)
+        yield "late", world._replace(faults=world.faults - 1, late=world.late + copy), False
+        yield "doubled", after._replace(late=after.late + copy), is_taken
+        if request[0] == "create":
+            yield "again", after, True
+    yield "dies", world, False
+
+
+def _sent(world: World, number: int, request: Request, bug: str) -> Iterator[Step]:
+    for what, after, is_taken in _requested(world, request):
+        if what == "late":
+            loses_survey = bug == "survey is deleted when its claim fails" and request[1] == ("job",)
+            surveys = after.surveys & ~(loses_survey << number)
+            yield ("driver", number, what), _at(after._replace(surveys=surveys), number, Driver("dead"))
+        elif what != "dies":
+            yield ("driver", number, what), _at(after, number, answered(after, number, request, is_taken, bug))
+
+
+def _at(world: World, number: int, driver: Driver) -> World:
+    return world._replace(drivers=(*world.drivers[:number], driver, *world.drivers[number + 1 :]))
+
+
+# -- a driver: what it asks, and what it makes of the answers ---------------------------------------------------------------
+
+
+def asked(world: World, number: int, me: Driver, bug: str) -> Request | None:
+    """The request that a driver sends next; None where it looks."""
+    if me.at == "claim":
+        return "create", ("job",), number
+    if me.at == "discard":
+        return "delete", ("swept", (), 1 << number), None
+    if me.at in {"take back", "unpublish"}:
+        return "delete", me.deletes[0], None
+    if me.at == "unseal":
+        return "delete", ("success",), None
+    if me.at in {"write", "replace"}:
+        return _of_a_shard(world, number, me, bug)
+    if me.at == "lose":
+        losers = range(NUM_DRIVERS) if bug == "loser deletes its shard's parts" else (number,)
+        return "delete", ("swept", tuple((driver * NUM_SHARDS + me.todo[0], WHOLE) for driver in losers), 0), None
+    if me.at == "publish":
+        return "put" if bug == "manifest is put" else "create", ("manifest",), me.named
+    if me.at == "sweep":
+        return "delete", ("swept", _unnamed(me), world.surveys & ~(1 << world.job)), None
+    return ("create", ("success",), True) if me.at == "seal" else None
+
+
+def _of_a_shard(world: World, number: int, me: Driver, bug: str) -> Request | None:
+    """A writer's next part, the first that is absent, since writers are alike; then the commit."""
+    shard = me.todo[0]
+    stored = world.parts[number * NUM_SHARDS + shard]
+    if stored == WHOLE or (bug == "commit before part" and stored == WHOLE >> 1 and world.commits[shard] != number):
+        if bug == "lease as the guard" and me.at == "write":
+            return None  # it looks whether it still holds the lease, and whether the shard is free
+        return "create" if bug not in {"put instead of create-if-absent", "lease as the guard"} else "put", ("commit", shard), number
+    return "put", ("part", number, shard, (~stored & -~stored).bit_length() - 1), None
+
+
+def answered(world: World, number: int, request: Request, is_taken: bool, bug: str) -> Driver:  # noqa: FBT001 - an answer, not a flag
+    """What a driver is at once it has heard what became of its request, in the world as it is then."""
+    me = world.drivers[number]
+    if me.at == "claim":
+        return _writing(world.commits) if world.job == number else Driver("discard")
+    if me.at == "discard":
+        return Driver("resume")
+    if me.at == "take back":
+        return me._replace(deletes=me.deletes[1:]) if me.deletes[1:] else _writing(me.named)
+    if me.at in {"write", "replace"} and request[1][0] == "commit":
+        if is_taken and world.commits[me.todo[0]] != number:
+            return me._replace(at="lose")
+        return _next_shard(me) if world.is_whole(me.todo[0], number) else me
+    if me.at == "write":
+        return _next_shard(me) if world.commits[me.todo[0]] == number and world.is_whole(me.todo[0], number) else me
+    if me.at == "lose":
+        return _next_shard(me)
+    if me.at == "unpublish":
+        return me._replace(deletes=me.deletes[1:]) if me.deletes[1:] else me._replace(at="publish", deletes=())
+    if me.at == "publish":
+        return Driver("finish") if is_taken else _swept(world, me)
+    if me.at == "sweep":
+        return Driver("dead") if NONE in me.named else Driver("seal", named=me.named)
+    if me.at == "seal":
+        return Driver("done") if bug == "the end is not looked at again" else Driver("look again", named=me.named)
+    return Driver("dead")  # it has said that shards are missing
+
+
+def _next_shard(me: Driver) -> Driver:
+    return Driver("write", todo=me.todo[1:]) if me.todo[1:] else Driver("finish")
+
+
+def _writing(named: tuple[int, ...]) -> Driver:
+    todo = tuple(shard for shard in SHARDS if named[shard] == NONE)
+    return Driver("write", todo=todo) if todo else Driver("finish")
+
+
+def looked(world: World, number: int, bug: str) -> World:
+    """The world once a driver has looked at the store and decided."""
+    me = world.drivers[number]
+    if me.at == "off" and world.job == NONE:
+        return _at(world._replace(surveys=world.surveys | 1 << number), number, Driver("claim"))
+    return _at(world, number, _decided(world, me, bug))
+
+
+def _decided(world: World, me: Driver, bug: str) -> Driver:
+    if me.at == "off":
+        return Driver("resume")
+    if me.at == "resume":
+        return Driver("finish") if world.is_finished() else Driver("check", named=world.commits, was_finished=world.success)
+    if me.at == "check":
+        lost = tuple(shard for shard in SHARDS if me.named[shard] != NONE and not world.is_whole(shard, me.named[shard]))
+        named = tuple(NONE if shard in lost else driver for shard, driver in enumerate(me.named))
+        is_opened = lost or (me.was_finished and NONE in named)
+        return Driver("take back", named=named, deletes=taken_back(lost, bug)) if is_opened else _writing(named)
+    if me.at == "write":
+        return me._replace(at="replace") if world.commits[me.todo[0]] == NONE else me._replace(at="lose")
+    if me.at == "finish":
+        return Driver("done") if world.is_finished() else Driver("list parts", written=world.manifest, was_finished=world.success)
+    if me.at == "list parts":
+        if bug == "parts are listed after the commits were read" and me.named:
+            return _publishing(world, me._replace(listed=world.parts), bug)
+        return me._replace(at="read commits", listed=world.parts)
+    if me.at == "read commits":
+        return _read(world, me._replace(named=world.commits), bug)
+    assert me.at == "look again"
+    is_same = NONE not in world.commits and (world.is_swept(me.named) or world.commits == me.named)
+    return Driver("done" if is_same else "finish")
+
+
+def _read(world: World, me: Driver, bug: str) -> Driver:
+    if NONE in me.named:
+        if bug == "sweep before all is committed" and _unnamed(me):
+            return Driver("sweep", named=me.named, listed=me.listed)
+        return Driver("unseal" if me.was_finished else "dead")
+    attempts = [driver * NUM_SHARDS + shard for shard, driver in enumerate(me.named)]
+    if any(WHOLE not in (me.listed[attempt], world.parts[attempt]) for attempt in attempts):
+        return Driver("dead")  # it has said which parts are lost
+    if bug == "parts are listed after the commits were read":
+        return me._replace(at="list parts", listed=())
+    return _publishing(world, me, bug)
+
+
+def _publishing(world: World, me: Driver, bug: str) -> Driver:
+    """On to the manifest. What is wrong of the records is deleted first, and only what was there before the commits were read."""
+    is_same = me.written == me.named or (bug == "manifest of other attempts is kept" and me.written is not None)
+    if is_same:
+        return _swept(world, me)
+    deletes = ((("success",),) if me.was_finished else ()) + ((("manifest",),) if me.written is not None else ())
+    return me._replace(at="unpublish" if deletes else "publish", deletes=deletes)
+
+
+def _swept(world: World, me: Driver) -> Driver:
+    """On to the sweep, if there is anything to delete."""
+    is_needed = _unnamed(me) or world.surveys != 1 << world.job
+    return Driver("sweep", named=me.named, listed=me.listed) if is_needed else Driver("seal", named=me.named)
+
+
+def _unnamed(me: Driver) -> tuple[tuple[int, int], ...]:
+    named = {driver * NUM_SHARDS + shard for shard, driver in enumerate(me.named) if driver != NONE}
+    return tuple((attempt, bits) for attempt, bits in enumerate(me.listed) if bits and attempt not in named)
