@@ -9,10 +9,9 @@ keeps two of them apart. docs/decisions/the-commit-protocol-modelled.md says wha
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-NUM_SHARDS, NUM_DRIVERS, NUM_WRITERS = 2, 2, 3
-SHARDS = range(NUM_SHARDS)
+NUM_DRIVERS, NUM_WRITERS = 2, 3
 NONE, WHOLE = -1, (1 << NUM_WRITERS) - 1
-ABSENT = (NONE,) * NUM_SHARDS
+_EACH = NUM_DRIVERS + 1
 ENDED = ("done", "dead")
 
 BUGS = (
@@ -36,10 +35,13 @@ Request = tuple[str, tuple[Any, ...], Any]
 
 
 class Driver(NamedTuple):
-    """Where a driver is, and what it remembers. `named` are commits as it read them, `listed` parts, `written` the manifest."""
+    """Where a driver is, and what it remembers: `put` are bits of the parts of the shard it is at, `named` commits as it read them, `listed` parts,
+    `written` the manifest.
+    """
 
     at: str = "off"
     todo: tuple[int, ...] = ()
+    put: int = 0
     named: tuple[int, ...] = ()
     listed: tuple[int, ...] = ()
     written: tuple[int, ...] | None = None
@@ -56,16 +58,17 @@ class World(NamedTuple):
         parts: of each driver's attempt at each shard, and of a third one's, bits of the parts that are stored.
         commits: of each shard, whose attempt it names.
         manifest: the same of all shards.
-        late: requests that were sent and may arrive at any time, each with whether its name was freed since.
+        late: requests that were sent and may arrive at any time, each with whether its name was freed, or anything struck, since.
         broken: an attempt of which a part was lost.
         opened: the shards that a repair or a loss took back.
-        is_stale: a name that was freed was taken by a request from before.
+        losers: attempts whose parts were deleted while their shard had another one's commit.
+        is_stale: a request from before a strike was done after it.
     """
 
     job: int = NONE
     surveys: int = 0
-    parts: tuple[int, ...] = (0,) * (NUM_SHARDS * (NUM_DRIVERS + 1))
-    commits: tuple[int, ...] = ABSENT
+    parts: tuple[int, ...] = (0,) * 2 * _EACH
+    commits: tuple[int, ...] = (NONE,) * 2
     manifest: tuple[int, ...] | None = None
     success: bool = False
     drivers: tuple[Driver, ...] = (Driver(),) * NUM_DRIVERS
@@ -75,10 +78,26 @@ class World(NamedTuple):
     strikes: int = 1
     broken: tuple[int, int] | None = None
     opened: frozenset[int] = frozenset()
+    losers: frozenset[int] = frozenset()
     is_stale: bool = False
 
     def is_whole(self, shard: int, driver: int) -> bool:
-        return self.parts[driver * NUM_SHARDS + shard] == WHOLE
+        return self.parts[shard * _EACH + driver] == WHOLE
+
+    def is_sound(self, shard: int, driver: int) -> bool:
+        """Whether what a commit names is there, or was lost by a strike, or rightly deleted before a strike freed the shard for it."""
+        return self.is_whole(shard, driver) or self.broken == (shard, driver) or self._came_late(shard, driver)
+
+    def is_told_by(self, manifest: tuple[int, ...] | None) -> bool:
+        """Whether a manifest says what the commits say."""
+        pairs = enumerate(zip(manifest or (), self.commits, strict=bool(manifest)))
+        return bool(manifest) and all(
+            (driver == told and driver != NONE) or self._came_late(shard, driver) for shard, (told, driver) in pairs
+        )
+
+    def _came_late(self, shard: int, driver: int) -> bool:
+        """Whether this attempt had lost, and a strike freed the shard for it."""
+        return shard in self.opened and shard * _EACH + driver in self.losers
 
     def is_finished(self) -> bool:
         """What `Run.finished` finds: `_SUCCESS`, manifest, commits, parts and surveys agree."""
@@ -87,11 +106,13 @@ class World(NamedTuple):
 
     def is_swept(self, named: tuple[int, ...]) -> bool:
         """Whether the parts that are stored are those of these attempts."""
-        attempts = {driver * NUM_SHARDS + shard for shard, driver in enumerate(named)}
+        attempts = {shard * _EACH + driver for shard, driver in enumerate(named)}
         return all(parts == (WHOLE if attempt in attempts else 0) for attempt, parts in enumerate(self.parts))
 
-    def is_closed(self) -> bool:
-        return self.is_finished() and self.manifest == self.commits
+
+def begun(num_shards: int, *, faults: int, strikes: int) -> World:
+    """An empty store, and so many requests that may go astray and strikes that may come."""
+    return World(parts=(0,) * num_shards * _EACH, commits=(NONE,) * num_shards, faults=faults, strikes=strikes)
 
 
 Step = tuple[tuple[Any, ...], World]
@@ -106,7 +127,7 @@ def apply(world: World, request: Request) -> tuple[World, bool]:
         return _freed(world, key), False
     if kind == "part":
         parts = list(world.parts)
-        parts[key[1] * NUM_SHARDS + key[2]] |= 1 << key[3]
+        parts[key[2] * _EACH + key[1]] |= 1 << key[3]
         return world._replace(parts=tuple(parts)), False
     if kind == "commit":
         is_taken = verb == "create" and world.commits[key[1]] != NONE
@@ -124,7 +145,8 @@ def _freed(world: World, key: tuple[Any, ...]) -> World:
         parts = list(world.parts)
         for attempt, bits in key[1]:
             parts[attempt] &= ~bits
-        return world._replace(parts=tuple(parts), surveys=world.surveys & ~key[2])
+        losers = {attempt for attempt, _ in key[1] if world.commits[attempt // _EACH] not in {NONE, attempt % _EACH}}
+        return world._replace(parts=tuple(parts), surveys=world.surveys & ~key[2], losers=world.losers | losers)
     if kind == "manifest":
         return world._replace(late=late, manifest=None)
     return world._replace(late=late, success=False)
@@ -137,7 +159,7 @@ def _with(values: tuple[int, ...], place: int, value: int) -> tuple[int, ...]:
 def steps(world: World, bug: str = "") -> Iterator[Step]:
     """Everything that may happen next."""
     for number, driver in enumerate(world.drivers):
-        if driver.at in ENDED or (number and world.drivers[number - 1].at == "off"):  # drivers are numbered as they begin
+        if driver.at in ENDED or not _may_go(world, number):
             continue
         request = asked(world, number, driver, bug)
         if request is None:
@@ -149,27 +171,35 @@ def steps(world: World, bug: str = "") -> Iterator[Step]:
         for what, after, _ in _requested(world, ("delete", world.repair[0], None)):
             ends = what in {"late", "dies"}
             yield ("repair", 0, what), after._replace(repair=() if ends else world.repair[1:])
-    for place, (request, was_freed) in enumerate(world.late):
+    for place, (request, is_old) in enumerate(world.late):
         left = world._replace(late=(*world.late[:place], *world.late[place + 1 :]))
         landed, is_taken = apply(left, request)
-        is_stale = was_freed and not is_taken and request[0] != "delete"
+        is_stale = is_old and not is_taken
         yield ("lands", request, ""), landed._replace(is_stale=world.is_stale or is_stale)
     if world.strikes:
         yield from _struck(world, bug)
 
 
+def _may_go(world: World, number: int) -> bool:
+    """Drivers are numbered as they begin. None begins beside a repair, which holds the lease."""
+    return world.drivers[number].at != "off" or not (world.repair or (number and world.drivers[number - 1].at == "off"))
+
+
 def _struck(world: World, bug: str) -> Iterator[Step]:
-    """A repair that takes a shard back, a commit that is lost, or a part."""
+    """A repair that takes a shard back, a commit that is lost, or a part; beside one driver that stands still at the most."""
+    if sum(driver.at not in (*ENDED, "off") for driver in world.drivers) > 1:
+        return
     for shard, driver in enumerate(world.commits):
         if driver == NONE:
             continue
-        struck = world._replace(strikes=world.strikes - 1, opened=world.opened | {shard})
+        late = tuple((request, True) for request, _ in world.late)
+        struck = world._replace(strikes=world.strikes - 1, opened=world.opened | {shard}, late=late)
         repair = taken_back((shard,), bug)
         if bug == "repair deletes parts":
-            repair += (("swept", tuple((number * NUM_SHARDS + shard, WHOLE) for number in range(NUM_DRIVERS)), 0),)
+            repair += (("swept", tuple((shard * _EACH + number, WHOLE) for number in range(NUM_DRIVERS)), 0),)
         yield ("repair begins", shard, ""), struck._replace(repair=repair)
         yield ("commit lost", shard, ""), _freed(struck, ("commit", shard))
-        parts = _with(struck.parts, driver * NUM_SHARDS + shard, WHOLE & ~1)
+        parts = _with(struck.parts, shard * _EACH + driver, WHOLE & ~1)
         yield ("part lost", shard, ""), struck._replace(parts=parts, broken=(shard, driver))
 
 
@@ -187,10 +217,16 @@ def _requested(world: World, request: Request) -> Iterator[tuple[str, World, boo
         after = after._replace(faults=world.faults - 1)
         copy = ((request, False),)
         yield "late", world._replace(faults=world.faults - 1, late=world.late + copy), False
-        yield "doubled", after._replace(late=after.late + copy), is_taken
+        if _may_matter_twice(world, request):
+            yield "doubled", after._replace(late=after.late + copy), is_taken
         if request[0] == "create":
             yield "again", after, True
     yield "dies", world, False
+
+
+def _may_matter_twice(world: World, request: Request) -> bool:
+    """Whether a second copy of a request may ever change anything: parts are swept, other names freed only after a strike."""
+    return request[1][0] == "part" or (request[1][0] not in {"job", "swept"} and bool(world.strikes or world.opened))
 
 
 def _sent(world: World, number: int, request: Request, bug: str) -> Iterator[Step]:
@@ -224,7 +260,7 @@ def asked(world: World, number: int, me: Driver, bug: str) -> Request | None:
         return _of_a_shard(world, number, me, bug)
     if me.at == "lose":
         losers = range(NUM_DRIVERS) if bug == "loser deletes its shard's parts" else (number,)
-        return "delete", ("swept", tuple((driver * NUM_SHARDS + me.todo[0], WHOLE) for driver in losers), 0), None
+        return "delete", ("swept", tuple((me.todo[0] * _EACH + driver, WHOLE) for driver in losers), 0), None
     if me.at == "publish":
         return "put" if bug == "manifest is put" else "create", ("manifest",), me.named
     if me.at == "sweep":
@@ -235,12 +271,12 @@ def asked(world: World, number: int, me: Driver, bug: str) -> Request | None:
 def _of_a_shard(world: World, number: int, me: Driver, bug: str) -> Request | None:
     """A writer's next part, the first that is absent, since writers are alike; then the commit."""
     shard = me.todo[0]
-    stored = world.parts[number * NUM_SHARDS + shard]
-    if stored == WHOLE or (bug == "commit before part" and stored == WHOLE >> 1 and world.commits[shard] != number):
-        if bug == "lease as the guard" and me.at == "write":
-            return None  # it looks whether it still holds the lease, and whether the shard is free
-        return "create" if bug not in {"put instead of create-if-absent", "lease as the guard"} else "put", ("commit", shard), number
-    return "put", ("part", number, shard, (~stored & -~stored).bit_length() - 1), None
+    is_early = bug == "commit before part" and me.put == WHOLE >> 1 and world.commits[shard] != number
+    if me.put != WHOLE and not is_early:
+        return "put", ("part", number, shard, me.put.bit_length()), None
+    if bug == "lease as the guard" and me.at == "write":
+        return None  # it looks whether it still holds the lease, and whether the shard is free
+    return "create" if bug not in {"put instead of create-if-absent", "lease as the guard"} else "put", ("commit", shard), number
 
 
 def answered(world: World, number: int, request: Request, is_taken: bool, bug: str) -> Driver:  # noqa: FBT001 - an answer, not a flag
@@ -255,9 +291,10 @@ def answered(world: World, number: int, request: Request, is_taken: bool, bug: s
     if me.at in {"write", "replace"} and request[1][0] == "commit":
         if is_taken and world.commits[me.todo[0]] != number:
             return me._replace(at="lose")
-        return _next_shard(me) if world.is_whole(me.todo[0], number) else me
+        return _next_shard(me) if me.put == WHOLE else me
     if me.at == "write":
-        return _next_shard(me) if world.commits[me.todo[0]] == number and world.is_whole(me.todo[0], number) else me
+        me = me._replace(put=me.put << 1 | 1)
+        return _next_shard(me) if me.put == WHOLE and world.commits[me.todo[0]] == number else me
     if me.at == "lose":
         return _next_shard(me)
     if me.at == "unpublish":
@@ -276,7 +313,7 @@ def _next_shard(me: Driver) -> Driver:
 
 
 def _writing(named: tuple[int, ...]) -> Driver:
-    todo = tuple(shard for shard in SHARDS if named[shard] == NONE)
+    todo = tuple(shard for shard, driver in enumerate(named) if driver == NONE)
     return Driver("write", todo=todo) if todo else Driver("finish")
 
 
@@ -294,7 +331,7 @@ def _decided(world: World, me: Driver, bug: str) -> Driver:
     if me.at == "resume":
         return Driver("finish") if world.is_finished() else Driver("check", named=world.commits, was_finished=world.success)
     if me.at == "check":
-        lost = tuple(shard for shard in SHARDS if me.named[shard] != NONE and not world.is_whole(shard, me.named[shard]))
+        lost = tuple(shard for shard, driver in enumerate(me.named) if driver != NONE and not world.is_whole(shard, driver))
         named = tuple(NONE if shard in lost else driver for shard, driver in enumerate(me.named))
         is_opened = lost or (me.was_finished and NONE in named)
         return Driver("take back", named=named, deletes=taken_back(lost, bug)) if is_opened else _writing(named)
@@ -309,7 +346,8 @@ def _decided(world: World, me: Driver, bug: str) -> Driver:
     if me.at == "read commits":
         return _read(world, me._replace(named=world.commits), bug)
     assert me.at == "look again"
-    is_same = NONE not in world.commits and (world.is_swept(me.named) or world.commits == me.named)
+    is_same = world.success and world.manifest == me.named and NONE not in world.commits
+    is_same = is_same and (world.is_swept(me.named) or world.commits == me.named)
     return Driver("done" if is_same else "finish")
 
 
@@ -318,7 +356,7 @@ def _read(world: World, me: Driver, bug: str) -> Driver:
         if bug == "sweep before all is committed" and _unnamed(me):
             return Driver("sweep", named=me.named, listed=me.listed)
         return Driver("unseal" if me.was_finished else "dead")
-    attempts = [driver * NUM_SHARDS + shard for shard, driver in enumerate(me.named)]
+    attempts = [shard * _EACH + driver for shard, driver in enumerate(me.named)]
     if any(WHOLE not in (me.listed[attempt], world.parts[attempt]) for attempt in attempts):
         return Driver("dead")  # it has said which parts are lost
     if bug == "parts are listed after the commits were read":
@@ -342,5 +380,5 @@ def _swept(world: World, me: Driver) -> Driver:
 
 
 def _unnamed(me: Driver) -> tuple[tuple[int, int], ...]:
-    named = {driver * NUM_SHARDS + shard for shard, driver in enumerate(me.named) if driver != NONE}
+    named = {shard * _EACH + driver for shard, driver in enumerate(me.named) if driver != NONE}
     return tuple((attempt, bits) for attempt, bits in enumerate(me.listed) if bits and attempt not in named)

@@ -19,10 +19,11 @@ from m2ray.batches import Shard
 from m2ray.errors import AlreadyExistsError, M2rayError, StoreError
 from m2ray.storage import LocalStore, Store
 from m2ray.storage.store import Data, PartSink
-from tests.protocol.model import ENDED, NONE, NUM_DRIVERS, NUM_SHARDS, NUM_WRITERS, SHARDS, Request, World, steps
+from tests.protocol.model import ENDED, NONE, NUM_DRIVERS, NUM_WRITERS, Request, World, steps
 from tests.unit import activation_runs as runs
 
-_TIMEOUT_S = 60.0
+NUM_SHARDS, _TIMEOUT_S = 2, 60.0
+SHARDS = range(NUM_SHARDS)
 
 
 class _Died(BaseException):
@@ -313,7 +314,7 @@ class Replay:
             manifest = tuple(_driver(attempts[shard]) for shard in SHARDS)
         parts = [0] * len(world.parts)
         for (driver, shard), keys in self._parts.items():
-            parts[driver * NUM_SHARDS + shard] = sum(1 << bit for bit, key in enumerate(keys) if key in stored)
+            parts[shard * (NUM_DRIVERS + 1) + driver] = sum(1 << bit for bit, key in enumerate(keys) if key in stored)
         surveys = sum(1 << n for n, each in enumerate(self._records) if all(file.key in stored for file in each.sequence_files))
         job = next((n for n, each in enumerate(self._records) if record and each.run_id == record.run_id), NONE)
         found = (job, surveys, tuple(parts), tuple(commits), manifest, SUCCESS_KEY in stored)

@@ -50,15 +50,17 @@ def _way(came_from: dict[World, tuple[World, Label] | None], world: World) -> tu
 
 def problem_of_step(before: World, after: World) -> str:
     """A commit never changes, and ceases to count only where its shard was taken back or lost something."""
-    for shard, (was, now) in enumerate(zip(before.commits, after.commits, strict=True)):
+    for shard, (was, now) in enumerate(zip(before.commits, after.commits, strict=True) if before.commits != after.commits else ()):
         if was not in (NONE, now) and now != NONE:
             return f"the commit of shard {shard} was replaced"
         if was != NONE and now == NONE and shard not in after.opened:
             return f"the commit of shard {shard} is lost"
-    is_closed = after.success and after.manifest == after.commits and NONE not in after.commits
-    ended = [driver for driver, each in enumerate(before.drivers) if each.at != "done" and after.drivers[driver].at == "done"]
+    ended = [driver for driver, each in enumerate(after.drivers) if each.at == "done" and before.drivers[driver].at != "done"]
+    if not ended:
+        return ""
+    is_closed = after.success and after.is_told_by(after.manifest)
     is_quiet = all(each.at in (*ENDED, "off") for each in after.drivers) and not (after.repair or after.late or after.is_stale)
-    if ended and is_quiet and not is_closed:
+    if is_quiet and not is_closed:
         return f"driver {ended[0]} said Complete, the last of all, and the run is not closed"
     return ""
 
@@ -70,14 +72,14 @@ def problem_of_state(world: World) -> str:  # noqa: PLR0911 - one return for eac
     if world.is_stale:
         return ""
     for shard, driver in enumerate(world.commits):
-        if driver != NONE and not world.is_whole(shard, driver) and world.broken != (shard, driver):
+        if driver != NONE and not world.is_sound(shard, driver):
             return f"the commit of shard {shard} names parts that are not there"
     if not world.success:
         return ""
     for shard, driver in enumerate(world.manifest or ()):
-        if not world.is_whole(shard, driver) and world.broken != (shard, driver):
+        if not world.is_sound(shard, driver):
             return f"the manifest of a finished run names parts of shard {shard} that are not there"
-    if not world.opened and (world.manifest != world.commits or NONE in world.commits):
+    if not world.opened and not world.is_told_by(world.manifest):
         return "a finished run is not closed"
     return ""
 
@@ -101,7 +103,7 @@ def _healing(left: World, bug: str) -> str:
     changed = [shard for shard, driver in kept.items() if world.commits[shard] != driver]
     if changed:
         return f"the same command lost the commit of shard {changed[0]}"
-    return "" if world.is_closed() else "the same command does not close the run"
+    return "" if world.is_finished() else "the same command does not close the run"
 
 
 def _alone(world: World, bug: str) -> World:

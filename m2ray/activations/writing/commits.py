@@ -239,9 +239,10 @@ class Run:
         return True
 
     def _says(self, manifest: Any) -> bool:
-        """Whether the commits are still those of the manifest. They are read again only if a part is there that it does not name."""
+        """Whether the records, and the commits, still say what this manifest says. Commits are read only if a part is there that it does not name."""
+        recorded, written = self._recorded()
         self._committed = committed_shards(self.store)
-        if len(self._committed) < self.job.num_shards:
+        if recorded is None or written is None or not written.equals(manifest) or len(self._committed) < self.job.num_shards:
             return False
         is_swept = stored_parts(self.store, self.job.parts) == _sizes(manifest)
         return is_swept or bool(manifest_table(self._receipts([])).equals(manifest))
