@@ -14,22 +14,6 @@ NONE, WHOLE = -1, (1 << NUM_WRITERS) - 1
 _EACH = NUM_DRIVERS + 1
 ENDED = ("done", "dead")
 
-BUGS = (
-    "commit before part",
-    "put instead of create-if-absent",
-    "lease as the guard",
-    "parts are listed after the commits were read",
-    "sweep before all is committed",
-    "manifest is put",
-    "manifest of other attempts is kept",
-    "loser deletes its shard's parts",
-    "survey is deleted when its claim fails",
-    "repair deletes parts",
-    "repair begins with _SUCCESS",
-    "the end is not looked at again",
-)
-"""Other protocols, each of which the search has to refute. The last three, and the manifest that is put, are what m2ray did before it was modelled."""
-
 Request = tuple[str, tuple[Any, ...], Any]
 """(verb, key, value): create, put or delete; a key is its kind and its numbers."""
 
@@ -58,11 +42,11 @@ class World(NamedTuple):
         parts: of each driver's attempt at each shard, and of a third one's, bits of the parts that are stored.
         commits: of each shard, whose attempt it names.
         manifest: the same of all shards.
-        late: requests that were sent and may arrive at any time, each with whether its name was freed, or anything struck, since.
+        late: requests that were sent and may arrive at any time, each with whether its name was freed or anything struck since, or a repair sent it.
         broken: an attempt of which a part was lost.
         opened: the shards that a repair or a loss took back.
         losers: attempts whose parts were deleted while their shard had another one's commit.
-        is_stale: a request from before a strike was done after it.
+        is_stale: such a request was done.
     """
 
     job: int = NONE
@@ -114,6 +98,22 @@ def begun(num_shards: int, *, faults: int, strikes: int) -> World:
     """An empty store, and so many requests that may go astray and strikes that may come."""
     return World(parts=(0,) * num_shards * _EACH, commits=(NONE,) * num_shards, faults=faults, strikes=strikes)
 
+
+BUGS = {
+    "commit before part": begun(2, faults=0, strikes=0),
+    "put instead of create-if-absent": begun(2, faults=0, strikes=0),
+    "lease as the guard": begun(2, faults=0, strikes=0),
+    "loser deletes its shard's parts": begun(2, faults=0, strikes=0),
+    "survey is deleted when its claim fails": begun(1, faults=1, strikes=0),
+    "parts are listed after the commits were read": begun(2, faults=0, strikes=1),
+    "sweep before all is committed": begun(2, faults=0, strikes=1),
+    "manifest of other attempts is kept": begun(2, faults=0, strikes=1),
+    "manifest is put": begun(2, faults=0, strikes=1),
+    "repair deletes parts": begun(2, faults=0, strikes=1),
+    "the end is not looked at again": begun(2, faults=0, strikes=1),
+    "repair begins with _SUCCESS": begun(1, faults=1, strikes=1),
+}
+"""Other protocols, and the start from which the search refutes each. The last four are what m2ray did before it was modelled."""
 
 Step = tuple[tuple[Any, ...], World]
 """(what happened, the world after)."""
@@ -169,8 +169,8 @@ def steps(world: World, bug: str = "") -> Iterator[Step]:
         yield ("driver", number, "dies"), _at(world, number, Driver("dead"))
     if world.repair:
         for what, after, _ in _requested(world, ("delete", world.repair[0], None)):
-            ends = what in {"late", "dies"}
-            yield ("repair", 0, what), after._replace(repair=() if ends else world.repair[1:])
+            left = () if what in {"late", "dies"} else world.repair[1:]
+            yield ("repair", 0, what), after._replace(repair=left, late=tuple((request, True) for request, _ in after.late))
     for place, (request, is_old) in enumerate(world.late):
         left = world._replace(late=(*world.late[:place], *world.late[place + 1 :]))
         landed, is_taken = apply(left, request)

@@ -6,7 +6,7 @@ from random import Random
 import pytest
 
 from m2ray.storage import open_store
-from tests.protocol.model import BUGS, World
+from tests.protocol.model import BUGS
 from tests.protocol.replay import replayed
 from tests.protocol.search import search
 
@@ -16,6 +16,6 @@ def test_m2rays_own_code_goes_the_models_ways(url: str, tmp_path: Path, seed: in
     replayed(open_store(url), tmp_path, (), Random(seed))
 
 
-@pytest.mark.parametrize("bug", BUGS)
+@pytest.mark.parametrize("bug", list(BUGS)[:-1])
 def test_what_refutes_another_protocol_does_not_harm_this_one(url: str, tmp_path: Path, bug: str) -> None:
-    replayed(open_store(url), tmp_path, search(World(), bug).way, Random(1))
+    replayed(open_store(url), tmp_path, search(BUGS[bug], bug).way, Random(1))
