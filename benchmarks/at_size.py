@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -34,6 +35,13 @@ SHOWN = {
     "open": ("open_run of a finished run", "5 s, 500 MB"),
     "inspect": ("m2ray inspect of a finished run", "5 s"),
     "look whether it is finished": ("the same command on a finished run", ""),
+}
+
+IMPORTED = {
+    "inspect an unfinished run": ("m2ray.cli.inspect", "click.testing"),
+    "inspect": ("m2ray.cli.inspect", "click.testing"),
+    "go on": ("m2ray.prompts",),
+    "look whether it is finished": ("m2ray.prompts",),
 }
 
 
@@ -58,9 +66,9 @@ def main() -> None:
     place = f"{urlsplit(options.run).scheme or 'local'}{f', {options.delay_ms:g} ms a request' if options.delay_ms else ''}"
     rows = []
     for name, (what, target) in SHOWN.items():
-        baseline, note = before.get(name), f"{here[name]['peak_mb']:.0f} MB at the most"
+        baseline, note = before.get(name), f"{here[name]['cpu_s']:.1f} s of CPU, {here[name]['peak_mb']:.0f} MB at the most"
         if baseline:
-            note += f", before {baseline['peak_mb']:.0f} MB"
+            note += f"; before {baseline['cpu_s']:.1f} s of CPU, {baseline['peak_mb']:.0f} MB"
         was_s, now_s = baseline["seconds"] if baseline else None, here[name]["seconds"]
         rows.append(
             Row(f"{place}: {what}", now_s, "s", was_s, "before" if baseline else "", now_s / was_s if was_s else None, target, note)
@@ -86,10 +94,10 @@ def measured(run: str, num_shards: int, checkout: Path) -> dict[str, dict[str, f
 
 def timed(step: str, run: str, num_shards: int) -> dict[str, float]:
     """Seconds that a step takes, imports left out, and the most memory of this process until its end."""
-    import m2ray.activations.reading.reader
-    import m2ray.activations.writing.commits  # noqa: F401 - imported before the clock starts
     from m2ray.storage import open_store
 
+    for name in ("m2ray.activations.reading.reader", "m2ray.activations.writing.commits", *IMPORTED.get(step, ())):
+        import_module(name)
     store = open_store(run)
     begin: Callable[[], object] = {
         "make": lambda: make(store, num_shards),
@@ -101,9 +109,10 @@ def timed(step: str, run: str, num_shards: int) -> dict[str, float]:
         "inspect": lambda: inspected(run),
         "look whether it is finished": lambda: gone_on(store),
     }[step]
-    began = time.monotonic()
+    began, began_cpu = time.monotonic(), time.process_time()
     begin()
-    return {"seconds": time.monotonic() - began, "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3}
+    cpu_s = time.process_time() - began_cpu
+    return {"seconds": time.monotonic() - began, "cpu_s": cpu_s, "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3}
 
 
 # -- the steps --------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain, islice
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -48,7 +49,10 @@ def manifest_table(commits: Iterable[Mapping[str, Sequence[Any]]]) -> Any:
         columns = [pa.array(list(chain.from_iterable(commit[name] for commit in some)), field.type) for name, field in _FIELDS]
         batches.append(pa.RecordBatch.from_arrays(columns, schema=MANIFEST_SCHEMA))
     table = pa.Table.from_batches(batches, schema=MANIFEST_SCHEMA)
-    return table.sort_by([("site", "ascending"), ("layer", "ascending"), ("shard", "ascending")])
+    sites = table["site"].combine_chunks().dictionary_encode()
+    ranks = np.argsort(np.argsort(sites.dictionary.to_pylist()))
+    layers = table["layer"].fill_null(-1)  # a site of the whole model has no other ones
+    return table.take(np.lexsort((table["shard"].to_numpy(), layers.to_numpy(), ranks[sites.indices.to_numpy()])))
 
 
 def receipts_of(table: Any) -> list[PartReceipt]:
