@@ -1,6 +1,8 @@
 """The JSON records of a run, and the digest of itself that each carries since format 2: a record whose bits changed is refused by name."""
 
 import json
+import re
+from contextlib import suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -16,19 +18,35 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_SEALED = re.compile(rb',"digest":"([0-9a-f]{32})"}\Z')
+"""How a record without indentation ends. What stands before is what its digest is of."""
+
 
 def to_json(record: "DataclassInstance", indent: int | None = None) -> bytes:
     """The record's bytes, its digest last."""
     fields = json.loads(json.dumps(asdict(record)))
-    if fields["format_version"] > 1:
-        fields["digest"] = digest(fields)
-    return json.dumps(fields, indent=indent).encode()
+    if fields["format_version"] == 1:
+        return json.dumps(fields, indent=indent).encode()
+    if indent is None:
+        data = _canonical(fields)
+        return b'%b,"digest":"%b"}' % (data[:-1], xxhash.xxh3_128_hexdigest(data).encode())
+    return json.dumps(fields | {"digest": digest(fields)}, indent=indent).encode()
 
 
 def digest(fields: dict[str, Any]) -> str:
     """xxh3-128 of all fields but `digest`, as JSON with sorted keys, without spaces and in ASCII: 32 hex digits."""
     others = {name: value for name, value in fields.items() if name != "digest"}
-    return xxhash.xxh3_128_hexdigest(json.dumps(others, sort_keys=True, separators=(",", ":")).encode())
+    return xxhash.xxh3_128_hexdigest(_canonical(others))
+
+
+def _canonical(fields: dict[str, Any]) -> bytes:
+    return json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
+
+
+def _is_sealed(data: bytes) -> bool:
+    """Whether these are the bytes that `to_json` wrote without indentation, which is found without taking them apart."""
+    found = _SEALED.search(data, len(data) - 46)
+    return found is not None and xxhash.xxh3_128_hexdigest(data[: found.start()] + b"}").encode() == found[1]
 
 
 def read_record(store: Store, key: str, adapter: TypeAdapter[T]) -> T:
@@ -41,6 +59,11 @@ def read_record(store: Store, key: str, adapter: TypeAdapter[T]) -> T:
     """
     data = store.read(key)
     try:
+        if _is_sealed(data):
+            with suppress(ValidationError):  # a newer format's fields may be others
+                record = adapter.validate_json(data, strict=True)
+                if vars(record)["format_version"] <= FORMAT_VERSION:
+                    return record
         fields = json.loads(data)
         version = fields["format_version"]
         if version <= FORMAT_VERSION:

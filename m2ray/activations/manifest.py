@@ -1,9 +1,10 @@
 """The table of a run's committed parts: `manifest.parquet` once the run is finished, the same made from commits before."""
 
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain, islice
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -36,13 +37,22 @@ MANIFEST_SCHEMA = pa.schema(
 """One row a part, all fields of its receipt; `layer` is null at model-wide sites, `tail_bytes` and `tail_xxh3` in format 1. Sorted by site, layer and shard."""
 
 
-def manifest_table(receipts_of_shards: Iterable[Iterable[PartReceipt]]) -> Any:
-    """The parts of all shards as one sorted pyarrow table, a few tens of bytes a part."""
-    batches = [
-        pa.RecordBatch.from_pylist([asdict(receipt) for receipt in receipts], schema=MANIFEST_SCHEMA) for receipts in receipts_of_shards
-    ]
+_FIELDS = [(field.name, field) for field in MANIFEST_SCHEMA]
+_COMMITS_A_BATCH = 256
+
+
+def manifest_table(commits: Iterable[Mapping[str, Sequence[Any]]]) -> Any:
+    """The parts of all shards as one sorted pyarrow table. Each commit comes as its columns (CommitRecord.columns)."""
+    remaining = iter(commits)
+    batches = []
+    while some := list(islice(remaining, _COMMITS_A_BATCH)):
+        columns = [pa.array(list(chain.from_iterable(commit[name] for commit in some)), field.type) for name, field in _FIELDS]
+        batches.append(pa.RecordBatch.from_arrays(columns, schema=MANIFEST_SCHEMA))
     table = pa.Table.from_batches(batches, schema=MANIFEST_SCHEMA)
-    return table.sort_by([("site", "ascending"), ("layer", "ascending"), ("shard", "ascending")])
+    sites = table["site"].combine_chunks().dictionary_encode()
+    ranks = np.argsort(np.argsort(sites.dictionary.to_pylist()))
+    layers = table["layer"].fill_null(-1)  # a site of the whole model has no other ones
+    return table.take(np.lexsort((table["shard"].to_numpy(), layers.to_numpy(), ranks[sites.indices.to_numpy()])))
 
 
 def receipts_of(table: Any) -> list[PartReceipt]:
@@ -57,11 +67,11 @@ def lost_parts(table: Any, listed: Mapping[str, int]) -> list[PartReceipt]:
     return receipts_of(table.take(pa.array(lost, pa.int64())))
 
 
-def write_manifest(store: Store, table: Any, run_id: str) -> None:
-    """Write or replace manifest.parquet. Raises StoreError."""
+def manifest_file(table: Any, run_id: str) -> bytes:
+    """The bytes of manifest.parquet."""
     sink = pa.BufferOutputStream()
     pq.write_table(table.replace_schema_metadata({"m2ray.run_id": run_id}), sink, compression="zstd")
-    store.put(MANIFEST_KEY, seal(memoryview(sink.getvalue())))
+    return seal(memoryview(sink.getvalue()))
 
 
 def read_manifest(store: Store, job: JobRecord, num_parts: int) -> Any:

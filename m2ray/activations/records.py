@@ -1,16 +1,17 @@
 """The small records by which a run says what it holds: `_commits/shard-000012.json` for each shard, `weights.json` and `_SUCCESS` for the whole."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from pydantic import TypeAdapter
 
 from m2ray.activations.job import JobRecord
 from m2ray.activations.json_record import read_record, to_json
-from m2ray.activations.schema import parse_part_key
+from m2ray.activations.schema import part_folder, part_name
 from m2ray.batches import PartReceipt
 from m2ray.errors import RunDamagedError
 from m2ray.storage import Store
@@ -64,10 +65,14 @@ class CommitRecord:
 
     def receipts(self) -> list[PartReceipt]:
         """The parts as their writers reported them."""
-        return [
-            PartReceipt(shard=self.shard, attempt=self.attempt, rows=self.rows, token_digest=self.token_digest, **asdict(part))
-            for part in self.parts
-        ]
+        columns = self.columns()
+        return [PartReceipt(**dict(zip(columns, values, strict=True))) for values in zip(*columns.values(), strict=True)]
+
+    def columns(self) -> dict[str, list[Any]]:
+        """The fields of the parts' receipts: of each its values in the order of `parts`."""
+        shared = {"shard": self.shard, "attempt": self.attempt, "rows": self.rows, "token_digest": self.token_digest}
+        own = {name: [getattr(part, name) for part in self.parts] for name in CommittedPart.__dataclass_fields__}
+        return {name: [value] * len(self.parts) for name, value in shared.items()} | own
 
 
 @dataclass(frozen=True)
@@ -123,15 +128,25 @@ def read_commit(store: Store, job: JobRecord, shard: int) -> CommitRecord:
         RunConflictError: a newer m2ray wrote it.
         StoreError: it cannot be read.
     """
+    return _checked(store, job, shard, _folders(job))
+
+
+def _folders(job: JobRecord) -> dict[tuple[str, int | None], str]:
+    return {(part.site, part.layer): part_folder(part) for part in job.parts}
+
+
+def _checked(store: Store, job: JobRecord, shard: int, folders: Mapping[tuple[str, int | None], str]) -> CommitRecord:
+    """A commit, as `read_commit` gives it. `folders` are of each site and layer of the job where its parts lie."""
     record = read_record(store, commit_key(shard), _COMMIT)
-    found, wanted = ({(part.site, part.layer) for part in parts} for parts in (record.parts, job.parts))
-    if (record.run_id, record.shard, found, len(record.parts)) != (job.run_id, shard, wanted, len(job.parts)):
+    found = {(part.site, part.layer): part.key for part in record.parts}
+    if (record.run_id, record.shard, found.keys(), len(record.parts)) != (job.run_id, shard, folders.keys(), len(folders)):
         raise RunDamagedError(
             f"{commit_key(shard)} of the run at {store.url} is of shard {record.shard} of run {record.run_id} with {len(record.parts)} parts; "
             f"job.json is of run {job.run_id} with {len(job.parts)} parts a shard.",
             "The folder holds files of several runs: restore it.",
         )
-    strange = [part.key for part in record.parts if parse_part_key(part.key) != (shard, record.attempt)]
+    name = part_name(shard, record.attempt)
+    strange = [key for part, key in found.items() if key != f"{folders[part]}/{name}"]
     if strange:
         raise RunDamagedError(
             f"{commit_key(shard)} of the run at {store.url} names {strange[0]!r}, which is no part of attempt {record.attempt} at this shard.",
@@ -142,10 +157,11 @@ def read_commit(store: Store, job: JobRecord, shard: int) -> CommitRecord:
 
 def read_commits(store: Store, job: JobRecord, shards: Iterable[int]) -> Iterator[CommitRecord]:
     """The commits of these shards, in this order, several read at a time. Raises as `read_commit` does."""
-    numbers = list(shards)
+    numbers, folders = list(shards), _folders(job)
+    read = partial(_checked, store, job, folders=folders)
     with ThreadPoolExecutor(_READ_AT_ONCE, thread_name_prefix="commits") as pool:
         for start in range(0, len(numbers), _AHEAD):
-            yield from pool.map(partial(read_commit, store, job), numbers[start : start + _AHEAD])
+            yield from pool.map(read, numbers[start : start + _AHEAD])
 
 
 def read_summary(store: Store) -> RunSummary | None:

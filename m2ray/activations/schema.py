@@ -58,16 +58,18 @@ def part_key(spec: PartSpec, shard: int, attempt: str) -> str:
 
     Model-wide sites have no `layer=` folder. `attempt` is of lower-case letters and digits.
     """
-    key = f"{_part_folder(spec)}/{_part_name(shard, attempt)}"
+    key = f"{part_folder(spec)}/{part_name(shard, attempt)}"
     assert parse_part_key(key) == (shard, attempt), f"{key} cannot be read back"
     return key
 
 
-def _part_folder(spec: PartSpec) -> str:
+def part_folder(spec: PartSpec) -> str:
+    """Where all parts of a kind lie."""
     return f"data/site={spec.site}" + ("" if spec.layer is None else f"/layer={spec.layer:03d}")
 
 
-def _part_name(shard: int, attempt: str) -> str:
+def part_name(shard: int, attempt: str) -> str:
+    """What all parts of an attempt are called, each in its folder."""
     return f"shard-{shard:06d}-{attempt}.parquet"
 
 
@@ -83,7 +85,7 @@ def stored_parts(store: Store, parts: Iterable[PartSpec]) -> dict[str, int]:
     Raises:
         StoreError: it cannot be listed, or a link stands where a folder of parts belongs.
     """
-    folders = {_part_folder(spec) for spec in parts}
+    folders = {part_folder(spec) for spec in parts}
     on_the_way = folders | {folder.rpartition("/")[0] for folder in folders}
     stored = {}
     for key, num_bytes in store.list("data"):
@@ -91,7 +93,7 @@ def stored_parts(store: Store, parts: Iterable[PartSpec]) -> dict[str, int]:
         if key in on_the_way:
             remedy = "Put the folder itself in its place; the whole run folder may be a link."
             raise StoreError(f"{store.where(key)} is a link or a file where a folder of parts belongs.", remedy)
-        if folder in folders and (named := parse_part_key(key)) and name == _part_name(*named):
+        if folder in folders and (named := parse_part_key(key)) and name == part_name(*named):
             stored[key] = num_bytes
     return stored
 

@@ -134,10 +134,11 @@ class LocalStore(Store):
         way = above | {(found.st_dev, found.st_ino)}
         if way == above:
             raise StoreError(f"{folder} is one of the folders that it lies in: a link leads round in a circle.", "Remove the link.")
+        base = "" if folder == self._folder else f"{folder.relative_to(self._folder).as_posix()}/"
         for entry, is_folder in entries:
             num_bytes = None if is_folder else _num_bytes(entry)
             if num_bytes is not None:
-                yield Path(entry.path).relative_to(self._folder).as_posix(), num_bytes
+                yield base + entry.name, num_bytes
         for entry, is_folder in entries:
             if is_folder and depth != 1 and Path(entry.path) != self.path(_UNFINISHED):
                 yield from self._below(Path(entry.path), depth and depth - 1, way)
@@ -199,6 +200,10 @@ class LocalStore(Store):
 
 def _num_bytes(entry: "os.DirEntry[str]") -> int | None:
     """The size of a listed file, of the link itself where that leads nowhere or to a folder; None if it was deleted since."""
+    with suppress(OSError):  # what is no file, or is gone, is looked at below
+        found = entry.stat()
+        if stat.S_ISREG(found.st_mode):
+            return found.st_size
     with _naming("list", Path(entry.path)):
         try:
             found = entry.stat()

@@ -87,6 +87,13 @@ class Cluster:
                 continue
         return found
 
+    def stages_left(self, timeout_s: float = 30.0) -> set[int]:
+        """The stage actors that are there all the while, once a driver has ended."""
+        deadline = time.monotonic() + timeout_s
+        while (left := self.stage_pids()) and time.monotonic() < deadline:
+            time.sleep(0.2)  # looks again; nothing rests on the interval
+        return left
+
     def end(self) -> None:
         """End every process of every node."""
         for node in [*self._nodes, *([self._head] if self._head else [])]:

@@ -1,7 +1,9 @@
 """All the faults. Each is a function that strikes the run of a scene, lets it pass, and gives how many processes and nodes it killed."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from tests.faults.processes import (
@@ -57,6 +59,21 @@ def _commit_lost(scene: Scene) -> int:
         scene.last(150.0, 150.0)
     scene.watcher.lose_commit(scene.chance)
     return 0
+
+
+def _folder_copied_and_moved(scene: Scene) -> int:
+    """The driver is killed, its folder copied, and the copy put in its place: the next driver goes on there."""
+    kills = driver_killed(scene)
+    if left := scene.cluster.stages_left():  # what they are at is theirs until they are gone
+        scene.problems.append(f"stages outlived their driver: {left}")
+    run = Path(scene.driver.output)
+    copied, moved = run.with_name(f"{run.name}-copied"), run.with_name(f"{run.name}-moved")
+    shutil.copytree(run, copied)
+    with scene.watcher.waiting():
+        run.rename(moved)
+        copied.rename(run)
+    shutil.rmtree(moved)
+    return kills
 
 
 # -- the store ------------------------------------------------------------------------------------------------------------
@@ -118,6 +135,7 @@ FAULTS = (
     Fault("weights replaced, a stage killed", weights_replaced, 1, "local"),
     Fault("job stopped", job_stopped, 2),
     Fault("a commit lost", _commit_lost, 2),
+    Fault("the folder copied and moved", _folder_copied_and_moved, 1, "local"),
     Fault("disk full, up to 3 s", _disk_full_briefly, 1, "small disk"),
     Fault("disk full, up to 30 s", _disk_full_long, 1, "small disk"),
     Fault("S3 server restarted", _server_restarted, 1, "s3"),

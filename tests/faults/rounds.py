@@ -240,15 +240,8 @@ class Round:
         self._problems += self._watcher.problems
         if not self._server and self._watcher.refused:
             self._problems.append(f"the disk refused {self._watcher.refused} reads")
-        self._await_no_stages()
-
-    def _await_no_stages(self) -> None:
-        deadline = time.monotonic() + 30
-        while self._cluster.stage_pids():
-            if time.monotonic() > deadline:
-                self._problems.append(f"stages were left behind: {self._cluster.stage_pids()}")
-                return
-            time.sleep(0.2)
+        if left := self._cluster.stages_left():
+            self._problems.append(f"stages were left behind: {left}")
 
     def _close(self) -> None:
         tally = self._tally

@@ -1,6 +1,8 @@
 """What an undisturbed run holds, and a reader that holds a run which is being disturbed against it all the while."""
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -83,6 +85,12 @@ class Watcher:
         self._thread.join(240)
         if self._thread.is_alive():
             self.problems.append("the reader hangs")
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """The reader does not look meanwhile."""
+        with self._look_lock:
+            yield
 
     def lose_commit(self, chance: Random) -> None:
         """Delete the commit of a shard, if any was seen: it may be committed once more."""

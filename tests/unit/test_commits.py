@@ -18,7 +18,7 @@ import torch
 
 from m2ray.activations.job import Counts, read_job, require_same
 from m2ray.activations.json_record import digest
-from m2ray.activations.manifest import write_manifest
+from m2ray.activations.manifest import manifest_file
 from m2ray.activations.reading.reader import open_run
 from m2ray.activations.records import commit_key, committed_shards, read_commit, read_summary
 from m2ray.activations.writing.commits import Run, claim_run, reopen
@@ -240,7 +240,7 @@ def test_a_manifest_that_names_a_file_outside_of_the_run_is_refused(store: Local
     table = pq.read_table(store.path("manifest.parquet"))
     keys = [*table["key"].to_pylist()[:-1], key]
     table = table.set_column(table.schema.get_field_index("key"), table.schema.field("key"), [keys])
-    write_manifest(store, table, read_job(store).run_id)
+    store.put("manifest.parquet", manifest_file(table, read_job(store).run_id))
     with pytest.raises(RunDamagedError, match=r"manifest\.parquet.*names " + re.escape(repr(key))):
         open_run(store.folder)
 
@@ -389,9 +389,7 @@ def test_a_manifest_of_other_attempts_is_written_again(store: LocalStore) -> Non
 
 @pytest.mark.parametrize("cut", [None, 100])
 def test_the_end_refuses_lost_parts_by_name_and_the_same_command_does_their_shards_again(store: LocalStore, cut: int | None) -> None:
-    run = claim_run(store, runs.job(store))
-    for shard in runs.shards():
-        runs.commit_shard(run, shard, "a1")
+    run = committed_run(store)
     lost = store.path(read_commit(store, run.job, 1).parts[2].key)
     whole = lost.read_bytes()
     lost.unlink()
@@ -428,12 +426,11 @@ def test_another_name_of_a_folder_of_parts_is_none_of_the_runs(store: LocalStore
 def test_a_link_in_the_place_of_a_folder_of_parts_is_refused_before_anything_is_deleted(
     store: LocalStore, name: str, tmp_path: Path
 ) -> None:
-    run = runs.finished_run(store)
+    runs.finished_run(store)
     store.path(name).rename(tmp_path / "elsewhere")
     store.path(name).symlink_to(tmp_path / "elsewhere")
-    for begin in (lambda: again(store, "b2"), lambda: reopen(store, run.job, [0])):
-        with pytest.raises(StoreError, match=f"{name} is a link .*in its place"):
-            begin()
+    with pytest.raises(StoreError, match=f"{name} is a link .*in its place"):
+        again(store, "b2")
     assert committed_shards(store) == {0, 1, 2}
     assert read_summary(store)
 
@@ -473,6 +470,63 @@ def test_a_driver_that_stood_still_sweeps_nothing_that_came_to_count_meanwhile(s
     assert kept.attempt == "b2"
     assert all(store.size(part.key) == part.num_bytes for part in kept.parts)
     again(store, "c3")
+    assert_closed(store)
+
+
+def committed_run(store: LocalStore) -> Run:
+    run = claim_run(store, runs.job(store))
+    for shard in runs.shards():
+        runs.commit_shard(run, shard, "a1")
+    return run
+
+
+class StandsStill(LocalStore):
+    """A disk before which a driver stands still once, as it is about to create a certain key, while `meanwhile` happens."""
+
+    def __init__(self, folder: Path, key: str, meanwhile: Callable[[], object]) -> None:
+        super().__init__(folder)
+        self._key, self._meanwhile = key, meanwhile
+
+    def create(self, key: str, data: bytes) -> None:
+        if key == self._key:
+            self._key = ""
+            self._meanwhile()
+        super().create(key, data)
+
+
+def test_the_manifest_of_a_driver_that_stood_still_does_not_replace_a_newer_one(store: LocalStore) -> None:
+    run = committed_run(store)
+
+    def repaired_and_done_again() -> None:
+        reopen(store, run.job, [1])
+        assert again(store, "b2") == [1]
+
+    Run(StandsStill(store.folder, "manifest.parquet", repaired_and_done_again), run.job).finish()
+    assert read_commit(store, run.job, 1).attempt == "b2"
+    assert_closed(store)
+
+
+@pytest.mark.parametrize("key", ["manifest.parquet", "_SUCCESS"])
+def test_a_run_is_not_finished_by_a_driver_that_stood_still_during_a_repair(store: LocalStore, key: str) -> None:
+    run = committed_run(store)
+    with pytest.raises(StageError, match="1 of 3 shards are not committed, the first is 1"):
+        Run(StandsStill(store.folder, key, lambda: reopen(store, run.job, [1])), run.job).finish()
+    assert read_summary(store) is None
+    assert again(store, "b2") == [1]
+    assert_closed(store)
+
+
+def test_an_attempt_that_stood_still_during_a_repair_keeps_its_parts(store: LocalStore) -> None:
+    """It has written all of them when its driver stops; another driver commits the shard, a repair takes that back, and the first goes on."""
+    run = claim_run(store, runs.job(store))
+    receipts = runs.write_shard(store, run.job, runs.shard(1), "a1")
+    other = claim_run(store, run.job)
+    for shard in runs.shards():
+        runs.commit_shard(other, shard, "b2")
+    reopen(store, run.job, [1])
+    assert run.commit(runs.shard(1), "a1", receipts, [(3, 8)], 1.0)
+    run.finish()
+    assert read_commit(store, run.job, 1).attempt == "a1"
     assert_closed(store)
 
 

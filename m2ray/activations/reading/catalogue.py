@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from m2ray.activations.job import JobRecord, read_job
-from m2ray.activations.manifest import manifest_table, read_manifest, receipts_of
+from m2ray.activations.manifest import MANIFEST_KEY, manifest_table, read_manifest, receipts_of
 from m2ray.activations.reading.part_reader import Check, PartReader
 from m2ray.activations.records import committed_shards, read_commits, read_summary
 from m2ray.batches import PartReceipt, PartSpec, SequenceFile
@@ -37,12 +37,13 @@ class Catalogue:
                 f"There is no run at {store.url}: it has no job.json.", "Check the path; a run that still reads its prompts has none yet."
             )
         self.job: JobRecord = job
-        self.summary = read_summary(store)
+        # The end of a run writes the manifest first; without it a run is read by its commits.
+        self.summary = read_summary(store) if store.size(MANIFEST_KEY) is not None else None
         if self.summary is not None:
             self.parts = read_manifest(store, job, self.summary.parts)
         else:
             commits = read_commits(store, job, sorted(committed_shards(store)))
-            self.parts = manifest_table(commit.receipts() for commit in commits)
+            self.parts = manifest_table(commit.columns() for commit in commits)
         self._parts_of: dict[PartSpec, Any] = {}
         self._held: tuple[SequenceFile, Any] | None = None
 

@@ -1,5 +1,6 @@
 """open_run: a run's activations as torch tensors."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,6 +12,7 @@ import numpy.typing as npt
 import pyarrow.compute as pc
 
 from m2ray.activations.job import JobRecord
+from m2ray.activations.manifest import receipts_of
 from m2ray.activations.reading.catalogue import Catalogue
 from m2ray.activations.reading.part_reader import Check
 from m2ray.activations.reading.random_rows import RandomRows
@@ -214,22 +216,22 @@ class RunReader:
         options = StreamOptions(batch_rows, shuffle_buffer_bytes, seed, rank, world_size)
         return ActivationStream(self._catalogue, self._one_layer(), options)
 
-    def mean_norm(self) -> float:
-        """The mean L2 norm of all committed rows of a one-layer view, summed in float64; NaN if there are none.
+    def mean_norm(self, most_rows: int | None = None) -> float:
+        """The mean L2 norm of the committed rows of a one-layer view, summed in float64; NaN if there are none.
 
-        Reads some rows at a time. Raises as `sequence` does.
+        Reads some rows at a time: all of them, or at most `most_rows`, from shards that are spread evenly. Raises as `sequence` does.
         """
         import torch
 
         spec = self._one_layer()
         dtype, total, num_rows = getattr(torch, spec.dtype), 0.0, 0
-        for receipt in self._catalogue.receipts_of(spec):
+        for receipt, rows in self._spread(spec, most_rows):
             pages = self._catalogue.open_part(spec, receipt).pages()
-            for start in range(0, receipt.rows, _NORM_ROWS):
-                bits = np.empty((min(_NORM_ROWS, receipt.rows - start), row_bytes(spec)), np.uint8)
+            for start in range(0, rows, _NORM_ROWS):
+                bits = np.empty((min(_NORM_ROWS, rows - start), row_bytes(spec)), np.uint8)
                 pages.read(start, bits)
                 total += float(torch.linalg.vector_norm(torch.from_numpy(bits).view(dtype).double(), dim=1).sum())
-            num_rows += receipt.rows
+            num_rows += rows
         return total / num_rows if num_rows else float("nan")
 
     # -- inside -------------------------------------------------------------------------------------------------------
@@ -237,6 +239,19 @@ class RunReader:
     @cached_property
     def _random_rows(self) -> RandomRows:
         return RandomRows(self._catalogue, self._one_layer())
+
+    def _spread(self, spec: PartSpec, most_rows: int | None) -> Iterator[tuple[PartReceipt, int]]:
+        """Parts that have rows, and how many of their first ones make no more than `most_rows` in all."""
+        parts = self._catalogue.parts_of(spec)
+        parts = parts.filter(pc.greater(parts["rows"], 0))
+        num_rows = pc.sum(parts["rows"]).as_py() or 0
+        if most_rows is not None and num_rows > most_rows:
+            count = math.ceil(len(parts) * most_rows / num_rows)
+            parts = parts.take([(2 * place + 1) * len(parts) // (2 * count) for place in range(count)])
+            for receipt in receipts_of(parts):
+                yield receipt, min(receipt.rows, most_rows // count)
+        else:
+            yield from ((receipt, receipt.rows) for receipt in receipts_of(parts))
 
     def _one_layer(self) -> PartSpec:
         """The parts of a one-layer view. Raises NotInRunError if it has several layers or sites."""

@@ -87,7 +87,7 @@ def verify(store: Store, *, checksums: bool, threads: int = 8, on_progress: OnPr
         raise StoreError(f"There is no run at {store.url}: it has no job.json.", "Check the path.")
     damages: list[Damage] = []
     stored = [(key, num_bytes) for folder in _FOLDERS for key, num_bytes in store.list(folder)]  # before the commits that name them
-    parts = manifest_table(_receipts_of_commits(store, job, damages))
+    parts = manifest_table(_sound_commits(store, job, damages))
     is_complete = store.size(SUCCESS_KEY) is not None
     if is_complete:
         damages += _damages_of_summary(store, job, parts, commits_are_sound=not damages)
@@ -116,10 +116,10 @@ def _unnamed(
             yield key, num_bytes
 
 
-def _receipts_of_commits(store: Store, job: JobRecord, damages: list[Damage]) -> Iterator[list[PartReceipt]]:
+def _sound_commits(store: Store, job: JobRecord, damages: list[Damage]) -> Iterator[dict[str, list[Any]]]:
     for shard in sorted(committed_shards(store)):
         try:
-            yield read_commit(store, job, shard).receipts()
+            yield read_commit(store, job, shard).columns()
         except RunDamagedError as error:
             damages.append(Damage(commit_key(shard), shard, error.what))
 

@@ -1,17 +1,19 @@
 """Claiming a run, committing its shards and finishing it: who may write what, and when it counts.
 
 A shard counts once its commit exists. That is created only if absent, names the parts of one attempt, and never changes; so
-of any number of drivers one wins each shard, and a kill at any moment leaves a shard whole or absent.
+of any number of drivers one wins each shard, and a kill at any moment leaves a shard whole or absent. Parts are deleted by an attempt
+that lost and by the end of a run alone. tests/protocol holds all of this as a model, whose states are searched.
 """
 
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 from m2ray.activations.job import JOB_KEY, SEQUENCE_FILE, JobRecord, read_job, require_same_job, require_todays_format, utc_now
-from m2ray.activations.manifest import MANIFEST_KEY, lost_parts, manifest_table, read_manifest, write_manifest
+from m2ray.activations.manifest import MANIFEST_KEY, lost_parts, manifest_file, manifest_table, read_manifest
 from m2ray.activations.records import (
     SUCCESS_KEY,
     CommitRecord,
@@ -32,6 +34,7 @@ from m2ray.storage import Store
 __all__ = ["Run", "RunSummary", "claim_run", "read_summary", "reopen"]
 
 _SHOWN_PARTS, _SHOWN_SHARDS = 5, 20
+_TRIES = 3
 _DEFECT = "This is a defect of m2ray: the shard was not committed."
 
 
@@ -66,22 +69,20 @@ def go_on_with(store: Store, recorded: JobRecord) -> "Run":
 def reopen(store: Store, job: JobRecord, shards: Iterable[int]) -> None:
     """Make shards uncommitted again, so that the same command extracts them again. No driver may run. Safe to repeat.
 
-    First the run ceases to be finished, then the shards cease to count, then their parts go: whoever opens the run in between
-    sees whole shards or none. With no shards, only `manifest.parquet` and `_SUCCESS` go, which the next command writes.
+    Their parts stay until that command ends: an attempt of a driver that stood still all the while may still come to count. With no
+    shards, only `manifest.parquet` and `_SUCCESS` go, which the next command writes.
 
     Raises:
         RunConflictError: it is of an older format, whose shards this m2ray does not extract.
         StoreError: something could not be deleted.
     """
     require_todays_format(store, job)
-    numbers = set(shards)
-    named = [(key, parse_part_key(key)) for key in stored_parts(store, job.parts)] if numbers else []
-    _uncommit(store, numbers)
-    store.delete([key for key, name in named if name and name[0] in numbers])
+    _uncommit(store, shards)
 
 
 def _uncommit(store: Store, shards: Iterable[int]) -> None:
-    for key in (SUCCESS_KEY, MANIFEST_KEY, *map(commit_key, sorted(shards))):
+    """In this order: an end of the run that does not see yet that a commit is gone has created `_SUCCESS` before it is deleted here."""
+    for key in (*map(commit_key, sorted(set(shards))), SUCCESS_KEY, MANIFEST_KEY):
         store.delete([key])
 
 
@@ -170,7 +171,7 @@ class Run:
             return []
         was_finished = self.store.size(SUCCESS_KEY) is not None  # asked before the commits are listed: they were all there then
         self._committed = committed_shards(self.store)
-        named = manifest_table(commit.receipts() for commit in self._commits())
+        named = manifest_table(commit.columns() for commit in self._commits())
         # Listed after the commits were read: what they name was there before them.
         damaged = {part.shard for part in lost_parts(named, stored_parts(self.store, self.job.parts))}
         if damaged or (was_finished and len(self._committed) < self.job.num_shards):
@@ -184,12 +185,10 @@ class Run:
         Raises:
             StoreError: something could not be read.
         """
-        recorded = self._recorded()
-        if recorded is None or committed_shards(self.store) != set(range(self.job.num_shards)):
+        summary, manifest = self._recorded()
+        if summary is None or manifest is None or committed_shards(self.store) != set(range(self.job.num_shards)):
             return None
-        summary, manifest = recorded
-        named = dict(zip(manifest["key"].to_pylist(), manifest["num_bytes"].to_pylist(), strict=True))
-        is_swept = stored_parts(self.store, self.job.parts) == named and not self._other_surveys()
+        is_swept = stored_parts(self.store, self.job.parts) == _sizes(manifest) and not self._other_surveys()
         return summary if is_swept else None
 
     def finish(self) -> RunSummary:
@@ -198,55 +197,83 @@ class Run:
         A finished run in which nothing changed since stays as it is. Where commits and records differ, the commits are right.
 
         Raises:
-            StageError: shards are not committed yet.
+            StageError: shards are not committed yet, or are committed anew all the while.
             RunDamagedError: the committed shards do not add up to what job.json says, or a part is gone or has another size.
             StoreError: something could not be written.
         """
-        closed = self.finished()
-        if closed:
-            return closed
+        for _ in range(_TRIES):
+            summary = self.finished() or self._close()
+            if summary:
+                return summary
+        raise StageError("The commits changed while the run was finished: another driver is at it.", "Run the same command again.")
+
+    def _close(self) -> RunSummary | None:
+        """All of the end, once. None if another driver has written the manifest meanwhile, or the commits have changed."""
         was_finished = self.store.size(SUCCESS_KEY) is not None  # asked before the commits are read, which were all there then
-        recorded = self._recorded()
+        recorded, written = self._recorded()
+        has_manifest = self.store.size(MANIFEST_KEY) is not None
         stored = stored_parts(self.store, self.job.parts)  # before the commits are read: what is written later may still come to count
-        self._committed = committed_shards(self.store)
-        absent = [number for number in range(self.job.num_shards) if number not in self._committed]
-        if absent:
-            what = f"{len(absent)} of {self.job.num_shards} shards are not committed, the first is {absent[0]}."
-            raise StageError(what, "Run the same command again: it does the missing ones.")
         ledger: list[CommitRecord] = []
+        self._committed = committed_shards(self.store)
+        self._require_all(was_finished=was_finished)
         manifest = manifest_table(self._receipts(ledger))
         summary = self._account(ledger, manifest["num_bytes"].to_pylist())
         self._require_parts(manifest, stored)
-        if recorded is None or not _say_the_same(recorded, (summary, manifest)):
+        is_written = written is not None and written.equals(manifest)
+        wrong = [SUCCESS_KEY] if was_finished and not (is_written and _say_the_same(recorded, summary)) else []
+        wrong += [MANIFEST_KEY] if has_manifest and not is_written else []
+        for key in wrong:
+            self.store.delete([key])
+        # Created only if absent: of a driver that stood still since it read the commits it must not replace what another one wrote.
+        if not is_written and not self._created(MANIFEST_KEY, manifest_file(manifest, self.job.run_id)):
+            return None
+        self._sweep(stored.keys() - _sizes(manifest).keys())
+        self._created(SUCCESS_KEY, summary.to_json())
+        return summary if self._says(manifest) else None
+
+    def _created(self, key: str, data: bytes) -> bool:
+        try:
+            self.store.create(key, data)
+        except AlreadyExistsError:
+            return False
+        return True
+
+    def _says(self, manifest: Any) -> bool:
+        """Whether the records, and the commits, still say what this manifest says. Commits are read only if a part is there that it does not name."""
+        recorded, written = self._recorded()
+        self._committed = committed_shards(self.store)
+        if recorded is None or written is None or not written.equals(manifest) or len(self._committed) < self.job.num_shards:
+            return False
+        is_swept = stored_parts(self.store, self.job.parts) == _sizes(manifest)
+        return is_swept or bool(manifest_table(self._receipts([])).equals(manifest))
+
+    def _require_all(self, *, was_finished: bool) -> None:
+        """Raise StageError unless every shard is committed; a run that lacks one ceases to be finished."""
+        absent = [number for number in range(self.job.num_shards) if number not in self._committed]
+        if absent:
             if was_finished:
                 self.store.delete([SUCCESS_KEY])
-            write_manifest(self.store, manifest, self.job.run_id)
-        self._sweep(stored.keys() - set(manifest["key"].to_pylist()))
-        try:
-            self.store.create(SUCCESS_KEY, summary.to_json())
-        except AlreadyExistsError:
-            return read_summary(self.store) or summary
-        return summary
+            what = f"{len(absent)} of {self.job.num_shards} shards are not committed, the first is {absent[0]}."
+            raise StageError(what, "Run the same command again: it does the missing ones.")
 
-    def _recorded(self) -> tuple[RunSummary, Any] | None:
-        """What `_SUCCESS` and the manifest say; None where one is absent or damaged: both follow from the commits."""
-        if self.store.size(SUCCESS_KEY) is None or self.store.size(MANIFEST_KEY) is None:
-            return None
-        try:
+    def _recorded(self) -> tuple[RunSummary | None, Any]:
+        """What `_SUCCESS` and the manifest say; None for one that is absent, damaged or another run's: both follow from the commits."""
+        summary = manifest = None
+        with suppress(RunDamagedError):
             summary = read_summary(self.store)
-            manifest = read_manifest(self.store, self.job, summary.parts) if summary else None
-        except RunDamagedError:
-            return None
-        return (summary, manifest) if summary and summary.run_id == self.job.run_id else None
+        if self.store.size(MANIFEST_KEY) is not None:
+            with suppress(RunDamagedError):
+                manifest = read_manifest(self.store, self.job, self.job.num_shards * len(self.job.parts))
+        return (summary if summary and summary.run_id == self.job.run_id else None), manifest
 
     def _commits(self) -> Iterator[CommitRecord]:
         return read_commits(self.store, self.job, sorted(self._committed))
 
-    def _receipts(self, ledger: list[CommitRecord]) -> Iterator[list[PartReceipt]]:
-        """Each shard's receipts; the commits go into `ledger` without their parts, which would fill the memory."""
+    def _receipts(self, ledger: list[CommitRecord]) -> Iterator[dict[str, list[Any]]]:
+        """Each shard's receipts by column; the commits go into `ledger` without their parts, which would fill the memory."""
         for commit in self._commits():
             ledger.append(replace(commit, parts=()))
-            yield commit.receipts()
+            yield commit.columns()
 
     def _require_parts(self, manifest: Any, stored: Mapping[str, int]) -> None:
         """Raise RunDamagedError unless every part is there with its size. Those committed since `stored` was listed are looked at again."""
@@ -300,8 +327,13 @@ class Run:
         return [key for key, _ in self.store.list("sequences") if key not in surveyed and re.fullmatch(SEQUENCE_FILE, key)]
 
 
-def _say_the_same(recorded: tuple[RunSummary, Any], now: tuple[RunSummary, Any]) -> bool:
-    return bool(recorded[1].equals(now[1])) and replace(recorded[0], finished_at=now[0].finished_at) == now[0]
+def _say_the_same(recorded: RunSummary | None, now: RunSummary) -> bool:
+    return recorded is not None and replace(recorded, finished_at=now.finished_at) == now
+
+
+def _sizes(manifest: Any) -> dict[str, int]:
+    """The bytes of each part by its key."""
+    return dict(zip(manifest["key"].to_pylist(), manifest["num_bytes"].to_pylist(), strict=True))
 
 
 def _problems(
