@@ -159,11 +159,12 @@ def require_resumable(store: Store, recorded: JobRecord, here: str = "now") -> N
     require_todays_format(store, recorded)
     differing = differences(recorded.versions, versions(), ROW_PACKAGES)
     if differing:
-        lines = "".join(f"\n  {package}: {there} in the run, {found} {here}" for package, (there, found) in differing.items())
+        lines = [f"{package}: {there} in the run, {found} {here}" for package, (there, found) in differing.items()]
         wanted = ", ".join(f"{package} {there}" for package, (there, _) in differing.items())
         raise RunConflictError(
-            f"The run at {store.url} was begun under other versions, which may make other rows. What differs:{lines}\n",
+            f"The run at {store.url} was begun under other versions, which may make other rows. What differs:",
             f"Go on with it under {wanted}, or give another output. It can be read as it is.",
+            lines,
         )
 
 
@@ -218,14 +219,15 @@ def _refuse_differences(store: Store, there: Mapping[str, Any], here: Mapping[st
         {name: json.dumps(value, ensure_ascii=False, sort_keys=True) for name, value in fields.items()} for fields in (there, here)
     )
     lines = [
-        f"\n  {name}: {recorded.get(name, 'absent')} in the run, {now.get(name, 'absent')} now"
+        f"{name}: {recorded.get(name, 'absent')} in the run, {now.get(name, 'absent')} now"
         for name in dict.fromkeys([*recorded, *now])
         if recorded.get(name) != now.get(name)
     ]
     if lines:
         raise RunConflictError(
-            f"The run at {store.url} was made otherwise. What differs:{''.join(lines)}\n",
+            f"The run at {store.url} was made otherwise. What differs:",
             "Change it back to go on with the run, or give another output.",
+            lines,
         )
 
 

@@ -210,13 +210,13 @@ class _SurveyPass:
     def _too_few(self, options: PromptOptions, num_quarantined: int) -> PromptsError:
         if not self.num_rows:
             return PromptsError(f"The prompts {options.prompts} hold no rows.", "Give at least one prompt.")
-        counted = "".join(f"\n  {count:,} rows: {kind}" for kind, count in self._reasons.most_common(_SHOWN_REASONS))
-        listed = "".join(f"\n  {quarantined}" for quarantined in self._sample)
-        told = f"The reasons:{counted}\nThe first of these rows:{listed}\n"
+        counted = [f"{count:,} rows: {kind}" for kind, count in self._reasons.most_common(_SHOWN_REASONS)]
+        told = [*counted, "The first of these rows:", *self._sample]
         if not len(self._tokens):
-            return PromptsError(f"None of the {self.num_rows:,} rows of {options.prompts} can be used. {told}")
+            return PromptsError(f"None of the {self.num_rows:,} rows of {options.prompts} can be used. The reasons:", "", told)
         return PromptsError(
             f"{num_quarantined:,} of the {self.num_rows:,} rows of {options.prompts} cannot be used, "
-            f"more than quarantine_limit = {options.quarantine_limit} allows. {told}",
+            f"more than quarantine_limit = {options.quarantine_limit} allows. The reasons:",
             "Correct the prompts or the options that they are read by, or raise quarantine_limit.",
+            told,
         )

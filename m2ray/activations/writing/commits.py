@@ -63,11 +63,14 @@ def go_on_with(store: Store, recorded: JobRecord) -> "Run":
     return Run(store, recorded)
 
 
-def reopen(store: Store, job: JobRecord, shards: Iterable[int]) -> None:
+def reopen(store: Store, job: JobRecord, shards: Iterable[int]) -> list[str]:
     """Make shards uncommitted again, so that the same command extracts them again. No driver may run. Safe to repeat.
 
     First the run ceases to be finished, then the shards cease to count, then their parts go: whoever opens the run in between
     sees whole shards or none. With no shards, only `manifest.parquet` and `_SUCCESS` go, which the next command writes.
+
+    Returns:
+        The keys of what was there and is deleted.
 
     Raises:
         RunConflictError: it is of an older format, whose shards this m2ray does not extract.
@@ -76,12 +79,20 @@ def reopen(store: Store, job: JobRecord, shards: Iterable[int]) -> None:
     require_todays_format(store, job)
     numbers = set(shards)
     named = [(key, parse_part_key(key)) for key in stored_parts(store, job.parts)] if numbers else []
+    parts = [key for key, name in named if name and name[0] in numbers]
+    records = [key for key in _that_count(numbers) if store.size(key) is not None]
     _uncommit(store, numbers)
-    store.delete([key for key, name in named if name and name[0] in numbers])
+    store.delete(parts)
+    return records + parts
+
+
+def _that_count(shards: Iterable[int]) -> list[str]:
+    """What says that a run is finished and that shards count, in the order in which it may go."""
+    return [SUCCESS_KEY, MANIFEST_KEY, *map(commit_key, sorted(shards))]
 
 
 def _uncommit(store: Store, shards: Iterable[int]) -> None:
-    for key in (SUCCESS_KEY, MANIFEST_KEY, *map(commit_key, sorted(shards))):
+    for key in _that_count(shards):
         store.delete([key])
 
 
@@ -253,12 +264,13 @@ class Run:
         lost = lost_parts(manifest, stored)
         lost = lost and lost_parts(manifest, stored_parts(self.store, self.job.parts))
         if lost:
-            listed = "".join(f"\n  {self.store.where(part.key)}" for part in lost[:_SHOWN_PARTS])
-            more = f"\n  and {len(lost) - _SHOWN_PARTS:,} more" if len(lost) > _SHOWN_PARTS else ""
+            listed = [self.store.where(part.key) for part in lost[:_SHOWN_PARTS]]
+            more = [f"and {len(lost) - _SHOWN_PARTS:,} more"] if len(lost) > _SHOWN_PARTS else []
             shards = ", ".join(map(str, sorted({part.shard for part in lost})[:_SHOWN_SHARDS]))
             raise RunDamagedError(
-                f"{len(lost):,} of {len(manifest):,} parts are gone or have another size than was committed:{listed}{more}\n",
+                f"{len(lost):,} of {len(manifest):,} parts are gone or have another size than was committed:",
                 f"Run the same extract command again: it extracts their shards again (the first are {shards}).",
+                [*listed, *more],
             )
 
     def _account(self, ledger: Sequence[CommitRecord], bytes_of_parts: Sequence[int]) -> RunSummary:
