@@ -18,6 +18,7 @@ from m2ray.provenance import ROW_PACKAGES, differences, versions
 from m2ray.storage import Store
 
 JOB_KEY = "job.json"
+_OF_A_RUN = ("data/", "_commits/")
 SEQUENCE_FILE = r"sequences/[^/.][^/]*\.parquet"
 
 
@@ -141,9 +142,20 @@ def read_job(store: Store) -> JobRecord | None:
     if store.size(JOB_KEY) is not None:
         return read_record(store, JOB_KEY, _JOB)
     if foreign is not None:
+        if foreign.startswith(_OF_A_RUN):
+            raise moved_away(store)
         what = f"{store.url} is not empty and is no run folder: it holds {foreign} and no {JOB_KEY}."
         raise RunConflictError(what, "Give another output.")
     return None
+
+
+def moved_away(store: Store) -> RunConflictError:
+    """What is said where a run's files are without its job.json: a driver goes on to write below the name by which it knows the folder."""
+    return RunConflictError(
+        f"{store.url} holds files of a run and no {JOB_KEY}: the run's folder was renamed, moved or deleted while a driver was at work.",
+        "Give the folder's new name as output: what was committed there is kept, and the same command does the rest. What lies under the old "
+        "name belongs to no run: delete it, or, to use that name again, move the run back in its place.",
+    )
 
 
 def require_resumable(store: Store, recorded: JobRecord, here: str = "now") -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from m2ray.activations.job import JOB_KEY, SEQUENCE_FILE, JobRecord, read_job, require_same_job, require_todays_format, utc_now
+from m2ray.activations.job import JOB_KEY, SEQUENCE_FILE, JobRecord, moved_away, read_job, require_same_job, require_todays_format, utc_now
 from m2ray.activations.manifest import MANIFEST_KEY, lost_parts, manifest_table, read_manifest, write_manifest
 from m2ray.activations.records import (
     SUCCESS_KEY,
@@ -134,10 +134,13 @@ class Run:
             Whether this attempt is the one that counts. If not, its parts have been deleted.
 
         Raises:
+            RunConflictError: the folder was renamed or deleted meanwhile.
             StageError: parts are missing, doubled, of several attempts, or hold other rows than the shard.
             StoreError: the commit could not be written or read.
         """
         raise_all(_problems(self.job, shard, attempt, receipts, micro_batches))
+        if self.store.size(JOB_KEY) is None:
+            raise moved_away(self.store)
         record = CommitRecord(
             format_version=FORMAT_VERSION,
             run_id=self.job.run_id,
