@@ -5,12 +5,12 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import ray
 
-from m2ray.chain.stopping import sigterm_kept
+from m2ray.chain.stopping import GOES_ON, sigterm_kept
 from m2ray.errors import ClusterError
 from m2ray.storage import remedy_for
 
@@ -23,21 +23,23 @@ def cluster(connect_timeout_s: float) -> Iterator[None]:
     user may enter: Ray opens its own folder to everybody, so that lies in one which it does not know.
 
     Raises:
-        ClusterError: the named cluster does not answer, or refuses the token; or none can be started here.
+        ClusterError: the named cluster does not answer, or refuses the token; or none can be started here; or it fails later.
     """
-    if os.environ.get("RAY_ADDRESS"):
-        _join(connect_timeout_s)
-        try:
-            yield
-        finally:
-            ray.shutdown()
-        return
-    with _private_folder() as folder:
-        try:
+    with ExitStack() as stack:
+        if os.environ.get("RAY_ADDRESS"):
+            stack.callback(ray.shutdown)
+            _join(connect_timeout_s)
+        else:
+            folder = stack.enter_context(_private_folder())
+            stack.callback(ray.shutdown)
             _start(folder / "ray")
+        try:
             yield
-        finally:
-            ray.shutdown()
+        except ray.exceptions.RayError as error:  # Ray itself is gone: a stage's failure is handled where it happens
+            raise ClusterError(
+                f"Ray failed: {(str(error).strip() or type(error).__name__).splitlines()[0]}",
+                f"Often a node ran out of memory, or has no room left in /dev/shm or the temporary folder: m2ray doctor tells. {GOES_ON}",
+            ) from error
 
 
 @contextmanager

@@ -150,7 +150,7 @@ def test_repair_names_what_it_deleted(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     store = LocalStore(folder)
     run = runs.finished_run(store)
-    part = sorted((folder / "data").rglob("*.parquet"))[0]
+    part = min((folder / "data").rglob("*.parquet"))
     part.write_bytes(part.read_bytes()[:-9])
     before = {key for key, _ in store.list("")}
     told = CliRunner().invoke(main, ["verify", str(folder), "--repair"])
