@@ -31,7 +31,7 @@ def command(ctx: click.Context, /, address: str | None, model: str | None, outpu
     nodes: list[NodeFacts] = []
     silent: dict[str, str] = {}
     try:
-        nodes, silent = look(address, model, output)
+        nodes, silent = look(address, None if model_bytes is None else model, output)  # of what cannot be opened no node reads faster
     except ClusterError as error:  # the model's problems are told all the same
         findings.append(Finding("cluster", "problem", address or "cluster", error.what, error.remedy))
     findings += [

@@ -16,7 +16,7 @@ _TYPES = pa.types
 
 
 def row_sizes(batch: Any, columns: Sequence[str]) -> Mapping[str, Int64Array]:
-    """Bytes of each row's value of each column, int64 [rows]. Takes memory for views and runs, which are written out for it."""
+    """Bytes of each row's value of each column, int64 [rows]. Takes memory for texts in views and for runs, which are written out for it."""
     return {name: _sizes(batch.column(name)) for name in columns}
 
 
@@ -37,7 +37,7 @@ def _plain(column: Any) -> Any:
         return _plain(pc.run_end_decode(column))
     if _TYPES.is_string_view(kind) or _TYPES.is_binary_view(kind):
         return column.cast(pa.large_binary())
-    return column.cast(pa.large_list(kind.value_type)) if _TYPES.is_list_view(kind) or _TYPES.is_large_list_view(kind) else column
+    return column
 
 
 def _nothing(column: Any) -> Int64Array:
@@ -66,6 +66,13 @@ def _lists(column: Any) -> Int64Array:
     if _TYPES.is_primitive(column.type.value_type):
         return np.diff(offsets) * _NUMBER_BYTES
     return _summed(_sizes(column.values), offsets)
+
+
+def _views(column: Any) -> Int64Array:
+    """Lists of which several may be made of the same elements."""
+    sums = np.append(0, np.cumsum(_sizes(column.values) + _NUMBER_BYTES))
+    begins = _numpy(column.offsets)
+    return np.where(column.is_valid().to_numpy(zero_copy_only=False), sums[begins + _numpy(column.sizes)] - sums[begins], 0)
 
 
 def _maps(column: Any) -> Int64Array:
@@ -99,4 +106,5 @@ _KINDS: tuple[tuple[Callable[[Any], bool], Callable[[Any], Int64Array]], ...] = 
     (_TYPES.is_map, _maps),
     (lambda kind: _TYPES.is_list(kind) or _TYPES.is_large_list(kind), _lists),
     (_TYPES.is_fixed_size_list, _fixed_lists),
+    (lambda kind: _TYPES.is_list_view(kind) or _TYPES.is_large_list_view(kind), _views),
 )

@@ -72,11 +72,13 @@ class Renderer:
                 return answers
         except (EOFError, OSError):
             pass
+        else:
+            self._process.kill()
+        self._process.join()  # its exit code says why
         return None
 
     def _why_it_ended(self) -> RefusedError:
-        self._process.join(1.0)
-        if self._process.exitcode in (None, -signal.SIGPROF):
+        if self._process.exitcode == -signal.SIGPROF:
             return RefusedError(f"the chat template took longer than template_timeout_s = {self._timeout_s:g}")
         return RefusedError(f"the chat template ended its process (exit code {self._process.exitcode})")
 

@@ -26,8 +26,8 @@ class Patience(NamedTuple):
 AT_WORK = Patience(60, 180)
 """Below the five minutes after which a signed request would be refused: a retry has the first request's signature."""
 
-LOOKING = Patience(20, 7)
-"""An answer within 30 s, for a person who only looks."""
+LOOKING = Patience(10, 4)
+"""For a person who only looks: an answer within 30 s, of two stores too."""
 
 _PATIENCE: ContextVar[Patience] = ContextVar("patience", default=AT_WORK)
 _CONNECT_TIMEOUT_S = 5

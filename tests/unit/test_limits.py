@@ -112,7 +112,7 @@ def test_an_index_that_lies(index: Any, words: str, tmp_path: Path) -> None:
     ("fields", "words"),
     [
         pytest.param({"num_hidden_layers": 0}, "0 decoder layers", id="none"),
-        pytest.param({"num_hidden_layers": -3}, "-3 decoder layers", id="negative"),
+        pytest.param({"num_hidden_layers": -3}, "-3", id="negative"),
         pytest.param({"num_hidden_layers": 100_000}, "num_hidden_layers = 100000, more than 1000", id="100,000"),
         pytest.param({"num_hidden_layers": 10**12}, "num_hidden_layers = 1000000000000", id="10^12"),
         pytest.param({"num_hidden_layers": 10**4000}, r"num_hidden_layers = 10+\.\.\.0+, more than", id="4,000 digits"),

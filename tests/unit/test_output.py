@@ -160,7 +160,8 @@ class ClosedTerminal(io.StringIO):
     def write(self, text: str) -> int:
         raise OSError(errno.EIO, "Input/output error")
 
-    flush = write  # type: ignore[assignment]
+    def flush(self) -> None:
+        self.write("")
 
     def isatty(self) -> bool:
         return True
