@@ -71,6 +71,9 @@ class ExtractConfig(BaseModel):
         {}, description="For every chat's template: {enable_thinking = false} in TOML, JSON as a flag; a row's chat_template_kwargs win."
     )
     template_date: Day | Auto = _rows("auto", description="The day that chat templates are told; auto: the UTC day on which the run began.")
+    template_timeout_s: Annotated[float, Field(gt=0)] = _rows(
+        10.0, description="Seconds of the processor that a chat template may take for a row; rows that take longer are quarantined."
+    )
     layers: NonEmpty = _rows("all", description='Layers to extract: "all", "0", "0-5", "0,7,20-61".')
     sites: Literal["residual"] = _rows("residual", description="What to capture at each layer.")
     compute_dtype: Literal["bfloat16", "float16", "float32"] = _rows("bfloat16", description="Dtype of weights and arithmetic.")

@@ -1,26 +1,47 @@
 """The errors a user sees: what went wrong, with which value, and what to do about it.
 
-Every class takes the same two strings, so that an instance survives pickling between Ray processes unchanged.
+Every class takes the same values, so that an instance survives pickling between Ray processes unchanged.
 """
 
 from collections.abc import Sequence
 
+_LONGEST = 4000
+_SHOWN_DETAILS = 30
+
+
+def shown(text: str) -> str:
+    """A text as one line for terminals and logs: what is not printable (control characters, line ends, marks that turn the direction of
+    writing, lone surrogates) as Python's escapes, and what is far too long without its middle.
+    """
+    if len(text) > _LONGEST:
+        text = f"{text[: _LONGEST // 2]} ... ({len(text):,} characters) ... {text[-_LONGEST // 4 :]}"
+    if text.isprintable():
+        return text
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
+
 
 class M2rayError(Exception):
-    """Something the user can act on.
+    """Something the user can act on. Whatever its words hold of text from outside, it is shown without control characters.
 
     Args:
         what: what went wrong, with the offending value.
         remedy: what to do about it; may be empty where `what` says it all.
+        details: what belongs below `what`, each on a line of its own; many are cut.
+
+    Attributes:
+        what, remedy: as they are shown: `what` with its details, one line else.
     """
 
-    def __init__(self, what: str, remedy: str = "") -> None:
-        super().__init__(what, remedy)
-        self.what = what
-        self.remedy = remedy
+    def __init__(self, what: str, remedy: str = "", details: Sequence[str] = ()) -> None:
+        super().__init__(what, remedy, tuple(details))
+        lines = list(details[:_SHOWN_DETAILS])
+        if len(details) > _SHOWN_DETAILS:
+            lines.append(f"and {len(details) - _SHOWN_DETAILS:,} lines more")
+        self.what = "\n  ".join(map(shown, [what, *lines]))
+        self.remedy = shown(remedy)
 
     def __str__(self) -> str:
-        return f"{self.what} {self.remedy}".rstrip()
+        return f"{self.what}{chr(10) if chr(10) in self.what else ' '}{self.remedy}".rstrip()
 
 
 class ConfigError(M2rayError):
@@ -81,5 +102,5 @@ def raise_all(problems: Sequence[M2rayError]) -> None:
         raise problems[0]
     kinds = {type(problem) for problem in problems}
     kind = kinds.pop() if len(kinds) == 1 else M2rayError
-    listed = "".join(f"\n  {number}. {problem}" for number, problem in enumerate(problems, 1))
-    raise kind(f"{len(problems)} problems were found:{listed}")
+    lines = [line for number, problem in enumerate(problems, 1) for line in f"{number}. {problem}".split("\n")]
+    raise kind(f"{len(problems)} problems were found:", "", lines)

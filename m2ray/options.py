@@ -16,6 +16,8 @@ from m2ray.config import ExtractConfig, OffloadTo, Transport
 from m2ray.sizes import MaxMemory
 from m2ray.storage import local_folder
 
+TEMPLATE_TIMEOUT_S = 10.0
+
 WRITER_QUEUE_BYTES = 2 << 30
 """Captured bytes that may wait for the store, a stage."""
 
@@ -32,6 +34,7 @@ class PromptOptions:
         template_options: variables of every chat's template.
         special_tokens: what is put around a text; "add_where_absent" is what "auto" comes to where the tokenizer adds any.
         template_date: the day that chat templates are told, UTC; None where none is.
+        template_timeout_s: processor time that a chat template may take for a row; None where there is none.
         quarantine_limit: the share of the rows, 0 to 1, that may be quarantined.
     """
 
@@ -47,6 +50,7 @@ class PromptOptions:
     add_generation_prompt: bool = False
     template_options: Mapping[str, Any] = field(default_factory=dict)
     template_date: date | None = None
+    template_timeout_s: float | None = TEMPLATE_TIMEOUT_S
     quarantine_limit: float = 1.0
 
     @classmethod
@@ -66,6 +70,7 @@ class PromptOptions:
             add_generation_prompt=config.add_generation_prompt,
             template_options=config.template_options,
             template_date=given or (date.fromisoformat(recorded_date) if recorded_date else datetime.now(UTC).date()),
+            template_timeout_s=config.template_timeout_s,
             quarantine_limit=config.quarantine_limit,
         )
 

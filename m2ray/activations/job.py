@@ -18,6 +18,7 @@ from m2ray.provenance import ROW_PACKAGES, differences, versions
 from m2ray.storage import Store
 
 JOB_KEY = "job.json"
+_OF_A_RUN = ("data/", "_commits/")
 SEQUENCE_FILE = r"sequences/[^/.][^/]*\.parquet"
 
 
@@ -141,9 +142,20 @@ def read_job(store: Store) -> JobRecord | None:
     if store.size(JOB_KEY) is not None:
         return read_record(store, JOB_KEY, _JOB)
     if foreign is not None:
+        if foreign.startswith(_OF_A_RUN):
+            raise moved_away(store)
         what = f"{store.url} is not empty and is no run folder: it holds {foreign} and no {JOB_KEY}."
         raise RunConflictError(what, "Give another output.")
     return None
+
+
+def moved_away(store: Store) -> RunConflictError:
+    """What is said where a run's files are without its job.json: a driver goes on to write below the name by which it knows the folder."""
+    return RunConflictError(
+        f"{store.url} holds files of a run and no {JOB_KEY}: the run's folder was renamed, moved or deleted while a driver was at work.",
+        "Give the folder's new name as output: what was committed there is kept, and the same command does the rest. What lies under the old "
+        "name belongs to no run: delete it, or, to use that name again, move the run back in its place.",
+    )
 
 
 def require_resumable(store: Store, recorded: JobRecord, here: str = "now") -> None:
@@ -159,11 +171,12 @@ def require_resumable(store: Store, recorded: JobRecord, here: str = "now") -> N
     require_todays_format(store, recorded)
     differing = differences(recorded.versions, versions(), ROW_PACKAGES)
     if differing:
-        lines = "".join(f"\n  {package}: {there} in the run, {found} {here}" for package, (there, found) in differing.items())
+        lines = [f"{package}: {there} in the run, {found} {here}" for package, (there, found) in differing.items()]
         wanted = ", ".join(f"{package} {there}" for package, (there, _) in differing.items())
         raise RunConflictError(
-            f"The run at {store.url} was begun under other versions, which may make other rows. What differs:{lines}\n",
+            f"The run at {store.url} was begun under other versions, which may make other rows. What differs:",
             f"Go on with it under {wanted}, or give another output. It can be read as it is.",
+            lines,
         )
 
 
@@ -218,14 +231,15 @@ def _refuse_differences(store: Store, there: Mapping[str, Any], here: Mapping[st
         {name: json.dumps(value, ensure_ascii=False, sort_keys=True) for name, value in fields.items()} for fields in (there, here)
     )
     lines = [
-        f"\n  {name}: {recorded.get(name, 'absent')} in the run, {now.get(name, 'absent')} now"
+        f"{name}: {recorded.get(name, 'absent')} in the run, {now.get(name, 'absent')} now"
         for name in dict.fromkeys([*recorded, *now])
         if recorded.get(name) != now.get(name)
     ]
     if lines:
         raise RunConflictError(
-            f"The run at {store.url} was made otherwise. What differs:{''.join(lines)}\n",
+            f"The run at {store.url} was made otherwise. What differs:",
             "Change it back to go on with the run, or give another output.",
+            lines,
         )
 
 

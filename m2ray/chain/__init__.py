@@ -1,8 +1,8 @@
 """The chain of stages on a Ray cluster, and the main path through it.
 
 Ray reads its authentication settings once, when it is imported. A cluster that m2ray starts for itself has token
-authentication on, with a token that never leaves this process and its children; so both are set here, before any module
-of this package imports Ray. A cluster that RAY_ADDRESS names keeps its own settings.
+authentication on, with a token that never leaves this process and its children, and its processes listen on the loopback interface alone; so
+all this is set here, before any module of this package imports Ray. A cluster that RAY_ADDRESS names keeps its own settings.
 
 After a failure nobody asks any more for what the calls in flight gave: Ray is told not to print the trace of each.
 """
@@ -15,5 +15,7 @@ if "ray" not in sys.modules and not os.environ.get("RAY_ADDRESS"):
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     if os.environ["RAY_AUTH_MODE"] == "token":
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    # Ray's word for machines that are never part of a cluster of several: their node's address is 127.0.0.1.
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 
 os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -16,7 +17,7 @@ from m2ray.chain.actor import actor_class
 from m2ray.chain.placement import Reservation
 from m2ray.chain.status import StageStatus
 from m2ray.config import Transport
-from m2ray.errors import ClusterError
+from m2ray.errors import ClusterError, StageError
 from m2ray.model.stage import StageSpec
 from m2ray.planning.memory import window
 
@@ -44,11 +45,15 @@ class Actors:
         self._placement_timeout_s = placement_timeout_s
         # More threads than micro-batches in flight: Ray may hand them over out of order, and each waits its turn.
         self._class = actor_class(window(len(specs)) + 2)
+        self._starting = threading.Lock()
+        self._ended = False
         self.handles: list[Any] = []
 
     def start(self, epoch: int) -> None:
         """Start all, in the epoch that the chain is in."""
-        self.handles = [self._start(index, epoch) for index in range(len(self._specs))]
+        self.handles = []
+        for index in range(len(self._specs)):
+            self._start(index, epoch)
 
     def restart(self, lost: Mapping[int, StageStatus | None], epoch: int) -> bool:
         """Start the lost ones again: where they were, or elsewhere if their node is gone.
@@ -77,6 +82,12 @@ class Actors:
         for actor in self.handles:
             ray.kill(actor)
 
+    def end(self) -> None:
+        """End all for good, from any thread: what another thread is about to start is not started any more."""
+        with self._starting:
+            self._ended = True
+            self.kill()
+
     def _have_come_back(self, lost: Sequence[int], epoch: int) -> bool:
         deadline = time.monotonic() + self._timeout_s + self._placement_timeout_s + START_S
         refs = [self.handles[index].status.remote() for index in lost]
@@ -99,17 +110,22 @@ class Actors:
             ray.kill(self.handles[index])
             if hung is not None:
                 _end_process(hung)
-            self.handles[index] = self._start(index, epoch)
+            self._start(index, epoch)
 
-    def _start(self, index: int, epoch: int) -> Any:
+    def _start(self, index: int, epoch: int) -> None:
+        """Start one and put it in its place. Raises StageError once the chain has ended."""
         specs = self._specs[index]
         room = self._reservation.rooms[index]
-        return self._class.options(
-            num_cpus=room.num_cpus,
-            num_gpus=room.num_gpus,
-            scheduling_strategy=PlacementGroupSchedulingStrategy(*self._reservation.places[index]),
-            runtime_env={"env_vars": {"OMP_NUM_THREADS": str(specs[0].threads)}},
-        ).remote(specs, transport=self._transport, timeout_s=self._timeout_s, epoch=epoch)
+        with self._starting:
+            if self._ended:
+                raise StageError("The chain was ended.")
+            actor = self._class.options(
+                num_cpus=room.num_cpus,
+                num_gpus=room.num_gpus,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(*self._reservation.places[index]),
+                runtime_env={"env_vars": {"OMP_NUM_THREADS": str(specs[0].threads)}},
+            ).remote(specs, transport=self._transport, timeout_s=self._timeout_s, epoch=epoch)
+            self.handles[index : index + 1] = [actor]
 
 
 def _end_process(hung: StageStatus) -> None:

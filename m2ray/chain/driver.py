@@ -241,7 +241,9 @@ class Chain:
             if isinstance(cause, M2rayError):
                 raise cause
             raise ChainLostError(
-                f"{what}. {decision.why}", "Often a node ran out of memory. Run the same command again: finished shards are kept."
+                f"{what}. {decision.why}",
+                "Often a node ran out of memory, or of room in /dev/shm or the temporary folder: m2ray doctor tells. "
+                "Run the same command again: finished shards are kept.",
             )
         if isinstance(cause, StageMemoryError):
             self._batch_tokens = cause.num_sequences * cause.length // 2

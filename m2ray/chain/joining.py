@@ -5,37 +5,72 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import ray
 
-from m2ray.chain.stopping import sigterm_kept
+from m2ray.chain.stopping import GOES_ON, sigterm_kept
 from m2ray.errors import ClusterError
+from m2ray.storage import remedy_for
 
 
 @contextmanager
 def cluster(connect_timeout_s: float) -> Iterator[None]:
     """Join the cluster that RAY_ADDRESS names (in a job: the job's own), or start one on this machine and end it after.
 
+    One that is started here listens on the loopback interface alone (m2ray/chain/__init__.py), and what it keeps lies in a folder that no other
+    user may enter: Ray opens its own folder to everybody, so that lies in one which it does not know.
+
     Raises:
-        ClusterError: the named cluster does not answer, or refuses the token.
+        ClusterError: the named cluster does not answer, or refuses the token; or none can be started here; or it fails later.
     """
-    if os.environ.get("RAY_ADDRESS"):
-        _join(connect_timeout_s)
+    with ExitStack() as stack:
+        if os.environ.get("RAY_ADDRESS"):
+            stack.callback(ray.shutdown)
+            _join(connect_timeout_s)
+        else:
+            folder = stack.enter_context(_private_folder())
+            stack.callback(ray.shutdown)
+            _start(folder / "ray")
         try:
             yield
-        finally:
-            ray.shutdown()
-        return
-    folder = Path(tempfile.mkdtemp(prefix="m2ray-"))
+        except ray.exceptions.RayError as error:  # Ray itself is gone: a stage's failure is handled where it happens
+            raise ClusterError(
+                f"Ray failed: {(str(error).strip() or type(error).__name__).splitlines()[0]}",
+                f"Often a node ran out of memory, or has no room left in /dev/shm or the temporary folder: m2ray doctor tells. {GOES_ON}",
+            ) from error
+
+
+@contextmanager
+def _private_folder() -> Iterator[Path]:
+    """A folder of this user alone, with permission 0700, for as long as the context lasts."""
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="m2ray-"))
+    except OSError as error:
+        place = Path(tempfile.gettempdir())
+        raise ClusterError(f"Ray needs the temporary folder {place}: {error.strerror}.", remedy_for(error, place)) from error
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _start(folder: Path) -> None:
     try:
         with sigterm_kept():
             ray.init(address="local", include_dashboard=False, _temp_dir=str(folder), logging_level="ERROR", log_to_driver=True)
-        yield
-    finally:
-        ray.shutdown()
-        shutil.rmtree(folder, ignore_errors=True)
+    except (OSError, ray.exceptions.RayError, RuntimeError, ValueError) as error:
+        raise ClusterError(
+            f"Ray could not be started on this machine: {error}. {_room(folder)}",
+            "Free space there, or set TMPDIR to a folder of a short name on another disk; then run the same command again.",
+        ) from error
+
+
+def _room(folder: Path) -> str:
+    """What Ray needs room in, and what is left there."""
+    left = [(place, shutil.disk_usage(place).free) for place in (folder.parent.parent, Path("/dev/shm")) if place.is_dir()]  # noqa: S108
+    return f"Free: {', '.join(f'{num_bytes:,} bytes in {place}' for place, num_bytes in left)}."
 
 
 def _join(timeout_s: float) -> None:

@@ -93,14 +93,15 @@ def require_versions(cluster: Cluster) -> None:
     """
     here = {"m2ray": __version__, **versions()}
     lines = [
-        f"\n  node {node.name}: {package} {there}, {wanted} here"
+        f"node {node.name}: {package} {there}, {wanted} here"
         for node in cluster.nodes
         for package, (wanted, there) in differences(here, node.versions, ("m2ray", *ROW_PACKAGES)).items()
     ]
     if lines:
         raise ClusterError(
-            f"Nodes have other versions than this driver:{''.join(lines)}\n",
+            "Nodes have other versions than this driver:",
             "Install the same everywhere (`m2ray doctor` shows all nodes), or use other nodes (node_labels).",
+            lines,
         )
 
 

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, TaskID, TextColumn
 from rich.progress import Progress as Bars
 
 from m2ray.chain.status import RunStatus, StageStatus
+from m2ray.errors import shown
 
 _LINE_EVERY_S = 5.0
 
@@ -22,7 +23,9 @@ class Progress:
         self._console = Console(file=stream or sys.stdout, highlight=False, soft_wrap=True)
         self._bars: Bars | None = None
         if self._console.is_terminal:
-            self._bars = Bars(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[words]}"), console=self._console)
+            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[words]}", markup=False))
+            # What others print meanwhile goes where it would go without the bars: rich would let its colours through.
+            self._bars = Bars(*columns, console=self._console, redirect_stdout=False, redirect_stderr=False)
         self._tasks: dict[str, TaskID] = {}
         self._said_at: dict[str, float] = {}
         self._loading_at: float | None = None
@@ -37,8 +40,8 @@ class Progress:
             self._bars.stop()
 
     def say(self, line: str) -> None:
-        """A line that stays."""
-        self._console.print(line, markup=False)
+        """A line that stays; one only, whatever it holds of text from outside."""
+        self._console.print(shown(line), markup=False, emoji=False)
 
     def surveying(self, rows: int) -> None:
         """Prompt rows read and tokenised so far."""

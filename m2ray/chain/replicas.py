@@ -17,6 +17,7 @@ from m2ray.errors import ClusterError, StoreError
 
 _TICK_S = 0.5
 _FLUSH_S = 2.0
+_JOIN_S = 10.0
 
 
 class Replicas:
@@ -92,4 +93,4 @@ class Replicas:
             stages.close()
         for thread in self._threads:
             if thread.is_alive():
-                thread.join(10.0)
+                thread.join(_JOIN_S)

@@ -253,11 +253,11 @@ class Stages:
             self._unready.add(index)
 
     def close(self) -> None:
-        """Let the writers end, then end the actors."""
+        """Let the writers end, then end the actors for good, also those that another thread is about to start."""
         try:
             _answers_to([actor.close.remote() for actor in self._actors.handles], min(self._timeout_s, _CLOSE_S))
         finally:
-            self._actors.kill()
+            self._actors.end()
 
     def span(self, index: int) -> str:
         """The layers of a stage, in words."""

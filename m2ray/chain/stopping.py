@@ -1,4 +1,6 @@
-"""SIGTERM, which `ray job stop` and Slurm send: the run is asked to stop instead of being ended where it stands."""
+"""SIGTERM, which `ray job stop` and Slurm send, and SIGHUP, which a closed terminal sends: the run is asked to stop instead of being ended
+where it stands.
+"""
 
 import signal
 import threading
@@ -58,16 +60,20 @@ class Stop:
 
 @contextmanager
 def stop_on_sigterm() -> Iterator[Stop]:
-    """A stop that SIGTERM asks for. Outside of the main thread, which alone gets signals, nobody asks for it."""
+    """A stop that SIGTERM asks for, and SIGHUP unless it is ignored, as nohup has it. Outside of the main thread, which alone gets signals,
+    nobody asks for it.
+    """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    before = signal.signal(signal.SIGTERM, stop.ask)
+    heard = [one for one in (signal.SIGTERM, signal.SIGHUP) if one is signal.SIGTERM or signal.getsignal(one) is not signal.SIG_IGN]
+    before = {one: signal.signal(one, stop.ask) for one in heard}
     try:
         yield stop
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for one, handler in before.items():
+            signal.signal(one, handler)
 
 
 @contextmanager

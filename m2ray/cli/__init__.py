@@ -1,5 +1,6 @@
 """The `m2ray` command. Each subcommand has its own file, imported only when it is called."""
 
+import errno
 import importlib
 import traceback
 from typing import Any
@@ -7,16 +8,25 @@ from typing import Any
 import click
 
 from m2ray import __version__
-from m2ray.errors import M2rayError
+from m2ray.cli.output import escaped_output, say
+from m2ray.errors import M2rayError, shown
 
 _COMMANDS = ("plan", "bench", "extract", "submit", "inspect", "verify", "doctor")
 
+_CTRL_C = 130
+"""The exit code of what Ctrl-C ended, as shells have it."""
+
 
 class Command(click.Command):
-    """A subcommand whose m2ray errors end as one paragraph and exit code 1, or as a trace with --debug."""
+    """A subcommand whose m2ray errors end as one paragraph and exit code 1, or as a trace with --debug.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    Args:
+        kept: what is said beside "Stopped by Ctrl-C."
+    """
+
+    def __init__(self, *args: Any, kept: str = "", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._kept = kept
         self.params.append(
             click.Option(["--debug"], is_flag=True, expose_value=False, callback=_remember_debug, help="Show the trace of an error.")
         )
@@ -24,11 +34,23 @@ class Command(click.Command):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except KeyboardInterrupt:
+            click.echo(err=True)  # behind the "^C" of a terminal
+            say(f"Stopped by Ctrl-C. {self._kept}".strip(), err=True)
+            ctx.exit(_CTRL_C)
         except M2rayError as error:
-            if ctx.meta.get("m2ray.debug"):
-                traceback.print_exc()
-            click.secho(f"Error: {error}", fg="red", err=True)
-            ctx.exit(1)
+            self._fail(ctx, str(error))
+        except OSError as error:
+            if error.errno == errno.EPIPE or error.errno is None:  # click ends quietly where nobody reads on
+                raise
+            at = f": {error.filename}" if error.filename else ""
+            self._fail(ctx, shown(f"{error.strerror}{at}. {self._kept}".rstrip()))
+
+    def _fail(self, ctx: click.Context, text: str) -> None:
+        if ctx.meta.get("m2ray.debug"):
+            traceback.print_exc()
+        click.echo(f"Error: {text}", err=True)  # m2ray's own line ends alone
+        ctx.exit(1)
 
 
 def _remember_debug(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
@@ -37,6 +59,17 @@ def _remember_debug(ctx: click.Context, _param: click.Parameter, value: bool) ->
 
 
 class _Commands(click.Group):
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        with escaped_output():
+            return super().main(*args, **kwargs)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:  # while a command's file is imported
+            say("Stopped by Ctrl-C.", err=True)
+            ctx.exit(_CTRL_C)
+
     def list_commands(self, _ctx: click.Context) -> list[str]:
         return list(_COMMANDS)
 

@@ -7,12 +7,13 @@ from dataclasses import asdict
 import click
 
 from m2ray.cli import Command
+from m2ray.cli.output import say
 from m2ray.doctor.checks import Finding, check_nodes
 from m2ray.doctor.cluster import look
 from m2ray.doctor.node_facts import NodeFacts
-from m2ray.errors import ClusterError, M2rayError
+from m2ray.errors import ClusterError, M2rayError, shown
 from m2ray.sizes import parse_bytes
-from m2ray.storage import open_store
+from m2ray.storage import looking, open_store
 
 
 @click.command(cls=Command)
@@ -25,11 +26,12 @@ from m2ray.storage import open_store
 def command(ctx: click.Context, /, address: str | None, model: str | None, output: str | None, in_flight: str, *, as_json: bool) -> None:
     """Look for everything that would stop or slow a run; each problem comes with its remedy. Exit code 1 if there is any."""
     in_flight_bytes = parse_bytes(in_flight, "in_flight")
-    findings, model_bytes = check_model(model) if model else ([], None)
+    with looking():
+        findings, model_bytes = check_model(model) if model else ([], None)
     nodes: list[NodeFacts] = []
     silent: dict[str, str] = {}
     try:
-        nodes, silent = look(address, model, output)
+        nodes, silent = look(address, None if model_bytes is None else model, output)  # of what cannot be opened no node reads faster
     except ClusterError as error:  # the model's problems are told all the same
         findings.append(Finding("cluster", "problem", address or "cluster", error.what, error.remedy))
     findings += [
@@ -80,11 +82,11 @@ def _print(nodes: Sequence[NodeFacts], findings: Sequence[Finding]) -> None:
     for facts in nodes:
         gpus = ", ".join(gpu.name for gpu in facts.hardware.gpus) or "no GPU"
         versions = ", ".join(f"{name} {version}" for name, version in facts.hardware.versions.items())
-        click.echo(f"{facts.hardware.name}: {gpus}; {versions}")
+        say(f"{facts.hardware.name}: {gpus}; {versions}")
     for finding in sorted(findings, key=lambda finding: finding.level == "problem"):  # problems last, where a terminal shows them
-        is_problem = finding.level == "problem"
-        click.secho(f"{finding.level} [{finding.check}] {finding.where}: {finding.what}", fg="red" if is_problem else None)
+        for line in f"{finding.level} [{finding.check}] {shown(finding.where)}: {finding.what}".split("\n"):
+            say(line)
         if finding.remedy:
-            click.echo(f"    {finding.remedy}")
+            say(f"    {finding.remedy}")
     problems = sum(finding.level == "problem" for finding in findings)
     click.echo({0: "No problems.", 1: "1 problem."}.get(problems, f"{problems} problems."))

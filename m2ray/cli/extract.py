@@ -8,6 +8,7 @@ import click
 from pydantic_core import PydanticUndefined
 
 from m2ray.cli import Command
+from m2ray.cli.output import terminal
 from m2ray.config import ExtractConfig
 from m2ray.errors import ConfigError
 
@@ -44,7 +45,7 @@ def require_absolute(config: ExtractConfig) -> None:
             )
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, kept="Committed shards are kept: the same command goes on.")
 @config_options
 @click.option("--in-job", is_flag=True, hidden=True)
 def command(toml_path: Path | None, in_job: bool, **flags: Any) -> None:
@@ -59,5 +60,5 @@ def command(toml_path: Path | None, in_job: bool, **flags: Any) -> None:
     from m2ray.chain.extract import extract
     from m2ray.chain.progress import Progress
 
-    with Progress() as progress:
+    with Progress(terminal()) as progress:
         extract(config, progress)

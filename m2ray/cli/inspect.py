@@ -9,9 +9,10 @@ from rich.console import Console
 from rich.table import Table
 
 from m2ray.activations.reading.reader import RunReader, open_run
-from m2ray.activations.writing.lease import read_holder
+from m2ray.activations.writing.lease import KILLED, read_holder
 from m2ray.cli import Command
-from m2ray.storage import open_store
+from m2ray.cli.output import say
+from m2ray.storage import looking, open_store
 
 _SHOWN_ROWS = 20
 _NORM_ROWS = 4096
@@ -59,41 +60,42 @@ def _part_facts(view: RunReader) -> dict[str, Any]:
 @click.option("--json", "as_json", is_flag=True, help="Everything as one JSON object.")
 def command(run: str, as_json: bool) -> None:
     """Show what the run folder RUN holds: layers, sequences, tokens, files, quarantined rows, mean norms of up to 4,096 rows a layer."""
-    holder = read_holder(open_store(run))
-    facts = describe(open_run(run)) | {"driver": asdict(holder) if holder else None}
+    with looking():
+        holder = read_holder(open_store(run))
+        facts = describe(open_run(run)) | {"driver": asdict(holder) | {"is_dead": holder.is_dead} if holder else None}
     if as_json:
-        click.echo(json.dumps(facts, indent=2, ensure_ascii=False))
+        click.echo(json.dumps(facts, indent=2))
     else:
         _print(facts)
 
 
 def _print(facts: dict[str, Any]) -> None:
-    console = Console(highlight=False, soft_wrap=True)
     shards, sequences, tokens, model = facts["shards"], facts["sequences"], facts["tokens"], facts["model"]
     driver = facts["driver"]
     state = "complete" if facts["complete"] else "not complete: run the same command again to finish it"
     if driver:
         begun = f"{'' if facts['complete'] else 'not '}complete"
-        state = f"{begun}: a driver is at it, process {driver['pid']} on {driver['host']} since {driver['since']}, unless it was killed"
-    console.print(
-        f"{model['model_type']}, {model['num_layers']} layers, hidden size {model['hidden_size']}; begun {facts['created_at']}; {state}"
-    )
+        who = f"process {driver['pid']} on {driver['host']} since {driver['since']}"
+        state = f"{begun}: a driver is at it, {who}, unless it was killed"
+        if driver["is_dead"]:
+            state = f"{begun}: its last driver ({who}) {KILLED}; run the same command again"
+    say(f"{model['model_type']}, {model['num_layers']} layers, hidden size {model['hidden_size']}; begun {facts['created_at']}; {state}")
     for kind, name in facts["names"].items():
-        console.print(f"{kind:<11}{name}", markup=False)
+        say(f"{kind:<11}{name}")
     versions = {"m2ray": facts["m2ray_version"], **facts["versions"]}
-    console.print(f"begun by   {', '.join(f'{package} {version}' for package, version in versions.items())}")
-    console.print(f"shards     {shards['committed']:,} of {shards['all']:,} committed")
-    console.print(f"sequences  {sequences['all']:,} = {sequences['ready']:,} ready + {sequences['quarantined']:,} quarantined")
-    console.print(f"tokens     {tokens['committed']:,} of {tokens['all']:,}")
-    console.print(f"files      {facts['files']:,} with {facts['num_bytes']:,} bytes")
+    say(f"begun by   {', '.join(f'{package} {version}' for package, version in versions.items())}")
+    say(f"shards     {shards['committed']:,} of {shards['all']:,} committed")
+    say(f"sequences  {sequences['all']:,} = {sequences['ready']:,} ready + {sequences['quarantined']:,} quarantined")
+    say(f"tokens     {tokens['committed']:,} of {tokens['all']:,}")
+    say(f"files      {facts['files']:,} with {facts['num_bytes']:,} bytes")
     table = Table("site", "layer", "files", "bytes", "mean norm")
     for fact in facts["layers"]:
         norm = "" if fact["mean_norm"] is None else f"{fact['mean_norm']:.4g}"
         layer = "" if fact["layer"] is None else str(fact["layer"])
         table.add_row(fact["site"], layer, f"{fact['files']:,}", f"{fact['num_bytes']:,}", norm)
-    console.print(table)
+    Console(color_system=None, markup=False).print(table)
     quarantined = facts["quarantined"]
     for row in quarantined[:_SHOWN_ROWS]:
-        console.print(f"quarantined: row {row['row_id']} (sequence {row['sequence_id']}): {row['reason']}", markup=False)
+        say(f"quarantined: row {row['row_id']} (sequence {row['sequence_id']}): {row['reason']}")
     if len(quarantined) > _SHOWN_ROWS:
-        console.print(f"and {len(quarantined) - _SHOWN_ROWS:,} more quarantined rows: --json lists all.")
+        say(f"and {len(quarantined) - _SHOWN_ROWS:,} more quarantined rows: --json lists all.")

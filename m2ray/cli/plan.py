@@ -21,6 +21,7 @@ from m2ray.planning.hardware import Cluster, parse_gpus
 from m2ray.planning.plan import Plan, plan_run
 from m2ray.planning.profile import Profile
 from m2ray.planning.resolve import resolve
+from m2ray.storage import looking
 
 DOES_NOT_FIT = 3
 """The exit code: 0 is for a plan that fits, 1 for an error, 2 for a wrong flag."""
@@ -63,7 +64,8 @@ def command(ctx: click.Context, /, toml_path: Path | None, as_json: bool, **flag
     are those of `m2ray extract`, from CONFIG.toml or flags, and some more. Exit code 0 if it fits, 3 if not.
     """
     config = PlanConfig.from_sources(toml_path, {name: value for name, value in flags.items() if value is not None})
-    plan, checkpoint = make_plan(config)
+    with looking():
+        plan, checkpoint = make_plan(config)
     if as_json:
         from m2ray.planning.report import to_json
 
@@ -130,7 +132,7 @@ def _print(plan: Plan, checkpoint: dict[str, Any], *, chose_batch_tokens: bool) 
 
     from m2ray.planning.layout import render
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, color_system=None)
     console.print(render(plan, chose_batch_tokens=chose_batch_tokens))
     index_bytes, counted_bytes = checkpoint["index_bytes"], plan.weights.disk_bytes
     if checkpoint["source"] == "config":

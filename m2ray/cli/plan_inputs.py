@@ -1,6 +1,5 @@
 """What `m2ray plan` counts on: the model's tensors and dimensions, and the prompts' lengths. No weights are read."""
 
-import json
 import tempfile
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -10,6 +9,7 @@ from m2ray.errors import CheckpointError
 from m2ray.model.attention import resolve_attn_implementation
 from m2ray.model.checkpoint import CONFIG, INDEX, SINGLE_FILE, open_checkpoint, tensor_table, tensor_table_from_config
 from m2ray.model.families import parse_config
+from m2ray.model.limits import MAX_CONFIG_BYTES, MAX_JSON_BYTES, parse_json, read_limited
 from m2ray.model.stage import DTYPES
 from m2ray.options import PromptOptions
 from m2ray.planning.memory import ModelShape
@@ -57,7 +57,7 @@ def read_model(url: str, attn_implementation: str, compute_dtype: str) -> Planne
         checkpoint = open_checkpoint(url)
         config, table = checkpoint.config, tensor_table(checkpoint)
     else:
-        config = parse_config(store.read(config_key))
+        config = parse_config(read_limited(store, config_key, MAX_CONFIG_BYTES))
         table = tensor_table_from_config(config)
         if weight_map:
             _require_all(table, set(weight_map))
@@ -69,15 +69,15 @@ def read_index(store: Store) -> tuple[dict[str, str], int | None]:
     """(file of each tensor, bytes of all as the index sums them up): empty and None without an index. Raises CheckpointError."""
     if store.size(INDEX) is None:
         return {}, None
+    index = parse_json(read_limited(store, INDEX, MAX_JSON_BYTES), INDEX)
     try:
-        index = json.loads(store.read(INDEX))
         weight_map = {str(key): str(file) for key, file in index["weight_map"].items()}
         total = (index.get("metadata") or {}).get("total_size")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return weight_map, None if total is None else int(total)
+    except (ArithmeticError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
-            f"{INDEX} in {store.url} is not a JSON object with a weight_map: {error!r}.", "Copy the file again."
+            f"{INDEX} in {store.url} is not a JSON object with a weight_map and a total size.", "Copy the file again."
         ) from error
-    return weight_map, None if total is None else int(total)
 
 
 def _require_all(table: TensorTable, keys: set[str]) -> None:

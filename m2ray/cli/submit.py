@@ -3,6 +3,7 @@
 import asyncio
 import os
 import shlex
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ import click
 
 from m2ray.cli import Command
 from m2ray.cli.extract import config_options, read_config, require_absolute
+from m2ray.cli.output import say
 from m2ray.errors import ClusterError, ConfigError
 
 _ENTRYPOINT = Path("jobs/extract.py")
+_CTRL_C = 130
 
 
 @click.command(cls=Command)
@@ -39,9 +42,13 @@ def command(toml_path: Path | None, address: str, working_dir: Path, no_wait: bo
     words += [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", *([] if value is True else [value]))]
     client = _client(address)
     job_id: str = client.submit_job(entrypoint=shlex.join(words), runtime_env={"working_dir": str(working_dir.resolve())})
-    click.echo(f"Job {job_id} was submitted to {address}.")
-    if not no_wait:
+    say(f"Job {job_id} was submitted to {address}.")
+    if no_wait:
+        return
+    try:
         sys.exit(_follow(client, job_id))
+    except (KeyboardInterrupt, click.Abort):  # Ctrl-C at the question, or once more
+        sys.exit(_runs_on(job_id))
 
 
 def _client(address: str) -> Any:
@@ -69,13 +76,30 @@ def _follow(client: Any, job_id: str) -> int:
             if click.confirm(f"\nStop job {job_id}? Finished shards are kept either way.", default=False, err=True):
                 client.stop_job(job_id)
                 continue
-            click.echo(f"Job {job_id} runs on. Its log: ray job logs --follow {job_id}", err=True)
-            return 130
+            return _runs_on(job_id)
     info = client.get_job_info(job_id)
-    click.echo(f"Job {job_id}: {str(info.status).lower()}.")
+    say(f"Job {job_id}: {str(info.status).lower()}.")
     if str(info.status) == "SUCCEEDED":
         return 0
-    return int(info.driver_exit_code or 1)
+    return _why_it_failed(info.driver_exit_code, info.message or "")
+
+
+def _runs_on(job_id: str) -> int:
+    click.echo(err=True)
+    say(f"Job {job_id} runs on. Its log: ray job logs --follow {job_id}; to stop it: ray job stop {job_id}", err=True)
+    return _CTRL_C
+
+
+def _why_it_failed(exit_code: int | None, message: str) -> int:
+    """Say what a driver could not say itself. Returns the exit code as a shell has it."""
+    if exit_code is None or exit_code < 0:
+        killed = f"was ended by {signal.Signals(-exit_code).name}" if exit_code else "is gone"
+        why = "" if exit_code else f" ({(message.splitlines() or ['Ray does not say why'])[0]})"
+        say(
+            f"Its driver {killed}{why}: most often a node ran out of memory. Committed shards are kept: submit the same command again.",
+            err=True,
+        )
+    return 1 if exit_code is None else exit_code if exit_code > 0 else 128 - exit_code
 
 
 async def _print_log(client: Any, job_id: str) -> None:

@@ -15,7 +15,8 @@ from m2ray.activations.schema import FORMAT_VERSION
 from m2ray.activations.writing.commits import reopen
 from m2ray.activations.writing.lease import held
 from m2ray.cli import Command
-from m2ray.storage import open_store
+from m2ray.cli.output import say
+from m2ray.storage import looking, open_store
 
 _EVERY_S = 5.0
 _SHOWN_FILES = 20
@@ -35,28 +36,30 @@ def command(ctx: click.Context, run: str, checksums: bool, repair: bool, threads
 
     Names the damaged files, and those that no record names. Ends with exit code 1 if any is damaged, or if a complete run holds other .parquet files.
     """
+    with looking():  # whether it can be reached; what takes hours bears a pause of the store
+        job = read_job(open_store(run))
     store = open_store(run)
     reopened: list[int] = []
-    job = read_job(store)
+    deleted: list[str] = []
     if repair and job:
         require_todays_format(store, job)  # before every byte is read in vain
     with held(store, _tell, _tell) if repair else nullcontext():
         found = verify(store, checksums=checksums, threads=threads, on_progress=_Progress())
         if repair and found.damages and not _written_once(found):
             reopened = list(found.damaged_shards)
-            reopen(store, found.job, reopened)
+            deleted = reopen(store, found.job, reopened)
     if as_json:
-        click.echo(json.dumps(_facts(found, checksums, reopened), indent=2, ensure_ascii=False))
+        click.echo(json.dumps(_facts(found, checksums, reopened, deleted), indent=2))
     else:
-        _print(found, checksums, reopened)
+        _print(found, checksums, reopened, deleted)
     ctx.exit(0 if found.is_sound else 1)
 
 
 def _tell(line: str) -> None:
-    click.echo(line, err=True)
+    say(line, err=True)
 
 
-def _facts(found: Verification, checksums: bool, reopened: list[int]) -> dict[str, object]:
+def _facts(found: Verification, checksums: bool, reopened: list[int], deleted: list[str]) -> dict[str, object]:
     """The stable keys of `--json`."""
     return {
         "run_id": found.job.run_id,
@@ -67,29 +70,31 @@ def _facts(found: Verification, checksums: bool, reopened: list[int]) -> dict[st
         "damaged": [asdict(damage) for damage in found.damages],
         "unnamed": [{"key": key, "num_bytes": num_bytes} for key, num_bytes in found.unnamed],
         "reopened_shards": reopened,
+        "deleted": deleted,
     }
 
 
-def _print(found: Verification, checksums: bool, reopened: list[int]) -> None:
+def _print(found: Verification, checksums: bool, reopened: list[int], deleted: list[str]) -> None:
     for damage in found.damages:
-        click.echo(damage.problem)
+        say(damage.problem)
     depth = "every byte was read" if checksums else "sizes and footers only; --checksums reads every byte"
     state = "complete" if found.is_complete else "not complete"
-    click.echo(f"{found.files:,} files with {found.num_bytes:,} bytes ({depth}); {len(found.damages):,} damaged; the run is {state}.")
+    say(f"{found.files:,} files with {found.num_bytes:,} bytes ({depth}); {len(found.damages):,} damaged; the run is {state}.")
     _print_unnamed(found)
+    if deleted:
+        say(f"Deleted: {len(deleted):,} files, those of the damaged shards and what says that the run is finished:")
+        _print_keys(deleted)
     if found.damaged_shards and found.job.format_version == FORMAT_VERSION:
         listed = ", ".join(map(str, found.damaged_shards))
-        click.echo(
+        say(
             f"Opened again: shards {listed}. Run the same extract command: it extracts them again."
             if reopened
             else f"Shards {listed} can be extracted again: once no driver runs, repeat this with --repair, then run the same extract command."
         )
     elif found.damaged_shards:
-        click.echo(
-            f"The run has format {found.job.format_version}, whose shards this m2ray does not extract again: restore them from a copy."
-        )
+        say(f"The run has format {found.job.format_version}, whose shards this m2ray does not extract again: restore them from a copy.")
     if once := _written_once(found):
-        click.echo(f"Files that are written once, at the start, are damaged ({', '.join(once)}): restore them from a copy before all else.")
+        say(f"Files that are written once, at the start, are damaged ({', '.join(once)}): restore them from a copy before all else.")
 
 
 def _written_once(found: Verification) -> list[str]:
@@ -101,16 +106,20 @@ def _print_unnamed(found: Verification) -> None:
     if not found.unnamed:
         return
     num_bytes = sum(size for _, size in found.unnamed)
-    click.echo(f"{len(found.unnamed):,} files with {num_bytes:,} bytes are named by no record, and do not count:")
-    for key, _ in found.unnamed[:_SHOWN_FILES]:
-        click.echo(f"  {key}")
-    if len(found.unnamed) > _SHOWN_FILES:
-        click.echo(f"  and {len(found.unnamed) - _SHOWN_FILES:,} more: --json lists all")
-    click.echo(
+    say(f"{len(found.unnamed):,} files with {num_bytes:,} bytes are named by no record, and do not count:")
+    _print_keys([key for key, _ in found.unnamed])
+    say(
         "A glob reads them too. The same extract command deletes those that m2ray wrote; the others are yours to remove."
         if found.is_complete
         else "Shards that are not committed yet left them, or are at work: the end of the run deletes those that m2ray wrote."
     )
+
+
+def _print_keys(keys: list[str]) -> None:
+    for key in keys[:_SHOWN_FILES]:
+        say(f"  {key}")
+    if len(keys) > _SHOWN_FILES:
+        say(f"  and {len(keys) - _SHOWN_FILES:,} more: --json lists all")
 
 
 class _Progress:
@@ -125,7 +134,7 @@ class _Progress:
             return
         self._said = now
         rate = num_bytes / (now - self._began) / 1e6
-        click.echo(
+        say(
             f"verify: {files:,} of {all_files:,} files, {num_bytes / 1e9:.1f} of {all_bytes / 1e9:.1f} GB, {rate:,.0f} MB/s",
             err=True,
         )

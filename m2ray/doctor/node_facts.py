@@ -19,7 +19,7 @@ import xxhash
 from m2ray.chain.machine import probe_node
 from m2ray.errors import M2rayError
 from m2ray.planning.hardware import Node
-from m2ray.storage import local_folder, open_store
+from m2ray.storage import local_folder, looking, open_store
 from m2ray.toolchain import triton_problem
 
 READ_BYTES = 512 << 20
@@ -82,6 +82,7 @@ class NodeFacts:
     read_bytes_per_s: float | None = None
 
 
+@looking()
 def look_at_node(name: str | None = None, model: str | None = None, output: str | None = None, marker: str | None = None) -> NodeFacts:
     """Describe this machine. Reads at most READ_BYTES of the model.
 

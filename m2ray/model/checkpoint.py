@@ -4,7 +4,6 @@ Layout: https://huggingface.co/docs/safetensors; `model.safetensors.index.json` 
 file has none.
 """
 
-import json
 import platform
 import threading
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ from m2ray.errors import CheckpointError, M2rayError, StoreError, raise_all
 from m2ray.model.families import parse_config
 from m2ray.model.headers import COPY_AGAIN, FileHeader, TensorHeader, read_file_header
 from m2ray.model.interpreter import without_collector
+from m2ray.model.limits import MAX_CONFIG_BYTES, MAX_FILES, MAX_HEADERS_BYTES, MAX_JSON_BYTES, parse_json, read_limited
 from m2ray.model.skeleton import build_skeleton
 from m2ray.model.tensors import table_of, table_without_weights
 from m2ray.storage import Store, open_store
@@ -127,7 +127,7 @@ def open_checkpoint(url: str) -> Checkpoint:
         raise CheckpointError(
             f"There is no {CONFIG} in {store.url}.", "Give the folder of a downloaded checkpoint: config.json and safetensors."
         )
-    config_text = store.read(CONFIG)
+    config_text = read_limited(store, CONFIG, MAX_CONFIG_BYTES)
     config = parse_config(config_text)
     fingerprint = xxhash.xxh3_128()
     _add(fingerprint, CONFIG, config_text)
@@ -147,6 +147,9 @@ def open_checkpoint(url: str) -> Checkpoint:
             problems.append(problem)
             continue
         _add(fingerprint, f"{file} {files[file].size_bytes}", files[file].raw)
+        if sum(len(header.raw) for header in files.values()) > MAX_HEADERS_BYTES:
+            problems.append(CheckpointError(f"The headers of its files have more than {MAX_HEADERS_BYTES:,} bytes together.", COPY_AGAIN))
+            break
     headers, twice = _join(files)
     return Checkpoint(store, config, headers, fingerprint.hexdigest(), (*problems, *twice), _stale_entries(weight_map, files))
 
@@ -165,13 +168,15 @@ def _read_index(store: Store) -> tuple[dict[str, str], bytes]:
                 "m2ray reads safetensors only: convert pickled weights first.",
             )
         return {}, b""
-    text = store.read(INDEX)
-    try:
-        weight_map = json.loads(text)["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{INDEX} is not a JSON object with a weight_map: {error!r}.", COPY_AGAIN) from error
+    text = read_limited(store, INDEX, MAX_JSON_BYTES)
+    index = parse_json(text, INDEX)
+    if not isinstance(index, dict) or "weight_map" not in index:
+        raise CheckpointError(f"{INDEX} is not a JSON object with a weight_map.", COPY_AGAIN)
+    weight_map = index["weight_map"]
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(file, str) for file in weight_map.values()):
         raise CheckpointError(f"The weight_map of {INDEX} does not map tensors to files.", COPY_AGAIN)
+    if (num_files := len(set(weight_map.values()))) > MAX_FILES:
+        raise CheckpointError(f"{INDEX} names {num_files:,} files, and m2ray reads up to {MAX_FILES:,}.", COPY_AGAIN)
     return weight_map, text
 
 
@@ -180,7 +185,7 @@ def _unsafe_names(weight_map: Mapping[str, str]) -> list[M2rayError]:
     return [
         CheckpointError(f"{INDEX} names {file!r}, which is no safetensors file inside the folder.", COPY_AGAIN)
         for file in sorted(set(weight_map.values()))
-        if not file.endswith(".safetensors") or PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts
+        if not file.endswith(".safetensors") or PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts or "\0" in file
     ]
 
 

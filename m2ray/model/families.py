@@ -1,6 +1,5 @@
 """The model families that m2ray runs, and config.json of one of them as transformers' configuration."""
 
-import json
 from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
@@ -9,6 +8,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from m2ray.errors import CheckpointError, ConfigError, raise_all
+from m2ray.model.limits import parse_json, require_layers, require_sizes, short_repr
 
 VERIFIED = (
     "cohere2",
@@ -67,21 +67,20 @@ def parse_config(text: bytes) -> Any:
     Raises:
         CheckpointError: not JSON, or a model that m2ray does not run; all reasons at once.
     """
-    try:
-        fields = json.loads(text, object_hook=_untagged)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"config.json is not JSON: {error}.", "Copy the file again.") from error
+    fields = parse_json(text, "config.json", _untagged)
     if not isinstance(fields, dict):
         raise CheckpointError("config.json is not a JSON object.", "Copy the file again.")
+    require_sizes(fields)
     model_type = fields.get("model_type")
     if model_type not in VERIFIED:
         raise _unknown_family(model_type)
     fields = {name: value for name, value in fields.items() if name not in CALLER_CHOOSES}
     if not isinstance(fields.get("quantization_config") or {}, dict):
         raise CheckpointError(
-            f"config.json: quantization_config = {fields['quantization_config']!r} is no JSON object.", "Copy the file again."
+            f"config.json: quantization_config = {short_repr(fields['quantization_config'])} is no JSON object.", "Copy the file again."
         )
     config = _read_fields(model_type, fields)
+    require_layers(config)
     raise_all(
         [
             *_contradictory_rope(config, fields),
@@ -140,7 +139,7 @@ def _untagged(fields: dict[str, Any]) -> Any:
 def _read_fields(model_type: str, fields: Mapping[str, Any]) -> Any:
     try:
         return CONFIG_MAPPING[model_type].from_dict(deepcopy(dict(fields)))  # it writes into what is nested
-    except (StrictDataclassError, AttributeError, TypeError, ValueError, KeyError) as error:
+    except (StrictDataclassError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise CheckpointError(f"transformers refuses config.json as a {model_type} configuration: {error}.") from error
 
 
@@ -175,7 +174,7 @@ def _unknown_family(model_type: Any) -> CheckpointError:
     if model_type is None:
         return CheckpointError("config.json has no model_type.", remedy)
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
-        return CheckpointError(f"config.json: transformers knows no model_type {model_type!r}, so m2ray cannot run it.", remedy)
+        return CheckpointError(f"config.json: transformers knows no model_type {short_repr(model_type)}, so m2ray cannot run it.", remedy)
     return CheckpointError(f"config.json: m2ray has not verified model_type {model_type!r} layer by layer, so it does not run it.", remedy)
 
 

@@ -1,6 +1,5 @@
 """What a safetensors file says about itself before any tensor is read: https://huggingface.co/docs/safetensors."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -9,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from m2ray.errors import CheckpointError
+from m2ray.model.limits import MAX_AXES, MAX_JSON_BYTES, MAX_NUMBER, MAX_TENSORS, parse_json, short_repr
 from m2ray.storage import Store
 
 DTYPES = {
@@ -29,7 +29,6 @@ DTYPES = {
     "F32": torch.float32,
     "F64": torch.float64,
 }
-MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 COPY_AGAIN = "Copy the file again."
 
 
@@ -66,13 +65,12 @@ def read_file_header(store: Store, file: str) -> FileHeader:
     if size_bytes is None:
         raise CheckpointError(f"{store.url} has no file {file}.", "Copy the missing file into the folder.")
     raw = _read_raw(store, file, size_bytes)
-    try:
-        entries: Any = json.loads(raw)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"The header of {file} is not JSON: {error}.", COPY_AGAIN) from error
+    entries: Any = parse_json(raw, f"The header of {file}")
     if not isinstance(entries, dict):
         raise CheckpointError(f"The header of {file} is not a JSON object.", COPY_AGAIN)
     entries.pop("__metadata__", None)
+    if len(entries) > MAX_TENSORS:
+        raise CheckpointError(f"The header of {file} names {len(entries):,} tensors, and m2ray reads up to {MAX_TENSORS:,}.", COPY_AGAIN)
     data_start = 8 + len(raw)
     tensors = {key: _parse_entry(file, key, entry, data_start) for key, entry in entries.items()}
     _check_layout(file, tensors, data_start, size_bytes)
@@ -83,8 +81,9 @@ def _read_raw(store: Store, file: str, size_bytes: int) -> bytes:
     if size_bytes < 8:
         raise CheckpointError(f"{file} has {size_bytes} bytes only: it is truncated.", COPY_AGAIN)
     header_bytes = int.from_bytes(store.read_range(file, 0, 8), "little")
-    if header_bytes > MAX_HEADER_BYTES:
-        raise CheckpointError(f"{file} is no safetensors file: it claims a header of {header_bytes} bytes.", COPY_AGAIN)
+    if header_bytes > MAX_JSON_BYTES:
+        what = f"{file} is no safetensors file: it claims a header of {header_bytes} bytes, and m2ray reads up to {MAX_JSON_BYTES}."
+        raise CheckpointError(what, COPY_AGAIN)
     if 8 + header_bytes > size_bytes:
         raise CheckpointError(f"{file} has {size_bytes} bytes, its header alone needs {8 + header_bytes}: it is truncated.", COPY_AGAIN)
     return bytes(store.read_range(file, 8, header_bytes))
@@ -94,12 +93,11 @@ def _parse_entry(file: str, key: str, entry: Any, data_start: int) -> TensorHead
     try:
         dtype_name, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     except (TypeError, KeyError, ValueError) as error:
-        raise CheckpointError(f"{file}: the header's entry for {key!r} is malformed: {entry!r}.", COPY_AGAIN) from error
-    for number in (*shape, begin, end):
-        if not isinstance(number, int) or number < 0:
-            raise CheckpointError(f"{file}: the header's entry for {key!r} has a size that is no count: {entry!r}.", COPY_AGAIN)
-    if dtype_name not in DTYPES:
-        raise CheckpointError(f"{file}: {key!r} is of dtype {dtype_name!r}.", f"m2ray reads {', '.join(DTYPES)}.")
+        raise CheckpointError(f"{file}: the header's entry for {key!r} is malformed: {short_repr(entry)}.", COPY_AGAIN) from error
+    if len(shape) > MAX_AXES or any(type(number) is not int or not 0 <= number <= MAX_NUMBER for number in (*shape, begin, end)):
+        raise CheckpointError(f"{file}: the header's entry for {key!r} has a size that is no count: {short_repr(entry)}.", COPY_AGAIN)
+    if not isinstance(dtype_name, str) or dtype_name not in DTYPES:
+        raise CheckpointError(f"{file}: {key!r} is of dtype {short_repr(dtype_name)}.", f"m2ray reads {', '.join(DTYPES)}.")
     dtype = DTYPES[dtype_name]
     num_bytes = prod(shape) * dtype.itemsize
     if end - begin != num_bytes:

@@ -96,7 +96,7 @@ def build_skeleton(config: Any, compute_dtype: torch.dtype, attn_implementation:
             model = AutoModelForCausalLM.from_config(config, dtype=compute_dtype, attn_implementation=chosen).eval().requires_grad_(False)
     except ImportError as error:
         raise ConfigError(f"attn_implementation = {chosen!r} on this machine: {error}", 'Use "auto" or "eager".') from error
-    except (AssertionError, AttributeError, IndexError, ValueError, TypeError, KeyError) as error:
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         pad = getattr(config, "pad_token_id", None)
         beyond = isinstance(pad, int) and pad >= config.vocab_size
         hint = f" pad_token_id = {pad}, and vocab_size = {config.vocab_size}." if beyond else ""

@@ -1,20 +1,39 @@
 """Rows of Parquet and Arrow as JSON would have them: what other rows' keys added is gone, and JSON text is parsed."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
+import numpy as np
 import pyarrow as pa
 
-from m2ray.prompts.rows import Record
+from m2ray.batches import Int64Array
+from m2ray.prompts.rows import MAX_PROMPT_BYTES, Record
+
+_SMALL_BYTES = 4096
 
 
 class _UnreadableError(ValueError):
     """Stands in a column for a value that is no UTF-8 or no JSON."""
 
 
-def arrow_records(batch: Any, columns: Sequence[str]) -> Iterator[Record]:
-    """The rows of a record batch. What cannot be read is its row's problem."""
+def arrow_records(batch: Any, columns: Sequence[str], sizes: Mapping[str, Int64Array]) -> Iterator[Record]:
+    """The rows of a record batch, and what `row_sizes` says of them. What cannot be read, and what is too long, is its row's problem."""
+    totals = sum(sizes.values(), np.zeros(batch.num_rows, np.int64))
+    start = 0
+    while start < batch.num_rows:
+        fitting = int(np.searchsorted(np.cumsum(totals[start:]), MAX_PROMPT_BYTES, side="right"))
+        if fitting:
+            yield from _records(batch.slice(start, fitting), columns)
+            start += fitting
+        else:
+            small = [name for name in columns if sizes[name][start] <= _SMALL_BYTES]  # the row's id is one
+            values = next(_records(batch.slice(start, 1), small)).values
+            yield Record(values, f"{totals[start]} bytes, more than {MAX_PROMPT_BYTES}")
+            start += 1
+
+
+def _records(batch: Any, columns: Sequence[str]) -> Iterator[Record]:
     cells = {name: _values(batch.column(name)) for name in columns}
     for row in range(batch.num_rows):
         values = {name: column[row] for name, column in cells.items()}

@@ -1,7 +1,7 @@
 """ChatTemplate: messages to text by the model's own template, with a date that does not change overnight."""
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, time
 from types import SimpleNamespace
@@ -12,8 +12,9 @@ from jinja2 import TemplateError
 from transformers.utils import chat_template_utils
 
 from m2ray.errors import PromptsError
-from m2ray.options import PromptOptions
+from m2ray.options import TEMPLATE_TIMEOUT_S, PromptOptions
 from m2ray.prompts.columns import TEMPLATE_OPTIONS
+from m2ray.prompts.rendering import RefusedError, Renderer
 from m2ray.prompts.rows import PromptRow
 
 # What a template written for other messages raises: its own raise_exception(), or Python's errors on their values.
@@ -23,10 +24,6 @@ _CLOCK = "strftime_now"
 """The function that templates ask for the date."""
 
 _NO_TOOLS: list[Any] = []
-
-
-class RefusedError(ValueError):
-    """The reason why a row cannot be rendered."""
 
 
 class ChatTemplate:
@@ -40,6 +37,7 @@ class ChatTemplate:
         self.digest = xxhash.xxh3_128(text.encode()).hexdigest() if text is not None else ""
         self.reads_date = text is not None and _CLOCK in text
         self._reserved = {*inspect.signature(tokenizer.apply_chat_template).parameters, "messages", _CLOCK}
+        self._renderer = Renderer(self.render, options.template_timeout_s or TEMPLATE_TIMEOUT_S)
 
     def require(self) -> None:
         """Raise PromptsError if the model has no chat template, or one whose date cannot be set, or options that none can have."""
@@ -55,8 +53,16 @@ class ChatTemplate:
         if self.reads_date:
             self._require_date()
 
+    def rendered(self, rows: Sequence[PromptRow]) -> Iterator[str | RefusedError]:
+        """The text of each row's messages, or why it has none, from a process of its own with limits. `close` ends it."""
+        return self._renderer.rendered(rows)
+
+    def close(self) -> None:
+        """End that process, if there is one; the next row starts another."""
+        self._renderer.close()
+
     def render(self, row: PromptRow) -> str:
-        """The text of a row's messages. Raises RefusedError."""
+        """The text of a row's messages, in this process and without limits. Raises RefusedError."""
         options = dict(row.template_options or {})
         if taken := sorted(self._reserved & options.keys()):
             raise RefusedError(f"{TEMPLATE_OPTIONS}: {', '.join(map(repr, taken))} cannot be set for one row")

@@ -13,20 +13,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import count, islice
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, cast
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from m2ray.errors import PromptsError
-from m2ray.prompts.arrow_values import arrow_records
 from m2ray.prompts.remote import RemotePath, reading_store
 from m2ray.prompts.rows import MAX_PROMPT_BYTES, Record
-from m2ray.storage import StoreFile
+
+_LONGEST_ROW_BYTES = 4 * MAX_PROMPT_BYTES
+"""Of CSV, all columns together."""
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _PEEKED_ROWS = 1000
-_ARROW_ROWS = 256
+_MOST_COLUMNS = 10_000
 
 
 class PromptFile(ABC):
@@ -57,10 +57,12 @@ class JsonLinesFile(PromptFile):
         for row, record in enumerate(islice(self.records(()), _PEEKED_ROWS)):
             for key in record.values:
                 found.setdefault(key, row)
+            if len(found) > _MOST_COLUMNS:
+                raise PromptsError(f"{self.path} has more than {_MOST_COLUMNS} columns.", "Write its rows with the same few keys.")
         return found
 
     def records(self, columns: Sequence[str]) -> Iterator[Record]:
-        with _reading(self.path), _open(self.path) as file:
+        with reading_file(self.path), _open(self.path) as file:
             lines = _Lines(file)
             for line in lines:
                 yield _parse_json(line, lines.take_problem())
@@ -70,19 +72,20 @@ class CsvFile(PromptFile):
     """Comma-separated values with a header, quoted as in RFC 4180; a quoted value may hold line ends. A wrong quote is a PromptsError."""
 
     def columns(self) -> Mapping[str, int] | None:
-        with _reading(self.path), _open(self.path) as file:
-            return _distinct(self._header(csv.reader(_Lines(file), strict=True)), f"The header of {self.path}")
+        with reading_file(self.path), _open(self.path) as file:
+            return distinct(self._header(csv.reader(_Lines(file), strict=True)), f"The header of {self.path}")
 
     def records(self, columns: Sequence[str]) -> Iterator[Record]:
         # Python's own limit is less than a long prompt. A line that was not cut passes: only a value of several lines is refused for its size.
         csv.field_size_limit(MAX_PROMPT_BYTES + 2)
-        with _reading(self.path), _open(self.path) as file:
+        with reading_file(self.path), _open(self.path) as file:
             lines = _Lines(file)
             reader = csv.reader(lines, strict=True)
             header = self._header(reader)
             lines.take_problem()
             for row in count():
                 line = reader.line_num + 1
+                lines.bytes_left = _LONGEST_ROW_BYTES
                 try:
                     values = next(reader)
                 except StopIteration:
@@ -112,68 +115,19 @@ class TextFile(PromptFile):
         return None
 
     def records(self, columns: Sequence[str]) -> Iterator[Record]:
-        with _reading(self.path), _open(self.path) as file:
+        with reading_file(self.path), _open(self.path) as file:
             lines = _Lines(file)
             for line in lines:
                 yield Record({columns[0]: _without_line_end(line)}, lines.take_problem())
 
 
-class ParquetFile(PromptFile):
-    """Parquet, read page by page."""
-
-    is_read_in_order = False
-
-    def columns(self) -> Mapping[str, int] | None:
-        with _reading(self.path):
-            return _distinct(pq.read_schema(_seekable(self.path)).names, f"The schema of {self.path}")
-
-    def records(self, columns: Sequence[str]) -> Iterator[Record]:
-        with _reading(self.path), pq.ParquetFile(_seekable(self.path), pre_buffer=False) as file:
-            # On this thread alone: as in m2ray/sequences.py.
-            for batch in file.iter_batches(batch_size=_ARROW_ROWS, columns=list(columns), use_threads=False):
-                yield from arrow_records(batch, columns)
-
-
-class ArrowStreamFile(PromptFile):
-    """Arrow's streaming format: what `datasets.Dataset.save_to_disk` writes."""
-
-    is_read_in_order = False
-
-    def columns(self) -> Mapping[str, int] | None:
-        with _reading(self.path), _arrow_file(self.path) as file, pa.ipc.open_stream(file) as stream:
-            return _distinct(stream.schema.names, f"The schema of {self.path}")
-
-    def records(self, columns: Sequence[str]) -> Iterator[Record]:
-        with _reading(self.path), _arrow_file(self.path) as file, pa.ipc.open_stream(file) as stream:
-            for batch in stream:
-                for start in range(0, batch.num_rows, _ARROW_ROWS):
-                    yield from arrow_records(batch.slice(start, _ARROW_ROWS), columns)
-
-
-FORMATS: dict[str, type[PromptFile]] = {
-    ".jsonl": JsonLinesFile,
-    ".jsonl.gz": JsonLinesFile,
-    ".ndjson": JsonLinesFile,
-    ".csv": CsvFile,
-    ".csv.gz": CsvFile,
-    ".txt": TextFile,
-    ".txt.gz": TextFile,
-    ".parquet": ParquetFile,
-}
-
-
-def format_of(path: Path | RemotePath) -> type[PromptFile] | None:
-    """The format that a file's name ends in (".gz" counts with the ending before it), or None."""
-    endings = [ending.lower() for ending in path.suffixes]
-    ending = "".join(endings[-2:]) if endings[-1:] == [".gz"] else "".join(endings[-1:])
-    return FORMATS.get(ending)
-
-
 class _Lines(Iterator[str]):
     """The lines of a file of bytes, with their line ends. Bytes that are no UTF-8 become lone surrogates.
 
-    `cut_quote` says whether a quote was in a line that was too long to be given.
+    `cut_quote` says whether a quote was in a line that was too long to be given; `bytes_left` is what may still be given, for who joins lines.
     """
+
+    bytes_left: float = float("inf")
 
     def __init__(self, file: IO[bytes]) -> None:
         self.cut_quote = False
@@ -185,6 +139,9 @@ class _Lines(Iterator[str]):
         line = self._file.readline(MAX_PROMPT_BYTES + 2)
         if not line:
             raise StopIteration
+        self.bytes_left -= len(line)
+        if self.bytes_left < 0:
+            raise csv.Error(f"it has more than {_LONGEST_ROW_BYTES} bytes")
         if self._is_first:
             line = line.removeprefix(_BYTE_ORDER_MARK)
             self._is_first = False
@@ -209,7 +166,7 @@ class _Lines(Iterator[str]):
             self.cut_quote |= b'"' in piece
 
 
-def _distinct(names: Sequence[str], where: str) -> dict[str, int]:
+def distinct(names: Sequence[str], where: str) -> dict[str, int]:
     """The columns of a file that lists them in its first row. Raises PromptsError where two have one name."""
     doubled = sorted(name for name, times in Counter(names).items() if times > 1)
     if doubled:
@@ -251,17 +208,9 @@ def _open(path: Path | RemotePath) -> IO[bytes]:
     return cast("IO[bytes]", gzip.GzipFile(fileobj=file)) if path.suffix.lower() == ".gz" else file
 
 
-def _seekable(path: Path | RemotePath) -> Path | StoreFile:
-    """What pyarrow reads Parquet from: it asks for whole column chunks, which need no buffer of ours."""
-    return path.file() if isinstance(path, RemotePath) else path
-
-
-def _arrow_file(path: Path | RemotePath) -> Any:
-    return pa.PythonFile(path.open(), mode="r") if isinstance(path, RemotePath) else pa.memory_map(str(path))
-
-
 @contextmanager
-def _reading(path: Path | RemotePath) -> Iterator[None]:
+def reading_file(path: Path | RemotePath) -> Iterator[None]:
+    """Around whatever reads a file: what goes wrong becomes a PromptsError that names it."""
     try:
         with reading_store():
             yield

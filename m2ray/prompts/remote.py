@@ -22,7 +22,7 @@ def reading_store() -> Iterator[None]:
     try:
         yield
     except StoreError as error:
-        raise PromptsError(error.what, error.remedy) from error
+        raise PromptsError(*error.args) from error
 
 
 @dataclass(frozen=True)

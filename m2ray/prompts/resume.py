@@ -88,6 +88,8 @@ def respool(
     except BaseException:
         tokens.close()
         raise
+    finally:
+        tokenizer.close()
     return tokens
 
 

@@ -10,8 +10,10 @@ Message = dict[str, Any]
 Kind = Literal["text", "messages", "input_ids"]
 """What a prompt is given as."""
 
-MAX_PROMPT_BYTES = 16 << 20
-"""Longer rows are quarantined unread: tokenising one takes about a hundred bytes of memory for each of its bytes."""
+MAX_PROMPT_BYTES = 4 << 20
+"""Longer rows are quarantined unread, and so many bytes are tokenised at a time: it takes about a hundred bytes of memory for each."""
+
+_ROW_ID_CHARACTERS = 256
 
 _SPEAKERS = {"human": "user", "gpt": "assistant"}
 _ID_BYTES = 4
@@ -88,6 +90,9 @@ class _BadRowError(ValueError):
 def as_row(record: Record, sequence_id: int, columns: Columns) -> PromptRow:
     """Check a record. It never raises: whatever is wrong with the row becomes its `reason`."""
     row_id = _row_id(record, sequence_id, columns)
+    if len(row_id) > _ROW_ID_CHARACTERS:
+        reason = f"its id has {len(row_id)} characters, more than {_ROW_ID_CHARACTERS}"
+        return PromptRow(sequence_id, row_id[:_ROW_ID_CHARACTERS], reason=reason)
     try:
         if record.problem is not None:
             raise _BadRowError(record.problem)

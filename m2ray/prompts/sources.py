@@ -7,9 +7,11 @@ from typing import Self
 
 from m2ray.errors import PromptsError, raise_all
 from m2ray.options import PromptOptions
+from m2ray.prompts.arrow_files import ArrowStreamFile
 from m2ray.prompts.columns import NAME_ONE, absent_columns, choose_columns
 from m2ray.prompts.fingerprint import Fingerprint
-from m2ray.prompts.readers import FORMATS, ArrowStreamFile, PromptFile, format_of
+from m2ray.prompts.formats import FORMATS, format_of
+from m2ray.prompts.readers import PromptFile
 from m2ray.prompts.remote import PromptPath, find
 from m2ray.prompts.rows import Columns, FileColumns, PromptRow, as_row
 

@@ -6,6 +6,7 @@ from array import array
 from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -13,6 +14,7 @@ import numpy as np
 
 from m2ray.batches import Int32Array
 from m2ray.errors import StoreError
+from m2ray.storage import remedy_for
 
 _ITEM_BYTES = 4
 _BUFFER_BYTES = 1 << 20
@@ -88,7 +90,8 @@ def _naming_disk() -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        folder = Path(tempfile.gettempdir())
         raise StoreError(
-            f"Cannot keep token ids in the temporary folder {tempfile.gettempdir()}: {error.strerror}.",
-            "Free space there, or set TMPDIR to a folder with 4 bytes for each token of the prompts.",
+            f"Cannot keep token ids in the temporary folder {folder}: {error.strerror}.",
+            f"{remedy_for(error, folder)} TMPDIR may name another folder, with 4 bytes for each token of the prompts.".lstrip(),
         ) from error

@@ -12,7 +12,7 @@ from m2ray.batches import Int32Array, Int64Array, SequenceFile
 from m2ray.errors import PromptsError
 from m2ray.options import PromptOptions
 from m2ray.prompts.fingerprint import Fingerprint
-from m2ray.prompts.rows import PromptRow
+from m2ray.prompts.rows import MAX_PROMPT_BYTES, PromptRow
 from m2ray.prompts.shards import WINDOW_ROWS, ShardTable, cut_shards
 from m2ray.prompts.sources import PromptSource
 from m2ray.prompts.spool import TokenSpool
@@ -21,9 +21,9 @@ from m2ray.sequences import SequencesWriter
 from m2ray.storage import Store
 
 _BATCH_ROWS = 1024
-_BATCH_BYTES = 4 << 20
 _SHOWN_REASONS = 5
 _KINDS_OF_REASONS = 1000
+_REASON_CHARACTERS = 500
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,8 @@ def survey(
     except BaseException:
         tokens.close()
         raise
+    finally:
+        tokenizer.close()
 
 
 def prompt_digest(token_ids: Int32Array) -> str:
@@ -103,9 +105,12 @@ def row_batches(rows: Iterable[PromptRow]) -> Iterator[list[PromptRow]]:
     batch: list[PromptRow] = []
     num_bytes = 0
     for row in rows:
+        if batch and num_bytes + row.num_bytes > MAX_PROMPT_BYTES:
+            yield batch
+            batch, num_bytes = [], 0
         batch.append(row)
         num_bytes += row.num_bytes
-        if len(batch) == _BATCH_ROWS or num_bytes >= _BATCH_BYTES or (row.sequence_id + 1) % WINDOW_ROWS == 0:
+        if len(batch) == _BATCH_ROWS or (row.sequence_id + 1) % WINDOW_ROWS == 0:
             yield batch
             batch, num_bytes = [], 0
     if batch:
@@ -169,10 +174,11 @@ class _SurveyPass:
         """Take a batch, which does not cross a window's end."""
         for row, encoded in zip(rows, encoded_rows, strict=True):
             if isinstance(encoded, str):
-                self._window.add(row.row_id, None, 0, encoded)
-                self._count(encoded)
+                reason = encoded[:_REASON_CHARACTERS]  # a template's own words may have any length
+                self._window.add(row.row_id, None, 0, reason)
+                self._count(reason)
                 if len(self._sample) < _SHOWN_REASONS:
-                    self._sample.append(f"row {row.row_id} (place {row.sequence_id}): {encoded}")
+                    self._sample.append(f"row {row.row_id} (place {row.sequence_id}): {reason}")
             else:
                 self._window.add(row.row_id, prompt_digest(encoded), len(encoded), None)
                 self._tokens.append(row.sequence_id, encoded)
@@ -210,13 +216,13 @@ class _SurveyPass:
     def _too_few(self, options: PromptOptions, num_quarantined: int) -> PromptsError:
         if not self.num_rows:
             return PromptsError(f"The prompts {options.prompts} hold no rows.", "Give at least one prompt.")
-        counted = "".join(f"\n  {count:,} rows: {kind}" for kind, count in self._reasons.most_common(_SHOWN_REASONS))
-        listed = "".join(f"\n  {quarantined}" for quarantined in self._sample)
-        told = f"The reasons:{counted}\nThe first of these rows:{listed}\n"
+        counted = [f"{count:,} rows: {kind}" for kind, count in self._reasons.most_common(_SHOWN_REASONS)]
+        told = [*counted, "The first of these rows:", *self._sample]
         if not len(self._tokens):
-            return PromptsError(f"None of the {self.num_rows:,} rows of {options.prompts} can be used. {told}")
+            return PromptsError(f"None of the {self.num_rows:,} rows of {options.prompts} can be used. The reasons:", "", told)
         return PromptsError(
             f"{num_quarantined:,} of the {self.num_rows:,} rows of {options.prompts} cannot be used, "
-            f"more than quarantine_limit = {options.quarantine_limit} allows. {told}",
+            f"more than quarantine_limit = {options.quarantine_limit} allows. The reasons:",
             "Correct the prompts or the options that they are read by, or raise quarantine_limit.",
+            told,
         )

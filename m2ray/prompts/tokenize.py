@@ -1,7 +1,7 @@
 """PromptTokenizer: rows to token ids, by the model's own tokenizer and chat template."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -15,9 +15,10 @@ import xxhash
 from m2ray.batches import Int32Array
 from m2ray.errors import CheckpointError, PromptsError
 from m2ray.options import PromptOptions
-from m2ray.prompts.chat_template import ChatTemplate, RefusedError
+from m2ray.prompts.chat_template import ChatTemplate
 from m2ray.prompts.own_tokenizer import TokenizersRefusalError, own_tokenizer, probed_digest, refusals_named
-from m2ray.prompts.rows import Columns, PromptRow
+from m2ray.prompts.rendering import RefusedError
+from m2ray.prompts.rows import MAX_PROMPT_BYTES, Columns, PromptRow
 from m2ray.prompts.special_tokens import SpecialTokens, SpecialTokensRule
 from m2ray.storage import local_folder, open_store
 
@@ -33,6 +34,8 @@ _VOCABULARY_FILES = (
 _OTHER_FILES = ("added_tokens.json", "merges.txt", "special_tokens_map.json", "tokenizer_config.json")
 _FILES_BESIDE = ("chat_template.jinja", "chat_template.json", "config.json")
 _TEMPLATES_FOLDER = "additional_chat_templates"
+_MAX_FILE_BYTES = 128 << 20
+"""Of one of the tokenizer's files; Gemma 3's tokenizer.json has 33 MB."""
 
 _SHOWN_FIRST, _SHOWN_LAST = 8, 4
 
@@ -71,7 +74,7 @@ class PromptTokenizer:
             digest = _digest_files(folder, model_url)
             try:
                 tokenizer = own_tokenizer(folder)
-            except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RecursionError) as error:
                 raise CheckpointError(
                     f"transformers cannot load the tokenizer of {model_url}: {error}.",
                     "Copy the tokenizer's files again. Tokenizers that need code from the checkpoint are refused.",
@@ -111,6 +114,7 @@ class PromptTokenizer:
             tools_column=columns.tools,
             special_tokens=self.resolved_special_tokens(columns),
             template_date=self._options.template_date if columns.is_messages else None,
+            template_timeout_s=self._options.template_timeout_s if columns.is_messages else None,
         )
 
     def told(self, columns: Columns, first_prompt: Int32Array) -> list[str]:
@@ -144,21 +148,32 @@ class PromptTokenizer:
         if any(row.messages is not None for row in rows):
             self.template.require()
         results: list[Int32Array | str] = [row.reason or "" for row in rows]
-        rendered: dict[int, str] = {}
-        for place, row in enumerate(rows):
-            if row.messages is not None:
-                try:
-                    rendered[place] = self.template.render(row)
-                except RefusedError as error:
-                    results[place] = str(error)
         texts = {place: row.text for place, row in enumerate(rows) if row.text is not None}
-        given = {place: row.token_ids for place, row in enumerate(rows) if row.token_ids is not None}
-        for place, token_ids in given.items():
-            results[place] = self._check(token_ids)
-        for group, tokenized in ((texts, self._tokenize_texts(list(texts.values()))), (rendered, self._tokenize(list(rendered.values())))):
-            for place, found in zip(group, tokenized, strict=True):
-                results[place] = self._check(found)
+        for place, found in zip(texts, self._tokenize_texts(list(texts.values())), strict=True):
+            results[place] = self._check(found)
+        for place, row in enumerate(rows):
+            if row.token_ids is not None:
+                results[place] = self._check(row.token_ids)
+        for place, chat in self._encode_chats({place: row for place, row in enumerate(rows) if row.messages is not None}):
+            results[place] = self._check(chat)
         return results
+
+    def close(self) -> None:
+        """End the process in which chats are rendered, if there is one; the next chat starts another."""
+        self.template.close()
+
+    def _encode_chats(self, rows: Mapping[int, PromptRow]) -> Iterator[tuple[int, list[int] | str]]:
+        """Token ids of chats by their places, or why there are none. A small chat may become a long text: only so much is held at a time."""
+        texts: dict[int, str] = {}
+        for place, text in zip(rows, self.template.rendered(list(rows.values())), strict=True):
+            if isinstance(text, RefusedError):
+                yield place, str(text)
+                continue
+            if sum(map(len, texts.values())) + len(text) > MAX_PROMPT_BYTES:
+                yield from zip(texts, self._tokenize(list(texts.values())), strict=True)
+                texts.clear()
+            texts[place] = text
+        yield from zip(texts, self._tokenize(list(texts.values())), strict=True)
 
     def _tokenize_texts(self, texts: list[str]) -> list[list[int] | str]:
         rule = self._options.special_tokens
@@ -240,10 +255,12 @@ def _digest_files(folder: Path, model_url: str) -> str:
         if not (folder / name).is_file():
             continue
         try:
+            if (num_bytes := (folder / name).stat().st_size) > _MAX_FILE_BYTES:
+                raise ValueError(f"{num_bytes:,} bytes, and m2ray reads up to {_MAX_FILE_BYTES:,}")
             data = (folder / name).read_bytes()
             if name.endswith(".json"):
                 json.loads(data)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise CheckpointError(f"The tokenizer's file {model_url}/{name} is damaged: {error}.", "Copy it again.") from error
         digest.update(f"{name}\0{len(data)}\0".encode())
         digest.update(data)

@@ -5,8 +5,9 @@ from urllib.parse import urlsplit
 
 from m2ray.errors import StoreError
 from m2ray.storage.address import SCHEMES, without_secrets
+from m2ray.storage.connect import looking
 from m2ray.storage.file import StoreFile
-from m2ray.storage.local import LocalStore, local_folder
+from m2ray.storage.local import LocalStore, local_folder, remedy_for
 from m2ray.storage.object_store import ObjectStore
 from m2ray.storage.scratch import scratch
 from m2ray.storage.store import Data, PartSink, Store
@@ -20,7 +21,9 @@ __all__ = [
     "Store",
     "StoreFile",
     "local_folder",
+    "looking",
     "open_store",
+    "remedy_for",
     "scratch",
     "without_secrets",
 ]
@@ -36,6 +39,8 @@ def open_store(url: str | Path) -> Store:
         StoreError: the scheme is not one that m2ray uses, or the URL is malformed or holds a secret.
     """
     text = str(url)
+    if "\0" in text:
+        raise StoreError(f"{without_secrets(text)!r} holds a zero byte, which no path has.", "Check it.")
     folder = local_folder(text)
     if folder is not None:
         return LocalStore(folder)

@@ -76,8 +76,11 @@ def _problem(scheme: str, name: str, value: str) -> M2rayError | None:
     if name in known:
         if not value or (name in _SWITCHES and value not in ("true", "false")):
             return StoreError(f"{name}={value} of an {scheme}:// URL is not {'true or false' if name in _SWITCHES else 'a value'}.")
-        if name == "endpoint" and not re.fullmatch(r"https?://[^/@?#\s]+(/[^@?#\s]*)?", value):
-            return StoreError(f"endpoint={without_secrets(value)} is no URL of a server.", "Write for example endpoint=https://host:9000.")
+        if name == "endpoint":
+            try:
+                require_endpoint(value)
+            except StoreError as problem:
+                return problem
         return None
     if _SECRET.search(name):
         return StoreError(
@@ -85,6 +88,18 @@ def _problem(scheme: str, name: str, value: str) -> M2rayError | None:
             "Put them into the environment: AWS_SECRET_ACCESS_KEY, for example.",
         )
     return StoreError(f"An {scheme}:// URL has no option {name!r}.", f"The options are: {', '.join(known)}.")
+
+
+def require_endpoint(endpoint: str) -> None:
+    """Raise StoreError unless it is the URL of a server and nothing else: a user, a query or a fragment may be credentials, a signature."""
+    if re.search(r"[@?#]", endpoint):
+        raise StoreError(
+            f"The endpoint {without_secrets(endpoint)} comes with a user, a query or a fragment: credentials and signatures do not belong into "
+            "a URL, which every log would show.",
+            "Write for example https://host:9000, and put credentials into the environment: AWS_SECRET_ACCESS_KEY, for example.",
+        )
+    if not re.fullmatch(r"https?://[^/\s]+(/\S*)?", endpoint):
+        raise StoreError(f"The endpoint {without_secrets(endpoint)} is no URL of a server.", "Write for example https://host:9000.")
 
 
 def without_secrets(url: str) -> str:

@@ -20,6 +20,8 @@ from m2ray.storage.scatter import close_rows, scattered
 from m2ray.storage.store import Data, PartSink, Store
 
 _UNFINISHED = "_unfinished"
+_OF_THE_FILE_SYSTEM = "lost+found"
+_ROOM_BYTES = 64 << 20
 _SCATTERED_ROW_BYTES = 1024
 
 
@@ -46,15 +48,43 @@ def _naming(action: str, path: Path) -> Iterator[None]:
     except FileExistsError as error:
         raise AlreadyExistsError(f"{path} exists already.") from error
     except OSError as error:
-        remedies = {
-            errno.EACCES: "Give the user that runs m2ray the permission, or choose another folder.",
-            errno.EPERM: "Give the user that runs m2ray the permission, or choose another folder.",
-            errno.EROFS: "The disk is mounted read-only: choose another folder.",
-            errno.ENOSPC: "The disk is full: free space and run the same command again; finished shards are kept.",
-            errno.ENOENT: "Check the path.",
-        }
         reason = os.strerror(error.errno) if error.errno else str(error)
-        raise StoreError(f"Cannot {action} {path}: {reason}.", remedies.get(error.errno or 0, "")) from error
+        raise StoreError(f"Cannot {action} {path}: {reason}.", remedy_for(error, path)) from error
+
+
+_AGAIN = "and run the same command again; finished shards are kept."
+
+
+def remedy_for(error: OSError, path: Path) -> str:
+    """What helps against what a file system says of `path`; "" where nothing is known to help."""
+    if error.errno == errno.ENOSPC:
+        return _full(path)
+    return {
+        errno.EACCES: "Give the user that runs m2ray the permission, or choose another folder.",
+        errno.EPERM: "Give the user that runs m2ray the permission, or choose another folder.",
+        errno.EROFS: "The disk is mounted read-only: choose another folder.",
+        errno.EDQUOT: f"This user's quota on the disk is used up: free space, or have it raised, {_AGAIN}",
+        errno.ENOENT: "Check the path.",
+        errno.ENAMETOOLONG: "Choose a shorter path.",
+    }.get(error.errno or 0, "")
+
+
+def _full(path: Path) -> str:
+    """A file system has no room for bytes, or none for the names of more files, which is said by the same error."""
+    place = next((folder for folder in (path, *path.parents) if folder.exists()), path)
+    try:
+        found = os.statvfs(place)
+    except OSError:
+        return f"The disk is full: free space {_AGAIN}"
+    free_bytes = found.f_bavail * found.f_frsize
+    if found.f_files and not found.f_favail and free_bytes:
+        return (
+            f"The disk has {free_bytes:,} bytes left, but no inode: it holds {found.f_files:,} files, as many as it can. Delete files there "
+            f"(larger shards make fewer: shard_tokens, in another run) {_AGAIN}"
+        )
+    if free_bytes >= _ROOM_BYTES:
+        return f"The disk has {free_bytes:,} bytes left by now, and had none, or a limit of its own is reached: look at it {_AGAIN}"
+    return f"The disk is full: free space {_AGAIN}"
 
 
 class LocalStore(Store):
@@ -131,6 +161,10 @@ class LocalStore(Store):
                     entries = [(entry, self._is_folder(entry)) for entry in listing]
             except (FileNotFoundError, NotADirectoryError):
                 return
+            except PermissionError:
+                if folder.name == _OF_THE_FILE_SYSTEM:  # at the top of a disk, for its own repair alone: nobody puts prompts or runs there
+                    return
+                raise
         way = above | {(found.st_dev, found.st_ino)}
         if way == above:
             raise StoreError(f"{folder} is one of the folders that it lies in: a link leads round in a circle.", "Remove the link.")

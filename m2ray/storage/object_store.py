@@ -29,7 +29,8 @@ class ObjectStore(Store):
     """One bucket's prefix.
 
     Requests that fail for lack of a server, of an answer or of its strength are repeated with growing pauses; none begins later than
-    three minutes after its first try, and each ends within a minute. Then they fail with StoreError.
+    three minutes after its first try, and each ends within a minute; inside of `connect.looking` both together end within 30 s. Then they
+    fail with StoreError.
 
     Args:
         url: `s3://bucket/folder`, options of `Address` behind a "?".
@@ -37,6 +38,7 @@ class ObjectStore(Store):
     """
 
     def __init__(self, url: str, backend: Any = None) -> None:
+        self._retry_s = connect.patience().retry_s
         if backend is not None:
             self.url = self._base = url
             self._store = backend
@@ -65,7 +67,7 @@ class ObjectStore(Store):
             else:
                 self._read_pieces(key, offset, out)
         except StoreError:
-            if time.monotonic() - begin > connect.RETRY_TIMEOUT_S / 2:  # there was no answer at all
+            if time.monotonic() - begin > self._retry_s / 2:  # there was no answer at all
                 raise
             # Stores answer a range past the end in words of their own.
             found = self.size(key)
@@ -133,7 +135,7 @@ class ObjectStore(Store):
 
         A repeated `create` may find what the first one made: its callers look whether the object is their own.
         """
-        deadline = time.monotonic() + connect.RETRY_TIMEOUT_S  # what obstore has repeated for so long is not begun again
+        deadline = time.monotonic() + self._retry_s  # what obstore has repeated for so long is not begun again
         for pause_s in _PAUSES_S:
             try:
                 send()

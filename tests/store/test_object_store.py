@@ -33,7 +33,7 @@ def proxy(s3: S3Server) -> Iterator[FaultyProxy]:
 @pytest.fixture
 def store(proxy: FaultyProxy, url: str, monkeypatch: pytest.MonkeyPatch) -> Store:
     """Through the proxy, named in the URL: the environment still names the server itself."""
-    monkeypatch.setattr(connect, "REQUEST_TIMEOUT_S", 1)
+    monkeypatch.setattr(connect, "patience", lambda: connect.AT_WORK._replace(request_s=1))
     return open_store(f"{url}?endpoint={proxy.endpoint}&region=us-east-1&virtual_hosted_style=false")
 
 
@@ -136,7 +136,7 @@ def test_an_upload_that_cannot_go_on_is_an_error_and_leaves_nothing(
     url: str, proxy: FaultyProxy, s3: S3Server, monkeypatch: pytest.MonkeyPatch, writes: int
 ) -> None:
     """With one, all pieces are on their way at once, and what becomes of them is told on closing."""
-    monkeypatch.setattr(connect, "RETRY_TIMEOUT_S", 1)
+    monkeypatch.setattr(connect, "patience", lambda: connect.AT_WORK._replace(retry_s=1))
     store = open_store(f"{url}?endpoint={proxy.endpoint}")
     proxy.applies_to = lambda method, path: method == "PUT" and PIECE in path
     proxy.faults = deque(["503"] * 10_000)
@@ -152,7 +152,7 @@ def test_an_upload_that_cannot_go_on_is_an_error_and_leaves_nothing(
 
 
 def test_a_server_that_stays_away_is_an_error_by_the_deadline(url: str, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connect, "RETRY_TIMEOUT_S", 2)
+    monkeypatch.setattr(connect, "patience", lambda: connect.AT_WORK._replace(retry_s=2))
     store = open_store(f"{url}?endpoint={proxy.endpoint}")
     proxy.faults = deque(["503"] * 10_000)
     begin = time.monotonic()
@@ -166,7 +166,7 @@ def test_a_server_that_stays_away_is_an_error_by_the_deadline(url: str, proxy: F
 def test_a_server_that_is_gone_is_an_error_by_the_deadline(
     url: str, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch, operation: str
 ) -> None:
-    monkeypatch.setattr(connect, "RETRY_TIMEOUT_S", 3)
+    monkeypatch.setattr(connect, "patience", lambda: connect.AT_WORK._replace(retry_s=3))
     store = open_store(f"{url}?endpoint={proxy.endpoint}")
     proxy.refuse()
     begin = time.monotonic()

@@ -281,7 +281,7 @@ def test_a_folder_without_a_checkpoint_is_refused(tmp_path: Path, llama: Path) -
 @pytest.mark.parametrize("text", ["{", "[]", '{"weight_map": {}}', '{"weight_map": {"a": 1}}', '{"metadata": {}}'])
 def test_a_malformed_index_is_refused(llama: Path, text: str) -> None:
     (llama / INDEX).write_text(text)
-    with pytest.raises(CheckpointError, match="weight_map"):
+    with pytest.raises(CheckpointError, match="weight_map|is not JSON"):
         open_checkpoint(str(llama))
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from m2ray.activations.job import read_job
-from m2ray.activations.writing.lease import Holder, held, read_holder
+from m2ray.activations.writing.lease import KILLED, Holder, held, read_holder
 from m2ray.errors import M2rayError, RunConflictError, StoreError
 from m2ray.storage import LocalStore
 
@@ -181,7 +181,7 @@ def test_a_driver_killed_on_this_machine_is_outlived_at_once(store: LocalStore) 
     driver = Driver(store)
     with driver.at_work() as is_second:
         assert is_second
-    assert driver.lines == [f"The driver that was at this run is dead ({holder}): this driver takes the run over."]
+    assert driver.lines == [f"The driver that was at this run {KILLED} ({holder}): this driver takes the run over."]
 
 
 def test_a_process_number_in_use_is_a_sign_of_its_first_process_alone(store: LocalStore) -> None:

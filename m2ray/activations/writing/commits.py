@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-from m2ray.activations.job import JOB_KEY, SEQUENCE_FILE, JobRecord, read_job, require_same_job, require_todays_format, utc_now
+from m2ray.activations.job import JOB_KEY, SEQUENCE_FILE, JobRecord, moved_away, read_job, require_same_job, require_todays_format, utc_now
 from m2ray.activations.manifest import MANIFEST_KEY, lost_parts, manifest_file, manifest_table, read_manifest
 from m2ray.activations.records import (
     SUCCESS_KEY,
@@ -66,24 +66,30 @@ def go_on_with(store: Store, recorded: JobRecord) -> "Run":
     return Run(store, recorded)
 
 
-def reopen(store: Store, job: JobRecord, shards: Iterable[int]) -> None:
+def reopen(store: Store, job: JobRecord, shards: Iterable[int]) -> list[str]:
     """Make shards uncommitted again, so that the same command extracts them again. No driver may run. Safe to repeat.
 
     Their parts stay until that command ends: an attempt of a driver that stood still all the while may still come to count. With no
     shards, only `manifest.parquet` and `_SUCCESS` go, which the next command writes.
+
+    Returns:
+        The keys of the records that were there and are deleted.
 
     Raises:
         RunConflictError: it is of an older format, whose shards this m2ray does not extract.
         StoreError: something could not be deleted.
     """
     require_todays_format(store, job)
-    _uncommit(store, shards)
+    return _uncommit(store, shards)
 
 
-def _uncommit(store: Store, shards: Iterable[int]) -> None:
+def _uncommit(store: Store, shards: Iterable[int]) -> list[str]:
     """In this order: an end of the run that does not see yet that a commit is gone has created `_SUCCESS` before it is deleted here."""
-    for key in (*map(commit_key, sorted(set(shards))), SUCCESS_KEY, MANIFEST_KEY):
+    keys = [*map(commit_key, sorted(set(shards))), SUCCESS_KEY, MANIFEST_KEY]
+    deleted = [key for key in keys if store.size(key) is not None]
+    for key in keys:
         store.delete([key])
+    return deleted
 
 
 class Run:
@@ -124,10 +130,13 @@ class Run:
             Whether this attempt is the one that counts. If not, its parts have been deleted.
 
         Raises:
+            RunConflictError: the folder was renamed or deleted meanwhile.
             StageError: parts are missing, doubled, of several attempts, or hold other rows than the shard.
             StoreError: the commit could not be written or read.
         """
         raise_all(_problems(self.job, shard, attempt, receipts, micro_batches))
+        if self.store.size(JOB_KEY) is None:
+            raise moved_away(self.store)
         record = CommitRecord(
             format_version=FORMAT_VERSION,
             run_id=self.job.run_id,
@@ -280,12 +289,13 @@ class Run:
         lost = lost_parts(manifest, stored)
         lost = lost and lost_parts(manifest, stored_parts(self.store, self.job.parts))
         if lost:
-            listed = "".join(f"\n  {self.store.where(part.key)}" for part in lost[:_SHOWN_PARTS])
-            more = f"\n  and {len(lost) - _SHOWN_PARTS:,} more" if len(lost) > _SHOWN_PARTS else ""
+            listed = [self.store.where(part.key) for part in lost[:_SHOWN_PARTS]]
+            more = [f"and {len(lost) - _SHOWN_PARTS:,} more"] if len(lost) > _SHOWN_PARTS else []
             shards = ", ".join(map(str, sorted({part.shard for part in lost})[:_SHOWN_SHARDS]))
             raise RunDamagedError(
-                f"{len(lost):,} of {len(manifest):,} parts are gone or have another size than was committed:{listed}{more}\n",
+                f"{len(lost):,} of {len(manifest):,} parts are gone or have another size than was committed:",
                 f"Run the same extract command again: it extracts their shards again (the first are {shards}).",
+                [*listed, *more],
             )
 
     def _account(self, ledger: Sequence[CommitRecord], bytes_of_parts: Sequence[int]) -> RunSummary:

@@ -27,6 +27,9 @@ from m2ray.storage import Store
 PERIOD_S = 5.0
 """How often a lease is renewed."""
 
+KILLED = "ended without a word: it was killed, most often for lack of memory, which dmesg or journalctl -k of its machine tells"
+"""What became of a driver whose process is gone and whose lease is there."""
+
 _PATIENCE_PERIODS = 4
 _LONGEST_PERIOD_S = 15.0
 _WATCH_S = 0.5
@@ -182,7 +185,7 @@ def _acquire(store: Store, own: Holder, say: Callable[[str], None], *, wait: boo
         now = _watched(store, found)
         if now == found:
             if _create(store, found[0] + 1, own):
-                why = f"The driver that was at this run is dead ({found[1]})" if found[1].is_dead else "None came"
+                why = f"The driver that was at this run {KILLED} ({found[1]})" if found[1].is_dead else "None came"
                 say(f"{why}: this driver takes the run over.")
                 return found[0] + 1, is_second
             refused += 1

@@ -1,0 +1,129 @@
+"""Parquet and Arrow: rows in bounded memory, though a few kilobytes of such a file may be written out as gigabytes."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from m2ray.errors import PromptsError
+from m2ray.prompts.arrow_sizes import row_sizes
+from m2ray.prompts.arrow_values import arrow_records
+from m2ray.prompts.memory import READ_BYTES, limited
+from m2ray.prompts.readers import PromptFile, distinct, reading_file
+from m2ray.prompts.remote import RemotePath
+from m2ray.prompts.rows import Record
+from m2ray.storage import StoreFile
+
+_ROWS = (256, 16, 1)
+"""Rows of Parquet that are decoded at a time; fewer where more do not fit in READ_BYTES."""
+
+_BUFFER_BYTES = 8 << 20
+"""Of a column chunk, which may have gigabytes, is read at a time."""
+
+
+class ParquetFile(PromptFile):
+    """Parquet, read page by page."""
+
+    is_read_in_order = False
+
+    def columns(self) -> Mapping[str, int] | None:
+        with reading_file(self.path), self._opened() as file:
+            return distinct(file.schema_arrow.names, f"The schema of {self.path}")
+
+    def records(self, columns: Sequence[str]) -> Iterator[Record]:
+        with reading_file(self.path), self._opened() as file:
+            for group in range(file.num_row_groups):
+                for batch, sizes in self._batches(file, group, columns):
+                    yield from arrow_records(batch, columns, sizes)
+
+    @contextmanager
+    def _opened(self) -> Iterator[Any]:
+        with reading_file(self.path):
+            try:
+                with limited(READ_BYTES), _system_pool():
+                    file = pq.ParquetFile(_seekable(self.path), pre_buffer=False, buffer_size=_BUFFER_BYTES)
+            except MemoryError as error:
+                raise _too_large(f"The footer of {self.path}", "fewer columns and row groups") from error
+        with file:
+            yield file
+
+    def _batches(self, file: Any, group: int, columns: Sequence[str]) -> Iterator[tuple[Any, Mapping[str, Any]]]:
+        """A row group's rows with their sizes. A few kilobytes may be written out as gigabytes: then fewer rows are decoded at a time."""
+        done = 0
+        for num_rows in _ROWS:
+            try:
+                # On this thread alone: as in m2ray/sequences.py.
+                batches = file.iter_batches(num_rows, [group], list(columns), use_threads=False)
+                row = 0
+                for batch, sizes in _bounded(batches, columns):
+                    known = min(max(done - row, 0), batch.num_rows)  # given before, when more were decoded at a time
+                    row += batch.num_rows
+                    done = max(done, row)
+                    yield batch.slice(known), {name: of_rows[known:] for name, of_rows in sizes.items()}
+            except MemoryError:
+                continue
+            return
+        raise _too_large(f"Row {done} of row group {group} of {self.path}", "smaller pages (data_page_size)")
+
+
+class ArrowStreamFile(PromptFile):
+    """Arrow's streaming format: what `datasets.Dataset.save_to_disk` writes."""
+
+    is_read_in_order = False
+
+    def columns(self) -> Mapping[str, int] | None:
+        with reading_file(self.path), _arrow_file(self.path) as file, pa.ipc.open_stream(file) as stream:
+            return distinct(stream.schema.names, f"The schema of {self.path}")
+
+    def records(self, columns: Sequence[str]) -> Iterator[Record]:
+        with (
+            reading_file(self.path),
+            _arrow_file(self.path) as file,
+            pa.ipc.open_stream(file, memory_pool=pa.system_memory_pool()) as stream,
+        ):
+            try:
+                for batch, sizes in _bounded(stream, columns):
+                    yield from arrow_records(batch, columns, sizes)
+            except MemoryError as error:
+                raise _too_large(f"A record batch of {self.path}", "smaller batches") from error
+
+
+def _bounded(batches: Iterable[Any], columns: Sequence[str]) -> Iterator[tuple[Any, Mapping[str, Any]]]:
+    """Record batches with their rows' sizes. Raises MemoryError where making one takes more than READ_BYTES."""
+    following = iter(batches)
+    while True:
+        with limited(READ_BYTES):
+            batch = next(following, None)
+            if batch is None:
+                return
+            sizes = row_sizes(batch, columns)
+        yield batch, sizes
+
+
+@contextmanager
+def _system_pool() -> Iterator[None]:
+    """What is opened here takes its memory from the system: Arrow's own pool asks for address space far beyond its need."""
+    before = pa.default_memory_pool()
+    pa.set_memory_pool(pa.system_memory_pool())
+    try:
+        yield
+    finally:
+        pa.set_memory_pool(before)
+
+
+def _too_large(what: str, smaller: str) -> PromptsError:
+    return PromptsError(
+        f"{what} takes more than {READ_BYTES:,} bytes of memory to be read.", f"Write the file again with {smaller}, or give JSON lines."
+    )
+
+
+def _seekable(path: Path | RemotePath) -> Path | StoreFile:
+    """What pyarrow reads Parquet from: it has a buffer of its own."""
+    return path.file() if isinstance(path, RemotePath) else path
+
+
+def _arrow_file(path: Path | RemotePath) -> Any:
+    return pa.PythonFile(path.open(), mode="r") if isinstance(path, RemotePath) else pa.memory_map(str(path))
