@@ -65,7 +65,7 @@ def audit(
     config = read_config(folder)
     inexact = why_not_exact(job, sample)
     work = _Work(catalogue, sample, RecordedRows(catalogue), Differences(by_row=not has_router(config)), folder, seed, on_progress)
-    with _threads(job.options["threads_per_stage"] if not inexact else None):
+    with _threads(job.options.get("threads_per_stage") if not inexact else None):
         tokens, tokens_from, remarks = _token_ids(work, prompts, config.vocab_size, exact=not inexact)
         with tokens:
             _by_m2ray(work, tokens, config.hidden_size, exact=not inexact)
@@ -174,8 +174,7 @@ def _by_transformers(work: _Work, tokens: TokenSpool, *, exact: bool) -> list[st
     """
     job, sample, layers = work.catalogue.job, work.sample, sorted(work.parts)
     options, store_dtype = job.options, DTYPES[job.options["store_dtype"]]
-    device_map = "cpu" if exact else "auto"
-    with Reference(work.folder, options["compute_dtype"], options["attn_implementation"], device_map) as reference:
+    with Reference(work.folder, options["compute_dtype"], options["attn_implementation"], on_cpu=exact) as reference:
         kinds: list[tuple[Batch, Sequence[Shard]]] = [("alone", sample.alone())]
         if exact and reference.in_memory:
             kinds.insert(0, ("recorded", sample.micro_batches))

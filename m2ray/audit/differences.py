@@ -15,6 +15,7 @@ By = Literal["transformers", "m2ray"]
 Batch = Literal["alone", "recorded"]
 _NO_NORM = 1e300
 _LISTED = 100
+_AT_ONCE = 2048
 _NAMES = {"transformers": "transformers' own model", "m2ray": "m2ray in other stages"}
 _BATCHES = {"alone": "alone", "recorded": "in its micro-batch"}
 
@@ -32,9 +33,15 @@ class _Layer:
 
     def add(self, ours_NW: torch.Tensor, theirs_NW: torch.Tensor) -> npt.NDArray[np.float64]:
         """Count rows, and give the difference of each."""
+        pieces = zip(ours_NW.split(_AT_ONCE), theirs_NW.split(_AT_ONCE), strict=True)
+        return np.concatenate([np.empty(0), *(self._add(*piece) for piece in pieces)])
+
+    def _add(self, ours_NW: torch.Tensor, theirs_NW: torch.Tensor) -> npt.NDArray[np.float64]:
         same_bits = (ours_NW.view(torch.uint8) == theirs_NW.view(torch.uint8)).all(dim=1).numpy()
         ours_NW, theirs_NW = ours_NW.double(), theirs_NW.double()
-        moved: npt.NDArray[np.float64] = ((ours_NW - theirs_NW).norm(dim=1) / theirs_NW.norm(dim=1)).nan_to_num(nan=_NO_NORM, posinf=_NO_NORM).numpy()
+        moved: npt.NDArray[np.float64] = (
+            ((ours_NW - theirs_NW).norm(dim=1) / theirs_NW.norm(dim=1)).nan_to_num(nan=_NO_NORM, posinf=_NO_NORM).numpy()
+        )
         moved[same_bits] = 0.0
         self.rows += len(moved)
         self.same_bits += int(same_bits.sum())

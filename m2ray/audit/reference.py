@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
+from accelerate.utils import get_max_memory
 from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -26,7 +27,7 @@ class Reference:
         folder: the checkpoint's.
         compute_dtype: "float32", "bfloat16" or "float16".
         attn_implementation: transformers' name of the attention.
-        device_map: "auto", or "cpu" for host memory alone.
+        on_cpu: leave the GPUs alone: then it is host memory, and a temporary folder.
 
     Attributes:
         config: transformers' configuration.
@@ -37,11 +38,11 @@ class Reference:
         CheckpointError: transformers cannot load it, or leaves tensors of its layers without values.
     """
 
-    def __init__(self, folder: str, compute_dtype: str, attn_implementation: str, device_map: str) -> None:
+    def __init__(self, folder: str, compute_dtype: str, attn_implementation: str, *, on_cpu: bool) -> None:
         self.config = read_config(folder)
         self._offload = tempfile.TemporaryDirectory(prefix="m2ray-audit-")
         try:
-            self._model = _load(folder, self.config, compute_dtype, attn_implementation, device_map, self._offload.name)
+            self._model = _load(folder, self.config, compute_dtype, attn_implementation, self._offload.name, on_cpu=on_cpu)
         except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
             self._offload.cleanup()
             raise CheckpointError(f"transformers cannot load {folder}: {' '.join(str(error).split())}.") from error
@@ -90,7 +91,7 @@ def read_config(folder: str) -> Any:
     return config
 
 
-def _load(folder: str, config: Any, compute_dtype: str, attn_implementation: str, device_map: str, offload_folder: str) -> Any:
+def _load(folder: str, config: Any, compute_dtype: str, attn_implementation: str, offload_folder: str, *, on_cpu: bool) -> Any:
     dtype = getattr(torch, compute_dtype)
     with _routers_in_float32(config):
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -99,7 +100,8 @@ def _load(folder: str, config: Any, compute_dtype: str, attn_implementation: str
             # FP8 becomes bfloat16 first, whatever the compute dtype is, as m2ray does
             dtype=torch.bfloat16 if getattr(config, "quantization_config", None) else dtype,
             attn_implementation=attn_implementation,
-            device_map=device_map,
+            device_map="auto",
+            max_memory={"cpu": get_max_memory()["cpu"]} if on_cpu else None,
             offload_folder=offload_folder,
             local_files_only=True,
             trust_remote_code=False,

@@ -179,6 +179,17 @@ def test_rows_of_a_mutant_are_caught(
         assert {each["layer"] for each in audit["compared"] if each["beyond"]} == {3}
 
 
+@pytest.mark.parametrize("mutant", [each for each in OF_LLAMA if each is not layers_of_two_attempts], ids=lambda mutant: mutant.__name__)
+def test_rows_of_a_mutant_on_another_machine_differ_by_more_than_rounding(
+    monkeypatch: pytest.MonkeyPatch, models: dict[str, Path], prompts: Path, tmp_path: Path, mutant: Callable[[Path], RowsOf]
+) -> None:
+    """Layers of two attempts do not: that is all that sets the two apart."""
+    model, options = models["llama"], {"compute-dtype": "float32", "store-dtype": "float32", "computed_on": "NVIDIA H200"}
+    audit = audited(extracted(monkeypatch, model, prompts, tmp_path / "run", mutant(model), **options))
+    assert (audit["passed"], audit["exact"]) == (False, False)
+    assert audit["num_wrong"] > 0
+
+
 @pytest.mark.parametrize("made", [None, as_it_is], ids=["m2ray", "transformers"])
 def test_rows_of_no_mutant_pass(
     monkeypatch: pytest.MonkeyPatch, models: dict[str, Path], prompts: Path, tmp_path: Path, made: Callable[[Path], RowsOf] | None
