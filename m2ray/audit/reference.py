@@ -1,21 +1,27 @@
 """transformers' own whole model of a checkpoint, loaded by transformers and accelerate: none of m2ray's code computes here."""
 
+import json
+import re
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import torch
+from accelerate.hooks import remove_hook_from_module
 from accelerate.utils import get_max_memory
+from safetensors import safe_open
 from torch import nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from m2ray.errors import CheckpointError
 
-_ROUTERS: dict[str, tuple[str, ...]] = {"minimax_m2": ("mlp.gate.weight", "mlp.e_score_correction_bias")}
-"""Tensors that are float32 on disk and that transformers would round, by which other experts are chosen (docs/numerics.md)."""
+_ROUTERS: dict[str, tuple[str, ...]] = {"minimax_m2": ("gate.weight", "e_score_correction_bias")}
+"""Of each layer's `mlp`, tensors that are float32 on disk and that transformers rounds, by which other experts are chosen (docs/numerics.md)."""
+
+_INDEX, _SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
 
 OnLayer = Callable[[int, torch.Tensor], None]
 
@@ -93,21 +99,20 @@ def read_config(folder: str) -> Any:
 
 def _load(folder: str, config: Any, compute_dtype: str, attn_implementation: str, offload_folder: str, *, on_cpu: bool) -> Any:
     dtype = getattr(torch, compute_dtype)
-    with _routers_in_float32(config):
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=config,
-            # FP8 becomes bfloat16 first, whatever the compute dtype is, as m2ray does
-            dtype=torch.bfloat16 if getattr(config, "quantization_config", None) else dtype,
-            attn_implementation=attn_implementation,
-            device_map="auto",
-            max_memory={"cpu": get_max_memory()["cpu"]} if on_cpu else None,
-            offload_folder=offload_folder,
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder,
+        config=config,
+        # FP8 becomes bfloat16 first, whatever the compute dtype is, as m2ray does
+        dtype=torch.bfloat16 if getattr(config, "quantization_config", None) else dtype,
+        attn_implementation=attn_implementation,
+        device_map="auto",
+        max_memory={"cpu": get_max_memory()["cpu"]} if on_cpu else None,
+        offload_folder=offload_folder,
+        local_files_only=True,
+        trust_remote_code=False,
+        use_safetensors=True,
+        output_loading_info=True,
+    )
     of_layers = f"{model.base_model_prefix}."
     lacking = sorted({str(name) for kind in ("missing_keys", "mismatched_keys") for name in info[kind] if str(name).startswith(of_layers)})
     if lacking:
@@ -119,20 +124,47 @@ def _load(folder: str, config: Any, compute_dtype: str, attn_implementation: str
                     f"{name} is kept on a disk in bfloat16, and is to be computed with in {compute_dtype}: it needs more memory"
                 )
             tensor.data = tensor.data.to(dtype)
+    _put_routers_back(model, Path(folder))
     return model.eval().requires_grad_(requires_grad=False)
 
 
-@contextmanager
-def _routers_in_float32(config: Any) -> Iterator[None]:
-    """While a model is loaded, have transformers keep the routers of some families as they are on disk, by its own rule for it."""
-    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    rule = "_keep_in_fp32_modules_strict"
-    before = getattr(model_class, rule, None)
-    setattr(model_class, rule, [*(before or ()), *_ROUTERS.get(config.model_type, ())])
-    try:
-        yield
-    finally:
-        setattr(model_class, rule, before)
+def _put_routers_back(model: Any, folder: Path) -> None:
+    """Give the routers of some families the float32 values that they have on disk."""
+    names = _ROUTERS.get(model.config.model_type, ())
+    if not names:
+        return
+    index = folder / _INDEX
+    file_of = json.loads(index.read_bytes())["weight_map"] if index.exists() else dict.fromkeys(_keys(folder / _SINGLE_FILE), _SINGLE_FILE)
+    wanted = re.compile(rf"model\.layers\.(\d+)\.\w+\.({'|'.join(map(re.escape, names))})")
+    layers, num_put = _decoder_layers(model), 0
+    for key, file in file_of.items():
+        if (found := wanted.fullmatch(key)) and int(found[1]) < len(layers):
+            with safe_open(folder / file, framework="pt") as tensors:
+                value = tensors.get_tensor(key).float()
+            owner, _, name = found[2].rpartition(".")
+            moe: Any = layers[int(found[1])].mlp
+            _put(moe.get_submodule(owner), name, value)
+            num_put += 1
+    if num_put != len(names) * len(layers):
+        raise ValueError(f"it has {num_put} tensors of routers for {len(layers)} layers of {len(names)}")
+
+
+def _keys(file: Path) -> list[str]:
+    with safe_open(file, framework="pt") as tensors:
+        return list(tensors.keys())
+
+
+def _put(owner: nn.Module, name: str, value: torch.Tensor) -> None:
+    """Replace a module's tensor. One that accelerate brings from elsewhere stays on its device from now on: routers are small."""
+    held = getattr(owner, name)
+    device = held.device
+    if held.is_meta:
+        device = owner._hf_hook.execution_device  # type: ignore[union-attr]  # noqa: SLF001 - accelerate's, it has no other name
+        remove_hook_from_module(owner)
+    if isinstance(held, nn.Parameter):
+        setattr(owner, name, nn.Parameter(value.to(device), requires_grad=False))
+    else:
+        setattr(owner, name, value.to(device))
 
 
 def _decoder_layers(model: Any) -> nn.ModuleList:

@@ -17,12 +17,12 @@ from m2ray.batches import CapturedLayer, LayerSpan, MicroBatch
 from m2ray.chain import extract
 from m2ray.chain.probing import Hardware
 from m2ray.cli import main
-from m2ray.model.stage import StageSpec
+from m2ray.model.stage import Stage, StageSpec
 from m2ray.planning.hardware import Cluster, Node
 from m2ray.prompts import micro_batches
 from m2ray.provenance import cpu_kind
 from scripts.make_checkpoint import make_checkpoint
-from tests.reference import DATA, MINIMAX_TINY, chain_rows, load_capturing
+from tests.reference import DATA, MINIMAX_TINY, load_capturing
 
 TOKENIZER = DATA / "prompts" / "tokenizer"
 """It begins every text by <s>."""
@@ -72,7 +72,7 @@ def extracted(
         stage = load_capturing(spec, resolved.layers, resolved.store_dtype)
         hold_weights(work.run.store, work.run.job, stage.digests)
         for shard in work.missing:
-            _commit(work, shard, rows_of or (lambda micro_batch: chain_rows([stage], micro_batch)), computed_on or cpu_kind())
+            _commit(work, shard, rows_of or (lambda micro_batch: rows_of_stage(stage, micro_batch)), computed_on or cpu_kind())
 
     given = {"model": model, "prompts": prompts, "output": run, "shard-tokens": 150, "batch-tokens": 60, **options}
     words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
@@ -82,6 +82,12 @@ def extracted(
         result = CliRunner().invoke(main, ["extract", *words], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return run
+
+
+def rows_of_stage(stage: Stage, micro_batch: MicroBatch) -> list[torch.Tensor]:
+    """What a stage from layer 0 on captures."""
+    captured = stage.forward(micro_batch, None).captured
+    return [torch.from_numpy(each.rows).view(getattr(torch, part.dtype)).clone() for part, each in zip(stage.parts, captured, strict=True)]
 
 
 def _commit(work: Any, shard: Any, rows_of: RowsOf, computed_on: str) -> None:

@@ -17,7 +17,6 @@ from m2ray.audit.tolerance import bound
 from m2ray.cli import main
 from m2ray.storage import LocalStore
 from tests.reference import other_weights
-from tests.unit import activation_runs as runs
 from tests.unit.audited_runs import audited, extracted, make_model, verify, write_prompts
 
 FLOAT32 = {"compute-dtype": "float32", "store-dtype": "float32"}
@@ -78,22 +77,21 @@ def test_rows_of_another_machine_are_held_to_rounding(
 # -- what is drawn -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_seed_decides_which_sequences_are_drawn(tmp_path: Path) -> None:
-    runs.finished_run(LocalStore(tmp_path / "run"))
-    catalogue = Catalogue(LocalStore(tmp_path / "run"))
+def test_a_seed_decides_which_sequences_are_drawn(run: Path) -> None:
+    catalogue = Catalogue(LocalStore(run))
     drawn = [draw(catalogue, 0.3, seed) for seed in (0, 0, 1)]
     ids = [sample.sequence_ids.tolist() for sample in drawn]
     assert ids[0] == ids[1] != ids[2]
-    assert [len(each) for each in ids] == [3, 3, 3]
-    ready = sorted(number for numbers in runs.SHARD_SEQUENCES for number in numbers)
+    assert [len(each) for each in ids] == [5, 5, 5]
     everything = draw(catalogue, 1.0, 5)
-    assert (everything.sequence_ids.tolist(), everything.of_sequences) == (ready, len(ready))
-    assert [batch.sequence_ids.tolist() for batch in everything.micro_batches] == [[0, 4], [5, 9], [1, 3], [11], [7, 8], [10]]
-    assert len(draw(catalogue, 1e-9, 0).sequence_ids) == 1
+    assert (everything.sequence_ids.tolist(), everything.of_sequences) == (list(range(16)), 16)
+    all_batches = [batch.sequence_ids.tolist() for batch in everything.micro_batches]
+    commits = [json.loads(path.read_text())["micro_batches"] for path in sorted((run / "_commits").iterdir())]
+    assert [len(ids) for ids in all_batches] == [size for commit in commits for size, _ in commit]
+    assert any(len(ids) > 1 for ids in all_batches)
     one = draw(catalogue, 1e-9, 0)
-    assert [batch.sequence_ids.tolist() for batch in one.micro_batches if one.sequence_ids[0] in batch.sequence_ids] == [
-        batch.sequence_ids.tolist() for batch in one.micro_batches
-    ]
+    assert len(one.sequence_ids) == 1
+    assert [batch.sequence_ids.tolist() for batch in one.micro_batches] == [ids for ids in all_batches if one.sequence_ids[0] in ids]
 
 
 @pytest.mark.parametrize(("num_drawn", "num_all"), [(1, 1), (1, 20), (7, 50), (30, 50), (49, 50), (50, 50)])
@@ -157,7 +155,9 @@ def test_damage_comes_before_an_audit(run: Path) -> None:
 
 
 def test_without_the_prompts_tokens_are_those_of_the_run(run: Path, prompts: Path, tmp_path: Path) -> None:
-    moved = prompts.rename(tmp_path / "moved.jsonl")
+    moved = tmp_path / "elsewhere" / prompts.name
+    moved.parent.mkdir()
+    prompts.rename(moved)
     audit = audited(run)
     assert (audit["passed"], audit["tokens_from"]) == (True, "run")
     assert "another tokenizer would not show" in audit["remarks"][0]

@@ -58,16 +58,12 @@ def layers_shifted_by_one(model: Path) -> RowsOf:
 
 def layers_of_two_attempts(model: Path) -> RowsOf:
     """The other attempt took each sequence alone, as one does after memory ran out."""
-    stages = load_chain(model, (0, 5), "float32")
-    differing: list[bool] = []
+    stages = load_chain(model, (0, 4), "float32")
 
     def rows_of(micro_batch: MicroBatch) -> list[torch.Tensor]:
-        one = chain_rows(stages, micro_batch)
         each = [chain_rows(stages, alone(micro_batch, row)) for row in range(len(micro_batch.sequence_ids))]
         other = [torch.cat(rows) for rows in zip(*each, strict=True)]
-        differing.append(not torch.equal(one[4], other[4]))
-        assert micro_batch.shard == 0 or any(differing), "the attempts gave the same bits"
-        return [*one[:3], *other[3:]]
+        return [*chain_rows(stages, micro_batch)[:2], *other[2:]]
 
     return rows_of
 
@@ -154,13 +150,12 @@ def rotary_over_all_dimensions(model: Path) -> RowsOf:
 OF_LLAMA = [
     two_rows_swapped,
     layers_shifted_by_one,
-    layers_of_two_attempts,
     one_layer_of_another_checkpoint,
     padding_leaking_in,
     post_norm_for_pre_norm,
     attention_and_mlp_exchanged,
 ]
-OF_MINIMAX = [router_in_bfloat16, rotary_over_all_dimensions]
+OF_MINIMAX = [layers_of_two_attempts, router_in_bfloat16, rotary_over_all_dimensions]
 
 
 @pytest.mark.parametrize("mutant", [*OF_LLAMA, *OF_MINIMAX], ids=lambda mutant: mutant.__name__)
@@ -179,11 +174,10 @@ def test_rows_of_a_mutant_are_caught(
         assert {each["layer"] for each in audit["compared"] if each["beyond"]} == {3}
 
 
-@pytest.mark.parametrize("mutant", [each for each in OF_LLAMA if each is not layers_of_two_attempts], ids=lambda mutant: mutant.__name__)
+@pytest.mark.parametrize("mutant", OF_LLAMA, ids=lambda mutant: mutant.__name__)
 def test_rows_of_a_mutant_on_another_machine_differ_by_more_than_rounding(
     monkeypatch: pytest.MonkeyPatch, models: dict[str, Path], prompts: Path, tmp_path: Path, mutant: Callable[[Path], RowsOf]
 ) -> None:
-    """Layers of two attempts do not: that is all that sets the two apart."""
     model, options = models["llama"], {"compute-dtype": "float32", "store-dtype": "float32", "computed_on": "NVIDIA H200"}
     audit = audited(extracted(monkeypatch, model, prompts, tmp_path / "run", mutant(model), **options))
     assert (audit["passed"], audit["exact"]) == (False, False)
