@@ -41,9 +41,15 @@ def run(monkeypatch: pytest.MonkeyPatch, models: dict[str, Path], prompts: Path,
 # -- what is equal -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("store_dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", ["llama", "minimax_m2"])
+@pytest.mark.parametrize(
+    ("name", "compute_dtype", "store_dtype"),
+    [
+        ("llama", "float32", "bfloat16"),
+        ("llama", "bfloat16", "bfloat16"),
+        ("minimax_m2", "float32", "float32"),
+        ("minimax_m2", "bfloat16", "float32"),
+    ],
+)
 def test_rows_as_they_were_extracted_have_the_same_bits(
     monkeypatch: pytest.MonkeyPatch, models: dict[str, Path], prompts: Path, tmp_path: Path, name: str, compute_dtype: str, store_dtype: str
 ) -> None:
@@ -182,6 +188,18 @@ def test_another_model_is_refused(run: Path, models: dict[str, Path], tmp_path: 
     refused = verify(run, "--sample", "1", "--model", str(moved))
     assert refused.exit_code == 1
     assert "The tokenizer of" in refused.stderr
+
+
+@pytest.mark.parametrize("name", ["llama", "minimax_m2"])
+def test_a_model_without_room_in_memory_lies_on_disk_and_is_held_to_rounding(
+    monkeypatch: pytest.MonkeyPatch, models: dict[str, Path], prompts: Path, tmp_path: Path, name: str
+) -> None:
+    run = extracted(monkeypatch, models[name], prompts, tmp_path / "run")
+    monkeypatch.setattr("m2ray.audit.reference.get_max_memory", lambda: {"cpu": 1_500_000 if name == "minimax_m2" else 200_000})
+    audit = audited(run)
+    assert (audit["passed"], audit["exact"]) == (True, False)
+    assert audit["remarks"] == ["not held to the same bits: transformers' model does not fit into memory as a whole"]
+    assert {(each["by"], each["batch"]) for each in audit["compared"]} == {("m2ray", "recorded"), ("transformers", "alone")}
 
 
 def test_weights_that_were_replaced_are_refused_by_layer(run: Path, models: dict[str, Path], tmp_path: Path) -> None:
