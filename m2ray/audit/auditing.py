@@ -26,7 +26,7 @@ from m2ray.errors import M2rayError, NotInRunError, RunConflictError
 from m2ray.model.capture import CaptureSpec
 from m2ray.model.checkpoint import open_checkpoint
 from m2ray.model.stage import DTYPES, StageSpec
-from m2ray.prompts import TokenSpool
+from m2ray.prompts import PromptSource, TokenSpool
 from m2ray.provenance import versions
 from m2ray.storage import Store, local_folder
 
@@ -61,6 +61,8 @@ def audit(
     began = utc_now()
     catalogue = Catalogue(store)
     job, sample = catalogue.job, draw(catalogue, share, seed)
+    if _SITE not in {part.site for part in job.parts}:
+        raise NotInRunError(f"The run at {store.url} holds no {_SITE}, and nothing else is audited.")
     folder = _model_folder(job, model)
     config = read_config(folder)
     inexact = why_not_exact(job, sample)
@@ -223,19 +225,12 @@ def _token_ids(
 
     From the prompts, and from the run where nobody says where these are and they are not where they were.
     """
-    job = work.catalogue.job
     pieces = work.sample.micro_batches if exact else work.sample.alone()
-    tokenizer, named, remarks = open_tokenizer(job, work.folder, vocab_size), prompts or job.names.get("prompts"), []
-    source = None
-    try:
-        source = open_source(job, named) if named else None
-    except M2rayError as error:
-        if prompts:
-            raise
-        remarks.append(f"tokens are the run's own, so that another tokenizer would not show: {error.what}")
+    source, remarks = _source(work.catalogue.job, prompts)
     if source is None:
         tokens, wrong = from_run(work.catalogue, work.recorded, pieces)
     else:
+        tokenizer = open_tokenizer(work.catalogue.job, work.folder, vocab_size)
         wanted = np.unique(np.concatenate([piece.sequence_ids for piece in pieces]))
         on_row = partial(work.on_progress, "rows of the prompts")
         tokens, wrong = from_prompts(work.catalogue, source, tokenizer, wanted, lambda done: on_row(done, 0))
@@ -243,7 +238,25 @@ def _token_ids(
     for sequence_id, why in wrong.items():
         work.differences.fail(sequence_id, why)
     work.unfit.update(wrong)
+    if left_out := len(pieces) - len(work.micro_batches(pieces, tokens)):
+        remarks.append(f"{left_out:,} of {len(pieces):,} micro-batches were not run again: tokens in them are wrong")
     return tokens, "run" if source is None else "prompts", remarks
+
+
+def _source(job: JobRecord, prompts: str | None) -> tuple[PromptSource | None, list[str]]:
+    """The run's prompts; or None, and why tokens have to be those of the run. Raises as `open_source` where the caller says where they are."""
+    named = prompts or job.names.get("prompts")
+    why = "job.json does not say where the prompts were"
+    if job.format_version == 1:
+        why = "runs of format 1 do not say how their prompts became tokens"
+    elif named:
+        try:
+            return open_source(job, named), []
+        except M2rayError as error:
+            if prompts:
+                raise
+            why = error.what
+    return None, [f"tokens are the run's own, so that another tokenizer would not show: {why}"]
 
 
 def _other_tokens_in_rows(work: _Work, tokens: TokenSpool, wrong: Container[int]) -> dict[int, str]:

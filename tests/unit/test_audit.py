@@ -16,6 +16,9 @@ from m2ray.audit.sample import draw, least_share_found
 from m2ray.audit.tolerance import bound
 from m2ray.cli import main
 from m2ray.storage import LocalStore
+from tests.data.run_format_1.make_runs import HERE as FORMAT_1
+from tests.data.run_format_1.make_runs import RUNS
+from tests.data.run_format_1.make_runs import make_model as make_model_of_format_1
 from tests.reference import other_weights
 from tests.unit.audited_runs import audited, extracted, make_model, verify, write_prompts
 
@@ -173,6 +176,17 @@ def test_without_the_prompts_tokens_are_those_of_the_run(run: Path, prompts: Pat
     refused = verify(run, "--sample", "1", "--prompts", str(prompts))
     assert refused.exit_code == 1
     assert "are not those of the run" in refused.stderr
+
+
+@pytest.mark.parametrize("name", list(RUNS))
+def test_a_run_of_format_1_is_audited_by_its_own_tokens(tmp_path: Path, name: str) -> None:
+    model, run = make_model_of_format_1(tmp_path / "model"), Path(shutil.copytree(FORMAT_1 / name, tmp_path / "run"))
+    refused = verify(run, "--sample", "1")
+    assert refused.exit_code == 1
+    assert "--model" in refused.stderr
+    audit = audited(run, "--model", str(model))
+    assert (audit["passed"], audit["exact"], audit["tokens_from"]) == (True, False, "run")
+    assert "runs of format 1 do not say" in audit["remarks"][0]
 
 
 def test_another_model_is_refused(run: Path, models: dict[str, Path], tmp_path: Path) -> None:
