@@ -126,7 +126,7 @@ class _Work:
 
     def compare(self, by: By, batch: Batch, micro_batch: MicroBatch, layer: int, rows_NW: torch.Tensor) -> None:
         """Hold the rows of a micro-batch's real tokens, in the store dtype, against what the run holds of the sampled sequences."""
-        chosen = np.flatnonzero(np.isin(micro_batch.sequence_ids, self.sample.sequence_ids))
+        chosen = self.sample.places_in(micro_batch.sequence_ids)
         sequence_ids = micro_batch.sequence_ids[chosen].tolist()
         starts = np.cumsum([0, *micro_batch.token_counts])[chosen].tolist()
         positions = [self.recorded.tokens(micro_batch.shard, number)["position"] for number in sequence_ids]

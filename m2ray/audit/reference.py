@@ -14,7 +14,6 @@ from accelerate.utils import get_max_memory
 from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from m2ray.errors import CheckpointError
 
@@ -168,15 +167,13 @@ def _put(owner: nn.Module, name: str, value: torch.Tensor) -> None:
 
 
 def _decoder_layers(model: Any) -> nn.ModuleList:
-    found = [
-        module
-        for module in model.base_model.modules()
-        if isinstance(module, nn.ModuleList)
-        and len(module) == model.config.num_hidden_layers
-        and all(isinstance(layer, GradientCheckpointingLayer) for layer in module)
-    ]
+    """The one list of as many modules as there are layers that lies in no other such list: experts may be as many."""
+    num_layers = model.config.num_hidden_layers
+    lists = {name: module for name, module in model.base_model.named_modules() if isinstance(module, nn.ModuleList)}
+    lists = {name: module for name, module in lists.items() if len(module) == num_layers}
+    found = [module for name, module in lists.items() if not any(name.startswith(f"{other}.") for other in lists)]
     if len(found) != 1:
-        raise CheckpointError(f"{type(model).__name__} has {len(found)} lists of {model.config.num_hidden_layers} decoder layers.")
+        raise CheckpointError(f"{type(model).__name__} has {len(found)} lists of {num_layers} decoder layers.")
     return found[0]
 
 

@@ -5,6 +5,7 @@ from itertools import accumulate, pairwise
 from math import exp, lgamma
 
 import numpy as np
+import numpy.typing as npt
 
 from m2ray.activations.reading.catalogue import Catalogue
 from m2ray.activations.records import read_commits
@@ -31,12 +32,17 @@ class Sample:
     micro_batches: tuple[Shard, ...]
     computed_on: frozenset[str | None]
 
+    def places_in(self, sequence_ids: Int64Array) -> npt.NDArray[np.intp]:
+        """Which of some sequences were drawn: their places, ascending."""
+        nearest = np.minimum(np.searchsorted(self.sequence_ids, sequence_ids), len(self.sequence_ids) - 1)
+        return np.flatnonzero(self.sequence_ids[nearest] == sequence_ids)
+
     def alone(self) -> tuple[Shard, ...]:
         """Each sequence as a piece by itself."""
         return tuple(
             Shard(batch.index, batch.sequence_ids[[row]], batch.token_counts[[row]])
             for batch in self.micro_batches
-            for row in np.flatnonzero(np.isin(batch.sequence_ids, self.sequence_ids))
+            for row in self.places_in(batch.sequence_ids)
         )
 
 
