@@ -46,6 +46,8 @@ class CommitRecord:
         micro_batches: (sequences, padded length) of each, in order: what went through the model together.
         elapsed_s: seconds that the attempt took.
         committed_at: UTC, ISO 8601.
+        computed_on: the kinds of GPU of the attempt's cluster, or of CPU where it ran on none (m2ray.provenance.cpu_kind); None where it
+            is not known.
     """
 
     format_version: int
@@ -59,6 +61,7 @@ class CommitRecord:
     elapsed_s: float
     committed_at: str
     parts: tuple[CommittedPart, ...]
+    computed_on: str | None = None
 
     def to_json(self) -> bytes:
         return to_json(self)

@@ -189,10 +189,11 @@ def _run(work: _Work, hardware: Hardware, stop: Stop, progress: Progress) -> Non
             progress.say(line)
         batches_of = _micro_batches_of(work)
         chains = [(_chain(plan, stages, batches_of, progress), stages) for stages in _stages(work, plan, hardware, reservations)]
+        computed_on = hardware.cluster.kinds(of_gpus=bool(plan.gpus))
         monitor = Monitor(plan, chains, work.shards, work.missing, progress)
         with closing(Replicas(chains, work.missing, stop, progress.say).results(monitor.tick)) as results:
             for result in results:
-                work.run.commit(result.shard, result.attempt, result.receipts, result.micro_batches, result.elapsed_s)
+                work.run.commit(result.shard, result.attempt, result.receipts, result.micro_batches, result.elapsed_s, computed_on)
                 monitor.committed(result.receipts)
             measured = monitor.status()
         for line in summary_lines(plan, measured):

@@ -12,7 +12,7 @@ from typing import Any
 
 from m2ray import __version__
 from m2ray.planning.hardware import FLASH_PACKAGE, Gpu, Node
-from m2ray.provenance import ROW_PACKAGES, versions
+from m2ray.provenance import ROW_PACKAGES, cpu_kind, versions
 from m2ray.storage import local_folder
 
 _IN_MEMORY = ("tmpfs", "ramfs", "devtmpfs")
@@ -44,6 +44,7 @@ def probe_node(name: str | None = None, folder: str | Path | None = None, visibl
         shm_free_bytes=shm_free_bytes,
         disk_free_bytes=_file_system(place)[1] if place else None,
         disk_in_memory=place is not None and _lies_in_memory(place),
+        cpu_kind=cpu_kind(),
         versions=_versions() | driver,
     )
 

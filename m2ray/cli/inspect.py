@@ -8,8 +8,10 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from m2ray.activations.audits import read_audits
 from m2ray.activations.reading.reader import RunReader, open_run
 from m2ray.activations.writing.lease import KILLED, read_holder
+from m2ray.audit import report
 from m2ray.cli import Command
 from m2ray.cli.output import say
 from m2ray.storage import looking, open_store
@@ -62,7 +64,9 @@ def command(run: str, as_json: bool) -> None:
     """Show what the run folder RUN holds: layers, sequences, tokens, files, quarantined rows, mean norms of up to 4,096 rows a layer."""
     with looking():
         holder = read_holder(open_store(run))
-        facts = describe(open_run(run)) | {"driver": asdict(holder) | {"is_dead": holder.is_dead} if holder else None}
+        opened = open_run(run)
+        audits = {key: report.summary(record) for key, record in read_audits(open_store(run), opened.job)}
+        facts = describe(opened) | {"driver": asdict(holder) | {"is_dead": holder.is_dead} if holder else None, "audits": audits}
     if as_json:
         click.echo(json.dumps(facts, indent=2))
     else:
@@ -88,6 +92,8 @@ def _print(facts: dict[str, Any]) -> None:
     say(f"sequences  {sequences['all']:,} = {sequences['ready']:,} ready + {sequences['quarantined']:,} quarantined")
     say(f"tokens     {tokens['committed']:,} of {tokens['all']:,}")
     say(f"files      {facts['files']:,} with {facts['num_bytes']:,} bytes")
+    for audit in facts["audits"].values():
+        say(f"audited    {report.line(audit)}")
     table = Table("site", "layer", "files", "bytes", "mean norm")
     for fact in facts["layers"]:
         norm = "" if fact["mean_norm"] is None else f"{fact['mean_norm']:.4g}"

@@ -1,4 +1,4 @@
-"""`m2ray verify`: is every file of a run what was written? Names the damaged ones, and opens their shards for extraction again."""
+"""`m2ray verify`: is every file of a run what was written, and are its rows the model's? Opens damaged shards for extraction again."""
 
 import json
 import os
@@ -8,15 +8,18 @@ from dataclasses import asdict
 
 import click
 
+from m2ray.activations.audits import FOLDER, AuditRecord, write_audit
 from m2ray.activations.job import read_job, require_todays_format
-from m2ray.activations.reading.verify import Verification, verify
+from m2ray.activations.json_record import to_json
+from m2ray.activations.reading.verify import Damage, Verification, verify
 from m2ray.activations.records import WEIGHTS_KEY
 from m2ray.activations.schema import FORMAT_VERSION
 from m2ray.activations.writing.commits import reopen
 from m2ray.activations.writing.lease import held
+from m2ray.audit import report
 from m2ray.cli import Command
 from m2ray.cli.output import say
-from m2ray.storage import looking, open_store
+from m2ray.storage import Store, looking, open_store
 
 _EVERY_S = 5.0
 _SHOWN_FILES = 20
@@ -28,13 +31,33 @@ _SHOWN_FILES = 20
 @click.option(
     "--repair", is_flag=True, help="Delete damaged shards, so that the same extract command extracts them again. No driver may run."
 )
+@click.option(
+    "--sample",
+    type=click.FloatRange(0, 1, min_open=True),
+    help="Audit this share of the sequences: compute their rows again by transformers' own model and by m2ray in other stages.",
+)
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of --sample: which sequences, and which stages.")
+@click.option("--model", metavar="FOLDER", help="Of --sample: where the run's model is now; default: where it was.")
+@click.option("--prompts", metavar="PATH", help="Of --sample: where the run's prompts are now; default: where they were.")
 @click.option("--threads", default=min(16, 2 * (os.cpu_count() or 1)), show_default=True, type=click.IntRange(1), help="Files at a time.")
 @click.option("--json", "as_json", is_flag=True, help="The findings as one JSON object.")
 @click.pass_context
-def command(ctx: click.Context, run: str, checksums: bool, repair: bool, threads: int, as_json: bool) -> None:
+def command(
+    ctx: click.Context,
+    run: str,
+    checksums: bool,
+    repair: bool,
+    sample: float | None,
+    seed: int,
+    model: str | None,
+    prompts: str | None,
+    threads: int,
+    as_json: bool,
+) -> None:
     """Check every file of the run folder RUN against its commit: size, footer and rows, and with --checksums every byte.
 
-    Names the damaged files, and those that no record names. Ends with exit code 1 if any is damaged, or if a complete run holds other .parquet files.
+    Names the damaged files, and those that no record names. Ends with exit code 1 if any is damaged, if a complete run holds other .parquet
+    files, or if rows that --sample computes again differ by more than they may.
     """
     with looking():  # whether it can be reached; what takes hours bears a pause of the store
         job = read_job(open_store(run))
@@ -45,14 +68,47 @@ def command(ctx: click.Context, run: str, checksums: bool, repair: bool, threads
         require_todays_format(store, job)  # before every byte is read in vain
     with held(store, _tell, _tell) if repair else nullcontext():
         found = verify(store, checksums=checksums, threads=threads, on_progress=_Progress())
-        if repair and found.damages and not _written_once(found):
-            reopened = list(found.damaged_shards)
-            deleted = reopen(store, found.job, reopened)
+        if repair:
+            reopened, deleted = _repair(store, found)
+    record = None
+    if sample is not None and not found.damages:
+        from m2ray.audit.auditing import audit
+
+        record = audit(store, sample, seed, model, prompts, on_progress=_AuditProgress())
     if as_json:
-        click.echo(json.dumps(_facts(found, checksums, reopened, deleted), indent=2))
+        audited = {"audit": json.loads(to_json(record)) if record else None}
+        click.echo(json.dumps(_facts(found, checksums, reopened, deleted) | audited, indent=2))
     else:
         _print(found, checksums, reopened, deleted)
-    ctx.exit(0 if found.is_sound else 1)
+        _print_audit(record, wanted=sample is not None)
+    if record:
+        _tell(f"The audit is kept as {store.where(write_audit(store, record))}")
+    is_right = sample is None or (record is not None and record.passed)
+    ctx.exit(0 if found.is_sound and is_right else 1)
+
+
+def _repair(store: Store, found: Verification) -> tuple[list[int], list[str]]:
+    """Delete damaged audits, and open damaged shards again; nothing while a file is damaged that is written once.
+
+    Returns the shards that were opened, and the keys of what was deleted.
+    """
+    audits = [damage.key for damage in found.damages if _is_audit(damage)]
+    store.delete(audits)
+    if all(_is_audit(damage) for damage in found.damages) or _written_once(found):
+        return [], audits
+    return list(found.damaged_shards), audits + reopen(store, found.job, found.damaged_shards)
+
+
+def _is_audit(damage: Damage) -> bool:
+    return damage.key.startswith(f"{FOLDER}/")
+
+
+def _print_audit(record: AuditRecord | None, *, wanted: bool) -> None:
+    if record:
+        for line in report.lines(record):
+            say(line)
+    elif wanted:
+        say("Not audited: what is damaged comes first.")
 
 
 def _tell(line: str) -> None:
@@ -138,3 +194,15 @@ class _Progress:
             f"verify: {files:,} of {all_files:,} files, {num_bytes / 1e9:.1f} of {all_bytes / 1e9:.1f} GB, {rate:,.0f} MB/s",
             err=True,
         )
+
+
+class _AuditProgress:
+    """The same of an audit."""
+
+    def __init__(self) -> None:
+        self._said = time.monotonic()
+
+    def __call__(self, what: str, done: int, of: int) -> None:
+        if time.monotonic() - self._said >= _EVERY_S:
+            self._said = time.monotonic()
+            click.echo(f"audit: {done:,}{f' of {of:,}' if of else ''} {what}", err=True)

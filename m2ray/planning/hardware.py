@@ -59,7 +59,7 @@ class Node:
     """One machine; None where it is not known. "free" is at the time of the probe.
 
     `shm_bytes` is /dev/shm's size, `disk_free_bytes` what the probed folder's file system has left, and `disk_in_memory` whether that
-    is one in memory (tmpfs). `versions` maps python, m2ray, ray, torch, transformers, tokenizers, flash-attn, cuda, nccl and driver, where
+    is one in memory (tmpfs). `cpu_kind` is m2ray.provenance's. `versions` maps python, m2ray, ray, torch, transformers, tokenizers, flash-attn, cuda, nccl and driver, where
     they are there, to their versions.
     """
 
@@ -72,6 +72,7 @@ class Node:
     shm_free_bytes: int | None = None
     disk_free_bytes: int | None = None
     disk_in_memory: bool = False
+    cpu_kind: str | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -84,6 +85,11 @@ class Cluster:
     @property
     def num_gpus(self) -> int:
         return sum(len(node.gpus) for node in self.nodes)
+
+    def kinds(self, *, of_gpus: bool) -> str:
+        """The kinds of all its GPUs, or of all its CPUs, joined by " + "."""
+        names = {gpu.name for node in self.nodes for gpu in node.gpus} if of_gpus else {node.cpu_kind or "unknown" for node in self.nodes}
+        return " + ".join(sorted(names))
 
 
 def parse_gpus(text: str) -> Cluster:

@@ -121,6 +121,16 @@ def test_a_submitted_job_equals_transformers(finished: Path, minimax: Path) -> N
     assert_equals_transformers(finished, minimax, range(MINIMAX_TINY["layers"]))
 
 
+def test_an_audit_of_a_submitted_job_finds_the_same_bits(finished: Path, cluster: RayCluster) -> None:
+    audited = cluster.run("m2ray", "verify", str(finished), "--checksums", "--sample", "1", "--json")
+    assert audited.returncode == 0, audited.stdout + audited.stderr
+    audit = json.loads(audited.stdout)["audit"]
+    assert (audit["sequences"], audit["tokens_from"], audit["exact"]) == (NUM_PROMPTS - 1, "prompts", True), audit["remarks"]
+    exact = [each for each in audit["compared"] if each["batch"] == "recorded"]
+    assert len(exact) == 2 * MINIMAX_TINY["layers"]
+    assert {each["same_bits"] for each in exact} == {m2ray.open_run(finished).num_tokens}
+
+
 def test_the_account_closes(finished: Path, cluster: RayCluster) -> None:
     shown = cluster.run("m2ray", "inspect", str(finished), "--json")
     facts = json.loads(shown.stdout)

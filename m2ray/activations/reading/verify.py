@@ -11,6 +11,7 @@ import numpy.typing as npt
 import pyarrow.compute as pc
 import xxhash
 
+from m2ray.activations import audits
 from m2ray.activations.job import JobRecord, read_job
 from m2ray.activations.manifest import MANIFEST_KEY, manifest_table, read_manifest, receipts_of
 from m2ray.activations.reading.part_reader import PartReader
@@ -21,7 +22,7 @@ from m2ray.errors import RunDamagedError, StoreError
 from m2ray.sequences import read_sequences
 from m2ray.storage import Store
 
-_FOLDERS = ("data", "sequences", "_commits")
+_FOLDERS = ("data", "sequences", "_commits", audits.FOLDER)
 _LISTED_AT_ONCE = 1024
 
 
@@ -42,7 +43,7 @@ OnProgress = Callable[[int, int, int, int], object]
 class Verification:
     """What was found. `files` and `num_bytes` are those of the committed parts.
 
-    `unnamed` are (key, bytes) of the files below `data/`, `sequences/` and `_commits/` that no record names. In a run that is not complete
+    `unnamed` are (key, bytes) of the files below `data/`, `sequences/`, `_commits/` and `audit/` that no record names, and are none. In a run that is not complete
     most of them are of shards that are not committed; in a complete one they are in the way of whoever reads it by a glob.
     """
 
@@ -67,7 +68,7 @@ class Verification:
 def verify(store: Store, *, checksums: bool, threads: int = 8, on_progress: OnProgress = lambda *_: None) -> Verification:
     """Look at every file of a run that counts.
 
-    Always: records agree and have the digests that they name, and each part's size, page indexes, footer and number of rows are those
+    Always: records, audits among them, agree and have the digests that they name, and each part's size, page indexes, footer and number of rows are those
     of its commit. With `checksums` also every byte of each part, the token digest, taken again from the columns, and, if nothing else is
     damaged, each prompt's digest. Files that no record names are listed, not read.
 
@@ -92,8 +93,13 @@ def verify(store: Store, *, checksums: bool, threads: int = 8, on_progress: OnPr
     if is_complete:
         damages += _damages_of_summary(store, job, parts, commits_are_sound=not damages)
     without_commit = {damage.shard for damage in damages if damage.key == commit_key(damage.shard or 0)}
-    unnamed = tuple(_unnamed(job, stored, set(parts["key"].to_pylist()), without_commit))
-    damages += [*_damages_of_weights(store, job, has_rows=bool(len(parts))), *_damages_of_sequences(store, job)]
+    named = {*parts["key"].to_pylist(), *audits.audit_keys(store)}
+    unnamed = tuple(_unnamed(job, stored, named, without_commit))
+    damages += [
+        *_damages_of_weights(store, job, has_rows=bool(len(parts))),
+        *_damages_of_sequences(store, job),
+        *_damages_of_audits(store, job),
+    ]
     all_bytes = sum(parts["num_bytes"].to_pylist())
     files, num_bytes = 0, 0
     for receipt, damage in _checked_parts(store, job, parts, threads, checksums=checksums):
@@ -106,10 +112,10 @@ def verify(store: Store, *, checksums: bool, threads: int = 8, on_progress: OnPr
 
 
 def _unnamed(
-    job: JobRecord, stored: Iterable[tuple[str, int]], parts: Collection[str], without_commit: Collection[int | None]
+    job: JobRecord, stored: Iterable[tuple[str, int]], named: Collection[str], without_commit: Collection[int | None]
 ) -> Iterator[tuple[str, int]]:
     """Those of the stored files that no record names. Parts of a shard whose commit is gone or cannot be understood are left out."""
-    named = {*parts, *(file.key for file in job.sequence_files), *map(commit_key, range(job.num_shards))}
+    named = {*named, *(file.key for file in job.sequence_files), *map(commit_key, range(job.num_shards))}
     for key, num_bytes in sorted(stored):
         part = parse_part_key(key)
         if key not in named and not (part and part[0] in without_commit):
@@ -161,6 +167,14 @@ def _damages_of_sequences(store: Store, job: JobRecord) -> Iterator[Damage]:
             read_sequences(store, file, columns=[])
         except RunDamagedError as error:
             yield Damage(file.key, None, error.what)
+
+
+def _damages_of_audits(store: Store, job: JobRecord) -> Iterator[Damage]:
+    for key in audits.audit_keys(store):
+        try:
+            audits.read_audit(store, job, key)
+        except RunDamagedError as error:
+            yield Damage(key, None, error.what)
 
 
 def _checked_parts(

@@ -116,6 +116,7 @@ class Run:
         receipts: Sequence[PartReceipt],
         micro_batches: Sequence[tuple[int, int]],
         elapsed_s: float,
+        computed_on: str | None = None,
     ) -> bool:
         """Make one attempt the shard's, unless another one is already. Safe to repeat.
 
@@ -125,6 +126,7 @@ class Run:
             receipts: one for each part of the job, from all stages, in any order.
             micro_batches: (sequences, padded length) of each, in order.
             elapsed_s: seconds that the attempt took.
+            computed_on: kinds of the GPUs or CPUs that it ran on (CommitRecord).
 
         Returns:
             Whether this attempt is the one that counts. If not, its parts have been deleted.
@@ -152,6 +154,7 @@ class Run:
                 CommittedPart(part.site, part.layer, part.key, part.num_bytes, part.xxh3, part.tail_bytes, part.tail_xxh3)
                 for part in receipts
             ),
+            computed_on=computed_on,
         )
         try:
             self.store.create(commit_key(shard.index), record.to_json())

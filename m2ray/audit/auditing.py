@@ -1,0 +1,283 @@
+"""The audit: a random sample of a run, computed again by transformers' whole model and by m2ray in other stages. Read `audit` first."""
+
+from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal
+
+import numpy as np
+import torch
+
+from m2ray.activations.audits import AuditRecord
+from m2ray.activations.job import JobRecord, utc_now
+from m2ray.activations.reading.catalogue import Catalogue
+from m2ray.activations.schema import FORMAT_VERSION
+from m2ray.activations.writing.weights_record import hold_weights
+from m2ray.audit.differences import Batch, By, Differences
+from m2ray.audit.recorded import RecordedRows
+from m2ray.audit.reference import Reference, read_config
+from m2ray.audit.restaged import restage
+from m2ray.audit.sample import Sample, draw, least_share_found
+from m2ray.audit.tokens import from_prompts, from_run, open_source, open_tokenizer
+from m2ray.audit.tolerance import bound, has_router, why_not_exact
+from m2ray.batches import LayerSpan, MicroBatch, PartSpec, Shard
+from m2ray.errors import M2rayError, NotInRunError, RunConflictError
+from m2ray.model.capture import CaptureSpec
+from m2ray.model.checkpoint import open_checkpoint
+from m2ray.model.stage import DTYPES, StageSpec
+from m2ray.prompts import PromptSource, TokenSpool
+from m2ray.provenance import versions
+from m2ray.storage import Store, local_folder
+
+OnProgress = Callable[[str, int, int], object]
+"""Takes what is being done, how much of it is done, and how much there is (0 where that is not known)."""
+
+_SITE = "residual"
+"""What is audited, of all that a run may hold."""
+
+
+def audit(
+    store: Store, share: float, seed: int, model: str | None = None, prompts: str | None = None, on_progress: OnProgress = lambda *_: None
+) -> AuditRecord:
+    """Draw a share of the committed sequences, compute their rows again in two other ways, and compare.
+
+    Memory holds the model, where its devices and the host have room, else accelerate keeps layers in a temporary folder; beside it one
+    micro-batch's layer, and 1 GiB of hidden states.
+
+    Args:
+        store: the run folder.
+        share: of the committed sequences, above 0 and at most 1; at least one is drawn.
+        seed: of the draw, and of the cut into stages.
+        model, prompts: where they lie now; where the run says, by default.
+        on_progress: called on the caller's thread.
+
+    Raises:
+        NotInRunError: nothing that can be audited is committed.
+        RunConflictError: model or prompts are not those of the run.
+        CheckpointError: the model cannot be loaded.
+        RunDamagedError, StoreError: the run cannot be read.
+    """
+    began = utc_now()
+    catalogue = Catalogue(store)
+    job, sample = catalogue.job, draw(catalogue, share, seed)
+    if _SITE not in {part.site for part in job.parts}:
+        raise NotInRunError(f"The run at {store.url} holds no {_SITE}, and nothing else is audited.")
+    folder = _model_folder(job, model)
+    config = read_config(folder)
+    inexact = why_not_exact(job, sample)
+    work = _Work(catalogue, sample, RecordedRows(catalogue), Differences(by_row=not has_router(config)), folder, seed, on_progress)
+    with _threads(job.options.get("threads_per_stage") if not inexact else None):
+        tokens, tokens_from, remarks = _token_ids(work, prompts, config.vocab_size, exact=not inexact)
+        with tokens:
+            _by_m2ray(work, tokens, config.hidden_size, exact=not inexact)
+            inexact += _by_transformers(work, tokens, exact=not inexact)
+    remarks += [f"not held to the same bits: {reason}" for reason in inexact]
+    remarks += [f"not audited: the site {site}" for site in sorted({part.site for part in job.parts} - {_SITE})]
+    differences = work.differences
+    return AuditRecord(
+        format_version=FORMAT_VERSION,
+        run_id=job.run_id,
+        audited_at=began,
+        share=share,
+        seed=seed,
+        sequences=len(sample.sequence_ids),
+        of_sequences=sample.of_sequences,
+        tokens=sum(piece.num_tokens for piece in sample.alone()),
+        tokens_from=tokens_from,
+        exact=not inexact,
+        remarks=tuple(remarks),
+        versions=versions(),
+        compared=differences.compared(),
+        num_wrong=differences.num_wrong,
+        wrong=differences.wrong,
+        passed=differences.all_within,
+        # Where tokens choose experts and bits may differ, one wrong sequence looks like one whose tokens chose others.
+        least_share_found=None if inexact and has_router(config) else least_share_found(len(sample.sequence_ids), sample.of_sequences),
+    )
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What is audited, against which model, and what was found so far. `unfit` are sequences whose tokens are wrong: they are not run."""
+
+    catalogue: Catalogue
+    sample: Sample
+    recorded: RecordedRows
+    differences: Differences
+    folder: str
+    seed: int
+    on_progress: OnProgress
+    unfit: set[int] = field(default_factory=set)
+
+    @property
+    def parts(self) -> dict[int, PartSpec]:
+        """The audited parts by their layers."""
+        return {part.layer: part for part in self.catalogue.job.parts if part.site == _SITE and part.layer is not None}
+
+    @property
+    def last_layer(self) -> int:
+        """The last one that is audited."""
+        return max(self.parts)
+
+    def micro_batches(self, pieces: Sequence[Shard], tokens: TokenSpool) -> list[Callable[[], MicroBatch]]:
+        """How to make each piece a micro-batch, right-padded. Pieces with a sequence whose tokens are wrong are left out."""
+        return [partial(_micro_batch, piece, tokens) for piece in pieces if not self.unfit.intersection(piece.sequence_ids.tolist())]
+
+    def compare(self, by: By, batch: Batch, micro_batch: MicroBatch, layer: int, rows_NW: torch.Tensor) -> None:
+        """Hold the rows of a micro-batch's real tokens, in the store dtype, against what the run holds of the sampled sequences."""
+        chosen = self.sample.places_in(micro_batch.sequence_ids)
+        sequence_ids = micro_batch.sequence_ids[chosen].tolist()
+        starts = np.cumsum([0, *micro_batch.token_counts])[chosen].tolist()
+        positions = [self.recorded.tokens(micro_batch.shard, number)["position"] for number in sequence_ids]
+        places_N = np.concatenate([start + each for start, each in zip(starts, positions, strict=True)])
+        recorded_NW = self.recorded.rows(self.parts[layer], micro_batch.shard, sequence_ids)
+        tolerance = 0.0 if batch == "recorded" else bound(self.catalogue.job, layer)
+        ids_N = np.repeat(np.array(sequence_ids), [len(each) for each in positions])
+        self.differences.add(by, batch, (_SITE, layer), tolerance, recorded_NW, rows_NW[torch.from_numpy(places_N)], ids_N)
+
+
+# -- computed again -------------------------------------------------------------------------------------------------------
+
+
+def _by_m2ray(work: _Work, tokens: TokenSpool, hidden_size: int, *, exact: bool) -> None:
+    """In stages of another cut: the recorded micro-batches where they have to give the same bits, else each sequence alone."""
+    job = work.catalogue.job
+    batch: Batch = "recorded" if exact else "alone"
+    micro_batches = work.micro_batches(work.sample.micro_batches if exact else work.sample.alone(), tokens)
+    spec = StageSpec(
+        model_url=work.folder,
+        span=LayerSpan(0, work.last_layer + 1),
+        compute_dtype=job.options["compute_dtype"],
+        attn_implementation=job.options["attn_implementation"],
+        device="cpu" if exact or not torch.cuda.is_available() else "cuda:0",
+        threads=None,
+        model_digest=job.fingerprints["model"],
+    )
+    capture = CaptureSpec({_SITE: tuple(sorted(work.parts))}, job.options["store_dtype"])
+    done, all_layers = 0, len(micro_batches) * len(work.parts)
+
+    def on_rows(micro_batch: MicroBatch, layer: int, rows_NW: torch.Tensor) -> None:
+        nonlocal done
+        work.compare("m2ray", batch, micro_batch, layer, rows_NW)
+        done += 1
+        work.on_progress("layers of micro-batches by m2ray", done, all_layers)
+
+    loaded = restage(spec, capture, micro_batches, hidden_size, work.seed, on_rows)
+    if loaded and job.format_version > 1:
+        hold_weights(work.catalogue.store, job, loaded)
+
+
+def _by_transformers(work: _Work, tokens: TokenSpool, *, exact: bool) -> list[str]:
+    """By its whole model: the recorded micro-batches where they have to give the same bits, and each sequence alone.
+
+    Returns:
+        Why they do not have to after all.
+    """
+    job, sample, layers = work.catalogue.job, work.sample, sorted(work.parts)
+    options, store_dtype = job.options, DTYPES[job.options["store_dtype"]]
+    with Reference(work.folder, options["compute_dtype"], options["attn_implementation"], on_cpu=exact) as reference:
+        kinds: list[tuple[Batch, Sequence[Shard]]] = [("alone", sample.alone())]
+        if exact and reference.in_memory:
+            kinds.insert(0, ("recorded", sample.micro_batches))
+        for batch, pieces in kinds:
+            micro_batches = work.micro_batches(pieces, tokens)
+            for number, get in enumerate(micro_batches, 1):
+                micro_batch = get()
+                is_real_BT = torch.arange(micro_batch.token_ids_BT.shape[1]) < torch.from_numpy(micro_batch.token_counts)[:, None]
+
+                def on_layer(layer: int, output_BTH: torch.Tensor) -> None:
+                    rows_NW = output_BTH.to("cpu")[is_real_BT].to(store_dtype)  # noqa: B023 - called within this round
+                    work.compare("transformers", batch, micro_batch, layer, rows_NW)  # noqa: B023
+
+                reference.run(torch.from_numpy(micro_batch.token_ids_BT).long(), layers, on_layer)
+                work.on_progress(f"micro-batches by transformers, {batch}", number, len(micro_batches))
+        return ["transformers' model does not fit into memory as a whole"] if exact and not reference.in_memory else []
+
+
+def _micro_batch(piece: Shard, tokens: TokenSpool) -> MicroBatch:
+    token_ids_BT = np.zeros((len(piece.sequence_ids), int(piece.token_counts.max())), np.int32)
+    for row, (number, count) in enumerate(zip(piece.sequence_ids.tolist(), piece.token_counts.tolist(), strict=True)):
+        token_ids_BT[row, :count] = tokens.read(number)
+    return MicroBatch(piece.index, 0, True, piece.sequence_ids, piece.token_counts, token_ids_BT)
+
+
+# -- what the rows are of -------------------------------------------------------------------------------------------------
+
+
+def _model_folder(job: JobRecord, model: str | None) -> str:
+    """Where the run's checkpoint lies. Raises NotInRunError if that is not known, RunConflictError if it is another one."""
+    named = model or job.names.get("model")
+    folder = local_folder(named) if named else None
+    if folder is None:
+        raise NotInRunError(
+            f"The run's model {named or 'has no name in job.json'}: transformers reads local folders.", "Give --model FOLDER."
+        )
+    if open_checkpoint(str(folder)).digest != job.fingerprints["model"]:
+        raise RunConflictError(f"The checkpoint at {folder} is not that of the run.", "Give the run's by --model.")
+    return str(folder)
+
+
+def _token_ids(
+    work: _Work, prompts: str | None, vocab_size: int, *, exact: bool
+) -> tuple[TokenSpool, Literal["prompts", "run"], list[str]]:
+    """The token ids of all sequences that are run again; those whose tokens are wrong have failed, and are not among them.
+
+    From the prompts, and from the run where nobody says where these are and they are not where they were.
+    """
+    pieces = work.sample.micro_batches if exact else work.sample.alone()
+    source, remarks = _source(work.catalogue.job, prompts)
+    if source is None:
+        tokens, wrong = from_run(work.catalogue, work.recorded, pieces)
+    else:
+        tokenizer = open_tokenizer(work.catalogue.job, work.folder, vocab_size)
+        wanted = np.unique(np.concatenate([piece.sequence_ids for piece in pieces]))
+        on_row = partial(work.on_progress, "rows of the prompts")
+        tokens, wrong = from_prompts(work.catalogue, source, tokenizer, wanted, lambda done: on_row(done, 0))
+    wrong |= _other_tokens_in_rows(work, tokens, wrong)
+    for sequence_id, why in wrong.items():
+        work.differences.fail(sequence_id, why)
+    work.unfit.update(wrong)
+    if left_out := len(pieces) - len(work.micro_batches(pieces, tokens)):
+        remarks.append(f"{left_out:,} of {len(pieces):,} micro-batches were not run again: tokens in them are wrong")
+    return tokens, "run" if source is None else "prompts", remarks
+
+
+def _source(job: JobRecord, prompts: str | None) -> tuple[PromptSource | None, list[str]]:
+    """The run's prompts; or None, and why tokens have to be those of the run. Raises as `open_source` where the caller says where they are."""
+    named = prompts or job.names.get("prompts")
+    why = "job.json does not say where the prompts were"
+    if job.format_version == 1:
+        why = "runs of format 1 do not say how their prompts became tokens"
+    elif named:
+        try:
+            return open_source(job, named), []
+        except M2rayError as error:
+            if prompts:
+                raise
+            why = error.what
+    return None, [f"tokens are the run's own, so that another tokenizer would not show: {why}"]
+
+
+def _other_tokens_in_rows(work: _Work, tokens: TokenSpool, wrong: Container[int]) -> dict[int, str]:
+    """Of the other sampled sequences those of which the run has rows of other tokens than their prompts give, or not of all."""
+    found = {}
+    for piece in work.sample.alone():
+        number = int(piece.sequence_ids[0])
+        rows = work.recorded.tokens(piece.index, number)
+        if number not in wrong and not (
+            np.array_equal(rows["token_id"], tokens.read(number)) and np.array_equal(rows["position"], np.arange(len(rows)))
+        ):
+            found[number] = "the run has rows of other tokens than its prompt gives"
+    return found
+
+
+@contextmanager
+def _threads(threads: int | None) -> Iterator[None]:
+    """As many threads for torch as the run had; as many as there are with None."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,124 @@
+"""How far rows that were computed again are from the run's: their distribution by site and layer, in bounded memory, and who failed."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from m2ray.activations.audits import Compared
+from m2ray.batches import Int64Array
+
+By = Literal["transformers", "m2ray"]
+Batch = Literal["alone", "recorded"]
+_NO_NORM = 1e300
+_LISTED = 100
+_AT_ONCE = 2048
+_NAMES = {"transformers": "transformers' own model", "m2ray": "m2ray in other stages"}
+_BATCHES = {"alone": "alone", "recorded": "in its micro-batch"}
+
+
+@dataclass
+class _Layer:
+    """What was found so far of one site and layer, by one of the two, in one kind of batch."""
+
+    tolerance: float
+    rows: int = 0
+    same_bits: int = 0
+    beyond: int = 0
+    greatest: float = 0.0
+    exponents: Counter[int] = field(default_factory=Counter)
+
+    def add(self, ours_NW: torch.Tensor, theirs_NW: torch.Tensor) -> npt.NDArray[np.float64]:
+        """Count rows, and give the difference of each."""
+        pieces = zip(ours_NW.split(_AT_ONCE), theirs_NW.split(_AT_ONCE), strict=True)
+        return np.concatenate([np.empty(0), *(self._add(*piece) for piece in pieces)])
+
+    def _add(self, ours_NW: torch.Tensor, theirs_NW: torch.Tensor) -> npt.NDArray[np.float64]:
+        same_bits = (ours_NW.view(torch.uint8) == theirs_NW.view(torch.uint8)).all(dim=1).numpy()
+        ours_NW, theirs_NW = ours_NW.double(), theirs_NW.double()
+        moved: npt.NDArray[np.float64] = (
+            ((ours_NW - theirs_NW).norm(dim=1) / theirs_NW.norm(dim=1)).nan_to_num(nan=_NO_NORM, posinf=_NO_NORM).numpy()
+        )
+        moved[same_bits] = 0.0
+        self.rows += len(moved)
+        self.same_bits += int(same_bits.sum())
+        self.greatest = max(self.greatest, float(moved.max(initial=0.0)))
+        exponents, counts = np.unique(np.floor(np.log2(np.maximum(moved[~same_bits], 2.0**-64))).astype(int), return_counts=True)
+        self.exponents.update(dict(zip(exponents.tolist(), counts.tolist(), strict=True)))
+        if self.tolerance == 0:  # zeros of the two signs are as far apart as rows can be that have to have the same bits
+            moved[~same_bits] = np.maximum(moved[~same_bits], 2.0**-64)
+        self.beyond += int((moved > self.tolerance).sum())
+        return moved
+
+
+class Differences:
+    """All that an audit compares.
+
+    Args:
+        by_row: whether one row beyond its tolerance is wrong. Else some may be, whose tokens chose another expert by rounding: a layer
+            is wrong if most of its rows are. Where the same bits are asked for, one row is.
+    """
+
+    def __init__(self, *, by_row: bool) -> None:
+        self._by_row = by_row
+        self._layers: dict[tuple[By, Batch, str, int], _Layer] = {}
+        self._wrong: dict[int, str] = {}
+        self._num_wrong: set[int] = set()
+
+    def add(
+        self,
+        by: By,
+        batch: Batch,
+        place: tuple[str, int],
+        tolerance: float,
+        recorded_NW: torch.Tensor,
+        found_NW: torch.Tensor,
+        sequence_ids_N: Int64Array,
+    ) -> None:
+        """Compare rows of one site and layer, both in the store dtype; `sequence_ids_N` says whose they are."""
+        moved = self._layers.setdefault((by, batch, *place), _Layer(tolerance)).add(recorded_NW, found_NW)
+        if self._by_row or tolerance == 0:
+            beyond = np.flatnonzero(moved > tolerance)
+            for number in np.unique(sequence_ids_N[beyond]).tolist():
+                greatest = moved[(sequence_ids_N == number)].max()
+                self.fail(
+                    number, f"{place[0]} of layer {place[1]} differs by {greatest:.2g} of a row's norm from {_NAMES[by]} {_BATCHES[batch]}"
+                )
+
+    def fail(self, sequence_id: int, why: str) -> None:
+        """A sequence is wrong; the first reason is kept."""
+        self._num_wrong.add(sequence_id)
+        if len(self._wrong) < _LISTED:
+            self._wrong.setdefault(sequence_id, why)
+
+    @property
+    def num_wrong(self) -> int:
+        return len(self._num_wrong)
+
+    @property
+    def wrong(self) -> dict[str, str]:
+        """Why sequences are wrong, the first 100 that were found, by their ids as text."""
+        return {str(number): why for number, why in sorted(self._wrong.items())}
+
+    def compared(self) -> tuple[Compared, ...]:
+        """In the order of who, which batch, site and layer."""
+        return tuple(
+            Compared(
+                *key,
+                found.tolerance,
+                found.rows,
+                found.same_bits,
+                found.beyond,
+                found.greatest,
+                {str(exponent): count for exponent, count in sorted(found.exponents.items())},
+            )
+            for key, found in sorted(self._layers.items())
+        )
+
+    @property
+    def all_within(self) -> bool:
+        """Whether no sequence is wrong, and no layer as a whole."""
+        return not self._num_wrong and all(2 * found.beyond <= found.rows for found in self._layers.values())

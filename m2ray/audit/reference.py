@@ -1,0 +1,184 @@
+"""transformers' own whole model of a checkpoint, loaded by transformers and accelerate: none of m2ray's code computes here."""
+
+import json
+import re
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from accelerate.hooks import remove_hook_from_module
+from accelerate.utils import get_max_memory
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from m2ray.errors import CheckpointError
+
+_ROUTERS: dict[str, tuple[str, ...]] = {"minimax_m2": ("gate.weight", "e_score_correction_bias")}
+"""Of each layer's `mlp`, tensors that are float32 on disk and that transformers rounds, by which other experts are chosen (docs/numerics.md)."""
+
+_INDEX, _SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
+
+OnLayer = Callable[[int, torch.Tensor], None]
+
+
+class Reference:
+    """The model, on the devices that accelerate's "auto" deals it out to: GPUs, then host memory, then a temporary folder.
+
+    Args:
+        folder: the checkpoint's.
+        compute_dtype: "float32", "bfloat16" or "float16".
+        attn_implementation: transformers' name of the attention.
+        on_cpu: leave the GPUs alone: then it is host memory, and a temporary folder.
+
+    Attributes:
+        config: transformers' configuration.
+        in_memory: whether all of it lies in the host's memory, every parameter at a multiple of 64 bytes as torch allocates it: kernels
+            choose their way by alignment, and files are mapped at any place.
+
+    Raises:
+        CheckpointError: transformers cannot load it, or leaves tensors of its layers without values.
+    """
+
+    def __init__(self, folder: str, compute_dtype: str, attn_implementation: str, *, on_cpu: bool) -> None:
+        self.config = read_config(folder)
+        self._offload = tempfile.TemporaryDirectory(prefix="m2ray-audit-")
+        try:
+            self._model = _load(folder, self.config, compute_dtype, attn_implementation, self._offload.name, on_cpu=on_cpu)
+        except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
+            self._offload.cleanup()
+            raise CheckpointError(f"transformers cannot load {folder}: {' '.join(str(error).split())}.") from error
+        tensors = [*self._model.parameters(), *self._model.buffers()]
+        self.in_memory = all(tensor.device.type == "cpu" for tensor in tensors)
+        for tensor in tensors:
+            if tensor.device.type == "cpu":
+                tensor.data = tensor.data.clone()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        del self._model
+        self._offload.cleanup()
+
+    def run(self, token_ids_BT: torch.Tensor, layers: Sequence[int], on_layer: OnLayer) -> None:
+        """Take right-padded sequences, int64 [B, T], through the model, and call `on_layer` with each of `layers` and its output [B, T, H]."""
+        decoder = _decoder_layers(self._model)
+        hooks = [decoder[layer].register_forward_hook(_handing_on(layer, on_layer)) for layer in layers]
+        embedding = self._model.get_input_embeddings().weight
+        try:
+            with torch.inference_mode():
+                at = embedding.device if embedding.device.type != "meta" else torch.device("cpu")
+                self._model.base_model(input_ids=token_ids_BT.to(at), use_cache=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def read_config(folder: str) -> Any:
+    """config.json by transformers itself, without what is a caller's to choose. Raises CheckpointError."""
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"transformers cannot read the configuration of {folder}: {' '.join(str(error).split())}.",
+            "Give the model's folder by --model.",
+        ) from error
+    config._experts_implementation = None  # noqa: SLF001 - whoever saved it may have chosen one
+    rotary_dim = getattr(config, "rotary_dim", None)
+    if config.model_type == "minimax_m2" and rotary_dim is not None:  # transformers before 5.23 overlooks it
+        config.rope_parameters["partial_rotary_factor"] = rotary_dim / config.head_dim
+    if getattr(config, "quantization_config", None):
+        config.quantization_config["dequantize"] = True
+    return config
+
+
+def _load(folder: str, config: Any, compute_dtype: str, attn_implementation: str, offload_folder: str, *, on_cpu: bool) -> Any:
+    dtype = getattr(torch, compute_dtype)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder,
+        config=config,
+        # FP8 becomes bfloat16 first, whatever the compute dtype is, as m2ray does
+        dtype=torch.bfloat16 if getattr(config, "quantization_config", None) else dtype,
+        attn_implementation=attn_implementation,
+        device_map="auto",
+        max_memory={"cpu": get_max_memory()["cpu"]} if on_cpu else None,
+        offload_folder=offload_folder,
+        local_files_only=True,
+        trust_remote_code=False,
+        use_safetensors=True,
+        output_loading_info=True,
+    )
+    of_layers = f"{model.base_model_prefix}."
+    lacking = sorted({str(name) for kind in ("missing_keys", "mismatched_keys") for name in info[kind] if str(name).startswith(of_layers)})
+    if lacking:
+        raise ValueError(f"it gives no values to {', '.join(lacking[:5])}")
+    for name, tensor in model.named_parameters():
+        if tensor.dtype == torch.bfloat16 and tensor.dtype != dtype:
+            if tensor.is_meta:
+                raise ValueError(
+                    f"{name} is kept on a disk in bfloat16, and is to be computed with in {compute_dtype}: it needs more memory"
+                )
+            tensor.data = tensor.data.to(dtype)
+    _put_routers_back(model, Path(folder))
+    return model.eval().requires_grad_(requires_grad=False)
+
+
+def _put_routers_back(model: Any, folder: Path) -> None:
+    """Give the routers of some families the float32 values that they have on disk."""
+    names = _ROUTERS.get(model.config.model_type, ())
+    if not names:
+        return
+    index = folder / _INDEX
+    file_of = json.loads(index.read_bytes())["weight_map"] if index.exists() else dict.fromkeys(_keys(folder / _SINGLE_FILE), _SINGLE_FILE)
+    wanted = re.compile(rf"model\.layers\.(\d+)\.\w+\.({'|'.join(map(re.escape, names))})")
+    layers, num_put = _decoder_layers(model), 0
+    for key, file in file_of.items():
+        if (found := wanted.fullmatch(key)) and int(found[1]) < len(layers):
+            with safe_open(folder / file, framework="pt") as tensors:
+                value = tensors.get_tensor(key).float()
+            owner, _, name = found[2].rpartition(".")
+            moe: Any = layers[int(found[1])].mlp
+            _put(moe.get_submodule(owner), name, value)
+            num_put += 1
+    if num_put != len(names) * len(layers):
+        raise ValueError(f"it has {num_put} tensors of routers for {len(layers)} layers of {len(names)}")
+
+
+def _keys(file: Path) -> list[str]:
+    with safe_open(file, framework="pt") as tensors:
+        return list(tensors.keys())
+
+
+def _put(owner: nn.Module, name: str, value: torch.Tensor) -> None:
+    """Replace a module's tensor. One that accelerate brings from elsewhere stays on its device from now on: routers are small."""
+    held = getattr(owner, name)
+    device = held.device
+    if held.is_meta:
+        device = owner._hf_hook.execution_device  # type: ignore[union-attr]  # noqa: SLF001 - accelerate's, it has no other name
+        remove_hook_from_module(owner)
+    if isinstance(held, nn.Parameter):
+        setattr(owner, name, nn.Parameter(value.to(device), requires_grad=False))
+    else:
+        setattr(owner, name, value.to(device))
+
+
+def _decoder_layers(model: Any) -> nn.ModuleList:
+    """The one list of as many modules as there are layers that lies in no other such list: experts may be as many."""
+    num_layers = model.config.num_hidden_layers
+    lists = {name: module for name, module in model.base_model.named_modules() if isinstance(module, nn.ModuleList)}
+    lists = {name: module for name, module in lists.items() if len(module) == num_layers}
+    found = [module for name, module in lists.items() if not any(name.startswith(f"{other}.") for other in lists)]
+    if len(found) != 1:
+        raise CheckpointError(f"{type(model).__name__} has {len(found)} lists of {num_layers} decoder layers.")
+    return found[0]
+
+
+def _handing_on(layer: int, on_layer: OnLayer) -> Callable[..., None]:
+    def hook(_: nn.Module, __: Any, output: Any) -> None:
+        on_layer(layer, output[0] if isinstance(output, tuple) else output)
+
+    return hook

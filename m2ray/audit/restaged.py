@@ -1,0 +1,81 @@
+"""The same sequences through m2ray once more, in stages of another cut, one stage in memory at a time."""
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+
+import numpy as np
+import torch
+
+from m2ray.batches import LayerSpan, MicroBatch
+from m2ray.model.capture import CaptureSpec
+from m2ray.model.stage import DTYPES, StageSpec, load_stage
+
+_MOST_LAYERS = 4
+_HELD_BYTES = 1 << 30
+
+OnRows = Callable[[MicroBatch, int, torch.Tensor], None]
+"""Takes a micro-batch, a layer and its rows [N, W] in the store dtype."""
+
+
+def restage(
+    spec: StageSpec, capture: CaptureSpec, micro_batches: Sequence[Callable[[], MicroBatch]], hidden_size: int, seed: int, on_rows: OnRows
+) -> dict[int | None, str]:
+    """Take micro-batches through the layers of `spec.span`, which begins at layer 0, in stages of 1 to 4 layers that `seed` chooses.
+
+    Memory holds one stage, and hidden states of at most 1 GiB and one micro-batch: for more of them the stages are loaded again.
+
+    Args:
+        spec: what the stages have in common.
+        capture: whose residual is handed over.
+        micro_batches: how to get each.
+        hidden_size: elements of a hidden state.
+        seed: of the cut.
+        on_rows: called for each micro-batch and captured layer.
+
+    Returns:
+        The digests of what was loaded, as `weights.json` has them: by layer, and of what comes before them at None.
+
+    Raises:
+        CheckpointError, StoreError: the weights cannot be loaded.
+        StageError: a row is not finite in the store dtype.
+    """
+    digests: dict[int | None, str] = {}
+    token_bytes = hidden_size * DTYPES[spec.compute_dtype].itemsize
+    for group in _groups(micro_batches, token_bytes):
+        hidden: list[torch.Tensor | None] = [None] * len(group)
+        for span in _cut(spec.span, seed):
+            stage = load_stage(_of_span(spec, span), lambda *_: None)
+            stage.begin(capture)
+            digests |= stage.digests
+            for place, micro_batch in enumerate(group):
+                output = stage.forward(micro_batch, hidden[place])
+                for part, captured in zip(stage.parts, output.captured, strict=True):
+                    assert part.layer is not None
+                    on_rows(micro_batch, part.layer, torch.from_numpy(captured.rows).view(DTYPES[part.dtype]))
+                hidden[place] = None if output.hidden_BTH is None else output.hidden_on_host()
+            del stage
+    return digests
+
+
+def _of_span(spec: StageSpec, span: LayerSpan) -> StageSpec:
+    return StageSpec(
+        spec.model_url, span, spec.compute_dtype, spec.attn_implementation, spec.device, spec.threads, model_digest=spec.model_digest
+    )
+
+
+def _cut(span: LayerSpan, seed: int) -> list[LayerSpan]:
+    rng, bounds = np.random.default_rng(seed), [span.start]
+    while bounds[-1] < span.stop:
+        bounds.append(min(span.stop, bounds[-1] + int(rng.integers(1, _MOST_LAYERS + 1))))
+    return [LayerSpan(*ends) for ends in pairwise(bounds)]
+
+
+def _groups(micro_batches: Sequence[Callable[[], MicroBatch]], token_bytes: int) -> Iterator[list[MicroBatch]]:
+    group: list[MicroBatch] = []
+    for get in micro_batches:
+        group.append(get())
+        if sum(each.padded_tokens for each in group) * token_bytes >= _HELD_BYTES:
+            yield group
+            group = []
+    if group:
+        yield group

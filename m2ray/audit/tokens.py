@@ -1,0 +1,118 @@
+"""The audited sequences' token ids: the prompts tokenised once more, or what the run holds where it has them all."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from datetime import date
+from typing import Any
+
+import numpy as np
+
+from m2ray.activations.job import JobRecord
+from m2ray.activations.reading.catalogue import Catalogue
+from m2ray.audit.recorded import RecordedRows
+from m2ray.batches import Int64Array, Shard
+from m2ray.errors import NotInRunError, RunConflictError
+from m2ray.options import PromptOptions
+from m2ray.prompts import PromptSource, PromptTokenizer, TokenSpool
+from m2ray.prompts.surveying import prompt_digest, row_batches
+
+OTHER_TOKENS = "its prompt gives other tokens than the run says"
+
+
+def recorded_options(options: Mapping[str, Any], prompts: str) -> PromptOptions:
+    """What decided the run's sequences, as job.json says, for prompts that lie at `prompts`."""
+    known = {each.name: options[each.name] for each in fields(PromptOptions) if each.name in options}
+    if known.get("special_tokens") == "add_where_absent":
+        known["special_tokens"] = "auto"  # which came to that
+    if known.get("template_date"):
+        known["template_date"] = date.fromisoformat(known["template_date"])
+    return PromptOptions(**{**known, "prompts": prompts})
+
+
+def open_tokenizer(job: JobRecord, model: str, vocab_size: int) -> PromptTokenizer:
+    """The tokenizer of `model`, by the options of the run.
+
+    Raises:
+        CheckpointError, StoreError: it cannot be read.
+        RunConflictError: it, or its chat template, is not that of the run.
+    """
+    tokenizer = PromptTokenizer.load(model, recorded_options(job.options, ""), vocab_size)
+    here = {"tokenizer": tokenizer.tokenizer_digest, "template": tokenizer.template_digest}
+    differing = [name for name, found in here.items() if job.fingerprints.get(name, found) != found]
+    if differing:
+        raise RunConflictError(f"The {' and the '.join(differing)} of {model} are not those of the run.", "Give the run's by --model.")
+    return tokenizer
+
+
+def open_source(job: JobRecord, prompts: str) -> PromptSource:
+    """The run's prompts, which lie at `prompts`.
+
+    Raises:
+        PromptsError, StoreError: they cannot be read.
+        RunConflictError: they are not those of the run.
+    """
+    source = PromptSource.open(recorded_options(job.options, prompts))
+    if source.fingerprint() != job.fingerprints.get("prompts"):
+        raise RunConflictError(f"The prompts at {prompts} are not those of the run.", "Give the run's by --prompts.")
+    return source
+
+
+def from_prompts(
+    catalogue: Catalogue, source: PromptSource, tokenizer: PromptTokenizer, wanted: Int64Array, on_row: Callable[[int], object]
+) -> tuple[TokenSpool, dict[int, str]]:
+    """Tokenise these rows, and no others, again.
+
+    Args:
+        catalogue: the run.
+        source, tokenizer: the run's.
+        wanted: sequence ids, ascending.
+        on_row: called with the number of rows passed.
+
+    Returns:
+        The token ids, which the caller closes, and by sequence what is wrong: those are left out of the spool.
+    """
+    tokens, wrong = TokenSpool(), {}
+    try:
+        left = wanted
+        for rows in row_batches(source.rows()):
+            if not len(left):
+                break
+            stop = int(np.searchsorted(left, rows[-1].sequence_id, side="right"))
+            chosen = [rows[number - rows[0].sequence_id] for number in left[:stop].tolist()]
+            left = left[stop:]
+            for row, encoded in zip(chosen, tokenizer.encode(chosen), strict=True):
+                if isinstance(encoded, str):
+                    wrong[row.sequence_id] = f"its prompt is bad: {encoded}"
+                elif prompt_digest(encoded) != catalogue.sequence(row.sequence_id)["prompt_digest"]:
+                    wrong[row.sequence_id] = OTHER_TOKENS
+                else:
+                    tokens.append(row.sequence_id, encoded)
+            on_row(rows[-1].sequence_id + 1)
+        wrong |= dict.fromkeys(left.tolist(), f"it is beyond the rows of {source.options.prompts}")
+    except BaseException:
+        tokens.close()
+        raise
+    return tokens, wrong
+
+
+def from_run(catalogue: Catalogue, recorded: RecordedRows, pieces: tuple[Shard, ...]) -> tuple[TokenSpool, dict[int, str]]:
+    """The token ids of these pieces' sequences as the run's own rows have them, held against `prompt_digest`.
+
+    Raises NotInRunError where the run does not have a row of every token.
+    """
+    shard_of = {number: piece.index for piece in pieces for number in piece.sequence_ids.tolist()}
+    tokens, wrong = TokenSpool(), {}
+    try:
+        for piece in pieces:
+            if not recorded.holds_all(piece):
+                raise NotInRunError("The run does not hold all tokens of its prompts.", "Give the prompts by --prompts.")
+        for number in sorted(shard_of):
+            found = np.ascontiguousarray(recorded.tokens(shard_of[number], number)["token_id"])
+            if prompt_digest(found) == catalogue.sequence(number)["prompt_digest"]:
+                tokens.append(number, found)
+            else:
+                wrong[number] = OTHER_TOKENS
+    except BaseException:
+        tokens.close()
+        raise
+    return tokens, wrong

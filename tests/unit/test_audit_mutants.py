@@ -1,0 +1,249 @@
+"""What a defect of an extraction could do to a run, planted with right digests: the audit names it, and nothing else does."""
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from m2ray.batches import MicroBatch
+from m2ray.prompts import PromptRow, PromptTokenizer
+from scripts.make_checkpoint import train_tokenizer
+from tests.reference import alone, chain_rows, edited, load_chain, load_reference, reference_rows
+from tests.unit.audited_runs import RowsOf, audited, extracted, make_model, write_prompts
+
+BOS = 0
+NUM_SEQUENCES = 16
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("models")
+    return {name: make_model(root / name, name) for name in ("llama", "minimax_m2")}
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    return write_prompts(tmp_path / "prompts.jsonl")
+
+
+# -- rows that were mixed up after they were computed ------------------------------------------------------------------------
+
+
+def two_rows_swapped(model: Path) -> RowsOf:
+    stages = load_chain(model, (0, 5), "float32")
+
+    def rows_of(micro_batch: MicroBatch) -> list[torch.Tensor]:
+        rows = chain_rows(stages, micro_batch)
+        if micro_batch.shard == 0 and micro_batch.index == 0:
+            rows[3][[1, 2]] = rows[3][[2, 1]]
+        return rows
+
+    return rows_of
+
+
+def layers_shifted_by_one(model: Path) -> RowsOf:
+    stages = load_chain(model, (0, 5), "float32")
+
+    def rows_of(micro_batch: MicroBatch) -> list[torch.Tensor]:
+        rows = chain_rows(stages, micro_batch)
+        return [rows[0], *rows[:-1]]
+
+    return rows_of
+
+
+def layers_of_two_attempts(model: Path) -> RowsOf:
+    """The other attempt took each sequence alone, as one does after memory ran out."""
+    stages = load_chain(model, (0, 4), "float32")
+
+    def rows_of(micro_batch: MicroBatch) -> list[torch.Tensor]:
+        each = [chain_rows(stages, alone(micro_batch, row)) for row in range(len(micro_batch.sequence_ids))]
+        other = [torch.cat(rows) for rows in zip(*each, strict=True)]
+        return [*chain_rows(stages, micro_batch)[:2], *other[2:]]
+
+    return rows_of
+
+
+# -- rows that were computed otherwise ---------------------------------------------------------------------------------------
+
+
+def one_layer_of_another_checkpoint(model: Path) -> RowsOf:
+    def other(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.2.mlp.up_proj.weight"] = tensors["model.layers.2.mlp.up_proj.weight"].flip(0)
+
+    mixed = edited(model, model.parent / "mixed", other)
+    reference = load_reference(mixed, torch.float32)
+    shutil.rmtree(mixed)
+    return lambda micro_batch: reference_rows(reference, micro_batch)
+
+
+def padding_leaking_in(model: Path) -> RowsOf:
+    """Padded on the left, without a mask: what is real looks at what stands before it."""
+    reference = load_reference(model, torch.float32)
+
+    def rows_of(micro_batch: MicroBatch) -> list[torch.Tensor]:
+        turned, counts = micro_batch.token_ids_BT.copy(), micro_batch.token_counts.tolist()
+        num_places = turned.shape[1]
+        for row, count in enumerate(counts):
+            turned[row] = [*[0] * (num_places - count), *micro_batch.token_ids_BT[row, :count]]
+        whole = MicroBatch(0, 0, True, micro_batch.sequence_ids, micro_batch.token_counts * 0 + num_places, turned)
+        starts = torch.tensor([row * num_places + num_places - count for row, count in enumerate(counts)])
+        places = torch.cat([torch.arange(count) + start for start, count in zip(starts, counts, strict=True)])
+        return [rows[places] for rows in reference_rows(reference, whole)]
+
+    return rows_of
+
+
+def with_layers(model: Path, forward: Callable[..., torch.Tensor]) -> RowsOf:
+    reference = load_reference(model, torch.float32)
+    for layer in reference.model.layers:
+        layer.forward = forward.__get__(layer)
+    return lambda micro_batch: reference_rows(reference, micro_batch)
+
+
+def post_norm_for_pre_norm(model: Path) -> RowsOf:
+    def forward(layer: Any, hidden: torch.Tensor, **more: Any) -> torch.Tensor:
+        hidden = layer.input_layernorm(hidden + layer.self_attn(hidden_states=hidden, **more)[0])
+        return layer.post_attention_layernorm(hidden + layer.mlp(hidden))
+
+    return with_layers(model, forward)
+
+
+def attention_and_mlp_exchanged(model: Path) -> RowsOf:
+    def forward(layer: Any, hidden: torch.Tensor, **more: Any) -> torch.Tensor:
+        hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+        return hidden + layer.self_attn(hidden_states=layer.input_layernorm(hidden), **more)[0]
+
+    return with_layers(model, forward)
+
+
+def as_it_is(model: Path) -> RowsOf:
+    """No mutant: that transformers' layers written out here pass shows that what is caught is the mutation."""
+
+    def forward(layer: Any, hidden: torch.Tensor, **more: Any) -> torch.Tensor:
+        hidden = hidden + layer.self_attn(hidden_states=layer.input_layernorm(hidden), **more)[0]
+        return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+
+    return with_layers(model, forward)
+
+
+def router_in_bfloat16(model: Path) -> RowsOf:
+    reference = load_reference(model, torch.float32)
+    for layer in reference.model.layers:
+        layer.mlp.gate.weight.data = layer.mlp.gate.weight.data.bfloat16().float()
+    return lambda micro_batch: reference_rows(reference, micro_batch)
+
+
+def rotary_over_all_dimensions(model: Path) -> RowsOf:
+    turned = Path(shutil.copytree(model, model.parent / "turned"))
+    config = json.loads((turned / "config.json").read_text())
+    (turned / "config.json").write_text(json.dumps({**config, "rotary_dim": config["head_dim"]}))
+    reference = load_reference(turned, torch.float32)
+    shutil.rmtree(turned)
+    return lambda micro_batch: reference_rows(reference, micro_batch)
+
+
+OF_LLAMA = [
+    two_rows_swapped,
+    layers_shifted_by_one,
+    one_layer_of_another_checkpoint,
+    padding_leaking_in,
+    post_norm_for_pre_norm,
+    attention_and_mlp_exchanged,
+]
+OF_MINIMAX = [layers_of_two_attempts, router_in_bfloat16, rotary_over_all_dimensions]
+
+
+@pytest.mark.parametrize("mutant", [*OF_LLAMA, *OF_MINIMAX], ids=lambda mutant: mutant.__name__)
+def test_rows_of_a_mutant_are_caught(
+    monkeypatch: pytest.MonkeyPatch, models: dict[str, Path], prompts: Path, tmp_path: Path, mutant: Callable[[Path], RowsOf]
+) -> None:
+    model = models["llama" if mutant in OF_LLAMA else "minimax_m2"]
+    dtypes = {"compute-dtype": "float32", "store-dtype": "float32"}
+    audit = audited(extracted(monkeypatch, model, prompts, tmp_path / "run", mutant(model), **dtypes))
+    assert (audit["passed"], audit["exact"]) == (False, True), audit["remarks"]
+    assert audit["num_wrong"] == len(audit["wrong"]) > 0
+    failed = {(each["by"], each["batch"]) for each in audit["compared"] if each["beyond"]}
+    assert {("transformers", "recorded"), ("m2ray", "recorded")} <= failed
+    if mutant is two_rows_swapped:
+        assert audit["num_wrong"] <= 2
+        assert {each["layer"] for each in audit["compared"] if each["beyond"]} == {3}
+
+
+@pytest.mark.parametrize(
+    "mutant", [two_rows_swapped, one_layer_of_another_checkpoint, padding_leaking_in], ids=lambda mutant: mutant.__name__
+)
+def test_rows_of_a_mutant_on_another_machine_differ_by_more_than_rounding(
+    monkeypatch: pytest.MonkeyPatch, models: dict[str, Path], prompts: Path, tmp_path: Path, mutant: Callable[[Path], RowsOf]
+) -> None:
+    model, options = models["llama"], {"compute-dtype": "float32", "store-dtype": "float32", "computed_on": "NVIDIA H200"}
+    audit = audited(extracted(monkeypatch, model, prompts, tmp_path / "run", mutant(model), **options))
+    assert (audit["passed"], audit["exact"]) == (False, False)
+    assert audit["num_wrong"] > 0
+
+
+@pytest.mark.parametrize("made", [None, as_it_is], ids=["m2ray", "transformers"])
+def test_rows_of_no_mutant_pass(
+    monkeypatch: pytest.MonkeyPatch, models: dict[str, Path], prompts: Path, tmp_path: Path, made: Callable[[Path], RowsOf] | None
+) -> None:
+    model = models["llama"]
+    rows_of = made(model) if made else None
+    audit = audited(
+        extracted(monkeypatch, model, prompts, tmp_path / "run", rows_of, **{"compute-dtype": "float32", "store-dtype": "float32"})
+    )
+    assert (audit["passed"], audit["num_wrong"], audit["exact"]) == (True, 0, True), audit
+    recorded = [each for each in audit["compared"] if each["batch"] == "recorded"]
+    assert [each["same_bits"] for each in recorded] == [each["rows"] for each in recorded]
+
+
+# -- tokens ------------------------------------------------------------------------------------------------------------------
+
+Encode = Callable[[PromptTokenizer, Sequence[PromptRow]], list[Any]]
+
+
+def a_token_dropped(encode: Encode, _: Path) -> Encode:
+    def dropping(self: PromptTokenizer, rows: Sequence[PromptRow]) -> list[Any]:
+        return [np.delete(ids, 2) if row.sequence_id == 4 else ids for row, ids in zip(rows, encode(self, rows), strict=True)]
+
+    return dropping
+
+
+def bos_missing(encode: Encode, _: Path) -> Encode:
+    def without(self: PromptTokenizer, rows: Sequence[PromptRow]) -> list[Any]:
+        found = encode(self, rows)
+        assert all(ids[0] == BOS for ids in found)
+        return [ids[1:] for ids in found]
+
+    return without
+
+
+def another_tokenizer(encode: Encode, folder: Path) -> Encode:
+    train_tokenizer(384, 256).save_pretrained(folder)
+
+    def by_other(self: PromptTokenizer, rows: Sequence[PromptRow]) -> list[Any]:
+        return encode(PromptTokenizer.load(str(folder), self._options, 384), rows)
+
+    return by_other
+
+
+@pytest.mark.parametrize("mutant", [a_token_dropped, bos_missing, another_tokenizer], ids=lambda mutant: mutant.__name__)
+def test_tokens_of_a_mutant_are_caught(
+    monkeypatch: pytest.MonkeyPatch,
+    models: dict[str, Path],
+    prompts: Path,
+    tmp_path: Path,
+    mutant: Callable[[Encode, Path], Encode],
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(PromptTokenizer, "encode", mutant(PromptTokenizer.encode, tmp_path / "other"))
+        run = extracted(monkeypatch, models["llama"], prompts, tmp_path / "run")
+    audit = audited(run)
+    assert not audit["passed"]
+    assert audit["tokens_from"] == "prompts"
+    caught = ["4"] if mutant is a_token_dropped else [str(number) for number in range(NUM_SEQUENCES)]
+    assert sorted(audit["wrong"], key=int) == caught
+    assert set(audit["wrong"].values()) == {"its prompt gives other tokens than the run says"}

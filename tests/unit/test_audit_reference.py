@@ -1,0 +1,41 @@
+"""The audit's reference, as accelerate deals it out, is the model that the tests hold every family against."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from m2ray.audit.reference import Reference
+from m2ray.audit.tolerance import has_router
+from m2ray.errors import CheckpointError
+from tests.reference import DATA, LENGTHS, load_reference, make_family, make_minimax, micro_batch_of, reference_rows, same_bits, vocab_size
+
+FAMILIES = ["minimax_m2", *sorted(path.stem for path in (DATA / "families").glob("*.json"))]
+ROUTED = {"deepseek_v3", "glm4_moe", "gpt_oss", "minimax_m2", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_it_is_transformers_own_model_of_every_family(tmp_path: Path, family: str) -> None:
+    folder = make_minimax(tmp_path / family, "fp8") if family == "minimax_m2" else make_family(tmp_path / family, family, torch.bfloat16)
+    micro_batch = micro_batch_of(LENGTHS, vocab_size(folder))
+    model = load_reference(folder, torch.float32)
+    is_real_BT = torch.arange(micro_batch.token_ids_BT.shape[1]) < torch.from_numpy(micro_batch.token_counts)[:, None]
+    found: dict[int, torch.Tensor] = {}
+    with Reference(str(folder), "float32", model.config._attn_implementation, on_cpu=True) as reference:
+        assert reference.in_memory
+        assert has_router(reference.config) == (family in ROUTED)
+        layers = range(reference.config.num_hidden_layers)
+        reference.run(
+            torch.from_numpy(micro_batch.token_ids_BT).long(), layers, lambda layer, output: found.update({layer: output[is_real_BT]})
+        )
+    expected = reference_rows(model, micro_batch)
+    assert [same_bits(found[layer], rows) for layer, rows in enumerate(expected)] == [True] * len(layers)
+
+
+def test_a_checkpoint_that_lacks_a_tensor_is_refused(tmp_path: Path) -> None:
+    folder = make_family(tmp_path / "llama", "llama")
+    for file in folder.glob("*.safetensors"):
+        if "00001-of" in file.name or file.name == "model.safetensors":
+            file.unlink()
+    with pytest.raises(CheckpointError, match="transformers cannot load"):
+        Reference(str(folder), "float32", "sdpa", on_cpu=True)
