@@ -138,7 +138,9 @@ def _print(found: Verification, checksums: bool, reopened: list[int], deleted: l
     say(f"{found.files:,} files with {found.num_bytes:,} bytes ({depth}); {len(found.damages):,} damaged; the run is {state}.")
     _print_unnamed(found)
     if deleted:
-        say(f"Deleted: {len(deleted):,} files, those of the damaged shards and what says that the run is finished:")
+        say(
+            f"Deleted: {len(deleted):,} files, by which the damaged shards counted and the run was finished; their parts go at the end of the next run:"
+        )
         _print_keys(deleted)
     if found.damaged_shards and found.job.format_version == FORMAT_VERSION:
         listed = ", ".join(map(str, found.damaged_shards))
