@@ -56,9 +56,9 @@ def minimax_config(**fields: object) -> Any:
     return parse_config(json.dumps({**json.loads((DATA / "minimax_m2" / "config.json").read_text()), **fields}).encode())
 
 
-def make_family(folder: Path, model_type: str, dtype: torch.dtype = torch.float32) -> Path:
-    """A tiny checkpoint of a family, saved by transformers from weights that make every layer matter."""
-    fields = json.loads((DATA / "families" / f"{model_type}.json").read_text())
+def make_family(folder: Path, model_type: str, dtype: torch.dtype = torch.float32, **changed: Any) -> Path:
+    """A tiny checkpoint of a family, some fields of it changed, saved by transformers from weights that make every layer matter."""
+    fields = {**json.loads((DATA / "families" / f"{model_type}.json").read_text()), **changed}
     torch.manual_seed(5)
     model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type].from_dict(fields), dtype=torch.float32)
     generator = torch.Generator().manual_seed(5)

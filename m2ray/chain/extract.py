@@ -242,7 +242,7 @@ def _specs(inputs: Inputs, plan: Plan, replica: int, stage: int, span: LayerSpan
             compile=options.compile,
             residency=residency,
             offload_folder=options.offload_path,
-            model_digest=inputs.checkpoint.digest,
+            model_files=inputs.checkpoint.digests,
         )
 
 

@@ -26,7 +26,7 @@ from m2ray.model.skeleton import ModelTensor, Skeleton
 
 Shape = tuple[int, ...]
 
-MISMATCH = "config.json and the weights do not belong together."
+MISMATCH = "config.json and the weights do not belong together: take both from the same release."
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Conversion:
         if not sources:
             published = ", ".join(_shorten(list(self.published(tensor))))
             alias = "" if published == tensor.name else f" (published as {published})"
-            raise CheckpointError(f"The checkpoint has no tensor for {tensor.name}{alias}.", "Copy the files again.")
+            raise CheckpointError(f"The checkpoint has no tensor for {tensor.name}{alias}.", MISMATCH)
         if sources[0].pattern is None or len({source.pattern is None for source in sources}) > 1:
             placements = [_place_whole(tensor, [source.key for source in sources])]
         else:
@@ -168,9 +168,7 @@ def _number_experts(tensor: ModelTensor, pattern: str, keys: list[str]) -> dict[
             assert number is not None
             named = [f"{keys[0][: number.start(1)]}{expert}{keys[0][number.end(1) :]}" for expert in missing]
         listed = ", ".join(_shorten(named))
-        raise CheckpointError(
-            f"The checkpoint lacks {len(missing)} tensors {pattern!r} of {tensor.name}: {listed}.", "Copy the files again."
-        )
+        raise CheckpointError(f"The checkpoint lacks {len(missing)} tensors {pattern!r} of {tensor.name}: {listed}.", MISMATCH)
     surplus = [key for expert, key in by_expert.items() if expert >= tensor.shape[0]]
     if surplus:
         listed = ", ".join(_shorten(surplus))

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -54,8 +55,9 @@ SHARED_STATE = ("num_kv_shared_layers", "hidden_size_per_layer_input")
 TEXT_TOWERS = ("text_config", "decoder", "language_config", "llm_config", "thinker_config")
 """Config fields that hold the configuration of the decoder inside a larger model."""
 
-LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
-"""Rotary embeddings that change with the longest sequence of a batch: a prompt's rows would depend on its neighbours."""
+LENGTH_DEPENDENT_ROPE = ("dynamic",)
+"""Rotary embeddings that change with the longest sequence of a batch: a prompt's rows would depend on its neighbours. That of "longrope"
+changes at one length, so it is run for prompts up to there (`steady_positions`)."""
 
 CALLER_CHOOSES = ("auto_map", "attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
 """Fields of config.json that are not the model's: code to run from the folder, and settings of whoever saved it."""
@@ -79,7 +81,8 @@ def parse_config(text: bytes) -> Any:
     fields = {name: value for name, value in fields.items() if name not in CALLER_CHOOSES}
     if not isinstance(fields.get("quantization_config") or {}, dict):
         raise CheckpointError(
-            f"config.json: quantization_config = {fields['quantization_config']!r} is no JSON object.", "Copy the file again."
+            f"config.json: quantization_config = {fields['quantization_config']!r} is no JSON object.",
+            "Write what says how the weights are quantised (quant_method ...), or leave it out where they are not.",
         )
     config = _read_fields(model_type, fields)
     raise_all(
@@ -105,6 +108,22 @@ def expected_rotary_dim(config: Any) -> int | None:
         return None
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return int(head_dim * factor)
+
+
+def steady_positions(config: Any) -> int | None:
+    """Tokens of the longest prompt whose rotary embedding is the same whatever stands beside it in a batch; None where that is any prompt."""
+    originals = [
+        rope.get("original_max_position_embeddings") or config.max_position_embeddings
+        for rope in _ropes(config)
+        if rope.get("rope_type") == "longrope"
+    ]
+    return min(originals, default=None)
+
+
+def default_max_length(config: Any) -> int:
+    """Tokens of a prompt, at most, where the user does not say."""
+    positions: int = config.max_position_embeddings
+    return min(positions, steady_positions(config) or positions)
 
 
 def require_positions(config: Any, max_length: int | None) -> None:
@@ -141,7 +160,19 @@ def _read_fields(model_type: str, fields: Mapping[str, Any]) -> Any:
     try:
         return CONFIG_MAPPING[model_type].from_dict(deepcopy(dict(fields)))  # it writes into what is nested
     except (StrictDataclassError, AttributeError, TypeError, ValueError, KeyError) as error:
-        raise CheckpointError(f"transformers refuses config.json as a {model_type} configuration: {error}.") from error
+        raise CheckpointError(
+            f"transformers refuses config.json as a {model_type} configuration: {error}.", _dtype_remedy(fields)
+        ) from error
+
+
+def _dtype_remedy(fields: Mapping[str, Any]) -> str:
+    """What to do where the name of a dtype is not torch's."""
+    wrong = [
+        f"{name} = {fields[name]!r}"
+        for name in ("dtype", "torch_dtype")
+        if isinstance(fields.get(name), str) and not isinstance(getattr(torch, fields[name].removeprefix("torch."), None), torch.dtype)
+    ]
+    return f'Instead of {wrong[0]} write torch\'s own name: "bfloat16", "float16" or "float32".' if wrong else ""
 
 
 def _contradictory_rope(config: Any, fields: Mapping[str, Any]) -> list[CheckpointError]:
@@ -208,9 +239,8 @@ def _unsupported_structure(config: Any) -> list[CheckpointError]:
         for field in SHARED_STATE
         if getattr(config, field, None)
     ]
-    rope = getattr(config, "rope_parameters", None) or {}
-    for parameters in [rope, *(nested for nested in rope.values() if isinstance(nested, dict))]:
-        rope_type = parameters.get("rope_type")
+    for rope in _ropes(config):
+        rope_type = rope.get("rope_type")
         if rope_type in LENGTH_DEPENDENT_ROPE:
             problems.append(
                 CheckpointError(
@@ -219,6 +249,12 @@ def _unsupported_structure(config: Any) -> list[CheckpointError]:
                 )
             )
     return problems
+
+
+def _ropes(config: Any) -> list[dict[str, Any]]:
+    """The rotary embeddings' parameters: one object for all layers, or one in it for each kind of layer."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return [rope, *(nested for nested in rope.values() if isinstance(nested, dict))]
 
 
 def _unsupported_quantization(config: Any) -> list[CheckpointError]:

@@ -101,7 +101,8 @@ def build_skeleton(config: Any, compute_dtype: torch.dtype, attn_implementation:
         beyond = isinstance(pad, int) and pad >= config.vocab_size
         hint = f" pad_token_id = {pad}, and vocab_size = {config.vocab_size}." if beyond else ""
         raise CheckpointError(
-            f"transformers cannot build a {config.model_type} from config.json: {str(error) or type(error).__name__}.{hint}"
+            f"transformers cannot build a {config.model_type} from config.json: {str(error) or type(error).__name__}.{hint}",
+            "Set pad_token_id to a token of the vocabulary, or to null: no row depends on it." if beyond else "",
         ) from error
     layers_name, layers = _find_layers(model)
     for layer in layers:
@@ -142,9 +143,12 @@ def _trace_inputs(model: Any, layers: nn.ModuleList) -> tuple[str, ...]:
     Names do not tell: some families embed positions too, project or normalise before the first layer.
     """
     inside = {id(module) for layer in layers for module in layer.modules()}
-    outside = [(name, module) for name, module in model.named_modules() if id(module) not in inside and _owns_tensors(module)]
+    outside = [(name, module) for name, module in model.named_modules() if id(module) not in inside]
+    had = [(module, set(vars(module))) for _, module in outside]
     called: list[str] = []
-    hooks = [module.register_forward_pre_hook(lambda *_, name=name: called.append(name)) for name, module in outside]
+    hooks = [
+        module.register_forward_pre_hook(lambda *_, name=name: called.append(name)) for name, module in outside if _owns_tensors(module)
+    ]
     hooks.append(layers[0].register_forward_pre_hook(lambda *_: called.append("")))
     with torch.inference_mode(), torch.device("meta"):
         # A mask of four axes is taken as it is: making one looks at values, which meta tensors have not.
@@ -153,6 +157,9 @@ def _trace_inputs(model: Any, layers: nn.ModuleList) -> tuple[str, ...]:
         )
     for hook in hooks:
         hook.remove()
+    for module, names in had:
+        for name in vars(module).keys() - names:  # what a first pass keeps for the next, here without values
+            delattr(module, name)
     return tuple(called[: called.index("")])
 
 

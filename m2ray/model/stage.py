@@ -15,6 +15,7 @@ from m2ray.model.attention import FLEX_BLOCK, require_machine, resolve_attn_impl
 from m2ray.model.capture import CaptureSpec, ResidualCapture, pin_host_memory
 from m2ray.model.checkpoint import open_checkpoint
 from m2ray.model.decoder import DecoderSpan
+from m2ray.model.families import default_max_length
 from m2ray.model.gpu_loading import Lanes
 from m2ray.model.interpreter import quick_switches, without_collector
 from m2ray.model.skeleton import build_skeleton
@@ -39,7 +40,7 @@ class StageSpec:
         compile: whether the layers are compiled by torch.compile, which changes results by rounding (docs/numerics.md).
         residency: where those of its layers live that are not kept on the device.
         offload_folder: where the files of those on a disk lie, there or yet to be made.
-        model_digest: the fingerprint that the checkpoint has to have (`Checkpoint.digest`); None takes what is there.
+        model_files: the files that are needed, and the digest that each has to have (`Checkpoint.digests`); None takes what is there.
     """
 
     model_url: str
@@ -51,7 +52,7 @@ class StageSpec:
     compile: bool = False
     residency: Mapping[int, Residency] = field(default_factory=dict)
     offload_folder: str = ""
-    model_digest: str | None = None
+    model_files: Mapping[str, str] | None = None
 
 
 class StageOutput:
@@ -214,7 +215,7 @@ class Stage:
             capture_bytes = batch_tokens * config.hidden_size * self._store_dtype.itemsize * len(self.parts)
             # Beside what waits, of two micro-batches: one that is computed, and one whose rows are handed over.
             pin_host_memory(waiting_bytes + 2 * capture_bytes, batch_tokens, config.hidden_size, self._store_dtype)
-        longest = max(4, min(1024, config.max_position_embeddings, batch_tokens // 2))
+        longest = max(4, min(1024, default_max_length(config), batch_tokens // 2))
         full = -(-batch_tokens // longest)
         shapes = [(full, batch_tokens // full), (batch_tokens // (longest // 2), longest // 2), (1, longest)]
         if self._decoder.skeleton.attn_implementation == "flex_attention":
@@ -263,7 +264,7 @@ def load_stage(spec: StageSpec, on_bytes: OnBytes) -> Stage:
         on_bytes: called as tensors arrive, with the bytes read so far and those needed.
 
     Raises:
-        CheckpointError: files are damaged or not those of `model_digest`, or the span's tensors missing, unknown or misshapen; all at once.
+        CheckpointError: files are damaged or not those of `model_files`, or the span's tensors missing, unknown or misshapen; all at once.
         ConfigError: the family, the dtype or this machine cannot have such attention, or the span is not in the model.
         StoreError: reading fails.
     """
@@ -279,9 +280,11 @@ def load_stage(spec: StageSpec, on_bytes: OnBytes) -> Stage:
 
 def _load_stage(spec: StageSpec, device: torch.device, lanes: Lanes | None, on_bytes: OnBytes) -> Stage:
     checkpoint = open_checkpoint(spec.model_url)
+    if spec.model_files is not None:
+        checkpoint = checkpoint.only(spec.model_files)
     checkpoint.check()
-    if spec.model_digest is not None:
-        checkpoint.require(spec.model_digest)
+    if spec.model_files is not None:
+        checkpoint.require(spec.model_files)
     compute_dtype = DTYPES[spec.compute_dtype]
     attn_implementation = resolve_attn_implementation(checkpoint.config, spec.attn_implementation, compute_dtype)
     require_machine(checkpoint.config, attn_implementation, device)

@@ -11,12 +11,15 @@ from torch import nn
 
 from m2ray.batches import LayerSpan, Role, TensorRow, TensorTable
 from m2ray.errors import CheckpointError, raise_all
-from m2ray.model.conversion import Conversion, Placement, Source
+from m2ray.model.conversion import MISMATCH, Conversion, Placement, Source
 from m2ray.model.families import fp8_block, is_fp8
 from m2ray.model.headers import TensorHeader
 from m2ray.model.skeleton import ModelTensor, Skeleton, build_skeleton
 
 SCALE = "_scale_inv"
+OTHER_SCALE = "_scale"
+"""Of a weight, in layouts that m2ray does not read."""
+
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 WEIGHTS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 SCALES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu)
@@ -55,7 +58,7 @@ def match_by_layer(
     """
     unread = {} if unread is None else unread
     if not is_fp8(skeleton.config_on_disk) and any(header.dtype in FP8 for header in headers.values()):
-        raise CheckpointError("The checkpoint holds FP8 tensors, but config.json has no quantization_config.", "Copy config.json again.")
+        raise CheckpointError("The checkpoint holds FP8 tensors, but config.json has no quantization_config.", MISMATCH)
     conversion = Conversion(skeleton)
     wanted = {tensor.name: tensor for tensor in (skeleton.tensors.values() if span is None else skeleton.needed(span))}
     sources: dict[str, list[Source]] = {name: [] for name in wanted}
@@ -89,15 +92,43 @@ def match_by_layer(
     _raise_shortened(problems)
 
 
-def table_of(skeleton: Skeleton, headers: Mapping[str, TensorHeader]) -> TensorTable:
+def needed_files(skeleton: Skeleton, weight_map: Mapping[str, str], span: LayerSpan) -> set[str]:
+    """The files that hold tensors which a stage of `span` computes with.
+
+    Args:
+        weight_map: the file of each checkpoint key.
+    """
+    files: set[str] = set()
+    outside: dict[str, str] = {}
+    for key, file in weight_map.items():
+        layer = skeleton.layer_of(key)
+        if layer is None:
+            outside[key] = file
+        elif layer in span:
+            files.add(file)
+    if span.start == 0:
+        found = {name: outside[source.key] for name, source in Conversion(skeleton).sources(outside)}
+        heads = {embedding: head for head, embedding in skeleton.tied.items()}  # its values may be there under the head's name only
+        inputs = (tensor.name for tensor in skeleton.needed(span) if tensor.layer is None)
+        files |= {found[name] for name in (each if each in found else heads.get(each) for each in inputs) if name in found}
+    return files
+
+
+def table_of(skeleton: Skeleton, headers: Mapping[str, TensorHeader], span: LayerSpan | None = None) -> TensorTable:
     """Every tensor of a checkpoint and of its model, built at bfloat16.
+
+    Args:
+        span: the layers whose tensors have to be there, and have bytes on disk in the table; None for all.
 
     Raises:
         CheckpointError: as `match_by_layer`.
     """
     unread: dict[str, Role] = {}
-    matched = [each for layer in match_by_layer(skeleton, headers, unread=unread) for each in layer]
+    matched = [each for layer in match_by_layer(skeleton, headers, span, unread) for each in layer]
     rows = [_row(each.tensor, tuple(placement.key for placement in each.placements), disk_bytes(each, headers)) for each in matched]
+    if span is not None:
+        read = {each.tensor.name for each in matched}
+        rows += [_row(tensor, (), 0) for tensor in skeleton.tensors.values() if tensor.name not in read]
     for key, role in unread.items():
         rows.append(TensorRow(key, role, None, headers[key].shape, False, key_bytes(key, headers), (key,)))
     return TensorTable(len(skeleton.layers), skeleton.config.hidden_size, tuple(rows))
@@ -140,7 +171,7 @@ def _keys_by_layer(skeleton: Skeleton, headers: Mapping[str, TensorHeader], span
     """The keys to be matched: scales go with their weights; those of layers that another stage owns are left out."""
     keys: dict[int | None, list[str]] = {}
     for key in headers:
-        if key.endswith(SCALE) and key.removesuffix(SCALE) in headers:
+        if any(key.endswith(suffix) and key.removesuffix(suffix) in headers for suffix in (SCALE, OTHER_SCALE)):
             continue
         layer = skeleton.layer_of(key)
         if span is None or layer is None or layer in span:
@@ -180,16 +211,22 @@ def _use_tied(skeleton: Skeleton, sources: dict[str, list[Source]], unread: dict
 
 def _check_dtype(skeleton: Skeleton, headers: Mapping[str, TensorHeader], key: str) -> Iterator[CheckpointError]:
     weight, scale = headers[key], headers.get(key + SCALE)
+    if key + OTHER_SCALE in headers:
+        yield CheckpointError(
+            f"{key} has its scales in {key}{OTHER_SCALE}: a quantised layout that m2ray does not read.",
+            f"Take the same model in BF16, or in block-wise FP8 with scales {SCALE!r}.",
+        )
+        return
     if weight.dtype not in FP8:
         if weight.dtype not in WEIGHTS:
             yield CheckpointError(
                 f"{key} is of dtype {weight.dtype}, which is no weight.", "m2ray reads BF16, F16, F32 and block-wise FP8."
             )
         if scale is not None:
-            yield CheckpointError(f"{key} is of dtype {weight.dtype} and yet has FP8 scales, {key}{SCALE}.", "Copy the files again.")
+            yield CheckpointError(f"{key} is of dtype {weight.dtype} and yet has FP8 scales, {key}{SCALE}.", MISMATCH)
         return
     if scale is None:
-        yield CheckpointError(f"{key} is FP8, but its scales {key}{SCALE} are missing.", "Copy the files again.")
+        yield CheckpointError(f"{key} is FP8, but its scales {key}{SCALE} are missing.", MISMATCH)
         return
     block = fp8_block(skeleton.config_on_disk)
     expected = scale_shape(weight.shape, block)

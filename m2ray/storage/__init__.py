@@ -6,7 +6,7 @@ from urllib.parse import urlsplit
 from m2ray.errors import StoreError
 from m2ray.storage.address import SCHEMES, without_secrets
 from m2ray.storage.file import StoreFile
-from m2ray.storage.local import LocalStore, local_folder
+from m2ray.storage.local import LocalStore, local_folder, with_home
 from m2ray.storage.object_store import ObjectStore
 from m2ray.storage.scratch import scratch
 from m2ray.storage.store import Data, PartSink, Store
@@ -22,6 +22,7 @@ __all__ = [
     "local_folder",
     "open_store",
     "scratch",
+    "with_home",
     "without_secrets",
 ]
 

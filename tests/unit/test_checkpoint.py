@@ -150,6 +150,19 @@ def test_scales_of_activations_are_not_read_of_an_fp8_checkpoint(minimax: Path, 
         tensor_table(open_checkpoint(str(llama)))
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16])
+def test_a_weight_whose_scales_have_another_name_is_refused_once_and_never_read_without(minimax: Path, dtype: torch.dtype) -> None:
+    key = "model.layers.3.self_attn.q_proj.weight"
+
+    def rename(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[f"{key}_scale"] = tensors.pop(f"{key}_scale_inv")
+        tensors[key] = tensors[key].to(dtype)
+
+    edit_tensors(minimax, rename)
+    with pytest.raises(CheckpointError, match=rf"^{key} has its scales in {key}_scale: a quantised layout"):
+        tensor_table(open_checkpoint(str(minimax)))
+
+
 def single_file_of(folder: Path) -> dict[str, torch.Tensor]:
     return {key: tensor for file in folder.glob("*.safetensors") for key, tensor in load_file(file).items()}
 
@@ -296,8 +309,11 @@ def test_a_malformed_index_is_refused(llama: Path, text: str) -> None:
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "'dynamic' changes with the longest prompt"),
         ({"quantization_config": {"quant_method": "mxfp4"}}, "quant_method 'mxfp4'"),
         ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [128]}}, "weight_block_size"),
-        ({"quantization_config": "fp8"}, "quantization_config = 'fp8' is no JSON object"),
-        ({"dtype": "bf16"}, "transformers refuses config.json as a llama configuration: .*bf16"),
+        ({"quantization_config": "fp8"}, "quantization_config = 'fp8' is no JSON object. Write what says how"),
+        (
+            {"dtype": "bf16"},
+            "transformers refuses config.json as a llama .* Instead of dtype = 'bf16' write torch's own name: \"bfloat16\"",
+        ),
         ({"num_attention_heads": "many"}, "transformers refuses config.json"),
     ],
 )
@@ -309,7 +325,7 @@ def test_what_m2ray_does_not_run_is_refused_with_the_reason(llama: Path, fields:
 
 def test_a_padding_token_beyond_the_vocabulary_is_refused_with_both_numbers(llama: Path) -> None:
     edit_config(llama, pad_token_id=96)
-    with pytest.raises(CheckpointError, match=r"cannot build a llama .*Padding_idx.* pad_token_id = 96, and vocab_size = 96"):
+    with pytest.raises(CheckpointError, match=r"cannot build a llama .*Padding_idx.* pad_token_id = 96, and vocab_size = 96\. Set"):
         tensor_table(open_checkpoint(str(llama)))
 
 

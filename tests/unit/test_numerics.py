@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from m2ray.model.families import VERIFIED
+from m2ray.model.checkpoint import open_checkpoint
+from m2ray.model.families import VERIFIED, default_max_length, steady_positions
+from m2ray.model.proof import prove
 from tests.reference import (
     LENGTHS,
     alone,
@@ -94,6 +96,35 @@ def test_keys_without_the_base_prefix_are_read_by_any_number_of_stages(tmp_path:
     for bounds in ((0, 5), (0, 2, 5), (0, 1, 3, 5)):
         rows = chain_rows(load_chain(folder, bounds, "float32"), micro_batch)
         assert all(same_bits(ours, theirs) for ours, theirs in zip(rows, expected, strict=True)), bounds
+
+
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
+    "long_factor": [1.0, 2.0, 4.0, 8.0, 16.0, 32.0],
+    "original_max_position_embeddings": 24,
+}
+
+
+def test_longrope_equals_the_whole_model_up_to_the_length_at_which_it_changes(tmp_path: Path) -> None:
+    folder = make_family(tmp_path / "phi3", "phi3", rope_parameters=LONGROPE, original_max_position_embeddings=24)
+    config = open_checkpoint(str(folder)).config
+    assert (steady_positions(config), default_max_length(config), config.max_position_embeddings) == (24, 24, 256)
+    prove(config)
+    micro_batch = micro_batch_of((*LENGTHS, 24), vocab_size(folder))
+    for dtype in ("float32", "bfloat16"):
+        expected = reference_rows(load_reference(folder, getattr(torch, dtype)), micro_batch)
+        for bounds in ((0, 5), (0, 2, 3, 5)):
+            stages = load_chain(folder, bounds, dtype)
+            for stage in stages:
+                stage.warm_up(4096)
+            rows = chain_rows(stages, micro_batch)
+            assert [same_bits(ours, theirs) for ours, theirs in zip(rows, expected, strict=True)] == [True] * 5, (dtype, bounds)
+    # A prompt that is longer by one token changes all others of its batch: why it is quarantined.
+    longer = reference_rows(load_reference(folder, torch.float32), micro_batch_of((*LENGTHS, 25), vocab_size(folder)))
+    alone = reference_rows(load_reference(folder, torch.float32), micro_batch_of(LENGTHS, vocab_size(folder)))
+    assert ((longer[0][: sum(LENGTHS)] - alone[0]).norm(dim=1) / alone[0].norm(dim=1)).max() > 1e-3
 
 
 def test_a_prompt_alone_differs_by_rounding_only(family_folder: Path) -> None:
