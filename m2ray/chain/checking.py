@@ -102,25 +102,26 @@ def look(config: ExtractConfig) -> Inputs:
     if recorded:
         tried(lambda: require_resumable(store, recorded))
     of_the_run = recorded.options if recorded else {}
-    checkpoint = tried(lambda: open_checkpoint(config.model))
+    opened = tried(lambda: open_checkpoint(config.model))
     # What is wrong with the prompts is said beside what is wrong with the model, whose limit is not known then.
-    limit, steady = (default_max_length(checkpoint.config), steady_positions(checkpoint.config)) if checkpoint else (1, None)
+    limit, steady = (default_max_length(opened.config), steady_positions(opened.config)) if opened else (1, None)
     prompts = PromptOptions.of(config, limit, of_the_run.get("template_date"), steady)
     source = tried(lambda: PromptSource.open(prompts))
-    if checkpoint is None:
+    if opened is None:
         raise_all(problems)
-    assert checkpoint is not None
-    tried(lambda: prove(checkpoint.config))
-    tried(lambda: require_positions(checkpoint.config, config.max_length))
-    layers = tried(lambda: parse_layers(config.layers, checkpoint.config.num_hidden_layers))
-    of_the_layers = tried(lambda: up_to_layer(checkpoint, layers[-1])) if layers else None
-    tokenizer = tried(lambda: PromptTokenizer.load(config.model, prompts, checkpoint.config.vocab_size))
-    attention = tried(lambda: resolve_attn_implementation(checkpoint.config, config.attn_implementation, DTYPES[config.compute_dtype]))
+    assert opened is not None
+    tried(lambda: prove(opened.config))
+    tried(lambda: require_positions(opened.config, config.max_length))
+    layers = tried(lambda: parse_layers(config.layers, opened.config.num_hidden_layers))
+    of_the_layers = tried(lambda: up_to_layer(opened, layers[-1])) if layers else None
+    tokenizer = tried(lambda: PromptTokenizer.load(config.model, prompts, opened.config.vocab_size))
+    attention = tried(lambda: resolve_attn_implementation(opened.config, config.attn_implementation, DTYPES[config.compute_dtype]))
     raise_all(problems)
     assert source is not None
     assert tokenizer is not None
     assert attention is not None
     assert of_the_layers is not None
-    (checkpoint, table), shape = of_the_layers, ModelShape.of(checkpoint.config, attention)
+    checkpoint, table = of_the_layers
+    shape = ModelShape.of(checkpoint.config, attention)
     options = resolve(config, tokenizer.settled(source.columns), table, shape, recorded=of_the_run)
     return Inputs(config, checkpoint, table, shape, source, tokenizer, store, recorded, options)
