@@ -192,7 +192,7 @@ def _join(files: Mapping[str, FileHeader]) -> tuple[dict[str, TensorHeader], lis
     problems = [
         CheckpointError(
             f"{first} and {second} both hold {_listed(keys)}: transformers takes the file that it reads last, whatever {INDEX} says.",
-            "Remove the file that does not belong to the model, or copy both again.",
+            "Remove the file that does not belong to the model.",
         )
         for (first, second), keys in twice.items()
     ]

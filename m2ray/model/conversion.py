@@ -14,6 +14,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
     MergeModulelist,
+    PrefixChange,
     WeightConverter,
     WeightRenaming,
     dot_natural_key,
@@ -67,6 +68,9 @@ class Conversion:
         # Not the model's own state: in a stage all other layers are cut away, and a name's prefix is judged by what the whole model has.
         self._known = dict.fromkeys([*skeleton.tensors, *skeleton.tied], True)
         mapping = get_model_conversion_mapping(skeleton.model)
+        # What transformers reverts a name by. It would walk through the whole model to find it, for each name again.
+        published = get_model_conversion_mapping(skeleton.model, add_legacy=False)
+        skeleton.model._weight_conversions = [entry for entry in published if not isinstance(entry, PrefixChange)]  # noqa: SLF001 - not public
         self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         self._converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
         self._by_pattern = {pattern: converter for converter in self._converters for pattern in converter.source_patterns}

@@ -406,6 +406,22 @@ def test_the_table_of_the_real_minimax_m2() -> None:
     assert table.role_bytes("head", 2) == table.role_bytes("embedding", 2) == 1_229_193_216
 
 
+def test_the_table_of_twice_as_many_layers_visits_twice_as_many_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    visits = []
+    usual = torch.nn.Module.named_modules
+
+    def counted(*args: Any, **options: Any) -> Any:
+        visits[-1] += 1  # of one module: the walk calls itself for each
+        return usual(*args, **options)
+
+    monkeypatch.setattr(torch.nn.Module, "named_modules", counted)
+    fields = json.loads((DATA / "families" / "mixtral.json").read_text())
+    for layers in (8, 16):
+        visits.append(0)
+        tensor_table_from_config(parse_config(json.dumps({**fields, "num_hidden_layers": layers}).encode()))
+    assert visits[1] < 2.2 * visits[0]
+
+
 def add_extra_layers(tensors: dict[str, torch.Tensor]) -> None:
     tensors["model.layers.5.eh_proj.weight"] = torch.ones(2, 2)
     tensors["mtp.fc.weight"] = torch.ones(2, 2)
