@@ -72,6 +72,8 @@ class Checkpoint:
 
     def only(self, files: Container[str]) -> Self:
         """The same without the weight files that are not among `files`, and without what is wrong with them."""
+        if all(file in files for file in (*self._files, *self.damaged)):
+            return self
         return type(self)(
             self._store,
             self.config,
