@@ -12,7 +12,7 @@ from m2ray.model.attention import avoid_plans_by_shape
 from m2ray.model.compilation import compile_layers
 from m2ray.model.families import expected_rotary_dim
 from m2ray.model.residency import BroughtLayers, WeightsInHost, WeightsOnDisk
-from m2ray.model.skeleton import ModelTensor, Skeleton
+from m2ray.model.skeleton import ModelTensor, Skeleton, hidden_of
 
 OnLayer = Callable[[int, torch.Tensor], None]
 
@@ -138,13 +138,10 @@ class DecoderSpan:
 
     def _leave(self, number: int) -> Callable[..., None]:
         def hook(_: nn.Module, __: Any, output: Any) -> None:
-            if not isinstance(output, torch.Tensor):
-                raise CheckpointError(
-                    f"Layer {number} of {type(self._base).__name__} returns a {type(output).__name__}, not hidden states."
-                )
-            self._on_layer(number, output)
+            hidden_BTH = hidden_of(output)
+            self._on_layer(number, hidden_BTH)
             if number == self.span.stop - 1:
-                raise _SpanDone(output)
+                raise _SpanDone(hidden_BTH)
 
         return hook
 
@@ -196,13 +193,16 @@ def _build_buffers(base: Any, device: torch.device) -> None:
         if not names:
             continue
         for name in names:
-            buffer = module._buffers[name]  # noqa: SLF001
-            assert buffer.is_floating_point(), f"{prefix}.{name} cannot be marked as empty"
-            module._buffers[name] = torch.full(buffer.shape, float("nan"), dtype=buffer.dtype, device="cpu")  # noqa: SLF001
-        base._init_weights(module)  # noqa: SLF001 - the rule has no public name
-        problems += [f"{prefix}.{name}" for name in names if module._buffers[name].isnan().any()]  # noqa: SLF001
+            module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")  # noqa: SLF001
+        found = []
+        for marker in (0, 1):  # what is left as it was is told by another value
+            for name in names:
+                module._buffers[name].fill_(marker)  # noqa: SLF001
+            base._init_weights(module)  # noqa: SLF001 - the rule has no public name
+            found.append({name: module._buffers[name].clone() for name in names})  # noqa: SLF001
+        problems += [f"{prefix}.{name}" for name in names if not torch.equal(found[0][name], found[1][name])]
         for name in names:
-            module._buffers[name] = module._buffers[name].to(device)  # noqa: SLF001
+            module._buffers[name] = found[1][name].to(device)  # noqa: SLF001
     if problems:
         raise CheckpointError(f"transformers gives no values to the buffers {', '.join(problems)}.")
 

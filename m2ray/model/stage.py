@@ -15,6 +15,7 @@ from m2ray.model.attention import FLEX_BLOCK, require_machine, resolve_attn_impl
 from m2ray.model.capture import CaptureSpec, ResidualCapture, pin_host_memory
 from m2ray.model.checkpoint import open_checkpoint
 from m2ray.model.decoder import DecoderSpan
+from m2ray.model.families import default_max_length
 from m2ray.model.gpu_loading import Lanes
 from m2ray.model.interpreter import quick_switches, without_collector
 from m2ray.model.skeleton import build_skeleton
@@ -214,7 +215,7 @@ class Stage:
             capture_bytes = batch_tokens * config.hidden_size * self._store_dtype.itemsize * len(self.parts)
             # Beside what waits, of two micro-batches: one that is computed, and one whose rows are handed over.
             pin_host_memory(waiting_bytes + 2 * capture_bytes, batch_tokens, config.hidden_size, self._store_dtype)
-        longest = max(4, min(1024, config.max_position_embeddings, batch_tokens // 2))
+        longest = max(4, min(1024, default_max_length(config), batch_tokens // 2))
         full = -(-batch_tokens // longest)
         shapes = [(full, batch_tokens // full), (batch_tokens // (longest // 2), longest // 2), (1, longest)]
         if self._decoder.skeleton.attn_implementation == "flex_attention":
