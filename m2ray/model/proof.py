@@ -61,7 +61,7 @@ def _differences(rehearsal: Rehearsal) -> Iterator[CheckpointError]:
     for name, dtype in _DTYPES.items():
         expected = rehearsal.by_transformers(dtype)
         for bounds in _cuts(rehearsal.num_layers):
-            where = f"a chain of {len(bounds) - 1} stages in {name}"
+            where = f"a chain of {len(bounds) - 1} stage{'s' * (len(bounds) > 2)} in {name}"
             try:
                 found = rehearsal.by_chain(dtype, bounds)
             except (M2rayError, *NOT_RUN) as error:
@@ -81,6 +81,9 @@ def _cuts(num_layers: int) -> list[tuple[int, ...]]:
 
 
 def _first_difference(rehearsal: Rehearsal, expected: list[torch.Tensor], found: list[torch.Tensor]) -> str:
+    """In words; nothing where each real token's row has the same bits at every layer."""
+    if len(expected) != len(found):
+        return f"in that it runs its {len(found)} layers {len(expected)} times"
     for layer, (theirs_BTH, ours_BTH) in enumerate(zip(expected, found, strict=True)):
         if theirs_BTH.shape != ours_BTH.shape or theirs_BTH.dtype != ours_BTH.dtype:
             described = [f"{list(rows.shape)} {rows.dtype}" for rows in (ours_BTH, theirs_BTH)]

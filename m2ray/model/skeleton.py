@@ -135,13 +135,13 @@ def hidden_of(output: Any) -> torch.Tensor:
 
 def find_layers(model: Any) -> tuple[str, nn.ModuleList]:
     """The one list that holds as many decoder layers as the configuration says."""
-    found = [
+    lists = [
         (name, module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList)
-        and len(module) == model.config.num_hidden_layers
-        and all(isinstance(layer, GradientCheckpointingLayer) for layer in module)
+        if isinstance(module, nn.ModuleList) and len(module) == model.config.num_hidden_layers
     ]
+    found = [each for each in lists if all(isinstance(layer, GradientCheckpointingLayer) for layer in each[1])]
+    found = found or [each for each in lists if all(next(layer.children(), None) is not None for layer in each[1])]
     if len(found) != 1:
         raise CheckpointError(
             f"{type(model).__name__} has {len(found)} lists of {model.config.num_hidden_layers} decoder layers; m2ray needs exactly one."

@@ -189,7 +189,13 @@ def test_a_config_that_cannot_be_built_is_refused() -> None:
         build_skeleton(family_config("gpt2", n_head=5), torch.float32)
 
 
-def test_layers_are_one_list_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(skeleton, "GradientCheckpointingLayer", nn.Linear)
-    with pytest.raises(CheckpointError, match="0 lists of 5 decoder layers"):
-        build_skeleton(family_config("llama"), torch.float32)
+def test_layers_are_one_list_or_refused() -> None:
+    model = build_skeleton(family_config("llama"), torch.float32).model
+    assert skeleton.find_layers(model)[0] == "model.layers"
+    model.config.num_hidden_layers = 4
+    with pytest.raises(CheckpointError, match="0 lists of 4 decoder layers"):
+        skeleton.find_layers(model)
+    model.config.num_hidden_layers = 5
+    model.model.more = nn.ModuleList(model.model.layers)
+    with pytest.raises(CheckpointError, match="2 lists of 5 decoder layers"):
+        skeleton.find_layers(model)
