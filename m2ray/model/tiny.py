@@ -54,13 +54,15 @@ _LIKE_HIDDEN = re.compile(r"hidden_size|_width$|proj_dim$|embed\w*_(dim|size)$|^
 
 
 def tiny_copies(config: Any) -> Iterator[Any]:
-    """The configuration with few layers, few experts and short windows, and narrow; after it one of the same widths as the original.
+    """The configuration with few layers, few experts and short windows, and narrow: by several rules, of which most families take the first.
 
-    One or two layers of every kind are kept, heads and experts in their old ratios. What turns or scales (head sizes, rotary embeddings,
+    The last keeps all widths. One or two layers of every kind are kept, heads and experts in their old ratios. What turns or scales (head sizes, rotary embeddings,
     multipliers, norms) is left as it is; so is a size of unknown name.
     """
-    yield _copy(config, _narrow)
-    yield _copy(config, lambda *_: None)
+    yield _copy(config, lambda width, has_own: min(width, _WIDTH_PER_HEAD) if has_own else width)
+    yield _copy(config, lambda width, _: min(width, 2 * _WIDTH_PER_HEAD))
+    yield _copy(config, lambda width, _: _size(config, "head_dim") or width)
+    yield _copy(config, None)
 
 
 def kept_layers(config: Any) -> list[int]:
@@ -87,12 +89,14 @@ def kept_layers(config: Any) -> list[int]:
     return kept
 
 
-def _copy(config: Any, narrow: Callable[[Any, Any], None]) -> Any:
+def _copy(config: Any, width_per_head: Callable[[int, bool], int] | None) -> Any:
+    """By a rule that gives the hidden size for each head, from the original's and whether heads have a size of their own."""
     tiny = deepcopy(config)
     if hasattr(tiny, "quantization_config"):
         del tiny.quantization_config
     _keep_layers(tiny)
-    narrow(tiny, config)
+    if width_per_head is not None:
+        _narrow(tiny, config, width_per_head)
     _cap(tiny, config)
     _keep_experts(tiny, config)
     return tiny
@@ -112,7 +116,7 @@ def _layer_lists(config: Any) -> dict[str, Sequence[Any]]:
     }
 
 
-def _narrow(tiny: Any, config: Any) -> None:
+def _narrow(tiny: Any, config: Any, width_per_head: Callable[[int, bool], int]) -> None:
     """Few heads in their old ratios, a hidden size to go with them, and what follows from it."""
     heads = _size(config, "num_attention_heads")
     if heads:
@@ -122,8 +126,8 @@ def _narrow(tiny: Any, config: Any) -> None:
             if _size(config, "num_key_value_heads"):
                 tiny.num_key_value_heads = min(kv_heads, _KV_HEADS)
         width = config.hidden_size // heads  # is a head's size where none is given
-        has_own_width = _size(config, "head_dim") or _size(config, "qk_rope_head_dim")
-        tiny.hidden_size = tiny.num_attention_heads * (min(width, _WIDTH_PER_HEAD) if has_own_width else width)
+        has_own_width = bool(_size(config, "head_dim") or _size(config, "qk_rope_head_dim"))
+        tiny.hidden_size = tiny.num_attention_heads * width_per_head(width, has_own_width)
     else:
         tiny.hidden_size = min(config.hidden_size, 2 * _WIDTH)
     for name in list(vars(config)):
