@@ -12,7 +12,7 @@ from m2ray.model.attention import avoid_plans_by_shape
 from m2ray.model.compilation import compile_layers
 from m2ray.model.families import expected_rotary_dim
 from m2ray.model.residency import BroughtLayers, WeightsInHost, WeightsOnDisk
-from m2ray.model.skeleton import ModelTensor, Skeleton
+from m2ray.model.skeleton import ModelTensor, Skeleton, hidden_of
 
 OnLayer = Callable[[int, torch.Tensor], None]
 
@@ -47,8 +47,11 @@ class DecoderSpan:
         self._on_layer: OnLayer = _ignore
         if device.type == "cuda":
             avoid_plans_by_shape()
+        _build_buffers(self._base)
         self._cut()
-        _build_buffers(self._base, device)
+        for module in self._base.modules():
+            for name in _computed_buffers(module):
+                module._buffers[name] = module._buffers[name].to(device)  # noqa: SLF001
         _check_rotary(self._base, skeleton.config)
         skeleton.layers[span.start].register_forward_pre_hook(self._inject, with_kwargs=True)
         for layer in range(span.start, span.stop):
@@ -138,13 +141,10 @@ class DecoderSpan:
 
     def _leave(self, number: int) -> Callable[..., None]:
         def hook(_: nn.Module, __: Any, output: Any) -> None:
-            if not isinstance(output, torch.Tensor):
-                raise CheckpointError(
-                    f"Layer {number} of {type(self._base).__name__} returns a {type(output).__name__}, not hidden states."
-                )
-            self._on_layer(number, output)
+            hidden_BTH = hidden_of(output)
+            self._on_layer(number, hidden_BTH)
             if number == self.span.stop - 1:
-                raise _SpanDone(output)
+                raise _SpanDone(hidden_BTH)
 
         return hook
 
@@ -182,29 +182,55 @@ def _tensors_in(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         yield from ((f"{prefix}.{name}", tensor) for name, tensor in owned.items() if isinstance(tensor, torch.Tensor))
 
 
-def _build_buffers(base: Any, device: torch.device) -> None:
-    """Give the buffers that no checkpoint holds (rotary frequencies, embedding scales) memory and values.
+def _build_buffers(base: Any) -> None:
+    """Give the buffers that no checkpoint holds (rotary frequencies, embedding scales) memory and values, on the CPU.
 
-    transformers' own `_init_weights` computes them, as its loading does; it leaves parameters on the meta device alone.
+    transformers' own `_init_weights` computes them, as its loading does: of the module that has them, or of one around it. It leaves
+    parameters on the meta device alone.
 
     Raises:
         CheckpointError: it left one without values.
     """
-    problems = []
-    for prefix, module in base.named_modules():
-        names = [name for name in module._non_persistent_buffers_set if module._buffers.get(name) is not None]  # noqa: SLF001
-        if not names:
-            continue
+    modules = dict(base.named_modules())
+    empty = {prefix: names for prefix, module in modules.items() if (names := _computed_buffers(module))}
+    for prefix, names in empty.items():
         for name in names:
-            buffer = module._buffers[name]  # noqa: SLF001
-            assert buffer.is_floating_point(), f"{prefix}.{name} cannot be marked as empty"
-            module._buffers[name] = torch.full(buffer.shape, float("nan"), dtype=buffer.dtype, device="cpu")  # noqa: SLF001
-        base._init_weights(module)  # noqa: SLF001 - the rule has no public name
-        problems += [f"{prefix}.{name}" for name in names if module._buffers[name].isnan().any()]  # noqa: SLF001
-        for name in names:
-            module._buffers[name] = module._buffers[name].to(device)  # noqa: SLF001
-    if problems:
+            buffers = modules[prefix]._buffers  # noqa: SLF001 - buffers that are not saved are in no public list
+            buffers[name] = torch.empty_like(buffers[name], device="cpu")
+    _compute(base, modules, empty, list(empty))
+    if empty:
+        _compute(base, modules, empty, sorted({around for prefix in empty for around in _around(prefix)}, key=len))
+    if empty:
+        problems = [f"{prefix}.{name}" for prefix, names in empty.items() for name in names]
         raise CheckpointError(f"transformers gives no values to the buffers {', '.join(problems)}.")
+
+
+def _computed_buffers(module: nn.Module) -> list[str]:
+    return [name for name in module._non_persistent_buffers_set if module._buffers.get(name) is not None]  # noqa: SLF001
+
+
+def _compute(base: Any, modules: Mapping[str, nn.Module], empty: dict[str, list[str]], of: list[str]) -> None:
+    """Let transformers initialise the modules named in `of`; what it gave no value stays in `empty`."""
+    found: list[dict[tuple[str, str], torch.Tensor]] = []
+    for marker in (0, 1):  # what is left as it was is told by another value
+        buffers = {(prefix, name): modules[prefix]._buffers[name] for prefix, names in empty.items() for name in names}  # noqa: SLF001
+        for buffer in buffers.values():
+            assert buffer is not None
+            buffer.fill_(marker)
+        for prefix in of:
+            base._init_weights(modules[prefix])  # noqa: SLF001 - the rule has no public name
+        found.append({place: modules[place[0]]._buffers[place[1]].clone() for place in buffers})  # type: ignore[union-attr]  # noqa: SLF001
+    for prefix, name in found[0]:
+        if torch.equal(found[0][prefix, name], found[1][prefix, name]):
+            empty[prefix].remove(name)
+            if not empty[prefix]:
+                del empty[prefix]
+
+
+def _around(prefix: str) -> list[str]:
+    """The names of the modules that hold a module, from the outermost, the base model, on."""
+    steps = prefix.split(".")
+    return [".".join(steps[:number]) for number in range(len(steps))]
 
 
 def _check_rotary(base: nn.Module, config: Any) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from m2ray.batches import CapturedLayer, LayerSpan, MicroBatch, Residency
 from m2ray.errors import ConfigError
-from m2ray.model.attention import FLEX_BLOCK, require_machine, resolve_attn_implementation
+from m2ray.model.attention import FLEX_BLOCK, require_attention_to_sinks, require_machine, resolve_attn_implementation
 from m2ray.model.capture import CaptureSpec, ResidualCapture, pin_host_memory
 from m2ray.model.checkpoint import open_checkpoint
 from m2ray.model.decoder import DecoderSpan
@@ -291,6 +291,7 @@ def _load_stage(spec: StageSpec, device: torch.device, lanes: Lanes | None, on_b
     if spec.compile and device.type == "cuda":
         require_triton("compile = true")
     skeleton = build_skeleton(checkpoint.config, compute_dtype, attn_implementation)
+    require_attention_to_sinks(skeleton.config, attn_implementation, skeleton.tensors)
     if spec.span.stop > len(skeleton.layers):
         raise ConfigError(f"{spec.span}: the model has layers 0 to {len(skeleton.layers) - 1}.")
     decoder = DecoderSpan(skeleton, spec.span, device, spec.residency, spec.offload_folder)

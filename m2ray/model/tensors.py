@@ -84,7 +84,7 @@ def match_by_layer(
             try:
                 placements = conversion.place(tensor, sources[tensor.name], shapes)
                 matched.append(MatchedTensor(tensor, tuple(placements)))
-                problems += [problem for placement in placements for problem in _check_dtype(skeleton, headers, placement.key)]
+                problems += [problem for placement in placements for problem in _check_dtype(skeleton, headers, tensor, placement)]
             except CheckpointError as problem:
                 problems.append(problem)
         if not problems:
@@ -160,7 +160,14 @@ def key_bytes(key: str, headers: Mapping[str, TensorHeader]) -> int:
 
 def disk_bytes(matched: MatchedTensor, headers: Mapping[str, TensorHeader]) -> int:
     """Bytes that one model tensor has in the checkpoint, scales included."""
-    return sum(key_bytes(placement.key, headers) for placement in matched.placements)
+    return sum(_placed_bytes(placement, headers) for placement in matched.placements)
+
+
+def _placed_bytes(placement: Placement, headers: Mapping[str, TensorHeader]) -> int:
+    if placement.rows is None:
+        return key_bytes(placement.key, headers)
+    first, stop = placement.rows
+    return headers[placement.key].num_bytes // headers[placement.key].shape[0] * (stop - first)
 
 
 def scale_shape(shape: tuple[int, ...], block: tuple[int, int] | None) -> tuple[int, ...]:
@@ -212,13 +219,20 @@ def _use_tied(skeleton: Skeleton, sources: dict[str, list[Source]], unread: dict
             del unread[head]
 
 
-def _check_dtype(skeleton: Skeleton, headers: Mapping[str, TensorHeader], key: str) -> Iterator[CheckpointError]:
+def _check_dtype(
+    skeleton: Skeleton, headers: Mapping[str, TensorHeader], tensor: ModelTensor, placement: Placement
+) -> Iterator[CheckpointError]:
+    key = placement.key
     weight, scale = headers[key], headers.get(key + SCALE)
     if key + OTHER_SCALE in headers:
         yield CheckpointError(
             f"{key} has its scales in {key}{OTHER_SCALE}: a quantised layout that m2ray does not read.",
             f"Take the same model in BF16, or in block-wise FP8 with scales {SCALE!r}.",
         )
+        return
+    if not tensor.dtype.is_floating_point:  # a table of numbers, which nothing may round
+        if weight.dtype != tensor.dtype:
+            yield CheckpointError(f"{key} is of dtype {weight.dtype}, the model needs {tensor.dtype}.", MISMATCH)
         return
     if weight.dtype not in FP8:
         if weight.dtype not in WEIGHTS:
@@ -228,6 +242,10 @@ def _check_dtype(skeleton: Skeleton, headers: Mapping[str, TensorHeader], key: s
         if scale is not None:
             yield CheckpointError(f"{key} is of dtype {weight.dtype} and yet has FP8 scales, {key}{SCALE}.", MISMATCH)
         return
+    if placement.rows is not None or placement.swapped is not None:
+        yield CheckpointError(
+            f"{key} is FP8, and transformers splits or transposes it to make {tensor.name}.", "m2ray does so with other dtypes only."
+        )
     if scale is None:
         yield CheckpointError(f"{key} is FP8, but its scales {key}{SCALE} are missing.", MISMATCH)
         return

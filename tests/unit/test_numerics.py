@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from m2ray.model.checkpoint import open_checkpoint
-from m2ray.model.families import VERIFIED, default_max_length, steady_positions
+from m2ray.model.families import default_max_length, steady_positions
 from m2ray.model.proof import prove
 from tests.reference import (
+    FAMILIES,
     LENGTHS,
     alone,
     assert_close,
@@ -34,7 +35,6 @@ SPANS = {
     7: ((0, 7), (0, 5, 7), (0, 1, 4, 7), (0, 1, 3, 4, 6, 7)),
     5: ((0, 5), (0, 4, 5), (0, 1, 3, 5), (0, 1, 2, 3, 4, 5)),
 }
-FAMILIES = tuple(family for family in VERIFIED if family != "minimax_m2")
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +107,8 @@ LONGROPE = {
 }
 
 
-def test_longrope_equals_the_whole_model_up_to_the_length_at_which_it_changes(tmp_path: Path) -> None:
+def test_longrope_equals_the_whole_model_up_to_the_length_at_which_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder = make_family(tmp_path / "phi3", "phi3", rope_parameters=LONGROPE, original_max_position_embeddings=24)
     config = open_checkpoint(str(folder)).config
     assert (steady_positions(config), default_max_length(config), config.max_position_embeddings) == (24, 24, 256)
