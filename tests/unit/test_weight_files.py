@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from m2ray.batches import LayerSpan
 from m2ray.cli import main
+from m2ray.cli.plan_inputs import read_model
 from m2ray.errors import CheckpointError
 from m2ray.model.checkpoint import open_checkpoint, tensor_table, up_to_layer
 from m2ray.model.stage import StageSpec
@@ -140,6 +141,18 @@ def test_a_tied_embedding_under_its_heads_name_is_needed(originals: dict[str, Pa
     (folder / "head.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"no file head\.safetensors"):
         up_to_layer(open_checkpoint(str(folder)), 0)
+
+
+def test_a_plan_takes_an_index_whose_keys_lack_the_base_prefix(sharded: Path) -> None:
+    weight_map = json.loads((sharded / INDEX).read_text())["weight_map"]
+    (sharded / INDEX).write_text(json.dumps({"weight_map": {key.removeprefix("model."): file for key, file in weight_map.items()}}))
+    for file in sharded.glob("*.safetensors"):
+        file.unlink()
+    assert read_model(str(sharded), "auto", "bfloat16").source == "config"
+    del weight_map["model.layers.3.mlp.up_proj.weight"]
+    (sharded / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(CheckpointError, match=r"lacks 1 tensors that config\.json asks for: model\.layers\.3\.mlp\.up_proj\.weight"):
+        read_model(str(sharded), "auto", "bfloat16")
 
 
 def test_a_run_of_few_layers_needs_their_files_alone(sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
