@@ -25,7 +25,7 @@ MiniMax-M2's are float32 on disk, and its modelling code computes with whatever 
 NEEDED_FIELDS = ("num_hidden_layers", "hidden_size", "vocab_size")
 """Without them a configuration is not that of a stack of decoder layers."""
 
-LEARNED_POSITIONS = ("gpt2", "opt")
+LEARNED_POSITIONS = ("biogpt", "codegen", "gpt2", "gpt_bigcode", "gpt_neo", "gptj", "openai-gpt", "opt", "trocr")
 """Families that look positions up in a table: there is none past its end, where others go on turning."""
 
 SHARED_STATE = ("num_kv_shared_layers", "hidden_size_per_layer_input")
@@ -192,7 +192,7 @@ def _unknown_family(model_type: Any) -> CheckpointError:
             "config.json has no model_type.", "Give a model that transformers knows; code beside a checkpoint is never run."
         )
     return CheckpointError(
-        f"config.json: transformers {transformers.__version__} knows no model_type {model_type!r}, so m2ray cannot run it.",
+        f"config.json: transformers knows no model_type {model_type!r} (installed: {transformers.__version__}), so m2ray cannot run it.",
         "Install a transformers that knows it; code beside a checkpoint is never run.",
     )
 
