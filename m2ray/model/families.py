@@ -9,18 +9,26 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from m2ray.errors import CheckpointError, ConfigError, raise_all
+from m2ray.model.boundary import CANNOT_BE_CUT, why_uncuttable
 
 VERIFIED = (
+    "bamba",
     "cohere2",
     "deepseek_v3",
+    "deepseek_v4",
+    "falcon_h1",
     "gemma",
     "gemma2",
     "gemma3_text",
+    "gemma4_text",
+    "gemma4_unified_text",
     "glm4_moe",
+    "glm_moe_dsa",
     "gpt2",
     "gpt_neox",
     "gpt_oss",
     "granite",
+    "hy_v4",
     "llama",
     "minimax_m2",
     "mistral",
@@ -47,9 +55,6 @@ MiniMax-M2's are float32 on disk, and its modelling code computes with whatever 
 
 LEARNED_POSITIONS = ("gpt2", "opt")
 """Families that look positions up in a table: there is none past its end, where others go on turning."""
-
-SHARED_STATE = ("num_kv_shared_layers", "hidden_size_per_layer_input")
-"""Config fields of families whose layers hand more than one hidden state to the next: no stage boundary can be cut."""
 
 TEXT_TOWERS = ("text_config", "decoder", "language_config", "llm_config", "thinker_config")
 """Config fields that hold the configuration of the decoder inside a larger model."""
@@ -176,6 +181,8 @@ def _unknown_family(model_type: Any) -> CheckpointError:
         return CheckpointError("config.json has no model_type.", remedy)
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         return CheckpointError(f"config.json: transformers knows no model_type {model_type!r}, so m2ray cannot run it.", remedy)
+    if model_type in CANNOT_BE_CUT:
+        return CheckpointError(f"config.json: model_type = {model_type}: {CANNOT_BE_CUT[model_type]}.", "m2ray cannot cut it into stages.")
     return CheckpointError(f"config.json: m2ray has not verified model_type {model_type!r} layer by layer, so it does not run it.", remedy)
 
 
@@ -201,13 +208,7 @@ def _not_causal(fields: Mapping[str, Any], place: str = "") -> list[CheckpointEr
 
 
 def _unsupported_structure(config: Any) -> list[CheckpointError]:
-    problems = [
-        CheckpointError(
-            f"config.json: {field} = {getattr(config, field)}: its layers share state across stage boundaries.", "m2ray cannot cut it."
-        )
-        for field in SHARED_STATE
-        if getattr(config, field, None)
-    ]
+    problems = [CheckpointError(f"config.json: {reason}.", "m2ray cannot cut it into stages.") for reason in why_uncuttable(config)]
     rope = getattr(config, "rope_parameters", None) or {}
     for parameters in [rope, *(nested for nested in rope.values() if isinstance(nested, dict))]:
         rope_type = parameters.get("rope_type")

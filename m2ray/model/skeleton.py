@@ -15,6 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from m2ray.batches import LayerSpan, Role
 from m2ray.errors import CheckpointError, ConfigError
 from m2ray.model.attention import resolve_attn_implementation
+from m2ray.model.boundary import contract_of
 from m2ray.model.families import KEEPS_FP32
 
 QUIET = ("output_hidden_states", "output_attentions", "output_router_logits", "use_cache")
@@ -105,15 +106,10 @@ def build_skeleton(config: Any, compute_dtype: torch.dtype, attn_implementation:
         ) from error
     layers_name, layers = _find_layers(model)
     for layer in layers:
-        layer.forward = pass_through
+        layer.forward = contract_of(config).pass_through
     inputs = _trace_inputs(model, layers)
     tensors = _list_tensors(model, layers_name, inputs, compute_dtype)
     return Skeleton(config_on_disk, model, layers, layers_name, inputs, tensors, dict(model.all_tied_weights_keys))
-
-
-def pass_through(hidden_BTH: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-    """The forward pass of a decoder layer that another stage owns."""
-    return hidden_BTH
 
 
 def _find_layers(model: Any) -> tuple[str, nn.ModuleList]:

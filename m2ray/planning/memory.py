@@ -154,7 +154,7 @@ class Workload:
     Attributes:
         padded_tokens: tokens of the largest micro-batch, padding included.
         longest_tokens: tokens of the longest sequence.
-        hidden_size: H.
+        token_bytes: what one token takes from stage to stage: its hidden states, of some families more.
         itemsize_bytes: of the compute dtype.
         transient_bytes: what a layer's forward pass allocates beside its weights.
         writer_queue_bytes: captured bytes that may wait for the store, a stage.
@@ -162,15 +162,15 @@ class Workload:
 
     padded_tokens: int
     longest_tokens: int
-    hidden_size: int
+    token_bytes: int
     itemsize_bytes: int
     transient_bytes: int
     writer_queue_bytes: int
 
     @property
     def hidden_bytes(self) -> int:
-        """One micro-batch's hidden states."""
-        return self.padded_tokens * self.hidden_size * self.itemsize_bytes
+        """What one micro-batch hands from stage to stage."""
+        return self.padded_tokens * self.token_bytes
 
 
 @dataclass(frozen=True)
