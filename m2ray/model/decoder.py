@@ -1,6 +1,6 @@
 """One span of a model: the base model's own forward pass, entered at the span's first layer and left after its last."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -51,8 +51,8 @@ class DecoderSpan:
         self._on_layer: OnLayer = _ignore
         if device.type == "cuda":
             avoid_plans_by_shape()
+        _build_buffers(self._base, device, [layer for number, layer in enumerate(skeleton.layers) if number not in span])
         self._cut()
-        _build_buffers(self._base, device)
         _check_rotary(self._base, skeleton.config)
         skeleton.layers[span.start].register_forward_pre_hook(self._inject, with_kwargs=True)
         for layer in range(span.start, span.stop):
@@ -235,29 +235,42 @@ def _tensors_in(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         yield from ((f"{prefix}.{name}", tensor) for name, tensor in owned.items() if isinstance(tensor, torch.Tensor))
 
 
-def _build_buffers(base: Any, device: torch.device) -> None:
-    """Give the buffers that no checkpoint holds (rotary frequencies, embedding scales) memory and values.
+def _build_buffers(base: Any, device: torch.device, left_out: Iterable[nn.Module]) -> None:
+    """Give the buffers that no checkpoint holds (rotary frequencies, embedding scales) memory and values, but those of layers `left_out`.
 
     transformers' own `_init_weights` computes them, as its loading does; it leaves parameters on the meta device alone.
 
     Raises:
-        CheckpointError: it left one without values.
+        CheckpointError: it left one without values, or one is of whole numbers.
     """
-    problems = []
+    others = {id(module) for layer in left_out for module in layer.modules()}
+    built: list[tuple[str, nn.Module, str]] = []
     for prefix, module in base.named_modules():
         names = [name for name in module._non_persistent_buffers_set if module._buffers.get(name) is not None]  # noqa: SLF001
-        if not names:
+        if not names or id(module) in others:
             continue
         for name in names:
-            buffer = module._buffers[name]  # noqa: SLF001
-            assert buffer.is_floating_point(), f"{prefix}.{name} cannot be marked as empty"
-            module._buffers[name] = torch.full(buffer.shape, float("nan"), dtype=buffer.dtype, device="cpu")  # noqa: SLF001
+            module._buffers[name] = _marked(f"{prefix}.{name}", module._buffers[name])  # noqa: SLF001
         base._init_weights(module)  # noqa: SLF001 - the rule has no public name
-        problems += [f"{prefix}.{name}" for name in names if module._buffers[name].isnan().any()]  # noqa: SLF001
-        for name in names:
-            module._buffers[name] = module._buffers[name].to(device)  # noqa: SLF001
-    if problems:
+        built += [(prefix, module, name) for name in names]
+    if _empty(built):
+        base._init_weights(base)  # noqa: SLF001 - some families compute their layers' there
+    if problems := _empty(built):
         raise CheckpointError(f"transformers gives no values to the buffers {', '.join(problems)}.")
+    for _, module, name in built:
+        module._buffers[name] = module._buffers[name].to(device)  # type: ignore[union-attr]  # noqa: SLF001
+
+
+def _marked(name: str, buffer: torch.Tensor | None) -> torch.Tensor:
+    """Memory for a buffer, filled with what says that it has no values yet."""
+    assert buffer is not None
+    if not buffer.is_floating_point():
+        raise CheckpointError(f"{name} is of dtype {buffer.dtype}: whether transformers gives it values cannot be told.")
+    return torch.full(buffer.shape, float("nan"), dtype=buffer.dtype, device="cpu")
+
+
+def _empty(built: Iterable[tuple[str, nn.Module, str]]) -> list[str]:
+    return [f"{prefix}.{name}" for prefix, module, name in built if module.get_buffer(name).isnan().any()]
 
 
 def _check_rotary(base: nn.Module, config: Any) -> None:
