@@ -175,7 +175,7 @@ def test_families_that_hand_on_more_than_one_hidden_state(
     cluster: RayCluster, qwen3: Path, prompts: Path, tmp_path: Path, model_type: str
 ) -> None:
     """Token ids in later stages and four streams; keys, values and inputs of layers; indices."""
-    tokens = {name: 384 for name in ("vocab_size", "vocab_size_per_layer_input")}
+    tokens = dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), 384)
     model = make_family(tmp_path / "model", model_type, **tokens)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(qwen3 / name, model)
