@@ -27,6 +27,9 @@ from m2ray.model.weights import load_weights
 from scripts.make_checkpoint import make_checkpoint
 
 DATA = Path(__file__).parent / "data"
+FAMILIES = tuple(sorted(path.stem for path in (DATA / "families").glob("*.json")))
+"""Model types of which there is a tiny configuration."""
+
 MINIMAX_TINY = {
     "layers": 7,
     "hidden_size": 128,

@@ -46,10 +46,9 @@ def _nothing(_: Any, __: int, ___: int) -> Crossing:
 
 @dataclass(frozen=True)
 class Contract:
-    """How the decoder layers of a family differ from `hidden_BTH = layer(hidden_BTH, ...)`.
+    """What the decoder layers of a family need of those before them beside one hidden state, and where the family's code keeps it.
 
     Attributes:
-        returns: values in the tuple that a layer returns, the hidden states first; 0 where it returns them alone.
         streams: the field of the configuration that says how many residual streams there are.
         input_ids: whether layers have an argument of that name, which is the token ids.
         second: the name and the next layer's argument of the second value that a layer returns.
@@ -58,17 +57,12 @@ class Contract:
         crosses: from the configuration, the first layer behind a boundary and the longest sequence's tokens to what crosses.
     """
 
-    returns: int = 0
     streams: str = ""
     input_ids: bool = False
     second: tuple[str, str] = ("", "")
     shared: str = ""
     prepared: tuple[str, str] = ("", "")
     crosses: Callable[[Any, int, int], Crossing] = _nothing
-
-    def pass_through(self, hidden_BTH: torch.Tensor, *_: Any, **__: Any) -> Any:
-        """The forward pass of a decoder layer that another stage owns."""
-        return (hidden_BTH, *[None] * (self.returns - 1)) if self.returns else hidden_BTH
 
 
 def _shared_indices(config: Any, layer: int, num_tokens: int) -> Crossing:
@@ -96,17 +90,15 @@ def _shared_keys_and_inputs(config: Any, layer: int, _: int) -> Crossing:
 _INDICES = ("topk_indices", "prev_topk_indices")
 
 CONTRACTS = {
-    "bamba": Contract(returns=2),
     "deepseek_v4": Contract(streams="hc_mult", input_ids=True),
-    "falcon_h1": Contract(returns=1),
     "gemma4_text": Contract(
         shared="shared_kv_states", prepared=("per_layer_inputs", "project_per_layer_inputs"), crosses=_shared_keys_and_inputs
     ),
     "gemma4_unified_text": Contract(shared="shared_kv_states", crosses=_shared_keys_and_inputs),
-    "glm_moe_dsa": Contract(returns=2, second=_INDICES, crosses=_shared_indices),
-    "hy_v4": Contract(returns=2, second=_INDICES, streams="hc_mult", crosses=_shared_indices),
+    "glm_moe_dsa": Contract(second=_INDICES, crosses=_shared_indices),
+    "hy_v4": Contract(second=_INDICES, streams="hc_mult", crosses=_shared_indices),
 }
-"""By model type. What is not listed has layers that take hidden states [B, T, H] first, and return the next ones and nothing else."""
+"""By model type. What is not listed has layers that need nothing of those before them but hidden states [B, T, H]."""
 
 CANNOT_BE_CUT = {
     "dory": "it runs some of its layers several times over",
@@ -172,7 +164,9 @@ def most_beside(config: Any) -> tuple[int, int]:
     return max(elements), max(num_bytes)
 
 
-def shapes(config: Any, layer: int, shape: tuple[int, int], compute_dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+def shapes_at(
+    config: Any, layer: int, shape: tuple[int, int], compute_dtype: torch.dtype
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """The shape and dtype of each tensor of the boundary before `layer`, for a micro-batch of `shape`, (B, T)."""
     axes: dict[str, Any] = {"hidden_BTH": (hidden_shape(config), None), **crossing(config, layer, shape[1])}
     return {name: ((*shape, *others), dtype or compute_dtype) for name, (others, dtype) in axes.items()}
@@ -180,5 +174,5 @@ def shapes(config: Any, layer: int, shape: tuple[int, int], compute_dtype: torch
 
 def blank(config: Any, layer: int, shape: tuple[int, int], compute_dtype: torch.dtype) -> Boundary:
     """Zeros on the host in place of what crosses the boundary before `layer`, for a micro-batch of `shape`, (B, T)."""
-    of_each = shapes(config, layer, shape, compute_dtype).items()
+    of_each = shapes_at(config, layer, shape, compute_dtype).items()
     return Boundary.of({name: torch.zeros(axes, dtype=dtype) for name, (axes, dtype) in of_each})

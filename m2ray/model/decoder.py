@@ -1,6 +1,6 @@
 """One span of a model: the base model's own forward pass, entered at the span's first layer and left after its last."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from m2ray.model.boundary import Boundary, contract_of, crossing
 from m2ray.model.compilation import compile_layers
 from m2ray.model.families import expected_rotary_dim
 from m2ray.model.residency import BroughtLayers, WeightsInHost, WeightsOnDisk
-from m2ray.model.skeleton import ModelTensor, Skeleton
+from m2ray.model.skeleton import ModelTensor, Skeleton, hidden_of
 
 OnLayer = Callable[[int, torch.Tensor], None]
 
@@ -69,8 +69,7 @@ class DecoderSpan:
         Args:
             token_ids_BT: int64, on the span's device.
             incoming: what the span before returned; None for the first.
-            on_layer: called with each layer's number and output, hidden states [B, T, H], before the next layer runs; those of several
-                streams side by side, [B, T, S * H].
+            on_layer: called with each layer's number and output, hidden states [B, T, H] or [B, T, S, H], before the next layer runs.
 
         Returns:
             What the next span needs; the hidden states are the last layer's output: before the final norm, for the model's last layer too.
@@ -175,12 +174,8 @@ class DecoderSpan:
 
     def _leave(self, number: int) -> Callable[..., None]:
         def hook(_: nn.Module, __: Any, kwargs: dict[str, Any], output: Any) -> None:
-            hidden_BTH = output[0] if self._contract.returns else output
-            if not isinstance(hidden_BTH, torch.Tensor):
-                raise CheckpointError(
-                    f"Layer {number} of {type(self._base).__name__} returns a {type(output).__name__}, not hidden states."
-                )
-            self._on_layer(number, hidden_BTH.flatten(2))
+            hidden_BTH = hidden_of(output)
+            self._on_layer(number, hidden_BTH)
             if number == self.span.stop - 1:
                 raise _SpanDone(Boundary(hidden_BTH, self._beside(output, kwargs)))
 
@@ -241,36 +236,33 @@ def _build_buffers(base: Any, device: torch.device, left_out: Iterable[nn.Module
     transformers' own `_init_weights` computes them, as its loading does; it leaves parameters on the meta device alone.
 
     Raises:
-        CheckpointError: it left one without values, or one is of whole numbers.
+        CheckpointError: it left one without values.
     """
     others = {id(module) for layer in left_out for module in layer.modules()}
-    built: list[tuple[str, nn.Module, str]] = []
+    problems = []
     for prefix, module in base.named_modules():
         names = [name for name in module._non_persistent_buffers_set if module._buffers.get(name) is not None]  # noqa: SLF001
         if not names or id(module) in others:
             continue
+        empty = _fill(module, names, lambda module=module: base._init_weights(module))  # type: ignore[misc]  # noqa: SLF001
+        if empty:  # some families compute those of their layers for the whole model at once
+            empty = _fill(module, names, lambda: base._init_weights(base))  # noqa: SLF001
+        problems += [f"{prefix}.{name}" for name in empty]
         for name in names:
-            module._buffers[name] = _marked(f"{prefix}.{name}", module._buffers[name])  # noqa: SLF001
-        base._init_weights(module)  # noqa: SLF001 - the rule has no public name
-        built += [(prefix, module, name) for name in names]
-    if _empty(built):
-        base._init_weights(base)  # noqa: SLF001 - some families compute their layers' there
-    if problems := _empty(built):
+            module._buffers[name] = module.get_buffer(name).to(device)  # noqa: SLF001
+    if problems:
         raise CheckpointError(f"transformers gives no values to the buffers {', '.join(problems)}.")
-    for _, module, name in built:
-        module._buffers[name] = module._buffers[name].to(device)  # type: ignore[union-attr]  # noqa: SLF001
 
 
-def _marked(name: str, buffer: torch.Tensor | None) -> torch.Tensor:
-    """Memory for a buffer, filled with what says that it has no values yet."""
-    assert buffer is not None
-    if not buffer.is_floating_point():
-        raise CheckpointError(f"{name} is of dtype {buffer.dtype}: whether transformers gives it values cannot be told.")
-    return torch.full(buffer.shape, float("nan"), dtype=buffer.dtype, device="cpu")
-
-
-def _empty(built: Iterable[tuple[str, nn.Module, str]]) -> list[str]:
-    return [f"{prefix}.{name}" for prefix, module, name in built if module.get_buffer(name).isnan().any()]
+def _fill(module: nn.Module, names: Sequence[str], compute: Callable[[], None]) -> list[str]:
+    """Let transformers compute a module's buffers on the CPU. Returns the names of those that it left as they were."""
+    found = []
+    for marker in (0, 1):
+        for name in names:
+            module._buffers[name] = torch.empty_like(module.get_buffer(name), device="cpu").fill_(marker)  # noqa: SLF001
+        compute()
+        found.append({name: module.get_buffer(name).clone() for name in names})
+    return [name for name in names if not torch.equal(found[0][name], found[1][name])]
 
 
 def _check_rotary(base: nn.Module, config: Any) -> None:

@@ -11,11 +11,12 @@ import torch
 
 from m2ray.batches import CapturedLayer, LayerSpan, MicroBatch, Residency
 from m2ray.errors import ConfigError
-from m2ray.model.attention import FLEX_BLOCK, require_machine, resolve_attn_implementation
-from m2ray.model.boundary import Boundary, blank, row_width, shapes, token_bytes
+from m2ray.model.attention import FLEX_BLOCK, require_attention_to_sinks, require_machine, resolve_attn_implementation
+from m2ray.model.boundary import Boundary, blank, row_width, shapes_at, token_bytes
 from m2ray.model.capture import CaptureSpec, ResidualCapture, pin_host_memory
 from m2ray.model.checkpoint import open_checkpoint
 from m2ray.model.decoder import DecoderSpan
+from m2ray.model.families import default_max_length
 from m2ray.model.gpu_loading import Lanes
 from m2ray.model.interpreter import quick_switches, without_collector
 from m2ray.model.skeleton import build_skeleton
@@ -219,7 +220,7 @@ class Stage:
             capture_bytes = batch_tokens * self._row_width * self._store_dtype.itemsize * len(self.parts)
             # Beside what waits, of two micro-batches: one that is computed, and one whose rows are handed over.
             pin_host_memory(waiting_bytes + 2 * capture_bytes, batch_tokens, self._row_width, self._store_dtype)
-        longest = max(4, min(1024, config.max_position_embeddings, batch_tokens // 2))
+        longest = max(4, min(1024, default_max_length(config), batch_tokens // 2))
         full = -(-batch_tokens // longest)
         shapes = [(full, batch_tokens // full), (batch_tokens // (longest // 2), longest // 2), (1, longest)]
         if self._decoder.skeleton.attn_implementation == "flex_attention":
@@ -245,7 +246,7 @@ class Stage:
 
     def _check(self, micro_batch: MicroBatch, incoming: Boundary) -> None:
         num_sequences, length = micro_batch.token_ids_BT.shape
-        wanted = shapes(self._decoder.skeleton.config, self._spec.span.start, (num_sequences, length), DTYPES[self._spec.compute_dtype])
+        wanted = shapes_at(self._decoder.skeleton.config, self._spec.span.start, (num_sequences, length), DTYPES[self._spec.compute_dtype])
         found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in incoming.tensors.items()}
         assert found == wanted, f"hidden states and what goes with them came as {found}, not as {wanted}"
 
@@ -299,6 +300,7 @@ def _load_stage(spec: StageSpec, device: torch.device, lanes: Lanes | None, on_b
     if spec.compile and device.type == "cuda":
         require_triton("compile = true")
     skeleton = build_skeleton(checkpoint.config, compute_dtype, attn_implementation)
+    require_attention_to_sinks(skeleton.config, attn_implementation, skeleton.tensors)
     if spec.span.stop > len(skeleton.layers):
         raise ConfigError(f"{spec.span}: the model has layers 0 to {len(skeleton.layers) - 1}.")
     decoder = DecoderSpan(skeleton, spec.span, device, spec.residency, spec.offload_folder)

@@ -20,7 +20,6 @@ from m2ray.model.skeleton import ModelTensor, Skeleton, build_skeleton
 SCALE = "_scale_inv"
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 WEIGHTS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-TABLES = (torch.int64, torch.int32)
 SCALES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu)
 EXTRA_LAYERS = re.compile(r"(?:^|\.)mtp[._]")
 EXTRA_HEADS = re.compile(r"^(?:score|classifier|classification_head|v_head|value_head|reward_head|regression_head|medusa_heads?)\.")
@@ -85,7 +84,7 @@ def match_by_layer(
             try:
                 placements = conversion.place(tensor, sources[tensor.name], shapes)
                 matched.append(MatchedTensor(tensor, tuple(placements)))
-                problems += [problem for placement in placements for problem in _check_dtype(skeleton, headers, tensor, placement.key)]
+                problems += [problem for placement in placements for problem in _check_dtype(skeleton, headers, tensor, placement)]
             except CheckpointError as problem:
                 problems.append(problem)
         if not problems:
@@ -130,7 +129,14 @@ def key_bytes(key: str, headers: Mapping[str, TensorHeader]) -> int:
 
 def disk_bytes(matched: MatchedTensor, headers: Mapping[str, TensorHeader]) -> int:
     """Bytes that one model tensor has in the checkpoint, scales included."""
-    return sum(key_bytes(placement.key, headers) for placement in matched.placements)
+    return sum(_placed_bytes(placement, headers) for placement in matched.placements)
+
+
+def _placed_bytes(placement: Placement, headers: Mapping[str, TensorHeader]) -> int:
+    if placement.rows is None:
+        return key_bytes(placement.key, headers)
+    first, stop = placement.rows
+    return headers[placement.key].num_bytes // headers[placement.key].shape[0] * (stop - first)
 
 
 def scale_shape(shape: tuple[int, ...], block: tuple[int, int] | None) -> tuple[int, ...]:
@@ -184,11 +190,14 @@ def _use_tied(skeleton: Skeleton, sources: dict[str, list[Source]], unread: dict
             del unread[head]
 
 
-def _check_dtype(skeleton: Skeleton, headers: Mapping[str, TensorHeader], tensor: ModelTensor, key: str) -> Iterator[CheckpointError]:
+def _check_dtype(
+    skeleton: Skeleton, headers: Mapping[str, TensorHeader], tensor: ModelTensor, placement: Placement
+) -> Iterator[CheckpointError]:
+    key = placement.key
     weight, scale = headers[key], headers.get(key + SCALE)
-    if not tensor.dtype.is_floating_point:
-        if weight.dtype not in TABLES:
-            yield CheckpointError(f"{key} is of dtype {weight.dtype}; the model's table {tensor.name} is of whole numbers.")
+    if not tensor.dtype.is_floating_point:  # a table of numbers, which nothing may round
+        if weight.dtype != tensor.dtype and (weight.dtype, tensor.dtype) != (torch.int32, torch.int64):
+            yield CheckpointError(f"{key} is of dtype {weight.dtype}, the model needs {tensor.dtype}.", "Copy the files again.")
         return
     if weight.dtype not in FP8:
         if weight.dtype not in WEIGHTS:
@@ -198,6 +207,10 @@ def _check_dtype(skeleton: Skeleton, headers: Mapping[str, TensorHeader], tensor
         if scale is not None:
             yield CheckpointError(f"{key} is of dtype {weight.dtype} and yet has FP8 scales, {key}{SCALE}.", "Copy the files again.")
         return
+    if placement.rows is not None or placement.swapped is not None:
+        yield CheckpointError(
+            f"{key} is FP8, and transformers splits or transposes it to make {tensor.name}.", "m2ray does so with other dtypes only."
+        )
     if scale is None:
         yield CheckpointError(f"{key} is FP8, but its scales {key}{SCALE} are missing.", "Copy the files again.")
         return

@@ -85,13 +85,14 @@ class ModelShape:
         def first(*fields: str) -> int:
             return next((int(value) for field in fields if (value := getattr(config, field, None))), 0)
 
+        heads = first("num_attention_heads") or 1  # of recurrent models that have no attention
         num_experts = first("num_local_experts", "num_experts", "n_routed_experts")
         expert_size = first("moe_intermediate_size", "intermediate_size") if num_experts else 0
         return cls(
             hidden_size=config.hidden_size,
-            num_heads=config.num_attention_heads,
-            num_kv_heads=first("num_key_value_heads") or config.num_attention_heads,
-            head_dim=first("qk_head_dim", "head_dim") or config.hidden_size // config.num_attention_heads,
+            num_heads=heads,
+            num_kv_heads=first("num_key_value_heads") or heads,
+            head_dim=first("qk_head_dim", "head_dim") or config.hidden_size // heads,
             intermediate_size=first("intermediate_size", "ffn_dim", "n_inner") or 4 * config.hidden_size,
             num_experts=num_experts,
             experts_per_token=first("num_experts_per_tok") if num_experts else 0,
