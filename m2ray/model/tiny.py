@@ -35,7 +35,8 @@ _MIXER_HEADS = {
 _AT_MOST = {
     r"intermediate_size|ffn|n_inner|d_inner|dim_ff|d_ff|dff|feed_forward_size|shared_expert_dim": _WIDTH,
     r"_rank$": _RANK,
-    r"window_size$|sliding_window$|attention_chunk_size$|local_attention$|index_topk$": WINDOW,
+    r"window_size$|sliding_window$|attention_chunk_size$|local_attention$|compress_rates$": WINDOW,
+    r"index_topk$": WINDOW // 2,
     r"index_block_size$": _BLOCK,
     r"index_topk_blocks$": _BLOCKS,
     r"index_n_heads$": _INDEX_HEADS,
@@ -63,7 +64,8 @@ def kept_layers(config: Any) -> list[int]:
     configuration counts layers (an interval, the first dense ones), and every later one whose kind follows the kind before it for the first time.
     """
     lists = _layer_lists(config)
-    kinds = [tuple(str(values[layer]) for values in lists.values()) for layer in range(config.num_hidden_layers)]
+    told_apart = [*lists.values(), getattr(config, "kv_sharing_modes", [None] * config.num_hidden_layers)]
+    kinds = [tuple(str(values[layer]) for values in told_apart) for layer in range(config.num_hidden_layers)]
     number_of_layers = {"num_hidden_layers", (config.attribute_map or {}).get("num_hidden_layers")}
     numbers = [
         number
@@ -97,7 +99,12 @@ def _keep_layers(tiny: Any) -> None:
     kept = kept_layers(tiny)
     for name, values in _layer_lists(tiny).items():
         setattr(tiny, name, [values[layer] for layer in kept])
+    if number := _size(tiny, "num_kv_shared_layers"):
+        tiny.num_kv_shared_layers = sum(layer >= tiny.num_hidden_layers - number for layer in kept)
+    own = (tiny.to_dict().get("per_layer_config") or {}).items()
     tiny.num_hidden_layers = len(kept)
+    if own:
+        tiny.per_layer_config = {kept.index(int(layer)): fields for layer, fields in own if int(layer) in kept}
 
 
 def _layer_lists(config: Any) -> dict[str, Sequence[Any]]:
@@ -151,11 +158,13 @@ def _cap(tiny: Any, config: Any) -> None:
             setattr(tiny, name, min(value, limit))
         elif limit is not None and isinstance(value, list) and all(type(each) is int for each in value):
             setattr(tiny, name, [min(each, limit) for each in value])
+        elif limit is not None and isinstance(value, dict) and all(type(each) is int for each in value.values()):
+            setattr(tiny, name, {key: min(each, limit) for key, each in value.items()})
 
 
 def _size(config: Any, name: str) -> int:
-    """A field that is a positive number; 0 where there is none."""
-    value = getattr(config, name, None)
+    """A field that is a positive number, of the first layer where they differ; 0 where there is none."""
+    value = getattr((getattr(config, "per_layer_config", None) or [config])[0], name, None)
     return value if type(value) is int and value > 0 else 0
 
 
