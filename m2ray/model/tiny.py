@@ -23,7 +23,7 @@ _LARGEST_RULE = 12
 _FEWEST_LAYERS = 3
 
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-_CHOSEN_EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k")
+_CHOSEN_EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
 _KEY_HEADS = {"linear_num_key_heads": "linear_num_value_heads"}
 _MIXER_HEADS = {
     "mamba_n_heads": "mamba_d_head",

@@ -102,7 +102,7 @@ class ModelShape:
             head_dim=first("qk_head_dim", "head_dim") or config.hidden_size // heads,
             intermediate_size=first("intermediate_size", "ffn_dim", "n_inner") or 4 * config.hidden_size,
             num_experts=num_experts,
-            experts_per_token=first("num_experts_per_tok") if num_experts else 0,
+            experts_per_token=first("num_experts_per_tok", "top_k_experts") if num_experts else 0,
             expert_size=expert_size,
             shared_size=expert_size * first("n_shared_experts"),
             attn_implementation=attn_implementation,

@@ -14,6 +14,7 @@ from m2ray.errors import CheckpointError
 from m2ray.model.boundary import CANNOT_BE_CUT, CONTRACTS, crossing, row_width, token_bytes
 from m2ray.model.checkpoint import open_checkpoint
 from m2ray.model.families import parse_config
+from m2ray.model.proof import prove
 from m2ray.model.skeleton import build_skeleton
 from m2ray.model.stage import Stage, StageSpec
 from m2ray.model.tensors import table_of, table_without_weights
@@ -138,13 +139,30 @@ def test_only_what_later_layers_need_crosses(model_type: str, expected: list[lis
     ],
 )
 def test_bytes_of_a_token_at_real_dimensions(model_type: str, layer: int, num_bytes: int) -> None:
-    fields: dict[str, object] = {
-        "glm_moe_dsa": {"index_topk_freq": 4, "index_skip_topk_offset": 4},
-        "gemma4_text": {"num_hidden_layers": 35, "hidden_size": 1536, "num_kv_shared_layers": 20, "num_key_value_heads": 1},
-    }.get(model_type, {})
-    config = CONFIG_MAPPING[model_type].from_dict({"model_type": model_type, **fields})
+    config = real_config(model_type)
     assert token_bytes(config, layer, torch.bfloat16) == num_bytes
     assert row_width(config) == config.hidden_size * (4 if model_type == "deepseek_v4" else 1)
+
+
+REAL: dict[str, dict[str, object]] = {
+    "deepseek_v4": {"rope_parameters": {"rope_type": "yarn", "factor": 16, "original_max_position_embeddings": 65536}},
+    "gemma4_text": {"num_hidden_layers": 35, "hidden_size": 1536, "num_kv_shared_layers": 20, "num_key_value_heads": 1},
+    "glm_moe_dsa": {"index_topk_freq": 4, "index_skip_topk_offset": 4},
+    "hy_v4": {},
+    "llama": {},
+}
+"""By model type, what published configurations have beside transformers' defaults."""
+
+
+def real_config(model_type: str) -> Any:
+    config = CONFIG_MAPPING[model_type].from_dict({"model_type": model_type, **REAL[model_type]})
+    return parse_config(json.dumps(config.to_dict(), default=str).encode())
+
+
+@pytest.mark.parametrize("model_type", [model_type for model_type in REAL if model_type != "llama"])
+def test_real_configurations_are_proved(model_type: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    prove(real_config(model_type))
 
 
 def test_a_row_of_several_streams_is_all_of_them(deepseek: Path) -> None:
@@ -174,13 +192,11 @@ def test_tables_of_whole_numbers_are_counted_and_loaded_exactly(deepseek: Path) 
 
 
 def test_a_table_may_be_int32_and_no_float(deepseek: Path, tmp_path: Path) -> None:
-    key = "layers.0.ffn.gate.tid2eid"
-
     def narrow(tensors: dict[str, torch.Tensor]) -> None:
-        tensors[key] = tensors[key].int()
+        tensors.update({key: tensor.int() for key, tensor in tensors.items() if key.endswith("tid2eid")})
 
     def spoil(tensors: dict[str, torch.Tensor]) -> None:
-        tensors[key] = tensors[key].float()
+        tensors.update({key: tensor.float() for key, tensor in tensors.items() if key.endswith("tid2eid")})
 
     micro_batch = micro_batch_of(LENGTHS, VOCABULARY)
     expected, found = (
