@@ -67,7 +67,7 @@ def _differences(rehearsal: Rehearsal) -> Iterator[CheckpointError]:
             except (M2rayError, *NOT_RUN) as error:
                 what = str(error) if isinstance(error, M2rayError) else f"{type(error).__name__}: {error}"
                 yield _refusal(rehearsal, f"{where} fails: {' '.join(what.split())[:300]}")
-                break
+                return
             difference = _first_difference(rehearsal, expected, found)
             if difference:
                 yield _refusal(rehearsal, f"{where} differs from transformers' own model {difference}.")

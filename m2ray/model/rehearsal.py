@@ -59,6 +59,7 @@ class Rehearsal:
         self.num_layers: int = tiny.num_hidden_layers
         self.token_counts = (_LONG, _SHORT)
         self._folder = folder
+        self._loaded: dict[torch.dtype, Any] = {}
         self._model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(tiny)]
         model = _random_model(self._model_class, tiny, seed)
         self._values = {name: tensor for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys}
@@ -119,9 +120,12 @@ class Rehearsal:
         return outputs
 
     def _load(self, dtype: torch.dtype) -> Any:
+        if dtype in self._loaded:
+            return self._loaded[dtype]
         with _quietly():
             model = self._model_class.from_pretrained(
                 None,
+                local_files_only=True,
                 config=deepcopy(self.tiny),
                 state_dict=dict(self._published),
                 dtype=dtype,
@@ -131,6 +135,7 @@ class Rehearsal:
             owner, _, leaf = name.rpartition(".")
             tensor = getattr(model.get_submodule(owner), leaf)
             tensor.data = self._values[name].float()
+        self._loaded[dtype] = model
         return model
 
 

@@ -17,6 +17,7 @@ _MOST_SHARED = 16
 _INDEX_HEADS = 16
 _WIDTH_PER_HEAD = 16
 _BLOCK, _BLOCKS = 4, 2
+_CHUNK, _STATE, _GROUPS, _LINEAR_HEADS = 8, 16, 2, 4
 
 # Numbers that say which layers are of which kind; larger ones say something else.
 _LAYER_RULE = re.compile(r"first|step|interval|pattern|period|freq|every|num_dense|offset|start|_layers$")
@@ -38,6 +39,10 @@ _AT_MOST = {
     r"_rank$": _RANK,
     r"window_size$|sliding_window$|attention_chunk_size$|local_attention$|compress_rates$": WINDOW,
     r"index_topk$": WINDOW // 2,
+    r"chunk_size$": _CHUNK,
+    r"d_state$|state_size$": _STATE,
+    r"n_?groups$": _GROUPS,
+    r"linear_num_heads$": _LINEAR_HEADS,
     r"index_block_size$": _BLOCK,
     r"index_topk_blocks$": _BLOCKS,
     r"index_n_heads$": _INDEX_HEADS,
@@ -144,13 +149,15 @@ def _fit_mixers(tiny: Any, config: Any) -> None:
     """Heads of state space layers, which together are as wide as a multiple of the hidden size."""
     for number, size in _MIXER_HEADS.items():
         heads, width = _size(config, number), _size(config, size)
-        if heads == 0 or width == 0 or heads * width % config.hidden_size:
-            continue
-        inner = heads * width // config.hidden_size * tiny.hidden_size
-        if inner % width:
-            width = inner // heads if inner % heads == 0 else inner
-            setattr(tiny, size, width)
-        setattr(tiny, number, inner // width)
+        inner = heads * width
+        if inner and inner == _size(config, "mamba_d_ssm"):
+            setattr(tiny, number, min(heads, _LINEAR_HEADS))
+            tiny.mamba_d_ssm = getattr(tiny, number) * width
+        elif inner and inner % config.hidden_size == 0:
+            inner = inner // config.hidden_size * tiny.hidden_size
+            fewer = min(heads, _LINEAR_HEADS)
+            setattr(tiny, number, fewer)
+            setattr(tiny, size, inner // fewer)
 
 
 def _cap(tiny: Any, config: Any) -> None:
