@@ -1,6 +1,6 @@
 """One span of a model: the base model's own forward pass, entered at the span's first layer and left after its last."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -137,7 +137,7 @@ class DecoderSpan:
                 layer._parameters.clear()  # noqa: SLF001
                 layer._buffers.clear()  # noqa: SLF001
         if self.span.start > 0:
-            for name in self.skeleton.inputs:
+            for name in _outermost([name for name in self.skeleton.inputs if not self.skeleton.layers_name.startswith(f"{name}.")]):
                 replaced = self.skeleton.model.get_submodule(name)
                 self.skeleton.model.set_submodule(name, _Placeholder(adds=isinstance(replaced, nn.Embedding)))
 
@@ -222,6 +222,11 @@ class _Placeholder(nn.Module):
         return first.new_zeros((), dtype=torch.get_default_dtype()) if self._adds else first
 
 
+def _outermost(names: Sequence[str]) -> list[str]:
+    """Those of no module inside another of them."""
+    return [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
+
+
 def _ignore(_: int, __: torch.Tensor) -> None:
     pass
 
@@ -298,7 +303,7 @@ def _check_rotary(base: nn.Module, config: Any) -> None:
         for name, number in found.items()
         if number != (expected + 1) // 2
     ]
-    if not found:
+    if not found and config.model_type == "minimax_m2":  # in others a span may have no layer that turns
         problems = [
             CheckpointError(f"config.json says that {expected} dimensions of each head turn, but the model has no rotary frequencies.")
         ]

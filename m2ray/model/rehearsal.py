@@ -77,15 +77,7 @@ class Rehearsal:
         Raises:
             ArithmeticError: the random weights overflow.
         """
-        model = self._load(dtype)
-        outputs: list[torch.Tensor] = []
-        hooks = [
-            layer.register_forward_hook(lambda _, __, output: outputs.append(hidden_of(output).clone())) for layer in find_layers(model)[1]
-        ]
-        with torch.inference_mode():
-            model.base_model(input_ids=self._token_ids_BT, use_cache=False)
-        for hook in hooks:
-            hook.remove()
+        outputs = _layers_outputs(self._load(dtype), input_ids=self._token_ids_BT)
         if not all(output[row, :count].isfinite().all() for output in outputs for row, count in enumerate(self.token_counts)):
             raise ArithmeticError("random weights overflow")
         return outputs
@@ -93,13 +85,10 @@ class Rehearsal:
     def moved_rows(self) -> dict[str, float]:
         """By how much of their norm, at most, rows of the last layer move that should not, by what was changed (transformers, float32)."""
         model = self._load(torch.float32)
-        with torch.inference_mode():
-            rows_BTH, others_BTH, alone_BTH = (
-                model.base_model(
-                    input_ids=ids_BT, position_ids=torch.arange(ids_BT.shape[1])[None], attention_mask=None, use_cache=False
-                ).last_hidden_state
-                for ids_BT in (self._token_ids_BT, self._others_BT, self._token_ids_BT[1:, :_SHORT])
-            )
+        rows_BTH, others_BTH, alone_BTH = (
+            _layers_outputs(model, input_ids=ids_BT, position_ids=torch.arange(ids_BT.shape[1])[None])[-1]
+            for ids_BT in (self._token_ids_BT, self._others_BT, self._token_ids_BT[1:, :_SHORT])
+        )
         return {
             "when only the tokens after them change": _moved(rows_BTH[0, :_COMMON], others_BTH[0, :_COMMON]),
             "between the prompt alone and right-padded beside a longer one": _moved(rows_BTH[1, :_SHORT], alone_BTH[0]),
@@ -145,20 +134,20 @@ def rehearse(config: Any, seed: int, folder: Path) -> Rehearsal:
     Raises:
         CheckpointError: it runs none of them, or none is small.
     """
-    reason = ""
+    reasons: list[str] = []
     try:
         for tiny in tiny_copies(config):
             try:
                 rehearsal = Rehearsal(tiny, seed, folder)
                 rehearsal.by_transformers(torch.float32)
             except NOT_RUN as error:
-                reason = reason or f"{type(error).__name__}: {error}"
+                reasons.append(f"{type(error).__name__}: {error}"[:150])
             else:
                 return rehearsal
     except NOT_RUN as error:
-        reason = f"{type(error).__name__}: {error}"
+        reasons.append(f"{type(error).__name__}: {error}"[:150])
     raise CheckpointError(
-        f"config.json: no tiny copy of this {config.model_type} can be made, so nothing is proved: {' '.join(reason.split())[:300]}",
+        f"config.json: no tiny copy of this {config.model_type} can be made, so nothing is proved: {' '.join('; '.join(dict.fromkeys(reasons)).split())}",
         "m2ray runs what it can prove on a tiny copy.",
     )
 
@@ -184,6 +173,18 @@ def _random_model(model_class: Any, tiny: Any, seed: int) -> Any:
             elif tensor.dtype == torch.int64 and tensor.dim() >= 2:  # which experts a token goes to
                 tensor.random_(0, getattr(tiny, "num_local_experts", 1), generator=generator)
     return model
+
+
+def _layers_outputs(model: Any, **inputs: torch.Tensor) -> list[torch.Tensor]:
+    outputs: list[torch.Tensor] = []
+    hooks = [
+        layer.register_forward_hook(lambda _, __, output: outputs.append(hidden_of(output).clone())) for layer in find_layers(model)[1]
+    ]
+    with torch.inference_mode():
+        model.base_model(**inputs, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return outputs
 
 
 def _vocabulary(tiny: Any) -> int:

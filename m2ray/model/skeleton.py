@@ -128,7 +128,7 @@ def hidden_of(output: Any) -> torch.Tensor:
     Raises:
         CheckpointError: there are none.
     """
-    hidden_BTH = output[0] if isinstance(output, tuple) and output else output
+    hidden_BTH = output[0] if isinstance(output, tuple | list) and output else output
     if not isinstance(hidden_BTH, torch.Tensor):
         raise CheckpointError(f"A decoder layer returns a {type(output).__name__} without hidden states.")
     return hidden_BTH
