@@ -1,6 +1,7 @@
 """What families hand on beside one hidden state: over any cut the rows are those of transformers' own model, and the plan knows the bytes."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +190,18 @@ def test_tables_of_whole_numbers_are_counted_and_loaded_exactly(deepseek: Path) 
         assert stage.parameter_bytes == weight_bytes(span_rows(table, span, with_final_norm=False), 2)
     published = table_without_weights(open_checkpoint(str(deepseek)).config)
     assert [row for row in published.rows if row.name.endswith("tid2eid")] == tables
+
+
+def test_layers_with_tables_may_live_elsewhere(deepseek: Path, tmp_path: Path) -> None:
+    """Two prompts one after the other: each layer is brought twice."""
+    spec = StageSpec(str(deepseek), LayerSpan(0, 5), "bfloat16", "auto", "cpu", 1)
+    stages = [
+        load_capturing(each) for each in (spec, replace(spec, residency={0: "host", 1: "disk", 3: "disk"}, offload_folder=str(tmp_path)))
+    ]
+    for seed in (0, 1):
+        micro_batch = micro_batch_of(LENGTHS, VOCABULARY, seed)
+        expected, found = (rows_through_transport([stage], micro_batch) for stage in stages)
+        assert all(same_bits(one, other) for one, other in zip(found, expected, strict=True))
 
 
 def test_a_table_may_be_int32_and_no_float(deepseek: Path, tmp_path: Path) -> None:
