@@ -15,7 +15,7 @@ from m2ray.config import ExtractConfig, parse_layers
 from m2ray.errors import M2rayError, raise_all
 from m2ray.model.attention import resolve_attn_implementation
 from m2ray.model.checkpoint import Checkpoint, open_checkpoint, up_to_layer
-from m2ray.model.families import default_max_length, require_positions, steady_positions
+from m2ray.model.families import default_max_length, require_dtype, require_positions, steady_positions
 from m2ray.model.proof import prove
 from m2ray.model.stage import DTYPES
 from m2ray.options import PromptOptions, RunOptions
@@ -112,6 +112,7 @@ def look(config: ExtractConfig) -> Inputs:
     assert opened is not None
     tried(lambda: prove(opened.config))
     tried(lambda: require_positions(opened.config, config.max_length))
+    tried(lambda: require_dtype(opened.config, config.compute_dtype))
     layers = tried(lambda: parse_layers(config.layers, opened.config.num_hidden_layers))
     of_the_layers = tried(lambda: up_to_layer(opened, layers[-1])) if layers else None
     tokenizer = tried(lambda: PromptTokenizer.load(config.model, prompts, opened.config.vocab_size))

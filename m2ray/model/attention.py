@@ -96,7 +96,10 @@ def _flash_reasons(config: Any, compute_dtype: torch.dtype) -> Iterator[str]:
         yield "it computes in bfloat16 and float16 only, and compute_dtype is float32"
     if config.model_type in _SINKS:
         yield "the family's attention has sinks, and it would leave them out"
-    head_dim = getattr(config, "qk_head_dim", None) or getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head_dim = max(
+        getattr(layer, "qk_head_dim", None) or getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
+        for layer in getattr(config, "per_layer_config", None) or [config]
+    )
     if head_dim > _FLASH_HEAD_DIM:
         yield f"it takes heads of at most {_FLASH_HEAD_DIM} dimensions, and these have {head_dim}"
 

@@ -15,6 +15,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from m2ray.errors import CheckpointError, ConfigError, raise_all
+from m2ray.model.boundary import why_uncuttable
 
 KEEPS_FP32 = {"minimax_m2": ("mlp.gate.weight", "mlp.e_score_correction_bias")}
 """Tensors that stay in float32 beyond what transformers keeps: a router in bfloat16 picks other experts.
@@ -25,11 +26,11 @@ MiniMax-M2's are float32 on disk, and its modelling code computes with whatever 
 NEEDED_FIELDS = ("num_hidden_layers", "hidden_size", "vocab_size")
 """Without them a configuration is not that of a stack of decoder layers."""
 
+NOT_IN_FLOAT16 = ("deepseek_v4",)
+"""Families of which transformers' own model fails in float16."""
+
 LEARNED_POSITIONS = ("biogpt", "codegen", "gpt2", "gpt_bigcode", "gpt_neo", "gptj", "openai-gpt", "opt", "trocr")
 """Families that look positions up in a table: there is none past its end, where others go on turning."""
-
-SHARED_STATE = ("num_kv_shared_layers", "hidden_size_per_layer_input")
-"""Config fields of families whose layers hand more than one hidden state to the next: no stage boundary can be cut."""
 
 TEXT_TOWERS = ("text_config", "decoder", "language_config", "llm_config", "thinker_config")
 """Config fields that hold the configuration of the decoder inside a larger model."""
@@ -118,6 +119,15 @@ def require_positions(config: Any, max_length: int | None) -> None:
         raise ConfigError(
             f"max_length = {max_length}, but a {config.model_type} of config.json has learned {positions} positions.",
             f"Set max_length to {positions} at most.",
+        )
+
+
+def require_dtype(config: Any, compute_dtype: str) -> None:
+    """Raise ConfigError for a dtype in which transformers' own code of a family does not compute."""
+    if compute_dtype == "float16" and config.model_type in NOT_IN_FLOAT16:
+        raise ConfigError(
+            f"compute_dtype = 'float16': transformers keeps parts of a {config.model_type} in float32 and gives them float16, which fails.",
+            'Set compute_dtype = "bfloat16" or "float32".',
         )
 
 
@@ -220,13 +230,7 @@ def _not_causal(fields: Mapping[str, Any], place: str = "") -> list[CheckpointEr
 
 def _unsupported_structure(config: Any) -> list[CheckpointError]:
     problems = [*_no_decoder(config)]
-    problems += [
-        CheckpointError(
-            f"config.json: {field} = {getattr(config, field)}: its layers share state across stage boundaries.", "m2ray cannot cut it."
-        )
-        for field in SHARED_STATE
-        if getattr(config, field, None)
-    ]
+    problems += [CheckpointError(f"config.json: {reason}.", "m2ray cannot cut it into stages.") for reason in why_uncuttable(config)]
     for rope in _ropes(config):
         rope_type = rope.get("rope_type")
         if rope_type in LENGTH_DEPENDENT_ROPE:

@@ -171,6 +171,8 @@ def _random_model(model_class: Any, tiny: Any, seed: int) -> Any:
                 tensor.normal_(0, tensor.shape[-1] ** -0.5, generator=generator)
             elif tensor.is_floating_point():
                 tensor.add_(torch.empty_like(tensor).normal_(0, 0.1, generator=generator))
+            elif tensor.dtype == torch.int64 and tensor.dim() >= 2:  # which experts a token goes to
+                tensor.random_(0, getattr(tiny, "num_local_experts", 1), generator=generator)
     return model
 
 

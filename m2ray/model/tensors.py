@@ -1,7 +1,7 @@
 """The checkpoint's tensors matched with the model's: the plan that loading follows and the table that planning counts on."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -11,6 +11,7 @@ from torch import nn
 
 from m2ray.batches import LayerSpan, Role, TensorRow, TensorTable
 from m2ray.errors import CheckpointError, raise_all
+from m2ray.model.boundary import most_beside, row_width
 from m2ray.model.conversion import MISMATCH, Conversion, Placement, Source
 from m2ray.model.families import fp8_block, is_fp8
 from m2ray.model.headers import TensorHeader
@@ -31,6 +32,8 @@ ACTIVATION_SCALES = re.compile(r"\.(?:activation|input|output|q|k|v)_scale$")
 """Scales by which engines that multiply in FP8 quantise activations and caches; weights do not need them."""
 
 SHOWN_PROBLEMS = 20
+
+_IGNORED = "_keys_to_ignore_on_load_unexpected"
 
 
 @dataclass(frozen=True)
@@ -133,8 +136,8 @@ def table_of(skeleton: Skeleton, headers: Mapping[str, TensorHeader], span: Laye
         read = {each.tensor.name for each in matched}
         rows += [_row(tensor, (), 0) for tensor in skeleton.tensors.values() if tensor.name not in read]
     for key, role in unread.items():
-        rows.append(TensorRow(key, role, None, headers[key].shape, False, key_bytes(key, headers), (key,)))
-    return TensorTable(len(skeleton.layers), skeleton.config.hidden_size, tuple(rows))
+        rows.append(TensorRow(key, role, None, headers[key].shape, None, key_bytes(key, headers), (key,)))
+    return _table(skeleton, rows)
 
 
 def table_without_weights(config: Any) -> TensorTable:
@@ -149,7 +152,7 @@ def table_without_weights(config: Any) -> TensorTable:
     for tensor in skeleton.tensors.values():
         pieces = conversion.published(tensor)
         rows.append(_row(tensor, tuple(pieces), sum(_published_bytes(skeleton, tensor, key, shape) for key, shape in pieces.items())))
-    return TensorTable(len(skeleton.layers), skeleton.config.hidden_size, tuple(rows))
+    return _table(skeleton, rows)
 
 
 def key_bytes(key: str, headers: Mapping[str, TensorHeader]) -> int:
@@ -207,6 +210,8 @@ def _is_unused(skeleton: Skeleton, name: str) -> bool:
         return True
     # Patterns that name a layer by number stand for sizes of the model whose last layer it is; the rule above covers those.
     patterns = type(skeleton.model)._keys_to_ignore_on_load_unexpected or ()  # noqa: SLF001 - the rule has no public name
+    if any(re.search(rf"{re.escape(pattern)}\.", name) for pattern in vars(skeleton.model.base_model).get(_IGNORED, ())):
+        return True  # what a base model says of itself, it says of this configuration
     ignored = (pattern for pattern in patterns if not re.search(r"layers\\?\.\d", pattern))
     return any(re.search(pattern, name) for pattern in (*ignored, r"rotary_emb\.inv_freq$"))
 
@@ -231,7 +236,7 @@ def _check_dtype(
         )
         return
     if not tensor.dtype.is_floating_point:  # a table of numbers, which nothing may round
-        if weight.dtype != tensor.dtype:
+        if weight.dtype != tensor.dtype and (weight.dtype, tensor.dtype) != (torch.int32, torch.int64):
             yield CheckpointError(f"{key} is of dtype {weight.dtype}, the model needs {tensor.dtype}.", MISMATCH)
         return
     if weight.dtype not in FP8:
@@ -264,13 +269,18 @@ def _raise_shortened(problems: list[CheckpointError]) -> None:
     raise_all(shown)
 
 
+def _table(skeleton: Skeleton, rows: Iterable[TensorRow]) -> TensorTable:
+    return TensorTable(len(skeleton.layers), row_width(skeleton.config), tuple(rows), *most_beside(skeleton.config))
+
+
 def _row(tensor: ModelTensor, keys: tuple[str, ...], num_bytes: int) -> TensorRow:
-    return TensorRow(tensor.name, tensor.role, tensor.layer, tensor.shape, tensor.dtype == torch.float32, num_bytes, keys)
+    itemsize_bytes = None if tensor.dtype == torch.bfloat16 else tensor.dtype.itemsize
+    return TensorRow(tensor.name, tensor.role, tensor.layer, tensor.shape, itemsize_bytes, num_bytes, keys)
 
 
 def _published_bytes(skeleton: Skeleton, tensor: ModelTensor, key: str, shape: tuple[int, ...]) -> int:
-    if tensor.dtype == torch.float32:
-        return prod(shape) * 4
+    if tensor.dtype != torch.bfloat16:
+        return prod(shape) * tensor.dtype.itemsize
     if is_fp8(skeleton.config_on_disk) and _is_quantised(skeleton, tensor, key):
         return prod(shape) + prod(scale_shape(shape, fp8_block(skeleton.config_on_disk))) * 4
     dtype = skeleton.config_on_disk.dtype

@@ -13,6 +13,7 @@ VOCABULARY = 128
 _WIDTH = 64
 _RANK = 32
 _KV_HEADS = 2
+_MOST_SHARED = 16
 _INDEX_HEADS = 16
 _WIDTH_OF_HEADS = 256
 _BLOCK, _BLOCKS = 4, 2
@@ -25,7 +26,7 @@ _LAYER_NUMBERS = re.compile(r"_layers$|layer_(ids|indices)$|_idxs$")
 _FEWEST_LAYERS = 3
 
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-_CHOSEN_EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k")
+_CHOSEN_EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
 _KEY_HEADS = {"linear_num_key_heads": "linear_num_value_heads"}
 _MIXER_HEADS = {
     "mamba_n_heads": "mamba_d_head",
@@ -37,7 +38,8 @@ _MIXER_HEADS = {
 _AT_MOST = {
     r"intermediate_size|ffn|n_inner|d_inner|dim_ff|d_ff|dff|feed_forward_size|shared_expert_dim": _WIDTH,
     r"_rank$": _RANK,
-    r"window_size$|sliding_window$|attention_chunk_size$|local_attention$|index_topk$": WINDOW,
+    r"window_size$|sliding_window$|attention_chunk_size$|local_attention$|compress_rates$": WINDOW,
+    r"index_topk$": WINDOW // 2,
     r"chunk_size$": _CHUNK,
     r"d_state$|state_size$": _STATE,
     r"n_?groups$": _GROUPS,
@@ -71,8 +73,9 @@ def kept_layers(config: Any) -> list[int]:
     configuration counts layers (an interval, the first dense ones), and every later one whose kind follows the kind before it for the first time.
     """
     lists, named = _layer_lists(config), _layer_numbers(config)
+    told_apart = [*lists.values(), getattr(config, "kv_sharing_modes", [None] * config.num_hidden_layers)]
     kinds = [
-        (*(str(values[layer]) for values in lists.values()), *(layer in numbers for numbers in named.values()))
+        (*(str(values[layer]) for values in told_apart), *(layer in numbers for numbers in named.values()))
         for layer in range(config.num_hidden_layers)
     ]
     number_of_layers = {"num_hidden_layers", (config.attribute_map or {}).get("num_hidden_layers")}
@@ -113,7 +116,12 @@ def _keep_layers(tiny: Any) -> None:
         setattr(tiny, name, [values[layer] for layer in kept])
     for name, numbers in named.items():
         setattr(tiny, name, [kept.index(number) for number in numbers if number in kept])
+    if number := _size(tiny, "num_kv_shared_layers"):
+        tiny.num_kv_shared_layers = sum(layer >= tiny.num_hidden_layers - number for layer in kept)
+    own = (tiny.to_dict().get("per_layer_config") or {}).items()
     tiny.num_hidden_layers = len(kept)
+    if own:
+        tiny.per_layer_config = {kept.index(int(layer)): fields for layer, fields in own if int(layer) in kept}
 
 
 def _layer_lists(config: Any) -> dict[str, Sequence[Any]]:
@@ -139,7 +147,8 @@ def _narrow(tiny: Any, config: Any, hidden_size: Callable[[int, int, bool], int]
     if heads:
         kv_heads = _size(config, "num_key_value_heads") or heads
         if heads % kv_heads == 0:
-            tiny.num_attention_heads = min(kv_heads, _KV_HEADS) * (heads // kv_heads)
+            shared_by = heads // kv_heads
+            tiny.num_attention_heads = min(kv_heads, _KV_HEADS) * (_MOST_SHARED if shared_by % _MOST_SHARED == 0 else shared_by)
             if _size(config, "num_key_value_heads"):
                 tiny.num_key_value_heads = min(kv_heads, _KV_HEADS)
         width = config.hidden_size // heads  # is a head's size where none is given
@@ -179,11 +188,13 @@ def _cap(tiny: Any, config: Any) -> None:
             setattr(tiny, name, min(value, limit))
         elif limit is not None and isinstance(value, list) and all(type(each) is int for each in value):
             setattr(tiny, name, [min(each, limit) for each in value])
+        elif limit is not None and isinstance(value, dict) and all(type(each) is int for each in value.values()):
+            setattr(tiny, name, {key: min(each, limit) for key, each in value.items()})
 
 
 def _size(config: Any, name: str) -> int:
-    """A field that is a positive number; 0 where there is none."""
-    value = getattr(config, name, None)
+    """A field that is a positive number, of the first layer where they differ; 0 where there is none."""
+    value = getattr((getattr(config, "per_layer_config", None) or [config])[0], name, None)
     return value if type(value) is int and value > 0 else 0
 
 

@@ -348,8 +348,9 @@ def test_a_model_type_that_is_no_name_is_refused(llama: Path, model_type: object
 def test_families_that_look_positions_up_are_known(model_type: str) -> None:
     config = parse_config((DATA / "families" / f"{model_type}.json").read_bytes())
     skeleton = build_skeleton(config, torch.bfloat16)
-    tables = [name for name in skeleton.inputs if isinstance(skeleton.model.get_submodule(name), torch.nn.Embedding)]
-    assert (len(tables) > 1) == (model_type in families.LEARNED_POSITIONS), tables
+    modules = {name: skeleton.model.get_submodule(name) for name in skeleton.inputs}
+    tables = [name for name, each in modules.items() if isinstance(each, torch.nn.Embedding) and each.num_embeddings != config.vocab_size]
+    assert bool(tables) == (model_type in families.LEARNED_POSITIONS), tables
 
 
 @pytest.mark.parametrize("model_type", ["biogpt", "falcon_h1", "gpt_bigcode", "gpt_neo", "openai-gpt", "starcoder2", "trocr"])
@@ -380,10 +381,10 @@ def test_the_table_counts_every_tensor_of_the_checkpoint(minimax: Path) -> None:
     assert {key for row in table.rows for key in row.sources} | scales == set(checkpoint.headers)
     by_name = {row.name: row for row in table.rows}
     fused = by_name["model.layers.3.mlp.experts.gate_up_proj"]
-    assert (fused.role, fused.layer, fused.shape, fused.keeps_fp32) == ("layer", 3, (12, 256, 128), False)
+    assert (fused.role, fused.layer, fused.shape, fused.itemsize_bytes) == ("layer", 3, (12, 256, 128), None)
     assert len(fused.sources) == 24
-    assert by_name["model.layers.3.mlp.gate.weight"].keeps_fp32
-    assert by_name["model.layers.3.mlp.e_score_correction_bias"].keeps_fp32
+    assert by_name["model.layers.3.mlp.gate.weight"].itemsize_bytes == 4
+    assert by_name["model.layers.3.mlp.e_score_correction_bias"].itemsize_bytes == 4
     assert [by_name[name].role for name in ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")] == [
         "embedding",
         "final_norm",
@@ -400,7 +401,7 @@ def test_the_table_without_weights_is_that_of_the_checkpoint(minimax: Path, llam
 def test_the_table_of_the_real_minimax_m2() -> None:
     table = tensor_table_from_config(parse_config((DATA / "minimax_m2" / "config.json").read_bytes()))
     num_elements = sum(row.num_elements for row in table.rows)
-    router_elements = sum(row.num_elements for row in table.rows if row.keeps_fp32)
+    router_elements = sum(row.num_elements for row in table.rows if row.itemsize_bytes == 4)
     assert table.disk_bytes == 230_121_630_720
     assert num_elements * 2 == 457_379_529_728
     assert sum(row.compute_bytes(2) for row in table.rows) == 457_379_529_728 + 2 * router_elements

@@ -106,8 +106,8 @@ def test_axes_that_are_swapped_on_disk() -> None:
     assert torch.equal(into, values)
 
 
-@pytest.mark.parametrize(("on_disk", "is_read"), [(torch.int64, True), (torch.int32, False), (torch.float32, False)])
-def test_a_table_of_numbers_is_read_in_its_own_dtype_alone(on_disk: torch.dtype, is_read: bool) -> None:  # noqa: FBT001
+@pytest.mark.parametrize(("on_disk", "is_read"), [(torch.int64, True), (torch.int32, True), (torch.float32, False)])
+def test_a_table_of_numbers_is_read_from_whole_numbers_alone(on_disk: torch.dtype, is_read: bool) -> None:  # noqa: FBT001
     header = TensorHeader("model.safetensors", on_disk, (4, 2), 0, 8 * on_disk.itemsize)
     problems = list(_check_dtype(None, {"t": header}, ModelTensor("t", "layer", 0, (4, 2), torch.int64), Placement("t")))  # type: ignore[arg-type]
     assert (problems == []) == is_read

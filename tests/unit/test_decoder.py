@@ -12,6 +12,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from m2ray.batches import LayerSpan
 from m2ray.errors import CheckpointError
 from m2ray.model import families, skeleton
+from m2ray.model.boundary import Boundary
 from m2ray.model.checkpoint import open_checkpoint
 from m2ray.model.decoder import DecoderSpan
 from m2ray.model.families import parse_config
@@ -124,7 +125,7 @@ def test_only_the_spans_layers_run(tmp_path: Path) -> None:
     seen: list[int] = []
     hidden_BTH = torch.randn(2, 3, 48, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        out_BTH = decoder.run(torch.zeros(2, 3, dtype=torch.long), hidden_BTH, lambda layer, _: seen.append(layer))
+        out_BTH = decoder.run(torch.zeros(2, 3, dtype=torch.long), Boundary(hidden_BTH), lambda layer, _: seen.append(layer)).hidden_BTH
     assert seen == [2, 3]
     assert out_BTH.shape == hidden_BTH.shape
     for number in (0, 1, 4):
@@ -140,7 +141,7 @@ def test_a_later_span_takes_hidden_states_as_they_are(tmp_path: Path, family: st
     decoder.skeleton.layers[1].register_forward_pre_hook(lambda _, args: entered.append(args[0].clone()))
     hidden_BTH = torch.randn(2, 3, 48, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        decoder.run(torch.zeros(2, 3, dtype=torch.long), hidden_BTH, lambda *_: None)
+        decoder.run(torch.zeros(2, 3, dtype=torch.long), Boundary(hidden_BTH), lambda *_: None)
     assert torch.equal(entered[0], hidden_BTH)
     assert not any(isinstance(module, nn.Embedding) for module in decoder.skeleton.model.base_model.modules())
 
@@ -151,7 +152,7 @@ def test_layer_numbers_keep_their_meaning(tmp_path: Path) -> None:
     hidden_BTH = torch.randn(2, 6, 48, generator=torch.Generator().manual_seed(0))
     decoder = loaded(folder, LayerSpan(3, 4))
     with torch.inference_mode():
-        ours = decoder.run(torch.zeros(2, 6, dtype=torch.long), hidden_BTH, lambda *_: None)
+        ours = decoder.run(torch.zeros(2, 6, dtype=torch.long), Boundary(hidden_BTH), lambda *_: None).hidden_BTH
         layer = load_reference(folder, torch.float32).transformer.h[3]
         causal = torch.full((6, 6), torch.finfo(torch.float32).min).triu(1)[None, None].expand(2, 1, 6, 6)
         assert torch.allclose(ours, layer(hidden_BTH, attention_mask=causal), atol=1e-6)
