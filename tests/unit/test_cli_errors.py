@@ -115,7 +115,7 @@ def test_a_tensor_of_the_wrong_shape(model: Path, prompts: Path, tmp_path: Path)
 
 def test_an_unknown_model_type(model: Path, prompts: Path, tmp_path: Path) -> None:
     edit_json(model / "config.json", lambda config: config.update(model_type="transmogrifier"))
-    assert_refused(extract(model, prompts, tmp_path / "run"), "transmogrifier", "minimax_m2")
+    assert_refused(extract(model, prompts, tmp_path / "run"), "transmogrifier", "Install a transformers that knows it")
 
 
 def test_layers_out_of_range(sound_model: Path, prompts: Path, tmp_path: Path) -> None:
