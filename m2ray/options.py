@@ -14,7 +14,7 @@ from typing import Any, Literal, Self
 from m2ray.batches import PartSpec
 from m2ray.config import ExtractConfig, OffloadTo, Transport
 from m2ray.sizes import MaxMemory
-from m2ray.storage import local_folder
+from m2ray.storage import local_folder, with_home
 
 TEMPLATE_TIMEOUT_S = 10.0
 
@@ -29,6 +29,7 @@ class PromptOptions:
     Attributes:
         prompts: file, folder, glob or saved dataset.
         max_length: in tokens.
+        steady_positions: a longer prompt's rotary embedding would change that of its neighbours in a batch; None where none does.
         text_column, messages_column, input_ids_column, tools_column, id_column: None where the user named none.
         add_generation_prompt: whether chats end with the words that begin an assistant's answer.
         template_options: variables of every chat's template.
@@ -40,6 +41,7 @@ class PromptOptions:
 
     prompts: str
     max_length: int
+    steady_positions: int | None = None
     text_column: str | None = None
     messages_column: str | None = None
     input_ids_column: str | None = None
@@ -54,12 +56,13 @@ class PromptOptions:
     quarantine_limit: float = 1.0
 
     @classmethod
-    def of(cls, config: ExtractConfig, longest: int, recorded_date: str | None = None) -> Self:
+    def of(cls, config: ExtractConfig, longest: int, recorded_date: str | None = None, steady_positions: int | None = None) -> Self:
         """The options of a run, for a model that takes `longest` tokens. `recorded_date` is that of the run's record, if there is one."""
         given = None if config.template_date == "auto" else config.template_date
         return cls(
             prompts=config.prompts or "",
             max_length=config.max_length or longest,
+            steady_positions=steady_positions,
             text_column=config.text_column,
             messages_column=config.messages_column,
             input_ids_column=config.input_ids_column,
@@ -129,7 +132,7 @@ class RunOptions:
     @property
     def offload_path(self) -> str:
         """Where layers lie that are kept on a disk, the same path on every node."""
-        return str(Path(self.offload_folder or tempfile.gettempdir()).expanduser().absolute())
+        return str(with_home(Path(self.offload_folder or tempfile.gettempdir())).absolute())
 
     @property
     def watched_folder(self) -> str:

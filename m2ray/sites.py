@@ -17,7 +17,13 @@ def parts_of_run(site: str, layers: Sequence[int], store_dtype: str, hidden_size
     return tuple(PartSpec(site, layer, store_dtype, hidden_size) for layer in layers)
 
 
+def capturing_layer(part: PartSpec, num_layers: int) -> int:
+    """The layer whose stage captures a part, of a model of `num_layers`."""
+    if part.layer is not None:
+        return part.layer
+    return 0 if SITES[part.site] == "first_layer" else num_layers - 1
+
+
 def parts_of_span(parts: Iterable[PartSpec], span: LayerSpan, num_layers: int) -> tuple[PartSpec, ...]:
     """Those of a run's parts that a stage of `span` captures, of a model of `num_layers`."""
-    layer_of = {"first_layer": 0, "last_layer": num_layers - 1}
-    return tuple(part for part in parts if (layer_of[SITES[part.site]] if part.layer is None else part.layer) in span)
+    return tuple(part for part in parts if capturing_layer(part, num_layers) in span)

@@ -15,6 +15,7 @@ from m2ray.activations.schema import FORMAT_VERSION, LAYER_CONVENTION, LEASE_FOL
 from m2ray.batches import PartSpec, SequenceFile
 from m2ray.errors import RunConflictError
 from m2ray.provenance import ROW_PACKAGES, differences, versions
+from m2ray.sites import capturing_layer
 from m2ray.storage import Store
 
 JOB_KEY = "job.json"
@@ -113,6 +114,11 @@ class JobRecord:
             versions=versions(),
             names=dict(names),
         )
+
+    @property
+    def layers_run(self) -> int:
+        """How many layers a chain loads: up to the last whose stage captures something."""
+        return 1 + max((capturing_layer(part, self.model.num_layers) for part in self.parts), default=-1)
 
     def to_json(self) -> bytes:
         return to_json(self, indent=2)

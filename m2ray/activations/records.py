@@ -173,12 +173,17 @@ def read_summary(store: Store) -> RunSummary | None:
 
 
 def read_weights(store: Store, job: JobRecord) -> WeightsRecord:
-    """The record of a run that has one. Raises RunDamagedError, RunConflictError (a newer format) or StoreError."""
+    """The record of a run that has one. Raises RunDamagedError (not understood, another run's), RunConflictError (a newer format) or StoreError."""
     record = read_record(store, WEIGHTS_KEY, _WEIGHTS)
     if record.run_id != job.run_id:
         raise RunDamagedError(
             f"{WEIGHTS_KEY} of the run at {store.url} is of run {record.run_id}; job.json is of run {job.run_id}.",
             "The folder holds files of several runs: restore it.",
+        )
+    if len(record.layers) != job.layers_run:
+        raise RunDamagedError(
+            f"{WEIGHTS_KEY} of the run at {store.url} is of {len(record.layers)} layers; a run as job.json has it loads {job.layers_run}.",
+            f"Restore {WEIGHTS_KEY}.",
         )
     return record
 

@@ -24,7 +24,7 @@ from m2ray.audit.tolerance import bound, has_router, why_not_exact
 from m2ray.batches import LayerSpan, MicroBatch, PartSpec, Shard
 from m2ray.errors import M2rayError, NotInRunError, RunConflictError
 from m2ray.model.capture import CaptureSpec
-from m2ray.model.checkpoint import open_checkpoint
+from m2ray.model.checkpoint import Checkpoint, open_checkpoint, up_to_layer
 from m2ray.model.stage import DTYPES, StageSpec
 from m2ray.prompts import PromptSource, TokenSpool
 from m2ray.provenance import versions
@@ -63,16 +63,18 @@ def audit(
     job, sample = catalogue.job, draw(catalogue, share, seed)
     if _SITE not in {part.site for part in job.parts}:
         raise NotInRunError(f"The run at {store.url} holds no {_SITE}, and nothing else is audited.")
-    folder = _model_folder(job, model)
-    config = read_config(folder)
+    checkpoint = _checkpoint(job, model)
+    config = read_config(checkpoint.url)
     inexact = why_not_exact(job, sample)
-    work = _Work(catalogue, sample, RecordedRows(catalogue), Differences(by_row=not has_router(config)), folder, seed, on_progress)
+    work = _Work(catalogue, sample, RecordedRows(catalogue), Differences(by_row=not has_router(config)), checkpoint, seed, on_progress)
     with _threads(job.options.get("threads_per_stage") if not inexact else None):
         tokens, tokens_from, remarks = _token_ids(work, prompts, config.vocab_size, exact=not inexact)
         with tokens:
             _by_m2ray(work, tokens, config.hidden_size, exact=not inexact)
             inexact += _by_transformers(work, tokens, exact=not inexact)
     remarks += [f"not held to the same bits: {reason}" for reason in inexact]
+    if job.format_version == 1:
+        remarks.append("the model was not held against the run's fingerprint, which format 1 took otherwise")
     remarks += [f"not audited: the site {site}" for site in sorted({part.site for part in job.parts} - {_SITE})]
     differences = work.differences
     return AuditRecord(
@@ -105,7 +107,7 @@ class _Work:
     sample: Sample
     recorded: RecordedRows
     differences: Differences
-    folder: str
+    checkpoint: Checkpoint
     seed: int
     on_progress: OnProgress
     unfit: set[int] = field(default_factory=set)
@@ -146,13 +148,13 @@ def _by_m2ray(work: _Work, tokens: TokenSpool, hidden_size: int, *, exact: bool)
     batch: Batch = "recorded" if exact else "alone"
     micro_batches = work.micro_batches(work.sample.micro_batches if exact else work.sample.alone(), tokens)
     spec = StageSpec(
-        model_url=work.folder,
+        model_url=work.checkpoint.url,
         span=LayerSpan(0, work.last_layer + 1),
         compute_dtype=job.options["compute_dtype"],
         attn_implementation=job.options["attn_implementation"],
         device="cpu" if exact or not torch.cuda.is_available() else "cuda:0",
         threads=None,
-        model_digest=job.fingerprints["model"],
+        model_files=work.checkpoint.digests,
     )
     capture = CaptureSpec({_SITE: tuple(sorted(work.parts))}, job.options["store_dtype"])
     done, all_layers = 0, len(micro_batches) * len(work.parts)
@@ -176,7 +178,7 @@ def _by_transformers(work: _Work, tokens: TokenSpool, *, exact: bool) -> list[st
     """
     job, sample, layers = work.catalogue.job, work.sample, sorted(work.parts)
     options, store_dtype = job.options, DTYPES[job.options["store_dtype"]]
-    with Reference(work.folder, options["compute_dtype"], options["attn_implementation"], on_cpu=exact) as reference:
+    with Reference(work.checkpoint.url, options["compute_dtype"], options["attn_implementation"], on_cpu=exact) as reference:
         kinds: list[tuple[Batch, Sequence[Shard]]] = [("alone", sample.alone())]
         if exact and reference.in_memory:
             kinds.insert(0, ("recorded", sample.micro_batches))
@@ -205,17 +207,21 @@ def _micro_batch(piece: Shard, tokens: TokenSpool) -> MicroBatch:
 # -- what the rows are of -------------------------------------------------------------------------------------------------
 
 
-def _model_folder(job: JobRecord, model: str | None) -> str:
-    """Where the run's checkpoint lies. Raises NotInRunError if that is not known, RunConflictError if it is another one."""
+def _checkpoint(job: JobRecord, model: str | None) -> Checkpoint:
+    """The run's checkpoint, with the files that it needs. Raises NotInRunError if nobody knows where, RunConflictError if it is another one.
+
+    Of a run of format 1 the fingerprint was another: what lies there is taken for its model.
+    """
     named = model or job.names.get("model")
     folder = local_folder(named) if named else None
     if folder is None:
         raise NotInRunError(
             f"The run's model {named or 'has no name in job.json'}: transformers reads local folders.", "Give --model FOLDER."
         )
-    if open_checkpoint(str(folder)).digest != job.fingerprints["model"]:
+    checkpoint, _ = up_to_layer(open_checkpoint(str(folder)), job.layers_run - 1)
+    if job.format_version > 1 and checkpoint.digest != job.fingerprints["model"]:
         raise RunConflictError(f"The checkpoint at {folder} is not that of the run.", "Give the run's by --model.")
-    return str(folder)
+    return checkpoint
 
 
 def _token_ids(
@@ -230,7 +236,7 @@ def _token_ids(
     if source is None:
         tokens, wrong = from_run(work.catalogue, work.recorded, pieces)
     else:
-        tokenizer = open_tokenizer(work.catalogue.job, work.folder, vocab_size)
+        tokenizer = open_tokenizer(work.catalogue.job, work.checkpoint.url, vocab_size)
         wanted = np.unique(np.concatenate([piece.sequence_ids for piece in pieces]))
         on_row = partial(work.on_progress, "rows of the prompts")
         tokens, wrong = from_prompts(work.catalogue, source, tokenizer, wanted, lambda done: on_row(done, 0))

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from m2ray.batches import LayerSpan, MicroBatch
+from m2ray.model.boundary import Boundary
 from m2ray.model.capture import CaptureSpec
 from m2ray.model.stage import DTYPES, StageSpec, load_stage
 
@@ -42,24 +43,24 @@ def restage(
     digests: dict[int | None, str] = {}
     token_bytes = hidden_size * DTYPES[spec.compute_dtype].itemsize
     for group in _groups(micro_batches, token_bytes):
-        hidden: list[torch.Tensor | None] = [None] * len(group)
+        boundaries: list[Boundary | None] = [None] * len(group)
         for span in _cut(spec.span, seed):
             stage = load_stage(_of_span(spec, span), lambda *_: None)
             stage.begin(capture)
             digests |= stage.digests
             for place, micro_batch in enumerate(group):
-                output = stage.forward(micro_batch, hidden[place])
+                output = stage.forward(micro_batch, boundaries[place])
                 for part, captured in zip(stage.parts, output.captured, strict=True):
                     assert part.layer is not None
                     on_rows(micro_batch, part.layer, torch.from_numpy(captured.rows).view(DTYPES[part.dtype]))
-                hidden[place] = None if output.hidden_BTH is None else output.hidden_on_host()
+                boundaries[place] = None if output.boundary is None else output.on_host()
             del stage
     return digests
 
 
 def _of_span(spec: StageSpec, span: LayerSpan) -> StageSpec:
     return StageSpec(
-        spec.model_url, span, spec.compute_dtype, spec.attn_implementation, spec.device, spec.threads, model_digest=spec.model_digest
+        spec.model_url, span, spec.compute_dtype, spec.attn_implementation, spec.device, spec.threads, model_files=spec.model_files
     )
 
 

@@ -14,8 +14,8 @@ from m2ray.chain.stopping import GOES_ON, Stop
 from m2ray.config import ExtractConfig, parse_layers
 from m2ray.errors import M2rayError, raise_all
 from m2ray.model.attention import resolve_attn_implementation
-from m2ray.model.checkpoint import Checkpoint, open_checkpoint, tensor_table
-from m2ray.model.families import require_positions
+from m2ray.model.checkpoint import Checkpoint, open_checkpoint, up_to_layer
+from m2ray.model.families import default_max_length, require_dtype, require_positions, steady_positions
 from m2ray.model.proof import prove
 from m2ray.model.stage import DTYPES
 from m2ray.options import PromptOptions, RunOptions
@@ -33,7 +33,7 @@ _Found = TypeVar("_Found")
 class Inputs:
     """Everything that is known before Ray is started.
 
-    `options` are those of a machine without GPUs until `on` a cluster says otherwise; `recorded` is the record of a run that has begun.
+    `checkpoint` has the files of the layers that are run, and no others. `options` are those of a machine without GPUs until `on` a cluster says otherwise; `recorded` is the record of a run that has begun.
     """
 
     config: ExtractConfig
@@ -102,24 +102,27 @@ def look(config: ExtractConfig) -> Inputs:
     if recorded:
         tried(lambda: require_resumable(store, recorded))
     of_the_run = recorded.options if recorded else {}
-    checkpoint = tried(lambda: open_checkpoint(config.model))
+    opened = tried(lambda: open_checkpoint(config.model))
     # What is wrong with the prompts is said beside what is wrong with the model, whose limit is not known then.
-    limit = checkpoint.config.max_position_embeddings if checkpoint else 1
-    prompts = PromptOptions.of(config, limit, of_the_run.get("template_date"))
+    limit, steady = (default_max_length(opened.config), steady_positions(opened.config)) if opened else (1, None)
+    prompts = PromptOptions.of(config, limit, of_the_run.get("template_date"), steady)
     source = tried(lambda: PromptSource.open(prompts))
-    if checkpoint is None:
+    if opened is None:
         raise_all(problems)
-    assert checkpoint is not None
-    tried(checkpoint.check)
-    tried(lambda: prove(checkpoint.config))
-    tried(lambda: require_positions(checkpoint.config, config.max_length))
-    tried(lambda: parse_layers(config.layers, checkpoint.config.num_hidden_layers))
-    tokenizer = tried(lambda: PromptTokenizer.load(config.model, prompts, checkpoint.config.vocab_size))
-    attention = tried(lambda: resolve_attn_implementation(checkpoint.config, config.attn_implementation, DTYPES[config.compute_dtype]))
+    assert opened is not None
+    tried(lambda: prove(opened.config))
+    tried(lambda: require_positions(opened.config, config.max_length))
+    tried(lambda: require_dtype(opened.config, config.compute_dtype))
+    layers = tried(lambda: parse_layers(config.layers, opened.config.num_hidden_layers))
+    of_the_layers = tried(lambda: up_to_layer(opened, layers[-1])) if layers else None
+    tokenizer = tried(lambda: PromptTokenizer.load(config.model, prompts, opened.config.vocab_size))
+    attention = tried(lambda: resolve_attn_implementation(opened.config, config.attn_implementation, DTYPES[config.compute_dtype]))
     raise_all(problems)
     assert source is not None
     assert tokenizer is not None
     assert attention is not None
-    table, shape = tensor_table(checkpoint), ModelShape.of(checkpoint.config, attention)
+    assert of_the_layers is not None
+    checkpoint, table = of_the_layers
+    shape = ModelShape.of(checkpoint.config, attention)
     options = resolve(config, tokenizer.settled(source.columns), table, shape, recorded=of_the_run)
     return Inputs(config, checkpoint, table, shape, source, tokenizer, store, recorded, options)

@@ -104,7 +104,7 @@ class Chain:
         self._in_flight_bytes = in_flight_bytes
         self._hidden_bytes = hidden_bytes
         self._timeout_s = timeout_s
-        self._policy = policy or FailurePolicy()
+        self._policy = policy or FailurePolicy(patience_s=timeout_s)
         self._failures: list[Failure] = []
         self._epoch = _Epoch(stages.epoch)
         self.stop = threading.Event()
@@ -240,11 +240,12 @@ class Chain:
         if isinstance(decision, GiveUp):
             if isinstance(cause, M2rayError):
                 raise cause
-            raise ChainLostError(
-                f"{what}. {decision.why}",
-                "Often a node ran out of memory, or of room in /dev/shm or the temporary folder: m2ray doctor tells. "
-                "Run the same command again: finished shards are kept.",
+            often = (
+                "Look at what they wait for (the model's disk or bucket, a GPU), or raise stage_timeout_s."
+                if kind is FailureKind.HANG
+                else "Often a node ran out of memory, or of room in /dev/shm or the temporary folder: m2ray doctor tells."
             )
+            raise ChainLostError(f"{what}. {decision.why}", f"{often} Run the same command again: finished shards are kept.")
         if isinstance(cause, StageMemoryError):
             self._batch_tokens = cause.num_sequences * cause.length // 2
             self._say(f"{cause.what} Micro-batches of at most {self._batch_tokens} padded tokens from here on.")

@@ -243,7 +243,7 @@ def _specs(inputs: Inputs, plan: Plan, replica: int, stage: int, span: LayerSpan
             compile=options.compile,
             residency=residency,
             offload_folder=options.offload_path,
-            model_digest=inputs.checkpoint.digest,
+            model_files=inputs.checkpoint.digests,
         )
 
 
@@ -255,7 +255,7 @@ def _chain(plan: Plan, stages: Stages, micro_batches_of: Callable[[Shard, int], 
         options.batch_tokens,
         progress.say,
         in_flight_bytes=options.in_flight_bytes,
-        hidden_bytes=plan.demand.table.hidden_size * plan.demand.itemsize_bytes,
+        hidden_bytes=plan.demand.table.handed_bytes(plan.demand.itemsize_bytes),
         timeout_s=options.stage_timeout_s,
     )
 

@@ -60,12 +60,14 @@ class FailurePolicy:
             failures within `window_s` that had no shard in flight and lost no stage.
         stage_restarts: of one stage within `window_s`, at most.
         store_retries: how often a shard is tried again after the store refused it.
+        patience_s: how long a chain stands still before it counts as hung. Hangs are as far apart, so they have a window of their own.
     """
 
     shard_failures: int = 6
     stage_restarts: int = 5
     window_s: float = 600.0
     store_retries: int = 3
+    patience_s: float = 1800.0
 
     def decide(self, history: Sequence[Failure]) -> Retry | GiveUp:
         """What to do about the last failure of `history`, which is in the order of time and not empty."""
@@ -76,9 +78,9 @@ class FailurePolicy:
             return Retry(0.0)  # each time with micro-batches half the size, down to single sequences
         history = [past for past in history if past.kind is not FailureKind.MEMORY]
         for stage in last.stages:
-            restarts = sum(stage in past.stages for past in history if past.at_s > last.at_s - self.window_s)
+            restarts = sum(stage in past.stages for past in history if self._is_recent(past, last))
             if restarts > self.stage_restarts:
-                return GiveUp(f"Stage {stage} failed {restarts} times within {self.window_s:g} s.")
+                return GiveUp(f"Stage {stage} failed {restarts} times within {self._window_s(last):g} s.")
         if last.kind is FailureKind.STORE:
             return self._store(history)
         return self._often(history)
@@ -90,10 +92,18 @@ class FailurePolicy:
             failures = sum(shard in past.shards for past in history)
             if failures >= self.shard_failures:
                 return GiveUp(f"Shard {shard} was in flight in {failures} failures.")
-        idle = [past for past in history if not past.shards and not past.stages and past.at_s > last.at_s - self.window_s]
+        idle = [past for past in history if not past.shards and not past.stages and self._is_recent(past, last)]
         if last in idle and len(idle) >= self.shard_failures:
-            return GiveUp(f"The chain failed {len(idle)} times within {self.window_s:g} s with no shard begun and no stage lost.")
+            return GiveUp(f"The chain failed {len(idle)} times within {self._window_s(last):g} s with no shard begun and no stage lost.")
         return Retry(0.0)
+
+    def _is_recent(self, past: Failure, last: Failure) -> bool:
+        return past.at_s > last.at_s - self._window_s(past)
+
+    def _window_s(self, failure: Failure) -> float:
+        """Twice what as many hangs take as are enough, since a restart takes time too."""
+        enough = max(self.shard_failures, self.stage_restarts) + 1
+        return self.window_s + (2 * enough * self.patience_s if failure.kind is FailureKind.HANG else 0.0)
 
     def _store(self, history: Sequence[Failure]) -> Retry | GiveUp:
         refused = [past for past in history if past.kind is FailureKind.STORE]

@@ -13,7 +13,7 @@ from typing import Any
 from m2ray import __version__
 from m2ray.planning.hardware import FLASH_PACKAGE, Gpu, Node
 from m2ray.provenance import ROW_PACKAGES, cpu_kind, versions
-from m2ray.storage import local_folder
+from m2ray.storage import local_folder, with_home
 
 _IN_MEMORY = ("tmpfs", "ramfs", "devtmpfs")
 _SHM = Path("/dev/shm")  # noqa: S108 - its size is asked for; nothing is written
@@ -166,7 +166,7 @@ def _number(device: int) -> str:
 
 def _nearest(folder: Path) -> Path:
     """The folder itself or the nearest one above it that is there."""
-    folder = folder.expanduser().absolute()
+    folder = with_home(folder).absolute()
     return next((place for place in (folder, *folder.parents) if place.exists()), folder)
 
 

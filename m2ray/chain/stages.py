@@ -131,7 +131,8 @@ class Stages:
             # Until a stage has answered, its process starts.
             patience_s = self._timeout_s + (START_S if set(waiting.values()) - self._answers.keys() else 0.0)
             if time.monotonic() - progressed > patience_s:
-                raise GetTimeoutError(f"Loading stood still for {patience_s:g} s.")
+                stuck = ", ".join(f"stage {index} ({self.span(index)})" for index in sorted(waiting.values()))
+                raise GetTimeoutError(f"Loading stood still for {patience_s:g} s in {stuck}.")
         if self.is_loaded:
             self._hold_weights({layer: digest for status in self.statuses for layer, digest in status.weights.items()})
 

@@ -13,7 +13,7 @@ from m2ray.doctor.cluster import look
 from m2ray.doctor.node_facts import NodeFacts
 from m2ray.errors import ClusterError, M2rayError, shown
 from m2ray.sizes import parse_bytes
-from m2ray.storage import looking, open_store
+from m2ray.storage import looking
 
 
 @click.command(cls=Command)
@@ -55,7 +55,6 @@ def command(ctx: click.Context, /, address: str | None, model: str | None, outpu
 
 def check_model(model: str) -> tuple[list[Finding], int | None]:
     """Index against files and sizes, tensor names, shapes and dtypes against the architecture, its proof; and the checkpoint's bytes."""
-    from m2ray.cli.plan_inputs import read_index
     from m2ray.model.checkpoint import open_checkpoint, tensor_table
     from m2ray.model.proof import prove
 
@@ -72,9 +71,9 @@ def check_model(model: str) -> tuple[list[Finding], int | None]:
         return [Finding("checkpoint_tensors", "problem", model, error.what, error.remedy)], num_bytes
     what = f"{len(checkpoint.headers):,} tensors in {num_bytes:,} bytes fill {table.num_layers} layers of {checkpoint.config.model_type}."
     found = [Finding("checkpoint_tensors", "note", model, what)]
-    _, index_bytes = read_index(open_store(model))
-    if index_bytes not in (None, num_bytes):
-        found.append(Finding("checkpoint_files", "note", model, f"The index says {index_bytes:,} bytes, the files hold {num_bytes:,}."))
+    if checkpoint.indexed_bytes not in (None, num_bytes):
+        what = f"The index says {checkpoint.indexed_bytes:,} bytes, the files hold {num_bytes:,}."
+        found.append(Finding("checkpoint_files", "note", model, what))
     return found, num_bytes
 
 

@@ -7,14 +7,15 @@ from typing import Any, Literal
 from m2ray.batches import TensorTable
 from m2ray.errors import CheckpointError
 from m2ray.model.attention import resolve_attn_implementation
-from m2ray.model.checkpoint import CONFIG, INDEX, SINGLE_FILE, open_checkpoint, tensor_table, tensor_table_from_config
+from m2ray.model.checkpoint import CONFIG, open_checkpoint, tensor_table, tensor_table_from_config
 from m2ray.model.families import parse_config
-from m2ray.model.limits import MAX_CONFIG_BYTES, MAX_JSON_BYTES, parse_json, read_limited
+from m2ray.model.limits import MAX_CONFIG_BYTES, read_limited
 from m2ray.model.stage import DTYPES
+from m2ray.model.weight_files import INDEX, find_weights, indexed_bytes
 from m2ray.options import PromptOptions
 from m2ray.planning.memory import ModelShape
 from m2ray.prompts import PromptSource, PromptTokenizer, ShardTable, survey
-from m2ray.storage import Store, open_store
+from m2ray.storage import open_store
 
 _SHOWN_NAMES = 5
 
@@ -50,40 +51,27 @@ def read_model(url: str, attn_implementation: str, compute_dtype: str) -> Planne
     config_key = url.rpartition("/")[2] if alone else CONFIG
     if store.size(config_key) is None:
         raise CheckpointError(f"There is no {config_key} in {store.url}.", "Give a checkpoint's folder, or its config.json.")
-    weight_map, index_bytes = ({}, None) if alone else read_index(store)
-    files = set(weight_map.values()) or {SINGLE_FILE}
-    is_whole = not alone and all(store.size(file) is not None for file in files)
+    config = parse_config(read_limited(store, config_key, MAX_CONFIG_BYTES))
+    weights = None if alone else find_weights(store, getattr(config, "transformers_weights", None))
+    weight_map, index, files = weights or ({}, b"", ())
+    is_whole = bool(files) and all(store.size(file) is not None for file in files)
     if is_whole:
         checkpoint = open_checkpoint(url)
         config, table = checkpoint.config, tensor_table(checkpoint)
     else:
-        config = parse_config(read_limited(store, config_key, MAX_CONFIG_BYTES))
         table = tensor_table_from_config(config)
         if weight_map:
             _require_all(table, set(weight_map))
     attention = resolve_attn_implementation(config, attn_implementation, DTYPES[compute_dtype])
-    return PlannedModel(config, ModelShape.of(config, attention), table, "headers" if is_whole else "config", index_bytes)
-
-
-def read_index(store: Store) -> tuple[dict[str, str], int | None]:
-    """(file of each tensor, bytes of all as the index sums them up): empty and None without an index. Raises CheckpointError."""
-    if store.size(INDEX) is None:
-        return {}, None
-    index = parse_json(read_limited(store, INDEX, MAX_JSON_BYTES), INDEX)
-    try:
-        weight_map = {str(key): str(file) for key, file in index["weight_map"].items()}
-        total = (index.get("metadata") or {}).get("total_size")
-        return weight_map, None if total is None else int(total)
-    except (ArithmeticError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{INDEX} in {store.url} is not a JSON object with a weight_map and a total size.", "Copy the file again."
-        ) from error
+    return PlannedModel(config, ModelShape.of(config, attention), table, "headers" if is_whole else "config", indexed_bytes(index))
 
 
 def _require_all(table: TensorTable, keys: set[str]) -> None:
-    """Refuse an index that lacks tensors of the model: config.json is another model's, or the index is damaged."""
+    """Refuse an index that lacks tensors of the model: config.json is another model's, or the index is damaged. Its keys may lack the base prefix."""
     tied = {"head"}
-    absent = [key for row in table.rows if row.role not in tied for key in row.sources if key not in keys]
+    absent = [
+        key for row in table.rows if row.role not in tied for key in row.sources if key not in keys and key.partition(".")[2] not in keys
+    ]
     if absent:
         shown = ", ".join(absent[:_SHOWN_NAMES])
         raise CheckpointError(

@@ -1,30 +1,33 @@
 """A checkpoint folder: config.json, the index, every file's header; tensors one by one, by exact byte range.
 
-Layout: https://huggingface.co/docs/safetensors; `model.safetensors.index.json` maps each tensor to its file, a checkpoint of one
-file has none.
+Layout: https://huggingface.co/docs/safetensors.
 """
 
 import platform
 import threading
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
+from functools import cached_property
 from math import prod
-from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, Self
 
 import torch
 import xxhash
 
-from m2ray.batches import TensorTable
+from m2ray.batches import LayerSpan, TensorTable
 from m2ray.errors import CheckpointError, M2rayError, StoreError, raise_all
 from m2ray.model.families import parse_config
 from m2ray.model.headers import COPY_AGAIN, FileHeader, TensorHeader, read_file_header
 from m2ray.model.interpreter import without_collector
-from m2ray.model.limits import MAX_CONFIG_BYTES, MAX_FILES, MAX_HEADERS_BYTES, MAX_JSON_BYTES, parse_json, read_limited
-from m2ray.model.skeleton import build_skeleton
-from m2ray.model.tensors import table_of, table_without_weights
+from m2ray.model.limits import MAX_CONFIG_BYTES, MAX_HEADERS_BYTES, read_limited
+from m2ray.model.skeleton import Skeleton, build_skeleton
+from m2ray.model.tensors import needed_files, table_of, table_without_weights
+from m2ray.model.weight_files import INDEX, find_weights, indexed_bytes, no_weights
 from m2ray.storage import Store, open_store
 
-CONFIG, INDEX, SINGLE_FILE = "config.json", "model.safetensors.index.json", "model.safetensors"
+CONFIG = "config.json"
+
+_NOT_TRANSFORMERS = "tok_embeddings.weight"
+"""In the layout of Mistral's and Meta's own code, whose queries and keys lie in another order: `consolidated.safetensors`."""
 
 
 class Checkpoint:
@@ -33,28 +36,58 @@ class Checkpoint:
     Attributes:
         config: transformers' configuration (PreTrainedConfig).
         headers: where each tensor lies, by the checkpoint's own key.
-        digest: the model's fingerprint: xxh3-128 over config.json, the index, and every file's name, size and header, 32 hex digits.
-        stale: entries of the index that their files do not hold. No damage by itself: the model may need none of them.
+        weight_map: the file of each tensor: as the files say, or the index of those that cannot be read.
+        digests: of config.json and the index, and of each file's name, size and header, by name; xxh3-128, 32 hex digits.
+        damaged: what is wrong with files that are absent or cannot be read. No damage of the model by itself: it may need none of them.
+        twice: tensors that are in two files.
+        stale: entries of the index that their files do not hold, of which the same is true.
     """
 
     def __init__(
         self,
         store: Store,
         config: Any,
-        headers: Mapping[str, TensorHeader],
-        digest: str,
-        problems: tuple[M2rayError, ...] = (),
-        stale: tuple[CheckpointError, ...] = (),
+        texts: Mapping[str, bytes],
+        weight_map: Mapping[str, str],
+        files: Mapping[str, FileHeader],
+        damaged: Mapping[str, M2rayError],
     ) -> None:
         self.url = store.url
         self.config = config
-        self.headers = headers
-        self.digest = digest
-        self.stale = stale
+        self.digests = {name: xxhash.xxh3_128_hexdigest(text) for name, text in texts.items()}
+        self.digests |= {file: xxhash.xxh3_128_hexdigest(f"{header.size_bytes} ".encode() + header.raw) for file, header in files.items()}
+        self.headers, self.twice = _join(files)
+        self.weight_map = {**weight_map, **{key: header.file for key, header in self.headers.items()}}
+        self.damaged = damaged
+        self.stale = _stale_entries(weight_map, files)
         self._store = store
-        self._problems = problems
+        self._texts = texts
+        self._files = files
         self._bytes_read = 0
         self._lock = threading.Lock()
+
+    @cached_property
+    def digest(self) -> str:
+        """The fingerprint of all that `digests` names: xxh3-128, 32 hex digits."""
+        return xxhash.xxh3_128_hexdigest("".join(f"{name}\0{digest}\0" for name, digest in sorted(self.digests.items())).encode())
+
+    def only(self, files: Container[str]) -> Self:
+        """The same without the weight files that are not among `files`, and without what is wrong with them."""
+        if all(file in files for file in (*self._files, *self.damaged)):
+            return self
+        return type(self)(
+            self._store,
+            self.config,
+            self._texts,
+            {key: file for key, file in self.weight_map.items() if file in files},
+            {file: header for file, header in self._files.items() if file in files},
+            {file: problem for file, problem in self.damaged.items() if file in files},
+        )
+
+    @property
+    def indexed_bytes(self) -> int | None:
+        """The bytes of all tensors as the index sums them up; None without an index, or one that does not."""
+        return indexed_bytes(self._texts[INDEX])
 
     @property
     def bytes_read(self) -> int:
@@ -68,14 +101,14 @@ class Checkpoint:
             CheckpointError: the folder's files are incomplete or damaged.
             StoreError: they cannot be read.
         """
-        raise_all(self._problems)
+        raise_all([*self.damaged.values(), *self.twice])
 
-    def require(self, digest: str) -> None:
-        """Raise CheckpointError if this is not the checkpoint of that fingerprint, on this node and by now."""
-        if self.digest != digest:
+    def require(self, digests: Mapping[str, str]) -> None:
+        """Raise CheckpointError if these files are not here as `digests` has them, on this node and by now."""
+        if differing := sorted(name for name, digest in digests.items() if self.digests.get(name) != digest):
             raise CheckpointError(
-                f"{self.url} on node {platform.node()} is not the checkpoint that the run began with: config.json, the index, or a file's "
-                f"name, size or header differs (fingerprint {self.digest}, the run's is {digest}).",
+                f"{self.url} on node {platform.node()} is not the checkpoint that the run began with: {_listed(differing)} "
+                f"{'differs' if len(differing) == 1 else 'differ'}, in a weight file its size or header.",
                 "Put the files back with which the run began, on every node, or give another output.",
             )
 
@@ -119,7 +152,7 @@ def open_checkpoint(url: str) -> Checkpoint:
     """Read config.json, the index and every file's header of the folder at `url`. `Checkpoint.check` tells their damage.
 
     Raises:
-        CheckpointError: no folder, no config.json, no safetensors, or a model that m2ray does not run.
+        CheckpointError: no folder, no config.json, no safetensors or several sets of them, or a model that m2ray does not run.
         StoreError: config.json or the index cannot be read.
     """
     store = open_store(url)
@@ -129,77 +162,28 @@ def open_checkpoint(url: str) -> Checkpoint:
         )
     config_text = read_limited(store, CONFIG, MAX_CONFIG_BYTES)
     config = parse_config(config_text)
-    fingerprint = xxhash.xxh3_128()
-    _add(fingerprint, CONFIG, config_text)
-    weight_map, index_text = _read_index(store)
-    problems: list[M2rayError] = _unsafe_names(weight_map)
-    if weight_map and not problems and store.size(SINGLE_FILE) is not None and SINGLE_FILE not in weight_map.values():
-        shards = [file for file in sorted(set(weight_map.values())) if store.size(file) is not None]
-        if not shards:  # save_pretrained leaves the index of the shards that its single file replaced
-            weight_map, index_text = {}, b""
-        problems += _two_sets_of_weights(shards)
-    _add(fingerprint, INDEX, index_text)
+    found = find_weights(store, getattr(config, "transformers_weights", None))
+    if found is None:
+        raise no_weights(store)
+    weight_map, index_text, names = found
     files: dict[str, FileHeader] = {}
-    for file in sorted(set(weight_map.values()) or {SINGLE_FILE}) if not problems else ():
+    damaged: dict[str, M2rayError] = {}
+    for name in names:
         try:
-            files[file] = read_file_header(store, file)
+            files[name] = read_file_header(store, name)
         except (CheckpointError, StoreError) as problem:
-            problems.append(problem)
+            damaged[name] = problem
             continue
-        _add(fingerprint, f"{file} {files[file].size_bytes}", files[file].raw)
         if sum(len(header.raw) for header in files.values()) > MAX_HEADERS_BYTES:
-            problems.append(CheckpointError(f"The headers of its files have more than {MAX_HEADERS_BYTES:,} bytes together.", COPY_AGAIN))
-            break
-    headers, twice = _join(files)
-    return Checkpoint(store, config, headers, fingerprint.hexdigest(), (*problems, *twice), _stale_entries(weight_map, files))
-
-
-def _add(fingerprint: Any, name: str, content: bytes) -> None:
-    fingerprint.update(f"{name}\0{len(content)}\0".encode())
-    fingerprint.update(content)
-
-
-def _read_index(store: Store) -> tuple[dict[str, str], bytes]:
-    """The index's map from key to file and its text; both empty for a checkpoint of one file."""
-    if store.size(INDEX) is None:
-        if store.size(SINGLE_FILE) is None:
-            raise CheckpointError(
-                f"There is neither {INDEX} nor {SINGLE_FILE} in {store.url}.",
-                "m2ray reads safetensors only: convert pickled weights first.",
-            )
-        return {}, b""
-    text = read_limited(store, INDEX, MAX_JSON_BYTES)
-    index = parse_json(text, INDEX)
-    if not isinstance(index, dict) or "weight_map" not in index:
-        raise CheckpointError(f"{INDEX} is not a JSON object with a weight_map.", COPY_AGAIN)
-    weight_map = index["weight_map"]
-    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(file, str) for file in weight_map.values()):
-        raise CheckpointError(f"The weight_map of {INDEX} does not map tensors to files.", COPY_AGAIN)
-    if (num_files := len(set(weight_map.values()))) > MAX_FILES:
-        raise CheckpointError(f"{INDEX} names {num_files:,} files, and m2ray reads up to {MAX_FILES:,}.", COPY_AGAIN)
-    return weight_map, text
-
-
-def _unsafe_names(weight_map: Mapping[str, str]) -> list[M2rayError]:
-    """Files that an index must not name: outside the folder, or of a format that can run code."""
-    return [
-        CheckpointError(f"{INDEX} names {file!r}, which is no safetensors file inside the folder.", COPY_AGAIN)
-        for file in sorted(set(weight_map.values()))
-        if not file.endswith(".safetensors") or PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts or "\0" in file
-    ]
-
-
-def _two_sets_of_weights(shards: list[str]) -> list[CheckpointError]:
-    """Which of two is meant nobody can tell, and to find them equal would take reading both."""
-    if not shards:
-        return []
-    return [
-        CheckpointError(
-            f"There are both {SINGLE_FILE} and {INDEX} with {len(shards)} of its files ({shards[0]} ...): transformers reads the first, "
-            "other programs the second.",
-            "Remove those that do not belong to the model.",
+            raise CheckpointError(f"The headers of its files have more than {MAX_HEADERS_BYTES:,} bytes together.", COPY_AGAIN)
+    checkpoint = Checkpoint(store, config, {CONFIG: config_text, INDEX: index_text}, weight_map, files, damaged)
+    if _NOT_TRANSFORMERS in checkpoint.headers:
+        raise CheckpointError(
+            f"{checkpoint.headers[_NOT_TRANSFORMERS].file} has tensors of other names ({_NOT_TRANSFORMERS} ...) and in another order of rows than "
+            "transformers' model.",
+            f"Take the files of the same release that {INDEX} names.",
         )
-    ]
+    return checkpoint
 
 
 def _join(files: Mapping[str, FileHeader]) -> tuple[dict[str, TensorHeader], list[CheckpointError]]:
@@ -214,7 +198,7 @@ def _join(files: Mapping[str, FileHeader]) -> tuple[dict[str, TensorHeader], lis
     problems = [
         CheckpointError(
             f"{first} and {second} both hold {_listed(keys)}: transformers takes the file that it reads last, whatever {INDEX} says.",
-            "Remove the file that does not belong to the model, or copy both again.",
+            "Remove the file that does not belong to the model.",
         )
         for (first, second), keys in twice.items()
     ]
@@ -245,9 +229,29 @@ def tensor_table(checkpoint: Checkpoint) -> TensorTable:
         ConfigError, StoreError: as `build_skeleton` and `Checkpoint.check`.
     """
     checkpoint.check()
+    return _table(checkpoint, build_skeleton(checkpoint.config, torch.bfloat16), None)
+
+
+@without_collector()
+def up_to_layer(checkpoint: Checkpoint, last: int) -> tuple[Checkpoint, TensorTable]:
+    """The checkpoint of a run that ends with layer `last`, with the files that it needs and no others, and the table of its tensors.
+
+    Where files that it does not need are absent or damaged, or layers follow, the table has no bytes on disk of what is not run.
+
+    Raises:
+        CheckpointError, ConfigError, StoreError: as `tensor_table`, but for files and tensors that are not needed.
+    """
     skeleton = build_skeleton(checkpoint.config, torch.bfloat16)
+    span = LayerSpan(0, last + 1)
+    needed = checkpoint.only(needed_files(skeleton, checkpoint.weight_map, span))
+    raise_all([*needed.damaged.values(), *checkpoint.twice])
+    is_whole = len(span) == len(skeleton.layers) and not checkpoint.damaged
+    return needed, _table(checkpoint, skeleton, None) if is_whole else _table(needed, skeleton, span)
+
+
+def _table(checkpoint: Checkpoint, skeleton: Skeleton, span: LayerSpan | None) -> TensorTable:
     try:
-        return table_of(skeleton, checkpoint.headers)
+        return table_of(skeleton, checkpoint.headers, span)
     except CheckpointError as problem:
         raise_all([*checkpoint.stale, problem])
         raise

@@ -1,6 +1,6 @@
 """One span of a model: the base model's own forward pass, entered at the span's first layer and left after its last."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,10 +9,11 @@ from torch import nn
 from m2ray.batches import LayerSpan, Residency
 from m2ray.errors import CheckpointError, raise_all
 from m2ray.model.attention import avoid_plans_by_shape
+from m2ray.model.boundary import Boundary, contract_of, crossing
 from m2ray.model.compilation import compile_layers
 from m2ray.model.families import expected_rotary_dim
 from m2ray.model.residency import BroughtLayers, WeightsInHost, WeightsOnDisk
-from m2ray.model.skeleton import ModelTensor, Skeleton
+from m2ray.model.skeleton import ModelTensor, Skeleton, hidden_of
 
 OnLayer = Callable[[int, torch.Tensor], None]
 
@@ -43,39 +44,50 @@ class DecoderSpan:
         self._offload_folder = offload_folder
         self._outside: dict[int, WeightsInHost] = {}
         self._base = skeleton.model.base_model
-        self._incoming_BTH: torch.Tensor | None = None
+        self._contract = contract_of(skeleton.config)
+        self._token_ids_BT = torch.empty(0)
+        self._incoming: Boundary | None = None
+        self._prepared: torch.Tensor | None = None
         self._on_layer: OnLayer = _ignore
         if device.type == "cuda":
             avoid_plans_by_shape()
+        _build_buffers(self._base)
         self._cut()
-        _build_buffers(self._base, device)
+        for module in self._base.modules():
+            for name in _computed_buffers(module):
+                module._buffers[name] = module._buffers[name].to(device)  # noqa: SLF001
         _check_rotary(self._base, skeleton.config)
         skeleton.layers[span.start].register_forward_pre_hook(self._inject, with_kwargs=True)
         for layer in range(span.start, span.stop):
-            skeleton.layers[layer].register_forward_hook(self._leave(layer))
+            if self._contract.input_ids and span.start > 0:
+                skeleton.layers[layer].register_forward_pre_hook(self._give_token_ids, with_kwargs=True)
+            skeleton.layers[layer].register_forward_hook(self._leave(layer), with_kwargs=True)
+        if self._contract.prepared[1]:
+            self._prepare = getattr(self._base, self._contract.prepared[1])
+            setattr(self._base, self._contract.prepared[1], self._prepare_once)
 
-    def run(self, token_ids_BT: torch.Tensor, hidden_BTH: torch.Tensor | None, on_layer: OnLayer) -> torch.Tensor:
+    def run(self, token_ids_BT: torch.Tensor, incoming: Boundary | None, on_layer: OnLayer) -> Boundary:
         """Take a right-padded micro-batch through the span.
 
         Args:
-            token_ids_BT: int64, on the span's device; looked at by the first span only.
-            hidden_BTH: what the span before returned; None for the first.
-            on_layer: called with each layer's number and output, hidden states [B, T, H], before the next layer runs.
+            token_ids_BT: int64, on the span's device.
+            incoming: what the span before returned; None for the first.
+            on_layer: called with each layer's number and output, hidden states [B, T, H] or [B, T, S, H], before the next layer runs.
 
         Returns:
-            The last layer's output [B, T, H]: before the final norm, for the model's last layer too.
+            What the next span needs; the hidden states are the last layer's output: before the final norm, for the model's last layer too.
         """
-        assert (hidden_BTH is None) == (self.span.start == 0), "the first span takes tokens, every other one hidden states"
-        self._incoming_BTH, self._on_layer = hidden_BTH, on_layer
-        source = {"input_ids": token_ids_BT} if hidden_BTH is None else {"inputs_embeds": hidden_BTH}
+        assert (incoming is None) == (self.span.start == 0), "the first span takes tokens, every other one hidden states"
+        self._token_ids_BT, self._incoming, self._on_layer = token_ids_BT, incoming, on_layer
+        source = {"input_ids": token_ids_BT} if incoming is None else self._in_place_of_tokens(incoming)
         position_ids = torch.arange(token_ids_BT.shape[1], device=self.device)[None]
         try:
             # Right-padding under causal attention needs no mask: what is real never looks at what comes after it.
             self._base(**source, position_ids=position_ids, attention_mask=None, use_cache=False)
         except _SpanDone as done:
-            return done.hidden_BTH
+            return done.boundary
         finally:
-            self._incoming_BTH, self._on_layer = None, _ignore
+            self._incoming, self._prepared, self._on_layer = None, None, _ignore
         raise AssertionError("the forward pass went past the span's last layer")
 
     def compile_layers(self) -> None:
@@ -125,36 +137,75 @@ class DecoderSpan:
                 layer._parameters.clear()  # noqa: SLF001
                 layer._buffers.clear()  # noqa: SLF001
         if self.span.start > 0:
-            for name in self.skeleton.inputs:
+            for name in _outermost([name for name in self.skeleton.inputs if not self.skeleton.layers_name.startswith(f"{name}.")]):
                 replaced = self.skeleton.model.get_submodule(name)
                 self.skeleton.model.set_submodule(name, _Placeholder(adds=isinstance(replaced, nn.Embedding)))
 
+    def _in_place_of_tokens(self, incoming: Boundary) -> dict[str, torch.Tensor]:
+        """What the base model is called with: it makes masks and rotary embeddings for hidden states of this shape."""
+        hidden_BTH = incoming.hidden_BTH
+        source = {"inputs_embeds": hidden_BTH[:, :, 0] if self._contract.streams else hidden_BTH}
+        name, _ = self._contract.prepared
+        if name in incoming.beside:  # the layers that have run are not there; each takes its own by its number
+            source[name] = nn.functional.pad(incoming.beside[name], (0, 0, self.span.start, 0))
+        return source
+
+    def _prepare_once(self, *args: Any) -> torch.Tensor:
+        """In place of the base model's method: a later span was given what the first one made."""
+        self._prepared = self._prepare(*args) if self._incoming is None else args[-1]
+        assert self._prepared is not None
+        return self._prepared
+
     def _inject(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if self._incoming_BTH is None:
+        if self._incoming is None:
             return args, kwargs
+        hidden_BTH, beside = self._incoming
+        name, argument = self._contract.second
+        if name in beside:
+            kwargs = {**kwargs, argument: beside[name]}
+        if self._contract.shared:
+            kinds = {name.partition(".")[0] for name in beside if name.endswith(".keys")}
+            kwargs[self._contract.shared].update(
+                {kind: tuple(beside[f"{kind}.{part}"].transpose(1, 2) for part in ("keys", "values")) for kind in kinds}
+            )
         if args:
-            return (self._incoming_BTH, *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": self._incoming_BTH}
+            return (hidden_BTH, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": hidden_BTH}
+
+    def _give_token_ids(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return args, {**kwargs, "input_ids": self._token_ids_BT}
 
     def _leave(self, number: int) -> Callable[..., None]:
-        def hook(_: nn.Module, __: Any, output: Any) -> None:
-            if not isinstance(output, torch.Tensor):
-                raise CheckpointError(
-                    f"Layer {number} of {type(self._base).__name__} returns a {type(output).__name__}, not hidden states."
-                )
-            self._on_layer(number, output)
+        def hook(_: nn.Module, __: Any, kwargs: dict[str, Any], output: Any) -> None:
+            hidden_BTH = hidden_of(output)
+            self._on_layer(number, hidden_BTH)
             if number == self.span.stop - 1:
-                raise _SpanDone(output)
+                raise _SpanDone(Boundary(hidden_BTH, self._beside(output, kwargs)))
 
         return hook
+
+    def _beside(self, output: Any, kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """What the next span's layers need of this one's beside the hidden states, [B, T, ...] each."""
+        stop = self.span.stop
+        if not (wanted := crossing(self.skeleton.config, stop)):
+            return {}
+        found: dict[str, torch.Tensor] = {}
+        if self._contract.second[0]:
+            found[self._contract.second[0]] = output[1]
+        if self._contract.shared:
+            for kind, (keys_BATD, values_BATD) in kwargs[self._contract.shared].items():
+                found |= {f"{kind}.keys": keys_BATD.transpose(1, 2), f"{kind}.values": values_BATD.transpose(1, 2)}
+        if self._contract.prepared[0] and self._prepared is not None:
+            found[self._contract.prepared[0]] = self._prepared[:, :, stop:]
+        return {name: found[name] for name in wanted}
 
 
 class _SpanDone(Exception):  # noqa: N818 - it carries the result, it is no error
     """Ends the base model's forward pass after the span's last layer."""
 
-    def __init__(self, hidden_BTH: torch.Tensor) -> None:
+    def __init__(self, boundary: Boundary) -> None:
         super().__init__()
-        self.hidden_BTH = hidden_BTH
+        self.boundary = boundary
 
 
 class _Placeholder(nn.Module):
@@ -171,6 +222,11 @@ class _Placeholder(nn.Module):
         return first.new_zeros((), dtype=torch.get_default_dtype()) if self._adds else first
 
 
+def _outermost(names: Sequence[str]) -> list[str]:
+    """Those of no module inside another of them."""
+    return [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
+
+
 def _ignore(_: int, __: torch.Tensor) -> None:
     pass
 
@@ -182,29 +238,55 @@ def _tensors_in(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         yield from ((f"{prefix}.{name}", tensor) for name, tensor in owned.items() if isinstance(tensor, torch.Tensor))
 
 
-def _build_buffers(base: Any, device: torch.device) -> None:
-    """Give the buffers that no checkpoint holds (rotary frequencies, embedding scales) memory and values.
+def _build_buffers(base: Any) -> None:
+    """Give the buffers that no checkpoint holds (rotary frequencies, embedding scales) memory and values, on the CPU.
 
-    transformers' own `_init_weights` computes them, as its loading does; it leaves parameters on the meta device alone.
+    transformers' own `_init_weights` computes them, as its loading does: of the module that has them, or of one around it. It leaves
+    parameters on the meta device alone.
 
     Raises:
         CheckpointError: it left one without values.
     """
-    problems = []
-    for prefix, module in base.named_modules():
-        names = [name for name in module._non_persistent_buffers_set if module._buffers.get(name) is not None]  # noqa: SLF001
-        if not names:
-            continue
+    modules = dict(base.named_modules())
+    empty = {prefix: names for prefix, module in modules.items() if (names := _computed_buffers(module))}
+    for prefix, names in empty.items():
         for name in names:
-            buffer = module._buffers[name]  # noqa: SLF001
-            assert buffer.is_floating_point(), f"{prefix}.{name} cannot be marked as empty"
-            module._buffers[name] = torch.full(buffer.shape, float("nan"), dtype=buffer.dtype, device="cpu")  # noqa: SLF001
-        base._init_weights(module)  # noqa: SLF001 - the rule has no public name
-        problems += [f"{prefix}.{name}" for name in names if module._buffers[name].isnan().any()]  # noqa: SLF001
-        for name in names:
-            module._buffers[name] = module._buffers[name].to(device)  # noqa: SLF001
-    if problems:
+            buffers = modules[prefix]._buffers  # noqa: SLF001 - buffers that are not saved are in no public list
+            buffers[name] = torch.empty_like(buffers[name], device="cpu")
+    _compute(base, modules, empty, list(empty))
+    if empty:
+        _compute(base, modules, empty, sorted({around for prefix in empty for around in _around(prefix)}, key=len))
+    if empty:
+        problems = [f"{prefix}.{name}" for prefix, names in empty.items() for name in names]
         raise CheckpointError(f"transformers gives no values to the buffers {', '.join(problems)}.")
+
+
+def _computed_buffers(module: nn.Module) -> list[str]:
+    return [name for name in module._non_persistent_buffers_set if module._buffers.get(name) is not None]  # noqa: SLF001
+
+
+def _compute(base: Any, modules: Mapping[str, nn.Module], empty: dict[str, list[str]], of: list[str]) -> None:
+    """Let transformers initialise the modules named in `of`; what it gave no value stays in `empty`."""
+    found: list[dict[tuple[str, str], torch.Tensor]] = []
+    for marker in (0, 1):  # what is left as it was is told by another value
+        buffers = {(prefix, name): modules[prefix]._buffers[name] for prefix, names in empty.items() for name in names}  # noqa: SLF001
+        for buffer in buffers.values():
+            assert buffer is not None
+            buffer.fill_(marker)
+        for prefix in of:
+            base._init_weights(modules[prefix])  # noqa: SLF001 - the rule has no public name
+        found.append({place: modules[place[0]]._buffers[place[1]].clone() for place in buffers})  # type: ignore[union-attr]  # noqa: SLF001
+    for prefix, name in found[0]:
+        if torch.equal(found[0][prefix, name], found[1][prefix, name]):
+            empty[prefix].remove(name)
+            if not empty[prefix]:
+                del empty[prefix]
+
+
+def _around(prefix: str) -> list[str]:
+    """The names of the modules that hold a module, from the outermost, the base model, on."""
+    steps = prefix.split(".")
+    return [".".join(steps[:number]) for number in range(len(steps))]
 
 
 def _check_rotary(base: nn.Module, config: Any) -> None:
@@ -221,7 +303,7 @@ def _check_rotary(base: nn.Module, config: Any) -> None:
         for name, number in found.items()
         if number != (expected + 1) // 2
     ]
-    if not found:
+    if not found and config.model_type == "minimax_m2":  # in others a span may have no layer that turns
         problems = [
             CheckpointError(f"config.json says that {expected} dimensions of each head turn, but the model has no rotary frequencies.")
         ]

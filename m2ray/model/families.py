@@ -1,43 +1,21 @@
-"""The model families that m2ray runs, and config.json of one of them as transformers' configuration."""
+"""config.json as transformers' configuration, and what is known of families: why some are refused by name, and where others are special.
 
-from collections.abc import Mapping
+Which of the others run is found by proof (m2ray/model/proof.py); docs/models.md lists what was found.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from typing import Any
 
+import torch
+import transformers
 from huggingface_hub.errors import StrictDataclassError
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from m2ray.errors import CheckpointError, ConfigError, raise_all
+from m2ray.model.boundary import why_uncuttable
 from m2ray.model.limits import parse_json, require_layers, require_sizes, short_repr
-
-VERIFIED = (
-    "cohere2",
-    "deepseek_v3",
-    "gemma",
-    "gemma2",
-    "gemma3_text",
-    "glm4_moe",
-    "gpt2",
-    "gpt_neox",
-    "gpt_oss",
-    "granite",
-    "llama",
-    "minimax_m2",
-    "mistral",
-    "mixtral",
-    "olmo2",
-    "olmo3",
-    "olmoe",
-    "opt",
-    "phi",
-    "phi3",
-    "qwen2",
-    "qwen2_moe",
-    "qwen3",
-    "qwen3_moe",
-    "smollm3",
-)
-"""Each is proved by tests/unit/test_numerics.py: a chain of stages equals transformers' own model bitwise."""
 
 KEEPS_FP32 = {"minimax_m2": ("mlp.gate.weight", "mlp.e_score_correction_bias")}
 """Tensors that stay in float32 beyond what transformers keeps: a router in bfloat16 picks other experts.
@@ -45,17 +23,21 @@ KEEPS_FP32 = {"minimax_m2": ("mlp.gate.weight", "mlp.e_score_correction_bias")}
 MiniMax-M2's are float32 on disk, and its modelling code computes with whatever dtype they have.
 """
 
-LEARNED_POSITIONS = ("gpt2", "opt")
-"""Families that look positions up in a table: there is none past its end, where others go on turning."""
+NEEDED_FIELDS = ("num_hidden_layers", "hidden_size", "vocab_size")
+"""Without them a configuration is not that of a stack of decoder layers."""
 
-SHARED_STATE = ("num_kv_shared_layers", "hidden_size_per_layer_input")
-"""Config fields of families whose layers hand more than one hidden state to the next: no stage boundary can be cut."""
+NOT_IN_FLOAT16 = ("deepseek_v4",)
+"""Families of which transformers' own model fails in float16."""
+
+LEARNED_POSITIONS = ("biogpt", "codegen", "gpt2", "gpt_bigcode", "gpt_neo", "gptj", "openai-gpt", "opt", "trocr")
+"""Families that look positions up in a table: there is none past its end, where others go on turning."""
 
 TEXT_TOWERS = ("text_config", "decoder", "language_config", "llm_config", "thinker_config")
 """Config fields that hold the configuration of the decoder inside a larger model."""
 
-LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
-"""Rotary embeddings that change with the longest sequence of a batch: a prompt's rows would depend on its neighbours."""
+LENGTH_DEPENDENT_ROPE = ("dynamic",)
+"""Rotary embeddings that change with the longest sequence of a batch: a prompt's rows would depend on its neighbours. That of "longrope"
+changes at one length, so it is run for prompts up to there (`steady_positions`)."""
 
 CALLER_CHOOSES = ("auto_map", "attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
 """Fields of config.json that are not the model's: code to run from the folder, and settings of whoever saved it."""
@@ -72,12 +54,13 @@ def parse_config(text: bytes) -> Any:
         raise CheckpointError("config.json is not a JSON object.", "Copy the file again.")
     require_sizes(fields)
     model_type = fields.get("model_type")
-    if model_type not in VERIFIED:
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise _unknown_family(model_type)
     fields = {name: value for name, value in fields.items() if name not in CALLER_CHOOSES}
     if not isinstance(fields.get("quantization_config") or {}, dict):
         raise CheckpointError(
-            f"config.json: quantization_config = {short_repr(fields['quantization_config'])} is no JSON object.", "Copy the file again."
+            f"config.json: quantization_config = {short_repr(fields['quantization_config'])} is no JSON object.",
+            "Write what says how the weights are quantised (quant_method ...), or leave it out where they are not.",
         )
     config = _read_fields(model_type, fields)
     require_layers(config)
@@ -106,13 +89,44 @@ def expected_rotary_dim(config: Any) -> int | None:
     return int(head_dim * factor)
 
 
+def keeps_fp32(config: Any) -> Callable[[str], bool]:
+    """Whether a tensor of the model stays in float32 beyond what transformers keeps, by its name."""
+    endings = KEEPS_FP32.get(config.model_type, ())
+    return lambda name: name.endswith(endings)
+
+
+def steady_positions(config: Any) -> int | None:
+    """Tokens of the longest prompt whose rotary embedding is the same whatever stands beside it in a batch; None where that is any prompt."""
+    originals = [
+        rope.get("original_max_position_embeddings") or config.max_position_embeddings
+        for rope in _ropes(config)
+        if rope.get("rope_type") == "longrope"
+    ]
+    return min(originals, default=None)
+
+
+def default_max_length(config: Any) -> int:
+    """The longest sequence in tokens that a model is made for; where its configuration names none, as of recurrent ones, 2**20."""
+    positions = getattr(config, "max_position_embeddings", None)
+    return steady_positions(config) or (positions if type(positions) is int and positions > 0 else 2**20)
+
+
 def require_positions(config: Any, max_length: int | None) -> None:
     """Raise ConfigError for sequences longer than the positions that a model has; None is for as long as it takes."""
-    positions = config.max_position_embeddings
+    positions = default_max_length(config)
     if config.model_type in LEARNED_POSITIONS and max_length is not None and max_length > positions:
         raise ConfigError(
             f"max_length = {max_length}, but a {config.model_type} of config.json has learned {positions} positions.",
             f"Set max_length to {positions} at most.",
+        )
+
+
+def require_dtype(config: Any, compute_dtype: str) -> None:
+    """Raise ConfigError for a dtype in which transformers' own code of a family does not compute."""
+    if compute_dtype == "float16" and config.model_type in NOT_IN_FLOAT16:
+        raise ConfigError(
+            f"compute_dtype = 'float16': transformers keeps parts of a {config.model_type} in float32 and gives them float16, which fails.",
+            'Set compute_dtype = "bfloat16" or "float32".',
         )
 
 
@@ -140,7 +154,19 @@ def _read_fields(model_type: str, fields: Mapping[str, Any]) -> Any:
     try:
         return CONFIG_MAPPING[model_type].from_dict(deepcopy(dict(fields)))  # it writes into what is nested
     except (StrictDataclassError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise CheckpointError(f"transformers refuses config.json as a {model_type} configuration: {error}.") from error
+        raise CheckpointError(
+            f"transformers refuses config.json as a {model_type} configuration: {error}.", _dtype_remedy(fields)
+        ) from error
+
+
+def _dtype_remedy(fields: Mapping[str, Any]) -> str:
+    """What to do where the name of a dtype is not torch's."""
+    wrong = [
+        f"{name} = {fields[name]!r}"
+        for name in ("dtype", "torch_dtype")
+        if isinstance(fields.get(name), str) and not isinstance(getattr(torch, fields[name].removeprefix("torch."), None), torch.dtype)
+    ]
+    return f'Instead of {wrong[0]} write torch\'s own name: "bfloat16", "float16" or "float32".' if wrong else ""
 
 
 def _contradictory_rope(config: Any, fields: Mapping[str, Any]) -> list[CheckpointError]:
@@ -170,12 +196,14 @@ def _spell_out_partial_rotary(config: Any) -> None:
 
 
 def _unknown_family(model_type: Any) -> CheckpointError:
-    remedy = f"It runs {', '.join(VERIFIED)}."
     if model_type is None:
-        return CheckpointError("config.json has no model_type.", remedy)
-    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
-        return CheckpointError(f"config.json: transformers knows no model_type {short_repr(model_type)}, so m2ray cannot run it.", remedy)
-    return CheckpointError(f"config.json: m2ray has not verified model_type {model_type!r} layer by layer, so it does not run it.", remedy)
+        return CheckpointError(
+            "config.json has no model_type.", "Give a model that transformers knows; code beside a checkpoint is never run."
+        )
+    return CheckpointError(
+        f"config.json: transformers knows no model_type {short_repr(model_type)} (installed: {transformers.__version__}), so m2ray cannot run it.",
+        "Install a transformers that knows it; code beside a checkpoint is never run.",
+    )
 
 
 def _not_causal(fields: Mapping[str, Any], place: str = "") -> list[CheckpointError]:
@@ -200,16 +228,10 @@ def _not_causal(fields: Mapping[str, Any], place: str = "") -> list[CheckpointEr
 
 
 def _unsupported_structure(config: Any) -> list[CheckpointError]:
-    problems = [
-        CheckpointError(
-            f"config.json: {field} = {getattr(config, field)}: its layers share state across stage boundaries.", "m2ray cannot cut it."
-        )
-        for field in SHARED_STATE
-        if getattr(config, field, None)
-    ]
-    rope = getattr(config, "rope_parameters", None) or {}
-    for parameters in [rope, *(nested for nested in rope.values() if isinstance(nested, dict))]:
-        rope_type = parameters.get("rope_type")
+    problems = [*_no_decoder(config)]
+    problems += [CheckpointError(f"config.json: {reason}.", "m2ray cannot cut it into stages.") for reason in why_uncuttable(config)]
+    for rope in _ropes(config):
+        rope_type = rope.get("rope_type")
         if rope_type in LENGTH_DEPENDENT_ROPE:
             problems.append(
                 CheckpointError(
@@ -218,6 +240,24 @@ def _unsupported_structure(config: Any) -> list[CheckpointError]:
                 )
             )
     return problems
+
+
+def _ropes(config: Any) -> list[dict[str, Any]]:
+    """The rotary embeddings' parameters: one object for all layers, or one in it for each kind of layer."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return [rope, *(nested for nested in rope.values() if isinstance(nested, dict))]
+
+
+def _no_decoder(config: Any) -> Iterator[CheckpointError]:
+    """Models that are no stack of decoder layers, before anything is built of them."""
+    if config.is_encoder_decoder:
+        yield CheckpointError(f"config.json: a {config.model_type} has an encoder beside its decoder.", "m2ray runs decoder-only models.")
+    elif type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        yield CheckpointError(f"config.json: transformers has no causal language model of model_type {config.model_type!r}.")
+    elif absent := [name for name in NEEDED_FIELDS if type(getattr(config, name, None)) is not int]:
+        yield CheckpointError(
+            f"config.json: a {config.model_type} configuration has no {' and no '.join(absent)}.", "m2ray runs one stack of decoder layers."
+        )
 
 
 def _unsupported_quantization(config: Any) -> list[CheckpointError]:

@@ -31,6 +31,8 @@ DTYPES = {
 }
 COPY_AGAIN = "Copy the file again."
 
+_POINTER = b"version https://git-lfs"
+
 
 class TensorHeader(NamedTuple):
     """Where one tensor lies: `num_bytes` bytes of `file` from the absolute `offset` on, little-endian, row-major.
@@ -80,7 +82,13 @@ def read_file_header(store: Store, file: str) -> FileHeader:
 def _read_raw(store: Store, file: str, size_bytes: int) -> bytes:
     if size_bytes < 8:
         raise CheckpointError(f"{file} has {size_bytes} bytes only: it is truncated.", COPY_AGAIN)
-    header_bytes = int.from_bytes(store.read_range(file, 0, 8), "little")
+    first = store.read_range(file, 0, 8)
+    if first == _POINTER[:8] and store.read_range(file, 0, min(size_bytes, len(_POINTER))) == _POINTER:
+        raise CheckpointError(
+            f"{file} holds no tensors, but the {size_bytes} bytes by which Git LFS says where they are.",
+            "Fetch the file itself: `git lfs pull` in the clone that it comes from.",
+        )
+    header_bytes = int.from_bytes(first, "little")
     if header_bytes > MAX_JSON_BYTES:
         what = f"{file} is no safetensors file: it claims a header of {header_bytes} bytes, and m2ray reads up to {MAX_JSON_BYTES}."
         raise CheckpointError(what, COPY_AGAIN)

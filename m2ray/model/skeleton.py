@@ -1,10 +1,12 @@
 """A transformers model without memory: the names, shapes, dtypes and places of all its tensors."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
+from collections.abc import Set as AbstractSet
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from typing import Any
 
 import torch
@@ -15,10 +17,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from m2ray.batches import LayerSpan, Role
 from m2ray.errors import CheckpointError, ConfigError
 from m2ray.model.attention import resolve_attn_implementation
-from m2ray.model.families import KEEPS_FP32
+from m2ray.model.families import keeps_fp32
 
 QUIET = ("output_hidden_states", "output_attentions", "output_router_logits", "use_cache")
 """Config fields that make a forward pass keep more than its hidden states."""
+
+_MOST_RETURNED = 4
+"""Of a layer's tuple: hidden states, attention, router's logits, cache."""
 
 
 @dataclass(frozen=True)
@@ -101,30 +106,45 @@ def build_skeleton(config: Any, compute_dtype: torch.dtype, attn_implementation:
         beyond = isinstance(pad, int) and pad >= config.vocab_size
         hint = f" pad_token_id = {pad}, and vocab_size = {config.vocab_size}." if beyond else ""
         raise CheckpointError(
-            f"transformers cannot build a {config.model_type} from config.json: {str(error) or type(error).__name__}.{hint}"
+            f"transformers cannot build a {config.model_type} from config.json: {str(error) or type(error).__name__}.{hint}",
+            "Set pad_token_id to a token of the vocabulary, or to null: no row depends on it." if beyond else "",
         ) from error
-    layers_name, layers = _find_layers(model)
-    for layer in layers:
-        layer.forward = pass_through
-    inputs = _trace_inputs(model, layers)
+    layers_name, layers = find_layers(model)
+    inputs = _run_without_layers(model, layers)
     tensors = _list_tensors(model, layers_name, inputs, compute_dtype)
     return Skeleton(config_on_disk, model, layers, layers_name, inputs, tensors, dict(model.all_tied_weights_keys))
 
 
-def pass_through(hidden_BTH: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-    """The forward pass of a decoder layer that another stage owns."""
+def pass_through(num_returned: int) -> Callable[..., Any]:
+    """The forward pass of a decoder layer that another stage owns: its hidden states alone (0), or a tuple that begins with them."""
+
+    def forward(hidden_BTH: torch.Tensor, *_: Any, **__: Any) -> Any:
+        return (hidden_BTH, *[None] * (num_returned - 1)) if num_returned else hidden_BTH
+
+    return forward
+
+
+def hidden_of(output: Any) -> torch.Tensor:
+    """The hidden states [B, T, H] in what a decoder layer returns: alone, or at the head of a tuple.
+
+    Raises:
+        CheckpointError: there are none.
+    """
+    hidden_BTH = output[0] if isinstance(output, tuple | list) and output else output
+    if not isinstance(hidden_BTH, torch.Tensor):
+        raise CheckpointError(f"A decoder layer returns a {type(output).__name__} without hidden states.")
     return hidden_BTH
 
 
-def _find_layers(model: Any) -> tuple[str, nn.ModuleList]:
+def find_layers(model: Any) -> tuple[str, nn.ModuleList]:
     """The one list that holds as many decoder layers as the configuration says."""
-    found = [
+    lists = [
         (name, module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList)
-        and len(module) == model.config.num_hidden_layers
-        and all(isinstance(layer, GradientCheckpointingLayer) for layer in module)
+        if isinstance(module, nn.ModuleList) and len(module) == model.config.num_hidden_layers
     ]
+    found = [each for each in lists if all(isinstance(layer, GradientCheckpointingLayer) for layer in each[1])]
+    found = found or [each for each in lists if all(next(layer.children(), None) is not None for layer in each[1])]
     if len(found) != 1:
         raise CheckpointError(
             f"{type(model).__name__} has {len(found)} lists of {model.config.num_hidden_layers} decoder layers; m2ray needs exactly one."
@@ -136,42 +156,89 @@ def _owns_tensors(module: nn.Module) -> bool:
     return bool(module._parameters) or bool(module._buffers.keys() - module._non_persistent_buffers_set)  # noqa: SLF001 - not public
 
 
-def _trace_inputs(model: Any, layers: nn.ModuleList) -> tuple[str, ...]:
+def _run_without_layers(model: Any, layers: nn.ModuleList) -> tuple[str, ...]:
+    """Let every layer pass its hidden states through, in the way in which the model's loop takes them back, and say what runs before them.
+
+    Whether layers return a tuple shows in one forward pass over meta tensors: what is no tuple is cut along its first axis.
+
+    Raises:
+        CheckpointError: the model does not run without its layers, whatever they return.
+    """
+    # A mask of four axes is taken as it is: making one looks at values, which meta tensors have not. Some families want none.
+    given = {"position_ids": torch.arange(2, device="meta")[None], "attention_mask": torch.zeros(1, 1, 2, 2, device="meta")}
+    reasons = []
+    for num_returned, arguments in product(range(_MOST_RETURNED + 1), (given, {})):
+        for layer in layers:
+            layer.forward = pass_through(num_returned)
+        try:
+            return _trace_inputs(model, layers, arguments)
+        except (AssertionError, AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+            reasons.append(f"{type(error).__name__}: {error}")
+    raise CheckpointError(
+        f"{type(model).__name__} does not run without its decoder layers: {reasons[0]}", "m2ray runs one stack of decoder layers."
+    )
+
+
+def _trace_inputs(model: Any, layers: nn.ModuleList, arguments: Mapping[str, torch.Tensor]) -> tuple[str, ...]:
     """The modules with weights that run before the first layer, as one forward pass over meta tensors shows.
 
     Names do not tell: some families embed positions too, project or normalise before the first layer.
+
+    Raises:
+        RuntimeError: a layer is given other hidden states than the first one.
     """
     inside = {id(module) for layer in layers for module in layer.modules()}
-    outside = [(name, module) for name, module in model.named_modules() if id(module) not in inside and _owns_tensors(module)]
+    outside = [(name, module) for name, module in model.named_modules() if id(module) not in inside]
+    had = [(module, set(vars(module))) for _, module in outside]
     called: list[str] = []
-    hooks = [module.register_forward_pre_hook(lambda *_, name=name: called.append(name)) for name, module in outside]
+    shapes: list[tuple[int, ...]] = []
+    hooks = [
+        module.register_forward_pre_hook(lambda *_, name=name: called.append(name)) for name, module in outside if _owns_tensors(module)
+    ]
     hooks.append(layers[0].register_forward_pre_hook(lambda *_: called.append("")))
-    with torch.inference_mode(), torch.device("meta"):
-        # A mask of four axes is taken as it is: making one looks at values, which meta tensors have not.
-        model.base_model(
-            input_ids=torch.zeros(1, 2, dtype=torch.long), position_ids=torch.arange(2)[None], attention_mask=torch.zeros(1, 1, 2, 2)
-        )
-    for hook in hooks:
-        hook.remove()
+    hooks += [
+        layer.register_forward_pre_hook(lambda _, args, kwargs: shapes.append(_shape_given(args, kwargs)), with_kwargs=True)
+        for layer in layers
+    ]
+    try:
+        with torch.inference_mode(), torch.device("meta"):
+            model.base_model(input_ids=torch.zeros(3, 2, dtype=torch.long), **arguments)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, names in had:
+            _forget_tensors(module, names)
+    if len(set(shapes)) != 1 or len(shapes[0]) < 3:
+        raise RuntimeError(f"its layers are given hidden states of shapes {shapes}")
     return tuple(called[: called.index("")])
 
 
+def _forget_tensors(module: nn.Module, had: AbstractSet[str]) -> None:
+    """Drop what a forward pass has kept for the next one in attributes that were not there (longrope's second frequencies): it has no values."""
+    for name in vars(module).keys() - had:
+        if isinstance(getattr(module, name), torch.Tensor):
+            delattr(module, name)
+
+
+def _shape_given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...]:
+    """Of the hidden states that a layer is given."""
+    return tuple((args[0] if args else kwargs["hidden_states"]).shape)
+
+
 def _list_tensors(model: Any, layers_name: str, inputs: tuple[str, ...], compute_dtype: torch.dtype) -> dict[str, ModelTensor]:
-    keeps_fp32 = re.compile("|".join(_fp32_patterns(model, compute_dtype)) or r"(?!)")
+    # What transformers' own loading keeps in float32 at this dtype, by a rule without a public name, and what m2ray adds for the family.
+    patterns = (pattern.replace("*", ".*") for pattern in model._get_dtype_plan(compute_dtype))  # noqa: SLF001
+    of_transformers, of_m2ray = re.compile("|".join(patterns) or r"(?!)"), keeps_fp32(model.config)
     return {
         name: ModelTensor(
-            name, *_place(model, layers_name, inputs, name), tuple(tensor.shape), _dtype(tensor, bool(keeps_fp32.search(name)))
+            name,
+            *_place(model, layers_name, inputs, name),
+            tuple(tensor.shape),
+            _dtype(tensor, bool(of_transformers.search(name)) or of_m2ray(name)),
         )
         for name, tensor in model.state_dict().items()
         if name not in model.all_tied_weights_keys
     }
-
-
-def _fp32_patterns(model: Any, compute_dtype: torch.dtype) -> Iterator[str]:
-    """What transformers' own loading keeps in float32 at this dtype, and what m2ray adds for the family."""
-    for pattern in model._get_dtype_plan(compute_dtype):  # noqa: SLF001 - the rule has no public name
-        yield pattern.replace("*", ".*")
-    yield from (re.escape(name) for name in KEEPS_FP32.get(model.config.model_type, ()))
 
 
 def _dtype(tensor: torch.Tensor, keeps_fp32: bool) -> torch.dtype:  # noqa: FBT001 - private

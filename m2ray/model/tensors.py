@@ -1,7 +1,7 @@
 """The checkpoint's tensors matched with the model's: the plan that loading follows and the table that planning counts on."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -11,12 +11,16 @@ from torch import nn
 
 from m2ray.batches import LayerSpan, Role, TensorRow, TensorTable
 from m2ray.errors import CheckpointError, raise_all
-from m2ray.model.conversion import Conversion, Placement, Source
+from m2ray.model.boundary import most_beside, row_width
+from m2ray.model.conversion import MISMATCH, Conversion, Placement, Source
 from m2ray.model.families import fp8_block, is_fp8
 from m2ray.model.headers import TensorHeader
 from m2ray.model.skeleton import ModelTensor, Skeleton, build_skeleton
 
 SCALE = "_scale_inv"
+OTHER_SCALE = "_scale"
+"""Of a weight, in layouts that m2ray does not read."""
+
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 WEIGHTS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 SCALES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu)
@@ -28,6 +32,8 @@ ACTIVATION_SCALES = re.compile(r"\.(?:activation|input|output|q|k|v)_scale$")
 """Scales by which engines that multiply in FP8 quantise activations and caches; weights do not need them."""
 
 SHOWN_PROBLEMS = 20
+
+_IGNORED = "_keys_to_ignore_on_load_unexpected"
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,7 @@ def match_by_layer(
     """
     unread = {} if unread is None else unread
     if not is_fp8(skeleton.config_on_disk) and any(header.dtype in FP8 for header in headers.values()):
-        raise CheckpointError("The checkpoint holds FP8 tensors, but config.json has no quantization_config.", "Copy config.json again.")
+        raise CheckpointError("The checkpoint holds FP8 tensors, but config.json has no quantization_config.", MISMATCH)
     conversion = Conversion(skeleton)
     wanted = {tensor.name: tensor for tensor in (skeleton.tensors.values() if span is None else skeleton.needed(span))}
     sources: dict[str, list[Source]] = {name: [] for name in wanted}
@@ -81,7 +87,7 @@ def match_by_layer(
             try:
                 placements = conversion.place(tensor, sources[tensor.name], shapes)
                 matched.append(MatchedTensor(tensor, tuple(placements)))
-                problems += [problem for placement in placements for problem in _check_dtype(skeleton, headers, placement.key)]
+                problems += [problem for placement in placements for problem in _check_dtype(skeleton, headers, tensor, placement)]
             except CheckpointError as problem:
                 problems.append(problem)
         if not problems:
@@ -89,18 +95,49 @@ def match_by_layer(
     _raise_shortened(problems)
 
 
-def table_of(skeleton: Skeleton, headers: Mapping[str, TensorHeader]) -> TensorTable:
+def needed_files(skeleton: Skeleton, weight_map: Mapping[str, str], span: LayerSpan) -> set[str]:
+    """The files that hold tensors which a stage of `span` computes with.
+
+    Args:
+        weight_map: the file of each checkpoint key.
+    """
+    files: set[str] = set()
+    outside: dict[str, str] = {}
+    in_a_layer = f"{skeleton.layers_name.rpartition('.')[2]}."
+    for key, file in weight_map.items():
+        if file in files and in_a_layer in key:
+            continue  # there may be 100,000 keys
+        layer = skeleton.layer_of(key)
+        if layer is None:
+            outside[key] = file
+        elif layer in span:
+            files.add(file)
+    if span.start == 0:
+        found = {name: outside[source.key] for name, source in Conversion(skeleton).sources(outside)}
+        heads = {embedding: head for head, embedding in skeleton.tied.items()}  # its values may be there under the head's name only
+        inputs = (tensor.name for tensor in skeleton.needed(span) if tensor.layer is None)
+        files |= {found[name] for name in (each if each in found else heads.get(each) for each in inputs) if name in found}
+    return files
+
+
+def table_of(skeleton: Skeleton, headers: Mapping[str, TensorHeader], span: LayerSpan | None = None) -> TensorTable:
     """Every tensor of a checkpoint and of its model, built at bfloat16.
+
+    Args:
+        span: the layers whose tensors have to be there, and have bytes on disk in the table; None for all.
 
     Raises:
         CheckpointError: as `match_by_layer`.
     """
     unread: dict[str, Role] = {}
-    matched = [each for layer in match_by_layer(skeleton, headers, unread=unread) for each in layer]
+    matched = [each for layer in match_by_layer(skeleton, headers, span, unread) for each in layer]
     rows = [_row(each.tensor, tuple(placement.key for placement in each.placements), disk_bytes(each, headers)) for each in matched]
+    if span is not None:
+        read = {each.tensor.name for each in matched}
+        rows += [_row(tensor, (), 0) for tensor in skeleton.tensors.values() if tensor.name not in read]
     for key, role in unread.items():
-        rows.append(TensorRow(key, role, None, headers[key].shape, False, key_bytes(key, headers), (key,)))
-    return TensorTable(len(skeleton.layers), skeleton.config.hidden_size, tuple(rows))
+        rows.append(TensorRow(key, role, None, headers[key].shape, None, key_bytes(key, headers), (key,)))
+    return _table(skeleton, rows)
 
 
 def table_without_weights(config: Any) -> TensorTable:
@@ -115,7 +152,7 @@ def table_without_weights(config: Any) -> TensorTable:
     for tensor in skeleton.tensors.values():
         pieces = conversion.published(tensor)
         rows.append(_row(tensor, tuple(pieces), sum(_published_bytes(skeleton, tensor, key, shape) for key, shape in pieces.items())))
-    return TensorTable(len(skeleton.layers), skeleton.config.hidden_size, tuple(rows))
+    return _table(skeleton, rows)
 
 
 def key_bytes(key: str, headers: Mapping[str, TensorHeader]) -> int:
@@ -126,7 +163,14 @@ def key_bytes(key: str, headers: Mapping[str, TensorHeader]) -> int:
 
 def disk_bytes(matched: MatchedTensor, headers: Mapping[str, TensorHeader]) -> int:
     """Bytes that one model tensor has in the checkpoint, scales included."""
-    return sum(key_bytes(placement.key, headers) for placement in matched.placements)
+    return sum(_placed_bytes(placement, headers) for placement in matched.placements)
+
+
+def _placed_bytes(placement: Placement, headers: Mapping[str, TensorHeader]) -> int:
+    if placement.rows is None:
+        return key_bytes(placement.key, headers)
+    first, stop = placement.rows
+    return headers[placement.key].num_bytes // headers[placement.key].shape[0] * (stop - first)
 
 
 def scale_shape(shape: tuple[int, ...], block: tuple[int, int] | None) -> tuple[int, ...]:
@@ -140,7 +184,7 @@ def _keys_by_layer(skeleton: Skeleton, headers: Mapping[str, TensorHeader], span
     """The keys to be matched: scales go with their weights; those of layers that another stage owns are left out."""
     keys: dict[int | None, list[str]] = {}
     for key in headers:
-        if key.endswith(SCALE) and key.removesuffix(SCALE) in headers:
+        if any(key.endswith(suffix) and key.removesuffix(suffix) in headers for suffix in (SCALE, OTHER_SCALE)):
             continue
         layer = skeleton.layer_of(key)
         if span is None or layer is None or layer in span:
@@ -166,6 +210,8 @@ def _is_unused(skeleton: Skeleton, name: str) -> bool:
         return True
     # Patterns that name a layer by number stand for sizes of the model whose last layer it is; the rule above covers those.
     patterns = type(skeleton.model)._keys_to_ignore_on_load_unexpected or ()  # noqa: SLF001 - the rule has no public name
+    if any(re.search(rf"{re.escape(pattern)}\.", name) for pattern in vars(skeleton.model.base_model).get(_IGNORED, ())):
+        return True  # what a base model says of itself, it says of this configuration
     ignored = (pattern for pattern in patterns if not re.search(r"layers\\?\.\d", pattern))
     return any(re.search(pattern, name) for pattern in (*ignored, r"rotary_emb\.inv_freq$"))
 
@@ -178,18 +224,35 @@ def _use_tied(skeleton: Skeleton, sources: dict[str, list[Source]], unread: dict
             del unread[head]
 
 
-def _check_dtype(skeleton: Skeleton, headers: Mapping[str, TensorHeader], key: str) -> Iterator[CheckpointError]:
+def _check_dtype(
+    skeleton: Skeleton, headers: Mapping[str, TensorHeader], tensor: ModelTensor, placement: Placement
+) -> Iterator[CheckpointError]:
+    key = placement.key
     weight, scale = headers[key], headers.get(key + SCALE)
+    if key + OTHER_SCALE in headers:
+        yield CheckpointError(
+            f"{key} has its scales in {key}{OTHER_SCALE}: a quantised layout that m2ray does not read.",
+            f"Take the same model in BF16, or in block-wise FP8 with scales {SCALE!r}.",
+        )
+        return
+    if not tensor.dtype.is_floating_point:  # a table of numbers, which nothing may round
+        if weight.dtype != tensor.dtype and (weight.dtype, tensor.dtype) != (torch.int32, torch.int64):
+            yield CheckpointError(f"{key} is of dtype {weight.dtype}, the model needs {tensor.dtype}.", MISMATCH)
+        return
     if weight.dtype not in FP8:
         if weight.dtype not in WEIGHTS:
             yield CheckpointError(
                 f"{key} is of dtype {weight.dtype}, which is no weight.", "m2ray reads BF16, F16, F32 and block-wise FP8."
             )
         if scale is not None:
-            yield CheckpointError(f"{key} is of dtype {weight.dtype} and yet has FP8 scales, {key}{SCALE}.", "Copy the files again.")
+            yield CheckpointError(f"{key} is of dtype {weight.dtype} and yet has FP8 scales, {key}{SCALE}.", MISMATCH)
         return
+    if placement.rows is not None or placement.swapped is not None:
+        yield CheckpointError(
+            f"{key} is FP8, and transformers splits or transposes it to make {tensor.name}.", "m2ray does so with other dtypes only."
+        )
     if scale is None:
-        yield CheckpointError(f"{key} is FP8, but its scales {key}{SCALE} are missing.", "Copy the files again.")
+        yield CheckpointError(f"{key} is FP8, but its scales {key}{SCALE} are missing.", MISMATCH)
         return
     block = fp8_block(skeleton.config_on_disk)
     expected = scale_shape(weight.shape, block)
@@ -206,13 +269,18 @@ def _raise_shortened(problems: list[CheckpointError]) -> None:
     raise_all(shown)
 
 
+def _table(skeleton: Skeleton, rows: Iterable[TensorRow]) -> TensorTable:
+    return TensorTable(len(skeleton.layers), row_width(skeleton.config), tuple(rows), *most_beside(skeleton.config))
+
+
 def _row(tensor: ModelTensor, keys: tuple[str, ...], num_bytes: int) -> TensorRow:
-    return TensorRow(tensor.name, tensor.role, tensor.layer, tensor.shape, tensor.dtype == torch.float32, num_bytes, keys)
+    itemsize_bytes = None if tensor.dtype == torch.bfloat16 else tensor.dtype.itemsize
+    return TensorRow(tensor.name, tensor.role, tensor.layer, tensor.shape, itemsize_bytes, num_bytes, keys)
 
 
 def _published_bytes(skeleton: Skeleton, tensor: ModelTensor, key: str, shape: tuple[int, ...]) -> int:
-    if tensor.dtype == torch.float32:
-        return prod(shape) * 4
+    if tensor.dtype != torch.bfloat16:
+        return prod(shape) * tensor.dtype.itemsize
     if is_fp8(skeleton.config_on_disk) and _is_quantised(skeleton, tensor, key):
         return prod(shape) + prod(scale_shape(shape, fp8_block(skeleton.config_on_disk))) * 4
     dtype = skeleton.config_on_disk.dtype

@@ -52,7 +52,7 @@ def partition(
     if short_bytes:
         raise ClusterError(
             f"The weights need {sum(costs):,} bytes, and {len(caps_bytes)} devices have no room for the last {short_bytes:,} of them.",
-            "Use more devices, raise max_memory or lower batch_tokens.",
+            "Use more devices, or such as have more room.",
         )
     if device_map == "sequential":
         cuts = _fill(costs, caps_bytes)

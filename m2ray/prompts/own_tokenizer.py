@@ -75,7 +75,7 @@ def own_tokenizer(folder: Path) -> Any:
     if differences := _differences(plain, own):
         raise CheckpointError(
             f"transformers' tokenizer is not the one of tokenizer.json: {'; '.join(differences)}.",
-            "tokenizer.json and tokenizer_config.json do not belong together: copy both again.",
+            "tokenizer.json and tokenizer_config.json do not belong together: take both from the same release.",
         )
     for name in _NAMED_TOKENS if handed is not None else ():  # a template may write what only the class knows
         if getattr(plain, name) is None and getattr(handed, name) in plain.get_vocab():

@@ -74,11 +74,9 @@ class PromptTokenizer:
             digest = _digest_files(folder, model_url)
             try:
                 tokenizer = own_tokenizer(folder)
-            except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RecursionError) as error:
-                raise CheckpointError(
-                    f"transformers cannot load the tokenizer of {model_url}: {error}.",
-                    "Copy the tokenizer's files again. Tokenizers that need code from the checkpoint are refused.",
-                ) from error
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RecursionError, RuntimeError) as error:
+                words = " ".join(str(error).split()).rstrip(".")
+                raise CheckpointError(f"transformers cannot load the tokenizer of {model_url}: {words}.", _remedy(folder)) from error
         return cls(tokenizer, probed_digest(tokenizer, digest), options, vocab_size)
 
     @cached_property
@@ -215,6 +213,9 @@ class PromptTokenizer:
             if self._options.truncation == "refuse":
                 return f"{len(token_ids)} tokens, more than max_length {max_length}"
             token_ids = token_ids[:max_length]
+        steady = self._options.steady_positions
+        if steady is not None and len(token_ids) > steady:
+            return f"{len(token_ids)} tokens, more than {steady}: the model's rotary embedding (longrope) would change for a whole batch"
         if max(token_ids) >= self._vocab_size:
             return f"token id {max(token_ids)} is beyond the model's vocabulary of {self._vocab_size} tokens"
         return np.array(token_ids, dtype=np.int32)
@@ -245,6 +246,17 @@ def _local_folder(model_url: str) -> Iterator[Path]:
     if not folder.is_dir():
         raise CheckpointError(f"The model folder {model_url} is absent.", "Check the path.")
     yield folder
+
+
+def _remedy(folder: Path) -> str:
+    """What to do about a tokenizer that transformers does not load."""
+    if (folder / "tokenizer.json").is_file():
+        return "Copy the tokenizer's files again. Tokenizers that need code from the checkpoint are refused."
+    there = ", ".join(name for name in _VOCABULARY_FILES if (folder / name).is_file())
+    return (
+        f"There is {there}, but no tokenizer.json: put the same model's there. Or install what reads {there}: sentencepiece and protobuf, or "
+        "tiktoken for a file of tiktoken's."
+    )
 
 
 def _digest_files(folder: Path, model_url: str) -> str:

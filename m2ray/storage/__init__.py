@@ -7,7 +7,7 @@ from m2ray.errors import StoreError
 from m2ray.storage.address import SCHEMES, without_secrets
 from m2ray.storage.connect import looking
 from m2ray.storage.file import StoreFile
-from m2ray.storage.local import LocalStore, local_folder, remedy_for
+from m2ray.storage.local import LocalStore, local_folder, remedy_for, with_home
 from m2ray.storage.object_store import ObjectStore
 from m2ray.storage.scratch import scratch
 from m2ray.storage.store import Data, PartSink, Store
@@ -25,6 +25,7 @@ __all__ = [
     "open_store",
     "remedy_for",
     "scratch",
+    "with_home",
     "without_secrets",
 ]
 

@@ -25,10 +25,18 @@ _ROOM_BYTES = 64 << 20
 _SCATTERED_ROW_BYTES = 1024
 
 
+def with_home(path: Path) -> Path:
+    """The path with its "~" or "~user" spelled out. Raises StoreError where that user has no home."""
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise StoreError(f"{path} begins with {path.parts[0]}, and that user has no home folder here.", "Write the folder out.") from error
+
+
 def local_folder(url: str) -> Path | None:
-    """The folder of a path or a `file://` URL; None for a URL of another scheme. Raises StoreError for one that names a host."""
+    """The folder of a path or a `file://` URL; None for a URL of another scheme. Raises StoreError for one that names a host or an absent home."""
     if "://" not in url:
-        return Path(url).expanduser()
+        return with_home(Path(url))
     parts = urlsplit(url)
     if parts.scheme != "file":
         return None
@@ -95,7 +103,7 @@ class LocalStore(Store):
 
     def __init__(self, root: Path, *, follows_links: bool = False) -> None:
         """`follows_links`: `list` goes into links to folders too. For what is only read: behind a link lies what is another's to delete."""
-        self._folder = root.expanduser()
+        self._folder = with_home(root)
         self._follows_links = follows_links
         self.url = str(self._folder)
 

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 import m2ray
@@ -25,7 +26,7 @@ from m2ray.batches import MicroBatch
 from m2ray.storage import LocalStore, open_store
 from scripts.make_checkpoint import make_checkpoint
 from tests.ray.conftest import RayCluster
-from tests.reference import DATA, MINIMAX_TINY, load_reference, make_minimax, reference_rows, same_bits
+from tests.reference import DATA, MINIMAX_TINY, edited, load_reference, make_family, make_minimax, reference_rows, same_bits
 
 NUM_PROMPTS = 36
 OPTIONS = ("--compute-dtype", "float32", "--store-dtype", "float32", "--batch-tokens", "256", "--shard-tokens", "400")
@@ -178,6 +179,42 @@ def test_m2ray_submit_runs_a_dense_family_up_to_the_last_layer_asked_for(
     assert re.search(r"stage 1 on \S+: layers 2-3", submitted.stdout), "layer 4 is not asked for, so no stage runs it"
     assert m2ray.open_run(run).layer_numbers == (0, 2, 3)
     assert_equals_transformers(run, qwen3, (0, 2, 3))
+
+
+def test_a_run_of_the_first_layers_needs_their_files_alone(cluster: RayCluster, qwen3: Path, prompts: Path, tmp_path: Path) -> None:
+    """Over keys without the base prefix, the rest of the model still on its way."""
+
+    def strip(tensors: dict[str, torch.Tensor]) -> None:
+        for key in [key for key in tensors if key.startswith("model.")]:
+            tensors[key.removeprefix("model.")] = tensors.pop(key)
+
+    whole, part, run = edited(qwen3, tmp_path / "whole", strip), tmp_path / "part", tmp_path / "run"
+    shutil.copytree(whole, part, ignore=shutil.ignore_patterns("*.safetensors"))
+    tensors = load_file(whole / "model.safetensors")
+    weight_map = {
+        key: "early.safetensors" if key.startswith(("embed", "layers.0.", "layers.1.")) else "later.safetensors" for key in tensors
+    }
+    (part / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    save_file({key: tensors[key] for key, file in weight_map.items() if file.startswith("early")}, part / "early.safetensors")
+    extracted = cluster.run("m2ray", "extract", *words(part, prompts, run, "--layers", "0-1", "--stages", "2"))
+    assert extracted.returncode == 0, extracted.stdout + extracted.stderr
+    assert_equals_transformers(run, whole, range(2))
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v4", "gemma4_text"])
+def test_families_that_hand_on_more_than_one_hidden_state(
+    cluster: RayCluster, qwen3: Path, prompts: Path, tmp_path: Path, model_type: str
+) -> None:
+    """Token ids in later stages and four streams; keys, values and inputs of layers."""
+    tokens = dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), 384)
+    model = make_family(tmp_path / "model", model_type, **tokens)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(qwen3 / name, model)
+    run = tmp_path / "run"
+    done = cluster.run("m2ray", "extract", *words(model, prompts, run, "--stages", "3"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "stage 2 on" in done.stdout
+    assert_equals_transformers(run, model, range(5))
 
 
 def test_chats_with_tools_from_parquet_are_the_rows_of_the_same_chats_as_json_lines(

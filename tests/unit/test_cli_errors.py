@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
@@ -18,7 +20,7 @@ from m2ray.chain.probing import Hardware
 from m2ray.cli import main
 from m2ray.errors import ClusterError, RunConflictError, StageError
 from m2ray.planning.hardware import Cluster, Node
-from tests.reference import make_minimax
+from tests.reference import make_family, make_minimax
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +115,7 @@ def test_a_tensor_of_the_wrong_shape(model: Path, prompts: Path, tmp_path: Path)
 
 def test_an_unknown_model_type(model: Path, prompts: Path, tmp_path: Path) -> None:
     edit_json(model / "config.json", lambda config: config.update(model_type="transmogrifier"))
-    assert_refused(extract(model, prompts, tmp_path / "run"), "transmogrifier", "minimax_m2")
+    assert_refused(extract(model, prompts, tmp_path / "run"), "transmogrifier", "Install a transformers that knows it")
 
 
 def test_layers_out_of_range(sound_model: Path, prompts: Path, tmp_path: Path) -> None:
@@ -303,6 +305,28 @@ def test_job_json_says_what_the_prompts_settled(
     job["digest"] = digest(job)
     (tmp_path / "text" / "job.json").write_text(json.dumps(job))
     assert_refused(extract(model, prompts, tmp_path / "text"), 'special_tokens: absent in the run, "none" now')
+
+
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 6, "long_factor": [2.0] * 6}
+
+
+@pytest.mark.parametrize(
+    ("max_length", "reason"), [("100", "25 tokens, more than 24: .*longrope"), (None, "25 tokens, more than max_length 24")]
+)
+def test_a_prompt_beyond_the_length_at_which_longrope_changes_is_quarantined(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_length: str | None, reason: str
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    model, prompts, run = tmp_path / "phi3", tmp_path / "ids.jsonl", tmp_path / "run"
+    make_family(model, "phi3", rope_parameters=LONGROPE, original_max_position_embeddings=24)
+    tokenizer = Path(__file__).parents[1] / "data" / "prompts" / "tokenizer"
+    shutil.copytree(tokenizer, model, dirs_exist_ok=True, ignore=shutil.ignore_patterns("config.json"))
+    prompts.write_text("".join(json.dumps({"input_ids": [5] * length}) + "\n" for length in (24, 25)))
+    begin(monkeypatch, model, prompts, run, *(["--max-length", max_length] if max_length else []))
+    (table,) = (run / "sequences").glob("*.parquet")
+    reasons = pq.read_table(table).column("reason").to_pylist()
+    assert reasons[0] is None
+    assert re.fullmatch(rf"{reason}.*", reasons[1])
 
 
 def test_more_quarantined_rows_than_the_limit(sound_model: Path, tmp_path: Path) -> None:

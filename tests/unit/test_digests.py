@@ -117,7 +117,7 @@ def test_bytes_that_are_read_where_they_belong_are_hashed(tmp_path: Path) -> Non
 
 def test_a_stage_refuses_another_checkpoint_than_the_run_began_with(tmp_path: Path) -> None:
     folder = make_family(tmp_path / "llama", "llama", torch.bfloat16)
-    wanted = replace(spec(folder, 0, 1), model_digest=open_checkpoint(str(folder)).digest)
+    wanted = replace(spec(folder, 0, 1), model_files=open_checkpoint(str(folder)).digests)
     load_stage(wanted, lambda *_: None)
     config = (folder / "config.json").read_text()
     assert '"rms_norm_eps": 1e-06' in config

@@ -343,6 +343,22 @@ def test_what_fails_too_often_ends_the_chain(error: Exception, lost: dict[int, s
     assert run.chain.tokens_done == 0, "another chain does them again"
 
 
+def test_a_load_that_hangs_each_time_ends_the_chain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its stages answer, so none of them is lost, and each try takes all the patience that the chain has."""
+    run, clock = Run(), SimpleNamespace(now_s=0.0)
+    monkeypatch.setattr(driver, "time", SimpleNamespace(monotonic=lambda: clock.now_s))
+
+    def hang(_: object) -> None:
+        clock.now_s += 1800.0
+        assert clock.now_s < 20 * 1800.0, "without end"
+        raise GetTimeoutError("Loading stood still for 1800 s in stage 1 (layers 1-1).")
+
+    run.stages.load = hang  # type: ignore[method-assign]
+    run.chain._policy = FailurePolicy(patience_s=1800.0)
+    with pytest.raises(ChainLostError, match=r"stage 1 \(layers 1-1\)\.. The chain failed 6 times .*raise stage_timeout_s"):
+        run(lambda: iter(()))
+
+
 def test_a_hang_that_lost_no_stage_counts_for_the_shards_in_flight() -> None:
     run = Run(policy=FailurePolicy(shard_failures=3))
 

@@ -1,5 +1,7 @@
 """What is decided about failures."""
 
+from dataclasses import replace
+
 import pytest
 from ray.exceptions import ActorDiedError, GetTimeoutError, ObjectLostError, RayTaskError
 
@@ -57,6 +59,15 @@ def test_failures_without_a_shard_or_a_lost_stage_end_the_chain_too() -> None:
     assert POLICY.decide(idle[:3]) == Retry(0.0)
     assert isinstance(POLICY.decide(idle), GiveUp)
     assert POLICY.decide([*idle[:3], Failure(FailureKind.LOST, 200.0, (), ())]) == Retry(0.0)
+
+
+@pytest.mark.parametrize(("lost", "enough"), [((), 4), ((1,), 3)])
+def test_hangs_come_as_far_apart_as_the_chain_is_patient_and_are_bounded_all_the_same(lost: tuple[int, ...], enough: int) -> None:
+    policy = replace(POLICY, patience_s=1800.0)
+    hangs = [Failure(FailureKind.HANG, 1900.0 * number, lost, ()) for number in range(enough)]
+    assert policy.decide(hangs[:-1]) == Retry(0.0)
+    assert isinstance(policy.decide(hangs), GiveUp)
+    assert policy.decide([*hangs[:-1], replace(hangs[-1], at_s=100_000.0)]) == Retry(0.0)
 
 
 def test_a_store_is_tried_again_with_growing_pauses() -> None:

@@ -4,13 +4,17 @@ The reference runs the same right-padded micro-batch; hooks on its decoder layer
 compute dtype, so nothing is rounded between the computation and the comparison.
 """
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
-from m2ray.model.families import VERIFIED
+from m2ray.model.checkpoint import open_checkpoint
+from m2ray.model.families import NOT_IN_FLOAT16, default_max_length, steady_positions
+from m2ray.model.proof import prove
 from tests.reference import (
+    FAMILIES,
     LENGTHS,
     alone,
     assert_close,
@@ -20,6 +24,7 @@ from tests.reference import (
     load_reference,
     make_family,
     make_minimax,
+    make_type,
     micro_batch_of,
     reference_rows,
     same_bits,
@@ -32,7 +37,6 @@ SPANS = {
     7: ((0, 7), (0, 5, 7), (0, 1, 4, 7), (0, 1, 3, 4, 6, 7)),
     5: ((0, 5), (0, 4, 5), (0, 1, 3, 5), (0, 1, 2, 3, 4, 5)),
 }
-FAMILIES = tuple(family for family in VERIFIED if family != "minimax_m2")
 
 
 @pytest.fixture(scope="module")
@@ -74,10 +78,22 @@ def test_fp8_and_bf16_checkpoints_of_the_same_values_give_the_same_rows(folders:
 
 def test_every_verified_family_equals_the_whole_model(family_folder: Path) -> None:
     micro_batch = micro_batch_of(LENGTHS, vocab_size(family_folder))
-    for dtype in ("float32", "bfloat16", "float16"):
+    model_type = json.loads((family_folder / "config.json").read_text())["model_type"]
+    for dtype in ("float32", "bfloat16") if model_type in NOT_IN_FLOAT16 else ("float32", "bfloat16", "float16"):
         expected = reference_rows(load_reference(family_folder, getattr(torch, dtype)), micro_batch)
         rows = chain_rows(load_chain(family_folder, (0, 2, 3, 5), dtype), micro_batch)
         assert [same_bits(ours, theirs) for ours, theirs in zip(rows, expected, strict=True)] == [True] * 5, dtype
+
+
+@pytest.mark.parametrize("model_type", ["bloom", "falcon_h1", "kimi_linear", "sarvam_moe"])
+def test_types_that_no_list_names_equal_the_whole_model(tmp_path: Path, model_type: str) -> None:
+    """Layers that return tuples, buffers that another module fills, tensors that are laid side by side or split as they are read."""
+    folder = make_type(tmp_path / model_type, model_type)
+    micro_batch = micro_batch_of(LENGTHS, vocab_size(folder))
+    for dtype in ("float32", "bfloat16"):
+        expected = reference_rows(load_reference(folder, getattr(torch, dtype)), micro_batch)
+        rows = chain_rows(load_chain(folder, sorted({0, 1, 2, len(expected)}), dtype), micro_batch)
+        assert [same_bits(ours, theirs) for ours, theirs in zip(rows, expected, strict=True)] == [True] * len(expected), dtype
 
 
 @pytest.mark.parametrize(("model_type", "prefix"), [("gpt2", "transformer."), ("opt", "model."), ("qwen3", "model.")])
@@ -94,6 +110,36 @@ def test_keys_without_the_base_prefix_are_read_by_any_number_of_stages(tmp_path:
     for bounds in ((0, 5), (0, 2, 5), (0, 1, 3, 5)):
         rows = chain_rows(load_chain(folder, bounds, "float32"), micro_batch)
         assert all(same_bits(ours, theirs) for ours, theirs in zip(rows, expected, strict=True)), bounds
+
+
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
+    "long_factor": [1.0, 2.0, 4.0, 8.0, 16.0, 32.0],
+    "original_max_position_embeddings": 24,
+}
+
+
+def test_longrope_equals_the_whole_model_up_to_the_length_at_which_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = make_family(tmp_path / "phi3", "phi3", rope_parameters=LONGROPE, original_max_position_embeddings=24)
+    config = open_checkpoint(str(folder)).config
+    assert (steady_positions(config), default_max_length(config), config.max_position_embeddings) == (24, 24, 256)
+    prove(config)
+    micro_batch = micro_batch_of((*LENGTHS, 24), vocab_size(folder))
+    for dtype in ("float32", "bfloat16"):
+        expected = reference_rows(load_reference(folder, getattr(torch, dtype)), micro_batch)
+        for bounds in ((0, 5), (0, 2, 3, 5)):
+            stages = load_chain(folder, bounds, dtype)
+            for stage in stages:
+                stage.warm_up(4096)
+            rows = chain_rows(stages, micro_batch)
+            assert [same_bits(ours, theirs) for ours, theirs in zip(rows, expected, strict=True)] == [True] * 5, (dtype, bounds)
+    # A prompt that is longer by one token changes all others of its batch: why it is quarantined.
+    longer = reference_rows(load_reference(folder, torch.float32), micro_batch_of((*LENGTHS, 25), vocab_size(folder)))
+    alone = reference_rows(load_reference(folder, torch.float32), micro_batch_of(LENGTHS, vocab_size(folder)))
+    assert ((longer[0][: sum(LENGTHS)] - alone[0]).norm(dim=1) / alone[0].norm(dim=1)).max() > 1e-3
 
 
 def test_a_prompt_alone_differs_by_rounding_only(family_folder: Path) -> None:

@@ -68,11 +68,12 @@ def test_a_stage_whose_process_still_starts_gets_that_long_too(monkeypatch, answ
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
     monkeypatch.setattr(module.ray, "wait", lambda refs, **_: ([], refs))
     silent = SimpleNamespace(remote=lambda *_: object())
-    stages = Stages([None], None, transport="auto", timeout_s=20.0, placement_timeout_s=1.0)
+    spec: Any = SimpleNamespace(span=LayerSpan(0, 2))
+    stages = Stages([[spec]], None, transport="auto", timeout_s=20.0, placement_timeout_s=1.0)
     stages.begin(Job(CaptureSpec({}, "float32"), WriterSpec("run", {}, 1, 1), 1))
     stages._actors.handles = [SimpleNamespace(get_ready=silent, status=silent)]
     stages._answers = dict(answers)
-    with pytest.raises(GetTimeoutError, match=f"stood still for {patience}"):
+    with pytest.raises(GetTimeoutError, match=rf"stood still for {patience} in stage 0 \(layers 0-1\)"):
         stages.load(threading.Event())
 
 

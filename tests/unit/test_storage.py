@@ -20,6 +20,16 @@ def store(tmp_path: Path) -> Store:
     return open_store(tmp_path / "root")
 
 
+@pytest.mark.parametrize("path", ["~nobody-of-that-name/runs", "~/runs"])
+def test_a_home_that_is_not_there_is_no_trace(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless(_: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", homeless)
+    with pytest.raises(StoreError, match=rf"{path} begins with {path.partition('/')[0]}, and that user has no home folder"):
+        open_store(path)
+
+
 def test_one_of_many_creators_wins(store: Store) -> None:
     def create(number: int) -> bool:
         try:

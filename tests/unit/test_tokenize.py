@@ -295,6 +295,29 @@ def test_absent_and_damaged_tokenizers_are_named(copied, tmp_path):
         load(copied)
 
 
+def test_a_tokenizer_model_alone_is_refused_with_what_reads_it(copied):
+    for file in copied.iterdir():
+        file.unlink()
+    (copied / "config.json").write_text('{"model_type": "llama"}')
+    (copied / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    (copied / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
+    with pytest.raises(
+        CheckpointError, match=r"There is tokenizer\.model, but no tokenizer\.json: put the same model's there\. Or install"
+    ) as caught:
+        load(copied)
+    assert "\n" not in str(caught.value)
+    assert "Copy" not in str(caught.value)
+
+
+def test_prompts_beyond_the_steady_positions_are_quarantined_whatever_max_length_says():
+    tokens = [PromptRow(place, str(place), token_ids=[5] * length) for place, length in enumerate((7, 8, 9))]
+    for truncation in ("refuse", "cut"):
+        *kept, reason = load(max_length=100, steady_positions=8, truncation=truncation).encode(tokens)
+        assert [len(ids) for ids in kept] == [7, 8]
+        assert reason == "9 tokens, more than 8: the model's rotary embedding (longrope) would change for a whole batch"
+    assert [len(ids) for ids in load(max_length=8, steady_positions=8, truncation="cut").encode(tokens)] == [7, 8, 8]
+
+
 def test_code_from_the_checkpoint_is_never_run(copied):
     trap = copied / "ran"
     (copied / "evil.py").write_text(f"open({str(trap)!r}, 'w')\nclass Evil: pass\n")

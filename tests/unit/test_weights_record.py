@@ -51,6 +51,13 @@ def test_rows_without_a_record_are_refused(store: LocalStore) -> None:
     assert store.size("weights.json") is None
 
 
+def test_a_record_of_another_number_of_layers_is_damage(store: LocalStore) -> None:
+    job = claim_run(store, runs.job(store)).job
+    hold_weights(store, job, {layer: digest for layer, digest in runs.LOADED.items() if layer != 11})
+    with pytest.raises(RunDamagedError, match=r"weights\.json .* is of 11 layers; a run as job\.json has it loads 12"):
+        read_weights(store, job)
+
+
 def test_another_runs_record_is_damage(store: LocalStore) -> None:
     job = claim_run(store, runs.job(store)).job
     hold_weights(store, job, runs.LOADED)
