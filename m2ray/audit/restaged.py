@@ -2,14 +2,17 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from m2ray.batches import LayerSpan, MicroBatch
-from m2ray.model.boundary import Boundary
 from m2ray.model.capture import CaptureSpec
 from m2ray.model.stage import DTYPES, StageSpec, load_stage
+
+if TYPE_CHECKING:
+    from m2ray.model.boundary import Boundary
 
 _MOST_LAYERS = 4
 _HELD_BYTES = 1 << 30
@@ -43,7 +46,7 @@ def restage(
     digests: dict[int | None, str] = {}
     token_bytes = hidden_size * DTYPES[spec.compute_dtype].itemsize
     for group in _groups(micro_batches, token_bytes):
-        boundaries: list[Boundary | None] = [None] * len(group)
+        boundaries: list["Boundary | None"] = [None] * len(group)
         for span in _cut(spec.span, seed):
             stage = load_stage(_of_span(spec, span), lambda *_: None)
             stage.begin(capture)
