@@ -46,7 +46,7 @@ def restage(
     digests: dict[int | None, str] = {}
     token_bytes = hidden_size * DTYPES[spec.compute_dtype].itemsize
     for group in _groups(micro_batches, token_bytes):
-        boundaries: list["Boundary | None"] = [None] * len(group)
+        boundaries: list[Boundary | None] = [None] * len(group)
         for span in _cut(spec.span, seed):
             stage = load_stage(_of_span(spec, span), lambda *_: None)
             stage.begin(capture)
