@@ -21,8 +21,9 @@ from m2ray.model.capture import CaptureSpec
 from m2ray.model.checkpoint import open_checkpoint
 from m2ray.model.decoder import DecoderSpan
 from m2ray.model.families import parse_config
-from m2ray.model.skeleton import build_skeleton
+from m2ray.model.skeleton import build_skeleton, hidden_of
 from m2ray.model.stage import Stage, StageSpec, load_stage
+from m2ray.model.tiny import tiny_copies
 from m2ray.model.weights import load_weights
 from scripts.make_checkpoint import make_checkpoint
 
@@ -75,6 +76,19 @@ def make_family(folder: Path, model_type: str, dtype: torch.dtype = torch.float3
                 tensor.add_(torch.empty_like(tensor).normal_(0, 0.1, generator=generator))
             assert tensor.isfinite().all(), name
     model.to(dtype).save_pretrained(folder, max_shard_size="100KB")
+    return folder
+
+
+def make_type(folder: Path, model_type: str) -> Path:
+    """A tiny checkpoint of any causal type, of its default configuration, as transformers publishes it."""
+    config = next(tiny_copies(CONFIG_MAPPING[model_type]()))
+    torch.manual_seed(5)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.add_(torch.empty_like(tensor).normal_(0, 0.1))
+    model.save_pretrained(folder)
     return folder
 
 
@@ -149,11 +163,7 @@ def reference_rows(model: Any, micro_batch: MicroBatch) -> list[torch.Tensor]:
     base = model.base_model
     layers = base.h if hasattr(base, "h") else base.decoder.layers if hasattr(base, "decoder") else base.layers
     outputs: list[torch.Tensor] = []
-
-    def keep(_: torch.nn.Module, __: Any, output: Any) -> None:
-        outputs.append((output[0] if isinstance(output, tuple) else output).flatten(2).clone())
-
-    hooks = [layer.register_forward_hook(keep) for layer in layers]
+    hooks = [layer.register_forward_hook(lambda _, __, output: outputs.append(hidden_of(output).flatten(2).clone())) for layer in layers]
     with torch.inference_mode():
         base(input_ids=torch.from_numpy(micro_batch.token_ids_BT).long(), use_cache=False)
     for hook in hooks:

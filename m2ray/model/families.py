@@ -28,7 +28,7 @@ NEEDED_FIELDS = ("num_hidden_layers", "hidden_size", "vocab_size")
 NOT_IN_FLOAT16 = ("deepseek_v4",)
 """Families of which transformers' own model fails in float16."""
 
-LEARNED_POSITIONS = ("gpt2", "opt")
+LEARNED_POSITIONS = ("biogpt", "codegen", "gpt2", "gpt_bigcode", "gpt_neo", "gptj", "openai-gpt", "opt", "trocr")
 """Families that look positions up in a table: there is none past its end, where others go on turning."""
 
 TEXT_TOWERS = ("text_config", "decoder", "language_config", "llm_config", "thinker_config")

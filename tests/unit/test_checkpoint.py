@@ -16,6 +16,7 @@ from m2ray.model import families
 from m2ray.model.checkpoint import open_checkpoint, tensor_table, tensor_table_from_config
 from m2ray.model.families import parse_config
 from m2ray.model.skeleton import build_skeleton
+from m2ray.model.tiny import tiny_copies
 from tests.reference import DATA, FAMILIES, load_reference, make_family, make_minimax
 
 INDEX = "model.safetensors.index.json"
@@ -334,6 +335,13 @@ def test_families_that_look_positions_up_are_known(model_type: str) -> None:
     modules = {name: skeleton.model.get_submodule(name) for name in skeleton.inputs}
     tables = [name for name, each in modules.items() if isinstance(each, torch.nn.Embedding) and each.num_embeddings != config.vocab_size]
     assert bool(tables) == (model_type in families.LEARNED_POSITIONS), tables
+
+
+@pytest.mark.parametrize("model_type", ["biogpt", "falcon_h1", "gpt_bigcode", "gpt_neo", "openai-gpt", "starcoder2", "trocr"])
+def test_types_without_a_file_that_look_positions_up_are_known_too(model_type: str) -> None:
+    skeleton = build_skeleton(next(tiny_copies(CONFIG_MAPPING[model_type]())), torch.bfloat16)
+    tables = [name for name in skeleton.inputs if isinstance(skeleton.model.get_submodule(name), torch.nn.Embedding)]
+    assert (len(tables) > 1) == (model_type in families.LEARNED_POSITIONS), tables
 
 
 def test_code_and_settings_of_the_folder_are_ignored(llama: Path) -> None:

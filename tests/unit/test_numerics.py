@@ -22,6 +22,7 @@ from tests.reference import (
     load_reference,
     make_family,
     make_minimax,
+    make_type,
     micro_batch_of,
     reference_rows,
     same_bits,
@@ -80,6 +81,17 @@ def test_every_verified_family_equals_the_whole_model(family_folder: Path) -> No
         expected = reference_rows(load_reference(family_folder, getattr(torch, dtype)), micro_batch)
         rows = chain_rows(load_chain(family_folder, (0, 2, 3, 5), dtype), micro_batch)
         assert [same_bits(ours, theirs) for ours, theirs in zip(rows, expected, strict=True)] == [True] * 5, dtype
+
+
+@pytest.mark.parametrize("model_type", ["bloom", "falcon_h1", "kimi_linear", "sarvam_moe"])
+def test_types_that_no_list_names_equal_the_whole_model(tmp_path: Path, model_type: str) -> None:
+    """Layers that return tuples, buffers that another module fills, tensors that are laid side by side or split as they are read."""
+    folder = make_type(tmp_path / model_type, model_type)
+    micro_batch = micro_batch_of(LENGTHS, vocab_size(folder))
+    for dtype in ("float32", "bfloat16"):
+        expected = reference_rows(load_reference(folder, getattr(torch, dtype)), micro_batch)
+        rows = chain_rows(load_chain(folder, sorted({0, 1, 2, len(expected)}), dtype), micro_batch)
+        assert [same_bits(ours, theirs) for ours, theirs in zip(rows, expected, strict=True)] == [True] * len(expected), dtype
 
 
 @pytest.mark.parametrize(("model_type", "prefix"), [("gpt2", "transformer."), ("opt", "model."), ("qwen3", "model.")])
