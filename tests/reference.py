@@ -163,11 +163,15 @@ def reference_rows(model: Any, micro_batch: MicroBatch) -> list[torch.Tensor]:
     base = model.base_model
     layers = base.h if hasattr(base, "h") else base.decoder.layers if hasattr(base, "decoder") else base.layers
     outputs: list[torch.Tensor] = []
+<<<<<<< HEAD
 
     def keep(_: torch.nn.Module, __: Any, output: Any) -> None:
         outputs.append((output[0] if isinstance(output, tuple) else output).flatten(2).clone())
 
     hooks = [layer.register_forward_hook(keep) for layer in layers]
+=======
+    hooks = [layer.register_forward_hook(lambda _, __, output: outputs.append(hidden_of(output).flatten(2).clone())) for layer in layers]
+>>>>>>> boundary
     with torch.inference_mode():
         base(input_ids=torch.from_numpy(micro_batch.token_ids_BT).long(), use_cache=False)
     for hook in hooks:
