@@ -18,6 +18,7 @@ from m2ray.model.checkpoint import Checkpoint, open_checkpoint, tensor_table
 from m2ray.model.families import require_positions
 from m2ray.model.proof import prove
 from m2ray.model.stage import DTYPES
+from m2ray.model.towers import placeholder_tokens
 from m2ray.options import PromptOptions, RunOptions
 from m2ray.planning.demand import Assumptions, Demand
 from m2ray.planning.hardware import Cluster
@@ -114,8 +115,11 @@ def look(config: ExtractConfig) -> Inputs:
     tried(lambda: prove(checkpoint.config))
     tried(lambda: require_positions(checkpoint.config, config.max_length))
     tried(lambda: parse_layers(config.layers, checkpoint.config.num_hidden_layers))
-    tokenizer = tried(lambda: PromptTokenizer.load(config.model, prompts, checkpoint.config.vocab_size))
-    attention = tried(lambda: resolve_attn_implementation(checkpoint.config, config.attn_implementation, DTYPES[config.compute_dtype]))
+    no_text = placeholder_tokens(checkpoint.whole_config)
+    tokenizer = tried(lambda: PromptTokenizer.load(config.model, prompts, checkpoint.config.vocab_size, no_text))
+    attention = tried(
+        lambda: resolve_attn_implementation(checkpoint.whole_config, config.attn_implementation, DTYPES[config.compute_dtype])
+    )
     raise_all(problems)
     assert source is not None
     assert tokenizer is not None

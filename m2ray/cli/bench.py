@@ -68,7 +68,7 @@ def measure(
     facts = read_model(model, "auto", compute_dtype)
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
     node = probe_node()
-    layer = TrialLayer(facts.config, getattr(torch, compute_dtype), device)
+    layer = TrialLayer(facts.whole_config, getattr(torch, compute_dtype), device)
     rows = [row for row in facts.table.rows if row.layer == layer.number]
     active = active_elements(rows, facts.shape)
     gpu = torch.cuda.get_device_name(0) if device != "cpu" else None

@@ -65,7 +65,8 @@ class Conversion:
     def __init__(self, skeleton: Skeleton) -> None:
         self._model = skeleton.model
         # Not the model's own state: in a stage all other layers are cut away, and a name's prefix is judged by what the whole model has.
-        self._known = dict.fromkeys([*skeleton.tensors, *skeleton.tied], True)
+        beside = (name for name in self._model.state_dict() if name.startswith(skeleton.beside))
+        self._known = dict.fromkeys([*skeleton.tensors, *skeleton.tied, *beside], True)
         mapping = get_model_conversion_mapping(skeleton.model)
         self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         self._converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]

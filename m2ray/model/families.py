@@ -7,8 +7,10 @@ from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 
 from m2ray.errors import CheckpointError, ConfigError, raise_all
+from m2ray.model.towers import decoder_config, path_to_decoder
 
 VERIFIED = (
     "cohere2",
@@ -54,6 +56,9 @@ SHARED_STATE = ("num_kv_shared_layers", "hidden_size_per_layer_input")
 TEXT_TOWERS = ("text_config", "decoder", "language_config", "llm_config", "thinker_config")
 """Config fields that hold the configuration of the decoder inside a larger model."""
 
+ALIASES = {"kimi_k2": "deepseek_v3"}
+"""Model types that are another one in all but name; transformers knows them by code in the checkpoint, which m2ray never runs."""
+
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 """Rotary embeddings that change with the longest sequence of a batch: a prompt's rows would depend on its neighbours."""
 
@@ -64,33 +69,35 @@ CALLER_CHOOSES = ("auto_map", "attn_implementation", "_attn_implementation", "ex
 def parse_config(text: bytes) -> Any:
     """config.json as transformers' configuration object (PreTrainedConfig). Code from the checkpoint is never run.
 
+    Of a multimodal model it is the whole model's; `decoder_config` of it is what m2ray runs.
+
     Raises:
         CheckpointError: not JSON, or a model that m2ray does not run; all reasons at once.
     """
     try:
-        fields = json.loads(text, object_hook=_untagged)
+        fields = json.loads(text, object_hook=_as_meant)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"config.json is not JSON: {error}.", "Copy the file again.") from error
     if not isinstance(fields, dict):
         raise CheckpointError("config.json is not a JSON object.", "Copy the file again.")
     model_type = fields.get("model_type")
-    if model_type not in VERIFIED:
+    if not isinstance(model_type, str) or not _is_known(model_type):
         raise _unknown_family(model_type)
-    fields = {name: value for name, value in fields.items() if name not in CALLER_CHOOSES}
     if not isinstance(fields.get("quantization_config") or {}, dict):
         raise CheckpointError(
             f"config.json: quantization_config = {fields['quantization_config']!r} is no JSON object.", "Copy the file again."
         )
-    config = _read_fields(model_type, fields)
+    config = _read_fields(ALIASES.get(model_type, model_type), fields)
+    decoder = decoder_config(config)
     raise_all(
         [
             *_contradictory_rope(config, fields),
             *_not_causal(config.to_dict()),
-            *_unsupported_structure(config),
+            *_unsupported_structure(decoder),
             *_unsupported_quantization(config),
         ]
     )
-    _spell_out_partial_rotary(config)
+    _spell_out_partial_rotary(decoder)
     return config
 
 
@@ -117,24 +124,31 @@ def require_positions(config: Any, max_length: int | None) -> None:
         )
 
 
+def quantization(config: Any) -> Mapping[str, Any]:
+    """The quantization_config of the whole model, or else of its decoder alone, as transformers looks for it; empty without one."""
+    return next((found for each in (config, decoder_config(config)) if (found := getattr(each, "quantization_config", None))), {})
+
+
 def fp8_block(config: Any) -> tuple[int, int] | None:
     """Rows and columns that share one FP8 scale, or None where a tensor has one scale for all of it."""
-    block = (getattr(config, "quantization_config", None) or {}).get("weight_block_size")
+    block = quantization(config).get("weight_block_size")
     return None if block is None else (int(block[0]), int(block[1]))
 
 
 def is_fp8(config: Any) -> bool:
     """Whether config.json declares an FP8 checkpoint."""
-    return bool(getattr(config, "quantization_config", None))
+    return bool(quantization(config))
 
 
 _UNSAYABLE = ("Infinity", "-Infinity", "NaN")  # as all that config.json's values are held against a tuple: they may be lists or objects
 
 
-def _untagged(fields: dict[str, Any]) -> Any:
-    """A JSON object; or the number that JSON cannot say, where transformers wrote it as {"__float__": "Infinity"}."""
+def _as_meant(fields: dict[str, Any]) -> Any:
+    """A JSON object without what its caller chooses; or the number that JSON cannot say, which transformers writes as {"__float__": "Infinity"}."""
     tag = fields.get("__float__")
-    return float(tag) if len(fields) == 1 and tag in _UNSAYABLE else fields
+    if len(fields) == 1 and tag in _UNSAYABLE:
+        return float(tag)
+    return {name: value for name, value in fields.items() if name not in CALLER_CHOOSES}
 
 
 def _read_fields(model_type: str, fields: Mapping[str, Any]) -> Any:
@@ -146,15 +160,18 @@ def _read_fields(model_type: str, fields: Mapping[str, Any]) -> Any:
 
 def _contradictory_rope(config: Any, fields: Mapping[str, Any]) -> list[CheckpointError]:
     """The old key `rope_scaling` replaces `rope_parameters` whole, so that its rope_theta falls back to a default without a word."""
-    if not (fields.get("rope_scaling") and fields.get("rope_parameters")):
-        return []
-    without = _read_fields(config.model_type, {name: value for name, value in fields.items() if name != "rope_scaling"})
-    if without.rope_parameters == config.rope_parameters:
+    without = deepcopy(dict(fields))
+    place, of_decoder = "", without
+    for name in path_to_decoder(config):
+        place, of_decoder = f"{place}{name}.", of_decoder.get(name) or {}
+    old, new = of_decoder.pop("rope_scaling", None), of_decoder.get("rope_parameters")
+    taken = getattr(decoder_config(config), "rope_parameters", None)
+    if not (old and new) or decoder_config(_read_fields(config.model_type, without)).rope_parameters == taken:
         return []
     return [
         CheckpointError(
-            f"config.json: rope_scaling = {fields['rope_scaling']} and rope_parameters = {fields['rope_parameters']} contradict each other: "
-            f"transformers would take {config.rope_parameters}.",
+            f"config.json: {place}rope_scaling = {old} and {place}rope_parameters = {new} contradict each other: "
+            f"transformers would take {taken}.",
             "Keep rope_parameters alone, with all that is meant.",
         )
     ]
@@ -168,6 +185,10 @@ def _spell_out_partial_rotary(config: Any) -> None:
     rotary_dim = getattr(config, "rotary_dim", None)
     if config.model_type == "minimax_m2" and rotary_dim is not None:
         config.rope_parameters.setdefault("partial_rotary_factor", rotary_dim / config.head_dim)
+
+
+def _is_known(model_type: str) -> bool:
+    return ALIASES.get(model_type, model_type) in VERIFIED or model_type in MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 
 
 def _unknown_family(model_type: Any) -> CheckpointError:
@@ -222,13 +243,15 @@ def _unsupported_structure(config: Any) -> list[CheckpointError]:
 
 
 def _unsupported_quantization(config: Any) -> list[CheckpointError]:
-    quantization = getattr(config, "quantization_config", None)
-    if not quantization:
+    declared = quantization(config)
+    if not declared:
         return []
-    method = quantization.get("quant_method")
+    if not isinstance(declared, Mapping):
+        return [CheckpointError(f"config.json: quantization_config = {declared!r} is no JSON object.", "Copy the file again.")]
+    method = declared.get("quant_method")
     if method != "fp8":
         return [CheckpointError(f"config.json: quant_method {method!r}.", "m2ray reads BF16, F16, F32 and block-wise FP8 checkpoints.")]
-    block = quantization.get("weight_block_size")
+    block = declared.get("weight_block_size")
     if block is not None and not (
         isinstance(block, list | tuple) and len(block) == 2 and all(isinstance(side, int) and side > 0 for side in block)
     ):

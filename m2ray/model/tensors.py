@@ -12,9 +12,10 @@ from torch import nn
 from m2ray.batches import LayerSpan, Role, TensorRow, TensorTable
 from m2ray.errors import CheckpointError, raise_all
 from m2ray.model.conversion import Conversion, Placement, Source
-from m2ray.model.families import fp8_block, is_fp8
+from m2ray.model.families import fp8_block, is_fp8, quantization
 from m2ray.model.headers import TensorHeader
 from m2ray.model.skeleton import ModelTensor, Skeleton, build_skeleton
+from m2ray.model.towers import decoder_config
 
 SCALE = "_scale_inv"
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -156,16 +157,22 @@ def _unread_reason(skeleton: Skeleton, name: str) -> Role | None:
 
 
 def _is_unused(skeleton: Skeleton, name: str) -> bool:
-    """Whether a name is known to be of no use: layers past the last (multi-token prediction), other heads, scales of activations, and what
-    transformers ignores.
+    """Whether a name is known to be of no use: layers past the last (multi-token prediction), other heads, scales of activations, what is
+    beside a multimodal model's decoder, and what transformers ignores.
     """
     layer = skeleton.layer_of(name)
-    if EXTRA_LAYERS.search(name) or EXTRA_HEADS.search(name) or (layer is not None and layer >= len(skeleton.layers)):
+    if (
+        name.startswith(skeleton.beside)
+        or EXTRA_LAYERS.search(name)
+        or EXTRA_HEADS.search(name)
+        or (layer is not None and layer >= len(skeleton.layers))
+    ):
         return True
     if is_fp8(skeleton.config_on_disk) and ACTIVATION_SCALES.search(name):
         return True
     # Patterns that name a layer by number stand for sizes of the model whose last layer it is; the rule above covers those.
-    patterns = type(skeleton.model)._keys_to_ignore_on_load_unexpected or ()  # noqa: SLF001 - the rule has no public name
+    models = {type(skeleton.model), type(skeleton.decoder)}
+    patterns = [pattern for model in models for pattern in model._keys_to_ignore_on_load_unexpected or ()]  # noqa: SLF001 - not public
     ignored = (pattern for pattern in patterns if not re.search(r"layers\\?\.\d", pattern))
     return any(re.search(pattern, name) for pattern in (*ignored, r"rotary_emb\.inv_freq$"))
 
@@ -215,13 +222,13 @@ def _published_bytes(skeleton: Skeleton, tensor: ModelTensor, key: str, shape: t
         return prod(shape) * 4
     if is_fp8(skeleton.config_on_disk) and _is_quantised(skeleton, tensor, key):
         return prod(shape) + prod(scale_shape(shape, fp8_block(skeleton.config_on_disk))) * 4
-    dtype = skeleton.config_on_disk.dtype
+    dtype = skeleton.config_on_disk.dtype or decoder_config(skeleton.config_on_disk).dtype
     return prod(shape) * (dtype.itemsize if isinstance(dtype, torch.dtype) else 2)
 
 
 def _is_quantised(skeleton: Skeleton, tensor: ModelTensor, key: str) -> bool:
     """What transformers quantises: a layer's linear weights and its experts, unless config.json names the module."""
-    skipped = skeleton.config_on_disk.quantization_config.get("modules_to_not_convert") or ()
+    skipped = quantization(skeleton.config_on_disk).get("modules_to_not_convert") or ()
     if tensor.role != "layer" or any(f".{module}." in f".{key}." for module in skipped):
         return False
     module, _, name = tensor.name.rpartition(".")
