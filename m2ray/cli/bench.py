@@ -72,7 +72,7 @@ def measure(
     rows = [row for row in facts.table.rows if row.layer == layer.number]
     active = active_elements(rows, facts.shape)
     gpu = torch.cuda.get_device_name(0) if device != "cpu" else None
-    say(f"{gpu or 'CPU'}, layer {layer.number} of a {facts.config.model_type} in {compute_dtype}, random weights")
+    say(f"{gpu or 'CPU'}, layer {layer.number} of a {facts.whole_config.model_type} in {compute_dtype}, random weights")
     times: list[LayerTime] = []
     shapes = shapes_of(batch_tokens or _DEFAULT_TOKENS[device], facts.config.max_position_embeddings)
     for is_compiled in (False, True) if (device != "cpu" if compiled is None else compiled) else (False,):
@@ -98,7 +98,7 @@ def measure(
         gpus=len(node.gpus) if gpu else 0,
         cpus=cpus,
         versions=dict(node.versions),
-        model_type=facts.config.model_type,
+        model_type=facts.whole_config.model_type,
         compute_dtype=compute_dtype,
         active_elements=active,
         layer=tuple(times),

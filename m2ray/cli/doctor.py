@@ -68,7 +68,7 @@ def check_model(model: str) -> tuple[list[Finding], int | None]:
         table = tensor_table(checkpoint)
     except M2rayError as error:
         return [Finding("checkpoint_tensors", "problem", model, error.what, error.remedy)], num_bytes
-    what = f"{len(checkpoint.headers):,} tensors in {num_bytes:,} bytes fill {table.num_layers} layers of {checkpoint.config.model_type}."
+    what = f"{len(checkpoint.headers):,} tensors in {num_bytes:,} bytes fill {table.num_layers} layers of {checkpoint.whole_config.model_type}."
     found = [Finding("checkpoint_tensors", "note", model, what)]
     _, index_bytes = read_index(open_store(model))
     if index_bytes not in (None, num_bytes):
