@@ -15,7 +15,7 @@ from m2ray.config import ExtractConfig, parse_layers
 from m2ray.errors import M2rayError, raise_all
 from m2ray.model.attention import resolve_attn_implementation
 from m2ray.model.checkpoint import Checkpoint, open_checkpoint, tensor_table
-from m2ray.model.families import require_positions
+from m2ray.model.families import default_max_length, require_positions
 from m2ray.model.proof import prove
 from m2ray.model.stage import DTYPES
 from m2ray.model.towers import placeholder_tokens
@@ -105,7 +105,7 @@ def look(config: ExtractConfig) -> Inputs:
     of_the_run = recorded.options if recorded else {}
     checkpoint = tried(lambda: open_checkpoint(config.model))
     # What is wrong with the prompts is said beside what is wrong with the model, whose limit is not known then.
-    limit = checkpoint.config.max_position_embeddings if checkpoint else 1
+    limit = default_max_length(checkpoint.config) if checkpoint else 1
     prompts = PromptOptions.of(config, limit, of_the_run.get("template_date"))
     source = tried(lambda: PromptSource.open(prompts))
     if checkpoint is None:

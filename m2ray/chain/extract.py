@@ -253,7 +253,7 @@ def _chain(plan: Plan, stages: Stages, micro_batches_of: Callable[[Shard, int], 
         options.batch_tokens,
         progress.say,
         in_flight_bytes=options.in_flight_bytes,
-        hidden_bytes=plan.demand.table.hidden_size * plan.demand.itemsize_bytes,
+        hidden_bytes=plan.demand.table.handed_bytes(plan.demand.itemsize_bytes),
         timeout_s=options.stage_timeout_s,
     )
 

@@ -1,45 +1,20 @@
-"""The model families that m2ray runs, and config.json of one of them as transformers' configuration."""
+"""config.json as transformers' configuration, and what is known of families: why some are refused by name, and where others are special.
+
+Which of the others run is found by proof (m2ray/model/proof.py); docs/models.md lists what was found.
+"""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from typing import Any
 
+import transformers
 from huggingface_hub.errors import StrictDataclassError
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 
 from m2ray.errors import CheckpointError, ConfigError, raise_all
-from m2ray.model.towers import decoder_config, path_to_decoder
-
-VERIFIED = (
-    "cohere2",
-    "deepseek_v3",
-    "gemma",
-    "gemma2",
-    "gemma3_text",
-    "glm4_moe",
-    "gpt2",
-    "gpt_neox",
-    "gpt_oss",
-    "granite",
-    "llama",
-    "minimax_m2",
-    "mistral",
-    "mixtral",
-    "olmo2",
-    "olmo3",
-    "olmoe",
-    "opt",
-    "phi",
-    "phi3",
-    "qwen2",
-    "qwen2_moe",
-    "qwen3",
-    "qwen3_moe",
-    "smollm3",
-)
-"""Each is proved by tests/unit/test_numerics.py: a chain of stages equals transformers' own model bitwise."""
+from m2ray.model.boundary import why_uncuttable
+from m2ray.model.towers import decoder_config, is_language_model, path_to_decoder
 
 KEEPS_FP32 = {"minimax_m2": ("mlp.gate.weight", "mlp.e_score_correction_bias")}
 """Tensors that stay in float32 beyond what transformers keeps: a router in bfloat16 picks other experts.
@@ -47,11 +22,11 @@ KEEPS_FP32 = {"minimax_m2": ("mlp.gate.weight", "mlp.e_score_correction_bias")}
 MiniMax-M2's are float32 on disk, and its modelling code computes with whatever dtype they have.
 """
 
+NEEDED_FIELDS = ("num_hidden_layers", "hidden_size", "vocab_size")
+"""Without them a configuration is not that of a stack of decoder layers."""
+
 LEARNED_POSITIONS = ("gpt2", "opt")
 """Families that look positions up in a table: there is none past its end, where others go on turning."""
-
-SHARED_STATE = ("num_kv_shared_layers", "hidden_size_per_layer_input")
-"""Config fields of families whose layers hand more than one hidden state to the next: no stage boundary can be cut."""
 
 TEXT_TOWERS = ("text_config", "decoder", "language_config", "llm_config", "thinker_config")
 """Config fields that hold the configuration of the decoder inside a larger model."""
@@ -81,7 +56,7 @@ def parse_config(text: bytes) -> Any:
     if not isinstance(fields, dict):
         raise CheckpointError("config.json is not a JSON object.", "Copy the file again.")
     model_type = fields.get("model_type")
-    if not isinstance(model_type, str) or not _is_known(model_type):
+    if not isinstance(model_type, str) or ALIASES.get(model_type, model_type) not in CONFIG_MAPPING:
         raise _unknown_family(model_type)
     if not isinstance(fields.get("quantization_config") or {}, dict):
         raise CheckpointError(
@@ -93,6 +68,7 @@ def parse_config(text: bytes) -> Any:
         [
             *_contradictory_rope(config, fields),
             *_not_causal(config.to_dict()),
+            *_no_decoder(config),
             *_unsupported_structure(decoder),
             *_unsupported_quantization(config),
         ]
@@ -114,9 +90,21 @@ def expected_rotary_dim(config: Any) -> int | None:
     return int(head_dim * factor)
 
 
+def keeps_fp32(config: Any) -> Callable[[str], bool]:
+    """Whether a tensor of the model stays in float32 beyond what transformers keeps, by its name."""
+    endings = KEEPS_FP32.get(config.model_type, ())
+    return lambda name: name.endswith(endings)
+
+
+def default_max_length(config: Any) -> int:
+    """The longest sequence in tokens that a model is made for; where its configuration names none, as of recurrent ones, 2**20."""
+    positions = getattr(config, "max_position_embeddings", None)
+    return positions if type(positions) is int and positions > 0 else 2**20
+
+
 def require_positions(config: Any, max_length: int | None) -> None:
     """Raise ConfigError for sequences longer than the positions that a model has; None is for as long as it takes."""
-    positions = config.max_position_embeddings
+    positions = default_max_length(config)
     if config.model_type in LEARNED_POSITIONS and max_length is not None and max_length > positions:
         raise ConfigError(
             f"max_length = {max_length}, but a {config.model_type} of config.json has learned {positions} positions.",
@@ -187,17 +175,15 @@ def _spell_out_partial_rotary(config: Any) -> None:
         config.rope_parameters.setdefault("partial_rotary_factor", rotary_dim / config.head_dim)
 
 
-def _is_known(model_type: str) -> bool:
-    return ALIASES.get(model_type, model_type) in VERIFIED or model_type in MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
-
-
 def _unknown_family(model_type: Any) -> CheckpointError:
-    remedy = f"It runs {', '.join(VERIFIED)}."
     if model_type is None:
-        return CheckpointError("config.json has no model_type.", remedy)
-    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
-        return CheckpointError(f"config.json: transformers knows no model_type {model_type!r}, so m2ray cannot run it.", remedy)
-    return CheckpointError(f"config.json: m2ray has not verified model_type {model_type!r} layer by layer, so it does not run it.", remedy)
+        return CheckpointError(
+            "config.json has no model_type.", "Give a model that transformers knows; code beside a checkpoint is never run."
+        )
+    return CheckpointError(
+        f"config.json: transformers {transformers.__version__} knows no model_type {model_type!r}, so m2ray cannot run it.",
+        "Install a transformers that knows it; code beside a checkpoint is never run.",
+    )
 
 
 def _not_causal(fields: Mapping[str, Any], place: str = "") -> list[CheckpointError]:
@@ -222,13 +208,7 @@ def _not_causal(fields: Mapping[str, Any], place: str = "") -> list[CheckpointEr
 
 
 def _unsupported_structure(config: Any) -> list[CheckpointError]:
-    problems = [
-        CheckpointError(
-            f"config.json: {field} = {getattr(config, field)}: its layers share state across stage boundaries.", "m2ray cannot cut it."
-        )
-        for field in SHARED_STATE
-        if getattr(config, field, None)
-    ]
+    problems = [CheckpointError(f"config.json: {reason}.", "m2ray cannot cut it into stages.") for reason in why_uncuttable(config)]
     rope = getattr(config, "rope_parameters", None) or {}
     for parameters in [rope, *(nested for nested in rope.values() if isinstance(nested, dict))]:
         rope_type = parameters.get("rope_type")
@@ -240,6 +220,18 @@ def _unsupported_structure(config: Any) -> list[CheckpointError]:
                 )
             )
     return problems
+
+
+def _no_decoder(config: Any) -> Iterator[CheckpointError]:
+    """Models that are no stack of decoder layers, before anything is built of them."""
+    if config.is_encoder_decoder:
+        yield CheckpointError(f"config.json: a {config.model_type} has an encoder beside its decoder.", "m2ray runs decoder-only models.")
+    elif not is_language_model(config):
+        yield CheckpointError(f"config.json: transformers has no language model of model_type {config.model_type!r}.")
+    elif absent := [name for name in NEEDED_FIELDS if type(getattr(decoder_config(config), name, None)) is not int]:
+        yield CheckpointError(
+            f"config.json: a {config.model_type} configuration has no {' and no '.join(absent)}.", "m2ray runs one stack of decoder layers."
+        )
 
 
 def _unsupported_quantization(config: Any) -> list[CheckpointError]:

@@ -37,10 +37,15 @@ def decoder_config(config: Any) -> Any:
         raise CheckpointError(f"config.json: which decoder of a {config.model_type} is meant cannot be told: {error}") from error
 
 
+def is_plain(config: Any) -> bool:
+    """Whether a configuration is a decoder's itself."""
+    return decoder_config(config) is config
+
+
 def path_to_decoder(config: Any) -> tuple[str, ...]:
     """The fields that lead from a configuration to its decoder's: none for a plain decoder."""
     wanted = decoder_config(config)
-    if wanted is config:
+    if is_plain(config):
         return ()
     for name in config.sub_configs:
         inner = getattr(config, name, None)
@@ -53,11 +58,16 @@ def path_to_decoder(config: Any) -> tuple[str, ...]:
     )
 
 
+def is_language_model(config: Any) -> bool:
+    """Whether transformers has a model of this configuration that gives text."""
+    return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING
+
+
 def model_maker(config: Any) -> Any:
     """The class of transformers that builds and loads the whole model of a configuration."""
-    is_plain = decoder_config(config) is config
-    is_causal, is_multimodal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING, type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING
-    return AutoModelForMultimodalLM if is_multimodal and not (is_plain and is_causal) else AutoModelForCausalLM
+    if type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING and not (is_plain(config) and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING):
+        return AutoModelForMultimodalLM
+    return AutoModelForCausalLM
 
 
 def decoder_class(config: Any) -> Any:
@@ -67,14 +77,14 @@ def decoder_class(config: Any) -> Any:
     return next((mapping[type(each)] for each in configs for mapping in mappings if type(each) in mapping), None)
 
 
-def find_decoder(model: Any, config: Any) -> tuple[str, Any]:
-    """The module of `model` that runs, and its dotted name: the base of a causal language model, the text tower of a multimodal one.
+def find_decoder(model: Any) -> tuple[str, Any]:
+    """The dotted name and the module that runs: the base of a causal language model, the text tower of a multimodal one.
 
     Raises:
         CheckpointError: the model keeps its text tower where none is looked for.
     """
-    wanted = decoder_config(config)
-    if wanted is config:
+    wanted = decoder_config(model.config)
+    if is_plain(model.config):
         return ("" if model.base_model is model else model.base_model_prefix), model.base_model
     decoder = model.get_decoder()
     while decoder.base_model is not decoder:
