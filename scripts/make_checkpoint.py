@@ -34,7 +34,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from m2ray.errors import ConfigError, M2rayError, raise_all
-from m2ray.model.towers import decoder_config, model_maker
+from m2ray.model.towers import decoder_config, model_class
 from m2ray.sizes import parse_bytes
 
 # Options and their config fields, unless the config has a field of the option's name.
@@ -192,7 +192,7 @@ def plan_tensors(config: Mapping[str, Any], layout: Literal["hub", "fused"] = "h
     with torch.device("meta"):
         plain = {key: value for key, value in deepcopy(dict(config)).items() if key != "quantization_config"}
         resolved = CONFIG_MAPPING[config["model_type"]].from_dict(plain)
-        model = model_maker(resolved).from_config(resolved)
+        model = model_class(resolved)(resolved)
     tensors: list[StoredTensor] = []
     for name, skeleton in model.state_dict().items():
         if name in model.all_tied_weights_keys:

@@ -112,7 +112,7 @@ def look(config: ExtractConfig) -> Inputs:
         raise_all(problems)
     assert checkpoint is not None
     tried(checkpoint.check)
-    tried(lambda: prove(checkpoint.config))
+    tried(lambda: prove(checkpoint.whole_config))
     tried(lambda: require_positions(checkpoint.config, config.max_length))
     tried(lambda: parse_layers(config.layers, checkpoint.config.num_hidden_layers))
     no_text = placeholder_tokens(checkpoint.whole_config)

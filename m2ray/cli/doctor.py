@@ -64,7 +64,7 @@ def check_model(model: str) -> tuple[list[Finding], int | None]:
         return [Finding("checkpoint_files", "problem", model, error.what, error.remedy)], None
     num_bytes = sum(header.num_bytes for header in checkpoint.headers.values())
     try:
-        prove(checkpoint.config)
+        prove(checkpoint.whole_config)
         table = tensor_table(checkpoint)
     except M2rayError as error:
         return [Finding("checkpoint_tensors", "problem", model, error.what, error.remedy)], num_bytes

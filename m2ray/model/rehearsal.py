@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging
 
@@ -21,7 +20,9 @@ from m2ray.model.decoder import DecoderSpan
 from m2ray.model.families import keeps_fp32
 from m2ray.model.headers import read_file_header
 from m2ray.model.skeleton import QUIET, build_skeleton, find_layers, hidden_of
-from m2ray.model.tiny import VOCABULARY, tiny_copies
+from m2ray.model.tiny import VOCABULARY
+from m2ray.model.tiny_towers import tiny_wholes
+from m2ray.model.towers import decoder_config, is_plain, model_class
 from m2ray.model.weights import load_weights
 from m2ray.storage import open_store
 
@@ -30,6 +31,7 @@ _COMMON = 12
 """Tokens of the long prompt, of the short one that is padded beside it, and of the prefix that two long ones have in common."""
 
 _MOST_PARAMETERS = 30_000_000
+"""Of the decoder; as many may be around it."""
 
 NOT_RUN = (
     ArithmeticError,
@@ -56,10 +58,10 @@ class Rehearsal:
 
     def __init__(self, tiny: Any, seed: int, folder: Path) -> None:
         self.tiny = tiny
-        self.num_layers: int = tiny.num_hidden_layers
+        self.num_layers: int = decoder_config(tiny).num_hidden_layers
         self.token_counts = (_LONG, _SHORT)
         self._folder = folder
-        self._model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(tiny)]
+        self._model_class = model_class(tiny)
         model = _random_model(self._model_class, tiny, seed)
         self._values = {name: tensor for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys}
         self._published = {key: tensor.contiguous() for key, tensor in revert_weight_conversion(model, dict(self._values)).items()}
@@ -76,15 +78,7 @@ class Rehearsal:
         Raises:
             ArithmeticError: the random weights overflow.
         """
-        model = self._load(dtype)
-        outputs: list[torch.Tensor] = []
-        hooks = [
-            layer.register_forward_hook(lambda _, __, output: outputs.append(hidden_of(output).clone())) for layer in find_layers(model)[1]
-        ]
-        with torch.inference_mode():
-            model.base_model(input_ids=self._token_ids_BT, use_cache=False)
-        for hook in hooks:
-            hook.remove()
+        outputs = _run(self._load(dtype), self._token_ids_BT)
         if not all(output[row, :count].isfinite().all() for output in outputs for row, count in enumerate(self.token_counts)):
             raise ArithmeticError("random weights overflow")
         return outputs
@@ -92,13 +86,9 @@ class Rehearsal:
     def moved_rows(self) -> dict[str, float]:
         """By how much of their norm, at most, rows of the last layer move that should not, by what was changed (transformers, float32)."""
         model = self._load(torch.float32)
-        with torch.inference_mode():
-            rows_BTH, others_BTH, alone_BTH = (
-                model.base_model(
-                    input_ids=ids_BT, position_ids=torch.arange(ids_BT.shape[1])[None], attention_mask=None, use_cache=False
-                ).last_hidden_state
-                for ids_BT in (self._token_ids_BT, self._others_BT, self._token_ids_BT[1:, :_SHORT])
-            )
+        rows_BTH, others_BTH, alone_BTH = (
+            _run(model, ids_BT)[-1] for ids_BT in (self._token_ids_BT, self._others_BT, self._token_ids_BT[1:, :_SHORT])
+        )
         return {
             "when only the tokens after them change": _moved(rows_BTH[0, :_COMMON], others_BTH[0, :_COMMON]),
             "between the prompt alone and right-padded beside a longer one": _moved(rows_BTH[1, :_SHORT], alone_BTH[0]),
@@ -119,15 +109,11 @@ class Rehearsal:
         return outputs
 
     def _load(self, dtype: torch.dtype) -> Any:
+        config = deepcopy(self.tiny)
+        decoder_config(config)._attn_implementation = resolve_attn_implementation(self.tiny, "auto", dtype)  # noqa: SLF001 - no public name
         with _quietly():
-            model = self._model_class.from_pretrained(
-                None,
-                config=deepcopy(self.tiny),
-                state_dict=dict(self._published),
-                dtype=dtype,
-                attn_implementation=resolve_attn_implementation(self.tiny, "auto", dtype),
-            ).eval()
-        for name in filter(keeps_fp32(self.tiny), self._values):  # beyond what transformers keeps
+            model = self._model_class.from_pretrained(None, config=config, state_dict=dict(self._published), dtype=dtype).eval()
+        for name in filter(keeps_fp32(decoder_config(self.tiny)), self._values):  # beyond what transformers keeps
             owner, _, leaf = name.rpartition(".")
             tensor = getattr(model.get_submodule(owner), leaf)
             tensor.data = self._values[name].float()
@@ -142,7 +128,7 @@ def rehearse(config: Any, seed: int, folder: Path) -> Rehearsal:
     """
     reason = ""
     try:
-        for tiny in tiny_copies(config):
+        for tiny in tiny_wholes(config):
             try:
                 rehearsal = Rehearsal(tiny, seed, folder)
                 rehearsal.by_transformers(torch.float32)
@@ -158,17 +144,18 @@ def rehearse(config: Any, seed: int, folder: Path) -> Rehearsal:
     )
 
 
-def _random_model(model_class: Any, tiny: Any, seed: int) -> Any:
+def _random_model(made_of: Any, tiny: Any, seed: int) -> Any:
     """The model that transformers makes of a tiny configuration in float32, with weights that make every layer matter."""
     for field in QUIET:
-        setattr(tiny, field, False)
+        setattr(decoder_config(tiny), field, False)
     with torch.device("meta"):
-        num_parameters = sum(parameter.numel() for parameter in model_class._from_config(deepcopy(tiny)).parameters())  # noqa: SLF001
-    if num_parameters > _MOST_PARAMETERS:
+        on_meta = made_of._from_config(deepcopy(tiny))  # noqa: SLF001 - as AutoModelForCausalLM calls it
+    num_parameters = sum(parameter.numel() for parameter in on_meta.parameters())
+    if num_parameters > (_MOST_PARAMETERS if is_plain(tiny) else 2 * _MOST_PARAMETERS):
         raise ValueError(f"a tiny {tiny.model_type} still has {num_parameters:,} parameters")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = model_class._from_config(deepcopy(tiny), dtype=torch.float32).eval()  # noqa: SLF001 - as AutoModelForCausalLM calls it
+        model = made_of._from_config(deepcopy(tiny), dtype=torch.float32).eval()  # noqa: SLF001 - as AutoModelForCausalLM calls it
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for tensor in model.state_dict().values():
@@ -177,12 +164,24 @@ def _random_model(model_class: Any, tiny: Any, seed: int) -> Any:
             elif tensor.is_floating_point():
                 tensor.add_(torch.empty_like(tensor).normal_(0, 0.1, generator=generator))
             elif tensor.dtype == torch.int64 and tensor.dim() >= 2:  # which experts a token goes to
-                tensor.random_(0, getattr(tiny, "num_local_experts", 1), generator=generator)
+                tensor.random_(0, getattr(decoder_config(tiny), "num_local_experts", 1), generator=generator)
     return model
 
 
+def _run(model: Any, token_ids_BT: torch.Tensor) -> list[torch.Tensor]:
+    """Each layer's output [B, T, H] where transformers' own model is given text."""
+    outputs: list[torch.Tensor] = []
+    layers = find_layers(model)[1]
+    hooks = [layer.register_forward_hook(lambda _, __, output: outputs.append(hidden_of(output).clone())) for layer in layers]
+    with torch.inference_mode():
+        (model.base_model if is_plain(model.config) else model)(input_ids=token_ids_BT, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return outputs
+
+
 def _vocabulary(tiny: Any) -> int:
-    return min(VOCABULARY, int(tiny.vocab_size)) - 1
+    return min(VOCABULARY, int(decoder_config(tiny).vocab_size)) - 1
 
 
 def _moved(one_TH: torch.Tensor, other_TH: torch.Tensor) -> float:

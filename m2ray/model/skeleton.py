@@ -15,7 +15,7 @@ from m2ray.batches import LayerSpan, Role
 from m2ray.errors import CheckpointError, ConfigError
 from m2ray.model.attention import resolve_attn_implementation
 from m2ray.model.families import keeps_fp32
-from m2ray.model.towers import decoder_config, find_decoder, is_plain, model_maker
+from m2ray.model.towers import decoder_config, find_decoder, is_plain, model_class
 
 QUIET = ("output_hidden_states", "output_attentions", "output_router_logits", "use_cache")
 """Config fields that make a forward pass keep more than its hidden states."""
@@ -109,7 +109,8 @@ def build_skeleton(config: Any, compute_dtype: torch.dtype, attn_implementation:
     config._attn_implementation = chosen  # noqa: SLF001 - the decoder's alone: another tower may not have it
     try:
         with torch.device("meta"):
-            model = model_maker(whole).from_config(whole, dtype=compute_dtype).eval().requires_grad_(False)
+            made = model_class(whole)._from_config(whole, dtype=compute_dtype)  # noqa: SLF001 - as transformers' Auto classes call it
+        model = made.eval().requires_grad_(False)
     except ImportError as error:
         raise ConfigError(f"attn_implementation = {chosen!r} on this machine: {error}", 'Use "auto" or "eager".') from error
     except (AssertionError, AttributeError, IndexError, ValueError, TypeError, KeyError) as error:

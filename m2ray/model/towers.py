@@ -11,8 +11,6 @@ from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MULTIMODAL_LM_MAPPING,
     MODEL_MAPPING,
-    AutoModelForCausalLM,
-    AutoModelForMultimodalLM,
 )
 
 from m2ray.errors import CheckpointError
@@ -63,11 +61,12 @@ def is_language_model(config: Any) -> bool:
     return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING
 
 
-def model_maker(config: Any) -> Any:
+def model_class(config: Any) -> Any:
     """The class of transformers that builds and loads the whole model of a configuration."""
-    if type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING and not (is_plain(config) and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING):
-        return AutoModelForMultimodalLM
-    return AutoModelForCausalLM
+    is_causal, is_multimodal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING, type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING
+    return (MODEL_FOR_MULTIMODAL_LM_MAPPING if is_multimodal and not (is_causal and is_plain(config)) else MODEL_FOR_CAUSAL_LM_MAPPING)[
+        type(config)
+    ]
 
 
 def decoder_class(config: Any) -> Any:
