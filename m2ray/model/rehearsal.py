@@ -1,7 +1,7 @@
 """A tiny model with random weights: its rows as transformers computes them, and as a chain of stages does from the same checkpoint."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from itertools import pairwise
 from pathlib import Path
@@ -22,7 +22,7 @@ from m2ray.model.headers import read_file_header
 from m2ray.model.skeleton import QUIET, build_skeleton, find_layers, hidden_of
 from m2ray.model.tiny import VOCABULARY
 from m2ray.model.tiny_towers import tiny_wholes
-from m2ray.model.towers import decoder_config, is_plain, model_class
+from m2ray.model.towers import decoder_config, find_decoder, is_plain, model_class
 from m2ray.model.weights import load_weights
 from m2ray.storage import open_store
 
@@ -31,7 +31,7 @@ _COMMON = 12
 """Tokens of the long prompt, of the short one that is padded beside it, and of the prefix that two long ones have in common."""
 
 _MOST_PARAMETERS = 30_000_000
-"""Of the decoder; as many may be around it."""
+"""Of a decoder; a multimodal model may have five times as many."""
 
 NOT_RUN = (
     ArithmeticError,
@@ -151,7 +151,7 @@ def _random_model(made_of: Any, tiny: Any, seed: int) -> Any:
     with torch.device("meta"):
         on_meta = made_of._from_config(deepcopy(tiny))  # noqa: SLF001 - as AutoModelForCausalLM calls it
     num_parameters = sum(parameter.numel() for parameter in on_meta.parameters())
-    if num_parameters > (_MOST_PARAMETERS if is_plain(tiny) else 2 * _MOST_PARAMETERS):
+    if num_parameters > (_MOST_PARAMETERS if is_plain(tiny) else 5 * _MOST_PARAMETERS):
         raise ValueError(f"a tiny {tiny.model_type} still has {num_parameters:,} parameters")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -173,11 +173,20 @@ def _run(model: Any, token_ids_BT: torch.Tensor) -> list[torch.Tensor]:
     outputs: list[torch.Tensor] = []
     layers = find_layers(model)[1]
     hooks = [layer.register_forward_hook(lambda _, __, output: outputs.append(hidden_of(output).clone())) for layer in layers]
-    with torch.inference_mode():
-        (model.base_model if is_plain(model.config) else model)(input_ids=token_ids_BT, use_cache=False)
+    hooks.append(find_decoder(model)[1].register_forward_hook(_end))
+    with suppress(_DecoderDone), torch.inference_mode():
+        model(input_ids=token_ids_BT, use_cache=False)
     for hook in hooks:
         hook.remove()
     return outputs
+
+
+class _DecoderDone(Exception):  # noqa: N818 - no error
+    """Ends a model's forward pass once its decoder has run: what the head makes of it is nobody's."""
+
+
+def _end(*_: Any) -> None:
+    raise _DecoderDone
 
 
 def _vocabulary(tiny: Any) -> int:
