@@ -13,6 +13,7 @@ VOCABULARY = 128
 _WIDTH = 64
 _RANK = 32
 _KV_HEADS = 2
+_MOST_SHARED = 16
 _INDEX_HEADS = 16
 _WIDTH_PER_HEAD = 16
 _BLOCK, _BLOCKS = 4, 2
@@ -120,7 +121,8 @@ def _narrow(tiny: Any, config: Any) -> None:
     if heads:
         kv_heads = _size(config, "num_key_value_heads") or heads
         if heads % kv_heads == 0:
-            tiny.num_attention_heads = min(kv_heads, _KV_HEADS) * (heads // kv_heads)
+            shared_by = heads // kv_heads
+            tiny.num_attention_heads = min(kv_heads, _KV_HEADS) * (_MOST_SHARED if shared_by % _MOST_SHARED == 0 else shared_by)
             if _size(config, "num_key_value_heads"):
                 tiny.num_key_value_heads = min(kv_heads, _KV_HEADS)
         width = config.hidden_size // heads  # is a head's size where none is given
