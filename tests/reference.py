@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from m2ray.batches import LayerSpan, MicroBatch
@@ -43,6 +43,18 @@ MINIMAX_TINY = {
 }
 """Dimensions that FP8 blocks of 128 divide, and layers enough for five uneven spans."""
 
+M3_TINY = {
+    "layers": 6,
+    "hidden_size": 128,
+    "intermediate_size": 64,
+    "num_experts": 8,
+    "num_heads": 8,
+    "num_kv_heads": 4,
+    "head_dim": 32,
+    "vocab_size": 512,
+}
+"""Of MiniMax-M3: three dense layers with full attention, and three of experts with block-sparse attention."""
+
 LENGTHS = (9, 23, 1, 17, 4)
 """Of the sequences of a micro-batch: mixed, one of a single token."""
 
@@ -51,6 +63,15 @@ def make_minimax(folder: Path, fmt: str, layout: str = "hub") -> Path:
     """A tiny MiniMax-M2 checkpoint in several files. All formats and layouts hold the same values."""
     config = json.loads((DATA / "minimax_m2" / "config.json").read_text())
     make_checkpoint(folder, config, overrides=MINIMAX_TINY, fmt=fmt, layout=layout, seed=11, max_shard_bytes=2_000_000)
+    return folder
+
+
+def make_m3(folder: Path) -> Path:
+    """A tiny MiniMax-M3, a multimodal model, with the fields of its release but for sizes; prompts are longer than the blocks it attends to."""
+    config = json.loads((DATA / "minimax_m3" / "config.json").read_text())
+    config["text_config"]["sparse_attention_config"] |= {"sparse_block_size": 4, "sparse_topk_blocks": 2, "sparse_index_dim": 32}
+    config["vision_config"] |= {"hidden_size": 160, "num_attention_heads": 2, "intermediate_size": 64}
+    make_checkpoint(folder, config, overrides=M3_TINY, fmt="bf16", seed=3, max_shard_bytes=1_000_000)
     return folder
 
 
@@ -91,7 +112,8 @@ def load_reference(folder: Path, dtype: torch.dtype, attn_implementation: str | 
         config.quantization_config["dequantize"] = True
     if getattr(config, "attn_logit_softcapping", None):  # transformers before 5.23 lets sdpa drop the cap
         attn_implementation = attn_implementation or "eager"
-    model, info = AutoModelForCausalLM.from_pretrained(
+    maker = AutoModelForImageTextToText if hasattr(config, "text_config") else AutoModelForCausalLM
+    model, info = maker.from_pretrained(
         folder,
         config=config,
         dtype=torch.bfloat16 if is_minimax else dtype,
@@ -130,7 +152,8 @@ def micro_batch_of(lengths: Sequence[int], vocab_size: int, seed: int = 0, pad_t
 
 def vocab_size(folder: Path) -> int:
     """A checkpoint's."""
-    return int(json.loads((folder / "config.json").read_text())["vocab_size"])
+    config = json.loads((folder / "config.json").read_text())
+    return int(config.get("text_config", config)["vocab_size"])
 
 
 def alone(micro_batch: MicroBatch, row: int) -> MicroBatch:
@@ -147,7 +170,8 @@ def reference_rows(model: Any, micro_batch: MicroBatch) -> list[torch.Tensor]:
     Of several residual streams the row is all of them, [N, S * H].
     """
     base = model.base_model
-    layers = base.h if hasattr(base, "h") else base.decoder.layers if hasattr(base, "decoder") else base.layers
+    inner = getattr(base, "language_model", base)
+    layers = inner.h if hasattr(inner, "h") else inner.decoder.layers if hasattr(inner, "decoder") else inner.layers
     outputs: list[torch.Tensor] = []
 
     def keep(_: torch.nn.Module, __: Any, output: Any) -> None:
