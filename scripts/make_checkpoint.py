@@ -30,7 +30,8 @@ import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
-from transformers.core_model_loading import revert_weight_conversion
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import PrefixChange, revert_weight_conversion
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from m2ray.errors import ConfigError, M2rayError, raise_all
@@ -193,6 +194,9 @@ def plan_tensors(config: Mapping[str, Any], layout: Literal["hub", "fused"] = "h
         plain = {key: value for key, value in deepcopy(dict(config)).items() if key != "quantization_config"}
         resolved = CONFIG_MAPPING[config["model_type"]].from_dict(plain)
         model = model_class(resolved)(resolved)
+    # What transformers reverts a name by. It would walk through the whole model to find it, for each name again.
+    published = get_model_conversion_mapping(model, add_legacy=False)
+    model._weight_conversions = [entry for entry in published if not isinstance(entry, PrefixChange)]  # noqa: SLF001 - not public
     tensors: list[StoredTensor] = []
     for name, skeleton in model.state_dict().items():
         if name in model.all_tied_weights_keys:

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -82,9 +82,20 @@ def minimax_config(**fields: object) -> Any:
 
 def make_family(folder: Path, model_type: str, dtype: torch.dtype = torch.float32, **changed: object) -> Path:
     """A tiny checkpoint of a family, `changed` fields of its configuration apart, saved by transformers from weights that make every layer matter."""
-    fields = {**json.loads((DATA / "families" / f"{model_type}.json").read_text()), **changed}
+    return _save_random(
+        folder, {**json.loads((DATA / "families" / f"{model_type}.json").read_text()), **changed}, AutoModelForCausalLM, dtype
+    )
+
+
+def make_wrapper(folder: Path, model_type: str) -> Path:
+    """The same of a multimodal model, its other towers included."""
+    fields = json.loads((DATA / "wrappers" / f"{model_type}.json").read_text())
+    return _save_random(folder, fields, AutoModelForImageTextToText, torch.float32)
+
+
+def _save_random(folder: Path, fields: dict[str, Any], maker: Any, dtype: torch.dtype) -> Path:
     torch.manual_seed(5)
-    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type].from_dict(fields), dtype=torch.float32)
+    model = maker.from_config(CONFIG_MAPPING[fields["model_type"]].from_dict(fields), dtype=torch.float32)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
@@ -171,6 +182,7 @@ def reference_rows(model: Any, micro_batch: MicroBatch) -> list[torch.Tensor]:
     """
     base = model.base_model
     inner = getattr(base, "language_model", base)
+    inner = getattr(inner, "model", inner)
     layers = inner.h if hasattr(inner, "h") else inner.decoder.layers if hasattr(inner, "decoder") else inner.layers
     outputs: list[torch.Tensor] = []
 
@@ -178,12 +190,22 @@ def reference_rows(model: Any, micro_batch: MicroBatch) -> list[torch.Tensor]:
         outputs.append((output[0] if isinstance(output, tuple) else output).flatten(2).clone())
 
     hooks = [layer.register_forward_hook(keep) for layer in layers]
-    with torch.inference_mode():
+    if inner is not base:  # a multimodal model, of which what comes after the text tower does not count
+        hooks.append(inner.register_forward_hook(_end))
+    with torch.inference_mode(), suppress(_TowerDone):
         base(input_ids=torch.from_numpy(micro_batch.token_ids_BT).long(), use_cache=False)
     for hook in hooks:
         hook.remove()
     is_real_BT = torch.arange(micro_batch.token_ids_BT.shape[1]) < torch.from_numpy(micro_batch.token_counts)[:, None]
     return [output[is_real_BT] for output in outputs]
+
+
+class _TowerDone(Exception):  # noqa: N818 - no error
+    """Llama 4 of transformers 5.24 fails at what it makes of its text tower's output."""
+
+
+def _end(*_: object) -> None:
+    raise _TowerDone
 
 
 def load_capturing(spec: StageSpec, layers: Iterable[int] | None = None, store_dtype: str | None = None) -> Stage:

@@ -58,10 +58,11 @@ def parse_config(text: bytes) -> Any:
     model_type = fields.get("model_type")
     if not isinstance(model_type, str) or ALIASES.get(model_type, model_type) not in CONFIG_MAPPING:
         raise _unknown_family(model_type)
-    if not isinstance(fields.get("quantization_config") or {}, dict):
-        raise CheckpointError(
-            f"config.json: quantization_config = {fields['quantization_config']!r} is no JSON object.", "Copy the file again."
-        )
+    for each in (fields, *(fields[name] for name in TEXT_TOWERS if isinstance(fields.get(name), dict))):
+        if not isinstance(each.get("quantization_config") or {}, dict):
+            raise CheckpointError(
+                f"config.json: quantization_config = {each['quantization_config']!r} is no JSON object.", "Copy the file again."
+            )
     config = _read_fields(ALIASES.get(model_type, model_type), fields)
     decoder = decoder_config(config)
     raise_all(
@@ -238,8 +239,6 @@ def _unsupported_quantization(config: Any) -> list[CheckpointError]:
     declared = quantization(config)
     if not declared:
         return []
-    if not isinstance(declared, Mapping):
-        return [CheckpointError(f"config.json: quantization_config = {declared!r} is no JSON object.", "Copy the file again.")]
     method = declared.get("quant_method")
     if method != "fp8":
         return [CheckpointError(f"config.json: quant_method {method!r}.", "m2ray reads BF16, F16, F32 and block-wise FP8 checkpoints.")]

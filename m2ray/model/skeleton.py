@@ -168,7 +168,7 @@ def find_layers(model: Any) -> tuple[str, nn.ModuleList]:
 
 
 def _not_text(model: Any, decoder_name: str) -> tuple[str, ...]:
-    """The beginnings of the names of what a multimodal model has beside its decoder and its head."""
+    """The beginnings of the names of what a multimodal model has beside its decoder and its head, with and without the base model's."""
     head, steps = model.get_output_embeddings(), decoder_name.split(".")
     beginnings = []
     for outer in (".".join(steps[:number]) for number in range(len(steps))):
@@ -176,7 +176,8 @@ def _not_text(model: Any, decoder_name: str) -> tuple[str, ...]:
         own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
         beginnings += [f"{place}{name}" for name, _ in own]
         beginnings += [f"{place}{name}." for name, child in module.named_children() if child is not head]
-    return tuple(each for each in beginnings if not f"{decoder_name}.".startswith(each))
+    beside = [each for each in beginnings if not f"{decoder_name}.".startswith(each)]
+    return tuple({*beside, *(each.removeprefix(f"{model.base_model_prefix}.") for each in beside)})
 
 
 def _owns_tensors(module: nn.Module) -> bool:
