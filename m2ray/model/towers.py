@@ -11,6 +11,7 @@ from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MULTIMODAL_LM_MAPPING,
     MODEL_MAPPING,
+    PreTrainedConfig,
 )
 
 from m2ray.errors import CheckpointError
@@ -30,9 +31,10 @@ def decoder_config(config: Any) -> Any:
     if config.is_encoder_decoder:
         return config
     try:
-        return config.get_text_config(decoder=True)
+        found = config.get_text_config(decoder=True)
     except ValueError as error:
         raise CheckpointError(f"config.json: which decoder of a {config.model_type} is meant cannot be told: {error}") from error
+    return found if isinstance(found, PreTrainedConfig) else config  # some families keep a field of such a name as it is
 
 
 def is_plain(config: Any) -> bool:
