@@ -15,7 +15,7 @@ from m2ray.config import ExtractConfig, parse_layers
 from m2ray.errors import M2rayError, raise_all
 from m2ray.model.attention import resolve_attn_implementation
 from m2ray.model.checkpoint import Checkpoint, open_checkpoint, tensor_table
-from m2ray.model.families import default_max_length, require_positions
+from m2ray.model.families import default_max_length, require_dtype, require_positions
 from m2ray.model.proof import prove
 from m2ray.model.stage import DTYPES
 from m2ray.model.towers import placeholder_tokens
@@ -114,6 +114,7 @@ def look(config: ExtractConfig) -> Inputs:
     tried(checkpoint.check)
     tried(lambda: prove(checkpoint.whole_config))
     tried(lambda: require_positions(checkpoint.config, config.max_length))
+    tried(lambda: require_dtype(checkpoint.config, config.compute_dtype))
     tried(lambda: parse_layers(config.layers, checkpoint.config.num_hidden_layers))
     no_text = placeholder_tokens(checkpoint.whole_config)
     tokenizer = tried(lambda: PromptTokenizer.load(config.model, prompts, checkpoint.config.vocab_size, no_text))

@@ -83,11 +83,12 @@ def make_plan(config: PlanConfig) -> tuple[Plan, dict[str, Any]]:
     cluster = parse_gpus(config.gpus) if config.gpus else None
     profile = _profile(config.profile) if config.profile else None
     from m2ray.cli.plan_inputs import read_model, survey_prompts
-    from m2ray.model.families import default_max_length, require_positions
+    from m2ray.model.families import default_max_length, require_dtype, require_positions
     from m2ray.prompts import batching, estimated_batching
 
     model = read_model(config.model, config.attn_implementation, config.compute_dtype)
     require_positions(model.config, config.max_length)
+    require_dtype(model.config, config.compute_dtype)
     assumed = Assumptions(
         longest_tokens=config.longest_tokens,
         disk_free_bytes=disk_free_bytes(config.output),

@@ -1,6 +1,6 @@
 """One span of a model: the base model's own forward pass, entered at the span's first layer and left after its last."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -51,8 +51,11 @@ class DecoderSpan:
         self._on_layer: OnLayer = _ignore
         if device.type == "cuda":
             avoid_plans_by_shape()
-        _build_buffers(self._base, device, [layer for number, layer in enumerate(skeleton.layers) if number not in span])
+        _build_buffers(self._base)
         self._cut()
+        for module in self._base.modules():
+            for name in _computed_buffers(module):
+                module._buffers[name] = module._buffers[name].to(device)  # noqa: SLF001
         _check_rotary(self._base, skeleton.config)
         skeleton.layers[span.start].register_forward_pre_hook(self._inject, with_kwargs=True)
         for layer in range(span.start, span.stop):
@@ -134,7 +137,7 @@ class DecoderSpan:
                 layer._parameters.clear()  # noqa: SLF001
                 layer._buffers.clear()  # noqa: SLF001
         if self.span.start > 0:
-            for name in self.skeleton.inputs:
+            for name in _outermost([name for name in self.skeleton.inputs if not self.skeleton.layers_name.startswith(f"{name}.")]):
                 replaced = self.skeleton.model.get_submodule(name)
                 self.skeleton.model.set_submodule(name, _Placeholder(adds=isinstance(replaced, nn.Embedding)))
 
@@ -219,6 +222,11 @@ class _Placeholder(nn.Module):
         return first.new_zeros((), dtype=torch.get_default_dtype()) if self._adds else first
 
 
+def _outermost(names: Sequence[str]) -> list[str]:
+    """Those of no module inside another of them."""
+    return [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
+
+
 def _ignore(_: int, __: torch.Tensor) -> None:
     pass
 
@@ -230,39 +238,55 @@ def _tensors_in(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         yield from ((f"{prefix}.{name}", tensor) for name, tensor in owned.items() if isinstance(tensor, torch.Tensor))
 
 
-def _build_buffers(base: Any, device: torch.device, left_out: Iterable[nn.Module]) -> None:
-    """Give the buffers that no checkpoint holds (rotary frequencies, embedding scales) memory and values, but those of layers `left_out`.
+def _build_buffers(base: Any) -> None:
+    """Give the buffers that no checkpoint holds (rotary frequencies, embedding scales) memory and values, on the CPU.
 
-    transformers' own `_init_weights` computes them, as its loading does; it leaves parameters on the meta device alone.
+    transformers' own `_init_weights` computes them, as its loading does: of the module that has them, or of one around it. It leaves
+    parameters on the meta device alone.
 
     Raises:
         CheckpointError: it left one without values.
     """
-    others = {id(module) for layer in left_out for module in layer.modules()}
-    problems = []
-    for prefix, module in base.named_modules():
-        names = [name for name in module._non_persistent_buffers_set if module._buffers.get(name) is not None]  # noqa: SLF001
-        if not names or id(module) in others:
-            continue
-        empty = _fill(module, names, lambda module=module: base._init_weights(module))  # type: ignore[misc]  # noqa: SLF001
-        if empty:  # some families compute those of their layers for the whole model at once
-            empty = _fill(module, names, lambda: base._init_weights(base))  # noqa: SLF001
-        problems += [f"{prefix}.{name}" for name in empty]
+    modules = dict(base.named_modules())
+    empty = {prefix: names for prefix, module in modules.items() if (names := _computed_buffers(module))}
+    for prefix, names in empty.items():
         for name in names:
-            module._buffers[name] = module.get_buffer(name).to(device)  # noqa: SLF001
-    if problems:
+            buffers = modules[prefix]._buffers  # noqa: SLF001 - buffers that are not saved are in no public list
+            buffers[name] = torch.empty_like(buffers[name], device="cpu")
+    _compute(base, modules, empty, list(empty))
+    if empty:
+        _compute(base, modules, empty, sorted({around for prefix in empty for around in _around(prefix)}, key=len))
+    if empty:
+        problems = [f"{prefix}.{name}" for prefix, names in empty.items() for name in names]
         raise CheckpointError(f"transformers gives no values to the buffers {', '.join(problems)}.")
 
 
-def _fill(module: nn.Module, names: Sequence[str], compute: Callable[[], None]) -> list[str]:
-    """Let transformers compute a module's buffers on the CPU. Returns the names of those that it left as they were."""
-    found = []
-    for marker in (0, 1):
-        for name in names:
-            module._buffers[name] = torch.empty_like(module.get_buffer(name), device="cpu").fill_(marker)  # noqa: SLF001
-        compute()
-        found.append({name: module.get_buffer(name).clone() for name in names})
-    return [name for name in names if not torch.equal(found[0][name], found[1][name])]
+def _computed_buffers(module: nn.Module) -> list[str]:
+    return [name for name in module._non_persistent_buffers_set if module._buffers.get(name) is not None]  # noqa: SLF001
+
+
+def _compute(base: Any, modules: Mapping[str, nn.Module], empty: dict[str, list[str]], of: list[str]) -> None:
+    """Let transformers initialise the modules named in `of`; what it gave no value stays in `empty`."""
+    found: list[dict[tuple[str, str], torch.Tensor]] = []
+    for marker in (0, 1):  # what is left as it was is told by another value
+        buffers = {(prefix, name): modules[prefix]._buffers[name] for prefix, names in empty.items() for name in names}  # noqa: SLF001
+        for buffer in buffers.values():
+            assert buffer is not None
+            buffer.fill_(marker)
+        for prefix in of:
+            base._init_weights(modules[prefix])  # noqa: SLF001 - the rule has no public name
+        found.append({place: modules[place[0]]._buffers[place[1]].clone() for place in buffers})  # type: ignore[union-attr]  # noqa: SLF001
+    for prefix, name in found[0]:
+        if torch.equal(found[0][prefix, name], found[1][prefix, name]):
+            empty[prefix].remove(name)
+            if not empty[prefix]:
+                del empty[prefix]
+
+
+def _around(prefix: str) -> list[str]:
+    """The names of the modules that hold a module, from the outermost, the base model, on."""
+    steps = prefix.split(".")
+    return [".".join(steps[:number]) for number in range(len(steps))]
 
 
 def _check_rotary(base: nn.Module, config: Any) -> None:
@@ -279,7 +303,7 @@ def _check_rotary(base: nn.Module, config: Any) -> None:
         for name, number in found.items()
         if number != (expected + 1) // 2
     ]
-    if not found:
+    if not found and config.model_type == "minimax_m2":  # in others a span may have no layer that turns
         problems = [
             CheckpointError(f"config.json says that {expected} dimensions of each head turn, but the model has no rotary frequencies.")
         ]

@@ -25,6 +25,9 @@ MiniMax-M2's are float32 on disk, and its modelling code computes with whatever 
 NEEDED_FIELDS = ("num_hidden_layers", "hidden_size", "vocab_size")
 """Without them a configuration is not that of a stack of decoder layers."""
 
+NOT_IN_FLOAT16 = ("deepseek_v4",)
+"""Families of which transformers' own model fails in float16."""
+
 LEARNED_POSITIONS = ("gpt2", "opt")
 """Families that look positions up in a table: there is none past its end, where others go on turning."""
 
@@ -116,6 +119,15 @@ def require_positions(config: Any, max_length: int | None) -> None:
 def quantization(config: Any) -> Mapping[str, Any]:
     """The quantization_config of the whole model, or else of its decoder alone, as transformers looks for it; empty without one."""
     return next((found for each in (config, decoder_config(config)) if (found := getattr(each, "quantization_config", None))), {})
+
+
+def require_dtype(config: Any, compute_dtype: str) -> None:
+    """Raise ConfigError for a dtype in which transformers' own code of a family does not compute."""
+    if compute_dtype == "float16" and config.model_type in NOT_IN_FLOAT16:
+        raise ConfigError(
+            f"compute_dtype = 'float16': transformers keeps parts of a {config.model_type} in float32 and gives them float16, which fails.",
+            'Set compute_dtype = "bfloat16" or "float32".',
+        )
 
 
 def fp8_block(config: Any) -> tuple[int, int] | None:

@@ -67,7 +67,7 @@ def _differences(rehearsal: Rehearsal) -> Iterator[CheckpointError]:
             except (M2rayError, *NOT_RUN) as error:
                 what = str(error) if isinstance(error, M2rayError) else f"{type(error).__name__}: {error}"
                 yield _refusal(rehearsal, f"{where} fails: {' '.join(what.split())[:300]}")
-                break
+                return
             difference = _first_difference(rehearsal, expected, found)
             if difference:
                 yield _refusal(rehearsal, f"{where} differs from transformers' own model {difference}.")
@@ -97,7 +97,12 @@ def _first_difference(rehearsal: Rehearsal, expected: list[torch.Tensor], found:
 
 
 def _leaks(rehearsal: Rehearsal) -> Iterator[CheckpointError]:
-    for change, moved in rehearsal.moved_rows().items():
+    try:
+        moved_rows = rehearsal.moved_rows()
+    except NOT_RUN as error:
+        yield _refusal(rehearsal, f"transformers' own model fails with a prompt alone: {type(error).__name__}: {error}")
+        return
+    for change, moved in moved_rows.items():
         if not moved <= TOLERANCE:
             yield CheckpointError(
                 f"config.json: rows of a tiny {rehearsal.tiny.model_type} with its fields differ by {moved:.2g} of their norm {change}.",

@@ -61,6 +61,7 @@ class Rehearsal:
         self.num_layers: int = decoder_config(tiny).num_hidden_layers
         self.token_counts = (_LONG, _SHORT)
         self._folder = folder
+        self._loaded: dict[torch.dtype, Any] = {}
         self._model_class = model_class(tiny)
         model = _random_model(self._model_class, tiny, seed)
         self._values = {name: tensor for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys}
@@ -78,7 +79,7 @@ class Rehearsal:
         Raises:
             ArithmeticError: the random weights overflow.
         """
-        outputs = _run(self._load(dtype), self._token_ids_BT)
+        outputs = _layers_outputs(self._load(dtype), input_ids=self._token_ids_BT)
         if not all(output[row, :count].isfinite().all() for output in outputs for row, count in enumerate(self.token_counts)):
             raise ArithmeticError("random weights overflow")
         return outputs
@@ -87,7 +88,8 @@ class Rehearsal:
         """By how much of their norm, at most, rows of the last layer move that should not, by what was changed (transformers, float32)."""
         model = self._load(torch.float32)
         rows_BTH, others_BTH, alone_BTH = (
-            _run(model, ids_BT)[-1] for ids_BT in (self._token_ids_BT, self._others_BT, self._token_ids_BT[1:, :_SHORT])
+            _layers_outputs(model, input_ids=ids_BT, position_ids=torch.arange(ids_BT.shape[1])[None])[-1]
+            for ids_BT in (self._token_ids_BT, self._others_BT, self._token_ids_BT[1:, :_SHORT])
         )
         return {
             "when only the tokens after them change": _moved(rows_BTH[0, :_COMMON], others_BTH[0, :_COMMON]),
@@ -109,14 +111,19 @@ class Rehearsal:
         return outputs
 
     def _load(self, dtype: torch.dtype) -> Any:
+        if dtype in self._loaded:
+            return self._loaded[dtype]
         config = deepcopy(self.tiny)
         decoder_config(config)._attn_implementation = resolve_attn_implementation(self.tiny, "auto", dtype)  # noqa: SLF001 - no public name
         with _quietly():
-            model = self._model_class.from_pretrained(None, config=config, state_dict=dict(self._published), dtype=dtype).eval()
+            model = self._model_class.from_pretrained(
+                None, local_files_only=True, config=config, state_dict=dict(self._published), dtype=dtype
+            ).eval()
         for name in filter(keeps_fp32(decoder_config(self.tiny)), self._values):  # beyond what transformers keeps
             owner, _, leaf = name.rpartition(".")
             tensor = getattr(model.get_submodule(owner), leaf)
             tensor.data = self._values[name].float()
+        self._loaded[dtype] = model
         return model
 
 
@@ -126,20 +133,20 @@ def rehearse(config: Any, seed: int, folder: Path) -> Rehearsal:
     Raises:
         CheckpointError: it runs none of them, or none is small.
     """
-    reason = ""
+    reasons: list[str] = []
     try:
         for tiny in tiny_wholes(config):
             try:
                 rehearsal = Rehearsal(tiny, seed, folder)
                 rehearsal.by_transformers(torch.float32)
             except NOT_RUN as error:
-                reason = reason or f"{type(error).__name__}: {error}"
+                reasons.append(f"{type(error).__name__}: {error}"[:150])
             else:
                 return rehearsal
     except NOT_RUN as error:
-        reason = f"{type(error).__name__}: {error}"
+        reasons.append(f"{type(error).__name__}: {error}"[:150])
     raise CheckpointError(
-        f"config.json: no tiny copy of this {config.model_type} can be made, so nothing is proved: {' '.join(reason.split())[:300]}",
+        f"config.json: no tiny copy of this {config.model_type} can be made, so nothing is proved: {' '.join('; '.join(dict.fromkeys(reasons)).split())}",
         "m2ray runs what it can prove on a tiny copy.",
     )
 
@@ -168,14 +175,17 @@ def _random_model(made_of: Any, tiny: Any, seed: int) -> Any:
     return model
 
 
-def _run(model: Any, token_ids_BT: torch.Tensor) -> list[torch.Tensor]:
+def _layers_outputs(model: Any, **inputs: torch.Tensor) -> list[torch.Tensor]:
     """Each layer's output [B, T, H] where transformers' own model is given text."""
     outputs: list[torch.Tensor] = []
-    layers = find_layers(model)[1]
-    hooks = [layer.register_forward_hook(lambda _, __, output: outputs.append(hidden_of(output).clone())) for layer in layers]
+    hooks = [
+        layer.register_forward_hook(lambda _, __, output: outputs.append(hidden_of(output).clone())) for layer in find_layers(model)[1]
+    ]
     hooks.append(find_decoder(model)[1].register_forward_hook(_end))
+    if not is_plain(model.config):
+        inputs.pop("position_ids", None)  # a multimodal model makes its own
     with suppress(_DecoderDone), torch.inference_mode():
-        model(input_ids=token_ids_BT, use_cache=False)
+        (model.base_model if is_plain(model.config) else model)(**inputs, use_cache=False)
     for hook in hooks:
         hook.remove()
     return outputs

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from typing import Any
 
 import torch
@@ -144,7 +145,7 @@ def hidden_of(output: Any) -> torch.Tensor:
     Raises:
         CheckpointError: there are none.
     """
-    hidden_BTH = output[0] if isinstance(output, tuple) and output else output
+    hidden_BTH = output[0] if isinstance(output, tuple | list) and output else output
     if not isinstance(hidden_BTH, torch.Tensor):
         raise CheckpointError(f"A decoder layer returns a {type(output).__name__} without hidden states.")
     return hidden_BTH
@@ -192,12 +193,14 @@ def _run_without_layers(decoder: Any, decoder_name: str, layers: nn.ModuleList) 
     Raises:
         CheckpointError: the model does not run without its layers, whatever they return.
     """
+    # A mask of four axes is taken as it is: making one looks at values, which meta tensors have not. Some families want none.
+    given = {"position_ids": torch.arange(2, device="meta")[None], "attention_mask": torch.zeros(1, 1, 2, 2, device="meta")}
     reasons = []
-    for num_returned in range(_MOST_RETURNED + 1):
+    for num_returned, arguments in product(range(_MOST_RETURNED + 1), (given, {})):
         for layer in layers:
             layer.forward = pass_through(num_returned)
         try:
-            return _trace_inputs(decoder, decoder_name, layers)
+            return _trace_inputs(decoder, decoder_name, layers, arguments)
         except (AssertionError, AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
             reasons.append(f"{type(error).__name__}: {error}")
     raise CheckpointError(
@@ -205,7 +208,7 @@ def _run_without_layers(decoder: Any, decoder_name: str, layers: nn.ModuleList) 
     )
 
 
-def _trace_inputs(decoder: Any, decoder_name: str, layers: nn.ModuleList) -> tuple[str, ...]:
+def _trace_inputs(decoder: Any, decoder_name: str, layers: nn.ModuleList, arguments: Mapping[str, torch.Tensor]) -> tuple[str, ...]:
     """The modules with weights that run before the first layer, as one forward pass over meta tensors shows.
 
     Names do not tell: some families embed positions too, project or normalise before the first layer.
@@ -226,10 +229,7 @@ def _trace_inputs(decoder: Any, decoder_name: str, layers: nn.ModuleList) -> tup
     ]
     try:
         with torch.inference_mode(), torch.device("meta"):
-            # A mask of four axes is taken as it is: making one looks at values, which meta tensors have not.
-            decoder(
-                input_ids=torch.zeros(3, 2, dtype=torch.long), position_ids=torch.arange(2)[None], attention_mask=torch.zeros(1, 1, 2, 2)
-            )
+            decoder(input_ids=torch.zeros(3, 2, dtype=torch.long), **arguments)
     finally:
         for hook in hooks:
             hook.remove()

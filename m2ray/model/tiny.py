@@ -15,12 +15,14 @@ _RANK = 32
 _KV_HEADS = 2
 _MOST_SHARED = 16
 _INDEX_HEADS = 16
-_WIDTH_PER_HEAD = 16
+_WIDTH_OF_HEADS = 256
 _BLOCK, _BLOCKS = 4, 2
+_CHUNK, _STATE, _GROUPS, _LINEAR_HEADS = 8, 16, 2, 4
 
 # Numbers that say which layers are of which kind; larger ones say something else.
 _LAYER_RULE = re.compile(r"first|step|interval|pattern|period|freq|every|num_dense|offset|start|_layers$")
 _LARGEST_RULE = 12
+_LAYER_NUMBERS = re.compile(r"_layers$|layer_(ids|indices)$|_idxs$")
 _FEWEST_LAYERS = 3
 
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -38,6 +40,10 @@ _AT_MOST = {
     r"_rank$": _RANK,
     r"window_size$|sliding_window$|attention_chunk_size$|local_attention$|compress_rates$": WINDOW,
     r"index_topk$": WINDOW // 2,
+    r"chunk_size$": _CHUNK,
+    r"d_state$|state_size$": _STATE,
+    r"n_?groups$": _GROUPS,
+    r"linear_num_heads$": _LINEAR_HEADS,
     r"index_block_size$": _BLOCK,
     r"index_topk_blocks$": _BLOCKS,
     r"index_n_heads$": _INDEX_HEADS,
@@ -51,27 +57,32 @@ _LIKE_HIDDEN = re.compile(r"hidden_size|_width$|proj_dim$|embed\w*_(dim|size)$|^
 
 
 def tiny_copies(config: Any) -> Iterator[Any]:
-    """The configuration with few layers, few experts and short windows, and narrow; after it one of the same widths as the original.
+    """The configuration with few layers, few experts and short windows, and narrow: by several rules, of which most families take the first.
 
-    One or two layers of every kind are kept, heads and experts in their old ratios. What turns or scales (head sizes, rotary embeddings,
+    The last keeps all widths. One or two layers of every kind are kept, heads and experts in their old ratios. What turns or scales (head sizes, rotary embeddings,
     multipliers, norms) is left as it is; so is a size of unknown name.
     """
-    yield _copy(config, _narrow)
-    yield _copy(config, lambda *_: None)
+    yield _copy(config, lambda heads, width, has_own: heads * (min(width, 16, max(_WIDTH_OF_HEADS // heads, 4)) if has_own else width))
+    yield _copy(config, lambda heads, width, _: heads * min(width, 32))
+    yield _copy(config, lambda heads, width, _: heads * (_size(config, "head_dim") or width))
+    yield _copy(config, None)
 
 
 def kept_layers(config: Any) -> list[int]:
     """Numbers of the layers that a tiny copy keeps: the first ones, two more than the largest number by which a rule of the
     configuration counts layers (an interval, the first dense ones), and every later one whose kind follows the kind before it for the first time.
     """
-    lists = _layer_lists(config)
+    lists, named = _layer_lists(config), _layer_numbers(config)
     told_apart = [*lists.values(), getattr(config, "kv_sharing_modes", [None] * config.num_hidden_layers)]
-    kinds = [tuple(str(values[layer]) for values in told_apart) for layer in range(config.num_hidden_layers)]
+    kinds = [
+        (*(str(values[layer]) for values in told_apart), *(layer in numbers for numbers in named.values()))
+        for layer in range(config.num_hidden_layers)
+    ]
     number_of_layers = {"num_hidden_layers", (config.attribute_map or {}).get("num_hidden_layers")}
     numbers = [
         number
         for name, value in vars(config).items()
-        if _LAYER_RULE.search(name) and name not in number_of_layers
+        if _LAYER_RULE.search(name) and name not in number_of_layers and name not in named
         for number in (value if isinstance(value, list | tuple) else [value])
         if type(number) is int and number <= _LARGEST_RULE
     ]
@@ -85,12 +96,14 @@ def kept_layers(config: Any) -> list[int]:
     return kept
 
 
-def _copy(config: Any, narrow: Callable[[Any, Any], None]) -> Any:
+def _copy(config: Any, hidden_size: Callable[[int, int, bool], int] | None) -> Any:
+    """By a rule for the hidden size, from the copy's heads, the original's width for each of its own, and whether heads have a size of their own."""
     tiny = deepcopy(config)
     if hasattr(tiny, "quantization_config"):
         del tiny.quantization_config
     _keep_layers(tiny)
-    narrow(tiny, config)
+    if hidden_size is not None:
+        _narrow(tiny, config, hidden_size)
     _cap(tiny, config)
     _keep_experts(tiny, config)
     return tiny
@@ -98,8 +111,11 @@ def _copy(config: Any, narrow: Callable[[Any, Any], None]) -> Any:
 
 def _keep_layers(tiny: Any) -> None:
     kept = kept_layers(tiny)
-    for name, values in _layer_lists(tiny).items():
+    lists, named = _layer_lists(tiny), _layer_numbers(tiny)
+    for name, values in lists.items():
         setattr(tiny, name, [values[layer] for layer in kept])
+    for name, numbers in named.items():
+        setattr(tiny, name, [kept.index(number) for number in numbers if number in kept])
     if number := _size(tiny, "num_kv_shared_layers"):
         tiny.num_kv_shared_layers = sum(layer >= tiny.num_hidden_layers - number for layer in kept)
     own = (tiny.to_dict().get("per_layer_config") or {}).items()
@@ -110,12 +126,22 @@ def _keep_layers(tiny: Any) -> None:
 
 def _layer_lists(config: Any) -> dict[str, Sequence[Any]]:
     """The fields with one value a layer."""
+    numbers, lists = _layer_numbers(config), {name: value for name, value in vars(config).items() if isinstance(value, list | tuple)}
+    return {name: value for name, value in lists.items() if len(value) == config.num_hidden_layers and name not in numbers}
+
+
+def _layer_numbers(config: Any) -> dict[str, Sequence[int]]:
+    """The fields that name layers by their numbers, in ascending order."""
+    lists = {name: value for name, value in vars(config).items() if isinstance(value, list | tuple) and _LAYER_NUMBERS.search(name)}
     return {
-        name: value for name, value in vars(config).items() if isinstance(value, list | tuple) and len(value) == config.num_hidden_layers
+        name: value
+        for name, value in lists.items()
+        if all(type(number) is int and 0 <= number < config.num_hidden_layers for number in value)
+        and all(one < other for one, other in pairwise(value))
     }
 
 
-def _narrow(tiny: Any, config: Any) -> None:
+def _narrow(tiny: Any, config: Any, hidden_size: Callable[[int, int, bool], int]) -> None:
     """Few heads in their old ratios, a hidden size to go with them, and what follows from it."""
     heads = _size(config, "num_attention_heads")
     if heads:
@@ -126,8 +152,8 @@ def _narrow(tiny: Any, config: Any) -> None:
             if _size(config, "num_key_value_heads"):
                 tiny.num_key_value_heads = min(kv_heads, _KV_HEADS)
         width = config.hidden_size // heads  # is a head's size where none is given
-        has_own_width = _size(config, "head_dim") or _size(config, "qk_rope_head_dim")
-        tiny.hidden_size = tiny.num_attention_heads * (min(width, _WIDTH_PER_HEAD) if has_own_width else width)
+        has_own_width = bool(_size(config, "head_dim") or _size(config, "qk_rope_head_dim"))
+        tiny.hidden_size = hidden_size(tiny.num_attention_heads, width, has_own_width)
     else:
         tiny.hidden_size = min(config.hidden_size, 2 * _WIDTH)
     for name in list(vars(config)):
@@ -144,13 +170,15 @@ def _fit_mixers(tiny: Any, config: Any) -> None:
     """Heads of state space layers, which together are as wide as a multiple of the hidden size."""
     for number, size in _MIXER_HEADS.items():
         heads, width = _size(config, number), _size(config, size)
-        if heads == 0 or width == 0 or heads * width % config.hidden_size:
-            continue
-        inner = heads * width // config.hidden_size * tiny.hidden_size
-        if inner % width:
-            width = inner // heads if inner % heads == 0 else inner
-            setattr(tiny, size, width)
-        setattr(tiny, number, inner // width)
+        inner = heads * width
+        if inner and inner == _size(config, "mamba_d_ssm"):
+            setattr(tiny, number, min(heads, _LINEAR_HEADS))
+            tiny.mamba_d_ssm = getattr(tiny, number) * width
+        elif inner and inner % config.hidden_size == 0:
+            inner = inner // config.hidden_size * tiny.hidden_size
+            fewer = min(heads, _LINEAR_HEADS)
+            setattr(tiny, number, fewer)
+            setattr(tiny, size, inner // fewer)
 
 
 def _cap(tiny: Any, config: Any) -> None:

@@ -18,14 +18,13 @@ _INNER = re.compile(r"\w*(intermediate|ffn|feed_forward)\w*|mlp_dim")
 
 
 def tiny_wholes(config: Any) -> Iterator[Any]:
-    """Tiny copies of a configuration, a plain decoder's or a multimodal model's: first narrow ones, then ones of the old widths."""
-    narrow, wide = tiny_copies(decoder_config(config))
+    """Tiny copies of a configuration, a plain decoder's or a multimodal model's: first with narrow other towers, then with those of the old widths."""
     if is_plain(config):
-        yield from (narrow, wide)
+        yield from tiny_copies(config)
         return
-    yield _around(config, narrow, narrows=True)
-    yield _around(config, narrow, narrows=False)
-    yield _around(config, wide, narrows=True)
+    for narrows in (True, False):
+        for tiny in tiny_copies(decoder_config(config)):
+            yield _around(config, tiny, narrows=narrows)
 
 
 def _around(config: Any, tiny: Any, *, narrows: bool) -> Any:

@@ -156,6 +156,9 @@ class ModelShape:
 
     def _pair_bytes(self, longest_tokens: int, itemsize_bytes: int) -> int:
         """What attention holds for each pair of positions of a sequence."""
+        if self.attn_implementation == "eager" and self.index_every > 1:
+            # Beside the scores are those of the sinks and, behind them, of positions that are scored as one.
+            return self.num_heads * 6 * itemsize_bytes * (self.index_every + 1) // self.index_every
         if self.attn_implementation == "eager":
             return self.num_heads * (itemsize_bytes + 8) + (2 if self.window else 1) * itemsize_bytes
         if self.attn_implementation == "sdpa" and 0 < self.window < longest_tokens:

@@ -170,11 +170,11 @@ def test_m2ray_submit_runs_a_dense_family_up_to_the_last_layer_asked_for(
     assert_equals_transformers(run, qwen3, (0, 2, 3))
 
 
-@pytest.mark.parametrize("model_type", ["deepseek_v4", "gemma4_text", "glm_moe_dsa"])
+@pytest.mark.parametrize("model_type", ["deepseek_v4", "gemma4_text"])
 def test_families_that_hand_on_more_than_one_hidden_state(
     cluster: RayCluster, qwen3: Path, prompts: Path, tmp_path: Path, model_type: str
 ) -> None:
-    """Token ids in later stages and four streams; keys, values and inputs of layers; indices."""
+    """Token ids in later stages and four streams; keys, values and inputs of layers."""
     tokens = dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), 384)
     model = make_family(tmp_path / "model", model_type, **tokens)
     for name in ("tokenizer.json", "tokenizer_config.json"):

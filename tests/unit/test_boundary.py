@@ -1,6 +1,7 @@
 """What families hand on beside one hidden state: over any cut the rows are those of transformers' own model, and the plan knows the bytes."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,10 @@ from transformers import CONFIG_MAPPING
 
 from m2ray.batches import LayerSpan
 from m2ray.chain.transport import receive, send
-from m2ray.errors import CheckpointError
+from m2ray.errors import CheckpointError, ConfigError
 from m2ray.model.boundary import CANNOT_BE_CUT, CONTRACTS, crossing, row_width, token_bytes
 from m2ray.model.checkpoint import open_checkpoint
-from m2ray.model.families import parse_config
+from m2ray.model.families import parse_config, require_dtype
 from m2ray.model.proof import prove
 from m2ray.model.skeleton import build_skeleton
 from m2ray.model.stage import Stage, StageSpec
@@ -191,6 +192,18 @@ def test_tables_of_whole_numbers_are_counted_and_loaded_exactly(deepseek: Path) 
     assert [row for row in published.rows if row.name.endswith("tid2eid")] == tables
 
 
+def test_layers_with_tables_may_live_elsewhere(deepseek: Path, tmp_path: Path) -> None:
+    """Two prompts one after the other: each layer is brought twice."""
+    spec = StageSpec(str(deepseek), LayerSpan(0, 5), "bfloat16", "auto", "cpu", 1)
+    stages = [
+        load_capturing(each) for each in (spec, replace(spec, residency={0: "host", 1: "disk", 3: "disk"}, offload_folder=str(tmp_path)))
+    ]
+    for seed in (0, 1):
+        micro_batch = micro_batch_of(LENGTHS, VOCABULARY, seed)
+        expected, found = (rows_through_transport([stage], micro_batch) for stage in stages)
+        assert all(same_bits(one, other) for one, other in zip(found, expected, strict=True))
+
+
 def test_a_table_may_be_int32_and_no_float(deepseek: Path, tmp_path: Path) -> None:
     def narrow(tensors: dict[str, torch.Tensor]) -> None:
         tensors.update({key: tensor.int() for key, tensor in tensors.items() if key.endswith("tid2eid")})
@@ -206,6 +219,14 @@ def test_a_table_may_be_int32_and_no_float(deepseek: Path, tmp_path: Path) -> No
     assert all(same_bits(one, other) for one, other in zip(found, expected, strict=True))
     with pytest.raises(CheckpointError, match=r"tid2eid is of dtype torch.float32, the model needs torch.int64"):
         load_chain(edited(deepseek, tmp_path / "float", spoil), (0, 5), "float32")
+
+
+def test_transformers_own_deepseek_v4_fails_in_float16_so_it_is_refused(deepseek: Path) -> None:
+    with pytest.raises(RuntimeError, match="same dtype"):
+        reference_rows(load_reference(deepseek, torch.float16), micro_batch_of(LENGTHS, VOCABULARY))
+    with pytest.raises(ConfigError, match="compute_dtype = 'float16': transformers keeps parts of a deepseek_v4"):
+        require_dtype(open_checkpoint(str(deepseek)).config, "float16")
+    require_dtype(open_checkpoint(str(deepseek)).config, "bfloat16")
 
 
 def test_keys_and_values_that_shared_layers_do_not_use_may_be_there(tmp_path: Path) -> None:

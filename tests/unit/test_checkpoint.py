@@ -330,8 +330,9 @@ def test_a_model_type_that_is_no_name_is_refused(llama: Path, model_type: object
 def test_families_that_look_positions_up_are_known(model_type: str) -> None:
     config = parse_config((DATA / "families" / f"{model_type}.json").read_bytes())
     skeleton = build_skeleton(config, torch.bfloat16)
-    tables = [name for name in skeleton.inputs if isinstance(skeleton.model.get_submodule(name), torch.nn.Embedding)]
-    assert (len(tables) > 1) == (model_type in families.LEARNED_POSITIONS), tables
+    modules = {name: skeleton.model.get_submodule(name) for name in skeleton.inputs}
+    tables = [name for name, each in modules.items() if isinstance(each, torch.nn.Embedding) and each.num_embeddings != config.vocab_size]
+    assert bool(tables) == (model_type in families.LEARNED_POSITIONS), tables
 
 
 def test_code_and_settings_of_the_folder_are_ignored(llama: Path) -> None:

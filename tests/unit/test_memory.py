@@ -190,7 +190,7 @@ def alive_bytes(config: Any, num_sequences: int, num_tokens: int, dtype: torch.d
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
         # A mask of four axes is taken as it is. Without one, none is made on a GPU, but a full one for fake tensors.
-        mask = torch.zeros(1, 1, 1, 1, dtype=dtype)
+        mask = torch.zeros(1, 1, 1, 1, dtype=dtype).expand(num_sequences, 1, num_tokens, num_tokens)
         position_ids = torch.arange(num_tokens)[None]
         alive = Alive([*model.parameters(), *model.buffers(), mask, position_ids])
         with torch.no_grad(), alive, FlashAttention():
@@ -235,6 +235,24 @@ def test_the_transient_bound_holds_for_transformers_own_code(family, dtype):
     config = config_of(family)
     alive = alive_bytes(config, 8, 2048, dtype)
     bound = shape_of(config, config._attn_implementation).transient_bytes(8 * 2048, 2048, dtype.itemsize)
+    assert alive <= bound <= 2.3 * alive
+
+
+ONE_LAYER: dict[str, dict[str, Any]] = {
+    "deepseek_v4": {"layer_types": ["compressed_sparse_attention"], "mlp_layer_types": ["moe"]},
+    "deepseek_v32": {"first_k_dense_replace": 0},
+    "glm_moe_dsa": {"mlp_layer_types": ["sparse"]},
+    "hy_v4": {"mlp_layer_types": ["sparse"]},
+    "gemma4_text": {"num_hidden_layers": 6, "hidden_size": 1536, "intermediate_size": 6144, "hidden_size_per_layer_input": 0},
+}
+
+
+@pytest.mark.parametrize(("num_sequences", "num_tokens"), [(8, 2048), (32, 512)])
+@pytest.mark.parametrize("family", ONE_LAYER)
+def test_the_bound_holds_for_indexers_streams_and_heads_of_two_sizes(family, num_sequences, num_tokens):
+    config = CONFIG_MAPPING[family].from_dict({"model_type": family, "num_hidden_layers": 1, **ONE_LAYER[family]})
+    alive = alive_bytes(config, num_sequences, num_tokens, torch.bfloat16)
+    bound = ModelShape.of(config, config._attn_implementation).transient_bytes(num_sequences * num_tokens, num_tokens, 2)
     assert alive <= bound <= 2.3 * alive
 
 
