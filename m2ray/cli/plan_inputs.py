@@ -11,6 +11,7 @@ from m2ray.model.attention import resolve_attn_implementation
 from m2ray.model.checkpoint import CONFIG, INDEX, SINGLE_FILE, open_checkpoint, tensor_table, tensor_table_from_config
 from m2ray.model.families import parse_config
 from m2ray.model.stage import DTYPES
+from m2ray.model.tensors import count_sources
 from m2ray.model.towers import decoder_config, placeholder_tokens
 from m2ray.options import PromptOptions
 from m2ray.planning.memory import ModelShape
@@ -63,7 +64,7 @@ def read_model(url: str, attn_implementation: str, compute_dtype: str) -> Planne
         whole_config = parse_config(store.read(config_key))
         table = tensor_table_from_config(whole_config)
         if weight_map:
-            _require_all(table, set(weight_map))
+            _require_all(whole_config, table, set(weight_map))
     config = decoder_config(whole_config)
     attention = resolve_attn_implementation(whole_config, attn_implementation, DTYPES[compute_dtype])
     return PlannedModel(whole_config, config, ModelShape.of(config, attention), table, "headers" if is_whole else "config", index_bytes)
@@ -84,10 +85,12 @@ def read_index(store: Store) -> tuple[dict[str, str], int | None]:
     return weight_map, None if total is None else int(total)
 
 
-def _require_all(table: TensorTable, keys: set[str]) -> None:
+def _require_all(config: Any, table: TensorTable, keys: set[str]) -> None:
     """Refuse an index that lacks tensors of the model: config.json is another model's, or the index is damaged."""
     tied = {"head"}
-    absent = [key for row in table.rows if row.role not in tied for key in row.sources if key not in keys]
+    doubtful = [row for row in table.rows if row.role not in tied and not keys.issuperset(row.sources)]
+    found = count_sources(config, keys) if doubtful else {}
+    absent = [key for row in doubtful if found[row.name] < len(row.sources) for key in row.sources if key not in keys]
     if absent:
         shown = ", ".join(absent[:_SHOWN_NAMES])
         raise CheckpointError(

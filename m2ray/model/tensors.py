@@ -1,6 +1,7 @@
 """The checkpoint's tensors matched with the model's: the plan that loading follows and the table that planning counts on."""
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -120,6 +121,11 @@ def table_without_weights(config: Any) -> TensorTable:
         pieces = conversion.published(tensor)
         rows.append(_row(tensor, tuple(pieces), sum(_published_bytes(skeleton, tensor, key, shape) for key, shape in pieces.items())))
     return _table(skeleton, rows)
+
+
+def count_sources(config: Any, keys: Iterable[str]) -> Counter[str]:
+    """How many of a checkpoint's keys lead to each tensor of the model, by its name. A family may have published its layout in several ways."""
+    return Counter(name for name, _ in Conversion(build_skeleton(config, torch.bfloat16)).sources(keys))
 
 
 def key_bytes(key: str, headers: Mapping[str, TensorHeader]) -> int:

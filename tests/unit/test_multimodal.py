@@ -2,12 +2,14 @@
 
 import json
 import re
+import shutil
 from math import prod
 from pathlib import Path
 
 import pytest
 import torch
 
+from m2ray.cli.plan_inputs import read_model
 from m2ray.errors import CheckpointError
 from m2ray.model.checkpoint import open_checkpoint, tensor_table, tensor_table_from_config
 from m2ray.model.families import is_fp8, parse_config
@@ -100,6 +102,22 @@ def test_layouts_of_several_releases_give_the_same_rows(tmp_path: Path) -> None:
     newer = edited(older, tmp_path / "newer", rename)
     expected, rows = (chain_rows(load_chain(folder, (0, 2, 7), "float32"), micro_batch) for folder in (older, newer))
     assert all(same_bits(ours, theirs) for ours, theirs in zip(rows, expected, strict=True))
+
+
+def test_a_plan_by_the_index_alone_takes_the_published_names(tmp_path: Path) -> None:
+    """transformers 5.24 writes Kimi's text layers as `blocks`, where Moonshot's release has `layers`."""
+    folder, alone = make_wrapper(tmp_path / "kimi", "kimi_k25"), tmp_path / "alone"
+    alone.mkdir()
+    shutil.copy(folder / "config.json", alone)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    released = {key.replace("language_model.model.blocks", "language_model.model.layers"): file for key, file in index.items()}
+    assert released.keys() != index.keys()
+    (alone / "model.safetensors.index.json").write_text(json.dumps({"weight_map": released}))
+    assert read_model(str(alone), "auto", "bfloat16").table.num_layers == 5
+    del released["language_model.model.layers.3.mlp.experts.2.up_proj.weight"]
+    (alone / "model.safetensors.index.json").write_text(json.dumps({"weight_map": released}))
+    with pytest.raises(CheckpointError, match="lacks 24 tensors"):
+        read_model(str(alone), "auto", "bfloat16")
 
 
 def test_what_is_beside_the_text_tower_need_not_be_right(m3: Path, tmp_path: Path) -> None:
