@@ -73,6 +73,7 @@ def parse_config(text: bytes) -> Any:
             *_contradictory_rope(config, fields),
             *_not_causal(config.to_dict()),
             *_no_decoder(config),
+            *([] if decoder is config else _unsupported_structure(config)),
             *_unsupported_structure(decoder),
             *_unsupported_quantization(config),
         ]
