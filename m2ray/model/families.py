@@ -195,7 +195,7 @@ def _unknown_family(model_type: Any) -> CheckpointError:
             "config.json has no model_type.", "Give a model that transformers knows; code beside a checkpoint is never run."
         )
     return CheckpointError(
-        f"config.json: transformers {transformers.__version__} knows no model_type {model_type!r}, so m2ray cannot run it.",
+        f"config.json: transformers knows no model_type {model_type!r} (installed: {transformers.__version__}), so m2ray cannot run it.",
         "Install a transformers that knows it; code beside a checkpoint is never run.",
     )
 

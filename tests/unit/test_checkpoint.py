@@ -288,6 +288,8 @@ def test_a_malformed_index_is_refused(llama: Path, text: str) -> None:
     ("fields", "message"),
     [
         ({"model_type": "no_such_model"}, "knows no model_type 'no_such_model'"),
+        ({"model_type": "bart"}, "a bart has an encoder beside its decoder"),
+        ({"model_type": "albert"}, "transformers has no language model of model_type 'albert'"),
         ({"model_type": None}, "no model_type"),
         ({"num_kv_shared_layers": 2}, "num_kv_shared_layers = 2"),
         ({"hidden_size_per_layer_input": 8}, "hidden_size_per_layer_input = 8"),
