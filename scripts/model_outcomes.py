@@ -16,7 +16,7 @@ from typing import Any
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 
 from m2ray.errors import CheckpointError, M2rayError
 from m2ray.model.families import parse_config
@@ -43,8 +43,8 @@ _ROW = re.compile(r"^\| `([^`]+)` \| (.+) \|$", re.MULTILINE)
 
 
 def causal_types() -> list[str]:
-    """Every model type of which the installed transformers has a causal language model."""
-    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    """Every model type of which the installed transformers has a causal language model, or a multimodal one that gives text."""
+    return sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES})
 
 
 def outcome_of(model_type: str) -> str:
@@ -74,8 +74,8 @@ def page_of(outcomes: dict[str, str]) -> str:
         [
             "# Models",
             "",
-            f"What comes of each model type of which transformers {transformers.__version__} has a causal language model: proved, or refused",
-            "and why. Written by `scripts/models`; CI proves 30 of them and a tenth of the others again, and fails where this page says otherwise.",
+            f"What comes of each model type of which transformers {transformers.__version__} has a causal language model, or a multimodal one",
+            "of which the text tower is run: proved, or refused and why. Written by `scripts/models`; CI proves 30 of them and a tenth of the others again, and fails where this page says otherwise.",
             "",
             "Proved means: of a tiny copy of the type's default configuration, with random weights, chains of one, three and as many stages as",
             "layers gave transformers' own rows bit by bit in float32 and bfloat16, and no row depended on later tokens or on other prompts",

@@ -33,7 +33,19 @@ HYBRID = (
     "qwen3_5_moe_text",
     "qwen3_next",
 )
-NAMED = (*DENSE, *EXPERTS, *HYBRID)
+MULTIMODAL = (
+    "gemma3",
+    "gemma4",
+    "kimi_k25",
+    "llama4",
+    "llava_onevision",
+    "minimax_m3_vl",
+    "mistral3",
+    "qwen2_5_vl",
+    "qwen3_5_moe",
+    "qwen3_vl_moe",
+)
+NAMED = (*DENSE, *EXPERTS, *HYBRID, *MULTIMODAL)
 
 
 def sample(share: int) -> list[str]:

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from m2ray.batches import LayerSpan, MicroBatch
@@ -44,6 +44,18 @@ MINIMAX_TINY = {
 }
 """Dimensions that FP8 blocks of 128 divide, and layers enough for five uneven spans."""
 
+M3_TINY = {
+    "layers": 6,
+    "hidden_size": 128,
+    "intermediate_size": 64,
+    "num_experts": 8,
+    "num_heads": 8,
+    "num_kv_heads": 4,
+    "head_dim": 32,
+    "vocab_size": 512,
+}
+"""Of MiniMax-M3: three dense layers with full attention, and three of experts with block-sparse attention."""
+
 LENGTHS = (9, 23, 1, 17, 4)
 """Of the sequences of a micro-batch: mixed, one of a single token."""
 
@@ -55,6 +67,15 @@ def make_minimax(folder: Path, fmt: str, layout: str = "hub") -> Path:
     return folder
 
 
+def make_m3(folder: Path) -> Path:
+    """A tiny MiniMax-M3, a multimodal model, with the fields of its release but for sizes; prompts are longer than the blocks it attends to."""
+    config = json.loads((DATA / "minimax_m3" / "config.json").read_text())
+    config["text_config"]["sparse_attention_config"] |= {"sparse_block_size": 4, "sparse_topk_blocks": 2, "sparse_index_dim": 32}
+    config["vision_config"] |= {"hidden_size": 160, "num_attention_heads": 2, "intermediate_size": 64}
+    make_checkpoint(folder, config, overrides=M3_TINY, fmt="bf16", seed=3, max_shard_bytes=1_000_000)
+    return folder
+
+
 def minimax_config(**fields: object) -> Any:
     """MiniMax-M2's real configuration, with `fields` changed."""
     return parse_config(json.dumps({**json.loads((DATA / "minimax_m2" / "config.json").read_text()), **fields}).encode())
@@ -62,9 +83,20 @@ def minimax_config(**fields: object) -> Any:
 
 def make_family(folder: Path, model_type: str, dtype: torch.dtype = torch.float32, **changed: object) -> Path:
     """A tiny checkpoint of a family, `changed` fields of its configuration apart, saved by transformers from weights that make every layer matter."""
-    fields = {**json.loads((DATA / "families" / f"{model_type}.json").read_text()), **changed}
+    return _save_random(
+        folder, {**json.loads((DATA / "families" / f"{model_type}.json").read_text()), **changed}, AutoModelForCausalLM, dtype
+    )
+
+
+def make_wrapper(folder: Path, model_type: str) -> Path:
+    """The same of a multimodal model, its other towers included."""
+    fields = json.loads((DATA / "wrappers" / f"{model_type}.json").read_text())
+    return _save_random(folder, fields, AutoModelForImageTextToText, torch.float32)
+
+
+def _save_random(folder: Path, fields: dict[str, Any], maker: Any, dtype: torch.dtype) -> Path:
     torch.manual_seed(5)
-    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type].from_dict(fields), dtype=torch.float32)
+    model = maker.from_config(CONFIG_MAPPING[fields["model_type"]].from_dict(fields), dtype=torch.float32)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
@@ -105,7 +137,8 @@ def load_reference(folder: Path, dtype: torch.dtype, attn_implementation: str | 
         config.quantization_config["dequantize"] = True
     if getattr(config, "attn_logit_softcapping", None):  # transformers before 5.23 lets sdpa drop the cap
         attn_implementation = attn_implementation or "eager"
-    model, info = AutoModelForCausalLM.from_pretrained(
+    maker = AutoModelForImageTextToText if hasattr(config, "text_config") else AutoModelForCausalLM
+    model, info = maker.from_pretrained(
         folder,
         config=config,
         dtype=torch.bfloat16 if is_minimax else dtype,
@@ -144,7 +177,8 @@ def micro_batch_of(lengths: Sequence[int], vocab_size: int, seed: int = 0, pad_t
 
 def vocab_size(folder: Path) -> int:
     """A checkpoint's."""
-    return int(json.loads((folder / "config.json").read_text())["vocab_size"])
+    config = json.loads((folder / "config.json").read_text())
+    return int(config.get("text_config", config)["vocab_size"])
 
 
 def alone(micro_batch: MicroBatch, row: int) -> MicroBatch:
@@ -161,23 +195,31 @@ def reference_rows(model: Any, micro_batch: MicroBatch) -> list[torch.Tensor]:
     Of several residual streams the row is all of them, [N, S * H].
     """
     base = model.base_model
-    layers = base.h if hasattr(base, "h") else base.decoder.layers if hasattr(base, "decoder") else base.layers
+    inner = getattr(base, "language_model", base)
+    inner = getattr(inner, "model", inner)
+    layers = inner.h if hasattr(inner, "h") else inner.decoder.layers if hasattr(inner, "decoder") else inner.layers
     outputs: list[torch.Tensor] = []
-<<<<<<< HEAD
 
     def keep(_: torch.nn.Module, __: Any, output: Any) -> None:
         outputs.append((output[0] if isinstance(output, tuple) else output).flatten(2).clone())
 
     hooks = [layer.register_forward_hook(keep) for layer in layers]
-=======
-    hooks = [layer.register_forward_hook(lambda _, __, output: outputs.append(hidden_of(output).flatten(2).clone())) for layer in layers]
->>>>>>> boundary
-    with torch.inference_mode():
+    if inner is not base:  # a multimodal model, of which what comes after the text tower does not count
+        hooks.append(inner.register_forward_hook(_end))
+    with torch.inference_mode(), suppress(_TowerDone):
         base(input_ids=torch.from_numpy(micro_batch.token_ids_BT).long(), use_cache=False)
     for hook in hooks:
         hook.remove()
     is_real_BT = torch.arange(micro_batch.token_ids_BT.shape[1]) < torch.from_numpy(micro_batch.token_counts)[:, None]
     return [output[is_real_BT] for output in outputs]
+
+
+class _TowerDone(Exception):  # noqa: N818 - no error
+    """Llama 4 of transformers 5.24 fails at what it makes of its text tower's output."""
+
+
+def _end(*_: object) -> None:
+    raise _TowerDone
 
 
 def load_capturing(spec: StageSpec, layers: Iterable[int] | None = None, store_dtype: str | None = None) -> Stage:

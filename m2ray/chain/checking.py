@@ -18,6 +18,7 @@ from m2ray.model.checkpoint import Checkpoint, open_checkpoint, up_to_layer
 from m2ray.model.families import default_max_length, require_dtype, require_positions, steady_positions
 from m2ray.model.proof import prove
 from m2ray.model.stage import DTYPES
+from m2ray.model.towers import placeholder_tokens
 from m2ray.options import PromptOptions, RunOptions
 from m2ray.planning.demand import Assumptions, Demand
 from m2ray.planning.hardware import Cluster
@@ -110,13 +111,14 @@ def look(config: ExtractConfig) -> Inputs:
     if opened is None:
         raise_all(problems)
     assert opened is not None
-    tried(lambda: prove(opened.config))
+    tried(lambda: prove(opened.whole_config))
     tried(lambda: require_positions(opened.config, config.max_length))
     tried(lambda: require_dtype(opened.config, config.compute_dtype))
     layers = tried(lambda: parse_layers(config.layers, opened.config.num_hidden_layers))
     of_the_layers = tried(lambda: up_to_layer(opened, layers[-1])) if layers else None
-    tokenizer = tried(lambda: PromptTokenizer.load(config.model, prompts, opened.config.vocab_size))
-    attention = tried(lambda: resolve_attn_implementation(opened.config, config.attn_implementation, DTYPES[config.compute_dtype]))
+    no_text = placeholder_tokens(opened.whole_config)
+    tokenizer = tried(lambda: PromptTokenizer.load(config.model, prompts, opened.config.vocab_size, no_text))
+    attention = tried(lambda: resolve_attn_implementation(opened.whole_config, config.attn_implementation, DTYPES[config.compute_dtype]))
     raise_all(problems)
     assert source is not None
     assert tokenizer is not None

@@ -104,12 +104,11 @@ def _claim(inputs: Inputs, found: Survey, stats: PromptStats, progress: Progress
         progress.say(f"  {line}")
     for quarantined in found.first_quarantined:
         progress.say(f"  quarantined: {quarantined}")
-    config = inputs.checkpoint.config
     job = JobRecord.new(
         m2ray_version=__version__,
         options=inputs.options.row_options(),
         fingerprints={**inputs.fingerprints, "prompts": found.fingerprint},
-        model=ModelFacts(config.model_type, inputs.table.num_layers, inputs.table.hidden_size),
+        model=ModelFacts(inputs.checkpoint.whole_config.model_type, inputs.table.num_layers, inputs.table.hidden_size),
         parts=inputs.options.parts,
         num_shards=len(found.shards),
         counts=Counts(found.num_sequences, found.num_ready, found.num_quarantined, found.num_tokens),

@@ -69,11 +69,11 @@ def measure(
     facts = read_model(model, "auto", compute_dtype)
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
     node = probe_node()
-    layer = TrialLayer(facts.config, getattr(torch, compute_dtype), device)
+    layer = TrialLayer(facts.whole_config, getattr(torch, compute_dtype), device)
     rows = [row for row in facts.table.rows if row.layer == layer.number]
     active = active_elements(rows, facts.shape)
     gpu = torch.cuda.get_device_name(0) if device != "cpu" else None
-    say(f"{gpu or 'CPU'}, layer {layer.number} of a {facts.config.model_type} in {compute_dtype}, random weights")
+    say(f"{gpu or 'CPU'}, layer {layer.number} of a {facts.whole_config.model_type} in {compute_dtype}, random weights")
     times: list[LayerTime] = []
     shapes = shapes_of(batch_tokens or _DEFAULT_TOKENS[device], default_max_length(facts.config))
     for is_compiled in (False, True) if (device != "cpu" if compiled is None else compiled) else (False,):
@@ -99,7 +99,7 @@ def measure(
         gpus=len(node.gpus) if gpu else 0,
         cpus=cpus,
         versions=dict(node.versions),
-        model_type=facts.config.model_type,
+        model_type=facts.whole_config.model_type,
         compute_dtype=compute_dtype,
         active_elements=active,
         layer=tuple(times),

@@ -103,7 +103,7 @@ def make_plan(config: PlanConfig) -> tuple[Plan, dict[str, Any]]:
     shards, stats_at = None, None
     options = resolve(config, prompts, model.table, model.shape)
     if config.prompts:
-        prompts, shards = survey_prompts(config.model, prompts, model.config.vocab_size, options.shard_tokens)
+        prompts, shards = survey_prompts(config.model, model, prompts, options.shard_tokens)
         stats_at = partial(estimated_batching, shards)
         assumed = replace(assumed, longest_tokens=config.longest_tokens or shards.longest_tokens)
     cluster = cluster or _found_cluster(options)

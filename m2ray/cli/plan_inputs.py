@@ -11,6 +11,8 @@ from m2ray.model.checkpoint import CONFIG, open_checkpoint, tensor_table, tensor
 from m2ray.model.families import parse_config
 from m2ray.model.limits import MAX_CONFIG_BYTES, read_limited
 from m2ray.model.stage import DTYPES
+from m2ray.model.tensors import count_sources
+from m2ray.model.towers import decoder_config, placeholder_tokens
 from m2ray.model.weight_files import INDEX, find_weights, indexed_bytes
 from m2ray.options import PromptOptions
 from m2ray.planning.memory import ModelShape
@@ -25,13 +27,15 @@ class PlannedModel:
     """A model, by what its folder says of it.
 
     Attributes:
-        config: transformers' configuration.
+        whole_config: transformers' configuration.
+        config: its decoder's, as `Checkpoint` has them.
         shape: its dimensions, and the attention that runs, "auto" resolved.
         table: every tensor.
         source: what the bytes on disk were read from: the safetensors "headers", or "config", where the files are not all there.
         index_bytes: the bytes of all tensors as the index sums them up; None without an index or its total.
     """
 
+    whole_config: Any
     config: Any
     shape: ModelShape
     table: TensorTable
@@ -51,27 +55,29 @@ def read_model(url: str, attn_implementation: str, compute_dtype: str) -> Planne
     config_key = url.rpartition("/")[2] if alone else CONFIG
     if store.size(config_key) is None:
         raise CheckpointError(f"There is no {config_key} in {store.url}.", "Give a checkpoint's folder, or its config.json.")
-    config = parse_config(read_limited(store, config_key, MAX_CONFIG_BYTES))
-    weights = None if alone else find_weights(store, getattr(config, "transformers_weights", None))
+    whole_config = parse_config(read_limited(store, config_key, MAX_CONFIG_BYTES))
+    weights = None if alone else find_weights(store, getattr(whole_config, "transformers_weights", None))
     weight_map, index, files = weights or ({}, b"", ())
     is_whole = bool(files) and all(store.size(file) is not None for file in files)
     if is_whole:
         checkpoint = open_checkpoint(url)
-        config, table = checkpoint.config, tensor_table(checkpoint)
+        whole_config, table = checkpoint.whole_config, tensor_table(checkpoint)
     else:
-        table = tensor_table_from_config(config)
+        table = tensor_table_from_config(whole_config)
         if weight_map:
-            _require_all(table, set(weight_map))
-    attention = resolve_attn_implementation(config, attn_implementation, DTYPES[compute_dtype])
-    return PlannedModel(config, ModelShape.of(config, attention), table, "headers" if is_whole else "config", indexed_bytes(index))
+            _require_all(whole_config, table, set(weight_map))
+    config = decoder_config(whole_config)
+    attention = resolve_attn_implementation(whole_config, attn_implementation, DTYPES[compute_dtype])
+    origin: Literal["headers", "config"] = "headers" if is_whole else "config"
+    return PlannedModel(whole_config, config, ModelShape.of(config, attention), table, origin, indexed_bytes(index))
 
 
-def _require_all(table: TensorTable, keys: set[str]) -> None:
-    """Refuse an index that lacks tensors of the model: config.json is another model's, or the index is damaged. Its keys may lack the base prefix."""
+def _require_all(config: Any, table: TensorTable, keys: set[str]) -> None:
+    """Refuse an index that lacks tensors of the model: config.json is another model's, or the index is damaged."""
     tied = {"head"}
-    absent = [
-        key for row in table.rows if row.role not in tied for key in row.sources if key not in keys and key.partition(".")[2] not in keys
-    ]
+    doubtful = [row for row in table.rows if row.role not in tied and not keys.issuperset(row.sources)]
+    found = count_sources(config, keys) if doubtful else {}
+    absent = [key for row in doubtful if found[row.name] < len(row.sources) for key in row.sources if key not in keys]
     if absent:
         shown = ", ".join(absent[:_SHOWN_NAMES])
         raise CheckpointError(
@@ -80,14 +86,15 @@ def _require_all(table: TensorTable, keys: set[str]) -> None:
         )
 
 
-def survey_prompts(model: str, options: PromptOptions, vocab_size: int, shard_tokens: int) -> tuple[PromptOptions, ShardTable]:
+def survey_prompts(url: str, model: PlannedModel, options: PromptOptions, shard_tokens: int) -> tuple[PromptOptions, ShardTable]:
     """The options as the prompts settle them, and the shards that a run would cut: the prompts are read and tokenised as there, and nothing is kept.
 
     Raises:
         PromptsError, CheckpointError: as a run would.
     """
     with tempfile.TemporaryDirectory(prefix="m2ray-plan-") as folder:
-        source, tokenizer = PromptSource.open(options), PromptTokenizer.load(model, options, vocab_size)
+        source = PromptSource.open(options)
+        tokenizer = PromptTokenizer.load(url, options, model.config.vocab_size, placeholder_tokens(model.whole_config))
         settled = tokenizer.settled(source.columns)
         found = survey(source, tokenizer, open_store(folder), "plan", shard_tokens)
         found.tokens.close()

@@ -5,9 +5,9 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from m2ray.errors import ConfigError, raise_all
+from m2ray.model.towers import decoder_class, decoder_config
 
 _SUPPORT = {"sdpa": "_supports_sdpa", "flash_attention_2": "_supports_flash_attn", "flex_attention": "_supports_flex_attn"}
 """The attributes by which transformers' classes say what they can."""
@@ -82,7 +82,7 @@ def _reasons(config: Any, wanted: str, compute_dtype: torch.dtype) -> Iterator[s
     if wanted not in _SUPPORT:
         yield f"there is no such attention; there are auto, eager, {', '.join(_SUPPORT)}"
         return
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    model_class, config = decoder_class(config), decoder_config(config)
     if not getattr(model_class, _SUPPORT[wanted], False):
         yield f"transformers' {model_class.__name__} does not support it"
     elif wanted == "sdpa" and getattr(config, "attn_logit_softcapping", None):

@@ -97,6 +97,7 @@ CONTRACTS = {
     "gemma4_unified_text": Contract(shared="shared_kv_states", crosses=_shared_keys_and_inputs),
     "glm_moe_dsa": Contract(second=_INDICES, crosses=_shared_indices),
     "hy_v4": Contract(second=_INDICES, streams="hc_mult", crosses=_shared_indices),
+    "hy_v4_vl_text": Contract(second=_INDICES, streams="hc_mult", crosses=_shared_indices),
 }
 """By model type. What is not listed has layers that need nothing of those before them but hidden states [B, T, H]."""
 

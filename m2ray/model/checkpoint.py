@@ -21,6 +21,7 @@ from m2ray.model.interpreter import without_collector
 from m2ray.model.limits import MAX_CONFIG_BYTES, MAX_HEADERS_BYTES, read_limited
 from m2ray.model.skeleton import Skeleton, build_skeleton
 from m2ray.model.tensors import needed_files, table_of, table_without_weights
+from m2ray.model.towers import decoder_config
 from m2ray.model.weight_files import INDEX, find_weights, indexed_bytes, no_weights
 from m2ray.storage import Store, open_store
 
@@ -34,7 +35,8 @@ class Checkpoint:
     """What is known of a checkpoint without reading a tensor, and the way to read one.
 
     Attributes:
-        config: transformers' configuration (PreTrainedConfig).
+        whole_config: transformers' configuration (PreTrainedConfig) of all that the folder holds.
+        config: its decoder's: the same, or a multimodal model's text tower's.
         headers: where each tensor lies, by the checkpoint's own key.
         weight_map: the file of each tensor: as the files say, or the index of those that cannot be read.
         digests: of config.json and the index, and of each file's name, size and header, by name; xxh3-128, 32 hex digits.
@@ -53,7 +55,8 @@ class Checkpoint:
         damaged: Mapping[str, M2rayError],
     ) -> None:
         self.url = store.url
-        self.config = config
+        self.whole_config = config
+        self.config = decoder_config(config)
         self.digests = {name: xxhash.xxh3_128_hexdigest(text) for name, text in texts.items()}
         self.digests |= {file: xxhash.xxh3_128_hexdigest(f"{header.size_bytes} ".encode() + header.raw) for file, header in files.items()}
         self.headers, self.twice = _join(files)
@@ -77,7 +80,7 @@ class Checkpoint:
             return self
         return type(self)(
             self._store,
-            self.config,
+            self.whole_config,
             self._texts,
             {key: file for key, file in self.weight_map.items() if file in files},
             {file: header for file, header in self._files.items() if file in files},
@@ -229,7 +232,7 @@ def tensor_table(checkpoint: Checkpoint) -> TensorTable:
         ConfigError, StoreError: as `build_skeleton` and `Checkpoint.check`.
     """
     checkpoint.check()
-    return _table(checkpoint, build_skeleton(checkpoint.config, torch.bfloat16), None)
+    return _table(checkpoint, build_skeleton(checkpoint.whole_config, torch.bfloat16), None)
 
 
 @without_collector()
@@ -241,7 +244,7 @@ def up_to_layer(checkpoint: Checkpoint, last: int) -> tuple[Checkpoint, TensorTa
     Raises:
         CheckpointError, ConfigError, StoreError: as `tensor_table`, but for files and tensors that are not needed.
     """
-    skeleton = build_skeleton(checkpoint.config, torch.bfloat16)
+    skeleton = build_skeleton(checkpoint.whole_config, torch.bfloat16)
     span = LayerSpan(0, last + 1)
     needed = checkpoint.only(needed_files(skeleton, checkpoint.weight_map, span))
     raise_all([*needed.damaged.values(), *checkpoint.twice])

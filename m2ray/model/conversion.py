@@ -90,7 +90,8 @@ class Conversion:
     def __init__(self, skeleton: Skeleton) -> None:
         self._model = skeleton.model
         # Not the model's own state: in a stage all other layers are cut away, and a name's prefix is judged by what the whole model has.
-        self._known = dict.fromkeys([*skeleton.tensors, *skeleton.tied], True)
+        not_text = (name for name in self._model.state_dict() if name.startswith(skeleton.not_text))
+        self._known = dict.fromkeys([*skeleton.tensors, *skeleton.tied, *not_text], True)
         self._shapes = {name: tensor.shape for name, tensor in skeleton.tensors.items()}
         mapping = get_model_conversion_mapping(skeleton.model)
         # What transformers reverts a name by. It would walk through the whole model to find it, for each name again.

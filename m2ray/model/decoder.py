@@ -43,7 +43,7 @@ class DecoderSpan:
         self.residency = residency or {}
         self._offload_folder = offload_folder
         self._outside: dict[int, WeightsInHost] = {}
-        self._base = skeleton.model.base_model
+        self._base = skeleton.decoder
         self._contract = contract_of(skeleton.config)
         self._token_ids_BT = torch.empty(0)
         self._incoming: Boundary | None = None
@@ -123,7 +123,7 @@ class DecoderSpan:
         """Raise CheckpointError if any tensor that the span computes with has no memory."""
         never_run = {name for name, tensor in self.skeleton.tensors.items() if tensor.role == "final_norm"}
         names = [name for name, tensor in _tensors_in(self.skeleton.model) if tensor.is_meta and name not in never_run]
-        names = [name for name in names if name.startswith(f"{self.skeleton.model.base_model_prefix}.")]
+        names = [name for name in names if name.startswith(f"{self.skeleton.decoder_name}.")]
         if names:
             raise CheckpointError(f"After loading, {len(names)} tensors have no values: {', '.join(names[:8])}.")
 

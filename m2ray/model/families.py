@@ -10,12 +10,12 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from m2ray.errors import CheckpointError, ConfigError, raise_all
 from m2ray.model.boundary import why_uncuttable
 from m2ray.model.limits import parse_json, require_layers, require_sizes, short_repr
+from m2ray.model.towers import decoder_config, is_language_model, path_to_decoder
 
 KEEPS_FP32 = {"minimax_m2": ("mlp.gate.weight", "mlp.e_score_correction_bias")}
 """Tensors that stay in float32 beyond what transformers keeps: a router in bfloat16 picks other experts.
@@ -35,6 +35,9 @@ LEARNED_POSITIONS = ("biogpt", "codegen", "gpt2", "gpt_bigcode", "gpt_neo", "gpt
 TEXT_TOWERS = ("text_config", "decoder", "language_config", "llm_config", "thinker_config")
 """Config fields that hold the configuration of the decoder inside a larger model."""
 
+ALIASES = {"kimi_k2": "deepseek_v3"}
+"""Model types that are another one in all but name; transformers knows them by code in the checkpoint, which m2ray never runs."""
+
 LENGTH_DEPENDENT_ROPE = ("dynamic",)
 """Rotary embeddings that change with the longest sequence of a batch: a prompt's rows would depend on its neighbours. That of "longrope"
 changes at one length, so it is run for prompts up to there (`steady_positions`)."""
@@ -46,33 +49,38 @@ CALLER_CHOOSES = ("auto_map", "attn_implementation", "_attn_implementation", "ex
 def parse_config(text: bytes) -> Any:
     """config.json as transformers' configuration object (PreTrainedConfig). Code from the checkpoint is never run.
 
+    Of a multimodal model it is the whole model's; `decoder_config` of it is what m2ray runs.
+
     Raises:
         CheckpointError: not JSON, or a model that m2ray does not run; all reasons at once.
     """
-    fields = parse_json(text, "config.json", _untagged)
+    fields = parse_json(text, "config.json", _as_meant)
     if not isinstance(fields, dict):
         raise CheckpointError("config.json is not a JSON object.", "Copy the file again.")
     require_sizes(fields)
     model_type = fields.get("model_type")
-    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+    if not isinstance(model_type, str) or ALIASES.get(model_type, model_type) not in CONFIG_MAPPING:
         raise _unknown_family(model_type)
-    fields = {name: value for name, value in fields.items() if name not in CALLER_CHOOSES}
-    if not isinstance(fields.get("quantization_config") or {}, dict):
-        raise CheckpointError(
-            f"config.json: quantization_config = {short_repr(fields['quantization_config'])} is no JSON object.",
-            "Write what says how the weights are quantised (quant_method ...), or leave it out where they are not.",
-        )
-    config = _read_fields(model_type, fields)
-    require_layers(config)
+    for each in (fields, *(fields[name] for name in TEXT_TOWERS if isinstance(fields.get(name), dict))):
+        if not isinstance(each.get("quantization_config") or {}, dict):
+            raise CheckpointError(
+                f"config.json: quantization_config = {short_repr(each['quantization_config'])} is no JSON object.",
+                "Write what says how the weights are quantised (quant_method ...), or leave it out where they are not.",
+            )
+    config = _read_fields(ALIASES.get(model_type, model_type), fields)
+    decoder = decoder_config(config)
+    require_layers(decoder)
     raise_all(
         [
             *_contradictory_rope(config, fields),
             *_not_causal(config.to_dict()),
-            *_unsupported_structure(config),
+            *_no_decoder(config),
+            *([] if decoder is config else _unsupported_structure(config)),
+            *_unsupported_structure(decoder),
             *_unsupported_quantization(config),
         ]
     )
-    _spell_out_partial_rotary(config)
+    _spell_out_partial_rotary(decoder)
     return config
 
 
@@ -121,6 +129,11 @@ def require_positions(config: Any, max_length: int | None) -> None:
         )
 
 
+def quantization(config: Any) -> Mapping[str, Any]:
+    """The quantization_config of the whole model, or else of its decoder alone, as transformers looks for it; empty without one."""
+    return next((found for each in (config, decoder_config(config)) if (found := getattr(each, "quantization_config", None))), {})
+
+
 def require_dtype(config: Any, compute_dtype: str) -> None:
     """Raise ConfigError for a dtype in which transformers' own code of a family does not compute."""
     if compute_dtype == "float16" and config.model_type in NOT_IN_FLOAT16:
@@ -132,22 +145,24 @@ def require_dtype(config: Any, compute_dtype: str) -> None:
 
 def fp8_block(config: Any) -> tuple[int, int] | None:
     """Rows and columns that share one FP8 scale, or None where a tensor has one scale for all of it."""
-    block = (getattr(config, "quantization_config", None) or {}).get("weight_block_size")
+    block = quantization(config).get("weight_block_size")
     return None if block is None else (int(block[0]), int(block[1]))
 
 
 def is_fp8(config: Any) -> bool:
     """Whether config.json declares an FP8 checkpoint."""
-    return bool(getattr(config, "quantization_config", None))
+    return bool(quantization(config))
 
 
 _UNSAYABLE = ("Infinity", "-Infinity", "NaN")  # as all that config.json's values are held against a tuple: they may be lists or objects
 
 
-def _untagged(fields: dict[str, Any]) -> Any:
-    """A JSON object; or the number that JSON cannot say, where transformers wrote it as {"__float__": "Infinity"}."""
+def _as_meant(fields: dict[str, Any]) -> Any:
+    """A JSON object without what its caller chooses; or the number that JSON cannot say, which transformers writes as {"__float__": "Infinity"}."""
     tag = fields.get("__float__")
-    return float(tag) if len(fields) == 1 and tag in _UNSAYABLE else fields
+    if len(fields) == 1 and tag in _UNSAYABLE:
+        return float(tag)
+    return {name: value for name, value in fields.items() if name not in CALLER_CHOOSES}
 
 
 def _read_fields(model_type: str, fields: Mapping[str, Any]) -> Any:
@@ -171,15 +186,18 @@ def _dtype_remedy(fields: Mapping[str, Any]) -> str:
 
 def _contradictory_rope(config: Any, fields: Mapping[str, Any]) -> list[CheckpointError]:
     """The old key `rope_scaling` replaces `rope_parameters` whole, so that its rope_theta falls back to a default without a word."""
-    if not (fields.get("rope_scaling") and fields.get("rope_parameters")):
-        return []
-    without = _read_fields(config.model_type, {name: value for name, value in fields.items() if name != "rope_scaling"})
-    if without.rope_parameters == config.rope_parameters:
+    without = deepcopy(dict(fields))
+    place, of_decoder = "", without
+    for name in path_to_decoder(config):
+        place, of_decoder = f"{place}{name}.", of_decoder.get(name) or {}
+    old, new = of_decoder.pop("rope_scaling", None), of_decoder.get("rope_parameters")
+    taken = getattr(decoder_config(config), "rope_parameters", None)
+    if not (old and new) or decoder_config(_read_fields(config.model_type, without)).rope_parameters == taken:
         return []
     return [
         CheckpointError(
-            f"config.json: rope_scaling = {fields['rope_scaling']} and rope_parameters = {fields['rope_parameters']} contradict each other: "
-            f"transformers would take {config.rope_parameters}.",
+            f"config.json: {place}rope_scaling = {old} and {place}rope_parameters = {new} contradict each other: "
+            f"transformers would take {taken}.",
             "Keep rope_parameters alone, with all that is meant.",
         )
     ]
@@ -228,8 +246,7 @@ def _not_causal(fields: Mapping[str, Any], place: str = "") -> list[CheckpointEr
 
 
 def _unsupported_structure(config: Any) -> list[CheckpointError]:
-    problems = [*_no_decoder(config)]
-    problems += [CheckpointError(f"config.json: {reason}.", "m2ray cannot cut it into stages.") for reason in why_uncuttable(config)]
+    problems = [CheckpointError(f"config.json: {reason}.", "m2ray cannot cut it into stages.") for reason in why_uncuttable(config)]
     for rope in _ropes(config):
         rope_type = rope.get("rope_type")
         if rope_type in LENGTH_DEPENDENT_ROPE:
@@ -252,22 +269,22 @@ def _no_decoder(config: Any) -> Iterator[CheckpointError]:
     """Models that are no stack of decoder layers, before anything is built of them."""
     if config.is_encoder_decoder:
         yield CheckpointError(f"config.json: a {config.model_type} has an encoder beside its decoder.", "m2ray runs decoder-only models.")
-    elif type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        yield CheckpointError(f"config.json: transformers has no causal language model of model_type {config.model_type!r}.")
-    elif absent := [name for name in NEEDED_FIELDS if type(getattr(config, name, None)) is not int]:
+    elif not is_language_model(config):
+        yield CheckpointError(f"config.json: transformers has no language model of model_type {config.model_type!r}.")
+    elif absent := [name for name in NEEDED_FIELDS if type(getattr(decoder_config(config), name, None)) is not int]:
         yield CheckpointError(
             f"config.json: a {config.model_type} configuration has no {' and no '.join(absent)}.", "m2ray runs one stack of decoder layers."
         )
 
 
 def _unsupported_quantization(config: Any) -> list[CheckpointError]:
-    quantization = getattr(config, "quantization_config", None)
-    if not quantization:
+    declared = quantization(config)
+    if not declared:
         return []
-    method = quantization.get("quant_method")
+    method = declared.get("quant_method")
     if method != "fp8":
         return [CheckpointError(f"config.json: quant_method {method!r}.", "m2ray reads BF16, F16, F32 and block-wise FP8 checkpoints.")]
-    block = quantization.get("weight_block_size")
+    block = declared.get("weight_block_size")
     if block is not None and not (
         isinstance(block, list | tuple) and len(block) == 2 and all(isinstance(side, int) and side > 0 for side in block)
     ):

@@ -1,7 +1,7 @@
 """A tiny model with random weights: its rows as transformers computes them, and as a chain of stages does from the same checkpoint."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from itertools import pairwise
 from pathlib import Path
@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging
 
@@ -21,7 +20,9 @@ from m2ray.model.decoder import DecoderSpan
 from m2ray.model.families import keeps_fp32
 from m2ray.model.headers import read_file_header
 from m2ray.model.skeleton import QUIET, build_skeleton, find_layers, hidden_of
-from m2ray.model.tiny import VOCABULARY, tiny_copies
+from m2ray.model.tiny import VOCABULARY
+from m2ray.model.tiny_towers import tiny_wholes
+from m2ray.model.towers import decoder_config, find_decoder, is_plain, model_class
 from m2ray.model.weight_files import SINGLE_FILE
 from m2ray.model.weights import load_weights
 from m2ray.storage import open_store
@@ -31,6 +32,7 @@ _COMMON = 12
 """Tokens of the long prompt, of the short one that is padded beside it, and of the prefix that two long ones have in common."""
 
 _MOST_PARAMETERS = 30_000_000
+"""Of a decoder; a multimodal model may have five times as many."""
 
 NOT_RUN = (
     ArithmeticError,
@@ -57,11 +59,11 @@ class Rehearsal:
 
     def __init__(self, tiny: Any, seed: int, folder: Path) -> None:
         self.tiny = tiny
-        self.num_layers: int = tiny.num_hidden_layers
+        self.num_layers: int = decoder_config(tiny).num_hidden_layers
         self.token_counts = (_LONG, _SHORT)
         self._folder = folder
         self._loaded: dict[torch.dtype, Any] = {}
-        self._model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(tiny)]
+        self._model_class = model_class(tiny)
         model = _random_model(self._model_class, tiny, seed)
         self._values = {name: tensor for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys}
         self._published = {key: tensor.contiguous() for key, tensor in revert_weight_conversion(model, dict(self._values)).items()}
@@ -112,16 +114,13 @@ class Rehearsal:
     def _load(self, dtype: torch.dtype) -> Any:
         if dtype in self._loaded:
             return self._loaded[dtype]
+        config = deepcopy(self.tiny)
+        decoder_config(config)._attn_implementation = resolve_attn_implementation(self.tiny, "auto", dtype)  # noqa: SLF001 - no public name
         with _quietly():
             model = self._model_class.from_pretrained(
-                None,
-                local_files_only=True,
-                config=deepcopy(self.tiny),
-                state_dict=dict(self._published),
-                dtype=dtype,
-                attn_implementation=resolve_attn_implementation(self.tiny, "auto", dtype),
+                None, local_files_only=True, config=config, state_dict=dict(self._published), dtype=dtype
             ).eval()
-        for name in filter(keeps_fp32(self.tiny), self._values):  # beyond what transformers keeps
+        for name in filter(keeps_fp32(decoder_config(self.tiny)), self._values):  # beyond what transformers keeps
             owner, _, leaf = name.rpartition(".")
             tensor = getattr(model.get_submodule(owner), leaf)
             tensor.data = self._values[name].float()
@@ -137,7 +136,7 @@ def rehearse(config: Any, seed: int, folder: Path) -> Rehearsal:
     """
     reasons: list[str] = []
     try:
-        for tiny in tiny_copies(config):
+        for tiny in tiny_wholes(config):
             try:
                 rehearsal = Rehearsal(tiny, seed, folder)
                 rehearsal.by_transformers(torch.float32)
@@ -153,17 +152,18 @@ def rehearse(config: Any, seed: int, folder: Path) -> Rehearsal:
     )
 
 
-def _random_model(model_class: Any, tiny: Any, seed: int) -> Any:
+def _random_model(made_of: Any, tiny: Any, seed: int) -> Any:
     """The model that transformers makes of a tiny configuration in float32, with weights that make every layer matter."""
     for field in QUIET:
-        setattr(tiny, field, False)
+        setattr(decoder_config(tiny), field, False)
     with torch.device("meta"):
-        num_parameters = sum(parameter.numel() for parameter in model_class._from_config(deepcopy(tiny)).parameters())  # noqa: SLF001
-    if num_parameters > _MOST_PARAMETERS:
+        on_meta = made_of._from_config(deepcopy(tiny))  # noqa: SLF001 - as AutoModelForCausalLM calls it
+    num_parameters = sum(parameter.numel() for parameter in on_meta.parameters())
+    if num_parameters > (_MOST_PARAMETERS if is_plain(tiny) else 5 * _MOST_PARAMETERS):
         raise ValueError(f"a tiny {tiny.model_type} still has {num_parameters:,} parameters")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = model_class._from_config(deepcopy(tiny), dtype=torch.float32).eval()  # noqa: SLF001 - as AutoModelForCausalLM calls it
+        model = made_of._from_config(deepcopy(tiny), dtype=torch.float32).eval()  # noqa: SLF001 - as AutoModelForCausalLM calls it
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for tensor in model.state_dict().values():
@@ -172,24 +172,36 @@ def _random_model(model_class: Any, tiny: Any, seed: int) -> Any:
             elif tensor.is_floating_point():
                 tensor.add_(torch.empty_like(tensor).normal_(0, 0.1, generator=generator))
             elif tensor.dtype == torch.int64 and tensor.dim() >= 2:  # which experts a token goes to
-                tensor.random_(0, getattr(tiny, "num_local_experts", 1), generator=generator)
+                tensor.random_(0, getattr(decoder_config(tiny), "num_local_experts", 1), generator=generator)
     return model
 
 
 def _layers_outputs(model: Any, **inputs: torch.Tensor) -> list[torch.Tensor]:
+    """Each layer's output [B, T, H] where transformers' own model is given text."""
     outputs: list[torch.Tensor] = []
     hooks = [
         layer.register_forward_hook(lambda _, __, output: outputs.append(hidden_of(output).clone())) for layer in find_layers(model)[1]
     ]
-    with torch.inference_mode():
-        model.base_model(**inputs, use_cache=False)
+    hooks.append(find_decoder(model)[1].register_forward_hook(_end))
+    if not is_plain(model.config):
+        inputs.pop("position_ids", None)  # a multimodal model makes its own
+    with suppress(_DecoderDone), torch.inference_mode():
+        (model.base_model if is_plain(model.config) else model)(**inputs, use_cache=False)
     for hook in hooks:
         hook.remove()
     return outputs
 
 
+class _DecoderDone(Exception):  # noqa: N818 - no error
+    """Ends a model's forward pass once its decoder has run: what the head makes of it is nobody's."""
+
+
+def _end(*_: Any) -> None:
+    raise _DecoderDone
+
+
 def _vocabulary(tiny: Any) -> int:
-    return min(VOCABULARY, int(tiny.vocab_size)) - 1
+    return min(VOCABULARY, int(decoder_config(tiny).vocab_size)) - 1
 
 
 def _moved(one_TH: torch.Tensor, other_TH: torch.Tensor) -> float:

@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from m2ray.batches import LayerSpan, Role
 from m2ray.errors import CheckpointError, ConfigError
 from m2ray.model.attention import resolve_attn_implementation
 from m2ray.model.families import keeps_fp32
+from m2ray.model.towers import decoder_config, find_decoder, is_plain, model_class
 
 QUIET = ("output_hidden_states", "output_attentions", "output_router_logits", "use_cache")
 """Config fields that make a forward pass keep more than its hidden states."""
@@ -43,25 +43,35 @@ class Skeleton:
 
     Attributes:
         config_on_disk: the configuration as config.json has it, its quantization included.
-        model: transformers' causal language model; `model.base_model` is the decoder that runs.
+        model: transformers' causal language model, or a multimodal one whole.
+        decoder_name: the dotted name in `model` of the module that runs.
         layers: the decoder layers, in order.
         layers_name: the list's dotted name in `model`.
         inputs: dotted names in `model` of the modules with weights that run before the first layer.
         tensors: by name; tied ones once, under the name that the embedding has.
         tied: names left out of `tensors`, and the name that each shares its memory with.
+        not_text: how the names of a multimodal model's tensors begin that text does not meet: vision, audio, what projects them.
     """
 
     config_on_disk: Any
     model: Any
+    decoder_name: str
     layers: nn.ModuleList
     layers_name: str
     inputs: tuple[str, ...]
     tensors: Mapping[str, ModelTensor]
     tied: Mapping[str, str]
+    not_text: tuple[str, ...]
+
+    @property
+    def decoder(self) -> Any:
+        """The module that runs: token ids in, hidden states out."""
+        return self.model.get_submodule(self.decoder_name)
 
     @property
     def config(self) -> Any:
-        return self.model.config
+        """The decoder's configuration as it is run."""
+        return self.decoder.config
 
     @property
     def attn_implementation(self) -> str:
@@ -90,15 +100,19 @@ def build_skeleton(config: Any, compute_dtype: torch.dtype, attn_implementation:
         ConfigError: the family or the dtype cannot have such attention, or its package is not installed.
         CheckpointError: transformers cannot build the model, or its layers are not one plain list.
     """
-    config_on_disk, config = config, deepcopy(config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config  # m2ray dequantises at load
+    config_on_disk, whole = config, deepcopy(config)
+    config = decoder_config(whole)
+    for each in (whole, config):
+        if hasattr(each, "quantization_config"):
+            del each.quantization_config  # m2ray dequantises at load
     for field in QUIET:
         setattr(config, field, False)
-    chosen = resolve_attn_implementation(config, attn_implementation, compute_dtype)
+    chosen = resolve_attn_implementation(whole, attn_implementation, compute_dtype)
+    config._attn_implementation = chosen  # noqa: SLF001 - the decoder's alone: another tower may not have it
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=compute_dtype, attn_implementation=chosen).eval().requires_grad_(False)
+            made = model_class(whole)._from_config(whole, dtype=compute_dtype)  # noqa: SLF001 - as transformers' Auto classes call it
+        model = made.eval().requires_grad_(False)
     except ImportError as error:
         raise ConfigError(f"attn_implementation = {chosen!r} on this machine: {error}", 'Use "auto" or "eager".') from error
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
@@ -109,10 +123,13 @@ def build_skeleton(config: Any, compute_dtype: torch.dtype, attn_implementation:
             f"transformers cannot build a {config.model_type} from config.json: {str(error) or type(error).__name__}.{hint}",
             "Set pad_token_id to a token of the vocabulary, or to null: no row depends on it." if beyond else "",
         ) from error
+    decoder_name, decoder = find_decoder(model)
     layers_name, layers = find_layers(model)
-    inputs = _run_without_layers(model, layers)
-    tensors = _list_tensors(model, layers_name, inputs, compute_dtype)
-    return Skeleton(config_on_disk, model, layers, layers_name, inputs, tensors, dict(model.all_tied_weights_keys))
+    inputs = _run_without_layers(decoder, decoder_name, layers)
+    not_text = () if is_plain(whole) else _not_text(model, decoder_name)
+    tensors = _list_tensors(model, decoder_name, layers_name, inputs, compute_dtype)
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(not_text)}
+    return Skeleton(config_on_disk, model, decoder_name, layers, layers_name, inputs, tensors, dict(model.all_tied_weights_keys), not_text)
 
 
 def pass_through(num_returned: int) -> Callable[..., Any]:
@@ -137,26 +154,40 @@ def hidden_of(output: Any) -> torch.Tensor:
 
 
 def find_layers(model: Any) -> tuple[str, nn.ModuleList]:
-    """The one list that holds as many decoder layers as the configuration says."""
+    """The one list of a model's decoder that holds as many layers as the configuration says, and its dotted name in the model."""
+    decoder_name, decoder = find_decoder(model)
     lists = [
         (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == model.config.num_hidden_layers
+        for name, module in decoder.named_modules(prefix=decoder_name)
+        if isinstance(module, nn.ModuleList) and len(module) == decoder.config.num_hidden_layers
     ]
     found = [each for each in lists if all(isinstance(layer, GradientCheckpointingLayer) for layer in each[1])]
     found = found or [each for each in lists if all(next(layer.children(), None) is not None for layer in each[1])]
     if len(found) != 1:
         raise CheckpointError(
-            f"{type(model).__name__} has {len(found)} lists of {model.config.num_hidden_layers} decoder layers; m2ray needs exactly one."
+            f"{type(decoder).__name__} has {len(found)} lists of {decoder.config.num_hidden_layers} decoder layers; m2ray needs exactly one."
         )
     return found[0]
+
+
+def _not_text(model: Any, decoder_name: str) -> tuple[str, ...]:
+    """The beginnings of the names of what a multimodal model has beside its decoder and its head, with and without the base model's."""
+    head, steps = model.get_output_embeddings(), decoder_name.split(".")
+    beginnings = []
+    for outer in (".".join(steps[:number]) for number in range(len(steps))):
+        module, place = model.get_submodule(outer), f"{outer}." if outer else ""
+        own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+        beginnings += [f"{place}{name}" for name, _ in own]
+        beginnings += [f"{place}{name}." for name, child in module.named_children() if child is not head]
+    beside = [each for each in beginnings if not f"{decoder_name}.".startswith(each)]
+    return tuple({*beside, *(each.removeprefix(f"{model.base_model_prefix}.") for each in beside)})
 
 
 def _owns_tensors(module: nn.Module) -> bool:
     return bool(module._parameters) or bool(module._buffers.keys() - module._non_persistent_buffers_set)  # noqa: SLF001 - not public
 
 
-def _run_without_layers(model: Any, layers: nn.ModuleList) -> tuple[str, ...]:
+def _run_without_layers(decoder: Any, decoder_name: str, layers: nn.ModuleList) -> tuple[str, ...]:
     """Let every layer pass its hidden states through, in the way in which the model's loop takes them back, and say what runs before them.
 
     Whether layers return a tuple shows in one forward pass over meta tensors: what is no tuple is cut along its first axis.
@@ -171,15 +202,15 @@ def _run_without_layers(model: Any, layers: nn.ModuleList) -> tuple[str, ...]:
         for layer in layers:
             layer.forward = pass_through(num_returned)
         try:
-            return _trace_inputs(model, layers, arguments)
+            return _trace_inputs(decoder, decoder_name, layers, arguments)
         except (AssertionError, AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
             reasons.append(f"{type(error).__name__}: {error}")
     raise CheckpointError(
-        f"{type(model).__name__} does not run without its decoder layers: {reasons[0]}", "m2ray runs one stack of decoder layers."
+        f"{type(decoder).__name__} does not run without its decoder layers: {reasons[0]}", "m2ray runs one stack of decoder layers."
     )
 
 
-def _trace_inputs(model: Any, layers: nn.ModuleList, arguments: Mapping[str, torch.Tensor]) -> tuple[str, ...]:
+def _trace_inputs(decoder: Any, decoder_name: str, layers: nn.ModuleList, arguments: Mapping[str, torch.Tensor]) -> tuple[str, ...]:
     """The modules with weights that run before the first layer, as one forward pass over meta tensors shows.
 
     Names do not tell: some families embed positions too, project or normalise before the first layer.
@@ -188,7 +219,7 @@ def _trace_inputs(model: Any, layers: nn.ModuleList, arguments: Mapping[str, tor
         RuntimeError: a layer is given other hidden states than the first one.
     """
     inside = {id(module) for layer in layers for module in layer.modules()}
-    outside = [(name, module) for name, module in model.named_modules() if id(module) not in inside]
+    outside = [(name, module) for name, module in decoder.named_modules(prefix=decoder_name) if id(module) not in inside]
     had = [(module, set(vars(module))) for _, module in outside]
     called: list[str] = []
     shapes: list[tuple[int, ...]] = []
@@ -202,7 +233,7 @@ def _trace_inputs(model: Any, layers: nn.ModuleList, arguments: Mapping[str, tor
     ]
     try:
         with torch.inference_mode(), torch.device("meta"):
-            model.base_model(input_ids=torch.zeros(3, 2, dtype=torch.long), **arguments)
+            decoder(input_ids=torch.zeros(3, 2, dtype=torch.long), **arguments)
     finally:
         for hook in hooks:
             hook.remove()
@@ -225,14 +256,16 @@ def _shape_given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ..
     return tuple((args[0] if args else kwargs["hidden_states"]).shape)
 
 
-def _list_tensors(model: Any, layers_name: str, inputs: tuple[str, ...], compute_dtype: torch.dtype) -> dict[str, ModelTensor]:
+def _list_tensors(
+    model: Any, decoder_name: str, layers_name: str, inputs: tuple[str, ...], compute_dtype: torch.dtype
+) -> dict[str, ModelTensor]:
     # What transformers' own loading keeps in float32 at this dtype, by a rule without a public name, and what m2ray adds for the family.
     patterns = (pattern.replace("*", ".*") for pattern in model._get_dtype_plan(compute_dtype))  # noqa: SLF001
-    of_transformers, of_m2ray = re.compile("|".join(patterns) or r"(?!)"), keeps_fp32(model.config)
+    of_transformers, of_m2ray = re.compile("|".join(patterns) or r"(?!)"), keeps_fp32(decoder_config(model.config))
     return {
         name: ModelTensor(
             name,
-            *_place(model, layers_name, inputs, name),
+            *_place(decoder_name, layers_name, inputs, name),
             tuple(tensor.shape),
             _dtype(tensor, bool(of_transformers.search(name)) or of_m2ray(name)),
         )
@@ -245,9 +278,9 @@ def _dtype(tensor: torch.Tensor, keeps_fp32: bool) -> torch.dtype:  # noqa: FBT0
     return torch.float32 if keeps_fp32 and tensor.is_floating_point() else tensor.dtype
 
 
-def _place(model: Any, layers_name: str, inputs: tuple[str, ...], name: str) -> tuple[Role, int | None]:
+def _place(decoder_name: str, layers_name: str, inputs: tuple[str, ...], name: str) -> tuple[Role, int | None]:
     if name.startswith(f"{layers_name}."):
         return "layer", int(name.removeprefix(f"{layers_name}.").partition(".")[0])
     if name.rpartition(".")[0] in inputs:
         return "embedding", None
-    return ("final_norm" if name.startswith(f"{model.base_model_prefix}.") else "head"), None
+    return ("final_norm" if name.startswith(f"{decoder_name}.") else "head"), None

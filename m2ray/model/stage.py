@@ -297,11 +297,11 @@ def _load_stage(spec: StageSpec, device: torch.device, lanes: Lanes | None, on_b
     if spec.model_files is not None:
         checkpoint.require(spec.model_files)
     compute_dtype = DTYPES[spec.compute_dtype]
-    attn_implementation = resolve_attn_implementation(checkpoint.config, spec.attn_implementation, compute_dtype)
+    attn_implementation = resolve_attn_implementation(checkpoint.whole_config, spec.attn_implementation, compute_dtype)
     require_machine(checkpoint.config, attn_implementation, device)
     if spec.compile and device.type == "cuda":
         require_triton("compile = true")
-    skeleton = build_skeleton(checkpoint.config, compute_dtype, attn_implementation)
+    skeleton = build_skeleton(checkpoint.whole_config, compute_dtype, attn_implementation)
     require_attention_to_sinks(skeleton.config, attn_implementation, skeleton.tensors)
     if spec.span.stop > len(skeleton.layers):
         raise ConfigError(f"{spec.span}: the model has layers 0 to {len(skeleton.layers) - 1}.")

@@ -1,6 +1,7 @@
 """The checkpoint's tensors matched with the model's: the plan that loading follows and the table that planning counts on."""
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -13,9 +14,10 @@ from m2ray.batches import LayerSpan, Role, TensorRow, TensorTable
 from m2ray.errors import CheckpointError, raise_all
 from m2ray.model.boundary import most_beside, row_width
 from m2ray.model.conversion import MISMATCH, Conversion, Placement, Source
-from m2ray.model.families import fp8_block, is_fp8
+from m2ray.model.families import fp8_block, is_fp8, quantization
 from m2ray.model.headers import TensorHeader
 from m2ray.model.skeleton import ModelTensor, Skeleton, build_skeleton
+from m2ray.model.towers import decoder_config
 
 SCALE = "_scale_inv"
 OTHER_SCALE = "_scale"
@@ -155,6 +157,11 @@ def table_without_weights(config: Any) -> TensorTable:
     return _table(skeleton, rows)
 
 
+def count_sources(config: Any, keys: Iterable[str]) -> Counter[str]:
+    """How many of a checkpoint's keys lead to each tensor of the model, by its name. A family may have published its layout in several ways."""
+    return Counter(name for name, _ in Conversion(build_skeleton(config, torch.bfloat16)).sources(keys))
+
+
 def key_bytes(key: str, headers: Mapping[str, TensorHeader]) -> int:
     """Bytes of a checkpoint tensor and of its scale, if it has one."""
     scale = headers.get(key + SCALE)
@@ -200,17 +207,23 @@ def _unread_reason(skeleton: Skeleton, name: str) -> Role | None:
 
 
 def _is_unused(skeleton: Skeleton, name: str) -> bool:
-    """Whether a name is known to be of no use: layers past the last (multi-token prediction), other heads, scales of activations, and what
-    transformers ignores.
+    """Whether a name is known to be of no use: layers past the last (multi-token prediction), other heads, scales of activations, what is
+    beside a multimodal model's decoder, and what transformers ignores.
     """
     layer = skeleton.layer_of(name)
-    if EXTRA_LAYERS.search(name) or EXTRA_HEADS.search(name) or (layer is not None and layer >= len(skeleton.layers)):
+    if (
+        name.startswith(skeleton.not_text)
+        or EXTRA_LAYERS.search(name)
+        or EXTRA_HEADS.search(name)
+        or (layer is not None and layer >= len(skeleton.layers))
+    ):
         return True
     if is_fp8(skeleton.config_on_disk) and ACTIVATION_SCALES.search(name):
         return True
     # Patterns that name a layer by number stand for sizes of the model whose last layer it is; the rule above covers those.
-    patterns = type(skeleton.model)._keys_to_ignore_on_load_unexpected or ()  # noqa: SLF001 - the rule has no public name
-    if any(re.search(rf"{re.escape(pattern)}\.", name) for pattern in vars(skeleton.model.base_model).get(_IGNORED, ())):
+    models = {type(skeleton.model), type(skeleton.decoder)}
+    patterns = [pattern for model in models for pattern in model._keys_to_ignore_on_load_unexpected or ()]  # noqa: SLF001 - not public
+    if any(re.search(rf"{re.escape(pattern)}\.", name) for pattern in vars(skeleton.decoder).get(_IGNORED, ())):
         return True  # what a base model says of itself, it says of this configuration
     ignored = (pattern for pattern in patterns if not re.search(r"layers\\?\.\d", pattern))
     return any(re.search(pattern, name) for pattern in (*ignored, r"rotary_emb\.inv_freq$"))
@@ -283,13 +296,13 @@ def _published_bytes(skeleton: Skeleton, tensor: ModelTensor, key: str, shape: t
         return prod(shape) * tensor.dtype.itemsize
     if is_fp8(skeleton.config_on_disk) and _is_quantised(skeleton, tensor, key):
         return prod(shape) + prod(scale_shape(shape, fp8_block(skeleton.config_on_disk))) * 4
-    dtype = skeleton.config_on_disk.dtype
+    dtype = skeleton.config_on_disk.dtype or decoder_config(skeleton.config_on_disk).dtype
     return prod(shape) * (dtype.itemsize if isinstance(dtype, torch.dtype) else 2)
 
 
 def _is_quantised(skeleton: Skeleton, tensor: ModelTensor, key: str) -> bool:
     """What transformers quantises: a layer's linear weights and its experts, unless config.json names the module."""
-    skipped = skeleton.config_on_disk.quantization_config.get("modules_to_not_convert") or ()
+    skipped = quantization(skeleton.config_on_disk).get("modules_to_not_convert") or ()
     if tensor.role != "layer" or any(f".{module}." in f".{key}." for module in skipped):
         return False
     module, _, name = tensor.name.rpartition(".")

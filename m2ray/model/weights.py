@@ -58,7 +58,7 @@ def load_weights(checkpoint: Checkpoint, decoder: DecoderSpan, on_bytes: OnBytes
         StageError: a disk has no room for the layers that are kept there.
         StoreError: reading fails.
     """
-    block, digests = fp8_block(checkpoint.config), WeightDigests(checkpoint.headers)
+    block, digests = fp8_block(checkpoint.whole_config), WeightDigests(checkpoint.headers)
     if lanes is not None:
         needed_bytes = _load_by_lanes(checkpoint, decoder, block, digests, on_bytes, lanes)
     else:

@@ -301,9 +301,9 @@ def test_a_malformed_index_is_refused(llama: Path, text: str) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"model_type": "no_such_model"}, "transformers knows no model_type 'no_such_model'"),
+        ({"model_type": "no_such_model"}, "knows no model_type 'no_such_model'"),
         ({"model_type": "bart"}, "a bart has an encoder beside its decoder"),
-        ({"model_type": "albert"}, "transformers has no causal language model of model_type 'albert'"),
+        ({"model_type": "albert"}, "transformers has no language model of model_type 'albert'"),
         ({"model_type": None}, "no model_type"),
         ({"num_kv_shared_layers": 2}, "num_kv_shared_layers = 2"),
         ({"hidden_size_per_layer_input": 8}, "hidden_size_per_layer_input = 8"),
@@ -340,7 +340,7 @@ def test_numbers_that_json_cannot_say_are_read_as_transformers_writes_them(llama
 @pytest.mark.parametrize("model_type", [["llama"], {"name": "llama"}, 7])
 def test_a_model_type_that_is_no_name_is_refused(llama: Path, model_type: object) -> None:
     edit_config(llama, model_type=model_type)
-    with pytest.raises(CheckpointError, match="transformers knows no model_type"):
+    with pytest.raises(CheckpointError, match="knows no model_type"):
         open_checkpoint(str(llama))
 
 
