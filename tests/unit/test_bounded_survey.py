@@ -77,7 +77,7 @@ def test_rows_come_once_and_in_order_though_fewer_are_decoded_at_a_time(tmp_path
 
 
 def test_a_page_that_no_limit_holds_is_refused_by_its_row(tmp_path: Path) -> None:
-    pq.write_table(pa.table({"text": ["a", "x" * (80 << 20)]}), tmp_path / "a.parquet", compression="zstd", use_dictionary=False)
+    pq.write_table(pa.table({"text": ["a", "x" * (300 << 20)]}), tmp_path / "a.parquet", compression="zstd", use_dictionary=False)
     with pytest.raises(PromptsError, match=r"of row group 0 of .*a\.parquet takes more than 50,331,648 bytes"):
         read(tmp_path / "a.parquet")
 
