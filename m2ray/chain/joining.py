@@ -32,7 +32,7 @@ def cluster(connect_timeout_s: float) -> Iterator[None]:
         else:
             folder = stack.enter_context(_private_folder())
             stack.callback(ray.shutdown)
-            _start(folder / "ray")
+            _start(folder / "r")  # a socket has a path of 107 bytes at most
         try:
             yield
         except ray.exceptions.RayError as error:  # Ray itself is gone: a stage's failure is handled where it happens

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-READ_BYTES = 384 << 20
+READ_BYTES = 256 << 20
 """What reading a batch of rows may take, decompressed pages and dictionaries included."""
 
 RENDER_BYTES = 256 << 20

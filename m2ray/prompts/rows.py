@@ -10,8 +10,8 @@ Message = dict[str, Any]
 Kind = Literal["text", "messages", "input_ids"]
 """What a prompt is given as."""
 
-MAX_PROMPT_BYTES = 4 << 20
-"""Longer rows are quarantined unread, and so many bytes are tokenised at a time: it takes about a hundred bytes of memory for each."""
+MAX_PROMPT_BYTES = 2 << 20
+"""Longer rows are quarantined unread, and so many bytes are tokenised at a time: it takes up to 230 bytes of memory for each."""
 
 _ROW_ID_CHARACTERS = 256
 

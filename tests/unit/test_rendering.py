@@ -60,7 +60,7 @@ def test_a_row_of_too_much_text_is_quarantined(tokenizer: PromptTokenizer) -> No
 
 def test_a_row_that_takes_too_much_memory_is_quarantined(monkeypatch: pytest.MonkeyPatch) -> None:
     def render(row: PromptRow) -> str:
-        return "x" if row.sequence_id else str(len(bytes(64 << 20)))
+        return "x" if row.sequence_id else str(len(bytes(2 << 30)))
 
     monkeypatch.setattr(rendering, "RENDER_BYTES", 32 << 20)
     renderer = Renderer(render, 5.0)
