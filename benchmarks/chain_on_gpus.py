@@ -34,6 +34,7 @@ from m2ray.chain.placement import Reservation, Room
 from m2ray.chain.queue import ShardQueue
 from m2ray.chain.stages import Stages
 from m2ray.config import Transport
+from m2ray.model.boundary import Boundary
 from m2ray.model.capture import CaptureSpec
 from m2ray.model.stage import DTYPES, Stage, StageSpec, load_stage
 from m2ray.planning.memory import window
@@ -126,13 +127,14 @@ def run_beside(spec: StageSpec, together: Barrier, vocab_size: int) -> None:
     stage = load_stage(spec, lambda *_: None)
     stage.warm_up(SHAPE[0] * SHAPE[1])
     warm, measured, _ = (list(micro_batches(shard, vocab_size)) for shard in shards())
-    hidden_BTH = None
+    boundary = None
     if not stage.is_first:
-        shape = (*SHAPE, stage.hidden_bytes // DTYPES[spec.compute_dtype].itemsize)
+        shape = (*SHAPE, stage.handed_bytes // DTYPES[spec.compute_dtype].itemsize)
         hidden_BTH = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(spec.device, DTYPES[spec.compute_dtype])
+        boundary = Boundary(hidden_BTH)
     for batches in (warm, measured):
         for micro_batch in batches:
-            stage.forward(micro_batch, hidden_BTH)
+            stage.forward(micro_batch, boundary)
         synchronize(spec.device)
         together.wait(START_S)
 

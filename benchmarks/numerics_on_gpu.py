@@ -20,6 +20,7 @@ from benchmarks.against_guide import TINY
 from benchmarks.records import Row, record
 from benchmarks.runs import ROOT
 from m2ray.bench.trial import TrialLayer
+from m2ray.model.boundary import Boundary
 from m2ray.model.families import parse_config
 from scripts.make_checkpoint import OVERRIDES, RELATIVE_UPDATE, SILU_GATED_RMS, resolve_config
 
@@ -56,8 +57,8 @@ class Layer:
         batch, length, _ = hidden_BTH.shape
         self._experts = torch.zeros((batch * length, self._top_k), dtype=torch.int64, device=self.device)
         token_ids_BT = torch.zeros((batch, length), dtype=torch.int64, device=self.device)
-        output_BTH = self._decoder.run(token_ids_BT, hidden_BTH.to(self.dtype).clone(), lambda *_: None)
-        return output_BTH.float(), self._experts.sort(dim=1).values
+        output = self._decoder.run(token_ids_BT, Boundary(hidden_BTH.to(self.dtype).clone()), lambda *_: None)
+        return output.hidden_BTH.float(), self._experts.sort(dim=1).values
 
 
 @torch.inference_mode()

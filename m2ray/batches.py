@@ -129,7 +129,8 @@ class TensorRow:
         role: where it belongs. "head" and "unused" (multi-token-prediction modules) are known and never loaded.
         layer: the decoder layer, or None where `role` is not "layer".
         shape: its shape in the model.
-        keeps_fp32: whether it stays in float32 whatever `compute_dtype` is (routers of some families).
+        itemsize_bytes: of its elements where the compute dtype does not decide: 4 for what stays in float32 (routers of some families),
+            8 for tables of int64; else None.
         disk_bytes: bytes of all its checkpoint tensors, scales included.
         sources: the checkpoint keys it is made of, scales left out.
     """
@@ -138,7 +139,7 @@ class TensorRow:
     role: Role
     layer: int | None
     shape: tuple[int, ...]
-    keeps_fp32: bool
+    itemsize_bytes: int | None
     disk_bytes: int
     sources: tuple[str, ...]
 
@@ -148,16 +149,27 @@ class TensorRow:
 
     def compute_bytes(self, itemsize_bytes: int) -> int:
         """Bytes in memory at a compute dtype of `itemsize_bytes` (2 or 4)."""
-        return self.num_elements * (4 if self.keeps_fp32 else itemsize_bytes)
+        return self.num_elements * (self.itemsize_bytes or itemsize_bytes)
 
 
 @dataclass(frozen=True)
 class TensorTable:
-    """All tensors of a model and its checkpoint, derived from the meta skeleton and the index: what planning counts on."""
+    """All tensors of a model and its checkpoint, derived from the meta skeleton and the index: what planning counts on.
+
+    Attributes:
+        hidden_size: of one token's hidden states; of several residual streams the sum.
+        beside_elements, beside_bytes: what goes from stage to stage beside them, a token, at most: in the compute dtype, and in others.
+    """
 
     num_layers: int
     hidden_size: int
     rows: tuple[TensorRow, ...]
+    beside_elements: int = 0
+    beside_bytes: int = 0
+
+    def handed_bytes(self, itemsize_bytes: int) -> int:
+        """Bytes of one token from stage to stage, at most."""
+        return (self.hidden_size + self.beside_elements) * itemsize_bytes + self.beside_bytes
 
     def layer_bytes(self, itemsize_bytes: int) -> tuple[int, ...]:
         """Bytes in memory of each decoder layer, in order."""

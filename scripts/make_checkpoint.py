@@ -1,4 +1,5 @@
-"""Write a random-weight checkpoint in a published on-disk layout: MiniMax-M2 (FP8 or bf16) or a dense decoder such as Qwen3 or Llama.
+"""Write a random-weight checkpoint in a published on-disk layout: MiniMax-M2 (FP8 or bf16), a dense decoder such as Qwen3 or Llama, or a
+multimodal model such as MiniMax-M3 (bf16), of which the options change the text tower; with `--layers` its other towers get one layer.
 
     python scripts/make_checkpoint.py OUT --config tests/data/minimax_m2/config.json --layers 4 --hidden-size 256 --format fp8 --seed 0
 
@@ -16,6 +17,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from math import prod, sqrt
@@ -27,26 +29,36 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from m2ray.errors import ConfigError, M2rayError, raise_all
+from m2ray.model.towers import decoder_config, model_class
 from m2ray.sizes import parse_bytes
 
 # Options and their config fields, unless the config has a field of the option's name.
 OVERRIDES = {name: name for name in ("hidden_size", "intermediate_size", "head_dim", "rotary_dim", "vocab_size")}
 OVERRIDES |= {"layers": "num_hidden_layers", "num_heads": "num_attention_heads", "num_kv_heads": "num_key_value_heads"}
 OVERRIDES |= {"num_experts": "num_local_experts", "experts_per_token": "num_experts_per_tok"}
+FOLLOWS = {"rotary_dim": "head_dim", "dense_intermediate_size": "intermediate_size", "shared_intermediate_size": "intermediate_size"}
 BLOCK = 128
 DENSE_FP8 = {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK], "modules_to_not_convert": ["lm_head"]}
-F32_TENSORS = {"minimax_m2": (".gate.weight", ".e_score_correction_bias")}  # published in F32 although their neighbours are not
+# Published in F32 although their neighbours are not.
+F32_TENSORS = {
+    "minimax_m2": (".gate.weight", ".e_score_correction_bias"),
+    "minimax_m3_vl": (".gate.weight", ".e_score_correction_bias", ".patch_embedding.weight"),
+}
 ITEMSIZE_BYTES = {"F8_E4M3": 1, "BF16": 2, "F32": 4}
 CHUNK_VALUES = 2**20
 RELATIVE_UPDATE = 0.4  # what attention and MLP each add to the residual stream, over its norm
 SILU_GATED_RMS = 0.6  # of silu(a) * b with a and b standard normal
 
 SPECIAL_TOKENS = ("<|begin|>", "<|end|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>")
+PLACEHOLDER = re.compile(r"(image|video|audio)_token_(?:id|index)")
+TOWER = "text_config"
+DEPTHS = ("num_hidden_layers", "depth", "num_layers")
+REQUIRED = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "vocab_size", "max_position_embeddings")
 VOCABULARY = range(256 + len(SPECIAL_TOKENS), 4096 + 1)  # from all bytes to what the corpus can fill
 
 
@@ -84,7 +96,7 @@ class StoredTensor(Piece):
 
 
 def resolve_config(config: Mapping[str, Any], overrides: Mapping[str, int], fmt: Literal["fp8", "bf16"]) -> dict[str, Any]:
-    """`config` with `overrides` (keys of OVERRIDES) applied: lists with an entry a layer cut, `rotary_dim` following `head_dim`.
+    """`config` with `overrides` (keys of OVERRIDES) applied to its decoder: lists with an entry a layer cut, the fields of FOLLOWS in proportion.
 
     Raises:
         ConfigError: naming every field that the family lacks and all values that do not go together.
@@ -92,18 +104,34 @@ def resolve_config(config: Mapping[str, Any], overrides: Mapping[str, int], fmt:
     family = config.get("model_type")
     if family not in CONFIG_MAPPING:
         raise ConfigError(f"The config's model_type is {family!r}.", "Give the config.json of a model that transformers knows.")
-    known, remedy = CONFIG_MAPPING[family](), f"It must be a field of {family}, and at least 1."
+    if TOWER not in config:
+        return _resolve(config, CONFIG_MAPPING[family](), overrides, fmt)
+    if fmt == "fp8":
+        raise ConfigError("The layout of a multimodal model is written in bf16 only.", "Choose --format bf16.")
+    known = decoder_config(CONFIG_MAPPING[family].from_dict(deepcopy(dict(config))))
+    tower = _resolve({name: getattr(known, name) for name in REQUIRED} | dict(config[TOWER]), known, overrides, fmt)
+    whole = {name: value for name, value in config.items() if name not in (TOWER, "quantization_config")}
+    if "layers" in overrides:
+        whole = _shallow(whole)
+    return _as_wide(whole, known.hidden_size, tower["hidden_size"]) | {TOWER: tower}
+
+
+def _resolve(config: Mapping[str, Any], known: Any, overrides: Mapping[str, int], fmt: Literal["fp8", "bf16"]) -> dict[str, Any]:
+    """The fields of a plain decoder."""
+    remedy = f"It must be a field of {known.model_type}, and at least 1."
     fields = {option if option in config else OVERRIDES[option]: value for option, value in overrides.items()}
     wrong = [name for name, value in fields.items() if value < 1 or not (name in config or hasattr(known, name))]
     raise_all([ConfigError(f"{name} = {fields[name]}.", remedy) for name in wrong])
+    layers_before = config["num_hidden_layers"]
     resolved = {**config, **fields}
-    if "rotary_dim" in config and "rotary_dim" not in fields:
-        resolved["rotary_dim"] = config["rotary_dim"] * resolved["head_dim"] // config["head_dim"]
-    per_layer = [name for name in ("attn_type_list", "layer_types") if name in config]
-    resolved |= {name: config[name][: resolved["num_hidden_layers"]] for name in per_layer}
+    for name, leader in FOLLOWS.items():
+        if name in config and name not in fields:
+            resolved[name] = config[name] * resolved[leader] // config[leader]
+    per_layer = [name for name, value in config.items() if isinstance(value, list) and len(value) == layers_before]
+    layers, heads, groups = (resolved[f"num_{things}"] for things in ("hidden_layers", "attention_heads", "key_value_heads"))
+    resolved = _cut(resolved, layers_before, layers)
     resolved["quantization_config"] = config.get("quantization_config", DENSE_FP8)
     block, vocab_size = resolved["quantization_config"]["weight_block_size"], resolved["vocab_size"]
-    layers, heads, groups = (resolved[f"num_{things}"] for things in ("hidden_layers", "attention_heads", "key_value_heads"))
     head_dim, rotary_dim = resolved.get("head_dim", resolved["hidden_size"] // heads), resolved.get("rotary_dim", 0)
     odd, chosen, experts = (head_dim | rotary_dim) % 2, resolved.get("num_experts_per_tok", 0), resolved.get("num_local_experts", 0)
     checks = (
@@ -111,13 +139,45 @@ def resolve_config(config: Mapping[str, Any], overrides: Mapping[str, int], fmt:
         (odd or rotary_dim > head_dim, f"head_dim {head_dim}, rotary_dim {rotary_dim}.", "Give even ones, the second at most the first."),
         (chosen > experts > 0, f"{chosen} of {experts} experts a token.", "Lower --experts-per-token."),
         (vocab_size < VOCABULARY[0], f"vocab_size {vocab_size}.", f"A byte-level tokenizer needs {VOCABULARY[0]}."),
-        (per_layer and layers > config["num_hidden_layers"], f"{layers} layers, but {per_layer} has fewer entries.", "Lower --layers."),
+        (per_layer and layers > layers_before, f"{layers} layers, but {per_layer} has fewer entries.", "Lower --layers."),
         (block != [BLOCK, BLOCK], f"weight_block_size is {block}.", f"Only {BLOCK}x{BLOCK} is written."),
     )
     raise_all([ConfigError(what, remedy) for wrong, what, remedy in checks if wrong])
     if fmt == "bf16":
         del resolved["quantization_config"]
     return resolved
+
+
+def _cut(fields: Mapping[str, Any], layers_before: int, layers: int) -> dict[str, Any]:
+    """Lists with an entry a layer, those of nested fields too, with as many as there are layers now."""
+    return {
+        name: _cut(value, layers_before, layers)
+        if isinstance(value, dict)
+        else value[:layers]
+        if isinstance(value, list) and len(value) == layers_before
+        else value
+        for name, value in fields.items()
+    }
+
+
+def _shallow(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """A multimodal model's other towers with one layer each."""
+    return {
+        name: {**value, **{depth: 1 for depth in DEPTHS if depth in value}} if isinstance(value, dict) else value
+        for name, value in fields.items()
+    }
+
+
+def _as_wide(fields: Mapping[str, Any], hidden_before: int, hidden_size: int) -> dict[str, Any]:
+    """What is as wide as the decoder was stays as wide as it is."""
+    return {
+        name: _as_wide(value, hidden_before, hidden_size)
+        if isinstance(value, dict)
+        else hidden_size
+        if value == hidden_before and name.endswith(("_size", "_dim"))
+        else value
+        for name, value in fields.items()
+    }
 
 
 def plan_tensors(config: Mapping[str, Any], layout: Literal["hub", "fused"] = "hub") -> list[StoredTensor]:
@@ -130,11 +190,12 @@ def plan_tensors(config: Mapping[str, Any], layout: Literal["hub", "fused"] = "h
     if skipped is not None and layout == "fused":
         raise ConfigError("The fused layout is written in bf16 only.", "Add --format bf16.")
     with torch.device("meta"):
-        family = CONFIG_MAPPING[config["model_type"]]
-        model = AutoModelForCausalLM.from_config(family.from_dict({key: config[key] for key in config if key != "quantization_config"}))
+        plain = {key: value for key, value in deepcopy(dict(config)).items() if key != "quantization_config"}
+        resolved = CONFIG_MAPPING[config["model_type"]].from_dict(plain)
+        model = model_class(resolved)(resolved)
     tensors: list[StoredTensor] = []
     for name, skeleton in model.state_dict().items():
-        if name == "lm_head.weight" and config.get("tie_word_embeddings"):
+        if name in model.all_tied_weights_keys:
             continue
         pieces = [Piece(key, tuple(tensor.shape)) for key, tensor in revert_weight_conversion(model, {name: skeleton}).items()]
         if layout == "fused":
@@ -251,12 +312,15 @@ def write_shard(path: Path, shard: Sequence[StoredTensor], weights: RandomWeight
     print(f"{path.name}: {len(shard)} tensors, {end / 1e9:.3f} GB", flush=True)
 
 
-def train_tokenizer(vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of at most `vocab_size` tokens, trained on corpus.txt beside this script, with a chat template."""
+def train_tokenizer(vocab_size: int, max_length: int, placeholders: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of at most `vocab_size` tokens, trained on corpus.txt beside this script, with a chat template.
+
+    `placeholders` are special tokens behind SPECIAL_TOKENS.
+    """
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     alphabet, size = pre_tokenizers.ByteLevel.alphabet(), min(vocab_size, VOCABULARY[-1])
-    special, named = list(SPECIAL_TOKENS), dict(zip(("bos_token", "eos_token", "pad_token"), SPECIAL_TOKENS, strict=False))
+    special, named = [*SPECIAL_TOKENS, *placeholders], dict(zip(("bos_token", "eos_token", "pad_token"), SPECIAL_TOKENS, strict=False))
     trainer = trainers.BpeTrainer(vocab_size=size, min_frequency=2, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
     bpe.train([str(Path(__file__).with_name("corpus.txt"))], trainer)
     template = Path(__file__).with_name("chat_template.jinja").read_text(encoding="utf-8")
@@ -282,8 +346,11 @@ def make_checkpoint(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} exists already.", "Choose a new or an empty folder.")
     resolved = resolve_config(config, overrides or {}, fmt)
-    tokenizer = train_tokenizer(resolved["vocab_size"], resolved["max_position_embeddings"])
-    resolved |= {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    decoder = resolved.get(TOWER, resolved)
+    placeholders = {name: f"<|{match[1]}|>" for name in resolved if (match := PLACEHOLDER.fullmatch(name))}
+    tokenizer = train_tokenizer(decoder["vocab_size"], decoder["max_position_embeddings"], list(placeholders.values()))
+    resolved |= {name: tokenizer.convert_tokens_to_ids(token) for name, token in placeholders.items()}
+    decoder |= {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     tensors = plan_tensors(resolved, layout)
     shards = split_shards(tensors, max_shard_bytes)
     weight_map = {tensor.name: name for name, shard in shards.items() for tensor in shard}
@@ -294,7 +361,7 @@ def make_checkpoint(
         tokenizer.save_pretrained(unfinished, save_jinja_files=False)
         for name, value in {"config.json": resolved, "model.safetensors.index.json": index}.items():
             (unfinished / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-        weights = RandomWeights(seed, resolved.get("num_experts_per_tok", 1))
+        weights = RandomWeights(seed, decoder.get("num_experts_per_tok", 1))
         paths = [unfinished / name for name in shards]
         # Not forked: a process that was has no threads left for torch's own pool. A thread each: more of them wait for one another.
         several = partial(ProcessPoolExecutor, processes, get_context("spawn"), torch.set_num_threads, (1,))

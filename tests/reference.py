@@ -27,6 +27,9 @@ from m2ray.model.weights import load_weights
 from scripts.make_checkpoint import make_checkpoint
 
 DATA = Path(__file__).parent / "data"
+FAMILIES = tuple(sorted(path.stem for path in (DATA / "families").glob("*.json")))
+"""Model types of which there is a tiny configuration."""
+
 MINIMAX_TINY = {
     "layers": 7,
     "hidden_size": 128,
@@ -56,15 +59,17 @@ def minimax_config(**fields: object) -> Any:
     return parse_config(json.dumps({**json.loads((DATA / "minimax_m2" / "config.json").read_text()), **fields}).encode())
 
 
-def make_family(folder: Path, model_type: str, dtype: torch.dtype = torch.float32) -> Path:
-    """A tiny checkpoint of a family, saved by transformers from weights that make every layer matter."""
-    fields = json.loads((DATA / "families" / f"{model_type}.json").read_text())
+def make_family(folder: Path, model_type: str, dtype: torch.dtype = torch.float32, **changed: object) -> Path:
+    """A tiny checkpoint of a family, `changed` fields of its configuration apart, saved by transformers from weights that make every layer matter."""
+    fields = {**json.loads((DATA / "families" / f"{model_type}.json").read_text()), **changed}
     torch.manual_seed(5)
     model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type].from_dict(fields), dtype=torch.float32)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
-            if tensor.dim() >= 2:
+            if not tensor.is_floating_point():
+                tensor.random_(0, model.config.num_local_experts, generator=generator)
+            elif tensor.dim() >= 2:
                 tensor.normal_(0, 1 / tensor.shape[-1] ** 0.5, generator=generator)
             else:
                 tensor.add_(torch.empty_like(tensor).normal_(0, 0.1, generator=generator))
@@ -137,11 +142,18 @@ def alone(micro_batch: MicroBatch, row: int) -> MicroBatch:
 
 
 def reference_rows(model: Any, micro_batch: MicroBatch) -> list[torch.Tensor]:
-    """Each decoder layer's output at the real positions, [N, H] a layer, by hooks on the layers of transformers' own forward pass."""
+    """Each decoder layer's output at the real positions, [N, H] a layer, by hooks on the layers of transformers' own forward pass.
+
+    Of several residual streams the row is all of them, [N, S * H].
+    """
     base = model.base_model
     layers = base.h if hasattr(base, "h") else base.decoder.layers if hasattr(base, "decoder") else base.layers
     outputs: list[torch.Tensor] = []
-    hooks = [layer.register_forward_hook(lambda _, __, output: outputs.append(output.clone())) for layer in layers]
+
+    def keep(_: torch.nn.Module, __: Any, output: Any) -> None:
+        outputs.append((output[0] if isinstance(output, tuple) else output).flatten(2).clone())
+
+    hooks = [layer.register_forward_hook(keep) for layer in layers]
     with torch.inference_mode():
         base(input_ids=torch.from_numpy(micro_batch.token_ids_BT).long(), use_cache=False)
     for hook in hooks:
@@ -168,14 +180,14 @@ def load_chain(folder: Path, bounds: Sequence[int], compute_dtype: str, store_dt
 
 def chain_rows(stages: Sequence[Stage], micro_batch: MicroBatch) -> list[torch.Tensor]:
     """What a chain captures of a micro-batch, [N, H] a layer, in the store dtype."""
-    hidden_BTH, rows = None, []
+    boundary, rows = None, []
     for stage in stages:
-        output = stage.forward(micro_batch, hidden_BTH)
-        hidden_BTH = output.hidden_BTH
+        output = stage.forward(micro_batch, boundary)
+        boundary = output.boundary
         for part, captured in zip(stage.parts, output.captured, strict=True):
             assert (part.layer, part.site) == (captured.layer, captured.site)
             rows.append(torch.from_numpy(captured.rows.copy()).view(getattr(torch, part.dtype)))
-    assert hidden_BTH is None
+    assert boundary is None
     return rows
 
 

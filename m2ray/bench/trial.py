@@ -11,6 +11,7 @@ import torch
 
 from m2ray.batches import LayerSpan
 from m2ray.errors import ClusterError
+from m2ray.model.boundary import Boundary, blank
 from m2ray.model.decoder import DecoderSpan
 from m2ray.model.skeleton import build_skeleton
 from m2ray.model.weights import assign
@@ -70,10 +71,14 @@ class TrialLayer:
 
     def _step(self, shape: tuple[int, int]) -> Callable[[], object]:
         token_ids_BT = torch.zeros(shape, dtype=torch.int64, device=self._device)
-        hidden_size = self._decoder.skeleton.config.hidden_size
-        hidden_BTH = _random((*shape, hidden_size), self._dtype, self._device) if self._decoder.span.start else None
+        boundary = self._boundary(shape) if self._decoder.span.start else None
         # Some layers work in place; a copy is what a stage computes on as well.
-        return lambda: self._decoder.run(token_ids_BT, None if hidden_BTH is None else hidden_BTH.clone(), lambda *_: None)
+        return lambda: self._decoder.run(token_ids_BT, None if boundary is None else boundary.map(torch.clone), lambda *_: None)
+
+    def _boundary(self, shape: tuple[int, int]) -> Boundary:
+        boundary = blank(self._decoder.skeleton.config, self._decoder.span.start, shape, self._dtype)
+        hidden_BTH = _random(tuple(boundary.hidden_BTH.shape), self._dtype, self._device)
+        return boundary.map(lambda tensor: tensor.to(self._device))._replace(hidden_BTH=hidden_BTH)
 
     def _times_ms(self, step: Callable[[], object]) -> list[float]:
         """Several passes, fewer where they would take more than a few seconds."""
@@ -106,10 +111,12 @@ def copy_bytes_per_s(device: str) -> float:
 
 
 def _random(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Normal values, of a size that keeps sums of order one; a vector is all ones, so that no router's bias chooses the experts.
+    """Normal values, of a size that keeps sums of order one; a vector is all ones, so that no router's bias chooses the experts, a table all zeros.
 
     The CPU repeats a million values: drawing billions takes minutes.
     """
+    if not dtype.is_floating_point:
+        return torch.zeros(shape, dtype=dtype, device=device)
     if len(shape) < 2:
         return torch.ones(shape, dtype=dtype, device=device)
     scale = 1 / math.sqrt(shape[-1])

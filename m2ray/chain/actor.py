@@ -27,6 +27,7 @@ from m2ray.chain.transport import Incoming, Outgoing, Payload
 from m2ray.chain.turns import Turns
 from m2ray.config import Transport
 from m2ray.errors import StoreError
+from m2ray.model.boundary import Boundary
 from m2ray.model.capture import CaptureSpec
 from m2ray.model.stage import Stage, StageOutput, StageSpec, load_stage
 
@@ -65,7 +66,6 @@ class StageActor:
         self._specs = specs
         self._devices = [torch.device(spec.device) for spec in specs]
         self._on_gpu = self._devices[0].type == "cuda"
-        dtype: torch.dtype = getattr(torch, specs[0].compute_dtype)
         self._stages: list[Stage] = []
         self._job: Job | None = None
         self._writer: ActivationWriter | None = None
@@ -78,7 +78,7 @@ class StageActor:
         self._send = self._door("send", _AHEAD, "hidden states to be sent")
         self._arrive = self._door("arrive", _AHEAD, "the next stage to take hidden states over")
         self._capture = self._door("capture", _AHEAD, "captured rows to find their way to the writer")
-        self._incoming = Incoming(self._devices[0], dtype)
+        self._incoming = Incoming(self._devices[0])
         self._outgoing = Outgoing(self._turns, self._devices[-1], transport, self._limit_s)
         self._successor: Any = None
         self._began_at: float | None = None
@@ -128,8 +128,8 @@ class StageActor:
         self._successor = successor
         if successor is not None:
             assert self._job is not None, "begin() comes first"
-            hidden_bytes = self._job.batch_tokens * self._stages[-1].hidden_bytes
-            sends_by = self._outgoing.connect(successor, self._status.node_id, hidden_bytes, self._timeout_s)
+            handed_bytes = self._job.batch_tokens * self._stages[-1].handed_bytes
+            sends_by = self._outgoing.connect(successor, self._status.node_id, handed_bytes, self._timeout_s)
             self._status = replace(self._status, sends_by=sends_by)
 
     @ray.method(concurrency_group="control")
@@ -169,15 +169,15 @@ class StageActor:
             epoch: counts the failures after which the chain went on; calls of an earlier epoch end at once.
             step: this micro-batch's place in the order of its epoch, from 0 on without gaps.
             attempt: the try at the shard that the rows belong to.
-            payload: the hidden states, or where they lie; None for the first stage.
+            payload: what the stage before hands on, or where it lies; None for the first stage.
         """
         turns = self._turns
         with turns.guarded(epoch), turns.turn(epoch, step, self._limit_s), self._compute.place(epoch) as compute:
             with self._finding_room(micro_batch):
-                hidden_BTH = None if payload is None else self._incoming.receive(epoch, payload)
-            compute(self._run, step, attempt, micro_batch, hidden_BTH)
+                boundary = None if payload is None else self._incoming.receive(epoch, payload)
+            compute(self._run, step, attempt, micro_batch, boundary)
 
-    def _run(self, epoch: int, step: int, attempt: str, micro_batch: MicroBatch, hidden_BTH: torch.Tensor | None) -> None:
+    def _run(self, epoch: int, step: int, attempt: str, micro_batch: MicroBatch, boundary: Boundary | None) -> None:
         """Compute, or on a GPU begin to."""
         with self._capture.place(epoch) as capture, self._send.place(epoch) as send:
             self._turns.require(epoch)
@@ -186,8 +186,8 @@ class StageActor:
             outputs: list[StageOutput] = []
             with self._finding_room(micro_batch):
                 for stage in self._stages:
-                    outputs.append(stage.forward(micro_batch, hidden_BTH))
-                    hidden_BTH = outputs[-1].hidden_BTH
+                    outputs.append(stage.forward(micro_batch, boundary))
+                    boundary = outputs[-1].boundary
             send(self._send_on, step, attempt, micro_batch, outputs[-1])
             capture(self._give_to_writer, attempt, micro_batch, outputs)
 

@@ -15,9 +15,10 @@ from m2ray.config import ExtractConfig, parse_layers
 from m2ray.errors import M2rayError, raise_all
 from m2ray.model.attention import resolve_attn_implementation
 from m2ray.model.checkpoint import Checkpoint, open_checkpoint, tensor_table
-from m2ray.model.families import require_positions
+from m2ray.model.families import default_max_length, require_positions
 from m2ray.model.proof import prove
 from m2ray.model.stage import DTYPES
+from m2ray.model.towers import placeholder_tokens
 from m2ray.options import PromptOptions, RunOptions
 from m2ray.planning.demand import Assumptions, Demand
 from m2ray.planning.hardware import Cluster
@@ -104,18 +105,21 @@ def look(config: ExtractConfig) -> Inputs:
     of_the_run = recorded.options if recorded else {}
     checkpoint = tried(lambda: open_checkpoint(config.model))
     # What is wrong with the prompts is said beside what is wrong with the model, whose limit is not known then.
-    limit = checkpoint.config.max_position_embeddings if checkpoint else 1
+    limit = default_max_length(checkpoint.config) if checkpoint else 1
     prompts = PromptOptions.of(config, limit, of_the_run.get("template_date"))
     source = tried(lambda: PromptSource.open(prompts))
     if checkpoint is None:
         raise_all(problems)
     assert checkpoint is not None
     tried(checkpoint.check)
-    tried(lambda: prove(checkpoint.config))
+    tried(lambda: prove(checkpoint.whole_config))
     tried(lambda: require_positions(checkpoint.config, config.max_length))
     tried(lambda: parse_layers(config.layers, checkpoint.config.num_hidden_layers))
-    tokenizer = tried(lambda: PromptTokenizer.load(config.model, prompts, checkpoint.config.vocab_size))
-    attention = tried(lambda: resolve_attn_implementation(checkpoint.config, config.attn_implementation, DTYPES[config.compute_dtype]))
+    no_text = placeholder_tokens(checkpoint.whole_config)
+    tokenizer = tried(lambda: PromptTokenizer.load(config.model, prompts, checkpoint.config.vocab_size, no_text))
+    attention = tried(
+        lambda: resolve_attn_implementation(checkpoint.whole_config, config.attn_implementation, DTYPES[config.compute_dtype])
+    )
     raise_all(problems)
     assert source is not None
     assert tokenizer is not None

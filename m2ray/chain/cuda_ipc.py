@@ -1,4 +1,4 @@
-"""Hidden states from GPU to GPU of one node: the receiver maps a buffer of the sender's and copies it out.
+"""A boundary from GPU to GPU of one node: the receiver maps a buffer of the sender's and copies it out.
 
 torch shares GPU memory between processes through CUDA's interprocess handles. CUDA opens a handle of a GPU that the process does not
 see, and enables peer access for it ("CUDA Runtime API", cudaIpcOpenMemHandle); so stages keep the one GPU that Ray shows them, and
@@ -14,15 +14,16 @@ import torch
 from torch.multiprocessing.reductions import reduce_tensor
 
 from m2ray.chain.turns import Turns
+from m2ray.model.boundary import Boundary
 
 _PROOF_BYTES = 16
 
 
 @dataclass(frozen=True)
 class InSlot:
-    """What travels in place of hidden states of `shape`: they lie in the sender's slot."""
+    """What travels in place of a boundary: its tensors' names, dtypes and shapes, as they lie one after the other in the sender's slot."""
 
-    shape: tuple[int, ...]
+    tensors: tuple[tuple[str, torch.dtype, tuple[int, ...]], ...]
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Offer:
 
 
 class Outbox:
-    """The sender's slot, large enough for `num_bytes` of hidden states. It is full from `put` to `give_back`."""
+    """The sender's slot, large enough for `num_bytes` of a boundary. It is full from `put` to `give_back`."""
 
     def __init__(self, turns: Turns, device: torch.device, num_bytes: int) -> None:
         self.num_bytes = num_bytes
@@ -60,17 +61,21 @@ class Outbox:
         torch.cuda.synchronize(self._slot.device)
         return Offer(node_id, sender, reduce_tensor(self._slot), proof)
 
-    def put(self, epoch: int, hidden_BTH: torch.Tensor, ready: torch.cuda.Event, timeout_s: float) -> InSlot:
-        """Copy hidden states, which are there after `ready`, into the slot, once it is free. Raises as `Turns.wait` does."""
+    def put(self, epoch: int, boundary: Boundary, ready: torch.cuda.Event, timeout_s: float) -> InSlot:
+        """Copy a boundary, which is there after `ready`, into the slot, once it is free. Raises as `Turns.wait` does."""
         with self._turns.changed:
             self._turns.wait(epoch, lambda: self._filled_in != self._turns.epoch, timeout_s, "the next stage to fetch hidden states")
             self._filled_in = epoch
+        # The widest numbers first: so each tensor begins where its dtype may.
+        tensors = dict(sorted(boundary.tensors.items(), key=lambda item: -item[1].dtype.itemsize))
+        parcel = InSlot(tuple((name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()))
         with torch.cuda.stream(self._stream):
             self._stream.wait_event(ready)
-            _in(self._slot, hidden_BTH.shape, hidden_BTH.dtype).copy_(hidden_BTH, non_blocking=True)
-        hidden_BTH.record_stream(self._stream)
+            for name, place in views(self._slot, parcel).items():
+                place.copy_(tensors[name], non_blocking=True)
+                tensors[name].record_stream(self._stream)
         self._stream.synchronize()
-        return InSlot(tuple(hidden_BTH.shape))
+        return parcel
 
     def give_back(self, epoch: int) -> None:
         """The receiver has fetched what was put there in `epoch`."""
@@ -98,14 +103,17 @@ class Inbox:
         if self._slot[:_PROOF_BYTES].clone().cpu().numpy().tobytes() != offer.proof:
             raise RuntimeError("the mapped memory is not the sender's")
 
-    def take(self, parcel: InSlot, dtype: torch.dtype) -> torch.Tensor:
-        """The hidden states [B, T, H] on the receiver's device, in memory of their own: the slot may be filled again."""
+    def take(self, parcel: InSlot) -> Boundary:
+        """The boundary on the receiver's device, in memory of its own: the slot may be filled again."""
+        taken = {}
         with torch.cuda.stream(self._stream):
-            hidden_BTH = torch.empty(parcel.shape, dtype=dtype, device=self._device)
-            hidden_BTH.copy_(_in(self._slot, parcel.shape, dtype), non_blocking=True)
-        hidden_BTH.record_stream(torch.cuda.default_stream(self._device))  # where it is computed with
+            for name, place in views(self._slot, parcel).items():
+                taken[name] = torch.empty(place.shape, dtype=place.dtype, device=self._device)
+                taken[name].copy_(place, non_blocking=True)
+        for tensor in taken.values():
+            tensor.record_stream(torch.cuda.default_stream(self._device))  # where it is computed with
         self._stream.synchronize()
-        return hidden_BTH
+        return Boundary.of(taken)
 
 
 def _map(handle: Any, device: torch.device) -> torch.Tensor:
@@ -118,7 +126,11 @@ def _map(handle: Any, device: torch.device) -> torch.Tensor:
     return mapped
 
 
-def _in(slot: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """The beginning of a slot as a tensor of `shape`."""
-    num_bytes = torch.Size(shape).numel() * dtype.itemsize
-    return slot[:num_bytes].view(dtype).view(shape)
+def views(slot: torch.Tensor, parcel: InSlot) -> dict[str, torch.Tensor]:
+    """The tensors of a parcel where they lie in a slot, uint8."""
+    found, begin = {}, 0
+    for name, dtype, shape in parcel.tensors:
+        stop = begin + torch.Size(shape).numel() * dtype.itemsize
+        found[name] = slot[begin:stop].view(dtype).view(shape)
+        begin = stop
+    return found

@@ -104,12 +104,11 @@ def _claim(inputs: Inputs, found: Survey, stats: PromptStats, progress: Progress
         progress.say(f"  {line}")
     for quarantined in found.first_quarantined:
         progress.say(f"  quarantined: {quarantined}")
-    config = inputs.checkpoint.config
     job = JobRecord.new(
         m2ray_version=__version__,
         options=inputs.options.row_options(),
         fingerprints={**inputs.fingerprints, "prompts": found.fingerprint},
-        model=ModelFacts(config.model_type, inputs.table.num_layers, inputs.table.hidden_size),
+        model=ModelFacts(inputs.checkpoint.whole_config.model_type, inputs.table.num_layers, inputs.table.hidden_size),
         parts=inputs.options.parts,
         num_shards=len(found.shards),
         counts=Counts(found.num_sequences, found.num_ready, found.num_quarantined, found.num_tokens),
@@ -254,7 +253,7 @@ def _chain(plan: Plan, stages: Stages, micro_batches_of: Callable[[Shard, int], 
         options.batch_tokens,
         progress.say,
         in_flight_bytes=options.in_flight_bytes,
-        hidden_bytes=plan.demand.table.hidden_size * plan.demand.itemsize_bytes,
+        hidden_bytes=plan.demand.table.handed_bytes(plan.demand.itemsize_bytes),
         timeout_s=options.stage_timeout_s,
     )
 

@@ -1,9 +1,10 @@
-"""How hidden states travel from one stage to the next: through Ray's object store, or from GPU to GPU of one node (cuda_ipc.py).
+"""How a boundary travels from one stage to the next: through Ray's object store, or from GPU to GPU of one node (cuda_ipc.py).
 
 A bfloat16 tensor given to Ray as it is gets pickled, eight to ten times slower than a memory copy. As a NumPy array
-of its bits it is copied once into shared memory, and mapped without a copy by a receiver on the same node.
+of its bytes it is copied once into shared memory, and mapped without a copy by a receiver on the same node.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -15,13 +16,14 @@ from m2ray.chain.cuda_ipc import Inbox, InSlot, Offer, Outbox
 from m2ray.chain.turns import Turns
 from m2ray.config import Transport
 from m2ray.errors import StageError
+from m2ray.model.boundary import Boundary
 from m2ray.model.stage import StageOutput
 
-_BITS = {torch.bfloat16: torch.uint16, torch.float16: torch.uint16, torch.float32: torch.uint32}
+Parcel = Mapping[str, tuple[torch.dtype, npt.NDArray[np.uint8]]]
+"""A boundary's tensors by name: the dtype, and the bytes, uint8 [B, T, ..., last axis * itemsize]."""
 
-Bits = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
-Payload = Bits | InSlot
-"""What a stage takes from the one before: hidden states [B, T, H] as unsigned integers, or where they lie on its GPU."""
+Payload = Parcel | InSlot
+"""What a stage takes from the one before: a boundary's bytes, or where they lie on its GPU."""
 
 
 class Outgoing:
@@ -35,12 +37,12 @@ class Outgoing:
         self._outbox: Outbox | None = None
         self._is_connected = False
 
-    def connect(self, successor: Any, node_id: str, hidden_bytes: int, timeout_s: float) -> str:
-        """Agree with the next stage how hidden states travel. Returns the name of that way.
+    def connect(self, successor: Any, node_id: str, handed_bytes: int, timeout_s: float) -> str:
+        """Agree with the next stage how boundaries travel. Returns the name of that way.
 
         Args:
             node_id: Ray's, of this stage.
-            hidden_bytes: of a full micro-batch; what is larger goes through the object store.
+            handed_bytes: of a full micro-batch; what is larger goes through the object store.
 
         Raises:
             StageError: transport = "cuda_ipc", and the next stage is on this node but cannot map this GPU's memory.
@@ -49,8 +51,8 @@ class Outgoing:
         if self._transport == "object_store" or self._device.type != "cuda":
             return "object_store"
         try:
-            if self._outbox is None or self._outbox.num_bytes < hidden_bytes:
-                self._outbox = Outbox(self._turns, self._device, hidden_bytes)
+            if self._outbox is None or self._outbox.num_bytes < handed_bytes:
+                self._outbox = Outbox(self._turns, self._device, handed_bytes)
             offer = self._outbox.offer(node_id, ray.get_runtime_context().current_actor)
         except RuntimeError as error:
             refusal = f"{self._device} cannot share memory with other processes: {str(error).splitlines()[0]}"
@@ -64,13 +66,14 @@ class Outgoing:
         return "object_store" if refusal else "cuda_ipc"
 
     def payload(self, epoch: int, output: StageOutput) -> Any:
-        """What to give to the next stage's `take` for the hidden states of `output`. Raises as `Turns.wait` does."""
-        hidden_BTH = output.hidden_BTH
-        assert hidden_BTH is not None, "the last stage has nobody to hand on to"
-        if self._is_connected and self._outbox is not None and hidden_BTH.nbytes <= self._outbox.num_bytes:
+        """What to give to the next stage's `take` for the boundary of `output`. Raises as `Turns.wait` does."""
+        boundary = output.boundary
+        assert boundary is not None, "the last stage has nobody to hand on to"
+        num_bytes = sum(tensor.nbytes for tensor in boundary.tensors.values())
+        if self._is_connected and self._outbox is not None and num_bytes <= self._outbox.num_bytes:
             assert output.ready is not None
-            return self._outbox.put(epoch, hidden_BTH, output.ready, self._timeout_s)
-        return ray.put(send(output.hidden_on_host()))
+            return self._outbox.put(epoch, boundary, output.ready, self._timeout_s)
+        return ray.put(send(output.on_host()))
 
     def release(self, epoch: int) -> None:
         """The next stage has fetched what lay in the slot."""
@@ -81,9 +84,8 @@ class Outgoing:
 class Incoming:
     """The way from the stage before."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._dtype = dtype
         self._inbox: Inbox | None = None
 
     def connect(self, offer: Offer, node_id: str) -> str:
@@ -99,30 +101,31 @@ class Incoming:
             return f"{self._device} cannot map the memory of the stage before: {str(error).splitlines()[0]}"
         return ""
 
-    def receive(self, epoch: int, payload: Payload) -> torch.Tensor:
-        """The hidden states [B, T, H] in memory of their own: on the device, or on the host where it is to be fetched from there."""
+    def receive(self, epoch: int, payload: Payload) -> Boundary:
+        """The boundary in memory of its own: on the device, or on the host where it is to be fetched from there."""
         if not isinstance(payload, InSlot):
-            return receive(payload, self._dtype, pinned=self._device.type == "cuda")
+            return receive(payload, pinned=self._device.type == "cuda")
         assert self._inbox is not None, "the slot is offered first"
-        hidden_BTH = self._inbox.take(payload, self._dtype)
+        boundary = self._inbox.take(payload)
         self._inbox.sender.release.remote(epoch)
-        return hidden_BTH
+        return boundary
 
 
 _ELSEWHERE = "the next stage is on another node"
 
 
-def send(hidden_BTH: torch.Tensor) -> Bits:
-    """The bits of hidden states on the host as an unsigned-integer array [B, T, H]; no copy."""
-    bits: Bits = hidden_BTH.contiguous().view(_BITS[hidden_BTH.dtype]).numpy()
-    return bits
+def send(boundary: Boundary) -> Parcel:
+    """The bytes of a boundary on the host; no copy of what lies in one piece."""
+    return {name: (tensor.dtype, tensor.contiguous().view(torch.uint8).numpy()) for name, tensor in boundary.tensors.items()}
 
 
-def receive(bits: Bits, dtype: torch.dtype, *, pinned: bool) -> torch.Tensor:
-    """The hidden states [B, T, H] in `dtype`, in host memory of their own, `pinned` where a GPU is to fetch them.
+def receive(parcel: Parcel, *, pinned: bool) -> Boundary:
+    """The boundary in host memory of its own, `pinned` where a GPU is to fetch it.
 
-    What Ray hands over is a read-only map of shared memory. A layer may work in place, so the bits are copied once.
+    What Ray hands over is a read-only map of shared memory. A layer may work in place, so the bytes are copied once.
     """
-    hidden_BTH = torch.empty(bits.shape, dtype=dtype, device="cpu", pin_memory=pinned)
-    np.copyto(hidden_BTH.view(_BITS[dtype]).numpy(), bits)
-    return hidden_BTH
+    tensors = {}
+    for name, (dtype, found) in parcel.items():
+        tensors[name] = torch.empty((*found.shape[:-1], found.shape[-1] // dtype.itemsize), dtype=dtype, device="cpu", pin_memory=pinned)
+        np.copyto(tensors[name].view(torch.uint8).numpy(), found)
+    return Boundary.of(tensors)

@@ -59,6 +59,7 @@ def measure(
     from m2ray.chain.machine import probe_node
     from m2ray.cli.plan_inputs import read_model
     from m2ray.doctor.node_facts import look_at_model
+    from m2ray.model.families import default_max_length
     from m2ray.planning.rates import active_elements
     from m2ray.storage import open_store
 
@@ -68,13 +69,13 @@ def measure(
     facts = read_model(model, "auto", compute_dtype)
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
     node = probe_node()
-    layer = TrialLayer(facts.config, getattr(torch, compute_dtype), device)
+    layer = TrialLayer(facts.whole_config, getattr(torch, compute_dtype), device)
     rows = [row for row in facts.table.rows if row.layer == layer.number]
     active = active_elements(rows, facts.shape)
     gpu = torch.cuda.get_device_name(0) if device != "cpu" else None
-    say(f"{gpu or 'CPU'}, layer {layer.number} of a {facts.config.model_type} in {compute_dtype}, random weights")
+    say(f"{gpu or 'CPU'}, layer {layer.number} of a {facts.whole_config.model_type} in {compute_dtype}, random weights")
     times: list[LayerTime] = []
-    shapes = shapes_of(batch_tokens or _DEFAULT_TOKENS[device], facts.config.max_position_embeddings)
+    shapes = shapes_of(batch_tokens or _DEFAULT_TOKENS[device], default_max_length(facts.config))
     for is_compiled in (False, True) if (device != "cpu" if compiled is None else compiled) else (False,):
         if is_compiled:
             layer.compile()
@@ -98,7 +99,7 @@ def measure(
         gpus=len(node.gpus) if gpu else 0,
         cpus=cpus,
         versions=dict(node.versions),
-        model_type=facts.config.model_type,
+        model_type=facts.whole_config.model_type,
         compute_dtype=compute_dtype,
         active_elements=active,
         layer=tuple(times),

@@ -64,11 +64,11 @@ def check_model(model: str) -> tuple[list[Finding], int | None]:
         return [Finding("checkpoint_files", "problem", model, error.what, error.remedy)], None
     num_bytes = sum(header.num_bytes for header in checkpoint.headers.values())
     try:
-        prove(checkpoint.config)
+        prove(checkpoint.whole_config)
         table = tensor_table(checkpoint)
     except M2rayError as error:
         return [Finding("checkpoint_tensors", "problem", model, error.what, error.remedy)], num_bytes
-    what = f"{len(checkpoint.headers):,} tensors in {num_bytes:,} bytes fill {table.num_layers} layers of {checkpoint.config.model_type}."
+    what = f"{len(checkpoint.headers):,} tensors in {num_bytes:,} bytes fill {table.num_layers} layers of {checkpoint.whole_config.model_type}."
     found = [Finding("checkpoint_tensors", "note", model, what)]
     _, index_bytes = read_index(open_store(model))
     if index_bytes not in (None, num_bytes):

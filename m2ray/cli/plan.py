@@ -83,7 +83,7 @@ def make_plan(config: PlanConfig) -> tuple[Plan, dict[str, Any]]:
     cluster = parse_gpus(config.gpus) if config.gpus else None
     profile = _profile(config.profile) if config.profile else None
     from m2ray.cli.plan_inputs import read_model, survey_prompts
-    from m2ray.model.families import require_positions
+    from m2ray.model.families import default_max_length, require_positions
     from m2ray.prompts import batching, estimated_batching
 
     model = read_model(config.model, config.attn_implementation, config.compute_dtype)
@@ -96,10 +96,10 @@ def make_plan(config: PlanConfig) -> tuple[Plan, dict[str, Any]]:
         price_per_gb_month=config.price_per_gb_month,
         profile=profile,
     )
-    prompts, shards, stats_at = PromptOptions.of(config, model.config.max_position_embeddings), None, None
+    prompts, shards, stats_at = PromptOptions.of(config, default_max_length(model.config)), None, None
     options = resolve(config, prompts, model.table, model.shape)
     if config.prompts:
-        prompts, shards = survey_prompts(config.model, prompts, model.config.vocab_size, options.shard_tokens)
+        prompts, shards = survey_prompts(config.model, model, prompts, options.shard_tokens)
         stats_at = partial(estimated_batching, shards)
         assumed = replace(assumed, longest_tokens=config.longest_tokens or shards.longest_tokens)
     cluster = cluster or _found_cluster(options)

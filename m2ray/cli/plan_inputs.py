@@ -11,6 +11,7 @@ from m2ray.model.attention import resolve_attn_implementation
 from m2ray.model.checkpoint import CONFIG, INDEX, SINGLE_FILE, open_checkpoint, tensor_table, tensor_table_from_config
 from m2ray.model.families import parse_config
 from m2ray.model.stage import DTYPES
+from m2ray.model.towers import decoder_config, placeholder_tokens
 from m2ray.options import PromptOptions
 from m2ray.planning.memory import ModelShape
 from m2ray.prompts import PromptSource, PromptTokenizer, ShardTable, survey
@@ -24,13 +25,15 @@ class PlannedModel:
     """A model, by what its folder says of it.
 
     Attributes:
-        config: transformers' configuration.
+        whole_config: transformers' configuration.
+        config: its decoder's, as `Checkpoint` has them.
         shape: its dimensions, and the attention that runs, "auto" resolved.
         table: every tensor.
         source: what the bytes on disk were read from: the safetensors "headers", or "config", where the files are not all there.
         index_bytes: the bytes of all tensors as the index sums them up; None without an index or its total.
     """
 
+    whole_config: Any
     config: Any
     shape: ModelShape
     table: TensorTable
@@ -55,14 +58,15 @@ def read_model(url: str, attn_implementation: str, compute_dtype: str) -> Planne
     is_whole = not alone and all(store.size(file) is not None for file in files)
     if is_whole:
         checkpoint = open_checkpoint(url)
-        config, table = checkpoint.config, tensor_table(checkpoint)
+        whole_config, table = checkpoint.whole_config, tensor_table(checkpoint)
     else:
-        config = parse_config(store.read(config_key))
-        table = tensor_table_from_config(config)
+        whole_config = parse_config(store.read(config_key))
+        table = tensor_table_from_config(whole_config)
         if weight_map:
             _require_all(table, set(weight_map))
-    attention = resolve_attn_implementation(config, attn_implementation, DTYPES[compute_dtype])
-    return PlannedModel(config, ModelShape.of(config, attention), table, "headers" if is_whole else "config", index_bytes)
+    config = decoder_config(whole_config)
+    attention = resolve_attn_implementation(whole_config, attn_implementation, DTYPES[compute_dtype])
+    return PlannedModel(whole_config, config, ModelShape.of(config, attention), table, "headers" if is_whole else "config", index_bytes)
 
 
 def read_index(store: Store) -> tuple[dict[str, str], int | None]:
@@ -92,14 +96,15 @@ def _require_all(table: TensorTable, keys: set[str]) -> None:
         )
 
 
-def survey_prompts(model: str, options: PromptOptions, vocab_size: int, shard_tokens: int) -> tuple[PromptOptions, ShardTable]:
+def survey_prompts(url: str, model: PlannedModel, options: PromptOptions, shard_tokens: int) -> tuple[PromptOptions, ShardTable]:
     """The options as the prompts settle them, and the shards that a run would cut: the prompts are read and tokenised as there, and nothing is kept.
 
     Raises:
         PromptsError, CheckpointError: as a run would.
     """
     with tempfile.TemporaryDirectory(prefix="m2ray-plan-") as folder:
-        source, tokenizer = PromptSource.open(options), PromptTokenizer.load(model, options, vocab_size)
+        source = PromptSource.open(options)
+        tokenizer = PromptTokenizer.load(url, options, model.config.vocab_size, placeholder_tokens(model.whole_config))
         settled = tokenizer.settled(source.columns)
         found = survey(source, tokenizer, open_store(folder), "plan", shard_tokens)
         found.tokens.close()

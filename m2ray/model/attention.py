@@ -1,19 +1,19 @@
 """Which attention a model runs with, and why it cannot: by its family and dtype before a GPU is taken, by its machine at the stage."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from m2ray.errors import ConfigError, raise_all
+from m2ray.model.towers import decoder_class, decoder_config
 
 _SUPPORT = {"sdpa": "_supports_sdpa", "flash_attention_2": "_supports_flash_attn", "flex_attention": "_supports_flex_attn"}
 """The attributes by which transformers' classes say what they can."""
 
-_SINKS = ("gpt_oss",)
-"""Families whose softmax has a learned sink: an attention that knows none drops it without a word."""
+_SINKS = ("deepseek_v4", "flint", "gpt_oss", "granite_swa", "granitemoe_swa", "hy_v4", "mimo_v2_flash")
+"""Families whose softmax has a learned sink: an attention that knows none drops it without a word. Of others the tensors' names tell."""
 
 FLEX_BLOCK = 128
 """Positions in a block of flex_attention's mask."""
@@ -56,6 +56,12 @@ def require_machine(config: Any, chosen: str, device: torch.device) -> None:
         dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, _RECOMPILE_LIMIT)
 
 
+def require_attention_to_sinks(config: Any, chosen: str, tensor_names: Iterable[str]) -> None:
+    """Raise ConfigError for a model with learned sinks, as its tensors' names tell, and an attention that leaves them out."""
+    if chosen == "flash_attention_2" and any("sink" in name for name in tensor_names):
+        raise _refusal(config, chosen, "the family's attention has sinks, and it would leave them out")
+
+
 def avoid_plans_by_shape() -> None:
     """Leave cuDNN out of what torch's sdpa chooses from, in this process.
 
@@ -76,7 +82,7 @@ def _reasons(config: Any, wanted: str, compute_dtype: torch.dtype) -> Iterator[s
     if wanted not in _SUPPORT:
         yield f"there is no such attention; there are auto, eager, {', '.join(_SUPPORT)}"
         return
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    model_class, config = decoder_class(config), decoder_config(config)
     if not getattr(model_class, _SUPPORT[wanted], False):
         yield f"transformers' {model_class.__name__} does not support it"
     elif wanted == "sdpa" and getattr(config, "attn_logit_softcapping", None):
@@ -90,7 +96,10 @@ def _flash_reasons(config: Any, compute_dtype: torch.dtype) -> Iterator[str]:
         yield "it computes in bfloat16 and float16 only, and compute_dtype is float32"
     if config.model_type in _SINKS:
         yield "the family's attention has sinks, and it would leave them out"
-    head_dim = getattr(config, "qk_head_dim", None) or getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head_dim = max(
+        getattr(layer, "qk_head_dim", None) or getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
+        for layer in getattr(config, "per_layer_config", None) or [config]
+    )
     if head_dim > _FLASH_HEAD_DIM:
         yield f"it takes heads of at most {_FLASH_HEAD_DIM} dimensions, and these have {head_dim}"
 

@@ -59,16 +59,16 @@ class ResidualCapture:
         self._copying: deque[torch.cuda.Event] = deque()
 
     def __call__(self, layer: int, hidden_BTH: torch.Tensor) -> None:
-        """Keep layer `layer`'s rows of its output [B, T, H], if they are asked for."""
+        """Keep layer `layer`'s rows of its output, [B, T, H] or [B, T, S, H], if they are asked for; of several streams all, side by side."""
         if layer not in self._layers:
             return
         self._wait_for_room()
-        selected_NH = hidden_BTH.flatten(0, 1).index_select(0, self._places_N)
-        extremes = torch.stack(torch.aminmax(selected_NH))
+        selected_NW = hidden_BTH.flatten(0, 1).index_select(0, self._places_N).flatten(1)
+        extremes = torch.stack(torch.aminmax(selected_NW))
         # Rounds once, to nearest even; index_select made a copy, so nothing computed later can change these rows.
-        rounded_NH = selected_NH.to(self._store_dtype)
-        on_host_NH = self._to_host(rounded_NH, hidden_BTH.shape[0] * hidden_BTH.shape[1])
-        self._captured.append(_Rows(layer, on_host_NH, self._to_host(extremes, len(extremes))))
+        rounded_NW = selected_NW.to(self._store_dtype)
+        on_host_NW = self._to_host(rounded_NW, hidden_BTH.shape[0] * hidden_BTH.shape[1])
+        self._captured.append(_Rows(layer, on_host_NW, self._to_host(extremes, len(extremes))))
         if self._copy_stream is not None:
             self._copying.append(torch.cuda.Event())
             self._copying[-1].record(self._copy_stream)

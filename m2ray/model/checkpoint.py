@@ -22,6 +22,7 @@ from m2ray.model.headers import COPY_AGAIN, FileHeader, TensorHeader, read_file_
 from m2ray.model.interpreter import without_collector
 from m2ray.model.skeleton import build_skeleton
 from m2ray.model.tensors import table_of, table_without_weights
+from m2ray.model.towers import decoder_config
 from m2ray.storage import Store, open_store
 
 CONFIG, INDEX, SINGLE_FILE = "config.json", "model.safetensors.index.json", "model.safetensors"
@@ -31,7 +32,8 @@ class Checkpoint:
     """What is known of a checkpoint without reading a tensor, and the way to read one.
 
     Attributes:
-        config: transformers' configuration (PreTrainedConfig).
+        whole_config: transformers' configuration (PreTrainedConfig) of all that the folder holds.
+        config: its decoder's: the same, or a multimodal model's text tower's.
         headers: where each tensor lies, by the checkpoint's own key.
         digest: the model's fingerprint: xxh3-128 over config.json, the index, and every file's name, size and header, 32 hex digits.
         stale: entries of the index that their files do not hold. No damage by itself: the model may need none of them.
@@ -47,7 +49,8 @@ class Checkpoint:
         stale: tuple[CheckpointError, ...] = (),
     ) -> None:
         self.url = store.url
-        self.config = config
+        self.whole_config = config
+        self.config = decoder_config(config)
         self.headers = headers
         self.digest = digest
         self.stale = stale
@@ -240,7 +243,7 @@ def tensor_table(checkpoint: Checkpoint) -> TensorTable:
         ConfigError, StoreError: as `build_skeleton` and `Checkpoint.check`.
     """
     checkpoint.check()
-    skeleton = build_skeleton(checkpoint.config, torch.bfloat16)
+    skeleton = build_skeleton(checkpoint.whole_config, torch.bfloat16)
     try:
         return table_of(skeleton, checkpoint.headers)
     except CheckpointError as problem:

@@ -1,43 +1,20 @@
-"""The model families that m2ray runs, and config.json of one of them as transformers' configuration."""
+"""config.json as transformers' configuration, and what is known of families: why some are refused by name, and where others are special.
+
+Which of the others run is found by proof (m2ray/model/proof.py); docs/models.md lists what was found.
+"""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from typing import Any
 
+import transformers
 from huggingface_hub.errors import StrictDataclassError
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from m2ray.errors import CheckpointError, ConfigError, raise_all
-
-VERIFIED = (
-    "cohere2",
-    "deepseek_v3",
-    "gemma",
-    "gemma2",
-    "gemma3_text",
-    "glm4_moe",
-    "gpt2",
-    "gpt_neox",
-    "gpt_oss",
-    "granite",
-    "llama",
-    "minimax_m2",
-    "mistral",
-    "mixtral",
-    "olmo2",
-    "olmo3",
-    "olmoe",
-    "opt",
-    "phi",
-    "phi3",
-    "qwen2",
-    "qwen2_moe",
-    "qwen3",
-    "qwen3_moe",
-    "smollm3",
-)
-"""Each is proved by tests/unit/test_numerics.py: a chain of stages equals transformers' own model bitwise."""
+from m2ray.model.boundary import why_uncuttable
+from m2ray.model.towers import decoder_config, is_language_model, path_to_decoder
 
 KEEPS_FP32 = {"minimax_m2": ("mlp.gate.weight", "mlp.e_score_correction_bias")}
 """Tensors that stay in float32 beyond what transformers keeps: a router in bfloat16 picks other experts.
@@ -45,14 +22,17 @@ KEEPS_FP32 = {"minimax_m2": ("mlp.gate.weight", "mlp.e_score_correction_bias")}
 MiniMax-M2's are float32 on disk, and its modelling code computes with whatever dtype they have.
 """
 
+NEEDED_FIELDS = ("num_hidden_layers", "hidden_size", "vocab_size")
+"""Without them a configuration is not that of a stack of decoder layers."""
+
 LEARNED_POSITIONS = ("gpt2", "opt")
 """Families that look positions up in a table: there is none past its end, where others go on turning."""
 
-SHARED_STATE = ("num_kv_shared_layers", "hidden_size_per_layer_input")
-"""Config fields of families whose layers hand more than one hidden state to the next: no stage boundary can be cut."""
-
 TEXT_TOWERS = ("text_config", "decoder", "language_config", "llm_config", "thinker_config")
 """Config fields that hold the configuration of the decoder inside a larger model."""
+
+ALIASES = {"kimi_k2": "deepseek_v3"}
+"""Model types that are another one in all but name; transformers knows them by code in the checkpoint, which m2ray never runs."""
 
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 """Rotary embeddings that change with the longest sequence of a batch: a prompt's rows would depend on its neighbours."""
@@ -64,33 +44,36 @@ CALLER_CHOOSES = ("auto_map", "attn_implementation", "_attn_implementation", "ex
 def parse_config(text: bytes) -> Any:
     """config.json as transformers' configuration object (PreTrainedConfig). Code from the checkpoint is never run.
 
+    Of a multimodal model it is the whole model's; `decoder_config` of it is what m2ray runs.
+
     Raises:
         CheckpointError: not JSON, or a model that m2ray does not run; all reasons at once.
     """
     try:
-        fields = json.loads(text, object_hook=_untagged)
+        fields = json.loads(text, object_hook=_as_meant)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"config.json is not JSON: {error}.", "Copy the file again.") from error
     if not isinstance(fields, dict):
         raise CheckpointError("config.json is not a JSON object.", "Copy the file again.")
     model_type = fields.get("model_type")
-    if model_type not in VERIFIED:
+    if not isinstance(model_type, str) or ALIASES.get(model_type, model_type) not in CONFIG_MAPPING:
         raise _unknown_family(model_type)
-    fields = {name: value for name, value in fields.items() if name not in CALLER_CHOOSES}
     if not isinstance(fields.get("quantization_config") or {}, dict):
         raise CheckpointError(
             f"config.json: quantization_config = {fields['quantization_config']!r} is no JSON object.", "Copy the file again."
         )
-    config = _read_fields(model_type, fields)
+    config = _read_fields(ALIASES.get(model_type, model_type), fields)
+    decoder = decoder_config(config)
     raise_all(
         [
             *_contradictory_rope(config, fields),
             *_not_causal(config.to_dict()),
-            *_unsupported_structure(config),
+            *_no_decoder(config),
+            *_unsupported_structure(decoder),
             *_unsupported_quantization(config),
         ]
     )
-    _spell_out_partial_rotary(config)
+    _spell_out_partial_rotary(decoder)
     return config
 
 
@@ -107,9 +90,21 @@ def expected_rotary_dim(config: Any) -> int | None:
     return int(head_dim * factor)
 
 
+def keeps_fp32(config: Any) -> Callable[[str], bool]:
+    """Whether a tensor of the model stays in float32 beyond what transformers keeps, by its name."""
+    endings = KEEPS_FP32.get(config.model_type, ())
+    return lambda name: name.endswith(endings)
+
+
+def default_max_length(config: Any) -> int:
+    """The longest sequence in tokens that a model is made for; where its configuration names none, as of recurrent ones, 2**20."""
+    positions = getattr(config, "max_position_embeddings", None)
+    return positions if type(positions) is int and positions > 0 else 2**20
+
+
 def require_positions(config: Any, max_length: int | None) -> None:
     """Raise ConfigError for sequences longer than the positions that a model has; None is for as long as it takes."""
-    positions = config.max_position_embeddings
+    positions = default_max_length(config)
     if config.model_type in LEARNED_POSITIONS and max_length is not None and max_length > positions:
         raise ConfigError(
             f"max_length = {max_length}, but a {config.model_type} of config.json has learned {positions} positions.",
@@ -117,24 +112,31 @@ def require_positions(config: Any, max_length: int | None) -> None:
         )
 
 
+def quantization(config: Any) -> Mapping[str, Any]:
+    """The quantization_config of the whole model, or else of its decoder alone, as transformers looks for it; empty without one."""
+    return next((found for each in (config, decoder_config(config)) if (found := getattr(each, "quantization_config", None))), {})
+
+
 def fp8_block(config: Any) -> tuple[int, int] | None:
     """Rows and columns that share one FP8 scale, or None where a tensor has one scale for all of it."""
-    block = (getattr(config, "quantization_config", None) or {}).get("weight_block_size")
+    block = quantization(config).get("weight_block_size")
     return None if block is None else (int(block[0]), int(block[1]))
 
 
 def is_fp8(config: Any) -> bool:
     """Whether config.json declares an FP8 checkpoint."""
-    return bool(getattr(config, "quantization_config", None))
+    return bool(quantization(config))
 
 
 _UNSAYABLE = ("Infinity", "-Infinity", "NaN")  # as all that config.json's values are held against a tuple: they may be lists or objects
 
 
-def _untagged(fields: dict[str, Any]) -> Any:
-    """A JSON object; or the number that JSON cannot say, where transformers wrote it as {"__float__": "Infinity"}."""
+def _as_meant(fields: dict[str, Any]) -> Any:
+    """A JSON object without what its caller chooses; or the number that JSON cannot say, which transformers writes as {"__float__": "Infinity"}."""
     tag = fields.get("__float__")
-    return float(tag) if len(fields) == 1 and tag in _UNSAYABLE else fields
+    if len(fields) == 1 and tag in _UNSAYABLE:
+        return float(tag)
+    return {name: value for name, value in fields.items() if name not in CALLER_CHOOSES}
 
 
 def _read_fields(model_type: str, fields: Mapping[str, Any]) -> Any:
@@ -146,15 +148,18 @@ def _read_fields(model_type: str, fields: Mapping[str, Any]) -> Any:
 
 def _contradictory_rope(config: Any, fields: Mapping[str, Any]) -> list[CheckpointError]:
     """The old key `rope_scaling` replaces `rope_parameters` whole, so that its rope_theta falls back to a default without a word."""
-    if not (fields.get("rope_scaling") and fields.get("rope_parameters")):
-        return []
-    without = _read_fields(config.model_type, {name: value for name, value in fields.items() if name != "rope_scaling"})
-    if without.rope_parameters == config.rope_parameters:
+    without = deepcopy(dict(fields))
+    place, of_decoder = "", without
+    for name in path_to_decoder(config):
+        place, of_decoder = f"{place}{name}.", of_decoder.get(name) or {}
+    old, new = of_decoder.pop("rope_scaling", None), of_decoder.get("rope_parameters")
+    taken = getattr(decoder_config(config), "rope_parameters", None)
+    if not (old and new) or decoder_config(_read_fields(config.model_type, without)).rope_parameters == taken:
         return []
     return [
         CheckpointError(
-            f"config.json: rope_scaling = {fields['rope_scaling']} and rope_parameters = {fields['rope_parameters']} contradict each other: "
-            f"transformers would take {config.rope_parameters}.",
+            f"config.json: {place}rope_scaling = {old} and {place}rope_parameters = {new} contradict each other: "
+            f"transformers would take {taken}.",
             "Keep rope_parameters alone, with all that is meant.",
         )
     ]
@@ -171,12 +176,14 @@ def _spell_out_partial_rotary(config: Any) -> None:
 
 
 def _unknown_family(model_type: Any) -> CheckpointError:
-    remedy = f"It runs {', '.join(VERIFIED)}."
     if model_type is None:
-        return CheckpointError("config.json has no model_type.", remedy)
-    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
-        return CheckpointError(f"config.json: transformers knows no model_type {model_type!r}, so m2ray cannot run it.", remedy)
-    return CheckpointError(f"config.json: m2ray has not verified model_type {model_type!r} layer by layer, so it does not run it.", remedy)
+        return CheckpointError(
+            "config.json has no model_type.", "Give a model that transformers knows; code beside a checkpoint is never run."
+        )
+    return CheckpointError(
+        f"config.json: transformers {transformers.__version__} knows no model_type {model_type!r}, so m2ray cannot run it.",
+        "Install a transformers that knows it; code beside a checkpoint is never run.",
+    )
 
 
 def _not_causal(fields: Mapping[str, Any], place: str = "") -> list[CheckpointError]:
@@ -201,13 +208,7 @@ def _not_causal(fields: Mapping[str, Any], place: str = "") -> list[CheckpointEr
 
 
 def _unsupported_structure(config: Any) -> list[CheckpointError]:
-    problems = [
-        CheckpointError(
-            f"config.json: {field} = {getattr(config, field)}: its layers share state across stage boundaries.", "m2ray cannot cut it."
-        )
-        for field in SHARED_STATE
-        if getattr(config, field, None)
-    ]
+    problems = [CheckpointError(f"config.json: {reason}.", "m2ray cannot cut it into stages.") for reason in why_uncuttable(config)]
     rope = getattr(config, "rope_parameters", None) or {}
     for parameters in [rope, *(nested for nested in rope.values() if isinstance(nested, dict))]:
         rope_type = parameters.get("rope_type")
@@ -221,14 +222,28 @@ def _unsupported_structure(config: Any) -> list[CheckpointError]:
     return problems
 
 
+def _no_decoder(config: Any) -> Iterator[CheckpointError]:
+    """Models that are no stack of decoder layers, before anything is built of them."""
+    if config.is_encoder_decoder:
+        yield CheckpointError(f"config.json: a {config.model_type} has an encoder beside its decoder.", "m2ray runs decoder-only models.")
+    elif not is_language_model(config):
+        yield CheckpointError(f"config.json: transformers has no language model of model_type {config.model_type!r}.")
+    elif absent := [name for name in NEEDED_FIELDS if type(getattr(decoder_config(config), name, None)) is not int]:
+        yield CheckpointError(
+            f"config.json: a {config.model_type} configuration has no {' and no '.join(absent)}.", "m2ray runs one stack of decoder layers."
+        )
+
+
 def _unsupported_quantization(config: Any) -> list[CheckpointError]:
-    quantization = getattr(config, "quantization_config", None)
-    if not quantization:
+    declared = quantization(config)
+    if not declared:
         return []
-    method = quantization.get("quant_method")
+    if not isinstance(declared, Mapping):
+        return [CheckpointError(f"config.json: quantization_config = {declared!r} is no JSON object.", "Copy the file again.")]
+    method = declared.get("quant_method")
     if method != "fp8":
         return [CheckpointError(f"config.json: quant_method {method!r}.", "m2ray reads BF16, F16, F32 and block-wise FP8 checkpoints.")]
-    block = quantization.get("weight_block_size")
+    block = declared.get("weight_block_size")
     if block is not None and not (
         isinstance(block, list | tuple) and len(block) == 2 and all(isinstance(side, int) and side > 0 for side in block)
     ):

@@ -1,49 +1,42 @@
 """Proof that a configuration can be run as m2ray runs it, on a tiny copy of it with random weights.
 
-Two things are proved, by transformers alone: the model is causal, and a prompt's rows do not depend on the prompts beside it. So a field
-of the configuration that breaks one of them is found even if m2ray does not know it.
+Three things are proved: a chain of stages gives transformers' own rows bit by bit, however its layers are cut; the model is causal; and a
+prompt's rows do not depend on the prompts beside it. So a model type that nobody listed runs if it is right, and a field of the
+configuration that breaks one of them is found even if m2ray does not know it.
 """
 
 import json
 import os
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 import transformers
 import xxhash
-from torch import nn
-from transformers import AutoModelForCausalLM
 
-from m2ray.errors import CheckpointError, raise_all
-from m2ray.model.attention import resolve_attn_implementation
-from m2ray.model.skeleton import QUIET
-from m2ray.model.tiny import tiny_copy
+from m2ray.errors import CheckpointError, M2rayError, raise_all
+from m2ray.model.rehearsal import NOT_RUN, Rehearsal, rehearse
 
 TOLERANCE = 1e-4
 """Of a row's norm, in float32. Rounding moves rows by 1e-6; what leaks moves them by 1e-2 and more."""
 
-_LENGTH, _SHORT, _COMMON = 24, 9, 12
-"""Tokens of the long prompt, of the short one that is padded beside it, and of the prefix that two long ones have in common."""
-
 _SEEDS = (0, 1)
-_MOST_PARAMETERS = 30_000_000
-
-# What transformers' code raises where a tiny copy's sizes do not fit together.
-_NOT_TINY = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError)
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_REMEDY = "m2ray runs a model only if its chain gives transformers' own rows bit by bit on a tiny copy of its configuration."
 
 
 def prove(config: Any) -> None:
     """Try a configuration on a tiny copy of it; what was proved once is remembered in the user's cache folder.
 
-    A family of `families.VERIFIED` of which no tiny copy can be made passes without it: tests prove each family layer by layer.
-
     Args:
-        config: transformers' configuration, as `parse_config` gives it.
+        config: transformers' configuration of a causal language model, as `parse_config` gives it.
 
     Raises:
-        CheckpointError: a prompt's rows depend on later tokens, or on the prompts beside it; says which, or both.
+        CheckpointError: no tiny copy can be made; or a chain's rows are not transformers' (says from which layer on, in which dtype, over
+            how many stages, by how much); or a prompt's rows depend on later tokens or on the prompts beside it. All that is found.
     """
     cached = _cached_at(config)
     with suppress(OSError):  # a folder that may not be looked into remembers nothing
@@ -51,11 +44,9 @@ def prove(config: Any) -> None:
             return
     problems: list[CheckpointError] = []
     for seed in _SEEDS:  # rounding may flip the choice of an expert with one seed; what leaks, leaks with all
-        try:
-            rows = _probe(config, seed)
-        except _NOT_TINY:
-            return
-        problems = _differences(config, rows)
+        with TemporaryDirectory(prefix="m2ray-proof-") as folder:
+            rehearsal = rehearse(config, seed, Path(folder))
+            problems = [*_differences(rehearsal), *_leaks(rehearsal)]
         if not problems:
             break
     raise_all(problems)
@@ -65,70 +56,64 @@ def prove(config: Any) -> None:
             cached.touch()
 
 
-def _probe(config: Any, seed: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Pairs of rows [T, H] that are equal in a model that can be run, by what was changed between them."""
-    model = _random_model(tiny_copy(config), seed)
-    generator = torch.Generator().manual_seed(seed)
-    token_ids_BT = torch.randint(3, model.config.vocab_size - 1, (2, _LENGTH), generator=generator)
-    token_ids_BT[1, _SHORT:] = 0
-    others_BT = token_ids_BT.clone()
-    others_BT[0, _COMMON:] = torch.randint(3, model.config.vocab_size - 1, (_LENGTH - _COMMON,), generator=generator)
-    with torch.inference_mode():
-        rows_BTH, others_BTH, alone_BTH = (
-            model.base_model(
-                input_ids=ids_BT, position_ids=torch.arange(ids_BT.shape[1])[None], attention_mask=None, use_cache=False
-            ).last_hidden_state
-            for ids_BT in (token_ids_BT, others_BT, token_ids_BT[1:, :_SHORT])
-        )
-    if not rows_BTH.isfinite().all():
-        raise ArithmeticError("random weights overflow")
-    return {
-        "when only the tokens after them change": (rows_BTH[0, :_COMMON], others_BTH[0, :_COMMON]),
-        "between the prompt alone and right-padded beside a longer one": (rows_BTH[1, :_SHORT], alone_BTH[0]),
-    }
+def _differences(rehearsal: Rehearsal) -> Iterator[CheckpointError]:
+    """Where chains of one, three and as many stages as layers differ from transformers: the first of them in each dtype."""
+    for name, dtype in _DTYPES.items():
+        expected = rehearsal.by_transformers(dtype)
+        for bounds in _cuts(rehearsal.num_layers):
+            where = f"a chain of {len(bounds) - 1} stage{'s' * (len(bounds) > 2)} in {name}"
+            try:
+                found = rehearsal.by_chain(dtype, bounds)
+            except (M2rayError, *NOT_RUN) as error:
+                what = str(error) if isinstance(error, M2rayError) else f"{type(error).__name__}: {error}"
+                yield _refusal(rehearsal, f"{where} fails: {' '.join(what.split())[:300]}")
+                break
+            difference = _first_difference(rehearsal, expected, found)
+            if difference:
+                yield _refusal(rehearsal, f"{where} differs from transformers' own model {difference}.")
+                break
 
 
-def _random_model(tiny: Any, seed: int) -> Any:
-    """The model that transformers makes of a tiny configuration in float32, with weights that make every layer matter."""
-    for field in QUIET:
-        setattr(tiny, field, False)
-    attn_implementation = resolve_attn_implementation(tiny, "auto", torch.float32)
-    with torch.device("meta"):
-        num_parameters = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(tiny).parameters())
-    if num_parameters > _MOST_PARAMETERS:
-        raise ValueError(f"a tiny {tiny.model_type} still has {num_parameters} parameters")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model: nn.Module = AutoModelForCausalLM.from_config(tiny, dtype=torch.float32, attn_implementation=attn_implementation).eval()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() >= 2:
-                parameter.normal_(0, parameter.shape[-1] ** -0.5, generator=generator)
-            else:
-                parameter.add_(torch.empty_like(parameter).normal_(0, 0.1, generator=generator))
-    return model
+def _cuts(num_layers: int) -> list[tuple[int, ...]]:
+    """Where the layers are cut: nowhere, in three, everywhere."""
+    cuts = [(0, num_layers), (0, num_layers // 3, 2 * num_layers // 3, num_layers), tuple(range(num_layers + 1))]
+    return sorted({tuple(sorted(set(cut))) for cut in cuts}, key=len)
 
 
-def _differences(config: Any, rows: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> list[CheckpointError]:
-    problems = []
-    for change, (one_TH, other_TH) in rows.items():
-        moved = ((one_TH - other_TH).norm(dim=-1) / other_TH.norm(dim=-1)).max().item()
-        if moved > TOLERANCE:
-            problems.append(
-                CheckpointError(
-                    f"config.json: rows of a tiny {config.model_type} with its fields differ by {moved:.2g} of their norm {change}.",
-                    "m2ray runs causal decoders, whose rows depend on nothing but the tokens before them.",
-                )
+def _first_difference(rehearsal: Rehearsal, expected: list[torch.Tensor], found: list[torch.Tensor]) -> str:
+    """In words; nothing where each real token's row has the same bits at every layer."""
+    if len(expected) != len(found):
+        return f"in that it runs its {len(found)} layers {len(expected)} times"
+    for layer, (theirs_BTH, ours_BTH) in enumerate(zip(expected, found, strict=True)):
+        if theirs_BTH.shape != ours_BTH.shape or theirs_BTH.dtype != ours_BTH.dtype:
+            described = [f"{list(rows.shape)} {rows.dtype}" for rows in (ours_BTH, theirs_BTH)]
+            return f"at layer {layer}: {' instead of '.join(described)}"
+        for prompt, count in enumerate(rehearsal.token_counts):
+            ours_TH, theirs_TH = ours_BTH[prompt, :count], theirs_BTH[prompt, :count]
+            if not torch.equal(ours_TH.view(torch.uint8), theirs_TH.view(torch.uint8)):
+                moved = ((ours_TH.double() - theirs_TH.double()).norm(dim=-1) / theirs_TH.double().norm(dim=-1)).max().item()
+                return f"from layer {layer} on, by {moved:.2g} of a row's norm"
+    return ""
+
+
+def _leaks(rehearsal: Rehearsal) -> Iterator[CheckpointError]:
+    for change, moved in rehearsal.moved_rows().items():
+        if not moved <= TOLERANCE:
+            yield CheckpointError(
+                f"config.json: rows of a tiny {rehearsal.tiny.model_type} with its fields differ by {moved:.2g} of their norm {change}.",
+                "m2ray runs causal decoders, whose rows depend on nothing but the tokens before them.",
             )
-    return problems
+
+
+def _refusal(rehearsal: Rehearsal, what: str) -> CheckpointError:
+    return CheckpointError(f"config.json: of a tiny {rehearsal.tiny.model_type} with its fields, {what}", _REMEDY)
 
 
 def _digest(config: Any) -> str:
-    """The digest of all that the proof depends on, this file included."""
-    digest = xxhash.xxh3_128(Path(__file__).read_bytes())
-    digest.update(Path(tiny_copy.__code__.co_filename).read_bytes())
-    digest.update(f"{torch.__version__} {transformers.__version__}".encode())
+    """The digest of all that the proof depends on: the configuration, torch, transformers, and m2ray's own code of models."""
+    digest = xxhash.xxh3_128(f"{torch.__version__} {transformers.__version__}".encode())
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(file.read_bytes())
     digest.update(json.dumps(config.to_dict(), sort_keys=True, default=str).encode())
     return digest.hexdigest()
 

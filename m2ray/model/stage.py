@@ -11,10 +11,12 @@ import torch
 
 from m2ray.batches import CapturedLayer, LayerSpan, MicroBatch, Residency
 from m2ray.errors import ConfigError
-from m2ray.model.attention import FLEX_BLOCK, require_machine, resolve_attn_implementation
+from m2ray.model.attention import FLEX_BLOCK, require_attention_to_sinks, require_machine, resolve_attn_implementation
+from m2ray.model.boundary import Boundary, blank, row_width, shapes_at, token_bytes
 from m2ray.model.capture import CaptureSpec, ResidualCapture, pin_host_memory
 from m2ray.model.checkpoint import open_checkpoint
 from m2ray.model.decoder import DecoderSpan
+from m2ray.model.families import default_max_length
 from m2ray.model.gpu_loading import Lanes
 from m2ray.model.interpreter import quick_switches, without_collector
 from m2ray.model.skeleton import build_skeleton
@@ -55,14 +57,14 @@ class StageSpec:
 
 
 class StageOutput:
-    """What one micro-batch leaves: hidden states [B, T, H] for the next stage (None from the model's last layer), and captured rows.
+    """What one micro-batch leaves: the boundary for the next stage (None from the model's last layer), and captured rows.
 
-    On a GPU neither need be computed yet: `ready` is the event after which the hidden states are, `hidden_on_host` and `captured`
+    On a GPU neither need be computed yet: `ready` is the event after which the boundary is, `on_host` and `captured`
     wait by themselves, and may be used on other threads.
     """
 
-    def __init__(self, hidden_BTH: torch.Tensor | None, capture: ResidualCapture, timed: "_Timed") -> None:
-        self.hidden_BTH = hidden_BTH
+    def __init__(self, boundary: Boundary | None, capture: ResidualCapture, timed: "_Timed") -> None:
+        self.boundary = boundary
         self.ready = timed.end
         self._capture = capture
         self._timed = timed
@@ -77,19 +79,24 @@ class StageOutput:
         """Seconds between the first layer's begin and the last one's end, on the device's own clock. Waits for the end."""
         return self._timed.elapsed_s
 
-    def hidden_on_host(self) -> torch.Tensor:
-        """The hidden states in host memory; from a GPU in pinned memory, copied beside whatever is computed next."""
-        assert self.hidden_BTH is not None, "the last stage has nobody to hand on to"
+    def on_host(self) -> Boundary:
+        """The boundary in host memory; from a GPU in pinned memory, copied beside whatever is computed next."""
+        assert self.boundary is not None, "the last stage has nobody to hand on to"
         if self.ready is None:
-            return self.hidden_BTH
-        stream = torch.cuda.Stream(self.hidden_BTH.device)
+            return self.boundary
+        stream = torch.cuda.Stream(self.boundary.hidden_BTH.device)
         stream.wait_event(self.ready)
+
+        def copied(tensor: torch.Tensor) -> torch.Tensor:
+            on_host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            on_host.copy_(tensor, non_blocking=True)
+            tensor.record_stream(stream)
+            return on_host
+
         with torch.cuda.stream(stream):
-            on_host_BTH = torch.empty(self.hidden_BTH.shape, dtype=self.hidden_BTH.dtype, pin_memory=True)
-            on_host_BTH.copy_(self.hidden_BTH, non_blocking=True)
-        self.hidden_BTH.record_stream(stream)
+            on_host = self.boundary.map(copied)
         stream.synchronize()
-        return on_host_BTH
+        return on_host
 
 
 class _Timed:
@@ -132,7 +139,7 @@ class Stage:
         digests: what was loaded of each layer (m2ray.model.digests).
         bytes_read: tensor bytes that were read to load them.
         parameter_bytes: bytes of the span's tensors from the checkpoint, in memory.
-        hidden_bytes: of one token's hidden state.
+        handed_bytes: of one token, to the next stage, at most.
     """
 
     def __init__(self, spec: StageSpec, decoder: DecoderSpan, loaded: Loaded, bytes_read: int) -> None:
@@ -142,7 +149,8 @@ class Stage:
         self.needed_bytes, self.digests = loaded
         self.bytes_read = bytes_read
         self.parameter_bytes = parameter_bytes(decoder)
-        self.hidden_bytes = config.hidden_size * DTYPES[spec.compute_dtype].itemsize
+        self.handed_bytes = token_bytes(config, spec.span.stop, DTYPES[spec.compute_dtype])
+        self._row_width = row_width(config)
         self._spec = spec
         self._decoder = decoder
         self._on_gpu = decoder.device.type == "cuda"
@@ -163,38 +171,36 @@ class Stage:
         layers = capture.sites.get("residual", ())
         if outside := [layer for layer in layers if layer >= config.num_hidden_layers]:
             raise ConfigError(f"Captured layers {outside}: the model has layers 0 to {config.num_hidden_layers - 1}.")
-        of_the_job = parts_of_run("residual", layers, capture.store_dtype, config.hidden_size)
+        of_the_job = parts_of_run("residual", layers, capture.store_dtype, self._row_width)
         self.parts = parts_of_span(of_the_job, self._spec.span, config.num_hidden_layers)
         self._store_dtype = DTYPES[capture.store_dtype]
 
-    def forward(self, micro_batch: MicroBatch, hidden_BTH: torch.Tensor | None) -> StageOutput:
+    def forward(self, micro_batch: MicroBatch, incoming: Boundary | None) -> StageOutput:
         """Take a micro-batch through the span.
 
         Args:
             micro_batch: whose tokens the first stage embeds, and whose lengths say which rows are real.
-            hidden_BTH: what the stage before returned, in the compute dtype, on the stage's device or on the host; None for the first.
+            incoming: what the stage before returned, on the stage's device or on the host; None for the first.
 
         Raises:
             StageError: a captured row is not finite in the store dtype; on a GPU, `StageOutput.captured` raises it.
         """
-        if hidden_BTH is not None:
-            expected = (*micro_batch.token_ids_BT.shape, self._decoder.skeleton.config.hidden_size)
-            assert tuple(hidden_BTH.shape) == expected, f"hidden states {list(hidden_BTH.shape)} for a micro-batch of {list(expected)}"
-            assert hidden_BTH.dtype == DTYPES[self._spec.compute_dtype], f"hidden states in {hidden_BTH.dtype}"
+        if incoming is not None:
+            self._check(micro_batch, incoming)
         self._wait_for_gpu()
         with torch.inference_mode():
             capture = ResidualCapture(micro_batch, self.parts, self._store_dtype, self._copy_out)
             token_ids_BT = torch.tensor(micro_batch.token_ids_BT, dtype=torch.int64)
             if self._on_gpu:
                 token_ids_BT = token_ids_BT.pin_memory().to(self._decoder.device, non_blocking=True)
-            hidden_BTH = self._to_device(hidden_BTH)
+            incoming = self._to_device(incoming)
             timed = _Timed(self._decoder.device)
-            computed_BTH = self._decoder.run(token_ids_BT, hidden_BTH, capture)
+            boundary = self._decoder.run(token_ids_BT, incoming, capture)
             timed.finish()
             capture.end()
         if timed.end is not None:
             self._running.append(timed.end)
-        output = StageOutput(None if self.is_last else computed_BTH, capture, timed)
+        output = StageOutput(None if self.is_last else boundary, capture, timed)
         if not self._on_gpu:
             _ = output.captured  # what is wrong with a row is said where it was computed
         return output
@@ -211,10 +217,10 @@ class Stage:
         """
         config = self._decoder.skeleton.config
         if self._on_gpu and self.parts:
-            capture_bytes = batch_tokens * config.hidden_size * self._store_dtype.itemsize * len(self.parts)
+            capture_bytes = batch_tokens * self._row_width * self._store_dtype.itemsize * len(self.parts)
             # Beside what waits, of two micro-batches: one that is computed, and one whose rows are handed over.
-            pin_host_memory(waiting_bytes + 2 * capture_bytes, batch_tokens, config.hidden_size, self._store_dtype)
-        longest = max(4, min(1024, config.max_position_embeddings, batch_tokens // 2))
+            pin_host_memory(waiting_bytes + 2 * capture_bytes, batch_tokens, self._row_width, self._store_dtype)
+        longest = max(4, min(1024, default_max_length(config), batch_tokens // 2))
         full = -(-batch_tokens // longest)
         shapes = [(full, batch_tokens // full), (batch_tokens // (longest // 2), longest // 2), (1, longest)]
         if self._decoder.skeleton.attn_implementation == "flex_attention":
@@ -232,28 +238,34 @@ class Stage:
 
     def _try(self, num_sequences: int, length: int) -> None:
         """Run a micro-batch of zeros."""
-        config, shape = self._decoder.skeleton.config, (num_sequences, length)
         counts = np.full(num_sequences, length, np.int32)
-        micro_batch = MicroBatch(0, 0, True, np.arange(num_sequences), counts, np.zeros(shape, np.int32))
+        micro_batch = MicroBatch(0, 0, True, np.arange(num_sequences), counts, np.zeros((num_sequences, length), np.int32))
         dtype = DTYPES[self._spec.compute_dtype]
-        hidden_BTH = None if self.is_first else torch.zeros((*shape, config.hidden_size), dtype=dtype)
-        _ = self.forward(micro_batch, hidden_BTH).captured
+        incoming = None if self.is_first else blank(self._decoder.skeleton.config, self._spec.span.start, (num_sequences, length), dtype)
+        _ = self.forward(micro_batch, incoming).captured
+
+    def _check(self, micro_batch: MicroBatch, incoming: Boundary) -> None:
+        num_sequences, length = micro_batch.token_ids_BT.shape
+        wanted = shapes_at(self._decoder.skeleton.config, self._spec.span.start, (num_sequences, length), DTYPES[self._spec.compute_dtype])
+        found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in incoming.tensors.items()}
+        assert found == wanted, f"hidden states and what goes with them came as {found}, not as {wanted}"
 
     def _wait_for_gpu(self) -> None:
         """Let the host run ahead of the GPU by two micro-batches, so that neither waits for the other and memory stays bounded."""
         while len(self._running) >= 2:
             self._running.popleft().synchronize()
 
-    def _to_device(self, hidden_BTH: torch.Tensor | None) -> torch.Tensor | None:
-        """Copy the incoming hidden states beside the computation that is still running; pinned memory makes it overlap."""
-        if hidden_BTH is None or self._copy_in is None or hidden_BTH.device == self._decoder.device:
-            return hidden_BTH
+    def _to_device(self, incoming: Boundary | None) -> Boundary | None:
+        """Copy what comes in beside the computation that is still running; pinned memory makes it overlap."""
+        if incoming is None or self._copy_in is None or incoming.hidden_BTH.device == self._decoder.device:
+            return incoming
         with torch.cuda.stream(self._copy_in):
-            on_device_BTH = hidden_BTH.to(self._decoder.device, non_blocking=True)
+            on_device = incoming.map(lambda tensor: tensor.to(self._decoder.device, non_blocking=True))
         computing = torch.cuda.current_stream(self._decoder.device)
         computing.wait_stream(self._copy_in)
-        on_device_BTH.record_stream(computing)
-        return on_device_BTH
+        for tensor in on_device.tensors.values():
+            tensor.record_stream(computing)
+        return on_device
 
 
 def load_stage(spec: StageSpec, on_bytes: OnBytes) -> Stage:
@@ -283,11 +295,12 @@ def _load_stage(spec: StageSpec, device: torch.device, lanes: Lanes | None, on_b
     if spec.model_digest is not None:
         checkpoint.require(spec.model_digest)
     compute_dtype = DTYPES[spec.compute_dtype]
-    attn_implementation = resolve_attn_implementation(checkpoint.config, spec.attn_implementation, compute_dtype)
+    attn_implementation = resolve_attn_implementation(checkpoint.whole_config, spec.attn_implementation, compute_dtype)
     require_machine(checkpoint.config, attn_implementation, device)
     if spec.compile and device.type == "cuda":
         require_triton("compile = true")
-    skeleton = build_skeleton(checkpoint.config, compute_dtype, attn_implementation)
+    skeleton = build_skeleton(checkpoint.whole_config, compute_dtype, attn_implementation)
+    require_attention_to_sinks(skeleton.config, attn_implementation, skeleton.tensors)
     if spec.span.stop > len(skeleton.layers):
         raise ConfigError(f"{spec.span}: the model has layers 0 to {len(skeleton.layers) - 1}.")
     decoder = DecoderSpan(skeleton, spec.span, device, spec.residency, spec.offload_folder)

@@ -1,7 +1,7 @@
 """The checkpoint's tensors matched with the model's: the plan that loading follows and the table that planning counts on."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -11,10 +11,12 @@ from torch import nn
 
 from m2ray.batches import LayerSpan, Role, TensorRow, TensorTable
 from m2ray.errors import CheckpointError, raise_all
+from m2ray.model.boundary import most_beside, row_width
 from m2ray.model.conversion import Conversion, Placement, Source
-from m2ray.model.families import fp8_block, is_fp8
+from m2ray.model.families import fp8_block, is_fp8, quantization
 from m2ray.model.headers import TensorHeader
 from m2ray.model.skeleton import ModelTensor, Skeleton, build_skeleton
+from m2ray.model.towers import decoder_config
 
 SCALE = "_scale_inv"
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -28,6 +30,8 @@ ACTIVATION_SCALES = re.compile(r"\.(?:activation|input|output|q|k|v)_scale$")
 """Scales by which engines that multiply in FP8 quantise activations and caches; weights do not need them."""
 
 SHOWN_PROBLEMS = 20
+
+_IGNORED = "_keys_to_ignore_on_load_unexpected"
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,7 @@ def match_by_layer(
             try:
                 placements = conversion.place(tensor, sources[tensor.name], shapes)
                 matched.append(MatchedTensor(tensor, tuple(placements)))
-                problems += [problem for placement in placements for problem in _check_dtype(skeleton, headers, placement.key)]
+                problems += [problem for placement in placements for problem in _check_dtype(skeleton, headers, tensor, placement)]
             except CheckpointError as problem:
                 problems.append(problem)
         if not problems:
@@ -99,8 +103,8 @@ def table_of(skeleton: Skeleton, headers: Mapping[str, TensorHeader]) -> TensorT
     matched = [each for layer in match_by_layer(skeleton, headers, unread=unread) for each in layer]
     rows = [_row(each.tensor, tuple(placement.key for placement in each.placements), disk_bytes(each, headers)) for each in matched]
     for key, role in unread.items():
-        rows.append(TensorRow(key, role, None, headers[key].shape, False, key_bytes(key, headers), (key,)))
-    return TensorTable(len(skeleton.layers), skeleton.config.hidden_size, tuple(rows))
+        rows.append(TensorRow(key, role, None, headers[key].shape, None, key_bytes(key, headers), (key,)))
+    return _table(skeleton, rows)
 
 
 def table_without_weights(config: Any) -> TensorTable:
@@ -115,7 +119,7 @@ def table_without_weights(config: Any) -> TensorTable:
     for tensor in skeleton.tensors.values():
         pieces = conversion.published(tensor)
         rows.append(_row(tensor, tuple(pieces), sum(_published_bytes(skeleton, tensor, key, shape) for key, shape in pieces.items())))
-    return TensorTable(len(skeleton.layers), skeleton.config.hidden_size, tuple(rows))
+    return _table(skeleton, rows)
 
 
 def key_bytes(key: str, headers: Mapping[str, TensorHeader]) -> int:
@@ -126,7 +130,14 @@ def key_bytes(key: str, headers: Mapping[str, TensorHeader]) -> int:
 
 def disk_bytes(matched: MatchedTensor, headers: Mapping[str, TensorHeader]) -> int:
     """Bytes that one model tensor has in the checkpoint, scales included."""
-    return sum(key_bytes(placement.key, headers) for placement in matched.placements)
+    return sum(_placed_bytes(placement, headers) for placement in matched.placements)
+
+
+def _placed_bytes(placement: Placement, headers: Mapping[str, TensorHeader]) -> int:
+    if placement.rows is None:
+        return key_bytes(placement.key, headers)
+    first, stop = placement.rows
+    return headers[placement.key].num_bytes // headers[placement.key].shape[0] * (stop - first)
 
 
 def scale_shape(shape: tuple[int, ...], block: tuple[int, int] | None) -> tuple[int, ...]:
@@ -156,16 +167,24 @@ def _unread_reason(skeleton: Skeleton, name: str) -> Role | None:
 
 
 def _is_unused(skeleton: Skeleton, name: str) -> bool:
-    """Whether a name is known to be of no use: layers past the last (multi-token prediction), other heads, scales of activations, and what
-    transformers ignores.
+    """Whether a name is known to be of no use: layers past the last (multi-token prediction), other heads, scales of activations, what is
+    beside a multimodal model's decoder, and what transformers ignores.
     """
     layer = skeleton.layer_of(name)
-    if EXTRA_LAYERS.search(name) or EXTRA_HEADS.search(name) or (layer is not None and layer >= len(skeleton.layers)):
+    if (
+        name.startswith(skeleton.not_text)
+        or EXTRA_LAYERS.search(name)
+        or EXTRA_HEADS.search(name)
+        or (layer is not None and layer >= len(skeleton.layers))
+    ):
         return True
     if is_fp8(skeleton.config_on_disk) and ACTIVATION_SCALES.search(name):
         return True
     # Patterns that name a layer by number stand for sizes of the model whose last layer it is; the rule above covers those.
-    patterns = type(skeleton.model)._keys_to_ignore_on_load_unexpected or ()  # noqa: SLF001 - the rule has no public name
+    models = {type(skeleton.model), type(skeleton.decoder)}
+    patterns = [pattern for model in models for pattern in model._keys_to_ignore_on_load_unexpected or ()]  # noqa: SLF001 - not public
+    if any(re.search(rf"{re.escape(pattern)}\.", name) for pattern in vars(skeleton.decoder).get(_IGNORED, ())):
+        return True  # what a base model says of itself, it says of this configuration
     ignored = (pattern for pattern in patterns if not re.search(r"layers\\?\.\d", pattern))
     return any(re.search(pattern, name) for pattern in (*ignored, r"rotary_emb\.inv_freq$"))
 
@@ -178,8 +197,15 @@ def _use_tied(skeleton: Skeleton, sources: dict[str, list[Source]], unread: dict
             del unread[head]
 
 
-def _check_dtype(skeleton: Skeleton, headers: Mapping[str, TensorHeader], key: str) -> Iterator[CheckpointError]:
+def _check_dtype(
+    skeleton: Skeleton, headers: Mapping[str, TensorHeader], tensor: ModelTensor, placement: Placement
+) -> Iterator[CheckpointError]:
+    key = placement.key
     weight, scale = headers[key], headers.get(key + SCALE)
+    if not tensor.dtype.is_floating_point:  # a table of numbers, which nothing may round
+        if weight.dtype != tensor.dtype and (weight.dtype, tensor.dtype) != (torch.int32, torch.int64):
+            yield CheckpointError(f"{key} is of dtype {weight.dtype}, the model needs {tensor.dtype}.", "Copy the files again.")
+        return
     if weight.dtype not in FP8:
         if weight.dtype not in WEIGHTS:
             yield CheckpointError(
@@ -188,6 +214,10 @@ def _check_dtype(skeleton: Skeleton, headers: Mapping[str, TensorHeader], key: s
         if scale is not None:
             yield CheckpointError(f"{key} is of dtype {weight.dtype} and yet has FP8 scales, {key}{SCALE}.", "Copy the files again.")
         return
+    if placement.rows is not None or placement.swapped is not None:
+        yield CheckpointError(
+            f"{key} is FP8, and transformers splits or transposes it to make {tensor.name}.", "m2ray does so with other dtypes only."
+        )
     if scale is None:
         yield CheckpointError(f"{key} is FP8, but its scales {key}{SCALE} are missing.", "Copy the files again.")
         return
@@ -206,22 +236,27 @@ def _raise_shortened(problems: list[CheckpointError]) -> None:
     raise_all(shown)
 
 
+def _table(skeleton: Skeleton, rows: Iterable[TensorRow]) -> TensorTable:
+    return TensorTable(len(skeleton.layers), row_width(skeleton.config), tuple(rows), *most_beside(skeleton.config))
+
+
 def _row(tensor: ModelTensor, keys: tuple[str, ...], num_bytes: int) -> TensorRow:
-    return TensorRow(tensor.name, tensor.role, tensor.layer, tensor.shape, tensor.dtype == torch.float32, num_bytes, keys)
+    itemsize_bytes = None if tensor.dtype == torch.bfloat16 else tensor.dtype.itemsize
+    return TensorRow(tensor.name, tensor.role, tensor.layer, tensor.shape, itemsize_bytes, num_bytes, keys)
 
 
 def _published_bytes(skeleton: Skeleton, tensor: ModelTensor, key: str, shape: tuple[int, ...]) -> int:
-    if tensor.dtype == torch.float32:
-        return prod(shape) * 4
+    if tensor.dtype != torch.bfloat16:
+        return prod(shape) * tensor.dtype.itemsize
     if is_fp8(skeleton.config_on_disk) and _is_quantised(skeleton, tensor, key):
         return prod(shape) + prod(scale_shape(shape, fp8_block(skeleton.config_on_disk))) * 4
-    dtype = skeleton.config_on_disk.dtype
+    dtype = skeleton.config_on_disk.dtype or decoder_config(skeleton.config_on_disk).dtype
     return prod(shape) * (dtype.itemsize if isinstance(dtype, torch.dtype) else 2)
 
 
 def _is_quantised(skeleton: Skeleton, tensor: ModelTensor, key: str) -> bool:
     """What transformers quantises: a layer's linear weights and its experts, unless config.json names the module."""
-    skipped = skeleton.config_on_disk.quantization_config.get("modules_to_not_convert") or ()
+    skipped = quantization(skeleton.config_on_disk).get("modules_to_not_convert") or ()
     if tensor.role != "layer" or any(f".{module}." in f".{key}." for module in skipped):
         return False
     module, _, name = tensor.name.rpartition(".")

@@ -1,7 +1,7 @@
-"""A tiny copy of a configuration: every field kept but sizes, so that what it asks of the model's code can be tried in a moment."""
+"""Tiny copies of a configuration: every field kept but sizes, so that what it asks of the model's code can be tried in a moment."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from itertools import pairwise
 from typing import Any
@@ -9,36 +9,54 @@ from typing import Any
 WINDOW = 6
 """Of attention in a tiny copy, at most: shorter than the prompts that prove it, so that it acts."""
 
-_VOCABULARY = 128
+VOCABULARY = 128
 _WIDTH = 64
 _RANK = 32
 _KV_HEADS = 2
+_INDEX_HEADS = 16
 _WIDTH_PER_HEAD = 16
+_BLOCK, _BLOCKS = 4, 2
 
 # Numbers that say which layers are of which kind; larger ones say something else.
-_LAYER_RULE = re.compile(r"first|step|interval|pattern|period|freq|every|num_dense|offset|start")
+_LAYER_RULE = re.compile(r"first|step|interval|pattern|period|freq|every|num_dense|offset|start|_layers$")
 _LARGEST_RULE = 12
+_FEWEST_LAYERS = 3
 
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-_CHOSEN_EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k")
-_WINDOWS = ("sliding_window", "attention_chunk_size")
+_CHOSEN_EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
+_KEY_HEADS = {"linear_num_key_heads": "linear_num_value_heads"}
+_MIXER_HEADS = {
+    "mamba_n_heads": "mamba_d_head",
+    "mamba_num_heads": "mamba_head_dim",
+    "num_heads": "head_dim",
+    "n_mamba_heads": "mamba_headdim",
+}
+
+_AT_MOST = {
+    r"intermediate_size|ffn|n_inner|d_inner|dim_ff|d_ff|dff|feed_forward_size|shared_expert_dim": _WIDTH,
+    r"_rank$": _RANK,
+    r"window_size$|sliding_window$|attention_chunk_size$|local_attention$|compress_rates$": WINDOW,
+    r"index_topk$": WINDOW // 2,
+    r"index_block_size$": _BLOCK,
+    r"index_topk_blocks$": _BLOCKS,
+    r"index_n_heads$": _INDEX_HEADS,
+    r"vocab": VOCABULARY,
+    r"_token_id$|_token_index$|^pad_id$": VOCABULARY - 1,
+}
+"""By a field's name, what it is at most in a tiny copy."""
+
+_LIKE_HIDDEN = re.compile(r"hidden_size|_width$|proj_dim$|embed\w*_(dim|size)$|^d_model$|embedding_dim$")
+"""Fields that go with hidden_size where they are a multiple of it."""
 
 
-def tiny_copy(config: Any) -> Any:
-    """The configuration with few and narrow layers: one or two of every kind, heads and experts in their old ratios, short windows.
+def tiny_copies(config: Any) -> Iterator[Any]:
+    """The configuration with few layers, few experts and short windows, and narrow; after it one of the same widths as the original.
 
-    What turns or scales (head sizes, rotary embeddings, multipliers, norms) is left as it is; so is a size of unknown name.
+    One or two layers of every kind are kept, heads and experts in their old ratios. What turns or scales (head sizes, rotary embeddings,
+    multipliers, norms) is left as it is; so is a size of unknown name.
     """
-    tiny = deepcopy(config)
-    if hasattr(tiny, "quantization_config"):
-        del tiny.quantization_config
-    _keep_layers(tiny)
-    _narrow(tiny, config)
-    _keep_experts(tiny, config)
-    for name in _WINDOWS:
-        if isinstance(getattr(config, name, None), int):
-            setattr(tiny, name, min(getattr(config, name), WINDOW))
-    return tiny
+    yield _copy(config, _narrow)
+    yield _copy(config, lambda *_: None)
 
 
 def kept_layers(config: Any) -> list[int]:
@@ -46,15 +64,17 @@ def kept_layers(config: Any) -> list[int]:
     configuration counts layers (an interval, the first dense ones), and every later one whose kind follows the kind before it for the first time.
     """
     lists = _layer_lists(config)
-    kinds = [tuple(str(values[layer]) for values in lists.values()) for layer in range(config.num_hidden_layers)]
+    told_apart = [*lists.values(), getattr(config, "kv_sharing_modes", [None] * config.num_hidden_layers)]
+    kinds = [tuple(str(values[layer]) for values in told_apart) for layer in range(config.num_hidden_layers)]
+    number_of_layers = {"num_hidden_layers", (config.attribute_map or {}).get("num_hidden_layers")}
     numbers = [
         number
         for name, value in vars(config).items()
-        if _LAYER_RULE.search(name) or name.endswith("_layers")
+        if _LAYER_RULE.search(name) and name not in number_of_layers
         for number in (value if isinstance(value, list | tuple) else [value])
-        if type(number) is int and number <= _LARGEST_RULE and name != "num_hidden_layers"
+        if type(number) is int and number <= _LARGEST_RULE
     ]
-    first = min(max([0, *numbers]) + 2, len(kinds))
+    first = min(max([_FEWEST_LAYERS - 2, *numbers]) + 2, len(kinds))
     kept = list(range(first))
     seen = set(pairwise(kinds[:first]))
     for layer, pair in enumerate(pairwise(kinds), 1):
@@ -64,11 +84,27 @@ def kept_layers(config: Any) -> list[int]:
     return kept
 
 
+def _copy(config: Any, narrow: Callable[[Any, Any], None]) -> Any:
+    tiny = deepcopy(config)
+    if hasattr(tiny, "quantization_config"):
+        del tiny.quantization_config
+    _keep_layers(tiny)
+    narrow(tiny, config)
+    _cap(tiny, config)
+    _keep_experts(tiny, config)
+    return tiny
+
+
 def _keep_layers(tiny: Any) -> None:
     kept = kept_layers(tiny)
     for name, values in _layer_lists(tiny).items():
         setattr(tiny, name, [values[layer] for layer in kept])
+    if number := _size(tiny, "num_kv_shared_layers"):
+        tiny.num_kv_shared_layers = sum(layer >= tiny.num_hidden_layers - number for layer in kept)
+    own = (tiny.to_dict().get("per_layer_config") or {}).items()
     tiny.num_hidden_layers = len(kept)
+    if own:
+        tiny.per_layer_config = {kept.index(int(layer)): fields for layer, fields in own if int(layer) in kept}
 
 
 def _layer_lists(config: Any) -> dict[str, Sequence[Any]]:
@@ -79,26 +115,57 @@ def _layer_lists(config: Any) -> dict[str, Sequence[Any]]:
 
 
 def _narrow(tiny: Any, config: Any) -> None:
-    heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    if heads % kv_heads == 0:
-        tiny.num_attention_heads = min(kv_heads, _KV_HEADS) * (heads // kv_heads)
-        if getattr(config, "num_key_value_heads", None):
-            tiny.num_key_value_heads = min(kv_heads, _KV_HEADS)
-    width = config.hidden_size // heads  # is a head's size where none is given
-    tiny.hidden_size = tiny.num_attention_heads * (min(width, _WIDTH_PER_HEAD) if getattr(config, "head_dim", None) else width)
-    tiny.vocab_size = min(config.vocab_size, _VOCABULARY)
-    for name, value in list(vars(config).items()):
-        if type(value) is not int:
+    """Few heads in their old ratios, a hidden size to go with them, and what follows from it."""
+    heads = _size(config, "num_attention_heads")
+    if heads:
+        kv_heads = _size(config, "num_key_value_heads") or heads
+        if heads % kv_heads == 0:
+            tiny.num_attention_heads = min(kv_heads, _KV_HEADS) * (heads // kv_heads)
+            if _size(config, "num_key_value_heads"):
+                tiny.num_key_value_heads = min(kv_heads, _KV_HEADS)
+        width = config.hidden_size // heads  # is a head's size where none is given
+        has_own_width = _size(config, "head_dim") or _size(config, "qk_rope_head_dim")
+        tiny.hidden_size = tiny.num_attention_heads * (min(width, _WIDTH_PER_HEAD) if has_own_width else width)
+    else:
+        tiny.hidden_size = min(config.hidden_size, 2 * _WIDTH)
+    for name in list(vars(config)):
+        if _LIKE_HIDDEN.search(name) and _size(config, name) % config.hidden_size == 0 and _size(config, name):
+            setattr(tiny, name, _size(config, name) // config.hidden_size * tiny.hidden_size)
+    for keys, values in _KEY_HEADS.items():
+        if number := _size(config, keys):
+            setattr(tiny, keys, min(number, _KV_HEADS))
+            setattr(tiny, values, _size(config, values) // number * min(number, _KV_HEADS))
+    _fit_mixers(tiny, config)
+
+
+def _fit_mixers(tiny: Any, config: Any) -> None:
+    """Heads of state space layers, which together are as wide as a multiple of the hidden size."""
+    for number, size in _MIXER_HEADS.items():
+        heads, width = _size(config, number), _size(config, size)
+        if heads == 0 or width == 0 or heads * width % config.hidden_size:
             continue
-        if name.endswith("_token_id"):
-            setattr(tiny, name, min(value, tiny.vocab_size - 1))
-        elif re.search(r"intermediate_size|ffn_dim|n_inner", name):
-            setattr(tiny, name, min(value, _WIDTH))
-        elif name.endswith("lora_rank"):
-            setattr(tiny, name, min(value, _RANK))
-        elif name.endswith(("_proj_dim", "embedding_size")) and value == config.hidden_size:
-            setattr(tiny, name, tiny.hidden_size)
+        inner = heads * width // config.hidden_size * tiny.hidden_size
+        if inner % width:
+            width = inner // heads if inner % heads == 0 else inner
+            setattr(tiny, size, width)
+        setattr(tiny, number, inner // width)
+
+
+def _cap(tiny: Any, config: Any) -> None:
+    for name, value in list(vars(config).items()):
+        limit = next((limit for pattern, limit in _AT_MOST.items() if re.search(pattern, name)), None)
+        if limit is not None and type(value) is int:
+            setattr(tiny, name, min(value, limit))
+        elif limit is not None and isinstance(value, list) and all(type(each) is int for each in value):
+            setattr(tiny, name, [min(each, limit) for each in value])
+        elif limit is not None and isinstance(value, dict) and all(type(each) is int for each in value.values()):
+            setattr(tiny, name, {key: min(each, limit) for key, each in value.items()})
+
+
+def _size(config: Any, name: str) -> int:
+    """A field that is a positive number, of the first layer where they differ; 0 where there is none."""
+    value = getattr((getattr(config, "per_layer_config", None) or [config])[0], name, None)
+    return value if type(value) is int and value > 0 else 0
 
 
 def _keep_experts(tiny: Any, config: Any) -> None:

@@ -58,7 +58,7 @@ def load_weights(checkpoint: Checkpoint, decoder: DecoderSpan, on_bytes: OnBytes
         StageError: a disk has no room for the layers that are kept there.
         StoreError: reading fails.
     """
-    block, digests = fp8_block(checkpoint.config), WeightDigests(checkpoint.headers)
+    block, digests = fp8_block(checkpoint.whole_config), WeightDigests(checkpoint.headers)
     if lanes is not None:
         needed_bytes = _load_by_lanes(checkpoint, decoder, block, digests, on_bytes, lanes)
     else:
@@ -150,14 +150,14 @@ def assign(model: nn.Module, name: str, values: torch.Tensor) -> None:
 def _cut(checkpoint: Checkpoint, placement: Placement, into: torch.Tensor, block: Block) -> Iterable[RowsToLoad]:
     """Pieces of at most PIECE_BYTES where rows allow it; FP8 rows are cut between blocks."""
     header = checkpoint.headers[placement.key]
-    if header.num_bytes <= PIECE_BYTES or into.dim() == 0:
+    if placement.rows is None and (header.num_bytes <= PIECE_BYTES or into.dim() == 0):
         return [_piece(checkpoint, placement.key, None, into, block)]
-    num_rows = into.shape[0]
-    step = max(1, PIECE_BYTES * num_rows // header.num_bytes)
+    first, stop = placement.rows or (0, into.shape[0])
+    step = max(1, PIECE_BYTES * header.shape[0] // max(header.num_bytes, 1))
     if header.dtype in FP8 and into.dim() == 2 and block is not None:
         step = max(block[0], step // block[0] * block[0])
-    cuts = [slice(start, start + step) for start in range(0, num_rows, step)]
-    return [_piece(checkpoint, placement.key, rows, into[rows], block) for rows in cuts]
+    cuts = [(start, min(start + step, stop)) for start in range(first, stop, step)]
+    return [_piece(checkpoint, placement.key, slice(*rows), into[rows[0] - first : rows[1] - first], block) for rows in cuts]
 
 
 def _load(checkpoint: Checkpoint, wanted: RowsToLoad, block: Block, digests: WeightDigests) -> None:

@@ -86,7 +86,7 @@ class Demand:
         return Workload(
             padded_tokens=padded_tokens,
             longest_tokens=longest_tokens,
-            hidden_size=self.table.hidden_size,
+            token_bytes=self.table.handed_bytes(self.itemsize_bytes),
             itemsize_bytes=self.itemsize_bytes,
             transient_bytes=transient_bytes(padded_tokens, longest_tokens, self.itemsize_bytes),
             writer_queue_bytes=self.options.writer_queue_bytes,

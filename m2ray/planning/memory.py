@@ -64,6 +64,8 @@ class ModelShape:
         shared_size: width of the experts that every token goes through.
         attn_implementation: "eager" builds the matrix of attention scores; "sdpa", "flash_attention_2", "flex_attention" do not.
         window: positions that a layer with a sliding window sees; for such layers sdpa is given a mask of all pairs of positions.
+        streams: residual streams.
+        index_heads, index_dim: of an indexer that chooses which positions attention sees; `index_every` of them are scored as one.
     """
 
     hidden_size: int
@@ -77,28 +79,38 @@ class ModelShape:
     shared_size: int = 0
     attn_implementation: str = "sdpa"
     window: int = 0
+    streams: int = 1
+    index_heads: int = 0
+    index_dim: int = 0
+    index_every: int = 1
 
     @classmethod
     def of(cls, config: Any, attn_implementation: str) -> Self:
-        """The dimensions in a model's configuration, by the names that transformers' configurations use for them."""
+        """The dimensions in a model's configuration, by the names that transformers' configurations use for them; the largest of its layers."""
+        layers = getattr(config, "per_layer_config", None) or [config]
 
         def first(*fields: str) -> int:
-            return next((int(value) for field in fields if (value := getattr(config, field, None))), 0)
+            return max(next((int(value) for field in fields if (value := getattr(layer, field, None))), 0) for layer in layers)
 
+        heads = first("num_attention_heads") or 1  # of recurrent models that have no attention
         num_experts = first("num_local_experts", "num_experts", "n_routed_experts")
         expert_size = first("moe_intermediate_size", "intermediate_size") if num_experts else 0
         return cls(
             hidden_size=config.hidden_size,
-            num_heads=config.num_attention_heads,
-            num_kv_heads=first("num_key_value_heads") or config.num_attention_heads,
-            head_dim=first("qk_head_dim", "head_dim") or config.hidden_size // config.num_attention_heads,
+            num_heads=heads,
+            num_kv_heads=first("num_key_value_heads") or heads,
+            head_dim=first("qk_head_dim", "head_dim") or config.hidden_size // heads,
             intermediate_size=first("intermediate_size", "ffn_dim", "n_inner") or 4 * config.hidden_size,
             num_experts=num_experts,
-            experts_per_token=first("num_experts_per_tok") if num_experts else 0,
+            experts_per_token=first("num_experts_per_tok", "top_k_experts") if num_experts else 0,
             expert_size=expert_size,
             shared_size=expert_size * first("n_shared_experts"),
             attn_implementation=attn_implementation,
             window=first("sliding_window"),
+            streams=first("hc_mult") or 1,
+            index_heads=first("index_n_heads"),
+            index_dim=first("index_head_dim"),
+            index_every=min((getattr(config, "compress_rates", None) or {"": 1}).values()),
         )
 
     def transient_bytes(self, padded_tokens: int, longest_tokens: int, itemsize_bytes: int) -> int:
@@ -111,6 +123,8 @@ class ModelShape:
         - attention: queries and keys before and after rotation with two temporaries each, and values, in float32 as some
           families rotate; where scores are built, those in compute dtype, in float32, and the softmax's float32 result, and a mask
           for each kind of layer; where a window is shorter than a sequence under sdpa, the mask of all pairs, its inverse, and what ATen makes of it, twice;
+        - an indexer's scores of all pairs of positions, beside the queries, keys and values;
+        - several residual streams, mixed in float32;
         - dense MLP: gate and up as one tensor, the activated gate, their product, and one more for activations in several steps;
         - experts, a row each for every token and expert chosen: either the selected input with the first four of those, or the
           selected input, its output, and that weighted and put in order, in float32 as routing weights are.
@@ -133,10 +147,12 @@ class ModelShape:
     def _transient_bytes(self, padded_tokens: int, longest_tokens: int, itemsize_bytes: int, expert_row_bytes: int) -> int:
         attention = 16 * self.head_dim * (self.num_heads + self.num_kv_heads)
         scores = longest_tokens * self._pair_bytes(longest_tokens, itemsize_bytes)
+        index = longest_tokens * self._index_pair_bytes()
         dense = 5 * max(self.intermediate_size, self.shared_size) * itemsize_bytes
         experts = self.experts_per_token * (expert_row_bytes + 40) + self.num_experts * 12
-        held = (5 if self.shared_size else 4) * self.hidden_size * itemsize_bytes
-        return padded_tokens * (held + max(attention + scores, dense, experts))
+        mixing = 12 * self.streams * self.hidden_size if self.streams > 1 else 0
+        held = (5 if self.shared_size else 4) * self.streams * self.hidden_size * itemsize_bytes
+        return padded_tokens * (held + max(attention + max(scores, index), dense, experts, mixing))
 
     def _pair_bytes(self, longest_tokens: int, itemsize_bytes: int) -> int:
         """What attention holds for each pair of positions of a sequence."""
@@ -146,6 +162,10 @@ class ModelShape:
             return 2 + 2 * itemsize_bytes
         return 0
 
+    def _index_pair_bytes(self) -> int:
+        """What an indexer holds for each pair of positions: its keys, which are repeated for each query, and its heads' scores three times."""
+        return (4 * self.index_dim + 12 * self.index_heads + 32) // self.index_every if self.index_heads else 0
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -154,7 +174,7 @@ class Workload:
     Attributes:
         padded_tokens: tokens of the largest micro-batch, padding included.
         longest_tokens: tokens of the longest sequence.
-        hidden_size: H.
+        token_bytes: what one token takes from stage to stage: its hidden states, of some families more.
         itemsize_bytes: of the compute dtype.
         transient_bytes: what a layer's forward pass allocates beside its weights.
         writer_queue_bytes: captured bytes that may wait for the store, a stage.
@@ -162,15 +182,15 @@ class Workload:
 
     padded_tokens: int
     longest_tokens: int
-    hidden_size: int
+    token_bytes: int
     itemsize_bytes: int
     transient_bytes: int
     writer_queue_bytes: int
 
     @property
     def hidden_bytes(self) -> int:
-        """One micro-batch's hidden states."""
-        return self.padded_tokens * self.hidden_size * self.itemsize_bytes
+        """What one micro-batch hands from stage to stage."""
+        return self.padded_tokens * self.token_bytes
 
 
 @dataclass(frozen=True)

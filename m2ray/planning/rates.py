@@ -147,7 +147,7 @@ def _copied_tokens_per_s(demand: Demand, placed: Sequence[DevicePlan]) -> float 
         return None
     most: dict[int, int] = {}
     for each in placed:
-        copied = sum(demand.row_bytes(each.held)) + demand.table.hidden_size * demand.itemsize_bytes
+        copied = sum(demand.row_bytes(each.held)) + demand.table.handed_bytes(demand.itemsize_bytes)
         most[each.replica] = max(most.get(each.replica, 0), copied)
     return sum(rate / copied for copied in most.values()) or None
 

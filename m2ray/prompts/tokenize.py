@@ -1,7 +1,7 @@
 """PromptTokenizer: rows to token ids, by the model's own tokenizer and chat template."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -46,22 +46,26 @@ class PromptTokenizer:
         template_digest: xxh3-128 of its text, or "" if the model has none.
     """
 
-    def __init__(self, tokenizer: Any, tokenizer_digest: str, options: PromptOptions, vocab_size: int) -> None:
+    def __init__(
+        self, tokenizer: Any, tokenizer_digest: str, options: PromptOptions, vocab_size: int, no_text: Mapping[int, str] | None = None
+    ) -> None:
         self._tokenizer = tokenizer
         self._options = options
         self._vocab_size = vocab_size
+        self._no_text = no_text or {}
         self.tokenizer_digest = tokenizer_digest
         self.template = ChatTemplate(tokenizer, options)
         self.template_digest = self.template.digest
 
     @classmethod
-    def load(cls, model_url: str, options: PromptOptions, vocab_size: int) -> Self:
+    def load(cls, model_url: str, options: PromptOptions, vocab_size: int, no_text: Mapping[int, str] | None = None) -> Self:
         """Load the tokenizer in the model's folder.
 
         Args:
             model_url: the checkpoint's folder, as a path or a URL.
             options: all but those of the source are used.
             vocab_size: rows of the model's embedding; no token id may reach it.
+            no_text: token ids that no prompt may have, because they stand for an image or a sound, and what config.json calls them.
 
         Raises:
             CheckpointError: the folder has no tokenizer, a damaged one, or one that transformers makes another of.
@@ -76,7 +80,7 @@ class PromptTokenizer:
                     f"transformers cannot load the tokenizer of {model_url}: {error}.",
                     "Copy the tokenizer's files again. Tokenizers that need code from the checkpoint are refused.",
                 ) from error
-        return cls(tokenizer, probed_digest(tokenizer, digest), options, vocab_size)
+        return cls(tokenizer, probed_digest(tokenizer, digest), options, vocab_size, no_text)
 
     @cached_property
     def _special_tokens(self) -> SpecialTokens:
@@ -200,6 +204,9 @@ class PromptTokenizer:
             if self._options.truncation == "refuse":
                 return f"{len(token_ids)} tokens, more than max_length {max_length}"
             token_ids = token_ids[:max_length]
+        if found := self._no_text.keys() & token_ids:
+            token_id = min(found)
+            return f"it has {self._in_words([token_id])}, token {token_id}, config.json's {self._no_text[token_id]}: m2ray runs text alone"
         if max(token_ids) >= self._vocab_size:
             return f"token id {max(token_ids)} is beyond the model's vocabulary of {self._vocab_size} tokens"
         return np.array(token_ids, dtype=np.int32)

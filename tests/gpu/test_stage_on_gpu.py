@@ -124,8 +124,8 @@ def test_a_chain_on_the_gpu_equals_one_stage(folder: Path) -> None:
     handed_on = first.forward(batch, None)
     assert handed_on.ready is not None
     handed_on.ready.synchronize()
-    assert handed_on.hidden_BTH is not None
-    chained = (*handed_on.captured, *second.forward(batch, handed_on.hidden_BTH.cpu().pin_memory()).captured)
+    assert handed_on.boundary is not None
+    chained = (*handed_on.captured, *second.forward(batch, handed_on.boundary.map(lambda tensor: tensor.cpu().pin_memory())).captured)
     for one, other in zip(whole, chained, strict=True):
         assert np.array_equal(one.rows, other.rows), one.layer
 

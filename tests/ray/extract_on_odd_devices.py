@@ -16,16 +16,17 @@ import torch
 from m2ray.batches import LayerSpan, MicroBatch
 from m2ray.chain import actor, extract
 from m2ray.cli import main
+from m2ray.model.boundary import Boundary
 from m2ray.model.stage import Stage, StageSpec
 
 
 class SmallStage(Stage):
     fitting_tokens = 0
 
-    def forward(self, micro_batch: MicroBatch, hidden_BTH: torch.Tensor | None) -> Any:
+    def forward(self, micro_batch: MicroBatch, incoming: Boundary | None) -> Any:
         if micro_batch.padded_tokens > self.fitting_tokens:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
-        return super().forward(micro_batch, hidden_BTH)
+        return super().forward(micro_batch, incoming)
 
 
 class ActorWithSmallStages(actor.StageActor):

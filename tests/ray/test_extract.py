@@ -25,7 +25,7 @@ from m2ray.batches import MicroBatch
 from m2ray.storage import LocalStore, open_store
 from scripts.make_checkpoint import make_checkpoint
 from tests.ray.conftest import RayCluster
-from tests.reference import DATA, MINIMAX_TINY, load_reference, make_minimax, reference_rows, same_bits
+from tests.reference import DATA, MINIMAX_TINY, load_reference, make_family, make_minimax, reference_rows, same_bits
 
 NUM_PROMPTS = 36
 OPTIONS = ("--compute-dtype", "float32", "--store-dtype", "float32", "--batch-tokens", "256", "--shard-tokens", "400")
@@ -168,6 +168,22 @@ def test_m2ray_submit_runs_a_dense_family_up_to_the_last_layer_asked_for(
     assert re.search(r"stage 1 on \S+: layers 2-3", submitted.stdout), "layer 4 is not asked for, so no stage runs it"
     assert m2ray.open_run(run).layer_numbers == (0, 2, 3)
     assert_equals_transformers(run, qwen3, (0, 2, 3))
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v4", "gemma4_text", "glm_moe_dsa"])
+def test_families_that_hand_on_more_than_one_hidden_state(
+    cluster: RayCluster, qwen3: Path, prompts: Path, tmp_path: Path, model_type: str
+) -> None:
+    """Token ids in later stages and four streams; keys, values and inputs of layers; indices."""
+    tokens = dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), 384)
+    model = make_family(tmp_path / "model", model_type, **tokens)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(qwen3 / name, model)
+    run = tmp_path / "run"
+    done = cluster.run("m2ray", "extract", *words(model, prompts, run, "--stages", "3"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "stage 2 on" in done.stdout
+    assert_equals_transformers(run, model, range(5))
 
 
 def test_chats_with_tools_from_parquet_are_the_rows_of_the_same_chats_as_json_lines(

@@ -18,11 +18,12 @@ from transformers import modeling_flash_attention_utils
 from m2ray.batches import LayerSpan
 from m2ray.errors import ConfigError
 from m2ray.model import attention
-from m2ray.model.attention import require_machine, resolve_attn_implementation
-from m2ray.model.families import VERIFIED, parse_config
+from m2ray.model.attention import require_attention_to_sinks, require_machine, resolve_attn_implementation
+from m2ray.model.families import parse_config
 from m2ray.model.stage import Stage, StageSpec, load_stage
 from tests.reference import (
     DATA,
+    FAMILIES,
     LENGTHS,
     assert_close,
     chain_rows,
@@ -37,7 +38,7 @@ from tests.reference import (
     vocab_size,
 )
 
-FLEX = [family for family in VERIFIED if family not in ("gpt2", "gpt_oss", "minimax_m2", "olmoe")]
+FLEX = [family for family in FAMILIES if family not in ("gpt2", "gpt_oss", "olmoe")]
 FLASH = ["minimax_m2", "llama", "gemma2", "gemma3_text", "deepseek_v3"]
 CPU = torch.device("cpu")
 
@@ -96,6 +97,14 @@ def test_all_reasons_are_given_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
         require_machine(family_config("llama"), "flash_attention_2", CPU)
     assert "needs a CUDA GPU, and the stage is on cpu" in str(refused.value)
     assert "the package no-such-package is not installed" in str(refused.value)
+
+
+def test_sinks_of_a_family_that_nobody_listed_are_told_by_their_names() -> None:
+    names = ("model.layers.0.self_attn.sink_proj.weight", "model.layers.0.self_attn.q_proj.weight")
+    with pytest.raises(ConfigError, match="has sinks, and it would leave them out"):
+        require_attention_to_sinks(family_config("llama"), "flash_attention_2", names)
+    require_attention_to_sinks(family_config("llama"), "flash_attention_2", names[1:])
+    require_attention_to_sinks(family_config("llama"), "sdpa", names)
 
 
 def test_a_machine_that_cannot_is_refused_by_the_stage(tmp_path: Path) -> None:

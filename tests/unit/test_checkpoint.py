@@ -14,9 +14,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from m2ray.errors import CheckpointError
 from m2ray.model import families
 from m2ray.model.checkpoint import open_checkpoint, tensor_table, tensor_table_from_config
-from m2ray.model.families import VERIFIED, parse_config
+from m2ray.model.families import parse_config
 from m2ray.model.skeleton import build_skeleton
-from tests.reference import DATA, load_reference, make_family, make_minimax
+from tests.reference import DATA, FAMILIES, load_reference, make_family, make_minimax
 
 INDEX = "model.safetensors.index.json"
 
@@ -208,8 +208,7 @@ def test_rope_scaling_that_says_nothing_else_is_read(llama: Path, fields: dict[s
 
 
 @pytest.mark.parametrize("model_type", ["gptj", "codegen", "llama", "minimax_m3_vl_text"])
-def test_rotary_dim_is_minimax_m2s_alone(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(families, "VERIFIED", (model_type,))
+def test_rotary_dim_is_minimax_m2s_alone(model_type: str) -> None:
     fields = {"model_type": model_type, "rotary_dim": 32, "partial_rotary_factor": 0.25}
     config = parse_config(json.dumps(fields).encode())
     expected = CONFIG_MAPPING[model_type].from_dict(fields)
@@ -327,7 +326,7 @@ def test_a_model_type_that_is_no_name_is_refused(llama: Path, model_type: object
         open_checkpoint(str(llama))
 
 
-@pytest.mark.parametrize("model_type", sorted(set(VERIFIED) - {"minimax_m2"}))
+@pytest.mark.parametrize("model_type", FAMILIES)
 def test_families_that_look_positions_up_are_known(model_type: str) -> None:
     config = parse_config((DATA / "families" / f"{model_type}.json").read_bytes())
     skeleton = build_skeleton(config, torch.bfloat16)
@@ -345,11 +344,6 @@ def test_code_and_settings_of_the_folder_are_ignored(llama: Path) -> None:
     assert config._attn_implementation != "flash_attention_2"
 
 
-def test_verified_families_are_sorted_and_each_has_a_proof() -> None:
-    assert list(VERIFIED) == sorted(set(VERIFIED))
-    assert set(VERIFIED) - {"minimax_m2"} == {path.stem for path in (DATA / "families").glob("*.json")}
-
-
 def test_the_table_counts_every_tensor_of_the_checkpoint(minimax: Path) -> None:
     checkpoint = open_checkpoint(str(minimax))
     table = tensor_table(checkpoint)
@@ -361,10 +355,10 @@ def test_the_table_counts_every_tensor_of_the_checkpoint(minimax: Path) -> None:
     assert {key for row in table.rows for key in row.sources} | scales == set(checkpoint.headers)
     by_name = {row.name: row for row in table.rows}
     fused = by_name["model.layers.3.mlp.experts.gate_up_proj"]
-    assert (fused.role, fused.layer, fused.shape, fused.keeps_fp32) == ("layer", 3, (12, 256, 128), False)
+    assert (fused.role, fused.layer, fused.shape, fused.itemsize_bytes) == ("layer", 3, (12, 256, 128), None)
     assert len(fused.sources) == 24
-    assert by_name["model.layers.3.mlp.gate.weight"].keeps_fp32
-    assert by_name["model.layers.3.mlp.e_score_correction_bias"].keeps_fp32
+    assert by_name["model.layers.3.mlp.gate.weight"].itemsize_bytes == 4
+    assert by_name["model.layers.3.mlp.e_score_correction_bias"].itemsize_bytes == 4
     assert [by_name[name].role for name in ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")] == [
         "embedding",
         "final_norm",
@@ -381,7 +375,7 @@ def test_the_table_without_weights_is_that_of_the_checkpoint(minimax: Path, llam
 def test_the_table_of_the_real_minimax_m2() -> None:
     table = tensor_table_from_config(parse_config((DATA / "minimax_m2" / "config.json").read_bytes()))
     num_elements = sum(row.num_elements for row in table.rows)
-    router_elements = sum(row.num_elements for row in table.rows if row.keeps_fp32)
+    router_elements = sum(row.num_elements for row in table.rows if row.itemsize_bytes == 4)
     assert table.disk_bytes == 230_121_630_720
     assert num_elements * 2 == 457_379_529_728
     assert sum(row.compute_bytes(2) for row in table.rows) == 457_379_529_728 + 2 * router_elements

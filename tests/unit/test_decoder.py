@@ -12,12 +12,13 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from m2ray.batches import LayerSpan
 from m2ray.errors import CheckpointError
 from m2ray.model import families, skeleton
+from m2ray.model.boundary import Boundary
 from m2ray.model.checkpoint import open_checkpoint
 from m2ray.model.decoder import DecoderSpan
 from m2ray.model.families import parse_config
 from m2ray.model.skeleton import build_skeleton
 from m2ray.model.weights import load_weights
-from tests.reference import DATA, load_reference, make_family, minimax_config
+from tests.reference import DATA, FAMILIES, load_reference, make_family, minimax_config
 
 CPU = torch.device("cpu")
 
@@ -51,7 +52,7 @@ def test_partial_rotary_families_are_checked_too(family: str, dims: int) -> None
     assert families.expected_rotary_dim(family_config(family)) == dims
 
 
-@pytest.mark.parametrize("family", [family for family in families.VERIFIED if family != "minimax_m2"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_buffers_have_the_values_that_transformers_gives_them(tmp_path: Path, family: str) -> None:
     fields = json.loads((DATA / "families" / f"{family}.json").read_text())
     expected = dict(
@@ -124,7 +125,7 @@ def test_only_the_spans_layers_run(tmp_path: Path) -> None:
     seen: list[int] = []
     hidden_BTH = torch.randn(2, 3, 48, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        out_BTH = decoder.run(torch.zeros(2, 3, dtype=torch.long), hidden_BTH, lambda layer, _: seen.append(layer))
+        out_BTH = decoder.run(torch.zeros(2, 3, dtype=torch.long), Boundary(hidden_BTH), lambda layer, _: seen.append(layer)).hidden_BTH
     assert seen == [2, 3]
     assert out_BTH.shape == hidden_BTH.shape
     for number in (0, 1, 4):
@@ -140,7 +141,7 @@ def test_a_later_span_takes_hidden_states_as_they_are(tmp_path: Path, family: st
     decoder.skeleton.layers[1].register_forward_pre_hook(lambda _, args: entered.append(args[0].clone()))
     hidden_BTH = torch.randn(2, 3, 48, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        decoder.run(torch.zeros(2, 3, dtype=torch.long), hidden_BTH, lambda *_: None)
+        decoder.run(torch.zeros(2, 3, dtype=torch.long), Boundary(hidden_BTH), lambda *_: None)
     assert torch.equal(entered[0], hidden_BTH)
     assert not any(isinstance(module, nn.Embedding) for module in decoder.skeleton.model.base_model.modules())
 
@@ -151,7 +152,7 @@ def test_layer_numbers_keep_their_meaning(tmp_path: Path) -> None:
     hidden_BTH = torch.randn(2, 6, 48, generator=torch.Generator().manual_seed(0))
     decoder = loaded(folder, LayerSpan(3, 4))
     with torch.inference_mode():
-        ours = decoder.run(torch.zeros(2, 6, dtype=torch.long), hidden_BTH, lambda *_: None)
+        ours = decoder.run(torch.zeros(2, 6, dtype=torch.long), Boundary(hidden_BTH), lambda *_: None).hidden_BTH
         layer = load_reference(folder, torch.float32).transformer.h[3]
         causal = torch.full((6, 6), torch.finfo(torch.float32).min).triu(1)[None, None].expand(2, 1, 6, 6)
         assert torch.allclose(ours, layer(hidden_BTH, attention_mask=causal), atol=1e-6)
@@ -160,11 +161,21 @@ def test_layer_numbers_keep_their_meaning(tmp_path: Path) -> None:
         assert not torch.allclose(ours, layer(hidden_BTH, attention_mask=causal), atol=1e-3)
 
 
-def test_a_layer_that_returns_more_than_hidden_states_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_that_return_tuples_are_found_by_running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bloom's loop takes the first of what a layer returns, Llama's takes all of it."""
+    built = {
+        name: build_skeleton(CONFIG_MAPPING[name].from_dict({"hidden_size": 32, "num_hidden_layers": 2}), torch.float32)
+        for name in ("bloom", "llama")
+    }
+    returned = {name: each.layers[0].forward(torch.zeros(1, 1, 32)) for name, each in built.items()}
+    assert isinstance(returned["bloom"], tuple)
+    assert isinstance(returned["llama"], torch.Tensor)
+
+
+def test_a_layer_that_returns_no_hidden_states_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = loaded(make_family(tmp_path / "llama", "llama"), LayerSpan(0, 2))
-    forward = decoder.skeleton.layers[0].forward
-    monkeypatch.setattr(decoder.skeleton.layers[0], "forward", lambda *args, **kwargs: (forward(*args, **kwargs),))
-    with pytest.raises(CheckpointError, match="Layer 0 of LlamaModel returns a tuple"), torch.inference_mode():
+    monkeypatch.setattr(decoder.skeleton.layers[0], "forward", lambda *_, **__: {})
+    with pytest.raises(CheckpointError, match="A decoder layer returns a dict without hidden states"), torch.inference_mode():
         decoder.run(torch.zeros(1, 2, dtype=torch.long), None, lambda *_: None)
 
 
@@ -179,7 +190,13 @@ def test_a_config_that_cannot_be_built_is_refused() -> None:
         build_skeleton(family_config("gpt2", n_head=5), torch.float32)
 
 
-def test_layers_are_one_list_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(skeleton, "GradientCheckpointingLayer", nn.Linear)
-    with pytest.raises(CheckpointError, match="0 lists of 5 decoder layers"):
-        build_skeleton(family_config("llama"), torch.float32)
+def test_layers_are_one_list_or_refused() -> None:
+    model = build_skeleton(family_config("llama"), torch.float32).model
+    assert skeleton.find_layers(model)[0] == "model.layers"
+    model.config.num_hidden_layers = 4
+    with pytest.raises(CheckpointError, match="0 lists of 4 decoder layers"):
+        skeleton.find_layers(model)
+    model.config.num_hidden_layers = 5
+    model.model.more = nn.ModuleList(model.model.layers)
+    with pytest.raises(CheckpointError, match="2 lists of 5 decoder layers"):
+        skeleton.find_layers(model)

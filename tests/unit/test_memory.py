@@ -62,13 +62,13 @@ def table() -> TensorTable:
         2,
         4,
         (
-            TensorRow("embed", "embedding", None, (10, 4), False, 80, ("embed",)),
-            TensorRow("0.w", "layer", 0, (10, 10), False, 100, ("0.w",)),
-            TensorRow("1.w", "layer", 1, (10, 4), False, 40, ("1.w",)),
-            TensorRow("1.gate", "layer", 1, (10,), True, 40, ("1.gate",)),
-            TensorRow("norm", "final_norm", None, (4,), False, 8, ("norm",)),
-            TensorRow("head", "head", None, (10, 4), False, 80, ("head",)),
-            TensorRow("mtp", "unused", None, (7,), False, 14, ("mtp",)),
+            TensorRow("embed", "embedding", None, (10, 4), None, 80, ("embed",)),
+            TensorRow("0.w", "layer", 0, (10, 10), None, 100, ("0.w",)),
+            TensorRow("1.w", "layer", 1, (10, 4), None, 40, ("1.w",)),
+            TensorRow("1.gate", "layer", 1, (10,), 4, 40, ("1.gate",)),
+            TensorRow("norm", "final_norm", None, (4,), None, 8, ("norm",)),
+            TensorRow("head", "head", None, (10, 4), None, 80, ("head",)),
+            TensorRow("mtp", "unused", None, (7,), None, 14, ("mtp",)),
         ),
     )
 
@@ -98,7 +98,7 @@ def test_allowances_are_what_the_model_takes():
 
 def test_items_of_a_gpu_and_of_hosts():
     rows = span_rows(table(), LayerSpan(0, 2), with_final_norm=False)
-    work = Workload(1000, longest_tokens=100, hidden_size=4, itemsize_bytes=2, transient_bytes=200_000, writer_queue_bytes=5000)
+    work = Workload(1000, longest_tokens=100, token_bytes=8, itemsize_bytes=2, transient_bytes=200_000, writer_queue_bytes=5000)
     on_gpu = gpu_memory(rows, work, [8, 16])
     assert on_gpu.running == {
         "weights": 400,

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from m2ray.model.families import VERIFIED
 from tests.reference import (
+    FAMILIES,
     LENGTHS,
     alone,
     assert_close,
@@ -32,7 +32,6 @@ SPANS = {
     7: ((0, 7), (0, 5, 7), (0, 1, 4, 7), (0, 1, 3, 4, 6, 7)),
     5: ((0, 5), (0, 4, 5), (0, 1, 3, 5), (0, 1, 2, 3, 4, 5)),
 }
-FAMILIES = tuple(family for family in VERIFIED if family != "minimax_m2")
 
 
 @pytest.fixture(scope="module")

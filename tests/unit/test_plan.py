@@ -38,8 +38,8 @@ def scaled(rows: int, columns: int) -> int:
 def m2_rows(layer: int) -> list[TensorRow]:
     """One decoder layer of MiniMax-M2, as its FP8 checkpoint stores it."""
 
-    def row(name: str, shape: tuple[int, ...], disk_bytes: int, *, keeps_fp32: bool = False) -> TensorRow:
-        return TensorRow(f"layers.{layer}.{name}", "layer", layer, shape, keeps_fp32, disk_bytes, (f"{layer}.{name}",))
+    def row(name: str, shape: tuple[int, ...], disk_bytes: int, *, itemsize_bytes: int | None = None) -> TensorRow:
+        return TensorRow(f"layers.{layer}.{name}", "layer", layer, shape, itemsize_bytes, disk_bytes, (f"{layer}.{name}",))
 
     return [
         row("q", (6144, 3072), scaled(6144, 3072)),
@@ -50,8 +50,8 @@ def m2_rows(layer: int) -> list[TensorRow]:
         row("k_norm", (1024,), 2 * 1024),
         row("input_norm", (3072,), 2 * 3072),
         row("attention_norm", (3072,), 2 * 3072),
-        row("gate", (256, 3072), 4 * 256 * 3072, keeps_fp32=True),
-        row("bias", (256,), 4 * 256, keeps_fp32=True),
+        row("gate", (256, 3072), 4 * 256 * 3072, itemsize_bytes=4),
+        row("bias", (256,), 4 * 256, itemsize_bytes=4),
         row("gate_up", (256, 3072, 3072), 512 * scaled(1536, 3072)),
         row("down", (256, 3072, 1536), 256 * scaled(3072, 1536)),
     ]

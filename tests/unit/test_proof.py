@@ -1,4 +1,7 @@
-"""The proof on a tiny copy: what is not causal is refused though nobody listed its field, every family that is run passes."""
+"""The proof on a tiny copy: what differs from transformers or is not causal is refused though nobody listed it, and what is right passes.
+
+Which model types pass: tests/unit/test_models_*.py.
+"""
 
 import json
 import time
@@ -6,17 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from m2ray.chain.checking import look
 from m2ray.config import ExtractConfig
 from m2ray.errors import CheckpointError, M2rayError
-from m2ray.model import families, proof
-from m2ray.model.families import VERIFIED, parse_config
+from m2ray.model import decoder, families, proof, rehearsal
+from m2ray.model.families import parse_config
 from m2ray.model.proof import prove
-from m2ray.model.tiny import WINDOW, kept_layers, tiny_copy
-from tests.reference import DATA, make_family
+from m2ray.model.tiny import WINDOW, kept_layers, tiny_copies
+from tests.reference import DATA, FAMILIES, make_family
 
+TYPES = ("gemma3_text", "gpt2", "minimax_m2", "qwen3")
 LLAMA_ROPE = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
 
 
@@ -37,18 +42,20 @@ def unchecked(model_type: str, **fields: Any) -> Any:
     return CONFIG_MAPPING[model_type].from_dict({**fields_of(model_type), **fields})
 
 
-@pytest.mark.parametrize("model_type", VERIFIED)
-def test_every_family_is_proved_in_a_moment_and_again_from_the_cache(model_type: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("model_type", TYPES)
+def test_a_configuration_is_proved_in_a_moment_and_again_from_the_cache(
+    model_type: str, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = parse_config(json.dumps(fields_of(model_type)).encode())
     began = time.process_time()
     prove(config)
     assert time.process_time() - began < 5
     assert len(list(cache.iterdir())) == 1  # proved, not let in unseen
-    monkeypatch.setattr(proof, "_probe", lambda *_: pytest.fail("was proved before"))
+    monkeypatch.setattr(proof, "rehearse", lambda *_: pytest.fail("was proved before"))
     prove(config)
 
 
-@pytest.mark.parametrize("model_type", VERIFIED)
+@pytest.mark.parametrize("model_type", TYPES)
 def test_a_field_that_makes_a_family_look_ahead_is_found_though_nobody_listed_it(model_type: str, cache: Path) -> None:
     with pytest.raises(CheckpointError, match=rf"(?s)a tiny {model_type} .* the tokens after them.*right-padded"):
         prove(unchecked(model_type, is_causal=False))
@@ -87,7 +94,7 @@ def test_without_a_cache_every_run_proves_again_and_none_fails(
         prove(unchecked("qwen3", is_causal=False))
 
 
-@pytest.mark.parametrize("model_type", VERIFIED)
+@pytest.mark.parametrize("model_type", [*FAMILIES, "minimax_m2"])
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
@@ -131,19 +138,21 @@ def test_a_max_length_beyond_learned_positions_is_refused_from_the_configuration
 
 
 def test_a_tiny_copy_keeps_ratios_and_every_kind_of_layer() -> None:
-    minimax = tiny_copy(parse_config(json.dumps(fields_of("minimax_m2")).encode()))
+    minimax = next(tiny_copies(parse_config(json.dumps(fields_of("minimax_m2")).encode())))
     assert minimax.num_hidden_layers <= 3
     assert minimax.num_attention_heads // minimax.num_key_value_heads == 6
     assert (minimax.head_dim, minimax.rotary_dim, minimax.rope_parameters["partial_rotary_factor"]) == (128, 64, 0.5)
     assert minimax.num_local_experts == 16
     assert minimax.num_experts_per_tok == 8
-    deep = tiny_copy(unchecked("deepseek_v3", first_k_dense_replace=3, num_hidden_layers=61, n_routed_experts=256, n_group=8, topk_group=4))
+    deep = next(
+        tiny_copies(unchecked("deepseek_v3", first_k_dense_replace=3, num_hidden_layers=61, n_routed_experts=256, n_group=8, topk_group=4))
+    )
     assert (deep.num_hidden_layers, deep.n_routed_experts, deep.first_k_dense_replace) == (5, 32, 3)
     gemma = unchecked("gemma3_text", num_hidden_layers=34, sliding_window=1024)
-    assert tiny_copy(gemma).sliding_window == WINDOW
+    assert next(tiny_copies(gemma)).sliding_window == WINDOW
     kinds = [gemma.layer_types[layer] for layer in kept_layers(gemma)]
     assert kinds[:4] == ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
-    assert tiny_copy(gemma).layer_types == kinds
+    assert next(tiny_copies(gemma)).layer_types == kinds
 
 
 LARGE = {
@@ -164,7 +173,34 @@ def test_released_sizes_are_proved_in_a_moment(model_type: str, cache: Path) -> 
     assert len(list(cache.iterdir())) == 1
 
 
-def test_a_listed_family_that_cannot_be_made_tiny_is_let_in(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(proof, "_MOST_PARAMETERS", 1000)
-    prove(unchecked("llama"))
+def test_what_cannot_be_made_tiny_is_refused_as_not_proved(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rehearsal, "_MOST_PARAMETERS", 1000)
+    with pytest.raises(
+        CheckpointError, match=r"no tiny copy of this llama can be made, so nothing is proved: .* still has [\d,]+ parameters"
+    ):
+        prove(unchecked("llama"))
     assert not cache.exists()
+
+
+def test_what_a_chain_gets_wrong_is_refused_with_layer_dtype_stages_and_size(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inject = decoder.DecoderSpan._inject
+
+    def injured(self: Any, module: Any, args: Any, kwargs: Any) -> Any:
+        args, kwargs = inject(self, module, args, kwargs)
+        return tuple(arg * 1.01 if isinstance(arg, torch.Tensor) and self.span.start else arg for arg in args), kwargs
+
+    monkeypatch.setattr(decoder.DecoderSpan, "_inject", injured)
+    with pytest.raises(CheckpointError) as refused:
+        prove(unchecked("qwen3"))
+    for dtype in ("float32", "bfloat16"):
+        assert (
+            f"of a tiny qwen3 with its fields, a chain of 3 stages in {dtype} differs from transformers' own model from layer 1 on, by 0.0"
+            in str(refused.value)
+        )
+    assert not cache.exists()
+
+
+def test_a_chain_that_fails_is_refused_with_what_it_fails_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoder, "_check_rotary", lambda *_: 1 / 0)
+    with pytest.raises(CheckpointError, match=r"a chain of 1 stage in float32 fails: ZeroDivisionError: division by zero"):
+        prove(unchecked("llama"))

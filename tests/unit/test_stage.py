@@ -16,6 +16,7 @@ from m2ray import selection
 from m2ray.batches import LayerSpan, MicroBatch, PartSpec
 from m2ray.errors import ConfigError, StageError
 from m2ray.model import residency
+from m2ray.model.boundary import Boundary
 from m2ray.model.capture import CaptureSpec
 from m2ray.model.stage import Stage, StageSpec, load_stage
 from tests.reference import chain_rows, load_capturing, load_reference, make_family, micro_batch_of, reference_rows, same_bits
@@ -40,7 +41,7 @@ def test_parts_say_what_forward_will_give(llama: Path) -> None:
     stage = load(spec_of(llama, 1, 4), (1, 3), "bfloat16")
     assert stage.parts == (PartSpec("residual", 1, "bfloat16", 48), PartSpec("residual", 3, "bfloat16", 48))
     micro_batch = micro_batch_of(LENGTHS, 96)
-    captured = stage.forward(micro_batch, torch.zeros(3, 8, 48)).captured
+    captured = stage.forward(micro_batch, Boundary(torch.zeros(3, 8, 48))).captured
     assert [(one.site, one.layer) for one in captured] == [("residual", 1), ("residual", 3)]
     assert all(one.rows.shape == (12, 96) and one.rows.dtype == np.uint8 for one in captured)
 
@@ -155,9 +156,9 @@ def test_hidden_states_are_not_what_was_captured(llama: Path) -> None:
     """Whoever gets the hidden states may change them in place; the rows must not follow."""
     output = load(spec_of(llama, 0, 2)).forward(micro_batch_of((8,), 96), None)
     before = output.captured[-1].rows.copy()
-    assert output.hidden_BTH is not None
+    assert output.boundary is not None
     with torch.inference_mode():
-        output.hidden_BTH.zero_()
+        output.boundary.hidden_BTH.zero_()
     assert np.array_equal(output.captured[-1].rows, before)
 
 
@@ -165,8 +166,8 @@ def test_a_stage_may_capture_nothing(llama: Path) -> None:
     stage = load(spec_of(llama, 0, 2), ())
     output = stage.forward(micro_batch_of(LENGTHS, 96), None)
     assert (stage.parts, output.captured) == ((), ())
-    assert output.hidden_BTH is not None
-    assert output.hidden_BTH.shape == (3, 8, 48)
+    assert output.boundary is not None
+    assert output.boundary.hidden_BTH.shape == (3, 8, 48)
 
 
 def test_values_that_float16_cannot_hold_name_layer_sequences_and_value(llama: Path, tmp_path: Path) -> None:
@@ -195,9 +196,9 @@ def test_padding_that_overflows_stops_nothing(llama: Path) -> None:
     hidden_BTH = torch.ones(1, 4, 48)
     hidden_BTH[0, 3] = 1e6
     one_short = replace(micro_batch_of((4,), 96), token_counts=np.array([3], np.int32))
-    stage.forward(one_short, hidden_BTH)
+    stage.forward(one_short, Boundary(hidden_BTH))
     with pytest.raises(StageError, match="do not fit float16"):
-        stage.forward(micro_batch_of((4,), 96), hidden_BTH)
+        stage.forward(micro_batch_of((4,), 96), Boundary(hidden_BTH))
 
 
 @pytest.mark.parametrize("store", ["float32", "bfloat16"])
@@ -205,7 +206,7 @@ def test_rows_that_are_no_numbers_stop_the_run(llama: Path, store: str) -> None:
     hidden_BTH = torch.ones(2, 4, 48)
     hidden_BTH[1, 2] = float("nan")
     with pytest.raises(StageError, match="Layer 1, sequences 101: values from nan to nan"):
-        load(spec_of(llama, 1, 3), store=store).forward(micro_batch_of((4, 4), 96), hidden_BTH)
+        load(spec_of(llama, 1, 3), store=store).forward(micro_batch_of((4, 4), 96), Boundary(hidden_BTH))
 
 
 def test_threads_are_set_for_the_process(llama: Path) -> None:
@@ -261,9 +262,9 @@ def test_a_spec_crosses_processes(llama: Path) -> None:
 def test_hidden_states_of_another_shape_or_dtype_are_a_bug(llama: Path) -> None:
     stage = load(spec_of(llama, 1, 3))
     with pytest.raises(AssertionError, match="hidden states"):
-        stage.forward(micro_batch_of(LENGTHS, 96), torch.zeros(3, 7, 48))
+        stage.forward(micro_batch_of(LENGTHS, 96), Boundary(torch.zeros(3, 7, 48)))
     with pytest.raises(AssertionError, match="hidden states"):
-        stage.forward(micro_batch_of(LENGTHS, 96), torch.zeros(3, 8, 48, dtype=torch.bfloat16))
+        stage.forward(micro_batch_of(LENGTHS, 96), Boundary(torch.zeros(3, 8, 48, dtype=torch.bfloat16)))
     with pytest.raises(AssertionError, match="the first span"):
         stage.forward(micro_batch_of(LENGTHS, 96), None)
 
