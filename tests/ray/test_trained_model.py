@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 import m2ray
 from tests.ray.conftest import REPOSITORY, RayCluster, environment
@@ -14,6 +15,9 @@ from tests.ray.test_extract import micro_batches
 from tests.reference import load_reference, reference_rows, same_bits
 
 NUM_LAYERS = 30
+MASSIVE_LAYER, MASSIVE_DIMENSION = 20, 507
+"""Where the first token of any prompt has a norm of some 25,000, nearly all of it in one dimension; other tokens have 260."""
+
 ENGLISH = (
     "The capital of France is",
     "The opposite of hot is",
@@ -45,6 +49,15 @@ CODE = (
     "for (int i = 0; i < n; i",
 )
 PROMPTS = (*ENGLISH, *CHINESE, *CODE)
+KNOWN = {
+    "The capital of France is": " Paris",
+    "The quick brown fox jumps over the lazy": " dog",
+    "Water freezes at zero degrees": " Celsius",
+    "import numpy as": " np",
+    "def add(a, b):\n    return a +": " b",
+    "for (int i = 0; i < n; i": "++",
+}
+"""What any trained model says next."""
 
 
 @pytest.fixture(scope="module")
@@ -72,9 +85,9 @@ def test_a_trained_model_is_extracted_as_transformers_computes_it(cluster: RayCl
     assert done.returncode == 0, done.stdout + done.stderr
 
     torch.set_num_threads(1)  # as a stage has
-    reference, reader = load_reference(model, torch.float32), m2ray.open_run(run)
+    reference, tokenizer = load_reference(model, torch.float32), AutoTokenizer.from_pretrained(model)
+    reader, said = m2ray.open_run(run), {}
     assert reader.layer_numbers == tuple(range(NUM_LAYERS))
-    same_next_token = 0
     for micro_batch in micro_batches(run):
         expected = [layer_NH.split(micro_batch.token_counts.tolist()) for layer_NH in reference_rows(reference, micro_batch)]
         with torch.inference_mode():
@@ -85,7 +98,10 @@ def test_a_trained_model_is_extracted_as_transformers_computes_it(cluster: RayCl
                 assert same_bits(rows[layer], expected[layer][row]), (PROMPTS[sequence_id], layer)
             with torch.inference_mode():
                 next_token = reference.lm_head(reference.model.norm(rows[-1][-1])).argmax()
-            same_next_token += int(next_token == logits_BTV[row, micro_batch.token_counts[row] - 1].argmax())
-            norms = rows[20].norm(dim=1)
-            print(repr(PROMPTS[sequence_id]), norms[0].item(), norms[1:].max().item(), int(rows[20][0].abs().argmax()), next_token.item())
-    assert same_next_token == len(PROMPTS)
+            assert next_token == logits_BTV[row, micro_batch.token_counts[row] - 1].argmax()
+            said[PROMPTS[sequence_id]] = tokenizer.decode(next_token)
+            norms_T = rows[MASSIVE_LAYER].norm(dim=1)
+            assert norms_T[0] > 50 * norms_T[1:].max(), "the first token's norm"
+            assert rows[MASSIVE_LAYER][0].abs().argmax() == MASSIVE_DIMENSION
+    assert len(said) == len(PROMPTS) == 24
+    assert said.items() >= KNOWN.items()
