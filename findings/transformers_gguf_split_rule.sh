@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # transformers: a GGUF's tokenizer gets GPT-2's split rule where transformers does not know the rule that the file names.
 #
-# Seen 2026-11-29 with transformers 5.24.0, tokenizers 0.23.3, gguf 0.19.0 on Python 3.11.
+# Seen 2026-11-29 with transformers 5.24.0, tokenizers 0.23.3, gguf 0.19.0, torch 2.13.0 on Python 3.11.
 # Seen: a GGUF whose tokenizer.ggml.pre is "smollm", as all of SmolLM's and SmolLM2's have, means: each digit by itself, then GPT-2's rule.
 #   AutoTokenizer takes GPT-2's alone. Of the spaces before a number the last one is cut off: "x =   1" has two tokens of space, not one.
 #   No warning, for "smollm" as for a rule that nobody ever named. Of llama.cpp's names transformers 5.24 knows 23.
@@ -14,7 +14,7 @@ set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 python3 -m venv "$work/venv"
-"$work/venv/bin/pip" install --quiet transformers==5.24.0 tokenizers==0.23.3 gguf==0.19.0
+"$work/venv/bin/pip" install --quiet transformers==5.24.0 tokenizers==0.23.3 gguf==0.19.0 torch==2.13.0
 cd "$work"
 HF_HOME="$work/hf" HF_HUB_OFFLINE=1 venv/bin/python - <<'PYTHON'
 import sys
