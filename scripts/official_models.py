@@ -23,9 +23,9 @@ _HEAD = f"""# Official models
 What m2ray makes of releases by their own config.json, with transformers {transformers.__version__}. [tests/data/official](../tests/data/official/README.md) has
 the fields and says where they were found. Written by `python -m scripts.official_models`; tests hold it against what the code says.
 
-*Weights* are those of the decoder, embeddings and head in bfloat16, as `m2ray plan` counts them, and whether that fits on {GPUS}. *Proved*: a tiny copy of
+*Weights* are those that a run loads (all layers and the embedding) in bfloat16, as `m2ray plan` counts them, and whether that fits on {GPUS}. *Proved*: a tiny copy of
 that very configuration gave transformers' own rows ([models](models.md)). Where only the layout of the quantised weights is in the way, the rest of the
-configuration was tried without it.
+configuration was tried without it. DeepSeek-V3.1-NVFP4's layout stands in a file of its own (hf_quant_config.json), of which its config.json knows nothing.
 
 | model | type | layers | weights, GB | {GPUS} | outcome |
 |---|---|---|---|---|---|
