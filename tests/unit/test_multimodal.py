@@ -13,6 +13,7 @@ from m2ray.cli.plan_inputs import read_model
 from m2ray.errors import CheckpointError
 from m2ray.model.checkpoint import open_checkpoint, tensor_table, tensor_table_from_config
 from m2ray.model.families import is_fp8, parse_config
+from m2ray.model.proof import prove
 from m2ray.model.towers import decoder_config, placeholder_tokens
 from scripts.make_checkpoint import plan_tensors, resolve_config
 from tests.reference import (
@@ -134,6 +135,11 @@ def test_an_unknown_tensor_of_the_text_tower_is_refused(m3: Path, tmp_path: Path
     folder = edited(m3, tmp_path / "unknown", lambda tensors: tensors.update({key: torch.zeros(3)}))
     with pytest.raises(CheckpointError, match=f"{re.escape(key)}: .* has no such tensor"):
         tensor_table(open_checkpoint(str(folder)))
+
+
+def test_a_text_tower_that_hands_on_more_than_hidden_states_is_proved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    prove(parse_config(json.dumps({"model_type": "hy_v4_vl"}).encode()))
 
 
 def test_kimi_k2_is_deepseek_v3() -> None:
