@@ -57,13 +57,7 @@ class NoStage:
         self._told = 0
         self._changed = asyncio.Condition()
 
-    async def look(self, output: str, driver_version: str) -> None:
-        """There is no run folder."""
-
-    async def load(self, _after: object = None) -> None:
-        """There is nothing to load."""
-
-    async def begin(self, job: Job, _after: object = None) -> StageStatus:
+    async def get_ready(self, job: Job, driver_version: str) -> StageStatus:
         return StageStatus(LayerSpan(0, 1), "", "")
 
     async def status(self) -> StageStatus:
@@ -174,7 +168,7 @@ def measure(num_stages: int, num_replicas: int, num_micro_batches: int) -> Cost:
     ids = np.arange(MICRO_BATCHES_A_SHARD * SEQUENCES)
     num_shards = num_micro_batches * num_replicas // MICRO_BATCHES_A_SHARD
     shards = [Shard(index, ids, np.full(len(ids), LENGTH, np.int32)) for index in range(num_shards)]
-    ray.get([actor.load.remote() for actor in actors])
+    ray.get([actor.status.remote() for actor in actors])
     began_cpu = time.process_time()
     done = sum(1 for _ in Replicas(chains, shards, Stop(), print).results(lambda: None))
     process_s = time.process_time() - began_cpu

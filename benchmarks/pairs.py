@@ -1,6 +1,6 @@
 """One benchmark in two checkouts, run alternately: how fast this one is, with the base as one.
 
-    python -m benchmarks.pairs BASE NAME [--pairs 15] [--record] [ARGUMENTS OF THE BENCHMARK]
+    python -m benchmarks.pairs BASE NAME [--pairs 15] [--record] [-- ARGUMENTS OF THE BENCHMARK]
 
 BASE is another checkout, such as a `git worktree` of the commit before. Each run is a process of its own, started with `python -m
 benchmarks.NAME` in its checkout; which of a pair comes first alternates. What is compared is the first row that a run records. The
@@ -8,6 +8,7 @@ interval of the median is that of order statistics: it holds whatever the distri
 """
 
 import argparse
+import itertools
 import json
 import os
 import shlex
@@ -30,7 +31,8 @@ def main() -> None:
     parser.add_argument("name", help="a module of benchmarks/ that records rows")
     parser.add_argument("--pairs", type=int, default=15)
     parser.add_argument("--record", action="store_true", help="keep the row in results/pairs_NAME.json")
-    options, arguments = parser.parse_known_args()  # what is not known is the benchmark's
+    ours = [*itertools.takewhile(lambda word: word != "--", sys.argv[1:])]
+    options, arguments = parser.parse_args(ours), sys.argv[len(ours) + 2 :]
     ratios = []
     for number in range(options.pairs):
         found = {tree: first_row(tree, options.name, arguments) for tree in order(options.base.resolve(), number)}
@@ -52,7 +54,7 @@ def main() -> None:
     )
     print(f"{row.what}: {row.value:.3f} of the base's speed; {note}")
     if options.record:
-        command = ["python", "-m", "benchmarks.pairs", "BASE", options.name, "--pairs", str(options.pairs), *arguments]
+        command = ["python", "-m", "benchmarks.pairs", "BASE", options.name, "--pairs", str(options.pairs), "--", *arguments]
         record(f"pairs_{options.name}", f"benchmarks.{options.name}, this checkout against another", [row], shlex.join(command))
 
 

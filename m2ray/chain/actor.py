@@ -87,6 +87,13 @@ class StageActor:
     # -- beginning ----------------------------------------------------------------------------------------------------
 
     @ray.method(concurrency_group="collect")
+    def get_ready(self, job: Job, driver_version: str) -> StageStatus:
+        """`look`, `load` and `begin` in one call: each call costs the driver. What an earlier one did is not done again."""
+        self.look(job.writer.output, driver_version)
+        self.load()
+        status: StageStatus = self.begin(job)
+        return status
+
     def look(self, output: str, driver_version: str) -> None:
         """Refuse a node of other versions, or one that does not see the run folder. Asked first, since loading may take minutes.
 
@@ -96,8 +103,8 @@ class StageActor:
         require_run_folder(output, self._status.node, driver_version)
 
     @ray.method(concurrency_group="collect")
-    def load(self, _after: object = None) -> None:
-        """Build the span from its own tensors, unless an earlier call did. `_after` is the result of a call that has to end first.
+    def load(self) -> None:
+        """Build the span from its own tensors, unless an earlier call did.
 
         Raises:
             CheckpointError: the span's tensors are missing or damaged, or the files are not those that the driver saw.
@@ -108,8 +115,8 @@ class StageActor:
         self._compute.thread.submit(self._build).result()
 
     @ray.method(concurrency_group="collect")
-    def begin(self, job: Job, _after: object = None) -> StageStatus:
-        """Take on a job, unless an earlier call did. `load` comes first, as `_after`, and nothing of an earlier job may be on its way.
+    def begin(self, job: Job) -> StageStatus:
+        """Take on a job, unless an earlier call did. `load` comes first, and nothing of an earlier job may be on its way.
 
         Raises:
             ConfigError: it takes what the model does not have.

@@ -136,10 +136,9 @@ class Stages:
             self._hold_weights({layer: digest for status in self.statuses for layer, digest in status.weights.items()})
 
     def _begun(self, index: int) -> Any:
-        """A call that ends when a stage has begun the job: after `load`, and that after `look`, which takes no time."""
+        """A call that ends when a stage has begun the job."""
         assert self._job is not None, "begin() comes first"
-        actor = self._actors.handles[index]
-        return actor.begin.remote(self._job, actor.load.remote(actor.look.remote(self._job.writer.output, __version__)))
+        return self._actors.handles[index].get_ready.remote(self._job, __version__)
 
     def link(self, epoch: int) -> None:
         """Tell every stage which one follows, and begin to watch all. Raises RayError, GetTimeoutError or M2rayError as they do."""

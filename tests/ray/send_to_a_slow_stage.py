@@ -73,7 +73,8 @@ def main() -> None:
     stage = actor_class(2 * NUM_STEPS).options(num_cpus=1).remote([spec], transport="auto", timeout_s=TIMEOUT_S, epoch=0)
     job = Job(CaptureSpec({}, "float32"), WriterSpec(str(folder / "run"), {}, 1 << 20, 1), 128)
     slow = SlowStage.remote()
-    ray.get(stage.begin.remote(job, stage.load.remote()), timeout=LOAD_S)
+    ray.get(stage.load.remote(), timeout=LOAD_S)
+    ray.get(stage.begin.remote(job), timeout=LOAD_S)
     ray.get(stage.link.remote(slow), timeout=TIMEOUT_S)
 
     def sent(epoch: int, count: int) -> list[int]:

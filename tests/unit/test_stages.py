@@ -70,7 +70,7 @@ def test_a_stage_whose_process_still_starts_gets_that_long_too(monkeypatch, answ
     silent = SimpleNamespace(remote=lambda *_: object())
     stages = Stages([None], None, transport="auto", timeout_s=20.0, placement_timeout_s=1.0)
     stages.begin(Job(CaptureSpec({}, "float32"), WriterSpec("run", {}, 1, 1), 1))
-    stages._actors.handles = [SimpleNamespace(look=silent, load=silent, begin=silent, status=silent)]
+    stages._actors.handles = [SimpleNamespace(get_ready=silent, status=silent)]
     stages._answers = dict(answers)
     with pytest.raises(GetTimeoutError, match=f"stood still for {patience}"):
         stages.load(threading.Event())
