@@ -145,7 +145,7 @@ def _require_safe(namer: str, files: Iterable[str]) -> None:
         [
             CheckpointError(
                 f"{namer} names {file!r}, which is no safetensors file inside the folder.",
-                "m2ray reads no other: take the index that was published with the model's safetensors.",
+                "m2ray reads no other: take the model's own index.",
             )
             for file in files
             if not file.endswith(".safetensors") or PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts or "\0" in file

@@ -11,7 +11,10 @@ from m2ray.errors import CheckpointError
 from tests.reference import DATA, LENGTHS, load_reference, make_family, make_minimax, micro_batch_of, reference_rows, same_bits, vocab_size
 
 FAMILIES = ["minimax_m2", *sorted(path.stem for path in (DATA / "families").glob("*.json"))]
-ROUTED = {"deepseek_v3", "glm4_moe", "gpt_oss", "minimax_m2", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe"}
+ROUTED = {
+    *("deepseek_v3", "deepseek_v4", "glm4_moe", "glm_moe_dsa", "gpt_oss", "hy_v4"),
+    *("minimax_m2", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe"),
+}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -26,10 +26,10 @@ def test_a_real_token_with_the_padding_id_is_kept() -> None:
 
 def test_table_counts_fp32_tensors_apart() -> None:
     rows = (
-        TensorRow("embed", "embedding", None, (10, 4), False, 80, ("embed",)),
-        TensorRow("l0.w", "layer", 0, (4, 4), False, 16, ("l0.w",)),
-        TensorRow("l1.gate", "layer", 1, (2, 4), True, 32, ("l1.gate",)),
-        TensorRow("head", "head", None, (10, 4), False, 80, ("head",)),
+        TensorRow("embed", "embedding", None, (10, 4), None, 80, ("embed",)),
+        TensorRow("l0.w", "layer", 0, (4, 4), None, 16, ("l0.w",)),
+        TensorRow("l1.gate", "layer", 1, (2, 4), 4, 32, ("l1.gate",)),
+        TensorRow("head", "head", None, (10, 4), None, 80, ("head",)),
     )
     table = TensorTable(2, 4, rows)
     assert table.layer_bytes(2) == (32, 32)

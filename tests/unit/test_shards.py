@@ -396,10 +396,10 @@ def test_batches_for_the_tokenizer_are_bounded_in_rows_and_bytes():
     def sizes(rows):
         return [len(batch) for batch in surveying.row_batches(rows)]
 
-    chat = [{"role": "user", "content": "x" * (3 << 20)}]
+    chat = [{"role": "user", "content": "x" * (3 << 18)}]
     assert sizes(PromptRow(place, "", text="x") for place in range(2500)) == [1024, 1024, 452]
-    assert sizes(PromptRow(place, "", text="x" * (3 << 20), num_bytes=3 << 20) for place in range(5)) == [2, 2, 1]
-    assert sizes(PromptRow(place, "", messages=chat, num_bytes=3 << 20) for place in range(5)) == [2, 2, 1]
+    assert sizes(PromptRow(place, "", text="x" * (3 << 18), num_bytes=3 << 18) for place in range(5)) == [2, 2, 1]
+    assert sizes(PromptRow(place, "", messages=chat, num_bytes=3 << 18) for place in range(5)) == [2, 2, 1]
 
 
 # --- bounds ----------------------------------------------------------------------------------------------------------
@@ -414,6 +414,9 @@ class InstantTokenizer:
 
     def encode(self, rows):
         return [row.reason or self._ids[: self._lengths[row.sequence_id]] for row in rows]
+
+    def close(self):
+        pass
 
 
 def test_100k_prompts_are_surveyed_quickly_in_bounded_memory(tmp_path):
@@ -445,7 +448,7 @@ def test_the_spool_leaves_no_file_and_says_when_its_disk_is_absent(tmp_path, mon
         with pytest.raises(ValueError, match="ids must ascend"):
             tokens.append(9, np.arange(5, dtype=np.int32))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "absent"))
-    with pytest.raises(StoreError, match=r"absent: No such file or directory\. Free space there, or set TMPDIR"):
+    with pytest.raises(StoreError, match=r"absent: No such file or directory\. Check the path\. TMPDIR may name another"):
         TokenSpool()
 
 
