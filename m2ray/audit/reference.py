@@ -4,6 +4,7 @@ import json
 import re
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -13,7 +14,7 @@ from accelerate.hooks import remove_hook_from_module
 from accelerate.utils import get_max_memory
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM
 
 from m2ray.errors import CheckpointError
 
@@ -35,7 +36,7 @@ class Reference:
         on_cpu: leave the GPUs alone: then it is host memory, and a temporary folder.
 
     Attributes:
-        config: transformers' configuration.
+        config: transformers' configuration of the decoder: of a multimodal model, its text tower's.
         in_memory: whether all of it lies in the host's memory, every parameter at a multiple of 64 bytes as torch allocates it: kernels
             choose their way by alignment, and files are mapped at any place.
 
@@ -44,10 +45,11 @@ class Reference:
     """
 
     def __init__(self, folder: str, compute_dtype: str, attn_implementation: str, *, on_cpu: bool) -> None:
-        self.config = read_config(folder)
+        whole = _read_whole(folder)
+        self.config = whole.get_text_config(decoder=True)
         self._offload = tempfile.TemporaryDirectory(prefix="m2ray-audit-")
         try:
-            self._model = _load(folder, self.config, compute_dtype, attn_implementation, self._offload.name, on_cpu=on_cpu)
+            self._model = _load(folder, whole, compute_dtype, attn_implementation, self._offload.name, on_cpu=on_cpu)
         except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
             self._offload.cleanup()
             raise CheckpointError(f"transformers cannot load {folder}: {' '.join(str(error).split())}.") from error
@@ -65,21 +67,31 @@ class Reference:
         self._offload.cleanup()
 
     def run(self, token_ids_BT: torch.Tensor, layers: Sequence[int], on_layer: OnLayer) -> None:
-        """Take right-padded sequences, int64 [B, T], through the model, and call `on_layer` with each of `layers` and its output [B, T, H]."""
-        decoder = _decoder_layers(self._model)
-        hooks = [decoder[layer].register_forward_hook(_handing_on(layer, on_layer)) for layer in layers]
+        """Take right-padded sequences, int64 [B, T], through the model, and call `on_layer` with each of `layers` and its output [B, T, W].
+
+        W is the hidden size; of a family with several residual streams all of them, side by side. The model ends with its decoder.
+        """
+        decoder = _decoder(self._model)
+        decoder_layers = _decoder_layers(decoder)
+        hooks = [decoder_layers[layer].register_forward_hook(_handing_on(layer, on_layer)) for layer in layers]
+        hooks.append(decoder.register_forward_hook(_end))
         embedding = self._model.get_input_embeddings().weight
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), suppress(_DecoderDoneError):
                 at = embedding.device if embedding.device.type != "meta" else torch.device("cpu")
-                self._model.base_model(input_ids=token_ids_BT.to(at), use_cache=False)
+                self._model(input_ids=token_ids_BT.to(at), use_cache=False)
         finally:
             for hook in hooks:
                 hook.remove()
 
 
 def read_config(folder: str) -> Any:
-    """config.json by transformers itself, without what is a caller's to choose. Raises CheckpointError."""
+    """config.json by transformers itself: the decoder's configuration, a multimodal model's text tower's. Raises CheckpointError."""
+    return _read_whole(folder).get_text_config(decoder=True)
+
+
+def _read_whole(folder: str) -> Any:
+    """Without what is a caller's to choose."""
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
@@ -98,12 +110,14 @@ def read_config(folder: str) -> Any:
 
 def _load(folder: str, config: Any, compute_dtype: str, attn_implementation: str, offload_folder: str, *, on_cpu: bool) -> Any:
     dtype = getattr(torch, compute_dtype)
-    model, info = AutoModelForCausalLM.from_pretrained(
+    decoder_config = config.get_text_config(decoder=True)
+    decoder_config._attn_implementation = attn_implementation  # noqa: SLF001 - of the decoder alone: another tower may not have it
+    auto = AutoModelForCausalLM if decoder_config is config else AutoModelForMultimodalLM
+    model, info = auto.from_pretrained(
         folder,
         config=config,
         # FP8 becomes bfloat16 first, whatever the compute dtype is, as m2ray does
         dtype=torch.bfloat16 if getattr(config, "quantization_config", None) else dtype,
-        attn_implementation=attn_implementation,
         device_map="auto",
         max_memory={"cpu": get_max_memory()["cpu"]} if on_cpu else None,
         offload_folder=offload_folder,
@@ -112,7 +126,8 @@ def _load(folder: str, config: Any, compute_dtype: str, attn_implementation: str
         use_safetensors=True,
         output_loading_info=True,
     )
-    of_layers = f"{model.base_model_prefix}."
+    decoder = _decoder(model)
+    of_layers = next(name for name, module in model.named_modules() if module is decoder) + "."
     lacking = sorted({str(name) for kind in ("missing_keys", "mismatched_keys") for name in info[kind] if str(name).startswith(of_layers)})
     if lacking:
         raise ValueError(f"it gives no values to {', '.join(lacking[:5])}")
@@ -135,7 +150,7 @@ def _put_routers_back(model: Any, folder: Path) -> None:
     index = folder / _INDEX
     file_of = json.loads(index.read_bytes())["weight_map"] if index.exists() else dict.fromkeys(_keys(folder / _SINGLE_FILE), _SINGLE_FILE)
     wanted = re.compile(rf"model\.layers\.(\d+)\.\w+\.({'|'.join(map(re.escape, names))})")
-    layers, num_put = _decoder_layers(model), 0
+    layers, num_put = _decoder_layers(_decoder(model)), 0
     for key, file in file_of.items():
         if (found := wanted.fullmatch(key)) and int(found[1]) < len(layers):
             with safe_open(folder / file, framework="pt") as tensors:
@@ -166,19 +181,37 @@ def _put(owner: nn.Module, name: str, value: torch.Tensor) -> None:
         setattr(owner, name, value.to(device))
 
 
-def _decoder_layers(model: Any) -> nn.ModuleList:
+def _decoder(model: Any) -> Any:
+    """The module that runs the layers: the base of a causal language model, a multimodal one's text tower."""
+    if model.config.get_text_config(decoder=True) is model.config:
+        return model.base_model
+    decoder = model.get_decoder()
+    while decoder.base_model is not decoder:
+        decoder = decoder.base_model
+    return decoder
+
+
+def _decoder_layers(decoder: Any) -> nn.ModuleList:
     """The one list of as many modules as there are layers that lies in no other such list: experts may be as many."""
-    num_layers = model.config.num_hidden_layers
-    lists = {name: module for name, module in model.base_model.named_modules() if isinstance(module, nn.ModuleList)}
+    num_layers = decoder.config.num_hidden_layers
+    lists = {name: module for name, module in decoder.named_modules() if isinstance(module, nn.ModuleList)}
     lists = {name: module for name, module in lists.items() if len(module) == num_layers}
     found = [module for name, module in lists.items() if not any(name.startswith(f"{other}.") for other in lists)]
     if len(found) != 1:
-        raise CheckpointError(f"{type(model).__name__} has {len(found)} lists of {num_layers} decoder layers.")
+        raise CheckpointError(f"{type(decoder).__name__} has {len(found)} lists of {num_layers} decoder layers.")
     return found[0]
 
 
 def _handing_on(layer: int, on_layer: OnLayer) -> Callable[..., None]:
     def hook(_: nn.Module, __: Any, output: Any) -> None:
-        on_layer(layer, output[0] if isinstance(output, tuple) else output)
+        on_layer(layer, (output[0] if isinstance(output, tuple | list) else output).flatten(2))
 
     return hook
+
+
+class _DecoderDoneError(Exception):
+    """Ends a model's forward pass once its decoder has run: nobody asks what the head makes of it."""
+
+
+def _end(*_: Any) -> None:
+    raise _DecoderDoneError

@@ -8,7 +8,18 @@ import torch
 from m2ray.audit.reference import Reference
 from m2ray.audit.tolerance import has_router
 from m2ray.errors import CheckpointError
-from tests.reference import DATA, LENGTHS, load_reference, make_family, make_minimax, micro_batch_of, reference_rows, same_bits, vocab_size
+from tests.reference import (
+    DATA,
+    LENGTHS,
+    load_reference,
+    make_family,
+    make_minimax,
+    make_wrapper,
+    micro_batch_of,
+    reference_rows,
+    same_bits,
+    vocab_size,
+)
 
 FAMILIES = ["minimax_m2", *sorted(path.stem for path in (DATA / "families").glob("*.json"))]
 ROUTED = {
@@ -32,6 +43,21 @@ def test_it_is_transformers_own_model_of_every_family(tmp_path: Path, family: st
             torch.from_numpy(micro_batch.token_ids_BT).long(), layers, lambda layer, output: found.update({layer: output[is_real_BT]})
         )
     expected = reference_rows(model, micro_batch)
+    assert [same_bits(found[layer], rows) for layer, rows in enumerate(expected)] == [True] * len(layers)
+
+
+@pytest.mark.parametrize("name", ["gemma3", "llama4", "qwen3_5"])
+def test_it_is_transformers_own_multimodal_model_given_text(tmp_path: Path, name: str) -> None:
+    folder = make_wrapper(tmp_path / name, name)
+    micro_batch = micro_batch_of(LENGTHS, 400)
+    is_real_BT = torch.arange(micro_batch.token_ids_BT.shape[1]) < torch.from_numpy(micro_batch.token_counts)[:, None]
+    found: dict[int, torch.Tensor] = {}
+    with Reference(str(folder), "float32", "sdpa", on_cpu=True) as reference:
+        layers = range(reference.config.num_hidden_layers)
+        reference.run(
+            torch.from_numpy(micro_batch.token_ids_BT).long(), layers, lambda layer, output: found.update({layer: output[is_real_BT]})
+        )
+    expected = reference_rows(load_reference(folder, torch.float32), micro_batch)
     assert [same_bits(found[layer], rows) for layer, rows in enumerate(expected)] == [True] * len(layers)
 
 
