@@ -69,7 +69,10 @@ def check_model(model: str) -> tuple[list[Finding], int | None]:
         table = tensor_table(checkpoint)
     except M2rayError as error:
         return [Finding("checkpoint_tensors", "problem", model, error.what, error.remedy)], num_bytes
-    what = f"{len(checkpoint.headers):,} tensors in {num_bytes:,} bytes fill {table.num_layers} layers of {checkpoint.whole_config.model_type}."
+    what = (
+        f"{len(checkpoint.headers):,} tensors in {num_bytes:,} bytes fill {table.num_layers} layers of {checkpoint.whole_config.model_type}"
+    )
+    what += "; a tiny copy of it gives transformers' own rows bit by bit."
     found = [Finding("checkpoint_tensors", "note", model, what)]
     if checkpoint.indexed_bytes not in (None, num_bytes):
         what = f"The index says {checkpoint.indexed_bytes:,} bytes, the files hold {num_bytes:,}."
