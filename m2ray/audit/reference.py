@@ -15,6 +15,7 @@ from accelerate.utils import get_max_memory
 from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM
+from transformers.utils.logging import disable_progress_bar
 
 from m2ray.errors import CheckpointError
 
@@ -110,6 +111,7 @@ def _read_whole(folder: str) -> Any:
 
 def _load(folder: str, config: Any, compute_dtype: str, attn_implementation: str, offload_folder: str, *, on_cpu: bool) -> Any:
     dtype = getattr(torch, compute_dtype)
+    disable_progress_bar()  # the audit has its own
     decoder_config = config.get_text_config(decoder=True)
     decoder_config._attn_implementation = attn_implementation  # noqa: SLF001 - of the decoder alone: another tower may not have it
     auto = AutoModelForCausalLM if decoder_config is config else AutoModelForMultimodalLM

@@ -29,7 +29,7 @@ _SHOWN_FILES = 20
 @click.argument("run", metavar="RUN")
 @click.option("--checksums", is_flag=True, help="Read every byte: xxh3 of each file, and the digest of its tokens.")
 @click.option(
-    "--repair", is_flag=True, help="Delete damaged shards, so that the same extract command extracts them again. No driver may run."
+    "--repair", is_flag=True, help="Take damaged shards back, so that the same extract command extracts them again. No driver may run."
 )
 @click.option(
     "--sample",

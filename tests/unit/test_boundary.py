@@ -165,6 +165,7 @@ def real_config(model_type: str) -> Any:
 def test_real_configurations_are_proved(model_type: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     prove(real_config(model_type))
+    assert len(list((tmp_path / "m2ray" / "proofs").iterdir())) == 1, "it was proved, and is remembered"
 
 
 def test_a_row_of_several_streams_is_all_of_them(deepseek: Path) -> None:

@@ -140,6 +140,7 @@ def test_an_unknown_tensor_of_the_text_tower_is_refused(m3: Path, tmp_path: Path
 def test_a_text_tower_that_hands_on_more_than_hidden_states_is_proved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     prove(parse_config(json.dumps({"model_type": "hy_v4_vl"}).encode()))
+    assert len(list((tmp_path / "m2ray" / "proofs").iterdir())) == 1, "it was proved, and is remembered"
 
 
 def test_kimi_k2_is_deepseek_v3() -> None:

@@ -169,7 +169,7 @@ class ClosedTerminal(io.StringIO):
 
 def test_a_closed_terminal_is_no_error() -> None:
     stream = Printed(ClosedTerminal())
-    stream.write("text")
+    assert stream.write("text") == len("text")
     stream.bare().write("\x1b[2K")
     Progress(stream.bare()).say("line")  # type: ignore[arg-type]
 

@@ -113,8 +113,10 @@ def test_known_fields_are_refused_by_name_and_value(model_type: str, fields: dic
 
 
 @pytest.mark.parametrize("fields", [{"is_causal": True}, {"use_bidirectional_attention": False}, {"use_bidirectional_attention": None}])
-def test_the_same_fields_that_say_causal_are_read(fields: dict[str, Any]) -> None:
+def test_the_same_fields_that_say_causal_are_read(fields: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     prove(parse_config(json.dumps({**fields_of("qwen3"), **fields}).encode()))
+    assert len(list((tmp_path / "m2ray" / "proofs").iterdir())) == 1, "it was proved, and is remembered"
 
 
 def test_an_extraction_is_proved_before_ray_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
