@@ -1,5 +1,6 @@
 """ExtractConfig: the options of an extraction, in one place, for TOML files and command-line flags alike."""
 
+import codecs
 import json
 import re
 import tomllib
@@ -24,6 +25,15 @@ def _as_object(value: Any) -> Any:
     return value
 
 
+def _encoding(value: Any) -> str:
+    """Python's own name of a text encoding. Raises ValueError for a name that is none."""
+    try:
+        "".encode(str(value))
+        return codecs.lookup(str(value)).name
+    except (LookupError, ValueError) as error:
+        raise ValueError("the name of a text encoding, as Python has them") from error
+
+
 Auto = Literal["auto"]
 Attention = Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"]
 OffloadTo = Literal["none", "cpu", "disk"]
@@ -31,6 +41,7 @@ Transport = Literal["auto", "object_store", "cuda_ipc"]
 Positive = Annotated[int, Field(gt=0)]
 Day = Annotated[date, BeforeValidator(lambda value: date.fromisoformat(str(value)))]
 NonEmpty = Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)]
+Encoding = Annotated[str, BeforeValidator(_encoding)]
 
 
 _DECIDES_ROWS: dict[str, Any] = {"decides_rows": True}
@@ -50,7 +61,13 @@ class ExtractConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True)
 
     model: NonEmpty = _rows(description="Checkpoint folder: config.json, tokenizer, safetensors and their index.")
-    prompts: NonEmpty = _rows(description="Prompt file, folder or glob: .jsonl, .parquet, .csv, .txt, or a saved HF dataset.")
+    prompts: NonEmpty = _rows(
+        description="Prompt file, folder or glob: JSON, JSONL, Parquet, Arrow, CSV, TSV, text; also .gz, .zst; or a Hugging Face dataset's folder."
+    )
+    split: NonEmpty | None = _rows(None, description="The split of a dataset's folder that has several, such as train.")
+    encoding: Encoding = _rows(
+        "utf-8", description="What text files are written in: gb18030, utf-16, shift_jis, cp1252 ...; nothing is guessed."
+    )
     text_column: NonEmpty | None = _rows(None, description="Column that holds a prompt's text; default: text, if it alone is there.")
     messages_column: NonEmpty | None = _rows(
         None,
@@ -67,6 +84,9 @@ class ExtractConfig(BaseModel):
         "auto", description="Those that the tokenizer puts around a text (never around a chat); auto: where the text has them not already."
     )
     add_generation_prompt: bool = _rows(False, description="End each chat with what its template writes before an assistant's answer.")
+    chat_template: NonEmpty | None = _rows(
+        None, description="File with a Jinja template for chats, as a path or URL; default: the model's own template."
+    )
     template_options: Annotated[dict[str, Any], BeforeValidator(_as_object)] = _rows(
         {}, description="For every chat's template: {enable_thinking = false} in TOML, JSON as a flag; a row's chat_template_kwargs win."
     )

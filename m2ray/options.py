@@ -29,6 +29,9 @@ class PromptOptions:
     Attributes:
         prompts: file, folder, glob or saved dataset.
         max_length: in tokens.
+        split: of a dataset's folder; None where the user named none.
+        encoding: what text files are written in, by Python's name.
+        chat_template: the file whose template takes the place of the model's, or None.
         steady_positions: a longer prompt's rotary embedding would change that of its neighbours in a batch; None where none does.
         text_column, messages_column, input_ids_column, tools_column, id_column: None where the user named none.
         add_generation_prompt: whether chats end with the words that begin an assistant's answer.
@@ -42,6 +45,8 @@ class PromptOptions:
     prompts: str
     max_length: int
     steady_positions: int | None = None
+    split: str | None = None
+    encoding: str = "utf-8"
     text_column: str | None = None
     messages_column: str | None = None
     input_ids_column: str | None = None
@@ -50,6 +55,7 @@ class PromptOptions:
     truncation: Literal["refuse", "cut"] = "refuse"
     special_tokens: Literal["auto", "add_where_absent", "add", "none"] = "auto"
     add_generation_prompt: bool = False
+    chat_template: str | None = None
     template_options: Mapping[str, Any] = field(default_factory=dict)
     template_date: date | None = None
     template_timeout_s: float | None = TEMPLATE_TIMEOUT_S
@@ -63,6 +69,8 @@ class PromptOptions:
             prompts=config.prompts or "",
             max_length=config.max_length or longest,
             steady_positions=steady_positions,
+            split=config.split,
+            encoding=config.encoding,
             text_column=config.text_column,
             messages_column=config.messages_column,
             input_ids_column=config.input_ids_column,
@@ -71,6 +79,7 @@ class PromptOptions:
             truncation=config.truncation,
             special_tokens=config.special_tokens,
             add_generation_prompt=config.add_generation_prompt,
+            chat_template=config.chat_template,
             template_options=config.template_options,
             template_date=given or (date.fromisoformat(recorded_date) if recorded_date else datetime.now(UTC).date()),
             template_timeout_s=config.template_timeout_s,
@@ -145,10 +154,10 @@ class RunOptions:
     def row_options(self) -> dict[str, Any]:
         """What decides the rows, as job.json keeps it: by the names in ExtractConfig and in their order, as plain JSON values.
 
-        The model and the prompts are left out: their digests say more than their paths.
+        The model, the prompts and the template file are left out: their digests say more than their paths.
         """
         values = {each.name: getattr(owner, each.name) for owner in (self.prompts, self) for each in fields(owner)}
-        names = [name for name in ExtractConfig.row_options() if name not in ("model", "prompts")]
+        names = [name for name in ExtractConfig.row_options() if name not in ("model", "prompts", "chat_template")]
         return {name: _plain(values[name]) for name in names}
 
 

@@ -1,7 +1,7 @@
 """The audited sequences' token ids: the prompts tokenised once more, or what the run holds where it has them all."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from datetime import date
 from typing import Any
 
@@ -36,7 +36,8 @@ def open_tokenizer(job: JobRecord, model: str, vocab_size: int) -> PromptTokeniz
         CheckpointError, StoreError: it cannot be read.
         RunConflictError: it, or its chat template, is not that of the run.
     """
-    tokenizer = PromptTokenizer.load(model, recorded_options(job.options, ""), vocab_size)
+    options = replace(recorded_options(job.options, ""), chat_template=job.names.get("chat_template"))
+    tokenizer = PromptTokenizer.load(model, options, vocab_size)
     here = {"tokenizer": tokenizer.tokenizer_digest, "template": tokenizer.template_digest}
     differing = [name for name, found in here.items() if job.fingerprints.get(name, found) != found]
     if differing:

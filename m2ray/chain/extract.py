@@ -113,7 +113,7 @@ def _claim(inputs: Inputs, found: Survey, stats: PromptStats, progress: Progress
         num_shards=len(found.shards),
         counts=Counts(found.num_sequences, found.num_ready, found.num_quarantined, found.num_tokens),
         sequence_files=found.sequence_files,
-        names={"model": inputs.config.model, "prompts": inputs.config.prompts},
+        names={name: given for name in ("model", "prompts", "chat_template") if (given := getattr(inputs.config, name)) is not None},
     )
     try:
         run = claim_run(inputs.store, job)

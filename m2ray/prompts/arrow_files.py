@@ -12,6 +12,7 @@ from m2ray.errors import PromptsError
 from m2ray.prompts.arrow_sizes import row_sizes
 from m2ray.prompts.arrow_values import arrow_records
 from m2ray.prompts.memory import READ_BYTES, limited
+from m2ray.prompts.nested import chosen, fields_of
 from m2ray.prompts.readers import PromptFile, distinct, reading_file
 from m2ray.prompts.remote import RemotePath
 from m2ray.prompts.rows import Record
@@ -20,21 +21,32 @@ from m2ray.storage import StoreFile
 _ROWS = (256, 16, 1)
 """Rows of Parquet that are decoded at a time; fewer where more do not fit in READ_BYTES."""
 
+_FILE_MAGIC = b"ARROW1"
+
 _BUFFER_BYTES = 8 << 20
 """Of a column chunk, which may have gigabytes, is read at a time."""
 
 
-class ParquetFile(PromptFile):
-    """Parquet, read page by page."""
+class _FileWithSchema(PromptFile):
+    """What has a schema: it names all columns, and no text has an encoding of its own."""
 
     is_read_in_order = False
+    is_text = False
 
-    def columns(self) -> Mapping[str, int] | None:
+    def _named(self, schema: Any, nested: Sequence[str]) -> Mapping[str, int]:
+        return {**distinct(schema.names, f"The schema of {self.path}"), **dict.fromkeys(fields_of(schema, nested), 0)}
+
+
+class ParquetFile(_FileWithSchema):
+    """Parquet, read page by page; of a struct only the fields that are asked for."""
+
+    def columns(self, nested: Sequence[str] = ()) -> Mapping[str, int] | None:
         with reading_file(self.path), self._opened() as file:
-            return distinct(file.schema_arrow.names, f"The schema of {self.path}")
+            return self._named(file.schema_arrow, nested)
 
     def records(self, columns: Sequence[str]) -> Iterator[Record]:
         with reading_file(self.path), self._opened() as file:
+            columns = fields_of(file.schema_arrow, columns)
             for group in range(file.num_row_groups):
                 for batch, sizes in self._batches(file, group, columns):
                     yield from arrow_records(batch, columns, sizes)
@@ -69,26 +81,30 @@ class ParquetFile(PromptFile):
         raise _too_large(f"Row {done} of row group {group} of {self.path}", "smaller pages (data_page_size)")
 
 
-class ArrowStreamFile(PromptFile):
-    """Arrow's streaming format: what `datasets.Dataset.save_to_disk` writes."""
+class ArrowFile(_FileWithSchema):
+    """Arrow's streaming format, which `datasets.Dataset.save_to_disk` writes, or its file format."""
 
-    is_read_in_order = False
-
-    def columns(self) -> Mapping[str, int] | None:
-        with reading_file(self.path), _arrow_file(self.path) as file, pa.ipc.open_stream(file) as stream:
-            return distinct(stream.schema.names, f"The schema of {self.path}")
+    def columns(self, nested: Sequence[str] = ()) -> Mapping[str, int] | None:
+        with reading_file(self.path), self._opened() as (schema, _):
+            return self._named(schema, nested)
 
     def records(self, columns: Sequence[str]) -> Iterator[Record]:
-        with (
-            reading_file(self.path),
-            _arrow_file(self.path) as file,
-            pa.ipc.open_stream(file, memory_pool=pa.system_memory_pool()) as stream,
-        ):
+        with reading_file(self.path), self._opened() as (schema, batches):
+            columns = fields_of(schema, columns)
             try:
-                for batch, sizes in _bounded(stream, columns):
+                for batch, sizes in _bounded(batches, columns):
                     yield from arrow_records(batch, columns, sizes)
             except MemoryError as error:
                 raise _too_large(f"A record batch of {self.path}", "smaller batches") from error
+
+    @contextmanager
+    def _opened(self) -> Iterator[tuple[Any, Iterable[Any]]]:
+        """The schema and the record batches."""
+        with _arrow_file(self.path) as file:
+            is_stream = file.read(len(_FILE_MAGIC)) != _FILE_MAGIC
+            file.seek(0)
+            with (pa.ipc.open_stream if is_stream else pa.ipc.open_file)(file, memory_pool=pa.system_memory_pool()) as reader:
+                yield reader.schema, reader if is_stream else map(reader.get_batch, range(reader.num_record_batches))
 
 
 def _bounded(batches: Iterable[Any], columns: Sequence[str]) -> Iterator[tuple[Any, Mapping[str, Any]]]:
@@ -99,6 +115,7 @@ def _bounded(batches: Iterable[Any], columns: Sequence[str]) -> Iterator[tuple[A
             batch = next(following, None)
             if batch is None:
                 return
+            batch = chosen(batch, columns)
             sizes = row_sizes(batch, columns)
         yield batch, sizes
 

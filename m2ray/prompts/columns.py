@@ -16,8 +16,22 @@ NAME_ONE = (
     "files without it refused."
 )
 
+_MASKS = ("attention_mask", "loss_mask")
+
 _DEFAULTS: dict[str, Kind] = {"text": "text", "messages": "messages", "conversations": "messages", "input_ids": "input_ids"}
 """The columns that are looked for where none is named, and what they hold."""
+
+
+def nested_columns(options: PromptOptions) -> list[str]:
+    """The dotted names that files are asked for: columns that are named, and such as go with a prompt and may lie beside it."""
+    prompts = [name for name in _named(options).values() if name]
+    beside = [_beside(name, prompt) for prompt in prompts for name in ("tools", TEMPLATE_OPTIONS, *_MASKS)]
+    return [name for name in (*prompts, options.id_column, options.tools_column, *beside) if name and "." in name]
+
+
+def _beside(name: str, prompt: str) -> str:
+    """A column's name in the object that holds the prompt's."""
+    return ".".join([*prompt.split(".")[:-1], name])
 
 
 def choose_columns(files: Sequence[tuple[PromptFile, FileColumns]], options: PromptOptions) -> Columns:
@@ -39,14 +53,20 @@ def choose_columns(files: Sequence[tuple[PromptFile, FileColumns]], options: Pro
     kind = next(iter(named), None) or _DEFAULTS[prompt]
     _refuse_options_of_chats(kind, options)
     is_messages, is_ids = kind == "messages", kind == "input_ids"
+
+    def with_prompt(name: str) -> str:
+        """Where what goes with the prompt is: beside it, or where no file shows that, among the columns."""
+        shown = {place for _, present in files for place in (name, _beside(name, prompt)) if present and place in present}
+        return name if shown == {name} else _beside(name, prompt)
+
     return Columns(
         prompt=prompt,
         kind=kind,
         row_id=options.id_column,
-        tools=(options.tools_column or "tools") if is_messages else None,
-        template_options=TEMPLATE_OPTIONS if is_messages else None,
-        attention_mask="attention_mask" if is_ids else None,
-        loss_mask="loss_mask" if is_ids else None,
+        tools=(options.tools_column or with_prompt("tools")) if is_messages else None,
+        template_options=with_prompt(TEMPLATE_OPTIONS) if is_messages else None,
+        attention_mask=with_prompt("attention_mask") if is_ids else None,
+        loss_mask=with_prompt("loss_mask") if is_ids else None,
         rivals=frozenset() if named else frozenset(_DEFAULTS) - {prompt},
     )
 
@@ -68,7 +88,7 @@ def _found(files: Iterable[tuple[PromptFile, FileColumns]]) -> dict[str, str]:
 
 
 def _refuse_options_of_chats(kind: Kind, options: PromptOptions) -> None:
-    of_chats = {name: getattr(options, name) for name in ("tools_column", "add_generation_prompt", "template_options")}
+    of_chats = {name: getattr(options, name) for name in ("tools_column", "add_generation_prompt", "chat_template", "template_options")}
     given = ", ".join(f"{name} = {json.dumps(value)}" for name, value in of_chats.items() if value)
     if given and kind != "messages":
         raise PromptsError(

@@ -2,24 +2,28 @@
 
 from pathlib import Path
 
-from m2ray.prompts.arrow_files import ParquetFile
-from m2ray.prompts.readers import CsvFile, JsonLinesFile, PromptFile, TextFile
+from m2ray.prompts.arrow_files import ArrowFile, ParquetFile
+from m2ray.prompts.json_files import JsonFile
+from m2ray.prompts.readers import CsvFile, JsonLinesFile, PromptFile, TextFile, TsvFile
 from m2ray.prompts.remote import RemotePath
 
-FORMATS: dict[str, type[PromptFile]] = {
+_TEXT: dict[str, type[PromptFile]] = {
+    ".json": JsonFile,
     ".jsonl": JsonLinesFile,
-    ".jsonl.gz": JsonLinesFile,
     ".ndjson": JsonLinesFile,
     ".csv": CsvFile,
-    ".csv.gz": CsvFile,
+    ".tsv": TsvFile,
     ".txt": TextFile,
-    ".txt.gz": TextFile,
-    ".parquet": ParquetFile,
 }
+_ARROW: dict[str, type[PromptFile]] = {".parquet": ParquetFile, ".arrow": ArrowFile}
+_PACKED = (".gz", ".zst")
+
+READ = f"m2ray reads {', '.join(_TEXT)} (also packed: {', '.join(_PACKED)}), {', '.join(_ARROW)} and folders of Hugging Face datasets."
 
 
 def format_of(path: Path | RemotePath) -> type[PromptFile] | None:
-    """The format that a file's name ends in (".gz" counts with the ending before it), or None."""
+    """The format that a file's name ends in, before the ending of what packs it, or None."""
     endings = [ending.lower() for ending in path.suffixes]
-    ending = "".join(endings[-2:]) if endings[-1:] == [".gz"] else "".join(endings[-1:])
-    return FORMATS.get(ending)
+    if endings[-1:] and endings[-1] in _PACKED:
+        return _TEXT.get("".join(endings[-2:-1]))
+    return {**_TEXT, **_ARROW}.get("".join(endings[-1:]))

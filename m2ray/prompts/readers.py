@@ -4,7 +4,7 @@ A row that cannot be read is a Record with a problem. A file that cannot be read
 """
 
 import csv
-import gzip
+import io
 import json
 import zlib
 from abc import ABC, abstractmethod
@@ -13,35 +13,43 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import count, islice
 from pathlib import Path
-from typing import IO, cast
+from typing import Any
 
 import pyarrow as pa
 
 from m2ray.errors import PromptsError
+from m2ray.prompts.nested import with_nested
 from m2ray.prompts.remote import RemotePath, reading_store
 from m2ray.prompts.rows import MAX_PROMPT_BYTES, Record
+from m2ray.prompts.text_encoding import BYTE_ORDER_MARK, UTF_8, TextDecoder, opened_text
 
 _LONGEST_ROW_BYTES = 4 * MAX_PROMPT_BYTES
 """Of CSV, all columns together."""
 
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _PEEKED_ROWS = 1000
 _MOST_COLUMNS = 10_000
 
 
 class PromptFile(ABC):
-    """One file of the source. `name` is its path below the source's folder, with "/" between its parts."""
+    """One file of the source. `name` is its path below the source's folder, with "/" between its parts; `encoding` that of its text."""
 
     is_read_in_order = True
     """Whether `records` reads the file's bytes once, from front to back, through `path.open`."""
 
-    def __init__(self, path: Path | RemotePath, name: str) -> None:
+    is_text = True
+    """Whether it is written in an encoding."""
+
+    def __init__(self, path: Path | RemotePath, name: str, encoding: str = UTF_8) -> None:
         self.path = path
         self.name = name
+        self.encoding = encoding
 
     @abstractmethod
-    def columns(self) -> Mapping[str, int] | None:
-        """The columns, each with the first row that has it; None if the format has none, empty if the file shows none. Raises PromptsError."""
+    def columns(self, nested: Sequence[str] = ()) -> Mapping[str, int] | None:
+        """The columns, each with the first row that has it, and those of `nested`, dotted names, that are there (m2ray/prompts/nested.py).
+
+        None if the format has none, empty if the file shows none. Raises PromptsError.
+        """
 
     @abstractmethod
     def records(self, columns: Sequence[str]) -> Iterator[Record]:
@@ -51,10 +59,10 @@ class PromptFile(ABC):
 class JsonLinesFile(PromptFile):
     """One JSON object a line."""
 
-    def columns(self) -> Mapping[str, int] | None:
-        """The keys of the first 1,000 lines."""
+    def columns(self, nested: Sequence[str] = ()) -> Mapping[str, int] | None:
+        """The keys of the first 1,000 rows."""
         found: dict[str, int] = {}
-        for row, record in enumerate(islice(self.records(()), _PEEKED_ROWS)):
+        for row, record in enumerate(islice(self.records(nested), _PEEKED_ROWS)):
             for key in record.values:
                 found.setdefault(key, row)
             if len(found) > _MOST_COLUMNS:
@@ -62,25 +70,33 @@ class JsonLinesFile(PromptFile):
         return found
 
     def records(self, columns: Sequence[str]) -> Iterator[Record]:
-        with reading_file(self.path), _open(self.path) as file:
-            lines = _Lines(file)
-            for line in lines:
-                yield _parse_json(line, lines.take_problem())
+        with reading_file(self.path), opened_text(self.path, self.encoding) as file:
+            yield from self._of_lines(file, columns)
+
+    def _of_lines(self, file: io.BufferedReader, columns: Sequence[str]) -> Iterator[Record]:
+        lines = _Lines(file, TextDecoder(self.path, self.encoding))
+        for line in lines:
+            yield json_record(line, lines.take_problem(), columns)
 
 
 class CsvFile(PromptFile):
     """Comma-separated values with a header, quoted as in RFC 4180; a quoted value may hold line ends. A wrong quote is a PromptsError."""
 
-    def columns(self) -> Mapping[str, int] | None:
-        with reading_file(self.path), _open(self.path) as file:
-            return distinct(self._header(csv.reader(_Lines(file), strict=True)), f"The header of {self.path}")
+    delimiter = ","
+
+    def columns(self, nested: Sequence[str] = ()) -> Mapping[str, int] | None:
+        with reading_file(self.path), opened_text(self.path, self.encoding) as file:
+            decoder = TextDecoder(self.path, self.encoding)
+            header = self._header(self._reader(_Lines(file, decoder)))
+            decoder.judge()
+            return distinct(header, f"The header of {self.path}")
 
     def records(self, columns: Sequence[str]) -> Iterator[Record]:
         # Python's own limit is less than a long prompt. A line that was not cut passes: only a value of several lines is refused for its size.
         csv.field_size_limit(MAX_PROMPT_BYTES + 2)
-        with reading_file(self.path), _open(self.path) as file:
-            lines = _Lines(file)
-            reader = csv.reader(lines, strict=True)
+        with reading_file(self.path), opened_text(self.path, self.encoding) as file:
+            lines = _Lines(file, TextDecoder(self.path, self.encoding))
+            reader = self._reader(lines)
             header = self._header(reader)
             lines.take_problem()
             for row in count():
@@ -96,6 +112,9 @@ class CsvFile(PromptFile):
                     raise self._malformed(row, line, f"a line of more than {MAX_PROMPT_BYTES} bytes has quotes")
                 yield _match_header(header, values, lines.take_problem())
 
+    def _reader(self, lines: "_Lines") -> Any:
+        return csv.reader(lines, strict=True, delimiter=self.delimiter)
+
     def _malformed(self, row: int, line: int, why: str) -> PromptsError:
         """Where a quote is wrong, nobody knows which of the next lines are rows, and which the rest of a value."""
         what = f"Row {row} of {self.path}, which begins in line {line}, is malformed CSV: {why}. Where the next row begins is not known."
@@ -108,52 +127,58 @@ class CsvFile(PromptFile):
             raise PromptsError(f"The header of {self.path} is malformed: {error}.", "Correct the file's first line.") from error
 
 
+class TsvFile(CsvFile):
+    """The same with tabs instead of commas."""
+
+    delimiter = "\t"
+
+
 class TextFile(PromptFile):
     """Plain text, one prompt a line, in a column of the asked-for name. An empty line is a row, so that positions equal line numbers less one."""
 
-    def columns(self) -> Mapping[str, int] | None:
+    def columns(self, nested: Sequence[str] = ()) -> Mapping[str, int] | None:
         return None
 
     def records(self, columns: Sequence[str]) -> Iterator[Record]:
-        with reading_file(self.path), _open(self.path) as file:
-            lines = _Lines(file)
+        with reading_file(self.path), opened_text(self.path, self.encoding) as file:
+            lines = _Lines(file, TextDecoder(self.path, self.encoding))
             for line in lines:
                 yield Record({columns[0]: _without_line_end(line)}, lines.take_problem())
 
 
 class _Lines(Iterator[str]):
-    """The lines of a file of bytes, with their line ends. Bytes that are no UTF-8 become lone surrogates.
+    """The lines of a file of bytes, with their line ends. Bytes that are not of its encoding become lone surrogates.
 
     `cut_quote` says whether a quote was in a line that was too long to be given; `bytes_left` is what may still be given, for who joins lines.
     """
 
     bytes_left: float = float("inf")
 
-    def __init__(self, file: IO[bytes]) -> None:
+    def __init__(self, file: io.BufferedReader, decoder: TextDecoder) -> None:
         self.cut_quote = False
         self._file = file
+        self._decoder = decoder
         self._problem: str | None = None
         self._is_first = True
 
     def __next__(self) -> str:
         line = self._file.readline(MAX_PROMPT_BYTES + 2)
         if not line:
+            self._decoder.judge()
             raise StopIteration
         self.bytes_left -= len(line)
         if self.bytes_left < 0:
             raise csv.Error(f"it has more than {_LONGEST_ROW_BYTES} bytes")
         if self._is_first:
-            line = line.removeprefix(_BYTE_ORDER_MARK)
+            line = line.removeprefix(BYTE_ORDER_MARK)
             self._is_first = False
         if len(line) > MAX_PROMPT_BYTES and not line.endswith(b"\n"):
             self._skip_line(line)
             self._problem = self._problem or f"a line of more than {MAX_PROMPT_BYTES} bytes"
             return "\n"
-        try:
-            return line.decode("utf-8")
-        except UnicodeDecodeError as error:
-            self._problem = self._problem or f"invalid UTF-8 at byte {error.start} of its line"
-            return line.decode("utf-8", "surrogateescape")
+        text, problem = self._decoder.decode(line)
+        self._problem = self._problem or problem
+        return text
 
     def take_problem(self) -> str | None:
         """What was wrong with the lines since the last call."""
@@ -178,7 +203,8 @@ def _without_line_end(line: str) -> str:
     return line.removesuffix("\n").removesuffix("\r")
 
 
-def _parse_json(line: str, problem: str | None) -> Record:
+def json_record(line: str, problem: str | None, columns: Sequence[str]) -> Record:
+    """The row that an object in JSON is, with those of the columns that lie deeper in it."""
     if problem is None and not line.strip():
         return Record({}, "empty")
     try:
@@ -191,7 +217,7 @@ def _parse_json(line: str, problem: str | None) -> Record:
         return Record({}, problem or f"malformed JSON: {error}")
     if not isinstance(value, dict):
         return Record({}, problem or f"not a JSON object but {type(value).__name__}")
-    return Record(value, problem)
+    return Record(with_nested(value, columns), problem)
 
 
 def _match_header(header: Sequence[str], values: Sequence[str], problem: str | None) -> Record:
@@ -203,20 +229,19 @@ def _match_header(header: Sequence[str], values: Sequence[str], problem: str | N
     return Record(dict(zip(header, values, strict=True)), problem)
 
 
-def _open(path: Path | RemotePath) -> IO[bytes]:
-    file = path.open("rb")
-    return cast("IO[bytes]", gzip.GzipFile(fileobj=file)) if path.suffix.lower() == ".gz" else file
-
-
 @contextmanager
 def reading_file(path: Path | RemotePath) -> Iterator[None]:
     """Around whatever reads a file: what goes wrong becomes a PromptsError that names it."""
     try:
         with reading_store():
             yield
-    except (EOFError, zlib.error, gzip.BadGzipFile, pa.ArrowException) as error:
-        raise PromptsError(
-            f"{path} is damaged or not of the format its name says: {error}.", "Copy it again, or correct its name."
-        ) from error
+    except (EOFError, zlib.error, pa.ArrowException) as error:
+        raise _damaged(path, error) from error
     except OSError as error:
+        if error.errno is None:  # of what unpacks it, such as gzip.BadGzipFile
+            raise _damaged(path, error) from error
         raise PromptsError(f"Cannot read {path}: {error.strerror or error}.", "Check the file and the permission to read it.") from error
+
+
+def _damaged(path: Path | RemotePath, error: Exception) -> PromptsError:
+    return PromptsError(f"{path} is damaged or not of the format its name says: {error}.", "Copy it again, or correct its name.")

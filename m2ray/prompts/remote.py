@@ -94,6 +94,12 @@ def find(prompts: str) -> tuple[PromptPath | None, list[tuple[PromptPath, str]]]
     return None, [(_path(store, f"{root}/{name}" if root else name), name) for name in names]
 
 
+def file_at(address: str) -> PromptPath:
+    """The file at a path or URL, whether there is one or not. Raises PromptsError for an address that is none."""
+    with reading_store():
+        return _path(*_place(address))
+
+
 def _absent(at: PromptPath, key: str) -> PromptsError:
     if _MAGIC.search(key):
         return PromptsError(f"No file matches {at}.", "Check the pattern.")
@@ -102,17 +108,17 @@ def _absent(at: PromptPath, key: str) -> PromptsError:
     return PromptsError(f"The prompts {at} are absent.", "Check the path; every node that runs m2ray's driver must see it.")
 
 
-def _place(prompts: str) -> tuple[Store, str]:
+def _place(address: str) -> tuple[Store, str]:
     """The bucket or the disk, and the key in it."""
-    folder = local_folder(prompts)
+    folder = local_folder(address)
     if folder is not None:
         root = Path(folder.anchor or ".")
         return LocalStore(root, follows_links=True), "/".join(folder.relative_to(root).parts)
-    match = _URL.fullmatch(prompts)
+    match = _URL.fullmatch(address)
     if match is None or match["scheme"] not in SCHEMES:
-        scheme = prompts.partition("://")[0]
+        scheme = address.partition("://")[0]
         raise PromptsError(
-            f"Prompts cannot be read from {without_secrets(prompts)!r}: its scheme is {scheme!r}.",
+            f"{without_secrets(address)!r} cannot be read: its scheme is {scheme!r}.",
             f"Give a path or one of {', '.join(SCHEMES)}.",
         )
     return open_store(match["bucket"] + (match["options"] or "")), match["path"].strip("/")

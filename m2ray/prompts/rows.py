@@ -58,9 +58,9 @@ class Columns:
         return self.kind == "messages"
 
     def of(self, present: FileColumns) -> list[str]:
-        """Those that are to be read of a file, the prompt first."""
+        """Those that are to be read of a file, the prompt first; dotted ones whether it shows them or not."""
         others = (self.row_id, self.tools, self.template_options, self.attention_mask, self.loss_mask)
-        found = (name for name in others if name is not None and (present is None or name in present))
+        found = (name for name in others if name is not None and (present is None or name in present or "." in name))
         return list(dict.fromkeys([self.prompt, *found]))
 
 
@@ -153,7 +153,7 @@ def _read_messages(value: Any) -> list[Message]:
         raise _BadRowError(f"messages are not a list but {type(value).__name__}")
     messages: list[Message] = []
     for number, given in enumerate(value):
-        item = _without_sharegpt(given)
+        item = _with_one_content(_without_sharegpt(given), number)
         problem = _message_problem(item)
         if problem:
             raise _BadRowError(f"message {number}: {problem}")
@@ -170,6 +170,21 @@ def _without_sharegpt(item: Any) -> Any:
     others = {key: part for key, part in item.items() if key not in ("from", "value", "role", "content")}
     speaker = item["from"]
     return {"role": _SPEAKERS.get(speaker, speaker) if isinstance(speaker, str) else speaker, "content": item.get("value"), **others}
+
+
+def _with_one_content(item: Any, number: int) -> Any:
+    """A message whose content is a list of text parts with their texts as one string; any other as it is."""
+    if not isinstance(item, dict) or not isinstance(item.get("content"), list):
+        return item
+    texts = []
+    for place, part in enumerate(item["content"]):
+        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        if kind != "text":
+            raise _BadRowError(f"message {number}: content part {place} is of type {kind!r}, and m2ray runs text alone")
+        if not isinstance(part.get("text"), str):
+            raise _BadRowError(f"message {number}: the text of content part {place} is not a string but {type(part.get('text')).__name__}")
+        texts.append(part["text"])
+    return {**item, "content": "".join(texts)}
 
 
 def _message_problem(item: Any) -> str | None:

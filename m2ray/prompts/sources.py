@@ -7,15 +7,15 @@ from typing import Self
 
 from m2ray.errors import PromptsError, raise_all
 from m2ray.options import PromptOptions
-from m2ray.prompts.arrow_files import ArrowStreamFile
-from m2ray.prompts.columns import NAME_ONE, absent_columns, choose_columns
+from m2ray.prompts.arrow_files import ArrowFile
+from m2ray.prompts.columns import NAME_ONE, absent_columns, choose_columns, nested_columns
 from m2ray.prompts.fingerprint import Fingerprint
-from m2ray.prompts.formats import FORMATS, format_of
+from m2ray.prompts.formats import READ, format_of
 from m2ray.prompts.readers import PromptFile
 from m2ray.prompts.remote import PromptPath, find
 from m2ray.prompts.rows import Columns, FileColumns, PromptRow, as_row
-
-_KNOWN_FORMATS = f"m2ray reads {', '.join(FORMATS)} and folders that Hugging Face datasets saved to disk."
+from m2ray.prompts.splits import choose, of_split, without_others
+from m2ray.prompts.text_encoding import UTF_8
 
 
 class PromptSource:
@@ -39,9 +39,12 @@ class PromptSource:
         """
         files: list[tuple[PromptFile, FileColumns]] = []
         problems: list[PromptsError] = []
-        for file in _find_files(options.prompts):
+        nested = nested_columns(options)
+        found = _find_files(options)
+        _refuse_encoding(found, options)
+        for file in found:
             try:
-                files.append((file, file.columns()))
+                files.append((file, file.columns(nested)))
             except PromptsError as problem:
                 problems.append(problem)
         try:
@@ -87,15 +90,25 @@ class PromptSource:
         return found.hexdigest()
 
 
-def _find_files(prompts: str) -> list[PromptFile]:
-    folder, found = find(prompts)
-    names = {name for _, name in found} if folder else set()
-    if folder and "state.json" in names:
-        return _saved_dataset(folder)
-    if folder and "dataset_dict.json" in names:
-        splits = sorted(name.removesuffix("/state.json") for name in names if name.count("/") == 1 and name.endswith("/state.json"))
-        raise _splits_error(folder, splits)
-    return _as_prompt_files(found)
+def _find_files(options: PromptOptions) -> list[PromptFile]:
+    folder, found = find(options.prompts)
+    names = {name for _, name in found}
+    if folder is None or "state.json" in names:
+        if options.split is not None:
+            raise PromptsError(f"split = {options.split!r} is given, but {options.prompts} is no folder that has splits.", "Leave it out.")
+        return _saved_dataset(folder) if folder else _as_prompt_files(found, options.encoding)
+    if "dataset_dict.json" in names:
+        saved = sorted(name.removesuffix("/state.json") for name in names if name.count("/") == 1 and name.endswith("/state.json"))
+        return _saved_dataset(folder / (choose(folder, saved, options.split) or ""))
+    return _as_prompt_files(of_split(folder, without_others(folder, found), options.split), options.encoding)
+
+
+def _refuse_encoding(files: Sequence[PromptFile], options: PromptOptions) -> None:
+    """Raise PromptsError where an encoding is named and a file has none to be told."""
+    if options.encoding != UTF_8 and (others := [file for file in files if not file.is_text]):
+        raise PromptsError(
+            f"encoding = {options.encoding!r} is given, but {others[0].path} is no text file.", "Leave it out, or give text files alone."
+        )
 
 
 def _saved_dataset(folder: PromptPath) -> list[PromptFile]:
@@ -112,16 +125,10 @@ def _saved_dataset(folder: PromptPath) -> list[PromptFile]:
     raise_all(absent)
     if not names:
         raise PromptsError(f"The dataset {folder} has no files.", "Save one that has rows.")
-    return [ArrowStreamFile(folder / name, name) for name in names]
+    return [ArrowFile(folder / name, name) for name in names]
 
 
-def _splits_error(folder: PromptPath, splits: list[str]) -> PromptsError:
-    return PromptsError(
-        f"{folder} holds a dataset with the splits {', '.join(splits)}.", f"Name one of them: {folder / (splits or ['train'])[0]}"
-    )
-
-
-def _as_prompt_files(found: Sequence[tuple[PromptPath, str]]) -> list[PromptFile]:
+def _as_prompt_files(found: Sequence[tuple[PromptPath, str]], encoding: str) -> list[PromptFile]:
     files: list[PromptFile] = []
     unknown: list[str] = []
     for path, name in found:
@@ -129,11 +136,11 @@ def _as_prompt_files(found: Sequence[tuple[PromptPath, str]]) -> list[PromptFile
         if file_format is None:
             unknown.append(str(path))
         else:
-            files.append(file_format(path, name))
+            files.append(file_format(path, name, encoding))
     if unknown:
         more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
         raise PromptsError(
             f"The format of {', '.join(unknown[:5])}{more} is unknown.",
-            f"{_KNOWN_FORMATS} Rename the file, or leave others out with a glob such as 'folder/*.jsonl'.",
+            f"{READ} Rename the file, or leave others out with a glob such as 'folder/*.jsonl'.",
         )
     return files

@@ -20,6 +20,7 @@ from m2ray.prompts.own_tokenizer import TokenizersRefusalError, own_tokenizer, p
 from m2ray.prompts.rendering import RefusedError
 from m2ray.prompts.rows import MAX_PROMPT_BYTES, Columns, PromptRow
 from m2ray.prompts.special_tokens import SpecialTokens, SpecialTokensRule
+from m2ray.prompts.template_file import read_template
 from m2ray.storage import local_folder, open_store
 
 _VOCABULARY_FILES = (
@@ -72,6 +73,7 @@ class PromptTokenizer:
 
         Raises:
             CheckpointError: the folder has no tokenizer, a damaged one, or one that transformers makes another of.
+            PromptsError: the template file that the options name cannot be read.
             StoreError: the folder is in an object store that cannot be read.
         """
         with _local_folder(model_url) as folder:
@@ -81,6 +83,8 @@ class PromptTokenizer:
             except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RecursionError, RuntimeError) as error:
                 words = " ".join(str(error).split()).rstrip(".")
                 raise CheckpointError(f"transformers cannot load the tokenizer of {model_url}: {words}.", _remedy(folder)) from error
+        if options.chat_template is not None:
+            tokenizer.chat_template = read_template(options.chat_template)
         return cls(tokenizer, probed_digest(tokenizer, digest), options, vocab_size, no_text)
 
     @cached_property

@@ -1,0 +1,54 @@
+"""Columns inside of columns, by dotted names: `conversation.messages` is what the objects of `conversation` have as `messages`.
+
+A column whose whole name is that comes first.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+
+def with_nested(values: Mapping[str, Any], columns: Iterable[str]) -> Mapping[str, Any]:
+    """A row with those of the columns, by their dotted names, that lie deeper in it."""
+    nested = {}
+    for name in columns:
+        if "." in name and name not in values:
+            found: Any = values
+            *folders, last = name.split(".")
+            for folder in folders:
+                found = found.get(folder) if isinstance(found, dict) else None
+            if isinstance(found, dict) and last in found:
+                nested[name] = found[last]
+    return {**values, **nested} if nested else values
+
+
+def fields_of(schema: Any, columns: Iterable[str]) -> list[str]:
+    """Those of the columns that an Arrow schema has, dotted ones in its structs."""
+    return [name for name in columns if name in schema.names or ("." in name and _has_field(schema, name))]
+
+
+def chosen(batch: Any, columns: Sequence[str]) -> Any:
+    """A record batch of these columns, dotted ones taken out of their structs, where a null has nulls. `fields_of` says which there are."""
+    return pa.record_batch([_column(batch, name) for name in columns], names=list(columns))
+
+
+def _has_field(schema: Any, name: str) -> bool:
+    first, *others = name.split(".")
+    if schema.names.count(first) != 1:
+        return False
+    kind = schema.field(first).type
+    for part in others:
+        place = kind.get_field_index(part) if pa.types.is_struct(kind) else -1
+        if place < 0:
+            return False
+        kind = kind.field(place).type
+    return True
+
+
+def _column(batch: Any, name: str) -> Any:
+    if name in batch.schema.names:
+        return batch.column(name)
+    first, *others = name.split(".")
+    return pc.struct_field(batch.column(first), others)
