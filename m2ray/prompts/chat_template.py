@@ -45,7 +45,7 @@ class ChatTemplate:
         if not self.digest:
             raise PromptsError(
                 "The prompts are chat messages, but the model's tokenizer has no chat template.",
-                "Give the prompts as text, or a model with a chat template.",
+                "Give the prompts as text, or a model with a chat template, or set chat_template to a file with one.",
             )
         if taken := self._reserved & self._options.template_options.keys():
             raise PromptsError(

@@ -33,7 +33,7 @@ class JsonFile(JsonLinesFile):
                 yield record
 
     def _of_list(self, file: io.BufferedReader, columns: Sequence[str]) -> Iterator[Record]:
-        decoder = TextDecoder(self.path, self.encoding)
+        decoder = TextDecoder(self.path, self.encoding, "element")
         try:
             for element in _elements(file):
                 if element is None:

@@ -94,11 +94,12 @@ def _recoding(data: io.BufferedReader, encoding: str, path: Path | RemotePath) -
 
 
 class TextDecoder:
-    """Lines of a file to text. Where more than half of the first 1,000 are not of the encoding, the file is not."""
+    """Lines of a file, or other units, to text. Where more than half of the first 1,000 are not of the encoding, the file is not."""
 
-    def __init__(self, path: Path | RemotePath, encoding: str) -> None:
+    def __init__(self, path: Path | RemotePath, encoding: str, unit: str = "line") -> None:
         self._path = path
         self._encoding = encoding
+        self._unit = unit
         self._num_lines = self._num_wrong = 0
         self._first_wrong = ""
         self._shown: list[str] = []
@@ -118,8 +119,8 @@ class TextDecoder:
         if self._num_lines > _JUDGED_LINES or 2 * self._num_wrong <= self._num_lines:
             return
         raise PromptsError(
-            f"{self._path} is not {self._encoding}: {self._first_wrong}, and so are {self._num_wrong:,} of its first {self._num_lines:,} lines."
-            + (" As others read that line:" if self._shown else ""),
+            f"{self._path} is not {self._encoding}: {self._first_wrong}, and so in {self._num_wrong:,} of its first {self._num_lines:,} "
+            f"{self._unit}s.{' In other encodings that is:' if self._shown else ''}",
             "Set encoding to what the file was written in.",
             self._shown,
         )
@@ -129,12 +130,12 @@ class TextDecoder:
             return line.decode(UTF_8), None
         except UnicodeDecodeError as error:
             self._num_wrong += 1
-            problem = f"invalid UTF-8 at byte {error.start} of its line"
-            wrong = f"byte {error.start} of line {self._num_lines} (0x{line[error.start]:02x}) is wrong"
+            problem = f"invalid UTF-8 at byte {error.start} of its {self._unit}"
+            wrong = f"byte {error.start} of {self._unit} {self._num_lines} (0x{line[error.start]:02x}) is wrong"
             if self._encoding != UTF_8:
                 place = len(line[: error.start].decode(UTF_8))
-                problem = f"invalid {self._encoding} at character {place} of its line"
-                wrong = f"character {place} of line {self._num_lines} is wrong"
+                problem = f"invalid {self._encoding} at character {place} of its {self._unit}"
+                wrong = f"character {place} of {self._unit} {self._num_lines} is wrong"
             if self._num_wrong == 1:
                 self._first_wrong = wrong
                 self._shown = _as_others_read(line) if self._encoding == UTF_8 else []

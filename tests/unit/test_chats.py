@@ -19,6 +19,7 @@ from transformers.utils import chat_template_utils
 from m2ray.errors import PromptsError
 from m2ray.options import PromptOptions
 from m2ray.prompts import PromptRow, PromptSource, PromptTokenizer, chat_template
+from m2ray.prompts.surveying import prompt_digest
 
 TINY = Path(__file__).parents[1] / "data" / "prompts" / "tokenizer"
 
@@ -92,6 +93,8 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
     elif path.suffix == ".csv":
         with path.open("w", newline="") as file:
             csv.writer(file).writerows([COLUMNS, *zip(*as_strings.values(), strict=True)])
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows))
     else:
         write_jsonl(path, rows)
     return path
@@ -111,6 +114,16 @@ def of_transformers(model: Path, row: dict[str, Any]) -> Any:
 @pytest.mark.parametrize("name", ["a.jsonl", "structs.parquet", "structs", "json", "json.parquet", "strings.parquet", "a.csv"])
 def test_every_format_gives_the_tokens_of_transformers(model: Path, tmp_path: Path, name: str) -> None:
     assert tokens_of(write(tmp_path / name, ROWS), model) == [of_transformers(model, row) for row in ROWS]
+
+
+def test_a_data_set_with_tool_calls_has_the_same_digests_in_every_format(model: Path, tmp_path: Path) -> None:
+    digests = {}
+    for name in ("a.jsonl", "a.json", "structs.parquet", "structs", "json"):
+        chosen = PromptOptions(str(write(tmp_path / name, ROWS)), 10_000)
+        encoded = PromptTokenizer.load(str(model), chosen, 320).encode(list(PromptSource.open(chosen).rows()))
+        digests[name] = [ids if isinstance(ids, str) else prompt_digest(ids) for ids in encoded]
+    assert len(set(digests["a.jsonl"])) == len(ROWS)
+    assert all(found == digests["a.jsonl"] for found in digests.values()), digests
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "json", "json.parquet", "strings.parquet"])
@@ -192,6 +205,127 @@ def test_options_of_the_template_for_all_rows(model: Path, tmp_path: Path) -> No
     assert expected[1] == of_transformers(model, ROWS[1]), "the row's own wins"
     with pytest.raises(PromptsError, match="template_options sets 'tokenize', which m2ray or transformers sets itself"):
         tokens_of(path, model, template_options={"tokenize": True})
+
+
+# -- content parts ----------------------------------------------------------------------------------------------------
+
+
+def parts(*texts: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text} for text in texts]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "structs.parquet", "structs", "json"])
+def test_text_parts_are_one_text(model: Path, tmp_path: Path, name: str) -> None:
+    rows = [
+        {"messages": [{"role": "user", "content": parts("Weather ", "in Oslo?")}, {"role": "assistant", "content": parts("rain")}]},
+        {"messages": [{"role": "user", "content": parts("x")}, {"role": "assistant", "content": [], "tool_calls": [call("now", a=1)]}]},
+    ]
+    joined = [
+        {"messages": [{"role": "user", "content": "Weather in Oslo?"}, {"role": "assistant", "content": "rain"}]},
+        {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "", "tool_calls": [call("now", a=1)]}]},
+    ]
+    assert tokens_of(write(tmp_path / name, rows), model) == [of_transformers(model, row) for row in joined]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (
+            [*parts("look"), {"type": "image_url", "image_url": {"url": "x"}}],
+            "content part 1 is of type 'image_url', and m2ray runs text alone",
+        ),
+        (["text"], "content part 0 is of type 'str', and m2ray"),
+        ([{"text": "x"}], "content part 0 is of type None, and m2ray"),
+        ([{"type": "text"}], "the text of content part 0 is not a string but NoneType"),
+        ([], "empty"),
+        (parts(" "), "empty"),
+    ],
+)
+def test_other_parts_are_quarantined_by_name(model: Path, tmp_path: Path, content: Any, reason: str) -> None:
+    (bad,) = tokens_of(write_jsonl(tmp_path / "a.jsonl", [{"messages": [{"role": "user", "content": content}]}]), model)
+    assert bad.removeprefix("message 0: ").startswith(reason)
+
+
+# -- arguments of calls -----------------------------------------------------------------------------------------------
+
+AS_JSON = "{% for m in messages %}{% for c in m.tool_calls or [] %}{{ c.function.arguments | tojson }}{% endfor %}{% endfor %}"
+"""As in Llama 3.1 and gpt-oss."""
+AS_PAIRS = "{% for m in messages %}{% for c in m.tool_calls or [] %}{% for k, v in c.function.arguments.items() %}{{ k }}={{ v }}{% endfor %}{% endfor %}{% endfor %}"
+"""As in MiniMax-M2 and Qwen3-Coder."""
+AS_TEXT = "{% for m in messages %}{% for c in m.tool_calls or [] %}{{ '<' + c.function.arguments + '>' }}{% endfor %}{% endfor %}"
+"""As in DeepSeek-V3."""
+AS_EITHER = "{% for m in messages %}{% for c in m.tool_calls or [] %}{% if c.function.arguments is string %}{{ c.function.arguments }}{% else %}{{ c.function.arguments | tojson }}{% endif %}{% endfor %}{% endfor %}"
+"""As in Qwen3."""
+
+
+def in_words(model: Path, template: str, arguments: Any, folder: Path) -> str:
+    (model / "chat_template.jinja").write_text(template)
+    one = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+    (tokens,) = tokens_of(write_jsonl(folder / "a.jsonl", [{"messages": [{"role": "assistant", "tool_calls": [one]}]}]), model)
+    return tokens if isinstance(tokens, str) else str(AutoTokenizer.from_pretrained(str(model)).decode(tokens))
+
+
+@pytest.mark.parametrize(
+    ("template", "arguments", "expected"),
+    [
+        *((template, given, '{"city": "Oslo"}') for template in (AS_JSON, AS_EITHER) for given in ({"city": "Oslo"}, '{"city":"Oslo"}')),
+        *((AS_PAIRS, given, "city=Oslo") for given in ({"city": "Oslo"}, '{"city":"Oslo"}')),
+        (AS_TEXT, {"city": "河"}, '<{"city": "河"}>'),
+        (AS_TEXT, '{"city":"Oslo"}', '<{"city":"Oslo"}>'),
+        (AS_JSON, "", "{}"),
+        (AS_JSON, "Oslo", "the arguments of a call of 'f' are text, and no object in JSON"),
+        (AS_JSON, "[1]", "the arguments of a call of 'f' are text, and no object in JSON"),
+        (AS_JSON.replace("m.tool_calls", "'a' + 1"), {"a": 1}, 'the chat template refuses it: can only concatenate str (not "int") to str'),
+    ],
+)
+def test_arguments_reach_a_template_as_it_takes_them(model: Path, tmp_path: Path, template: str, arguments: Any, expected: str) -> None:
+    assert in_words(model, template, arguments, tmp_path) == expected
+
+
+# -- a template of the user's own -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_a_template_file_takes_the_place_of_the_models(model: Path, tmp_path: Path, scheme: str) -> None:
+    own = tmp_path / "own.jinja"
+    own.write_text("{% for message in messages %}[{{ message.content }}]{% endfor %}", encoding="utf-8-sig")
+    path = write_jsonl(tmp_path / "a.jsonl", [{"messages": CHAT}])
+    chosen = PromptOptions(str(path), 100, chat_template=f"{scheme}{own}")
+    tokenizer = PromptTokenizer.load(str(model), chosen, 320)
+    (ids,) = tokenizer.encode(list(PromptSource.open(chosen).rows()))
+    assert not isinstance(ids, str)
+    assert AutoTokenizer.from_pretrained(str(model)).decode(ids.tolist()) == "[hi]"
+    assert tokenizer.template_digest not in ("", PromptTokenizer.load(str(model), PromptOptions("p", 100), 320).template_digest)
+    (model / "chat_template.jinja").write_text(own.read_text(encoding="utf-8-sig"))
+    of_model = PromptTokenizer.load(str(model), PromptOptions("p", 100), 320)
+    assert tokenizer.template_digest == of_model.template_digest, "the text counts, wherever it is"
+
+
+def test_a_model_without_a_template_may_be_given_one(model: Path, tmp_path: Path) -> None:
+    (model / "chat_template.jinja").unlink()
+    (tmp_path / "own.jinja").write_text("{{ messages[0].content }}")
+    path = write_jsonl(tmp_path / "a.jsonl", [{"messages": CHAT}])
+    with pytest.raises(PromptsError, match="has no chat template. Give the prompts as text, .* or set chat_template"):
+        tokens_of(path, model)
+    assert isinstance(tokens_of(path, model, chat_template=str(tmp_path / "own.jinja"))[0], list)
+
+
+def test_a_template_file_that_cannot_be_used_is_refused(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "long.jinja").write_bytes(b"x" * ((1 << 20) + 1))
+    (tmp_path / "latin.jinja").write_bytes(b"caf\xe9")
+    cases = {
+        "absent.jinja": "Cannot read the chat template .*absent.jinja: No such file",
+        "long.jinja": "long.jinja has more than 1,048,576 bytes",
+        "latin.jinja": "latin.jinja is no UTF-8: its byte 3 is wrong",
+        ".": "Cannot read the chat template .*: Is a directory",
+    }
+    for name, words in cases.items():
+        with pytest.raises(PromptsError, match=words):
+            PromptTokenizer.load(str(model), PromptOptions("p", 100, chat_template=str(tmp_path / name)), 320)
+    path = tmp_path / "a.txt"
+    path.write_text("a\n")
+    with pytest.raises(PromptsError, match='chat_template = "x.jinja" is given, but the prompts are no chat messages'):
+        PromptSource.open(PromptOptions(str(path), 100, chat_template="x.jinja"))
 
 
 # -- the date ---------------------------------------------------------------------------------------------------------

@@ -41,20 +41,37 @@ def write_jsonl(path, records):
     return path
 
 
+def zstd(data):
+    """Compressed as the tool does it, in two frames: such files may be put together from several."""
+    half = len(data) // 2
+    return b"".join(pa.compress(piece, "zstd", asbytes=True) for piece in (data[:half], data[half:]))
+
+
 def write_format(path, texts, ids):
     """The same rows in the format that the name ends in."""
     table = {"id": ids, "text": texts, "other": list(range(len(texts)))}
     buffer = io.StringIO(newline="")
+    objects = [{"id": name, "text": text} for name, text in zip(ids, texts, strict=True)]
     if ".csv" in path.name.lower():
         csv.writer(buffer).writerows([table.keys(), *zip(*table.values(), strict=True)])
-    elif ".jsonl" in path.name or ".ndjson" in path.name:
-        buffer.writelines(json.dumps({"id": name, "text": text}) + "\n" for name, text in zip(ids, texts, strict=True))
+    elif ".tsv" in path.name:
+        csv.writer(buffer, delimiter="\t").writerows([table.keys(), *zip(*table.values(), strict=True)])
+    elif ".jsonl" in path.name or ".ndjson" in path.name or path.name.startswith("lines.json"):
+        buffer.writelines(json.dumps(one) + "\n" for one in objects)
+    elif ".json" in path.name:
+        json.dump(objects, buffer, ensure_ascii=False, indent=1 if path.name.startswith("pretty") else None)
     if path.name == "saved":
         datasets.Dataset.from_dict(table).save_to_disk(path, num_shards=2)
     elif path.suffix == ".parquet":
         pq.write_table(pa.table(table), path, row_group_size=2)
+    elif path.suffix == ".arrow":
+        open_arrow = pa.ipc.new_stream if path.name.startswith("stream") else pa.ipc.new_file
+        with open_arrow(path, pa.table(table).schema) as writer:
+            writer.write_table(pa.table(table), max_chunksize=2)
     elif path.suffix == ".gz":
         path.write_bytes(gzip.compress(buffer.getvalue().encode()))
+    elif path.suffix == ".zst":
+        path.write_bytes(zstd(buffer.getvalue().encode()))
     else:
         path.write_bytes(buffer.getvalue().encode())
     return path
@@ -65,7 +82,14 @@ def _quiet_datasets():
     disable_progress_bar()
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson", "a.jsonl.gz", "a.csv", "a.CSV", "a.csv.gz", "a.parquet", "saved"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("a.jsonl", "a.ndjson", "a.jsonl.gz", "a.jsonl.zst", "a.csv", "a.CSV", "a.csv.gz", "a.csv.zst", "a.tsv", "a.tsv.gz"),
+        *("a.json", "pretty.json", "lines.json", "a.json.gz", "lines.json.gz", "a.json.zst"),
+        *("a.parquet", "stream.arrow", "file.arrow", "saved"),
+    ],
+)
 def test_every_format_gives_the_same_rows(tmp_path, name):
     path = tmp_path / name
     write_format(path, TEXTS, [f"id-{text[:3]}" for text in TEXTS])
@@ -76,7 +100,7 @@ def test_every_format_gives_the_same_rows(tmp_path, name):
     assert [row.row_id for row in rows_of(path)] == [str(place) for place in range(len(TEXTS))]
 
 
-@pytest.mark.parametrize(("name", "pack"), [("a.txt", bytes), ("a.txt.gz", gzip.compress)])
+@pytest.mark.parametrize(("name", "pack"), [("a.txt", bytes), ("a.txt.gz", gzip.compress), ("a.txt.zst", zstd)])
 def test_plain_text_is_a_prompt_a_line_and_empty_lines_keep_their_number(tmp_path, name, pack):
     path = tmp_path / name
     path.write_bytes(pack(b"\xef\xbb\xbffirst\r\n\n  \nbad \xff byte\n\xe6\xb2\xb3 last"))
@@ -362,9 +386,11 @@ def test_a_shuffled_saved_dataset_keeps_its_own_order(tmp_path):
 def test_a_dataset_dict_is_refused_and_names_its_splits(tmp_path):
     dataset = datasets.Dataset.from_dict({"text": ["a"]})
     datasets.DatasetDict(train=dataset, test=dataset).save_to_disk(tmp_path / "saved")
-    with pytest.raises(PromptsError, match=r"splits test, train.*saved/test"):
+    with pytest.raises(PromptsError, match=r'several splits: test, train. Name one: split = "test"'):
         open_source(tmp_path / "saved")
-    assert len(rows_of(tmp_path / "saved" / "train")) == 1
+    assert len(rows_of(tmp_path / "saved" / "train")) == len(rows_of(tmp_path / "saved", split="train")) == 1
+    with pytest.raises(PromptsError, match=r"no split 'dev'. Set split to one of: test, train"):
+        open_source(tmp_path / "saved", split="dev")
 
 
 def test_a_saved_dataset_without_one_of_its_files_is_refused(tmp_path):
@@ -380,7 +406,7 @@ def write_cut(path, data):
 
 def test_sources_that_cannot_be_read_stop_the_run(tmp_path):
     (tmp_path / "empty").mkdir()
-    (tmp_path / "a.json").write_text("{}")
+    (tmp_path / "a.yaml").write_text("{}")
     (tmp_path / "noext").write_text("x")
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 not parquet")
     write_jsonl(tmp_path / "a.jsonl", [{"body": "x", "title": "y"}])
@@ -398,7 +424,7 @@ def test_sources_that_cannot_be_read_stop_the_run(tmp_path):
         "absent.jsonl": "absent.jsonl are absent",
         "*.nothing": "No file matches",
         "empty": "holds no files",
-        "a.json": "a.json is unknown. m2ray reads .jsonl",
+        "a.yaml": "a.yaml is unknown. m2ray reads .json, .jsonl",
         "noext": "noext is unknown",
         "broken.parquet": "broken.parquet is damaged",
         "a.jsonl": "neither a column 'text' nor 'messages' nor 'conversations' nor 'input_ids'. Set text_column, messages_column or input_ids_column to one of its columns: 'body', 'title'",
@@ -433,8 +459,11 @@ def test_a_file_cut_short_stops_the_run_by_name(tmp_path):
     data = bytearray((tmp_path / "whole.parquet").read_bytes())
     data[200:2000] = bytes(1800)
     (tmp_path / "a.parquet").write_bytes(data)
-    write_cut(tmp_path / "a.jsonl.gz", gzip.compress(b"".join(json.dumps({"text": text}).encode() + b"\n" for text in texts)))
-    for name in ("a.parquet", "a.jsonl.gz"):
+    lines = b"".join(json.dumps({"text": text}).encode() + b"\n" for text in texts)
+    write_cut(tmp_path / "a.jsonl.gz", gzip.compress(lines))
+    write_cut(tmp_path / "a.jsonl.zst", pa.compress(lines, "zstd", asbytes=True))
+    write_cut(tmp_path / "a.json", json.dumps([{"text": text} for text in texts]).encode())
+    for name in ("a.parquet", "a.jsonl.gz", "a.jsonl.zst", "a.json"):
         with pytest.raises(PromptsError, match=name):
             rows_of(tmp_path / name)
 
@@ -490,7 +519,9 @@ def fingerprint_while_read(source: PromptSource, between=lambda: None) -> str:
     return seen.hexdigest()
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.csv", "a.csv.gz", "a.txt", "a.parquet", "saved"])
+@pytest.mark.parametrize(
+    "name", ["a.jsonl", "a.jsonl.gz", "a.json.zst", "a.json", "a.csv", "a.csv.gz", "a.txt", "a.parquet", "file.arrow", "saved"]
+)
 def test_the_fingerprint_that_is_taken_while_reading_is_that_of_the_files(tmp_path, name):
     path = tmp_path / name
     if name == "a.txt":
