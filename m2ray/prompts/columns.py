@@ -7,6 +7,7 @@ from m2ray.errors import PromptsError
 from m2ray.options import PromptOptions
 from m2ray.prompts.readers import PromptFile
 from m2ray.prompts.rows import Columns, FileColumns, Kind
+from m2ray.storage import without_secrets
 
 TEMPLATE_OPTIONS = "chat_template_kwargs"
 """The column whose objects a row's chat template gets as options, by the name that vLLM and TRL give it."""
@@ -89,6 +90,8 @@ def _found(files: Iterable[tuple[PromptFile, FileColumns]]) -> dict[str, str]:
 
 def _refuse_options_of_chats(kind: Kind, options: PromptOptions) -> None:
     of_chats = {name: getattr(options, name) for name in ("tools_column", "add_generation_prompt", "chat_template", "template_options")}
+    if options.chat_template is not None:
+        of_chats["chat_template"] = without_secrets(options.chat_template)
     given = ", ".join(f"{name} = {json.dumps(value)}" for name, value in of_chats.items() if value)
     if given and kind != "messages":
         raise PromptsError(

@@ -15,6 +15,7 @@ from m2ray.errors import PromptsError
 from m2ray.options import PromptOptions
 from m2ray.prompts import PromptRow, PromptSource
 from m2ray.prompts.remote import find
+from m2ray.prompts.template_file import read_template
 from m2ray.storage import open_store
 from tests.store.test_model import upload
 
@@ -29,6 +30,11 @@ def write(path: Path) -> None:
         path.write_bytes(lines)
     elif name.endswith(".jsonl.gz"):
         path.write_bytes(gzip.compress(lines))
+    elif name.endswith(".json.zst"):
+        path.write_bytes(pa.compress(json.dumps([{"text": text} for text in TEXTS]).encode(), "zstd", asbytes=True))
+    elif name.endswith(".arrow"):
+        with pa.ipc.new_file(path, pa.schema({"text": pa.string()})) as file:
+            file.write_table(pa.table({"text": TEXTS}), max_chunksize=100)
     elif name.endswith(".txt"):
         path.write_text("\n".join(TEXTS))
     elif name.endswith(".csv"):
@@ -52,7 +58,7 @@ def _quiet_datasets() -> None:
     disable_progress_bar()
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.txt", "a.csv", "a.parquet", "saved"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json.zst", "a.txt", "a.csv", "a.parquet", "a.arrow", "saved"])
 def test_every_format_gives_the_rows_of_the_disk(tmp_path: Path, url: str, name: str) -> None:
     write(tmp_path / "in" / name)
     upload(tmp_path / "in", url)
@@ -112,9 +118,22 @@ def test_what_is_not_there_or_not_readable_is_named(tmp_path: Path, url: str) ->
         source(f"{url}/broken.parquet")
     DatasetDict(train=Dataset.from_dict({"text": TEXTS}), test=Dataset.from_dict({"text": TEXTS})).save_to_disk(tmp_path / "splits")
     upload(tmp_path / "splits", f"{url}/splits")
-    with pytest.raises(PromptsError, match=r"splits test, train.*s3://.*/splits/test"):
+    with pytest.raises(PromptsError, match=r"s3://.*/splits holds several splits: test, train"):
         source(f"{url}/splits")
     assert len(rows(f"{url}/splits/train")) == len(TEXTS)
+    named = PromptSource.open(PromptOptions(f"{url}/splits", 100, split="train"))
+    assert [row.text for row in named.rows()] == TEXTS
+
+
+def test_a_folder_of_the_hub_and_a_template_file(url: str) -> None:
+    store = open_store(url)
+    for name in ("README.md", ".gitattributes", "data/train-00000-of-00001.jsonl", "data/test-00000-of-00001.jsonl"):
+        store.put(f"hub/{name}", json.dumps({"text": name}).encode())
+    assert PromptSource.open(PromptOptions(f"{url}/hub", 100, split="test")).names == ("data/test-00000-of-00001.jsonl",)
+    store.put("own.jinja", b"{{ messages }}")
+    assert read_template(f"{url}/own.jinja") == "{{ messages }}"
+    with pytest.raises(PromptsError, match=r"There is no s3://.*/absent\.jinja"):
+        read_template(f"{url}/absent.jinja")
 
 
 def test_a_file_that_goes_away_meanwhile_is_named(url: str) -> None:

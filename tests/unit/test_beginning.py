@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from m2ray.activations.job import read_job
+from m2ray.audit.tokens import open_tokenizer
 from m2ray.chain import extract
 from m2ray.chain.checking import look
 from m2ray.chain.probing import Hardware
@@ -134,6 +135,27 @@ def test_prompts_that_change_between_the_survey_and_the_claim_are_not_those_of_t
     assert work.run.job.counts.sequences == 30
     with pytest.raises(RunConflictError, match=r"fingerprints\.prompts"):
         go_on(config)
+
+
+@pytest.mark.usefixtures("while_ray_starts")
+def test_a_run_goes_on_with_the_template_that_it_began_with_wherever_it_lies(config: ExtractConfig, tmp_path: Path) -> None:
+    for name, text in {
+        "own": "{{ messages[0].content }}",
+        "moved": "{{ messages[0].content }}",
+        "other": "{{ messages[0].content }}!",
+    }.items():
+        (tmp_path / f"{name}.jinja").write_text(text)
+    (tmp_path / "chats.jsonl").write_text('{"messages": [{"role": "user", "content": "sea wind stone"}]}\n' * 30)
+
+    def of(name: str) -> ExtractConfig:
+        return config.model_copy(update={"prompts": str(tmp_path / "chats.jsonl"), "chat_template": str(tmp_path / f"{name}.jinja")})
+
+    job = begin(of("own")).run.job
+    assert job.names["chat_template"] == str(tmp_path / "own.jinja")
+    assert open_tokenizer(job, config.model, 1_000_000).template_digest == job.fingerprints["template"], "the audit's too"
+    assert go_on(of("moved")).run.job == job
+    with pytest.raises(RunConflictError, match=r"fingerprints\.template"):
+        go_on(of("other"))
 
 
 def test_of_two_drivers_that_begin_the_second_goes_on_by_the_survey_of_the_first(

@@ -160,11 +160,11 @@ def test_output_folder_of_another_job_names_what_differs(
         "https://me:hunter2@host/x.jsonl",
     ],
 )
-@pytest.mark.parametrize("option", ["model", "prompts"])
+@pytest.mark.parametrize("option", ["model", "prompts", "chat-template"])
 def test_a_name_with_credentials_is_refused_and_not_repeated(
     sound_model: Path, prompts: Path, tmp_path: Path, option: str, url: str
 ) -> None:
-    """job.json holds both names."""
+    """job.json holds all of them."""
     refused = CliRunner().invoke(
         main, ["extract", "--model", str(sound_model), "--prompts", str(prompts), "--output", str(tmp_path / "run"), f"--{option}", url]
     )
