@@ -15,7 +15,7 @@ from m2ray.errors import PromptsError
 from m2ray.options import TEMPLATE_TIMEOUT_S, PromptOptions
 from m2ray.prompts.columns import TEMPLATE_OPTIONS
 from m2ray.prompts.rendering import RefusedError, Renderer
-from m2ray.prompts.rows import Message, PromptRow
+from m2ray.prompts.rows import PromptRow
 from m2ray.prompts.tool_arguments import with_objects, with_texts
 
 # What a template written for other messages raises: its own raise_exception(), or Python's errors on their values.
@@ -63,25 +63,25 @@ class ChatTemplate:
         self._renderer.close()
 
     def render(self, row: PromptRow) -> str:
-        """The text of a row's messages, in this process and without limits. Raises RefusedError."""
+        """The text of a row's messages, in this process and without limits. Raises RefusedError.
+
+        Calls' arguments are objects, or text in JSON where the template adds them to text (DeepSeek-V3's does).
+        """
+        try:
+            return self._rendered(with_objects(row))
+        except RefusedError as error:
+            if '(not "dict")' not in str(error):
+                raise
+        return self._rendered(with_texts(row))
+
+    def _rendered(self, row: PromptRow) -> str:
         options = dict(row.template_options or {})
         if taken := sorted(self._reserved & options.keys()):
             raise RefusedError(f"{TEMPLATE_OPTIONS}: {', '.join(map(repr, taken))} cannot be set for one row")
         try:
-            return self._taken(row.messages or [], tools=row.tools, **{**self._options.template_options, **options})
-        except RefusedError:
-            raise
+            return self._render(row.messages, tools=row.tools, **{**self._options.template_options, **options})
         except _TEMPLATE_ERRORS as error:
             raise RefusedError(f"the chat template refuses it: {str(error) or type(error).__name__}") from error
-
-    def _taken(self, messages: list[Message], **options: Any) -> str:
-        """The text, with calls' arguments as objects, or as text in JSON where the template adds them to text (DeepSeek-V3's does)."""
-        try:
-            return self._render(with_objects(messages), **options)
-        except TypeError as error:
-            if '(not "dict")' not in str(error):
-                raise
-            return self._render(with_texts(messages), **options)
 
     def _render(self, messages: Any, **options: Any) -> str:
         with _telling(self._midnight):

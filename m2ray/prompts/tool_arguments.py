@@ -2,20 +2,21 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from m2ray.prompts.rendering import RefusedError
-from m2ray.prompts.rows import Message
+from m2ray.prompts.rows import PromptRow
 
 
-def with_objects(messages: list[Message]) -> list[Message]:
-    """The messages with each call's arguments as an object. Raises RefusedError for text that is no object in JSON."""
-    return _changed(messages, _as_object)
+def with_objects(row: PromptRow) -> PromptRow:
+    """The row with each call's arguments as an object. Raises RefusedError for text that is no object in JSON."""
+    return _changed(row, _as_object)
 
 
-def with_texts(messages: list[Message]) -> list[Message]:
-    """The messages with each call's arguments as text; what was text stays as it was written."""
-    return _changed(messages, _as_text)
+def with_texts(row: PromptRow) -> PromptRow:
+    """The row with each call's arguments as text; what was text stays as it was written."""
+    return _changed(row, _as_text)
 
 
 def _as_object(arguments: Any, name: Any) -> Any:
@@ -34,13 +35,14 @@ def _as_text(arguments: Any, _name: Any) -> Any:
     return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
 
 
-def _changed(messages: list[Message], change: Callable[[Any, Any], Any]) -> list[Message]:
-    return [
+def _changed(row: PromptRow, change: Callable[[Any, Any], Any]) -> PromptRow:
+    messages = [
         {**message, "tool_calls": [_call(call, change) for call in message["tool_calls"]]}
         if isinstance(message.get("tool_calls"), list)
         else message
-        for message in messages
+        for message in row.messages or []
     ]
+    return replace(row, messages=messages)
 
 
 def _call(call: Any, change: Callable[[Any, Any], Any]) -> Any:
