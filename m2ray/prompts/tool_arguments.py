@@ -32,7 +32,7 @@ def _as_object(arguments: Any, name: Any) -> Any:
 
 
 def _as_text(arguments: Any, _name: Any) -> Any:
-    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False, default=str)
 
 
 def _changed(row: PromptRow, change: Callable[[Any, Any], Any]) -> PromptRow:
