@@ -24,16 +24,18 @@ class JsonFile(JsonLinesFile):
 
     def records(self, columns: Sequence[str]) -> Iterator[Record]:
         with reading_file(self.path), opened_text(self.path, self.encoding) as file:
-            if file.peek(_PEEKED_BYTES).removeprefix(BYTE_ORDER_MARK).lstrip().startswith(b"["):
-                yield from self._of_list(file, columns)
+            head = file.peek(_PEEKED_BYTES)[:_PEEKED_BYTES]
+            if head.removeprefix(BYTE_ORDER_MARK).lstrip().startswith(b"["):
+                decoder = TextDecoder(self.path, self.encoding, "element")
+                decoder.begin(head)
+                yield from self._of_list(file, decoder, columns)
                 return
             for row, record in enumerate(self._of_lines(file, columns)):
                 if row == 0 and record.problem is not None:
                     raise self._neither(record.problem)
                 yield record
 
-    def _of_list(self, file: io.BufferedReader, columns: Sequence[str]) -> Iterator[Record]:
-        decoder = TextDecoder(self.path, self.encoding, "element")
+    def _of_list(self, file: io.BufferedReader, decoder: TextDecoder, columns: Sequence[str]) -> Iterator[Record]:
         try:
             for element in _elements(file):
                 if element is None:
@@ -64,8 +66,8 @@ def _elements(file: io.BufferedReader) -> Iterator[bytes | None]:
     for text, sign in pieces:
         opens, closes = sign in (b"[", b"{"), sign in (b"]", b"}")
         depth += opens - closes
-        if opens and depth == 1:
-            continue  # the list begins
+        if (opens and depth == 1) or (not closes and depth == 0):
+            continue  # up to where the list begins
         is_whole = (sign == b"," and depth == 1) or (closes and depth == 0)
         element += text if is_whole else text + sign
         if len(element) > MAX_PROMPT_BYTES:

@@ -170,6 +170,7 @@ class _Lines(Iterator[str]):
         if self.bytes_left < 0:
             raise csv.Error(f"it has more than {_LONGEST_ROW_BYTES} bytes")
         if self._is_first:
+            self._decoder.begin(line)
             line = line.removeprefix(BYTE_ORDER_MARK)
             self._is_first = False
         if len(line) > MAX_PROMPT_BYTES and not line.endswith(b"\n"):

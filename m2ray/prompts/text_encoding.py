@@ -104,11 +104,26 @@ class TextDecoder:
         self._first_wrong = ""
         self._shown: list[str] = []
 
+    def begin(self, head: bytes) -> None:
+        """Look at the file's first bytes: raise PromptsError if they are UTF-16 or UTF-32, and that was not said."""
+        if self._encoding != UTF_8:
+            return
+        for mark, name in _MARKS.items():
+            if head.startswith(mark):
+                raise PromptsError(
+                    f"{self._path} is not {UTF_8}: it begins with the bytes {mark.hex(' ')}, as {name} does.", f'Set encoding = "{name}".'
+                )
+        if 4 * head.count(0) > len(head):
+            name = "utf-16-le" if head.find(0) % 2 else "utf-16-be"
+            raise PromptsError(
+                f"{self._path} is hardly {UTF_8}: its byte {head.find(0)} and {head.count(0) - 1:,} more of its first {len(head):,} bytes are zero, "
+                f"as in {name}.",
+                f'Set encoding = "{name}".',
+            )
+
     def decode(self, line: bytes) -> tuple[str, str | None]:
         """Its text, where wrong bytes are lone surrogates, and what is wrong with it. Raises PromptsError if that is the file's encoding."""
         self._num_lines += 1
-        if self._num_lines == 1 and self._encoding == UTF_8:
-            self._refuse_utf_16(line)
         text, problem = self._decoded(line)
         if self._num_lines == _JUDGED_LINES:
             self.judge()
@@ -140,20 +155,6 @@ class TextDecoder:
                 self._first_wrong = wrong
                 self._shown = _as_others_read(line) if self._encoding == UTF_8 else []
             return line.decode(UTF_8, "surrogateescape"), problem
-
-    def _refuse_utf_16(self, line: bytes) -> None:
-        for mark, name in _MARKS.items():
-            if line.startswith(mark):
-                raise PromptsError(
-                    f"{self._path} is not {UTF_8}: it begins with the bytes {mark.hex(' ')}, as {name} does.", f'Set encoding = "{name}".'
-                )
-        if 4 * line.count(0) > len(line):
-            name = "utf-16-le" if line.find(0) % 2 else "utf-16-be"
-            raise PromptsError(
-                f"{self._path} is hardly {UTF_8}: its byte {line.find(0)} and {line.count(0) - 1:,} more of its first {len(line):,} bytes are zero, "
-                f"as in {name}.",
-                f'Set encoding = "{name}".',
-            )
 
 
 def _as_others_read(line: bytes) -> list[str]:

@@ -117,7 +117,7 @@ def test_an_encoding_is_of_no_use_to_parquet(tmp_path: Path) -> None:
 def test_an_encoding_is_one_of_pythons() -> None:
     given = {"model": "m", "prompts": "p", "output": "o"}
     assert ExtractConfig.validated({**given, "encoding": "UTF8"}).encoding == "utf-8"
-    assert ExtractConfig.validated({**given, "encoding": "GB-18030"}).encoding == "gb18030"
+    assert ExtractConfig.validated({**given, "encoding": "GB18030"}).encoding == "gb18030"
     for wrong in ("latin-9999", "rot13", ""):
         with pytest.raises(ConfigError, match="encoding = .* is not the name of a text encoding"):
             ExtractConfig.validated({**given, "encoding": wrong})
