@@ -50,6 +50,7 @@ class ParquetFile(_FileWithSchema):
             for group in range(file.num_row_groups):
                 for batch, sizes in self._batches(file, group, columns):
                     yield from arrow_records(batch, columns, sizes)
+                    del batch, sizes  # so that the next one is not made beside it
 
     @contextmanager
     def _opened(self) -> Iterator[Any]:
@@ -74,7 +75,10 @@ class ParquetFile(_FileWithSchema):
                     known = min(max(done - row, 0), batch.num_rows)  # given before, when more were decoded at a time
                     row += batch.num_rows
                     done = max(done, row)
-                    yield batch.slice(known), {name: of_rows[known:] for name, of_rows in sizes.items()}
+                    left = batch.slice(known), {name: of_rows[known:] for name, of_rows in sizes.items()}
+                    del batch, sizes
+                    yield left
+                    del left
             except MemoryError:
                 continue
             return
@@ -94,6 +98,7 @@ class ArrowFile(_FileWithSchema):
             try:
                 for batch, sizes in _bounded(batches, columns):
                     yield from arrow_records(batch, columns, sizes)
+                    del batch, sizes
             except MemoryError as error:
                 raise _too_large(f"A record batch of {self.path}", "smaller batches") from error
 
@@ -118,6 +123,7 @@ def _bounded(batches: Iterable[Any], columns: Sequence[str]) -> Iterator[tuple[A
             batch = chosen(batch, columns)
             sizes = row_sizes(batch, columns)
         yield batch, sizes
+        del batch, sizes
 
 
 @contextmanager
