@@ -1,10 +1,12 @@
 """PromptTokenizer: rows to token ids, by the model's own tokenizer and chat template."""
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Self
@@ -32,6 +34,9 @@ _VOCABULARY_FILES = (
     "vocab.json",
     "vocab.txt",
 )
+_SENTENCEPIECE_FILES = ("sentencepiece.bpe.model", "spiece.model", "tokenizer.model")
+_TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")
+"""A token in base 64 and its rank: some repositories call such a file tokenizer.model as well."""
 _OTHER_FILES = ("added_tokens.json", "merges.txt", "special_tokens_map.json", "tokenizer_config.json")
 _FILES_BESIDE = ("chat_template.jinja", "chat_template.json", "config.json")
 _TEMPLATES_FOLDER = "additional_chat_templates"
@@ -81,8 +86,7 @@ class PromptTokenizer:
             try:
                 tokenizer = own_tokenizer(folder)
             except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RecursionError, RuntimeError) as error:
-                words = " ".join(str(error).split()).rstrip(".")
-                raise CheckpointError(f"transformers cannot load the tokenizer of {model_url}: {words}.", _remedy(folder)) from error
+                raise _not_loaded(folder, model_url, error) from error
         if options.chat_template is not None:
             tokenizer.chat_template = read_template(options.chat_template)
         return cls(tokenizer, probed_digest(tokenizer, digest), options, vocab_size, no_text)
@@ -262,15 +266,33 @@ def _local_folder(model_url: str) -> Iterator[Path]:
     yield folder
 
 
-def _remedy(folder: Path) -> str:
-    """What to do about a tokenizer that transformers does not load."""
+def _not_loaded(folder: Path, model_url: str, error: Exception) -> CheckpointError:
+    """What is said of a tokenizer that transformers does not load: which package it lacks, else its own words."""
+    words = " ".join(str(error).split()).rstrip(".")
+    what = f"transformers cannot load the tokenizer of {model_url}: {words}."
     if (folder / "tokenizer.json").is_file():
-        return "Copy the tokenizer's files again. Tokenizers that need code from the checkpoint are refused."
+        return CheckpointError(what, "Copy the tokenizer's files again. Tokenizers that need code from the checkpoint are refused.")
     there = ", ".join(name for name in _VOCABULARY_FILES if (folder / name).is_file())
-    return (
-        f"There is {there}, but no tokenizer.json: put the same model's there. Or install what reads {there}: sentencepiece and protobuf, or "
-        "tiktoken for a file of tiktoken's."
-    )
+    if missing := _missing_readers(folder):
+        what = f"{model_url} has {there} and no tokenizer.json, and {' and '.join(missing)}, which it takes to read that, is not installed."
+        return CheckpointError(what, f"pip install {' '.join(missing)}; or put the same model's tokenizer.json there.")
+    return CheckpointError(what, f"There is {there}, but no tokenizer.json: put the same model's there, or copy {there} again.")
+
+
+def _missing_readers(folder: Path) -> list[str]:
+    """The packages that read the folder's vocabulary and are not installed."""
+    model = next((folder / name for name in _SENTENCEPIECE_FILES if (folder / name).is_file()), None)
+    if model is None:
+        return []
+    with model.open("rb") as file:
+        is_tiktoken = _TIKTOKEN_LINE.match(file.readline(1000)) is not None
+    return [package for package in (["tiktoken"] if is_tiktoken else ["sentencepiece", "protobuf"]) if not _is_installed(package)]
+
+
+def _is_installed(package: str) -> bool:
+    with suppress(PackageNotFoundError):
+        return bool(version(package))
+    return False
 
 
 def _digest_files(folder: Path, model_url: str) -> str:

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, LlamaTokenizer, Qwen2Tokenizer
 
 from m2ray.errors import CheckpointError, PromptsError
 from m2ray.options import PromptOptions
-from m2ray.prompts import PromptRow, PromptTokenizer, own_tokenizer
+from m2ray.prompts import PromptRow, PromptTokenizer, own_tokenizer, tokenize
 from m2ray.prompts.own_tokenizer import PROBES
 from m2ray.prompts.rows import Columns
 
@@ -295,18 +295,30 @@ def test_absent_and_damaged_tokenizers_are_named(copied, tmp_path):
         load(copied)
 
 
-def test_a_tokenizer_model_alone_is_refused_with_what_reads_it(copied):
+@pytest.mark.parametrize(
+    ("content", "installed", "needed"),
+    [
+        (b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02", [], "sentencepiece protobuf"),
+        (b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02", ["protobuf"], "sentencepiece"),
+        (b"IQ== 0\nIg== 1\n", ["sentencepiece", "protobuf"], "tiktoken"),
+    ],
+)
+def test_a_tokenizer_model_alone_says_what_to_install(copied, monkeypatch, content, installed, needed):
+    """Tried with a model of sentencepiece 0.2.3, which is no package of this project's: it is read once that is installed."""
+    monkeypatch.setattr(tokenize, "_is_installed", installed.__contains__)
     for file in copied.iterdir():
         file.unlink()
     (copied / "config.json").write_text('{"model_type": "llama"}')
     (copied / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
-    (copied / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
-    with pytest.raises(
-        CheckpointError, match=r"There is tokenizer\.model, but no tokenizer\.json: put the same model's there\. Or install"
-    ) as caught:
+    (copied / "tokenizer.model").write_bytes(content)
+    with pytest.raises(CheckpointError) as caught:
         load(copied)
-    assert "\n" not in str(caught.value)
-    assert "Copy" not in str(caught.value)
+    listed = " and ".join(needed.split())
+    assert f"has tokenizer.model and no tokenizer.json, and {listed}, which it takes to read that, is not installed" in str(caught.value)
+    assert f"pip install {needed}; or put the same model's tokenizer.json there" in str(caught.value)
+    monkeypatch.setattr(tokenize, "_is_installed", lambda _: True)
+    with pytest.raises(CheckpointError, match="transformers cannot load .*There is tokenizer.model, but no tokenizer.json"):
+        load(copied)
 
 
 def test_prompts_beyond_the_steady_positions_are_quarantined_whatever_max_length_says():
