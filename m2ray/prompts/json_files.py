@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 from m2ray.errors import PromptsError
+from m2ray.prompts.nested import dotted
 from m2ray.prompts.readers import JsonLinesFile, json_record, reading_file
 from m2ray.prompts.rows import MAX_PROMPT_BYTES, Record
 from m2ray.prompts.text_encoding import BYTE_ORDER_MARK, TextDecoder, opened_text
@@ -36,12 +37,13 @@ class JsonFile(JsonLinesFile):
                 yield record
 
     def _of_list(self, file: io.BufferedReader, decoder: TextDecoder, columns: Sequence[str]) -> Iterator[Record]:
+        nested = dotted(columns)
         try:
             for element in _elements(file):
                 if element is None:
                     yield Record({}, f"an element of more than {MAX_PROMPT_BYTES} bytes")
                 else:
-                    yield json_record(*decoder.decode(element), columns)
+                    yield json_record(*decoder.decode(element), nested)
         except _NoListError as error:
             raise PromptsError(f"{self.path} is no list in JSON: {error}.", "Copy it again, or give JSON lines.") from error
         decoder.judge()

@@ -10,11 +10,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 
-def with_nested(values: Mapping[str, Any], columns: Iterable[str]) -> Mapping[str, Any]:
-    """A row with those of the columns, by their dotted names, that lie deeper in it."""
+def dotted(columns: Iterable[str]) -> list[str]:
+    """Those of the columns that may lie deeper."""
+    return [name for name in columns if "." in name]
+
+
+def with_nested(values: Mapping[str, Any], names: Iterable[str]) -> Mapping[str, Any]:
+    """A row with what lies deeper in it under dotted names."""
     nested = {}
-    for name in columns:
-        if "." in name and name not in values:
+    for name in names:
+        if name not in values:
             found: Any = values
             *folders, last = name.split(".")
             for folder in folders:

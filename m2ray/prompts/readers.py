@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 
 from m2ray.errors import PromptsError
-from m2ray.prompts.nested import with_nested
+from m2ray.prompts.nested import dotted, with_nested
 from m2ray.prompts.remote import RemotePath, reading_store
 from m2ray.prompts.rows import MAX_PROMPT_BYTES, Record
 from m2ray.prompts.text_encoding import BYTE_ORDER_MARK, UTF_8, TextDecoder, opened_text
@@ -74,9 +74,9 @@ class JsonLinesFile(PromptFile):
             yield from self._of_lines(file, columns)
 
     def _of_lines(self, file: io.BufferedReader, columns: Sequence[str]) -> Iterator[Record]:
-        lines = _Lines(file, TextDecoder(self.path, self.encoding))
+        lines, nested = _Lines(file, TextDecoder(self.path, self.encoding)), dotted(columns)
         for line in lines:
-            yield json_record(line, lines.take_problem(), columns)
+            yield json_record(line, lines.take_problem(), nested)
 
 
 class CsvFile(PromptFile):
@@ -204,8 +204,8 @@ def _without_line_end(line: str) -> str:
     return line.removesuffix("\n").removesuffix("\r")
 
 
-def json_record(line: str, problem: str | None, columns: Sequence[str]) -> Record:
-    """The row that an object in JSON is, with those of the columns that lie deeper in it."""
+def json_record(line: str, problem: str | None, nested: Sequence[str]) -> Record:
+    """The row that an object in JSON is, with what lies deeper in it under the dotted names `nested`."""
     if problem is None and not line.strip():
         return Record({}, "empty")
     try:
@@ -218,7 +218,7 @@ def json_record(line: str, problem: str | None, columns: Sequence[str]) -> Recor
         return Record({}, problem or f"malformed JSON: {error}")
     if not isinstance(value, dict):
         return Record({}, problem or f"not a JSON object but {type(value).__name__}")
-    return Record(with_nested(value, columns), problem)
+    return Record(with_nested(value, nested), problem)
 
 
 def _match_header(header: Sequence[str], values: Sequence[str], problem: str | None) -> Record:

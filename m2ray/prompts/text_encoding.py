@@ -124,7 +124,10 @@ class TextDecoder:
     def decode(self, line: bytes) -> tuple[str, str | None]:
         """Its text, where wrong bytes are lone surrogates, and what is wrong with it. Raises PromptsError if that is the file's encoding."""
         self._num_lines += 1
-        text, problem = self._decoded(line)
+        try:
+            text, problem = line.decode(UTF_8), None
+        except UnicodeDecodeError as error:
+            text, problem = line.decode(UTF_8, "surrogateescape"), self._wrong(line, error)
         if self._num_lines == _JUDGED_LINES:
             self.judge()
         return text, problem
@@ -140,21 +143,20 @@ class TextDecoder:
             self._shown,
         )
 
-    def _decoded(self, line: bytes) -> tuple[str, str | None]:
-        try:
-            return line.decode(UTF_8), None
-        except UnicodeDecodeError as error:
-            self._num_wrong += 1
+    def _wrong(self, line: bytes, error: UnicodeDecodeError) -> str:
+        self._num_wrong += 1
+        where = f"{self._unit} {self._num_lines}"
+        if self._encoding == UTF_8:
             problem = f"invalid UTF-8 at byte {error.start} of its {self._unit}"
-            wrong = f"byte {error.start} of {self._unit} {self._num_lines} (0x{line[error.start]:02x}) is wrong"
-            if self._encoding != UTF_8:
-                place = len(line[: error.start].decode(UTF_8))
-                problem = f"invalid {self._encoding} at character {place} of its {self._unit}"
-                wrong = f"character {place} of {self._unit} {self._num_lines} is wrong"
-            if self._num_wrong == 1:
-                self._first_wrong = wrong
-                self._shown = _as_others_read(line) if self._encoding == UTF_8 else []
-            return line.decode(UTF_8, "surrogateescape"), problem
+            wrong = f"byte {error.start} of {where} (0x{line[error.start]:02x}) is wrong"
+        else:
+            place = len(line[: error.start].decode(UTF_8))
+            problem = f"invalid {self._encoding} at character {place} of its {self._unit}"
+            wrong = f"character {place} of {where} is wrong"
+        if self._num_wrong == 1:
+            self._first_wrong = wrong
+            self._shown = _as_others_read(line) if self._encoding == UTF_8 else []
+        return problem
 
 
 def _as_others_read(line: bytes) -> list[str]:
