@@ -119,6 +119,8 @@ def test_the_sequences_table_says_what_became_of_every_row(surveyed):
             "shard": shard_of.get(place),
             "status": "quarantined" if is_bad else "ready",
             "reason": ids if is_bad else None,
+            "loss_mask": None,
+            "roles": None,
         }
     bad = [(place, f"p{place}", ids) for place, ids in enumerate(encoded) if isinstance(ids, str)]
     assert {(3, "p3", "empty"), (17, "p17", "null"), (40, "p40", "not a string but int")} <= set(bad)
