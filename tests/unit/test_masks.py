@@ -24,7 +24,7 @@ MESSAGE = "<|start|>{{ message.role }}\n{{ message.content }}<|end|>\n"
 ASKING = "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
 PREAMBLE = (
     "{{ bos_token }}{% if messages[0].role != 'system' %}<|start|>system\nBe kind.<|end|>\n{% endif %}"
-    "{% if tools %}{{ tools | tojson }}\n{% endif %}{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}\n{% endif %}"
+    "{% if tools %}{{ tools | tojson }}\n{% endif %}"
 )
 PLAIN = PREAMBLE + "{% for message in messages %}" + MESSAGE + "{% endfor %}" + ASKING
 TAGGED = (
@@ -175,23 +175,23 @@ def _xxh3(path: Path) -> str:
 
 @pytest.mark.parametrize("asks", [False, True])
 @pytest.mark.parametrize("tools", [None, TOOLS])
-def test_tags_give_the_mask_of_transformers(tmp_path: Path, tools: Any, asks: bool) -> None:
+def test_tags_give_the_mask_of_transformers(tmp_path: Path, tools: Any, *, asks: bool) -> None:
     tokenizer = tokenizer_of(tmp_path, TAGGED, mask="assistant", add_generation_prompt=asks)
     reference = AutoTokenizer.from_pretrained(str(tmp_path / "model"))
     for chat, found in zip([LONG, SHORT], marked(tokenizer, LONG, SHORT, tools=tools), strict=True):
         options = {"return_assistant_tokens_mask": True, "return_dict": True, "add_generation_prompt": asks}
         expected = reference.apply_chat_template(chat, tools=tools, **options)
-        if "strftime" not in TAGGED:
-            assert found.token_ids.tolist() == expected["input_ids"]
+        assert found.token_ids.tolist() == expected["input_ids"]
         assert list(found.loss_mask) == expected["assistant_masks"]
         assert sum(found.loss_mask) > 2
 
 
 @pytest.mark.parametrize("asks", [False, True])
 @pytest.mark.parametrize("tools", [None, TOOLS])
-def test_beginnings_give_the_same_mask_as_tags(tmp_path: Path, tools: Any, asks: bool) -> None:
+def test_beginnings_give_the_same_mask_as_tags(tmp_path: Path, tools: Any, *, asks: bool) -> None:
     options = {"mask": "assistant", "add_generation_prompt": asks, "template_date": date(2024, 2, 29)}
-    by_template = [marked(tokenizer_of(tmp_path, template, **options), LONG, SHORT, tools=tools) for template in (PLAIN, TAGGED)]
+    dated = "{{ strftime_now('%d %b %Y') }}"
+    by_template = [marked(tokenizer_of(tmp_path, dated + template, **options), LONG, SHORT, tools=tools) for template in (PLAIN, TAGGED)]
     for plain, tagged in zip(*by_template, strict=True):
         assert plain.token_ids.tolist() == tagged.token_ids.tolist()
         assert plain.loss_mask == tagged.loss_mask
