@@ -1,8 +1,10 @@
 """Loss masks and roles: from token ids and from chats into `sequences/`, equal to transformers' where its templates mark answers."""
 
+import itertools
 import json
 import shutil
 from datetime import date
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ TAGGED = (
     PREAMBLE
     + (
         "{% for message in messages %}<|start|>{{ message.role }}\n{% if message.role == 'assistant' %}"
-        "{% generation %}{{ message.content }}<|end|>{% endgeneration %}{% else %}{{ message.content }}<|end|>{% endif %}\n{% endfor %}"
+        "{% generation %}{{ message.content }}<|end|>{% endgeneration %}{% else %}{{ message.content }}<|end|>{% endif %}{{ '\n' }}{% endfor %}"
     )
     + ASKING
 )
@@ -74,12 +76,9 @@ def words(tokenizer: PromptTokenizer, token_ids: Any) -> str:
 
 
 def said(tokenizer: PromptTokenizer, row: Any) -> str:
-    """The tokens under the mask, in words, with a bar where some were left out."""
-    runs, before = "", 1
-    for token_id, is_said in zip(row.token_ids.tolist(), row.loss_mask, strict=True):
-        runs += words(tokenizer, [token_id]) if is_said else "|" * before
-        before = is_said
-    return runs.strip("|")
+    """The tokens under the mask, in words, with a bar where some were left out between them."""
+    runs = itertools.groupby(zip(row.token_ids.tolist(), row.loss_mask, strict=True), key=itemgetter(1))
+    return "|".join(words(tokenizer, [token_id for token_id, _ in run]) for is_said, run in runs if is_said)
 
 
 def surveyed(path: Path, tokenizer: Any, **options: Any) -> tuple[Any, pa.Table]:
@@ -183,7 +182,7 @@ def test_tags_give_the_mask_of_transformers(tmp_path: Path, tools: Any, *, asks:
         expected = reference.apply_chat_template(chat, tools=tools, **options)
         assert found.token_ids.tolist() == expected["input_ids"]
         assert list(found.loss_mask) == expected["assistant_masks"]
-        assert sum(found.loss_mask) > 2
+        assert sum(found.loss_mask) >= 2
 
 
 @pytest.mark.parametrize("asks", [False, True])
@@ -220,7 +219,7 @@ def test_thinking_that_is_left_out_later_does_not_shift_the_mask(tmp_path: Path)
 
 def test_the_mask_is_cut_with_the_tokens(tmp_path: Path) -> None:
     whole = marked(tokenizer_of(tmp_path, PLAIN, mask="assistant"), LONG)[0]
-    cut_tokens = whole.roles[2][1] + 6
+    cut_tokens = whole.roles[2][1] + 20
     folder = str(tmp_path / "model")
     options = PromptOptions("p", cut_tokens, mask="assistant", truncation="cut")
     cut = marked(PromptTokenizer.load(folder, options, 320), LONG)[0]
@@ -236,7 +235,7 @@ def test_what_gives_no_mask_is_a_reason(tmp_path: Path) -> None:
     assert first == "no loss mask: its first message is the assistant's, and the template does not say where that begins"
     assert set(alone.loss_mask) == {0}
     assert said(tokenizer, fine) == "b<|end|>"
-    joined = [{"role": "user", "content": "The ri"}, {"role": "assistant", "content": "ver is low"}]
+    joined = [{"role": "user", "content": "Th"}, {"role": "assistant", "content": "e river is low"}]
     (across,) = marked(tokenizer_of(tmp_path, HEADERLESS, mask="assistant"), joined)
     assert across == "no loss mask: a token lies across the beginning or the end of an answer"
     last_first = "{% for message in messages | reverse %}" + MESSAGE + "{% endfor %}" + ASKING
