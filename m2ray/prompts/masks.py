@@ -52,8 +52,8 @@ def _overlapping(start: int, stop: int, offsets_T2: Int32Array) -> tuple[int, in
 
 
 def _is_within_token(place: int, offsets_T2: Int32Array) -> bool:
-    ended, begun = (np.searchsorted(offsets_T2[:, column], place, side=side) for column, side in ((1, "right"), (0, "left")))
-    return bool(ended < begun)
+    ended, begun = _overlapping(place, place, offsets_T2)
+    return ended < begun
 
 
 def _without_space(text: str, first: int, last: int, offsets_T2: Int32Array) -> int:

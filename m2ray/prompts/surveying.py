@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing
 from dataclasses import dataclass
@@ -105,7 +105,7 @@ def survey(
 
 def _ahead(
     tokenizer: PromptTokenizer, batches: Iterable[list[PromptRow]], *, reads_ahead: bool
-) -> Iterator[tuple[list[PromptRow], list[Marked | str]]]:
+) -> Generator[tuple[list[PromptRow], list[Marked | str]]]:
     """Each batch with its tokens. While one is tokenised, on all cores and without Python, the caller takes the one before.
 
     With `reads_ahead` the next one is read meanwhile, too.
