@@ -34,6 +34,9 @@ loss_mask: one 0 or 1 a token, null where the prompts gave none. roles: the toke
 null where unknown.
 """
 
+_FEW_VALUES = ["shard", "status", "reason", "loss_mask.list.element", "roles.list.element.role"]
+"""The columns whose values come again and again."""
+
 ROWS_PER_FILE = 1 << 20
 
 
@@ -117,7 +120,9 @@ class _OpenFile:
         self.rows = 0
         self.key = key
         self._stream = HashingFile(store.open_part(key))
-        self._writer = pq.ParquetWriter(pa.PythonFile(self._stream, mode="w"), SEQUENCES_SCHEMA, compression="zstd")
+        self._writer = pq.ParquetWriter(
+            pa.PythonFile(self._stream, mode="w"), SEQUENCES_SCHEMA, compression="zstd", use_dictionary=_FEW_VALUES
+        )
 
     def write(self, table: Any) -> None:
         self._writer.write_table(table)

@@ -73,8 +73,8 @@ class PromptSource:
         for file, present in self._files:
             with fingerprint.reading(file) if fingerprint else nullcontext(file) as data:
                 for number, record in enumerate(data.records(self.columns.of(present))):
-                    if rivals := sorted(self.columns.rivals & record.values.keys()):
-                        raise self._two_columns(file, number, rivals[0])
+                    if not self.columns.rivals.isdisjoint(record.values):
+                        raise self._two_columns(file, number, min(self.columns.rivals & record.values.keys()))
                     yield as_row(record, sequence_id, self.columns)
                     sequence_id += 1
 
