@@ -17,7 +17,8 @@ NAME_ONE = (
     "files without it refused."
 )
 
-_MASKS = ("attention_mask", "loss_mask")
+_LOSS_MASKS = ["loss_mask", "assistant_masks"]
+"""The columns that are looked for beside token ids; transformers and TRL write the second name."""
 
 _DEFAULTS: dict[str, Kind] = {"text": "text", "messages": "messages", "conversations": "messages", "input_ids": "input_ids"}
 """The columns that are looked for where none is named, and what they hold."""
@@ -26,7 +27,7 @@ _DEFAULTS: dict[str, Kind] = {"text": "text", "messages": "messages", "conversat
 def nested_columns(options: PromptOptions) -> list[str]:
     """The dotted names that files are asked for: columns that are named, and such as go with a prompt and may lie beside it."""
     prompts = [name for name in _named(options).values() if name]
-    beside = [_beside(name, prompt) for prompt in prompts for name in ("tools", TEMPLATE_OPTIONS, *_MASKS)]
+    beside = [_beside(name, prompt) for prompt in prompts for name in ("tools", TEMPLATE_OPTIONS, "attention_mask", *_LOSS_MASKS)]
     return [name for name in (*prompts, options.id_column, options.tools_column, *beside) if name and "." in name]
 
 
@@ -67,9 +68,17 @@ def choose_columns(files: Sequence[tuple[PromptFile, FileColumns]], options: Pro
         tools=(options.tools_column or with_prompt("tools")) if is_messages else None,
         template_options=with_prompt(TEMPLATE_OPTIONS) if is_messages else None,
         attention_mask=with_prompt("attention_mask") if is_ids else None,
-        loss_mask=with_prompt("loss_mask") if is_ids else None,
+        loss_mask=_loss_mask(files, [with_prompt(name) for name in _LOSS_MASKS]) if is_ids else None,
         rivals=frozenset() if named else frozenset(_DEFAULTS) - {prompt},
     )
+
+
+def _loss_mask(files: Iterable[tuple[PromptFile, FileColumns]], names: Sequence[str]) -> str:
+    """Of the names the column with the loss masks of token ids, whether it is there or not."""
+    there = [name for name in names if any(name in present for _, present in files if present is not None)]
+    if len(there) > 1:
+        raise PromptsError(f"The prompts have two columns of loss masks: {' and '.join(map(repr, there))}.", "Leave one of them out.")
+    return [*there, *names][0]
 
 
 def _named(options: PromptOptions) -> dict[Kind, str | None]:
@@ -89,7 +98,8 @@ def _found(files: Iterable[tuple[PromptFile, FileColumns]]) -> dict[str, str]:
 
 
 def _refuse_options_of_chats(kind: Kind, options: PromptOptions) -> None:
-    of_chats = {name: getattr(options, name) for name in ("tools_column", "add_generation_prompt", "chat_template", "template_options")}
+    names = ("tools_column", "add_generation_prompt", "chat_template", "template_options", "mask")
+    of_chats = {name: getattr(options, name) for name in names}
     if options.chat_template is not None:
         of_chats["chat_template"] = without_secrets(options.chat_template)
     given = ", ".join(f"{name} = {json.dumps(value)}" for name, value in of_chats.items() if value)
