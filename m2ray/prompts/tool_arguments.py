@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 from m2ray.prompts.rendering import RefusedError
@@ -42,7 +41,7 @@ def _changed(row: PromptRow, change: Callable[[Any, Any], Any]) -> PromptRow:
         else message
         for message in row.messages or []
     ]
-    return replace(row, messages=messages)
+    return row._replace(messages=messages)
 
 
 def _call(call: Any, change: Callable[[Any, Any], Any]) -> Any:

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, LlamaTokenizer, Qwen2Tokenizer
 
 from m2ray.errors import CheckpointError, PromptsError
 from m2ray.options import PromptOptions
-from m2ray.prompts import PromptRow, PromptTokenizer, own_tokenizer, tokenize
+from m2ray.prompts import PromptRow, PromptTokenizer, own_tokenizer, tokenizer_files
 from m2ray.prompts.own_tokenizer import PROBES
 from m2ray.prompts.rows import Columns
 
@@ -305,7 +305,7 @@ def test_absent_and_damaged_tokenizers_are_named(copied, tmp_path):
 )
 def test_a_tokenizer_model_alone_says_what_to_install(copied, monkeypatch, content, installed, needed):
     """Tried with a model of sentencepiece 0.2.3, which is no package of this project's: it is read once that is installed."""
-    monkeypatch.setattr(tokenize, "_is_installed", installed.__contains__)
+    monkeypatch.setattr(tokenizer_files, "_is_installed", installed.__contains__)
     for file in copied.iterdir():
         file.unlink()
     (copied / "config.json").write_text('{"model_type": "llama"}')
@@ -316,7 +316,7 @@ def test_a_tokenizer_model_alone_says_what_to_install(copied, monkeypatch, conte
     listed = " and ".join(needed.split())
     assert f"has tokenizer.model and no tokenizer.json, and {listed}, which it takes to read that, is not installed" in str(caught.value)
     assert f"pip install {needed}; or put the same model's tokenizer.json there" in str(caught.value)
-    monkeypatch.setattr(tokenize, "_is_installed", lambda _: True)
+    monkeypatch.setattr(tokenizer_files, "_is_installed", lambda _: True)
     with pytest.raises(CheckpointError, match="transformers cannot load .*There is tokenizer.model, but no tokenizer.json"):
         load(copied)
 
