@@ -282,6 +282,35 @@ def test_arguments_reach_a_template_as_it_takes_them(model: Path, tmp_path: Path
     assert in_words(model, template, arguments, tmp_path) == expected
 
 
+TAGGED = (
+    "{% for m in messages %}{{ m.role }}:{% if m.role == 'assistant' %}{% generation %}"
+    + AS_JSON.replace("m in messages", "m in [m]")
+    + ("{% endgeneration %}{% else %}{{ m.content }}{% endif %};{% endfor %}")
+)
+
+
+@pytest.mark.parametrize("template", [TAGGED, TAGGED.replace("{% generation %}", "").replace("{% endgeneration %}", "")])
+def test_masks_are_the_same_for_arguments_in_json(model: Path, tmp_path: Path, template: str) -> None:
+    (model / "chat_template.jinja").write_text(template)
+    given = ({"city": "Oslo"}, '{"city":"Oslo"}')
+    rows = [
+        {"messages": [{"role": "user", "content": parts("hi")}, {"role": "assistant", "tool_calls": [{"function": {"arguments": one}}]}]}
+        for one in given
+    ]
+    chosen = PromptOptions(str(write_jsonl(tmp_path / "a.jsonl", rows)), 100, mask="assistant")
+    as_object, as_text = PromptTokenizer.load(str(model), chosen, 320).marked(list(PromptSource.open(chosen).rows()))
+    assert not isinstance(as_object, str)
+    assert not isinstance(as_text, str)
+    assert as_object.loss_mask is not None
+    assert 1 in as_object.loss_mask
+    assert 0 in as_object.loss_mask
+    assert (as_object.token_ids.tolist(), as_object.loss_mask, as_object.roles) == (
+        as_text.token_ids.tolist(),
+        as_text.loss_mask,
+        as_text.roles,
+    )
+
+
 # -- a template of the user's own -------------------------------------------------------------------------------------
 
 
