@@ -179,13 +179,11 @@ def test_each_known_fault_is_told_of_its_sample_and_no_other(layout: str, tmp_pa
 def test_tokens_that_are_not_the_tokenizers(tmp_path: Path) -> None:
     contents = sound()
     contents[1]["ids"][0] = 10**6
-    ids = contents[2]["ids"]
-    letters = own_tokenizer(TOKENIZER)(list("an"), add_special_tokens=False)["input_ids"]
-    contents[2] = {
-        "ids": torch.cat([torch.tensor(sum(letters, [])), ids]),
-        "mask": torch.ones(len(ids) + 2),
-        "states": states(len(ids) + 2, 4, 9),
-    }
+    letters = torch.tensor(
+        own_tokenizer(TOKENIZER)("a", add_special_tokens=False)["input_ids"] * 2
+    )  # "aa" would be other ids, or "a" "and"
+    ids = torch.cat([letters, contents[2]["ids"]])
+    contents[2] = {"ids": ids, "mask": torch.ones(len(ids)), "states": states(len(ids), 4, 9)}
     as_modelopt(tmp_path / "dump", contents)
     assert faults(tmp_path / "dump") == {}
     assert faults(tmp_path / "dump", "--tokenizer", str(TOKENIZER)) == {"vocabulary": ["c1.pt"], "other_tokens": ["c2.pt"]}
@@ -225,8 +223,8 @@ def test_hooks_of_activault_side_by_side(tmp_path: Path) -> None:
 
 def test_what_is_no_tensors_is_refused_file_by_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Code in a pickle, a tensor larger than its bytes, another format, too large a pickle or gzip: told, and the others are looked at."""
-    as_modelopt(tmp_path, sound()) if not tmp_path.exists() else as_modelopt(tmp_path / "dump", sound())
     folder = tmp_path / "dump"
+    as_modelopt(folder, sound())
     torch.save({"states": torch.zeros(1), "f": os.getcwd}, folder / "d0.pt")
     torch.save({"states": torch.zeros(1).expand(1000, 8)}, folder / "d1.pt")
     torch.save({"states": torch.ones(3, 8)}, folder / "d2.pt", _use_new_zipfile_serialization=False)
