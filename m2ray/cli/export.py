@@ -1,0 +1,41 @@
+"""`m2ray export`: a finished run as the files that a trainer reads."""
+
+import time
+
+import click
+
+from m2ray.cli import Command
+from m2ray.cli.output import say, terminal
+from m2ray.storage import looking
+
+
+@click.command(cls=Command, kept="Units that were written whole are kept: the same command goes on.")
+@click.argument("run", metavar="RUN")
+@click.option("--to", required=True, metavar="CONSUMER", help="The trainer: see docs/export.md.")
+@click.option("--output", required=True, metavar="URI", help="A new folder or bucket's prefix, or that of an export to be finished.")
+@click.option("--layers", metavar="VALUE", help="m2ray's layer numbers, \"1,30,58,61\"; default: those of the trainer's documentation.")
+@click.option("--context-size", type=click.IntRange(1), help="Tokens of a context; for saelens.")
+@click.option("--model", metavar="FOLDER", help="The run's model, where the trainer reads something of its weights.")
+def command(run: str, to: str, output: str, layers: str | None, context_size: int | None, model: str | None) -> None:
+    """Write the finished run RUN as the files that the trainer CONSUMER reads, each sequence with its tokens, loss mask and states.
+
+    What the run lacks is said by name before anything is written. Every file is whole or absent, and its checksum is kept: the same command
+    again reads what is there, keeps what is right and does the rest.
+    """
+    from m2ray.chain.progress import Progress
+    from m2ray.export.exporting import consumer_of, ids_of, plan_export, write_export
+
+    with looking():
+        export = plan_export(run, to, layers=layers, context_size=context_size, model_folder=model)
+    named = ", ".join(f"{layer} = {name}" for layer, name in ids_of(export, to).items())
+    say(
+        f"{len(export.samples):,} sequences, {export.samples.num_tokens:,} tokens; layers, and what {consumer_of(to).name} calls them: {named}"
+    )
+    began = time.monotonic()
+    with Progress(terminal()) as progress:
+
+        def report(samples: int, written_bytes: int, kept_bytes: int) -> None:
+            progress.exporting(samples, len(export.samples), written_bytes, kept_bytes, time.monotonic() - began)
+
+        summary = write_export(export, to, output, report)
+    say(f"Complete: {summary['files']:,} files with {summary['num_bytes']:,} bytes in {output}; m2ray_export.json holds the account.")
