@@ -23,10 +23,11 @@ def command(run: str, to: str, output: str, layers: str | None, context_size: in
     again reads what is there, keeps what is right and does the rest.
     """
     from m2ray.chain.progress import Progress
+    from m2ray.cli.target_weights import target_of
     from m2ray.export.exporting import consumer_of, ids_of, plan_export, write_export
 
     with looking():
-        export = plan_export(run, to, layers=layers, context_size=context_size, model_folder=model)
+        export = plan_export(run, to, layers=layers, context_size=context_size, model_folder=model, target_of=target_of)
     named = ", ".join(f"{layer} = {name}" for layer, name in ids_of(export, to).items())
     say(
         f"{len(export.samples):,} sequences, {export.samples.num_tokens:,} tokens; layers, and what {consumer_of(to).name} calls them: {named}"

@@ -1,8 +1,8 @@
 """Consumer: what a file of this room states of a trainer, and Export: what it is handed to write that trainer's files."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from m2ray.export.output import Output
 from m2ray.export.samples import Sample, Samples
@@ -12,6 +12,22 @@ if TYPE_CHECKING:
 
 Norm = Callable[["torch.Tensor"], "torch.Tensor"]
 """The model's final norm: rows [N, H] to rows [N, H], in the same dtype."""
+
+
+class Target(Protocol):
+    """What trainers read of the model itself: config.json's words, and the matrices "embedding" and "head", [V, H] each."""
+
+    @property
+    def model_type(self) -> str: ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+
+    def pieces(self, name: str, dtype: "torch.dtype") -> Iterator["torch.Tensor"]:
+        """Some rows of a matrix at a time, in this dtype."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +41,7 @@ class Export:
         model: the model's name as the run's user gave it; "" where it is not known.
         context_size: tokens of a context; None where the user gave none.
         model_folder: where the model's weights are; None where the user gave none.
+        target: what is read of that model; None for a consumer that does not ask for it.
         norm: the final norm of that model; None for a consumer that does not ask for it.
     """
 
@@ -34,6 +51,7 @@ class Export:
     model: str = ""
     context_size: int | None = None
     model_folder: str | None = None
+    target: Target | None = None
     norm: Norm | None = None
 
 
@@ -71,7 +89,7 @@ class Consumer:
         needs_mask: every sequence has to have a loss mask.
         needs_last: the last plane has to be the model's last layer.
         needs_norm: `Export.norm` is asked for (needs `--model`).
-        needs_model: `Export.model_folder` is asked for (`--model`).
+        needs_model: `Export.target` is asked for (needs `--model`).
         needs_context_size: `Export.context_size` is asked for; of others it is refused.
         dtypes: of the states that it reads.
     """

@@ -9,12 +9,12 @@ from m2ray import __version__
 from m2ray.activations.reading.catalogue import Catalogue
 from m2ray.config import parse_layers
 from m2ray.errors import ConfigError, M2rayError, NotInRunError, raise_all
-from m2ray.export.consumer import Consumer, Export, Norm, Unit
+from m2ray.export.consumer import Consumer, Export, Norm, Target, Unit
 from m2ray.export.output import Output
 from m2ray.export.samples import SITE, Samples, absent_layers
 from m2ray.storage import open_store
 
-CONSUMERS = ("speculators", "saelens", "specforge")
+CONSUMERS = ("speculators", "saelens", "specforge", "nemo-dspark", "modelopt", "deepspec")
 """Each has a file of its name in this room; "-" is "_" there."""
 
 FORMAT_VERSION = 1
@@ -42,6 +42,7 @@ def plan_export(
     context_size: int | None = None,
     model_folder: str | None = None,
     norm_of: Callable[[Catalogue, str], Norm] | None = None,
+    target_of: Callable[[Catalogue, str], Target] | None = None,
 ) -> Export:
     """Look whether the run has all that the consumer reads. Writes nothing.
 
@@ -52,6 +53,7 @@ def plan_export(
         context_size: tokens of a context, where the consumer reads contexts.
         model_folder: the run's model, where the consumer reads something of its weights.
         norm_of: gives the final norm of the run's model in that folder.
+        target_of: gives what a trainer reads of that model.
 
     Raises:
         ConfigError: an option is missing or not the consumer's.
@@ -71,7 +73,8 @@ def plan_export(
         raise NotInRunError(f"The run at {catalogue.store.url} has no sequences that could be exported: all of them were quarantined.")
     raise_all([*_dtype_problems(consumer, samples), *(_mask_problems(catalogue, samples) if consumer.needs_mask else [])])
     norm = norm_of(catalogue, model_folder) if consumer.needs_norm and norm_of and model_folder else None
-    return Export(samples, num_layers, job.run_id, job.names.get("model", ""), context_size, model_folder, norm)
+    target = target_of(catalogue, model_folder) if consumer.needs_model and target_of and model_folder else None
+    return Export(samples, num_layers, job.run_id, job.names.get("model", ""), context_size, model_folder, target, norm)
 
 
 def write_export(export: Export, to: str, output: str | Path, report: Report = lambda _samples, _written, _kept: None) -> dict[str, Any]:
