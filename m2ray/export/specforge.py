@@ -16,7 +16,7 @@ from m2ray.export.samples import Sample
 _SAMPLES_A_FOLDER = 5000
 
 
-def _write(export: Export, output: Output, unit: Unit, samples: Iterator[Sample]) -> None:
+def _write(export: Export, output: Output, _unit: Unit, samples: Iterator[Sample]) -> None:
     import torch
 
     assert export.norm is not None

@@ -98,7 +98,7 @@ class Rehearsal:
         }
 
     def last_states(self, dtype: torch.dtype) -> tuple[Any, torch.Tensor, torch.Tensor]:
-        """transformers' own model, its last layer's output, and what its decoder returns in the end; both [B, T, H]."""
+        """The model of transformers, its last layer's output, and what its decoder returns in the end; both [B, T, H]."""
         model, returned = self._load(dtype), []
         hook = find_decoder(model)[1].register_forward_hook(lambda _, __, output: returned.append(output[0].clone()))
         outputs = _layers_outputs(model, input_ids=self._token_ids_BT)

@@ -155,8 +155,8 @@ def test_cut_off_anywhere_it_goes_on(run: Path, tmp_path: Path, monkeypatch) -> 
         return opened(store, key)
 
     monkeypatch.setattr(LocalStore, "open_part", open_part)
-    for refused_at in range(1, 20):
-        taken = 0
+    for number in range(1, 20):
+        refused_at, taken = number, 0
         try:
             write_export(plan_export(run, "speculators"), "speculators", tmp_path / "cut")
             break
