@@ -53,12 +53,12 @@ def units_by_shard(export: Export) -> list[int]:
     return [int(place) + 1 for place in (shards[1:] != shards[:-1]).nonzero()[0]] + [len(shards)]
 
 
-def no_remark(export: Export) -> str:
+def no_remark(_export: Export) -> str:
     """What is said of an export beforehand: nothing."""
     return ""
 
 
-def no_more_files(export: Export, output: Output, units: Sequence[Unit]) -> None:
+def no_more_files(_export: Export, _output: Output, _units: Sequence[Unit]) -> None:
     """What is written behind the last unit: nothing."""
 
 
