@@ -1,12 +1,18 @@
 """`m2ray export`: a finished run as the files that a trainer reads."""
 
 import time
+from typing import TYPE_CHECKING
 
 import click
 
 from m2ray.cli import Command
 from m2ray.cli.output import say, terminal
+from m2ray.errors import NotInRunError
 from m2ray.storage import looking
+
+if TYPE_CHECKING:
+    from m2ray.activations.job import JobRecord
+    from m2ray.export.consumer import Norm, Target
 
 
 @click.command(cls=Command, kept="Units that were written whole are kept: the same command goes on.")
@@ -23,15 +29,16 @@ def command(run: str, to: str, output: str, layers: str | None, context_size: in
     again reads what is there, keeps what is right and does the rest.
     """
     from m2ray.chain.progress import Progress
-    from m2ray.cli.target_weights import target_of
     from m2ray.export.exporting import consumer_of, ids_of, plan_export, write_export
 
     with looking():
-        export = plan_export(run, to, layers=layers, context_size=context_size, model_folder=model, target_of=target_of)
+        export = plan_export(run, to, layers=layers, context_size=context_size, model_folder=model, norm_of=_norm_of, target_of=_target_of)
     named = ", ".join(f"{layer} = {name}" for layer, name in ids_of(export, to).items())
     say(
         f"{len(export.samples):,} sequences, {export.samples.num_tokens:,} tokens; layers, and what {consumer_of(to).name} calls them: {named}"
     )
+    if remark := consumer_of(to).remark(export):
+        say(remark)
     began = time.monotonic()
     with Progress(terminal()) as progress:
 
@@ -40,3 +47,24 @@ def command(run: str, to: str, output: str, layers: str | None, context_size: in
 
         summary = write_export(export, to, output, report)
     say(f"Complete: {summary['files']:,} files with {summary['num_bytes']:,} bytes in {output}; m2ray_export.json holds the account.")
+
+
+def _norm_of(job: "JobRecord", folder: str) -> "Norm":
+    """The final norm of a run's model. Raises NotInRunError if its rows were rounded before they were stored, and as `final_norm`."""
+    from m2ray.model.final_norm import final_norm
+    from m2ray.model.stage import DTYPES
+
+    compute_dtype, store_dtype = job.options["compute_dtype"], job.options["store_dtype"]
+    if compute_dtype != store_dtype:
+        raise NotInRunError(
+            f"The run computed in {compute_dtype} and stored {store_dtype}: the norm of rounded rows is not what the model gives.",
+            f"Extract with store_dtype = {compute_dtype!r}.",
+        )
+    return final_norm(folder, job.fingerprints["model"], job.layers_run, DTYPES[compute_dtype])
+
+
+def _target_of(job: "JobRecord", folder: str) -> "Target":
+    """Embedding and head of a run's model. Raises as `target_weights`."""
+    from m2ray.model.target_weights import target_weights
+
+    return target_weights(folder, job.fingerprints["model"], job.layers_run)

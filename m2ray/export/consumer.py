@@ -71,7 +71,12 @@ def units_by_shard(export: Export) -> list[int]:
     return [int(place) + 1 for place in (shards[1:] != shards[:-1]).nonzero()[0]] + [len(shards)]
 
 
-def no_more_files(export: Export, output: Output, units: Sequence[Unit]) -> None:
+def no_remark(_export: Export) -> str:
+    """What is said of an export beforehand: nothing."""
+    return ""
+
+
+def no_more_files(_export: Export, _output: Output, _units: Sequence[Unit]) -> None:
     """What is written behind the last unit: nothing."""
 
 
@@ -86,6 +91,7 @@ class Consumer:
         write: writes the files of one unit, from its samples.
         finish: writes what stands beside them, after the last unit and before the export counts as whole.
         unit_ends: cuts the samples into units: the ascending places where they end, the last one the number of samples.
+        remark: what the user should know before; "" for nothing.
         needs_mask: every sequence has to have a loss mask.
         needs_last: the last plane has to be the model's last layer.
         needs_norm: `Export.norm` is asked for (needs `--model`).
@@ -100,6 +106,7 @@ class Consumer:
     write: Callable[[Export, Output, Unit, Iterator[Sample]], None]
     finish: Callable[[Export, Output, Sequence[Unit]], None] = no_more_files
     unit_ends: Callable[[Export], Sequence[int]] = units_by_shard
+    remark: Callable[[Export], str] = no_remark
     needs_mask: bool = False
     needs_last: bool = False
     needs_norm: bool = False

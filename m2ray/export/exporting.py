@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from m2ray import __version__
+from m2ray.activations.job import JobRecord
 from m2ray.activations.reading.catalogue import Catalogue
 from m2ray.config import parse_layers
 from m2ray.errors import ConfigError, M2rayError, NotInRunError, raise_all
@@ -41,8 +42,8 @@ def plan_export(
     layers: str | None = None,
     context_size: int | None = None,
     model_folder: str | None = None,
-    norm_of: Callable[[Catalogue, str], Norm] | None = None,
-    target_of: Callable[[Catalogue, str], Target] | None = None,
+    norm_of: Callable[[JobRecord, str], Norm] | None = None,
+    target_of: Callable[[JobRecord, str], Target] | None = None,
 ) -> Export:
     """Look whether the run has all that the consumer reads. Writes nothing.
 
@@ -71,9 +72,9 @@ def plan_export(
     samples = Samples(catalogue, chosen)
     if not len(samples):
         raise NotInRunError(f"The run at {catalogue.store.url} has no sequences that could be exported: all of them were quarantined.")
-    raise_all([*_dtype_problems(consumer, samples), *(_mask_problems(catalogue, samples) if consumer.needs_mask else [])])
-    norm = norm_of(catalogue, model_folder) if consumer.needs_norm and norm_of and model_folder else None
-    target = target_of(catalogue, model_folder) if consumer.needs_model and target_of and model_folder else None
+    raise_all([*_row_problems(job, consumer, samples), *(_mask_problems(catalogue, samples) if consumer.needs_mask else [])])
+    norm = norm_of(job, model_folder) if consumer.needs_norm and norm_of and model_folder else None
+    target = target_of(job, model_folder) if consumer.needs_model and target_of and model_folder else None
     return Export(samples, num_layers, job.run_id, job.names.get("model", ""), context_size, model_folder, target, norm)
 
 
@@ -161,15 +162,19 @@ def _option_problems(consumer: Consumer, to: str, context_size: int | None, mode
     return problems
 
 
-def _dtype_problems(consumer: Consumer, samples: Samples) -> list[M2rayError]:
-    if samples.dtype in consumer.dtypes:
-        return []
-    return [
-        NotInRunError(
-            f"The run's rows are {samples.dtype}; {consumer.name} reads {' or '.join(consumer.dtypes)}.",
-            f"Extract them with store_dtype = {consumer.dtypes[0]!r}.",
+def _row_problems(job: JobRecord, consumer: Consumer, samples: Samples) -> list[M2rayError]:
+    problems: list[M2rayError] = []
+    if samples.dtype not in consumer.dtypes:
+        problems.append(
+            NotInRunError(
+                f"The run's rows are {samples.dtype}; {consumer.name} reads {' or '.join(consumer.dtypes)}.",
+                f"Extract them with store_dtype = {consumer.dtypes[0]!r}.",
+            )
         )
-    ]
+    if consumer.needs_last and samples.width != job.model.hidden_size:
+        what = f"The run's rows hold {samples.width} numbers, several streams of {job.model.hidden_size}; {consumer.name} reads one."
+        problems.append(NotInRunError(what, "Read the run itself."))
+    return problems
 
 
 def _mask_problems(catalogue: Catalogue, samples: Samples) -> list[M2rayError]:
