@@ -54,6 +54,10 @@ def _finish(export: Export, output: Output, units: Sequence[Unit]) -> None:
     output.write("manifest.json", [json.dumps(manifest, indent=2, sort_keys=True).encode()])
 
 
+def _remark(export: Export) -> str:
+    return f"Its training configuration has to say target_layer_ids={list(export.samples.layers[:-1])} and target_model_name_or_path={export.model!r}."
+
+
 def _index(export: Export, units: Sequence[Unit]) -> Iterator[Data]:
     """The records of all samples, some thousand at a time."""
     plane_bytes, num_features = export.samples.width * _STATE_BYTES, len(export.samples.layers) - 1
@@ -81,6 +85,7 @@ CONSUMER = Consumer(
     id_of=dspark_id,
     write=_write,
     finish=_finish,
+    remark=_remark,
     needs_mask=True,
     needs_last=True,
     needs_norm=True,

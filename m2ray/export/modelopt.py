@@ -34,6 +34,11 @@ def _write(_export: Export, output: Output, _unit: Unit, samples: Iterator[Sampl
         output.write(f"{sample.index:08d}.pt", [saved.getbuffer()])
 
 
+def _remark(export: Export) -> str:
+    layers = list(export.samples.layers[:-1])
+    return f"Its eagle_aux_hidden_state_layer_ids (dflash: target layers) have to be {layers}."
+
+
 def _id_of(layers: Sequence[int], place: int, _num_layers: int) -> str:
     """Its `eagle_aux_hidden_state_layer_ids` are m2ray's numbers."""
     return str(layers[place]) if place < len(layers) - 1 else "hidden_states"
@@ -44,5 +49,6 @@ CONSUMER = Consumer(
     default_layers=eagle_layers,
     id_of=_id_of,
     write=_write,
+    remark=_remark,
     needs_last=True,
 )

@@ -64,6 +64,13 @@ def _finish(export: Export, output: Output, _units: Sequence[Unit]) -> None:
     output.write("manifest.json", [json.dumps(_manifest(export), indent=2, sort_keys=True).encode()])
 
 
+def _remark(export: Export) -> str:
+    layers = list(export.samples.layers[:-1])
+    return (
+        f"Its recipe_args have to say target_layer_ids: {layers} and seq_length: {_seq_length(export)}; a CPU trains on float32 rows alone."
+    )
+
+
 def _weights(export: Export) -> Iterator[Data]:
     """Embedding and head in the states' dtype, read and written some MiB at a time."""
     import torch
@@ -104,6 +111,7 @@ CONSUMER = Consumer(
     id_of=dspark_id,
     write=_write,
     finish=_finish,
+    remark=_remark,
     unit_ends=_unit_ends,
     needs_mask=True,
     needs_last=True,
