@@ -1,6 +1,6 @@
 """SpecForge: a pickle of torch.save for each sample, in folders of 5,000; what its offline trainer (EAGLE-3) walks and reads.
 
-It reads nothing else, so here alone m2ray writes pickles: four tensors, which `torch.load(weights_only=True)` reads. The head is put on
+It reads nothing else, so here and for ModelOpt m2ray writes pickles: four tensors, which `torch.load(weights_only=True)` reads. The head is put on
 `hidden_state` as it is, so it has to be normed.
 """
 
