@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING
 
 import click
 
+from m2ray.activations.job import JobRecord, read_job
 from m2ray.cli import Command
 from m2ray.cli.output import say, terminal
 from m2ray.errors import NotInRunError
-from m2ray.storage import looking
+from m2ray.storage import looking, open_store
 
 if TYPE_CHECKING:
-    from m2ray.activations.job import JobRecord
     from m2ray.export.consumer import Norm, Target
 
 
@@ -31,8 +31,9 @@ def command(run: str, to: str, output: str, layers: str | None, context_size: in
     from m2ray.chain.progress import Progress
     from m2ray.export.exporting import consumer_of, ids_of, plan_export, write_export
 
-    with looking():
-        export = plan_export(run, to, layers=layers, context_size=context_size, model_folder=model, norm_of=_norm_of, target_of=_target_of)
+    with looking():  # whether it can be reached; what takes hours bears a pause of the store
+        read_job(open_store(run))
+    export = plan_export(run, to, layers=layers, context_size=context_size, model_folder=model, norm_of=_norm_of, target_of=_target_of)
     named = ", ".join(f"{layer} = {name}" for layer, name in ids_of(export, to).items())
     say(
         f"{len(export.samples):,} sequences, {export.samples.num_tokens:,} tokens; layers, and what {consumer_of(to).name} calls them: {named}"
@@ -49,7 +50,7 @@ def command(run: str, to: str, output: str, layers: str | None, context_size: in
     say(f"Complete: {summary['files']:,} files with {summary['num_bytes']:,} bytes in {output}; m2ray_export.json holds the account.")
 
 
-def _norm_of(job: "JobRecord", folder: str) -> "Norm":
+def _norm_of(job: JobRecord, folder: str) -> "Norm":
     """The final norm of a run's model. Raises NotInRunError if its rows were rounded before they were stored, and as `final_norm`."""
     from m2ray.model.final_norm import final_norm
     from m2ray.model.stage import DTYPES

@@ -126,7 +126,6 @@ class Output:
     # -- inside -------------------------------------------------------------------------------------------------------
 
     def _begin(self) -> None:
-        self._store.delete_unfinished()
         if self._store.size(BEGUN_KEY) is None:
             if found := next(iter(self._store.list("")), None):
                 raise RunConflictError(f"{self._store.url} is no export: it holds {found[0]!r}.", "Give an empty folder (--output).")
@@ -141,6 +140,7 @@ class Output:
         ]
         if differing:
             raise RunConflictError(f"{self._store.url} holds another export. What differs:", "Give another folder (--output).", differing)
+        self._store.delete_unfinished()  # a trainer that walks the folder would take it for a sample
 
     def _next_closed(self) -> Written:
         _, closing = self._closing[0]
