@@ -15,6 +15,7 @@ from nemo_automodel.components.speculative.dspark.draft_qwen3 import Qwen3DSpark
 from transformers import Qwen3Config
 
 from m2ray.export.exporting import plan_export, write_export
+from m2ray.model.checkpoint import open_checkpoint, up_to_layer
 from m2ray.model.target_weights import target_weights
 from tests.consumers import made_run
 
@@ -36,10 +37,9 @@ def norm(rows: torch.Tensor) -> torch.Tensor:
 
 @pytest.fixture
 def out(tmp_path, monkeypatch) -> Path:
-    from m2ray.model.checkpoint import open_checkpoint
-
     run, folder = made_run.make(tmp_path, monkeypatch, LAYERS, DTYPE), str(tmp_path / "model")
-    weights = target_weights(folder, open_checkpoint(folder).digest, len(made_run.model(DTYPE).model.layers))
+    last = len(made_run.model(DTYPE).model.layers) - 1
+    weights = target_weights(folder, up_to_layer(open_checkpoint(folder), last)[0].digest, last + 1)
     export = plan_export(run, "nemo-dspark", model_folder=folder, norm_of=lambda *_: norm, target_of=lambda *_: weights)
     write_export(export, "nemo-dspark", tmp_path / "out")
     return tmp_path / "out"

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText
 
 from m2ray.errors import CheckpointError, ConfigError, NotInRunError, RunConflictError
 from m2ray.export import nemo_dspark, safetensors_file
 from m2ray.export.exporting import ids_of, plan_export, write_export
-from m2ray.model.checkpoint import open_checkpoint
+from m2ray.model.checkpoint import open_checkpoint, up_to_layer
 from m2ray.model.target_weights import target_weights
 from m2ray.storage import LocalStore
-from tests.reference import edited, make_family, make_minimax, make_wrapper, same_bits
+from tests.reference import edited, load_reference, make_family, make_minimax, make_wrapper, same_bits
 from tests.unit import activation_runs as runs
 from tests.unit import export_runs
 
@@ -167,23 +167,21 @@ def test_what_the_run_lacks_for_them_is_said_by_name(run: Path, tmp_path: Path) 
 
 def weights_of(folder: Path, fingerprint: str | None = None):
     checkpoint = open_checkpoint(str(folder))
-    return target_weights(str(folder), fingerprint or checkpoint.digest, checkpoint.config.num_hidden_layers)
+    num_layers = checkpoint.config.num_hidden_layers
+    return target_weights(str(folder), fingerprint or up_to_layer(checkpoint, num_layers - 1)[0].digest, num_layers)
 
 
 @pytest.mark.parametrize("made", ["llama", "qwen3", "gpt2", "gemma3 wrapper", "minimax fp8"])
 def test_embedding_and_head_are_those_of_transformers(made: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Apart and tied, in several files, below a multimodal model, beside FP8; whatever a piece's size is."""
     monkeypatch.setattr("m2ray.model.target_weights._PIECE_BYTES", 1000)
-    auto = AutoModelForCausalLM
     if made == "gemma3 wrapper":
         make_wrapper(tmp_path / "m", "gemma3")
-        auto = AutoModelForImageTextToText
-    elif made == "minimax fp8":
-        make_minimax(tmp_path / "m", "fp8")
+        model = AutoModelForImageTextToText.from_pretrained(tmp_path / "m", dtype=torch.float32)
     else:
-        make_family(tmp_path / "m", made)
+        make_minimax(tmp_path / "m", "fp8") if made == "minimax fp8" else make_family(tmp_path / "m", made)
+        model = load_reference(tmp_path / "m", torch.float32)
     found = weights_of(tmp_path / "m")
-    model = auto.from_pretrained(tmp_path / "m", dtype=torch.float32)
     assert (found.model_type, found.vocab_size) == (model.config.model_type, model.config.get_text_config().vocab_size)
     for name, module in (("embedding", model.get_input_embeddings()), ("head", model.get_output_embeddings())):
         pieces = list(found.pieces(name, torch.float32))

@@ -81,6 +81,8 @@ def _in_file(name: str, by_hook: Mapping[str, Mapping[str, torch.Tensor]]) -> li
         shapes = ", ".join(f"{key} {list(tensor.shape)}" for tensors in by_hook.values() for key, tensor in tensors.items())
         raise UnreadableError(f"there are no states of shape [tokens, width] or [samples, tokens, width] in it: {shapes}")
     num_samples = max(len(tensor) if tensor.ndim == 3 else 1 for tensor in states.values())
+    if not num_samples:
+        raise UnreadableError("its states are of no sample")
     return [
         Sample(
             name if num_samples == 1 else f"{name} [{place}]",
@@ -136,4 +138,4 @@ def _below(folder: Path, path: Path) -> str:
 
 def _natural(paths: Iterator[Path]) -> list[Path]:
     """Sorted with numbers as numbers: layer 2 before layer 10."""
-    return sorted(paths, key=lambda path: [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", str(path))])
+    return sorted(paths, key=lambda path: [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", str(path))])
