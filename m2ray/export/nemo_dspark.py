@@ -42,16 +42,15 @@ def _write(export: Export, output: Output, unit: Unit, samples: Iterator[Sample]
     state_bytes = export.samples.token_bytes // (num_features + 1)
     features = np.zeros((*shape_NS, num_features * state_bytes), np.uint8)
     last = np.zeros((*shape_NS, state_bytes), np.uint8)
-    input_ids, attention_mask, loss_mask = np.zeros((3, *shape_NS), np.int64)
+    input_ids, loss_mask = np.zeros((2, *shape_NS), np.int64)
     for row, sample in enumerate(samples):
         assert sample.loss_mask is not None
         count = len(sample.token_ids)
-        input_ids[row, :count], attention_mask[row, :count], loss_mask[row, :count] = sample.token_ids, 1, sample.loss_mask
+        input_ids[row, :count], loss_mask[row, :count] = sample.token_ids, sample.loss_mask
         features[row, :count], last[row, :count] = features_of(sample), last_of(export, sample)
     dtype = export.samples.dtype
     tensors = {
         "input_ids": ("int64", shape_NS, input_ids),
-        "attention_mask": ("int64", shape_NS, attention_mask),
         "loss_mask": ("int64", shape_NS, loss_mask),
         "target_hidden_states": (dtype, (*shape_NS, num_features * width), features),
         "target_last_hidden_states": (dtype, (*shape_NS, width), last),

@@ -179,10 +179,8 @@ def test_each_known_fault_is_told_of_its_sample_and_no_other(layout: str, tmp_pa
 def test_tokens_that_are_not_the_tokenizers(tmp_path: Path) -> None:
     contents = sound()
     contents[1]["ids"][0] = 10**6
-    letters = torch.tensor(
-        own_tokenizer(TOKENIZER)("a", add_special_tokens=False)["input_ids"] * 2
-    )  # "aa" would be other ids, or "a" "and"
-    ids = torch.cat([letters, contents[2]["ids"]])
+    letters = own_tokenizer(TOKENIZER)(["s", "t", "o", "n", "e"], add_special_tokens=False)["input_ids"]  # it has a token for "stone"
+    ids = torch.cat([*map(torch.tensor, letters), contents[2]["ids"]])
     contents[2] = {"ids": ids, "mask": torch.ones(len(ids)), "states": states(len(ids), 4, 9)}
     as_modelopt(tmp_path / "dump", contents)
     assert faults(tmp_path / "dump") == {}

@@ -103,5 +103,6 @@ def _load(file: Path) -> Any:
 
 def _reason(error: Exception) -> str:
     """What torch says, without its advice: among others to read the pickle anyway."""
-    words = str(error).split("WeightsUnpickler error:")[-1].strip()
-    return (words.splitlines() or [type(error).__name__])[0].split(". ")[0][:200]
+    lines = [line.strip() for line in str(error).split("WeightsUnpickler error:")[-1].splitlines()]
+    told = [line for line in lines if line and not line.startswith(("Weights only load failed", "Check the documentation"))]
+    return told[0].split(". ")[0][:200] if told else type(error).__name__
