@@ -27,7 +27,7 @@ def eagle_layers(num_layers: int) -> list[int]:
 
 
 def batches_of(export: Path, max_length: int, batch_size: int) -> Any:
-    """speculators' own data set and loader: packed batches of `max_length` tokens."""
+    """The data set and loader of speculators: packed batches of `max_length` tokens."""
     from speculators.models.eagle3.data import shift_batch
     from speculators.train import data
     from torch.utils.data import DataLoader
@@ -39,7 +39,7 @@ def batches_of(export: Path, max_length: int, batch_size: int) -> Any:
 
 
 def draft_of(model: Path, layers: list[int]) -> Any:
-    """speculators' EAGLE-3 draft of the model, of one layer, with the model's own embedding, head and norm."""
+    """The EAGLE-3 draft that speculators makes of the model, of one layer, with the model's own embedding, head and norm."""
     from speculators.models.eagle3 import Eagle3DraftModel
 
     config = AutoConfig.from_pretrained(model)
