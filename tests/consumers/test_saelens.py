@@ -57,27 +57,7 @@ def test_it_learns(tmp_path, monkeypatch) -> None:
     store = store_over(tmp_path, monkeypatch)
     torch.manual_seed(0)
     sae = StandardTrainingSAE(StandardTrainingSAEConfig(d_in=made_run.WIDTH, d_sae=64, l1_coefficient=1e-3))
-    config = SAETrainerConfig(
-        total_training_samples=32 * STEPS,
-        device="cpu",
-        autocast=False,
-        n_checkpoints=0,
-        checkpoint_path=None,
-        save_final_checkpoint=False,
-        lr=1e-3,
-        lr_end=1e-3,
-        lr_scheduler_name="constant",
-        lr_warm_up_steps=0,
-        adam_beta1=0.9,
-        adam_beta2=0.999,
-        lr_decay_steps=0,
-        n_restart_cycles=1,
-        train_batch_size_samples=32,
-        dead_feature_window=1000,
-        feature_sampling_window=1000,
-        logger=None,
-        n_batches_for_norm_estimate=1,
-    )
+    config = SAETrainerConfig(total_training_samples=32 * STEPS, train_batch_size_samples=32, lr=1e-3)
     trainer = SAETrainer(config, sae, store)
     batch = next(store)
     losses = [float(trainer.step(batch).loss.detach()) for _ in range(STEPS)]
