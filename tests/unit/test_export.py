@@ -74,12 +74,13 @@ def test_saelens_reads_contexts_of_a_hook(tmp_path: Path, dtype: str) -> None:
     write_export(plan_export(tmp_path / "run", "saelens", layers="5,8", context_size=4), "saelens", tmp_path / "out")
     rows, width = load_from_disk(str(tmp_path / "out")), runs.WIDTH
     hooks = {layer: f"blocks.{layer}.hook_resid_post" for layer in (5, 8)}
-    rows.set_format(type="torch", columns=[*hooks.values(), "token_ids"])
+    token_ids = rows["token_ids"][:]
+    rows.set_format(type="torch", columns=list(hooks.values()), dtype=torch.float16 if dtype == "float16" else torch.float32)
     wanted = [(number, start) for number in export_runs.ORDER for start in range(0, runs.token_count(number) - 3, 4)]
     assert len(rows) == len(wanted) > 0
     assert rows.features[hooks[5]].shape == (4, width)
-    for row, (number, start) in zip(rows, wanted, strict=True):
-        assert row["token_ids"].tolist() == runs.token_ids(number)[start : start + 4].tolist()
+    for row, ids, (number, start) in zip(rows, token_ids, wanted, strict=True):
+        assert ids == runs.token_ids(number)[start : start + 4].tolist()
         for place, hook in enumerate(hooks.values()):
             found, expected = row[hook], export_runs.states(number, (5, 8), dtype)[start : start + 4, place]
             stored = torch.from_numpy(expected.copy()).view(getattr(torch, dtype))
@@ -222,7 +223,7 @@ def test_what_the_run_lacks_is_said_by_name(run: Path, tmp_path: Path) -> None:
         plan_export(run, "saelens", context_size=8)
     with pytest.raises(ConfigError, match="no consumer 'x'"):
         plan_export(run, "x")
-    with pytest.raises(ConfigError, match="longest sequence has 13 tokens"):
+    with pytest.raises(ConfigError, match="longest sequence has 12 tokens"):
         write_export(plan_export(run, "saelens", layers="5", context_size=14), "saelens", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
