@@ -1,6 +1,7 @@
 """NeMo Automodel 0.7: its dataset, the recipe's checks of a cache, its DSpark draft, loss and the target's weights, over what m2ray exports."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,8 +16,6 @@ from nemo_automodel.components.speculative.dspark.draft_qwen3 import Qwen3DSpark
 from transformers import Qwen3Config
 
 from m2ray.export.exporting import plan_export, write_export
-from m2ray.model.checkpoint import open_checkpoint, up_to_layer
-from m2ray.model.target_weights import target_weights
 from tests.consumers import made_run
 
 LAYERS = (1, 3, 5, 7, 9, 11)
@@ -37,10 +36,16 @@ def norm(rows: torch.Tensor) -> torch.Tensor:
 
 @pytest.fixture
 def out(tmp_path, monkeypatch) -> Path:
-    run, folder = made_run.make(tmp_path, monkeypatch, LAYERS, DTYPE), str(tmp_path / "model")
-    last = len(made_run.model(DTYPE).model.layers) - 1
-    weights = target_weights(folder, up_to_layer(open_checkpoint(folder), last)[0].digest, last + 1)
-    export = plan_export(run, "nemo-dspark", model_folder=folder, norm_of=lambda *_: norm, target_of=lambda *_: weights)
+    model = made_run.model(DTYPE)
+    matrices = {"embedding": model.model.embed_tokens.weight.data, "head": model.lm_head.weight.data}
+    target = SimpleNamespace(
+        model_type=model.config.model_type,
+        vocab_size=model.config.vocab_size,
+        shapes={name: tuple(matrix.shape) for name, matrix in matrices.items()},
+        pieces=lambda name, dtype: iter(matrices[name].to(dtype).split(7)),
+    )
+    run = made_run.make(tmp_path, monkeypatch, LAYERS, DTYPE)
+    export = plan_export(run, "nemo-dspark", model_folder=str(tmp_path), norm_of=lambda *_: norm, target_of=lambda *_: target)
     write_export(export, "nemo-dspark", tmp_path / "out")
     return tmp_path / "out"
 
