@@ -9,8 +9,11 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # its masks are compiled, which takes a minute and a compiler
+
 import pytest
 import torch
+from torch import distributed
 
 if not os.environ.get("DEEPSPEC"):
     pytest.skip("DEEPSPEC names no checkout of DeepSpec", allow_module_level=True)
@@ -84,9 +87,14 @@ def test_its_trainer_accepts_it_and_has_a_loss(rows) -> None:
     target = made_run.model()
     draft.initialize_embeddings_and_head(embed_tokens=target.get_input_embeddings(), lm_head=target.get_output_embeddings(), freeze=True)
     batch = CacheCollator()([rows[index] for index in range(len(rows))])
+    batch["input_ids"] = batch["input_ids"].long()  # as its CUDAPrefetcher does on the way to the GPU
     names = ("input_ids", "target_hidden_states", "loss_mask", "target_last_hidden_states")
-    with torch.no_grad():
-        outputs = draft(**{name: batch[name] for name in names})
-        loss = compute_dspark_loss(outputs=outputs, loss_decay_gamma=4.0, ce_loss_alpha=0.1, l1_loss_alpha=0.9, confidence_head_alpha=1.0)
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)  # its loss counts over all ranks
+    try:
+        with torch.no_grad():
+            outputs = draft(**{name: batch[name] for name in names})
+            loss = compute_dspark_loss(outputs=outputs, loss_decay_gamma=4.0, ce_loss_alpha=0.1, l1_loss_alpha=0.9, confidence_head_alpha=1.0)
+    finally:
+        distributed.destroy_process_group()
     print(f"loss: {float(loss):.4f}")
     assert torch.isfinite(loss)
