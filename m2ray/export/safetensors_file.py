@@ -6,6 +6,7 @@ Source: https://github.com/huggingface/safetensors, "Format".
 
 import json
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,11 +16,12 @@ from m2ray.storage import Data
 _NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "int64": "I64", "int32": "I32", "uint8": "U8"}
 _ALIGNED_BYTES = 8
 
+Tensor = tuple[str, Sequence[int], npt.NDArray[Any]]
+"""Dtype by torch's name, shape, and a contiguous array of the tensor's bytes."""
 
-def pieces_of(
-    tensors: Mapping[str, tuple[str, Sequence[int], npt.NDArray[np.generic]]], metadata: Mapping[str, str] | None = None
-) -> list[Data]:
-    """The pieces of the file that holds these tensors: of each the dtype by torch's name, the shape, and a contiguous array of its bytes.
+
+def pieces_of(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> list[Data]:
+    """The pieces of the file that holds these tensors.
 
     Give those of the widest dtype first: then each begins where its dtype wants it.
     """
