@@ -32,7 +32,7 @@ def store_over(tmp_path, monkeypatch) -> ActivationsStore:
         hook_head_index=None,
         context_size=CONTEXT,
         d_in=made_run.WIDTH,
-        n_batches_in_buffer=2,
+        n_batches_in_buffer=20,
         total_training_tokens=1,
         store_batch_size_prompts=contexts,
         train_batch_size_tokens=32,
