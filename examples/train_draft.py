@@ -34,7 +34,7 @@ def batches_of(export: Path, max_length: int, batch_size: int) -> Any:
 
     rows = data.ArrowDataset(max_len=max_length, datapath=str(export), on_missing="raise", hidden_states_dtype=torch.float32)
     width = rows[0]["verifier_last_hidden_states"].shape[1]
-    collate = data.create_collate_fn(max_length, width, dtype=torch.float32, preprocess=shift_batch)
+    collate = data.CollateFn(max_length, width, dtype=torch.float32, preprocess=shift_batch)
     return DataLoader(rows, batch_size=batch_size, shuffle=True, generator=torch.Generator().manual_seed(0), collate_fn=collate)
 
 
@@ -57,6 +57,8 @@ def draft_of(model: Path, layers: list[int]) -> Any:
 
 def train(draft: Any, batches: Any, steps: int, learning_rate: float) -> list[float]:
     """Steps of AdamW on the draft's own loss, as its trainer takes them. Returns the loss of each."""
+    # Its fused losses are kernels for a GPU.
+    how, _ = draft.get_trainer_kwargs(loss_fn="kl_div", loss_implementation="eager", ttt_steps=3, ttt_step_loss_decay=1.0)
     optimizer = torch.optim.AdamW(draft.parameters(), lr=learning_rate)
     losses: list[float] = []
     draft.train()
@@ -64,7 +66,7 @@ def train(draft: Any, batches: Any, steps: int, learning_rate: float) -> list[fl
         for batch in batches:
             if len(losses) == steps:
                 return losses
-            _, loss, _ = draft(**batch, ttt_steps=3)
+            _, loss, _ = draft(**batch, **how)
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(draft.parameters(), 1.0)

@@ -50,7 +50,7 @@ class Output:
 
     def __init__(self, store: Store, identity: Mapping[str, Any]) -> None:
         self._store = store
-        self._identity = json.loads(json.dumps(identity))
+        self._identity: dict[str, Any] = json.loads(json.dumps(identity))
         self._pool = ThreadPoolExecutor(_CLOSED_AT_ONCE, thread_name_prefix="export")
         self._closing: deque[tuple[HashingFile, Future[Written]]] = deque()
         self._unit: list[Written] = []

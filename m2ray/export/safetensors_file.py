@@ -7,6 +7,7 @@ Source: https://github.com/huggingface/safetensors, "Format".
 import json
 from collections.abc import Mapping, Sequence
 from math import prod
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,11 +18,12 @@ _NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "int64": "I64"
 _ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "int64": 8, "int32": 4, "uint8": 1}
 _ALIGNED_BYTES = 8
 
+Tensor = tuple[str, Sequence[int], npt.NDArray[Any]]
+"""Dtype by torch's name, shape, and a contiguous array of the tensor's bytes."""
 
-def pieces_of(
-    tensors: Mapping[str, tuple[str, Sequence[int], npt.NDArray[np.generic]]], metadata: Mapping[str, str] | None = None
-) -> list[Data]:
-    """The pieces of the file that holds these tensors: of each the dtype by torch's name, the shape, and a contiguous array of its bytes.
+
+def pieces_of(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> list[Data]:
+    """The pieces of the file that holds these tensors.
 
     Give those of the widest dtype first: then each begins where its dtype wants it.
     """

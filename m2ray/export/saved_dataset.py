@@ -103,7 +103,7 @@ def write_description(
     """The two JSON files that make the Arrow files a data set, whose rows come in the format "torch" or, with None, as Python values."""
     info = {"citation": "", "description": "", "features": dict(features), "homepage": "", "license": ""}
     output.write("dataset_info.json", [json.dumps(info, indent=2).encode()])
-    state = {
+    state: dict[str, Any] = {
         "_data_files": [{"filename": name} for name in files],
         "_fingerprint": fingerprint,
         "_format_columns": None,

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from m2ray.export.consumer import Consumer, Export, Unit, eagle_layers
 from m2ray.export.output import Output
-from m2ray.export.safetensors_file import pieces_of
+from m2ray.export.safetensors_file import Tensor, pieces_of
 from m2ray.export.samples import Sample
 from m2ray.export.saved_dataset import data_file, lists, stream_of, value, values, write_description
 
@@ -22,7 +22,7 @@ def _write(export: Export, output: Output, unit: Unit, samples: Iterator[Sample]
     token_ids, masks, sequence_ids = [], [], []
     for sample in samples:
         ids = sample.token_ids.astype(np.int64)
-        tensors = {
+        tensors: dict[str, Tensor] = {
             "token_ids": ("int64", ids.shape, ids),
             "hidden_states": (sample.dtype, (len(ids), len(export.samples.layers), export.samples.width), sample.bits),
         }

@@ -3,7 +3,8 @@
 import numpy as np
 import torch
 from datasets import Dataset
-from sae_lens import SAETrainer, SAETrainerConfig, StandardTrainingSAE, StandardTrainingSAEConfig
+from sae_lens import SAETrainer, StandardTrainingSAE, StandardTrainingSAEConfig
+from sae_lens.config import SAETrainerConfig
 from sae_lens.training.activations_store import ActivationsStore
 
 from m2ray.export.exporting import ids_of, plan_export, write_export
@@ -31,7 +32,7 @@ def store_over(tmp_path, monkeypatch) -> ActivationsStore:
         hook_head_index=None,
         context_size=CONTEXT,
         d_in=made_run.WIDTH,
-        n_batches_in_buffer=2,
+        n_batches_in_buffer=20,
         total_training_tokens=1,
         store_batch_size_prompts=contexts,
         train_batch_size_tokens=32,
@@ -57,7 +58,7 @@ def test_it_learns(tmp_path, monkeypatch) -> None:
     store = store_over(tmp_path, monkeypatch)
     torch.manual_seed(0)
     sae = StandardTrainingSAE(StandardTrainingSAEConfig(d_in=made_run.WIDTH, d_sae=64, l1_coefficient=1e-3))
-    config = SAETrainerConfig(total_training_samples=32 * STEPS, train_batch_size_samples=32, lr=1e-3)
+    config = SAETrainerConfig(total_training_samples=32 * STEPS, train_batch_size_samples=32, lr=1e-3, lr_end=1e-3)
     trainer = SAETrainer(config, sae, store)
     batch = next(store)
     losses = [float(trainer.step(batch).loss.detach()) for _ in range(STEPS)]

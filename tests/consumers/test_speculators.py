@@ -22,7 +22,8 @@ def test_it_sees_the_run_bit_by_bit(tmp_path, monkeypatch) -> None:
     export(tmp_path, monkeypatch)
     rows = ArrowDataset(max_len=64, datapath=str(tmp_path / "out"), on_missing="raise")
     assert len(rows) == len(made_run.ORDER)
-    for row, number in zip(rows, made_run.ORDER, strict=False):
+    for index, number in enumerate(made_run.ORDER):
+        row = rows[index]
         states_TLH = made_run.states(number)
         assert row["input_ids"].tolist() == made_run.token_ids(number).tolist()
         assert row["loss_mask"].tolist() == made_run.mask(number)

@@ -24,12 +24,13 @@ def test_it_is_what_the_decoder_returns(tmp_path: Path, model_type: str, dtype: 
     folder = make_family(tmp_path / "model", model_type)
     model = load_reference(folder, dtype)
     batch = micro_batch_of([7, 4, 9], vocab_size(folder))
-    last_BTH = reference_rows(model, batch)[-1]
+    last_NH = reference_rows(model, batch)[-1]
     with torch.inference_mode():
         expected_BTH = model.base_model(torch.from_numpy(batch.token_ids_BT).long(), use_cache=False).last_hidden_state
     norm = final_norm(str(folder), *fingerprint(folder), dtype)
-    for row, count in enumerate(batch.token_counts.tolist()):
-        assert torch.equal(norm(last_BTH[row, :count]), expected_BTH[row, :count])
+    expected_NH = torch.cat([expected_BTH[row, :count] for row, count in enumerate(batch.token_counts.tolist())])
+    assert torch.equal(norm(last_NH), expected_NH)
+    assert torch.equal(norm(last_NH[3:8]), expected_NH[3:8])  # whatever stands beside a row
 
 
 def test_another_checkpoint_is_refused(tmp_path: Path) -> None:
@@ -50,6 +51,6 @@ def test_a_norm_that_is_not_all_is_refused(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(CheckpointError, match="is not the norm of its last layer's rows"):
         final_norm(str(folder), *fingerprint(folder), torch.bfloat16)
     monkeypatch.undo()
-    monkeypatch.setattr(module, "_name", lambda _: "layers.0.mlp")
+    monkeypatch.setattr(module, "_name", lambda _: "model.layers.0.mlp")
     with pytest.raises(CheckpointError, match="of a llama"):
         final_norm(str(folder), *fingerprint(folder), torch.bfloat16)
