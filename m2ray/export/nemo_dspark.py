@@ -13,7 +13,7 @@ import numpy as np
 from m2ray.export.consumer import Consumer, Export, Unit
 from m2ray.export.dspark import dspark_id, dspark_layers, features_of, last_of
 from m2ray.export.output import Output
-from m2ray.export.safetensors_file import header_of, pieces_of
+from m2ray.export.safetensors_file import Tensor, header_of, pieces_of
 from m2ray.export.samples import Sample
 from m2ray.storage import Data
 
@@ -49,7 +49,7 @@ def _write(export: Export, output: Output, unit: Unit, samples: Iterator[Sample]
         input_ids[row, :count], loss_mask[row, :count] = sample.token_ids, sample.loss_mask
         features[row, :count], last[row, :count] = features_of(sample), last_of(export, sample)
     dtype = export.samples.dtype
-    tensors = {
+    tensors: dict[str, Tensor] = {
         "input_ids": ("int64", shape_NS, input_ids),
         "loss_mask": ("int64", shape_NS, loss_mask),
         "target_hidden_states": (dtype, (*shape_NS, num_features * width), features),

@@ -75,7 +75,9 @@ def _key(checkpoint: Checkpoint, skeleton: Skeleton, module: torch.nn.Module | N
     key = next((found[each] for each in (embedding, name, *heads) if each in found), None)
     if key is None:
         raise CheckpointError(f"{checkpoint.url} has no {name}.", "Copy the file that holds it into the folder.")
-    header, shape = checkpoint.headers[key], tuple(module.weight.shape)
+    weight = module.weight
+    assert isinstance(weight, torch.Tensor)
+    header, shape = checkpoint.headers[key], tuple(weight.shape)
     if header.shape != shape or header.dtype not in {torch.bfloat16, torch.float16, torch.float32}:
         what = f"{key} of {checkpoint.url} is {header.dtype} {list(header.shape)}, not a plain matrix {list(shape)}."
         raise CheckpointError(what, "Give a copy of the model that is not quantised.")

@@ -93,7 +93,9 @@ def test_its_trainer_accepts_it_and_has_a_loss(rows) -> None:
     try:
         with torch.no_grad():
             outputs = draft(**{name: batch[name] for name in names})
-            loss = compute_dspark_loss(outputs=outputs, loss_decay_gamma=4.0, ce_loss_alpha=0.1, l1_loss_alpha=0.9, confidence_head_alpha=1.0)
+            loss = compute_dspark_loss(
+                outputs=outputs, loss_decay_gamma=4.0, ce_loss_alpha=0.1, l1_loss_alpha=0.9, confidence_head_alpha=1.0
+            )
     finally:
         distributed.destroy_process_group()
     print(f"loss: {float(loss):.4f}")

@@ -115,7 +115,7 @@ def _disagreements(by_hook: Mapping[str, Mapping[str, torch.Tensor]], place: int
 def _planes(states: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """States [T, k * W] as k planes [T, W], W being the smallest width; what lies side by side comes before the last layer's."""
     width = min(tensor.shape[1] for tensor in states.values())
-    planes = {}
+    planes: dict[str, torch.Tensor] = {}
     for name, tensor in sorted(states.items(), key=lambda item: -item[1].shape[1]):
         if width and tensor.shape[1] > width and tensor.shape[1] % width == 0:
             planes |= {f"{name}[{index}]": part for index, part in enumerate(tensor.split(width, dim=1))}

@@ -101,18 +101,18 @@ def _mask(sample: Sample) -> Iterator[Problem]:
 
 def _rows(sample: Sample) -> Iterator[Problem]:
     """Planes and rows that no model gives."""
-    zero_planes, zero_rows, not_finite = [], [], []
+    found: dict[str, list[str]] = {"zero_plane": [], "zero_rows": [], "not_finite": []}
     for name, plane_TW in sample.planes.items():
         values_TW = plane_TW.float() if plane_TW.element_size() == 1 else plane_TW  # torch has no isfinite for FP8
         bad_T = ~torch.isfinite(values_TW).all(1)
         if bad_T.any():
-            not_finite.append(_places(name, bad_T))
+            found["not_finite"].append(_places(name, bad_T))
         zero_T = (values_TW == 0).all(1)
         if zero_T.any():
-            (zero_planes if zero_T.all() else zero_rows).append(_places(name, zero_T))
-    for kind, found in (("zero_plane", zero_planes), ("zero_rows", zero_rows), ("not_finite", not_finite)):
-        if found:
-            yield Problem(kind, "; ".join(found))
+            found["zero_plane" if zero_T.all() else "zero_rows"].append(_places(name, zero_T))
+    for kind, places in found.items():
+        if places:
+            yield Problem(kind, "; ".join(places))
 
 
 def _places(name: str, is_bad_T: torch.Tensor) -> str:
@@ -149,5 +149,5 @@ def _num_tokens(sample: Sample) -> int:
 def _digest(tensor: torch.Tensor) -> bytes:
     """xxh3-128 of a tensor's shape and bytes."""
     hashed = xxhash.xxh3_128(f"{tensor.dtype} {list(tensor.shape)}".encode())
-    hashed.update(tensor.contiguous().view(torch.uint8).numpy())
+    hashed.update(tensor.contiguous().view(torch.uint8).numpy().data)
     return hashed.digest()
