@@ -1,5 +1,6 @@
-"""A run of made-up activations in the real layout: one layer as wide as MiniMax-M2's, for benchmarks of reading."""
+"""A run of made-up activations in the real layout: layers as wide as MiniMax-M2's, one by default, for benchmarks of reading."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,24 +29,26 @@ def activations(seed: int) -> Bits:
     return np.ascontiguousarray((values.view(np.uint32) >> 16).astype(np.uint16)).view(np.uint8)
 
 
-def make_run(folder: Path, num_shards: int, compression: Compression = "none") -> None:
-    """A finished run of `num_shards` shards of 32,768 rows, 201 MB each without compression."""
+def make_run(
+    folder: Path, num_shards: int, compression: Compression = "none", layers: Sequence[int] = (LAYER,), *, with_masks: bool = False
+) -> None:
+    """A finished run of `num_shards` shards of 32,768 rows, 201 MB each a layer without compression."""
     store = open_store(folder)
-    spec = PartSpec("residual", LAYER, "bfloat16", HIDDEN_SIZE)
+    specs = tuple(PartSpec("residual", layer, "bfloat16", HIDDEN_SIZE) for layer in layers)
     num_sequences = _SEQUENCES * _MICRO_BATCHES
     job = JobRecord.new(
         m2ray_version="benchmark",
         options={},
         fingerprints={"model": "-", "tokenizer": "-"},
         model=ModelFacts("minimax_m2", 62, HIDDEN_SIZE),
-        parts=(spec,),
+        parts=specs,
         num_shards=num_shards,
         counts=Counts(num_shards * num_sequences, num_shards * num_sequences, 0, num_shards * num_sequences * _LENGTH),
-        sequence_files=(_sequences(store, num_shards, num_sequences),),
+        sequence_files=(_sequences(store, num_shards, num_sequences, with_masks=with_masks),),
         names={"model": "-", "prompts": "-"},
     )
     run = claim_run(store, job)
-    writer = ActivationWriter(store, job.run_metadata(), [spec], queue_bytes=1 << 30, threads=1, compression=compression)
+    writer = ActivationWriter(store, job.run_metadata(), specs, queue_bytes=1 << 30, threads=1, compression=compression)
     counts = np.full(_SEQUENCES, _LENGTH, np.int32)
     for number in range(num_shards):
         ids = np.arange(num_sequences, dtype=np.int64) + number * num_sequences
@@ -54,14 +57,14 @@ def make_run(folder: Path, num_shards: int, compression: Compression = "none") -
             of = slice(index * _SEQUENCES, (index + 1) * _SEQUENCES)
             micro_batch = MicroBatch(number, index, index == _MICRO_BATCHES - 1, ids[of], counts, token_ids_BT[of])
             rows = activations(number * _MICRO_BATCHES + index)
-            writer.submit("a1", micro_batch, [CapturedLayer("residual", LAYER, rows)], 600)
+            writer.submit("a1", micro_batch, [CapturedLayer("residual", layer, rows) for layer in layers], 600)
         shard = Shard(number, ids, np.full(num_sequences, _LENGTH, np.int32))
         run.commit(shard, "a1", writer.collect(number, "a1", 600), [(_SEQUENCES, _LENGTH)] * _MICRO_BATCHES, 1.0)
     writer.close()
     run.finish()
 
 
-def _sequences(store: Store, num_shards: int, per_shard: int) -> SequenceFile:
+def _sequences(store: Store, num_shards: int, per_shard: int, *, with_masks: bool) -> SequenceFile:
     count = num_shards * per_shard
     table = pa.table(
         {
@@ -74,6 +77,10 @@ def _sequences(store: Store, num_shards: int, per_shard: int) -> SequenceFile:
             "reason": pa.nulls(count, pa.string()),
         }
     )
+    if with_masks:
+        offsets = np.arange(count + 1, dtype=np.int32) * _LENGTH
+        masks = pa.ListArray.from_arrays(offsets, pa.array(np.ones(count * _LENGTH, np.uint8)))
+        table = table.append_column("loss_mask", masks)
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink)
     data = sink.getvalue().to_pybytes()

@@ -77,6 +77,13 @@ class Progress:
             words += f", GPU {run.gpu_busy:.0%} busy, {_bytes(used_bytes)} taken"
         self._show("extract", words, tokens / max(run.all_tokens, 1))
 
+    def exporting(self, samples: int, all_samples: int, written_bytes: int, kept_bytes: int, elapsed_s: float) -> None:
+        """Sequences of a run that are exported, and what was written and kept of it."""
+        kept = f", {_bytes(kept_bytes)} kept" if kept_bytes else ""
+        rate = _bytes(written_bytes / max(elapsed_s, 1e-3))
+        words = f"{samples:,} of {all_samples:,} sequences, {_bytes(written_bytes)} written{kept}, {rate}/s"
+        self._show("export", words, samples / max(all_samples, 1))
+
     def _show(self, phase: str, words: str, fraction: float | None) -> None:
         now = time.monotonic()
         if self._bars:

@@ -11,7 +11,7 @@ from m2ray import __version__
 from m2ray.cli.output import escaped_output, say
 from m2ray.errors import M2rayError, shown
 
-_COMMANDS = ("plan", "bench", "extract", "submit", "inspect", "verify", "doctor")
+_COMMANDS = ("plan", "bench", "extract", "submit", "inspect", "verify", "export", "doctor")
 
 _CTRL_C = 130
 """The exit code of what Ctrl-C ended, as shells have it."""

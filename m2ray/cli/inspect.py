@@ -60,8 +60,20 @@ def _part_facts(view: RunReader) -> dict[str, Any]:
 @click.command(cls=Command)
 @click.argument("run", metavar="RUN")
 @click.option("--json", "as_json", is_flag=True, help="Everything as one JSON object.")
-def command(run: str, as_json: bool) -> None:
-    """Show what the run folder RUN holds: layers, sequences, tokens, files, quarantined rows, mean norms of up to 4,096 rows a layer."""
+@click.option("--foreign", is_flag=True, help="RUN is another tool's dump: tell its faults. Ends with exit code 1 if there are any.")
+@click.option("--tokenizer", metavar="FOLDER", help="Of --foreign: the tokenizer whose token ids the dump should have.")
+@click.pass_context
+def command(ctx: click.Context, run: str, as_json: bool, foreign: bool, tokenizer: str | None) -> None:
+    """Show what the run folder RUN holds: layers, sequences, tokens, files, quarantined rows, mean norms of up to 4,096 rows a layer.
+
+    With --foreign RUN is a dump of speculators, SpecForge, ModelOpt or activault.
+    """
+    if tokenizer and not foreign:
+        raise click.UsageError("--tokenizer is of --foreign alone.")
+    if foreign:
+        from m2ray.cli.foreign import inspect_foreign
+
+        ctx.exit(0 if inspect_foreign(run, tokenizer, as_json=as_json) else 1)
     with looking():
         holder = read_holder(open_store(run))
         opened = open_run(run)

@@ -97,6 +97,14 @@ class Rehearsal:
             "between the prompt alone and right-padded beside a longer one": _moved(rows_BTH[1, :_SHORT], alone_BTH[0]),
         }
 
+    def last_states(self, dtype: torch.dtype) -> tuple[Any, torch.Tensor, torch.Tensor]:
+        """The model of transformers, its last layer's output, and what its decoder returns in the end; both [B, T, H]."""
+        model, returned = self._load(dtype), []
+        hook = find_decoder(model)[1].register_forward_hook(lambda _, __, output: returned.append(output[0].clone()))
+        outputs = _layers_outputs(model, input_ids=self._token_ids_BT)
+        hook.remove()
+        return model, outputs[-1], returned[-1]
+
     def by_chain(self, dtype: torch.dtype, bounds: Sequence[int]) -> list[torch.Tensor]:
         """Each layer's output [B, T, H] of a chain of stages, one for the layers between two `bounds`, each loaded as stages load theirs."""
         store = open_store(str(self._folder))

@@ -1,0 +1,190 @@
+"""Output: the files of an export, written whole or not at all, each with its size and checksum in a small record.
+
+Files are written unit by unit, a unit being some consecutive samples. `.m2ray/export.json` says what the export is of and is created
+first; `.m2ray/unit-000012.json` names the files of a unit once all of them are durable; `m2ray_export.json` comes last. So whoever
+runs the same command again keeps every unit whose files are all there, and does the rest.
+"""
+
+import json
+from collections import deque
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import xxhash
+
+from m2ray.activations.json_record import digest
+from m2ray.errors import AlreadyExistsError, RunConflictError, RunDamagedError
+from m2ray.storage import Data, Store
+from m2ray.storage.hashing import HashingFile
+
+FOLDER = ".m2ray"
+BEGUN_KEY = f"{FOLDER}/export.json"
+SUMMARY_KEY = "m2ray_export.json"
+_CHUNK_BYTES = 1 << 20
+_CLOSED_AT_ONCE, _OPEN_FILES = 4, 16
+_CLOSE_TIMEOUT_S = 1800.0
+
+
+class Written(NamedTuple):
+    """A file as it was written: xxh3-64 of its bytes, 16 hex digits."""
+
+    key: str
+    num_bytes: int
+    xxh3: str
+
+
+class Output:
+    """The folder or bucket that an export goes to. Use it as a context: leaving it by an error gives up what is not whole yet.
+
+    Args:
+        store: where it goes.
+        identity: what the export is of, as JSON values; another export's folder is refused.
+
+    Raises:
+        RunConflictError: there is another export, or something else.
+        StoreError: it cannot be written.
+    """
+
+    def __init__(self, store: Store, identity: Mapping[str, Any]) -> None:
+        self._store = store
+        self._identity: dict[str, Any] = json.loads(json.dumps(identity))
+        self._pool = ThreadPoolExecutor(_CLOSED_AT_ONCE, thread_name_prefix="export")
+        self._closing: deque[tuple[HashingFile, Future[Written]]] = deque()
+        self._unit: list[Written] = []
+        self._units: dict[int, list[Written]] = {}
+        self._begin()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._pool.shutdown(cancel_futures=True)
+        for file, closing in self._closing:
+            if closing.cancelled():
+                file.abort()
+
+    # -- units --------------------------------------------------------------------------------------------------------
+
+    def kept_unit(self, number: int) -> int | None:
+        """The bytes of a unit that is there: recorded, and every file what was written, of which each byte is read. None if it is not."""
+        key = _unit_key(number)
+        if self._store.size(key) is None:
+            return None
+        files = [Written(*file) for file in _read(self._store, key)["files"]]
+        damaged = [file.key for file in files if not self._is_there(file)]
+        if damaged:
+            self._store.delete([key, *damaged])  # they are written again
+            return None
+        self._units[number] = files
+        return sum(file.num_bytes for file in files)
+
+    def write(self, key: str, pieces: Iterable[Data]) -> None:
+        """A file of these bytes, one piece behind the other; each may be used again afterwards. Durable at the end of its unit.
+
+        Raises:
+            RunConflictError: there is another file of that name.
+            StoreError: it cannot be written.
+        """
+        file = HashingFile(self._store.open_part(key))
+        try:
+            for piece in pieces:
+                view = memoryview(piece).cast("B")
+                for start in range(0, len(view), _CHUNK_BYTES):  # which stays in the processor's cache from the hash to the copy
+                    file.write(view[start : start + _CHUNK_BYTES])
+        except BaseException:
+            file.abort()
+            raise
+        if len(self._closing) >= _OPEN_FILES:
+            self._unit.append(self._next_closed())
+        self._closing.append((file, self._pool.submit(self._close, key, file)))
+
+    def end_unit(self, number: int) -> int:
+        """Make the files durable that were written since the last unit, and record them. Gives their bytes. Raises as `write` does."""
+        while self._closing:
+            self._unit.append(self._next_closed())
+        files, self._unit = self._unit, []
+        self._store.put(_unit_key(number), _sealed({"files": files}))
+        self._units[number] = files
+        return sum(file.num_bytes for file in files)
+
+    def finish(self, facts: Mapping[str, Any]) -> dict[str, Any]:
+        """Write `m2ray_export.json`, the sign that all is there, and give what it says: the identity, `facts`, and an account of the files."""
+        files = [file for number in sorted(self._units) for file in self._units[number]]
+        lines = "".join(f"{file.xxh3} {file.num_bytes} {file.key}\n" for file in files)
+        account = {
+            "files": len(files),
+            "num_bytes": sum(file.num_bytes for file in files),
+            "xxh3": xxhash.xxh3_128_hexdigest(lines.encode()),
+        }
+        summary = self._identity | dict(facts) | account
+        self._store.put(SUMMARY_KEY, _sealed(summary, indent=2))
+        return summary
+
+    # -- inside -------------------------------------------------------------------------------------------------------
+
+    def _begin(self) -> None:
+        if self._store.size(BEGUN_KEY) is None:
+            if found := next(iter(self._store.list("")), None):
+                raise RunConflictError(f"{self._store.url} is no export: it holds {found[0]!r}.", "Give an empty folder (--output).")
+            with suppress(AlreadyExistsError):
+                self._store.create(BEGUN_KEY, _sealed(self._identity, indent=2))
+        there = _read(self._store, BEGUN_KEY)
+        names = dict.fromkeys([*there, *self._identity])
+        differing = [
+            f"{name}: {json.dumps(there.get(name))} there, {json.dumps(self._identity.get(name))} now"
+            for name in names
+            if there.get(name) != self._identity.get(name)
+        ]
+        if differing:
+            raise RunConflictError(f"{self._store.url} holds another export. What differs:", "Give another folder (--output).", differing)
+        self._store.delete_unfinished()  # a trainer that walks the folder would take it for a sample
+
+    def _next_closed(self) -> Written:
+        _, closing = self._closing[0]
+        written = closing.result(_CLOSE_TIMEOUT_S)
+        self._closing.popleft()
+        return written
+
+    def _close(self, key: str, file: HashingFile) -> Written:
+        """Make a file visible; one that an interrupted try has left is kept if it is the same."""
+        written = Written(key, file.num_bytes, file.xxh3)
+        try:
+            file.publish()
+        except AlreadyExistsError as error:
+            if not self._is_there(written):
+                raise RunConflictError(
+                    f"{self._store.where(key)} is there, and is not what would be written.", "Remove it, or give another folder (--output)."
+                ) from error
+        return written
+
+    def _is_there(self, file: Written) -> bool:
+        if self._store.size(file.key) != file.num_bytes:
+            return False
+        hashed = xxhash.xxh3_64()
+        for start in range(0, file.num_bytes, _CHUNK_BYTES):
+            hashed.update(self._store.read_range(file.key, start, min(_CHUNK_BYTES, file.num_bytes - start)))
+        return hashed.hexdigest() == file.xxh3
+
+
+def _unit_key(number: int) -> str:
+    return f"{FOLDER}/unit-{number:06d}.json"
+
+
+def _sealed(fields: Mapping[str, Any], indent: int | None = None) -> bytes:
+    """A JSON object with the digest of itself."""
+    plain = json.loads(json.dumps(fields))
+    return json.dumps(plain | {"digest": digest(plain)}, indent=indent).encode()
+
+
+def _read(store: Store, key: str) -> dict[str, Any]:
+    """The object that `_sealed` wrote, without its digest. Raises RunDamagedError."""
+    try:
+        fields = json.loads(store.read(key))
+        if fields.pop("digest") != digest(fields):
+            raise ValueError("it does not have the digest that it names")
+        return dict(fields)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise RunDamagedError(f"{store.where(key)} is damaged ({error}).", "Begin the export in another folder.") from error
