@@ -87,7 +87,7 @@ def make_prompts(folder: Path, model: Path, count: int, batch_tokens: int) -> Pr
     lengths = np.clip(rng.lognormal(np.log(MEDIAN_TOKENS), SPREAD, count), SHORTEST, LONGEST).astype(int)
     tokenizer = PromptTokenizer.load(str(model), options, config["vocab_size"])
     sample = " ".join(rng.choice(words, 10_000))
-    tokens_a_word = len(tokenizer._tokenize([sample], adds_special_tokens=False)[0]) / 10_000  # noqa: SLF001 - texts of wanted lengths
+    tokens_a_word = len(tokenizer._text_tokens.ids([sample], adds_special_tokens=False)[0]) / 10_000  # noqa: SLF001 - texts of wanted lengths
     texts = [" ".join(rng.choice(words, max(1, int(length / tokens_a_word)))) for length in lengths]
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
     with tempfile.TemporaryDirectory(dir=folder) as scratch:

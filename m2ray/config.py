@@ -70,6 +70,9 @@ class ExtractConfig(BaseModel):
     template_options: Annotated[dict[str, Any], BeforeValidator(_as_object)] = _rows(
         {}, description="For every chat's template: {enable_thinking = false} in TOML, JSON as a flag; a row's chat_template_kwargs win."
     )
+    mask: Literal["assistant"] | None = _rows(
+        None, description="Loss mask of chats: assistant for the tokens that the assistant says; default: none. Token ids bring their own."
+    )
     template_date: Day | Auto = _rows("auto", description="The day that chat templates are told; auto: the UTC day on which the run began.")
     template_timeout_s: Annotated[float, Field(gt=0)] = _rows(
         10.0, description="Seconds of the processor that a chat template may take for a row; rows that take longer are quarantined."

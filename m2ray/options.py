@@ -33,6 +33,7 @@ class PromptOptions:
         text_column, messages_column, input_ids_column, tools_column, id_column: None where the user named none.
         add_generation_prompt: whether chats end with the words that begin an assistant's answer.
         template_options: variables of every chat's template.
+        mask: of which messages a chat's loss mask is made; None for no mask.
         special_tokens: what is put around a text; "add_where_absent" is what "auto" comes to where the tokenizer adds any.
         template_date: the day that chat templates are told, UTC; None where none is.
         template_timeout_s: processor time that a chat template may take for a row; None where there is none.
@@ -51,6 +52,7 @@ class PromptOptions:
     special_tokens: Literal["auto", "add_where_absent", "add", "none"] = "auto"
     add_generation_prompt: bool = False
     template_options: Mapping[str, Any] = field(default_factory=dict)
+    mask: Literal["assistant"] | None = None
     template_date: date | None = None
     template_timeout_s: float | None = TEMPLATE_TIMEOUT_S
     quarantine_limit: float = 1.0
@@ -72,6 +74,7 @@ class PromptOptions:
             special_tokens=config.special_tokens,
             add_generation_prompt=config.add_generation_prompt,
             template_options=config.template_options,
+            mask=config.mask,
             template_date=given or (date.fromisoformat(recorded_date) if recorded_date else datetime.now(UTC).date()),
             template_timeout_s=config.template_timeout_s,
             quarantine_limit=config.quarantine_limit,

@@ -1,6 +1,6 @@
 """The run's `sequences/*.parquet`: what became of every row of the source, quarantined ones too."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -22,13 +22,20 @@ SEQUENCES_SCHEMA = pa.schema(
         pa.field("shard", pa.int32()),
         pa.field("status", pa.string(), nullable=False),
         pa.field("reason", pa.string()),
+        pa.field("loss_mask", pa.list_(pa.uint8())),
+        pa.field("roles", pa.list_(pa.struct([("role", pa.string()), ("start", pa.int32()), ("stop", pa.int32())]))),
     ]
 )
 """One row a source row, ascending by sequence_id.
 
 prompt_digest: xxh3-128 of the token ids' little-endian int32 bytes, 32 hex digits. status: "ready" or "quarantined". A
-quarantined row has token_count 0, a reason, and null for digest and shard; a ready one has null for the reason.
+quarantined row has token_count 0, a reason, and null for all that is nullable besides; a ready one has null for the reason.
+loss_mask: one 0 or 1 a token, null where the prompts gave none. roles: the tokens [start, stop) of a chat's messages, ascending,
+null where unknown.
 """
+
+_FEW_VALUES = ["shard", "status", "reason", "loss_mask.list.element", "roles.list.element.role"]
+"""The columns whose values come again and again."""
 
 ROWS_PER_FILE = 1 << 20
 
@@ -56,7 +63,7 @@ class SequencesWriter:
         self._store.delete(keys)
 
     def write(self, columns: Mapping[str, Any]) -> None:
-        """Append rows, given as one sequence of values a column. Raises StoreError."""
+        """Append rows as one row group, given as one sequence of values a column. Raises StoreError."""
         if self._open is None:
             self._open = _OpenFile(self._store, f"sequences/sequences-{len(self._files):05d}-{self._attempt}.parquet")
         self._open.write(pa.table(dict(columns), schema=SEQUENCES_SCHEMA))
@@ -77,7 +84,7 @@ class SequencesWriter:
 
 
 def read_sequences(store: Store, file: SequenceFile, columns: list[str] | None = None) -> Any:
-    """The file as a pyarrow table, after its size and checksum were compared.
+    """The file as a pyarrow table, after its size and checksum were compared. Columns that an older m2ray did not write are null.
 
     Raises:
         RunDamagedError: the file is absent or not as it was written.
@@ -93,7 +100,17 @@ def read_sequences(store: Store, file: SequenceFile, columns: list[str] | None =
     if xxh3 != file.xxh3:
         raise RunDamagedError(f"{name} is damaged: the xxh3 of its bytes is {xxh3}; {file.xxh3} was written.", remedy)
     # A thread of Arrow's that still holds `data`, a Python object, while the interpreter ends would abort the process.
-    return pq.ParquetFile(pa.BufferReader(data), pre_buffer=False).read(columns, use_threads=False)
+    table = pq.ParquetFile(pa.BufferReader(data), pre_buffer=False).read(columns, use_threads=False)
+    return _with_nulls(table, SEQUENCES_SCHEMA.names if columns is None else columns)
+
+
+def _with_nulls(table: Any, names: Sequence[str]) -> Any:
+    """The table with these columns too, at its end, where it lacks them."""
+    for name in names:
+        if name not in table.column_names:
+            field = SEQUENCES_SCHEMA.field(name)
+            table = table.append_column(field, pa.nulls(table.num_rows, field.type))
+    return table
 
 
 class _OpenFile:
@@ -103,7 +120,9 @@ class _OpenFile:
         self.rows = 0
         self.key = key
         self._stream = HashingFile(store.open_part(key))
-        self._writer = pq.ParquetWriter(pa.PythonFile(self._stream, mode="w"), SEQUENCES_SCHEMA, compression="zstd")
+        self._writer = pq.ParquetWriter(
+            pa.PythonFile(self._stream, mode="w"), SEQUENCES_SCHEMA, compression="zstd", use_dictionary=_FEW_VALUES
+        )
 
     def write(self, table: Any) -> None:
         self._writer.write_table(table)

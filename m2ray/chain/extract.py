@@ -102,6 +102,8 @@ def _claim(inputs: Inputs, found: Survey, stats: PromptStats, progress: Progress
     )
     for line in inputs.tokenizer.told(inputs.source.columns, found.first_prompt):
         progress.say(f"  {line}")
+    if found.num_empty_masks:
+        progress.say(f"  the loss masks of {found.num_empty_masks:,} prompts are 0 at every token")
     for quarantined in found.first_quarantined:
         progress.say(f"  quarantined: {quarantined}")
     job = JobRecord.new(

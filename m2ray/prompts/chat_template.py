@@ -1,9 +1,11 @@
 """ChatTemplate: messages to text by the model's own template, with a date that does not change overnight."""
 
 import inspect
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, time
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,9 +15,10 @@ from transformers.utils import chat_template_utils
 
 from m2ray.errors import PromptsError
 from m2ray.options import TEMPLATE_TIMEOUT_S, PromptOptions
+from m2ray.prompts.chat_spans import ASSISTANT, ChatSpans
 from m2ray.prompts.columns import TEMPLATE_OPTIONS
-from m2ray.prompts.rendering import RefusedError, Renderer
-from m2ray.prompts.rows import PromptRow
+from m2ray.prompts.rendering import RefusedError, Rendered, Renderer
+from m2ray.prompts.rows import Message, PromptRow
 
 # What a template written for other messages raises: its own raise_exception(), or Python's errors on their values.
 _TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RecursionError)
@@ -24,6 +27,11 @@ _CLOCK = "strftime_now"
 """The function that templates ask for the date."""
 
 _NO_TOOLS: list[Any] = []
+
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+"""The tag by which a template marks answers, as transformers looks for it."""
+
+_PROBE: list[Message] = [{"role": "user", "content": "a"}, {"role": ASSISTANT, "content": "b"}]
 
 
 class ChatTemplate:
@@ -53,30 +61,66 @@ class ChatTemplate:
         if self.reads_date:
             self._require_date()
 
-    def rendered(self, rows: Sequence[PromptRow]) -> Iterator[str | RefusedError]:
-        """The text of each row's messages, or why it has none, from a process of its own with limits. `close` ends it."""
+    def require_mask(self) -> None:
+        """Raise PromptsError if a loss mask is asked for, and the template gives none even of one question and one answer."""
+        if self._options.mask is None:
+            return
+        (probe,) = self.rendered([PromptRow(0, "0", messages=_PROBE)])
+        if isinstance(probe, RefusedError) or not probe.answers:
+            why = f": {probe}" if isinstance(probe, RefusedError) else ""
+            raise PromptsError(
+                f"mask = {self._options.mask!r}, but the model's chat template does not say what the assistant says{why}.",
+                "Give a template that marks answers by {% generation %} ... {% endgeneration %}, or token ids with a loss_mask.",
+            )
+
+    def rendered(self, rows: Sequence[PromptRow]) -> Iterator[Rendered | RefusedError]:
+        """What the template makes of each row's messages, or why nothing, from a process of its own with limits. `close` ends it."""
         return self._renderer.rendered(rows)
 
     def close(self) -> None:
         """End that process, if there is one; the next row starts another."""
         self._renderer.close()
 
-    def render(self, row: PromptRow) -> str:
-        """The text of a row's messages, in this process and without limits. Raises RefusedError."""
+    def render(self, row: PromptRow) -> Rendered:
+        """What the template makes of a row's messages, in this process and without limits. Raises RefusedError."""
         options = dict(row.template_options or {})
         if taken := sorted(self._reserved & options.keys()):
             raise RefusedError(f"{TEMPLATE_OPTIONS}: {', '.join(map(repr, taken))} cannot be set for one row")
-        try:
-            return self._render(row.messages, tools=row.tools, **{**self._options.template_options, **options})
-        except _TEMPLATE_ERRORS as error:
-            raise RefusedError(f"the chat template refuses it: {str(error) or type(error).__name__}") from error
+        options = {**self._options.template_options, **options}
+
+        def draw(messages: Sequence[Message], *, adds_prompt: bool) -> str:
+            with _refusing():
+                return self._render(messages, add_generation_prompt=adds_prompt, tools=row.tools, **options)
+
+        assert row.messages is not None
+        text = draw(row.messages, adds_prompt=self._options.add_generation_prompt)
+        if self._options.mask is None:
+            return Rendered(text)
+        spans = ChatSpans(partial(draw, adds_prompt=False), partial(draw, adds_prompt=True), row.messages, text)
+        tagged = self._tagged_answers(row, text, options)
+        return Rendered(text, spans.answers() if tagged is None else tagged, spans.messages(), is_tagged=tagged is not None)
 
     def _render(self, messages: Any, **options: Any) -> str:
         with _telling(self._midnight):
-            rendered = self._tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=self._options.add_generation_prompt, **options
+            return str(self._tokenizer.apply_chat_template(messages, tokenize=False, **options))
+
+    def _tagged_answers(self, row: PromptRow, text: str, options: Mapping[str, Any]) -> list[tuple[int, int]] | None:
+        """What transformers finds between the template's own tags; None for a template without."""
+        template = self._tokenizer.get_chat_template(tools=row.tools)
+        if not _GENERATION.search(template):
+            return None
+        with _telling(self._midnight), _refusing():
+            (again,), (answers,) = chat_template_utils.render_jinja_template(
+                [row.messages],
+                tools=row.tools,
+                chat_template=template,
+                return_assistant_tokens_mask=True,
+                add_generation_prompt=self._options.add_generation_prompt,
+                **{**self._tokenizer.special_tokens_map, **options},
             )
-        return str(rendered)
+        if again != text:
+            raise RefusedError("no loss mask: the chat template writes another text when its answers are looked for")
+        return [(int(start), int(stop)) for start, stop in answers]
 
     def _require_date(self) -> None:
         told = self._render([{"role": "user", "content": ""}], chat_template=f"{{{{ {_CLOCK}('%Y-%m-%d') }}}}")
@@ -94,6 +138,15 @@ def _text(tokenizer: Any) -> str | None:
     except ValueError:  # transformers' word for: none, or several without a default
         return None
     return "\0".join(dict.fromkeys(texts))
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """Around a template: what it raises becomes the row's reason."""
+    try:
+        yield
+    except _TEMPLATE_ERRORS as error:
+        raise RefusedError(f"the chat template refuses it: {str(error) or type(error).__name__}") from error
 
 
 @contextmanager

@@ -16,6 +16,9 @@ NAME_ONE = (
     "files without it refused."
 )
 
+_LOSS_MASKS = ["loss_mask", "assistant_masks"]
+"""The columns that are looked for beside token ids; transformers and TRL write the second name."""
+
 _DEFAULTS: dict[str, Kind] = {"text": "text", "messages": "messages", "conversations": "messages", "input_ids": "input_ids"}
 """The columns that are looked for where none is named, and what they hold."""
 
@@ -46,9 +49,17 @@ def choose_columns(files: Sequence[tuple[PromptFile, FileColumns]], options: Pro
         tools=(options.tools_column or "tools") if is_messages else None,
         template_options=TEMPLATE_OPTIONS if is_messages else None,
         attention_mask="attention_mask" if is_ids else None,
-        loss_mask="loss_mask" if is_ids else None,
+        loss_mask=_loss_mask(files) if is_ids else None,
         rivals=frozenset() if named else frozenset(_DEFAULTS) - {prompt},
     )
+
+
+def _loss_mask(files: Iterable[tuple[PromptFile, FileColumns]]) -> str:
+    """The column with the loss masks of token ids, whether it is there or not."""
+    there = [name for name in _LOSS_MASKS if any(name in present for _, present in files if present is not None)]
+    if len(there) > 1:
+        raise PromptsError(f"The prompts have two columns of loss masks: {' and '.join(map(repr, there))}.", "Leave one of them out.")
+    return (there or _LOSS_MASKS)[0]
 
 
 def _named(options: PromptOptions) -> dict[Kind, str | None]:
@@ -68,7 +79,7 @@ def _found(files: Iterable[tuple[PromptFile, FileColumns]]) -> dict[str, str]:
 
 
 def _refuse_options_of_chats(kind: Kind, options: PromptOptions) -> None:
-    of_chats = {name: getattr(options, name) for name in ("tools_column", "add_generation_prompt", "template_options")}
+    of_chats = {name: getattr(options, name) for name in ("tools_column", "add_generation_prompt", "template_options", "mask")}
     given = ", ".join(f"{name} = {json.dumps(value)}" for name, value in of_chats.items() if value)
     if given and kind != "messages":
         raise PromptsError(

@@ -4,6 +4,7 @@ import multiprocessing
 import signal
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -15,7 +16,25 @@ _BYTES_AT_ONCE = 1 << 20
 _SLOWDOWN, _PAUSE_S = 10, 60.0
 """How much slower than its processor time a busy machine may be, and what else it may take, before the process counts as hung."""
 
-Render = Callable[[PromptRow], str]
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """A chat's text, and where in it things are, [start, stop) in characters, ascending.
+
+    Attributes:
+        text: what the template writes.
+        answers: what the assistant says; None where nobody asked.
+        messages: each message with its role; None where that is not known, or nobody asked.
+        is_tagged: whether the template itself marks the answers.
+    """
+
+    text: str
+    answers: list[tuple[int, int]] | None = None
+    messages: list[tuple[str, int, int]] | None = None
+    is_tagged: bool = False
+
+
+Render = Callable[[PromptRow], Rendered]
 
 
 class RefusedError(ValueError):
@@ -35,8 +54,8 @@ class Renderer:
         self._process: Any = None
         self._connection: Connection | None = None
 
-    def rendered(self, rows: Sequence[PromptRow]) -> Iterator[str | RefusedError]:
-        """Each row's text, or why it has none."""
+    def rendered(self, rows: Sequence[PromptRow]) -> Iterator[Rendered | RefusedError]:
+        """What is made of each row, or why nothing is."""
         done = alone_until = 0
         while done < len(rows):
             asked = rows[done : done + (1 if done < alone_until else _num_at_once(rows[done:]))]
@@ -59,7 +78,7 @@ class Renderer:
             self._process.join()
             self._process = self._connection = None
 
-    def _ask(self, rows: Sequence[PromptRow]) -> list[str | RefusedError] | None:
+    def _ask(self, rows: Sequence[PromptRow]) -> list[Rendered | RefusedError] | None:
         """The answers for the first of the rows, one at least; None if the process ended or hangs."""
         if self._process is None or not self._process.is_alive():
             self.close()
@@ -68,7 +87,7 @@ class Renderer:
         try:
             self._connection.send(rows)
             if self._connection.poll(_PAUSE_S + _SLOWDOWN * self._timeout_s * len(rows)):
-                answers: list[str | RefusedError] = self._connection.recv()
+                answers: list[Rendered | RefusedError] = self._connection.recv()
                 return answers
         except (EOFError, OSError):
             pass
@@ -104,7 +123,7 @@ def _num_at_once(rows: Sequence[PromptRow]) -> int:
 
 
 def _serve(connection: Connection, parents: Connection, render: Render, timeout_s: float) -> None:
-    """The process: rows in, texts out, until nobody asks any more. Of many long texts only the first are given at once."""
+    """The process: rows in, chats out, until nobody asks any more. Of many long texts only the first are given at once."""
     parents.close()  # else this process would never learn that the other one is gone
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
     for ends in (signal.SIGTERM, signal.SIGHUP, signal.SIGPROF):
@@ -115,22 +134,22 @@ def _serve(connection: Connection, parents: Connection, render: Render, timeout_
             rows = connection.recv()
         except EOFError:
             return
-        answers: list[str | RefusedError] = []
-        while len(answers) < len(rows) and sum(len(text) for text in answers if isinstance(text, str)) < MAX_PROMPT_BYTES:
+        answers: list[Rendered | RefusedError] = []
+        while len(answers) < len(rows) and sum(len(chat.text) for chat in answers if isinstance(chat, Rendered)) < MAX_PROMPT_BYTES:
             signal.setitimer(signal.ITIMER_PROF, timeout_s)
             answers.append(_rendered(render, rows[len(answers)]))
             signal.setitimer(signal.ITIMER_PROF, 0)
         connection.send(answers)
 
 
-def _rendered(render: Render, row: PromptRow) -> str | RefusedError:
+def _rendered(render: Render, row: PromptRow) -> Rendered | RefusedError:
     try:
-        text = render(row)
-        num_bytes = len(text.encode("utf-8", "surrogatepass"))
+        chat = render(row)
+        num_bytes = len(chat.text.encode("utf-8", "surrogatepass"))
     except RefusedError as refused:
         return RefusedError(str(refused))
     except MemoryError:
         return RefusedError(f"the chat template takes more than {RENDER_BYTES:,} bytes of memory")
     if num_bytes > MAX_PROMPT_BYTES:
         return RefusedError(f"the chat template makes {num_bytes} bytes of it, more than {MAX_PROMPT_BYTES}")
-    return text
+    return chat

@@ -53,6 +53,11 @@ class PromptSource:
         return cls(options, tuple(files), columns)
 
     @property
+    def may_be_read_ahead(self) -> bool:
+        """Whether rows may be read on one thread while another is at work: not where reading or rendering puts a limit on the whole process."""
+        return not self.columns.is_messages and all(file.is_read_in_order for file, _ in self._files)
+
+    @property
     def names(self) -> tuple[str, ...]:
         """The files' paths below the source's folder, in order."""
         return tuple(file.name for file, _ in self._files)
@@ -68,8 +73,8 @@ class PromptSource:
         for file, present in self._files:
             with fingerprint.reading(file) if fingerprint else nullcontext(file) as data:
                 for number, record in enumerate(data.records(self.columns.of(present))):
-                    if rivals := sorted(self.columns.rivals & record.values.keys()):
-                        raise self._two_columns(file, number, rivals[0])
+                    if not self.columns.rivals.isdisjoint(record.values):
+                        raise self._two_columns(file, number, min(self.columns.rivals & record.values.keys()))
                     yield as_row(record, sequence_id, self.columns)
                     sequence_id += 1
 

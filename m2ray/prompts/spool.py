@@ -27,7 +27,7 @@ class TokenSpool:
     """
 
     def __init__(self) -> None:
-        with _naming_disk():
+        with naming_disk():
             # Outlives this function by design; `close` ends it. Unbuffered, so that closing it has nothing left to write.
             self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
         self._pending = bytearray()
@@ -69,7 +69,7 @@ class TokenSpool:
             raise KeyError(sequence_id)
         self._flush()
         start, stop = self._bounds[place], self._bounds[place + 1]
-        with _naming_disk():
+        with naming_disk():
             data = os.pread(self._file.fileno(), (stop - start) * _ITEM_BYTES, start * _ITEM_BYTES)
         token_ids: Int32Array = np.frombuffer(data, dtype="<i4")
         return token_ids
@@ -80,18 +80,19 @@ class TokenSpool:
         self._file.close()
 
     def _flush(self) -> None:
-        with _naming_disk():
+        with naming_disk():
             while self._pending:
                 del self._pending[: os.write(self._file.fileno(), self._pending)]
 
 
 @contextmanager
-def _naming_disk() -> Iterator[None]:
+def naming_disk() -> Iterator[None]:
+    """Around whatever writes to the temporary folder: a StoreError says that it is the disk there, and what it is needed for."""
     try:
         yield
     except OSError as error:
         folder = Path(tempfile.gettempdir())
         raise StoreError(
             f"Cannot keep token ids in the temporary folder {folder}: {error.strerror}.",
-            f"{remedy_for(error, folder)} TMPDIR may name another folder, with 4 bytes for each token of the prompts.".lstrip(),
+            f"{remedy_for(error, folder)} TMPDIR may name another folder, with 5 bytes for each token of the prompts.".lstrip(),
         ) from error

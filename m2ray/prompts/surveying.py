@@ -1,26 +1,30 @@
 """The survey: one pass over the source that tokenises once, quarantines bad rows and fixes the shards."""
 
+import gc
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
 
-import numpy as np
 import xxhash
 
 from m2ray.batches import Int32Array, Int64Array, SequenceFile
 from m2ray.errors import PromptsError
 from m2ray.options import PromptOptions
 from m2ray.prompts.fingerprint import Fingerprint
+from m2ray.prompts.masks import Marked
 from m2ray.prompts.rows import MAX_PROMPT_BYTES, PromptRow
-from m2ray.prompts.shards import WINDOW_ROWS, ShardTable, cut_shards
+from m2ray.prompts.shards import WINDOW_ROWS, ShardTable
 from m2ray.prompts.sources import PromptSource
 from m2ray.prompts.spool import TokenSpool
 from m2ray.prompts.tokenize import PromptTokenizer
+from m2ray.prompts.window import Window
 from m2ray.sequences import SequencesWriter
 from m2ray.storage import Store
 
-_BATCH_ROWS = 1024
+_BATCH_ROWS = 8192
 _SHOWN_REASONS = 5
 _KINDS_OF_REASONS = 1000
 _REASON_CHARACTERS = 500
@@ -28,7 +32,8 @@ _REASON_CHARACTERS = 500
 
 @dataclass(frozen=True)
 class Survey:
-    """What the survey found. `num_sequences` = `num_ready` + `num_quarantined`; `first_quarantined` are lines on the first few.
+    """What the survey found. `num_sequences` = `num_ready` + `num_quarantined`; `first_quarantined` are lines on the first few;
+    `num_empty_masks` ready rows have a loss mask that is 0 at every token.
 
     `fingerprint` is of the bytes that were read; PromptSource.fingerprint gives the same for the same files. `tokens` is open: close it
     once the extraction is done.
@@ -39,6 +44,7 @@ class Survey:
     num_ready: int
     num_quarantined: int
     num_tokens: int
+    num_empty_masks: int
     first_quarantined: tuple[str, ...]
     sequence_files: tuple[SequenceFile, ...]
     fingerprint: str
@@ -77,14 +83,18 @@ def survey(
             quarantined.
         StoreError: the store or the temporary folder refuses.
     """
-    if source.columns.is_messages:
-        tokenizer.template.require()
+    tokenizer.require(source.columns)
     tokens, fingerprint = TokenSpool(), Fingerprint()
     try:
-        with SequencesWriter(store, attempt) as writer:
-            survey_pass = _SurveyPass(writer, tokens, shard_tokens)
-            for rows in row_batches(source.rows(fingerprint)):
-                survey_pass.add(rows, tokenizer.encode(rows))
+        batches = _ahead(tokenizer, row_batches(source.rows(fingerprint)), reads_ahead=source.may_be_read_ahead)
+        with (
+            _old_objects_passed_over(),
+            SequencesWriter(store, attempt) as writer,
+            closing(_SurveyPass(writer, tokens, shard_tokens)) as survey_pass,
+            closing(batches),
+        ):
+            for rows, marked in batches:
+                survey_pass.add(rows, marked)
                 if on_progress is not None:
                     on_progress(survey_pass.num_rows)
             return survey_pass.finish(source, fingerprint)
@@ -93,6 +103,36 @@ def survey(
         raise
     finally:
         tokenizer.close()
+
+
+@contextmanager
+def _old_objects_passed_over() -> Iterator[None]:
+    """Python's collector looks at new objects alone: a quarter of the survey's time it would go through torch's and transformers' again."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+def _ahead(
+    tokenizer: PromptTokenizer, batches: Iterable[list[PromptRow]], *, reads_ahead: bool
+) -> Generator[tuple[list[PromptRow], list[Marked | str]]]:
+    """Each batch with its tokens. While one is tokenised, on all cores and without Python, the caller takes the one before.
+
+    With `reads_ahead` the next one is read meanwhile, too.
+    """
+    before: tuple[list[PromptRow], Future[list[Marked | str]]] | None = None
+    with ThreadPoolExecutor(1, "tokenize") as thread:
+        for rows in batches:
+            tokenized = thread.submit(tokenizer.marked, rows)
+            if before is not None:
+                yield before[0], before[1].result()
+            before = rows, tokenized
+            if not reads_ahead:
+                wait([tokenized])
+        if before is not None:
+            yield before[0], before[1].result()
 
 
 def prompt_digest(token_ids: Int32Array) -> str:
@@ -117,46 +157,6 @@ def row_batches(rows: Iterable[PromptRow]) -> Iterator[list[PromptRow]]:
         yield batch
 
 
-@dataclass
-class _Window:
-    """Rows that are sorted by length together, and one row group of the table. Quarantined rows have token count 0."""
-
-    first_id: int
-    row_ids: list[str] = field(default_factory=list)
-    digests: list[str | None] = field(default_factory=list)
-    token_counts: list[int] = field(default_factory=list)
-    reasons: list[str | None] = field(default_factory=list)
-
-    def add(self, row_id: str, digest: str | None, token_count: int, reason: str | None) -> None:
-        self.row_ids.append(row_id)
-        self.digests.append(digest)
-        self.token_counts.append(token_count)
-        self.reasons.append(reason)
-
-    def close(self, writer: SequencesWriter, first_shard: int, shard_tokens: int) -> list[tuple[Int64Array, Int32Array]]:
-        """Fix the window's shards and write its rows. Returns each shard's sequence ids and token counts."""
-        sequence_ids = np.arange(self.first_id, self.first_id + len(self.row_ids), dtype=np.int64)
-        token_counts = np.array(self.token_counts, dtype=np.int32)
-        ready = np.flatnonzero(token_counts)
-        shards = [ready[places] for places in cut_shards(token_counts[ready], shard_tokens)]
-        numbers: list[int | None] = [None] * len(self.row_ids)
-        for number, places in enumerate(shards, first_shard):
-            for place in places.tolist():
-                numbers[place] = number
-        writer.write(
-            {
-                "sequence_id": sequence_ids,
-                "row_id": self.row_ids,
-                "prompt_digest": self.digests,
-                "token_count": token_counts,
-                "shard": numbers,
-                "status": ["ready" if reason is None else "quarantined" for reason in self.reasons],
-                "reason": self.reasons,
-            }
-        )
-        return [(sequence_ids[places], token_counts[places]) for places in shards]
-
-
 class _SurveyPass:
     """The survey on its way through the rows."""
 
@@ -168,45 +168,62 @@ class _SurveyPass:
         self._shards: list[tuple[Int64Array, Int32Array]] = []
         self._sample: list[str] = []
         self._reasons: Counter[str] = Counter()
-        self._window = _Window(first_id=0)
+        self._window = Window(first_id=0)
+        self._num_masks = 0
+        self._num_empty_masks = 0
 
-    def add(self, rows: Sequence[PromptRow], encoded_rows: Sequence[Int32Array | str]) -> None:
+    def add(self, rows: Sequence[PromptRow], marked_rows: Sequence[Marked | str]) -> None:
         """Take a batch, which does not cross a window's end."""
-        for row, encoded in zip(rows, encoded_rows, strict=True):
-            if isinstance(encoded, str):
-                reason = encoded[:_REASON_CHARACTERS]  # a template's own words may have any length
+        for row, marked in zip(rows, marked_rows, strict=True):
+            if isinstance(marked, str):
+                reason = marked[:_REASON_CHARACTERS]  # a template's own words may have any length
                 self._window.add(row.row_id, None, 0, reason)
                 self._count(reason)
                 if len(self._sample) < _SHOWN_REASONS:
                     self._sample.append(f"row {row.row_id} (place {row.sequence_id}): {reason}")
             else:
-                self._window.add(row.row_id, prompt_digest(encoded), len(encoded), None)
-                self._tokens.append(row.sequence_id, encoded)
+                self._window.add(row.row_id, prompt_digest(marked.token_ids), len(marked.token_ids), None)
+                self._tokens.append(row.sequence_id, marked.token_ids)
+                if marked.loss_mask is not None:
+                    self._num_masks += 1
+                    self._num_empty_masks += 1 not in marked.loss_mask
+        self._window.mark(marked_rows)
         self.num_rows += len(rows)
         if self.num_rows % WINDOW_ROWS == 0:
             self._close_window()
 
     def finish(self, source: PromptSource, fingerprint: Fingerprint) -> Survey:
-        if self._window.row_ids:
+        if len(self._window):
             self._close_window()
         num_quarantined = self.num_rows - len(self._tokens)
         if not self._shards or num_quarantined > source.options.quarantine_limit * self.num_rows:
             raise self._too_few(source.options, num_quarantined)
+        if self._num_masks and self._num_masks == self._num_empty_masks:
+            raise PromptsError(
+                f"The loss masks of all {self._num_masks:,} rows of {source.options.prompts} that have one are 0 at every token.",
+                "Nothing could be trained on them: correct the masks, or leave them out.",
+            )
         return Survey(
             shards=ShardTable.join(self._shards),
             num_sequences=self.num_rows,
             num_ready=len(self._tokens),
             num_quarantined=num_quarantined,
             num_tokens=self._tokens.num_tokens,
+            num_empty_masks=self._num_empty_masks,
             first_quarantined=tuple(self._sample),
             sequence_files=self._writer.finish(),
             fingerprint=fingerprint.hexdigest(),
             tokens=self._tokens,
         )
 
+    def close(self) -> None:
+        """Delete what lies in the temporary folder."""
+        self._window.close()
+
     def _close_window(self) -> None:
-        self._shards += self._window.close(self._writer, len(self._shards), self._shard_tokens)
-        self._window = _Window(first_id=self.num_rows)
+        self._shards += self._window.finish(self._writer, len(self._shards), self._shard_tokens)
+        self._window.close()
+        self._window = Window(first_id=self.num_rows)
 
     def _count(self, reason: str) -> None:
         """Reasons that differ in a number or a quoted word are of one kind."""

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from m2ray.errors import M2rayError
 from m2ray.options import PromptOptions
 from m2ray.prompts import PromptRow, PromptSource, PromptTokenizer, rendering, survey
-from m2ray.prompts.rendering import RefusedError, Renderer
+from m2ray.prompts.rendering import RefusedError, Rendered, Renderer
 from m2ray.prompts.rows import MAX_PROMPT_BYTES
 from m2ray.storage import LocalStore
 
@@ -59,24 +59,25 @@ def test_a_row_of_too_much_text_is_quarantined(tokenizer: PromptTokenizer) -> No
 
 
 def test_a_row_that_takes_too_much_memory_is_quarantined(monkeypatch: pytest.MonkeyPatch) -> None:
-    def render(row: PromptRow) -> str:
-        return "x" if row.sequence_id else str(len(bytes(2 << 30)))
+    def render(row: PromptRow) -> Rendered:
+        return Rendered("x" if row.sequence_id else str(len(bytes(2 << 30))))
 
     monkeypatch.setattr(rendering, "RENDER_BYTES", 32 << 20)
     renderer = Renderer(render, 5.0)
     refused, fine = renderer.rendered([row(0, "a"), row(1, "b")])
     assert str(refused) == "the chat template takes more than 33,554,432 bytes of memory"
-    assert fine == "x"
+    assert fine == Rendered("x")
     renderer.close()
 
 
 def test_a_process_that_ends_by_itself_costs_its_row_alone() -> None:
-    def render(row: PromptRow) -> str:
-        return os._exit(3) if row.sequence_id == 2 else str(row.sequence_id)  # type: ignore[func-returns-value]
+    def render(row: PromptRow) -> Rendered:
+        return os._exit(3) if row.sequence_id == 2 else Rendered(str(row.sequence_id))  # type: ignore[func-returns-value]
 
     renderer = Renderer(render, 5.0)
     found = list(renderer.rendered([row(number, "a") for number in range(5)]))
-    assert [str(one) for one in found] == ["0", "1", "the chat template ended its process (exit code 3)", "3", "4"]
+    said = [str(one) if isinstance(one, RefusedError) else one.text for one in found]
+    assert said == ["0", "1", "the chat template ended its process (exit code 3)", "3", "4"]
     assert isinstance(found[2], RefusedError)
     renderer.close()
 
@@ -86,7 +87,7 @@ def test_the_process_is_gone_once_nobody_asks(tmp_path: Path) -> None:
     read, write = os.pipe()
     parent = os.fork()
     if parent == 0:
-        renderer = Renderer(lambda _: "x", 5.0)
+        renderer = Renderer(lambda _: Rendered("x"), 5.0)
         list(renderer.rendered([row(0, "a")]))
         os.write(write, str(renderer._process.pid).encode())
         signal.pause()

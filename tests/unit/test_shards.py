@@ -33,6 +33,7 @@ from m2ray.prompts import (
     survey,
     surveying,
 )
+from m2ray.prompts.masks import Marked
 from m2ray.prompts.shards import WINDOW_ROWS, cut_micro_batches, cut_shards
 from m2ray.storage import LocalStore
 
@@ -119,6 +120,8 @@ def test_the_sequences_table_says_what_became_of_every_row(surveyed):
             "shard": shard_of.get(place),
             "status": "quarantined" if is_bad else "ready",
             "reason": ids if is_bad else None,
+            "loss_mask": None,
+            "roles": None,
         }
     bad = [(place, f"p{place}", ids) for place, ids in enumerate(encoded) if isinstance(ids, str)]
     assert {(3, "p3", "empty"), (17, "p17", "null"), (40, "p40", "not a string but int")} <= set(bad)
@@ -397,7 +400,7 @@ def test_batches_for_the_tokenizer_are_bounded_in_rows_and_bytes():
         return [len(batch) for batch in surveying.row_batches(rows)]
 
     chat = [{"role": "user", "content": "x" * (3 << 18)}]
-    assert sizes(PromptRow(place, "", text="x") for place in range(2500)) == [1024, 1024, 452]
+    assert sizes(PromptRow(place, "", text="x") for place in range(17_000)) == [8192, 8192, 616]
     assert sizes(PromptRow(place, "", text="x" * (3 << 18), num_bytes=3 << 18) for place in range(5)) == [2, 2, 1]
     assert sizes(PromptRow(place, "", messages=chat, num_bytes=3 << 18) for place in range(5)) == [2, 2, 1]
 
@@ -412,8 +415,11 @@ class InstantTokenizer:
         self._lengths = lengths
         self._ids = np.arange(2000, dtype=np.int32)
 
-    def encode(self, rows):
-        return [row.reason or self._ids[: self._lengths[row.sequence_id]] for row in rows]
+    def require(self, columns):
+        pass
+
+    def marked(self, rows):
+        return [row.reason or Marked(self._ids[: self._lengths[row.sequence_id]]) for row in rows]
 
     def close(self):
         pass

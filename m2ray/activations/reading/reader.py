@@ -87,7 +87,9 @@ class RunReader:
 
     @property
     def sequences(self) -> Any:
-        """Every row of the source: pyarrow table of sequence_id, row_id, prompt_digest, token_count, shard, status, reason.
+        """Every row of the source: pyarrow table of sequence_id, row_id, prompt_digest, token_count, shard, status, reason,
+        loss_mask (list<uint8>, one 0 or 1 a token; null where the prompts gave none) and roles (list of role, start, stop: the tokens
+        [start, stop) of a chat's messages; null where unknown). Runs from before these two columns have them null.
 
         Raises:
             RunDamagedError: a file of `sequences/` is not the one that was written.
