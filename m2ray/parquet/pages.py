@@ -24,6 +24,9 @@ Rows = npt.NDArray[np.int64]
 _RUN_BYTES = 512 << 10
 """Of pages that are read at once to be checked: they stay in the processor's cache until their values are where they belong."""
 
+_REMOTE_RUN_BYTES = 8 << 20
+"""The same of a server, where each read is a request."""
+
 MALFORMED = (ValueError, LookupError, TypeError, AttributeError, OverflowError, MemoryError, pa.ArrowException)
 """What reading raises of a file that is not what it should be, besides the store's own errors."""
 
@@ -103,6 +106,7 @@ class ColumnPages:
         self._store = store
         self._key = key
         self._check = check
+        self._run_bytes = _RUN_BYTES if store.folder else _REMOTE_RUN_BYTES
         self.value_bytes = value_bytes
         self.is_compressed = codec == ZSTD
         self._first_rows = pages[:, 0].copy()
@@ -136,6 +140,9 @@ class ColumnPages:
         """
         if not len(rows):
             return
+        if self.is_read_by_page and not self.is_compressed and (np.diff(rows) == 1).all():
+            self._take_neighbours(int(rows[0]), out, places)
+            return
         pages = self.pages_of(rows)
         if self.is_read_by_page:
             self._take_pages(pages, rows, out, places)
@@ -144,23 +151,34 @@ class ColumnPages:
         offsets = self._offsets[pages] + headers + (rows - self._first_rows[pages]) * self.value_bytes
         self._store.read_rows(self._key, offsets, out, places)
 
+    def _take_neighbours(self, start: int, out: Values, places: Rows) -> None:
+        """`take` of rows one after the other, of a column that is not compressed: pages that lie side by side are read at once."""
+        stop = start + len(places)
+        first, last = self.pages_of(np.array([start, stop - 1])).tolist()
+        pages = np.arange(first, last + 1)
+        sizes, lengths = self._sizes[pages], self._first_rows[pages + 1] - self._first_rows[pages]
+        is_new = (np.diff(self._offsets[pages]) != sizes[:-1]) | (np.diff(sizes) != 0) | (np.diff(lengths) != 0)
+        for low, high in pairwise([0, *(np.flatnonzero(is_new) + 1).tolist(), len(pages)]):
+            at_once = max(1, self._run_bytes // int(sizes[low]))
+            for begin in range(low, high, at_once):
+                run = pages[begin : min(high, begin + at_once)]
+                first_row = int(self._first_rows[run[0]])
+                of_run = max(start, first_row), min(stop, int(self._first_rows[run[-1] + 1]))
+                _lay(self._read(run), of_run[0] - first_row, out, places[of_run[0] - start : of_run[1] - start])
+
     def _take_pages(self, pages: Rows, rows: Rows, out: Values, places: Rows) -> None:
         """`take` by whole pages, several that are alike at once."""
         edges = np.flatnonzero(np.diff(pages, prepend=-1, append=-1))
         touched = pages[edges[:-1]]
         sizes, lengths = self._sizes[touched], self._first_rows[touched + 1] - self._first_rows[touched]
-        is_whole = (np.diff(edges) == lengths) & (not self.is_compressed and bool((np.diff(rows) > 0).all()))
-        is_new = (np.diff(sizes) != 0) | (np.diff(lengths) != 0) | (np.diff(is_whole)) | self.is_compressed
+        is_new = (np.diff(sizes) != 0) | (np.diff(lengths) != 0) | self.is_compressed
         for start, stop in pairwise([0, *(np.flatnonzero(is_new) + 1).tolist(), len(touched)]):
-            at_once = max(1, _RUN_BYTES // int(sizes[start]))
+            at_once = max(1, self._run_bytes // int(sizes[start]))
             for first in range(start, stop, at_once):
                 last = min(stop, first + at_once)
                 values, of = self._read(touched[first:last]), slice(edges[first], edges[last])
-                if is_whole[start]:
-                    out[places[of].reshape(values.shape[:2])] = values
-                else:
-                    number = np.repeat(np.arange(last - first), np.diff(edges[first : last + 1]))
-                    out[places[of]] = values[number, rows[of] - self._first_rows[pages[of]]]
+                number = np.repeat(np.arange(last - first), np.diff(edges[first : last + 1]))
+                out[places[of]] = values[number, rows[of] - self._first_rows[pages[of]]]
 
     def _read(self, pages: Rows) -> Values:
         """The values of pages of one size and length: uint8 [pages, rows, bytes of a value], this thread's until the next."""
@@ -189,6 +207,21 @@ class ColumnPages:
         """Raise ValueError unless a page's header is the very one that its body has."""
         if data[:header_bytes] != page_header(num_rows, num_rows * self.value_bytes, data[header_bytes:]):
             raise ValueError(f"the bytes of page {page} do not have the CRC in its header")
+
+
+def _lay(values: Values, skipped: int, out: Values, places: Rows) -> None:
+    """Lay the values of whole pages, uint8 [pages, rows, bytes of a value], at their places. The first `skipped` are not wanted, nor are those
+    that have no place.
+    """
+    of_page = values.shape[1]
+    head = min(len(places), of_page - skipped) if skipped else 0
+    out[places[:head]] = values[0, skipped : skipped + head]
+    values, places = values[1 if skipped else 0 :], places[head:]
+    whole = len(places) // of_page
+    out[places[: whole * of_page].reshape(whole, of_page)] = values[:whole]
+    rest = places[whole * of_page :]
+    if len(rest):
+        out[rest] = values[whole, : len(rest)]
 
 
 def scratch_values(purpose: str, num_values: int, value_bytes: int) -> Values:

@@ -9,7 +9,7 @@ from m2ray.storage.connect import looking
 from m2ray.storage.file import StoreFile
 from m2ray.storage.local import LocalStore, local_folder, remedy_for, with_home
 from m2ray.storage.object_store import ObjectStore
-from m2ray.storage.scratch import scratch
+from m2ray.storage.scratch import aligned, scratch
 from m2ray.storage.store import Data, PartSink, Store
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "PartSink",
     "Store",
     "StoreFile",
+    "aligned",
     "local_folder",
     "looking",
     "open_store",

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from m2ray.errors import AlreadyExistsError, StoreError
 from m2ray.storage.address import without_secrets
 from m2ray.storage.scatter import close_rows, scattered
-from m2ray.storage.store import Data, PartSink, Store
+from m2ray.storage.store import Data, PartSink, Store, neighbours
 
 _UNFINISHED = "_unfinished"
 _OF_THE_FILE_SYSTEM = "lost+found"
@@ -135,8 +135,8 @@ class LocalStore(Store):
         with _naming("read", path):
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             try:
-                for number, offset in enumerate(offsets):
-                    _read_all(fd, path, offset, out[number * num_bytes : (number + 1) * num_bytes])
+                for start, stop in neighbours(offsets, num_bytes):
+                    _read_all(fd, path, offsets[start], out[start * num_bytes : stop * num_bytes])
             finally:
                 os.close(fd)
 

@@ -63,11 +63,8 @@ class Store(ABC):
 
     def read_ranges(self, key: str, offsets: Sequence[int], num_bytes: int, out: memoryview) -> None:
         """Read `num_bytes` from each of the bytes `offsets` of the object, one range behind the other in `out`. Raises as `read_into` does."""
-        start = 0
-        for stop in range(1, len(offsets) + 1):
-            if stop == len(offsets) or offsets[stop] != offsets[stop - 1] + num_bytes:
-                self.read_into(key, offsets[start], out[start * num_bytes : stop * num_bytes])
-                start = stop
+        for start, stop in neighbours(offsets, num_bytes):
+            self.read_into(key, offsets[start], out[start * num_bytes : stop * num_bytes])
 
     def read_rows(self, key: str, offsets: npt.NDArray[np.int64], out: npt.NDArray[np.uint8], places: npt.NDArray[np.int64]) -> None:
         """Read rows that begin at the bytes `offsets` [N] of the object and lay each at its place in `out` uint8 [.., row bytes].
@@ -142,3 +139,12 @@ class Store(ABC):
         out = bytearray(num_bytes)
         self.read_into(key, offset, memoryview(out))
         return out
+
+
+def neighbours(offsets: Sequence[int], num_bytes: int) -> Iterator[tuple[int, int]]:
+    """Cut ranges of `num_bytes` each into [start, stop) of those that lie side by side."""
+    start = 0
+    for stop in range(1, len(offsets) + 1):
+        if stop == len(offsets) or offsets[stop] != offsets[stop - 1] + num_bytes:
+            yield start, stop
+            start = stop
