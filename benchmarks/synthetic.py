@@ -28,7 +28,7 @@ def activations(seed: int) -> Bits:
     return np.ascontiguousarray((values.view(np.uint32) >> 16).astype(np.uint16)).view(np.uint8)
 
 
-def make_run(folder: Path, num_shards: int, compression: Compression = "none") -> None:
+def make_run(folder: str | Path, num_shards: int, compression: Compression = "none") -> None:
     """A finished run of `num_shards` shards of 32,768 rows, 201 MB each without compression."""
     store = open_store(folder)
     spec = PartSpec("residual", LAYER, "bfloat16", HIDDEN_SIZE)
