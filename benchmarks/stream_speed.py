@@ -13,11 +13,10 @@ import argparse
 import os
 import statistics
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import m2ray
 from benchmarks.records import Row, record
@@ -27,6 +26,9 @@ from m2ray.activations.reading.stream import ActivationStream
 from m2ray.activations.reading.windows import READS_AT_ONCE, REMOTE_READS_AT_ONCE
 from m2ray.activations.schema import Compression
 from m2ray.storage import ObjectStore, Store, aligned, open_store
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 READ_BYTES = 1 << 20
 GET_BYTES = 4 << 20
