@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from m2ray.parquet import offset_index
 from m2ray.parquet.column_chunks import Values
-from m2ray.parquet.page_header import page_header
+from m2ray.parquet.page_header import crc32, first_wrong, page_header
 from m2ray.parquet.structs import DATA_PAGE, FILE_META_DATA, MAGIC, PAGE_HEADER, UNCOMPRESSED, ZSTD
 from m2ray.storage import Store, scratch
 
@@ -26,6 +26,9 @@ _RUN_BYTES = 512 << 10
 
 _REMOTE_RUN_BYTES = 8 << 20
 """The same of a server, where each read is a request."""
+
+_MOST_PIECES = 1024
+"""That are read at once, at most."""
 
 MALFORMED = (ValueError, LookupError, TypeError, AttributeError, OverflowError, MemoryError, pa.ArrowException)
 """What reading raises of a file that is not what it should be, besides the store's own errors."""
@@ -136,7 +139,7 @@ class ColumnPages:
 
         Raises:
             StoreError: the file cannot be read.
-            MALFORMED: a page is not what it should be.
+            MALFORMED: a page is not what it should be. Nothing in `out` is to be used then.
         """
         if not len(rows):
             return
@@ -152,19 +155,43 @@ class ColumnPages:
         self._store.read_rows(self._key, offsets, out, places)
 
     def _take_neighbours(self, start: int, out: Values, places: Rows) -> None:
-        """`take` of rows one after the other, of a column that is not compressed: pages that lie side by side are read at once."""
+        """`take` of rows one after the other, of a column that is not compressed. Pages that lie side by side are read at once, some at a time,
+        header and body apart: their values are checked and laid where they belong while the processor's cache has them.
+        """
         stop = start + len(places)
         first, last = self.pages_of(np.array([start, stop - 1])).tolist()
         pages = np.arange(first, last + 1)
         sizes, lengths = self._sizes[pages], self._first_rows[pages + 1] - self._first_rows[pages]
         is_new = (np.diff(self._offsets[pages]) != sizes[:-1]) | (np.diff(sizes) != 0) | (np.diff(lengths) != 0)
+        row = start
         for low, high in pairwise([0, *(np.flatnonzero(is_new) + 1).tolist(), len(pages)]):
-            at_once = max(1, self._run_bytes // int(sizes[low]))
-            for begin in range(low, high, at_once):
-                run = pages[begin : min(high, begin + at_once)]
-                first_row = int(self._first_rows[run[0]])
-                of_run = max(start, first_row), min(stop, int(self._first_rows[run[-1] + 1]))
-                _lay(self._read(run), of_run[0] - first_row, out, places[of_run[0] - start : of_run[1] - start])
+            until = min(stop, int(self._first_rows[first + high]))
+            self._take_alike(first + low, first + high, row, out, places[row - start : until - start])
+            row = until
+
+    def _take_alike(self, first: int, last: int, row: int, out: Values, places: Rows) -> None:
+        """The values from `row` on, of pages [first, last) that lie side by side and are alike."""
+        size, of_page = int(self._sizes[first]), int(self._first_rows[first + 1] - self._first_rows[first])
+        body_bytes = of_page * self.value_bytes
+        headers, crcs = np.empty((last - first, size - body_bytes), np.uint8), []
+        values_of, row_of_page = np.dtype((np.void, self.value_bytes)), row - int(self._first_rows[first])
+        into, done = out.view(values_of), 0
+        at_once = min(_MOST_PIECES // 2, max(1, self._run_bytes // size))
+        for begin in range(first, last, at_once):
+            end = min(last, begin + at_once)
+            data = scratch("bodies", (end - begin) * body_bytes)
+            bodies = [data[at : at + body_bytes] for at in range(0, len(data), body_bytes)]
+            pieces = [
+                piece for header, body in zip(headers[begin - first : end - first], bodies, strict=True) for piece in (header.data, body)
+            ]
+            self._store.read_pieces(self._key, int(self._offsets[begin]), pieces)
+            crcs += map(crc32, bodies)
+            wanted = np.frombuffer(data, values_of)[row_of_page : row_of_page + len(places) - done]
+            into.put(places[done : done + len(wanted)], wanted)
+            done, row_of_page = done + len(wanted), 0
+        wrong = first_wrong(headers, of_page, body_bytes, crcs)
+        if wrong is not None:
+            raise ValueError(f"the bytes of page {first + wrong} do not have the CRC in its header")
 
     def _take_pages(self, pages: Rows, rows: Rows, out: Values, places: Rows) -> None:
         """`take` by whole pages, several that are alike at once."""
@@ -207,21 +234,6 @@ class ColumnPages:
         """Raise ValueError unless a page's header is the very one that its body has."""
         if data[:header_bytes] != page_header(num_rows, num_rows * self.value_bytes, data[header_bytes:]):
             raise ValueError(f"the bytes of page {page} do not have the CRC in its header")
-
-
-def _lay(values: Values, skipped: int, out: Values, places: Rows) -> None:
-    """Lay the values of whole pages, uint8 [pages, rows, bytes of a value], at their places. The first `skipped` are not wanted, nor are those
-    that have no place.
-    """
-    of_page = values.shape[1]
-    head = min(len(places), of_page - skipped) if skipped else 0
-    out[places[:head]] = values[0, skipped : skipped + head]
-    values, places = values[1 if skipped else 0 :], places[head:]
-    whole = len(places) // of_page
-    out[places[: whole * of_page].reshape(whole, of_page)] = values[:whole]
-    rest = places[whole * of_page :]
-    if len(rest):
-        out[rest] = values[whole, : len(rest)]
 
 
 def scratch_values(purpose: str, num_values: int, value_bytes: int) -> Values:

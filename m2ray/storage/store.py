@@ -61,6 +61,15 @@ class Store(ABC):
     def read_into(self, key: str, offset: int, out: memoryview) -> None:
         """Fill `out` with the object's bytes from `offset` on. Raises StoreError if the object ends before that."""
 
+    def read_pieces(self, key: str, offset: int, pieces: Sequence[memoryview]) -> None:
+        """Fill the pieces, at most 1,024, one after the other with the object's bytes from `offset` on. Raises as `read_into` does."""
+        data = scratch("pieces", sum(map(len, pieces)))
+        self.read_into(key, offset, data)
+        at = 0
+        for piece in pieces:
+            piece[:] = data[at : at + len(piece)]
+            at += len(piece)
+
     def read_ranges(self, key: str, offsets: Sequence[int], num_bytes: int, out: memoryview) -> None:
         """Read `num_bytes` from each of the bytes `offsets` of the object, one range behind the other in `out`. Raises as `read_into` does."""
         for start, stop in neighbours(offsets, num_bytes):
