@@ -17,7 +17,7 @@ from m2ray.parquet import offset_index
 from m2ray.parquet.column_chunks import Values
 from m2ray.parquet.page_header import crc32, first_wrong, page_header
 from m2ray.parquet.structs import DATA_PAGE, FILE_META_DATA, MAGIC, PAGE_HEADER, UNCOMPRESSED, ZSTD
-from m2ray.storage import Store, scratch
+from m2ray.storage import ReadPieces, Store, scratch
 
 Rows = npt.NDArray[np.int64]
 
@@ -164,13 +164,15 @@ class ColumnPages:
         sizes, lengths = self._sizes[pages], self._first_rows[pages + 1] - self._first_rows[pages]
         is_new = (np.diff(self._offsets[pages]) != sizes[:-1]) | (np.diff(sizes) != 0) | (np.diff(lengths) != 0)
         row = start
-        for low, high in pairwise([0, *(np.flatnonzero(is_new) + 1).tolist(), len(pages)]):
-            until = min(stop, int(self._first_rows[first + high]))
-            self._take_alike(first + low, first + high, row, out, places[row - start : until - start])
-            row = until
+        with self._store.reading(self._key) as read:
+            for low, high in pairwise([0, *(np.flatnonzero(is_new) + 1).tolist(), len(pages)]):
+                until = min(stop, int(self._first_rows[first + high]))
+                self._take_alike(read, (first + low, first + high), row, out, places[row - start : until - start])
+                row = until
 
-    def _take_alike(self, first: int, last: int, row: int, out: Values, places: Rows) -> None:
+    def _take_alike(self, read: ReadPieces, pages: tuple[int, int], row: int, out: Values, places: Rows) -> None:
         """The values from `row` on, of pages [first, last) that lie side by side and are alike."""
+        first, last = pages
         size, of_page = int(self._sizes[first]), int(self._first_rows[first + 1] - self._first_rows[first])
         body_bytes = of_page * self.value_bytes
         headers, crcs = np.empty((last - first, size - body_bytes), np.uint8), []
@@ -181,10 +183,7 @@ class ColumnPages:
             end = min(last, begin + at_once)
             data = scratch("bodies", (end - begin) * body_bytes)
             bodies = [data[at : at + body_bytes] for at in range(0, len(data), body_bytes)]
-            pieces = [
-                piece for header, body in zip(headers[begin - first : end - first], bodies, strict=True) for piece in (header.data, body)
-            ]
-            self._store.read_pieces(self._key, int(self._offsets[begin]), pieces)
+            read(int(self._offsets[begin]), [piece for pair in zip(headers[begin - first :], bodies, strict=False) for piece in pair])
             crcs += map(crc32, bodies)
             wanted = np.frombuffer(data, values_of)[row_of_page : row_of_page + len(places) - done]
             into.put(places[done : done + len(wanted)], wanted)

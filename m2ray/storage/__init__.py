@@ -10,7 +10,7 @@ from m2ray.storage.file import StoreFile
 from m2ray.storage.local import LocalStore, local_folder, remedy_for, with_home
 from m2ray.storage.object_store import ObjectStore
 from m2ray.storage.scratch import aligned, scratch
-from m2ray.storage.store import Data, PartSink, Store
+from m2ray.storage.store import Data, PartSink, ReadPieces, Store
 
 __all__ = [
     "SCHEMES",
@@ -18,6 +18,7 @@ __all__ = [
     "LocalStore",
     "ObjectStore",
     "PartSink",
+    "ReadPieces",
     "Store",
     "StoreFile",
     "aligned",

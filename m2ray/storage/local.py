@@ -17,7 +17,7 @@ import numpy.typing as npt
 from m2ray.errors import AlreadyExistsError, StoreError
 from m2ray.storage.address import without_secrets
 from m2ray.storage.scatter import close_rows, scattered
-from m2ray.storage.store import Data, PartSink, Store, neighbours
+from m2ray.storage.store import Data, PartSink, ReadPieces, Store, neighbours
 
 _UNFINISHED = "_unfinished"
 _OF_THE_FILE_SYSTEM = "lost+found"
@@ -140,17 +140,22 @@ class LocalStore(Store):
             finally:
                 os.close(fd)
 
-    def read_pieces(self, key: str, offset: int, pieces: Sequence[memoryview]) -> None:
-        """The kernel fills them all at once."""
+    @contextmanager
+    def reading(self, key: str) -> Iterator[ReadPieces]:
+        """The file is opened once, and the kernel fills all pieces at once."""
         path = self.path(key)
+
+        def read(offset: int, pieces: Sequence[memoryview]) -> None:
+            done = os.preadv(fd, pieces, offset)
+            for piece in pieces if done < sum(map(len, pieces)) else ():  # the file ends there, or a signal came
+                left = piece[min(done, len(piece)) :]
+                done, offset = done - (len(piece) - len(left)), offset + len(piece)
+                _read_all(fd, path, offset - len(left), left)
+
         with _naming("read", path):
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             try:
-                done = os.preadv(fd, pieces, offset)
-                for piece in pieces if done < sum(map(len, pieces)) else ():  # the file ends there, or a signal came
-                    left = piece[min(done, len(piece)) :]
-                    done, offset = done - (len(piece) - len(left)), offset + len(piece)
-                    _read_all(fd, path, offset - len(left), left)
+                yield read
             finally:
                 os.close(fd)
 

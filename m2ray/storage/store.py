@@ -5,8 +5,8 @@ Keys are relative to the store's root, with "/" between their parts. Every failu
 
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ from m2ray.storage.scatter import close_rows
 from m2ray.storage.scratch import scratch
 
 Data = bytes | bytearray | memoryview
+ReadPieces = Callable[[int, Sequence[memoryview]], None]
 
 
 class PartSink(ABC):
@@ -61,14 +62,19 @@ class Store(ABC):
     def read_into(self, key: str, offset: int, out: memoryview) -> None:
         """Fill `out` with the object's bytes from `offset` on. Raises StoreError if the object ends before that."""
 
-    def read_pieces(self, key: str, offset: int, pieces: Sequence[memoryview]) -> None:
-        """Fill the pieces, at most 1,024, one after the other with the object's bytes from `offset` on. Raises as `read_into` does."""
-        data = scratch("pieces", sum(map(len, pieces)))
-        self.read_into(key, offset, data)
-        at = 0
-        for piece in pieces:
-            piece[:] = data[at : at + len(piece)]
-            at += len(piece)
+    @contextmanager
+    def reading(self, key: str) -> Iterator[ReadPieces]:
+        """What fills pieces, at most 1,024, one after the other with the object's bytes from an offset on. Raises as `read_into` does."""
+
+        def read(offset: int, pieces: Sequence[memoryview]) -> None:
+            data = scratch("pieces", sum(map(len, pieces)))
+            self.read_into(key, offset, data)
+            at = 0
+            for piece in pieces:
+                piece[:] = data[at : at + len(piece)]
+                at += len(piece)
+
+        yield read
 
     def read_ranges(self, key: str, offsets: Sequence[int], num_bytes: int, out: memoryview) -> None:
         """Read `num_bytes` from each of the bytes `offsets` of the object, one range behind the other in `out`. Raises as `read_into` does."""
