@@ -7,7 +7,9 @@ import pytest
 import torch
 from dictionary_learning.trainers.standard import StandardTrainer
 from dictionary_learning.training import trainSAE
-from sae_lens import SAETrainer, SAETrainerConfig, StandardTrainingSAE, StandardTrainingSAEConfig
+from sae_lens import StandardTrainingSAE, StandardTrainingSAEConfig
+from sae_lens.config import SAETrainerConfig
+from sae_lens.training.sae_trainer import SAETrainer
 from sparsify import SparseCoder, SparseCoderConfig
 
 import m2ray
@@ -65,7 +67,7 @@ def test_saelens_trains_on_the_provider(view: RunReader) -> None:
     seen, losses = Seen(view.as_data_provider(rows=ROWS)), []
     torch.manual_seed(0)
     sae = StandardTrainingSAE(StandardTrainingSAEConfig(d_in=runs.WIDTH, d_sae=64, l1_coefficient=1e-3))
-    config = SAETrainerConfig(total_training_samples=ROWS * STEPS, train_batch_size_samples=ROWS, lr=3e-3)
+    config = SAETrainerConfig(total_training_samples=ROWS * STEPS, train_batch_size_samples=ROWS, lr=3e-3, lr_end=3e-4)
 
     class Watched(SAETrainer):
         def _train_step(self, *words, **named):
