@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -66,8 +67,8 @@ def write_cached_activations(run: RunReader, folder: Path) -> None:
     pieces = []
     for shard in run.shards():
         values = pa.array(shard.activations.view(torch.float16).numpy().reshape(-1))
-        rows = pa.ListArray.from_arrays(np.arange(0, len(values) + 1, HIDDEN_SIZE, np.int32), values)
-        prompts = pa.ListArray.from_arrays(np.arange(0, len(rows) + 1, LENGTH, np.int32), rows)
+        rows = pa.ListArray.from_arrays(np.arange(0, len(values) + 1, HIDDEN_SIZE).astype(np.int32), values)
+        prompts = pa.ListArray.from_arrays(np.arange(0, len(rows) + 1, LENGTH).astype(np.int32), rows)
         column = pa.ExtensionArray.from_storage(features.arrow_schema.field(HOOK).type, prompts)
         pieces.append(
             datasets.Dataset(datasets.table.InMemoryTable(pa.table({HOOK: column})), info=datasets.DatasetInfo(features=features))
@@ -78,9 +79,8 @@ def write_cached_activations(run: RunReader, folder: Path) -> None:
 def saelens_s(folder: Path, num_rows: int) -> list[float]:
     """Seconds of each of two epochs of SAELens' own store."""
     import datasets
-    from sae_lens.training.activations_store import ActivationsStore
 
-    store = ActivationsStore(
+    store = import_module("sae_lens.training.activations_store").ActivationsStore(
         model=torch.nn.Module(),
         dataset=datasets.Dataset.from_dict({"input_ids": [[1] * LENGTH]}),
         streaming=False,

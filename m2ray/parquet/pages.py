@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+from isal.isal_zlib import crc32
 
 from m2ray.parquet import offset_index
 from m2ray.parquet.column_chunks import Values
-from m2ray.parquet.page_header import crc32, first_wrong, page_header
+from m2ray.parquet.page_header import first_wrong, page_header
 from m2ray.parquet.structs import DATA_PAGE, FILE_META_DATA, MAGIC, PAGE_HEADER, UNCOMPRESSED, ZSTD
 from m2ray.storage import ReadPieces, Store, scratch
 
@@ -175,7 +176,8 @@ class ColumnPages:
         first, last = pages
         size, of_page = int(self._sizes[first]), int(self._first_rows[first + 1] - self._first_rows[first])
         body_bytes = of_page * self.value_bytes
-        headers, crcs = np.empty((last - first, size - body_bytes), np.uint8), []
+        headers = np.empty((last - first, size - body_bytes), np.uint8)
+        crcs: list[int] = []
         values_of, row_of_page = np.dtype((np.void, self.value_bytes)), row - int(self._first_rows[first])
         into, done = out.view(values_of), 0
         at_once = min(_MOST_PIECES // 2, max(1, self._run_bytes // size))

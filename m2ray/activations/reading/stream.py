@@ -161,6 +161,7 @@ def _as_they_come(arrivals: Arrivals, parts: OpenParts, block_rows: int, seeds: 
         blocks[:, 0] = members[blocks[:, 0]]
         number += 1
         dealt_to = (blocks[:, 1] // block_rows + parts.shards[blocks[:, 0]]) % consumers
-        return blocks[dealt_to == seeds[-1]]
+        dealt: Blocks = blocks[dealt_to == seeds[-1]]
+        return dealt
 
     return more
