@@ -178,6 +178,7 @@ class ColumnPages:
         body_bytes = of_page * self.value_bytes
         headers = np.empty((last - first, size - body_bytes), np.uint8)
         crcs: list[int] = []
+        assert out.flags.c_contiguous
         values_of, row_of_page = np.dtype((np.void, self.value_bytes)), row - int(self._first_rows[first])
         into, done = out.view(values_of), 0
         at_once = min(_MOST_PIECES // 2, max(1, self._run_bytes // size))

@@ -10,15 +10,17 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from obstore.store import MemoryStore
 from torch.utils.data import DataLoader
 
 from m2ray.activations.reading import arrivals
+from m2ray.activations.reading.catalogue import Catalogue
 from m2ray.activations.reading.reader import open_run
-from m2ray.activations.reading.stream import ActivationStream
+from m2ray.activations.reading.stream import ActivationStream, StreamOptions
 from m2ray.activations.writing.commits import Run, claim_run, reopen
 from m2ray.activations.writing.weights_record import hold_weights
 from m2ray.errors import ConfigError, NotInRunError, RunDamagedError
-from m2ray.storage import LocalStore
+from m2ray.storage import LocalStore, ObjectStore
 from tests.unit import activation_runs as runs
 from tests.unit.test_stream import ALL_ROWS, ROW_BYTES, identities
 
@@ -75,6 +77,19 @@ def test_shards_are_given_as_they_come(tmp_path: Path, clock: Clock) -> None:
     assert shards_of(identities(batches)) == [2, 0, 1]
     assert all(len(batch["activations"]) == 4 for batch in batches[:-1])
     assert run.store.size("_SUCCESS") is None, "the last shard is the end"
+
+
+def test_a_run_in_a_bucket_is_followed(clock: Clock) -> None:
+    store = ObjectStore("memory:///run", MemoryStore())
+    run, coming = claim_run(store, runs.job(store)), [2, 0, 1]
+    hold_weights(store, run.job, runs.LOADED)
+    clock.meanwhile = lambda: commit(run, coming.pop(0))
+    options = StreamOptions(batch_rows=4, shuffle_buffer_bytes=32 * ROW_BYTES, seed=0, rank=0, world_size=1, follow=True)
+    batches = list(ActivationStream(Catalogue(store), runs.PARTS[1], options, WAIT_S))
+    assert sorted(identities(batches)) == ALL_ROWS
+    for batch in batches:
+        for (sequence_id, position), row in zip(identities([batch]), batch["activations"].view(torch.uint8), strict=True):
+            assert row.tolist() == runs.bits(runs.PARTS[1], sequence_id)[position].tolist()
 
 
 def test_training_begins_with_the_first_shard(tmp_path: Path, clock: Clock) -> None:
