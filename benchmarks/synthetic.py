@@ -30,7 +30,7 @@ def activations(seed: int) -> Bits:
 
 
 def make_run(
-    folder: Path, num_shards: int, compression: Compression = "none", layers: Sequence[int] = (LAYER,), *, with_masks: bool = False
+    folder: str | Path, num_shards: int, compression: Compression = "none", layers: Sequence[int] = (LAYER,), *, with_masks: bool = False
 ) -> None:
     """A finished run of `num_shards` shards of 32,768 rows, 201 MB each a layer without compression."""
     store = open_store(folder)

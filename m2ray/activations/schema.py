@@ -22,7 +22,7 @@ ITEMSIZE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 """Bytes of one element of each store dtype."""
 
 LEASE_FOLDER = "_lease"
-"""Where drivers say that they are at work (lease.py). No reader looks there."""
+"""Where drivers say that they are at work (lease.py). Of readers only a stream that waits for rows looks there (arrivals.py)."""
 
 METADATA_PREFIX = "m2ray."
 

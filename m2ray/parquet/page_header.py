@@ -1,8 +1,11 @@
 """The header of a data page: all of it follows from the page's rows and body, so a reader knows what it has to be, bit by bit."""
 
+from collections.abc import Sequence
 from functools import lru_cache
 
-from isal import isal_zlib
+import numpy as np
+import numpy.typing as npt
+from isal.isal_zlib import crc32
 
 from m2ray.parquet import structs
 from m2ray.storage import Data
@@ -19,11 +22,40 @@ def page_header(num_values: int, values_bytes: int, body: Data) -> bytes:
         values_bytes: their bytes before compression.
         body: what follows the header.
     """
-    crc = isal_zlib.crc32(body)
+    crc = crc32(body)
     number = crc << 1 if crc < 1 << 31 else (crc << 1 ^ 0x1FFFFFFFF)  # zigzag, of 32 bits with a sign
     before, after = _around_crc(num_values, values_bytes, len(body))
     return b"".join((before, _TWO_GROUPS[number & 0x3FFF], _TWO_GROUPS[number >> 14 & 0x3FFF], _LAST_GROUP[number >> 28], after))
 
+
+def first_wrong(headers: npt.NDArray[np.uint8], num_values: int, values_bytes: int, crcs: Sequence[int]) -> int | None:
+    """Of pages that are alike and not compressed the first whose header is not the one that `page_header` makes, or None.
+
+    Args:
+        headers: as they were read, uint8 [pages, bytes of a header].
+        num_values: in each page.
+        values_bytes: of each page's body.
+        crcs: the CRC32 of each body.
+    """
+    before, after = _around_crc(num_values, values_bytes, values_bytes)
+    crc = np.array(crcs, np.int64)[:, None]
+    number = (crc << 1) ^ (crc >> 31) * 0x1FFFFFFFF  # zigzag, of 32 bits with a sign
+    groups = (number >> _GROUP_BITS) & 0x7F | _GOES_ON
+    expected = [np.frombuffer(before, np.uint8), np.frombuffer(after, np.uint8)]
+    at = len(before), len(before) + groups.shape[1]
+    if headers.shape[1] != at[1] + len(after):
+        return 0
+    is_right = (
+        (headers[:, : at[0]] == expected[0]).all(1)
+        & (headers[:, at[0] : at[1]] == groups).all(1)
+        & (headers[:, at[1] :] == expected[1]).all(1)
+    )
+    return None if is_right.all() else int(np.argmin(is_right))
+
+
+_GROUP_BITS = np.array([0, 7, 14, 21, 28])
+_GOES_ON = np.array([0x80, 0x80, 0x80, 0x80, 0])
+"""Of the five groups of 7 bits that a varint of 33 bits takes."""
 
 _TWO_GROUPS = [bytes((low | 0x80, high | 0x80)) for high in range(128) for low in range(128)]
 """Of a varint that goes on: 14 bits as two bytes."""

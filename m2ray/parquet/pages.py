@@ -12,17 +12,24 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+from isal.isal_zlib import crc32
 
 from m2ray.parquet import offset_index
 from m2ray.parquet.column_chunks import Values
-from m2ray.parquet.page_header import page_header
+from m2ray.parquet.page_header import first_wrong, page_header
 from m2ray.parquet.structs import DATA_PAGE, FILE_META_DATA, MAGIC, PAGE_HEADER, UNCOMPRESSED, ZSTD
-from m2ray.storage import Store, scratch
+from m2ray.storage import ReadPieces, Store, scratch
 
 Rows = npt.NDArray[np.int64]
 
 _RUN_BYTES = 512 << 10
 """Of pages that are read at once to be checked: they stay in the processor's cache until their values are where they belong."""
+
+_REMOTE_RUN_BYTES = 8 << 20
+"""The same of a server, where each read is a request."""
+
+_MOST_PIECES = 1024
+"""That are read at once, at most."""
 
 MALFORMED = (ValueError, LookupError, TypeError, AttributeError, OverflowError, MemoryError, pa.ArrowException)
 """What reading raises of a file that is not what it should be, besides the store's own errors."""
@@ -103,6 +110,7 @@ class ColumnPages:
         self._store = store
         self._key = key
         self._check = check
+        self._run_bytes = _RUN_BYTES if store.folder else _REMOTE_RUN_BYTES
         self.value_bytes = value_bytes
         self.is_compressed = codec == ZSTD
         self._first_rows = pages[:, 0].copy()
@@ -132,9 +140,12 @@ class ColumnPages:
 
         Raises:
             StoreError: the file cannot be read.
-            MALFORMED: a page is not what it should be.
+            MALFORMED: a page is not what it should be. Nothing in `out` is to be used then.
         """
         if not len(rows):
+            return
+        if self.is_read_by_page and not self.is_compressed and (np.diff(rows) == 1).all():
+            self._take_neighbours(int(rows[0]), out, places)
             return
         pages = self.pages_of(rows)
         if self.is_read_by_page:
@@ -144,23 +155,59 @@ class ColumnPages:
         offsets = self._offsets[pages] + headers + (rows - self._first_rows[pages]) * self.value_bytes
         self._store.read_rows(self._key, offsets, out, places)
 
+    def _take_neighbours(self, start: int, out: Values, places: Rows) -> None:
+        """`take` of rows one after the other, of a column that is not compressed. Pages that lie side by side are read at once, some at a time,
+        header and body apart: their values are checked and laid where they belong while the processor's cache has them.
+        """
+        stop = start + len(places)
+        first, last = self.pages_of(np.array([start, stop - 1])).tolist()
+        pages = np.arange(first, last + 1)
+        sizes, lengths = self._sizes[pages], self._first_rows[pages + 1] - self._first_rows[pages]
+        is_new = (np.diff(self._offsets[pages]) != sizes[:-1]) | (np.diff(sizes) != 0) | (np.diff(lengths) != 0)
+        row = start
+        with self._store.reading(self._key) as read:
+            for low, high in pairwise([0, *(np.flatnonzero(is_new) + 1).tolist(), len(pages)]):
+                until = min(stop, int(self._first_rows[first + high]))
+                self._take_alike(read, (first + low, first + high), row, out, places[row - start : until - start])
+                row = until
+
+    def _take_alike(self, read: ReadPieces, pages: tuple[int, int], row: int, out: Values, places: Rows) -> None:
+        """The values from `row` on, of pages [first, last) that lie side by side and are alike."""
+        first, last = pages
+        size, of_page = int(self._sizes[first]), int(self._first_rows[first + 1] - self._first_rows[first])
+        body_bytes = of_page * self.value_bytes
+        headers = np.empty((last - first, size - body_bytes), np.uint8)
+        crcs: list[int] = []
+        assert out.flags.c_contiguous
+        values_of, row_of_page = np.dtype((np.void, self.value_bytes)), row - int(self._first_rows[first])
+        into, done = out.view(values_of), 0
+        at_once = min(_MOST_PIECES // 2, max(1, self._run_bytes // size))
+        for begin in range(first, last, at_once):
+            end = min(last, begin + at_once)
+            data = scratch("bodies", (end - begin) * body_bytes)
+            bodies = [data[at : at + body_bytes] for at in range(0, len(data), body_bytes)]
+            read(int(self._offsets[begin]), [piece for pair in zip(headers[begin - first :], bodies, strict=False) for piece in pair])
+            crcs += map(crc32, bodies)
+            wanted = np.frombuffer(data, values_of)[row_of_page : row_of_page + len(places) - done]
+            into.put(places[done : done + len(wanted)], wanted)
+            done, row_of_page = done + len(wanted), 0
+        wrong = first_wrong(headers, of_page, body_bytes, crcs)
+        if wrong is not None:
+            raise ValueError(f"the bytes of page {first + wrong} do not have the CRC in its header")
+
     def _take_pages(self, pages: Rows, rows: Rows, out: Values, places: Rows) -> None:
         """`take` by whole pages, several that are alike at once."""
         edges = np.flatnonzero(np.diff(pages, prepend=-1, append=-1))
         touched = pages[edges[:-1]]
         sizes, lengths = self._sizes[touched], self._first_rows[touched + 1] - self._first_rows[touched]
-        is_whole = (np.diff(edges) == lengths) & (not self.is_compressed and bool((np.diff(rows) > 0).all()))
-        is_new = (np.diff(sizes) != 0) | (np.diff(lengths) != 0) | (np.diff(is_whole)) | self.is_compressed
+        is_new = (np.diff(sizes) != 0) | (np.diff(lengths) != 0) | self.is_compressed
         for start, stop in pairwise([0, *(np.flatnonzero(is_new) + 1).tolist(), len(touched)]):
-            at_once = max(1, _RUN_BYTES // int(sizes[start]))
+            at_once = max(1, self._run_bytes // int(sizes[start]))
             for first in range(start, stop, at_once):
                 last = min(stop, first + at_once)
                 values, of = self._read(touched[first:last]), slice(edges[first], edges[last])
-                if is_whole[start]:
-                    out[places[of].reshape(values.shape[:2])] = values
-                else:
-                    number = np.repeat(np.arange(last - first), np.diff(edges[first : last + 1]))
-                    out[places[of]] = values[number, rows[of] - self._first_rows[pages[of]]]
+                number = np.repeat(np.arange(last - first), np.diff(edges[first : last + 1]))
+                out[places[of]] = values[number, rows[of] - self._first_rows[pages[of]]]
 
     def _read(self, pages: Rows) -> Values:
         """The values of pages of one size and length: uint8 [pages, rows, bytes of a value], this thread's until the next."""

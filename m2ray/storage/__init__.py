@@ -9,8 +9,8 @@ from m2ray.storage.connect import looking
 from m2ray.storage.file import StoreFile
 from m2ray.storage.local import LocalStore, local_folder, remedy_for, with_home
 from m2ray.storage.object_store import ObjectStore
-from m2ray.storage.scratch import scratch
-from m2ray.storage.store import Data, PartSink, Store
+from m2ray.storage.scratch import aligned, scratch
+from m2ray.storage.store import Data, PartSink, ReadPieces, Store
 
 __all__ = [
     "SCHEMES",
@@ -18,8 +18,10 @@ __all__ = [
     "LocalStore",
     "ObjectStore",
     "PartSink",
+    "ReadPieces",
     "Store",
     "StoreFile",
+    "aligned",
     "local_folder",
     "looking",
     "open_store",

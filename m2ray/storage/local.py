@@ -17,7 +17,7 @@ import numpy.typing as npt
 from m2ray.errors import AlreadyExistsError, StoreError
 from m2ray.storage.address import without_secrets
 from m2ray.storage.scatter import close_rows, scattered
-from m2ray.storage.store import Data, PartSink, Store
+from m2ray.storage.store import Data, PartSink, ReadPieces, Store, neighbours
 
 _UNFINISHED = "_unfinished"
 _OF_THE_FILE_SYSTEM = "lost+found"
@@ -135,8 +135,27 @@ class LocalStore(Store):
         with _naming("read", path):
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             try:
-                for number, offset in enumerate(offsets):
-                    _read_all(fd, path, offset, out[number * num_bytes : (number + 1) * num_bytes])
+                for start, stop in neighbours(offsets, num_bytes):
+                    _read_all(fd, path, offsets[start], out[start * num_bytes : stop * num_bytes])
+            finally:
+                os.close(fd)
+
+    @contextmanager
+    def reading(self, key: str) -> Iterator[ReadPieces]:
+        """The file is opened once, and the kernel fills all pieces at once."""
+        path = self.path(key)
+
+        def read(offset: int, pieces: Sequence[memoryview]) -> None:
+            done = os.preadv(fd, pieces, offset)
+            for piece in pieces if done < sum(map(len, pieces)) else ():  # the file ends there, or a signal came
+                left = piece[min(done, len(piece)) :]
+                done, offset = done - (len(piece) - len(left)), offset + len(piece)
+                _read_all(fd, path, offset - len(left), left)
+
+        with _naming("read", path):
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                yield read
             finally:
                 os.close(fd)
 

@@ -5,8 +5,8 @@ Keys are relative to the store's root, with "/" between their parts. Every failu
 
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ from m2ray.storage.scatter import close_rows
 from m2ray.storage.scratch import scratch
 
 Data = bytes | bytearray | memoryview
+ReadPieces = Callable[[int, Sequence[memoryview]], None]
 
 
 class PartSink(ABC):
@@ -61,13 +62,24 @@ class Store(ABC):
     def read_into(self, key: str, offset: int, out: memoryview) -> None:
         """Fill `out` with the object's bytes from `offset` on. Raises StoreError if the object ends before that."""
 
+    @contextmanager
+    def reading(self, key: str) -> Iterator[ReadPieces]:
+        """What fills pieces, at most 1,024, one after the other with the object's bytes from an offset on. Raises as `read_into` does."""
+
+        def read(offset: int, pieces: Sequence[memoryview]) -> None:
+            data = scratch("pieces", sum(map(len, pieces)))
+            self.read_into(key, offset, data)
+            at = 0
+            for piece in pieces:
+                piece[:] = data[at : at + len(piece)]
+                at += len(piece)
+
+        yield read
+
     def read_ranges(self, key: str, offsets: Sequence[int], num_bytes: int, out: memoryview) -> None:
         """Read `num_bytes` from each of the bytes `offsets` of the object, one range behind the other in `out`. Raises as `read_into` does."""
-        start = 0
-        for stop in range(1, len(offsets) + 1):
-            if stop == len(offsets) or offsets[stop] != offsets[stop - 1] + num_bytes:
-                self.read_into(key, offsets[start], out[start * num_bytes : stop * num_bytes])
-                start = stop
+        for start, stop in neighbours(offsets, num_bytes):
+            self.read_into(key, offsets[start], out[start * num_bytes : stop * num_bytes])
 
     def read_rows(self, key: str, offsets: npt.NDArray[np.int64], out: npt.NDArray[np.uint8], places: npt.NDArray[np.int64]) -> None:
         """Read rows that begin at the bytes `offsets` [N] of the object and lay each at its place in `out` uint8 [.., row bytes].
@@ -142,3 +154,12 @@ class Store(ABC):
         out = bytearray(num_bytes)
         self.read_into(key, offset, memoryview(out))
         return out
+
+
+def neighbours(offsets: Sequence[int], num_bytes: int) -> Iterator[tuple[int, int]]:
+    """Cut ranges of `num_bytes` each into [start, stop) of those that lie side by side."""
+    start = 0
+    for stop in range(1, len(offsets) + 1):
+        if stop == len(offsets) or offsets[stop] != offsets[stop - 1] + num_bytes:
+            yield start, stop
+            start = stop

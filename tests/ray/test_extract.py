@@ -25,6 +25,7 @@ from m2ray.activations.writing.commits import reopen
 from m2ray.batches import MicroBatch
 from m2ray.storage import LocalStore, open_store
 from scripts.make_checkpoint import make_checkpoint
+from tests.following import assert_every_row_once, follow
 from tests.ray.conftest import RayCluster
 from tests.reference import DATA, MINIMAX_TINY, edited, load_reference, make_family, make_minimax, reference_rows, same_bits
 
@@ -313,6 +314,8 @@ def test_a_killed_run_goes_on_with_other_stages_to_the_same_rows(
 ) -> None:
     run = tmp_path / "run"
     driver = cluster.start("m2ray", "extract", *words(minimax, prompts, run, "--stages", "2", "--in-flight", "1KB"))
+    wait_for_commits(run, 1, driver)
+    followed = follow(str(run), 3)
     wait_for_commits(run, 2, driver)
     driver.send_signal(signal.SIGKILL)
     driver.wait(30)
@@ -328,6 +331,7 @@ def test_a_killed_run_goes_on_with_other_stages_to_the_same_rows(
     ours, theirs = rows_of(run), rows_of(finished)
     assert np.array_equal(ours[0], theirs[0])
     assert same_bits(ours[1], theirs[1])
+    assert_every_row_once(followed.result(60), str(run), 3)
 
 
 def test_of_two_drivers_one_waits_and_the_run_is_made_once(

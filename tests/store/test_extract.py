@@ -22,6 +22,7 @@ from pyarrow.fs import S3FileSystem
 
 import m2ray
 from m2ray.storage import Store, open_store
+from tests.following import assert_every_row_once, follow
 from tests.ray.conftest import RayCluster, ray_head
 from tests.reference import make_minimax, same_bits
 from tests.store.conftest import S3Server
@@ -77,11 +78,13 @@ def wait_for_commits(store: Store, count: int, driver: subprocess.Popen[str]) ->
 
 @pytest.fixture(scope="module")
 def remote_run(cluster: RayCluster, inputs: Path, s3: S3Server) -> str:
-    """A run in the bucket: the model, the prompts and the output there, the driver killed after two commits, then finished."""
+    """A run in the bucket: the model, the prompts and the output there, the driver killed after two commits, then finished, a stream following."""
     base = upload(inputs, f"s3://{s3.bucket}/extract")
     url, store = f"{base}/run", open_store(f"{base}/run")
     driver = cluster.start(*words(base, url, "--stages", "2", "--in-flight", "1KB"))
     try:
+        wait_for_commits(store, 1, driver)
+        followed = follow(url, 1)
         wait_for_commits(store, 2, driver)
     finally:
         driver.send_signal(signal.SIGKILL)
@@ -94,6 +97,7 @@ def remote_run(cluster: RayCluster, inputs: Path, s3: S3Server) -> str:
     after = commits(store)
     assert 2 <= len(before) < len(after)
     assert {key: after[key] for key in before} == before
+    assert_every_row_once(followed.result(60), url, 1)
     return url
 
 

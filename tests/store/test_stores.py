@@ -76,6 +76,34 @@ def test_rows_are_laid_at_their_places(store: Store, row_bytes: int) -> None:
         store.read_rows("absent", near, out, np.arange(len(near)))
 
 
+def test_ranges_and_pieces(store: Store) -> None:
+    content = np.random.default_rng(0).integers(0, 256, 4000, np.uint8).tobytes()
+    store.create("part", content)
+    out = bytearray(40)
+    store.read_ranges("part", [0, 10, 20, 3990], 10, memoryview(out))
+    assert out == content[:30] + content[-10:]
+    pieces = [bytearray(size) for size in (1, 0, 100, 7, 3000)]
+    with store.reading("part") as read:
+        for offset in (0, 17, 4000 - 3108):
+            read(offset, [memoryview(piece) for piece in pieces])
+            assert b"".join(pieces) == content[offset : offset + 3108]
+    with pytest.raises(StoreError, match="part ends at byte 4000"), store.reading("part") as read:
+        read(893, [memoryview(piece) for piece in pieces])
+    with pytest.raises(StoreError, match="absent"), store.reading("absent") as read:
+        read(0, [memoryview(piece) for piece in pieces])
+
+
+def test_pieces_that_the_kernel_fills_in_part_are_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, content = open_store(tmp_path), bytes(range(200))
+    store.create("part", content)
+    kernel = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda fd, pieces, offset: kernel(fd, [pieces[0][:7]], offset))
+    pieces = [bytearray(size) for size in (3, 20, 0, 30)]
+    with store.reading("part") as read:
+        read(5, [memoryview(piece) for piece in pieces])
+    assert b"".join(pieces) == content[5:58]
+
+
 def test_put_writes_and_replaces(store: Store) -> None:
     for content in (b"1", b"22", b""):
         store.put("report.json", content)

@@ -73,8 +73,14 @@ def captured(parts: Iterable[PartSpec], micro_batch: MicroBatch) -> list[Capture
     return [CapturedLayer(part.site, part.layer, np.concatenate([bits(part, i) for i in ids])) for part in parts]
 
 
-def survey(store: Store, attempt: str = "a0") -> tuple[SequenceFile, ...]:
-    """`sequences/` in two files."""
+def loss_mask(sequence_id: int) -> list[int] | None:
+    """Some sequences have none."""
+    rng = np.random.default_rng([3, sequence_id])
+    return None if sequence_id % 4 == 0 else rng.integers(0, 2, token_count(sequence_id)).tolist()
+
+
+def survey(store: Store, attempt: str = "a0", *, masked: bool = False) -> tuple[SequenceFile, ...]:
+    """`sequences/` in two files, with loss masks or as before there were any."""
     shard_of = {i: number for number, ids in enumerate(SHARD_SEQUENCES) for i in ids}
     files = []
     for number, ids in enumerate((range(5), range(5, NUM_SEQUENCES))):
@@ -89,6 +95,9 @@ def survey(store: Store, attempt: str = "a0") -> tuple[SequenceFile, ...]:
                 "reason": pa.array([QUARANTINED.get(i) for i in ids], pa.string()),
             }
         )
+        if masked:
+            masks = [loss_mask(i) if i in shard_of else None for i in ids]
+            table = table.append_column("loss_mask", pa.array(masks, pa.list_(pa.uint8())))
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink)
         data = sink.getvalue().to_pybytes()
@@ -98,7 +107,7 @@ def survey(store: Store, attempt: str = "a0") -> tuple[SequenceFile, ...]:
     return tuple(files)
 
 
-def job(store: Store, parts: Sequence[PartSpec] = PARTS, **options: object) -> JobRecord:
+def job(store: Store, parts: Sequence[PartSpec] = PARTS, *, masked: bool = False, **options: object) -> JobRecord:
     return JobRecord.new(
         m2ray_version="0.2.0",
         options={"model": "/models/m", "max_length": None, "layers": "all", "batch_tokens": 16384} | options,
@@ -107,7 +116,7 @@ def job(store: Store, parts: Sequence[PartSpec] = PARTS, **options: object) -> J
         parts=tuple(parts),
         num_shards=len(SHARD_SEQUENCES),
         counts=Counts(NUM_SEQUENCES, NUM_SEQUENCES - len(QUARANTINED), len(QUARANTINED), sum(each.num_tokens for each in shards())),
-        sequence_files=survey(store),
+        sequence_files=survey(store, masked=masked),
         names={"model": "/models/m", "prompts": "prompts.jsonl"},
     )
 
@@ -139,9 +148,11 @@ def attempts() -> Iterator[str]:
     return (f"{number:012x}" for number in count(0xA0))
 
 
-def finished_run(store: Store, parts: Sequence[PartSpec] = PARTS, compressions: Sequence[Compression] = ("none",)) -> Run:
+def finished_run(
+    store: Store, parts: Sequence[PartSpec] = PARTS, compressions: Sequence[Compression] = ("none",), *, masked: bool = False
+) -> Run:
     """A whole run, finished. Its shards take the compressions in turn."""
-    run = claim_run(store, job(store, parts))
+    run = claim_run(store, job(store, parts, masked=masked))
     hold_weights(store, run.job, LOADED)
     for of, attempt, compression in zip(shards(), attempts(), cycle(compressions), strict=False):
         assert commit_shard(run, of, attempt, compression)

@@ -232,7 +232,7 @@ def test_the_documented_lines_run(damaged: Path) -> None:
     runs.write_shard(store, open_run(finished).job, runs.shard(1), "dead")
     page = (Path(__file__).parents[2] / "docs" / "data_format.md").read_text(encoding="utf-8")
     blocks = [block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "import ray" not in block]
-    assert len(blocks) == 9
+    assert len(blocks) == 10
     names: dict[str, Any] = {"RUN": str(finished)}
     for block in blocks:
         exec(block, names)

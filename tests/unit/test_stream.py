@@ -4,6 +4,7 @@ import itertools
 import pickle
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -56,6 +57,22 @@ def test_rows_come_with_their_own_tokens(view: RunReader) -> None:
             bits = batch["activations"][number].view(torch.uint8).numpy()
             assert np.array_equal(bits, runs.bits(runs.PARTS[1], sequence_id)[position])
             assert batch["token_id"][number] == runs.token_ids(sequence_id)[position]
+
+
+def test_loss_masks_come_with_their_rows(tmp_path: Path) -> None:
+    runs.finished_run(LocalStore(tmp_path), masked=True)
+    found = 0
+    for batch in open_run(tmp_path).layer(7).stream(batch_rows=10, shuffle_buffer_bytes=20 * ROW_BYTES):
+        assert batch["loss_mask"].dtype == torch.uint8
+        for (sequence_id, position), counts in zip(identities([batch]), batch["loss_mask"].tolist(), strict=True):
+            mask = runs.loss_mask(sequence_id)
+            assert counts == (1 if mask is None else mask[position])
+            found += 1
+    assert found == NUM_ROWS
+
+
+def test_a_run_without_masks_has_no_such_column(view: RunReader) -> None:
+    assert "loss_mask" not in next(iter(view.stream()))
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -191,13 +208,15 @@ def test_a_state_of_another_stream_is_refused(view: RunReader, folder: Path, mon
     resumed = view.stream(batch_rows=4, seed=1)
     resumed.load_state_dict(state)
     # As in a worker. After an error a real loader's workers are joined for 5 s each, by whatever thread collects the garbage.
-    monkeypatch.setattr("m2ray.activations.reading.stream.get_worker_info", lambda: SimpleNamespace(num_workers=2, id=0))
+    monkeypatch.setattr("m2ray.activations.reading.consumers.get_worker_info", lambda: SimpleNamespace(num_workers=2, id=0))
     with pytest.raises(ConfigError, match="consumers was 1, is 2"):
         list(resumed)
 
 
-@pytest.mark.parametrize("options", [{"rank": 1}, {"rank": -1}, {"batch_rows": 0}, {"shuffle_buffer_bytes": 0}, {"seed": -1}])
-def test_options_that_make_no_sense(view: RunReader, options: dict[str, int]) -> None:
+@pytest.mark.parametrize(
+    "options", [{"rank": 1}, {"rank": -1}, {"batch_rows": 0}, {"shuffle_buffer_bytes": 0}, {"seed": -1}, {"idle_s": 0.0}]
+)
+def test_options_that_make_no_sense(view: RunReader, options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(options))):
         view.stream(**options)
 

@@ -1,6 +1,5 @@
 """open_run: a run's activations as torch tensors."""
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,11 +11,9 @@ import numpy.typing as npt
 import pyarrow.compute as pc
 
 from m2ray.activations.job import JobRecord
-from m2ray.activations.manifest import receipts_of
 from m2ray.activations.reading.catalogue import Catalogue
 from m2ray.activations.reading.part_reader import Check
 from m2ray.activations.reading.random_rows import RandomRows
-from m2ray.activations.schema import row_bytes
 from m2ray.batches import TOKEN_ROW, PartReceipt, PartSpec
 from m2ray.errors import NotInRunError
 from m2ray.storage import open_store
@@ -24,6 +21,8 @@ from m2ray.storage import open_store
 if TYPE_CHECKING:
     import torch
 
+    from m2ray.activations.reading.draft_samples import DraftSamples
+    from m2ray.activations.reading.row_iterator import RowIterator
     from m2ray.activations.reading.stream import ActivationStream
 
 
@@ -199,15 +198,27 @@ class RunReader:
             yield ShardRows(receipts[0].shard, tokens, self._load([[receipt] for receipt in receipts]))
 
     def stream(
-        self, *, batch_rows: int = 1024, shuffle_buffer_bytes: int = 1 << 30, seed: int = 0, rank: int = 0, world_size: int = 1
+        self,
+        *,
+        batch_rows: int = 1024,
+        shuffle_buffer_bytes: int = 1 << 30,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        follow: bool = False,
+        idle_s: float = 600.0,
     ) -> "ActivationStream":
         """The rows of a one-layer view in random order for training, every one once an epoch: a torch IterableDataset of batches.
 
         Args:
-            batch_rows: rows of a batch; it is a dict of `activations` [N, W], `sequence_id`, `position` and `token_id` [N].
+            batch_rows: rows of a batch; it is a dict of `activations` [N, W], `sequence_id`, `position`, `token_id` and, if the run has
+                loss masks, `loss_mask` [N].
             shuffle_buffer_bytes: activations that each worker holds in memory; the more, the better they are mixed.
             seed: with the epoch it decides the order.
             rank, world_size: which share of the rows, out of how many.
+            follow: go on with what is committed meanwhile, to the end of the run. Rows are mixed with those that came at the same time alone
+                (ActivationStream).
+            idle_s: with `follow`, how long to wait for a run that gives no sign of life.
 
         Raises:
             NotInRunError: the view has several layers or sites.
@@ -215,45 +226,81 @@ class RunReader:
         """
         from m2ray.activations.reading.stream import ActivationStream, StreamOptions
 
-        options = StreamOptions(batch_rows, shuffle_buffer_bytes, seed, rank, world_size)
-        return ActivationStream(self._catalogue, self._one_layer(), options)
+        options = StreamOptions(batch_rows, shuffle_buffer_bytes, seed, rank, world_size, follow)
+        return ActivationStream(self._catalogue, self._one_layer(), options, idle_s)
+
+    def iterator(self, *, rows: int = 4096, epochs: int | None = 1, dtype: "torch.dtype | None" = None, **stream: Any) -> "RowIterator":
+        """The same rows as bare tensors [rows, W]: what dictionary_learning's `trainSAE` takes as `data`, and any loop of one's own.
+
+        Args:
+            rows: of a batch.
+            epochs: after so many it ends; None goes on without end, with full batches only.
+            dtype: of the batches; None gives the stored bits, uncopied. A trainer whose weights are float32 may want torch.float32.
+            stream: what else `stream` takes.
+
+        Raises:
+            NotInRunError: the view has several layers or sites.
+            ConfigError: an option makes no sense.
+        """
+        from m2ray.activations.reading.row_iterator import RowIterator
+
+        return RowIterator(self.stream(batch_rows=rows, **stream), rows, epochs, dtype)
+
+    def as_data_provider(self, *, rows: int = 4096, **stream: Any) -> "RowIterator":
+        """What SAELens' SAETrainer takes as `data_provider`: float32 [rows, W] without end. Its `train_batch_size_samples` has to be `rows`.
+
+        bfloat16 and float16 become float32 without loss. Takes what `stream` takes, and raises as it does.
+        """
+        import torch
+
+        return self.iterator(rows=rows, epochs=None, dtype=torch.float32, **stream)
+
+    def draft_samples(
+        self, layers: Sequence[int], *, all_tokens: bool = False, seed: int = 0, rank: int = 0, world_size: int = 1
+    ) -> "DraftSamples":
+        """Whole sequences for training a draft model, each once an epoch in random order: a torch IterableDataset of samples.
+
+        A sample is a dict of `input_ids`, `loss_mask` [T], `aux_hidden_states` [T, k * H] of the residual of `layers`, side by side in their
+        order, `last_hidden_states` [T, H] of the model's last layer, before the final norm, and `sequence_id`.
+
+        Args:
+            layers: m2ray's numbers, from 0 on. Other tools number what *enters* a layer: their k is layer k - 1 here.
+            all_tokens: let all tokens count of sequences whose prompts gave no loss mask; else these are refused when they are met.
+            seed: with the epoch it decides the order.
+            rank, world_size: which share of the sequences, out of how many.
+
+        Raises:
+            NotInRunError: the view lacks the residual of one of these layers, or of the model's last one.
+            ConfigError: an option makes no sense.
+        """
+        from m2ray.activations.reading.draft_samples import DraftOptions, DraftSamples
+
+        last = self.job.model.num_layers - 1
+        found = {part.layer: part for part in self._parts if part.site == "residual"}
+        absent = sorted({*layers, last} - found.keys())
+        if absent:
+            raise NotInRunError(
+                f"The residual of layer {', '.join(map(str, absent))} is not in this view of {self._catalogue.store.url}.",
+                f"A sample holds the states of the layers asked for, and of the model's last one, {last}: extract them too.",
+            )
+        return DraftSamples(
+            self._catalogue, [found[number] for number in layers], found[last], DraftOptions(all_tokens, seed, rank, world_size)
+        )
 
     def mean_norm(self, most_rows: int | None = None) -> float:
         """The mean L2 norm of the committed rows of a one-layer view, summed in float64; NaN if there are none.
 
         Reads some rows at a time: all of them, or at most `most_rows`, from shards that are spread evenly. Raises as `sequence` does.
         """
-        import torch
+        from m2ray.activations.reading.norms import mean_norm
 
-        spec = self._one_layer()
-        dtype, total, num_rows = getattr(torch, spec.dtype), 0.0, 0
-        for receipt, rows in self._spread(spec, most_rows):
-            pages = self._catalogue.open_part(spec, receipt).pages()
-            for start in range(0, rows, _NORM_ROWS):
-                bits = np.empty((min(_NORM_ROWS, rows - start), row_bytes(spec)), np.uint8)
-                pages.read(start, bits)
-                total += float(torch.linalg.vector_norm(torch.from_numpy(bits).view(dtype).double(), dim=1).sum())
-            num_rows += rows
-        return total / num_rows if num_rows else float("nan")
+        return mean_norm(self._catalogue, self._one_layer(), most_rows)
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
     @cached_property
     def _random_rows(self) -> RandomRows:
         return RandomRows(self._catalogue, self._one_layer())
-
-    def _spread(self, spec: PartSpec, most_rows: int | None) -> Iterator[tuple[PartReceipt, int]]:
-        """Parts that have rows, and how many of their first ones make no more than `most_rows` in all."""
-        parts = self._catalogue.parts_of(spec)
-        parts = parts.filter(pc.greater(parts["rows"], 0))
-        num_rows = pc.sum(parts["rows"]).as_py() or 0
-        if most_rows is not None and num_rows > most_rows:
-            count = math.ceil(len(parts) * most_rows / num_rows)
-            parts = parts.take([(2 * place + 1) * len(parts) // (2 * count) for place in range(count)])
-            for receipt in receipts_of(parts):
-                yield receipt, min(receipt.rows, most_rows // count)
-        else:
-            yield from ((receipt, receipt.rows) for receipt in receipts_of(parts))
 
     def _one_layer(self) -> PartSpec:
         """The parts of a one-layer view. Raises NotInRunError if it has several layers or sites."""
@@ -298,6 +345,3 @@ def _bytes_of(tensor_LNW: "torch.Tensor") -> npt.NDArray[np.uint8]:
 
     view: npt.NDArray[np.uint8] = tensor_LNW.view(torch.uint8).numpy()
     return view
-
-
-_NORM_ROWS = 2048

@@ -1,0 +1,42 @@
+"""The mean norm of a layer's rows, of all or of some that are spread evenly."""
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import pyarrow.compute as pc
+import torch
+
+from m2ray.activations.manifest import receipts_of
+from m2ray.activations.reading.catalogue import Catalogue
+from m2ray.activations.schema import row_bytes
+from m2ray.batches import PartReceipt, PartSpec
+
+_ROWS_AT_ONCE = 2048
+
+
+def mean_norm(catalogue: Catalogue, spec: PartSpec, most_rows: int | None) -> float:
+    """The mean L2 norm of the committed rows, summed in float64; NaN if there are none. Raises RunDamagedError or StoreError."""
+    dtype, total, num_rows = getattr(torch, spec.dtype), 0.0, 0
+    for receipt, rows in _spread(catalogue, spec, most_rows):
+        pages = catalogue.open_part(spec, receipt).pages()
+        for start in range(0, rows, _ROWS_AT_ONCE):
+            bits = np.empty((min(_ROWS_AT_ONCE, rows - start), row_bytes(spec)), np.uint8)
+            pages.read(start, bits)
+            total += float(torch.linalg.vector_norm(torch.from_numpy(bits).view(dtype).double(), dim=1).sum())
+        num_rows += rows
+    return total / num_rows if num_rows else float("nan")
+
+
+def _spread(catalogue: Catalogue, spec: PartSpec, most_rows: int | None) -> Iterator[tuple[PartReceipt, int]]:
+    """Parts that have rows, and how many of their first ones make no more than `most_rows` in all."""
+    parts = catalogue.parts_of(spec)
+    parts = parts.filter(pc.greater(parts["rows"], 0))
+    num_rows = pc.sum(parts["rows"]).as_py() or 0
+    if most_rows is not None and num_rows > most_rows:
+        count = math.ceil(len(parts) * most_rows / num_rows)
+        parts = parts.take([(2 * place + 1) * len(parts) // (2 * count) for place in range(count)])
+        for receipt in receipts_of(parts):
+            yield receipt, min(receipt.rows, most_rows // count)
+    else:
+        yield from ((receipt, receipt.rows) for receipt in receipts_of(parts))
