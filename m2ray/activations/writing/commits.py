@@ -1,13 +1,14 @@
 """Claiming a run, committing its shards and finishing it: who may write what, and when it counts.
 
 A shard counts once its commit exists. That is created only if absent, names the parts of one attempt, and never changes; so
-of any number of drivers one wins each shard, and a kill at any moment leaves a shard whole or absent. Parts are deleted by an attempt
-that lost and by the end of a run alone. tests/protocol holds all of this as a model, whose states are searched.
+of any number of drivers one wins each shard, and a kill at any moment leaves a shard whole or absent. Parts are deleted by the end of a run
+alone, which first marks their attempts as swept: a commit that names one comes too late, and does not count. tests/protocol holds all of this as a model, whose states are searched.
 """
 
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -20,10 +21,12 @@ from m2ray.activations.records import (
     CommittedPart,
     RunSummary,
     commit_key,
+    committed_and_void,
     committed_shards,
     read_commit,
     read_commits,
     read_summary,
+    swept_key,
 )
 from m2ray.activations.schema import FORMAT_VERSION, parse_part_key, stored_parts
 from m2ray.batches import PartReceipt, Shard
@@ -35,6 +38,7 @@ __all__ = ["Run", "RunSummary", "claim_run", "read_summary", "reopen"]
 
 _SHOWN_PARTS, _SHOWN_SHARDS = 5, 20
 _TRIES = 3
+_MARKED_AT_ONCE = 8
 _DEFECT = "This is a defect of m2ray: the shard was not committed."
 
 
@@ -129,7 +133,7 @@ class Run:
             computed_on: kinds of the GPUs or CPUs that it ran on (CommitRecord).
 
         Returns:
-            Whether this attempt is the one that counts. If not, its parts have been deleted.
+            Whether this attempt is the one that counts. If not, its parts stay until the end of the run.
 
         Raises:
             RunConflictError: the folder was renamed or deleted meanwhile.
@@ -160,8 +164,6 @@ class Run:
             self.store.create(commit_key(shard.index), record.to_json())
         except AlreadyExistsError:
             is_ours = read_commit(self.store, self.job, shard.index).attempt == attempt
-            if not is_ours:
-                self.store.delete([part.key for part in receipts])
         else:
             is_ours = True
         self._committed.add(shard.index)
@@ -170,7 +172,7 @@ class Run:
     def reopen_damaged(self) -> list[int]:
         """Make shards uncommitted of which a part is gone or has another size; a run that lacks a commit ceases to be finished.
 
-        What their attempts left stays until the run is finished: nothing that another driver may be at is deleted here.
+        Void commits, which stand in the way of others, are deleted. What the shards' attempts left stays until the run is finished: nothing that another driver may be at is deleted here.
 
         Returns:
             The shards that were committed and are not any more, ascending.
@@ -182,12 +184,12 @@ class Run:
         if self.finished():
             return []
         was_finished = self.store.size(SUCCESS_KEY) is not None  # asked before the commits are listed: they were all there then
-        self._committed = committed_shards(self.store)
+        self._committed, void = committed_and_void(self.store)
         named = manifest_table(commit.columns() for commit in self._commits())
         # Listed after the commits were read: what they name was there before them.
         damaged = {part.shard for part in lost_parts(named, stored_parts(self.store, self.job.parts))}
-        if damaged or (was_finished and len(self._committed) < self.job.num_shards):
-            _uncommit(self.store, damaged)
+        if damaged or void or (was_finished and len(self._committed) < self.job.num_shards):
+            _uncommit(self.store, damaged | void)
             self._committed -= damaged
         return sorted(damaged)
 
@@ -331,8 +333,16 @@ class Run:
         unfinished.
         """
         self.store.delete_unfinished()
-        named = ((key, parse_part_key(key)) for key in unnamed)
-        self.store.delete([*self._other_surveys(), *(key for key, name in named if name and name[0] < self.job.num_shards)])
+        attempts = {key: name for key in unnamed if (name := parse_part_key(key)) and name[0] < self.job.num_shards}
+        self._mark_swept(sorted(set(attempts.values())))
+        self.store.delete([*self._other_surveys(), *attempts])
+
+    def _mark_swept(self, attempts: Sequence[tuple[int, str]]) -> None:
+        """Before their parts go: a driver that stood still may commit one of them at any time after, should its shard's name be free again."""
+        if attempts:
+            with ThreadPoolExecutor(_MARKED_AT_ONCE, thread_name_prefix="sweep") as pool:
+                for _ in pool.map(lambda attempt: self._created(swept_key(*attempt), b""), attempts):
+                    pass
 
     def _other_surveys(self) -> list[str]:
         """Files that surveys wrote and job.json does not name."""
