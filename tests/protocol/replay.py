@@ -125,9 +125,14 @@ class GatedStore(Store):
         self._store.read_into(key, offset, out)
 
     def list(self, prefix: str, depth: int | None = None) -> Iterator[tuple[str, int]]:
-        if not self._is_free and (prefix == "data" or (prefix == "_commits" and self.gates_commits)):
+        if not self._is_free and prefix == "_commits" and self.gates_commits:
             self._actor.gate()
         return self._store.list(prefix, depth)
+
+    def list_folders(self, above: str, folders: Iterable[str]) -> Iterator[tuple[str, int]]:
+        if not self._is_free:
+            self._actor.gate()
+        return self._store.list_folders(above, folders)
 
     def create(self, key: str, data: Data) -> None:
         self.ask("create", key, lambda: self._store.create(key, data))

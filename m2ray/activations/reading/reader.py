@@ -83,7 +83,7 @@ class RunReader:
     @property
     def num_tokens(self) -> int:
         """Committed tokens: rows of every layer."""
-        return sum(self._catalogue.parts_of(self.job.parts[0])["rows"].to_pylist())
+        return _sum(self._catalogue.parts_of(self.job.parts[0])["rows"])
 
     @property
     def sequences(self) -> Any:
@@ -120,7 +120,7 @@ class RunReader:
     @property
     def num_bytes(self) -> int:
         """Bytes of the committed parts of this view."""
-        return sum(sum(self._catalogue.parts_of(part)["num_bytes"].to_pylist()) for part in self._parts)
+        return sum(_sum(self._catalogue.parts_of(part)["num_bytes"]) for part in self._parts)
 
     def site(self, name: str) -> "RunReader":
         """The view of one site. Raises NotInRunError if this view has none of that name."""
@@ -244,7 +244,7 @@ class RunReader:
         """Parts that have rows, and how many of their first ones make no more than `most_rows` in all."""
         parts = self._catalogue.parts_of(spec)
         parts = parts.filter(pc.greater(parts["rows"], 0))
-        num_rows = pc.sum(parts["rows"]).as_py() or 0
+        num_rows = _sum(parts["rows"])
         if most_rows is not None and num_rows > most_rows:
             count = math.ceil(len(parts) * most_rows / num_rows)
             parts = parts.take([(2 * place + 1) * len(parts) // (2 * count) for place in range(count)])
@@ -288,6 +288,10 @@ class RunReader:
 
         spec = self._parts[0]
         return torch.empty((len(self._parts), num_rows, spec.width), dtype=getattr(torch, spec.dtype))
+
+
+def _sum(column: Any) -> int:
+    return int(pc.sum(column).as_py() or 0)
 
 
 def _bytes_of(tensor_LNW: "torch.Tensor") -> npt.NDArray[np.uint8]:

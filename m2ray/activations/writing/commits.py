@@ -7,14 +7,15 @@ alone, which first marks their attempts as swept: a commit that names one comes 
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
+from m2ray.activations.commit_table import Committed, read_committed
 from m2ray.activations.job import JOB_KEY, SEQUENCE_FILE, JobRecord, moved_away, read_job, require_same_job, require_todays_format, utc_now
-from m2ray.activations.manifest import MANIFEST_KEY, lost_parts, manifest_file, manifest_table, read_manifest
+from m2ray.activations.manifest import MANIFEST_KEY, lost_parts, manifest_file, read_manifest
 from m2ray.activations.records import (
     SUCCESS_KEY,
     CommitRecord,
@@ -24,7 +25,6 @@ from m2ray.activations.records import (
     committed_and_void,
     committed_shards,
     read_commit,
-    read_commits,
     read_summary,
     swept_key,
 )
@@ -185,7 +185,7 @@ class Run:
             return []
         was_finished = self.store.size(SUCCESS_KEY) is not None  # asked before the commits are listed: they were all there then
         self._committed, void = committed_and_void(self.store)
-        named = manifest_table(commit.columns() for commit in self._commits())
+        named = self._named().parts
         # Listed after the commits were read: what they name was there before them.
         damaged = {part.shard for part in lost_parts(named, stored_parts(self.store, self.job.parts))}
         if damaged or void or (was_finished and len(self._committed) < self.job.num_shards):
@@ -227,11 +227,10 @@ class Run:
         recorded, written = self._recorded()
         has_manifest = self.store.size(MANIFEST_KEY) is not None
         stored = stored_parts(self.store, self.job.parts)  # before the commits are read: what is written later may still come to count
-        ledger: list[CommitRecord] = []
         self._committed = committed_shards(self.store)
         self._require_all(was_finished=was_finished)
-        manifest = manifest_table(self._receipts(ledger))
-        summary = self._account(ledger, manifest["num_bytes"].to_pylist())
+        named = self._named()
+        manifest, summary = named.parts, self._account(named)
         self._require_parts(manifest, stored)
         is_written = written is not None and written.equals(manifest)
         wrong = [SUCCESS_KEY] if was_finished and not (is_written and _say_the_same(recorded, summary)) else []
@@ -259,7 +258,7 @@ class Run:
         if recorded is None or written is None or not written.equals(manifest) or len(self._committed) < self.job.num_shards:
             return False
         is_swept = stored_parts(self.store, self.job.parts) == _sizes(manifest)
-        return is_swept or bool(manifest_table(self._receipts([])).equals(manifest))
+        return is_swept or bool(self._named().parts.equals(manifest))
 
     def _require_all(self, *, was_finished: bool) -> None:
         """Raise StageError unless every shard is committed; a run that lacks one ceases to be finished."""
@@ -280,14 +279,9 @@ class Run:
                 manifest = read_manifest(self.store, self.job, self.job.num_shards * len(self.job.parts))
         return (summary if summary and summary.run_id == self.job.run_id else None), manifest
 
-    def _commits(self) -> Iterator[CommitRecord]:
-        return read_commits(self.store, self.job, sorted(self._committed))
-
-    def _receipts(self, ledger: list[CommitRecord]) -> Iterator[dict[str, list[Any]]]:
-        """Each shard's receipts by column; the commits go into `ledger` without their parts, which would fill the memory."""
-        for commit in self._commits():
-            ledger.append(replace(commit, parts=()))
-            yield commit.columns()
+    def _named(self) -> Committed:
+        """What the commits name."""
+        return read_committed(self.store, self.job, self._committed)
 
     def _require_parts(self, manifest: Any, stored: Mapping[str, int]) -> None:
         """Raise RunDamagedError unless every part is there with its size. Those committed since `stored` was listed are looked at again."""
@@ -303,14 +297,14 @@ class Run:
                 [*listed, *more],
             )
 
-    def _account(self, ledger: Sequence[CommitRecord], bytes_of_parts: Sequence[int]) -> RunSummary:
+    def _account(self, named: Committed) -> RunSummary:
         """Check that every sequence of the source is either committed or quarantined. Raises RunDamagedError."""
-        counts = self.job.counts
-        committed, tokens = sum(commit.num_sequences for commit in ledger), sum(commit.rows for commit in ledger)
-        found = (len(ledger), committed + counts.quarantined, tokens)
+        counts, bytes_of_parts = self.job.counts, named.parts["num_bytes"].to_pylist()
+        _, shards, committed, tokens = named
+        found = (shards, committed + counts.quarantined, tokens)
         if found != (self.job.num_shards, counts.sequences, counts.tokens):
             raise RunDamagedError(
-                f"The account of the run at {self.store.url} does not close: {len(ledger)} shards with {committed} sequences and {tokens} tokens "
+                f"The account of the run at {self.store.url} does not close: {shards} shards with {committed} sequences and {tokens} tokens "
                 f"are committed and {counts.quarantined} sequences are quarantined; job.json says {self.job.num_shards} shards, "
                 f"{counts.sequences} sequences and {counts.tokens} tokens.",
                 "The folder holds files of several runs: restore it, or begin another run.",
@@ -323,7 +317,7 @@ class Run:
             committed=committed,
             quarantined=counts.quarantined,
             tokens=tokens,
-            shards=len(ledger),
+            shards=shards,
             parts=len(bytes_of_parts),
             num_bytes=sum(bytes_of_parts),
         )
