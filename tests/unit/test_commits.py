@@ -23,6 +23,7 @@ from m2ray.activations.reading.reader import open_run
 from m2ray.activations.reading.verify import verify
 from m2ray.activations.records import SUCCESS_KEY, commit_key, committed_and_void, committed_shards, read_commit, read_summary
 from m2ray.activations.writing.commits import Run, claim_run, reopen
+from m2ray.activations.writing.weights_record import hold_weights
 from m2ray.batches import PartReceipt
 from m2ray.errors import RunConflictError, RunDamagedError, StageError, StoreError
 from m2ray.storage import LocalStore
@@ -481,6 +482,7 @@ def test_a_driver_that_stood_still_sweeps_nothing_that_came_to_count_meanwhile(s
 def test_an_attempt_that_was_swept_never_comes_to_count(store: LocalStore) -> None:
     """A driver stands still just before its commit; another one finishes the run, and the commit of that shard is lost."""
     late = claim_run(store, runs.job(store))
+    hold_weights(store, late.job, runs.LOADED)
     receipts = runs.write_shard(store, late.job, runs.shard(1), "late")
     committed_run(store).finish()
     assert data_keys(store).isdisjoint(part.key for part in receipts)
