@@ -8,11 +8,12 @@ from collections import deque
 from collections.abc import Iterator
 from typing import NamedTuple
 
-NUM_DRIVERS, PATIENCE, TICKS = 3, 2, 6
+NUM_DRIVERS, PATIENCE, TICKS = 3, 2, 4
+_TRIES = 2
 """Two ticks without another number are enough to call a driver silent; the real one waits for four, since a tick is no clock."""
 
 Key = tuple[int, int]
-"""(number, driver)."""
+"""(number, name): a driver takes another name for each try to get the lease."""
 
 _RESTING = {"off", "watch", "held", "ended", "told", "dead"}
 _BELIEVES = {"held", "next", "renewed", "tidy"}
@@ -24,13 +25,16 @@ class Driver(NamedTuple):
 
     at: str = "off"
     number: int = 0
+    tries: int = 0
     before: Key | None = None
     keys: tuple[Key, ...] = ()
     waited: int = 0
     is_done: bool = True
     stands_still: bool = False
     is_behind: bool = False
-    """It stood still, and has not renewed since."""
+    """It stood still, and has not created a number since and looked at it again."""
+    is_fresh: bool = False
+    """It has created one."""
 
 
 class World(NamedTuple):
@@ -39,6 +43,9 @@ class World(NamedTuple):
     ticks: int = TICKS
     pauses: int = 1
     deaths: int = 1
+
+    def name(self, number: int) -> int:
+        return number + NUM_DRIVERS * self.drivers[number].tries
 
     def newest(self) -> Key | None:
         return max(self.keys, default=None)
@@ -50,7 +57,7 @@ def steps(world: World, bug: str = "") -> Iterator[tuple[tuple[object, ...], Wor
         if me.at in {"ended", "told", "dead"}:
             continue
         if me.stands_still:
-            yield (number, "goes on"), _at(world, number, me._replace(stands_still=False, is_behind=True))
+            yield (number, "goes on"), _at(world, number, me._replace(stands_still=False, is_behind=True, is_fresh=False))
             continue
         for what, after in _of(world, number, me, bug):
             yield (number, me.at, what), after
@@ -80,14 +87,14 @@ def _of(world: World, number: int, me: Driver, bug: str) -> Iterator[tuple[str, 
     elif me.at in {"take", "next"}:
         yield "creates", _created(world, number, me, bug)
     elif me.at == "taken":
-        yield "looks again", _at(world, number, _held(me) if _is_ours(world, number, me) else Driver(is_behind=me.is_behind))
+        yield "looks again", _at(world, number, _held(me) if _is_ours(world, number, me) else _again(me))
     elif me.at == "renewed":
         yield "looks again", _renewed(world, number, me)
     elif me.at == "held":
         if not me.is_done:
             yield "looks", _at(world, number, _to_renew(world, number, me, bug))
         newest = world.newest()
-        own = newest[0] if newest and newest[1] == number else me.number
+        own = newest[0] if newest and newest[1] == world.name(number) else me.number
         yield "ends", _at(world, number, me._replace(at="close", keys=tuple(sorted(key for key in world.keys if key[0] <= own))))
     else:
         yield from _deleted(world, number, me)
@@ -95,16 +102,14 @@ def _of(world: World, number: int, me: Driver, bug: str) -> Iterator[tuple[str, 
 
 def _looked(world: World, number: int, me: Driver) -> Iterator[tuple[str, World]]:
     newest = world.newest()
-    behind = me.is_behind
+    new = Driver(is_behind=me.is_behind, tries=me.tries)
     if newest is None:
-        yield "finds nobody", _at(world, number, Driver("take", 1, is_behind=behind))
-    elif newest[1] == number:
-        yield "finds itself", _at(world, number, Driver("take", newest[0] + 1, newest, is_behind=behind))
+        yield "finds nobody", _at(world, number, new._replace(at="take", number=1))
     elif me.at == "watch" and newest != me.before:
         yield "is refused", _at(world, number, Driver("ended"))
-        yield "waits for the end", _at(world, number, Driver("watch", before=newest, is_behind=behind))
-    elif me.at == "watch" and (me.waited >= PATIENCE or world.drivers[newest[1]].at == "dead"):
-        yield "finds it silent", _at(world, number, Driver("take", newest[0] + 1, newest, is_behind=behind))
+        yield "waits for the end", _at(world, number, new._replace(at="watch", before=newest))
+    elif me.at == "watch" and (me.waited >= PATIENCE or world.drivers[newest[1] % NUM_DRIVERS].at == "dead"):
+        yield "finds it silent", _at(world, number, new._replace(at="take", number=newest[0] + 1, before=newest))
     elif me.at == "off" or not me.is_done:
         yield "watches", _at(world, number, me._replace(at="watch", before=newest, is_done=True))
 
@@ -113,40 +118,39 @@ def _created(world: World, number: int, me: Driver, bug: str) -> World:
     """The next number, if nobody has it."""
     wanted = me.number if me.at == "take" else me.number + 1
     if any(key[0] == wanted for key in world.keys):
-        newest = world.newest()
-        is_lost = me.at == "next" and newest is not None and newest[1] != number
-        again = Driver(is_behind=me.is_behind) if me.at == "take" else me._replace(at="told" if is_lost else "held", is_done=True)
-        return _at(world, number, again)
-    keys = world.keys | {(wanted, number)}
+        return _at(world, number, _again(me) if me.at == "take" else me._replace(at="told"))
+    keys = world.keys | {(wanted, world.name(number))}
     if me.at == "take":
-        is_blind = bug == "the first number is not looked at again"
-        return _at(world, number, _held(me) if is_blind else me._replace(at="taken"), keys)
-    after = _at(world, number, me._replace(at="renewed", number=wanted), keys)
+        taken = me._replace(at="taken", is_fresh=True)
+        return _at(world, number, _held(taken) if bug == "the first number is not looked at again" else taken, keys)
+    after = _at(world, number, me._replace(at="renewed", number=wanted, is_fresh=True), keys)
     return _tidied(after, number, after.drivers[number]) if bug == "a renewal is not looked at again" else after
 
 
 def _is_ours(world: World, number: int, me: Driver) -> bool:
     """Whether a number that was created is the newest, and what it follows still there: else others have been at it since the look."""
-    return world.newest() == (me.number, number) and (me.before is None or me.before in world.keys)
+    return world.newest() == (me.number, world.name(number)) and (me.before is None or me.before in world.keys)
 
 
 def _held(me: Driver) -> Driver:
-    return Driver("held", me.number)
+    return Driver("held", me.number, me.tries, is_behind=me.is_behind and not me.is_fresh)
+
+
+def _again(me: Driver) -> Driver:
+    return Driver(tries=(me.tries + 1) % _TRIES, is_behind=me.is_behind)
 
 
 def _to_renew(world: World, number: int, me: Driver, bug: str) -> Driver:
     newest = world.newest()
     if bug == "a renewal looks at higher numbers alone" and (newest is None or newest[0] <= me.number):
         return me._replace(at="next", before=None)
-    if newest is not None and newest[1] != number:
+    if newest is None or newest[1] != world.name(number):
         return me._replace(at="told")
-    return me._replace(at="next", before=newest, number=newest[0] if newest else me.number)
+    return me._replace(at="next", before=newest, number=newest[0])
 
 
 def _renewed(world: World, number: int, me: Driver) -> World:
-    if not _is_ours(world, number, me):
-        return _at(world, number, me._replace(at="give back", keys=((me.number, number),)))
-    return _tidied(world, number, me)
+    return _tidied(world, number, me) if _is_ours(world, number, me) else _at(world, number, me._replace(at="told"))
 
 
 def _tidied(world: World, number: int, me: Driver) -> World:
@@ -156,7 +160,7 @@ def _tidied(world: World, number: int, me: Driver) -> World:
 
 def _deleted(world: World, number: int, me: Driver) -> Iterator[tuple[str, World]]:
     """One of the keys, in any order; at the end the own one last. What has the number by now is what goes."""
-    last = {"tidy": _held(me), "give back": me._replace(at="told"), "close": Driver("ended")}[me.at]
+    last = Driver("ended") if me.at == "close" else _held(me)
     if not me.keys:
         yield "has nothing to delete", _at(world, number, last)
     for key in me.keys[:-1] or me.keys:
@@ -165,18 +169,18 @@ def _deleted(world: World, number: int, me: Driver) -> Iterator[tuple[str, World
         yield f"deletes {key[0]}", _at(world, number, me._replace(keys=left) if left else last, keys)
 
 
-def problem_of(world: World) -> str:
-    """Two that believe to hold it, though neither stands still or is yet to renew after it did."""
+def problem_of(world: World, *, nobody_paused: bool) -> str:
+    """Two believe to hold it, though neither stands still or is yet to renew after it did; or one is told that it is lost though nobody ever stood still."""
     holders = [number for number, each in enumerate(world.drivers) if each.at in _BELIEVES and not (each.stands_still or each.is_behind)]
     if len(holders) > 1:
         return f"drivers {holders} hold the lease"
-    told = [number for number, each in enumerate(world.drivers) if each.at == "told" and not each.is_behind]
-    return f"driver {told[0]}, which never stood still, is told that it lost the lease" if told else ""
+    told = [number for number, each in enumerate(world.drivers) if each.at == "told"]
+    return f"driver {told[0]} is told that it lost the lease" if told and nobody_paused else ""
 
 
 def search(pauses: int, bug: str = "") -> tuple[int, str, tuple[tuple[object, ...], ...]]:
     """How many states there are; the first problem, and the way to it."""
-    start = World(pauses=pauses)
+    start = World(pauses=pauses, deaths=1 - pauses)
     came_from: dict[World, tuple[World, tuple[object, ...]] | None] = {start: None}
     waiting = deque([start])
     while waiting:
@@ -186,7 +190,7 @@ def search(pauses: int, bug: str = "") -> tuple[int, str, tuple[tuple[object, ..
                 continue
             came_from[after] = (world, label)
             waiting.append(after)
-            if problem := problem_of(after):
+            if problem := problem_of(after, nobody_paused=not pauses):
                 return len(came_from), problem, _way(came_from, after)
     return len(came_from), "", ()
 

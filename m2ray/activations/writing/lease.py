@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from uuid import uuid4
 
@@ -97,8 +97,8 @@ def held(
         RunConflictError: another driver is at work.
         StoreError: the store refuses.
     """
-    own = Holder(FORMAT_VERSION, uuid4().hex, socket.gethostname(), os.getpid(), utc_now(), period_s, _own_process())
-    number, is_second = _acquire(store, own, say, wait=wait)
+    process = Holder(FORMAT_VERSION, "", socket.gethostname(), os.getpid(), utc_now(), period_s, _own_process())
+    number, own, is_second = _acquire(store, process, say, wait=wait)
     lease = _Lease(store, own, number, say, on_lost)
     try:
         yield is_second
@@ -149,18 +149,13 @@ class _Lease:
     def _renew(self) -> Holder | str | None:
         """Create the next number and delete those before. Gives who took the lease over, if somebody did."""
         newest = self._looked()
-        if newest and newest[1].driver != self._own.driver:
-            return newest[1]
         number = self._number + 1
-        if _create(self._store, number, self._own, newest):
+        if newest and newest[1].driver == self._own.driver and _create(self._store, number, self._own, newest):
             self._number = number
             self._store.delete([key for each, key in _keys(self._store) if each < number])
             return None
-        found = _newest(self._store)
-        if found and found[1].driver == self._own.driver:  # it stood still after its look, and others have come and gone
-            self._store.delete([_key(found[0])])
-            return "one that came meanwhile"
-        return found[1] if found else None
+        newest = _newest(self._store)
+        return newest[1] if newest and newest[1].driver != self._own.driver else "one that has ended since"
 
     def _looked(self) -> tuple[int, Holder] | None:
         """The newest. One of this driver's that was created though its answer failed is taken as its own."""
@@ -177,18 +172,18 @@ class _Lease:
         self._store.delete(keys[-1:])
 
 
-def _acquire(store: Store, own: Holder, say: Callable[[str], None], *, wait: bool) -> tuple[int, bool]:
-    """The number under which the lease was created, and whether another driver held it before."""
+def _acquire(store: Store, process: Holder, say: Callable[[str], None], *, wait: bool) -> tuple[int, Holder, bool]:
+    """The number under which the lease was created, by whom, and whether another driver held it before."""
     is_second, refused = False, 0
     while True:
+        own = replace(process, driver=uuid4().hex)  # a number that it did not get the lease by is another's
         found = _newest(store)
         if refused == _TRIES:  # of drivers that begin at once another one wins, and is found
             key = _key(found[0] + 1 if found else 1)
             raise StoreError(f"{store.where(key)} is taken, and is not listed as a file.", "If no driver is at work, delete it.")
-        if found is None or found[1].driver == own.driver:  # its own: created, though others had been at it since the look
-            number = found[0] + 1 if found else 1
-            if _create(store, number, own, found):
-                return number, is_second
+        if found is None:
+            if _create(store, 1, own, None):
+                return 1, own, is_second
             refused += 1
             time.sleep(_WATCH_S)
             continue
@@ -200,7 +195,7 @@ def _acquire(store: Store, own: Holder, say: Callable[[str], None], *, wait: boo
             if _create(store, found[0] + 1, own, found):
                 why = f"The driver that was at this run {KILLED} ({found[1]})" if found[1].is_dead else "None came"
                 say(f"{why}: this driver takes the run over.")
-                return found[0] + 1, is_second
+                return found[0] + 1, own, is_second
             refused += 1
         elif now and not wait:
             raise RunConflictError(
