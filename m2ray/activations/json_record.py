@@ -43,7 +43,7 @@ def _canonical(fields: dict[str, Any]) -> bytes:
     return json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
 
 
-def _is_sealed(data: bytes) -> bool:
+def is_sealed(data: bytes) -> bool:
     """Whether these are the bytes that `to_json` wrote without indentation, which is found without taking them apart."""
     found = _SEALED.search(data, len(data) - 46)
     return found is not None and xxhash.xxh3_128_hexdigest(data[: found.start()] + b"}").encode() == found[1]
@@ -59,7 +59,7 @@ def read_record(store: Store, key: str, adapter: TypeAdapter[T]) -> T:
     """
     data = store.read(key)
     try:
-        if _is_sealed(data):
+        if is_sealed(data):
             with suppress(ValidationError):  # a newer format's fields may be others
                 record = adapter.validate_json(data, strict=True)
                 if vars(record)["format_version"] <= FORMAT_VERSION:

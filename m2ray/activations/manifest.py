@@ -48,11 +48,22 @@ def manifest_table(commits: Iterable[Mapping[str, Sequence[Any]]]) -> Any:
     while some := list(islice(remaining, _COMMITS_A_BATCH)):
         columns = [pa.array(list(chain.from_iterable(commit[name] for commit in some)), field.type) for name, field in _FIELDS]
         batches.append(pa.RecordBatch.from_arrays(columns, schema=MANIFEST_SCHEMA))
+    return sorted_parts(batches)
+
+
+def sorted_parts(batches: list[Any]) -> Any:
+    """Record batches of MANIFEST_SCHEMA as one sorted table. They are taken out of the list, so that they go while the table comes."""
     table = pa.Table.from_batches(batches, schema=MANIFEST_SCHEMA)
+    batches.clear()
     sites = table["site"].combine_chunks().dictionary_encode()
     ranks = np.argsort(np.argsort(sites.dictionary.to_pylist()))
     layers = table["layer"].fill_null(-1)  # a site of the whole model has no other ones
-    return table.take(np.lexsort((table["shard"].to_numpy(), layers.to_numpy(), ranks[sites.indices.to_numpy()])))
+    order = pa.array(np.lexsort((table["shard"].to_numpy(), layers.to_numpy(), ranks[sites.indices.to_numpy()])))
+    columns = table.columns
+    del table
+    for place, column in enumerate(columns):
+        columns[place] = column.combine_chunks().take(order)
+    return pa.Table.from_arrays(columns, schema=MANIFEST_SCHEMA)
 
 
 def receipts_of(table: Any) -> list[PartReceipt]:

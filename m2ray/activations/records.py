@@ -1,8 +1,12 @@
-"""The small records by which a run says what it holds: `_commits/shard-000012.json` for each shard, `weights.json` and `_SUCCESS` for the whole."""
+"""The small records by which a run says what it holds: `_commits/shard-000012.json` for each shard, `weights.json` and `_SUCCESS` for the whole.
+
+And what it holds no longer: `_swept/shard-000012-<attempt>` says that this attempt's parts were deleted, and can never count again.
+"""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,13 +17,14 @@ from m2ray.activations.job import JobRecord
 from m2ray.activations.json_record import read_record, to_json
 from m2ray.activations.schema import part_folder, part_name
 from m2ray.batches import PartReceipt
-from m2ray.errors import RunDamagedError
+from m2ray.errors import RunConflictError, RunDamagedError
 from m2ray.storage import Store
 
 SUCCESS_KEY = "_SUCCESS"
 WEIGHTS_KEY = "weights.json"
 _READ_AT_ONCE, _AHEAD = 16, 256
 _COMMIT_NAME = re.compile(r"_commits/shard-(\d{6,})\.json")
+_SWEPT_NAME = re.compile(r"_swept/shard-(\d{6,})-([0-9a-z]+)")
 
 
 @dataclass(frozen=True)
@@ -117,10 +122,35 @@ def commit_key(shard: int) -> str:
     return f"_commits/shard-{shard:06d}.json"
 
 
+def swept_key(shard: int, attempt: str) -> str:
+    """The key of an empty object: that the end of a run deletes, or has deleted, this attempt's parts. It stays for good."""
+    return f"_swept/shard-{shard:06d}-{attempt}"
+
+
 def committed_shards(store: Store) -> set[int]:
     """The numbers of the shards that are committed now. Raises StoreError."""
+    return committed_and_void(store)[0]
+
+
+def committed_and_void(store: Store) -> tuple[set[int], set[int]]:
+    """The shards that are committed now, and those whose commit is void: it names an attempt that was swept before it came. Raises StoreError."""
     names = (_COMMIT_NAME.fullmatch(key) for key, _ in store.list("_commits"))
-    return {int(name[1]) for name in names if name}
+    named = {int(name[1]) for name in names if name}
+    swept: dict[int, set[str]] = {}
+    for name in (_SWEPT_NAME.fullmatch(key) for key, _ in store.list("_swept")):
+        if name and int(name[1]) in named:
+            swept.setdefault(int(name[1]), set()).add(name[2])
+    with ThreadPoolExecutor(_READ_AT_ONCE, thread_name_prefix="commits") as pool:
+        attempts = pool.map(partial(_attempt, store), swept)
+        void = {shard for shard, attempt in zip(swept, attempts, strict=True) if attempt in swept[shard]}
+    return named - void, void
+
+
+def _attempt(store: Store, shard: int) -> str | None:
+    """Whose commit a shard has; None for one that cannot be understood, of which whoever reads it says so."""
+    with suppress(RunDamagedError, RunConflictError):
+        return read_record(store, commit_key(shard), _COMMIT).attempt
+    return None
 
 
 def read_commit(store: Store, job: JobRecord, shard: int) -> CommitRecord:

@@ -88,7 +88,7 @@ def stored_parts(store: Store, parts: Iterable[PartSpec]) -> dict[str, int]:
     folders = {part_folder(spec) for spec in parts}
     on_the_way = folders | {folder.rpartition("/")[0] for folder in folders}
     stored = {}
-    for key, num_bytes in store.list("data"):
+    for key, num_bytes in store.list_folders("data", sorted(folders)):
         folder, _, name = key.rpartition("/")
         if key in on_the_way:
             remedy = "Put the folder itself in its place; the whole run folder may be a link."

@@ -101,6 +101,11 @@ class Store(ABC):
         With `depth` of those that lie that many folders down or less (1: in `prefix` itself); a store may list deeper ones too.
         """
 
+    def list_folders(self, above: str, folders: Iterable[str]) -> Iterator[tuple[str, int]]:
+        """What `list(above)` gives, of which only what lies in `folders` is wanted: where a listing is many requests, each of those by itself."""
+        del folders
+        return self.list(above)
+
     @abstractmethod
     def create(self, key: str, data: Data) -> None:
         """Write the object only if its key is free, atomically. Raises AlreadyExistsError otherwise."""

@@ -45,7 +45,7 @@ class World(NamedTuple):
         late: requests that were sent and may arrive at any time, each with whether its name was freed or anything struck since, or a repair sent it.
         broken: an attempt of which a part was lost.
         opened: the shards that a repair or a loss took back.
-        losers: attempts whose parts were deleted while their shard had another one's commit.
+        swept: attempts that are marked, before their parts go: a commit of one is void.
         is_stale: such a request was done.
     """
 
@@ -62,30 +62,26 @@ class World(NamedTuple):
     strikes: int = 1
     broken: tuple[int, int] | None = None
     opened: frozenset[int] = frozenset()
-    losers: frozenset[int] = frozenset()
+    swept: frozenset[int] = frozenset()
     is_stale: bool = False
 
     def is_whole(self, shard: int, driver: int) -> bool:
         return self.parts[shard * _EACH + driver] == WHOLE
 
     def is_sound(self, shard: int, driver: int) -> bool:
-        """Whether what a commit names is there, or was lost by a strike, or rightly deleted before a strike freed the shard for it."""
-        return self.is_whole(shard, driver) or self.broken == (shard, driver) or self._came_late(shard, driver)
+        """Whether what a commit names is there, or was lost by a strike."""
+        return self.is_whole(shard, driver) or self.broken == (shard, driver)
 
-    def is_told_by(self, manifest: tuple[int, ...] | None) -> bool:
-        """Whether a manifest says what the commits say."""
-        pairs = enumerate(zip(manifest or (), self.commits, strict=bool(manifest)))
-        return bool(manifest) and all(
-            (driver == told and driver != NONE) or self._came_late(shard, driver) for shard, (told, driver) in pairs
-        )
-
-    def _came_late(self, shard: int, driver: int) -> bool:
-        """Whether this attempt had lost, and a strike freed the shard for it."""
-        return shard in self.opened and shard * _EACH + driver in self.losers
+    @property
+    def counted(self) -> tuple[int, ...]:
+        """The commits without the void ones."""
+        if not self.swept:
+            return self.commits
+        return tuple(NONE if shard * _EACH + driver in self.swept else driver for shard, driver in enumerate(self.commits))
 
     def is_finished(self) -> bool:
         """What `Run.finished` finds: `_SUCCESS`, manifest, commits, parts and surveys agree."""
-        has_records = self.success and self.manifest is not None and NONE not in self.commits
+        has_records = self.success and self.manifest is not None and NONE not in self.counted
         return has_records and self.surveys == 1 << self.job and self.is_swept(self.manifest or ())
 
     def is_swept(self, named: tuple[int, ...]) -> bool:
@@ -104,6 +100,8 @@ BUGS = {
     "put instead of create-if-absent": begun(2, faults=0, strikes=0),
     "lease as the guard": begun(2, faults=0, strikes=0),
     "loser deletes its shard's parts": begun(2, faults=0, strikes=0),
+    "parts are swept without a mark": begun(1, faults=0, strikes=1),
+    "parts are marked after they are swept": begun(1, faults=0, strikes=1),
     "survey is deleted when its claim fails": begun(1, faults=1, strikes=0),
     "parts are listed after the commits were read": begun(2, faults=0, strikes=1),
     "sweep before all is committed": begun(2, faults=0, strikes=1),
@@ -113,7 +111,7 @@ BUGS = {
     "the end is not looked at again": begun(2, faults=0, strikes=1),
     "repair begins with _SUCCESS": begun(1, faults=1, strikes=1),
 }
-"""Other protocols, and the start from which the search refutes each. The last four are what m2ray did before it was modelled."""
+"""Other protocols, and the start from which the search refutes each. The last four, and the sweep without a mark, are what m2ray once did."""
 
 Step = tuple[tuple[Any, ...], World]
 """(what happened, the world after)."""
@@ -125,6 +123,8 @@ def apply(world: World, request: Request) -> tuple[World, bool]:
     kind = key[0]
     if verb == "delete":
         return _freed(world, key), False
+    if kind == "swept":
+        return world._replace(swept=world.swept | {attempt for attempt, _ in key[1]}), False
     if kind == "part":
         parts = list(world.parts)
         parts[key[2] * _EACH + key[1]] |= 1 << key[3]
@@ -145,8 +145,7 @@ def _freed(world: World, key: tuple[Any, ...]) -> World:
         parts = list(world.parts)
         for attempt, bits in key[1]:
             parts[attempt] &= ~bits
-        losers = {attempt for attempt, _ in key[1] if world.commits[attempt // _EACH] not in {NONE, attempt % _EACH}}
-        return world._replace(parts=tuple(parts), surveys=world.surveys & ~key[2], losers=world.losers | losers)
+        return world._replace(parts=tuple(parts), surveys=world.surveys & ~key[2])
     if kind == "manifest":
         return world._replace(late=late, manifest=None)
     return world._replace(late=late, success=False)
@@ -259,10 +258,11 @@ def asked(world: World, number: int, me: Driver, bug: str) -> Request | None:
     if me.at in {"write", "replace"}:
         return _of_a_shard(world, number, me, bug)
     if me.at == "lose":
-        losers = range(NUM_DRIVERS) if bug == "loser deletes its shard's parts" else (number,)
-        return "delete", ("swept", tuple((me.todo[0] * _EACH + driver, WHOLE) for driver in losers), 0), None
+        return "delete", ("swept", tuple((me.todo[0] * _EACH + driver, WHOLE) for driver in range(NUM_DRIVERS)), 0), None
     if me.at == "publish":
         return "put" if bug == "manifest is put" else "create", ("manifest",), me.named
+    if me.at == "mark":
+        return "create", ("swept", _unnamed(me), 0), None
     if me.at == "sweep":
         return "delete", ("swept", _unnamed(me), world.surveys & ~(1 << world.job)), None
     return ("create", ("success",), True) if me.at == "seal" else None
@@ -289,7 +289,7 @@ def answered(world: World, number: int, request: Request, is_taken: bool, bug: s
     if me.at == "take back":
         return me._replace(deletes=me.deletes[1:]) if me.deletes[1:] else _writing(me.named)
     if me.at in {"write", "replace"} and request[1][0] == "commit":
-        if is_taken and world.commits[me.todo[0]] != number:
+        if is_taken and world.commits[me.todo[0]] != number and bug == "loser deletes its shard's parts":
             return me._replace(at="lose")
         return _next_shard(me) if me.put == WHOLE else me
     if me.at == "write":
@@ -300,12 +300,20 @@ def answered(world: World, number: int, request: Request, is_taken: bool, bug: s
     if me.at == "unpublish":
         return me._replace(deletes=me.deletes[1:]) if me.deletes[1:] else me._replace(at="publish", deletes=())
     if me.at == "publish":
-        return Driver("finish") if is_taken else _swept(world, me)
-    if me.at == "sweep":
-        return Driver("dead") if NONE in me.named else Driver("seal", named=me.named)
+        return Driver("finish") if is_taken else _swept(world, me, bug)
+    if me.at in {"mark", "sweep"}:
+        return _swept_next(me, bug)
     if me.at == "seal":
         return Driver("done") if bug == "the end is not looked at again" else Driver("look again", named=me.named)
     return Driver("dead")  # it has said that shards are missing
+
+
+def _swept_next(me: Driver, bug: str) -> Driver:
+    """Attempts are marked, then their parts go."""
+    order = ("sweep", "mark") if bug == "parts are marked after they are swept" and _unnamed(me) else ("mark", "sweep")
+    if me.at == order[0]:
+        return me._replace(at=order[1])
+    return Driver("dead") if NONE in me.named else Driver("seal", named=me.named)
 
 
 def _next_shard(me: Driver) -> Driver:
@@ -329,14 +337,18 @@ def _decided(world: World, me: Driver, bug: str) -> Driver:
     if me.at == "off":
         return Driver("resume")
     if me.at == "resume":
-        return Driver("finish") if world.is_finished() else Driver("check", named=world.commits, was_finished=world.success)
+        if world.is_finished():
+            return Driver("finish")
+        void = tuple(shard for shard, driver in enumerate(world.commits) if driver != world.counted[shard])
+        return Driver("check", todo=void, named=world.counted, was_finished=world.success)
     if me.at == "check":
         lost = tuple(shard for shard, driver in enumerate(me.named) if driver != NONE and not world.is_whole(shard, driver))
+        lost = tuple(sorted({*lost, *me.todo}))
         named = tuple(NONE if shard in lost else driver for shard, driver in enumerate(me.named))
         is_opened = lost or (me.was_finished and NONE in named)
         return Driver("take back", named=named, deletes=taken_back(lost, bug)) if is_opened else _writing(named)
     if me.at == "write":
-        return me._replace(at="replace") if world.commits[me.todo[0]] == NONE else me._replace(at="lose")
+        return me._replace(at="replace") if world.commits[me.todo[0]] == NONE else _next_shard(me)
     if me.at == "finish":
         return Driver("done") if world.is_finished() else Driver("list parts", written=world.manifest, was_finished=world.success)
     if me.at == "list parts":
@@ -344,17 +356,17 @@ def _decided(world: World, me: Driver, bug: str) -> Driver:
             return _publishing(world, me._replace(listed=world.parts), bug)
         return me._replace(at="read commits", listed=world.parts)
     if me.at == "read commits":
-        return _read(world, me._replace(named=world.commits), bug)
+        return _read(world, me._replace(named=world.counted), bug)
     assert me.at == "look again"
-    is_same = world.success and world.manifest == me.named and NONE not in world.commits
-    is_same = is_same and (world.is_swept(me.named) or world.commits == me.named)
+    is_same = world.success and world.manifest == me.named and NONE not in world.counted
+    is_same = is_same and (world.is_swept(me.named) or world.counted == me.named)
     return Driver("done" if is_same else "finish")
 
 
 def _read(world: World, me: Driver, bug: str) -> Driver:
     if NONE in me.named:
         if bug == "sweep before all is committed" and _unnamed(me):
-            return Driver("sweep", named=me.named, listed=me.listed)
+            return Driver("mark", named=me.named, listed=me.listed)
         return Driver("unseal" if me.was_finished else "dead")
     attempts = [shard * _EACH + driver for shard, driver in enumerate(me.named)]
     if any(WHOLE not in (me.listed[attempt], world.parts[attempt]) for attempt in attempts):
@@ -368,15 +380,17 @@ def _publishing(world: World, me: Driver, bug: str) -> Driver:
     """On to the manifest. What is wrong of the records is deleted first, and only what was there before the commits were read."""
     is_same = me.written == me.named or (bug == "manifest of other attempts is kept" and me.written is not None)
     if is_same:
-        return _swept(world, me)
+        return _swept(world, me, bug)
     deletes = ((("success",),) if me.was_finished else ()) + ((("manifest",),) if me.written is not None else ())
     return me._replace(at="unpublish" if deletes else "publish", deletes=deletes)
 
 
-def _swept(world: World, me: Driver) -> Driver:
-    """On to the sweep, if there is anything to delete."""
+def _swept(world: World, me: Driver, bug: str) -> Driver:
+    """On to the sweep, if there is anything to delete; attempts are marked before their parts go."""
+    is_early = bug in {"parts are swept without a mark", "parts are marked after they are swept"}
+    at = "mark" if _unnamed(me) and not is_early else "sweep"
     is_needed = _unnamed(me) or world.surveys != 1 << world.job
-    return Driver("sweep", named=me.named, listed=me.listed) if is_needed else Driver("seal", named=me.named)
+    return Driver(at, named=me.named, listed=me.listed) if is_needed else Driver("seal", named=me.named)
 
 
 def _unnamed(me: Driver) -> tuple[tuple[int, int], ...]:

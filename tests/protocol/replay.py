@@ -2,7 +2,7 @@
 
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 from m2ray.activations.job import Counts, JobRecord, read_job
 from m2ray.activations.manifest import read_manifest
 from m2ray.activations.reading.verify import verify
-from m2ray.activations.records import SUCCESS_KEY, commit_key, committed_shards, read_commit
+from m2ray.activations.records import SUCCESS_KEY, commit_key, committed_and_void, read_commit
 from m2ray.activations.writing.commits import Run, RunSummary, claim_run, go_on_with, reopen
 from m2ray.activations.writing.weights_record import hold_weights
 from m2ray.batches import Shard
@@ -125,9 +125,14 @@ class GatedStore(Store):
         self._store.read_into(key, offset, out)
 
     def list(self, prefix: str, depth: int | None = None) -> Iterator[tuple[str, int]]:
-        if not self._is_free and (prefix == "data" or (prefix == "_commits" and self.gates_commits)):
+        if not self._is_free and prefix == "_commits" and self.gates_commits:
             self._actor.gate()
         return self._store.list(prefix, depth)
+
+    def list_folders(self, above: str, folders: Iterable[str]) -> Iterator[tuple[str, int]]:
+        if not self._is_free:
+            self._actor.gate()
+        return self._store.list_folders(above, folders)
 
     def create(self, key: str, data: Data) -> None:
         self.ask("create", key, lambda: self._store.create(key, data))
@@ -163,6 +168,14 @@ class _SteppedRun(Run):
     def _require_parts(self, manifest: Any, stored: Any) -> None:
         with self.store.free():
             super()._require_parts(manifest, stored)
+
+    def _mark_swept(self, attempts: Sequence[tuple[int, str]]) -> None:
+        def mark() -> None:
+            with self.store.free():
+                Run._mark_swept(self, attempts)
+
+        if attempts:
+            self.store.ask("create", "_swept", mark)
 
     def _says(self, manifest: Any) -> bool:
         self.store._actor.gate()
@@ -304,9 +317,12 @@ class Replay:
         world = self.world
         stored = {key for key, _ in self._store.list("")}
         record = read_job(self._store)
-        commits = [NONE] * NUM_SHARDS
-        for shard in committed_shards(self._store):
+        commits, counted = [NONE] * NUM_SHARDS, [NONE] * NUM_SHARDS
+        committed, void = committed_and_void(self._store)
+        for shard in committed | void:
             commits[shard] = _driver(read_commit(self._store, self.job(), shard).attempt)
+        for shard in committed:
+            counted[shard] = commits[shard]
         manifest = None
         if record and "manifest.parquet" in stored:
             table = read_manifest(self._store, record, NUM_SHARDS * NUM_WRITERS)
@@ -317,8 +333,8 @@ class Replay:
             parts[shard * (NUM_DRIVERS + 1) + driver] = sum(1 << bit for bit, key in enumerate(keys) if key in stored)
         surveys = sum(1 << n for n, each in enumerate(self._records) if all(file.key in stored for file in each.sequence_files))
         job = next((n for n, each in enumerate(self._records) if record and each.run_id == record.run_id), NONE)
-        found = (job, surveys, tuple(parts), tuple(commits), manifest, SUCCESS_KEY in stored)
-        wanted = (world.job, world.surveys, world.parts, world.commits, world.manifest, world.success)
+        found = (job, surveys, tuple(parts), tuple(commits), tuple(counted), manifest, SUCCESS_KEY in stored)
+        wanted = (world.job, world.surveys, world.parts, world.commits, world.counted, world.manifest, world.success)
         assert found == wanted, f"after {self.way}: the store holds {found}, the model's {wanted}"
         for number, (actor, driver) in enumerate(zip(self._drivers, world.drivers, strict=True)):
             state = "done" if actor.result is not None else "dead" if actor.is_over else "at work"

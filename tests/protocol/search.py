@@ -50,7 +50,8 @@ def _way(came_from: dict[World, tuple[World, Label] | None], world: World) -> tu
 
 def problem_of_step(before: World, after: World) -> str:
     """A commit never changes, and ceases to count only where its shard was taken back or lost something."""
-    for shard, (was, now) in enumerate(zip(before.commits, after.commits, strict=True) if before.commits != after.commits else ()):
+    commits = () if (before.commits, before.swept) == (after.commits, after.swept) else zip(before.counted, after.counted, strict=True)
+    for shard, (was, now) in enumerate(commits):
         if was not in (NONE, now) and now != NONE:
             return f"the commit of shard {shard} was replaced"
         if was != NONE and now == NONE and shard not in after.opened:
@@ -58,35 +59,34 @@ def problem_of_step(before: World, after: World) -> str:
     ended = [driver for driver, each in enumerate(after.drivers) if each.at == "done" and before.drivers[driver].at != "done"]
     if not ended:
         return ""
-    is_closed = after.success and after.is_told_by(after.manifest)
+    is_closed = after.success and after.manifest == after.counted
     is_quiet = all(each.at in (*ENDED, "off") for each in after.drivers) and not (after.repair or after.late or after.is_stale)
     if is_quiet and not is_closed:
         return f"driver {ended[0]} said Complete, the last of all, and the run is not closed"
     return ""
 
 
-def problem_of_state(world: World) -> str:  # noqa: PLR0911 - one return for each promise
+def problem_of_state(world: World) -> str:
     """Whatever a reader resolves is whole, and a finished run is closed."""
     if world.job != NONE and not world.surveys >> world.job & 1:
         return "job.json names a survey that is gone"
-    if world.is_stale:
-        return ""
-    for shard, driver in enumerate(world.commits):
+    for shard, driver in enumerate(world.counted):
         if driver != NONE and not world.is_sound(shard, driver):
             return f"the commit of shard {shard} names parts that are not there"
-    if not world.success:
+    if world.is_stale or not world.success:
         return ""
     for shard, driver in enumerate(world.manifest or ()):
         if not world.is_whole(shard, driver) and world.broken != (shard, driver):
             return f"the manifest of a finished run names parts of shard {shard} that are not there"
-    if not world.opened and not world.is_told_by(world.manifest):
+    if not world.opened and (world.manifest != world.counted or NONE in world.counted):
         return "a finished run is not closed"
     return ""
 
 
 def _problem_of_healing(world: World, healed: dict[World, str], bug: str) -> str:
     """Whatever is left, the same command closes the run, and keeps what is committed and whole."""
-    left = World(world.job, world.surveys, world.parts, world.commits, world.manifest, world.success, faults=0, strikes=0)
+    records = (world.job, world.surveys, world.parts, world.commits, world.manifest, world.success)
+    left = World(*records, faults=0, strikes=0, swept=world.swept)
     if left not in healed:
         healed[left] = _healing(left, bug)
     return healed[left]
@@ -95,12 +95,12 @@ def _problem_of_healing(world: World, healed: dict[World, str], bug: str) -> str
 def _healing(left: World, bug: str) -> str:
     """A third driver alone, three times at the most: it may have to stop once to say what is lost."""
     world = left
-    kept = {shard: driver for shard, driver in enumerate(left.commits) if driver != NONE and left.is_whole(shard, driver)}
+    kept = {shard: driver for shard, driver in enumerate(left.counted) if driver != NONE and left.is_whole(shard, driver)}
     for _ in range(3):
         world = _alone(world._replace(drivers=(Driver("dead"),) * NUM_DRIVERS + (Driver(),)), bug)
         if world.drivers[-1].at == "done":
             break
-    changed = [shard for shard, driver in kept.items() if world.commits[shard] != driver]
+    changed = [shard for shard, driver in kept.items() if world.counted[shard] != driver]
     if changed:
         return f"the same command lost the commit of shard {changed[0]}"
     return "" if world.is_finished() else "the same command does not close the run"

@@ -20,8 +20,10 @@ from m2ray.activations.job import Counts, read_job, require_same
 from m2ray.activations.json_record import digest
 from m2ray.activations.manifest import manifest_file
 from m2ray.activations.reading.reader import open_run
-from m2ray.activations.records import commit_key, committed_shards, read_commit, read_summary
+from m2ray.activations.reading.verify import verify
+from m2ray.activations.records import SUCCESS_KEY, commit_key, committed_and_void, committed_shards, read_commit, read_summary
 from m2ray.activations.writing.commits import Run, claim_run, reopen
+from m2ray.activations.writing.weights_record import hold_weights
 from m2ray.batches import PartReceipt
 from m2ray.errors import RunConflictError, RunDamagedError, StageError, StoreError
 from m2ray.storage import LocalStore
@@ -143,7 +145,7 @@ def test_missing_shrinks_as_shards_are_committed(store: LocalStore) -> None:
     assert {part.key for part in record.parts} == data_keys(store)
 
 
-def test_of_two_attempts_one_counts_and_the_losers_parts_are_gone(store: LocalStore) -> None:
+def test_of_two_attempts_one_counts(store: LocalStore) -> None:
     first, second = (claim_run(store, runs.job(store)) for _ in range(2))
     shard = runs.shard(0)
     attempts = {"a1": runs.write_shard(store, first.job, shard, "a1"), "b2": runs.write_shard(store, second.job, shard, "b2")}
@@ -156,8 +158,12 @@ def test_of_two_attempts_one_counts_and_the_losers_parts_are_gone(store: LocalSt
     assert sorted(won) == [False, True]
     winner = list(attempts)[won.index(True)]
     assert read_commit(store, first.job, 0).attempt == winner
-    assert data_keys(store) == {part.key for part in attempts[winner]}
     assert first.committed == second.committed == {0}
+    assert data_keys(store) == {part.key for attempt in attempts.values() for part in attempt}, "the end of the run deletes the loser's"
+    for other in runs.shards()[1:]:
+        runs.commit_shard(first, other, "a1")
+    second.finish()
+    assert_closed(store)
 
 
 def test_repeating_a_commit_is_a_success(store: LocalStore) -> None:
@@ -470,6 +476,30 @@ def test_a_driver_that_stood_still_sweeps_nothing_that_came_to_count_meanwhile(s
     assert kept.attempt == "b2"
     assert all(store.size(part.key) == part.num_bytes for part in kept.parts)
     again(store, "c3")
+    assert_closed(store)
+
+
+def test_an_attempt_that_was_swept_never_comes_to_count(store: LocalStore) -> None:
+    """A driver stands still just before its commit; another one finishes the run, and the commit of that shard is lost."""
+    late = claim_run(store, runs.job(store))
+    hold_weights(store, late.job, runs.LOADED)
+    receipts = runs.write_shard(store, late.job, runs.shard(1), "late")
+    committed_run(store).finish()
+    assert data_keys(store).isdisjoint(part.key for part in receipts)
+    store.delete([commit_key(1)])
+
+    assert late.commit(runs.shard(1), "late", receipts, [(3, 8)], 1.0)
+    assert committed_and_void(store) == ({0, 2}, {1})
+    assert open_run(store.folder).num_shards == 3, "a finished run is read by its manifest"
+    found = verify(store, checksums=False)
+    assert [(damage.key, damage.shard) for damage in found.damages] == [(commit_key(1), 1)]
+    assert "came after the parts" in found.damages[0].problem
+    store.delete([SUCCESS_KEY])
+    assert open_run(store.folder).num_shards == 2
+    with pytest.raises(StageError, match="1 of 3 shards are not committed, the first is 1"):
+        late.finish()
+    assert again(store, "b2") == [1]
+    assert committed_and_void(store) == ({0, 1, 2}, set())
     assert_closed(store)
 
 

@@ -3,17 +3,18 @@
 from bisect import bisect_right
 from collections.abc import Collection
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from m2ray.activations.commit_table import read_committed
 from m2ray.activations.job import JobRecord, read_job
-from m2ray.activations.manifest import MANIFEST_KEY, manifest_table, read_manifest, receipts_of
+from m2ray.activations.manifest import MANIFEST_KEY, read_manifest, receipts_of
 from m2ray.activations.reading.part_reader import Check, PartReader
-from m2ray.activations.records import commit_key, committed_shards, read_commit, read_commits, read_summary
+from m2ray.activations.records import commit_key, committed_shards, read_commit, read_summary
 from m2ray.batches import PartReceipt, PartSpec, SequenceFile
 from m2ray.errors import NotInRunError, StoreError
 from m2ray.sequences import read_sequences
@@ -43,16 +44,22 @@ class Catalogue:
         if self.summary is not None:
             self.parts = read_manifest(store, job, self.summary.parts)
         else:
-            commits = read_commits(store, job, sorted(committed_shards(store)))
-            self.parts = manifest_table(commit.columns() for commit in commits)
-        self._parts_of: dict[PartSpec, Any] = {}
+            self.parts = read_committed(store, job, committed_shards(store)).parts
         self._held: tuple[SequenceFile, Any] | None = None
 
     def parts_of(self, spec: PartSpec) -> Any:
         """The committed parts of one site and layer, ascending by shard: a table of MANIFEST_SCHEMA."""
-        if spec not in self._parts_of:
-            self._parts_of[spec] = _only(self.parts, spec)
-        return self._parts_of[spec]
+        start, stop = self._bounds.get((spec.site, spec.layer), (0, 0))
+        return self.parts.slice(start, stop - start)
+
+    @cached_property
+    def _bounds(self) -> dict[tuple[str, int | None], tuple[int, int]]:
+        """Where the parts of each site and layer begin and end in the table, which is sorted by them."""
+        sites = self.parts["site"].combine_chunks().dictionary_encode()
+        kinds = np.stack([sites.indices.to_numpy(), self.parts["layer"].fill_null(-1).to_numpy()])
+        starts = np.flatnonzero(np.r_[True, (kinds[:, 1:] != kinds[:, :-1]).any(axis=0)]) if len(self.parts) else np.empty(0, np.int64)
+        names = zip(self.parts["site"].take(starts).to_pylist(), self.parts["layer"].take(starts).to_pylist(), strict=True)
+        return dict(zip(names, pairwise([*starts.tolist(), len(self.parts)]), strict=True))
 
     def receipts_of(self, spec: PartSpec) -> list[PartReceipt]:
         """The receipts of one site and layer, ascending by shard."""
@@ -71,7 +78,7 @@ class Catalogue:
         """
         fresh = sorted(committed_shards(self.store).difference(shards))
         try:
-            parts = manifest_table(commit.columns() for commit in read_commits(self.store, self.job, fresh))
+            parts = read_committed(self.store, self.job, fresh).parts
         except StoreError:
             if committed_shards(self.store).issuperset(fresh):
                 raise

@@ -82,7 +82,7 @@ class RunReader:
     @property
     def num_tokens(self) -> int:
         """Committed tokens: rows of every layer."""
-        return sum(self._catalogue.parts_of(self.job.parts[0])["rows"].to_pylist())
+        return _sum(self._catalogue.parts_of(self.job.parts[0])["rows"])
 
     @property
     def sequences(self) -> Any:
@@ -121,7 +121,7 @@ class RunReader:
     @property
     def num_bytes(self) -> int:
         """Bytes of the committed parts of this view."""
-        return sum(sum(self._catalogue.parts_of(part)["num_bytes"].to_pylist()) for part in self._parts)
+        return sum(_sum(self._catalogue.parts_of(part)["num_bytes"]) for part in self._parts)
 
     def site(self, name: str) -> "RunReader":
         """The view of one site. Raises NotInRunError if this view has none of that name."""
@@ -337,6 +337,10 @@ class RunReader:
 
         spec = self._parts[0]
         return torch.empty((len(self._parts), num_rows, spec.width), dtype=getattr(torch, spec.dtype))
+
+
+def _sum(column: Any) -> int:
+    return int(pc.sum(column).as_py() or 0)
 
 
 def _bytes_of(tensor_LNW: "torch.Tensor") -> npt.NDArray[np.uint8]:

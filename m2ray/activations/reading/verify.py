@@ -15,7 +15,15 @@ from m2ray.activations import audits
 from m2ray.activations.job import JobRecord, read_job
 from m2ray.activations.manifest import MANIFEST_KEY, manifest_table, read_manifest, receipts_of
 from m2ray.activations.reading.part_reader import PartReader
-from m2ray.activations.records import SUCCESS_KEY, WEIGHTS_KEY, commit_key, committed_shards, read_commit, read_summary, read_weights
+from m2ray.activations.records import (
+    SUCCESS_KEY,
+    WEIGHTS_KEY,
+    commit_key,
+    committed_and_void,
+    read_commit,
+    read_summary,
+    read_weights,
+)
 from m2ray.activations.schema import parse_part_key
 from m2ray.batches import PartReceipt, PartSpec
 from m2ray.errors import RunDamagedError, StoreError
@@ -123,7 +131,11 @@ def _unnamed(
 
 
 def _sound_commits(store: Store, job: JobRecord, damages: list[Damage]) -> Iterator[dict[str, list[Any]]]:
-    for shard in sorted(committed_shards(store)):
+    committed, void = committed_and_void(store)
+    for shard in sorted(void):
+        came_late = "came after the parts that it names had been swept: it does not count."
+        damages.append(Damage(commit_key(shard), shard, f"{store.where(commit_key(shard))} {came_late}"))
+    for shard in sorted(committed):
         try:
             yield read_commit(store, job, shard).columns()
         except RunDamagedError as error:
@@ -132,7 +144,7 @@ def _sound_commits(store: Store, job: JobRecord, damages: list[Damage]) -> Itera
 
 def _damages_of_summary(store: Store, job: JobRecord, parts: Any, *, commits_are_sound: bool) -> list[Damage]:
     """What is wrong with the records of a finished run. `parts` are what the commits say."""
-    absent = sorted(set(range(job.num_shards)) - committed_shards(store))
+    absent = sorted(set(range(job.num_shards)).difference(*committed_and_void(store)))
     damages = [
         Damage(commit_key(shard), shard, f"{store.where(commit_key(shard))} is absent, though the run is finished.") for shard in absent
     ]

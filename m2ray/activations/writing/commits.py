@@ -1,29 +1,32 @@
 """Claiming a run, committing its shards and finishing it: who may write what, and when it counts.
 
 A shard counts once its commit exists. That is created only if absent, names the parts of one attempt, and never changes; so
-of any number of drivers one wins each shard, and a kill at any moment leaves a shard whole or absent. Parts are deleted by an attempt
-that lost and by the end of a run alone. tests/protocol holds all of this as a model, whose states are searched.
+of any number of drivers one wins each shard, and a kill at any moment leaves a shard whole or absent. Parts are deleted by the end of a run
+alone, which first marks their attempts as swept: a commit that names one comes too late, and does not count. tests/protocol holds all of this as a model, whose states are searched.
 """
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
+from m2ray.activations.commit_table import Committed, read_committed
 from m2ray.activations.job import JOB_KEY, SEQUENCE_FILE, JobRecord, moved_away, read_job, require_same_job, require_todays_format, utc_now
-from m2ray.activations.manifest import MANIFEST_KEY, lost_parts, manifest_file, manifest_table, read_manifest
+from m2ray.activations.manifest import MANIFEST_KEY, lost_parts, manifest_file, read_manifest
 from m2ray.activations.records import (
     SUCCESS_KEY,
     CommitRecord,
     CommittedPart,
     RunSummary,
     commit_key,
+    committed_and_void,
     committed_shards,
     read_commit,
-    read_commits,
     read_summary,
+    swept_key,
 )
 from m2ray.activations.schema import FORMAT_VERSION, parse_part_key, stored_parts
 from m2ray.batches import PartReceipt, Shard
@@ -35,6 +38,7 @@ __all__ = ["Run", "RunSummary", "claim_run", "read_summary", "reopen"]
 
 _SHOWN_PARTS, _SHOWN_SHARDS = 5, 20
 _TRIES = 3
+_MARKED_AT_ONCE = 8
 _DEFECT = "This is a defect of m2ray: the shard was not committed."
 
 
@@ -129,7 +133,7 @@ class Run:
             computed_on: kinds of the GPUs or CPUs that it ran on (CommitRecord).
 
         Returns:
-            Whether this attempt is the one that counts. If not, its parts have been deleted.
+            Whether this attempt is the one that counts. If not, its parts stay until the end of the run.
 
         Raises:
             RunConflictError: the folder was renamed or deleted meanwhile.
@@ -160,8 +164,6 @@ class Run:
             self.store.create(commit_key(shard.index), record.to_json())
         except AlreadyExistsError:
             is_ours = read_commit(self.store, self.job, shard.index).attempt == attempt
-            if not is_ours:
-                self.store.delete([part.key for part in receipts])
         else:
             is_ours = True
         self._committed.add(shard.index)
@@ -170,7 +172,7 @@ class Run:
     def reopen_damaged(self) -> list[int]:
         """Make shards uncommitted of which a part is gone or has another size; a run that lacks a commit ceases to be finished.
 
-        What their attempts left stays until the run is finished: nothing that another driver may be at is deleted here.
+        Void commits, which stand in the way of others, are deleted. What the shards' attempts left stays until the run is finished: nothing that another driver may be at is deleted here.
 
         Returns:
             The shards that were committed and are not any more, ascending.
@@ -182,12 +184,12 @@ class Run:
         if self.finished():
             return []
         was_finished = self.store.size(SUCCESS_KEY) is not None  # asked before the commits are listed: they were all there then
-        self._committed = committed_shards(self.store)
-        named = manifest_table(commit.columns() for commit in self._commits())
+        self._committed, void = committed_and_void(self.store)
+        named = self._named().parts
         # Listed after the commits were read: what they name was there before them.
         damaged = {part.shard for part in lost_parts(named, stored_parts(self.store, self.job.parts))}
-        if damaged or (was_finished and len(self._committed) < self.job.num_shards):
-            _uncommit(self.store, damaged)
+        if damaged or void or (was_finished and len(self._committed) < self.job.num_shards):
+            _uncommit(self.store, damaged | void)
             self._committed -= damaged
         return sorted(damaged)
 
@@ -225,11 +227,10 @@ class Run:
         recorded, written = self._recorded()
         has_manifest = self.store.size(MANIFEST_KEY) is not None
         stored = stored_parts(self.store, self.job.parts)  # before the commits are read: what is written later may still come to count
-        ledger: list[CommitRecord] = []
         self._committed = committed_shards(self.store)
         self._require_all(was_finished=was_finished)
-        manifest = manifest_table(self._receipts(ledger))
-        summary = self._account(ledger, manifest["num_bytes"].to_pylist())
+        named = self._named()
+        manifest, summary = named.parts, self._account(named)
         self._require_parts(manifest, stored)
         is_written = written is not None and written.equals(manifest)
         wrong = [SUCCESS_KEY] if was_finished and not (is_written and _say_the_same(recorded, summary)) else []
@@ -257,7 +258,7 @@ class Run:
         if recorded is None or written is None or not written.equals(manifest) or len(self._committed) < self.job.num_shards:
             return False
         is_swept = stored_parts(self.store, self.job.parts) == _sizes(manifest)
-        return is_swept or bool(manifest_table(self._receipts([])).equals(manifest))
+        return is_swept or bool(self._named().parts.equals(manifest))
 
     def _require_all(self, *, was_finished: bool) -> None:
         """Raise StageError unless every shard is committed; a run that lacks one ceases to be finished."""
@@ -278,14 +279,9 @@ class Run:
                 manifest = read_manifest(self.store, self.job, self.job.num_shards * len(self.job.parts))
         return (summary if summary and summary.run_id == self.job.run_id else None), manifest
 
-    def _commits(self) -> Iterator[CommitRecord]:
-        return read_commits(self.store, self.job, sorted(self._committed))
-
-    def _receipts(self, ledger: list[CommitRecord]) -> Iterator[dict[str, list[Any]]]:
-        """Each shard's receipts by column; the commits go into `ledger` without their parts, which would fill the memory."""
-        for commit in self._commits():
-            ledger.append(replace(commit, parts=()))
-            yield commit.columns()
+    def _named(self) -> Committed:
+        """What the commits name."""
+        return read_committed(self.store, self.job, self._committed)
 
     def _require_parts(self, manifest: Any, stored: Mapping[str, int]) -> None:
         """Raise RunDamagedError unless every part is there with its size. Those committed since `stored` was listed are looked at again."""
@@ -301,14 +297,14 @@ class Run:
                 [*listed, *more],
             )
 
-    def _account(self, ledger: Sequence[CommitRecord], bytes_of_parts: Sequence[int]) -> RunSummary:
+    def _account(self, named: Committed) -> RunSummary:
         """Check that every sequence of the source is either committed or quarantined. Raises RunDamagedError."""
-        counts = self.job.counts
-        committed, tokens = sum(commit.num_sequences for commit in ledger), sum(commit.rows for commit in ledger)
-        found = (len(ledger), committed + counts.quarantined, tokens)
+        counts, bytes_of_parts = self.job.counts, named.parts["num_bytes"].to_pylist()
+        _, shards, committed, tokens = named
+        found = (shards, committed + counts.quarantined, tokens)
         if found != (self.job.num_shards, counts.sequences, counts.tokens):
             raise RunDamagedError(
-                f"The account of the run at {self.store.url} does not close: {len(ledger)} shards with {committed} sequences and {tokens} tokens "
+                f"The account of the run at {self.store.url} does not close: {shards} shards with {committed} sequences and {tokens} tokens "
                 f"are committed and {counts.quarantined} sequences are quarantined; job.json says {self.job.num_shards} shards, "
                 f"{counts.sequences} sequences and {counts.tokens} tokens.",
                 "The folder holds files of several runs: restore it, or begin another run.",
@@ -321,7 +317,7 @@ class Run:
             committed=committed,
             quarantined=counts.quarantined,
             tokens=tokens,
-            shards=len(ledger),
+            shards=shards,
             parts=len(bytes_of_parts),
             num_bytes=sum(bytes_of_parts),
         )
@@ -331,8 +327,16 @@ class Run:
         unfinished.
         """
         self.store.delete_unfinished()
-        named = ((key, parse_part_key(key)) for key in unnamed)
-        self.store.delete([*self._other_surveys(), *(key for key, name in named if name and name[0] < self.job.num_shards)])
+        attempts = {key: name for key in unnamed if (name := parse_part_key(key)) and name[0] < self.job.num_shards}
+        self._mark_swept(sorted(set(attempts.values())))
+        self.store.delete([*self._other_surveys(), *attempts])
+
+    def _mark_swept(self, attempts: Sequence[tuple[int, str]]) -> None:
+        """Before their parts go: a driver that stood still may commit one of them at any time after, should its shard's name be free again."""
+        if attempts:
+            with ThreadPoolExecutor(_MARKED_AT_ONCE, thread_name_prefix="sweep") as pool:
+                for _ in pool.map(lambda attempt: self._created(swept_key(*attempt), b""), attempts):
+                    pass
 
     def _other_surveys(self) -> list[str]:
         """Files that surveys wrote and job.json does not name."""

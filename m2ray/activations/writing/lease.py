@@ -1,8 +1,10 @@
 """Lease: which driver is at a run. It saves a second one from working in vain; that rows count once never rests on it.
 
-The holder creates `_lease/00000001.json`, then, every few seconds, the next number, each only if absent, and deletes the ones before.
+The holder creates `_lease/00000001.json`, then, every few seconds, the next number, each only if absent, and deletes the ones before. A number
+gives the lease only if it is the highest once it is created, and what it follows is still there: else others have been at it since the look.
 Nothing is ever overwritten, and no clock is compared with another machine's: whoever finds a lease watches by its own clock whether
 another number comes. On the holder's own machine it also sees whether that process is still there. At its end a driver deletes what it created.
+tests/protocol/lease.py holds this as a model, whose states are searched.
 """
 
 import os
@@ -11,8 +13,8 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from uuid import uuid4
 
@@ -95,8 +97,8 @@ def held(
         RunConflictError: another driver is at work.
         StoreError: the store refuses.
     """
-    own = Holder(FORMAT_VERSION, uuid4().hex, socket.gethostname(), os.getpid(), utc_now(), period_s, _own_process())
-    number, is_second = _acquire(store, own, say, wait=wait)
+    process = Holder(FORMAT_VERSION, "", socket.gethostname(), os.getpid(), utc_now(), period_s, _own_process())
+    number, own, is_second = _acquire(store, process, say, wait=wait)
     lease = _Lease(store, own, number, say, on_lost)
     try:
         yield is_second
@@ -139,43 +141,49 @@ class _Lease:
             if taken_by:
                 self._on_lost(f"Another driver took the run over, since this one gave no sign for {self._own.patience_s:g} s: {taken_by}.")
                 return
-        try:  # the others' numbers are higher
-            self._other()
-            self._store.delete([key for number, key in _keys(self._store) if number <= self._number])
+        try:
+            self._give_back()
         except (StoreError, RunConflictError) as error:
             self._say(f"This driver's lease could not be given back; the next one waits {self._own.patience_s:g} s for it: {error}")
 
-    def _renew(self) -> Holder | None:
+    def _renew(self) -> Holder | str | None:
         """Create the next number and delete those before. Gives who took the lease over, if somebody did."""
-        keys = _keys(self._store)
-        if any(number > self._number for number, _ in keys) and (other := self._other()):
-            return other
-        if not _create(self._store, self._number + 1, self._own):
-            return self._other()
-        self._number += 1
-        self._store.delete([key for number, key in keys if number < self._number])
-        return None
+        newest = self._looked()
+        number = self._number + 1
+        if newest and newest[1].driver == self._own.driver and _create(self._store, number, self._own, newest):
+            self._number = number
+            self._store.delete([key for each, key in _keys(self._store) if each < number])
+            return None
+        newest = _newest(self._store)
+        return newest[1] if newest and newest[1].driver != self._own.driver else "one that has ended since"
 
-    def _other(self) -> Holder | None:
-        """Who holds the lease now, if it is another driver. A number of this one's that was created though its answer failed is taken as its own."""
+    def _looked(self) -> tuple[int, Holder] | None:
+        """The newest. One of this driver's that was created though its answer failed is taken as its own."""
         newest = _newest(self._store)
         if newest and newest[1].driver == self._own.driver:
             self._number = newest[0]
-            return None
-        return newest[1] if newest else None
+        return newest
+
+    def _give_back(self) -> None:
+        """The highest last: until then nobody else finds the lease free. The others' numbers are higher."""
+        self._looked()
+        keys = [key for number, key in sorted(_keys(self._store)) if number <= self._number]
+        self._store.delete(keys[:-1])
+        self._store.delete(keys[-1:])
 
 
-def _acquire(store: Store, own: Holder, say: Callable[[str], None], *, wait: bool) -> tuple[int, bool]:
-    """The number under which the lease was created, and whether another driver held it before."""
+def _acquire(store: Store, process: Holder, say: Callable[[str], None], *, wait: bool) -> tuple[int, Holder, bool]:
+    """The number under which the lease was created, by whom, and whether another driver held it before."""
     is_second, refused = False, 0
     while True:
+        own = replace(process, driver=uuid4().hex)  # a number that it did not get the lease by is another's
         found = _newest(store)
         if refused == _TRIES:  # of drivers that begin at once another one wins, and is found
             key = _key(found[0] + 1 if found else 1)
             raise StoreError(f"{store.where(key)} is taken, and is not listed as a file.", "If no driver is at work, delete it.")
         if found is None:
-            if _create(store, 1, own):
-                return 1, is_second
+            if _create(store, 1, own, None):
+                return 1, own, is_second
             refused += 1
             time.sleep(_WATCH_S)
             continue
@@ -184,10 +192,10 @@ def _acquire(store: Store, own: Holder, say: Callable[[str], None], *, wait: boo
         is_second = True
         now = _watched(store, found)
         if now == found:
-            if _create(store, found[0] + 1, own):
+            if _create(store, found[0] + 1, own, found):
                 why = f"The driver that was at this run {KILLED} ({found[1]})" if found[1].is_dead else "None came"
                 say(f"{why}: this driver takes the run over.")
-                return found[0] + 1, is_second
+                return found[0] + 1, own, is_second
             refused += 1
         elif now and not wait:
             raise RunConflictError(
@@ -213,13 +221,20 @@ def _newest(store: Store) -> tuple[int, Holder] | None:
     """The highest number and its holder; None if there is none."""
     while keys := sorted(_keys(store)):
         number, key = keys[-1]
-        try:
-            return number, read_record(store, key, _HOLDER)
-        except RunDamagedError:
-            return number, _UNKNOWN
-        except StoreError:
-            if store.size(key) is not None:
-                raise  # else it was renewed or given back between the listing and the look
+        if holder := _holder(store, key):
+            return number, holder
+    return None
+
+
+def _holder(store: Store, key: str) -> Holder | None:
+    """Whose number it is; None if it is gone: renewed or given back, often between a listing and the look."""
+    try:
+        return read_record(store, key, _HOLDER)
+    except RunDamagedError:
+        return _UNKNOWN
+    except StoreError:
+        if store.size(key) is not None:
+            raise
     return None
 
 
@@ -232,14 +247,16 @@ def _key(number: int) -> str:
     return f"{LEASE_FOLDER}/{number:08d}.json"
 
 
-def _create(store: Store, number: int, own: Holder) -> bool:
-    """Whether the number was free, or is this driver's own: an answer may have been lost."""
-    try:
+def _create(store: Store, number: int, own: Holder, before: tuple[int, Holder] | None) -> bool:
+    """Whether this driver holds the lease by the number: it is the newest, its own, and what it follows is still there.
+
+    The last two looks are for a driver that stood still since its first one, while others took the lease, renewed it and gave it back.
+    """
+    with suppress(AlreadyExistsError):  # which may be its own, of a request that was repeated
         store.create(_key(number), to_json(own))
-    except AlreadyExistsError:
-        newest = _newest(store)
-        return newest is not None and newest[0] == number and newest[1].driver == own.driver
-    return True
+    newest = _newest(store)
+    is_newest = newest is not None and newest[0] == number and newest[1].driver == own.driver
+    return is_newest and (before is None or _holder(store, _key(before[0])) == before[1])
 
 
 def _own_process() -> str:
