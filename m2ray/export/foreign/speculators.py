@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from m2ray.errors import PromptsError
 from m2ray.export.foreign.samples import Problem, Sample
-from m2ray.prompts.arrow_files import ArrowStreamFile
+from m2ray.prompts.arrow_files import ArrowFile
 
 _NAME = re.compile(r"hs_(\d{1,18})\.safetensors")
 _COLUMNS = ("input_ids", "loss_mask", "seq_len")
@@ -78,7 +78,7 @@ def _rows(folder: Path) -> Iterator[Mapping[str, Any] | Problem]:
         state = json.loads((folder / "state.json").read_bytes())
         for entry in state["_data_files"]:
             path = folder / Path(str(entry["filename"])).name
-            file = ArrowStreamFile(path, path.name)
+            file = ArrowFile(path, path.name)
             columns = [name for name in _COLUMNS if name in (file.columns() or {})]
             for record in file.records(columns):
                 yield record.values
