@@ -57,8 +57,8 @@ class PromptSource:
 
     @property
     def may_be_read_ahead(self) -> bool:
-        """Whether rows may be read on one thread while another is at work: not where reading or rendering puts a limit on the whole process."""
-        return not self.columns.is_messages and all(file.is_read_in_order for file, _ in self._files)
+        """Whether rows may be read while another thread is at work: not of formats whose reading puts a limit on the whole process."""
+        return all(file.is_read_in_order for file, _ in self._files)
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -86,7 +86,7 @@ def survey(
     tokenizer.require(source.columns)
     tokens, fingerprint = TokenSpool(), Fingerprint()
     try:
-        batches = _ahead(tokenizer, row_batches(source.rows(fingerprint)), reads_ahead=source.may_be_read_ahead)
+        batches = _marked(source, tokenizer, row_batches(source.rows(fingerprint)))
         with (
             _old_objects_passed_over(),
             SequencesWriter(store, attempt) as writer,
@@ -115,13 +115,17 @@ def _old_objects_passed_over() -> Iterator[None]:
         gc.unfreeze()
 
 
-def _ahead(
-    tokenizer: PromptTokenizer, batches: Iterable[list[PromptRow]], *, reads_ahead: bool
+def _marked(
+    source: PromptSource, tokenizer: PromptTokenizer, batches: Iterable[list[PromptRow]]
 ) -> Generator[tuple[list[PromptRow], list[Marked | str]]]:
     """Each batch with its tokens. While one is tokenised, on all cores and without Python, the caller takes the one before.
 
-    With `reads_ahead` the next one is read meanwhile, too.
+    The next one is read meanwhile, too, where that may be. Chats are rendered by a process that this thread is to be able to leave at once.
     """
+    if source.columns.is_messages:
+        for rows in batches:
+            yield rows, tokenizer.marked(rows)
+        return
     before: tuple[list[PromptRow], Future[list[Marked | str]]] | None = None
     with ThreadPoolExecutor(1, "tokenize") as thread:
         for rows in batches:
@@ -129,7 +133,7 @@ def _ahead(
             if before is not None:
                 yield before[0], before[1].result()
             before = rows, tokenized
-            if not reads_ahead:
+            if not source.may_be_read_ahead:
                 wait([tokenized])
         if before is not None:
             yield before[0], before[1].result()

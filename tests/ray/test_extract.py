@@ -220,19 +220,23 @@ def test_families_that_hand_on_more_than_one_hidden_state(
 def test_chats_with_tools_from_parquet_are_the_rows_of_the_same_chats_as_json_lines(
     cluster: RayCluster, qwen3: Path, tmp_path: Path
 ) -> None:
-    """Parquet gives each call the other calls' keys; the run was begun on another day than today."""
+    """Parquet gives each call the other calls' keys; the run was begun on another day than today; what the assistant says is under the mask."""
     model = Path(shutil.copytree(qwen3, tmp_path / "model"))
-    template = "{{ strftime_now('%d %b %Y') }}{% for message in messages %}{{ message.role }}: {{ message.content }}{{ message.tool_calls | tojson }}{% endfor %}"
+    template = (
+        "{{ strftime_now('%d %b %Y') }}{% for message in messages %}{{ message.role }}: {{ message.content or message.tool_calls | tojson }}"
+        "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
     (model / "chat_template.jinja").write_text(template)
     arguments: list[dict[str, object]] = [{"city": "Oslo"}, {"a": 1, "b": 2}]
-    chats = [[{"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": one}}]}] for one in arguments]
+    asked: dict[str, object] = {"role": "user", "content": "Now?\n"}
+    chats = [[asked, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": one}}]}] for one in arguments]
     pq.write_table(pa.table({"messages": chats}), tmp_path / "chats.parquet")
     (tmp_path / "chats.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
     digests = []
     for name in ("chats.parquet", "chats.jsonl"):
         run = tmp_path / f"run-{name}"
         options = ("--model", str(model), "--prompts", str(tmp_path / name), "--output", str(run), *OPTIONS)
-        done = cluster.run("m2ray", "extract", *options, "--template-date", "2025-02-03")
+        done = cluster.run("m2ray", "extract", *options, "--mask", "assistant", "--template-date", "2025-02-03")
         assert done.returncode == 0, done.stdout + done.stderr
         assert "chat messages of the column 'messages'" in done.stdout
         assert "its date is 2025-02-03" in done.stdout
@@ -240,11 +244,19 @@ def test_chats_with_tools_from_parquet_are_the_rows_of_the_same_chats_as_json_li
         digests.append(m2ray.open_run(run).sequences.column("prompt_digest").to_pylist())
     assert digests[0] == digests[1]
     first = next(m2ray.open_run(run).layer(0).shards()).tokens
-    text = AutoTokenizer.from_pretrained(str(model)).decode(first["token_id"][first["sequence_id"] == 0].tolist())
-    assert text == '03 Feb 2025assistant: [{"function": {"name": "f", "arguments": {"city": "Oslo"}}}]'
+    token_ids = first["token_id"][first["sequence_id"] == 0]
+    decode = AutoTokenizer.from_pretrained(str(model)).decode
+    answer = '[{"function": {"name": "f", "arguments": {"city": "Oslo"}}}]'
+    assert decode(token_ids.tolist()) == f"03 Feb 2025user: Now?\nassistant: {answer}"
+    sequence = m2ray.open_run(run).sequences.slice(0, 1).to_pylist()[0]
+    assert decode(token_ids[np.array(sequence["loss_mask"], bool)].tolist()) == answer
+    told = [(one["role"], decode(token_ids[one["start"] : one["stop"]].tolist())) for one in sequence["roles"]]
+    assert told == [("user", "Now?\n"), ("assistant", f"assistant: {answer}")]
     store = open_store(str(run))
     reopen(store, read_job(store), [0])
-    again = cluster.run("m2ray", "extract", *options)
+    refused = cluster.run("m2ray", "extract", *options)
+    assert 'mask: "assistant" in the run, null now' in refused.stdout + refused.stderr
+    again = cluster.run("m2ray", "extract", *options, "--mask", "assistant")
     assert again.returncode == 0, again.stdout + again.stderr
     assert "1 of 1 shards are missing" in again.stdout
     assert_equals_transformers(run, model, range(5))
