@@ -92,6 +92,8 @@ class PromptTokenizer:
     def settled(self, columns: Columns) -> PromptOptions:
         """The options as the prompts settle them: which column counts, and what is put around its texts. A text sees no date.
 
+        The column of tools stays as it was asked for: a named one has to be in every file, the one that is looked for in none.
+
         Raises:
             PromptsError: as `resolved_special_tokens`.
         """
@@ -100,7 +102,6 @@ class PromptTokenizer:
             text_column=columns.prompt if columns.kind == "text" else None,
             messages_column=columns.prompt if columns.kind == "messages" else None,
             input_ids_column=columns.prompt if columns.kind == "input_ids" else None,
-            tools_column=columns.tools,
             special_tokens=self.resolved_special_tokens(columns),
             template_date=self._options.template_date if columns.is_messages else None,
             template_timeout_s=self._options.template_timeout_s if columns.is_messages else None,

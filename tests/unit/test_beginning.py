@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from m2ray.activations.job import read_job
-from m2ray.audit.tokens import open_tokenizer
+from m2ray.audit.tokens import open_source, open_tokenizer
 from m2ray.chain import extract
 from m2ray.chain.checking import look
 from m2ray.chain.probing import Hardware
@@ -153,6 +153,7 @@ def test_a_run_goes_on_with_the_template_that_it_began_with_wherever_it_lies(con
     job = begin(of("own")).run.job
     assert job.names["chat_template"] == str(tmp_path / "own.jinja")
     assert open_tokenizer(job, config.model, 1_000_000).template_digest == job.fingerprints["template"], "the audit's too"
+    assert open_source(job, job.names["prompts"]).columns.is_messages, "though no file has a column of tools"
     assert go_on(of("moved")).run.job == job
     with pytest.raises(RunConflictError, match=r"fingerprints\.template"):
         go_on(of("other"))

@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from contextlib import closing
 from datetime import date
 from pathlib import Path
 from types import SimpleNamespace
@@ -102,8 +103,12 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 def tokens_of(path: Path, model: Path, **options: Any) -> list[Any]:
     chosen = PromptOptions(str(path), 10_000, **options)
-    encoded = PromptTokenizer.load(str(model), chosen, 320).encode(list(PromptSource.open(chosen).rows()))
-    return [ids if isinstance(ids, str) else ids.tolist() for ids in encoded]
+    return [ids if isinstance(ids, str) else ids.tolist() for ids in encoded(model, chosen)]
+
+
+def encoded(model: Path, chosen: PromptOptions) -> list[Any]:
+    with closing(PromptTokenizer.load(str(model), chosen, 320)) as tokenizer:
+        return tokenizer.encode(list(PromptSource.open(chosen).rows()))
 
 
 def of_transformers(model: Path, row: dict[str, Any]) -> Any:
@@ -120,8 +125,7 @@ def test_a_data_set_with_tool_calls_has_the_same_digests_in_every_format(model: 
     digests = {}
     for name in ("a.jsonl", "a.json", "structs.parquet", "structs", "json"):
         chosen = PromptOptions(str(write(tmp_path / name, ROWS)), 10_000)
-        encoded = PromptTokenizer.load(str(model), chosen, 320).encode(list(PromptSource.open(chosen).rows()))
-        digests[name] = [ids if isinstance(ids, str) else prompt_digest(ids) for ids in encoded]
+        digests[name] = [ids if isinstance(ids, str) else prompt_digest(ids) for ids in encoded(model, chosen)]
     assert len(set(digests["a.jsonl"])) == len(ROWS)
     assert all(found == digests["a.jsonl"] for found in digests.values()), digests
 
@@ -298,7 +302,8 @@ def test_masks_are_the_same_for_arguments_in_json(model: Path, tmp_path: Path, t
         for one in given
     ]
     chosen = PromptOptions(str(write_jsonl(tmp_path / "a.jsonl", rows)), 100, mask="assistant")
-    as_object, as_text = PromptTokenizer.load(str(model), chosen, 320).marked(list(PromptSource.open(chosen).rows()))
+    with closing(PromptTokenizer.load(str(model), chosen, 320)) as tokenizer:
+        as_object, as_text = tokenizer.marked(list(PromptSource.open(chosen).rows()))
     assert not isinstance(as_object, str)
     assert not isinstance(as_text, str)
     assert as_object.loss_mask is not None
@@ -320,8 +325,8 @@ def test_a_template_file_takes_the_place_of_the_models(model: Path, tmp_path: Pa
     own.write_text("{% for message in messages %}[{{ message.content }}]{% endfor %}", encoding="utf-8-sig")
     path = write_jsonl(tmp_path / "a.jsonl", [{"messages": CHAT}])
     chosen = PromptOptions(str(path), 100, chat_template=f"{scheme}{own}")
-    tokenizer = PromptTokenizer.load(str(model), chosen, 320)
-    (ids,) = tokenizer.encode(list(PromptSource.open(chosen).rows()))
+    with closing(PromptTokenizer.load(str(model), chosen, 320)) as tokenizer:
+        (ids,) = tokenizer.encode(list(PromptSource.open(chosen).rows()))
     assert not isinstance(ids, str)
     assert AutoTokenizer.from_pretrained(str(model)).decode(ids.tolist()) == "[hi]"
     assert tokenizer.template_digest not in ("", PromptTokenizer.load(str(model), PromptOptions("p", 100), 320).template_digest)
