@@ -40,9 +40,8 @@ class Export:
         run_id: the run's, 32 hex digits.
         model: the model's name as the run's user gave it; "" where it is not known.
         context_size: tokens of a context; None where the user gave none.
-        model_folder: where the model's weights are; None where the user gave none.
-        target: what is read of that model; None for a consumer that does not ask for it.
-        norm: the final norm of that model; None for a consumer that does not ask for it.
+        target: what is read of the model itself; None for a consumer that does not ask for it.
+        norm: the final norm of the model; None for a consumer that does not ask for it.
     """
 
     samples: Samples
@@ -50,7 +49,6 @@ class Export:
     run_id: str
     model: str = ""
     context_size: int | None = None
-    model_folder: str | None = None
     target: Target | None = None
     norm: Norm | None = None
 

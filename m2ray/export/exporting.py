@@ -75,7 +75,7 @@ def plan_export(
     raise_all([*_row_problems(job, consumer, samples), *(_mask_problems(catalogue, samples) if consumer.needs_mask else [])])
     norm = norm_of(job, model_folder) if consumer.needs_norm and norm_of and model_folder else None
     target = target_of(job, model_folder) if consumer.needs_model and target_of and model_folder else None
-    return Export(samples, num_layers, job.run_id, job.names.get("model", ""), context_size, model_folder, target, norm)
+    return Export(samples, num_layers, job.run_id, job.names.get("model", ""), context_size, target, norm)
 
 
 def write_export(export: Export, to: str, output: str | Path, report: Report = lambda _samples, _written, _kept: None) -> dict[str, Any]:

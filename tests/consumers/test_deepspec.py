@@ -5,7 +5,6 @@ computed here, no step is taken.
 """
 
 import os
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,14 +14,6 @@ import pytest
 import torch
 from torch import distributed
 
-if not os.environ.get("DEEPSPEC"):
-    pytest.skip("DEEPSPEC names no checkout of DeepSpec", allow_module_level=True)
-sys.path.insert(0, os.environ["DEEPSPEC"])
-
-from deepspec.data.target_cache_dataset import CacheCollator, CacheDataset, validate_train_cache
-from deepspec.modeling.dspark.loss import compute_dspark_loss
-from deepspec.modeling.dspark.qwen3 import Qwen3DSparkModel
-from deepspec.modeling.dspark.qwen3.config import build_draft_config
 from transformers import Qwen3Config
 
 from m2ray.export.exporting import plan_export, write_export
@@ -44,6 +35,11 @@ def norm(rows: torch.Tensor) -> torch.Tensor:
 
 @pytest.fixture
 def rows(tmp_path, monkeypatch):
+    if not os.environ.get("DEEPSPEC"):
+        pytest.skip("DEEPSPEC names no checkout of DeepSpec")
+    monkeypatch.syspath_prepend(os.environ["DEEPSPEC"])
+    from deepspec.data.target_cache_dataset import CacheDataset
+
     run = made_run.make(tmp_path, monkeypatch, LAYERS)
     export = plan_export(run, "deepspec", model_folder=str(tmp_path / "model"), norm_of=lambda *_: norm)
     write_export(export, "deepspec", tmp_path / "out")
@@ -51,6 +47,8 @@ def rows(tmp_path, monkeypatch):
 
 
 def test_it_sees_the_run_bit_by_bit(rows) -> None:
+    from deepspec.data.target_cache_dataset import CacheCollator
+
     assert len(rows) == len(made_run.ORDER)
     batch = CacheCollator()([rows[index] for index in range(len(rows))])
     for row, number in enumerate(made_run.ORDER):
@@ -64,6 +62,11 @@ def test_it_sees_the_run_bit_by_bit(rows) -> None:
 
 
 def test_its_trainer_accepts_it_and_has_a_loss(rows) -> None:
+    from deepspec.data.target_cache_dataset import CacheCollator, validate_train_cache
+    from deepspec.modeling.dspark.loss import compute_dspark_loss
+    from deepspec.modeling.dspark.qwen3 import Qwen3DSparkModel
+    from deepspec.modeling.dspark.qwen3.config import build_draft_config
+
     fields = made_run.model().config.to_dict() | {"model_type": "qwen3", "head_dim": 8, "layer_types": None}
     arguments = Fields(
         num_draft_layers=1,

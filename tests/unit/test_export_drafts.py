@@ -2,15 +2,18 @@
 
 import json
 import struct
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors import safe_open
 from transformers import AutoModelForImageTextToText
 
+from m2ray.cli import main
 from m2ray.errors import CheckpointError, ConfigError, NotInRunError, RunConflictError
 from m2ray.export import nemo_dspark, safetensors_file
 from m2ray.export.exporting import ids_of, plan_export, write_export
@@ -160,6 +163,41 @@ def test_what_the_run_lacks_for_them_is_said_by_name(run: Path, tmp_path: Path) 
     export_runs.finished_run(LocalStore(tmp_path / "wide"), export_runs.parts(LAYERS, "float32"))
     with pytest.raises(NotInRunError, match="bfloat16"):
         plan_export(tmp_path / "wide", "deepspec", model_folder="there")
+
+
+def test_the_command_reads_norm_embedding_and_head_of_the_runs_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_family(
+        tmp_path / "m",
+        "llama",
+        torch.bfloat16,
+        hidden_size=runs.WIDTH,
+        num_hidden_layers=runs.NUM_LAYERS,
+        num_attention_heads=3,
+        num_key_value_heads=3,
+        head_dim=8,
+    )
+    digest, job_of = up_to_layer(open_checkpoint(str(folder)), runs.NUM_LAYERS - 1)[0].digest, runs.job
+
+    def job(store, parts):
+        record = job_of(store, parts, compute_dtype="bfloat16", store_dtype="bfloat16")
+        return replace(record, fingerprints={**record.fingerprints, "model": digest})
+
+    monkeypatch.setattr(runs, "job", job)
+    export_runs.finished_run(LocalStore(tmp_path / "run"), export_runs.parts(LAYERS))
+    words = ["export", str(tmp_path / "run"), "--to", "nemo-dspark", "--model", str(folder), "--output", str(tmp_path / "out")]
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == 0, result.output
+    longest = max(map(runs.token_count, export_runs.ORDER))
+    assert f"target_layer_ids: [1, 3, 5, 7, 9] and seq_length: {longest}" in result.output
+    model = load_reference(folder, torch.bfloat16)
+    with safe_open(tmp_path / "out" / "shard-000000.safetensors", "pt") as file:
+        last = file.get_tensor("target_last_hidden_states")
+    for row, number in enumerate(export_runs.ORDER):
+        recorded = torch.from_numpy(export_runs.states(number, LAYERS)).view(torch.bfloat16)[:, -1]
+        assert same_bits(last[row, : len(recorded)].contiguous(), model.model.norm(recorded.contiguous()).detach())
+    with safe_open(tmp_path / "out" / "target_weights.safetensors", "pt") as file:
+        assert same_bits(file.get_tensor("embed_tokens.weight"), model.model.embed_tokens.weight.data)
+        assert same_bits(file.get_tensor("lm_head.weight"), model.lm_head.weight.data)
 
 
 # -- embedding and head -----------------------------------------------------------------------------------------------
