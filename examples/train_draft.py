@@ -3,22 +3,18 @@
     pip install speculators==0.9.0
     python examples/train_draft.py MODEL PROMPTS OUTPUT --mask assistant
 
+speculators pins an older transformers than m2ray's: give it an environment of its own, and by --m2ray the command of m2ray's.
 PROMPTS are chats, of which the assistant's tokens are learnt; or, without --mask, rows of input_ids and loss_mask. OUTPUT gets three
 folders, run, export and draft. What is there already is kept: extraction and export go on where they were.
 """
 
 import argparse
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig
-
-
-def m2ray(*words: str) -> None:
-    subprocess.run([sys.executable, "-m", "m2ray.cli", *words], check=True)
 
 
 def eagle_layers(num_layers: int) -> list[int]:
@@ -79,6 +75,7 @@ def main() -> None:
     parser.add_argument("model", type=Path, help="checkpoint folder")
     parser.add_argument("prompts", help="file or folder")
     parser.add_argument("output", type=Path, help="folder for run, export and draft")
+    parser.add_argument("--m2ray", default="m2ray", help="the command of m2ray")
     parser.add_argument("--mask", help='"assistant" for chats')
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--max-length", type=int, default=512, help="tokens of a batch")
@@ -91,8 +88,8 @@ def main() -> None:
     run, export = options.output / "run", options.output / "export"
     masked = ["--mask", options.mask] if options.mask else []
     named = ["--model", str(options.model), "--prompts", options.prompts, "--output", str(run)]
-    m2ray("extract", *named, "--layers", ",".join(map(str, layers)), *masked)
-    m2ray("export", str(run), "--to", "speculators", "--output", str(export))
+    subprocess.run([options.m2ray, "extract", *named, "--layers", ",".join(map(str, layers)), *masked], check=True)
+    subprocess.run([options.m2ray, "export", str(run), "--to", "speculators", "--output", str(export)], check=True)
 
     draft = draft_of(options.model, layers)
     losses = train(draft, batches_of(export, options.max_length, options.batch_size), options.steps, options.learning_rate)

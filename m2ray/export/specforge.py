@@ -28,7 +28,7 @@ def _write(export: Export, output: Output, _unit: Unit, samples: Iterator[Sample
             "input_ids": torch.from_numpy(sample.token_ids.astype(np.int64)),
             "loss_mask": torch.from_numpy(sample.loss_mask.astype(np.int64)),
             "hidden_state": export.norm(states_TLH[:, -1].contiguous())[None],
-            "aux_hidden_state": states_TLH[:, :-1].flatten(1).clone()[None],
+            "aux_hidden_state": states_TLH[:, :-1].flatten(1).clone()[None],  # a view would be saved with all that lies around it
         }
         torch.save(tensors, file)
         output.write(_key(sample.index), [file.getbuffer()])

@@ -16,6 +16,7 @@ from m2ray.errors import ConfigError, M2rayError, NotInRunError, RunConflictErro
 from m2ray.export import samples
 from m2ray.export.exporting import CONSUMERS, consumer_of, ids_of, plan_export, write_export
 from m2ray.storage import LocalStore
+from m2ray.storage.hashing import HashingFile
 from tests.unit import activation_runs as runs
 from tests.unit import export_runs
 
@@ -143,27 +144,28 @@ def test_what_is_not_what_was_written_is_written_again(run: Path, tmp_path: Path
 
 
 def test_cut_off_anywhere_it_goes_on(run: Path, tmp_path: Path, monkeypatch) -> None:
-    """The store refuses the nth file; the next try gets further; in the end the files are those of an export that nothing cut off."""
+    """The nth write fails; the next try gets further; in the end the files are those of an export that nothing cut off."""
     whole = tmp_path / "whole"
     write_export(plan_export(run, "speculators"), "speculators", whole)
-    opened, refused_at, taken = LocalStore.open_part, 1, 0
+    write, left = HashingFile.write, 0
 
-    def open_part(store, key):
-        nonlocal taken
-        taken += 1
-        if taken > refused_at:
-            raise ConnectionAbortedError(key)
-        return opened(store, key)
+    def write_some(file, data):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise ConnectionAbortedError
+        return write(file, data)
 
-    monkeypatch.setattr(LocalStore, "open_part", open_part)
-    for number in range(1, 20):
-        refused_at, taken = number, 0
+    monkeypatch.setattr(HashingFile, "write", write_some)
+    for tries in range(1, 20):
+        left = 6 * tries
         try:
             write_export(plan_export(run, "speculators"), "speculators", tmp_path / "cut")
             break
         except ConnectionAbortedError:
             assert not (tmp_path / "cut" / "m2ray_export.json").exists()
             assert list((tmp_path / "cut" / "_unfinished").iterdir()) == []
+    assert tries > 2
     assert contents(tmp_path / "cut") == contents(whole)
 
 
