@@ -10,7 +10,7 @@ from m2ray.activations.reading.windows import Batch
 
 def follow(run: str, layer: int) -> Future[list[Batch]]:
     """Begin to follow a run that has its job.json. What comes of it ends with the run, or in time without a driver."""
-    stream = m2ray.open_run(run).layer(layer).stream(batch_rows=16, shuffle_buffer_bytes=1 << 16, follow=True, idle_s=120.0)
+    stream = m2ray.open_run(run).layer(layer).stream(batch_rows=16, shuffle_buffer_bytes=1 << 16, follow=True, idle_s=240.0)
     with_one_thread = ThreadPoolExecutor(1, thread_name_prefix="follow")
     try:
         return with_one_thread.submit(list, stream)

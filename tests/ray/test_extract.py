@@ -314,13 +314,12 @@ def test_a_killed_run_goes_on_with_other_stages_to_the_same_rows(
 ) -> None:
     run = tmp_path / "run"
     driver = cluster.start("m2ray", "extract", *words(minimax, prompts, run, "--stages", "2", "--in-flight", "1KB"))
-    wait_for_commits(run, 1, driver)
-    followed = follow(str(run), 3)
     wait_for_commits(run, 2, driver)
     driver.send_signal(signal.SIGKILL)
     driver.wait(30)
     before = commits(run)
     assert not (run / "_SUCCESS").exists()
+    followed = follow(str(run), 3)
     again = cluster.run("m2ray", "extract", *words(minimax, prompts, run, "--stages", "1"))
     assert again.returncode == 0, again.stdout + again.stderr
     assert "The driver that was at this run ended without a word" in again.stdout, "its lease is outlived at once"

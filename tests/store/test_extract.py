@@ -78,19 +78,18 @@ def wait_for_commits(store: Store, count: int, driver: subprocess.Popen[str]) ->
 
 @pytest.fixture(scope="module")
 def remote_run(cluster: RayCluster, inputs: Path, s3: S3Server) -> str:
-    """A run in the bucket: the model, the prompts and the output there, the driver killed after two commits, then finished, a stream following."""
+    """A run in the bucket: the model, the prompts and the output there, the driver killed after two commits, then finished, a stream following it."""
     base = upload(inputs, f"s3://{s3.bucket}/extract")
     url, store = f"{base}/run", open_store(f"{base}/run")
     driver = cluster.start(*words(base, url, "--stages", "2", "--in-flight", "1KB"))
     try:
-        wait_for_commits(store, 1, driver)
-        followed = follow(url, 1)
         wait_for_commits(store, 2, driver)
     finally:
         driver.send_signal(signal.SIGKILL)
         driver.communicate(timeout=30)
     before = commits(store)
     assert store.size("_SUCCESS") is None
+    followed = follow(url, 1)
     again = cluster.run(*words(base, url, "--stages", "1"))
     assert again.returncode == 0, again.stdout + again.stderr
     assert f"Complete: {NUM_PROMPTS - 1} sequences" in again.stdout

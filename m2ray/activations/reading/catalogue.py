@@ -1,20 +1,18 @@
 """Catalogue: what a run folder holds that counts. Parts are resolved through commits only, so half a shard is invisible."""
 
 from bisect import bisect_right
-from collections.abc import Collection
 from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from m2ray.activations.commit_table import read_committed
 from m2ray.activations.job import JobRecord, read_job
 from m2ray.activations.manifest import MANIFEST_KEY, read_manifest, receipts_of
 from m2ray.activations.reading.part_reader import Check, PartReader
-from m2ray.activations.records import commit_key, committed_shards, read_commit, read_summary
+from m2ray.activations.records import committed_shards, read_summary
 from m2ray.batches import PartReceipt, PartSpec, SequenceFile
 from m2ray.errors import NotInRunError, StoreError
 from m2ray.sequences import read_sequences
@@ -69,30 +67,6 @@ class Catalogue:
         """Open a part after its size and footer were checked. Raises RunDamagedError or StoreError."""
         return PartReader(self.store, spec, self.job.run_metadata(), receipt, self._check)
 
-    def parts_since(self, spec: PartSpec, shards: Collection[int]) -> Any:
-        """The parts of one site and layer in shards that are committed by now and not among `shards`: a table as `parts_of` gives.
-
-        Raises:
-            RunDamagedError: a commit cannot be understood.
-            StoreError: the run cannot be read.
-        """
-        fresh = sorted(committed_shards(self.store).difference(shards))
-        try:
-            parts = read_committed(self.store, self.job, fresh).parts
-        except StoreError:
-            if committed_shards(self.store).issuperset(fresh):
-                raise
-            return self.parts.slice(0, 0)  # a repair took a commit away: the next look finds the others
-        return _only(parts, spec)
-
-    def repaired(self, spec: PartSpec, receipt: PartReceipt) -> PartReceipt | None:
-        """What a shard's commit says by now of a part, if it is another attempt's that holds the same rows. Raises as `parts_since` does."""
-        if self.store.size(commit_key(receipt.shard)) is None:
-            return None
-        parts = read_commit(self.store, self.job, receipt.shard).receipts()
-        (now,) = (part for part in parts if (part.site, part.layer) == (spec.site, spec.layer))
-        return now if now.attempt != receipt.attempt and now.token_digest == receipt.token_digest else None
-
     def part_of_shard(self, spec: PartSpec, shard: int) -> PartReceipt | None:
         """One part's receipt; None if the shard is not committed."""
         table = self.parts_of(spec)
@@ -136,9 +110,3 @@ class Catalogue:
         if self._held is None or self._held[0] != file:
             self._held = (file, read_sequences(self.store, file))
         return self._held[1]
-
-
-def _only(parts: Any, spec: PartSpec) -> Any:
-    """The rows of one site and layer."""
-    is_layer = pc.is_null(parts["layer"]) if spec.layer is None else pc.equal(parts["layer"], spec.layer)
-    return parts.filter(pc.and_(pc.equal(parts["site"], spec.site), is_layer)).combine_chunks()

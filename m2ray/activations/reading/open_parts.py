@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from m2ray.activations.manifest import receipts_of
 from m2ray.activations.reading.catalogue import Catalogue
+from m2ray.activations.reading.later_commits import parts_since, repaired
 from m2ray.activations.reading.loss_masks import LossMasks
 from m2ray.activations.reading.pages import PartPages
 from m2ray.activations.reading.part_reader import PartReader
@@ -46,8 +47,8 @@ class OpenParts:
         return max(2, _TOKENS_KEPT_BYTES // (int(self.rows.max(initial=1)) * self.token_dtype.itemsize))
 
     def look(self) -> None:
-        """Add the parts that were committed since, behind the others. Raises as Catalogue.parts_since does."""
-        found = self._catalogue.parts_since(self.spec, self.shards.tolist())
+        """Add the parts that were committed since, behind the others. Raises as parts_since does."""
+        found = parts_since(self._catalogue, self.spec, self.shards.tolist())
         if len(found):
             self._know(pa.concat_tables([self._table, found]).combine_chunks())
 
@@ -82,10 +83,10 @@ class OpenParts:
         try:
             return self._catalogue.open_part(self.spec, receipt)
         except RunDamagedError:
-            repaired = self._catalogue.repaired(self.spec, receipt)
-            if repaired is None:
+            now = repaired(self._catalogue, self.spec, receipt)
+            if now is None:
                 raise
-            return self._catalogue.open_part(self.spec, repaired)
+            return self._catalogue.open_part(self.spec, now)
 
     def _with_masks(self, tokens: npt.NDArray[Any]) -> npt.NDArray[Any]:
         if self.token_dtype == TOKEN_ROW:

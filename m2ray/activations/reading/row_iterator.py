@@ -27,6 +27,7 @@ class RowIterator(Iterator[torch.Tensor]):
         self._epochs = epochs
         self._dtype = dtype
         self._epoch = 0
+        self._has_given = False
         self._batches: Iterator[Batch] | None = None
 
     def __iter__(self) -> Self:
@@ -43,15 +44,16 @@ class RowIterator(Iterator[torch.Tensor]):
         while self._epochs is None or self._epoch < self._epochs:
             if self._batches is None:
                 self._batches = iter(self._stream)
-            is_first = self._stream.state_dict()["rows_given"] == 0
             for batch in self._batches:
                 rows = batch["activations"]
                 if self._epochs is None and len(rows) < self._batch_rows:
                     continue
+                self._has_given = True
                 return rows if self._dtype is None else rows.to(self._dtype)
-            if is_first and self._epochs is None:
+            if not self._has_given and self._epochs is None:
                 raise ConfigError(f"This consumer has fewer rows than one batch of {self._batch_rows}.", "Give fewer rows, or more data.")
-            self._begin(self._epoch + 1)
+            self._epoch, self._has_given, self._batches = self._epoch + 1, False, None
+            self._stream.set_epoch(self._epoch)
         raise StopIteration
 
     def state_dict(self) -> dict[str, Any]:
@@ -61,8 +63,4 @@ class RowIterator(Iterator[torch.Tensor]):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state` was taken. Raises ConfigError if it was taken of another run or layer, or with other options."""
         self._stream.load_state_dict(state)
-        self._epoch, self._batches = int(state["epoch"]), None
-
-    def _begin(self, epoch: int) -> None:
-        self._epoch, self._batches = epoch, None
-        self._stream.set_epoch(epoch)
+        self._epoch, self._has_given, self._batches = int(state["epoch"]), state["rows_given"] > 0, None
