@@ -60,7 +60,10 @@ def _start(folder: Path) -> None:
     try:
         with sigterm_kept():
             ray.init(address="local", include_dashboard=False, _temp_dir=str(folder), logging_level="ERROR", log_to_driver=True)
-    except (OSError, ray.exceptions.RayError, RuntimeError, ValueError) as error:
+    except Exception as error:
+        # Ray says by Exception itself, of no narrower type, that a process of its own did not start in time: on a full disk, for one.
+        if type(error) is not Exception and not isinstance(error, OSError | ray.exceptions.RayError | RuntimeError | ValueError):
+            raise
         raise ClusterError(
             f"Ray could not be started on this machine: {error}. {_room(folder)}",
             "Free space there, or set TMPDIR to a folder of a short name on another disk; then run the same command again.",
