@@ -13,7 +13,6 @@ os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # its masks are compiled, whi
 import pytest
 import torch
 from torch import distributed
-
 from transformers import Qwen3Config
 
 from m2ray.export.exporting import plan_export, write_export
