@@ -202,6 +202,17 @@ def test_a_data_set_and_its_states_that_do_not_belong_together(tmp_path: Path) -
     assert told == {"tokens_disagree": ["hs_0.safetensors"], "lengths": ["hs_0.safetensors"], "missing": ["row 1", "hs_17.safetensors"]}
 
 
+def test_states_in_fp8_are_looked_at_with_their_scales(tmp_path: Path) -> None:
+    contents = sound()
+    as_speculators(tmp_path / "dump", contents)
+    for index, one in enumerate(contents):
+        scales = torch.full((len(one["ids"]), 1, 1), 0.5)
+        scales[0] *= index != 1  # which makes the first row of sample 1 zero
+        tensors = {"token_ids": one["ids"], "hidden_states": one["states"].to(torch.float8_e4m3fn), "hidden_states_scales": scales}
+        save_file(tensors, tmp_path / "dump" / "hidden_states" / f"hs_{index}.safetensors")
+    assert faults(tmp_path / "dump") == {"zero_rows": ["hs_1.safetensors"]}
+
+
 def test_hooks_of_activault_side_by_side(tmp_path: Path) -> None:
     """Their batches have an axis of sequences; layer 2 comes before layer 10."""
     ids = torch.arange(3 * 5).reshape(3, 5)

@@ -66,7 +66,7 @@ def _torch_samples(files: Sequence[tuple[str, Mapping[str, Path]]]) -> Iterator[
 
 
 def _in_file(name: str, by_hook: Mapping[str, Mapping[str, torch.Tensor]]) -> list[Sample]:
-    """A file's samples: states [T, W], or [N, T, W] of N samples. Scales and what is no float is passed over.
+    """A file's samples: states [T, W], or [N, T, W] of N samples. What is no float is passed over.
 
     Raises:
         UnreadableError: it has no states, or of another number of axes.
@@ -75,7 +75,7 @@ def _in_file(name: str, by_hook: Mapping[str, Mapping[str, torch.Tensor]]) -> li
         f"{hook} {key}".strip(): tensor
         for hook, tensors in by_hook.items()
         for key, tensor in tensors.items()
-        if tensor.is_floating_point() and key != "loss_mask" and not key.endswith("_scales")
+        if tensor.is_floating_point() and key != "loss_mask"
     }
     if not states or any(tensor.ndim not in {2, 3} for tensor in states.values()):
         shapes = ", ".join(f"{key} {list(tensor.shape)}" for tensors in by_hook.values() for key, tensor in tensors.items())
