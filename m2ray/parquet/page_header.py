@@ -38,19 +38,15 @@ def first_wrong(headers: npt.NDArray[np.uint8], num_values: int, values_bytes: i
         crcs: the CRC32 of each body.
     """
     before, after = _around_crc(num_values, values_bytes, values_bytes)
+    if headers.shape[1] != len(before) + len(_GROUP_BITS) + len(after):
+        return 0
+    expected = np.empty_like(headers)
+    expected[:] = np.frombuffer(before + bytes(len(_GROUP_BITS)) + after, np.uint8)
     crc = np.array(crcs, np.int64)[:, None]
     number = (crc << 1) ^ (crc >> 31) * 0x1FFFFFFFF  # zigzag, of 32 bits with a sign
-    groups = (number >> _GROUP_BITS) & 0x7F | _GOES_ON
-    expected = [np.frombuffer(before, np.uint8), np.frombuffer(after, np.uint8)]
-    at = len(before), len(before) + groups.shape[1]
-    if headers.shape[1] != at[1] + len(after):
-        return 0
-    is_right = (
-        (headers[:, : at[0]] == expected[0]).all(1)
-        & (headers[:, at[0] : at[1]] == groups).all(1)
-        & (headers[:, at[1] :] == expected[1]).all(1)
-    )
-    return None if is_right.all() else int(np.argmin(is_right))
+    expected[:, len(before) : -len(after)] = (number >> _GROUP_BITS) & 0x7F | _GOES_ON
+    is_right = headers == expected
+    return None if is_right.all() else int(np.argmin(is_right.all(axis=1)))
 
 
 _GROUP_BITS = np.array([0, 7, 14, 21, 28])
