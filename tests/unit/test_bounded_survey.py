@@ -70,7 +70,7 @@ def refusal_in_a_new_process(path: Path) -> str:
 @pytest.mark.parametrize("codec", ["zstd", "gzip", "snappy"])
 def test_a_row_group_that_is_written_out_as_more(tmp_path: Path, codec: str, layout: str) -> None:
     path = tmp_path / "a.parquet"
-    texts = [TEXT] * 200 if layout == "dictionary" else [f"{number}{TEXT}" for number in range(120)]
+    texts = [TEXT] * 200 if layout == "dictionary" else [f"{number}{TEXT}" for number in range(240)]
     pq.write_table(pa.table({"text": texts}), path, compression=codec, use_dictionary=layout == "dictionary", write_batch_size=8)
     assert path.stat().st_size < 12 << 20
     num_rows = 0
@@ -79,7 +79,7 @@ def test_a_row_group_that_is_written_out_as_more(tmp_path: Path, codec: str, lay
         nonlocal num_rows
         num_rows = walk(path)
 
-    assert peak_bytes(walked) < 3 * LIMIT_BYTES
+    assert peak_bytes(walked) < 4 * LIMIT_BYTES  # read as a whole it takes twice as much and more
     assert num_rows == len(texts)
 
 
