@@ -65,7 +65,7 @@ def _start(folder: Path) -> None:
         if type(error) is not Exception and not isinstance(error, OSError | ray.exceptions.RayError | RuntimeError | ValueError):
             raise
         raise ClusterError(
-            f"Ray could not be started on this machine: {error}. {_room(folder)}",
+            f"Ray could not be started on this machine: {str(error).rstrip('.')}. {_room(folder)}",
             "Free space there, or set TMPDIR to a folder of a short name on another disk; then run the same command again.",
         ) from error
 
