@@ -12,6 +12,7 @@ import torch
 
 from m2ray.batches import MicroBatch
 from m2ray.prompts import PromptRow, PromptTokenizer
+from m2ray.prompts.masks import Marked
 from scripts.make_checkpoint import train_tokenizer
 from tests.reference import alone, chain_rows, edited, load_chain, load_reference, reference_rows
 from tests.unit.audited_runs import RowsOf, audited, extracted, make_model, write_prompts
@@ -205,6 +206,11 @@ def test_rows_of_no_mutant_pass(
 Encode = Callable[[PromptTokenizer, Sequence[PromptRow]], list[Any]]
 
 
+def unchanged() -> Encode:
+    marked = PromptTokenizer.marked
+    return lambda self, rows: [found.token_ids for found in marked(self, rows)]
+
+
 def a_token_dropped(encode: Encode, _: Path) -> Encode:
     def dropping(self: PromptTokenizer, rows: Sequence[PromptRow]) -> list[Any]:
         return [np.delete(ids, 2) if row.sequence_id == 4 else ids for row, ids in zip(rows, encode(self, rows), strict=True)]
@@ -239,7 +245,8 @@ def test_tokens_of_a_mutant_are_caught(
     mutant: Callable[[Encode, Path], Encode],
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(PromptTokenizer, "encode", mutant(PromptTokenizer.encode, tmp_path / "other"))
+        mutated = mutant(unchanged(), tmp_path / "other")
+        patch.setattr(PromptTokenizer, "marked", lambda self, rows: list(map(Marked, mutated(self, rows))))
         run = extracted(monkeypatch, models["llama"], prompts, tmp_path / "run")
     audit = audited(run)
     assert not audit["passed"]

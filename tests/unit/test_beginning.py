@@ -19,6 +19,7 @@ from m2ray.config import ExtractConfig
 from m2ray.errors import ClusterError, RunConflictError, StoreError
 from m2ray.planning.hardware import Cluster, Gpu, Node
 from m2ray.prompts import PromptTokenizer, load_shards
+from m2ray.prompts.masks import Marked
 from m2ray.storage import LocalStore
 from tests.reference import make_minimax
 
@@ -174,12 +175,12 @@ def test_two_drivers_whose_surveys_differ_cannot_share_a_run(
     config: ExtractConfig, while_ray_starts: list[Callable[[], object]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same files, options and template: but a template that writes the date gives other tokens tomorrow, and as many."""
-    encode = PromptTokenizer.encode
+    marked = PromptTokenizer.marked
 
     def tomorrow() -> None:
-        monkeypatch.setattr(PromptTokenizer, "encode", lambda self, rows: [ids[::-1] for ids in encode(self, rows)])
+        monkeypatch.setattr(PromptTokenizer, "marked", lambda self, rows: [Marked(row.token_ids[::-1]) for row in marked(self, rows)])
         begin(config)
-        monkeypatch.setattr(PromptTokenizer, "encode", encode)
+        monkeypatch.setattr(PromptTokenizer, "marked", marked)
 
     while_ray_starts.append(tomorrow)
     with pytest.raises(RunConflictError, match="gives other tokens"):
