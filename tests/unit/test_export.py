@@ -228,8 +228,9 @@ def test_what_the_run_lacks_is_said_by_name(run: Path, tmp_path: Path) -> None:
         plan_export(run, "speculators", layers="1,5")
     with pytest.raises(ConfigError, match=r"normed last state.*final_norm"):
         plan_export(run, "specforge")
-    with pytest.raises(ConfigError, match="--context-size"):
-        plan_export(run, "saelens", layers="5")
+    for size in (None, 0, 2**31, 10**30):
+        with pytest.raises(ConfigError, match="--context-size"):
+            plan_export(run, "saelens", layers="5", context_size=size)
     with pytest.raises(ConfigError, match="context_size is not an option"):
         plan_export(run, "speculators", context_size=8)
     with pytest.raises(ConfigError, match="Name others"):
