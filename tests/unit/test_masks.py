@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import multiprocessing
 import shutil
 from datetime import date
 from operator import itemgetter
@@ -261,8 +262,10 @@ def test_a_template_or_prompts_without_a_way_to_a_mask_are_refused_before_a_row_
     path = write_jsonl(tmp_path / "p.jsonl", [{"messages": SHORT}])
     last_first = "{% for message in messages | reverse %}" + MESSAGE + "{% endfor %}"
     tokenizer = tokenizer_of(tmp_path, last_first, mask="assistant")
+    before = set(multiprocessing.active_children())
     with pytest.raises(PromptsError, match=r"does not say what the assistant says: no loss mask: .*\{% generation %\}"):
         surveyed(path, tokenizer, mask="assistant")
+    assert set(multiprocessing.active_children()) <= before, "the process that rendered the probe"
     assert not (tmp_path / "run").exists() or not list((tmp_path / "run").rglob("*.parquet"))
     text = write_jsonl(tmp_path / "text.jsonl", [{"text": "a"}])
     with pytest.raises(PromptsError, match='mask = "assistant" is given, but the prompts are no chat messages'):
