@@ -149,6 +149,9 @@ def _layer_problems(catalogue: Catalogue, consumer: Consumer, layers: Sequence[i
     if consumer.needs_last and list(layers[-1:]) != [last]:
         what = f"{consumer.name} reads the states of the model's last layer, {last}, behind those of the others; the layers are {shown}."
         problems.append(ConfigError(what, f"Let --layers end with {last}."))
+    elif consumer.needs_last and len(layers) == 1:
+        what = f"{consumer.name} reads the states of other layers before those of the last one; the only layer is {shown}."
+        problems.append(ConfigError(what, "Name others before it (--layers)."))
     return problems
 
 
