@@ -38,10 +38,15 @@ _FEW_VALUES = ["shard", "status", "reason", "loss_mask.list.element", "roles.lis
 """The columns whose values come again and again."""
 
 ROWS_PER_FILE = 1 << 20
+BYTES_PER_FILE = 256 << 20
+"""In memory: whoever reads masks reads a file of them, and a million long prompts have gigabytes."""
 
 
 class SequencesWriter:
-    """Writes the table window by window, `ROWS_PER_FILE` rows to a file. Unless finished, it deletes all that it wrote."""
+    """Writes the table window by window. A file ends with the window in which it comes to `ROWS_PER_FILE` rows or `BYTES_PER_FILE`.
+
+    Unless finished, it deletes all that it wrote.
+    """
 
     def __init__(self, store: Store, attempt: str) -> None:
         self._store = store
@@ -67,7 +72,10 @@ class SequencesWriter:
         if self._open is None:
             self._open = _OpenFile(self._store, f"sequences/sequences-{len(self._files):05d}-{self._attempt}.parquet")
         self._open.write(pa.table(dict(columns), schema=SEQUENCES_SCHEMA))
-        if self._open.rows >= ROWS_PER_FILE:
+
+    def end_window(self) -> None:
+        """Say that the next rows are of other shards: only here a file ends. Raises StoreError."""
+        if self._open is not None and (self._open.rows >= ROWS_PER_FILE or self._open.table_bytes >= BYTES_PER_FILE):
             self._close_file()
 
     def finish(self) -> tuple[SequenceFile, ...]:
@@ -117,7 +125,7 @@ class _OpenFile:
     """A Parquet file on its way through a PartSink, hashed as it passes."""
 
     def __init__(self, store: Store, key: str) -> None:
-        self.rows = 0
+        self.rows = self.table_bytes = 0
         self.key = key
         self._stream = HashingFile(store.open_part(key))
         self._writer = pq.ParquetWriter(
@@ -127,6 +135,7 @@ class _OpenFile:
     def write(self, table: Any) -> None:
         self._writer.write_table(table)
         self.rows += table.num_rows
+        self.table_bytes += table.nbytes
 
     def close(self) -> SequenceFile:
         self._writer.close()

@@ -18,6 +18,7 @@ from m2ray.activations.json_record import is_sealed, to_json
 from m2ray.activations.manifest import MANIFEST_SCHEMA, sorted_parts
 from m2ray.activations.records import commit_key, read_commit
 from m2ray.activations.schema import FORMAT_VERSION, part_folder, part_name
+from m2ray.errors import RunDamagedError
 from m2ray.storage import Store
 
 _PARTS_A_TASK = 1024
@@ -29,6 +30,10 @@ _COMMIT = pa.schema(
         ("run_id", pa.string()),
         ("num_sequences", pa.int64()),
         *((field.name, field.type) for field in MANIFEST_SCHEMA if field.name not in _OF_A_PART),
+        ("micro_batches", pa.list_(pa.list_(pa.int64()))),
+        ("elapsed_s", pa.float64()),
+        ("committed_at", pa.string()),
+        ("computed_on", pa.string()),
         ("parts", pa.list_(pa.struct([(name, MANIFEST_SCHEMA.field(name).type) for name in _OF_A_PART]))),
     ]
 )
@@ -90,7 +95,10 @@ def _read(store: Store, job: JobRecord, kinds: _Kinds, numbers: Sequence[int]) -
     commits = _parsed(data) if all(map(is_sealed, data)) else None
     if commits is None or not _are_plain(commits, job, kinds, numbers):
         commits = _parsed([to_json(read_commit(store, job, number)) for number in numbers])
-    assert commits is not None
+    if commits is None:
+        raise RunDamagedError(
+            f"A commit of shards {numbers[0]} to {numbers[-1]} of the run at {store.url} has a number of more than 64 bits.", "Restore it."
+        )
     return _parts(commits), *(pc.sum(commits[name]).as_py() for name in ("num_sequences", "rows"))
 
 
@@ -109,7 +117,7 @@ def _are_plain(commits: Any, job: JobRecord, kinds: _Kinds, numbers: Sequence[in
     """Whether these are commits of this run, shard for shard, each with one part of each kind in the place where it belongs."""
     count, told = len(numbers), (commits["format_version"], commits["run_id"], commits["shard"])
     wanted = ([FORMAT_VERSION] * count, [job.run_id] * count, list(numbers))
-    if tuple(column.to_pylist() for column in told) != wanted or any(column.null_count for column in commits.columns):
+    if tuple(column.to_pylist() for column in told) != wanted or not _are_whole(commits):
         return False
     if not np.array_equal(pc.list_value_length(commits["parts"]).to_numpy(), np.full(count, len(kinds.numbers))):
         return False
@@ -121,6 +129,14 @@ def _are_plain(commits: Any, job: JobRecord, kinds: _Kinds, numbers: Sequence[in
         return False
     names = pa.array(map(part_name, numbers, commits["attempt"].to_pylist()), pa.string()).take(_shards_of(commits))
     return bool(parts.field("key").equals(pc.binary_join_element_wise(kinds.folders.take(pa.array(found)), names, "/")))
+
+
+def _are_whole(commits: Any) -> bool:
+    """Whether nothing is null but what may be, and each micro-batch has its two numbers."""
+    batches = commits["micro_batches"].flatten()
+    if any(commits[name].null_count for name in commits.schema.names if name != "computed_on") or batches.null_count:
+        return False
+    return bool((pc.list_value_length(batches).to_numpy() == 2).all()) and not batches.flatten().null_count
 
 
 def _parts(commits: Any) -> Any:

@@ -17,7 +17,7 @@ from m2ray.activations.job import JobRecord
 from m2ray.activations.json_record import read_record, to_json
 from m2ray.activations.schema import part_folder, part_name
 from m2ray.batches import PartReceipt
-from m2ray.errors import RunConflictError, RunDamagedError
+from m2ray.errors import RunConflictError, RunDamagedError, StoreError
 from m2ray.storage import Store
 
 SUCCESS_KEY = "_SUCCESS"
@@ -147,9 +147,13 @@ def committed_and_void(store: Store) -> tuple[set[int], set[int]]:
 
 
 def _attempt(store: Store, shard: int) -> str | None:
-    """Whose commit a shard has; None for one that cannot be understood, of which whoever reads it says so."""
-    with suppress(RunDamagedError, RunConflictError):
-        return read_record(store, commit_key(shard), _COMMIT).attempt
+    """Whose commit a shard has; None for one that cannot be understood, of which whoever reads it says so, and for one that is gone by now."""
+    try:
+        with suppress(RunDamagedError, RunConflictError):
+            return read_record(store, commit_key(shard), _COMMIT).attempt
+    except StoreError:
+        if store.size(commit_key(shard)) is not None:
+            raise
     return None
 
 

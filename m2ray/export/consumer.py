@@ -91,7 +91,7 @@ class Consumer:
         unit_ends: cuts the samples into units: the ascending places where they end, the last one the number of samples.
         remark: what the user should know before; "" for nothing.
         needs_mask: every sequence has to have a loss mask.
-        needs_last: the last plane has to be the model's last layer.
+        needs_last: the last plane has to be the model's last layer, behind others.
         needs_norm: `Export.norm` is asked for (needs `--model`).
         needs_model: `Export.target` is asked for (needs `--model`).
         needs_context_size: `Export.context_size` is asked for; of others it is refused.

@@ -22,6 +22,8 @@ FORMAT_VERSION = 1
 """Of `m2ray_export.json` and the records beside it."""
 
 _SHOWN_SEQUENCES = 5
+_MOST_TOKENS = 1 << 31
+"""Less than that a sequence has."""
 
 Report = Callable[[int, int, int], None]
 """Samples done, bytes written, and bytes kept of an earlier try."""
@@ -147,12 +149,15 @@ def _layer_problems(catalogue: Catalogue, consumer: Consumer, layers: Sequence[i
     if consumer.needs_last and list(layers[-1:]) != [last]:
         what = f"{consumer.name} reads the states of the model's last layer, {last}, behind those of the others; the layers are {shown}."
         problems.append(ConfigError(what, f"Let --layers end with {last}."))
+    elif consumer.needs_last and len(layers) == 1:
+        what = f"{consumer.name} reads the states of other layers before those of the last one; the only layer is {shown}."
+        problems.append(ConfigError(what, "Name others before it (--layers)."))
     return problems
 
 
 def _option_problems(consumer: Consumer, to: str, context_size: int | None, model_folder: str | None) -> list[M2rayError]:
     problems: list[M2rayError] = []
-    if consumer.needs_context_size and (context_size is None or context_size < 1):
+    if consumer.needs_context_size and not 0 < (context_size or 0) < _MOST_TOKENS:
         problems.append(ConfigError(f"{consumer.name} reads contexts of one length.", "Say how many tokens: --context-size."))
     if context_size is not None and not consumer.needs_context_size:
         problems.append(ConfigError(f"context_size is not an option of the export to {to}.", "Leave it out: whole sequences are written."))

@@ -6,6 +6,7 @@ Array2D has no bfloat16: such rows become float32, which holds the same numbers.
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -43,8 +44,8 @@ def _batches(export: Export, samples: Iterator[Sample]) -> Iterator[dict[str, An
     """Record batches of some 32 MiB: of each layer its contexts as matrices, and their token ids."""
     columns: dict[str, list[Any]] = {name: [] for name in _features(export)}
     num_bytes = 0
-    for sample in samples:
-        for name, array in _contexts(export, sample).items():
+    for contexts in chain.from_iterable(_contexts(export, sample) for sample in samples):
+        for name, array in contexts.items():
             columns[name].append(array)
             num_bytes += array.nbytes
         if num_bytes >= _BATCH_BYTES:
@@ -54,20 +55,24 @@ def _batches(export: Export, samples: Iterator[Sample]) -> Iterator[dict[str, An
         yield _batch(columns)
 
 
-def _contexts(export: Export, sample: Sample) -> dict[str, Any]:
-    """The whole contexts of a sequence: of each layer [C, context_size, W], and the token ids [C, context_size]; none if it is too short."""
+def _contexts(export: Export, sample: Sample) -> Iterator[dict[str, Any]]:
+    """The whole contexts of a sequence, some at a time, since Arrow counts a batch's numbers in 32 bits.
+
+    Of each layer [C, context_size, W], and the token ids [C, context_size]; none if the sequence is too short.
+    """
     import torch
 
-    length = _context_size(export)
-    count = len(sample.token_ids) // length
-    if not count:
-        return {}
-    states_TLW, dtype = sample.states[: count * length], getattr(torch, _dtype(export))
-    found = {
-        hook: states_TLW[:, place].to(dtype, copy=True).contiguous().view(count, length, -1).numpy()
-        for place, hook in enumerate(_hooks(export))
-    }
-    return {**found, "token_ids": sample.token_ids[: count * length].reshape(count, length).copy()}
+    length, dtype = _context_size(export), getattr(torch, _dtype(export))
+    stop = len(sample.token_ids) // length * length
+    step = length * max(1, _BATCH_BYTES // (length * export.samples.token_bytes))
+    for start in range(0, stop, step):
+        some = slice(start, min(start + step, stop))
+        states_TLW = sample.states[some]
+        hooks = {
+            hook: states_TLW[:, place].to(dtype, copy=True).contiguous().view(-1, length, export.samples.width).numpy()
+            for place, hook in enumerate(_hooks(export))
+        }
+        yield {**hooks, "token_ids": sample.token_ids[some].reshape(-1, length).copy()}
 
 
 def _batch(columns: dict[str, list[Any]]) -> dict[str, Any]:

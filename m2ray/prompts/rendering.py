@@ -64,7 +64,7 @@ class Renderer:
                 yield from answers
                 done += len(answers)
             elif len(asked) > 1:
-                alone_until = done + len(asked)  # one of them ended the process: each is tried by itself
+                alone_until = done + len(asked)  # one of them ended the process, or cannot be handed to it: each is tried by itself
             else:
                 yield self._why_it_ended()
                 done += 1
@@ -79,7 +79,7 @@ class Renderer:
             self._process = self._connection = None
 
     def _ask(self, rows: Sequence[PromptRow]) -> list[Rendered | RefusedError] | None:
-        """The answers for the first of the rows, one at least; None if the process ended or hangs."""
+        """The answers for the first of the rows, one at least; None if the process ended or hangs, or one of several cannot be handed to it."""
         if self._process is None or not self._process.is_alive():
             self.close()
             self._start()
@@ -89,6 +89,8 @@ class Renderer:
             if self._connection.poll(_PAUSE_S + _SLOWDOWN * self._timeout_s * len(rows)):
                 answers: list[Rendered | RefusedError] = self._connection.recv()
                 return answers
+        except RecursionError:  # pickle goes half as deep as JSON; nothing was sent
+            return None if len(rows) > 1 else [RefusedError("nested too deeply to be handed to the chat template")]
         except (EOFError, OSError):
             pass
         else:

@@ -7,7 +7,8 @@ from pathlib import PurePosixPath
 from m2ray.errors import PromptsError
 from m2ray.prompts.remote import PromptPath
 
-_NO_ROWS = re.compile(r"(readme|licen[cs]e|notice)(\..*)?|dataset_infos?\.json", re.IGNORECASE)
+_NO_ROWS = re.compile(r"(readme|licen[cs]e|notice)(\.(md|markdown|rst|txt|html|pdf))?|dataset_infos?\.json", re.IGNORECASE)
+"""Words for people. A file of that name in a format of rows holds rows."""
 
 _SPLITS = ("train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation")
 _NUMBERED = re.compile(r"(?P<split>.+)[-_.]\d{5}-of-\d{5}.*")

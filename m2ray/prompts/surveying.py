@@ -83,9 +83,9 @@ def survey(
             quarantined.
         StoreError: the store or the temporary folder refuses.
     """
-    tokenizer.require(source.columns)
     tokens, fingerprint = TokenSpool(), Fingerprint()
     try:
+        tokenizer.require(source.columns)
         batches = _marked(source, tokenizer, row_batches(source.rows(fingerprint)))
         with (
             _old_objects_passed_over(),

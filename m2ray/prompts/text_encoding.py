@@ -87,6 +87,9 @@ def _recoding(data: io.BufferedReader, encoding: str, path: Path | RemotePath) -
             except UnicodeDecodeError as error:
                 what = f"{path} is not {encoding}: {error.reason} (bytes {error.object[error.start : error.end].hex(' ')})."
                 raise PromptsError(what, "Set encoding to what the file was written in, or copy it again.") from error
+            except UnicodeError as error:  # UTF-16 whose first bytes do not say which one, or an encoding of no texts
+                what = f"{path} cannot be read as {encoding}: {error}."
+                raise PromptsError(what, 'Set encoding to what the file was written in, such as "utf-16-le".') from error
             if text or not piece:
                 return text.encode(UTF_8, "surrogatepass")
 

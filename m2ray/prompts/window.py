@@ -70,6 +70,7 @@ class Window:
             slices = {name: column.slice(start, marks.num_rows) for name, column in columns.items()}
             writer.write({**slices, **{name: marks[name] for name in marks.column_names}})
             start += marks.num_rows
+        writer.end_window()
         return [(sequence_ids[places], token_counts[places]) for places in shards]
 
 

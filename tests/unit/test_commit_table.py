@@ -14,7 +14,7 @@ from m2ray.activations.job import JobRecord
 from m2ray.activations.json_record import digest, to_json
 from m2ray.activations.manifest import manifest_table
 from m2ray.activations.records import commit_key, read_commit
-from m2ray.errors import M2rayError
+from m2ray.errors import M2rayError, RunDamagedError
 from m2ray.storage import LocalStore
 from tests.unit import activation_runs as runs
 
@@ -74,6 +74,11 @@ def _of_part(**changed: object) -> Callable[[dict[str, Any]], object]:
         _of_part(layer=None),
         _of_part(site="mlp"),
         _of_part(num_bytes=None),
+        lambda fields: fields.update(elapsed_s=None),
+        lambda fields: fields.update(committed_at=1),
+        lambda fields: fields.update(computed_on=1),
+        lambda fields: fields.update(micro_batches=[[1, 2], [3]]),
+        lambda fields: fields.update(micro_batches=[[1, None]]),
     ],
 )
 def test_what_is_wrong_is_said_as_of_one(store: LocalStore, job: JobRecord, spoil: Callable[[dict[str, Any]], object]) -> None:
@@ -87,6 +92,12 @@ def test_what_is_wrong_is_said_as_of_one(store: LocalStore, job: JobRecord, spoi
     with pytest.raises(type(alone.value)) as found:
         read_committed(store, job, range(3))
     assert str(found.value) == str(alone.value)
+
+
+def test_a_number_of_more_than_64_bits_is_damage(store: LocalStore, job: JobRecord) -> None:
+    store.put(commit_key(1), to_json(replace(read_commit(store, job, 1), num_sequences=2**63)))
+    with pytest.raises(RunDamagedError, match="shards 0 to 2 .* more than 64 bits"):
+        read_committed(store, job, range(3))
 
 
 def test_a_flipped_bit_is_found(store: LocalStore, job: JobRecord) -> None:

@@ -11,17 +11,19 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 import torch
 
+from m2ray.activations import records
 from m2ray.activations.job import Counts, read_job, require_same
 from m2ray.activations.json_record import digest
 from m2ray.activations.manifest import manifest_file
 from m2ray.activations.reading.reader import open_run
 from m2ray.activations.reading.verify import verify
-from m2ray.activations.records import SUCCESS_KEY, commit_key, committed_and_void, committed_shards, read_commit, read_summary
+from m2ray.activations.records import SUCCESS_KEY, commit_key, committed_and_void, committed_shards, read_commit, read_summary, swept_key
 from m2ray.activations.writing.commits import Run, claim_run, reopen
 from m2ray.activations.writing.weights_record import hold_weights
 from m2ray.batches import PartReceipt
@@ -501,6 +503,21 @@ def test_an_attempt_that_was_swept_never_comes_to_count(store: LocalStore) -> No
     assert again(store, "b2") == [1]
     assert committed_and_void(store) == ({0, 1, 2}, set())
     assert_closed(store)
+
+
+def test_a_commit_that_a_repair_takes_away_between_listing_and_look_is_no_error(store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Streams that follow a run list its commits every second."""
+    committed_run(store)
+    store.create(swept_key(1, "b2"), b"")
+    read = records.read_record
+
+    def taken_away(store: LocalStore, key: str, adapter: Any) -> Any:
+        store.delete([key])
+        return read(store, key, adapter)
+
+    monkeypatch.setattr(records, "read_record", taken_away)
+    assert committed_and_void(store) == ({0, 1, 2}, set()), "as they were listed"
+    assert committed_and_void(store) == ({0, 2}, set())
 
 
 def committed_run(store: LocalStore) -> Run:

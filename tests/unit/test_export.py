@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from click.testing import CliRunner
@@ -13,7 +14,7 @@ from safetensors import safe_open
 from m2ray.activations.writing.commits import claim_run
 from m2ray.cli import main
 from m2ray.errors import ConfigError, M2rayError, NotInRunError, RunConflictError
-from m2ray.export import samples
+from m2ray.export import saelens, samples
 from m2ray.export.exporting import CONSUMERS, consumer_of, ids_of, plan_export, write_export
 from m2ray.storage import LocalStore
 from m2ray.storage.hashing import HashingFile
@@ -31,6 +32,7 @@ def run(tmp_path_factory) -> Path:
 @pytest.fixture(params=[32 << 20, 1], ids=["a window a shard", "a window a sequence"])
 def window(request, monkeypatch) -> None:
     monkeypatch.setattr(samples, "_WINDOW_BYTES", request.param)
+    monkeypatch.setattr(saelens, "_BATCH_BYTES", request.param)
 
 
 def same_bits(tensor: torch.Tensor, expected: np.ndarray) -> bool:
@@ -89,6 +91,15 @@ def test_saelens_reads_contexts_of_a_hook(tmp_path: Path, dtype: str) -> None:
                 assert found.dtype == torch.float32
                 expected = stored.float().view(torch.uint8).numpy()
             assert same_bits(found, expected)
+
+
+def test_a_long_sequence_is_several_record_batches_of_saelens(run: Path, tmp_path: Path, monkeypatch) -> None:
+    """Of 2**31 numbers of a layer Arrow would lose count without a word."""
+    monkeypatch.setattr(saelens, "_BATCH_BYTES", 1)
+    write_export(plan_export(run, "saelens", layers="5", context_size=2), "saelens", tmp_path)
+    contexts = sum(runs.token_count(number) // 2 for number in runs.SHARD_SEQUENCES[0])
+    with pa.ipc.open_stream(str(tmp_path / "data-00000-of-00003.arrow")) as stream:
+        assert [len(batch) for batch in stream] == [1] * contexts
 
 
 @pytest.mark.usefixtures("window")
@@ -217,8 +228,9 @@ def test_what_the_run_lacks_is_said_by_name(run: Path, tmp_path: Path) -> None:
         plan_export(run, "speculators", layers="1,5")
     with pytest.raises(ConfigError, match=r"normed last state.*final_norm"):
         plan_export(run, "specforge")
-    with pytest.raises(ConfigError, match="--context-size"):
-        plan_export(run, "saelens", layers="5")
+    for size in (None, 0, 2**31, 10**30):
+        with pytest.raises(ConfigError, match="--context-size"):
+            plan_export(run, "saelens", layers="5", context_size=size)
     with pytest.raises(ConfigError, match="context_size is not an option"):
         plan_export(run, "speculators", context_size=8)
     with pytest.raises(ConfigError, match="Name others"):

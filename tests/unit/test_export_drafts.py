@@ -157,6 +157,8 @@ def test_what_the_run_lacks_for_them_is_said_by_name(run: Path, tmp_path: Path) 
             plan_export(run, to)
         with pytest.raises(ConfigError, match="model's last layer, 11"):
             plan_export(run, to, layers="1,3", model_folder="there")
+        with pytest.raises(ConfigError, match="other layers before those of the last one; the only layer is 11"):
+            plan_export(run, to, layers="11", model_folder="there")
     runs.finished_run(LocalStore(tmp_path / "bare"), export_runs.parts(LAYERS))
     with pytest.raises(NotInRunError, match="have no loss mask"):
         plan_export(tmp_path / "bare", "nemo-dspark", model_folder="there")

@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 from obstore.store import MemoryStore
 from torch.utils.data import DataLoader
 
-from m2ray.activations.reading import arrivals
+from m2ray.activations.reading import arrivals, open_parts
 from m2ray.activations.reading.catalogue import Catalogue
 from m2ray.activations.reading.reader import open_run
 from m2ray.activations.reading.stream import ActivationStream, StreamOptions
 from m2ray.activations.writing.commits import Run, claim_run, reopen
 from m2ray.activations.writing.weights_record import hold_weights
+from m2ray.batches import TOKEN_ROW
 from m2ray.errors import ConfigError, NotInRunError, RunDamagedError
 from m2ray.storage import LocalStore, ObjectStore
 from tests.unit import activation_runs as runs
@@ -175,6 +176,24 @@ def test_a_resumed_stream_gives_what_the_uninterrupted_one_would(tmp_path: Path,
                 for name in one
             )
         assert sorted(identities(batches[: number + 1] + rest)) == ALL_ROWS
+
+
+def test_a_longer_shard_that_comes_later_leaves_the_order_of_a_state_as_it_was(
+    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How many parts are mixed at a time follows from their longest, which a resumed stream knows of more shards."""
+    kept_bytes = 4 * TOKEN_ROW.itemsize * max(runs.shard(number).num_tokens for number in (1, 2))
+    monkeypatch.setattr(open_parts, "_TOKENS_KEPT_BYTES", kept_bytes)
+    assert runs.shard(0).num_tokens > runs.shard(1).num_tokens, "shard 0 leaves room for one part less"
+    run = begun(tmp_path)
+    commit(run, 1)
+    commit(run, 2)
+    cut = follow(tmp_path)
+    head = list(itertools.islice(cut, 4))
+    commit(run, 0)
+    resumed = follow(tmp_path)
+    resumed.load_state_dict(cut.state_dict())
+    assert sorted(identities(head + list(resumed))) == ALL_ROWS
 
 
 def test_a_repaired_shard_is_not_given_again(tmp_path: Path, clock: Clock) -> None:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import multiprocessing
 import shutil
 from datetime import date
 from operator import itemgetter
@@ -151,6 +152,20 @@ def test_a_window_of_many_masks_is_written_in_several_row_groups(tmp_path: Path,
     assert [shard.sequence_ids.tolist() for shard in shards] == [shard.sequence_ids.tolist() for shard in found.shards]
 
 
+def test_files_of_many_masks_end_early_and_with_a_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(window, "_ROW_GROUP_BYTES", 1000)
+    monkeypatch.setattr("m2ray.sequences.BYTES_PER_FILE", 6000)
+    monkeypatch.setattr("m2ray.prompts.surveying.WINDOW_ROWS", 32)
+    monkeypatch.setattr("m2ray.prompts.surveying._BATCH_ROWS", 8)
+    rows = [{"input_ids": [5] * 60, "loss_mask": [1] * 60}] * 100
+    path = write_jsonl(tmp_path / "p.jsonl", rows)
+    found, table = surveyed(path, PromptTokenizer.load(str(TINY), PromptOptions("p", 100), 320))
+    assert [file.rows for file in found.sequence_files] == [64, 36]
+    assert table["sequence_id"].to_pylist() == list(range(100))
+    shards = load_shards(LocalStore(tmp_path / "run"), found.sequence_files)
+    assert [shard.sequence_ids.tolist() for shard in shards] == [shard.sequence_ids.tolist() for shard in found.shards]
+
+
 def test_an_older_file_has_them_null(tmp_path: Path) -> None:
     store = LocalStore(tmp_path)
     path = write_jsonl(tmp_path / "p.jsonl", [{"input_ids": [3]}])
@@ -247,8 +262,10 @@ def test_a_template_or_prompts_without_a_way_to_a_mask_are_refused_before_a_row_
     path = write_jsonl(tmp_path / "p.jsonl", [{"messages": SHORT}])
     last_first = "{% for message in messages | reverse %}" + MESSAGE + "{% endfor %}"
     tokenizer = tokenizer_of(tmp_path, last_first, mask="assistant")
+    before = set(multiprocessing.active_children())
     with pytest.raises(PromptsError, match=r"does not say what the assistant says: no loss mask: .*\{% generation %\}"):
         surveyed(path, tokenizer, mask="assistant")
+    assert set(multiprocessing.active_children()) <= before, "the process that rendered the probe"
     assert not (tmp_path / "run").exists() or not list((tmp_path / "run").rglob("*.parquet"))
     text = write_jsonl(tmp_path / "text.jsonl", [{"text": "a"}])
     with pytest.raises(PromptsError, match='mask = "assistant" is given, but the prompts are no chat messages'):

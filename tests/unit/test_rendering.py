@@ -59,6 +59,17 @@ def test_a_row_of_too_much_text_is_quarantined(tokenizer: PromptTokenizer) -> No
     assert found == [f"the chat template makes 5000004 bytes of it, more than {MAX_PROMPT_BYTES}", None]
 
 
+def test_a_row_that_is_nested_too_deeply_for_the_pipe_costs_itself_alone(tokenizer: PromptTokenizer) -> None:
+    """JSON is read twice as deep as a pickle is written."""
+    nested: list[Any] = []
+    for _ in range(2000):
+        nested = [nested]
+    deep = PromptRow(1, "1", messages=[{"role": "user", "content": "deep", "more": nested}], num_bytes=4000)
+    found = tokenizer.encode([row(0, "one"), deep, row(2, "one")])
+    assert reasons(found) == [None, "nested too deeply to be handed to the chat template", None]
+    assert found[0].tolist() == found[2].tolist()  # type: ignore[union-attr]
+
+
 def test_a_row_that_takes_too_much_memory_is_quarantined(monkeypatch: pytest.MonkeyPatch) -> None:
     def render(row: PromptRow) -> Rendered:
         return Rendered("x" if row.sequence_id else str(len(bytes(2 << 30))))

@@ -42,6 +42,8 @@ def test_what_holds_no_rows_is_passed_over(tmp_path: Path) -> None:
     folder = folder_of(tmp_path, *BESIDE, "data/train-00000-of-00002.jsonl", "data/train-00001-of-00002.jsonl")
     assert source(folder).names == ("data/train-00000-of-00002.jsonl", "data/train-00001-of-00002.jsonl")
     assert source(folder / "readme.txt").names == ("readme.txt",), "a file that is named is read"
+    of_rows = {"notice.jsonl", "data/readme.json"}
+    assert of_rows <= set(source(folder_of(tmp_path, *of_rows)).names), "a format of rows holds rows"
     with pytest.raises(PromptsError, match="photo.png is unknown"):
         source(folder_of(tmp_path, "photo.png"))
 

@@ -121,3 +121,11 @@ def test_an_encoding_is_one_of_pythons() -> None:
     for wrong in ("latin-9999", "rot13", ""):
         with pytest.raises(ConfigError, match="encoding = .* is not the name of a text encoding"):
             ExtractConfig.validated({**given, "encoding": wrong})
+
+
+@pytest.mark.parametrize(("encoding", "words"), [("utf-16", "does not start with BOM"), ("idna", "Unsupported error handling")])
+def test_an_encoding_that_cannot_be_told_or_is_of_no_texts_is_refused(tmp_path: Path, encoding: str, words: str) -> None:
+    (tmp_path / "p.jsonl").write_bytes('{"text": "a"}'.encode("utf-16-le"))
+    with pytest.raises(PromptsError, match=rf"p\.jsonl cannot be read as {encoding}: .*{words}"):
+        rows_of(tmp_path / "p.jsonl", encoding=encoding)
+    assert [row.text for row in rows_of(tmp_path / "p.jsonl", encoding="utf-16-le")] == ["a"]

@@ -44,7 +44,11 @@ class OpenParts:
     @cached_property
     def kept(self) -> int:
         """How many are kept, at least 2. Raises as LossMasks does."""
-        return max(2, _TOKENS_KEPT_BYTES // (int(self.rows.max(initial=1)) * self.token_dtype.itemsize))
+        return self.kept_of(self.rows)
+
+    def kept_of(self, rows: Int64Array) -> int:
+        """How many would be kept if the parts with these rows were all. Raises as LossMasks does."""
+        return max(2, _TOKENS_KEPT_BYTES // (int(rows.max(initial=1)) * self.token_dtype.itemsize))
 
     def look(self) -> None:
         """Add the parts that were committed since, behind the others. Raises as parts_since does."""

@@ -157,7 +157,9 @@ def _as_they_come(arrivals: Arrivals, parts: OpenParts, block_rows: int, seeds: 
         if group is None:
             return None
         members = np.array(group)
-        blocks = in_random_order(parts.rows[members], block_rows, max(1, parts.kept // 2), np.random.default_rng([*seeds, number, 1]))
+        rows = parts.rows[members]
+        # By the group's own parts: a stream that goes on with a state may know of longer ones.
+        blocks = in_random_order(rows, block_rows, parts.kept_of(rows) // 2, np.random.default_rng([*seeds, number, 1]))
         blocks[:, 0] = members[blocks[:, 0]]
         number += 1
         dealt_to = (blocks[:, 1] // block_rows + parts.shards[blocks[:, 0]]) % consumers
