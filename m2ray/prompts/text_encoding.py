@@ -87,6 +87,11 @@ def _recoding(data: io.BufferedReader, encoding: str, path: Path | RemotePath) -
             except UnicodeDecodeError as error:
                 what = f"{path} is not {encoding}: {error.reason} (bytes {error.object[error.start : error.end].hex(' ')})."
                 raise PromptsError(what, "Set encoding to what the file was written in, or copy it again.") from error
+            except UnicodeError as error:  # UTF-16 and UTF-32 without their mark
+                raise PromptsError(
+                    f"{path} is not {encoding}: {error}.",
+                    "Set encoding to what the file was written in; where UTF-16 begins without a mark, that is utf-16-le or utf-16-be.",
+                ) from error
             if text or not piece:
                 return text.encode(UTF_8, "surrogatepass")
 
