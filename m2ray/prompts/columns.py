@@ -2,11 +2,12 @@
 
 import json
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 
 from m2ray.errors import PromptsError
 from m2ray.options import PromptOptions
 from m2ray.prompts.readers import PromptFile
-from m2ray.prompts.rows import Columns, FileColumns, Kind
+from m2ray.prompts.rows import Columns, FileColumns, Kind, Record
 from m2ray.storage import without_secrets
 
 TEMPLATE_OPTIONS = "chat_template_kwargs"
@@ -19,6 +20,8 @@ NAME_ONE = (
 
 _LOSS_MASKS = ["loss_mask", "assistant_masks"]
 """The columns that are looked for beside token ids; transformers and TRL write the second name."""
+
+_SHOWN_NESTED = 20
 
 _DEFAULTS: dict[str, Kind] = {"text": "text", "messages": "messages", "conversations": "messages", "input_ids": "input_ids"}
 """The columns that are looked for where none is named, and what they hold."""
@@ -123,9 +126,9 @@ def absent_columns(file: PromptFile, present: FileColumns, columns: Columns, opt
             for option, name in needed.items()
             if name is not None
         ]
-    if not present:
+    if not present or all(name in present for name in (*needed.values(), columns.prompt) if name is not None):
         return []
-    listed = ", ".join(repr(name) for name in sorted(present))
+    listed = ", ".join(map(repr, sorted({*present, *_inside(file, present)})))
     problems = [
         PromptsError(f"{file.path} has no column {name!r}.", f"Set {option} to one of its columns: {listed}.")
         for option, name in needed.items()
@@ -140,3 +143,12 @@ def absent_columns(file: PromptFile, present: FileColumns, columns: Columns, opt
             )
         )
     return problems
+
+
+def _inside(file: PromptFile, present: Iterable[str]) -> list[str]:
+    """The dotted names of what the first row's objects hold, as far as an error shows them; none of a file whose first row cannot be read."""
+    with suppress(PromptsError):
+        first = next(file.records(list(present)), Record({}))
+        objects = {name: value for name, value in first.values.items() if isinstance(value, dict)}
+        return [f"{name}.{key}" for name, value in objects.items() for key in value][:_SHOWN_NESTED]
+    return []

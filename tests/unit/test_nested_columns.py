@@ -77,10 +77,13 @@ def test_tools_that_appear_late_in_a_file_are_not_lost(tmp_path: Path) -> None:
     assert [row.tools for row in found[1499:]] == [None, TOOLS]
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+@pytest.mark.parametrize("name", FORMATS)
 def test_an_absent_one_is_named_beside_what_is_there(tmp_path: Path, name: str) -> None:
     path = written(tmp_path / name, ROWS)
-    with pytest.raises(PromptsError, match=r"has no column 'doc.title'.*one of its columns: 'conversation', 'doc', 'meta'"):
+    with pytest.raises(
+        PromptsError,
+        match=r"has no column 'doc.title'.*one of its columns: 'conversation', 'conversation.messages', .* 'doc', 'doc.body', 'meta', 'meta.id'",
+    ):
         source(path, text_column="doc.title")
     with pytest.raises(PromptsError, match="has no column 'meta.id.x'"):
         source(path, text_column="doc.body.text", id_column="meta.id.x")
