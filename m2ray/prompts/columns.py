@@ -1,7 +1,7 @@
 """Which column of the source holds the prompts, text, chat messages or token ids: chosen once, for all its files."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 
 from m2ray.errors import PromptsError
@@ -113,36 +113,39 @@ def _refuse_options_of_chats(kind: Kind, options: PromptOptions) -> None:
         )
 
 
-def absent_columns(file: PromptFile, present: FileColumns, columns: Columns, options: PromptOptions) -> list[PromptsError]:
-    """What a file lacks of the columns that were chosen and named.
+def absent_columns(files: Iterable[tuple[PromptFile, FileColumns]], columns: Columns, options: PromptOptions) -> list[PromptsError]:
+    """What files lack of the columns that were chosen and named. Of files with the same columns that lack the same the first is named.
 
     A file that shows no columns has no rows, or rows that are quarantined one by one.
     """
+    alike: dict[tuple[str, str, frozenset[str] | None], list[PromptFile]] = {}
+    for file, present in files:
+        for option, what in _lacking(present, columns, options):
+            alike.setdefault((option, what, None if present is None else frozenset(present)), []).append(file)
+    return [_absent(*lack, found) for lack, found in alike.items()]
+
+
+def _lacking(present: FileColumns, columns: Columns, options: PromptOptions) -> Iterator[tuple[str, str]]:
+    """The options that a file cannot do, and what it lacks."""
     needed = {"id_column": columns.row_id, "tools_column": options.tools_column}
     if present is None:
         needed[f"{columns.kind}_column"] = None if columns.kind == "text" else columns.prompt
-        return [
-            PromptsError(f"{file.path} is plain text and has no column {name!r}.", f"Leave {option} out, or the file.")
-            for option, name in needed.items()
-            if name is not None
-        ]
-    if not present or all(name in present for name in (*needed.values(), columns.prompt) if name is not None):
-        return []
-    listed = ", ".join(map(repr, sorted({*present, *_inside(file, present)})))
-    problems = [
-        PromptsError(f"{file.path} has no column {name!r}.", f"Set {option} to one of its columns: {listed}.")
-        for option, name in needed.items()
-        if name is not None and name not in present
-    ]
-    if columns.prompt not in present:
-        # None was named, and every file that has another of the default columns was refused before.
-        none = f"neither a column {' nor '.join(map(repr, _DEFAULTS))}" if columns.rivals else f"no column {columns.prompt!r}"
-        problems.append(
-            PromptsError(
-                f"{file.path} has {none}.", f"Set text_column, messages_column or input_ids_column to one of its columns: {listed}."
-            )
-        )
-    return problems
+        yield from ((option, f"is plain text and has no column {name!r}") for option, name in needed.items() if name is not None)
+    elif present:
+        absent = {option: name for option, name in needed.items() if name is not None and name not in present}
+        yield from ((option, f"has no column {name!r}") for option, name in absent.items())
+        if columns.prompt not in present:
+            # None was named, and every file that has another of the default columns was refused before.
+            none = f"neither a column {' nor '.join(map(repr, _DEFAULTS))}" if columns.rivals else f"no column {columns.prompt!r}"
+            yield "text_column, messages_column or input_ids_column", f"has {none}"
+
+
+def _absent(option: str, what: str, present: frozenset[str] | None, files: Sequence[PromptFile]) -> PromptsError:
+    more = f" So it is with {len(files) - 1:,} more files." if len(files) > 1 else ""
+    if present is None:
+        return PromptsError(f"{files[0].path} {what}.{more}", f"Leave {option} out, or the file.")
+    listed = ", ".join(map(repr, sorted({*present, *_inside(files[0], present)})))
+    return PromptsError(f"{files[0].path} {what}.{more}", f"Set {option} to one of its columns: {listed}.")
 
 
 def _inside(file: PromptFile, present: Iterable[str]) -> list[str]:
