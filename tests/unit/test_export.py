@@ -250,8 +250,10 @@ def test_a_damaged_run_is_refused_by_name(run: Path, tmp_path: Path) -> None:
 
 
 def test_every_consumer_says_what_it_is() -> None:
+    words = CliRunner().invoke(main, ["export", "--help"]).output
     for name in CONSUMERS:
         assert consumer_of(name).name
+        assert name in words
 
 
 # -- the command ------------------------------------------------------------------------------------------------------
