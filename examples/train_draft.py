@@ -70,6 +70,12 @@ def train(draft: Any, batches: Any, steps: int, learning_rate: float) -> list[fl
             losses.append(float(loss.detach()))
 
 
+def call(*words: str) -> None:
+    """Run a command; one that fails has said why, and ends this one too."""
+    if code := subprocess.run(words, check=False).returncode:
+        raise SystemExit(code)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="checkpoint folder")
@@ -88,8 +94,8 @@ def main() -> None:
     run, export = options.output / "run", options.output / "export"
     masked = ["--mask", options.mask] if options.mask else []
     named = ["--model", str(options.model), "--prompts", options.prompts, "--output", str(run)]
-    subprocess.run([options.m2ray, "extract", *named, "--layers", ",".join(map(str, layers)), *masked], check=True)
-    subprocess.run([options.m2ray, "export", str(run), "--to", "speculators", "--output", str(export)], check=True)
+    call(options.m2ray, "extract", *named, "--layers", ",".join(map(str, layers)), *masked)
+    call(options.m2ray, "export", str(run), "--to", "speculators", "--output", str(export))
 
     draft = draft_of(options.model, layers)
     losses = train(draft, batches_of(export, options.max_length, options.batch_size), options.steps, options.learning_rate)

@@ -34,12 +34,20 @@ def _encoding(value: Any) -> str:
         raise ValueError("the name of a text encoding, as Python has them") from error
 
 
+def _day(value: Any) -> date:
+    """Raises ValueError for what is no date of ISO 8601."""
+    try:
+        return date.fromisoformat(str(value))
+    except ValueError as error:
+        raise ValueError("a date such as 2026-02-28") from error
+
+
 Auto = Literal["auto"]
 Attention = Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"]
 OffloadTo = Literal["none", "cpu", "disk"]
 Transport = Literal["auto", "object_store", "cuda_ipc"]
 Positive = Annotated[int, Field(gt=0)]
-Day = Annotated[date, BeforeValidator(lambda value: date.fromisoformat(str(value)))]
+Day = Annotated[date, BeforeValidator(_day)]
 NonEmpty = Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)]
 Encoding = Annotated[str, BeforeValidator(_encoding)]
 

@@ -8,16 +8,17 @@ import click
 from m2ray.activations.job import JobRecord, read_job
 from m2ray.cli import Command
 from m2ray.cli.output import say, terminal
-from m2ray.errors import NotInRunError
+from m2ray.errors import NotInRunError, RunConflictError
 from m2ray.storage import looking, open_store
 
 if TYPE_CHECKING:
     from m2ray.export.consumer import Norm, Target
+    from m2ray.storage import Store
 
 
 @click.command(cls=Command, kept="Units that were written whole are kept: the same command goes on.")
 @click.argument("run", metavar="RUN")
-@click.option("--to", required=True, metavar="CONSUMER", help="The trainer: see docs/export.md.")
+@click.option("--to", required=True, metavar="CONSUMER", help="speculators, saelens, specforge, nemo-dspark, modelopt or deepspec: docs/export.md.")
 @click.option("--output", required=True, metavar="URI", help="A new folder or bucket's prefix, or that of an export to be finished.")
 @click.option("--layers", metavar="VALUE", help="m2ray's layer numbers, \"1,30,58,61\"; default: those of the trainer's documentation.")
 @click.option("--context-size", type=click.IntRange(1), help="Tokens of a context; for saelens.")
@@ -32,7 +33,7 @@ def command(run: str, to: str, output: str, layers: str | None, context_size: in
     from m2ray.export.exporting import consumer_of, ids_of, plan_export, write_export
 
     with looking():  # whether it can be reached; what takes hours bears a pause of the store
-        read_job(open_store(run))
+        job = read_job(open_store(run))
     export = plan_export(run, to, layers=layers, context_size=context_size, model_folder=model, norm_of=_norm_of, target_of=_target_of)
     named = ", ".join(f"{layer} = {name}" for layer, name in ids_of(export, to).items())
     say(
@@ -40,6 +41,8 @@ def command(run: str, to: str, output: str, layers: str | None, context_size: in
     )
     if remark := consumer_of(to).remark(export):
         say(remark)
+    if model and job and (export.norm or export.target):
+        _require_weights(open_store(run), job, model)
     began = time.monotonic()
     with Progress(terminal()) as progress:
 
@@ -48,6 +51,21 @@ def command(run: str, to: str, output: str, layers: str | None, context_size: in
 
         summary = write_export(export, to, output, report)
     say(f"Complete: {summary['files']:,} files with {summary['num_bytes']:,} bytes in {output}; m2ray_export.json holds the account.")
+
+
+def _require_weights(store: "Store", job: JobRecord, folder: str) -> None:
+    """Raise RunConflictError if the checkpoint's weights are not the run's: one that was trained further has the same names and sizes."""
+    from m2ray.activations.records import WEIGHTS_KEY, read_weights
+    from m2ray.model.checkpoint import open_checkpoint
+    from m2ray.model.weights import hash_weights
+
+    if job.format_version == 1:
+        say(f"A run of format 1 has no {WEIGHTS_KEY}: whether {folder} holds the weights of its rows is not known.")
+        return
+    recorded = read_weights(store, job)
+    if hash_weights(open_checkpoint(folder), job.layers_run) != {None: recorded.embedding, job.layers_run - 1: recorded.layers[-1]}:
+        what = f"The weights at {folder} are not those of the run: its embedding or its last layer is not what {WEIGHTS_KEY} says."
+        raise RunConflictError(what, "Give the run's by --model.")
 
 
 def _norm_of(job: JobRecord, folder: str) -> "Norm":

@@ -97,7 +97,7 @@ def _print(facts: dict[str, Any]) -> None:
             state = f"{begun}: its last driver ({who}) {KILLED}; run the same command again"
     say(f"{model['model_type']}, {model['num_layers']} layers, hidden size {model['hidden_size']}; begun {facts['created_at']}; {state}")
     for kind, name in facts["names"].items():
-        say(f"{kind:<11}{name}")
+        say(f"{kind.removeprefix('chat_'):<11}{name}")
     versions = {"m2ray": facts["m2ray_version"], **facts["versions"]}
     say(f"begun by   {', '.join(f'{package} {version}' for package, version in versions.items())}")
     say(f"shards     {shards['committed']:,} of {shards['all']:,} committed")

@@ -70,11 +70,12 @@ def plan_export(
     chosen = parse_layers(layers, num_layers) if layers is not None else consumer.default_layers(num_layers, of_run)
     problems = [*_run_problems(catalogue), *_layer_problems(catalogue, consumer, chosen, of_run)]
     problems += _option_problems(consumer, to, context_size, model_folder)
-    raise_all(problems)
-    samples = Samples(catalogue, chosen)
+    samples = Samples(catalogue, [layer for layer in chosen if layer in of_run])
     if not len(samples):
-        raise NotInRunError(f"The run at {catalogue.store.url} has no sequences that could be exported: all of them were quarantined.")
-    raise_all([*_row_problems(job, consumer, samples), *(_mask_problems(catalogue, samples) if consumer.needs_mask else [])])
+        what = f"The run at {catalogue.store.url} has no sequences that could be exported: all of them were quarantined."
+        raise_all([*problems, NotInRunError(what)])
+    problems += _mask_problems(catalogue, samples) if consumer.needs_mask else []
+    raise_all(problems + (_row_problems(job, consumer, samples) if samples.layers else []))
     norm = norm_of(job, model_folder) if consumer.needs_norm and norm_of and model_folder else None
     target = target_of(job, model_folder) if consumer.needs_model and target_of and model_folder else None
     return Export(samples, num_layers, job.run_id, job.names.get("model", ""), context_size, target, norm)
@@ -141,8 +142,12 @@ def _run_problems(catalogue: Catalogue) -> list[M2rayError]:
 def _layer_problems(catalogue: Catalogue, consumer: Consumer, layers: Sequence[int], of_run: Sequence[int]) -> list[M2rayError]:
     problems: list[M2rayError] = []
     shown = ", ".join(map(str, layers))
-    if not layers or len(set(layers)) < len(layers):
-        problems.append(ConfigError(f"Layers {shown or '(none)'} are not one or more different ones.", "Name others (--layers)."))
+    if not layers:
+        has = ", ".join(map(str, of_run))
+        problems.append(ConfigError(f"{consumer.name} names no layers, and the run has several: {has}.", "Say which (--layers)."))
+    if len(set(layers)) < len(layers):
+        what = f"Of a model of {catalogue.job.model.num_layers} layers those that {consumer.name} takes by default are not different ones: {shown}."
+        problems.append(ConfigError(what, "Name others (--layers)."))
     if absent := [layer for layer in layers if layer not in of_run]:
         problems.append(absent_layers(catalogue, absent))
     last = catalogue.job.model.num_layers - 1

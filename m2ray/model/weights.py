@@ -6,12 +6,14 @@ Memory holds the parameters in their final dtype and a few pieces on their way, 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain
 from math import prod
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
+from m2ray.batches import LayerSpan
 from m2ray.errors import CheckpointError
 from m2ray.model.checkpoint import Checkpoint
 from m2ray.model.conversion import Placement
@@ -21,6 +23,7 @@ from m2ray.model.extents import Range, RowsToLoad
 from m2ray.model.families import fp8_block
 from m2ray.model.fp8 import Block, dequantize
 from m2ray.model.gpu_loading import Lanes
+from m2ray.model.skeleton import build_skeleton
 from m2ray.model.tensors import FP8, SCALE, MatchedTensor, disk_bytes, match_by_layer
 
 OnBytes = Callable[[int, int], None]
@@ -72,6 +75,28 @@ def load_weights(checkpoint: Checkpoint, decoder: DecoderSpan, on_bytes: OnBytes
     decoder.check_complete()
     decoder.bring_layers()
     return Loaded(needed_bytes, digests.by_layer())
+
+
+def hash_weights(checkpoint: Checkpoint, layers_run: int) -> Mapping[int | None, str]:
+    """The digests, as `load_weights` gives them, of what runs before the first layer, at None, and of the last of `layers_run` layers.
+
+    They are read a piece at a time, and nothing is kept.
+
+    Raises:
+        CheckpointError: tensors are missing, unknown or misshapen.
+        StoreError: reading fails.
+    """
+    block, digests = fp8_block(checkpoint.whole_config), WeightDigests(checkpoint.headers)
+    skeleton = build_skeleton(checkpoint.whole_config, torch.bfloat16)
+    matched = chain.from_iterable(match_by_layer(skeleton, checkpoint.headers, LayerSpan(0, layers_run)))
+    for each in [each for each in matched if each.tensor.layer in (None, layers_run - 1)]:
+        digests.expect([each])
+        values = torch.empty(each.tensor.shape, device="meta")
+        for piece in chain.from_iterable(_cut(checkpoint, placement, placement.part_of(values), block) for placement in each.placements):
+            for part in (piece.values, piece.scale):
+                if part is not None:
+                    _read(checkpoint, part, torch.empty(part.shape, dtype=part.dtype), digests)
+    return digests.by_layer()
 
 
 def _load_by_lanes(

@@ -1,12 +1,13 @@
 """Which column of the source holds the prompts, text, chat messages or token ids: chosen once, for all its files."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 
 from m2ray.errors import PromptsError
 from m2ray.options import PromptOptions
 from m2ray.prompts.readers import PromptFile
-from m2ray.prompts.rows import Columns, FileColumns, Kind
+from m2ray.prompts.rows import Columns, FileColumns, Kind, Record
 from m2ray.storage import without_secrets
 
 TEMPLATE_OPTIONS = "chat_template_kwargs"
@@ -19,6 +20,8 @@ NAME_ONE = (
 
 _LOSS_MASKS = ["loss_mask", "assistant_masks"]
 """The columns that are looked for beside token ids; transformers and TRL write the second name."""
+
+_SHOWN_NESTED = 20
 
 _DEFAULTS: dict[str, Kind] = {"text": "text", "messages": "messages", "conversations": "messages", "input_ids": "input_ids"}
 """The columns that are looked for where none is named, and what they hold."""
@@ -110,33 +113,45 @@ def _refuse_options_of_chats(kind: Kind, options: PromptOptions) -> None:
         )
 
 
-def absent_columns(file: PromptFile, present: FileColumns, columns: Columns, options: PromptOptions) -> list[PromptsError]:
-    """What a file lacks of the columns that were chosen and named.
+def absent_columns(files: Iterable[tuple[PromptFile, FileColumns]], columns: Columns, options: PromptOptions) -> list[PromptsError]:
+    """What files lack of the columns that were chosen and named. Of files with the same columns that lack the same the first is named.
 
     A file that shows no columns has no rows, or rows that are quarantined one by one.
     """
+    alike: dict[tuple[str, str, frozenset[str] | None], list[PromptFile]] = {}
+    for file, present in files:
+        for option, what in _lacking(present, columns, options):
+            alike.setdefault((option, what, None if present is None else frozenset(present)), []).append(file)
+    return [_absent(*lack, found) for lack, found in alike.items()]
+
+
+def _lacking(present: FileColumns, columns: Columns, options: PromptOptions) -> Iterator[tuple[str, str]]:
+    """The options that a file cannot do, and what it lacks."""
     needed = {"id_column": columns.row_id, "tools_column": options.tools_column}
     if present is None:
         needed[f"{columns.kind}_column"] = None if columns.kind == "text" else columns.prompt
-        return [
-            PromptsError(f"{file.path} is plain text and has no column {name!r}.", f"Leave {option} out, or the file.")
-            for option, name in needed.items()
-            if name is not None
-        ]
-    if not present:
-        return []
-    listed = ", ".join(repr(name) for name in sorted(present))
-    problems = [
-        PromptsError(f"{file.path} has no column {name!r}.", f"Set {option} to one of its columns: {listed}.")
-        for option, name in needed.items()
-        if name is not None and name not in present
-    ]
-    if columns.prompt not in present:
-        # None was named, and every file that has another of the default columns was refused before.
-        none = f"neither a column {' nor '.join(map(repr, _DEFAULTS))}" if columns.rivals else f"no column {columns.prompt!r}"
-        problems.append(
-            PromptsError(
-                f"{file.path} has {none}.", f"Set text_column, messages_column or input_ids_column to one of its columns: {listed}."
-            )
-        )
-    return problems
+        yield from ((option, f"is plain text and has no column {name!r}") for option, name in needed.items() if name is not None)
+    elif present:
+        absent = {option: name for option, name in needed.items() if name is not None and name not in present}
+        yield from ((option, f"has no column {name!r}") for option, name in absent.items())
+        if columns.prompt not in present:
+            # None was named, and every file that has another of the default columns was refused before.
+            none = f"neither a column {' nor '.join(map(repr, _DEFAULTS))}" if columns.rivals else f"no column {columns.prompt!r}"
+            yield "text_column, messages_column or input_ids_column", f"has {none}"
+
+
+def _absent(option: str, what: str, present: frozenset[str] | None, files: Sequence[PromptFile]) -> PromptsError:
+    more = f" So it is with {len(files) - 1:,} more files." if len(files) > 1 else ""
+    if present is None:
+        return PromptsError(f"{files[0].path} {what}.{more}", f"Leave {option} out, or the file.")
+    listed = ", ".join(map(repr, sorted({*present, *_inside(files[0], present)})))
+    return PromptsError(f"{files[0].path} {what}.{more}", f"Set {option} to one of its columns: {listed}.")
+
+
+def _inside(file: PromptFile, present: Iterable[str]) -> list[str]:
+    """The dotted names of what the first row's objects hold, as far as an error shows them; none of a file whose first row cannot be read."""
+    with suppress(PromptsError):
+        first = next(file.records(list(present)), Record({}))
+        objects = {name: value for name, value in first.values.items() if isinstance(value, dict)}
+        return [f"{name}.{key}" for name, value in objects.items() for key in value][:_SHOWN_NESTED]
+    return []

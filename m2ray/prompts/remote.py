@@ -13,6 +13,7 @@ from m2ray.errors import PromptsError, StoreError
 from m2ray.storage import SCHEMES, LocalStore, Store, StoreFile, local_folder, open_store, without_secrets
 
 _MAGIC = re.compile(r"[*?[]")
+_FROM_A_HUB = "m2ray downloads nothing; of a hub's data set: hf download OWNER/NAME --repo-type dataset --local-dir FOLDER."
 _URL = re.compile(r"(?P<bucket>(?P<scheme>[a-z0-9]+)://[^/?]+)/?(?P<path>.*?)(?P<options>\?[A-Za-z_-]+=.*)?", re.DOTALL)
 
 
@@ -105,7 +106,9 @@ def _absent(at: PromptPath, key: str) -> PromptsError:
         return PromptsError(f"No file matches {at}.", "Check the pattern.")
     if isinstance(at, Path) and at.is_dir():
         return PromptsError(f"The folder {at} holds no files.", "Give one with prompts; names that begin with '.' or '_' do not count.")
-    return PromptsError(f"The prompts {at} are absent.", "Check the path; every node that runs m2ray's driver must see it.")
+    is_name = isinstance(at, Path) and not at.is_absolute() and len(at.parts) == 2 and not at.parent.exists()
+    remedy = f"Check the path; every node that runs m2ray's driver must see it.{f' {_FROM_A_HUB}' if is_name else ''}"
+    return PromptsError(f"The prompts {at} are absent.", remedy)
 
 
 def _place(address: str) -> tuple[Store, str]:
@@ -119,7 +122,7 @@ def _place(address: str) -> tuple[Store, str]:
         scheme = address.partition("://")[0]
         raise PromptsError(
             f"{without_secrets(address)!r} cannot be read: its scheme is {scheme!r}.",
-            f"Give a path or one of {', '.join(SCHEMES)}.",
+            f"Give a path or one of {', '.join(SCHEMES)}. {_FROM_A_HUB}",
         )
     return open_store(match["bucket"] + (match["options"] or "")), match["path"].strip("/")
 

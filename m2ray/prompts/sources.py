@@ -52,7 +52,7 @@ class PromptSource:
         except PromptsError as problem:
             raise_all([*problems, problem])
             raise
-        raise_all(problems + [problem for file, present in files for problem in absent_columns(file, present, columns, options)])
+        raise_all(problems + absent_columns(files, columns, options))
         return cls(options, tuple(files), columns)
 
     @property

@@ -42,6 +42,11 @@ def test_every_problem_is_listed_at_once() -> None:
         assert name in text
 
 
+def test_a_date_that_is_none_is_told_what_one_looks_like() -> None:
+    with pytest.raises(ConfigError, match=r"template_date = '3 Feb' is not a date such as 2026-02-28 or 'auto'\."):
+        ExtractConfig.validated({**REQUIRED, "template_date": "3 Feb"})
+
+
 @pytest.mark.parametrize("option", ["tokens"])
 def test_options_of_features_not_built_are_unknown(option: str) -> None:
     with pytest.raises(ConfigError, match=f"no option '{option}'"):

@@ -76,6 +76,8 @@ def test_a_digest_is_what_the_docs_say(fp8: Path, monkeypatch: pytest.MonkeyPatc
     assert found == as_documented(fp8, piece_bytes, 128)
     assert found.keys() == {None, *range(NUM_LAYERS)}
     assert len(set(found.values())) == NUM_LAYERS + 1
+    last = NUM_LAYERS - 2
+    assert weights.hash_weights(open_checkpoint(str(fp8)), last + 1) == {None: found[None], last: found[last]}
 
 
 def offloaded(folder: Path, home: Path) -> list[StageSpec]:

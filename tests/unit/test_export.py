@@ -233,8 +233,10 @@ def test_what_the_run_lacks_is_said_by_name(run: Path, tmp_path: Path) -> None:
             plan_export(run, "saelens", layers="5", context_size=size)
     with pytest.raises(ConfigError, match="context_size is not an option"):
         plan_export(run, "speculators", context_size=8)
-    with pytest.raises(ConfigError, match="Name others"):
+    with pytest.raises(ConfigError, match=r"the run has several: 1, 5, 8, 11\. Say which \(--layers\)"):
         plan_export(run, "saelens", context_size=8)
+    with pytest.raises(M2rayError, match=r"(?s)^3 problems.*of layer 2.*--model.*10 of the 10 sequences"):
+        plan_export(tmp_path / "none", "nemo-dspark", layers="1,2,11")
     with pytest.raises(ConfigError, match="no consumer 'x'"):
         plan_export(run, "x")
     with pytest.raises(ConfigError, match="longest sequence has 12 tokens"):
@@ -260,8 +262,10 @@ def test_a_damaged_run_is_refused_by_name(run: Path, tmp_path: Path) -> None:
 
 
 def test_every_consumer_says_what_it_is() -> None:
+    words = CliRunner().invoke(main, ["export", "--help"]).output
     for name in CONSUMERS:
         assert consumer_of(name).name
+        assert name in words
 
 
 # -- the command ------------------------------------------------------------------------------------------------------

@@ -19,8 +19,9 @@ from m2ray.export import nemo_dspark, safetensors_file
 from m2ray.export.exporting import ids_of, plan_export, write_export
 from m2ray.model.checkpoint import open_checkpoint, up_to_layer
 from m2ray.model.target_weights import target_weights
+from m2ray.model.weights import hash_weights
 from m2ray.storage import LocalStore
-from tests.reference import edited, load_reference, make_family, make_minimax, make_wrapper, same_bits
+from tests.reference import edited, load_reference, make_family, make_minimax, make_wrapper, other_weights, same_bits
 from tests.unit import activation_runs as runs
 from tests.unit import export_runs
 
@@ -185,6 +186,7 @@ def test_the_command_reads_norm_embedding_and_head_of_the_runs_model(tmp_path: P
         return replace(record, fingerprints={**record.fingerprints, "model": digest})
 
     monkeypatch.setattr(runs, "job", job)
+    monkeypatch.setattr(runs, "LOADED", {**runs.LOADED, **hash_weights(open_checkpoint(str(folder)), runs.NUM_LAYERS)})
     export_runs.finished_run(LocalStore(tmp_path / "run"), export_runs.parts(LAYERS))
     words = ["export", str(tmp_path / "run"), "--to", "nemo-dspark", "--model", str(folder), "--output", str(tmp_path / "out")]
     result = CliRunner().invoke(main, words)
@@ -200,6 +202,12 @@ def test_the_command_reads_norm_embedding_and_head_of_the_runs_model(tmp_path: P
     with safe_open(tmp_path / "out" / "target_weights.safetensors", "pt") as file:
         assert same_bits(file.get_tensor("embed_tokens.weight"), model.model.embed_tokens.weight.data)
         assert same_bits(file.get_tensor("lm_head.weight"), model.lm_head.weight.data)
+    words[-1] = str(tmp_path / "other")
+    with other_weights(folder):
+        refused = CliRunner().invoke(main, words)
+    assert refused.exit_code == 1
+    assert "are not those of the run: its embedding or its last layer" in refused.output
+    assert not (tmp_path / "other").exists()
 
 
 # -- embedding and head -----------------------------------------------------------------------------------------------

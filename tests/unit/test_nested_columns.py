@@ -24,7 +24,7 @@ FORMATS = ["a.jsonl", "a.json", "a.parquet", "a.arrow", "saved"]
 
 
 def written(path: Path, rows: list[dict[str, Any]]) -> Path:
-    if path.name == "a.jsonl":
+    if path.suffix == ".jsonl":
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     elif path.name == "a.json":
         path.write_text(json.dumps(rows))
@@ -77,10 +77,13 @@ def test_tools_that_appear_late_in_a_file_are_not_lost(tmp_path: Path) -> None:
     assert [row.tools for row in found[1499:]] == [None, TOOLS]
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+@pytest.mark.parametrize("name", FORMATS)
 def test_an_absent_one_is_named_beside_what_is_there(tmp_path: Path, name: str) -> None:
     path = written(tmp_path / name, ROWS)
-    with pytest.raises(PromptsError, match=r"has no column 'doc.title'.*one of its columns: 'conversation', 'doc', 'meta'"):
+    with pytest.raises(
+        PromptsError,
+        match=r"has no column 'doc.title'.*one of its columns: 'conversation', 'conversation.messages', .* 'doc', 'doc.body', 'meta', 'meta.id'",
+    ):
         source(path, text_column="doc.title")
     with pytest.raises(PromptsError, match="has no column 'meta.id.x'"):
         source(path, text_column="doc.body.text", id_column="meta.id.x")
@@ -111,3 +114,14 @@ def test_only_that_field_of_a_struct_is_read_of_parquet(tmp_path: Path) -> None:
     assert [row.text for row in rows_of(path, text_column="doc.text")] == ["one"]
     with pytest.raises(PromptsError, match="is damaged"):
         rows_of(path, text_column="doc.other")
+
+
+def test_of_many_files_that_lack_the_same_one_is_named(tmp_path: Path) -> None:
+    for number in range(9):
+        written(tmp_path / f"{number}-a.jsonl", ROWS)
+    (tmp_path / "9.jsonl").write_text(json.dumps({"body": "one"}) + "\n")
+    with pytest.raises(
+        PromptsError, match=r"(?s)^2 problems.*0-a.jsonl has neither .* So it is with 8 more files\..*'doc.body'.*9.jsonl"
+    ) as caught:
+        source(tmp_path)
+    assert "1-a.jsonl" not in str(caught.value)

@@ -444,6 +444,11 @@ def test_sources_that_cannot_be_read_stop_the_run(tmp_path):
         open_source(tmp_path / "a.csv", id_column="key", text_column="body")
     with pytest.raises(PromptsError, match="scheme is 'ftp'"):
         open_source("ftp://host/prompts.jsonl")
+    for name in ("owner/name", "hf://datasets/owner/name"):
+        with pytest.raises(PromptsError, match="hf download OWNER/NAME --repo-type dataset"):
+            open_source(name)
+    with pytest.raises(PromptsError, match=r"absent.jsonl are absent. Check the path; every node that runs m2ray's driver must see it\.$"):
+        open_source(tmp_path / "absent.jsonl")
 
 
 def test_all_problems_of_a_folder_are_listed_at_once(tmp_path):

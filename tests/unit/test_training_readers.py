@@ -1,7 +1,9 @@
 """Bare rows for dictionary trainers and whole sequences for draft trainers: the run's own bits, each once an epoch, resumed anywhere."""
 
+import concurrent.futures.thread
 import itertools
 import pickle
+import sys
 from pathlib import Path
 
 import pytest
@@ -64,6 +66,15 @@ def test_a_data_provider_goes_on_without_end_in_full_batches_of_float32(folder: 
         assert stored.issuperset(rows)
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_provider_that_is_open_when_python_ends_says_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "is_finalizing", lambda: True)
+    batches = iter(open_run(folder).layer(7).stream(batch_rows=10))
+    next(batches)
+    monkeypatch.setattr(concurrent.futures.thread, "queue", None)  # as modules are by then
+    batches.close()
+
+
 @pytest.mark.parametrize("after", [0, 3, 6, 7, 13])
 def test_rows_go_on_where_a_state_was_taken(folder: Path, after: int) -> None:
     def make():
@@ -84,6 +95,8 @@ def test_a_batch_that_an_epoch_does_not_fill_is_refused(folder: Path) -> None:
         open_run(folder).layer(7).iterator(epochs=0)
     with pytest.raises(NotInRunError, match="layers 0, 7, 11"):
         open_run(folder).iterator()
+    with pytest.raises(ConfigError, match=r"check = 'page' is not known. Give one of 'pages', 'none'"):
+        open_run(folder, check="page")
 
 
 # -- samples ----------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +15,7 @@ from m2ray.activations.reading.catalogue import Catalogue
 from m2ray.activations.reading.part_reader import Check
 from m2ray.activations.reading.random_rows import RandomRows
 from m2ray.batches import TOKEN_ROW, PartReceipt, PartSpec
-from m2ray.errors import NotInRunError
+from m2ray.errors import ConfigError, NotInRunError
 from m2ray.storage import open_store
 
 if TYPE_CHECKING:
@@ -42,10 +42,13 @@ def open_run(path: str | Path, *, check: Check = "pages") -> "RunReader":
     themselves are not: random rows of a local run come up to twice as fast. Runs of format 1 have nothing to hold rows against.
 
     Raises:
+        ConfigError: `check` is neither "pages" nor "none".
         StoreError: there is no run at `path`, or it cannot be read.
         RunDamagedError: its records cannot be understood.
         RunConflictError: a newer m2ray wrote it.
     """
+    if check not in get_args(Check):
+        raise ConfigError(f"check = {check!r} is not known.", f"Give one of {', '.join(map(repr, get_args(Check)))}.")
     catalogue = Catalogue(open_store(path), check)
     return RunReader(catalogue, catalogue.job.parts, has_layer_axis=True)
 

@@ -51,7 +51,9 @@ class RowIterator(Iterator[torch.Tensor]):
                 self._has_given = True
                 return rows if self._dtype is None else rows.to(self._dtype)
             if not self._has_given and self._epochs is None:
-                raise ConfigError(f"This consumer has fewer rows than one batch of {self._batch_rows}.", "Give fewer rows, or more data.")
+                raise ConfigError(
+                    f"This consumer has fewer rows than one batch of {self._batch_rows}.", "Give a smaller `rows`, or more data."
+                )
             self._epoch, self._has_given, self._batches = self._epoch + 1, False, None
             self._stream.set_epoch(self._epoch)
         raise StopIteration

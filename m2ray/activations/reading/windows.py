@@ -5,6 +5,7 @@ window, which is read meanwhile.
 """
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -93,6 +94,7 @@ class Windows:
             skip_rows -= self._sizes[number]
             number += 1
         pool = ThreadPoolExecutor(self._reads_at_once, thread_name_prefix="stream")
+        is_exiting = sys.is_finalizing  # held here: a stream that is open at the interpreter's end is closed when modules are empty
         try:
             carried = 0
             ahead = self._begin(pool, number, carried, batch_rows, wait=True)
@@ -114,7 +116,8 @@ class Windows:
                 del window
                 number, skip_rows = number + 1, 0
         finally:
-            pool.shutdown(cancel_futures=True)
+            if not is_exiting():
+                pool.shutdown(cancel_futures=True)
 
     def _is_there(self, number: int, *, wait: bool) -> bool:
         """Whether the epoch has this window, as far as it is known."""
