@@ -105,7 +105,7 @@ def test_where_a_wrong_encoding_leaves_no_lines_the_file_is_refused(tmp_path: Pa
         rows_of(tmp_path / "cut.txt", encoding="utf-16")
     for text in ("a\nb\n".encode("utf-16-le"), "编号,text\n".encode("gbk")):
         (tmp_path / "unmarked.csv").write_bytes(text)
-        with pytest.raises(PromptsError, match=r"unmarked.csv is not utf-16: .*Set encoding to what the file was written in"):
+        with pytest.raises(PromptsError, match=r"unmarked.csv cannot be read as utf-16: .*Set encoding to what the file was written in"):
             rows_of(tmp_path / "unmarked.csv", encoding="utf-16")
     path = written(tmp_path / "a.txt", "utf-8", ["渡河"] * 9)
     with pytest.raises(PromptsError, match=r"a.txt is not ascii: character 0 of line 1 is wrong, and so in 9 of its first 9 lines"):
