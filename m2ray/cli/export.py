@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 @click.command(cls=Command, kept="Units that were written whole are kept: the same command goes on.")
 @click.argument("run", metavar="RUN")
-@click.option("--to", required=True, metavar="CONSUMER", help="speculators, saelens, specforge, nemo-dspark, modelopt or deepspec: docs/export.md.")
+@click.option(
+    "--to", required=True, metavar="CONSUMER", help="speculators, saelens, specforge, nemo-dspark, modelopt or deepspec: docs/export.md."
+)
 @click.option("--output", required=True, metavar="URI", help="A new folder or bucket's prefix, or that of an export to be finished.")
 @click.option("--layers", metavar="VALUE", help="m2ray's layer numbers, \"1,30,58,61\"; default: those of the trainer's documentation.")
 @click.option("--context-size", type=click.IntRange(1), help="Tokens of a context; for saelens.")
