@@ -151,7 +151,7 @@ def read_job(store: Store) -> JobRecord | None:
         if foreign.startswith(_OF_A_RUN):
             raise moved_away(store)
         what = f"{store.url} is not empty and is no run folder: it holds {foreign} and no {JOB_KEY}."
-        raise RunConflictError(what, "Give a run folder, or an empty one to begin a run in.")
+        raise RunConflictError(what, "Give a run folder, or, to begin a run, another output.")
     return None
 
 

@@ -78,7 +78,7 @@ def _norm_of(job: JobRecord, folder: str) -> "Norm":
     compute_dtype, store_dtype = job.options["compute_dtype"], job.options["store_dtype"]
     if compute_dtype != store_dtype:
         raise NotInRunError(
-            f"The run computed in {compute_dtype} and stored {store_dtype}: the norm of rounded rows is not what the model gives.",
+            f"The run computed in {compute_dtype} and stored {store_dtype}: the model's norm takes rows in the dtype in which they were computed.",
             f"Extract with store_dtype = {compute_dtype!r}.",
         )
     return final_norm(folder, job.fingerprints["model"], job.layers_run, DTYPES[compute_dtype])
