@@ -97,6 +97,7 @@ def _in_a_cell(error: M2rayError) -> str:
     """Why, without what is the same for all."""
     text = re.sub(r"\s*m2ray runs (?:a model only|causal decoders|what it can)[^.]*\.", "", str(error))
     text = re.sub(r"config\.json: (?:of a tiny \S+ with its fields, )?", "", text)
+    text = re.sub(r" from '/[^;]*", "", text)  # where this machine has transformers
     return " ".join(text.replace("|", "/").split())
 
 
