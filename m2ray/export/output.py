@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Self
 import xxhash
 
 from m2ray.activations.json_record import digest
-from m2ray.errors import AlreadyExistsError, RunConflictError, RunDamagedError
+from m2ray.errors import AlreadyExistsError, RunConflictError, RunDamagedError, StoreError
 from m2ray.storage import Data, Store
 from m2ray.storage.hashing import HashingFile
 
@@ -144,7 +144,12 @@ class Output:
 
     def _next_closed(self) -> Written:
         _, closing = self._closing[0]
-        written = closing.result(_CLOSE_TIMEOUT_S)
+        try:
+            written = closing.result(_CLOSE_TIMEOUT_S)
+        except TimeoutError as error:
+            raise StoreError(
+                f"A file of {self._store.url} was not durable after {_CLOSE_TIMEOUT_S:g} s.", "Look at the store; the same command goes on."
+            ) from error
         self._closing.popleft()
         return written
 

@@ -7,7 +7,7 @@ from contextlib import suppress
 from m2ray.errors import PromptsError
 from m2ray.options import PromptOptions
 from m2ray.prompts.readers import PromptFile
-from m2ray.prompts.rows import Columns, FileColumns, Kind, Record
+from m2ray.prompts.rows import LOSS_MASKS, Columns, FileColumns, Kind, Record
 from m2ray.storage import without_secrets
 
 TEMPLATE_OPTIONS = "chat_template_kwargs"
@@ -18,9 +18,6 @@ NAME_ONE = (
     "files without it refused."
 )
 
-_LOSS_MASKS = ["loss_mask", "assistant_masks"]
-"""The columns that are looked for beside token ids; transformers and TRL write the second name."""
-
 _SHOWN_NESTED = 20
 
 _DEFAULTS: dict[str, Kind] = {"text": "text", "messages": "messages", "conversations": "messages", "input_ids": "input_ids"}
@@ -30,7 +27,7 @@ _DEFAULTS: dict[str, Kind] = {"text": "text", "messages": "messages", "conversat
 def nested_columns(options: PromptOptions) -> list[str]:
     """The dotted names that files are asked for: columns that are named, and such as go with a prompt and may lie beside it."""
     prompts = [name for name in _named(options).values() if name]
-    beside = [_beside(name, prompt) for prompt in prompts for name in ("tools", TEMPLATE_OPTIONS, "attention_mask", *_LOSS_MASKS)]
+    beside = [_beside(name, prompt) for prompt in prompts for name in ("tools", TEMPLATE_OPTIONS, "attention_mask", *LOSS_MASKS)]
     return [name for name in (*prompts, options.id_column, options.tools_column, *beside) if name and "." in name]
 
 
@@ -71,7 +68,7 @@ def choose_columns(files: Sequence[tuple[PromptFile, FileColumns]], options: Pro
         tools=(options.tools_column or with_prompt("tools")) if is_messages else None,
         template_options=with_prompt(TEMPLATE_OPTIONS) if is_messages else None,
         attention_mask=with_prompt("attention_mask") if is_ids else None,
-        loss_mask=_loss_mask(files, [with_prompt(name) for name in _LOSS_MASKS]) if is_ids else None,
+        loss_mask=_loss_mask(files, [with_prompt(name) for name in LOSS_MASKS]) if is_ids else None,
         rivals=frozenset() if named else frozenset(_DEFAULTS) - {prompt},
     )
 

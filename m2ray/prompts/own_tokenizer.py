@@ -41,8 +41,7 @@ class TokenizersRefusalError(Exception):
 def refusals_named() -> Iterator[None]:
     """Raise TokenizersRefusalError where `tokenizers` raises Exception itself.
 
-    Its Rust code has nothing narrower for a text (0.23.3), and whether a text has a word without a token shows only when it is encoded. So
-    this is the one place where Exception is caught.
+    Its Rust code has nothing narrower for a text (0.23.3), and whether a text has a word without a token shows only when it is encoded.
     """
     try:
         yield

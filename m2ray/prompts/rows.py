@@ -13,6 +13,9 @@ Kind = Literal["text", "messages", "input_ids"]
 MAX_PROMPT_BYTES = 2 << 20
 """Longer rows are quarantined unread, and so many bytes are tokenised at a time: it takes up to 230 bytes of memory for each."""
 
+LOSS_MASKS = ("loss_mask", "assistant_masks")
+"""The columns that are looked for beside token ids; transformers and TRL write the second name."""
+
 _ROW_ID_CHARACTERS = 256
 
 _SPEAKERS = {"human": "user", "gpt": "assistant"}
@@ -242,6 +245,11 @@ def _read_token_ids(values: Mapping[str, Any], columns: Columns) -> dict[str, An
     token_ids = _integers(values[columns.prompt], columns.prompt, _LARGEST_ID)
     if token_ids is None:
         raise _BadRowError("null")
+    for name in LOSS_MASKS:  # as the columns were chosen, by the first rows, nobody would read the other one
+        if name != columns.loss_mask and "." not in (columns.loss_mask or "") and values.get(name) is not None:
+            raise _BadRowError(
+                f"its loss mask is in {name!r}, and those of the rows before, if they have any, are in {columns.loss_mask!r}"
+            )
     loss_mask = _mask(values.get(columns.loss_mask or ""), columns.loss_mask, len(token_ids), columns.prompt)
     attention_mask = _mask(values.get(columns.attention_mask or ""), columns.attention_mask, len(token_ids), columns.prompt)
     kept = _unpadded(attention_mask, columns.attention_mask) if attention_mask is not None else slice(None)

@@ -137,6 +137,17 @@ def test_two_columns_of_masks_are_refused(tmp_path: Path) -> None:
         PromptSource.open(PromptOptions(str(path), 10))
 
 
+def test_a_mask_of_another_name_than_the_first_rows_have_costs_its_row(tmp_path: Path) -> None:
+    """It comes behind the rows by which the columns were chosen; unread, it would have been null without a word."""
+    rows = [{"input_ids": [3]}] * 1000
+    later = [{"input_ids": [3], "assistant_masks": None}, {"input_ids": [3], "assistant_masks": [1]}, {"input_ids": [3], "loss_mask": [1]}]
+    path = write_jsonl(tmp_path / "p.jsonl", [*rows, *later])
+    found = list(PromptSource.open(PromptOptions(str(path), 10)).rows())
+    assert found[-2].reason == "its loss mask is in 'assistant_masks', and those of the rows before, if they have any, are in 'loss_mask'"
+    assert [row.loss_mask for row in found[-3:]] == [None, None, b"\x01"]
+    assert sum(row.reason is not None for row in found) == 1
+
+
 def test_a_window_of_many_masks_is_written_in_several_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(window, "_ROW_GROUP_BYTES", 1000)
     monkeypatch.setattr("m2ray.prompts.surveying._BATCH_ROWS", 8)
