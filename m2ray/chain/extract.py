@@ -213,7 +213,7 @@ def _stages(work: _Work, plan: Plan, hardware: Hardware, reservations: Sequence[
         threads=max(1, int(per_stage_cpus / 2)) if plan.gpus else 1,
         compression=options.compression,
     )
-    job = Job(CaptureSpec({options.sites: options.layers}, options.store_dtype), writer, options.batch_tokens)
+    job = Job(CaptureSpec(options.sites, options.store_dtype), writer, options.batch_tokens)
     for replica, reservation in enumerate(reservations):
         specs = [list(_specs(work.inputs, plan, replica, stage.stage, stage.span)) for stage in plan.stages if stage.replica == replica]
         stages = Stages(

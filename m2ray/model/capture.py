@@ -1,7 +1,7 @@
 """What is kept at a site: the real tokens' rows, selected and rounded on the device, then copied to the host."""
 
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 
@@ -11,6 +11,8 @@ import torch
 from m2ray import selection
 from m2ray.batches import Bits, CapturedLayer, Column, MicroBatch, PartSpec
 from m2ray.errors import StageError
+from m2ray.model.eight_bits import Encoder, is_encoded
+from m2ray.sites import LayersOfSites
 
 COPYING_LAYERS = 3
 """Parts of one micro-batch whose rows are on the GPU at one time: on their way to the host, or yet to be computed."""
@@ -21,11 +23,11 @@ class CaptureSpec:
     """What a job takes of a model, the same for all its stages.
 
     Attributes:
-        sites: the layers whose rows are kept, ascending, by site; none at sites of the whole model.
-        store_dtype: "bfloat16", "float16" or "float32", of rows of hidden width.
+        sites: what is kept, as the model has it.
+        store_dtype: "bfloat16", "float16", "float32", "float8" or "int8", of rows of hidden width.
     """
 
-    sites: Mapping[str, tuple[int, ...]]
+    sites: LayersOfSites
     store_dtype: str
 
 
@@ -46,9 +48,12 @@ class Capture:
     computation: `finish` is what waits, and may be called on another thread.
     """
 
-    def __init__(self, micro_batch: MicroBatch, parts: Iterable[PartSpec], copy_stream: "torch.cuda.Stream | None") -> None:
+    def __init__(
+        self, micro_batch: MicroBatch, parts: Iterable[PartSpec], encoder: Encoder, copy_stream: "torch.cuda.Stream | None"
+    ) -> None:
         self._micro_batch = micro_batch
         self._parts = {(part.site, part.layer): part for part in parts}
+        self._encoder = encoder
         self._copy_stream = copy_stream
         places_N = torch.from_numpy(selection.places(micro_batch))
         # From pinned memory the host need not wait for the computation that is still running.
@@ -64,10 +69,9 @@ class Capture:
         self._wait_for_room()
         selected = [values.flatten(0, 1).index_select(0, self._places_N).flatten(1) for values in values_BT]
         extremes = [_extremes(rows_NW) for rows_NW in selected]
-        # Rounds once, to nearest even; index_select made a copy, so nothing computed later can change these rows.
-        rounded = [rows_NW.to(getattr(torch, column.dtype)) for rows_NW, column in zip(selected, part.columns, strict=True)]
+        stored = self._encoder.encode(part, *selected) if is_encoded(part) else _rounded(part, selected)
         room = values_BT[0].shape[0] * values_BT[0].shape[1]
-        columns = tuple(self._to_host(rows_NW, room) for rows_NW in rounded)
+        columns = tuple(self._to_host(rows_NW, room) for rows_NW in stored)
         self._captured[part] = _Rows(part, columns, tuple(self._to_host(both, len(both)) for both in extremes))
         if self._copy_stream is not None:
             self._copying.append(torch.cuda.Event())
@@ -99,9 +103,10 @@ class Capture:
             self._copied.synchronize()
         kept = [self._captured[part] for part in self._parts.values() if part in self._captured]
         for rows in kept:
-            for number, extremes in enumerate(rows.extremes):
-                if not extremes.to(rows.columns[number].dtype).isfinite().all():
-                    raise self._not_finite(rows, number)
+            for extremes, values in zip(rows.extremes, rows.columns, strict=False):
+                # What is encoded has a scale, and so fits as it is.
+                if not (extremes if is_encoded(rows.part) else extremes.to(values.dtype)).isfinite().all():
+                    raise self._not_finite(rows, extremes)
         return tuple(CapturedLayer(rows.part.site, rows.part.layer, tuple(map(_bits, rows.columns))) for rows in kept)
 
     def end(self) -> None:
@@ -110,16 +115,21 @@ class Capture:
             self._copied = torch.cuda.Event()
             self._copied.record(self._copy_stream)
 
-    def _not_finite(self, rows: _Rows, column: int) -> StageError:
-        is_bad_N = ~rows.columns[column].isfinite().all(dim=1).numpy()
+    def _not_finite(self, rows: _Rows, extremes: torch.Tensor) -> StageError:
+        is_bad_N = torch.stack([~values.float().isfinite().all(dim=1) for values in rows.columns]).any(dim=0).numpy()
         ids = np.unique(selection.token_rows(self._micro_batch)["sequence_id"][is_bad_N])
         listed = ", ".join(str(sequence_id) for sequence_id in ids[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
-        smallest, largest = rows.extremes[column].float().tolist()
-        dtype = rows.part.columns[column].dtype
+        smallest, largest = extremes.float().tolist()
+        dtype = rows.part.columns[0].dtype
         return StageError(
             f"{str(rows.part).capitalize()}, sequences {listed}: values from {smallest:g} to {largest:g} do not fit {dtype}.",
             'Set compute_dtype and store_dtype to "bfloat16" or "float32"; if they are so already, the weights or the family are at fault.',
         )
+
+
+def _rounded(part: PartSpec, selected: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Rows in the dtypes of the part's columns, rounded once, to nearest even. `index_select` made a copy, which nothing computed later changes."""
+    return [rows_NW.to(getattr(torch, column.dtype)) for rows_NW, column in zip(selected, part.columns, strict=True)]
 
 
 def _extremes(rows_NW: torch.Tensor) -> torch.Tensor:
