@@ -55,7 +55,7 @@ class DecoderSpan:
         self._incoming: Boundary | None = None
         self._prepared: torch.Tensor | None = None
         self._on_site: OnSite = _ignore
-        self._sites: Collection[str] = ()
+        self._asked: Collection[tuple[str, int | None]] = ()
         self._last: Boundary | None = None
         if device.type == "cuda":
             avoid_plans_by_shape()
@@ -77,11 +77,11 @@ class DecoderSpan:
             self._prepare = getattr(self._base, self._contract.prepared[1])
             setattr(self._base, self._contract.prepared[1], self._prepare_once)
 
-    def watch(self, sites: Collection[str]) -> None:
-        """From the next pass on, hand out these sites beside "residual", as far as the span has them."""
-        self._sites = sites
-        for hooks in self._hooks.values():
-            hooks.watch(sites)
+    def watch(self, asked: Collection[tuple[str, int | None]]) -> None:
+        """From the next pass on, hand out these sites and layers beside "residual", as far as the span has them."""
+        self._asked = asked
+        for number, hooks in self._hooks.items():
+            hooks.watch({site for site, _ in asked}, {site for site, layer in asked if layer == number})
 
     def run(self, token_ids_BT: torch.Tensor, incoming: Boundary | None, on_site: OnSite) -> Boundary:
         """Take a right-padded micro-batch through the span.
@@ -181,7 +181,7 @@ class DecoderSpan:
 
     def _inject(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if self._incoming is None:
-            if "embedding" in self._sites:
+            if ("embedding", None) in self._asked:
                 self._on_site("embedding", None, args[0] if args else kwargs["hidden_states"])
             return args, kwargs
         hidden_BTH, beside = self._incoming
@@ -207,7 +207,7 @@ class DecoderSpan:
             self._on_site("residual", number, hidden_BTH)
             if number == self.span.stop - 1:
                 self._last = Boundary(hidden_BTH, self._beside(output, kwargs))
-                if not (self.with_final_norm and "final_norm" in self._sites):
+                if not (self.with_final_norm and ("final_norm", None) in self._asked):
                     raise _SpanDone(self._last)
 
         return hook

@@ -172,7 +172,7 @@ class Stage:
         raise_all([problem for site, layers in capture.sites.items() for problem in self._why_not(site, layers)])
         of_the_job = parts_of_run(capture.sites, capture.store_dtype, row_width(config), *self._decoder.experts)
         self.parts = parts_of_span(of_the_job, self._spec.span, config.num_hidden_layers)
-        self._decoder.watch({part.site for part in self.parts})
+        self._decoder.watch({(part.site, part.layer) for part in self.parts})
         self._encoder = Encoder()
 
     def _why_not(self, site: str, layers: Sequence[int]) -> Iterator[ConfigError]:
