@@ -11,6 +11,7 @@ from m2ray.errors import CheckpointError, raise_all
 from m2ray.model.attention import avoid_plans_by_shape
 from m2ray.model.boundary import Boundary, contract_of, crossing
 from m2ray.model.compilation import compile_layers
+from m2ray.model.computed_buffers import build_buffers, computed_buffers
 from m2ray.model.families import expected_rotary_dim
 from m2ray.model.residency import BroughtLayers, WeightsInHost, WeightsOnDisk
 from m2ray.model.site_hooks import OnSite, SiteHooks
@@ -59,10 +60,10 @@ class DecoderSpan:
         self._last: Boundary | None = None
         if device.type == "cuda":
             avoid_plans_by_shape()
-        _build_buffers(self._base)
+        build_buffers(self._base)
         self._cut()
         for module in self._base.modules():
-            for name in _computed_buffers(module):
+            for name in computed_buffers(module):
                 module._buffers[name] = module._buffers[name].to(device)  # noqa: SLF001
         _check_rotary(self._base, skeleton.config)
         skeleton.layers[span.start].register_forward_pre_hook(self._inject, with_kwargs=True)
@@ -269,57 +270,6 @@ def _tensors_in(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     for prefix, module in model.named_modules():
         owned = {**module._parameters, **module._buffers, **vars(module)}  # noqa: SLF001 - plain attributes are in no public list
         yield from ((f"{prefix}.{name}", tensor) for name, tensor in owned.items() if isinstance(tensor, torch.Tensor))
-
-
-def _build_buffers(base: Any) -> None:
-    """Give the buffers that no checkpoint holds (rotary frequencies, embedding scales) memory and values, on the CPU.
-
-    transformers' own `_init_weights` computes them, as its loading does: of the module that has them, or of one around it. It leaves
-    parameters on the meta device alone.
-
-    Raises:
-        CheckpointError: it left one without values.
-    """
-    modules = dict(base.named_modules())
-    empty = {prefix: names for prefix, module in modules.items() if (names := _computed_buffers(module))}
-    for prefix, names in empty.items():
-        for name in names:
-            buffers = modules[prefix]._buffers  # noqa: SLF001 - buffers that are not saved are in no public list
-            buffers[name] = torch.empty_like(buffers[name], device="cpu")
-    _compute(base, modules, empty, list(empty))
-    if empty:
-        _compute(base, modules, empty, sorted({around for prefix in empty for around in _around(prefix)}, key=len))
-    if empty:
-        problems = [f"{prefix}.{name}" for prefix, names in empty.items() for name in names]
-        raise CheckpointError(f"transformers gives no values to the buffers {', '.join(problems)}.")
-
-
-def _computed_buffers(module: nn.Module) -> list[str]:
-    return [name for name in module._non_persistent_buffers_set if module._buffers.get(name) is not None]  # noqa: SLF001
-
-
-def _compute(base: Any, modules: Mapping[str, nn.Module], empty: dict[str, list[str]], of: list[str]) -> None:
-    """Let transformers initialise the modules named in `of`; what it gave no value stays in `empty`."""
-    found: list[dict[tuple[str, str], torch.Tensor]] = []
-    for marker in (0, 1):  # what is left as it was is told by another value
-        buffers = {(prefix, name): modules[prefix]._buffers[name] for prefix, names in empty.items() for name in names}  # noqa: SLF001
-        for buffer in buffers.values():
-            assert buffer is not None
-            buffer.fill_(marker)
-        for prefix in of:
-            base._init_weights(modules[prefix])  # noqa: SLF001 - the rule has no public name
-        found.append({place: modules[place[0]]._buffers[place[1]].clone() for place in buffers})  # type: ignore[union-attr]  # noqa: SLF001
-    for prefix, name in found[0]:
-        if torch.equal(found[0][prefix, name], found[1][prefix, name]):
-            empty[prefix].remove(name)
-            if not empty[prefix]:
-                del empty[prefix]
-
-
-def _around(prefix: str) -> list[str]:
-    """The names of the modules that hold a module, from the outermost, the base model, on."""
-    steps = prefix.split(".")
-    return [".".join(steps[:number]) for number in range(len(steps))]
 
 
 def _check_rotary(base: nn.Module, config: Any) -> None:
