@@ -30,9 +30,9 @@ def test_compiled_layers_show_every_site_within_rounding_from_one_graph(tmp_path
         found = taken(stage, micro_batch, incoming)
         boundary = stage.forward(micro_batch, incoming).boundary
         for key, columns in found.items():
-            for ours, theirs in zip(columns, expected[key], strict=True):
-                if key[0] == "router_topk":  # the same experts with the same weights, in whatever order
-                    ours, theirs = np.sort(ours), np.sort(theirs)
+            for pair in zip(columns, expected[key], strict=True):
+                # The same experts with the same weights, in whatever order.
+                ours, theirs = map(np.sort, pair) if key[0] == "router_topk" else pair
                 assert np.abs(ours - theirs).max() <= 1e-4 * max(1.0, np.abs(theirs).max()), key
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
