@@ -6,7 +6,7 @@ import torch
 
 import m2ray
 from tests.ray.conftest import RayCluster
-from tests.ray.test_extract import micro_batches, words
+from tests.ray.test_extract import micro_batches, minimax, prompts, words  # noqa: F401 - fixtures among them
 from tests.reference import MINIMAX_TINY, load_reference, same_bits
 from tests.site_reference import FAMILIES, by_hooks
 
@@ -31,4 +31,4 @@ def test_all_nine_sites_through_ray_are_transformers_own(cluster: RayCluster, mi
                     found = view.sequence(sequence_id)
                     columns = (found,) if isinstance(found, torch.Tensor) else tuple(found.values())
                     theirs = [column[start:stop] for column in expected[site, layer]]
-                    assert all(map(same_bits, columns, theirs, strict=True)), (site, layer)
+                    assert all(same_bits(*pair) for pair in zip(columns, theirs, strict=True)), (site, layer)
