@@ -13,7 +13,7 @@ from tests.site_reference import FAMILIES, by_hooks
 ALL = "residual:all, residual_mid:1, attention:all, mlp:2-4, mlp_in:0, router_logits:all, router_topk:0,6, embedding, final_norm"
 
 
-def test_all_nine_sites_through_ray_are_transformers_own(cluster: RayCluster, minimax: Path, prompts: Path, tmp_path: Path) -> None:
+def test_all_nine_sites_through_ray_are_transformers_own(cluster: RayCluster, minimax: Path, prompts: Path, tmp_path: Path) -> None:  # noqa: F811
     run = tmp_path / "run"
     done = cluster.run("m2ray", "extract", *words(minimax, prompts, run, "--stages", "3", "--sites", ALL))
     assert done.returncode == 0, done.stdout + done.stderr
