@@ -21,7 +21,7 @@ STATE_SPACE = {"attention": "mamba", "mlp": "feed_forward", "mlp_in": ">feed_for
 
 FAMILIES: Mapping[str, Callable[[int], Mapping[str, str]]] = {
     "bamba": lambda layer: STATE_SPACE | ({"attention": "self_attn"} if layer in (1, 3) else {}),
-    "deepseek_v3": lambda layer: PRE_NORM | (GATE if layer >= 2 else {}),
+    "deepseek_v3": lambda layer: PRE_NORM | (GATE if layer >= 1 else {}),
     "gemma3_text": lambda _: POST_NORMS,
     "gpt2": lambda _: {"attention": "attn", "mlp": "mlp", "mlp_in": ">mlp", "residual_mid": ">ln_2"},
     "gpt_neox": lambda _: {"attention": "attention", "mlp": "mlp", "mlp_in": ">mlp"},
