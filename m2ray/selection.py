@@ -31,6 +31,10 @@ class Selection:
     tokens: str = "all"
     skip_ids: tuple[int, ...] = ()
 
+    def __str__(self) -> str:
+        skipped = f" without the special ids {', '.join(map(str, self.skip_ids))}" if self.skip_ids else ""
+        return f"the tokens {self.tokens!r}{skipped}"
+
     @property
     def is_all(self) -> bool:
         """Whether every token of every sequence has a row."""

@@ -102,7 +102,7 @@ class WeightsRecord:
 class RunSummary:
     """The account of a finished run: `sequences` = `committed` + `quarantined`. `num_bytes` are those of all parts.
 
-    `rows` are those of each site and layer, as many as `tokens` where nothing was chosen; None in records from before tokens could be.
+    `rows` are those of each site and layer, as many as `tokens` where nothing else is said.
     `without_rows` of the committed sequences have no chosen token.
     """
 
@@ -116,8 +116,12 @@ class RunSummary:
     shards: int
     parts: int
     num_bytes: int
-    rows: int | None = None
+    rows: int = -1
     without_rows: int = 0
+
+    def __post_init__(self) -> None:
+        if self.rows < 0:
+            object.__setattr__(self, "rows", self.tokens)
 
     def to_json(self) -> bytes:
         return to_json(self, indent=2)

@@ -181,10 +181,19 @@ def _finish(work: _Work, progress: Progress) -> RunSummary:
     """Close the account, or look whether it is closed."""
     summary = work.run.finish()
     progress.say(
-        f"Complete: {summary.committed:,} sequences with {summary.tokens:,} tokens in {summary.parts:,} files, {summary.num_bytes:,} bytes; "
+        f"Complete: {summary.committed:,} sequences with {summary.tokens:,} tokens{_rows_said(work, summary)} "
+        f"in {summary.parts:,} files, {summary.num_bytes:,} bytes; "
         f"{summary.quarantined:,} quarantined. {work.inputs.store.url}"
     )
     return summary
+
+
+def _rows_said(work: _Work, summary: RunSummary) -> str:
+    """Nothing where each token has a row."""
+    if work.run.job.selection.is_all:
+        return ""
+    without = f", none of {summary.without_rows:,} sequences" if summary.without_rows else ""
+    return f" and {summary.rows:,} rows a layer{without},"
 
 
 # -- extracting -----------------------------------------------------------------------------------------------------------
