@@ -69,7 +69,7 @@ def extracted(
     def in_this_process(work: Any, *_: object) -> None:
         resolved = work.inputs.options
         spec = StageSpec(str(model), LayerSpan(0, max(resolved.layers) + 1), resolved.compute_dtype, "auto", "cpu", 1)
-        stage = load_capturing(spec, resolved.layers, resolved.store_dtype)
+        stage = load_capturing(spec, resolved.layers, resolved.store_dtype, resolved.prompts.selection)
         hold_weights(work.run.store, work.run.job, stage.digests)
         for shard in work.missing:
             _commit(work, shard, rows_of or (lambda micro_batch: rows_of_stage(stage, micro_batch)), computed_on or cpu_kind())
@@ -95,7 +95,7 @@ def rows_of_stage(stage: Stage, micro_batch: MicroBatch) -> list[torch.Tensor]:
 
 def _commit(work: Any, shard: Any, rows_of: RowsOf, computed_on: str) -> None:
     job, store, attempt = work.run.job, work.run.store, f"{shard.index:012x}"
-    writer = ActivationWriter(store, job.run_metadata(), job.parts, queue_bytes=1 << 20, threads=1)
+    writer = ActivationWriter(store, job.run_metadata(), job.parts, queue_bytes=1 << 20, threads=1, selection=job.selection)
     shapes = []
     try:
         for micro_batch in micro_batches(shard, work.tokens, job.options["batch_tokens"]):
