@@ -171,17 +171,13 @@ def test_the_choice_and_the_special_ids_are_recorded_and_compared(
         ([{"text": "a river"}], "tokens = 'mask' goes by a loss mask, and the prompts, text of the column 'text', bring none"),
         ([{"input_ids": [5, 6]}], "goes by a loss mask, and the prompts, token ids of the column 'input_ids', bring none"),
         ([{"input_ids": [5, 6], "loss_mask": [0, 0]}], "are 0 at every token"),
-        ([{"input_ids": [5, 6], "loss_mask": [1, 0]}, {"input_ids": [5]}], "None"),
+        ([{"input_ids": [5, 6]}, {"input_ids": [7], "loss_mask": None}], "bring none"),
     ],
 )
 def test_masks_that_choose_nothing_are_refused_before_ray(tmp_path: Path, model: Path, lines: list[dict[str, Any]], what: str) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     words = ["extract", "--model", str(model), "--prompts", str(path), "--output", str(tmp_path / "run"), "--tokens", "mask"]
-    if what == "None":
-        planned = CliRunner().invoke(main, ["plan", *words[1:], "--json"])
-        assert planned.exit_code == 0, planned.output
-        return
     refused = CliRunner().invoke(main, words)
     assert refused.exit_code == 1
     assert what in " ".join(refused.output.split()), refused.output
