@@ -236,7 +236,7 @@ def _stages(work: _Work, plan: Plan, hardware: Hardware, reservations: Sequence[
         compression=options.compression,
         selection=options.prompts.selection,
     )
-    job = Job(CaptureSpec({options.sites: options.layers}, options.store_dtype, options.prompts.selection), writer, options.batch_tokens)
+    job = Job(CaptureSpec(options.sites, options.store_dtype, options.prompts.selection), writer, options.batch_tokens)
     for replica, reservation in enumerate(reservations):
         specs = [list(_specs(work.inputs, plan, replica, stage.stage, stage.span)) for stage in plan.stages if stage.replica == replica]
         stages = Stages(

@@ -1,7 +1,7 @@
 """What is kept at a site: the chosen tokens' rows, selected and rounded on the device, then copied to the host."""
 
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import cycle
 
@@ -10,8 +10,10 @@ import torch
 
 from m2ray.batches import Bits, CapturedLayer, Column, MicroBatch, PartSpec
 from m2ray.errors import StageError
+from m2ray.model.eight_bits import Encoder, is_encoded
 from m2ray.model.selecting import ChosenRows
 from m2ray.selection import Selection
+from m2ray.sites import LayersOfSites
 
 COPYING_LAYERS = 3
 """Parts of one micro-batch whose rows are on the GPU at one time: on their way to the host, or yet to be computed."""
@@ -22,12 +24,12 @@ class CaptureSpec:
     """What a job takes of a model, the same for all its stages.
 
     Attributes:
-        sites: the layers whose rows are kept, ascending, by site; none at sites of the whole model.
-        store_dtype: "bfloat16", "float16" or "float32", of rows of hidden width.
+        sites: what is kept, as the model has it.
+        store_dtype: "bfloat16", "float16", "float32", "float8" or "int8", of rows of hidden width.
         selection: whose rows are kept.
     """
 
-    sites: Mapping[str, tuple[int, ...]]
+    sites: LayersOfSites
     store_dtype: str
     selection: Selection = field(default_factory=Selection)
 
@@ -50,10 +52,16 @@ class Capture:
     """
 
     def __init__(
-        self, micro_batch: MicroBatch, parts: Iterable[PartSpec], selection: Selection, copy_stream: "torch.cuda.Stream | None"
+        self,
+        micro_batch: MicroBatch,
+        parts: Iterable[PartSpec],
+        selection: Selection,
+        encoder: Encoder,
+        copy_stream: "torch.cuda.Stream | None",
     ) -> None:
         self._micro_batch = micro_batch
         self._parts = {(part.site, part.layer): part for part in parts}
+        self._encoder = encoder
         self._copy_stream = copy_stream
         self._selection = selection
         self._chosen = ChosenRows(selection, micro_batch, copy_stream)
@@ -68,10 +76,9 @@ class Capture:
         self._wait_for_room()
         selected = [self._chosen.of(values) for values in values_BT]
         extremes = [_extremes(rows_NW) for rows_NW in selected]
-        # Rounds once, to nearest even; the selected rows are a copy, so nothing computed later can change them.
-        rounded = [rows_NW.to(getattr(torch, column.dtype)) for rows_NW, column in zip(selected, part.columns, strict=True)]
+        stored = self._encoder.encode(part, *selected) if is_encoded(part) else _rounded(part, selected)
         room = self._micro_batch.padded_tokens if self._selection.is_all else 0
-        columns = tuple(self._to_host(rows_NW, room) for rows_NW in rounded)
+        columns = tuple(self._to_host(rows_NW, room) for rows_NW in stored)
         self._captured[part] = _Rows(part, columns, tuple(self._to_host(both, len(both)) for both in extremes))
         if self._copy_stream is not None:
             self._copying.append(torch.cuda.Event())
@@ -103,9 +110,10 @@ class Capture:
             self._copied.synchronize()
         kept = [self._captured[part] for part in self._parts.values() if part in self._captured]
         for rows in kept:
-            for number, extremes in enumerate(rows.extremes):
-                if not extremes.to(rows.columns[number].dtype).isfinite().all():
-                    raise self._not_finite(rows, number)
+            for extremes, values in zip(rows.extremes, rows.columns, strict=False):
+                # What is encoded has a scale, and so fits as it is.
+                if not (extremes if is_encoded(rows.part) else extremes.to(values.dtype)).isfinite().all():
+                    raise self._not_finite(rows, extremes)
         return tuple(CapturedLayer(rows.part.site, rows.part.layer, tuple(map(_bits, rows.columns))) for rows in kept)
 
     def end(self) -> None:
@@ -114,16 +122,21 @@ class Capture:
             self._copied = torch.cuda.Event()
             self._copied.record(self._copy_stream)
 
-    def _not_finite(self, rows: _Rows, column: int) -> StageError:
-        is_bad_N = ~rows.columns[column].isfinite().all(dim=1).numpy()
+    def _not_finite(self, rows: _Rows, extremes: torch.Tensor) -> StageError:
+        is_bad_N = torch.stack([~values.float().isfinite().all(dim=1) for values in rows.columns]).any(dim=0).numpy()
         ids = np.unique(self._selection.token_rows(self._micro_batch)["sequence_id"][is_bad_N])
         listed = ", ".join(str(sequence_id) for sequence_id in ids[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
-        smallest, largest = rows.extremes[column].float().tolist()
-        dtype = rows.part.columns[column].dtype
+        smallest, largest = extremes.float().tolist()
+        dtype = rows.part.columns[0].dtype
         return StageError(
             f"{str(rows.part).capitalize()}, sequences {listed}: values from {smallest:g} to {largest:g} do not fit {dtype}.",
             'Set compute_dtype and store_dtype to "bfloat16" or "float32"; if they are so already, the weights or the family are at fault.',
         )
+
+
+def _rounded(part: PartSpec, selected: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Rows in the dtypes of the part's columns, rounded once, to nearest even. `index_select` made a copy, which nothing computed later changes."""
+    return [rows_NW.to(getattr(torch, column.dtype)) for rows_NW, column in zip(selected, part.columns, strict=True)]
 
 
 def _extremes(rows_NW: torch.Tensor) -> torch.Tensor:

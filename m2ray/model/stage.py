@@ -16,6 +16,7 @@ from m2ray.model.boundary import Boundary, blank, row_width, shapes_at, token_by
 from m2ray.model.capture import Capture, CaptureSpec, pin_host_memory
 from m2ray.model.checkpoint import open_checkpoint
 from m2ray.model.decoder import DecoderSpan
+from m2ray.model.eight_bits import Encoder, Losses
 from m2ray.model.families import default_max_length
 from m2ray.model.gpu_loading import Lanes
 from m2ray.model.interpreter import quick_switches, without_collector
@@ -173,6 +174,7 @@ class Stage:
         of_the_job = parts_of_run(capture.sites, capture.store_dtype, row_width(config))
         self.parts = parts_of_span(of_the_job, self._spec.span, config.num_hidden_layers)
         self._selection = capture.selection
+        self._encoder = Encoder()
 
     def forward(self, micro_batch: MicroBatch, incoming: Boundary | None) -> StageOutput:
         """Take a micro-batch through the span.
@@ -188,7 +190,7 @@ class Stage:
             self._check(micro_batch, incoming)
         self._wait_for_gpu()
         with torch.inference_mode():
-            capture = Capture(micro_batch, self.parts, self._selection, self._copy_out)
+            capture = Capture(micro_batch, self.parts, self._selection, self._encoder, self._copy_out)
             token_ids_BT = torch.tensor(micro_batch.token_ids_BT, dtype=torch.int64)
             if self._on_gpu:
                 token_ids_BT = token_ids_BT.pin_memory().to(self._decoder.device, non_blocking=True)
@@ -203,6 +205,10 @@ class Stage:
         if not self._on_gpu:
             _ = output.captured  # what is wrong with a row is said where it was computed
         return output
+
+    def losses(self) -> Losses:
+        """What rows in 8 bits have lost since `begin`."""
+        return self._encoder.losses()
 
     def warm_up(self, batch_tokens: int, waiting_bytes: int = 0) -> None:
         """Run once for every shape that may come, so that no micro-batch has to wait for a compilation, a library's start or memory.
@@ -235,6 +241,7 @@ class Stage:
         if self._on_gpu:
             # The blocks that torch's allocator keeps from the largest micro-batch serve all others; those of smaller ones would not serve it.
             self._try(*shapes[0])
+        self._encoder = Encoder()  # these rows are nobody's
 
     def _try(self, num_sequences: int, length: int) -> None:
         """Run a micro-batch of zeros."""

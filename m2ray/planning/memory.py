@@ -29,6 +29,9 @@ sent, and the slot out of which the next stage fetches (m2ray.chain.cuda_ipc).""
 CAPTURE_BUFFERS = 3
 """Layers' captured rows on a GPU: one layer's are selected while those of two before it are copied to the host (m2ray.model.capture)."""
 
+ENCODING_BYTES = 6 * 64 * _MIB
+"""What it takes to encode rows in 8 bits, some at a time, in float32 (m2ray.model.eight_bits)."""
+
 OFFLOAD_BUFFERS = 2
 """Layers on a GPU whose weights are kept in host memory: one that computes, one that is copied in."""
 
@@ -181,6 +184,7 @@ class Workload:
         itemsize_bytes: of the compute dtype.
         transient_bytes: what a layer's forward pass allocates beside its weights.
         writer_queue_bytes: captured bytes that may wait for the store, a stage.
+        encoding_bytes: what it takes to encode a part's rows, beside what they are then.
     """
 
     padded_tokens: int
@@ -189,6 +193,7 @@ class Workload:
     itemsize_bytes: int
     transient_bytes: int
     writer_queue_bytes: int
+    encoding_bytes: int = 0
 
     @property
     def hidden_bytes(self) -> int:
@@ -230,7 +235,7 @@ def gpu_overhead(workload: Workload, row_bytes: Sequence[int]) -> dict[str, int]
         "transient": workload.transient_bytes,
         "unusable": int(workload.transient_bytes * UNUSABLE_SHARE) + UNUSABLE_BYTES,
         "hidden_states": HIDDEN_BUFFERS * workload.hidden_bytes,
-        "capture": CAPTURE_BUFFERS * workload.padded_tokens * max(row_bytes, default=0),
+        "capture": CAPTURE_BUFFERS * workload.padded_tokens * max(row_bytes, default=0) + workload.encoding_bytes,
         "context": CONTEXT_BYTES,
     }
 
@@ -258,7 +263,8 @@ def cpu_memory(rows: Sequence[TensorRow], workload: Workload, row_bytes: Sequenc
     """A stage without a GPU: everything is in host memory."""
     held = {"weights": weight_bytes(rows, workload.itemsize_bytes), "process": PROCESS_BYTES["cpu"]}
     return Memory(
-        held | {"transient": workload.transient_bytes} | _host_buffers(workload, row_bytes), held | {"staging": STAGING_BYTES["device"]}
+        held | {"transient": workload.transient_bytes + workload.encoding_bytes} | _host_buffers(workload, row_bytes),
+        held | {"staging": STAGING_BYTES["device"]},
     )
 
 
