@@ -53,7 +53,7 @@ NonEmpty = Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)
 Encoding = Annotated[str, BeforeValidator(_encoding)]
 
 
-TOKEN_CHOICES = "all, last, last:k, first:k, every:n, mask, mask:last:k, mean, mean:mask"
+CHOICES = "all, last, last:k, first:k, every:n, mask, mask:last:k, mean, mean:mask"
 TokenKind = Literal["all", "last", "first", "every", "mean"]
 
 
@@ -128,9 +128,7 @@ class ExtractConfig(BaseModel):
         "residual",
         description=f'What to capture: {", ".join(get_args(SiteName))}; several with layers of their own: "residual:all, mlp:0,20-30, final_norm".',
     )
-    tokens: NonEmpty = _rows(
-        "all", description=f"Tokens whose rows are kept: {TOKEN_CHOICES}. mask: by the loss mask; mean: one row a sequence."
-    )
+    tokens: NonEmpty = _rows("all", description=f"Tokens whose rows are kept: {CHOICES}. mask: by the loss mask; mean: one row a sequence.")
     skip_special_tokens: bool = _rows(False, description="Never choose the tokenizer's special tokens.")
     compute_dtype: Literal["bfloat16", "float16", "float32"] = _rows("bfloat16", description="Dtype of weights and arithmetic.")
     store_dtype: Literal["bfloat16", "float16", "float32", "float8", "int8"] = _rows(
@@ -253,7 +251,7 @@ def parse_tokens(text: str) -> TokenChoice:
         return TokenChoice("last", 1)
     match = re.fullmatch(r"(?:(mask):(?=last))?(last|first|every):([1-9]\d{0,8})", text)
     if not match:
-        raise ConfigError(f"tokens = {text!r} is no choice of tokens.", f"Write {TOKEN_CHOICES}; k and n are from 1 on.")
+        raise ConfigError(f"tokens = {text!r} is no choice of tokens.", f"Write {CHOICES}; k and n are from 1 on.")
     return TokenChoice(cast("TokenKind", match[2]), int(match[3]), in_mask=match[1] is not None)
 
 
@@ -294,9 +292,13 @@ def _contradictions(config: ExtractConfig) -> Iterator[ConfigError]:
         what = f'compression = "planes" splits 16-bit rows, and store_dtype = "{config.store_dtype}".'
         yield ConfigError(what, 'Store bfloat16 or float16, or set compression = "none".')
     if config.pack is not None and config.max_length is not None:
-        yield ConfigError(f"pack = {config.pack} makes every sequence as long, and max_length = {config.max_length}.", "Leave max_length out.")
+        yield ConfigError(
+            f"pack = {config.pack} makes every sequence as long, and max_length = {config.max_length}.", "Leave max_length out."
+        )
     if config.pack is not None and config.truncation != "refuse":
-        yield ConfigError(f"pack = {config.pack} cuts where a sequence is full, and truncation = {config.truncation!r}.", "Leave truncation out.")
+        yield ConfigError(
+            f"pack = {config.pack} cuts where a sequence is full, and truncation = {config.truncation!r}.", "Leave truncation out."
+        )
 
 
 def _as_problems(config: type[BaseModel], error: ValidationError) -> list[ConfigError]:

@@ -100,9 +100,11 @@ def resolve(
 
 def _require_means(prompts: PromptOptions, parts: Sequence[PartSpec]) -> None:
     """Raise ConfigError for means of what has none: numbers of experts."""
-    without = sorted({part.site for part in parts if any(column.dtype.startswith("int") for column in part.columns)})
+    without = sorted({part.site for part in parts if any(column.name == "expert_ids" for column in part.columns)})
     if prompts.selection.is_mean and without:
-        raise ConfigError(f"tokens = {prompts.tokens!r}, and {', '.join(without)} has numbers of experts, which have no mean.", "Leave it out of sites.")
+        raise ConfigError(
+            f"tokens = {prompts.tokens!r}, and {', '.join(without)} has numbers of experts, which have no mean.", "Leave it out of sites."
+        )
 
 
 def _replicas(config: ExtractConfig, demand: Demand, cluster: Cluster) -> int:

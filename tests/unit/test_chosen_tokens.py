@@ -115,10 +115,15 @@ def test_a_run_of_chosen_tokens_is_the_full_run_filtered(
 def sparse(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run in which every part but one has no rows: one token of all is chosen."""
     folder = tmp_path_factory.mktemp("sparse")
-    lines = [{"input_ids": list(range(5, 5 + length)), "loss_mask": [int(length == 8 and place == 3) for place in range(length)]} for length in LENGTHS]
+    lines = [
+        {"input_ids": list(range(5, 5 + length)), "loss_mask": [int(length == 8 and place == 3) for place in range(length)]}
+        for length in LENGTHS
+    ]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     with pytest.MonkeyPatch.context() as patch:
-        return extracted(patch, model, folder / "prompts.jsonl", folder / "run", layers="0", tokens="mask", **{"shard-tokens": 30}, **FLOAT32)
+        return extracted(
+            patch, model, folder / "prompts.jsonl", folder / "run", layers="0", tokens="mask", **{"shard-tokens": 30}, **FLOAT32
+        )
 
 
 def test_parts_without_rows_are_read_by_everyone(sparse: Path) -> None:
@@ -142,7 +147,9 @@ def test_parts_without_rows_are_read_by_everyone(sparse: Path) -> None:
 def test_what_needs_every_token_refuses_by_name(sparse: Path) -> None:
     with pytest.raises(NotInRunError, match="kept the tokens 'mask': a sample is a whole sequence"):
         m2ray.open_run(sparse).draft_samples([0])
-    exported = CliRunner().invoke(main, ["export", str(sparse), "--to", "saelens", "--output", str(sparse.parent / "out"), "--context-size", "4"])
+    exported = CliRunner().invoke(
+        main, ["export", str(sparse), "--to", "saelens", "--output", str(sparse.parent / "out"), "--context-size", "4"]
+    )
     assert exported.exit_code == 1
     assert "The run kept the tokens 'mask': trainers read whole sequences" in " ".join(exported.output.split())
     facts = json.loads(CliRunner().invoke(main, ["inspect", str(sparse), "--json"]).stdout)

@@ -262,7 +262,10 @@ def test_a_mask_is_cut_at_its_beginning_with_the_tokens(tmp_path: Path) -> None:
     cut = marked(PromptTokenizer.load(str(tmp_path / "model"), options, 320), LONG)[0]
     assert cut.token_ids.tolist() == whole.token_ids[first:].tolist()
     assert cut.loss_mask == whole.loss_mask[first:]
-    assert cut.roles == [("assistant", 0, whole.roles[2][2] - first), *((role, start - first, stop - first) for role, start, stop in whole.roles[3:])]
+    assert cut.roles == [
+        ("assistant", 0, whole.roles[2][2] - first),
+        *((role, start - first, stop - first) for role, start, stop in whole.roles[3:]),
+    ]
 
 
 def test_a_row_without_a_mask_is_quarantined_where_tokens_are_chosen_by_it() -> None:

@@ -1,6 +1,7 @@
 """Prompts joined and cut into contexts of one length: the same as one list of tokens cut by hand, whatever comes in how many batches."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -72,18 +73,17 @@ def test_contexts_are_the_documents_cut_by_hand(tmp_path: Path, monkeypatch: pyt
     ]
     for context, row in enumerate(ready):
         spans = [*row["documents"], {"start": SIZE}]
-        told = [
-            (one["row_id"], one["offset"] + place)
-            for one, after in zip(spans, spans[1:], strict=False)
-            for place in range(after["start"] - one["start"])
-        ]
+        told = [(one["row_id"], one["offset"] + place) for one, after in pairwise(spans) for place in range(after["start"] - one["start"])]
         assert told == places[context * SIZE : (context + 1) * SIZE]
         assert (row["token_count"], row["row_count"], row["roles"]) == (SIZE, SIZE, None)
     others = [(row["row_id"], row["reason"]) for row in table.to_pylist() if row["status"] != "ready"]
     rest = len(tokens) % SIZE
     assert others == [
         ("d3", "token id 999 is beyond the model's vocabulary of 320 tokens"),
-        ("remainder", f"the last {rest} tokens, from token {places[-rest][1]} of row {places[-rest][0]} on, fill no context of 16: left out"),
+        (
+            "remainder",
+            f"the last {rest} tokens, from token {places[-rest][1]} of row {places[-rest][0]} on, fill no context of 16: left out",
+        ),
     ]
     assert (found.num_sequences, found.num_ready, found.num_tokens) == (len(ready) + 2, len(ready), SIZE * len(ready))
     found.tokens.close()

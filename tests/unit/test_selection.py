@@ -62,7 +62,9 @@ def test_a_choice_without_masks_needs_none() -> None:
     assert Selection("last:2").token_rows(bare).tolist() == Selection("last:2").token_rows(batch).tolist()
 
 
-@pytest.mark.parametrize("tokens", ["", "first", "last:0", "last:-1", "every:", "every:x", "mask:first:2", "mask:every:2", "mean:last:2", "All"])
+@pytest.mark.parametrize(
+    "tokens", ["", "first", "last:0", "last:-1", "every:", "every:x", "mask:first:2", "mask:every:2", "mean:last:2", "All"]
+)
 def test_what_is_no_choice_is_refused(tokens: str) -> None:
     with pytest.raises(ConfigError, match=r"is no choice of tokens\. Write all, last, last:k"):
         parse_tokens(tokens)
