@@ -11,6 +11,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
+from m2ray.activations.reading.values import tensor_of
 from m2ray.activations.writing.weights_record import hold_weights
 from m2ray.activations.writing.writer import ActivationWriter
 from m2ray.batches import CapturedLayer, LayerSpan, MicroBatch
@@ -75,7 +76,7 @@ def extracted(
             _commit(work, shard, rows_of or (lambda micro_batch: rows_of_stage(stage, micro_batch)), computed_on or cpu_kind())
 
     given = {"model": model, "prompts": prompts, "output": run, "shard-tokens": 150, "batch-tokens": 60, **options}
-    words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+    words = [word for name, value in given.items() for word in (f"--{name}", *([] if value is True else [str(value)]))]
     with monkeypatch.context() as patch:
         patch.setattr(extract, "_hardware", hardware)
         patch.setattr(extract, "_run", in_this_process)
@@ -87,10 +88,7 @@ def extracted(
 def rows_of_stage(stage: Stage, micro_batch: MicroBatch) -> list[torch.Tensor]:
     """What a stage from layer 0 on captures."""
     captured = stage.forward(micro_batch, None).captured
-    return [
-        torch.from_numpy(each.columns[0]).view(getattr(torch, part.columns[0].dtype)).clone()
-        for part, each in zip(stage.parts, captured, strict=True)
-    ]
+    return [tensor_of(part.columns[0], torch.from_numpy(each.columns[0])).clone() for part, each in zip(stage.parts, captured, strict=True)]
 
 
 def _commit(work: Any, shard: Any, rows_of: RowsOf, computed_on: str) -> None:

@@ -1,6 +1,7 @@
 """Runs whose tokens were chosen, by the real command but for Ray: each is a full run filtered, bit for bit, and every reader knows it."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,14 @@ from m2ray.activations.job import read_job
 from m2ray.activations.reading.reader import RunReader
 from m2ray.activations.reading.verify import verify
 from m2ray.activations.records import read_summary
+from m2ray.batches import LayerSpan
 from m2ray.cli import main
 from m2ray.errors import NotInRunError
+from m2ray.model.capture import CaptureSpec
+from m2ray.model.stage import StageSpec
 from m2ray.selection import Selection
 from m2ray.storage import LocalStore
-from tests.reference import same_bits
+from tests.reference import chain_rows, load_capturing, micro_batch_of, same_bits
 from tests.unit.audited_runs import audited, extracted, make_model
 
 SPECIAL = (0, 1, 2)
@@ -77,10 +81,8 @@ def expected(full: RunReader, chosen: Selection) -> dict[int, tuple[list[int], t
     return found
 
 
-CHOICES = [
-    *("last", "last:3", "first:2", "every:4", "mask", "mask:last:2", "mean", "mean:mask"),
-    *(f"{tokens}, no special tokens" for tokens in ("all", "last:2", "mask", "mean")),
-]
+CHOICES = ["last:3", "mask:last:2", "mean:mask", "every:4", "mean, no special tokens"]
+"""All others are held against their words in test_selection.py, and against a stage's rows below."""
 
 
 @pytest.mark.parametrize("choice", CHOICES)
@@ -88,7 +90,7 @@ def test_a_run_of_chosen_tokens_is_the_full_run_filtered(
     full: RunReader, model: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, choice: str
 ) -> None:
     tokens, _, skips = choice.partition(", ")
-    flags = {"tokens": tokens} | ({"skip-special-tokens": "true"} if skips else {})
+    flags = {"tokens": tokens} | ({"skip-special-tokens": True} if skips else {})
     run = m2ray.open_run(extracted(monkeypatch, model, prompts, tmp_path / "run", layers="1,4", **FLOAT32, **flags))
     wanted = expected(full, Selection(tokens, SPECIAL if skips else ()))
     without = sum(not places for places, _ in wanted.values())
@@ -109,6 +111,26 @@ def test_a_run_of_chosen_tokens_is_the_full_run_filtered(
         audit = audited(tmp_path / "run")
         assert (audit["passed"], audit["exact"], audit["remarks"]) == (True, True, []), audit
         assert {each["same_bits"] for each in audit["compared"] if each["batch"] == "recorded"} == {num_rows}
+
+
+def test_a_stage_keeps_what_a_filter_would_keep(model: Path) -> None:
+    """Every choice, in a dtype that rounds: a mean is of the values before they are rounded."""
+    stage = load_capturing(StageSpec(str(model), LayerSpan(0, 5), "float32", "auto", "cpu", 1))
+    batch = micro_batch_of((3, 8, 1, 12), 300)
+    batch = replace(batch, mask_BT=np.random.default_rng(5).random(batch.token_ids_BT.shape) < 0.4)
+    whole = chain_rows([stage], batch)
+    numbers_BT = np.cumsum(np.arange(12) < batch.token_counts[:, None]).reshape(batch.token_ids_BT.shape) - 1
+    skipped = tuple(batch.token_ids_BT[1, ::2].tolist())
+    for tokens in ("all", "last", "last:9", "first:2", "every:4", "mask", "mask:last:2", "mean", "mean:mask"):
+        for chosen in (Selection(tokens), Selection(tokens, skipped)):
+            stage.begin(CaptureSpec({"residual": tuple(range(5))}, "bfloat16", chosen))
+            places = torch.from_numpy(numbers_BT.reshape(-1)[chosen.places(batch)])
+            for all_NW, found_NW in zip(whole, chain_rows([stage], batch), strict=True):
+                expected_NW = all_NW[places]
+                if chosen.is_mean:
+                    pieces = expected_NW.split(chosen.chosen_counts(batch).tolist())
+                    expected_NW = torch.stack([torch.from_numpy(piece.numpy().sum(axis=0) / np.float32(len(piece))) for piece in pieces])
+                assert same_bits(found_NW, expected_NW.bfloat16()), chosen
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +182,7 @@ def test_what_needs_every_token_refuses_by_name(sparse: Path) -> None:
 def test_the_choice_and_the_special_ids_are_recorded_and_compared(
     model: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    flags: dict[str, Any] = {"layers": "0", "tokens": "last:2", "skip-special-tokens": "true"}
+    flags: dict[str, Any] = {"layers": "0", "tokens": "last:2", "skip-special-tokens": True}
     extracted(monkeypatch, model, prompts, tmp_path / "run", **flags)
     record = read_job(LocalStore(tmp_path / "run"))
     assert (record.options["tokens"], record.options["skip_special_tokens"], record.options["skip_ids"]) == ("last:2", True, list(SPECIAL))
@@ -176,9 +198,12 @@ def test_the_choice_and_the_special_ids_are_recorded_and_compared(
     ("lines", "what"),
     [
         ([{"text": "a river"}], "tokens = 'mask' goes by a loss mask, and the prompts, text of the column 'text', bring none"),
-        ([{"input_ids": [5, 6]}], "goes by a loss mask, and the prompts, token ids of the column 'input_ids', bring none"),
+        (
+            [{"messages": [{"role": "user", "content": "a"}]}],
+            "goes by a loss mask, and the prompts, chat messages of the column 'messages', bring none",
+        ),
         ([{"input_ids": [5, 6], "loss_mask": [0, 0]}], "are 0 at every token"),
-        ([{"input_ids": [5, 6]}, {"input_ids": [7], "loss_mask": None}], "bring none"),
+        ([{"input_ids": [5, 6]}, {"input_ids": [7], "loss_mask": None}], "2 rows: no loss mask, by which its tokens are to be chosen"),
     ],
 )
 def test_masks_that_choose_nothing_are_refused_before_ray(tmp_path: Path, model: Path, lines: list[dict[str, Any]], what: str) -> None:
