@@ -7,7 +7,7 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from datetime import date
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, NamedTuple, Self, cast, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError
 
@@ -63,6 +63,18 @@ Sites = Annotated[NonEmpty, AfterValidator(_sites)]
 Encoding = Annotated[str, BeforeValidator(_encoding)]
 
 
+CHOICES = "all, last, last:k, first:k, every:n, mask, mask:last:k, mean, mean:mask"
+TokenKind = Literal["all", "last", "first", "every", "mean"]
+
+
+class TokenChoice(NamedTuple):
+    """Which of a sequence's tokens are chosen: `number` is k or n, `in_mask` leaves only those of the loss mask to choose from."""
+
+    kind: TokenKind
+    number: int = 0
+    in_mask: bool = False
+
+
 _DECIDES_ROWS: dict[str, Any] = {"decides_rows": True}
 
 
@@ -98,7 +110,12 @@ class ExtractConfig(BaseModel):
     tools_column: NonEmpty | None = _rows(None, description="Column that holds the tools of a chat; default: tools, where it is.")
     id_column: NonEmpty | None = _rows(None, description="Column that names a row; default: its position.")
     max_length: Positive | None = _rows(None, description="Longest sequence in tokens; default: the model's own limit.")
-    truncation: Literal["refuse", "cut"] = _rows("refuse", description="Longer prompts: quarantine them, or cut their end.")
+    truncation: Literal["refuse", "cut", "cut_left"] = _rows(
+        "refuse", description="Longer prompts: quarantine them, or cut their end, or their beginning (cut_left)."
+    )
+    pack: Annotated[int, Field(ge=2)] | None = _rows(
+        None, description="Join prompts, with BOS between, and cut them into sequences of so many tokens, as dictionary trainers do."
+    )
     special_tokens: Literal["auto", "add", "none"] = _rows(
         "auto", description="Those that the tokenizer puts around a text (never around a chat); auto: where the text has them not already."
     )
@@ -121,6 +138,8 @@ class ExtractConfig(BaseModel):
         "residual",
         description=f'What to capture: {", ".join(get_args(SiteName))}; several with layers of their own: "residual:all, mlp:0,20-30, final_norm".',
     )
+    tokens: NonEmpty = _rows("all", description=f"Tokens whose rows are kept: {CHOICES}. mask: by the loss mask; mean: one row a sequence.")
+    skip_special_tokens: bool = _rows(False, description="Never choose the tokenizer's special tokens.")
     compute_dtype: Literal["bfloat16", "float16", "float32"] = _rows("bfloat16", description="Dtype of weights and arithmetic.")
     store_dtype: Literal["bfloat16", "float16", "float32", "float8", "int8"] = _rows(
         "bfloat16",
@@ -232,6 +251,20 @@ def parse_sites(text: str) -> dict[str, str | None]:
     return chosen
 
 
+def parse_tokens(text: str) -> TokenChoice:
+    """What the option `tokens` says. Raises ConfigError."""
+    if text in ("all", "mean"):
+        return TokenChoice(text)
+    if text in ("mask", "mean:mask"):
+        return TokenChoice("all" if text == "mask" else "mean", in_mask=True)
+    if text == "last":
+        return TokenChoice("last", 1)
+    match = re.fullmatch(r"(?:(mask):(?=last))?(last|first|every):([1-9]\d{0,8})", text)
+    if not match:
+        raise ConfigError(f"tokens = {text!r} is no choice of tokens.", f"Write {CHOICES}; k and n are from 1 on.")
+    return TokenChoice(cast("TokenKind", match[2]), int(match[3]), in_mask=match[1] is not None)
+
+
 def parse_labels(text: str | None) -> dict[str, str]:
     """Ray's node labels from "zone=a,kind=h100"; none from None. Raises ConfigError."""
     labels = {}
@@ -258,6 +291,7 @@ def _contradictions(config: ExtractConfig) -> Iterator[ConfigError]:
         lambda: parse_bytes(config.in_flight, "in_flight"),
         lambda: parse_max_memory(config.max_memory),
         lambda: parse_labels(config.node_labels),
+        lambda: parse_tokens(config.tokens),
     ):
         try:
             parse()
@@ -266,6 +300,14 @@ def _contradictions(config: ExtractConfig) -> Iterator[ConfigError]:
     if config.compression == "planes" and config.store_dtype not in ("bfloat16", "float16"):
         what = f'compression = "planes" splits 16-bit rows, and store_dtype = "{config.store_dtype}".'
         yield ConfigError(what, 'Store bfloat16 or float16, or set compression = "none".')
+    if config.pack is not None and config.max_length is not None:
+        yield ConfigError(
+            f"pack = {config.pack} makes every sequence as long, and max_length = {config.max_length}.", "Leave max_length out."
+        )
+    if config.pack is not None and config.truncation != "refuse":
+        yield ConfigError(
+            f"pack = {config.pack} cuts where a sequence is full, and truncation = {config.truncation!r}.", "Leave truncation out."
+        )
 
 
 def _as_problems(config: type[BaseModel], error: ValidationError) -> list[ConfigError]:

@@ -115,6 +115,7 @@ def look(config: ExtractConfig) -> Inputs:
     assert opened is not None
     tried(lambda: prove(opened.whole_config))
     tried(lambda: require_positions(opened.config, config.max_length))
+    tried(lambda: require_positions(opened.config, config.pack, "pack"))
     tried(lambda: require_dtype(opened.config, config.compute_dtype))
     asked = tried(lambda: asked_sites(config.sites, config.layers, opened.config.num_hidden_layers))
     of_the_layers = tried(lambda: _up_to_last_layer(opened, asked)) if asked else None

@@ -1,17 +1,18 @@
-"""What is kept at a site: the real tokens' rows, selected and rounded on the device, then copied to the host."""
+"""What is kept at a site: the chosen tokens' rows, selected and rounded on the device, then copied to the host."""
 
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import cycle
 
 import numpy as np
 import torch
 
-from m2ray import selection
 from m2ray.batches import Bits, CapturedLayer, Column, MicroBatch, PartSpec
 from m2ray.errors import StageError
 from m2ray.model.eight_bits import Encoder, is_encoded
+from m2ray.model.selecting import ChosenRows
+from m2ray.selection import Selection
 from m2ray.sites import LayersOfSites
 
 COPYING_LAYERS = 3
@@ -25,10 +26,12 @@ class CaptureSpec:
     Attributes:
         sites: what is kept, as the model has it.
         store_dtype: "bfloat16", "float16", "float32", "float8" or "int8", of rows of hidden width.
+        selection: whose rows are kept.
     """
 
     sites: LayersOfSites
     store_dtype: str
+    selection: Selection = field(default_factory=Selection)
 
 
 @dataclass(frozen=True)
@@ -43,21 +46,25 @@ class _Rows:
 class Capture:
     """What is kept of one micro-batch: some sites, after some layers.
 
-    Rows are those of the chosen tokens, in the order of m2ray.selection. Padding is left out before anything is copied, and every
+    Rows are those of the chosen tokens, in the order of m2ray.selection. All others are left out before anything is copied, and every
     part's rows have memory of their own. On a GPU they are copied into pinned memory on a stream of their own, beside the
     computation: `finish` is what waits, and may be called on another thread.
     """
 
     def __init__(
-        self, micro_batch: MicroBatch, parts: Iterable[PartSpec], encoder: Encoder, copy_stream: "torch.cuda.Stream | None"
+        self,
+        micro_batch: MicroBatch,
+        parts: Iterable[PartSpec],
+        selection: Selection,
+        encoder: Encoder,
+        copy_stream: "torch.cuda.Stream | None",
     ) -> None:
         self._micro_batch = micro_batch
         self._parts = {(part.site, part.layer): part for part in parts}
         self._encoder = encoder
         self._copy_stream = copy_stream
-        places_N = torch.from_numpy(selection.places(micro_batch))
-        # From pinned memory the host need not wait for the computation that is still running.
-        self._places_N = places_N if copy_stream is None else places_N.pin_memory().to(copy_stream.device, non_blocking=True)
+        self._selection = selection
+        self._chosen = ChosenRows(selection, micro_batch, copy_stream)
         self._captured: dict[PartSpec, _Rows] = {}
         self._copying: deque[torch.cuda.Event] = deque()
 
@@ -67,10 +74,10 @@ class Capture:
         if part is None:
             return
         self._wait_for_room()
-        selected = [values.flatten(0, 1).index_select(0, self._places_N).flatten(1) for values in values_BT]
+        selected = [self._chosen.of(values) for values in values_BT]
         extremes = [_extremes(rows_NW) for rows_NW in selected]
         stored = self._encoder.encode(part, *selected) if is_encoded(part) else _rounded(part, selected)
-        room = values_BT[0].shape[0] * values_BT[0].shape[1]
+        room = self._micro_batch.padded_tokens if self._selection.is_all else 0
         columns = tuple(self._to_host(rows_NW, room) for rows_NW in stored)
         self._captured[part] = _Rows(part, columns, tuple(self._to_host(both, len(both)) for both in extremes))
         if self._copy_stream is not None:
@@ -83,12 +90,12 @@ class Capture:
             self._copying.popleft().synchronize()
 
     def _to_host(self, values: torch.Tensor, room: int) -> torch.Tensor:
-        """A copy in pinned memory of `room` rows: torch finds memory that it keeps for sizes that vary little."""
+        """A copy in pinned memory of at least `room` rows: torch finds memory that it keeps for sizes that vary little."""
         if self._copy_stream is None:
             return values
         self._copy_stream.wait_stream(torch.cuda.current_stream(values.device))
         with torch.cuda.stream(self._copy_stream):
-            on_host = torch.empty((room, *values.shape[1:]), dtype=values.dtype, pin_memory=True)[: len(values)]
+            on_host = torch.empty((max(room, len(values)), *values.shape[1:]), dtype=values.dtype, pin_memory=True)[: len(values)]
             on_host.copy_(values, non_blocking=True)
         values.record_stream(self._copy_stream)
         return on_host
@@ -117,7 +124,7 @@ class Capture:
 
     def _not_finite(self, rows: _Rows, extremes: torch.Tensor) -> StageError:
         is_bad_N = torch.stack([~values.float().isfinite().all(dim=1) for values in rows.columns]).any(dim=0).numpy()
-        ids = np.unique(selection.token_rows(self._micro_batch)["sequence_id"][is_bad_N])
+        ids = np.unique(self._selection.token_rows(self._micro_batch)["sequence_id"][is_bad_N])
         listed = ", ".join(str(sequence_id) for sequence_id in ids[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
         smallest, largest = extremes.float().tolist()
         dtype = rows.part.columns[0].dtype

@@ -173,6 +173,7 @@ class Stage:
         of_the_job = parts_of_run(capture.sites, capture.store_dtype, row_width(config), *self._decoder.experts)
         self.parts = parts_of_span(of_the_job, self._spec.span, config.num_hidden_layers)
         self._decoder.watch({(part.site, part.layer) for part in self.parts})
+        self._selection = capture.selection
         self._encoder = Encoder()
 
     def _why_not(self, site: str, layers: Sequence[int]) -> Iterator[ConfigError]:
@@ -201,7 +202,7 @@ class Stage:
             self._check(micro_batch, incoming)
         self._wait_for_gpu()
         with torch.inference_mode():
-            capture = Capture(micro_batch, self.parts, self._encoder, self._copy_out)
+            capture = Capture(micro_batch, self.parts, self._selection, self._encoder, self._copy_out)
             token_ids_BT = torch.tensor(micro_batch.token_ids_BT, dtype=torch.int64)
             if self._on_gpu:
                 token_ids_BT = token_ids_BT.pin_memory().to(self._decoder.device, non_blocking=True)
@@ -232,7 +233,7 @@ class Stage:
             waiting_bytes: of captured rows that may wait for the store.
         """
         config = self._decoder.skeleton.config
-        if self._on_gpu and self.parts:
+        if self._on_gpu and self.parts and self._selection.is_all:  # rows of chosen tokens come in pieces of any size
             capture_bytes = batch_tokens * sum(part.row_bytes for part in self.parts)
             columns = [column for part in self.parts for column in part.columns]
             # Beside what waits, of two micro-batches: one that is computed, and one whose rows are handed over.
@@ -257,9 +258,10 @@ class Stage:
     def _try(self, num_sequences: int, length: int) -> None:
         """Run a micro-batch of zeros."""
         counts = np.full(num_sequences, length, np.int32)
-        micro_batch = MicroBatch(0, 0, True, np.arange(num_sequences), counts, np.zeros((num_sequences, length), np.int32))
+        shape = (num_sequences, length)
+        micro_batch = MicroBatch(0, 0, True, np.arange(num_sequences), counts, np.zeros(shape, np.int32), np.ones(shape, np.bool_))
         dtype = DTYPES[self._spec.compute_dtype]
-        incoming = None if self.is_first else blank(self._decoder.skeleton.config, self._spec.span.start, (num_sequences, length), dtype)
+        incoming = None if self.is_first else blank(self._decoder.skeleton.config, self._spec.span.start, shape, dtype)
         _ = self.forward(micro_batch, incoming).captured
 
     def _check(self, micro_batch: MicroBatch, incoming: Boundary) -> None:

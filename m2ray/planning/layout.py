@@ -196,6 +196,9 @@ def _output_lines(plan: Plan) -> Iterator[str]:
     if output is None or prompts is None:
         return
     yield f"output   {prompts.tokens:,} tokens of {prompts.sequences:,} prompts; padding {prompts.padding_waste:.1%}"
+    if output.rows < prompts.tokens:
+        chosen = plan.demand.options.prompts.selection
+        yield f"         {output.rows:,} rows of {chosen} in each site and layer: {size(output.saved_bytes)} less than of all"
     for site in plan.demand.options.sites:
         of_site = [num_bytes for part, num_bytes in output.by_part.items() if part.site == site]
         yield f"         {site}: {size(sum(of_site))} in {len(of_site) * prompts.shards:,} files"

@@ -52,7 +52,7 @@ def as_table(token_counts, shard_tokens):
     pieces = []
     for start in range(0, len(token_counts), WINDOW_ROWS):
         window = token_counts[start : start + WINDOW_ROWS]
-        pieces += [(places + np.int64(start), window[places]) for places in cut_shards(window, shard_tokens)]
+        pieces += [(places + np.int64(start), window[places], window[places]) for places in cut_shards(window, shard_tokens)]
     return ShardTable.join(pieces)
 
 
