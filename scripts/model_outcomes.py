@@ -77,7 +77,7 @@ def sites_of(model_type: str) -> str:
     of_layers = [points_of(layer, skeleton.config) for layer in skeleton.layers]
     reasons, there = refused_sites(skeleton.config), layers_of(skeleton)
     cells = [" or ".join(dict.fromkeys(str(points[site]) for points in of_layers if site in points)) or "-" for site in IN_LAYERS]
-    lacking = [f"{site}: {reason}" for site, reason in reasons.items()]
+    lacking = [f"{', '.join(site for site in reasons if reasons[site] == reason)}: {reason}" for reason in dict.fromkeys(reasons.values())]
     lacking += ["final_norm"] if "final_norm" not in {*there, *reasons} else []
     return " | ".join([*cells, "; ".join(lacking) or "-"])
 

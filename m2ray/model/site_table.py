@@ -239,6 +239,7 @@ _REFUSED: Mapping[str, Sequence[_Refusal]] = {
         )
     ],
     "gpt_neox_japanese": [(_always, ("attention",), "its attention's bias is added outside of it")],
+    "jetmoe": [(_always, ("router_topk",), "its router returns tokens sorted by expert, and no ids of a token's experts")],
     "muse_spark_text": [(_always, _BRANCHES, "a gate mixes its stream with each branch")],
     "openai-gpt": [(_always, _ADDITIONS, _NORMALISED)],
     "opt": [(lambda config, _: not config.do_layer_norm_before, _ADDITIONS, _NORMALISED)],
