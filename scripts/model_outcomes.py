@@ -189,7 +189,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="TYPE", help="these types, to the screen alone")
     only = parser.parse_args().only
     set_start_method("fork")  # transformers is imported once
-    outcomes, of_sites = {}, {}
+    outcomes: dict[str, str] = {}
+    of_sites: dict[str, str] = {}
     for model_type, outcome, sites, took_s in tried(only or causal_types()):
         print(f"{took_s:6.1f} s  {model_type}: {outcome} {sites}", flush=True)
         outcomes[model_type] = outcome
