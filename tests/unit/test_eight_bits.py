@@ -1,7 +1,9 @@
 """Rows in 8 bits: encoded as the page says, read back by every reader, refused where a value is none, and their loss is told."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -159,3 +161,15 @@ def test_a_part_says_what_it_holds(stored: tuple[Path, PartSpec, Mapping[int, to
     assert [schema.field(name).type.byte_width for name in ("activation", "scale")] == [300, 12]
     assert schema.metadata[b"m2ray.dtype"].decode() == f"{part.columns[0].dtype}, float32"
     assert schema.metadata[b"m2ray.shape"] == b"[300], [3]"
+
+
+def test_the_documented_lines_decode(stored: tuple[Path, PartSpec, Mapping[int, torch.Tensor]]) -> None:
+    folder, part, _ = stored
+    page = (Path(__file__).parents[2] / "docs" / "data_format.md").read_text(encoding="utf-8")
+    names: dict[str, Any] = {}
+    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        if "def numbers" in block or "def decode" in block:
+            exec(block, names)
+    table = pq.read_table(folder / part_key(part, 0, "a1"), partitioning=None)
+    found = names["decode"](table["activation"].to_pylist(), table["scale"].to_pylist(), getattr(torch, part.columns[0].dtype))
+    assert torch.equal(found, next(open_run(folder).layer(7).shards()).activations)

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -265,7 +266,7 @@ def test_the_documented_lines_run(damaged: Path) -> None:
     runs.write_shard(store, open_run(finished).job, runs.shard(1), "dead")
     page = (Path(__file__).parents[2] / "docs" / "data_format.md").read_text(encoding="utf-8")
     blocks = [block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "import ray" not in block]
-    assert len(blocks) == 10
+    assert len(blocks) == 14
     names: dict[str, Any] = {"RUN": str(finished)}
     for block in blocks:
         exec(block, names)
@@ -277,6 +278,12 @@ def test_the_documented_lines_run(damaged: Path) -> None:
         ([row["activation"][0].as_py() for row in names["dataset"]], all_bits(runs.PARTS[1])),
     ):
         assert same_bits(names["numbers"](rows), layer_7)
+    routed = open_run(finished).site("router_topk").layer(7)
+    ids, weights = routed.tensor()["expert_ids"], routed.tensor()["expert_weights"]
+    order = torch.from_numpy(open_run(finished).tokens().argsort())
+    assert torch.equal(names["experts"], ids[order])
+    assert same_bits(names["weights"], weights[order].numpy().view(np.uint8))
+    assert names["load"].select("expert_ids", "len").rows() == sorted(Counter(ids.flatten().tolist()).items())
     assert [(row["sequence_id"][0].as_py(), row["position"][0].as_py()) for row in names["dataset"]] == open_run(finished).tokens()[
         ["sequence_id", "position"]
     ].tolist()
