@@ -135,6 +135,11 @@ class JobRecord:
         """How many layers a chain loads: up to the last whose stage captures something."""
         return layers_run(self.parts, self.model.num_layers)
 
+    @property
+    def with_final_norm(self) -> bool:
+        """Whether its chains load the final norm."""
+        return any(part.site == "final_norm" for part in self.parts)
+
     def to_json(self) -> bytes:
         return to_json(self, indent=2)
 
