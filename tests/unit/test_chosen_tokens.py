@@ -208,13 +208,13 @@ def test_what_assistants_say_last_is_kept_and_comes_back_after_a_lost_shard(
     (tmp_path / "chats.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
     options = {"layers": "2", "mask": "assistant", **FLOAT32}
     whole = m2ray.open_run(extracted(monkeypatch, with_template, tmp_path / "chats.jsonl", tmp_path / "whole", **options))
-    chosen = {**options, "tokens": "mask:last:16", "skip-special-tokens": True}
+    chosen = {**options, "tokens": "mask:last:7", "skip-special-tokens": True}
     run = extracted(monkeypatch, with_template, tmp_path / "chats.jsonl", tmp_path / "run", **chosen)
     before = m2ray.open_run(run).tokens(), m2ray.open_run(run).tensor()
     tokens, masks = whole.tokens(), whole.sequences["loss_mask"].to_pylist()
     said = np.array([masks[row["sequence_id"]][row["position"]] == 1 and row["token_id"] not in SPECIAL for row in tokens])
     to_come = np.array([(said[place:] & (tokens["sequence_id"][place:] == row["sequence_id"])).sum() for place, row in enumerate(tokens)])
-    expected = said & (to_come <= 16)
+    expected = said & (to_come <= 7)
     assert said.sum() > expected.sum() > 0
     assert np.array_equal(before[0], tokens[expected])
     assert same_bits(before[1], whole.tensor()[:, expected])
