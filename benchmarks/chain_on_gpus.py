@@ -27,6 +27,8 @@ import torch
 
 from benchmarks.checkpoints import free, real_size
 from benchmarks.records import Row, record
+from m2ray import __version__
+from m2ray.activations.job import JOB_KEY, Counts, JobRecord, ModelFacts
 from m2ray.activations.writing.writer import WriterSpec
 from m2ray.batches import LayerSpan, MicroBatch, Shard
 from m2ray.chain.actor import Job
@@ -233,11 +235,25 @@ class Chains:
             stages.close()
             reservation.release()
 
+    def _job(self) -> JobRecord:
+        """A run's record, which each stage looks for before it loads; of no prompts and no parts."""
+        model = ModelFacts("minimax_m2", self.num_layers, 1)
+        tokens = sum(shard.num_tokens for shard in shards())
+        counts = Counts(*[sum(len(shard.sequence_ids) for shard in shards())] * 2, 0, tokens)
+        named: dict[str, Any] = {
+            "options": {},
+            "fingerprints": {"model": "-", "tokenizer": "-"},
+            "parts": (),
+            "sequence_files": (),
+            "names": {},
+        }
+        return JobRecord.new(m2ray_version=__version__, model=model, num_shards=len(shards()), counts=counts, **named)
+
     def through(self, stages: Stages) -> tuple[float, str, str]:
         """(tokens a second between the end of the first shard and the end of the second, idle shares, ways that were taken)."""
         hidden_size = json.loads((self.model / "config.json").read_text())["hidden_size"]
         with tempfile.TemporaryDirectory() as folder:
-            open_store(folder).put("job.json", b"{}")
+            open_store(folder).put(JOB_KEY, self._job().to_json())
             stages.begin(Job(CaptureSpec({}, "bfloat16"), WriterSpec(folder, {}, 1 << 30, 1), SHAPE[0] * SHAPE[1]))
             limits: dict[str, Any] = {"in_flight_bytes": 16 << 30, "hidden_bytes": hidden_size * 2, "timeout_s": 600.0}
             chain = Chain(stages, lambda shard, _: micro_batches(shard, self.vocab_size), SHAPE[0] * SHAPE[1], print, **limits)

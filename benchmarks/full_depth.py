@@ -103,7 +103,7 @@ def extraction(depth: Depth, _: argparse.Namespace) -> None:
 
 def faults(depth: Depth, _: argparse.Namespace) -> None:
     """A stage killed in the middle of a run; two replicas of half the stages; one GPU left to another process."""
-    prompts, layers = depth.made_prompts(), ",".join(map(str, depth.few))
+    prompts, layers = depth.made_prompts(depth.prompts // 2), ",".join(map(str, depth.few))
     struck: list[float] = []
 
     def kill(driver: subprocess.Popen[bytes], folder: Path) -> bool:
