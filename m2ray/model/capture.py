@@ -10,6 +10,7 @@ import torch
 from m2ray import selection
 from m2ray.batches import Bits, CapturedLayer, MicroBatch, PartSpec
 from m2ray.errors import StageError
+from m2ray.model.pinned import PinnedRuns
 
 COPYING_LAYERS = 3
 """Layers of one micro-batch whose rows are on the GPU at one time: on their way to the host, or yet to be computed."""
@@ -46,9 +47,16 @@ class ResidualCapture:
     """
 
     def __init__(
-        self, micro_batch: MicroBatch, parts: Iterable[PartSpec], store_dtype: torch.dtype, copy_stream: "torch.cuda.Stream | None"
+        self,
+        micro_batch: MicroBatch,
+        parts: Iterable[PartSpec],
+        store_dtype: torch.dtype,
+        copy_stream: "torch.cuda.Stream | None",
+        run_bytes: int = 0,
     ) -> None:
+        """`run_bytes`: of pinned memory, as PinnedRuns takes them."""
         self._micro_batch = micro_batch
+        self._runs = PinnedRuns(run_bytes)
         self._layers = frozenset(part.layer for part in parts)
         self._store_dtype = store_dtype
         self._copy_stream = copy_stream
@@ -68,7 +76,7 @@ class ResidualCapture:
         # Rounds once, to nearest even; index_select made a copy, so nothing computed later can change these rows.
         rounded_NW = selected_NW.to(self._store_dtype)
         on_host_NW = self._to_host(rounded_NW, hidden_BTH.shape[0] * hidden_BTH.shape[1])
-        self._captured.append(_Rows(layer, on_host_NW, self._to_host(extremes, len(extremes))))
+        self._captured.append(_Rows(layer, on_host_NW, self._to_host(extremes, 0)))
         if self._copy_stream is not None:
             self._copying.append(torch.cuda.Event())
             self._copying[-1].record(self._copy_stream)
@@ -79,12 +87,16 @@ class ResidualCapture:
             self._copying.popleft().synchronize()
 
     def _to_host(self, values: torch.Tensor, room: int) -> torch.Tensor:
-        """A copy in pinned memory of `room` rows: torch finds memory that it keeps for sizes that vary little."""
+        """A copy in pinned memory of `room` rows, of which sizes vary little; 0: of its own, which is small."""
         if self._copy_stream is None:
             return values
         self._copy_stream.wait_stream(torch.cuda.current_stream(values.device))
         with torch.cuda.stream(self._copy_stream):
-            on_host = torch.empty((room, *values.shape[1:]), dtype=values.dtype, pin_memory=True)[: len(values)]
+            if room:
+                parts_left = len(self._layers) - len(self._captured)
+                on_host = self._runs.take((room, *values.shape[1:]), values.dtype, parts_left)[: len(values)]
+            else:
+                on_host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
             on_host.copy_(values, non_blocking=True)
         values.record_stream(self._copy_stream)
         return on_host
