@@ -84,11 +84,6 @@ class Ran:
         return float(self.report["tokens_per_s"]["measured"])
 
     @property
-    def steady_tokens_per_s(self) -> float:
-        """From the first commit to the last: without filling the chain."""
-        return sum(tokens for _, tokens in self.commits[1:]) / max(1e-3, self.commits[-1][0] - self.commits[0][0])
-
-    @property
     def planned_tokens_per_s(self) -> float | None:
         return None if self.plan_s is None else self.report["tokens"] / self.plan_s
 
@@ -145,7 +140,7 @@ def speed_row(what: str, found: Ran) -> Row:
         for stage in report["stages"]
     )
     note = (
-        f"{report['tokens']:,} tokens in {report['extract_s']:.1f} s, from the first commit to the last {found.steady_tokens_per_s:,.0f} tokens/s; "
+        f"{report['tokens']:,} tokens in {report['extract_s']:.1f} s; "
         f"{report['output_bytes']['measured'] / 1e9:.0f} GB written; report.json names {report['limiting_resource']['measured']}; padding "
         f"{report['padding_waste']['measured']:.1%}; loading and warming up {report['load_s']:.1f} s, the whole command {found.wall_s:.0f} s; the driver "
         f"took {found.driver_cores:.2f} of a core; seconds by stage: {stages}; sent by {', '.join(stage['sends_by'] or '-' for stage in report['stages'])}"

@@ -92,7 +92,7 @@ def extraction(depth: Depth, _: argparse.Namespace) -> None:
         prompts = depth.made_prompts(count)
         found = run(depth, name, prompts, layers=",".join(map(str, layers)), stages=depth.stages)
         assert found.report["tokens"] == prompts.num_tokens, "both must see the same tokens"
-        (depth.folder / f"ran-{name}.json").write_text(json.dumps({**found.report, "steady_tokens_per_s": found.steady_tokens_per_s}))
+        (depth.folder / f"ran-{name}.json").write_text(json.dumps(found.report))
         what = f"{len(layers)} of {depth.layers} layers kept"
         rows += [speed_row(what, found), *memory_rows(what, found)]
         depth.record("extract", "m2ray extract against the plan", rows)
