@@ -238,8 +238,8 @@ class Chains:
     def _job(self) -> JobRecord:
         """A run's record, which each stage looks for before it loads; of no prompts and no parts."""
         model = ModelFacts("minimax_m2", self.num_layers, 1)
-        tokens = sum(shard.num_tokens for shard in shards())
-        counts = Counts(*[sum(len(shard.sequence_ids) for shard in shards())] * 2, 0, tokens)
+        sequences = sum(len(shard.sequence_ids) for shard in shards())
+        counts = Counts(sequences, sequences, 0, sum(shard.num_tokens for shard in shards()))
         named: dict[str, Any] = {
             "options": {},
             "fingerprints": {"model": "-", "tokenizer": "-"},

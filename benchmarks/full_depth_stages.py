@@ -116,7 +116,8 @@ def measure(number: int, spec: StageSpec, batches: Sequence[MicroBatch], layers:
 
 def _loading_s(spec: StageSpec) -> tuple[Stage, float, float]:
     """The stage, its seconds to the last layer, and those until as many bytes were read as one layer has."""
-    began, first = time.monotonic(), []
+    began = time.monotonic()
+    first: list[float] = []
 
     def note(read_bytes: int, needed_bytes: int) -> None:
         if not first and read_bytes * len(spec.span) >= needed_bytes:
