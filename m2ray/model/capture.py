@@ -52,11 +52,11 @@ class ResidualCapture:
         parts: Iterable[PartSpec],
         store_dtype: torch.dtype,
         copy_stream: "torch.cuda.Stream | None",
-        run_bytes: int = 0,
+        run_rows: int = 0,
     ) -> None:
-        """`run_bytes`: of pinned memory, as PinnedRuns takes them."""
+        """`run_rows`: of pinned memory, as PinnedRuns takes them."""
         self._micro_batch = micro_batch
-        self._runs = PinnedRuns(run_bytes)
+        self._runs = PinnedRuns(run_rows)
         self._layers = frozenset(part.layer for part in parts)
         self._store_dtype = store_dtype
         self._copy_stream = copy_stream

@@ -14,19 +14,22 @@ class PinnedRuns:
     16 layers a stage, all captured, the last and small micro-batches of shards, which found none of their sizes, took half of the time.
     """
 
-    def __init__(self, run_bytes: int) -> None:
-        """`run_bytes`: of a run, if the rows fill one: those of one part of a full micro-batch. 0: each part's rows are a run."""
-        self._run_bytes = run_bytes
-        self._left = torch.empty(0, dtype=torch.uint8)
+    def __init__(self, run_rows: int) -> None:
+        """`run_rows`: of a run, if as many come: the tokens of a full micro-batch. 0: each part's rows are a run."""
+        self._run_rows = run_rows
+        self._left: dict[int, torch.Tensor] = {}
+        """By the bytes of a row, what is left of the last run."""
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype, parts_left: int) -> torch.Tensor:
         """Memory for one part's rows. `parts_left`: how many of like size are still to come, this one among them."""
-        exact_bytes = prod(shape) * dtype.itemsize
+        row_bytes = prod(shape[1:]) * dtype.itemsize
+        exact_bytes = shape[0] * row_bytes
         num_bytes = -(-exact_bytes // _ALIGNMENT) * _ALIGNMENT
-        if len(self._left) < num_bytes:
-            self._left = _pinned(max(num_bytes, min(self._run_bytes, parts_left * num_bytes)))
-        taken, self._left = self._left[:exact_bytes], self._left[num_bytes:]
-        return taken.view(dtype).view(shape)
+        left = self._left.get(row_bytes)
+        if left is None or len(left) < num_bytes:
+            left = _pinned(max(num_bytes, min(self._run_rows * row_bytes, parts_left * num_bytes)))
+        self._left[row_bytes] = left[num_bytes:]
+        return left[:exact_bytes].view(dtype).view(shape)
 
 
 def _pinned(num_bytes: int) -> torch.Tensor:

@@ -157,8 +157,8 @@ class Stage:
         self._copy_in = torch.cuda.Stream(decoder.device) if self._on_gpu else None
         self._copy_out = torch.cuda.Stream(decoder.device) if self._on_gpu else None
         self._running: deque[torch.cuda.Event] = deque()
-        self._run_bytes = 0
-        """Of the captured rows of one part of a full micro-batch, once the warm-up tells."""
+        self._full_tokens = 0
+        """Of a full micro-batch, once the warm-up tells."""
         self.begin(CaptureSpec({}, spec.compute_dtype))
 
     def begin(self, capture: CaptureSpec) -> None:
@@ -191,7 +191,7 @@ class Stage:
             self._check(micro_batch, incoming)
         self._wait_for_gpu()
         with torch.inference_mode():
-            capture = ResidualCapture(micro_batch, self.parts, self._store_dtype, self._copy_out, self._run_bytes)
+            capture = ResidualCapture(micro_batch, self.parts, self._store_dtype, self._copy_out, self._full_tokens)
             token_ids_BT = torch.tensor(micro_batch.token_ids_BT, dtype=torch.int64)
             if self._on_gpu:
                 token_ids_BT = token_ids_BT.pin_memory().to(self._decoder.device, non_blocking=True)
@@ -219,8 +219,8 @@ class Stage:
         """
         config = self._decoder.skeleton.config
         if self._on_gpu and self.parts:
-            self._run_bytes = batch_tokens * self._row_width * self._store_dtype.itemsize
-            capture_bytes = self._run_bytes * len(self.parts)
+            self._full_tokens = batch_tokens
+            capture_bytes = batch_tokens * self._row_width * self._store_dtype.itemsize * len(self.parts)
             # Beside what waits, of two micro-batches: one that is computed, and one whose rows are handed over.
             pin_host_memory(waiting_bytes + 2 * capture_bytes, batch_tokens, self._row_width, self._store_dtype)
         longest = max(4, min(1024, default_max_length(config), batch_tokens // 2))

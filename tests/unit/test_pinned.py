@@ -23,7 +23,7 @@ def takes(tokens: int, monkeypatch: pytest.MonkeyPatch) -> tuple[list[torch.Tens
         return torch.empty(num_bytes, dtype=torch.uint8)
 
     monkeypatch.setattr(pinned, "_pinned", unpinned)
-    runs = PinnedRuns(FULL * WIDTH * 2)
+    runs = PinnedRuns(FULL)
     return [runs.take((tokens, WIDTH), torch.bfloat16, PARTS - number) for number in range(PARTS)], asked
 
 
@@ -41,6 +41,15 @@ def test_parts_of_a_small_micro_batch_share_runs_and_no_byte(tokens: int, monkey
         assert part.shape == (tokens, WIDTH)
         part.fill_(number)
     assert all((part == number).all() for number, part in enumerate(rows))
+
+
+def test_rows_of_other_widths_have_runs_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, asked = takes(0, monkeypatch)
+    runs = PinnedRuns(FULL)
+    for left in range(PARTS, 0, -1):
+        wide, narrow = runs.take((300, WIDTH), torch.bfloat16, left), runs.take((300, 8), torch.int16, left)
+        assert wide.data_ptr() + wide.nbytes <= narrow.data_ptr() or narrow.data_ptr() + narrow.nbytes <= wide.data_ptr()
+    assert sum(asked) <= 2 * PARTS * 300 * (WIDTH + 8) * 2
 
 
 def test_rows_beyond_a_run_have_one_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
