@@ -14,6 +14,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from multiprocessing.synchronize import Barrier
@@ -26,6 +27,8 @@ import torch
 
 from benchmarks.checkpoints import free, real_size
 from benchmarks.records import Row, record
+from m2ray import __version__
+from m2ray.activations.job import JOB_KEY, Counts, JobRecord, ModelFacts
 from m2ray.activations.writing.writer import WriterSpec
 from m2ray.batches import LayerSpan, MicroBatch, Shard
 from m2ray.chain.actor import Job
@@ -213,16 +216,44 @@ class Chains:
         return MEASURED * SHAPE[0] * SHAPE[1] / elapsed_s
 
     def in_a_chain(self, num_stages: int, transport: Transport) -> tuple[float, str, str]:
-        """(tokens a second between the end of the first shard and the end of the second, idle shares, ways that were taken)."""
+        """As `through`, of a chain that is loaded for it."""
+        with self.stages(num_stages, transport) as stages:
+            return self.through(stages)
+
+    @contextmanager
+    def stages(self, num_stages: int, transport: Transport) -> Iterator[Stages]:
+        """A chain's stages, not yet started; they end with the context."""
         specs = [[spec(self.model, span, self.device, compiled=bool(self.num_gpus))] for span in spans(self.num_layers, num_stages)]
         node = ray.nodes()[0]
         room = Room(node["NodeManagerAddress"], node["NodeID"], self.num_gpus / num_stages, 1.0)
         reservation = Reservation([room] * num_stages, {})
         reservation.wait(60.0)
+        stages = Stages(specs, reservation, transport=transport, timeout_s=600.0, placement_timeout_s=60.0)
+        try:
+            yield stages
+        finally:
+            stages.close()
+            reservation.release()
+
+    def _job(self) -> JobRecord:
+        """A run's record, which each stage looks for before it loads; of no prompts and no parts."""
+        model = ModelFacts("minimax_m2", self.num_layers, 1)
+        sequences = sum(len(shard.sequence_ids) for shard in shards())
+        counts = Counts(sequences, sequences, 0, sum(shard.num_tokens for shard in shards()))
+        named: dict[str, Any] = {
+            "options": {},
+            "fingerprints": {"model": "-", "tokenizer": "-"},
+            "parts": (),
+            "sequence_files": (),
+            "names": {},
+        }
+        return JobRecord.new(m2ray_version=__version__, model=model, num_shards=len(shards()), counts=counts, **named)
+
+    def through(self, stages: Stages) -> tuple[float, str, str]:
+        """(tokens a second between the end of the first shard and the end of the second, idle shares, ways that were taken)."""
         hidden_size = json.loads((self.model / "config.json").read_text())["hidden_size"]
         with tempfile.TemporaryDirectory() as folder:
-            open_store(folder).put("job.json", b"{}")
-            stages = Stages(specs, reservation, transport=transport, timeout_s=600.0, placement_timeout_s=60.0)
+            open_store(folder).put(JOB_KEY, self._job().to_json())
             stages.begin(Job(CaptureSpec({}, "bfloat16"), WriterSpec(folder, {}, 1 << 30, 1), SHAPE[0] * SHAPE[1]))
             limits: dict[str, Any] = {"in_flight_bytes": 16 << 30, "hidden_bytes": hidden_size * 2, "timeout_s": 600.0}
             chain = Chain(stages, lambda shard, _: micro_batches(shard, self.vocab_size), SHAPE[0] * SHAPE[1], print, **limits)
@@ -238,10 +269,8 @@ class Chains:
             runner.join(900.0)
             assert len(ended) == len(shards()), "the chain failed, and said why above"
             stages.ask_all()
-            idle = ", ".join(f"{status.wait_s / (status.wait_s + status.compute_s):.2f}" for status in stages.statuses)
-            ways = ", ".join(status.sends_by for status in stages.statuses[:-1])
-            stages.close()
-            reservation.release()
+        idle = ", ".join(f"{status.wait_s / (status.wait_s + status.compute_s):.2f}" for status in stages.statuses)
+        ways = ", ".join(status.sends_by for status in stages.statuses[:-1])
         return MEASURED * SHAPE[0] * SHAPE[1] / (ended[1] - ended[0]), idle, ways
 
 

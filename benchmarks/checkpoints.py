@@ -9,11 +9,12 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from benchmarks.runs import ROOT
-from scripts.make_checkpoint import make_checkpoint, resolve_config
+from scripts.make_checkpoint import lay_out, make_checkpoint, resolve_config, write_shards
 
 LAYERS = 6
 _SHARD_BYTES = 1_700_000_000
@@ -31,18 +32,39 @@ def real_size(folder: Path, layers: int = LAYERS, overrides: Mapping[str, int] |
     if not model.exists() and larger and not overrides:
         _link(larger[0], model, layers)
     if not model.exists():
-        config = json.loads((ROOT / "tests/data/minimax_m2/config.json").read_text())
         processes = 1 if overrides else min(16, os.cpu_count() or 1)
-        make_checkpoint(
-            model,
-            config,
-            overrides={"layers": layers} | dict(overrides or {}),
-            fmt="fp8",
-            seed=1,
-            max_shard_bytes=_SHARD_BYTES,
-            processes=processes,
-        )
+        make_checkpoint(model, _config(), processes=processes, **_how(layers, overrides))
     return model
+
+
+def spread(folder: Path, elsewhere: Path, layers: int, here: int, overrides: Mapping[str, int] | None = None) -> tuple[Path, int]:
+    """The same, on all cores, for what one disk does not hold: files from layer `here` on lie below `elsewhere`, and links in `folder`.
+
+    Each file appears whole, and those that are there are not made again. Returns the model and the bytes that were written.
+    """
+    model, other = (place.resolve() / f"model-{layers}" for place in (folder, elsewhere))
+    shards, weights = lay_out(model, _config(), **_how(layers, overrides))
+    other.mkdir(parents=True, exist_ok=True)
+    missing = {}
+    for name, shard in shards.items():
+        first = shard[0].number("layers") or 0
+        path = (model if first < here else other) / name
+        if path.parent == other and other != model:
+            (model / name).unlink(missing_ok=True)
+            (model / name).symlink_to(path)
+        if not path.exists():
+            missing[path] = shard
+    write_shards(list(missing), missing.values(), weights, os.cpu_count() or 1)
+    return model, sum(path.stat().st_size for path in missing)
+
+
+def _config() -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((ROOT / "tests/data/minimax_m2/config.json").read_text())
+    return config
+
+
+def _how(layers: int, overrides: Mapping[str, int] | None) -> dict[str, Any]:
+    return {"overrides": {"layers": layers} | dict(overrides or {}), "fmt": "fp8", "seed": 1, "max_shard_bytes": _SHARD_BYTES}
 
 
 def _link(larger: Path, model: Path, layers: int) -> None:

@@ -31,7 +31,7 @@ import torch
 from benchmarks.against_guide import LONGEST, TINY, Prompts, loaded_guide, make_prompts, rates_of_the_guide
 from benchmarks.checkpoints import LAYERS, real_size
 from benchmarks.records import Row, record
-from benchmarks.runs import ROOT, environment, extract
+from benchmarks.runs import ROOT, environment, extract, planned
 from m2ray.batches import LayerSpan
 from m2ray.model.stage import StageSpec, load_stage
 from m2ray.planning.profile import Profile
@@ -235,21 +235,12 @@ def limits(found: Extracted, profile: Profile, bare: float, captured_bytes: int,
 
 def predicted(model: Path, prompts: Prompts, found: Extracted, options: argparse.Namespace, *, is_disk: bool) -> float:
     """Tokens a second by `m2ray plan --profile`. The profile knows the disk; of any other store the rate is stated, as it was measured."""
-    words = {"model": model, "prompts": prompts.path, "profile": options.profile, "batch-tokens": options.batch_tokens, "stages": 1}
-    words |= {"max-length": 4 * LONGEST, "truncation": "cut"}
+    words: dict[str, object] = {"model": model, "prompts": prompts.path, "profile": options.profile, "batch_tokens": options.batch_tokens}
+    words |= {"stages": 1, "max_length": 4 * LONGEST, "truncation": "cut"}
     if not is_disk:
-        words["store-gb-per-s"] = found.raw_bytes_per_s / 1e9
-    command = [
-        sys.executable,
-        "-m",
-        "m2ray.cli",
-        "plan",
-        "--json",
-        *(text for name, value in words.items() for text in (f"--{name}", str(value))),
-    ]
-    done = subprocess.run(command, env=environment(), cwd=ROOT, check=True, timeout=120, capture_output=True, text=True)
-    planned = json.loads(done.stdout)
-    return float(planned["output"]["tokens"] / planned["rates"]["duration_s"])
+        words["store_gb_per_s"] = found.raw_bytes_per_s / 1e9
+    plan = planned(**words)
+    return float(plan["output"]["tokens"] / plan["rates"]["duration_s"])
 
 
 def against_guide_rows(store: str, found: Extracted, guide: Mapping[int, float]) -> list[Row]:

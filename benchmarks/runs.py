@@ -42,6 +42,17 @@ def extract(log: Path, **options: object) -> float:
     return time.monotonic() - began
 
 
+def planned(**options: object) -> dict[str, Any]:
+    """What `m2ray plan` says of these options, as its JSON. Fitting or not is in it."""
+    words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    command = [sys.executable, "-m", "m2ray.cli", "plan", "--json", *words]
+    done = subprocess.run(command, env=environment(), cwd=ROOT, check=False, timeout=120, capture_output=True, text=True)
+    if not done.stdout:
+        raise RuntimeError(done.stderr)
+    plan: dict[str, Any] = json.loads(done.stdout)
+    return plan
+
+
 def digest_of(run: Path) -> str:
     """xxh3-128 over which token each row is and over every layer's bits, in the reader's order."""
     reader = m2ray.open_run(run)

@@ -14,7 +14,7 @@ import json
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from copy import deepcopy
@@ -301,7 +301,10 @@ def split_shards(tensors: Sequence[StoredTensor], max_shard_bytes: int) -> dict[
 
 
 def write_shard(path: Path, shard: Sequence[StoredTensor], weights: RandomWeights) -> None:
-    """A safetensors file (https://huggingface.co/docs/safetensors, "Format"), written as values are made: memory holds one chunk."""
+    """A safetensors file (https://huggingface.co/docs/safetensors, "Format"), written as values are made: memory holds one chunk.
+
+    It gets its name once it is whole.
+    """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for tensor in shard:
@@ -309,10 +312,12 @@ def write_shard(path: Path, shard: Sequence[StoredTensor], weights: RandomWeight
         header[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": (start, end)}
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
-    with path.open("wb") as file:
+    partial_path = path.with_suffix(".partial")
+    with partial_path.open("wb") as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         for tensor in shard:
             file.writelines(weights.chunks(tensor))
+    partial_path.rename(path)
     print(f"{path.name}: {len(shard)} tensors, {end / 1e9:.3f} GB", flush=True)
 
 
@@ -331,7 +336,7 @@ def train_tokenizer(vocab_size: int, max_length: int, placeholders: Sequence[str
     return PreTrainedTokenizerFast(tokenizer_object=bpe, model_max_length=max_length, chat_template=template, **named)
 
 
-def make_checkpoint(
+def lay_out(
     out: Path,
     config: Mapping[str, Any],
     *,
@@ -340,15 +345,12 @@ def make_checkpoint(
     layout: Literal["hub", "fused"] = "hub",
     seed: int = 0,
     max_shard_bytes: int = 4 * 10**9,
-    processes: int = 1,
-) -> None:
-    """Write the checkpoint folder `out`, absent or empty before, from the fields of a published config.json. It appears whole or not at all.
+) -> tuple[dict[str, list[StoredTensor]], RandomWeights]:
+    """Write all but the weights into the folder `out`: config.json, index and tokenizer. Returns the weights' files, and what fills them.
 
     Raises:
-        ConfigError: `out` holds something, or the dimensions do not go together.
+        ConfigError: the dimensions do not go together.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} exists already.", "Choose a new or an empty folder.")
     resolved = resolve_config(config, overrides or {}, fmt)
     decoder = resolved.get(TOWER, resolved)
     placeholders = {name: f"<|{match[1]}|>" for name in resolved if (match := PLACEHOLDER.fullmatch(name))}
@@ -359,22 +361,40 @@ def make_checkpoint(
     shards = split_shards(tensors, max_shard_bytes)
     weight_map = {tensor.name: name for name, shard in shards.items() for tensor in shard}
     index = {"metadata": {"total_size": sum(tensor.size_bytes for tensor in tensors)}, "weight_map": weight_map}
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(out, save_jinja_files=False)
+    for name, value in {"config.json": resolved, "model.safetensors.index.json": index}.items():
+        (out / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    return shards, RandomWeights(seed, decoder.get("num_experts_per_tok", 1))
+
+
+def write_shards(paths: Sequence[Path], shards: Iterable[Sequence[StoredTensor]], weights: RandomWeights, processes: int) -> None:
+    """Write the weights' files, several at one time."""
+    # Not forked: a process that was has no threads left for torch's own pool. A thread each: more of them wait for one another.
+    several = partial(ProcessPoolExecutor, processes, get_context("spawn"), torch.set_num_threads, (1,))
+    with several() if processes > 1 else nullcontext() as pool:
+        for _ in (pool.map if pool else map)(write_shard, paths, shards, [weights] * len(paths)):
+            pass
+
+
+def make_checkpoint(out: Path, config: Mapping[str, Any], *, processes: int = 1, **how: Any) -> None:
+    """Write the checkpoint folder `out`, absent or empty before, from the fields of a published config.json. It appears whole or not at all.
+
+    Args:
+        how: as `lay_out` takes it.
+
+    Raises:
+        ConfigError: `out` holds something, or the dimensions do not go together.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} exists already.", "Choose a new or an empty folder.")
     unfinished = out.with_name(f".{out.name}.partial-{uuid.uuid4().hex}")
-    unfinished.mkdir(parents=True)
     try:
-        tokenizer.save_pretrained(unfinished, save_jinja_files=False)
-        for name, value in {"config.json": resolved, "model.safetensors.index.json": index}.items():
-            (unfinished / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-        weights = RandomWeights(seed, decoder.get("num_experts_per_tok", 1))
-        paths = [unfinished / name for name in shards]
-        # Not forked: a process that was has no threads left for torch's own pool. A thread each: more of them wait for one another.
-        several = partial(ProcessPoolExecutor, processes, get_context("spawn"), torch.set_num_threads, (1,))
-        with several() if processes > 1 else nullcontext() as pool:
-            for _ in (pool.map if pool else map)(write_shard, paths, shards.values(), [weights] * len(paths)):
-                pass
+        shards, weights = lay_out(unfinished, config, **how)
+        write_shards([unfinished / name for name in shards], shards.values(), weights, processes)
         unfinished.rename(out)
     except BaseException:
-        shutil.rmtree(unfinished)
+        shutil.rmtree(unfinished, ignore_errors=True)
         raise
 
 

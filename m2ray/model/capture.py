@@ -11,6 +11,7 @@ import torch
 from m2ray.batches import Bits, CapturedLayer, Column, MicroBatch, PartSpec
 from m2ray.errors import StageError
 from m2ray.model.eight_bits import Encoder, is_encoded
+from m2ray.model.pinned import PinnedRuns
 from m2ray.model.selecting import ChosenRows
 from m2ray.selection import Selection
 from m2ray.sites import LayersOfSites
@@ -58,8 +59,11 @@ class Capture:
         selection: Selection,
         encoder: Encoder,
         copy_stream: "torch.cuda.Stream | None",
+        run_rows: int = 0,
     ) -> None:
+        """`run_rows`: of pinned memory, as PinnedRuns takes them."""
         self._micro_batch = micro_batch
+        self._runs = PinnedRuns(run_rows)
         self._parts = {(part.site, part.layer): part for part in parts}
         self._encoder = encoder
         self._copy_stream = copy_stream
@@ -79,7 +83,7 @@ class Capture:
         stored = self._encoder.encode(part, *selected) if is_encoded(part) else _rounded(part, selected)
         room = self._micro_batch.padded_tokens if self._selection.is_all else 0
         columns = tuple(self._to_host(rows_NW, room) for rows_NW in stored)
-        self._captured[part] = _Rows(part, columns, tuple(self._to_host(both, len(both)) for both in extremes))
+        self._captured[part] = _Rows(part, columns, tuple(self._to_host(both) for both in extremes))
         if self._copy_stream is not None:
             self._copying.append(torch.cuda.Event())
             self._copying[-1].record(self._copy_stream)
@@ -89,13 +93,17 @@ class Capture:
         while len(self._copying) >= COPYING_LAYERS:
             self._copying.popleft().synchronize()
 
-    def _to_host(self, values: torch.Tensor, room: int) -> torch.Tensor:
-        """A copy in pinned memory of at least `room` rows: torch finds memory that it keeps for sizes that vary little."""
+    def _to_host(self, values: torch.Tensor, room: int | None = None) -> torch.Tensor:
+        """A copy in pinned memory, of at least `room` rows of a part; without `room` of its own, which is small."""
         if self._copy_stream is None:
             return values
         self._copy_stream.wait_stream(torch.cuda.current_stream(values.device))
         with torch.cuda.stream(self._copy_stream):
-            on_host = torch.empty((max(room, len(values)), *values.shape[1:]), dtype=values.dtype, pin_memory=True)[: len(values)]
+            if room is None:
+                on_host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            else:
+                shape = (max(room, len(values)), *values.shape[1:])
+                on_host = self._runs.take(shape, values.dtype, len(self._parts) - len(self._captured))[: len(values)]
             on_host.copy_(values, non_blocking=True)
         values.record_stream(self._copy_stream)
         return on_host

@@ -3,6 +3,7 @@
 import mmap
 import os
 import tempfile
+import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -58,6 +59,8 @@ class WeightsInHost:
             error = torch.cuda.cudart().cudaHostRegister(self.memory.data_ptr(), self.num_bytes, 0)
             if int(error):
                 raise torch.OutOfMemoryError(f"{self.num_bytes} bytes of host memory could not be pinned: CUDA error {int(error)}.")
+            # Before the memory is given back: what is allocated at its place later could not be registered again.
+            weakref.finalize(self, _unregister, self.memory.data_ptr()).atexit = False
 
     def copy_into(self, buffer: torch.Tensor, _: "Readers") -> None:
         """Begin to bring the layer into `buffer`; on a GPU on the current stream."""
@@ -217,6 +220,12 @@ class BroughtLayers:
 
 def _tensors_of(layer: nn.Module, prefix: str) -> dict[str, torch.Tensor]:
     return {f"{prefix}{name}": tensor for name, tensor in (*layer.named_parameters(), *layer.named_buffers())}
+
+
+def _unregister(address: int) -> None:
+    """End the registration of a layer's memory, once no copy out of it is under way."""
+    torch.cuda.synchronize()
+    torch.cuda.cudart().cudaHostUnregister(address)
 
 
 def _num_bytes(tensor: ModelTensor) -> int:

@@ -160,6 +160,8 @@ class Stage:
         self._copy_in = torch.cuda.Stream(decoder.device) if self._on_gpu else None
         self._copy_out = torch.cuda.Stream(decoder.device) if self._on_gpu else None
         self._running: deque[torch.cuda.Event] = deque()
+        self._full_tokens = 0
+        """Of a full micro-batch, once the warm-up tells."""
         self.begin(CaptureSpec({}, spec.compute_dtype))
 
     def begin(self, capture: CaptureSpec) -> None:
@@ -202,7 +204,7 @@ class Stage:
             self._check(micro_batch, incoming)
         self._wait_for_gpu()
         with torch.inference_mode():
-            capture = Capture(micro_batch, self.parts, self._selection, self._encoder, self._copy_out)
+            capture = Capture(micro_batch, self.parts, self._selection, self._encoder, self._copy_out, self._full_tokens)
             token_ids_BT = torch.tensor(micro_batch.token_ids_BT, dtype=torch.int64)
             if self._on_gpu:
                 token_ids_BT = token_ids_BT.pin_memory().to(self._decoder.device, non_blocking=True)
@@ -233,6 +235,7 @@ class Stage:
             waiting_bytes: of captured rows that may wait for the store.
         """
         config = self._decoder.skeleton.config
+        self._full_tokens = batch_tokens
         if self._on_gpu and self.parts and self._selection.is_all:  # rows of chosen tokens come in pieces of any size
             capture_bytes = batch_tokens * sum(part.row_bytes for part in self.parts)
             columns = [column for part in self.parts for column in part.columns]

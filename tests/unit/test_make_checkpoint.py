@@ -13,6 +13,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import scripts.make_checkpoint as script
+from benchmarks import checkpoints
 from m2ray.errors import M2rayError
 from scripts.make_checkpoint import main, make_checkpoint, plan_tensors, resolve_config
 
@@ -232,6 +233,25 @@ def test_an_interrupted_run_leaves_nothing_under_out(tmp_path, monkeypatch):
         make_checkpoint(tmp_path / "out", config_of("llama"), overrides={**SMALL, "layers": 2}, fmt="bf16", max_shard_bytes=10**6)
     assert written[0].name.startswith("model-00001-of-")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_there_is_not_made_again_and_files_may_lie_elsewhere(tmp_path, monkeypatch):
+    """A checkpoint that is made in several tries, of which one was cut off in the middle of a file."""
+    monkeypatch.setattr(checkpoints, "_SHARD_BYTES", 10**6)
+    monkeypatch.setattr(checkpoints.os, "cpu_count", lambda: 1)
+    folder, elsewhere = tmp_path / "disk", tmp_path / "memory"
+    model, num_bytes = checkpoints.spread(folder, elsewhere, 2, 1, {**SMALL_M2, "layers": 2})
+    expected = read(model)
+    files = sorted(model.glob("*.safetensors"))
+    assert num_bytes == sum(path.stat().st_size for path in files)
+    assert {path.is_symlink() for path in files} == {False, True}
+    assert not files[0].is_symlink()
+    gone = files[-1].resolve()
+    gone.rename(gone.with_suffix(".partial"))
+    assert checkpoints.spread(folder, elsewhere, 2, 1, {**SMALL_M2, "layers": 2})[1] == gone.stat().st_size
+    assert read(model).keys() == expected.keys()
+    assert all(same_bits(tensor, expected[name]) for name, tensor in read(model).items())
+    assert not list(elsewhere.rglob("*.partial"))
 
 
 def test_command_line(tmp_path, monkeypatch, capsys):
