@@ -178,9 +178,7 @@ class ColumnPages:
         body_bytes = of_page * self.value_bytes
         headers = np.empty((last - first, size - body_bytes), np.uint8)
         crcs: list[int] = []
-        assert out.flags.c_contiguous
-        values_of, row_of_page = np.dtype((np.void, self.value_bytes)), row - int(self._first_rows[first])
-        into, done = out.view(values_of), 0
+        row_of_page, done = row - int(self._first_rows[first]), 0
         at_once = min(_MOST_PIECES // 2, max(1, self._run_bytes // size))
         for begin in range(first, last, at_once):
             end = min(last, begin + at_once)
@@ -188,8 +186,8 @@ class ColumnPages:
             bodies = [data[at : at + body_bytes] for at in range(0, len(data), body_bytes)]
             read(int(self._offsets[begin]), [piece for pair in zip(headers[begin - first :], bodies, strict=False) for piece in pair])
             crcs += map(crc32, bodies)
-            wanted = np.frombuffer(data, values_of)[row_of_page : row_of_page + len(places) - done]
-            into.put(places[done : done + len(wanted)], wanted)
+            wanted = np.frombuffer(data, np.uint8).reshape(-1, self.value_bytes)[row_of_page : row_of_page + len(places) - done]
+            out[places[done : done + len(wanted)]] = wanted  # lets other threads run, as put() does only from 500 values on
             done, row_of_page = done + len(wanted), 0
         wrong = first_wrong(headers, of_page, body_bytes, crcs)
         if wrong is not None:
