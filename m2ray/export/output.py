@@ -97,6 +97,9 @@ class Output:
             RunConflictError: there is another file of the name of this one, or of one that was written before.
             StoreError: this one, or one that was written before, cannot be written.
         """
+        while len(self._closing) >= _OPEN_FILES:
+            self._wait_for(self._closing[0][1])
+            self._closing.popleft()
         file = HashingFile(self._store.open_part(key))
         try:
             for piece in pieces:
@@ -106,9 +109,6 @@ class Output:
         except BaseException:
             file.abort()
             raise
-        while len(self._closing) >= _OPEN_FILES:
-            self._wait_for(self._closing[0][1])
-            self._closing.popleft()
         self._closing.append((file, self._pool.submit(self._close, key, file)))
         self._unit.append(self._closing[-1][1])
         self._unit_bytes += file.num_bytes
