@@ -125,8 +125,10 @@ class Output:
 
         Raises as `write` does.
         """
-        for each in [*(closing for _, closing in self._closing), *self._recording]:
-            self._wait_for(each)
+        for _, closing in self._closing:
+            self._wait_for(closing)
+        for recording in self._recording:
+            self._wait_for(recording)
         files = [file for number in sorted(self._units) for file in self._units[number]]
         lines = "".join(f"{file.xxh3} {file.num_bytes} {file.key}\n" for file in files)
         account = {
