@@ -49,7 +49,7 @@ def stage_processes(cluster: RayCluster) -> set[int]:
     return found
 
 
-@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize(("blow", "options"), [(signal.SIGKILL, OPTIONS), (signal.SIGSTOP, (*OPTIONS, *SOON_HUNG))], ids=["died", "hung"])
 def test_a_lost_stage_comes_back_alone(
     cluster: RayCluster,
     minimax: Path,  # noqa: F811
@@ -57,9 +57,10 @@ def test_a_lost_stage_comes_back_alone(
     undisturbed: Path,
     tmp_path: Path,
     blow: signal.Signals,
+    options: tuple[str, ...],
 ) -> None:
     run = tmp_path / "run"
-    driver = cluster.start("m2ray", "extract", *words(minimax, prompts, run, "--stages", "3", *OPTIONS, *SOON_HUNG))
+    driver = cluster.start("m2ray", "extract", *words(minimax, prompts, run, "--stages", "3", *options))
     wait_for_commits(run, 1, driver)
     before = stage_processes(cluster)
     assert len(before) == 3
