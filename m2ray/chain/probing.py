@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import GetTimeoutError, RayError
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from m2ray import __version__
@@ -137,5 +137,11 @@ def on_nodes(
         except GetTimeoutError:
             silent[name] = f"no answer within {timeout_s:g} s"
         except RayError as error:
-            silent[name] = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+            silent[name] = _why(error)
     return seen, silent
+
+
+def _why(error: RayError) -> str:
+    """What ended a call, in a line: a trace has it last, what Ray itself says of a process that it has lost or ended has it first."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[-1] if isinstance(error, RayTaskError) else lines[0]

@@ -92,14 +92,21 @@ def _runs_on(job_id: str) -> int:
 
 def _why_it_failed(exit_code: int | None, message: str) -> int:
     """Say what a driver could not say itself. Returns the exit code as a shell has it."""
-    if exit_code is None or exit_code < 0:
-        killed = f"was ended by {signal.Signals(-exit_code).name}" if exit_code else "is gone"
-        why = "" if exit_code else f" ({(message.splitlines() or ['Ray does not say why'])[0]})"
+    ended_by = _signal_of(exit_code)
+    if exit_code is None or ended_by:
+        killed = f"was ended by {ended_by.name}" if ended_by else "is gone"
+        why = "" if ended_by else f" ({(message.splitlines() or ['Ray does not say why'])[0]})"
         say(
             f"Its driver {killed}{why}: most often a node ran out of memory. Committed shards are kept: submit the same command again.",
             err=True,
         )
     return 1 if exit_code is None else exit_code if exit_code > 0 else 128 - exit_code
+
+
+def _signal_of(exit_code: int | None) -> signal.Signals | None:
+    """What a driver was ended by: Ray itself says so by a negative exit code, the shell around the driver by 128 and more. 130 is the driver's own."""
+    number = -exit_code if exit_code is not None and exit_code < 0 else (exit_code or 0) - 128
+    return signal.Signals(number) if number in set(signal.Signals) and exit_code != _CTRL_C else None
 
 
 async def _print_log(client: Any, job_id: str) -> None:

@@ -3,15 +3,18 @@
 Files are written unit by unit, a unit being some consecutive samples. `.m2ray/export.json` says what the export is of and is created
 first; `.m2ray/unit-000012.json` names the files of a unit once all of them are durable; `m2ray_export.json` comes last. So whoever
 runs the same command again keeps every unit whose files are all there, and does the rest.
+
+Until a file is durable takes as long as to write it; so other threads wait for that, while the next files are written. Many wait at once,
+since a disk makes all that is asked of it together durable at the cost of one.
 """
 
 import json
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, TypeVar
 
 import xxhash
 
@@ -24,8 +27,12 @@ FOLDER = ".m2ray"
 BEGUN_KEY = f"{FOLDER}/export.json"
 SUMMARY_KEY = "m2ray_export.json"
 _CHUNK_BYTES = 1 << 20
-_CLOSED_AT_ONCE, _OPEN_FILES = 4, 16
+_OPEN_FILES = 16
+"""That are written and not yet durable, at most."""
+
 _CLOSE_TIMEOUT_S = 1800.0
+
+_Result = TypeVar("_Result")
 
 
 class Written(NamedTuple):
@@ -51,9 +58,11 @@ class Output:
     def __init__(self, store: Store, identity: Mapping[str, Any]) -> None:
         self._store = store
         self._identity: dict[str, Any] = json.loads(json.dumps(identity))
-        self._pool = ThreadPoolExecutor(_CLOSED_AT_ONCE, thread_name_prefix="export")
+        self._pool = ThreadPoolExecutor(_OPEN_FILES, thread_name_prefix="export")
         self._closing: deque[tuple[HashingFile, Future[Written]]] = deque()
-        self._unit: list[Written] = []
+        self._unit: list[Future[Written]] = []
+        self._unit_bytes = 0
+        self._recording: list[Future[None]] = []
         self._units: dict[int, list[Written]] = {}
         self._begin()
 
@@ -82,12 +91,15 @@ class Output:
         return sum(file.num_bytes for file in files)
 
     def write(self, key: str, pieces: Iterable[Data]) -> None:
-        """A file of these bytes, one piece behind the other; each may be used again afterwards. Durable at the end of its unit.
+        """A file of these bytes, one piece behind the other; each may be used again afterwards. Durable once its unit is recorded.
 
         Raises:
-            RunConflictError: there is another file of that name.
-            StoreError: it cannot be written.
+            RunConflictError: there is another file of the name of this one, or of one that was written before.
+            StoreError: this one, or one that was written before, cannot be written.
         """
+        while len(self._closing) >= _OPEN_FILES:
+            self._wait_for(self._closing[0][1])
+            self._closing.popleft()
         file = HashingFile(self._store.open_part(key))
         try:
             for piece in pieces:
@@ -97,21 +109,26 @@ class Output:
         except BaseException:
             file.abort()
             raise
-        if len(self._closing) >= _OPEN_FILES:
-            self._unit.append(self._next_closed())
         self._closing.append((file, self._pool.submit(self._close, key, file)))
+        self._unit.append(self._closing[-1][1])
+        self._unit_bytes += file.num_bytes
 
     def end_unit(self, number: int) -> int:
-        """Make the files durable that were written since the last unit, and record them. Gives their bytes. Raises as `write` does."""
-        while self._closing:
-            self._unit.append(self._next_closed())
-        files, self._unit = self._unit, []
-        self._store.put(_unit_key(number), _sealed({"files": files}))
-        self._units[number] = files
-        return sum(file.num_bytes for file in files)
+        """Let the files that were written since the last unit be recorded as soon as all of them are durable. Gives their bytes."""
+        self._recording.append(self._pool.submit(self._record, number, self._unit))
+        num_bytes = self._unit_bytes
+        self._unit, self._unit_bytes = [], 0
+        return num_bytes
 
     def finish(self, facts: Mapping[str, Any]) -> dict[str, Any]:
-        """Write `m2ray_export.json`, the sign that all is there, and give what it says: the identity, `facts`, and an account of the files."""
+        """Write `m2ray_export.json`, the sign that all is there, and give what it says: the identity, `facts`, and an account of the files.
+
+        Raises as `write` does.
+        """
+        for _, closing in self._closing:
+            self._wait_for(closing)
+        for recording in self._recording:
+            self._wait_for(recording)
         files = [file for number in sorted(self._units) for file in self._units[number]]
         lines = "".join(f"{file.xxh3} {file.num_bytes} {file.key}\n" for file in files)
         account = {
@@ -142,16 +159,19 @@ class Output:
             raise RunConflictError(f"{self._store.url} holds another export. What differs:", "Give another folder (--output).", differing)
         self._store.delete_unfinished()  # a trainer that walks the folder would take it for a sample
 
-    def _next_closed(self) -> Written:
-        _, closing = self._closing[0]
+    def _record(self, number: int, unit: Sequence[Future[Written]]) -> None:
+        """Name a unit's files once all are durable. They were given to the pool before, so each has a thread by now, or has ended."""
+        files = [self._wait_for(closing) for closing in unit]
+        self._store.put(_unit_key(number), _sealed({"files": files}))
+        self._units[number] = files
+
+    def _wait_for(self, ended: Future[_Result]) -> _Result:
         try:
-            written = closing.result(_CLOSE_TIMEOUT_S)
+            return ended.result(_CLOSE_TIMEOUT_S)
         except TimeoutError as error:
             raise StoreError(
                 f"A file of {self._store.url} was not durable after {_CLOSE_TIMEOUT_S:g} s.", "Look at the store; the same command goes on."
             ) from error
-        self._closing.popleft()
-        return written
 
     def _close(self, key: str, file: HashingFile) -> Written:
         """Make a file visible; one that an interrupted try has left is kept if it is the same."""

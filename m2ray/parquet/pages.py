@@ -179,20 +179,19 @@ class ColumnPages:
         first, last = pages
         size, of_page = int(self._sizes[first]), int(self._first_rows[first + 1] - self._first_rows[first])
         body_bytes = of_page * self.value_bytes
+        at_once = min(_MOST_PIECES // 2, max(1, self._run_bytes // size), last - first)
+        data = scratch("bodies", at_once * body_bytes)
+        bodies = [data[at : at + body_bytes] for at in range(0, len(data), body_bytes)]
+        values = np.frombuffer(data, np.uint8).reshape(-1, self.value_bytes)
         headers = np.empty((last - first, size - body_bytes), np.uint8)
         crcs: list[int] = []
-        assert out.flags.c_contiguous
-        values_of, row_of_page = np.dtype((np.void, self.value_bytes)), row - int(self._first_rows[first])
-        into, done = out.view(values_of), 0
-        at_once = min(_MOST_PIECES // 2, max(1, self._run_bytes // size))
+        row_of_page, done = row - int(self._first_rows[first]), 0
         for begin in range(first, last, at_once):
-            end = min(last, begin + at_once)
-            data = scratch("bodies", (end - begin) * body_bytes)
-            bodies = [data[at : at + body_bytes] for at in range(0, len(data), body_bytes)]
-            read(int(self._offsets[begin]), [piece for pair in zip(headers[begin - first :], bodies, strict=False) for piece in pair])
-            crcs += map(crc32, bodies)
-            wanted = np.frombuffer(data, values_of)[row_of_page : row_of_page + len(places) - done]
-            into.put(places[done : done + len(wanted)], wanted)
+            pairs = list(zip(headers[begin - first :], bodies, strict=False))
+            read(int(self._offsets[begin]), [piece for pair in pairs for piece in pair])
+            crcs += [crc32(body) for _, body in pairs]
+            wanted = values[row_of_page : min(len(pairs) * of_page, row_of_page + len(places) - done)]
+            out[places[done : done + len(wanted)]] = wanted  # lets other threads run, as put() does only from 500 values on
             done, row_of_page = done + len(wanted), 0
         wrong = first_wrong(headers, of_page, body_bytes, crcs)
         if wrong is not None:

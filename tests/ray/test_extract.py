@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -269,9 +270,15 @@ def test_m2ray_submit_returns_the_jobs_exit_code(cluster: RayCluster, minimax: P
     assert "no.jsonl are absent" in submitted.stdout
 
 
-def test_ctrl_c_asks_before_it_stops_the_job(cluster: RayCluster, minimax: Path, tmp_path: Path) -> None:
-    many = tmp_path / "many.jsonl"  # still at work when the signal comes
-    many.write_text("".join(json.dumps({"id": f"row-{number}", "text": "sea wind"}) + "\n" for number in range(3000)), encoding="utf-8")
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prompts for a run that is still at work when a signal comes."""
+    path = tmp_path_factory.mktemp("many") / "many.jsonl"
+    path.write_text("".join(json.dumps({"id": f"row-{number}", "text": "sea wind"}) + "\n" for number in range(3000)), encoding="utf-8")
+    return path
+
+
+def test_ctrl_c_asks_before_it_stops_the_job(cluster: RayCluster, minimax: Path, many: Path, tmp_path: Path) -> None:
     follower = subprocess.Popen(
         ["m2ray", "submit", "--address", cluster.dashboard, *words(minimax, many, tmp_path / "run", "--shard-tokens", "64")],
         env=dict(cluster.env),
@@ -295,6 +302,27 @@ def test_ctrl_c_asks_before_it_stops_the_job(cluster: RayCluster, minimax: Path,
     assert "Stop job" in rest
     assert "stopped" in rest
     assert follower.returncode == 1
+
+
+def test_submit_and_inspect_tell_of_a_driver_that_was_killed(cluster: RayCluster, minimax: Path, many: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    flags = words(minimax, many, run, "--shard-tokens", "64", "--in-flight", "1KB")
+    follower = cluster.start("m2ray", "submit", "--address", cluster.dashboard, *flags)
+    wait_for_commits(run, 1, follower)
+    drivers = [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if str(run) in (cmdline := process.info["cmdline"] or []) and cmdline[1] == "jobs/extract.py"
+    ]
+    assert len(drivers) == 1, drivers
+    drivers[0].kill()
+    printed, _ = follower.communicate(timeout=120)
+    assert follower.returncode == 128 + signal.SIGKILL, printed
+    assert "Its driver was ended by SIGKILL: most often a node ran out of memory. Committed shards are kept" in printed
+    assert "Traceback" not in printed
+    told = cluster.run("m2ray", "inspect", str(run))
+    assert told.returncode == 0, told.stderr
+    assert "ended without a word: it was killed, most often for lack of memory" in " ".join(told.stdout.split())
 
 
 def commits(run: Path) -> dict[str, bytes]:

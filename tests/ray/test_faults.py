@@ -1,8 +1,9 @@
-"""Stages that die or hang in the middle of the real job, and a driver that is asked to stop."""
+"""Stages that die or hang in the middle of the real job, a replica that loses one, and a driver that is asked to stop."""
 
 import os
 import re
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from tests.ray.test_extract import minimax, prompts, rows_of, wait_for_commits, 
 from tests.reference import same_bits
 
 OPTIONS = ("--in-flight", "1KB", "--shard-tokens", "150", "--stage-timeout-s", "15")
+SOON_HUNG = ("--stage-timeout-s", "8")
+"""A stage that hangs is waited for twice: until nothing moved for so long, and for its answer."""
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +49,7 @@ def stage_processes(cluster: RayCluster) -> set[int]:
     return found
 
 
-@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize(("blow", "options"), [(signal.SIGKILL, OPTIONS), (signal.SIGSTOP, (*OPTIONS, *SOON_HUNG))], ids=["died", "hung"])
 def test_a_lost_stage_comes_back_alone(
     cluster: RayCluster,
     minimax: Path,  # noqa: F811
@@ -54,9 +57,10 @@ def test_a_lost_stage_comes_back_alone(
     undisturbed: Path,
     tmp_path: Path,
     blow: signal.Signals,
+    options: tuple[str, ...],
 ) -> None:
     run = tmp_path / "run"
-    driver = cluster.start("m2ray", "extract", *words(minimax, prompts, run, "--stages", "3", *OPTIONS))
+    driver = cluster.start("m2ray", "extract", *words(minimax, prompts, run, "--stages", "3", *options))
     wait_for_commits(run, 1, driver)
     before = stage_processes(cluster)
     assert len(before) == 3
@@ -94,4 +98,40 @@ def test_a_stopped_job_flushes_and_goes_on_later(
     assert not list(run.rglob("*.tmp*")), "unfinished files are given up"
     again = cluster.run("m2ray", "extract", *words(minimax, prompts, run, "--stages", "1", *OPTIONS))
     assert again.returncode == 0, again.stdout + again.stderr
+    assert_same_run(run, undisturbed)
+
+
+def both_replicas(cluster: RayCluster, driver: subprocess.Popen[str]) -> set[int]:
+    """The stage processes of two replicas. The first one stands still until the other is there: it could be done with all shards before."""
+    deadline, held = time.monotonic() + 120, set[int]()
+    try:
+        while len(processes := stage_processes(cluster)) < 2:
+            assert driver.poll() is None, driver.communicate()[0]
+            assert time.monotonic() < deadline, f"{len(processes)} of 2 replicas have a process"
+            for process in processes - held:
+                os.kill(process, signal.SIGSTOP)
+                held.add(process)
+            time.sleep(0.02)  # polls; the first one loads for longer than that
+    finally:
+        for process in held:
+            os.kill(process, signal.SIGCONT)
+    return processes
+
+
+def test_replicas_share_one_queue_and_one_that_loses_a_stage_gives_its_shards_back(
+    cluster: RayCluster,
+    minimax: Path,  # noqa: F811
+    prompts: Path,  # noqa: F811
+    undisturbed: Path,
+    tmp_path: Path,
+) -> None:
+    run = tmp_path / "run"
+    driver = cluster.start("m2ray", "extract", *words(minimax, prompts, run, "--stages", "1", "--replicas", "2", *OPTIONS))
+    processes = both_replicas(cluster, driver)
+    wait_for_commits(run, 1, driver)
+    assert stage_processes(cluster) == processes
+    os.kill(min(processes), signal.SIGKILL)
+    printed, _ = driver.communicate(timeout=150)
+    assert driver.returncode == 0, printed
+    assert "replica 1 stage 0 on" in printed
     assert_same_run(run, undisturbed)

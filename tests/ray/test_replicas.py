@@ -1,20 +1,15 @@
-"""Several chains over one prompt set: where they are placed, that they share the work, and that one that is lost gives it back."""
+"""Several chains over one prompt set: where they are placed. That they share the work stands in test_faults.py."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.ray.conftest import RayCluster, environment
-from tests.ray.test_extract import minimax, prompts, wait_for_commits, words  # noqa: F401 - fixtures among them
-from tests.ray.test_faults import OPTIONS, assert_same_run, stage_processes, undisturbed  # noqa: F401
+from tests.ray.conftest import environment
 
 PLACEMENT = Path(__file__).with_name("place_on_fake_gpus.py")
 
@@ -76,39 +71,3 @@ def test_what_does_not_fit_is_refused_in_time_and_says_what_is_missing_where(pla
     assert "8 x (0.3333 CPU and 1 GPU) on" in text or "8 x (1 CPU and 1 GPU) on" in text
     assert "5 of 8 GPU free" in text
     assert seconds < 15
-
-
-def both_replicas(cluster: RayCluster, driver: subprocess.Popen[str]) -> set[int]:
-    """The stage processes of two replicas. The first one stands still until the other is there: it could be done with all shards before."""
-    deadline, held = time.monotonic() + 120, set[int]()
-    try:
-        while len(processes := stage_processes(cluster)) < 2:
-            assert driver.poll() is None, driver.communicate()[0]
-            assert time.monotonic() < deadline, f"{len(processes)} of 2 replicas have a process"
-            for process in processes - held:
-                os.kill(process, signal.SIGSTOP)
-                held.add(process)
-            time.sleep(0.02)  # polls; the first one loads for longer than that
-    finally:
-        for process in held:
-            os.kill(process, signal.SIGCONT)
-    return processes
-
-
-def test_replicas_share_one_queue_and_one_that_loses_a_stage_gives_its_shards_back(
-    cluster: RayCluster,
-    minimax: Path,  # noqa: F811
-    prompts: Path,  # noqa: F811
-    undisturbed: Path,  # noqa: F811
-    tmp_path: Path,
-) -> None:
-    run = tmp_path / "run"
-    driver = cluster.start("m2ray", "extract", *words(minimax, prompts, run, "--stages", "1", "--replicas", "2", *OPTIONS))
-    processes = both_replicas(cluster, driver)
-    wait_for_commits(run, 1, driver)
-    assert stage_processes(cluster) == processes
-    os.kill(min(processes), signal.SIGKILL)
-    printed, _ = driver.communicate(timeout=150)
-    assert driver.returncode == 0, printed
-    assert "replica 1 stage 0 on" in printed
-    assert_same_run(run, undisturbed)

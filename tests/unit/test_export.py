@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from safetensors import safe_open
 
 from m2ray.activations.writing.commits import claim_run
 from m2ray.cli import main
-from m2ray.errors import ConfigError, M2rayError, NotInRunError, RunConflictError
+from m2ray.errors import ConfigError, M2rayError, NotInRunError, RunConflictError, StoreError
 from m2ray.export import saelens, samples
 from m2ray.export.exporting import CONSUMERS, consumer_of, ids_of, plan_export, write_export
 from m2ray.storage import LocalStore
@@ -178,6 +179,48 @@ def test_cut_off_anywhere_it_goes_on(run: Path, tmp_path: Path, monkeypatch) -> 
             assert list((tmp_path / "cut" / "_unfinished").iterdir()) == []
     assert tries > 2
     assert contents(tmp_path / "cut") == contents(whole)
+
+
+def test_files_become_durable_while_the_next_unit_is_written(run: Path, tmp_path: Path, monkeypatch) -> None:
+    publish, next_is_written = HashingFile.publish, threading.Event()
+
+    def late(file) -> None:
+        assert next_is_written.wait(20), "the next unit waits for the disk"
+        publish(file)
+
+    monkeypatch.setattr(HashingFile, "publish", late)
+    told = []
+
+    def report(samples_done: int, _written: int, _kept: int) -> None:
+        told.append((tmp_path / ".m2ray" / "unit-000000.json").exists())
+        if samples_done > len(runs.SHARD_SEQUENCES[0]):
+            next_is_written.set()
+
+    write_export(plan_export(run, "speculators"), "speculators", tmp_path, report)
+    assert told[0] is False, "a unit is recorded once it is durable"
+    assert len(list((tmp_path / ".m2ray").glob("unit-*"))) == len(runs.SHARD_SEQUENCES) + 1
+
+
+def test_a_file_that_does_not_become_durable_ends_it_and_its_unit_is_not_recorded(run: Path, tmp_path: Path, monkeypatch) -> None:
+    publish = HashingFile.publish
+    whole = tmp_path / "whole"
+    write_export(plan_export(run, "speculators"), "speculators", whole)
+
+    def failing(file) -> None:
+        if str(file._sink._path).endswith(f"hs_{len(runs.SHARD_SEQUENCES[0]) + 1}.safetensors"):
+            file.abort()
+            raise StoreError("Cannot write it: the disk is broken.")
+        publish(file)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(HashingFile, "publish", failing)
+        with pytest.raises(StoreError, match="the disk is broken"):
+            write_export(plan_export(run, "speculators"), "speculators", tmp_path / "out")
+    records = {path.name for path in (tmp_path / "out" / ".m2ray").iterdir()}
+    assert "unit-000001.json" not in records
+    assert not (tmp_path / "out" / "m2ray_export.json").exists()
+    write_export(plan_export(run, "speculators"), "speculators", tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(whole)
 
 
 def test_a_file_of_another_hand_is_not_replaced(run: Path, tmp_path: Path) -> None:

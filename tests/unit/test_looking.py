@@ -222,8 +222,10 @@ def test_ctrl_c_at_the_question_says_that_the_job_runs_on(tmp_path: Path, monkey
     ("exit_code", "words", "returned"),
     [
         (-9, "Its driver was ended by SIGKILL: most often a node ran out of memory.", 137),
+        (137, "Its driver was ended by SIGKILL: most often a node ran out of memory.", 137),  # as the shell around it says
         (None, "Its driver is gone (The actor died.): most often", 1),
         (3, "", 3),
+        (130, "", 130),
     ],
 )
 def test_a_job_that_was_killed(exit_code: int | None, words: str, returned: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,6 +233,7 @@ def test_a_job_that_was_killed(exit_code: int | None, words: str, returned: int,
     told = submit(client, ended, monkeypatch, tmp_path)
     assert told.exit_code == returned
     assert words in told.stderr
+    assert ("Its driver" in told.stderr) == bool(words)
 
 
 # -- actors -------------------------------------------------------------------------------------------------------------
