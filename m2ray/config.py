@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError
 
-from m2ray.errors import ConfigError, raise_all
+from m2ray.errors import ConfigError, did_you_mean, raise_all
 from m2ray.sizes import parse_bytes, parse_max_memory
 
 
@@ -239,7 +239,7 @@ def _as_problems(config: type[BaseModel], error: ValidationError) -> list[Config
     for name, reports in by_option.items():
         first = reports[0]
         if first["type"] == "extra_forbidden":
-            problems.append(ConfigError(f"There is no option {name!r}.", f"The options are: {', '.join(config.model_fields)}."))
+            problems.append(ConfigError(f"There is no option {name!r}.", f"{did_you_mean(name, config.model_fields)}The options are: {', '.join(config.model_fields)}."))
             continue
         description = config.model_fields[name].description or ""
         if first["type"] == "missing":

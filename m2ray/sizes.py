@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from m2ray.errors import ConfigError, raise_all
+from m2ray.errors import ConfigError, did_you_mean, raise_all
 
 _UNITS_BYTES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
@@ -40,7 +40,7 @@ class MaxMemory:
     def require_known(self, num_gpus: Mapping[str, int]) -> None:
         """Raise ConfigError, all at once, for nodes and GPUs that are named and not there; `num_gpus` are each node's, by its name."""
         problems = [
-            ConfigError(f"max_memory names the node {name!r}.", f"The nodes are {', '.join(num_gpus)}.")
+            ConfigError(f"max_memory names the node {name!r}.", f"{did_you_mean(name, num_gpus)}The nodes are {', '.join(num_gpus)}.")
             for name in self.by_node
             if name not in num_gpus
         ]

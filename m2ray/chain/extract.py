@@ -33,6 +33,7 @@ from m2ray.model.stage import StageSpec
 from m2ray.options import RunOptions
 from m2ray.planning.plan import Plan, plan_run
 from m2ray.prompts import Survey, TokenSpool, batching, estimated_batching, load_shards, micro_batches, respool, survey
+from m2ray.storage import no_empty_folders
 
 
 def extract(config: ExtractConfig, progress: Progress) -> RunSummary:
@@ -42,7 +43,7 @@ def extract(config: ExtractConfig, progress: Progress) -> RunSummary:
         M2rayError: before Ray is started for bad configuration, checkpoint, prompts or output, or another driver at the run; before anything is written for a
             cluster that does not hold the plan; later for what fails there; at any time for SIGTERM.
     """
-    with stop_on_sigterm() as stop, ExitStack() as stack:
+    with stop_on_sigterm() as stop, no_empty_folders(config.output), ExitStack() as stack:
         inputs = check(config, stack, stop, progress)
         work = _resume(inputs, stack, stop, progress) if inputs.recorded else _begin(inputs, stack, stop, progress)
         if work.hardware is not None:

@@ -9,7 +9,7 @@ import click
 
 from m2ray import __version__
 from m2ray.cli.output import escaped_output, say
-from m2ray.errors import M2rayError, shown
+from m2ray.errors import M2rayError, did_you_mean, shown
 
 _COMMANDS = ("plan", "bench", "extract", "submit", "inspect", "verify", "export", "doctor")
 
@@ -69,6 +69,12 @@ class _Commands(click.Group):
         except KeyboardInterrupt:  # while a command's file is imported
             say("Stopped by Ctrl-C.", err=True)
             ctx.exit(_CTRL_C)
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        if name not in _COMMANDS and not name.startswith("-"):
+            ctx.fail(f"There is no command {shown(name)!r}. {did_you_mean(name, _COMMANDS)}The commands are: {', '.join(_COMMANDS)}.")
+        return super().resolve_command(ctx, args)
 
     def list_commands(self, _ctx: click.Context) -> list[str]:
         return list(_COMMANDS)

@@ -146,9 +146,13 @@ class Store(ABC):
                 self.create(key, b"first")
             self.create(key, b"second")
         except AlreadyExistsError:
-            return
-        finally:
             self.delete([key])
+            return
+        except BaseException:
+            with suppress(StoreError):  # which would hide why nothing could be written
+                self.delete([key])
+            raise
+        self.delete([key])
         raise StoreError(
             f"The store at {self.url} replaces an object that was to be created only if absent (If-None-Match is ignored).",
             "Two drivers could commit the same shard there. Use a store that honours conditional writes.",
