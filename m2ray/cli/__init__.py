@@ -2,13 +2,14 @@
 
 import errno
 import importlib
+import sys
 import traceback
 from typing import Any
 
 import click
 
 from m2ray import __version__
-from m2ray.cli.output import escaped_output, say
+from m2ray.cli.output import between_words, escaped_output, say
 from m2ray.errors import M2rayError, did_you_mean, shown
 
 _COMMANDS = ("plan", "bench", "extract", "submit", "inspect", "verify", "export", "doctor")
@@ -49,7 +50,7 @@ class Command(click.Command):
     def _fail(self, ctx: click.Context, text: str) -> None:
         if ctx.meta.get("m2ray.debug"):
             traceback.print_exc()
-        click.echo(f"Error: {text}", err=True)  # m2ray's own line ends alone
+        click.echo(between_words(f"Error: {text}", sys.stderr), err=True)  # m2ray's own line ends alone
         ctx.exit(1)
 
 

@@ -5,7 +5,6 @@ from dataclasses import asdict
 from typing import Any
 
 import click
-from rich.console import Console
 from rich.table import Table
 
 from m2ray.activations.audits import read_audits
@@ -13,7 +12,7 @@ from m2ray.activations.reading.reader import RunReader, open_run
 from m2ray.activations.writing.lease import KILLED, read_holder
 from m2ray.audit import report
 from m2ray.cli import Command
-from m2ray.cli.output import say
+from m2ray.cli.output import console_of_tables, say
 from m2ray.storage import looking, open_store
 
 _SHOWN_ROWS = 20
@@ -111,7 +110,7 @@ def _print(facts: dict[str, Any]) -> None:
         norm = "" if fact["mean_norm"] is None else f"{fact['mean_norm']:.4g}"
         layer = "" if fact["layer"] is None else str(fact["layer"])
         table.add_row(fact["site"], layer, f"{fact['files']:,}", f"{fact['num_bytes']:,}", norm)
-    Console(color_system=None, markup=False).print(table)
+    console_of_tables().print(table)
     quarantined = facts["quarantined"]
     for row in quarantined[:_SHOWN_ROWS]:
         say(f"quarantined: row {row['row_id']} (sequence {row['sequence_id']}): {row['reason']}")

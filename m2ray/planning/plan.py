@@ -121,7 +121,7 @@ def plan_run(
         chains=chains,
         weights=_weights(demand),
         gpus=tuple(gpus_of(demand, chains, placing)),
-        rates=plan_rates(demand, placing.placed, prompts),
+        rates=plan_rates(demand, placing.placed, prompts, sum(device.gpu is not None for chain in chains for device in chain)),
         remedies=find_remedies(demand, cluster, chains, prompts, short) if short else (),
     )
 
