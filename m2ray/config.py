@@ -256,7 +256,12 @@ def _as_problems(config: type[BaseModel], error: ValidationError) -> list[Config
     for name, reports in by_option.items():
         first = reports[0]
         if first["type"] == "extra_forbidden":
-            problems.append(ConfigError(f"There is no option {name!r}.", f"{did_you_mean(name, config.model_fields)}The options are: {', '.join(config.model_fields)}."))
+            problems.append(
+                ConfigError(
+                    f"There is no option {name!r}.",
+                    f"{did_you_mean(name, config.model_fields)}The options are: {', '.join(config.model_fields)}.",
+                )
+            )
             continue
         description = config.model_fields[name].description or ""
         if first["type"] == "missing":

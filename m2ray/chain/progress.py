@@ -4,14 +4,17 @@ import sys
 import time
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Self, TextIO
+from typing import TYPE_CHECKING, Self, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn
 from rich.progress import Progress as Bars
 
-from m2ray.chain.status import RunStatus, StageStatus
 from m2ray.errors import shown
+from m2ray.sizes import bytes_in_words, seconds_in_words
+
+if TYPE_CHECKING:  # what only looks at a run needs no Ray
+    from m2ray.chain.status import RunStatus, StageStatus
 
 _LINE_EVERY_S = 5.0
 _PHASE_WIDTH = 7
@@ -54,7 +57,7 @@ class Progress:
         """Prompt rows read and tokenised so far, or in all."""
         self._show("survey", [f"{rows:,} prompts"], 1.0 if is_done else None)
 
-    def loading(self, statuses: Sequence[StageStatus]) -> None:
+    def loading(self, statuses: Sequence["StageStatus"]) -> None:
         """Bytes of weights read, by stage; none while the first actors' processes start."""
         self._loading_at = self._loading_at or time.monotonic()
         if not any(status.needed_bytes for status in statuses):
@@ -64,10 +67,10 @@ class Progress:
         needed_bytes = sum(status.needed_bytes for status in statuses)
         rate = read_bytes / max(time.monotonic() - self._loading_at, 1e-3)
         stages = " ".join(f"{status.read_bytes / max(status.needed_bytes, 1):.0%}" for status in statuses)
-        words = [f"{_bytes(read_bytes)} of {_bytes(needed_bytes)}", f"{_bytes(rate)}/s", f"stages: {stages}"]
+        words = [f"{bytes_in_words(read_bytes)} of {bytes_in_words(needed_bytes)}", f"{bytes_in_words(rate)}/s", f"stages: {stages}"]
         self._show("load", words, read_bytes / max(needed_bytes, 1))
 
-    def extracting(self, run: RunStatus) -> None:
+    def extracting(self, run: "RunStatus") -> None:
         """Shards, tokens, rates and the time left."""
         elapsed_s = max(run.extract_s, 1e-3)
         rate, tokens = run.tokens / elapsed_s, run.tokens_before + run.tokens
@@ -78,18 +81,22 @@ class Progress:
         ]
         if run.gpu_busy is not None:
             used_bytes = max(gpu.used_bytes for stage in run.statuses for gpu in stage.gpus)
-            words.append(f"GPU {run.gpu_busy:.0%} busy, {_bytes(used_bytes)} taken")
+            words.append(f"GPU {run.gpu_busy:.0%} busy, {bytes_in_words(used_bytes)} taken")
         write_wait_s = max((stage.write_wait_s for stage in run.statuses), default=0.0)
         if write_wait_s > 0.01 * elapsed_s:
             words.append(f"waited {seconds_in_words(write_wait_s)} for the disk")
-        words += [f"{_bytes(run.written_bytes / elapsed_s)}/s written", f"{tokens:,} of {run.all_tokens:,} tokens"]
+        words += [f"{bytes_in_words(run.written_bytes / elapsed_s)}/s written", f"{tokens:,} of {run.all_tokens:,} tokens"]
         self._show("extract", words, tokens / max(run.all_tokens, 1))
+
+    def following(self, words: Sequence[str], fraction: float) -> None:
+        """A run that is looked at from outside, in words, the most important first."""
+        self._show("run", words, fraction)
 
     def exporting(self, samples: int, all_samples: int, written_bytes: int, kept_bytes: int, elapsed_s: float) -> None:
         """Sequences of a run that are exported, and what was written and kept of it."""
-        words = [f"{samples:,} of {all_samples:,} sequences", f"{_bytes(written_bytes)} written"]
-        words += [f"{_bytes(kept_bytes)} kept"] if kept_bytes else []
-        words.append(f"{_bytes(written_bytes / max(elapsed_s, 1e-3))}/s")
+        words = [f"{samples:,} of {all_samples:,} sequences", f"{bytes_in_words(written_bytes)} written"]
+        words += [f"{bytes_in_words(kept_bytes)} kept"] if kept_bytes else []
+        words.append(f"{bytes_in_words(written_bytes / max(elapsed_s, 1e-3))}/s")
         self._show("export", words, samples / max(all_samples, 1))
 
     def _show(self, phase: str, words: Sequence[str], fraction: float | None) -> None:
@@ -119,19 +126,3 @@ def _fitting(words: Sequence[str], width: int) -> str:
         if len(line) + 2 + len(more) <= width:
             line = f"{line}, {more}"
     return line
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "KB", "MB", "GB", "TB"):
-        if count < 1000 or unit == "TB":
-            break
-        count /= 1000
-    return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-
-
-def seconds_in_words(seconds: float) -> str:
-    """A length of time for people: "12 s", "5 min 03 s", "2 h 05 min"."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes, rest = divmod(int(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -100,12 +100,16 @@ def _node(plan: Plan, node: Node, bar_width: int) -> Table:
     for gpu in node.gpus:
         found = planned.get(gpu.index)
         if found is None:
-            table.add_row(str(gpu.index), gpu.name, "", "not used", _bar({}, gpu.free_bytes, bar_width), "", size(gpu.total_bytes), style="dim")
+            table.add_row(
+                str(gpu.index), gpu.name, "", "not used", _bar({}, gpu.free_bytes, bar_width), "", size(gpu.total_bytes), style="dim"
+            )
             continue
         stage = f"{found.replica}.{found.stage}" if several else str(found.stage)
         layers = str(found.span).removeprefix("layers ") if found.span else "none" if plan.stages else "does not fit"
         usable = found.device.usable_bytes or 0
-        table.add_row(str(gpu.index), gpu.name, stage, layers, _bar_of(found, usable, bar_width), size(found.memory.peak_bytes), size(usable))
+        table.add_row(
+            str(gpu.index), gpu.name, stage, layers, _bar_of(found, usable, bar_width), size(found.memory.peak_bytes), size(usable)
+        )
     return table
 
 

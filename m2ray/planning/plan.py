@@ -107,7 +107,10 @@ def plan_run(
     """
     device_map = demand.options.device_map
     if device_map not in get_args(DeviceMap) and not device_map.startswith("cuda:"):
-        raise ConfigError(f"device_map = {device_map!r} is unknown.", f"{did_you_mean(device_map, get_args(DeviceMap))}Use {', '.join(get_args(DeviceMap))} or cuda:0.")
+        raise ConfigError(
+            f"device_map = {device_map!r} is unknown.",
+            f"{did_you_mean(device_map, get_args(DeviceMap))}Use {', '.join(get_args(DeviceMap))} or cuda:0.",
+        )
     chains = tuple(map(tuple, chains or chain_devices(cluster, demand.num_layers, demand.options)))
     _require_attention(demand, chains)
     placing = place_all(demand, cluster, chains, prompts)

@@ -2,7 +2,7 @@
 
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -102,6 +102,10 @@ class ObjectStore(Store):
             for page in obstore.list(self._store, prefix or None, chunk_size=_LISTED_AT_ONCE):
                 for entry in page:
                     yield entry["path"], entry["size"]
+
+    def folders(self) -> Sequence[str]:
+        with self.naming("list", ""):
+            return sorted(prefix.rstrip("/").rpartition("/")[2] for prefix in obstore.list_with_delimiter(self._store)["common_prefixes"])
 
     def list_folders(self, above: str, folders: Iterable[str]) -> Iterator[tuple[str, int]]:
         """A page of a listing names where the next one begins: only those of several folders can be asked for at the same time."""

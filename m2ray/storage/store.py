@@ -101,6 +101,10 @@ class Store(ABC):
         With `depth` of those that lie that many folders down or less (1: in `prefix` itself); a store may list deeper ones too.
         """
 
+    def folders(self) -> Sequence[str]:
+        """The names of the folders right below the root that hold objects, in order."""
+        return sorted({key.partition("/")[0] for key, _ in self.list("", 2) if "/" in key})
+
     def list_folders(self, above: str, folders: Iterable[str]) -> Iterator[tuple[str, int]]:
         """What `list(above)` gives, of which only what lies in `folders` is wanted: where a listing is many requests, each of those by itself."""
         del folders
