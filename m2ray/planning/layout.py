@@ -157,7 +157,7 @@ def _memory(kind: str, stages: Sequence[tuple[str, Memory]]) -> Table:
     """What makes up each stage's peak, in GB of 10^9 bytes; neighbours that hold the same share a line."""
     names = list(dict.fromkeys(name for _, memory in stages for name in memory.running))
     table = Table(title=f"{kind} memory by stage, GB", title_justify="left", box=None, padding=(0, 1, 0, 0), pad_edge=False)
-    for column in ("stage", *(name.replace("_", "\n") for name in names), "running", "loading"):
+    for column in ("stage", *(name.replace("_", "\n") for name in names), "run", "load"):
         table.add_column(column, justify="left" if column == "stage" else "right")
     for memory, group in groupby(stages, key=lambda each: each[1]):
         first, *_, last = [name for name, _ in group] * 2

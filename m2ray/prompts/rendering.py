@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -149,9 +150,9 @@ def _serve(connection: Connection, parents: Connection, render: Render, timeout_
 def _be_silent() -> None:
     """What it prints if it crashes, a trace for one, says nothing of a run that goes on: that the row is quarantined is said by its reason."""
     nothing = os.open(os.devnull, os.O_WRONLY)
-    for stream in (1, 2):
+    for stream in (1, 2):  # of C code, and of Python's that is not sent elsewhere
         os.dup2(nothing, stream)
-    os.close(nothing)
+    sys.stdout = sys.stderr = os.fdopen(nothing, "w")
 
 
 def _rendered(render: Render, row: PromptRow) -> Rendered | RefusedError:
