@@ -124,7 +124,7 @@ def test_ray_gets_a_short_folder_where_the_temporary_one_has_a_long_name(tmp_pat
     with joining.cluster(1, said.append):
         folder = Path(started[0]).parent
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-    assert str(folder.parent) in ("/tmp", "/var/tmp")  # noqa: S108
+    assert str(folder.parent) in ("/tmp", "/var/tmp")
     assert not folder.exists()
     (line,) = said
     assert str(long) in line
