@@ -74,7 +74,8 @@ class _Commands(click.Group):
     def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
         name = args[0]
         if name not in _COMMANDS and not name.startswith("-"):
-            ctx.fail(f"There is no command {shown(name)!r}. {did_you_mean(name, _COMMANDS)}The commands are: {', '.join(_COMMANDS)}.")
+            meant = did_you_mean(name, _COMMANDS).rstrip() or f"The commands are {', '.join(_COMMANDS)}."
+            ctx.fail(f"There is no command {shown(name)!r}. {meant}")
         return super().resolve_command(ctx, args)
 
     def list_commands(self, _ctx: click.Context) -> list[str]:

@@ -11,7 +11,7 @@ from m2ray.batches import PromptStats
 from m2ray.errors import ClusterError, ConfigError
 from m2ray.planning.demand import Demand
 from m2ray.planning.devices import Device, chain_devices
-from m2ray.planning.hardware import Cluster
+from m2ray.planning.hardware import Cluster, Node
 from m2ray.planning.placing import place_all
 from m2ray.sizes import MaxMemory
 
@@ -185,7 +185,8 @@ def _more_gpus(demand: Demand, chains: Chains, prompts: PromptStats | None) -> t
     freed = demand.asking(max_memory=MaxMemory(), device_map="auto" if is_one_gpu else options.device_map)
 
     def on(number: int) -> Layout:
-        left, nodes = number * options.replicas, []
+        left = number * options.replicas
+        nodes: list[Node] = []
         while left > 0:
             gpus = tuple(replace(gpu, index=index) for index in range(min(left, on_a_node)))
             nodes.append(replace(most.node, name=f"{most.node.name}-{len(nodes)}", gpus=gpus))

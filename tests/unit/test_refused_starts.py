@@ -67,6 +67,21 @@ def test_an_output_below_a_file_is_told_once_by_the_right_name(start: Callable[.
     assert f"{tmp_path / 'file'} is no folder: choose another one." in said
 
 
+def test_below_a_file_there_is_nothing_to_delete(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    LocalStore(tmp_path / "file").delete(["_probe-1", "data/x"])
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_store_that_cannot_be_used_is_told_of_once(start: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise StoreError("no credentials are in the environment")
+
+    monkeypatch.setattr(LocalStore, "probe", refuse)
+    monkeypatch.setattr("m2ray.chain.checking.read_job", refuse)
+    assert start(tmp_path / "run").count("no credentials") == 1
+
+
 def test_folders_that_another_start_removes_are_made_again(tmp_path: Path) -> None:
     """Two starts at one output: the refused one tidies while the other has begun a file."""
     store = LocalStore(tmp_path / "run")
