@@ -39,7 +39,7 @@ class Standing:
     def in_words(self) -> list[str]:
         """The most important first."""
         left = [] if self.left_s is None or self.is_complete else [f"{seconds_in_words(self.left_s)} left"]
-        rate = [] if self.tokens_per_s is None else [f"{self.tokens_per_s:,.0f} tokens/s"]
+        rate = [] if self.tokens_per_s is None or self.is_complete else [f"{self.tokens_per_s:,.0f} tokens/s"]
         last = [f"last commit {self.last_commit}"] if self.last_commit else []
         done = f"{self.shards:,} of {self.all_shards:,} shards"
         return [done, *left, *rate, bytes_in_words(self.num_bytes), f"{self.tokens:,} of {self.all_tokens:,} tokens", *last]
@@ -175,7 +175,16 @@ def row_of(told: Mapping[str, Any]) -> tuple[str, ...]:
     state = "complete" if told["is_complete"] else _STATES[told["driver"]]
     model = told["model"].rstrip("/").rpartition("/")[2]
     shards, tokens = f"{told['shards']:,}/{told['all_shards']:,}", f"{told['tokens']:,}"
-    return (name, model, sites, shards, tokens, bytes_in_words(told["num_bytes"]), (told["last_commit"] or "")[:16], state)
+    return (
+        name,
+        model,
+        sites,
+        shards,
+        tokens,
+        bytes_in_words(told["num_bytes"]),
+        (told["last_commit"] or "")[:16].replace("T", " "),
+        state,
+    )
 
 
 _STATES = {"none": "no driver", "alive": "at work", "unsure": "driver unsure", "silent": "driver silent", "dead": "driver dead"}

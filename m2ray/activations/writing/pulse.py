@@ -10,6 +10,7 @@ from m2ray.storage import Store
 Life = Literal["none", "alive", "unsure", "silent", "dead"]
 """No driver; one that gives signs; one whose next sign is still waited for; one that gave none for too long; one that surely is no more."""
 
+_LISTINGS = 3
 _LOOK_S = 0.5
 _MORE_S = 1.5
 """What a sign may be late: a slow store, a busy machine."""
@@ -31,7 +32,9 @@ class Pulse:
 
     def look(self) -> Life:
         """Look once. Raises StoreError."""
-        found, now = read_lease(self._store), time.monotonic()
+        # A listing that goes on while one number follows another may show neither.
+        found = next((lease for _ in range(_LISTINGS) if (lease := read_lease(self._store))), None)
+        now = time.monotonic()
         if found != self._found:
             self._has_beaten = self._found is not None and found is not None
             self._found, self._changed_at = found, now
