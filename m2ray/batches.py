@@ -7,8 +7,9 @@ Shape legend, used as suffixes of tensor and array names here and elsewhere:
     S  sequences in a shard              L  layers
 """
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,9 @@ Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
 Bits = npt.NDArray[np.uint8]
 """Raw little-endian bytes of activations, one row a token: uint8 [N, W * itemsize]."""
+
+ITEMSIZE_BYTES: Mapping[str, int] = {"bfloat16": 2, "float16": 2, "float32": 4, "int16": 2, "int8": 1, "float8_e4m3fn": 1}
+"""Bytes of one element of each dtype that a column may have, by torch's names."""
 
 TOKEN_ROW = np.dtype([("sequence_id", "<i8"), ("position", "<i4"), ("token_id", "<i4")])
 """What every row of every part begins with. Digests are taken over arrays of this packed type."""
@@ -58,16 +62,27 @@ readers refuse a file with more (apache/arrow-rs#10129)."""
 class Shard:
     """A fixed range of sequences: the unit of commit, retry and resume.
 
-    `sequence_ids` is int64 [S], strictly ascending; `token_counts` int32 [S] goes with it.
+    `sequence_ids` is int64 [S], strictly ascending; with it go `token_counts` int32 [S] and `row_counts` int32 [S], the rows of each sequence
+    in every part: as many as it has tokens where nothing else is said.
     """
 
     index: int
     sequence_ids: Int64Array
     token_counts: Int32Array
+    row_counts: Int32Array = field(default=None)  # type: ignore[arg-type]  # __post_init__ gives it
+
+    def __post_init__(self) -> None:
+        if self.row_counts is None:
+            object.__setattr__(self, "row_counts", self.token_counts)
 
     @property
     def num_tokens(self) -> int:
         return int(self.token_counts.sum(dtype=np.int64))
+
+    @property
+    def num_rows(self) -> int:
+        """Rows in each part."""
+        return int(self.row_counts.sum(dtype=np.int64))
 
 
 @dataclass(frozen=True)
@@ -76,7 +91,8 @@ class MicroBatch:
 
     Its sequences are a run of its shard's, in the shard's order, so a part grows by whole micro-batches and never
     needs sorting. `index` counts within the shard; `is_last` marks the one that completes the shard.
-    `token_ids_BT` is int32 [B, T], `sequence_ids` int64 [B], `token_counts` int32 [B].
+    `token_ids_BT` is int32 [B, T], `sequence_ids` int64 [B], `token_counts` int32 [B]. `mask_BT`, bool [B, T], are the loss masks, where the
+    choice of tokens goes by them.
     """
 
     shard: int
@@ -85,6 +101,7 @@ class MicroBatch:
     sequence_ids: Int64Array
     token_counts: Int32Array
     token_ids_BT: Int32Array
+    mask_BT: npt.NDArray[np.bool_] | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -105,6 +122,7 @@ class PromptStats:
         padded_tokens: tokens that are computed, padding included.
         longest_tokens: of one sequence.
         shards, micro_batches: in all.
+        rows: in each part of all shards together; None for as many as tokens.
     """
 
     sequences: int
@@ -113,6 +131,12 @@ class PromptStats:
     longest_tokens: int
     shards: int
     micro_batches: int
+    rows: int | None = None
+
+    @property
+    def rows_a_token(self) -> float:
+        """The share of the tokens that have rows, from 0 to 1 where a row is of one token."""
+        return 1.0 if self.rows is None or not self.tokens else self.rows / self.tokens
 
     @property
     def padding_waste(self) -> float:
@@ -159,6 +183,8 @@ class TensorTable:
     Attributes:
         hidden_size: of one token's hidden states; of several residual streams the sum.
         beside_elements, beside_bytes: what goes from stage to stage beside them, a token, at most: in the compute dtype, and in others.
+        num_experts, experts_per_token: of a layer with a router, at most; 0 where none has one.
+        layers_of: by site, the layers that have it, ascending; none at sites of the whole model. Sites that the model lacks are absent.
     """
 
     num_layers: int
@@ -166,6 +192,9 @@ class TensorTable:
     rows: tuple[TensorRow, ...]
     beside_elements: int = 0
     beside_bytes: int = 0
+    num_experts: int = 0
+    experts_per_token: int = 0
+    layers_of: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def handed_bytes(self, itemsize_bytes: int) -> int:
         """Bytes of one token from stage to stage, at most."""
@@ -189,29 +218,55 @@ class TensorTable:
         return sum(row.disk_bytes for row in self.rows)
 
 
-@dataclass(frozen=True)
-class CapturedLayer:
-    """What a stage captured of one micro-batch at one site: the chosen tokens only, in the order of m2ray.selection.
+class Column(NamedTuple):
+    """One column of a part's values: its name, torch's name of their dtype, and how many a row has."""
 
-    `layer` is None at model-wide sites. `rows` is uint8 [N, W * itemsize] in the store dtype, on the host.
-    """
+    name: str
+    dtype: str
+    width: int
 
-    site: str
-    layer: int | None
-    rows: Bits
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row's values."""
+        return self.width * ITEMSIZE_BYTES[self.dtype]
 
 
 @dataclass(frozen=True)
 class PartSpec:
     """What every part of one site and layer has in common: enough to write it and to describe it in its footer.
 
-    `dtype` is the store dtype's torch name ("bfloat16", "float32", "float16"); `width` the elements a row.
+    `layer` is None at sites of the whole model.
     """
 
     site: str
     layer: int | None
-    dtype: str
-    width: int
+    columns: tuple[Column, ...]
+
+    @classmethod
+    def of(cls, site: str, layer: int | None, dtype: str, width: int) -> Self:
+        """Of a site with the one column `activation`."""
+        return cls(site, layer, (Column("activation", dtype, width),))
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row in memory: all columns, which lie one after the other there."""
+        return sum(column.row_bytes for column in self.columns)
+
+    def __str__(self) -> str:
+        return self.site if self.layer is None else f"{self.site} of layer {self.layer}"
+
+
+@dataclass(frozen=True)
+class CapturedLayer:
+    """What a stage captured of one micro-batch at one site: the chosen tokens only, in the order of m2ray.selection.
+
+    `layer` is None at sites of the whole model. `columns` are the values of the part's columns in their order, each uint8
+    [N, W * itemsize], on the host.
+    """
+
+    site: str
+    layer: int | None
+    columns: tuple[Bits, ...]
 
 
 @dataclass(frozen=True)
@@ -220,7 +275,7 @@ class PartReceipt:
 
     Attributes:
         key: the object's key below the run folder.
-        rows: tokens in it.
+        rows: in it: the shard's chosen tokens.
         num_bytes: the object's size.
         xxh3: xxh3-64 of all its bytes but the pages of its activation columns, 16 hex digits; in format 1 of all its bytes.
         token_digest: xxh3-128 over its TOKEN_ROW rows, 32 hex digits; equal in all parts of a shard.

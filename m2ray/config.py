@@ -8,11 +8,11 @@ from collections.abc import Iterator, Mapping
 from datetime import date
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, Self, Union, cast, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError
 
-from m2ray.errors import ConfigError, did_you_mean, raise_all
+from m2ray.errors import ConfigError, M2rayError, did_you_mean, raise_all
 from m2ray.sizes import parse_bytes, parse_max_memory
 
 
@@ -43,15 +43,47 @@ def _day(value: Any) -> date:
         raise ValueError("a date such as 2026-02-28") from error
 
 
+def _sites(text: str) -> str:
+    """Raises ValueError for what names no sites."""
+    try:
+        parse_sites(text)
+    except M2rayError as error:
+        raise ValueError(f"a list of sites: {' '.join(str(error).split())}") from error
+    return text
+
+
 Auto = Literal["auto"]
 Attention = Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"]
 OffloadTo = Literal["none", "cpu", "disk"]
 Transport = Literal["auto", "object_store", "cuda_ipc"]
+SiteName = Literal["residual", "residual_mid", "attention", "mlp", "mlp_in", "router_logits", "router_topk", "embedding", "final_norm"]
 Positive = Annotated[int, Field(gt=0)]
 Day = Annotated[date, BeforeValidator(_day)]
 NonEmpty = Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)]
+Sites = Annotated[NonEmpty, AfterValidator(_sites)]
 Encoding = Annotated[str, BeforeValidator(_encoding)]
 
+
+CHOICES = "all, last, last:k, first:k, every:n, mask, mask:last:k, mean, mean:mask"
+TokenKind = Literal["all", "last", "first", "every", "mean"]
+
+
+class TokenChoice(NamedTuple):
+    """Which of a sequence's tokens are chosen: `number` is k or n, `in_mask` leaves only those of the loss mask to choose from."""
+
+    kind: TokenKind
+    number: int = 0
+    in_mask: bool = False
+
+
+_CHOICES_BY_WORD = {
+    "all": TokenChoice("all"),
+    "last": TokenChoice("last", 1),
+    "mask": TokenChoice("all", in_mask=True),
+    "mean": TokenChoice("mean"),
+    "mean:mask": TokenChoice("mean", in_mask=True),
+}
+"""Those without a number."""
 
 _DECIDES_ROWS: dict[str, Any] = {"decides_rows": True}
 
@@ -88,7 +120,12 @@ class ExtractConfig(BaseModel):
     tools_column: NonEmpty | None = _rows(None, description="Column that holds the tools of a chat; default: tools, where it is.")
     id_column: NonEmpty | None = _rows(None, description="Column that names a row; default: its position.")
     max_length: Positive | None = _rows(None, description="Longest sequence in tokens; default: the model's own limit.")
-    truncation: Literal["refuse", "cut"] = _rows("refuse", description="Longer prompts: quarantine them, or cut their end.")
+    truncation: Literal["refuse", "cut", "cut_left"] = _rows(
+        "refuse", description="Longer prompts: quarantine them, or cut their end, or their beginning (cut_left)."
+    )
+    pack: Annotated[int, Field(ge=2)] | None = _rows(
+        None, description="Join prompts, with BOS between, and cut them into sequences of so many tokens, as dictionary trainers do."
+    )
     special_tokens: Literal["auto", "add", "none"] = _rows(
         "auto", description="Those that the tokenizer puts around a text (never around a chat); auto: where the text has them not already."
     )
@@ -106,10 +143,18 @@ class ExtractConfig(BaseModel):
     template_timeout_s: Annotated[float, Field(gt=0)] = _rows(
         10.0, description="Seconds of the processor that a chat template may take for a row; rows that take longer are quarantined."
     )
-    layers: NonEmpty = _rows("all", description='Layers to extract: "all", "0", "0-5", "0,7,20-61".')
-    sites: Literal["residual"] = _rows("residual", description="What to capture at each layer.")
+    layers: NonEmpty = _rows("all", description='Layers of sites that name none: "all", "0", "0-5", "0,7,20-61".')
+    sites: Sites = _rows(
+        "residual",
+        description=f'What to capture: {", ".join(get_args(SiteName))}; several with layers of their own: "residual:all, mlp:0,20-30, final_norm".',
+    )
+    tokens: NonEmpty = _rows("all", description=f"Tokens whose rows are kept: {CHOICES}. mask: by the loss mask; mean: one row a sequence.")
+    skip_special_tokens: bool = _rows(False, description="Never choose the tokenizer's special tokens.")
     compute_dtype: Literal["bfloat16", "float16", "float32"] = _rows("bfloat16", description="Dtype of weights and arithmetic.")
-    store_dtype: Literal["bfloat16", "float16", "float32"] = _rows("bfloat16", description="Dtype of the stored rows.")
+    store_dtype: Literal["bfloat16", "float16", "float32", "float8", "int8"] = _rows(
+        "bfloat16",
+        description="Dtype of the stored rows of hidden width; float8 and int8: about half of the bytes, with a scale for 128 channels.",
+    )
     batch_tokens: Positive | Auto = _rows(
         "auto", description="Padded tokens in a micro-batch, at most; auto: what memory and prompts suit best, up to 16384."
     )
@@ -211,6 +256,37 @@ def parse_layers(text: str, num_layers: int) -> tuple[int, ...]:
     return tuple(sorted(chosen))
 
 
+def parse_sites(text: str) -> dict[str, str | None]:
+    """The sites that `sites` names, in its order, and the layers that stand behind each, if any: "residual", "residual:all, mlp:0,20-30".
+
+    Raises:
+        ConfigError: a site that there is not, or one that is named twice; all at once.
+    """
+    chosen: dict[str, str | None] = {}
+    problems = []
+    # A comma that is followed by a number goes on with the layers of the site before it.
+    for piece in re.split(r",\s*(?![\s\d])", text):
+        name, colon, layers = (part.strip() for part in piece.partition(":"))
+        if name not in get_args(SiteName):
+            problems.append(ConfigError(f"There is no site {name!r}.", f"There are: {', '.join(get_args(SiteName))}."))
+        elif name in chosen:
+            problems.append(ConfigError(f"{name} is named twice.", f'Write its layers together: "{name}:0,20-30".'))
+        else:
+            chosen[name] = layers if colon else None
+    raise_all(problems)
+    return chosen
+
+
+def parse_tokens(text: str) -> TokenChoice:
+    """What the option `tokens` says. Raises ConfigError."""
+    if text in _CHOICES_BY_WORD:
+        return _CHOICES_BY_WORD[text]
+    match = re.fullmatch(r"(?:(mask):(?=last))?(last|first|every):([1-9]\d{0,8})", text)
+    if not match:
+        raise ConfigError(f"tokens = {text!r} is no choice of tokens.", f"Write {CHOICES}; k and n are from 1 on.")
+    return TokenChoice(cast("TokenKind", match[2]), int(match[3]), in_mask=match[1] is not None)
+
+
 def parse_labels(text: str | None) -> dict[str, str]:
     """Ray's node labels from "zone=a,kind=h100"; none from None. Raises ConfigError."""
     labels = {}
@@ -237,14 +313,23 @@ def _contradictions(config: ExtractConfig) -> Iterator[ConfigError]:
         lambda: parse_bytes(config.in_flight, "in_flight"),
         lambda: parse_max_memory(config.max_memory),
         lambda: parse_labels(config.node_labels),
+        lambda: parse_tokens(config.tokens),
     ):
         try:
             parse()
         except ConfigError as problem:
             yield problem
-    if config.compression == "planes" and config.store_dtype == "float32":
-        what = 'compression = "planes" splits 16-bit rows, and store_dtype = "float32".'
+    if config.compression == "planes" and config.store_dtype not in ("bfloat16", "float16"):
+        what = f'compression = "planes" splits 16-bit rows, and store_dtype = "{config.store_dtype}".'
         yield ConfigError(what, 'Store bfloat16 or float16, or set compression = "none".')
+    if config.pack is not None and config.max_length is not None:
+        yield ConfigError(
+            f"pack = {config.pack} makes every sequence as long, and max_length = {config.max_length}.", "Leave max_length out."
+        )
+    if config.pack is not None and config.truncation != "refuse":
+        yield ConfigError(
+            f"pack = {config.pack} cuts where a sequence is full, and truncation = {config.truncation!r}.", "Leave truncation out."
+        )
 
 
 def _as_problems(config: type[BaseModel], error: ValidationError) -> list[ConfigError]:

@@ -15,7 +15,8 @@ from m2ray.activations.schema import FORMAT_VERSION, LAYER_CONVENTION, LEASE_FOL
 from m2ray.batches import PartSpec, SequenceFile
 from m2ray.errors import RunConflictError, in_ranges
 from m2ray.provenance import ROW_PACKAGES, differences, versions
-from m2ray.sites import capturing_layer
+from m2ray.selection import Selection
+from m2ray.sites import layers_run
 from m2ray.storage import Store
 
 JOB_KEY = "job.json"
@@ -34,12 +35,21 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class Counts:
-    """The account that a finished run is held to: sequences = ready + quarantined; `tokens` are those of the ready ones."""
+    """The account that a finished run is held to: sequences = ready + quarantined; `tokens` are those of the ready ones.
+
+    `rows` are those of each site and layer: as many as tokens where nothing else is said. `without_rows` of the ready ones have no chosen token.
+    """
 
     sequences: int
     ready: int
     quarantined: int
     tokens: int
+    rows: int = -1
+    without_rows: int = 0
+
+    def __post_init__(self) -> None:
+        if self.rows < 0:
+            object.__setattr__(self, "rows", self.tokens)
 
 
 @dataclass(frozen=True)
@@ -116,9 +126,19 @@ class JobRecord:
         )
 
     @property
+    def selection(self) -> Selection:
+        """Which tokens have rows."""
+        return Selection(self.options.get("tokens", "all"), tuple(self.options.get("skip_ids", ())))
+
+    @property
     def layers_run(self) -> int:
         """How many layers a chain loads: up to the last whose stage captures something."""
-        return 1 + max((capturing_layer(part, self.model.num_layers) for part in self.parts), default=-1)
+        return layers_run(self.parts, self.model.num_layers)
+
+    @property
+    def with_final_norm(self) -> bool:
+        """Whether its chains load the final norm."""
+        return any(part.site == "final_norm" for part in self.parts)
 
     def to_json(self) -> bytes:
         return to_json(self, indent=2)
@@ -146,13 +166,25 @@ def read_job(store: Store) -> JobRecord | None:
     foreign = next((key for key, _ in store.list("") if not _may_precede_a_job(key)), None)
     # In this order: job.json precedes everything else of a run, so what another driver has created by now is not foreign.
     if store.size(JOB_KEY) is not None:
-        return read_record(store, JOB_KEY, _JOB)
+        return read_record(store, JOB_KEY, _JOB, _as_now)
     if foreign is not None:
         if foreign.startswith(_OF_A_RUN):
             raise moved_away(store)
         what = f"{store.url} is not empty and is no run folder: it holds {foreign} and no {JOB_KEY}."
         raise RunConflictError(what, "Give a run folder, or, to begin a run, another output.")
     return None
+
+
+def _as_now(fields: dict[str, Any]) -> dict[str, Any]:
+    """A record from before parts had columns, as it would be now: each has one, of the part's `dtype` and `width`, at the one site there was."""
+    if all("columns" in part for part in fields["parts"]):
+        return fields
+    parts = [
+        {"site": part["site"], "layer": part["layer"], "columns": [["activation", part["dtype"], part["width"]]]}
+        for part in fields["parts"]
+    ]
+    sites = {"sites": {"residual": fields["options"]["layers"]}} if "sites" in fields["options"] else {}
+    return fields | {"parts": parts, "options": fields["options"] | sites}
 
 
 def moved_away(store: Store) -> RunConflictError:

@@ -1,13 +1,14 @@
 """The same sequences through m2ray once more, in stages of another cut, one stage in memory at a time."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from m2ray.batches import LayerSpan, MicroBatch
+from m2ray.batches import LayerSpan, MicroBatch, PartSpec
 from m2ray.model.capture import CaptureSpec
 from m2ray.model.stage import DTYPES, StageSpec, load_stage
 
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
 _MOST_LAYERS = 4
 _HELD_BYTES = 1 << 30
 
-OnRows = Callable[[MicroBatch, int, torch.Tensor], None]
-"""Takes a micro-batch, a layer and its rows [N, W] in the store dtype."""
+OnRows = Callable[[MicroBatch, PartSpec, torch.Tensor], None]
+"""Takes a micro-batch, a site and layer, and its rows as a part has them: uint8 [N, bytes of a row]."""
 
 
 def restage(
@@ -30,11 +31,11 @@ def restage(
 
     Args:
         spec: what the stages have in common.
-        capture: whose residual is handed over.
+        capture: what is handed over.
         micro_batches: how to get each.
         hidden_size: elements of a hidden state.
         seed: of the cut.
-        on_rows: called for each micro-batch and captured layer.
+        on_rows: called for each micro-batch and each site and layer that is captured.
 
     Returns:
         The digests of what was loaded, as `weights.json` has them: by layer, and of what comes before them at None.
@@ -54,17 +55,14 @@ def restage(
             for place, micro_batch in enumerate(group):
                 output = stage.forward(micro_batch, boundaries[place])
                 for part, captured in zip(stage.parts, output.captured, strict=True):
-                    assert part.layer is not None
-                    on_rows(micro_batch, part.layer, torch.from_numpy(captured.rows).view(DTYPES[part.dtype]))
+                    on_rows(micro_batch, part, torch.from_numpy(np.concatenate(captured.columns, axis=1)))
                 boundaries[place] = None if output.boundary is None else output.on_host()
             del stage
     return digests
 
 
 def _of_span(spec: StageSpec, span: LayerSpan) -> StageSpec:
-    return StageSpec(
-        spec.model_url, span, spec.compute_dtype, spec.attn_implementation, spec.device, spec.threads, model_files=spec.model_files
-    )
+    return replace(spec, span=span)
 
 
 def _cut(span: LayerSpan, seed: int) -> list[LayerSpan]:

@@ -41,6 +41,7 @@ def describe(run: RunReader) -> dict[str, Any]:
         "shards": {"committed": run.num_shards, "all": job.num_shards},
         "sequences": {"all": job.counts.sequences, "ready": job.counts.ready, "quarantined": job.counts.quarantined},
         "tokens": {"committed": run.num_tokens, "all": job.counts.tokens},
+        "rows": {"committed": run.num_rows, "all": job.counts.rows, "sequences_without": job.counts.without_rows},
         "files": run.num_files,
         "num_bytes": run.num_bytes,
         "layers": [_part_facts(one) for one in parts],
@@ -49,13 +50,17 @@ def describe(run: RunReader) -> dict[str, Any]:
 
 
 def _part_facts(view: RunReader) -> dict[str, Any]:
-    """One site and layer: its files, their bytes, and the mean L2 norm of 4,096 of its rows (None before any is committed)."""
+    """One site and layer: its columns, files, their bytes, and the mean L2 norm of 4,096 of its rows (None before any is committed, and of
+    router_topk).
+    """
+    (part,) = view.parts
     return {
-        "site": view.sites[0],
-        "layer": view.layer_numbers[0] if view.layer_numbers else None,
+        "site": part.site,
+        "layer": part.layer,
+        "columns": [column._asdict() for column in part.columns],
         "files": view.num_files,
         "num_bytes": view.num_bytes,
-        "mean_norm": view.mean_norm(_NORM_ROWS) if view.num_tokens else None,
+        "mean_norm": view.mean_norm(_NORM_ROWS) if view.num_rows and part.columns[0].name == "activation" else None,
     }
 
 
@@ -121,6 +126,7 @@ def _print_runs(runs: list[dict[str, Any]], *, as_json: bool) -> None:
 
 def _print(facts: dict[str, Any], state: str) -> None:
     shards, sequences, tokens, model = facts["shards"], facts["sequences"], facts["tokens"], facts["model"]
+    rows = facts["rows"]
     say(f"{model['model_type']}, {model['num_layers']} layers, hidden size {model['hidden_size']}; begun {facts['created_at']}; {state}")
     for kind, name in facts["names"].items():
         say(f"{kind.removeprefix('chat_'):<11}{name}")
@@ -129,14 +135,18 @@ def _print(facts: dict[str, Any], state: str) -> None:
     say(f"shards     {shards['committed']:,} of {shards['all']:,} committed")
     say(f"sequences  {sequences['all']:,} = {sequences['ready']:,} ready + {sequences['quarantined']:,} quarantined")
     say(f"tokens     {tokens['committed']:,} of {tokens['all']:,}")
+    if rows["all"] != tokens["all"]:
+        without = f"; {rows['sequences_without']:,} sequences have none" if rows["sequences_without"] else ""
+        say(f"rows       {rows['committed']:,} of {rows['all']:,} in each site and layer{without}")
     say(f"files      {facts['files']:,} with {facts['num_bytes']:,} bytes")
     for audit in facts["audits"].values():
         say(f"audited    {report.line(audit)}")
-    table = Table("site", "layer", "files", "bytes", "mean norm")
+    table = Table("site", "layer", "columns", "files", "bytes", "mean norm")
     for fact in facts["layers"]:
         norm = "" if fact["mean_norm"] is None else f"{fact['mean_norm']:.4g}"
         layer = "" if fact["layer"] is None else str(fact["layer"])
-        table.add_row(fact["site"], layer, f"{fact['files']:,}", f"{fact['num_bytes']:,}", norm)
+        columns = ", ".join(f"{column['name']} {column['dtype']} [{column['width']}]" for column in fact["columns"])
+        table.add_row(fact["site"], layer, columns, f"{fact['files']:,}", f"{fact['num_bytes']:,}", norm)
     console_of_tables().print(table)
     quarantined = facts["quarantined"]
     for row in quarantined[:_SHOWN_ROWS]:

@@ -64,12 +64,14 @@ class Look:
         return self._standing(summary, since)
 
     def _standing(self, summary: RunSummary | None, since: str) -> Standing:
-        commits = sorted(self._commits.values())
+        counts = self._job.counts
+        share = counts.tokens / max(counts.rows, 1)  # where few tokens are kept, commits count those: of each shard alike
+        commits = sorted((at, round(rows * share), num_bytes) for at, rows, num_bytes in self._commits.values())
         return Standing(
             shards=len(commits),
             all_shards=self._job.num_shards,
             tokens=sum(rows for _, rows, _ in commits),
-            all_tokens=self._job.counts.tokens,
+            all_tokens=counts.tokens,
             num_bytes=sum(num_bytes for _, _, num_bytes in commits),
             tokens_per_s=_rate([commit for commit in commits if commit[0] >= since][-_RECENT:]),
             last_commit=commits[-1][0] if commits else None,
@@ -78,7 +80,7 @@ class Look:
 
 
 def _of_a_commit(commit: CommitRecord) -> tuple[str, int, int]:
-    """(when, tokens, bytes)."""
+    """(when, rows of each part, bytes)."""
     return commit.committed_at, commit.rows, sum(part.num_bytes for part in commit.parts)
 
 

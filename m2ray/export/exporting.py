@@ -68,7 +68,7 @@ def plan_export(
     of_run = [part.layer for part in job.parts if part.site == SITE and part.layer is not None]
     num_layers = job.model.num_layers
     chosen = parse_layers(layers, num_layers) if layers is not None else consumer.default_layers(num_layers, of_run)
-    problems = [*_run_problems(catalogue), *_layer_problems(catalogue, consumer, chosen, of_run)]
+    problems = [*_run_problems(catalogue), *_token_problems(job), *_layer_problems(catalogue, consumer, chosen, of_run)]
     problems += _option_problems(consumer, to, context_size, model_folder)
     samples = Samples(catalogue, [layer for layer in chosen if layer in of_run])
     if not len(samples):
@@ -129,6 +129,12 @@ def _identity(export: Export, consumer: Consumer, to: str) -> dict[str, Any]:
 # -- what may be missing ----------------------------------------------------------------------------------------------
 
 
+def _token_problems(job: JobRecord) -> list[M2rayError]:
+    if job.selection.is_all:
+        return []
+    return [NotInRunError(f"The run kept {job.selection}: trainers read whole sequences.", 'Extract with tokens = "all".')]
+
+
 def _run_problems(catalogue: Catalogue) -> list[M2rayError]:
     if catalogue.summary is not None:
         return []
@@ -167,7 +173,7 @@ def _option_problems(consumer: Consumer, to: str, context_size: int | None, mode
     if context_size is not None and not consumer.needs_context_size:
         problems.append(ConfigError(f"context_size is not an option of the export to {to}.", "Leave it out: whole sequences are written."))
     if (consumer.needs_norm or consumer.needs_model) and model_folder is None:
-        lacks = "the normed last state, and runs do not hold it (final_norm)" if consumer.needs_norm else "weights of the model"
+        lacks = "the normed last state, which is made from the last residual" if consumer.needs_norm else "weights of the model"
         problems.append(ConfigError(f"{consumer.name} reads {lacks}.", "Say where the run's model is: --model FOLDER."))
     return problems
 

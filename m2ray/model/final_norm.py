@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from m2ray.errors import CheckpointError, RunConflictError
-from m2ray.model.checkpoint import Checkpoint, open_checkpoint, tensor_table, up_to_layer
+from m2ray.model.checkpoint import Checkpoint, is_of_run, open_checkpoint, tensor_table
 from m2ray.model.rehearsal import NOT_RUN, rehearse
 from m2ray.model.skeleton import Skeleton, build_skeleton
 from m2ray.model.weights import assign
@@ -31,7 +31,7 @@ def final_norm(folder: str, fingerprint: str, layers_run: int, dtype: torch.dtyp
         ConfigError, StoreError: as `open_checkpoint`.
     """
     checkpoint = open_checkpoint(folder)
-    if up_to_layer(checkpoint, layers_run - 1)[0].digest != fingerprint:
+    if not is_of_run(checkpoint, layers_run, fingerprint):
         raise RunConflictError(f"The checkpoint at {folder} is not that of the run.", "Give the run's by --model.")
     _prove(checkpoint.whole_config, dtype)
     skeleton = build_skeleton(checkpoint.whole_config, dtype)
@@ -49,12 +49,11 @@ def _applied(norm: Any) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 def _name(skeleton: Skeleton) -> str:
-    """The dotted name of the one module with weights that runs after the layers. Raises CheckpointError if there are others, or none."""
-    owners = {name.rpartition(".")[0] for name, tensor in skeleton.tensors.items() if tensor.role == "final_norm"}
-    if len(owners) != 1:
-        listed = ", ".join(sorted(owners)) or "nothing"
-        raise _refusal(skeleton.config, f"after its layers come {listed}, not one norm")
-    return owners.pop()
+    """Raises CheckpointError if what runs after the layers is not one module with weights."""
+    if not skeleton.final_norm:
+        after = sorted(name for name, tensor in skeleton.tensors.items() if tensor.role == "final_norm")
+        raise _refusal(skeleton.config, f"after its layers come {', '.join(after) or 'nothing'}, not one norm")
+    return skeleton.final_norm
 
 
 def _load(checkpoint: Checkpoint, skeleton: Skeleton) -> None:

@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -10,15 +10,17 @@ import numpy as np
 import torch
 
 from m2ray.batches import CapturedLayer, LayerSpan, MicroBatch, Residency
-from m2ray.errors import ConfigError
+from m2ray.errors import ConfigError, raise_all
 from m2ray.model.attention import FLEX_BLOCK, require_attention_to_sinks, require_machine, resolve_attn_implementation
 from m2ray.model.boundary import Boundary, blank, row_width, shapes_at, token_bytes
-from m2ray.model.capture import CaptureSpec, ResidualCapture, pin_host_memory
+from m2ray.model.capture import Capture, CaptureSpec, pin_host_memory
 from m2ray.model.checkpoint import open_checkpoint
 from m2ray.model.decoder import DecoderSpan
+from m2ray.model.eight_bits import Encoder, Losses
 from m2ray.model.families import default_max_length
 from m2ray.model.gpu_loading import Lanes
 from m2ray.model.interpreter import quick_switches, without_collector
+from m2ray.model.site_table import refused_sites
 from m2ray.model.skeleton import build_skeleton
 from m2ray.model.weights import Loaded, OnBytes, load_weights, parameter_bytes
 from m2ray.sites import parts_of_run, parts_of_span
@@ -41,6 +43,7 @@ class StageSpec:
         compile: whether the layers are compiled by torch.compile, which changes results by rounding (docs/numerics.md).
         residency: where those of its layers live that are not kept on the device.
         offload_folder: where the files of those on a disk lie, there or yet to be made.
+        with_final_norm: whether the stage of the model's last layer loads the final norm, for the site of that name.
         model_files: the files that are needed, and the digest that each has to have (`Checkpoint.digests`); None takes what is there.
     """
 
@@ -53,6 +56,7 @@ class StageSpec:
     compile: bool = False
     residency: Mapping[int, Residency] = field(default_factory=dict)
     offload_folder: str = ""
+    with_final_norm: bool = False
     model_files: Mapping[str, str] | None = None
 
 
@@ -63,7 +67,7 @@ class StageOutput:
     wait by themselves, and may be used on other threads.
     """
 
-    def __init__(self, boundary: Boundary | None, capture: ResidualCapture, timed: "_Timed") -> None:
+    def __init__(self, boundary: Boundary | None, capture: Capture, timed: "_Timed") -> None:
         self.boundary = boundary
         self.ready = timed.end
         self._capture = capture
@@ -150,7 +154,6 @@ class Stage:
         self.bytes_read = bytes_read
         self.parameter_bytes = parameter_bytes(decoder)
         self.handed_bytes = token_bytes(config, spec.span.stop, DTYPES[spec.compute_dtype])
-        self._row_width = row_width(config)
         self._spec = spec
         self._decoder = decoder
         self._on_gpu = decoder.device.type == "cuda"
@@ -163,17 +166,27 @@ class Stage:
         """From the next micro-batch on, keep what `capture` asks for of the span's layers.
 
         Raises:
-            ConfigError: there is no such site, or the model has no such layer.
+            ConfigError: the model has no such site or no such layer, a layer lacks the site, or the final norm was not loaded.
         """
         config = self._decoder.skeleton.config
-        if others := sorted(capture.sites.keys() - {"residual"}):
-            raise ConfigError(f"sites = {', '.join(others)!r}: only 'residual' can be captured.")
-        layers = capture.sites.get("residual", ())
-        if outside := [layer for layer in layers if layer >= config.num_hidden_layers]:
-            raise ConfigError(f"Captured layers {outside}: the model has layers 0 to {config.num_hidden_layers - 1}.")
-        of_the_job = parts_of_run("residual", layers, capture.store_dtype, self._row_width)
+        raise_all([problem for site, layers in capture.sites.items() for problem in self._why_not(site, layers)])
+        of_the_job = parts_of_run(capture.sites, capture.store_dtype, row_width(config), *self._decoder.experts)
         self.parts = parts_of_span(of_the_job, self._spec.span, config.num_hidden_layers)
-        self._store_dtype = DTYPES[capture.store_dtype]
+        self._decoder.watch({(part.site, part.layer) for part in self.parts})
+        self._selection = capture.selection
+        self._encoder = Encoder()
+
+    def _why_not(self, site: str, layers: Sequence[int]) -> Iterator[ConfigError]:
+        config, there = self._decoder.skeleton.config, self._decoder.site_layers
+        if site not in there:
+            why = refused_sites(config).get(site)
+            yield ConfigError(f"sites = {site!r}: a {config.model_type} has no such site{f': {why}' if why else ''}.")
+        elif outside := [layer for layer in layers if layer >= config.num_hidden_layers]:
+            yield ConfigError(f"Captured layers {outside}: the model has layers 0 to {config.num_hidden_layers - 1}.")
+        elif lacking := sorted(set(layers) - set(there[site])):
+            yield ConfigError(f"sites = {site!r}: layers {lacking} have no such site.")
+        elif site == "final_norm" and self.is_last and not self._decoder.with_final_norm:
+            yield ConfigError(f"sites = {site!r}: the stage has not loaded the final norm.")
 
     def forward(self, micro_batch: MicroBatch, incoming: Boundary | None) -> StageOutput:
         """Take a micro-batch through the span.
@@ -189,13 +202,13 @@ class Stage:
             self._check(micro_batch, incoming)
         self._wait_for_gpu()
         with torch.inference_mode():
-            capture = ResidualCapture(micro_batch, self.parts, self._store_dtype, self._copy_out)
+            capture = Capture(micro_batch, self.parts, self._selection, self._encoder, self._copy_out)
             token_ids_BT = torch.tensor(micro_batch.token_ids_BT, dtype=torch.int64)
             if self._on_gpu:
                 token_ids_BT = token_ids_BT.pin_memory().to(self._decoder.device, non_blocking=True)
             incoming = self._to_device(incoming)
             timed = _Timed(self._decoder.device)
-            boundary = self._decoder.run(token_ids_BT, incoming, capture)
+            boundary = self._decoder.run(token_ids_BT, incoming, capture.keep)
             timed.finish()
             capture.end()
         if timed.end is not None:
@@ -204,6 +217,10 @@ class Stage:
         if not self._on_gpu:
             _ = output.captured  # what is wrong with a row is said where it was computed
         return output
+
+    def losses(self) -> Losses:
+        """What rows in 8 bits have lost since `begin`."""
+        return self._encoder.losses()
 
     def warm_up(self, batch_tokens: int, waiting_bytes: int = 0) -> None:
         """Run once for every shape that may come, so that no micro-batch has to wait for a compilation, a library's start or memory.
@@ -216,10 +233,11 @@ class Stage:
             waiting_bytes: of captured rows that may wait for the store.
         """
         config = self._decoder.skeleton.config
-        if self._on_gpu and self.parts:
-            capture_bytes = batch_tokens * self._row_width * self._store_dtype.itemsize * len(self.parts)
+        if self._on_gpu and self.parts and self._selection.is_all:  # rows of chosen tokens come in pieces of any size
+            capture_bytes = batch_tokens * sum(part.row_bytes for part in self.parts)
+            columns = [column for part in self.parts for column in part.columns]
             # Beside what waits, of two micro-batches: one that is computed, and one whose rows are handed over.
-            pin_host_memory(waiting_bytes + 2 * capture_bytes, batch_tokens, self._row_width, self._store_dtype)
+            pin_host_memory(waiting_bytes + 2 * capture_bytes, batch_tokens, columns)
         longest = max(4, min(1024, default_max_length(config), batch_tokens // 2))
         full = -(-batch_tokens // longest)
         shapes = [(full, batch_tokens // full), (batch_tokens // (longest // 2), longest // 2), (1, longest)]
@@ -235,13 +253,15 @@ class Stage:
         if self._on_gpu:
             # The blocks that torch's allocator keeps from the largest micro-batch serve all others; those of smaller ones would not serve it.
             self._try(*shapes[0])
+        self._encoder = Encoder()  # these rows are nobody's
 
     def _try(self, num_sequences: int, length: int) -> None:
         """Run a micro-batch of zeros."""
         counts = np.full(num_sequences, length, np.int32)
-        micro_batch = MicroBatch(0, 0, True, np.arange(num_sequences), counts, np.zeros((num_sequences, length), np.int32))
+        shape = (num_sequences, length)
+        micro_batch = MicroBatch(0, 0, True, np.arange(num_sequences), counts, np.zeros(shape, np.int32), np.ones(shape, np.bool_))
         dtype = DTYPES[self._spec.compute_dtype]
-        incoming = None if self.is_first else blank(self._decoder.skeleton.config, self._spec.span.start, (num_sequences, length), dtype)
+        incoming = None if self.is_first else blank(self._decoder.skeleton.config, self._spec.span.start, shape, dtype)
         _ = self.forward(micro_batch, incoming).captured
 
     def _check(self, micro_batch: MicroBatch, incoming: Boundary) -> None:
@@ -305,7 +325,7 @@ def _load_stage(spec: StageSpec, device: torch.device, lanes: Lanes | None, on_b
     require_attention_to_sinks(skeleton.config, attn_implementation, skeleton.tensors)
     if spec.span.stop > len(skeleton.layers):
         raise ConfigError(f"{spec.span}: the model has layers 0 to {len(skeleton.layers) - 1}.")
-    decoder = DecoderSpan(skeleton, spec.span, device, spec.residency, spec.offload_folder)
+    decoder = DecoderSpan(skeleton, spec.span, device, spec.residency, spec.offload_folder, with_final_norm=spec.with_final_norm)
     loaded = load_weights(checkpoint, decoder, on_bytes, lanes)
     if spec.compile:
         decoder.compile_layers()

@@ -5,11 +5,12 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, cast
 
-from m2ray.batches import LayerSpan, PartSpec, Residency, TensorRow, TensorTable
+from m2ray.batches import ITEMSIZE_BYTES, LayerSpan, PartSpec, Residency, TensorRow, TensorTable
 from m2ray.options import RunOptions
 from m2ray.planning.devices import Device
 from m2ray.planning.memory import (
     CONTEXT_BYTES,
+    ENCODING_BYTES,
     OFFLOAD_BUFFERS,
     STAGING_BYTES,
     UNUSABLE_BYTES,
@@ -18,10 +19,9 @@ from m2ray.planning.memory import (
     gpu_overhead,
     span_rows,
 )
-from m2ray.planning.output import ITEMSIZE_BYTES, row_bytes
 from m2ray.planning.partition import DeviceMap, partition, short_by_bytes
 from m2ray.planning.profile import Profile
-from m2ray.sites import parts_of_span
+from m2ray.sites import EIGHT_BITS, layers_run, parts_of_span
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,7 @@ class Demand:
     @property
     def num_layers(self) -> int:
         """Layers that are run: up to the last that is captured."""
-        if self.with_final_norm:
-            return self.table.num_layers
-        return max((part.layer for part in self.options.parts if part.layer is not None), default=0) + 1
+        return max(1, layers_run(self.options.parts, self.table.num_layers))
 
     @property
     def with_final_norm(self) -> bool:
@@ -90,9 +88,24 @@ class Demand:
             longest_tokens=longest_tokens,
             token_bytes=self.table.handed_bytes(self.itemsize_bytes),
             itemsize_bytes=self.itemsize_bytes,
-            transient_bytes=transient_bytes(padded_tokens, longest_tokens, self.itemsize_bytes),
+            transient_bytes=transient_bytes(padded_tokens, longest_tokens, self.itemsize_bytes) + padded_tokens * self._shown_bytes,
             writer_queue_bytes=self.options.writer_queue_bytes,
+            encoding_bytes=self._encoding_bytes(padded_tokens),
         )
+
+    @property
+    def _shown_bytes(self) -> int:
+        """Of a token, what the sites within a layer keep until it has run (m2ray.model.site_hooks). The stream is there anyway."""
+        hidden = [site for site in ("attention", "mlp_in", "mlp") if site in self.options.sites]
+        routers = [site for site in ("router_logits", "router_topk") if site in self.options.sites]
+        return len(hidden) * self.table.hidden_size * self.itemsize_bytes + len(routers) * self.table.num_experts * 4
+
+    def _encoding_bytes(self, padded_tokens: int) -> int:
+        """Of rows that are stored in 8 bits: as they were computed, and what encoding them takes."""
+        if self.options.store_dtype not in EIGHT_BITS:
+            return 0
+        row_bytes = self.table.hidden_size * self.itemsize_bytes
+        return padded_tokens * row_bytes + ENCODING_BYTES
 
     def rows(self, span: LayerSpan) -> tuple[TensorRow, ...]:
         """The tensors that a stage of `span` loads."""
@@ -108,7 +121,11 @@ class Demand:
 
     def row_bytes(self, span: LayerSpan) -> list[int]:
         """Bytes of a row of each part that `span` captures."""
-        return [row_bytes(part) for part in self.parts(span)]
+        return [part.row_bytes for part in self.parts(span)]
+
+    def column_bytes(self, span: LayerSpan) -> list[int]:
+        """The same of each column of each part."""
+        return [column.row_bytes for part in self.parts(span) for column in part.columns]
 
     def short_bytes(self, devices: Sequence[Device]) -> int:
         """Bytes of one chain's weights that these devices have no room for; 0 if it fits."""
@@ -159,7 +176,7 @@ class Demand:
     @cached_property
     def overhead(self) -> dict[str, int]:
         """What a GPU holds besides weights, whichever span it gets."""
-        return gpu_overhead(self.workload, [row_bytes(part) for part in self.options.parts])
+        return gpu_overhead(self.workload, [part.row_bytes for part in self.options.parts])
 
     @cached_property
     def _costs(self) -> tuple[Sequence[int], int, int]:

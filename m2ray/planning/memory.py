@@ -5,6 +5,7 @@ What no formula gives is one of the constants below: allowances, to be held agai
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Any, Self
 
 from m2ray.batches import LayerSpan, TensorRow, TensorTable
@@ -28,6 +29,9 @@ sent, and the slot out of which the next stage fetches (m2ray.chain.cuda_ipc).""
 
 CAPTURE_BUFFERS = 3
 """Layers' captured rows on a GPU: one layer's are selected while those of two before it are copied to the host (m2ray.model.capture)."""
+
+ENCODING_BYTES = 6 * 64 * _MIB
+"""What it takes to encode rows in 8 bits, some at a time, in float32 (m2ray.model.eight_bits)."""
 
 OFFLOAD_BUFFERS = 2
 """Layers on a GPU whose weights are kept in host memory: one that computes, one that is copied in."""
@@ -181,6 +185,7 @@ class Workload:
         itemsize_bytes: of the compute dtype.
         transient_bytes: what a layer's forward pass allocates beside its weights.
         writer_queue_bytes: captured bytes that may wait for the store, a stage.
+        encoding_bytes: what it takes to encode a part's rows, beside what they are then.
     """
 
     padded_tokens: int
@@ -189,6 +194,7 @@ class Workload:
     itemsize_bytes: int
     transient_bytes: int
     writer_queue_bytes: int
+    encoding_bytes: int = 0
 
     @property
     def hidden_bytes(self) -> int:
@@ -230,7 +236,7 @@ def gpu_overhead(workload: Workload, row_bytes: Sequence[int]) -> dict[str, int]
         "transient": workload.transient_bytes,
         "unusable": int(workload.transient_bytes * UNUSABLE_SHARE) + UNUSABLE_BYTES,
         "hidden_states": HIDDEN_BUFFERS * workload.hidden_bytes,
-        "capture": CAPTURE_BUFFERS * workload.padded_tokens * max(row_bytes, default=0),
+        "capture": CAPTURE_BUFFERS * workload.padded_tokens * max(row_bytes, default=0) + workload.encoding_bytes,
         "context": CONTEXT_BYTES,
     }
 
@@ -244,13 +250,15 @@ def gpu_memory(rows: Sequence[TensorRow], workload: Workload, row_bytes: Sequenc
     return Memory(weights | gpu_overhead(workload, row_bytes), weights | loading)
 
 
-def gpu_host_memory(workload: Workload, row_bytes: Sequence[int], offloaded_bytes: int = 0, readers_bytes: int = 0) -> Memory:
-    """The host's side of a stage whose weights are on GPUs, but for `offloaded_bytes` here and others on a disk, read with `readers_bytes`."""
+def gpu_host_memory(workload: Workload, column_bytes: Sequence[int], offloaded_bytes: int = 0, readers_bytes: int = 0) -> Memory:
+    """The host's side of a stage whose weights are on GPUs, but for `offloaded_bytes` here and others on a disk, read with `readers_bytes`.
+
+    `column_bytes` are those of a row of each column of each part.
+    """
     offload = {"offloaded": offloaded_bytes, "offload_readers": readers_bytes}
     process = {"process": PROCESS_BYTES["gpu"]} | {name: num_bytes for name, num_bytes in offload.items() if num_bytes}
-    buffers = _host_buffers(workload, row_bytes)
-    if row_bytes:
-        buffers["capture"] = _pinned_bytes(buffers["capture"], workload.padded_tokens * max(row_bytes))
+    buffers = _host_buffers(workload, column_bytes)
+    buffers["capture"] = _pinned_bytes(buffers["capture"], [workload.padded_tokens * num_bytes for num_bytes in column_bytes])
     return Memory(process | buffers, process | {"staging": STAGING_BYTES["host"]})
 
 
@@ -258,13 +266,20 @@ def cpu_memory(rows: Sequence[TensorRow], workload: Workload, row_bytes: Sequenc
     """A stage without a GPU: everything is in host memory."""
     held = {"weights": weight_bytes(rows, workload.itemsize_bytes), "process": PROCESS_BYTES["cpu"]}
     return Memory(
-        held | {"transient": workload.transient_bytes} | _host_buffers(workload, row_bytes), held | {"staging": STAGING_BYTES["device"]}
+        held | {"transient": workload.transient_bytes + workload.encoding_bytes} | _host_buffers(workload, row_bytes),
+        held | {"staging": STAGING_BYTES["device"]},
     )
 
 
-def _pinned_bytes(num_bytes: int, piece_bytes: int) -> int:
-    """What torch takes to pin `num_bytes` in pieces: each is rounded up to a power of two."""
-    return -(-num_bytes // piece_bytes) * (1 << (piece_bytes - 1).bit_length())
+def _pinned_bytes(num_bytes: int, pieces_bytes: Sequence[int]) -> int:
+    """What torch takes to pin `num_bytes` in such pieces, one of each in turn: each is rounded up to a power of two."""
+    left_bytes, pinned_bytes = num_bytes, 0
+    for piece_bytes in cycle(pieces_bytes):
+        if left_bytes <= 0:
+            break
+        left_bytes -= piece_bytes
+        pinned_bytes += 1 << (piece_bytes - 1).bit_length()
+    return pinned_bytes
 
 
 def _host_buffers(workload: Workload, row_bytes: Sequence[int]) -> dict[str, int]:

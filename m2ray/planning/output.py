@@ -3,9 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from m2ray.batches import PartSpec, PromptStats
-
-ITEMSIZE_BYTES: Mapping[str, int] = {"bfloat16": 2, "float16": 2, "float32": 4}
+from m2ray.batches import Column, PartSpec, PromptStats
 
 IDS_BYTES_A_ROW = 4.4
 """sequence_id, position and token_id of one row. 16 bytes in memory; encoded between 3.4 (tokens as frequent as in
@@ -35,6 +33,8 @@ class OutputPlan:
     Attributes:
         by_part: bytes of all parts of each site and layer; each has a file a shard.
         files, num_bytes: of all parts.
+        rows: in each site and layer.
+        saved_bytes: what the rows of all other tokens would take besides.
         disk_bytes: parts and records: what the disk or bucket needs.
         cost_a_month: of `disk_bytes` at the stated price per GB (10^9 bytes) and month; None where none was stated.
     """
@@ -42,18 +42,20 @@ class OutputPlan:
     by_part: Mapping[PartSpec, int]
     files: int
     num_bytes: int
+    rows: int
+    saved_bytes: int
     disk_bytes: int
     cost_a_month: float | None
 
 
-def row_bytes(spec: PartSpec) -> int:
-    """Bytes of one activation row in memory."""
-    return spec.width * ITEMSIZE_BYTES[spec.dtype]
-
-
 def stored_row_bytes(spec: PartSpec, compression: str) -> float:
     """Bytes of one row in a part, its ids among them; exact but for the ids without compression, an estimate with planes."""
-    return row_bytes(spec) * (PLANES_SHARE[spec.dtype] if compression == "planes" else 1.0) + IDS_BYTES_A_ROW
+    return sum(column.row_bytes * _share(column, compression) for column in spec.columns) + IDS_BYTES_A_ROW
+
+
+def _share(column: Column, compression: str) -> float:
+    """What a column takes of its bytes: planes are made of activations of 16 bits."""
+    return PLANES_SHARE.get(column.dtype, 1.0) if compression == "planes" and column.name == "activation" else 1.0
 
 
 def part_bytes(spec: PartSpec, rows: int, row_groups: int, files: int = 1, compression: str = "none") -> int:
@@ -63,13 +65,21 @@ def part_bytes(spec: PartSpec, rows: int, row_groups: int, files: int = 1, compr
 
 def plan_output(parts: Sequence[PartSpec], prompts: PromptStats, price_per_gb_month: float | None, compression: str = "none") -> OutputPlan:
     """The output of these parts for these prompts."""
-    by_part = {spec: part_bytes(spec, prompts.tokens, prompts.micro_batches, prompts.shards, compression) for spec in parts}
+    rows = prompts.tokens if prompts.rows is None else prompts.rows
+    by_part = {spec: part_bytes(spec, rows, min(rows, prompts.micro_batches), prompts.shards, compression) for spec in parts}
     num_bytes, files = sum(by_part.values()), len(parts) * prompts.shards
     disk_bytes = num_bytes + files * RECORD_BYTES_A_PART + prompts.sequences * RECORD_BYTES_A_SEQUENCE
     return OutputPlan(
         by_part=by_part,
         files=files,
         num_bytes=num_bytes,
+        rows=rows,
+        saved_bytes=saved_bytes(parts, prompts.tokens, rows, compression),
         disk_bytes=disk_bytes,
         cost_a_month=None if price_per_gb_month is None else disk_bytes / 1e9 * price_per_gb_month,
     )
+
+
+def saved_bytes(parts: Sequence[PartSpec], tokens: int, rows: int, compression: str = "none") -> int:
+    """What the rows of the tokens that have none would take."""
+    return round((tokens - rows) * sum(stored_row_bytes(part, compression) for part in parts))

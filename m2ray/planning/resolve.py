@@ -1,11 +1,11 @@
 """RunOptions from what a user asks for: every "auto" is decided here but those of `device_map` and `transport`, for `m2ray plan` and `m2ray extract` alike."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from m2ray.batches import PromptStats, TensorTable
-from m2ray.config import Auto, ExtractConfig, parse_labels, parse_layers
+from m2ray.batches import PartSpec, PromptStats, TensorTable
+from m2ray.config import Auto, ExtractConfig, parse_labels
 from m2ray.errors import ConfigError
 from m2ray.options import PromptOptions, RunOptions
 from m2ray.planning.batch_size import AUTO_BATCH_TOKENS, best_batch_tokens
@@ -13,7 +13,7 @@ from m2ray.planning.demand import Assumptions, Demand
 from m2ray.planning.hardware import Cluster
 from m2ray.planning.memory import ModelShape
 from m2ray.planning.plan import most_batch_tokens, most_replicas, plan_run
-from m2ray.sites import parts_of_run
+from m2ray.sites import asked_sites, layers_run, parts_of_run, present_sites
 from m2ray.sizes import parse_bytes, parse_max_memory
 
 AUTO_SHARD_TOKENS = 32_768
@@ -52,9 +52,12 @@ def resolve(
         ConfigError: a value is malformed, or does not suit the model or the cluster.
         ClusterError: there are fewer GPUs than stages.
     """
-    layers = parse_layers(config.layers, table.num_layers)
-    if isinstance(config.stages, int) and config.stages > layers[-1] + 1:
-        raise ConfigError(f"stages = {config.stages}, but only {layers[-1] + 1} layers are run.", f"Ask for at most {layers[-1] + 1}.")
+    sites = present_sites(asked_sites(config.sites, config.layers, table.num_layers), table)
+    parts = parts_of_run(sites, config.store_dtype, table.hidden_size, table.num_experts, table.experts_per_token)
+    num_layers = layers_run(parts, table.num_layers)
+    if isinstance(config.stages, int) and config.stages > num_layers:
+        raise ConfigError(f"stages = {config.stages}, but only {num_layers} layers are run.", f"Ask for at most {num_layers}.")
+    _require_means(prompts, parts)
     of_the_run = recorded or {}
 
     def decided(name: str, asked: _Value | Auto, automatic: _Value) -> _Value:
@@ -62,9 +65,9 @@ def resolve(
 
     options = RunOptions(
         prompts=prompts,
-        layers=layers,
-        sites=config.sites,
-        parts=parts_of_run(config.sites, layers, config.store_dtype, table.hidden_size),
+        layers=tuple(sorted({layer for layers in sites.values() for layer in layers})),
+        sites=sites,
+        parts=parts,
         compute_dtype=config.compute_dtype,
         store_dtype=config.store_dtype,
         batch_tokens=decided("batch_tokens", config.batch_tokens, AUTO_BATCH_TOKENS),
@@ -93,6 +96,15 @@ def resolve(
     if config.batch_tokens == "auto" and "batch_tokens" not in of_the_run:
         demand = demand.asking(batch_tokens=_batch_tokens(config, demand, cluster, stats_at))
     return replace(demand.options, replicas=_replicas(config, demand, cluster))
+
+
+def _require_means(prompts: PromptOptions, parts: Sequence[PartSpec]) -> None:
+    """Raise ConfigError for means of what has none: numbers of experts."""
+    without = sorted({part.site for part in parts if any(column.name == "expert_ids" for column in part.columns)})
+    if prompts.selection.is_mean and without:
+        raise ConfigError(
+            f"tokens = {prompts.tokens!r}, and {', '.join(without)} has numbers of experts, which have no mean.", "Leave it out of sites."
+        )
 
 
 def _replicas(config: ExtractConfig, demand: Demand, cluster: Cluster) -> int:

@@ -1,11 +1,13 @@
 """open_run: the bits that went in, only what is committed, and a damaged file is refused by name."""
 
+import json
 import math
 import re
 import shutil
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,27 +15,31 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 
 from m2ray.activations.job import read_job
+from m2ray.activations.json_record import digest
 from m2ray.activations.reading.catalogue import Catalogue
 from m2ray.activations.reading.part_reader import PartReader
 from m2ray.activations.reading.reader import RunReader, open_run
 from m2ray.activations.records import commit_key, read_commit
 from m2ray.activations.schema import part_key
 from m2ray.activations.writing.commits import claim_run
-from m2ray.batches import CapturedLayer, PartSpec
+from m2ray.batches import CapturedLayer, Column, PartSpec
+from m2ray.cli import main
 from m2ray.errors import M2rayError, NotInRunError, RunConflictError, RunDamagedError, StoreError
 from m2ray.storage import LocalStore
 from tests.unit import activation_runs as runs
 
-EMBEDDING = PartSpec("embedding", None, "float32", 5)
-HALF = PartSpec("mlp", 7, "float16", 13)
+EMBEDDING = PartSpec.of("embedding", None, "float32", 5)
+HALF = PartSpec.of("mlp", 7, "float16", 13)
+ROUTED = PartSpec("router_topk", 7, (Column("expert_ids", "int16", 3), Column("expert_weights", "float32", 3)))
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("finished")
-    runs.finished_run(LocalStore(folder), [*runs.PARTS, HALF, EMBEDDING])
+    runs.finished_run(LocalStore(folder), [*runs.PARTS, HALF, EMBEDDING, ROUTED])
     return folder
 
 
@@ -97,7 +103,7 @@ def test_views_chain_in_any_order(finished: Path) -> None:
     embedding = run.site("embedding").sequence(4)
     assert (embedding.dtype, tuple(embedding.shape)) == (torch.float32, (12, 5))
     assert same_bits(embedding, runs.bits(EMBEDDING, 4))
-    assert run.sites == ("residual", "mlp", "embedding")
+    assert run.sites == ("residual", "mlp", "embedding", "router_topk")
     assert run.site("residual").layer_numbers == (0, 7, 11)
     assert run.site("embedding").layer_numbers == ()
 
@@ -127,6 +133,38 @@ def test_all_rows_and_their_tokens(finished: Path) -> None:
     assert all(same_bits(rows, all_bits(spec)) for rows, spec in zip(stacked, runs.PARTS, strict=True))
 
 
+def same_columns(found: dict[str, torch.Tensor], expected: np.ndarray) -> bool:
+    ids, weights = found["expert_ids"], found["expert_weights"]
+    assert (ids.dtype, weights.dtype, ids.shape[1:], weights.shape[1:]) == (torch.int16, torch.float32, (3,), (3,))
+    return same_bits(ids, expected[:, :6]) and same_bits(weights, expected[:, 6:])
+
+
+@pytest.mark.parametrize("compression", ["none", "planes"])
+def test_the_chosen_experts_are_two_columns_wherever_rows_are_read(tmp_path: Path, compression: str) -> None:
+    runs.finished_run(LocalStore(tmp_path), [*runs.PARTS, ROUTED], [compression])
+    run, expected = open_run(tmp_path), all_bits(ROUTED)
+    view = run.site("router_topk").layer(7)
+    assert same_columns(view.tensor(), expected)
+    assert same_columns(view.sequence(4), runs.bits(ROUTED, 4))
+    assert same_columns(view.rows([5, 0, 60, 5]), expected[[5, 0, 60, 5]])
+    assert same_columns(next(view.shards()).activations, expected[:25])
+    assert tuple(run.site("router_topk").tensor()["expert_ids"].shape) == (1, 67, 3)
+    rows = {}
+    for batch in view.stream(batch_rows=16):
+        places = zip(batch["sequence_id"].tolist(), batch["position"].tolist(), strict=True)
+        rows.update({place: (batch["expert_ids"][number], batch["expert_weights"][number]) for number, place in enumerate(places)})
+    ids, weights = (torch.stack(column) for column in zip(*(rows[row[0], row[1]] for row in run.tokens().tolist()), strict=True))
+    assert same_columns({"expert_ids": ids, "expert_weights": weights}, expected)
+    assert same_bits(run.site("residual").layer(7).tensor(), all_bits(runs.PARTS[1]))
+    assert b"planes" not in (tmp_path / part_key(ROUTED, 0, f"{0xA0:012x}")).read_bytes()
+
+
+@pytest.mark.parametrize("ask", [lambda view: view.iterator(), lambda view: view.mean_norm(), lambda view: view.as_data_provider()])
+def test_what_takes_one_tensor_says_that_there_are_two(finished: Path, ask: Callable[[RunReader], object]) -> None:
+    with pytest.raises(NotInRunError, match="router_topk have the columns expert_ids, expert_weights"):
+        ask(open_run(finished).site("router_topk").layer(7))
+
+
 def test_shard_by_shard(finished: Path) -> None:
     shards = list(open_run(finished).site("residual").layer(11).shards())
     assert [shard.index for shard in shards] == [0, 1, 2]
@@ -143,7 +181,7 @@ def test_tensors_are_the_readers_own(finished: Path) -> None:
 
 def test_mean_norm(tmp_path: Path) -> None:
     """float64 sums of float32 rows, against torch on the whole; a row of large numbers would overflow a float16 sum."""
-    store, part = LocalStore(tmp_path), PartSpec("residual", 0, "float16", 64)
+    store, part = LocalStore(tmp_path), PartSpec.of("residual", 0, "float16", 64)
     run = claim_run(store, runs.job(store, [part]))
     generator, rows = torch.Generator().manual_seed(1), []
     for shard in runs.shards():
@@ -151,7 +189,7 @@ def test_mean_norm(tmp_path: Path) -> None:
         for micro_batch in runs.micro_batches(shard):
             rows.append((torch.randn(micro_batch.num_tokens, 64, generator=generator) * 2000).half())
             bits = rows[-1].view(torch.uint8).numpy()
-            writer.submit("a1", micro_batch, [CapturedLayer("residual", 0, bits)], timeout_s=10)
+            writer.submit("a1", micro_batch, [CapturedLayer("residual", 0, (bits,))], timeout_s=10)
         run.commit(shard, "a1", writer.collect(shard.index, "a1", 10), [(len(shard.sequence_ids), 1)], 1.0)
         writer.close()
     expected = torch.cat(rows).double().norm(dim=1).mean().item()
@@ -164,13 +202,49 @@ def test_mean_norm(tmp_path: Path) -> None:
 def test_facts(finished: Path) -> None:
     run = open_run(finished)
     assert run.is_complete
-    assert (run.num_tokens, run.num_shards, run.num_files) == (67, 3, 15)
+    assert (run.num_tokens, run.num_shards, run.num_files) == (67, 3, 18)
     assert run.num_bytes == sum(path.stat().st_size for path in (finished / "data").rglob("*.parquet"))
-    assert run.layer(7).num_files == 6
+    assert run.layer(7).num_files == 9
     assert run.job.model.model_type == "minimax_m2"
     assert len(run.sequences) == 12
     assert run.sequences["sequence_id"].to_pylist() == list(range(12))
     assert {row["sequence_id"]: row["reason"] for row in run.quarantined.to_pylist()} == runs.QUARANTINED
+
+
+def test_a_run_from_before_there_were_columns_is_read_as_it_was(damaged: Path) -> None:
+    """Of format 2, too: parts with one dtype and width, of one site."""
+    path = damaged / "job.json"
+    fields = json.loads(path.read_text())
+    fields["parts"] = [{**part, "dtype": "bfloat16", "width": 24} for part in fields["parts"] if part["site"] == "residual"]
+    for part in fields["parts"]:
+        del part["columns"]
+    fields["options"] |= {"sites": "residual", "layers": [0, 7, 11]}
+    path.write_text(json.dumps(fields | {"digest": digest(fields)}, indent=2))
+    shutil.rmtree(damaged / "_commits")
+    for name in ("manifest.parquet", "_SUCCESS"):
+        (damaged / name).unlink()
+    run = open_run(damaged)
+    assert run.parts == runs.PARTS
+    assert run.job.options["sites"] == {"residual": [0, 7, 11]}
+    fields["parts"][1]["width"] = "24"
+    path.write_text(json.dumps(fields | {"digest": digest(fields)}, indent=2))
+    with pytest.raises(RunDamagedError, match="job.json"):
+        open_run(damaged)
+
+
+def test_a_run_says_what_it_holds(finished: Path) -> None:
+    run = open_run(finished)
+    assert repr(run) == (
+        f"<run {finished}: residual at layers 0,7,11, mlp at layers 7, embedding, router_topk at layers 7; 3 of 3 shards, 67 tokens>"
+    )
+    assert "residual at layers 7;" in repr(run.site("residual").layer(7))
+    shown = CliRunner().invoke(main, ["inspect", str(finished), "--json"])
+    (routed,) = (each for each in json.loads(shown.stdout)["layers"] if each["site"] == "router_topk")
+    assert (routed["layer"], routed["mean_norm"]) == (7, None)
+    assert routed["columns"] == [
+        {"name": "expert_ids", "dtype": "int16", "width": 3},
+        {"name": "expert_weights", "dtype": "float32", "width": 3},
+    ]
 
 
 @pytest.mark.parametrize(
@@ -178,7 +252,7 @@ def test_facts(finished: Path) -> None:
     [
         (lambda run: run.layer(3), "no layer 3 .*It has layers 0, 7, 11"),
         (lambda run: run.layers([0, 12]), "no layer 12 "),
-        (lambda run: run.site("router_logits"), "no site 'router_logits'.*It has: residual, mlp, embedding"),
+        (lambda run: run.site("router_logits"), "no site 'router_logits'.*It has: residual, mlp, embedding, router_topk"),
         (lambda run: run.site("embedding").layer(0), "It has no layers"),
         (lambda run: run.layer(7).sequence(0), r"several sites|has the sites residual, mlp.*\.site\(NAME\)"),
         (lambda run: run.site("mlp").sequence(12), "no sequence 12: .* sequences 0 to 11"),
@@ -232,7 +306,7 @@ def test_the_documented_lines_run(damaged: Path) -> None:
     runs.write_shard(store, open_run(finished).job, runs.shard(1), "dead")
     page = (Path(__file__).parents[2] / "docs" / "data_format.md").read_text(encoding="utf-8")
     blocks = [block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "import ray" not in block]
-    assert len(blocks) == 10
+    assert len(blocks) == 14
     names: dict[str, Any] = {"RUN": str(finished)}
     for block in blocks:
         exec(block, names)
@@ -244,6 +318,12 @@ def test_the_documented_lines_run(damaged: Path) -> None:
         ([row["activation"][0].as_py() for row in names["dataset"]], all_bits(runs.PARTS[1])),
     ):
         assert same_bits(names["numbers"](rows), layer_7)
+    routed = open_run(finished).site("router_topk").layer(7)
+    ids, weights = routed.tensor()["expert_ids"], routed.tensor()["expert_weights"]
+    order = torch.from_numpy(open_run(finished).tokens().argsort())
+    assert torch.equal(names["experts"], ids[order])
+    assert same_bits(names["weights"], weights[order].numpy().view(np.uint8))
+    assert names["load"].select("expert_ids", "len").rows() == sorted(Counter(ids.flatten().tolist()).items())
     assert [(row["sequence_id"][0].as_py(), row["position"][0].as_py()) for row in names["dataset"]] == open_run(finished).tokens()[
         ["sequence_id", "position"]
     ].tolist()
@@ -311,14 +391,14 @@ def test_a_part_without_exactly_the_sequences_positions_is_damaged(finished: Pat
     catalogue = Catalogue(LocalStore(finished))
     part = catalogue.open_part(runs.PARTS[1], catalogue.part_of_shard(runs.PARTS[1], 1))
     assert len(part.sequence(3, runs.token_count(3))) == 7
-    with pytest.raises(RunDamagedError, match=f"does not hold the {num_tokens} positions of sequence {sequence_id}"):
+    with pytest.raises(RunDamagedError, match=f"does not hold the {num_tokens} rows of sequence {sequence_id}"):
         part.sequence(sequence_id, num_tokens)
 
 
 def test_swapped_layers_of_one_size_are_refused(tmp_path: Path) -> None:
     """Two layers' files of the same size change places: only their footers, whose digests the commit has, can tell."""
     store = LocalStore(tmp_path)
-    run = claim_run(store, runs.job(store, [PartSpec("residual", layer, "bfloat16", 24) for layer in (3, 4)]))
+    run = claim_run(store, runs.job(store, [PartSpec.of("residual", layer, "bfloat16", 24) for layer in (3, 4)]))
     runs.commit_shard(run, runs.shard(0), "a1")
     three, four = (tmp_path / part.key for part in read_commit(store, run.job, 0).receipts())
     assert three.stat().st_size == four.stat().st_size

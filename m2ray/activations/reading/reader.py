@@ -16,6 +16,7 @@ from m2ray.activations.reading.part_reader import Check
 from m2ray.activations.reading.random_rows import RandomRows
 from m2ray.batches import TOKEN_ROW, PartReceipt, PartSpec
 from m2ray.errors import ConfigError, NotInRunError, did_you_mean, in_ranges
+from m2ray.sites import shown_layers
 from m2ray.storage import open_store
 
 if TYPE_CHECKING:
@@ -24,15 +25,16 @@ if TYPE_CHECKING:
     from m2ray.activations.reading.draft_samples import DraftSamples
     from m2ray.activations.reading.row_iterator import RowIterator
     from m2ray.activations.reading.stream import ActivationStream
+    from m2ray.activations.reading.values import Values
 
 
 @dataclass(frozen=True)
 class ShardRows:
-    """One shard of a view: `tokens` TOKEN_ROW [N]; `activations` [N, W] of a one-layer view, [L, N, W] otherwise."""
+    """One shard of a view: `tokens` TOKEN_ROW [N]; `activations` [N, W] of a one-layer view, [L, N, W] otherwise (of router_topk by column)."""
 
     index: int
     tokens: npt.NDArray[Any]
-    activations: "torch.Tensor"
+    activations: "Values"
 
 
 def open_run(path: str | Path, *, check: Check = "pages") -> "RunReader":
@@ -65,6 +67,10 @@ class RunReader:
         self._parts = tuple(parts)
         self._has_layer_axis = has_layer_axis
 
+    def __repr__(self) -> str:
+        what = [site + (f" at layers {shown_layers(layers)}" if (layers := self._layers_of(site)) else "") for site in self.sites]
+        return f"<run {self._catalogue.store.url}: {', '.join(what)}; {self.num_shards} of {self.job.num_shards} shards, {self.num_tokens:,} tokens>"
+
     # -- the run ------------------------------------------------------------------------------------------------------
 
     @property
@@ -83,15 +89,21 @@ class RunReader:
         return len(self._catalogue.parts_of(self.job.parts[0]))
 
     @property
-    def num_tokens(self) -> int:
-        """Committed tokens: rows of every layer."""
+    def num_rows(self) -> int:
+        """Committed rows of every site and layer: of each token one, where nothing else was chosen."""
         return _sum(self._catalogue.parts_of(self.job.parts[0])["rows"])
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the committed sequences. Raises as `sequences` does."""
+        return self.num_rows if self.job.selection.is_all else self._catalogue.num_tokens()
 
     @property
     def sequences(self) -> Any:
         """Every row of the source: pyarrow table of sequence_id, row_id, prompt_digest, token_count, shard, status, reason,
-        loss_mask (list<uint8>, one 0 or 1 a token; null where the prompts gave none) and roles (list of role, start, stop: the tokens
-        [start, stop) of a chat's messages; null where unknown). Runs from before these two columns have them null.
+        loss_mask (list<uint8>, one 0 or 1 a token; null where the prompts gave none), roles (list of role, start, stop: the tokens
+        [start, stop) of a chat's messages; null where unknown), row_count (its rows in every part) and documents (of packed prompts: list of
+        row_id, start, offset; else null). Where prompts are packed, a row is a context.
 
         Raises:
             RunDamagedError: a file of `sequences/` is not the one that was written.
@@ -107,6 +119,11 @@ class RunReader:
     # -- views --------------------------------------------------------------------------------------------------------
 
     @property
+    def parts(self) -> tuple[PartSpec, ...]:
+        """The sites and layers of this view, each with its columns."""
+        return self._parts
+
+    @property
     def sites(self) -> tuple[str, ...]:
         """The sites of this view."""
         return tuple(dict.fromkeys(part.site for part in self._parts))
@@ -115,6 +132,9 @@ class RunReader:
     def layer_numbers(self) -> tuple[int, ...]:
         """The layers of this view, in its order; empty for a site of the whole model."""
         return tuple(dict.fromkeys(part.layer for part in self._parts if part.layer is not None))
+
+    def _layers_of(self, site: str) -> list[int]:
+        return sorted(part.layer for part in self._parts if part.site == site and part.layer is not None)
 
     @property
     def num_files(self) -> int:
@@ -146,8 +166,9 @@ class RunReader:
 
     # -- activations --------------------------------------------------------------------------------------------------
 
-    def sequence(self, sequence_id: int) -> "torch.Tensor":
-        """One sequence in the store dtype: [T, W] of a one-layer view, [L, T, W] otherwise.
+    def sequence(self, sequence_id: int) -> "Values":
+        """One sequence in the store dtype: [T, W] of a one-layer view, [L, T, W] otherwise. Where tokens were chosen, T are those of them that
+        are of this sequence, in order; there may be none.
 
         Raises:
             NotInRunError: there is no such sequence, it was quarantined (says why), or is not committed yet; or the view has
@@ -158,17 +179,17 @@ class RunReader:
         if row["shard"] is None:
             raise NotInRunError(f"Sequence {sequence_id} (row {row['row_id']}) has no activations: it was quarantined: {row['reason']}.")
         receipts = [self._catalogue.part_of_shard(spec, row["shard"]) for spec in self._one_site()]
-        tensor = self._empty(row["token_count"])
-        for bytes_TB, spec, receipt in zip(_bytes_of(tensor), self._parts, receipts, strict=True):
+        bytes_LTB = self._empty(row["row_count"])
+        for bytes_TB, spec, receipt in zip(bytes_LTB.numpy(), self._parts, receipts, strict=True):
             if receipt is None:
                 raise NotInRunError(
                     f"Sequence {sequence_id} is not extracted yet: its shard {row['shard']} is not committed.", "Finish the run."
                 )
-            bytes_TB[:] = self._catalogue.open_part(spec, receipt).sequence(sequence_id, row["token_count"])
-        return tensor if self._has_layer_axis else tensor[0]
+            bytes_TB[:] = self._catalogue.open_part(spec, receipt).sequence(sequence_id, row["row_count"])
+        return self._values(bytes_LTB)
 
-    def rows(self, indices: "Sequence[int] | npt.NDArray[np.int64]") -> "torch.Tensor":
-        """Some rows of a one-layer view by their numbers, 0 to `num_tokens` - 1 in the order of `tokens`: [N, W], in the order asked for.
+    def rows(self, indices: "Sequence[int] | npt.NDArray[np.int64]") -> "Values":
+        """Some rows of a one-layer view by their numbers, 0 to `num_rows` - 1 in the order of `tokens`: [N, W], in the order asked for.
 
         Each row is read by itself, however large its file is. Keep the view: it remembers where rows lie.
 
@@ -176,12 +197,13 @@ class RunReader:
             NotInRunError: there is no such row, or the view has several layers or sites.
             RunDamagedError: a file is not what its commit says.
         """
-        bits = self._random_rows.read(indices)
-        tensor = self._empty(len(bits))
-        _bytes_of(tensor)[0] = bits
-        return tensor[0]
+        import torch
 
-    def tensor(self) -> "torch.Tensor":
+        from m2ray.activations.reading.values import tensors_of
+
+        return tensors_of(self._parts[0].columns, torch.from_numpy(self._random_rows.read(indices)))
+
+    def tensor(self) -> "Values":
         """All committed rows in the order of `tokens`: [N, W] of a one-layer view, [L, N, W] otherwise.
 
         They must fit into memory; `shards` goes shard by shard. Raises as `sequence` does.
@@ -248,6 +270,7 @@ class RunReader:
         """
         from m2ray.activations.reading.row_iterator import RowIterator
 
+        self._require_one_tensor()
         return RowIterator(self.stream(batch_rows=rows, **stream), rows, epochs, dtype)
 
     def as_data_provider(self, *, rows: int = 4096, **stream: Any) -> "RowIterator":
@@ -279,6 +302,11 @@ class RunReader:
         """
         from m2ray.activations.reading.draft_samples import DraftOptions, DraftSamples
 
+        if not self.job.selection.is_all:
+            raise NotInRunError(
+                f"The run at {self._catalogue.store.url} kept {self.job.selection}: a sample is a whole sequence.",
+                'Extract with tokens = "all".',
+            )
         last = self.job.model.num_layers - 1
         found = {part.layer: part for part in self._parts if part.site == "residual"}
         absent = sorted({*layers, last} - found.keys())
@@ -294,10 +322,12 @@ class RunReader:
     def mean_norm(self, most_rows: int | None = None) -> float:
         """The mean L2 norm of the committed rows of a one-layer view, summed in float64; NaN if there are none.
 
-        Reads some rows at a time: all of them, or at most `most_rows`, from shards that are spread evenly. Raises as `sequence` does.
+        Reads some rows at a time: all of them, or at most `most_rows`, from shards that are spread evenly. Raises as `sequence` does, and
+        NotInRunError for router_topk, whose rows are no vectors.
         """
         from m2ray.activations.reading.norms import mean_norm
 
+        self._require_one_tensor()
         return mean_norm(self._catalogue, self._one_layer(), most_rows)
 
     # -- inside -------------------------------------------------------------------------------------------------------
@@ -312,6 +342,12 @@ class RunReader:
             raise NotInRunError(f"This view has layers {in_ranges(self.layer_numbers)}.", "Choose one with .layer(NUMBER).")
         return self._parts[0]
 
+    def _require_one_tensor(self) -> None:
+        """Raise NotInRunError where rows are no tensor but several by column."""
+        columns = [column.name for column in self._one_layer().columns]
+        if "activation" not in columns:
+            raise NotInRunError(f"Rows of {self.sites[0]} have the columns {', '.join(columns)}.", "Read them with stream() or tensor().")
+
     def _of_layers(self, numbers: Sequence[int]) -> list[PartSpec]:
         absent = [number for number in numbers if number not in self.layer_numbers]
         if absent:
@@ -325,31 +361,28 @@ class RunReader:
             raise NotInRunError(f"This view has the sites {', '.join(self.sites)}.", "Choose one with .site(NAME).")
         return self._parts
 
-    def _load(self, receipts_of_layers: Sequence[Sequence[PartReceipt]]) -> "torch.Tensor":
+    def _load(self, receipts_of_layers: Sequence[Sequence[PartReceipt]]) -> "Values":
         """All rows of the same shards of each layer."""
-        tensor = self._empty(sum(receipt.rows for receipt in receipts_of_layers[0]))
-        for bytes_NB, spec, receipts in zip(_bytes_of(tensor), self._parts, receipts_of_layers, strict=True):
+        bytes_LNB = self._empty(sum(receipt.rows for receipt in receipts_of_layers[0]))
+        for bytes_NB, spec, receipts in zip(bytes_LNB.numpy(), self._parts, receipts_of_layers, strict=True):
             start = 0
             for receipt in receipts:
                 self._catalogue.open_part(spec, receipt).pages().read(0, bytes_NB[start : start + receipt.rows])
                 start += receipt.rows
-        return tensor if self._has_layer_axis else tensor[0]
+        return self._values(bytes_LNB)
 
     def _empty(self, num_rows: int) -> "torch.Tensor":
-        """Memory for `num_rows` rows of each layer: [L, N, W]."""
+        """Memory for `num_rows` rows of each layer: uint8 [L, N, bytes of a row]."""
         import torch
 
-        spec = self._parts[0]
-        return torch.empty((len(self._parts), num_rows, spec.width), dtype=getattr(torch, spec.dtype))
+        return torch.empty((len(self._parts), num_rows, self._parts[0].row_bytes), dtype=torch.uint8)
+
+    def _values(self, bytes_LNB: "torch.Tensor") -> "Values":
+        """What these bytes of the view's rows say, with a layer axis where the view has one."""
+        from m2ray.activations.reading.values import tensors_of
+
+        return tensors_of(self._parts[0].columns, bytes_LNB if self._has_layer_axis else bytes_LNB[0])
 
 
 def _sum(column: Any) -> int:
     return int(pc.sum(column).as_py() or 0)
-
-
-def _bytes_of(tensor_LNW: "torch.Tensor") -> npt.NDArray[np.uint8]:
-    """The tensor's own memory as uint8 [L, N, W * itemsize]."""
-    import torch
-
-    view: npt.NDArray[np.uint8] = tensor_LNW.view(torch.uint8).numpy()
-    return view

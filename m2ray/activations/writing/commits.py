@@ -31,7 +31,6 @@ from m2ray.activations.records import (
 from m2ray.activations.schema import FORMAT_VERSION, parse_part_key, stored_parts
 from m2ray.batches import PartReceipt, Shard
 from m2ray.errors import AlreadyExistsError, RunDamagedError, StageError, raise_all
-from m2ray.selection import num_rows
 from m2ray.storage import Store
 
 __all__ = ["Run", "RunSummary", "claim_run", "read_summary", "reopen"]
@@ -300,13 +299,13 @@ class Run:
     def _account(self, named: Committed) -> RunSummary:
         """Check that every sequence of the source is either committed or quarantined. Raises RunDamagedError."""
         counts, bytes_of_parts = self.job.counts, named.parts["num_bytes"].to_pylist()
-        _, shards, committed, tokens = named
-        found = (shards, committed + counts.quarantined, tokens)
-        if found != (self.job.num_shards, counts.sequences, counts.tokens):
+        _, shards, committed, rows = named
+        found = (shards, committed + counts.quarantined, rows)
+        if found != (self.job.num_shards, counts.sequences, counts.rows):
             raise RunDamagedError(
-                f"The account of the run at {self.store.url} does not close: {shards} shards with {committed} sequences and {tokens} tokens "
+                f"The account of the run at {self.store.url} does not close: {shards} shards with {committed} sequences and {rows} rows a part "
                 f"are committed and {counts.quarantined} sequences are quarantined; job.json says {self.job.num_shards} shards, "
-                f"{counts.sequences} sequences and {counts.tokens} tokens.",
+                f"{counts.sequences} sequences and {counts.rows} rows.",
                 "The folder holds files of several runs: restore it, or begin another run.",
             )
         return RunSummary(
@@ -316,10 +315,12 @@ class Run:
             sequences=counts.sequences,
             committed=committed,
             quarantined=counts.quarantined,
-            tokens=tokens,
+            tokens=counts.tokens,
             shards=shards,
             parts=len(bytes_of_parts),
             num_bytes=sum(bytes_of_parts),
+            rows=rows,
+            without_rows=counts.without_rows,
         )
 
     def _sweep(self, unnamed: Iterable[str]) -> None:
@@ -365,8 +366,8 @@ def _problems(
     for part in receipts:
         if (part.shard, part.attempt) != (shard.index, attempt):
             problems.append(f"{part.key} is of shard {part.shard}, attempt {part.attempt}.")
-        if part.rows != num_rows(shard):
-            problems.append(f"{part.key} has {part.rows} rows; the shard has {num_rows(shard)}.")
+        if part.rows != shard.num_rows:
+            problems.append(f"{part.key} has {part.rows} rows; the shard has {shard.num_rows}.")
     digests = {part.token_digest for part in receipts}
     if len(digests) > 1:
         problems.append(f"The parts hold different tokens: {len(digests)} digests.")

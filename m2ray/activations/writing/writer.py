@@ -12,15 +12,15 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from m2ray import selection
 from m2ray.activations.schema import Compression, require_compression
 from m2ray.activations.writing.attempt import Attempt
 from m2ray.activations.writing.part_writer import PartWriter
 from m2ray.batches import Bits, CapturedLayer, MicroBatch, PartReceipt, PartSpec
 from m2ray.errors import M2rayError, StageError, StoreError, raise_all
 from m2ray.parquet.column_chunks import EncodedColumns
+from m2ray.selection import Selection
 from m2ray.storage import Store, open_store
 
 _FINISHING_A_LANE = 4
@@ -38,12 +38,19 @@ class WriterSpec:
     queue_bytes: int
     threads: int
     compression: Compression = "none"
+    selection: Selection = field(default_factory=Selection)
 
     def open(self, parts: Sequence[PartSpec]) -> "ActivationWriter":
         """The writer of `parts`. Raises as ActivationWriter and open_store do."""
         store = open_store(self.output)
         return ActivationWriter(
-            store, self.run_metadata, parts, queue_bytes=self.queue_bytes, threads=self.threads, compression=self.compression
+            store,
+            self.run_metadata,
+            parts,
+            queue_bytes=self.queue_bytes,
+            threads=self.threads,
+            compression=self.compression,
+            selection=self.selection,
         )
 
 
@@ -58,9 +65,10 @@ class ActivationWriter:
             layer larger than that waits alone.
         threads: worker threads; each holds a share of the parts. As many more finish parts, and mostly wait for the store.
         compression: how the rows are stored.
+        selection: whose rows they are.
 
     Raises:
-        ConfigError: `compression` is unknown, or not for rows of such a dtype.
+        ConfigError: `compression` is unknown.
     """
 
     def __init__(
@@ -72,10 +80,11 @@ class ActivationWriter:
         queue_bytes: int,
         threads: int,
         compression: Compression = "none",
+        selection: Selection | None = None,
     ) -> None:
-        for spec in parts:
-            require_compression(spec, compression)
+        require_compression(compression)
         self._compression = compression
+        self._selection = selection or Selection()
         self._store = store
         self._run_metadata = dict(run_metadata)
         self._parts = tuple(parts)
@@ -123,7 +132,7 @@ class ActivationWriter:
     # -- a shard's way ------------------------------------------------------------------------------------------------
 
     def submit(self, attempt: str, micro_batch: MicroBatch, captured: Sequence[CapturedLayer], timeout_s: float) -> None:
-        """Queue one micro-batch: a row group of each part. Its arrays must not change until the shard is collected.
+        """Queue one micro-batch: a row group of each part, if any of its tokens is chosen. Its arrays must not change until the shard is collected.
 
         A shard's micro-batches come in order; those of several shards may alternate. Blocks while the queue is full.
 
@@ -135,13 +144,13 @@ class ActivationWriter:
         with self._changed:
             self._raise_failure()
             opened = self._open_attempt(micro_batch.shard, attempt)
-        token_rows = selection.token_rows(micro_batch)
-        rows_of_parts = opened.matched(len(token_rows), captured)
+        token_rows = self._selection.token_rows(micro_batch)
+        columns_of_parts = opened.matched(len(token_rows), captured)
         tokens = opened.admit(micro_batch, token_rows)
         token_digest = opened.digest.hexdigest() if micro_batch.is_last else None
-        for number, (part, rows) in enumerate(zip(opened.parts, rows_of_parts, strict=True)):
-            self._wait_for_room(opened, rows.nbytes, deadline, timeout_s)
-            written = self._lane(number).submit(self._write, opened, part, tokens, rows, token_digest)
+        for number, (part, columns) in enumerate(zip(opened.parts, columns_of_parts, strict=True)):
+            self._wait_for_room(opened, _num_bytes(columns), deadline, timeout_s)
+            written = self._lane(number).submit(self._write, opened, part, tokens, columns, token_digest)
             written.add_done_callback(lambda done: self._note(opened, done))
 
     def collect(self, shard: int, attempt: str, timeout_s: float) -> tuple[PartReceipt, ...]:
@@ -235,17 +244,18 @@ class ActivationWriter:
                 raise opened.failure
             self._queued_bytes += num_bytes
 
-    def _write(self, opened: Attempt, part: PartWriter, tokens: EncodedColumns, rows: Bits, token_digest: str | None) -> None:
+    def _write(self, opened: Attempt, part: PartWriter, tokens: EncodedColumns, columns: Sequence[Bits], token_digest: str | None) -> None:
         """One row group, on the part's thread. With `token_digest` it is the part's last; it counts as queued until the part is durable."""
+        num_bytes = _num_bytes(columns)
         with ExitStack() as undo:
-            undo.callback(self._release, rows.nbytes)
+            undo.callback(self._release, num_bytes)
             if opened.failure is not None:
                 return
             with self._measured(part):
-                part.append(tokens, rows)
+                part.append(tokens, columns)
             if token_digest is not None and self._may_finish(opened):
                 undo.callback(self._finished)
-                finished = self._finishers.submit(self._finish, opened, part, rows.nbytes, token_digest)
+                finished = self._finishers.submit(self._finish, opened, part, num_bytes, token_digest)
                 undo.pop_all()
                 opened.finishes[part] = finished  # an abort of this part comes on this thread, and so after this
                 finished.add_done_callback(lambda done: self._note(opened, done))
@@ -326,3 +336,7 @@ class ActivationWriter:
         raise_all([problem for problem in problems if isinstance(problem, M2rayError)])
         for problem in problems:
             raise problem
+
+
+def _num_bytes(columns: Sequence[Bits]) -> int:
+    return sum(values.nbytes for values in columns)
