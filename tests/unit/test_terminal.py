@@ -177,7 +177,8 @@ def test_a_misspelt_word_is_answered_by_the_right_one(arguments: list[str], mean
     assert tomllib.loads(toml.read_text())
     done = CliRunner().invoke(main, [word.format(toml=toml) for word in arguments])
     assert done.exit_code in (1, 2)
-    assert f"Did you mean {meant}" in " ".join(done.output.split())
+    said = " ".join(done.output.split())
+    assert re.search(rf"Did you mean (one of: )?[^?]*{meant}", said), said
 
 
 def test_a_misspelt_consumer() -> None:
