@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import GetTimeoutError, RayError
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from m2ray import __version__
@@ -145,11 +145,12 @@ def on_nodes(
 
 
 def _why(error: RayError) -> str:
-    """The reason in one line, without the trace."""
+    """What ended a call, in a line: a trace has it last, what Ray itself says of a process that it has lost or ended has it first."""
     absent = re.search(r"No module named '(\w+)", str(error))
     if absent:
         return f"{absent[1]} {_NOT_THERE}"
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1].rstrip(".")
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return (lines[-1] if isinstance(error, RayTaskError) else lines[0]).rstrip(".")
 
 
 def _remedy(why: str) -> str:
