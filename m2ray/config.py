@@ -7,11 +7,12 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from datetime import date
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Self, cast, get_args
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, NamedTuple, Self, Union, cast, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError
 
-from m2ray.errors import ConfigError, M2rayError, raise_all
+from m2ray.errors import ConfigError, M2rayError, did_you_mean, raise_all
 from m2ray.sizes import parse_bytes, parse_max_memory
 
 
@@ -158,7 +159,7 @@ class ExtractConfig(BaseModel):
         "auto", description="Padded tokens in a micro-batch, at most; auto: what memory and prompts suit best, up to 16384."
     )
     shard_tokens: Positive | Auto = _rows("auto", description="Tokens in a shard, the unit of commit and resume; auto: 32768.")
-    attn_implementation: Attention = _rows("auto", description=f"{', '.join(get_args(Attention))}; auto: sdpa where the family has it.")
+    attn_implementation: Attention = _rows("auto", description="auto: sdpa where the family has it.")
     compile: bool | Auto = _rows("auto", description="Compile the layers: 1.7 times as fast on a GPU; auto: where there are GPUs.")
     threads_per_stage: Positive | Auto = _rows("auto", description="torch threads a stage on the CPU; auto: 1.")
 
@@ -213,6 +214,22 @@ class ExtractConfig(BaseModel):
             raise
         raise_all(list(_contradictions(config)))
         return config
+
+
+_OPEN = {int: "NUMBER", float: "NUMBER", str: "TEXT", date: "DATE"}
+
+
+def legal_values(annotation: Any) -> list[str]:
+    """What an option of this type may be: each value as it is written, or a word in capitals that stands for many."""
+    if annotation is bool:
+        return ["true", "false"]
+    if get_origin(annotation) is Literal:
+        return [str(value) for value in get_args(annotation)]
+    if get_origin(annotation) in (Union, UnionType):
+        return [value for member in get_args(annotation) if member is not NoneType for value in legal_values(member)]
+    if get_origin(annotation) is Annotated:
+        return legal_values(get_args(annotation)[0])
+    return [_OPEN.get(annotation, "JSON")]
 
 
 def parse_layers(text: str, num_layers: int) -> tuple[int, ...]:
@@ -324,7 +341,12 @@ def _as_problems(config: type[BaseModel], error: ValidationError) -> list[Config
     for name, reports in by_option.items():
         first = reports[0]
         if first["type"] == "extra_forbidden":
-            problems.append(ConfigError(f"There is no option {name!r}.", f"The options are: {', '.join(config.model_fields)}."))
+            problems.append(
+                ConfigError(
+                    f"There is no option {name!r}.",
+                    f"{did_you_mean(name, config.model_fields)}The options are: {', '.join(config.model_fields)}.",
+                )
+            )
             continue
         description = config.model_fields[name].description or ""
         if first["type"] == "missing":

@@ -3,7 +3,8 @@
 Every class takes the same values, so that an instance survives pickling between Ray processes unchanged.
 """
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
 
 _LONGEST = 4000
 _SHOWN_DETAILS = 30
@@ -18,6 +19,24 @@ def shown(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
+
+
+def in_ranges(numbers: Iterable[int]) -> str:
+    """Ascending numbers in words, as the option `layers` takes them: "0-3, 7"."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][1] == number - 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The question whether a misspelt word was to be the one of the known words that is most like it; "" where none is. Ends with a space."""
+    by_folded = {each.casefold(): each for each in known}
+    close = difflib.get_close_matches(word.casefold(), by_folded, 1)
+    return f"Did you mean {by_folded[close[0]]!r}? " if close else ""
 
 
 class M2rayError(Exception):

@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple
 
 from m2ray.batches import Column, LayerSpan, PartSpec, TensorTable
 from m2ray.config import parse_layers, parse_sites
-from m2ray.errors import ConfigError, raise_all
+from m2ray.errors import ConfigError, in_ranges, raise_all
 
 Width = Literal["hidden_size", "num_experts", "experts_per_token"]
 
@@ -78,13 +78,7 @@ def present_sites(asked: LayersOfSites, table: TensorTable) -> LayersOfSites:
 
 def shown_layers(layers: Iterable[int]) -> str:
     """Ascending layers as the option `layers` names them: "0,7,20-61"."""
-    runs: list[list[int]] = []
-    for layer in layers:
-        if runs and runs[-1][1] == layer - 1:
-            runs[-1][1] = layer
-        else:
-            runs.append([layer, layer])
-    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+    return in_ranges(layers).replace(" ", "")
 
 
 def parts_of_run(

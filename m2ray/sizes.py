@@ -1,10 +1,10 @@
-"""Sizes as users write them: bytes, and MaxMemory, how much of each GPU may be taken."""
+"""Sizes as users write them: bytes, and MaxMemory, how much of each GPU may be taken; and bytes and times as they are shown."""
 
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from m2ray.errors import ConfigError, raise_all
+from m2ray.errors import ConfigError, did_you_mean, raise_all
 
 _UNITS_BYTES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
@@ -15,6 +15,23 @@ def parse_bytes(text: str, option: str) -> int:
     if not match or match[2].upper() not in _UNITS_BYTES or float(match[1]) <= 0:
         raise ConfigError(f"{option} = {text!r} is not a size.", 'Write for example "40GB" (10^9 bytes) or "40GiB" (2^30 bytes).')
     return int(float(match[1]) * _UNITS_BYTES[match[2].upper()])
+
+
+def bytes_in_words(num_bytes: float) -> str:
+    """Bytes for people: "457.4 GB" (10^9)."""
+    for unit in ("B", "KB", "MB", "GB", "TB"):
+        if num_bytes < 1000 or unit == "TB":
+            break
+        num_bytes /= 1000
+    return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+
+
+def seconds_in_words(seconds: float) -> str:
+    """A length of time for people: "12 s", "5 min 03 s", "2 h 05 min"."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 @dataclass(frozen=True)
@@ -40,7 +57,7 @@ class MaxMemory:
     def require_known(self, num_gpus: Mapping[str, int]) -> None:
         """Raise ConfigError, all at once, for nodes and GPUs that are named and not there; `num_gpus` are each node's, by its name."""
         problems = [
-            ConfigError(f"max_memory names the node {name!r}.", f"The nodes are {', '.join(num_gpus)}.")
+            ConfigError(f"max_memory names the node {name!r}.", f"{did_you_mean(name, num_gpus)}The nodes are {', '.join(num_gpus)}.")
             for name in self.by_node
             if name not in num_gpus
         ]

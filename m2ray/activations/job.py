@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 from m2ray.activations.json_record import read_record, to_json
 from m2ray.activations.schema import FORMAT_VERSION, LAYER_CONVENTION, LEASE_FOLDER
 from m2ray.batches import PartSpec, SequenceFile
-from m2ray.errors import RunConflictError
+from m2ray.errors import RunConflictError, in_ranges
 from m2ray.provenance import ROW_PACKAGES, differences, versions
 from m2ray.selection import Selection
 from m2ray.sites import layers_run
@@ -265,11 +265,9 @@ def _named(options: Mapping[str, Any], fingerprints: Mapping[str, str]) -> dict[
 
 def _refuse_differences(store: Store, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
     # JSON is what both are compared as: a tuple and a list are one value there.
-    recorded, now = (
-        {name: json.dumps(value, ensure_ascii=False, sort_keys=True) for name, value in fields.items()} for fields in (there, here)
-    )
+    recorded, now = ({name: json.dumps(value, sort_keys=True) for name, value in fields.items()} for fields in (there, here))
     lines = [
-        f"{name}: {recorded.get(name, 'absent')} in the run, {now.get(name, 'absent')} now"
+        f"{name}: {_in_words(name, there)} in the run, {_in_words(name, here)} now"
         for name in dict.fromkeys([*recorded, *now])
         if recorded.get(name) != now.get(name)
     ]
@@ -279,6 +277,20 @@ def _refuse_differences(store: Store, there: Mapping[str, Any], here: Mapping[st
             "Change it back to go on with the run, or give another output.",
             lines,
         )
+
+
+def _in_words(name: str, fields: Mapping[str, Any]) -> str:
+    """A field as JSON, lists of layers as "0-61"."""
+    if name not in fields:
+        return "absent"
+    value = fields[name]
+    if name == "parts":
+        layers: dict[str, list[int]] = {}
+        for part in value:
+            layers.setdefault(json.dumps({**part, "layer": "..."}), []).extend([] if part["layer"] is None else [part["layer"]])
+        return "; ".join(like.replace('"..."', in_ranges(of_layers) or "null") for like, of_layers in layers.items())
+    is_layers = isinstance(value, list | tuple) and len(value) > 1 and all(type(each) is int for each in value)
+    return in_ranges(value) if is_layers else json.dumps(value, ensure_ascii=False, sort_keys=True)
 
 
 def _may_precede_a_job(key: str) -> bool:

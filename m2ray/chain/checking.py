@@ -101,7 +101,7 @@ def look(config: ExtractConfig) -> Inputs:
             return None
 
     tried(store.probe)
-    recorded = tried(lambda: read_job(store))
+    recorded = None if problems else tried(lambda: read_job(store))  # one that cannot be written is told of once
     if recorded:
         tried(lambda: require_resumable(store, recorded))
     of_the_run = recorded.options if recorded else {}

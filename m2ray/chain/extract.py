@@ -33,6 +33,7 @@ from m2ray.model.stage import StageSpec
 from m2ray.options import RunOptions
 from m2ray.planning.plan import Plan, plan_run
 from m2ray.prompts import Survey, TokenSpool, batching, estimated_batching, load_shards, micro_batches, respool, survey
+from m2ray.storage import no_empty_folders
 
 
 def extract(config: ExtractConfig, progress: Progress) -> RunSummary:
@@ -42,7 +43,7 @@ def extract(config: ExtractConfig, progress: Progress) -> RunSummary:
         M2rayError: before Ray is started for bad configuration, checkpoint, prompts or output, or another driver at the run; before anything is written for a
             cluster that does not hold the plan; later for what fails there; at any time for SIGTERM.
     """
-    with stop_on_sigterm() as stop, ExitStack() as stack:
+    with stop_on_sigterm() as stop, no_empty_folders(config.output), ExitStack() as stack:
         inputs = check(config, stack, stop, progress)
         work = _resume(inputs, stack, stop, progress) if inputs.recorded else _begin(inputs, stack, stop, progress)
         if work.hardware is not None:
@@ -72,8 +73,9 @@ def _begin(inputs: Inputs, stack: ExitStack, stop: Stop, progress: Progress) -> 
         with stop.at_once(NOTHING_WRITTEN):
             shard_tokens, attempt = inputs.options.shard_tokens, uuid4().hex[:12]
             found = survey(inputs.source, inputs.tokenizer, inputs.store, attempt, shard_tokens, on_progress=progress.surveying)
+            progress.surveying(found.num_sequences, is_done=True)
             stack.enter_context(found.tokens)
-            hardware = _hardware(inputs.options, stack)
+            hardware = _hardware(inputs.options, stack, progress)
             longest_tokens = found.shards.longest_tokens
             inputs = inputs.on(hardware.cluster, longest_tokens, partial(estimated_batching, found.shards))
             stats = batching(found.shards, inputs.options.batch_tokens)
@@ -165,14 +167,15 @@ def _resume(inputs: Inputs, stack: ExitStack, stop: Stop, progress: Progress, ha
         tokens = respool(inputs.source, inputs.tokenizer, missing, store, recorded.sequence_files, on_progress=progress.surveying)
         stack.enter_context(tokens)
         if missing:
-            hardware = hardware or _hardware(inputs.options, stack)
+            progress.surveying(recorded.counts.sequences, is_done=True)
+            hardware = hardware or _hardware(inputs.options, stack, progress)
             inputs = inputs.on(hardware.cluster, max(int(shard.token_counts.max()) for shard in missing))
         return _Work(inputs, run, shards, missing, tokens, hardware if missing else None)
 
 
-def _hardware(options: RunOptions, stack: ExitStack) -> Hardware:
+def _hardware(options: RunOptions, stack: ExitStack, progress: Progress) -> Hardware:
     """Join or start the cluster until the stack ends, and look at its nodes, whose versions must be the driver's."""
-    stack.enter_context(cluster(options.placement_timeout_s))
+    stack.enter_context(cluster(options.placement_timeout_s, progress.say))
     hardware = probe_hardware(options.node_labels, options.watched_folder)
     require_versions(hardware.cluster)
     return hardware

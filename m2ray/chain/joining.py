@@ -4,7 +4,7 @@ import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -14,13 +14,22 @@ from m2ray.chain.stopping import GOES_ON, sigterm_kept
 from m2ray.errors import ClusterError
 from m2ray.storage import remedy_for
 
+_SOCKET_BYTES = 107
+"""Of the path of a socket, on Linux."""
+
+_RAYS_PART = "/m2ray-12345678/r/session_2026-01-31_23-59-59_999999_4194304/sockets/plasma_store"
+"""What stands behind the temporary folder in the longest path of a socket of Ray's."""
+
+_SHORT = ("/tmp", "/var/tmp")  # noqa: S108 - a folder of this user alone is made in it
+
 
 @contextmanager
-def cluster(connect_timeout_s: float) -> Iterator[None]:
+def cluster(connect_timeout_s: float, say: Callable[[str], None] = lambda _: None) -> Iterator[None]:
     """Join the cluster that RAY_ADDRESS names (in a job: the job's own), or start one on this machine and end it after.
 
     One that is started here listens on the loopback interface alone (m2ray/chain/__init__.py), and what it keeps lies in a folder that no other
-    user may enter: Ray opens its own folder to everybody, so that lies in one which it does not know.
+    user may enter: Ray opens its own folder to everybody, so that lies in one which it does not know. It is the temporary folder's, or, where
+    that has too long a name for sockets, /tmp's, which `say` is told.
 
     Raises:
         ClusterError: the named cluster does not answer, or refuses the token; or none can be started here; or it fails later.
@@ -30,9 +39,9 @@ def cluster(connect_timeout_s: float) -> Iterator[None]:
             stack.callback(ray.shutdown)
             _join(connect_timeout_s)
         else:
-            folder = stack.enter_context(_private_folder())
+            folder = stack.enter_context(_private_folder(_short_folder(say)))
             stack.callback(ray.shutdown)
-            _start(folder / "r")  # a socket has a path of 107 bytes at most
+            _start(folder / "r")
         try:
             yield
         except ray.exceptions.RayError as error:  # Ray itself is gone: a stage's failure is handled where it happens
@@ -42,13 +51,25 @@ def cluster(connect_timeout_s: float) -> Iterator[None]:
             ) from error
 
 
+def _short_folder(say: Callable[[str], None]) -> Path:
+    """The temporary folder, or another one where its path is too long for Ray's sockets. Raises ClusterError if there is none."""
+    named, most_bytes = Path(tempfile.gettempdir()), _SOCKET_BYTES - len(_RAYS_PART)
+    if len(os.fsencode(named)) <= most_bytes:
+        return named
+    too_long = f"The temporary folder {named} has too long a path for Ray's sockets: more than {most_bytes} bytes"
+    for place in map(Path, _SHORT):
+        if place.is_dir() and os.access(place, os.W_OK | os.X_OK):
+            say(f"{too_long}. Ray's files lie in {place} instead; TMPDIR names another folder.")
+            return place
+    raise ClusterError(f"{too_long}, and {' and '.join(_SHORT)} cannot be written.", "Set TMPDIR to a folder of a shorter name.")
+
+
 @contextmanager
-def _private_folder() -> Iterator[Path]:
-    """A folder of this user alone, with permission 0700, for as long as the context lasts."""
+def _private_folder(place: Path) -> Iterator[Path]:
+    """A folder of this user alone in `place`, with permission 0700, for as long as the context lasts."""
     try:
-        folder = Path(tempfile.mkdtemp(prefix="m2ray-"))
+        folder = Path(tempfile.mkdtemp(prefix="m2ray-", dir=place))
     except OSError as error:
-        place = Path(tempfile.gettempdir())
         raise ClusterError(f"Ray needs the temporary folder {place}: {error.strerror}.", remedy_for(error, place)) from error
     try:
         yield folder

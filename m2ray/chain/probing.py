@@ -1,5 +1,6 @@
 """Looking at every node of a Ray cluster before anything is reserved in it."""
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -17,6 +18,8 @@ from m2ray.provenance import ROW_PACKAGES, differences, versions
 
 LOOK_TIMEOUT_S = 300.0
 """Imports of torch on a cold disk, and the reading of half a gigabyte."""
+
+_NOT_THERE = "is not installed there"
 
 _Seen = TypeVar("_Seen")
 
@@ -65,7 +68,7 @@ def probe_hardware(labels: Mapping[str, str], folder: str = "") -> Hardware:
     if not nodes:
         raise ClusterError(f"None of the nodes {', '.join(labelled)} offers CPUs or GPUs.", "Start Ray with --num-cpus above 0 somewhere.")
     found, silent = on_nodes(nodes, probe_node, {"folder": folder}, LOOK_TIMEOUT_S)
-    problems = [ClusterError(f"Node {name} could not be looked at: {why}") for name, why in silent.items()]
+    problems = [ClusterError(f"Node {name} could not be looked at: {why}.", _remedy(why)) for name, why in silent.items()]
     probed = []
     for name, seen in found.items():
         num_gpus = int(nodes[name]["Resources"].get("GPU", 0))
@@ -143,5 +146,18 @@ def on_nodes(
 
 def _why(error: RayError) -> str:
     """What ended a call, in a line: a trace has it last, what Ray itself says of a process that it has lost or ended has it first."""
+    absent = re.search(r"No module named '(\w+)", str(error))
+    if absent:
+        return f"{absent[1]} {_NOT_THERE}"
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[-1] if isinstance(error, RayTaskError) else lines[0]
+    return (lines[-1] if isinstance(error, RayTaskError) else lines[0]).rstrip(".")
+
+
+def _remedy(why: str) -> str:
+    others = "use other nodes (node_labels)"
+    if why.endswith(_NOT_THERE):
+        return (
+            f"Install the same m2ray on every node (here it is {__version__}), let Ray bring it "
+            f'(cluster/README.md, "Without an image"), or {others}.'
+        )
+    return f"`m2ray doctor` tells more of it; or {others}."

@@ -2,14 +2,15 @@
 
 import errno
 import importlib
+import sys
 import traceback
 from typing import Any
 
 import click
 
 from m2ray import __version__
-from m2ray.cli.output import escaped_output, say
-from m2ray.errors import M2rayError, shown
+from m2ray.cli.output import between_words, escaped_output, say
+from m2ray.errors import M2rayError, did_you_mean, shown
 
 _COMMANDS = ("plan", "bench", "extract", "submit", "inspect", "verify", "export", "doctor")
 
@@ -49,7 +50,7 @@ class Command(click.Command):
     def _fail(self, ctx: click.Context, text: str) -> None:
         if ctx.meta.get("m2ray.debug"):
             traceback.print_exc()
-        click.echo(f"Error: {text}", err=True)  # m2ray's own line ends alone
+        click.echo(between_words(f"Error: {text}", sys.stderr), err=True)  # m2ray's own line ends alone
         ctx.exit(1)
 
 
@@ -69,6 +70,13 @@ class _Commands(click.Group):
         except KeyboardInterrupt:  # while a command's file is imported
             say("Stopped by Ctrl-C.", err=True)
             ctx.exit(_CTRL_C)
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        if name not in _COMMANDS and not name.startswith("-"):
+            meant = did_you_mean(name, _COMMANDS).rstrip() or f"The commands are {', '.join(_COMMANDS)}."
+            ctx.fail(f"There is no command {shown(name)!r}. {meant}")
+        return super().resolve_command(ctx, args)
 
     def list_commands(self, _ctx: click.Context) -> list[str]:
         return list(_COMMANDS)

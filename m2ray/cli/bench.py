@@ -9,6 +9,7 @@ import click
 
 from m2ray.cli import Command
 from m2ray.planning.profile import LayerTime, Profile
+from m2ray.storage import no_empty_folders
 
 _DEFAULT_TOKENS = {"cuda:0": 16_384, "cpu": 512}
 _LONGEST = 2048
@@ -38,7 +39,8 @@ def command(
     """
     began = time.monotonic()
     say = click.echo
-    profile = measure(model, output, batch_tokens, compute_dtype, store_dtype, compiled, say)
+    with no_empty_folders(output):
+        profile = measure(model, output, batch_tokens, compute_dtype, store_dtype, compiled, say)
     fields = {**vars(profile), "elapsed_s": round(time.monotonic() - began, 1)}
     profile_path.write_text(Profile(**fields).to_json(), encoding="utf-8")
     say(f"{profile_path} written after {fields['elapsed_s']:.0f} s")

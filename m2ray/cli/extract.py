@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import click
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from m2ray.cli import Command
 from m2ray.cli.output import terminal
-from m2ray.config import ExtractConfig
+from m2ray.config import ExtractConfig, legal_values
 from m2ray.errors import ConfigError
 
 
@@ -17,10 +18,16 @@ def config_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add CONFIG.toml and one flag an option of ExtractConfig; the flags that were given lie over the file."""
     for name, field in reversed(ExtractConfig.model_fields.items()):
         default = "" if field.default in (PydanticUndefined, None) else f"  [default: {field.default}]"
-        shape: dict[str, Any] = {"flag_value": True, "is_flag": True, "default": None} if field.annotation is bool else {"metavar": "VALUE"}
+        flag: dict[str, Any] = {"flag_value": True, "is_flag": True, "default": None}
+        shape = flag if field.annotation is bool else {"metavar": metavar(field)}
         option = click.option(f"--{name.replace('_', '-')}", name, help=f"{field.description}{default}", **shape)
         function = option(function)
     return click.argument("toml_path", metavar="[CONFIG.toml]", required=False, type=click.Path(path_type=Path))(function)
+
+
+def metavar(field: FieldInfo) -> str:
+    """What stands behind an option in --help: all that it may be."""
+    return "|".join(legal_values(field.annotation))
 
 
 def read_config(toml_path: Path | None, flags: dict[str, Any]) -> ExtractConfig:

@@ -5,15 +5,17 @@ from dataclasses import asdict
 from typing import Any
 
 import click
-from rich.console import Console
 from rich.table import Table
 
 from m2ray.activations.audits import read_audits
 from m2ray.activations.reading.reader import RunReader, open_run
-from m2ray.activations.writing.lease import KILLED, read_holder
+from m2ray.activations.writing.pulse import Pulse, settle
 from m2ray.audit import report
+from m2ray.chain.progress import Progress
 from m2ray.cli import Command
-from m2ray.cli.output import say
+from m2ray.cli.output import console_of_tables, say, terminal
+from m2ray.cli.watch import HEADINGS, list_runs, row_of, runs_below, watch
+from m2ray.errors import shown
 from m2ray.storage import looking, open_store
 
 _SHOWN_ROWS = 20
@@ -65,41 +67,66 @@ def _part_facts(view: RunReader) -> dict[str, Any]:
 @click.command(cls=Command)
 @click.argument("run", metavar="RUN")
 @click.option("--json", "as_json", is_flag=True, help="Everything as one JSON object.")
+@click.option("--watch", "watched", is_flag=True, help="Follow RUN until it is complete, or no driver is at it any more (exit code 1).")
 @click.option("--foreign", is_flag=True, help="RUN is another tool's dump: tell its faults. Ends with exit code 1 if there are any.")
 @click.option("--tokenizer", metavar="FOLDER", help="Of --foreign: the tokenizer whose token ids the dump should have.")
 @click.pass_context
-def command(ctx: click.Context, run: str, as_json: bool, foreign: bool, tokenizer: str | None) -> None:
+def command(ctx: click.Context, run: str, as_json: bool, watched: bool, foreign: bool, tokenizer: str | None) -> None:
     """Show what the run folder RUN holds: layers, sequences, tokens, files, quarantined rows, mean norms of up to 4,096 rows a layer.
 
-    With --foreign RUN is a dump of speculators, SpecForge, ModelOpt or activault.
+    RUN may be a folder of runs: they are listed with model, sites, how far they are, bytes and last commit. With --watch RUN is followed, from
+    any machine: shards, time left, rate, and whether its driver lives. With --foreign RUN is a dump of speculators, SpecForge, ModelOpt or activault.
     """
     if tokenizer and not foreign:
         raise click.UsageError("--tokenizer is of --foreign alone.")
+    if watched and (as_json or foreign):
+        raise click.UsageError("--watch goes with neither --json nor --foreign.")
     if foreign:
         from m2ray.cli.foreign import inspect_foreign
 
         ctx.exit(0 if inspect_foreign(run, tokenizer, as_json=as_json) else 1)
     with looking():
-        holder = read_holder(open_store(run))
+        runs = runs_below(open_store(run))
+    if watched:
+        if runs:
+            raise click.UsageError(f"--watch follows one run, and {run} holds {len(runs)}: name one.")
+        with Progress(terminal()) as progress:
+            ctx.exit(0 if watch(open_store(run), progress) else 1)
+    if runs:
+        _print_runs(list_runs(runs), as_json=as_json)
+        return
+    with looking():
+        pulse = Pulse(open_store(run))
         opened = open_run(run)
+        if opened.is_complete:
+            pulse.look()
+        else:
+            settle([pulse])
+        holder = pulse.holder
         audits = {key: report.summary(record) for key, record in read_audits(open_store(run), opened.job)}
-        facts = describe(opened) | {"driver": asdict(holder) | {"is_dead": holder.is_dead} if holder else None, "audits": audits}
+        facts = describe(opened) | {
+            "driver": asdict(holder) | {"is_dead": holder.is_dead, "life": pulse.life} if holder else None,
+            "audits": audits,
+        }
     if as_json:
         click.echo(json.dumps(facts, indent=2))
     else:
-        _print(facts)
+        _print(facts, "complete" if facts["complete"] else f"not complete: {pulse.in_words()}")
 
 
-def _print(facts: dict[str, Any]) -> None:
+def _print_runs(runs: list[dict[str, Any]], *, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps({"runs": runs}, indent=2))
+        return
+    table = Table(*HEADINGS, box=None, padding=(0, 2, 0, 0))
+    for told in runs:
+        table.add_row(*map(shown, row_of(told)))
+    console_of_tables().print(table)
+
+
+def _print(facts: dict[str, Any], state: str) -> None:
     shards, sequences, tokens, model = facts["shards"], facts["sequences"], facts["tokens"], facts["model"]
-    driver, rows = facts["driver"], facts["rows"]
-    state = "complete" if facts["complete"] else "not complete: run the same command again to finish it"
-    if driver:
-        begun = f"{'' if facts['complete'] else 'not '}complete"
-        who = f"process {driver['pid']} on {driver['host']} since {driver['since']}"
-        state = f"{begun}: a driver is at it, {who}, unless it was killed"
-        if driver["is_dead"]:
-            state = f"{begun}: its last driver ({who}) {KILLED}; run the same command again"
+    rows = facts["rows"]
     say(f"{model['model_type']}, {model['num_layers']} layers, hidden size {model['hidden_size']}; begun {facts['created_at']}; {state}")
     for kind, name in facts["names"].items():
         say(f"{kind.removeprefix('chat_'):<11}{name}")
@@ -120,7 +147,7 @@ def _print(facts: dict[str, Any]) -> None:
         layer = "" if fact["layer"] is None else str(fact["layer"])
         columns = ", ".join(f"{column['name']} {column['dtype']} [{column['width']}]" for column in fact["columns"])
         table.add_row(fact["site"], layer, columns, f"{fact['files']:,}", f"{fact['num_bytes']:,}", norm)
-    Console(color_system=None, markup=False).print(table)
+    console_of_tables().print(table)
     quarantined = facts["quarantined"]
     for row in quarantined[:_SHOWN_ROWS]:
         say(f"quarantined: row {row['row_id']} (sequence {row['sequence_id']}): {row['reason']}")

@@ -1,14 +1,22 @@
 """Where all that a command prints passes: text from outside can neither colour a terminal nor forge a line there."""
 
 import errno
+import os
+import shutil
 import sys
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
 from m2ray.errors import shown
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_ROOM_COLUMNS = 10_000
 
 
 class Printed:
@@ -54,7 +62,34 @@ class Printed:
 
 def say(line: str, *, err: bool = False) -> None:
     """Print one line, and one only, whatever it holds."""
-    click.echo(shown(line), err=err)
+    click.echo(between_words(shown(line), sys.stderr if err else sys.stdout), err=err)
+
+
+def between_words(text: str, stream: Any) -> str:
+    """The text as it is, or on a terminal with its lines broken between words, where the terminal itself would break them anywhere."""
+    if not stream.isatty():
+        return text
+    columns = shutil.get_terminal_size().columns
+    return "\n".join(
+        textwrap.fill(
+            line,
+            columns,
+            subsequent_indent=" " * (len(line) - len(line.lstrip())),
+            break_long_words=False,  # a path can be copied as it is
+            break_on_hyphens=False,
+        )
+        for line in text.split("\n")
+    )
+
+
+def console_of_tables() -> "Console":
+    """Where tables are printed: as wide as the terminal; elsewhere nothing is ever broken for lack of room."""
+    from rich.console import Console
+
+    console = Console(highlight=False, color_system=None, markup=False, emoji=False)
+    if not console.is_terminal and not os.environ.get("COLUMNS"):
+        console.width = _ROOM_COLUMNS
+    return console
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from pydantic import Field
 
 from m2ray.chain.machine import disk_free_bytes, probe_node
 from m2ray.cli import Command
+from m2ray.cli.extract import metavar
 from m2ray.config import ExtractConfig, NonEmpty, Positive
 from m2ray.errors import ConfigError
 from m2ray.options import PromptOptions, RunOptions
@@ -43,13 +44,14 @@ class PlanConfig(ExtractConfig):
     tokens_per_s: _Amount | None = Field(None, description="Assumed rate; default: estimated from the GPUs.")
     store_gb_per_s: _Amount | None = Field(None, description="What the store takes, in 10^9 bytes a second.")
     price_per_gb_month: _Amount | None = Field(None, description="Of the store, for 10^9 bytes and a month.")
+    price_gpu_hour: _Amount | None = Field(None, description="Of a GPU for an hour; adds what the run costs, with prompts.")
 
 
 def _plan_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """[CONFIG.toml], and a flag an option."""
     for name, field in reversed(PlanConfig.model_fields.items()):
         names = [f"--{name.replace('_', '-')}", *([_ALIASES[name]] if name in _ALIASES else []), name]
-        function = click.option(*names, help=field.description, metavar="VALUE")(function)
+        function = click.option(*names, help=field.description, metavar=metavar(field))(function)
     return click.argument("toml_path", metavar="[CONFIG.toml]", required=False, type=click.Path(path_type=Path))(function)
 
 
@@ -98,6 +100,7 @@ def make_plan(config: PlanConfig) -> tuple[Plan, dict[str, Any]]:
         tokens_per_s=config.tokens_per_s,
         store_bytes_per_s=config.store_gb_per_s and config.store_gb_per_s * 1e9,
         price_per_gb_month=config.price_per_gb_month,
+        price_gpu_hour=config.price_gpu_hour,
         profile=profile,
     )
     prompts = PromptOptions.of(config, default_max_length(model.config), steady_positions=steady_positions(model.config))
@@ -131,12 +134,11 @@ def _found_cluster(options: RunOptions) -> Cluster:
 
 
 def _print(plan: Plan, checkpoint: dict[str, Any], *, chose_batch_tokens: bool) -> None:
-    from rich.console import Console
-
+    from m2ray.cli.output import console_of_tables
     from m2ray.planning.layout import render
 
-    console = Console(highlight=False, color_system=None)
-    console.print(render(plan, chose_batch_tokens=chose_batch_tokens))
+    console = console_of_tables()
+    console.print(render(plan, console.width, chose_batch_tokens=chose_batch_tokens))
     index_bytes, counted_bytes = checkpoint["index_bytes"], plan.weights.disk_bytes
     if checkpoint["source"] == "config":
         console.print("The files are not at hand: bytes on disk are as config.json tells.")

@@ -19,6 +19,7 @@ from m2ray.activations.writing.lease import held
 from m2ray.audit import report
 from m2ray.cli import Command
 from m2ray.cli.output import say
+from m2ray.errors import in_ranges
 from m2ray.storage import Store, looking, open_store
 
 _EVERY_S = 5.0
@@ -143,7 +144,7 @@ def _print(found: Verification, checksums: bool, reopened: list[int], deleted: l
         )
         _print_keys(deleted)
     if found.damaged_shards and found.job.format_version == FORMAT_VERSION:
-        listed = ", ".join(map(str, found.damaged_shards))
+        listed = in_ranges(found.damaged_shards)
         say(
             f"Opened again: shards {listed}. Run the same extract command: it extracts them again."
             if reopened

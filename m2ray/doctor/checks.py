@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from m2ray.doctor.node_facts import NodeFacts
+from m2ray.sizes import seconds_in_words
 from m2ray.toolchain import TRITON_REMEDY
 
 SAME_EVERYWHERE = ("python", "ray", "torch", "transformers", "tokenizers", "m2ray", "driver", "cuda", "nccl")
@@ -175,7 +176,7 @@ def _read_speed(facts: NodeFacts, model_bytes: int | None) -> Iterator[Finding]:
     if facts.read_bytes_per_s is None or not model_bytes:
         return
     load_s = model_bytes / facts.read_bytes_per_s
-    what = f"The model folder reads at {facts.read_bytes_per_s / 1e6:,.0f} MB/s: {model_bytes:,} bytes take {load_s / 60:,.1f} minutes through this node."
+    what = f"The model folder reads at {facts.read_bytes_per_s / 1e6:,.0f} MB/s: {model_bytes:,} bytes take {seconds_in_words(load_s)} through this node."
     if load_s > SLOW_LOAD_S:
         yield Finding("read_speed", "problem", facts.hardware.name, what, "Copy the model to a faster disk.")
     else:

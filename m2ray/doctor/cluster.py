@@ -3,12 +3,11 @@
 import os
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import contextmanager
 
 from m2ray.doctor.node_facts import NodeFacts, look_at_node
 from m2ray.errors import M2rayError
-from m2ray.storage import open_store
+from m2ray.storage import no_empty_folders, open_store
 
 _CONNECT_TIMEOUT_S = 30.0
 
@@ -24,7 +23,7 @@ def look(address: str | None, model: str | None, output: str | None) -> tuple[li
     Raises:
         ClusterError: the cluster cannot be joined.
     """
-    with _folders_left_as_they_were(output):
+    with no_empty_folders(output):
         return _look_at_cluster(address, model, output) if address else ([look_at_node(model=model, output=output)], {})
 
 
@@ -54,25 +53,3 @@ def _marked(output: str | None) -> Iterator[str | None]:
         yield marker
     finally:
         store.delete([marker])
-
-
-@contextmanager
-def _folders_left_as_they_were(output: str | None) -> Iterator[None]:
-    """Remove the folders that trying a local run folder makes, if they are empty: nobody began a run there."""
-    before = _folders(output)
-    try:
-        yield
-    finally:
-        for folder in sorted(_folders(output) - before, reverse=True):  # each before the one that holds it
-            with suppress(OSError):
-                folder.rmdir()
-
-
-def _folders(output: str | None) -> set[Path]:
-    """The folders on the way to a local run folder and those in it that can be seen."""
-    with suppress(M2rayError, OSError):
-        store = open_store(output) if output else None
-        if store and store.folder:
-            inside = store.folder.iterdir() if store.folder.is_dir() else ()
-            return {folder for folder in (store.folder, *store.folder.parents, *inside) if folder.is_dir()}
-    return set()

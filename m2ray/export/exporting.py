@@ -9,7 +9,7 @@ from m2ray import __version__
 from m2ray.activations.job import JobRecord
 from m2ray.activations.reading.catalogue import Catalogue
 from m2ray.config import parse_layers
-from m2ray.errors import ConfigError, M2rayError, NotInRunError, raise_all
+from m2ray.errors import ConfigError, M2rayError, NotInRunError, did_you_mean, in_ranges, raise_all
 from m2ray.export.consumer import Consumer, Export, Norm, Target, Unit
 from m2ray.export.output import Output
 from m2ray.export.samples import SITE, Samples, absent_layers
@@ -32,7 +32,7 @@ Report = Callable[[int, int, int], None]
 def consumer_of(name: str) -> Consumer:
     """What the consumer's file states. Raises ConfigError for a name that has none."""
     if name not in CONSUMERS:
-        raise ConfigError(f"There is no consumer {name!r}.", f"Give one of {', '.join(CONSUMERS)} (--to).")
+        raise ConfigError(f"There is no consumer {name!r}.", f"{did_you_mean(name, CONSUMERS)}Give one of {', '.join(CONSUMERS)} (--to).")
     consumer: Consumer = importlib.import_module(f"m2ray.export.{name.replace('-', '_')}").CONSUMER
     return consumer
 
@@ -147,9 +147,9 @@ def _run_problems(catalogue: Catalogue) -> list[M2rayError]:
 
 def _layer_problems(catalogue: Catalogue, consumer: Consumer, layers: Sequence[int], of_run: Sequence[int]) -> list[M2rayError]:
     problems: list[M2rayError] = []
-    shown = ", ".join(map(str, layers))
+    shown = ", ".join(map(str, layers))  # in their order, and doubled ones too
     if not layers:
-        has = ", ".join(map(str, of_run))
+        has = in_ranges(of_run)
         problems.append(ConfigError(f"{consumer.name} names no layers, and the run has several: {has}.", "Say which (--layers)."))
     if len(set(layers)) < len(layers):
         what = f"Of a model of {catalogue.job.model.num_layers} layers those that {consumer.name} takes by default are not different ones: {shown}."

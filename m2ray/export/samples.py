@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from m2ray.activations.reading.catalogue import Catalogue
 from m2ray.activations.reading.pages import PartPages
 from m2ray.batches import Bits, Int32Array, Int64Array, PartSpec, SequenceFile
-from m2ray.errors import NotInRunError, RunDamagedError
+from m2ray.errors import NotInRunError, RunDamagedError, in_ranges
 from m2ray.sequences import read_sequences
 from m2ray.storage import scratch
 
@@ -223,9 +223,9 @@ class Samples:
 
 def absent_layers(catalogue: Catalogue, absent: Sequence[int]) -> NotInRunError:
     """What is said of layers that a run does not have."""
-    has = ", ".join(str(part.layer) for part in catalogue.job.parts if part.site == SITE) or "none"
+    has = in_ranges(part.layer for part in catalogue.job.parts if part.site == SITE and part.layer is not None) or "none"
     return NotInRunError(
-        f"The run at {catalogue.store.url} has no residual of layer {', '.join(map(str, absent))}.",
+        f"The run at {catalogue.store.url} has no residual of layer {in_ranges(sorted(absent))}.",
         f"It has layers {has}: name others (--layers), or extract these.",
     )
 

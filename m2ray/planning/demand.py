@@ -34,6 +34,7 @@ class Assumptions:
         tokens_per_s: real tokens a second that all chains together do; else estimated from the GPUs' names.
         store_bytes_per_s: what the store takes.
         price_per_gb_month: of the output's store, for a GB of 10^9 bytes.
+        price_gpu_hour: of a GPU for an hour.
         profile: what `m2ray bench` measured, instead of estimates from the GPUs' names.
     """
 
@@ -42,6 +43,7 @@ class Assumptions:
     tokens_per_s: float | None = None
     store_bytes_per_s: float | None = None
     price_per_gb_month: float | None = None
+    price_gpu_hour: float | None = None
     profile: Profile | None = None
 
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from m2ray.errors import ConfigError, raise_all
+from m2ray.errors import ConfigError, did_you_mean, raise_all
 
 _MIB = 2**20
 
@@ -112,7 +112,10 @@ def parse_gpus(text: str) -> Cluster:
         model = find_gpu_model(match[3])
         if model is None:
             problems.append(
-                ConfigError(f"gpus = {text!r}: there is no GPU {match[3]!r} in the table.", f"Known are {', '.join(GPU_MODELS)}.")
+                ConfigError(
+                    f"gpus = {text!r}: there is no GPU {match[3]!r} in the table.",
+                    f"{did_you_mean(match[3], _gpu_names())}Known are {', '.join(GPU_MODELS)}.",
+                )
             )
             continue
         total_bytes = GPU_MODELS[model].total_bytes
@@ -124,6 +127,11 @@ def parse_gpus(text: str) -> Cluster:
             break
     raise_all(problems)
     return Cluster(tuple(nodes))
+
+
+def _gpu_names() -> list[str]:
+    """As a user may write them: with the memory's size, and without it where only one size is known."""
+    return [*GPU_MODELS, *(name for known in GPU_MODELS if find_gpu_model(name := known.partition("-")[0]))]
 
 
 def find_gpu_model(name: str) -> str | None:

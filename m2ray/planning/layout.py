@@ -13,15 +13,24 @@ from m2ray.planning.memory import Memory
 from m2ray.planning.plan import Plan
 from m2ray.sites import shown_layers
 
-_BAR_WIDTH = 24
+_WIDE = 100
+"""Columns of a terminal from which on bars are long."""
+
 _SHADES = {"weights": ("█", "cyan"), "transient": ("▓", "yellow"), "rest": ("▒", "magenta"), "free": ("░", "bright_black")}
 _UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
 
-def render(plan: Plan, *, chose_batch_tokens: bool = False) -> RenderableType:
-    """The whole plan for rich to print. `chose_batch_tokens`: the verdict tells the size of micro-batches, which nobody asked for."""
+def render(plan: Plan, columns: int, *, chose_batch_tokens: bool = False) -> RenderableType:
+    """The whole plan for rich to print.
+
+    Args:
+        plan: what is shown.
+        columns: how wide the terminal is.
+        chose_batch_tokens: the verdict tells the size of micro-batches, which nobody asked for.
+    """
+    bar_width = 24 if columns >= _WIDE else 10
     blocks: list[RenderableType] = [_verdict(plan, chose_batch_tokens=chose_batch_tokens), _weights(plan)]
-    blocks += [_node(plan, node) for node in plan.cluster.nodes if node.gpus]
+    blocks += [_node(plan, node, bar_width) for node in plan.cluster.nodes if node.gpus]
     if plan.gpus:
         blocks += [_legend(), _gpus_memory(plan)]
     if plan.stages:
@@ -52,6 +61,8 @@ def _verdict(plan: Plan, *, chose_batch_tokens: bool) -> Text:
             text.append(f"\n  {_words(shortage.resource)} ({shortage.where}) is {shortage.short_by_bytes:,} bytes short", style="not bold")
         for remedy in plan.remedies:
             text.append(f"\n  {remedy.text}", style="not bold green")
+        if not plan.remedies:
+            text.append("\n  No single change is enough.", style="not bold")
     return text.append("\n")
 
 
@@ -80,7 +91,7 @@ def _weights(plan: Plan) -> Table:
     return table
 
 
-def _node(plan: Plan, node: Node) -> Table:
+def _node(plan: Plan, node: Node, bar_width: int) -> Table:
     """One node's GPUs, a line each; those of no chain are free."""
     planned = {gpu.device.gpu.index: gpu for gpu in plan.gpus if gpu.device.gpu and gpu.device.node.name == node.name}
     several = plan.demand.options.replicas > 1
@@ -90,28 +101,32 @@ def _node(plan: Plan, node: Node) -> Table:
     for gpu in node.gpus:
         found = planned.get(gpu.index)
         if found is None:
-            table.add_row(str(gpu.index), gpu.name, "", "not used", _bar({}, gpu.free_bytes), "", size(gpu.total_bytes), style="dim")
+            table.add_row(
+                str(gpu.index), gpu.name, "", "not used", _bar({}, gpu.free_bytes, bar_width), "", size(gpu.total_bytes), style="dim"
+            )
             continue
         stage = f"{found.replica}.{found.stage}" if several else str(found.stage)
         layers = str(found.span).removeprefix("layers ") if found.span else "none" if plan.stages else "does not fit"
         usable = found.device.usable_bytes or 0
-        table.add_row(str(gpu.index), gpu.name, stage, layers, _bar_of(found, usable), size(found.memory.peak_bytes), size(usable))
+        table.add_row(
+            str(gpu.index), gpu.name, stage, layers, _bar_of(found, usable, bar_width), size(found.memory.peak_bytes), size(usable)
+        )
     return table
 
 
-def _bar_of(planned: DevicePlan, usable_bytes: int) -> Text:
+def _bar_of(planned: DevicePlan, usable_bytes: int, width: int) -> Text:
     running = dict(planned.memory.running)
     parts = {name: running.pop(name, 0) for name in ("weights", "transient")}
-    return _bar({**parts, "rest": sum(running.values())}, usable_bytes)
+    return _bar({**parts, "rest": sum(running.values())}, usable_bytes, width)
 
 
-def _bar(parts: dict[str, int], usable_bytes: int) -> Text:
+def _bar(parts: dict[str, int], usable_bytes: int, bar_width: int) -> Text:
     """A bar of what may be used, cut by largest remainder so that its length never changes."""
     shares = {**parts, "free": max(0, usable_bytes - sum(parts.values()))}
     total = sum(shares.values()) or 1
-    exact = {name: num_bytes * _BAR_WIDTH / total for name, num_bytes in shares.items()}
+    exact = {name: num_bytes * bar_width / total for name, num_bytes in shares.items()}
     cells = {name: int(width) for name, width in exact.items()}
-    for name in sorted(exact, key=lambda name: cells[name] - exact[name])[: _BAR_WIDTH - sum(cells.values())]:
+    for name in sorted(exact, key=lambda name: cells[name] - exact[name])[: bar_width - sum(cells.values())]:
         cells[name] += 1
     text = Text()
     for name, width in cells.items():
@@ -143,7 +158,7 @@ def _memory(kind: str, stages: Sequence[tuple[str, Memory]]) -> Table:
     """What makes up each stage's peak, in GB of 10^9 bytes; neighbours that hold the same share a line."""
     names = list(dict.fromkeys(name for _, memory in stages for name in memory.running))
     table = Table(title=f"{kind} memory by stage, GB", title_justify="left", box=None, padding=(0, 1, 0, 0), pad_edge=False)
-    for column in ("stage", *(name.replace("_", "\n") for name in names), "running", "loading"):
+    for column in ("stage", *(name.replace("_", "\n") for name in names), "run", "load"):
         table.add_column(column, justify="left" if column == "stage" else "right")
     for memory, group in groupby(stages, key=lambda each: each[1]):
         first, *_, last = [name for name, _ in group] * 2
@@ -159,7 +174,7 @@ def _memory(kind: str, stages: Sequence[tuple[str, Memory]]) -> Table:
 def _hosts(plan: Plan) -> Table:
     """What each node's host needs, next to what it has."""
     table = Table(title="nodes", title_justify="left", box=None, padding=(0, 2, 0, 0))
-    for column in ("host", "memory needed", "there", "shared memory needed", "there"):
+    for column in ("host", "memory\nneeded", "there", "shared memory\nneeded", "there"):
         table.add_column(column, justify="left" if column == "host" else "right")
     for node, planned in zip(plan.cluster.nodes, plan.nodes, strict=True):
         there = node.host_bytes if node.host_free_bytes is None else node.host_free_bytes
@@ -221,6 +236,9 @@ def _rate_lines(plan: Plan) -> Iterator[str]:
         yield f"         filling and draining the chains takes {1 - rates.filled_share:.1%} of the time"
     if rates.duration_s is not None:
         yield f"         about {_duration(rates.duration_s)}"
+    if rates.gpu_cost is not None and rates.gpu_hours is not None:
+        price = plan.demand.assumed.price_gpu_hour
+        yield f"         {_amount(rates.gpu_cost)} for {_amount(rates.gpu_hours)} GPU hours at {price:g} each; loading is not counted"
 
 
 def _amount(money: float) -> str:
@@ -229,6 +247,8 @@ def _amount(money: float) -> str:
 
 
 def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.0f} seconds" if seconds >= 1.5 else "a second"
     return f"{seconds / 3600:,.1f} hours" if seconds >= 3600 else f"{seconds / 60:,.1f} minutes"
 
 

@@ -7,7 +7,7 @@ from typing import get_args
 
 from m2ray.batches import LayerSpan, PromptStats
 from m2ray.config import ExtractConfig
-from m2ray.errors import ClusterError, ConfigError, raise_all
+from m2ray.errors import ClusterError, ConfigError, did_you_mean, raise_all
 from m2ray.planning.demand import Demand
 from m2ray.planning.devices import Device, DevicePlan, chain_devices
 from m2ray.planning.hardware import FLASH_PACKAGE, Cluster
@@ -107,7 +107,10 @@ def plan_run(
     """
     device_map = demand.options.device_map
     if device_map not in get_args(DeviceMap) and not device_map.startswith("cuda:"):
-        raise ConfigError(f"device_map = {device_map!r} is unknown.", f"Use {', '.join(get_args(DeviceMap))} or cuda:0.")
+        raise ConfigError(
+            f"device_map = {device_map!r} is unknown.",
+            f"{did_you_mean(device_map, get_args(DeviceMap))}Use {', '.join(get_args(DeviceMap))} or cuda:0.",
+        )
     chains = tuple(map(tuple, chains or chain_devices(cluster, demand.num_layers, demand.options)))
     _require_attention(demand, chains)
     placing = place_all(demand, cluster, chains, prompts)
@@ -121,7 +124,7 @@ def plan_run(
         chains=chains,
         weights=_weights(demand),
         gpus=tuple(gpus_of(demand, chains, placing)),
-        rates=plan_rates(demand, placing.placed, prompts),
+        rates=plan_rates(demand, placing.placed, prompts, sum(device.gpu is not None for chain in chains for device in chain)),
         remedies=find_remedies(demand, cluster, chains, prompts, short) if short else (),
     )
 

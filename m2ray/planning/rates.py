@@ -36,6 +36,8 @@ class RatePlan:
             micro-batches; None without prompts.
         duration_s: of the given prompts at that least rate, with the time to fill and drain the chains unless the rate was stated; None
             without prompts or a rate.
+        gpu_hours: what that comes to on all GPUs of the chains, loading not counted; None without a duration or GPUs.
+        gpu_cost: of these hours at the stated price; None where none was stated.
     """
 
     tokens_per_s: float | None
@@ -46,15 +48,18 @@ class RatePlan:
     limiting: Limit | None
     filled_share: float | None
     duration_s: float | None
+    gpu_hours: float | None
+    gpu_cost: float | None
 
 
-def plan_rates(demand: Demand, placed: Sequence[DevicePlan], prompts: PromptStats | None) -> RatePlan:
+def plan_rates(demand: Demand, placed: Sequence[DevicePlan], prompts: PromptStats | None, num_gpus: int) -> RatePlan:
     """What the layout and the assumptions, or a profile's measurements, allow.
 
     Args:
         demand: the model and what is asked of it.
         placed: every span of every chain.
         prompts: what the survey found, if there was one.
+        num_gpus: of all chains, those without layers too: nobody else gets them.
 
     Raises:
         ConfigError: the profile is of another GPU or dtype.
@@ -79,6 +84,8 @@ def plan_rates(demand: Demand, placed: Sequence[DevicePlan], prompts: PromptStat
     busy_share = 1.0 if assumed.tokens_per_s or filled_share is None else filled_share
     reached = {name: rate if name == "store" else rate * busy_share for name, rate in limits.items()}
     limiting = None if computed is None else _least(reached)
+    duration_s = None if prompts is None or limiting is None else prompts.tokens / reached[limiting]
+    gpu_hours = duration_s * num_gpus / 3600 if duration_s is not None and num_gpus else None
     return RatePlan(
         tokens_per_s=computed,
         is_stated=assumed.tokens_per_s is not None,
@@ -87,7 +94,9 @@ def plan_rates(demand: Demand, placed: Sequence[DevicePlan], prompts: PromptStat
         limits=limits,
         limiting=limiting,
         filled_share=filled_share,
-        duration_s=None if prompts is None or limiting is None else prompts.tokens / reached[limiting],
+        duration_s=duration_s,
+        gpu_hours=gpu_hours,
+        gpu_cost=None if gpu_hours is None or assumed.price_gpu_hour is None else gpu_hours * assumed.price_gpu_hour,
     )
 
 

@@ -8,9 +8,10 @@ from functools import partial
 from typing import Any
 
 from m2ray.batches import PromptStats
+from m2ray.errors import ClusterError, ConfigError
 from m2ray.planning.demand import Demand
 from m2ray.planning.devices import Device, chain_devices
-from m2ray.planning.hardware import Cluster
+from m2ray.planning.hardware import Cluster, Node
 from m2ray.planning.output import stored_row_bytes
 from m2ray.planning.placing import place_all
 from m2ray.sizes import MaxMemory
@@ -40,12 +41,16 @@ def find_remedies(
     for option, candidates, changed, sentence in _changes(demand, cluster, chains, prompts, short):
         value = _first(candidates, partial(_fits, changed))
         if value is not None:
-            found.append(Remedy(option, value, sentence.format(value=value, **_copied(changed(value)))))
+            in_words = sentence.format(value=value, stages=_stages(demand, value), **_copied(changed(value)))
+            found.append(Remedy(option, value, in_words))
     return tuple(found)
 
 
 def _fits(changed: Callable[[Any], Layout], value: Any) -> bool:
-    return not place_all(*changed(value)).shortages
+    try:
+        return not place_all(*changed(value)).shortages
+    except (ClusterError, ConfigError):  # such hardware cannot have the other options as they are given
+        return False
 
 
 def _first(candidates: Sequence[Any], fits: Callable[[Any], bool]) -> Any:
@@ -76,11 +81,26 @@ def _changes(
     def if_only(name: str) -> Callable[[Any], Layout]:
         return lambda value: (demand.assuming(**{name: value}), cluster, chains, prompts)
 
-    def without_limits(_: str) -> Layout:
-        unlimited = demand.asking(max_memory=MaxMemory())
-        return unlimited, cluster, chain_devices(cluster, demand.num_layers, unlimited.options), prompts
+    def elsewhere(**changed: Any) -> Layout:
+        """On the same nodes, of which the chains may get other GPUs."""
+        asked = demand.asking(**changed)
+        return asked, cluster, chain_devices(cluster, demand.num_layers, asked.options), prompts
 
-    yield "max_memory", _if(options.max_memory != MaxMemory(), "none"), without_limits, "It fits without max_memory."
+    is_one_gpu = options.device_map.startswith("cuda:")
+    yield "device_map", _if(is_one_gpu, "auto"), lambda value: elsewhere(device_map=value), 'It fits with device_map = "auto".'
+    yield (
+        "max_memory",
+        _if(options.max_memory != MaxMemory(), "none"),
+        lambda _: elsewhere(max_memory=MaxMemory()),
+        "It fits without max_memory.",
+    )
+    yield "stages", _more_stages(demand, cluster), lambda value: elsewhere(stages=value), "It fits with stages = {value}."
+    yield (
+        "replicas",
+        range(options.replicas - 1, 0, -1),
+        lambda value: elsewhere(replicas=value),
+        "It fits with replicas = {value}.",
+    )
     yield (
         "compute_dtype",
         _if(demand.itemsize_bytes != 2, "bfloat16"),
@@ -97,14 +117,22 @@ def _changes(
     )
     are_smaller = any(stored_row_bytes(part, "planes") < stored_row_bytes(part, options.compression) for part in options.parts)
     yield "compression", _if(are_smaller, "planes"), to("compression"), 'It fits with compression = "planes".'
+    layers = sorted({part.layer for part in options.parts if part.layer is not None})
+    yield (
+        "layers",
+        range(len(layers) - 1, 0, -1) if "disk" in short else (),
+        lambda number: to("parts")(tuple(part for part in options.parts if part.layer is None or part.layer in layers[-number:])),
+        f"It fits with {{value}} of the {len(layers)} layers.",
+    )
     yield (
         "output",
         _if(demand.assumed.disk_free_bytes is not None, "elsewhere"),
         lambda _: if_only("disk_free_bytes")(None),
-        "It fits with an output on a larger disk or in a bucket, or with fewer layers.",
+        "It fits with an output on a larger disk or in a bucket.",
     )
     if "gpu_memory" in short:
-        yield "gpus", range(1, demand.num_layers + 1), *_more_gpus(demand, chains)
+        size = options.gpus_per_stage
+        yield "gpus", range(size, demand.num_layers + 1, size), *_more_gpus(demand, chains, prompts)
     if not cluster.num_gpus:
         yield "nodes", range(1, demand.num_layers + 1), *_more_nodes(demand, cluster, prompts)
     if short & {"gpu_memory", "host_memory"}:
@@ -135,13 +163,43 @@ def _less_in_flight(demand: Demand, cluster: Cluster, chains: Chains) -> Sequenc
     return [in_flight_bytes] if demand.workload.hidden_bytes <= in_flight_bytes < demand.options.in_flight_bytes else []
 
 
-def _more_gpus(demand: Demand, chains: Chains) -> tuple[Callable[[int], Layout], str]:
-    """A chain of GPUs like its largest. It is judged by GPU memory alone: there are no nodes, and no prompts."""
+def _more_stages(demand: Demand, cluster: Cluster) -> Sequence[int]:
+    """More stages than were asked for, where there are GPUs or nodes that the chains do not use yet."""
+    options = demand.options
+    places = cluster.num_gpus // options.gpus_per_stage if cluster.num_gpus else len(cluster.nodes)
+    most = min(places // options.replicas, demand.num_layers // options.gpus_per_stage)
+    return tuple(range(options.stages + 1, most + 1)) if options.stages else ()
+
+
+def _stages(demand: Demand, num_gpus: Any) -> int:
+    """Stages of a chain that has this many GPUs."""
+    return num_gpus // demand.options.gpus_per_stage if isinstance(num_gpus, int) else 0
+
+
+def _more_gpus(demand: Demand, chains: Chains, prompts: PromptStats | None) -> tuple[Callable[[int], Layout], str]:
+    """For each chain that many GPUs like its largest, on nodes like that one's."""
+    options = demand.options
     most = max((device for chain in chains for device in chain), key=lambda device: device.usable_bytes or 0)
     assert most.gpu is not None
+    gpu, on_a_node = replace(most.gpu, free_bytes=most.usable_bytes or 0), max(len(most.node.gpus), options.gpus_per_stage)
+    is_one_gpu = options.device_map.startswith("cuda:")
+    freed = demand.asking(max_memory=MaxMemory(), device_map="auto" if is_one_gpu else options.device_map)
+
+    def on(number: int) -> Layout:
+        left = number * options.replicas
+        nodes: list[Node] = []
+        while left > 0:
+            gpus = tuple(replace(gpu, index=index) for index in range(min(left, on_a_node)))
+            nodes.append(replace(most.node, name=f"{most.node.name}-{len(nodes)}", gpus=gpus))
+            left -= len(gpus)
+        wider, asked = Cluster(tuple(nodes)), freed.asking(stages=_stages(demand, number)) if options.stages else freed
+        return asked, wider, chain_devices(wider, demand.num_layers, asked.options), prompts
+
     limit = "" if most.usable_bytes == most.gpu.total_bytes else f" of which {most.usable_bytes or 0:,} bytes each may be used"
     each = "" if len(chains) == 1 else ", for each replica"
-    return lambda number: (demand, Cluster(()), [[most] * number], None), f"It fits on {{value}} GPUs like {most.gpu.name}{limit}{each}."
+    asking = [*(["stages = {stages}"] if options.stages else []), *(['device_map = "auto"'] if is_one_gpu else [])]
+    others = f", with {' and '.join(asking)}" if asking else ""
+    return on, f"It fits on {{value}} GPUs like {most.gpu.name}{limit}{each}{others}."
 
 
 def _more_nodes(demand: Demand, cluster: Cluster, prompts: PromptStats | None) -> tuple[Callable[[int], Layout], str]:
@@ -153,4 +211,5 @@ def _more_nodes(demand: Demand, cluster: Cluster, prompts: PromptStats | None) -
         asked = demand.asking(stages=number, replicas=1, max_memory=MaxMemory())
         return asked, wider, chain_devices(wider, demand.num_layers, asked.options), prompts
 
-    return on, f"It fits on {{value}} nodes like {largest.name}, with stages = {{value}}."
+    one_chain = " and replicas = 1" if demand.options.replicas > 1 else ""
+    return on, f"It fits on {{value}} nodes like {largest.name}, with stages = {{value}}{one_chain}."

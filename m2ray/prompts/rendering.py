@@ -1,7 +1,9 @@
 """Chat templates are programs of strangers: they run in a process of their own, with limits of time, memory and output for each row."""
 
 import multiprocessing
+import os
 import signal
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -127,6 +129,7 @@ def _num_at_once(rows: Sequence[PromptRow]) -> int:
 def _serve(connection: Connection, parents: Connection, render: Render, timeout_s: float) -> None:
     """The process: rows in, chats out, until nobody asks any more. Of many long texts only the first are given at once."""
     parents.close()  # else this process would never learn that the other one is gone
+    _be_silent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
     for ends in (signal.SIGTERM, signal.SIGHUP, signal.SIGPROF):
         signal.signal(ends, signal.SIG_DFL)
@@ -142,6 +145,14 @@ def _serve(connection: Connection, parents: Connection, render: Render, timeout_
             answers.append(_rendered(render, rows[len(answers)]))
             signal.setitimer(signal.ITIMER_PROF, 0)
         connection.send(answers)
+
+
+def _be_silent() -> None:
+    """What it prints if it crashes, a trace for one, says nothing of a run that goes on: that the row is quarantined is said by its reason."""
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):  # of C code, and of Python's that is not sent elsewhere
+        os.dup2(nothing, stream)
+    sys.stdout = sys.stderr = os.fdopen(nothing, "w")
 
 
 def _rendered(render: Render, row: PromptRow) -> Rendered | RefusedError:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 
-from m2ray.errors import PromptsError
+from m2ray.errors import PromptsError, did_you_mean
 from m2ray.prompts.remote import PromptPath
 
 _NO_ROWS = re.compile(r"(readme|licen[cs]e|notice)(\.(md|markdown|rst|txt|html|pdf))?|dataset_infos?\.json", re.IGNORECASE)
@@ -41,7 +41,7 @@ def choose(folder: PromptPath, splits: Sequence[str], split: str | None) -> str 
     if split not in splits:
         raise PromptsError(
             f"{folder} has no split {split!r}.",
-            f"Set split to one of: {listed}." if splits else "Its files name no splits: leave split out.",
+            f"{did_you_mean(split, splits)}Set split to one of: {listed}." if splits else "Its files name no splits: leave split out.",
         )
     return split
 

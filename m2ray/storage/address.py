@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from m2ray.errors import M2rayError, StoreError, raise_all
+from m2ray.errors import M2rayError, StoreError, did_you_mean, raise_all
 
 OPTIONS: Mapping[str, tuple[str, ...]] = {
     "s3": ("endpoint", "region", "virtual_hosted_style", "skip_signature"),
@@ -87,7 +87,7 @@ def _problem(scheme: str, name: str, value: str) -> M2rayError | None:
             f"An {scheme}:// URL holds {name!r}: credentials do not belong into a URL, which every log would show.",
             "Put them into the environment: AWS_SECRET_ACCESS_KEY, for example.",
         )
-    return StoreError(f"An {scheme}:// URL has no option {name!r}.", f"The options are: {', '.join(known)}.")
+    return StoreError(f"An {scheme}:// URL has no option {name!r}.", f"{did_you_mean(name, known)}The options are: {', '.join(known)}.")
 
 
 def require_endpoint(endpoint: str) -> None:

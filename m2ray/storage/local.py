@@ -73,8 +73,14 @@ def remedy_for(error: OSError, path: Path) -> str:
         errno.EROFS: "The disk is mounted read-only: choose another folder.",
         errno.EDQUOT: f"This user's quota on the disk is used up: free space, or have it raised, {_AGAIN}",
         errno.ENOENT: "Check the path.",
+        errno.ENOTDIR: f"{_no_folder(path)} is no folder: choose another one.",
         errno.ENAMETOOLONG: "Choose a shorter path.",
     }.get(error.errno or 0, "")
+
+
+def _no_folder(path: Path) -> Path:
+    """What stands where a folder of the path should be; the path itself where that cannot be told."""
+    return next((place for place in (*reversed(path.parents), path) if place.exists() and not place.is_dir()), path)
 
 
 def _full(path: Path) -> str:
@@ -93,6 +99,28 @@ def _full(path: Path) -> str:
     if free_bytes >= _ROOM_BYTES:
         return f"The disk has {free_bytes:,} bytes left by now, and had none, or a limit of its own is reached: look at it {_AGAIN}"
     return f"The disk is full: free space {_AGAIN}"
+
+
+@contextmanager
+def no_empty_folders(url: str | None) -> Iterator[None]:
+    """Remove the folders that come to be at a local run folder meanwhile, if they are empty: where no run begins, all is left as it was."""
+    before = _folders(url)
+    try:
+        yield
+    finally:
+        for folder in sorted(_folders(url) - before, reverse=True):  # each before the one that holds it
+            with suppress(OSError):
+                folder.rmdir()
+
+
+def _folders(url: str | None) -> set[Path]:
+    """The folders on the way to a local run folder and those in it that can be seen."""
+    with suppress(StoreError, OSError):
+        root = local_folder(url) if url else None
+        if root is not None:
+            inside = root.iterdir() if root.is_dir() else ()
+            return {folder for folder in (root, *root.parents, *inside) if folder.is_dir() and not folder.is_symlink()}
+    return set()
 
 
 class LocalStore(Store):
@@ -246,7 +274,8 @@ class LocalStore(Store):
                         f"{self.path(key)} is not deleted: {self.path(links[0])} is a link to a folder.",
                         "Put the folder itself in the place of the link; the whole run folder may be a link.",
                     )
-                self.path(key).unlink(missing_ok=True)
+                with suppress(FileNotFoundError, NotADirectoryError):  # where a file stands in the place of its folder there is none
+                    self.path(key).unlink()
 
     def delete_unfinished(self) -> int:
         folder, num_deleted = self.path(_UNFINISHED), 0
@@ -302,7 +331,7 @@ class _LocalPartSink(PartSink):
         with _naming("write", self._path):
             try:
                 os.fsync(self._file.fileno())
-                os.link(self._temporary, self._path)
+                self._link()
             finally:
                 self._file.close()
                 self._temporary.unlink(missing_ok=True)
@@ -312,13 +341,26 @@ class _LocalPartSink(PartSink):
         self._file.close()
         self._temporary.unlink(missing_ok=True)
 
+    def _link(self) -> None:
+        try:
+            os.link(self._temporary, self._path)
+        except FileNotFoundError:
+            if not self._temporary.exists():
+                raise
+            _make_folder(self._path.parent)  # likewise
+            os.link(self._temporary, self._path)
+
 
 def _open_unfinished(folder: Path, name: str) -> tuple[Path, BinaryIO]:
     """A new file below `folder`, locked for as long as it is open: a lock goes away with the process that holds it."""
     _make_folder(folder)
     while True:
         path = folder / f"{uuid.uuid4().hex[:12]}-{name}"
-        file = path.open("xb", buffering=0)
+        try:
+            file = path.open("xb", buffering=0)
+        except FileNotFoundError:  # a start that was refused has removed the folder, since it was empty
+            _make_folder(folder)
+            file = path.open("xb", buffering=0)
         _locked(file)
         if os.fstat(file.fileno()).st_nlink:
             return path, file

@@ -2,7 +2,7 @@
 
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -103,6 +103,10 @@ class ObjectStore(Store):
                 for entry in page:
                     yield entry["path"], entry["size"]
 
+    def folders(self) -> Sequence[str]:
+        with self.naming("list", ""):
+            return sorted(prefix.rstrip("/").rpartition("/")[2] for prefix in obstore.list_with_delimiter(self._store)["common_prefixes"])
+
     def list_folders(self, above: str, folders: Iterable[str]) -> Iterator[tuple[str, int]]:
         """A page of a listing names where the next one begins: only those of several folders can be asked for at the same time."""
         with ThreadPoolExecutor(_LISTINGS_AT_ONCE, thread_name_prefix="list") as pool:
@@ -202,15 +206,25 @@ def _reason(error: Exception) -> str:
     """What happened, in one line: of an XML answer its code and message, of a URL not the part that may hold a signature."""
     if isinstance(error, FileNotFoundError):
         return f"there is no such {'bucket' if 'NoSuchBucket' in str(error) else 'object'}."
+    if _asks_for_a_role(error):
+        return "no credentials are in the environment, and this machine has no role that gives some."
     text = re.sub(r"(https?://[^\s?]+)\?\S*", r"\1", str(error).split("\n\nDebug source", 1)[0])
     text, is_xml, answer = text.partition("<?xml")
     found = re.findall(r"<(?:Code|Message)>([^<]+)</", answer)
     return " ".join(f"{text}{': '.join(found) if is_xml else ''}".split()).rstrip(".:") + "."
 
 
+def _asks_for_a_role(error: Exception) -> bool:
+    """Whether a request failed at the metadata of AWS's machines, the last place where obstore looks for credentials."""
+    return "/latest/api/token" in str(error) or "/latest/meta-data" in str(error)
+
+
 def _remedy(error: Exception) -> str:
-    if "/latest/api/token" in str(error) or "/latest/meta-data" in str(error):
-        return "No credentials are in the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY), and this machine has no role that gives some."
+    if _asks_for_a_role(error):
+        return (
+            "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment, give this machine a role that may use the bucket, or, for a "
+            "public one, add ?skip_signature=true to the URL."
+        )
     if isinstance(error, PermissionDeniedError | UnauthenticatedError):
         return "Check the credentials in the environment and what they may do in this bucket."
     return "" if isinstance(error, FileNotFoundError) else "Check the bucket, the endpoint and the credentials in the environment."

@@ -101,6 +101,10 @@ class Store(ABC):
         With `depth` of those that lie that many folders down or less (1: in `prefix` itself); a store may list deeper ones too.
         """
 
+    def folders(self) -> Sequence[str]:
+        """The names of the folders right below the root that hold objects, in order."""
+        return sorted({key.partition("/")[0] for key, _ in self.list("", 2) if "/" in key})
+
     def list_folders(self, above: str, folders: Iterable[str]) -> Iterator[tuple[str, int]]:
         """What `list(above)` gives, of which only what lies in `folders` is wanted: where a listing is many requests, each of those by itself."""
         del folders
@@ -146,9 +150,13 @@ class Store(ABC):
                 self.create(key, b"first")
             self.create(key, b"second")
         except AlreadyExistsError:
-            return
-        finally:
             self.delete([key])
+            return
+        except BaseException:
+            with suppress(StoreError):  # which would hide why nothing could be written
+                self.delete([key])
+            raise
+        self.delete([key])
         raise StoreError(
             f"The store at {self.url} replaces an object that was to be created only if absent (If-None-Match is ignored).",
             "Two drivers could commit the same shard there. Use a store that honours conditional writes.",

@@ -225,7 +225,7 @@ def test_no_credentials_at_all_is_said(s3: S3Server, proxy: FaultyProxy) -> None
     env |= {"AWS_ENDPOINT_URL": s3.endpoint, "AWS_METADATA_ENDPOINT": proxy.endpoint}
     code = "from m2ray.storage import open_store; open_store('s3://bucket/x').probe()"
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120, check=False, cwd=Path.cwd())
-    assert "No credentials are in the environment" in done.stderr, done.stderr
+    assert "no credentials are in the environment" in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize(

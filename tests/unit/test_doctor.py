@@ -58,7 +58,7 @@ BROKEN = {
     "no config.json": ("model_visible", {"model_problem": "There is no config.json in /m."}),
     "another folder": ("store", {"output_problem": "/out is another folder here."}),
     "temporary folder": ("temp_space", {"temp_free_bytes": 4 * GIB}),
-    "minutes through this node": ("read_speed", {"read_bytes_per_s": 50e6}),
+    "min through this node": ("read_speed", {"read_bytes_per_s": 50e6}),
 }
 
 

@@ -265,7 +265,7 @@ def test_what_the_run_lacks_is_said_by_name(run: Path, tmp_path: Path) -> None:
     runs.finished_run(LocalStore(tmp_path / "none"), export_runs.parts())
     with pytest.raises(NotInRunError, match="10 of the 10 sequences"):
         plan_export(tmp_path / "none", "speculators")
-    with pytest.raises(NotInRunError, match=r"no residual of layer 2, 3\."):
+    with pytest.raises(NotInRunError, match=r"no residual of layer 2-3\."):
         plan_export(run, "speculators", layers="2,3,11")
     with pytest.raises(ConfigError, match=r"model's last layer, 11, .* the layers are 1, 5"):
         plan_export(run, "speculators", layers="1,5")

@@ -22,6 +22,6 @@ def test_the_rate_counts_from_when_the_stages_were_loaded(monkeypatch: pytest.Mo
     shard: Any = SimpleNamespace(num_tokens=4 * tokens)
     said = io.StringIO()
     Monitor(plan, [(chain, stages)], [shard], [shard], Progress(said)).tick()
-    ((rate, left_s),) = re.findall(r"([\d,]+) tokens/s.* (\d+) s left", said.getvalue())
+    ((left_s, rate),) = re.findall(r"(\d+) s left, ([\d,]+) tokens/s", said.getvalue())
     assert int(rate.replace(",", "")) == pytest.approx(tokens / 10, rel=0.1)
     assert int(left_s) == pytest.approx(30, rel=0.1)

@@ -279,7 +279,7 @@ def test_remedies_for_shared_memory_and_disk():
     assert plan(small, num_layers=4, stages=4, in_flight_bytes=in_flight).fits
     needed_bytes = plan("8xH200", prompts=PROMPTS).output.disk_bytes
     full = plan("8xH200", prompts=PROMPTS, disk_free_bytes=int(0.8 * needed_bytes))
-    assert [remedy.option for remedy in full.remedies] == ["compression", "output"]
+    assert [remedy.option for remedy in full.remedies] == ["compression", "layers", "output"]
     assert plan("8xH200", prompts=PROMPTS, disk_free_bytes=int(0.8 * needed_bytes), compression="planes").fits
 
 
@@ -537,7 +537,7 @@ def test_json_holds_the_plan_in_plain_values():
 def drawn(planned: Plan) -> str:
     console = Console(width=120, record=True, file=None, quiet=False, color_system=None)
     with console.capture() as capture:
-        console.print(render(planned))
+        console.print(render(planned, 120))
     return capture.get()
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from pydantic_core import PydanticUndefined
 
-from m2ray.config import ExtractConfig
+from m2ray.config import ExtractConfig, legal_values
 
 README = Path(__file__).parents[2] / "README.md"
 
@@ -17,6 +17,8 @@ def test_the_options_table_is_true() -> None:
     rows = []
     for name, field in ExtractConfig.model_fields.items():
         default = "" if field.default is PydanticUndefined else f"`{'' if field.default is None else field.default}`".replace("``", "")
-        rows.append(f"| `{name}` | {default} | {field.description} |")
+        values = legal_values(field.annotation)
+        listed = "" if any(value.isupper() for value in values) else f"{', '.join(values)}. "
+        rows.append(f"| `{name}` | {default} | {listed}{field.description} |")
     table = "\n".join(rows)
     assert table in README.read_text(encoding="utf-8"), f"the table should be:\n{table}"

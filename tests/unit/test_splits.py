@@ -64,7 +64,9 @@ def test_of_several_splits_one_has_to_be_named(tmp_path: Path) -> None:
     with pytest.raises(PromptsError, match=r'several splits: test_sft, train_gen, train_sft. Name one: split = "test_sft"'):
         source(folder)
     assert source(folder, split="train_sft").names == (names[0],)
-    with pytest.raises(PromptsError, match=r"no split 'train'. Set split to one of: test_sft, train_gen, train_sft"):
+    with pytest.raises(
+        PromptsError, match=r"no split 'train'. Did you mean 'train_sft'\? Set split to one of: test_sft, train_gen, train_sft"
+    ):
         source(folder, split="train")
     assert len(source(folder / "**" / "*.jsonl").names) == 4, "a glob has been chosen already"
 

@@ -15,7 +15,7 @@ from m2ray.activations.reading.catalogue import Catalogue
 from m2ray.activations.reading.part_reader import Check
 from m2ray.activations.reading.random_rows import RandomRows
 from m2ray.batches import TOKEN_ROW, PartReceipt, PartSpec
-from m2ray.errors import ConfigError, NotInRunError
+from m2ray.errors import ConfigError, NotInRunError, did_you_mean, in_ranges
 from m2ray.sites import shown_layers
 from m2ray.storage import open_store
 
@@ -151,7 +151,8 @@ class RunReader:
         parts = [part for part in self._parts if part.site == name]
         if not parts:
             raise NotInRunError(
-                f"There is no site {name!r} in this view of {self._catalogue.store.url}.", f"It has: {', '.join(self.sites)}."
+                f"There is no site {name!r} in this view of {self._catalogue.store.url}.",
+                f"{did_you_mean(name, self.sites)}It has: {', '.join(self.sites)}.",
             )
         return RunReader(self._catalogue, parts, has_layer_axis=self._has_layer_axis and parts[0].layer is not None)
 
@@ -311,7 +312,7 @@ class RunReader:
         absent = sorted({*layers, last} - found.keys())
         if absent:
             raise NotInRunError(
-                f"The residual of layer {', '.join(map(str, absent))} is not in this view of {self._catalogue.store.url}.",
+                f"The residual of layer {in_ranges(absent)} is not in this view of {self._catalogue.store.url}.",
                 f"A sample holds the states of the layers asked for, and of the model's last one, {last}: extract them too.",
             )
         return DraftSamples(
@@ -338,7 +339,7 @@ class RunReader:
     def _one_layer(self) -> PartSpec:
         """The parts of a one-layer view. Raises NotInRunError if it has several layers or sites."""
         if len(self._one_site()) > 1:
-            raise NotInRunError(f"This view has layers {', '.join(map(str, self.layer_numbers))}.", "Choose one with .layer(NUMBER).")
+            raise NotInRunError(f"This view has layers {in_ranges(self.layer_numbers)}.", "Choose one with .layer(NUMBER).")
         return self._parts[0]
 
     def _require_one_tensor(self) -> None:
@@ -350,8 +351,8 @@ class RunReader:
     def _of_layers(self, numbers: Sequence[int]) -> list[PartSpec]:
         absent = [number for number in numbers if number not in self.layer_numbers]
         if absent:
-            has = f"It has layers {', '.join(map(str, self.layer_numbers))}." if self.layer_numbers else "It has no layers."
-            raise NotInRunError(f"There is no layer {', '.join(map(str, absent))} in this view of {self._catalogue.store.url}.", has)
+            has = f"It has layers {in_ranges(self.layer_numbers)}." if self.layer_numbers else "It has no layers."
+            raise NotInRunError(f"There is no layer {in_ranges(absent)} in this view of {self._catalogue.store.url}.", has)
         return [part for number in dict.fromkeys(numbers) for part in self._parts if part.layer == number]
 
     def _one_site(self) -> tuple[PartSpec, ...]:

@@ -69,6 +69,12 @@ class Holder:
         machine, _, start = self.process.rpartition(" ")
         return bool(machine) and machine == _machine() and not _may_live(self.pid, start)
 
+    @property
+    def is_here(self) -> bool:
+        """Whether its process is one of this machine, whose end `is_dead` tells."""
+        machine = self.process.rpartition(" ")[0]
+        return bool(machine) and machine == _machine()
+
 
 _HOLDER = TypeAdapter(Holder)
 _UNKNOWN = Holder(FORMAT_VERSION, "", "an unknown host", 0, "an unknown time", PERIOD_S)
@@ -76,8 +82,13 @@ _UNKNOWN = Holder(FORMAT_VERSION, "", "an unknown host", 0, "an unknown time", P
 
 def read_holder(store: Store) -> Holder | None:
     """Who holds the lease of a run, whether alive or not; None if nobody does. Raises StoreError."""
-    newest = _newest(store)
+    newest = read_lease(store)
     return newest[1] if newest else None
+
+
+def read_lease(store: Store) -> tuple[int, Holder] | None:
+    """The same with the lease's number, which grows for as long as its holder lives. Raises StoreError."""
+    return _newest(store)
 
 
 @contextmanager

@@ -3,13 +3,13 @@
 The fingerprint in job.json is of a checkpoint's names, sizes and headers, which two checkpoints of one kind share; this is of what was loaded.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from m2ray.activations.job import JobRecord
 from m2ray.activations.json_record import to_json
 from m2ray.activations.records import WEIGHTS_KEY, WeightsRecord, committed_shards, read_weights
 from m2ray.activations.schema import FORMAT_VERSION
-from m2ray.errors import AlreadyExistsError, RunConflictError
+from m2ray.errors import AlreadyExistsError, RunConflictError, in_ranges
 from m2ray.storage import Store
 
 
@@ -46,21 +46,10 @@ def _require_same(store: Store, recorded: WeightsRecord, found: WeightsRecord) -
     numbers = range(max(len(recorded.layers), len(found.layers)))
     differing = [layer for layer in numbers if recorded.layers[layer : layer + 1] != found.layers[layer : layer + 1]]
     words = ["the embedding"] if recorded.embedding != found.embedding else []
-    words += [f"layer{'s' if len(differing) > 1 else ''} {_ranges(differing)}"] if differing else []
+    words += [f"layer{'s' if len(differing) > 1 else ''} {in_ranges(differing)}"] if differing else []
     if words:
         raise RunConflictError(
             f"The weights that the stages have loaded are not those of the run at {store.url}: {' and '.join(words)} of "
             f"{len(found.layers)} layers differ from what its {WEIGHTS_KEY} says.",
             "Put the files back with which the run began, on every node, or give another output.",
         )
-
-
-def _ranges(numbers: Iterable[int]) -> str:
-    """Ascending numbers in words: 0-3, 7."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and runs[-1][1] == number - 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
