@@ -75,6 +75,15 @@ class TokenChoice(NamedTuple):
     in_mask: bool = False
 
 
+_CHOICES_BY_WORD = {
+    "all": TokenChoice("all"),
+    "last": TokenChoice("last", 1),
+    "mask": TokenChoice("all", in_mask=True),
+    "mean": TokenChoice("mean"),
+    "mean:mask": TokenChoice("mean", in_mask=True),
+}
+"""Those without a number."""
+
 _DECIDES_ROWS: dict[str, Any] = {"decides_rows": True}
 
 
@@ -253,12 +262,8 @@ def parse_sites(text: str) -> dict[str, str | None]:
 
 def parse_tokens(text: str) -> TokenChoice:
     """What the option `tokens` says. Raises ConfigError."""
-    if text in ("all", "mean"):
-        return TokenChoice(text)
-    if text in ("mask", "mean:mask"):
-        return TokenChoice("all" if text == "mask" else "mean", in_mask=True)
-    if text == "last":
-        return TokenChoice("last", 1)
+    if text in _CHOICES_BY_WORD:
+        return _CHOICES_BY_WORD[text]
     match = re.fullmatch(r"(?:(mask):(?=last))?(last|first|every):([1-9]\d{0,8})", text)
     if not match:
         raise ConfigError(f"tokens = {text!r} is no choice of tokens.", f"Write {CHOICES}; k and n are from 1 on.")

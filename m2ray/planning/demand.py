@@ -121,6 +121,10 @@ class Demand:
         """Bytes of a row of each part that `span` captures."""
         return [part.row_bytes for part in self.parts(span)]
 
+    def column_bytes(self, span: LayerSpan) -> list[int]:
+        """The same of each column of each part."""
+        return [column.row_bytes for part in self.parts(span) for column in part.columns]
+
     def short_bytes(self, devices: Sequence[Device]) -> int:
         """Bytes of one chain's weights that these devices have no room for; 0 if it fits."""
         short = short_by_bytes(*self._costs, self._caps_bytes(devices))
