@@ -116,6 +116,12 @@ def test_the_final_norm_is_loaded_for_its_own_site_only():
     assert [bool(gpu.memory.running["capture"]) for gpu in with_norm.gpus] == [False] * 7 + [True]
 
 
+def test_what_sites_within_a_layer_keep_until_it_has_run_is_planned():
+    every = tuple(range(62))
+    alone, beside = (demand(sites=sites).workload for sites in ({"residual": every}, {"residual": every, "attention": (3,), "mlp": every}))
+    assert beside.transient_bytes - alone.transient_bytes == 2 * alone.padded_tokens * 3072 * 2
+
+
 # -- does it fit ----------------------------------------------------------------------------------------------------------
 
 

@@ -119,6 +119,9 @@ def test_the_file_of_head_and_final_norm_need_not_be_there(originals: dict[str, 
     checkpoint, table = up_to_layer(open_checkpoint(str(single)), 4)
     assert table.role_bytes("final_norm", 4) > 0, "of the model, if not on disk"
     assert set(checkpoint.digests) == {"config.json", INDEX, first}
+    with pytest.raises(CheckpointError, match=absent):  # of a run that asks for the final norm it is one of the model's files
+        up_to_layer(open_checkpoint(str(single)), 4, with_final_norm=True)
+    up_to_layer(open_checkpoint(str(single)), 3, with_final_norm=True)
     stages = [
         load_capturing(StageSpec(str(single), LayerSpan(*ends), "float32", "auto", "cpu", 1, model_files=checkpoint.digests))
         for ends in ((0, 2), (2, 5))
