@@ -1,0 +1,98 @@
+"""What a micro-batch's rows of one site and layer come to, computed where the rows are, before they are copied anywhere.
+
+In float32, piece by piece and centred, and the pieces summed in float64: so that neither the number of rows nor a mean far from zero costs
+digits, and little memory is needed beside the rows. What is found here is merged with other micro-batches' on the host.
+"""
+
+from collections.abc import Collection
+
+import torch
+
+from m2ray.statistics import NORM_BINS, NORM_SHIFT
+
+PIECE_ROWS = 1024
+"""Rows that are float32 at one time. Their sums keep about seven digits whichever way a device adds."""
+
+PIECE_CHOICES = 8192
+"""Rows of chosen experts that are laid out as zeros and ones at one time; float32 counts them exactly up to 2**24."""
+
+
+def rows_statistics(kinds: Collection[str], rows_NW: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The kinds "moments", "norms" and "covariance" of rows [N, W] in the dtype that they are stored in, on their device.
+
+    Returns:
+        `moments` float64 [4, W]: mean, sum of squared deviations from it, minimum, maximum. `norms` int32 [NORM_BINS]: rows by
+        the bin of their norm. `covariance` float32 [W, W]: sum of the products of deviations. Of no rows: zeros, and no extremes.
+    """
+    found = {}
+    if "moments" in kinds:
+        found["moments"], centre_W, rest_W = _moments(rows_NW)
+        if "covariance" in kinds:
+            found["covariance"] = _products(rows_NW, centre_W, rest_W)
+    if "norms" in kinds:
+        found["norms"] = _norms(rows_NW)
+    return found
+
+
+def experts_statistics(expert_ids_NK: torch.Tensor, num_experts: int) -> dict[str, torch.Tensor]:
+    """`experts`, int32 [E, E]: rows that chose both experts; on the diagonal those that chose the one."""
+    pairs_EE = expert_ids_NK.new_zeros((num_experts, num_experts), dtype=torch.int32)
+    for ids_NK in expert_ids_NK.split(PIECE_CHOICES):
+        chosen_NE = torch.zeros((len(ids_NK), num_experts), dtype=torch.float32, device=ids_NK.device)
+        chosen_NE.scatter_(1, ids_NK.long(), 1.0)
+        pairs_EE += (chosen_NE.T @ chosen_NE).to(torch.int32)
+    return {"experts": pairs_EE}
+
+
+def device_bytes(kinds: Collection[str], width: int, experts: int, rows: int) -> int:
+    """What these functions allocate at most for rows of this width, results among it."""
+    piece_rows = min(rows, PIECE_ROWS)
+    found = piece_rows * width * 12 + 10 * 8 * width if "moments" in kinds else 0
+    found = max(found, piece_rows * width * 8 + 8 * NORM_BINS) if "norms" in kinds else found
+    matrix = 2 * 4 * width**2 if "covariance" in kinds else 0
+    chosen = 4 * min(rows, PIECE_CHOICES) * experts + 12 * experts**2 if "experts" in kinds else 0
+    return found + matrix + chosen
+
+
+def _moments(rows_NW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The moments; and about which values float32 [W] deviations are taken, and the mean of these deviations float64 [W]."""
+    num_rows, width = rows_NW.shape
+    sums_W = rows_NW.new_zeros(width, dtype=torch.float64)
+    if not num_rows:
+        none_W = torch.full_like(sums_W, torch.inf)
+        return torch.stack([sums_W, sums_W, none_W, -none_W]), sums_W.float(), sums_W
+    for piece_NW in rows_NW.split(PIECE_ROWS):
+        sums_W += piece_NW.float().sum(dim=0)
+    centre_W = (sums_W / num_rows).float()
+    rest_W, squares_W = torch.zeros_like(sums_W), torch.zeros_like(sums_W)
+    for piece_NW in rows_NW.split(PIECE_ROWS):
+        off_NW = piece_NW.float().sub_(centre_W)
+        rest_W += off_NW.sum(dim=0)
+        squares_W += off_NW.square_().sum(dim=0)
+    rest_W /= num_rows
+    smallest_W, largest_W = rows_NW.amin(dim=0).double(), rows_NW.amax(dim=0).double()
+    is_constant_W = smallest_W == largest_W  # such a channel's mean would be rounded, and its variance not be zero
+    mean_W = torch.where(is_constant_W, smallest_W, centre_W.double() + rest_W)
+    squares_W = (squares_W - num_rows * rest_W.square()).clamp_(min=0).masked_fill_(is_constant_W, 0)
+    return torch.stack([mean_W, squares_W, smallest_W, largest_W]), centre_W, rest_W
+
+
+def _products(rows_NW: torch.Tensor, centre_W: torch.Tensor, rest_W: torch.Tensor) -> torch.Tensor:
+    """Sums of the products of deviations from the mean, which is `centre_W` + `rest_W`."""
+    products_WW = rows_NW.new_zeros((rows_NW.shape[1], rows_NW.shape[1]), dtype=torch.float32)
+    for piece_NW in rows_NW.split(PIECE_ROWS):
+        off_NW = piece_NW.float().sub_(centre_W)
+        products_WW.addmm_(off_NW.T, off_NW)
+    rest_W = rest_W.float()
+    return products_WW.addr_(rest_W, rest_W, alpha=-len(rows_NW))
+
+
+def _norms(rows_NW: torch.Tensor) -> torch.Tensor:
+    counts = rows_NW.new_zeros(NORM_BINS, dtype=torch.int32)
+    for piece_NW in rows_NW.split(PIECE_ROWS):
+        norms_N = torch.linalg.vector_norm(piece_NW, dim=1, dtype=torch.float64).float()
+        bins_N = norms_N.view(torch.int32) >> NORM_SHIFT
+        counts.index_add_(0, bins_N, torch.ones_like(bins_N))
+    return counts
+
+
