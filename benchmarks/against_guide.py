@@ -222,7 +222,7 @@ def guide_rows(guide: Guide, prompts: Prompts, sample: MicroBatch, size: int) ->
 def compare(stage: Stage, sample: MicroBatch, guide: list[torch.Tensor], alone: list[torch.Tensor], name: str) -> list[Row]:
     """How far m2ray's rows are from the guide's, and beside it how far the guide's own are from those of each prompt run alone."""
     captured = stage.forward(sample, None).captured
-    ours_LNH = torch.stack([torch.from_numpy(layer.rows.copy()).view(torch.bfloat16) for layer in captured]).float()
+    ours_LNH = torch.stack([torch.from_numpy(layer.columns[0].copy()).view(torch.bfloat16) for layer in captured]).float()
     guide_LNH, alone_LNH = torch.cat(guide, 1).float(), torch.cat(alone, 1).float()
     rows = []
     for layer in dict.fromkeys((0, len(captured) // 2, len(captured) - 1)):

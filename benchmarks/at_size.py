@@ -131,7 +131,7 @@ def make(store: Any, num_shards: int) -> None:
             options={},
             fingerprints={"model": "-", "tokenizer": "-"},
             model=ModelFacts("minimax_m2", NUM_LAYERS, 3072),
-            parts=tuple(PartSpec("residual", layer, "bfloat16", 3072) for layer in range(NUM_LAYERS)),
+            parts=tuple(PartSpec.of("residual", layer, "bfloat16", 3072) for layer in range(NUM_LAYERS)),
             num_shards=num_shards,
             counts=Counts(num_shards, num_shards, 0, 0),
             sequence_files=(sequences(store, num_shards),),

@@ -45,7 +45,7 @@ def micro_batch(prompts: list[Prompt]) -> MicroBatch:
 def rows_of(stage: Stage, batch: MicroBatch, dtype: torch.dtype) -> torch.Tensor:
     """What a stage captures, float32 [L, N, H]."""
     captured = stage.forward(batch, None).captured
-    return torch.stack([torch.from_numpy(one.rows).view(dtype).float() for one in captured])
+    return torch.stack([torch.from_numpy(one.columns[0]).view(dtype).float() for one in captured])
 
 
 def extract(folder: Path, dtype_name: str, layers: int, prompts: list[Prompt]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -34,7 +34,7 @@ def make_run(
 ) -> None:
     """A finished run of `num_shards` shards of 32,768 rows, 201 MB each a layer without compression."""
     store = open_store(folder)
-    specs = tuple(PartSpec("residual", layer, "bfloat16", HIDDEN_SIZE) for layer in layers)
+    specs = tuple(PartSpec.of("residual", layer, "bfloat16", HIDDEN_SIZE) for layer in layers)
     num_sequences = _SEQUENCES * _MICRO_BATCHES
     job = JobRecord.new(
         m2ray_version="benchmark",
@@ -57,7 +57,7 @@ def make_run(
             of = slice(index * _SEQUENCES, (index + 1) * _SEQUENCES)
             micro_batch = MicroBatch(number, index, index == _MICRO_BATCHES - 1, ids[of], counts, token_ids_BT[of])
             rows = activations(number * _MICRO_BATCHES + index)
-            writer.submit("a1", micro_batch, [CapturedLayer("residual", layer, rows) for layer in layers], 600)
+            writer.submit("a1", micro_batch, [CapturedLayer("residual", layer, (rows,)) for layer in layers], 600)
         shard = Shard(number, ids, np.full(num_sequences, _LENGTH, np.int32))
         run.commit(shard, "a1", writer.collect(number, "a1", 600), [(_SEQUENCES, _LENGTH)] * _MICRO_BATCHES, 1.0)
     writer.close()

@@ -65,8 +65,8 @@ def since(begin: Seconds) -> Seconds:
 
 def write_parts(store: Store, rows: Bits, layers: int, threads: int) -> Seconds:
     """Seconds that ActivationWriter takes for one shard of so many layers, from the first submit to the last receipt."""
-    parts = [PartSpec("residual", layer, "bfloat16", HIDDEN_SIZE) for layer in range(layers)]
-    captured = [CapturedLayer("residual", layer, rows) for layer in range(layers)]
+    parts = [PartSpec.of("residual", layer, "bfloat16", HIDDEN_SIZE) for layer in range(layers)]
+    captured = [CapturedLayer("residual", layer, (rows,)) for layer in range(layers)]
     attempt = uuid.uuid4().hex[:12]
     writer = ActivationWriter(store, {}, parts, queue_bytes=2 << 30, threads=threads)
     try:

@@ -7,8 +7,9 @@ Shape legend, used as suffixes of tensor and array names here and elsewhere:
     S  sequences in a shard              L  layers
 """
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,9 @@ Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
 Bits = npt.NDArray[np.uint8]
 """Raw little-endian bytes of activations, one row a token: uint8 [N, W * itemsize]."""
+
+ITEMSIZE_BYTES: Mapping[str, int] = {"bfloat16": 2, "float16": 2, "float32": 4, "int16": 2}
+"""Bytes of one element of each dtype that a column may have, by torch's names."""
 
 TOKEN_ROW = np.dtype([("sequence_id", "<i8"), ("position", "<i4"), ("token_id", "<i4")])
 """What every row of every part begins with. Digests are taken over arrays of this packed type."""
@@ -159,6 +163,8 @@ class TensorTable:
     Attributes:
         hidden_size: of one token's hidden states; of several residual streams the sum.
         beside_elements, beside_bytes: what goes from stage to stage beside them, a token, at most: in the compute dtype, and in others.
+        num_experts, experts_per_token: of a layer with a router, at most; 0 where none has one.
+        layers_of: by site, the layers that have it, ascending; none at sites of the whole model. Sites that the model lacks are absent.
     """
 
     num_layers: int
@@ -166,6 +172,9 @@ class TensorTable:
     rows: tuple[TensorRow, ...]
     beside_elements: int = 0
     beside_bytes: int = 0
+    num_experts: int = 0
+    experts_per_token: int = 0
+    layers_of: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def handed_bytes(self, itemsize_bytes: int) -> int:
         """Bytes of one token from stage to stage, at most."""
@@ -189,29 +198,55 @@ class TensorTable:
         return sum(row.disk_bytes for row in self.rows)
 
 
-@dataclass(frozen=True)
-class CapturedLayer:
-    """What a stage captured of one micro-batch at one site: the chosen tokens only, in the order of m2ray.selection.
+class Column(NamedTuple):
+    """One column of a part's values: its name, torch's name of their dtype, and how many a row has."""
 
-    `layer` is None at model-wide sites. `rows` is uint8 [N, W * itemsize] in the store dtype, on the host.
-    """
+    name: str
+    dtype: str
+    width: int
 
-    site: str
-    layer: int | None
-    rows: Bits
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row's values."""
+        return self.width * ITEMSIZE_BYTES[self.dtype]
 
 
 @dataclass(frozen=True)
 class PartSpec:
     """What every part of one site and layer has in common: enough to write it and to describe it in its footer.
 
-    `dtype` is the store dtype's torch name ("bfloat16", "float32", "float16"); `width` the elements a row.
+    `layer` is None at sites of the whole model.
     """
 
     site: str
     layer: int | None
-    dtype: str
-    width: int
+    columns: tuple[Column, ...]
+
+    @classmethod
+    def of(cls, site: str, layer: int | None, dtype: str, width: int) -> Self:
+        """Of a site with the one column `activation`."""
+        return cls(site, layer, (Column("activation", dtype, width),))
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row in memory: all columns, which lie one after the other there."""
+        return sum(column.row_bytes for column in self.columns)
+
+    def __str__(self) -> str:
+        return self.site if self.layer is None else f"{self.site} of layer {self.layer}"
+
+
+@dataclass(frozen=True)
+class CapturedLayer:
+    """What a stage captured of one micro-batch at one site: the chosen tokens only, in the order of m2ray.selection.
+
+    `layer` is None at sites of the whole model. `columns` are the values of the part's columns in their order, each uint8
+    [N, W * itemsize], on the host.
+    """
+
+    site: str
+    layer: int | None
+    columns: tuple[Bits, ...]
 
 
 @dataclass(frozen=True)

@@ -246,7 +246,7 @@ def chain_rows(stages: Sequence[Stage], micro_batch: MicroBatch) -> list[torch.T
         boundary = output.boundary
         for part, captured in zip(stage.parts, output.captured, strict=True):
             assert (part.layer, part.site) == (captured.layer, captured.site)
-            rows.append(torch.from_numpy(captured.rows.copy()).view(getattr(torch, part.dtype)))
+            rows.append(torch.from_numpy(captured.columns[0].copy()).view(getattr(torch, part.columns[0].dtype)))
     assert boundary is None
     return rows
 

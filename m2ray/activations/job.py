@@ -146,13 +146,24 @@ def read_job(store: Store) -> JobRecord | None:
     foreign = next((key for key, _ in store.list("") if not _may_precede_a_job(key)), None)
     # In this order: job.json precedes everything else of a run, so what another driver has created by now is not foreign.
     if store.size(JOB_KEY) is not None:
-        return read_record(store, JOB_KEY, _JOB)
+        return read_record(store, JOB_KEY, _JOB, _with_columns)
     if foreign is not None:
         if foreign.startswith(_OF_A_RUN):
             raise moved_away(store)
         what = f"{store.url} is not empty and is no run folder: it holds {foreign} and no {JOB_KEY}."
         raise RunConflictError(what, "Give a run folder, or, to begin a run, another output.")
     return None
+
+
+def _with_columns(fields: dict[str, Any]) -> dict[str, Any]:
+    """A record from before parts had columns, as it would be now: each has one, of the part's `dtype` and `width`."""
+    parts = [
+        {"site": part["site"], "layer": part["layer"], "columns": [["activation", part["dtype"], part["width"]]]}
+        if "columns" not in part
+        else part
+        for part in fields["parts"]
+    ]
+    return fields | {"parts": parts}
 
 
 def moved_away(store: Store) -> RunConflictError:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -49,8 +50,11 @@ def is_sealed(data: bytes) -> bool:
     return found is not None and xxhash.xxh3_128_hexdigest(data[: found.start()] + b"}").encode() == found[1]
 
 
-def read_record(store: Store, key: str, adapter: TypeAdapter[T]) -> T:
+def read_record(store: Store, key: str, adapter: TypeAdapter[T], as_now: Callable[[dict[str, Any]], dict[str, Any]] | None = None) -> T:
     """A JSON object of the run, validated.
+
+    Args:
+        as_now: makes of an object that an earlier version of the format wrote what it would be now.
 
     Raises:
         RunConflictError: a newer m2ray wrote it.
@@ -69,7 +73,7 @@ def read_record(store: Store, key: str, adapter: TypeAdapter[T]) -> T:
         if version <= FORMAT_VERSION:
             if version < 1 or ((version > 1 or "digest" in fields) and fields["digest"] != digest(fields)):
                 raise ValueError("it does not have the digest that it names")
-            return adapter.validate_json(data, strict=True)
+            return adapter.validate_json(data if as_now is None else json.dumps(as_now(fields)), strict=True)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise RunDamagedError(
             f"{key} of the run at {store.url} is damaged: {_reason(error)}.", "Restore it, or begin another run."

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from m2ray.batches import PartSpec
+from m2ray.batches import Column, PartSpec
 from m2ray.errors import ConfigError, StoreError
 from m2ray.parquet.column_chunks import EncodedColumns, encode_integers
 from m2ray.storage import Store
@@ -18,16 +18,13 @@ FORMAT_VERSION = 2
 
 LAYER_CONVENTION = "residual of layer i is the output of decoder layer i, before the final norm"
 
-ITEMSIZE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
-"""Bytes of one element of each store dtype."""
-
 LEASE_FOLDER = "_lease"
 """Where drivers say that they are at work (lease.py). Of readers only a stream that waits for rows looks there (arrivals.py)."""
 
 METADATA_PREFIX = "m2ray."
 
 Compression = Literal["none", "planes"]
-"""How a part stores its rows: as they are, or as two planes of bytes (planes.py)."""
+"""How a part stores its activations: as they are, or those of 16 bits as two planes of bytes (planes.py)."""
 
 TOKEN_FIELDS = (
     pa.field("sequence_id", pa.int64(), nullable=False),
@@ -46,11 +43,6 @@ def encode_tokens(token_rows: npt.NDArray[Any]) -> EncodedColumns:
     """The token columns of TOKEN_ROW [N], encoded: made once, written into every part."""
     arrays = [pa.array(np.ascontiguousarray(token_rows[field.name]), type=field.type) for field in TOKEN_FIELDS]
     return encode_integers(pa.Table.from_arrays(arrays, schema=pa.schema(TOKEN_FIELDS)), **_TOKEN_ENCODING)
-
-
-def row_bytes(spec: PartSpec) -> int:
-    """Bytes of one activation row."""
-    return spec.width * ITEMSIZE_BYTES[spec.dtype]
 
 
 def part_key(spec: PartSpec, shard: int, attempt: str) -> str:
@@ -110,10 +102,10 @@ def part_metadata(
         "site": spec.site,
         "layer": "" if spec.layer is None else str(spec.layer),
         "layer_convention": LAYER_CONVENTION,
-        "dtype": spec.dtype,
-        "shape": f"[{spec.width}]",
+        "dtype": ", ".join(column.dtype for column in spec.columns),
+        "shape": ", ".join(f"[{column.width}]" for column in spec.columns),
         "byte_order": "little",
-        "compression": compression,
+        "compression": stored_as(spec, compression),
         "shard": str(shard),
         "attempt": attempt,
     }
@@ -123,29 +115,30 @@ def part_metadata(
     }
 
 
-def require_compression(spec: PartSpec, compression: str) -> None:
-    """Raise ConfigError unless parts of this kind can be stored so."""
+def require_compression(compression: str) -> None:
+    """Raise ConfigError unless there is such a compression."""
     if compression not in get_args(Compression):
         raise ConfigError(f"compression = {compression!r} is unknown.", f"It may be: {', '.join(get_args(Compression))}.")
-    if compression == "planes" and ITEMSIZE_BYTES[spec.dtype] != 2:
-        raise ConfigError(
-            f'compression = "planes" splits 16-bit rows, and those of {spec.site} are {spec.dtype}.',
-            'Store bfloat16 or float16, or set compression = "none".',
-        )
 
 
-def activation_columns(spec: PartSpec, compression: Compression) -> tuple[tuple[str, int], ...]:
-    """Name and bytes a row of the columns that hold the activations."""
-    if compression == "planes":
-        return (("activation_hi", spec.width), ("activation_lo", spec.width))
-    return (("activation", row_bytes(spec)),)
+def stored_as(spec: PartSpec, compression: Compression) -> Compression:
+    """How parts of this kind are stored under a run's compression: planes only where a column can be split."""
+    return compression if any(len(stored_columns(column, compression)) > 1 for column in spec.columns) else "none"
+
+
+def stored_columns(column: Column, compression: Compression) -> tuple[tuple[str, int], ...]:
+    """Name and bytes a row of the Parquet columns that hold a column's values: itself, or its two planes."""
+    if compression == "planes" and column.name == "activation" and column.row_bytes == 2 * column.width:
+        return ((f"{column.name}_hi", column.width), (f"{column.name}_lo", column.width))
+    return ((column.name, column.row_bytes),)
 
 
 def part_schema(spec: PartSpec, run_metadata: Mapping[str, str], shard: int, attempt: str, compression: Compression = "none") -> Any:
     """The pyarrow schema of one part, footer metadata included.
 
     Neither Parquet nor Arrow has a bfloat16, and bits labelled as another type would be read as wrong numbers. So a row's
-    activation is one fixed-size binary value: its `width` elements' raw little-endian bits.
+    value in a column is one fixed-size binary value: its `width` elements' raw little-endian bits.
     """
-    columns = [pa.field(name, pa.binary(num_bytes), nullable=False) for name, num_bytes in activation_columns(spec, compression)]
+    stored = [each for column in spec.columns for each in stored_columns(column, compression)]
+    columns = [pa.field(name, pa.binary(num_bytes), nullable=False) for name, num_bytes in stored]
     return pa.schema([*TOKEN_FIELDS, *columns], metadata=part_metadata(spec, run_metadata, shard, attempt, compression))

@@ -7,7 +7,7 @@ import numpy.typing as npt
 import torch
 
 from m2ray.activations.reading.catalogue import Catalogue
-from m2ray.activations.schema import row_bytes
+from m2ray.activations.reading.values import tensors_of
 from m2ray.batches import PartReceipt, PartSpec, Shard
 
 _KEPT_TOKENS = 1 << 22
@@ -33,11 +33,12 @@ class RecordedRows:
         """The rows of some sequences of a shard, one behind the other: [N, W] in the store dtype. Raises RunDamagedError or StoreError."""
         pages = self._catalogue.open_part(spec, self._receipt(spec, shard)).pages()
         places = [self._found(shard, sequence_id) for sequence_id in sequence_ids]
-        rows, filled = np.empty((sum(len(tokens) for _, tokens in places), row_bytes(spec)), np.uint8), 0
+        rows, filled = np.empty((sum(len(tokens) for _, tokens in places), spec.row_bytes), np.uint8), 0
         for start, tokens in places:
             pages.read(start, rows[filled : filled + len(tokens)])
             filled += len(tokens)
-        return torch.from_numpy(rows).view(getattr(torch, spec.dtype))
+        found: torch.Tensor = tensors_of(spec.columns, torch.from_numpy(rows))
+        return found
 
     def holds_all(self, piece: Shard) -> bool:
         """Whether the run has a row of every token of these sequences."""

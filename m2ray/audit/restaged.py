@@ -55,7 +55,7 @@ def restage(
                 output = stage.forward(micro_batch, boundaries[place])
                 for part, captured in zip(stage.parts, output.captured, strict=True):
                     assert part.layer is not None
-                    on_rows(micro_batch, part.layer, torch.from_numpy(captured.rows).view(DTYPES[part.dtype]))
+                    on_rows(micro_batch, part.layer, torch.from_numpy(captured.columns[0]).view(DTYPES[part.columns[0].dtype]))
                 boundaries[place] = None if output.boundary is None else output.on_host()
             del stage
     return digests

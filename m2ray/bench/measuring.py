@@ -27,7 +27,7 @@ _TIMEOUT_S = 120.0
 
 def encode_bytes_per_s(hidden_size: int, store_dtype: str) -> float:
     """Activations that one writer thread turns into Parquet a second, checksums and all, stored nowhere."""
-    rows, specs = _rows(hidden_size, store_dtype, _MICRO_BATCH_BYTES), parts_of_run("residual", range(1), store_dtype, hidden_size)
+    rows, specs = _rows(hidden_size, store_dtype, _MICRO_BATCH_BYTES), parts_of_run({"residual": (0,)}, store_dtype, hidden_size)
     writer = ActivationWriter(DiscardingStore(), {}, specs, queue_bytes=2 * rows.nbytes, threads=1)
     try:
         shards = 0
@@ -52,7 +52,7 @@ def store_bytes_per_s(store: Store, hidden_size: int, store_dtype: str, threads:
     """
     beside, specs = (
         _RenamingStore(store, f"_bench-{uuid.uuid4().hex}"),
-        parts_of_run("residual", range(_STORE_LAYERS), store_dtype, hidden_size),
+        parts_of_run({"residual": tuple(range(_STORE_LAYERS))}, store_dtype, hidden_size),
     )
     rate = 0.0
     for micro_batch_bytes, micro_batches, shards in _STORE_ROUNDS:
@@ -89,7 +89,7 @@ def _submit(writer: ActivationWriter, specs: Sequence[PartSpec], rows: Bits, sha
     sequences = len(rows) // _LENGTH
     counts = np.full(sequences, _LENGTH, np.int32)
     token_ids_BT = np.random.default_rng(0).integers(0, 100_000, (sequences, _LENGTH), dtype=np.int32)
-    captured = [CapturedLayer(spec.site, spec.layer, rows) for spec in specs]
+    captured = [CapturedLayer(spec.site, spec.layer, (rows,)) for spec in specs]
     for index in range(micro_batches):
         ids = np.arange(sequences) + index * sequences
         batch = MicroBatch(shard, index, index == micro_batches - 1, ids, counts, token_ids_BT)

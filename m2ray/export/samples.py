@@ -13,7 +13,6 @@ import pyarrow.compute as pc
 
 from m2ray.activations.reading.catalogue import Catalogue
 from m2ray.activations.reading.pages import PartPages
-from m2ray.activations.schema import row_bytes
 from m2ray.batches import Bits, Int32Array, Int64Array, PartSpec, SequenceFile
 from m2ray.errors import NotInRunError, RunDamagedError
 from m2ray.sequences import read_sequences
@@ -103,17 +102,17 @@ class Samples:
     @property
     def dtype(self) -> str:
         """Of the states, torch's name."""
-        return self._specs[0].dtype
+        return self._specs[0].columns[0].dtype
 
     @property
     def width(self) -> int:
         """Elements of a state of one layer."""
-        return self._specs[0].width
+        return self._specs[0].columns[0].width
 
     @property
     def token_bytes(self) -> int:
         """Bytes of a token's states of all layers."""
-        return sum(map(row_bytes, self._specs))
+        return sum(spec.row_bytes for spec in self._specs)
 
     def without_mask(self) -> Int64Array:
         """The ids of the sequences that have no loss mask. Reads `sequences/`, a file at a time."""

@@ -1,18 +1,19 @@
-"""What is kept of a layer's output: the real tokens' rows, selected and rounded on the device, then copied to the host."""
+"""What is kept at a site: the real tokens' rows, selected and rounded on the device, then copied to the host."""
 
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 
 import numpy as np
 import torch
 
 from m2ray import selection
-from m2ray.batches import Bits, CapturedLayer, MicroBatch, PartSpec
+from m2ray.batches import Bits, CapturedLayer, Column, MicroBatch, PartSpec
 from m2ray.errors import StageError
 
 COPYING_LAYERS = 3
-"""Layers of one micro-batch whose rows are on the GPU at one time: on their way to the host, or yet to be computed."""
+"""Parts of one micro-batch whose rows are on the GPU at one time: on their way to the host, or yet to be computed."""
 
 
 @dataclass(frozen=True)
@@ -20,8 +21,8 @@ class CaptureSpec:
     """What a job takes of a model, the same for all its stages.
 
     Attributes:
-        sites: the layers whose rows are kept, ascending, by site; there is "residual".
-        store_dtype: "bfloat16", "float16" or "float32".
+        sites: the layers whose rows are kept, ascending, by site; none at sites of the whole model.
+        store_dtype: "bfloat16", "float16" or "float32", of rows of hidden width.
     """
 
     sites: Mapping[str, tuple[int, ...]]
@@ -30,45 +31,44 @@ class CaptureSpec:
 
 @dataclass(frozen=True)
 class _Rows:
-    """One layer's rows on their way to the host, and the extremes [2] of what they were rounded from."""
+    """One part's rows on their way to the host, a tensor [N, ...] a column, and the extremes [2] of what each was rounded from."""
 
-    layer: int
-    rows_NW: torch.Tensor
-    extremes: torch.Tensor
+    part: PartSpec
+    columns: tuple[torch.Tensor, ...]
+    extremes: tuple[torch.Tensor, ...]
 
 
-class ResidualCapture:
-    """The residual stream after some layers, of one micro-batch.
+class Capture:
+    """What is kept of one micro-batch: some sites, after some layers.
 
     Rows are those of the chosen tokens, in the order of m2ray.selection. Padding is left out before anything is copied, and every
-    layer's rows have memory of their own. On a GPU they are copied into pinned memory on a stream of their own, beside the
+    part's rows have memory of their own. On a GPU they are copied into pinned memory on a stream of their own, beside the
     computation: `finish` is what waits, and may be called on another thread.
     """
 
-    def __init__(
-        self, micro_batch: MicroBatch, parts: Iterable[PartSpec], store_dtype: torch.dtype, copy_stream: "torch.cuda.Stream | None"
-    ) -> None:
+    def __init__(self, micro_batch: MicroBatch, parts: Iterable[PartSpec], copy_stream: "torch.cuda.Stream | None") -> None:
         self._micro_batch = micro_batch
-        self._layers = frozenset(part.layer for part in parts)
-        self._store_dtype = store_dtype
+        self._parts = {(part.site, part.layer): part for part in parts}
         self._copy_stream = copy_stream
         places_N = torch.from_numpy(selection.places(micro_batch))
         # From pinned memory the host need not wait for the computation that is still running.
         self._places_N = places_N if copy_stream is None else places_N.pin_memory().to(copy_stream.device, non_blocking=True)
-        self._captured: list[_Rows] = []
+        self._captured: dict[PartSpec, _Rows] = {}
         self._copying: deque[torch.cuda.Event] = deque()
 
-    def __call__(self, layer: int, hidden_BTH: torch.Tensor) -> None:
-        """Keep layer `layer`'s rows of its output, [B, T, H] or [B, T, S, H], if they are asked for; of several streams all, side by side."""
-        if layer not in self._layers:
+    def keep(self, site: str, layer: int | None, *values_BT: torch.Tensor) -> None:
+        """Keep what stands at a site, if that part is asked for: a tensor [B, T, ...] a column, of which all that follows is the row."""
+        part = self._parts.get((site, layer))
+        if part is None:
             return
         self._wait_for_room()
-        selected_NW = hidden_BTH.flatten(0, 1).index_select(0, self._places_N).flatten(1)
-        extremes = torch.stack(torch.aminmax(selected_NW))
+        selected = [values.flatten(0, 1).index_select(0, self._places_N).flatten(1) for values in values_BT]
+        extremes = [_extremes(rows_NW) for rows_NW in selected]
         # Rounds once, to nearest even; index_select made a copy, so nothing computed later can change these rows.
-        rounded_NW = selected_NW.to(self._store_dtype)
-        on_host_NW = self._to_host(rounded_NW, hidden_BTH.shape[0] * hidden_BTH.shape[1])
-        self._captured.append(_Rows(layer, on_host_NW, self._to_host(extremes, len(extremes))))
+        rounded = [rows_NW.to(getattr(torch, column.dtype)) for rows_NW, column in zip(selected, part.columns, strict=True)]
+        room = values_BT[0].shape[0] * values_BT[0].shape[1]
+        columns = tuple(self._to_host(rows_NW, room) for rows_NW in rounded)
+        self._captured[part] = _Rows(part, columns, tuple(self._to_host(both, len(both)) for both in extremes))
         if self._copy_stream is not None:
             self._copying.append(torch.cuda.Event())
             self._copying[-1].record(self._copy_stream)
@@ -90,17 +90,19 @@ class ResidualCapture:
         return on_host
 
     def finish(self) -> tuple[CapturedLayer, ...]:
-        """All that was kept, in the order of layers, once it is on the host.
+        """All that was kept, in the order of the parts, once it is on the host.
 
         Raises:
             StageError: a row holds an infinity or no number at all, from the computation or from rounding to the store dtype.
         """
         if self._copy_stream is not None:
             self._copied.synchronize()
-        for rows in self._captured:
-            if not rows.extremes.to(self._store_dtype).isfinite().all():
-                raise self._not_finite(rows)
-        return tuple(CapturedLayer("residual", rows.layer, _bits(rows.rows_NW)) for rows in self._captured)
+        kept = [self._captured[part] for part in self._parts.values() if part in self._captured]
+        for rows in kept:
+            for number, extremes in enumerate(rows.extremes):
+                if not extremes.to(rows.columns[number].dtype).isfinite().all():
+                    raise self._not_finite(rows, number)
+        return tuple(CapturedLayer(rows.part.site, rows.part.layer, tuple(map(_bits, rows.columns))) for rows in kept)
 
     def end(self) -> None:
         """No more layers come: mark the place in the copy stream that `finish` waits for."""
@@ -108,33 +110,41 @@ class ResidualCapture:
             self._copied = torch.cuda.Event()
             self._copied.record(self._copy_stream)
 
-    def _not_finite(self, rows: _Rows) -> StageError:
-        is_bad_N = ~rows.rows_NW.isfinite().all(dim=1).numpy()
+    def _not_finite(self, rows: _Rows, column: int) -> StageError:
+        is_bad_N = ~rows.columns[column].isfinite().all(dim=1).numpy()
         ids = np.unique(selection.token_rows(self._micro_batch)["sequence_id"][is_bad_N])
         listed = ", ".join(str(sequence_id) for sequence_id in ids[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
-        smallest, largest = rows.extremes.float().tolist()
-        dtype = str(self._store_dtype).removeprefix("torch.")
+        smallest, largest = rows.extremes[column].float().tolist()
+        dtype = rows.part.columns[column].dtype
         return StageError(
-            f"Layer {rows.layer}, sequences {listed}: values from {smallest:g} to {largest:g} do not fit {dtype}.",
+            f"{str(rows.part).capitalize()}, sequences {listed}: values from {smallest:g} to {largest:g} do not fit {dtype}.",
             'Set compute_dtype and store_dtype to "bfloat16" or "float32"; if they are so already, the weights or the family are at fault.',
         )
 
 
-def pin_host_memory(num_bytes: int, padded_tokens: int, row_width: int, store_dtype: torch.dtype) -> None:
+def _extremes(rows_NW: torch.Tensor) -> torch.Tensor:
+    """The smallest and the largest value [2]; two zeros where there are none."""
+    return torch.stack(torch.aminmax(rows_NW)) if rows_NW.numel() else rows_NW.new_zeros(2)
+
+
+def pin_host_memory(num_bytes: int, padded_tokens: int, columns: Sequence[Column]) -> None:
     """Take pinned memory for `num_bytes` of captured rows and leave it to torch, which keeps it for the micro-batches to come.
 
     Pinning takes long, and the computation would have to wait for it.
 
     Args:
-        padded_tokens: of a full micro-batch, whose rows of one layer lie in one piece.
-        row_width: elements of a row.
+        padded_tokens: of a full micro-batch, whose rows of one column lie in one piece.
+        columns: of all the parts.
 
     Raises:
         StageError: the system does not give so much.
     """
-    piece_bytes = padded_tokens * row_width * store_dtype.itemsize
+    pieces: list[torch.Tensor] = []
     try:
-        pieces = [torch.empty((padded_tokens, row_width), dtype=store_dtype, pin_memory=True) for _ in range(-(-num_bytes // piece_bytes))]
+        for column in cycle(columns):
+            if sum(piece.nbytes for piece in pieces) >= num_bytes:
+                break
+            pieces.append(torch.empty((padded_tokens, column.width), dtype=getattr(torch, column.dtype), pin_memory=True))
     except RuntimeError as error:
         raise StageError(
             f"{num_bytes:,} bytes of pinned host memory for captured rows cannot be had: {str(error).splitlines()[0]}.",

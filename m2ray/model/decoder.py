@@ -15,7 +15,8 @@ from m2ray.model.families import expected_rotary_dim
 from m2ray.model.residency import BroughtLayers, WeightsInHost, WeightsOnDisk
 from m2ray.model.skeleton import ModelTensor, Skeleton, hidden_of
 
-OnLayer = Callable[[int, torch.Tensor], None]
+OnSite = Callable[..., None]
+"""Takes a site's name, the layer (None at sites of the whole model), and its values [B, T, ...], one tensor a column."""
 
 
 class DecoderSpan:
@@ -48,7 +49,7 @@ class DecoderSpan:
         self._token_ids_BT = torch.empty(0)
         self._incoming: Boundary | None = None
         self._prepared: torch.Tensor | None = None
-        self._on_layer: OnLayer = _ignore
+        self._on_site: OnSite = _ignore
         if device.type == "cuda":
             avoid_plans_by_shape()
         _build_buffers(self._base)
@@ -66,19 +67,20 @@ class DecoderSpan:
             self._prepare = getattr(self._base, self._contract.prepared[1])
             setattr(self._base, self._contract.prepared[1], self._prepare_once)
 
-    def run(self, token_ids_BT: torch.Tensor, incoming: Boundary | None, on_layer: OnLayer) -> Boundary:
+    def run(self, token_ids_BT: torch.Tensor, incoming: Boundary | None, on_site: OnSite) -> Boundary:
         """Take a right-padded micro-batch through the span.
 
         Args:
             token_ids_BT: int64, on the span's device.
             incoming: what the span before returned; None for the first.
-            on_layer: called with each layer's number and output, hidden states [B, T, H] or [B, T, S, H], before the next layer runs.
+            on_site: called with "residual" and each layer's number and output, hidden states [B, T, H] or [B, T, S, H], before the next layer
+                runs.
 
         Returns:
             What the next span needs; the hidden states are the last layer's output: before the final norm, for the model's last layer too.
         """
         assert (incoming is None) == (self.span.start == 0), "the first span takes tokens, every other one hidden states"
-        self._token_ids_BT, self._incoming, self._on_layer = token_ids_BT, incoming, on_layer
+        self._token_ids_BT, self._incoming, self._on_site = token_ids_BT, incoming, on_site
         source = {"input_ids": token_ids_BT} if incoming is None else self._in_place_of_tokens(incoming)
         position_ids = torch.arange(token_ids_BT.shape[1], device=self.device)[None]
         try:
@@ -87,7 +89,7 @@ class DecoderSpan:
         except _SpanDone as done:
             return done.boundary
         finally:
-            self._incoming, self._prepared, self._on_layer = None, None, _ignore
+            self._incoming, self._prepared, self._on_site = None, None, _ignore
         raise AssertionError("the forward pass went past the span's last layer")
 
     def compile_layers(self) -> None:
@@ -178,7 +180,7 @@ class DecoderSpan:
     def _leave(self, number: int) -> Callable[..., None]:
         def hook(_: nn.Module, __: Any, kwargs: dict[str, Any], output: Any) -> None:
             hidden_BTH = hidden_of(output)
-            self._on_layer(number, hidden_BTH)
+            self._on_site("residual", number, hidden_BTH)
             if number == self.span.stop - 1:
                 raise _SpanDone(Boundary(hidden_BTH, self._beside(output, kwargs)))
 
@@ -227,7 +229,7 @@ def _outermost(names: Sequence[str]) -> list[str]:
     return [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
 
 
-def _ignore(_: int, __: torch.Tensor) -> None:
+def _ignore(*_: Any) -> None:
     pass
 
 

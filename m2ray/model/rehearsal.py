@@ -116,7 +116,7 @@ class Rehearsal:
             decoder = DecoderSpan(deepcopy(skeleton), LayerSpan(*ends), torch.device("cpu"))
             load_weights(checkpoint, decoder, lambda *_: None)
             with torch.inference_mode():
-                incoming = decoder.run(self._token_ids_BT, incoming, lambda _, hidden_BTH: outputs.append(hidden_BTH.clone()))
+                incoming = decoder.run(self._token_ids_BT, incoming, lambda *site: outputs.append(site[-1].clone()))
         return outputs
 
     def _load(self, dtype: torch.dtype) -> Any:

@@ -13,7 +13,7 @@ from m2ray.batches import CapturedLayer, LayerSpan, MicroBatch, Residency
 from m2ray.errors import ConfigError
 from m2ray.model.attention import FLEX_BLOCK, require_attention_to_sinks, require_machine, resolve_attn_implementation
 from m2ray.model.boundary import Boundary, blank, row_width, shapes_at, token_bytes
-from m2ray.model.capture import CaptureSpec, ResidualCapture, pin_host_memory
+from m2ray.model.capture import Capture, CaptureSpec, pin_host_memory
 from m2ray.model.checkpoint import open_checkpoint
 from m2ray.model.decoder import DecoderSpan
 from m2ray.model.families import default_max_length
@@ -63,7 +63,7 @@ class StageOutput:
     wait by themselves, and may be used on other threads.
     """
 
-    def __init__(self, boundary: Boundary | None, capture: ResidualCapture, timed: "_Timed") -> None:
+    def __init__(self, boundary: Boundary | None, capture: Capture, timed: "_Timed") -> None:
         self.boundary = boundary
         self.ready = timed.end
         self._capture = capture
@@ -150,7 +150,6 @@ class Stage:
         self.bytes_read = bytes_read
         self.parameter_bytes = parameter_bytes(decoder)
         self.handed_bytes = token_bytes(config, spec.span.stop, DTYPES[spec.compute_dtype])
-        self._row_width = row_width(config)
         self._spec = spec
         self._decoder = decoder
         self._on_gpu = decoder.device.type == "cuda"
@@ -171,9 +170,8 @@ class Stage:
         layers = capture.sites.get("residual", ())
         if outside := [layer for layer in layers if layer >= config.num_hidden_layers]:
             raise ConfigError(f"Captured layers {outside}: the model has layers 0 to {config.num_hidden_layers - 1}.")
-        of_the_job = parts_of_run("residual", layers, capture.store_dtype, self._row_width)
+        of_the_job = parts_of_run(capture.sites, capture.store_dtype, row_width(config))
         self.parts = parts_of_span(of_the_job, self._spec.span, config.num_hidden_layers)
-        self._store_dtype = DTYPES[capture.store_dtype]
 
     def forward(self, micro_batch: MicroBatch, incoming: Boundary | None) -> StageOutput:
         """Take a micro-batch through the span.
@@ -189,13 +187,13 @@ class Stage:
             self._check(micro_batch, incoming)
         self._wait_for_gpu()
         with torch.inference_mode():
-            capture = ResidualCapture(micro_batch, self.parts, self._store_dtype, self._copy_out)
+            capture = Capture(micro_batch, self.parts, self._copy_out)
             token_ids_BT = torch.tensor(micro_batch.token_ids_BT, dtype=torch.int64)
             if self._on_gpu:
                 token_ids_BT = token_ids_BT.pin_memory().to(self._decoder.device, non_blocking=True)
             incoming = self._to_device(incoming)
             timed = _Timed(self._decoder.device)
-            boundary = self._decoder.run(token_ids_BT, incoming, capture)
+            boundary = self._decoder.run(token_ids_BT, incoming, capture.keep)
             timed.finish()
             capture.end()
         if timed.end is not None:
@@ -217,9 +215,10 @@ class Stage:
         """
         config = self._decoder.skeleton.config
         if self._on_gpu and self.parts:
-            capture_bytes = batch_tokens * self._row_width * self._store_dtype.itemsize * len(self.parts)
+            capture_bytes = batch_tokens * sum(part.row_bytes for part in self.parts)
+            columns = [column for part in self.parts for column in part.columns]
             # Beside what waits, of two micro-batches: one that is computed, and one whose rows are handed over.
-            pin_host_memory(waiting_bytes + 2 * capture_bytes, batch_tokens, self._row_width, self._store_dtype)
+            pin_host_memory(waiting_bytes + 2 * capture_bytes, batch_tokens, columns)
         longest = max(4, min(1024, default_max_length(config), batch_tokens // 2))
         full = -(-batch_tokens // longest)
         shapes = [(full, batch_tokens // full), (batch_tokens // (longest // 2), longest // 2), (1, longest)]

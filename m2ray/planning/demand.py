@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, cast
 
-from m2ray.batches import LayerSpan, PartSpec, Residency, TensorRow, TensorTable
+from m2ray.batches import ITEMSIZE_BYTES, LayerSpan, PartSpec, Residency, TensorRow, TensorTable
 from m2ray.options import RunOptions
 from m2ray.planning.devices import Device
 from m2ray.planning.memory import (
@@ -18,7 +18,6 @@ from m2ray.planning.memory import (
     gpu_overhead,
     span_rows,
 )
-from m2ray.planning.output import ITEMSIZE_BYTES, row_bytes
 from m2ray.planning.partition import DeviceMap, partition, short_by_bytes
 from m2ray.planning.profile import Profile
 from m2ray.sites import parts_of_span
@@ -106,7 +105,7 @@ class Demand:
 
     def row_bytes(self, span: LayerSpan) -> list[int]:
         """Bytes of a row of each part that `span` captures."""
-        return [row_bytes(part) for part in self.parts(span)]
+        return [part.row_bytes for part in self.parts(span)]
 
     def short_bytes(self, devices: Sequence[Device]) -> int:
         """Bytes of one chain's weights that these devices have no room for; 0 if it fits."""
@@ -157,7 +156,7 @@ class Demand:
     @cached_property
     def overhead(self) -> dict[str, int]:
         """What a GPU holds besides weights, whichever span it gets."""
-        return gpu_overhead(self.workload, [row_bytes(part) for part in self.options.parts])
+        return gpu_overhead(self.workload, [part.row_bytes for part in self.options.parts])
 
     @cached_property
     def _costs(self) -> tuple[Sequence[int], int, int]:

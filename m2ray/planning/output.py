@@ -3,9 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from m2ray.batches import PartSpec, PromptStats
-
-ITEMSIZE_BYTES: Mapping[str, int] = {"bfloat16": 2, "float16": 2, "float32": 4}
+from m2ray.batches import Column, PartSpec, PromptStats
 
 IDS_BYTES_A_ROW = 4.4
 """sequence_id, position and token_id of one row. 16 bytes in memory; encoded between 3.4 (tokens as frequent as in
@@ -46,14 +44,14 @@ class OutputPlan:
     cost_a_month: float | None
 
 
-def row_bytes(spec: PartSpec) -> int:
-    """Bytes of one activation row in memory."""
-    return spec.width * ITEMSIZE_BYTES[spec.dtype]
-
-
 def stored_row_bytes(spec: PartSpec, compression: str) -> float:
     """Bytes of one row in a part, its ids among them; exact but for the ids without compression, an estimate with planes."""
-    return row_bytes(spec) * (PLANES_SHARE[spec.dtype] if compression == "planes" else 1.0) + IDS_BYTES_A_ROW
+    return sum(column.row_bytes * _share(column, compression) for column in spec.columns) + IDS_BYTES_A_ROW
+
+
+def _share(column: Column, compression: str) -> float:
+    """What a column takes of its bytes: planes are made of activations of 16 bits."""
+    return PLANES_SHARE.get(column.dtype, 1.0) if compression == "planes" and column.name == "activation" else 1.0
 
 
 def part_bytes(spec: PartSpec, rows: int, row_groups: int, files: int = 1, compression: str = "none") -> int:

@@ -11,6 +11,7 @@ from m2ray.batches import PromptStats
 from m2ray.planning.demand import Demand
 from m2ray.planning.devices import Device, chain_devices
 from m2ray.planning.hardware import Cluster
+from m2ray.planning.output import stored_row_bytes
 from m2ray.planning.placing import place_all
 from m2ray.sizes import MaxMemory
 
@@ -94,8 +95,8 @@ def _changes(
         to("in_flight_bytes"),
         'It fits with in_flight = "{value}" or less, or a larger /dev/shm.',
     )
-    can_be_planes = options.compression != "planes" and all(part.dtype != "float32" for part in options.parts)
-    yield "compression", _if(can_be_planes, "planes"), to("compression"), 'It fits with compression = "planes".'
+    are_smaller = any(stored_row_bytes(part, "planes") < stored_row_bytes(part, options.compression) for part in options.parts)
+    yield "compression", _if(are_smaller, "planes"), to("compression"), 'It fits with compression = "planes".'
     yield (
         "output",
         _if(demand.assumed.disk_free_bytes is not None, "elsewhere"),

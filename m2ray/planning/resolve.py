@@ -64,7 +64,7 @@ def resolve(
         prompts=prompts,
         layers=layers,
         sites=config.sites,
-        parts=parts_of_run(config.sites, layers, config.store_dtype, table.hidden_size),
+        parts=parts_of_run({config.sites: layers}, config.store_dtype, table.hidden_size),
         compute_dtype=config.compute_dtype,
         store_dtype=config.store_dtype,
         batch_tokens=decided("batch_tokens", config.batch_tokens, AUTO_BATCH_TOKENS),

@@ -113,7 +113,7 @@ def test_rows_are_right_while_later_micro_batches_run(folder: Path) -> None:
     reference = load_reference(folder, torch.float32)
     for batch, output in zip(batches, outputs, strict=True):
         for captured, expected in zip(output.captured, reference_rows(reference, batch), strict=True):
-            rows = torch.from_numpy(captured.rows).view(torch.float32)
+            rows = torch.from_numpy(captured.columns[0]).view(torch.float32)
             assert ((rows - expected).norm(dim=1) / expected.norm(dim=1)).max() < 1e-4
 
 
@@ -127,7 +127,7 @@ def test_a_chain_on_the_gpu_equals_one_stage(folder: Path) -> None:
     assert handed_on.boundary is not None
     chained = (*handed_on.captured, *second.forward(batch, handed_on.boundary.map(lambda tensor: tensor.cpu().pin_memory())).captured)
     for one, other in zip(whole, chained, strict=True):
-        assert np.array_equal(one.rows, other.rows), one.layer
+        assert np.array_equal(one.columns[0], other.columns[0]), one.layer
 
 
 @pytest.mark.parametrize(("attn", "compiled"), [("sdpa", True), ("flex_attention", True), ("flex_attention", False)])
@@ -151,7 +151,7 @@ def test_no_micro_batch_waits_for_pinned_memory_after_the_warm_up(folder: Path) 
     stage, num_batches = load(folder, "cuda:0"), 6
     lengths = [(512,) * 3 + (512 - 90 * number,) for number in range(num_batches)]
     batches = [micro_batch_of(each, MINIMAX_TINY["vocab_size"]) for each in lengths]
-    row_bytes = stage.parts[0].width * 2
+    row_bytes = stage.parts[0].columns[0].width * 2
     stage.warm_up(2048, waiting_bytes=(num_batches - 2) * 2048 * row_bytes * len(stage.parts))
     before = torch.cuda.host_memory_stats()["num_host_alloc"]
     held = [stage.forward(batch, None).captured for batch in batches]
@@ -179,7 +179,7 @@ def test_other_attention_is_within_rounding_of_the_reference(folder: Path, attn:
     stage = load(folder, "cuda:0", dtype=dtype, span=(0, 1), attn=attn)
     for lengths in (LENGTHS, (300,), (700, 650, 3)):
         batch = micro_batch_of(lengths, MINIMAX_TINY["vocab_size"])
-        rows = torch.from_numpy(stage.forward(batch, None).captured[0].rows).view(getattr(torch, dtype)).float()
+        rows = torch.from_numpy(stage.forward(batch, None).captured[0].columns[0]).view(getattr(torch, dtype)).float()
         expected = reference_rows(load_reference(folder, torch.float32), batch)[0]
         error_N = (rows - expected).norm(dim=1) / expected.norm(dim=1)
         assert error_N.quantile(0.9) < most
@@ -197,7 +197,7 @@ def test_offloaded_layers_give_the_same_rows(folder: Path, tmp_path: Path, *, co
         residency = {layer: "host" if layer < num_gpu + num_host else "disk" for layer in every[num_gpu:]}
         stage = load_capturing(replace(spec, residency=residency, offload_folder=str(tmp_path)))
         outputs = [stage.forward(batch, None) for batch in batches]
-        rows.append([layer.rows for output in outputs for layer in output.captured])
+        rows.append([layer.columns[0] for output in outputs for layer in output.captured])
     assert all(np.array_equal(one, other) for offloaded in rows[1:] for one, other in zip(rows[0], offloaded, strict=True))
 
 
@@ -206,5 +206,5 @@ def test_an_infinity_is_found_when_the_rows_are_taken(folder: Path) -> None:
     with torch.no_grad():
         tensors(stage)["model.layers.3.mlp.experts.down_proj"].fill_(float("inf"))
     output = stage.forward(micro_batch_of((5, 3), MINIMAX_TINY["vocab_size"]), None)
-    with pytest.raises(StageError, match="Layer 3"):
+    with pytest.raises(StageError, match="Residual of layer 3"):
         _ = output.captured

@@ -198,11 +198,11 @@ def test_wrong_credentials_are_named_and_not_shown(url: str, monkeypatch: pytest
 
 def test_what_an_attempt_that_fails_has_uploaded_is_given_up(url: str, proxy: FaultyProxy, s3: S3Server) -> None:
     """The writer itself: a micro-batch of 40 MB is on its way, then the attempt is abandoned."""
-    spec, num_tokens = PartSpec("residual", 0, "bfloat16", 2048), 10_000
+    spec, num_tokens = PartSpec.of("residual", 0, "bfloat16", 2048), 10_000
     micro_batch = MicroBatch(0, 0, False, np.array([0]), np.array([num_tokens], np.int32), np.zeros((1, num_tokens), np.int32))
     rows = np.zeros((num_tokens, 4096), np.uint8)
     writer = ActivationWriter(open_store(f"{url}?endpoint={proxy.endpoint}"), {}, [spec], queue_bytes=1 << 30, threads=1)
-    writer.submit("a1", micro_batch, [CapturedLayer("residual", 0, rows)], 60)
+    writer.submit("a1", micro_batch, [CapturedLayer("residual", 0, (rows,))], 60)
     deadline = time.monotonic() + 60
     while writer.queued_bytes:
         assert time.monotonic() < deadline

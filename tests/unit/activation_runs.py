@@ -19,7 +19,7 @@ from m2ray.storage import Store
 
 WIDTH = 24
 NUM_LAYERS = 12
-PARTS = tuple(PartSpec("residual", layer, "bfloat16", WIDTH) for layer in (0, 7, 11))
+PARTS = tuple(PartSpec.of("residual", layer, "bfloat16", WIDTH) for layer in (0, 7, 11))
 QUARANTINED = {2: "empty", 6: "not a string but int"}
 NUM_SEQUENCES = 12
 LOADED = {None: "e" * 32, **{layer: f"{layer:032x}" for layer in range(NUM_LAYERS)}}
@@ -38,10 +38,9 @@ def token_ids(sequence_id: int) -> np.ndarray:
 
 
 def bits(part: PartSpec, sequence_id: int) -> Bits:
-    """What the model would give: random bytes with every odd bit pattern among them, uint8 [T, W * itemsize]."""
-    itemsize = {"bfloat16": 2, "float16": 2, "float32": 4}[part.dtype]
+    """What the model would give: random bytes with every odd bit pattern among them, all columns side by side, uint8 [T, bytes of a row]."""
     rng = np.random.default_rng([2, 99 if part.layer is None else part.layer, sequence_id])
-    rows = rng.integers(0, 256, (token_count(sequence_id), part.width * itemsize), dtype=np.uint8)
+    rows = rng.integers(0, 256, (token_count(sequence_id), part.row_bytes), dtype=np.uint8)
     num_patterns = min(len(PATTERNS), rows.shape[1] // 2)
     rows[:, : 2 * num_patterns] = PATTERNS[:num_patterns].view(np.uint8)
     return rows
@@ -70,7 +69,11 @@ def micro_batches(of: Shard, size: int = 2) -> list[MicroBatch]:
 
 def captured(parts: Iterable[PartSpec], micro_batch: MicroBatch) -> list[CapturedLayer]:
     ids = micro_batch.sequence_ids.tolist()
-    return [CapturedLayer(part.site, part.layer, np.concatenate([bits(part, i) for i in ids])) for part in parts]
+    return [CapturedLayer(part.site, part.layer, by_column(part, np.concatenate([bits(part, i) for i in ids]))) for part in parts]
+
+
+def by_column(part: PartSpec, rows: Bits) -> tuple[Bits, ...]:
+    return tuple(np.split(rows, np.cumsum([column.row_bytes for column in part.columns])[:-1], axis=1))
 
 
 def loss_mask(sequence_id: int) -> list[int] | None:

@@ -87,7 +87,10 @@ def extracted(
 def rows_of_stage(stage: Stage, micro_batch: MicroBatch) -> list[torch.Tensor]:
     """What a stage from layer 0 on captures."""
     captured = stage.forward(micro_batch, None).captured
-    return [torch.from_numpy(each.rows).view(getattr(torch, part.dtype)).clone() for part, each in zip(stage.parts, captured, strict=True)]
+    return [
+        torch.from_numpy(each.columns[0]).view(getattr(torch, part.columns[0].dtype)).clone()
+        for part, each in zip(stage.parts, captured, strict=True)
+    ]
 
 
 def _commit(work: Any, shard: Any, rows_of: RowsOf, computed_on: str) -> None:
@@ -97,7 +100,7 @@ def _commit(work: Any, shard: Any, rows_of: RowsOf, computed_on: str) -> None:
     try:
         for micro_batch in micro_batches(shard, work.tokens, job.options["batch_tokens"]):
             rows = zip(job.parts, rows_of(micro_batch), strict=True)
-            captured = [CapturedLayer(part.site, part.layer, each.contiguous().view(torch.uint8).numpy()) for part, each in rows]
+            captured = [CapturedLayer(part.site, part.layer, (each.contiguous().view(torch.uint8).numpy(),)) for part, each in rows]
             writer.submit(attempt, micro_batch, captured, timeout_s=10)
             shapes.append(micro_batch.token_ids_BT.shape)
         receipts = writer.collect(shard.index, attempt, timeout_s=10)

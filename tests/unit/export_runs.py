@@ -22,7 +22,7 @@ ORDER = [number for ids in runs.SHARD_SEQUENCES for number in ids]
 
 
 def parts(layers: Sequence[int] = LAYERS, dtype: str = "bfloat16") -> list[PartSpec]:
-    return [PartSpec("residual", layer, dtype, runs.WIDTH) for layer in layers]
+    return [PartSpec.of("residual", layer, dtype, runs.WIDTH) for layer in layers]
 
 
 def mask(sequence_id: int) -> np.ndarray:

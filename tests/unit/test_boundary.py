@@ -56,7 +56,7 @@ def rows_through_transport(stages: list[Stage], micro_batch: Any) -> list[torch.
     for stage in stages:
         output = stage.forward(micro_batch, incoming)
         rows += [
-            torch.from_numpy(each.rows.copy()).view(getattr(torch, part.dtype))
+            torch.from_numpy(each.columns[0].copy()).view(getattr(torch, part.columns[0].dtype))
             for part, each in zip(stage.parts, output.captured, strict=True)
         ]
         if output.boundary is not None:
@@ -175,8 +175,8 @@ def test_a_row_of_several_streams_is_all_of_them(deepseek: Path) -> None:
     output = stage.forward(micro_batch, None)
     assert output.boundary is not None
     assert output.boundary.hidden_BTH.shape == (1, 7, 4, 48)
-    rows_NW = torch.from_numpy(output.captured[-1].rows.copy()).view(torch.float32)
-    assert stage.parts[-1].width == 4 * 48
+    rows_NW = torch.from_numpy(output.captured[-1].columns[0].copy()).view(torch.float32)
+    assert stage.parts[-1].columns[0].width == 4 * 48
     assert torch.equal(rows_NW.view(7, 4, 48), output.boundary.hidden_BTH[0])
     assert not torch.equal(rows_NW[:, :48], rows_NW[:, 48:96])
 

@@ -125,7 +125,7 @@ def test_only_the_spans_layers_run(tmp_path: Path) -> None:
     seen: list[int] = []
     hidden_BTH = torch.randn(2, 3, 48, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        out_BTH = decoder.run(torch.zeros(2, 3, dtype=torch.long), Boundary(hidden_BTH), lambda layer, _: seen.append(layer)).hidden_BTH
+        out_BTH = decoder.run(torch.zeros(2, 3, dtype=torch.long), Boundary(hidden_BTH), lambda _, layer, __: seen.append(layer)).hidden_BTH
     assert seen == [2, 3]
     assert out_BTH.shape == hidden_BTH.shape
     for number in (0, 1, 4):

@@ -18,7 +18,7 @@ from tests.unit import activation_runs as runs
 FLIPS = 150
 """Of 2,000 that were tried once; these are the first."""
 
-PARTS = (runs.PARTS[1], PartSpec("final_norm", None, "float16", 130))
+PARTS = (runs.PARTS[1], PartSpec.of("final_norm", None, "float16", 130))
 
 
 def everything(folder: Path) -> list[Any]:

@@ -43,13 +43,15 @@ def batches_of(shard: Shard, batch_tokens: int) -> Iterator[MicroBatch]:
 def written_bytes(folder: str, part: PartSpec, shards: list[Shard], batch_tokens: int, compression: str, sigma: float) -> int:
     """Of one site and layer; rows are normal, and the scales of their elements log-normal."""
     generator = torch.Generator().manual_seed(part.layer)
-    scales = torch.exp(sigma * torch.randn(part.width, generator=generator))
+    scales = torch.exp(sigma * torch.randn(part.columns[0].width, generator=generator))
     total = 0
     for shard in shards:
         writer = PartWriter(open_store(folder), part, METADATA, shard.index, "0123456789ab", compression)
         for batch in batches_of(shard, batch_tokens):
-            rows = (torch.randn(batch.num_tokens, part.width, generator=generator) * scales).to(getattr(torch, part.dtype))
-            writer.append(encode_tokens(selection.token_rows(batch)), rows.view(torch.uint8).numpy())
+            rows = (torch.randn(batch.num_tokens, part.columns[0].width, generator=generator) * scales).to(
+                getattr(torch, part.columns[0].dtype)
+            )
+            writer.append(encode_tokens(selection.token_rows(batch)), [rows.view(torch.uint8).numpy()])
         writer.finish("0" * 32)
         total += writer.receipt.num_bytes
     return total
@@ -72,7 +74,7 @@ def test_planned_output_is_within_two_percent(
     tmp_path, num_layers: int, width: int, dtype: str, compression: str, shard_tokens: int, batch_tokens: int, lengths: str
 ) -> None:
     shards = shards_of(lengths, shard_tokens)
-    parts = [PartSpec("residual", layer, dtype, width) for layer in range(num_layers)]
+    parts = [PartSpec.of("residual", layer, dtype, width) for layer in range(num_layers)]
     stats = batching(shards, batch_tokens)
     planned = plan_output(parts, stats, None, compression)
     for part in parts:
@@ -84,6 +86,6 @@ def test_planned_output_is_within_two_percent(
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("sigma", [0.0, 2.0])
 def test_other_rows_in_planes_are_within_seven_percent(tmp_path, dtype: str, sigma: float) -> None:
-    shards, part = shards_of("mixed", 8_000), PartSpec("residual", 0, dtype, 1024)
+    shards, part = shards_of("mixed", 8_000), PartSpec.of("residual", 0, dtype, 1024)
     planned = plan_output([part], batching(shards, 4_096), None, "planes").num_bytes
     assert planned == pytest.approx(written_bytes(str(tmp_path), part, shards, 4_096, "planes", sigma), rel=0.07)

@@ -16,7 +16,7 @@ from m2ray.activations import planes
 from m2ray.activations.reading.pages import PartPages
 from m2ray.activations.reading.reader import open_run
 from m2ray.activations.reading.verify import verify
-from m2ray.activations.schema import activation_columns, encode_tokens, part_key
+from m2ray.activations.schema import encode_tokens, part_key
 from m2ray.activations.writing.commits import claim_run
 from m2ray.activations.writing.part_writer import PartWriter
 from m2ray.batches import TOKEN_ROW, PartSpec
@@ -26,7 +26,7 @@ from m2ray.storage import LocalStore
 from tests.unit import activation_runs as runs
 
 RESIDUAL = runs.PARTS[1]
-HALF = PartSpec("mlp", 7, "float16", 13)
+HALF = PartSpec.of("mlp", 7, "float16", 13)
 ALL_BITS = np.arange(1 << 16, dtype="<u2")
 
 
@@ -53,10 +53,10 @@ def write_part(folder: Path, compression: str, spec: PartSpec, groups: list[np.n
     for rows in groups:
         tokens = np.zeros(len(rows), TOKEN_ROW)
         tokens["position"] = np.arange(len(rows))
-        writer.append(encode_tokens(tokens), rows)
+        writer.append(encode_tokens(tokens), [rows])
     writer.finish("0")
     key, num_bytes = writer.receipt.key, writer.receipt.num_bytes
-    return PartPages(store, key, num_bytes, read_tail(store, key, num_bytes), activation_columns(spec, compression), check=True)
+    return PartPages(store, key, num_bytes, read_tail(store, key, num_bytes), spec, compression, check=True)
 
 
 @given(npst.arrays(np.uint16, st.tuples(st.integers(0, 5), st.integers(1, 9))))
@@ -70,7 +70,7 @@ def test_planes_lose_nothing(numbers: np.ndarray) -> None:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_every_pattern_of_16_bits_comes_back_from_a_part_in_planes(tmp_path: Path, dtype: str) -> None:
     rows = ALL_BITS.reshape(-1, 64).view(np.uint8)
-    pages = write_part(tmp_path, "planes", PartSpec("residual", 0, dtype, 64), [rows[:700], rows[700:]])
+    pages = write_part(tmp_path, "planes", PartSpec.of("residual", 0, dtype, 64), [rows[:700], rows[700:]])
     assert np.array_equal(runs.span(pages, 0, 1024, rows.shape[1]), rows)
 
 
@@ -85,7 +85,7 @@ def test_any_span_of_many_pages_and_row_groups(tmp_path_factory, compression: st
         for count in data.draw(st.lists(st.integers(1, 300), min_size=1, max_size=4))
     ]
     rows = np.concatenate(groups)
-    pages = write_part(tmp_path_factory.mktemp("part"), compression, PartSpec("residual", 0, "bfloat16", width), groups)
+    pages = write_part(tmp_path_factory.mktemp("part"), compression, PartSpec.of("residual", 0, "bfloat16", width), groups)
     start = data.draw(st.integers(0, len(rows) - 1))
     stop = data.draw(st.integers(start + 1, len(rows)))
     for low, high in ((start, stop), (start, start + 1), (stop - 1, stop), (0, len(rows))):
@@ -122,14 +122,16 @@ def test_stock_readers_open_planes(mixed: Path) -> None:
         assert b"".join(low) == rows[:, 0::2].tobytes()
 
 
-def test_planes_of_float32_and_unknown_names_are_refused(tmp_path: Path) -> None:
+def test_an_unknown_compression_is_refused_and_float32_is_stored_as_it_is(tmp_path: Path) -> None:
     store = LocalStore(tmp_path)
-    for spec, compression, message in (
-        (PartSpec("residual", 0, "float32", 8), "planes", "splits 16-bit rows, and those of residual are float32.*Store bfloat16"),
-        (RESIDUAL, "zip", "compression = 'zip' is unknown. It may be: none, planes"),
-    ):
-        with pytest.raises(ConfigError, match=message):
-            runs.writer(store, runs.job(store, [spec]), compression=compression)
+    with pytest.raises(ConfigError, match="compression = 'zip' is unknown. It may be: none, planes"):
+        runs.writer(store, runs.job(store, [RESIDUAL]), compression="zip")
+    rows = np.random.default_rng(0).integers(0, 256, (5, 32), dtype=np.uint8)
+    spec = PartSpec.of("residual", 0, "float32", 8)
+    assert np.array_equal(runs.span(write_part(tmp_path, "planes", spec, [rows]), 0, 5, 32), rows)
+    footer = pq.read_schema(tmp_path / part_key(spec, 0, "a1"))
+    assert footer.names[3:] == ["activation"]
+    assert footer.metadata[b"m2ray.compression"] == b"none"
 
 
 # -- rows -------------------------------------------------------------------------------------------------------------
@@ -141,8 +143,8 @@ def test_rows_in_any_order(mixed: Path, spec: PartSpec) -> None:
     rng = np.random.default_rng(0)
     for indices in ([], [0], [66], [5, 5, 4], rng.permutation(67), rng.integers(0, 67, 500), torch.arange(67), range(20, 50)):
         found = view.rows(indices)
-        assert found.dtype == getattr(torch, spec.dtype)
-        assert tuple(found.shape) == (len(indices), spec.width)
+        assert found.dtype == getattr(torch, spec.columns[0].dtype)
+        assert tuple(found.shape) == (len(indices), spec.columns[0].width)
         assert np.array_equal(bits_of(found), rows[np.asarray(indices, np.int64)])
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from m2ray import __version__
 from m2ray.activations.reading.pages import PartPages
-from m2ray.activations.schema import activation_columns, encode_tokens, part_schema
+from m2ray.activations.schema import encode_tokens, part_schema
 from m2ray.activations.writing.part_writer import PartWriter
 from m2ray.batches import TOKEN_ROW, Bits, PartSpec
 from m2ray.parquet.column_chunks import rows_of_page
@@ -21,7 +21,7 @@ from m2ray.parquet.structs import FILE_META_DATA, MAGIC, OFFSET_INDEX, PAGE_HEAD
 from m2ray.storage import LocalStore
 from tests.unit import activation_runs as runs
 
-SPEC = PartSpec("residual", 7, "bfloat16", 3072)
+SPEC = PartSpec.of("residual", 7, "bfloat16", 3072)
 GROUP_ROWS = (1500, 700, 1)
 COLUMNS = {"none": ["activation"], "planes": ["activation_hi", "activation_lo"]}
 
@@ -44,7 +44,7 @@ def part(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     store = LocalStore(tmp_path_factory.mktemp("part"))
     writer = PartWriter(store, SPEC, {"run_id": "r"}, 0, "a1", request.param)
     for tokens, rows in zip(TOKENS, ROWS, strict=True):
-        writer.append(encode_tokens(tokens), rows)
+        writer.append(encode_tokens(tokens), [rows])
     writer.finish("0")
     assert writer.receipt is not None
     return store.path(writer.receipt.key), request.param
@@ -162,7 +162,8 @@ def test_any_rows_are_found_across_pages_and_row_groups(part: tuple[Path, str]) 
         path.name,
         path.stat().st_size,
         read_tail(store, path.name, path.stat().st_size),
-        activation_columns(SPEC, compression),
+        SPEC,
+        compression,
         check=True,
     )
     page_rows = rows_of_page(6144 if compression == "none" else 3072)
@@ -181,8 +182,8 @@ def test_rows_that_lie_apart_in_memory_are_written_alike(tmp_path: Path) -> None
     for compression in ("none", "planes"):
         receipts = []
         for attempt, rows in (("a1", wide[:, 100:300]), ("a2", np.ascontiguousarray(wide[:, 100:300]))):
-            writer = PartWriter(store, PartSpec("mlp", 0, "float16", 100), {}, 0, f"{attempt}{compression}", compression)
-            writer.append(encode_tokens(token_rows(0, 50)), rows)
+            writer = PartWriter(store, PartSpec.of("mlp", 0, "float16", 100), {}, 0, f"{attempt}{compression}", compression)
+            writer.append(encode_tokens(token_rows(0, 50)), [rows])
             writer.finish("0")
             receipts.append(writer.receipt)
         first, second = (pq.read_table(store.path(receipt.key), partitioning=None) for receipt in receipts if receipt)

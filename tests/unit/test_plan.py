@@ -72,7 +72,7 @@ def m2_table(num_layers: int = 62) -> TensorTable:
 
 
 def residuals(num_layers: int = 62) -> tuple[PartSpec, ...]:
-    return tuple(PartSpec("residual", layer, "bfloat16", 3072) for layer in range(num_layers))
+    return tuple(PartSpec.of("residual", layer, "bfloat16", 3072) for layer in range(num_layers))
 
 
 def demand(num_layers: int = 62, **options) -> Demand:
@@ -110,7 +110,7 @@ def test_what_is_loaded_is_what_the_gpus_hold():
 
 
 def test_the_final_norm_is_loaded_for_its_own_site_only():
-    with_norm = plan("8xH200", parts=(PartSpec("final_norm", None, "bfloat16", 3072),))
+    with_norm = plan("8xH200", parts=(PartSpec.of("final_norm", None, "bfloat16", 3072),))
     assert with_norm.demand.num_layers == 62
     assert with_norm.weights.loaded_bytes == plan("8xH200").weights.loaded_bytes + 2 * 3072
     assert [bool(gpu.memory.running["capture"]) for gpu in with_norm.gpus] == [False] * 7 + [True]
@@ -454,7 +454,7 @@ PROMPTS = PromptStats(sequences=100, tokens=20_000, padded_tokens=25_000, longes
 )
 def test_output_bytes_are_within_two_percent_of_the_writers(tmp_path, width, dtype, row_groups, rows, length, vocabulary, is_natural):
     rng = np.random.default_rng(0)
-    spec = PartSpec("residual", 3, dtype, width)
+    spec = PartSpec.of("residual", 3, dtype, width)
     metadata = {"run_id": "0" * 32, "model_type": "minimax_m2", "num_layers": "62", "model_digest": "0" * 32, "tokenizer_digest": "0" * 32}
     writer = PartWriter(open_store(str(tmp_path)), spec, metadata, 0, "0123456789ab")
     for group in range(row_groups):
@@ -463,7 +463,7 @@ def test_output_bytes_are_within_two_percent_of_the_writers(tmp_path, width, dty
         tokens["position"] = np.arange(rows) % length
         tokens["token_id"] = np.minimum(rng.zipf(1.2, rows), vocabulary) - 1 if is_natural else rng.integers(0, vocabulary, rows)
         bits = rng.integers(0, 256, (rows, width * (2 if dtype == "bfloat16" else 4)), dtype=np.uint8)
-        writer.append(encode_tokens(tokens), bits)
+        writer.append(encode_tokens(tokens), [bits])
     writer.finish("0" * 32)
     assert part_bytes(spec, row_groups * rows, row_groups) == pytest.approx(writer.receipt.num_bytes, rel=0.02)
 

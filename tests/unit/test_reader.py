@@ -26,8 +26,8 @@ from m2ray.errors import M2rayError, NotInRunError, RunConflictError, RunDamaged
 from m2ray.storage import LocalStore
 from tests.unit import activation_runs as runs
 
-EMBEDDING = PartSpec("embedding", None, "float32", 5)
-HALF = PartSpec("mlp", 7, "float16", 13)
+EMBEDDING = PartSpec.of("embedding", None, "float32", 5)
+HALF = PartSpec.of("mlp", 7, "float16", 13)
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +143,7 @@ def test_tensors_are_the_readers_own(finished: Path) -> None:
 
 def test_mean_norm(tmp_path: Path) -> None:
     """float64 sums of float32 rows, against torch on the whole; a row of large numbers would overflow a float16 sum."""
-    store, part = LocalStore(tmp_path), PartSpec("residual", 0, "float16", 64)
+    store, part = LocalStore(tmp_path), PartSpec.of("residual", 0, "float16", 64)
     run = claim_run(store, runs.job(store, [part]))
     generator, rows = torch.Generator().manual_seed(1), []
     for shard in runs.shards():
@@ -151,7 +151,7 @@ def test_mean_norm(tmp_path: Path) -> None:
         for micro_batch in runs.micro_batches(shard):
             rows.append((torch.randn(micro_batch.num_tokens, 64, generator=generator) * 2000).half())
             bits = rows[-1].view(torch.uint8).numpy()
-            writer.submit("a1", micro_batch, [CapturedLayer("residual", 0, bits)], timeout_s=10)
+            writer.submit("a1", micro_batch, [CapturedLayer("residual", 0, (bits,))], timeout_s=10)
         run.commit(shard, "a1", writer.collect(shard.index, "a1", 10), [(len(shard.sequence_ids), 1)], 1.0)
         writer.close()
     expected = torch.cat(rows).double().norm(dim=1).mean().item()
@@ -318,7 +318,7 @@ def test_a_part_without_exactly_the_sequences_positions_is_damaged(finished: Pat
 def test_swapped_layers_of_one_size_are_refused(tmp_path: Path) -> None:
     """Two layers' files of the same size change places: only their footers, whose digests the commit has, can tell."""
     store = LocalStore(tmp_path)
-    run = claim_run(store, runs.job(store, [PartSpec("residual", layer, "bfloat16", 24) for layer in (3, 4)]))
+    run = claim_run(store, runs.job(store, [PartSpec.of("residual", layer, "bfloat16", 24) for layer in (3, 4)]))
     runs.commit_shard(run, runs.shard(0), "a1")
     three, four = (tmp_path / part.key for part in read_commit(store, run.job, 0).receipts())
     assert three.stat().st_size == four.stat().st_size

@@ -11,16 +11,16 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 
-from m2ray.activations.schema import LAYER_CONVENTION, parse_part_key, part_key, part_schema, row_bytes
+from m2ray.activations.schema import LAYER_CONVENTION, parse_part_key, part_key, part_schema
 from m2ray.batches import PartSpec
 from m2ray.storage import open_store
 from tests.unit import activation_runs as runs
 
 SITES = (
-    PartSpec("residual", 3, "bfloat16", 24),
-    PartSpec("attention", 3, "float16", 31),
-    PartSpec("mlp", 3, "float32", 17),
-    PartSpec("embedding", None, "bfloat16", 24),
+    PartSpec.of("residual", 3, "bfloat16", 24),
+    PartSpec.of("attention", 3, "float16", 31),
+    PartSpec.of("mlp", 3, "float32", 17),
+    PartSpec.of("embedding", None, "bfloat16", 24),
 )
 
 
@@ -63,7 +63,7 @@ def test_columns_and_footer(folder: Path) -> None:
             ("sequence_id", pa.int64(), False),
             ("position", pa.int32(), False),
             ("token_id", pa.int32(), False),
-            ("activation", pa.binary(row_bytes(spec)), False),
+            ("activation", pa.binary(spec.row_bytes), False),
         ]
         footer = {key.decode(): value.decode() for key, value in schema.metadata.items()}
         assert footer == {
@@ -76,8 +76,8 @@ def test_columns_and_footer(folder: Path) -> None:
             "m2ray.layer_convention": LAYER_CONVENTION,
             "m2ray.site": spec.site,
             "m2ray.layer": "" if spec.layer is None else "3",
-            "m2ray.dtype": spec.dtype,
-            "m2ray.shape": f"[{spec.width}]",
+            "m2ray.dtype": spec.columns[0].dtype,
+            "m2ray.shape": f"[{spec.columns[0].width}]",
             "m2ray.byte_order": "little",
             "m2ray.compression": "none",
             "m2ray.shard": "1",

@@ -39,11 +39,11 @@ def load(spec: StageSpec, layers: tuple[int, ...] | None = None, store: str | No
 
 def test_parts_say_what_forward_will_give(llama: Path) -> None:
     stage = load(spec_of(llama, 1, 4), (1, 3), "bfloat16")
-    assert stage.parts == (PartSpec("residual", 1, "bfloat16", 48), PartSpec("residual", 3, "bfloat16", 48))
+    assert stage.parts == (PartSpec.of("residual", 1, "bfloat16", 48), PartSpec.of("residual", 3, "bfloat16", 48))
     micro_batch = micro_batch_of(LENGTHS, 96)
     captured = stage.forward(micro_batch, Boundary(torch.zeros(3, 8, 48))).captured
     assert [(one.site, one.layer) for one in captured] == [("residual", 1), ("residual", 3)]
-    assert all(one.rows.shape == (12, 96) and one.rows.dtype == np.uint8 for one in captured)
+    assert all(one.columns[0].shape == (12, 96) and one.columns[0].dtype == np.uint8 for one in captured)
 
 
 def test_ends_of_the_chain_know_themselves(llama: Path) -> None:
@@ -73,7 +73,7 @@ def test_offloaded_layers_give_the_same_rows(llama: Path, tmp_path: Path, in_hos
     for seed in range(3):
         micro_batch = micro_batch_of([5, 8, 3], 64, seed)
         for one, other in zip(resident.forward(micro_batch, None).captured, stage.forward(micro_batch, None).captured, strict=True):
-            assert (one.rows == other.rows).all(), one.layer
+            assert (one.columns[0] == other.columns[0]).all(), one.layer
     assert stage.parameter_bytes == resident.parameter_bytes
     assert not list((tmp_path / "made" / "here").iterdir()) if on_disk else not list(tmp_path.iterdir())
 
@@ -85,11 +85,17 @@ def test_a_layer_on_a_disk_is_read_each_time_it_runs(llama: Path, tmp_path: Path
     micro_batch = micro_batch_of([5, 8, 3], 64)
     first = stage.forward(micro_batch, None).captured
     resident = load(spec_of(llama, 0, 5)).forward(micro_batch, None).captured
-    assert all((one.rows == other.rows).all() for one, other in zip(first, resident, strict=True))
+    assert all((one.columns[0] == other.columns[0]).all() for one, other in zip(first, resident, strict=True))
     weights = stage._decoder._outside[3]
     os.pwrite(weights._file.fileno(), bytes(weights.num_bytes), 0)
     changed = stage.forward(micro_batch, None).captured
-    assert [(one.rows == other.rows).all() for one, other in zip(first, changed, strict=True)] == [True, True, True, False, False]
+    assert [(one.columns[0] == other.columns[0]).all() for one, other in zip(first, changed, strict=True)] == [
+        True,
+        True,
+        True,
+        False,
+        False,
+    ]
     os.ftruncate(weights._file.fileno(), 10)
     with pytest.raises(StageError, match="cut short"):
         stage.forward(micro_batch, None)
@@ -109,7 +115,7 @@ def test_a_pass_that_was_given_up_leaves_the_next_one_right(llama: Path, tmp_pat
             stage.forward(micro_batch, None)
         hook.remove()
         again = stage.forward(micro_batch, None).captured
-        assert all((one.rows == other.rows).all() for one, other in zip(expected, again, strict=True))
+        assert all((one.columns[0] == other.columns[0]).all() for one, other in zip(expected, again, strict=True))
 
 
 def test_a_disk_without_room_is_said_with_the_numbers(llama: Path, tmp_path: Path) -> None:
@@ -144,22 +150,22 @@ def test_rows_of_mixed_lengths_match_token_rows(llama: Path) -> None:
 def test_captured_rows_survive_later_micro_batches(llama: Path) -> None:
     stage = load(spec_of(llama, 0, 5))
     first = stage.forward(micro_batch_of(LENGTHS, 96), None).captured
-    kept = [one.rows.copy() for one in first]
+    kept = [one.columns[0].copy() for one in first]
     again = stage.forward(micro_batch_of(LENGTHS, 96), None).captured
     stage.forward(micro_batch_of(LENGTHS, 96, seed=9), None)
-    assert all(np.array_equal(one.rows, copy) for one, copy in zip(first, kept, strict=True))
-    assert all(np.array_equal(one.rows, other.rows) for one, other in zip(first, again, strict=True))
-    assert not any(np.shares_memory(one.rows, other.rows) for one, other in zip(first, again, strict=True))
+    assert all(np.array_equal(one.columns[0], copy) for one, copy in zip(first, kept, strict=True))
+    assert all(np.array_equal(one.columns[0], other.columns[0]) for one, other in zip(first, again, strict=True))
+    assert not any(np.shares_memory(one.columns[0], other.columns[0]) for one, other in zip(first, again, strict=True))
 
 
 def test_hidden_states_are_not_what_was_captured(llama: Path) -> None:
     """Whoever gets the hidden states may change them in place; the rows must not follow."""
     output = load(spec_of(llama, 0, 2)).forward(micro_batch_of((8,), 96), None)
-    before = output.captured[-1].rows.copy()
+    before = output.captured[-1].columns[0].copy()
     assert output.boundary is not None
     with torch.inference_mode():
         output.boundary.hidden_BTH.zero_()
-    assert np.array_equal(output.captured[-1].rows, before)
+    assert np.array_equal(output.captured[-1].columns[0], before)
 
 
 def test_a_stage_may_capture_nothing(llama: Path) -> None:
@@ -184,7 +190,7 @@ def test_values_that_float16_cannot_hold_name_layer_sequences_and_value(llama: P
     with pytest.raises(StageError) as caught:
         load(spec_of(folder, 0, 2), store="float16").forward(micro_batch, None)
     message = str(caught.value)
-    assert message.startswith("Layer 0, sequences 101, 103: values from ")
+    assert message.startswith("Residual of layer 0, sequences 101, 103: values from ")
     assert f"to {row.max():g} do not fit float16" in message
     load(spec_of(folder, 0, 2), store="bfloat16").forward(micro_batch, None)
     micro_batch.token_ids_BT[:] = 5
@@ -205,7 +211,7 @@ def test_padding_that_overflows_stops_nothing(llama: Path) -> None:
 def test_rows_that_are_no_numbers_stop_the_run(llama: Path, store: str) -> None:
     hidden_BTH = torch.ones(2, 4, 48)
     hidden_BTH[1, 2] = float("nan")
-    with pytest.raises(StageError, match="Layer 1, sequences 101: values from nan to nan"):
+    with pytest.raises(StageError, match="Residual of layer 1, sequences 101: values from nan to nan"):
         load(spec_of(llama, 1, 3), store=store).forward(micro_batch_of((4, 4), 96), Boundary(hidden_BTH))
 
 
@@ -250,7 +256,7 @@ def test_a_loaded_stage_takes_one_job_after_another(llama: Path) -> None:
         assert stage.parts == fresh.parts
         expected = fresh.forward(micro_batch, None).captured
         for one, other in zip(stage.forward(micro_batch, None).captured, expected, strict=True):
-            assert (one.layer, one.rows.tobytes()) == (other.layer, other.rows.tobytes())
+            assert (one.layer, one.columns[0].tobytes()) == (other.layer, other.columns[0].tobytes())
         assert [part.layer for part in stage.parts] == [layer for layer in sites.get("residual", ()) if layer < 4]
 
 

@@ -166,7 +166,7 @@ def test_what_a_run_lacks_is_named(folder: Path, tmp_path: Path) -> None:
         open_run(folder).draft_samples([3, 7, 5])
     with pytest.raises(ConfigError, match="layers"):
         open_run(folder).draft_samples([])
-    runs.finished_run(LocalStore(tmp_path), parts=(PartSpec("residual", 7, "bfloat16", runs.WIDTH),))
+    runs.finished_run(LocalStore(tmp_path), parts=(PartSpec.of("residual", 7, "bfloat16", runs.WIDTH),))
     with pytest.raises(NotInRunError, match="residual of layer 11 is not.*model's last one, 11"):
         open_run(tmp_path).draft_samples([7])
 

@@ -94,7 +94,7 @@ def test_files_of_later_layers_need_not_be_there(originals: dict[str, Path], sha
     micro_batch = micro_batch_of(LENGTHS, vocab_size(sharded))
     output = load_capturing(spec).forward(micro_batch, None)
     expected = reference_rows(load_reference(originals["sharded"], torch.float32), micro_batch)[:2]
-    assert_same([torch.from_numpy(layer.rows.copy()).view(torch.float32) for layer in output.captured], expected)
+    assert_same([torch.from_numpy(layer.columns[0].copy()).view(torch.float32) for layer in output.captured], expected)
 
 
 def test_a_needed_file_that_is_absent_or_cut_is_named_and_no_other(sharded: Path) -> None:

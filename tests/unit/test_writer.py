@@ -448,7 +448,7 @@ def test_rows_out_of_order_are_refused(tmp_path: Path, order, message: str) -> N
     for micro_batch in good:
         submit(writer, record, micro_batch)
     rows = np.zeros((bad.num_tokens, 2 * runs.WIDTH), np.uint8)
-    captured = [CapturedLayer(part.site, part.layer, rows) for part in record.parts]
+    captured = [CapturedLayer(part.site, part.layer, (rows,)) for part in record.parts]
     with pytest.raises(StageError, match=message):
         writer.submit(ATTEMPT, bad, captured, timeout_s=10)
     writer.close()
@@ -461,12 +461,12 @@ def test_other_captures_than_agreed_are_refused(tmp_path: Path) -> None:
     writer = runs.writer(store, record)
     micro_batch = runs.micro_batches(runs.shard(0))[0]
     good = runs.captured(record.parts, micro_batch)
-    foreign = runs.captured([PartSpec("residual", 8, "bfloat16", runs.WIDTH)], micro_batch)
+    foreign = runs.captured([PartSpec.of("residual", 8, "bfloat16", runs.WIDTH)], micro_batch)
     for bad in (good[1:], [*good, good[0]], [*good[1:], *foreign]):
         with pytest.raises(StageError, match="captured"):
             writer.submit(ATTEMPT, micro_batch, bad, timeout_s=10)
     with pytest.raises(StageError, match=rf"uint8 \[{micro_batch.num_tokens - 1}, 48\], not as uint8 \[{micro_batch.num_tokens}, 48\]"):
-        writer.submit(ATTEMPT, micro_batch, [replace(layer, rows=layer.rows[1:]) for layer in good], timeout_s=10)
+        writer.submit(ATTEMPT, micro_batch, [replace(layer, columns=(layer.columns[0][1:],)) for layer in good], timeout_s=10)
     with pytest.raises(StageError, match="before its last micro-batch"):
         writer.collect(0, ATTEMPT, 10)
     writer.close()

@@ -16,7 +16,7 @@ from m2ray.activations.reading.catalogue import Catalogue
 from m2ray.activations.reading.consumers import consumer_of, require_same, require_share
 from m2ray.activations.reading.open_parts import OpenParts
 from m2ray.activations.reading.random_rows import RandomRows
-from m2ray.activations.schema import row_bytes
+from m2ray.activations.reading.values import tensors_of
 from m2ray.batches import Bits, Int64Array, PartSpec
 from m2ray.errors import ConfigError, NotInRunError, RunDamagedError
 
@@ -147,7 +147,7 @@ class _Reader:
                 f"The run at {self._catalogue.store.url} is damaged: a part does not hold the {num_tokens} positions of sequence {sequence_id}."
             )
         states = list(pool.map(lambda number: self._states(number, part, int(start), num_tokens), range(len(self._specs))))
-        tensors = [torch.from_numpy(bits).view(getattr(torch, spec.dtype)) for bits, spec in zip(states, self._specs, strict=True)]
+        tensors = [tensors_of(spec.columns, torch.from_numpy(bits)) for bits, spec in zip(states, self._specs, strict=True)]
         return {
             "sequence_id": torch.tensor(sequence_id),
             "input_ids": torch.from_numpy(of_sequence["token_id"].astype(np.int64)),
@@ -158,7 +158,7 @@ class _Reader:
 
     def _states(self, number: int, part: int, start: int, num_tokens: int) -> Bits:
         pages = self._parts(part)[0] if number == len(self._others) else self._others[number].pages(part)
-        rows = np.empty((num_tokens, row_bytes(self._specs[number])), np.uint8)
+        rows = np.empty((num_tokens, self._specs[number].row_bytes), np.uint8)
         pages.read(start, rows)
         return rows
 

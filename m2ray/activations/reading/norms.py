@@ -9,7 +9,7 @@ import torch
 
 from m2ray.activations.manifest import receipts_of
 from m2ray.activations.reading.catalogue import Catalogue
-from m2ray.activations.schema import row_bytes
+from m2ray.activations.reading.values import tensors_of
 from m2ray.batches import PartReceipt, PartSpec
 
 _ROWS_AT_ONCE = 2048
@@ -17,13 +17,13 @@ _ROWS_AT_ONCE = 2048
 
 def mean_norm(catalogue: Catalogue, spec: PartSpec, most_rows: int | None) -> float:
     """The mean L2 norm of the committed rows, summed in float64; NaN if there are none. Raises RunDamagedError or StoreError."""
-    dtype, total, num_rows = getattr(torch, spec.dtype), 0.0, 0
+    total, num_rows = 0.0, 0
     for receipt, rows in _spread(catalogue, spec, most_rows):
         pages = catalogue.open_part(spec, receipt).pages()
         for start in range(0, rows, _ROWS_AT_ONCE):
-            bits = np.empty((min(_ROWS_AT_ONCE, rows - start), row_bytes(spec)), np.uint8)
+            bits = np.empty((min(_ROWS_AT_ONCE, rows - start), spec.row_bytes), np.uint8)
             pages.read(start, bits)
-            total += float(torch.linalg.vector_norm(torch.from_numpy(bits).view(dtype).double(), dim=1).sum())
+            total += float(torch.linalg.vector_norm(tensors_of(spec.columns, torch.from_numpy(bits)).double(), dim=1).sum())
         num_rows += rows
     return total / num_rows if num_rows else float("nan")
 

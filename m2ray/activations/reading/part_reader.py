@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import xxhash
 
 from m2ray.activations.reading.pages import PartPages
-from m2ray.activations.schema import FORMAT_VERSION, Compression, activation_columns, part_metadata, part_schema, row_bytes
+from m2ray.activations.schema import FORMAT_VERSION, Compression, part_metadata, part_schema, stored_columns
 from m2ray.batches import TOKEN_ROW, Bits, PartReceipt, PartSpec
 from m2ray.errors import RunDamagedError
 from m2ray.parquet.pages import MALFORMED, others, read_tail
@@ -78,7 +78,7 @@ class PartReader:
         return rows
 
     def sequence(self, sequence_id: int, num_tokens: int) -> Bits:
-        """The rows of one sequence: uint8 [T, W * itemsize]. Reads only the tokens and the pages that hold it.
+        """The rows of one sequence: uint8 [T, bytes of a row]. Reads only the tokens and the pages that hold it.
 
         Raises:
             RunDamagedError: the part does not hold exactly the positions 0 to `num_tokens` - 1 of it.
@@ -88,27 +88,28 @@ class PartReader:
         start, stop = np.searchsorted(tokens["sequence_id"], [sequence_id, sequence_id + 1])
         if not np.array_equal(tokens["position"][start:stop], np.arange(num_tokens)):
             raise self._damaged(f"it does not hold the {num_tokens} positions of sequence {sequence_id}")
-        rows = np.empty((num_tokens, row_bytes(self._spec)), np.uint8)
+        rows = np.empty((num_tokens, self._spec.row_bytes), np.uint8)
         self.pages().read(int(start), rows)
         return rows
 
     def pages(self) -> PartPages:
         """Where each row lies. Raises RunDamagedError."""
         receipt, check = self._receipt, self._check and self._receipt.tail_xxh3 is not None
-        return PartPages(self._store, receipt.key, receipt.num_bytes, self._tail, self._columns, check=check)
+        return PartPages(self._store, receipt.key, receipt.num_bytes, self._tail, self._spec, self._compression, check=check)
 
     def require_whole(self) -> None:
         """Read every byte and raise RunDamagedError unless all are those that were written. Takes 4 MiB, and 16 bytes a row."""
         receipt, digest = self._receipt, xxhash.xxh3_64()
-        names = [name for name, _ in self._columns] if receipt.tail_bytes is not None else []
+        stored = [each for column in self._spec.columns for each in stored_columns(column, self._compression)]
+        names = [name for name, _ in stored] if receipt.tail_bytes is not None else []
         for offset, num_bytes in self._understood(lambda: list(others(self._tail, receipt.num_bytes, names))):
             for start in range(offset, offset + num_bytes, _READ_BYTES):
                 digest.update(self._store.read_range(receipt.key, start, min(_READ_BYTES, offset + num_bytes - start)))
         if digest.hexdigest() != receipt.xxh3:
             raise self._damaged(f"the xxh3 of its bytes is {digest.hexdigest()}; {receipt.xxh3} was written")
         self.tokens()
-        pages, at_once = self.pages(), max(1, _READ_BYTES // row_bytes(self._spec))
-        rows = np.empty((at_once, row_bytes(self._spec)), np.uint8)
+        pages, at_once = self.pages(), max(1, _READ_BYTES // self._spec.row_bytes)
+        rows = np.empty((at_once, self._spec.row_bytes), np.uint8)
         for start in range(0, receipt.rows, at_once):
             pages.read(start, rows[: receipt.rows - start])
 
@@ -138,7 +139,7 @@ class PartReader:
             raise self._damaged(f"its footer says {'; '.join(differing)}")
         if not schema.equals(part_schema(self._spec, run_metadata, receipt.shard, receipt.attempt, compression)):
             raise self._damaged(f"its columns are {', '.join(str(field) for field in schema)}")
-        self._columns = activation_columns(self._spec, compression)
+        self._compression = compression
 
     def _understood(self, read: Any) -> Any:
         """What `read` gives; what cannot be made sense of is a damaged file."""

@@ -10,7 +10,6 @@ import numpy as np
 from m2ray.activations.manifest import receipts_of
 from m2ray.activations.reading.catalogue import Catalogue
 from m2ray.activations.reading.pages import PartPages
-from m2ray.activations.schema import row_bytes
 from m2ray.batches import Bits, Int64Array, PartSpec
 from m2ray.errors import NotInRunError
 
@@ -36,7 +35,7 @@ class RandomRows:
         return int(self._first_rows[-1])
 
     def read(self, indices: Sequence[int] | Int64Array) -> Bits:
-        """The rows of these numbers, in their order: uint8 [N, W * itemsize].
+        """The rows of these numbers, in their order: uint8 [N, bytes of a row].
 
         Raises:
             NotInRunError: a number is negative, or not below `num_rows`.
@@ -48,7 +47,7 @@ class RandomRows:
             raise NotInRunError(f"There is no row {outside[0]}: rows 0 to {self.num_rows - 1} are committed.")
         order = np.argsort(numbers, kind="stable")
         ascending = numbers[order]
-        rows = np.empty((len(numbers), row_bytes(self._spec)), np.uint8)
+        rows = np.empty((len(numbers), self._spec.row_bytes), np.uint8)
 
         def take(piece: tuple[int, int, int]) -> None:
             part, start, stop = piece

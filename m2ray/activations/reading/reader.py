@@ -24,15 +24,16 @@ if TYPE_CHECKING:
     from m2ray.activations.reading.draft_samples import DraftSamples
     from m2ray.activations.reading.row_iterator import RowIterator
     from m2ray.activations.reading.stream import ActivationStream
+    from m2ray.activations.reading.values import Values
 
 
 @dataclass(frozen=True)
 class ShardRows:
-    """One shard of a view: `tokens` TOKEN_ROW [N]; `activations` [N, W] of a one-layer view, [L, N, W] otherwise."""
+    """One shard of a view: `tokens` TOKEN_ROW [N]; `activations` [N, W] of a one-layer view, [L, N, W] otherwise (of router_topk by column)."""
 
     index: int
     tokens: npt.NDArray[Any]
-    activations: "torch.Tensor"
+    activations: "Values"
 
 
 def open_run(path: str | Path, *, check: Check = "pages") -> "RunReader":
@@ -145,7 +146,7 @@ class RunReader:
 
     # -- activations --------------------------------------------------------------------------------------------------
 
-    def sequence(self, sequence_id: int) -> "torch.Tensor":
+    def sequence(self, sequence_id: int) -> "Values":
         """One sequence in the store dtype: [T, W] of a one-layer view, [L, T, W] otherwise.
 
         Raises:
@@ -157,16 +158,16 @@ class RunReader:
         if row["shard"] is None:
             raise NotInRunError(f"Sequence {sequence_id} (row {row['row_id']}) has no activations: it was quarantined: {row['reason']}.")
         receipts = [self._catalogue.part_of_shard(spec, row["shard"]) for spec in self._one_site()]
-        tensor = self._empty(row["token_count"])
-        for bytes_TB, spec, receipt in zip(_bytes_of(tensor), self._parts, receipts, strict=True):
+        bytes_LTB = self._empty(row["token_count"])
+        for bytes_TB, spec, receipt in zip(bytes_LTB.numpy(), self._parts, receipts, strict=True):
             if receipt is None:
                 raise NotInRunError(
                     f"Sequence {sequence_id} is not extracted yet: its shard {row['shard']} is not committed.", "Finish the run."
                 )
             bytes_TB[:] = self._catalogue.open_part(spec, receipt).sequence(sequence_id, row["token_count"])
-        return tensor if self._has_layer_axis else tensor[0]
+        return self._values(bytes_LTB)
 
-    def rows(self, indices: "Sequence[int] | npt.NDArray[np.int64]") -> "torch.Tensor":
+    def rows(self, indices: "Sequence[int] | npt.NDArray[np.int64]") -> "Values":
         """Some rows of a one-layer view by their numbers, 0 to `num_tokens` - 1 in the order of `tokens`: [N, W], in the order asked for.
 
         Each row is read by itself, however large its file is. Keep the view: it remembers where rows lie.
@@ -175,12 +176,13 @@ class RunReader:
             NotInRunError: there is no such row, or the view has several layers or sites.
             RunDamagedError: a file is not what its commit says.
         """
-        bits = self._random_rows.read(indices)
-        tensor = self._empty(len(bits))
-        _bytes_of(tensor)[0] = bits
-        return tensor[0]
+        import torch
 
-    def tensor(self) -> "torch.Tensor":
+        from m2ray.activations.reading.values import tensors_of
+
+        return tensors_of(self._parts[0].columns, torch.from_numpy(self._random_rows.read(indices)))
+
+    def tensor(self) -> "Values":
         """All committed rows in the order of `tokens`: [N, W] of a one-layer view, [L, N, W] otherwise.
 
         They must fit into memory; `shards` goes shard by shard. Raises as `sequence` does.
@@ -324,31 +326,28 @@ class RunReader:
             raise NotInRunError(f"This view has the sites {', '.join(self.sites)}.", "Choose one with .site(NAME).")
         return self._parts
 
-    def _load(self, receipts_of_layers: Sequence[Sequence[PartReceipt]]) -> "torch.Tensor":
+    def _load(self, receipts_of_layers: Sequence[Sequence[PartReceipt]]) -> "Values":
         """All rows of the same shards of each layer."""
-        tensor = self._empty(sum(receipt.rows for receipt in receipts_of_layers[0]))
-        for bytes_NB, spec, receipts in zip(_bytes_of(tensor), self._parts, receipts_of_layers, strict=True):
+        bytes_LNB = self._empty(sum(receipt.rows for receipt in receipts_of_layers[0]))
+        for bytes_NB, spec, receipts in zip(bytes_LNB.numpy(), self._parts, receipts_of_layers, strict=True):
             start = 0
             for receipt in receipts:
                 self._catalogue.open_part(spec, receipt).pages().read(0, bytes_NB[start : start + receipt.rows])
                 start += receipt.rows
-        return tensor if self._has_layer_axis else tensor[0]
+        return self._values(bytes_LNB)
 
     def _empty(self, num_rows: int) -> "torch.Tensor":
-        """Memory for `num_rows` rows of each layer: [L, N, W]."""
+        """Memory for `num_rows` rows of each layer: uint8 [L, N, bytes of a row]."""
         import torch
 
-        spec = self._parts[0]
-        return torch.empty((len(self._parts), num_rows, spec.width), dtype=getattr(torch, spec.dtype))
+        return torch.empty((len(self._parts), num_rows, self._parts[0].row_bytes), dtype=torch.uint8)
+
+    def _values(self, bytes_LNB: "torch.Tensor") -> "Values":
+        """What these bytes of the view's rows say, with a layer axis where the view has one."""
+        from m2ray.activations.reading.values import tensors_of
+
+        return tensors_of(self._parts[0].columns, bytes_LNB if self._has_layer_axis else bytes_LNB[0])
 
 
 def _sum(column: Any) -> int:
     return int(pc.sum(column).as_py() or 0)
-
-
-def _bytes_of(tensor_LNW: "torch.Tensor") -> npt.NDArray[np.uint8]:
-    """The tensor's own memory as uint8 [L, N, W * itemsize]."""
-    import torch
-
-    view: npt.NDArray[np.uint8] = tensor_LNW.view(torch.uint8).numpy()
-    return view

@@ -21,7 +21,6 @@ from m2ray.activations.reading.consumers import consumer_of, require_positive, r
 from m2ray.activations.reading.open_parts import OpenParts
 from m2ray.activations.reading.window_memory import WindowMemory
 from m2ray.activations.reading.windows import Batch, Blocks, MoreBlocks, Windows, WindowSizes, in_random_order
-from m2ray.activations.schema import row_bytes
 from m2ray.batches import PartSpec
 
 
@@ -114,10 +113,10 @@ class ActivationStream(IterableDataset[Batch]):
             skip_rows, groups = self._rows_given, self._groups
         self._rows_given, self._groups, self._resumed = skip_rows, groups, None
         if self._held is None or self._held[0] != os.getpid():
-            self._held = (os.getpid(), OpenParts(self._catalogue, self._spec), WindowMemory(row_bytes(self._spec)))
+            self._held = (os.getpid(), OpenParts(self._catalogue, self._spec), WindowMemory(self._spec.row_bytes))
         _, parts, memory = self._held
         for batch in self._windows(parts, memory, groups).batches(self._options.batch_rows, skip_rows):
-            self._rows_given += len(batch["activations"])
+            self._rows_given += len(batch["sequence_id"])
             yield batch
 
     def _place(self) -> dict[str, Any]:
@@ -126,7 +125,7 @@ class ActivationStream(IterableDataset[Batch]):
     def _windows(self, parts: OpenParts, memory: WindowMemory, groups: list[list[int]]) -> Windows:
         options, place = self._options, consumer_of(self._options.rank, self._options.world_size)
         consumer, consumers = place["consumer"], place["consumers"]
-        sizes = WindowSizes.of(options.shuffle_buffer_bytes, row_bytes(self._spec))
+        sizes = WindowSizes.of(options.shuffle_buffer_bytes, self._spec.row_bytes)
         seeds = [options.seed, self._epoch, consumer]
         if options.follow:
             arrivals = Arrivals(self._catalogue, parts, groups, self._idle_s)

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 
 from m2ray.activations.reading.open_parts import OpenParts
+from m2ray.activations.reading.values import by_column, tensors_of
 from m2ray.activations.reading.window_memory import WindowMemory
 from m2ray.batches import Bits, Int64Array
 
@@ -27,8 +28,9 @@ REMOTE_READS_AT_ONCE = 16
 """From a server a read is mostly waiting."""
 
 Batch = dict[str, torch.Tensor]
-"""`activations` [N, W] in the store dtype, `sequence_id` int64 [N], `position` int32 [N], `token_id` int32 [N], and if the run has loss masks
-`loss_mask` uint8 [N]: 1 where the loss counts the token, or where its sequence has no mask."""
+"""`activations` [N, W] in the store dtype (of router_topk `expert_ids` and `expert_weights` [N, K]), `sequence_id` int64 [N], `position` int32
+[N], `token_id` int32 [N], and if the run has loss masks `loss_mask` uint8 [N]: 1 where the loss counts the token, or where its sequence has
+no mask."""
 
 Blocks = Int64Array
 """Runs of neighbours: part, start and stop of each, int64 [blocks, 3]."""
@@ -82,7 +84,7 @@ class Windows:
         self._more = more
         self._seeds = seeds
         self._reads_at_once = REMOTE_READS_AT_ONCE if is_remote else READS_AT_ONCE
-        self._dtype = getattr(torch, parts.spec.dtype)
+        self._columns = parts.spec.columns
         self._windows: list[Blocks] = []
         self._sizes: list[int] = []
         self._places_ahead: tuple[int, Future[Int64Array]] | None = None
@@ -131,9 +133,10 @@ class Windows:
         return True
 
     def _batch(self, window: "_Window", start: int, stop: int) -> Batch:
-        """Its rows from `start` to `stop`. The activations stay where they are."""
-        columns = {name: torch.from_numpy(window.tokens[name][start:stop].copy()) for name in window.tokens.dtype.names or ()}
-        return {"activations": torch.from_numpy(window.bits[start:stop]).view(self._dtype), **columns}
+        """Its rows from `start` to `stop`. The values of a single column stay where they are."""
+        values = tensors_of(self._columns, torch.from_numpy(window.bits[start:stop]))
+        tokens = {name: torch.from_numpy(window.tokens[name][start:stop].copy()) for name in window.tokens.dtype.names or ()}
+        return {**by_column(values), **tokens}
 
     def _begin(self, pool: ThreadPoolExecutor, number: int, carried: int, batch_rows: int, *, wait: bool) -> "_Window | None":
         """Begin to read a window, behind room for the `carried` rows of the one before that fill no batch."""

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from m2ray.activations.schema import encode_tokens, row_bytes
+from m2ray.activations.schema import encode_tokens
 from m2ray.activations.writing.part_writer import PartWriter
 from m2ray.batches import Bits, CapturedLayer, MicroBatch, PartReceipt
 from m2ray.errors import StageError
@@ -49,18 +49,19 @@ class Attempt:
         receipts = tuple(part.receipt for part in finished if part.receipt is not None)
         return receipts if len(receipts) == len(self.parts) else None
 
-    def matched(self, num_rows: int, captured: Sequence[CapturedLayer]) -> list[Bits]:
-        """The captured rows in the order of the parts. Raises StageError unless they are exactly what the parts need."""
-        by_name = {(layer.site, layer.layer): layer.rows for layer in captured}
+    def matched(self, num_rows: int, captured: Sequence[CapturedLayer]) -> list[tuple[Bits, ...]]:
+        """The captured columns in the order of the parts. Raises StageError unless they are exactly what the parts need."""
+        by_name = {(layer.site, layer.layer): layer.columns for layer in captured}
         wanted = {(part.spec.site, part.spec.layer) for part in self.parts}
         if by_name.keys() != wanted or len(captured) != len(self.parts):
             raise StageError(f"{self._label}: captured {[(c.site, c.layer) for c in captured]}, not {sorted(wanted, key=str)}.", _DEFECT)
         for part in self.parts:
-            rows = by_name[part.spec.site, part.spec.layer]
-            shape = (num_rows, row_bytes(part.spec))
-            if rows.shape != shape or rows.dtype != np.uint8:
-                found = f"{rows.dtype} {list(rows.shape)}"
-                raise StageError(f"{self._label}: {part.spec} was captured as {found}, not as uint8 {list(shape)}.", _DEFECT)
+            columns = by_name[part.spec.site, part.spec.layer]
+            shapes = [(num_rows, column.row_bytes) for column in part.spec.columns]
+            if [values.shape for values in columns] != shapes or any(values.dtype != np.uint8 for values in columns):
+                found = ", ".join(f"{values.dtype} {list(values.shape)}" for values in columns)
+                needed = ", ".join(f"uint8 {list(shape)}" for shape in shapes)
+                raise StageError(f"{self._label}: {part.spec} was captured as {found}, not as {needed}.", _DEFECT)
         return [by_name[part.spec.site, part.spec.layer] for part in self.parts]
 
     def admit(self, micro_batch: MicroBatch, token_rows: npt.NDArray[Any]) -> EncodedColumns:

@@ -1,12 +1,12 @@
 """PartWriter: one part on its way into the store, a row group a micro-batch."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import xxhash
 
 from m2ray import __version__
 from m2ray.activations import planes
-from m2ray.activations.schema import Compression, activation_columns, part_key, part_schema, row_bytes
+from m2ray.activations.schema import Compression, part_key, part_schema, stored_columns
 from m2ray.batches import Bits, PartReceipt, PartSpec
 from m2ray.parquet.column_chunks import ColumnChunk, EncodedColumns, write_values
 from m2ray.parquet.footer import Footer
@@ -47,28 +47,30 @@ class PartWriter:
         """Seconds that the store took so far; the rest of what `append` and `finish` take is encoding."""
         return self._file.store_s if self._file else 0.0
 
-    def append(self, tokens: EncodedColumns, rows: Bits) -> None:
-        """Append one micro-batch as one row group: its tokens, and `rows` uint8 [N, W * itemsize].
+    def append(self, tokens: EncodedColumns, columns: Sequence[Bits]) -> None:
+        """Append one micro-batch as one row group: its tokens, and the values of each column, uint8 [N, W * itemsize].
 
         Raises:
             StoreError: the store refused; the part can only be aborted then.
         """
-        assert rows.shape == (tokens.num_rows, row_bytes(self.spec))
+        assert [values.shape for values in columns] == [(tokens.num_rows, column.row_bytes) for column in self.spec.columns]
         if self._file is None:
             self._file = HashingFile(self._store.open_part(self._key))
             self._file.write(MAGIC)
         begin = self._file.num_bytes
         self._file.write(tokens.data)
         chunks = [chunk.moved(begin) for chunk in tokens.chunks]
-        self._footer.add(begin, tokens.num_rows, [*chunks, *self._write_activations(self._file, rows)])
+        self._footer.add(begin, tokens.num_rows, [*chunks, *self._write_values(self._file, columns)])
         self.rows += tokens.num_rows
 
-    def _write_activations(self, file: HashingFile, rows: Bits) -> list[ColumnChunk]:
-        columns = activation_columns(self.spec, self._compression)
-        if self._compression == "none":
-            return [write_values(file, columns[0], rows)]
-        high, low = columns
-        return [write_values(file, high, rows, planes.high, zstd=True), write_values(file, low, rows, planes.low)]
+    def _write_values(self, file: HashingFile, columns: Sequence[Bits]) -> Iterator[ColumnChunk]:
+        for column, values in zip(self.spec.columns, columns, strict=True):
+            stored = stored_columns(column, self._compression)
+            if len(stored) == 1:
+                yield write_values(file, stored[0], values)
+            else:
+                yield write_values(file, stored[0], values, planes.high, zstd=True)
+                yield write_values(file, stored[1], values, planes.low)
 
     def finish(self, token_digest: str) -> None:
         """Write the footer, make the part durable and set `receipt`. Raises StoreError."""

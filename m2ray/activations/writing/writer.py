@@ -60,7 +60,7 @@ class ActivationWriter:
         compression: how the rows are stored.
 
     Raises:
-        ConfigError: `compression` is unknown, or not for rows of such a dtype.
+        ConfigError: `compression` is unknown.
     """
 
     def __init__(
@@ -73,8 +73,7 @@ class ActivationWriter:
         threads: int,
         compression: Compression = "none",
     ) -> None:
-        for spec in parts:
-            require_compression(spec, compression)
+        require_compression(compression)
         self._compression = compression
         self._store = store
         self._run_metadata = dict(run_metadata)
@@ -136,12 +135,12 @@ class ActivationWriter:
             self._raise_failure()
             opened = self._open_attempt(micro_batch.shard, attempt)
         token_rows = selection.token_rows(micro_batch)
-        rows_of_parts = opened.matched(len(token_rows), captured)
+        columns_of_parts = opened.matched(len(token_rows), captured)
         tokens = opened.admit(micro_batch, token_rows)
         token_digest = opened.digest.hexdigest() if micro_batch.is_last else None
-        for number, (part, rows) in enumerate(zip(opened.parts, rows_of_parts, strict=True)):
-            self._wait_for_room(opened, rows.nbytes, deadline, timeout_s)
-            written = self._lane(number).submit(self._write, opened, part, tokens, rows, token_digest)
+        for number, (part, columns) in enumerate(zip(opened.parts, columns_of_parts, strict=True)):
+            self._wait_for_room(opened, _num_bytes(columns), deadline, timeout_s)
+            written = self._lane(number).submit(self._write, opened, part, tokens, columns, token_digest)
             written.add_done_callback(lambda done: self._note(opened, done))
 
     def collect(self, shard: int, attempt: str, timeout_s: float) -> tuple[PartReceipt, ...]:
@@ -235,17 +234,18 @@ class ActivationWriter:
                 raise opened.failure
             self._queued_bytes += num_bytes
 
-    def _write(self, opened: Attempt, part: PartWriter, tokens: EncodedColumns, rows: Bits, token_digest: str | None) -> None:
+    def _write(self, opened: Attempt, part: PartWriter, tokens: EncodedColumns, columns: Sequence[Bits], token_digest: str | None) -> None:
         """One row group, on the part's thread. With `token_digest` it is the part's last; it counts as queued until the part is durable."""
+        num_bytes = _num_bytes(columns)
         with ExitStack() as undo:
-            undo.callback(self._release, rows.nbytes)
+            undo.callback(self._release, num_bytes)
             if opened.failure is not None:
                 return
             with self._measured(part):
-                part.append(tokens, rows)
+                part.append(tokens, columns)
             if token_digest is not None and self._may_finish(opened):
                 undo.callback(self._finished)
-                finished = self._finishers.submit(self._finish, opened, part, rows.nbytes, token_digest)
+                finished = self._finishers.submit(self._finish, opened, part, num_bytes, token_digest)
                 undo.pop_all()
                 opened.finishes[part] = finished  # an abort of this part comes on this thread, and so after this
                 finished.add_done_callback(lambda done: self._note(opened, done))
@@ -326,3 +326,7 @@ class ActivationWriter:
         raise_all([problem for problem in problems if isinstance(problem, M2rayError)])
         for problem in problems:
             raise problem
+
+
+def _num_bytes(columns: Sequence[Bits]) -> int:
+    return sum(values.nbytes for values in columns)
