@@ -13,6 +13,7 @@ import numpy.typing as npt
 from m2ray.batches import PartSpec
 from m2ray.config import parse_layers
 from m2ray.errors import ConfigError, raise_all
+from m2ray.sites import SITES
 
 Kind = Literal["moments", "norms", "covariance", "experts"]
 
@@ -22,10 +23,11 @@ Asked = Mapping[str, Mapping[str, tuple[int, ...]]]
 Place = tuple[str, int | None]
 """A site and a layer; None of a site of the whole model."""
 
+STATISTICS = "statistics"
+"""What a receipt of a shard's statistics has in the place of a site: it is of all those that one stage has."""
+
 ROUTER = "router_topk"
 """The site that `experts` counts. It is captured for it, also where none of its rows are kept."""
-
-_NOT_HIDDEN = frozenset({"router_logits", ROUTER})
 
 NORM_BINS = 8192
 """A row's norm as float32 falls into the bin that its bits name without the last 18: an octave has 32, each 1/32 of its lower end wide.
@@ -86,7 +88,7 @@ def _sites_of(
     text: str, kind: str, layers: str, parts: Sequence[PartSpec], router_layers: Sequence[int], num_layers: int
 ) -> dict[str, tuple[int, ...]]:
     """The sites and layers of which a kind is taken."""
-    has: list[Place] = [(part.site, part.layer) for part in parts if part.site not in _NOT_HIDDEN]
+    has: list[Place] = [(part.site, part.layer) for part in parts if SITES[part.site].is_stored_as_asked]
     if kind == "experts":
         has = [(ROUTER, layer) for layer in router_layers]
     chosen: set[int | None] = {layer for _, layer in has}

@@ -16,6 +16,7 @@ from m2ray.batches import PartSpec, SequenceFile
 from m2ray.errors import RunConflictError
 from m2ray.provenance import ROW_PACKAGES, differences, versions
 from m2ray.sites import capturing_layer
+from m2ray.statistics import Asked, places
 from m2ray.storage import Store
 
 JOB_KEY = "job.json"
@@ -116,9 +117,16 @@ class JobRecord:
         )
 
     @property
+    def statistics(self) -> Asked:
+        """Which statistics are taken of what; none in runs from before there were any."""
+        asked: Asked = self.options.get("statistics") or {}
+        return asked
+
+    @property
     def layers_run(self) -> int:
         """How many layers a chain loads: up to the last whose stage captures something."""
-        return 1 + max((capturing_layer(part, self.model.num_layers) for part in self.parts), default=-1)
+        captured = [*self.parts, *(PartSpec(site, layer, ()) for site, layer in places(self.statistics))]
+        return 1 + max((capturing_layer(part, self.model.num_layers) for part in captured), default=-1)
 
     def to_json(self) -> bytes:
         return to_json(self, indent=2)

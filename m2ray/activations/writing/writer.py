@@ -18,9 +18,11 @@ from m2ray import selection
 from m2ray.activations.schema import Compression, require_compression
 from m2ray.activations.writing.attempt import Attempt
 from m2ray.activations.writing.part_writer import PartWriter
+from m2ray.activations.writing.statistics_writer import StatisticsWriter
 from m2ray.batches import Bits, CapturedLayer, MicroBatch, PartReceipt, PartSpec
 from m2ray.errors import M2rayError, StageError, StoreError, raise_all
 from m2ray.parquet.column_chunks import EncodedColumns
+from m2ray.statistics import Place
 from m2ray.storage import Store, open_store
 
 _FINISHING_A_LANE = 4
@@ -45,6 +47,11 @@ class WriterSpec:
         return ActivationWriter(
             store, self.run_metadata, parts, queue_bytes=self.queue_bytes, threads=self.threads, compression=self.compression
         )
+
+
+    def open_statistics(self, places: Mapping[Place, frozenset[str]]) -> StatisticsWriter:
+        """The writer of the statistics of these places. Raises as open_store does."""
+        return StatisticsWriter(open_store(self.output), places)
 
 
 class ActivationWriter:
