@@ -62,16 +62,27 @@ readers refuse a file with more (apache/arrow-rs#10129)."""
 class Shard:
     """A fixed range of sequences: the unit of commit, retry and resume.
 
-    `sequence_ids` is int64 [S], strictly ascending; `token_counts` int32 [S] goes with it.
+    `sequence_ids` is int64 [S], strictly ascending; with it go `token_counts` int32 [S] and `row_counts` int32 [S], the rows of each sequence
+    in every part: as many as it has tokens where nothing else is said.
     """
 
     index: int
     sequence_ids: Int64Array
     token_counts: Int32Array
+    row_counts: Int32Array = field(default=None)  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        if self.row_counts is None:
+            object.__setattr__(self, "row_counts", self.token_counts)
 
     @property
     def num_tokens(self) -> int:
         return int(self.token_counts.sum(dtype=np.int64))
+
+    @property
+    def num_rows(self) -> int:
+        """Rows in each part."""
+        return int(self.row_counts.sum(dtype=np.int64))
 
 
 @dataclass(frozen=True)
@@ -80,7 +91,8 @@ class MicroBatch:
 
     Its sequences are a run of its shard's, in the shard's order, so a part grows by whole micro-batches and never
     needs sorting. `index` counts within the shard; `is_last` marks the one that completes the shard.
-    `token_ids_BT` is int32 [B, T], `sequence_ids` int64 [B], `token_counts` int32 [B].
+    `token_ids_BT` is int32 [B, T], `sequence_ids` int64 [B], `token_counts` int32 [B]. `mask_BT`, bool [B, T], are the loss masks, where the
+    choice of tokens goes by them.
     """
 
     shard: int
@@ -89,6 +101,7 @@ class MicroBatch:
     sequence_ids: Int64Array
     token_counts: Int32Array
     token_ids_BT: Int32Array
+    mask_BT: npt.NDArray[np.bool_] | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -109,6 +122,7 @@ class PromptStats:
         padded_tokens: tokens that are computed, padding included.
         longest_tokens: of one sequence.
         shards, micro_batches: in all.
+        rows: in each part of all shards together; None for as many as tokens.
     """
 
     sequences: int
@@ -117,6 +131,12 @@ class PromptStats:
     longest_tokens: int
     shards: int
     micro_batches: int
+    rows: int | None = None
+
+    @property
+    def rows_a_token(self) -> float:
+        """The share of the tokens that have rows, from 0 to 1 where a row is of one token."""
+        return 1.0 if self.rows is None or not self.tokens else self.rows / self.tokens
 
     @property
     def padding_waste(self) -> float:
@@ -259,7 +279,7 @@ class PartReceipt:
 
     Attributes:
         key: the object's key below the run folder.
-        rows: tokens in it.
+        rows: in it: the shard's chosen tokens.
         num_bytes: the object's size.
         xxh3: xxh3-64 of all its bytes but the pages of its activation columns, 16 hex digits; in format 1 of all its bytes.
         token_digest: xxh3-128 over its TOKEN_ROW rows, 32 hex digits; equal in all parts of a shard.

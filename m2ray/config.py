@@ -7,7 +7,7 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from datetime import date
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, NamedTuple, Self, cast, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError
 
@@ -52,6 +52,18 @@ NonEmpty = Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)
 Encoding = Annotated[str, BeforeValidator(_encoding)]
 
 
+TOKEN_CHOICES = "all, last, last:k, first:k, every:n, mask, mask:last:k, mean, mean:mask"
+TokenKind = Literal["all", "last", "first", "every", "mean"]
+
+
+class TokenChoice(NamedTuple):
+    """Which of a sequence's tokens are chosen: `number` is k or n, `in_mask` leaves only those of the loss mask to choose from."""
+
+    kind: TokenKind
+    number: int = 0
+    in_mask: bool = False
+
+
 _DECIDES_ROWS: dict[str, Any] = {"decides_rows": True}
 
 
@@ -87,7 +99,12 @@ class ExtractConfig(BaseModel):
     tools_column: NonEmpty | None = _rows(None, description="Column that holds the tools of a chat; default: tools, where it is.")
     id_column: NonEmpty | None = _rows(None, description="Column that names a row; default: its position.")
     max_length: Positive | None = _rows(None, description="Longest sequence in tokens; default: the model's own limit.")
-    truncation: Literal["refuse", "cut"] = _rows("refuse", description="Longer prompts: quarantine them, or cut their end.")
+    truncation: Literal["refuse", "cut", "cut_left"] = _rows(
+        "refuse", description="Longer prompts: quarantine them, or cut their end, or their beginning (cut_left)."
+    )
+    pack: Annotated[int, Field(ge=2)] | None = _rows(
+        None, description="Join prompts, with BOS between, and cut them into sequences of so many tokens, as dictionary trainers do."
+    )
     special_tokens: Literal["auto", "add", "none"] = _rows(
         "auto", description="Those that the tokenizer puts around a text (never around a chat); auto: where the text has them not already."
     )
@@ -107,6 +124,10 @@ class ExtractConfig(BaseModel):
     )
     layers: NonEmpty = _rows("all", description='Layers to extract: "all", "0", "0-5", "0,7,20-61".')
     sites: Literal["residual"] = _rows("residual", description="What to capture at each layer.")
+    tokens: NonEmpty = _rows(
+        "all", description=f"Tokens whose rows are kept: {TOKEN_CHOICES}. mask: by the loss mask; mean: one row a sequence."
+    )
+    skip_special_tokens: bool = _rows(False, description="Never choose the tokenizer's special tokens.")
     compute_dtype: Literal["bfloat16", "float16", "float32"] = _rows("bfloat16", description="Dtype of weights and arithmetic.")
     store_dtype: Literal["bfloat16", "float16", "float32"] = _rows("bfloat16", description="Dtype of the stored rows.")
     batch_tokens: Positive | Auto = _rows(
@@ -194,6 +215,20 @@ def parse_layers(text: str, num_layers: int) -> tuple[int, ...]:
     return tuple(sorted(chosen))
 
 
+def parse_tokens(text: str) -> TokenChoice:
+    """What the option `tokens` says. Raises ConfigError."""
+    if text in ("all", "mean"):
+        return TokenChoice(text)
+    if text in ("mask", "mean:mask"):
+        return TokenChoice("all" if text == "mask" else "mean", in_mask=True)
+    if text == "last":
+        return TokenChoice("last", 1)
+    match = re.fullmatch(r"(?:(mask):(?=last))?(last|first|every):([1-9]\d{0,8})", text)
+    if not match:
+        raise ConfigError(f"tokens = {text!r} is no choice of tokens.", f"Write {TOKEN_CHOICES}; k and n are from 1 on.")
+    return TokenChoice(cast("TokenKind", match[2]), int(match[3]), in_mask=match[1] is not None)
+
+
 def parse_labels(text: str | None) -> dict[str, str]:
     """Ray's node labels from "zone=a,kind=h100"; none from None. Raises ConfigError."""
     labels = {}
@@ -220,6 +255,7 @@ def _contradictions(config: ExtractConfig) -> Iterator[ConfigError]:
         lambda: parse_bytes(config.in_flight, "in_flight"),
         lambda: parse_max_memory(config.max_memory),
         lambda: parse_labels(config.node_labels),
+        lambda: parse_tokens(config.tokens),
     ):
         try:
             parse()
@@ -228,6 +264,10 @@ def _contradictions(config: ExtractConfig) -> Iterator[ConfigError]:
     if config.compression == "planes" and config.store_dtype == "float32":
         what = 'compression = "planes" splits 16-bit rows, and store_dtype = "float32".'
         yield ConfigError(what, 'Store bfloat16 or float16, or set compression = "none".')
+    if config.pack is not None and config.max_length is not None:
+        yield ConfigError(f"pack = {config.pack} makes every sequence as long, and max_length = {config.max_length}.", "Leave max_length out.")
+    if config.pack is not None and config.truncation != "refuse":
+        yield ConfigError(f"pack = {config.pack} cuts where a sequence is full, and truncation = {config.truncation!r}.", "Leave truncation out.")
 
 
 def _as_problems(config: type[BaseModel], error: ValidationError) -> list[ConfigError]:

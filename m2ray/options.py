@@ -13,6 +13,7 @@ from typing import Any, Literal, Self
 
 from m2ray.batches import PartSpec
 from m2ray.config import ExtractConfig, OffloadTo, Transport
+from m2ray.selection import Selection
 from m2ray.sizes import MaxMemory
 from m2ray.storage import local_folder, with_home
 
@@ -29,6 +30,9 @@ class PromptOptions:
     Attributes:
         prompts: file, folder, glob or saved dataset.
         max_length: in tokens.
+        pack: tokens of the sequences that prompts are joined to and cut into; None where each prompt is a sequence.
+        tokens, skip_ids: which tokens become rows (m2ray.selection.Selection).
+        skip_special_tokens: whether the tokenizer's special ids are `skip_ids`.
         split: of a dataset's folder; None where the user named none.
         encoding: what text files are written in, by Python's name.
         chat_template: the file whose template takes the place of the model's, or None.
@@ -53,7 +57,11 @@ class PromptOptions:
     input_ids_column: str | None = None
     tools_column: str | None = None
     id_column: str | None = None
-    truncation: Literal["refuse", "cut"] = "refuse"
+    truncation: Literal["refuse", "cut", "cut_left"] = "refuse"
+    pack: int | None = None
+    tokens: str = "all"
+    skip_special_tokens: bool = False
+    skip_ids: tuple[int, ...] = ()
     special_tokens: Literal["auto", "add_where_absent", "add", "none"] = "auto"
     add_generation_prompt: bool = False
     chat_template: str | None = None
@@ -69,7 +77,7 @@ class PromptOptions:
         given = None if config.template_date == "auto" else config.template_date
         return cls(
             prompts=config.prompts or "",
-            max_length=config.max_length or longest,
+            max_length=config.pack or config.max_length or longest,
             steady_positions=steady_positions,
             split=config.split,
             encoding=config.encoding,
@@ -79,6 +87,9 @@ class PromptOptions:
             tools_column=config.tools_column,
             id_column=config.id_column,
             truncation=config.truncation,
+            pack=config.pack,
+            tokens=config.tokens,
+            skip_special_tokens=config.skip_special_tokens,
             special_tokens=config.special_tokens,
             add_generation_prompt=config.add_generation_prompt,
             chat_template=config.chat_template,
@@ -88,6 +99,12 @@ class PromptOptions:
             template_timeout_s=config.template_timeout_s,
             quarantine_limit=config.quarantine_limit,
         )
+
+
+    @property
+    def selection(self) -> Selection:
+        """Which tokens become rows."""
+        return Selection(self.tokens, self.skip_ids)
 
 
 @dataclass(frozen=True)
@@ -157,10 +174,10 @@ class RunOptions:
     def row_options(self) -> dict[str, Any]:
         """What decides the rows, as job.json keeps it: by the names in ExtractConfig and in their order, as plain JSON values.
 
-        The model, the prompts and the template file are left out: their digests say more than their paths.
+        The model, the prompts and the template file are left out: their digests say more than their paths. The special ids that are skipped come last.
         """
         values = {each.name: getattr(owner, each.name) for owner in (self.prompts, self) for each in fields(owner)}
-        names = [name for name in ExtractConfig.row_options() if name not in ("model", "prompts", "chat_template")]
+        names = [name for name in (*ExtractConfig.row_options(), "skip_ids") if name not in ("model", "prompts", "chat_template")]
         return {name: _plain(values[name]) for name in names}
 
 

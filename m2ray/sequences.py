@@ -1,6 +1,6 @@
 """The run's `sequences/*.parquet`: what became of every row of the source, quarantined ones too."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -24,6 +24,8 @@ SEQUENCES_SCHEMA = pa.schema(
         pa.field("reason", pa.string()),
         pa.field("loss_mask", pa.list_(pa.uint8())),
         pa.field("roles", pa.list_(pa.struct([("role", pa.string()), ("start", pa.int32()), ("stop", pa.int32())]))),
+        pa.field("row_count", pa.int32(), nullable=False),
+        pa.field("documents", pa.list_(pa.struct([("row_id", pa.string()), ("start", pa.int32()), ("offset", pa.int32())]))),
     ]
 )
 """One row a source row, ascending by sequence_id.
@@ -31,10 +33,11 @@ SEQUENCES_SCHEMA = pa.schema(
 prompt_digest: xxh3-128 of the token ids' little-endian int32 bytes, 32 hex digits. status: "ready" or "quarantined". A
 quarantined row has token_count 0, a reason, and null for all that is nullable besides; a ready one has null for the reason.
 loss_mask: one 0 or 1 a token, null where the prompts gave none. roles: the tokens [start, stop) of a chat's messages, ascending,
-null where unknown.
+null where unknown. row_count: how many of its tokens were chosen, hence its rows in every part; a mean is one. documents: where prompts are packed,
+those of a context: each from the context's token `start` on, with its own token `offset`; else null.
 """
 
-_FEW_VALUES = ["shard", "status", "reason", "loss_mask.list.element", "roles.list.element.role"]
+_FEW_VALUES = ["shard", "status", "reason", "loss_mask.list.element", "roles.list.element.role", "row_count"]
 """The columns whose values come again and again."""
 
 ROWS_PER_FILE = 1 << 20
@@ -92,7 +95,8 @@ class SequencesWriter:
 
 
 def read_sequences(store: Store, file: SequenceFile, columns: list[str] | None = None) -> Any:
-    """The file as a pyarrow table, after its size and checksum were compared. Columns that an older m2ray did not write are null.
+    """The file as a pyarrow table, after its size and checksum were compared. Columns that an older m2ray did not write are null, but
+    `row_count`: there every token has a row.
 
     Raises:
         RunDamagedError: the file is absent or not as it was written.
@@ -108,17 +112,16 @@ def read_sequences(store: Store, file: SequenceFile, columns: list[str] | None =
     if xxh3 != file.xxh3:
         raise RunDamagedError(f"{name} is damaged: the xxh3 of its bytes is {xxh3}; {file.xxh3} was written.", remedy)
     # A thread of Arrow's that still holds `data`, a Python object, while the interpreter ends would abort the process.
-    table = pq.ParquetFile(pa.BufferReader(data), pre_buffer=False).read(columns, use_threads=False)
-    return _with_nulls(table, SEQUENCES_SCHEMA.names if columns is None else columns)
-
-
-def _with_nulls(table: Any, names: Sequence[str]) -> Any:
-    """The table with these columns too, at its end, where it lacks them."""
-    for name in names:
-        if name not in table.column_names:
-            field = SEQUENCES_SCHEMA.field(name)
-            table = table.append_column(field, pa.nulls(table.num_rows, field.type))
-    return table
+    stored = pq.ParquetFile(pa.BufferReader(data), pre_buffer=False)
+    names = list(SEQUENCES_SCHEMA.names if columns is None else columns)
+    absent = set(names) - set(stored.schema_arrow.names)
+    table = stored.read([*names, "token_count"] if "row_count" in absent else names, use_threads=False)
+    if not absent:
+        return table
+    for name in absent:
+        field = SEQUENCES_SCHEMA.field(name)
+        table = table.append_column(field, table["token_count"] if name == "row_count" else pa.nulls(table.num_rows, field.type))
+    return table.select(names)
 
 
 class _OpenFile:

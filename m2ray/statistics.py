@@ -119,6 +119,12 @@ def places(asked: Asked) -> dict[Place, frozenset[str]]:
     return {place: frozenset(kinds) for place, kinds in found.items()}
 
 
+def sites(asked: Asked) -> dict[str, tuple[int, ...]]:
+    """The sites that are captured for statistics, with their layers."""
+    found = places(asked)
+    return {name: tuple(sorted(layer for site, layer in found if site == name and layer is not None)) for name, _ in found}
+
+
 def contribution_bytes(kinds: frozenset[str], width: int) -> int:
     """What a shard leaves of one place, about. `width` is that of a row, or of the experts where they are counted."""
     sizes = {"moments": 32 * width, "norms": 8192, "covariance": 4 * width**2, "experts": 4 * width**2}

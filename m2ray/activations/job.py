@@ -15,6 +15,7 @@ from m2ray.activations.schema import FORMAT_VERSION, LAYER_CONVENTION, LEASE_FOL
 from m2ray.batches import PartSpec, SequenceFile
 from m2ray.errors import RunConflictError
 from m2ray.provenance import ROW_PACKAGES, differences, versions
+from m2ray.selection import Selection
 from m2ray.sites import capturing_layer
 from m2ray.statistics import Asked, places
 from m2ray.storage import Store
@@ -35,12 +36,21 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class Counts:
-    """The account that a finished run is held to: sequences = ready + quarantined; `tokens` are those of the ready ones."""
+    """The account that a finished run is held to: sequences = ready + quarantined; `tokens` are those of the ready ones.
+
+    `rows` are those of each site and layer: as many as tokens where nothing else is said. `without_rows` of the ready ones have no chosen token.
+    """
 
     sequences: int
     ready: int
     quarantined: int
     tokens: int
+    rows: int = -1
+    without_rows: int = 0
+
+    def __post_init__(self) -> None:
+        if self.rows < 0:
+            object.__setattr__(self, "rows", self.tokens)
 
 
 @dataclass(frozen=True)
@@ -121,6 +131,11 @@ class JobRecord:
         """Which statistics are taken of what; none in runs from before there were any."""
         asked: Asked = self.options.get("statistics") or {}
         return asked
+
+    @property
+    def selection(self) -> Selection:
+        """Which tokens have rows."""
+        return Selection(self.options.get("tokens", "all"), tuple(self.options.get("skip_ids", ())))
 
     @property
     def layers_run(self) -> int:

@@ -46,7 +46,7 @@ class CommitRecord:
 
     Attributes:
         num_sequences: sequences in the shard.
-        rows: tokens in the shard, hence rows in each part.
+        rows: in each part: the shard's chosen tokens.
         token_digest: xxh3-128 over the shard's TOKEN_ROW rows, 32 hex digits.
         micro_batches: (sequences, padded length) of each, in order: what went through the model together.
         elapsed_s: seconds that the attempt took.
@@ -110,7 +110,11 @@ class WeightsRecord:
 
 @dataclass(frozen=True)
 class RunSummary:
-    """The account of a finished run: `sequences` = `committed` + `quarantined`. `num_bytes` are those of all parts."""
+    """The account of a finished run: `sequences` = `committed` + `quarantined`. `num_bytes` are those of all parts.
+
+    `rows` are those of each site and layer, as many as `tokens` where nothing else is said.
+    `without_rows` of the committed sequences have no chosen token.
+    """
 
     format_version: int
     run_id: str
@@ -122,6 +126,12 @@ class RunSummary:
     shards: int
     parts: int
     num_bytes: int
+    rows: int = -1
+    without_rows: int = 0
+
+    def __post_init__(self) -> None:
+        if self.rows < 0:
+            object.__setattr__(self, "rows", self.tokens)
 
     def to_json(self) -> bytes:
         return to_json(self, indent=2)

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 
 from m2ray.activations.job import JobRecord
 from m2ray.activations.json_record import read_record, to_json
-from m2ray.activations.records import CommitRecord
+from m2ray.activations.records import read_commits
 from m2ray.activations.schema import CONTRIBUTIONS, parse_contribution_key
 from m2ray.batches import PartReceipt, SequenceFile
 from m2ray.errors import RunDamagedError
@@ -62,8 +62,17 @@ def stored_contributions(store: Store, job: JobRecord) -> dict[str, int]:
     }
 
 
-def lost_contributions(commits: Iterable[CommitRecord], stored: Mapping[str, int]) -> list[tuple[int, str]]:
-    """(shard, key) of those that commits name and that are not stored, or not with their size."""
+def lost_statistics(store: Store, job: JobRecord, shards: Iterable[int]) -> list[tuple[int, str]]:
+    """(shard, key) of contributions that these shards' commits name and that are gone or have another size; none once they are merged.
+
+    Raises:
+        RunDamagedError, RunConflictError: a commit is not what it should be (`read_commit`).
+        StoreError: something could not be read.
+    """
+    if not job.statistics or is_merged(store, job):
+        return []
+    commits = list(read_commits(store, job, sorted(shards)))
+    stored = stored_contributions(store, job)  # listed after the commits were read: what they name was there before them
     return [(commit.shard, part.key) for commit in commits for part in commit.statistics if stored.get(part.key) != part.num_bytes]
 
 
@@ -146,6 +155,11 @@ def is_merged(store: Store, job: JobRecord) -> bool:
     with suppress(RunDamagedError):
         record = read_statistics_record(store, job)
     return record is not None and all(store.size(file.key) == file.num_bytes for file in record.files)
+
+
+def are_whole(store: Store, job: JobRecord) -> bool:
+    """Whether a run has all the statistics that it was asked for, and nothing is left of what they were made of. Raises StoreError."""
+    return not job.statistics or (is_merged(store, job) and not stored_contributions(store, job))
 
 
 _RECORD = TypeAdapter(StatisticsRecord)

@@ -104,6 +104,8 @@ def _claim(inputs: Inputs, found: Survey, stats: PromptStats, progress: Progress
         progress.say(f"  {line}")
     if found.num_empty_masks:
         progress.say(f"  the loss masks of {found.num_empty_masks:,} prompts are 0 at every token")
+    if found.num_without_rows:
+        progress.say(f"  {found.num_without_rows:,} prompts have no chosen token, and so no row")
     for quarantined in found.first_quarantined:
         progress.say(f"  quarantined: {quarantined}")
     job = JobRecord.new(
@@ -113,7 +115,7 @@ def _claim(inputs: Inputs, found: Survey, stats: PromptStats, progress: Progress
         model=ModelFacts(inputs.checkpoint.whole_config.model_type, inputs.table.num_layers, inputs.table.hidden_size),
         parts=inputs.options.parts,
         num_shards=len(found.shards),
-        counts=Counts(found.num_sequences, found.num_ready, found.num_quarantined, found.num_tokens),
+        counts=_counts(found),
         sequence_files=found.sequence_files,
         names={name: given for name in ("model", "prompts", "chat_template") if (given := getattr(inputs.config, name)) is not None},
     )
@@ -129,6 +131,17 @@ def _claim(inputs: Inputs, found: Survey, stats: PromptStats, progress: Progress
         return run
     _discard(inputs, found)
     return None
+
+
+def _counts(found: Survey) -> Counts:
+    return Counts(
+        sequences=found.num_sequences,
+        ready=found.num_ready,
+        quarantined=found.num_quarantined,
+        tokens=found.num_tokens,
+        rows=found.shards.num_rows,
+        without_rows=found.num_without_rows,
+    )
 
 
 def _discard(inputs: Inputs, found: Survey) -> None:
@@ -168,10 +181,19 @@ def _finish(work: _Work, progress: Progress) -> RunSummary:
     """Close the account, or look whether it is closed."""
     summary = work.run.finish()
     progress.say(
-        f"Complete: {summary.committed:,} sequences with {summary.tokens:,} tokens in {summary.parts:,} files, {summary.num_bytes:,} bytes; "
+        f"Complete: {summary.committed:,} sequences with {summary.tokens:,} tokens{_rows_said(work, summary)} "
+        f"in {summary.parts:,} files, {summary.num_bytes:,} bytes; "
         f"{summary.quarantined:,} quarantined. {work.inputs.store.url}"
     )
     return summary
+
+
+def _rows_said(work: _Work, summary: RunSummary) -> str:
+    """Nothing where each token has a row."""
+    if work.run.job.selection.is_all:
+        return ""
+    without = f", none of {summary.without_rows:,} sequences" if summary.without_rows else ""
+    return f" and {summary.rows:,} rows a layer{without},"
 
 
 # -- extracting -----------------------------------------------------------------------------------------------------------
@@ -212,8 +234,9 @@ def _stages(work: _Work, plan: Plan, hardware: Hardware, reservations: Sequence[
         queue_bytes=options.writer_queue_bytes,
         threads=max(1, int(per_stage_cpus / 2)) if plan.gpus else 1,
         compression=options.compression,
+        selection=options.prompts.selection,
     )
-    job = Job(CaptureSpec({options.sites: options.layers}, options.store_dtype), writer, options.batch_tokens)
+    job = Job(CaptureSpec({options.sites: options.layers}, options.store_dtype, options.prompts.selection), writer, options.batch_tokens)
     for replica, reservation in enumerate(reservations):
         specs = [list(_specs(work.inputs, plan, replica, stage.stage, stage.span)) for stage in plan.stages if stage.replica == replica]
         stages = Stages(

@@ -68,7 +68,7 @@ def plan_export(
     of_run = [part.layer for part in job.parts if part.site == SITE and part.layer is not None]
     num_layers = job.model.num_layers
     chosen = parse_layers(layers, num_layers) if layers is not None else consumer.default_layers(num_layers, of_run)
-    problems = [*_run_problems(catalogue), *_layer_problems(catalogue, consumer, chosen, of_run)]
+    problems = [*_run_problems(catalogue), *_token_problems(job), *_layer_problems(catalogue, consumer, chosen, of_run)]
     problems += _option_problems(consumer, to, context_size, model_folder)
     samples = Samples(catalogue, [layer for layer in chosen if layer in of_run])
     if not len(samples):
@@ -127,6 +127,12 @@ def _identity(export: Export, consumer: Consumer, to: str) -> dict[str, Any]:
 
 
 # -- what may be missing ----------------------------------------------------------------------------------------------
+
+
+def _token_problems(job: JobRecord) -> list[M2rayError]:
+    if job.selection.is_all:
+        return []
+    return [NotInRunError(f"The run kept {job.selection}: trainers read whole sequences.", 'Extract with tokens = "all".')]
 
 
 def _run_problems(catalogue: Catalogue) -> list[M2rayError]:

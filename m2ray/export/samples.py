@@ -129,7 +129,6 @@ class Samples:
 
         Raises:
             RunDamagedError: a file is not what was written.
-            NotInRunError: the run kept some tokens of a sequence only.
             StoreError: a file cannot be read.
         """
         while start < stop:
@@ -189,10 +188,7 @@ class Samples:
         first_rows = np.cumsum(counts, dtype=np.int64) - counts
         positions = np.arange(counts.sum(dtype=np.int64)) - np.repeat(first_rows, counts)
         if not (np.array_equal(tokens["sequence_id"], np.repeat(ids, counts)) and np.array_equal(tokens["position"], positions)):
-            raise NotInRunError(
-                f"Shard {shard} of the run at {self._catalogue.store.url} does not hold every token of its sequences.",
-                "Trainers read whole sequences: extract them whole.",
-            )
+            raise RunDamagedError(f"Shard {shard} of the run at {self._catalogue.store.url} does not hold every token of its sequences.")
 
     # -- sequences/ ---------------------------------------------------------------------------------------------------
 

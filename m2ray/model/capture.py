@@ -1,16 +1,19 @@
-"""What is kept at a site: the real tokens' rows, selected and rounded on the device, then copied to the host."""
+"""What is kept at a site: the chosen tokens' rows, selected and rounded on the device, then copied to the host."""
 
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import cycle
 
 import numpy as np
 import torch
 
-from m2ray import selection
 from m2ray.batches import Bits, CapturedLayer, Column, MicroBatch, PartSpec
 from m2ray.errors import StageError
+from m2ray.model.selecting import ChosenRows
+from m2ray.model.statistics import Statistics
+from m2ray.selection import Selection
+from m2ray.statistics import Asked
 
 COPYING_LAYERS = 3
 """Parts of one micro-batch whose rows are on the GPU at one time: on their way to the host, or yet to be computed."""
@@ -23,36 +26,52 @@ class CaptureSpec:
     Attributes:
         sites: the layers whose rows are kept, ascending, by site; none at sites of the whole model.
         store_dtype: "bfloat16", "float16" or "float32", of rows of hidden width.
+        selection: whose rows are kept.
+        statistics: what is taken of which rows, of sites and layers whose rows are kept and of others (m2ray.statistics).
     """
 
     sites: Mapping[str, tuple[int, ...]]
     store_dtype: str
+    selection: Selection = field(default_factory=Selection)
+    statistics: Asked = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """One part's rows on their way to the host, a tensor [N, ...] a column, and the extremes [2] of what each was rounded from."""
+    """One part's rows on their way to the host, a tensor [N, ...] a column, and the extremes [2] of what each was rounded from.
+
+    Of a part that is captured for its statistics alone no rows go there.
+    """
 
     part: PartSpec
     columns: tuple[torch.Tensor, ...]
     extremes: tuple[torch.Tensor, ...]
+    statistics: Mapping[str, torch.Tensor]
 
 
 class Capture:
     """What is kept of one micro-batch: some sites, after some layers.
 
-    Rows are those of the chosen tokens, in the order of m2ray.selection. Padding is left out before anything is copied, and every
+    Rows are those of the chosen tokens, in the order of m2ray.selection. All others are left out before anything is copied, and every
     part's rows have memory of their own. On a GPU they are copied into pinned memory on a stream of their own, beside the
     computation: `finish` is what waits, and may be called on another thread.
     """
 
-    def __init__(self, micro_batch: MicroBatch, parts: Iterable[PartSpec], copy_stream: "torch.cuda.Stream | None") -> None:
+    def __init__(
+        self,
+        micro_batch: MicroBatch,
+        parts: Sequence[PartSpec],
+        selection: Selection,
+        copy_stream: "torch.cuda.Stream | None",
+        statistics: Statistics | None = None,
+    ) -> None:
         self._micro_batch = micro_batch
-        self._parts = {(part.site, part.layer): part for part in parts}
+        self._kept = frozenset(parts)
+        self._statistics = statistics or Statistics()
+        self._parts = {(part.site, part.layer): part for part in (*parts, *self._statistics.kinds)}
         self._copy_stream = copy_stream
-        places_N = torch.from_numpy(selection.places(micro_batch))
-        # From pinned memory the host need not wait for the computation that is still running.
-        self._places_N = places_N if copy_stream is None else places_N.pin_memory().to(copy_stream.device, non_blocking=True)
+        self._selection = selection
+        self._chosen = ChosenRows(selection, micro_batch, copy_stream)
         self._captured: dict[PartSpec, _Rows] = {}
         self._copying: deque[torch.cuda.Event] = deque()
 
@@ -62,13 +81,14 @@ class Capture:
         if part is None:
             return
         self._wait_for_room()
-        selected = [values.flatten(0, 1).index_select(0, self._places_N).flatten(1) for values in values_BT]
+        selected = [self._chosen.of(values) for values in values_BT]
         extremes = [_extremes(rows_NW) for rows_NW in selected]
-        # Rounds once, to nearest even; index_select made a copy, so nothing computed later can change these rows.
+        # Rounds once, to nearest even; the selected rows are a copy, so nothing computed later can change them.
         rounded = [rows_NW.to(getattr(torch, column.dtype)) for rows_NW, column in zip(selected, part.columns, strict=True)]
-        room = values_BT[0].shape[0] * values_BT[0].shape[1]
-        columns = tuple(self._to_host(rows_NW, room) for rows_NW in rounded)
-        self._captured[part] = _Rows(part, columns, tuple(self._to_host(both, len(both)) for both in extremes))
+        room = self._micro_batch.padded_tokens if self._selection.is_all else 0
+        statistics = {kind: self._to_host(values, 0) for kind, values in self._statistics.of(part, rounded).items()}
+        columns = tuple(self._to_host(rows_NW, room) for rows_NW in rounded) if part in self._kept else ()
+        self._captured[part] = _Rows(part, columns, tuple(self._to_host(both, 0) for both in extremes), statistics)
         if self._copy_stream is not None:
             self._copying.append(torch.cuda.Event())
             self._copying[-1].record(self._copy_stream)
@@ -79,12 +99,12 @@ class Capture:
             self._copying.popleft().synchronize()
 
     def _to_host(self, values: torch.Tensor, room: int) -> torch.Tensor:
-        """A copy in pinned memory of `room` rows: torch finds memory that it keeps for sizes that vary little."""
+        """A copy in pinned memory of at least `room` rows: torch finds memory that it keeps for sizes that vary little."""
         if self._copy_stream is None:
             return values
         self._copy_stream.wait_stream(torch.cuda.current_stream(values.device))
         with torch.cuda.stream(self._copy_stream):
-            on_host = torch.empty((room, *values.shape[1:]), dtype=values.dtype, pin_memory=True)[: len(values)]
+            on_host = torch.empty((max(room, len(values)), *values.shape[1:]), dtype=values.dtype, pin_memory=True)[: len(values)]
             on_host.copy_(values, non_blocking=True)
         values.record_stream(self._copy_stream)
         return on_host
@@ -100,9 +120,9 @@ class Capture:
         kept = [self._captured[part] for part in self._parts.values() if part in self._captured]
         for rows in kept:
             for number, extremes in enumerate(rows.extremes):
-                if not extremes.to(rows.columns[number].dtype).isfinite().all():
+                if not extremes.to(getattr(torch, rows.part.columns[number].dtype)).isfinite().all():
                     raise self._not_finite(rows, number)
-        return tuple(CapturedLayer(rows.part.site, rows.part.layer, tuple(map(_bits, rows.columns))) for rows in kept)
+        return tuple(_captured(rows) for rows in kept)
 
     def end(self) -> None:
         """No more layers come: mark the place in the copy stream that `finish` waits for."""
@@ -111,8 +131,8 @@ class Capture:
             self._copied.record(self._copy_stream)
 
     def _not_finite(self, rows: _Rows, column: int) -> StageError:
-        is_bad_N = ~rows.columns[column].isfinite().all(dim=1).numpy()
-        ids = np.unique(selection.token_rows(self._micro_batch)["sequence_id"][is_bad_N])
+        is_bad_N = ~rows.columns[column].isfinite().all(dim=1).numpy() if rows.columns else slice(None)
+        ids = np.unique(self._selection.token_rows(self._micro_batch)["sequence_id"][is_bad_N])
         listed = ", ".join(str(sequence_id) for sequence_id in ids[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
         smallest, largest = rows.extremes[column].float().tolist()
         dtype = rows.part.columns[column].dtype
@@ -120,6 +140,11 @@ class Capture:
             f"{str(rows.part).capitalize()}, sequences {listed}: values from {smallest:g} to {largest:g} do not fit {dtype}.",
             'Set compute_dtype and store_dtype to "bfloat16" or "float32"; if they are so already, the weights or the family are at fault.',
         )
+
+
+def _captured(rows: _Rows) -> CapturedLayer:
+    statistics = {kind: values.numpy() for kind, values in rows.statistics.items()}
+    return CapturedLayer(rows.part.site, rows.part.layer, tuple(map(_bits, rows.columns)), statistics)
 
 
 def _extremes(rows_NW: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,9 @@ from m2ray.model.gpu_loading import Lanes
 from m2ray.model.interpreter import quick_switches, without_collector
 from m2ray.model.skeleton import build_skeleton
 from m2ray.model.weights import Loaded, OnBytes, load_weights, parameter_bytes
+from m2ray.model.statistics import Statistics
 from m2ray.sites import parts_of_run, parts_of_span
+from m2ray.statistics import places, sites
 from m2ray.toolchain import require_triton
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -134,7 +136,8 @@ class Stage:
     """A loaded span, which captures nothing until `begin`. One `forward` at a time.
 
     Attributes:
-        parts: what every micro-batch's capture consists of, in order.
+        parts: whose rows every micro-batch's capture holds, in order.
+        statistics: the sites and layers of which it holds statistics, with their kinds.
         needed_bytes: checkpoint bytes of the span's tensors, scales included.
         digests: what was loaded of each layer (m2ray.model.digests).
         bytes_read: tensor bytes that were read to load them.
@@ -165,13 +168,19 @@ class Stage:
             ConfigError: there is no such site, or the model has no such layer.
         """
         config = self._decoder.skeleton.config
-        if others := sorted(capture.sites.keys() - {"residual"}):
+        if others := sorted((capture.sites.keys() | sites(capture.statistics).keys()) - {"residual"}):
             raise ConfigError(f"sites = {', '.join(others)!r}: only 'residual' can be captured.")
-        layers = capture.sites.get("residual", ())
-        if outside := [layer for layer in layers if layer >= config.num_hidden_layers]:
+        layers = {*capture.sites.get("residual", ()), *sites(capture.statistics).get("residual", ())}
+        if outside := sorted(layer for layer in layers if layer >= config.num_hidden_layers):
             raise ConfigError(f"Captured layers {outside}: the model has layers 0 to {config.num_hidden_layers - 1}.")
         of_the_job = parts_of_run(capture.sites, capture.store_dtype, row_width(config))
         self.parts = parts_of_span(of_the_job, self._spec.span, config.num_hidden_layers)
+        self._selection = capture.selection
+        of_statistics = parts_of_run(sites(capture.statistics), capture.store_dtype, row_width(config))
+        kinds = places(capture.statistics)
+        here = parts_of_span(of_statistics, self._spec.span, config.num_hidden_layers)
+        self.statistics = {(part.site, part.layer): kinds[part.site, part.layer] for part in here}
+        self._statistics = Statistics({part: kinds[part.site, part.layer] for part in here})
 
     def forward(self, micro_batch: MicroBatch, incoming: Boundary | None) -> StageOutput:
         """Take a micro-batch through the span.
@@ -187,7 +196,7 @@ class Stage:
             self._check(micro_batch, incoming)
         self._wait_for_gpu()
         with torch.inference_mode():
-            capture = Capture(micro_batch, self.parts, self._copy_out)
+            capture = Capture(micro_batch, self.parts, self._selection, self._copy_out, self._statistics)
             token_ids_BT = torch.tensor(micro_batch.token_ids_BT, dtype=torch.int64)
             if self._on_gpu:
                 token_ids_BT = token_ids_BT.pin_memory().to(self._decoder.device, non_blocking=True)
@@ -214,7 +223,7 @@ class Stage:
             waiting_bytes: of captured rows that may wait for the store.
         """
         config = self._decoder.skeleton.config
-        if self._on_gpu and self.parts:
+        if self._on_gpu and self.parts and self._selection.is_all:  # rows of chosen tokens come in pieces of any size
             capture_bytes = batch_tokens * sum(part.row_bytes for part in self.parts)
             columns = [column for part in self.parts for column in part.columns]
             # Beside what waits, of two micro-batches: one that is computed, and one whose rows are handed over.
@@ -238,9 +247,10 @@ class Stage:
     def _try(self, num_sequences: int, length: int) -> None:
         """Run a micro-batch of zeros."""
         counts = np.full(num_sequences, length, np.int32)
-        micro_batch = MicroBatch(0, 0, True, np.arange(num_sequences), counts, np.zeros((num_sequences, length), np.int32))
+        shape = (num_sequences, length)
+        micro_batch = MicroBatch(0, 0, True, np.arange(num_sequences), counts, np.zeros(shape, np.int32), np.ones(shape, np.bool_))
         dtype = DTYPES[self._spec.compute_dtype]
-        incoming = None if self.is_first else blank(self._decoder.skeleton.config, self._spec.span.start, (num_sequences, length), dtype)
+        incoming = None if self.is_first else blank(self._decoder.skeleton.config, self._spec.span.start, shape, dtype)
         _ = self.forward(micro_batch, incoming).captured
 
     def _check(self, micro_batch: MicroBatch, incoming: Boundary) -> None:

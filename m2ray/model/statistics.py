@@ -4,10 +4,11 @@ In float32, piece by piece and centred, and the pieces summed in float64: so tha
 digits, and little memory is needed beside the rows. What is found here is merged with other micro-batches' on the host.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 
+from m2ray.batches import PartSpec
 from m2ray.statistics import NORM_BINS, NORM_SHIFT
 
 PIECE_ROWS = 1024
@@ -15,6 +16,25 @@ PIECE_ROWS = 1024
 
 PIECE_CHOICES = 8192
 """Rows of chosen experts that are laid out as zeros and ones at one time; float32 counts them exactly up to 2**24."""
+
+
+class Statistics:
+    """Which statistics are taken of a stage's parts; none by default.
+
+    Attributes:
+        kinds: by part those that are taken of it.
+    """
+
+    def __init__(self, kinds: Mapping[PartSpec, frozenset[str]] | None = None, num_experts: int = 0) -> None:
+        self.kinds = dict(kinds or {})
+        self._num_experts = num_experts
+
+    def of(self, part: PartSpec, columns: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Those of a part's rows of a micro-batch, a tensor [N, W] a column, as they are stored; on their device."""
+        kinds = self.kinds.get(part, frozenset())
+        if "experts" in kinds:
+            return experts_statistics(columns[0], self._num_experts)
+        return rows_statistics(kinds, columns[0])
 
 
 def rows_statistics(kinds: Collection[str], rows_NW: torch.Tensor) -> dict[str, torch.Tensor]:

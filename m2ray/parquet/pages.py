@@ -61,6 +61,9 @@ def columns_of(
 ) -> Iterator["ColumnPages"]:
     """The pages of the columns of these names and bytes a value. Raises MALFORMED if they cannot be found."""
     groups = read_footer(tail)["row_groups"]
+    if not groups:
+        yield from (ColumnPages(store, key, num_bytes, size, UNCOMPRESSED, np.zeros((1, 3), np.int64), check=check) for _, size in columns)
+        return
     names = [chunk["meta_data"]["path_in_schema"][0].decode() for chunk in groups[0]["columns"]]
     begin = num_bytes - len(tail)
     for name, value_bytes in columns:

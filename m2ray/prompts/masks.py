@@ -11,12 +11,23 @@ Role = tuple[str, int, int]
 """A message's role, and its tokens [start, stop)."""
 
 
+class Document(NamedTuple):
+    """A document in a context: it begins at the context's token `start`, with its own token `offset` (BOS before it counts as its own)."""
+
+    row_id: str
+    start: int
+    offset: int
+
+
 class Marked(NamedTuple):
-    """A row's token ids, int32 [T], and what is known of them: the loss mask, one byte 0 or 1 a token, and the roles of a chat."""
+    """A row's token ids, int32 [T], and what is known of them: the loss mask, one byte 0 or 1 a token, the roles of a chat, and the documents
+    of a context.
+    """
 
     token_ids: Int32Array
     loss_mask: bytes | None = None
     roles: list[Role] | None = None
+    documents: tuple[Document, ...] | None = None
 
 
 def loss_mask(chat: Rendered, offsets_T2: Int32Array) -> bytes | str:
@@ -34,15 +45,15 @@ def loss_mask(chat: Rendered, offsets_T2: Int32Array) -> bytes | str:
     return mask.tobytes()
 
 
-def roles(chat: Rendered, offsets_T2: Int32Array, num_tokens: int) -> list[Role] | None:
-    """The tokens of a chat's messages among its first `num_tokens`; None if a token lies across two messages."""
+def roles(chat: Rendered, offsets_T2: Int32Array, kept: range) -> list[Role] | None:
+    """The tokens of a chat's messages among those of `kept`, counted from its beginning; None if a token lies across two messages."""
     found: list[Role] = []
     for role, start, stop in chat.messages or ():
         if _is_within_token(start, offsets_T2) or _is_within_token(stop, offsets_T2):
             return None
         first, last = _overlapping(start, stop, offsets_T2)
-        if first < num_tokens:
-            found.append((role, first, min(last, num_tokens)))
+        if first < kept.stop and max(last, first + 1) > kept.start:
+            found.append((role, max(first - kept.start, 0), min(last, kept.stop) - kept.start))
     return None if chat.messages is None else found
 
 

@@ -7,12 +7,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from m2ray.batches import Int32Array, Int64Array, SequenceFile, Shard
+from m2ray.batches import SequenceFile, Shard
 from m2ray.errors import RunConflictError, RunDamagedError
-from m2ray.prompts.shards import ShardTable
+from m2ray.prompts.retokenizing import marked_again
+from m2ray.prompts.shards import ShardCounts, ShardTable
 from m2ray.prompts.sources import PromptSource
 from m2ray.prompts.spool import TokenSpool
-from m2ray.prompts.surveying import prompt_digest, row_batches
+from m2ray.prompts.surveying import prompt_digest
 from m2ray.prompts.tokenize import PromptTokenizer
 from m2ray.sequences import read_sequences
 from m2ray.storage import Store
@@ -25,11 +26,11 @@ def load_shards(store: Store, sequence_files: Iterable[SequenceFile]) -> ShardTa
         RunDamagedError: a file is absent, or differs from what the run recorded.
         StoreError: a file cannot be read.
     """
-    shards: list[tuple[Int64Array, Int32Array]] = []
+    shards: list[ShardCounts] = []
     for file in sequence_files:
-        table = read_sequences(store, file, ["sequence_id", "token_count", "shard"])
+        table = read_sequences(store, file, ["sequence_id", "token_count", "row_count", "shard"])
         table = table.filter(pc.is_valid(table["shard"]))
-        sequence_ids, token_counts, numbers = (table[name].to_numpy() for name in ("sequence_id", "token_count", "shard"))
+        numbers = table["shard"].to_numpy()
         order = np.argsort(numbers, kind="stable")  # within a shard the ids stay ascending
         present, starts = np.unique(numbers[order], return_index=True)
         if not np.array_equal(present, np.arange(len(shards), len(shards) + len(present))):
@@ -37,7 +38,8 @@ def load_shards(store: Store, sequence_files: Iterable[SequenceFile]) -> ShardTa
                 f"The shards in {file.key} do not follow those before it.", "List the run's files in the order they were written."
             )
         if len(present):
-            shards += zip(np.split(sequence_ids[order], starts[1:]), np.split(token_counts[order], starts[1:]), strict=True)
+            sorted_columns = (table[name].to_numpy()[order] for name in ("sequence_id", "token_count", "row_count"))
+            shards += zip(*(np.split(column, starts[1:]) for column in sorted_columns), strict=True)
     return ShardTable.join(shards)
 
 
@@ -50,7 +52,7 @@ def respool(
     *,
     on_progress: Callable[[int], None] | None = None,
 ) -> TokenSpool:
-    """Tokenise the rows of the missing shards, and no others, again. The caller closes the spool.
+    """Tokenise the rows of the missing shards again (where prompts are packed, all rows before too). The caller closes the spool.
 
     Args:
         source: the run's prompts.
@@ -66,23 +68,22 @@ def respool(
     """
     recorded = _recorded(missing, store, sequence_files)
     wanted_ids = recorded["sequence_id"].to_numpy()
-    tokens = TokenSpool()
+    tokens = TokenSpool(keeps_masks=tokenizer.selection.needs_mask)
     try:
-        for rows in row_batches(source.rows()):
-            if len(tokens) == len(wanted_ids):
-                break
-            first_id = rows[0].sequence_id
-            start, stop = np.searchsorted(wanted_ids, [first_id, first_id + len(rows)])
-            chosen = [rows[sequence_id - first_id] for sequence_id in wanted_ids[start:stop].tolist()]
-            digests = recorded["prompt_digest"][start:stop].to_pylist()
-            for row, encoded, digest in zip(chosen, tokenizer.encode(chosen), digests, strict=True):
-                if isinstance(encoded, str):
-                    raise _changed(f"sequence {row.sequence_id} (row {row.row_id}) is bad now: {encoded}")
-                if prompt_digest(encoded) != digest:
+        for num_passed, again in marked_again(source, tokenizer, wanted_ids):
+            facts = recorded.slice(len(tokens), len(again)).select(["prompt_digest", "row_count"]).to_pylist()
+            for (row, marked), recorded_row in zip(again, facts, strict=True):
+                if isinstance(marked, str):
+                    raise _changed(f"sequence {row.sequence_id} (row {row.row_id}) is bad now: {marked}")
+                found = {
+                    "prompt_digest": prompt_digest(marked.token_ids),
+                    "row_count": tokenizer.selection.row_count(marked.token_ids, marked.loss_mask),
+                }
+                if found != recorded_row:
                     raise _changed(f"sequence {row.sequence_id} (row {row.row_id}) gives other tokens than when the run began")
-                tokens.append(row.sequence_id, encoded)
+                tokens.append(row.sequence_id, marked.token_ids, marked.loss_mask)
             if on_progress is not None:
-                on_progress(first_id + len(rows))
+                on_progress(num_passed)
         if len(tokens) < len(wanted_ids):
             raise _changed(f"sequence {wanted_ids[len(tokens)]} and later ones are no longer in {source.options.prompts}")
     except BaseException:
@@ -94,11 +95,11 @@ def respool(
 
 
 def _recorded(missing: Sequence[Shard], store: Store, sequence_files: Iterable[SequenceFile]) -> Any:
-    """The missing shards' sequence ids, ascending, and prompt digests: a pyarrow table of about 50 bytes a sequence."""
+    """The missing shards' sequence ids, ascending, prompt digests and row counts: a pyarrow table of about 60 bytes a sequence."""
     numbers = pa.array([shard.index for shard in missing], pa.int32())
     tables = []
     for file in sequence_files:
-        table = read_sequences(store, file, ["sequence_id", "shard", "prompt_digest"])
+        table = read_sequences(store, file, ["sequence_id", "shard", "prompt_digest", "row_count"])
         tables.append(table.filter(pc.is_in(table["shard"], value_set=numbers)))
     return pa.concat_tables(tables).combine_chunks()
 

@@ -21,21 +21,26 @@ _LEAST_SHARD_SHARE = 0.25
 _FIXED_COST_SHARE = 0.1
 
 
-class ShardTable(Sequence[Shard]):
-    """All shards of a run by their number, 12 bytes a sequence: flat arrays, cut at `bounds` (int64 [shards + 1])."""
+ShardCounts = tuple[Int64Array, Int32Array, Int32Array]
+"""A shard's sequence ids, their token counts and their row counts."""
 
-    def __init__(self, sequence_ids: Int64Array, token_counts: Int32Array, bounds: Int64Array) -> None:
+
+class ShardTable(Sequence[Shard]):
+    """All shards of a run by their number, 12 to 16 bytes a sequence: flat arrays, cut at `bounds` (int64 [shards + 1])."""
+
+    def __init__(self, sequence_ids: Int64Array, token_counts: Int32Array, row_counts: Int32Array, bounds: Int64Array) -> None:
         self._sequence_ids = sequence_ids
         self._token_counts = token_counts
+        self._row_counts = token_counts if np.array_equal(row_counts, token_counts) else row_counts
         self._bounds = bounds
 
     @classmethod
-    def join(cls, pieces: Sequence[tuple[Int64Array, Int32Array]]) -> "ShardTable":
-        """From each shard's sequence ids and token counts, in order."""
-        bounds = np.cumsum([0, *(len(ids) for ids, _ in pieces)], dtype=np.int64)
-        if not pieces:
-            return cls(np.empty(0, np.int64), np.empty(0, np.int32), bounds)
-        return cls(np.concatenate([ids for ids, _ in pieces]), np.concatenate([counts for _, counts in pieces]), bounds)
+    def join(cls, pieces: Sequence[ShardCounts]) -> "ShardTable":
+        """From each shard's arrays, in order."""
+        bounds = np.cumsum([0, *(len(ids) for ids, _, _ in pieces)], dtype=np.int64)
+        ids, tokens, rows = zip(*pieces, strict=True) if pieces else ((), (), ())
+        none = np.empty(0, np.int32)
+        return cls(np.concatenate([np.empty(0, np.int64), *ids]), np.concatenate([none, *tokens]), np.concatenate([none, *rows]), bounds)
 
     def __len__(self) -> int:
         return len(self._bounds) - 1
@@ -49,7 +54,7 @@ class ShardTable(Sequence[Shard]):
             return [self[number] for number in range(*index.indices(len(self)))]
         number = range(len(self))[index]
         start, stop = self._bounds[number], self._bounds[number + 1]
-        return Shard(number, self._sequence_ids[start:stop], self._token_counts[start:stop])
+        return Shard(number, self._sequence_ids[start:stop], self._token_counts[start:stop], self._row_counts[start:stop])
 
     @property
     def num_sequences(self) -> int:
@@ -58,6 +63,11 @@ class ShardTable(Sequence[Shard]):
     @property
     def num_tokens(self) -> int:
         return int(self._token_counts.sum(dtype=np.int64))
+
+    @property
+    def num_rows(self) -> int:
+        """Rows in each part of all shards together."""
+        return int(self._row_counts.sum(dtype=np.int64))
 
     @property
     def longest_tokens(self) -> int:
@@ -125,7 +135,8 @@ def cut_micro_batches(token_counts: Int32Array, batch_tokens: int) -> list[int]:
 
 
 def micro_batches(shard: Shard, tokens: TokenSpool, batch_tokens: int) -> Iterator[MicroBatch]:
-    """The shard's sequences in their order, right-padded with 0, at most `batch_tokens` padded tokens a micro-batch.
+    """The shard's sequences in their order, right-padded with 0, at most `batch_tokens` padded tokens a micro-batch; with their loss masks if
+    the spool keeps them.
 
     A single sequence longer than `batch_tokens` makes a micro-batch of its own, without padding.
     """
@@ -133,8 +144,11 @@ def micro_batches(shard: Shard, tokens: TokenSpool, batch_tokens: int) -> Iterat
     for index, (start, stop) in enumerate(runs):
         sequence_ids, token_counts = shard.sequence_ids[start:stop], shard.token_counts[start:stop]
         token_ids_BT = np.zeros((stop - start, int(token_counts.max())), np.int32)
+        mask_BT = np.zeros(token_ids_BT.shape, np.bool_) if tokens.keeps_masks else None
         for row, (sequence_id, count) in enumerate(zip(sequence_ids.tolist(), token_counts.tolist(), strict=True)):
             token_ids_BT[row, :count] = tokens.read(sequence_id)
+            if mask_BT is not None:
+                mask_BT[row, :count] = tokens.mask(sequence_id)
         yield MicroBatch(
             shard=shard.index,
             index=index,
@@ -142,20 +156,22 @@ def micro_batches(shard: Shard, tokens: TokenSpool, batch_tokens: int) -> Iterat
             sequence_ids=sequence_ids,
             token_counts=token_counts,
             token_ids_BT=token_ids_BT,
+            mask_BT=mask_BT,
         )
 
 
 def batching(shards: Sequence[Shard], batch_tokens: int) -> PromptStats:
     """How these shards will be cut."""
-    sequences = tokens = padded_tokens = longest_tokens = num_batches = 0
+    sequences = tokens = rows = padded_tokens = longest_tokens = num_batches = 0
     for shard in shards:
         sequences += len(shard.sequence_ids)
         tokens += shard.num_tokens
+        rows += shard.num_rows
         for start, stop in pairwise(cut_micro_batches(shard.token_counts, batch_tokens)):
             padded_tokens += int(shard.token_counts[start:stop].max()) * (stop - start)
             num_batches += 1
         longest_tokens = max(longest_tokens, int(shard.token_counts.max()))
-    return PromptStats(sequences, tokens, padded_tokens, longest_tokens, len(shards), num_batches)
+    return PromptStats(sequences, tokens, padded_tokens, longest_tokens, len(shards), num_batches, rows)
 
 
 def estimated_batching(shards: Sequence[Shard], batch_tokens: int) -> PromptStats:

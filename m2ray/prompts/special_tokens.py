@@ -43,3 +43,9 @@ class SpecialTokens:
         self.num_begun += begun
         self.num_ended += ended
         return [*([] if begun else self.prefix), *token_ids, *([] if ended else self.suffix)]
+
+
+def special_ids(tokenizer: Any) -> tuple[int, ...]:
+    """The ids of all tokens that a tokenizer calls special, ascending: its named ones, and added ones that are marked so."""
+    added = (number for number, token in tokenizer.added_tokens_decoder.items() if token.special)
+    return tuple(sorted({*tokenizer.all_special_ids, *added}))

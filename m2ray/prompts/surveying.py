@@ -10,17 +10,19 @@ from dataclasses import dataclass
 
 import xxhash
 
-from m2ray.batches import Int32Array, Int64Array, SequenceFile
+from m2ray.batches import Int32Array, SequenceFile
 from m2ray.errors import PromptsError
 from m2ray.options import PromptOptions
 from m2ray.prompts.fingerprint import Fingerprint
 from m2ray.prompts.masks import Marked
+from m2ray.prompts.packing import Packer
 from m2ray.prompts.rows import MAX_PROMPT_BYTES, PromptRow
-from m2ray.prompts.shards import WINDOW_ROWS, ShardTable
+from m2ray.prompts.shards import WINDOW_ROWS, ShardCounts, ShardTable
 from m2ray.prompts.sources import PromptSource
 from m2ray.prompts.spool import TokenSpool
 from m2ray.prompts.tokenize import PromptTokenizer
 from m2ray.prompts.window import Window
+from m2ray.selection import Selection
 from m2ray.sequences import SequencesWriter
 from m2ray.storage import Store
 
@@ -33,7 +35,9 @@ _REASON_CHARACTERS = 500
 @dataclass(frozen=True)
 class Survey:
     """What the survey found. `num_sequences` = `num_ready` + `num_quarantined`; `first_quarantined` are lines on the first few;
-    `num_empty_masks` ready rows have a loss mask that is 0 at every token.
+    `num_empty_masks` ready rows have a loss mask that is 0 at every token, `num_without_rows` of all ready ones no chosen token.
+
+    Where prompts are packed, a sequence is a context, or a prompt or a remainder that is quarantined.
 
     `fingerprint` is of the bytes that were read; PromptSource.fingerprint gives the same for the same files. `tokens` is open: close it
     once the extraction is done.
@@ -45,6 +49,7 @@ class Survey:
     num_quarantined: int
     num_tokens: int
     num_empty_masks: int
+    num_without_rows: int
     first_quarantined: tuple[str, ...]
     sequence_files: tuple[SequenceFile, ...]
     fingerprint: str
@@ -80,24 +85,24 @@ def survey(
 
     Raises:
         PromptsError: a file is damaged or changes meanwhile, no row is left after quarantine, or more than `quarantine_limit` of them are
-            quarantined.
+            quarantined; or no token of any is chosen.
         StoreError: the store or the temporary folder refuses.
     """
-    tokens, fingerprint = TokenSpool(), Fingerprint()
+    tokens, fingerprint = TokenSpool(keeps_masks=tokenizer.selection.needs_mask), Fingerprint()
     try:
         tokenizer.require(source.columns)
-        batches = _marked(source, tokenizer, row_batches(source.rows(fingerprint)))
+        batches, packer = _marked(source, tokenizer, row_batches(source.rows(fingerprint))), tokenizer.packer()
         with (
             _old_objects_passed_over(),
             SequencesWriter(store, attempt) as writer,
-            closing(_SurveyPass(writer, tokens, shard_tokens)) as survey_pass,
+            closing(_SurveyPass(writer, tokens, shard_tokens, tokenizer.selection)) as survey_pass,
             closing(batches),
         ):
-            for rows, marked in batches:
+            for rows, marked in batches if packer is None else packer.packed(batches):
                 survey_pass.add(rows, marked)
                 if on_progress is not None:
                     on_progress(survey_pass.num_rows)
-            return survey_pass.finish(source, fingerprint)
+            return survey_pass.finish(source, fingerprint, packer)
     except BaseException:
         tokens.close()
         raise
@@ -164,30 +169,34 @@ def row_batches(rows: Iterable[PromptRow]) -> Iterator[list[PromptRow]]:
 class _SurveyPass:
     """The survey on its way through the rows."""
 
-    def __init__(self, writer: SequencesWriter, tokens: TokenSpool, shard_tokens: int) -> None:
+    def __init__(self, writer: SequencesWriter, tokens: TokenSpool, shard_tokens: int, selection: Selection) -> None:
         self.num_rows = 0
         self._writer = writer
         self._tokens = tokens
         self._shard_tokens = shard_tokens
-        self._shards: list[tuple[Int64Array, Int32Array]] = []
+        self._selection = selection
+        self._shards: list[ShardCounts] = []
         self._sample: list[str] = []
         self._reasons: Counter[str] = Counter()
         self._window = Window(first_id=0)
         self._num_masks = 0
         self._num_empty_masks = 0
+        self._num_without_rows = 0
 
     def add(self, rows: Sequence[PromptRow], marked_rows: Sequence[Marked | str]) -> None:
         """Take a batch, which does not cross a window's end."""
         for row, marked in zip(rows, marked_rows, strict=True):
             if isinstance(marked, str):
                 reason = marked[:_REASON_CHARACTERS]  # a template's own words may have any length
-                self._window.add(row.row_id, None, 0, reason)
+                self._window.quarantine(row.row_id, reason)
                 self._count(reason)
                 if len(self._sample) < _SHOWN_REASONS:
                     self._sample.append(f"row {row.row_id} (place {row.sequence_id}): {reason}")
             else:
-                self._window.add(row.row_id, prompt_digest(marked.token_ids), len(marked.token_ids), None)
-                self._tokens.append(row.sequence_id, marked.token_ids)
+                row_count = self._selection.row_count(marked.token_ids, marked.loss_mask)
+                self._num_without_rows += not row_count
+                self._window.add(row.row_id, prompt_digest(marked.token_ids), len(marked.token_ids), row_count)
+                self._tokens.append(row.sequence_id, marked.token_ids, marked.loss_mask)
                 if marked.loss_mask is not None:
                     self._num_masks += 1
                     self._num_empty_masks += 1 not in marked.loss_mask
@@ -196,16 +205,23 @@ class _SurveyPass:
         if self.num_rows % WINDOW_ROWS == 0:
             self._close_window()
 
-    def finish(self, source: PromptSource, fingerprint: Fingerprint) -> Survey:
+    def finish(self, source: PromptSource, fingerprint: Fingerprint, packer: Packer | None) -> Survey:
         if len(self._window):
             self._close_window()
         num_quarantined = self.num_rows - len(self._tokens)
-        if not self._shards or num_quarantined > source.options.quarantine_limit * self.num_rows:
-            raise self._too_few(source.options, num_quarantined)
+        num_refused, num_given = (packer.num_refused, packer.num_documents) if packer else (num_quarantined, self.num_rows)
+        if not self._shards or num_refused > source.options.quarantine_limit * num_given:
+            raise self._too_few(source.options, num_refused, num_given)
         if self._num_masks and self._num_masks == self._num_empty_masks:
             raise PromptsError(
                 f"The loss masks of all {self._num_masks:,} rows of {source.options.prompts} that have one are 0 at every token.",
                 "Nothing could be trained on them: correct the masks, or leave them out.",
+            )
+        if self._num_without_rows == len(self._tokens):
+            raise PromptsError(
+                f"tokens = {self._selection.tokens!r} chooses no token of any of the {len(self._tokens):,} rows of {source.options.prompts}"
+                f"{' but special ones, which are skipped' if self._selection.skip_ids else ''}.",
+                "Choose others.",
             )
         return Survey(
             shards=ShardTable.join(self._shards),
@@ -214,6 +230,7 @@ class _SurveyPass:
             num_quarantined=num_quarantined,
             num_tokens=self._tokens.num_tokens,
             num_empty_masks=self._num_empty_masks,
+            num_without_rows=self._num_without_rows,
             first_quarantined=tuple(self._sample),
             sequence_files=self._writer.finish(),
             fingerprint=fingerprint.hexdigest(),
@@ -234,15 +251,15 @@ class _SurveyPass:
         kind = re.sub(r"\d+|'[^']*'", "...", reason)
         self._reasons[kind if kind in self._reasons or len(self._reasons) < _KINDS_OF_REASONS else "others"] += 1
 
-    def _too_few(self, options: PromptOptions, num_quarantined: int) -> PromptsError:
-        if not self.num_rows:
+    def _too_few(self, options: PromptOptions, num_quarantined: int, num_given: int) -> PromptsError:
+        if not num_given:
             return PromptsError(f"The prompts {options.prompts} hold no rows.", "Give at least one prompt.")
         counted = [f"{count:,} rows: {kind}" for kind, count in self._reasons.most_common(_SHOWN_REASONS)]
         told = [*counted, "The first of these rows:", *self._sample]
         if not len(self._tokens):
-            return PromptsError(f"None of the {self.num_rows:,} rows of {options.prompts} can be used. The reasons:", "", told)
+            return PromptsError(f"None of the {num_given:,} rows of {options.prompts} can be used. The reasons:", "", told)
         return PromptsError(
-            f"{num_quarantined:,} of the {self.num_rows:,} rows of {options.prompts} cannot be used, "
+            f"{num_quarantined:,} of the {num_given:,} rows of {options.prompts} cannot be used, "
             f"more than quarantine_limit = {options.quarantine_limit} allows. The reasons:",
             "Correct the prompts or the options that they are read by, or raise quarantine_limit.",
             told,

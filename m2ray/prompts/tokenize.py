@@ -14,14 +14,17 @@ from m2ray.options import PromptOptions
 from m2ray.prompts.chat_template import ChatTemplate
 from m2ray.prompts.masks import Marked, loss_mask, roles
 from m2ray.prompts.own_tokenizer import own_tokenizer, probed_digest
+from m2ray.prompts.packing import Packer
 from m2ray.prompts.rendering import RefusedError, Rendered
 from m2ray.prompts.rows import MAX_PROMPT_BYTES, Columns, PromptRow
-from m2ray.prompts.special_tokens import SpecialTokens, SpecialTokensRule
+from m2ray.prompts.special_tokens import SpecialTokens, SpecialTokensRule, special_ids
 from m2ray.prompts.template_file import read_template
 from m2ray.prompts.text_tokens import TextTokens
 from m2ray.prompts.tokenizer_files import digest_files, not_loaded, tokenizer_folder
+from m2ray.selection import Selection
 
 _SHOWN_FIRST, _SHOWN_LAST = 8, 4
+_NO_MASK = "no loss mask, by which its tokens are to be chosen"
 
 
 class PromptTokenizer:
@@ -31,6 +34,7 @@ class PromptTokenizer:
         tokenizer_digest: xxh3-128 of the tokenizer's files and of its tokens of some probes, 32 hex digits.
         template: the chat template.
         template_digest: xxh3-128 of its text, or "" if the model has none.
+        selection: which tokens become rows, the tokenizer's special ids resolved.
     """
 
     def __init__(
@@ -44,6 +48,7 @@ class PromptTokenizer:
         self.tokenizer_digest = tokenizer_digest
         self.template = ChatTemplate(tokenizer, options)
         self.template_digest = self.template.digest
+        self.selection = Selection(options.tokens, special_ids(tokenizer) if options.skip_special_tokens else ())
 
     @classmethod
     def load(cls, model_url: str, options: PromptOptions, vocab_size: int, no_text: Mapping[int, str] | None = None) -> Self:
@@ -89,23 +94,52 @@ class PromptTokenizer:
             return rule
         return "add_where_absent" if self._special_tokens.prefix or self._special_tokens.suffix else "none"
 
+    def packer(self) -> Packer | None:
+        """What joins these prompts to contexts; None where each is a sequence of its own. Raises PromptsError if nothing can lie between them."""
+        size = self._options.pack
+        if size is None:
+            return None
+        bos, eos = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
+        if bos is None and eos is None:
+            raise PromptsError(
+                f"pack = {size} joins prompts with the beginning-of-sequence token between them, and the tokenizer has neither that nor an end.",
+                "Leave pack out, or give a model whose tokenizer names one (bos_token).",
+            )
+        return Packer(size, eos if bos is None else bos)
+
     def settled(self, columns: Columns) -> PromptOptions:
         """The options as the prompts settle them: which column counts, and what is put around its texts. A text sees no date.
 
         The column of tools stays as it was asked for: a named one has to be in every file, the one that is looked for in none.
 
         Raises:
-            PromptsError: as `resolved_special_tokens`.
+            PromptsError: as `resolved_special_tokens` and `packer`; or tokens are chosen by a mask, and these prompts bring none.
         """
+        self._require_choice(columns)
         return replace(
             self._options,
             text_column=columns.prompt if columns.kind == "text" else None,
             messages_column=columns.prompt if columns.kind == "messages" else None,
             input_ids_column=columns.prompt if columns.kind == "input_ids" else None,
             special_tokens=self.resolved_special_tokens(columns),
+            skip_ids=self.selection.skip_ids,
             template_date=self._options.template_date if columns.is_messages else None,
             template_timeout_s=self._options.template_timeout_s if columns.is_messages else None,
         )
+
+    def _require_choice(self, columns: Columns) -> None:
+        options, steady = self._options, self._options.steady_positions
+        self.packer()
+        if options.pack is not None and steady is not None and options.pack > steady:
+            raise PromptsError(
+                f"pack = {options.pack}, and the model's rotary embedding (longrope) changes after {steady} positions.",
+                f"Give at most {steady}.",
+            )
+        if self.selection.needs_mask and columns.loss_mask is None and not (columns.is_messages and options.mask is not None):
+            raise PromptsError(
+                f"tokens = {options.tokens!r} goes by a loss mask, and the prompts, {columns}, bring none.",
+                'Give chats and mask = "assistant", or token ids with a loss_mask column.',
+            )
 
     def require(self, columns: Columns) -> None:
         """Raise PromptsError if there is no chat template for messages, or no way to the mask that is asked for."""
@@ -136,11 +170,13 @@ class PromptTokenizer:
             )
         else:
             done = "all that the tokenizer adds" if rule == "add" else "none added"
-        return [f"special tokens: {done}", f"the first prompt's {len(first_prompt):,} tokens: {self._in_words(first_prompt.tolist())}"]
-
-    def encode(self, rows: Sequence[PromptRow]) -> list[Int32Array | str]:
-        """The same as `marked`, token ids alone."""
-        return [found if isinstance(found, str) else found.token_ids for found in self.marked(rows)]
+        lines = []
+        if (packer := self.packer()) is not None:
+            lines.append(f"prompts are joined, each after {self._in_words([packer.bos])}, and cut into contexts of {self._options.pack:,} tokens")
+        if not self.selection.is_all:
+            skipped = f", but never {self._in_words(list(self.selection.skip_ids))}" if self.selection.skip_ids else ""
+            lines.append(f"rows of the tokens: {self.selection.tokens}{skipped}")
+        return [*lines, f"special tokens: {done}", f"the first prompt's {len(first_prompt):,} tokens: {self._in_words(first_prompt.tolist())}"]
 
     def marked(self, rows: Sequence[PromptRow]) -> list[Marked | str]:
         """Each row's token ids and what is known of them, or the reason why the row is quarantined.
@@ -159,7 +195,8 @@ class PromptTokenizer:
             results[place] = found
         for place, row in enumerate(rows):
             if row.token_ids is not None:
-                results[place] = self._check(row.token_ids, row.loss_mask)
+                lacks_mask = self.selection.needs_mask and row.loss_mask is None
+                results[place] = _NO_MASK if lacks_mask else self._check(row.token_ids, row.loss_mask)
         for place, chat in self._encode_chats({place: row for place, row in enumerate(rows) if row.messages is not None}):
             results[place] = chat
         return results
@@ -199,7 +236,9 @@ class PromptTokenizer:
         mask, num_tokens = loss_mask(chat, offsets_T2), len(checked.token_ids)
         if isinstance(mask, str):
             return mask
-        return Marked(checked.token_ids, mask[:num_tokens], roles(chat, offsets_T2, num_tokens))
+        first = len(mask) - num_tokens if self._options.truncation == "cut_left" else 0
+        kept = range(first, first + num_tokens)
+        return Marked(checked.token_ids, mask[kept.start : kept.stop], roles(chat, offsets_T2, kept))
 
     def _tokenize_texts(self, texts: list[str]) -> list[list[int] | str]:
         rule = self._options.special_tokens
@@ -213,7 +252,7 @@ class PromptTokenizer:
         lists = [token_ids for token_ids in found if not isinstance(token_ids, str)]
         bounds = list(accumulate(map(len, lists), initial=0))
         token_ids_N: Int32Array = np.fromiter(chain.from_iterable(lists), np.int32, bounds[-1])
-        longest = min(self._options.max_length, self._options.steady_positions or self._options.max_length)
+        longest = self._longest
         is_plain = len(lists) == len(found) and all(0 < stop - start <= longest for start, stop in pairwise(bounds))
         if is_plain and token_ids_N.max(initial=0) < self._vocab_size and not np.isin(token_ids_N, list(self._no_text)).any():
             return [Marked(token_ids_N[start:stop]) for start, stop in pairwise(bounds)]
@@ -222,13 +261,14 @@ class PromptTokenizer:
     def _check(self, token_ids: list[int] | str, mask: bytes | None = None) -> Marked | str:
         if isinstance(token_ids, str):
             return token_ids
-        max_length = self._options.max_length
+        options, max_length = self._options, self._options.max_length
         if not token_ids:
             return "no tokens"
-        if len(token_ids) > max_length:
-            if self._options.truncation == "refuse":
+        if len(token_ids) > max_length and options.pack is None:
+            if options.truncation == "refuse":
                 return f"{len(token_ids)} tokens, more than max_length {max_length}"
-            token_ids, mask = token_ids[:max_length], mask and mask[:max_length]
+            kept = slice(max_length) if options.truncation == "cut" else slice(-max_length, None)
+            token_ids, mask = token_ids[kept], mask and mask[kept]
         return self._why_not_run(token_ids) or Marked(np.array(token_ids, dtype=np.int32), mask)
 
     def _why_not_run(self, token_ids: list[int]) -> str | None:
@@ -236,11 +276,19 @@ class PromptTokenizer:
             token_id = min(found)
             return f"it has {self._in_words([token_id])}, token {token_id}, config.json's {self._no_text[token_id]}: m2ray runs text alone"
         steady = self._options.steady_positions
-        if steady is not None and len(token_ids) > steady:
+        if steady is not None and len(token_ids) > steady and self._options.pack is None:
             return f"{len(token_ids)} tokens, more than {steady}: the model's rotary embedding (longrope) would change for a whole batch"
         if max(token_ids) >= self._vocab_size:
             return f"token id {max(token_ids)} is beyond the model's vocabulary of {self._vocab_size} tokens"
         return None
+
+    @property
+    def _longest(self) -> int:
+        """Tokens of a prompt that is taken as it is."""
+        options = self._options
+        if options.pack is not None:
+            return MAX_PROMPT_BYTES  # that it may be of: no token is of less than one
+        return min(options.max_length, options.steady_positions or options.max_length)
 
     def _in_words(self, token_ids: list[int]) -> str:
         """The first and the last tokens as Python strings, which show control characters escaped."""

@@ -7,15 +7,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from m2ray.batches import Int32Array, Int64Array
-from m2ray.prompts.masks import Marked
-from m2ray.prompts.shards import cut_shards
+from m2ray.prompts.masks import Document, Marked
+from m2ray.prompts.shards import ShardCounts, cut_shards
 from m2ray.prompts.spool import naming_disk
 from m2ray.sequences import SEQUENCES_SCHEMA, SequencesWriter
 
-_MARKS_SCHEMA = pa.schema([SEQUENCES_SCHEMA.field(name) for name in ("loss_mask", "roles")])
+_MARKS_SCHEMA = pa.schema([SEQUENCES_SCHEMA.field(name) for name in ("loss_mask", "roles", "documents")])
+_UNMARKED = (None, None, None)
 _ROW_GROUP_BYTES = 16 << 20
-"""Of masks and roles in one row group of `sequences/`, from which on it ends: a window of long prompts has gigabytes."""
+"""Of masks, roles and documents in one row group of `sequences/`, from which on it ends: a window of long prompts has gigabytes."""
 
 
 class Window:
@@ -26,17 +26,26 @@ class Window:
         self._row_ids: list[str] = []
         self._digests: list[str | None] = []
         self._token_counts: list[int] = []
+        self._row_counts: list[int] = []
         self._reasons: list[str | None] = []
         self._marks = MarksSpool()
 
     def __len__(self) -> int:
         return len(self._row_ids)
 
-    def add(self, row_id: str, digest: str | None, token_count: int, reason: str | None) -> None:
-        """Take the next row."""
+    def add(self, row_id: str, digest: str, token_count: int, row_count: int) -> None:
+        """Take the next row, which is ready."""
+        self._add(row_id, digest, token_count, row_count, None)
+
+    def quarantine(self, row_id: str, reason: str) -> None:
+        """Take the next row, which cannot be used."""
+        self._add(row_id, None, 0, 0, reason)
+
+    def _add(self, row_id: str, digest: str | None, token_count: int, row_count: int, reason: str | None) -> None:
         self._row_ids.append(row_id)
         self._digests.append(digest)
         self._token_counts.append(token_count)
+        self._row_counts.append(row_count)
         self._reasons.append(reason)
 
     def mark(self, rows: Sequence[Marked | str]) -> None:
@@ -47,10 +56,11 @@ class Window:
         """Delete what lies in the temporary folder."""
         self._marks.close()
 
-    def finish(self, writer: SequencesWriter, first_shard: int, shard_tokens: int) -> list[tuple[Int64Array, Int32Array]]:
-        """Fix the window's shards and write its rows. Returns each shard's sequence ids and token counts."""
+    def finish(self, writer: SequencesWriter, first_shard: int, shard_tokens: int) -> list[ShardCounts]:
+        """Fix the window's shards and write its rows."""
         sequence_ids = np.arange(self._first_id, self._first_id + len(self), dtype=np.int64)
         token_counts = np.array(self._token_counts, dtype=np.int32)
+        row_counts = np.array(self._row_counts, dtype=np.int32)
         ready = np.flatnonzero(token_counts)
         shards = [ready[places] for places in cut_shards(token_counts[ready], shard_tokens)]
         numbers = np.zeros(len(self), np.int32)
@@ -61,6 +71,7 @@ class Window:
             "row_id": pa.array(self._row_ids),
             "prompt_digest": pa.array(self._digests, pa.string()),
             "token_count": pa.array(token_counts),
+            "row_count": pa.array(row_counts),
             "shard": pa.array(numbers, mask=token_counts == 0),
             "status": pa.array(["ready" if reason is None else "quarantined" for reason in self._reasons]),
             "reason": pa.array(self._reasons, pa.string()),
@@ -71,11 +82,11 @@ class Window:
             writer.write({**slices, **{name: marks[name] for name in marks.column_names}})
             start += marks.num_rows
         writer.end_window()
-        return [(sequence_ids[places], token_counts[places]) for places in shards]
+        return [(sequence_ids[places], token_counts[places], row_counts[places]) for places in shards]
 
 
 class MarksSpool:
-    """A window's loss masks and roles, compressed in the temporary folder until its shards are known. The file has no name, and may stay unmade."""
+    """A window's loss masks, roles and documents, compressed in the temporary folder until its shards are known. The file has no name, and may stay unmade."""
 
     def __init__(self) -> None:
         self._file: Any = None
@@ -83,9 +94,9 @@ class MarksSpool:
         self._num_rows = 0
 
     def append(self, rows: Sequence[Marked | str]) -> None:
-        """Add a batch of rows; as long as none has a mask or roles, nothing is written. Raises StoreError if the disk is full."""
+        """Add a batch of rows; as long as none has any of them, nothing is written. Raises StoreError if the disk is full."""
         known = [None if isinstance(row, str) else row for row in rows]
-        if self._stream is None and all(row is None or (row.loss_mask is None and row.roles is None) for row in known):
+        if self._stream is None and all(row is None or row[1:] == _UNMARKED for row in known):
             self._num_rows += len(rows)
             return
         with naming_disk():
@@ -134,4 +145,6 @@ def _as_batch(rows: Sequence[Marked | None]) -> Any:
     values = pa.array(np.frombuffer(b"".join(mask for mask in masks if mask), np.uint8))
     absent = pa.array([mask is None for mask in masks])
     lists = pa.ListArray.from_arrays(pa.array(bounds), values, mask=absent)
-    return pa.record_batch([lists, pa.array(roles, _MARKS_SCHEMA.field("roles").type)], schema=_MARKS_SCHEMA)
+    documents = [None if row is None or row.documents is None else [Document._asdict(one) for one in row.documents] for row in rows]
+    others = [pa.array(found, _MARKS_SCHEMA.field(name).type) for name, found in (("roles", roles), ("documents", documents))]
+    return pa.record_batch([lists, *others], schema=_MARKS_SCHEMA)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from m2ray.activations.commit_table import read_committed
 from m2ray.activations.job import JobRecord, read_job
@@ -95,6 +96,14 @@ class Catalogue:
     def sequences(self) -> Any:
         """Every row of the source, ascending by sequence id: the whole of `sequences/` as one pyarrow table."""
         return pa.concat_tables(read_sequences(self.store, file) for file in self.job.sequence_files)
+
+    def num_tokens(self) -> int:
+        """Tokens of the sequences whose shards are committed. Reads `sequences/`, a file at a time; raises as `sequences` does."""
+        shards, num_tokens = pa.array(self.parts_of(self.job.parts[0])["shard"].to_pylist(), pa.int32()), 0
+        for number in range(len(self.first_ids)):
+            table = self.sequences_of_file(number, ["token_count", "shard"])
+            num_tokens += pc.sum(table.filter(pc.is_in(table["shard"], value_set=shards))["token_count"]).as_py() or 0
+        return num_tokens
 
     def sequences_of_file(self, number: int, columns: list[str]) -> Any:
         """Some columns of one file of `sequences/`, those that it has. Raises as `sequences` does."""

@@ -38,8 +38,11 @@ class OpenParts:
 
     @cached_property
     def token_dtype(self) -> np.dtype[Any]:
-        """What is known of each row's token: TOKEN_ROW, and `loss_mask` uint8 if the run has masks. Raises as LossMasks does."""
-        return np.dtype([*_fields(TOKEN_ROW), ("loss_mask", "u1")]) if self.masks.are_there() else TOKEN_ROW
+        """What is known of each row's token: TOKEN_ROW, and `loss_mask` uint8 if the run has masks; a mean is of no one token. Raises as
+        LossMasks does.
+        """
+        has_masks = not self._catalogue.job.selection.is_mean and self.masks.are_there()
+        return np.dtype([*_fields(TOKEN_ROW), ("loss_mask", "u1")]) if has_masks else TOKEN_ROW
 
     @cached_property
     def kept(self) -> int:

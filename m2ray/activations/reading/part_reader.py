@@ -77,18 +77,18 @@ class PartReader:
             raise self._damaged(f"its tokens do not have the digest that was committed, {self._receipt.token_digest}")
         return rows
 
-    def sequence(self, sequence_id: int, num_tokens: int) -> Bits:
-        """The rows of one sequence: uint8 [T, bytes of a row]. Reads only the tokens and the pages that hold it.
+    def sequence(self, sequence_id: int, num_rows: int) -> Bits:
+        """The rows of one sequence: uint8 [N, bytes of a row]. Reads only the tokens and the pages that hold it.
 
         Raises:
-            RunDamagedError: the part does not hold exactly the positions 0 to `num_tokens` - 1 of it.
+            RunDamagedError: the part does not hold exactly `num_rows` positions of it, ascending.
             StoreError: it cannot be read.
         """
         tokens = self.tokens()
         start, stop = np.searchsorted(tokens["sequence_id"], [sequence_id, sequence_id + 1])
-        if not np.array_equal(tokens["position"][start:stop], np.arange(num_tokens)):
-            raise self._damaged(f"it does not hold the {num_tokens} positions of sequence {sequence_id}")
-        rows = np.empty((num_tokens, self._spec.row_bytes), np.uint8)
+        if stop - start != num_rows or (np.diff(tokens["position"][start:stop]) <= 0).any():
+            raise self._damaged(f"it does not hold the {num_rows} rows of sequence {sequence_id}")
+        rows = np.empty((num_rows, self._spec.row_bytes), np.uint8)
         self.pages().read(int(start), rows)
         return rows
 

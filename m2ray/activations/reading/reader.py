@@ -84,15 +84,21 @@ class RunReader:
         return len(self._catalogue.parts_of(self.job.parts[0]))
 
     @property
-    def num_tokens(self) -> int:
-        """Committed tokens: rows of every layer."""
+    def num_rows(self) -> int:
+        """Committed rows of every site and layer: of each token one, where nothing else was chosen."""
         return _sum(self._catalogue.parts_of(self.job.parts[0])["rows"])
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the committed sequences. Raises as `sequences` does."""
+        return self.num_rows if self.job.selection.is_all else self._catalogue.num_tokens()
 
     @property
     def sequences(self) -> Any:
         """Every row of the source: pyarrow table of sequence_id, row_id, prompt_digest, token_count, shard, status, reason,
-        loss_mask (list<uint8>, one 0 or 1 a token; null where the prompts gave none) and roles (list of role, start, stop: the tokens
-        [start, stop) of a chat's messages; null where unknown). Runs from before these two columns have them null.
+        loss_mask (list<uint8>, one 0 or 1 a token; null where the prompts gave none), roles (list of role, start, stop: the tokens
+        [start, stop) of a chat's messages; null where unknown), row_count (its rows in every part) and documents (of packed prompts: list of
+        row_id, start, offset; else null). Where prompts are packed, a row is a context.
 
         Raises:
             RunDamagedError: a file of `sequences/` is not the one that was written.
@@ -147,7 +153,8 @@ class RunReader:
     # -- activations --------------------------------------------------------------------------------------------------
 
     def sequence(self, sequence_id: int) -> "Values":
-        """One sequence in the store dtype: [T, W] of a one-layer view, [L, T, W] otherwise.
+        """One sequence in the store dtype: [T, W] of a one-layer view, [L, T, W] otherwise. Where tokens were chosen, T are those of them that
+        are of this sequence, in order; there may be none.
 
         Raises:
             NotInRunError: there is no such sequence, it was quarantined (says why), or is not committed yet; or the view has
@@ -158,17 +165,17 @@ class RunReader:
         if row["shard"] is None:
             raise NotInRunError(f"Sequence {sequence_id} (row {row['row_id']}) has no activations: it was quarantined: {row['reason']}.")
         receipts = [self._catalogue.part_of_shard(spec, row["shard"]) for spec in self._one_site()]
-        bytes_LTB = self._empty(row["token_count"])
+        bytes_LTB = self._empty(row["row_count"])
         for bytes_TB, spec, receipt in zip(bytes_LTB.numpy(), self._parts, receipts, strict=True):
             if receipt is None:
                 raise NotInRunError(
                     f"Sequence {sequence_id} is not extracted yet: its shard {row['shard']} is not committed.", "Finish the run."
                 )
-            bytes_TB[:] = self._catalogue.open_part(spec, receipt).sequence(sequence_id, row["token_count"])
+            bytes_TB[:] = self._catalogue.open_part(spec, receipt).sequence(sequence_id, row["row_count"])
         return self._values(bytes_LTB)
 
     def rows(self, indices: "Sequence[int] | npt.NDArray[np.int64]") -> "Values":
-        """Some rows of a one-layer view by their numbers, 0 to `num_tokens` - 1 in the order of `tokens`: [N, W], in the order asked for.
+        """Some rows of a one-layer view by their numbers, 0 to `num_rows` - 1 in the order of `tokens`: [N, W], in the order asked for.
 
         Each row is read by itself, however large its file is. Keep the view: it remembers where rows lie.
 
@@ -280,6 +287,11 @@ class RunReader:
         """
         from m2ray.activations.reading.draft_samples import DraftOptions, DraftSamples
 
+        if not self.job.selection.is_all:
+            raise NotInRunError(
+                f"The run at {self._catalogue.store.url} kept {self.job.selection}: a sample is a whole sequence.",
+                'Extract with tokens = "all".',
+            )
         last = self.job.model.num_layers - 1
         found = {part.layer: part for part in self._parts if part.site == "residual"}
         absent = sorted({*layers, last} - found.keys())

@@ -129,7 +129,7 @@ class ActivationStream(IterableDataset[Batch]):
         seeds = [options.seed, self._epoch, consumer]
         if options.follow:
             arrivals = Arrivals(self._catalogue, parts, groups, self._idle_s)
-            more, most_rows = _as_they_come(arrivals, parts, sizes.block_rows, seeds, consumers), self._catalogue.job.counts.tokens
+            more, most_rows = _as_they_come(arrivals, parts, sizes.block_rows, seeds, consumers), self._catalogue.job.counts.rows
         else:
             order = in_random_order(parts.rows, sizes.block_rows, parts.kept // 2, np.random.default_rng([options.seed, self._epoch]))
             more, most_rows = _at_once(order[consumer::consumers]), int(parts.rows.sum())

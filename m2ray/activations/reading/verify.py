@@ -27,6 +27,7 @@ from m2ray.activations.records import (
 from m2ray.activations.schema import parse_part_key
 from m2ray.batches import PartReceipt, PartSpec
 from m2ray.errors import RunDamagedError, StoreError
+from m2ray.selection import NO_TOKEN, Selection
 from m2ray.sequences import read_sequences
 from m2ray.storage import Store
 
@@ -234,7 +235,9 @@ def _problem_of_part(store: Store, job: JobRecord, spec: PartSpec, receipt: Part
 
 
 def _damages_of_tokens(store: Store, job: JobRecord, parts: Any) -> Iterator[Damage]:
-    """Shards whose tokens do not have the digests that `sequences/` says, each by its first part."""
+    """Shards whose tokens are not those that `sequences/` says, each by its first part: they have other digests, or, where tokens were chosen,
+    other numbers of rows, or places that the sequence does not have.
+    """
     spec = job.parts[0]
     of_spec = pc.and_(
         pc.equal(parts["site"], spec.site), pc.equal(parts["layer"], spec.layer) if spec.layer is not None else pc.is_null(parts["layer"])
@@ -242,7 +245,7 @@ def _damages_of_tokens(store: Store, job: JobRecord, parts: Any) -> Iterator[Dam
     receipts = {receipt.shard: receipt for receipt in receipts_of(parts.filter(of_spec))}
     for file in job.sequence_files:
         try:
-            table = read_sequences(store, file, ["sequence_id", "prompt_digest", "shard"])
+            table = read_sequences(store, file, ["sequence_id", "prompt_digest", "token_count", "row_count", "shard"])
         except RunDamagedError as error:  # it was sound a while ago
             yield Damage(file.key, None, error.what)
             continue
@@ -251,11 +254,30 @@ def _damages_of_tokens(store: Store, job: JobRecord, parts: Any) -> Iterator[Dam
         for shard, start, stop in zip(shards.tolist(), starts, [*starts[1:], len(table)], strict=True):
             if shard in receipts:
                 tokens = PartReader(store, spec, job.run_metadata(), receipts[shard]).tokens()
-                found, of_shard = _prompt_digests(tokens), table.slice(start, stop - start)
-                recorded = zip(of_shard["sequence_id"].to_pylist(), of_shard["prompt_digest"].to_pylist(), strict=True)
-                if any(found.get(sequence_id) != digest for sequence_id, digest in recorded):
+                of_shard = table.slice(start, stop - start)
+                are_right = _are_of_prompts(tokens, of_shard) if job.selection.is_all else _are_chosen_of(tokens, of_shard, job.selection)
+                if not are_right:
                     key = receipts[shard].key
                     yield Damage(key, shard, f"{store.where(key)} holds other tokens than {file.key} says that the prompts had.")
+
+
+def _are_of_prompts(tokens: npt.NDArray[Any], sequences: Any) -> bool:
+    """Whether TOKEN_ROW [N] are all tokens of a shard's sequences, rows of `sequences/`."""
+    found = _prompt_digests(tokens)
+    recorded = zip(sequences["sequence_id"].to_pylist(), sequences["prompt_digest"].to_pylist(), strict=True)
+    return all(found.get(sequence_id) == digest for sequence_id, digest in recorded)
+
+
+def _are_chosen_of(tokens: npt.NDArray[Any], sequences: Any, selection: Selection) -> bool:
+    """Whether they can be tokens chosen of a shard's sequences: as many of each, at ascending places that it has; or means of it."""
+    ids, token_counts, row_counts = (sequences[name].to_numpy() for name in ("sequence_id", "token_count", "row_count"))
+    if not np.array_equal(tokens["sequence_id"], np.repeat(ids, row_counts)):
+        return False
+    positions = tokens["position"]
+    if selection.is_mean:
+        return bool((positions == NO_TOKEN).all() and (tokens["token_id"] == NO_TOKEN).all())
+    ascend = (np.diff(positions) > 0) | (np.diff(tokens["sequence_id"]) > 0)
+    return bool(ascend.all() and (positions >= 0).all() and (positions < np.repeat(token_counts, row_counts)).all())
 
 
 def _prompt_digests(tokens: npt.NDArray[Any]) -> dict[int, str]:

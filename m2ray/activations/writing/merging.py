@@ -22,9 +22,8 @@ from m2ray.activations.statistics import (
     StatisticsRecord,
     covariance_key,
     is_merged,
-    lost_contributions,
+    lost_statistics,
     read_contribution,
-    stored_contributions,
 )
 from m2ray.activations.writing.summary import Summary
 from m2ray.batches import SequenceFile
@@ -51,7 +50,7 @@ def merge_statistics(store: Store, job: JobRecord) -> None:
     if not job.statistics or is_merged(store, job):
         return
     store.delete([STATISTICS_KEY])
-    lost = lost_contributions(read_commits(store, job, range(job.num_shards)), stored_contributions(store, job))
+    lost = lost_statistics(store, job, range(job.num_shards))
     if lost:
         raise RunDamagedError(
             f"{len(lost):,} of the shards' statistics are gone or have another size than was committed:",

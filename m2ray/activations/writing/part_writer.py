@@ -48,7 +48,7 @@ class PartWriter:
         return self._file.store_s if self._file else 0.0
 
     def append(self, tokens: EncodedColumns, columns: Sequence[Bits]) -> None:
-        """Append one micro-batch as one row group: its tokens, and the values of each column, uint8 [N, W * itemsize].
+        """Append one micro-batch as one row group, if it has rows: its tokens, and the values of each column, uint8 [N, W * itemsize].
 
         Raises:
             StoreError: the store refused; the part can only be aborted then.
@@ -57,6 +57,8 @@ class PartWriter:
         if self._file is None:
             self._file = HashingFile(self._store.open_part(self._key))
             self._file.write(MAGIC)
+        if not tokens.num_rows:  # an empty row group trips readers
+            return
         begin = self._file.num_bytes
         self._file.write(tokens.data)
         chunks = [chunk.moved(begin) for chunk in tokens.chunks]

@@ -6,12 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 import xxhash
 
-from m2ray import selection
 from m2ray.activations.schema import contribution_key
 from m2ray.activations.statistics import encode
 from m2ray.activations.writing.summary import Summary
 from m2ray.batches import CapturedLayer, MicroBatch, PartReceipt
 from m2ray.errors import StageError
+from m2ray.selection import Selection
 from m2ray.statistics import STATISTICS, Place
 from m2ray.storage import Store
 from m2ray.storage.hashing import HashingFile
@@ -36,10 +36,12 @@ class StatisticsWriter:
     Args:
         store: the run folder.
         places: the sites and layers of which the stage takes statistics, with their kinds; at least one.
+        selection: whose rows they are of.
     """
 
-    def __init__(self, store: Store, places: Mapping[Place, frozenset[str]]) -> None:
+    def __init__(self, store: Store, places: Mapping[Place, frozenset[str]], selection: Selection) -> None:
         self._store = store
+        self._selection = selection
         self._places = dict(places)
         self._attempts: dict[tuple[int, str], _Attempt] = {}
         self._lock = threading.Lock()
@@ -54,7 +56,7 @@ class StatisticsWriter:
             opened = self._attempts.setdefault((micro_batch.shard, attempt), _Attempt(self._places))
         if opened.is_complete or micro_batch.index != opened.next_index:
             raise StageError(f"{label}: statistics of micro-batch {micro_batch.index} came, not of {opened.next_index}.", _DEFECT)
-        token_rows = selection.token_rows(micro_batch)
+        token_rows = self._selection.token_rows(micro_batch)
         for place, summary in opened.summaries.items():
             summary.add(len(token_rows), found[place])
         opened.digest.update(token_rows.view(np.uint8).data)

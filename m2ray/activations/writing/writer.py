@@ -12,9 +12,8 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from m2ray import selection
 from m2ray.activations.schema import Compression, require_compression
 from m2ray.activations.writing.attempt import Attempt
 from m2ray.activations.writing.part_writer import PartWriter
@@ -22,6 +21,7 @@ from m2ray.activations.writing.statistics_writer import StatisticsWriter
 from m2ray.batches import Bits, CapturedLayer, MicroBatch, PartReceipt, PartSpec
 from m2ray.errors import M2rayError, StageError, StoreError, raise_all
 from m2ray.parquet.column_chunks import EncodedColumns
+from m2ray.selection import Selection
 from m2ray.statistics import Place
 from m2ray.storage import Store, open_store
 
@@ -40,18 +40,24 @@ class WriterSpec:
     queue_bytes: int
     threads: int
     compression: Compression = "none"
+    selection: Selection = field(default_factory=Selection)
 
     def open(self, parts: Sequence[PartSpec]) -> "ActivationWriter":
         """The writer of `parts`. Raises as ActivationWriter and open_store do."""
         store = open_store(self.output)
         return ActivationWriter(
-            store, self.run_metadata, parts, queue_bytes=self.queue_bytes, threads=self.threads, compression=self.compression
+            store,
+            self.run_metadata,
+            parts,
+            queue_bytes=self.queue_bytes,
+            threads=self.threads,
+            compression=self.compression,
+            selection=self.selection,
         )
-
 
     def open_statistics(self, places: Mapping[Place, frozenset[str]]) -> StatisticsWriter:
         """The writer of the statistics of these places. Raises as open_store does."""
-        return StatisticsWriter(open_store(self.output), places)
+        return StatisticsWriter(open_store(self.output), places, self.selection)
 
 
 class ActivationWriter:
@@ -65,6 +71,7 @@ class ActivationWriter:
             layer larger than that waits alone.
         threads: worker threads; each holds a share of the parts. As many more finish parts, and mostly wait for the store.
         compression: how the rows are stored.
+        selection: whose rows they are.
 
     Raises:
         ConfigError: `compression` is unknown.
@@ -79,9 +86,11 @@ class ActivationWriter:
         queue_bytes: int,
         threads: int,
         compression: Compression = "none",
+        selection: Selection | None = None,
     ) -> None:
         require_compression(compression)
         self._compression = compression
+        self._selection = selection or Selection()
         self._store = store
         self._run_metadata = dict(run_metadata)
         self._parts = tuple(parts)
@@ -129,7 +138,7 @@ class ActivationWriter:
     # -- a shard's way ------------------------------------------------------------------------------------------------
 
     def submit(self, attempt: str, micro_batch: MicroBatch, captured: Sequence[CapturedLayer], timeout_s: float) -> None:
-        """Queue one micro-batch: a row group of each part. Its arrays must not change until the shard is collected.
+        """Queue one micro-batch: a row group of each part, if any of its tokens is chosen. Its arrays must not change until the shard is collected.
 
         A shard's micro-batches come in order; those of several shards may alternate. Blocks while the queue is full.
 
@@ -141,7 +150,7 @@ class ActivationWriter:
         with self._changed:
             self._raise_failure()
             opened = self._open_attempt(micro_batch.shard, attempt)
-        token_rows = selection.token_rows(micro_batch)
+        token_rows = self._selection.token_rows(micro_batch)
         columns_of_parts = opened.matched(len(token_rows), captured)
         tokens = opened.admit(micro_batch, token_rows)
         token_digest = opened.digest.hexdigest() if micro_batch.is_last else None
