@@ -78,13 +78,13 @@ def main() -> None:
     view = m2ray.open_run(options.run).site("residual").layer(options.layer)
     stream = view.stream(batch_rows=options.batch_rows, shuffle_buffer_bytes=256 << 20, seed=options.seed)
     held_out, batches = held_out_rows(stream, 8192), training_rows(stream)
-    if not 0 < len(held_out) < view.num_tokens:
+    if not 0 < len(held_out) < view.num_rows:
         parser.error(f"{options.run} has too few sequences to hold some out.")
     sample = torch.cat(list(islice(batches, 8)))
     mean, scale = sample.mean(0), (sample - sample.mean(0)).square().mean().sqrt()
     _, _, components = torch.pca_lowrank(sample, q=options.active, niter=4)
     held_out = (held_out - mean) / scale
-    print(f"{view.num_tokens} rows of {sample.shape[1]} in {options.run}; {len(held_out)} held-out rows are measured")
+    print(f"{view.num_rows} rows of {sample.shape[1]} in {options.run}; {len(held_out)} held-out rows are measured")
 
     model = SparseAutoencoder(sample.shape[1], options.features, options.active)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)

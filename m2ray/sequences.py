@@ -115,7 +115,7 @@ def read_sequences(store: Store, file: SequenceFile, columns: list[str] | None =
     stored = pq.ParquetFile(pa.BufferReader(data), pre_buffer=False)
     names = list(SEQUENCES_SCHEMA.names if columns is None else columns)
     absent = set(names) - set(stored.schema_arrow.names)
-    table = stored.read([*names, "token_count"] if "row_count" in absent else names, use_threads=False)
+    table = stored.read(list(dict.fromkeys([*names, "token_count"])) if "row_count" in absent else names, use_threads=False)
     if not absent:
         return table
     for name in absent:

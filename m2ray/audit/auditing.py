@@ -27,7 +27,9 @@ from m2ray.model.capture import CaptureSpec
 from m2ray.model.checkpoint import Checkpoint, open_checkpoint, up_to_layer
 from m2ray.model.stage import DTYPES, StageSpec
 from m2ray.prompts import PromptSource, TokenSpool
+from m2ray.prompts.shards import one_micro_batch
 from m2ray.provenance import versions
+from m2ray.selection import Selection
 from m2ray.storage import Store, local_folder
 
 OnProgress = Callable[[str, int, int], object]
@@ -124,19 +126,20 @@ class _Work:
 
     def micro_batches(self, pieces: Sequence[Shard], tokens: TokenSpool) -> list[Callable[[], MicroBatch]]:
         """How to make each piece a micro-batch, right-padded. Pieces with a sequence whose tokens are wrong are left out."""
-        return [partial(_micro_batch, piece, tokens) for piece in pieces if not self.unfit.intersection(piece.sequence_ids.tolist())]
+        return [partial(one_micro_batch, piece, tokens) for piece in pieces if not self.unfit.intersection(piece.sequence_ids.tolist())]
 
     def compare(self, by: By, batch: Batch, micro_batch: MicroBatch, layer: int, rows_NW: torch.Tensor) -> None:
-        """Hold the rows of a micro-batch's real tokens, in the store dtype, against what the run holds of the sampled sequences."""
-        chosen = self.sample.places_in(micro_batch.sequence_ids)
-        sequence_ids = micro_batch.sequence_ids[chosen].tolist()
-        starts = np.cumsum([0, *micro_batch.token_counts])[chosen].tolist()
-        positions = [self.recorded.tokens(micro_batch.shard, number)["position"] for number in sequence_ids]
-        places_N = np.concatenate([start + each for start, each in zip(starts, positions, strict=True)])
+        """Hold the rows of a micro-batch's chosen tokens, in the store dtype, against what the run holds of the sampled sequences.
+
+        That these are the rows that it holds was seen before (`_other_tokens_in_rows`).
+        """
+        sequence_ids = micro_batch.sequence_ids[self.sample.places_in(micro_batch.sequence_ids)].tolist()
+        ids_N = self.catalogue.job.selection.token_rows(micro_batch)["sequence_id"]
+        is_sampled_N = np.isin(ids_N, sequence_ids)
         recorded_NW = self.recorded.rows(self.parts[layer], micro_batch.shard, sequence_ids)
         tolerance = 0.0 if batch == "recorded" else bound(self.catalogue.job, layer)
-        ids_N = np.repeat(np.array(sequence_ids), [len(each) for each in positions])
-        self.differences.add(by, batch, (_SITE, layer), tolerance, recorded_NW, rows_NW[torch.from_numpy(places_N)], ids_N)
+        found_NW = rows_NW[torch.from_numpy(is_sampled_N)]
+        self.differences.add(by, batch, (_SITE, layer), tolerance, recorded_NW, found_NW, ids_N[is_sampled_N])
 
 
 # -- computed again -------------------------------------------------------------------------------------------------------
@@ -156,7 +159,7 @@ def _by_m2ray(work: _Work, tokens: TokenSpool, hidden_size: int, *, exact: bool)
         threads=None,
         model_files=work.checkpoint.digests,
     )
-    capture = CaptureSpec({_SITE: tuple(sorted(work.parts))}, job.options["store_dtype"])
+    capture = CaptureSpec({_SITE: tuple(sorted(work.parts))}, job.options["store_dtype"], job.selection)
     done, all_layers = 0, len(micro_batches) * len(work.parts)
 
     def on_rows(micro_batch: MicroBatch, layer: int, rows_NW: torch.Tensor) -> None:
@@ -186,22 +189,24 @@ def _by_transformers(work: _Work, tokens: TokenSpool, *, exact: bool) -> list[st
             micro_batches = work.micro_batches(pieces, tokens)
             for number, get in enumerate(micro_batches, 1):
                 micro_batch = get()
-                is_real_BT = torch.arange(micro_batch.token_ids_BT.shape[1]) < torch.from_numpy(micro_batch.token_counts)[:, None]
 
                 def on_layer(layer: int, output_BTH: torch.Tensor) -> None:
-                    rows_NW = output_BTH.to("cpu")[is_real_BT].to(store_dtype)  # noqa: B023 - called within this round
-                    work.compare("transformers", batch, micro_batch, layer, rows_NW)  # noqa: B023
+                    rows_NW = _chosen(output_BTH.to("cpu"), job.selection, micro_batch)  # noqa: B023 - called within this round
+                    work.compare("transformers", batch, micro_batch, layer, rows_NW.to(store_dtype))  # noqa: B023
 
                 reference.run(torch.from_numpy(micro_batch.token_ids_BT).long(), layers, on_layer)
                 work.on_progress(f"micro-batches by transformers, {batch}", number, len(micro_batches))
         return ["transformers' model does not fit into memory as a whole"] if exact and not reference.in_memory else []
 
 
-def _micro_batch(piece: Shard, tokens: TokenSpool) -> MicroBatch:
-    token_ids_BT = np.zeros((len(piece.sequence_ids), int(piece.token_counts.max())), np.int32)
-    for row, (number, count) in enumerate(zip(piece.sequence_ids.tolist(), piece.token_counts.tolist(), strict=True)):
-        token_ids_BT[row, :count] = tokens.read(number)
-    return MicroBatch(piece.index, 0, True, piece.sequence_ids, piece.token_counts, token_ids_BT)
+def _chosen(values_BTW: torch.Tensor, selection: Selection, micro_batch: MicroBatch) -> torch.Tensor:
+    """What a run has to have of transformers' values: the chosen tokens' rows, or their sums in float32, row after row, over their numbers."""
+    rows_NW = values_BTW.flatten(0, 1)[torch.from_numpy(selection.places(micro_batch))]
+    if not selection.is_mean:
+        return rows_NW
+    counts = selection.chosen_counts(micro_batch).tolist()
+    means = [np.add.reduce(rows.float().numpy(), axis=0) / np.float32(len(rows)) for rows in rows_NW.split(counts)] if counts else []
+    return torch.from_numpy(np.stack(means)) if means else rows_NW.float()
 
 
 # -- what the rows are of -------------------------------------------------------------------------------------------------
@@ -270,11 +275,10 @@ def _other_tokens_in_rows(work: _Work, tokens: TokenSpool, wrong: Container[int]
     found = {}
     for piece in work.sample.alone():
         number = int(piece.sequence_ids[0])
-        rows = work.recorded.tokens(piece.index, number)
-        if number not in wrong and not (
-            np.array_equal(rows["token_id"], tokens.read(number)) and np.array_equal(rows["position"], np.arange(len(rows)))
-        ):
-            found[number] = "the run has rows of other tokens than its prompt gives"
+        if number not in wrong:
+            wanted = work.catalogue.job.selection.token_rows(one_micro_batch(piece, tokens))
+            if not np.array_equal(work.recorded.tokens(piece.index, number), wanted):
+                found[number] = "the run has rows of other tokens than its prompt gives"
     return found
 
 

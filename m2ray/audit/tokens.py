@@ -14,7 +14,8 @@ from m2ray.batches import Int64Array, Shard
 from m2ray.errors import NotInRunError, RunConflictError
 from m2ray.options import PromptOptions
 from m2ray.prompts import PromptSource, PromptTokenizer, TokenSpool
-from m2ray.prompts.surveying import prompt_digest, row_batches
+from m2ray.prompts.retokenizing import marked_again
+from m2ray.prompts.surveying import prompt_digest
 
 OTHER_TOKENS = "its prompt gives other tokens than the run says"
 
@@ -24,6 +25,7 @@ def recorded_options(options: Mapping[str, Any], prompts: str) -> PromptOptions:
     known = {each.name: options[each.name] for each in fields(PromptOptions) if each.name in options}
     if known.get("special_tokens") == "add_where_absent":
         known["special_tokens"] = "auto"  # which came to that
+    known["skip_ids"] = tuple(known.get("skip_ids", ()))
     if known.get("template_date"):
         known["template_date"] = date.fromisoformat(known["template_date"])
     return PromptOptions(**{**known, "prompts": prompts})
@@ -61,7 +63,7 @@ def open_source(job: JobRecord, prompts: str) -> PromptSource:
 def from_prompts(
     catalogue: Catalogue, source: PromptSource, tokenizer: PromptTokenizer, wanted: Int64Array, on_row: Callable[[int], object]
 ) -> tuple[TokenSpool, dict[int, str]]:
-    """Tokenise these rows, and no others, again.
+    """Tokenise these sequences again.
 
     Args:
         catalogue: the run.
@@ -72,24 +74,19 @@ def from_prompts(
     Returns:
         The token ids, which the caller closes, and by sequence what is wrong: those are left out of the spool.
     """
-    tokens, wrong = TokenSpool(), {}
+    tokens, wrong, num_found = TokenSpool(keeps_masks=tokenizer.selection.needs_mask), {}, 0
     try:
-        left = wanted
-        for rows in row_batches(source.rows()):
-            if not len(left):
-                break
-            stop = int(np.searchsorted(left, rows[-1].sequence_id, side="right"))
-            chosen = [rows[number - rows[0].sequence_id] for number in left[:stop].tolist()]
-            left = left[stop:]
-            for row, encoded in zip(chosen, tokenizer.encode(chosen), strict=True):
-                if isinstance(encoded, str):
-                    wrong[row.sequence_id] = f"its prompt is bad: {encoded}"
-                elif prompt_digest(encoded) != catalogue.sequence(row.sequence_id)["prompt_digest"]:
+        for num_passed, again in marked_again(source, tokenizer, wanted):
+            for row, marked in again:
+                if isinstance(marked, str):
+                    wrong[row.sequence_id] = f"its prompt is bad: {marked}"
+                elif prompt_digest(marked.token_ids) != catalogue.sequence(row.sequence_id)["prompt_digest"]:
                     wrong[row.sequence_id] = OTHER_TOKENS
                 else:
-                    tokens.append(row.sequence_id, encoded)
-            on_row(rows[-1].sequence_id + 1)
-        wrong |= dict.fromkeys(left.tolist(), f"it is beyond the rows of {source.options.prompts}")
+                    tokens.append(row.sequence_id, marked.token_ids, marked.loss_mask)
+            num_found += len(again)
+            on_row(num_passed)
+        wrong |= dict.fromkeys(wanted[num_found:].tolist(), f"it is beyond the rows of {source.options.prompts}")
     except BaseException:
         tokens.close()
         raise
@@ -105,7 +102,7 @@ def from_run(catalogue: Catalogue, recorded: RecordedRows, pieces: tuple[Shard, 
     tokens, wrong = TokenSpool(), {}
     try:
         for piece in pieces:
-            if not recorded.holds_all(piece):
+            if not (catalogue.job.selection.is_all and recorded.holds_all(piece)):
                 raise NotInRunError("The run does not hold all tokens of its prompts.", "Give the prompts by --prompts.")
         for number in sorted(shard_of):
             found = np.ascontiguousarray(recorded.tokens(shard_of[number], number)["token_id"])

@@ -113,6 +113,7 @@ def look(config: ExtractConfig) -> Inputs:
     assert opened is not None
     tried(lambda: prove(opened.whole_config))
     tried(lambda: require_positions(opened.config, config.max_length))
+    tried(lambda: require_positions(opened.config, config.pack, "pack"))
     tried(lambda: require_dtype(opened.config, config.compute_dtype))
     layers = tried(lambda: parse_layers(config.layers, opened.config.num_hidden_layers))
     of_the_layers = tried(lambda: up_to_layer(opened, layers[-1])) if layers else None

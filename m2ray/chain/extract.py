@@ -217,7 +217,7 @@ def _run(work: _Work, hardware: Hardware, stop: Stop, progress: Progress) -> Non
         with closing(Replicas(chains, work.missing, stop, progress.say).results(monitor.tick)) as results:
             for result in results:
                 work.run.commit(result.shard, result.attempt, result.receipts, result.micro_batches, result.elapsed_s, computed_on)
-                monitor.committed(result.receipts)
+                monitor.committed(result.shard, result.receipts)
             measured = monitor.status()
         for line in summary_lines(plan, measured):
             progress.say(line)

@@ -29,13 +29,15 @@ class Monitor:
         self._missing_tokens = sum(shard.num_tokens for shard in missing)
         self._began_at = time.monotonic()
         self._ended_at = self._began_at
-        self._output_bytes = 0
+        self._output_bytes = self._rows = self._row_tokens = 0
         self._was_loaded = False
         self._asked_at = 0.0
 
-    def committed(self, receipts: Sequence[PartReceipt]) -> None:
-        """Count a shard whose parts these are."""
+    def committed(self, shard: Shard, receipts: Sequence[PartReceipt]) -> None:
+        """Count a shard, and its parts."""
         self._shards += 1
+        self._rows += shard.num_rows
+        self._row_tokens += shard.num_tokens
         self._output_bytes += sum(receipt.num_bytes for receipt in receipts)
         if self._shards == self._all_shards:
             self._ended_at = time.monotonic()
@@ -77,6 +79,8 @@ class Monitor:
             load_s=loaded_at - self._began_at,
             extract_s=ended_at - loaded_at,
             output_bytes=self._output_bytes,
+            rows=self._rows,
+            row_tokens=self._row_tokens,
             stages=tuple(stages),
         )
 

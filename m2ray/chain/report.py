@@ -10,6 +10,7 @@ from typing import Any, Literal
 from m2ray.chain.status import GpuStatus, RunStatus, StageStatus
 from m2ray.planning.devices import DevicePlan
 from m2ray.planning.layout import size
+from m2ray.planning.output import saved_bytes
 from m2ray.planning.placing import StagePlan
 from m2ray.planning.plan import Plan
 from m2ray.planning.residency import layers_in
@@ -79,6 +80,8 @@ def summary_lines(plan: Plan, run: RunStatus) -> list[str]:
         ),
         f"{size(run.output_bytes)} of output{planned_output}, {size(run.written_bytes / run.extract_s)}/s written",
     ]
+    if saved_bytes := _saved_bytes(plan, run):
+        lines.append(f"{run.rows:,} rows in each site and layer: {size(saved_bytes)} less than of all tokens")
     for planned_stage, stage in run.stages:
         lines.append(
             f"  stage {planned_stage.replica}.{planned_stage.stage} {planned_stage.span}: compute {stage.compute_s:.1f} s, wait {stage.wait_s:.1f} s, "
@@ -131,9 +134,20 @@ def build_report(plan: Plan, run_id: str, run: RunStatus) -> dict[str, Any]:
             "planned": planned_output.num_bytes if planned_output else None,
             "measured": run.output_bytes,
         },
+        "rows": {"planned": planned_output.rows if planned_output else None, "measured": run.rows},
+        "saved_bytes": {
+            "planned": planned_output.saved_bytes if planned_output else None,
+            "measured": _saved_bytes(plan, run),
+        },
         "limiting_resource": {"planned": plan.limiting_resource, "measured": limiting(run)},
         "stages": [_stage(plan, planned, stage) for planned, stage in run.stages],
     }
+
+
+def _saved_bytes(plan: Plan, run: RunStatus) -> int:
+    """What the rows of the tokens that were not chosen would have taken."""
+    options = plan.demand.options
+    return saved_bytes(options.parts, run.row_tokens, run.rows, options.compression)
 
 
 def _stage(plan: Plan, planned: StagePlan, stage: StageStatus) -> dict[str, Any]:

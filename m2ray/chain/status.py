@@ -82,6 +82,7 @@ class RunStatus:
         shards, all_shards: committed, and of the job. tokens_before, all_tokens: committed by earlier runs of the job, and of the job.
         tokens: real ones that left the chains in this run.
         load_s, extract_s: until the first chain had its layers; from then on, to the last commit.
+        rows: of each site and layer, committed in this run; row_tokens: tokens of their shards.
         output_bytes: of the parts committed in this run; what was written for attempts that failed is among the stages' `written_bytes` alone.
         stages: every stage that has answered, with its plan. One that was restarted counts from there on.
     """
@@ -95,6 +96,8 @@ class RunStatus:
     extract_s: float
     output_bytes: int
     stages: tuple[tuple[StagePlan, StageStatus], ...]
+    rows: int = 0
+    row_tokens: int = 0
 
     @property
     def statuses(self) -> list[StageStatus]:

@@ -39,6 +39,7 @@ def describe(run: RunReader) -> dict[str, Any]:
         "shards": {"committed": run.num_shards, "all": job.num_shards},
         "sequences": {"all": job.counts.sequences, "ready": job.counts.ready, "quarantined": job.counts.quarantined},
         "tokens": {"committed": run.num_tokens, "all": job.counts.tokens},
+        "rows": {"committed": run.num_rows, "all": job.counts.rows, "sequences_without": job.counts.without_rows},
         "files": run.num_files,
         "num_bytes": run.num_bytes,
         "layers": [_part_facts(one) for one in parts],
@@ -53,7 +54,7 @@ def _part_facts(view: RunReader) -> dict[str, Any]:
         "layer": view.layer_numbers[0] if view.layer_numbers else None,
         "files": view.num_files,
         "num_bytes": view.num_bytes,
-        "mean_norm": view.mean_norm(_NORM_ROWS) if view.num_tokens else None,
+        "mean_norm": view.mean_norm(_NORM_ROWS) if view.num_rows else None,
     }
 
 
@@ -87,7 +88,7 @@ def command(ctx: click.Context, run: str, as_json: bool, foreign: bool, tokenize
 
 def _print(facts: dict[str, Any]) -> None:
     shards, sequences, tokens, model = facts["shards"], facts["sequences"], facts["tokens"], facts["model"]
-    driver = facts["driver"]
+    driver, rows = facts["driver"], facts["rows"]
     state = "complete" if facts["complete"] else "not complete: run the same command again to finish it"
     if driver:
         begun = f"{'' if facts['complete'] else 'not '}complete"
@@ -103,6 +104,9 @@ def _print(facts: dict[str, Any]) -> None:
     say(f"shards     {shards['committed']:,} of {shards['all']:,} committed")
     say(f"sequences  {sequences['all']:,} = {sequences['ready']:,} ready + {sequences['quarantined']:,} quarantined")
     say(f"tokens     {tokens['committed']:,} of {tokens['all']:,}")
+    if rows["all"] != tokens["all"]:
+        without = f"; {rows['sequences_without']:,} sequences have none" if rows["sequences_without"] else ""
+        say(f"rows       {rows['committed']:,} of {rows['all']:,} in each site and layer{without}")
     say(f"files      {facts['files']:,} with {facts['num_bytes']:,} bytes")
     for audit in facts["audits"].values():
         say(f"audited    {report.line(audit)}")

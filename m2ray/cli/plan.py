@@ -90,6 +90,7 @@ def make_plan(config: PlanConfig) -> tuple[Plan, dict[str, Any]]:
 
     model = read_model(config.model, config.attn_implementation, config.compute_dtype)
     require_positions(model.config, config.max_length)
+    require_positions(model.config, config.pack, "pack")
     require_dtype(model.config, config.compute_dtype)
     assumed = Assumptions(
         longest_tokens=config.longest_tokens,

@@ -119,13 +119,13 @@ def default_max_length(config: Any) -> int:
     return steady_positions(config) or (positions if type(positions) is int and positions > 0 else 2**20)
 
 
-def require_positions(config: Any, max_length: int | None) -> None:
-    """Raise ConfigError for sequences longer than the positions that a model has; None is for as long as it takes."""
+def require_positions(config: Any, length: int | None, name: str = "max_length") -> None:
+    """Raise ConfigError for sequences longer than the positions that a model has, of the option `name`; None is for as long as it takes."""
     positions = default_max_length(config)
-    if config.model_type in LEARNED_POSITIONS and max_length is not None and max_length > positions:
+    if config.model_type in LEARNED_POSITIONS and length is not None and length > positions:
         raise ConfigError(
-            f"max_length = {max_length}, but a {config.model_type} of config.json has learned {positions} positions.",
-            f"Set max_length to {positions} at most.",
+            f"{name} = {length}, but a {config.model_type} of config.json has learned {positions} positions.",
+            f"Set {name} to {positions} at most.",
         )
 
 

@@ -182,6 +182,9 @@ def _output_lines(plan: Plan) -> Iterator[str]:
         return
     yield ""
     yield f"output   {prompts.tokens:,} tokens of {prompts.sequences:,} prompts; padding {prompts.padding_waste:.1%}"
+    if output.rows < prompts.tokens:
+        chosen = plan.demand.options.prompts.selection
+        yield f"         {output.rows:,} rows of {chosen} in each site and layer: {size(output.saved_bytes)} less than of all"
     sizes = sorted(set(output.by_part.values()))
     each = size(sizes[0]) if len(sizes) == 1 else f"{size(sizes[0])} to {size(sizes[-1])}"
     yield f"         {len(output.by_part)} sites and layers of {each} in {prompts.shards:,} files each"

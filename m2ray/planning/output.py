@@ -33,6 +33,8 @@ class OutputPlan:
     Attributes:
         by_part: bytes of all parts of each site and layer; each has a file a shard.
         files, num_bytes: of all parts.
+        rows: in each site and layer.
+        saved_bytes: what the rows of all other tokens would take besides.
         disk_bytes: parts and records: what the disk or bucket needs.
         cost_a_month: of `disk_bytes` at the stated price per GB (10^9 bytes) and month; None where none was stated.
     """
@@ -40,6 +42,8 @@ class OutputPlan:
     by_part: Mapping[PartSpec, int]
     files: int
     num_bytes: int
+    rows: int
+    saved_bytes: int
     disk_bytes: int
     cost_a_month: float | None
 
@@ -61,13 +65,21 @@ def part_bytes(spec: PartSpec, rows: int, row_groups: int, files: int = 1, compr
 
 def plan_output(parts: Sequence[PartSpec], prompts: PromptStats, price_per_gb_month: float | None, compression: str = "none") -> OutputPlan:
     """The output of these parts for these prompts."""
-    by_part = {spec: part_bytes(spec, prompts.tokens, prompts.micro_batches, prompts.shards, compression) for spec in parts}
+    rows = prompts.tokens if prompts.rows is None else prompts.rows
+    by_part = {spec: part_bytes(spec, rows, min(rows, prompts.micro_batches), prompts.shards, compression) for spec in parts}
     num_bytes, files = sum(by_part.values()), len(parts) * prompts.shards
     disk_bytes = num_bytes + files * RECORD_BYTES_A_PART + prompts.sequences * RECORD_BYTES_A_SEQUENCE
     return OutputPlan(
         by_part=by_part,
         files=files,
         num_bytes=num_bytes,
+        rows=rows,
+        saved_bytes=saved_bytes(parts, prompts.tokens, rows, compression),
         disk_bytes=disk_bytes,
         cost_a_month=None if price_per_gb_month is None else disk_bytes / 1e9 * price_per_gb_month,
     )
+
+
+def saved_bytes(parts: Sequence[PartSpec], tokens: int, rows: int, compression: str = "none") -> int:
+    """What the rows of the tokens that have none would take."""
+    return round((tokens - rows) * sum(stored_row_bytes(part, compression) for part in parts))

@@ -63,13 +63,14 @@ def plan_rates(demand: Demand, placed: Sequence[DevicePlan], prompts: PromptStat
     padding_waste = prompts.padding_waste if prompts else 0.0
     if assumed.profile:
         assumed.profile.require(options.compute_dtype, [each.device.gpu.name if each.device.gpu else None for each in placed])
-    token_bytes = sum(stored_row_bytes(part, options.compression) for part in options.parts)
+    rows_a_token = prompts.rows_a_token if prompts else 1.0
+    token_bytes = rows_a_token * sum(stored_row_bytes(part, options.compression) for part in options.parts)
     computed = assumed.tokens_per_s or _computed_tokens_per_s(demand, placed, padding_waste)
     found: dict[Limit, float | None] = {
         "computation": computed,
-        "device_to_host_copy": _copied_tokens_per_s(demand, placed),
+        "device_to_host_copy": _copied_tokens_per_s(demand, placed, rows_a_token),
         "offload": _offloaded_tokens_per_s(demand, placed, padding_waste),
-        "encoder": _encoded_tokens_per_s(demand, placed),
+        "encoder": _encoded_tokens_per_s(demand, placed, rows_a_token),
         "store": _stored_tokens_per_s(demand, token_bytes),
     }
     limits = {name: rate for name, rate in found.items() if rate is not None}
@@ -139,16 +140,16 @@ def _operations_per_s(demand: Demand, placed: DevicePlan) -> float | None:
     return None if model is None else GPU_MODELS[model].bf16_flops * SUSTAINED_SHARE[compiled]
 
 
-def _copied_tokens_per_s(demand: Demand, placed: Sequence[DevicePlan]) -> float | None:
+def _copied_tokens_per_s(demand: Demand, placed: Sequence[DevicePlan], rows_a_token: float) -> float | None:
     """Of all chains, by the GPU that copies most: captured rows, and the hidden states that leave it."""
     profile = demand.assumed.profile
     rate = COPY_BYTES_PER_S if profile is None else profile.copy_bytes_per_s
     if rate is None or not all(each.device.gpu for each in placed):
         return None
-    most: dict[int, int] = {}
+    most: dict[int, float] = {}
     for each in placed:
-        copied = sum(demand.row_bytes(each.held)) + demand.table.handed_bytes(demand.itemsize_bytes)
-        most[each.replica] = max(most.get(each.replica, 0), copied)
+        copied = rows_a_token * sum(demand.row_bytes(each.held)) + demand.table.handed_bytes(demand.itemsize_bytes)
+        most[each.replica] = max(most.get(each.replica, 0.0), copied)
     return sum(rate / copied for copied in most.values()) or None
 
 
@@ -165,10 +166,10 @@ def _offloaded_tokens_per_s(demand: Demand, placed: Sequence[DevicePlan], paddin
     return sum(demand.options.batch_tokens * (1 - padding_waste) / seconds for seconds in slowest.values()) or None
 
 
-def _encoded_tokens_per_s(demand: Demand, placed: Sequence[DevicePlan]) -> float | None:
-    """Of all chains, by the stage that encodes most; None without a profile. A thread takes whole parts: no more help than parts."""
+def _encoded_tokens_per_s(demand: Demand, placed: Sequence[DevicePlan], rows_a_token: float) -> float | None:
+    """Of all chains, by the stage that encodes most; None without a profile or rows. A thread takes whole parts: no more help than parts."""
     profile = demand.assumed.profile
-    if profile is None:
+    if profile is None or not rows_a_token:
         return None
     parts: dict[tuple[int, int], list[int]] = {}
     for each in placed:
@@ -177,7 +178,7 @@ def _encoded_tokens_per_s(demand: Demand, placed: Sequence[DevicePlan]) -> float
     for (replica, _), row_sizes in parts.items():
         if row_sizes:
             threads = min(profile.writer_threads, len(row_sizes))
-            rate = profile.encode_bytes_per_s * threads / sum(row_sizes)
+            rate = profile.encode_bytes_per_s * threads / (rows_a_token * sum(row_sizes))
             slowest[replica] = min(slowest.get(replica, rate), rate)
     return sum(slowest.values()) or None
 
@@ -186,4 +187,4 @@ def _stored_tokens_per_s(demand: Demand, token_bytes: float) -> float | None:
     """By what the store is said to take, or what it took from the one machine of the profile."""
     assumed = demand.assumed
     rate = assumed.store_bytes_per_s or (assumed.profile.store_bytes_per_s if assumed.profile else None)
-    return None if rate is None else rate / token_bytes
+    return None if rate is None or not token_bytes else rate / token_bytes

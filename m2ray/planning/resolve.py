@@ -1,10 +1,10 @@
 """RunOptions from what a user asks for: every "auto" is decided here but those of `device_map` and `transport`, for `m2ray plan` and `m2ray extract` alike."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from m2ray.batches import PromptStats, TensorTable
+from m2ray.batches import PartSpec, PromptStats, TensorTable
 from m2ray.config import Auto, ExtractConfig, parse_labels, parse_layers
 from m2ray.errors import ConfigError
 from m2ray.options import PromptOptions, RunOptions
@@ -55,6 +55,8 @@ def resolve(
     layers = parse_layers(config.layers, table.num_layers)
     if isinstance(config.stages, int) and config.stages > layers[-1] + 1:
         raise ConfigError(f"stages = {config.stages}, but only {layers[-1] + 1} layers are run.", f"Ask for at most {layers[-1] + 1}.")
+    parts = parts_of_run({config.sites: layers}, config.store_dtype, table.hidden_size)
+    _require_means(prompts, parts)
     of_the_run = recorded or {}
 
     def decided(name: str, asked: _Value | Auto, automatic: _Value) -> _Value:
@@ -64,7 +66,7 @@ def resolve(
         prompts=prompts,
         layers=layers,
         sites=config.sites,
-        parts=parts_of_run({config.sites: layers}, config.store_dtype, table.hidden_size),
+        parts=parts,
         compute_dtype=config.compute_dtype,
         store_dtype=config.store_dtype,
         batch_tokens=decided("batch_tokens", config.batch_tokens, AUTO_BATCH_TOKENS),
@@ -93,6 +95,13 @@ def resolve(
     if config.batch_tokens == "auto" and "batch_tokens" not in of_the_run:
         demand = demand.asking(batch_tokens=_batch_tokens(config, demand, cluster, stats_at))
     return replace(demand.options, replicas=_replicas(config, demand, cluster))
+
+
+def _require_means(prompts: PromptOptions, parts: Sequence[PartSpec]) -> None:
+    """Raise ConfigError for means of what has none: numbers of experts."""
+    without = sorted({part.site for part in parts if any(column.dtype.startswith("int") for column in part.columns)})
+    if prompts.selection.is_mean and without:
+        raise ConfigError(f"tokens = {prompts.tokens!r}, and {', '.join(without)} has numbers of experts, which have no mean.", "Leave it out of sites.")
 
 
 def _replicas(config: ExtractConfig, demand: Demand, cluster: Cluster) -> int:

@@ -135,29 +135,25 @@ def cut_micro_batches(token_counts: Int32Array, batch_tokens: int) -> list[int]:
 
 
 def micro_batches(shard: Shard, tokens: TokenSpool, batch_tokens: int) -> Iterator[MicroBatch]:
-    """The shard's sequences in their order, right-padded with 0, at most `batch_tokens` padded tokens a micro-batch; with their loss masks if
-    the spool keeps them.
+    """The shard's sequences in their order, right-padded with 0, at most `batch_tokens` padded tokens a micro-batch.
 
     A single sequence longer than `batch_tokens` makes a micro-batch of its own, without padding.
     """
     runs = list(pairwise(cut_micro_batches(shard.token_counts, batch_tokens)))
     for index, (start, stop) in enumerate(runs):
-        sequence_ids, token_counts = shard.sequence_ids[start:stop], shard.token_counts[start:stop]
-        token_ids_BT = np.zeros((stop - start, int(token_counts.max())), np.int32)
-        mask_BT = np.zeros(token_ids_BT.shape, np.bool_) if tokens.keeps_masks else None
-        for row, (sequence_id, count) in enumerate(zip(sequence_ids.tolist(), token_counts.tolist(), strict=True)):
-            token_ids_BT[row, :count] = tokens.read(sequence_id)
-            if mask_BT is not None:
-                mask_BT[row, :count] = tokens.mask(sequence_id)
-        yield MicroBatch(
-            shard=shard.index,
-            index=index,
-            is_last=index == len(runs) - 1,
-            sequence_ids=sequence_ids,
-            token_counts=token_counts,
-            token_ids_BT=token_ids_BT,
-            mask_BT=mask_BT,
-        )
+        piece = Shard(shard.index, shard.sequence_ids[start:stop], shard.token_counts[start:stop])
+        yield one_micro_batch(piece, tokens, index, is_last=index == len(runs) - 1)
+
+
+def one_micro_batch(piece: Shard, tokens: TokenSpool, index: int = 0, *, is_last: bool = True) -> MicroBatch:
+    """A piece of a shard as one micro-batch, right-padded with 0; with its loss masks if the spool keeps them."""
+    token_ids_BT = np.zeros((len(piece.sequence_ids), int(piece.token_counts.max())), np.int32)
+    mask_BT = np.zeros(token_ids_BT.shape, np.bool_) if tokens.keeps_masks else None
+    for row, (sequence_id, count) in enumerate(zip(piece.sequence_ids.tolist(), piece.token_counts.tolist(), strict=True)):
+        token_ids_BT[row, :count] = tokens.read(sequence_id)
+        if mask_BT is not None:
+            mask_BT[row, :count] = tokens.mask(sequence_id)
+    return MicroBatch(piece.index, index, is_last, piece.sequence_ids, piece.token_counts, token_ids_BT, mask_BT)
 
 
 def batching(shards: Sequence[Shard], batch_tokens: int) -> PromptStats:
