@@ -127,6 +127,12 @@ class ExtractConfig(BaseModel):
     tokens: NonEmpty = _rows(
         "all", description=f"Tokens whose rows are kept: {TOKEN_CHOICES}. mask: by the loss mask; mean: one row a sequence."
     )
+    statistics: NonEmpty | None = _rows(
+        None, description='What to sum up of the rows: "moments:all, norms:all, experts:all, covariance:20,30"; default: nothing.'
+    )
+    keep: Literal["rows", "statistics", "both"] | Auto = _rows(
+        "auto", description="What is stored: rows, their statistics alone, or both; auto: both where statistics are asked for."
+    )
     skip_special_tokens: bool = _rows(False, description="Never choose the tokenizer's special tokens.")
     compute_dtype: Literal["bfloat16", "float16", "float32"] = _rows("bfloat16", description="Dtype of weights and arithmetic.")
     store_dtype: Literal["bfloat16", "float16", "float32"] = _rows("bfloat16", description="Dtype of the stored rows.")
@@ -261,6 +267,11 @@ def _contradictions(config: ExtractConfig) -> Iterator[ConfigError]:
             parse()
         except ConfigError as problem:
             yield problem
+    if config.keep in ("statistics", "both") and config.statistics is None:
+        yield ConfigError(f'keep = "{config.keep}", and there are no statistics to keep.', 'Set statistics = "moments:all", or leave keep out.')
+    if config.keep == "rows" and config.statistics is not None:
+        what = f'keep = "rows", and statistics = {config.statistics!r} would be taken for nothing.'
+        yield ConfigError(what, 'Set keep = "both" or "statistics", or leave statistics out.')
     if config.compression == "planes" and config.store_dtype == "float32":
         what = 'compression = "planes" splits 16-bit rows, and store_dtype = "float32".'
         yield ConfigError(what, 'Store bfloat16 or float16, or set compression = "none".')

@@ -15,6 +15,7 @@ from m2ray.batches import PartSpec
 from m2ray.config import ExtractConfig, OffloadTo, Transport
 from m2ray.selection import Selection
 from m2ray.sizes import MaxMemory
+from m2ray.statistics import Asked
 from m2ray.storage import local_folder, with_home
 
 TEMPLATE_TIMEOUT_S = 10.0
@@ -114,7 +115,10 @@ class RunOptions:
     Attributes:
         prompts: what decides the sequences, as the prompts settled it.
         layers: captured ones, ascending.
-        parts: what every shard consists of, in order, as m2ray.sites derives it; the last of the layers is the last that is run.
+        parts: what every shard has rows of, in order, as m2ray.sites derives it; the last of the layers is the last that is run.
+        statistics: what is summed up of which sites and layers (m2ray.statistics).
+        keep: what is stored: "rows", "statistics" (there are no `parts` then) or "both".
+        of_statistics: the parts that statistics are taken of, whether their rows are kept or not.
         batch_tokens: padded tokens in a micro-batch, at most, unless a single sequence is longer.
         shard_tokens: tokens in a shard.
         threads_per_stage: torch threads of a stage on a CPU.
@@ -157,6 +161,14 @@ class RunOptions:
     placement_timeout_s: float
     stage_timeout_s: float
     writer_queue_bytes: int = WRITER_QUEUE_BYTES
+    statistics: Asked = field(default_factory=dict)
+    keep: Literal["rows", "statistics", "both"] = "rows"
+    of_statistics: tuple[PartSpec, ...] = ()
+
+    @property
+    def captured(self) -> tuple[PartSpec, ...]:
+        """The parts that the stages capture, to store their rows or for their statistics."""
+        return tuple(dict.fromkeys((*self.parts, *self.of_statistics)))
 
     @property
     def offload_path(self) -> str:

@@ -4,7 +4,7 @@
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Literal, get_args
 
 import numpy as np
@@ -34,6 +34,15 @@ NORM_BINS = 8192
 No logarithm is rounded on the way, so a count is the same on every device that gives the same norm."""
 
 NORM_SHIFT = 18
+
+PIECE_ROWS = 1024
+"""Rows of a micro-batch that are float32 at one time. Their sums keep about seven digits whichever way a device adds."""
+
+PIECE_CHOICES = 8192
+"""Rows of chosen experts that are laid out as zeros and ones at one time; float32 counts them exactly up to 2**24."""
+
+_FILLED_BINS = 256
+"""Of norms: eight octaves of them."""
 
 
 def norm_edges() -> npt.NDArray[np.float64]:
@@ -125,7 +134,49 @@ def sites(asked: Asked) -> dict[str, tuple[int, ...]]:
     return {name: tuple(sorted(layer for site, layer in found if site == name and layer is not None)) for name, _ in found}
 
 
+def widths(asked: Asked, parts: Iterable[PartSpec], num_experts: int) -> Iterator[tuple[frozenset[str], int]]:
+    """The kinds that are taken of each of these parts, and how wide its statistics are: as a row, or as there are experts."""
+    kinds_at = places(asked)
+    for part in parts:
+        kinds = kinds_at.get((part.site, part.layer), frozenset())
+        if kinds:
+            yield kinds, num_experts if "experts" in kinds else part.columns[0].width
+
+
+# -- sizes ----------------------------------------------------------------------------------------------------------------
+
+
 def contribution_bytes(kinds: frozenset[str], width: int) -> int:
-    """What a shard leaves of one place, about. `width` is that of a row, or of the experts where they are counted."""
-    sizes = {"moments": 32 * width, "norms": 8192, "covariance": 4 * width**2, "experts": 4 * width**2}
+    """What a shard leaves of one place, about; `width` is that of a row, or the number of experts where they are counted."""
+    sizes = {"moments": 32 * width, "norms": 16 * _FILLED_BINS, "covariance": 4 * width**2, "experts": 4 * width**2}
+    return sum(sizes[kind] for kind in kinds)
+
+
+def merged_bytes(kinds: frozenset[str], width: int) -> int:
+    """What `statistics/` holds of one place, at most: of pairs of experts each is a row."""
+    sizes = {"moments": 28 * width, "norms": 24 * _FILLED_BINS, "covariance": 4 * width**2 + 8 * width, "experts": 4 * width**2}
+    return sum(sizes[kind] for kind in kinds)
+
+
+def device_bytes(kinds: frozenset[str], width: int, rows: int) -> int:
+    """What taking the statistics of so many rows of one place allocates on their device, the results among it."""
+    piece = min(rows, PIECE_ROWS) * width
+    sizes = {
+        "moments": 8 * piece + 80 * width,
+        "norms": 8 * piece + 4 * NORM_BINS,
+        "covariance": 8 * piece + 8 * width**2,
+        "experts": 4 * min(rows, PIECE_CHOICES) * width + 12 * width**2,
+    }
+    return max((sizes[kind] for kind in kinds), default=0) + micro_batch_bytes(kinds, width)
+
+
+def micro_batch_bytes(kinds: frozenset[str], width: int) -> int:
+    """What one micro-batch leaves of one place."""
+    sizes = {"moments": 32 * width, "norms": 4 * NORM_BINS, "covariance": 4 * width**2, "experts": 4 * width**2}
+    return sum(sizes[kind] for kind in kinds)
+
+
+def shard_bytes(kinds: frozenset[str], width: int) -> int:
+    """What a stage holds of one place while a shard goes through it: sums in float64 and int64."""
+    sizes = {"moments": 32 * width, "norms": 8 * NORM_BINS, "covariance": 8 * width**2, "experts": 8 * width**2}
     return sum(sizes[kind] for kind in kinds)

@@ -9,13 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 
 from m2ray.batches import PartSpec
-from m2ray.statistics import NORM_BINS, NORM_SHIFT
-
-PIECE_ROWS = 1024
-"""Rows that are float32 at one time. Their sums keep about seven digits whichever way a device adds."""
-
-PIECE_CHOICES = 8192
-"""Rows of chosen experts that are laid out as zeros and ones at one time; float32 counts them exactly up to 2**24."""
+from m2ray.statistics import NORM_BINS, NORM_SHIFT, PIECE_CHOICES, PIECE_ROWS
 
 
 class Statistics:
@@ -62,16 +56,6 @@ def experts_statistics(expert_ids_NK: torch.Tensor, num_experts: int) -> dict[st
         chosen_NE.scatter_(1, ids_NK.long(), 1.0)
         pairs_EE += (chosen_NE.T @ chosen_NE).to(torch.int32)
     return {"experts": pairs_EE}
-
-
-def device_bytes(kinds: Collection[str], width: int, experts: int, rows: int) -> int:
-    """What these functions allocate at most for rows of this width, results among it."""
-    piece_rows = min(rows, PIECE_ROWS)
-    found = piece_rows * width * 12 + 10 * 8 * width if "moments" in kinds else 0
-    found = max(found, piece_rows * width * 8 + 8 * NORM_BINS) if "norms" in kinds else found
-    matrix = 2 * 4 * width**2 if "covariance" in kinds else 0
-    chosen = 4 * min(rows, PIECE_CHOICES) * experts + 12 * experts**2 if "experts" in kinds else 0
-    return found + matrix + chosen
 
 
 def _moments(rows_NW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -185,9 +185,12 @@ def _output_lines(plan: Plan) -> Iterator[str]:
     if output.rows < prompts.tokens:
         chosen = plan.demand.options.prompts.selection
         yield f"         {output.rows:,} rows of {chosen} in each site and layer: {size(output.saved_bytes)} less than of all"
-    sizes = sorted(set(output.by_part.values()))
-    each = size(sizes[0]) if len(sizes) == 1 else f"{size(sizes[0])} to {size(sizes[-1])}"
-    yield f"         {len(output.by_part)} sites and layers of {each} in {prompts.shards:,} files each"
+    if output.by_part:
+        sizes = sorted(set(output.by_part.values()))
+        each = size(sizes[0]) if len(sizes) == 1 else f"{size(sizes[0])} to {size(sizes[-1])}"
+        yield f"         {len(output.by_part)} sites and layers of {each} in {prompts.shards:,} files each"
+    if output.statistics_bytes:
+        yield f"         statistics in up to {size(output.statistics_bytes)}"
     yield f"         {output.num_bytes:,} bytes in {output.files:,} files; with records {size(output.disk_bytes)}"
     if output.cost_a_month is not None:
         yield f"         {_amount(output.cost_a_month)} a month at {plan.demand.assumed.price_per_gb_month:g} a GB"

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from math import ceil
 from typing import Any, TypeVar
 
 from m2ray.batches import PartSpec, PromptStats, TensorTable
@@ -15,8 +16,12 @@ from m2ray.planning.memory import ModelShape
 from m2ray.planning.plan import most_batch_tokens, most_replicas, plan_run
 from m2ray.sites import parts_of_run
 from m2ray.sizes import parse_bytes, parse_max_memory
+from m2ray.statistics import Asked, contribution_bytes, sites, statistics_of_run, widths
 
 AUTO_SHARD_TOKENS = 32_768
+
+STATISTICS_SHARE = 0.01
+"""Of the bytes that rows would take, what shards leave until the end of a run where statistics alone are kept."""
 
 _Value = TypeVar("_Value", bool, int, str)
 
@@ -57,6 +62,8 @@ def resolve(
         raise ConfigError(f"stages = {config.stages}, but only {layers[-1] + 1} layers are run.", f"Ask for at most {layers[-1] + 1}.")
     parts = parts_of_run({config.sites: layers}, config.store_dtype, table.hidden_size)
     _require_means(prompts, parts)
+    statistics = statistics_of_run(config.statistics, parts, (), table.num_layers)
+    of_statistics = parts_of_run(sites(statistics), config.store_dtype, table.hidden_size)
     of_the_run = recorded or {}
 
     def decided(name: str, asked: _Value | Auto, automatic: _Value) -> _Value:
@@ -66,11 +73,11 @@ def resolve(
         prompts=prompts,
         layers=layers,
         sites=config.sites,
-        parts=parts,
+        parts=() if config.keep == "statistics" else parts,
         compute_dtype=config.compute_dtype,
         store_dtype=config.store_dtype,
         batch_tokens=decided("batch_tokens", config.batch_tokens, AUTO_BATCH_TOKENS),
-        shard_tokens=decided("shard_tokens", config.shard_tokens, AUTO_SHARD_TOKENS),
+        shard_tokens=decided("shard_tokens", config.shard_tokens, _shard_tokens(config, parts, statistics, of_statistics, 0)),
         attn_implementation=decided("attn_implementation", config.attn_implementation, shape.attn_implementation),
         compile=decided("compile", config.compile, cluster is not None and cluster.num_gpus > 0),
         threads_per_stage=decided("threads_per_stage", config.threads_per_stage, 1),
@@ -88,6 +95,9 @@ def resolve(
         transport=config.transport,
         placement_timeout_s=config.placement_timeout_s,
         stage_timeout_s=config.stage_timeout_s,
+        statistics=statistics,
+        keep=("both" if statistics else "rows") if config.keep == "auto" else config.keep,
+        of_statistics=of_statistics,
     )
     if cluster is None:
         return options
@@ -95,6 +105,17 @@ def resolve(
     if config.batch_tokens == "auto" and "batch_tokens" not in of_the_run:
         demand = demand.asking(batch_tokens=_batch_tokens(config, demand, cluster, stats_at))
     return replace(demand.options, replicas=_replicas(config, demand, cluster))
+
+
+def _shard_tokens(
+    config: ExtractConfig, parts: Sequence[PartSpec], statistics: Asked, of_statistics: Sequence[PartSpec], num_experts: int
+) -> int:
+    """Where statistics alone are kept, as many as make what a shard leaves little beside what its rows would take, if all tokens had some."""
+    if config.keep != "statistics":
+        return AUTO_SHARD_TOKENS
+    shard_bytes = sum(contribution_bytes(kinds, width) for kinds, width in widths(statistics, of_statistics, num_experts))
+    least = shard_bytes / (STATISTICS_SHARE * sum(part.row_bytes for part in parts))
+    return AUTO_SHARD_TOKENS * max(1, ceil(least / AUTO_SHARD_TOKENS))
 
 
 def _require_means(prompts: PromptOptions, parts: Sequence[PartSpec]) -> None:
