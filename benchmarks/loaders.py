@@ -139,7 +139,7 @@ def lanes(model: Path, files: list[Path]) -> None:
         for num_bytes in [min(PIECE_BYTES, header.offset + header.num_bytes - begin)]
     ]
     with Lanes(torch.device(GPU)) as readers:
-        readers.begin(checkpoint, wanted, None, WeightDigests(checkpoint.headers), lambda *_: None)
+        readers.begin(checkpoint, wanted, None, WeightDigests(checkpoint.headers, 0), lambda *_: None)
         readers.finish(lambda: None)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -21,6 +22,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from m2ray.errors import CheckpointError, M2rayError
 from m2ray.model.families import parse_config
 from m2ray.model.proof import prove
+from m2ray.model.site_proof import doubts
+from m2ray.model.site_table import IN_LAYERS, layers_of, points_of, refused_sites
+from m2ray.model.skeleton import build_skeleton
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 PROVED = "proved"
@@ -39,6 +43,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 }
 """Fields that a type's released checkpoints have, where its default configuration leaves them out and is no model without them."""
 
+_SITES = "## Sites"
 _ROW = re.compile(r"^\| `([^`]+)` \| (.+) \|$", re.MULTILINE)
 
 
@@ -50,23 +55,51 @@ def causal_types() -> list[str]:
 def outcome_of(model_type: str) -> str:
     """What comes of a type's default configuration: "proved", or why it is refused."""
     try:
-        fields = json.loads(CONFIG_MAPPING[model_type]().to_json_string())
-    except StrictDataclassError as error:
-        return _in_a_cell(CheckpointError(f"transformers has no default configuration of it: {error}"))
-    fields = {**fields, "model_type": model_type, **PUBLISHED.get(model_type, {})}
-    try:
-        prove(parse_config(json.dumps(fields).encode()))
+        prove(_default_config(model_type))
     except M2rayError as error:
         return _in_a_cell(error)
     return PROVED
 
 
-def outcomes_on_page(page: str | None = None) -> dict[str, str]:
+def _default_config(model_type: str) -> Any:
+    """Raises M2rayError where there is none, or m2ray refuses it."""
+    try:
+        fields = json.loads(CONFIG_MAPPING[model_type]().to_json_string())
+    except StrictDataclassError as error:
+        raise CheckpointError(f"transformers has no default configuration of it: {error}") from error
+    return parse_config(json.dumps({**fields, "model_type": model_type, **PUBLISHED.get(model_type, {})}).encode())
+
+
+def sites_of(model_type: str) -> str:
+    """Where a proved type's layers show their sites, as cells of the page's table, and why it lacks others."""
+    config = _default_config(model_type)
+    skeleton = build_skeleton(config, torch.bfloat16)
+    of_layers = [points_of(layer, skeleton.config) for layer in skeleton.layers]
+    reasons, there = refused_sites(skeleton.config), layers_of(skeleton)
+    cells = [" or ".join(dict.fromkeys(str(points[site]) for points in of_layers if site in points)) or "-" for site in IN_LAYERS]
+    lacking = [f"{site}: {reason}" for site, reason in reasons.items()]
+    lacking += ["final_norm"] if "final_norm" not in {*there, *reasons} else []
+    return " | ".join([*cells, "; ".join(lacking) or "-"])
+
+
+def doubts_of(model_type: str) -> dict[str, str]:
+    """The sites of a proved type that are not transformers' own, by name, and what differs."""
+    config = _default_config(model_type)
+    there = layers_of(build_skeleton(config, torch.bfloat16))
+    return {site: what for site, what in doubts(config).items() if site in there}
+
+
+def outcomes_on_page() -> dict[str, str]:
     """Each type's outcome as docs/models.md has it."""
-    return dict(_ROW.findall(PAGE.read_text() if page is None else page))
+    return dict(_ROW.findall(PAGE.read_text().partition(_SITES)[0]))
 
 
-def page_of(outcomes: dict[str, str]) -> str:
+def sites_on_page() -> dict[str, str]:
+    """Each proved type's sites as docs/models.md has them."""
+    return dict(_ROW.findall(PAGE.read_text().partition(_SITES)[2]))
+
+
+def page_of(outcomes: dict[str, str], sites: dict[str, str]) -> str:
     """docs/models.md."""
     proved = [model_type for model_type, outcome in outcomes.items() if outcome == PROVED]
     rows = [f"| `{model_type}` | {outcome} |" for model_type, outcome in sorted(outcomes.items())]
@@ -89,6 +122,17 @@ def page_of(outcomes: dict[str, str]) -> str:
             "|---|---|",
             *rows,
             "",
+            _SITES,
+            "",
+            "Where a decoder layer of each proved type shows what `sites` can name beside `residual`, the layer's output, `embedding`, what its first",
+            "layer is given, and `final_norm`: a module's output, or what goes into it. [n] is a place in what it returns, x the layer's factor. Of a",
+            "tiny copy, all of it was held against hooks on transformers' own modules and against the layer's own additions, bit by bit",
+            "(m2ray/model/site_proof.py); so is the configuration of each run that asks for it. A layer without the module has no part, which the plan says.",
+            "",
+            f"| model type | {' | '.join(f'`{site}`' for site in IN_LAYERS)} | lacks |",
+            "|---" * (len(IN_LAYERS) + 2) + "|",
+            *(f"| `{model_type}` | {cells} |" for model_type, cells in sorted(sites.items())),
+            "",
         ]
     )
 
@@ -104,11 +148,16 @@ def _in_a_cell(error: M2rayError) -> str:
 def _answer(model_type: str, cache: str, answers: Connection) -> None:
     os.environ["XDG_CACHE_HOME"] = cache
     sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115 - until this process ends
-    answers.send((outcome_of(model_type), time.process_time()))
+    outcome = outcome_of(model_type)
+    sites = ""
+    if outcome == PROVED:
+        wrong = doubts_of(model_type)
+        sites = f"NOT PROVED: {wrong}" if wrong else sites_of(model_type)
+    answers.send((outcome, sites, time.process_time()))
 
 
-def _tried(model_type: str, cache: str) -> tuple[str, float]:
-    """The outcome of a type in a process of its own, and the seconds of a core that it took."""
+def _tried(model_type: str, cache: str) -> tuple[str, str, float]:
+    """The outcome of a type in a process of its own, its sites if it is proved, and the seconds of a core that it took."""
     receiver, sender = Pipe(duplex=False)
     process = Process(target=_answer, args=(model_type, cache, sender))
     process.start()
@@ -119,17 +168,17 @@ def _tried(model_type: str, cache: str) -> tuple[str, float]:
         if time.monotonic() - began_s > LIMIT_S or pages * os.sysconf("SC_PAGE_SIZE") > LIMIT_BYTES:
             process.kill()
             process.join()
-            return f"NOT FINISHED within {LIMIT_S} s and {LIMIT_BYTES / 1e9:g} GB", LIMIT_S
+            return f"NOT FINISHED within {LIMIT_S} s and {LIMIT_BYTES / 1e9:g} GB", "", LIMIT_S
     try:
-        outcome, took_s = receiver.recv()
+        outcome, sites, took_s = receiver.recv()
     except EOFError:
-        outcome, took_s = "ENDED WITHOUT AN OUTCOME", 0.0
+        outcome, sites, took_s = "ENDED WITHOUT AN OUTCOME", "", 0.0
     process.join(LIMIT_S)
-    return outcome, took_s
+    return outcome, sites, took_s
 
 
-def tried(model_types: Sequence[str]) -> Iterator[tuple[str, str, float]]:
-    """Each type with its outcome and the seconds of a core that it took."""
+def tried(model_types: Sequence[str]) -> Iterator[tuple[str, str, str, float]]:
+    """Each type with its outcome, its sites and the seconds of a core that it took."""
     with TemporaryDirectory() as cache:
         for model_type in model_types:
             yield model_type, *_tried(model_type, cache)
@@ -140,12 +189,13 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="TYPE", help="these types, to the screen alone")
     only = parser.parse_args().only
     set_start_method("fork")  # transformers is imported once
-    outcomes = {}
-    for model_type, outcome, took_s in tried(only or causal_types()):
-        print(f"{took_s:6.1f} s  {model_type}: {outcome}", flush=True)
+    outcomes, of_sites = {}, {}
+    for model_type, outcome, sites, took_s in tried(only or causal_types()):
+        print(f"{took_s:6.1f} s  {model_type}: {outcome} {sites}", flush=True)
         outcomes[model_type] = outcome
+        of_sites |= {model_type: sites} if outcome == PROVED else {}
     if not only:
-        PAGE.write_text(page_of(outcomes))
+        PAGE.write_text(page_of(outcomes, of_sites))
 
 
 if __name__ == "__main__":

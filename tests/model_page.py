@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.model_outcomes import PROVED, causal_types, outcome_of, outcomes_on_page
+from scripts.model_outcomes import PROVED, causal_types, outcome_of, outcomes_on_page, sites_of, sites_on_page
 
 DENSE = ("gemma2", "gemma3_text", "gpt2", "granite", "llama", "mistral", "opt", "phi3", "qwen2", "qwen3")
 EXPERTS = (
@@ -60,6 +60,7 @@ def assert_page_is_right(model_type: str, tmp_path: Path, monkeypatch: pytest.Mo
     found, written = outcome_of(model_type), outcomes_on_page()[model_type]
     assert _without_figures(found) == _without_figures(written), f"docs/models.md says otherwise: run scripts/models\n{found}"
     assert model_type not in NAMED or found == PROVED
+    assert found != PROVED or sites_of(model_type) == sites_on_page()[model_type]
 
 
 def _without_figures(outcome: str) -> str:

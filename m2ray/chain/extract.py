@@ -273,6 +273,7 @@ def _specs(inputs: Inputs, plan: Plan, replica: int, stage: int, span: LayerSpan
             compile=options.compile,
             residency=residency,
             offload_folder=options.offload_path,
+            with_final_norm=plan.demand.with_final_norm,
             model_files=inputs.checkpoint.digests,
         )
 

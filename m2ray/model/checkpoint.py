@@ -236,8 +236,10 @@ def tensor_table(checkpoint: Checkpoint) -> TensorTable:
 
 
 @without_collector()
-def up_to_layer(checkpoint: Checkpoint, last: int) -> tuple[Checkpoint, TensorTable]:
+def up_to_layer(checkpoint: Checkpoint, last: int, *, with_final_norm: bool = False) -> tuple[Checkpoint, TensorTable]:
     """The checkpoint of a run that ends with layer `last`, with the files that it needs and no others, and the table of its tensors.
+
+    With the final norm, a run that ends with the model's last layer needs its file too.
 
     Where files that it does not need are absent or damaged, or layers follow, the table has no bytes on disk of what is not run.
 
@@ -246,15 +248,15 @@ def up_to_layer(checkpoint: Checkpoint, last: int) -> tuple[Checkpoint, TensorTa
     """
     skeleton = build_skeleton(checkpoint.whole_config, torch.bfloat16)
     span = LayerSpan(0, last + 1)
-    needed = checkpoint.only(needed_files(skeleton, checkpoint.weight_map, span))
+    needed = checkpoint.only(needed_files(skeleton, checkpoint.weight_map, span, with_final_norm=with_final_norm))
     raise_all([*needed.damaged.values(), *checkpoint.twice])
     is_whole = len(span) == len(skeleton.layers) and not checkpoint.damaged
-    return needed, _table(checkpoint, skeleton, None) if is_whole else _table(needed, skeleton, span)
+    return needed, _table(checkpoint, skeleton, None) if is_whole else _table(needed, skeleton, span, with_final_norm=with_final_norm)
 
 
-def _table(checkpoint: Checkpoint, skeleton: Skeleton, span: LayerSpan | None) -> TensorTable:
+def _table(checkpoint: Checkpoint, skeleton: Skeleton, span: LayerSpan | None, *, with_final_norm: bool = False) -> TensorTable:
     try:
-        return table_of(skeleton, checkpoint.headers, span)
+        return table_of(skeleton, checkpoint.headers, span, with_final_norm=with_final_norm)
     except CheckpointError as problem:
         raise_all([*checkpoint.stale, problem])
         raise

@@ -1,6 +1,6 @@
 """One span of a model: the base model's own forward pass, entered at the span's first layer and left after its last."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,10 +13,9 @@ from m2ray.model.boundary import Boundary, contract_of, crossing
 from m2ray.model.compilation import compile_layers
 from m2ray.model.families import expected_rotary_dim
 from m2ray.model.residency import BroughtLayers, WeightsInHost, WeightsOnDisk
+from m2ray.model.site_hooks import OnSite, SiteHooks
+from m2ray.model.site_table import experts_of, layers_of, points_of
 from m2ray.model.skeleton import ModelTensor, Skeleton, hidden_of
-
-OnSite = Callable[..., None]
-"""Takes a site's name, the layer (None at sites of the whole model), and its values [B, T, ...], one tensor a column."""
 
 
 class DecoderSpan:
@@ -28,6 +27,8 @@ class DecoderSpan:
     Attributes:
         skeleton: emptied of all other layers; the span's parameters are filled in by `m2ray.model.weights`.
         residency: where those of its layers live that are on `device` only while they run.
+        with_final_norm: whether the final norm is loaded: if it is asked for, and the span ends with the model's last layer.
+        site_layers, experts: of the whole model: the layers that have each site, and (experts, those chosen for a token).
     """
 
     def __init__(
@@ -37,19 +38,25 @@ class DecoderSpan:
         device: torch.device,
         residency: Mapping[int, Residency] | None = None,
         offload_folder: str = "",
+        *,
+        with_final_norm: bool = False,
     ) -> None:
         self.skeleton = skeleton
         self.span = span
         self.device = device
+        self.with_final_norm = with_final_norm and bool(skeleton.final_norm) and span.stop == len(skeleton.layers)
         self.residency = residency or {}
         self._offload_folder = offload_folder
         self._outside: dict[int, WeightsInHost] = {}
+        self.site_layers, self.experts = layers_of(skeleton), experts_of(skeleton)
         self._base = skeleton.decoder
         self._contract = contract_of(skeleton.config)
         self._token_ids_BT = torch.empty(0)
         self._incoming: Boundary | None = None
         self._prepared: torch.Tensor | None = None
         self._on_site: OnSite = _ignore
+        self._sites: Collection[str] = ()
+        self._last: Boundary | None = None
         if device.type == "cuda":
             avoid_plans_by_shape()
         _build_buffers(self._base)
@@ -59,13 +66,22 @@ class DecoderSpan:
                 module._buffers[name] = module._buffers[name].to(device)  # noqa: SLF001
         _check_rotary(self._base, skeleton.config)
         skeleton.layers[span.start].register_forward_pre_hook(self._inject, with_kwargs=True)
-        for layer in range(span.start, span.stop):
+        self._hooks = {number: SiteHooks(layer, points_of(layer, skeleton.config)) for number, layer in self._own_layers()}
+        for number, layer in self._own_layers():
             if self._contract.input_ids and span.start > 0:
-                skeleton.layers[layer].register_forward_pre_hook(self._give_token_ids, with_kwargs=True)
-            skeleton.layers[layer].register_forward_hook(self._leave(layer), with_kwargs=True)
+                layer.register_forward_pre_hook(self._give_token_ids, with_kwargs=True)
+            layer.register_forward_hook(self._leave(number), with_kwargs=True)
+        if self.with_final_norm:
+            skeleton.model.get_submodule(skeleton.final_norm).register_forward_hook(self._leave_final_norm)
         if self._contract.prepared[1]:
             self._prepare = getattr(self._base, self._contract.prepared[1])
             setattr(self._base, self._contract.prepared[1], self._prepare_once)
+
+    def watch(self, sites: Collection[str]) -> None:
+        """From the next pass on, hand out these sites beside "residual", as far as the span has them."""
+        self._sites = sites
+        for hooks in self._hooks.values():
+            hooks.watch(sites)
 
     def run(self, token_ids_BT: torch.Tensor, incoming: Boundary | None, on_site: OnSite) -> Boundary:
         """Take a right-padded micro-batch through the span.
@@ -73,8 +89,8 @@ class DecoderSpan:
         Args:
             token_ids_BT: int64, on the span's device.
             incoming: what the span before returned; None for the first.
-            on_site: called with "residual" and each layer's number and output, hidden states [B, T, H] or [B, T, S, H], before the next layer
-                runs.
+            on_site: called with "residual" and each layer's number and output, hidden states [B, T, H] or [B, T, S, H], and with what else is
+                watched, before the next layer runs.
 
         Returns:
             What the next span needs; the hidden states are the last layer's output: before the final norm, for the model's last layer too.
@@ -89,12 +105,14 @@ class DecoderSpan:
         except _SpanDone as done:
             return done.boundary
         finally:
-            self._incoming, self._prepared, self._on_site = None, None, _ignore
+            self._incoming, self._prepared, self._on_site, self._last = None, None, _ignore, None
+            for hooks in self._hooks.values():
+                hooks.let_go()
         raise AssertionError("the forward pass went past the span's last layer")
 
     def compile_layers(self) -> None:
         """Compile the span's layers. Call it once, before the first pass."""
-        compile_layers([self.skeleton.layers[number] for number in range(self.span.start, self.span.stop)])
+        compile_layers([layer for _, layer in self._own_layers()])
 
     def allocate(self, tensor: ModelTensor) -> torch.Tensor:
         """Memory without values for one of the span's tensors: on the device, or where its layer lives.
@@ -115,6 +133,9 @@ class DecoderSpan:
             weights = [self._outside[layer] for layer in layers]
             BroughtLayers([self.skeleton.layers[layer] for layer in layers], prefixes, weights, self.device)
 
+    def _own_layers(self) -> list[tuple[int, nn.Module]]:
+        return [(number, self.skeleton.layers[number]) for number in range(self.span.start, self.span.stop)]
+
     def _make_room(self, layer: int) -> WeightsInHost:
         tensors = [tensor for tensor in self.skeleton.needed(self.span) if tensor.layer == layer]
         on_disk = self.residency[layer] == "disk"
@@ -123,7 +144,7 @@ class DecoderSpan:
 
     def check_complete(self) -> None:
         """Raise CheckpointError if any tensor that the span computes with has no memory."""
-        never_run = {name for name, tensor in self.skeleton.tensors.items() if tensor.role == "final_norm"}
+        never_run = {name for name, tensor in self.skeleton.tensors.items() if tensor.role == "final_norm" and not self.with_final_norm}
         names = [name for name, tensor in _tensors_in(self.skeleton.model) if tensor.is_meta and name not in never_run]
         names = [name for name in names if name.startswith(f"{self.skeleton.decoder_name}.")]
         if names:
@@ -160,6 +181,8 @@ class DecoderSpan:
 
     def _inject(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if self._incoming is None:
+            if "embedding" in self._sites:
+                self._on_site("embedding", None, args[0] if args else kwargs["hidden_states"])
             return args, kwargs
         hidden_BTH, beside = self._incoming
         name, argument = self._contract.second
@@ -180,11 +203,19 @@ class DecoderSpan:
     def _leave(self, number: int) -> Callable[..., None]:
         def hook(_: nn.Module, __: Any, kwargs: dict[str, Any], output: Any) -> None:
             hidden_BTH = hidden_of(output)
+            self._hooks[number].hand_on(number, tuple(hidden_BTH.shape), self._on_site)
             self._on_site("residual", number, hidden_BTH)
             if number == self.span.stop - 1:
-                raise _SpanDone(Boundary(hidden_BTH, self._beside(output, kwargs)))
+                self._last = Boundary(hidden_BTH, self._beside(output, kwargs))
+                if not (self.with_final_norm and "final_norm" in self._sites):
+                    raise _SpanDone(self._last)
 
         return hook
+
+    def _leave_final_norm(self, _: nn.Module, __: Any, normed_BTH: torch.Tensor) -> None:
+        self._on_site("final_norm", None, normed_BTH)
+        assert self._last is not None
+        raise _SpanDone(self._last)
 
     def _beside(self, output: Any, kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:
         """What the next span's layers need of this one's beside the hidden states, [B, T, ...] each."""

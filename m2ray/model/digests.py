@@ -21,10 +21,14 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class WeightDigests:
-    """Takes in what is read of a span, in any order and from several threads, and gives each layer's digest once all is there."""
+    """Takes in what is read of a span, in any order and from several threads, and gives each layer's digest once all is there.
 
-    def __init__(self, headers: Mapping[str, TensorHeader]) -> None:
+    A final norm that is loaded counts to `last_layer`, the model's.
+    """
+
+    def __init__(self, headers: Mapping[str, TensorHeader], last_layer: int) -> None:
         self._headers = headers
+        self._last_layer = last_layer
         self._keys: dict[int | None, set[str]] = {}
         self._pieces: dict[tuple[str, int], tuple[int, bytes]] = {}
         """By file and offset: bytes and digest."""
@@ -33,7 +37,8 @@ class WeightDigests:
     def expect(self, matched: Iterable[MatchedTensor]) -> None:
         """These tensors will be read, with their scales."""
         for filling in matched:
-            keys = self._keys.setdefault(filling.tensor.layer, set())
+            tensor = filling.tensor
+            keys = self._keys.setdefault(self._last_layer if tensor.role == "final_norm" else tensor.layer, set())
             for placement in filling.placements:
                 keys.update(key for key in (placement.key, placement.key + SCALE) if key in self._headers)
 

@@ -49,12 +49,11 @@ def _applied(norm: Any) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 def _name(skeleton: Skeleton) -> str:
-    """The dotted name of the one module with weights that runs after the layers. Raises CheckpointError if there are others, or none."""
-    owners = {name.rpartition(".")[0] for name, tensor in skeleton.tensors.items() if tensor.role == "final_norm"}
-    if len(owners) != 1:
-        listed = ", ".join(sorted(owners)) or "nothing"
-        raise _refusal(skeleton.config, f"after its layers come {listed}, not one norm")
-    return owners.pop()
+    """Raises CheckpointError if what runs after the layers is not one module with weights."""
+    if not skeleton.final_norm:
+        after = sorted(name for name, tensor in skeleton.tensors.items() if tensor.role == "final_norm")
+        raise _refusal(skeleton.config, f"after its layers come {', '.join(after) or 'nothing'}, not one norm")
+    return skeleton.final_norm
 
 
 def _load(checkpoint: Checkpoint, skeleton: Skeleton) -> None:

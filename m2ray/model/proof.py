@@ -7,7 +7,7 @@ configuration that breaks one of them is found even if m2ray does not know it.
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,7 +24,7 @@ TOLERANCE = 1e-4
 """Of a row's norm, in float32. Rounding moves rows by 1e-6; what leaks moves them by 1e-2 and more."""
 
 _SEEDS = (0, 1)
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _REMEDY = "m2ray runs a model only if its chain gives transformers' own rows bit by bit on a tiny copy of its configuration."
 
 
@@ -38,10 +38,23 @@ def prove(config: Any) -> None:
         CheckpointError: no tiny copy can be made; or a chain's rows are not transformers' (says from which layer on, in which dtype, over
             how many stages, by how much); or a prompt's rows depend on later tokens or on the prompts beside it. All that is found.
     """
-    cached = _cached_at(config)
+    once(config, "", lambda: _prove(config))
+
+
+def once(config: Any, what: str, proof: Callable[[], None]) -> None:
+    """Run a proof, which raises what it finds, unless it is remembered of this configuration; a proof of `what` beside the one above."""
+    cached = _cached_at(config, what)
     with suppress(OSError):  # a folder that may not be looked into remembers nothing
         if cached and cached.exists():
             return
+    proof()
+    if cached:
+        with suppress(OSError):  # where nothing can be written, the next run proves it again
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            cached.touch()
+
+
+def _prove(config: Any) -> None:
     problems: list[CheckpointError] = []
     for seed in _SEEDS:  # rounding may flip the choice of an expert with one seed; what leaks, leaks with all
         with TemporaryDirectory(prefix="m2ray-proof-") as folder:
@@ -50,17 +63,13 @@ def prove(config: Any) -> None:
         if not problems:
             break
     raise_all(problems)
-    if cached:
-        with suppress(OSError):  # where nothing can be written, the next run proves it again
-            cached.parent.mkdir(parents=True, exist_ok=True)
-            cached.touch()
 
 
 def _differences(rehearsal: Rehearsal) -> Iterator[CheckpointError]:
     """Where chains of one, three and as many stages as layers differ from transformers: the first of them in each dtype."""
-    for name, dtype in _DTYPES.items():
+    for name, dtype in DTYPES.items():
         expected = rehearsal.by_transformers(dtype)
-        for bounds in _cuts(rehearsal.num_layers):
+        for bounds in cuts(rehearsal.num_layers):
             where = f"a chain of {len(bounds) - 1} stage{'s' * (len(bounds) > 2)} in {name}"
             try:
                 found = rehearsal.by_chain(dtype, bounds)
@@ -74,7 +83,7 @@ def _differences(rehearsal: Rehearsal) -> Iterator[CheckpointError]:
                 break
 
 
-def _cuts(num_layers: int) -> list[tuple[int, ...]]:
+def cuts(num_layers: int) -> list[tuple[int, ...]]:
     """Where the layers are cut: nowhere, in three, everywhere."""
     cuts = [(0, num_layers), (0, num_layers // 3, 2 * num_layers // 3, num_layers), tuple(range(num_layers + 1))]
     return sorted({tuple(sorted(set(cut))) for cut in cuts}, key=len)
@@ -114,19 +123,19 @@ def _refusal(rehearsal: Rehearsal, what: str) -> CheckpointError:
     return CheckpointError(f"config.json: of a tiny {rehearsal.tiny.model_type} with its fields, {what}", _REMEDY)
 
 
-def _digest(config: Any) -> str:
-    """The digest of all that the proof depends on: the configuration, torch, transformers, and m2ray's own code of models."""
-    digest = xxhash.xxh3_128(f"{torch.__version__} {transformers.__version__}".encode())
+def _digest(config: Any, what: str) -> str:
+    """The digest of all that a proof depends on: the configuration, torch, transformers, and m2ray's own code of models."""
+    digest = xxhash.xxh3_128(f"{what}{torch.__version__} {transformers.__version__}".encode())
     for file in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(file.read_bytes())
     digest.update(json.dumps(config.to_dict(), sort_keys=True, default=str).encode())
     return digest.hexdigest()
 
 
-def _cached_at(config: Any) -> Path | None:
+def _cached_at(config: Any, what: str) -> Path | None:
     """The file whose being there says that a configuration was proved; None for a user without a home."""
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
     except RuntimeError:
         return None
-    return folder / "m2ray" / "proofs" / _digest(config)
+    return folder / "m2ray" / "proofs" / _digest(config, what)

@@ -1,6 +1,6 @@
 """A tiny model with random weights: its rows as transformers computes them, and as a chain of stages does from the same checkpoint."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from copy import deepcopy
 from itertools import pairwise
@@ -25,7 +25,11 @@ from m2ray.model.tiny_towers import tiny_wholes
 from m2ray.model.towers import decoder_config, find_decoder, is_plain, model_class
 from m2ray.model.weight_files import SINGLE_FILE
 from m2ray.model.weights import load_weights
+from m2ray.sites import SITES
 from m2ray.storage import open_store
+
+SiteValues = dict[tuple[str, int | None], tuple[torch.Tensor, ...]]
+"""By site and layer, None at sites of the whole model: values [B, T, ...], one tensor a column."""
 
 _LONG, _SHORT = 24, 9
 _COMMON = 12
@@ -80,14 +84,18 @@ class Rehearsal:
         Raises:
             ArithmeticError: the random weights overflow.
         """
-        outputs = _layers_outputs(self._load(dtype), input_ids=self._token_ids_BT)
+        outputs = self.run(self.load(dtype))
         if not all(output[row, :count].isfinite().all() for output in outputs for row, count in enumerate(self.token_counts)):
             raise ArithmeticError("random weights overflow")
         return outputs
 
+    def run(self, model: Any) -> list[torch.Tensor]:
+        """Take the two prompts through a model of transformers: each layer's output [B, T, H]."""
+        return _layers_outputs(model, input_ids=self._token_ids_BT)
+
     def moved_rows(self) -> dict[str, float]:
         """By how much of their norm, at most, rows of the last layer move that should not, by what was changed (transformers, float32)."""
-        model = self._load(torch.float32)
+        model = self.load(torch.float32)
         rows_BTH, others_BTH, alone_BTH = (
             _layers_outputs(model, input_ids=ids_BT, position_ids=torch.arange(ids_BT.shape[1])[None])[-1]
             for ids_BT in (self._token_ids_BT, self._others_BT, self._token_ids_BT[1:, :_SHORT])
@@ -99,27 +107,37 @@ class Rehearsal:
 
     def last_states(self, dtype: torch.dtype) -> tuple[Any, torch.Tensor, torch.Tensor]:
         """The model of transformers, its last layer's output, and what its decoder returns in the end; both [B, T, H]."""
-        model, returned = self._load(dtype), []
+        model, returned = self.load(dtype), []
         hook = find_decoder(model)[1].register_forward_hook(lambda _, __, output: returned.append(output[0].clone()))
-        outputs = _layers_outputs(model, input_ids=self._token_ids_BT)
+        outputs = self.run(model)
         hook.remove()
         return model, outputs[-1], returned[-1]
 
     def by_chain(self, dtype: torch.dtype, bounds: Sequence[int]) -> list[torch.Tensor]:
         """Each layer's output [B, T, H] of a chain of stages, one for the layers between two `bounds`, each loaded as stages load theirs."""
+        return [columns[0] for (site, _), columns in self.sites_by_chain(dtype, bounds, ()).items() if site == "residual"]
+
+    def sites_by_chain(self, dtype: torch.dtype, bounds: Sequence[int], watched: Collection[str] = SITES) -> SiteValues:
+        """The same with all that it has of other sites."""
         store = open_store(str(self._folder))
         checkpoint = Checkpoint(store, self.tiny, {}, {}, {SINGLE_FILE: read_file_header(store, SINGLE_FILE)}, {})
         skeleton = build_skeleton(self.tiny, dtype)
-        outputs: list[torch.Tensor] = []
+        found: SiteValues = {}
+
+        def on_site(site: str, layer: int | None, *values: torch.Tensor) -> None:
+            found[site, layer] = tuple(column.clone() for column in values)
+
         incoming = None
         for ends in pairwise(bounds):
-            decoder = DecoderSpan(deepcopy(skeleton), LayerSpan(*ends), torch.device("cpu"))
+            decoder = DecoderSpan(deepcopy(skeleton), LayerSpan(*ends), torch.device("cpu"), with_final_norm="final_norm" in watched)
             load_weights(checkpoint, decoder, lambda *_: None)
+            decoder.watch(watched)
             with torch.inference_mode():
-                incoming = decoder.run(self._token_ids_BT, incoming, lambda *site: outputs.append(site[-1].clone()))
-        return outputs
+                incoming = decoder.run(self._token_ids_BT, incoming, on_site)
+        return found
 
-    def _load(self, dtype: torch.dtype) -> Any:
+    def load(self, dtype: torch.dtype) -> Any:
+        """The model of transformers, as its `from_pretrained` loads it."""
         if dtype in self._loaded:
             return self._loaded[dtype]
         config = deepcopy(self.tiny)

@@ -78,9 +78,16 @@ class Skeleton:
         """The attention that runs; never "auto"."""
         return str(self.config._attn_implementation)  # noqa: SLF001 - has no public name
 
-    def needed(self, span: LayerSpan) -> tuple[ModelTensor, ...]:
-        """What a stage of `span` computes with: its layers, and the embedding if it is the first."""
-        roles = {"layer", "embedding"} if span.start == 0 else {"layer"}
+    @property
+    def final_norm(self) -> str:
+        """The dotted name in `model` of the one module with weights that runs after the layers; empty where there are others, or none."""
+        owners = {name.rpartition(".")[0] for name, tensor in self.tensors.items() if tensor.role == "final_norm"}
+        return owners.pop() if len(owners) == 1 else ""
+
+    def needed(self, span: LayerSpan, *, with_final_norm: bool = False) -> tuple[ModelTensor, ...]:
+        """What a stage of `span` computes with: its layers, the embedding if it is the first, and, if asked for, the final norm if it is the last."""
+        roles = {"layer"} | ({"embedding"} if span.start == 0 else set())
+        roles |= {"final_norm"} if with_final_norm and span.stop == len(self.layers) else set()
         return tuple(tensor for tensor in self.tensors.values() if tensor.role in roles and (tensor.layer is None or tensor.layer in span))
 
     def layer_of(self, key: str) -> int | None:

@@ -2,15 +2,15 @@
 
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 import torch
 
-from m2ray.batches import CapturedLayer, LayerSpan, MicroBatch, Residency
-from m2ray.errors import ConfigError
+from m2ray.batches import CapturedLayer, LayerSpan, MicroBatch, PartSpec, Residency
+from m2ray.errors import ConfigError, raise_all
 from m2ray.model.attention import FLEX_BLOCK, require_attention_to_sinks, require_machine, resolve_attn_implementation
 from m2ray.model.boundary import Boundary, blank, row_width, shapes_at, token_bytes
 from m2ray.model.capture import Capture, CaptureSpec, pin_host_memory
@@ -19,9 +19,10 @@ from m2ray.model.decoder import DecoderSpan
 from m2ray.model.families import default_max_length
 from m2ray.model.gpu_loading import Lanes
 from m2ray.model.interpreter import quick_switches, without_collector
+from m2ray.model.site_table import refused_sites
 from m2ray.model.skeleton import build_skeleton
-from m2ray.model.weights import Loaded, OnBytes, load_weights, parameter_bytes
 from m2ray.model.statistics import Statistics
+from m2ray.model.weights import Loaded, OnBytes, load_weights, parameter_bytes
 from m2ray.sites import parts_of_run, parts_of_span
 from m2ray.statistics import places, sites
 from m2ray.toolchain import require_triton
@@ -43,6 +44,7 @@ class StageSpec:
         compile: whether the layers are compiled by torch.compile, which changes results by rounding (docs/numerics.md).
         residency: where those of its layers live that are not kept on the device.
         offload_folder: where the files of those on a disk lie, there or yet to be made.
+        with_final_norm: whether the stage of the model's last layer loads the final norm, for the site of that name.
         model_files: the files that are needed, and the digest that each has to have (`Checkpoint.digests`); None takes what is there.
     """
 
@@ -55,6 +57,7 @@ class StageSpec:
     compile: bool = False
     residency: Mapping[int, Residency] = field(default_factory=dict)
     offload_folder: str = ""
+    with_final_norm: bool = False
     model_files: Mapping[str, str] | None = None
 
 
@@ -165,22 +168,35 @@ class Stage:
         """From the next micro-batch on, keep what `capture` asks for of the span's layers.
 
         Raises:
-            ConfigError: there is no such site, or the model has no such layer.
+            ConfigError: the model has no such site or no such layer, a layer lacks the site, or the final norm was not loaded.
         """
-        config = self._decoder.skeleton.config
-        if others := sorted((capture.sites.keys() | sites(capture.statistics).keys()) - {"residual"}):
-            raise ConfigError(f"sites = {', '.join(others)!r}: only 'residual' can be captured.")
-        layers = {*capture.sites.get("residual", ()), *sites(capture.statistics).get("residual", ())}
-        if outside := sorted(layer for layer in layers if layer >= config.num_hidden_layers):
-            raise ConfigError(f"Captured layers {outside}: the model has layers 0 to {config.num_hidden_layers - 1}.")
-        of_the_job = parts_of_run(capture.sites, capture.store_dtype, row_width(config))
-        self.parts = parts_of_span(of_the_job, self._spec.span, config.num_hidden_layers)
+        of_statistics, kinds = sites(capture.statistics), places(capture.statistics)
+        layers_of = {site: {*capture.sites.get(site, ()), *of_statistics.get(site, ())} for site in {**capture.sites, **of_statistics}}
+        raise_all([problem for site, layers in layers_of.items() for problem in self._why_not(site, sorted(layers))])
         self._selection = capture.selection
-        of_statistics = parts_of_run(sites(capture.statistics), capture.store_dtype, row_width(config))
-        kinds = places(capture.statistics)
-        here = parts_of_span(of_statistics, self._spec.span, config.num_hidden_layers)
-        self.statistics = {(part.site, part.layer): kinds[part.site, part.layer] for part in here}
-        self._statistics = Statistics({part: kinds[part.site, part.layer] for part in here})
+        self.parts = self._parts(capture.sites, capture.store_dtype)
+        taken = {part: kinds[part.site, part.layer] for part in self._parts(of_statistics, capture.store_dtype)}
+        self.statistics = {(part.site, part.layer): of_part for part, of_part in taken.items()}
+        self._statistics = Statistics(taken, self._decoder.experts[0])
+        self._decoder.watch({part.site for part in (*self.parts, *taken)})
+
+    def _parts(self, asked: Mapping[str, tuple[int, ...]], store_dtype: str) -> tuple[PartSpec, ...]:
+        """Those of a job's parts that are of the span."""
+        config = self._decoder.skeleton.config
+        of_the_job = parts_of_run(asked, store_dtype, row_width(config), *self._decoder.experts)
+        return parts_of_span(of_the_job, self._spec.span, config.num_hidden_layers)
+
+    def _why_not(self, site: str, layers: Sequence[int]) -> Iterator[ConfigError]:
+        config, there = self._decoder.skeleton.config, self._decoder.site_layers
+        if site not in there:
+            why = refused_sites(config).get(site)
+            yield ConfigError(f"sites = {site!r}: a {config.model_type} has no such site{f': {why}' if why else ''}.")
+        elif outside := [layer for layer in layers if layer >= config.num_hidden_layers]:
+            yield ConfigError(f"Captured layers {outside}: the model has layers 0 to {config.num_hidden_layers - 1}.")
+        elif lacking := sorted(set(layers) - set(there[site])):
+            yield ConfigError(f"sites = {site!r}: layers {lacking} have no such site.")
+        elif site == "final_norm" and self.is_last and not self._decoder.with_final_norm:
+            yield ConfigError(f"sites = {site!r}: the stage has not loaded the final norm.")
 
     def forward(self, micro_batch: MicroBatch, incoming: Boundary | None) -> StageOutput:
         """Take a micro-batch through the span.
@@ -314,7 +330,7 @@ def _load_stage(spec: StageSpec, device: torch.device, lanes: Lanes | None, on_b
     require_attention_to_sinks(skeleton.config, attn_implementation, skeleton.tensors)
     if spec.span.stop > len(skeleton.layers):
         raise ConfigError(f"{spec.span}: the model has layers 0 to {len(skeleton.layers) - 1}.")
-    decoder = DecoderSpan(skeleton, spec.span, device, spec.residency, spec.offload_folder)
+    decoder = DecoderSpan(skeleton, spec.span, device, spec.residency, spec.offload_folder, with_final_norm=spec.with_final_norm)
     loaded = load_weights(checkpoint, decoder, on_bytes, lanes)
     if spec.compile:
         decoder.compile_layers()

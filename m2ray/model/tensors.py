@@ -16,6 +16,7 @@ from m2ray.model.boundary import most_beside, row_width
 from m2ray.model.conversion import MISMATCH, Conversion, Placement, Source
 from m2ray.model.families import fp8_block, is_fp8, quantization
 from m2ray.model.headers import TensorHeader
+from m2ray.model.site_table import experts_of, layers_of
 from m2ray.model.skeleton import ModelTensor, Skeleton, build_skeleton
 from m2ray.model.towers import decoder_config
 
@@ -47,7 +48,12 @@ class MatchedTensor:
 
 
 def match_by_layer(
-    skeleton: Skeleton, headers: Mapping[str, TensorHeader], span: LayerSpan | None = None, unread: dict[str, Role] | None = None
+    skeleton: Skeleton,
+    headers: Mapping[str, TensorHeader],
+    span: LayerSpan | None = None,
+    unread: dict[str, Role] | None = None,
+    *,
+    with_final_norm: bool = False,
 ) -> Iterator[list[MatchedTensor]]:
     """Find every model tensor's checkpoint tensors, a layer at a time, so that the first can be read while the next are matched.
 
@@ -56,6 +62,7 @@ def match_by_layer(
     Args:
         span: the layers that are wanted; all without it.
         unread: is given the checkpoint keys that no model tensor is made of, and why: the "head" of tied embeddings, "unused".
+        with_final_norm: whether a span that ends with the last layer has it.
 
     Raises:
         CheckpointError: tensors are missing (but for the head's), unknown, of a wrong shape or dtype, or without their FP8 scale; all at
@@ -65,7 +72,10 @@ def match_by_layer(
     if not is_fp8(skeleton.config_on_disk) and any(header.dtype in FP8 for header in headers.values()):
         raise CheckpointError("The checkpoint holds FP8 tensors, but config.json has no quantization_config.", MISMATCH)
     conversion = Conversion(skeleton)
-    wanted = {tensor.name: tensor for tensor in (skeleton.tensors.values() if span is None else skeleton.needed(span))}
+    wanted = {
+        tensor.name: tensor
+        for tensor in (skeleton.tensors.values() if span is None else skeleton.needed(span, with_final_norm=with_final_norm))
+    }
     sources: dict[str, list[Source]] = {name: [] for name in wanted}
     keys, shapes = _keys_by_layer(skeleton, headers, span), {key: header.shape for key, header in headers.items()}
     tensors: dict[int | None, list[ModelTensor]] = {}
@@ -97,11 +107,12 @@ def match_by_layer(
     _raise_shortened(problems)
 
 
-def needed_files(skeleton: Skeleton, weight_map: Mapping[str, str], span: LayerSpan) -> set[str]:
+def needed_files(skeleton: Skeleton, weight_map: Mapping[str, str], span: LayerSpan, *, with_final_norm: bool = False) -> set[str]:
     """The files that hold tensors which a stage of `span` computes with.
 
     Args:
         weight_map: the file of each checkpoint key.
+        with_final_norm: whether a span that ends with the last layer has it.
     """
     files: set[str] = set()
     outside: dict[str, str] = {}
@@ -114,25 +125,28 @@ def needed_files(skeleton: Skeleton, weight_map: Mapping[str, str], span: LayerS
             outside[key] = file
         elif layer in span:
             files.add(file)
-    if span.start == 0:
+    inputs = [tensor.name for tensor in skeleton.needed(span, with_final_norm=with_final_norm) if tensor.layer is None]
+    if inputs:
         found = {name: outside[source.key] for name, source in Conversion(skeleton).sources(outside)}
         heads = {embedding: head for head, embedding in skeleton.tied.items()}  # its values may be there under the head's name only
-        inputs = (tensor.name for tensor in skeleton.needed(span) if tensor.layer is None)
         files |= {found[name] for name in (each if each in found else heads.get(each) for each in inputs) if name in found}
     return files
 
 
-def table_of(skeleton: Skeleton, headers: Mapping[str, TensorHeader], span: LayerSpan | None = None) -> TensorTable:
+def table_of(
+    skeleton: Skeleton, headers: Mapping[str, TensorHeader], span: LayerSpan | None = None, *, with_final_norm: bool = False
+) -> TensorTable:
     """Every tensor of a checkpoint and of its model, built at bfloat16.
 
     Args:
         span: the layers whose tensors have to be there, and have bytes on disk in the table; None for all.
+        with_final_norm: whether a span that ends with the last layer has it.
 
     Raises:
         CheckpointError: as `match_by_layer`.
     """
     unread: dict[str, Role] = {}
-    matched = [each for layer in match_by_layer(skeleton, headers, span, unread) for each in layer]
+    matched = [each for layer in match_by_layer(skeleton, headers, span, unread, with_final_norm=with_final_norm) for each in layer]
     rows = [_row(each.tensor, tuple(placement.key for placement in each.placements), disk_bytes(each, headers)) for each in matched]
     if span is not None:
         read = {each.tensor.name for each in matched}
@@ -283,7 +297,8 @@ def _raise_shortened(problems: list[CheckpointError]) -> None:
 
 
 def _table(skeleton: Skeleton, rows: Iterable[TensorRow]) -> TensorTable:
-    return TensorTable(len(skeleton.layers), row_width(skeleton.config), tuple(rows), *most_beside(skeleton.config))
+    beside, experts = most_beside(skeleton.config), experts_of(skeleton)
+    return TensorTable(len(skeleton.layers), row_width(skeleton.config), tuple(rows), *beside, *experts, layers_of(skeleton))
 
 
 def _row(tensor: ModelTensor, keys: tuple[str, ...], num_bytes: int) -> TensorRow:

@@ -61,11 +61,11 @@ def load_weights(checkpoint: Checkpoint, decoder: DecoderSpan, on_bytes: OnBytes
         StageError: a disk has no room for the layers that are kept there.
         StoreError: reading fails.
     """
-    block, digests = fp8_block(checkpoint.whole_config), WeightDigests(checkpoint.headers)
+    block, digests = fp8_block(checkpoint.whole_config), WeightDigests(checkpoint.headers, len(decoder.skeleton.layers) - 1)
     if lanes is not None:
         needed_bytes = _load_by_lanes(checkpoint, decoder, block, digests, on_bytes, lanes)
     else:
-        matched = [each for layer in match_by_layer(decoder.skeleton, checkpoint.headers, decoder.span) for each in layer]
+        matched = [each for layer in _match(checkpoint, decoder) for each in layer]
         digests.expect(matched)
         needed_bytes = sum(disk_bytes(each, checkpoint.headers) for each in matched)
         on_bytes(checkpoint.bytes_read, needed_bytes)
@@ -77,18 +77,26 @@ def load_weights(checkpoint: Checkpoint, decoder: DecoderSpan, on_bytes: OnBytes
     return Loaded(needed_bytes, digests.by_layer())
 
 
-def hash_weights(checkpoint: Checkpoint, layers_run: int) -> Mapping[int | None, str]:
+def _match(checkpoint: Checkpoint, decoder: DecoderSpan) -> Iterator[list[MatchedTensor]]:
+    return match_by_layer(decoder.skeleton, checkpoint.headers, decoder.span, with_final_norm=decoder.with_final_norm)
+
+
+def hash_weights(checkpoint: Checkpoint, layers_run: int, *, with_final_norm: bool = False) -> Mapping[int | None, str]:
     """The digests, as `load_weights` gives them, of what runs before the first layer, at None, and of the last of `layers_run` layers.
 
     They are read a piece at a time, and nothing is kept.
+
+    Args:
+        with_final_norm: whether the run has loaded it, which the model's last layer's digest says.
 
     Raises:
         CheckpointError: tensors are missing, unknown or misshapen.
         StoreError: reading fails.
     """
-    block, digests = fp8_block(checkpoint.whole_config), WeightDigests(checkpoint.headers)
     skeleton = build_skeleton(checkpoint.whole_config, torch.bfloat16)
-    matched = chain.from_iterable(match_by_layer(skeleton, checkpoint.headers, LayerSpan(0, layers_run)))
+    block, digests = fp8_block(checkpoint.whole_config), WeightDigests(checkpoint.headers, layers_run - 1)
+    span = LayerSpan(0, layers_run)
+    matched = chain.from_iterable(match_by_layer(skeleton, checkpoint.headers, span, with_final_norm=with_final_norm))
     for each in [each for each in matched if each.tensor.layer in (None, layers_run - 1)]:
         digests.expect([each])
         values = torch.empty(each.tensor.shape, device="meta")
@@ -109,7 +117,7 @@ def _load_by_lanes(
     def fill(wanted: RowsToLoad, values: torch.Tensor, scale: torch.Tensor | None) -> None:
         _convert(wanted.key, values if scale is None else dequantize(values, scale, block), wanted.into)
 
-    for matched in match_by_layer(decoder.skeleton, checkpoint.headers, decoder.span):
+    for matched in _match(checkpoint, decoder):
         needed_bytes += sum(disk_bytes(each, checkpoint.headers) for each in matched)
         digests.expect(matched)
         lanes.begin(checkpoint, list(_pieces(checkpoint, decoder, matched, block)), block, digests, fill)

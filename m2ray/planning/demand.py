@@ -140,7 +140,7 @@ class Demand:
         """The statistics of each part of `span`, or of all: their kinds, and how wide they are."""
         parts = self.options.of_statistics
         here = parts if span is None else parts_of_span(parts, span, self.table.num_layers)
-        return list(widths(self.options.statistics, here, 0))
+        return list(widths(self.options.statistics, here, self.table.num_experts))
 
     def short_bytes(self, devices: Sequence[Device]) -> int:
         """Bytes of one chain's weights that these devices have no room for; 0 if it fits."""

@@ -16,7 +16,7 @@ from m2ray.planning.memory import ModelShape
 from m2ray.planning.plan import most_batch_tokens, most_replicas, plan_run
 from m2ray.sites import parts_of_run
 from m2ray.sizes import parse_bytes, parse_max_memory
-from m2ray.statistics import Asked, contribution_bytes, sites, statistics_of_run, widths
+from m2ray.statistics import ROUTER, Asked, contribution_bytes, sites, statistics_of_run, widths
 
 AUTO_SHARD_TOKENS = 32_768
 
@@ -62,8 +62,10 @@ def resolve(
         raise ConfigError(f"stages = {config.stages}, but only {layers[-1] + 1} layers are run.", f"Ask for at most {layers[-1] + 1}.")
     parts = parts_of_run({config.sites: layers}, config.store_dtype, table.hidden_size)
     _require_means(prompts, parts)
-    statistics = statistics_of_run(config.statistics, parts, (), table.num_layers)
-    of_statistics = parts_of_run(sites(statistics), config.store_dtype, table.hidden_size)
+    statistics = statistics_of_run(config.statistics, parts, table.layers_of.get(ROUTER, ()), table.num_layers)
+    of_statistics = parts_of_run(
+        sites(statistics), config.store_dtype, table.hidden_size, table.num_experts, table.experts_per_token
+    )
     of_the_run = recorded or {}
 
     def decided(name: str, asked: _Value | Auto, automatic: _Value) -> _Value:
@@ -77,7 +79,7 @@ def resolve(
         compute_dtype=config.compute_dtype,
         store_dtype=config.store_dtype,
         batch_tokens=decided("batch_tokens", config.batch_tokens, AUTO_BATCH_TOKENS),
-        shard_tokens=decided("shard_tokens", config.shard_tokens, _shard_tokens(config, parts, statistics, of_statistics, 0)),
+        shard_tokens=decided("shard_tokens", config.shard_tokens, _shard_tokens(config, parts, statistics, of_statistics, table.num_experts)),
         attn_implementation=decided("attn_implementation", config.attn_implementation, shape.attn_implementation),
         compile=decided("compile", config.compile, cluster is not None and cluster.num_gpus > 0),
         threads_per_stage=decided("threads_per_stage", config.threads_per_stage, 1),
