@@ -110,7 +110,7 @@ def _sites_of(
     if absent or not has:
         of = "chooses experts" if kind == "experts" else "is captured at a site of hidden width"
         which = f"nothing of layer {', '.join(map(str, absent))}" if absent else "nothing"
-        remedy = "Leave it out: the model has no such router." if kind == "experts" else "Add a site or layers to `sites`."
+        remedy = "Leave it out, or capture a later layer." if kind == "experts" else "Leave it out, or add to sites and layers."
         raise ConfigError(f"statistics = {text!r}, {kind}: {which} {of}.", remedy)
     return {
         site: tuple(sorted(layer for at, layer in has if at == site and layer is not None and layer in chosen))

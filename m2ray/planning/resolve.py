@@ -14,7 +14,7 @@ from m2ray.planning.demand import Assumptions, Demand
 from m2ray.planning.hardware import Cluster
 from m2ray.planning.memory import ModelShape
 from m2ray.planning.plan import most_batch_tokens, most_replicas, plan_run
-from m2ray.sites import parts_of_run
+from m2ray.sites import capturing_layer, parts_of_run
 from m2ray.sizes import parse_bytes, parse_max_memory
 from m2ray.statistics import ROUTER, Asked, contribution_bytes, sites, statistics_of_run, widths
 
@@ -62,7 +62,9 @@ def resolve(
         raise ConfigError(f"stages = {config.stages}, but only {layers[-1] + 1} layers are run.", f"Ask for at most {layers[-1] + 1}.")
     parts = parts_of_run({config.sites: layers}, config.store_dtype, table.hidden_size)
     _require_means(prompts, parts)
-    statistics = statistics_of_run(config.statistics, parts, table.layers_of.get(ROUTER, ()), table.num_layers)
+    last = max(capturing_layer(part, table.num_layers) for part in parts)
+    routers = [layer for layer in table.layers_of.get(ROUTER, ()) if layer <= last]  # what comes after is not run
+    statistics = statistics_of_run(config.statistics, parts, routers, table.num_layers)
     of_statistics = parts_of_run(
         sites(statistics), config.store_dtype, table.hidden_size, table.num_experts, table.experts_per_token
     )

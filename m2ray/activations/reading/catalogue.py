@@ -1,6 +1,7 @@
 """Catalogue: what a run folder holds that counts. Parts are resolved through commits only, so half a shard is invisible."""
 
 from bisect import bisect_right
+from collections.abc import Sequence
 from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import Any
@@ -42,8 +43,10 @@ class Catalogue:
         self.summary = read_summary(store) if store.size(MANIFEST_KEY) is not None else None
         if self.summary is not None:
             self.parts = read_manifest(store, job, self.summary.parts)
+            self.committed: Sequence[int] = range(self.summary.shards)
         else:
-            self.parts = read_committed(store, job, committed_shards(store)).parts
+            self.committed = sorted(committed_shards(store))
+            self.parts = read_committed(store, job, self.committed).parts
         self._held: tuple[SequenceFile, Any] | None = None
 
     def parts_of(self, spec: PartSpec) -> Any:
@@ -99,7 +102,7 @@ class Catalogue:
 
     def num_tokens(self) -> int:
         """Tokens of the sequences whose shards are committed. Reads `sequences/`, a file at a time; raises as `sequences` does."""
-        shards, num_tokens = pa.array(self.parts_of(self.job.parts[0])["shard"].to_pylist(), pa.int32()), 0
+        shards, num_tokens = pa.array(self.committed, pa.int32()), 0
         for number in range(len(self.first_ids)):
             table = self.sequences_of_file(number, ["token_count", "shard"])
             num_tokens += pc.sum(table.filter(pc.is_in(table["shard"], value_set=shards))["token_count"]).as_py() or 0
