@@ -268,7 +268,9 @@ def _contradictions(config: ExtractConfig) -> Iterator[ConfigError]:
         except ConfigError as problem:
             yield problem
     if config.keep in ("statistics", "both") and config.statistics is None:
-        yield ConfigError(f'keep = "{config.keep}", and there are no statistics to keep.', 'Set statistics = "moments:all", or leave keep out.')
+        yield ConfigError(
+            f'keep = "{config.keep}", and there are no statistics to keep.', 'Set statistics = "moments:all", or leave keep out.'
+        )
     if config.keep == "rows" and config.statistics is not None:
         what = f'keep = "rows", and statistics = {config.statistics!r} would be taken for nothing.'
         yield ConfigError(what, 'Set keep = "both" or "statistics", or leave statistics out.')
@@ -276,9 +278,13 @@ def _contradictions(config: ExtractConfig) -> Iterator[ConfigError]:
         what = 'compression = "planes" splits 16-bit rows, and store_dtype = "float32".'
         yield ConfigError(what, 'Store bfloat16 or float16, or set compression = "none".')
     if config.pack is not None and config.max_length is not None:
-        yield ConfigError(f"pack = {config.pack} makes every sequence as long, and max_length = {config.max_length}.", "Leave max_length out.")
+        yield ConfigError(
+            f"pack = {config.pack} makes every sequence as long, and max_length = {config.max_length}.", "Leave max_length out."
+        )
     if config.pack is not None and config.truncation != "refuse":
-        yield ConfigError(f"pack = {config.pack} cuts where a sequence is full, and truncation = {config.truncation!r}.", "Leave truncation out.")
+        yield ConfigError(
+            f"pack = {config.pack} cuts where a sequence is full, and truncation = {config.truncation!r}.", "Leave truncation out."
+        )
 
 
 def _as_problems(config: type[BaseModel], error: ValidationError) -> list[ConfigError]:

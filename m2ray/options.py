@@ -101,7 +101,6 @@ class PromptOptions:
             quarantine_limit=config.quarantine_limit,
         )
 
-
     @property
     def selection(self) -> Selection:
         """Which tokens become rows."""

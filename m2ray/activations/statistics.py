@@ -56,9 +56,7 @@ class StatisticsRecord:
 def stored_contributions(store: Store, job: JobRecord) -> dict[str, int]:
     """Key and bytes of all that are stored of the run's shards, whether they count or not. Raises StoreError."""
     return {
-        key: num_bytes
-        for key, num_bytes in store.list(CONTRIBUTIONS)
-        if (name := parse_contribution_key(key)) and name[0] < job.num_shards
+        key: num_bytes for key, num_bytes in store.list(CONTRIBUTIONS) if (name := parse_contribution_key(key)) and name[0] < job.num_shards
     }
 
 
@@ -145,7 +143,9 @@ def read_statistics_record(store: Store, job: JobRecord) -> StatisticsRecord | N
         )
     strange = [file.key for file in record.files if not _FILE_NAME.fullmatch(file.key)]
     if strange:
-        raise RunDamagedError(f"{STATISTICS_KEY} of the run at {store.url} names {strange[0]!r}, which is no file of {FOLDER}/.", "Restore it.")
+        raise RunDamagedError(
+            f"{STATISTICS_KEY} of the run at {store.url} names {strange[0]!r}, which is no file of {FOLDER}/.", "Restore it."
+        )
     return record
 
 

@@ -98,5 +98,3 @@ def _norms(rows_NW: torch.Tensor) -> torch.Tensor:
         bins_N = norms_N.view(torch.int32) >> NORM_SHIFT
         counts.index_add_(0, bins_N, torch.ones_like(bins_N))
     return counts
-
-

@@ -269,7 +269,8 @@ def cpu_memory(rows: Sequence[TensorRow], workload: Workload, row_bytes: Sequenc
     """A stage without a GPU: everything is in host memory."""
     held = {"weights": weight_bytes(rows, workload.itemsize_bytes), "process": PROCESS_BYTES["cpu"]}
     return Memory(
-        held | {"transient": workload.transient_bytes} | _host_buffers(workload, row_bytes, statistics_bytes), held | {"staging": STAGING_BYTES["device"]}
+        held | {"transient": workload.transient_bytes} | _host_buffers(workload, row_bytes, statistics_bytes),
+        held | {"staging": STAGING_BYTES["device"]},
     )
 
 

@@ -65,9 +65,7 @@ def resolve(
     last = max(capturing_layer(part, table.num_layers) for part in parts)
     routers = [layer for layer in table.layers_of.get(ROUTER, ()) if layer <= last]  # what comes after is not run
     statistics = statistics_of_run(config.statistics, parts, routers, table.num_layers)
-    of_statistics = parts_of_run(
-        sites(statistics), config.store_dtype, table.hidden_size, table.num_experts, table.experts_per_token
-    )
+    of_statistics = parts_of_run(sites(statistics), config.store_dtype, table.hidden_size, table.num_experts, table.experts_per_token)
     of_the_run = recorded or {}
 
     def decided(name: str, asked: _Value | Auto, automatic: _Value) -> _Value:
@@ -81,7 +79,9 @@ def resolve(
         compute_dtype=config.compute_dtype,
         store_dtype=config.store_dtype,
         batch_tokens=decided("batch_tokens", config.batch_tokens, AUTO_BATCH_TOKENS),
-        shard_tokens=decided("shard_tokens", config.shard_tokens, _shard_tokens(config, parts, statistics, of_statistics, table.num_experts)),
+        shard_tokens=decided(
+            "shard_tokens", config.shard_tokens, _shard_tokens(config, parts, statistics, of_statistics, table.num_experts)
+        ),
         attn_implementation=decided("attn_implementation", config.attn_implementation, shape.attn_implementation),
         compile=decided("compile", config.compile, cluster is not None and cluster.num_gpus > 0),
         threads_per_stage=decided("threads_per_stage", config.threads_per_stage, 1),
@@ -126,7 +126,9 @@ def _require_means(prompts: PromptOptions, parts: Sequence[PartSpec]) -> None:
     """Raise ConfigError for means of what has none: numbers of experts."""
     without = sorted({part.site for part in parts if any(column.dtype.startswith("int") for column in part.columns)})
     if prompts.selection.is_mean and without:
-        raise ConfigError(f"tokens = {prompts.tokens!r}, and {', '.join(without)} has numbers of experts, which have no mean.", "Leave it out of sites.")
+        raise ConfigError(
+            f"tokens = {prompts.tokens!r}, and {', '.join(without)} has numbers of experts, which have no mean.", "Leave it out of sites."
+        )
 
 
 def _replicas(config: ExtractConfig, demand: Demand, cluster: Cluster) -> int:

@@ -47,7 +47,9 @@ class Packer:
         if self._filled:
             first = self._documents[0]
             where = f"from token {first.offset} of row {first.row_id} on"
-            yield from self._numbered([("remainder", f"the last {self._filled} tokens, {where}, fill no context of {self._size}: left out")])
+            yield from self._numbered(
+                [("remainder", f"the last {self._filled} tokens, {where}, fill no context of {self._size}: left out")]
+            )
 
     def _add(self, row_id: str, marked: Marked) -> Iterator[Marked]:
         """Take a document, and give the contexts that it fills."""

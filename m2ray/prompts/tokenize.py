@@ -172,11 +172,17 @@ class PromptTokenizer:
             done = "all that the tokenizer adds" if rule == "add" else "none added"
         lines = []
         if (packer := self.packer()) is not None:
-            lines.append(f"prompts are joined, each after {self._in_words([packer.bos])}, and cut into contexts of {self._options.pack:,} tokens")
+            lines.append(
+                f"prompts are joined, each after {self._in_words([packer.bos])}, and cut into contexts of {self._options.pack:,} tokens"
+            )
         if not self.selection.is_all:
             skipped = f", but never {self._in_words(list(self.selection.skip_ids))}" if self.selection.skip_ids else ""
             lines.append(f"rows of the tokens: {self.selection.tokens}{skipped}")
-        return [*lines, f"special tokens: {done}", f"the first prompt's {len(first_prompt):,} tokens: {self._in_words(first_prompt.tolist())}"]
+        return [
+            *lines,
+            f"special tokens: {done}",
+            f"the first prompt's {len(first_prompt):,} tokens: {self._in_words(first_prompt.tolist())}",
+        ]
 
     def marked(self, rows: Sequence[PromptRow]) -> list[Marked | str]:
         """Each row's token ids and what is known of them, or the reason why the row is quarantined.

@@ -159,9 +159,7 @@ def _experts(place: Place, summary: Summary) -> Any:
 
 def _pairs(place: Place, summary: Summary) -> Any:
     one, other = np.nonzero(np.triu(summary.arrays["experts"], 1))
-    return _of(
-        place, {"expert": one.astype(np.int16), "other": other.astype(np.int16), "rows": summary.arrays["experts"][one, other]}
-    )
+    return _of(place, {"expert": one.astype(np.int16), "other": other.astype(np.int16), "rows": summary.arrays["experts"][one, other]})
 
 
 def _put_table(store: Store, name: str, table: Any) -> SequenceFile:
