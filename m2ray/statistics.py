@@ -38,6 +38,9 @@ NORM_SHIFT = 18
 PIECE_ROWS = 1024
 """Rows of a micro-batch that are float32 at one time. Their sums keep about seven digits whichever way a device adds."""
 
+PIECE_PRODUCTS = 256
+"""Rows whose products are summed in float32: a matrix product may add them one after the other."""
+
 PIECE_CHOICES = 8192
 """Rows of chosen experts that are laid out as zeros and ones at one time; float32 counts them exactly up to 2**24."""
 
@@ -164,7 +167,7 @@ def device_bytes(kinds: frozenset[str], width: int, rows: int) -> int:
     sizes = {
         "moments": 8 * piece + 80 * width,
         "norms": 8 * piece + 4 * NORM_BINS,
-        "covariance": 8 * piece + 8 * width**2,
+        "covariance": 8 * piece + 16 * width**2,
         "experts": 4 * min(rows, PIECE_CHOICES) * width + 12 * width**2,
     }
     return max((sizes[kind] for kind in kinds), default=0) + micro_batch_bytes(kinds, width)

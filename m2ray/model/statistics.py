@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 
 from m2ray.batches import PartSpec
-from m2ray.statistics import NORM_BINS, NORM_SHIFT, PIECE_CHOICES, PIECE_ROWS
+from m2ray.statistics import NORM_BINS, NORM_SHIFT, PIECE_CHOICES, PIECE_PRODUCTS, PIECE_ROWS
 
 
 class Statistics:
@@ -67,28 +67,28 @@ def _moments(rows_NW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.T
         return torch.stack([sums_W, sums_W, none_W, -none_W]), sums_W.float(), sums_W
     for piece_NW in rows_NW.split(PIECE_ROWS):
         sums_W += piece_NW.float().sum(dim=0)
-    centre_W = (sums_W / num_rows).float()
+    smallest_W, largest_W = rows_NW.amin(dim=0), rows_NW.amax(dim=0)
+    # Near the mean, and a value that rows may have: deviations of 16-bit rows are short numbers then, and their products exact. Of a channel
+    # that never changes they are zero.
+    centre_W = torch.where(smallest_W == largest_W, smallest_W, (sums_W / num_rows).to(rows_NW.dtype)).float()
     rest_W, squares_W = torch.zeros_like(sums_W), torch.zeros_like(sums_W)
     for piece_NW in rows_NW.split(PIECE_ROWS):
-        off_NW = piece_NW.float().sub_(centre_W)
+        off_NW = piece_NW.float() - centre_W
         rest_W += off_NW.sum(dim=0)
         squares_W += off_NW.square_().sum(dim=0)
     rest_W /= num_rows
-    smallest_W, largest_W = rows_NW.amin(dim=0).double(), rows_NW.amax(dim=0).double()
-    is_constant_W = smallest_W == largest_W  # such a channel's mean would be rounded, and its variance not be zero
-    mean_W = torch.where(is_constant_W, smallest_W, centre_W.double() + rest_W)
-    squares_W = (squares_W - num_rows * rest_W.square()).clamp_(min=0).masked_fill_(is_constant_W, 0)
-    return torch.stack([mean_W, squares_W, smallest_W, largest_W]), centre_W, rest_W
+    squares_W = (squares_W - num_rows * rest_W.square()).clamp_(min=0)
+    return torch.stack([centre_W.double() + rest_W, squares_W, smallest_W.double(), largest_W.double()]), centre_W, rest_W
 
 
 def _products(rows_NW: torch.Tensor, centre_W: torch.Tensor, rest_W: torch.Tensor) -> torch.Tensor:
     """Sums of the products of deviations from the mean, which is `centre_W` + `rest_W`."""
-    products_WW = rows_NW.new_zeros((rows_NW.shape[1], rows_NW.shape[1]), dtype=torch.float32)
-    for piece_NW in rows_NW.split(PIECE_ROWS):
-        off_NW = piece_NW.float().sub_(centre_W)
-        products_WW.addmm_(off_NW.T, off_NW)
-    rest_W = rest_W.float()
-    return products_WW.addr_(rest_W, rest_W, alpha=-len(rows_NW))
+    products_WW = torch.outer(rest_W, rest_W).mul_(-len(rows_NW))
+    for piece_NW in rows_NW.split(PIECE_PRODUCTS):
+        # On newer CPUs a float32 product of MKL (torch 2.13) was off by 2e-6 of itself where every partial sum had a float32.
+        off_NW = (piece_NW.float() - centre_W).to(torch.float32 if rows_NW.is_cuda else torch.float64)
+        products_WW += off_NW.T @ off_NW
+    return products_WW.float()
 
 
 def _norms(rows_NW: torch.Tensor) -> torch.Tensor:
