@@ -19,7 +19,7 @@ Int64Array = npt.NDArray[np.int64]
 Bits = npt.NDArray[np.uint8]
 """Raw little-endian bytes of activations, one row a token: uint8 [N, W * itemsize]."""
 
-ITEMSIZE_BYTES: Mapping[str, int] = {"bfloat16": 2, "float16": 2, "float32": 4, "int16": 2}
+ITEMSIZE_BYTES: Mapping[str, int] = {"bfloat16": 2, "float16": 2, "float32": 4, "int16": 2, "int8": 1, "float8_e4m3fn": 1}
 """Bytes of one element of each dtype that a column may have, by torch's names."""
 
 TOKEN_ROW = np.dtype([("sequence_id", "<i8"), ("position", "<i4"), ("token_id", "<i4")])

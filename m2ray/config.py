@@ -46,6 +46,7 @@ Auto = Literal["auto"]
 Attention = Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"]
 OffloadTo = Literal["none", "cpu", "disk"]
 Transport = Literal["auto", "object_store", "cuda_ipc"]
+SiteName = Literal["residual", "residual_mid", "attention", "mlp", "mlp_in", "router_logits", "router_topk", "embedding", "final_norm"]
 Positive = Annotated[int, Field(gt=0)]
 Day = Annotated[date, BeforeValidator(_day)]
 NonEmpty = Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)]
@@ -122,8 +123,11 @@ class ExtractConfig(BaseModel):
     template_timeout_s: Annotated[float, Field(gt=0)] = _rows(
         10.0, description="Seconds of the processor that a chat template may take for a row; rows that take longer are quarantined."
     )
-    layers: NonEmpty = _rows("all", description='Layers to extract: "all", "0", "0-5", "0,7,20-61".')
-    sites: Literal["residual"] = _rows("residual", description="What to capture at each layer.")
+    layers: NonEmpty = _rows("all", description='Layers of sites that name none: "all", "0", "0-5", "0,7,20-61".')
+    sites: NonEmpty = _rows(
+        "residual",
+        description=f'What to capture: {", ".join(get_args(SiteName))}; several with layers of their own: "residual:all, mlp:0,20-30, final_norm".',
+    )
     tokens: NonEmpty = _rows(
         "all", description=f"Tokens whose rows are kept: {TOKEN_CHOICES}. mask: by the loss mask; mean: one row a sequence."
     )
@@ -135,7 +139,10 @@ class ExtractConfig(BaseModel):
     )
     skip_special_tokens: bool = _rows(False, description="Never choose the tokenizer's special tokens.")
     compute_dtype: Literal["bfloat16", "float16", "float32"] = _rows("bfloat16", description="Dtype of weights and arithmetic.")
-    store_dtype: Literal["bfloat16", "float16", "float32"] = _rows("bfloat16", description="Dtype of the stored rows.")
+    store_dtype: Literal["bfloat16", "float16", "float32", "float8", "int8"] = _rows(
+        "bfloat16",
+        description="Dtype of the stored rows of hidden width; float8 and int8: about half of the bytes, with a scale for 128 channels.",
+    )
     batch_tokens: Positive | Auto = _rows(
         "auto", description="Padded tokens in a micro-batch, at most; auto: what memory and prompts suit best, up to 16384."
     )
@@ -235,6 +242,27 @@ def parse_tokens(text: str) -> TokenChoice:
     return TokenChoice(cast("TokenKind", match[2]), int(match[3]), in_mask=match[1] is not None)
 
 
+def parse_sites(text: str) -> dict[str, str | None]:
+    """The sites that `sites` names, in its order, and the layers that stand behind each, if any: "residual", "residual:all, mlp:0,20-30".
+
+    Raises:
+        ConfigError: a site that there is not, or one that is named twice; all at once.
+    """
+    chosen: dict[str, str | None] = {}
+    problems = []
+    # A comma that is followed by a number goes on with the layers of the site before it.
+    for piece in re.split(r",\s*(?![\s\d])", text):
+        name, colon, layers = (part.strip() for part in piece.partition(":"))
+        if name not in get_args(SiteName):
+            problems.append(ConfigError(f"sites = {text!r}: there is no site {name!r}.", f"There are: {', '.join(get_args(SiteName))}."))
+        elif name in chosen:
+            problems.append(ConfigError(f"sites = {text!r} names {name} twice.", f'Write its layers together: "{name}:0,20-30".'))
+        else:
+            chosen[name] = layers if colon else None
+    raise_all(problems)
+    return chosen
+
+
 def parse_labels(text: str | None) -> dict[str, str]:
     """Ray's node labels from "zone=a,kind=h100"; none from None. Raises ConfigError."""
     labels = {}
@@ -262,6 +290,7 @@ def _contradictions(config: ExtractConfig) -> Iterator[ConfigError]:
         lambda: parse_max_memory(config.max_memory),
         lambda: parse_labels(config.node_labels),
         lambda: parse_tokens(config.tokens),
+        lambda: parse_sites(config.sites),
     ):
         try:
             parse()
@@ -274,8 +303,8 @@ def _contradictions(config: ExtractConfig) -> Iterator[ConfigError]:
     if config.keep == "rows" and config.statistics is not None:
         what = f'keep = "rows", and statistics = {config.statistics!r} would be taken for nothing.'
         yield ConfigError(what, 'Set keep = "both" or "statistics", or leave statistics out.')
-    if config.compression == "planes" and config.store_dtype == "float32":
-        what = 'compression = "planes" splits 16-bit rows, and store_dtype = "float32".'
+    if config.compression == "planes" and config.store_dtype not in ("bfloat16", "float16"):
+        what = f'compression = "planes" splits 16-bit rows, and store_dtype = "{config.store_dtype}".'
         yield ConfigError(what, 'Store bfloat16 or float16, or set compression = "none".')
     if config.pack is not None and config.max_length is not None:
         yield ConfigError(

@@ -14,6 +14,7 @@ from typing import Any, Literal, Self
 from m2ray.batches import PartSpec
 from m2ray.config import ExtractConfig, OffloadTo, Transport
 from m2ray.selection import Selection
+from m2ray.sites import LayersOfSites
 from m2ray.sizes import MaxMemory
 from m2ray.statistics import Asked
 from m2ray.storage import local_folder, with_home
@@ -113,8 +114,9 @@ class RunOptions:
 
     Attributes:
         prompts: what decides the sequences, as the prompts settled it.
-        layers: captured ones, ascending.
-        parts: what every shard has rows of, in order, as m2ray.sites derives it; the last of the layers is the last that is run.
+        layers: those at which rows are kept or statistics taken of a site, ascending.
+        sites: the layers of each, as they have it; none at sites of the whole model.
+        parts: what every shard has rows of, in order, as m2ray.sites derives it.
         statistics: what is summed up of which sites and layers (m2ray.statistics).
         keep: what is stored: "rows", "statistics" (there are no `parts` then) or "both".
         of_statistics: the parts that statistics are taken of, whether their rows are kept or not.
@@ -136,7 +138,7 @@ class RunOptions:
 
     prompts: PromptOptions
     layers: tuple[int, ...]
-    sites: str
+    sites: LayersOfSites
     parts: tuple[PartSpec, ...]
     compute_dtype: str
     store_dtype: str

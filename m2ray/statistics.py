@@ -131,7 +131,7 @@ def places(asked: Asked) -> dict[Place, frozenset[str]]:
     return {place: frozenset(kinds) for place, kinds in found.items()}
 
 
-def sites(asked: Asked) -> dict[str, tuple[int, ...]]:
+def statistic_sites(asked: Asked) -> dict[str, tuple[int, ...]]:
     """The sites that are captured for statistics, with their layers."""
     found = places(asked)
     return {name: tuple(sorted(layer for site, layer in found if site == name and layer is not None)) for name, _ in found}

@@ -16,7 +16,7 @@ from m2ray.batches import PartSpec, SequenceFile
 from m2ray.errors import RunConflictError
 from m2ray.provenance import ROW_PACKAGES, differences, versions
 from m2ray.selection import Selection
-from m2ray.sites import capturing_layer
+from m2ray.sites import layers_run
 from m2ray.statistics import Asked, places
 from m2ray.storage import Store
 
@@ -140,8 +140,8 @@ class JobRecord:
     @property
     def layers_run(self) -> int:
         """How many layers a chain loads: up to the last whose stage captures something."""
-        captured = [*self.parts, *(PartSpec(site, layer, ()) for site, layer in places(self.statistics))]
-        return 1 + max((capturing_layer(part, self.model.num_layers) for part in captured), default=-1)
+        of_statistics = (PartSpec(site, layer, ()) for site, layer in places(self.statistics))
+        return layers_run((*self.parts, *of_statistics), self.model.num_layers)
 
     def to_json(self) -> bytes:
         return to_json(self, indent=2)
@@ -169,7 +169,7 @@ def read_job(store: Store) -> JobRecord | None:
     foreign = next((key for key, _ in store.list("") if not _may_precede_a_job(key)), None)
     # In this order: job.json precedes everything else of a run, so what another driver has created by now is not foreign.
     if store.size(JOB_KEY) is not None:
-        return read_record(store, JOB_KEY, _JOB, _with_columns)
+        return read_record(store, JOB_KEY, _JOB, _as_now)
     if foreign is not None:
         if foreign.startswith(_OF_A_RUN):
             raise moved_away(store)
@@ -178,15 +178,16 @@ def read_job(store: Store) -> JobRecord | None:
     return None
 
 
-def _with_columns(fields: dict[str, Any]) -> dict[str, Any]:
-    """A record from before parts had columns, as it would be now: each has one, of the part's `dtype` and `width`."""
+def _as_now(fields: dict[str, Any]) -> dict[str, Any]:
+    """A record from before parts had columns, as it would be now: each has one, of the part's `dtype` and `width`, at the one site there was."""
+    if all("columns" in part for part in fields["parts"]):
+        return fields
     parts = [
         {"site": part["site"], "layer": part["layer"], "columns": [["activation", part["dtype"], part["width"]]]}
-        if "columns" not in part
-        else part
         for part in fields["parts"]
     ]
-    return fields | {"parts": parts}
+    sites = {"sites": {"residual": fields["options"]["layers"]}} if "sites" in fields["options"] else {}
+    return fields | {"parts": parts, "options": fields["options"] | sites}
 
 
 def moved_away(store: Store) -> RunConflictError:

@@ -263,7 +263,11 @@ class StageActor:
     @ray.method(concurrency_group="control")
     def status(self) -> StageStatus:
         """How far this stage is."""
-        status = replace(self._status, peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        status = replace(
+            self._status,
+            peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            losses=tuple(lost for stage in self._stages for lost in stage.losses()),
+        )
         return status if self._writer is None else with_peaks(with_writer(status, self._writer), self._devices)
 
     @ray.method(concurrency_group="control")

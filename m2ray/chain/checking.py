@@ -11,7 +11,7 @@ from m2ray.batches import TensorTable
 from m2ray.chain.machine import disk_free_bytes
 from m2ray.chain.progress import Progress
 from m2ray.chain.stopping import GOES_ON, Stop
-from m2ray.config import ExtractConfig, parse_layers
+from m2ray.config import ExtractConfig
 from m2ray.errors import M2rayError, raise_all
 from m2ray.model.attention import resolve_attn_implementation
 from m2ray.model.checkpoint import Checkpoint, open_checkpoint, up_to_layer
@@ -25,6 +25,7 @@ from m2ray.planning.hardware import Cluster
 from m2ray.planning.memory import ModelShape
 from m2ray.planning.resolve import StatsAt, resolve
 from m2ray.prompts import PromptSource, PromptTokenizer
+from m2ray.sites import LayersOfSites, asked_sites, last_layer, present_sites
 from m2ray.storage import Store, open_store
 
 _Found = TypeVar("_Found")
@@ -115,8 +116,8 @@ def look(config: ExtractConfig) -> Inputs:
     tried(lambda: require_positions(opened.config, config.max_length))
     tried(lambda: require_positions(opened.config, config.pack, "pack"))
     tried(lambda: require_dtype(opened.config, config.compute_dtype))
-    layers = tried(lambda: parse_layers(config.layers, opened.config.num_hidden_layers))
-    of_the_layers = tried(lambda: up_to_layer(opened, layers[-1])) if layers else None
+    asked = tried(lambda: asked_sites(config.sites, config.layers, opened.config.num_hidden_layers))
+    of_the_layers = tried(lambda: _up_to_last_layer(opened, asked)) if asked else None
     no_text = placeholder_tokens(opened.whole_config)
     tokenizer = tried(lambda: PromptTokenizer.load(config.model, prompts, opened.config.vocab_size, no_text))
     attention = tried(lambda: resolve_attn_implementation(opened.whole_config, config.attn_implementation, DTYPES[config.compute_dtype]))
@@ -129,3 +130,11 @@ def look(config: ExtractConfig) -> Inputs:
     shape = ModelShape.of(checkpoint.config, attention)
     options = resolve(config, tokenizer.settled(source.columns), table, shape, recorded=of_the_run)
     return Inputs(config, checkpoint, table, shape, source, tokenizer, store, recorded, options)
+
+
+def _up_to_last_layer(opened: Checkpoint, asked: LayersOfSites) -> tuple[Checkpoint, TensorTable]:
+    """The files and tensors of the layers that are run for what is asked. Raises as `up_to_layer` and `present_sites`."""
+    num_layers = opened.config.num_hidden_layers
+    checkpoint, table = up_to_layer(opened, last_layer(asked, num_layers))
+    last = last_layer(present_sites(asked, table), num_layers)
+    return (checkpoint, table) if last == last_layer(asked, num_layers) else up_to_layer(opened, last)

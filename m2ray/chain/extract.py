@@ -253,7 +253,7 @@ def _stages(work: _Work, plan: Plan, hardware: Hardware, reservations: Sequence[
 
 def _capture(options: RunOptions) -> CaptureSpec:
     """What the stages take: rows of the sites, unless statistics alone are kept, and statistics."""
-    kept = {} if options.keep == "statistics" else {options.sites: options.layers}
+    kept = {} if options.keep == "statistics" else options.sites
     return CaptureSpec(kept, options.store_dtype, options.prompts.selection, options.statistics)
 
 

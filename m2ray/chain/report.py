@@ -24,7 +24,7 @@ _IDLE_SHARE = 0.5
 """Of the loaded time: a chain whose busiest stage waits longer than that has too few micro-batches to fill it."""
 
 
-_NOT_REPORTED = ("span", "device", "node_id", "pid", "needed_bytes", "weights")
+_NOT_REPORTED = ("span", "device", "node_id", "pid", "needed_bytes", "weights", "losses")
 """Of a stage's status."""
 
 
@@ -92,6 +92,10 @@ def summary_lines(plan: Plan, run: RunStatus) -> list[str]:
             f"    GPU {gpu.index}: peak {size(gpu.peak_reserved_bytes)}, planned {size(planned_gpu.memory.peak_bytes)}"
             for planned_gpu, gpu in _gpus(plan, planned_stage, stage)
         ]
+    if lost := run.lost_shares:
+        (site, layer), share = max(lost.items(), key=lambda each: each[1])
+        where = site if layer is None else f"{site} of layer {layer}"
+        lines.append(f"Rows in 8 bits differ from what was computed by at most {share:.2%} of their values (root mean square, {where})")
     limit = limiting(run)
     return [*lines, f"What limited the run: {limit.replace('_', ' ')}"] if limit else lines
 
@@ -140,6 +144,7 @@ def build_report(plan: Plan, run_id: str, run: RunStatus) -> dict[str, Any]:
             "measured": _saved_bytes(plan, run),
         },
         "limiting_resource": {"planned": plan.limiting_resource, "measured": limiting(run)},
+        "lost_in_8_bits": [{"site": site, "layer": layer, "share": share} for (site, layer), share in run.lost_shares.items()],
         "stages": [_stage(plan, planned, stage) for planned, stage in run.stages],
     }
 

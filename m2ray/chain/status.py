@@ -9,6 +9,7 @@ import torch
 
 from m2ray.activations.writing.writer import ActivationWriter
 from m2ray.batches import LayerSpan, MicroBatch
+from m2ray.model.eight_bits import Losses
 from m2ray.model.stage import StageSpec
 from m2ray.planning.placing import StagePlan
 
@@ -47,6 +48,7 @@ class StageStatus:
         sends_by: how hidden states went to the next stage, "cuda_ipc" or "object_store"; empty where there is none.
         gpus: in the order of its span; none on a CPU.
         weights: once it is loaded, the digest of each of its layers, and at None that of what runs before the first one.
+        losses: what rows in 8 bits have lost, by part.
     """
 
     span: LayerSpan
@@ -72,6 +74,7 @@ class StageStatus:
     sends_by: str = ""
     gpus: tuple[GpuStatus, ...] = ()
     weights: Mapping[int | None, str] = field(default_factory=dict)
+    losses: Losses = ()
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,16 @@ class RunStatus:
     @property
     def written_bytes(self) -> int:
         return sum(stage.written_bytes for stage in self.statuses)
+
+    @property
+    def lost_shares(self) -> dict[tuple[str, int | None], float]:
+        """What rows in 8 bits have lost, by site and layer: the root of the mean square of it, as a share of that of the values."""
+        sums: dict[tuple[str, int | None], list[float]] = {}
+        for site, layer, lost, whole in (each for stage in self.statuses for each in stage.losses):
+            of_part = sums.setdefault((site, layer), [0.0, 0.0])
+            of_part[0] += lost
+            of_part[1] += whole
+        return {part: (lost / whole) ** 0.5 if whole else 0.0 for part, (lost, whole) in sums.items()}
 
     @property
     def gpu_busy(self) -> float | None:

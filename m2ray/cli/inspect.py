@@ -48,13 +48,17 @@ def describe(run: RunReader) -> dict[str, Any]:
 
 
 def _part_facts(view: RunReader) -> dict[str, Any]:
-    """One site and layer: its files, their bytes, and the mean L2 norm of 4,096 of its rows (None before any is committed)."""
+    """One site and layer: its columns, files, their bytes, and the mean L2 norm of 4,096 of its rows (None before any is committed, and of
+    router_topk).
+    """
+    (part,) = view.parts
     return {
-        "site": view.sites[0],
-        "layer": view.layer_numbers[0] if view.layer_numbers else None,
+        "site": part.site,
+        "layer": part.layer,
+        "columns": [column._asdict() for column in part.columns],
         "files": view.num_files,
         "num_bytes": view.num_bytes,
-        "mean_norm": view.mean_norm(_NORM_ROWS) if view.num_rows else None,
+        "mean_norm": view.mean_norm(_NORM_ROWS) if view.num_rows and part.columns[0].name == "activation" else None,
     }
 
 
@@ -110,11 +114,12 @@ def _print(facts: dict[str, Any]) -> None:
     say(f"files      {facts['files']:,} with {facts['num_bytes']:,} bytes")
     for audit in facts["audits"].values():
         say(f"audited    {report.line(audit)}")
-    table = Table("site", "layer", "files", "bytes", "mean norm")
+    table = Table("site", "layer", "columns", "files", "bytes", "mean norm")
     for fact in facts["layers"]:
         norm = "" if fact["mean_norm"] is None else f"{fact['mean_norm']:.4g}"
         layer = "" if fact["layer"] is None else str(fact["layer"])
-        table.add_row(fact["site"], layer, f"{fact['files']:,}", f"{fact['num_bytes']:,}", norm)
+        columns = ", ".join(f"{column['name']} {column['dtype']} [{column['width']}]" for column in fact["columns"])
+        table.add_row(fact["site"], layer, columns, f"{fact['files']:,}", f"{fact['num_bytes']:,}", norm)
     Console(color_system=None, markup=False).print(table)
     quarantined = facts["quarantined"]
     for row in quarantined[:_SHOWN_ROWS]:

@@ -1,7 +1,7 @@
 """What is kept at a site: the chosen tokens' rows, selected and rounded on the device, then copied to the host."""
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import cycle
 
@@ -10,9 +10,11 @@ import torch
 
 from m2ray.batches import Bits, CapturedLayer, Column, MicroBatch, PartSpec
 from m2ray.errors import StageError
+from m2ray.model.eight_bits import Encoder, is_encoded
 from m2ray.model.selecting import ChosenRows
 from m2ray.model.statistics import Statistics
 from m2ray.selection import Selection
+from m2ray.sites import LayersOfSites
 from m2ray.statistics import Asked
 
 COPYING_LAYERS = 3
@@ -24,13 +26,13 @@ class CaptureSpec:
     """What a job takes of a model, the same for all its stages.
 
     Attributes:
-        sites: the layers whose rows are kept, ascending, by site; none at sites of the whole model.
-        store_dtype: "bfloat16", "float16" or "float32", of rows of hidden width.
+        sites: what is kept, as the model has it.
+        store_dtype: "bfloat16", "float16", "float32", "float8" or "int8", of rows of hidden width.
         selection: whose rows are kept.
         statistics: what is taken of which rows, of sites and layers whose rows are kept and of others (m2ray.statistics).
     """
 
-    sites: Mapping[str, tuple[int, ...]]
+    sites: LayersOfSites
     store_dtype: str
     selection: Selection = field(default_factory=Selection)
     statistics: Asked = field(default_factory=dict)
@@ -62,6 +64,7 @@ class Capture:
         micro_batch: MicroBatch,
         parts: Sequence[PartSpec],
         selection: Selection,
+        encoder: Encoder,
         copy_stream: "torch.cuda.Stream | None",
         statistics: Statistics | None = None,
     ) -> None:
@@ -69,6 +72,7 @@ class Capture:
         self._kept = frozenset(parts)
         self._statistics = statistics or Statistics()
         self._parts = {(part.site, part.layer): part for part in (*parts, *self._statistics.kinds)}
+        self._encoder = encoder
         self._copy_stream = copy_stream
         self._selection = selection
         self._chosen = ChosenRows(selection, micro_batch, copy_stream)
@@ -83,15 +87,19 @@ class Capture:
         self._wait_for_room()
         selected = [self._chosen.of(values) for values in values_BT]
         extremes = [_extremes(rows_NW) for rows_NW in selected]
-        # Rounds once, to nearest even; the selected rows are a copy, so nothing computed later can change them.
-        rounded = [rows_NW.to(getattr(torch, column.dtype)) for rows_NW, column in zip(selected, part.columns, strict=True)]
-        room = self._micro_batch.padded_tokens if self._selection.is_all else 0
+        rounded = selected if is_encoded(part) else _rounded(part, selected)
         statistics = {kind: self._to_host(values, 0) for kind, values in self._statistics.of(part, rounded).items()}
-        columns = tuple(self._to_host(rows_NW, room) for rows_NW in rounded) if part in self._kept else ()
+        columns = tuple(self._stored(part, rounded)) if part in self._kept else ()
         self._captured[part] = _Rows(part, columns, tuple(self._to_host(both, 0) for both in extremes), statistics)
         if self._copy_stream is not None:
             self._copying.append(torch.cuda.Event())
             self._copying[-1].record(self._copy_stream)
+
+    def _stored(self, part: PartSpec, rows: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """A part's columns on their way to the host."""
+        room = self._micro_batch.padded_tokens if self._selection.is_all else 0
+        for column in self._encoder.encode(part, *rows) if is_encoded(part) else rows:
+            yield self._to_host(column, room)
 
     def _wait_for_room(self) -> None:
         """Let the host wait: it runs ahead of the GPU, where rows keep their memory until they are copied."""
@@ -120,8 +128,13 @@ class Capture:
         kept = [self._captured[part] for part in self._parts.values() if part in self._captured]
         for rows in kept:
             for number, extremes in enumerate(rows.extremes):
-                if not extremes.to(getattr(torch, rows.part.columns[number].dtype)).isfinite().all():
-                    raise self._not_finite(rows, number)
+                # What is encoded has a scale, and so fits as it is.
+                if (
+                    not (extremes if is_encoded(rows.part) else extremes.to(getattr(torch, rows.part.columns[number].dtype)))
+                    .isfinite()
+                    .all()
+                ):
+                    raise self._not_finite(rows, extremes)
         return tuple(_captured(rows) for rows in kept)
 
     def end(self) -> None:
@@ -130,12 +143,13 @@ class Capture:
             self._copied = torch.cuda.Event()
             self._copied.record(self._copy_stream)
 
-    def _not_finite(self, rows: _Rows, column: int) -> StageError:
-        is_bad_N = ~rows.columns[column].isfinite().all(dim=1).numpy() if rows.columns else slice(None)
-        ids = np.unique(self._selection.token_rows(self._micro_batch)["sequence_id"][is_bad_N])
+    def _not_finite(self, rows: _Rows, extremes: torch.Tensor) -> StageError:
+        is_bad_N = [~values.float().isfinite().all(dim=1) for values in rows.columns]
+        token_rows = self._selection.token_rows(self._micro_batch)
+        ids = np.unique(token_rows["sequence_id"][torch.stack(is_bad_N).any(dim=0).numpy() if is_bad_N else slice(None)])
         listed = ", ".join(str(sequence_id) for sequence_id in ids[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
-        smallest, largest = rows.extremes[column].float().tolist()
-        dtype = rows.part.columns[column].dtype
+        smallest, largest = extremes.float().tolist()
+        dtype = rows.part.columns[0].dtype
         return StageError(
             f"{str(rows.part).capitalize()}, sequences {listed}: values from {smallest:g} to {largest:g} do not fit {dtype}.",
             'Set compute_dtype and store_dtype to "bfloat16" or "float32"; if they are so already, the weights or the family are at fault.',
@@ -145,6 +159,11 @@ class Capture:
 def _captured(rows: _Rows) -> CapturedLayer:
     statistics = {kind: values.numpy() for kind, values in rows.statistics.items()}
     return CapturedLayer(rows.part.site, rows.part.layer, tuple(map(_bits, rows.columns)), statistics)
+
+
+def _rounded(part: PartSpec, selected: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Rows in the dtypes of the part's columns, rounded once, to nearest even. `index_select` made a copy, which nothing computed later changes."""
+    return [rows_NW.to(getattr(torch, column.dtype)) for rows_NW, column in zip(selected, part.columns, strict=True)]
 
 
 def _extremes(rows_NW: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,7 @@ from m2ray.model.boundary import Boundary, blank, row_width, shapes_at, token_by
 from m2ray.model.capture import Capture, CaptureSpec, pin_host_memory
 from m2ray.model.checkpoint import open_checkpoint
 from m2ray.model.decoder import DecoderSpan
+from m2ray.model.eight_bits import Encoder, Losses
 from m2ray.model.families import default_max_length
 from m2ray.model.gpu_loading import Lanes
 from m2ray.model.interpreter import quick_switches, without_collector
@@ -24,7 +25,7 @@ from m2ray.model.skeleton import build_skeleton
 from m2ray.model.statistics import Statistics
 from m2ray.model.weights import Loaded, OnBytes, load_weights, parameter_bytes
 from m2ray.sites import parts_of_run, parts_of_span
-from m2ray.statistics import places, sites
+from m2ray.statistics import places, statistic_sites
 from m2ray.toolchain import require_triton
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -170,10 +171,10 @@ class Stage:
         Raises:
             ConfigError: the model has no such site or no such layer, a layer lacks the site, or the final norm was not loaded.
         """
-        of_statistics, kinds = sites(capture.statistics), places(capture.statistics)
+        of_statistics, kinds = statistic_sites(capture.statistics), places(capture.statistics)
         layers_of = {site: {*capture.sites.get(site, ()), *of_statistics.get(site, ())} for site in {**capture.sites, **of_statistics}}
         raise_all([problem for site, layers in layers_of.items() for problem in self._why_not(site, sorted(layers))])
-        self._selection = capture.selection
+        self._selection, self._encoder = capture.selection, Encoder()
         self.parts = self._parts(capture.sites, capture.store_dtype)
         taken = {part: kinds[part.site, part.layer] for part in self._parts(of_statistics, capture.store_dtype)}
         self.statistics = {(part.site, part.layer): of_part for part, of_part in taken.items()}
@@ -212,7 +213,7 @@ class Stage:
             self._check(micro_batch, incoming)
         self._wait_for_gpu()
         with torch.inference_mode():
-            capture = Capture(micro_batch, self.parts, self._selection, self._copy_out, self._statistics)
+            capture = Capture(micro_batch, self.parts, self._selection, self._encoder, self._copy_out, self._statistics)
             token_ids_BT = torch.tensor(micro_batch.token_ids_BT, dtype=torch.int64)
             if self._on_gpu:
                 token_ids_BT = token_ids_BT.pin_memory().to(self._decoder.device, non_blocking=True)
@@ -227,6 +228,10 @@ class Stage:
         if not self._on_gpu:
             _ = output.captured  # what is wrong with a row is said where it was computed
         return output
+
+    def losses(self) -> Losses:
+        """What rows in 8 bits have lost since `begin`."""
+        return self._encoder.losses()
 
     def warm_up(self, batch_tokens: int, waiting_bytes: int = 0) -> None:
         """Run once for every shape that may come, so that no micro-batch has to wait for a compilation, a library's start or memory.
@@ -259,6 +264,7 @@ class Stage:
         if self._on_gpu:
             # The blocks that torch's allocator keeps from the largest micro-batch serve all others; those of smaller ones would not serve it.
             self._try(*shapes[0])
+        self._encoder = Encoder()  # these rows are nobody's
 
     def _try(self, num_sequences: int, length: int) -> None:
         """Run a micro-batch of zeros."""

@@ -11,6 +11,7 @@ from m2ray.planning.devices import Device
 from m2ray.planning.memory import (
     CAPTURE_BUFFERS,
     CONTEXT_BYTES,
+    ENCODING_BYTES,
     OFFLOAD_BUFFERS,
     STAGING_BYTES,
     STATISTICS_MICRO_BATCHES,
@@ -24,7 +25,7 @@ from m2ray.planning.memory import (
 from m2ray.planning.output import OutputPlan, plan_output
 from m2ray.planning.partition import DeviceMap, partition, short_by_bytes
 from m2ray.planning.profile import Profile
-from m2ray.sites import parts_of_span
+from m2ray.sites import EIGHT_BITS, layers_run, parts_of_span
 from m2ray.statistics import contribution_bytes, device_bytes, merged_bytes, micro_batch_bytes, shard_bytes, widths
 
 
@@ -69,9 +70,7 @@ class Demand:
     @property
     def num_layers(self) -> int:
         """Layers that are run: up to the last that is captured."""
-        if self.with_final_norm:
-            return self.table.num_layers
-        return max((part.layer for part in self.options.captured if part.layer is not None), default=0) + 1
+        return max(1, layers_run(self.options.captured, self.table.num_layers))
 
     @property
     def with_final_norm(self) -> bool:
@@ -94,7 +93,15 @@ class Demand:
             itemsize_bytes=self.itemsize_bytes,
             transient_bytes=transient_bytes(padded_tokens, longest_tokens, self.itemsize_bytes),
             writer_queue_bytes=self.options.writer_queue_bytes,
+            encoding_bytes=self._encoding_bytes(padded_tokens),
         )
+
+    def _encoding_bytes(self, padded_tokens: int) -> int:
+        """Of rows that are stored in 8 bits: as they were computed, and what encoding them takes."""
+        if self.options.store_dtype not in EIGHT_BITS:
+            return 0
+        row_bytes = self.table.hidden_size * self.itemsize_bytes
+        return padded_tokens * row_bytes + ENCODING_BYTES
 
     def rows(self, span: LayerSpan) -> tuple[TensorRow, ...]:
         """The tensors that a stage of `span` loads."""

@@ -11,6 +11,7 @@ from m2ray.planning.devices import DevicePlan
 from m2ray.planning.hardware import Node
 from m2ray.planning.memory import Memory
 from m2ray.planning.plan import Plan
+from m2ray.sites import shown_layers
 
 _BAR_WIDTH = 24
 _SHADES = {"weights": ("█", "cyan"), "transient": ("▓", "yellow"), "rest": ("▒", "magenta"), "free": ("░", "bright_black")}
@@ -173,22 +174,34 @@ def _hosts(plan: Plan) -> Table:
 
 
 def _output(plan: Plan) -> Sequence[RenderableType]:
-    return [Text("\n".join(lines))] if (lines := [*_output_lines(plan), *_rate_lines(plan)]) else []
+    return [Text("\n".join(["", *_site_lines(plan), *_output_lines(plan), *_rate_lines(plan)]))]
+
+
+def _site_lines(plan: Plan) -> Iterator[str]:
+    """What is captured where, its bytes a token before any compression, and which layers have nothing of the kind."""
+    options, table = plan.demand.options, plan.demand.table
+    for number, (site, layers) in enumerate(options.sites.items()):
+        token_bytes = sum(part.row_bytes for part in options.parts if part.site == site)
+        lacking = shown_layers(
+            layer for layer in range(table.num_layers) if layer not in table.layers_of.get(site, range(table.num_layers))
+        )
+        where = f" of layers {shown_layers(layers)}" if layers else ""
+        yield f"{'' if number else 'capture':<9}{site}{where}: {token_bytes:,} bytes a token" + (
+            f"; layers {lacking} have none" if layers and lacking else ""
+        )
 
 
 def _output_lines(plan: Plan) -> Iterator[str]:
     output, prompts = plan.output, plan.prompts
     if output is None or prompts is None:
         return
-    yield ""
     yield f"output   {prompts.tokens:,} tokens of {prompts.sequences:,} prompts; padding {prompts.padding_waste:.1%}"
     if output.rows < prompts.tokens:
         chosen = plan.demand.options.prompts.selection
         yield f"         {output.rows:,} rows of {chosen} in each site and layer: {size(output.saved_bytes)} less than of all"
-    if output.by_part:
-        sizes = sorted(set(output.by_part.values()))
-        each = size(sizes[0]) if len(sizes) == 1 else f"{size(sizes[0])} to {size(sizes[-1])}"
-        yield f"         {len(output.by_part)} sites and layers of {each} in {prompts.shards:,} files each"
+    for site in plan.demand.options.sites if output.by_part else ():
+        of_site = [num_bytes for part, num_bytes in output.by_part.items() if part.site == site]
+        yield f"         {site}: {size(sum(of_site))} in {len(of_site) * prompts.shards:,} files"
     if output.statistics_bytes:
         yield f"         statistics in up to {size(output.statistics_bytes)}"
     yield f"         {output.num_bytes:,} bytes in {output.files:,} files; with records {size(output.disk_bytes)}"

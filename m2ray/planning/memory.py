@@ -35,6 +35,9 @@ STATISTICS_SHARDS = 3
 STATISTICS_MICRO_BATCHES = 4
 """Micro-batches whose statistics are in host memory: two that wait, one that is merged, and as much again while a shard's are written."""
 
+ENCODING_BYTES = 6 * 64 * _MIB
+"""What it takes to encode rows in 8 bits, some at a time, in float32 (m2ray.model.eight_bits)."""
+
 OFFLOAD_BUFFERS = 2
 """Layers on a GPU whose weights are kept in host memory: one that computes, one that is copied in."""
 
@@ -187,6 +190,7 @@ class Workload:
         itemsize_bytes: of the compute dtype.
         transient_bytes: what a layer's forward pass allocates beside its weights.
         writer_queue_bytes: captured bytes that may wait for the store, a stage.
+        encoding_bytes: what it takes to encode a part's rows, beside what they are then.
     """
 
     padded_tokens: int
@@ -195,6 +199,7 @@ class Workload:
     itemsize_bytes: int
     transient_bytes: int
     writer_queue_bytes: int
+    encoding_bytes: int = 0
 
     @property
     def hidden_bytes(self) -> int:
@@ -236,7 +241,7 @@ def gpu_overhead(workload: Workload, row_bytes: Sequence[int], statistics_bytes:
         "transient": workload.transient_bytes,
         "unusable": int(workload.transient_bytes * UNUSABLE_SHARE) + UNUSABLE_BYTES,
         "hidden_states": HIDDEN_BUFFERS * workload.hidden_bytes,
-        "capture": CAPTURE_BUFFERS * workload.padded_tokens * max(row_bytes, default=0),
+        "capture": CAPTURE_BUFFERS * workload.padded_tokens * max(row_bytes, default=0) + workload.encoding_bytes,
         "context": CONTEXT_BYTES,
     }
     return overhead | ({"statistics": statistics_bytes} if statistics_bytes else {})
@@ -269,7 +274,7 @@ def cpu_memory(rows: Sequence[TensorRow], workload: Workload, row_bytes: Sequenc
     """A stage without a GPU: everything is in host memory."""
     held = {"weights": weight_bytes(rows, workload.itemsize_bytes), "process": PROCESS_BYTES["cpu"]}
     return Memory(
-        held | {"transient": workload.transient_bytes} | _host_buffers(workload, row_bytes, statistics_bytes),
+        held | {"transient": workload.transient_bytes + workload.encoding_bytes} | _host_buffers(workload, row_bytes, statistics_bytes),
         held | {"staging": STAGING_BYTES["device"]},
     )
 

@@ -30,7 +30,9 @@ def to_json(plan: Plan) -> dict[str, Any]:
             "hidden_size": plan.demand.table.hidden_size,
         },
         "options": {
+            "sites": {site: list(layers) for site, layers in options.sites.items()},
             "compute_dtype": options.compute_dtype,
+            "store_dtype": options.store_dtype,
             "batch_tokens": options.batch_tokens,
             "longest_tokens": plan.demand.workload.longest_tokens,
             "device_map": options.device_map,
@@ -59,7 +61,11 @@ def _output(plan: Plan) -> dict[str, Any] | None:
         {"site": part.site, "layer": part.layer, "files": plan.prompts.shards, "num_bytes": num_bytes}
         for part, num_bytes in plan.output.by_part.items()
     ]
-    return {**prompts, **vars(plan.output), "by_part": by_part}
+    by_site = [
+        {"site": site, "num_bytes": sum(num_bytes for part, num_bytes in plan.output.by_part.items() if part.site == site)}
+        for site in plan.demand.options.sites
+    ]
+    return {**prompts, **vars(plan.output), "by_part": by_part, "by_site": by_site}
 
 
 def _cluster(cluster: Cluster) -> list[dict[str, Any]]:

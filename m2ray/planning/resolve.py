@@ -6,7 +6,7 @@ from math import ceil
 from typing import Any, TypeVar
 
 from m2ray.batches import PartSpec, PromptStats, TensorTable
-from m2ray.config import Auto, ExtractConfig, parse_labels, parse_layers
+from m2ray.config import Auto, ExtractConfig, parse_labels
 from m2ray.errors import ConfigError
 from m2ray.options import PromptOptions, RunOptions
 from m2ray.planning.batch_size import AUTO_BATCH_TOKENS, best_batch_tokens
@@ -14,9 +14,9 @@ from m2ray.planning.demand import Assumptions, Demand
 from m2ray.planning.hardware import Cluster
 from m2ray.planning.memory import ModelShape
 from m2ray.planning.plan import most_batch_tokens, most_replicas, plan_run
-from m2ray.sites import capturing_layer, parts_of_run
+from m2ray.sites import asked_sites, layers_run, parts_of_run, present_sites
 from m2ray.sizes import parse_bytes, parse_max_memory
-from m2ray.statistics import ROUTER, Asked, contribution_bytes, sites, statistics_of_run, widths
+from m2ray.statistics import ROUTER, Asked, contribution_bytes, statistic_sites, statistics_of_run, widths
 
 AUTO_SHARD_TOKENS = 32_768
 
@@ -57,15 +57,16 @@ def resolve(
         ConfigError: a value is malformed, or does not suit the model or the cluster.
         ClusterError: there are fewer GPUs than stages.
     """
-    layers = parse_layers(config.layers, table.num_layers)
-    if isinstance(config.stages, int) and config.stages > layers[-1] + 1:
-        raise ConfigError(f"stages = {config.stages}, but only {layers[-1] + 1} layers are run.", f"Ask for at most {layers[-1] + 1}.")
-    parts = parts_of_run({config.sites: layers}, config.store_dtype, table.hidden_size)
+    sites = present_sites(asked_sites(config.sites, config.layers, table.num_layers), table)
+    widths_of_model = (table.hidden_size, table.num_experts, table.experts_per_token)
+    parts = parts_of_run(sites, config.store_dtype, *widths_of_model)
     _require_means(prompts, parts)
-    last = max(capturing_layer(part, table.num_layers) for part in parts)
-    routers = [layer for layer in table.layers_of.get(ROUTER, ()) if layer <= last]  # what comes after is not run
+    num_layers = layers_run(parts, table.num_layers)
+    if isinstance(config.stages, int) and config.stages > num_layers:
+        raise ConfigError(f"stages = {config.stages}, but only {num_layers} layers are run.", f"Ask for at most {num_layers}.")
+    routers = [layer for layer in table.layers_of.get(ROUTER, ()) if layer < num_layers]
     statistics = statistics_of_run(config.statistics, parts, routers, table.num_layers)
-    of_statistics = parts_of_run(sites(statistics), config.store_dtype, table.hidden_size, table.num_experts, table.experts_per_token)
+    of_statistics = parts_of_run(statistic_sites(statistics), config.store_dtype, *widths_of_model)
     of_the_run = recorded or {}
 
     def decided(name: str, asked: _Value | Auto, automatic: _Value) -> _Value:
@@ -73,8 +74,8 @@ def resolve(
 
     options = RunOptions(
         prompts=prompts,
-        layers=layers,
-        sites=config.sites,
+        layers=tuple(sorted({layer for layers in sites.values() for layer in layers})),
+        sites=sites,
         parts=() if config.keep == "statistics" else parts,
         compute_dtype=config.compute_dtype,
         store_dtype=config.store_dtype,

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,19 +22,20 @@ from m2ray.activations.reading.reader import RunReader, open_run
 from m2ray.activations.records import commit_key, read_commit
 from m2ray.activations.schema import part_key
 from m2ray.activations.writing.commits import claim_run
-from m2ray.batches import CapturedLayer, PartSpec
+from m2ray.batches import CapturedLayer, Column, PartSpec
 from m2ray.errors import M2rayError, NotInRunError, RunConflictError, RunDamagedError, StoreError
 from m2ray.storage import LocalStore
 from tests.unit import activation_runs as runs
 
 EMBEDDING = PartSpec.of("embedding", None, "float32", 5)
 HALF = PartSpec.of("mlp", 7, "float16", 13)
+ROUTED = PartSpec("router_topk", 7, (Column("expert_ids", "int16", 3), Column("expert_weights", "float32", 3)))
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("finished")
-    runs.finished_run(LocalStore(folder), [*runs.PARTS, HALF, EMBEDDING])
+    runs.finished_run(LocalStore(folder), [*runs.PARTS, HALF, EMBEDDING, ROUTED])
     return folder
 
 
@@ -97,7 +99,7 @@ def test_views_chain_in_any_order(finished: Path) -> None:
     embedding = run.site("embedding").sequence(4)
     assert (embedding.dtype, tuple(embedding.shape)) == (torch.float32, (12, 5))
     assert same_bits(embedding, runs.bits(EMBEDDING, 4))
-    assert run.sites == ("residual", "mlp", "embedding")
+    assert run.sites == ("residual", "mlp", "embedding", "router_topk")
     assert run.site("residual").layer_numbers == (0, 7, 11)
     assert run.site("embedding").layer_numbers == ()
 
@@ -125,6 +127,38 @@ def test_all_rows_and_their_tokens(finished: Path) -> None:
     stacked = run.site("residual").tensor()
     assert tuple(stacked.shape) == (3, 67, 24)
     assert all(same_bits(rows, all_bits(spec)) for rows, spec in zip(stacked, runs.PARTS, strict=True))
+
+
+def same_columns(found: dict[str, torch.Tensor], expected: np.ndarray) -> bool:
+    ids, weights = found["expert_ids"], found["expert_weights"]
+    assert (ids.dtype, weights.dtype, ids.shape[1:], weights.shape[1:]) == (torch.int16, torch.float32, (3,), (3,))
+    return same_bits(ids, expected[:, :6]) and same_bits(weights, expected[:, 6:])
+
+
+@pytest.mark.parametrize("compression", ["none", "planes"])
+def test_the_chosen_experts_are_two_columns_wherever_rows_are_read(tmp_path: Path, compression: str) -> None:
+    runs.finished_run(LocalStore(tmp_path), [*runs.PARTS, ROUTED], [compression])
+    run, expected = open_run(tmp_path), all_bits(ROUTED)
+    view = run.site("router_topk").layer(7)
+    assert same_columns(view.tensor(), expected)
+    assert same_columns(view.sequence(4), runs.bits(ROUTED, 4))
+    assert same_columns(view.rows([5, 0, 60, 5]), expected[[5, 0, 60, 5]])
+    assert same_columns(next(view.shards()).activations, expected[:25])
+    assert tuple(run.site("router_topk").tensor()["expert_ids"].shape) == (1, 67, 3)
+    rows = {}
+    for batch in view.stream(batch_rows=16):
+        places = zip(batch["sequence_id"].tolist(), batch["position"].tolist(), strict=True)
+        rows.update({place: (batch["expert_ids"][number], batch["expert_weights"][number]) for number, place in enumerate(places)})
+    ids, weights = (torch.stack(column) for column in zip(*(rows[row[0], row[1]] for row in run.tokens().tolist()), strict=True))
+    assert same_columns({"expert_ids": ids, "expert_weights": weights}, expected)
+    assert same_bits(run.site("residual").layer(7).tensor(), all_bits(runs.PARTS[1]))
+    assert b"planes" not in (tmp_path / part_key(ROUTED, 0, f"{0xA0:012x}")).read_bytes()
+
+
+@pytest.mark.parametrize("ask", [lambda view: view.iterator(), lambda view: view.mean_norm(), lambda view: view.as_data_provider()])
+def test_what_takes_one_tensor_says_that_there_are_two(finished: Path, ask: Callable[[RunReader], object]) -> None:
+    with pytest.raises(NotInRunError, match="router_topk have the columns expert_ids, expert_weights"):
+        ask(open_run(finished).site("router_topk").layer(7))
 
 
 def test_shard_by_shard(finished: Path) -> None:
@@ -164,9 +198,9 @@ def test_mean_norm(tmp_path: Path) -> None:
 def test_facts(finished: Path) -> None:
     run = open_run(finished)
     assert run.is_complete
-    assert (run.num_tokens, run.num_shards, run.num_files) == (67, 3, 15)
+    assert (run.num_tokens, run.num_shards, run.num_files) == (67, 3, 18)
     assert run.num_bytes == sum(path.stat().st_size for path in (finished / "data").rglob("*.parquet"))
-    assert run.layer(7).num_files == 6
+    assert run.layer(7).num_files == 9
     assert run.job.model.model_type == "minimax_m2"
     assert len(run.sequences) == 12
     assert run.sequences["sequence_id"].to_pylist() == list(range(12))
@@ -178,7 +212,7 @@ def test_facts(finished: Path) -> None:
     [
         (lambda run: run.layer(3), "no layer 3 .*It has layers 0, 7, 11"),
         (lambda run: run.layers([0, 12]), "no layer 12 "),
-        (lambda run: run.site("router_logits"), "no site 'router_logits'.*It has: residual, mlp, embedding"),
+        (lambda run: run.site("router_logits"), "no site 'router_logits'.*It has: residual, mlp, embedding, router_topk"),
         (lambda run: run.site("embedding").layer(0), "It has no layers"),
         (lambda run: run.layer(7).sequence(0), r"several sites|has the sites residual, mlp.*\.site\(NAME\)"),
         (lambda run: run.site("mlp").sequence(12), "no sequence 12: .* sequences 0 to 11"),
@@ -232,7 +266,7 @@ def test_the_documented_lines_run(damaged: Path) -> None:
     runs.write_shard(store, open_run(finished).job, runs.shard(1), "dead")
     page = (Path(__file__).parents[2] / "docs" / "data_format.md").read_text(encoding="utf-8")
     blocks = [block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "import ray" not in block]
-    assert len(blocks) == 10
+    assert len(blocks) == 14
     names: dict[str, Any] = {"RUN": str(finished)}
     for block in blocks:
         exec(block, names)
@@ -244,6 +278,12 @@ def test_the_documented_lines_run(damaged: Path) -> None:
         ([row["activation"][0].as_py() for row in names["dataset"]], all_bits(runs.PARTS[1])),
     ):
         assert same_bits(names["numbers"](rows), layer_7)
+    routed = open_run(finished).site("router_topk").layer(7)
+    ids, weights = routed.tensor()["expert_ids"], routed.tensor()["expert_weights"]
+    order = torch.from_numpy(open_run(finished).tokens().argsort())
+    assert torch.equal(names["experts"], ids[order])
+    assert same_bits(names["weights"], weights[order].numpy().view(np.uint8))
+    assert names["load"].select("expert_ids", "len").rows() == sorted(Counter(ids.flatten().tolist()).items())
     assert [(row["sequence_id"][0].as_py(), row["position"][0].as_py()) for row in names["dataset"]] == open_run(finished).tokens()[
         ["sequence_id", "position"]
     ].tolist()

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from m2ray.activations.schema import LAYER_CONVENTION, parse_part_key, part_key, part_schema
-from m2ray.batches import PartSpec
+from m2ray.batches import Column, PartSpec
 from m2ray.storage import open_store
 from tests.unit import activation_runs as runs
 
@@ -21,6 +21,8 @@ SITES = (
     PartSpec.of("attention", 3, "float16", 31),
     PartSpec.of("mlp", 3, "float32", 17),
     PartSpec.of("embedding", None, "bfloat16", 24),
+    PartSpec("router_topk", 3, (Column("expert_ids", "int16", 3), Column("expert_weights", "float32", 3))),
+    PartSpec("mlp_in", 3, (Column("activation", "int8", 200), Column("scale", "float32", 2))),
 )
 
 
@@ -32,14 +34,14 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def expected(spec: PartSpec) -> list[tuple[int, int, int, bytes]]:
+def expected(spec: PartSpec) -> list[tuple[int | bytes, ...]]:
     """The rows of one part's site and layer, over all shards."""
     rows = []
     for shard in runs.shards():
         for sequence_id in shard.sequence_ids.tolist():
-            activations = [row.tobytes() for row in runs.bits(spec, sequence_id)]
+            columns = [[row.tobytes() for row in column] for column in runs.by_column(spec, runs.bits(spec, sequence_id))]
             tokens = runs.token_ids(sequence_id).tolist()
-            rows += [(sequence_id, position, token, activations[position]) for position, token in enumerate(tokens)]
+            rows += [(sequence_id, position, token, *(column[position] for column in columns)) for position, token in enumerate(tokens)]
     return sorted(rows)
 
 
@@ -63,7 +65,7 @@ def test_columns_and_footer(folder: Path) -> None:
             ("sequence_id", pa.int64(), False),
             ("position", pa.int32(), False),
             ("token_id", pa.int32(), False),
-            ("activation", pa.binary(spec.row_bytes), False),
+            *((column.name, pa.binary(column.row_bytes), False) for column in spec.columns),
         ]
         footer = {key.decode(): value.decode() for key, value in schema.metadata.items()}
         assert footer == {
@@ -76,8 +78,8 @@ def test_columns_and_footer(folder: Path) -> None:
             "m2ray.layer_convention": LAYER_CONVENTION,
             "m2ray.site": spec.site,
             "m2ray.layer": "" if spec.layer is None else "3",
-            "m2ray.dtype": spec.columns[0].dtype,
-            "m2ray.shape": f"[{spec.columns[0].width}]",
+            "m2ray.dtype": {"router_topk": "int16, float32", "mlp_in": "int8, float32"}.get(spec.site, spec.columns[0].dtype),
+            "m2ray.shape": {"router_topk": "[3], [3]", "mlp_in": "[200], [2]"}.get(spec.site, f"[{spec.columns[0].width}]"),
             "m2ray.byte_order": "little",
             "m2ray.compression": "none",
             "m2ray.shard": "1",
@@ -102,7 +104,7 @@ def test_activations_are_plain_and_tokens_can_be_pruned(folder: Path) -> None:
 
 @pytest.mark.parametrize("spec", SITES, ids=lambda spec: spec.site)
 def test_stock_readers_give_the_same_bits(folder: Path, spec: PartSpec) -> None:
-    columns = ["sequence_id", "position", "token_id", "activation"]
+    columns = ["sequence_id", "position", "token_id", *(column.name for column in spec.columns)]
     rows = expected(spec)
     files = sorted(folder.glob(glob(folder, spec).removeprefix(f"{folder}/")))
     assert len(files) == 3

@@ -122,7 +122,7 @@ def test_a_kind_names_layers_and_is_of_all_sites_of_hidden_width(text: str | Non
 def test_a_covariance_brings_its_means() -> None:
     asked = statistics_of_run("covariance:2, experts:1", RESIDUALS, (1,), 6)
     assert statistics.places(asked) == {("residual", 2): {"covariance", "moments"}, ("router_topk", 1): {"experts"}}
-    assert statistics.sites(asked) == {"residual": (2,), "router_topk": (1,)}
+    assert statistics.statistic_sites(asked) == {"residual": (2,), "router_topk": (1,)}
 
 
 def test_all_that_is_wrong_is_said_at_once() -> None:

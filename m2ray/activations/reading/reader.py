@@ -16,6 +16,7 @@ from m2ray.activations.reading.part_reader import Check
 from m2ray.activations.reading.random_rows import RandomRows
 from m2ray.batches import TOKEN_ROW, PartReceipt, PartSpec
 from m2ray.errors import ConfigError, NotInRunError
+from m2ray.sites import shown_layers
 from m2ray.storage import open_store
 
 if TYPE_CHECKING:
@@ -67,6 +68,10 @@ class RunReader:
         self._parts = tuple(parts)
         self._has_layer_axis = has_layer_axis
 
+    def __repr__(self) -> str:
+        what = [site + (f" at layers {shown_layers(layers)}" if (layers := self._layers_of(site)) else "") for site in self.sites]
+        return f"<run {self._catalogue.store.url}: {', '.join(what)}; {self.num_shards} of {self.job.num_shards} shards, {self.num_tokens:,} tokens>"
+
     # -- the run ------------------------------------------------------------------------------------------------------
 
     @property
@@ -115,6 +120,11 @@ class RunReader:
     # -- views --------------------------------------------------------------------------------------------------------
 
     @property
+    def parts(self) -> tuple[PartSpec, ...]:
+        """The sites and layers of this view, each with its columns."""
+        return self._parts
+
+    @property
     def sites(self) -> tuple[str, ...]:
         """The sites of this view."""
         return tuple(dict.fromkeys(part.site for part in self._parts))
@@ -123,6 +133,9 @@ class RunReader:
     def layer_numbers(self) -> tuple[int, ...]:
         """The layers of this view, in its order; empty for a site of the whole model."""
         return tuple(dict.fromkeys(part.layer for part in self._parts if part.layer is not None))
+
+    def _layers_of(self, site: str) -> list[int]:
+        return sorted(part.layer for part in self._parts if part.site == site and part.layer is not None)
 
     @property
     def num_files(self) -> int:
@@ -270,6 +283,7 @@ class RunReader:
         """
         from m2ray.activations.reading.row_iterator import RowIterator
 
+        self._require_one_tensor()
         return RowIterator(self.stream(batch_rows=rows, **stream), rows, epochs, dtype)
 
     def as_data_provider(self, *, rows: int = 4096, **stream: Any) -> "RowIterator":
@@ -321,10 +335,12 @@ class RunReader:
     def mean_norm(self, most_rows: int | None = None) -> float:
         """The mean L2 norm of the committed rows of a one-layer view, summed in float64; NaN if there are none.
 
-        Reads some rows at a time: all of them, or at most `most_rows`, from shards that are spread evenly. Raises as `sequence` does.
+        Reads some rows at a time: all of them, or at most `most_rows`, from shards that are spread evenly. Raises as `sequence` does, and
+        NotInRunError for router_topk, whose rows are no vectors.
         """
         from m2ray.activations.reading.norms import mean_norm
 
+        self._require_one_tensor()
         return mean_norm(self._catalogue, self._one_layer(), most_rows)
 
     # -- inside -------------------------------------------------------------------------------------------------------
@@ -338,6 +354,12 @@ class RunReader:
         if len(self._one_site()) > 1:
             raise NotInRunError(f"This view has layers {', '.join(map(str, self.layer_numbers))}.", "Choose one with .layer(NUMBER).")
         return self._parts[0]
+
+    def _require_one_tensor(self) -> None:
+        """Raise NotInRunError where rows are no tensor but several by column."""
+        columns = [column.name for column in self._one_layer().columns]
+        if "activation" not in columns:
+            raise NotInRunError(f"Rows of {self.sites[0]} have the columns {', '.join(columns)}.", "Read them with stream() or tensor().")
 
     def _of_layers(self, numbers: Sequence[int]) -> list[PartSpec]:
         absent = [number for number in numbers if number not in self.layer_numbers]

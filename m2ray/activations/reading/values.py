@@ -6,17 +6,24 @@ from typing import Any
 import torch
 
 from m2ray.batches import Column
+from m2ray.sites import BLOCK_CHANNELS
 
 Values = Any
-"""A torch.Tensor [..., W] of parts that have the one column `activation`; of others a dict of such tensors by column."""
+"""A torch.Tensor [..., W] at every site but router_topk; there a dict of such tensors by column."""
 
 
 def tensors_of(columns: Sequence[Column], bytes_NB: torch.Tensor) -> Values:
-    """The values of rows, uint8 [..., bytes of a row]. Where there is one column they lie in the same memory."""
-    if [column.name for column in columns] == ["activation"]:
+    """The values of rows, uint8 [..., bytes of a row]. A single column lies in the same memory; rows in 8 bits are decoded, as float32."""
+    if len(columns) == 1:
         return bytes_NB.view(getattr(torch, columns[0].dtype))
     pieces = bytes_NB.split([column.row_bytes for column in columns], dim=-1)
-    return {column.name: piece.contiguous().view(getattr(torch, column.dtype)) for column, piece in zip(columns, pieces, strict=True)}
+    tensors = {column.name: piece.contiguous().view(getattr(torch, column.dtype)) for column, piece in zip(columns, pieces, strict=True)}
+    return decoded(tensors["activation"], tensors["scale"]) if "scale" in tensors else tensors
+
+
+def decoded(activation_NW: torch.Tensor, scale_NK: torch.Tensor) -> torch.Tensor:
+    """Rows in 8 bits as float32 [..., W]: each channel times the scale of its block."""
+    return activation_NW.float() * scale_NK.repeat_interleave(BLOCK_CHANNELS, dim=-1)[..., : activation_NW.shape[-1]]
 
 
 def by_column(values: Values) -> dict[str, torch.Tensor]:
