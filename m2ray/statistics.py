@@ -100,7 +100,7 @@ def _sites_of(
     text: str, kind: str, layers: str, parts: Sequence[PartSpec], router_layers: Sequence[int], num_layers: int
 ) -> dict[str, tuple[int, ...]]:
     """The sites and layers of which a kind is taken."""
-    has: list[Place] = [(part.site, part.layer) for part in parts if SITES[part.site].is_stored_as_asked]
+    has: list[Place] = [(part.site, part.layer) for part in parts if SITES[part.site].columns[0][2] == "hidden_size"]
     if kind == "experts":
         has = [(ROUTER, layer) for layer in router_layers]
     chosen: set[int | None] = {layer for _, layer in has}

@@ -5,7 +5,7 @@ each shard is in `statistics/` once, also one that is extracted again later.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -113,13 +113,17 @@ def _unpack_norms(pairs: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return counts
 
 
-_PACKED = {
-    "moments": lambda values: values.astype(np.float64, copy=False),
-    "covariance": lambda values: values.astype(np.float32, copy=False),
-    "norms": _pack_norms,
-    "experts": lambda values: values.astype(np.int32),
-}
-_UNPACKED = {"moments": np.asarray, "covariance": np.asarray, "norms": _unpack_norms, "experts": np.asarray}
+def _pack_products(sums: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    return sums.astype(np.float32, copy=False)
+
+
+def _pack_pairs(counts: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    return counts.astype(np.int32)
+
+
+_Change = Callable[[npt.NDArray[Any]], npt.NDArray[Any]]
+_PACKED: Mapping[str, _Change] = {"moments": np.asarray, "covariance": _pack_products, "norms": _pack_norms, "experts": _pack_pairs}
+_UNPACKED: Mapping[str, _Change] = {**dict.fromkeys(_PACKED, np.asarray), "norms": _unpack_norms}
 
 
 def covariance_key(place: Place) -> str:

@@ -10,12 +10,11 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ray
 import torch
 
-from m2ray.activations.writing.consumer import Consumer
 from m2ray.activations.writing.writer import ActivationWriter, WriterSpec
 from m2ray.batches import MicroBatch, PartReceipt
 from m2ray.chain.completion import Completed, Completion, GatheredShard
@@ -31,6 +30,9 @@ from m2ray.errors import StoreError
 from m2ray.model.boundary import Boundary
 from m2ray.model.capture import CaptureSpec
 from m2ray.model.stage import Stage, StageOutput, StageSpec, load_stage
+
+if TYPE_CHECKING:
+    from m2ray.activations.writing.consumer import Consumer
 
 _AHEAD = 2
 """Micro-batches at each of a stage's doors, at most: received and not computed, computed and not sent, sent and not taken by the next

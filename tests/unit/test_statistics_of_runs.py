@@ -55,7 +55,7 @@ def values(part: PartSpec, sequence_id: int) -> list[torch.Tensor]:
     return [(torch.randn((num_tokens, runs.WIDTH), generator=generator) * 3 + torch.arange(runs.WIDTH) * 50).bfloat16()]
 
 
-def captured(parts: Sequence[PartSpec], kept: bool, micro_batch: MicroBatch) -> list[CapturedLayer]:
+def captured(parts: Sequence[PartSpec], micro_batch: MicroBatch, *, kept: bool) -> list[CapturedLayer]:
     kinds = places(ASKED)
     taken = Statistics({part: kinds[part.site, part.layer] for part in parts}, NUM_EXPERTS)
     layers = []
@@ -83,7 +83,7 @@ def extract(run: Run, shard: Shard, attempt: str, spans: Iterable[tuple[int, int
         consumers = (rows, StatisticsWriter(run.store, kinds, Selection()))
         for micro_batch in runs.micro_batches(shard):
             for consumer in consumers:
-                consumer.submit(attempt, micro_batch, captured(here, bool(kept), micro_batch), 10)
+                consumer.submit(attempt, micro_batch, captured(here, micro_batch, kept=bool(kept)), 10)
         for consumer in consumers:
             receipts += consumer.collect(shard.index, attempt, 10)
         rows.close()
@@ -348,13 +348,13 @@ def test_a_shard_without_its_statistics_is_not_committed(store: LocalStore) -> N
 def test_statistics_of_half_a_shard_are_not_collected(store: LocalStore) -> None:
     writer = StatisticsWriter(store, {place: kinds for place, kinds in places(ASKED).items() if place[0] == "residual"}, Selection())
     first, second = runs.micro_batches(runs.shard(0))
-    writer.submit("a", first, captured(PARTS[:3], False, first), 10)
+    writer.submit("a", first, captured(PARTS[:3], first, kept=False), 10)
     with pytest.raises(StageError, match="before its last"):
         writer.collect(0, "a", 10)
-    writer.submit("b", first, captured(PARTS[:3], False, first), 10)
+    writer.submit("b", first, captured(PARTS[:3], first, kept=False), 10)
     with pytest.raises(StageError, match="of micro-batch 0 came, not of 1"):
-        writer.submit("b", first, captured(PARTS[:3], False, first), 10)
+        writer.submit("b", first, captured(PARTS[:3], first, kept=False), 10)
     writer.abandon([(0, "b")])
     with pytest.raises(StageError, match="of micro-batch 1 came, not of 0"):
-        writer.submit("b", second, captured(PARTS[:3], False, second), 10)
+        writer.submit("b", second, captured(PARTS[:3], second, kept=False), 10)
     assert not left(store)

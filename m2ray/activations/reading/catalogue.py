@@ -1,10 +1,9 @@
 """Catalogue: what a run folder holds that counts. Parts are resolved through commits only, so half a shard is invisible."""
 
 from bisect import bisect_right
-from collections.abc import Sequence
 from functools import cached_property
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +18,9 @@ from m2ray.batches import PartReceipt, PartSpec, SequenceFile
 from m2ray.errors import NotInRunError, StoreError
 from m2ray.sequences import read_sequences
 from m2ray.storage import Store
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 class Catalogue:
