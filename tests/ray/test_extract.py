@@ -28,9 +28,13 @@ from scripts.make_checkpoint import make_checkpoint
 from tests.following import assert_every_row_once, follow
 from tests.ray.conftest import RayCluster
 from tests.reference import DATA, MINIMAX_TINY, edited, load_reference, make_family, make_minimax, reference_rows, same_bits
+from tests.summed import close_covariance, close_moments
 
 NUM_PROMPTS = 36
 OPTIONS = ("--compute-dtype", "float32", "--store-dtype", "float32", "--batch-tokens", "256", "--shard-tokens", "400")
+
+
+SUMMED = ("--statistics", "moments, norms, experts, covariance:1")
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +104,11 @@ def assert_equals_transformers(run: Path, model: Path, layers: Sequence[int]) ->
     assert compared == reader.num_tokens * len(layers) > 0
 
 
+def summed(run: Path) -> dict[str, bytes]:
+    """The files of `statistics/`."""
+    return {str(path.relative_to(run)): path.read_bytes() for path in (run / "statistics").rglob("*") if path.is_file()}
+
+
 def rows_of(run: Path) -> tuple[np.ndarray, torch.Tensor]:
     reader = m2ray.open_run(run)
     return reader.tokens(), reader.tensor()
@@ -107,11 +116,11 @@ def rows_of(run: Path) -> tuple[np.ndarray, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def finished(cluster: RayCluster, minimax: Path, prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of MiniMax-M2 with 3 stages, submitted as a job."""
+    """A run of MiniMax-M2 with 3 stages, submitted as a job, with statistics beside its rows."""
     run = tmp_path_factory.mktemp("runs") / "finished"
     submitted = cluster.run(
         *("ray", "job", "submit", "--address", cluster.dashboard, "--working-dir", ".", "--"),
-        *("python", "jobs/extract.py", *words(minimax, prompts, run, "--stages", "3")),
+        *("python", "jobs/extract.py", *words(minimax, prompts, run, "--stages", "3", *SUMMED)),
     )
     assert submitted.returncode == 0, submitted.stdout + submitted.stderr
     for line in ("36 prompts: 35 ready", "1 quarantined", "load: ", "extract: ", "tokens/s", "Complete: 35 sequences"):
@@ -121,6 +130,18 @@ def finished(cluster: RayCluster, minimax: Path, prompts: Path, tmp_path_factory
 
 def test_a_submitted_job_equals_transformers(finished: Path, minimax: Path) -> None:
     assert_equals_transformers(finished, minimax, range(MINIMAX_TINY["layers"]))
+
+
+def test_statistics_are_those_of_the_stored_rows(finished: Path) -> None:
+    """One pass over the rows of each layer in float64; a token chooses its number of experts in each layer."""
+    reader = m2ray.open_run(finished)
+    for layer in reader.layer_numbers:
+        found, rows = reader.statistics("residual", layer), reader.layer(layer).tensor().double().numpy()
+        close_moments(found.mean.numpy(), found.variance.numpy(), found.min.numpy(), found.max.numpy(), rows)
+        assert found.count == len(rows) == found.norms["rows"].to_numpy().sum()
+        load = reader.statistics("router_topk", layer).expert_load
+        assert int(load.sum()) % len(rows) == 0 < int(load.sum())
+    close_covariance(reader.statistics("residual", 1).covariance.double().numpy(), reader.layer(1).tensor().double().numpy())
 
 
 def test_an_audit_of_a_submitted_job_finds_the_same_bits(finished: Path, cluster: RayCluster) -> None:
@@ -313,14 +334,14 @@ def test_a_killed_run_goes_on_with_other_stages_to_the_same_rows(
     cluster: RayCluster, minimax: Path, prompts: Path, finished: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    driver = cluster.start("m2ray", "extract", *words(minimax, prompts, run, "--stages", "2", "--in-flight", "1KB"))
+    driver = cluster.start("m2ray", "extract", *words(minimax, prompts, run, "--stages", "2", "--in-flight", "1KB", *SUMMED))
     wait_for_commits(run, 2, driver)
     driver.send_signal(signal.SIGKILL)
     driver.wait(30)
     before = commits(run)
     assert not (run / "_SUCCESS").exists()
     followed = follow(str(run), 3)
-    again = cluster.run("m2ray", "extract", *words(minimax, prompts, run, "--stages", "1"))
+    again = cluster.run("m2ray", "extract", *words(minimax, prompts, run, "--stages", "1", *SUMMED))
     assert again.returncode == 0, again.stdout + again.stderr
     assert "The driver that was at this run ended without a word" in again.stdout, "its lease is outlived at once"
     missing = int(re.search(r"(\d+) of \d+ shards are missing", again.stdout)[1])
@@ -330,6 +351,8 @@ def test_a_killed_run_goes_on_with_other_stages_to_the_same_rows(
     ours, theirs = rows_of(run), rows_of(finished)
     assert np.array_equal(ours[0], theirs[0])
     assert same_bits(ours[1], theirs[1])
+    assert summed(run) == summed(finished)
+    assert len(summed(run)) == 5
     assert_every_row_once(followed.result(60), str(run), 3)
 
 
@@ -358,9 +381,10 @@ def test_a_finished_run_without_a_commit_and_with_parts_of_a_dead_driver_is_made
     (run / "_commits" / "shard-000001.json").unlink()
     part = next((run / "data").rglob("shard-000000-*.parquet"))
     shutil.copy(part, part.with_name("shard-000000-dead.parquet"))
-    again = cluster.run("m2ray", "extract", *words(minimax, prompts, run))
+    again = cluster.run("m2ray", "extract", *words(minimax, prompts, run, *SUMMED))
     assert again.returncode == 0, again.stdout + again.stderr
     assert "1 of" in again.stdout
+    assert summed(run) == summed(finished), "a shard counts once, also if it is extracted again"
     found = verify(LocalStore(run), checksums=True)
     assert (found.damages, found.unnamed, found.is_complete) == ((), (), True)
     keys = pq.read_table(run / "manifest.parquet")["key"].to_pylist()
@@ -372,7 +396,7 @@ def test_a_finished_run_without_a_commit_and_with_parts_of_a_dead_driver_is_made
 
 def test_a_finished_run_is_left_as_it_is(cluster: RayCluster, minimax: Path, prompts: Path, finished: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
-    again = cluster.run("m2ray", "extract", *words(minimax, prompts, finished))
+    again = cluster.run("m2ray", "extract", *words(minimax, prompts, finished, *SUMMED))
     assert again.returncode == 0, again.stdout + again.stderr
     assert "0 of" in again.stdout
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()} == before

@@ -13,7 +13,7 @@ from m2ray.batches import Column, PartSpec
 from m2ray.errors import ConfigError
 from m2ray.model.statistics import Statistics
 from m2ray.statistics import NORM_BINS, norm_edges, statistics_of_run
-from tests.unit.summed import against_numpy, expected_norms
+from tests.summed import against_numpy, expected_norms
 
 WIDTH = 40
 ALL = frozenset({"moments", "norms", "covariance"})

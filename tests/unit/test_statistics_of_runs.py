@@ -24,7 +24,7 @@ from m2ray.selection import Selection
 from m2ray.statistics import Place, places
 from m2ray.storage import LocalStore
 from tests.unit import activation_runs as runs
-from tests.unit.summed import close_covariance, close_moments, expected_norms
+from tests.summed import close_covariance, close_moments, expected_norms
 
 NUM_EXPERTS = 5
 PARTS = (
