@@ -69,7 +69,7 @@ class Shard:
     index: int
     sequence_ids: Int64Array
     token_counts: Int32Array
-    row_counts: Int32Array = field(default=None)  # type: ignore[assignment]
+    row_counts: Int32Array = field(default=None)  # type: ignore[arg-type]  # __post_init__ gives it
 
     def __post_init__(self) -> None:
         if self.row_counts is None:

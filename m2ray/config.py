@@ -53,7 +53,7 @@ NonEmpty = Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)
 Encoding = Annotated[str, BeforeValidator(_encoding)]
 
 
-TOKEN_CHOICES = "all, last, last:k, first:k, every:n, mask, mask:last:k, mean, mean:mask"
+CHOICES = "all, last, last:k, first:k, every:n, mask, mask:last:k, mean, mean:mask"
 TokenKind = Literal["all", "last", "first", "every", "mean"]
 
 
@@ -64,6 +64,15 @@ class TokenChoice(NamedTuple):
     number: int = 0
     in_mask: bool = False
 
+
+_CHOICES_BY_WORD = {
+    "all": TokenChoice("all"),
+    "last": TokenChoice("last", 1),
+    "mask": TokenChoice("all", in_mask=True),
+    "mean": TokenChoice("mean"),
+    "mean:mask": TokenChoice("mean", in_mask=True),
+}
+"""Those without a number."""
 
 _DECIDES_ROWS: dict[str, Any] = {"decides_rows": True}
 
@@ -128,16 +137,14 @@ class ExtractConfig(BaseModel):
         "residual",
         description=f'What to capture: {", ".join(get_args(SiteName))}; several with layers of their own: "residual:all, mlp:0,20-30, final_norm".',
     )
-    tokens: NonEmpty = _rows(
-        "all", description=f"Tokens whose rows are kept: {TOKEN_CHOICES}. mask: by the loss mask; mean: one row a sequence."
-    )
+    tokens: NonEmpty = _rows("all", description=f"Tokens whose rows are kept: {CHOICES}. mask: by the loss mask; mean: one row a sequence.")
+    skip_special_tokens: bool = _rows(False, description="Never choose the tokenizer's special tokens.")
     statistics: NonEmpty | None = _rows(
         None, description='What to sum up of the rows: "moments:all, norms:all, experts:all, covariance:20,30"; default: nothing.'
     )
     keep: Literal["rows", "statistics", "both"] | Auto = _rows(
         "auto", description="What is stored: rows, their statistics alone, or both; auto: both where statistics are asked for."
     )
-    skip_special_tokens: bool = _rows(False, description="Never choose the tokenizer's special tokens.")
     compute_dtype: Literal["bfloat16", "float16", "float32"] = _rows("bfloat16", description="Dtype of weights and arithmetic.")
     store_dtype: Literal["bfloat16", "float16", "float32", "float8", "int8"] = _rows(
         "bfloat16",
@@ -228,20 +235,6 @@ def parse_layers(text: str, num_layers: int) -> tuple[int, ...]:
     return tuple(sorted(chosen))
 
 
-def parse_tokens(text: str) -> TokenChoice:
-    """What the option `tokens` says. Raises ConfigError."""
-    if text in ("all", "mean"):
-        return TokenChoice(text)
-    if text in ("mask", "mean:mask"):
-        return TokenChoice("all" if text == "mask" else "mean", in_mask=True)
-    if text == "last":
-        return TokenChoice("last", 1)
-    match = re.fullmatch(r"(?:(mask):(?=last))?(last|first|every):([1-9]\d{0,8})", text)
-    if not match:
-        raise ConfigError(f"tokens = {text!r} is no choice of tokens.", f"Write {TOKEN_CHOICES}; k and n are from 1 on.")
-    return TokenChoice(cast("TokenKind", match[2]), int(match[3]), in_mask=match[1] is not None)
-
-
 def parse_sites(text: str) -> dict[str, str | None]:
     """The sites that `sites` names, in its order, and the layers that stand behind each, if any: "residual", "residual:all, mlp:0,20-30".
 
@@ -261,6 +254,16 @@ def parse_sites(text: str) -> dict[str, str | None]:
             chosen[name] = layers if colon else None
     raise_all(problems)
     return chosen
+
+
+def parse_tokens(text: str) -> TokenChoice:
+    """What the option `tokens` says. Raises ConfigError."""
+    if text in _CHOICES_BY_WORD:
+        return _CHOICES_BY_WORD[text]
+    match = re.fullmatch(r"(?:(mask):(?=last))?(last|first|every):([1-9]\d{0,8})", text)
+    if not match:
+        raise ConfigError(f"tokens = {text!r} is no choice of tokens.", f"Write {CHOICES}; k and n are from 1 on.")
+    return TokenChoice(cast("TokenKind", match[2]), int(match[3]), in_mask=match[1] is not None)
 
 
 def parse_labels(text: str | None) -> dict[str, str]:

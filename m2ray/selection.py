@@ -100,9 +100,9 @@ class Selection:
             assert mask_BT is not None, f"tokens = {self.tokens!r} needs a mask"
             may_be_BT &= mask_BT
         if choice.kind == "every":
-            return may_be_BT & (positions_T % choice.number == 0)
-        if choice.kind == "first":
-            return may_be_BT & (np.cumsum(may_be_BT, axis=1) <= choice.number)
-        if choice.kind == "last":
-            return may_be_BT & (np.cumsum(may_be_BT[:, ::-1], axis=1)[:, ::-1] <= choice.number)
+            may_be_BT &= positions_T % choice.number == 0
+        elif choice.kind == "first":
+            may_be_BT &= np.cumsum(may_be_BT, axis=1) <= choice.number
+        elif choice.kind == "last":
+            may_be_BT &= np.cumsum(may_be_BT[:, ::-1], axis=1)[:, ::-1] <= choice.number
         return may_be_BT

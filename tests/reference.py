@@ -25,6 +25,7 @@ from m2ray.model.skeleton import build_skeleton
 from m2ray.model.stage import Stage, StageSpec, load_stage
 from m2ray.model.tiny import tiny_copies
 from m2ray.model.weights import load_weights
+from m2ray.selection import Selection
 from scripts.make_checkpoint import make_checkpoint
 
 DATA = Path(__file__).parent / "data"
@@ -222,11 +223,13 @@ def _end(*_: object) -> None:
     raise _TowerDone
 
 
-def load_capturing(spec: StageSpec, layers: Iterable[int] | None = None, store_dtype: str | None = None) -> Stage:
+def load_capturing(
+    spec: StageSpec, layers: Iterable[int] | None = None, store_dtype: str | None = None, selection: Selection | None = None
+) -> Stage:
     """A stage that keeps the residual of `layers`, all of its span if None, in its compute dtype if no other is given."""
     stage = load_stage(spec, lambda *_: None)
     kept = range(spec.span.start, spec.span.stop) if layers is None else layers
-    stage.begin(CaptureSpec({"residual": tuple(kept)}, store_dtype or spec.compute_dtype))
+    stage.begin(CaptureSpec({"residual": tuple(kept)}, store_dtype or spec.compute_dtype, selection or Selection()))
     return stage
 
 

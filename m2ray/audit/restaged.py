@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from m2ray.activations.reading.values import tensor_of
 from m2ray.batches import LayerSpan, MicroBatch
 from m2ray.model.capture import CaptureSpec
 from m2ray.model.stage import DTYPES, StageSpec, load_stage
@@ -55,7 +56,7 @@ def restage(
                 output = stage.forward(micro_batch, boundaries[place])
                 for part, captured in zip(stage.parts, output.captured, strict=True):
                     assert part.layer is not None
-                    on_rows(micro_batch, part.layer, torch.from_numpy(captured.columns[0]).view(DTYPES[part.columns[0].dtype]))
+                    on_rows(micro_batch, part.layer, tensor_of(part.columns[0], torch.from_numpy(captured.columns[0])))
                 boundaries[place] = None if output.boundary is None else output.on_host()
             del stage
     return digests

@@ -96,8 +96,9 @@ def _claim(inputs: Inputs, found: Survey, stats: PromptStats, progress: Progress
     A request to create job.json may fail and have created it all the same, and it names the survey's files: they are deleted only where
     another record is seen in its place.
     """
+    counted = "prompts" if inputs.options.prompts.pack is None else "contexts, documents that cannot be used and remainders"
     progress.say(
-        f"{found.num_sequences:,} prompts: {found.num_ready:,} ready with {found.num_tokens:,} tokens in {len(found.shards):,} shards, "
+        f"{found.num_sequences:,} {counted}: {found.num_ready:,} ready with {found.num_tokens:,} tokens in {len(found.shards):,} shards, "
         f"{found.num_quarantined:,} quarantined; padding {stats.padding_waste:.1%}; {inputs.source.columns}"
     )
     for line in inputs.tokenizer.told(inputs.source.columns, found.first_prompt):
@@ -105,7 +106,7 @@ def _claim(inputs: Inputs, found: Survey, stats: PromptStats, progress: Progress
     if found.num_empty_masks:
         progress.say(f"  the loss masks of {found.num_empty_masks:,} prompts are 0 at every token")
     if found.num_without_rows:
-        progress.say(f"  {found.num_without_rows:,} prompts have no chosen token, and so no row")
+        progress.say(f"  {found.num_without_rows:,} sequences have no chosen token, and so no row")
     for quarantined in found.first_quarantined:
         progress.say(f"  quarantined: {quarantined}")
     job = JobRecord.new(

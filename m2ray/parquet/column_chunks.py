@@ -67,7 +67,7 @@ class EncodedColumns:
 
 
 def encode_integers(table: Any, *, dictionary: Sequence[str], delta: Sequence[str], statistics: Sequence[str]) -> EncodedColumns:
-    """A pyarrow table of integers as one row group, which may be written into any number of files.
+    """A pyarrow table of integers as one row group, which may be written into any number of files; one without rows has no chunks.
 
     Args:
         table: its fields may not be null.
@@ -75,6 +75,8 @@ def encode_integers(table: Any, *, dictionary: Sequence[str], delta: Sequence[st
         delta: those whose neighbours differ little.
         statistics: those that are given minimum and maximum, a page and a row group.
     """
+    if not len(table):
+        return EncodedColumns(0, b"", ())
     sink = pa.BufferOutputStream()
     pq.write_table(
         table,

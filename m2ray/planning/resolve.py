@@ -64,6 +64,7 @@ def resolve(
     num_layers = layers_run(parts, table.num_layers)
     if isinstance(config.stages, int) and config.stages > num_layers:
         raise ConfigError(f"stages = {config.stages}, but only {num_layers} layers are run.", f"Ask for at most {num_layers}.")
+    _require_means(prompts, parts)
     routers = [layer for layer in table.layers_of.get(ROUTER, ()) if layer < num_layers]
     statistics = statistics_of_run(config.statistics, parts, routers, table.num_layers)
     of_statistics = parts_of_run(statistic_sites(statistics), config.store_dtype, *widths_of_model)
@@ -125,7 +126,7 @@ def _shard_tokens(
 
 def _require_means(prompts: PromptOptions, parts: Sequence[PartSpec]) -> None:
     """Raise ConfigError for means of what has none: numbers of experts."""
-    without = sorted({part.site for part in parts if any(column.dtype.startswith("int") for column in part.columns)})
+    without = sorted({part.site for part in parts if any(column.name == "expert_ids" for column in part.columns)})
     if prompts.selection.is_mean and without:
         raise ConfigError(
             f"tokens = {prompts.tokens!r}, and {', '.join(without)} has numbers of experts, which have no mean.", "Leave it out of sites."

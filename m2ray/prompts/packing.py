@@ -5,13 +5,16 @@ own, with the reason; so does the remainder, which is too short for a context an
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from m2ray.batches import Int32Array
 from m2ray.prompts.masks import Document, Marked
 from m2ray.prompts.rows import PromptRow
 from m2ray.prompts.shards import WINDOW_ROWS
+
+if TYPE_CHECKING:
+    from m2ray.batches import Int32Array
 
 Batch = tuple[list[PromptRow], list[Marked | str]]
 """Rows, and of each its tokens, or why it is quarantined."""

@@ -184,6 +184,10 @@ class PromptTokenizer:
             f"the first prompt's {len(first_prompt):,} tokens: {self._in_words(first_prompt.tolist())}",
         ]
 
+    def encode(self, rows: Sequence[PromptRow]) -> list[Int32Array | str]:
+        """The same as `marked`, token ids alone."""
+        return [found if isinstance(found, str) else found.token_ids for found in self.marked(rows)]
+
     def marked(self, rows: Sequence[PromptRow]) -> list[Marked | str]:
         """Each row's token ids and what is known of them, or the reason why the row is quarantined.
 

@@ -10,9 +10,11 @@ import torch
 from m2ray.batches import LayerSpan, MicroBatch
 from m2ray.errors import StageError
 from m2ray.model import fp8
+from m2ray.model.capture import CaptureSpec
 from m2ray.model.extents import Range, RowsToLoad
 from m2ray.model.fp8 import KernelTable, dequantize
 from m2ray.model.stage import Stage, StageSpec
+from m2ray.selection import Selection
 from tests.reference import LENGTHS, MINIMAX_TINY, load_capturing, load_reference, make_minimax, micro_batch_of, reference_rows
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -115,6 +117,24 @@ def test_rows_are_right_while_later_micro_batches_run(folder: Path) -> None:
         for captured, expected in zip(output.captured, reference_rows(reference, batch), strict=True):
             rows = torch.from_numpy(captured.columns[0]).view(torch.float32)
             assert ((rows - expected).norm(dim=1) / expected.norm(dim=1)).max() < 1e-4
+
+
+@pytest.mark.parametrize("tokens", ["last:3", "mask", "mean", "mean:mask"])
+def test_chosen_tokens_are_those_of_all_rows(folder: Path, tokens: str) -> None:
+    """A mean is summed there in the order of positions, as NumPy does it."""
+    stage, batch = load(folder, "cuda:0", dtype="float32"), micro_batch_of(LENGTHS, MINIMAX_TINY["vocab_size"])
+    batch = replace(batch, mask_BT=np.random.default_rng(5).random(batch.token_ids_BT.shape) < 0.5)
+    whole = [torch.from_numpy(one.columns[0]).view(torch.float32) for one in stage.forward(batch, None).captured]
+    chosen = Selection(tokens)
+    stage.begin(CaptureSpec({"residual": tuple(range(NUM_LAYERS))}, "float32", chosen))
+    numbers = np.cumsum(np.arange(batch.token_ids_BT.shape[1]) < batch.token_counts[:, None]).reshape(-1) - 1
+    places = numbers[chosen.places(batch)]
+    for all_NW, captured in zip(whole, stage.forward(batch, None).captured, strict=True):
+        expected = all_NW[torch.from_numpy(places)]
+        if chosen.is_mean:
+            pieces = expected.split(chosen.chosen_counts(batch).tolist())
+            expected = torch.from_numpy(np.stack([piece.numpy().sum(axis=0) / np.float32(len(piece)) for piece in pieces]))
+        assert np.array_equal(captured.columns[0], expected.contiguous().view(torch.uint8).numpy()), captured.layer
 
 
 def test_a_chain_on_the_gpu_equals_one_stage(folder: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
+from m2ray.activations.reading.values import tensor_of
 from m2ray.activations.writing.weights_record import hold_weights
 from m2ray.activations.writing.writer import ActivationWriter
 from m2ray.batches import CapturedLayer, LayerSpan, MicroBatch
@@ -69,13 +70,13 @@ def extracted(
     def in_this_process(work: Any, *_: object) -> None:
         resolved = work.inputs.options
         spec = StageSpec(str(model), LayerSpan(0, max(resolved.layers) + 1), resolved.compute_dtype, "auto", "cpu", 1)
-        stage = load_capturing(spec, resolved.layers, resolved.store_dtype)
+        stage = load_capturing(spec, resolved.layers, resolved.store_dtype, resolved.prompts.selection)
         hold_weights(work.run.store, work.run.job, stage.digests)
         for shard in work.missing:
             _commit(work, shard, rows_of or (lambda micro_batch: rows_of_stage(stage, micro_batch)), computed_on or cpu_kind())
 
     given = {"model": model, "prompts": prompts, "output": run, "shard-tokens": 150, "batch-tokens": 60, **options}
-    words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+    words = [word for name, value in given.items() for word in (f"--{name}", *([] if value is True else [str(value)]))]
     with monkeypatch.context() as patch:
         patch.setattr(extract, "_hardware", hardware)
         patch.setattr(extract, "_run", in_this_process)
@@ -87,15 +88,12 @@ def extracted(
 def rows_of_stage(stage: Stage, micro_batch: MicroBatch) -> list[torch.Tensor]:
     """What a stage from layer 0 on captures."""
     captured = stage.forward(micro_batch, None).captured
-    return [
-        torch.from_numpy(each.columns[0]).view(getattr(torch, part.columns[0].dtype)).clone()
-        for part, each in zip(stage.parts, captured, strict=True)
-    ]
+    return [tensor_of(part.columns[0], torch.from_numpy(each.columns[0])).clone() for part, each in zip(stage.parts, captured, strict=True)]
 
 
 def _commit(work: Any, shard: Any, rows_of: RowsOf, computed_on: str) -> None:
     job, store, attempt = work.run.job, work.run.store, f"{shard.index:012x}"
-    writer = ActivationWriter(store, job.run_metadata(), job.parts, queue_bytes=1 << 20, threads=1)
+    writer = ActivationWriter(store, job.run_metadata(), job.parts, queue_bytes=1 << 20, threads=1, selection=job.selection)
     shapes = []
     try:
         for micro_batch in micro_batches(shard, work.tokens, job.options["batch_tokens"]):

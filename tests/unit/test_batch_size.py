@@ -30,7 +30,7 @@ Stats = Callable[[int], PromptStats]
 def stats_of(lengths: list[int]) -> Stats:
     """Prompts of these lengths, in shards of the default size, as a run would cut them."""
     counts = np.array(lengths, np.int32)
-    shards = ShardTable.join([(places, counts[places]) for places in cut_shards(counts, 32_768)])
+    shards = ShardTable.join([(places, counts[places], counts[places]) for places in cut_shards(counts, 32_768)])
 
     def stats_at(batch_tokens: int) -> PromptStats:
         return batching(shards, batch_tokens)

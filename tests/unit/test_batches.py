@@ -5,14 +5,15 @@ import pickle
 import numpy as np
 import pytest
 
-from m2ray import errors, selection
+from m2ray import errors
 from m2ray.batches import LayerSpan, MicroBatch, TensorRow, TensorTable
+from m2ray.selection import Selection
 
 
 def test_token_rows_leave_padding_out() -> None:
     token_ids_BT = np.array([[5, 6, 7], [8, 0, 0]], np.int32)
     micro_batch = MicroBatch(0, 0, True, np.array([3, 9]), np.array([3, 1], np.int32), token_ids_BT)
-    rows = selection.token_rows(micro_batch)
+    rows = Selection().token_rows(micro_batch)
     assert rows["sequence_id"].tolist() == [3, 3, 3, 9]
     assert rows["position"].tolist() == [0, 1, 2, 0]
     assert rows["token_id"].tolist() == [5, 6, 7, 8]
@@ -21,7 +22,7 @@ def test_token_rows_leave_padding_out() -> None:
 
 def test_a_real_token_with_the_padding_id_is_kept() -> None:
     micro_batch = MicroBatch(0, 0, True, np.array([1]), np.array([2], np.int32), np.array([[0, 0]], np.int32))
-    assert selection.token_rows(micro_batch)["token_id"].tolist() == [0, 0]
+    assert Selection().token_rows(micro_batch)["token_id"].tolist() == [0, 0]
 
 
 def test_table_counts_fp32_tensors_apart() -> None:

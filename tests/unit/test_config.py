@@ -47,12 +47,6 @@ def test_a_date_that_is_none_is_told_what_one_looks_like() -> None:
         ExtractConfig.validated({**REQUIRED, "template_date": "3 Feb"})
 
 
-@pytest.mark.parametrize("option", ["tokens"])
-def test_options_of_features_not_built_are_unknown(option: str) -> None:
-    with pytest.raises(ConfigError, match=f"no option '{option}'"):
-        ExtractConfig.validated({**REQUIRED, option: "auto"})
-
-
 def test_a_configuration_is_frozen() -> None:
     config = ExtractConfig.validated(REQUIRED)
     with pytest.raises(ValueError, match="frozen"):

@@ -255,6 +255,28 @@ def test_the_mask_is_cut_with_the_tokens(tmp_path: Path) -> None:
     assert cut.roles == [*whole.roles[:2], ("assistant", whole.roles[2][1], cut_tokens)]
 
 
+def test_a_mask_is_cut_at_its_beginning_with_the_tokens(tmp_path: Path) -> None:
+    whole = marked(tokenizer_of(tmp_path, PLAIN, mask="assistant"), LONG)[0]
+    first = whole.roles[2][1] + 3
+    options = PromptOptions("p", len(whole.token_ids) - first, mask="assistant", truncation="cut_left")
+    cut = marked(PromptTokenizer.load(str(tmp_path / "model"), options, 320), LONG)[0]
+    assert cut.token_ids.tolist() == whole.token_ids[first:].tolist()
+    assert cut.loss_mask == whole.loss_mask[first:]
+    assert cut.roles == [
+        ("assistant", 0, whole.roles[2][2] - first),
+        *((role, start - first, stop - first) for role, start, stop in whole.roles[3:]),
+    ]
+
+
+def test_a_row_without_a_mask_is_quarantined_where_tokens_are_chosen_by_it() -> None:
+    tokenizer = PromptTokenizer.load(str(TINY), PromptOptions("p", 3, tokens="mask", truncation="cut_left"), 320)
+    with_mask, without = tokenizer.marked(
+        [PromptRow(0, "0", token_ids=[5, 6, 7, 8], loss_mask=b"\1\0\0\1"), PromptRow(1, "1", token_ids=[5])]
+    )
+    assert (with_mask.token_ids.tolist(), with_mask.loss_mask) == ([6, 7, 8], b"\0\0\1")
+    assert without == "no loss mask, by which its tokens are to be chosen"
+
+
 def test_what_gives_no_mask_is_a_reason(tmp_path: Path) -> None:
     tokenizer = tokenizer_of(tmp_path, PLAIN, mask="assistant")
     first, alone, fine = marked(tokenizer, SHORT[1:], SHORT[:1], SHORT)

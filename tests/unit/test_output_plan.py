@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from m2ray import selection
 from m2ray.activations.schema import encode_tokens
 from m2ray.activations.writing.part_writer import PartWriter
 from m2ray.batches import MicroBatch, PartSpec, Shard
 from m2ray.planning.output import plan_output
 from m2ray.prompts import batching
 from m2ray.prompts.shards import cut_micro_batches, cut_shards
+from m2ray.selection import Selection
 from m2ray.storage import open_store
 
 METADATA = {"run_id": "0" * 32, "model_type": "minimax_m2", "num_layers": "62", "model_digest": "0" * 32, "tokenizer_digest": "0" * 32}
@@ -51,7 +51,7 @@ def written_bytes(folder: str, part: PartSpec, shards: list[Shard], batch_tokens
             rows = (torch.randn(batch.num_tokens, part.columns[0].width, generator=generator) * scales).to(
                 getattr(torch, part.columns[0].dtype)
             )
-            writer.append(encode_tokens(selection.token_rows(batch)), [rows.view(torch.uint8).numpy()])
+            writer.append(encode_tokens(Selection().token_rows(batch)), [rows.view(torch.uint8).numpy()])
         writer.finish("0" * 32)
         total += writer.receipt.num_bytes
     return total

@@ -35,6 +35,7 @@ from m2ray.prompts import (
 )
 from m2ray.prompts.masks import Marked
 from m2ray.prompts.shards import WINDOW_ROWS, cut_micro_batches, cut_shards
+from m2ray.selection import Selection
 from m2ray.storage import LocalStore
 
 TINY = Path(__file__).parents[1] / "data" / "prompts" / "tokenizer"
@@ -52,7 +53,7 @@ def as_table(token_counts, shard_tokens):
     pieces = []
     for start in range(0, len(token_counts), WINDOW_ROWS):
         window = token_counts[start : start + WINDOW_ROWS]
-        pieces += [(places + np.int64(start), window[places]) for places in cut_shards(window, shard_tokens)]
+        pieces += [(places + np.int64(start), window[places], window[places]) for places in cut_shards(window, shard_tokens)]
     return ShardTable.join(pieces)
 
 
@@ -122,6 +123,8 @@ def test_the_sequences_table_says_what_became_of_every_row(surveyed):
             "reason": ids if is_bad else None,
             "loss_mask": None,
             "roles": None,
+            "row_count": 0 if is_bad else len(ids),
+            "documents": None,
         }
     bad = [(place, f"p{place}", ids) for place, ids in enumerate(encoded) if isinstance(ids, str)]
     assert {(3, "p3", "empty"), (17, "p17", "null"), (40, "p40", "not a string but int")} <= set(bad)
@@ -176,8 +179,8 @@ def test_a_resume_tokenises_only_the_missing_shards(surveyed):
     assert_same_shards(shards, result.shards)
     missing = [shards[number] for number in (7, 2, len(shards) - 1)]
     encoded = []
-    encode = tokenizer.encode
-    tokenizer.encode = lambda rows: encoded.extend(row.sequence_id for row in rows) or encode(rows)
+    marked = tokenizer.marked
+    tokenizer.marked = lambda rows: encoded.extend(row.sequence_id for row in rows) or marked(rows)
     with respool(source, tokenizer, missing, store, result.sequence_files) as tokens:
         wanted = sorted(itertools.chain.from_iterable(shard.sequence_ids.tolist() for shard in missing))
         assert encoded == wanted
@@ -411,9 +414,14 @@ def test_batches_for_the_tokenizer_are_bounded_in_rows_and_bytes():
 class InstantTokenizer:
     """Stands where the tokenizer's own time and memory must not count: token ids without looking at the text."""
 
+    selection = Selection()
+
     def __init__(self, lengths):
         self._lengths = lengths
         self._ids = np.arange(2000, dtype=np.int32)
+
+    def packer(self):
+        return None
 
     def require(self, columns):
         pass

@@ -12,13 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from m2ray import selection
 from m2ray.batches import LayerSpan, MicroBatch, PartSpec
 from m2ray.errors import ConfigError, StageError
 from m2ray.model import residency
 from m2ray.model.boundary import Boundary
 from m2ray.model.capture import CaptureSpec
 from m2ray.model.stage import Stage, StageSpec, load_stage
+from m2ray.selection import Selection
 from tests.reference import chain_rows, load_capturing, load_reference, make_family, micro_batch_of, reference_rows, same_bits
 
 LENGTHS = (3, 8, 1)
@@ -134,14 +134,14 @@ def test_rows_come_in_token_rows_order(llama: Path) -> None:
     for index, token in enumerate(tokens):
         single = MicroBatch(0, 0, True, np.array([0]), np.ones(1, np.int32), np.array([[token]], np.int32))
         assert torch.allclose(rows[index], chain_rows([stage], single)[-1][0], rtol=1e-4, atol=1e-5)
-    assert selection.token_rows(together)["token_id"].tolist() == tokens
+    assert Selection().token_rows(together)["token_id"].tolist() == tokens
 
 
 def test_rows_of_mixed_lengths_match_token_rows(llama: Path) -> None:
     micro_batch = micro_batch_of(LENGTHS, 96)
     rows = chain_rows([load(spec_of(llama, 0, 5))], micro_batch)
     expected = reference_rows(load_reference(llama, torch.float32), micro_batch)
-    identities = selection.token_rows(micro_batch)
+    identities = Selection().token_rows(micro_batch)
     assert len(identities) == len(rows[0]) == 12
     assert identities["sequence_id"].tolist() == [100] * 3 + [101] * 8 + [102]
     assert all(same_bits(ours, theirs) for ours, theirs in zip(rows, expected, strict=True))

@@ -136,6 +136,7 @@ def test_over_long_prompts_are_refused_or_cut():
     cut = load(max_length=3, truncation="cut").encode([*rows, PromptRow(2, "2", messages=CHAT)])
     assert cut[0].tolist() == whole[0][:3].tolist()
     assert len(cut[2]) == 3
+    assert load(max_length=3, truncation="cut_left").encode(rows)[0].tolist() == whole[0][-3:].tolist()
 
 
 def test_long_prompts_make_transformers_say_nothing(copied, caplog):

@@ -12,11 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 import xxhash
 
-from m2ray import selection
 from m2ray.activations.job import JobRecord
 from m2ray.activations.writing.writer import ActivationWriter
 from m2ray.batches import CapturedLayer, MicroBatch, PartReceipt, PartSpec
 from m2ray.errors import StageError, StoreError
+from m2ray.selection import Selection
 from m2ray.storage import Data, LocalStore, PartSink
 from tests.unit import activation_runs as runs
 
@@ -123,7 +123,7 @@ def test_the_token_digest_does_not_depend_on_micro_batches(tmp_path: Path) -> No
     store = LocalStore(tmp_path)
     record = runs.job(store)
     shard = runs.shard(0)
-    expected = xxhash.xxh3_128_hexdigest(b"".join(selection.token_rows(each).tobytes() for each in runs.micro_batches(shard)))
+    expected = xxhash.xxh3_128_hexdigest(b"".join(Selection().token_rows(each).tobytes() for each in runs.micro_batches(shard)))
     digests = set()
     for size, attempt in ((1, "a1"), (2, "a2"), (4, "a3")):
         writer = runs.writer(store, record)

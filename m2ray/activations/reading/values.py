@@ -15,10 +15,17 @@ Values = Any
 def tensors_of(columns: Sequence[Column], bytes_NB: torch.Tensor) -> Values:
     """The values of rows, uint8 [..., bytes of a row]. A single column lies in the same memory; rows in 8 bits are decoded, as float32."""
     if len(columns) == 1:
-        return bytes_NB.view(getattr(torch, columns[0].dtype))
+        return tensor_of(columns[0], bytes_NB)
     pieces = bytes_NB.split([column.row_bytes for column in columns], dim=-1)
-    tensors = {column.name: piece.contiguous().view(getattr(torch, column.dtype)) for column, piece in zip(columns, pieces, strict=True)}
+    tensors = {column.name: tensor_of(column, piece.contiguous()) for column, piece in zip(columns, pieces, strict=True)}
     return decoded(tensors["activation"], tensors["scale"]) if "scale" in tensors else tensors
+
+
+def tensor_of(column: Column, bytes_NB: torch.Tensor) -> torch.Tensor:
+    """A column's values, uint8 [..., its bytes of a row], in the same memory."""
+    dtype: torch.dtype = getattr(torch, column.dtype)
+    # NumPy gives arrays without elements strides of 0, of which torch makes no view.
+    return bytes_NB.view(dtype) if bytes_NB.numel() else bytes_NB.new_empty((*bytes_NB.shape[:-1], column.width), dtype=dtype)
 
 
 def decoded(activation_NW: torch.Tensor, scale_NK: torch.Tensor) -> torch.Tensor:
