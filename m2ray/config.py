@@ -9,9 +9,9 @@ from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self, cast, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError
 
-from m2ray.errors import ConfigError, raise_all
+from m2ray.errors import ConfigError, M2rayError, raise_all
 from m2ray.sizes import parse_bytes, parse_max_memory
 
 
@@ -42,6 +42,15 @@ def _day(value: Any) -> date:
         raise ValueError("a date such as 2026-02-28") from error
 
 
+def _sites(text: str) -> str:
+    """Raises ValueError for what names no sites."""
+    try:
+        parse_sites(text)
+    except M2rayError as error:
+        raise ValueError(f"a list of sites: {' '.join(str(error).split())}") from error
+    return text
+
+
 Auto = Literal["auto"]
 Attention = Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"]
 OffloadTo = Literal["none", "cpu", "disk"]
@@ -50,6 +59,7 @@ SiteName = Literal["residual", "residual_mid", "attention", "mlp", "mlp_in", "ro
 Positive = Annotated[int, Field(gt=0)]
 Day = Annotated[date, BeforeValidator(_day)]
 NonEmpty = Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)]
+Sites = Annotated[NonEmpty, AfterValidator(_sites)]
 Encoding = Annotated[str, BeforeValidator(_encoding)]
 
 
@@ -133,7 +143,7 @@ class ExtractConfig(BaseModel):
         10.0, description="Seconds of the processor that a chat template may take for a row; rows that take longer are quarantined."
     )
     layers: NonEmpty = _rows("all", description='Layers of sites that name none: "all", "0", "0-5", "0,7,20-61".')
-    sites: NonEmpty = _rows(
+    sites: Sites = _rows(
         "residual",
         description=f'What to capture: {", ".join(get_args(SiteName))}; several with layers of their own: "residual:all, mlp:0,20-30, final_norm".',
     )
@@ -247,9 +257,9 @@ def parse_sites(text: str) -> dict[str, str | None]:
     for piece in re.split(r",\s*(?![\s\d])", text):
         name, colon, layers = (part.strip() for part in piece.partition(":"))
         if name not in get_args(SiteName):
-            problems.append(ConfigError(f"sites = {text!r}: there is no site {name!r}.", f"There are: {', '.join(get_args(SiteName))}."))
+            problems.append(ConfigError(f"There is no site {name!r}.", f"There are: {', '.join(get_args(SiteName))}."))
         elif name in chosen:
-            problems.append(ConfigError(f"sites = {text!r} names {name} twice.", f'Write its layers together: "{name}:0,20-30".'))
+            problems.append(ConfigError(f"{name} is named twice.", f'Write its layers together: "{name}:0,20-30".'))
         else:
             chosen[name] = layers if colon else None
     raise_all(problems)
@@ -293,7 +303,6 @@ def _contradictions(config: ExtractConfig) -> Iterator[ConfigError]:
         lambda: parse_max_memory(config.max_memory),
         lambda: parse_labels(config.node_labels),
         lambda: parse_tokens(config.tokens),
-        lambda: parse_sites(config.sites),
     ):
         try:
             parse()

@@ -143,6 +143,11 @@ class JobRecord:
         of_statistics = (PartSpec(site, layer, ()) for site, layer in places(self.statistics))
         return layers_run((*self.parts, *of_statistics), self.model.num_layers)
 
+    @property
+    def with_final_norm(self) -> bool:
+        """Whether its chains load the final norm."""
+        return any(part.site == "final_norm" for part in self.parts)
+
     def to_json(self) -> bytes:
         return to_json(self, indent=2)
 

@@ -157,6 +157,7 @@ def _by_m2ray(work: _Work, tokens: TokenSpool, hidden_size: int, *, exact: bool)
         attn_implementation=job.options["attn_implementation"],
         device="cpu" if exact or not torch.cuda.is_available() else "cuda:0",
         threads=None,
+        with_final_norm=job.with_final_norm,
         model_files=work.checkpoint.digests,
     )
     capture = CaptureSpec({_SITE: tuple(sorted(work.parts))}, job.options["store_dtype"], job.selection)
@@ -223,7 +224,7 @@ def _checkpoint(job: JobRecord, model: str | None) -> Checkpoint:
         raise NotInRunError(
             f"The run's model {named or 'has no name in job.json'}: transformers reads local folders.", "Give --model FOLDER."
         )
-    checkpoint, _ = up_to_layer(open_checkpoint(str(folder)), job.layers_run - 1)
+    checkpoint, _ = up_to_layer(open_checkpoint(str(folder)), job.layers_run - 1, with_final_norm=job.with_final_norm)
     if job.format_version > 1 and checkpoint.digest != job.fingerprints["model"]:
         raise RunConflictError(f"The checkpoint at {folder} is not that of the run.", "Give the run's by --model.")
     return checkpoint

@@ -1,6 +1,7 @@
 """The same sequences through m2ray once more, in stages of another cut, one stage in memory at a time."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -63,9 +64,7 @@ def restage(
 
 
 def _of_span(spec: StageSpec, span: LayerSpan) -> StageSpec:
-    return StageSpec(
-        spec.model_url, span, spec.compute_dtype, spec.attn_implementation, spec.device, spec.threads, model_files=spec.model_files
-    )
+    return replace(spec, span=span)
 
 
 def _cut(span: LayerSpan, seed: int) -> list[LayerSpan]:

@@ -17,6 +17,7 @@ from m2ray.model.attention import resolve_attn_implementation
 from m2ray.model.checkpoint import Checkpoint, open_checkpoint, up_to_layer
 from m2ray.model.families import default_max_length, require_dtype, require_positions, steady_positions
 from m2ray.model.proof import prove
+from m2ray.model.site_proof import prove_sites
 from m2ray.model.stage import DTYPES
 from m2ray.model.towers import placeholder_tokens
 from m2ray.options import PromptOptions, RunOptions
@@ -133,8 +134,11 @@ def look(config: ExtractConfig) -> Inputs:
 
 
 def _up_to_last_layer(opened: Checkpoint, asked: LayersOfSites) -> tuple[Checkpoint, TensorTable]:
-    """The files and tensors of the layers that are run for what is asked. Raises as `up_to_layer` and `present_sites`."""
+    """The files and tensors of the layers that are run for what is asked. Raises as `up_to_layer`, `present_sites` and `prove_sites`."""
     num_layers = opened.config.num_hidden_layers
-    checkpoint, table = up_to_layer(opened, last_layer(asked, num_layers))
+    with_final_norm = "final_norm" in asked
+    checkpoint, table = up_to_layer(opened, last_layer(asked, num_layers), with_final_norm=with_final_norm)
     last = last_layer(present_sites(asked, table), num_layers)
-    return (checkpoint, table) if last == last_layer(asked, num_layers) else up_to_layer(opened, last)
+    prove_sites(opened.whole_config, asked)
+    is_last = last == last_layer(asked, num_layers)
+    return (checkpoint, table) if is_last else up_to_layer(opened, last, with_final_norm=with_final_norm)

@@ -65,7 +65,8 @@ def _require_weights(store: "Store", job: JobRecord, folder: str) -> None:
         say(f"A run of format 1 has no {WEIGHTS_KEY}: whether {folder} holds the weights of its rows is not known.")
         return
     recorded = read_weights(store, job)
-    if hash_weights(open_checkpoint(folder), job.layers_run) != {None: recorded.embedding, job.layers_run - 1: recorded.layers[-1]}:
+    found = hash_weights(open_checkpoint(folder), job.layers_run, with_final_norm=job.with_final_norm)
+    if found != {None: recorded.embedding, job.layers_run - 1: recorded.layers[-1]}:
         what = f"The weights at {folder} are not those of the run: its embedding or its last layer is not what {WEIGHTS_KEY} says."
         raise RunConflictError(what, "Give the run's by --model.")
 

@@ -254,6 +254,11 @@ def up_to_layer(checkpoint: Checkpoint, last: int, *, with_final_norm: bool = Fa
     return needed, _table(checkpoint, skeleton, None) if is_whole else _table(needed, skeleton, span, with_final_norm=with_final_norm)
 
 
+def is_of_run(checkpoint: Checkpoint, layers_run: int, fingerprint: str) -> bool:
+    """Whether a run of so many layers that has this fingerprint of its model takes this checkpoint, with or without the final norm."""
+    return any(up_to_layer(checkpoint, layers_run - 1, with_final_norm=each)[0].digest == fingerprint for each in (False, True))
+
+
 def _table(checkpoint: Checkpoint, skeleton: Skeleton, span: LayerSpan | None, *, with_final_norm: bool = False) -> TensorTable:
     try:
         return table_of(skeleton, checkpoint.headers, span, with_final_norm=with_final_norm)

@@ -11,6 +11,7 @@ from m2ray.errors import CheckpointError, raise_all
 from m2ray.model.attention import avoid_plans_by_shape
 from m2ray.model.boundary import Boundary, contract_of, crossing
 from m2ray.model.compilation import compile_layers
+from m2ray.model.computed_buffers import build_buffers, computed_buffers
 from m2ray.model.families import expected_rotary_dim
 from m2ray.model.residency import BroughtLayers, WeightsInHost, WeightsOnDisk
 from m2ray.model.site_hooks import OnSite, SiteHooks
@@ -55,14 +56,14 @@ class DecoderSpan:
         self._incoming: Boundary | None = None
         self._prepared: torch.Tensor | None = None
         self._on_site: OnSite = _ignore
-        self._sites: Collection[str] = ()
+        self._asked: Collection[tuple[str, int | None]] = ()
         self._last: Boundary | None = None
         if device.type == "cuda":
             avoid_plans_by_shape()
-        _build_buffers(self._base)
+        build_buffers(self._base)
         self._cut()
         for module in self._base.modules():
-            for name in _computed_buffers(module):
+            for name in computed_buffers(module):
                 module._buffers[name] = module._buffers[name].to(device)  # noqa: SLF001
         _check_rotary(self._base, skeleton.config)
         skeleton.layers[span.start].register_forward_pre_hook(self._inject, with_kwargs=True)
@@ -77,11 +78,11 @@ class DecoderSpan:
             self._prepare = getattr(self._base, self._contract.prepared[1])
             setattr(self._base, self._contract.prepared[1], self._prepare_once)
 
-    def watch(self, sites: Collection[str]) -> None:
-        """From the next pass on, hand out these sites beside "residual", as far as the span has them."""
-        self._sites = sites
-        for hooks in self._hooks.values():
-            hooks.watch(sites)
+    def watch(self, asked: Collection[tuple[str, int | None]]) -> None:
+        """From the next pass on, hand out these sites and layers beside "residual", as far as the span has them."""
+        self._asked = asked
+        for number, hooks in self._hooks.items():
+            hooks.watch({site for site, _ in asked}, {site for site, layer in asked if layer == number})
 
     def run(self, token_ids_BT: torch.Tensor, incoming: Boundary | None, on_site: OnSite) -> Boundary:
         """Take a right-padded micro-batch through the span.
@@ -181,7 +182,7 @@ class DecoderSpan:
 
     def _inject(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if self._incoming is None:
-            if "embedding" in self._sites:
+            if ("embedding", None) in self._asked:
                 self._on_site("embedding", None, args[0] if args else kwargs["hidden_states"])
             return args, kwargs
         hidden_BTH, beside = self._incoming
@@ -207,7 +208,7 @@ class DecoderSpan:
             self._on_site("residual", number, hidden_BTH)
             if number == self.span.stop - 1:
                 self._last = Boundary(hidden_BTH, self._beside(output, kwargs))
-                if not (self.with_final_norm and "final_norm" in self._sites):
+                if not (self.with_final_norm and ("final_norm", None) in self._asked):
                     raise _SpanDone(self._last)
 
         return hook
@@ -269,57 +270,6 @@ def _tensors_in(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     for prefix, module in model.named_modules():
         owned = {**module._parameters, **module._buffers, **vars(module)}  # noqa: SLF001 - plain attributes are in no public list
         yield from ((f"{prefix}.{name}", tensor) for name, tensor in owned.items() if isinstance(tensor, torch.Tensor))
-
-
-def _build_buffers(base: Any) -> None:
-    """Give the buffers that no checkpoint holds (rotary frequencies, embedding scales) memory and values, on the CPU.
-
-    transformers' own `_init_weights` computes them, as its loading does: of the module that has them, or of one around it. It leaves
-    parameters on the meta device alone.
-
-    Raises:
-        CheckpointError: it left one without values.
-    """
-    modules = dict(base.named_modules())
-    empty = {prefix: names for prefix, module in modules.items() if (names := _computed_buffers(module))}
-    for prefix, names in empty.items():
-        for name in names:
-            buffers = modules[prefix]._buffers  # noqa: SLF001 - buffers that are not saved are in no public list
-            buffers[name] = torch.empty_like(buffers[name], device="cpu")
-    _compute(base, modules, empty, list(empty))
-    if empty:
-        _compute(base, modules, empty, sorted({around for prefix in empty for around in _around(prefix)}, key=len))
-    if empty:
-        problems = [f"{prefix}.{name}" for prefix, names in empty.items() for name in names]
-        raise CheckpointError(f"transformers gives no values to the buffers {', '.join(problems)}.")
-
-
-def _computed_buffers(module: nn.Module) -> list[str]:
-    return [name for name in module._non_persistent_buffers_set if module._buffers.get(name) is not None]  # noqa: SLF001
-
-
-def _compute(base: Any, modules: Mapping[str, nn.Module], empty: dict[str, list[str]], of: list[str]) -> None:
-    """Let transformers initialise the modules named in `of`; what it gave no value stays in `empty`."""
-    found: list[dict[tuple[str, str], torch.Tensor]] = []
-    for marker in (0, 1):  # what is left as it was is told by another value
-        buffers = {(prefix, name): modules[prefix]._buffers[name] for prefix, names in empty.items() for name in names}  # noqa: SLF001
-        for buffer in buffers.values():
-            assert buffer is not None
-            buffer.fill_(marker)
-        for prefix in of:
-            base._init_weights(modules[prefix])  # noqa: SLF001 - the rule has no public name
-        found.append({place: modules[place[0]]._buffers[place[1]].clone() for place in buffers})  # type: ignore[union-attr]  # noqa: SLF001
-    for prefix, name in found[0]:
-        if torch.equal(found[0][prefix, name], found[1][prefix, name]):
-            empty[prefix].remove(name)
-            if not empty[prefix]:
-                del empty[prefix]
-
-
-def _around(prefix: str) -> list[str]:
-    """The names of the modules that hold a module, from the outermost, the base model, on."""
-    steps = prefix.split(".")
-    return [".".join(steps[:number]) for number in range(len(steps))]
 
 
 def _check_rotary(base: nn.Module, config: Any) -> None:

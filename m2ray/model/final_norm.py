@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from m2ray.errors import CheckpointError, RunConflictError
-from m2ray.model.checkpoint import Checkpoint, open_checkpoint, tensor_table, up_to_layer
+from m2ray.model.checkpoint import Checkpoint, is_of_run, open_checkpoint, tensor_table
 from m2ray.model.rehearsal import NOT_RUN, rehearse
 from m2ray.model.skeleton import Skeleton, build_skeleton
 from m2ray.model.weights import assign
@@ -31,7 +31,7 @@ def final_norm(folder: str, fingerprint: str, layers_run: int, dtype: torch.dtyp
         ConfigError, StoreError: as `open_checkpoint`.
     """
     checkpoint = open_checkpoint(folder)
-    if up_to_layer(checkpoint, layers_run - 1)[0].digest != fingerprint:
+    if not is_of_run(checkpoint, layers_run, fingerprint):
         raise RunConflictError(f"The checkpoint at {folder} is not that of the run.", "Give the run's by --model.")
     _prove(checkpoint.whole_config, dtype)
     skeleton = build_skeleton(checkpoint.whole_config, dtype)

@@ -131,7 +131,7 @@ class Rehearsal:
         for ends in pairwise(bounds):
             decoder = DecoderSpan(deepcopy(skeleton), LayerSpan(*ends), torch.device("cpu"), with_final_norm="final_norm" in watched)
             load_weights(checkpoint, decoder, lambda *_: None)
-            decoder.watch(watched)
+            decoder.watch({(site, layer) for site in watched for layer in (None, *range(*ends))})
             with torch.inference_mode():
                 incoming = decoder.run(self._token_ids_BT, incoming, on_site)
         return found

@@ -28,6 +28,7 @@ class SiteHooks:
         self.points = points
         self._layer = layer
         self._watched: dict[str, Point] = {}
+        self._asked: Container[str] = ()
         taps = [tap for point in points.values() for tap in point.taps]
         for name, side in sorted({(tap.module, tap.side) for tap in taps}):
             module = layer.get_submodule(name)
@@ -39,8 +40,14 @@ class SiteHooks:
                 is_reused = any(tap.is_reused for tap in taps if (tap.module, tap.side) == (name, side))
                 module.register_forward_hook(_keep_copy if is_reused else _keep_output)
 
-    def watch(self, sites: Container[str]) -> None:
-        """From the next pass on, keep these sites, as far as the layer has them, and no others."""
+    def watch(self, sites: Container[str], asked: Container[str]) -> None:
+        """From the next pass on, keep these sites, as far as the layer has them, and no others.
+
+        Args:
+            sites: what layers of the span are asked for: what one keeps, all keep, so that they can share a graph.
+            asked: what this layer hands on.
+        """
+        self._asked = asked
         self._watched = {site: point for site, point in self.points.items() if site in sites}
         shown = {(tap.module, tap.side) for point in self._watched.values() for tap in point.taps}
         for name, side in {(tap.module, tap.side) for point in self.points.values() for tap in point.taps}:
@@ -54,7 +61,8 @@ class SiteHooks:
             shape: of the hidden states that it returned, (B, T, H) or (B, T, S, H).
         """
         for site, point in self._watched.items():
-            on_site(site, number, *values_of(self._layer, point, self._kept, site, shape))
+            if site in self._asked:
+                on_site(site, number, *values_of(self._layer, point, self._kept, site, shape))
         self.let_go()
 
     def let_go(self) -> None:

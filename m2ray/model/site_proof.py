@@ -189,10 +189,13 @@ def _wrong_experts(each: _Shown, values: Mapping[str, tuple[torch.Tensor, ...]],
     if "router_topk" not in values:
         return
     ids, weights = values["router_topk"]
-    given = [tensor for tensor in each.experts if tensor.numel() == ids.numel()]
-    was_given = [any(torch.equal(tensor.to(wanted.dtype).reshape(wanted.shape), wanted) for tensor in given) for wanted in (ids, weights)]
+    was_given = [any(_are_equal(tensor, wanted) for tensor in each.experts) for wanted in (ids, weights)]
     if ids.shape[-1] != chosen or not (all(was_given) or each.points["router_topk"].chosen):
         yield "router_topk"
+
+
+def _are_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.numel() == other.numel() and torch.equal(one.to(other.dtype).flatten(), other.flatten())
 
 
 def _same(rehearsal: Rehearsal, theirs: tuple[torch.Tensor, ...], ours: tuple[torch.Tensor, ...]) -> bool:

@@ -18,9 +18,6 @@ from m2ray.model.skeleton import Skeleton
 IN_LAYERS = ("residual_mid", "attention", "mlp", "mlp_in", "router_logits", "router_topk")
 """The sites of a layer but for `residual`, which is what it returns."""
 
-MOST_EXPERTS = 2**15 - 1
-"""Whose ids int16 holds."""
-
 _ATTENTION = ("self_attn", "linear_attn", "attn", "attention", "self_attention", "conv", "mamba", "temporal_block")
 _MLP = ("mlp", "feed_forward", "block_sparse_moe", "shared_mlp", "ffn", "mlp_block", "fc2")
 _AFTER_ATTENTION = ("post_self_attn_layernorm", "post_norm1", "post_operator_norm", "attn_sconv", "post_attention_layernorm")
@@ -109,8 +106,6 @@ def refused_sites(config: Any, layer: nn.Module | None = None) -> Mapping[str, s
         what = "its layers mix several residual streams, and add nothing to one of them"
         reasons |= dict.fromkeys(("attention", "mlp"), what)
         reasons |= dict.fromkeys(("mlp_in", "final_norm"), "it is narrower than the several residual streams")
-    if (num_experts := _first_size(config, _EXPERTS)) > MOST_EXPERTS:
-        reasons["router_topk"] = f"ids of {num_experts:,} experts do not fit int16"
     for does, sites, reason in _REFUSED.get(config.model_type, ()):
         if does(config, layer):
             reasons |= dict.fromkeys(sites, reason)

@@ -179,7 +179,7 @@ class Stage:
         taken = {part: kinds[part.site, part.layer] for part in self._parts(of_statistics, capture.store_dtype)}
         self.statistics = {(part.site, part.layer): of_part for part, of_part in taken.items()}
         self._statistics = Statistics(taken, self._decoder.experts[0])
-        self._decoder.watch({part.site for part in (*self.parts, *taken)})
+        self._decoder.watch({(part.site, part.layer) for part in (*self.parts, *taken)})
 
     def _parts(self, asked: Mapping[str, tuple[int, ...]], store_dtype: str) -> tuple[PartSpec, ...]:
         """Those of a job's parts that are of the span."""

@@ -7,7 +7,7 @@ from math import prod
 import torch
 
 from m2ray.errors import CheckpointError, RunConflictError
-from m2ray.model.checkpoint import Checkpoint, open_checkpoint, up_to_layer
+from m2ray.model.checkpoint import Checkpoint, is_of_run, open_checkpoint
 from m2ray.model.conversion import Conversion
 from m2ray.model.skeleton import Skeleton, build_skeleton
 
@@ -51,7 +51,7 @@ def target_weights(folder: str, fingerprint: str, layers_run: int) -> TargetWeig
         ConfigError, StoreError: as `open_checkpoint`.
     """
     checkpoint = open_checkpoint(folder)
-    if up_to_layer(checkpoint, layers_run - 1)[0].digest != fingerprint:
+    if not is_of_run(checkpoint, layers_run, fingerprint):
         raise RunConflictError(f"The checkpoint at {folder} is not that of the run.", "Give the run's by --model.")
     skeleton = build_skeleton(checkpoint.whole_config, torch.bfloat16)
     ends = {"embedding": skeleton.model.get_input_embeddings(), "head": skeleton.model.get_output_embeddings()}

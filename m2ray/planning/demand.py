@@ -91,10 +91,17 @@ class Demand:
             longest_tokens=longest_tokens,
             token_bytes=self.table.handed_bytes(self.itemsize_bytes),
             itemsize_bytes=self.itemsize_bytes,
-            transient_bytes=transient_bytes(padded_tokens, longest_tokens, self.itemsize_bytes),
+            transient_bytes=transient_bytes(padded_tokens, longest_tokens, self.itemsize_bytes) + padded_tokens * self._shown_bytes,
             writer_queue_bytes=self.options.writer_queue_bytes,
             encoding_bytes=self._encoding_bytes(padded_tokens),
         )
+
+    @property
+    def _shown_bytes(self) -> int:
+        """Of a token, what the sites within a layer keep until it has run (m2ray.model.site_hooks). The stream is there anyway."""
+        hidden = [site for site in ("attention", "mlp_in", "mlp") if site in self.options.sites]
+        routers = [site for site in ("router_logits", "router_topk") if site in self.options.sites]
+        return len(hidden) * self.table.hidden_size * self.itemsize_bytes + len(routers) * self.table.num_experts * 4
 
     def _encoding_bytes(self, padded_tokens: int) -> int:
         """Of rows that are stored in 8 bits: as they were computed, and what encoding them takes."""

@@ -64,7 +64,6 @@ def resolve(
     num_layers = layers_run(parts, table.num_layers)
     if isinstance(config.stages, int) and config.stages > num_layers:
         raise ConfigError(f"stages = {config.stages}, but only {num_layers} layers are run.", f"Ask for at most {num_layers}.")
-    _require_means(prompts, parts)
     routers = [layer for layer in table.layers_of.get(ROUTER, ()) if layer < num_layers]
     statistics = statistics_of_run(config.statistics, parts, routers, table.num_layers)
     of_statistics = parts_of_run(statistic_sites(statistics), config.store_dtype, *widths_of_model)

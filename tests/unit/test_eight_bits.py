@@ -50,7 +50,7 @@ def exact(rows: torch.Tensor, store_dtype: str) -> torch.Tensor:
             out[:, start : start + 128] = torch.from_numpy(np.rint(quotient.numpy())) * scale
         else:
             exponent = torch.frexp(quotient)[1].clamp(min=-5)
-            step = torch.ldexp(torch.tensor(1.0, dtype=torch.float64), exponent - 4)
+            step = 2.0 ** (exponent - 4).double()
             out[:, start : start + 128] = torch.from_numpy(np.rint((quotient / step).numpy())) * step * scale
     return out
 

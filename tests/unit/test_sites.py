@@ -39,7 +39,7 @@ def test_layers_follow_their_site(text: str, expected: dict[str, str | None]) ->
 @pytest.mark.parametrize(
     ("text", "wrong"),
     [
-        ("nowhere, mlp, mlp:3", ["there is no site 'nowhere'", "names mlp twice"]),
+        ("nowhere, mlp, mlp:3", ["There is no site 'nowhere'", "mlp is named twice"]),
         ("residual,", ["no site ''"]),
         ("3-5", ["no site '3-5'"]),
     ],

@@ -23,8 +23,8 @@ from m2ray.model.statistics import Statistics
 from m2ray.selection import Selection
 from m2ray.statistics import Place, places
 from m2ray.storage import LocalStore
-from tests.unit import activation_runs as runs
 from tests.summed import close_covariance, close_moments, expected_norms
+from tests.unit import activation_runs as runs
 
 NUM_EXPERTS = 5
 PARTS = (

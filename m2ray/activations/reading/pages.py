@@ -106,4 +106,6 @@ def _values(stored: list[ColumnPages], numbers: Int64Array, num_bytes: int) -> B
     for purpose, pages in zip(("high", "low"), stored, strict=False):
         pieces.append(scratch_values(purpose, len(numbers), pages.value_bytes))
         pages.take(numbers, pieces[-1], np.arange(len(numbers)))
-    return pieces[0] if len(pieces) == 1 else planes.join(*pieces, scratch_values("joined", len(numbers), num_bytes))
+    if len(pieces) == 1:
+        return pieces[0]
+    return planes.join(pieces[0], pieces[1], scratch_values("joined", len(numbers), num_bytes))
