@@ -60,13 +60,14 @@ def resolve(
     sites = present_sites(asked_sites(config.sites, config.layers, table.num_layers), table)
     widths_of_model = (table.hidden_size, table.num_experts, table.experts_per_token)
     parts = parts_of_run(sites, config.store_dtype, *widths_of_model)
-    _require_means(prompts, parts)
-    num_layers = layers_run(parts, table.num_layers)
-    if isinstance(config.stages, int) and config.stages > num_layers:
-        raise ConfigError(f"stages = {config.stages}, but only {num_layers} layers are run.", f"Ask for at most {num_layers}.")
-    routers = [layer for layer in table.layers_of.get(ROUTER, ()) if layer < num_layers]
+    routers = [layer for layer in table.layers_of.get(ROUTER, ()) if layer < layers_run(parts, table.num_layers)]
     statistics = statistics_of_run(config.statistics, parts, routers, table.num_layers)
     of_statistics = parts_of_run(statistic_sites(statistics), config.store_dtype, *widths_of_model)
+    kept = () if config.keep == "statistics" else parts
+    _require_means(prompts, (*kept, *of_statistics))
+    num_layers = layers_run((*kept, *of_statistics), table.num_layers)
+    if isinstance(config.stages, int) and config.stages > num_layers:
+        raise ConfigError(f"stages = {config.stages}, but only {num_layers} layers are run.", f"Ask for at most {num_layers}.")
     of_the_run = recorded or {}
 
     def decided(name: str, asked: _Value | Auto, automatic: _Value) -> _Value:
@@ -76,7 +77,7 @@ def resolve(
         prompts=prompts,
         layers=tuple(sorted({layer for layers in sites.values() for layer in layers})),
         sites=sites,
-        parts=() if config.keep == "statistics" else parts,
+        parts=kept,
         compute_dtype=config.compute_dtype,
         store_dtype=config.store_dtype,
         batch_tokens=decided("batch_tokens", config.batch_tokens, AUTO_BATCH_TOKENS),
@@ -128,7 +129,7 @@ def _require_means(prompts: PromptOptions, parts: Sequence[PartSpec]) -> None:
     without = sorted({part.site for part in parts if any(column.name == "expert_ids" for column in part.columns)})
     if prompts.selection.is_mean and without:
         raise ConfigError(
-            f"tokens = {prompts.tokens!r}, and {', '.join(without)} has numbers of experts, which have no mean.", "Leave it out of sites."
+            f"tokens = {prompts.tokens!r}, and {', '.join(without)} has numbers of experts, which have no mean.", "Leave it out."
         )
 
 
