@@ -1,6 +1,7 @@
 """Statistics of a run: committed with each shard, merged once, read, verified, and right after every kill."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ PARTS = (
 ASKED = {
     "moments": {"residual": [0, 7, 11]},
     "norms": {"residual": [0, 11]},
-    "covariance": {"residual": [7]},
+    "covariance": {"residual": [7, 11]},
     "experts": {"router_topk": [7]},
 }
 ONE_STAGE, THREE_STAGES = ((0, 12),), ((0, 4), (4, 8), (8, 12))
@@ -45,6 +46,15 @@ def store(tmp_path: Path) -> LocalStore:
     return LocalStore(tmp_path / "run")
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, bytes]:
+    """The statistics of a run that nothing happened to, of one stage."""
+    store = LocalStore(tmp_path_factory.mktemp("undisturbed") / "run")
+    finished(store, "statistics")
+    return files(store)
+
+
+@cache
 def values(part: PartSpec, sequence_id: int) -> list[torch.Tensor]:
     """A sequence's rows at a site and layer, a tensor [T, W] a column."""
     generator = torch.Generator().manual_seed(100 * sequence_id + (part.layer or 0))
@@ -130,7 +140,7 @@ def stored_rows(store: LocalStore, place: Place) -> np.ndarray:
 # -- what they are ----------------------------------------------------------------------------------------------------
 
 
-def test_they_are_one_pass_over_the_stored_rows(store: LocalStore) -> None:
+def test_they_are_one_pass_over_the_stored_rows(store: LocalStore, undisturbed: Mapping[str, bytes]) -> None:
     finished(store)
     run = open_run(store.url)
     for layer in (0, 7, 11):
@@ -150,6 +160,7 @@ def test_they_are_one_pass_over_the_stored_rows(store: LocalStore) -> None:
     assert is_merged(store, run.job)
     assert not left(store)
     assert verify(store, checksums=True).is_sound
+    assert files(store) == undisturbed, "whether rows are kept or not"
 
 
 def test_expert_load_is_what_counting_the_stored_choices_gives(store: LocalStore) -> None:
@@ -163,22 +174,19 @@ def test_expert_load_is_what_counting_the_stored_choices_gives(store: LocalStore
     assert int(torch.triu(together, 1).sum()) == len(chosen)
 
 
-def test_a_run_may_keep_them_alone(store: LocalStore, tmp_path: Path) -> None:
-    """The same bits as beside rows; no rows are there, and whoever asks for them is told so."""
-    finished(store)
-    alone = LocalStore(tmp_path / "alone")
-    finished(alone, "statistics")
-    assert files(alone) == files(store)
-    run = open_run(alone.url)
+def test_a_run_may_keep_them_alone(store: LocalStore) -> None:
+    """No rows are there, and whoever asks for them is told so."""
+    finished(store, "statistics")
+    run = open_run(store.url)
     assert run.is_complete
     assert run.num_shards == 3
-    assert not list(alone.list("data"))
+    assert not list(store.list("data"))
     assert run.num_tokens == run.statistics("residual", 0).count
     with pytest.raises(NotInRunError, match="keeps no rows"):
         run.tensor()
     with pytest.raises(NotInRunError, match="keeps no rows"):
         run.tokens()
-    assert verify(alone, checksums=True).is_sound
+    assert verify(store, checksums=True).is_sound
 
 
 def test_what_was_not_asked_for_is_said(store: LocalStore) -> None:
@@ -198,45 +206,43 @@ def test_what_was_not_asked_for_is_said(store: LocalStore) -> None:
 # -- once and no more -------------------------------------------------------------------------------------------------
 
 
-def test_stages_and_resumes_leave_their_bits_alone(store: LocalStore, tmp_path: Path) -> None:
+def test_stages_and_resumes_leave_their_bits_alone(store: LocalStore, undisturbed: Mapping[str, bytes]) -> None:
     """An attempt that was given up, one that came second, another driver with other stages: each shard is in them once."""
-    finished(store)
-    other = LocalStore(tmp_path / "other")
-    run = begin(other)
+    run = begin(store)
     extract(run, runs.shard(0), "dead", THREE_STAGES)
     commit(run, 2, THREE_STAGES)
-    resumed = claim_run(other, run.job)
+    resumed = claim_run(store, run.job)
     commit(resumed, 0, THREE_STAGES)
     commit(resumed, 0, ONE_STAGE)
     commit(resumed, 1, ONE_STAGE)
-    assert len(left(other)) == 3 + 3 + 3 + 1 + 1
+    assert len(left(store)) == 3 + 3 + 3 + 1 + 1
     resumed.finish()
-    assert files(other) == files(store)
-    assert not left(other)
+    assert files(store) == undisturbed
+    assert not left(store)
 
 
 @pytest.mark.parametrize("keep", ["both", "statistics"])
 @pytest.mark.parametrize("cut", ["before the record", "before the manifest", "before the contributions go", "before _SUCCESS"])
-def test_an_end_that_was_killed_goes_on(store: LocalStore, tmp_path: Path, cut: str, keep: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    finished(store, keep)
-    other = LocalStore(tmp_path / "other")
-    run = begin(other, keep)
+def test_an_end_that_was_killed_goes_on(
+    store: LocalStore, undisturbed: Mapping[str, bytes], cut: str, keep: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = begin(store, keep)
     for index in range(3):
         commit(run, index, THREE_STAGES)
     with monkeypatch.context() as patch:
-        kill = _Killed(cut, other)
-        patch.setattr(other, "create", kill.create)
-        patch.setattr(other, "delete", kill.delete)
+        kill = _Killed(cut, store)
+        patch.setattr(store, "create", kill.create)
+        patch.setattr(store, "delete", kill.delete)
         with pytest.raises(KeyboardInterrupt):
             run.finish()
-    assert other.size(SUCCESS_KEY) is None
-    resumed = claim_run(other, run.job)
+    assert store.size(SUCCESS_KEY) is None
+    resumed = claim_run(store, run.job)
     assert resumed.reopen_damaged() == []
     resumed.finish()
-    assert files(other) == files(store)
-    assert not left(other)
+    assert files(store) == undisturbed
+    assert not left(store)
     assert resumed.finished() is not None
-    assert verify(other, checksums=True).is_sound
+    assert verify(store, checksums=True).is_sound
 
 
 class _Killed:
@@ -258,38 +264,37 @@ class _Killed:
         self._delete(keys)
 
 
-def test_a_shard_that_is_extracted_again_after_the_end_is_not_counted_again(store: LocalStore) -> None:
+def test_a_shard_that_is_extracted_again_after_the_end_is_not_counted_again(store: LocalStore, undisturbed: Mapping[str, bytes]) -> None:
     run = finished(store)
-    before = files(store)
     store.delete([read_commit(store, run.job, 1).parts[0].key])
     resumed = claim_run(store, run.job)
     assert resumed.reopen_damaged() == [1]
     commit(resumed, 1, THREE_STAGES)
     assert len(left(store)) == 3
     resumed.finish()
-    assert files(store) == before
+    assert files(store) == undisturbed
     assert not left(store)
     assert open_run(store.url).statistics("residual", 0).count == open_run(store.url).num_rows
     assert verify(store, checksums=True).is_sound
 
 
 @pytest.mark.parametrize("keep", ["both", "statistics"])
-def test_what_a_shard_left_and_is_gone_before_the_end_is_extracted_again(store: LocalStore, tmp_path: Path, keep: str) -> None:
-    finished(store, keep)
-    other = LocalStore(tmp_path / "other")
-    run = begin(other, keep)
+def test_what_a_shard_left_and_is_gone_before_the_end_is_extracted_again(
+    store: LocalStore, undisturbed: Mapping[str, bytes], keep: str
+) -> None:
+    run = begin(store, keep)
     for index in range(3):
         commit(run, index)
-    (gone,) = read_commit(other, run.job, 1).statistics
-    other.delete([gone.key])
-    assert [damage.shard for damage in verify(other, checksums=False).damages] == [1]
+    (gone,) = read_commit(store, run.job, 1).statistics
+    store.delete([gone.key])
+    assert [damage.shard for damage in verify(store, checksums=False).damages] == [1]
     with pytest.raises(RunDamagedError, match="gone"):
         run.finish()
-    resumed = claim_run(other, run.job)
+    resumed = claim_run(store, run.job)
     assert resumed.reopen_damaged() == [1]
     commit(resumed, 1)
     resumed.finish()
-    assert files(other) == files(store)
+    assert files(store) == undisturbed
 
 
 def test_bits_that_flipped_in_what_a_shard_left_are_found(store: LocalStore) -> None:
@@ -310,10 +315,9 @@ def test_bits_that_flipped_in_what_a_shard_left_are_found(store: LocalStore) -> 
     assert verify(store, checksums=True).is_sound
 
 
-def test_merged_statistics_that_are_gone_are_made_again(store: LocalStore) -> None:
+def test_merged_statistics_that_are_gone_are_made_again(store: LocalStore, undisturbed: Mapping[str, bytes]) -> None:
     """What they were made of is deleted: all shards are extracted again."""
-    run = finished(store)
-    before = files(store)
+    run = finished(store, "statistics")
     store.delete([f"{FOLDER}/norms.parquet"])
     found = verify(store, checksums=True)
     assert [damage.key for damage in found.damages] == [f"{FOLDER}/norms.parquet"]
@@ -324,16 +328,15 @@ def test_merged_statistics_that_are_gone_are_made_again(store: LocalStore) -> No
     for index in range(3):
         commit(resumed, index, THREE_STAGES)
     resumed.finish()
-    assert files(store) == before
+    assert files(store) == undisturbed
 
 
 def test_covariances_that_do_not_fit_together_are_merged_one_after_the_other(
-    store: LocalStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: LocalStore, undisturbed: Mapping[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    finished(store)
     monkeypatch.setattr(merging, "_COVARIANCE_BYTES", 1)
-    finished(LocalStore(tmp_path / "other"))
-    assert files(LocalStore(tmp_path / "other")) == files(store)
+    finished(store, "statistics")
+    assert files(store) == undisturbed
 
 
 def test_a_shard_without_its_statistics_is_not_committed(store: LocalStore) -> None:
