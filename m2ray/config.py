@@ -163,7 +163,9 @@ class ExtractConfig(BaseModel):
     batch_tokens: Positive | Auto = _rows(
         "auto", description="Padded tokens in a micro-batch, at most; auto: what memory and prompts suit best, up to 16384."
     )
-    shard_tokens: Positive | Auto = _rows("auto", description="Tokens in a shard, the unit of commit and resume; auto: 32768.")
+    shard_tokens: Positive | Auto = _rows(
+        "auto", description="Tokens in a shard, the unit of commit and resume; auto: 32768, or more where statistics alone are kept."
+    )
     attn_implementation: Attention = _rows("auto", description=f"{', '.join(get_args(Attention))}; auto: sdpa where the family has it.")
     compile: bool | Auto = _rows("auto", description="Compile the layers: 1.7 times as fast on a GPU; auto: where there are GPUs.")
     threads_per_stage: Positive | Auto = _rows("auto", description="torch threads a stage on the CPU; auto: 1.")

@@ -114,6 +114,14 @@ def _columns(site: Site, store_dtype: str, widths: Mapping[Width, int]) -> Itera
             yield Column(name, dtype or store_dtype, widths[width])
 
 
+def sites_of(parts: Iterable[PartSpec]) -> LayersOfSites:
+    """What is captured where parts are these."""
+    sites: dict[str, tuple[int, ...]] = {}
+    for part in parts:
+        sites[part.site] = (*sites.get(part.site, ()), *(() if part.layer is None else (part.layer,)))
+    return sites
+
+
 def capturing_layer(site: str, layer: int | None, num_layers: int) -> int:
     """The layer whose stage captures a part, of a model of `num_layers`: its own, or the first or last for what is before or behind all layers."""
     if layer is not None:

@@ -35,7 +35,7 @@ class Compared:
     by: Literal["transformers", "m2ray"]
     batch: Literal["alone", "recorded"]
     site: str
-    layer: int
+    layer: int | None
     tolerance: float
     rows: int
     same_bits: int

@@ -25,18 +25,17 @@ from m2ray.batches import LayerSpan, MicroBatch, PartSpec, Shard
 from m2ray.errors import M2rayError, NotInRunError, RunConflictError
 from m2ray.model.capture import CaptureSpec
 from m2ray.model.checkpoint import Checkpoint, open_checkpoint, up_to_layer
-from m2ray.model.stage import DTYPES, StageSpec
+from m2ray.model.eight_bits import Encoder, is_encoded
+from m2ray.model.stage import StageSpec
 from m2ray.prompts import PromptSource, TokenSpool
 from m2ray.prompts.shards import one_micro_batch
 from m2ray.provenance import versions
 from m2ray.selection import Selection
+from m2ray.sites import sites_of
 from m2ray.storage import Store, local_folder
 
 OnProgress = Callable[[str, int, int], object]
 """Takes what is being done, how much of it is done, and how much there is (0 where that is not known)."""
-
-_SITE = "residual"
-"""What is audited, of all that a run may hold."""
 
 
 def audit(
@@ -63,8 +62,6 @@ def audit(
     began = utc_now()
     catalogue = Catalogue(store)
     job, sample = catalogue.job, draw(catalogue, share, seed)
-    if _SITE not in {part.site for part in job.parts}:
-        raise NotInRunError(f"The run at {store.url} holds no {_SITE}, and nothing else is audited.")
     checkpoint = _checkpoint(job, model)
     config = read_config(checkpoint.url)
     inexact = why_not_exact(job, sample)
@@ -73,11 +70,12 @@ def audit(
         tokens, tokens_from, remarks = _token_ids(work, prompts, config.vocab_size, exact=not inexact)
         with tokens:
             _by_m2ray(work, tokens, config.hidden_size, exact=not inexact)
-            inexact += _by_transformers(work, tokens, exact=not inexact)
+            why_not, not_found = _by_transformers(work, tokens, exact=not inexact)
+            inexact += why_not
     remarks += [f"not held to the same bits: {reason}" for reason in inexact]
     if job.format_version == 1:
         remarks.append("the model was not held against the run's fingerprint, which format 1 took otherwise")
-    remarks += [f"not audited: the site {site}" for site in sorted({part.site for part in job.parts} - {_SITE})]
+    remarks += [f"held against m2ray in other stages alone: {', '.join(not_found)}"] if not_found else []
     differences = work.differences
     return AuditRecord(
         format_version=FORMAT_VERSION,
@@ -114,32 +112,21 @@ class _Work:
     on_progress: OnProgress
     unfit: set[int] = field(default_factory=set)
 
-    @property
-    def parts(self) -> dict[int, PartSpec]:
-        """The audited parts by their layers."""
-        return {part.layer: part for part in self.catalogue.job.parts if part.site == _SITE and part.layer is not None}
-
-    @property
-    def last_layer(self) -> int:
-        """The last one that is audited."""
-        return max(self.parts)
-
     def micro_batches(self, pieces: Sequence[Shard], tokens: TokenSpool) -> list[Callable[[], MicroBatch]]:
         """How to make each piece a micro-batch, right-padded. Pieces with a sequence whose tokens are wrong are left out."""
         return [partial(one_micro_batch, piece, tokens) for piece in pieces if not self.unfit.intersection(piece.sequence_ids.tolist())]
 
-    def compare(self, by: By, batch: Batch, micro_batch: MicroBatch, layer: int, rows_NW: torch.Tensor) -> None:
-        """Hold the rows of a micro-batch's chosen tokens, in the store dtype, against what the run holds of the sampled sequences.
+    def compare(self, by: By, batch: Batch, micro_batch: MicroBatch, part: PartSpec, rows_NB: torch.Tensor) -> None:
+        """Hold the rows of a micro-batch's chosen tokens, uint8 [N, bytes of a row], against what the run holds of the sampled sequences.
 
         That these are the rows that it holds was seen before (`_other_tokens_in_rows`).
         """
         sequence_ids = micro_batch.sequence_ids[self.sample.places_in(micro_batch.sequence_ids)].tolist()
         ids_N = self.catalogue.job.selection.token_rows(micro_batch)["sequence_id"]
         is_sampled_N = np.isin(ids_N, sequence_ids)
-        recorded_NW = self.recorded.rows(self.parts[layer], micro_batch.shard, sequence_ids)
-        tolerance = 0.0 if batch == "recorded" else bound(self.catalogue.job, layer)
-        found_NW = rows_NW[torch.from_numpy(is_sampled_N)]
-        self.differences.add(by, batch, (_SITE, layer), tolerance, recorded_NW, found_NW, ids_N[is_sampled_N])
+        recorded_NB = self.recorded.rows(part, micro_batch.shard, sequence_ids)
+        tolerance = 0.0 if batch == "recorded" else bound(self.catalogue.job, part)
+        self.differences.add(by, batch, part, tolerance, recorded_NB, rows_NB[torch.from_numpy(is_sampled_N)], ids_N[is_sampled_N])
 
 
 # -- computed again -------------------------------------------------------------------------------------------------------
@@ -152,7 +139,7 @@ def _by_m2ray(work: _Work, tokens: TokenSpool, hidden_size: int, *, exact: bool)
     micro_batches = work.micro_batches(work.sample.micro_batches if exact else work.sample.alone(), tokens)
     spec = StageSpec(
         model_url=work.checkpoint.url,
-        span=LayerSpan(0, work.last_layer + 1),
+        span=LayerSpan(0, job.layers_run),
         compute_dtype=job.options["compute_dtype"],
         attn_implementation=job.options["attn_implementation"],
         device="cpu" if exact or not torch.cuda.is_available() else "cuda:0",
@@ -160,28 +147,28 @@ def _by_m2ray(work: _Work, tokens: TokenSpool, hidden_size: int, *, exact: bool)
         with_final_norm=job.with_final_norm,
         model_files=work.checkpoint.digests,
     )
-    capture = CaptureSpec({_SITE: tuple(sorted(work.parts))}, job.options["store_dtype"], job.selection)
-    done, all_layers = 0, len(micro_batches) * len(work.parts)
+    capture = CaptureSpec(sites_of(job.parts), job.options["store_dtype"], job.selection)
+    done, all_parts = 0, len(micro_batches) * len(job.parts)
 
-    def on_rows(micro_batch: MicroBatch, layer: int, rows_NW: torch.Tensor) -> None:
+    def on_rows(micro_batch: MicroBatch, part: PartSpec, rows_NB: torch.Tensor) -> None:
         nonlocal done
-        work.compare("m2ray", batch, micro_batch, layer, rows_NW)
+        work.compare("m2ray", batch, micro_batch, part, rows_NB)
         done += 1
-        work.on_progress("layers of micro-batches by m2ray", done, all_layers)
+        work.on_progress("sites and layers of micro-batches by m2ray", done, all_parts)
 
     loaded = restage(spec, capture, micro_batches, hidden_size, work.seed, on_rows)
     if loaded and job.format_version > 1:
         hold_weights(work.catalogue.store, job, loaded)
 
 
-def _by_transformers(work: _Work, tokens: TokenSpool, *, exact: bool) -> list[str]:
+def _by_transformers(work: _Work, tokens: TokenSpool, *, exact: bool) -> tuple[list[str], list[str]]:
     """By its whole model: the recorded micro-batches where they have to give the same bits, and each sequence alone.
 
     Returns:
-        Why they do not have to after all.
+        Why they do not have to after all; and the sites of which nothing was found there.
     """
-    job, sample, layers = work.catalogue.job, work.sample, sorted(work.parts)
-    options, store_dtype = job.options, DTYPES[job.options["store_dtype"]]
+    job, sample, options = work.catalogue.job, work.sample, work.catalogue.job.options
+    parts, seen = {(part.site, part.layer): part for part in job.parts}, set()
     with Reference(work.checkpoint.url, options["compute_dtype"], options["attn_implementation"], on_cpu=exact) as reference:
         kinds: list[tuple[Batch, Sequence[Shard]]] = [("alone", sample.alone())]
         if exact and reference.in_memory:
@@ -191,13 +178,21 @@ def _by_transformers(work: _Work, tokens: TokenSpool, *, exact: bool) -> list[st
             for number, get in enumerate(micro_batches, 1):
                 micro_batch = get()
 
-                def on_layer(layer: int, output_BTH: torch.Tensor) -> None:
-                    rows_NW = _chosen(output_BTH.to("cpu"), job.selection, micro_batch)  # noqa: B023 - called within this round
-                    work.compare("transformers", batch, micro_batch, layer, rows_NW.to(store_dtype))  # noqa: B023
+                def on_site(site: str, layer: int | None, values_BTW: torch.Tensor) -> None:
+                    rows_NW = _chosen(values_BTW.to("cpu"), job.selection, micro_batch)  # noqa: B023 - called within this round
+                    seen.add((site, layer))
+                    work.compare("transformers", batch, micro_batch, parts[site, layer], _stored(parts[site, layer], rows_NW))  # noqa: B023
 
-                reference.run(torch.from_numpy(micro_batch.token_ids_BT).long(), layers, on_layer)
+                reference.run(torch.from_numpy(micro_batch.token_ids_BT).long(), parts.keys(), on_site)
                 work.on_progress(f"micro-batches by transformers, {batch}", number, len(micro_batches))
-        return ["transformers' model does not fit into memory as a whole"] if exact and not reference.in_memory else []
+        inexact = ["transformers' model does not fit into memory as a whole"] if exact and not reference.in_memory else []
+    return inexact, sorted({site for site, _ in parts.keys() - seen}) if seen else []
+
+
+def _stored(part: PartSpec, rows_NW: torch.Tensor) -> torch.Tensor:
+    """Rows as a part of one value a channel has them: uint8 [N, bytes of a row]."""
+    columns = Encoder().encode(part, rows_NW) if is_encoded(part) else (rows_NW.to(getattr(torch, part.columns[0].dtype)),)
+    return torch.cat([column.contiguous().view(torch.uint8) for column in columns], dim=1)
 
 
 def _chosen(values_BTW: torch.Tensor, selection: Selection, micro_batch: MicroBatch) -> torch.Tensor:

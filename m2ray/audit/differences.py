@@ -1,6 +1,7 @@
 """How far rows that were computed again are from the run's: their distribution by site and layer, in bounded memory, and who failed."""
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -9,7 +10,8 @@ import numpy.typing as npt
 import torch
 
 from m2ray.activations.audits import Compared
-from m2ray.batches import Int64Array
+from m2ray.activations.reading.values import tensors_of
+from m2ray.batches import Column, Int64Array, PartSpec
 
 By = Literal["transformers", "m2ray"]
 Batch = Literal["alone", "recorded"]
@@ -31,17 +33,16 @@ class _Layer:
     greatest: float = 0.0
     exponents: Counter[int] = field(default_factory=Counter)
 
-    def add(self, ours_NW: torch.Tensor, theirs_NW: torch.Tensor) -> npt.NDArray[np.float64]:
-        """Count rows, and give the difference of each."""
-        pieces = zip(ours_NW.split(_AT_ONCE), theirs_NW.split(_AT_ONCE), strict=True)
-        return np.concatenate([np.empty(0), *(self._add(*piece) for piece in pieces)])
+    def add(self, columns: Sequence[Column], ours_NB: torch.Tensor, theirs_NB: torch.Tensor) -> npt.NDArray[np.float64]:
+        """Count rows, uint8 [N, bytes of a row], and give the difference of each."""
+        pieces = zip(ours_NB.split(_AT_ONCE), theirs_NB.split(_AT_ONCE), strict=True)
+        return np.concatenate([np.empty(0), *(self._add(columns, *piece) for piece in pieces)])
 
-    def _add(self, ours_NW: torch.Tensor, theirs_NW: torch.Tensor) -> npt.NDArray[np.float64]:
-        same_bits = (ours_NW.view(torch.uint8) == theirs_NW.view(torch.uint8)).all(dim=1).numpy()
-        ours_NW, theirs_NW = ours_NW.double(), theirs_NW.double()
-        moved: npt.NDArray[np.float64] = (
-            ((ours_NW - theirs_NW).norm(dim=1) / theirs_NW.norm(dim=1)).nan_to_num(nan=_NO_NORM, posinf=_NO_NORM).numpy()
-        )
+    def _add(self, columns: Sequence[Column], ours_NB: torch.Tensor, theirs_NB: torch.Tensor) -> npt.NDArray[np.float64]:
+        same_bits = (ours_NB == theirs_NB).all(dim=1).numpy()
+        ours, theirs = tensors_of(columns, ours_NB), tensors_of(columns, theirs_NB)
+        distance, norm = _experts_apart(ours, theirs) if isinstance(ours, dict) else _rows_apart(ours, theirs)
+        moved: npt.NDArray[np.float64] = (distance / norm).nan_to_num(nan=_NO_NORM, posinf=_NO_NORM).numpy()
         moved[same_bits] = 0.0
         self.rows += len(moved)
         self.same_bits += int(same_bits.sum())
@@ -54,6 +55,20 @@ class _Layer:
         return moved
 
 
+def _rows_apart(ours_NW: torch.Tensor, theirs_NW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The distance of each two rows, and the norm of the second."""
+    return (ours_NW.double() - theirs_NW.double()).norm(dim=1), theirs_NW.double().norm(dim=1)
+
+
+def _experts_apart(ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same of the weights that experts were given, whatever their order: one that was not chosen has none."""
+    ours_NK, theirs_NK = ours["expert_weights"].double(), theirs["expert_weights"].double()
+    is_same_NKK = ours["expert_ids"][:, :, None] == theirs["expert_ids"][:, None, :]
+    given_NK = (is_same_NKK * theirs_NK[:, None, :]).sum(dim=2)
+    left_NK = theirs_NK * ~is_same_NKK.any(dim=1)
+    return torch.cat([ours_NK - given_NK, left_NK], dim=1).norm(dim=1), theirs_NK.norm(dim=1)
+
+
 class Differences:
     """All that an audit compares.
 
@@ -64,7 +79,7 @@ class Differences:
 
     def __init__(self, *, by_row: bool) -> None:
         self._by_row = by_row
-        self._layers: dict[tuple[By, Batch, str, int], _Layer] = {}
+        self._layers: dict[tuple[By, Batch, PartSpec], _Layer] = {}
         self._wrong: dict[int, str] = {}
         self._num_wrong: set[int] = set()
 
@@ -72,21 +87,19 @@ class Differences:
         self,
         by: By,
         batch: Batch,
-        place: tuple[str, int],
+        part: PartSpec,
         tolerance: float,
-        recorded_NW: torch.Tensor,
-        found_NW: torch.Tensor,
+        recorded_NB: torch.Tensor,
+        found_NB: torch.Tensor,
         sequence_ids_N: Int64Array,
     ) -> None:
-        """Compare rows of one site and layer, both in the store dtype; `sequence_ids_N` says whose they are."""
-        moved = self._layers.setdefault((by, batch, *place), _Layer(tolerance)).add(recorded_NW, found_NW)
+        """Compare rows of one site and layer, both as a part has them; `sequence_ids_N` says whose they are."""
+        moved = self._layers.setdefault((by, batch, part), _Layer(tolerance)).add(part.columns, recorded_NB, found_NB)
         if self._by_row or tolerance == 0:
             beyond = np.flatnonzero(moved > tolerance)
             for number in np.unique(sequence_ids_N[beyond]).tolist():
                 greatest = moved[(sequence_ids_N == number)].max()
-                self.fail(
-                    number, f"{place[0]} of layer {place[1]} differs by {greatest:.2g} of a row's norm from {_NAMES[by]} {_BATCHES[batch]}"
-                )
+                self.fail(number, f"{part} differs by {greatest:.2g} of a row's norm from {_NAMES[by]} {_BATCHES[batch]}")
 
     def fail(self, sequence_id: int, why: str) -> None:
         """A sequence is wrong; the first reason is kept."""
@@ -107,7 +120,10 @@ class Differences:
         """In the order of who, which batch, site and layer."""
         return tuple(
             Compared(
-                *key,
+                by,
+                batch,
+                part.site,
+                part.layer,
                 found.tolerance,
                 found.rows,
                 found.same_bits,
@@ -115,10 +131,15 @@ class Differences:
                 found.greatest,
                 {str(exponent): count for exponent, count in sorted(found.exponents.items())},
             )
-            for key, found in sorted(self._layers.items())
+            for (by, batch, part), found in sorted(self._layers.items(), key=_place)
         )
 
     @property
     def all_within(self) -> bool:
         """Whether no sequence is wrong, and no layer as a whole."""
         return not self._num_wrong and all(2 * found.beyond <= found.rows for found in self._layers.values())
+
+
+def _place(counted: tuple[tuple[By, Batch, PartSpec], _Layer]) -> tuple[str, str, str, int]:
+    by, batch, part = counted[0]
+    return by, batch, part.site, -1 if part.layer is None else part.layer

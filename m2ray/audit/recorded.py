@@ -7,7 +7,6 @@ import numpy.typing as npt
 import torch
 
 from m2ray.activations.reading.catalogue import Catalogue
-from m2ray.activations.reading.values import tensors_of
 from m2ray.batches import PartReceipt, PartSpec, Shard
 
 _KEPT_TOKENS = 1 << 22
@@ -30,15 +29,14 @@ class RecordedRows:
         return self._found(shard, sequence_id)[1]
 
     def rows(self, spec: PartSpec, shard: int, sequence_ids: list[int]) -> torch.Tensor:
-        """The rows of some sequences of a shard, one behind the other: [N, W] in the store dtype. Raises RunDamagedError or StoreError."""
+        """The rows of some sequences of a shard, one behind the other: uint8 [N, bytes of a row]. Raises RunDamagedError or StoreError."""
         pages = self._catalogue.open_part(spec, self._receipt(spec, shard)).pages()
         places = [self._found(shard, sequence_id) for sequence_id in sequence_ids]
         rows, filled = np.empty((sum(len(tokens) for _, tokens in places), spec.row_bytes), np.uint8), 0
         for start, tokens in places:
             pages.read(start, rows[filled : filled + len(tokens)])
             filled += len(tokens)
-        found: torch.Tensor = tensors_of(spec.columns, torch.from_numpy(rows))
-        return found
+        return torch.from_numpy(rows)
 
     def holds_all(self, piece: Shard) -> bool:
         """Whether the run has a row of every token of these sequences."""

@@ -3,8 +3,8 @@
 import json
 import re
 import tempfile
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -17,6 +17,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM
 from transformers.utils.logging import disable_progress_bar
 
+from m2ray.audit.branches import Branches
 from m2ray.errors import CheckpointError
 
 _ROUTERS: dict[str, tuple[str, ...]] = {"minimax_m2": ("gate.weight", "e_score_correction_bias")}
@@ -24,7 +25,11 @@ _ROUTERS: dict[str, tuple[str, ...]] = {"minimax_m2": ("gate.weight", "e_score_c
 
 _INDEX, _SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
 
-OnLayer = Callable[[int, torch.Tensor], None]
+Places = Collection[tuple[str, int | None]]
+"""Sites, each with a layer, or None of the whole model."""
+
+OnSite = Callable[[str, int | None, torch.Tensor], None]
+"""Takes a site, its layer and what stands there: [B, T, W]; of several residual streams all of them, side by side."""
 
 
 class Reference:
@@ -67,23 +72,28 @@ class Reference:
         del self._model
         self._offload.cleanup()
 
-    def run(self, token_ids_BT: torch.Tensor, layers: Sequence[int], on_layer: OnLayer) -> None:
-        """Take right-padded sequences, int64 [B, T], through the model, and call `on_layer` with each of `layers` and its output [B, T, W].
+    def run(self, token_ids_BT: torch.Tensor, places: Places, on_site: OnSite) -> None:
+        """Take right-padded sequences, int64 [B, T], through the model, and call `on_site` with each of `places` that is found there.
 
-        W is the hidden size; of a family with several residual streams all of them, side by side. The model ends with its decoder.
+        Found are `residual`, `embedding`, `final_norm`, and where `Branches` tells them `attention`, `mlp`, `residual_mid` and `mlp_in`; routers
+        are not looked into. The model ends with its decoder.
         """
         decoder = _decoder(self._model)
-        decoder_layers = _decoder_layers(decoder)
-        hooks = [decoder_layers[layer].register_forward_hook(_handing_on(layer, on_layer)) for layer in layers]
-        hooks.append(decoder.register_forward_hook(_end))
-        embedding = self._model.get_input_embeddings().weight
-        try:
+        with ExitStack() as hooks:
+            for number, layer in enumerate(_decoder_layers(decoder)):
+                if wanted := {site for site, at in places if at == number}:
+                    _hook(hooks, layer, number, wanted, on_site)
+            if ("embedding", None) in places:
+                first = _decoder_layers(decoder)[0]
+                handle = first.register_forward_pre_hook(lambda _, *given: on_site("embedding", None, _entering(*given)), with_kwargs=True)
+                hooks.callback(handle.remove)
+            if ("final_norm", None) in places:
+                hooks.callback(decoder.register_forward_hook(lambda *called: on_site("final_norm", None, called[-1][0])).remove)
+            hooks.callback(decoder.register_forward_hook(_end).remove)
+            embedding = self._model.get_input_embeddings().weight
             with torch.inference_mode(), suppress(_DecoderDoneError):
                 at = embedding.device if embedding.device.type != "meta" else torch.device("cpu")
                 self._model(input_ids=token_ids_BT.to(at), use_cache=False)
-        finally:
-            for hook in hooks:
-                hook.remove()
 
 
 def read_config(folder: str) -> Any:
@@ -204,11 +214,30 @@ def _decoder_layers(decoder: Any) -> nn.ModuleList:
     return found[0]
 
 
-def _handing_on(layer: int, on_layer: OnLayer) -> Callable[..., None]:
-    def hook(_: nn.Module, __: Any, output: Any) -> None:
-        on_layer(layer, (output[0] if isinstance(output, tuple | list) else output).flatten(2))
+def _hook(hooks: ExitStack, layer: nn.Module, number: int, wanted: Collection[str], on_site: OnSite) -> None:
+    """Hand on what is wanted of a layer, once it has run."""
+    branches = Branches(layer) if set(wanted) - {"residual"} else None
+    entered: list[torch.Tensor] = []
 
-    return hook
+    def enter(_: nn.Module, *given: Any) -> None:
+        if branches is not None:
+            entered.append(_entering(*given).clone())
+
+    def leave(_: nn.Module, __: Any, output: Any) -> None:
+        leaving = output[0] if isinstance(output, tuple | list) else output
+        found = {"residual": leaving} | (dict(branches.found(entered[-1], leaving)) if branches is not None else {})
+        for site in found.keys() & set(wanted):
+            on_site(site, number, found[site].flatten(2))
+
+    hooks.callback(layer.register_forward_pre_hook(enter, with_kwargs=True).remove)
+    hooks.callback(layer.register_forward_hook(leave).remove)
+    if branches is not None:
+        hooks.callback(branches.close)
+
+
+def _entering(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    hidden: torch.Tensor = args[0] if args else kwargs["hidden_states"]
+    return hidden
 
 
 class _DecoderDoneError(Exception):

@@ -47,5 +47,6 @@ def lines(record: AuditRecord) -> Iterator[str]:
 def _told(found: list[Compared]) -> str:
     rows, same_bits, beyond = (sum(getattr(each, name) for each in found) for name in ("rows", "same_bits", "beyond"))
     worst = max(found, key=lambda each: each.greatest)
-    where = f"; the largest difference is {worst.greatest:.2g} of the row's norm, at layer {worst.layer}" if worst.greatest else ""
+    at = worst.site if worst.layer is None else f"layer {worst.layer}" + ("" if worst.site == "residual" else f" ({worst.site})")
+    where = f"; the largest difference is {worst.greatest:.2g} of the row's norm, at {at}" if worst.greatest else ""
     return f"{same_bits:,} of {rows:,} rows have the same bits, {beyond:,} differ by more than they may{where}"

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from m2ray.activations.reading.values import tensor_of
-from m2ray.batches import LayerSpan, MicroBatch
+from m2ray.batches import LayerSpan, MicroBatch, PartSpec
 from m2ray.model.capture import CaptureSpec
 from m2ray.model.stage import DTYPES, StageSpec, load_stage
 
@@ -19,8 +18,8 @@ if TYPE_CHECKING:
 _MOST_LAYERS = 4
 _HELD_BYTES = 1 << 30
 
-OnRows = Callable[[MicroBatch, int, torch.Tensor], None]
-"""Takes a micro-batch, a layer and its rows [N, W] in the store dtype."""
+OnRows = Callable[[MicroBatch, PartSpec, torch.Tensor], None]
+"""Takes a micro-batch, a site and layer, and its rows as a part has them: uint8 [N, bytes of a row]."""
 
 
 def restage(
@@ -32,11 +31,11 @@ def restage(
 
     Args:
         spec: what the stages have in common.
-        capture: whose residual is handed over.
+        capture: what is handed over.
         micro_batches: how to get each.
         hidden_size: elements of a hidden state.
         seed: of the cut.
-        on_rows: called for each micro-batch and captured layer.
+        on_rows: called for each micro-batch and each site and layer that is captured.
 
     Returns:
         The digests of what was loaded, as `weights.json` has them: by layer, and of what comes before them at None.
@@ -56,8 +55,7 @@ def restage(
             for place, micro_batch in enumerate(group):
                 output = stage.forward(micro_batch, boundaries[place])
                 for part, captured in zip(stage.parts, output.captured, strict=True):
-                    assert part.layer is not None
-                    on_rows(micro_batch, part.layer, tensor_of(part.columns[0], torch.from_numpy(captured.columns[0])))
+                    on_rows(micro_batch, part, torch.from_numpy(np.concatenate(captured.columns, axis=1)))
                 boundaries[place] = None if output.boundary is None else output.on_host()
             del stage
     return digests

@@ -5,22 +5,27 @@ from typing import Any
 
 from m2ray.activations.job import JobRecord
 from m2ray.audit.sample import Sample
+from m2ray.batches import PartSpec
 from m2ray.provenance import ROW_PACKAGES, cpu_kind, differences, versions
+from m2ray.sites import capturing_layer
 
 _A_LAYER: Mapping[str, tuple[float, int]] = {"float32": (1e-5, 32), "bfloat16": (6e-3, 1), "float16": (7.5e-4, 1)}
 """By compute dtype: a share of the row's norm, and for how many layers it holds; beyond them it grows in proportion to the depth."""
 
-_ROUNDING: Mapping[str, float] = {"float32": 2**-23, "float16": 2**-10, "bfloat16": 2**-7}
-"""By store dtype: what rounding two rows that are all but equal can set between them, as a share of their norm."""
+_ROUNDING: Mapping[str, float] = {"float32": 2**-23, "float16": 2**-10, "bfloat16": 2**-7, "float8_e4m3fn": 2**-3, "int8": 0.09}
+"""By what is stored: what rounding two rows that are all but equal can set between them, as a share of their norm. Of int8 that is twice half a
+step in each of 128 channels of a block, whose largest value is 127 steps."""
 
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
-def bound(job: JobRecord, layer: int) -> float:
+def bound(job: JobRecord, part: PartSpec) -> float:
     """The most by which a row may differ that was computed beside other prompts, in another cut of a matrix, or on another machine."""
     share, num_layers = _A_LAYER[job.options["compute_dtype"]]
-    rounded = job.options["store_dtype"] != job.options["compute_dtype"]
-    return share * max(1.0, (layer + 1) / num_layers) + (_ROUNDING[job.options["store_dtype"]] if rounded else 0.0)
+    depth = 1 + capturing_layer(part.site, part.layer, job.model.num_layers)
+    stored = part.columns[-1 if part.site == "router_topk" else 0].dtype
+    rounded = stored != job.options["compute_dtype"]
+    return share * max(1.0, depth / num_layers) + (_ROUNDING[stored] if rounded else 0.0)
 
 
 def has_router(config: Any) -> bool:

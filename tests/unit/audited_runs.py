@@ -18,12 +18,14 @@ from m2ray.batches import CapturedLayer, LayerSpan, MicroBatch
 from m2ray.chain import extract
 from m2ray.chain.probing import Hardware
 from m2ray.cli import main
-from m2ray.model.stage import Stage, StageSpec
+from m2ray.model.capture import CaptureSpec
+from m2ray.model.stage import Stage, StageSpec, load_stage
 from m2ray.planning.hardware import Cluster, Node
 from m2ray.prompts import micro_batches
 from m2ray.provenance import cpu_kind
 from scripts.make_checkpoint import make_checkpoint
-from tests.reference import DATA, MINIMAX_TINY, load_capturing
+from tests.reference import DATA, MINIMAX_TINY
+from tests.unit.activation_runs import by_column
 
 TOKENIZER = DATA / "prompts" / "tokenizer"
 """It begins every text by <s>."""
@@ -69,8 +71,11 @@ def extracted(
 
     def in_this_process(work: Any, *_: object) -> None:
         resolved = work.inputs.options
-        spec = StageSpec(str(model), LayerSpan(0, max(resolved.layers) + 1), resolved.compute_dtype, "auto", "cpu", 1)
-        stage = load_capturing(spec, resolved.layers, resolved.store_dtype, resolved.prompts.selection)
+        job = work.run.job
+        span = LayerSpan(0, job.layers_run)
+        spec = StageSpec(str(model), span, resolved.compute_dtype, "auto", "cpu", 1, with_final_norm=job.with_final_norm)
+        stage = load_stage(spec, lambda *_: None)
+        stage.begin(CaptureSpec(resolved.sites, resolved.store_dtype, resolved.prompts.selection))
         hold_weights(work.run.store, work.run.job, stage.digests)
         for shard in work.missing:
             _commit(work, shard, rows_of or (lambda micro_batch: rows_of_stage(stage, micro_batch)), computed_on or cpu_kind())
@@ -86,9 +91,12 @@ def extracted(
 
 
 def rows_of_stage(stage: Stage, micro_batch: MicroBatch) -> list[torch.Tensor]:
-    """What a stage from layer 0 on captures."""
-    captured = stage.forward(micro_batch, None).captured
-    return [tensor_of(part.columns[0], torch.from_numpy(each.columns[0])).clone() for part, each in zip(stage.parts, captured, strict=True)]
+    """What a stage from layer 0 on captures; of several columns their bytes, side by side."""
+    rows = []
+    for part, each in zip(stage.parts, stage.forward(micro_batch, None).captured, strict=True):
+        bytes_NB = torch.from_numpy(np.concatenate(each.columns, axis=1))
+        rows.append(tensor_of(part.columns[0], bytes_NB) if len(part.columns) == 1 else bytes_NB)
+    return rows
 
 
 def _commit(work: Any, shard: Any, rows_of: RowsOf, computed_on: str) -> None:
@@ -98,7 +106,8 @@ def _commit(work: Any, shard: Any, rows_of: RowsOf, computed_on: str) -> None:
     try:
         for micro_batch in micro_batches(shard, work.tokens, job.options["batch_tokens"]):
             rows = zip(job.parts, rows_of(micro_batch), strict=True)
-            captured = [CapturedLayer(part.site, part.layer, (each.contiguous().view(torch.uint8).numpy(),)) for part, each in rows]
+            bits = [(part, each.contiguous().view(torch.uint8).numpy()) for part, each in rows]
+            captured = [CapturedLayer(part.site, part.layer, by_column(part, each)) for part, each in bits]
             writer.submit(attempt, micro_batch, captured, timeout_s=10)
             shapes.append(micro_batch.token_ids_BT.shape)
         receipts = writer.collect(shard.index, attempt, timeout_s=10)

@@ -14,13 +14,16 @@ from m2ray.activations.job import read_job
 from m2ray.activations.reading.catalogue import Catalogue
 from m2ray.audit.sample import draw, least_share_found
 from m2ray.audit.tolerance import bound
+from m2ray.batches import LayerSpan, PartSpec
 from m2ray.cli import main
+from m2ray.model.capture import CaptureSpec
+from m2ray.model.stage import Stage, StageSpec, load_stage
 from m2ray.storage import LocalStore
 from tests.data.run_format_1.make_runs import HERE as FORMAT_1
 from tests.data.run_format_1.make_runs import RUNS
 from tests.data.run_format_1.make_runs import make_model as make_model_of_format_1
 from tests.reference import other_weights
-from tests.unit.audited_runs import audited, extracted, make_model, verify, write_prompts
+from tests.unit.audited_runs import audited, extracted, make_model, rows_of_stage, verify, write_prompts
 
 FLOAT32 = {"compute-dtype": "float32", "store-dtype": "float32"}
 
@@ -39,6 +42,12 @@ def prompts(tmp_path: Path) -> Path:
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, models: dict[str, Path], prompts: Path, tmp_path: Path) -> Path:
     return extracted(monkeypatch, models["llama"], prompts, tmp_path / "run")
+
+
+def stage_of(model: Path, sites: dict[str, tuple[int, ...]]) -> Stage:
+    stage = load_stage(StageSpec(str(model), LayerSpan(0, 5), "bfloat16", "auto", "cpu", 1, with_final_norm=True), lambda *_: None)
+    stage.begin(CaptureSpec(sites, "bfloat16"))
+    return stage
 
 
 # -- what is equal -----------------------------------------------------------------------------------------------------------
@@ -68,8 +77,43 @@ def test_rows_as_they_were_extracted_have_the_same_bits(
         if each["batch"] == "recorded":
             assert (each["tolerance"], each["same_bits"], each["greatest"]) == (0.0, each["rows"], 0.0)
         else:
-            assert each["tolerance"] == bound(read_job(LocalStore(tmp_path / "run")), each["layer"])
+            assert each["tolerance"] == bound(
+                read_job(LocalStore(tmp_path / "run")), PartSpec.of("residual", each["layer"], store_dtype, 1)
+            )
     assert audit["least_share_found"] == 1 / 16
+
+
+ALL_SITES = "residual:1-2, residual_mid:1-2, attention:1-2, mlp:1-2, mlp_in:1-2, embedding, final_norm"
+BRANCHES = {"residual", "residual_mid", "attention", "mlp", "mlp_in", "embedding", "final_norm"}
+
+
+@pytest.mark.parametrize(("name", "store_dtype"), [("llama", "int8"), ("llama", "bfloat16"), ("minimax_m2", "float8")])
+def test_every_site_is_audited(
+    monkeypatch: pytest.MonkeyPatch, models: dict[str, Path], prompts: Path, tmp_path: Path, name: str, store_dtype: str
+) -> None:
+    """The branches as transformers' own layers add them; routers against m2ray in other stages alone, which a remark says."""
+    sites = ALL_SITES + (", router_topk:all, router_logits:0" if name == "minimax_m2" else "")
+    dtypes = {"compute-dtype": "float32", "store-dtype": store_dtype}
+    run = extracted(monkeypatch, models[name], prompts, tmp_path / "run", sites=sites, **dtypes)
+    audit = audited(run)
+    assert (audit["passed"], audit["exact"], audit["num_wrong"]) == (True, True, 0), audit
+    found = {by: {each["site"] for each in audit["compared"] if each["by"] == by} for by in ("m2ray", "transformers")}
+    assert found["transformers"] == BRANCHES
+    routers = {"router_topk", "router_logits"} if name == "minimax_m2" else set()
+    assert found["m2ray"] == BRANCHES | routers
+    assert audit["remarks"] == (["held against m2ray in other stages alone: router_logits, router_topk"] if routers else [])
+    assert {each["layer"] for each in audit["compared"] if each["site"] == "final_norm"} == {None}
+    assert all(each["same_bits"] == each["rows"] for each in audit["compared"] if each["batch"] == "recorded")
+
+
+@pytest.mark.parametrize("swapped", [("attention", "mlp"), ("mlp_in", "final_norm")])
+def test_rows_of_another_site_are_found(
+    monkeypatch: pytest.MonkeyPatch, models: dict[str, Path], prompts: Path, tmp_path: Path, swapped: tuple[str, str]
+) -> None:
+    stage = stage_of(models["llama"], {site: () if site == "final_norm" else (4,) for site in swapped})
+    sites = ", ".join(site if site == "final_norm" else f"{site}:4" for site in swapped)
+    run = extracted(monkeypatch, models["llama"], prompts, tmp_path / "run", lambda batch: rows_of_stage(stage, batch)[::-1], sites=sites)
+    assert not audited(run)["passed"]
 
 
 @pytest.mark.parametrize("name", ["llama", "minimax_m2"])

@@ -1,6 +1,7 @@
 """`m2ray plan` on MiniMax-M2's real config.json: exact bytes, verdicts, exit codes, and the table in docs/planning.md."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from tests.reference import make_family, make_minimax
 
 ROOT = Path(__file__).parents[2]
 M2 = ROOT / "tests/data/minimax_m2"
+M3 = ROOT / "tests/data/minimax_m3"
+LLAMA = ROOT / "tests/data/llama"
 CLUSTERS = ("8xA100-80GB", "8xA100-40GB", "4xH100-80GB", "6xH100-80GB", "1xH200", "2xH200", "8xH200")
 FITS, DOES_NOT_FIT = 0, 3
 _read = plan_inputs.read_model
@@ -187,3 +190,38 @@ def test_without_gpus_named_this_machine_is_planned(small_model: Path, monkeypat
     (node,) = plan_json("--batch-tokens", "128", model=small_model)["cluster"]
     assert node["cpus"] > 0
     assert node["versions"]["python"]
+
+
+def test_sites_are_planned_with_their_layers_and_bytes(small_model: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"text": "a river"}\n' * 20)
+    asked = ("--sites", "residual:0,2, router_topk, mlp:1, final_norm", "--prompts", str(prompts), "--gpus", "1xH100-80GB")
+    found = plan_json(*asked, "--store-dtype", "int8", model=small_model)
+    num_layers = found["model"]["num_layers"]
+    assert found["model"]["layers_run"] == num_layers, "the final norm comes after all of them"
+    assert found["options"]["sites"] == {"residual": [0, 2], "router_topk": list(range(num_layers)), "mlp": [1], "final_norm": []}
+    parts = {(part["site"], part["layer"]): part["num_bytes"] for part in found["output"]["by_part"]}
+    assert len(parts) == 2 + num_layers + 1 + 1
+    assert parts["residual", 0] == parts["mlp", 1] == parts["final_norm", None] != parts["router_topk", 0]
+    by_site = {each["site"]: each["num_bytes"] for each in found["output"]["by_site"]}
+    assert by_site["residual"] == 2 * parts["residual", 0]
+    assert sum(by_site.values()) == found["output"]["num_bytes"]
+    shown = plan(*asked, model=small_model).stdout
+    assert "capture  residual of layers 0,2: " in shown
+    assert re.search(r"\n         final_norm: \d+ bytes a token", shown)
+
+
+def test_what_a_model_lacks_is_said_and_refused_by_name() -> None:
+    mixed = plan("--sites", "router_topk, residual:5", "--gpus", "8xH200", model=M3)
+    assert re.search(r"router_topk of layers 3-59: [\d,]+ bytes a token; layers 0-2 have none", mixed.stdout), mixed.output
+    for sites, told in (
+        ("router_topk:0-2", "none of the layers 0-2 has router_topk"),
+        ("embedding:3", "embedding is one for the whole model"),
+    ):
+        refused = plan("--sites", sites, "--gpus", "8xH200", model=M3)
+        assert refused.exit_code == 1
+        assert told in refused.stderr
+    dense = plan("--sites", "router_logits, residual_mid", "--gpus", "8xH200", model=LLAMA)
+    assert dense.exit_code == 1
+    assert "the model has no router_logits" in dense.stderr
+    assert "residual_mid" not in dense.stderr.split("It has")[0]

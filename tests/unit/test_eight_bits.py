@@ -17,6 +17,7 @@ from m2ray.errors import StageError
 from m2ray.model import eight_bits
 from m2ray.model.capture import Capture
 from m2ray.model.eight_bits import Encoder
+from m2ray.selection import Selection
 from m2ray.sites import parts_of_run
 from m2ray.storage import LocalStore
 from tests.unit import activation_runs as runs
@@ -96,7 +97,7 @@ def test_no_rows_are_encoded_too() -> None:
 
 
 def capture(part: PartSpec, micro_batch: MicroBatch, hidden_BTH: torch.Tensor) -> tuple[CapturedLayer, ...]:
-    kept = Capture(micro_batch, [part], Encoder(), None)
+    kept = Capture(micro_batch, [part], Selection(), Encoder(), None)
     kept.keep(part.site, part.layer, hidden_BTH)
     kept.end()
     return kept.finish()

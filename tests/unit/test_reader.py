@@ -1,5 +1,6 @@
 """open_run: the bits that went in, only what is committed, and a damaged file is refused by name."""
 
+import json
 import math
 import re
 import shutil
@@ -14,8 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 
 from m2ray.activations.job import read_job
+from m2ray.activations.json_record import digest
 from m2ray.activations.reading.catalogue import Catalogue
 from m2ray.activations.reading.part_reader import PartReader
 from m2ray.activations.reading.reader import RunReader, open_run
@@ -23,6 +26,7 @@ from m2ray.activations.records import commit_key, read_commit
 from m2ray.activations.schema import part_key
 from m2ray.activations.writing.commits import claim_run
 from m2ray.batches import CapturedLayer, Column, PartSpec
+from m2ray.cli import main
 from m2ray.errors import M2rayError, NotInRunError, RunConflictError, RunDamagedError, StoreError
 from m2ray.storage import LocalStore
 from tests.unit import activation_runs as runs
@@ -205,6 +209,42 @@ def test_facts(finished: Path) -> None:
     assert len(run.sequences) == 12
     assert run.sequences["sequence_id"].to_pylist() == list(range(12))
     assert {row["sequence_id"]: row["reason"] for row in run.quarantined.to_pylist()} == runs.QUARANTINED
+
+
+def test_a_run_from_before_there_were_columns_is_read_as_it_was(damaged: Path) -> None:
+    """Of format 2, too: parts with one dtype and width, of one site."""
+    path = damaged / "job.json"
+    fields = json.loads(path.read_text())
+    fields["parts"] = [{**part, "dtype": "bfloat16", "width": 24} for part in fields["parts"] if part["site"] == "residual"]
+    for part in fields["parts"]:
+        del part["columns"]
+    fields["options"] |= {"sites": "residual", "layers": [0, 7, 11]}
+    path.write_text(json.dumps(fields | {"digest": digest(fields)}, indent=2))
+    shutil.rmtree(damaged / "_commits")
+    for name in ("manifest.parquet", "_SUCCESS"):
+        (damaged / name).unlink()
+    run = open_run(damaged)
+    assert run.parts == runs.PARTS
+    assert run.job.options["sites"] == {"residual": [0, 7, 11]}
+    fields["parts"][1]["width"] = "24"
+    path.write_text(json.dumps(fields | {"digest": digest(fields)}, indent=2))
+    with pytest.raises(RunDamagedError, match="job.json"):
+        open_run(damaged)
+
+
+def test_a_run_says_what_it_holds(finished: Path) -> None:
+    run = open_run(finished)
+    assert repr(run) == (
+        f"<run {finished}: residual at layers 0,7,11, mlp at layers 7, embedding, router_topk at layers 7; 3 of 3 shards, 67 tokens>"
+    )
+    assert "residual at layers 7;" in repr(run.site("residual").layer(7))
+    shown = CliRunner().invoke(main, ["inspect", str(finished), "--json"])
+    (routed,) = (each for each in json.loads(shown.stdout)["layers"] if each["site"] == "router_topk")
+    assert (routed["layer"], routed["mean_norm"]) == (7, None)
+    assert routed["columns"] == [
+        {"name": "expert_ids", "dtype": "int16", "width": 3},
+        {"name": "expert_weights", "dtype": "float32", "width": 3},
+    ]
 
 
 @pytest.mark.parametrize(
