@@ -6,7 +6,6 @@ each shard is in `statistics/` once, also one that is extracted again later.
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +27,9 @@ from m2ray.storage import Store
 
 STATISTICS_KEY = "statistics.json"
 FOLDER = "statistics"
+
+RESTORE = f"Restore it from a copy. Or delete {STATISTICS_KEY}: the same extract command then extracts all shards again."
+"""What is said of merged statistics that are damaged: what they were made of is deleted."""
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 """The statistics of one place by their kind. `moments` float64 [4, W]: mean, sum of squared deviations from it, minimum, maximum; `covariance`
@@ -141,28 +143,33 @@ def read_statistics_record(store: Store, job: JobRecord) -> StatisticsRecord | N
         return None
     record = read_record(store, STATISTICS_KEY, _RECORD)
     if record.run_id != job.run_id:
-        raise RunDamagedError(
-            f"{STATISTICS_KEY} of the run at {store.url} is of run {record.run_id}; job.json is of run {job.run_id}.",
-            "The folder holds files of several runs: restore it.",
-        )
+        what = f"{STATISTICS_KEY} of the run at {store.url} is of run {record.run_id}; job.json is of run {job.run_id}."
+        raise RunDamagedError(what, "The folder holds files of several runs: restore it.")
     strange = [file.key for file in record.files if not _FILE_NAME.fullmatch(file.key)]
     if strange:
-        raise RunDamagedError(
-            f"{STATISTICS_KEY} of the run at {store.url} names {strange[0]!r}, which is no file of {FOLDER}/.", "Restore it."
-        )
+        what = f"{STATISTICS_KEY} of the run at {store.url} names {strange[0]!r}, which is no file of {FOLDER}/."
+        raise RunDamagedError(what, RESTORE)
     return record
 
 
 def is_merged(store: Store, job: JobRecord) -> bool:
-    """Whether `statistics/` is whole: all files that its record names have their size. Then no contribution is needed. Raises StoreError."""
-    record = None
-    with suppress(RunDamagedError):
-        record = read_statistics_record(store, job)
-    return record is not None and all(store.size(file.key) == file.num_bytes for file in record.files)
+    """Whether `statistics/` is made, so that no contribution is needed.
+
+    Raises:
+        RunDamagedError: it is not what its record says: of the contributions, which are deleted, it could not be made again.
+        StoreError: something could not be read.
+    """
+    record = read_statistics_record(store, job)
+    if record is None:
+        return False
+    gone = [store.where(file.key) for file in record.files if store.size(file.key) != file.num_bytes]
+    if gone:
+        raise RunDamagedError(f"Statistics of the run at {store.url} are gone or have another size than was written:", RESTORE, gone)
+    return True
 
 
 def are_whole(store: Store, job: JobRecord) -> bool:
-    """Whether a run has all the statistics that it was asked for, and nothing is left of what they were made of. Raises StoreError."""
+    """Whether a run has all the statistics that it was asked for, and nothing is left of what they were made of. Raises as `is_merged`."""
     return not job.statistics or (is_merged(store, job) and not stored_contributions(store, job))
 
 

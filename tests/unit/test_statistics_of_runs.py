@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 
 from m2ray.activations.reading.reader import open_run
 from m2ray.activations.reading.verify import verify
@@ -19,6 +20,7 @@ from m2ray.activations.writing.commits import Run, claim_run, reopen
 from m2ray.activations.writing.statistics_writer import StatisticsWriter
 from m2ray.activations.writing.weights_record import hold_weights
 from m2ray.batches import CapturedLayer, Column, MicroBatch, PartReceipt, PartSpec, Shard
+from m2ray.cli import main
 from m2ray.errors import NotInRunError, RunDamagedError, StageError, StoreError
 from m2ray.model.statistics import Statistics
 from m2ray.selection import Selection
@@ -315,20 +317,69 @@ def test_bits_that_flipped_in_what_a_shard_left_are_found(store: LocalStore) -> 
     assert verify(store, checksums=True).is_sound
 
 
-def test_merged_statistics_that_are_gone_are_made_again(store: LocalStore, undisturbed: Mapping[str, bytes]) -> None:
-    """What they were made of is deleted: all shards are extracted again."""
+def test_merged_statistics_that_are_gone_are_an_error_until_it_is_said_that_all_shards_may_be_extracted_again(
+    store: LocalStore, undisturbed: Mapping[str, bytes]
+) -> None:
+    """What they were made of is deleted, and days of work are not begun for a file that a copy may have."""
     run = finished(store, "statistics")
     store.delete([f"{FOLDER}/norms.parquet"])
     found = verify(store, checksums=True)
     assert [damage.key for damage in found.damages] == [f"{FOLDER}/norms.parquet"]
-    with pytest.raises((RunDamagedError, StoreError)):
+    with pytest.raises(StoreError):
         _ = open_run(store.url).statistics("residual", 0).norms
     resumed = claim_run(store, run.job)
+    with pytest.raises(RunDamagedError, match="Or delete statistics.json"):
+        resumed.reopen_damaged()
+    store.delete([STATISTICS_KEY])
     assert resumed.reopen_damaged() == [0, 1, 2]
     for index in range(3):
         commit(resumed, index, THREE_STAGES)
     resumed.finish()
     assert files(store) == undisturbed
+
+
+def test_bits_that_flipped_in_merged_statistics_are_found(store: LocalStore) -> None:
+    finished(store, "statistics")
+    for key in (f"{FOLDER}/moments.parquet", f"{FOLDER}/covariance/site=residual/layer=007.safetensors"):
+        data = bytearray(store.read(key))
+        data[len(data) // 2] ^= 1
+        store.put(key, bytes(data))
+    assert len(verify(store, checksums=True).damages) == 2
+    assert verify(store, checksums=False).is_sound
+    for name in ("mean", "covariance"):
+        with pytest.raises(RunDamagedError, match=r"is not what statistics[.]json says"):
+            getattr(open_run(store.url).statistics("residual", 7), name)
+
+
+def test_commands_take_a_run_of_statistics_alone(store: LocalStore) -> None:
+    finished(store, "statistics")
+    for words in (["inspect", store.url], ["inspect", store.url, "--json"], ["verify", store.url, "--checksums"]):
+        done = CliRunner().invoke(main, words)
+        assert done.exit_code == 0, done.output
+        assert "statistics" in done.output or words[0] == "verify"
+
+
+def test_what_the_store_refuses_leaves_nothing(store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, shard = begin(store, "statistics"), runs.shard(0)
+    writer = StatisticsWriter(store, {place: kinds for place, kinds in places(ASKED).items() if place[0] == "residual"}, Selection())
+    for micro_batch in runs.micro_batches(shard):
+        writer.submit("a", micro_batch, captured(PARTS[:3], micro_batch, kept=False), 10)
+    opened = store.open_part
+
+    def failing(key: str) -> Any:
+        sink = opened(key)
+        monkeypatch.setattr(sink, "write", _refuse)
+        return sink
+
+    monkeypatch.setattr(store, "open_part", failing)
+    with pytest.raises(StoreError, match="no room"):
+        writer.collect(0, "a", 10)
+    assert not left(store)
+    assert run.store.delete_unfinished() == 0
+
+
+def _refuse(data: object) -> None:
+    raise StoreError("There is no room.")
 
 
 def test_covariances_that_do_not_fit_together_are_merged_one_after_the_other(

@@ -12,7 +12,7 @@ import safetensors.torch
 import xxhash
 
 from m2ray.activations.job import JobRecord
-from m2ray.activations.statistics import FOLDER, STATISTICS_KEY, StatisticsRecord, covariance_key, read_statistics_record
+from m2ray.activations.statistics import FOLDER, RESTORE, STATISTICS_KEY, StatisticsRecord, covariance_key, read_statistics_record
 from m2ray.errors import NotInRunError, RunDamagedError
 from m2ray.statistics import places
 from m2ray.storage import Store
@@ -136,5 +136,5 @@ class LayerStatistics:
         data = self._store.read(key) if file else b""
         if file is None or xxhash.xxh3_64_hexdigest(data) != file.xxh3:
             what = f"{self._store.where(key)} is not what {STATISTICS_KEY} says."
-            raise RunDamagedError(what, "Restore it.")
+            raise RunDamagedError(what, RESTORE)
         return data

@@ -7,7 +7,7 @@ import xxhash
 
 from m2ray.activations.job import JobRecord
 from m2ray.activations.records import SUCCESS_KEY, read_commit
-from m2ray.activations.statistics import STATISTICS_KEY, read_statistics_record, stored_contributions
+from m2ray.activations.statistics import RESTORE, STATISTICS_KEY, read_statistics_record, stored_contributions
 from m2ray.errors import RunDamagedError
 from m2ray.storage import Store
 
@@ -32,7 +32,7 @@ def problems_of_statistics(store: Store, job: JobRecord, shards: Iterable[int], 
     for file in record.files:
         problem = _problem(store, file.key, store.size(file.key), file.num_bytes, file.xxh3, checksums=checksums)
         if problem:
-            yield file.key, None, problem
+            yield file.key, None, f"{problem} {RESTORE}"
 
 
 def _of_shards(store: Store, job: JobRecord, shards: Iterable[int], *, checksums: bool) -> Iterator[Problem]:

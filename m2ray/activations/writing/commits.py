@@ -179,7 +179,7 @@ class Run:
             The shards that were committed and are not any more, ascending.
 
         Raises:
-            RunDamagedError: a commit cannot be understood.
+            RunDamagedError: a commit cannot be understood, or merged statistics are gone.
             StoreError: something could not be read or deleted.
         """
         if self.finished():

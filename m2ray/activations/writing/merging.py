@@ -49,7 +49,6 @@ def merge_statistics(store: Store, job: JobRecord) -> None:
     """
     if not job.statistics or is_merged(store, job):
         return
-    store.delete([STATISTICS_KEY])
     lost = lost_statistics(store, job, range(job.num_shards))
     if lost:
         raise RunDamagedError(
