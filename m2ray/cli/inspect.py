@@ -14,6 +14,7 @@ from m2ray.activations.writing.lease import KILLED, read_holder
 from m2ray.audit import report
 from m2ray.cli import Command
 from m2ray.cli.output import say
+from m2ray.sites import shown_layers
 from m2ray.storage import looking, open_store
 
 _SHOWN_ROWS = 20
@@ -112,6 +113,8 @@ def _print(facts: dict[str, Any]) -> None:
         without = f"; {rows['sequences_without']:,} sequences have none" if rows["sequences_without"] else ""
         say(f"rows       {rows['committed']:,} of {rows['all']:,} in each site and layer{without}")
     say(f"files      {facts['files']:,} with {facts['num_bytes']:,} bytes")
+    for kind, sites in (facts["options"].get("statistics") or {}).items():
+        say(f"{kind:<11}{'; '.join(f'{site} {shown_layers(layers)}'.strip() for site, layers in sites.items())}")
     for audit in facts["audits"].values():
         say(f"audited    {report.line(audit)}")
     table = Table("site", "layer", "columns", "files", "bytes", "mean norm")

@@ -280,6 +280,15 @@ def test_a_shard_that_is_extracted_again_after_the_end_is_not_counted_again(stor
     assert verify(store, checksums=True).is_sound
 
 
+def test_what_a_late_writer_leaves_in_a_finished_run_is_named_and_goes(store: LocalStore, undisturbed: Mapping[str, bytes]) -> None:
+    run = finished(store, "statistics")
+    extract(run, runs.shard(0), "late", ONE_STAGE)
+    assert [key for key, _ in verify(store, checksums=True).unnamed] == left(store)
+    run.finish()
+    assert not left(store)
+    assert files(store) == undisturbed
+
+
 @pytest.mark.parametrize("keep", ["both", "statistics"])
 def test_what_a_shard_left_and_is_gone_before_the_end_is_extracted_again(
     store: LocalStore, undisturbed: Mapping[str, bytes], keep: str
@@ -356,7 +365,8 @@ def test_commands_take_a_run_of_statistics_alone(store: LocalStore) -> None:
     for words in (["inspect", store.url], ["inspect", store.url, "--json"], ["verify", store.url, "--checksums"]):
         done = CliRunner().invoke(main, words)
         assert done.exit_code == 0, done.output
-        assert "statistics" in done.output or words[0] == "verify"
+        assert words[0] == "verify" or "covariance" in done.output
+    assert "moments    residual 0,7,11\n" in CliRunner().invoke(main, ["inspect", store.url]).output
 
 
 def test_what_the_store_refuses_leaves_nothing(store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
