@@ -44,7 +44,7 @@ LayersOfSites = Mapping[str, tuple[int, ...]]
 
 
 def asked_sites(sites: str, layers: str, num_layers: int) -> LayersOfSites:
-    """What the options `sites` and `layers` ask for, of a model of `num_layers`. Raises ConfigError, all problems at once."""
+    """What the options `sites` and `layers` ask for, of a model of `num_layers`, in the order of SITES. Raises ConfigError, all problems at once."""
     asked: dict[str, tuple[int, ...]] = {}
     problems = []
     for site, own in parse_sites(sites).items():
@@ -55,7 +55,7 @@ def asked_sites(sites: str, layers: str, num_layers: int) -> LayersOfSites:
         except ConfigError as problem:
             problems.append(problem)
     raise_all(problems)
-    return asked
+    return {site: asked[site] for site in SITES if site in asked}
 
 
 def present_sites(asked: LayersOfSites, table: TensorTable) -> LayersOfSites:

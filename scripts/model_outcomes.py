@@ -77,7 +77,7 @@ def sites_of(model_type: str) -> str:
     of_layers = [points_of(layer, skeleton.config) for layer in skeleton.layers]
     reasons, there = refused_sites(skeleton.config), layers_of(skeleton)
     cells = [" or ".join(dict.fromkeys(str(points[site]) for points in of_layers if site in points)) or "-" for site in IN_LAYERS]
-    lacking = [f"{site}: {reason}" for site, reason in reasons.items()]
+    lacking = [f"{', '.join(site for site in reasons if reasons[site] == reason)}: {reason}" for reason in dict.fromkeys(reasons.values())]
     lacking += ["final_norm"] if "final_norm" not in {*there, *reasons} else []
     return " | ".join([*cells, "; ".join(lacking) or "-"])
 
@@ -189,7 +189,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="TYPE", help="these types, to the screen alone")
     only = parser.parse_args().only
     set_start_method("fork")  # transformers is imported once
-    outcomes, of_sites = {}, {}
+    outcomes: dict[str, str] = {}
+    of_sites: dict[str, str] = {}
     for model_type, outcome, sites, took_s in tried(only or causal_types()):
         print(f"{took_s:6.1f} s  {model_type}: {outcome} {sites}", flush=True)
         outcomes[model_type] = outcome

@@ -173,7 +173,7 @@ def _option_problems(consumer: Consumer, to: str, context_size: int | None, mode
     if context_size is not None and not consumer.needs_context_size:
         problems.append(ConfigError(f"context_size is not an option of the export to {to}.", "Leave it out: whole sequences are written."))
     if (consumer.needs_norm or consumer.needs_model) and model_folder is None:
-        lacks = "the normed last state, and runs do not hold it (final_norm)" if consumer.needs_norm else "weights of the model"
+        lacks = "the normed last state, which is made from the last residual" if consumer.needs_norm else "weights of the model"
         problems.append(ConfigError(f"{consumer.name} reads {lacks}.", "Say where the run's model is: --model FOLDER."))
     return problems
 

@@ -72,7 +72,7 @@ class SiteHooks:
                 vars(self._layer.get_submodule(tap.module)).pop(f"m2ray_{tap.side}", None)
 
     def _kept(self, tap: Tap) -> torch.Tensor:
-        return _at(getattr(self._layer.get_submodule(tap.module), f"m2ray_{tap.side}"), tap.index)
+        return _at(getattr(self._layer.get_submodule(tap.module), f"m2ray_{tap.side}"), tap.place)
 
 
 def values_of(

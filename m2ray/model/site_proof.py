@@ -86,8 +86,8 @@ def _doubts(rehearsal: Rehearsal) -> Iterator[tuple[str, str]]:
             except NOT_RUN as error:
                 yield from ((site, f"a layer fails {where}: {type(error).__name__}: {error}") for site in {site for site, _ in expected})
                 return
-            for (site, layer), values in expected.items():
-                if not _same(rehearsal, values, found.get((site, layer), ())):
+            for (site, layer), theirs in expected.items():
+                if not _same(rehearsal, theirs, found.get((site, layer), ())):
                     yield site, f"it differs from transformers' own {where}" + ("" if layer is None else f", layer {layer}")
 
 
@@ -137,7 +137,7 @@ def _listen(each: _Shown) -> list[Any]:
 
 def _listen_to(module: nn.Module, tap: Tap, into: dict[Tap, torch.Tensor]) -> Any:
     def output(_: nn.Module, __: Any, shown: Any) -> None:
-        into[tap] = (shown[tap.index] if isinstance(shown, tuple | list) else shown).clone()
+        into[tap] = (shown[tap.place] if isinstance(shown, tuple | list) else shown).clone()
 
     def given(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         into[tap] = (args[0] if args else kwargs["hidden_states"]).clone()
@@ -179,7 +179,8 @@ def _before_the_rest(each: _Shown, end: torch.Tensor) -> torch.Tensor:
 
 def _scaled(each: _Shown, stream: torch.Tensor) -> torch.Tensor:
     """Gemma 4 scales its stream at a layer's end."""
-    return stream * each.layer.layer_scalar if hasattr(each.layer, "layer_scalar") and _OWN_INPUT not in each.taps else stream
+    scalar = getattr(each.layer, "layer_scalar", None)
+    return stream * scalar if isinstance(scalar, torch.Tensor) and _OWN_INPUT not in each.taps else stream
 
 
 def _wrong_experts(each: _Shown, values: Mapping[str, tuple[torch.Tensor, ...]], num_experts: int, chosen: int) -> Iterator[str]:

@@ -46,19 +46,19 @@ class Tap(NamedTuple):
 
     Attributes:
         module: its dotted name below the decoder layer.
-        side: of what it is given the first tensor, of what it returns the one at `index`.
+        side: of what it is given the first tensor, of what it returns the one at `place`.
         factor: the layer's attribute that multiplies it; none if empty.
         is_reused: whether the layer writes into its memory later.
     """
 
     module: str
     side: Literal["input", "output"] = "output"
-    index: int = 0
+    place: int = 0
     factor: str = ""
     is_reused: bool = False
 
     def __str__(self) -> str:
-        shown = f"into `{self.module}`" if self.side == "input" else f"`{self.module}`" + (f"[{self.index}]" if self.index else "")
+        shown = f"into `{self.module}`" if self.side == "input" else f"`{self.module}`" + (f"[{self.place}]" if self.place else "")
         return shown + (f" x `{self.factor}`" if self.factor else "")
 
 
@@ -184,7 +184,7 @@ def _router(layer: nn.Module, found: Points) -> dict[str, Point]:
         name = next((each for each in _ROUTERS if each in children), "")
         if name and "experts" in children and type(children[name]) is not nn.Linear:
             router = f"{place}.{name}".removeprefix(".")
-            return {"router_logits": Point((Tap(router),)), "router_topk": Point((Tap(router, index=2), Tap(router, index=1)))}
+            return {"router_logits": Point((Tap(router),)), "router_topk": Point((Tap(router, place=2), Tap(router, place=1)))}
     return {}
 
 
@@ -196,7 +196,7 @@ def _deviating(layer: nn.Module, config: Any, found: Points) -> Mapping[str, Poi
         case "gemma4_text" if "router_logits" in found:  # its router returns probabilities
             return {"router_logits": Point((Tap("router.proj"),))}
         case "llama4_text" if "router_logits" in found:  # its router returns weights of all experts, and the logits
-            logits, weights = Tap("feed_forward.router", index=1), Tap("feed_forward.router", index=0)
+            logits, weights = Tap("feed_forward.router", place=1), Tap("feed_forward.router", place=0)
             return {"router_logits": Point((logits,)), "router_topk": Point((logits, weights), chosen=config.num_experts_per_tok)}
         case "molmo2_text" if getattr(layer, "norm_after", False):
             behind_attention, behind_mlp = Point((Tap("input_layernorm"),)), Point((Tap("post_attention_layernorm"),))
@@ -211,7 +211,7 @@ _OTHERWISE: Mapping[str, Mapping[str, Point]] = {
     "falcon_h1": {"attention": Point((Tap("mamba", factor="ssm_out_multiplier"), Tap("self_attn", factor="attn_out_multiplier")))},
     "hy_v4": _MIXED,
     "hy_v4_vl_text": _MIXED,
-    "jetmoe": {"router_logits": Point((Tap("mlp.router", index=4),))},
+    "jetmoe": {"router_logits": Point((Tap("mlp.router", place=4),))},
     "mpt": {"mlp": Point((Tap("ffn.down_proj"),))},
 }
 """Bloom's and MPT's branches add the stream themselves, behind their last projection."""
@@ -239,6 +239,7 @@ _REFUSED: Mapping[str, Sequence[_Refusal]] = {
         )
     ],
     "gpt_neox_japanese": [(_always, ("attention",), "its attention's bias is added outside of it")],
+    "jetmoe": [(_always, ("router_topk",), "its router returns tokens sorted by expert, and no ids of a token's experts")],
     "muse_spark_text": [(_always, _BRANCHES, "a gate mixes its stream with each branch")],
     "openai-gpt": [(_always, _ADDITIONS, _NORMALISED)],
     "opt": [(lambda config, _: not config.do_layer_norm_before, _ADDITIONS, _NORMALISED)],

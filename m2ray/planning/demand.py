@@ -126,6 +126,10 @@ class Demand:
         """Bytes of a row of each part of `span` whose rows are stored."""
         return [part.row_bytes for part in self.parts(span)]
 
+    def column_bytes(self, span: LayerSpan) -> list[int]:
+        """The same of each column of each part."""
+        return [column.row_bytes for part in self.parts(span) for column in part.columns]
+
     def captured_row_bytes(self, span: LayerSpan) -> list[int]:
         """The same of each part that `span` captures, to store its rows or for its statistics."""
         return [part.row_bytes for part in parts_of_span(self.options.captured, span, self.table.num_layers)]

@@ -5,6 +5,7 @@ What no formula gives is one of the constants below: allowances, to be held agai
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Any, Self
 
 from m2ray.batches import LayerSpan, TensorRow, TensorTable
@@ -259,14 +260,16 @@ def gpu_memory(
 
 
 def gpu_host_memory(
-    workload: Workload, row_bytes: Sequence[int], offloaded_bytes: int = 0, readers_bytes: int = 0, statistics_bytes: int = 0
+    workload: Workload, column_bytes: Sequence[int], offloaded_bytes: int = 0, readers_bytes: int = 0, statistics_bytes: int = 0
 ) -> Memory:
-    """The host's side of a stage whose weights are on GPUs, but for `offloaded_bytes` here and others on a disk, read with `readers_bytes`."""
+    """The host's side of a stage whose weights are on GPUs, but for `offloaded_bytes` here and others on a disk, read with `readers_bytes`.
+
+    `column_bytes` are those of a row of each column of each part.
+    """
     offload = {"offloaded": offloaded_bytes, "offload_readers": readers_bytes}
     process = {"process": PROCESS_BYTES["gpu"]} | {name: num_bytes for name, num_bytes in offload.items() if num_bytes}
-    buffers = _host_buffers(workload, row_bytes, statistics_bytes)
-    if row_bytes:
-        buffers["capture"] = _pinned_bytes(buffers["capture"], workload.padded_tokens * max(row_bytes))
+    buffers = _host_buffers(workload, column_bytes, statistics_bytes)
+    buffers["capture"] = _pinned_bytes(buffers["capture"], [workload.padded_tokens * num_bytes for num_bytes in column_bytes])
     return Memory(process | buffers, process | {"staging": STAGING_BYTES["host"]})
 
 
@@ -279,9 +282,15 @@ def cpu_memory(rows: Sequence[TensorRow], workload: Workload, row_bytes: Sequenc
     )
 
 
-def _pinned_bytes(num_bytes: int, piece_bytes: int) -> int:
-    """What torch takes to pin `num_bytes` in pieces: each is rounded up to a power of two."""
-    return -(-num_bytes // piece_bytes) * (1 << (piece_bytes - 1).bit_length())
+def _pinned_bytes(num_bytes: int, pieces_bytes: Sequence[int]) -> int:
+    """What torch takes to pin `num_bytes` in such pieces, one of each in turn: each is rounded up to a power of two."""
+    left_bytes, pinned_bytes = num_bytes, 0
+    for piece_bytes in cycle(pieces_bytes):
+        if left_bytes <= 0:
+            break
+        left_bytes -= piece_bytes
+        pinned_bytes += 1 << (piece_bytes - 1).bit_length()
+    return pinned_bytes
 
 
 def _host_buffers(workload: Workload, row_bytes: Sequence[int], statistics_bytes: int) -> dict[str, int]:

@@ -117,13 +117,15 @@ def _stages(demand: Demand, placed: Sequence[DevicePlan]) -> Iterator[StagePlan]
     for (replica, stage), group in groupby(placed, key=lambda each: (each.replica, each.stage)):
         of_stage = list(group)
         span = LayerSpan(of_stage[0].held.start, of_stage[-1].held.stop)
-        row_bytes, statistics_bytes = demand.row_bytes(span), demand.statistics_on_host(span)
+        statistics_bytes = demand.statistics_on_host(span)
         if of_stage[0].device.gpu:
             offloaded_bytes = sum(demand.bytes_in(each.residency, "host") for each in of_stage)
             readers_bytes = OFFLOAD_READ_BYTES * sum("disk" in each.residency.values() for each in of_stage)
-            host = gpu_host_memory(demand.workload, row_bytes, offloaded_bytes, readers_bytes, statistics_bytes)
+            host = gpu_host_memory(demand.workload, demand.column_bytes(span), offloaded_bytes, readers_bytes, statistics_bytes)
         else:
-            host = cpu_memory(demand.rows(span), demand.workload, row_bytes, statistics_bytes + demand.statistics_on_device(span))
+            host = cpu_memory(
+                demand.rows(span), demand.workload, demand.row_bytes(span), statistics_bytes + demand.statistics_on_device(span)
+            )
         yield StagePlan(replica, stage, of_stage[0].device.node.name, span, host)
 
 

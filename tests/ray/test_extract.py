@@ -71,7 +71,7 @@ def words(model: Path, prompts: Path, output: Path, *more: str) -> list[str]:
 def micro_batches(run: Path) -> list[MicroBatch]:
     """The micro-batches as the commits say they went through the model, rebuilt from the rows' tokens."""
     rebuilt = []
-    tokens = {shard.index: shard.tokens for shard in m2ray.open_run(run).layer(0).shards()}
+    tokens = {shard.index: shard.tokens for shard in m2ray.open_run(run).site("residual").layer(0).shards()}
     for path in sorted((run / "_commits").iterdir()):
         commit = json.loads(path.read_text())
         of_shard = tokens[commit["shard"]]

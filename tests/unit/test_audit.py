@@ -87,13 +87,16 @@ ALL_SITES = "residual:1-2, residual_mid:1-2, attention:1-2, mlp:1-2, mlp_in:1-2,
 BRANCHES = {"residual", "residual_mid", "attention", "mlp", "mlp_in", "embedding", "final_norm"}
 
 
-@pytest.mark.parametrize(("name", "store_dtype"), [("llama", "int8"), ("llama", "bfloat16"), ("minimax_m2", "float8")])
+@pytest.mark.parametrize(
+    ("name", "compute_dtype", "store_dtype"),
+    [("llama", "float32", "float32"), ("llama", "bfloat16", "bfloat16"), ("llama", "float32", "int8"), ("minimax_m2", "float32", "float8")],
+)
 def test_every_site_is_audited(
-    monkeypatch: pytest.MonkeyPatch, models: dict[str, Path], prompts: Path, tmp_path: Path, name: str, store_dtype: str
+    monkeypatch: pytest.MonkeyPatch, models: dict[str, Path], prompts: Path, tmp_path: Path, name: str, compute_dtype: str, store_dtype: str
 ) -> None:
     """The branches as transformers' own layers add them; routers against m2ray in other stages alone, which a remark says."""
     sites = ALL_SITES + (", router_topk:all, router_logits:0" if name == "minimax_m2" else "")
-    dtypes = {"compute-dtype": "float32", "store-dtype": store_dtype}
+    dtypes = {"compute-dtype": compute_dtype, "store-dtype": store_dtype}
     run = extracted(monkeypatch, models[name], prompts, tmp_path / "run", sites=sites, **dtypes)
     audit = audited(run)
     assert (audit["passed"], audit["exact"], audit["num_wrong"]) == (True, True, 0), audit

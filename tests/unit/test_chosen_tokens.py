@@ -1,6 +1,7 @@
 """Runs whose tokens were chosen, by the real command but for Ray: each is a full run filtered, bit for bit, and every reader knows it."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -192,6 +193,51 @@ def test_the_choice_and_the_special_ids_are_recorded_and_compared(
     other = CliRunner().invoke(main, [*words, "--shard-tokens", "150", "--batch-tokens", "60", "--tokens", "last:3"])
     assert other.exit_code == 1
     assert 'tokens: "last:2" in the run, "last:3" now' in " ".join(other.output.split())
+
+
+def test_what_assistants_say_last_is_kept_and_comes_back_after_a_lost_shard(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_template = Path(shutil.copytree(model, tmp_path / "model"))
+    template = "{% for message in messages %}<|start|>{{ message.role }}\n{{ message.content }}<|end|>\n{% endfor %}"
+    ending = "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+    (with_template / "chat_template.jinja").write_text(template + ending)
+    turns = [("user", "low?"), ("assistant", "the river is low"), ("user", "and the stone"), ("assistant", "gives water")]
+    chats = [[{"role": role, "content": text} for role, text in turns[: 2 * (1 + number % 2)]] for number in range(10)]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    options = {"layers": "2", "mask": "assistant", **FLOAT32}
+    whole = m2ray.open_run(extracted(monkeypatch, with_template, tmp_path / "chats.jsonl", tmp_path / "whole", **options))
+    chosen = {**options, "tokens": "mask:last:7", "skip-special-tokens": True}
+    run = extracted(monkeypatch, with_template, tmp_path / "chats.jsonl", tmp_path / "run", **chosen)
+    before = m2ray.open_run(run).tokens(), m2ray.open_run(run).tensor()
+    tokens, masks = whole.tokens(), whole.sequences["loss_mask"].to_pylist()
+    said = np.array([masks[row["sequence_id"]][row["position"]] == 1 and row["token_id"] not in SPECIAL for row in tokens])
+    to_come = np.array([(said[place:] & (tokens["sequence_id"][place:] == row["sequence_id"])).sum() for place, row in enumerate(tokens)])
+    expected = said & (to_come <= 7)
+    assert said.sum() > expected.sum() > 0
+    assert np.array_equal(before[0], tokens[expected])
+    assert same_bits(before[1], whole.tensor()[:, expected])
+    next(run.glob("data/site=residual/layer=002/shard-000000-*")).unlink()
+    extracted(monkeypatch, with_template, tmp_path / "chats.jsonl", run, **chosen)
+    after = m2ray.open_run(run).tokens(), m2ray.open_run(run).tensor()
+    assert np.array_equal(before[0], after[0])
+    assert same_bits(before[1], after[1])
+
+
+def test_the_plan_counts_the_bytes_that_a_choice_saves(model: Path, prompts: Path) -> None:
+    words = ["plan", "--model", str(model), "--prompts", str(prompts), "--gpus", "1xH200", "--layers", "1,4", "--json", "--tokens"]
+    told = [json.loads(CliRunner().invoke(main, [*words, tokens]).stdout)["output"] for tokens in ("all", "last:2")]
+    assert [(each["tokens"], each["rows"]) for each in told] == [(sum(LENGTHS), sum(LENGTHS)), (sum(LENGTHS), 2 * len(LENGTHS) - 2)]
+    assert told[0]["saved_bytes"] == 0
+    assert told[0]["num_bytes"] - told[1]["num_bytes"] == pytest.approx(told[1]["saved_bytes"], abs=2)
+
+
+def test_numbers_of_experts_have_no_mean(prompts: Path, tmp_path: Path) -> None:
+    minimax = make_model(tmp_path / "minimax", "minimax_m2")
+    words = ["extract", "--model", str(minimax), "--prompts", str(prompts), "--output", str(tmp_path / "run"), "--tokens", "mean"]
+    refused = CliRunner().invoke(main, [*words, "--sites", "residual, router_topk"])
+    assert refused.exit_code == 1
+    assert "tokens = 'mean', and router_topk has numbers of experts, which have no mean" in " ".join(refused.output.split())
 
 
 @pytest.mark.parametrize(

@@ -122,6 +122,24 @@ def test_layers_out_of_range(sound_model: Path, prompts: Path, tmp_path: Path) -
     assert_refused(extract(sound_model, prompts, tmp_path / "run", "--layers", "0-7"), "layer 7", "0 to 6")
 
 
+def test_sites_of_no_layer_and_unknown_ones(sound_model: Path, prompts: Path, tmp_path: Path) -> None:
+    refused = extract(sound_model, prompts, tmp_path / "run", "--sites", "mlp:7, embedding:0")
+    assert_refused(refused, "layer 7 is out of range", "embedding is one for the whole model")
+    assert_refused(extract(sound_model, prompts, tmp_path / "run", "--sites", "mlp, nowhere"), "There is no site 'nowhere'")
+
+
+def test_a_resume_may_name_the_same_sites_in_other_words(
+    sound_model: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin(monkeypatch, sound_model, prompts, tmp_path / "run", "--sites", "mlp:0-2, router_topk", "--layers", "1,3")
+    recorded = json.loads((tmp_path / "run" / "job.json").read_text())["options"]
+    assert (recorded["sites"], recorded["layers"]) == ({"mlp": [0, 1, 2], "router_topk": [1, 3]}, [0, 1, 2, 3])
+    same = extract(sound_model, prompts, tmp_path / "run", "--sites", "router_topk:1,3, mlp", "--layers", "0-2")
+    assert "RAY_ADDRESS" in same.stderr, same.output
+    other = extract(sound_model, prompts, tmp_path / "run", "--sites", "mlp:0-2, router_topk", "--layers", "1-3")
+    assert_refused(other, 'sites: {"mlp": [0, 1, 2], "router_topk": [1, 3]} in the run')
+
+
 def test_more_stages_than_layers(sound_model: Path, prompts: Path, tmp_path: Path) -> None:
     assert_refused(extract(sound_model, prompts, tmp_path / "run", "--layers", "0-1", "--stages", "3"), "stages = 3", "2 layers")
 

@@ -391,7 +391,7 @@ def test_a_part_without_exactly_the_sequences_positions_is_damaged(finished: Pat
     catalogue = Catalogue(LocalStore(finished))
     part = catalogue.open_part(runs.PARTS[1], catalogue.part_of_shard(runs.PARTS[1], 1))
     assert len(part.sequence(3, runs.token_count(3))) == 7
-    with pytest.raises(RunDamagedError, match=f"does not hold the {num_tokens} positions of sequence {sequence_id}"):
+    with pytest.raises(RunDamagedError, match=f"does not hold the {num_tokens} rows of sequence {sequence_id}"):
         part.sequence(sequence_id, num_tokens)
 
 

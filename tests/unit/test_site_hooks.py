@@ -144,7 +144,7 @@ def test_a_site_that_is_not_the_layers_own_is_found_by_its_additions(monkeypatch
     monkeypatch.setitem(
         site_table._OTHERWISE,
         "minimax_m2",
-        {"mlp": Point((Tap("self_attn"),)), "router_topk": Point((Tap("mlp.gate", index=2), Tap("mlp.gate", index=0)))},
+        {"mlp": Point((Tap("self_attn"),)), "router_topk": Point((Tap("mlp.gate", place=2), Tap("mlp.gate", place=0)))},
     )
     assert doubts(config).keys() == {"mlp", "router_topk"}
     with pytest.raises(CheckpointError, match=r"sites = 'mlp': of a tiny minimax_m2.*does not compute with it"):

@@ -52,7 +52,7 @@ def test_all_that_is_wrong_with_the_names_is_said_at_once(text: str, wrong: list
 
 def test_a_site_without_layers_takes_the_option_layers() -> None:
     asked = asked_sites("router_topk:all, mlp, residual:5, final_norm", "1-3", 6)
-    assert asked == {"router_topk": (0, 1, 2, 3, 4, 5), "mlp": (1, 2, 3), "residual": (5,), "final_norm": ()}
+    assert list(asked.items()) == [("residual", (5,)), ("mlp", (1, 2, 3)), ("router_topk", (0, 1, 2, 3, 4, 5)), ("final_norm", ())]
     assert last_layer(asked, 6) == 5
     assert last_layer({"embedding": ()}, 6) == 0
 
