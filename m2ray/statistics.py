@@ -165,10 +165,10 @@ def device_bytes(kinds: frozenset[str], width: int, rows: int) -> int:
     """What taking the statistics of so many rows of one place allocates on their device, the results among it."""
     piece = min(rows, PIECE_ROWS) * width
     sizes = {
-        "moments": 8 * piece + 80 * width,
+        "moments": 12 * piece + 80 * width,
         "norms": 8 * piece + 4 * NORM_BINS,
-        "covariance": 8 * piece + 16 * width**2,
-        "experts": 4 * min(rows, PIECE_CHOICES) * width + 12 * width**2,
+        "covariance": 4 * piece + 16 * width**2,
+        "experts": 8 * min(rows, PIECE_CHOICES) * (width + 16) + 12 * width**2,
     }
     return max((sizes[kind] for kind in kinds), default=0) + micro_batch_bytes(kinds, width)
 
