@@ -10,7 +10,6 @@ from m2ray.batches import LayerSpan
 from m2ray.model.capture import CaptureSpec
 from m2ray.model.stage import StageSpec, load_stage
 from m2ray.model.statistics import experts_statistics, rows_statistics
-from m2ray.statistics import Asked
 from tests.reference import LENGTHS, make_minimax, micro_batch_of
 from tests.summed import against_numpy
 
@@ -38,7 +37,7 @@ def test_experts_are_counted() -> None:
 
 def test_a_stage_takes_the_same_whether_it_keeps_rows_or_not(tmp_path: Path) -> None:
     folder = make_minimax(tmp_path / "model", "fp8")
-    asked: Asked = {"moments": {"residual": (0, 1, 4)}, "covariance": {"residual": (1,)}, "experts": {"router_topk": (0, 3)}}
+    asked = {"moments": {"residual": (0, 1, 4)}, "covariance": {"residual": (1,)}, "experts": {"router_topk": (0, 3)}}
     stage = load_stage(StageSpec(str(folder), LayerSpan(0, 5), "bfloat16", "auto", "cuda:0", None), lambda *_: None)
     found = []
     for kept in ({"residual": (0, 1, 4)}, {}):
