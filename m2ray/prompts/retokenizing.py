@@ -23,17 +23,18 @@ def marked_again(source: PromptSource, tokenizer: PromptTokenizer, wanted_ids: I
     Raises:
         PromptsError: a file cannot be read.
     """
-    packer = tokenizer.packer()
-    batches = row_batches(source.rows())
+    if not len(wanted_ids):
+        return
+    packer, batches = tokenizer.packer(), row_batches(source.rows())
     if packer is not None:
         for rows, marked in packer.packed((rows, tokenizer.marked(rows)) for rows in batches):
             places = [number - rows[0].sequence_id for number in _within(wanted_ids, rows)]
             yield rows[-1].sequence_id + 1, [(rows[place], marked[place]) for place in places]
-            if not len(wanted_ids) or rows[-1].sequence_id >= wanted_ids[-1]:
+            if rows[-1].sequence_id >= wanted_ids[-1]:
                 return
         return
     for rows in batches:
-        if not len(wanted_ids) or rows[0].sequence_id > wanted_ids[-1]:
+        if rows[0].sequence_id > wanted_ids[-1]:
             return
         chosen = [rows[number - rows[0].sequence_id] for number in _within(wanted_ids, rows)]
         yield rows[-1].sequence_id + 1, list(zip(chosen, tokenizer.marked(chosen), strict=True))
