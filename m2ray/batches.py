@@ -9,7 +9,7 @@ Shape legend, used as suffixes of tensor and array names here and elsewhere:
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -261,17 +261,21 @@ class CapturedLayer:
     """What a stage captured of one micro-batch at one site: the chosen tokens only, in the order of m2ray.selection.
 
     `layer` is None at sites of the whole model. `columns` are the values of the part's columns in their order, each uint8
-    [N, W * itemsize], on the host.
+    [N, W * itemsize], on the host; none where no rows are kept. `statistics` are those of these rows that were asked for, by their
+    kind (m2ray.statistics).
     """
 
     site: str
     layer: int | None
     columns: tuple[Bits, ...]
+    statistics: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class PartReceipt:
     """A part as its writer left it: one Parquet object = one shard, one layer, one site, one attempt.
+
+    Or, with the site `statistics` and no layer, what one stage contributes of a shard's statistics.
 
     Attributes:
         key: the object's key below the run folder.

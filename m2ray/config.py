@@ -150,6 +150,12 @@ class ExtractConfig(BaseModel):
     )
     tokens: NonEmpty = _rows("all", description=f"Tokens whose rows are kept: {CHOICES}. mask: by the loss mask; mean: one row a sequence.")
     skip_special_tokens: bool = _rows(False, description="Never choose the tokenizer's special tokens.")
+    statistics: NonEmpty | None = _rows(
+        None, description='What to sum up of the rows: "moments:all, norms:all, experts:all, covariance:20,30"; default: nothing.'
+    )
+    keep: Literal["rows", "statistics", "both"] | Auto = _rows(
+        "auto", description="What is stored: rows, their statistics alone, or both; auto: both where statistics are asked for."
+    )
     compute_dtype: Literal["bfloat16", "float16", "float32"] = _rows("bfloat16", description="Dtype of weights and arithmetic.")
     store_dtype: Literal["bfloat16", "float16", "float32", "float8", "int8"] = _rows(
         "bfloat16",
@@ -158,7 +164,9 @@ class ExtractConfig(BaseModel):
     batch_tokens: Positive | Auto = _rows(
         "auto", description="Padded tokens in a micro-batch, at most; auto: what memory and prompts suit best, up to 16384."
     )
-    shard_tokens: Positive | Auto = _rows("auto", description="Tokens in a shard, the unit of commit and resume; auto: 32768.")
+    shard_tokens: Positive | Auto = _rows(
+        "auto", description="Tokens in a shard, the unit of commit and resume; auto: 32768, or more where statistics alone are kept."
+    )
     attn_implementation: Attention = _rows("auto", description="auto: sdpa where the family has it.")
     compile: bool | Auto = _rows("auto", description="Compile the layers: 1.7 times as fast on a GPU; auto: where there are GPUs.")
     threads_per_stage: Positive | Auto = _rows("auto", description="torch threads a stage on the CPU; auto: 1.")
@@ -319,6 +327,13 @@ def _contradictions(config: ExtractConfig) -> Iterator[ConfigError]:
             parse()
         except ConfigError as problem:
             yield problem
+    if config.keep in ("statistics", "both") and config.statistics is None:
+        yield ConfigError(
+            f'keep = "{config.keep}", and there are no statistics to keep.', 'Set statistics = "moments:all", or leave keep out.'
+        )
+    if config.keep == "rows" and config.statistics is not None:
+        what = f'keep = "rows", and statistics = {config.statistics!r} would be taken for nothing.'
+        yield ConfigError(what, 'Set keep = "both" or "statistics", or leave statistics out.')
     if config.compression == "planes" and config.store_dtype not in ("bfloat16", "float16"):
         what = f'compression = "planes" splits 16-bit rows, and store_dtype = "{config.store_dtype}".'
         yield ConfigError(what, 'Store bfloat16 or float16, or set compression = "none".')

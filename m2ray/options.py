@@ -16,6 +16,7 @@ from m2ray.config import ExtractConfig, OffloadTo, Transport
 from m2ray.selection import Selection
 from m2ray.sites import LayersOfSites
 from m2ray.sizes import MaxMemory
+from m2ray.statistics import Asked
 from m2ray.storage import local_folder, with_home
 
 TEMPLATE_TIMEOUT_S = 10.0
@@ -113,9 +114,12 @@ class RunOptions:
 
     Attributes:
         prompts: what decides the sequences, as the prompts settled it.
-        layers: those at which something is captured, ascending.
+        layers: those at which rows are kept or statistics taken of a site, ascending.
         sites: the layers of each, as they have it; none at sites of the whole model.
-        parts: what every shard consists of, in order, as m2ray.sites derives it.
+        parts: what every shard has rows of, in order, as m2ray.sites derives it.
+        statistics: what is summed up of which sites and layers (m2ray.statistics).
+        keep: what is stored: "rows", "statistics" (there are no `parts` then) or "both".
+        of_statistics: the parts that statistics are taken of, whether their rows are kept or not.
         batch_tokens: padded tokens in a micro-batch, at most, unless a single sequence is longer.
         shard_tokens: tokens in a shard.
         threads_per_stage: torch threads of a stage on a CPU.
@@ -158,6 +162,14 @@ class RunOptions:
     placement_timeout_s: float
     stage_timeout_s: float
     writer_queue_bytes: int = WRITER_QUEUE_BYTES
+    statistics: Asked = field(default_factory=dict)
+    keep: Literal["rows", "statistics", "both"] = "rows"
+    of_statistics: tuple[PartSpec, ...] = ()
+
+    @property
+    def captured(self) -> tuple[PartSpec, ...]:
+        """The parts that the stages capture, to store their rows or for their statistics."""
+        return tuple(dict.fromkeys((*self.parts, *self.of_statistics)))
 
     @property
     def offload_path(self) -> str:

@@ -17,6 +17,7 @@ from m2ray.errors import RunConflictError, in_ranges
 from m2ray.provenance import ROW_PACKAGES, differences, versions
 from m2ray.selection import Selection
 from m2ray.sites import layers_run
+from m2ray.statistics import Asked, places
 from m2ray.storage import Store
 
 JOB_KEY = "job.json"
@@ -126,6 +127,12 @@ class JobRecord:
         )
 
     @property
+    def statistics(self) -> Asked:
+        """Which statistics are taken of what; none in runs from before there were any."""
+        asked: Asked = self.options.get("statistics") or {}
+        return asked
+
+    @property
     def selection(self) -> Selection:
         """Which tokens have rows."""
         return Selection(self.options.get("tokens", "all"), tuple(self.options.get("skip_ids", ())))
@@ -133,7 +140,8 @@ class JobRecord:
     @property
     def layers_run(self) -> int:
         """How many layers a chain loads: up to the last whose stage captures something."""
-        return layers_run(self.parts, self.model.num_layers)
+        of_statistics = (PartSpec(site, layer, ()) for site, layer in places(self.statistics))
+        return layers_run((*self.parts, *of_statistics), self.model.num_layers)
 
     @property
     def with_final_norm(self) -> bool:

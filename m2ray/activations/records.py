@@ -15,7 +15,7 @@ from pydantic import TypeAdapter
 
 from m2ray.activations.job import JobRecord
 from m2ray.activations.json_record import read_record, to_json
-from m2ray.activations.schema import part_folder, part_name
+from m2ray.activations.schema import parse_contribution_key, part_folder, part_name
 from m2ray.batches import PartReceipt
 from m2ray.errors import RunConflictError, RunDamagedError, StoreError
 from m2ray.storage import Store
@@ -53,6 +53,7 @@ class CommitRecord:
         committed_at: UTC, ISO 8601.
         computed_on: the kinds of GPU of the attempt's cluster, or of CPU where it ran on none (m2ray.provenance.cpu_kind); None where it
             is not known.
+        statistics: what the stages contributed of the shard's statistics, of each all its sites and layers in one object.
     """
 
     format_version: int
@@ -67,6 +68,7 @@ class CommitRecord:
     committed_at: str
     parts: tuple[CommittedPart, ...]
     computed_on: str | None = None
+    statistics: tuple[CommittedPart, ...] = ()
 
     def to_json(self) -> bytes:
         return to_json(self)
@@ -75,6 +77,14 @@ class CommitRecord:
         """The parts as their writers reported them."""
         columns = self.columns()
         return [PartReceipt(**dict(zip(columns, values, strict=True))) for values in zip(*columns.values(), strict=True)]
+
+    def contributions(self) -> list[PartReceipt]:
+        """The shard's statistics as their writers reported them."""
+        of = (self.shard, self.attempt)
+        return [
+            PartReceipt(*of, each.site, each.layer, each.key, self.rows, each.num_bytes, each.xxh3, self.token_digest)
+            for each in self.statistics
+        ]
 
     def columns(self) -> dict[str, list[Any]]:
         """The fields of the parts' receipts: of each its values in the order of `parts`."""
@@ -194,6 +204,7 @@ def _checked(store: Store, job: JobRecord, shard: int, folders: Mapping[tuple[st
         )
     name = part_name(shard, record.attempt)
     strange = [key for part, key in found.items() if key != f"{folders[part]}/{name}"]
+    strange += [each.key for each in record.statistics if parse_contribution_key(each.key) != (shard, record.attempt)]
     if strange:
         raise RunDamagedError(
             f"{commit_key(shard)} of the run at {store.url} names {strange[0]!r}, which is no part of attempt {record.attempt} at this shard.",

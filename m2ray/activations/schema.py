@@ -21,6 +21,9 @@ LAYER_CONVENTION = "residual of layer i is the output of decoder layer i, before
 LEASE_FOLDER = "_lease"
 """Where drivers say that they are at work (lease.py). Of readers only a stream that waits for rows looks there (arrivals.py)."""
 
+CONTRIBUTIONS = "_statistics"
+"""Where shards' statistics lie until they are merged."""
+
 METADATA_PREFIX = "m2ray."
 
 Compression = Literal["none", "planes"]
@@ -35,6 +38,9 @@ TOKEN_FIELDS = (
 
 PART_NAME = r"data/(?:[^/.][^/]*/)+shard-(?P<shard>\d{6,})-(?P<attempt>[0-9a-z]+)\.parquet"
 """What a part's key looks like. No piece of it is empty or begins with ".": a record that names another key would lead out of the run."""
+
+CONTRIBUTION_NAME = rf"{CONTRIBUTIONS}/shard-(?P<shard>\d{{6,}})-(?P<attempt>[0-9a-z]+)-[a-z_]+(?:-\d{{3,}})?\.safetensors"
+"""What the key of a shard's statistics looks like."""
 
 _TOKEN_ENCODING = {"dictionary": ("sequence_id", "token_id"), "delta": ("position",), "statistics": ("sequence_id", "position")}
 
@@ -69,6 +75,17 @@ def parse_part_key(key: str) -> tuple[int, str] | None:
     """(shard, attempt) of a part's key; None for any other key."""
     match = re.fullmatch(PART_NAME, key)
     return (int(match["shard"]), match["attempt"]) if match else None
+
+
+def contribution_key(shard: int, attempt: str, site: str, layer: int | None) -> str:
+    """The key of what one stage contributes of a shard; `site` and `layer` are the first of which it has any."""
+    return f"{CONTRIBUTIONS}/shard-{shard:06d}-{attempt}-{site}" + ("" if layer is None else f"-{layer:03d}") + ".safetensors"
+
+
+def parse_contribution_key(key: str) -> tuple[int, str] | None:
+    """(shard, attempt) of a contribution's key; None for any other key."""
+    found = re.fullmatch(CONTRIBUTION_NAME, key)
+    return (int(found["shard"]), found["attempt"]) if found else None
 
 
 def stored_parts(store: Store, parts: Iterable[PartSpec]) -> dict[str, int]:

@@ -56,7 +56,7 @@ def draw(catalogue: Catalogue, share: float, seed: int) -> Sample:
     """
     store, job = catalogue.store, catalogue.job
     shards = load_shards(store, job.sequence_files)
-    committed = [shards[number] for number in catalogue.parts_of(job.parts[0])["shard"].to_pylist()]
+    committed = [shards[number] for number in catalogue.committed]
     bounds = [0, *accumulate(len(shard.sequence_ids) for shard in committed)]
     if not bounds[-1]:
         raise NotInRunError(f"No sequence of the run at {store.url} is committed yet.", "Audit it once some are.")

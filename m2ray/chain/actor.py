@@ -1,4 +1,4 @@
-"""StageActor: a thin Ray shell around one stage of the model and the writer of what it captures.
+"""StageActor: a thin Ray shell around one stage of the model and the consumers of what it captures: its writer, and its statistics'.
 
 Stages call each other: one takes a micro-batch from the stage before, computes, and hands its hidden states on. The driver talks to
 the first stage, which gets the micro-batches, and to the last, which knows what is complete; the others only tell it of failures.
@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ray
 import torch
@@ -31,11 +31,16 @@ from m2ray.model.boundary import Boundary
 from m2ray.model.capture import CaptureSpec
 from m2ray.model.stage import Stage, StageOutput, StageSpec, load_stage
 
+if TYPE_CHECKING:
+    from m2ray.activations.writing.consumer import Consumer
+
 _AHEAD = 2
 """Micro-batches at each of a stage's doors, at most: received and not computed, computed and not sent, sent and not taken by the next
 stage, computed and not with the writer."""
 
 _POLL_S = 0.5
+
+_CLOSE_S = 60.0
 
 _WATCH_S = 60.0
 """How long a call may wait for news before it is asked again."""
@@ -69,6 +74,7 @@ class StageActor:
         self._stages: list[Stage] = []
         self._job: Job | None = None
         self._writer: ActivationWriter | None = None
+        self._consumers: tuple[Consumer, ...] = ()
         self._timeout_s = timeout_s
         self._limit_s = 2 * timeout_s  # twice the watchdog's limit: the driver is the one that decides
         self._turns = Turns(epoch)
@@ -157,12 +163,12 @@ class StageActor:
         with self._turns.changed:
             self._turns.begin(epoch)
             self._completion = Completion(self._turns)
-        if self._writer is None or self._job is None:
+        if self._job is None:
             return  # it is still loading, or taking a job on, which goes on in any epoch
-        self._abandon(self._writer, attempts)
+        self._abandon(attempts)
         for door in (self._compute, self._send, self._arrive, self._capture):
             door.drain(self._timeout_s)
-        self._abandon(self._writer, attempts)  # what was being computed may have opened its attempt again
+        self._abandon(attempts)  # what was being computed may have opened its attempt again
 
     # -- a micro-batch's way ------------------------------------------------------------------------------------------
 
@@ -220,7 +226,8 @@ class StageActor:
         captured = [layer for output in outputs for layer in output.captured]
         copied_at = time.monotonic()
         self._turns.require(epoch)
-        self._writer.submit(attempt, micro_batch, captured, self._timeout_s)
+        for consumer in self._consumers:
+            consumer.submit(attempt, micro_batch, captured, self._timeout_s)
         since_begin_s = computed_at - self._began_at - self._writer.waited_s
         self._status = with_micro_batch(self._status, micro_batch, compute_s, copied_at - computed_at, since_begin_s)
         self._turns.finish_step(epoch)
@@ -235,8 +242,9 @@ class StageActor:
         """Add this stage's receipts of a shard whose last micro-batch is `step`, once all its parts are durable, and pass them on."""
         with self._turns.guarded(epoch):
             self._turns.wait(epoch, lambda: self._turns.done > step, self._limit_s, f"the rows of micro-batch {step}")
-            assert self._writer is not None, "begin() comes first"
-            receipts = (*receipts, *self._writer.collect(shard, attempt, self._timeout_s))
+            assert self._consumers, "begin() comes first"
+            for consumer in self._consumers:
+                receipts = (*receipts, *consumer.collect(shard, attempt, self._timeout_s))
             if self._successor is not None:
                 self._successor.gather.remote(epoch, step, shard, attempt, receipts)
                 return
@@ -266,9 +274,9 @@ class StageActor:
 
     @ray.method(concurrency_group="control")
     def close(self) -> None:
-        """End the writer; unfinished parts are given up."""
-        if self._writer is not None:
-            self._writer.close()
+        """End the writers; unfinished parts are given up."""
+        for consumer in self._consumers:
+            consumer.close(_CLOSE_S)
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
@@ -305,20 +313,22 @@ class StageActor:
         if job == self._job:
             return
         self._job = None
-        if self._writer is not None:
-            self._writer.close()
+        self.close()
         for stage, spec in zip(self._stages, self._specs, strict=True):
             stage.begin(job.capture)
             warm_up(stage, spec, job.batch_tokens, job.writer.queue_bytes // len(self._specs))
         self._writer = job.writer.open([part for stage in self._stages for part in stage.parts])
+        statistics = {place: kinds for stage in self._stages for place, kinds in stage.statistics.items()}
+        self._consumers = (self._writer, job.writer.open_statistics(statistics)) if statistics else (self._writer,)
         self._began_at = None
         self._status = replace(self._loaded, gpus=measure_gpus(self._devices) if self._on_gpu else ())
         self._job = job
 
-    def _abandon(self, writer: ActivationWriter, attempts: Sequence[tuple[int, str]]) -> None:
+    def _abandon(self, attempts: Sequence[tuple[int, str]]) -> None:
         # What the store does not delete soon is no commit's, and goes when the run is finished; a reset has to end within `timeout_s`.
-        with suppress(StoreError):
-            writer.abandon(attempts, self._timeout_s / 4)
+        for consumer in self._consumers:
+            with suppress(StoreError):
+                consumer.abandon(attempts, self._timeout_s / 4)
 
     @contextmanager
     def _finding_room(self, micro_batch: MicroBatch) -> Iterator[None]:

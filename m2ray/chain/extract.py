@@ -240,7 +240,7 @@ def _stages(work: _Work, plan: Plan, hardware: Hardware, reservations: Sequence[
         compression=options.compression,
         selection=options.prompts.selection,
     )
-    job = Job(CaptureSpec(options.sites, options.store_dtype, options.prompts.selection), writer, options.batch_tokens)
+    job = Job(_capture(options), writer, options.batch_tokens)
     for replica, reservation in enumerate(reservations):
         specs = [list(_specs(work.inputs, plan, replica, stage.stage, stage.span)) for stage in plan.stages if stage.replica == replica]
         stages = Stages(
@@ -253,6 +253,12 @@ def _stages(work: _Work, plan: Plan, hardware: Hardware, reservations: Sequence[
         )
         stages.begin(job)
         yield stages
+
+
+def _capture(options: RunOptions) -> CaptureSpec:
+    """What the stages take: rows of the sites, unless statistics alone are kept, and statistics."""
+    kept = {} if options.keep == "statistics" else options.sites
+    return CaptureSpec(kept, options.store_dtype, options.prompts.selection, options.statistics)
 
 
 def _specs(inputs: Inputs, plan: Plan, replica: int, stage: int, span: LayerSpan) -> Iterator[StageSpec]:

@@ -10,6 +10,7 @@ from m2ray.chain.report import loaded_lines
 from m2ray.chain.stages import Stages
 from m2ray.chain.status import RunStatus
 from m2ray.planning.plan import Plan
+from m2ray.statistics import STATISTICS
 
 _EVERY_S = 2.0
 
@@ -38,7 +39,7 @@ class Monitor:
         self._shards += 1
         self._rows += shard.num_rows
         self._row_tokens += shard.num_tokens
-        self._output_bytes += sum(receipt.num_bytes for receipt in receipts)
+        self._output_bytes += sum(receipt.num_bytes for receipt in receipts if receipt.site != STATISTICS)
         if self._shards == self._all_shards:
             self._ended_at = time.monotonic()
             for _, stages in self._chains:

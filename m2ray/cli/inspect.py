@@ -16,6 +16,7 @@ from m2ray.cli import Command
 from m2ray.cli.output import console_of_tables, say, terminal
 from m2ray.cli.watch import HEADINGS, list_runs, row_of, runs_below, watch
 from m2ray.errors import shown
+from m2ray.sites import shown_layers
 from m2ray.storage import looking, open_store
 
 _SHOWN_ROWS = 20
@@ -139,6 +140,8 @@ def _print(facts: dict[str, Any], state: str) -> None:
         without = f"; {rows['sequences_without']:,} sequences have none" if rows["sequences_without"] else ""
         say(f"rows       {rows['committed']:,} of {rows['all']:,} in each site and layer{without}")
     say(f"files      {facts['files']:,} with {facts['num_bytes']:,} bytes")
+    for kind, sites in (facts["options"].get("statistics") or {}).items():
+        say(f"{kind:<11}{'; '.join(f'{site} {shown_layers(layers)}'.strip() for site, layers in sites.items())}")
     for audit in facts["audits"].values():
         say(f"audited    {report.line(audit)}")
     table = Table("site", "layer", "columns", "files", "bytes", "mean norm")

@@ -1,7 +1,7 @@
 """What is kept at a site: the chosen tokens' rows, selected and rounded on the device, then copied to the host."""
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import cycle
 
@@ -13,8 +13,10 @@ from m2ray.errors import StageError
 from m2ray.model.eight_bits import Encoder, is_encoded
 from m2ray.model.pinned import PinnedRuns
 from m2ray.model.selecting import ChosenRows
+from m2ray.model.statistics import Statistics
 from m2ray.selection import Selection
 from m2ray.sites import LayersOfSites
+from m2ray.statistics import Asked
 
 COPYING_LAYERS = 3
 """Parts of one micro-batch whose rows are on the GPU at one time: on their way to the host, or yet to be computed."""
@@ -28,20 +30,26 @@ class CaptureSpec:
         sites: what is kept, as the model has it.
         store_dtype: "bfloat16", "float16", "float32", "float8" or "int8", of rows of hidden width.
         selection: whose rows are kept.
+        statistics: what is taken of which rows, of sites and layers whose rows are kept and of others (m2ray.statistics).
     """
 
     sites: LayersOfSites
     store_dtype: str
     selection: Selection = field(default_factory=Selection)
+    statistics: Asked = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """One part's rows on their way to the host, a tensor [N, ...] a column, and the extremes [2] of what each was rounded from."""
+    """One part's rows on their way to the host, a tensor [N, ...] a column, and the extremes [2] of what each was rounded from.
+
+    Of a part that is captured for its statistics alone no rows go there.
+    """
 
     part: PartSpec
     columns: tuple[torch.Tensor, ...]
     extremes: tuple[torch.Tensor, ...]
+    statistics: Mapping[str, torch.Tensor]
 
 
 class Capture:
@@ -55,16 +63,19 @@ class Capture:
     def __init__(
         self,
         micro_batch: MicroBatch,
-        parts: Iterable[PartSpec],
+        parts: Sequence[PartSpec],
         selection: Selection,
         encoder: Encoder,
         copy_stream: "torch.cuda.Stream | None",
         run_rows: int = 0,
+        statistics: Statistics | None = None,
     ) -> None:
         """`run_rows`: of pinned memory, as PinnedRuns takes them."""
         self._micro_batch = micro_batch
         self._runs = PinnedRuns(run_rows)
-        self._parts = {(part.site, part.layer): part for part in parts}
+        self._kept = frozenset(parts)
+        self._statistics = statistics or Statistics()
+        self._parts = {(part.site, part.layer): part for part in (*parts, *self._statistics.kinds)}
         self._encoder = encoder
         self._copy_stream = copy_stream
         self._selection = selection
@@ -80,13 +91,19 @@ class Capture:
         self._wait_for_room()
         selected = [self._chosen.of(values) for values in values_BT]
         extremes = [_extremes(rows_NW) for rows_NW in selected]
-        stored = self._encoder.encode(part, *selected) if is_encoded(part) else _rounded(part, selected)
-        room = self._micro_batch.padded_tokens if self._selection.is_all else 0
-        columns = tuple(self._to_host(rows_NW, room) for rows_NW in stored)
-        self._captured[part] = _Rows(part, columns, tuple(self._to_host(both) for both in extremes))
+        rounded = selected if is_encoded(part) else _rounded(part, selected)
+        statistics = {kind: self._to_host(values) for kind, values in self._statistics.of(part, rounded).items()}
+        columns = tuple(self._stored(part, rounded)) if part in self._kept else ()
+        self._captured[part] = _Rows(part, columns, tuple(self._to_host(both) for both in extremes), statistics)
         if self._copy_stream is not None:
             self._copying.append(torch.cuda.Event())
             self._copying[-1].record(self._copy_stream)
+
+    def _stored(self, part: PartSpec, rows: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """A part's columns on their way to the host."""
+        room = self._micro_batch.padded_tokens if self._selection.is_all else 0
+        for column in self._encoder.encode(part, *rows) if is_encoded(part) else rows:
+            yield self._to_host(column, room)
 
     def _wait_for_room(self) -> None:
         """Let the host wait: it runs ahead of the GPU, where rows keep their memory until they are copied."""
@@ -103,7 +120,7 @@ class Capture:
                 on_host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
             else:
                 shape = (max(room, len(values)), *values.shape[1:])
-                on_host = self._runs.take(shape, values.dtype, len(self._parts) - len(self._captured))[: len(values)]
+                on_host = self._runs.take(shape, values.dtype, len(self._kept - self._captured.keys()))[: len(values)]
             on_host.copy_(values, non_blocking=True)
         values.record_stream(self._copy_stream)
         return on_host
@@ -118,11 +135,15 @@ class Capture:
             self._copied.synchronize()
         kept = [self._captured[part] for part in self._parts.values() if part in self._captured]
         for rows in kept:
-            for extremes, values in zip(rows.extremes, rows.columns, strict=False):
+            for number, extremes in enumerate(rows.extremes):
                 # What is encoded has a scale, and so fits as it is.
-                if not (extremes if is_encoded(rows.part) else extremes.to(values.dtype)).isfinite().all():
+                if (
+                    not (extremes if is_encoded(rows.part) else extremes.to(getattr(torch, rows.part.columns[number].dtype)))
+                    .isfinite()
+                    .all()
+                ):
                     raise self._not_finite(rows, extremes)
-        return tuple(CapturedLayer(rows.part.site, rows.part.layer, tuple(map(_bits, rows.columns))) for rows in kept)
+        return tuple(_captured(rows) for rows in kept)
 
     def end(self) -> None:
         """No more layers come: mark the place in the copy stream that `finish` waits for."""
@@ -131,8 +152,9 @@ class Capture:
             self._copied.record(self._copy_stream)
 
     def _not_finite(self, rows: _Rows, extremes: torch.Tensor) -> StageError:
-        is_bad_N = torch.stack([~values.float().isfinite().all(dim=1) for values in rows.columns]).any(dim=0).numpy()
-        ids = np.unique(self._selection.token_rows(self._micro_batch)["sequence_id"][is_bad_N])
+        is_bad_N = [~values.float().isfinite().all(dim=1) for values in rows.columns]
+        token_rows = self._selection.token_rows(self._micro_batch)
+        ids = np.unique(token_rows["sequence_id"][torch.stack(is_bad_N).any(dim=0).numpy() if is_bad_N else slice(None)])
         listed = ", ".join(str(sequence_id) for sequence_id in ids[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
         smallest, largest = extremes.float().tolist()
         dtype = rows.part.columns[0].dtype
@@ -140,6 +162,11 @@ class Capture:
             f"{str(rows.part).capitalize()}, sequences {listed}: values from {smallest:g} to {largest:g} do not fit {dtype}.",
             'Set compute_dtype and store_dtype to "bfloat16" or "float32"; if they are so already, the weights or the family are at fault.',
         )
+
+
+def _captured(rows: _Rows) -> CapturedLayer:
+    statistics = {kind: values.numpy() for kind, values in rows.statistics.items()}
+    return CapturedLayer(rows.part.site, rows.part.layer, tuple(map(_bits, rows.columns)), statistics)
 
 
 def _rounded(part: PartSpec, selected: Sequence[torch.Tensor]) -> list[torch.Tensor]:

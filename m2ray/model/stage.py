@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from m2ray.batches import CapturedLayer, LayerSpan, MicroBatch, Residency
+from m2ray.batches import CapturedLayer, LayerSpan, MicroBatch, PartSpec, Residency
 from m2ray.errors import ConfigError, raise_all
 from m2ray.model.attention import FLEX_BLOCK, require_attention_to_sinks, require_machine, resolve_attn_implementation
 from m2ray.model.boundary import Boundary, blank, row_width, shapes_at, token_bytes
@@ -22,8 +22,10 @@ from m2ray.model.gpu_loading import Lanes
 from m2ray.model.interpreter import quick_switches, without_collector
 from m2ray.model.site_table import refused_sites
 from m2ray.model.skeleton import build_skeleton
+from m2ray.model.statistics import Statistics
 from m2ray.model.weights import Loaded, OnBytes, load_weights, parameter_bytes
 from m2ray.sites import parts_of_run, parts_of_span
+from m2ray.statistics import places, statistic_sites
 from m2ray.toolchain import require_triton
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -138,7 +140,8 @@ class Stage:
     """A loaded span, which captures nothing until `begin`. One `forward` at a time.
 
     Attributes:
-        parts: what every micro-batch's capture consists of, in order.
+        parts: whose rows every micro-batch's capture holds, in order.
+        statistics: the sites and layers of which it holds statistics, with their kinds.
         needed_bytes: checkpoint bytes of the span's tensors, scales included.
         digests: what was loaded of each layer (m2ray.model.digests).
         bytes_read: tensor bytes that were read to load them.
@@ -170,13 +173,21 @@ class Stage:
         Raises:
             ConfigError: the model has no such site or no such layer, a layer lacks the site, or the final norm was not loaded.
         """
+        of_statistics, kinds = statistic_sites(capture.statistics), places(capture.statistics)
+        layers_of = {site: {*capture.sites.get(site, ()), *of_statistics.get(site, ())} for site in {**capture.sites, **of_statistics}}
+        raise_all([problem for site, layers in layers_of.items() for problem in self._why_not(site, sorted(layers))])
+        self._selection, self._encoder = capture.selection, Encoder()
+        self.parts = self._parts(capture.sites, capture.store_dtype)
+        taken = {part: kinds[part.site, part.layer] for part in self._parts(of_statistics, capture.store_dtype)}
+        self.statistics = {(part.site, part.layer): of_part for part, of_part in taken.items()}
+        self._statistics = Statistics(taken, self._decoder.experts[0])
+        self._decoder.watch({(part.site, part.layer) for part in (*self.parts, *taken)})
+
+    def _parts(self, asked: Mapping[str, tuple[int, ...]], store_dtype: str) -> tuple[PartSpec, ...]:
+        """Those of a job's parts that are of the span."""
         config = self._decoder.skeleton.config
-        raise_all([problem for site, layers in capture.sites.items() for problem in self._why_not(site, layers)])
-        of_the_job = parts_of_run(capture.sites, capture.store_dtype, row_width(config), *self._decoder.experts)
-        self.parts = parts_of_span(of_the_job, self._spec.span, config.num_hidden_layers)
-        self._decoder.watch({(part.site, part.layer) for part in self.parts})
-        self._selection = capture.selection
-        self._encoder = Encoder()
+        of_the_job = parts_of_run(asked, store_dtype, row_width(config), *self._decoder.experts)
+        return parts_of_span(of_the_job, self._spec.span, config.num_hidden_layers)
 
     def _why_not(self, site: str, layers: Sequence[int]) -> Iterator[ConfigError]:
         config, there = self._decoder.skeleton.config, self._decoder.site_layers
@@ -204,7 +215,9 @@ class Stage:
             self._check(micro_batch, incoming)
         self._wait_for_gpu()
         with torch.inference_mode():
-            capture = Capture(micro_batch, self.parts, self._selection, self._encoder, self._copy_out, self._full_tokens)
+            capture = Capture(
+                micro_batch, self.parts, self._selection, self._encoder, self._copy_out, self._full_tokens, self._statistics
+            )
             token_ids_BT = torch.tensor(micro_batch.token_ids_BT, dtype=torch.int64)
             if self._on_gpu:
                 token_ids_BT = token_ids_BT.pin_memory().to(self._decoder.device, non_blocking=True)

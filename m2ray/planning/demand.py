@@ -5,23 +5,28 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, cast
 
-from m2ray.batches import ITEMSIZE_BYTES, LayerSpan, PartSpec, Residency, TensorRow, TensorTable
+from m2ray.batches import ITEMSIZE_BYTES, LayerSpan, PartSpec, PromptStats, Residency, TensorRow, TensorTable
 from m2ray.options import RunOptions
 from m2ray.planning.devices import Device
 from m2ray.planning.memory import (
+    CAPTURE_BUFFERS,
     CONTEXT_BYTES,
     ENCODING_BYTES,
     OFFLOAD_BUFFERS,
     STAGING_BYTES,
+    STATISTICS_MICRO_BATCHES,
+    STATISTICS_SHARDS,
     UNUSABLE_BYTES,
     ModelShape,
     Workload,
     gpu_overhead,
     span_rows,
 )
+from m2ray.planning.output import OutputPlan, plan_output
 from m2ray.planning.partition import DeviceMap, partition, short_by_bytes
 from m2ray.planning.profile import Profile
 from m2ray.sites import EIGHT_BITS, layers_run, parts_of_span
+from m2ray.statistics import contribution_bytes, device_bytes, merged_bytes, micro_batch_bytes, shard_bytes, widths
 
 
 @dataclass(frozen=True)
@@ -67,11 +72,11 @@ class Demand:
     @property
     def num_layers(self) -> int:
         """Layers that are run: up to the last that is captured."""
-        return max(1, layers_run(self.options.parts, self.table.num_layers))
+        return max(1, layers_run(self.options.captured, self.table.num_layers))
 
     @property
     def with_final_norm(self) -> bool:
-        return any(part.site == "final_norm" for part in self.options.parts)
+        return any(part.site == "final_norm" for part in self.options.captured)
 
     @property
     def itemsize_bytes(self) -> int:
@@ -116,16 +121,46 @@ class Demand:
         return sum(self._costs[0][layer] for layer, where in residency.items() if where == place)
 
     def parts(self, span: LayerSpan) -> tuple[PartSpec, ...]:
-        """What a stage of `span` captures."""
+        """What a stage of `span` stores rows of."""
         return parts_of_span(self.options.parts, span, self.table.num_layers)
 
     def row_bytes(self, span: LayerSpan) -> list[int]:
-        """Bytes of a row of each part that `span` captures."""
+        """Bytes of a row of each part of `span` whose rows are stored."""
         return [part.row_bytes for part in self.parts(span)]
 
     def column_bytes(self, span: LayerSpan) -> list[int]:
         """The same of each column of each part."""
         return [column.row_bytes for part in self.parts(span) for column in part.columns]
+
+    def captured_row_bytes(self, span: LayerSpan) -> list[int]:
+        """The same of each part that `span` captures, to store its rows or for its statistics."""
+        return [part.row_bytes for part in parts_of_span(self.options.captured, span, self.table.num_layers)]
+
+    def statistics_on_host(self, span: LayerSpan) -> int:
+        """Host memory for the statistics of `span`: of the shards that are summed up, and of the micro-batches that are on their way to them."""
+        return sum(
+            STATISTICS_SHARDS * shard_bytes(kinds, width) + STATISTICS_MICRO_BATCHES * micro_batch_bytes(kinds, width)
+            for kinds, width in self._taken(span)
+        )
+
+    def statistics_on_device(self, span: LayerSpan | None = None) -> int:
+        """Device memory for the statistics of `span`, or of any: one part's while they are taken, and results on their way to the host."""
+        rows, taken = self.workload.padded_tokens, self._taken(span)
+        copied = CAPTURE_BUFFERS * max((micro_batch_bytes(kinds, width) for kinds, width in taken), default=0)
+        return copied + max((device_bytes(kinds, width, rows) for kinds, width in taken), default=0)
+
+    def output(self, prompts: PromptStats) -> OutputPlan:
+        """What the run folder will hold for these prompts."""
+        taken = self._taken(None)
+        merged, shards = sum(merged_bytes(*each) for each in taken), prompts.shards * sum(contribution_bytes(*each) for each in taken)
+        options = self.options
+        return plan_output(options.parts, prompts, self.assumed.price_per_gb_month, options.compression, merged, shards)
+
+    def _taken(self, span: LayerSpan | None) -> list[tuple[frozenset[str], int]]:
+        """The statistics of each part of `span`, or of all: their kinds, and how wide they are."""
+        parts = self.options.of_statistics
+        here = parts if span is None else parts_of_span(parts, span, self.table.num_layers)
+        return list(widths(self.options.statistics, here, self.table.num_experts))
 
     def short_bytes(self, devices: Sequence[Device]) -> int:
         """Bytes of one chain's weights that these devices have no room for; 0 if it fits."""
@@ -176,7 +211,7 @@ class Demand:
     @cached_property
     def overhead(self) -> dict[str, int]:
         """What a GPU holds besides weights, whichever span it gets."""
-        return gpu_overhead(self.workload, [part.row_bytes for part in self.options.parts])
+        return gpu_overhead(self.workload, [part.row_bytes for part in self.options.captured], self.statistics_on_device())
 
     @cached_property
     def _costs(self) -> tuple[Sequence[int], int, int]:

@@ -214,9 +214,11 @@ def _output_lines(plan: Plan) -> Iterator[str]:
     if output.rows < prompts.tokens:
         chosen = plan.demand.options.prompts.selection
         yield f"         {output.rows:,} rows of {chosen} in each site and layer: {size(output.saved_bytes)} less than of all"
-    for site in plan.demand.options.sites:
+    for site in plan.demand.options.sites if output.by_part else ():
         of_site = [num_bytes for part, num_bytes in output.by_part.items() if part.site == site]
         yield f"         {site}: {size(sum(of_site))} in {len(of_site) * prompts.shards:,} files"
+    if output.statistics_bytes:
+        yield f"         statistics in up to {size(output.statistics_bytes)}"
     yield f"         {output.num_bytes:,} bytes in {output.files:,} files; with records {size(output.disk_bytes)}"
     if output.cost_a_month is not None:
         yield f"         {_amount(output.cost_a_month)} a month at {plan.demand.assumed.price_per_gb_month:g} a GB"

@@ -30,6 +30,12 @@ sent, and the slot out of which the next stage fetches (m2ray.chain.cuda_ipc).""
 CAPTURE_BUFFERS = 3
 """Layers' captured rows on a GPU: one layer's are selected while those of two before it are copied to the host (m2ray.model.capture)."""
 
+STATISTICS_SHARDS = 3
+"""Shards whose statistics a stage sums up at one time: one that ends, one that begins, and one that is being written."""
+
+STATISTICS_MICRO_BATCHES = 4
+"""Micro-batches whose statistics are in host memory: two that wait, one that is merged, and as much again while a shard's are written."""
+
 ENCODING_BYTES = 6 * 64 * _MIB
 """What it takes to encode rows in 8 bits, some at a time, in float32 (m2ray.model.eight_bits)."""
 
@@ -230,43 +236,48 @@ def weight_bytes(rows: Iterable[TensorRow], itemsize_bytes: int) -> int:
     return sum(row.compute_bytes(itemsize_bytes) for row in rows)
 
 
-def gpu_overhead(workload: Workload, row_bytes: Sequence[int]) -> dict[str, int]:
+def gpu_overhead(workload: Workload, row_bytes: Sequence[int], statistics_bytes: int = 0) -> dict[str, int]:
     """Everything that a running stage needs on a GPU besides its weights; `row_bytes` are those of each part captured there."""
-    return {
+    overhead = {
         "transient": workload.transient_bytes,
         "unusable": int(workload.transient_bytes * UNUSABLE_SHARE) + UNUSABLE_BYTES,
         "hidden_states": HIDDEN_BUFFERS * workload.hidden_bytes,
         "capture": CAPTURE_BUFFERS * workload.padded_tokens * max(row_bytes, default=0) + workload.encoding_bytes,
         "context": CONTEXT_BYTES,
     }
+    return overhead | ({"statistics": statistics_bytes} if statistics_bytes else {})
 
 
-def gpu_memory(rows: Sequence[TensorRow], workload: Workload, row_bytes: Sequence[int], offload_bytes: int = 0) -> Memory:
+def gpu_memory(
+    rows: Sequence[TensorRow], workload: Workload, row_bytes: Sequence[int], offload_bytes: int = 0, statistics_bytes: int = 0
+) -> Memory:
     """A GPU that holds the tensors `rows`, and buffers of `offload_bytes` for layers that are kept elsewhere."""
     weights = {"weights": weight_bytes(rows, workload.itemsize_bytes)}
     if offload_bytes:
         weights["offload_buffers"] = offload_bytes
     loading = {"staging": STAGING_BYTES["device"], "unusable": UNUSABLE_BYTES, "context": CONTEXT_BYTES}
-    return Memory(weights | gpu_overhead(workload, row_bytes), weights | loading)
+    return Memory(weights | gpu_overhead(workload, row_bytes, statistics_bytes), weights | loading)
 
 
-def gpu_host_memory(workload: Workload, column_bytes: Sequence[int], offloaded_bytes: int = 0, readers_bytes: int = 0) -> Memory:
+def gpu_host_memory(
+    workload: Workload, column_bytes: Sequence[int], offloaded_bytes: int = 0, readers_bytes: int = 0, statistics_bytes: int = 0
+) -> Memory:
     """The host's side of a stage whose weights are on GPUs, but for `offloaded_bytes` here and others on a disk, read with `readers_bytes`.
 
     `column_bytes` are those of a row of each column of each part.
     """
     offload = {"offloaded": offloaded_bytes, "offload_readers": readers_bytes}
     process = {"process": PROCESS_BYTES["gpu"]} | {name: num_bytes for name, num_bytes in offload.items() if num_bytes}
-    buffers = _host_buffers(workload, column_bytes)
+    buffers = _host_buffers(workload, column_bytes, statistics_bytes)
     buffers["capture"] = _pinned_bytes(buffers["capture"], [workload.padded_tokens * num_bytes for num_bytes in column_bytes])
     return Memory(process | buffers, process | {"staging": STAGING_BYTES["host"]})
 
 
-def cpu_memory(rows: Sequence[TensorRow], workload: Workload, row_bytes: Sequence[int]) -> Memory:
+def cpu_memory(rows: Sequence[TensorRow], workload: Workload, row_bytes: Sequence[int], statistics_bytes: int = 0) -> Memory:
     """A stage without a GPU: everything is in host memory."""
     held = {"weights": weight_bytes(rows, workload.itemsize_bytes), "process": PROCESS_BYTES["cpu"]}
     return Memory(
-        held | {"transient": workload.transient_bytes + workload.encoding_bytes} | _host_buffers(workload, row_bytes),
+        held | {"transient": workload.transient_bytes + workload.encoding_bytes} | _host_buffers(workload, row_bytes, statistics_bytes),
         held | {"staging": STAGING_BYTES["device"]},
     )
 
@@ -282,7 +293,8 @@ def _pinned_bytes(num_bytes: int, pieces_bytes: Sequence[int]) -> int:
     return pinned_bytes
 
 
-def _host_buffers(workload: Workload, row_bytes: Sequence[int]) -> dict[str, int]:
-    """Hidden states, and the captured rows: those of two micro-batches, and those that wait for the store."""
+def _host_buffers(workload: Workload, row_bytes: Sequence[int], statistics_bytes: int) -> dict[str, int]:
+    """Hidden states, statistics, and the captured rows: those of two micro-batches, and those that wait for the store."""
     capture = 2 * workload.padded_tokens * sum(row_bytes) + workload.writer_queue_bytes if row_bytes else 0
-    return {"hidden_states": HOST_BUFFERS * workload.hidden_bytes, "capture": capture}
+    statistics = {"statistics": statistics_bytes} if statistics_bytes else {}
+    return {"hidden_states": HOST_BUFFERS * workload.hidden_bytes, "capture": capture} | statistics

@@ -34,8 +34,9 @@ class OutputPlan:
         by_part: bytes of all parts of each site and layer; each has a file a shard.
         files, num_bytes: of all parts.
         rows: in each site and layer.
+        statistics_bytes: of `statistics/`, at most.
         saved_bytes: what the rows of all other tokens would take besides.
-        disk_bytes: parts and records: what the disk or bucket needs.
+        disk_bytes: parts, records and statistics, those of all shards among them: what the disk or bucket needs.
         cost_a_month: of `disk_bytes` at the stated price per GB (10^9 bytes) and month; None where none was stated.
     """
 
@@ -43,6 +44,7 @@ class OutputPlan:
     files: int
     num_bytes: int
     rows: int
+    statistics_bytes: int
     saved_bytes: int
     disk_bytes: int
     cost_a_month: float | None
@@ -63,17 +65,25 @@ def part_bytes(spec: PartSpec, rows: int, row_groups: int, files: int = 1, compr
     return round(rows * stored_row_bytes(spec, compression)) + row_groups * BYTES_A_ROW_GROUP + files * BYTES_A_PART
 
 
-def plan_output(parts: Sequence[PartSpec], prompts: PromptStats, price_per_gb_month: float | None, compression: str = "none") -> OutputPlan:
-    """The output of these parts for these prompts."""
+def plan_output(
+    parts: Sequence[PartSpec],
+    prompts: PromptStats,
+    price_per_gb_month: float | None,
+    compression: str = "none",
+    statistics_bytes: int = 0,
+    of_shards_bytes: int = 0,
+) -> OutputPlan:
+    """The output of these parts, and of statistics with what shards leave for them, for these prompts."""
     rows = prompts.tokens if prompts.rows is None else prompts.rows
     by_part = {spec: part_bytes(spec, rows, min(rows, prompts.micro_batches), prompts.shards, compression) for spec in parts}
     num_bytes, files = sum(by_part.values()), len(parts) * prompts.shards
-    disk_bytes = num_bytes + files * RECORD_BYTES_A_PART + prompts.sequences * RECORD_BYTES_A_SEQUENCE
+    disk_bytes = num_bytes + statistics_bytes + of_shards_bytes + files * RECORD_BYTES_A_PART + prompts.sequences * RECORD_BYTES_A_SEQUENCE
     return OutputPlan(
         by_part=by_part,
         files=files,
         num_bytes=num_bytes,
         rows=rows,
+        statistics_bytes=statistics_bytes,
         saved_bytes=saved_bytes(parts, prompts.tokens, rows, compression),
         disk_bytes=disk_bytes,
         cost_a_month=None if price_per_gb_month is None else disk_bytes / 1e9 * price_per_gb_month,

@@ -11,7 +11,7 @@ from m2ray.planning.demand import Demand
 from m2ray.planning.devices import Device, DevicePlan
 from m2ray.planning.hardware import Cluster
 from m2ray.planning.memory import OFFLOAD_READ_BYTES, Memory, cpu_memory, gpu_host_memory, gpu_memory, window
-from m2ray.planning.output import OutputPlan, plan_output
+from m2ray.planning.output import OutputPlan
 from m2ray.planning.residency import in_host, with_disk
 
 Resource = Literal["gpu_memory", "host_memory", "shared_memory", "disk"]
@@ -63,13 +63,12 @@ class Placing:
 
 def place_all(demand: Demand, cluster: Cluster, chains: Sequence[Sequence[Device]], prompts: PromptStats | None) -> Placing:
     """Deal the layers out over the chains, those without room on a GPU over hosts and disks, and count what each device holds."""
-    options = demand.options
     short_bytes = sum(demand.short_bytes(chain) for chain in chains)
     placed = () if short_bytes else tuple(each for replica, chain in enumerate(chains) for each in _place(demand, replica, chain))
     placed = _with_residency(demand, cluster, placed)
     stages = tuple(_stages(demand, placed))
     nodes = _nodes(demand, cluster, stages, placed)
-    output = plan_output(options.parts, prompts, demand.assumed.price_per_gb_month, options.compression) if prompts else None
+    output = demand.output(prompts) if prompts else None
     shortages = [Shortage("gpu_memory", "all GPUs together", short_bytes)] if short_bytes else []
     shortages += [*_node_shortages(cluster, nodes), *_disk_shortages(demand, output)]
     return Placing(placed, stages, nodes, output, tuple(shortages))
@@ -109,7 +108,8 @@ def gpus_of(demand: Demand, chains: Sequence[Sequence[Device]], placing: Placing
                 continue
             rows = [row for row in demand.rows(found.held) if row.layer not in found.residency]
             buffers_bytes = demand.buffers_bytes(found.held) if found.residency else 0
-            memory = gpu_memory(rows, demand.workload, demand.row_bytes(found.held), buffers_bytes)
+            row_bytes, statistics_bytes = demand.captured_row_bytes(found.held), demand.statistics_on_device(found.held)
+            memory = gpu_memory(rows, demand.workload, row_bytes, buffers_bytes, statistics_bytes)
             yield replace(found, memory=memory)
 
 
@@ -117,12 +117,15 @@ def _stages(demand: Demand, placed: Sequence[DevicePlan]) -> Iterator[StagePlan]
     for (replica, stage), group in groupby(placed, key=lambda each: (each.replica, each.stage)):
         of_stage = list(group)
         span = LayerSpan(of_stage[0].held.start, of_stage[-1].held.stop)
+        statistics_bytes = demand.statistics_on_host(span)
         if of_stage[0].device.gpu:
             offloaded_bytes = sum(demand.bytes_in(each.residency, "host") for each in of_stage)
             readers_bytes = OFFLOAD_READ_BYTES * sum("disk" in each.residency.values() for each in of_stage)
-            host = gpu_host_memory(demand.workload, demand.column_bytes(span), offloaded_bytes, readers_bytes)
+            host = gpu_host_memory(demand.workload, demand.column_bytes(span), offloaded_bytes, readers_bytes, statistics_bytes)
         else:
-            host = cpu_memory(demand.rows(span), demand.workload, demand.row_bytes(span))
+            host = cpu_memory(
+                demand.rows(span), demand.workload, demand.row_bytes(span), statistics_bytes + demand.statistics_on_device(span)
+            )
         yield StagePlan(replica, stage, of_stage[0].device.node.name, span, host)
 
 

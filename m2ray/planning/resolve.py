@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from math import ceil
 from typing import Any, TypeVar
 
 from m2ray.batches import PartSpec, PromptStats, TensorTable
@@ -15,8 +16,12 @@ from m2ray.planning.memory import ModelShape
 from m2ray.planning.plan import most_batch_tokens, most_replicas, plan_run
 from m2ray.sites import asked_sites, layers_run, parts_of_run, present_sites
 from m2ray.sizes import parse_bytes, parse_max_memory
+from m2ray.statistics import ROUTER, Asked, contribution_bytes, statistic_sites, statistics_of_run, widths
 
 AUTO_SHARD_TOKENS = 32_768
+
+STATISTICS_SHARE = 0.01
+"""Of the bytes that rows would take, what shards leave until the end of a run where statistics alone are kept."""
 
 _Value = TypeVar("_Value", bool, int, str)
 
@@ -53,11 +58,16 @@ def resolve(
         ClusterError: there are fewer GPUs than stages.
     """
     sites = present_sites(asked_sites(config.sites, config.layers, table.num_layers), table)
-    parts = parts_of_run(sites, config.store_dtype, table.hidden_size, table.num_experts, table.experts_per_token)
-    num_layers = layers_run(parts, table.num_layers)
+    widths_of_model = (table.hidden_size, table.num_experts, table.experts_per_token)
+    parts = parts_of_run(sites, config.store_dtype, *widths_of_model)
+    routers = [layer for layer in table.layers_of.get(ROUTER, ()) if layer < layers_run(parts, table.num_layers)]
+    statistics = statistics_of_run(config.statistics, parts, routers, table.num_layers)
+    of_statistics = parts_of_run(statistic_sites(statistics), config.store_dtype, *widths_of_model)
+    kept = () if config.keep == "statistics" else parts
+    _require_means(prompts, (*kept, *of_statistics))
+    num_layers = layers_run((*kept, *of_statistics), table.num_layers)
     if isinstance(config.stages, int) and config.stages > num_layers:
         raise ConfigError(f"stages = {config.stages}, but only {num_layers} layers are run.", f"Ask for at most {num_layers}.")
-    _require_means(prompts, parts)
     of_the_run = recorded or {}
 
     def decided(name: str, asked: _Value | Auto, automatic: _Value) -> _Value:
@@ -67,11 +77,13 @@ def resolve(
         prompts=prompts,
         layers=tuple(sorted({layer for layers in sites.values() for layer in layers})),
         sites=sites,
-        parts=parts,
+        parts=kept,
         compute_dtype=config.compute_dtype,
         store_dtype=config.store_dtype,
         batch_tokens=decided("batch_tokens", config.batch_tokens, AUTO_BATCH_TOKENS),
-        shard_tokens=decided("shard_tokens", config.shard_tokens, AUTO_SHARD_TOKENS),
+        shard_tokens=decided(
+            "shard_tokens", config.shard_tokens, _shard_tokens(config, parts, statistics, of_statistics, table.num_experts)
+        ),
         attn_implementation=decided("attn_implementation", config.attn_implementation, shape.attn_implementation),
         compile=decided("compile", config.compile, cluster is not None and cluster.num_gpus > 0),
         threads_per_stage=decided("threads_per_stage", config.threads_per_stage, 1),
@@ -89,6 +101,9 @@ def resolve(
         transport=config.transport,
         placement_timeout_s=config.placement_timeout_s,
         stage_timeout_s=config.stage_timeout_s,
+        statistics=statistics,
+        keep=("both" if statistics else "rows") if config.keep == "auto" else config.keep,
+        of_statistics=of_statistics,
     )
     if cluster is None:
         return options
@@ -98,12 +113,23 @@ def resolve(
     return replace(demand.options, replicas=_replicas(config, demand, cluster))
 
 
+def _shard_tokens(
+    config: ExtractConfig, parts: Sequence[PartSpec], statistics: Asked, of_statistics: Sequence[PartSpec], num_experts: int
+) -> int:
+    """Where statistics alone are kept, as many as make what a shard leaves little beside what its rows would take, if all tokens had some."""
+    if config.keep != "statistics":
+        return AUTO_SHARD_TOKENS
+    shard_bytes = sum(contribution_bytes(kinds, width) for kinds, width in widths(statistics, of_statistics, num_experts))
+    least = shard_bytes / (STATISTICS_SHARE * sum(part.row_bytes for part in parts))
+    return AUTO_SHARD_TOKENS * max(1, ceil(least / AUTO_SHARD_TOKENS))
+
+
 def _require_means(prompts: PromptOptions, parts: Sequence[PartSpec]) -> None:
     """Raise ConfigError for means of what has none: numbers of experts."""
     without = sorted({part.site for part in parts if any(column.name == "expert_ids" for column in part.columns)})
     if prompts.selection.is_mean and without:
         raise ConfigError(
-            f"tokens = {prompts.tokens!r}, and {', '.join(without)} has numbers of experts, which have no mean.", "Leave it out of sites."
+            f"tokens = {prompts.tokens!r}, and {', '.join(without)} has numbers of experts, which have no mean.", "Leave it out."
         )
 
 

@@ -29,9 +29,13 @@ from scripts.make_checkpoint import make_checkpoint
 from tests.following import assert_every_row_once, follow
 from tests.ray.conftest import RayCluster
 from tests.reference import DATA, MINIMAX_TINY, edited, load_reference, make_family, make_minimax, reference_rows, same_bits
+from tests.summed import close_covariance, close_moments
 
 NUM_PROMPTS = 36
 OPTIONS = ("--compute-dtype", "float32", "--store-dtype", "float32", "--batch-tokens", "256", "--shard-tokens", "400")
+
+
+SUMMED = ("--statistics", "moments, norms, experts, covariance:1")
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +105,11 @@ def assert_equals_transformers(run: Path, model: Path, layers: Sequence[int]) ->
     assert compared == reader.num_tokens * len(layers) > 0
 
 
+def summed(run: Path) -> dict[str, bytes]:
+    """The files of `statistics/`."""
+    return {str(path.relative_to(run)): path.read_bytes() for path in (run / "statistics").rglob("*") if path.is_file()}
+
+
 def rows_of(run: Path) -> tuple[np.ndarray, torch.Tensor]:
     reader = m2ray.open_run(run)
     return reader.tokens(), reader.tensor()
@@ -108,11 +117,11 @@ def rows_of(run: Path) -> tuple[np.ndarray, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def finished(cluster: RayCluster, minimax: Path, prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of MiniMax-M2 with 3 stages, submitted as a job."""
+    """A run of MiniMax-M2 with 3 stages, submitted as a job, with statistics beside its rows."""
     run = tmp_path_factory.mktemp("runs") / "finished"
     submitted = cluster.run(
         *("ray", "job", "submit", "--address", cluster.dashboard, "--working-dir", ".", "--"),
-        *("python", "jobs/extract.py", *words(minimax, prompts, run, "--stages", "3")),
+        *("python", "jobs/extract.py", *words(minimax, prompts, run, "--stages", "3", *SUMMED)),
     )
     assert submitted.returncode == 0, submitted.stdout + submitted.stderr
     for line in ("36 prompts: 35 ready", "1 quarantined", "load: ", "extract: ", "tokens/s", "Complete: 35 sequences"):
@@ -122,6 +131,18 @@ def finished(cluster: RayCluster, minimax: Path, prompts: Path, tmp_path_factory
 
 def test_a_submitted_job_equals_transformers(finished: Path, minimax: Path) -> None:
     assert_equals_transformers(finished, minimax, range(MINIMAX_TINY["layers"]))
+
+
+def test_statistics_are_those_of_the_stored_rows(finished: Path) -> None:
+    """One pass over the rows of each layer in float64; a token chooses its number of experts in each layer."""
+    reader = m2ray.open_run(finished)
+    for layer in reader.layer_numbers:
+        found, rows = reader.statistics("residual", layer), reader.layer(layer).tensor().double().numpy()
+        close_moments(found.mean.numpy(), found.variance.numpy(), found.min.numpy(), found.max.numpy(), rows)
+        assert found.count == len(rows) == found.norms["rows"].to_numpy().sum()
+        load = reader.statistics("router_topk", layer).expert_load
+        assert int(load.sum()) % len(rows) == 0 < int(load.sum())
+    close_covariance(reader.statistics("residual", 1).covariance.double().numpy(), reader.layer(1).tensor().double().numpy())
 
 
 def test_an_audit_of_a_submitted_job_finds_the_same_bits(finished: Path, cluster: RayCluster) -> None:
@@ -342,7 +363,7 @@ def test_a_killed_run_goes_on_with_other_stages_to_the_same_rows(
 ) -> None:
     """Of chosen tokens: they are those of a run of all tokens."""
     run = tmp_path / "run"
-    chosen = ("--tokens", "every:3")
+    chosen = ("--tokens", "every:3", *SUMMED)
     driver = cluster.start("m2ray", "extract", *words(minimax, prompts, run, *chosen, "--stages", "2", "--in-flight", "1KB"))
     wait_for_commits(run, 2, driver)
     driver.send_signal(signal.SIGKILL)
@@ -364,6 +385,9 @@ def test_a_killed_run_goes_on_with_other_stages_to_the_same_rows(
     report = json.loads((run / "report.json").read_text())
     assert 0 < report["rows"]["measured"] <= report["rows"]["planned"] < report["tokens"]
     assert report["saved_bytes"]["measured"] > 0
+    summed_up, rows = m2ray.open_run(run).statistics("residual", 0), ours[1][0].double().numpy()
+    assert summed_up.count == len(rows), "each shard counts once"
+    close_moments(summed_up.mean.numpy(), summed_up.variance.numpy(), summed_up.min.numpy(), summed_up.max.numpy(), rows)
     assert_every_row_once(followed.result(60), str(run), 3)
 
 
@@ -371,7 +395,7 @@ def test_of_two_drivers_one_waits_and_the_run_is_made_once(
     cluster: RayCluster, minimax: Path, prompts: Path, finished: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    command = ("m2ray", "extract", *words(minimax, prompts, run, "--stages", "1", "--wait"))
+    command = ("m2ray", "extract", *words(minimax, prompts, run, "--stages", "1", "--wait", *SUMMED))
     drivers = [cluster.start(*command) for _ in range(2)]
     printed = [driver.communicate(timeout=200)[0] for driver in drivers]
     assert [driver.returncode for driver in drivers] == [0, 0], printed
@@ -382,6 +406,8 @@ def test_of_two_drivers_one_waits_and_the_run_is_made_once(
     ours, theirs = rows_of(run), rows_of(finished)
     assert np.array_equal(ours[0], theirs[0])
     assert same_bits(ours[1], theirs[1])
+    assert summed(run) == summed(finished), "whatever the stages"
+    assert len(summed(run)) == 5
 
 
 def test_a_finished_run_without_a_commit_and_with_parts_of_a_dead_driver_is_made_whole(
@@ -392,9 +418,10 @@ def test_a_finished_run_without_a_commit_and_with_parts_of_a_dead_driver_is_made
     (run / "_commits" / "shard-000001.json").unlink()
     part = next((run / "data").rglob("shard-000000-*.parquet"))
     shutil.copy(part, part.with_name("shard-000000-dead.parquet"))
-    again = cluster.run("m2ray", "extract", *words(minimax, prompts, run))
+    again = cluster.run("m2ray", "extract", *words(minimax, prompts, run, *SUMMED))
     assert again.returncode == 0, again.stdout + again.stderr
     assert "1 of" in again.stdout
+    assert summed(run) == summed(finished), "a shard counts once, also if it is extracted again"
     found = verify(LocalStore(run), checksums=True)
     assert (found.damages, found.unnamed, found.is_complete) == ((), (), True)
     keys = pq.read_table(run / "manifest.parquet")["key"].to_pylist()
@@ -406,7 +433,7 @@ def test_a_finished_run_without_a_commit_and_with_parts_of_a_dead_driver_is_made
 
 def test_a_finished_run_is_left_as_it_is(cluster: RayCluster, minimax: Path, prompts: Path, finished: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
-    again = cluster.run("m2ray", "extract", *words(minimax, prompts, finished))
+    again = cluster.run("m2ray", "extract", *words(minimax, prompts, finished, *SUMMED))
     assert again.returncode == 0, again.stdout + again.stderr
     assert "0 of" in again.stdout
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()} == before

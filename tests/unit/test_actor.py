@@ -53,7 +53,7 @@ def test_what_a_failed_load_held_is_given_back_before_the_next(tmp_path: Path, m
 
 def test_receipts_are_not_collected_before_the_rows_of_the_last_micro_batch_are_with_the_writer(monkeypatch: pytest.MonkeyPatch) -> None:
     stage = stage_of(StageSpec("", LayerSpan(0, 5), "float32", "auto", "cpu", 1), monkeypatch)
-    stage._writer = SimpleNamespace(collect=lambda *collected: collected[:2])
+    stage._consumers = (SimpleNamespace(collect=lambda *collected: collected[:2]),)
     stage._limit_s = 0.01
     stage._turns.finish_step(0)
     stage.gather(0, 1, 7, "attempt", ())

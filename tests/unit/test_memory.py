@@ -17,6 +17,7 @@ from m2ray.batches import LayerSpan, TensorRow, TensorTable
 from m2ray.model.capture import COPYING_LAYERS
 from m2ray.model.extents import EXTENT_BYTES
 from m2ray.model.gpu_loading import LANES
+from m2ray.model.statistics import experts_statistics, rows_statistics
 from m2ray.planning.memory import (
     CAPTURE_BUFFERS,
     CONTEXT_BYTES,
@@ -30,6 +31,7 @@ from m2ray.planning.memory import (
     span_rows,
     weight_bytes,
 )
+from m2ray.statistics import device_bytes
 
 M2 = ModelShape(3072, num_heads=48, num_kv_heads=8, head_dim=128, num_experts=256, experts_per_token=8, expert_size=1536)
 FAMILIES = [
@@ -310,3 +312,18 @@ def test_eager_attention_grows_with_the_longest_sequence():
         alive = alive_bytes(config, num_sequences, num_tokens, torch.bfloat16)
         bound = shape_of(config, "eager").transient_bytes(8192, num_tokens, 2)
         assert alive <= bound <= 1.6 * alive
+
+
+@pytest.mark.parametrize("kinds", [{"moments"}, {"norms"}, {"moments", "norms"}, {"moments", "covariance"}, {"experts"}])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_taking_statistics_allocates_what_is_planned(kinds: set[str], dtype: torch.dtype):
+    with FakeTensorMode():
+        rows_NW = torch.empty((16_384, 3072), dtype=dtype)
+        ids_NK = torch.empty((16_384, 8), dtype=torch.int16)
+        alive = Alive([rows_NW, ids_NK])
+        with alive, torch.inference_mode():
+            _ = experts_statistics(ids_NK, 256) if "experts" in kinds else rows_statistics(kinds, rows_NW)
+    planned = device_bytes(frozenset(kinds), 256 if "experts" in kinds else 3072, 16_384)
+    assert alive.peak_bytes <= planned
+    if kinds != {"norms"}:  # on a CPU a norm in float64 makes no copy of the rows
+        assert planned <= 1.6 * alive.peak_bytes

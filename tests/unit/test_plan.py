@@ -24,6 +24,7 @@ from m2ray.planning.rates import active_elements
 from m2ray.planning.report import to_json
 from m2ray.planning.resolve import resolve
 from m2ray.sizes import parse_max_memory
+from m2ray.statistics import contribution_bytes, widths
 from m2ray.storage import open_store
 
 GB = 10**9
@@ -597,3 +598,68 @@ def test_bars_keep_their_length():
 
 def test_sizes_for_people():
     assert [size(number) for number in (0, 999, 1500, 457_379_529_728, 15e12)] == ["0 B", "999 B", "1.5 kB", "457.4 GB", "15.0 TB"]
+
+
+# -- statistics -------------------------------------------------------------------------------------------------------
+
+COVARIANCE = 3072**2
+
+
+def summing(text: str, num_layers: int = 62, **options) -> Demand:
+    """MiniMax-M2 whose statistics are asked for; all its layers have a router."""
+    table = replace(m2_table(num_layers), num_experts=256, experts_per_token=8, layers_of={"router_topk": tuple(range(num_layers))})
+    config = ExtractConfig(model="m", prompts="p", output="o", statistics=text, **options)
+    return Demand(table, SHAPE, resolve(config, PromptOptions.of(config, 1), table, SHAPE))
+
+
+def test_statistics_are_kept_beside_rows_unless_it_is_said_otherwise() -> None:
+    beside, alone, rows = summing("moments").options, summing("moments", keep="statistics").options, demand().options
+    assert (beside.keep, alone.keep, rows.keep) == ("both", "statistics", "rows")
+    assert (len(beside.parts), alone.parts, rows.statistics) == (62, (), {})
+    assert beside.captured == alone.captured == rows.captured
+    assert beside.row_options()["statistics"] == {"moments": {"residual": tuple(range(62))}}
+    assert (summing("experts:3", layers="0-5").num_layers, summing("experts:3", layers="0-5", keep="statistics").num_layers) == (6, 4)
+
+
+def test_numbers_of_experts_have_no_means() -> None:
+    assert summing("moments", tokens="mean").options.statistics
+    with pytest.raises(ConfigError, match="router_topk has numbers of experts"):
+        summing("experts", tokens="mean")
+
+
+def test_experts_are_counted_up_to_the_last_layer_that_is_run() -> None:
+    assert summing("experts", layers="0-5").options.statistics == {"experts": {"router_topk": tuple(range(6))}}
+    with pytest.raises(ConfigError, match="layer 9"):
+        summing("experts:9", layers="0-5")
+
+
+@pytest.mark.parametrize(
+    ("text", "least", "most"),
+    [("moments, norms", 32_768, 32_768), ("covariance", 600_000, 700_000), ("covariance:20", 32_768, 32_768), ("experts", 32_768, 300_000)],
+)
+def test_shards_of_statistics_alone_grow_until_what_they_leave_is_little(text: str, least: int, most: int) -> None:
+    alone = summing(text, keep="statistics")
+    tokens = alone.options.shard_tokens
+    assert least <= tokens <= most
+    assert summing(text).options.shard_tokens == 32_768
+    left = sum(contribution_bytes(kinds, width) for kinds, width in widths(alone.options.statistics, alone.options.of_statistics, 256))
+    assert left <= 0.01 * tokens * 62 * 2 * 3072
+
+
+def test_statistics_are_planned_for_on_gpu_host_and_disk() -> None:
+    asked = summing("covariance:20", keep="statistics")
+    planned, without = plan_run(asked, parse_gpus("8xH200"), PROMPTS), plan("8xH200", prompts=PROMPTS)
+    holder = next(gpu for gpu in planned.gpus if gpu.span and 20 in gpu.span)
+    other = next(gpu for gpu in planned.gpus if gpu.span and 20 not in gpu.span)
+    assert 5 * 4 * COVARIANCE <= holder.memory.running["statistics"] <= 12 * 4 * COVARIANCE
+    assert "statistics" not in other.memory.running
+    stage = next(each for each in planned.stages if 20 in each.span)
+    assert 3 * 8 * COVARIANCE <= stage.host.running["statistics"] <= 12 * 8 * COVARIANCE
+    assert planned.output.num_bytes == 0
+    assert 4 * COVARIANCE <= planned.output.statistics_bytes <= 4.1 * COVARIANCE
+    assert planned.output.disk_bytes < without.output.disk_bytes / 10
+
+
+def test_statistics_without_covariances_are_less_than_a_megabyte_a_layer() -> None:
+    asked = summing("moments, norms, experts", keep="statistics")
+    assert plan_run(asked, parse_gpus("8xH200"), PROMPTS).output.statistics_bytes < 62 * 1e6

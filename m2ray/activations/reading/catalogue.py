@@ -3,7 +3,7 @@
 from bisect import bisect_right
 from functools import cached_property
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +18,9 @@ from m2ray.batches import PartReceipt, PartSpec, SequenceFile
 from m2ray.errors import NotInRunError, StoreError
 from m2ray.sequences import read_sequences
 from m2ray.storage import Store
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 class Catalogue:
@@ -42,8 +45,10 @@ class Catalogue:
         self.summary = read_summary(store) if store.size(MANIFEST_KEY) is not None else None
         if self.summary is not None:
             self.parts = read_manifest(store, job, self.summary.parts)
+            self.committed: Sequence[int] = range(self.summary.shards)
         else:
-            self.parts = read_committed(store, job, committed_shards(store)).parts
+            self.committed = sorted(committed_shards(store))
+            self.parts = read_committed(store, job, self.committed).parts
         self._held: tuple[SequenceFile, Any] | None = None
 
     def parts_of(self, spec: PartSpec) -> Any:
@@ -99,7 +104,7 @@ class Catalogue:
 
     def num_tokens(self) -> int:
         """Tokens of the sequences whose shards are committed. Reads `sequences/`, a file at a time; raises as `sequences` does."""
-        shards, num_tokens = pa.array(self.parts_of(self.job.parts[0])["shard"].to_pylist(), pa.int32()), 0
+        shards, num_tokens = pa.array(self.committed, pa.int32()), 0
         for number in range(len(self.first_ids)):
             table = self.sequences_of_file(number, ["token_count", "shard"])
             num_tokens += pc.sum(table.filter(pc.is_in(table["shard"], value_set=shards))["token_count"]).as_py() or 0

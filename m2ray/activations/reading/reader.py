@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from m2ray.activations.reading.draft_samples import DraftSamples
     from m2ray.activations.reading.row_iterator import RowIterator
+    from m2ray.activations.reading.statistics import LayerStatistics
     from m2ray.activations.reading.stream import ActivationStream
     from m2ray.activations.reading.values import Values
 
@@ -86,17 +87,17 @@ class RunReader:
     @property
     def num_shards(self) -> int:
         """Committed shards; `job.num_shards` are to come in all."""
-        return len(self._catalogue.parts_of(self.job.parts[0]))
+        return len(self._catalogue.committed)
 
     @property
     def num_rows(self) -> int:
-        """Committed rows of every site and layer: of each token one, where nothing else was chosen."""
-        return _sum(self._catalogue.parts_of(self.job.parts[0])["rows"])
+        """Committed rows of every site and layer: of each token one, where nothing else was chosen. Of a run of statistics alone 0."""
+        return _sum(self._catalogue.parts_of(self.job.parts[0])["rows"]) if self.job.parts else 0
 
     @property
     def num_tokens(self) -> int:
         """Tokens of the committed sequences. Raises as `sequences` does."""
-        return self.num_rows if self.job.selection.is_all else self._catalogue.num_tokens()
+        return self.num_rows if self.job.selection.is_all and self.job.parts else self._catalogue.num_tokens()
 
     @property
     def sequences(self) -> Any:
@@ -164,6 +165,19 @@ class RunReader:
         """The view of some layers, in this order, which keeps its layer axis. Raises NotInRunError if this view has not all of them."""
         return RunReader(self._catalogue, self._of_layers(numbers), has_layer_axis=True)
 
+    # -- statistics ---------------------------------------------------------------------------------------------------
+
+    def statistics(self, site: str, layer: int | None = None) -> "LayerStatistics":
+        """What a finished run knows of the rows of a site and layer, such as their mean and covariance; no layer of a site of the whole model.
+
+        Raises:
+            NotInRunError: no statistics were asked for there, or the run is not finished.
+            RunDamagedError: their record cannot be understood.
+        """
+        from m2ray.activations.reading.statistics import LayerStatistics
+
+        return LayerStatistics(self._catalogue.store, self.job, site, layer)
+
     # -- activations --------------------------------------------------------------------------------------------------
 
     def sequence(self, sequence_id: int) -> "Values":
@@ -212,7 +226,7 @@ class RunReader:
 
     def tokens(self) -> npt.NDArray[Any]:
         """Which token each row is, shard after shard: TOKEN_ROW [N] (sequence_id, position, token_id)."""
-        first = self._parts[0]
+        first = self._first_part()
         pieces = [self._catalogue.open_part(first, receipt).tokens() for receipt in self._catalogue.receipts_of(first)]
         return np.concatenate([np.empty(0, TOKEN_ROW), *pieces])
 
@@ -355,8 +369,15 @@ class RunReader:
             raise NotInRunError(f"There is no layer {in_ranges(absent)} in this view of {self._catalogue.store.url}.", has)
         return [part for number in dict.fromkeys(numbers) for part in self._parts if part.layer == number]
 
+    def _first_part(self) -> PartSpec:
+        """Any part of the view. Raises NotInRunError if it has none: the run keeps no rows."""
+        if not self._parts:
+            raise NotInRunError(f"The run at {self._catalogue.store.url} keeps no rows.", "It has .statistics(SITE, LAYER).")
+        return self._parts[0]
+
     def _one_site(self) -> tuple[PartSpec, ...]:
-        """The parts of a view that has one width and dtype. Raises NotInRunError if it has several sites."""
+        """The parts of a view that has one width and dtype. Raises NotInRunError if it has several sites, or no rows."""
+        self._first_part()
         if len(self.sites) > 1:
             raise NotInRunError(f"This view has the sites {', '.join(self.sites)}.", "Choose one with .site(NAME).")
         return self._parts

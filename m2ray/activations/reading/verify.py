@@ -15,23 +15,26 @@ from m2ray.activations import audits
 from m2ray.activations.job import JobRecord, read_job
 from m2ray.activations.manifest import MANIFEST_KEY, manifest_table, read_manifest, receipts_of
 from m2ray.activations.reading.part_reader import PartReader
+from m2ray.activations.reading.verify_statistics import named_files, problems_of_statistics
 from m2ray.activations.records import (
     SUCCESS_KEY,
     WEIGHTS_KEY,
     commit_key,
     committed_and_void,
+    committed_shards,
     read_commit,
     read_summary,
     read_weights,
 )
-from m2ray.activations.schema import parse_part_key
+from m2ray.activations.schema import CONTRIBUTIONS, parse_part_key
+from m2ray.activations.statistics import FOLDER as STATISTICS_FOLDER
 from m2ray.batches import PartReceipt, PartSpec
 from m2ray.errors import RunDamagedError, StoreError
 from m2ray.selection import NO_TOKEN, Selection
 from m2ray.sequences import read_sequences
 from m2ray.storage import Store
 
-_FOLDERS = ("data", "sequences", "_commits", audits.FOLDER)
+_FOLDERS = ("data", "sequences", "_commits", audits.FOLDER, CONTRIBUTIONS, STATISTICS_FOLDER)
 _LISTED_AT_ONCE = 1024
 
 
@@ -52,7 +55,7 @@ OnProgress = Callable[[int, int, int, int], object]
 class Verification:
     """What was found. `files` and `num_bytes` are those of the committed parts.
 
-    `unnamed` are (key, bytes) of the files below `data/`, `sequences/`, `_commits/` and `audit/` that no record names, and are none. In a run that is not complete
+    `unnamed` are (key, bytes) of the files below `data/`, `sequences/`, `_commits/`, `audit/`, `_statistics/` and `statistics/` that no record names, and are none. In a run that is not complete
     most of them are of shards that are not committed; in a complete one they are in the way of whoever reads it by a glob.
     """
 
@@ -102,12 +105,14 @@ def verify(store: Store, *, checksums: bool, threads: int = 8, on_progress: OnPr
     if is_complete:
         damages += _damages_of_summary(store, job, parts, commits_are_sound=not damages)
     without_commit = {damage.shard for damage in damages if damage.key == commit_key(damage.shard or 0)}
-    named = {*parts["key"].to_pylist(), *audits.audit_keys(store)}
+    committed = committed_shards(store) if job.statistics else set()
+    named = {*parts["key"].to_pylist(), *audits.audit_keys(store), *named_files(store, job, committed)}
     unnamed = tuple(_unnamed(job, stored, named, without_commit))
     damages += [
         *_damages_of_weights(store, job, has_rows=bool(len(parts))),
         *_damages_of_sequences(store, job),
         *_damages_of_audits(store, job),
+        *(Damage(*problem) for problem in problems_of_statistics(store, job, committed, checksums=checksums)),
     ]
     all_bytes = sum(parts["num_bytes"].to_pylist())
     files, num_bytes = 0, 0
@@ -115,7 +120,7 @@ def verify(store: Store, *, checksums: bool, threads: int = 8, on_progress: OnPr
         files, num_bytes = files + 1, num_bytes + receipt.num_bytes
         damages += [damage] if damage else []
         on_progress(files, len(parts), num_bytes, all_bytes)
-    if checksums and not damages:
+    if checksums and job.parts and not damages:
         damages += _damages_of_tokens(store, job, parts)
     return Verification(job, is_complete, len(parts), all_bytes, tuple(damages), unnamed)
 

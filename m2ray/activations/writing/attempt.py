@@ -51,10 +51,11 @@ class Attempt:
 
     def matched(self, num_rows: int, captured: Sequence[CapturedLayer]) -> list[tuple[Bits, ...]]:
         """The captured columns in the order of the parts. Raises StageError unless they are exactly what the parts need."""
-        by_name = {(layer.site, layer.layer): layer.columns for layer in captured}
+        kept = [layer for layer in captured if layer.columns]
+        by_name = {(layer.site, layer.layer): layer.columns for layer in kept}
         wanted = {(part.spec.site, part.spec.layer) for part in self.parts}
-        if by_name.keys() != wanted or len(captured) != len(self.parts):
-            raise StageError(f"{self._label}: captured {[(c.site, c.layer) for c in captured]}, not {sorted(wanted, key=str)}.", _DEFECT)
+        if by_name.keys() != wanted or len(kept) != len(self.parts):
+            raise StageError(f"{self._label}: captured {[(c.site, c.layer) for c in kept]}, not {sorted(wanted, key=str)}.", _DEFECT)
         for part in self.parts:
             columns = by_name[part.spec.site, part.spec.layer]
             shapes = [(num_rows, column.row_bytes) for column in part.spec.columns]

@@ -29,8 +29,11 @@ from m2ray.activations.records import (
     swept_key,
 )
 from m2ray.activations.schema import FORMAT_VERSION, parse_part_key, stored_parts
+from m2ray.activations.statistics import are_whole, lost_statistics, stored_contributions
+from m2ray.activations.writing.merging import merge_statistics
 from m2ray.batches import PartReceipt, Shard
 from m2ray.errors import AlreadyExistsError, RunDamagedError, StageError, raise_all
+from m2ray.statistics import STATISTICS
 from m2ray.storage import Store
 
 __all__ = ["Run", "RunSummary", "claim_run", "read_summary", "reopen"]
@@ -126,7 +129,7 @@ class Run:
         Args:
             shard: what was extracted.
             attempt: the attempt that all receipts are of.
-            receipts: one for each part of the job, from all stages, in any order.
+            receipts: one for each part of the job, and of each stage that takes statistics one, from all stages, in any order.
             micro_batches: (sequences, padded length) of each, in order.
             elapsed_s: seconds that the attempt took.
             computed_on: kinds of the GPUs or CPUs that it ran on (CommitRecord).
@@ -148,16 +151,14 @@ class Run:
             shard=shard.index,
             attempt=attempt,
             num_sequences=len(shard.sequence_ids),
-            rows=receipts[0].rows,
+            rows=shard.num_rows,
             token_digest=receipts[0].token_digest,
             micro_batches=tuple(micro_batches),
             elapsed_s=round(elapsed_s, 3),
             committed_at=utc_now(),
-            parts=tuple(
-                CommittedPart(part.site, part.layer, part.key, part.num_bytes, part.xxh3, part.tail_bytes, part.tail_xxh3)
-                for part in receipts
-            ),
+            parts=tuple(_committed(part) for part in receipts if part.site != STATISTICS),
             computed_on=computed_on,
+            statistics=tuple(_committed(part) for part in receipts if part.site == STATISTICS),
         )
         try:
             self.store.create(commit_key(shard.index), record.to_json())
@@ -169,7 +170,8 @@ class Run:
         return is_ours
 
     def reopen_damaged(self) -> list[int]:
-        """Make shards uncommitted of which a part is gone or has another size; a run that lacks a commit ceases to be finished.
+        """Make shards uncommitted of which a part is gone or has another size, or of which statistics are gone that are not merged yet; a run
+        that lacks a commit ceases to be finished.
 
         Void commits, which stand in the way of others, are deleted. What the shards' attempts left stays until the run is finished: nothing that another driver may be at is deleted here.
 
@@ -177,7 +179,7 @@ class Run:
             The shards that were committed and are not any more, ascending.
 
         Raises:
-            RunDamagedError: a commit cannot be understood.
+            RunDamagedError: a commit cannot be understood, or merged statistics are gone.
             StoreError: something could not be read or deleted.
         """
         if self.finished():
@@ -187,6 +189,7 @@ class Run:
         named = self._named().parts
         # Listed after the commits were read: what they name was there before them.
         damaged = {part.shard for part in lost_parts(named, stored_parts(self.store, self.job.parts))}
+        damaged |= {shard for shard, _ in lost_statistics(self.store, self.job, self._committed)}
         if damaged or void or (was_finished and len(self._committed) < self.job.num_shards):
             _uncommit(self.store, damaged | void)
             self._committed -= damaged
@@ -202,7 +205,7 @@ class Run:
         if summary is None or manifest is None or committed_shards(self.store) != set(range(self.job.num_shards)):
             return None
         is_swept = stored_parts(self.store, self.job.parts) == _sizes(manifest) and not self._other_surveys()
-        return summary if is_swept else None
+        return summary if is_swept and are_whole(self.store, self.job) else None
 
     def finish(self) -> RunSummary:
         """Close the account, write manifest.parquet, sweep, and last of all write `_SUCCESS`. Safe to repeat.
@@ -226,11 +229,13 @@ class Run:
         recorded, written = self._recorded()
         has_manifest = self.store.size(MANIFEST_KEY) is not None
         stored = stored_parts(self.store, self.job.parts)  # before the commits are read: what is written later may still come to count
+        contributions = stored_contributions(self.store, self.job)
         self._committed = committed_shards(self.store)
         self._require_all(was_finished=was_finished)
         named = self._named()
         manifest, summary = named.parts, self._account(named)
         self._require_parts(manifest, stored)
+        merge_statistics(self.store, self.job)
         is_written = written is not None and written.equals(manifest)
         wrong = [SUCCESS_KEY] if was_finished and not (is_written and _say_the_same(recorded, summary)) else []
         wrong += [MANIFEST_KEY] if has_manifest and not is_written else []
@@ -240,6 +245,7 @@ class Run:
         if not is_written and not self._created(MANIFEST_KEY, manifest_file(manifest, self.job.run_id)):
             return None
         self._sweep(stored.keys() - _sizes(manifest).keys())
+        self.store.delete(contributions)  # whose ever they are: their shards are merged, and are so once
         self._created(SUCCESS_KEY, summary.to_json())
         return summary if self._says(manifest) else None
 
@@ -345,6 +351,10 @@ class Run:
         return [key for key, _ in self.store.list("sequences") if key not in surveyed and re.fullmatch(SEQUENCE_FILE, key)]
 
 
+def _committed(part: PartReceipt) -> CommittedPart:
+    return CommittedPart(part.site, part.layer, part.key, part.num_bytes, part.xxh3, part.tail_bytes, part.tail_xxh3)
+
+
 def _say_the_same(recorded: RunSummary | None, now: RunSummary) -> bool:
     return recorded is not None and replace(recorded, finished_at=now.finished_at) == now
 
@@ -358,7 +368,7 @@ def _problems(
     job: JobRecord, shard: Shard, attempt: str, receipts: Sequence[PartReceipt], micro_batches: Sequence[tuple[int, int]]
 ) -> list[StageError]:
     """Everything that keeps these receipts from being the shard."""
-    found = Counter((part.site, part.layer) for part in receipts)
+    found = Counter((part.site, part.layer) for part in receipts if part.site != STATISTICS)
     wanted = {(part.site, part.layer) for part in job.parts}
     problems = [f"{_name(part)} came {count} times." for part, count in found.items() if count > 1]
     problems += [f"{_name(part)} is missing." for part in sorted(wanted - found.keys(), key=str)]
@@ -368,6 +378,8 @@ def _problems(
             problems.append(f"{part.key} is of shard {part.shard}, attempt {part.attempt}.")
         if part.rows != shard.num_rows:
             problems.append(f"{part.key} has {part.rows} rows; the shard has {shard.num_rows}.")
+    if any(part.site == STATISTICS for part in receipts) != bool(job.statistics):
+        problems.append("Statistics are missing, or came unasked.")
     digests = {part.token_digest for part in receipts}
     if len(digests) > 1:
         problems.append(f"The parts hold different tokens: {len(digests)} digests.")

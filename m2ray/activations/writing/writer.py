@@ -17,10 +17,12 @@ from dataclasses import dataclass, field
 from m2ray.activations.schema import Compression, require_compression
 from m2ray.activations.writing.attempt import Attempt
 from m2ray.activations.writing.part_writer import PartWriter
+from m2ray.activations.writing.statistics_writer import StatisticsWriter
 from m2ray.batches import Bits, CapturedLayer, MicroBatch, PartReceipt, PartSpec
 from m2ray.errors import M2rayError, StageError, StoreError, raise_all
 from m2ray.parquet.column_chunks import EncodedColumns
 from m2ray.selection import Selection
+from m2ray.statistics import Place
 from m2ray.storage import Store, open_store
 
 _FINISHING_A_LANE = 4
@@ -52,6 +54,10 @@ class WriterSpec:
             compression=self.compression,
             selection=self.selection,
         )
+
+    def open_statistics(self, places: Mapping[Place, frozenset[str]]) -> StatisticsWriter:
+        """The writer of the statistics of these places. Raises as open_store does."""
+        return StatisticsWriter(open_store(self.output), places, self.selection)
 
 
 class ActivationWriter:

@@ -1,0 +1,99 @@
+"""StatisticsWriter: sums up what a stage's rows come to, shard by shard, and leaves one small object of each."""
+
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+import xxhash
+
+from m2ray.activations.schema import contribution_key
+from m2ray.activations.statistics import encode
+from m2ray.activations.writing.summary import Summary
+from m2ray.batches import CapturedLayer, MicroBatch, PartReceipt
+from m2ray.errors import StageError
+from m2ray.selection import Selection
+from m2ray.statistics import STATISTICS, Place
+from m2ray.storage import Store
+from m2ray.storage.hashing import HashingFile
+
+_DEFECT = "This is a defect of m2ray."
+
+
+class _Attempt:
+    """One stage's statistics of a shard so far."""
+
+    def __init__(self, places: Iterable[Place]) -> None:
+        self.summaries = {place: Summary() for place in places}
+        self.digest = xxhash.xxh3_128()
+        self.rows = 0
+        self.next_index = 0
+        self.is_complete = False
+
+
+class StatisticsWriter:
+    """A consumer of statistics. A micro-batch is merged where it is submitted; a shard's object is written when it is collected.
+
+    Args:
+        store: the run folder.
+        places: the sites and layers of which the stage takes statistics, with their kinds; at least one.
+        selection: whose rows they are of.
+    """
+
+    def __init__(self, store: Store, places: Mapping[Place, frozenset[str]], selection: Selection) -> None:
+        self._store = store
+        self._selection = selection
+        self._places = dict(places)
+        self._attempts: dict[tuple[int, str], _Attempt] = {}
+        self._lock = threading.Lock()
+
+    def submit(self, attempt: str, micro_batch: MicroBatch, captured: Sequence[CapturedLayer], timeout_s: float) -> None:
+        """Merge one micro-batch's statistics into its shard's. Raises StageError where it is out of order, or statistics are missing."""
+        found = {(layer.site, layer.layer): layer.statistics for layer in captured if layer.statistics}
+        label = f"Shard {micro_batch.shard}, attempt {attempt}"
+        if {place: frozenset(arrays) for place, arrays in found.items()} != self._places:
+            raise StageError(f"{label}: the statistics that came are not those of the stage.", _DEFECT)
+        with self._lock:
+            opened = self._attempts.setdefault((micro_batch.shard, attempt), _Attempt(self._places))
+        if opened.is_complete or micro_batch.index != opened.next_index:
+            raise StageError(f"{label}: statistics of micro-batch {micro_batch.index} came, not of {opened.next_index}.", _DEFECT)
+        token_rows = self._selection.token_rows(micro_batch)
+        for place, summary in opened.summaries.items():
+            summary.add(len(token_rows), found[place])
+        opened.digest.update(token_rows.view(np.uint8).data)
+        opened.rows += len(token_rows)
+        opened.next_index += 1
+        opened.is_complete = micro_batch.is_last
+
+    def collect(self, shard: int, attempt: str, timeout_s: float) -> tuple[PartReceipt, ...]:
+        """Write the shard's contribution.
+
+        Raises:
+            StoreError: it could not be written; nothing of it is left.
+            StageError: the attempt is not complete.
+        """
+        with self._lock:
+            opened = self._attempts.pop((shard, attempt), None)
+        if opened is None or not opened.is_complete:
+            raise StageError(f"Attempt {attempt} of shard {shard} is collected before its last micro-batch.", _DEFECT)
+        key = contribution_key(shard, attempt, *next(iter(self._places)))
+        file = HashingFile(self._store.open_part(key))
+        is_durable = False
+        try:
+            file.write(encode({place: summary.arrays for place, summary in opened.summaries.items()}))
+            file.publish()
+            is_durable = True
+        finally:
+            if not is_durable:
+                file.abort()
+        return (PartReceipt(shard, attempt, STATISTICS, None, key, opened.rows, file.num_bytes, file.xxh3, opened.digest.hexdigest()),)
+
+    def abandon(self, attempts: Iterable[tuple[int, str]], timeout_s: float = 60.0) -> None:
+        """Forget each (shard, attempt): nothing of them is written before it is collected."""
+        with self._lock:
+            for each in attempts:
+                self._attempts.pop(each, None)
+
+    def close(self, timeout_s: float = 60.0) -> None:
+        """Forget all that is not collected."""
+        with self._lock:
+            self._attempts.clear()

@@ -1,0 +1,100 @@
+"""What a micro-batch's rows of one site and layer come to, computed where the rows are, before they are copied anywhere.
+
+In float32, piece by piece and centred, and the pieces summed in float64: so that neither the number of rows nor a mean far from zero costs
+digits, and little memory is needed beside the rows. What is found here is merged with other micro-batches' on the host.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+
+import torch
+
+from m2ray.batches import PartSpec
+from m2ray.statistics import NORM_BINS, NORM_SHIFT, PIECE_CHOICES, PIECE_PRODUCTS, PIECE_ROWS
+
+
+class Statistics:
+    """Which statistics are taken of a stage's parts; none by default.
+
+    Attributes:
+        kinds: by part those that are taken of it.
+    """
+
+    def __init__(self, kinds: Mapping[PartSpec, frozenset[str]] | None = None, num_experts: int = 0) -> None:
+        self.kinds = dict(kinds or {})
+        self._num_experts = num_experts
+
+    def of(self, part: PartSpec, columns: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Those of a part's rows of a micro-batch, a tensor [N, W] a column, as they are stored; on their device."""
+        kinds = self.kinds.get(part, frozenset())
+        if "experts" in kinds:
+            return experts_statistics(columns[0], self._num_experts)
+        return rows_statistics(kinds, columns[0])
+
+
+def rows_statistics(kinds: Collection[str], rows_NW: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The kinds "moments", "norms" and "covariance" of rows [N, W] in the dtype that they are stored in, on their device.
+
+    Returns:
+        `moments` float64 [4, W]: mean, sum of squared deviations from it, minimum, maximum. `norms` int32 [NORM_BINS]: rows by
+        the bin of their norm. `covariance` float32 [W, W]: sum of the products of deviations. Of no rows: zeros, and no extremes.
+    """
+    found = {}
+    if "moments" in kinds:
+        found["moments"], centre_W, rest_W = _moments(rows_NW)
+        if "covariance" in kinds:
+            found["covariance"] = _products(rows_NW, centre_W, rest_W)
+    if "norms" in kinds:
+        found["norms"] = _norms(rows_NW)
+    return found
+
+
+def experts_statistics(expert_ids_NK: torch.Tensor, num_experts: int) -> dict[str, torch.Tensor]:
+    """`experts`, int32 [E, E]: rows that chose both experts; on the diagonal those that chose the one."""
+    pairs_EE = expert_ids_NK.new_zeros((num_experts, num_experts), dtype=torch.int32)
+    for ids_NK in expert_ids_NK.split(PIECE_CHOICES):
+        chosen_NE = torch.zeros((len(ids_NK), num_experts), dtype=torch.float32, device=ids_NK.device)
+        chosen_NE.scatter_(1, ids_NK.long(), 1.0)
+        pairs_EE += (chosen_NE.T @ chosen_NE).to(torch.int32)
+    return {"experts": pairs_EE}
+
+
+def _moments(rows_NW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The moments; and about which values float32 [W] deviations are taken, and the mean of these deviations float64 [W]."""
+    num_rows, width = rows_NW.shape
+    sums_W = rows_NW.new_zeros(width, dtype=torch.float64)
+    if not num_rows:
+        none_W = torch.full_like(sums_W, torch.inf)
+        return torch.stack([sums_W, sums_W, none_W, -none_W]), sums_W.float(), sums_W
+    for piece_NW in rows_NW.split(PIECE_ROWS):
+        sums_W += piece_NW.float().sum(dim=0)
+    smallest_W, largest_W = rows_NW.amin(dim=0), rows_NW.amax(dim=0)
+    # Near the mean, and a value that rows may have: deviations of 16-bit rows are short numbers then, and their products exact. Of a channel
+    # that never changes they are zero.
+    centre_W = torch.where(smallest_W == largest_W, smallest_W, (sums_W / num_rows).to(rows_NW.dtype)).float()
+    rest_W, squares_W = torch.zeros_like(sums_W), torch.zeros_like(sums_W)
+    for piece_NW in rows_NW.split(PIECE_ROWS):
+        off_NW = piece_NW.float() - centre_W
+        rest_W += off_NW.sum(dim=0)
+        squares_W += off_NW.square_().sum(dim=0)
+    rest_W /= num_rows
+    squares_W = (squares_W - num_rows * rest_W.square()).clamp_(min=0)
+    return torch.stack([centre_W.double() + rest_W, squares_W, smallest_W.double(), largest_W.double()]), centre_W, rest_W
+
+
+def _products(rows_NW: torch.Tensor, centre_W: torch.Tensor, rest_W: torch.Tensor) -> torch.Tensor:
+    """Sums of the products of deviations from the mean, which is `centre_W` + `rest_W`."""
+    products_WW = torch.outer(rest_W, rest_W).mul_(-len(rows_NW))
+    for piece_NW in rows_NW.split(PIECE_PRODUCTS):
+        # On newer CPUs a float32 product of MKL (torch 2.13) was off by 2e-6 of itself where every partial sum had a float32.
+        off_NW = (piece_NW.float() - centre_W).to(torch.float32 if rows_NW.is_cuda else torch.float64)
+        products_WW += off_NW.T @ off_NW
+    return products_WW.float()
+
+
+def _norms(rows_NW: torch.Tensor) -> torch.Tensor:
+    counts = rows_NW.new_zeros(NORM_BINS, dtype=torch.int32)
+    for piece_NW in rows_NW.split(PIECE_ROWS):
+        norms_N = torch.linalg.vector_norm(piece_NW, dim=1, dtype=torch.float64).float()
+        bins_N = norms_N.view(torch.int32) >> NORM_SHIFT
+        counts.index_add_(0, bins_N, torch.ones_like(bins_N))
+    return counts
