@@ -237,7 +237,10 @@ def test_a_spec_that_does_not_fit_the_model_is_refused(llama: Path, change: dict
 
 @pytest.mark.parametrize(
     ("sites", "message"),
-    [({"residual": (0, 5)}, r"Captured layers \[5\]: the model has layers 0 to 4"), ({"router_logits": (0,)}, "'router_logits': a llama has no such site")],
+    [
+        ({"residual": (0, 5)}, r"Captured layers \[5\]: the model has layers 0 to 4"),
+        ({"router_logits": (0,)}, "'router_logits': a llama has no such site"),
+    ],
 )
 def test_what_the_model_does_not_have_is_not_begun(llama: Path, sites: dict[str, tuple[int, ...]], message: str) -> None:
     stage = load(spec_of(llama, 0, 3), (1,))
