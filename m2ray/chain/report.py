@@ -144,7 +144,7 @@ def build_report(plan: Plan, run_id: str, run: RunStatus) -> dict[str, Any]:
             "measured": _saved_bytes(plan, run),
         },
         "limiting_resource": {"planned": plan.limiting_resource, "measured": limiting(run)},
-        "lost_in_8_bits": [{"site": site, "layer": layer, "share": share} for (site, layer), share in run.lost_shares.items()],
+        "eight_bit_losses": [{"site": site, "layer": layer, "share": share} for (site, layer), share in run.lost_shares.items()],
         "stages": [_stage(plan, planned, stage) for planned, stage in run.stages],
     }
 

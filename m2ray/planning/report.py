@@ -30,7 +30,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
             "hidden_size": plan.demand.table.hidden_size,
         },
         "options": {
-            "sites": {site: list(layers) for site, layers in options.sites.items()},
+            "sites": [{"site": site, "layers": list(layers)} for site, layers in options.sites.items()],
             "compute_dtype": options.compute_dtype,
             "store_dtype": options.store_dtype,
             "batch_tokens": options.batch_tokens,

@@ -199,7 +199,9 @@ def test_sites_are_planned_with_their_layers_and_bytes(small_model: Path, tmp_pa
     found = plan_json(*asked, "--store-dtype", "int8", model=small_model)
     num_layers = found["model"]["num_layers"]
     assert found["model"]["layers_run"] == num_layers, "the final norm comes after all of them"
-    assert found["options"]["sites"] == {"residual": [0, 2], "router_topk": list(range(num_layers)), "mlp": [1], "final_norm": []}
+    every = list(range(num_layers))
+    sites = {"residual": [0, 2], "mlp": [1], "router_topk": every, "final_norm": []}
+    assert found["options"]["sites"] == [{"site": site, "layers": layers} for site, layers in sites.items()]
     parts = {(part["site"], part["layer"]): part["num_bytes"] for part in found["output"]["by_part"]}
     assert len(parts) == 2 + num_layers + 1 + 1
     assert parts["residual", 0] == parts["mlp", 1] == parts["final_norm", None] != parts["router_topk", 0]

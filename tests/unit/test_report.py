@@ -105,14 +105,14 @@ def test_a_run_with_nothing_left_to_do(plan: Plan) -> None:
 
 
 def test_what_rows_in_8_bits_lost_is_told_by_layer_over_all_stages(plan: Plan, run: RunStatus) -> None:
-    assert build_report(plan, "r", run)["lost_in_8_bits"] == []
+    assert build_report(plan, "r", run)["eight_bit_losses"] == []
     losses = [(("mlp", 1, 1.0, 400.0), ("final_norm", None, 0.0, 0.0)), (("mlp", 1, 3.0, 1200.0), ("residual", 2, 1.0, 10_000.0))]
     stages = tuple((planned, replace(stage, losses=lost)) for (planned, stage), lost in zip(run.stages, losses, strict=True))
     of_8_bits = replace(run, stages=stages)
-    assert build_report(plan, "r", of_8_bits)["lost_in_8_bits"] == [
+    assert build_report(plan, "r", of_8_bits)["eight_bit_losses"] == [
         {"site": "mlp", "layer": 1, "share": 0.05},
         {"site": "final_norm", "layer": None, "share": 0.0},
         {"site": "residual", "layer": 2, "share": 0.01},
     ]
     assert any("by at most 5.00% of their values (root mean square, mlp of layer 1)" in line for line in summary_lines(plan, of_8_bits))
-    assert "losses" not in json.dumps(build_report(plan, "r", of_8_bits))
+    assert "losses" not in build_report(plan, "r", of_8_bits)["stages"][0]
