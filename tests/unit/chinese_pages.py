@@ -1,0 +1,167 @@
+"""Holds a Chinese page against the English one that it translates, block by block, by what needs no Chinese.
+
+Blocks are headings, paragraphs, list items, table rows and fenced code, in the English order. Of each are compared its kind, its code, its
+numbers with their units, its identifiers and where its links lead; of a row all that cell by cell; of fenced code every line but for comments.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+from pathlib import Path
+from posixpath import dirname, join, normpath
+
+ROOT = Path(__file__).parents[2]
+TERMS = "docs/zh/terms.md"
+PAGES = {"README.md": "README.zh.md"} | {
+    f"docs/{name}.md": f"docs/zh/{name}.md"
+    for name in ("migrating", "planning", "prompts", "operations")
+    if (ROOT / f"docs/zh/{name}.md").exists()
+}
+MONTHS = {"November": "11", "December": "12"}
+UNITS = {"second": "s", "seconds": "s", "秒": "s", "毫秒": "ms", "minutes": "min", "分钟": "min", "hours": "h", "小时": "h", "byte": "bytes", "字节": "bytes"}
+CODE = re.compile(r"``(.+?)``|`([^`]+)`")
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+NUMBER = re.compile(
+    r"(?<![A-Za-z0-9_.])(\d+(?:,\d{3})*(?:\.\d+)?)"
+    r"(?:\s?([kMGT]i?B(?:/s)?|%|TFLOP/s|(?:ms|s|seconds?|minutes|hours|bytes?)(?![A-Za-z])|毫秒|秒|分钟|小时|字节))?"
+)
+IDENTIFIER = re.compile(r"(?<![A-Za-z0-9_])(?:--[a-z][a-z-]+|[A-Za-z]+_[A-Za-z_0-9]+)")
+
+Facts = frozenset[str]
+
+
+@dataclass(frozen=True)
+class Block:
+    """What stands between two blank lines, or a list item, a row or fenced code; `line` counts from 1."""
+
+    kind: str
+    line: int
+    text: str
+
+    @property
+    def said(self) -> str:
+        """Its beginning, for a message."""
+        return " ".join(self.text.split())[:70]
+
+
+def blocks(text: str) -> list[Block]:
+    """The blocks of a page of Markdown, in order."""
+    found: list[Block] = []
+    fence = grows = False
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip().startswith("```"):
+            fence, grows = not fence, False
+            if fence:
+                found.append(Block("code", number, ""))
+        elif fence or (grows and line.strip() and not re.match(r"\s*(-|\d+\.|#+|\|)( |-|$)", line)):
+            found[-1] = Block(found[-1].kind, found[-1].line, f"{found[-1].text}\n{line.strip()}".lstrip("\n"))
+        elif not line.strip():
+            grows = False
+        else:
+            kind = kind_of(line)
+            found.append(Block(kind, number, re.sub(r"^\s*(-|\d+\.) ", "", line).strip()))
+            grows = kind in {"paragraph", "list item"}
+    return found
+
+
+def kind_of(line: str) -> str:
+    if heading := re.match(r"#+ ", line):
+        return f"heading of level {len(heading[0]) - 1}"
+    if line.startswith("|"):
+        return "table row"
+    return "list item" if re.match(r"\s*(-|\d+\.) ", line) else "paragraph"
+
+
+def anchors(page: str) -> list[str]:
+    """Of each heading of a page, in order, as GitHub makes them."""
+    titles = [block.text.lstrip("# ") for block in blocks((ROOT / page).read_text(encoding="utf-8")) if block.kind.startswith("heading")]
+    return [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]
+
+
+def leads_to(page: str, target: str) -> tuple[str, str]:
+    """Path from the root and anchor of a link on `page`; a URL is its own path."""
+    if "://" in target:
+        return target, ""
+    path, _, anchor = target.partition("#")
+    return (normpath(join(dirname(page), path)) if path else page), anchor
+
+
+def wanted_link(page: str, target: str) -> str:
+    """Where the Chinese page has to lead for an English link: to the Chinese page, where there is one, and the heading at the same place."""
+    path, anchor = leads_to(page, target)
+    if path in PAGES and anchor:
+        anchor = dict(zip(anchors(path), anchors(PAGES[path]), strict=False)).get(anchor, anchor)
+    return f"link to {PAGES.get(path, path)}{'#' * bool(anchor)}{anchor}"
+
+
+def links(page: str, text: str) -> set[str]:
+    targets = LINK.findall(CODE.sub("", text))
+    if page in PAGES:
+        return {wanted_link(page, target) for target in targets if leads_to(page, target)[0] not in PAGES.values()}
+    return {f"link to {'#'.join(leads_to(page, target)).rstrip('#')}" for target in targets}
+
+
+def facts(page: str, text: str) -> Facts:
+    """What of some prose has to be the same in both languages."""
+    code = {f"`{double or single}`" for double, single in CODE.findall(text)}
+    prose = LINK.sub("]", CODE.sub(" ", text))
+    for month, number in MONTHS.items():
+        prose = prose.replace(month, number)
+    numbers = {f"{number} {UNITS.get(unit, unit)}".strip() for number, unit in NUMBER.findall(prose)}
+    return frozenset(code | numbers | set(IDENTIFIER.findall(prose)) | links(page, text))
+
+
+def compared(page: str, block: Block) -> tuple[str | Facts, ...]:
+    """What of a block has to be the same in both languages; equal tuples are equal blocks."""
+    if block.kind == "code":
+        return (block.kind, *(re.sub(r"(^|\s+)# .*", "", line) for line in block.text.splitlines()))
+    cells = re.split(r"(?<!\\)\|", block.text)[1:-1] if block.kind == "table row" else [block.text]
+    return (block.kind, *(facts(page, cell) for cell in cells))
+
+
+def differences(english: str, chinese: str, english_text: str, chinese_text: str) -> list[str]:
+    """What the Chinese page lacks or has too much, each as a sentence that says where and what to do without Chinese.
+
+    `english` and `chinese` are the pages' paths from the root. The line under the Chinese title, with the links to the English page and to
+    the terms, is the Chinese page's own.
+    """
+    sources, copies = blocks(english_text), blocks(chinese_text)
+    del copies[1:2]
+    before, after = [compared(english, block) for block in sources], [compared(chinese, block) for block in copies]
+    found: list[str] = []
+    for what, a, b, c, d in SequenceMatcher(None, before, after, autojunk=False).get_opcodes():
+        if what == "equal":
+            continue
+        pairs = b - a == d - c and all(source[0] == copy[0] for source, copy in zip(before[a:b], after[c:d], strict=True))
+        if pairs:
+            found += (differs(english, chinese, sources[a + i], copies[c + i], before[a + i], after[c + i]) for i in range(b - a))
+        else:
+            found += missing(english, chinese, sources[a:b], copies[c:d], copies[c - 1].line if c else 1)
+    return found
+
+
+def differs(english: str, chinese: str, source: Block, copy: Block, before: tuple[str | Facts, ...], after: tuple[str | Facts, ...]) -> str:
+    where = f"{chinese}:{copy.line} translates {english}:{source.line} ({source.said!r}). "
+    if source.kind == "code":
+        return f"{where}Code is the same but for comments: copy the English block there."
+    if len(before) != len(after):
+        return f"{where}The English row has {len(before) - 1} cells, the Chinese one {len(after) - 1}: give it as many."
+    said = []
+    for cell, (wanted, is_there) in enumerate(zip(before[1:], after[1:], strict=True), 1):
+        assert isinstance(wanted, frozenset)
+        assert isinstance(is_there, frozenset)
+        place = f"in cell {cell} " if len(before) > 2 else ""
+        said += [f"{place}it lacks {fact}" for fact in sorted(wanted - is_there)]
+        said += [f"{place}it has {fact}, which the English has not" for fact in sorted(is_there - wanted)]
+    return f"{where}{'; '.join(said)}: put it right in the Chinese line, where such things are written as in English."
+
+
+def missing(english: str, chinese: str, sources: list[Block], copies: list[Block], after_line: int) -> Iterator[str]:
+    for source in sources:
+        yield (
+            f"{english}:{source.line} has a {source.kind} ({source.said!r}) without its like in {chinese}, where it belongs below line "
+            f"{after_line}: copy it there in English if you know no Chinese, and say so in the commit; it will be translated."
+        )
+    for copy in copies:
+        yield f"{chinese}:{copy.line} has a {copy.kind} ({copy.said!r}) without its like in {english}: delete it, or split or join it as there."
