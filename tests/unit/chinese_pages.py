@@ -104,7 +104,7 @@ def links(page: str, text: str) -> set[str]:
 
 def facts(page: str, text: str) -> Facts:
     """What of some prose has to be the same in both languages."""
-    code = {f"`{double or single}`" for double, single in CODE.findall(text)}
+    code = {f"`{' '.join((double or single).split())}`" for double, single in CODE.findall(text)}
     prose = LINK.sub("]", CODE.sub(" ", text))
     for month, number in MONTHS.items():
         prose = prose.replace(month, number)
