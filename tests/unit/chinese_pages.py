@@ -5,6 +5,7 @@ numbers with their units, its identifiers and where its links lead; of a row all
 """
 
 import re
+from calendar import month_name
 from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import SequenceMatcher
@@ -14,12 +15,21 @@ from posixpath import dirname, join, normpath
 ROOT = Path(__file__).parents[2]
 TERMS = "docs/zh/terms.md"
 PAGES = {"README.md": "README.zh.md"} | {
-    f"docs/{name}.md": f"docs/zh/{name}.md"
-    for name in ("migrating", "planning", "prompts", "operations")
-    if (ROOT / f"docs/zh/{name}.md").exists()
+    f"docs/{name}.md": f"docs/zh/{name}.md" for name in ("migrating", "planning", "prompts", "operations")
 }
-MONTHS = {"November": "11", "December": "12"}
-UNITS = {"second": "s", "seconds": "s", "秒": "s", "毫秒": "ms", "minutes": "min", "分钟": "min", "hours": "h", "小时": "h", "byte": "bytes", "字节": "bytes"}
+MONTHS = list(month_name)[1:]
+UNITS = {
+    "second": "s",
+    "seconds": "s",
+    "秒": "s",
+    "毫秒": "ms",
+    "minutes": "min",
+    "分钟": "min",
+    "hours": "h",
+    "小时": "h",
+    "byte": "bytes",
+    "字节": "bytes",
+}
 CODE = re.compile(r"``(.+?)``|`([^`]+)`")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 NUMBER = re.compile(
@@ -29,6 +39,7 @@ NUMBER = re.compile(
 IDENTIFIER = re.compile(r"(?<![A-Za-z0-9_])(?:--[a-z][a-z-]+|[A-Za-z]+_[A-Za-z_0-9]+)")
 
 Facts = frozenset[str]
+Compared = tuple[str, tuple[str, ...], tuple[Facts, ...]]  # the kind, lines of code, and the facts of each cell; prose is one cell
 
 
 @dataclass(frozen=True)
@@ -106,18 +117,17 @@ def facts(page: str, text: str) -> Facts:
     """What of some prose has to be the same in both languages."""
     code = {f"`{' '.join((double or single).split())}`" for double, single in CODE.findall(text)}
     prose = LINK.sub("]", CODE.sub(" ", text))
-    for month, number in MONTHS.items():
-        prose = prose.replace(month, number)
+    prose = re.sub(rf"(?<=\d )({'|'.join(MONTHS)})", lambda month: str(MONTHS.index(month[0]) + 1), prose)
     numbers = {f"{number} {UNITS.get(unit, unit)}".strip() for number, unit in NUMBER.findall(prose)}
     return frozenset(code | numbers | set(IDENTIFIER.findall(prose)) | links(page, text))
 
 
-def compared(page: str, block: Block) -> tuple[str | Facts, ...]:
-    """What of a block has to be the same in both languages; equal tuples are equal blocks."""
+def compared(page: str, block: Block) -> Compared:
+    """What of a block has to be the same in both languages; equal ones are translations of each other."""
     if block.kind == "code":
-        return (block.kind, *(re.sub(r"(^|\s+)# .*", "", line) for line in block.text.splitlines()))
+        return block.kind, tuple(re.sub(r"(^|\s+)# .*", "", line) for line in block.text.splitlines()), ()
     cells = re.split(r"(?<!\\)\|", block.text)[1:-1] if block.kind == "table row" else [block.text]
-    return (block.kind, *(facts(page, cell) for cell in cells))
+    return block.kind, (), tuple(facts(page, cell) for cell in cells)
 
 
 def differences(english: str, chinese: str, english_text: str, chinese_text: str) -> list[str]:
@@ -133,25 +143,35 @@ def differences(english: str, chinese: str, english_text: str, chinese_text: str
     for what, a, b, c, d in SequenceMatcher(None, before, after, autojunk=False).get_opcodes():
         if what == "equal":
             continue
-        pairs = b - a == d - c and all(source[0] == copy[0] for source, copy in zip(before[a:b], after[c:d], strict=True))
-        if pairs:
-            found += (differs(english, chinese, sources[a + i], copies[c + i], before[a + i], after[c + i]) for i in range(b - a))
-        else:
-            found += missing(english, chinese, sources[a:b], copies[c:d], copies[c - 1].line if c else 1)
+        pairs = {a + i: c + j for i, j in paired(before[a:b], after[c:d])}
+        found += [differs(english, chinese, sources[i], copies[j], before[i][2], after[j][2]) for i, j in pairs.items()]
+        lacking, surplus = [sources[i] for i in range(a, b) if i not in pairs], [copies[j] for j in range(c, d) if j not in pairs.values()]
+        found += missing(english, chinese, lacking, surplus, copies[c - 1].line if c else 1)
     return found
 
 
-def differs(english: str, chinese: str, source: Block, copy: Block, before: tuple[str | Facts, ...], after: tuple[str | Facts, ...]) -> str:
+def paired(before: list[Compared], after: list[Compared]) -> list[tuple[int, int]]:
+    """Which of some English blocks each Chinese one translates, by place: the next of its kind, or a later one that shares more facts with it."""
+    if [block[0] for block in before] == [block[0] for block in after]:
+        return [(place, place) for place in range(len(before))]
+    found: list[tuple[int, int]] = []
+    for place, (kind, _, cells) in enumerate(after):
+        left = [i for i in range(found[-1][0] + 1 if found else 0, len(before)) if before[i][0] == kind]
+        if left:
+            held = frozenset[str]().union(*cells)
+            found.append((max(left, key=lambda i: len(held & frozenset[str]().union(*before[i][2]))), place))
+    return found
+
+
+def differs(english: str, chinese: str, source: Block, copy: Block, before: tuple[Facts, ...], after: tuple[Facts, ...]) -> str:
     where = f"{chinese}:{copy.line} translates {english}:{source.line} ({source.said!r}). "
     if source.kind == "code":
         return f"{where}Code is the same but for comments: copy the English block there."
     if len(before) != len(after):
-        return f"{where}The English row has {len(before) - 1} cells, the Chinese one {len(after) - 1}: give it as many."
+        return f"{where}The English row has {len(before)} cells, the Chinese one {len(after)}: give it as many."
     said = []
-    for cell, (wanted, is_there) in enumerate(zip(before[1:], after[1:], strict=True), 1):
-        assert isinstance(wanted, frozenset)
-        assert isinstance(is_there, frozenset)
-        place = f"in cell {cell} " if len(before) > 2 else ""
+    for cell, (wanted, is_there) in enumerate(zip(before, after, strict=True), 1):
+        place = f"in cell {cell} " if len(before) > 1 else ""
         said += [f"{place}it lacks {fact}" for fact in sorted(wanted - is_there)]
         said += [f"{place}it has {fact}, which the English has not" for fact in sorted(is_there - wanted)]
     return f"{where}{'; '.join(said)}: put it right in the Chinese line, where such things are written as in English."
@@ -164,4 +184,4 @@ def missing(english: str, chinese: str, sources: list[Block], copies: list[Block
             f"{after_line}: copy it there in English if you know no Chinese, and say so in the commit; it will be translated."
         )
     for copy in copies:
-        yield f"{chinese}:{copy.line} has a {copy.kind} ({copy.said!r}) without its like in {english}: delete it, or split or join it as there."
+        yield f"{chinese}:{copy.line} has a {copy.kind} ({copy.said!r}) without its like in {english}: delete it, or move it as there."
