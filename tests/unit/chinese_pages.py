@@ -55,6 +55,11 @@ class Block:
         """Its beginning, for a message."""
         return " ".join(self.text.split())[:70]
 
+    @property
+    def end(self) -> int:
+        """Its last line."""
+        return self.line + self.text.count("\n") + (2 if self.kind == "code" else 0)
+
 
 def blocks(text: str) -> list[Block]:
     """The blocks of a page of Markdown, in order."""
@@ -140,14 +145,41 @@ def differences(english: str, chinese: str, english_text: str, chinese_text: str
     del copies[1:2]
     before, after = [compared(english, block) for block in sources], [compared(chinese, block) for block in copies]
     found: list[str] = []
-    for what, a, b, c, d in SequenceMatcher(None, before, after, autojunk=False).get_opcodes():
-        if what == "equal":
-            continue
+    for a, b, c, d in unequal(before, after):
         pairs = {a + i: c + j for i, j in paired(before[a:b], after[c:d])}
         found += [differs(english, chinese, sources[i], copies[j], before[i][2], after[j][2]) for i, j in pairs.items()]
         lacking, surplus = [sources[i] for i in range(a, b) if i not in pairs], [copies[j] for j in range(c, d) if j not in pairs.values()]
-        found += missing(english, chinese, lacking, surplus, copies[c - 1].line if c else 1)
+        if lacking:
+            found.append(
+                f"{english} has {placed(lacking)} without its like in {chinese}, where it belongs below line {copies[c - 1].end if c else 1}: "
+                f"copy it there in English if you know no Chinese, and say so in the commit; it will be translated."
+            )
+        if surplus:
+            found.append(f"{chinese} has {placed(surplus)} without its like in {english}: delete it, or move it as there.")
     return found
+
+
+def unequal(before: list[Compared], after: list[Compared]) -> Iterator[tuple[int, int, int, int]]:
+    """Ranges of the English and of the Chinese blocks that are not each other's translation: first and end there, first and end here."""
+    for what, a, b, c, d in SequenceMatcher(None, before, after, autojunk=False).get_opcodes():
+        up = moved_up(before, a, b) if what == "delete" else moved_up(after, c, d) if what == "insert" else 0
+        if what != "equal":
+            yield a - up, b - up, c - up, d - up
+
+
+def moved_up(among: list[Compared], start: int, end: int) -> int:
+    """How many blocks further up a new section may as well begin, so that it begins with its own heading instead of below the next one's."""
+    up = 0
+    while up < start and among[start - up - 1] == among[end - up - 1]:
+        up += 1
+        if among[start - up][0].startswith("heading"):
+            return up
+    return 0
+
+
+def placed(found: list[Block]) -> str:
+    first, last = found[0], found[-1]
+    return f"{first.kind} {first.said!r} (line {first.line})" if first == last else f"lines {first.line} to {last.end} ({first.said!r} ...)"
 
 
 def paired(before: list[Compared], after: list[Compared]) -> list[tuple[int, int]]:
@@ -175,13 +207,3 @@ def differs(english: str, chinese: str, source: Block, copy: Block, before: tupl
         said += [f"{place}it lacks {fact}" for fact in sorted(wanted - is_there)]
         said += [f"{place}it has {fact}, which the English has not" for fact in sorted(is_there - wanted)]
     return f"{where}{'; '.join(said)}: put it right in the Chinese line, where such things are written as in English."
-
-
-def missing(english: str, chinese: str, sources: list[Block], copies: list[Block], after_line: int) -> Iterator[str]:
-    for source in sources:
-        yield (
-            f"{english}:{source.line} has a {source.kind} ({source.said!r}) without its like in {chinese}, where it belongs below line "
-            f"{after_line}: copy it there in English if you know no Chinese, and say so in the commit; it will be translated."
-        )
-    for copy in copies:
-        yield f"{chinese}:{copy.line} has a {copy.kind} ({copy.said!r}) without its like in {english}: delete it, or move it as there."

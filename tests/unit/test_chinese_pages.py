@@ -8,8 +8,8 @@ from pydantic_core import PydanticUndefined
 from m2ray.config import ExtractConfig, legal_values
 from tests.unit.chinese_pages import LINK, PAGES, ROOT, TERMS, anchors, blocks, differences, leads_to
 
-ENGLISH = "# Title\n\nA stage takes 7.3 GB by 26 November 2026, [more](stores.md).\n\n| `a_b` | 3 s |\n\n```\nm2ray plan  # why\n```\n\n- one, 5 s\n"
-CHINESE = "# 标题\n\n[x](y)\n\n到 2026 年 11 月 26 日，一个阶段占 7.3 GB，[详见](../stores.md)。\n\n| `a_b` | 3 秒 |\n\n```\nm2ray plan  # 原因\n```\n\n- 一，5 秒\n"
+ENGLISH = "# Title\n\nA stage takes 7.3 GB by 26 November 2026, [more](stores.md).\n\n| `a_b` | 3 s |\n\n```\nm2ray plan  # why\n```\n\n- one, 5 s\n\n## End\n"
+CHINESE = "# 标题\n\n[x](y)\n\n到 2026 年 11 月 26 日，一个阶段占 7.3 GB，[详见](../stores.md)。\n\n| `a_b` | 3 秒 |\n\n```\nm2ray plan  # 原因\n```\n\n- 一，5 秒\n\n## 尾\n"
 
 
 def read(page: str) -> str:
@@ -79,19 +79,20 @@ def test_a_translation_is_equal() -> None:
         ("3 s", "3 minutes", ["in cell 2 it lacks 3 min"]),
         ("3 s |", "3 s | |", ["The English row has 3 cells, the Chinese one 2"]),
         ("m2ray plan", "m2ray bench", ["docs/zh/planning.md:9", "copy the English block"]),
-        ("- one, 5 s", "- one, 5 s\n- another", ["docs/planning.md:12 has a list item ('another')", "below line 13"]),
+        ("- one, 5 s", "- one, 5 s\n- another", ["docs/planning.md has list item 'another' (line 12) without", "below line 13"]),
         (
             "- one, 5 s",
             "- one, 6 s\n- another",
-            ["zh/planning.md:13 translates docs/planning.md:11", "it lacks 6 s", "12 has a list item ('another')"],
+            ["zh/planning.md:13 translates docs/planning.md:11", "it lacks 6 s", "has list item 'another' (line 12)"],
         ),
         (
             "- one, 5 s",
             "- new, 8 s\n- one, 5 s of 7 s",
-            ["11 has a list item ('new, 8 s')", "docs/planning.md:12 ('one, 5 s", "it lacks 7 s:"],
+            ["has list item 'new, 8 s' (line 11)", "docs/planning.md:12 ('one, 5 s", "it lacks 7 s:"],
         ),
-        ("- one, 5 s", "", ["docs/zh/planning.md:13 has a list item ('一，5 秒') without its like", "delete it"]),
-        ("# Title", "## Title", ["has a heading of level 2"]),
+        ("## End", "## New\n\nWords.\n\n## End", ["lines 13 to 15 ('## New' ...)", "below line 13"]),
+        ("- one, 5 s", "", ["docs/zh/planning.md has list item '一，5 秒' (line 13) without its like", "delete it"]),
+        ("# Title", "## Title", ["has heading of level 2"]),
     ],
 )
 def test_what_the_translation_lacks_is_said(change: str, by: str, said: list[str]) -> None:
