@@ -10,7 +10,7 @@ give out the memory of the shuffle buffer.
 
 Checked pages are read into the processor's cache, hashed there and laid where they belong: a second copy. The hash itself takes 14 ms of
 processor time a GB. On the 2 cores of 29 November 2026, at load 4, one thread did read and copy at 3.3 GB/s and two threads at 3.1, without
-any hash or Python between: there more threads do not help, since what both wait for is memory.
+any hash or Python between: there more threads do not help. Whether memory or the machine's other load is why was not told apart.
 """
 
 import argparse
