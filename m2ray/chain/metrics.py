@@ -82,6 +82,9 @@ METRICS = (
     _of_stages("m2ray_padded_tokens_total", "tokens computed, padding counted", lambda stage: stage.padded_tokens),
     _of_stages("m2ray_micro_batches_total", "micro-batches computed", lambda stage: stage.micro_batches),
     _of_stages("m2ray_compute_seconds_total", "time of the layers, by the device's clock", lambda stage: stage.compute_s),
+    _of_stages(
+        "m2ray_busy_ratio", "share of the time since its first micro-batch in which its devices computed", lambda stage: stage.busy_share
+    ),
     _of_stages("m2ray_wait_seconds_total", "time between, mostly waiting for the stage before", lambda stage: stage.wait_s),
     _of_stages("m2ray_copy_seconds_total", "time of copying rows to the host after the layers", lambda stage: stage.copy_s),
     _of_stages(
@@ -93,7 +96,6 @@ METRICS = (
     _of_stages("m2ray_written_bytes_total", "bytes handed to the store, those of failed attempts too", lambda stage: stage.written_bytes),
     _of_stages("m2ray_stored_parts_total", "parts that the store has made durable", lambda stage: stage.stored_parts),
     _of_stages("m2ray_peak_rss_bytes", "the process's memory at its peak", lambda stage: stage.peak_rss_bytes),
-    _of_gpus("m2ray_gpu_busy_ratio", "share of the time since its first micro-batch that it computed", lambda stage: stage.busy_share),
     _of_gpus("m2ray_gpu_used_bytes", "taken on its GPUs now, by all processes", lambda stage: sum(gpu.used_bytes for gpu in stage.gpus)),
     _of_gpus("m2ray_gpu_peak_bytes", "reserved at the peak", lambda stage: sum(gpu.peak_reserved_bytes for gpu in stage.gpus)),
     _of_gpus("m2ray_gpu_total_bytes", "memory of its GPUs", lambda stage: sum(gpu.total_bytes for gpu in stage.gpus)),
