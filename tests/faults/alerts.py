@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -87,10 +86,3 @@ def _await(condition: Callable[[], bool], timeout_s: float, what: str) -> list[s
         time.sleep(0.5)  # asks again; nothing rests on the interval
     print(f"{what} after {time.monotonic() - began:.0f} s", flush=True)
     return []
-
-
-if __name__ == "__main__":
-    found = watch()
-    for problem in found:
-        print(f"PROBLEM {problem}")
-    sys.exit(1 if found else 0)

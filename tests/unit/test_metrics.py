@@ -5,7 +5,7 @@ import re
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import yaml
@@ -29,7 +29,7 @@ UNITS = ("bytes", "failures", "micro_batches", "parts", "ratio", "rows", "second
 class Meter:
     """Stands in for Ray's: a counter that only grows, as Prometheus wants it, and by more than nothing, as Ray does."""
 
-    values: defaultdict[tuple[Any, ...], float] = defaultdict(float)
+    values: ClassVar[defaultdict[tuple[Any, ...], float]] = defaultdict(float)
 
     def __init__(self, name: str, meaning: str, labels: tuple[str, ...]) -> None:
         self._name, self._labels = name, labels
