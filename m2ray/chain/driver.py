@@ -7,7 +7,7 @@ by themselves, and one to the last stage for what is complete. All stages are wa
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from uuid import uuid4
 
@@ -109,6 +109,11 @@ class Chain:
         self._epoch = _Epoch(stages.epoch)
         self.stop = threading.Event()
         self.tokens_done = 0
+
+    @property
+    def failures(self) -> Sequence[Failure]:
+        """Those after which it went on, and the last one if that ended it."""
+        return tuple(self._failures)
 
     def run(self, queue: ShardQueue, on_result: Callable[[ShardAttempt], None]) -> None:
         """Load the stages and take shards from the queue until it is finished or `stop` is set.

@@ -18,6 +18,7 @@ from m2ray.chain.actor import Job
 from m2ray.chain.checking import Inputs, check, look
 from m2ray.chain.driver import Chain
 from m2ray.chain.joining import cluster
+from m2ray.chain.metrics import Metrics
 from m2ray.chain.monitor import Monitor
 from m2ray.chain.placement import Reservation, reserve
 from m2ray.chain.probing import Hardware, probe_hardware, require_versions
@@ -27,7 +28,7 @@ from m2ray.chain.report import REPORT, build_report, start_lines, summary_lines
 from m2ray.chain.stages import Stages
 from m2ray.chain.stopping import GOES_ON, NOTHING_WRITTEN, Stop, stop_on_sigterm
 from m2ray.config import ExtractConfig
-from m2ray.errors import M2rayError, RunConflictError
+from m2ray.errors import M2rayError, RunConflictError, shown
 from m2ray.model.capture import CaptureSpec
 from m2ray.model.stage import StageSpec
 from m2ray.options import RunOptions
@@ -217,7 +218,8 @@ def _run(work: _Work, hardware: Hardware, stop: Stop, progress: Progress) -> Non
         batches_of = _micro_batches_of(work)
         chains = [(_chain(plan, stages, batches_of, progress), stages) for stages in _stages(work, plan, hardware, reservations)]
         computed_on = hardware.cluster.kinds(of_gpus=bool(plan.gpus))
-        monitor = Monitor(plan, chains, work.shards, work.missing, progress)
+        monitor = Monitor(plan, chains, work.shards, work.missing, progress, work.run.job.counts.quarantined)
+        stack.enter_context(Metrics(_label(work), monitor.status))
         with closing(Replicas(chains, work.missing, stop, progress.say).results(monitor.tick)) as results:
             for result in results:
                 work.run.commit(result.shard, result.attempt, result.receipts, result.micro_batches, result.elapsed_s, computed_on)
@@ -226,6 +228,12 @@ def _run(work: _Work, hardware: Hardware, stop: Stop, progress: Progress) -> Non
         for line in summary_lines(plan, measured):
             progress.say(line)
         work.inputs.store.put(REPORT, json.dumps(build_report(plan, work.run.job.run_id, measured), indent=2).encode())
+
+
+def _label(work: _Work) -> str:
+    """What the metrics call the run: its folder's name, and enough of its id to tell it from another one's of that name."""
+    folder = work.inputs.store.url.partition("?")[0].rstrip("/").rpartition("/")[2]
+    return f"{shown(folder)}-{work.run.job.run_id[:6]}"
 
 
 def _stages(work: _Work, plan: Plan, hardware: Hardware, reservations: Sequence[Reservation]) -> Iterator[Stages]:

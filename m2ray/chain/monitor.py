@@ -1,10 +1,12 @@
-"""How far the chains are, gathered for the progress line."""
+"""How far the chains are, gathered for the progress line, the report and the metrics."""
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 
 from m2ray.batches import PartReceipt, Shard
 from m2ray.chain.driver import Chain
+from m2ray.chain.failure import FailureKind
 from m2ray.chain.progress import Progress
 from m2ray.chain.report import loaded_lines
 from m2ray.chain.stages import Stages
@@ -19,18 +21,27 @@ class Monitor:
     """Makes the progress line of what the chains say, and at the end the measurements of the report."""
 
     def __init__(
-        self, plan: Plan, chains: Sequence[tuple[Chain, Stages]], shards: Sequence[Shard], missing: Sequence[Shard], progress: Progress
+        self,
+        plan: Plan,
+        chains: Sequence[tuple[Chain, Stages]],
+        shards: Sequence[Shard],
+        missing: Sequence[Shard],
+        progress: Progress,
+        quarantined: int = 0,
     ) -> None:
         self._plan = plan
         self._chains = chains
         self._progress = progress
+        self._quarantined = quarantined
         self._all_shards = len(shards)
-        self._shards = self._all_shards - len(missing)
+        self._shards = self._shards_before = self._all_shards - len(missing)
         self._all_tokens = sum(shard.num_tokens for shard in shards)
         self._missing_tokens = sum(shard.num_tokens for shard in missing)
         self._began_at = time.monotonic()
         self._ended_at = self._began_at
-        self._output_bytes = self._rows = self._row_tokens = 0
+        self._rows = self._row_tokens = 0
+        self._site_rows: Counter[str] = Counter()
+        self._site_bytes: Counter[str] = Counter()
         self._was_loaded = False
         self._asked_at = 0.0
 
@@ -39,7 +50,10 @@ class Monitor:
         self._shards += 1
         self._rows += shard.num_rows
         self._row_tokens += shard.num_tokens
-        self._output_bytes += sum(receipt.num_bytes for receipt in receipts if receipt.site != STATISTICS)
+        for receipt in receipts:
+            if receipt.site != STATISTICS:
+                self._site_rows[receipt.site] += receipt.rows
+                self._site_bytes[receipt.site] += receipt.num_bytes
         if self._shards == self._all_shards:
             self._ended_at = time.monotonic()
             for _, stages in self._chains:
@@ -63,7 +77,8 @@ class Monitor:
         self._progress.extracting(self.status())
 
     def status(self) -> RunStatus:
-        """The run by now, or at its end, as the stages said last."""
+        """The run by now, or at its end, as the stages said last. For any thread."""
+        site_bytes, failures = dict(self._site_bytes), [failure for chain, _ in self._chains for failure in chain.failures]
         loaded_at, ended_at = self._loaded_at(), self._ended_at if self._shards == self._all_shards else time.monotonic()
         stages = []
         for planned in self._plan.stages:
@@ -79,10 +94,17 @@ class Monitor:
             all_tokens=self._all_tokens,
             load_s=loaded_at - self._began_at,
             extract_s=ended_at - loaded_at,
-            output_bytes=self._output_bytes,
+            output_bytes=sum(site_bytes.values()),
             rows=self._rows,
             row_tokens=self._row_tokens,
             stages=tuple(stages),
+            shards_here=self._shards - self._shards_before,
+            quarantined=self._quarantined,
+            site_rows=dict(self._site_rows),
+            site_bytes=site_bytes,
+            failures=len(failures),
+            store_failures=sum(failure.kind is FailureKind.STORE for failure in failures),
+            retried_shards=sum(len(failure.shards) for failure in failures),
         )
 
     def _loaded_at(self) -> float:

@@ -76,7 +76,7 @@ class Progress:
         rate, tokens = run.tokens / elapsed_s, run.tokens_before + run.tokens
         words = [
             f"{run.shards:,} of {run.all_shards:,} shards",
-            f"{seconds_in_words((run.all_tokens - tokens) / rate)} left" if rate else "time left unknown",
+            f"{seconds_in_words(run.left_s)} left" if run.left_s is not None else "time left unknown",
             f"{rate:,.0f} tokens/s",
         ]
         if run.gpu_busy is not None:

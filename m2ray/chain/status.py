@@ -46,6 +46,7 @@ class StageStatus:
         write_wait_s: of waiting for room in the writer's queue; two micro-batches later the computation stands still.
         write_s: of the writer's threads, encoding and storing, beside the computation. store_s: the store's share of it.
         sends_by: how hidden states went to the next stage, "cuda_ipc" or "object_store"; empty where there is none.
+        queued_bytes: captured, that wait for the store or are on their way there now. stored_parts: durable.
         gpus: in the order of its span; none on a CPU.
         weights: once it is loaded, the digest of each of its layers, and at None that of what runs before the first one.
         losses: what rows in 8 bits have lost, by part.
@@ -70,11 +71,19 @@ class StageStatus:
     write_s: float = 0.0
     store_s: float = 0.0
     written_bytes: int = 0
+    queued_bytes: int = 0
+    stored_parts: int = 0
     peak_rss_bytes: int = 0
     sends_by: str = ""
     gpus: tuple[GpuStatus, ...] = ()
     weights: Mapping[int | None, str] = field(default_factory=dict)
     losses: Losses = ()
+
+    @property
+    def busy_share(self) -> float:
+        """The share of the time since its first micro-batch that it computed."""
+        known_s = self.compute_s + self.wait_s
+        return self.compute_s / known_s if known_s else 0.0
 
 
 @dataclass(frozen=True)
@@ -88,6 +97,8 @@ class RunStatus:
         rows: of each site and layer, committed in this run; row_tokens: tokens of their shards.
         output_bytes: of the parts committed in this run; what was written for attempts that failed is among the stages' `written_bytes` alone.
         stages: every stage that has answered, with its plan. One that was restarted counts from there on.
+        shards_here: committed by this driver. quarantined: rows of the prompts. site_rows, site_bytes: of the parts that it committed.
+        failures: of all chains, after which they went on or ended; store_failures: those of the store. retried_shards: in flight then.
     """
 
     shards: int
@@ -101,6 +112,13 @@ class RunStatus:
     stages: tuple[tuple[StagePlan, StageStatus], ...]
     rows: int = 0
     row_tokens: int = 0
+    shards_here: int = 0
+    quarantined: int = 0
+    site_rows: Mapping[str, int] = field(default_factory=dict)
+    site_bytes: Mapping[str, int] = field(default_factory=dict)
+    failures: int = 0
+    store_failures: int = 0
+    retried_shards: int = 0
 
     @property
     def statuses(self) -> list[StageStatus]:
@@ -109,6 +127,12 @@ class RunStatus:
     @property
     def tokens_per_s(self) -> float | None:
         return self.tokens / self.extract_s if self.extract_s > 0 else None
+
+    @property
+    def left_s(self) -> float | None:
+        """The time left at the rate so far; None where nothing was done yet."""
+        left_tokens = self.all_tokens - self.tokens_before - self.tokens
+        return left_tokens / self.tokens_per_s if self.tokens_per_s else None
 
     @property
     def padding_waste(self) -> float:
@@ -133,8 +157,7 @@ class RunStatus:
     @property
     def gpu_busy(self) -> float | None:
         """The share of the time since its first micro-batch that the GPU of the busiest stage computed; None without GPUs."""
-        shares = [stage.compute_s / (stage.compute_s + stage.wait_s) for stage in self.statuses if stage.gpus and stage.compute_s]
-        return max(shares, default=None)
+        return max((stage.busy_share for stage in self.statuses if stage.gpus and stage.compute_s), default=None)
 
 
 def status_here(specs: Sequence[StageSpec]) -> StageStatus:
@@ -181,6 +204,8 @@ def with_writer(status: StageStatus, writer: ActivationWriter) -> StageStatus:
         write_s=writer.write_s,
         store_s=writer.store_s,
         written_bytes=writer.written_bytes,
+        queued_bytes=writer.queued_bytes,
+        stored_parts=writer.stored_parts,
     )
 
 

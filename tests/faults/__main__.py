@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 
 from benchmarks.records import Row, record
+from tests.faults.alerts import watch
 from tests.faults.faults import FAULTS
 from tests.faults.rounds import Tally
 from tests.faults.suite import play
@@ -20,9 +21,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", metavar="PATTERN", help="faults whose names this regular expression matches")
     parser.add_argument("--without-s3", action="store_true", help="local runs only: no S3 server is started")
+    parser.add_argument("--alerts", action="store_true", help="instead of rounds: a real Prometheus, and a store that hangs")
     parser.add_argument("--record", action="store_true", help="write benchmarks/results/faults.json")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was started is ended on the way out
+    if arguments.alerts:
+        problems = watch()
+        print("\n".join(f"PROBLEM {problem}" for problem in problems))
+        sys.exit(1 if problems else 0)
     began = time.monotonic()
     tally = play(arguments.seed, 60 * arguments.minutes, with_s3=not arguments.without_s3, only=arguments.only)
     report(tally, time.monotonic() - began, write=arguments.record)

@@ -31,7 +31,7 @@ class Cluster:
 
     def __init__(self, folder: Path, env: Mapping[str, str]) -> None:
         self._gcs_port, dashboard_port, self._client_port = free_ports(3)
-        self._folder = folder
+        self.folder = folder
         self.dashboard = f"http://127.0.0.1:{dashboard_port}"
         self._token = secrets.token_hex(32)
         self._node_env = environment(
@@ -44,7 +44,7 @@ class Cluster:
     def start(self, num_workers: int) -> None:
         """Start the head and then the workers, and wait until all are there."""
         ports = [f"--port={self._gcs_port}", f"--dashboard-port={self.dashboard.rpartition(':')[2]}"]
-        ports += [f"--ray-client-server-port={self._client_port}", f"--temp-dir={self._folder}"]
+        ports += [f"--ray-client-server-port={self._client_port}", f"--temp-dir={self.folder}"]
         self._head = self._start("--head", *ports, num_cpus=0)
         self.wait_for_nodes()
         for _ in range(num_workers):
@@ -60,7 +60,7 @@ class Cluster:
         deadline = time.monotonic() + _START_TIMEOUT_S
         while self._num_alive() < 1 + len(self._nodes):
             if time.monotonic() > deadline:
-                raise TimeoutError(f"The cluster did not start:\n{(self._folder / 'start.log').read_text()}")
+                raise TimeoutError(f"The cluster did not start:\n{(self.folder / 'start.log').read_text()}")
             time.sleep(0.3)  # asks again; nothing rests on the interval
 
     def kill_node_of(self, pid: int) -> bool:
@@ -105,7 +105,7 @@ class Cluster:
         command += [f"--object-store-memory={_OBJECT_STORE_BYTES}", f"--dashboard-agent-listen-port={agent_port}", "--disable-usage-stats"]
         # Nodes of one machine must not hand out the same ports to their workers: the system chooses.
         command += ["--min-worker-port=0", "--max-worker-port=0"]
-        with (self._folder / "start.log").open("ab") as log:
+        with (self.folder / "start.log").open("ab") as log:
             return subprocess.Popen(command, env=self._node_env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
 
     def _num_alive(self) -> int:

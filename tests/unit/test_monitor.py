@@ -17,7 +17,7 @@ def test_the_rate_counts_from_when_the_stages_were_loaded(monkeypatch: pytest.Mo
     monkeypatch.setenv("TTY_COMPATIBLE", "0")
     tokens = 230_000
     stages: Any = SimpleNamespace(statuses=[], is_loaded=True, loaded_at=time.monotonic() - 10)
-    chain: Any = SimpleNamespace(tokens_done=tokens)
+    chain: Any = SimpleNamespace(tokens_done=tokens, failures=())
     plan: Any = SimpleNamespace(stages=())
     shard: Any = SimpleNamespace(num_tokens=4 * tokens)
     said = io.StringIO()

@@ -104,6 +104,7 @@ class ActivationWriter:
         self._is_closed = False
         self._queued_bytes = 0
         self._written_bytes = 0
+        self._stored_parts = 0
         self._waited_s = 0.0
         self._write_s = 0.0
         self._store_s = 0.0
@@ -119,6 +120,11 @@ class ActivationWriter:
     def written_bytes(self) -> int:
         """Bytes handed to the store so far, those of failed attempts too."""
         return self._written_bytes
+
+    @property
+    def stored_parts(self) -> int:
+        """Parts that are durable, those of attempts that failed later too."""
+        return self._stored_parts
 
     @property
     def waited_s(self) -> float:
@@ -290,6 +296,8 @@ class ActivationWriter:
             if opened.failure is None:
                 with self._measured(part):
                     part.finish(token_digest)
+                with self._changed:
+                    self._stored_parts += 1
         finally:
             self._finished()
             self._release(held_bytes)
