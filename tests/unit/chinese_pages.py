@@ -9,6 +9,7 @@ from calendar import month_name
 from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import SequenceMatcher
+from functools import cache
 from pathlib import Path
 from posixpath import dirname, join, normpath
 
@@ -89,6 +90,7 @@ def kind_of(line: str) -> str:
     return "list item" if re.match(r"\s*(-|\d+\.) ", line) else "paragraph"
 
 
+@cache
 def anchors(page: str) -> list[str]:
     """Of each heading of a page, in order, as GitHub makes them."""
     titles = [block.text.lstrip("# ") for block in blocks((ROOT / page).read_text(encoding="utf-8")) if block.kind.startswith("heading")]
@@ -103,19 +105,20 @@ def leads_to(page: str, target: str) -> tuple[str, str]:
     return (normpath(join(dirname(page), path)) if path else page), anchor
 
 
-def wanted_link(page: str, target: str) -> str:
+def wanted(path: str, anchor: str) -> tuple[str, str]:
     """Where the Chinese page has to lead for an English link: to the Chinese page, where there is one, and the heading at the same place."""
-    path, anchor = leads_to(page, target)
-    if path in PAGES and anchor:
-        anchor = dict(zip(anchors(path), anchors(PAGES[path]), strict=False)).get(anchor, anchor)
-    return f"link to {PAGES.get(path, path)}{'#' * bool(anchor)}{anchor}"
+    if path not in PAGES:
+        return path, anchor
+    return PAGES[path], dict(zip(anchors(path), anchors(PAGES[path]), strict=False)).get(anchor, anchor)
 
 
 def links(page: str, text: str) -> set[str]:
-    targets = LINK.findall(CODE.sub("", text))
+    """Where links lead, of an English page as the Chinese one should; without the heading, while both languages of the target differ in headings."""
+    found = [leads_to(page, target) for target in LINK.findall(CODE.sub("", text))]
     if page in PAGES:
-        return {wanted_link(page, target) for target in targets if leads_to(page, target)[0] not in PAGES.values()}
-    return {f"link to {'#'.join(leads_to(page, target)).rstrip('#')}" for target in targets}
+        found = [wanted(path, anchor) for path, anchor in found if path not in PAGES.values()]
+    uneven = {copy for source, copy in PAGES.items() if len(anchors(source)) != len(anchors(copy))}
+    return {f"link to {path}{f'#{anchor}' if anchor and path not in uneven else ''}" for path, anchor in found}
 
 
 def facts(page: str, text: str) -> Facts:
