@@ -76,6 +76,7 @@ METRICS = (
     _of_run("m2ray_retried_shards_total", "shards in flight at those failures, which are tried again", lambda run: run.retried_shards),
     Metric("m2ray_output_bytes_total", "site", "bytes of the parts of committed shards", lambda run: run.site_bytes),
     Metric("m2ray_output_rows_total", "site", "rows of the parts of committed shards, of all layers", lambda run: run.site_rows),
+    _of_stages("m2ray_silent_seconds", "since the stage answered the driver", lambda stage: stage.silent_s),
     _of_stages("m2ray_read_bytes_total", "bytes of the checkpoint read", lambda stage: stage.read_bytes),
     _of_stages("m2ray_parameter_bytes", "parameters in memory", lambda stage: stage.parameter_bytes),
     _of_stages("m2ray_stage_tokens_total", "real tokens computed", lambda stage: stage.tokens),

@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -71,6 +72,7 @@ class Stages:
         self._asked: dict[int, Any] = {}
         self._asked_at = -ASK_S
         self._answers: dict[int, StageStatus] = {}
+        self._heard_at: dict[int, float] = {}
 
     def __len__(self) -> int:
         return len(self._specs)
@@ -118,7 +120,7 @@ class Stages:
             done, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=_POLL_S)
             for ref in done:
                 index = waiting.pop(ref)
-                self._answers[index] = ray.get(ref, timeout=self._timeout_s)
+                self._hear(index, ray.get(ref, timeout=self._timeout_s))
                 self._asked.pop(index, None)  # what was asked before knows less
                 self._unready.discard(index)
                 if not self._unready:
@@ -206,18 +208,25 @@ class Stages:
             if ref in ready:
                 answer = _answer(ref, self._timeout_s)
                 if isinstance(answer, StageStatus):
-                    self._answers[index] = answer
+                    self._hear(index, answer)
             if ref is None or ref in ready:
                 self._asked[index] = actor.status.remote()
 
     def ask_all(self) -> None:
         """Ask every stage now and wait a short while for the answers. For another thread than the chain's, once that has no work."""
         answers = _answers_to([actor.status.remote() for actor in self._actors.handles], _FINAL_S)
-        self._answers |= {index: answer for index, answer in enumerate(answers) if isinstance(answer, StageStatus)}
+        for index, answer in enumerate(answers):
+            if isinstance(answer, StageStatus):
+                self._hear(index, answer)
 
     def status(self, index: int) -> StageStatus | None:
-        """What a stage said last."""
-        return self._answers.get(index)
+        """What a stage said last, and how long ago."""
+        answer = self._answers.get(index)
+        return answer and replace(answer, silent_s=time.monotonic() - self._heard_at[index])
+
+    def _hear(self, index: int, answer: StageStatus) -> None:
+        self._heard_at[index] = time.monotonic()
+        self._answers[index] = answer
 
     # -- after a failure -----------------------------------------------------------------------------------------------
 

@@ -47,6 +47,7 @@ class StageStatus:
         write_s: of the writer's threads, encoding and storing, beside the computation. store_s: the store's share of it.
         sends_by: how hidden states went to the next stage, "cuda_ipc" or "object_store"; empty where there is none.
         queued_bytes: captured, that wait for the store or are on their way there now. stored_parts: durable.
+        silent_s: since the driver was told this; 0 where it is told.
         gpus: in the order of its span; none on a CPU.
         weights: once it is loaded, the digest of each of its layers, and at None that of what runs before the first one.
         losses: what rows in 8 bits have lost, by part.
@@ -73,6 +74,7 @@ class StageStatus:
     written_bytes: int = 0
     queued_bytes: int = 0
     stored_parts: int = 0
+    silent_s: float = 0.0
     peak_rss_bytes: int = 0
     sends_by: str = ""
     gpus: tuple[GpuStatus, ...] = ()

@@ -22,10 +22,11 @@ START_TIMEOUT_S = 90.0
 
 @dataclass(frozen=True)
 class RayCluster:
-    """A running head node: `env` is what a driver or a `ray job` command needs to reach it."""
+    """A running head node: `env` is what a driver or a `ray job` command needs to reach it, `folder` what Ray keeps its files in."""
 
     dashboard: str
     env: Mapping[str, str]
+    folder: Path
 
     def run(self, *words: str, timeout_s: float = 240.0, **extra_env: str) -> subprocess.CompletedProcess[str]:
         """Run a command against the cluster from the repository's root and capture what it prints."""
@@ -81,7 +82,7 @@ def ray_head(num_cpus: int) -> Iterator[RayCluster]:
     dashboard = f"http://127.0.0.1:{dashboard_port}"
     try:
         _wait_for_jobs(process, dashboard, env, folder)
-        yield RayCluster(dashboard, {**env, "RAY_ADDRESS": f"127.0.0.1:{gcs_port}"})
+        yield RayCluster(dashboard, {**env, "RAY_ADDRESS": f"127.0.0.1:{gcs_port}"}, folder)
     finally:
         log.close()
         end_node(process)

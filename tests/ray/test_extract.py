@@ -8,7 +8,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
+from urllib.request import urlopen
 
 import numpy as np
 import psutil
@@ -168,6 +170,30 @@ def test_the_account_closes(finished: Path, cluster: RayCluster) -> None:
     on_disk = {path.relative_to(finished).as_posix() for path in finished.rglob("*.parquet") if "site=" in path.as_posix()}
     named = {part["key"] for path in (finished / "_commits").iterdir() for part in json.loads(path.read_text())["parts"]}
     assert on_disk == named
+
+
+def test_prometheus_is_told_where_its_metrics_are(finished: Path, cluster: RayCluster) -> None:
+    """Counters stay at the port when the driver is gone, and Ray hands on the last values at its end."""
+    (told,) = json.loads((cluster.folder / "session_latest/prom_metrics_service_discovery.json").read_text())
+    lines = [line for target in told["targets"] for line in metrics_at(target) if f'run="{finished.name}-' in line]
+
+    def total(name: str, label: str = "") -> float:
+        return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(f"ray_{name}{{") and label in line)
+
+    reader = m2ray.open_run(finished)
+    assert total("m2ray_tokens_total") == reader.num_tokens
+    assert total("m2ray_committed_shards_total") == len(commits(finished))
+    assert total("m2ray_output_rows_total", 'site="residual"') == reader.num_tokens * MINIMAX_TINY["layers"]
+    for stage in ("0.0", "0.1", "0.2"):
+        assert total("m2ray_stage_tokens_total", f'stage="{stage}"') == reader.num_tokens
+    assert total("m2ray_stored_parts_total") == sum(1 for _ in (finished / "data").rglob("*.parquet"))
+
+
+def metrics_at(target: str) -> list[str]:
+    """None at a port that another cluster of this machine had before: two of Ray's are the same for all."""
+    with suppress(OSError), urlopen(f"http://{target}/metrics", timeout=10) as answer:
+        return answer.read().decode().splitlines()
+    return []
 
 
 def test_an_autoencoder_trains_on_a_layer(finished: Path, cluster: RayCluster) -> None:

@@ -53,3 +53,19 @@ def test_stages_are_asked_once_a_second_and_a_silent_one_not_again(refs: Refs) -
     stages.ask()
     assert refs.asked == ["a0", "b1", "b2"], "the first stage has not answered yet"
     assert [status.node for status in stages.statuses] == ["b1"]
+
+
+def test_it_is_known_how_long_a_stage_has_been_silent(refs: Refs) -> None:
+    spec = StageSpec("", LayerSpan(0, 1), "bfloat16", "auto", "cpu", None)
+    stages = Stages([(spec,)], None, transport="auto", timeout_s=1.0, placement_timeout_s=1.0)
+    stages._actors.handles = [refs.actor("a")]
+    stages.ask()
+    assert stages.status(0) is None
+    refs.ready, refs.now_s = {"a0"}, refs.now_s + ASK_S
+    stages.ask()
+    for _ in range(20):  # it was asked again, and does not answer
+        refs.now_s += ASK_S
+        stages.ask()
+    status = stages.status(0)
+    assert status is not None
+    assert status.silent_s == 20 * ASK_S

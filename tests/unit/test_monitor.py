@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 
+from m2ray.batches import PartReceipt
+from m2ray.chain.failure import Failure, FailureKind
 from m2ray.chain.monitor import Monitor
 from m2ray.chain.progress import Progress
+from m2ray.statistics import STATISTICS
 
 
 def test_the_rate_counts_from_when_the_stages_were_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -25,3 +28,21 @@ def test_the_rate_counts_from_when_the_stages_were_loaded(monkeypatch: pytest.Mo
     ((left_s, rate),) = re.findall(r"(\d+) s left, ([\d,]+) tokens/s", said.getvalue())
     assert int(rate.replace(",", "")) == pytest.approx(tokens / 10, rel=0.1)
     assert int(left_s) == pytest.approx(30, rel=0.1)
+
+
+def test_what_failed_and_what_was_committed_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TTY_COMPATIBLE", "0")
+    failures = (Failure(FailureKind.STORE, 0.0, (), (3, 4)), Failure(FailureKind.DEATH, 1.0, (1,), (4,)))
+    chain: Any = SimpleNamespace(tokens_done=5, failures=failures)
+    stages: Any = SimpleNamespace(statuses=[], is_loaded=True, loaded_at=time.monotonic())
+    plan: Any = SimpleNamespace(stages=())
+    shards: Any = [SimpleNamespace(num_tokens=5, num_rows=4)] * 3
+    monitor = Monitor(plan, [(chain, stages)], shards, shards[1:], Progress(io.StringIO()), quarantined=7)
+    receipts = [PartReceipt(1, "a", site, 0, "key", 4, 100, "", "") for site in ("residual", "residual", "mlp", STATISTICS)]
+    monitor.committed(shards[1], receipts)
+    run = monitor.status()
+    assert (run.failures, run.store_failures, run.retried_shards, run.quarantined) == (2, 1, 3, 7)
+    assert (run.shards, run.shards_here) == (2, 1)
+    assert run.site_rows == {"residual": 8, "mlp": 4}
+    assert run.site_bytes == {"residual": 200, "mlp": 100}
+    assert run.output_bytes == 300
