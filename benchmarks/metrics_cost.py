@@ -1,10 +1,10 @@
-"""What telling Ray's metrics costs a driver: processor time of one look at a run, real chains' status and all, times their rhythm.
+"""What telling Ray's metrics costs a driver: processor time of one time that all is told, by stages, as a share of the time until the next.
 
     python -m benchmarks.metrics_cost
 
-The stages do nothing and cost nothing; each has GPUs, so that every metric is told. A look is `Metrics.tell`, with Ray's own meters, in a process
-that Ray has started for: its reports go on beside it. Looks with and without telling alternate, and what is recorded is the difference of each pair: all that the
-metrics add, since the driver asks the stages whether or not anybody wants to know.
+The stages are made up; each has a GPU and has moved on, so that every metric has something to tell. What is told goes to Ray's own meters, in a
+process that Ray has started for, whose reports go on beside it. Looks at such a run with and without telling alternate, and what is recorded is the
+difference of each pair. Stages cost nothing: they are asked in any case.
 """
 
 import argparse

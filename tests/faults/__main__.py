@@ -27,7 +27,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was started is ended on the way out
     if arguments.alerts:
         problems = watch()
-        print("\n".join(f"PROBLEM {problem}" for problem in problems))
+        for problem in problems:
+            print(f"PROBLEM {problem}")
         sys.exit(1 if problems else 0)
     began = time.monotonic()
     tally = play(arguments.seed, 60 * arguments.minutes, with_s3=not arguments.without_s3, only=arguments.only)
