@@ -15,6 +15,7 @@ from m2ray.sizes import bytes_in_words, seconds_in_words
 from m2ray.storage import Store, looking, open_store
 
 _EVERY_S = 2.0
+_NOT_YET = "Check the path; a driver that has just been started looks at model and prompts first: ask again in a minute."
 _RECENT = 32
 """Commits from whose times the rate is taken."""
 
@@ -109,6 +110,8 @@ def watch(store: Store, progress: Progress, every_s: float = _EVERY_S) -> bool:
             progress.following(standing.in_words(), 1.0)
             progress.say(f"Complete: {', '.join(standing.in_words())}")
             return True
+        if standing is None and pulse.life == "none":
+            raise StoreError(f"There is no run at {store.url}: it has no {JOB_KEY}, and no driver is at it.", _NOT_YET)
         words = pulse.in_words()
         if words != said and pulse.life != "unsure":
             progress.say(words)
@@ -116,8 +119,6 @@ def watch(store: Store, progress: Progress, every_s: float = _EVERY_S) -> bool:
         if standing:
             progress.following(standing.in_words(), standing.tokens / max(standing.all_tokens, 1))
         if not pulse.is_at_work:
-            if standing is None:
-                raise StoreError(f"There is no run at {store.url}: it has no {JOB_KEY}, and no driver is at it.", "Check the path.")
             return False
         time.sleep(every_s)
 
