@@ -54,13 +54,14 @@ def audit(
         on_progress: called on the caller's thread.
 
     Raises:
-        NotInRunError: nothing that can be audited is committed.
+        NotInRunError: nothing that can be audited is committed, or the run keeps no rows.
         RunConflictError: model or prompts are not those of the run.
         CheckpointError: the model cannot be loaded.
         RunDamagedError, StoreError: the run cannot be read.
     """
     began = utc_now()
     catalogue = Catalogue(store)
+    catalogue.require_rows()
     job, sample = catalogue.job, draw(catalogue, share, seed)
     checkpoint = _checkpoint(job, model)
     config = read_config(checkpoint.url)

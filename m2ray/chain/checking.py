@@ -81,6 +81,7 @@ def check(config: ExtractConfig, stack: ExitStack, stop: Stop, progress: Progres
         M2rayError: all problems at once; another driver is at the run; or the run was asked to stop.
     """
     with stop.at_once(GOES_ON):
+        progress.waiting("check", "options, model and prompts")
         inputs = look(config)
         if stack.enter_context(held(inputs.store, progress.say, stop.outlived, wait=config.wait)):
             inputs = look(config)  # what another driver began meanwhile

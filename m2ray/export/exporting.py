@@ -60,10 +60,11 @@ def plan_export(
 
     Raises:
         ConfigError: an option is missing or not the consumer's.
-        NotInRunError: the run is not finished, or lacks layers or loss masks.
+        NotInRunError: the run is not finished, keeps no rows, or lacks layers or loss masks.
         RunDamagedError, StoreError: the run cannot be read.
     """
     consumer, catalogue = consumer_of(to), Catalogue(open_store(run))
+    catalogue.require_rows()
     job = catalogue.job
     of_run = [part.layer for part in job.parts if part.site == SITE and part.layer is not None]
     num_layers = job.model.num_layers

@@ -186,8 +186,15 @@ def test_a_run_may_keep_them_alone(store: LocalStore) -> None:
     assert run.num_tokens == run.statistics("residual", 0).count
     with pytest.raises(NotInRunError, match="keeps no rows"):
         run.tensor()
-    with pytest.raises(NotInRunError, match="keeps no rows"):
-        run.tokens()
+    for asked in (run.tokens, lambda: run.site("residual"), lambda: run.layer(7)):
+        with pytest.raises(NotInRunError, match="keeps no rows"):
+            asked()
+    for words in (["verify", store.url, "--sample", "1"], ["export", store.url, "--to", "saelens", "--output", f"{store.url}-export"]):
+        refused = CliRunner().invoke(main, words)
+        assert (refused.exit_code, "keeps no rows" in refused.stderr) == (1, True), words
+    shown = CliRunner().invoke(main, ["inspect", store.url]).output
+    assert f"none are kept: statistics alone, of {run.num_tokens} in each site and layer" in shown
+    assert "mean norm" not in shown
     assert verify(store, checksums=True).is_sound
 
 
@@ -199,7 +206,7 @@ def test_what_was_not_asked_for_is_said(store: LocalStore) -> None:
         commit(run, index)
     run.finish()
     reader = open_run(store.url)
-    with pytest.raises(NotInRunError, match="no statistics of mlp of layer 0"):
+    with pytest.raises(NotInRunError, match="no statistics of mlp of layer 0.*: residual 0,7,11; router_topk 7"):
         reader.statistics("mlp", 0)
     with pytest.raises(NotInRunError, match="there are no covariance"):
         _ = reader.statistics("residual", 0).covariance

@@ -14,7 +14,8 @@ import xxhash
 from m2ray.activations.job import JobRecord
 from m2ray.activations.statistics import FOLDER, RESTORE, STATISTICS_KEY, StatisticsRecord, covariance_key, read_statistics_record
 from m2ray.errors import NotInRunError, RunDamagedError
-from m2ray.statistics import places
+from m2ray.sites import shown_layers
+from m2ray.statistics import places, statistic_sites
 from m2ray.storage import Store
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ class LayerStatistics:
         self._name = site if layer is None else f"{site} of layer {layer}"
         taken = places(job.statistics)
         if self._place not in taken:
-            has = ", ".join(name if number is None else f"{name} {number}" for name, number in taken) or "none"
+            has = "; ".join(f"{name} {shown_layers(layers)}".strip() for name, layers in statistic_sites(job.statistics).items()) or "none"
             raise NotInRunError(f"The run at {store.url} has no statistics of {self._name}.", f"It has those of: {has}.")
         self._kinds = taken[self._place]
         record = read_statistics_record(store, job)
