@@ -54,14 +54,16 @@ def audit(
         on_progress: called on the caller's thread.
 
     Raises:
-        NotInRunError: nothing that can be audited is committed, or the run keeps no rows.
+        NotInRunError: nothing that can be audited is committed.
         RunConflictError: model or prompts are not those of the run.
         CheckpointError: the model cannot be loaded.
         RunDamagedError, StoreError: the run cannot be read.
     """
     began = utc_now()
     catalogue = Catalogue(store)
-    catalogue.require_rows()
+    if not catalogue.job.parts:
+        what = f"The run at {store.url} keeps no rows that could be computed again."
+        raise NotInRunError(what, "Leave --sample out: the files of its statistics are looked at without it.")
     job, sample = catalogue.job, draw(catalogue, share, seed)
     checkpoint = _checkpoint(job, model)
     config = read_config(checkpoint.url)

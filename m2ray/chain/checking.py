@@ -131,6 +131,7 @@ def look(config: ExtractConfig) -> Inputs:
     checkpoint, table = of_the_layers
     shape = ModelShape.of(checkpoint.config, attention)
     options = resolve(config, tokenizer.settled(source.columns), table, shape, recorded=of_the_run)
+    prove_sites(opened.whole_config, {part.site for part in options.of_statistics} - options.sites.keys())
     return Inputs(config, checkpoint, table, shape, source, tokenizer, store, recorded, options)
 
 

@@ -137,7 +137,7 @@ def _print(facts: dict[str, Any], state: str) -> None:
     say(f"sequences  {sequences['all']:,} = {sequences['ready']:,} ready + {sequences['quarantined']:,} quarantined")
     say(f"tokens     {tokens['committed']:,} of {tokens['all']:,}")
     if not facts["layers"]:
-        say(f"rows       none are kept: statistics alone, of {rows['all']:,} in each site and layer")
+        say(f"rows       none are kept; statistics are of {rows['all']:,} in each site and layer")
     elif rows["all"] != tokens["all"]:
         without = f"; {rows['sequences_without']:,} sequences have none" if rows["sequences_without"] else ""
         say(f"rows       {rows['committed']:,} of {rows['all']:,} in each site and layer{without}")

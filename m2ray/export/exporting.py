@@ -60,13 +60,14 @@ def plan_export(
 
     Raises:
         ConfigError: an option is missing or not the consumer's.
-        NotInRunError: the run is not finished, keeps no rows, or lacks layers or loss masks.
+        NotInRunError: the run is not finished, or lacks layers or loss masks.
         RunDamagedError, StoreError: the run cannot be read.
     """
     consumer, catalogue = consumer_of(to), Catalogue(open_store(run))
-    catalogue.require_rows()
     job = catalogue.job
     of_run = [part.layer for part in job.parts if part.site == SITE and part.layer is not None]
+    if not of_run:
+        raise NotInRunError(f"The run at {catalogue.store.url} keeps no rows of the residual.", "Extract some: trainers read those.")
     num_layers = job.model.num_layers
     chosen = parse_layers(layers, num_layers) if layers is not None else consumer.default_layers(num_layers, of_run)
     problems = [*_run_problems(catalogue), *_token_problems(job), *_layer_problems(catalogue, consumer, chosen, of_run)]

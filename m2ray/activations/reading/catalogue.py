@@ -51,14 +51,6 @@ class Catalogue:
             self.parts = read_committed(store, job, self.committed).parts
         self._held: tuple[SequenceFile, Any] | None = None
 
-    def require_rows(self) -> None:
-        """Raise NotInRunError where the run keeps statistics alone."""
-        if not self.job.parts:
-            raise NotInRunError(
-                f"The run at {self.store.url} keeps no rows.",
-                'Its statistics are read by open_run(RUN).statistics(SITE, LAYER); an extraction with keep = "both" has rows too.',
-            )
-
     def parts_of(self, spec: PartSpec) -> Any:
         """The committed parts of one site and layer, ascending by shard: a table of MANIFEST_SCHEMA."""
         start, stop = self._bounds.get((spec.site, spec.layer), (0, 0))

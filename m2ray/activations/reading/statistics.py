@@ -13,7 +13,7 @@ import xxhash
 
 from m2ray.activations.job import JobRecord
 from m2ray.activations.statistics import FOLDER, RESTORE, STATISTICS_KEY, StatisticsRecord, covariance_key, read_statistics_record
-from m2ray.errors import NotInRunError, RunDamagedError
+from m2ray.errors import ConfigError, NotInRunError, RunDamagedError
 from m2ray.sites import shown_layers
 from m2ray.statistics import places, statistic_sites
 from m2ray.storage import Store
@@ -84,8 +84,15 @@ class LayerStatistics:
         return self._table("norms")
 
     def norm_quantile(self, share: float) -> float:
-        """A norm that this share of the rows, from 0 to 1, does not exceed: the upper end of a bin, so at most 1/32 too large."""
+        """A norm that this share of the rows, from 0 to 1, does not exceed: the upper end of a bin, so at most 1/32 too large; NaN of no rows.
+
+        Raises ConfigError for any other share.
+        """
+        if not 0 <= share <= 1:
+            raise ConfigError(f"A share of {share} of the rows is none.", "Give one from 0 to 1, such as 0.99.")
         below = np.cumsum(self.norms["rows"].to_numpy())
+        if not len(below):
+            return float("nan")
         return float(self.norms["below"][int(np.searchsorted(below, share * below[-1]))].as_py())
 
     @cached_property
