@@ -17,7 +17,7 @@ from m2ray.errors import RunConflictError, in_ranges
 from m2ray.provenance import ROW_PACKAGES, differences, versions
 from m2ray.selection import Selection
 from m2ray.sites import layers_run
-from m2ray.statistics import Asked, places
+from m2ray.statistics import Asked, places, statistic_sites
 from m2ray.storage import Store
 
 JOB_KEY = "job.json"
@@ -146,7 +146,7 @@ class JobRecord:
     @property
     def with_final_norm(self) -> bool:
         """Whether its chains load the final norm."""
-        return any(part.site == "final_norm" for part in self.parts)
+        return any(site == "final_norm" for site in (*(part.site for part in self.parts), *statistic_sites(self.statistics)))
 
     def to_json(self) -> bytes:
         return to_json(self, indent=2)

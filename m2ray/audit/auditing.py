@@ -61,6 +61,9 @@ def audit(
     """
     began = utc_now()
     catalogue = Catalogue(store)
+    if not catalogue.job.parts:
+        what = f"The run at {store.url} keeps no rows that could be computed again."
+        raise NotInRunError(what, "Leave --sample out: the files of its statistics are looked at without it.")
     job, sample = catalogue.job, draw(catalogue, share, seed)
     checkpoint = _checkpoint(job, model)
     config = read_config(checkpoint.url)

@@ -81,6 +81,7 @@ def check(config: ExtractConfig, stack: ExitStack, stop: Stop, progress: Progres
         M2rayError: all problems at once; another driver is at the run; or the run was asked to stop.
     """
     with stop.at_once(GOES_ON):
+        progress.waiting("check", "options, model and prompts")
         inputs = look(config)
         if stack.enter_context(held(inputs.store, progress.say, stop.outlived, wait=config.wait)):
             inputs = look(config)  # what another driver began meanwhile
@@ -130,6 +131,7 @@ def look(config: ExtractConfig) -> Inputs:
     checkpoint, table = of_the_layers
     shape = ModelShape.of(checkpoint.config, attention)
     options = resolve(config, tokenizer.settled(source.columns), table, shape, recorded=of_the_run)
+    prove_sites(opened.whole_config, {part.site for part in options.of_statistics} - options.sites.keys())
     return Inputs(config, checkpoint, table, shape, source, tokenizer, store, recorded, options)
 
 

@@ -1,6 +1,7 @@
 """The main path: from a configuration to a finished run. Read `extract` first."""
 
 import json
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
@@ -10,6 +11,7 @@ from uuid import uuid4
 
 from m2ray import __version__
 from m2ray.activations.job import Counts, JobRecord, ModelFacts, read_job, require_same
+from m2ray.activations.statistics import FOLDER, read_statistics_record
 from m2ray.activations.writing.commits import Run, RunSummary, claim_run, go_on_with
 from m2ray.activations.writing.weights_record import hold_weights
 from m2ray.activations.writing.writer import WriterSpec
@@ -73,8 +75,9 @@ def _begin(inputs: Inputs, stack: ExitStack, stop: Stop, progress: Progress) -> 
     try:
         with stop.at_once(NOTHING_WRITTEN):
             shard_tokens, attempt = inputs.options.shard_tokens, uuid4().hex[:12]
-            found = survey(inputs.source, inputs.tokenizer, inputs.store, attempt, shard_tokens, on_progress=progress.surveying)
-            progress.surveying(found.num_sequences, is_done=True)
+            counting = partial(progress.surveying, counted=_counted(inputs))
+            found = survey(inputs.source, inputs.tokenizer, inputs.store, attempt, shard_tokens, on_progress=counting)
+            counting(found.num_sequences, is_done=True)
             stack.enter_context(found.tokens)
             hardware = _hardware(inputs.options, stack, progress)
             longest_tokens = found.shards.longest_tokens
@@ -99,9 +102,8 @@ def _claim(inputs: Inputs, found: Survey, stats: PromptStats, progress: Progress
     A request to create job.json may fail and have created it all the same, and it names the survey's files: they are deleted only where
     another record is seen in its place.
     """
-    counted = "prompts" if inputs.options.prompts.pack is None else "contexts, documents that cannot be used and remainders"
     progress.say(
-        f"{found.num_sequences:,} {counted}: {found.num_ready:,} ready with {found.num_tokens:,} tokens in {len(found.shards):,} shards, "
+        f"{found.num_sequences:,} {_counted(inputs)}: {found.num_ready:,} ready with {found.num_tokens:,} tokens in {len(found.shards):,} shards, "
         f"{found.num_quarantined:,} quarantined; padding {stats.padding_waste:.1%}; {inputs.source.columns}"
     )
     for line in inputs.tokenizer.told(inputs.source.columns, found.first_prompt):
@@ -137,6 +139,11 @@ def _claim(inputs: Inputs, found: Survey, stats: PromptStats, progress: Progress
     return None
 
 
+def _counted(inputs: Inputs) -> str:
+    """What a survey counts. Packed prompts give contexts, documents that cannot be used, and a remainder."""
+    return "prompts" if inputs.options.prompts.pack is None else "sequences of packed prompts"
+
+
 def _counts(found: Survey) -> Counts:
     return Counts(
         sequences=found.num_sequences,
@@ -165,10 +172,11 @@ def _resume(inputs: Inputs, stack: ExitStack, stop: Stop, progress: Progress, ha
             progress.say(f"Of {len(damaged):,} committed shards a part is gone or has another size: they are extracted again.")
         missing = run.missing(shards)
         progress.say(f"Going on with the run of {recorded.created_at}: {len(missing):,} of {len(shards):,} shards are missing.")
-        tokens = respool(inputs.source, inputs.tokenizer, missing, store, recorded.sequence_files, on_progress=progress.surveying)
+        counting = partial(progress.surveying, counted=_counted(inputs))
+        tokens = respool(inputs.source, inputs.tokenizer, missing, store, recorded.sequence_files, on_progress=counting)
         stack.enter_context(tokens)
         if missing:
-            progress.surveying(recorded.counts.sequences, is_done=True)
+            counting(recorded.counts.sequences, is_done=True)
             hardware = hardware or _hardware(inputs.options, stack, progress)
             inputs = inputs.on(hardware.cluster, max(int(shard.token_counts.max()) for shard in missing))
         return _Work(inputs, run, shards, missing, tokens, hardware if missing else None)
@@ -176,6 +184,7 @@ def _resume(inputs: Inputs, stack: ExitStack, stop: Stop, progress: Progress, ha
 
 def _hardware(options: RunOptions, stack: ExitStack, progress: Progress) -> Hardware:
     """Join or start the cluster until the stack ends, and look at its nodes, whose versions must be the driver's."""
+    progress.waiting("cluster", "joining Ray" if os.environ.get("RAY_ADDRESS") else "starting Ray on this machine")
     stack.enter_context(cluster(options.placement_timeout_s, progress.say))
     hardware = probe_hardware(options.node_labels, options.watched_folder)
     require_versions(hardware.cluster)
@@ -190,6 +199,11 @@ def _finish(work: _Work, progress: Progress) -> RunSummary:
         f"in {summary.parts:,} files, {summary.num_bytes:,} bytes; "
         f"{summary.quarantined:,} quarantined. {work.inputs.store.url}"
     )
+    if taken := read_statistics_record(work.inputs.store, work.run.job):
+        num_bytes = sum(file.num_bytes for file in taken.files)
+        progress.say(
+            f"Statistics of {taken.rows:,} rows of each site and layer: {len(taken.files):,} files below {FOLDER}/, {num_bytes:,} bytes"
+        )
     return summary
 
 

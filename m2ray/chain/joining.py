@@ -87,7 +87,7 @@ def _start(folder: Path) -> None:
             raise
         raise ClusterError(
             f"Ray could not be started on this machine: {str(error).rstrip('.')}. {_room(folder)}",
-            "Free space there, or set TMPDIR to a folder of a short name on another disk; then run the same command again.",
+            "If that is little, free some, or set TMPDIR to a folder of a short name on another disk; if the machine is busy, wait. Then run the same command again.",
         ) from error
 
 

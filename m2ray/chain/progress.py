@@ -53,9 +53,13 @@ class Progress:
         """A line that stays; one only, whatever it holds of text from outside. A terminal breaks it between words."""
         self._console.print(shown(line), markup=False, emoji=False, soft_wrap=not self._console.is_terminal)
 
-    def surveying(self, rows: int, *, is_done: bool = False) -> None:
-        """Prompt rows read and tokenised so far, or in all."""
-        self._show("survey", [f"{rows:,} prompts"], 1.0 if is_done else None)
+    def waiting(self, phase: str, what: str) -> None:
+        """What is done now, where nothing can be counted and it may take a minute."""
+        self._show(phase, [what], None)
+
+    def surveying(self, rows: int, counted: str = "prompts", *, is_done: bool = False) -> None:
+        """Prompt rows, or what was packed of them, read and tokenised so far, or in all."""
+        self._show("survey", [f"{rows:,} {counted}"], 1.0 if is_done else None)
 
     def loading(self, statuses: Sequence["StageStatus"]) -> None:
         """Bytes of weights read, by stage; none while the first actors' processes start."""

@@ -78,8 +78,9 @@ def summary_lines(plan: Plan, run: RunStatus) -> list[str]:
             f"{run.tokens:,} tokens in {run.extract_s:.1f} s: {run.tokens_per_s:,.0f} tokens/s{planned}, "
             f"padding {run.padding_waste:.1%}; loading took {run.load_s:.1f} s"
         ),
-        f"{size(run.output_bytes)} of output{planned_output}, {size(run.written_bytes / run.extract_s)}/s written",
     ]
+    if run.output_bytes:
+        lines.append(f"{size(run.output_bytes)} of output{planned_output}, {size(run.written_bytes / run.extract_s)}/s written")
     if saved_bytes := _saved_bytes(plan, run):
         lines.append(f"{run.rows:,} rows in each site and layer: {size(saved_bytes)} less than of all tokens")
     for planned_stage, stage in run.stages:

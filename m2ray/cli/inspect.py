@@ -136,7 +136,9 @@ def _print(facts: dict[str, Any], state: str) -> None:
     say(f"shards     {shards['committed']:,} of {shards['all']:,} committed")
     say(f"sequences  {sequences['all']:,} = {sequences['ready']:,} ready + {sequences['quarantined']:,} quarantined")
     say(f"tokens     {tokens['committed']:,} of {tokens['all']:,}")
-    if rows["all"] != tokens["all"]:
+    if not facts["layers"]:
+        say(f"rows       none are kept; statistics are of {rows['all']:,} in each site and layer")
+    elif rows["all"] != tokens["all"]:
         without = f"; {rows['sequences_without']:,} sequences have none" if rows["sequences_without"] else ""
         say(f"rows       {rows['committed']:,} of {rows['all']:,} in each site and layer{without}")
     say(f"files      {facts['files']:,} with {facts['num_bytes']:,} bytes")
@@ -150,7 +152,8 @@ def _print(facts: dict[str, Any], state: str) -> None:
         layer = "" if fact["layer"] is None else str(fact["layer"])
         columns = ", ".join(f"{column['name']} {column['dtype']} [{column['width']}]" for column in fact["columns"])
         table.add_row(fact["site"], layer, columns, f"{fact['files']:,}", f"{fact['num_bytes']:,}", norm)
-    console_of_tables().print(table)
+    if facts["layers"]:
+        console_of_tables().print(table)
     quarantined = facts["quarantined"]
     for row in quarantined[:_SHOWN_ROWS]:
         say(f"quarantined: row {row['row_id']} (sequence {row['sequence_id']}): {row['reason']}")

@@ -11,10 +11,13 @@ from m2ray.activations.records import CommitRecord, RunSummary, committed_shards
 from m2ray.activations.writing.pulse import Pulse, settle
 from m2ray.chain.progress import Progress
 from m2ray.errors import M2rayError, StoreError, in_ranges
+from m2ray.sites import sites_of
 from m2ray.sizes import bytes_in_words, seconds_in_words
+from m2ray.statistics import statistic_sites
 from m2ray.storage import Store, looking, open_store
 
 _EVERY_S = 2.0
+_NOT_YET = "Check the path; a driver that has just been started looks at model and prompts first: ask again in a minute."
 _RECENT = 32
 """Commits from whose times the rate is taken."""
 
@@ -66,11 +69,11 @@ class Look:
     def _standing(self, summary: RunSummary | None, since: str) -> Standing:
         counts = self._job.counts
         share = counts.tokens / max(counts.rows, 1)  # where few tokens are kept, commits count those: of each shard alike
-        commits = sorted((at, round(rows * share), num_bytes) for at, rows, num_bytes in self._commits.values())
+        commits = sorted((at, rows * share, num_bytes) for at, rows, num_bytes in self._commits.values())
         return Standing(
             shards=len(commits),
             all_shards=self._job.num_shards,
-            tokens=sum(rows for _, rows, _ in commits),
+            tokens=round(sum(tokens for _, tokens, _ in commits)),
             all_tokens=counts.tokens,
             num_bytes=sum(num_bytes for _, _, num_bytes in commits),
             tokens_per_s=_rate([commit for commit in commits if commit[0] >= since][-_RECENT:]),
@@ -84,12 +87,12 @@ def _of_a_commit(commit: CommitRecord) -> tuple[str, int, int]:
     return commit.committed_at, commit.rows, sum(part.num_bytes for part in commit.parts)
 
 
-def _rate(commits: Sequence[tuple[str, int, int]]) -> float | None:
+def _rate(commits: Sequence[tuple[str, float, int]]) -> float | None:
     """Tokens a second between the first and the last of some commits, whose times are of one clock, or of clocks that agree."""
     if len(commits) < 2:
         return None
     took_s = (datetime.fromisoformat(commits[-1][0]) - datetime.fromisoformat(commits[0][0])).total_seconds()
-    return sum(rows for _, rows, _ in commits[1:]) / took_s if took_s > 0 else None
+    return sum(tokens for _, tokens, _ in commits[1:]) / took_s if took_s > 0 else None
 
 
 def watch(store: Store, progress: Progress, every_s: float = _EVERY_S) -> bool:
@@ -109,6 +112,8 @@ def watch(store: Store, progress: Progress, every_s: float = _EVERY_S) -> bool:
             progress.following(standing.in_words(), 1.0)
             progress.say(f"Complete: {', '.join(standing.in_words())}")
             return True
+        if standing is None and pulse.life == "none":
+            raise StoreError(f"There is no run at {store.url}: it has no {JOB_KEY}, and no driver is at it.", _NOT_YET)
         words = pulse.in_words()
         if words != said and pulse.life != "unsure":
             progress.say(words)
@@ -116,8 +121,6 @@ def watch(store: Store, progress: Progress, every_s: float = _EVERY_S) -> bool:
         if standing:
             progress.following(standing.in_words(), standing.tokens / max(standing.all_tokens, 1))
         if not pulse.is_at_work:
-            if standing is None:
-                raise StoreError(f"There is no run at {store.url}: it has no {JOB_KEY}, and no driver is at it.", "Check the path.")
             return False
         time.sleep(every_s)
 
@@ -158,11 +161,8 @@ def _told(store: Store, pulse: Pulse) -> dict[str, Any]:
 
 
 def _sites(job: JobRecord) -> dict[str, list[int]]:
-    """Each site with its layers; none for a site of the whole model."""
-    found: dict[str, list[int]] = {}
-    for part in job.parts:
-        found.setdefault(part.site, []).extend([] if part.layer is None else [part.layer])
-    return found
+    """Each site with its layers, of which there are rows or, in a run without any, statistics; none for a site of the whole model."""
+    return {site: list(layers) for site, layers in (sites_of(job.parts) or statistic_sites(job.statistics)).items()}
 
 
 HEADINGS = ("run", "model", "sites", "shards", "tokens", "bytes", "last commit", "state")

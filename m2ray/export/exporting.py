@@ -66,6 +66,8 @@ def plan_export(
     consumer, catalogue = consumer_of(to), Catalogue(open_store(run))
     job = catalogue.job
     of_run = [part.layer for part in job.parts if part.site == SITE and part.layer is not None]
+    if not of_run:
+        raise NotInRunError(f"The run at {catalogue.store.url} keeps no rows of the residual.", "Extract some: trainers read those.")
     num_layers = job.model.num_layers
     chosen = parse_layers(layers, num_layers) if layers is not None else consumer.default_layers(num_layers, of_run)
     problems = [*_run_problems(catalogue), *_token_problems(job), *_layer_problems(catalogue, consumer, chosen, of_run)]

@@ -101,8 +101,8 @@ class Demand:
     @property
     def _shown_bytes(self) -> int:
         """Of a token, what the sites within a layer keep until it has run (m2ray.model.site_hooks). The stream is there anyway."""
-        hidden = [site for site in ("attention", "mlp_in", "mlp") if site in self.options.sites]
-        routers = [site for site in ("router_logits", "router_topk") if site in self.options.sites]
+        captured = {part.site for part in self.options.captured}
+        hidden, routers = captured & {"attention", "mlp_in", "mlp"}, captured & {"router_logits", "router_topk"}
         return len(hidden) * self.table.hidden_size * self.itemsize_bytes + len(routers) * self.table.num_experts * 4
 
     def _encoding_bytes(self, padded_tokens: int) -> int:

@@ -28,7 +28,6 @@ from m2ray.activations.writing.commits import reopen
 from m2ray.batches import MicroBatch
 from m2ray.storage import LocalStore, open_store
 from scripts.make_checkpoint import make_checkpoint
-from tests.following import assert_every_row_once, follow
 from tests.ray.conftest import RayCluster
 from tests.reference import DATA, MINIMAX_TINY, edited, load_reference, make_family, make_minimax, reference_rows, same_bits
 from tests.summed import close_covariance, close_moments
@@ -382,39 +381,6 @@ def wait_for_commits(run: Path, count: int, driver: subprocess.Popen[str]) -> No
         assert driver.poll() is None, driver.communicate()[0]
         assert time.monotonic() < deadline, "no commit came"
         time.sleep(0.01)  # polls a folder; the order of events does not rest on it
-
-
-def test_a_killed_run_goes_on_with_other_stages_to_the_same_rows(
-    cluster: RayCluster, minimax: Path, prompts: Path, finished: Path, tmp_path: Path
-) -> None:
-    """Of chosen tokens: they are those of a run of all tokens."""
-    run = tmp_path / "run"
-    chosen = ("--tokens", "every:3", *SUMMED)
-    driver = cluster.start("m2ray", "extract", *words(minimax, prompts, run, *chosen, "--stages", "2", "--in-flight", "1KB"))
-    wait_for_commits(run, 2, driver)
-    driver.send_signal(signal.SIGKILL)
-    driver.wait(30)
-    before = commits(run)
-    assert not (run / "_SUCCESS").exists()
-    followed = follow(str(run), 3)
-    again = cluster.run("m2ray", "extract", *words(minimax, prompts, run, *chosen, "--stages", "1"))
-    assert again.returncode == 0, again.stdout + again.stderr
-    assert "The driver that was at this run ended without a word" in again.stdout, "its lease is outlived at once"
-    missing = int(re.search(r"(\d+) of \d+ shards are missing", again.stdout)[1])
-    after = commits(run)
-    assert missing == len(after) - len(before) < len(after)
-    assert {name: after[name] for name in before} == before
-    ours, theirs = rows_of(run), rows_of(finished)
-    is_chosen = theirs[0]["position"] % 3 == 0
-    assert np.array_equal(ours[0], theirs[0][is_chosen])
-    assert same_bits(ours[1], theirs[1][:, is_chosen])
-    report = json.loads((run / "report.json").read_text())
-    assert 0 < report["rows"]["measured"] <= report["rows"]["planned"] < report["tokens"]
-    assert report["saved_bytes"]["measured"] > 0
-    summed_up, rows = m2ray.open_run(run).statistics("residual", 0), ours[1][0].double().numpy()
-    assert summed_up.count == len(rows), "each shard counts once"
-    close_moments(summed_up.mean.numpy(), summed_up.variance.numpy(), summed_up.min.numpy(), summed_up.max.numpy(), rows)
-    assert_every_row_once(followed.result(60), str(run), 3)
 
 
 def test_of_two_drivers_one_waits_and_the_run_is_made_once(

@@ -119,8 +119,11 @@ def test_the_final_norm_is_loaded_for_its_own_site_only():
 
 def test_what_sites_within_a_layer_keep_until_it_has_run_is_planned():
     every = tuple(range(62))
-    alone, beside = (demand(sites=sites).workload for sites in ({"residual": every}, {"residual": every, "attention": (3,), "mlp": every}))
+    within = tuple(PartSpec.of(site, layer, "bfloat16", 3072) for site in ("attention", "mlp") for layer in every)
+    alone, beside = (demand(parts=parts).workload for parts in (residuals(), residuals() + within[61:]))
     assert beside.transient_bytes - alone.transient_bytes == 2 * alone.padded_tokens * 3072 * 2
+    counting, not_counting = summing("experts").workload, summing("moments").workload
+    assert counting.transient_bytes - not_counting.transient_bytes == counting.padded_tokens * 256 * 4, "a router that is only counted too"
 
 
 # -- does it fit ----------------------------------------------------------------------------------------------------------

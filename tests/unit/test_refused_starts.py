@@ -20,6 +20,8 @@ from m2ray.activations.job import require_same
 from m2ray.chain import joining, probing
 from m2ray.cli import main
 from m2ray.errors import ClusterError, RunConflictError, StoreError
+from m2ray.model import site_table
+from m2ray.model.site_table import Point, Tap
 from m2ray.prompts.rendering import RefusedError, Rendered, Renderer
 from m2ray.prompts.rows import PromptRow
 from m2ray.storage import LocalStore, ObjectStore, no_empty_folders
@@ -56,6 +58,16 @@ def test_no_folder_is_left_of_a_start_that_is_refused(start: Callable[..., str],
     (tmp_path / "mine" / "own").mkdir(parents=True)
     start(tmp_path / "mine", "--layers", "99")
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["own"], "a user's own empty folder stays"
+
+
+def test_a_router_that_is_captured_for_its_statistics_alone_is_proved_too(
+    start: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    wrong = {"router_topk": Point((Tap("mlp.gate", place=2), Tap("mlp.gate", place=0)))}
+    monkeypatch.setitem(site_table._OTHERWISE, "minimax_m2", wrong)
+    said = " ".join(start(tmp_path / "run", "--statistics", "experts", "--keep", "statistics").split())
+    assert "sites = 'router_topk': of a tiny minimax_m2" in said
 
 
 def test_an_output_below_a_file_is_told_once_by_the_right_name(start: Callable[..., str], tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from m2ray.activations.writing.statistics_writer import StatisticsWriter
 from m2ray.activations.writing.weights_record import hold_weights
 from m2ray.batches import CapturedLayer, Column, MicroBatch, PartReceipt, PartSpec, Shard
 from m2ray.cli import main
-from m2ray.errors import NotInRunError, RunDamagedError, StageError, StoreError
+from m2ray.errors import ConfigError, NotInRunError, RunDamagedError, StageError, StoreError
 from m2ray.model.statistics import Statistics
 from m2ray.selection import Selection
 from m2ray.statistics import Place, places
@@ -62,8 +62,9 @@ def values(part: PartSpec, sequence_id: int) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(100 * sequence_id + (part.layer or 0))
     num_tokens = runs.token_count(sequence_id)
     if part.site == "router_topk":
-        ids = torch.stack([torch.randperm(NUM_EXPERTS, generator=generator)[:2] for _ in range(num_tokens)]).short()
-        return [ids, torch.rand((num_tokens, 2), generator=generator)]
+        chosen = part.columns[0].width
+        ids = torch.stack([torch.randperm(NUM_EXPERTS, generator=generator)[:chosen] for _ in range(num_tokens)]).short()
+        return [ids, torch.rand((num_tokens, chosen), generator=generator)]
     return [(torch.randn((num_tokens, runs.WIDTH), generator=generator) * 3 + torch.arange(runs.WIDTH) * 50).bfloat16()]
 
 
@@ -176,6 +177,35 @@ def test_expert_load_is_what_counting_the_stored_choices_gives(store: LocalStore
     assert int(torch.triu(together, 1).sum()) == len(chosen)
 
 
+def test_a_router_that_chooses_one_expert_has_no_two_together(store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = PartSpec("router_topk", 7, (Column("expert_ids", "int16", 1), Column("expert_weights", "float32", 1)))
+    monkeypatch.setitem(globals(), "PARTS", (*PARTS[:-1], one))
+    finished(store)
+    found = open_run(store.url).statistics("router_topk", 7)
+    assert torch.equal(found.coactivation, torch.diag(found.expert_load))
+    assert int(found.expert_load.sum()) == open_run(store.url).num_rows
+
+
+def test_values_whose_squares_are_none_are_refused_by_place(store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """bfloat16 has them; float32, in which squares are summed, has not."""
+    usual = values
+    monkeypatch.setitem(globals(), "values", lambda part, number: [usual(part, number)[0] * (1e20 if part.layer == 11 else 1)])
+    monkeypatch.setitem(globals(), "PARTS", PARTS[:-1])
+    monkeypatch.setitem(globals(), "ASKED", {kind: ASKED[kind] for kind in ("moments", "norms", "covariance")})
+    with pytest.raises(StageError, match="^Residual of layer 11: of values from -?[0-9.e+]* to .* float32 holds no squares"):
+        extract(begin(store), runs.shard(0), "a", ONE_STAGE)
+    assert not left(store)
+
+
+def test_a_quantile_is_of_a_share(store: LocalStore) -> None:
+    finished(store, "statistics")
+    found = open_run(store.url).statistics("residual", 0)
+    assert found.norm_quantile(0) == found.norms["below"][0].as_py()
+    for share in (-0.5, 1.01, 99, float("nan")):
+        with pytest.raises(ConfigError, match="share"):
+            found.norm_quantile(share)
+
+
 def test_a_run_may_keep_them_alone(store: LocalStore) -> None:
     """No rows are there, and whoever asks for them is told so."""
     finished(store, "statistics")
@@ -186,8 +216,9 @@ def test_a_run_may_keep_them_alone(store: LocalStore) -> None:
     assert run.num_tokens == run.statistics("residual", 0).count
     with pytest.raises(NotInRunError, match="keeps no rows"):
         run.tensor()
-    with pytest.raises(NotInRunError, match="keeps no rows"):
-        run.tokens()
+    for ask in (run.tokens, lambda: run.rows([0]), lambda: run.site("residual"), lambda: run.layer(0), lambda: run.layers([0, 7])):
+        with pytest.raises(NotInRunError, match="keeps no rows"):
+            ask()
     assert verify(store, checksums=True).is_sound
 
 
@@ -199,7 +230,7 @@ def test_what_was_not_asked_for_is_said(store: LocalStore) -> None:
         commit(run, index)
     run.finish()
     reader = open_run(store.url)
-    with pytest.raises(NotInRunError, match="no statistics of mlp of layer 0"):
+    with pytest.raises(NotInRunError, match="no statistics of mlp of layer 0.*: residual 0,7,11; router_topk 7"):
         reader.statistics("mlp", 0)
     with pytest.raises(NotInRunError, match="there are no covariance"):
         _ = reader.statistics("residual", 0).covariance
@@ -366,7 +397,17 @@ def test_commands_take_a_run_of_statistics_alone(store: LocalStore) -> None:
         done = CliRunner().invoke(main, words)
         assert done.exit_code == 0, done.output
         assert words[0] == "verify" or "covariance" in done.output
-    assert "moments    residual 0,7,11\n" in CliRunner().invoke(main, ["inspect", store.url]).output
+    told = CliRunner().invoke(main, ["inspect", store.url]).output
+    assert "moments    residual 0,7,11\n" in told
+    assert "none are kept; statistics are of" in told
+    refused = CliRunner().invoke(main, ["verify", store.url, "--sample", "1"])
+    assert "keeps no rows that could be computed again" in refused.output
+    refused = CliRunner().invoke(main, ["export", store.url, "--to", "saelens", "--output", f"{store.url}-out", "--context-size", "4"])
+    assert "keeps no rows of the residual" in refused.output
+    listed = CliRunner().invoke(main, ["inspect", str(store.folder.parent), "--json"]).output
+    assert '"router_topk": [' in listed
+    store.delete(["weights.json"])
+    assert [damage.key for damage in verify(store, checksums=False).damages] == ["weights.json"]
 
 
 def test_what_the_store_refuses_leaves_nothing(store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -188,6 +188,15 @@ def test_the_runs_of_a_folder_are_listed(store: LocalStore, monkeypatch: pytest.
     assert "follows one run" in CliRunner().invoke(main, ["inspect", str(store.folder.parent), "--watch"]).output
 
 
+def test_the_tokens_of_a_run_of_few_rows_add_up(store: LocalStore) -> None:
+    """Commits count rows; of which shard the tokens are is not in them."""
+    counts, shards = made.job(store).counts, 7
+    rows = [1, 2, 2, 1, 2, 1, 2]
+    look = watch.Look(store, replace(made.job(store), counts=replace(counts, tokens=305, rows=sum(rows)), num_shards=shards))
+    look._commits = {number: (f"2026-01-01T00:01:{number:02d}+00:00", count, 0) for number, count in enumerate(rows)}
+    assert look._standing(None, "").tokens == 305
+
+
 def test_the_folders_of_a_bucket() -> None:
     memory = ObjectStore("memory://", MemoryStore())
     for key in ("a/job.json", "a/data/deep/x", "b/y", "top"):

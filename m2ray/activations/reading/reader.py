@@ -151,6 +151,7 @@ class RunReader:
         """The view of one site. Raises NotInRunError if this view has none of that name."""
         parts = [part for part in self._parts if part.site == name]
         if not parts:
+            self._first_part()
             raise NotInRunError(
                 f"There is no site {name!r} in this view of {self._catalogue.store.url}.",
                 f"{did_you_mean(name, self.sites)}It has: {', '.join(self.sites)}.",
@@ -215,7 +216,7 @@ class RunReader:
 
         from m2ray.activations.reading.values import tensors_of
 
-        return tensors_of(self._parts[0].columns, torch.from_numpy(self._random_rows.read(indices)))
+        return tensors_of(self._one_layer().columns, torch.from_numpy(self._random_rows.read(indices)))
 
     def tensor(self) -> "Values":
         """All committed rows in the order of `tokens`: [N, W] of a one-layer view, [L, N, W] otherwise.
@@ -365,14 +366,17 @@ class RunReader:
     def _of_layers(self, numbers: Sequence[int]) -> list[PartSpec]:
         absent = [number for number in numbers if number not in self.layer_numbers]
         if absent:
+            self._first_part()
             has = f"It has layers {in_ranges(self.layer_numbers)}." if self.layer_numbers else "It has no layers."
             raise NotInRunError(f"There is no layer {in_ranges(absent)} in this view of {self._catalogue.store.url}.", has)
         return [part for number in dict.fromkeys(numbers) for part in self._parts if part.layer == number]
 
     def _first_part(self) -> PartSpec:
-        """Any part of the view. Raises NotInRunError if it has none: the run keeps no rows."""
-        if not self._parts:
+        """Any part of the view. Raises NotInRunError if it has none: the run keeps no rows, or no layer was chosen."""
+        if not self.job.parts:
             raise NotInRunError(f"The run at {self._catalogue.store.url} keeps no rows.", "It has .statistics(SITE, LAYER).")
+        if not self._parts:
+            raise NotInRunError(f"This view of {self._catalogue.store.url} has no layers.", "Choose some of the run's.")
         return self._parts[0]
 
     def _one_site(self) -> tuple[PartSpec, ...]:

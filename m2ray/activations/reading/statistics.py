@@ -13,8 +13,9 @@ import xxhash
 
 from m2ray.activations.job import JobRecord
 from m2ray.activations.statistics import FOLDER, RESTORE, STATISTICS_KEY, StatisticsRecord, covariance_key, read_statistics_record
-from m2ray.errors import NotInRunError, RunDamagedError
-from m2ray.statistics import places
+from m2ray.errors import ConfigError, NotInRunError, RunDamagedError
+from m2ray.sites import shown_layers
+from m2ray.statistics import places, statistic_sites
 from m2ray.storage import Store
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ class LayerStatistics:
         self._name = site if layer is None else f"{site} of layer {layer}"
         taken = places(job.statistics)
         if self._place not in taken:
-            has = ", ".join(name if number is None else f"{name} {number}" for name, number in taken) or "none"
+            has = "; ".join(f"{name} {shown_layers(layers)}".strip() for name, layers in statistic_sites(job.statistics).items()) or "none"
             raise NotInRunError(f"The run at {store.url} has no statistics of {self._name}.", f"It has those of: {has}.")
         self._kinds = taken[self._place]
         record = read_statistics_record(store, job)
@@ -83,8 +84,15 @@ class LayerStatistics:
         return self._table("norms")
 
     def norm_quantile(self, share: float) -> float:
-        """A norm that this share of the rows, from 0 to 1, does not exceed: the upper end of a bin, so at most 1/32 too large."""
+        """A norm that this share of the rows, from 0 to 1, does not exceed: the upper end of a bin, so at most 1/32 too large; NaN of no rows.
+
+        Raises ConfigError for any other share.
+        """
+        if not 0 <= share <= 1:
+            raise ConfigError(f"A share of {share} of the rows is none.", "Give one from 0 to 1, such as 0.99.")
         below = np.cumsum(self.norms["rows"].to_numpy())
+        if not len(below):
+            return float("nan")
         return float(self.norms["below"][int(np.searchsorted(below, share * below[-1]))].as_py())
 
     @cached_property

@@ -105,11 +105,11 @@ def verify(store: Store, *, checksums: bool, threads: int = 8, on_progress: OnPr
     if is_complete:
         damages += _damages_of_summary(store, job, parts, commits_are_sound=not damages)
     without_commit = {damage.shard for damage in damages if damage.key == commit_key(damage.shard or 0)}
-    committed = committed_shards(store) if job.statistics else set()
+    committed = committed_shards(store)
     named = {*parts["key"].to_pylist(), *audits.audit_keys(store), *named_files(store, job, committed)}
     unnamed = tuple(_unnamed(job, stored, named, without_commit))
     damages += [
-        *_damages_of_weights(store, job, has_rows=bool(len(parts))),
+        *_damages_of_weights(store, job, has_commits=bool(committed)),
         *_damages_of_sequences(store, job),
         *_damages_of_audits(store, job),
         *(Damage(*problem) for problem in problems_of_statistics(store, job, committed, checksums=checksums)),
@@ -167,10 +167,10 @@ def _damages_of_summary(store: Store, job: JobRecord, parts: Any, *, commits_are
     return damages
 
 
-def _damages_of_weights(store: Store, job: JobRecord, *, has_rows: bool) -> Iterator[Damage]:
+def _damages_of_weights(store: Store, job: JobRecord, *, has_commits: bool) -> Iterator[Damage]:
     """Runs have the record since format 2, before their first row."""
     if store.size(WEIGHTS_KEY) is None:
-        if has_rows and job.format_version > 1:
+        if has_commits and job.format_version > 1:
             yield Damage(WEIGHTS_KEY, None, f"{store.where(WEIGHTS_KEY)} is absent: which weights the rows come from is not known.")
         return
     try:

@@ -58,7 +58,7 @@ def merge_statistics(store: Store, job: JobRecord) -> None:
         )
     wanted = places(job.statistics)
     small = _merged(store, job, {place: kinds - {"covariance"} for place, kinds in wanted.items()})
-    files = [_put_table(store, name, table) for name, table in _tables(small) if len(table)]
+    files = [_put_table(store, name, table) for name, table in _tables(small) if table.num_columns]
     with_covariance = [place for place, kinds in wanted.items() if "covariance" in kinds]
     at_once = max(1, _COVARIANCE_BYTES // (8 * job.model.hidden_size**2))
     for start in range(0, len(with_covariance), at_once):

@@ -1,7 +1,7 @@
 """StatisticsWriter: sums up what a stage's rows come to, shard by shard, and leaves one small object of each."""
 
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import xxhash
@@ -10,7 +10,7 @@ from m2ray.activations.schema import contribution_key
 from m2ray.activations.statistics import encode
 from m2ray.activations.writing.summary import Summary
 from m2ray.batches import CapturedLayer, MicroBatch, PartReceipt
-from m2ray.errors import StageError
+from m2ray.errors import StageError, raise_all
 from m2ray.selection import Selection
 from m2ray.statistics import STATISTICS, Place
 from m2ray.storage import Store
@@ -69,12 +69,13 @@ class StatisticsWriter:
 
         Raises:
             StoreError: it could not be written; nothing of it is left.
-            StageError: the attempt is not complete.
+            StageError: the attempt is not complete, or values are so large that their squares are none.
         """
         with self._lock:
             opened = self._attempts.pop((shard, attempt), None)
         if opened is None or not opened.is_complete:
             raise StageError(f"Attempt {attempt} of shard {shard} is collected before its last micro-batch.", _DEFECT)
+        raise_all([problem for place, summary in opened.summaries.items() for problem in _too_large(place, summary)])
         key = contribution_key(shard, attempt, *next(iter(self._places)))
         file = HashingFile(self._store.open_part(key))
         is_durable = False
@@ -97,3 +98,15 @@ class StatisticsWriter:
         """Forget all that is not collected."""
         with self._lock:
             self._attempts.clear()
+
+
+def _too_large(place: Place, summary: Summary) -> Iterator[StageError]:
+    """Where float32 does not hold the squares of deviations: the largest of all sums of products are among them."""
+    moments, products = summary.arrays.get("moments"), summary.arrays.get("covariance")
+    sums = [] if moments is None else [moments[:2]]
+    sums += [] if products is None else [np.diagonal(products)]
+    if moments is not None and any((np.abs(each) > np.finfo(np.float32).max).any() or np.isnan(each).any() for each in sums):
+        site, layer = place
+        where = site if layer is None else f"{site} of layer {layer}"
+        what = f"{where.capitalize()}: of values from {moments[2].min():g} to {moments[3].max():g} float32 holds no squares, and so no variance."
+        yield StageError(what, "Leave moments and covariance of it out of the statistics.")
