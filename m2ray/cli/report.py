@@ -1,6 +1,5 @@
 """`m2ray report`: a run as one self-contained HTML page."""
 
-from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +14,8 @@ from m2ray.sizes import bytes_in_words
 from m2ray.storage import looking, open_store
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from m2ray.activations.job import JobRecord
     from m2ray.report.lens import Lens
     from m2ray.report.sample import Words
@@ -24,7 +25,9 @@ _KEY = "report.html"
 
 @click.command(cls=Command)
 @click.argument("run", metavar="RUN")
-@click.option("--output", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False), help=f"Where the page goes; default: {_KEY} in RUN.")
+@click.option(
+    "--output", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False), help=f"Where the page goes; default: {_KEY} in RUN."
+)
 @click.option("--prompt", metavar="ROW_ID", help="The prompt whose tokens are shown one by one; default: one of the run's.")
 @click.option(
     "--model",

@@ -1,7 +1,7 @@
 """What was asked: the model, the sites, and the options that decide the rows."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from markupsafe import Markup
@@ -44,4 +44,11 @@ def _facts(run: RunReader) -> Iterator[tuple[Cell, ...]]:
 
 
 def _in_words(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    """An option's value; layers as ranges."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, Mapping):
+        return "; ".join(f"{name}: {_in_words(each)}".rstrip(": ") for name, each in value.items())
+    if isinstance(value, list) and value and all(type(each) is int for each in value):
+        return shown_layers(value)
+    return json.dumps(value, ensure_ascii=False)

@@ -18,7 +18,7 @@ from m2ray.report.elements import paragraph, section, text
 from m2ray.report.experts import experts
 from m2ray.report.lens import PROMPTS, Lens, lens
 from m2ray.report.measured import Report, measured
-from m2ray.report.norms import norms, prompt_norms, read_norms
+from m2ray.report.norms import norms, prompt_norms, read_norms, summed_norms
 from m2ray.report.quarantine import quarantine
 from m2ray.report.sample import Sampled, Words, committed, named, spread
 from m2ray.report.stages import memory, timeline
@@ -74,14 +74,26 @@ def build_page(store: Store, run: RunReader, *, row_id: str | None = None, words
 
 
 def _norms(run: RunReader, sample: Sequence[Sampled], prompts: Sequence[Sampled], words: Words | None) -> list[Markup]:
+    site = _site(run)
+    if sample and site in run.sites:
+        layers = read_norms(run, site, sample, prompts[0])
+        token_ids = run.site(site).layer(layers[0].layer).tokens(prompts[0].sequence_id)["token_id"].tolist()
+        num_rows = sum(each.num_rows for each in sample)
+        source = f"Of {num_rows:,} rows of each layer, those of {len(sample):,} sequences that are spread over the run."
+        return [norms(site, layers, source), prompt_norms(site, layers, prompts[0], token_ids, words)]
+    none = section("prompt", "Norms over one prompt", paragraph("No rows are committed from which they could be taken."))
+    if layers := summed_norms(run, site):
+        return [norms(site, layers, "Of all rows, from the run's statistics; a mean is that of bins, at most 1/64 off."), none]
+    return [
+        section("norms", "Norms by layer", paragraph("Neither rows are committed nor statistics from which they could be taken.")),
+        none,
+    ]
+
+
+def _site(run: RunReader) -> str:
+    """Whose norms are shown: the residual's, or those of the first site of vectors where that was not captured."""
     sites = [part.site for part in run.parts if part.layer is not None and part.columns[0].name == "activation"]
-    if not (sites and sample):
-        why = paragraph("No rows are committed from which norms could be taken.")
-        return [section("norms", "Norms by layer", why), section("prompt", "Norms over one prompt", why)]
-    site = "residual" if "residual" in sites else sites[0]
-    layers = read_norms(run, site, sample, prompts[0])
-    token_ids = run.site(site).layer(layers[0].layer).tokens(prompts[0].sequence_id)["token_id"].tolist()
-    return [norms(site, layers, sample), prompt_norms(site, layers, prompts[0], token_ids, words)]
+    return "residual" if "residual" in sites or not sites else sites[0]
 
 
 def _read_report(store: Store) -> Report | None:
@@ -91,7 +103,9 @@ def _read_report(store: Store) -> Report | None:
         report: dict[str, Any] = json.loads(store.read(_REPORT_KEY))
         measured(report), memory(report)  # what it lacks shows when it is read
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RunDamagedError(f"{store.where(_REPORT_KEY)} is not what m2ray writes ({error!r}).", "Restore it, or move it away.") from error
+        raise RunDamagedError(
+            f"{store.where(_REPORT_KEY)} is not what m2ray writes ({error!r}).", "Restore it, or move it away."
+        ) from error
     return report
 
 

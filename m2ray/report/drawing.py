@@ -47,7 +47,7 @@ _REFERENCE = re.compile(r"#([\w-]+)")
 def require_matplotlib() -> None:
     """Raise ConfigError where matplotlib is not installed."""
     try:
-        import matplotlib  # noqa: F401
+        import matplotlib as mpl  # noqa: F401
     except ImportError as error:
         raise ConfigError(f"The page is drawn by matplotlib, which is not installed ({error}).", 'pip install "m2ray[report]"') from error
 

@@ -24,7 +24,10 @@ def experts(run: RunReader, sample: Sequence[Sampled]) -> Markup:
     title = "Load of the experts"
     taken = [layer for (site, layer), kinds in places(run.job.statistics).items() if site == _SITE and _KIND in kinds and layer is not None]
     if taken and run.is_complete:
-        found, source = {layer: run.statistics(_SITE, layer).expert_load.numpy() for layer in taken}, "Of all rows, from the run's statistics."
+        found, source = (
+            {layer: run.statistics(_SITE, layer).expert_load.numpy() for layer in taken},
+            "Of all rows, from the run's statistics.",
+        )
     elif _SITE in run.sites and sample:
         view = run.site(_SITE)
         found = {layer: _counted(view.layer(layer), sample) for layer in view.layer_numbers}
@@ -53,7 +56,9 @@ def _drawn(found: Counts) -> Markup:
         for layer, load, counts in zip(layers, load_LE, counts_LE, strict=True)
     ]
     numbers = table(
-        "Load of the experts by layer", ("layer", "busiest expert, next to an even load", "never chosen", "as good as so many used evenly"), rows
+        "Load of the experts by layer",
+        ("layer", "busiest expert, next to an even load", "never chosen", "as good as so many used evenly"),
+        rows,
     )
 
     def draw(axes: Any) -> None:
@@ -62,7 +67,7 @@ def _drawn(found: Counts) -> Markup:
         axes.set_yticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
         axes.grid(visible=False)
         axes.set(xlabel="expert", ylabel="layer")
-        axes.figure.colorbar(image, label="times an even load", pad=0.01)
+        axes.figure.colorbar(image, label="times an even load", fraction=0.03, pad=0.01)
 
     layer, expert = np.unravel_index(int(load_LE.argmax()), load_LE.shape)
     said = f"The busiest is expert {expert} of layer {layers[int(layer)]}, with {load_LE.max():.1f} times an even load."

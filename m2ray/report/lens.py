@@ -1,13 +1,13 @@
 """The logit lens: what the model would say next if it ended after a layer. Its final norm and head are put on recorded rows."""
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from markupsafe import Markup
 
 from m2ray.activations.reading.reader import RunReader
 from m2ray.report.elements import paragraph, section, table, text
-from m2ray.report.sample import Sampled, Words, in_words
+from m2ray.report.sample import Sampled, Words, in_words, visible
 
 if TYPE_CHECKING:
     import torch
@@ -56,17 +56,13 @@ def _of_prompt(run: RunReader, prompt: Sampled, head: Lens, words: Words) -> Mar
     shares = shares_N.tolist()
     entered = in_words(residual.tokens(prompt.sequence_id)["token_id"][-_LAST_TOKENS:].tolist(), words)
     rows = (
-        (str(layer), *(_cell(said[at], shares[at]) for at in range(place * width, (place + 1) * width))) for place, layer in enumerate(layers)
+        (str(layer), *(_cell(said[at], shares[at]) for at in range(place * width, (place + 1) * width)))
+        for place, layer in enumerate(layers)
     )
     cut = f", its last {width} tokens" if prompt.num_rows > width else ""
-    return table(f"Prompt {prompt.row_id}{cut}", ("layer", *map(visible, entered)), rows, "lens")
+    return table(f"Prompt {prompt.row_id}{cut}", ("layer", *entered), rows, "lens")
 
 
 def _cell(word: str, share: float) -> Markup:
     step = sum(share >= each for each in _SURE)
     return Markup('<td class="s{}" title="{}">{}</td>').format(step, f"{share:.1%}", text(visible(word)))
-
-
-def visible(word: Any) -> str:
-    """A word whose spaces can be seen."""
-    return str(word).replace(" ", "␣").replace("\n", "⏎")

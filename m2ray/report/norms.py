@@ -9,9 +9,11 @@ import numpy as np
 from markupsafe import Markup
 
 from m2ray.activations.reading.reader import RunReader
+from m2ray.activations.reading.statistics import LayerStatistics
 from m2ray.report.drawing import COLOURS, SHADES, drawn
 from m2ray.report.elements import figure, paragraph, section, table
 from m2ray.report.sample import Sampled, Words, in_words
+from m2ray.statistics import places
 
 OUTLIER = 10.0
 """A channel is an outlier of a layer where its largest value is so many times that of the layer's median channel."""
@@ -42,7 +44,9 @@ class LayerNorms:
 
 def read_norms(run: RunReader, site: str, sample: Sequence[Sampled], prompt: Sampled) -> list[LayerNorms]:
     """The norms of a site, layer by layer; memory holds one sequence's rows of one layer. Raises RunDamagedError or StoreError."""
-    return [_of_layer(run.site(site).layer(layer), layer, sample, prompt, run.job.selection.is_all) for layer in run.site(site).layer_numbers]
+    return [
+        _of_layer(run.site(site).layer(layer), layer, sample, prompt, run.job.selection.is_all) for layer in run.site(site).layer_numbers
+    ]
 
 
 def _of_layer(view: RunReader, layer: int, sample: Sequence[Sampled], prompt: Sampled, is_all: bool) -> LayerNorms:  # noqa: FBT001
@@ -60,16 +64,30 @@ def _of_layer(view: RunReader, layer: int, sample: Sequence[Sampled], prompt: Sa
     return LayerNorms(layer, float(np.concatenate(norms).mean()), *means, channels, of_prompt)
 
 
+def summed_norms(run: RunReader, site: str) -> list[LayerNorms]:
+    """The same from a finished run's statistics, of all rows, where it has both norms and moments; rows of one prompt they do not have."""
+    taken = places(run.job.statistics)
+    layers = [layer for (of, layer), kinds in taken.items() if of == site and layer is not None and {"norms", "moments"} <= kinds]
+    return [_of_statistics(run.statistics(site, layer), layer) for layer in layers] if run.is_complete else []
+
+
+def _of_statistics(known: LayerStatistics, layer: int) -> LayerNorms:
+    bins = known.norms
+    middles = (bins["at_least"].to_numpy() + bins["below"].to_numpy()) / 2
+    channels = np.maximum(np.abs(known.min.numpy()), np.abs(known.max.numpy()))
+    mean = float(np.average(middles, weights=bins["rows"].to_numpy()))
+    return LayerNorms(layer, mean, None, None, channels, np.empty(0))
+
+
 # -- by layer ---------------------------------------------------------------------------------------------------------
 
 
-def norms(site: str, layers: Sequence[LayerNorms], sample: Sequence[Sampled]) -> Markup:
-    """The section of the norms by layer, with first tokens and outlier channels."""
-    num_rows = sum(each.num_rows for each in sample)
+def norms(site: str, layers: Sequence[LayerNorms], source: str) -> Markup:
+    """The section of the norms by layer, with first tokens and outlier channels; `source` says in words what they are of."""
     return section(
         "norms",
         f"Norms of {site} by layer",
-        paragraph(f"Read from {num_rows:,} rows of each layer, those of {len(sample):,} sequences that are spread over the run."),
+        paragraph(source),
         _by_layer(site, layers),
         *_outliers(layers),
     )
@@ -89,9 +107,18 @@ def _by_layer(site: str, layers: Sequence[LayerNorms]) -> Markup:
 
     def draw(axes: Any) -> None:
         for number, (name, values) in enumerate(series.items()):
-            axes.plot([each.layer for each in layers], values, "o-s-^-"[2 * number : 2 * number + 2], color=COLOURS[number], markersize=3, label=name)
+            axes.plot(
+                [each.layer for each in layers],
+                values,
+                "o-s-^-"[2 * number : 2 * number + 2],
+                color=COLOURS[number],
+                markersize=3,
+                label=name,
+            )
         if all(value > 0 and np.isfinite(value) for values in series.values() for value in values):
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:,g}")
+            axes.yaxis.set_minor_formatter("{x:,g}" if max(map(max, series.values())) < 10 * min(map(min, series.values())) else "")
         axes.set(xlabel="layer", ylabel="mean L2 norm")
         axes.figure.legend(loc="outside upper left", ncols=3)
 
@@ -142,23 +169,28 @@ def prompt_norms(site: str, layers: Sequence[LayerNorms], prompt: Sampled, token
     def draw(axes: Any) -> None:
         from matplotlib.colors import LogNorm
 
-        image = axes.imshow(finite.T, aspect="auto", cmap=SHADES, interpolation="none", norm=LogNorm() if np.isfinite(finite).any() else None)
+        image = axes.imshow(
+            finite.T, aspect="auto", cmap=SHADES, interpolation="none", norm=LogNorm() if np.isfinite(finite).any() else None
+        )
         step = -(-len(layers) // 16)
         axes.set_xticks(range(0, len(layers), step), [str(each.layer) for each in layers[::step]])
         axes.set_yticks(range(len(names)), [_label(name) for name in names])
         axes.grid(visible=False)
         axes.set_xlabel("layer")
-        axes.figure.colorbar(image, label="L2 norm", pad=0.01)
+        axes.figure.colorbar(image, label="L2 norm", fraction=0.03, pad=0.01, format="{x:,g}")
 
     largest = np.unravel_index(int(np.argmax(np.nan_to_num(finite))), finite.shape)
     said = f"The largest norm, {_short(float(norms_LT[largest]))}, is that of token {names[int(largest[1])]!r} at layer {layers[int(largest[0])].layer}."
     cut = f" The first {len(ids)} of its {prompt.num_rows:,} rows are shown." if prompt.num_rows > len(ids) else ""
+    parts = " � stands for a part of a character." if any("�" in name for name in names) else ""
     return section(
         "prompt",
         f"Norms over the tokens of the prompt {prompt.row_id}",
         Markup("") if words else paragraph("Tokens are shown by their ids: the run's tokenizer is not at hand. Give it by --model."),
         figure(
-            drawn("prompt-drawn", f"Norms of {site} over one prompt's tokens", said, draw, 1.2 + 0.19 * len(names)), f"{said}{cut}", numbers
+            drawn("prompt-drawn", f"Norms of {site} over one prompt's tokens", said, draw, 1.2 + 0.19 * len(names)),
+            f"{said}{cut}{parts}",
+            numbers,
         ),
     )
 

@@ -7,7 +7,7 @@ from m2ray.activations.reading.reader import RunReader
 from m2ray.errors import NotInRunError, did_you_mean
 from m2ray.selection import NO_TOKEN
 
-MOST_SEQUENCES = 16
+MOST_SEQUENCES = 8
 MOST_ROWS = 4096
 """In all, of each layer."""
 
@@ -60,4 +60,9 @@ def named(sequences: Sequence[Sampled], row_id: str) -> Sampled:
 
 def in_words(token_ids: Sequence[int], words: Words | None) -> list[str]:
     """What each row's token stands for; the ids where the tokenizer is not at hand. Rows of several tokens have no id."""
-    return ["a mean" if each == NO_TOKEN else words([each])[0] if words else str(each) for each in token_ids]
+    return ["(mean)" if each == NO_TOKEN else visible(words([each])[0]) if words else str(each) for each in token_ids]
+
+
+def visible(word: str) -> str:
+    """A word whose spaces and line ends can be seen."""
+    return word.replace(" ", "␣").replace("\n", "⏎")

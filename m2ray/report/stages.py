@@ -92,7 +92,7 @@ def _commits(commits: Sequence[CommitRecord], num_shards: int) -> Markup:
     ordered = sorted(commits, key=lambda commit: commit.committed_at)
     times = [datetime.fromisoformat(commit.committed_at) for commit in ordered]
     done = [(place + 1) * num_shards / len(ordered) for place in range(len(ordered))]
-    minutes = [(time - times[0]).total_seconds() / 60 for time in times]
+    passed_s = [(time - times[0]).total_seconds() for time in times]
     step = -(-len(ordered) // _SHOWN_COMMITS)
     rows = [
         (commit.committed_at[:19].replace("T", " "), f"{count:,.0f}", str(commit.shard), f"{commit.elapsed_s:.1f}")
@@ -100,14 +100,18 @@ def _commits(commits: Sequence[CommitRecord], num_shards: int) -> Markup:
     ]
     numbers = table("Commits in the order of time", ("committed (UTC)", "shards so far", "shard", "its attempt took (s)"), rows)
 
-    def draw(axes: Any) -> None:
-        axes.step(minutes, done, where="post", color=COLOURS[0])
-        axes.plot(minutes, done, ".", color=COLOURS[0], markersize=3)
-        axes.axhline(num_shards, color=INK, linewidth=0.6, linestyle=":")
-        axes.set(xlabel="minutes since the first commit", ylabel="shards committed", ylim=(0, num_shards * 1.05))
+    unit, seconds = ("seconds", 1) if passed_s[-1] < 120 else ("minutes", 60) if passed_s[-1] < 7200 else ("hours", 3600)
+    passed = [each / seconds for each in passed_s]
 
-    said = f"{num_shards:,} shards were committed within {minutes[-1]:.1f} minutes after the first one."
-    return figure(drawn("commits", "Shards committed over time", said, draw), f"Shards committed over time. {said}", numbers)
+    def draw(axes: Any) -> None:
+        axes.step(passed, done, where="post", color=COLOURS[0], marker=".", markersize=4)
+        axes.axhline(num_shards, color=INK, linewidth=0.6, linestyle=":")
+        axes.set(xlabel=f"{unit} since the first commit", ylabel="shards committed", ylim=(0, num_shards * 1.05))
+
+    said = f"{num_shards:,} shards were committed, the last one {passed[-1]:,.1f} {unit} after the first."
+    if not passed_s[-1]:
+        return paragraph(said)
+    return figure(drawn("commits", "Shards committed over time", said, draw), said, numbers)
 
 
 # -- memory -----------------------------------------------------------------------------------------------------------
@@ -117,7 +121,10 @@ def _memory(caption: str, what: str, rows: Sequence[tuple[str, int, int, int | N
     numbers = table(
         caption,
         (what, "planned", "at its peak", "of"),
-        ((name, bytes_in_words(planned), bytes_in_words(peak), bytes_in_words(total) if total else "") for name, planned, peak, total in rows),
+        (
+            (name, bytes_in_words(planned), bytes_in_words(peak), bytes_in_words(total) if total else "")
+            for name, planned, peak, total in rows
+        ),
     )
     some = rows[:_DRAWN_STAGES]
 
