@@ -38,7 +38,8 @@ class LayerNorms:
     @property
     def outliers(self) -> list[tuple[int, float]]:
         """(channel, times the median channel), the largest first."""
-        times = self.channels / max(float(np.median(self.channels)), 1e-30)
+        with np.errstate(invalid="ignore"):  # of a row that holds infinities all channels may be infinite
+            times = self.channels / max(float(np.median(self.channels)), 1e-30)
         return [(int(place), float(times[place])) for place in np.argsort(-times) if times[place] >= OUTLIER]
 
 
@@ -50,7 +51,7 @@ def read_norms(run: RunReader, site: str, sample: Sequence[Sampled], prompt: Sam
 
 
 def _of_layer(view: RunReader, layer: int, sample: Sequence[Sampled], prompt: Sampled, is_all: bool) -> LayerNorms:  # noqa: FBT001
-    norms, channels, of_prompt = [], np.zeros(view.parts[0].columns[0].width, np.float32), np.empty(0)
+    norms, channels, of_prompt = [], np.zeros(view.parts[0].columns[0].width), np.empty(0)
     for each in dict.fromkeys((*sample, prompt)):
         rows_NW = np.nan_to_num(view.sequence(each.sequence_id).float().numpy(), nan=np.inf, posinf=np.inf, neginf=np.inf)
         norms_N = np.sqrt(np.square(rows_NW, dtype=np.float64).sum(axis=1))
