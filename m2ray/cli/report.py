@@ -72,7 +72,7 @@ def _words(job: "JobRecord", model: str | None) -> "Iterator[Words | None]":
         say(f"Tokens are shown by their ids: {problem.what}")
         tokenizer = None
     try:
-        yield tokenizer and tokenizer.words
+        yield tokenizer.words if tokenizer else None
     finally:
         if tokenizer:
             tokenizer.close()

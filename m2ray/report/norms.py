@@ -61,8 +61,9 @@ def _of_layer(view: RunReader, layer: int, sample: Sequence[Sampled], prompt: Sa
             norms.append(norms_N)
             channels = np.maximum(channels, np.abs(rows_NW).max(axis=0))
     firsts, others = np.array([each[0] for each in norms]), np.concatenate([each[1:] for each in norms])
-    means = (float(firsts.mean()), float(others.mean()) if len(others) else None) if is_all else (None, None)
-    return LayerNorms(layer, float(np.concatenate(norms).mean()), *means, channels, of_prompt)
+    first = float(firsts.mean()) if is_all else None
+    other = float(others.mean()) if is_all and len(others) else None
+    return LayerNorms(layer, float(np.concatenate(norms).mean()), first, other, channels, of_prompt)
 
 
 def summed_norms(run: RunReader, site: str) -> list[LayerNorms]:

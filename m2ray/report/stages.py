@@ -129,9 +129,12 @@ def _memory(caption: str, what: str, rows: Sequence[tuple[str, int, int, int | N
     some = rows[:_DRAWN_STAGES]
 
     def draw(axes: Any) -> None:
-        for number, label in ((0, "planned"), (1, "at its peak")):
-            places = [place + (-0.2, 0.2)[number] for place in range(len(some))]
-            axes.barh(places, [row[1 + number] / 1e9 for row in some], 0.36, color=COLOURS[(4, 0)[number]], label=label)
+        for offset, colour, label, sizes in (
+            (-0.2, COLOURS[4], "planned", [planned for _, planned, _, _ in some]),
+            (0.2, COLOURS[0], "at its peak", [peak for _, _, peak, _ in some]),
+        ):
+            places = [place + offset for place in range(len(some))]
+            axes.barh(places, [each / 1e9 for each in sizes], 0.36, color=colour, label=label)
         for place, (_, _, _, total) in enumerate(some):
             if total:
                 axes.plot([total / 1e9] * 2, [place - 0.45, place + 0.45], color=INK)
