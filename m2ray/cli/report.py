@@ -8,6 +8,7 @@ import click
 
 from m2ray.activations.reading.reader import open_run
 from m2ray.cli import Command
+from m2ray.cli.export import require_weights
 from m2ray.cli.output import say
 from m2ray.errors import M2rayError
 from m2ray.sizes import bytes_in_words
@@ -47,6 +48,8 @@ def command(run: str, output: Path | None, prompt: str | None, model: str | None
     with looking():
         store = open_store(run)
         opened = open_run(run)
+        if model and opened.num_shards:
+            require_weights(store, opened.job, model)
         head = _head(opened.job, model) if model else None
         with _words(opened.job, model) as words:
             page = build_page(store, opened, row_id=prompt, words=words, head=head).encode()
