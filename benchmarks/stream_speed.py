@@ -7,6 +7,10 @@ On a disk, with files in the page cache, there are two plain readings: into one 
 memory as large as what the stream fills at a time, which does not. From a server the plain reading is the client's own ranged gets, as
 many at once and as long as the stream's, whose bytes nobody looks at. Epochs of one stream, as in training. Its first one also has the kernel
 give out the memory of the shuffle buffer.
+
+Checked pages are read into the processor's cache, hashed there and laid where they belong: a second copy. The hash itself takes 14 ms of
+processor time a GB. On the 2 cores of 29 November 2026, at load 4, one thread did read and copy at 3.3 GB/s and two threads at 3.1, without
+any hash or Python between: there more threads do not help. Whether memory or the machine's other load is why was not told apart.
 """
 
 import argparse

@@ -67,8 +67,8 @@ class Capture:
         selection: Selection,
         encoder: Encoder,
         copy_stream: "torch.cuda.Stream | None",
-        run_rows: int = 0,
         statistics: Statistics | None = None,
+        run_rows: int = 0,
     ) -> None:
         """`run_rows`: of pinned memory, as PinnedRuns takes them."""
         self._micro_batch = micro_batch

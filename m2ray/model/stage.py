@@ -215,7 +215,7 @@ class Stage:
             self._check(micro_batch, incoming)
         self._wait_for_gpu()
         with torch.inference_mode():
-            capture = Capture(micro_batch, self.parts, self._selection, self._encoder, self._copy_out, self._full_tokens, self._statistics)
+            capture = Capture(micro_batch, self.parts, self._selection, self._encoder, self._copy_out, self._statistics, self._full_tokens)
             token_ids_BT = torch.tensor(micro_batch.token_ids_BT, dtype=torch.int64)
             if self._on_gpu:
                 token_ids_BT = token_ids_BT.pin_memory().to(self._decoder.device, non_blocking=True)

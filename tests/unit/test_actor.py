@@ -31,10 +31,10 @@ def test_what_a_failed_load_held_is_given_back_before_the_next(tmp_path: Path, m
     held: list[weakref.ref[DecoderSpan]] = []
     was_read, was_made = Checkpoint.read_extent, DecoderSpan.__init__
 
-    def made(self: DecoderSpan, *arguments: Any) -> None:
+    def made(self: DecoderSpan, *arguments: Any, **options: Any) -> None:
         held.append(weakref.ref(self))
         assert all(earlier() is None for earlier in held[:-1]), "two spans at once"
-        was_made(self, *arguments)
+        was_made(self, *arguments, **options)
 
     def refused(self: Checkpoint, file: str, offset: int, out: memoryview) -> None:
         if len(held) == 1 and offset == self.headers["model.layers.0.self_attn.o_proj.weight"].offset:

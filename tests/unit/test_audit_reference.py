@@ -40,7 +40,9 @@ def test_it_is_transformers_own_model_of_every_family(tmp_path: Path, family: st
         assert has_router(reference.config) == (family in ROUTED)
         layers = range(reference.config.num_hidden_layers)
         reference.run(
-            torch.from_numpy(micro_batch.token_ids_BT).long(), layers, lambda layer, output: found.update({layer: output[is_real_BT]})
+            torch.from_numpy(micro_batch.token_ids_BT).long(),
+            {("residual", layer) for layer in layers},
+            lambda _, layer, output: found.update({layer: output[is_real_BT]}),
         )
     expected = reference_rows(model, micro_batch)
     assert [same_bits(found[layer], rows) for layer, rows in enumerate(expected)] == [True] * len(layers)
@@ -55,7 +57,9 @@ def test_it_is_transformers_own_multimodal_model_given_text(tmp_path: Path, name
     with Reference(str(folder), "float32", "sdpa", on_cpu=True) as reference:
         layers = range(reference.config.num_hidden_layers)
         reference.run(
-            torch.from_numpy(micro_batch.token_ids_BT).long(), layers, lambda layer, output: found.update({layer: output[is_real_BT]})
+            torch.from_numpy(micro_batch.token_ids_BT).long(),
+            {("residual", layer) for layer in layers},
+            lambda _, layer, output: found.update({layer: output[is_real_BT]}),
         )
     expected = reference_rows(load_reference(folder, torch.float32), micro_batch)
     assert [same_bits(found[layer], rows) for layer, rows in enumerate(expected)] == [True] * len(layers)

@@ -269,7 +269,7 @@ def test_what_the_run_lacks_is_said_by_name(run: Path, tmp_path: Path) -> None:
         plan_export(run, "speculators", layers="2,3,11")
     with pytest.raises(ConfigError, match=r"model's last layer, 11, .* the layers are 1, 5"):
         plan_export(run, "speculators", layers="1,5")
-    with pytest.raises(ConfigError, match=r"normed last state.*final_norm"):
+    with pytest.raises(ConfigError, match=r"normed last state.*--model"):
         plan_export(run, "specforge")
     for size in (None, 0, 2**31, 10**30):
         with pytest.raises(ConfigError, match="--context-size"):

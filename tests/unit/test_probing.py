@@ -13,7 +13,7 @@ KILLED = (
 @pytest.mark.parametrize(
     ("error", "said"),
     [
-        (OutOfMemoryError(KILLED), "Task was killed due to the node running low on memory."),
+        (OutOfMemoryError(KILLED), "Task was killed due to the node running low on memory"),
         (
             RayTaskError("look", "Traceback (most recent call last):\n  File ...\nValueError: no such device\n", ValueError()),
             "no such device",

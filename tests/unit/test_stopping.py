@@ -104,6 +104,16 @@ def test_a_survey_that_is_broken_off_as_its_file_appears_leaves_nothing(tmp_path
     monkeypatch.setattr(HashingFile, "publish", published_and_stopped)
     row = {"sequence_id": [0], "row_id": ["a"], "prompt_digest": [None], "token_count": [0], "shard": [None]}
     with pytest.raises(KeyboardInterrupt), SequencesWriter(open_store(tmp_path), "attempt") as writer:
-        writer.write({**row, "status": ["quarantined"], "reason": ["empty"], "loss_mask": [None], "roles": [None]})
+        writer.write(
+            {
+                **row,
+                "status": ["quarantined"],
+                "reason": ["empty"],
+                "loss_mask": [None],
+                "roles": [None],
+                "row_count": [0],
+                "documents": [None],
+            }
+        )
         writer.finish()
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
