@@ -44,7 +44,7 @@ def command(run: str, to: str, output: str, layers: str | None, context_size: in
     if remark := consumer_of(to).remark(export):
         say(remark)
     if model and job and (export.norm or export.target):
-        _require_weights(open_store(run), job, model)
+        require_weights(open_store(run), job, model)
     began = time.monotonic()
     with Progress(terminal()) as progress:
 
@@ -55,7 +55,7 @@ def command(run: str, to: str, output: str, layers: str | None, context_size: in
     say(f"Complete: {summary['files']:,} files with {summary['num_bytes']:,} bytes in {output}; m2ray_export.json holds the account.")
 
 
-def _require_weights(store: "Store", job: JobRecord, folder: str) -> None:
+def require_weights(store: "Store", job: JobRecord, folder: str) -> None:
     """Raise RunConflictError if the checkpoint's weights are not the run's: one that was trained further has the same names and sizes."""
     from m2ray.activations.records import WEIGHTS_KEY, read_weights
     from m2ray.model.checkpoint import open_checkpoint

@@ -184,6 +184,10 @@ class PromptTokenizer:
             f"the first prompt's {len(first_prompt):,} tokens: {self._in_words(first_prompt.tolist())}",
         ]
 
+    def words(self, token_ids: Sequence[int]) -> list[str]:
+        """What each token stands for by itself."""
+        return [self._tokenizer.decode([token_id], clean_up_tokenization_spaces=False) for token_id in token_ids]
+
     def encode(self, rows: Sequence[PromptRow]) -> list[Int32Array | str]:
         """The same as `marked`, token ids alone."""
         return [found if isinstance(found, str) else found.token_ids for found in self.marked(rows)]
@@ -302,7 +306,7 @@ class PromptTokenizer:
 
     def _in_words(self, token_ids: list[int]) -> str:
         """The first and the last tokens as Python strings, which show control characters escaped."""
-        words = [repr(self._tokenizer.decode([token_id], clean_up_tokenization_spaces=False)) for token_id in token_ids]
+        words = [repr(word) for word in self.words(token_ids)]
         if len(words) > _SHOWN_FIRST + _SHOWN_LAST:
             words[_SHOWN_FIRST:-_SHOWN_LAST] = ["..."]
         return " ".join(words)

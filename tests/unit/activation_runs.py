@@ -33,6 +33,10 @@ def token_count(sequence_id: int) -> int:
     return 3 + (sequence_id * 5) % 11
 
 
+def row_id(sequence_id: int) -> str:
+    return f"row-{sequence_id}"
+
+
 def token_ids(sequence_id: int) -> np.ndarray:
     return np.random.default_rng([1, sequence_id]).integers(0, 200_000, token_count(sequence_id)).astype(np.int32)
 
@@ -90,7 +94,7 @@ def survey(store: Store, attempt: str = "a0", *, masked: bool = False) -> tuple[
         table = pa.table(
             {
                 "sequence_id": pa.array(ids, pa.int64()),
-                "row_id": [f"row-{i}" for i in ids],
+                "row_id": [row_id(i) for i in ids],
                 "prompt_digest": [xxhash.xxh3_128_hexdigest(token_ids(i).tobytes()) if i in shard_of else None for i in ids],
                 "token_count": pa.array([token_count(i) if i in shard_of else 0 for i in ids], pa.int32()),
                 "shard": pa.array([shard_of.get(i) for i in ids], pa.int32()),

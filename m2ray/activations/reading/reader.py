@@ -90,6 +90,11 @@ class RunReader:
         return len(self._catalogue.committed)
 
     @property
+    def committed_shards(self) -> Sequence[int]:
+        """The numbers of the committed shards, ascending."""
+        return self._catalogue.committed
+
+    @property
     def num_rows(self) -> int:
         """Committed rows of every site and layer: of each token one, where nothing else was chosen. Of a run of statistics alone 0."""
         return _sum(self._catalogue.parts_of(self.job.parts[0])["rows"]) if self.job.parts else 0
@@ -225,9 +230,19 @@ class RunReader:
         """
         return self._load([self._catalogue.receipts_of(spec) for spec in self._one_site()])
 
-    def tokens(self) -> npt.NDArray[Any]:
-        """Which token each row is, shard after shard: TOKEN_ROW [N] (sequence_id, position, token_id)."""
+    def tokens(self, sequence_id: int | None = None) -> npt.NDArray[Any]:
+        """Which token each row is, shard after shard, or of one sequence: TOKEN_ROW [N] (sequence_id, position, token_id).
+
+        Raises NotInRunError where the sequence is not committed, and as `sequence` does.
+        """
         first = self._first_part()
+        if sequence_id is not None:
+            shard = self._catalogue.sequence(sequence_id)["shard"]
+            receipt = None if shard is None else self._catalogue.part_of_shard(first, shard)
+            if receipt is None:
+                raise NotInRunError(f"Sequence {sequence_id} has no rows: it was quarantined, or is not extracted yet.")
+            tokens = self._catalogue.open_part(first, receipt).tokens()
+            return tokens[slice(*np.searchsorted(tokens["sequence_id"], [sequence_id, sequence_id + 1]))]
         pieces = [self._catalogue.open_part(first, receipt).tokens() for receipt in self._catalogue.receipts_of(first)]
         return np.concatenate([np.empty(0, TOKEN_ROW), *pieces])
 

@@ -1,0 +1,26 @@
+"""The logit lens of the last layer says what the model itself says next."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from m2ray.model import target_weights
+from m2ray.model.next_tokens import next_tokens
+from tests.reference import load_reference, make_family, micro_batch_of, reference_rows, vocab_size
+from tests.unit.test_final_norm import fingerprint
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])  # a head of its own, and the embedding's
+def test_it_is_what_the_model_says(tmp_path: Path, model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(target_weights, "_PIECE_BYTES", 4096)  # several pieces
+    folder = make_family(tmp_path / "model", model_type)
+    model = load_reference(folder, torch.float32)
+    batch = micro_batch_of([7, 4, 9], vocab_size(folder))
+    rows_NH = reference_rows(model, batch)[-1]
+    with torch.inference_mode():
+        logits_BTV = model(torch.from_numpy(batch.token_ids_BT).long(), use_cache=False).logits
+    shares_NV = torch.cat([logits_BTV[row, :count] for row, count in enumerate(batch.token_counts.tolist())]).softmax(dim=-1)
+    ids_N, found_N = next_tokens(str(folder), *fingerprint(folder), torch.float32)(rows_NH)
+    assert torch.equal(ids_N, shares_NV.argmax(dim=-1))
+    assert torch.allclose(found_N, shares_NV.max(dim=-1).values, rtol=1e-4)
