@@ -18,8 +18,8 @@ def parse_bytes(text: str, option: str) -> int:
 
 
 def bytes_in_words(num_bytes: float) -> str:
-    """Bytes for people: "457.4 GB" (10^9)."""
-    for unit in ("B", "KB", "MB", "GB", "TB"):
+    """Bytes for people: "457.4 GB" (10^9), rounded to a tenth of its unit."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
         if num_bytes < 1000 or unit == "TB":
             break
         num_bytes /= 1000

@@ -9,11 +9,11 @@ from typing import Any, Literal
 
 from m2ray.chain.status import GpuStatus, RunStatus, StageStatus
 from m2ray.planning.devices import DevicePlan
-from m2ray.planning.layout import size
 from m2ray.planning.output import saved_bytes
 from m2ray.planning.placing import StagePlan
 from m2ray.planning.plan import Plan
 from m2ray.planning.residency import layers_in
+from m2ray.sizes import bytes_in_words
 
 FORMAT_VERSION = 1
 REPORT = "report.json"
@@ -37,15 +37,17 @@ def start_lines(plan: Plan) -> list[str]:
         lines.append(f"{node.name}: {kinds}")
     if not plan.gpus:
         return lines + [
-            f"replica {stage.replica} stage {stage.stage} on {stage.node}: {stage.span}, {size(stage.host.peak_bytes)} at its peak"
+            f"replica {stage.replica} stage {stage.stage} on {stage.node}: {stage.span}, {bytes_in_words(stage.host.peak_bytes)} at its peak"
             for stage in plan.stages
         ]
     for planned in plan.gpus:
         if planned.span is not None:
-            weights = size(planned.memory.running["weights"])
+            weights = bytes_in_words(planned.memory.running["weights"])
             outside = [(layers_in(planned.residency, "host"), "in host memory"), (layers_in(planned.residency, "disk"), "on disk")]
             kept = "".join(f", {layers} {where}" for layers, where in outside if layers)
-            lines.append(f"{_place(planned)}: {planned.span}, {weights} of weights{kept}, {size(planned.memory.peak_bytes)} at its peak")
+            lines.append(
+                f"{_place(planned)}: {planned.span}, {weights} of weights{kept}, {bytes_in_words(planned.memory.peak_bytes)} at its peak"
+            )
     return lines
 
 
@@ -55,14 +57,14 @@ def loaded_lines(plan: Plan, stages: Sequence[tuple[StagePlan, StageStatus]]) ->
     for planned, stage in stages:
         rate = stage.read_bytes / stage.load_s / 1e6 if stage.load_s > 0 else 0.0
         lines.append(
-            f"replica {planned.replica} stage {planned.stage}: {size(stage.read_bytes)} read in {stage.load_s:.1f} s, {rate:,.0f} MB/s; "
-            f"{size(stage.parameter_bytes)} of parameters"
+            f"replica {planned.replica} stage {planned.stage}: {bytes_in_words(stage.read_bytes)} read in {stage.load_s:.1f} s, {rate:,.0f} MB/s; "
+            f"{bytes_in_words(stage.parameter_bytes)} of parameters"
         )
         for planned_gpu, gpu in _gpus(plan, planned, stage):
             weights = planned_gpu.memory.running["weights"]
             lines.append(
-                f"  GPU {gpu.index}: allocated {size(gpu.loaded_allocated_bytes)}, reserved {size(gpu.loaded_reserved_bytes)}; "
-                f"planned {size(weights)} of weights"
+                f"  GPU {gpu.index}: allocated {bytes_in_words(gpu.loaded_allocated_bytes)}, reserved {bytes_in_words(gpu.loaded_reserved_bytes)}; "
+                f"planned {bytes_in_words(weights)} of weights"
             )
     return lines
 
@@ -72,7 +74,7 @@ def summary_lines(plan: Plan, run: RunStatus) -> list[str]:
     if run.tokens_per_s is None or not run.stages:
         return ["Nothing was extracted: every shard was there."]
     planned = "" if plan.rates.tokens_per_s is None else f" (planned {plan.rates.tokens_per_s:,.0f})"
-    planned_output = "" if plan.output is None else f" (planned {size(plan.output.num_bytes)})"
+    planned_output = "" if plan.output is None else f" (planned {bytes_in_words(plan.output.num_bytes)})"
     lines = [
         (
             f"{run.tokens:,} tokens in {run.extract_s:.1f} s: {run.tokens_per_s:,.0f} tokens/s{planned}, "
@@ -80,9 +82,11 @@ def summary_lines(plan: Plan, run: RunStatus) -> list[str]:
         ),
     ]
     if run.output_bytes:
-        lines.append(f"{size(run.output_bytes)} of output{planned_output}, {size(run.written_bytes / run.extract_s)}/s written")
+        lines.append(
+            f"{bytes_in_words(run.output_bytes)} of output{planned_output}, {bytes_in_words(run.written_bytes / run.extract_s)}/s written"
+        )
     if saved_bytes := _saved_bytes(plan, run):
-        lines.append(f"{run.rows:,} rows in each site and layer: {size(saved_bytes)} less than of all tokens")
+        lines.append(f"{run.rows:,} rows in each site and layer: {bytes_in_words(saved_bytes)} less than of all tokens")
     for planned_stage, stage in run.stages:
         lines.append(
             f"  stage {planned_stage.replica}.{planned_stage.stage} {planned_stage.span}: compute {stage.compute_s:.1f} s, wait {stage.wait_s:.1f} s, "
@@ -90,7 +94,7 @@ def summary_lines(plan: Plan, run: RunStatus) -> list[str]:
             f"encode {stage.write_s - stage.store_s:.1f} s, store {stage.store_s:.1f} s"
         )
         lines += [
-            f"    GPU {gpu.index}: peak {size(gpu.peak_reserved_bytes)}, planned {size(planned_gpu.memory.peak_bytes)}"
+            f"    GPU {gpu.index}: peak {bytes_in_words(gpu.peak_reserved_bytes)}, planned {bytes_in_words(planned_gpu.memory.peak_bytes)}"
             for planned_gpu, gpu in _gpus(plan, planned_stage, stage)
         ]
     if lost := run.lost_shares:

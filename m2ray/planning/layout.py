@@ -12,12 +12,12 @@ from m2ray.planning.hardware import Node
 from m2ray.planning.memory import Memory
 from m2ray.planning.plan import Plan
 from m2ray.sites import shown_layers
+from m2ray.sizes import bytes_in_words
 
 _WIDE = 100
 """Columns of a terminal from which on bars are long."""
 
 _SHADES = {"weights": ("█", "cyan"), "transient": ("▓", "yellow"), "rest": ("▒", "magenta"), "free": ("░", "bright_black")}
-_UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
 
 def render(plan: Plan, columns: int, *, chose_batch_tokens: bool = False) -> RenderableType:
@@ -37,14 +37,6 @@ def render(plan: Plan, columns: int, *, chose_batch_tokens: bool = False) -> Ren
         blocks += [_hosts_memory(plan), _hosts(plan)]
     blocks += _output(plan)
     return Group(*blocks)
-
-
-def size(num_bytes: float) -> str:
-    """Bytes for people: "457.4 GB" (10^9), rounded to a tenth of its unit."""
-    for unit_bytes, unit in _UNITS:
-        if abs(num_bytes) >= unit_bytes:
-            return f"{num_bytes / unit_bytes:.1f} {unit}"
-    return f"{num_bytes:.0f} B"
 
 
 def _verdict(plan: Plan, *, chose_batch_tokens: bool) -> Text:
@@ -102,14 +94,27 @@ def _node(plan: Plan, node: Node, bar_width: int) -> Table:
         found = planned.get(gpu.index)
         if found is None:
             table.add_row(
-                str(gpu.index), gpu.name, "", "not used", _bar({}, gpu.free_bytes, bar_width), "", size(gpu.total_bytes), style="dim"
+                str(gpu.index),
+                gpu.name,
+                "",
+                "not used",
+                _bar({}, gpu.free_bytes, bar_width),
+                "",
+                bytes_in_words(gpu.total_bytes),
+                style="dim",
             )
             continue
         stage = f"{found.replica}.{found.stage}" if several else str(found.stage)
         layers = str(found.span).removeprefix("layers ") if found.span else "none" if plan.stages else "does not fit"
         usable = found.device.usable_bytes or 0
         table.add_row(
-            str(gpu.index), gpu.name, stage, layers, _bar_of(found, usable, bar_width), size(found.memory.peak_bytes), size(usable)
+            str(gpu.index),
+            gpu.name,
+            stage,
+            layers,
+            _bar_of(found, usable, bar_width),
+            bytes_in_words(found.memory.peak_bytes),
+            bytes_in_words(usable),
         )
     return table
 
@@ -180,10 +185,10 @@ def _hosts(plan: Plan) -> Table:
         there = node.host_bytes if node.host_free_bytes is None else node.host_free_bytes
         table.add_row(
             node.name,
-            size(planned.host_bytes),
-            "unknown" if there is None else size(there),
-            size(planned.shm_bytes),
-            "unknown" if node.shm_bytes is None else size(node.shm_bytes),
+            bytes_in_words(planned.host_bytes),
+            "unknown" if there is None else bytes_in_words(there),
+            bytes_in_words(planned.shm_bytes),
+            "unknown" if node.shm_bytes is None else bytes_in_words(node.shm_bytes),
         )
     return table
 
@@ -213,13 +218,13 @@ def _output_lines(plan: Plan) -> Iterator[str]:
     yield f"output   {prompts.tokens:,} tokens of {prompts.sequences:,} prompts; padding {prompts.padding_waste:.1%}"
     if output.rows < prompts.tokens:
         chosen = plan.demand.options.prompts.selection
-        yield f"         {output.rows:,} rows of {chosen} in each site and layer: {size(output.saved_bytes)} less than of all"
+        yield f"         {output.rows:,} rows of {chosen} in each site and layer: {bytes_in_words(output.saved_bytes)} less than of all"
     for site in plan.demand.options.sites if output.by_part else ():
         of_site = [num_bytes for part, num_bytes in output.by_part.items() if part.site == site]
-        yield f"         {site}: {size(sum(of_site))} in {len(of_site) * prompts.shards:,} files"
+        yield f"         {site}: {bytes_in_words(sum(of_site))} in {len(of_site) * prompts.shards:,} files"
     if output.statistics_bytes:
-        yield f"         statistics in up to {size(output.statistics_bytes)}"
-    yield f"         {output.num_bytes:,} bytes in {output.files:,} files; with records {size(output.disk_bytes)}"
+        yield f"         statistics in up to {bytes_in_words(output.statistics_bytes)}"
+    yield f"         {output.num_bytes:,} bytes in {output.files:,} files; with records {bytes_in_words(output.disk_bytes)}"
     if output.cost_a_month is not None:
         yield f"         {_amount(output.cost_a_month)} a month at {plan.demand.assumed.price_per_gb_month:g} a GB"
 
@@ -230,7 +235,7 @@ def _rate_lines(plan: Plan) -> Iterator[str]:
         return
     source = "as stated" if rates.is_stated else "from the profile" if rates.is_measured else "estimated"
     yield f"speed    {rates.tokens_per_s:,.0f} tokens/s of computation ({source})"
-    yield f"         at that rate the store must take {size(rates.store_bytes_per_s)}/s"
+    yield f"         at that rate the store must take {bytes_in_words(rates.store_bytes_per_s)}/s"
     for name, tokens_per_s in rates.limits.items():
         if name != "computation":
             yield f"         {_words(name)} allows {tokens_per_s:,.0f} tokens/s"

@@ -60,6 +60,7 @@ def test_it_sees_the_run_bit_by_bit(batch) -> None:
         assert made_run.same_bits(batch.tensors["target"][row, :count], norm(states_TLH[:, -1]))
 
 
+@pytest.mark.timeout(900)
 def test_it_learns(batch, tmp_path) -> None:
     config = made_run.model().config
     fields = {

@@ -16,14 +16,14 @@ from m2ray.errors import ClusterError, ConfigError
 from m2ray.options import PromptOptions
 from m2ray.planning.demand import Assumptions, Demand
 from m2ray.planning.hardware import Cluster, Gpu, Node, parse_gpus
-from m2ray.planning.layout import render, size
+from m2ray.planning.layout import render
 from m2ray.planning.memory import ModelShape
 from m2ray.planning.output import part_bytes, plan_output
 from m2ray.planning.plan import Plan, most_replicas, plan_run
 from m2ray.planning.rates import active_elements
 from m2ray.planning.report import to_json
 from m2ray.planning.resolve import resolve
-from m2ray.sizes import parse_max_memory
+from m2ray.sizes import bytes_in_words, parse_max_memory
 from m2ray.statistics import contribution_bytes, widths
 from m2ray.storage import open_store
 
@@ -600,7 +600,13 @@ def test_bars_keep_their_length():
 
 
 def test_sizes_for_people():
-    assert [size(number) for number in (0, 999, 1500, 457_379_529_728, 15e12)] == ["0 B", "999 B", "1.5 kB", "457.4 GB", "15.0 TB"]
+    assert [bytes_in_words(number) for number in (0, 999, 1500, 457_379_529_728, 15e12)] == [
+        "0 B",
+        "999 B",
+        "1.5 kB",
+        "457.4 GB",
+        "15.0 TB",
+    ]
 
 
 # -- statistics -------------------------------------------------------------------------------------------------------

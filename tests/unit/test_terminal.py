@@ -65,6 +65,11 @@ def test_labels_and_the_time_left_are_whole_on_a_narrow_terminal(columns: int) -
     assert all("…" not in line for line in lines)
 
 
+def test_what_cannot_be_counted_is_said_as_it_begins(capsys: pytest.CaptureFixture[str]) -> None:
+    Progress().waiting("cluster", "starting Ray on this machine")
+    assert capsys.readouterr().out == "cluster: starting Ray on this machine\n"
+
+
 def test_a_phase_that_is_over_does_not_pulse_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
     progress = Progress(Terminal())

@@ -126,9 +126,11 @@ def test_watching_ends_where_no_driver_is_left(store: LocalStore, monkeypatch: p
     assert (ended.exit_code, "no driver is at it: run the same command again" in ended.output) == (1, True)
 
 
-def test_a_folder_without_run_and_driver_cannot_be_followed(tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match="There is no run at"):
+def test_a_folder_without_run_and_driver_cannot_be_followed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nor is anybody told to finish it; a driver that looks at its model still is not there yet."""
+    with pytest.raises(StoreError, match="There is no run at .* just been started"):
         watch.watch(LocalStore(tmp_path), Progress())
+    assert not capsys.readouterr().out
 
 
 @pytest.mark.parametrize("is_here", [False, True])
