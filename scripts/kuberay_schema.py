@@ -34,10 +34,14 @@ def served_schema(crd: Schema, api_version: str) -> Schema:
 
 def part_used(schema: Schema, values: list[Any]) -> Schema:
     """`schema` without what none of `values` has; a field that it then does not name is an error."""
-    part = {name: value for name, value in schema.items() if name not in {"description", "properties", "items"} and not name.startswith("x-")}
+    part = {
+        name: value for name, value in schema.items() if name not in {"description", "properties", "items"} and not name.startswith("x-")
+    }
     if "properties" in schema:
         fields = sorted({name for value in values for name in value} & schema["properties"].keys())
-        part["properties"] = {name: part_used(schema["properties"][name], [value[name] for value in values if name in value]) for name in fields}
+        part["properties"] = {
+            name: part_used(schema["properties"][name], [value[name] for value in values if name in value]) for name in fields
+        }
         part["additionalProperties"] = False
     if "items" in schema:
         part["items"] = part_used(schema["items"], [item for value in values for item in value])
