@@ -58,7 +58,8 @@ def test_a_node_whose_ray_does_not_start_ends_the_others(tmp_path: Path) -> None
     assert done.returncode == 1
     started, code = (tmp_path / "record").read_text().splitlines()
     assert code == "code 1"
-    assert "--min-nodes 2 --num-gpus 4 --num-cpus 64 --object-store-memory 68719476736 -- bash -c" in started
+    assert re.search(r"--temp-dir /tmp/m2ray-\w{8} ", started)
+    assert "--num-gpus 4 --num-cpus 64 --object-store-memory 68719476736 -- bash -c" in started
 
 
 def test_the_last_node_does_not_wait_for_a_ray_that_is_gone() -> None:
