@@ -58,7 +58,7 @@ def test_a_node_whose_ray_does_not_start_ends_the_others(tmp_path: Path) -> None
     assert done.returncode == 1
     started, code = (tmp_path / "record").read_text().splitlines()
     assert code == "code 1"
-    assert re.search(r"--temp-dir /tmp/m2ray-\w{8} ", started)
+    assert re.search(r"--temp-dir /tmp/m2ray-\w{8}/ray ", started)
     assert "--num-gpus 4 --num-cpus 64 --object-store-memory 68719476736 -- bash -c" in started
 
 
