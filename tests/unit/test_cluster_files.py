@@ -1,5 +1,6 @@
 """What cluster/, ray_cluster.yaml and jobs/configs/ say, checked without Ray: it parses, it fits together, the token is on."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from jsonschema import Draft7Validator
 
 from m2ray.config import ExtractConfig
 from m2ray.sizes import parse_bytes
@@ -19,6 +21,7 @@ VOLUMES = REPOSITORY / "cluster/kuberay/volumes.yaml"
 SBATCH = REPOSITORY / "cluster/slurm/extract.sbatch"
 DOCKERFILE = REPOSITORY / "cluster/docker/Dockerfile"
 RUNTIME_ENV = REPOSITORY / "cluster/runtime_env.yaml"
+RAYJOB_SCHEMA = REPOSITORY / "tests/data/kuberay/rayjob_schema.json"
 CONFIG = REPOSITORY / "jobs/configs/minimax-m2.toml"
 SHIPPED = sorted({RAY_UP, *(path for path in (REPOSITORY / "cluster").rglob("*") if path.is_file())})
 NUM_GPUS = 16
@@ -71,6 +74,30 @@ def test_ray_up_starts_ray_with_the_token_that_it_hands_out(role: str) -> None:
     token_path = re.search(r"RAY_AUTH_TOKEN_PATH=(\S+?);?\s", exports)[1].replace("$HOME", "/home/ubuntu")
     assert documents(RAY_UP)[0]["file_mounts"][token_path] == "~/.ray/auth_token"
     assert start.strip()
+
+
+def test_kuberay_knows_every_field_of_the_job() -> None:
+    """A new field, or one misspelt: `scripts/kuberay_schema.py` asks KubeRay's own schema and writes this part of it again."""
+    validator = Draft7Validator(json.loads(RAYJOB_SCHEMA.read_text()))
+    assert [problem.message for problem in validator.iter_errors(documents(RAYJOB)[0])] == []
+
+
+@pytest.mark.parametrize(
+    ("written", "misspelt", "reason"),
+    [
+        ("backoffLimit: 3", "backofLimit: 3", "'backofLimit' was unexpected"),
+        ("authOptions:", "authOption:", "'authOption' was unexpected"),
+        ("subPath: models", "subpath: models", "'subpath' was unexpected"),
+        ('num-gpus: "8"', "num-gpus: 8", "8 is not of type 'string'"),
+        ("groupName: gpu-8", "name: gpu-8", "'groupName' is a required property"),
+    ],
+)
+def test_a_field_that_a_cluster_would_drop_is_noticed(written: str, misspelt: str, reason: str) -> None:
+    text = RAYJOB.read_text()
+    assert written in text
+    validator = Draft7Validator(json.loads(RAYJOB_SCHEMA.read_text()))
+    problems = [problem.message for problem in validator.iter_errors(yaml.safe_load(text.replace(written, misspelt)))]
+    assert any(reason in problem for problem in problems)
 
 
 def test_kuberay_makes_a_token() -> None:
@@ -169,7 +196,7 @@ def test_shared_memory_holds_the_object_store_and_what_is_in_flight() -> None:
     worker, _ = pods()["gpu-8"]
     assert int(worker["rayStartParams"]["object-store-memory"]) > in_flight_bytes
     assert int(flags(ray_start_commands()["worker"])["object-store-memory"]) > in_flight_bytes
-    assert int(re.search(r"--object-store-memory (\d+)", SBATCH.read_text())[1]) > in_flight_bytes
+    assert int(re.search(r"OBJECT_STORE_BYTES:-(\d+)", SBATCH.read_text())[1]) > in_flight_bytes
 
 
 @pytest.mark.parametrize("role", ["head", "worker"])

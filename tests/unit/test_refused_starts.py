@@ -1,9 +1,6 @@
 """A start that is refused leaves nothing behind and says once what is to be done; what a run needs of its surroundings is found or named."""
 
-import os
-import re
 import stat
-import subprocess
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -202,24 +199,3 @@ def test_a_process_that_crashes_prints_nothing_into_the_run(capfd: pytest.Captur
     assert isinstance(crashed, RefusedError)
     assert "ended its process (exit code 1)" in str(crashed)
     assert capfd.readouterr() == ("", "")
-
-
-def test_each_srun_of_the_slurm_script_asks_for_the_cores_of_a_task(tmp_path: Path) -> None:
-    """Under stand-ins for Slurm's commands."""
-    (tmp_path / ".venv/bin").mkdir(parents=True)
-    (tmp_path / ".venv/bin/activate").write_text("")
-    record = tmp_path / "asked"
-    for name, body in (
-        ("scontrol", "echo a; echo b"),
-        ("srun", f'echo "$SRUN_CPUS_PER_TASK" >> {record}; echo 10.0.0.1; if [ "$1" = --kill-on-bad-exit=1 ]; then touch "${{@: -1}}"; fi'),
-    ):
-        stand_in = tmp_path / name
-        stand_in.write_text(f"#!/bin/bash\n{body}\n")
-        stand_in.chmod(0o755)
-    slurm = {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "a,b", "SLURM_JOB_NUM_NODES": "2"}
-    env = {**os.environ, **slurm, "SLURM_CPUS_PER_TASK": "64", "HOME": str(tmp_path), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    env.pop("SRUN_CPUS_PER_TASK", None)
-    script = ROOT / "cluster/slurm/extract.sbatch"
-    done = subprocess.run(["bash", script], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 0, done.stderr
-    assert record.read_text().split() == ["64"] * len(re.findall(r"\bsrun --", script.read_text()))
