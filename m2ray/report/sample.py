@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from m2ray.activations.reading.reader import RunReader
-from m2ray.errors import NotInRunError, did_you_mean
+from m2ray.errors import NotInRunError, did_you_mean, shown
 from m2ray.selection import NO_TOKEN
 
 MOST_SEQUENCES = 8
@@ -64,5 +64,5 @@ def in_words(token_ids: Sequence[int], words: Words | None) -> list[str]:
 
 
 def visible(word: str) -> str:
-    """A word whose spaces and line ends can be seen."""
-    return word.replace(" ", "␣").replace("\n", "⏎")
+    """A word whose spaces and line ends can be seen; a figure, as any XML, takes no control characters."""
+    return shown(word.replace(" ", "␣").replace("\n", "⏎"))

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from functools import cache
+from itertools import count
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
@@ -17,6 +18,7 @@ import torch
 from click.testing import CliRunner
 
 from m2ray.activations.reading.reader import open_run
+from m2ray.activations.writing import commits
 from m2ray.batches import Bits, Column, PartSpec
 from m2ray.chain.report import build_report
 from m2ray.cli import main
@@ -62,6 +64,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setattr(runs, "LOADED", {None: "e" * 32, **{layer: f"{layer:032x}" for layer in range(NUM_LAYERS)}})
         patch.setattr(runs, "token_count", lambda sequence_id: NUM_TOKENS)
         patch.setattr(runs, "row_id", lambda sequence_id: f"{HOSTILE} {sequence_id}")
+        clock = count()
+        patch.setattr(commits, "utc_now", lambda: f"2026-01-01T00:{next(clock):02d}:00+00:00")
         patch.setattr(runs, "QUARANTINED", {2: HOSTILE, 6: "empty"})
         runs.finished_run(LocalStore(folder), PARTS)
     return folder
@@ -81,7 +85,7 @@ def _run(request: pytest.FixtureRequest):
 
 
 def _words(ids: list[int]) -> list[str]:
-    return [f" 词{each}\n<b>{HOSTILE}" for each in ids]
+    return [f" 词{each}\n\x00\ud800<b>{HOSTILE}" for each in ids]
 
 
 def _head(rows_NH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -155,7 +159,7 @@ def test_it_says_what_the_run_is(page: str) -> None:
     assert "12 = 10 ready + 2 quarantined" in section(page, "asked")
     assert "residual 0-61; router_topk 0-61" in section(page, "asked")
     assert "10.0%" in section(page, "measured"), "padding of report.json"
-    assert "3 shards were committed" in section(page, "timeline")
+    assert "3 shards were committed, the last one 2.0 minutes after the first." in section(page, "timeline")
     assert "stage 0.0 computed longest, 6.0 s" in section(page, "timeline")
     assert "stage 0.1 GPU 1: 24.0 GB of" in section(page, "memory")
     assert "2 of 12 rows of the prompts (16.7%)" in section(page, "quarantine")
