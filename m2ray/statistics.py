@@ -69,7 +69,7 @@ def statistics_of_run(text: str | None, parts: Sequence[PartSpec], router_layers
     """
     problems: list[ConfigError] = []
     asked: dict[str, dict[str, tuple[int, ...]]] = {}
-    for kind, layers in _pieces(text or "", problems):
+    for kind, layers in _pieces(text, problems) if text is not None else ():
         try:
             asked[kind] = _sites_of(text or "", kind, layers, parts, router_layers, num_layers)
         except ConfigError as problem:
@@ -92,7 +92,9 @@ def _pieces(text: str, problems: list[ConfigError]) -> Iterable[tuple[str, str]]
             problems.append(ConfigError(f"statistics = {text!r}: there is no {kind!r}.", f"There are: {', '.join(get_args(Kind))}."))
         elif kind in found:
             problems.append(ConfigError(f"statistics = {text!r}: {kind} comes twice.", f'Write "{kind}:20,30" once.'))
-        found[kind] = [layers or "all"]
+        found[kind] = ["all" if layers is None else layers]
+    if not found and not problems:
+        problems.append(ConfigError(f"statistics = {text!r} names none.", f"There are: {', '.join(get_args(Kind))}."))
     return [(kind, ",".join(pieces)) for kind, pieces in found.items() if kind in get_args(Kind)]
 
 

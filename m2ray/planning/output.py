@@ -9,12 +9,22 @@ IDS_BYTES_A_ROW = 4.4
 """sequence_id, position and token_id of one row. 16 bytes in memory; encoded between 3.4 (tokens as frequent as in
 natural text) and 6.7 (all token ids equally frequent), as measured on parts of the writer with the headers of their pages."""
 
+FEW_ROWS = 256
+IDS_BYTES_OF_FEW = 4
+"""Of the first rows of a row group: their token ids have not come yet. Of chosen tokens a row group may have no others."""
+
+IDS_BYTES_A_SEQUENCE = 8
+"""Its id."""
+
 PLANES_SHARE: Mapping[str, float] = {"bfloat16": 0.71, "float16": 0.87}
 """The share of a row's bytes that planes take. It depends on the rows: 0.66 to 0.75 and 0.84 to 0.93 were seen, and the values here are
 those of rows whose elements' scales differ as widely as those of a residual stream (log-normal, sigma 1)."""
 
 BYTES_A_ROW_GROUP = 560
 """Page headers, dictionaries' headers and the footer's entry: measured. A micro-batch is one row group."""
+
+BYTES_A_FURTHER_COLUMN = 100
+"""Of a row group: where a site has several columns."""
 
 BYTES_A_PART = 2_300
 """Schema, metadata and magic: measured."""
@@ -60,9 +70,14 @@ def _share(column: Column, compression: str) -> float:
     return PLANES_SHARE.get(column.dtype, 1.0) if compression == "planes" and column.name == "activation" else 1.0
 
 
-def part_bytes(spec: PartSpec, rows: int, row_groups: int, files: int = 1, compression: str = "none") -> int:
-    """Bytes of `files` parts with these rows and row groups together, within 2 % of what the writer makes of 128 bytes a row."""
-    return round(rows * stored_row_bytes(spec, compression)) + row_groups * BYTES_A_ROW_GROUP + files * BYTES_A_PART
+def part_bytes(spec: PartSpec, rows: int, row_groups: int, files: int = 1, compression: str = "none", sequences: int = 0) -> int:
+    """Bytes of `files` parts with these rows and row groups together, within 2 % of what the writer makes of 128 bytes a row.
+
+    `sequences`: of which tokens were chosen; 0 where every token has a row.
+    """
+    of_few = IDS_BYTES_OF_FEW * min(rows, FEW_ROWS * row_groups) + IDS_BYTES_A_SEQUENCE * min(rows, sequences) if sequences else 0
+    of_a_group = BYTES_A_ROW_GROUP + BYTES_A_FURTHER_COLUMN * (len(spec.columns) - 1)
+    return round(rows * stored_row_bytes(spec, compression)) + of_few + row_groups * of_a_group + files * BYTES_A_PART
 
 
 def plan_output(
@@ -75,7 +90,8 @@ def plan_output(
 ) -> OutputPlan:
     """The output of these parts, and of statistics with what shards leave for them, for these prompts."""
     rows = prompts.tokens if prompts.rows is None else prompts.rows
-    by_part = {spec: part_bytes(spec, rows, min(rows, prompts.micro_batches), prompts.shards, compression) for spec in parts}
+    row_groups, of_sequences = min(rows, prompts.micro_batches), prompts.sequences if rows < prompts.tokens else 0
+    by_part = {spec: part_bytes(spec, rows, row_groups, prompts.shards, compression, of_sequences) for spec in parts}
     num_bytes, files = sum(by_part.values()), len(parts) * prompts.shards
     disk_bytes = num_bytes + statistics_bytes + of_shards_bytes + files * RECORD_BYTES_A_PART + prompts.sequences * RECORD_BYTES_A_SEQUENCE
     return OutputPlan(

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from m2ray.activations.schema import encode_tokens
 from m2ray.activations.writing.part_writer import PartWriter
-from m2ray.batches import TOKEN_ROW, LayerSpan, PartSpec, PromptStats, TensorRow, TensorTable
+from m2ray.batches import TOKEN_ROW, Column, LayerSpan, PartSpec, PromptStats, TensorRow, TensorTable
 from m2ray.config import ExtractConfig
 from m2ray.errors import ClusterError, ConfigError
 from m2ray.options import PromptOptions
@@ -476,6 +476,23 @@ def test_output_bytes_are_within_two_percent_of_the_writers(tmp_path, width, dty
         writer.append(encode_tokens(tokens), [bits])
     writer.finish("0" * 32)
     assert part_bytes(spec, row_groups * rows, row_groups) == pytest.approx(writer.receipt.num_bytes, rel=0.02)
+
+
+@pytest.mark.parametrize("chosen", [1, 4, 16])
+def test_the_bytes_of_few_chosen_tokens_are_not_below_the_writers(tmp_path, chosen):
+    """Of the last tokens of each sequence, whose ids have all not come yet; of rows as narrow as a router's."""
+    rng, writer_of = np.random.default_rng(0), open_store(str(tmp_path))
+    columns = (Column("expert_ids", "int16", 8), Column("expert_weights", "float32", 8))
+    writer = PartWriter(writer_of, PartSpec("router_topk", 3, columns), {"run_id": "0" * 32}, 0, "0123456789ab")
+    for group in range(20):
+        tokens = np.empty(15 * chosen, TOKEN_ROW)
+        tokens["sequence_id"] = np.repeat(1000 * group + 37 * np.arange(15), chosen)
+        tokens["position"] = np.repeat(rng.integers(20, 200, 15), chosen) + np.tile(np.arange(chosen), 15)
+        tokens["token_id"] = rng.integers(0, 50_000, len(tokens))
+        writer.append(encode_tokens(tokens), [rng.integers(0, 256, (len(tokens), width), dtype=np.uint8) for width in (16, 32)])
+    writer.finish("0" * 32)
+    planned = part_bytes(writer.spec, 300 * chosen, 20, sequences=300)
+    assert writer.receipt.num_bytes <= planned <= 1.05 * writer.receipt.num_bytes
 
 
 def test_output_of_a_run():

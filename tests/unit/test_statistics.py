@@ -131,6 +131,9 @@ def test_all_that_is_wrong_is_said_at_once() -> None:
     said = str(caught.value)
     for expected in ("no 'median'", "norms comes twice", "covariance: nothing of layer 3", "layer 9 is out of range", "runs backwards"):
         assert expected in said
+    for text, expected in ((",", "',' names none"), (" ", "' ' names none"), ("moments:", "moments: '' is neither a layer nor a range")):
+        with pytest.raises(ConfigError, match=expected):
+            statistics_of_run(text, RESIDUALS, (1,), 6)
     with pytest.raises(ConfigError, match="experts: nothing chooses experts"):
         statistics_of_run("experts:all", RESIDUALS, (), 6)
 
