@@ -66,8 +66,6 @@ def plan_export(
     consumer, catalogue = consumer_of(to), Catalogue(open_store(run))
     job = catalogue.job
     of_run = [part.layer for part in job.parts if part.site == SITE and part.layer is not None]
-    if not of_run:
-        raise NotInRunError(f"The run at {catalogue.store.url} keeps no rows of the residual.", "Extract some: trainers read those.")
     num_layers = job.model.num_layers
     chosen = parse_layers(layers, num_layers) if layers is not None else consumer.default_layers(num_layers, of_run)
     problems = [*_run_problems(catalogue), *_token_problems(job), *_layer_problems(catalogue, consumer, chosen, of_run)]
@@ -150,7 +148,11 @@ def _run_problems(catalogue: Catalogue) -> list[M2rayError]:
 def _layer_problems(catalogue: Catalogue, consumer: Consumer, layers: Sequence[int], of_run: Sequence[int]) -> list[M2rayError]:
     problems: list[M2rayError] = []
     shown = ", ".join(map(str, layers))  # in their order, and doubled ones too
-    if not layers:
+    if not layers and not of_run:
+        problems.append(
+            NotInRunError(f"The run at {catalogue.store.url} keeps no rows of the residual.", "Extract some: trainers read those.")
+        )
+    elif not layers:
         has = in_ranges(of_run)
         problems.append(ConfigError(f"{consumer.name} names no layers, and the run has several: {has}.", "Say which (--layers)."))
     if len(set(layers)) < len(layers):
