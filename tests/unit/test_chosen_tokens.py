@@ -229,7 +229,7 @@ def test_the_plan_counts_the_bytes_that_a_choice_saves(model: Path, prompts: Pat
     told = [json.loads(CliRunner().invoke(main, [*words, tokens]).stdout)["output"] for tokens in ("all", "last:2")]
     assert [(each["tokens"], each["rows"]) for each in told] == [(sum(LENGTHS), sum(LENGTHS)), (sum(LENGTHS), 2 * len(LENGTHS) - 2)]
     assert told[0]["saved_bytes"] == 0
-    assert told[0]["num_bytes"] - told[1]["num_bytes"] == pytest.approx(told[1]["saved_bytes"], abs=2)
+    assert told[0]["num_bytes"] - told[1]["num_bytes"] == pytest.approx(told[1]["saved_bytes"], rel=0.05)  # the ids of few rows repeat less
 
 
 def test_numbers_of_experts_have_no_mean(prompts: Path, tmp_path: Path) -> None:

@@ -132,7 +132,7 @@ def test_ctrl_c_is_said_with_the_exit_code_of_shells() -> None:
 
 
 def test_ctrl_c_in_an_extraction_says_that_committed_shards_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(*_: object) -> None:
+    def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     model, prompts = make_minimax(tmp_path / "model", "fp8"), tmp_path / "prompts.jsonl"

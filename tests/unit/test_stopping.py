@@ -33,7 +33,7 @@ def survivor() -> Iterator[None]:
     signal.signal(signal.SIGTERM, before)
 
 
-def sigterm(*_: object) -> None:
+def sigterm(*_: object, **__: object) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 

@@ -168,6 +168,7 @@ def test_a_dead_driver_of_this_machine_is_known_at_once(store: LocalStore, monke
 
 
 def test_the_runs_of_a_folder_are_listed(store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)  # of whoever runs the tests: a table is as wide as it says
     begun(store, 1, monkeypatch)
     done = LocalStore(store.folder.parent / "two")
     begun(done, 3, monkeypatch).finish()
