@@ -135,13 +135,10 @@ class Capture:
             self._copied.synchronize()
         kept = [self._captured[part] for part in self._parts.values() if part in self._captured]
         for rows in kept:
-            for number, extremes in enumerate(rows.extremes):
-                # What is encoded has a scale, and so fits as it is.
-                if (
-                    not (extremes if is_encoded(rows.part) else extremes.to(getattr(torch, rows.part.columns[number].dtype)))
-                    .isfinite()
-                    .all()
-                ):
+            # What is encoded has a scale, and so fits as it is.
+            stored = rows.extremes if is_encoded(rows.part) else _rounded(rows.part, rows.extremes)
+            for extremes, as_stored in zip(rows.extremes, stored, strict=True):
+                if not as_stored.isfinite().all():
                     raise self._not_finite(rows, extremes)
         return tuple(_captured(rows) for rows in kept)
 
