@@ -135,11 +135,13 @@ def _pass_s(stage: Stage, spec: StageSpec, batches: Sequence[MicroBatch]) -> flo
         width = stage.handed_bytes // DTYPES[spec.compute_dtype].itemsize
         most = max(batch.padded_tokens for batch in batches)
         generator = torch.Generator().manual_seed(0)
-        hidden_NH = torch.randn((most, width), generator=generator).to(spec.device, DTYPES[spec.compute_dtype])
+        with torch.inference_mode():  # as a stage receives them: layers are compiled for such tensors alone
+            hidden_NH = torch.randn((most, width), generator=generator).to(spec.device, DTYPES[spec.compute_dtype])
     began = time.monotonic()
     for batch in batches:
         shape = batch.token_ids_BT.shape
-        boundary = None if hidden_NH is None else Boundary(hidden_NH[: batch.padded_tokens].view(*shape, -1))
+        with torch.inference_mode():
+            boundary = None if hidden_NH is None else Boundary(hidden_NH[: batch.padded_tokens].view(*shape, -1))
         under_way.append(stage.forward(batch, boundary))
         if len(under_way) > 2:
             _ = under_way.popleft().captured

@@ -36,7 +36,10 @@ No logarithm is rounded on the way, so a count is the same on every device that 
 NORM_SHIFT = 18
 
 PIECE_ROWS = 1024
-"""Rows of a micro-batch that are float32 at one time. Their sums keep about seven digits whichever way a device adds."""
+"""Rows of a micro-batch that are added up in float32. Their sums keep about seven digits whichever way a device adds."""
+
+ROWS_AT_ONCE = 4 * PIECE_ROWS
+"""Rows that are float32 at one time."""
 
 PIECE_PRODUCTS = 256
 """Rows whose products are summed in float32: a matrix product may add them one after the other."""
@@ -165,9 +168,9 @@ def merged_bytes(kinds: frozenset[str], width: int) -> int:
 
 def device_bytes(kinds: frozenset[str], width: int, rows: int) -> int:
     """What taking the statistics of so many rows of one place allocates on their device, the results among it."""
-    piece = min(rows, PIECE_ROWS) * width
+    piece, at_once = min(rows, PIECE_ROWS) * width, min(rows, ROWS_AT_ONCE) * width
     sizes = {
-        "moments": 12 * piece + 80 * width,
+        "moments": 8 * at_once + 128 * width,
         "norms": 8 * piece + 4 * NORM_BINS,
         "covariance": 4 * piece + 16 * width**2,
         "experts": 8 * min(rows, PIECE_CHOICES) * (width + 16) + 12 * width**2,

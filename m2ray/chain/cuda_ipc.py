@@ -106,7 +106,8 @@ class Inbox:
     def take(self, parcel: InSlot) -> Boundary:
         """The boundary on the receiver's device, in memory of its own: the slot may be filled again."""
         taken = {}
-        with torch.cuda.stream(self._stream):
+        # Tensors of inference mode, as the stage's warm-up had them: for others its first layer would be compiled again.
+        with torch.inference_mode(), torch.cuda.stream(self._stream):
             for name, place in views(self._slot, parcel).items():
                 taken[name] = torch.empty(place.shape, dtype=place.dtype, device=self._device)
                 taken[name].copy_(place, non_blocking=True)

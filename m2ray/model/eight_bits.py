@@ -51,8 +51,10 @@ def _encode(rows_NW: torch.Tensor, largest: float, values_NW: torch.Tensor, scal
     """Fill `values_NW` and `scales_NK`. Returns the squares of what was lost and of what there was, summed: float64 [2]."""
     width, num_blocks = rows_NW.shape[1], scales_NK.shape[1]
     blocks_NKC = pad(rows_NW.float(), (0, num_blocks * BLOCK_CHANNELS - width)).unflatten(1, (num_blocks, BLOCK_CHANNELS))
+    # By a tensor on the device: where the divisor is a number, CUDA multiplies by its inverse, which rounds otherwise than the CPU's division.
     # Never so small that the division by it is none by a number.
-    torch.clamp(blocks_NKC.abs().amax(2) / largest, min=torch.finfo(torch.float32).tiny, out=scales_NK)
+    most = torch.full((), largest, dtype=torch.float32, device=rows_NW.device)
+    torch.clamp(blocks_NKC.abs().amax(2) / most, min=torch.finfo(torch.float32).tiny, out=scales_NK)
     scaled_NKC = blocks_NKC / scales_NK[:, :, None]
     stored_NKC = (scaled_NKC if values_NW.is_floating_point() else scaled_NKC.round_()).to(values_NW.dtype)
     values_NW.copy_(stored_NKC.flatten(1)[:, :width])

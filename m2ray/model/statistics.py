@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 
 from m2ray.batches import PartSpec
-from m2ray.statistics import NORM_BINS, NORM_SHIFT, PIECE_CHOICES, PIECE_PRODUCTS, PIECE_ROWS
+from m2ray.statistics import NORM_BINS, NORM_SHIFT, PIECE_CHOICES, PIECE_PRODUCTS, PIECE_ROWS, ROWS_AT_ONCE
 
 
 class Statistics:
@@ -65,20 +65,28 @@ def _moments(rows_NW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.T
     if not num_rows:
         none_W = torch.full_like(sums_W, torch.inf)
         return torch.stack([sums_W, sums_W, none_W, -none_W]), sums_W.float(), sums_W
-    for piece_NW in rows_NW.split(PIECE_ROWS):
-        sums_W += piece_NW.float().sum(dim=0)
-    smallest_W, largest_W = rows_NW.amin(dim=0), rows_NW.amax(dim=0)
+    for some_NW in rows_NW.split(ROWS_AT_ONCE):
+        sums_W += _sums(some_NW)
+    smallest_W, largest_W = torch.aminmax(rows_NW, dim=0)
     # Near the mean, and a value that rows may have: deviations of 16-bit rows are short numbers then, and their products exact. Of a channel
     # that never changes they are zero.
     centre_W = torch.where(smallest_W == largest_W, smallest_W, (sums_W / num_rows).to(rows_NW.dtype)).float()
     rest_W, squares_W = torch.zeros_like(sums_W), torch.zeros_like(sums_W)
-    for piece_NW in rows_NW.split(PIECE_ROWS):
-        off_NW = piece_NW.float() - centre_W
-        rest_W += off_NW.sum(dim=0)
-        squares_W += off_NW.square_().sum(dim=0)
+    for some_NW in rows_NW.split(ROWS_AT_ONCE):
+        off_NW = some_NW - centre_W
+        rest_W += _sums(off_NW)
+        squares_W += _sums(off_NW.square_())
     rest_W /= num_rows
     squares_W = (squares_W - num_rows * rest_W.square()).clamp_(min=0)
     return torch.stack([centre_W.double() + rest_W, squares_W, smallest_W.double(), largest_W.double()]), centre_W, rest_W
+
+
+def _sums(values_NW: torch.Tensor) -> torch.Tensor:
+    """Of the rows, float64 [W]: in float32 within a piece, all pieces by one kernel, since a launch takes as long as adding one up."""
+    num_pieces = len(values_NW) // PIECE_ROWS
+    whole_NW, rest_NW = values_NW.split([num_pieces * PIECE_ROWS, len(values_NW) % PIECE_ROWS])
+    sums_PW: torch.Tensor = whole_NW.unflatten(0, (num_pieces, PIECE_ROWS)).sum(dim=1, dtype=torch.float32)
+    return sums_PW.double().sum(dim=0) + rest_NW.sum(dim=0, dtype=torch.float32)
 
 
 def _products(rows_NW: torch.Tensor, centre_W: torch.Tensor, rest_W: torch.Tensor) -> torch.Tensor:
