@@ -1,6 +1,6 @@
 """What is kept at a site: the chosen tokens' rows, selected and rounded on the device, then copied to the host."""
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import cycle
@@ -19,7 +19,8 @@ from m2ray.sites import LayersOfSites
 from m2ray.statistics import Asked
 
 COPYING_LAYERS = 3
-"""Parts of one micro-batch whose rows are on the GPU at one time: on their way to the host, or yet to be computed."""
+"""Layers of one micro-batch whose rows are on the GPU at one time: on their way to the host, or yet to be computed. With fewer the GPU waits
+while the host launches the next layer."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ class Capture:
         self._kept = frozenset(parts)
         self._statistics = statistics or Statistics()
         self._parts = {(part.site, part.layer): part for part in (*parts, *self._statistics.kinds)}
+        self._most_copying = COPYING_LAYERS * max(Counter(part.layer for part in self._parts.values()).values(), default=1)
         self._encoder = encoder
         self._copy_stream = copy_stream
         self._selection = selection
@@ -107,7 +109,7 @@ class Capture:
 
     def _wait_for_room(self) -> None:
         """Let the host wait: it runs ahead of the GPU, where rows keep their memory until they are copied."""
-        while len(self._copying) >= COPYING_LAYERS:
+        while len(self._copying) >= self._most_copying:
             self._copying.popleft().synchronize()
 
     def _to_host(self, values: torch.Tensor, room: int | None = None) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """What a micro-batch's rows of one site and layer come to, computed where the rows are, before they are copied anywhere.
 
-In float32, piece by piece and centred, and the pieces summed in float64: so that neither the number of rows nor a mean far from zero costs
+In float32, piece by piece and centred, and the pieces summed in float64, products in float64 altogether: so that neither the number of rows nor a mean far from zero costs
 digits, and little memory is needed beside the rows. What is found here is merged with other micro-batches' on the host.
 """
 
@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 
 from m2ray.batches import PartSpec
-from m2ray.statistics import NORM_BINS, NORM_SHIFT, PIECE_CHOICES, PIECE_PRODUCTS, PIECE_ROWS, ROWS_AT_ONCE
+from m2ray.statistics import NORM_BINS, NORM_SHIFT, PIECE_CHOICES, PIECE_ROWS, ROWS_AT_ONCE
 
 
 class Statistics:
@@ -92,9 +92,9 @@ def _sums(values_NW: torch.Tensor) -> torch.Tensor:
 def _products(rows_NW: torch.Tensor, centre_W: torch.Tensor, rest_W: torch.Tensor) -> torch.Tensor:
     """Sums of the products of deviations from the mean, which is `centre_W` + `rest_W`."""
     products_WW = torch.outer(rest_W, rest_W).mul_(-len(rows_NW))
-    for piece_NW in rows_NW.split(PIECE_PRODUCTS):
-        # On newer CPUs a float32 product of MKL (torch 2.13) was off by 2e-6 of itself where every partial sum had a float32.
-        off_NW = (piece_NW.float() - centre_W).to(torch.float32 if rows_NW.is_cuda else torch.float64)
+    for piece_NW in rows_NW.split(PIECE_ROWS):
+        # In float32 sums of 256 products were off by 2e-6 of themselves, on CPUs and on an H200, which multiplies float64 as fast.
+        off_NW = (piece_NW - centre_W).double()
         products_WW += off_NW.T @ off_NW
     return products_WW.float()
 

@@ -1,6 +1,6 @@
 """What is asked of a run, and what that asks of each device: tensors, parts and bytes of any span."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, cast
@@ -122,7 +122,7 @@ class Demand:
 
     def parts(self, span: LayerSpan) -> tuple[PartSpec, ...]:
         """What a stage of `span` stores rows of."""
-        return parts_of_span(self.options.parts, span, self.table.num_layers)
+        return self._here(self.options.parts, span)
 
     def row_bytes(self, span: LayerSpan) -> list[int]:
         """Bytes of a row of each part of `span` whose rows are stored."""
@@ -132,9 +132,10 @@ class Demand:
         """The same of each column of each part."""
         return [column.row_bytes for part in self.parts(span) for column in part.columns]
 
-    def captured_row_bytes(self, span: LayerSpan) -> list[int]:
-        """The same of each part that `span` captures, to store its rows or for its statistics."""
-        return [part.row_bytes for part in parts_of_span(self.options.captured, span, self.table.num_layers)]
+    def captured_row_bytes(self, span: LayerSpan | None = None) -> int:
+        """Bytes of one token's captured rows, stored or for their statistics, that are on a GPU of `span`, or any, at one time."""
+        of_layers = _by_layer(self._here(self.options.captured, span))
+        return CAPTURE_BUFFERS * max((sum(part.row_bytes for part in parts) for parts in of_layers), default=0)
 
     def statistics_on_host(self, span: LayerSpan) -> int:
         """Host memory for the statistics of `span`: of the shards that are summed up, and of the micro-batches that are on their way to them."""
@@ -145,9 +146,10 @@ class Demand:
 
     def statistics_on_device(self, span: LayerSpan | None = None) -> int:
         """Device memory for the statistics of `span`, or of any: one part's while they are taken, and results on their way to the host."""
-        rows, taken = self.workload.padded_tokens, self._taken(span)
-        copied = CAPTURE_BUFFERS * max((micro_batch_bytes(kinds, width) for kinds, width in taken), default=0)
-        return copied + max((device_bytes(kinds, width, rows) for kinds, width in taken), default=0)
+        rows = self.workload.padded_tokens
+        of_layers = [list(self._kinds(parts)) for parts in _by_layer(self._here(self.options.of_statistics, span))]
+        copied = CAPTURE_BUFFERS * max((sum(micro_batch_bytes(*each) for each in taken) for taken in of_layers), default=0)
+        return copied + max((device_bytes(*each, rows) for taken in of_layers for each in taken), default=0)
 
     def output(self, prompts: PromptStats) -> OutputPlan:
         """What the run folder will hold for these prompts."""
@@ -158,9 +160,13 @@ class Demand:
 
     def _taken(self, span: LayerSpan | None) -> list[tuple[frozenset[str], int]]:
         """The statistics of each part of `span`, or of all: their kinds, and how wide they are."""
-        parts = self.options.of_statistics
-        here = parts if span is None else parts_of_span(parts, span, self.table.num_layers)
-        return list(widths(self.options.statistics, here, self.table.num_experts))
+        return list(self._kinds(self._here(self.options.of_statistics, span)))
+
+    def _kinds(self, parts: Sequence[PartSpec]) -> Iterator[tuple[frozenset[str], int]]:
+        return widths(self.options.statistics, parts, self.table.num_experts)
+
+    def _here(self, parts: Sequence[PartSpec], span: LayerSpan | None) -> tuple[PartSpec, ...]:
+        return tuple(parts) if span is None else parts_of_span(parts, span, self.table.num_layers)
 
     def short_bytes(self, devices: Sequence[Device]) -> int:
         """Bytes of one chain's weights that these devices have no room for; 0 if it fits."""
@@ -211,7 +217,7 @@ class Demand:
     @cached_property
     def overhead(self) -> dict[str, int]:
         """What a GPU holds besides weights, whichever span it gets."""
-        return gpu_overhead(self.workload, [part.row_bytes for part in self.options.captured], self.statistics_on_device())
+        return gpu_overhead(self.workload, self.captured_row_bytes(), self.statistics_on_device())
 
     @cached_property
     def _costs(self) -> tuple[Sequence[int], int, int]:
@@ -225,3 +231,11 @@ class Demand:
         loading = STAGING_BYTES["device"] + UNUSABLE_BYTES + CONTEXT_BYTES
         reserved = max(sum(self.overhead.values()), loading)
         return [None if device.usable_bytes is None else device.usable_bytes - reserved for device in devices]
+
+
+def _by_layer(parts: Iterable[PartSpec]) -> Collection[list[PartSpec]]:
+    """The parts of each layer, and those of the whole model."""
+    of_layers: dict[int | None, list[PartSpec]] = {}
+    for part in parts:
+        of_layers.setdefault(part.layer, []).append(part)
+    return of_layers.values()

@@ -236,27 +236,27 @@ def weight_bytes(rows: Iterable[TensorRow], itemsize_bytes: int) -> int:
     return sum(row.compute_bytes(itemsize_bytes) for row in rows)
 
 
-def gpu_overhead(workload: Workload, row_bytes: Sequence[int], statistics_bytes: int = 0) -> dict[str, int]:
-    """Everything that a running stage needs on a GPU besides its weights; `row_bytes` are those of each part captured there."""
+def gpu_overhead(workload: Workload, captured_bytes: int, statistics_bytes: int = 0) -> dict[str, int]:
+    """Everything that a running stage needs on a GPU besides its weights; `captured_bytes` are what one token's captured rows take there."""
     overhead = {
         "transient": workload.transient_bytes,
         "unusable": int(workload.transient_bytes * UNUSABLE_SHARE) + UNUSABLE_BYTES,
         "hidden_states": HIDDEN_BUFFERS * workload.hidden_bytes,
-        "capture": CAPTURE_BUFFERS * workload.padded_tokens * max(row_bytes, default=0) + workload.encoding_bytes,
+        "capture": workload.padded_tokens * captured_bytes + workload.encoding_bytes,
         "context": CONTEXT_BYTES,
     }
     return overhead | ({"statistics": statistics_bytes} if statistics_bytes else {})
 
 
 def gpu_memory(
-    rows: Sequence[TensorRow], workload: Workload, row_bytes: Sequence[int], offload_bytes: int = 0, statistics_bytes: int = 0
+    rows: Sequence[TensorRow], workload: Workload, captured_bytes: int, offload_bytes: int = 0, statistics_bytes: int = 0
 ) -> Memory:
     """A GPU that holds the tensors `rows`, and buffers of `offload_bytes` for layers that are kept elsewhere."""
     weights = {"weights": weight_bytes(rows, workload.itemsize_bytes)}
     if offload_bytes:
         weights["offload_buffers"] = offload_bytes
     loading = {"staging": STAGING_BYTES["device"], "unusable": UNUSABLE_BYTES, "context": CONTEXT_BYTES}
-    return Memory(weights | gpu_overhead(workload, row_bytes, statistics_bytes), weights | loading)
+    return Memory(weights | gpu_overhead(workload, captured_bytes, statistics_bytes), weights | loading)
 
 
 def gpu_host_memory(

@@ -108,8 +108,8 @@ def gpus_of(demand: Demand, chains: Sequence[Sequence[Device]], placing: Placing
                 continue
             rows = [row for row in demand.rows(found.held) if row.layer not in found.residency]
             buffers_bytes = demand.buffers_bytes(found.held) if found.residency else 0
-            row_bytes, statistics_bytes = demand.captured_row_bytes(found.held), demand.statistics_on_device(found.held)
-            memory = gpu_memory(rows, demand.workload, row_bytes, buffers_bytes, statistics_bytes)
+            captured_bytes, statistics_bytes = demand.captured_row_bytes(found.held), demand.statistics_on_device(found.held)
+            memory = gpu_memory(rows, demand.workload, captured_bytes, buffers_bytes, statistics_bytes)
             yield replace(found, memory=memory)
 
 

@@ -101,13 +101,13 @@ def test_allowances_are_what_the_model_takes():
 def test_items_of_a_gpu_and_of_hosts():
     rows = span_rows(table(), LayerSpan(0, 2), with_final_norm=False)
     work = Workload(1000, longest_tokens=100, token_bytes=8, itemsize_bytes=2, transient_bytes=200_000, writer_queue_bytes=5000)
-    on_gpu = gpu_memory(rows, work, [8, 16])
+    on_gpu = gpu_memory(rows, work, 48)
     assert on_gpu.running == {
         "weights": 400,
         "transient": 200_000,
         "unusable": 100_000 + UNUSABLE_BYTES,
         "hidden_states": 4 * 8000,
-        "capture": 3 * 16_000,
+        "capture": 48_000,
         "context": CONTEXT_BYTES,
     }
     assert on_gpu.loading == {"weights": 400, "staging": STAGING_BYTES["device"], "unusable": UNUSABLE_BYTES, "context": CONTEXT_BYTES}

@@ -39,3 +39,16 @@ def test_a_slot_holds_tensors_of_any_dtype_one_after_the_other() -> None:
     assert found["indices"].tolist() == [[[7, 7]]]
     assert found["hidden_BTH"].tolist() == [[[1.5, 1.5, 1.5]]]
     assert not slot[14:].any()
+
+
+def test_what_is_fetched_from_another_gpu_is_made_for_inference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As what a stage warms up with is: for other tensors its first layer was compiled again, two seconds a stage, one stage after the other."""
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda _: None)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda *_: None)
+    inbox = Inbox.__new__(Inbox)
+    inbox._device, inbox._stream = torch.device("cpu"), Mock()
+    inbox._slot = torch.arange(24, dtype=torch.uint8)
+    taken = inbox.take(InSlot((("hidden", torch.bfloat16, (1, 3, 4)),))).tensors["hidden"]
+    assert taken.is_inference()
+    assert torch.equal(taken.flatten().view(torch.uint8), inbox._slot)
