@@ -1,10 +1,13 @@
 """Hidden states on their way between stages, as a receiver gets them."""
 
+from contextlib import nullcontext
+from unittest.mock import Mock
+
 import numpy as np
 import pytest
 import torch
 
-from m2ray.chain.cuda_ipc import InSlot, views
+from m2ray.chain.cuda_ipc import Inbox, InSlot, views
 from m2ray.chain.transport import Incoming, send
 from m2ray.model.boundary import Boundary
 from tests.reference import same_bits
@@ -49,6 +52,6 @@ def test_what_is_fetched_from_another_gpu_is_made_for_inference(monkeypatch: pyt
     inbox = Inbox.__new__(Inbox)
     inbox._device, inbox._stream = torch.device("cpu"), Mock()
     inbox._slot = torch.arange(24, dtype=torch.uint8)
-    taken = inbox.take(InSlot((("hidden", torch.bfloat16, (1, 3, 4)),))).tensors["hidden"]
+    taken = inbox.take(InSlot((("hidden_BTH", torch.bfloat16, (1, 3, 4)),))).hidden_BTH
     assert taken.is_inference()
     assert torch.equal(taken.flatten().view(torch.uint8), inbox._slot)
