@@ -133,7 +133,8 @@ def run_beside(spec: StageSpec, together: Barrier, vocab_size: int) -> None:
     boundary = None
     if not stage.is_first:
         shape = (*SHAPE, stage.handed_bytes // DTYPES[spec.compute_dtype].itemsize)
-        hidden_BTH = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(spec.device, DTYPES[spec.compute_dtype])
+        with torch.inference_mode():
+            hidden_BTH = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(spec.device, DTYPES[spec.compute_dtype])
         boundary = Boundary(hidden_BTH)
     for batches in (warm, measured):
         for micro_batch in batches:

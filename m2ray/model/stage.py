@@ -283,6 +283,9 @@ class Stage:
         wanted = shapes_at(self._decoder.skeleton.config, self._spec.span.start, (num_sequences, length), DTYPES[self._spec.compute_dtype])
         found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in incoming.tensors.items()}
         assert found == wanted, f"hidden states and what goes with them came as {found}, not as {wanted}"
+        # What the host sends is copied in that mode, and so was what the warm-up ran; for other tensors the first layer is compiled again.
+        here = [tensor for tensor in incoming.tensors.values() if tensor.is_cuda]
+        assert all(tensor.is_inference() for tensor in here), "what comes in on a GPU has to be made in inference mode"
 
     def _wait_for_gpu(self) -> None:
         """Let the host run ahead of the GPU by two micro-batches, so that neither waits for the other and memory stays bounded."""

@@ -84,9 +84,10 @@ def _moments(rows_NW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.T
 def _sums(values_NW: torch.Tensor) -> torch.Tensor:
     """Of the rows, float64 [W]: in float32 within a piece, all pieces by one kernel, since a launch takes as long as adding one up."""
     num_pieces = len(values_NW) // PIECE_ROWS
-    whole_NW, rest_NW = values_NW.split([num_pieces * PIECE_ROWS, len(values_NW) % PIECE_ROWS])
-    sums_PW: torch.Tensor = whole_NW.unflatten(0, (num_pieces, PIECE_ROWS)).sum(dim=1, dtype=torch.float32)
-    return sums_PW.double().sum(dim=0) + rest_NW.sum(dim=0, dtype=torch.float32)
+    whole = num_pieces * PIECE_ROWS
+    sums_PW = values_NW[:whole].unflatten(0, (num_pieces, PIECE_ROWS)).sum(dim=1, dtype=torch.float32)
+    found: torch.Tensor = sums_PW.double().sum(dim=0) + values_NW[whole:].sum(dim=0, dtype=torch.float32)
+    return found
 
 
 def _products(rows_NW: torch.Tensor, centre_W: torch.Tensor, rest_W: torch.Tensor) -> torch.Tensor:
