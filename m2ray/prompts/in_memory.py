@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 
 from m2ray.errors import PromptsError, StoreError
-from m2ray.prompts.kept import shortened
+from m2ray.prompts.kept import plain_type, shortened
 from m2ray.storage import remedy_for
 
 
@@ -89,10 +89,17 @@ def _written(prompts: Any, folder: Path) -> Path:
     if isinstance(prompts, Mapping):
         splits = ", ".join(map(repr, islice(prompts, 5)))
         raise PromptsError(f"The prompts are a {type(prompts).__name__} of {splits}.", f"Choose one: prompts[...]. {_GIVE}")
-    is_series = not hasattr(prompts, "columns") and hasattr(prompts, "to_list")
-    if (batches := None if is_series else _batches(prompts)) is not None:
-        return _write_table(batches, folder / "rows-in-memory.arrow")
-    rows = prompts.tolist() if hasattr(prompts, "tolist") else prompts.to_list() if is_series else prompts
+    library = type(prompts).__module__.partition(".")[0]
+    if library in ("pandas", "polars") and not hasattr(prompts, "columns"):
+        prompts = prompts.to_list()  # a column of a frame
+    try:
+        if (batches := _batches(prompts, library)) is not None:
+            return _write_table(batches, folder / "rows-in-memory.arrow")
+    except pa.ArrowException as error:
+        raise PromptsError(
+            f"The {type(prompts).__name__} is no table for Arrow: {error}.", "Give each column values of one type."
+        ) from error
+    rows = prompts.tolist() if hasattr(prompts, "tolist") else prompts
     if not isinstance(rows, Sequence):
         raise PromptsError(f"Prompts cannot be given as {type(prompts).__name__}.", _GIVE)
     return _write_lines(rows, folder)
@@ -101,32 +108,26 @@ def _written(prompts: Any, folder: Path) -> Path:
 # -- tables ---------------------------------------------------------------------------------------------------------------
 
 
-def _batches(prompts: Any) -> Iterable[Any] | None:
+def _batches(prompts: Any, library: str) -> Iterable[Any] | None:
     """A table's record batches, or tables; None of what is no table."""
-    library = type(prompts).__module__.partition(".")[0]
-    try:
-        if library == "datasets" and hasattr(prompts, "with_format"):
-            return prompts.with_format("arrow").iter(_ROWS_AT_ONCE)  # type: ignore[no-any-return]
-        if library == "pandas":
-            return pa.Table.from_pandas(prompts, preserve_index=False).to_batches()  # type: ignore[no-any-return]
-        if hasattr(prompts, "__arrow_c_stream__"):
-            return pa.RecordBatchReader.from_stream(prompts)  # type: ignore[no-any-return]
-    except (pa.ArrowException, TypeError, ValueError) as error:
-        raise PromptsError(
-            f"The {type(prompts).__name__} is no table for Arrow: {error}.", "Give each column values of one type."
-        ) from error
+    if library == "datasets" and hasattr(prompts, "with_format"):
+        return prompts.with_format("arrow").iter(_ROWS_AT_ONCE)  # type: ignore[no-any-return]
+    if library == "pandas":
+        return pa.Table.from_pandas(prompts, preserve_index=False).to_batches()  # type: ignore[no-any-return]
+    if hasattr(prompts, "__arrow_c_stream__"):
+        return pa.RecordBatchReader.from_stream(prompts)  # type: ignore[no-any-return]
     return None
 
 
 def _write_table(batches: Iterable[Any], path: Path) -> Path:
-    """Equal tables make equal files, however they lie in memory: batches of one size, without what libraries say of themselves."""
+    """Equal tables make equal files, however they lie in memory: batches of one size, of plain types, without what libraries say of themselves."""
     stream = None
     with pa.OSFile(str(path), "wb") as file:
         for table in _evenly(batches):
-            plain = pa.schema([field.remove_metadata() for field in table.schema])
+            plain = pa.schema([pa.field(field.name, plain_type(field.type)) for field in table.schema])
             stream = stream or pa.ipc.new_stream(file, plain)
             # Fresh arrays: no bits of other rows, of a slice or beneath nulls.
-            stream.write_table(table.take(pa.array(range(table.num_rows), pa.int64())).cast(plain).combine_chunks())
+            stream.write_table(table.cast(plain).take(pa.array(range(table.num_rows), pa.int64())).combine_chunks())
         if stream is None:
             raise PromptsError("The prompts hold no rows.", "Give at least one prompt.")
         stream.close()

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 _TYPES = pa.types
 _SCALAR_BYTES = 8
+_NOTHING: tuple[tuple[Any, ...], None, int] = ((), None, 0)
 _SHORT = {pa.string_view(): pa.string(), pa.large_string(): pa.string(), pa.binary_view(): pa.binary(), pa.large_binary(): pa.binary()}
 
 
@@ -29,6 +30,8 @@ class KeptColumns:
 
     def of(self, values: Mapping[str, Any]) -> tuple[tuple[Any, ...], str | None, int]:
         """A row's values of these columns, null where it has none; what keeps one of them from its column, if anything; and their bytes."""
+        if not len(self.schema):  # as a rule: of millions of rows
+            return _NOTHING
         cells: list[Any] = []
         problem, num_bytes = None, 0
         for field in self.schema:
@@ -62,8 +65,7 @@ def kept_columns(files: Iterable["PromptFile"], names: Sequence[str]) -> KeptCol
     for file in files if names else ():
         for name, kind in file.kinds(names).items():
             try:
-                plain = _plain(kind)
-                field = pa.field(name, plain)
+                field = pa.field(name, _keepable(plain_type(kind)))
                 schemas = [pa.schema([found.get(name, field)]), pa.schema([field])]
                 found[name] = pa.unify_schemas(schemas, promote_options="permissive").field(0)
             except (pa.ArrowException, ValueError) as error:
@@ -82,19 +84,26 @@ def kind_of_values(values: Sequence[Any]) -> Any:
     return pa.array(values).type
 
 
-def _plain(kind: Any) -> Any:
-    """The type of the same values, each by itself. Raises ValueError for one that Parquet or JSON rows do not give back."""
+def plain_type(kind: Any) -> Any:
+    """The type of the same values, each by itself: one for all layouts of text, bytes and lists."""
     if isinstance(kind, pa.BaseExtensionType):
-        return _plain(kind.storage_type)
+        return plain_type(kind.storage_type)
     if _TYPES.is_dictionary(kind) or _TYPES.is_run_end_encoded(kind):
-        return _plain(kind.value_type)
+        return plain_type(kind.value_type)
     if _TYPES.is_struct(kind):
-        return pa.struct([pa.field(field.name, _plain(field.type)) for field in kind])
+        return pa.struct([pa.field(field.name, plain_type(field.type)) for field in kind])
     if _TYPES.is_list(kind) or _TYPES.is_large_list(kind):
-        return pa.list_(_plain(kind.value_type))
-    if _TYPES.is_nested(kind) and not _TYPES.is_fixed_size_list(kind):
-        raise ValueError(f"it is of the type {kind}")
+        return pa.list_(plain_type(kind.value_type))
     return _SHORT.get(kind, kind)
+
+
+def _keepable(kind: Any) -> Any:
+    """A plain type. Raises ValueError for one whose values rows do not give back as they were."""
+    if _TYPES.is_map(kind) or _TYPES.is_union(kind) or _TYPES.is_list_view(kind) or _TYPES.is_large_list_view(kind):
+        raise ValueError(f"it is of the type {kind}")
+    for place in range(kind.num_fields):
+        _keepable(kind.field(place).type)
+    return kind
 
 
 def shortened(value: Any) -> str:
