@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
+from m2ray.extras import naming_extras
+
 if TYPE_CHECKING:
     from m2ray.activations.reading.reader import open_run as open_run
 
@@ -9,8 +11,9 @@ __version__ = "0.2.0"
 __all__ = ["__version__", "open_run"]
 
 
+@naming_extras()
 def __getattr__(name: str) -> Any:
-    # Reading a run needs pyarrow and torch; `m2ray --help` should not wait for them.
+    # Reading a run needs pyarrow; `m2ray --help` should not wait for it.
     if name == "open_run":
         from m2ray.activations.reading.reader import open_run
 

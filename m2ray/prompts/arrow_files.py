@@ -1,6 +1,6 @@
 """Parquet and Arrow: rows in bounded memory, though a few kilobytes of such a file may be written out as gigabytes."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ class ParquetFile(_FileWithSchema):
         with reading_file(self.path), self._opened() as file:
             return self._named(file.schema_arrow, nested)
 
-    def records(self, columns: Sequence[str]) -> Iterator[Record]:
+    def records(self, columns: Sequence[str]) -> Generator[Record]:
         with reading_file(self.path), self._opened() as file:
             columns = fields_of(file.schema_arrow, columns)
             for group in range(file.num_row_groups):
@@ -92,7 +92,7 @@ class ArrowFile(_FileWithSchema):
         with reading_file(self.path), self._opened() as (schema, _):
             return self._named(schema, nested)
 
-    def records(self, columns: Sequence[str]) -> Iterator[Record]:
+    def records(self, columns: Sequence[str]) -> Generator[Record]:
         with reading_file(self.path), self._opened() as (schema, batches):
             columns = fields_of(schema, columns)
             try:

@@ -9,7 +9,7 @@ import json
 import zlib
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import count, islice
 from pathlib import Path
@@ -52,7 +52,7 @@ class PromptFile(ABC):
         """
 
     @abstractmethod
-    def records(self, columns: Sequence[str]) -> Iterator[Record]:
+    def records(self, columns: Sequence[str]) -> Generator[Record]:
         """Each row's values in `columns`, the prompt's first (others may come along). Raises PromptsError if the file cannot be read."""
 
 
@@ -69,7 +69,7 @@ class JsonLinesFile(PromptFile):
                 raise PromptsError(f"{self.path} has more than {_MOST_COLUMNS} columns.", "Write its rows with the same few keys.")
         return found
 
-    def records(self, columns: Sequence[str]) -> Iterator[Record]:
+    def records(self, columns: Sequence[str]) -> Generator[Record]:
         with reading_file(self.path), opened_text(self.path, self.encoding) as file:
             yield from self._of_lines(file, columns)
 
@@ -91,7 +91,7 @@ class CsvFile(PromptFile):
             decoder.judge()
             return distinct(header, f"The header of {self.path}")
 
-    def records(self, columns: Sequence[str]) -> Iterator[Record]:
+    def records(self, columns: Sequence[str]) -> Generator[Record]:
         # Python's own limit is less than a long prompt. A line that was not cut passes: only a value of several lines is refused for its size.
         csv.field_size_limit(MAX_PROMPT_BYTES + 2)
         with reading_file(self.path), opened_text(self.path, self.encoding) as file:
@@ -139,7 +139,7 @@ class TextFile(PromptFile):
     def columns(self, nested: Sequence[str] = ()) -> Mapping[str, int] | None:
         return None
 
-    def records(self, columns: Sequence[str]) -> Iterator[Record]:
+    def records(self, columns: Sequence[str]) -> Generator[Record]:
         with reading_file(self.path), opened_text(self.path, self.encoding) as file:
             lines = _Lines(file, TextDecoder(self.path, self.encoding))
             for line in lines:
