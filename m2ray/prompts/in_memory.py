@@ -55,6 +55,7 @@ Prompts = (
 )
 """A path or URL; or in memory: texts, chats, token ids, rows as dicts, or a table: of Arrow, pandas, polars or datasets.Dataset."""
 
+_FOLDER = "m2ray-prompts-"
 _ROWS_AT_ONCE = 1024
 _COLUMNS = {"texts": "text", "chats": "messages", "token ids": "input_ids"}
 """The columns that a list's prompts become."""
@@ -75,7 +76,7 @@ def as_file(prompts: Prompts) -> Iterator[str]:
     if isinstance(prompts, str | PathLike):
         yield fspath(prompts)
         return
-    with tempfile.TemporaryDirectory(prefix="m2ray-prompts-") as folder:
+    with tempfile.TemporaryDirectory(prefix=_FOLDER) as folder:
         try:
             path = _written(prompts, Path(folder))
         except OSError as error:
@@ -83,6 +84,12 @@ def as_file(prompts: Prompts) -> Iterator[str]:
                 f"Cannot keep the prompts in the temporary folder {folder}: {error.strerror}.", remedy_for(error, Path(folder))
             ) from error
         yield str(path)
+
+
+def name_in_memory(address: str) -> str:
+    """What a run calls prompts that were in memory, such as "64 rows in memory", for the path of their file; any other address as it is."""
+    path = Path(address)
+    return path.stem.replace("-", " ") if path.parent.name.startswith(_FOLDER) else address
 
 
 def _written(prompts: Any, folder: Path) -> Path:

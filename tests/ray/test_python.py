@@ -32,7 +32,7 @@ def test_prompts_in_memory_are_stopped_and_gone_on_with_from_any_thread(cluster:
     assert all(told["same"])
     assert told["again"] == told["finished"], "nothing was left to do"
     assert "fingerprints.prompts" in told["refused"]
-    assert m2ray.open_run(tmp_path / "run").is_complete
+    assert m2ray.open_run(tmp_path / "run").job.names == {"model": str(model), "prompts": "40 texts in memory"}
 
 
 @pytest.mark.timeout(400)
