@@ -233,7 +233,6 @@ def test_a_run_from_before_there_were_columns_is_read_as_it_was(damaged: Path) -
 
 
 def test_a_run_says_what_it_holds(finished: Path) -> None:
-    run = open_run(finished)
     shown = CliRunner().invoke(main, ["inspect", str(finished), "--json"])
     (routed,) = (each for each in json.loads(shown.stdout)["layers"] if each["site"] == "router_topk")
     assert (routed["layer"], routed["mean_norm"]) == (7, None)
