@@ -184,7 +184,7 @@ def test_tensors_are_the_readers_own(finished: Path) -> None:
 
 @pytest.mark.parametrize(("told", "is_right"), [({}, True), (dict.fromkeys(ORIGIN), True), ({"model": "/models/other"}, False)])
 def test_a_part_names_its_origin_unless_it_is_from_before_any_did(
-    told: dict[str, str | None], is_right: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    told: dict[str, str | None], is_right: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
         said = JobRecord.run_metadata
