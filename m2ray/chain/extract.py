@@ -37,6 +37,7 @@ from m2ray.model.stage import StageSpec
 from m2ray.options import RunOptions
 from m2ray.planning.plan import Plan, plan_run
 from m2ray.prompts import Survey, TokenSpool, batching, estimated_batching, load_shards, micro_batches, respool, survey
+from m2ray.prompts.in_memory import name_in_memory
 from m2ray.storage import no_empty_folders
 
 
@@ -126,7 +127,9 @@ def _claim(inputs: Inputs, found: Survey, stats: PromptStats, progress: Progress
         counts=_counts(found),
         sequence_files=found.sequence_files,
         names={
-            name: name_of(given) for name in ("model", "prompts", "chat_template") if (given := getattr(inputs.config, name)) is not None
+            name: name_in_memory(name_of(given))
+            for name in ("model", "prompts", "chat_template")
+            if (given := getattr(inputs.config, name)) is not None
         },
     )
     try:
