@@ -237,7 +237,7 @@ def test_a_limit_is_of_the_run(sound_model: Path, prompts: Path, tmp_path: Path,
     planned = CliRunner().invoke(
         main, ["plan", "--model", str(sound_model), "--prompts", str(prompts), "--limit", "2", "--gpus", "1xH100", "--json"]
     )
-    assert json.loads(planned.stdout)["prompts"]["sequences"] == 2, planned.output
+    assert json.loads(planned.stdout)["output"]["sequences"] == 2, planned.output
 
 
 def test_a_stage_on_a_node_with_other_versions_refuses_before_it_loads(
