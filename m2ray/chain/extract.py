@@ -17,7 +17,7 @@ from m2ray.activations.writing.weights_record import hold_weights
 from m2ray.activations.writing.writer import WriterSpec
 from m2ray.batches import LayerSpan, MicroBatch, PromptStats, Shard
 from m2ray.chain.actor import Job
-from m2ray.chain.checking import Inputs, check, look
+from m2ray.chain.checking import Inputs, absolute, check, look
 from m2ray.chain.driver import Chain
 from m2ray.chain.joining import cluster
 from m2ray.chain.metrics import Metrics
@@ -48,7 +48,7 @@ def extract(config: ExtractConfig, progress: Progress) -> RunSummary:
         M2rayError: before Ray is started for bad configuration, checkpoint, prompts or output, or another driver at the run; before anything is written for a
             cluster that does not hold the plan; later for what fails there; at any time for SIGTERM.
     """
-    config = located(config)
+    config = absolute(located(config))
     with stop_on_sigterm() as stop, no_empty_folders(config.output), ExitStack() as stack:
         inputs = check(config, stack, stop, progress)
         work = _resume(inputs, stack, stop, progress) if inputs.recorded else _begin(inputs, stack, stop, progress)
