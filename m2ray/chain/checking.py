@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TypeVar
 
 from m2ray.activations.job import JobRecord, read_job, require_resumable
@@ -73,13 +72,6 @@ class Inputs:
 
     def _assumed(self, longest_tokens: int) -> Assumptions:
         return Assumptions(longest_tokens=longest_tokens, disk_free_bytes=disk_free_bytes(self.config.output))
-
-
-def absolute(config: ExtractConfig) -> ExtractConfig:
-    """The options with the paths of folders as every process finds them: the stages of a cluster are started elsewhere than this process."""
-    folders = {name: getattr(config, name) for name in ("model", "output", "offload_folder")}
-    relative = {name: path for name, path in folders.items() if path is not None and "://" not in path and not path.startswith("~")}
-    return config.model_copy(update={name: str(Path(path).absolute()) for name, path in relative.items()})
 
 
 def check(config: ExtractConfig, stack: ExitStack, stop: Stop, progress: Progress) -> Inputs:

@@ -17,9 +17,10 @@ from m2ray.activations.writing.weights_record import hold_weights
 from m2ray.activations.writing.writer import WriterSpec
 from m2ray.batches import LayerSpan, MicroBatch, PromptStats, Shard
 from m2ray.chain.actor import Job
-from m2ray.chain.checking import Inputs, absolute, check, look
+from m2ray.chain.checking import Inputs, check, look
 from m2ray.chain.driver import Chain
 from m2ray.chain.joining import cluster
+from m2ray.chain.loading import absolute
 from m2ray.chain.metrics import Metrics
 from m2ray.chain.monitor import Monitor
 from m2ray.chain.placement import Reservation, reserve
