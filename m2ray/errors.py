@@ -99,6 +99,10 @@ class ClusterError(M2rayError):
     """The Ray cluster cannot be reached or has no room for the stages."""
 
 
+class MissingPackageError(M2rayError):
+    """A package is not installed that an extra of m2ray brings."""
+
+
 class StageError(M2rayError):
     """A stage died, hung or failed in the middle of a shard."""
 

@@ -9,7 +9,7 @@ import json
 import zlib
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import count, islice
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any
 import pyarrow as pa
 
 from m2ray.errors import PromptsError
+from m2ray.prompts.kept import kind_of_values
 from m2ray.prompts.nested import dotted, with_nested
 from m2ray.prompts.remote import RemotePath, reading_store
 from m2ray.prompts.rows import MAX_PROMPT_BYTES, Record
@@ -51,8 +52,13 @@ class PromptFile(ABC):
         None if the format has none, empty if the file shows none. Raises PromptsError.
         """
 
+    def kinds(self, columns: Sequence[str]) -> Mapping[str, Any]:
+        """The Arrow types of those of the columns that the file shows. Without a schema all is text. Raises PromptsError."""
+        present = self.columns(columns) or {}
+        return {name: pa.string() for name in columns if name in present}
+
     @abstractmethod
-    def records(self, columns: Sequence[str]) -> Iterator[Record]:
+    def records(self, columns: Sequence[str]) -> Generator[Record]:
         """Each row's values in `columns`, the prompt's first (others may come along). Raises PromptsError if the file cannot be read."""
 
 
@@ -69,7 +75,20 @@ class JsonLinesFile(PromptFile):
                 raise PromptsError(f"{self.path} has more than {_MOST_COLUMNS} columns.", "Write its rows with the same few keys.")
         return found
 
-    def records(self, columns: Sequence[str]) -> Iterator[Record]:
+    def kinds(self, columns: Sequence[str]) -> Mapping[str, Any]:
+        """As JSON's values of the first 1,000 rows show them."""
+        rows = [record.values for record in islice(self.records(columns), _PEEKED_ROWS)]
+        kinds = {}
+        for name in columns:
+            try:
+                kinds[name] = kind_of_values([values.get(name) for values in rows])
+            except (pa.ArrowException, ValueError, OverflowError) as error:
+                raise PromptsError(
+                    f"The values of {name!r} in {self.path} have no type in common: {error}.", "Write them as one type, text for one."
+                ) from error
+        return kinds
+
+    def records(self, columns: Sequence[str]) -> Generator[Record]:
         with reading_file(self.path), opened_text(self.path, self.encoding) as file:
             yield from self._of_lines(file, columns)
 
@@ -91,7 +110,7 @@ class CsvFile(PromptFile):
             decoder.judge()
             return distinct(header, f"The header of {self.path}")
 
-    def records(self, columns: Sequence[str]) -> Iterator[Record]:
+    def records(self, columns: Sequence[str]) -> Generator[Record]:
         # Python's own limit is less than a long prompt. A line that was not cut passes: only a value of several lines is refused for its size.
         csv.field_size_limit(MAX_PROMPT_BYTES + 2)
         with reading_file(self.path), opened_text(self.path, self.encoding) as file:
@@ -139,7 +158,7 @@ class TextFile(PromptFile):
     def columns(self, nested: Sequence[str] = ()) -> Mapping[str, int] | None:
         return None
 
-    def records(self, columns: Sequence[str]) -> Iterator[Record]:
+    def records(self, columns: Sequence[str]) -> Generator[Record]:
         with reading_file(self.path), opened_text(self.path, self.encoding) as file:
             lines = _Lines(file, TextDecoder(self.path, self.encoding))
             for line in lines:
