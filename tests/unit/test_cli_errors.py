@@ -23,6 +23,7 @@ from m2ray.cli import main
 from m2ray.errors import ClusterError, RunConflictError, StageError
 from m2ray.planning.hardware import Cluster, Node
 from tests.reference import make_family, make_minimax
+from tests.unit.hub_cache import COMMIT, cached
 
 
 @pytest.fixture(scope="module")
@@ -224,6 +225,21 @@ def test_a_run_goes_on_under_the_versions_that_it_began_with_alone(
     )
     facts = json.loads(CliRunner().invoke(main, ["inspect", str(run), "--json"]).stdout)
     assert (facts["versions"], facts["names"]) == (job["versions"], job["names"])
+
+
+def test_a_run_by_names_on_the_hub_names_their_commits(
+    sound_model: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a job too, where other relative paths are refused."""
+    cache, run = tmp_path / "hub", tmp_path / "run"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    cached(cache / "models--MiniMaxAI--MiniMax-M2", {path.name: path.read_bytes() for path in sound_model.iterdir()}, COMMIT)
+    cached(cache / "datasets--my--prompts", {"data/train-00000-of-00001.jsonl": prompts.read_bytes()}, COMMIT)
+    begin(monkeypatch, Path("MiniMaxAI/MiniMax-M2"), Path("my/prompts"), run, "--in-job")
+    job = json.loads((run / "job.json").read_text())
+    assert job["names"] == {"model": f"MiniMaxAI/MiniMax-M2@{COMMIT}", "prompts": f"my/prompts@{COMMIT}"}
+    assert_refused(extract(Path("MiniMaxAI/M1"), Path("my/prompts"), run, "--in-job"), "hf download MiniMaxAI/M1 brings it there")
+    assert "RAY_ADDRESS" in extract(*(Path(name) for name in job["names"].values()), run).stderr, "the same run goes on by these names"
 
 
 def test_a_limit_is_of_the_run(sound_model: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

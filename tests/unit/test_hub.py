@@ -7,8 +7,7 @@ import pytest
 from m2ray.config import ExtractConfig
 from m2ray.errors import CheckpointError, M2rayError, PromptsError
 from m2ray.hub import folder_of, is_name, located, name_of, without_revision
-
-COMMIT, OLDER = "a" * 40, "b" * 40
+from tests.unit.hub_cache import COMMIT, OLDER, cached
 
 
 @pytest.fixture
@@ -20,24 +19,10 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder))
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    cached(folder / "models--Qwen--Qwen3-0.6B", {"config.json": "{}"}, COMMIT, OLDER)
-    cached(folder / "models--gpt2", {"config.json": "{}"}, COMMIT)
-    cached(folder / "datasets--openai--gsm8k", {"main/train.jsonl": '{"text": "a"}\n', "socratic/train.jsonl": '{"text": "b"}\n'}, COMMIT)
+    cached(folder / "models--Qwen--Qwen3-0.6B", {"config.json": b"{}"}, COMMIT, OLDER)
+    cached(folder / "models--gpt2", {"config.json": b"{}"}, COMMIT)
+    cached(folder / "datasets--openai--gsm8k", {"main/train.jsonl": b'{"text": "a"}\n', "socratic/train.jsonl": b'{"text": "b"}\n'}, COMMIT)
     return folder
-
-
-def cached(repository: Path, files: dict[str, str], *commits: str) -> None:
-    """The first commit is main's; files are links to blobs."""
-    (repository / "refs").mkdir(parents=True)
-    (repository / "refs" / "main").write_text(commits[0])
-    (repository / "blobs").mkdir()
-    for commit in commits:
-        for name, text in files.items():
-            blob = repository / "blobs" / str(abs(hash((commit, name))))
-            blob.write_text(text)
-            path = repository / "snapshots" / commit / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.symlink_to(blob)
 
 
 def test_a_name_is_the_folder_of_its_revision(cache: Path) -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shlex
 import socket
 import threading
 import time
@@ -179,7 +180,8 @@ class Client:
         self.info = SimpleNamespace(**info)
         self.stopped: list[str] = []
 
-    def submit_job(self, **_: Any) -> str:
+    def submit_job(self, **given: Any) -> str:
+        self.given = given
         return "job-1"
 
     def get_job_info(self, _job_id: str) -> Any:
@@ -214,6 +216,35 @@ def test_ctrl_c_at_the_question_says_that_the_job_runs_on(tmp_path: Path, monkey
     assert (told.exit_code, client.stopped) == (130, [])
     assert "Job job-1 runs on. Its log: ray job logs --follow job-1; to stop it: ray job stop job-1" in told.stderr
     assert "Aborted" not in told.output
+
+
+def test_a_job_brings_this_m2ray_and_what_its_file_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the folder where one stands, whose names need not be the cluster's; flags win."""
+    (tmp_path / "job.toml").write_text(
+        'model = "Qwen/Qwen3-0.6B"\nprompts = "/p"\noutput = "/o"\nlayers = "0"\nlimit = 5\ncompile = false\nwait = true\n'
+        "add_generation_prompt = false\ntemplate_options = {enable_thinking = false}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    client = Client()
+    monkeypatch.setattr(submitting, "_client", lambda _: client)
+    told = CliRunner().invoke(main, ["submit", "job.toml", "--layers", "1,2", "--no-wait"])
+    assert told.exit_code == 0, told.output
+    python, *words = shlex.split(client.given["entrypoint"])
+    assert (python, words[:5]) == ("python", ["-P", "-m", "m2ray.cli", "extract", "--in-job"])
+    assert set(words[5:]) == {
+        *("--model=Qwen/Qwen3-0.6B", "--prompts=/p", "--output=/o", "--layers=1,2", "--limit=5", "--compile=false", "--wait"),
+        '--template-options={"enable_thinking": false}',
+    }
+    assert client.given["runtime_env"]["py_modules"] == [str(Path(submitting.__file__).parents[1])]
+    (tmp_path / "prompts.jsonl").write_text("{}")
+    relative = ["submit", "job.toml", "--prompts", "prompts.jsonl", "--output", "run", "--no-wait"]
+    refused = CliRunner().invoke(main, relative)
+    assert refused.exit_code == 1
+    assert "2 problems" in refused.stderr
+    assert "prompts = 'prompts.jsonl' is relative" in " ".join(refused.stderr.split())
+    brought = CliRunner().invoke(main, [*relative[:-2], "/o", "--no-wait", "--working-dir", "."])
+    assert brought.exit_code == 0, brought.output
+    assert client.given["runtime_env"]["working_dir"] == str(tmp_path)
 
 
 @pytest.mark.parametrize(
