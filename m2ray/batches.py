@@ -214,6 +214,15 @@ class TensorTable:
         """Bytes in memory of everything of one role."""
         return sum(row.compute_bytes(itemsize_bytes) for row in self.rows if row.role == role)
 
+    def bytes_by_method(self, itemsize_bytes: int) -> dict[str, tuple[int, int]]:
+        """By how the model's tensors are packed on disk, "" for those that are not quantised: their bytes there and in memory."""
+        found: dict[str, tuple[int, int]] = {}
+        for row in self.rows:
+            if row.role != "unused":
+                on_disk, in_memory = found.get(row.method, (0, 0))
+                found[row.method] = on_disk + row.disk_bytes, in_memory + row.compute_bytes(itemsize_bytes)
+        return found
+
     @property
     def disk_bytes(self) -> int:
         """Bytes of every tensor in the checkpoint, loaded or not."""

@@ -190,7 +190,7 @@ def open_checkpoint(url: str) -> Checkpoint:
 
 
 def read_config(store: Store, key: str) -> tuple[Any, dict[str, bytes]]:
-    """transformers' configuration of the whole model in a folder, and the texts of the files that say it, by name.
+    """The configuration of transformers of the whole model in a folder, and the texts of the files that say it, by name.
 
     Where config.json does not say how weights are quantised, ModelOpt's older exports say it in a file of its own.
 
