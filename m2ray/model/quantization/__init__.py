@@ -1,0 +1,1 @@
+"""The layouts in which quantised checkpoints come: a file a method."""
