@@ -3,7 +3,7 @@
 import pytest
 import torch
 from gptqmodel.nn_modules.qlinear.torch import TorchLinear
-from gptqmodel.utils.model import convert_gptq_v1_to_v2_format_module, convert_gptq_v2_to_v1_format_module
+from gptqmodel.utils.model import convert_gptq_v1_to_v2_format_module
 
 from m2ray.model.quantization import gptq
 from tests.layouts.codes import random_scales, random_words, same_bits

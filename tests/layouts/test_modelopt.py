@@ -24,6 +24,6 @@ def test_random_codes(columns, tensor_scale) -> None:
 def test_what_it_quantised() -> None:
     weight = torch.randn(32, 96).bfloat16()
     tensor, scale, tensor_scale = NVFP4QTensor.quantize(weight, 16)
-    stored = tensor._quantized_data, scale, tensor_scale  # noqa: SLF001 - what its export writes
+    stored = tensor._quantized_data, scale, tensor_scale
     assert same_bits(nvfp4.unpack_modelopt(*stored), theirs(*stored))
     assert (nvfp4.unpack_modelopt(*stored) - weight).abs().max() < 1

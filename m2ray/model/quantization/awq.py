@@ -3,9 +3,14 @@
 As autoawq 0.2.9 computes it (`dequantize_gemm`).
 """
 
+from collections.abc import Mapping
+
 import torch
 
+from m2ray.model.headers import TensorHeader
 from m2ray.model.quantization.int4 import scaled, unpack_words
+from m2ray.model.quantization.packed import Found, Packed, Piece
+from m2ray.model.quantization.stored import Shape, Unpack
 
 ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 """Where in a word each of its eight output features stands."""
@@ -27,3 +32,36 @@ def _in_order(words: torch.Tensor) -> torch.Tensor:
     """uint8 [rows, features]."""
     order = torch.tensor(ORDER, device=words.device)
     return unpack_words(words).unflatten(-1, (-1, len(ORDER))).index_select(-1, order).flatten(-2)
+
+
+class Awq(Packed):
+    """Linear layers [out_features, in_features], on disk transposed.
+
+    Attributes:
+        group: input features that share a scale and a zero point; None where all do.
+    """
+
+    swapped = (0, 1)
+
+    def __init__(self, group: int | None) -> None:
+        self.group, self.name = group, f"AWQ, INT4 {f'in groups of {group}' if group else 'by row'} with zero points"
+        self.parts = {"values": (".qweight",), "zero_point": (".qzeros",), "scale": (".scales",)}
+
+    def takes(self, values: TensorHeader) -> bool:
+        return values.dtype == torch.int32 and len(values.shape) == 2
+
+    def shape_of(self, found: Found) -> Shape:
+        columns, words = found["values"][1].shape
+        return (words * 8, columns)
+
+    def pieces(self, shape: Shape) -> Mapping[str, Piece]:
+        rows, columns = shape
+        group = self.group or columns
+        return {
+            "values": Piece((columns, rows // 8), (torch.int32,)),
+            "zero_point": Piece((-(-columns // group), rows // 8), (torch.int32,), rows=group),
+            "scale": Piece((-(-columns // group), rows), (torch.float16, torch.bfloat16, torch.float32), rows=group),
+        }
+
+    def unpacking(self) -> Unpack:
+        return lambda parts: unpack(parts["values"], parts["zero_point"], parts["scale"]).t().to(torch.bfloat16)

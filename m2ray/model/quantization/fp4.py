@@ -20,15 +20,6 @@ def unpack_e2m1(packed: torch.Tensor, *, negative_zero: bool = True) -> torch.Te
     return pairs.reshape(codes.shape).view(torch.bfloat16)
 
 
-def power_of_two(scale: torch.Tensor) -> torch.Tensor:
-    """float32 values of ue8m0 scales, 2 ** (byte - 127); 255 is NaN (OCP Microscaling Formats 1.0, section 5.4.1).
-
-    Args:
-        scale: uint8 or float8_e8m0fnu.
-    """
-    return scale.view(torch.float8_e8m0fnu).float()
-
-
 @cache
 def _pairs(device: torch.device, negative_zero: bool) -> torch.Tensor:  # noqa: FBT001 - for the cache
     """int32 [256]: a byte's two values as the bits of two bfloat16, so that one look-up gives both."""

@@ -3,9 +3,14 @@
 As gptqmodel 7.7 computes it (`TorchLinear.dequantize_weight`).
 """
 
+from collections.abc import Mapping
+
 import torch
 
+from m2ray.model.headers import TensorHeader
 from m2ray.model.quantization.int4 import scaled, unpack_words
+from m2ray.model.quantization.packed import Found, Packed, Piece
+from m2ray.model.quantization.stored import Shape, Unpack
 
 ONE_LESS = 0x11111111
 """What the format "gptq" took from each word of zero points, and "gptq_v2" does not. A borrow goes from one number to the next."""
@@ -27,3 +32,43 @@ def unpack(
     zeros = unpack_words(qzeros + ONE_LESS if zeros_one_less else qzeros)
     groups = g_idx.long()
     return scaled(numbers, zeros[groups], scales[groups]).t()
+
+
+class Gptq(Packed):
+    """Linear layers [out_features, in_features], on disk transposed.
+
+    Attributes:
+        group: input features that share a scale and a zero point; None where all do.
+        zeros_one_less: as `unpack` takes it.
+    """
+
+    swapped = (0, 1)
+
+    def __init__(self, group: int | None, *, zeros_one_less: bool = True) -> None:
+        self.group, self.zeros_one_less = group, zeros_one_less
+        self.name = f"GPTQ, INT4 {f'in groups of {group}' if group else 'by row'} with zero points"
+        self.parts = {"values": (".qweight",), "zero_point": (".qzeros",), "scale": (".scales",), "group": (".g_idx",)}
+
+    def takes(self, values: TensorHeader) -> bool:
+        return values.dtype == torch.int32 and len(values.shape) == 2
+
+    def shape_of(self, found: Found) -> Shape:
+        words, rows = found["values"][1].shape
+        return (rows, words * 8)
+
+    def pieces(self, shape: Shape) -> Mapping[str, Piece]:
+        rows, columns = shape
+        groups = -(-columns // (self.group or columns))
+        return {
+            "values": Piece((columns // 8, rows), (torch.int32,), rows=8),
+            "zero_point": Piece((groups, rows // 8), (torch.int32,), rows=0),
+            "scale": Piece((groups, rows), (torch.float16, torch.bfloat16, torch.float32), rows=0),
+            "group": Piece((columns,), (torch.int32,)),
+        }
+
+    def unpacking(self) -> Unpack:
+        return self._unpack_parts
+
+    def _unpack_parts(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        stored = (parts[name] for name in ("values", "zero_point", "scale", "group"))
+        return unpack(*stored, zeros_one_less=self.zeros_one_less).t().to(torch.bfloat16)

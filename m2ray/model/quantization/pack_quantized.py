@@ -3,9 +3,14 @@
 As compressed-tensors 0.20 computes it (`PackedQuantizationCompressor`).
 """
 
+from collections.abc import Mapping
+
 import torch
 
+from m2ray.model.headers import TensorHeader
 from m2ray.model.quantization.int4 import scaled, unpack_words
+from m2ray.model.quantization.packed import Found, Packed, Piece
+from m2ray.model.quantization.stored import Shape, Unpack
 
 
 def unpack(
@@ -32,3 +37,47 @@ def unpack(
         zeros = unpack_words(zero_point.t().contiguous(), bits).t()[: numbers.shape[0]].unsqueeze(-1)
     grouped = numbers.unflatten(-1, (groups, -1))
     return scaled(grouped, zeros, scale.reshape(-1, groups).unsqueeze(-1)).flatten(-2)
+
+
+class PackQuantized(Packed):
+    """Matrices [rows, columns] of one group of compressed-tensors' configuration.
+
+    Attributes:
+        group: columns that share a scale; None where a row has one.
+        is_symmetric: whether all zero points are 0 and none is stored.
+    """
+
+    def __init__(self, group: int | None, bits: int = 4, *, is_symmetric: bool = True) -> None:
+        self.group, self.bits, self.is_symmetric = group, bits, is_symmetric
+        self.name = f"INT{bits} {f'in groups of {group}' if group else 'by row'}{'' if is_symmetric else ' with zero points'}"
+        self.parts = {"values": (".weight_packed",), "scale": (".weight_scale",)}
+        if not is_symmetric:
+            self.parts |= {"zero_point": (".weight_zero_point",)}
+
+    def takes(self, values: TensorHeader) -> bool:
+        return values.dtype == torch.int32 and len(values.shape) == 2
+
+    def shape_of(self, found: Found) -> Shape:
+        rows, words = found["values"][1].shape
+        scale = found["scale"][1].shape if "scale" in found else ()
+        columns = scale[1] * self.group if self.group and len(scale) == 2 else words * 32 // self.bits
+        return (rows, columns)
+
+    def pieces(self, shape: Shape) -> Mapping[str, Piece]:
+        rows, columns = shape
+        groups, a_word = -(-columns // self.group) if self.group else 1, 32 // self.bits
+        pieces = {
+            "values": Piece((rows, -(-columns // a_word)), (torch.int32,)),
+            "scale": Piece((rows, groups), (torch.bfloat16, torch.float16, torch.float32)),
+        }
+        if not self.is_symmetric:
+            pieces["zero_point"] = Piece((-(-rows // a_word), groups), (torch.int32,), rows=a_word)
+        return pieces
+
+    def unpacking(self) -> Unpack:
+        return self._unpack_parts
+
+    def _unpack_parts(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        scale = parts["scale"]
+        columns = scale.shape[1] * self.group if self.group else parts["values"].shape[1] * 32 // self.bits
+        return unpack(parts["values"], scale, columns, bits=self.bits, zero_point=parts.get("zero_point")).to(torch.bfloat16)
