@@ -157,6 +157,7 @@ class TensorRow:
             8 for tables of int64; else None.
         disk_bytes: bytes of all its checkpoint tensors, scales included.
         sources: the checkpoint keys it is made of, scales left out.
+        method: how it is packed on disk, as a person is told it; "" where it is not quantised.
     """
 
     name: str
@@ -166,6 +167,7 @@ class TensorRow:
     itemsize_bytes: int | None
     disk_bytes: int
     sources: tuple[str, ...]
+    method: str = ""
 
     @property
     def num_elements(self) -> int:

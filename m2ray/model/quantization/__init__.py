@@ -1,1 +1,1 @@
-"""The layouts in which quantised checkpoints come: a file a method."""
+"""How tensors lie packed in quantised checkpoints, a file a method; `layouts.py` is the table of them."""
