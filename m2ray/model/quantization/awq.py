@@ -4,10 +4,13 @@ As autoawq 0.2.9 computes it (`dequantize_gemm`).
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
+from m2ray.errors import CheckpointError, raise_all
 from m2ray.model.headers import TensorHeader
+from m2ray.model.limits import short_repr
 from m2ray.model.quantization.int4 import scaled, unpack_words
 from m2ray.model.quantization.packed import Found, Packed, Piece
 from m2ray.model.quantization.stored import Shape, Unpack
@@ -65,3 +68,32 @@ class Awq(Packed):
 
     def unpacking(self) -> Unpack:
         return lambda parts: unpack(parts["values"], parts["zero_point"], parts["scale"]).t().to(torch.bfloat16)
+
+
+def of_config(declared: Mapping[str, Any]) -> Awq:
+    """The method that `quantization_config` names. Raises CheckpointError: another kind of AWQ."""
+    expected = {"bits": 4, "zero_point": True, "version": "gemm"}
+    said = {
+        "bits": declared.get("bits", declared.get("w_bit", 4)),
+        "zero_point": declared.get("zero_point", True),
+        "version": str(declared.get("version") or declared.get("checkpoint_format") or declared.get("format") or "gemm").lower(),
+    }
+    problems = [
+        CheckpointError(f"config.json: AWQ with {name} = {short_repr(said[name])}.", f"m2ray reads it with {name} = {value!r}.")
+        for name, value in expected.items()
+        if said[name] != value
+    ]
+    group = group_of(declared, "AWQ", problems)
+    raise_all(problems)
+    return Awq(group)
+
+
+def group_of(declared: Mapping[str, Any], kind: str, problems: list[CheckpointError]) -> int | None:
+    """`group_size` of the configuration, -1 being None: a scale for all input features. What is wrong with it goes to `problems`."""
+    group = declared.get("group_size", declared.get("q_group_size", 128))
+    if group == -1:
+        return None
+    if type(group) is not int or group < 1:
+        problems.append(CheckpointError(f"config.json: {kind} with group_size = {short_repr(group)}.", "It is a count, or -1."))
+        return None
+    return group

@@ -4,10 +4,14 @@ As gptqmodel 7.7 computes it (`TorchLinear.dequantize_weight`).
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
+from m2ray.errors import CheckpointError, raise_all
 from m2ray.model.headers import TensorHeader
+from m2ray.model.limits import short_repr
+from m2ray.model.quantization.awq import group_of
 from m2ray.model.quantization.int4 import scaled, unpack_words
 from m2ray.model.quantization.packed import Found, Packed, Piece
 from m2ray.model.quantization.stored import Shape, Unpack
@@ -72,3 +76,25 @@ class Gptq(Packed):
     def _unpack_parts(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
         stored = (parts[name] for name in ("values", "zero_point", "scale", "group"))
         return unpack(*stored, zeros_one_less=self.zeros_one_less).t().to(torch.bfloat16)
+
+
+_ZEROS_ONE_LESS = {"gptq": True, "gptq_v2": False}
+"""By `checkpoint_format`."""
+
+
+def of_config(declared: Mapping[str, Any]) -> Gptq:
+    """The method that `quantization_config` names. Raises CheckpointError: another kind of GPTQ."""
+    bits, kind = declared.get("bits"), declared.get("checkpoint_format") or "gptq"
+    chosen = declared.get("dynamic") or {}
+    problems = []
+    if bits != 4:
+        problems.append(CheckpointError(f"config.json: GPTQ with bits = {short_repr(bits)}.", "m2ray reads it with 4."))
+    if kind not in _ZEROS_ONE_LESS:
+        remedy = f"m2ray reads {' and '.join(_ZEROS_ONE_LESS)}; gptqmodel writes both."
+        problems.append(CheckpointError(f"config.json: GPTQ with checkpoint_format = {short_repr(kind)}.", remedy))
+    if not isinstance(chosen, Mapping) or not all(str(name).startswith("-:") for name in chosen):
+        remedy = "m2ray reads models of which all modules are packed alike."
+        problems.append(CheckpointError(f"config.json: GPTQ with dynamic = {short_repr(chosen)}.", remedy))
+    group = group_of(declared, "GPTQ", problems)
+    raise_all(problems)
+    return Gptq(group, zeros_one_less=_ZEROS_ONE_LESS[kind])

@@ -12,6 +12,8 @@ from m2ray.model.quantization.int4 import scaled, unpack_words
 from m2ray.model.quantization.packed import Found, Packed, Piece
 from m2ray.model.quantization.stored import Shape, Unpack
 
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+
 
 def unpack(
     packed: torch.Tensor,
@@ -43,14 +45,16 @@ class PackQuantized(Packed):
     """Matrices [rows, columns] of one group of compressed-tensors' configuration.
 
     Attributes:
-        group: columns that share a scale; None where a row has one.
+        group: columns that share a scale; None where a row has one, or the tensor.
         is_symmetric: whether all zero points are 0 and none is stored.
+        is_by_tensor: whether the tensor has one scale.
     """
 
-    def __init__(self, group: int | None, bits: int = 4, *, is_symmetric: bool = True) -> None:
-        self.group, self.bits, self.is_symmetric = group, bits, is_symmetric
-        self.name = f"INT{bits} {f'in groups of {group}' if group else 'by row'}{'' if is_symmetric else ' with zero points'}"
-        self.parts = {"values": (".weight_packed",), "scale": (".weight_scale",)}
+    def __init__(self, group: int | None, bits: int = 4, *, is_symmetric: bool = True, is_by_tensor: bool = False) -> None:
+        self.group, self.bits, self.is_symmetric, self.is_by_tensor = group, bits, is_symmetric, is_by_tensor
+        share = f"in groups of {group}" if group else f"a scale a {'tensor' if is_by_tensor else 'row'}"
+        self.name = f"INT{bits} {share}{'' if is_symmetric else ' with zero points'} (compressed-tensors)"
+        self.parts = {"values": (".weight_packed",), "scale": (".weight_scale",), "shape": (".weight_shape",)}
         if not is_symmetric:
             self.parts |= {"zero_point": (".weight_zero_point",)}
 
@@ -66,9 +70,11 @@ class PackQuantized(Packed):
     def pieces(self, shape: Shape) -> Mapping[str, Piece]:
         rows, columns = shape
         groups, a_word = -(-columns // self.group) if self.group else 1, 32 // self.bits
+        scale = Piece((), FLOATS, rows=0) if self.is_by_tensor else Piece((rows, groups), FLOATS)
         pieces = {
             "values": Piece((rows, -(-columns // a_word)), (torch.int32,)),
-            "scale": Piece((rows, groups), (torch.bfloat16, torch.float16, torch.float32)),
+            "scale": scale,
+            "shape": Piece((2,), (torch.int64, torch.int32), rows=0),
         }
         if not self.is_symmetric:
             pieces["zero_point"] = Piece((-(-rows // a_word), groups), (torch.int32,), rows=a_word)
