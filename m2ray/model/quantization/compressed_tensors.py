@@ -10,7 +10,9 @@ import torch
 
 from m2ray.errors import CheckpointError, raise_all
 from m2ray.model.limits import short_repr
+from m2ray.model.quantization import mxfp4, nvfp4
 from m2ray.model.quantization.layout import Layout
+from m2ray.model.quantization.pack_quantized import PackQuantized
 from m2ray.model.quantization.scaled import EXPONENT_SCALES, FLOAT_SCALES, ROW, Block, Scaled
 from m2ray.model.quantization.skipped import IsNamed, by_compressed_tensors, names_of
 from m2ray.model.quantization.stored import Method
@@ -44,11 +46,41 @@ def _mxfp8_quantized(weights: Weights) -> Method:
     return Scaled("MXFP8 (compressed-tensors)", (torch.float8_e4m3fn,), ((1, 32),), ("_scale",), tuple(reversed(EXPONENT_SCALES)))
 
 
+def _pack_quantized(weights: Weights) -> Method:
+    """Raises CheckpointError: of another kind than whole numbers of 4 or 8 bits with a scale a group, a row or a tensor."""
+    is_symmetric = weights.get("symmetric", True)
+    if weights.get("type", "int") != "int" or weights.get("num_bits") not in (4, 8) or not isinstance(is_symmetric, bool):
+        what = f"config.json: compressed-tensors' pack-quantized with weights {short_repr(weights)}."
+        raise CheckpointError(what, "m2ray reads it with type = int and num_bits = 4 or 8.")
+    block, name = _shared_by(weights)
+    if block is not None and block[0] != 1:
+        raise CheckpointError(f"config.json: compressed-tensors' pack-quantized with a scale {name}; m2ray reads it with groups in a row.")
+    if block is None and not is_symmetric:
+        raise CheckpointError(
+            "config.json: compressed-tensors' pack-quantized with zero points and a scale a tensor, which it does not pack."
+        )
+    group = (block[1] or None) if block else None
+    return PackQuantized(group, weights["num_bits"], is_symmetric=is_symmetric, is_by_tensor=block is None)
+
+
+def _nvfp4_pack_quantized(weights: Weights) -> Method:
+    _require(weights, "nvfp4-pack-quantized", type="float", num_bits=4, group_size=nvfp4.GROUP)
+    return nvfp4.COMPRESSED
+
+
+def _mxfp4_pack_quantized(weights: Weights) -> Method:
+    _require(weights, "mxfp4-pack-quantized", type="float", num_bits=4, group_size=mxfp4.GROUP)
+    return mxfp4.COMPRESSED
+
+
 FORMATS: dict[str, Callable[[Weights], Method]] = {
     "float-quantized": _float_quantized,
     "int-quantized": _int_quantized,
     "naive-quantized": _naive_quantized,
     "mxfp8-quantized": _mxfp8_quantized,
+    "pack-quantized": _pack_quantized,
+    "nvfp4-pack-quantized": _nvfp4_pack_quantized,
+    "mxfp4-pack-quantized": _mxfp4_pack_quantized,
 }
 """The method of a group's weights, by the group's format; each raises CheckpointError for weights that it is not."""
 

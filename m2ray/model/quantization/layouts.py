@@ -5,6 +5,7 @@ from typing import Any
 
 from m2ray.errors import CheckpointError
 from m2ray.model.limits import short_repr
+from m2ray.model.quantization import awq, gptq, mxfp4
 from m2ray.model.quantization.compressed_tensors import compressed_tensors_layout
 from m2ray.model.quantization.layout import Layout
 from m2ray.model.quantization.modelopt import modelopt_layout
@@ -29,12 +30,38 @@ def _fp8(declared: Mapping[str, Any]) -> Layout:
     block, scale_fmt = _block(declared), declared.get("scale_fmt")
     if scale_fmt not in (None, "float", "ue8m0"):
         raise CheckpointError(f"config.json: scale_fmt {short_repr(scale_fmt)}, a format of scales that m2ray does not know.", READ)
-    if declared.get("expert_dtype", "fp8") != "fp8":
-        raise CheckpointError(f"config.json: expert_dtype {short_repr(declared['expert_dtype'])}.", READ)
+    experts = declared.get("expert_dtype", "fp8")
+    if experts not in ("fp8", "fp4"):
+        raise CheckpointError(f"config.json: expert_dtype {short_repr(experts)}.", READ)
     dtypes = (*FLOAT_SCALES, *(EXPONENT_SCALES if scale_fmt == "ue8m0" else EXPONENT_SCALES[:1]))
     name = "FP8, a scale a tensor" if block is None else f"FP8 in blocks of {block[0]} x {block[1]}"
-    method = Scaled(name, FP8, (None, ROW) if block is None else (block,), _SCALES, dtypes)
-    return _transformers_layout(declared, method)
+    layout = _transformers_layout(declared, Scaled(name, FP8, (None, ROW) if block is None else (block,), _SCALES, dtypes))
+    return layout if experts == "fp8" else _with_experts_in_mxfp4(layout)
+
+
+def _with_experts_in_mxfp4(layout: Layout) -> Layout:
+    """DeepSeek-V4's: its experts in FP4, all else as `layout` has it."""
+
+    def method_of(module: str) -> Method | None:
+        method = layout.method_of(module)
+        return mxfp4.DEEPSEEK_V4 if method is not None and ".experts." in module else method
+
+    return Layout((mxfp4.DEEPSEEK_V4, *layout.methods), method_of)
+
+
+def _mxfp4(_declared: Mapping[str, Any]) -> Layout:
+    """gpt-oss's experts."""
+    return Layout(
+        (mxfp4.GPT_OSS,), lambda module: mxfp4.GPT_OSS if module.endswith(("experts.gate_up_proj", "experts.down_proj")) else None
+    )
+
+
+def _awq(declared: Mapping[str, Any]) -> Layout:
+    return _transformers_layout(declared, awq.of_config(declared))
+
+
+def _gptq(declared: Mapping[str, Any]) -> Layout:
+    return _transformers_layout(declared, gptq.of_config(declared))
 
 
 def _mxfp8(declared: Mapping[str, Any]) -> Layout:
@@ -55,6 +82,9 @@ LAYOUTS: dict[str, Callable[[Mapping[str, Any]], Layout]] = {
     "fbgemm_fp8": _fbgemm_fp8,
     "compressed-tensors": compressed_tensors_layout,
     "modelopt": modelopt_layout,
+    "mxfp4": _mxfp4,
+    "awq": _awq,
+    "gptq": _gptq,
 }
 """By quant_method. Each raises CheckpointError for what of it m2ray does not read."""
 

@@ -10,6 +10,7 @@ import torch
 
 from m2ray.errors import CheckpointError
 from m2ray.model.limits import short_repr
+from m2ray.model.quantization import nvfp4
 from m2ray.model.quantization.layout import Layout, MethodOf
 from m2ray.model.quantization.scaled import ROW, Scaled
 from m2ray.model.quantization.skipped import by_wildcards, names_of
@@ -21,10 +22,21 @@ _FP8 = Scaled("FP8, a scale a tensor (ModelOpt)", (torch.float8_e4m3fn,), (None,
 _FP8_ROWS = Scaled("FP8, a scale a row (ModelOpt)", (torch.float8_e4m3fn,), (ROW,), ("_scale",))
 _MXFP8 = Scaled("MXFP8 (ModelOpt)", (torch.float8_e4m3fn,), ((1, 32),), ("_scale",), (torch.uint8, torch.float8_e8m0fnu))
 
+
+def _nvfp4(said: Mapping[str, Any]) -> Method:
+    """Raises CheckpointError: groups of another size."""
+    group = said.get("group_size", nvfp4.GROUP)
+    if group != nvfp4.GROUP:
+        raise CheckpointError(f"config.json: ModelOpt's NVFP4 with group_size {short_repr(group)}; it has {nvfp4.GROUP}.")
+    return nvfp4.MODELOPT
+
+
 ALGORITHMS: dict[str, Callable[[Mapping[str, Any]], Method]] = {
     "FP8": lambda _: _FP8,
     "FP8_PER_CHANNEL_PER_TOKEN": lambda _: _FP8_ROWS,
     "MXFP8": lambda _: _MXFP8,
+    "NVFP4": _nvfp4,
+    "W4A16_NVFP4": _nvfp4,
 }
 """The method of an algorithm of ModelOpt, made of what the configuration says beside it (`group_size`)."""
 

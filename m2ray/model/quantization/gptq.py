@@ -1,0 +1,100 @@
+"""GPTQ, 4 bits: int32 words of eight numbers along the input features, and for each input feature the number of its group.
+
+As gptqmodel 7.7 computes it (`TorchLinear.dequantize_weight`).
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from m2ray.errors import CheckpointError, raise_all
+from m2ray.model.headers import TensorHeader
+from m2ray.model.limits import short_repr
+from m2ray.model.quantization.awq import group_of
+from m2ray.model.quantization.int4 import scaled, unpack_words
+from m2ray.model.quantization.packed import Found, Packed, Piece
+from m2ray.model.quantization.stored import Shape, Unpack
+
+ONE_LESS = 0x11111111
+"""What the format "gptq" took from each word of zero points, and "gptq_v2" does not. A borrow goes from one number to the next."""
+
+
+def unpack(
+    qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor, g_idx: torch.Tensor, *, zeros_one_less: bool = True
+) -> torch.Tensor:
+    """A linear layer's weight, a view, [out_features, in_features] in the dtype of `scales`, float16.
+
+    Args:
+        qweight: int32 [in_features / 8, out_features].
+        qzeros: int32 [groups, out_features / 8].
+        scales: float16 [groups, out_features].
+        g_idx: int32 [in_features], each input feature's group, in any order.
+        zeros_one_less: whether `qzeros` are one less than the zero points, as `checkpoint_format` "gptq" has them.
+    """
+    numbers = unpack_words(qweight.t().contiguous()).t()
+    zeros = unpack_words(qzeros + ONE_LESS if zeros_one_less else qzeros)
+    groups = g_idx.long()
+    return scaled(numbers, zeros[groups], scales[groups]).t()
+
+
+class Gptq(Packed):
+    """Linear layers [out_features, in_features], on disk transposed.
+
+    Attributes:
+        group: input features that share a scale and a zero point; None where all do.
+        zeros_one_less: as `unpack` takes it.
+    """
+
+    swapped = (0, 1)
+
+    def __init__(self, group: int | None, *, zeros_one_less: bool = True) -> None:
+        self.group, self.zeros_one_less = group, zeros_one_less
+        self.name = f"GPTQ, INT4 {f'in groups of {group}' if group else 'by row'} with zero points"
+        self.parts = {"values": (".qweight",), "zero_point": (".qzeros",), "scale": (".scales",), "group": (".g_idx",)}
+
+    def takes(self, values: TensorHeader) -> bool:
+        return values.dtype == torch.int32 and len(values.shape) == 2
+
+    def shape_of(self, found: Found) -> Shape:
+        words, rows = found["values"][1].shape
+        return (rows, words * 8)
+
+    def pieces(self, shape: Shape) -> Mapping[str, Piece]:
+        rows, columns = shape
+        groups = -(-columns // (self.group or columns))
+        return {
+            "values": Piece((columns // 8, rows), (torch.int32,), rows=8),
+            "zero_point": Piece((groups, rows // 8), (torch.int32,), rows=0),
+            "scale": Piece((groups, rows), (torch.float16, torch.bfloat16, torch.float32), rows=0),
+            "group": Piece((columns,), (torch.int32,)),
+        }
+
+    def unpacking(self) -> Unpack:
+        return self._unpack_parts
+
+    def _unpack_parts(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        stored = (parts[name] for name in ("values", "zero_point", "scale", "group"))
+        return unpack(*stored, zeros_one_less=self.zeros_one_less).t().to(torch.bfloat16)
+
+
+_ZEROS_ONE_LESS = {"gptq": True, "gptq_v2": False}
+"""By `checkpoint_format`."""
+
+
+def of_config(declared: Mapping[str, Any]) -> Gptq:
+    """The method that `quantization_config` names. Raises CheckpointError: another kind of GPTQ."""
+    bits, kind = declared.get("bits"), declared.get("checkpoint_format") or "gptq"
+    chosen = declared.get("dynamic") or {}
+    problems = []
+    if bits != 4:
+        problems.append(CheckpointError(f"config.json: GPTQ with bits = {short_repr(bits)}.", "m2ray reads it with 4."))
+    if kind not in _ZEROS_ONE_LESS:
+        remedy = f"m2ray reads {' and '.join(_ZEROS_ONE_LESS)}; gptqmodel writes both."
+        problems.append(CheckpointError(f"config.json: GPTQ with checkpoint_format = {short_repr(kind)}.", remedy))
+    if not isinstance(chosen, Mapping) or not all(str(name).startswith("-:") for name in chosen):
+        remedy = "m2ray reads models of which all modules are packed alike."
+        problems.append(CheckpointError(f"config.json: GPTQ with dynamic = {short_repr(chosen)}.", remedy))
+    group = group_of(declared, "GPTQ", problems)
+    raise_all(problems)
+    return Gptq(group, zeros_one_less=_ZEROS_ONE_LESS[kind])
