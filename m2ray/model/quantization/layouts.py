@@ -1,4 +1,4 @@
-"""The table of layouts: what `quantization_config` names, and how its tensors are packed. docs/models.md lists them for people."""
+"""The table of layouts: what `quantization_config` names, and how its tensors are packed. docs/layouts.md lists them for people."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -17,7 +17,7 @@ from m2ray.model.towers import decoder_config
 PLAIN = Layout((), lambda _: None)
 """Nothing is quantised."""
 
-READ = "m2ray reads BF16, F16, F32 and the quantised layouts that docs/models.md lists."
+READ = "m2ray reads BF16, F16, F32 and the quantised layouts that docs/layouts.md lists."
 
 _SCALES = ("_scale_inv", "_scale", ".scale", ".qscale_weight")
 """Under which the scales of `fp8` are published: by DeepSeek and most, older static FP8, DeepSeek-V4, Mistral."""
