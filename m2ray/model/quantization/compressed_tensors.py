@@ -13,9 +13,12 @@ from m2ray.model.limits import short_repr
 from m2ray.model.quantization import mxfp4, nvfp4
 from m2ray.model.quantization.layout import Layout
 from m2ray.model.quantization.pack_quantized import PackQuantized
-from m2ray.model.quantization.scaled import EXPONENT_SCALES, FLOAT_SCALES, ROW, Block, Scaled
+from m2ray.model.quantization.scaled import EXPONENT_SCALES, ROW, Block, Scaled
 from m2ray.model.quantization.skipped import IsNamed, by_compressed_tensors, names_of
 from m2ray.model.quantization.stored import Method
+
+_SCALES = (torch.bfloat16, torch.float32, torch.float16)
+"""Of scales, the usual first: that of the model which was quantised."""
 
 Weights = Mapping[str, Any]
 """A group's `weights`: num_bits, type, strategy, group_size, block_structure, symmetric ..."""
@@ -26,7 +29,7 @@ def _float_quantized(weights: Weights) -> Method:
     _require(weights, "float-quantized", type="float", num_bits=8)
     block, name = _shared_by(weights)
     return Scaled(
-        f"FP8, a scale {name} (compressed-tensors)", (torch.float8_e4m3fn,), (block,), ("_scale",), FLOAT_SCALES, in_scale_dtype=True
+        f"FP8, a scale {name} (compressed-tensors)", (torch.float8_e4m3fn,), (block,), ("_scale",), _SCALES, in_scale_dtype=True
     )
 
 
@@ -34,7 +37,7 @@ def _int_quantized(weights: Weights) -> Method:
     """Raises CheckpointError: of another kind than symmetric int8 with a scale a tensor, a row or a block."""
     _require(weights, "int-quantized", type="int", num_bits=8)
     block, name = _shared_by(weights)
-    return Scaled(f"int8, a scale {name} (compressed-tensors)", (torch.int8,), (block,), ("_scale",), FLOAT_SCALES, in_scale_dtype=True)
+    return Scaled(f"int8, a scale {name} (compressed-tensors)", (torch.int8,), (block,), ("_scale",), _SCALES, in_scale_dtype=True)
 
 
 def _naive_quantized(weights: Weights) -> Method:

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+
 from m2ray.errors import CheckpointError
 from m2ray.model.limits import short_repr
 from m2ray.model.quantization import awq, gptq, mxfp4
@@ -22,6 +24,9 @@ READ = "m2ray reads BF16, F16, F32 and the quantised layouts that docs/layouts.m
 _SCALES = ("_scale_inv", "_scale", ".scale", ".qscale_weight")
 """Under which the scales of `fp8` are published: by DeepSeek and most, older static FP8, DeepSeek-V4, Mistral."""
 
+_STATIC_SCALES = (torch.bfloat16, torch.float32, torch.float16)
+"""Of a tensor each, the usual first."""
+
 _SKIPPED = ("modules_to_not_convert", "ignored_layers", "ignore")
 
 
@@ -33,7 +38,9 @@ def _fp8(declared: Mapping[str, Any]) -> Layout:
     experts = declared.get("expert_dtype", "fp8")
     if experts not in ("fp8", "fp4"):
         raise CheckpointError(f"config.json: expert_dtype {short_repr(experts)}.", READ)
-    dtypes = (*FLOAT_SCALES, *(EXPONENT_SCALES if scale_fmt == "ue8m0" else EXPONENT_SCALES[:1]))
+    dtypes = (*(_STATIC_SCALES if block is None else FLOAT_SCALES), *(EXPONENT_SCALES if scale_fmt == "ue8m0" else EXPONENT_SCALES[:1]))
+    if "expert_dtype" in declared:  # DeepSeek-V4 stores exponents; V3.1 has "ue8m0" too, and float32
+        dtypes = dtypes[::-1]
     name = "FP8, a scale a tensor" if block is None else f"FP8 in blocks of {block[0]} x {block[1]}"
     layout = _transformers_layout(declared, Scaled(name, FP8, (None, ROW) if block is None else (block,), _SCALES, dtypes))
     return layout if experts == "fp8" else _with_experts_in_mxfp4(layout)

@@ -1,0 +1,250 @@
+"""FP8 and int8 under every name: values against transformers' own or the library's formula, what a layout reads and leaves, what is refused."""
+
+import json
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+from m2ray.batches import LayerSpan
+from m2ray.cli.plan_inputs import read_model
+from m2ray.errors import CheckpointError
+from m2ray.model import weights
+from m2ray.model.checkpoint import open_checkpoint, tensor_table, tensor_table_from_config
+from m2ray.model.families import parse_config
+from m2ray.model.headers import TensorHeader
+from m2ray.model.quantization import scaled
+from m2ray.model.quantization.layout import Layout
+from m2ray.model.quantization.layouts import WAYS_OUT, layout_of
+from m2ray.model.quantization.scaled import ScaledUnpack, dequantize
+from m2ray.model.stage import StageSpec, load_stage
+from m2ray.model.weights import hash_weights
+from scripts.checkpoint_formats.table import FORMATS
+from tests.packed import make_packed
+from tests.reference import DATA, load_span, same_bits
+
+E4M3, E5M2, E8M0 = torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu
+BF16, F16, F32, U8, I8 = torch.bfloat16, torch.float16, torch.float32, torch.uint8, torch.int8
+
+LLAMA = json.loads((DATA / "families" / "llama.json").read_text())
+KEY = "model.layers.1.mlp.up_proj.weight"
+BLOCKS = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+STATIC = {"quant_method": "fp8", "weight_block_size": None, "activation_scheme": "static"}
+
+
+def random_values(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    bits = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(1), dtype=U8)
+    bits[bits.view(dtype).float().isnan()] = 0
+    return bits.view(dtype)
+
+
+def random_scales(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(2)
+    if dtype.itemsize == 1:
+        return torch.randint(100, 140, shape, generator=generator, dtype=U8).view(dtype)
+    return (torch.rand(shape, generator=generator) * 1e-2).to(dtype)
+
+
+GRIDS: list[tuple[tuple[int, ...], tuple[int, int] | None]] = [
+    ((), None),
+    ((1,), None),
+    ((6, 1), (1, 64)),
+    ((2, 4), (3, 16)),
+    ((6, 2), (1, 32)),
+]
+
+
+@pytest.mark.parametrize("cached", [1 << 18, 70])
+@pytest.mark.parametrize("dtype", [E4M3, E5M2])
+@pytest.mark.parametrize("scale_dtype", [F32, BF16, F16, U8, E8M0])
+@pytest.mark.parametrize(("grid", "block"), GRIDS)
+def test_scales_of_every_kind_are_transformers(
+    grid: tuple[int, ...],
+    block: tuple[int, int] | None,
+    scale_dtype: torch.dtype,
+    dtype: torch.dtype,
+    cached: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(scaled, "_CACHED_ELEMENTS", cached)
+    values, scales = random_values((6, 64), dtype), random_scales(grid, scale_dtype)
+    expected = Fp8Dequantize(None)._dequantize_one(values, scales.reshape(scales.shape or (1, 1)), BF16)
+    assert same_bits(dequantize(values, scales, block), expected)
+
+
+def test_exponents_of_two_from_the_smallest_to_none() -> None:
+    scales, values = torch.arange(256, dtype=U8).view(-1, 1), random_values((256, 32), E4M3)
+    for dtype in (U8, E8M0):
+        expected = Fp8Dequantize(None)._dequantize_one(values, scales.view(dtype), BF16)
+        found = dequantize(values, scales.view(dtype), (1, 32))
+        assert torch.equal(found.nan_to_num(7.0), expected.nan_to_num(7.0))
+
+
+@pytest.mark.parametrize("dtype", [E4M3, I8])
+@pytest.mark.parametrize("scale_dtype", [F32, BF16, F16])
+@pytest.mark.parametrize(("grid", "block"), [((1,), None), ((5, 1), (1, 48))])
+def test_compressed_tensors_multiplies_in_the_scales_dtype(
+    grid: tuple[int, ...], block: tuple[int, int] | None, scale_dtype: torch.dtype, dtype: torch.dtype
+) -> None:
+    """compressed-tensors 0.20, quantization/lifecycle/forward_helpers.py, _dequantize: x_q.to(scale.dtype) * scale."""
+    values, scales = random_values((5, 48), dtype), random_scales(grid, scale_dtype)
+    expected = (values.to(scale_dtype) * scales).to(BF16)
+    assert same_bits(ScaledUnpack(block, in_scale_dtype=True)({"values": values, "scale": scales}), expected)
+
+
+def test_each_expert_has_its_own_scale() -> None:
+    values, scales = random_values((3, 4, 10), E4M3), random_scales((3,), F32)
+    expected = (values.float() * scales.view(3, 1, 1)).to(BF16)
+    found = layout(STATIC).stored(headers({"e": (E4M3, (3, 4, 10)), "e_scale": (F32, (3,))}))["e"]
+    assert not found.problems
+    assert found.unpack is not None
+    assert same_bits(found.unpack({"values": values, "scale": scales}), expected)
+
+
+def config(quantised: Any, **fields: Any) -> Any:
+    return parse_config(json.dumps({**LLAMA, **fields, "quantization_config": quantised}).encode())
+
+
+def layout(quantised: Any) -> Layout:
+    return layout_of(config(quantised))
+
+
+def headers(tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> dict[str, TensorHeader]:
+    return {key: TensorHeader("f", dtype, shape, 0, dtype.itemsize * torch.Size(shape).numel()) for key, (dtype, shape) in tensors.items()}
+
+
+def compressed(kind: str, strategy: str, **weights: Any) -> dict[str, Any]:
+    said = {"num_bits": 8, "type": kind, "strategy": strategy, "symmetric": True, **weights}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": f"{kind}-quantized",
+        "config_groups": {"g": {"targets": ["Linear"], "weights": said}},
+    }
+
+
+NAMES = [
+    (BLOCKS, "_scale_inv", E4M3, F32, (2, 1)),
+    ({**BLOCKS, "scale_fmt": "ue8m0"}, "_scale_inv", E4M3, F32, (2, 1)),
+    ({**BLOCKS, "scale_fmt": "ue8m0"}, ".scale", E4M3, E8M0, (2, 1)),
+    (STATIC, ".qscale_weight", E4M3, BF16, ()),
+    (STATIC, "_scale", E4M3, F32, (1,)),
+    (STATIC, "_scale_inv", E4M3, F32, (200, 1)),
+    ({"quant_method": "mxfp8"}, "_scale_inv", E4M3, U8, (200, 4)),
+    ({"quant_method": "fbgemm_fp8"}, "_scale", E4M3, F32, (200, 1)),
+    (compressed("float", "tensor"), "_scale", E4M3, BF16, (1,)),
+    (compressed("float", "channel"), "_scale", E4M3, BF16, (200, 1)),
+    (compressed("float", "block", block_structure=[128, 128]), "_scale", E4M3, BF16, (2, 1)),
+    (compressed("int", "channel"), "_scale", I8, BF16, (200, 1)),
+    ({"quant_method": "modelopt", "quant_algo": "FP8"}, "_scale", E4M3, F32, ()),
+    ({"quant_method": "modelopt", "quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"}, "_scale", E4M3, F32, (200,)),
+    ({"quant_method": "modelopt", "quant_algo": "MXFP8"}, "_scale", E4M3, U8, (200, 4)),
+]
+
+
+@pytest.mark.parametrize(("quantised", "ending", "dtype", "scale_dtype", "grid"), NAMES)
+def test_a_weight_and_its_scales_are_one_tensor(
+    quantised: dict[str, Any], ending: str, dtype: torch.dtype, scale_dtype: torch.dtype, grid: tuple[int, ...]
+) -> None:
+    scale = KEY.removesuffix(".weight") + ending if ending.startswith(".") else KEY + ending
+    on_disk = headers({KEY: (dtype, (200, 128)), scale: (scale_dtype, grid), "model.norm.weight": (BF16, (128,))})
+    found = layout(quantised).stored(on_disk)
+    assert found.keys() == {KEY, "model.norm.weight"}
+    stored = found[KEY]
+    assert not stored.problems
+    assert [part.key for part in stored.parts] == [KEY, scale]
+    assert stored.num_bytes == on_disk[KEY].num_bytes + on_disk[scale].num_bytes
+    values, scales = random_values((200, 128), dtype), random_scales(grid, scale_dtype)
+    factors = torch.exp2(scales.float() - 127) if scale_dtype == U8 else scales.float()
+    if factors.numel() > 1:
+        factors = factors.view(len(factors), -1)
+        factors = factors.repeat_interleave(128 if len(factors) == 2 else 1, 0)[:200].repeat_interleave(128 // factors.shape[1], 1)
+    assert stored.unpack is not None
+    assert same_bits(stored.unpack({"values": values, "scale": scales}), (values.float() * factors).to(BF16))
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({KEY: (E4M3, (200, 128))}, "is FP8, but its scales .*_scale_inv are missing"),
+        ({KEY: (E4M3, (200, 128)), f"{KEY}_scale_inv": (F32, (1, 1))}, r"needs \[2, 1\] of"),
+        ({KEY: (E4M3, (200, 128)), f"{KEY}_scale_inv": (U8, (2, 1))}, r"is torch.uint8 \[2, 1\]"),
+        ({KEY: (E4M3, (200, 128)), f"{KEY}_scale_inv": (F32, (2, 1)), f"{KEY}_scale": (F32, (2, 1))}, "has no such part"),
+        ({KEY: (I8, (200, 128)), f"{KEY}_scale": (F32, (2, 1))}, "a quantised layout that config.json does not name"),
+        ({KEY: (BF16, (200, 128)), f"{KEY}_scale_inv": (F32, (2, 1))}, "is of dtype torch.bfloat16 and yet has scales"),
+    ],
+)
+def test_what_no_method_reads_says_why(tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]], message: str) -> None:
+    (problem,) = layout(BLOCKS).stored(headers(tensors))[KEY].problems
+    with pytest.raises(CheckpointError, match=message):
+        raise problem
+
+
+REFUSED = [
+    ({**BLOCKS, "scale_fmt": "log"}, "scale_fmt 'log'"),
+    ({**BLOCKS, "expert_dtype": "fp2"}, "expert_dtype 'fp2'"),
+    ({**BLOCKS, "modules_to_not_convert": "lm_head"}, "modules_to_not_convert = 'lm_head' is no list of names"),
+    ({**BLOCKS, "ignored_layers": ["model.(layers"]}, "has the pattern .*, which is none"),
+    ({"quant_method": "mxfp8", "weight_block_size": [1, 16]}, r"mxfp8 with weight_block_size \[1, 16\]"),
+    (compressed("int", "channel", symmetric=False), "int-quantized with symmetric = False"),
+    (compressed("float", "channel", num_bits=6), "float-quantized with num_bits = 6"),
+    (compressed("float", "token"), "strategy 'token'"),
+    ({**compressed("float", "channel"), "format": "marlin-24"}, "format 'marlin-24'"),
+    ({**compressed("float", "channel"), "transform_config": {"config_groups": {}}}, "rotated weights and activations"),
+    ({**compressed("float", "channel"), "sparsity_config": {"format": "sparse-24-bitmask"}}, "sparse weights"),
+    ({"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, "quant_algo 'W4A8_AWQ'"),
+    *(({"quant_method": name}, f"quant_method '{name}', which m2ray does not read.*BF16|version") for name in WAYS_OUT),
+]
+
+
+@pytest.mark.parametrize(("quantised", "message"), REFUSED)
+def test_half_known_layouts_are_refused_by_name(quantised: dict[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointError, match=f"(?s){message}"):
+        config(quantised)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "minimax_m2", "deepseek_v3", "glm4_moe", "gpt_oss"])
+@pytest.mark.parametrize("fmt", sorted(FORMATS.keys() - {"mxfp4", "fp8-ue8m0"}))
+def test_a_plan_by_the_configuration_alone_is_exact(fmt: str, family: str, tmp_path: Path) -> None:
+    """But for what is not read: scales of activations, shapes of packed weights."""
+    folder = make_packed(tmp_path / "model", family, fmt)
+    on_disk = {row.name: (row.disk_bytes, row.method) for row in tensor_table(open_checkpoint(str(folder))).rows if row.role != "unused"}
+    (folder / "model.safetensors").unlink()
+    assert {row.name: (row.disk_bytes, row.method) for row in read_model(str(folder), "auto", "bfloat16").table.rows} == on_disk
+
+
+def test_modules_that_are_left_as_they_were_count_so() -> None:
+    skips = [
+        ({**BLOCKS, "modules_to_not_convert": ["model.layers.0", "up_proj"]}, {"model.layers.1.mlp.down_proj.weight"}),
+        (
+            {**compressed("float", "channel"), "ignore": ["re:.*up_proj$", "model.layers.1.mlp.down_proj"]},
+            {"model.layers.0.mlp.down_proj.weight"},
+        ),
+        (
+            {"quant_method": "modelopt", "quant_algo": "FP8", "exclude_modules": ["*.up_proj", "model.layers.0*"]},
+            {"model.layers.1.mlp.down_proj.weight"},
+        ),
+    ]
+    for quantised, expected in skips:
+        rows = tensor_table_from_config(config(quantised, num_hidden_layers=2)).rows
+        assert {row.name for row in rows if row.method and row.name.endswith(("up_proj.weight", "down_proj.weight"))} == expected
+
+
+@pytest.mark.parametrize(
+    ("family", "fmt"), [*product(["llama"], FORMATS.keys() - {"mxfp4"}), ("gpt_oss", "mxfp4"), ("qwen3_moe", "pack-quantized")]
+)
+def test_pieces_of_any_size_give_the_same_values_and_hash_every_byte(
+    family: str, fmt: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_packed(tmp_path / "model", family, fmt)
+    whole = load_span(folder, LayerSpan(0, 3))[0].skeleton.model.state_dict()
+    monkeypatch.setattr(weights, "PIECE_BYTES", 300)
+    decoder = load_span(folder, LayerSpan(0, 3))[0]
+    cut = decoder.skeleton.model.state_dict()
+    assert all(same_bits(cut[name], whole[name]) for name in whole if not whole[name].is_meta)
+    loaded = load_stage(StageSpec(str(folder), LayerSpan(0, 3), "bfloat16", "auto", "cpu", None), lambda *_: None)
+    assert loaded.needed_bytes <= loaded.bytes_read <= 1.01 * loaded.needed_bytes or fmt == "gptq"
+    hashed = hash_weights(open_checkpoint(str(folder)), 3)
+    assert hashed == {layer: loaded.digests[layer] for layer in hashed}
