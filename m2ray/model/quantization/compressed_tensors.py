@@ -28,9 +28,7 @@ def _float_quantized(weights: Weights) -> Method:
     """Raises CheckpointError: of another kind than FP8 e4m3 with a scale a tensor, a row or a block."""
     _require(weights, "float-quantized", type="float", num_bits=8)
     block, name = _shared_by(weights)
-    return Scaled(
-        f"FP8, a scale {name} (compressed-tensors)", (torch.float8_e4m3fn,), (block,), ("_scale",), _SCALES, in_scale_dtype=True
-    )
+    return Scaled(f"FP8, a scale {name} (compressed-tensors)", (torch.float8_e4m3fn,), (block,), ("_scale",), _SCALES, in_scale_dtype=True)
 
 
 def _int_quantized(weights: Weights) -> Method:
