@@ -14,10 +14,9 @@ MethodOf = Callable[[str], Method | None]
 """The method of a module of a decoder layer that has weights, by its name; None where it is not quantised."""
 
 UNREAD = re.compile(
-    r"(?:\.|_)(?:activation|input|output|q|k|v|kv)_(?:global_)?scale(?:_inv|_ub)?$|\.(?:activation|input)_scale_inv$|\.qscale_(?:act|input)$|\.weight_shape$"
+    r"(?:\.|_)(?:activation|input|output|q|k|v|kv)_(?:global_)?scale(?:_inv|_ub)?$|\.(?:activation|input)_scale_inv$|\.qscale_(?:act|input)$"
 )
-"""Scales by which engines quantise activations and caches; weights do not need them. And the shape of a packed
-weight, which its parts tell."""
+"""Scales by which engines quantise activations and caches; weights do not need them."""
 
 _ALWAYS = ("_scale_inv", "_scale")
 """Endings of scales, which are never read as tensors of their own."""
