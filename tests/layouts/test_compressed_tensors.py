@@ -7,6 +7,8 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
 from m2ray.model.quantization import mxfp4, nvfp4, pack_quantized
 from tests.layouts.codes import random_bytes, random_e4m3, random_scales, random_words, same_bits
+from tests.packed import make_packed
+from tests.reference import chain_rows, load_chain, load_reference, micro_batch_of, reference_rows
 
 WHOLE_NUMBERS = {"num_bits": 4, "type": "int"}
 FP4 = {"num_bits": 4, "type": "float", "symmetric": True}
@@ -72,3 +74,20 @@ def test_mxfp4_of_every_scale() -> None:
     scales = torch.arange(256, dtype=torch.uint8).reshape(-1, 2)
     tensors = {"weight_packed": random_bytes(len(scales), 32), "weight_scale": scales}
     assert same_bits(mxfp4.unpack(*tensors.values()), theirs("mxfp4-pack-quantized", tensors, how))
+
+
+@pytest.mark.parametrize(
+    ("family", "fmt"),
+    [
+        *(("llama", fmt) for fmt in ("pack-quantized", "pack-quantized-asymmetric", "nvfp4-pack-quantized", "mxfp4-pack-quantized")),
+        *(("llama", fmt) for fmt in ("float-quantized", "float-quantized-tensor", "float-quantized-block", "int-quantized")),
+        *((family, "pack-quantized") for family in ("qwen3_moe", "deepseek_v3", "glm4_moe")),
+    ],
+)
+def test_rows_are_those_of_transformers_with_this_library(family, fmt, tmp_path) -> None:
+    folder = make_packed(tmp_path / "packed", family, fmt)
+    micro_batch = micro_batch_of((9, 5, 1), 96)
+    expected = reference_rows(load_reference(folder, torch.bfloat16), micro_batch)
+    for bounds in ((0, 3), (0, 1, 3)):
+        ours = chain_rows(load_chain(folder, bounds, "bfloat16"), micro_batch)
+        assert all(same_bits(one, other) for one, other in zip(ours, expected, strict=True))
