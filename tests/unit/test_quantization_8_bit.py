@@ -175,6 +175,7 @@ def test_two_methods_that_the_configuration_names_meet_in_one_file() -> None:
         "a.weight_scale": (BF16, (200, 1)),
         "e.weight_packed": (torch.int32, (200, 16)),
         "e.weight_scale": (BF16, (200, 4)),
+        "e.weight_shape": (torch.int64, (2,)),
     }
     found = layout(said).stored(headers(on_disk))
     assert {key: (stored.shape, stored.problems) for key, stored in found.items()} == {
