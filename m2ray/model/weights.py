@@ -21,6 +21,7 @@ from m2ray.model.digests import WeightDigests
 from m2ray.model.extents import Range, RowsToLoad
 from m2ray.model.gpu_loading import Lanes
 from m2ray.model.quantization.layouts import layout_of
+from m2ray.model.quantization.scaling import ScaledUnpack
 from m2ray.model.quantization.stored import Part, StoredTensor
 from m2ray.model.skeleton import build_skeleton
 from m2ray.model.tensors import MatchedTensor, disk_bytes, match_by_layer
@@ -110,13 +111,10 @@ def _load_by_lanes(checkpoint: Checkpoint, decoder: DecoderSpan, digests: Weight
         lanes.compile()
     needed_bytes = 0
 
-    def fill(wanted: RowsToLoad, parts: Mapping[str, torch.Tensor]) -> None:
-        _convert(wanted.key, _unpacked(wanted, parts), wanted.into)
-
     for matched in _match(checkpoint, decoder):
         needed_bytes += sum(disk_bytes(each) for each in matched)
         digests.expect(matched)
-        lanes.begin(checkpoint, list(_pieces(decoder, matched)), digests, fill)
+        lanes.begin(checkpoint, list(_pieces(decoder, matched)), digests, _fill)
     lanes.finish(lambda: on_bytes(checkpoint.bytes_read, needed_bytes))
     return needed_bytes
 
@@ -204,11 +202,18 @@ def _load(checkpoint: Checkpoint, wanted: RowsToLoad, digests: WeightDigests) ->
     for name, part in wanted.parts.items():
         parts[name] = into if is_as_on_disk else torch.empty(part.shape, dtype=part.dtype)
         _read(checkpoint, part, parts[name], digests)
-    _convert(wanted.key, _unpacked(wanted, parts), into)
+    _fill(wanted, parts)
 
 
-def _unpacked(wanted: RowsToLoad, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    return next(iter(parts.values())) if wanted.unpack is None else wanted.unpack(parts)
+def _fill(wanted: RowsToLoad, parts: Mapping[str, torch.Tensor]) -> None:
+    """Unpack parts, if they are packed, and write them into the model in its dtype."""
+    unpack, into = wanted.unpack, wanted.into
+    if unpack is None:
+        _convert(wanted.key, next(iter(parts.values())), into)
+    elif isinstance(unpack, ScaledUnpack) and into.dtype == torch.bfloat16:
+        unpack.write(parts, into)
+    else:
+        _convert(wanted.key, unpack(parts), into)
 
 
 def _read(checkpoint: Checkpoint, piece: Range, out: torch.Tensor, digests: WeightDigests) -> None:

@@ -14,7 +14,7 @@ from m2ray.model.capture import CaptureSpec
 from m2ray.model.extents import Range, RowsToLoad
 from m2ray.model.quantization import fused
 from m2ray.model.quantization.fused import KernelTable
-from m2ray.model.quantization.scaled import ScaledUnpack, dequantize
+from m2ray.model.quantization.scaling import ScaledUnpack, dequantize
 from m2ray.model.stage import Stage, StageSpec
 from m2ray.selection import Selection
 from tests.reference import LENGTHS, MINIMAX_TINY, load_capturing, load_reference, make_minimax, micro_batch_of, reference_rows, same_bits

@@ -16,7 +16,7 @@ from m2ray.model import extents, gpu_loading, weights
 from m2ray.model.checkpoint import open_checkpoint
 from m2ray.model.decoder import DecoderSpan
 from m2ray.model.quantization import fused
-from m2ray.model.quantization.scaled import ScaledUnpack, dequantize
+from m2ray.model.quantization.scaling import ScaledUnpack, dequantize
 from m2ray.model.skeleton import build_skeleton
 from m2ray.model.stage import StageSpec, load_stage
 from m2ray.model.weights import Loaded, load_weights

@@ -16,10 +16,10 @@ from m2ray.model import weights
 from m2ray.model.checkpoint import open_checkpoint, tensor_table, tensor_table_from_config
 from m2ray.model.families import parse_config
 from m2ray.model.headers import TensorHeader
-from m2ray.model.quantization import scaled
+from m2ray.model.quantization import scaling
 from m2ray.model.quantization.layout import Layout
 from m2ray.model.quantization.layouts import WAYS_OUT, layout_of
-from m2ray.model.quantization.scaled import ScaledUnpack, dequantize
+from m2ray.model.quantization.scaling import ScaledUnpack, dequantize
 from m2ray.model.stage import StageSpec, load_stage
 from m2ray.model.weights import hash_weights
 from scripts.checkpoint_formats.table import FORMATS
@@ -68,7 +68,7 @@ def test_scales_of_every_kind_are_transformers(
     cached: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(scaled, "_CACHED_ELEMENTS", cached)
+    monkeypatch.setattr(scaling, "_CACHED_ELEMENTS", cached)
     values, scales = random_values((6, 64), dtype), random_scales(grid, scale_dtype)
     expected = Fp8Dequantize(None)._dequantize_one(values, scales.reshape(scales.shape or (1, 1)), BF16)
     assert same_bits(dequantize(values, scales, block), expected)

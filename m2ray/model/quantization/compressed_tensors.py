@@ -13,7 +13,8 @@ from m2ray.model.limits import short_repr
 from m2ray.model.quantization import mxfp4, nvfp4
 from m2ray.model.quantization.layout import Layout
 from m2ray.model.quantization.pack_quantized import PackQuantized
-from m2ray.model.quantization.scaled import EXPONENT_SCALES, ROW, Block, Scaled
+from m2ray.model.quantization.scaled import EXPONENT_SCALES, ROW, Scaled
+from m2ray.model.quantization.scaling import Block
 from m2ray.model.quantization.skipped import IsNamed, by_compressed_tensors, names_of
 from m2ray.model.quantization.stored import Method
 

@@ -1,6 +1,6 @@
 """Many 8-bit tensors unpacked on a GPU by one launch of a fused kernel: which ones it can take, and the table that it reads them from.
 
-Its arithmetic is `m2ray.model.quantization.scaled.dequantize`'s, which does the others, and all of them where there is no kernel.
+Its arithmetic is `m2ray.model.quantization.scaling.dequantize`'s, which does the others, and all of them where there is no kernel.
 """
 
 from functools import cache
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from m2ray.model.extents import RowsToLoad
-from m2ray.model.quantization.scaled import ScaledUnpack
+from m2ray.model.quantization.scaling import ScaledUnpack
 from m2ray.toolchain import triton_problem
 
 TILE = (16, 256)

@@ -11,7 +11,8 @@ from m2ray.model.quantization import awq, gptq, mxfp4
 from m2ray.model.quantization.compressed_tensors import compressed_tensors_layout
 from m2ray.model.quantization.layout import Layout
 from m2ray.model.quantization.modelopt import modelopt_layout
-from m2ray.model.quantization.scaled import EXPONENT_SCALES, FLOAT_SCALES, FP8, ROW, Block, Scaled
+from m2ray.model.quantization.scaled import EXPONENT_SCALES, FLOAT_SCALES, FP8, ROW, Scaled
+from m2ray.model.quantization.scaling import Block
 from m2ray.model.quantization.skipped import by_transformers, names_of
 from m2ray.model.quantization.stored import Method
 from m2ray.model.towers import decoder_config

@@ -7,7 +7,8 @@ import torch
 from m2ray.model.headers import TensorHeader
 from m2ray.model.quantization.fp4 import unpack_e2m1
 from m2ray.model.quantization.packed import Found, Packed, Piece
-from m2ray.model.quantization.scaled import EXPONENT_SCALES, as_floats
+from m2ray.model.quantization.scaled import EXPONENT_SCALES
+from m2ray.model.quantization.scaling import as_floats
 from m2ray.model.quantization.stored import Shape, Unpack
 
 GROUP = 32
