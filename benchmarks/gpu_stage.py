@@ -118,7 +118,7 @@ def span_ranges(model: Path, num_layers: int) -> Ranges:
     checkpoint = open_checkpoint(str(model))
     rows = [row for row in tensor_table(checkpoint).rows if row.role == "embedding" or (row.layer is not None and row.layer < num_layers)]
     groups = layout_of(checkpoint.whole_config).group(checkpoint.headers)
-    keys = [key for row in rows for source in row.sources for key in groups[source].values()]
+    keys = [key for row in rows for source in row.sources for key in groups[source]]
     runs: list[tuple[str, int, int]] = []
     for header in sorted((checkpoint.headers[key] for key in keys), key=lambda header: (header.file, header.offset)):
         begin, stop = header.offset, header.offset + header.num_bytes

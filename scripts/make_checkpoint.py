@@ -189,7 +189,7 @@ def plan_tensors(config: Mapping[str, Any], layout: Literal["hub", "fused"] = "h
             quantised = skipped is not None and piece.in_blocks and not any(f".{module}." in piece.name for module in skipped)
             tensors.append(StoredTensor(piece.name, piece.shape, "F8_E4M3" if quantised else dtype, (piece,)))
             tensors += [StoredTensor(f"{piece.name}_scale_inv", piece.grid, "F32", (piece,))] if quantised else []
-    uneven = [each for each in tensors if each.dtype == "F8_E4M3" and each.fill is None and any(side % BLOCK for side in each.shape)]
+    uneven = [each for each in tensors if each.fill is None and each.dtype == "F8_E4M3" and any(side % BLOCK for side in each.shape)]
     found = {f"{re.sub('[.][0-9]+', '', each.name)} would be {each.shape[0]} x {each.shape[1]}.": None for each in uneven}
     raise_all([ConfigError(problem, f"FP8 needs multiples of {BLOCK} here: change them, or choose --format bf16.") for problem in found])
     return tensors

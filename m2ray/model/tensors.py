@@ -134,7 +134,7 @@ def needed_files(skeleton: Skeleton, weight_map: Mapping[str, str], span: LayerS
         found = {name: groups[source.key] for name, source in Conversion(skeleton).sources(groups)}
         heads = {embedding: head for head, embedding in skeleton.tied.items()}  # its values may be there under the head's name only
         names = (each if each in found else heads.get(each) for each in inputs)
-        files |= {outside[key] for name in names if name in found for key in found[name].values()}
+        files |= {outside[key] for name in names if name in found for key in found[name]}
     return files
 
 

@@ -165,6 +165,26 @@ def test_a_weight_and_its_scales_are_one_tensor(
     assert same_bits(stored.unpack({"values": values, "scale": scales}), (values.float() * factors).to(BF16))
 
 
+def test_two_methods_that_the_configuration_names_meet_in_one_file() -> None:
+    """Kimi-K2.6's: attention in FP8, experts in INT4."""
+    said = compressed("float", "channel")
+    int4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": True}
+    said["config_groups"]["experts"] = {"targets": ["re:.*experts.*"], "weights": int4, "format": "pack-quantized"}
+    on_disk = {
+        "a.weight": (E4M3, (200, 128)),
+        "a.weight_scale": (BF16, (200, 1)),
+        "e.weight_packed": (torch.int32, (200, 16)),
+        "e.weight_scale": (BF16, (200, 4)),
+        "e.weight_shape": (torch.int64, (2,)),
+    }
+    found = layout(said).stored(headers(on_disk))
+    assert {key: (stored.shape, stored.problems) for key, stored in found.items()} == {
+        "a.weight": ((200, 128), ()),
+        "e.weight": ((200, 128), ()),
+    }
+    assert len({stored.method for stored in found.values()}) == 2
+
+
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [

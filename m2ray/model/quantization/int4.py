@@ -10,7 +10,7 @@ def unpack_words(words: torch.Tensor, bits: int = 4) -> torch.Tensor:
         words: int32 [..., words], contiguous.
         bits: 4 or 8 a number.
     """
-    data = words.view(torch.uint8)
+    data = words.reshape(-1).view(torch.uint8).view(*words.shape[:-1], -1)  # one row's columns are contiguous at any stride
     return data if bits == 8 else torch.stack((data & 0xF, data >> 4), dim=-1).flatten(-2)
 
 

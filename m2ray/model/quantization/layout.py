@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -33,41 +34,40 @@ class Layout:
     methods: tuple[Method, ...]
     method_of: MethodOf
 
-    def group(self, keys: Iterable[str]) -> dict[str, dict[str, str]]:
-        """The keys of each tensor, by the tensor's own key and by their endings; judged by names alone.
+    def group(self, keys: Iterable[str]) -> dict[str, list[str]]:
+        """The keys of each tensor's parts, by the tensor's own key; judged by names alone.
 
         `X.weight_scale_inv` belongs to `X.weight`, if that is there, and `X.qscale_weight` too.
         """
-        keys = keys if isinstance(keys, Mapping | set | frozenset) else set(keys)
-        groups: dict[str, dict[str, str]] = {}
-        for key in keys:
-            whole, ending = self._whole(key, keys)
-            groups.setdefault(whole, {})[ending] = key
+        keys = set(keys)
+        groups: dict[str, list[str]] = {}
+        for key in sorted(keys):
+            groups.setdefault(self._whole(key, keys), []).append(key)
         return groups
 
-    def _whole(self, key: str, keys: "Mapping[str, object] | set[str] | frozenset[str]") -> tuple[str, str]:
+    def _whole(self, key: str, keys: AbstractSet[str]) -> str:
         for ending in self._endings:
             if key.endswith(ending):
                 whole = whole_key(key, ending)
                 if any(part_key(whole, first) in keys for first in self._first_endings):
-                    return whole, ending
-        return key, ""
+                    return whole
+        return key
 
     def stored(self, headers: Mapping[str, TensorHeader]) -> dict[str, StoredTensor]:
         """Every tensor of these headers, by the key that it has where nothing is quantised. What cannot be read says why in its `problems`."""
         tensors: dict[str, StoredTensor] = {}
-        for whole, found in self.group(headers).items():
-            tensors.update(self._store(whole, found, headers))
+        for whole, keys in self.group(headers).items():
+            tensors.update(self._store(whole, {key: headers[key] for key in keys}))
         return tensors
 
-    def _store(self, whole: str, found: Mapping[str, str], headers: Mapping[str, TensorHeader]) -> dict[str, StoredTensor]:
-        if len(found) == 1 and "" in found and headers[whole].dtype.itemsize > 1:
-            return {whole: plain(whole, headers[whole])}
+    def _store(self, whole: str, found: Mapping[str, TensorHeader]) -> dict[str, StoredTensor]:
+        if len(found) == 1 and whole in found and found[whole].dtype.itemsize > 1:
+            return {whole: plain(whole, found[whole])}
         for method in self.methods:
-            values = next((found[ending] for ending in next(iter(method.parts.values())) if ending in found), None)
-            if values is not None and method.takes(headers[values]):
-                return {whole: _by_method(method, whole, found, headers)}
-        return _unpacked(whole, found, headers)
+            firsts = [key for ending in next(iter(method.parts.values())) if (key := part_key(whole, ending)) in found]
+            if firsts and method.takes(found[firsts[0]]):
+                return {whole: _by_method(method, whole, found)}
+        return _unpacked(whole, found)
 
     @cached_property
     def _endings(self) -> tuple[str, ...]:
@@ -86,27 +86,26 @@ def plain(key: str, header: TensorHeader) -> StoredTensor:
     return StoredTensor(key, header.shape, (Part("values", key, header, 1 if header.shape else 0),))
 
 
-def _by_method(method: Method, whole: str, found: Mapping[str, str], headers: Mapping[str, TensorHeader]) -> StoredTensor:
+def _by_method(method: Method, whole: str, found: Mapping[str, TensorHeader]) -> StoredTensor:
     parts: dict[str, tuple[str, TensorHeader]] = {}
     left = dict(found)
     for name, endings in method.parts.items():
-        there = [ending for ending in endings if ending in left]
+        there = [key for ending in endings if (key := part_key(whole, ending)) in left]
         if there:
-            key = left.pop(there[0])
-            parts[name] = key, headers[key]
+            parts[name] = there[0], left.pop(there[0])
     stored = method.store(whole, parts)
     if not left:
         return stored
-    what = f"{', '.join(sorted(left.values()))}: {whole} as {method.name} has no such part."
+    what = f"{', '.join(sorted(left))}: {whole} as {method.name} has no such part."
     return stored._replace(problems=(*stored.problems, CheckpointError(what, MISMATCH)))
 
 
-def _unpacked(whole: str, found: Mapping[str, str], headers: Mapping[str, TensorHeader]) -> dict[str, StoredTensor]:
+def _unpacked(whole: str, found: Mapping[str, TensorHeader]) -> dict[str, StoredTensor]:
     """What no method takes: tensors of their own, but for scales."""
-    scales = [key for ending, key in found.items() if ending in _ALWAYS]
-    tensors = {key: plain(key, headers[key]) for ending, key in found.items() if key not in scales}
-    if scales and whole in tensors:
-        header = headers[whole]
+    scales = [key for ending in _ALWAYS if (key := whole + ending) in found] if whole in found else []
+    tensors = {key: plain(key, header) for key, header in found.items() if key not in scales}
+    if scales:
+        header = found[whole]
         what = (
             f"{whole} has its scales in {scales[0]}: a quantised layout that config.json does not name."
             if header.dtype.itemsize == 1
