@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # gptqmodel: its converter to BF16 leaves AWQ's weights in AWQ's order, so every eight output features change places.
 #
-# Seen 2026-11-29 with gptqmodel 7.7.0, autoawq 0.2.9, torch 2.13.0 on Python 3.11.
+# Seen 2026-11-29 with gptqmodel 7.7.0, autoawq 0.2.9, torch 2.13.0 on Python 3.11 (gptqmodel asks for torch 2.14.1; what is shown is plain torch).
 # Seen: of weights that autoawq's own rule packs, autoawq's dequantisation gives the matrix back, and gptqmodel's `dequantize_model` a matrix
 #   whose rows are 0, 2, 4, 6, 1, 3, 5, 7 of every eight. It ends without a word, and the BF16 checkpoint loads.
 # One would have guessed: a converter from a format to BF16 undoes all of the format. AWQ packs eight output features into a word in the order
@@ -14,9 +14,9 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 python3 -m venv "$work/venv"
 "$work/venv/bin/pip" install --quiet torch==2.13.0 numpy==2.4.6 safetensors==0.8.0 accelerate==1.15.0 transformers==5.24.0 datasets==5.2.0 \
-    threadpoolctl==3.7.0 device-smi==0.5.7 protobuf requests pypcre==0.6.4 tokenicer==0.0.14 logbar==0.4.15 dill torchao==0.18.0 defuser==0.0.28 ninja setuptools
-"$work/venv/bin/pip" install --quiet --no-deps gptqmodel==7.7.0
-"$work/venv/bin/pip" download --quiet --no-deps --no-binary :all: --no-build-isolation --dest "$work" autoawq==0.2.9
+    device-smi==0.5.7 logbar==0.4.15 pillow==13.0.0 protobuf==7.36.2 pypcre==0.6.4 requests==2.34.2 threadpoolctl==3.7.0 tokenicer==0.0.14
+"$work/venv/bin/pip" install --quiet --no-deps gptqmodel==7.7.0 defuser==0.0.28
+"$work/venv/bin/pip" download --quiet --no-deps --dest "$work" autoawq==0.2.9
 tar -xzf "$work/autoawq-0.2.9.tar.gz" -C "$work"
 cd "$work"
 HF_HOME="$work/hf" HF_HUB_OFFLINE=1 venv/bin/python - <<'PYTHON'
@@ -32,7 +32,7 @@ awq = runpy.run_path("autoawq-0.2.9/awq/utils/packing_utils.py")  # one file of 
 torch.manual_seed(0)
 rows, columns, group = 16, 32, 32
 numbers, zeros = torch.randint(0, 16, (columns, rows)), torch.full((1, rows), 8)
-scales = torch.rand(1, rows).half() + 0.5
+scales = torch.full((1, rows), 0.5).half()  # alike, for their order stays: it is the numbers that change places
 
 
 def pack(values):

@@ -4,7 +4,7 @@
 # Seen 2026-11-29 with transformers 5.24.0, compressed-tensors 0.20.1, torch 2.13.0 on Python 3.11.
 # Seen: a tiny Qwen3-MoE whose linear layers compressed-tensors itself packed as nvfp4-pack-quantized, loaded with dequantize=True.
 #   Attention comes back as it was packed, within FP4's coarseness. Every expert comes back larger by its weight_global_scale,
-#   hundreds of times and more. No key is reported as missing or unexpected, nothing is logged.
+#   here 34,911 times. No key is reported as missing or unexpected, nothing is logged.
 # One would have guessed: a checkpoint that loads without a word has its weights, those of experts as those of attention.
 #   For stacked experts transformers (integrations/compressed_tensors.py) hands the library weight_packed, weight_scale and
 #   weight_shape alone, and compressed-tensors takes an absent global scale for none.

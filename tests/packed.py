@@ -17,7 +17,7 @@ from m2ray.model.quantization import awq, gptq, mxfp4, nvfp4, pack_quantized
 from scripts.checkpoint_formats.stored import StoredTensor
 from scripts.checkpoint_formats.table import FORMATS
 from scripts.make_checkpoint import RandomWeights, plan_tensors, write_shard
-from tests.reference import DATA
+from tests.reference import DATA, chain_rows, load_chain, load_reference, micro_batch_of, reference_rows, same_bits
 
 Parts = Mapping[str, torch.Tensor]
 """Of one weight: what is stored for it, by the end of its name."""
@@ -52,9 +52,25 @@ def unpack_all(packed: Path, out: Path, family: str, fmt: str) -> Path:
     tensors = load_file(packed / "model.safetensors")
     stored = plan_tensors(_config(family) | {"quantization_config": FORMATS[fmt].quantization_config()}, fmt=fmt)
     out.mkdir()
-    save_file(dict(_unpacked(stored, tensors, fmt)), out / "model.safetensors", metadata={"format": "pt"})
+    plain = dict(_unpacked(stored, tensors, fmt))
+    save_file(plain, out / "model.safetensors", metadata={"format": "pt"})
+    index = {"weight_map": dict.fromkeys(plain, "model.safetensors")}
+    (out / "model.safetensors.index.json").write_text(json.dumps(index))
     (out / "config.json").write_text(json.dumps(_config(family)))
     return out
+
+
+def assert_rows_are_of_the_unpacked_weights(family: str, fmt: str, folder: Path) -> None:
+    """Chains of one and of three stages over a packed checkpoint give transformers' rows of the unpacked one, and read nothing else."""
+    packed = make_packed(folder / "packed", family, fmt)
+    plain = unpack_all(packed, folder / "plain", family, fmt)
+    micro_batch = micro_batch_of((9, 5, 1), 96)
+    expected = reference_rows(load_reference(plain, torch.bfloat16), micro_batch)
+    for bounds in ((0, 3), (0, 1, 2, 3)):
+        stages = load_chain(packed, bounds, "bfloat16")
+        for layer, (ours, theirs) in enumerate(zip(chain_rows(stages, micro_batch), expected, strict=True)):
+            assert same_bits(ours, theirs), layer
+        assert all(stage.bytes_read == stage.needed_bytes for stage in stages)
 
 
 def _config(family: str) -> dict[str, Any]:

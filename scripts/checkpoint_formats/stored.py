@@ -33,7 +33,8 @@ class Piece:
     @property
     def in_blocks(self) -> bool:
         """Whether FP8 checkpoints quantise it: a decoder layer's matrix, unless a router's gate."""
-        return self.number("layers") is not None and len(self.shape) == 2 and not re.search(r"\.(gate|router)\.", self.name)
+        is_matrix = len(self.shape) == 2 and self.name.endswith(".weight")
+        return is_matrix and self.number("layers") is not None and not re.search(r"\.(gate|router)\.", self.name)
 
     @property
     def grid(self) -> tuple[int, ...]:

@@ -4,11 +4,12 @@ import pytest
 import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from m2ray.model.quantization import mxfp4, nvfp4, pack_quantized
 from tests.layouts.codes import random_bytes, random_e4m3, random_scales, random_words, same_bits
 from tests.packed import make_packed
-from tests.reference import chain_rows, load_chain, load_reference, micro_batch_of, reference_rows
+from tests.reference import chain_rows, load_chain, micro_batch_of, reference_rows
 
 WHOLE_NUMBERS = {"num_bits": 4, "type": "int"}
 FP4 = {"num_bits": 4, "type": "float", "symmetric": True}
@@ -87,7 +88,9 @@ def test_mxfp4_of_every_scale() -> None:
 def test_rows_are_those_of_transformers_with_this_library(family, fmt, tmp_path) -> None:
     folder = make_packed(tmp_path / "packed", family, fmt)
     micro_batch = micro_batch_of((9, 5, 1), 96)
-    expected = reference_rows(load_reference(folder, torch.bfloat16), micro_batch)
+    config = AutoConfig.from_pretrained(folder)
+    config.quantization_config["dequantize"] = True
+    expected = reference_rows(AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.bfloat16).eval(), micro_batch)
     for bounds in ((0, 3), (0, 1, 3)):
         ours = chain_rows(load_chain(folder, bounds, "bfloat16"), micro_batch)
         assert all(same_bits(one, other) for one, other in zip(ours, expected, strict=True))

@@ -50,7 +50,7 @@ def test_a_part_is_missing_or_of_another_shape(family: str, fmt: str, part: str,
 
     shape = list(load_file(whole / "model.safetensors")[part].shape)
     assert f"{part} is " in (said := refusal(edited(whole, tmp_path / "longer", longer)))
-    assert f"{shape}." in said
+    assert f"{shape if shape != [1] else []}." in said  # one number may have axes or none
 
 
 @pytest.mark.parametrize(
