@@ -11,31 +11,37 @@ import torch
 from m2ray.errors import CheckpointError, raise_all
 from m2ray.model.headers import TensorHeader
 from m2ray.model.limits import short_repr
-from m2ray.model.quantization.int4 import scaled, unpack_words
+from m2ray.model.quantization.int4 import unpack_words
+from m2ray.model.quantization.nibbles import in_cache
 from m2ray.model.quantization.packed import Found, Packed, Piece
 from m2ray.model.quantization.stored import Shape, Unpack
 
-ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
-"""Where in a word each of its eight output features stands."""
 
-
-def unpack(qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """A linear layer's weight, a view, [out_features, in_features] in the dtype of `scales`, float16.
+def unpack(qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """A linear layer's weight, a view, [out_features, in_features]: (number - zero point) * scale, rounded in the dtype of `scales`, float16.
 
     Args:
         qweight: int32 [in_features, out_features / 8].
         qzeros: int32 [groups, out_features / 8].
         scales: float16 [groups, out_features].
+        dtype: what the result is rounded to then; None for that of `scales`.
     """
-    grouped = _in_order(qweight).unflatten(0, (scales.shape[0], -1))
-    return scaled(grouped, _in_order(qzeros).unsqueeze(1), scales.unsqueeze(1)).flatten(0, 1).t()
+    columns, (groups, rows) = qweight.shape[0], scales.shape
+    group = columns // groups
+    zeros, factors = _in_order(qzeros, scales.dtype).unsqueeze(1), scales.unsqueeze(1)
+
+    def columns_of(first: int, stop: int) -> torch.Tensor:
+        of = slice(first // group, stop // group)
+        grouped: torch.Tensor = _in_order(qweight[first:stop], scales.dtype).unflatten(0, (-1, group))
+        return grouped.sub_(zeros[of]).mul_(factors[of]).flatten(0, 1)
+
+    return in_cache(columns_of, (columns, rows), dtype or scales.dtype, qweight.device, multiple=group).t()
 
 
-def _in_order(words: torch.Tensor) -> torch.Tensor:
-    """uint8 [rows, features]."""
-    order = torch.tensor(ORDER, device=words.device)
-    eights: torch.Tensor = unpack_words(words).unflatten(-1, (-1, len(ORDER)))
-    return eights.index_select(-1, order).flatten(-2)
+def _in_order(words: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """[rows, features]: a word holds features 0, 2, 4, 6, 1, 3, 5, 7 of its eight."""
+    halves: torch.Tensor = unpack_words(words, dtype).unflatten(-1, (-1, 2, 4))
+    return halves.transpose(-1, -2).flatten(-3)
 
 
 class Awq(Packed):
@@ -68,7 +74,7 @@ class Awq(Packed):
         }
 
     def unpacking(self) -> Unpack:
-        return lambda parts: unpack(parts["values"], parts["zero_point"], parts["scale"]).t().to(torch.bfloat16)
+        return lambda parts: unpack(parts["values"], parts["zero_point"], parts["scale"], torch.bfloat16).t()
 
 
 def of_config(declared: Mapping[str, Any]) -> Awq:

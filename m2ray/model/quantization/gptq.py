@@ -12,7 +12,8 @@ from m2ray.errors import CheckpointError, raise_all
 from m2ray.model.headers import TensorHeader
 from m2ray.model.limits import short_repr
 from m2ray.model.quantization.awq import group_of
-from m2ray.model.quantization.int4 import scaled, unpack_words
+from m2ray.model.quantization.int4 import unpack_words
+from m2ray.model.quantization.nibbles import in_cache
 from m2ray.model.quantization.packed import Found, Packed, Piece
 from m2ray.model.quantization.stored import Shape, Unpack
 
@@ -21,9 +22,15 @@ ONE_LESS = 0x11111111
 
 
 def unpack(
-    qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor, g_idx: torch.Tensor, *, zeros_one_less: bool = True
+    qweight: torch.Tensor,
+    qzeros: torch.Tensor,
+    scales: torch.Tensor,
+    g_idx: torch.Tensor,
+    *,
+    zeros_one_less: bool = True,
+    dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """A linear layer's weight, a view, [out_features, in_features] in the dtype of `scales`, float16.
+    """A linear layer's weight, a view, [out_features, in_features]: (number - zero point) * scale, rounded in the dtype of `scales`, float16.
 
     Args:
         qweight: int32 [in_features / 8, out_features].
@@ -31,11 +38,17 @@ def unpack(
         scales: float16 [groups, out_features].
         g_idx: int32 [in_features], each input feature's group, in any order.
         zeros_one_less: whether `qzeros` are one less than the zero points, as `checkpoint_format` "gptq" has them.
+        dtype: what the result is rounded to then; None for that of `scales`.
     """
-    numbers = unpack_words(qweight.t().contiguous()).t()
-    zeros = unpack_words(qzeros + ONE_LESS if zeros_one_less else qzeros)
-    groups = g_idx.long()
-    return scaled(numbers, zeros[groups], scales[groups]).t()
+    zeros = unpack_words(qzeros + ONE_LESS if zeros_one_less else qzeros, scales.dtype)
+    rows = qweight.shape[1]
+
+    def columns_of(first: int, stop: int) -> torch.Tensor:
+        groups = g_idx[first:stop].int()
+        numbers = unpack_words(qweight[first // 8 : stop // 8].unsqueeze(-1), scales.dtype).transpose(-1, -2).reshape(-1, rows)
+        return numbers.sub_(zeros.index_select(0, groups)).mul_(scales.index_select(0, groups))
+
+    return in_cache(columns_of, (g_idx.shape[0], rows), dtype or scales.dtype, qweight.device, multiple=8).t()
 
 
 class Gptq(Packed):
@@ -75,7 +88,7 @@ class Gptq(Packed):
 
     def _unpack_parts(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
         stored = (parts[name] for name in ("values", "zero_point", "scale", "group"))
-        return unpack(*stored, zeros_one_less=self.zeros_one_less).t().to(torch.bfloat16)
+        return unpack(*stored, zeros_one_less=self.zeros_one_less, dtype=torch.bfloat16).t()
 
 
 _ZEROS_ONE_LESS = {"gptq": True, "gptq_v2": False}

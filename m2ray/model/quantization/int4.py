@@ -1,25 +1,19 @@
-"""Whole numbers of four or eight bits in int32 words, as AWQ, GPTQ and compressed-tensors pack them, and what a group's scale makes of them."""
+"""Whole numbers of four or eight bits in int32 words, as AWQ, GPTQ and compressed-tensors pack them."""
 
 import torch
 
+from m2ray.model.quantization.nibbles import as_bytes, look_up
 
-def unpack_words(words: torch.Tensor, bits: int = 4) -> torch.Tensor:
-    """The unsigned numbers of each int32 word, lowest bits first, uint8 [..., words * 32 / bits].
+
+def unpack_words(words: torch.Tensor, dtype: torch.dtype, bits: int = 4, less: int = 0) -> torch.Tensor:
+    """The unsigned numbers of each int32 word, lowest bits first, [..., words * 32 / bits], as floats, which hold each exactly.
 
     Args:
-        words: int32 [..., words], contiguous.
+        words: int32 [..., words], contiguous along its last axis.
+        dtype: bfloat16, float16 or float32.
         bits: 4 or 8 a number.
+        less: is taken from each.
     """
-    data = words.reshape(-1).view(torch.uint8).view(*words.shape[:-1], -1)  # one row's columns are contiguous at any stride
-    return data if bits == 8 else torch.stack((data & 0xF, data >> 4), dim=-1).flatten(-2)
-
-
-def scaled(numbers: torch.Tensor, zeros: torch.Tensor | int, scale: torch.Tensor) -> torch.Tensor:
-    """(number - zero) * scale, in the dtype of `scale`, which the libraries multiply in: it is rounded once there.
-
-    Args:
-        numbers: uint8; `zeros` and `scale` have or broadcast to its shape.
-        zeros: uint8, or one number.
-    """
-    zeros = zeros if isinstance(zeros, int) else zeros.to(torch.int16)
-    return (numbers.to(torch.int16) - zeros).to(scale.dtype).mul_(scale)
+    if bits == 4:
+        return look_up(words, tuple(float(number - less) for number in range(16)), dtype)
+    return as_bytes(words).to(dtype).sub_(less)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 
 from m2ray.model.headers import TensorHeader
-from m2ray.model.quantization.fp4 import unpack_e2m1
+from m2ray.model.quantization.nibbles import E2M1, in_cache, look_up
 from m2ray.model.quantization.packed import Found, Packed, Piece
 from m2ray.model.quantization.scaled import EXPONENT_SCALES
 from m2ray.model.quantization.scaling import as_floats
@@ -25,8 +25,14 @@ def unpack(packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         packed: two codes a byte, [..., columns / 2], contiguous.
         scale: uint8 or float8_e8m0fnu [..., columns / 32].
     """
-    values: torch.Tensor = unpack_e2m1(packed).unflatten(-1, (-1, GROUP))
-    return values.mul_(as_floats(scale).to(torch.bfloat16).unsqueeze(-1)).flatten(-2)
+    codes, factors = packed.reshape(-1, packed.shape[-1]), as_floats(scale).to(torch.bfloat16).reshape(-1, scale.shape[-1], 1)
+
+    def rows_of(first: int, stop: int) -> torch.Tensor:
+        values: torch.Tensor = look_up(codes[first:stop], E2M1, torch.bfloat16).unflatten(-1, (-1, GROUP))
+        return values.mul_(factors[first:stop]).flatten(-2)
+
+    shape = (codes.shape[0], 2 * codes.shape[1])
+    return in_cache(rows_of, shape, torch.bfloat16, packed.device).view(*packed.shape[:-1], -1)
 
 
 class Mxfp4(Packed):

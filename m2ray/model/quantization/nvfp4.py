@@ -5,12 +5,15 @@ from collections.abc import Callable, Mapping
 import torch
 
 from m2ray.model.headers import TensorHeader
-from m2ray.model.quantization.fp4 import unpack_e2m1
+from m2ray.model.quantization.nibbles import E2M1, in_cache, look_up
 from m2ray.model.quantization.packed import Found, Packed, Piece
 from m2ray.model.quantization.stored import Shape, Unpack
 
 GROUP = 16
 """Values a scale."""
+
+NO_NEGATIVE_ZERO = tuple(value + 0.0 for value in E2M1)
+"""FP4's values as ModelOpt has them."""
 
 
 def unpack_modelopt(packed: torch.Tensor, scale: torch.Tensor, tensor_scale: torch.Tensor) -> torch.Tensor:
@@ -23,7 +26,7 @@ def unpack_modelopt(packed: torch.Tensor, scale: torch.Tensor, tensor_scale: tor
         scale: float8_e4m3fn [..., columns / 16]: `weight_scale`.
         tensor_scale: float32, one number: `weight_scale_2`.
     """
-    return _scaled(unpack_e2m1(packed, negative_zero=False), scale.float() * tensor_scale.reshape(()))
+    return _scaled(packed, NO_NEGATIVE_ZERO, scale.float() * tensor_scale.reshape(()))
 
 
 def unpack_compressed(packed: torch.Tensor, scale: torch.Tensor, tensor_divisor: torch.Tensor) -> torch.Tensor:
@@ -36,13 +39,19 @@ def unpack_compressed(packed: torch.Tensor, scale: torch.Tensor, tensor_divisor:
         scale: float8_e4m3fn [..., columns / 16]: `weight_scale`.
         tensor_divisor: float32, one number: `weight_global_scale`.
     """
-    return _scaled(unpack_e2m1(packed), scale.float() / tensor_divisor.reshape(()))
+    return _scaled(packed, E2M1, scale.float() / tensor_divisor.reshape(()))
 
 
-def _scaled(values: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
-    """Each group of `values` [..., columns] times its factor, in float32."""
-    grouped: torch.Tensor = values.float().unflatten(-1, (-1, GROUP))
-    return grouped.mul_(factors.unsqueeze(-1)).flatten(-2).to(torch.bfloat16)
+def _scaled(packed: torch.Tensor, values: tuple[float, ...], factors: torch.Tensor) -> torch.Tensor:
+    """Each group of the codes' values times its factor, in float32."""
+    codes, by_group = packed.reshape(-1, packed.shape[-1]), factors.reshape(-1, factors.shape[-1], 1)
+
+    def rows_of(first: int, stop: int) -> torch.Tensor:
+        grouped: torch.Tensor = look_up(codes[first:stop], values, torch.float32).unflatten(-1, (-1, GROUP))
+        return grouped.mul_(by_group[first:stop]).flatten(-2)
+
+    shape = (codes.shape[0], 2 * codes.shape[1])
+    return in_cache(rows_of, shape, torch.bfloat16, packed.device).view(*packed.shape[:-1], -1)
 
 
 class Nvfp4(Packed):
