@@ -25,14 +25,7 @@ from tests.reference import edited, load_span, make_minimax, same_bits
 
 CPU = torch.device("cpu")
 RAN: list[int] = []
-PACKED = {
-    "mxfp8": "qwen3_moe",
-    "int-quantized": "llama",
-    "modelopt-fp8": "llama",
-    "mxfp4": "gpt_oss",
-    "pack-quantized": "deepseek_v3",
-    "gptq": "llama",
-}
+PACKED = {"mxfp8": "qwen3_moe", "modelopt-fp8": "llama", "mxfp4": "gpt_oss", "gptq": "llama"}
 """Formats, each with a family: of the first two the kernel takes what lies as a matrix, of the others nothing."""
 
 BY_KERNEL = ("scales beside", "scales first", *list(PACKED)[:2])
