@@ -34,7 +34,8 @@ def unpack(qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor) ->
 def _in_order(words: torch.Tensor) -> torch.Tensor:
     """uint8 [rows, features]."""
     order = torch.tensor(ORDER, device=words.device)
-    return unpack_words(words).unflatten(-1, (-1, len(ORDER))).index_select(-1, order).flatten(-2)
+    eights: torch.Tensor = unpack_words(words).unflatten(-1, (-1, len(ORDER)))
+    return eights.index_select(-1, order).flatten(-2)
 
 
 class Awq(Packed):

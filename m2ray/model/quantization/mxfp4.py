@@ -25,7 +25,7 @@ def unpack(packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         packed: two codes a byte, [..., columns / 2], contiguous.
         scale: uint8 or float8_e8m0fnu [..., columns / 32].
     """
-    values = unpack_e2m1(packed).unflatten(-1, (-1, GROUP))
+    values: torch.Tensor = unpack_e2m1(packed).unflatten(-1, (-1, GROUP))
     return values.mul_(as_floats(scale).to(torch.bfloat16).unsqueeze(-1)).flatten(-2)
 
 

@@ -41,7 +41,7 @@ def unpack_compressed(packed: torch.Tensor, scale: torch.Tensor, tensor_divisor:
 
 def _scaled(values: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
     """Each group of `values` [..., columns] times its factor, in float32."""
-    grouped = values.float().unflatten(-1, (-1, GROUP))
+    grouped: torch.Tensor = values.float().unflatten(-1, (-1, GROUP))
     return grouped.mul_(factors.unsqueeze(-1)).flatten(-2).to(torch.bfloat16)
 
 
