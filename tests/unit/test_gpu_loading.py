@@ -133,6 +133,7 @@ def test_lanes_load_what_the_cpu_loads(
     expected = filled(load_span(folders[layout], span)[0])
     for module in (extents, gpu_loading):
         monkeypatch.setattr(module, "EXTENT_BYTES", extent_bytes)
+    monkeypatch.setattr(gpu_loading, "APART_BYTES", extent_bytes)
     found, loaded, bytes_read = load(folders[layout], span)
     assert found.keys() == expected.keys()
     assert all(same_bits(found[name], expected[name]) for name in expected)
