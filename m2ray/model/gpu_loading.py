@@ -7,7 +7,7 @@ Python does little for an extent and next to nothing for a tensor: sixteen threa
 
 import os
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from queue import SimpleQueue
 from types import TracebackType
@@ -28,8 +28,11 @@ _APART_READERS = 4
 _COMPILE_S = 600.0
 """What Triton may take to compile the kernel on a busy node."""
 
-_LAYERS_AHEAD = 2
-"""Calls of `Lanes.begin` whose parts that lie apart from their values, up to an eighth of 4-bit ones, are on the GPU at one time."""
+APART_BYTES = 64 * 2**20
+"""Of parts that lie apart from their values, which are an eighth of 4-bit ones, read at one time, where no tensor has more."""
+
+_APART_AHEAD = 3
+"""How many times so much is on the GPU at most, beside that which is being read."""
 
 Fill = Callable[[RowsToLoad, Mapping[str, torch.Tensor]], None]
 """Unpacks parts that are on the GPU, and writes them where they are wanted."""
@@ -134,12 +137,16 @@ class Lanes:
 
     def begin(self, checkpoint: Checkpoint, wanted: Sequence[RowsToLoad], digests: WeightDigests, fill: Fill) -> None:
         """Begin to read and to hash all that is wanted. Parts that lie apart from their values are read at once, for the kernel has to know
-        their place.
+        their place: so much of them that the GPU has room for it.
 
         Raises:
-            StoreError: reading these fails, or failed in a call before; and what `fill` raised.
+            StoreError: reading these fails, or failed before; and what `fill` raised.
         """
-        while len(self._begun) >= _LAYERS_AHEAD:
+        for some in _with_apart(wanted, APART_BYTES):
+            self._begin(checkpoint, some, digests, fill)
+
+    def _begin(self, checkpoint: Checkpoint, wanted: Sequence[RowsToLoad], digests: WeightDigests, fill: Fill) -> None:
+        while len(self._begun) > _APART_AHEAD:
             self._end_first()
         conversions = _Conversions(self._device, self._read_apart(checkpoint, wanted, digests), fill)
         work = [(extent, conversions.add(extent)) for extent in value_extents(wanted)]
@@ -151,7 +158,7 @@ class Lanes:
         self._begun.append((reading, conversions))
 
     def _end_first(self) -> None:
-        """Wait for the first call's extents, and until the GPU is done with what they use: it is given to others then."""
+        """Wait for the extents that were begun first, and until the GPU is done with what they use: it is given to others then."""
         for future in self._begun[0][0]:
             future.result()
         torch.cuda.synchronize(self._device)
@@ -202,6 +209,18 @@ class Lanes:
                     on_gpu = torch.frombuffer(data, dtype=torch.uint8).to(self._device)
                     apart.update({part: part.of(on_gpu, extent.start) for part in extent.items})
         return apart
+
+
+def _with_apart(wanted: Sequence[RowsToLoad], most_bytes: int) -> Iterator[Sequence[RowsToLoad]]:
+    """What is wanted, as it comes, in runs of which no more than so many bytes lie apart from their values."""
+    first, num_bytes = 0, 0
+    for number, each in enumerate(wanted):
+        apart_bytes = sum(part.num_bytes for part in each.apart)
+        if number > first and num_bytes + apart_bytes > most_bytes:
+            yield wanted[first:number]
+            first, num_bytes = number, 0
+        num_bytes += apart_bytes
+    yield wanted[first:]
 
 
 def _lead(extent: Extent[RowsToLoad]) -> int:

@@ -210,7 +210,7 @@ def _fill(wanted: RowsToLoad, parts: Mapping[str, torch.Tensor]) -> None:
     unpack, into = wanted.unpack, wanted.into
     if unpack is None:
         _convert(wanted.key, next(iter(parts.values())), into)
-    elif isinstance(unpack, ScaledUnpack) and into.dtype == torch.bfloat16:
+    elif isinstance(unpack, ScaledUnpack) and into.dtype == torch.bfloat16 and into.device == parts["values"].device:
         unpack.write(parts, into)
     else:
         _convert(wanted.key, unpack(parts), into)
