@@ -60,8 +60,11 @@ def unpack_all(packed: Path, out: Path, family: str, fmt: str) -> Path:
     return out
 
 
-def assert_rows_are_of_the_unpacked_weights(family: str, fmt: str, folder: Path) -> None:
-    """Chains of one and of three stages over a packed checkpoint give transformers' rows of the unpacked one, and read nothing else."""
+def assert_rows_are_of_the_unpacked_weights(family: str, fmt: str, folder: Path, most_read: float = 1) -> None:
+    """Chains of one and of three stages over a packed checkpoint give transformers' rows of the unpacked one, and read nothing else.
+
+    `most_read` of what they need, where pieces share what goes with all of a tensor.
+    """
     packed = make_packed(folder / "packed", family, fmt)
     plain = unpack_all(packed, folder / "plain", family, fmt)
     micro_batch = micro_batch_of((9, 5, 1), 96)
@@ -70,7 +73,7 @@ def assert_rows_are_of_the_unpacked_weights(family: str, fmt: str, folder: Path)
         stages = load_chain(packed, bounds, "bfloat16")
         for layer, (ours, theirs) in enumerate(zip(chain_rows(stages, micro_batch), expected, strict=True)):
             assert same_bits(ours, theirs), layer
-        assert all(stage.bytes_read == stage.needed_bytes for stage in stages)
+        assert all(stage.needed_bytes <= stage.bytes_read <= most_read * stage.needed_bytes for stage in stages)
 
 
 def _config(family: str) -> dict[str, Any]:
@@ -128,6 +131,7 @@ def _compressed_nvfp4(parts: Parts, _columns: int) -> torch.Tensor:
     return nvfp4.unpack_compressed(parts["weight_packed"], parts["weight_scale"], parts["weight_global_scale"])
 
 
+_GPTQ = ("qweight", "qzeros", "scales", "g_idx")
 _UNPACK: dict[str, Callable[[Parts, int], torch.Tensor]] = {
     **dict.fromkeys(("fp8-static", "fp8-ue8m0", "mxfp8", "modelopt-fp8", "int-quantized"), _by_grid),
     **dict.fromkeys(("float-quantized", "float-quantized-tensor", "float-quantized-block"), _by_grid),
@@ -140,5 +144,6 @@ _UNPACK: dict[str, Callable[[Parts, int], torch.Tensor]] = {
     "pack-quantized": _pack_quantized,
     "pack-quantized-asymmetric": _pack_quantized,
     "awq": lambda parts, _: awq.unpack(parts["qweight"], parts["qzeros"], parts["scales"]),
-    "gptq": lambda parts, _: gptq.unpack(*(parts[name] for name in ("qweight", "qzeros", "scales", "g_idx"))),
+    "gptq-v2": lambda parts, _: gptq.unpack(*(parts[name] for name in _GPTQ), zeros_one_less=False),
+    "gptq": lambda parts, _: gptq.unpack(*(parts[name] for name in _GPTQ)),
 }

@@ -58,6 +58,11 @@ def numbers(values: tuple[int, ...]) -> Fill:
     return partial(_numbers, values)
 
 
+def groups_in_order(columns: int, group: int) -> Fill:
+    """int32, each column's group."""
+    return partial(_groups_in_order, columns, group)
+
+
 def groups_in_random_order(columns: int, group: int) -> Fill:
     """int32, each column's group, as quantising in the order of activations leaves them."""
     return partial(_groups_in_random_order, columns, group)
@@ -96,6 +101,10 @@ def _e4m3_scales(count: int, draw: Drawer, _std: float) -> Iterator[bytes]:
 
 def _numbers(values: tuple[int, ...], _draw: Drawer, _std: float) -> Iterator[bytes]:
     yield np.array(values, "<i8").tobytes()
+
+
+def _groups_in_order(columns: int, group: int, _draw: Drawer, _std: float) -> Iterator[bytes]:
+    yield (np.arange(columns) // group).astype("<i4").tobytes()
 
 
 def _groups_in_random_order(columns: int, group: int, draw: Drawer, _std: float) -> Iterator[bytes]:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from scripts.checkpoint_formats.compressed import compressed
-from scripts.checkpoint_formats.fills import INT4_RMS, codes, groups_in_random_order, nibbles, numbers, scales
+from scripts.checkpoint_formats.fills import INT4_RMS, codes, groups_in_order, groups_in_random_order, nibbles, numbers, scales
 from scripts.checkpoint_formats.format import Config, Format, part
 from scripts.checkpoint_formats.stored import Piece, StoredTensor
 
@@ -51,12 +51,16 @@ class Awq(Format):
 
 
 class Gptq(Format):
-    """GPTQ, its zero points one less than they are, and its groups in the order of activations."""
+    """GPTQ: its zero points one less than they are and its groups in the order of activations, or neither."""
 
     multiple_of = (8, GROUP)
 
+    def __init__(self, *, in_order: bool = False) -> None:
+        self._in_order = in_order
+
     def quantization_config(self) -> Config:
-        said = {"bits": 4, "group_size": GROUP, "sym": False, "desc_act": True, "checkpoint_format": "gptq"}
+        said = {"bits": 4, "group_size": GROUP, "sym": False, "desc_act": not self._in_order}
+        said["checkpoint_format"] = "gptq_v2" if self._in_order else "gptq"
         return {"quant_method": "gptq", "modules_to_not_convert": KEPT} | said
 
     def tensors(self, piece: Piece) -> Iterable[StoredTensor]:
@@ -65,4 +69,5 @@ class Gptq(Format):
         yield part(piece, ".qweight", "I32", (columns // 8, rows), codes(rows * columns // 2))
         yield part(piece, ".qzeros", "I32", (groups, rows // 8), nibbles(groups * rows // 2, 6, 4))
         yield part(piece, ".scales", "F16", (groups, rows), scales(groups * rows, "F16", INT4_RMS))
-        yield part(piece, ".g_idx", "I32", (columns,), groups_in_random_order(columns, GROUP))
+        order = groups_in_order if self._in_order else groups_in_random_order
+        yield part(piece, ".g_idx", "I32", (columns,), order(columns, GROUP))

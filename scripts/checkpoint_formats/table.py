@@ -25,4 +25,5 @@ FORMATS: dict[str, Format] = {
     "pack-quantized-asymmetric": PackQuantized(symmetric=False),
     "awq": Awq(),
     "gptq": Gptq(),
+    "gptq-v2": Gptq(in_order=True),
 }

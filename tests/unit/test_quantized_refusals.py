@@ -14,7 +14,7 @@ from m2ray.model.skeleton import build_skeleton
 from m2ray.model.tensors import match_by_layer, table_of
 from scripts.checkpoint_formats.table import FORMATS
 from tests.packed import make_packed
-from tests.reference import edited
+from tests.reference import edited, load_chain
 
 Q = "model.layers.1.self_attn.q_proj."
 EXPERTS = "model.layers.1.mlp.experts.gate_up_proj"
@@ -130,3 +130,12 @@ def test_scales_of_activations_are_counted_and_unread(fmt: str, tmp_path: Path) 
     expected = {key for key in checkpoint.headers if key.endswith(("input_scale", "input_global_scale", "k_scale", "v_scale"))}
     assert unused == expected
     assert sum(row.disk_bytes for row in table.rows) == sum(header.num_bytes for header in checkpoint.headers.values())
+
+
+def test_gptq_whose_groups_are_in_another_order_than_config_says(tmp_path: Path) -> None:
+    folder = make_packed(tmp_path / "packed", "llama", "gptq")
+    fields = json.loads((folder / "config.json").read_text())
+    fields["quantization_config"]["desc_act"] = False
+    (folder / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(CheckpointError, match=r"desc_act = false, but g_idx has the groups in an order of their own"):
+        load_chain(folder, (0, 1), "bfloat16")

@@ -57,12 +57,13 @@ class Gptq(Packed):
     Attributes:
         group: input features that share a scale and a zero point; None where all do.
         zeros_one_less: as `unpack` takes it.
+        in_order: whether groups are of neighbours, one after the other. Else a piece may need any group's scales, and a tensor is read whole.
     """
 
     swapped = (0, 1)
 
-    def __init__(self, group: int | None, *, zeros_one_less: bool = True) -> None:
-        self.group, self.zeros_one_less = group, zeros_one_less
+    def __init__(self, group: int | None, *, zeros_one_less: bool = True, in_order: bool = False) -> None:
+        self.group, self.zeros_one_less, self.in_order = group, zeros_one_less, in_order
         self.name = f"GPTQ, INT4 {f'in groups of {group}' if group else 'by row'} with zero points"
         self.parts = {"values": (".qweight",), "zero_point": (".qzeros",), "scale": (".scales",), "group": (".g_idx",)}
 
@@ -75,20 +76,29 @@ class Gptq(Packed):
 
     def pieces(self, shape: Shape) -> Mapping[str, Piece]:
         rows, columns = shape
-        groups = -(-columns // (self.group or columns))
+        group = self.group or max(columns, 1)
+        groups, apart = -(-columns // group), group if self.in_order else 0
         return {
-            "values": Piece((columns // 8, rows), (torch.int32,), rows=8),
-            "zero_point": Piece((groups, rows // 8), (torch.int32,), rows=0),
-            "scale": Piece((groups, rows), (torch.float16, torch.bfloat16, torch.float32), rows=0),
-            "group": Piece((columns,), (torch.int32,)),
+            "values": Piece((columns // 8, rows), (torch.int32,), rows=8 if self.in_order else 0),
+            "zero_point": Piece((groups, rows // 8), (torch.int32,), rows=apart),
+            "scale": Piece((groups, rows), (torch.float16, torch.bfloat16, torch.float32), rows=apart),
+            "group": Piece((columns,), (torch.int32,), rows=1 if self.in_order else 0),
         }
 
     def unpacking(self) -> Unpack:
         return self._unpack_parts
 
     def _unpack_parts(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        stored = (parts[name] for name in ("values", "zero_point", "scale", "group"))
-        return unpack(*stored, zeros_one_less=self.zeros_one_less, dtype=torch.bfloat16).t()
+        """Raises CheckpointError: groups in another order than config.json says."""
+        groups = parts["group"]
+        if self.in_order:
+            groups = groups - groups[0]
+            features = torch.arange(len(groups), device=groups.device)
+            if not torch.equal(groups, (features // (self.group or len(groups))).int()):
+                what = "config.json: GPTQ with desc_act = false, but g_idx has the groups in an order of their own."
+                raise CheckpointError(what, "Set desc_act to true: then each input feature has the group that g_idx names.")
+        stored = (parts[name] for name in ("values", "zero_point", "scale"))
+        return unpack(*stored, groups, zeros_one_less=self.zeros_one_less, dtype=torch.bfloat16).t()
 
 
 _ZEROS_ONE_LESS = {"gptq": True, "gptq_v2": False}
@@ -110,4 +120,4 @@ def of_config(declared: Mapping[str, Any]) -> Gptq:
         problems.append(CheckpointError(f"config.json: GPTQ with dynamic = {short_repr(chosen)}.", remedy))
     group = group_of(declared, "GPTQ", problems)
     raise_all(problems)
-    return Gptq(group, zeros_one_less=_ZEROS_ONE_LESS[kind])
+    return Gptq(group, zeros_one_less=_ZEROS_ONE_LESS[kind], in_order=declared.get("desc_act") is False)
