@@ -59,7 +59,7 @@ class Gptq(Format):
         self._in_order = in_order
 
     def quantization_config(self) -> Config:
-        said = {"bits": 4, "group_size": GROUP, "sym": False, "desc_act": not self._in_order}
+        said: Config = {"bits": 4, "group_size": GROUP, "sym": False, "desc_act": not self._in_order}
         said["checkpoint_format"] = "gptq_v2" if self._in_order else "gptq"
         return {"quant_method": "gptq", "modules_to_not_convert": KEPT} | said
 

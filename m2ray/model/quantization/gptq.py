@@ -97,8 +97,14 @@ class Gptq(Packed):
             if not torch.equal(groups, (features // (self.group or len(groups))).int()):
                 what = "config.json: GPTQ with desc_act = false, but g_idx has the groups in an order of their own."
                 raise CheckpointError(what, "Set desc_act to true: then each input feature has the group that g_idx names.")
-        stored = (parts[name] for name in ("values", "zero_point", "scale"))
-        return unpack(*stored, groups, zeros_one_less=self.zeros_one_less, dtype=torch.bfloat16).t()
+        return unpack(
+            parts["values"],
+            parts["zero_point"],
+            parts["scale"],
+            groups,
+            zeros_one_less=self.zeros_one_less,
+            dtype=torch.bfloat16,
+        ).t()
 
 
 _ZEROS_ONE_LESS = {"gptq": True, "gptq_v2": False}
