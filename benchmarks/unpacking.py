@@ -17,9 +17,8 @@ import torch
 from benchmarks.records import Row, record
 from m2ray.model.checkpoint import open_checkpoint
 from m2ray.model.quantization.layouts import layout_of
-from m2ray.model.quantization.scaling import ScaledUnpack
 from m2ray.model.quantization.stored import StoredTensor
-from m2ray.model.weights import THREADS
+from m2ray.model.weights import THREADS, cut, fill
 from scripts.checkpoint_formats.table import FORMATS
 from scripts.make_checkpoint import make_checkpoint
 from tests.reference import DATA
@@ -46,43 +45,37 @@ def measure(pieces: int) -> list[Row]:
             make_checkpoint(out, config, overrides=SIZES, fmt=fmt, seed=1)
             checkpoint = open_checkpoint(str(out))
             stored = layout_of(checkpoint.whole_config).stored(checkpoint.headers)["model.layers.0.mlp.up_proj.weight"]
-            parts = {part.name: checkpoint.read(part.key) for part in stored.parts}
-            rows.append(_row(stored, parts, pieces))
+            rows.append(_row(stored, {part.name: checkpoint.read(part.key) for part in stored.parts}, pieces))
     return rows
 
 
 def _row(stored: StoredTensor, parts: dict[str, torch.Tensor], pieces: int) -> Row:
-    shape = stored.shape if stored.swapped is None else stored.shape[::-1]
-    weights = [torch.zeros(shape, dtype=torch.bfloat16) for _ in range(pieces)]
-    source = torch.ones(shape, dtype=torch.bfloat16)
+    weights = [torch.zeros(stored.shape, dtype=torch.bfloat16) for _ in range(pieces)]
+    source = torch.ones(stored.shape, dtype=torch.bfloat16)
     num_bytes = pieces * source.nbytes
-    unpack = stored.unpack
-    assert unpack is not None
 
-    def fill(into: torch.Tensor) -> None:
-        if isinstance(unpack, ScaledUnpack):
-            unpack.write(parts, into)
-        else:
-            into.copy_(unpack(parts))
+    def unpack(into: torch.Tensor) -> None:
+        (wanted,) = cut(stored, None, into)
+        fill(wanted, parts)
 
     def copy(into: torch.Tensor) -> None:
         into.copy_(source)
 
     copied = _bytes_per_s(copy, weights, num_bytes)
-    unpacked = _bytes_per_s(fill, weights, num_bytes)
+    unpacked = _bytes_per_s(unpack, weights, num_bytes)
     note = f"a copy of as many bytes, alternating: {copied:.1f} GB/s"
     return Row(
         stored.method, unpacked, "GB/s of bfloat16", copied, "a memory copy by as many threads:", unpacked / copied, f"{TARGET}", note
     )
 
 
-def _bytes_per_s(fill: Callable[[torch.Tensor], None], weights: list[torch.Tensor], num_bytes: int) -> float:
+def _bytes_per_s(task: Callable[[torch.Tensor], None], weights: list[torch.Tensor], num_bytes: int) -> float:
     """The median in 10^9 bytes a second."""
     times_s = []
     with ThreadPoolExecutor(THREADS) as pool:
         for _ in range(REPEATS):
             begin = time.perf_counter()
-            list(pool.map(fill, weights))
+            list(pool.map(task, weights))
             times_s.append(time.perf_counter() - begin)
     return num_bytes / statistics.median(times_s) / 1e9
 

@@ -51,12 +51,15 @@ class RowsToLoad(NamedTuple):
         parts: where they lie, by part (m2ray.model.quantization.stored): the values first.
         unpack: makes them of the parts; None where they are as they lie.
         into: of the shape that they have then.
+        rows_of: for each part, how many of these rows one of its own is about, 0 where all of it goes with every row; empty where `unpack` has
+            to be given all rows at once.
     """
 
     key: str
     parts: Mapping[str, Range]
     unpack: Unpack | None
     into: torch.Tensor
+    rows_of: tuple[int, ...] = ()
 
     @property
     def values(self) -> Range:

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain
-from math import prod
+from math import lcm, prod
 from typing import NamedTuple
 
 import torch
@@ -25,6 +25,9 @@ from m2ray.model.quantization.scaling import ScaledUnpack
 from m2ray.model.quantization.stored import Part, StoredTensor
 from m2ray.model.skeleton import build_skeleton
 from m2ray.model.tensors import MatchedTensor, disk_bytes, match_by_layer
+
+_CACHED_ELEMENTS = 1 << 17
+"""That are unpacked at one time on a CPU: with what that takes they stay in a core's cache."""
 
 OnBytes = Callable[[int, int], None]
 
@@ -114,7 +117,7 @@ def _load_by_lanes(checkpoint: Checkpoint, decoder: DecoderSpan, digests: Weight
     for matched in _match(checkpoint, decoder):
         needed_bytes += sum(disk_bytes(each) for each in matched)
         digests.expect(matched)
-        lanes.begin(checkpoint, list(_pieces(decoder, matched)), digests, _fill)
+        lanes.begin(checkpoint, list(_pieces(decoder, matched)), digests, fill)
     lanes.finish(lambda: on_bytes(checkpoint.bytes_read, needed_bytes))
     return needed_bytes
 
@@ -171,7 +174,8 @@ def cut(stored: StoredTensor, rows: tuple[int, int] | None, into: torch.Tensor) 
 
 def _piece(stored: StoredTensor, rows: tuple[int, int], into: torch.Tensor) -> RowsToLoad:
     """Where some of a tensor's rows lie."""
-    return RowsToLoad(stored.key, {part.name: _range(part, *rows) for part in stored.parts}, stored.unpack, into)
+    parts = {part.name: _range(part, *rows) for part in stored.parts}
+    return RowsToLoad(stored.key, parts, stored.unpack, into, tuple(part.rows for part in stored.parts) if stored.step_rows else ())
 
 
 def _range(part: Part, first: int, stop: int) -> Range:
@@ -202,10 +206,10 @@ def _load(checkpoint: Checkpoint, wanted: RowsToLoad, digests: WeightDigests) ->
     for name, part in wanted.parts.items():
         parts[name] = into if is_as_on_disk else torch.empty(part.shape, dtype=part.dtype)
         _read(checkpoint, part, parts[name], digests)
-    _fill(wanted, parts)
+    fill(wanted, parts)
 
 
-def _fill(wanted: RowsToLoad, parts: Mapping[str, torch.Tensor]) -> None:
+def fill(wanted: RowsToLoad, parts: Mapping[str, torch.Tensor]) -> None:
     """Unpack parts, if they are packed, and write them into the model in its dtype."""
     unpack, into = wanted.unpack, wanted.into
     if unpack is None:
@@ -213,7 +217,24 @@ def _fill(wanted: RowsToLoad, parts: Mapping[str, torch.Tensor]) -> None:
     elif isinstance(unpack, ScaledUnpack) and into.dtype == torch.bfloat16 and into.device == parts["values"].device:
         unpack.write(parts, into)
     else:
-        _convert(wanted.key, unpack(parts), into)
+        for some, rows in _by_rows(wanted, parts):
+            _convert(wanted.key, unpack(some), rows)
+
+
+def _by_rows(wanted: RowsToLoad, parts: Mapping[str, torch.Tensor]) -> Iterator[tuple[Mapping[str, torch.Tensor], torch.Tensor]]:
+    """Parts of some rows at a time, and where they go: on a CPU as many as stay in a core's cache while they are unpacked."""
+    into, rows_of = wanted.into, wanted.rows_of
+    if not rows_of or into.dim() == 0 or next(iter(parts.values())).is_cuda:
+        yield parts, into
+        return
+    unit = lcm(*(rows for rows in rows_of if rows))
+    step = max(1, _CACHED_ELEMENTS // max(prod(into.shape[1:]) * unit, 1)) * unit
+    for start in range(0, len(into), step):
+        some = {
+            name: part[start // rows : -(-(start + step) // rows)] if rows else part
+            for (name, part), rows in zip(parts.items(), rows_of, strict=True)
+        }
+        yield some, into[start : start + step]
 
 
 def _read(checkpoint: Checkpoint, piece: Range, out: torch.Tensor, digests: WeightDigests) -> None:
