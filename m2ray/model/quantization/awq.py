@@ -12,30 +12,20 @@ from m2ray.errors import CheckpointError, raise_all
 from m2ray.model.headers import TensorHeader
 from m2ray.model.limits import short_repr
 from m2ray.model.quantization.int4 import unpack_words
-from m2ray.model.quantization.nibbles import in_cache
 from m2ray.model.quantization.packed import Found, Packed, Piece
 from m2ray.model.quantization.stored import Shape, Unpack
 
 
-def unpack(qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """A linear layer's weight, a view, [out_features, in_features]: (number - zero point) * scale, rounded in the dtype of `scales`, float16.
+def unpack(qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """A linear layer's weight, a view, [out_features, in_features] in the dtype of `scales`: (number - zero point) * scale, rounded there.
 
     Args:
         qweight: int32 [in_features, out_features / 8].
         qzeros: int32 [groups, out_features / 8].
         scales: float16 [groups, out_features].
-        dtype: what the result is rounded to then; None for that of `scales`.
     """
-    columns, (groups, rows) = qweight.shape[0], scales.shape
-    group = columns // groups
-    zeros, factors = _in_order(qzeros, scales.dtype).unsqueeze(1), scales.unsqueeze(1)
-
-    def columns_of(first: int, stop: int) -> torch.Tensor:
-        of = slice(first // group, stop // group)
-        grouped: torch.Tensor = _in_order(qweight[first:stop], scales.dtype).unflatten(0, (-1, group))
-        return grouped.sub_(zeros[of]).mul_(factors[of]).flatten(0, 1)
-
-    return in_cache(columns_of, (columns, rows), dtype or scales.dtype, qweight.device, multiple=group).t()
+    grouped: torch.Tensor = _in_order(qweight, scales.dtype).unflatten(0, (scales.shape[0], -1))
+    return grouped.sub_(_in_order(qzeros, scales.dtype).unsqueeze(1)).mul_(scales.unsqueeze(1)).flatten(0, 1).t()
 
 
 def _in_order(words: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -74,7 +64,7 @@ class Awq(Packed):
         }
 
     def unpacking(self) -> Unpack:
-        return lambda parts: unpack(parts["values"], parts["zero_point"], parts["scale"], torch.bfloat16).t()
+        return lambda parts: unpack(parts["values"], parts["zero_point"], parts["scale"]).t().to(torch.bfloat16)
 
 
 def of_config(declared: Mapping[str, Any]) -> Awq:

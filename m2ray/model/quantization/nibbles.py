@@ -39,6 +39,8 @@ def in_cache(
 ) -> torch.Tensor:
     """[rows, columns]: what `rows_of(first, stop)` gives, on a CPU for so many rows at a time that what it makes on the way stays in a core's cache.
 
+    For what loading cannot cut: experts stacked in one tensor, groups in an order of their own.
+
     Args:
         multiple: `first` is one of this.
     """

@@ -9,7 +9,6 @@ import torch
 
 from m2ray.model.headers import TensorHeader
 from m2ray.model.quantization.int4 import unpack_words
-from m2ray.model.quantization.nibbles import in_cache
 from m2ray.model.quantization.packed import Found, Packed, Piece
 from m2ray.model.quantization.stored import Shape, Unpack
 
@@ -17,15 +16,9 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def unpack(
-    packed: torch.Tensor,
-    scale: torch.Tensor,
-    columns: int,
-    *,
-    bits: int = 4,
-    zero_point: torch.Tensor | None = None,
-    dtype: torch.dtype | None = None,
+    packed: torch.Tensor, scale: torch.Tensor, columns: int, *, bits: int = 4, zero_point: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """[rows, columns]: (number - zero point) * scale, rounded in the dtype of `scale`.
+    """[rows, columns] in the dtype of `scale`: (number - zero point) * scale, rounded there.
 
     Args:
         packed: `weight_packed`, int32 [rows, words], contiguous; a row's last word may not be full.
@@ -33,22 +26,13 @@ def unpack(
         columns: of the weight, a multiple of the groups.
         bits: 4 or 8 a number, stored with half of its range added.
         zero_point: `weight_zero_point`, int32 [ceil(rows * bits / 32), groups], packed along the rows; None where they are all 0.
-        dtype: what the result is rounded to then; None for the scale's.
     """
     rows, groups = packed.shape[0], scale.shape[-1] if scale.dim() > 1 else 1
-    factors = scale.reshape(-1, groups, 1).expand(rows, groups, 1)
-    zeros = None
+    middle = 1 << (bits - 1) if zero_point is None else 0
+    numbers: torch.Tensor = unpack_words(packed, scale.dtype, bits, middle)[:, :columns].unflatten(-1, (groups, -1))
     if zero_point is not None:
-        zeros = unpack_words(zero_point.t().contiguous(), scale.dtype, bits).t()[:rows].unsqueeze(-1)
-    less = 0 if zero_point is not None else 1 << (bits - 1)
-
-    def rows_of(first: int, stop: int) -> torch.Tensor:
-        numbers: torch.Tensor = unpack_words(packed[first:stop], scale.dtype, bits, less)[:, :columns].unflatten(-1, (groups, -1))
-        if zeros is not None:
-            numbers = numbers.sub_(zeros[first:stop])
-        return numbers.mul_(factors[first:stop]).flatten(-2)
-
-    return in_cache(rows_of, (rows, columns), dtype or scale.dtype, packed.device)
+        numbers.sub_(unpack_words(zero_point.t().contiguous(), scale.dtype, bits).t()[:rows].unsqueeze(-1))
+    return numbers.mul_(scale.reshape(-1, groups).unsqueeze(-1)).flatten(-2)
 
 
 class PackQuantized(Packed):
@@ -96,4 +80,4 @@ class PackQuantized(Packed):
     def _unpack_parts(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
         scale = parts["scale"]
         columns = scale.shape[1] * self.group if self.group else parts["values"].shape[1] * 32 // self.bits
-        return unpack(parts["values"], scale, columns, bits=self.bits, zero_point=parts.get("zero_point"), dtype=torch.bfloat16)
+        return unpack(parts["values"], scale, columns, bits=self.bits, zero_point=parts.get("zero_point")).to(torch.bfloat16)
