@@ -96,14 +96,14 @@ LAYOUTS: dict[str, Callable[[Mapping[str, Any]], Layout]] = {
 }
 """By quant_method. Each raises CheckpointError for what of it m2ray does not read."""
 
-_SAVE = "model.save_pretrained(FOLDER)"
-_BY_TRANSFORMERS = f"`AutoModelForCausalLM.from_pretrained(MODEL).dequantize().{_SAVE.partition('.')[2]}` in transformers writes it in BF16"
+_OF_EACH = "of each of its layers gives a weight in BF16; or take the BF16 model that it was made from."
 
 WAYS_OUT = {
-    "bitsandbytes": f"{_BY_TRANSFORMERS}, with bitsandbytes installed.",
-    "hqq": f"{_BY_TRANSFORMERS}, with hqq installed.",
-    "torchao": "Take the model that it was made from: torchao's tensors are Python objects of its own version.",
-    "quark": "`python quantize_quark.py --model_reload ... --model_export hf_format` of AMD's quark, without quantization, writes it in BF16.",
+    "bitsandbytes": "With bitsandbytes installed, `AutoModelForCausalLM.from_pretrained(MODEL).dequantize().save_pretrained(FOLDER)` in transformers "
+    "writes it in BF16.",
+    "hqq": f"Load it by transformers with hqq installed: `HQQLinear.dequantize()` {_OF_EACH}",
+    "torchao": f"Load it by transformers with torchao installed: `weight.dequantize()` {_OF_EACH}",
+    "quark": "Take the BF16 model that it was made from: nothing in AMD's quark is known to write BF16 of it.",
     "gguf": "`AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=NAME).save_pretrained(FOLDER)` in transformers writes it in BF16.",
 }
 """What is not read, and which command of which library writes BF16."""

@@ -8,6 +8,7 @@ exponents of two, less 127: float8_e8m0fnu, or the same as uint8.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from math import prod
 
 import torch
@@ -44,7 +45,7 @@ class Scaled:
     scale_dtypes: tuple[torch.dtype, ...] = FLOAT_SCALES
     in_scale_dtype: bool = False
 
-    @property
+    @cached_property
     def parts(self) -> Mapping[str, tuple[str, ...]]:
         return {"values": ("",), "scale": self.scale_endings}
 
@@ -60,10 +61,9 @@ class Scaled:
             lacking = CheckpointError(f"{key} is {kind}, but its scales {key}{self.scale_endings[0]} are missing.", MISMATCH)
             return stored._replace(problems=(lacking,))
         scale_key, scale = found["scale"]
-        candidates = list(self._candidates(header.shape))
-        fitting = [block for block, shapes in candidates if scale.shape in shapes]
+        fitting = _fitting(self.blocks, header.shape, scale.shape)
         if not fitting or scale.dtype not in self.scale_dtypes:
-            needed = " or ".join(dict.fromkeys(str(list(shapes[0])) for _, shapes in candidates))
+            needed = " or ".join(dict.fromkeys(str(list(shapes[0])) for _, shapes in _candidates(self.blocks, header.shape)))
             dtypes = " or ".join(str(dtype) for dtype in self.scale_dtypes)
             what = (
                 f"{scale_key} is {scale.dtype} {list(scale.shape)}; {key} {list(header.shape)} as {self.name} needs {needed} of {dtypes}."
@@ -72,23 +72,30 @@ class Scaled:
         block = fitting[0]
         rows = 0 if block is None else 1 if len(header.shape) > 2 else block[0]
         parts = (values, Part("scale", scale_key, scale, rows))
-        return stored._replace(parts=parts, unpack=ScaledUnpack(block, self.in_scale_dtype))
+        return StoredTensor(key, header.shape, parts, ScaledUnpack(block, self.in_scale_dtype), method=self.name)
 
     def published_bytes(self, shape: Shape) -> int:
-        _, shapes = next(self._candidates(shape))
+        _, shapes = next(_candidates(self.blocks, shape))
         return prod(shape) * self.dtypes[0].itemsize + prod(shapes[0]) * self.scale_dtypes[0].itemsize
 
-    def _candidates(self, shape: Shape) -> Iterator[tuple[Block, tuple[Shape, ...]]]:
-        """(rows and columns that share a scale, the shapes that scales may then have) of a tensor of this shape."""
-        for block in self.blocks:
-            if block is None:
-                if len(shape) == 3:  # stacked experts, one scale each
-                    yield (shape[1], shape[2]), (shape[:1], (shape[0], 1), (shape[0], 1, 1))
-                yield None, ((), (1,), (1, 1), (1, 1, 1))
-            elif len(shape) >= 2:
-                sides = (1, shape[-1]) if block == ROW else block
-                grid = scale_shape(shape, sides)
-                yield sides, (grid, grid[:-1]) if block == ROW else (grid,)
+
+@lru_cache(4096)
+def _fitting(blocks: tuple[Block, ...], shape: Shape, scale: Shape) -> tuple[Block, ...]:
+    """What shares a scale in a tensor of this shape whose scales have that shape: there are 50,000 tensors of a few shapes."""
+    return tuple(block for block, shapes in _candidates(blocks, shape) if scale in shapes)
+
+
+def _candidates(blocks: tuple[Block, ...], shape: Shape) -> Iterator[tuple[Block, tuple[Shape, ...]]]:
+    """(rows and columns that share a scale, the shapes that scales may then have) of a tensor of this shape."""
+    for block in blocks:
+        if block is None:
+            if len(shape) == 3:  # stacked experts, one scale each
+                yield (shape[1], shape[2]), (shape[:1], (shape[0], 1), (shape[0], 1, 1))
+            yield None, ((), (1,), (1, 1), (1, 1, 1))
+        elif len(shape) >= 2:
+            sides = (1, shape[-1]) if block == ROW else block
+            grid = scale_shape(shape, sides)
+            yield sides, (grid, grid[:-1]) if block == ROW else (grid,)
 
 
 def scale_shape(shape: Shape, block: tuple[int, int]) -> Shape:
