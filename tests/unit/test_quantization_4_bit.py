@@ -5,7 +5,7 @@ import torch
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from m2ray.model.quantization import awq, gptq, mxfp4, nvfp4, pack_quantized
+from m2ray.model.quantization import awq, gptq, mxfp4, nibbles, nvfp4, pack_quantized
 from tests.layouts.codes import random_bytes, random_e4m3, random_exponents, random_scales, random_words, same_bits
 
 E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0]
@@ -96,3 +96,21 @@ def test_gptq_in_an_order_of_its_own(zeros_one_less) -> None:
 
     unpacked = gptq.unpack(words, packed.to(torch.uint32).view(torch.int32), scales, g_idx, zeros_one_less=zeros_one_less)
     assert same_bits(unpacked, filled(16, 32, torch.float16, value))
+
+
+@pytest.mark.parametrize("values", [1, 100, 1000])
+def test_a_few_rows_at_a_time_are_the_same(values: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed, scale, factors = random_bytes(2, 5, 48), random_exponents(2, 5, 3), random_e4m3(2, 5, 6)
+    words, zeros, scales = random_words(6, 16), random_words(3, 2), random_scales(3, 16).half()
+    g_idx = torch.randperm(48).int() // 16
+
+    def unpacked() -> list[torch.Tensor]:
+        return [
+            mxfp4.unpack(packed, scale),
+            nvfp4.unpack_modelopt(packed, factors, torch.tensor(0.01)),
+            gptq.unpack(words, zeros, scales, g_idx),
+        ]
+
+    at_once = unpacked()
+    monkeypatch.setattr(nibbles, "CACHED_VALUES", values)
+    assert all(same_bits(one, other) for one, other in zip(unpacked(), at_once, strict=True))

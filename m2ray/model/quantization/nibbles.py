@@ -8,8 +8,8 @@ import torch
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 """FP4's values, by code (OCP Microscaling Formats 1.0, section 5.3.3)."""
 
-CACHED_VALUES = 1 << 17
-"""Of a weight that are made at one time on a CPU."""
+CACHED_VALUES, GPU_VALUES = 1 << 17, 1 << 24
+"""Of a weight that are made at one time on a CPU and on a GPU, where what is made on the way takes some 10 bytes of memory a value."""
 
 _PAIR_OF = {2: torch.int32, 4: torch.int64}
 """An integer as long as two values, by bytes a value."""
@@ -37,7 +37,7 @@ def as_bytes(codes: torch.Tensor) -> torch.Tensor:
 def in_cache(
     rows_of: Callable[[int, int], torch.Tensor], shape: tuple[int, int], dtype: torch.dtype, device: torch.device, multiple: int = 1
 ) -> torch.Tensor:
-    """[rows, columns]: what `rows_of(first, stop)` gives, on a CPU for so many rows at a time that what it makes on the way stays in a core's cache.
+    """[rows, columns]: what `rows_of(first, stop)` gives, for so many rows at a time that what it makes on the way stays in a core's cache, or small.
 
     For what loading cannot cut: experts stacked in one tensor, groups in an order of their own.
 
@@ -45,10 +45,11 @@ def in_cache(
         multiple: `first` is one of this.
     """
     rows, columns = shape
-    step = max(1, CACHED_VALUES // max(columns * multiple, 1)) * multiple
-    if device.type != "cpu" or step >= rows:
+    values = CACHED_VALUES if device.type == "cpu" else GPU_VALUES
+    step = max(1, values // max(columns * multiple, 1)) * multiple
+    if step >= rows:
         return rows_of(0, rows).to(dtype)
-    out = torch.empty(shape, dtype=dtype)
+    out = torch.empty(shape, dtype=dtype, device=device)
     for first in range(0, rows, step):
         stop = min(first + step, rows)
         out[first:stop].copy_(rows_of(first, stop))
