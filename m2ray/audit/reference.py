@@ -24,7 +24,10 @@ from m2ray.errors import CheckpointError
 _ROUTERS: dict[str, tuple[str, ...]] = {"minimax_m2": ("gate.weight", "e_score_correction_bias")}
 """Of each layer's `mlp`, tensors that are float32 on disk and that transformers rounds, by which other experts are chosen (docs/numerics.md)."""
 
+_OTHER_RELEASE = "--sample needs a layout that it reads: extract from the BF16 or FP8 release of the same model, or verify without it."
+
 _MODELOPT_FILE = "hf_quant_config.json"
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _SCALE = re.compile(r"weight_scale(?:_inv|_2)?$|_scales$")
 _INDEX, _SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
 
@@ -130,7 +133,15 @@ def _require_reader(folder: str, config: Any) -> None:
     if quantised and quantised.get("quant_method") not in AUTO_QUANTIZATION_CONFIG_MAPPING:
         raise CheckpointError(
             f"transformers does not read {quantised.get('quant_method')}, as {folder} is quantised.",
-            "--sample needs a layout that it reads: extract from the BF16 or FP8 release of the same model, or verify without it.",
+            _OTHER_RELEASE,
+        )
+    groups = (quantised or {}).get("config_groups") or {}
+    formats = {(quantised or {}).get("format"), *(group.get("format") for group in groups.values())}
+    if "nvfp4-pack-quantized" in formats and any(getattr(config.get_text_config(decoder=True), name, None) for name in _EXPERTS):
+        raise CheckpointError(
+            f"transformers unpacks experts in NVFP4 of compressed-tensors, as {folder} has them, without their global scale: "
+            "its rows would be another model's (findings/transformers_nvfp4_experts_lose_global_scale.sh).",
+            _OTHER_RELEASE,
         )
 
 

@@ -83,6 +83,12 @@ def test_a_layout_that_transformers_would_take_for_weights_is_refused(tmp_path: 
         Reference(str(folder), "float32", "sdpa", on_cpu=True)
 
 
+def test_experts_that_transformers_unpacks_without_their_global_scale_are_refused(tmp_path: Path) -> None:
+    folder = make_packed(tmp_path / "model", "qwen3_moe", "nvfp4-pack-quantized")
+    with pytest.raises(CheckpointError, match="unpacks experts in NVFP4 of compressed-tensors, as .* has them, without their global scale"):
+        Reference(str(folder), "float32", "sdpa", on_cpu=True)
+
+
 def test_scales_that_transformers_leaves_unread_are_told(tmp_path: Path) -> None:
     """It reads `weight_scale_inv` alone under `quant_method: fp8`, and takes FP8 without it for weights."""
     folder = edited(make_packed(tmp_path / "model", "llama", "fp8-static"), tmp_path / "renamed", _rename_scales)
