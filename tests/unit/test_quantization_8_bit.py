@@ -103,6 +103,16 @@ def test_each_expert_has_its_own_scale() -> None:
     assert same_bits(found.unpack({"values": values, "scale": scales}), expected)
 
 
+@pytest.mark.parametrize(("shape", "grid", "block"), [((6, 64), (2, 4), (3, 16)), ((6, 64), (), None), ((2, 6, 64), (2, 2, 4), (3, 16))])
+def test_values_are_written_where_axes_are_swapped(shape: tuple[int, ...], grid: tuple[int, ...], block: tuple[int, int] | None) -> None:
+    parts = {"values": random_values(shape, E4M3), "scale": random_scales(grid, F32)}
+    into = torch.zeros(*shape[:-2], shape[-1], shape[-2] + 2, dtype=BF16)
+    ScaledUnpack(block).write(parts, into[..., 1:-1].transpose(-1, -2))
+    assert same_bits(into[..., 1:-1].transpose(-1, -2).contiguous(), ScaledUnpack(block)(parts))
+    assert not into[..., 0].any()
+    assert not into[..., -1].any()
+
+
 def config(quantised: Any, **fields: Any) -> Any:
     return parse_config(json.dumps({**LLAMA, **fields, "quantization_config": quantised}).encode())
 

@@ -5,6 +5,8 @@ from functools import cache
 
 import torch
 
+from m2ray.model.quantization.stored import settled
+
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 """FP4's values, by code (OCP Microscaling Formats 1.0, section 5.3.3)."""
 
@@ -61,4 +63,4 @@ def _pairs(values: tuple[str, ...], dtype: torch.dtype, device: torch.device) ->
     """[256], the bits of a byte's two values as one integer."""
     one = torch.tensor([float.fromhex(value) for value in values], dtype=dtype)
     both = torch.stack((one.repeat(16), one.repeat_interleave(16)), dim=-1)
-    return both.view(_PAIR_OF[dtype.itemsize]).reshape(-1).to(device)
+    return settled(both.view(_PAIR_OF[dtype.itemsize]).reshape(-1).to(device))

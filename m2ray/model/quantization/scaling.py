@@ -10,6 +10,8 @@ from functools import cache
 
 import torch
 
+from m2ray.model.quantization.stored import settled
+
 Block = tuple[int, int] | None
 """Rows and columns that share a scale; None for one scale a tensor."""
 
@@ -68,7 +70,7 @@ def as_floats(scale: torch.Tensor) -> torch.Tensor:
 
 @cache
 def _powers(device: torch.device) -> torch.Tensor:
-    return torch.tensor([2.0 ** (byte - 127) for byte in range(255)] + [float("inf")], device=device)
+    return settled(torch.tensor([2.0 ** (byte - 127) for byte in range(255)] + [float("inf")], device=device))
 
 
 def _write(values: torch.Tensor, factors: torch.Tensor, block: Block, first: torch.dtype, into: torch.Tensor) -> None:

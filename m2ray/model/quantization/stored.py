@@ -113,3 +113,10 @@ def part_key(key: str, ending: str) -> str:
 def whole_key(part: str, ending: str) -> str:
     """The key of which `part` is the `part_key`."""
     return part.removesuffix(ending) + (".weight" if ending.startswith(".") else "")
+
+
+def settled(table: torch.Tensor) -> torch.Tensor:
+    """A table that is made once and then read on every stream: it is on its GPU when this returns."""
+    if table.is_cuda:
+        torch.cuda.current_stream(table.device).synchronize()
+    return table
