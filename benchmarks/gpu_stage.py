@@ -24,8 +24,8 @@ from m2ray.activations.writing.writer import ActivationWriter
 from m2ray.batches import LayerSpan, MicroBatch
 from m2ray.bench.measuring import DiscardingStore
 from m2ray.model.checkpoint import open_checkpoint, tensor_table
+from m2ray.model.quantization.layouts import layout_of
 from m2ray.model.stage import Stage, StageOutput, StageSpec, load_stage
-from m2ray.model.tensors import SCALE
 
 READ_BYTES = 16 << 20
 BATCH_TOKENS = 16_384
@@ -117,7 +117,8 @@ def span_ranges(model: Path, num_layers: int) -> Ranges:
     """(file, begin, bytes) of what the span needs: neighbours joined, cut to READ_BYTES."""
     checkpoint = open_checkpoint(str(model))
     rows = [row for row in tensor_table(checkpoint).rows if row.role == "embedding" or (row.layer is not None and row.layer < num_layers)]
-    keys = [key for row in rows for source in row.sources for key in (source, source + SCALE) if key in checkpoint.headers]
+    groups = layout_of(checkpoint.whole_config).group(checkpoint.headers)
+    keys = [key for row in rows for source in row.sources for key in groups[source]]
     runs: list[tuple[str, int, int]] = []
     for header in sorted((checkpoint.headers[key] for key in keys), key=lambda header: (header.file, header.offset)):
         begin, stop = header.offset, header.offset + header.num_bytes

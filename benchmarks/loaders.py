@@ -132,14 +132,14 @@ def lanes(model: Path, files: list[Path]) -> None:
     checkpoint = open_checkpoint(str(model))
     # A tensor that is larger than an extent is cut, as weights.py does.
     wanted = [
-        RowsToLoad(key, Range(header.file, begin, num_bytes, torch.uint8, (num_bytes,)), None, nowhere)
+        RowsToLoad(key, {"values": Range(header.file, begin, num_bytes, torch.uint8, (num_bytes,))}, None, nowhere)
         for key, header in checkpoint.headers.items()
         if header.file in names
         for begin in range(header.offset, header.offset + header.num_bytes, PIECE_BYTES)
         for num_bytes in [min(PIECE_BYTES, header.offset + header.num_bytes - begin)]
     ]
     with Lanes(torch.device(GPU)) as readers:
-        readers.begin(checkpoint, wanted, None, WeightDigests(checkpoint.headers, 0), lambda *_: None)
+        readers.begin(checkpoint, wanted, WeightDigests(checkpoint.headers, 0), lambda *_: None)
         readers.finish(lambda: None)
 
 

@@ -157,6 +157,7 @@ class TensorRow:
             8 for tables of int64; else None.
         disk_bytes: bytes of all its checkpoint tensors, scales included.
         sources: the checkpoint keys it is made of, scales left out.
+        method: how it is packed on disk, as a person is told it; "" where it is not quantised.
     """
 
     name: str
@@ -166,6 +167,7 @@ class TensorRow:
     itemsize_bytes: int | None
     disk_bytes: int
     sources: tuple[str, ...]
+    method: str = ""
 
     @property
     def num_elements(self) -> int:
@@ -211,6 +213,15 @@ class TensorTable:
     def role_bytes(self, role: Role, itemsize_bytes: int) -> int:
         """Bytes in memory of everything of one role."""
         return sum(row.compute_bytes(itemsize_bytes) for row in self.rows if row.role == role)
+
+    def bytes_by_method(self, itemsize_bytes: int) -> dict[str, tuple[int, int]]:
+        """By how the model's tensors are packed on disk, "" for those that are not quantised: their bytes there and in memory."""
+        found: dict[str, tuple[int, int]] = {}
+        for row in self.rows:
+            if row.role != "unused":
+                on_disk, in_memory = found.get(row.method, (0, 0))
+                found[row.method] = on_disk + row.disk_bytes, in_memory + row.compute_bytes(itemsize_bytes)
+        return found
 
     @property
     def disk_bytes(self) -> int:

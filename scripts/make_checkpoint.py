@@ -1,11 +1,13 @@
-"""Write a random-weight checkpoint in a published on-disk layout: MiniMax-M2 (FP8 or bf16), a dense decoder such as Qwen3 or Llama, or a
-multimodal model such as MiniMax-M3 (bf16), of which the options change the text tower; with `--layers` its other towers get one layer.
+"""Write a random-weight checkpoint in a published on-disk layout: a decoder such as MiniMax-M2, Qwen3 or Llama in bf16, fp8 or any format of
+scripts/checkpoint_formats, or a multimodal model such as MiniMax-M3 (bf16), of which the options change the text tower; with `--layers` its
+other towers get one layer.
 
     python scripts/make_checkpoint.py OUT --config tests/data/minimax_m2/config.json --layers 4 --hidden-size 256 --format fp8 --seed 0
 
 Names and shapes come from transformers: its model on the meta device, taken back through its own checkpoint conversion. A tensor's
 values depend on the seed and its published name alone, so the shard size changes nothing, `--format bf16` holds exactly what
 `--format fp8` dequantises to, and `--layout fused` stacks exactly that (its router rounded to bf16, as transformers itself saves it).
+The other formats have random codes under scales of a like size: their packed tensors are drawn, no weights are quantised.
 """
 
 import argparse
@@ -18,7 +20,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from copy import deepcopy
-from dataclasses import dataclass
 from functools import partial
 from math import prod, sqrt
 from multiprocessing import get_context
@@ -27,7 +28,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -37,20 +37,21 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from m2ray.errors import ConfigError, M2rayError, raise_all
 from m2ray.model.towers import decoder_config, model_class
 from m2ray.sizes import parse_bytes
+from scripts.checkpoint_formats.format import Format
+from scripts.checkpoint_formats.stored import BLOCK, Drawer, Piece, StoredTensor
+from scripts.checkpoint_formats.table import FORMATS
 
 # Options and their config fields, unless the config has a field of the option's name.
 OVERRIDES = {name: name for name in ("hidden_size", "intermediate_size", "head_dim", "rotary_dim", "vocab_size")}
 OVERRIDES |= {"layers": "num_hidden_layers", "num_heads": "num_attention_heads", "num_kv_heads": "num_key_value_heads"}
 OVERRIDES |= {"num_experts": "num_local_experts", "experts_per_token": "num_experts_per_tok"}
 FOLLOWS = {"rotary_dim": "head_dim", "dense_intermediate_size": "intermediate_size", "shared_intermediate_size": "intermediate_size"}
-BLOCK = 128
 DENSE_FP8 = {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK], "modules_to_not_convert": ["lm_head"]}
 # Published in F32 although their neighbours are not.
 F32_TENSORS = {
     "minimax_m2": (".gate.weight", ".e_score_correction_bias"),
     "minimax_m3_vl": (".gate.weight", ".e_score_correction_bias", ".patch_embedding.weight"),
 }
-ITEMSIZE_BYTES = {"F8_E4M3": 1, "BF16": 2, "F32": 4}
 CHUNK_VALUES = 2**20
 RELATIVE_UPDATE = 0.4  # what attention and MLP each add to the residual stream, over its norm
 SILU_GATED_RMS = 0.6  # of silu(a) * b with a and b standard normal
@@ -63,40 +64,7 @@ REQUIRED = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_
 VOCABULARY = range(256 + len(SPECIAL_TOKENS), 4096 + 1)  # from all bytes to what the corpus can fill
 
 
-@dataclass(frozen=True)
-class Piece:
-    """A weight as published. A matrix is [out_features, in_features]."""
-
-    name: str
-    shape: tuple[int, ...]
-
-    def number(self, of: Literal["layers", "experts"]) -> int | None:
-        found = re.search(rf"\.{of}\.(\d+)\.", self.name)
-        return int(found[1]) if found else None
-
-    @property
-    def in_blocks(self) -> bool:
-        """Whether FP8 checkpoints quantise it: a decoder layer's matrix, unless a router's gate."""
-        return self.number("layers") is not None and len(self.shape) == 2 and ".gate." not in self.name
-
-    @property
-    def grid(self) -> tuple[int, ...]:
-        return tuple(-(-side // BLOCK) for side in self.shape)
-
-
-@dataclass(frozen=True)
-class StoredTensor(Piece):
-    """A tensor on disk: the values of its pieces, one after the other. Several in the fused layout, one in the published one."""
-
-    dtype: str
-    pieces: tuple[Piece, ...]
-
-    @property
-    def size_bytes(self) -> int:
-        return prod(self.shape) * ITEMSIZE_BYTES[self.dtype]
-
-
-def resolve_config(config: Mapping[str, Any], overrides: Mapping[str, int], fmt: Literal["fp8", "bf16"]) -> dict[str, Any]:
+def resolve_config(config: Mapping[str, Any], overrides: Mapping[str, int], fmt: str) -> dict[str, Any]:
     """`config` with `overrides` (keys of OVERRIDES) applied to its decoder: lists with an entry a layer cut, the fields of FOLLOWS in proportion.
 
     Raises:
@@ -107,7 +75,7 @@ def resolve_config(config: Mapping[str, Any], overrides: Mapping[str, int], fmt:
         raise ConfigError(f"The config's model_type is {family!r}.", "Give the config.json of a model that transformers knows.")
     if TOWER not in config:
         return _resolve(config, CONFIG_MAPPING[family](), overrides, fmt)
-    if fmt == "fp8":
+    if fmt != "bf16":
         raise ConfigError("The layout of a multimodal model is written in bf16 only.", "Choose --format bf16.")
     known = decoder_config(CONFIG_MAPPING[family].from_dict(deepcopy(dict(config))))
     tower = _resolve({name: getattr(known, name) for name in REQUIRED} | dict(config[TOWER]), known, overrides, fmt)
@@ -117,7 +85,7 @@ def resolve_config(config: Mapping[str, Any], overrides: Mapping[str, int], fmt:
     return _as_wide(whole, known.hidden_size, tower["hidden_size"]) | {TOWER: tower}
 
 
-def _resolve(config: Mapping[str, Any], known: Any, overrides: Mapping[str, int], fmt: Literal["fp8", "bf16"]) -> dict[str, Any]:
+def _resolve(config: Mapping[str, Any], known: Any, overrides: Mapping[str, int], fmt: str) -> dict[str, Any]:
     """The fields of a plain decoder."""
     remedy = f"It must be a field of {known.model_type}, and at least 1."
     fields = {option if option in config else OVERRIDES[option]: value for option, value in overrides.items()}
@@ -131,7 +99,7 @@ def _resolve(config: Mapping[str, Any], known: Any, overrides: Mapping[str, int]
     per_layer = [name for name, value in config.items() if isinstance(value, list) and len(value) == layers_before]
     layers, heads, groups = (resolved[f"num_{things}"] for things in ("hidden_layers", "attention_heads", "key_value_heads"))
     resolved = _cut(resolved, layers_before, layers)
-    resolved["quantization_config"] = config.get("quantization_config", DENSE_FP8)
+    resolved["quantization_config"] = config.get("quantization_config", DENSE_FP8) if fmt == "fp8" else DENSE_FP8
     block, vocab_size = resolved["quantization_config"]["weight_block_size"], resolved["vocab_size"]
     head_dim, rotary_dim = resolved.get("head_dim", resolved["hidden_size"] // heads), resolved.get("rotary_dim", 0)
     odd, chosen, experts = (head_dim | rotary_dim) % 2, resolved.get("num_experts_per_tok", 0), resolved.get("num_local_experts", 0)
@@ -144,8 +112,10 @@ def _resolve(config: Mapping[str, Any], known: Any, overrides: Mapping[str, int]
         (block != [BLOCK, BLOCK], f"weight_block_size is {block}.", f"Only {BLOCK}x{BLOCK} is written."),
     )
     raise_all([ConfigError(what, remedy) for wrong, what, remedy in checks if wrong])
-    if fmt == "bf16":
+    if fmt != "fp8":
         del resolved["quantization_config"]
+    if fmt in FORMATS and (said := FORMATS[fmt].quantization_config()):
+        resolved["quantization_config"] = said
     return resolved
 
 
@@ -181,14 +151,18 @@ def _as_wide(fields: Mapping[str, Any], hidden_before: int, hidden_size: int) ->
     }
 
 
-def plan_tensors(config: Mapping[str, Any], layout: Literal["hub", "fused"] = "hub") -> list[StoredTensor]:
+def plan_tensors(config: Mapping[str, Any], layout: Literal["hub", "fused"] = "hub", fmt: str = "fp8") -> list[StoredTensor]:
     """Every tensor of the checkpoint of a resolved `config`, in file order. Allocates nothing.
 
+    Args:
+        fmt: "fp8" is bf16 where `config` has no quantization_config.
+
     Raises:
-        ConfigError: matrices to be quantised with a side that is no multiple of BLOCK, or FP8 in the fused layout.
+        ConfigError: matrices to be quantised with a side that is no multiple of what the format needs, or a packed fused layout.
     """
-    skipped = config.get("quantization_config", {}).get("modules_to_not_convert")
-    if skipped is not None and layout == "fused":
+    packing = FORMATS.get(fmt)
+    skipped = None if packing else config.get("quantization_config", {}).get("modules_to_not_convert")
+    if (packing or skipped is not None) and layout == "fused":
         raise ConfigError("The fused layout is written in bf16 only.", "Add --format bf16.")
     with torch.device("meta"):
         plain = {key: value for key, value in deepcopy(dict(config)).items() if key != "quantization_config"}
@@ -208,14 +182,23 @@ def plan_tensors(config: Mapping[str, Any], layout: Literal["hub", "fused"] = "h
             tensors.append(StoredTensor(name, tuple(skeleton.shape), "BF16", tuple(pieces)))
             continue
         for piece in pieces:
+            if packing and packing.packs(piece):
+                tensors += _packed(packing, piece)
+                continue
             dtype = "F32" if piece.name.endswith(F32_TENSORS.get(config["model_type"], ())) else "BF16"
             quantised = skipped is not None and piece.in_blocks and not any(f".{module}." in piece.name for module in skipped)
             tensors.append(StoredTensor(piece.name, piece.shape, "F8_E4M3" if quantised else dtype, (piece,)))
             tensors += [StoredTensor(f"{piece.name}_scale_inv", piece.grid, "F32", (piece,))] if quantised else []
-    uneven = [each for each in tensors if each.dtype == "F8_E4M3" and any(side % BLOCK for side in each.shape)]
+    uneven = [each for each in tensors if each.fill is None and each.dtype == "F8_E4M3" and any(side % BLOCK for side in each.shape)]
     found = {f"{re.sub('[.][0-9]+', '', each.name)} would be {each.shape[0]} x {each.shape[1]}.": None for each in uneven}
     raise_all([ConfigError(problem, f"FP8 needs multiples of {BLOCK} here: change them, or choose --format bf16.") for problem in found])
     return tensors
+
+
+def _packed(packing: Format, piece: Piece) -> Iterable[StoredTensor]:
+    """What a format stores for a weight. Raises ConfigError for one that it cannot pack."""
+    raise_all([problem for problem in [packing.misfit(piece)] if problem])
+    return packing.tensors(piece)
 
 
 class RandomWeights:
@@ -230,6 +213,9 @@ class RandomWeights:
         self.codes, self.codes_rms = values.view(torch.uint8).numpy().tobytes(), float(values.float().square().mean().sqrt())
 
     def chunks(self, tensor: StoredTensor) -> Iterator[bytes]:
+        if tensor.fill is not None:
+            yield from tensor.fill(self._drawer(tensor.name), self._std(tensor.pieces[0]))
+            return
         for piece in tensor.pieces:
             if tensor.name.endswith("_scale_inv"):
                 yield self._scales(piece).numpy().tobytes()
@@ -238,8 +224,7 @@ class RandomWeights:
                 stored = (values.float() * scale()).to(torch.bfloat16) if tensor.dtype == "BF16" else values
                 yield stored.view(torch.uint8).numpy().tobytes()
 
-    def _drawer(self, name: str) -> Callable[[int], NDArray[np.uint8]]:
-        """Successive random bytes, as many a call as asked for (multiples of 8 but for the last)."""
+    def _drawer(self, name: str) -> Drawer:
         bits = np.random.PCG64(int.from_bytes(hashlib.sha256(f"{self.seed}/{name}".encode()).digest(), "little"))
         return lambda size_bytes: bits.random_raw(-(-size_bytes // 8)).astype("<u8").view(np.uint8)[:size_bytes]
 
@@ -341,7 +326,7 @@ def lay_out(
     config: Mapping[str, Any],
     *,
     overrides: Mapping[str, int] | None = None,
-    fmt: Literal["fp8", "bf16"] = "fp8",
+    fmt: str = "fp8",
     layout: Literal["hub", "fused"] = "hub",
     seed: int = 0,
     max_shard_bytes: int = 4 * 10**9,
@@ -357,13 +342,14 @@ def lay_out(
     tokenizer = train_tokenizer(decoder["vocab_size"], decoder["max_position_embeddings"], list(placeholders.values()))
     resolved |= {name: tokenizer.convert_tokens_to_ids(token) for name, token in placeholders.items()}
     decoder |= {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    tensors = plan_tensors(resolved, layout)
+    tensors = plan_tensors(resolved, layout, fmt)
     shards = split_shards(tensors, max_shard_bytes)
     weight_map = {tensor.name: name for name, shard in shards.items() for tensor in shard}
     index = {"metadata": {"total_size": sum(tensor.size_bytes for tensor in tensors)}, "weight_map": weight_map}
     out.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(out, save_jinja_files=False)
-    for name, value in {"config.json": resolved, "model.safetensors.index.json": index}.items():
+    beside = FORMATS[fmt].other_files() if fmt in FORMATS else {}
+    for name, value in {"config.json": resolved, "model.safetensors.index.json": index, **beside}.items():
         (out / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
     return shards, RandomWeights(seed, decoder.get("num_experts_per_tok", 1))
 
@@ -404,7 +390,7 @@ def main() -> None:
     parser.add_argument("--config", type=Path, required=True, help="config.json of the published model")
     for option, field in OVERRIDES.items():
         parser.add_argument(f"--{option.replace('_', '-')}", type=int, metavar="N", help=f"changes {field}")
-    parser.add_argument("--format", dest="fmt", choices=("fp8", "bf16"), required=True)
+    parser.add_argument("--format", dest="fmt", choices=("fp8", "bf16", *FORMATS), required=True)
     parser.add_argument("--layout", choices=("hub", "fused"), default="hub", help="fused: transformers' own names, in bf16")
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--max-shard-size", default="4GB")

@@ -114,7 +114,7 @@ def page_of(outcomes: dict[str, str], sites: dict[str, str]) -> str:
             "layers gave transformers' own rows bit by bit in float32 and bfloat16, and no row depended on later tokens or on other prompts",
             "([numerics](numerics.md)). No list decides what runs: each checkpoint's own config.json is proved before its extraction, so a",
             "configuration of a proved type may be refused, one of a refused type may run, and a type that is not on this page runs if it is",
-            "right. `m2ray doctor --model DIR` says which.",
+            "right. `m2ray doctor --model DIR` says which. How a checkpoint's weights may be quantised is in [layouts](layouts.md).",
             "",
             f"{len(proved)} of {len(outcomes)} are proved.",
             "",

@@ -26,6 +26,7 @@ the fields and says where they were found. Written by `python -m scripts.officia
 *Weights* are those that a run loads (all layers and the embedding) in bfloat16, as `m2ray plan` counts them, and whether that fits on {GPUS}. *Proved*: a tiny copy of
 that very configuration gave transformers' own rows ([models](models.md)). Where only the layout of the quantised weights is in the way, the rest of the
 configuration was tried without it. DeepSeek-V3.1-NVFP4's layout stands in a file of its own (hf_quant_config.json), of which its config.json knows nothing.
+MiniMax-M3-NVFP4's list of quantised layers is not among the fields there.
 
 | model | type | layers | weights, GB | {GPUS} | outcome |
 |---|---|---|---|---|---|

@@ -15,6 +15,7 @@ from accelerate.utils import get_max_memory
 from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils.logging import disable_progress_bar
 
 from m2ray.audit.branches import Branches
@@ -23,6 +24,11 @@ from m2ray.errors import CheckpointError
 _ROUTERS: dict[str, tuple[str, ...]] = {"minimax_m2": ("gate.weight", "e_score_correction_bias")}
 """Of each layer's `mlp`, tensors that are float32 on disk and that transformers rounds, by which other experts are chosen (docs/numerics.md)."""
 
+_OTHER_RELEASE = "--sample needs a layout that it reads: extract from the BF16 or FP8 release of the same model, or verify without it."
+
+_MODELOPT_FILE = "hf_quant_config.json"
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+_SCALE = re.compile(r"weight_scale(?:_inv|_2)?$|_scales$")
 _INDEX, _SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
 
 Places = Collection[tuple[str, int | None]]
@@ -116,7 +122,27 @@ def _read_whole(folder: str) -> Any:
         config.rope_parameters["partial_rotary_factor"] = rotary_dim / config.head_dim
     if getattr(config, "quantization_config", None):
         config.quantization_config["dequantize"] = True
+    _require_reader(folder, config)
     return config
+
+
+def _require_reader(folder: str, config: Any) -> None:
+    """Raise CheckpointError where transformers would take packed numbers for weights, without a word or with a warning."""
+    in_own_file = (Path(folder) / _MODELOPT_FILE).is_file()
+    quantised = getattr(config, "quantization_config", None) or ({"quant_method": "modelopt"} if in_own_file else None)
+    if quantised and quantised.get("quant_method") not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        raise CheckpointError(
+            f"transformers does not read {quantised.get('quant_method')}, as {folder} is quantised.",
+            _OTHER_RELEASE,
+        )
+    groups = (quantised or {}).get("config_groups") or {}
+    formats = {(quantised or {}).get("format"), *(group.get("format") for group in groups.values())}
+    if "nvfp4-pack-quantized" in formats and any(getattr(config.get_text_config(decoder=True), name, None) for name in _EXPERTS):
+        raise CheckpointError(
+            f"transformers unpacks experts in NVFP4 of compressed-tensors, as {folder} has them, without their global scale: "
+            "its rows would be another model's (findings/transformers_nvfp4_experts_lose_global_scale.sh).",
+            _OTHER_RELEASE,
+        )
 
 
 def _load(folder: str, config: Any, compute_dtype: str, attn_implementation: str, offload_folder: str, *, on_cpu: bool) -> Any:
@@ -141,6 +167,8 @@ def _load(folder: str, config: Any, compute_dtype: str, attn_implementation: str
     decoder = _decoder(model)
     of_layers = next(name for name, module in model.named_modules() if module is decoder) + "."
     lacking = sorted({str(name) for kind in ("missing_keys", "mismatched_keys") for name in info[kind] if str(name).startswith(of_layers)})
+    if scales := [key for key in info["unexpected_keys"] if _SCALE.search(str(key))]:
+        raise ValueError(f"it leaves scales of weights unread, such as {min(map(str, scales))}")
     if lacking:
         raise ValueError(f"it gives no values to {', '.join(lacking[:5])}")
     for name, tensor in model.named_parameters():

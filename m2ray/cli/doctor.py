@@ -74,6 +74,11 @@ def check_model(model: str) -> tuple[list[Finding], int | None]:
     what = (
         f"{len(checkpoint.headers):,} tensors in {num_bytes:,} bytes fill {table.num_layers} layers of {checkpoint.whole_config.model_type}"
     )
+    what += "".join(
+        f", {on_disk:,} of these {name}, in bfloat16 {in_memory:,}"
+        for name, (on_disk, in_memory) in table.bytes_by_method(2).items()
+        if name
+    )
     what += "; a tiny copy of it gives transformers' own rows bit by bit."
     found = [Finding("checkpoint_tensors", "note", model, what)]
     if checkpoint.indexed_bytes not in (None, num_bytes):

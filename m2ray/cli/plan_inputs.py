@@ -7,9 +7,7 @@ from typing import Any, Literal
 from m2ray.batches import TensorTable
 from m2ray.errors import CheckpointError
 from m2ray.model.attention import resolve_attn_implementation
-from m2ray.model.checkpoint import CONFIG, open_checkpoint, tensor_table, tensor_table_from_config
-from m2ray.model.families import parse_config
-from m2ray.model.limits import MAX_CONFIG_BYTES, read_limited
+from m2ray.model.checkpoint import CONFIG, open_checkpoint, read_config, tensor_table, tensor_table_from_config
 from m2ray.model.stage import DTYPES
 from m2ray.model.tensors import count_sources
 from m2ray.model.towers import decoder_config, placeholder_tokens
@@ -55,7 +53,7 @@ def read_model(url: str, attn_implementation: str, compute_dtype: str) -> Planne
     config_key = url.rpartition("/")[2] if alone else CONFIG
     if store.size(config_key) is None:
         raise CheckpointError(f"There is no {config_key} in {store.url}.", "Give a checkpoint's folder, or its config.json.")
-    whole_config = parse_config(read_limited(store, config_key, MAX_CONFIG_BYTES))
+    whole_config, _ = read_config(store, config_key)
     weights = None if alone else find_weights(store, getattr(whole_config, "transformers_weights", None))
     weight_map, index, files = weights or ({}, b"", ())
     is_whole = bool(files) and all(store.size(file) is not None for file in files)

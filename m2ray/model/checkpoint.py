@@ -19,6 +19,7 @@ from m2ray.model.families import parse_config
 from m2ray.model.headers import COPY_AGAIN, FileHeader, TensorHeader, read_file_header
 from m2ray.model.interpreter import without_collector
 from m2ray.model.limits import MAX_CONFIG_BYTES, MAX_HEADERS_BYTES, read_limited
+from m2ray.model.quantization.modelopt import HF_QUANT_CONFIG
 from m2ray.model.skeleton import Skeleton, build_skeleton
 from m2ray.model.tensors import needed_files, table_of, table_without_weights
 from m2ray.model.towers import decoder_config
@@ -39,7 +40,7 @@ class Checkpoint:
         config: its decoder's: the same, or a multimodal model's text tower's.
         headers: where each tensor lies, by the checkpoint's own key.
         weight_map: the file of each tensor: as the files say, or the index of those that cannot be read.
-        digests: of config.json and the index, and of each file's name, size and header, by name; xxh3-128, 32 hex digits.
+        digests: of config.json, what says how weights are quantised, and the index, and of each file's name, size and header, by name; xxh3-128, 32 hex digits.
         damaged: what is wrong with files that are absent or cannot be read. No damage of the model by itself: it may need none of them.
         twice: tensors that are in two files.
         stale: entries of the index that their files do not hold, of which the same is true.
@@ -163,8 +164,7 @@ def open_checkpoint(url: str) -> Checkpoint:
         raise CheckpointError(
             f"There is no {CONFIG} in {store.url}.", "Give the folder of a downloaded checkpoint: config.json and safetensors."
         )
-    config_text = read_limited(store, CONFIG, MAX_CONFIG_BYTES)
-    config = parse_config(config_text)
+    config, texts = read_config(store, CONFIG)
     found = find_weights(store, getattr(config, "transformers_weights", None))
     if found is None:
         raise no_weights(store)
@@ -179,7 +179,7 @@ def open_checkpoint(url: str) -> Checkpoint:
             continue
         if sum(len(header.raw) for header in files.values()) > MAX_HEADERS_BYTES:
             raise CheckpointError(f"The headers of its files have more than {MAX_HEADERS_BYTES:,} bytes together.", COPY_AGAIN)
-    checkpoint = Checkpoint(store, config, {CONFIG: config_text, INDEX: index_text}, weight_map, files, damaged)
+    checkpoint = Checkpoint(store, config, {**texts, INDEX: index_text}, weight_map, files, damaged)
     if _NOT_TRANSFORMERS in checkpoint.headers:
         raise CheckpointError(
             f"{checkpoint.headers[_NOT_TRANSFORMERS].file} has tensors of other names ({_NOT_TRANSFORMERS} ...) and in another order of rows than "
@@ -187,6 +187,22 @@ def open_checkpoint(url: str) -> Checkpoint:
             f"Take the files of the same release that {INDEX} names.",
         )
     return checkpoint
+
+
+def read_config(store: Store, key: str) -> tuple[Any, dict[str, bytes]]:
+    """The configuration of transformers of the whole model in a folder, and the texts of the files that say it, by name.
+
+    Where config.json does not say how weights are quantised, ModelOpt's older exports say it in a file of its own.
+
+    Raises:
+        CheckpointError: as `parse_config`.
+        StoreError: they cannot be read.
+    """
+    text = read_limited(store, key, MAX_CONFIG_BYTES)
+    if b'"quantization_config"' in text or store.size(HF_QUANT_CONFIG) is None:
+        return parse_config(text), {key: text}
+    quantised = read_limited(store, HF_QUANT_CONFIG, MAX_CONFIG_BYTES)
+    return parse_config(text, quantised), {key: text, HF_QUANT_CONFIG: quantised}
 
 
 def _join(files: Mapping[str, FileHeader]) -> tuple[dict[str, TensorHeader], list[CheckpointError]]:

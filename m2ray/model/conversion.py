@@ -27,11 +27,10 @@ from transformers.core_model_loading import (
 )
 
 from m2ray.errors import CheckpointError
+from m2ray.model.quantization.stored import MISMATCH
 from m2ray.model.skeleton import ModelTensor, Skeleton
 
 Shape = tuple[int, ...]
-
-MISMATCH = "config.json and the weights do not belong together: take both from the same release."
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ of a tensor at a time, each on its own thread; xxh3 takes 10 to 25 GB/s of a cor
 
 A layer's digest, and that of what runs before the first layer, is xxh3-128, 32 hex digits, over its checkpoint tensors in the order of
 their names. Of each: its line `NAME DTYPE SHAPE`, as safetensors spells the dtype and Python the list of sizes, ended by a newline,
-and then the xxh3-128 of each of its pieces, 16 bytes each, big-endian. `m2ray.model.weights.PIECE_BYTES` tells what a piece is; FP8 scales are
-tensors of their own, and cut where their weights are.
+and then the xxh3-128 of each of its pieces, 16 bytes each, big-endian. `m2ray.model.weights.PIECE_BYTES` tells what a piece is; scales and
+other parts of quantised tensors are tensors of their own, and cut where their weights are.
 """
 
 from collections.abc import Iterable, Mapping
@@ -15,7 +15,7 @@ import xxhash
 
 from m2ray.model.extents import Range
 from m2ray.model.headers import DTYPES, TensorHeader
-from m2ray.model.tensors import SCALE, MatchedTensor
+from m2ray.model.tensors import MatchedTensor
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -35,12 +35,11 @@ class WeightDigests:
         self._begun: dict[tuple[str, int], xxhash.xxh3_128] = {}
 
     def expect(self, matched: Iterable[MatchedTensor]) -> None:
-        """These tensors will be read, with their scales."""
+        """These tensors will be read, with all their parts."""
         for filling in matched:
             tensor = filling.tensor
             keys = self._keys.setdefault(self._last_layer if tensor.role == "final_norm" else tensor.layer, set())
-            for placement in filling.placements:
-                keys.update(key for key in (placement.key, placement.key + SCALE) if key in self._headers)
+            keys.update(part.key for stored in filling.stored for part in stored.parts)
 
     def add(self, pieces: Iterable[Range], offset: int, data: memoryview) -> None:
         """Hash what of these pieces lies in `data`, the bytes of their file from `offset` on.

@@ -1,13 +1,15 @@
-"""Which bytes of a checkpoint's files are read at once: neighbours in a file joined to long reads, an FP8 weight with its scales.
+"""Which bytes of a checkpoint's files are read at once: neighbours in a file joined to long reads, a quantised weight with its scales.
 
 Published files differ: a weight's scales lie beside it, or all of a file's scales before all of its weights.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
 
 import torch
+
+from m2ray.model.quantization.stored import Unpack
 
 EXTENT_BYTES = 32 * 2**20 - 16
 """Of an extent, at most, where no piece is longer. With 16 bytes to align it a power of two: torch rounds pinned memory up to one.
@@ -43,23 +45,41 @@ class Range(NamedTuple):
 
 
 class RowsToLoad(NamedTuple):
-    """Some rows of the checkpoint tensor `key`, their scales if they are FP8, and the part of a model tensor that they fill."""
+    """Some rows of the checkpoint's tensor `key`, and the part of a model tensor that they fill.
+
+    Attributes:
+        parts: where they lie, by part (m2ray.model.quantization.stored): the values first.
+        unpack: makes them of the parts; None where they are as they lie.
+        into: of the shape that they have then.
+        rows_of: for each part, how many of these rows one of its own is about, 0 where all of it goes with every row; empty where `unpack` has
+            to be given all rows at once.
+    """
 
     key: str
-    values: Range
-    scale: Range | None
+    parts: Mapping[str, Range]
+    unpack: Unpack | None
     into: torch.Tensor
+    rows_of: tuple[int, ...] = ()
 
     @property
-    def is_beside_scale(self) -> bool:
-        """Whether the two are one run of bytes."""
-        values, scale = self.values, self.scale
-        return scale is not None and scale.file == values.file and scale.offset == values.stop
+    def values(self) -> Range:
+        return next(iter(self.parts.values()))
 
     @property
     def in_one_run(self) -> tuple[Range, ...]:
-        """The values, and the scales if they are beside them."""
-        return (self.values, self.scale) if self.scale is not None and self.is_beside_scale else (self.values,)
+        """The values, and the parts that follow them without a gap, as they do."""
+        values, *others = self.parts.values()
+        run = [values]
+        for part in others:
+            if part.file == values.file and part.offset == run[-1].stop:
+                run.append(part)
+        return tuple(run)
+
+    @property
+    def apart(self) -> tuple[Range, ...]:
+        """The parts that are not in the run of the values."""
+        run = self.in_one_run
+        return tuple(part for part in self.parts.values() if part not in run) if len(run) < len(self.parts) else ()
 
 
 @dataclass(slots=True)
@@ -73,17 +93,14 @@ class Extent(Generic[Item]):
 
 
 def value_extents(wanted: Iterable[RowsToLoad]) -> list[Extent[RowsToLoad]]:
-    """All wanted values, each with its scales if they are beside it."""
-    return _joined(
-        (each.values.file, each.values.offset, each.scale.stop if each.scale and each.is_beside_scale else each.values.stop, each)
-        for each in wanted
-    )
+    """All wanted values, each with the parts that follow it."""
+    return _joined((each.values.file, each.values.offset, each.in_one_run[-1].stop, each) for each in wanted)
 
 
-def scale_extents(wanted: Iterable[RowsToLoad]) -> list[Extent[Range]]:
-    """The scales that lie apart from their values, each once."""
-    apart = {each.scale for each in wanted if each.scale is not None and not each.is_beside_scale}
-    return _joined((scale.file, scale.offset, scale.stop, scale) for scale in apart)
+def apart_extents(wanted: Iterable[RowsToLoad]) -> list[Extent[Range]]:
+    """The parts that lie apart from their values, scales above all, each once."""
+    apart = {part for each in wanted for part in each.apart}
+    return _joined((part.file, part.offset, part.stop, part) for part in apart)
 
 
 def _joined(runs: Iterable[tuple[str, int, int, Item]]) -> list[Extent[Item]]:

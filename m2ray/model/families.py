@@ -15,6 +15,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from m2ray.errors import CheckpointError, ConfigError, raise_all
 from m2ray.model.boundary import why_uncuttable
 from m2ray.model.limits import parse_json, require_layers, require_sizes, short_repr
+from m2ray.model.quantization.layouts import layout_of
+from m2ray.model.quantization.modelopt import HF_QUANT_CONFIG, of_hf_quant_config
 from m2ray.model.towers import decoder_config, is_language_model, path_to_decoder
 
 KEEPS_FP32 = {"minimax_m2": ("mlp.gate.weight", "mlp.e_score_correction_bias")}
@@ -46,10 +48,13 @@ CALLER_CHOOSES = ("auto_map", "attn_implementation", "_attn_implementation", "ex
 """Fields of config.json that are not the model's: code to run from the folder, and settings of whoever saved it."""
 
 
-def parse_config(text: bytes) -> Any:
+def parse_config(text: bytes, quantised: bytes | None = None) -> Any:
     """config.json as transformers' configuration object (PreTrainedConfig). Code from the checkpoint is never run.
 
     Of a multimodal model it is the whole model's; `decoder_config` of it is what m2ray runs.
+
+    Args:
+        quantised: `hf_quant_config.json`, of a model whose config.json does not say how its weights are quantised.
 
     Raises:
         CheckpointError: not JSON, or a model that m2ray does not run; all reasons at once.
@@ -57,6 +62,8 @@ def parse_config(text: bytes) -> Any:
     fields = parse_json(text, "config.json", _as_meant)
     if not isinstance(fields, dict):
         raise CheckpointError("config.json is not a JSON object.", "Copy the file again.")
+    if quantised is not None:
+        fields["quantization_config"] = of_hf_quant_config(parse_json(quantised, HF_QUANT_CONFIG))
     require_sizes(fields)
     model_type = fields.get("model_type")
     if not isinstance(model_type, str) or ALIASES.get(model_type, model_type) not in CONFIG_MAPPING:
@@ -129,11 +136,6 @@ def require_positions(config: Any, length: int | None, name: str = "max_length")
         )
 
 
-def quantization(config: Any) -> Mapping[str, Any]:
-    """The quantization_config of the whole model, or else of its decoder alone, as transformers looks for it; empty without one."""
-    return next((found for each in (config, decoder_config(config)) if (found := getattr(each, "quantization_config", None))), {})
-
-
 def require_dtype(config: Any, compute_dtype: str) -> None:
     """Raise ConfigError for a dtype in which transformers' own code of a family does not compute."""
     if compute_dtype == "float16" and config.model_type in NOT_IN_FLOAT16:
@@ -141,17 +143,6 @@ def require_dtype(config: Any, compute_dtype: str) -> None:
             f"compute_dtype = 'float16': transformers keeps parts of a {config.model_type} in float32 and gives them float16, which fails.",
             'Set compute_dtype = "bfloat16" or "float32".',
         )
-
-
-def fp8_block(config: Any) -> tuple[int, int] | None:
-    """Rows and columns that share one FP8 scale, or None where a tensor has one scale for all of it."""
-    block = quantization(config).get("weight_block_size")
-    return None if block is None else (int(block[0]), int(block[1]))
-
-
-def is_fp8(config: Any) -> bool:
-    """Whether config.json declares an FP8 checkpoint."""
-    return bool(quantization(config))
 
 
 _UNSAYABLE = ("Infinity", "-Infinity", "NaN")  # as all that config.json's values are held against a tuple: they may be lists or objects
@@ -278,15 +269,8 @@ def _no_decoder(config: Any) -> Iterator[CheckpointError]:
 
 
 def _unsupported_quantization(config: Any) -> list[CheckpointError]:
-    declared = quantization(config)
-    if not declared:
-        return []
-    method = declared.get("quant_method")
-    if method != "fp8":
-        return [CheckpointError(f"config.json: quant_method {method!r}.", "m2ray reads BF16, F16, F32 and block-wise FP8 checkpoints.")]
-    block = declared.get("weight_block_size")
-    if block is not None and not (
-        isinstance(block, list | tuple) and len(block) == 2 and all(isinstance(side, int) and side > 0 for side in block)
-    ):
-        return [CheckpointError(f"config.json: weight_block_size {block!r} is not two positive numbers.")]
+    try:
+        layout_of(config)
+    except CheckpointError as problem:
+        return [problem]
     return []

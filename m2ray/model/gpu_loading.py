@@ -1,4 +1,4 @@
-"""Loading at the disk's speed: long reads into pinned memory, one copy to the GPU, FP8 dequantised there by a fused kernel.
+"""Loading at the disk's speed: long reads into pinned memory, one copy to the GPU, quantised tensors unpacked there, 8-bit ones by a fused kernel.
 
 Checkpoint tensors that lie side by side in a file are read as one extent. Each lane owns a pinned buffer, a buffer on the GPU
 and a stream, so that reading, copying and converting of different extents overlap; host memory holds an extent a lane and no more.
@@ -6,7 +6,8 @@ Python does little for an extent and next to nothing for a tensor: sixteen threa
 """
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from queue import SimpleQueue
 from types import TracebackType
@@ -16,19 +17,25 @@ import torch
 
 from m2ray.model.checkpoint import Checkpoint
 from m2ray.model.digests import WeightDigests
-from m2ray.model.extents import EXTENT_BYTES, Extent, Range, RowsToLoad, scale_extents, value_extents
-from m2ray.model.fp8 import Block, KernelTable, is_for_kernel, warm_up
+from m2ray.model.extents import EXTENT_BYTES, Extent, Range, RowsToLoad, apart_extents, value_extents
+from m2ray.model.quantization.fused import KernelTable, is_for_kernel, warm_up
 
 LANES = min(16, 2 * (os.cpu_count() or 8))
 """One thread copies some 2 GB/s out of the page cache; the GPU takes 50."""
 
 _ALIGNMENT = 16
-_SCALE_READERS = 4
+_APART_READERS = 4
 _COMPILE_S = 600.0
 """What Triton may take to compile the kernel on a busy node."""
 
-Fill = Callable[[RowsToLoad, torch.Tensor, torch.Tensor | None], None]
-"""Converts values and their scales, both on the GPU, and writes them where they are wanted."""
+APART_BYTES = 64 * 2**20
+"""Of parts that lie apart from their values, which are an eighth of 4-bit ones, read at one time, where no tensor has more."""
+
+_APART_AHEAD = 3
+"""How many times so much is on the GPU at most, beside that which is being read."""
+
+Fill = Callable[[RowsToLoad, Mapping[str, torch.Tensor]], None]
+"""Unpacks parts that are on the GPU, and writes them where they are wanted."""
 
 
 class _Lane:
@@ -64,35 +71,32 @@ class _Lane:
 class _Conversions:
     """How what one call of `Lanes.begin` reads becomes weights: by the fused kernel's table, or by `fill`."""
 
-    def __init__(self, block: Block, device: torch.device, scales: Mapping[Range, torch.Tensor], fill: Fill) -> None:
-        self._block = block
+    def __init__(self, device: torch.device, apart: Mapping[Range, torch.Tensor], fill: Fill) -> None:
         self._device = device
-        self._scales = scales
+        self._apart = apart
         self._fill = fill
-        self._table = KernelTable(block or (1, 1))
+        self._table = KernelTable()
 
     def add(self, extent: Extent[RowsToLoad]) -> Callable[[torch.Tensor], None]:
         """A function that converts an extent once it lies in a lane's buffer on the GPU."""
-        first, max_blocks = len(self._table), 0
+        first, max_tiles = len(self._table), 0
         base = extent.start - _lead(extent)
         others = []
         for wanted in extent.items:
-            if not is_for_kernel(wanted, self._block, self._device):
+            if not is_for_kernel(wanted, self._device):
                 others.append(wanted)
                 continue
-            assert wanted.scale is not None
-            scale_at = wanted.scale.offset - base if wanted.is_beside_scale else -self._scales[wanted.scale].data_ptr()
-            max_blocks = max(max_blocks, self._table.add(wanted, wanted.values.offset - base, scale_at))
+            scale = wanted.parts["scale"]
+            scale_at = -self._apart[scale].data_ptr() if scale in self._apart else scale.offset - base
+            max_tiles = max(max_tiles, self._table.add(wanted, wanted.values.offset - base, scale_at))
         tensors = slice(first, len(self._table))
 
         def convert(data: torch.Tensor) -> None:
-            if max_blocks:
-                self._table.run(data, tensors, max_blocks)
+            if max_tiles:
+                self._table.run(data, tensors, max_tiles)
             for wanted in others:
-                scale = None
-                if wanted.scale is not None:
-                    scale = wanted.scale.of(data, base) if wanted.is_beside_scale else self._scales[wanted.scale]
-                self._fill(wanted, wanted.values.of(data, base), scale)
+                parts = wanted.parts.items()
+                self._fill(wanted, {name: self._apart[part] if part in self._apart else part.of(data, base) for name, part in parts})
 
         return convert
 
@@ -116,7 +120,7 @@ class Lanes:
         self._compiler = ThreadPoolExecutor(1, thread_name_prefix="compile")
         self._compiled: Future[None] | None = None
         self._reading: list[Future[None]] = []
-        self._conversions: list[_Conversions] = []  # until the GPU is done: what it uses would be given to others
+        self._begun: deque[tuple[Sequence[Future[None]], _Conversions]] = deque()
 
     def __enter__(self) -> Self:
         return self
@@ -127,24 +131,38 @@ class Lanes:
         if error is not None and self._device.type == "cuda":
             torch.cuda.synchronize(self._device)  # what was begun writes into memory that is about to be given back
 
-    def compile(self, block: Block) -> None:
-        """Begin to compile the fused kernel for such blocks, in the background."""
-        if block is not None:
-            self._compiled = self._compiler.submit(warm_up, block, self._device)
+    def compile(self) -> None:
+        """Begin to compile the fused kernel, in the background."""
+        self._compiled = self._compiler.submit(warm_up, self._device)
 
-    def begin(self, checkpoint: Checkpoint, wanted: Sequence[RowsToLoad], block: Block, digests: WeightDigests, fill: Fill) -> None:
-        """Begin to read and to hash all that is wanted. Scales that lie apart from their values are read at once, for the kernel has to know their place.
+    def begin(self, checkpoint: Checkpoint, wanted: Sequence[RowsToLoad], digests: WeightDigests, fill: Fill) -> None:
+        """Begin to read and to hash all that is wanted. Parts that lie apart from their values are read at once, for the kernel has to know
+        their place: so much of them that the GPU has room for it.
 
         Raises:
-            StoreError: reading scales fails.
+            StoreError: reading these fails, or failed before; and what `fill` raised.
         """
-        conversions = _Conversions(block, self._device, self._read_scales(checkpoint, wanted, digests), fill)
+        for some in _with_apart(wanted, APART_BYTES):
+            self._begin(checkpoint, some, digests, fill)
+
+    def _begin(self, checkpoint: Checkpoint, wanted: Sequence[RowsToLoad], digests: WeightDigests, fill: Fill) -> None:
+        while len(self._begun) > _APART_AHEAD:
+            self._end_first()
+        conversions = _Conversions(self._device, self._read_apart(checkpoint, wanted, digests), fill)
         work = [(extent, conversions.add(extent)) for extent in value_extents(wanted)]
         conversions.settle()
-        self._conversions.append(conversions)
         # Other streams use what was allocated and copied here.
         torch.cuda.current_stream(self._device).synchronize()
-        self._reading += [self._pool.submit(self._load, checkpoint, extent, digests, convert) for extent, convert in work]
+        reading = [self._pool.submit(self._load, checkpoint, extent, digests, convert) for extent, convert in work]
+        self._reading += reading
+        self._begun.append((reading, conversions))
+
+    def _end_first(self) -> None:
+        """Wait for the extents that were begun first, and until the GPU is done with what they use: it is given to others then."""
+        for future in self._begun[0][0]:
+            future.result()
+        torch.cuda.synchronize(self._device)
+        self._begun.popleft()
 
     def finish(self, on_extent: Callable[[], None]) -> None:
         """Wait until all is on the GPU and converted.
@@ -158,7 +176,7 @@ class Lanes:
             future.result()
             on_extent()
         torch.cuda.synchronize(self._device)
-        self._conversions.clear()
+        self._begun.clear()
 
     def _load(
         self, checkpoint: Checkpoint, extent: Extent[RowsToLoad], digests: WeightDigests, convert: Callable[[torch.Tensor], None]
@@ -174,8 +192,8 @@ class Lanes:
         finally:
             self._free.put(lane)
 
-    def _read_scales(self, checkpoint: Checkpoint, wanted: Sequence[RowsToLoad], digests: WeightDigests) -> dict[Range, torch.Tensor]:
-        """The scales that lie apart from their values, on the GPU."""
+    def _read_apart(self, checkpoint: Checkpoint, wanted: Sequence[RowsToLoad], digests: WeightDigests) -> dict[Range, torch.Tensor]:
+        """The parts that lie apart from their values, on the GPU."""
 
         def read(extent: Extent[Range]) -> bytearray:
             data = bytearray(extent.stop - extent.start)
@@ -183,14 +201,26 @@ class Lanes:
             digests.add(extent.items, extent.start, memoryview(data))
             return data
 
-        extents = scale_extents(wanted)
-        scales: dict[Range, torch.Tensor] = {}
+        extents = apart_extents(wanted)
+        apart: dict[Range, torch.Tensor] = {}
         if extents:
-            with ThreadPoolExecutor(_SCALE_READERS, thread_name_prefix="load-scales") as pool:
+            with ThreadPoolExecutor(_APART_READERS, thread_name_prefix="load-apart") as pool:
                 for extent, data in zip(extents, pool.map(read, extents), strict=True):
                     on_gpu = torch.frombuffer(data, dtype=torch.uint8).to(self._device)
-                    scales.update({scale: scale.of(on_gpu, extent.start) for scale in extent.items})
-        return scales
+                    apart.update({part: part.of(on_gpu, extent.start) for part in extent.items})
+        return apart
+
+
+def _with_apart(wanted: Sequence[RowsToLoad], most_bytes: int) -> Iterator[Sequence[RowsToLoad]]:
+    """What is wanted, as it comes, in runs of which no more than so many bytes lie apart from their values."""
+    first, num_bytes = 0, 0
+    for number, each in enumerate(wanted):
+        apart_bytes = sum(part.num_bytes for part in each.apart)
+        if number > first and num_bytes + apart_bytes > most_bytes:
+            yield wanted[first:number]
+            first, num_bytes = number, 0
+        num_bytes += apart_bytes
+    yield wanted[first:]
 
 
 def _lead(extent: Extent[RowsToLoad]) -> int:

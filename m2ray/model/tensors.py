@@ -13,26 +13,20 @@ from torch import nn
 from m2ray.batches import LayerSpan, Role, TensorRow, TensorTable
 from m2ray.errors import CheckpointError, raise_all
 from m2ray.model.boundary import most_beside, row_width
-from m2ray.model.conversion import MISMATCH, Conversion, Placement, Source
-from m2ray.model.families import fp8_block, is_fp8, quantization
+from m2ray.model.conversion import Conversion, Placement, Source
 from m2ray.model.headers import TensorHeader
+from m2ray.model.quantization.layout import UNREAD, Layout
+from m2ray.model.quantization.layouts import READ, layout_of
+from m2ray.model.quantization.stored import MISMATCH, Method, StoredTensor
 from m2ray.model.site_table import experts_of, layers_of
 from m2ray.model.skeleton import ModelTensor, Skeleton, build_skeleton
 from m2ray.model.towers import decoder_config
 
-SCALE = "_scale_inv"
-OTHER_SCALE = "_scale"
-"""Of a weight, in layouts that m2ray does not read."""
-
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 WEIGHTS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-SCALES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu)
 EXTRA_LAYERS = re.compile(r"(?:^|\.)mtp[._]")
 EXTRA_HEADS = re.compile(r"^(?:score|classifier|classification_head|v_head|value_head|reward_head|regression_head|medusa_heads?)\.")
 """Names of heads that judge, score or draft, behind the last layer."""
-
-ACTIVATION_SCALES = re.compile(r"\.(?:activation|input|output|q|k|v)_scale$")
-"""Scales by which engines that multiply in FP8 quantise activations and caches; weights do not need them."""
 
 SHOWN_PROBLEMS = 20
 
@@ -41,17 +35,18 @@ _IGNORED = "_keys_to_ignore_on_load_unexpected"
 
 @dataclass(frozen=True)
 class MatchedTensor:
-    """One model tensor and the checkpoint tensors that fill it."""
+    """One model tensor, the parts of it that are placed, and the checkpoint's tensor of each of these."""
 
     tensor: ModelTensor
     placements: tuple[Placement, ...]
+    stored: tuple[StoredTensor, ...]
 
 
 def match_by_layer(
     skeleton: Skeleton,
     headers: Mapping[str, TensorHeader],
     span: LayerSpan | None = None,
-    unread: dict[str, Role] | None = None,
+    unread: dict[str, tuple[Role, StoredTensor]] | None = None,
     *,
     with_final_norm: bool = False,
 ) -> Iterator[list[MatchedTensor]]:
@@ -61,15 +56,16 @@ def match_by_layer(
 
     Args:
         span: the layers that are wanted; all without it.
-        unread: is given the checkpoint keys that no model tensor is made of, and why: the "head" of tied embeddings, "unused".
+        unread: is given the checkpoint's tensors that no model tensor is made of, and why: the "head" of tied embeddings, "unused".
         with_final_norm: whether a span that ends with the last layer has it.
 
     Raises:
-        CheckpointError: tensors are missing (but for the head's), unknown, of a wrong shape or dtype, or without their FP8 scale; all at
-            once, after all that do match.
+        CheckpointError: tensors are missing (but for the head's), unknown, of a wrong shape or dtype, without their scales or packed otherwise than
+            config.json says; all at once, after all that do match.
     """
     unread = {} if unread is None else unread
-    if not is_fp8(skeleton.config_on_disk) and any(header.dtype in FP8 for header in headers.values()):
+    layout = layout_of(skeleton.config_on_disk)
+    if not layout.methods and any(header.dtype in FP8 for header in headers.values()):
         raise CheckpointError("The checkpoint holds FP8 tensors, but config.json has no quantization_config.", MISMATCH)
     conversion = Conversion(skeleton)
     wanted = {
@@ -77,17 +73,20 @@ def match_by_layer(
         for tensor in (skeleton.tensors.values() if span is None else skeleton.needed(span, with_final_norm=with_final_norm))
     }
     sources: dict[str, list[Source]] = {name: [] for name in wanted}
-    keys, shapes = _keys_by_layer(skeleton, headers, span), {key: header.shape for key, header in headers.items()}
+    by_layer = _headers_by_layer(skeleton, headers, span)
     tensors: dict[int | None, list[ModelTensor]] = {}
     for tensor in wanted.values():
         tensors.setdefault(tensor.layer, []).append(tensor)
     problems: list[CheckpointError] = []
-    for layer in sorted(keys.keys() | tensors.keys(), key=lambda layer: -1 if layer is None else layer):
-        for name, source in conversion.sources(keys.get(layer, ())):
+    stored: dict[str, StoredTensor] = {}
+    for layer in sorted(by_layer.keys() | tensors.keys(), key=lambda layer: -1 if layer is None else layer):
+        here = layout.stored(by_layer.get(layer, {}))
+        stored.update(here)
+        for name, source in conversion.sources(here):
             if name in wanted:
                 sources[name].append(source)
-            elif reason := _unread_reason(skeleton, name):
-                unread[source.key] = reason
+            elif reason := _unread_reason(skeleton, name, is_quantised=bool(layout.methods)):
+                unread[source.key] = reason, here[source.key]
             elif name not in skeleton.tensors:
                 problems.append(CheckpointError(f"{source.key}: a {skeleton.config.model_type} model has no such tensor."))
         if layer is None:
@@ -97,14 +96,18 @@ def match_by_layer(
             if tensor.role == "head" and not sources[tensor.name]:
                 continue  # never loaded, so it need not be there
             try:
-                placements = conversion.place(tensor, sources[tensor.name], shapes)
-                matched.append(MatchedTensor(tensor, tuple(placements)))
-                problems += [problem for placement in placements for problem in _check_dtype(skeleton, headers, tensor, placement)]
+                matched.append(_match(conversion, tensor, sources[tensor.name], stored))
+                problems += _check(matched[-1])
             except CheckpointError as problem:
                 problems.append(problem)
         if not problems:
             yield matched
     _raise_shortened(problems)
+
+
+def _match(conversion: Conversion, tensor: ModelTensor, sources: list[Source], stored: Mapping[str, StoredTensor]) -> MatchedTensor:
+    placements = conversion.place(tensor, sources, {source.key: stored[source.key].shape for source in sources})
+    return MatchedTensor(tensor, tuple(placements), tuple(stored[placement.key] for placement in placements))
 
 
 def needed_files(skeleton: Skeleton, weight_map: Mapping[str, str], span: LayerSpan, *, with_final_norm: bool = False) -> set[str]:
@@ -127,9 +130,11 @@ def needed_files(skeleton: Skeleton, weight_map: Mapping[str, str], span: LayerS
             files.add(file)
     inputs = [tensor.name for tensor in skeleton.needed(span, with_final_norm=with_final_norm) if tensor.layer is None]
     if inputs:
-        found = {name: outside[source.key] for name, source in Conversion(skeleton).sources(outside)}
+        groups = layout_of(skeleton.config_on_disk).group(outside)
+        found = {name: groups[source.key] for name, source in Conversion(skeleton).sources(groups)}
         heads = {embedding: head for head, embedding in skeleton.tied.items()}  # its values may be there under the head's name only
-        files |= {found[name] for name in (each if each in found else heads.get(each) for each in inputs) if name in found}
+        names = (each if each in found else heads.get(each) for each in inputs)
+        files |= {outside[key] for name in names if name in found for key in found[name]}
     return files
 
 
@@ -145,83 +150,74 @@ def table_of(
     Raises:
         CheckpointError: as `match_by_layer`.
     """
-    unread: dict[str, Role] = {}
+    unread: dict[str, tuple[Role, StoredTensor]] = {}
     matched = [each for layer in match_by_layer(skeleton, headers, span, unread, with_final_norm=with_final_norm) for each in layer]
-    rows = [_row(each.tensor, tuple(placement.key for placement in each.placements), disk_bytes(each, headers)) for each in matched]
+    rows = [
+        _row(each.tensor, tuple(stored.key for stored in each.stored), disk_bytes(each), each.stored[0].method if each.stored else "")
+        for each in matched
+    ]
     if span is not None:
         read = {each.tensor.name for each in matched}
         rows += [_row(tensor, (), 0) for tensor in skeleton.tensors.values() if tensor.name not in read]
-    for key, role in unread.items():
-        rows.append(TensorRow(key, role, None, headers[key].shape, None, key_bytes(key, headers), (key,)))
+    for role, stored in unread.values():
+        rows.append(TensorRow(stored.key, role, None, stored.shape, None, stored.num_bytes, (stored.key,), stored.method))
     return _table(skeleton, rows)
 
 
 def table_without_weights(config: Any) -> TensorTable:
     """The table of a model whose checkpoint is not at hand; disk bytes are what config.json implies.
 
-    Tensors have the names of published checkpoints; FP8 takes one byte and a float32 scale a block, what a family keeps in float32 is
-    float32 on disk, and everything else has the dtype that config.json names, two bytes if none.
+    Tensors have the names of published checkpoints; what the configuration quantises has its layout's bytes, what a family keeps in float32
+    is float32 on disk, and everything else has the dtype that config.json names, two bytes if none.
     """
     skeleton = build_skeleton(config, torch.bfloat16)
-    conversion = Conversion(skeleton)
+    conversion, layout = Conversion(skeleton), layout_of(config)
     rows = []
     for tensor in skeleton.tensors.values():
         pieces = conversion.published(tensor)
-        rows.append(_row(tensor, tuple(pieces), sum(_published_bytes(skeleton, tensor, key, shape) for key, shape in pieces.items())))
+        methods = {key: _method_of(layout, skeleton, tensor, key) for key in pieces}
+        num_bytes = sum(_published_bytes(skeleton, tensor, methods[key], shape) for key, shape in pieces.items())
+        rows.append(_row(tensor, tuple(pieces), num_bytes, next((method.name for method in methods.values() if method), "")))
     return _table(skeleton, rows)
 
 
 def count_sources(config: Any, keys: Iterable[str]) -> Counter[str]:
     """How many of a checkpoint's keys lead to each tensor of the model, by its name. A family may have published its layout in several ways."""
-    return Counter(name for name, _ in Conversion(build_skeleton(config, torch.bfloat16)).sources(keys))
+    groups = layout_of(config).group(keys)
+    return Counter(name for name, _ in Conversion(build_skeleton(config, torch.bfloat16)).sources(groups))
 
 
-def key_bytes(key: str, headers: Mapping[str, TensorHeader]) -> int:
-    """Bytes of a checkpoint tensor and of its scale, if it has one."""
-    scale = headers.get(key + SCALE)
-    return headers[key].num_bytes + (scale.num_bytes if scale else 0)
+def disk_bytes(matched: MatchedTensor) -> int:
+    """Bytes that one model tensor has in the checkpoint, scales and other parts included."""
+    return sum(
+        stored.num_bytes if placement.rows is None else stored.bytes_of(*placement.rows)
+        for placement, stored in zip(matched.placements, matched.stored, strict=True)
+    )
 
 
-def disk_bytes(matched: MatchedTensor, headers: Mapping[str, TensorHeader]) -> int:
-    """Bytes that one model tensor has in the checkpoint, scales included."""
-    return sum(_placed_bytes(placement, headers) for placement in matched.placements)
-
-
-def _placed_bytes(placement: Placement, headers: Mapping[str, TensorHeader]) -> int:
-    if placement.rows is None:
-        return key_bytes(placement.key, headers)
-    first, stop = placement.rows
-    return headers[placement.key].num_bytes // headers[placement.key].shape[0] * (stop - first)
-
-
-def scale_shape(shape: tuple[int, ...], block: tuple[int, int] | None) -> tuple[int, ...]:
-    """The shape of an FP8 tensor's scales: one a block of the last two axes, the last blocks possibly cut short."""
-    if block is None:
-        return ()
-    return (*shape[:-2], -(-shape[-2] // block[0]), -(-shape[-1] // block[1]))
-
-
-def _keys_by_layer(skeleton: Skeleton, headers: Mapping[str, TensorHeader], span: LayerSpan | None) -> dict[int | None, list[str]]:
-    """The keys to be matched: scales go with their weights; those of layers that another stage owns are left out."""
-    keys: dict[int | None, list[str]] = {}
-    for key in headers:
-        if any(key.endswith(suffix) and key.removesuffix(suffix) in headers for suffix in (SCALE, OTHER_SCALE)):
-            continue
+def _headers_by_layer(
+    skeleton: Skeleton, headers: Mapping[str, TensorHeader], span: LayerSpan | None
+) -> dict[int | None, dict[str, TensorHeader]]:
+    """The headers to be matched: those of layers that another stage owns are left out."""
+    by_layer: dict[int | None, dict[str, TensorHeader]] = {}
+    for key, header in headers.items():
         layer = skeleton.layer_of(key)
         if span is None or layer is None or layer in span:
-            keys.setdefault(layer, []).append(key)
-    return keys
+            by_layer.setdefault(layer, {})[key] = header
+    return by_layer
 
 
-def _unread_reason(skeleton: Skeleton, name: str) -> Role | None:
+def _unread_reason(skeleton: Skeleton, name: str, *, is_quantised: bool) -> Role | None:
     """Why the model needs no tensor of this name; None if it is not known to be unneeded."""
     if name in skeleton.tied:
         return "head"
+    if is_quantised and UNREAD.search(name):
+        return "unused"
     return "unused" if name not in skeleton.tensors and _is_unused(skeleton, name) else None
 
 
 def _is_unused(skeleton: Skeleton, name: str) -> bool:
-    """Whether a name is known to be of no use: layers past the last (multi-token prediction), other heads, scales of activations, what is
+    """Whether a name is known to be of no use: layers past the last (multi-token prediction), other heads, what is
     beside a multimodal model's decoder, and what transformers ignores.
     """
     layer = skeleton.layer_of(name)
@@ -232,8 +228,6 @@ def _is_unused(skeleton: Skeleton, name: str) -> bool:
         or (layer is not None and layer >= len(skeleton.layers))
     ):
         return True
-    if is_fp8(skeleton.config_on_disk) and ACTIVATION_SCALES.search(name):
-        return True
     # Patterns that name a layer by number stand for sizes of the model whose last layer it is; the rule above covers those.
     models = {type(skeleton.model), type(skeleton.decoder)}
     patterns = [pattern for model in models for pattern in model._keys_to_ignore_on_load_unexpected or ()]  # noqa: SLF001 - not public
@@ -243,7 +237,7 @@ def _is_unused(skeleton: Skeleton, name: str) -> bool:
     return any(re.search(pattern, name) for pattern in (*ignored, r"rotary_emb\.inv_freq$"))
 
 
-def _use_tied(skeleton: Skeleton, sources: dict[str, list[Source]], unread: dict[str, Role]) -> None:
+def _use_tied(skeleton: Skeleton, sources: dict[str, list[Source]], unread: dict[str, tuple[Role, StoredTensor]]) -> None:
     """Tied embeddings may be on disk under the head's name only."""
     for head, embedding in skeleton.tied.items():
         if head in unread and sources.get(embedding) == []:
@@ -251,41 +245,29 @@ def _use_tied(skeleton: Skeleton, sources: dict[str, list[Source]], unread: dict
             del unread[head]
 
 
-def _check_dtype(
-    skeleton: Skeleton, headers: Mapping[str, TensorHeader], tensor: ModelTensor, placement: Placement
-) -> Iterator[CheckpointError]:
-    key = placement.key
-    weight, scale = headers[key], headers.get(key + SCALE)
-    if key + OTHER_SCALE in headers:
-        yield CheckpointError(
-            f"{key} has its scales in {key}{OTHER_SCALE}: a quantised layout that m2ray does not read.",
-            f"Take the same model in BF16, or in block-wise FP8 with scales {SCALE!r}.",
-        )
-        return
+def _check(matched: MatchedTensor) -> Iterator[CheckpointError]:
+    """What is wrong with the checkpoint's tensors of one model tensor, and with what has to be done to them."""
+    for placement, stored in zip(matched.placements, matched.stored, strict=True):
+        problems = stored.problems or tuple(_check_dtype(matched.tensor, stored))
+        yield from problems
+        if not problems and placement.rows is not None and stored.unpack is not None:
+            yield from _check_cut(matched.tensor, placement.rows, stored)
+
+
+def _check_dtype(tensor: ModelTensor, stored: StoredTensor) -> Iterator[CheckpointError]:
     if not tensor.dtype.is_floating_point:  # a table of numbers, which nothing may round
-        if weight.dtype != tensor.dtype and (weight.dtype, tensor.dtype) != (torch.int32, torch.int64):
-            yield CheckpointError(f"{key} is of dtype {weight.dtype}, the model needs {tensor.dtype}.", MISMATCH)
-        return
-    if weight.dtype not in FP8:
-        if weight.dtype not in WEIGHTS:
-            yield CheckpointError(
-                f"{key} is of dtype {weight.dtype}, which is no weight.", "m2ray reads BF16, F16, F32 and block-wise FP8."
-            )
-        if scale is not None:
-            yield CheckpointError(f"{key} is of dtype {weight.dtype} and yet has FP8 scales, {key}{SCALE}.", MISMATCH)
-        return
-    if placement.rows is not None or placement.swapped is not None:
+        if stored.unpack is not None or (stored.dtype != tensor.dtype and (stored.dtype, tensor.dtype) != (torch.int32, torch.int64)):
+            yield CheckpointError(f"{stored.key} is of dtype {stored.dtype}, the model needs {tensor.dtype}.", MISMATCH)
+    elif stored.dtype not in WEIGHTS:
+        yield CheckpointError(f"{stored.key} is of dtype {stored.dtype}, which is no weight as config.json has them.", READ)
+
+
+def _check_cut(tensor: ModelTensor, rows: tuple[int, int], stored: StoredTensor) -> Iterator[CheckpointError]:
+    step = stored.step_rows
+    if stored.swapped is not None or not step or any(row % step and row != stored.num_rows for row in rows):
         yield CheckpointError(
-            f"{key} is FP8, and transformers splits or transposes it to make {tensor.name}.", "m2ray does so with other dtypes only."
-        )
-    if scale is None:
-        yield CheckpointError(f"{key} is FP8, but its scales {key}{SCALE} are missing.", MISMATCH)
-        return
-    block = fp8_block(skeleton.config_on_disk)
-    expected = scale_shape(weight.shape, block)
-    if scale.dtype not in SCALES or (scale.shape != expected and not (block is None and prod(scale.shape) == 1)):
-        yield CheckpointError(
-            f"{key}{SCALE} is {scale.dtype} {list(scale.shape)}; {key} {list(weight.shape)} in blocks of {block} needs {list(expected)}."
+            f"{stored.key} is {stored.method}, and transformers takes rows {rows[0]} to {rows[1] - 1} of it to make {tensor.name}.",
+            f"m2ray cuts it at multiples of {step} rows only." if step and stored.swapped is None else "m2ray reads it as a whole only.",
         )
 
 
@@ -301,24 +283,28 @@ def _table(skeleton: Skeleton, rows: Iterable[TensorRow]) -> TensorTable:
     return TensorTable(len(skeleton.layers), row_width(skeleton.config), tuple(rows), *beside, *experts, layers_of(skeleton))
 
 
-def _row(tensor: ModelTensor, keys: tuple[str, ...], num_bytes: int) -> TensorRow:
+def _row(tensor: ModelTensor, keys: tuple[str, ...], num_bytes: int, method: str = "") -> TensorRow:
     itemsize_bytes = None if tensor.dtype == torch.bfloat16 else tensor.dtype.itemsize
-    return TensorRow(tensor.name, tensor.role, tensor.layer, tensor.shape, itemsize_bytes, num_bytes, keys)
+    return TensorRow(tensor.name, tensor.role, tensor.layer, tensor.shape, itemsize_bytes, num_bytes, keys, method)
 
 
-def _published_bytes(skeleton: Skeleton, tensor: ModelTensor, key: str, shape: tuple[int, ...]) -> int:
+def _published_bytes(skeleton: Skeleton, tensor: ModelTensor, method: Method | None, shape: tuple[int, ...]) -> int:
     if tensor.dtype != torch.bfloat16:
         return prod(shape) * tensor.dtype.itemsize
-    if is_fp8(skeleton.config_on_disk) and _is_quantised(skeleton, tensor, key):
-        return prod(shape) + prod(scale_shape(shape, fp8_block(skeleton.config_on_disk))) * 4
+    if method is not None:
+        return method.published_bytes(shape)
     dtype = skeleton.config_on_disk.dtype or decoder_config(skeleton.config_on_disk).dtype
     return prod(shape) * (dtype.itemsize if isinstance(dtype, torch.dtype) else 2)
 
 
-def _is_quantised(skeleton: Skeleton, tensor: ModelTensor, key: str) -> bool:
-    """What transformers quantises: a layer's linear weights and its experts, unless config.json names the module."""
-    skipped = quantization(skeleton.config_on_disk).get("modules_to_not_convert") or ()
-    if tensor.role != "layer" or any(f".{module}." in f".{key}." for module in skipped):
-        return False
+def _method_of(layout: Layout, skeleton: Skeleton, tensor: ModelTensor, key: str) -> Method | None:
+    """How a published tensor is packed: a layer's linear weights and its experts are, unless the configuration leaves them out by its name
+    or the model's own.
+    """
     module, _, name = tensor.name.rpartition(".")
-    return (name == "weight" and isinstance(skeleton.model.get_submodule(module), nn.Linear)) or len(tensor.shape) == 3
+    is_linear = name == "weight" and isinstance(skeleton.model.get_submodule(module), nn.Linear)
+    if not layout.methods or tensor.role != "layer" or tensor.dtype != torch.bfloat16 or not (is_linear or len(tensor.shape) == 3):
+        return None
+    names = (key.removesuffix(".weight"), tensor.name.removesuffix(".weight"))
+    methods = [layout.method_of(each) for each in names]
+    return methods[0] if None not in methods else None

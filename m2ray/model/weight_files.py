@@ -76,6 +76,11 @@ def no_weights(store: Store) -> CheckpointError:
             "Pickled weights may run code when they are read, so m2ray reads safetensors only. Take the model's safetensors, or where you "
             "trust these files have transformers write some: from_pretrained(FOLDER).save_pretrained(OTHER_FOLDER)."
         )
+    elif gguf := [name for name in others if name.endswith(".gguf")]:
+        remedy = (
+            "m2ray reads safetensors only: take those of the same model, or have transformers write some in BF16: "
+            f"AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file={gguf[0]!r}).save_pretrained(OTHER_FOLDER)."
+        )
     elif others:
         remedy = "m2ray reads safetensors only: take those of the same model."
     elif adapters:

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain
-from math import prod
+from math import lcm, prod
 from typing import NamedTuple
 
 import torch
@@ -16,22 +16,25 @@ from torch import nn
 from m2ray.batches import LayerSpan
 from m2ray.errors import CheckpointError
 from m2ray.model.checkpoint import Checkpoint
-from m2ray.model.conversion import Placement
 from m2ray.model.decoder import DecoderSpan
 from m2ray.model.digests import WeightDigests
 from m2ray.model.extents import Range, RowsToLoad
-from m2ray.model.families import fp8_block
-from m2ray.model.fp8 import Block, dequantize
 from m2ray.model.gpu_loading import Lanes
+from m2ray.model.quantization.layouts import layout_of
+from m2ray.model.quantization.scaling import ScaledUnpack
+from m2ray.model.quantization.stored import Part, StoredTensor
 from m2ray.model.skeleton import build_skeleton
-from m2ray.model.tensors import FP8, SCALE, MatchedTensor, disk_bytes, match_by_layer
+from m2ray.model.tensors import MatchedTensor, disk_bytes, match_by_layer
+
+_CACHED_ELEMENTS = 1 << 17
+"""That are unpacked at one time on a CPU: with what that takes they stay in a core's cache."""
 
 OnBytes = Callable[[int, int], None]
 
 THREADS = 4
 PIECE_BYTES = 8 * 2**20
-"""Bytes of a piece on disk: a tensor that is longer is cut into pieces of as many whole rows as fit, at least one, those of an FP8 matrix
-a multiple of the rows of its scales' block. In float32 an FP8 piece takes four times as much for a moment.
+"""Bytes of a piece on disk: a tensor that is longer is cut into pieces of as many whole rows as fit, at least one, those of a quantised matrix
+a multiple of what all its parts can be cut at, which is the rows of its scales' block. Unpacked, a piece takes twice to four times as much.
 
 The layers' digests rest on it: with another number no run that began before can go on.
 """
@@ -41,7 +44,7 @@ class Loaded(NamedTuple):
     """What `load_weights` has loaded.
 
     Attributes:
-        needed_bytes: checkpoint bytes of its tensors, scales included.
+        needed_bytes: checkpoint bytes of its tensors, scales and other parts included.
         digests: each layer's (m2ray.model.digests), and at None that of what runs before the first layer, if the span has it.
     """
 
@@ -61,16 +64,15 @@ def load_weights(checkpoint: Checkpoint, decoder: DecoderSpan, on_bytes: OnBytes
         StageError: a disk has no room for the layers that are kept there.
         StoreError: reading fails.
     """
-    block, digests = fp8_block(checkpoint.whole_config), WeightDigests(checkpoint.headers, len(decoder.skeleton.layers) - 1)
+    digests = WeightDigests(checkpoint.headers, len(decoder.skeleton.layers) - 1)
     if lanes is not None:
-        needed_bytes = _load_by_lanes(checkpoint, decoder, block, digests, on_bytes, lanes)
+        needed_bytes = _load_by_lanes(checkpoint, decoder, digests, on_bytes, lanes)
     else:
         matched = [each for layer in _match(checkpoint, decoder) for each in layer]
         digests.expect(matched)
-        needed_bytes = sum(disk_bytes(each, checkpoint.headers) for each in matched)
+        needed_bytes = sum(disk_bytes(each) for each in matched)
         on_bytes(checkpoint.bytes_read, needed_bytes)
-        pieces = _pieces(checkpoint, decoder, matched, block)
-        _load_pieces(checkpoint, pieces, block, digests, lambda: on_bytes(checkpoint.bytes_read, needed_bytes))
+        _load_pieces(checkpoint, _pieces(decoder, matched), digests, lambda: on_bytes(checkpoint.bytes_read, needed_bytes))
     on_bytes(checkpoint.bytes_read, needed_bytes)
     decoder.check_complete()
     decoder.bring_layers()
@@ -94,40 +96,33 @@ def hash_weights(checkpoint: Checkpoint, layers_run: int, *, with_final_norm: bo
         StoreError: reading fails.
     """
     skeleton = build_skeleton(checkpoint.whole_config, torch.bfloat16)
-    block, digests = fp8_block(checkpoint.whole_config), WeightDigests(checkpoint.headers, layers_run - 1)
+    digests = WeightDigests(checkpoint.headers, layers_run - 1)
     span = LayerSpan(0, layers_run)
     matched = chain.from_iterable(match_by_layer(skeleton, checkpoint.headers, span, with_final_norm=with_final_norm))
     for each in [each for each in matched if each.tensor.layer in (None, layers_run - 1)]:
         digests.expect([each])
         values = torch.empty(each.tensor.shape, device="meta")
-        for piece in chain.from_iterable(_cut(checkpoint, placement, placement.part_of(values), block) for placement in each.placements):
-            for part in (piece.values, piece.scale):
-                if part is not None:
-                    _read(checkpoint, part, torch.empty(part.shape, dtype=part.dtype), digests)
+        for piece in _cut_all(each, values):
+            for part in piece.parts.values():
+                _read(checkpoint, part, torch.empty(part.shape, dtype=part.dtype), digests)
     return digests.by_layer()
 
 
-def _load_by_lanes(
-    checkpoint: Checkpoint, decoder: DecoderSpan, block: Block, digests: WeightDigests, on_bytes: OnBytes, lanes: Lanes
-) -> int:
+def _load_by_lanes(checkpoint: Checkpoint, decoder: DecoderSpan, digests: WeightDigests, on_bytes: OnBytes, lanes: Lanes) -> int:
     """Read a layer's tensors while those of the next are still being matched."""
-    lanes.compile(block)
+    if layout_of(checkpoint.whole_config).methods:
+        lanes.compile()
     needed_bytes = 0
 
-    def fill(wanted: RowsToLoad, values: torch.Tensor, scale: torch.Tensor | None) -> None:
-        _convert(wanted.key, values if scale is None else dequantize(values, scale, block), wanted.into)
-
     for matched in _match(checkpoint, decoder):
-        needed_bytes += sum(disk_bytes(each, checkpoint.headers) for each in matched)
+        needed_bytes += sum(disk_bytes(each) for each in matched)
         digests.expect(matched)
-        lanes.begin(checkpoint, list(_pieces(checkpoint, decoder, matched, block)), block, digests, fill)
+        lanes.begin(checkpoint, list(_pieces(decoder, matched)), digests, fill)
     lanes.finish(lambda: on_bytes(checkpoint.bytes_read, needed_bytes))
     return needed_bytes
 
 
-def _load_pieces(
-    checkpoint: Checkpoint, pieces: Iterable[RowsToLoad], block: Block, digests: WeightDigests, on_piece: Callable[[], None]
-) -> None:
+def _load_pieces(checkpoint: Checkpoint, pieces: Iterable[RowsToLoad], digests: WeightDigests, on_piece: Callable[[], None]) -> None:
     """Read and convert on the CPU, a few pieces at a time."""
     with ThreadPoolExecutor(THREADS, thread_name_prefix="load") as pool:
         waiting: deque[Future[None]] = deque()
@@ -136,38 +131,62 @@ def _load_pieces(
                 if len(waiting) == 2 * THREADS:
                     waiting.popleft().result()
                     on_piece()
-                waiting.append(pool.submit(_load, checkpoint, piece, block, digests))
+                waiting.append(pool.submit(_load, checkpoint, piece, digests))
             for future in waiting:
                 future.result()
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def _piece(checkpoint: Checkpoint, key: str, rows: slice | None, into: torch.Tensor, block: Block) -> RowsToLoad:
-    """Where some rows of a checkpoint tensor lie, all without `rows`, and where their scales do."""
-    is_fp8 = checkpoint.headers[key].dtype in FP8
-    scale = _range(checkpoint, key + SCALE, _scale_rows(rows, into, block)) if is_fp8 else None
-    return RowsToLoad(key, _range(checkpoint, key, rows), scale, into)
-
-
-def _range(checkpoint: Checkpoint, key: str, rows: slice | None) -> Range:
-    """Where some rows of a checkpoint tensor lie."""
-    header = checkpoint.headers[key]
-    shape, offset = header.shape, header.offset
-    if rows is not None:
-        start, stop, _ = rows.indices(shape[0])
-        offset += start * (header.num_bytes // shape[0])
-        shape = (stop - start, *shape[1:])
-    return Range(header.file, offset, prod(shape) * header.dtype.itemsize, header.dtype, tuple(shape))
-
-
-def _pieces(checkpoint: Checkpoint, decoder: DecoderSpan, matched: Iterable[MatchedTensor], block: Block) -> Iterator[RowsToLoad]:
+def _pieces(decoder: DecoderSpan, matched: Iterable[MatchedTensor]) -> Iterator[RowsToLoad]:
     """Allocate one model tensor after the other and cut what fills it into pieces."""
     for each in matched:
         values = decoder.allocate(each.tensor)
-        for placement in each.placements:
-            yield from _cut(checkpoint, placement, placement.part_of(values), block)
+        yield from _cut_all(each, values)
         assign(decoder.skeleton.model, each.tensor.name, values)
+
+
+def _cut_all(matched: MatchedTensor, values: torch.Tensor) -> Iterator[RowsToLoad]:
+    for placement, stored in zip(matched.placements, matched.stored, strict=True):
+        yield from cut(stored, placement.rows, placement.part_of(values))
+
+
+def cut(stored: StoredTensor, rows: tuple[int, int] | None, into: torch.Tensor) -> Iterator[RowsToLoad]:
+    """A tensor of the checkpoint, or some of its rows, in pieces of at most PIECE_BYTES where rows allow it.
+
+    Quantised rows are cut where all their parts can be.
+
+    Args:
+        into: the part of a model tensor that they fill.
+    """
+    into = into if stored.swapped is None else into.transpose(*stored.swapped)
+    values, step = stored.parts[0], stored.step_rows
+    if into.dim() == 0 or not step or (rows is None and values.header.num_bytes <= PIECE_BYTES):
+        yield _piece(stored, (0, stored.num_rows), into)
+        return
+    first, stop = rows or (0, stored.num_rows)
+    fitting = PIECE_BYTES * stored.num_rows // max(values.header.num_bytes, 1)
+    step = max(1, fitting // step) * step
+    for start in range(first, stop, step):
+        end = min(start + step, stop)
+        yield _piece(stored, (start, end), into[start - first : end - first])
+
+
+def _piece(stored: StoredTensor, rows: tuple[int, int], into: torch.Tensor) -> RowsToLoad:
+    """Where some of a tensor's rows lie."""
+    parts = {part.name: _range(part, *rows) for part in stored.parts}
+    return RowsToLoad(stored.key, parts, stored.unpack, into, tuple(part.rows for part in stored.parts) if stored.step_rows else ())
+
+
+def _range(part: Part, first: int, stop: int) -> Range:
+    """Where that lies of a part which some unpacked rows need."""
+    header = part.header
+    if not part.rows or not header.shape:
+        return Range(header.file, header.offset, header.num_bytes, header.dtype, header.shape)
+    begin, num_bytes = part.bytes_of(first, stop)
+    return Range(
+        header.file, header.offset + begin, num_bytes, header.dtype, (-(-stop // part.rows) - first // part.rows, *header.shape[1:])
+    )
 
 
 def assign(model: nn.Module, name: str, values: torch.Tensor) -> None:
@@ -180,30 +199,42 @@ def assign(model: nn.Module, name: str, values: torch.Tensor) -> None:
         module.register_buffer(leaf, values)
 
 
-def _cut(checkpoint: Checkpoint, placement: Placement, into: torch.Tensor, block: Block) -> Iterable[RowsToLoad]:
-    """Pieces of at most PIECE_BYTES where rows allow it; FP8 rows are cut between blocks."""
-    header = checkpoint.headers[placement.key]
-    if placement.rows is None and (header.num_bytes <= PIECE_BYTES or into.dim() == 0):
-        return [_piece(checkpoint, placement.key, None, into, block)]
-    first, stop = placement.rows or (0, into.shape[0])
-    step = max(1, PIECE_BYTES * header.shape[0] // max(header.num_bytes, 1))
-    if header.dtype in FP8 and into.dim() == 2 and block is not None:
-        step = max(block[0], step // block[0] * block[0])
-    cuts = [(start, min(start + step, stop)) for start in range(first, stop, step)]
-    return [_piece(checkpoint, placement.key, slice(*rows), into[rows[0] - first : rows[1] - first], block) for rows in cuts]
-
-
-def _load(checkpoint: Checkpoint, wanted: RowsToLoad, block: Block, digests: WeightDigests) -> None:
+def _load(checkpoint: Checkpoint, wanted: RowsToLoad, digests: WeightDigests) -> None:
     """Read one piece, hash it, convert it and write it into the model; what needs no conversion is read where it belongs."""
-    into = wanted.into
-    is_as_on_disk = wanted.values.dtype == into.dtype and into.is_contiguous()
-    values = into if is_as_on_disk else torch.empty(wanted.values.shape, dtype=wanted.values.dtype)
-    _read(checkpoint, wanted.values, values, digests)
-    if wanted.scale is not None:
-        scale = torch.empty(wanted.scale.shape, dtype=wanted.scale.dtype)
-        _read(checkpoint, wanted.scale, scale, digests)
-        values = dequantize(values, scale, block)
-    _convert(wanted.key, values, into)
+    into, parts = wanted.into, {}
+    is_as_on_disk = wanted.unpack is None and wanted.values.dtype == into.dtype and into.is_contiguous()
+    for name, part in wanted.parts.items():
+        parts[name] = into if is_as_on_disk else torch.empty(part.shape, dtype=part.dtype)
+        _read(checkpoint, part, parts[name], digests)
+    fill(wanted, parts)
+
+
+def fill(wanted: RowsToLoad, parts: Mapping[str, torch.Tensor]) -> None:
+    """Unpack parts, if they are packed, and write them into the model in its dtype."""
+    unpack, into = wanted.unpack, wanted.into
+    if unpack is None:
+        _convert(wanted.key, next(iter(parts.values())), into)
+    elif isinstance(unpack, ScaledUnpack) and into.dtype == torch.bfloat16 and into.device == parts["values"].device:
+        unpack.write(parts, into)
+    else:
+        for some, rows in _by_rows(wanted, parts):
+            _convert(wanted.key, unpack(some), rows)
+
+
+def _by_rows(wanted: RowsToLoad, parts: Mapping[str, torch.Tensor]) -> Iterator[tuple[Mapping[str, torch.Tensor], torch.Tensor]]:
+    """Parts of some rows at a time, and where they go: on a CPU as many as stay in a core's cache while they are unpacked."""
+    into, rows_of = wanted.into, wanted.rows_of
+    if not rows_of or into.dim() == 0 or next(iter(parts.values())).is_cuda:
+        yield parts, into
+        return
+    unit = lcm(*(rows for rows in rows_of if rows))
+    step = max(1, _CACHED_ELEMENTS // max(prod(into.shape[1:]) * unit, 1)) * unit
+    for start in range(0, len(into), step):
+        some = {
+            name: part[start // rows : -(-(start + step) // rows)] if rows else part
+            for (name, part), rows in zip(parts.items(), rows_of, strict=True)
+        }
+        yield some, into[start : start + step]
 
 
 def _read(checkpoint: Checkpoint, piece: Range, out: torch.Tensor, digests: WeightDigests) -> None:
@@ -221,13 +252,6 @@ def _convert(key: str, values: torch.Tensor, into: torch.Tensor) -> None:
         raise CheckpointError(f"{key} holds {largest:g}, which float16 cannot.", 'Set compute_dtype = "bfloat16" or "float32".')
     if converted is not into:
         into.copy_(converted)
-
-
-def _scale_rows(rows: slice | None, into: torch.Tensor, block: Block) -> slice | None:
-    """The rows of a piece's scales: of the same experts for three axes, of its row blocks for two."""
-    if rows is None or block is None or into.dim() == 3:
-        return None if block is None else rows
-    return slice(rows.start // block[0], -(-rows.stop // block[0]))
 
 
 def parameter_bytes(decoder: DecoderSpan) -> int:

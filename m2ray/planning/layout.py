@@ -82,6 +82,9 @@ def _weights(plan: Plan) -> Table:
         ("embedding", weights.embedding_bytes, "with layer 0"),
         ("head", weights.head_disk_bytes, "on disk, never loaded"),
     ]
+    for name, (on_disk_bytes, computed_bytes) in weights.layouts.items():
+        if name:
+            rows.insert(-4, ("of it", on_disk_bytes, f"{name}: {computed_bytes:,} in {demand.options.compute_dtype}"))
     in_host = sum(stage.host.running.get("offloaded", 0) for stage in plan.stages)
     on_disk = sum(node.disk_bytes for node in plan.nodes)
     rows += [("offloaded", in_host, "in host memory, copied in turn")] if in_host else []

@@ -52,8 +52,8 @@ PROCESS_BYTES = {"gpu": 2 * _GIB, "cpu": _GIB}
 """An actor's own memory: Python, Ray and torch, and with a GPU the CUDA libraries on the host's side."""
 
 STAGING_BYTES = {"device": _GIB, "host": 512 * _MIB}
-"""Tensors on their way from the checkpoint: on a GPU 16 extents of 32 MiB, on both sides, and scales that lie apart from their weights,
-5 MB in 22 GB of FP8; on the CPU 4 pieces of 8 MiB, in float32 too, with their scales, and in the compute dtype. Where a GPU has no FP8,
+"""Tensors on their way from the checkpoint: on a GPU 16 extents of 32 MiB, on both sides, and scales that lie apart from their weights, at most
+5 times 64 MiB; on the CPU 4 pieces of 8 MiB, in float32 too, with their scales, and in the compute dtype. Where a GPU has no FP8,
 extents are converted there as pieces are on the CPU."""
 
 

@@ -1,7 +1,7 @@
 """The plan of a run: what goes where, what it takes, whether it fits. Read `plan_run` first."""
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import get_args
@@ -33,6 +33,7 @@ class WeightsPlan:
         layer_bytes: in memory, of each layer of the model.
         embedding_bytes, final_norm_bytes: in memory, loaded or not.
         head_disk_bytes, unused_disk_bytes: on disk, never loaded.
+        layouts: by how tensors are packed on disk, "" for those that are not quantised: bytes of them on disk and in the compute dtype.
     """
 
     disk_bytes: int
@@ -44,6 +45,7 @@ class WeightsPlan:
     final_norm_bytes: int
     head_disk_bytes: int
     unused_disk_bytes: int
+    layouts: Mapping[str, tuple[int, int]]
 
 
 @dataclass(frozen=True, repr=False)
@@ -217,4 +219,5 @@ def _weights(demand: Demand) -> WeightsPlan:
         final_norm_bytes=table.role_bytes("final_norm", itemsize),
         head_disk_bytes=sum(row.disk_bytes for row in table.rows if row.role == "head"),
         unused_disk_bytes=sum(row.disk_bytes for row in table.rows if row.role == "unused"),
+        layouts=table.bytes_by_method(itemsize),
     )

@@ -43,7 +43,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
             "writer_queue_bytes": options.writer_queue_bytes,
             "compression": options.compression,
         },
-        "weights": {**asdict(plan.weights), "layer_bytes": list(plan.weights.layer_bytes)},
+        "weights": {**asdict(plan.weights), "layer_bytes": list(plan.weights.layer_bytes), "layouts": _layouts(plan)},
         "cluster": _cluster(plan.cluster),
         "gpus": [_gpu(gpu) for gpu in plan.gpus],
         "stages": [_stage(stage) for stage in plan.stages],
@@ -51,6 +51,11 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "output": _output(plan),
         "rates": {**asdict(plan.rates), "limits": dict(plan.rates.limits)},
     }
+
+
+def _layouts(plan: Plan) -> list[dict[str, Any]]:
+    layouts = plan.weights.layouts.items()
+    return [{"name": name or "not quantised", "disk_bytes": on_disk, "compute_bytes": computed} for name, (on_disk, computed) in layouts]
 
 
 def _output(plan: Plan) -> dict[str, Any] | None:

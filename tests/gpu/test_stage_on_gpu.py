@@ -1,6 +1,7 @@
 """A stage on a GPU: loaded bitwise as on the CPU, captured rows right while later micro-batches run, compiled without recompiling."""
 
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -9,13 +10,14 @@ import torch
 
 from m2ray.batches import LayerSpan, MicroBatch
 from m2ray.errors import StageError
-from m2ray.model import fp8
 from m2ray.model.capture import CaptureSpec
 from m2ray.model.extents import Range, RowsToLoad
-from m2ray.model.fp8 import KernelTable, dequantize
+from m2ray.model.quantization import fused
+from m2ray.model.quantization.fused import KernelTable
+from m2ray.model.quantization.scaling import ScaledUnpack, dequantize
 from m2ray.model.stage import Stage, StageSpec
 from m2ray.selection import Selection
-from tests.reference import LENGTHS, MINIMAX_TINY, load_capturing, load_reference, make_minimax, micro_batch_of, reference_rows
+from tests.reference import LENGTHS, MINIMAX_TINY, load_capturing, load_reference, make_minimax, micro_batch_of, reference_rows, same_bits
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 FP8 = torch.float8_e4m3fn
@@ -55,13 +57,13 @@ def test_weights_are_bitwise_those_of_the_cpu(folder: Path, dtype: str) -> None:
 def test_without_a_compiler_weights_are_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton cannot make the fused kernel then, and the formula serves."""
     by_kernel = tensors(load(folder, "cuda:0"))
-    monkeypatch.setattr(fp8, "triton_problem", lambda: "there is no C compiler")
-    monkeypatch.setattr(fp8, "_kernel", lambda: pytest.fail("the kernel was asked for"))
-    fp8._has_kernel.cache_clear()
+    monkeypatch.setattr(fused, "triton_problem", lambda: "there is no C compiler")
+    monkeypatch.setattr(fused, "_kernel", lambda: pytest.fail("the kernel was asked for"))
+    fused._has_kernel.cache_clear()
     try:
         by_formula = tensors(load(folder, "cuda:0"))
     finally:
-        fp8._has_kernel.cache_clear()
+        fused._has_kernel.cache_clear()
     assert by_formula.keys() == by_kernel.keys()
     for name, tensor in by_kernel.items():
         assert torch.equal(by_formula[name], tensor), name
@@ -73,31 +75,52 @@ def test_compiling_without_a_compiler_is_refused_before_anything_is_loaded(folde
         load(folder, "cuda:0", compiled=True)
 
 
+E4M3, E5M2, E8M0 = torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu
+PACKINGS = [
+    (E4M3, (128, 128), torch.float32),
+    (E4M3, (1, 0), torch.bfloat16),
+    (E4M3, None, torch.float16),
+    (E4M3, (1, 32), torch.uint8),
+    (E4M3, (128, 128), E8M0),
+    (E5M2, (128, 128), torch.float32),
+    (torch.int8, (1, 0), torch.bfloat16),
+]
+
+
 def test_the_fused_kernel_is_bitwise_the_formula() -> None:
-    """Weights of all shapes in one launch, at any byte of a buffer, their scales beside them or elsewhere."""
+    """Weights of all shapes and packings in two launches, at any byte of a buffer, their scales beside them or elsewhere."""
     generator = torch.Generator("cuda").manual_seed(0)
-    data, at = torch.zeros(1 << 24, dtype=torch.uint8, device="cuda"), 5
-    table, max_blocks, cases, elsewhere = KernelTable((128, 128)), 0, [], []
-    for number, (rows, columns) in enumerate(((128, 128), (1536, 3072), (200, 300), (64, 4096), (1, 1))):
+    data, at = torch.zeros(1 << 26, dtype=torch.uint8, device="cuda"), 5
+    table, max_tiles, cases, elsewhere = KernelTable(), 0, [], []
+    shapes = ((128, 128), (1536, 3072), (200, 300), (64, 4096), (1, 1))
+    for number, (shape, packing) in enumerate(product(shapes, PACKINGS)):
+        (rows, columns), (dtype, block, scale_dtype) = shape, packing
+        block = (1, columns) if block == (1, 0) else block
         bits = torch.randint(0, 256, (rows, columns), generator=generator, device="cuda", dtype=torch.uint8)
-        bits[(bits & 0x7F) == 0x7F] = 0  # e4m3's only NaN
-        scale = torch.rand(-(-rows // 128), -(-columns // 128), generator=generator, device="cuda") * 1e-3
+        bits[bits.view(dtype).float().isnan()] = 0
+        grid = (1, 1) if block is None else (-(-rows // block[0]), -(-columns // block[1]))
+        if scale_dtype.itemsize == 1:
+            scale = torch.randint(0, 255, grid, generator=generator, device="cuda", dtype=torch.uint8).view(scale_dtype)
+        else:
+            scale = (torch.rand(grid, generator=generator, device="cuda") * 1e-3).to(scale_dtype)
         into = torch.full((rows + 1, columns + 3), float("nan"), dtype=torch.bfloat16, device="cuda")
-        values = Range("f", at, bits.numel(), FP8, (rows, columns))
-        scales = Range("f", -(-values.stop // 4) * 4, 4 * scale.numel(), torch.float32, tuple(scale.shape))
+        values = Range("f", at, bits.numel(), dtype, (rows, columns))
+        scales = Range("f", -(-values.stop // 4) * 4, scale.nbytes, scale_dtype, grid)
         data[values.offset : values.stop] = bits.view(-1)
         data[scales.offset : scales.stop] = scale.view(torch.uint8).view(-1)
         elsewhere.append(scale.clone())
         scale_at = scales.offset if number % 2 else -elsewhere[-1].data_ptr()
-        max_blocks = max(max_blocks, table.add(RowsToLoad("", values, scales, into[:rows, :columns]), values.offset, scale_at))
-        cases.append((into, dequantize(bits.view(FP8), scale, (128, 128))))
+        wanted = RowsToLoad("", {"values": values, "scale": scales}, ScaledUnpack(block), into[:rows, :columns])
+        assert fused.is_for_kernel(wanted, into.device)
+        max_tiles = max(max_tiles, table.add(wanted, values.offset, scale_at))
+        cases.append((into, dequantize(bits.view(dtype), scale, block)))
         at = scales.stop + 3
     table.to(data.device)
-    table.run(data, slice(0, 2), max_blocks)
-    table.run(data, slice(2, 5), max_blocks)
-    for into, expected in cases:
+    table.run(data, slice(0, 2), max_tiles)
+    table.run(data, slice(2, len(cases)), max_tiles)
+    for (into, expected), (shape, packing) in zip(cases, product(shapes, PACKINGS), strict=True):
         rows, columns = expected.shape
-        assert torch.equal(into[:rows, :columns], expected), (rows, columns)
+        assert same_bits(into[:rows, :columns], expected), (shape, packing)
         assert into[rows:].isnan().all()
         assert into[:, columns:].isnan().all()
 

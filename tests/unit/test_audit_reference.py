@@ -8,9 +8,11 @@ import torch
 from m2ray.audit.reference import Reference
 from m2ray.audit.tolerance import has_router
 from m2ray.errors import CheckpointError
+from tests.packed import make_packed
 from tests.reference import (
     DATA,
     LENGTHS,
+    edited,
     load_reference,
     make_family,
     make_minimax,
@@ -72,3 +74,28 @@ def test_a_checkpoint_that_lacks_a_tensor_is_refused(tmp_path: Path) -> None:
             file.unlink()
     with pytest.raises(CheckpointError, match="transformers cannot load"):
         Reference(str(folder), "float32", "sdpa", on_cpu=True)
+
+
+@pytest.mark.parametrize("fmt", ["modelopt-fp8", "nvfp4-hf-quant"])
+def test_a_layout_that_transformers_would_take_for_weights_is_refused(tmp_path: Path, fmt: str) -> None:
+    folder = make_packed(tmp_path / "model", "llama", fmt)
+    with pytest.raises(CheckpointError, match="transformers does not read modelopt, as .* is quantised"):
+        Reference(str(folder), "float32", "sdpa", on_cpu=True)
+
+
+def test_experts_that_transformers_unpacks_without_their_global_scale_are_refused(tmp_path: Path) -> None:
+    folder = make_packed(tmp_path / "model", "qwen3_moe", "nvfp4-pack-quantized")
+    with pytest.raises(CheckpointError, match="unpacks experts in NVFP4 of compressed-tensors, as .* has them, without their global scale"):
+        Reference(str(folder), "float32", "sdpa", on_cpu=True)
+
+
+def test_scales_that_transformers_leaves_unread_are_told(tmp_path: Path) -> None:
+    """It reads `weight_scale_inv` alone under `quant_method: fp8`, and takes FP8 without it for weights."""
+    folder = edited(make_packed(tmp_path / "model", "llama", "fp8-static"), tmp_path / "renamed", _rename_scales)
+    with pytest.raises(CheckpointError, match="it leaves scales of weights unread, such as model.layers.0.mlp.down_proj.weight_scale"):
+        Reference(str(folder), "float32", "sdpa", on_cpu=True)
+
+
+def _rename_scales(tensors: dict[str, torch.Tensor]) -> None:
+    for key in [key for key in tensors if key.endswith("_scale_inv")]:
+        tensors[key.removesuffix("_inv")] = tensors.pop(key)

@@ -104,6 +104,19 @@ def test_a_max_length_that_a_run_would_refuse(tmp_path: Path) -> None:
     assert (refused.exit_code, "has learned 128 positions" in refused.stderr) == (1, True)
 
 
+def test_a_quantised_layout_is_named_with_its_bytes_on_disk_and_as_computed() -> None:
+    """62 layers: attention and experts in FP8 with a scale for 128 x 128; norms, routers, embedding and head as they are."""
+    weights = plan_json("--gpus", "8xA100-80GB")["weights"]
+    layouts = {layout["name"]: (layout["disk_bytes"], layout["compute_bytes"]) for layout in weights["layouts"]}
+    on_disk, computed = layouts["FP8 in blocks of 128 x 128"]
+    elements = 62 * 3_667_918_848
+    assert (on_disk, computed) == (elements + elements // (128 * 128) * 4, 2 * elements)
+    assert sum(one for one, _ in layouts.values()) == weights["disk_bytes"]
+    assert f"{on_disk:,}   FP8 in blocks of 128 x 128: {computed:,} in bfloat16" in re.sub(
+        " {2,}", "   ", plan("--gpus", "8xA100-80GB").stdout
+    )
+
+
 def test_exact_bytes_of_the_real_model() -> None:
     weights = plan_json("--gpus", "8xA100-80GB")["weights"]
     assert weights["disk_bytes"] == 230_121_630_720

@@ -14,6 +14,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from m2ray.errors import CheckpointError
 from m2ray.model.conversion import Placement
 from m2ray.model.headers import TensorHeader, read_file_header
+from m2ray.model.quantization.layout import plain
 from m2ray.model.rehearsal import Rehearsal
 from m2ray.model.skeleton import ModelTensor, build_skeleton
 from m2ray.model.tensors import MatchedTensor, _check_dtype, disk_bytes, match_by_layer
@@ -80,7 +81,7 @@ def test_a_tensor_is_split_among_three_and_each_row_counted_once(sarvam: Publish
     assert [first for first, _ in rows] == [0, *(stop for _, stop in rows[:-1])]
     assert rows[-1][1] == sarvam.tensors[FUSED].shape[0]
     headers = sarvam.headers()
-    assert sum(disk_bytes(each, headers) for each in parts) == headers[FUSED].num_bytes
+    assert sum(map(disk_bytes, parts)) == headers[FUSED].num_bytes
 
 
 def test_a_tensor_to_be_split_of_a_wrong_size(sarvam: Published) -> None:
@@ -91,11 +92,20 @@ def test_a_tensor_to_be_split_of_a_wrong_size(sarvam: Published) -> None:
         sarvam.matched()
 
 
-def test_fp8_that_would_have_to_be_split_is_refused(sarvam: Published) -> None:
-    sarvam.config.quantization_config = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+@pytest.mark.parametrize("block", [None, [3, 16], [16, 16]])
+def test_fp8_is_split_among_three_where_its_blocks_are(sarvam: Published, block: list[int] | None) -> None:
+    sarvam.config.quantization_config = {"quant_method": "fp8", "weight_block_size": block}
     sarvam.tensors[FUSED] = sarvam.tensors[FUSED].to(torch.float8_e4m3fn)
-    with pytest.raises(CheckpointError, match=r"query_key_value\.weight is FP8, and transformers splits or transposes it"):
-        sarvam.matched()
+    rows, columns = sarvam.tensors[FUSED].shape
+    scales = () if block is None else (-(-rows // block[0]), -(-columns // block[1]))
+    sarvam.tensors[f"{FUSED}_scale_inv"] = torch.ones(scales)
+    if block == [3, 16]:
+        with pytest.raises(CheckpointError, match=r"query_key_value\.weight is FP8 .*takes rows .*cuts it at multiples of 3 rows only"):
+            sarvam.matched()
+        return
+    parts = [each for each in sarvam.matched().values() if any(placement.key == FUSED for placement in each.placements)]
+    headers = sarvam.headers()
+    assert sum(map(disk_bytes, parts)) == headers[FUSED].num_bytes + headers[f"{FUSED}_scale_inv"].num_bytes
 
 
 def test_axes_that_are_swapped_on_disk() -> None:
@@ -109,6 +119,6 @@ def test_axes_that_are_swapped_on_disk() -> None:
 @pytest.mark.parametrize(("on_disk", "is_read"), [(torch.int64, True), (torch.int32, True), (torch.float32, False)])
 def test_a_table_of_numbers_is_read_from_whole_numbers_alone(on_disk: torch.dtype, is_read: bool) -> None:  # noqa: FBT001
     header = TensorHeader("model.safetensors", on_disk, (4, 2), 0, 8 * on_disk.itemsize)
-    problems = list(_check_dtype(None, {"t": header}, ModelTensor("t", "layer", 0, (4, 2), torch.int64), Placement("t")))  # type: ignore[arg-type]
+    problems = list(_check_dtype(ModelTensor("t", "layer", 0, (4, 2), torch.int64), plain("t", header)))
     assert (problems == []) == is_read
     assert is_read or "the model needs torch.int64" in str(problems[0])

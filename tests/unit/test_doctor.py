@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 from dataclasses import replace
 from pathlib import Path
@@ -134,6 +135,8 @@ def test_this_machine_with_a_sound_and_a_damaged_model(tmp_path: Path) -> None:
     _, found = doctor("--model", str(model), "--output", str(output))
     of_folders = {"checkpoint_files", "checkpoint_tensors", "store", "model_visible", "read_speed"}
     assert not [one for one in found["findings"] if one["level"] == "problem" and one["check"] in of_folders]
+    (told,) = [one["what"] for one in found["findings"] if one["check"] == "checkpoint_tensors"]
+    assert re.search(r", [\d,]+ of these FP8 in blocks of 128 x 128, in bfloat16 [\d,]+; a tiny copy", told), told
     assert found["nodes"][0]["read_bytes_per_s"] > 0
     assert not output.parent.exists(), "what was made to try the store is gone"
     output.mkdir(parents=True)

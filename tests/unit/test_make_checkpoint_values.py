@@ -1,6 +1,7 @@
 """scripts/make_checkpoint.py: the random values make mistakes visible, in transformers' own models."""
 
 import json
+import pickle
 from itertools import islice
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 
+from scripts.checkpoint_formats.table import FORMATS
 from scripts.make_checkpoint import RandomWeights, make_checkpoint, plan_tensors, resolve_config
 
 DATA = Path(__file__).parents[1] / "data"
@@ -154,3 +156,22 @@ def test_memory_holds_one_chunk_at_the_real_dimensions():
     assert "model.layers.0.self_attn.q_proj.weight" in largest
     for tensor in largest.values():
         assert all(len(chunk) <= 2**21 for chunk in islice(weights.chunks(tensor), 3))
+
+
+# --- formats of scripts/checkpoint_formats ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fmt", sorted(FORMATS))
+def test_a_format_fills_what_it_plans_in_any_process_and_by_the_seed_alone(fmt):
+    config = json.loads((DATA / "families" / f"{'gpt_oss' if fmt == 'mxfp4' else 'llama'}.json").read_text())
+    config |= {"hidden_size": 64, "num_hidden_layers": 1}
+    tensors = plan_tensors(config, fmt=fmt)
+    assert any(tensor.fill for tensor in tensors)
+    first, again, other = (
+        {tensor.name: b"".join(RandomWeights(seed, 2).chunks(tensor)) for tensor in each}
+        for seed, each in ((1, tensors), (1, pickle.loads(pickle.dumps(tensors))), (2, tensors))
+    )
+    assert {tensor.name: tensor.size_bytes for tensor in tensors} == {name: len(data) for name, data in first.items()}
+    assert first == again
+    drawn = [tensor.name for tensor in tensors if tensor.size_bytes > 64 and not tensor.name.endswith("g_idx")]
+    assert all(first[name] != other[name] for name in drawn)

@@ -246,7 +246,7 @@ def test_the_layout_of_mistrals_own_code_is_refused_by_name(single: Path) -> Non
     ("names", "message"),
     [
         (("pytorch_model.bin",), r"there is pytorch_model\.bin\. Pickled weights may run code.*save_pretrained"),
-        (("model.Q4_K_M.gguf",), r"there is model\.Q4_K_M\.gguf\. m2ray reads safetensors only"),
+        (("model.Q4_K_M.gguf",), r"there is model\.Q4_K_M\.gguf\. m2ray reads safetensors only.*gguf_file='model\.Q4_K_M\.gguf'\)"),
         (("adapter_model.safetensors",), r"there is adapter_model\.safetensors\. An adapter is not a model: merge it"),
         ((), r"of a model\. Download the model's safetensors"),
     ],

@@ -13,7 +13,7 @@ from m2ray.batches import LayerSpan
 from m2ray.model import weights
 from m2ray.model.checkpoint import open_checkpoint, tensor_table
 from m2ray.model.decoder import DecoderSpan
-from m2ray.model.fp8 import dequantize
+from m2ray.model.quantization.scaling import dequantize
 from m2ray.model.skeleton import build_skeleton
 from m2ray.model.weights import load_weights
 from scripts.make_checkpoint import make_checkpoint

@@ -49,8 +49,11 @@ MOE = "model.layers.3.block_sparse_moe"
         ),
         (put(f"{MOE}.gate.weight", torch.zeros(11, 128)), rf"{MOE}.gate.weight has shape \[11, 128\].*needs \[12, 128\]"),
         (put(f"{MOE}.gate.weight", torch.zeros(12, 128, dtype=torch.int8)), f"{MOE}.gate.weight is of dtype torch.int8"),
-        (put(f"{MOE}.gate.weight_scale_inv", torch.zeros(1, 1)), f"{MOE}.gate.weight is of dtype torch.float32 and yet has FP8 scales"),
-        (put("model.layers.3.self_attn.q_proj.weight_scale_inv", torch.zeros(1, 1)), r"needs \[2, 1\]"),
+        (
+            put(f"{MOE}.gate.weight_scale_inv", torch.zeros(1, 1)),
+            f"{MOE}.gate.weight is of dtype torch.float32 and yet has scales, {MOE}.gate.weight_scale_inv",
+        ),
+        (put("model.layers.3.self_attn.q_proj.weight_scale_inv", torch.zeros(1, 1)), r"needs \[2, 1\] of"),
         (
             put(f"{MOE}.experts.7.w1.weight", torch.zeros(64, 128, dtype=torch.bfloat16)),
             rf"{MOE}.experts.7.w1.weight has shape \[64, 128\]",

@@ -1,0 +1,96 @@
+"""AWQ (version "gemm"), 4 bits: int32 words of eight numbers along the output features, in an order of their own, with zero points.
+
+As autoawq 0.2.9 computes it (`dequantize_gemm`).
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from m2ray.errors import CheckpointError, raise_all
+from m2ray.model.headers import TensorHeader
+from m2ray.model.limits import short_repr
+from m2ray.model.quantization.int4 import unpack_words
+from m2ray.model.quantization.packed import Found, Packed, Piece
+from m2ray.model.quantization.stored import Shape, Unpack
+
+
+def unpack(qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """A linear layer's weight, a view, [out_features, in_features] in the dtype of `scales`: (number - zero point) * scale, rounded there.
+
+    Args:
+        qweight: int32 [in_features, out_features / 8].
+        qzeros: int32 [groups, out_features / 8].
+        scales: float16 [groups, out_features].
+    """
+    grouped: torch.Tensor = _in_order(qweight, scales.dtype).unflatten(0, (scales.shape[0], -1))
+    return grouped.sub_(_in_order(qzeros, scales.dtype).unsqueeze(1)).mul_(scales.unsqueeze(1)).flatten(0, 1).t()
+
+
+def _in_order(words: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """[rows, features]: a word holds features 0, 2, 4, 6, 1, 3, 5, 7 of its eight."""
+    halves: torch.Tensor = unpack_words(words, dtype).unflatten(-1, (-1, 2, 4))
+    return halves.transpose(-1, -2).flatten(-3)
+
+
+class Awq(Packed):
+    """Linear layers [out_features, in_features], on disk transposed.
+
+    Attributes:
+        group: input features that share a scale and a zero point; None where all do.
+    """
+
+    swapped = (0, 1)
+
+    def __init__(self, group: int | None) -> None:
+        self.group, self.name = group, f"AWQ, INT4 {f'in groups of {group}' if group else 'by row'} with zero points"
+        self.parts = {"values": (".qweight",), "zero_point": (".qzeros",), "scale": (".scales",)}
+
+    def takes(self, values: TensorHeader) -> bool:
+        return values.dtype == torch.int32 and len(values.shape) == 2
+
+    def shape_of(self, found: Found) -> Shape:
+        columns, words = found["values"][1].shape
+        return (words * 8, columns)
+
+    def pieces(self, shape: Shape) -> Mapping[str, Piece]:
+        rows, columns = shape
+        group = self.group or columns
+        return {
+            "values": Piece((columns, rows // 8), (torch.int32,)),
+            "zero_point": Piece((-(-columns // group), rows // 8), (torch.int32,), rows=group),
+            "scale": Piece((-(-columns // group), rows), (torch.float16, torch.bfloat16, torch.float32), rows=group),
+        }
+
+    def unpacking(self) -> Unpack:
+        return lambda parts: unpack(parts["values"], parts["zero_point"], parts["scale"]).t().to(torch.bfloat16)
+
+
+def of_config(declared: Mapping[str, Any]) -> Awq:
+    """The method that `quantization_config` names. Raises CheckpointError: another kind of AWQ."""
+    expected = {"bits": 4, "zero_point": True, "version": "gemm"}
+    said = {
+        "bits": declared.get("bits", declared.get("w_bit", 4)),
+        "zero_point": declared.get("zero_point", True),
+        "version": str(declared.get("version") or declared.get("checkpoint_format") or declared.get("format") or "gemm").lower(),
+    }
+    problems = [
+        CheckpointError(f"config.json: AWQ with {name} = {short_repr(said[name])}.", f"m2ray reads it with {name} = {value!r}.")
+        for name, value in expected.items()
+        if said[name] != value
+    ]
+    group = group_of(declared, "AWQ", problems)
+    raise_all(problems)
+    return Awq(group)
+
+
+def group_of(declared: Mapping[str, Any], kind: str, problems: list[CheckpointError]) -> int | None:
+    """`group_size` of the configuration, -1 being None: a scale for all input features. What is wrong with it goes to `problems`."""
+    group = declared.get("group_size", declared.get("q_group_size", 128))
+    if group == -1:
+        return None
+    if type(group) is not int or group < 1:
+        problems.append(CheckpointError(f"config.json: {kind} with group_size = {short_repr(group)}.", "It is a count, or -1."))
+        return None
+    return group

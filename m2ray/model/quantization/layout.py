@@ -1,0 +1,115 @@
+"""A checkpoint's layout: the methods that its configuration names, which of its tensors belong together, and which modules are quantised."""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from functools import cached_property
+
+from m2ray.errors import CheckpointError
+from m2ray.model.headers import TensorHeader
+from m2ray.model.quantization.stored import MISMATCH, Method, Part, StoredTensor, part_key, whole_key
+
+MethodOf = Callable[[str], Method | None]
+"""The method of a module of a decoder layer that has weights, by its name; None where it is not quantised."""
+
+UNREAD = re.compile(
+    r"(?:\.|_)(?:activation|input|output|q|k|v|kv)_(?:global_)?scale(?:_inv|_ub)?$|\.(?:activation|input)_scale_inv$|\.qscale_(?:act|input)$"
+)
+"""Scales by which engines quantise activations and caches; weights do not need them."""
+
+_ALWAYS = ("_scale_inv", "_scale")
+"""Endings of scales, which are never read as tensors of their own."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a configuration says of how weights are packed.
+
+    Attributes:
+        methods: in the order in which they are asked whether they take a tensor; none where nothing is quantised.
+        method_of: for a plan without files.
+    """
+
+    methods: tuple[Method, ...]
+    method_of: MethodOf
+
+    def group(self, keys: Iterable[str]) -> dict[str, list[str]]:
+        """The keys of each tensor's parts, by the tensor's own key; judged by names alone.
+
+        `X.weight_scale_inv` belongs to `X.weight`, if that is there, and `X.qscale_weight` too.
+        """
+        keys = set(keys)
+        groups: dict[str, list[str]] = {}
+        for key in sorted(keys):
+            groups.setdefault(self._whole(key, keys), []).append(key)
+        return groups
+
+    def _whole(self, key: str, keys: AbstractSet[str]) -> str:
+        for ending in self._endings:
+            if key.endswith(ending):
+                whole = whole_key(key, ending)
+                if any(part_key(whole, first) in keys for first in self._first_endings):
+                    return whole
+        return key
+
+    def stored(self, headers: Mapping[str, TensorHeader]) -> dict[str, StoredTensor]:
+        """Every tensor of these headers, by the key that it has where nothing is quantised. What cannot be read says why in its `problems`."""
+        tensors: dict[str, StoredTensor] = {}
+        for whole, keys in self.group(headers).items():
+            tensors.update(self._store(whole, {key: headers[key] for key in keys}))
+        return tensors
+
+    def _store(self, whole: str, found: Mapping[str, TensorHeader]) -> dict[str, StoredTensor]:
+        if len(found) == 1 and whole in found and found[whole].dtype.itemsize > 1:
+            return {whole: plain(whole, found[whole])}
+        for method in self.methods:
+            firsts = [key for ending in next(iter(method.parts.values())) if (key := part_key(whole, ending)) in found]
+            if firsts and method.takes(found[firsts[0]]):
+                return {whole: _by_method(method, whole, found)}
+        return _unpacked(whole, found)
+
+    @cached_property
+    def _endings(self) -> tuple[str, ...]:
+        """Of all parts, the longest first."""
+        of_methods = {ending for method in self.methods for endings in method.parts.values() for ending in endings}
+        return tuple(sorted({*of_methods, *_ALWAYS} - {""}, key=len, reverse=True))
+
+    @cached_property
+    def _first_endings(self) -> tuple[str, ...]:
+        """Of the parts that hold values, and that of a tensor that is not packed."""
+        return tuple({"": None, **{ending: None for method in self.methods for ending in next(iter(method.parts.values()))}})
+
+
+def plain(key: str, header: TensorHeader) -> StoredTensor:
+    """A tensor that is not packed."""
+    return StoredTensor(key, header.shape, (Part("values", key, header, 1 if header.shape else 0),))
+
+
+def _by_method(method: Method, whole: str, found: Mapping[str, TensorHeader]) -> StoredTensor:
+    parts: dict[str, tuple[str, TensorHeader]] = {}
+    left = dict(found)
+    for name, endings in method.parts.items():
+        there = [key for ending in endings if (key := part_key(whole, ending)) in left]
+        if there:
+            parts[name] = there[0], left.pop(there[0])
+    stored = method.store(whole, parts)
+    if not left:
+        return stored
+    what = f"{', '.join(sorted(left))}: {whole} as {method.name} has no such part."
+    return stored._replace(problems=(*stored.problems, CheckpointError(what, MISMATCH)))
+
+
+def _unpacked(whole: str, found: Mapping[str, TensorHeader]) -> dict[str, StoredTensor]:
+    """What no method takes: tensors of their own, but for scales."""
+    scales = [key for ending in _ALWAYS if (key := whole + ending) in found] if whole in found else []
+    tensors = {key: plain(key, header) for key, header in found.items() if key not in scales}
+    if scales:
+        header = found[whole]
+        what = (
+            f"{whole} has its scales in {scales[0]}: a quantised layout that config.json does not name."
+            if header.dtype.itemsize == 1
+            else f"{whole} is of dtype {header.dtype} and yet has scales, {scales[0]}."
+        )
+        tensors[whole] = tensors[whole]._replace(problems=(CheckpointError(what, MISMATCH),))
+    return tensors

@@ -1,0 +1,94 @@
+"""NVFP4: FP4 codes, an e4m3 scale for every 16 of them, and one float32 scale a tensor."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+
+from m2ray.model.headers import TensorHeader
+from m2ray.model.quantization.nibbles import E2M1, in_cache, look_up
+from m2ray.model.quantization.packed import Found, Packed, Piece
+from m2ray.model.quantization.stored import Shape, Unpack
+
+GROUP = 16
+"""Values a scale."""
+
+NO_NEGATIVE_ZERO = tuple(value + 0.0 for value in E2M1)
+"""FP4's values as ModelOpt has them."""
+
+
+def unpack_modelopt(packed: torch.Tensor, scale: torch.Tensor, tensor_scale: torch.Tensor) -> torch.Tensor:
+    """bfloat16 [..., columns]: value * (scale * tensor_scale) in float32, rounded once. Code 8 is 0.0.
+
+    As nvidia-modelopt 0.47 computes it (`NVFP4QTensor.dequantize`).
+
+    Args:
+        packed: two codes a byte, uint8 [..., columns / 2], contiguous: `weight`.
+        scale: float8_e4m3fn [..., columns / 16]: `weight_scale`.
+        tensor_scale: float32, one number: `weight_scale_2`.
+    """
+    return _scaled(packed, NO_NEGATIVE_ZERO, scale.float() * tensor_scale.reshape(()))
+
+
+def unpack_compressed(packed: torch.Tensor, scale: torch.Tensor, tensor_divisor: torch.Tensor) -> torch.Tensor:
+    """bfloat16 [..., columns]: value * (scale / tensor_divisor) in float32, rounded once.
+
+    As compressed-tensors 0.20 computes it (`nvfp4-pack-quantized`).
+
+    Args:
+        packed: two codes a byte, uint8 [..., columns / 2], contiguous: `weight_packed`.
+        scale: float8_e4m3fn [..., columns / 16]: `weight_scale`.
+        tensor_divisor: float32, one number: `weight_global_scale`.
+    """
+    return _scaled(packed, E2M1, scale.float() / tensor_divisor.reshape(()))
+
+
+def _scaled(packed: torch.Tensor, values: tuple[float, ...], factors: torch.Tensor) -> torch.Tensor:
+    """Each group of the codes' values times its factor, in float32."""
+    codes, by_group = packed.reshape(-1, packed.shape[-1]), factors.reshape(-1, factors.shape[-1], 1)
+
+    def rows_of(first: int, stop: int) -> torch.Tensor:
+        grouped: torch.Tensor = look_up(codes[first:stop], values, torch.float32).unflatten(-1, (-1, GROUP))
+        return grouped.mul_(by_group[first:stop]).flatten(-2)
+
+    shape = (codes.shape[0], 2 * codes.shape[1])
+    return in_cache(rows_of, shape, torch.bfloat16, packed.device).view(*packed.shape[:-1], -1)
+
+
+class Nvfp4(Packed):
+    """NVFP4 of matrices [rows, columns], two codes a byte along a row.
+
+    Args:
+        endings: of "values", "scale" and "tensor_scale".
+        unpack: makes the weight of these three.
+    """
+
+    name = "NVFP4 in groups of 16"
+
+    def __init__(self, endings: tuple[str, str, str], unpack: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+        self.parts = {name: (ending,) for name, ending in zip(("values", "scale", "tensor_scale"), endings, strict=True)}
+        self._unpack = unpack
+
+    def takes(self, values: TensorHeader) -> bool:
+        return values.dtype == torch.uint8 and len(values.shape) >= 2
+
+    def shape_of(self, found: Found) -> Shape:
+        *before, packed = found["values"][1].shape
+        return (*before, 2 * packed)
+
+    def pieces(self, shape: Shape) -> Mapping[str, Piece]:
+        *before, columns = shape
+        return {
+            "values": Piece((*before, -(-columns // 2)), (torch.uint8,)),
+            "scale": Piece((*before, -(-columns // GROUP)), (torch.float8_e4m3fn,)),
+            "tensor_scale": Piece((), (torch.float32,), rows=0),
+        }
+
+    def unpacking(self) -> Unpack:
+        return self._unpack_parts
+
+    def _unpack_parts(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        return self._unpack(parts["values"], parts["scale"], parts["tensor_scale"])
+
+
+MODELOPT = Nvfp4(("", "_scale", "_scale_2"), unpack_modelopt)
+COMPRESSED = Nvfp4((".weight_packed", ".weight_scale", ".weight_global_scale"), unpack_compressed)

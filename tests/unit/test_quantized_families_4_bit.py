@@ -1,0 +1,28 @@
+"""Every format with 4 bits a value in every family of which it can be: chains give transformers' rows of the unpacked weights."""
+
+from itertools import product
+from pathlib import Path
+
+import pytest
+
+from m2ray.model import weights
+from tests.packed import SIZES, assert_rows_are_of_the_unpacked_weights
+
+COMPRESSED = ("mxfp4-pack-quantized", "nvfp4-pack-quantized", "pack-quantized", "pack-quantized-asymmetric")
+FORMATS = (*COMPRESSED, "deepseek-v4", "nvfp4", "nvfp4-hf-quant", "awq", "gptq", "gptq-v2")
+
+
+@pytest.mark.parametrize(("family", "fmt"), [*product(SIZES, FORMATS), ("gpt_oss", "mxfp4")])
+def test_rows(family: str, fmt: str, tmp_path: Path) -> None:
+    assert_rows_are_of_the_unpacked_weights(family, fmt, tmp_path)
+
+
+@pytest.mark.parametrize("piece_bytes", [300, 1000])
+@pytest.mark.parametrize(
+    ("family", "fmt"), [("gpt_oss", "mxfp4"), *(("llama", fmt) for fmt in ("nvfp4", "pack-quantized-asymmetric", "awq", "gptq", "gptq-v2"))]
+)
+def test_rows_where_tensors_are_cut_into_pieces(
+    family: str, fmt: str, piece_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weights, "PIECE_BYTES", piece_bytes)
+    assert_rows_are_of_the_unpacked_weights(family, fmt, tmp_path, most_read=1.1)
