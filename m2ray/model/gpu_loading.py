@@ -11,14 +11,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from queue import SimpleQueue
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 import torch
 
 from m2ray.model.checkpoint import Checkpoint
 from m2ray.model.digests import WeightDigests
 from m2ray.model.extents import EXTENT_BYTES, Extent, Range, RowsToLoad, apart_extents, value_extents
-from m2ray.model.quantization.fused import KernelTable, is_for_kernel, warm_up
+from m2ray.model.quantization.fused import KernelTable, is_for_kernel
+from m2ray.model.quantization.fused_proof import is_exact
 
 LANES = min(16, 2 * (os.cpu_count() or 8))
 """One thread copies some 2 GB/s out of the page cache; the GPU takes 50."""
@@ -36,6 +37,12 @@ _APART_AHEAD = 3
 
 Fill = Callable[[RowsToLoad, Mapping[str, torch.Tensor]], None]
 """Unpacks parts that are on the GPU, and writes them where they are wanted."""
+
+
+class Convert(Protocol):
+    """Makes weights of an extent's bytes on the GPU, uint8."""
+
+    def __call__(self, data: torch.Tensor, *, by_kernel: bool) -> None: ...
 
 
 class _Lane:
@@ -77,7 +84,7 @@ class _Conversions:
         self._fill = fill
         self._table = KernelTable()
 
-    def add(self, extent: Extent[RowsToLoad]) -> Callable[[torch.Tensor], None]:
+    def add(self, extent: Extent[RowsToLoad]) -> Convert:
         """A function that converts an extent once it lies in a lane's buffer on the GPU."""
         first, max_tiles = len(self._table), 0
         base = extent.start - _lead(extent)
@@ -91,10 +98,10 @@ class _Conversions:
             max_tiles = max(max_tiles, self._table.add(wanted, wanted.values.offset - base, scale_at))
         tensors = slice(first, len(self._table))
 
-        def convert(data: torch.Tensor) -> None:
-            if max_tiles:
+        def convert(data: torch.Tensor, *, by_kernel: bool) -> None:
+            if by_kernel and max_tiles:
                 self._table.run(data, tensors, max_tiles)
-            for wanted in others:
+            for wanted in others if by_kernel else extent.items:
                 parts = wanted.parts.items()
                 self._fill(wanted, {name: self._apart[part] if part in self._apart else part.of(data, base) for name, part in parts})
 
@@ -118,7 +125,7 @@ class Lanes:
         self._pool = ThreadPoolExecutor(LANES, thread_name_prefix="load")
         self._made = [self._pool.submit(lambda: self._free.put(_Lane(device))) for _ in range(LANES)]
         self._compiler = ThreadPoolExecutor(1, thread_name_prefix="compile")
-        self._compiled: Future[None] | None = None
+        self._is_exact: Future[bool] | None = None
         self._reading: list[Future[None]] = []
         self._begun: deque[tuple[Sequence[Future[None]], _Conversions]] = deque()
 
@@ -132,8 +139,8 @@ class Lanes:
             torch.cuda.synchronize(self._device)  # what was begun writes into memory that is about to be given back
 
     def compile(self) -> None:
-        """Begin to compile the fused kernel, in the background."""
-        self._compiled = self._compiler.submit(warm_up, self._device)
+        """Begin to compile the fused kernel and to prove it, in the background."""
+        self._is_exact = self._compiler.submit(is_exact, self._device)
 
     def begin(self, checkpoint: Checkpoint, wanted: Sequence[RowsToLoad], digests: WeightDigests, fill: Fill) -> None:
         """Begin to read and to hash all that is wanted. Parts that lie apart from their values are read at once, for the kernel has to know
@@ -178,17 +185,13 @@ class Lanes:
         torch.cuda.synchronize(self._device)
         self._begun.clear()
 
-    def _load(
-        self, checkpoint: Checkpoint, extent: Extent[RowsToLoad], digests: WeightDigests, convert: Callable[[torch.Tensor], None]
-    ) -> None:
+    def _load(self, checkpoint: Checkpoint, extent: Extent[RowsToLoad], digests: WeightDigests, convert: Convert) -> None:
         # There are as many threads as lanes, and all lanes were asked for before any extent.
         lane = self._free.get_nowait()
         try:
             with torch.cuda.stream(lane.stream), torch.inference_mode():
                 data = lane.read(checkpoint, extent, digests)
-                if self._compiled is not None:
-                    self._compiled.result(_COMPILE_S)
-                convert(data)
+                convert(data, by_kernel=self._is_exact is not None and self._is_exact.result(_COMPILE_S))
         finally:
             self._free.put(lane)
 

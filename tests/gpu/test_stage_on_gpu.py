@@ -14,6 +14,7 @@ from m2ray.model.capture import CaptureSpec
 from m2ray.model.extents import Range, RowsToLoad
 from m2ray.model.quantization import fused
 from m2ray.model.quantization.fused import KernelTable
+from m2ray.model.quantization.fused_proof import is_exact
 from m2ray.model.quantization.scaling import ScaledUnpack, dequantize
 from m2ray.model.stage import Stage, StageSpec
 from m2ray.selection import Selection
@@ -54,16 +55,22 @@ def test_weights_are_bitwise_those_of_the_cpu(folder: Path, dtype: str) -> None:
         assert torch.equal(on_gpu[name].cpu(), tensor), name
 
 
+def test_the_fused_kernel_has_the_bits_of_torch() -> None:
+    assert is_exact(torch.device("cuda:0"))
+
+
 def test_without_a_compiler_weights_are_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton cannot make the fused kernel then, and the formula serves."""
     by_kernel = tensors(load(folder, "cuda:0"))
     monkeypatch.setattr(fused, "triton_problem", lambda: "there is no C compiler")
     monkeypatch.setattr(fused, "_kernel", lambda: pytest.fail("the kernel was asked for"))
-    fused._has_kernel.cache_clear()
+    for cached in (fused.has_kernel, is_exact):
+        cached.cache_clear()
     try:
         by_formula = tensors(load(folder, "cuda:0"))
     finally:
-        fused._has_kernel.cache_clear()
+        for cached in (fused.has_kernel, is_exact):
+            cached.cache_clear()
     assert by_formula.keys() == by_kernel.keys()
     for name, tensor in by_kernel.items():
         assert torch.equal(by_formula[name], tensor), name

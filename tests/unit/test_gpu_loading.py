@@ -1,6 +1,7 @@
 """The lanes with host memory in a GPU's place: what is read when, and what the kernel's table says. The kernel itself: tests/gpu."""
 
 import ctypes
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ from m2ray.errors import CheckpointError, StoreError
 from m2ray.model import extents, gpu_loading, weights
 from m2ray.model.checkpoint import open_checkpoint
 from m2ray.model.decoder import DecoderSpan
-from m2ray.model.quantization import fused
+from m2ray.model.quantization import fused, fused_proof
 from m2ray.model.quantization.scaling import ScaledUnpack, dequantize
 from m2ray.model.skeleton import build_skeleton
 from m2ray.model.stage import StageSpec, load_stage
@@ -63,8 +64,8 @@ class HostKernel:
             scale_number,
         ) in table.tolist():
             assert -(-rows // tile[0]) * -(-columns // tile[1]) <= max_tiles
-            scale_rows, scale_dtype = -(-rows // height), dtype_of(fused._SCALES, scale_number)
-            values = memory(data.data_ptr() + values_at, rows * columns).view(dtype_of(fused._VALUES, values_number)).view(rows, columns)
+            scale_rows, scale_dtype = -(-rows // height), dtype_of(fused.SCALES, scale_number)
+            values = memory(data.data_ptr() + values_at, rows * columns).view(dtype_of(fused.VALUES, values_number)).view(rows, columns)
             num_bytes = scale_dtype.itemsize * scale_rows * scale_columns
             scale = memory(-scale_at if scale_at < 0 else data.data_ptr() + scale_at, num_bytes).view(scale_dtype)
             into = memory(into_at, 2 * stride * rows).view(torch.bfloat16).view(rows, stride)[:, :columns]
@@ -87,11 +88,33 @@ def on_host(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(synchronize=lambda: None))
     if request.param == "kernel":
-        monkeypatch.setattr(fused, "_has_kernel", lambda device: True)
+        monkeypatch.setattr(fused, "has_kernel", lambda device: True)
         monkeypatch.setattr(fused, "_kernel", HostKernel)
-        monkeypatch.setattr(gpu_loading, "warm_up", lambda device: None)
+        monkeypatch.setattr(gpu_loading, "is_exact", lambda device: True)
     RAN.clear()
     return request.param
+
+
+class RoundsOnceMore(HostKernel):
+    """As one that rounds its sums otherwise: the last bit of some numbers differs."""
+
+    def run(self, programs: int, table: torch.Tensor, data: torch.Tensor, max_tiles: int, tile: tuple[int, int]) -> None:
+        super().run(programs, table, data, max_tiles, tile)
+        _, _, into_at, rows, columns, *_ = table[0].tolist()
+        bits = memory(into_at, 2 * rows * columns).view(torch.int16)
+        bits[5] ^= 1
+
+
+@pytest.mark.parametrize(("kernel", "said"), [(HostKernel, ""), (RoundsOnceMore, "does not have torch's bits")])
+def test_a_kernel_is_held_against_torch_before_it_is_used(kernel: type, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused_proof, "has_kernel", lambda device: True)
+    monkeypatch.setattr(fused, "_kernel", kernel)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setitem(sys.modules, "triton.errors", SimpleNamespace(TritonError=ArithmeticError))
+    RAN.clear()
+    with pytest.warns(RuntimeWarning, match=said) if said else nullcontext():
+        assert fused_proof.is_exact.__wrapped__(CPU) == (not said)
+    assert len(RAN) == len(fused.VALUES) * len(fused.SCALES) * len(fused_proof._BLOCKS)
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +164,18 @@ def test_lanes_load_what_the_cpu_loads(
     assert loaded.needed_bytes <= bytes_read <= 1.1 * loaded.needed_bytes or layout in PACKED
     assert loaded.digests == load_stage(spec(folders[layout], span), lambda *_: None).digests
     assert bool(RAN) == (on_host == "kernel" and layout in BY_KERNEL)
+
+
+@pytest.mark.parametrize("on_host", ["kernel"], indirect=True)
+@pytest.mark.parametrize("layout", ["scales first", "mxfp8"])
+def test_without_a_proved_kernel_torch_unpacks(
+    on_host: str, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, layout: str
+) -> None:
+    monkeypatch.setattr(gpu_loading, "is_exact", lambda device: False)
+    expected = filled(load_span(folders[layout], LayerSpan(0, 3))[0])
+    found, _, _ = load(folders[layout], LayerSpan(0, 3))
+    assert all(same_bits(found[name], expected[name]) for name in expected), on_host
+    assert not RAN
 
 
 @pytest.mark.parametrize("layout", ["scales beside", "scales first"])

@@ -16,8 +16,8 @@ from m2ray.toolchain import triton_problem
 TILE = (16, 256)
 """Rows and columns that one program of the kernel does."""
 
-_VALUES = {torch.float8_e4m3fn: 0, torch.int8: 1, torch.float8_e5m2: 2}
-_SCALES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3, torch.float8_e8m0fnu: 4}
+VALUES = {torch.float8_e4m3fn: 0, torch.int8: 1, torch.float8_e5m2: 2}
+SCALES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3, torch.float8_e8m0fnu: 4}
 """The numbers by which the kernel knows dtypes."""
 
 
@@ -34,7 +34,7 @@ def is_for_kernel(wanted: RowsToLoad, device: torch.device) -> bool:
         and into.device == device
         and into.dtype == torch.bfloat16
         and into.stride(-1) == 1
-        and _has_kernel(device)
+        and has_kernel(device)
     )
 
 
@@ -60,16 +60,12 @@ class KernelTable:
         assert isinstance(wanted.unpack, ScaledUnpack)
         rows, columns = wanted.values.shape
         height, width = wanted.unpack.block or (max(rows, 1), max(columns, 1))
-        dtypes = _VALUES[wanted.values.dtype], _SCALES[wanted.parts["scale"].dtype]
+        dtypes = VALUES[wanted.values.dtype], SCALES[wanted.parts["scale"].dtype]
         into = wanted.into
         self._rows.append(
             (values_at, scale_at, into.data_ptr(), rows, columns, into.stride(0), -(-columns // width), height, width, *dtypes)
         )
         return -(-rows // TILE[0]) * -(-columns // TILE[1])
-
-    def add_nothing(self) -> None:
-        """Add a tensor without rows."""
-        self._rows.append((0, 0, 0, 0, 1, 1, 1, 1, 1, 0, 0))
 
     def to(self, device: torch.device) -> None:
         """Copy the table to where the kernel runs."""
@@ -83,18 +79,9 @@ class KernelTable:
         _kernel()[(len(table) * max_tiles,)](table, data, max_tiles, *TILE, num_warps=4)
 
 
-def warm_up(device: torch.device) -> None:
-    """Compile the kernel, if there is one for this device: Triton does so when it is first run."""
-    if _has_kernel(device):
-        with torch.cuda.device(device):
-            table = KernelTable()
-            table.add_nothing()
-            table.to(device)
-            table.run(torch.zeros(16, dtype=torch.uint8, device=device), slice(0, 1), 1)
-
-
 @cache
-def _has_kernel(device: torch.device) -> bool:
+def has_kernel(device: torch.device) -> bool:
+    """Whether Triton can make it for this device. What it makes is proved by `m2ray.model.quantization.fused_proof`."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9) and not triton_problem()
 
 
