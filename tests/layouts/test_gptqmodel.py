@@ -26,3 +26,16 @@ def test_random_words(columns, rows, group, zeros_one_less) -> None:
         convert_gptq_v1_to_v2_format_module(layer, 4, torch.int32)
     layer.post_init()
     assert same_bits(gptq.unpack(*stored, zeros_one_less=zeros_one_less), layer.dequantize_weight().t())
+
+
+def test_what_its_packer_writes() -> None:
+    columns, rows, group = 64, 32, 32
+    layer, linear = layer_of(columns, rows, group), torch.nn.Linear(columns, rows, bias=False)
+    g_idx = torch.arange(columns)[torch.randperm(columns)].int() // group
+    scales, zeros = random_scales(rows, columns // group).half(), torch.randint(0, 16, (rows, columns // group))
+    numbers = torch.randint(0, 16, (rows, columns))
+    weight = (numbers - zeros[:, g_idx.long()]) * scales[:, g_idx.long()]
+    linear.weight.data = weight.float()
+    layer.pack_original(linear, scales, zeros, g_idx)  # its other packers compile code for minutes first
+    stored = layer.qweight, layer.qzeros, layer.scales, layer.g_idx
+    assert same_bits(gptq.unpack(*stored, zeros_one_less=False), weight)
