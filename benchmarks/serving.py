@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 
 import m2ray
 from benchmarks.records import Row, record
-from m2ray.chain.connecting import WarmChain
+from m2ray.api.connecting import WarmChain
 from m2ray.chain.progress import Progress
 from m2ray.chain.serving import serve, stop
 from m2ray.config import ExtractConfig

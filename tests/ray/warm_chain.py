@@ -16,7 +16,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 import m2ray
-from m2ray.chain.connecting import WarmChain
+from m2ray.api.connecting import WarmChain
 from m2ray.errors import M2rayError
 
 OPTIONS = {"store_dtype": "float32", "id_column": "id", "shard_tokens": 400}

@@ -14,7 +14,17 @@ from m2ray.batches import TOKEN_ROW
 from m2ray.chain import http as module
 from m2ray.chain.http import Front, Response, digest_of, required_token
 from m2ray.chain.requests import MAX_REQUEST_BYTES, Answer, Request
-from m2ray.errors import BusyError, ClusterError, ConfigError, M2rayError, PromptsError, StageMemoryError, StoreError, TooLargeError
+from m2ray.errors import (
+    BusyError,
+    ClusterError,
+    ConfigError,
+    M2rayError,
+    MissingPackageError,
+    PromptsError,
+    StageMemoryError,
+    StoreError,
+    TooLargeError,
+)
 
 SECRET = "0123456789abcdef"
 ASKED = {"prompts": ["sea"], "sites": "residual:30"}
@@ -156,5 +166,5 @@ def test_a_token_has_to_be_there_and_long_enough(monkeypatch: pytest.MonkeyPatch
 
 def test_without_ray_serve_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(ConfigError, match=r"m2ray\[serve\]"):
+    with pytest.raises(MissingPackageError, match=r"m2ray\[serve\]"):
         required_token()
