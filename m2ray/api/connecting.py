@@ -40,6 +40,7 @@ class WarmChain:
         with ExitStack() as stack:
             stack.enter_context(cluster(_JOIN_S))
             self._standing: Standing = find(name)
+            self._standing.require_loaded()
             self._joined = stack.pop_all()
         self.name = name
 

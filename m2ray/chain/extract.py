@@ -195,7 +195,9 @@ def _standing(config: ExtractConfig, stack: ExitStack, stop: Stop, progress: Pro
     with stop.at_once(GOES_ON):
         require_cluster()
         stack.enter_context(cluster(config.placement_timeout_s, progress.say))
-        return find(config.chain)
+        standing = find(config.chain)
+        standing.require_loaded()
+        return standing
 
 
 def _plan(inputs: Inputs, hardware: Hardware, stats: PromptStats) -> Plan:

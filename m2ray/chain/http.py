@@ -188,10 +188,12 @@ def start_http(name: str, host: str, port: int, route: str) -> None:
 
 
 def stop_http(name: str) -> None:
-    """Answer a chain's requests no longer."""
+    """Answer a chain's requests no longer. Ray Serve ends with its last application."""
     from ray import serve
 
     serve.delete(_application(name))
+    if not serve.status().applications:
+        serve.shutdown()
 
 
 def _application(name: str) -> str:
