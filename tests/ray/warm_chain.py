@@ -28,8 +28,10 @@ def pids(chain: WarmChain) -> list[int]:
 
 
 def refused(chain: WarmChain, prompts: str, output: str, **options: object) -> str:
+    """What a job that names a model or a way to compute itself is refused with."""
+    model = chain._standing.served.model_url
     try:
-        chain.extract(prompts=prompts, output=output, **OPTIONS, **options)
+        m2ray.extract(**{"model": model, "prompts": prompts, "output": output, "chain": chain.name, **OPTIONS, **options})
     except M2rayError as error:
         return str(error)
     return "not refused"
