@@ -2,7 +2,8 @@
 
     python warm_chain.py NAME PROMPTS OUTPUT
 
-Run by test_warm_chain.py; the runs are OUTPUT/first and OUTPUT/second, the requests' rows OUTPUT/*.safetensors.
+Run by test_warm_chain.py; the runs are OUTPUT/first, OUTPUT/second and OUTPUT/asked, the requests' rows OUTPUT/*.safetensors. The chain is
+stopped at the end.
 """
 
 import json
@@ -13,10 +14,12 @@ import threading
 import time
 from pathlib import Path
 
+from click.testing import CliRunner
 from safetensors.torch import save_file
 
 import m2ray
 from m2ray.api.connecting import WarmChain
+from m2ray.cli import chains, serve
 from m2ray.errors import M2rayError
 
 OPTIONS = {"store_dtype": "float32", "id_column": "id", "shard_tokens": 400}
@@ -46,6 +49,7 @@ def main() -> None:
         seen["repr"] = repr(chain)
         seen["before"] = pids(chain)
         save_file(chain.activations(asked, sites=SITES), output / "idle.safetensors")
+        chain.extract(prompts=asked, output=str(output / "asked"), sites=SITES, store_dtype="float32", shard_tokens=400)
         chain.extract(prompts=prompts, output=str(output / "first"), **OPTIONS)
         beside: list[dict[str, object]] = []
 
@@ -73,6 +77,9 @@ def main() -> None:
         seen["mended"] = pids(chain)
         status = chain.status()
         seen["status"] = [status.is_loaded, status.jobs, status.answered, status.job, status.trouble]
+        seen["listed"] = CliRunner().invoke(chains.command, []).output
+        seen["stopped"] = CliRunner().invoke(serve.command, ["--stop", name]).output
+        seen["none"] = CliRunner().invoke(chains.command, []).output
     print(json.dumps(seen))  # noqa: T201 - what the test reads
 
 
