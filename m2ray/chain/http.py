@@ -10,6 +10,7 @@ import hashlib
 import hmac
 import importlib.util
 import json
+import logging
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any, NamedTuple
@@ -182,15 +183,20 @@ def start_http(name: str, host: str, port: int, route: str) -> None:
     token = required_token()
     from ray import serve
 
-    serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
-    deployment = serve.deployment(name="front", max_ongoing_requests=2 * MAX_REQUESTS, ray_actor_options={"num_cpus": 0})(Front)
-    serve.run(deployment.bind(name, digest_of(token)), name=_application(name), route_prefix=route)
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    quiet = {"log_level": "ERROR", "enable_access_log": False}
+    serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port}, logging_config=quiet)
+    served = serve.deployment(name="front", max_ongoing_requests=2 * MAX_REQUESTS, ray_actor_options={"num_cpus": 0}, logging_config=quiet)(
+        Front
+    )
+    serve.run(served.bind(name, digest_of(token)), name=_application(name), route_prefix=route)
 
 
 def stop_http(name: str) -> None:
     """Answer a chain's requests no longer. Ray Serve ends with its last application."""
     from ray import serve
 
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
     serve.delete(_application(name))
     if not serve.status().applications:
         serve.shutdown()
