@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import re
 import shutil
 from collections.abc import Callable
@@ -205,7 +206,7 @@ def test_a_run_goes_on_under_the_versions_that_it_began_with_alone(
     installed(monkeypatch)
     begin(monkeypatch, sound_model, prompts, run)
     job = json.loads((run / "job.json").read_text())
-    assert (job["versions"], job["m2ray_version"]) == (VERSIONS, __version__)
+    assert (job["versions"], job["m2ray_version"]) == ({**VERSIONS, "python": platform.python_version()}, __version__)
     assert job["names"] == {"model": str(sound_model), "prompts": str(prompts)}
     installed(monkeypatch, torch="2.13.0+cu130")
     assert "RAY_ADDRESS" in extract(sound_model, prompts, run).stderr, "another build of the same version"
@@ -216,9 +217,27 @@ def test_a_run_goes_on_under_the_versions_that_it_began_with_alone(
     assert "torch" not in refused.stderr
     shown = CliRunner().invoke(main, ["inspect", str(run)]).stdout
     assert f"model      {sound_model}" in shown
-    assert f"begun by   m2ray {__version__}, torch 2.13.0+cpu, transformers 5.24.0, tokenizers 0.23.3" in shown
+    assert (
+        f"begun by   m2ray {__version__}, torch 2.13.0+cpu, transformers 5.24.0, tokenizers 0.23.3, python {platform.python_version()}"
+        in shown
+    )
     facts = json.loads(CliRunner().invoke(main, ["inspect", str(run), "--json"]).stdout)
     assert (facts["versions"], facts["names"]) == (job["versions"], job["names"])
+
+
+def test_a_limit_is_of_the_run(sound_model: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "run"
+    begin(monkeypatch, sound_model, prompts, run, "--limit", "1")
+    job = json.loads((run / "job.json").read_text())
+    assert (job["options"]["limit"], job["counts"]["sequences"], job["counts"]["tokens"] > 0) == (1, 1, True)
+    assert_refused(extract(sound_model, prompts, run), "limit: 1 in the run, null now")
+    with prompts.open("a") as file:
+        file.write('{"text": "five"}\n')
+    assert_refused(extract(sound_model, prompts, run, "--limit", "1"), "fingerprints.prompts")
+    planned = CliRunner().invoke(
+        main, ["plan", "--model", str(sound_model), "--prompts", str(prompts), "--limit", "2", "--gpus", "1xH100", "--json"]
+    )
+    assert json.loads(planned.stdout)["prompts"]["sequences"] == 2, planned.output
 
 
 def test_a_stage_on_a_node_with_other_versions_refuses_before_it_loads(
