@@ -8,7 +8,7 @@ Whoever has the token of M2RAY_SERVE_TOKEN may ask; Ray is told no more than its
 import asyncio
 import hashlib
 import hmac
-import importlib.util
+import importlib
 import json
 import logging
 import os
@@ -26,12 +26,12 @@ from m2ray.errors import (
     ClusterError,
     ConfigError,
     M2rayError,
-    MissingPackageError,
     PromptsError,
     StageError,
     StageMemoryError,
     TooLargeError,
 )
+from m2ray.extras import naming_extras
 
 TOKEN = "M2RAY_SERVE_TOKEN"  # noqa: S105 - the name of the variable
 PATH = "/v1/activations"
@@ -164,11 +164,9 @@ def digest_of(token: str) -> str:
 
 
 def required_token() -> str:
-    """The token that requests have to bring. Raises ConfigError, also where Ray Serve is not installed."""
-    if importlib.util.find_spec("starlette") is None:
-        raise MissingPackageError(
-            "Requests over HTTP need Ray Serve, which is not installed.", 'pip install "m2ray[serve]", on every node.'
-        )
+    """The token that requests have to bring. Raises ConfigError, and MissingPackageError where Ray Serve is not installed."""
+    with naming_extras():
+        importlib.import_module("starlette")
     token = os.environ.get(TOKEN, "")
     if len(token) < _LEAST_CHARACTERS:
         raise ConfigError(
@@ -179,7 +177,7 @@ def required_token() -> str:
 
 
 def start_http(name: str, host: str, port: int, route: str) -> None:
-    """Answer a chain's requests at this address. Raises ConfigError as `required_token`."""
+    """Answer a chain's requests at this address. Raises as `required_token`."""
     token = required_token()
     from ray import serve
 

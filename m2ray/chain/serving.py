@@ -17,6 +17,7 @@ from m2ray.chain.stopping import Stop, stop_on_sigterm
 from m2ray.chain.warm import asked, find, names, require_cluster
 from m2ray.config import ExtractConfig
 from m2ray.errors import ClusterError, ConfigError, M2rayError, raise_all
+from m2ray.hub import located
 from m2ray.model.attention import resolve_attn_implementation
 from m2ray.model.checkpoint import Checkpoint, open_checkpoint, up_to_layer
 from m2ray.model.families import default_max_length, require_dtype, require_positions, steady_positions
@@ -58,6 +59,7 @@ def serve(
         M2rayError: what is wrong with configuration or model, before the cluster is joined; the name is taken, the chain finds no room, or
             it fails to load. Nothing of it is left then.
     """
+    config = located(config)
     with stop_on_sigterm() as stop, ExitStack() as stack:
         require_name(name)
         require_cluster()
