@@ -7,13 +7,9 @@ from os import PathLike, fspath
 from typing import Any, Literal, TypedDict, TypeVar
 
 from m2ray.config import Attention, ExtractConfig, OffloadTo, Transport
-from m2ray.hub import is_name
-from m2ray.storage import local_folder
 
 Layers = str | int | Sequence[int]
 """Layers as text ("0,7,20-61"), or their numbers."""
-
-_FOLDERS = {"model", "output", "offload_folder"}
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -84,15 +80,8 @@ class PlanOptions(Options, total=False):
 
 
 def as_written(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options with Python's values as a TOML file has them: paths and lists of layers or sites as text. What is None is left out.
-
-    Local folders become absolute: stages that run on a cluster which is there already are started elsewhere than this process.
-    """
+    """Options with Python's values as a TOML file has them: paths and lists of layers or sites as text. What is None is left out."""
     given = {name: fspath(value) if isinstance(value, PathLike) else value for name, value in options.items() if value is not None}
-    for name in _FOLDERS & given.keys():
-        folder = local_folder(given[name])
-        if folder is not None and not (name == "model" and is_name(given[name])):  # which the hub's cache has
-            given[name] = str(folder.absolute())
     if "layers" in given:
         given["layers"] = _layers(given["layers"])
     sites = given.get("sites")

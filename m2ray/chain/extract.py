@@ -21,6 +21,7 @@ from m2ray.chain.actors import Actors, ActorsOfChain
 from m2ray.chain.checking import Inputs, check, look
 from m2ray.chain.driver import Chain
 from m2ray.chain.joining import cluster
+from m2ray.chain.loading import absolute
 from m2ray.chain.metrics import Metrics
 from m2ray.chain.monitor import Monitor
 from m2ray.chain.placement import reserve
@@ -51,7 +52,7 @@ def extract(config: ExtractConfig, progress: Progress) -> RunSummary:
         M2rayError: before Ray is started for bad configuration, checkpoint, prompts or output, or another driver at the run; before anything is written for a
             cluster that does not hold the plan; later for what fails there; at any time for SIGTERM.
     """
-    config = located(config)
+    config = absolute(located(config))
     with stop_on_sigterm() as stop, no_empty_folders(config.output), ExitStack() as stack:
         standing = _standing(config, stack, stop, progress)
         inputs = check(standing.agreed(config) if standing else config, stack, stop, progress)

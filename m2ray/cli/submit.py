@@ -22,12 +22,13 @@ from m2ray.config import ExtractConfig
 from m2ray.errors import ClusterError, shown
 
 _CTRL_C = 130
+_LOCAL = "http://127.0.0.1:8265"
 
 
 @click.command(cls=Command)
 @config_options
 @click.option(
-    "--address", envvar="RAY_API_SERVER_ADDRESS", default="http://127.0.0.1:8265", show_default=True, help="The cluster's dashboard."
+    "--address", envvar="RAY_API_SERVER_ADDRESS", help=f"The cluster's dashboard; default: RAY_ADDRESS if that is a URL, else {_LOCAL}."
 )
 @click.option(
     "--working-dir",
@@ -35,13 +36,14 @@ _CTRL_C = 130
     help="Folder that travels to the cluster too, where relative prompts lie; default: none.",
 )
 @click.option("--no-wait", is_flag=True, help="Return as soon as the job is accepted.")
-def command(toml_path: Path | None, address: str, working_dir: Path | None, no_wait: bool, **flags: Any) -> None:
+def command(toml_path: Path | None, address: str | None, working_dir: Path | None, no_wait: bool, **flags: Any) -> None:
     """Submit `m2ray extract` with the same options as a job of a Ray cluster, with this m2ray: the cluster has to have what it needs alone.
 
     Follows the job's log and returns its exit code. Ctrl-C asks whether to stop the job or to leave it running.
     """
     config = read_config(toml_path, flags)
     require_absolute(config, *(() if working_dir else ("prompts", "chat_template")))
+    address = address or _named_elsewhere()
     with _told_in_short(address, "Check --address: where `ray start --head` says that the dashboard is."):
         client = _client(address)
         job_id: str = client.submit_job(entrypoint=_entrypoint(config), runtime_env=_runtime_env(working_dir))
@@ -73,7 +75,13 @@ def _runtime_env(working_dir: Path | None) -> dict[str, Any]:
     return brought | ({"working_dir": str(working_dir.resolve())} if working_dir else {})
 
 
+def _named_elsewhere() -> str:
+    named = os.environ.get("RAY_ADDRESS", "")
+    return named if named.startswith("http") else _LOCAL
+
+
 def _client(address: str) -> Any:
+    os.environ["RAY_API_SERVER_ADDRESS"] = address  # else Ray takes RAY_ADDRESS, whatever it is told here
     from ray.job_submission import JobSubmissionClient
 
     for name in ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk", "ray._private.runtime_env.packaging"):

@@ -26,6 +26,7 @@ def test_prompts_in_memory_are_stopped_and_gone_on_with_from_any_thread(cluster:
     told = json.loads(called.stdout.splitlines()[-1])
     assert "not complete: 0 of" in told["stopped"]
     assert "Stopped by Ctrl-C. Committed shards are kept" in called.stdout
+    assert told["stays"], "whoever joined Ray by themselves keep it"
     assert told["finished"].endswith("complete>")
     assert told["layers"] == [0, 2]
     assert len(told["same"]) == 40

@@ -14,6 +14,7 @@ import pytest
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
+import m2ray
 from m2ray import __version__, provenance
 from m2ray.activations.json_record import digest
 from m2ray.chain.loading import require_run_folder
@@ -237,7 +238,40 @@ def test_a_limit_is_of_the_run(sound_model: Path, prompts: Path, tmp_path: Path,
     planned = CliRunner().invoke(
         main, ["plan", "--model", str(sound_model), "--prompts", str(prompts), "--limit", "2", "--gpus", "1xH100", "--json"]
     )
-    assert json.loads(planned.stdout)["prompts"]["sequences"] == 2, planned.output
+    assert json.loads(planned.stdout)["output"]["sequences"] == 2, planned.output
+
+
+def test_kept_columns_are_of_the_run(sound_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, prompts = tmp_path / "run", tmp_path / "labelled.jsonl"
+    prompts.write_text('{"text": "one two", "label": 7}\n{"text": "", "label": 8}\n', encoding="utf-8")
+    begin(monkeypatch, sound_model, prompts, run, "--keep-columns", "label")
+    assert m2ray.open_run(run).sequences["label"].to_pylist() == [7, 8]
+    assert_refused(extract(sound_model, prompts, run), 'keep_columns: ["label"] in the run, null now')
+    assert "RAY_ADDRESS" in extract(sound_model, prompts, run, "--keep-columns", "label").stderr, "it goes on"
+
+
+def test_relative_folders_are_those_of_the_driver(
+    sound_model: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stages are started elsewhere."""
+    monkeypatch.chdir(tmp_path)
+    Path("model").symlink_to(sound_model)
+    begin(monkeypatch, Path("model"), prompts, Path("run"))
+    assert m2ray.open_run(tmp_path / "run").job.names["model"] == str(tmp_path / "model")
+
+
+def test_an_option_that_a_run_did_not_know_yet_is_one_that_asks_for_nothing(
+    sound_model: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    begin(monkeypatch, sound_model, prompts, run)
+
+    def forget(job: dict) -> None:
+        del job["options"]["keep_columns"], job["digest"]
+        job["digest"] = digest(job)
+
+    edit_json(run / "job.json", forget)
+    assert "RAY_ADDRESS" in extract(sound_model, prompts, run).stderr, "it goes on"
 
 
 def test_a_stage_on_a_node_with_other_versions_refuses_before_it_loads(

@@ -45,7 +45,8 @@ def command(*words):
 
 opened = m2ray.open_run(run)
 assert opened.num_tokens == len(opened.tokens()) and isinstance(opened.layer(7).mean_norm(), float)
-assert len(opened.sequences) and not (set({EXTRAS["extract"]!r}) & sys.modules.keys())
+assert opened.layer(7).to_numpy().shape == (opened.num_tokens, 24) and len(opened.layer(7).to_arrow()) == opened.num_tokens
+assert repr(opened) and len(opened.sequences) and not (set({EXTRAS["extract"]!r}) & sys.modules.keys())
 for words in (["--help"], ["--version"], ["inspect", run], ["inspect", run, "--json"], ["verify", run, "--checksums"], ["extract", "--help"]):
     assert command(*words) == 0, words
 given = ["--model", "/m", "--prompts", "/p", "--output", run + "-2"]
