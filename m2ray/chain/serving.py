@@ -10,6 +10,7 @@ import ray
 from m2ray.chain.http import required_token, start_http
 from m2ray.chain.joining import cluster
 from m2ray.chain.keeper import NAMESPACE, Served, keeper_class
+from m2ray.chain.loading import absolute
 from m2ray.chain.probing import probe_hardware, require_versions
 from m2ray.chain.progress import Progress
 from m2ray.chain.report import start_lines
@@ -59,7 +60,7 @@ def serve(
         M2rayError: what is wrong with configuration or model, before the cluster is joined; the name is taken, the chain finds no room, or
             it fails to load. Nothing of it is left then.
     """
-    config = located(config)
+    config = absolute(located(config))
     with stop_on_sigterm() as stop, ExitStack() as stack:
         require_name(name)
         require_cluster()
