@@ -39,7 +39,7 @@ def killed_at_work(cluster: RayCluster, name: str, model: Path, prompts: Path, o
 
 @pytest.mark.timeout(240)
 def test_jobs_and_requests_share_a_loaded_chain(cluster: RayCluster, minimax: Path, prompts: Path, tmp_path: Path) -> None:  # noqa: F811
-    """Its driver is gone, another one is killed at work, and a stage is killed: what comes after finds the chain, and the right rows."""
+    """Its driver is gone, another one is killed at work, and stages are killed: what comes after finds the chain, and the right rows."""
     words = ("--name", "tiny", "--stages", "2", "--batch-tokens", "256", "--shard-tokens", "400", *DTYPES)
     has_serve = find_spec("starlette") is not None
     if has_serve:
@@ -72,8 +72,7 @@ def test_jobs_and_requests_share_a_loaded_chain(cluster: RayCluster, minimax: Pa
     for answer in answers[1:]:
         assert all(same_bits(answer[column], values) for column, values in answers[0].items())
     assert_rows_of_a_run(tmp_path / "asked", answers[0])
-    assert seen["mended"][0] != seen["after"][0], "the killed stage came back"
-    assert seen["mended"][1:] == seen["after"][1:]
+    assert not set(seen["mended"]) & set(seen["after"]), "the killed stages came back, one for a job and one for a request"
     assert seen["status"] == [True, 4, 6 if has_serve else 5, "", ""], (
         "loaded, four jobs with the killed one, the answers, nothing at work, no trouble"
     )

@@ -1,4 +1,4 @@
-"""What one process does with a warm chain: two jobs, requests beside them, a stage that is killed. Prints what it saw as JSON.
+"""What one process does with a warm chain: jobs, requests beside them, stages that are killed. Prints what it saw as JSON.
 
     python warm_chain.py NAME PROMPTS OUTPUT
 
@@ -65,7 +65,6 @@ def main() -> None:
         seen["repr"] = repr(chain)
         seen["before"] = pids(chain)
         save_file(chain.activations(asked, sites=SITES), output / "idle.safetensors")
-        chain.extract(prompts=asked, output=str(output / "asked"), sites=SITES, store_dtype="float32", shard_tokens=400)
         chain.extract(prompts=prompts, output=str(output / "first"), **OPTIONS)
         beside: list[dict[str, object]] = []
 
@@ -89,6 +88,8 @@ def main() -> None:
             refused(chain, prompts, str(output / "refused"), compute_dtype="bfloat16", threads_per_stage=2),
             refused(chain, prompts, str(output / "refused"), model=str(output)),
         ]
+        os.kill(pids(chain)[1], signal.SIGKILL)
+        chain.extract(prompts=asked, output=str(output / "asked"), sites=SITES, store_dtype="float32", shard_tokens=400)
         os.kill(pids(chain)[0], signal.SIGKILL)
         save_file(chain.activations(asked, sites=SITES), output / "mended.safetensors")
         seen["mended"] = pids(chain)
