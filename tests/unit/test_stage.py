@@ -288,7 +288,10 @@ def test_any_size_can_be_warmed_up(llama: Path, batch_tokens: int, monkeypatch: 
 
 def test_a_request_between_two_micro_batches_changes_neither(llama: Path) -> None:
     """What is taken of one micro-batch alone is what a stage takes that takes nothing else; the job's rows and losses know nothing of it."""
-    job, request = CaptureSpec({"residual": (1,), "mlp": (0, 2)}, "int8"), CaptureSpec({"residual": (4,)}, "float32", Selection("last"))
+    job, request = (
+        CaptureSpec({"residual": (1,), "mlp": (0, 2)}, "int8"),
+        CaptureSpec({"residual": (4,), "attention": (3,)}, "float32", Selection("last")),
+    )
     micro_batches = [micro_batch_of(LENGTHS, 96, seed=seed) for seed in range(3)]
 
     def stage_for(capture: CaptureSpec) -> Stage:
