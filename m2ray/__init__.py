@@ -6,14 +6,15 @@ from typing import TYPE_CHECKING, Any
 from m2ray.extras import naming_extras
 
 if TYPE_CHECKING:
+    from m2ray.api.connecting import connect as connect
     from m2ray.api.extracting import extract as extract
     from m2ray.api.opening import open_run as open_run
     from m2ray.api.planning import plan as plan
 
 __version__ = "0.2.0"
-__all__ = ["__version__", "extract", "open_run", "plan"]
+__all__ = ["__version__", "connect", "extract", "open_run", "plan"]
 
-_MODULES = {"extract": "extracting", "open_run": "opening", "plan": "planning"}
+_MODULES = {"connect": "connecting", "extract": "extracting", "open_run": "opening", "plan": "planning"}
 
 
 @naming_extras()

@@ -99,6 +99,14 @@ class ClusterError(M2rayError):
     """The Ray cluster cannot be reached or has no room for the stages."""
 
 
+class TooLargeError(M2rayError):
+    """A request to a warm chain asks for more than one answer may hold."""
+
+
+class BusyError(M2rayError):
+    """A warm chain has as many requests as it takes at one time."""
+
+
 class MissingPackageError(M2rayError):
     """A package is not installed that an extra of m2ray brings."""
 

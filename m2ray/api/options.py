@@ -64,6 +64,7 @@ class Options(TypedDict, total=False):
     placement_timeout_s: float
     stage_timeout_s: float
     wait: bool
+    chain: str | None
 
 
 class PlanOptions(Options, total=False):
