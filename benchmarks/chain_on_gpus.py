@@ -32,6 +32,7 @@ from m2ray.activations.job import JOB_KEY, Counts, JobRecord, ModelFacts
 from m2ray.activations.writing.writer import WriterSpec
 from m2ray.batches import LayerSpan, MicroBatch, Shard
 from m2ray.chain.actor import Job
+from m2ray.chain.actors import Actors
 from m2ray.chain.driver import Chain, ShardAttempt
 from m2ray.chain.placement import Reservation, Room
 from m2ray.chain.queue import ShardQueue
@@ -228,7 +229,7 @@ class Chains:
         room = Room(node["NodeManagerAddress"], node["NodeID"], self.num_gpus / num_stages, 1.0)
         reservation = Reservation([room] * num_stages, {})
         reservation.wait(60.0)
-        stages = Stages(specs, reservation, transport=transport, timeout_s=600.0, placement_timeout_s=60.0)
+        stages = Stages(specs, Actors(specs, reservation, transport, 600.0, 60.0), timeout_s=600.0)
         try:
             yield stages
         finally:

@@ -22,6 +22,7 @@ from benchmarks.records import Row, record
 from m2ray.activations.writing.writer import WriterSpec
 from m2ray.batches import LayerSpan, MicroBatch, PartReceipt, Shard
 from m2ray.chain.actor import Job
+from m2ray.chain.actors import Actors
 from m2ray.chain.completion import Completed, GatheredShard
 from m2ray.chain.driver import Chain, ShardAttempt
 from m2ray.chain.replicas import Replicas
@@ -99,9 +100,10 @@ class NoStages(Stages):
 
     def __init__(self, num_stages: int, actor: Any) -> None:
         specs = [(StageSpec("", LayerSpan(index, index + 1), "bfloat16", "auto", "cpu", None),) for index in range(num_stages)]
-        super().__init__(specs, None, transport="auto", timeout_s=60.0, placement_timeout_s=60.0)  # type: ignore[arg-type]
+        actors = Actors(specs, None, "auto", 60.0, 60.0)  # type: ignore[arg-type]
+        super().__init__(specs, actors, timeout_s=60.0)
         self.begin(Job(CaptureSpec({}, "bfloat16"), WriterSpec("", {}, 0, 1), SEQUENCES * LENGTH))
-        self._actors.handles = [actor] * num_stages
+        actors.handles = [actor] * num_stages
 
     def close(self) -> None:
         """The actors are ended by whoever started them."""

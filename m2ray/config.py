@@ -196,6 +196,7 @@ class ExtractConfig(BaseModel):
         1800.0, description="Seconds without any progress after which silent stages are restarted."
     )
     wait: bool = Field(False, description="Another driver is at the run: wait for its end; else it is refused.")
+    chain: NonEmpty | None = Field(None, description="Run on the warm chain of this name (`m2ray serve`), which has the model loaded.")
 
     @classmethod
     def row_options(cls) -> tuple[str, ...]:

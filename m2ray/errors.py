@@ -99,6 +99,14 @@ class ClusterError(M2rayError):
     """The Ray cluster cannot be reached or has no room for the stages."""
 
 
+class TooLargeError(M2rayError):
+    """A request to a warm chain asks for more than one answer may hold."""
+
+
+class BusyError(M2rayError):
+    """A warm chain has as many requests as it takes at one time."""
+
+
 class StageError(M2rayError):
     """A stage died, hung or failed in the middle of a shard."""
 

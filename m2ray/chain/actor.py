@@ -14,21 +14,22 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ray
 import torch
+from ray.exceptions import GetTimeoutError
 
 from m2ray.activations.writing.writer import ActivationWriter, WriterSpec
-from m2ray.batches import MicroBatch, PartReceipt
+from m2ray.batches import CapturedLayer, MicroBatch, PartReceipt
 from m2ray.chain.completion import Completed, Completion, GatheredShard
 from m2ray.chain.cuda_ipc import Offer
 from m2ray.chain.door import Door
 from m2ray.chain.failure import as_memory_error
 from m2ray.chain.loading import require_gpus, require_run_folder, warm_up
 from m2ray.chain.status import StageStatus, measure_gpus, status_here, with_micro_batch, with_peaks, with_writer
-from m2ray.chain.transport import Incoming, Outgoing, Payload
+from m2ray.chain.transport import Incoming, Outgoing, Parcel, Payload, receive, send
 from m2ray.chain.turns import Turns
 from m2ray.config import Transport
 from m2ray.errors import StoreError
 from m2ray.model.boundary import Boundary
-from m2ray.model.capture import CaptureSpec
+from m2ray.model.capture import CaptureSpec, Taking
 from m2ray.model.stage import Stage, StageOutput, StageSpec, load_stage
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ class StageActor:
         self._job: Job | None = None
         self._writer: ActivationWriter | None = None
         self._consumers: tuple[Consumer, ...] = ()
+        self._answering: tuple[CaptureSpec, list[Taking]] | None = None
         self._timeout_s = timeout_s
         self._limit_s = 2 * timeout_s  # twice the watchdog's limit: the driver is the one that decides
         self._turns = Turns(epoch)
@@ -155,12 +157,15 @@ class StageActor:
         """Begin an epoch: steps count from 0 again, what is still to come of earlier ones is dropped, `attempts` are given up.
 
         Args:
+            epoch: later than any before; the call of an earlier one comes late and does nothing.
             attempts: (shard, attempt) of all that were in flight.
 
         Raises:
             TimeoutError: the micro-batch that is being computed does not end.
         """
         with self._turns.changed:
+            if epoch < self._turns.epoch:
+                return
             self._turns.begin(epoch)
             self._completion = Completion(self._turns)
         if self._job is None:
@@ -232,6 +237,45 @@ class StageActor:
         self._status = with_micro_batch(self._status, micro_batch, compute_s, copied_at - computed_at, since_begin_s)
         self._turns.finish_step(epoch)
 
+    @ray.method(concurrency_group="answer")
+    def answer(
+        self, capture: CaptureSpec, micro_batch: MicroBatch, parcel: Parcel | None, followers: Sequence[Any]
+    ) -> tuple[tuple[CapturedLayer, ...], Any]:
+        """Compute a micro-batch of a request, between those of a job, and let the stages that follow go on with it.
+
+        It has no place in the order of a job's micro-batches, and nothing of it is written: what fails concerns whoever asked.
+
+        Args:
+            capture: what is taken of it.
+            parcel: what the stage before hands on; None for the first stage.
+            followers: the stages that are still to compute.
+
+        Returns:
+            What was captured here, and the call that gives the same of the next stage, or None.
+        """
+        self.load()  # one that came back a moment ago
+        boundary = None if parcel is None else receive(parcel, pinned=self._on_gpu)
+        computed = self._compute.thread.submit(self._compute_answer, capture, micro_batch, boundary)
+        try:
+            outputs = computed.result(self._limit_s)
+        except TimeoutError as error:
+            raise GetTimeoutError(f"A request waited {self._limit_s:g} s for its turn in the {self._status.span}.") from error
+        following = None
+        if followers:
+            handed_on = ray.put(send(outputs[-1].on_host()))
+            following = followers[0].answer.remote(capture, micro_batch, handed_on, followers[1:])
+        return tuple(layer for output in outputs for layer in output.captured), following
+
+    def _compute_answer(self, capture: CaptureSpec, micro_batch: MicroBatch, boundary: Boundary | None) -> list[StageOutput]:
+        if self._answering is None or self._answering[0] != capture:
+            self._answering = capture, [stage.taking(capture) for stage in self._stages]
+        outputs: list[StageOutput] = []
+        with self._finding_room(micro_batch):
+            for stage, taking in zip(self._stages, self._answering[1], strict=True):
+                outputs.append(stage.forward(micro_batch, boundary, taking))
+                boundary = outputs[-1].boundary
+        return outputs
+
     @ray.method(concurrency_group="control", num_returns=0)
     def release(self, epoch: int) -> None:
         """The next stage has fetched the hidden states that lay in this one's slot."""
@@ -274,7 +318,8 @@ class StageActor:
 
     @ray.method(concurrency_group="control")
     def close(self) -> None:
-        """End the writers; unfinished parts are given up."""
+        """End the job and its writers; unfinished parts are given up."""
+        self._job = None
         for consumer in self._consumers:
             consumer.close(_CLOSE_S)
 
@@ -312,7 +357,6 @@ class StageActor:
         assert self._stages, "load() comes first"
         if job == self._job:
             return
-        self._job = None
         self.close()
         for stage, spec in zip(self._stages, self._specs, strict=True):
             stage.begin(job.capture)
@@ -349,5 +393,5 @@ def actor_class(num_take_threads: int) -> Any:
 
     They must be more than the micro-batches in flight: Ray may hand them over out of order, and each waits its turn.
     """
-    groups = {"take": num_take_threads, "collect": 4, "control": 4, "watch": 4}
+    groups = {"take": num_take_threads, "collect": 4, "control": 4, "watch": 4, "answer": 4}
     return ray.remote(concurrency_groups=groups, allow_out_of_order_execution=True, max_restarts=0, max_task_retries=0)(StageActor)

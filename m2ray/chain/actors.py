@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import ray
 from ray.exceptions import RayError
@@ -27,8 +27,29 @@ START_S = 60.0
 """What a worker process with torch may take to start on a busy node."""
 
 
+class ActorsOfChain(Protocol):
+    """One actor a stage, in the order of the layers: this process's own (`Actors`), or those of a chain that stands already."""
+
+    handles: list[Any]
+
+    def start(self, epoch: int) -> None:
+        """Start all, in the epoch that the chain is in."""
+
+    def restart(self, lost: Mapping[int, StageStatus | None], epoch: int) -> bool:
+        """Start the lost ones again. As `Actors.restart`."""
+
+    def end(self) -> None:
+        """Have no more to do with them, from any thread."""
+
+
 class Actors:
-    """One actor a stage, in the order of the layers. The arguments are those of Stages."""
+    """Actors that end with this process.
+
+    Args:
+        specs: what each stage holds: one spec a device.
+        timeout_s: how long a stage may be silent.
+        placement_timeout_s: how long a lost bundle may take to come back.
+    """
 
     def __init__(
         self,

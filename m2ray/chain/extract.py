@@ -3,8 +3,8 @@
 import json
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from uuid import uuid4
@@ -15,20 +15,23 @@ from m2ray.activations.statistics import FOLDER, read_statistics_record
 from m2ray.activations.writing.commits import Run, RunSummary, claim_run, go_on_with
 from m2ray.activations.writing.weights_record import hold_weights
 from m2ray.activations.writing.writer import WriterSpec
-from m2ray.batches import LayerSpan, MicroBatch, PromptStats, Shard
+from m2ray.batches import MicroBatch, PromptStats, Shard
 from m2ray.chain.actor import Job
+from m2ray.chain.actors import Actors, ActorsOfChain
 from m2ray.chain.checking import Inputs, check, look
 from m2ray.chain.driver import Chain
 from m2ray.chain.joining import cluster
 from m2ray.chain.metrics import Metrics
 from m2ray.chain.monitor import Monitor
-from m2ray.chain.placement import Reservation, reserve
+from m2ray.chain.placement import reserve
 from m2ray.chain.probing import Hardware, probe_hardware, require_versions
 from m2ray.chain.progress import Progress
 from m2ray.chain.replicas import Replicas
 from m2ray.chain.report import REPORT, build_report, start_lines, summary_lines
+from m2ray.chain.specs import stage_specs
 from m2ray.chain.stages import Stages
 from m2ray.chain.stopping import GOES_ON, NOTHING_WRITTEN, Stop, stop_on_sigterm
+from m2ray.chain.warm import Standing, find, require_cluster
 from m2ray.config import ExtractConfig
 from m2ray.errors import M2rayError, RunConflictError, shown
 from m2ray.model.capture import CaptureSpec
@@ -47,8 +50,10 @@ def extract(config: ExtractConfig, progress: Progress) -> RunSummary:
             cluster that does not hold the plan; later for what fails there; at any time for SIGTERM.
     """
     with stop_on_sigterm() as stop, no_empty_folders(config.output), ExitStack() as stack:
-        inputs = check(config, stack, stop, progress)
-        work = _resume(inputs, stack, stop, progress) if inputs.recorded else _begin(inputs, stack, stop, progress)
+        standing = _standing(config, stack, stop, progress)
+        inputs = check(standing.agreed(config) if standing else config, stack, stop, progress)
+        known = standing.hardware_for(inputs) if standing else None
+        work = (_resume if inputs.recorded else _begin)(inputs, stack, stop, progress, known)
         if work.hardware is not None:
             _run(work, work.hardware, stop, progress)
         return _finish(work, progress)
@@ -69,7 +74,7 @@ class _Work:
 # -- beginning and going on -----------------------------------------------------------------------------------------------
 
 
-def _begin(inputs: Inputs, stack: ExitStack, stop: Stop, progress: Progress) -> _Work:
+def _begin(inputs: Inputs, stack: ExitStack, stop: Stop, progress: Progress, hardware: Hardware | None) -> _Work:
     """Survey the prompts, look at the hardware, and claim the run for what fits there."""
     found = None
     try:
@@ -79,11 +84,11 @@ def _begin(inputs: Inputs, stack: ExitStack, stop: Stop, progress: Progress) -> 
             found = survey(inputs.source, inputs.tokenizer, inputs.store, attempt, shard_tokens, on_progress=counting)
             counting(found.num_sequences, is_done=True)
             stack.enter_context(found.tokens)
-            hardware = _hardware(inputs.options, stack, progress)
-            longest_tokens = found.shards.longest_tokens
-            inputs = inputs.on(hardware.cluster, longest_tokens, partial(estimated_batching, found.shards))
+            hardware = hardware or _hardware(inputs.options, stack, progress)
+            if not hardware.chain:
+                inputs = inputs.on(hardware.cluster, found.shards.longest_tokens, partial(estimated_batching, found.shards))
             stats = batching(found.shards, inputs.options.batch_tokens)
-            plan_run(inputs.demand(longest_tokens), hardware.cluster, stats).require_fit()
+            _plan(inputs, hardware, stats).require_fit()
     except M2rayError:
         if found is not None:  # no record names its files: job.json comes later
             _discard(inputs, found)
@@ -160,7 +165,7 @@ def _discard(inputs: Inputs, found: Survey) -> None:
     inputs.store.delete([file.key for file in found.sequence_files])
 
 
-def _resume(inputs: Inputs, stack: ExitStack, stop: Stop, progress: Progress, hardware: Hardware | None = None) -> _Work:
+def _resume(inputs: Inputs, stack: ExitStack, stop: Stop, progress: Progress, hardware: Hardware | None) -> _Work:
     """Go on with a run: its shards as they were fixed, and the missing ones' prompts tokenised again."""
     with stop.at_once(GOES_ON):
         store, recorded = inputs.store, inputs.recorded
@@ -178,8 +183,25 @@ def _resume(inputs: Inputs, stack: ExitStack, stop: Stop, progress: Progress, ha
         if missing:
             counting(recorded.counts.sequences, is_done=True)
             hardware = hardware or _hardware(inputs.options, stack, progress)
-            inputs = inputs.on(hardware.cluster, max(int(shard.token_counts.max()) for shard in missing))
+            if not hardware.chain:
+                inputs = inputs.on(hardware.cluster, max(int(shard.token_counts.max()) for shard in missing))
         return _Work(inputs, run, shards, missing, tokens, hardware if missing else None)
+
+
+def _standing(config: ExtractConfig, stack: ExitStack, stop: Stop, progress: Progress) -> Standing | None:
+    """The chain that the configuration names, which stands already; None where it names none."""
+    if config.chain is None:
+        return None
+    with stop.at_once(GOES_ON):
+        require_cluster()
+        stack.enter_context(cluster(config.placement_timeout_s, progress.say))
+        return find(config.chain)
+
+
+def _plan(inputs: Inputs, hardware: Hardware, stats: PromptStats) -> Plan:
+    if hardware.chain:
+        return hardware.chain.plan(inputs, stats)
+    return plan_run(inputs.demand(stats.longest_tokens), hardware.cluster, stats)
 
 
 def _hardware(options: RunOptions, stack: ExitStack, progress: Progress) -> Hardware:
@@ -222,15 +244,15 @@ def _run(work: _Work, hardware: Hardware, stop: Stop, progress: Progress) -> Non
     """Plan, reserve room, run the chains, commit each shard as it completes, and report."""
     options = work.inputs.options
     stats = batching(work.missing, options.batch_tokens)
-    wanted = plan_run(work.inputs.demand(stats.longest_tokens), hardware.cluster, stats)
+    wanted = _plan(work.inputs, hardware, stats)
     wanted.require_fit(has_begun=True)
     with ExitStack() as stack:
         with stop.at_once(GOES_ON):
-            plan, reservations = stack.enter_context(reserve(wanted, hardware, options.placement_timeout_s))
+            plan, actors = stack.enter_context(_actors(work, wanted, hardware, stop, progress))
         for line in start_lines(plan):
             progress.say(line)
         batches_of = _micro_batches_of(work)
-        chains = [(_chain(plan, stages, batches_of, progress), stages) for stages in _stages(work, plan, hardware, reservations)]
+        chains = [(_chain(plan, stages, batches_of, progress), stages) for stages in _stages(work, plan, hardware, actors)]
         computed_on = hardware.cluster.kinds(of_gpus=bool(plan.gpus))
         monitor = Monitor(plan, chains, work.shards, work.missing, progress, work.run.job.counts.quarantined)
         stack.enter_context(Metrics(_label(work), monitor.status))
@@ -250,8 +272,28 @@ def _label(work: _Work) -> str:
     return f"{shown(folder)}-{work.run.job.run_id[:6]}"
 
 
-def _stages(work: _Work, plan: Plan, hardware: Hardware, reservations: Sequence[Reservation]) -> Iterator[Stages]:
-    """The stages of each replica, not yet started."""
+@contextmanager
+def _actors(
+    work: _Work, wanted: Plan, hardware: Hardware, stop: Stop, progress: Progress
+) -> Iterator[tuple[Plan, list[tuple[list[list[StageSpec]], ActorsOfChain, int]]]]:
+    """The plan as it comes to lie, and for each replica what its stages hold, their actors and the epoch: of a chain that stands, or new ones."""
+    if hardware.chain:
+        with hardware.chain.lent(_label(work), stop, progress) as lent:
+            yield wanted, [lent]
+        return
+    options, inputs = wanted.demand.options, work.inputs
+    with reserve(wanted, hardware, options.placement_timeout_s) as (plan, reservations):
+        found: list[tuple[list[list[StageSpec]], ActorsOfChain, int]] = []
+        for replica, reservation in enumerate(reservations):
+            specs = list(stage_specs(plan, replica, inputs.config.model, inputs.checkpoint.digests))
+            found.append((specs, Actors(specs, reservation, options.transport, options.stage_timeout_s, options.placement_timeout_s), 0))
+        yield plan, found
+
+
+def _stages(
+    work: _Work, plan: Plan, hardware: Hardware, actors: Sequence[tuple[list[list[StageSpec]], ActorsOfChain, int]]
+) -> Iterator[Stages]:
+    """The stages of each replica, with their job."""
     options = plan.demand.options
     per_stage_cpus = sum(hardware.cpus.values()) / len(plan.stages)
     writer = WriterSpec(
@@ -262,17 +304,15 @@ def _stages(work: _Work, plan: Plan, hardware: Hardware, reservations: Sequence[
         compression=options.compression,
         selection=options.prompts.selection,
     )
-    job = Job(_capture(options), writer, options.batch_tokens)
-    for replica, reservation in enumerate(reservations):
-        specs = [list(_specs(work.inputs, plan, replica, stage.stage, stage.span)) for stage in plan.stages if stage.replica == replica]
-        stages = Stages(
-            specs,
-            reservation,
-            transport=options.transport,
-            timeout_s=options.stage_timeout_s,
-            placement_timeout_s=options.placement_timeout_s,
-            hold_weights=partial(hold_weights, work.inputs.store, work.run.job),
-        )
+    job, num_layers = Job(_capture(options), writer, options.batch_tokens), plan.demand.num_layers
+
+    def hold(loaded: Mapping[int | None, str]) -> None:
+        """A chain that stands may have more layers than the run."""
+        of_the_run = {layer: digest for layer, digest in loaded.items() if layer is None or layer < num_layers}
+        hold_weights(work.inputs.store, work.run.job, of_the_run)
+
+    for specs, of_chain, epoch in actors:
+        stages = Stages(specs, of_chain, timeout_s=options.stage_timeout_s, hold_weights=hold, epoch=epoch)
         stages.begin(job)
         yield stages
 
@@ -281,27 +321,6 @@ def _capture(options: RunOptions) -> CaptureSpec:
     """What the stages take: rows of the sites, unless statistics alone are kept, and statistics."""
     kept = {} if options.keep == "statistics" else options.sites
     return CaptureSpec(kept, options.store_dtype, options.prompts.selection, options.statistics)
-
-
-def _specs(inputs: Inputs, plan: Plan, replica: int, stage: int, span: LayerSpan) -> Iterator[StageSpec]:
-    """What each device of a stage holds. `cuda:N` counts the GPUs that the stage's process sees, in the order of the plan."""
-    options = plan.demand.options
-    gpus = [gpu for gpu in plan.gpus if (gpu.replica, gpu.stage) == (replica, stage)]
-    spans = [(f"cuda:{number}", gpu.span, gpu.residency) for number, gpu in enumerate(gpus) if gpu.span is not None] or [("cpu", span, {})]
-    for device, on_device, residency in spans:
-        yield StageSpec(
-            model_url=inputs.config.model,
-            span=on_device,
-            compute_dtype=options.compute_dtype,
-            attn_implementation=options.attn_implementation,
-            device=device,
-            threads=options.threads_per_stage,
-            compile=options.compile,
-            residency=residency,
-            offload_folder=options.offload_path,
-            with_final_norm=plan.demand.with_final_norm,
-            model_files=inputs.checkpoint.digests,
-        )
 
 
 def _chain(plan: Plan, stages: Stages, micro_batches_of: Callable[[Shard, int], Iterator[MicroBatch]], progress: Progress) -> Chain:

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
@@ -15,6 +15,9 @@ from m2ray.chain.machine import probe_node
 from m2ray.errors import ClusterError, raise_all
 from m2ray.planning.hardware import Cluster
 from m2ray.provenance import ROW_PACKAGES, differences, versions
+
+if TYPE_CHECKING:
+    from m2ray.chain.warm import Standing
 
 LOOK_TIMEOUT_S = 300.0
 """Imports of torch on a cold disk, and the reading of half a gigabyte."""
@@ -32,11 +35,13 @@ class Hardware:
         cluster: the nodes, and of their GPUs as many as Ray counts there.
         node_ids: Ray's id of each node, by name.
         cpus: Ray's count of each node's CPUs, by name.
+        chain: one that stands there already, which is to do the job; else a job starts its own.
     """
 
     cluster: Cluster
     node_ids: Mapping[str, str]
     cpus: Mapping[str, float]
+    chain: "Standing | None" = None
 
 
 def probe_cluster(connect_timeout_s: float, labels: Mapping[str, str] | None = None, folder: str = "") -> Cluster:

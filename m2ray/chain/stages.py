@@ -12,11 +12,9 @@ from ray.exceptions import GetTimeoutError, RayError
 from m2ray import __version__
 from m2ray.batches import LayerSpan, MicroBatch
 from m2ray.chain.actor import Job
-from m2ray.chain.actors import START_S, Actors
+from m2ray.chain.actors import START_S, ActorsOfChain
 from m2ray.chain.completion import Completed
-from m2ray.chain.placement import Reservation
 from m2ray.chain.status import StageStatus
-from m2ray.config import Transport
 from m2ray.model.stage import StageSpec
 
 _POLL_S = 1.0
@@ -41,9 +39,10 @@ class Stages:
 
     Args:
         specs: what each stage holds: one spec a device.
+        actors: those of the stages, started or yet to be started.
         timeout_s: how long a stage may be silent.
-        placement_timeout_s: how long a lost bundle may take to come back.
         hold_weights: is given the digests of all layers once all are loaded, also after a restart; raises if they are not the run's.
+        epoch: that of the actors, where they are started already.
 
     Attributes:
         epoch: the last one that was begun.
@@ -52,19 +51,18 @@ class Stages:
     def __init__(
         self,
         specs: Sequence[Sequence[StageSpec]],
-        reservation: Reservation,
+        actors: ActorsOfChain,
         *,
-        transport: Transport,
         timeout_s: float,
-        placement_timeout_s: float,
         hold_weights: Callable[[Mapping[int | None, str]], None] = lambda _: None,
+        epoch: int = 0,
     ) -> None:
         self._hold_weights = hold_weights
         self._specs = specs
         self._timeout_s = timeout_s
-        self._actors = Actors(specs, reservation, transport, timeout_s, placement_timeout_s)
+        self._actors = actors
         self._job: Job | None = None
-        self.epoch = 0
+        self.epoch = epoch
         self._unready: set[int] = set()  # have not begun the job
         self._watches: list[Any] = []  # a call to each actor that ends when something fails in it
         self._news: Any = None  # the call to the last actor that ends when something is complete

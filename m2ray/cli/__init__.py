@@ -12,7 +12,7 @@ from m2ray import __version__
 from m2ray.cli.output import between_words, escaped_output, say
 from m2ray.errors import M2rayError, did_you_mean, shown
 
-_COMMANDS = ("plan", "bench", "extract", "submit", "inspect", "report", "verify", "export", "doctor")
+_COMMANDS = ("plan", "bench", "extract", "submit", "serve", "chains", "inspect", "report", "verify", "export", "doctor")
 
 _CTRL_C = 130
 """The exit code of what Ctrl-C ended, as shells have it."""

@@ -13,7 +13,7 @@ from m2ray.batches import CapturedLayer, LayerSpan, MicroBatch, PartSpec, Reside
 from m2ray.errors import ConfigError, raise_all
 from m2ray.model.attention import FLEX_BLOCK, require_attention_to_sinks, require_machine, resolve_attn_implementation
 from m2ray.model.boundary import Boundary, blank, row_width, shapes_at, token_bytes
-from m2ray.model.capture import Capture, CaptureSpec, pin_host_memory
+from m2ray.model.capture import Capture, CaptureSpec, Taking, pin_host_memory
 from m2ray.model.checkpoint import open_checkpoint
 from m2ray.model.decoder import DecoderSpan
 from m2ray.model.eight_bits import Encoder, Losses
@@ -22,10 +22,9 @@ from m2ray.model.gpu_loading import Lanes
 from m2ray.model.interpreter import quick_switches, without_collector
 from m2ray.model.site_table import refused_sites
 from m2ray.model.skeleton import build_skeleton
-from m2ray.model.statistics import Statistics
 from m2ray.model.weights import Loaded, OnBytes, load_weights, parameter_bytes
 from m2ray.sites import parts_of_run, parts_of_span
-from m2ray.statistics import places, statistic_sites
+from m2ray.statistics import Place, places, statistic_sites
 from m2ray.toolchain import require_triton
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -140,8 +139,6 @@ class Stage:
     """A loaded span, which captures nothing until `begin`. One `forward` at a time.
 
     Attributes:
-        parts: whose rows every micro-batch's capture holds, in order.
-        statistics: the sites and layers of which it holds statistics, with their kinds.
         needed_bytes: checkpoint bytes of the span's tensors, scales included.
         digests: what was loaded of each layer (m2ray.model.digests).
         bytes_read: tensor bytes that were read to load them.
@@ -165,10 +162,25 @@ class Stage:
         self._running: deque[torch.cuda.Event] = deque()
         self._full_tokens = 0
         """Of a full micro-batch, once the warm-up tells."""
+        self._watching: Taking | None = None
         self.begin(CaptureSpec({}, spec.compute_dtype))
 
+    @property
+    def parts(self) -> tuple[PartSpec, ...]:
+        """Whose rows every micro-batch's capture holds, in order."""
+        return self._of_the_job.parts
+
+    @property
+    def statistics(self) -> Mapping[Place, frozenset[str]]:
+        """The sites and layers of which it holds statistics, with their kinds."""
+        return self._of_the_job.statistics
+
     def begin(self, capture: CaptureSpec) -> None:
-        """From the next micro-batch on, keep what `capture` asks for of the span's layers.
+        """From the next micro-batch on, keep what `capture` asks for of the span's layers. Raises ConfigError as `taking`."""
+        self._of_the_job = self.taking(capture)
+
+    def taking(self, capture: CaptureSpec) -> Taking:
+        """What `capture` asks for of the span's layers, for `forward`.
 
         Raises:
             ConfigError: the model has no such site or no such layer, a layer lacks the site, or the final norm was not loaded.
@@ -176,12 +188,8 @@ class Stage:
         of_statistics, kinds = statistic_sites(capture.statistics), places(capture.statistics)
         layers_of = {site: {*capture.sites.get(site, ()), *of_statistics.get(site, ())} for site in {**capture.sites, **of_statistics}}
         raise_all([problem for site, layers in layers_of.items() for problem in self._why_not(site, sorted(layers))])
-        self._selection, self._encoder = capture.selection, Encoder()
-        self.parts = self._parts(capture.sites, capture.store_dtype)
-        taken = {part: kinds[part.site, part.layer] for part in self._parts(of_statistics, capture.store_dtype)}
-        self.statistics = {(part.site, part.layer): of_part for part, of_part in taken.items()}
-        self._statistics = Statistics(taken, self._decoder.experts[0])
-        self._decoder.watch({(part.site, part.layer) for part in (*self.parts, *taken)})
+        counted = {part: kinds[part.site, part.layer] for part in self._parts(of_statistics, capture.store_dtype)}
+        return Taking(self._parts(capture.sites, capture.store_dtype), counted, capture.selection, self._decoder.experts[0])
 
     def _parts(self, asked: Mapping[str, tuple[int, ...]], store_dtype: str) -> tuple[PartSpec, ...]:
         """Those of a job's parts that are of the span."""
@@ -201,12 +209,13 @@ class Stage:
         elif site == "final_norm" and self.is_last and not self._decoder.with_final_norm:
             yield ConfigError(f"sites = {site!r}: the stage has not loaded the final norm.")
 
-    def forward(self, micro_batch: MicroBatch, incoming: Boundary | None) -> StageOutput:
+    def forward(self, micro_batch: MicroBatch, incoming: Boundary | None, taking: Taking | None = None) -> StageOutput:
         """Take a micro-batch through the span.
 
         Args:
             micro_batch: whose tokens the first stage embeds, and whose lengths say which rows are real.
             incoming: what the stage before returned, on the stage's device or on the host; None for the first.
+            taking: what is kept of this one alone, in place of what `begin` was given.
 
         Raises:
             StageError: a captured row is not finite in the store dtype; on a GPU, `StageOutput.captured` raises it.
@@ -214,8 +223,14 @@ class Stage:
         if incoming is not None:
             self._check(micro_batch, incoming)
         self._wait_for_gpu()
+        taking = taking or self._of_the_job
+        if taking is not self._watching:
+            self._decoder.watch(taking.places)
+            self._watching = taking
         with torch.inference_mode():
-            capture = Capture(micro_batch, self.parts, self._selection, self._encoder, self._copy_out, self._statistics, self._full_tokens)
+            capture = Capture(
+                micro_batch, taking.parts, taking.selection, taking.encoder, self._copy_out, taking.counting, self._full_tokens
+            )
             token_ids_BT = torch.tensor(micro_batch.token_ids_BT, dtype=torch.int64)
             if self._on_gpu:
                 token_ids_BT = token_ids_BT.pin_memory().to(self._decoder.device, non_blocking=True)
@@ -233,7 +248,7 @@ class Stage:
 
     def losses(self) -> Losses:
         """What rows in 8 bits have lost since `begin`."""
-        return self._encoder.losses()
+        return self._of_the_job.encoder.losses()
 
     def warm_up(self, batch_tokens: int, waiting_bytes: int = 0) -> None:
         """Run once for every shape that may come, so that no micro-batch has to wait for a compilation, a library's start or memory.
@@ -247,7 +262,7 @@ class Stage:
         """
         config = self._decoder.skeleton.config
         self._full_tokens = batch_tokens
-        if self._on_gpu and self.parts and self._selection.is_all:  # rows of chosen tokens come in pieces of any size
+        if self._on_gpu and self.parts and self._of_the_job.selection.is_all:  # rows of chosen tokens come in pieces of any size
             capture_bytes = batch_tokens * sum(part.row_bytes for part in self.parts)
             columns = [column for part in self.parts for column in part.columns]
             # Beside what waits, of two micro-batches: one that is computed, and one whose rows are handed over.
@@ -267,7 +282,7 @@ class Stage:
         if self._on_gpu:
             # The blocks that torch's allocator keeps from the largest micro-batch serve all others; those of smaller ones would not serve it.
             self._try(*shapes[0])
-        self._encoder = Encoder()  # these rows are nobody's
+        self._of_the_job.encoder = Encoder()  # these rows are nobody's
 
     def _try(self, num_sequences: int, length: int) -> None:
         """Run a micro-batch of zeros."""

@@ -70,7 +70,7 @@ def place_all(demand: Demand, cluster: Cluster, chains: Sequence[Sequence[Device
     nodes = _nodes(demand, cluster, stages, placed)
     output = demand.output(prompts) if prompts else None
     shortages = [Shortage("gpu_memory", "all GPUs together", short_bytes)] if short_bytes else []
-    shortages += [*_node_shortages(cluster, nodes), *_disk_shortages(demand, output)]
+    shortages += [*_node_shortages(cluster, nodes), *disk_shortages(demand, output)]
     return Placing(placed, stages, nodes, output, tuple(shortages))
 
 
@@ -158,7 +158,8 @@ def _node_shortages(cluster: Cluster, nodes: Sequence[NodePlan]) -> list[Shortag
     return [*host, *shared, *disk]
 
 
-def _disk_shortages(demand: Demand, output: OutputPlan | None) -> list[Shortage]:
+def disk_shortages(demand: Demand, output: OutputPlan | None) -> list[Shortage]:
+    """What the output's disk lacks."""
     free_bytes = demand.assumed.disk_free_bytes
     if output is None or free_bytes is None or output.disk_bytes <= free_bytes:
         return []

@@ -2,7 +2,7 @@
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import get_args
 
 from m2ray.batches import LayerSpan, PromptStats
@@ -13,7 +13,7 @@ from m2ray.planning.devices import Device, DevicePlan, chain_devices
 from m2ray.planning.hardware import FLASH_PACKAGE, Cluster
 from m2ray.planning.memory import weight_bytes
 from m2ray.planning.partition import DeviceMap
-from m2ray.planning.placing import Placing, gpus_of, place_all
+from m2ray.planning.placing import Placing, disk_shortages, gpus_of, place_all
 from m2ray.planning.rates import RatePlan, plan_rates
 from m2ray.planning.remedies import STEP_TOKENS, Remedy, find_remedies
 
@@ -127,6 +127,12 @@ def plan_run(
         rates=plan_rates(demand, placing.placed, prompts, sum(device.gpu is not None for chain in chains for device in chain)),
         remedies=find_remedies(demand, cluster, chains, prompts, short) if short else (),
     )
+
+
+def of_another_job(plan: Plan, demand: Demand, prompts: PromptStats) -> Plan:
+    """The plan of a job on a chain that stands already, as `plan` has it: only the output is still to be planned."""
+    output = demand.output(prompts)
+    return replace(plan, demand=demand, prompts=prompts, output=output, shortages=tuple(disk_shortages(demand, output)), remedies=())
 
 
 def _require_attention(demand: Demand, chains: Sequence[Sequence[Device]]) -> None:

@@ -1,5 +1,6 @@
 """From a prompt source to shards of token ids: read, tokenise, quarantine, cut, batch."""
 
+from m2ray.prompts.requested import RequestedPrompts
 from m2ray.prompts.resume import load_shards, respool
 from m2ray.prompts.rows import PromptRow
 from m2ray.prompts.shards import ShardTable, batching, estimated_batching, micro_batches
@@ -12,6 +13,7 @@ __all__ = [
     "PromptRow",
     "PromptSource",
     "PromptTokenizer",
+    "RequestedPrompts",
     "ShardTable",
     "Survey",
     "TokenSpool",

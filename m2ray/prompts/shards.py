@@ -3,13 +3,12 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import overload
+from typing import Protocol, overload
 
 import numpy as np
 import numpy.typing as npt
 
 from m2ray.batches import MOST_SEQUENCES, Int32Array, Int64Array, MicroBatch, PromptStats, Shard
-from m2ray.prompts.spool import TokenSpool
 
 WINDOW_ROWS = 1 << 16
 """Source rows that are sorted by length together. Larger windows pad less and delay the first shard more."""
@@ -134,7 +133,21 @@ def cut_micro_batches(token_counts: Int32Array, batch_tokens: int) -> list[int]:
     return bounds[::-1]
 
 
-def micro_batches(shard: Shard, tokens: TokenSpool, batch_tokens: int) -> Iterator[MicroBatch]:
+class Tokens(Protocol):
+    """Token ids by sequence, and loss masks: a survey's spool, or the few prompts of a request."""
+
+    @property
+    def keeps_masks(self) -> bool:
+        """Whether there are loss masks."""
+
+    def read(self, sequence_id: int) -> Int32Array:
+        """A sequence's token ids."""
+
+    def mask(self, sequence_id: int) -> npt.NDArray[np.bool_]:
+        """Its loss mask, where there are any."""
+
+
+def micro_batches(shard: Shard, tokens: Tokens, batch_tokens: int) -> Iterator[MicroBatch]:
     """The shard's sequences in their order, right-padded with 0, at most `batch_tokens` padded tokens a micro-batch.
 
     A single sequence longer than `batch_tokens` makes a micro-batch of its own, without padding.
@@ -145,7 +158,7 @@ def micro_batches(shard: Shard, tokens: TokenSpool, batch_tokens: int) -> Iterat
         yield one_micro_batch(piece, tokens, index, is_last=index == len(runs) - 1)
 
 
-def one_micro_batch(piece: Shard, tokens: TokenSpool, index: int = 0, *, is_last: bool = True) -> MicroBatch:
+def one_micro_batch(piece: Shard, tokens: Tokens, index: int = 0, *, is_last: bool = True) -> MicroBatch:
     """A piece of a shard as one micro-batch, right-padded with 0; with its loss masks if the spool keeps them."""
     token_ids_BT = np.zeros((len(piece.sequence_ids), int(piece.token_counts.max())), np.int32)
     mask_BT = np.zeros(token_ids_BT.shape, np.bool_) if tokens.keeps_masks else None

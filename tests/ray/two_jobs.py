@@ -18,6 +18,7 @@ from m2ray.activations.writing.writer import WriterSpec
 from m2ray.batches import LayerSpan
 from m2ray.chain import extract
 from m2ray.chain.actor import Job
+from m2ray.chain.actors import Actors
 from m2ray.chain.checking import look
 from m2ray.chain.driver import Chain, ShardAttempt
 from m2ray.chain.failure import cause_of
@@ -79,7 +80,7 @@ def main() -> None:
     reservation.wait(TIMEOUT_S)
     num_layers = json.loads((Path(model) / "config.json").read_text())["num_hidden_layers"]
     specs = [[StageSpec(model, span, "float32", "auto", "cpu", 1)] for span in (LayerSpan(0, 3), LayerSpan(3, num_layers))]
-    stages = Stages(specs, reservation, transport="auto", timeout_s=TIMEOUT_S, placement_timeout_s=TIMEOUT_S)
+    stages = Stages(specs, Actors(specs, reservation, "auto", TIMEOUT_S, TIMEOUT_S), timeout_s=TIMEOUT_S)
     found = [refusal(stages, f"{first}-not-there"), do(stages, model, prompts, first, first_layers, 128)]
     away = Path(model).with_name("away")
     away.mkdir()

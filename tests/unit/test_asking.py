@@ -42,7 +42,7 @@ def refs(monkeypatch: pytest.MonkeyPatch) -> Refs:
 
 def test_stages_are_asked_once_a_second_and_a_silent_one_not_again(refs: Refs) -> None:
     spec = StageSpec("", LayerSpan(0, 1), "bfloat16", "auto", "cpu", None)
-    stages = Stages([(spec,), (spec,)], None, transport="auto", timeout_s=1.0, placement_timeout_s=1.0)
+    stages = Stages([(spec,), (spec,)], SimpleNamespace(handles=[]), timeout_s=1.0)
     stages._actors.handles = [refs.actor("a"), refs.actor("b")]
     for _ in range(100):
         stages.ask()
@@ -57,7 +57,7 @@ def test_stages_are_asked_once_a_second_and_a_silent_one_not_again(refs: Refs) -
 
 def test_it_is_known_how_long_a_stage_has_been_silent(refs: Refs) -> None:
     spec = StageSpec("", LayerSpan(0, 1), "bfloat16", "auto", "cpu", None)
-    stages = Stages([(spec,)], None, transport="auto", timeout_s=1.0, placement_timeout_s=1.0)
+    stages = Stages([(spec,)], SimpleNamespace(handles=[]), timeout_s=1.0)
     stages._actors.handles = [refs.actor("a")]
     stages.ask()
     assert stages.status(0) is None
