@@ -10,7 +10,6 @@ process and its children hold, shared pages counted once (Pss).
 
 import argparse
 import json
-import os
 import shutil
 import statistics
 import subprocess
@@ -92,13 +91,13 @@ def pairs_of(folder: Path, model: Path, prompts: Path, count: int, dtype: str, p
     what = f"{count} prompts, {dtype}"
     return [
         compared(f"{what}: wall time", times, "s", str(TARGETS.get(count, "")), note, statistics.median(ratios)),
-        compared(f"{what}: resident memory at the peak", {name: [peak / 2**20 for peak in each] for name, each in peaks.items()}, "MiB", "1.3"),
+        compared(
+            f"{what}: resident memory at the peak", {name: [peak / 2**20 for peak in each] for name, each in peaks.items()}, "MiB", "1.3"
+        ),
     ]
 
 
-def compared(
-    what: str, found: dict[str, list[float]], unit: str, target: str, note: str = "", ratio: float | None = None
-) -> Row:
+def compared(what: str, found: dict[str, list[float]], unit: str, target: str, note: str = "", ratio: float | None = None) -> Row:
     ours, loop = statistics.median(found["m2ray"]), statistics.median(found["loop"])
     return Row(what, ours, unit, loop, "the loop", ratio or ours / loop, target, note)
 
