@@ -26,6 +26,11 @@ def _as_object(value: Any) -> Any:
     return value
 
 
+def _names(value: Any) -> Any:
+    """A flag's "label, topic" as its names; a list as it is."""
+    return tuple(name.strip() for name in value.split(",")) if isinstance(value, str) else value
+
+
 def _encoding(value: Any) -> str:
     """Python's own name of a text encoding. Raises ValueError for a name that is none."""
     try:
@@ -62,6 +67,7 @@ Day = Annotated[date, BeforeValidator(_day)]
 NonEmpty = Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)]
 Sites = Annotated[NonEmpty, AfterValidator(_sites)]
 Encoding = Annotated[str, BeforeValidator(_encoding)]
+Names = Annotated[tuple[NonEmpty, ...], Field(min_length=1), BeforeValidator(_names)]
 
 
 CHOICES = "all, last, last:k, first:k, every:n, mask, mask:last:k, mean, mean:mask"
@@ -119,6 +125,9 @@ class ExtractConfig(BaseModel):
     )
     tools_column: NonEmpty | None = _rows(None, description="Column that holds the tools of a chat; default: tools, where it is.")
     id_column: NonEmpty | None = _rows(None, description="Column that names a row; default: its position.")
+    keep_columns: Names | None = _rows(
+        None, description='Columns of the prompts that travel into sequences/, such as labels: "label,topic"; default: none.'
+    )
     max_length: Positive | None = _rows(None, description="Longest sequence in tokens; default: the model's own limit.")
     truncation: Literal["refuse", "cut", "cut_left"] = _rows(
         "refuse", description="Longer prompts: quarantine them, or cut their end, or their beginning (cut_left)."
@@ -230,7 +239,7 @@ class ExtractConfig(BaseModel):
         return config
 
 
-_OPEN = {int: "NUMBER", float: "NUMBER", str: "TEXT", date: "DATE"}
+_OPEN = {int: "NUMBER", float: "NUMBER", str: "TEXT", date: "DATE", tuple: "NAMES"}
 
 
 def legal_values(annotation: Any) -> list[str]:
@@ -243,7 +252,7 @@ def legal_values(annotation: Any) -> list[str]:
         return [value for member in get_args(annotation) if member is not NoneType for value in legal_values(member)]
     if get_origin(annotation) is Annotated:
         return legal_values(get_args(annotation)[0])
-    return [_OPEN.get(annotation, "JSON")]
+    return [_OPEN.get(get_origin(annotation) or annotation, "JSON")]
 
 
 def parse_layers(text: str, num_layers: int) -> tuple[int, ...]:
@@ -346,6 +355,11 @@ def _contradictions(config: ExtractConfig) -> Iterator[ConfigError]:
     if config.pack is not None and config.max_length is not None:
         yield ConfigError(
             f"pack = {config.pack} makes every sequence as long, and max_length = {config.max_length}.", "Leave max_length out."
+        )
+    if config.pack is not None and config.keep_columns is not None:
+        yield ConfigError(
+            f"pack = {config.pack} joins prompts, and keep_columns are of single ones.",
+            "Leave one out: `documents` names a context's rows.",
         )
     if config.pack is not None and config.truncation != "refuse":
         yield ConfigError(

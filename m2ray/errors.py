@@ -107,6 +107,10 @@ class BusyError(M2rayError):
     """A warm chain has as many requests as it takes at one time."""
 
 
+class MissingPackageError(M2rayError):
+    """A package is not installed that an extra of m2ray brings."""
+
+
 class StageError(M2rayError):
     """A stage died, hung or failed in the middle of a shard."""
 

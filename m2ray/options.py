@@ -39,7 +39,7 @@ class PromptOptions:
         encoding: what text files are written in, by Python's name.
         chat_template: the file whose template takes the place of the model's, or None.
         steady_positions: a longer prompt's rotary embedding would change that of its neighbours in a batch; None where none does.
-        text_column, messages_column, input_ids_column, tools_column, id_column: None where the user named none.
+        text_column, messages_column, input_ids_column, tools_column, id_column, keep_columns: None where the user named none.
         add_generation_prompt: whether chats end with the words that begin an assistant's answer.
         template_options: variables of every chat's template.
         mask: of which messages a chat's loss mask is made; None for no mask.
@@ -59,6 +59,7 @@ class PromptOptions:
     input_ids_column: str | None = None
     tools_column: str | None = None
     id_column: str | None = None
+    keep_columns: tuple[str, ...] | None = None
     truncation: Literal["refuse", "cut", "cut_left"] = "refuse"
     pack: int | None = None
     tokens: str = "all"
@@ -88,6 +89,7 @@ class PromptOptions:
             input_ids_column=config.input_ids_column,
             tools_column=config.tools_column,
             id_column=config.id_column,
+            keep_columns=config.keep_columns,
             truncation=config.truncation,
             pack=config.pack,
             tokens=config.tokens,

@@ -34,7 +34,8 @@ prompt_digest: xxh3-128 of the token ids' little-endian int32 bytes, 32 hex digi
 quarantined row has token_count 0, a reason, and null for all that is nullable besides; a ready one has null for the reason.
 loss_mask: one 0 or 1 a token, null where the prompts gave none. roles: the tokens [start, stop) of a chat's messages, ascending,
 null where unknown. row_count: how many of its tokens were chosen, hence its rows in every part; a mean is one. documents: where prompts are packed,
-those of a context: each from the context's token `start` on, with its own token `offset`; else null.
+those of a context: each from the context's token `start` on, with its own token `offset`; else null. Behind them stand the columns that
+`keep_columns` names, with the prompts' own values and types.
 """
 
 _FEW_VALUES = ["shard", "status", "reason", "loss_mask.list.element", "roles.list.element.role", "row_count"]
@@ -48,10 +49,11 @@ BYTES_PER_FILE = 256 << 20
 class SequencesWriter:
     """Writes the table window by window. A file ends with the window in which it comes to `ROWS_PER_FILE` rows or `BYTES_PER_FILE`.
 
-    Unless finished, it deletes all that it wrote.
+    Unless finished, it deletes all that it wrote. `kept` is the schema of further columns, whose names SEQUENCES_SCHEMA has not.
     """
 
-    def __init__(self, store: Store, attempt: str) -> None:
+    def __init__(self, store: Store, attempt: str, kept: Any = ()) -> None:
+        self._schema = pa.schema([*SEQUENCES_SCHEMA, *kept])
         self._store = store
         self._attempt = attempt
         self._files: list[SequenceFile] = []
@@ -73,8 +75,8 @@ class SequencesWriter:
     def write(self, columns: Mapping[str, Any]) -> None:
         """Append rows as one row group, given as one sequence of values a column. Raises StoreError."""
         if self._open is None:
-            self._open = _OpenFile(self._store, f"sequences/sequences-{len(self._files):05d}-{self._attempt}.parquet")
-        self._open.write(pa.table(dict(columns), schema=SEQUENCES_SCHEMA))
+            self._open = _OpenFile(self._store, f"sequences/sequences-{len(self._files):05d}-{self._attempt}.parquet", self._schema)
+        self._open.write(pa.table(dict(columns), schema=self._schema))
 
     def end_window(self) -> None:
         """Say that the next rows are of other shards: only here a file ends. Raises StoreError."""
@@ -113,7 +115,7 @@ def read_sequences(store: Store, file: SequenceFile, columns: list[str] | None =
         raise RunDamagedError(f"{name} is damaged: the xxh3 of its bytes is {xxh3}; {file.xxh3} was written.", remedy)
     # A thread of Arrow's that still holds `data`, a Python object, while the interpreter ends would abort the process.
     stored = pq.ParquetFile(pa.BufferReader(data), pre_buffer=False)
-    names = list(SEQUENCES_SCHEMA.names if columns is None else columns)
+    names = list(dict.fromkeys([*SEQUENCES_SCHEMA.names, *stored.schema_arrow.names]) if columns is None else columns)
     absent = set(names) - set(stored.schema_arrow.names)
     table = stored.read(list(dict.fromkeys([*names, "token_count"])) if "row_count" in absent else names, use_threads=False)
     if not absent:
@@ -127,13 +129,11 @@ def read_sequences(store: Store, file: SequenceFile, columns: list[str] | None =
 class _OpenFile:
     """A Parquet file on its way through a PartSink, hashed as it passes."""
 
-    def __init__(self, store: Store, key: str) -> None:
+    def __init__(self, store: Store, key: str, schema: Any) -> None:
         self.rows = self.table_bytes = 0
         self.key = key
         self._stream = HashingFile(store.open_part(key))
-        self._writer = pq.ParquetWriter(
-            pa.PythonFile(self._stream, mode="w"), SEQUENCES_SCHEMA, compression="zstd", use_dictionary=_FEW_VALUES
-        )
+        self._writer = pq.ParquetWriter(pa.PythonFile(self._stream, mode="w"), schema, compression="zstd", use_dictionary=_FEW_VALUES)
 
     def write(self, table: Any) -> None:
         self._writer.write_table(table)

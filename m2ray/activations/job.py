@@ -277,7 +277,7 @@ def _refuse_differences(store: Store, there: Mapping[str, Any], here: Mapping[st
     lines = [
         f"{name}: {_in_words(name, there)} in the run, {_in_words(name, here)} now"
         for name in dict.fromkeys([*recorded, *now])
-        if recorded.get(name) != now.get(name)
+        if recorded.get(name, "null") != now.get(name, "null")  # an option from before it was there asked for nothing
     ]
     if lines:
         raise RunConflictError(

@@ -75,7 +75,7 @@ class _Work:
 # -- beginning and going on -----------------------------------------------------------------------------------------------
 
 
-def _begin(inputs: Inputs, stack: ExitStack, stop: Stop, progress: Progress, hardware: Hardware | None) -> _Work:
+def _begin(inputs: Inputs, stack: ExitStack, stop: Stop, progress: Progress, hardware: Hardware | None = None) -> _Work:
     """Survey the prompts, look at the hardware, and claim the run for what fits there."""
     found = None
     try:
@@ -166,7 +166,7 @@ def _discard(inputs: Inputs, found: Survey) -> None:
     inputs.store.delete([file.key for file in found.sequence_files])
 
 
-def _resume(inputs: Inputs, stack: ExitStack, stop: Stop, progress: Progress, hardware: Hardware | None) -> _Work:
+def _resume(inputs: Inputs, stack: ExitStack, stop: Stop, progress: Progress, hardware: Hardware | None = None) -> _Work:
     """Go on with a run: its shards as they were fixed, and the missing ones' prompts tokenised again."""
     with stop.at_once(GOES_ON):
         store, recorded = inputs.store, inputs.recorded
@@ -196,7 +196,9 @@ def _standing(config: ExtractConfig, stack: ExitStack, stop: Stop, progress: Pro
     with stop.at_once(GOES_ON):
         require_cluster()
         stack.enter_context(cluster(config.placement_timeout_s, progress.say))
-        return find(config.chain)
+        standing = find(config.chain)
+        standing.require_loaded()
+        return standing
 
 
 def _plan(inputs: Inputs, hardware: Hardware, stats: PromptStats) -> Plan:

@@ -20,7 +20,17 @@ import safetensors.torch
 from m2ray.chain.keeper import NAMESPACE
 from m2ray.chain.requests import MAX_REQUEST_BYTES, MAX_REQUESTS, Answer, Request
 from m2ray.chain.warm import as_ours
-from m2ray.errors import BusyError, ClusterError, ConfigError, M2rayError, PromptsError, StageError, StageMemoryError, TooLargeError
+from m2ray.errors import (
+    BusyError,
+    ClusterError,
+    ConfigError,
+    M2rayError,
+    MissingPackageError,
+    PromptsError,
+    StageError,
+    StageMemoryError,
+    TooLargeError,
+)
 
 TOKEN = "M2RAY_SERVE_TOKEN"  # noqa: S105 - the name of the variable
 PATH = "/v1/activations"
@@ -155,7 +165,9 @@ def digest_of(token: str) -> str:
 def required_token() -> str:
     """The token that requests have to bring. Raises ConfigError, also where Ray Serve is not installed."""
     if importlib.util.find_spec("starlette") is None:
-        raise ConfigError("Requests over HTTP need Ray Serve, which is not installed.", 'pip install "m2ray[serve]", on every node.')
+        raise MissingPackageError(
+            "Requests over HTTP need Ray Serve, which is not installed.", 'pip install "m2ray[serve]", on every node.'
+        )
     token = os.environ.get(TOKEN, "")
     if len(token) < _LEAST_CHARACTERS:
         raise ConfigError(
@@ -176,10 +188,12 @@ def start_http(name: str, host: str, port: int, route: str) -> None:
 
 
 def stop_http(name: str) -> None:
-    """Answer a chain's requests no longer."""
+    """Answer a chain's requests no longer. Ray Serve ends with its last application."""
     from ray import serve
 
     serve.delete(_application(name))
+    if not serve.status().applications:
+        serve.shutdown()
 
 
 def _application(name: str) -> str:

@@ -25,8 +25,8 @@ _SHORT = ("/tmp", "/var/tmp")  # noqa: S108 - a folder of this user alone is mad
 
 @contextmanager
 def cluster(connect_timeout_s: float, say: Callable[[str], None] = lambda _: None) -> Iterator[None]:
-    """Join the cluster that RAY_ADDRESS names (in a job: the job's own), or start one on this machine and end it after. One that this
-    process has joined already is used, and left as it is.
+    """Join the cluster that RAY_ADDRESS names (in a job: the job's own), or start one on this machine and end it after. A process that is
+    connected to Ray by itself stays so.
 
     One that is started here listens on the loopback interface alone (m2ray/chain/__init__.py), and what it keeps lies in a folder that no other
     user may enter: Ray opens its own folder to everybody, so that lies in one which it does not know. It is the temporary folder's, or, where
@@ -37,7 +37,7 @@ def cluster(connect_timeout_s: float, say: Callable[[str], None] = lambda _: Non
     """
     with ExitStack() as stack:
         if ray.is_initialized():
-            pass
+            pass  # whoever called m2ray.extract has a cluster, and keeps it
         elif os.environ.get("RAY_ADDRESS"):
             stack.callback(ray.shutdown)
             _join(connect_timeout_s)

@@ -139,7 +139,11 @@ class Keeper:
 
     @ray.method(concurrency_group="control")
     def stop(self) -> None:
-        """End the stages and give their room back. The keeper's own end is the caller's."""
+        """End the stages, give their room back, and answer no more over HTTP. The keeper's own end is the caller's."""
+        if self._served.http:
+            from m2ray.chain.http import stop_http  # which asks keepers
+
+            stop_http(self._served.name)
         if self._actors is not None:
             self._actors.end()
         self._room.close()
@@ -201,8 +205,6 @@ class Keeper:
     def admit(self, visitor: Visitor) -> tuple[int, list[Any]] | str:
         """The epoch and the stages for a job, once it is its turn; until then what has the chain, in words. To be asked again."""
         with self._changed:
-            if self._desk is None:
-                return "is being loaded"
             other = self._admission.ask(visitor)
             if other is not None:
                 return f"is at {other.what}"

@@ -4,6 +4,7 @@ A request is never merged with another: it is shards and micro-batches of its ow
 that run's bit for bit.
 """
 
+import json
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -119,6 +120,7 @@ class Desk:
             M2rayError, RayError: what `compute` raises.
         """
         with self._counted():
+            _require_short(request)
             capture, parts = self._capture(request)
             with self._tokenizing:
                 prompts = RequestedPrompts(self._tokenizer, request.prompts, request.kind, capture.selection)
@@ -135,7 +137,7 @@ class Desk:
         table, options = self._table, self._options
         parse_tokens(request.tokens)
         sites = present_sites(asked_sites(request.sites, "all", self._num_layers), table)
-        selection = Selection(request.tokens, options.prompts.skip_ids)
+        selection = Selection(request.tokens, self._tokenizer.selection.skip_ids)
         parts = parts_of_run(sites, options.store_dtype, table.hidden_size, table.num_experts, table.experts_per_token)
         if selection.is_mean and "router_topk" in sites:
             raise ConfigError(f"tokens = {request.tokens!r}, and router_topk has numbers of experts, which have no mean.", "Leave it out.")
@@ -167,6 +169,13 @@ class Desk:
         finally:
             with self._changed:
                 self._held_bytes -= num_bytes
+
+
+def _require_short(request: Request) -> None:
+    """Raise TooLargeError before anything is tokenised for nothing."""
+    num_bytes = len(json.dumps(request.prompts, default=str))
+    if num_bytes > MAX_REQUEST_BYTES:
+        raise TooLargeError(f"The prompts are {num_bytes:,} bytes as JSON, more than {MAX_REQUEST_BYTES:,}.", _USE_A_RUN)
 
 
 def _require_size(num_tokens: int, num_bytes: int) -> None:

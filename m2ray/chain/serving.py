@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
-from m2ray.chain.http import required_token, start_http, stop_http
+from m2ray.chain.http import required_token, start_http
 from m2ray.chain.joining import cluster
 from m2ray.chain.keeper import NAMESPACE, Served, keeper_class
 from m2ray.chain.probing import probe_hardware, require_versions
@@ -93,10 +93,7 @@ def serve(
 
 def stop(name: str) -> None:
     """End a chain, also where a job has it: that fails then, and its finished shards are kept. Raises ClusterError if there is none."""
-    standing = find(name)
-    if standing.served.http:
-        stop_http(name)
-    _end(standing.keeper)
+    _end(find(name).keeper)
 
 
 def require_name(name: str) -> None:
@@ -135,7 +132,7 @@ def _look(config: ExtractConfig) -> tuple[Checkpoint, Demand, ExtractConfig]:
         config = config.model_copy(update={"sites": f"{config.sites}, final_norm"})
         wanted = {**wanted, "final_norm": ()}
     prove_sites(whole, wanted)
-    config = config.model_copy(update={"replicas": 1})
+    config = config.model_copy(update={"replicas": 1, "pack": None})
     prompts = PromptOptions.of(config, default_max_length(decoder), steady_positions=steady_positions(decoder))
     shape = ModelShape.of(checkpoint.config, attention)
     return checkpoint, Demand(table, shape, resolve(config, prompts, table, shape)), config

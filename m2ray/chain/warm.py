@@ -72,6 +72,11 @@ class Standing:
     keeper: Any
     served: Served
 
+    def require_loaded(self) -> None:
+        """Raise ClusterError while it is being loaded: how it lies is not known before."""
+        if not status(self).is_loaded:
+            raise ClusterError(f"The chain {self.served.name} is being loaded.", "`m2ray chains` tells how far it is: ask again then.")
+
     def agreed(self, config: ExtractConfig) -> ExtractConfig:
         """A job's configuration with what the chain decides.
 

@@ -1,9 +1,10 @@
 """A plan in the terminal: the verdict, the layout of layers on GPUs on nodes, what fills each GPU, and the output."""
 
 from collections.abc import Iterator, Sequence
+from io import StringIO
 from itertools import groupby
 
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -37,6 +38,14 @@ def render(plan: Plan, columns: int, *, chose_batch_tokens: bool = False) -> Ren
         blocks += [_hosts_memory(plan), _hosts(plan)]
     blocks += _output(plan)
     return Group(*blocks)
+
+
+def as_text(plan: Plan) -> str:
+    """The same without colours, for a screen of 100 columns."""
+    console = Console(file=StringIO(), width=_WIDE, color_system=None, highlight=False, markup=False, emoji=False, force_jupyter=False)
+    with console.capture() as capture:
+        console.print(render(plan, _WIDE))
+    return "\n".join(line.rstrip() for line in capture.get().splitlines())
 
 
 def _verdict(plan: Plan, *, chose_batch_tokens: bool) -> Text:

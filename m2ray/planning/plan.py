@@ -3,6 +3,7 @@
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from html import escape
 from typing import get_args
 
 from m2ray.batches import LayerSpan, PromptStats
@@ -45,9 +46,12 @@ class WeightsPlan:
     unused_disk_bytes: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan(Placing):
-    """The whole plan. Where GPU memory is short there are no `stages`, and `gpus` tell what each would need besides weights."""
+    """The whole plan. Where GPU memory is short there are no `stages`, and `gpus` tell what each would need besides weights.
+
+    It shows itself as `m2ray plan` prints it.
+    """
 
     demand: Demand
     cluster: Cluster
@@ -57,6 +61,14 @@ class Plan(Placing):
     gpus: tuple[DevicePlan, ...]
     rates: RatePlan
     remedies: tuple[Remedy, ...]
+
+    def __repr__(self) -> str:
+        from m2ray.planning.layout import as_text
+
+        return as_text(self)
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{escape(repr(self))}</pre>"
 
     @property
     def fits(self) -> bool:

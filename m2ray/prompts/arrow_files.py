@@ -1,7 +1,8 @@
 """Parquet and Arrow: rows in bounded memory, though a few kilobytes of such a file may be written out as gigabytes."""
 
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from m2ray.errors import PromptsError
 from m2ray.prompts.arrow_sizes import row_sizes
 from m2ray.prompts.arrow_values import arrow_records
 from m2ray.prompts.memory import READ_BYTES, limited
-from m2ray.prompts.nested import chosen, fields_of
+from m2ray.prompts.nested import chosen, fields_of, kinds_of
 from m2ray.prompts.readers import PromptFile, distinct, reading_file
 from m2ray.prompts.remote import RemotePath
 from m2ray.prompts.rows import Record
@@ -33,6 +34,14 @@ class _FileWithSchema(PromptFile):
     is_read_in_order = False
     is_text = False
 
+    def kinds(self, columns: Sequence[str]) -> Mapping[str, Any]:
+        with self._schema() as schema:
+            return kinds_of(schema, columns)
+
+    @abstractmethod
+    def _schema(self) -> AbstractContextManager[Any]:
+        """The file's Arrow schema, as long as it is open."""
+
     def _named(self, schema: Any, nested: Sequence[str]) -> Mapping[str, int]:
         return {**distinct(schema.names, f"The schema of {self.path}"), **dict.fromkeys(fields_of(schema, nested), 0)}
 
@@ -43,6 +52,11 @@ class ParquetFile(_FileWithSchema):
     def columns(self, nested: Sequence[str] = ()) -> Mapping[str, int] | None:
         with reading_file(self.path), self._opened() as file:
             return self._named(file.schema_arrow, nested)
+
+    @contextmanager
+    def _schema(self) -> Iterator[Any]:
+        with reading_file(self.path), self._opened() as file:
+            yield file.schema_arrow
 
     def records(self, columns: Sequence[str]) -> Iterator[Record]:
         with reading_file(self.path), self._opened() as file:
@@ -91,6 +105,11 @@ class ArrowFile(_FileWithSchema):
     def columns(self, nested: Sequence[str] = ()) -> Mapping[str, int] | None:
         with reading_file(self.path), self._opened() as (schema, _):
             return self._named(schema, nested)
+
+    @contextmanager
+    def _schema(self) -> Iterator[Any]:
+        with reading_file(self.path), self._opened() as (schema, _):
+            yield schema
 
     def records(self, columns: Sequence[str]) -> Iterator[Record]:
         with reading_file(self.path), self._opened() as (schema, batches):

@@ -6,6 +6,7 @@ from contextlib import suppress
 
 from m2ray.errors import PromptsError
 from m2ray.options import PromptOptions
+from m2ray.prompts.kept import kept_columns
 from m2ray.prompts.readers import PromptFile
 from m2ray.prompts.rows import LOSS_MASKS, Columns, FileColumns, Kind, Record
 from m2ray.storage import without_secrets
@@ -28,7 +29,9 @@ def nested_columns(options: PromptOptions) -> list[str]:
     """The dotted names that files are asked for: columns that are named, and such as go with a prompt and may lie beside it."""
     prompts = [name for name in _named(options).values() if name]
     beside = [_beside(name, prompt) for prompt in prompts for name in ("tools", TEMPLATE_OPTIONS, "attention_mask", *LOSS_MASKS)]
-    return [name for name in (*prompts, options.id_column, options.tools_column, *beside) if name and "." in name]
+    return [
+        name for name in (*prompts, options.id_column, options.tools_column, *(options.keep_columns or ()), *beside) if name and "." in name
+    ]
 
 
 def _beside(name: str, prompt: str) -> str:
@@ -70,6 +73,7 @@ def choose_columns(files: Sequence[tuple[PromptFile, FileColumns]], options: Pro
         attention_mask=with_prompt("attention_mask") if is_ids else None,
         loss_mask=_loss_mask(files, [with_prompt(name) for name in LOSS_MASKS]) if is_ids else None,
         rivals=frozenset() if named else frozenset(_DEFAULTS) - {prompt},
+        kept=kept_columns([file for file, _ in files], options.keep_columns or ()),
     )
 
 
@@ -124,13 +128,14 @@ def absent_columns(files: Iterable[tuple[PromptFile, FileColumns]], columns: Col
 
 def _lacking(present: FileColumns, columns: Columns, options: PromptOptions) -> Iterator[tuple[str, str]]:
     """The options that a file cannot do, and what it lacks."""
-    needed = {"id_column": columns.row_id, "tools_column": options.tools_column}
+    needed = [("id_column", columns.row_id), ("tools_column", options.tools_column)]
+    needed += [("keep_columns", name) for name in columns.kept.names]
     if present is None:
-        needed[f"{columns.kind}_column"] = None if columns.kind == "text" else columns.prompt
-        yield from ((option, f"is plain text and has no column {name!r}") for option, name in needed.items() if name is not None)
+        needed.append((f"{columns.kind}_column", None if columns.kind == "text" else columns.prompt))
+        yield from ((option, f"is plain text and has no column {name!r}") for option, name in needed if name is not None)
     elif present:
-        absent = {option: name for option, name in needed.items() if name is not None and name not in present}
-        yield from ((option, f"has no column {name!r}") for option, name in absent.items())
+        absent = [(option, name) for option, name in needed if name is not None and name not in present]
+        yield from ((option, f"has no column {name!r}") for option, name in absent)
         if columns.prompt not in present:
             # None was named, and every file that has another of the default columns was refused before.
             none = f"neither a column {' nor '.join(map(repr, _DEFAULTS))}" if columns.rivals else f"no column {columns.prompt!r}"

@@ -39,17 +39,27 @@ def chosen(batch: Any, columns: Sequence[str]) -> Any:
     return pa.record_batch([_column(batch, name) for name in columns], names=list(columns))
 
 
+def kinds_of(schema: Any, columns: Iterable[str]) -> dict[str, Any]:
+    """The types of those of the columns that an Arrow schema has, dotted ones in its structs."""
+    return {name: schema.field(name).type if name in schema.names else _field_type(schema, name) for name in fields_of(schema, columns)}
+
+
 def _has_field(schema: Any, name: str) -> bool:
+    return _field_type(schema, name) is not None
+
+
+def _field_type(schema: Any, name: str) -> Any:
+    """The type of what lies in structs under a dotted name; None if there is no such field."""
     first, *others = name.split(".")
     if schema.names.count(first) != 1:
-        return False
+        return None
     kind = schema.field(first).type
     for part in others:
         place = kind.get_field_index(part) if pa.types.is_struct(kind) else -1
         if place < 0:
-            return False
+            return None
         kind = kind.field(place).type
-    return True
+    return kind
 
 
 def _column(batch: Any, name: str) -> Any:

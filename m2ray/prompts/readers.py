@@ -18,6 +18,7 @@ from typing import Any
 import pyarrow as pa
 
 from m2ray.errors import PromptsError
+from m2ray.prompts.kept import kind_of_values
 from m2ray.prompts.nested import dotted, with_nested
 from m2ray.prompts.remote import RemotePath, reading_store
 from m2ray.prompts.rows import MAX_PROMPT_BYTES, Record
@@ -51,6 +52,11 @@ class PromptFile(ABC):
         None if the format has none, empty if the file shows none. Raises PromptsError.
         """
 
+    def kinds(self, columns: Sequence[str]) -> Mapping[str, Any]:
+        """The Arrow types of those of the columns that the file shows. Without a schema all is text. Raises PromptsError."""
+        present = self.columns(columns) or {}
+        return {name: pa.string() for name in columns if name in present}
+
     @abstractmethod
     def records(self, columns: Sequence[str]) -> Iterator[Record]:
         """Each row's values in `columns`, the prompt's first (others may come along). Raises PromptsError if the file cannot be read."""
@@ -68,6 +74,19 @@ class JsonLinesFile(PromptFile):
             if len(found) > _MOST_COLUMNS:
                 raise PromptsError(f"{self.path} has more than {_MOST_COLUMNS} columns.", "Write its rows with the same few keys.")
         return found
+
+    def kinds(self, columns: Sequence[str]) -> Mapping[str, Any]:
+        """As JSON's values of the first 1,000 rows show them."""
+        rows = [record.values for record in islice(self.records(columns), _PEEKED_ROWS)]
+        kinds = {}
+        for name in columns:
+            try:
+                kinds[name] = kind_of_values([values.get(name) for values in rows])
+            except (pa.ArrowException, ValueError, OverflowError) as error:
+                raise PromptsError(
+                    f"The values of {name!r} in {self.path} have no type in common: {error}.", "Write them as one type, text for one."
+                ) from error
+        return kinds
 
     def records(self, columns: Sequence[str]) -> Iterator[Record]:
         with reading_file(self.path), opened_text(self.path, self.encoding) as file:

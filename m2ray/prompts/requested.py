@@ -33,12 +33,10 @@ class RequestedPrompts:
         tokenizer.require(columns)
         rows = [as_row(Record({kind: prompt}), number, columns) for number, prompt in enumerate(prompts)]
         marked = tokenizer.marked(rows)
-        bad = {number: found for number, found in enumerate(marked) if isinstance(found, str)}
+        reasons = [_why_not(found, selection) for found in marked]
+        raise_all([PromptsError(f"Prompt {number}: {reason}.") for number, reason in enumerate(reasons) if reason])
         self._marked = [found for found in marked if isinstance(found, Marked)]
         self._selection = selection
-        if selection.needs_mask:
-            bad |= {number: "it has no loss mask" for number, found in enumerate(self._marked) if found.loss_mask is None}
-        raise_all([PromptsError(f"Prompt {number}: {reason}.") for number, reason in bad.items()])
 
     @cached_property
     def token_counts(self) -> Int32Array:
@@ -70,3 +68,9 @@ class RequestedPrompts:
         counts = self.token_counts
         for number, places in enumerate(cut_shards(counts, shard_tokens)):
             yield from micro_batches(Shard(number, places.astype(np.int64), counts[places]), self, batch_tokens)
+
+
+def _why_not(found: Marked | str, selection: Selection) -> str | None:
+    if isinstance(found, str):
+        return found
+    return "no loss mask" if selection.needs_mask and found.loss_mask is None else None

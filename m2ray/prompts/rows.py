@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+from m2ray.prompts.kept import NONE_KEPT, KeptColumns
+
 Message = dict[str, Any]
 
 Kind = Literal["text", "messages", "input_ids"]
@@ -39,7 +41,8 @@ class Columns:
     """Where the prompts are, and of which kind they are.
 
     `tools` and `template_options` go with messages, `attention_mask` and `loss_mask` with input_ids, where a file has them.
-    `rivals` are the columns that no row may have beside or instead of `prompt`; none if the user named `prompt`.
+    `rivals` are the columns that no row may have beside or instead of `prompt`; none if the user named `prompt`. `kept` are those that travel
+    into `sequences/`.
     """
 
     prompt: str
@@ -50,6 +53,7 @@ class Columns:
     attention_mask: str | None = None
     loss_mask: str | None = None
     rivals: frozenset[str] = frozenset()
+    kept: KeptColumns = NONE_KEPT
 
     def __str__(self) -> str:
         what = {"text": "text", "messages": "chat messages", "input_ids": "token ids"}
@@ -61,7 +65,7 @@ class Columns:
 
     def of(self, present: FileColumns) -> list[str]:
         """Those that are to be read of a file, the prompt first; dotted ones whether it shows them or not."""
-        others = (self.row_id, self.tools, self.template_options, self.attention_mask, self.loss_mask)
+        others = (self.row_id, self.tools, self.template_options, self.attention_mask, self.loss_mask, *self.kept.names)
         found = (name for name in others if name is not None and (present is None or name in present or "." in name))
         return list(dict.fromkeys([self.prompt, *found]))
 
@@ -71,7 +75,7 @@ class PromptRow(NamedTuple):
 
     `sequence_id` is its 0-based place in the source, over all files; `row_id` the value of the id column, else that place.
     `tools` and `template_options` go with messages, to the chat template. `loss_mask`, one byte 0 or 1 a token, goes with `token_ids`.
-    `num_bytes` is what all of it takes as UTF-8.
+    `kept` are the values of the kept columns, in their order, of a quarantined row too. `num_bytes` is what all of it takes as UTF-8.
     """
 
     sequence_id: int
@@ -84,6 +88,7 @@ class PromptRow(NamedTuple):
     template_options: Mapping[str, Any] | None = None
     loss_mask: bytes | None = None
     num_bytes: int = 0
+    kept: tuple[Any, ...] = ()
 
 
 class _BadRowError(ValueError):
@@ -93,17 +98,19 @@ class _BadRowError(ValueError):
 def as_row(record: Record, sequence_id: int, columns: Columns) -> PromptRow:
     """Check a record. It never raises: whatever is wrong with the row becomes its `reason`."""
     row_id = _row_id(record, sequence_id, columns)
+    kept, misfit, kept_bytes = columns.kept.of(record.values)
     if len(row_id) > _ROW_ID_CHARACTERS:
         reason = f"its id has {len(row_id)} characters, more than {_ROW_ID_CHARACTERS}"
-        return PromptRow(sequence_id, row_id[:_ROW_ID_CHARACTERS], reason=reason)
+        return PromptRow(sequence_id, row_id[:_ROW_ID_CHARACTERS], reason=reason, kept=kept)
     try:
-        if record.problem is not None:
-            raise _BadRowError(record.problem)
+        if (problem := record.problem or misfit) is not None:
+            raise _BadRowError(problem)
         if columns.prompt not in record.values:
             raise _BadRowError(f"no column {columns.prompt!r}")
-        return PromptRow(sequence_id, row_id, **_READERS[columns.kind](record.values, columns))
+        row = PromptRow(sequence_id, row_id, kept=kept, **_READERS[columns.kind](record.values, columns))
+        return row._replace(num_bytes=row.num_bytes + kept_bytes) if kept_bytes else row
     except _BadRowError as error:
-        return PromptRow(sequence_id, row_id, reason=str(error))
+        return PromptRow(sequence_id, row_id, reason=str(error), kept=kept)
 
 
 def _row_id(record: Record, sequence_id: int, columns: Columns) -> str:

@@ -14,6 +14,7 @@ from m2ray.batches import Int32Array, SequenceFile
 from m2ray.errors import PromptsError
 from m2ray.options import PromptOptions
 from m2ray.prompts.fingerprint import Fingerprint
+from m2ray.prompts.kept import KeptColumns
 from m2ray.prompts.masks import Marked
 from m2ray.prompts.packing import Packer
 from m2ray.prompts.rows import MAX_PROMPT_BYTES, PromptRow
@@ -94,8 +95,8 @@ def survey(
         batches, packer = _marked(source, tokenizer, row_batches(source.rows(fingerprint))), tokenizer.packer()
         with (
             _old_objects_passed_over(),
-            SequencesWriter(store, attempt) as writer,
-            closing(_SurveyPass(writer, tokens, shard_tokens, tokenizer.selection)) as survey_pass,
+            SequencesWriter(store, attempt, source.columns.kept.schema) as writer,
+            closing(_SurveyPass(writer, tokens, shard_tokens, tokenizer.selection, source.columns.kept)) as survey_pass,
             closing(batches),
         ):
             for rows, marked in batches if packer is None else packer.packed(batches):
@@ -169,7 +170,7 @@ def row_batches(rows: Iterable[PromptRow]) -> Iterator[list[PromptRow]]:
 class _SurveyPass:
     """The survey on its way through the rows."""
 
-    def __init__(self, writer: SequencesWriter, tokens: TokenSpool, shard_tokens: int, selection: Selection) -> None:
+    def __init__(self, writer: SequencesWriter, tokens: TokenSpool, shard_tokens: int, selection: Selection, kept: KeptColumns) -> None:
         self.num_rows = 0
         self._writer = writer
         self._tokens = tokens
@@ -178,7 +179,8 @@ class _SurveyPass:
         self._shards: list[ShardCounts] = []
         self._sample: list[str] = []
         self._reasons: Counter[str] = Counter()
-        self._window = Window(first_id=0)
+        self._kept = kept
+        self._window = Window(first_id=0, kept=kept.schema)
         self._num_masks = 0
         self._num_empty_masks = 0
         self._num_without_rows = 0
@@ -200,7 +202,7 @@ class _SurveyPass:
                 if marked.loss_mask is not None:
                     self._num_masks += 1
                     self._num_empty_masks += 1 not in marked.loss_mask
-        self._window.mark(marked_rows)
+        self._window.mark(marked_rows, [row.kept for row in rows])
         self.num_rows += len(rows)
         if self.num_rows % WINDOW_ROWS == 0:
             self._close_window()
@@ -244,7 +246,7 @@ class _SurveyPass:
     def _close_window(self) -> None:
         self._shards += self._window.finish(self._writer, len(self._shards), self._shard_tokens)
         self._window.close()
-        self._window = Window(first_id=self.num_rows)
+        self._window = Window(first_id=self.num_rows, kept=self._kept.schema)
 
     def _count(self, reason: str) -> None:
         """Reasons that differ in a number or a quoted word are of one kind."""

@@ -188,6 +188,10 @@ class PromptTokenizer:
         """What each token stands for by itself."""
         return [self._tokenizer.decode([token_id], clean_up_tokenization_spaces=False) for token_id in token_ids]
 
+    def text(self, token_ids: Sequence[int]) -> str:
+        """What they stand for together."""
+        return str(self._tokenizer.decode(list(token_ids), clean_up_tokenization_spaces=False))
+
     def encode(self, rows: Sequence[PromptRow]) -> list[Int32Array | str]:
         """The same as `marked`, token ids alone."""
         return [found if isinstance(found, str) else found.token_ids for found in self.marked(rows)]

@@ -13,22 +13,23 @@ from m2ray.prompts.spool import naming_disk
 from m2ray.sequences import SEQUENCES_SCHEMA, SequencesWriter
 
 _MARKS_SCHEMA = pa.schema([SEQUENCES_SCHEMA.field(name) for name in ("loss_mask", "roles", "documents")])
+_NONE_KEPT = pa.schema([])
 _UNMARKED = (None, None, None)
 _ROW_GROUP_BYTES = 16 << 20
 """Of masks, roles and documents in one row group of `sequences/`, from which on it ends: a window of long prompts has gigabytes."""
 
 
 class Window:
-    """Rows as they come, which `finish` cuts into shards. Quarantined rows have token count 0."""
+    """Rows as they come, which `finish` cuts into shards. Quarantined rows have token count 0. `kept` is the schema of the kept columns."""
 
-    def __init__(self, first_id: int) -> None:
+    def __init__(self, first_id: int, kept: Any = _NONE_KEPT) -> None:
         self._first_id = first_id
         self._row_ids: list[str] = []
         self._digests: list[str | None] = []
         self._token_counts: list[int] = []
         self._row_counts: list[int] = []
         self._reasons: list[str | None] = []
-        self._marks = MarksSpool()
+        self._marks = MarksSpool(kept)
 
     def __len__(self) -> int:
         return len(self._row_ids)
@@ -48,9 +49,9 @@ class Window:
         self._row_counts.append(row_count)
         self._reasons.append(reason)
 
-    def mark(self, rows: Sequence[Marked | str]) -> None:
-        """Take what is known of the rows that were added since the last call."""
-        self._marks.append(rows)
+    def mark(self, rows: Sequence[Marked | str], kept: Sequence[tuple[Any, ...]] = ()) -> None:
+        """Take what is known of the rows that were added since the last call, and their values of the kept columns."""
+        self._marks.append(rows, kept)
 
     def close(self) -> None:
         """Delete what lies in the temporary folder."""
@@ -86,29 +87,33 @@ class Window:
 
 
 class MarksSpool:
-    """A window's loss masks, roles and documents, compressed in the temporary folder until its shards are known. The file has no name, and may stay unmade."""
+    """A window's loss masks, roles, documents and kept columns, compressed in the temporary folder until its shards are known. The file has no
+    name, and may stay unmade.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, kept: Any = _NONE_KEPT) -> None:
+        self._kept = kept
         self._file: Any = None
         self._stream: Any = None
         self._num_rows = 0
 
-    def append(self, rows: Sequence[Marked | str]) -> None:
+    def append(self, rows: Sequence[Marked | str], kept: Sequence[tuple[Any, ...]] = ()) -> None:
         """Add a batch of rows; as long as none has any of them, nothing is written. Raises StoreError if the disk is full."""
         known = [None if isinstance(row, str) else row for row in rows]
-        if self._stream is None and all(row is None or row[1:] == _UNMARKED for row in known):
+        if self._stream is None and not len(self._kept) and all(row is None or row[1:] == _UNMARKED for row in known):
             self._num_rows += len(rows)
             return
         with naming_disk():
             if self._stream is None:
                 self._begin()
-            self._stream.write_batch(_as_batch(known))
+            self._stream.write_batch(_as_batch(known, kept, self._kept))
         self._num_rows += len(rows)
 
     def taken(self, num_rows: int) -> Iterator[Any]:
         """All of it, `num_rows` rows, as pyarrow tables of some megabytes."""
         if self._stream is None:
-            yield pa.table([pa.nulls(num_rows, field.type) for field in _MARKS_SCHEMA], schema=_MARKS_SCHEMA)
+            schema = _with(self._kept)
+            yield pa.table([pa.nulls(num_rows, field.type) for field in schema], schema=schema)
             return
         with naming_disk():
             self._stream.close()
@@ -130,12 +135,16 @@ class MarksSpool:
     def _begin(self) -> None:
         # Outlives this function by design: `close` ends it.
         self._file = tempfile.TemporaryFile()  # noqa: SIM115
-        self._stream = pa.ipc.new_stream(self._file, _MARKS_SCHEMA, options=pa.ipc.IpcWriteOptions(compression="zstd"))
+        self._stream = pa.ipc.new_stream(self._file, _with(self._kept), options=pa.ipc.IpcWriteOptions(compression="zstd"))
         if self._num_rows:
             self._stream.write_batch(_as_batch([None] * self._num_rows))
 
 
-def _as_batch(rows: Sequence[Marked | None]) -> Any:
+def _with(kept: Any) -> Any:
+    return pa.schema([*_MARKS_SCHEMA, *kept])
+
+
+def _as_batch(rows: Sequence[Marked | None], kept: Sequence[tuple[Any, ...]] = (), of_kept: Any = _NONE_KEPT) -> Any:
     masks = [None if row is None else row.loss_mask for row in rows]
     roles = [
         None if row is None or row.roles is None else [dict(zip(("role", "start", "stop"), one, strict=True)) for one in row.roles]
@@ -147,4 +156,5 @@ def _as_batch(rows: Sequence[Marked | None]) -> Any:
     lists = pa.ListArray.from_arrays(pa.array(bounds), values, mask=absent)
     documents = [None if row is None or row.documents is None else [Document._asdict(one) for one in row.documents] for row in rows]
     others = [pa.array(found, _MARKS_SCHEMA.field(name).type) for name, found in (("roles", roles), ("documents", documents))]
-    return pa.record_batch([lists, *others], schema=_MARKS_SCHEMA)
+    cells = [pa.array([values[place] for values in kept], field.type) for place, field in enumerate(of_kept)]
+    return pa.record_batch([lists, *others, *cells], schema=_with(of_kept))

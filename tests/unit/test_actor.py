@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from ray.exceptions import GetTimeoutError
 
@@ -13,10 +14,11 @@ from m2ray.batches import LayerSpan
 from m2ray.chain import actor
 from m2ray.chain.status import StageStatus
 from m2ray.errors import StoreError
+from m2ray.model.capture import CaptureSpec
 from m2ray.model.checkpoint import Checkpoint
 from m2ray.model.decoder import DecoderSpan
 from m2ray.model.stage import StageSpec
-from tests.reference import make_family
+from tests.reference import make_family, micro_batch_of
 
 
 def stage_of(spec: StageSpec, monkeypatch: pytest.MonkeyPatch) -> actor.StageActor:
@@ -65,3 +67,27 @@ def test_receipts_are_not_collected_before_the_rows_of_the_last_micro_batch_are_
     stage.gather(1, 1, 7, "attempt", ())
     (gathered,) = stage.completed(1, 2, 0).shards
     assert (gathered.shard, gathered.attempt, gathered.receipts) == (7, "attempt", (7, "attempt"))
+
+
+def test_a_reset_that_comes_late_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The job before may still be told to give up when the next one has begun."""
+    stage = stage_of(StageSpec("", LayerSpan(0, 5), "float32", "auto", "cpu", 1), monkeypatch)
+    stage.reset(7, [])
+    stage.reset(6, [])
+    assert stage._turns.epoch == 7
+
+
+def test_a_stage_answers_requests_with_and_without_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It loads by itself, and what it hands on is what the next stage takes."""
+    model = make_family(tmp_path / "llama", "llama")
+    capture, micro_batch = CaptureSpec({"residual": (1, 4)}, "float32"), micro_batch_of((3, 8), 96)
+    whole = stage_of(StageSpec(str(model), LayerSpan(0, 5), "float32", "auto", "cpu", 1), monkeypatch)
+    halves = [stage_of(StageSpec(str(model), LayerSpan(*ends), "float32", "auto", "cpu", 1), monkeypatch) for ends in ((0, 2), (2, 5))]
+    monkeypatch.setattr(actor.ray, "put", lambda value: value)
+    follower = SimpleNamespace(answer=SimpleNamespace(remote=halves[1].answer))
+    expected, nothing = whole.answer(capture, micro_batch, None, [])
+    first, (second, last) = halves[0].answer(capture, micro_batch, None, [follower])
+    assert nothing is last is None
+    assert [each.layer for each in (*first, *second)] == [1, 4]
+    for one, other in zip((*first, *second), expected, strict=True):
+        assert np.array_equal(one.columns[0], other.columns[0])

@@ -284,3 +284,26 @@ def test_any_size_can_be_warmed_up(llama: Path, batch_tokens: int, monkeypatch: 
     monkeypatch.setattr(Stage, "_try", lambda self, *shape, was=Stage._try: (tried.append(shape), was(self, *shape)))
     stage.warm_up(batch_tokens)
     assert 0 <= batch_tokens - np.prod(tried[0]) < tried[0][0], "the first is as full as can be"
+
+
+def test_a_request_between_two_micro_batches_changes_neither(llama: Path) -> None:
+    """What is taken of one micro-batch alone is what a stage takes that takes nothing else; the job's rows and losses know nothing of it."""
+    job, request = CaptureSpec({"residual": (1,), "mlp": (0, 2)}, "int8"), CaptureSpec({"residual": (4,)}, "float32", Selection("last"))
+    micro_batches = [micro_batch_of(LENGTHS, 96, seed=seed) for seed in range(3)]
+
+    def stage_for(capture: CaptureSpec) -> Stage:
+        stage = load_stage(spec_of(llama, 0, 5), lambda *_: None)
+        stage.begin(capture)
+        return stage
+
+    alone, asked, mixed = stage_for(job), stage_for(request), stage_for(job)
+    taking = mixed.taking(request)
+    expected = [alone.forward(micro_batches[0], None), asked.forward(micro_batches[1], None), alone.forward(micro_batches[2], None)]
+    found = [mixed.forward(micro_batch, None, wanted) for micro_batch, wanted in zip(micro_batches, (None, taking, None), strict=True)]
+    for one, other in zip(found, expected, strict=True):
+        assert [(each.site, each.layer) for each in one.captured] == [(each.site, each.layer) for each in other.captured]
+        for captured, wanted in zip(one.captured, other.captured, strict=True):
+            assert all(np.array_equal(*both) for both in zip(captured.columns, wanted.columns, strict=True))
+    assert mixed.losses() == alone.losses()
+    with pytest.raises(ConfigError, match="layers 0 to 4"):
+        mixed.taking(CaptureSpec({"residual": (9,)}, "float32"))

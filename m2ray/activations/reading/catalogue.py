@@ -1,9 +1,10 @@
 """Catalogue: what a run folder holds that counts. Parts are resolved through commits only, so half a shard is invisible."""
 
 from bisect import bisect_right
+from collections.abc import Callable
 from functools import cached_property
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +24,18 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
+class Words(Protocol):
+    """A tokenizer, as far as readers need it."""
+
+    def text(self, token_ids: "Sequence[int]") -> str: ...
+
+    def words(self, token_ids: "Sequence[int]") -> list[str]: ...
+
+
+OpenTokenizer = Callable[[JobRecord, str | None], Words]
+"""From a run and a model's folder, None for where the run's model was, to its tokenizer."""
+
+
 class Catalogue:
     """A run as it was when this object was made; later commits are not seen.
 
@@ -32,9 +45,11 @@ class Catalogue:
         RunConflictError: a newer m2ray wrote it.
     """
 
-    def __init__(self, store: Store, check: Check = "pages") -> None:
+    def __init__(self, store: Store, check: Check = "pages", open_tokenizer: OpenTokenizer | None = None) -> None:
         self.store = store
         self._check = check
+        self._open_tokenizer = open_tokenizer
+        self._tokenizers: dict[str | None, Words] = {}
         job = read_job(store)
         if job is None:
             raise StoreError(
@@ -79,6 +94,14 @@ class Catalogue:
         place = int(np.searchsorted(table["shard"].to_numpy(), shard))
         found = receipts_of(table.slice(place, 1))
         return found[0] if found and found[0].shard == shard else None
+
+    def tokenizer(self, model: str | None) -> Words:
+        """The run's tokenizer, from the folder `model` or from where the run's model was; loaded once. Raises what opening it raises."""
+        if self._open_tokenizer is None:
+            raise NotInRunError("This run was opened without a way to its tokenizer.", "Open it by m2ray.open_run.")
+        if model not in self._tokenizers:
+            self._tokenizers[model] = self._open_tokenizer(self.job, model)
+        return self._tokenizers[model]
 
     # -- sequences ----------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""open_run: a run's activations as torch tensors."""
+"""open_run: a run's activations as torch tensors, or as floats for NumPy, Arrow and frames."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,12 +11,12 @@ import numpy.typing as npt
 import pyarrow.compute as pc
 
 from m2ray.activations.job import JobRecord
-from m2ray.activations.reading.catalogue import Catalogue
+from m2ray.activations.reading.catalogue import Catalogue, OpenTokenizer
 from m2ray.activations.reading.part_reader import Check
 from m2ray.activations.reading.random_rows import RandomRows
+from m2ray.activations.reading.shown import as_html, as_line
 from m2ray.batches import TOKEN_ROW, PartReceipt, PartSpec
 from m2ray.errors import ConfigError, NotInRunError, did_you_mean, in_ranges
-from m2ray.sites import shown_layers
 from m2ray.storage import open_store
 
 if TYPE_CHECKING:
@@ -38,11 +38,8 @@ class ShardRows:
     activations: "Values"
 
 
-def open_run(path: str | Path, *, check: Check = "pages") -> "RunReader":
-    """Open a run folder, finished or not. What is committed later is seen by opening it again.
-
-    Every file is checked when it is read: one that is not what was written is refused by name. With `check="none"` the rows and tokens
-    themselves are not: random rows of a local run come up to twice as fast. Runs of format 1 have nothing to hold rows against.
+def open_run(path: str | Path, *, check: Check = "pages", open_tokenizer: OpenTokenizer | None = None) -> "RunReader":
+    """As m2ray.open_run (m2ray/api/opening.py), which gives the `open_tokenizer` that `text` and `words` need.
 
     Raises:
         ConfigError: `check` is neither "pages" nor "none".
@@ -52,7 +49,7 @@ def open_run(path: str | Path, *, check: Check = "pages") -> "RunReader":
     """
     if check not in get_args(Check):
         raise ConfigError(f"check = {check!r} is not known.", f"Give one of {', '.join(map(repr, get_args(Check)))}.")
-    catalogue = Catalogue(open_store(path), check)
+    catalogue = Catalogue(open_store(path), check, open_tokenizer)
     return RunReader(catalogue, catalogue.job.parts, has_layer_axis=True)
 
 
@@ -69,8 +66,10 @@ class RunReader:
         self._has_layer_axis = has_layer_axis
 
     def __repr__(self) -> str:
-        what = [site + (f" at layers {shown_layers(layers)}" if (layers := self._layers_of(site)) else "") for site in self.sites]
-        return f"<run {self._catalogue.store.url}: {', '.join(what)}; {self.num_shards} of {self.job.num_shards} shards, {self.num_tokens:,} tokens>"
+        return as_line(self, self._catalogue.store.url)
+
+    def _repr_html_(self) -> str:
+        return as_html(self, self._catalogue.store.url)
 
     # -- the run ------------------------------------------------------------------------------------------------------
 
@@ -109,7 +108,7 @@ class RunReader:
         """Every row of the source: pyarrow table of sequence_id, row_id, prompt_digest, token_count, shard, status, reason,
         loss_mask (list<uint8>, one 0 or 1 a token; null where the prompts gave none), roles (list of role, start, stop: the tokens
         [start, stop) of a chat's messages; null where unknown), row_count (its rows in every part) and documents (of packed prompts: list of
-        row_id, start, offset; else null). Where prompts are packed, a row is a context.
+        row_id, start, offset; else null); behind them the columns that `keep_columns` names. Where prompts are packed, a row is a context.
 
         Raises:
             RunDamagedError: a file of `sequences/` is not the one that was written.
@@ -138,9 +137,6 @@ class RunReader:
     def layer_numbers(self) -> tuple[int, ...]:
         """The layers of this view, in its order; empty for a site of the whole model."""
         return tuple(dict.fromkeys(part.layer for part in self._parts if part.layer is not None))
-
-    def _layers_of(self, site: str) -> list[int]:
-        return sorted(part.layer for part in self._parts if part.site == site and part.layer is not None)
 
     @property
     def num_files(self) -> int:
@@ -360,7 +356,71 @@ class RunReader:
         self._require_one_tensor()
         return mean_norm(self._catalogue, self._one_layer(), most_rows)
 
+    # -- floats and words ---------------------------------------------------------------------------------------------
+
+    def to_numpy(self) -> Any:
+        """All committed rows in the order of `tokens` as float32: [N, W] of a one-layer view, [L, N, W] otherwise; of router_topk a dict by column.
+
+        bfloat16, float16 and 8 bits become float32 without loss. They must fit into memory. Raises as `tensor` does.
+        """
+        from m2ray.activations.reading.frames import values_of
+
+        layers = [values_of(self._catalogue, spec) for spec in self._one_site()]
+        values = {name: np.stack([layer[name] for layer in layers]) if self._has_layer_axis else layers[0][name] for name in layers[0]}
+        return values.get("activation", values)
+
+    def to_arrow(self) -> Any:
+        """The same rows as a pyarrow table: sequence_id, position, token_id, in a view with a layer axis layer, and `activation`, a
+        fixed_size_list of float32 (of router_topk `expert_ids` and `expert_weights`). Raises as `tensor` does.
+        """
+        from m2ray.activations.reading.frames import table_of
+
+        return table_of(self._catalogue, self._one_site(), has_layer_axis=self._has_layer_axis)
+
+    def to_pandas(self) -> Any:
+        """The table of `to_arrow` as a pandas frame; `activation` holds an array a row: np.stack(frame.activation) is [N, W].
+
+        Raises as `tensor` does, and MissingPackageError where pandas is not installed.
+        """
+        from m2ray.activations.reading.frames import require_package
+
+        require_package("pandas")
+        return self.to_arrow().to_pandas()
+
+    def to_polars(self) -> Any:
+        """The table of `to_arrow` as a polars frame; `activation` is an Array(Float32, W).
+
+        Raises as `tensor` does, and MissingPackageError where polars is not installed.
+        """
+        from m2ray.activations.reading.frames import require_package
+
+        return require_package("polars").from_arrow(self.to_arrow())
+
+    def text(self, sequence_id: int, *, model: str | None = None) -> str:
+        """The tokens of a sequence that have rows, decoded together: its prompt with special tokens and template, where all have rows.
+
+        Args:
+            sequence_id: which one.
+            model: the folder of the run's model or tokenizer; default: where the model was.
+
+        Raises:
+            NotInRunError: the sequence has no rows, or its rows are means; or the run does not say where its model was.
+            CheckpointError, StoreError: the tokenizer is not there.
+            RunConflictError: it is not the run's.
+        """
+        return str(self._catalogue.tokenizer(model).text(self._token_ids(sequence_id)))
+
+    def words(self, sequence_id: int, *, model: str | None = None) -> list[str]:
+        """The same token by token, one word a row; a part of a character is U+FFFD. Raises as `text` does."""
+        return list(self._catalogue.tokenizer(model).words(self._token_ids(sequence_id)))
+
     # -- inside -------------------------------------------------------------------------------------------------------
+
+    def _token_ids(self, sequence_id: int) -> list[int]:
+        token_ids: list[int] = self.tokens(sequence_id)["token_id"].tolist()
+        if -1 in token_ids:
+            raise NotInRunError(f"The rows of {self._catalogue.store.url} are means over tokens.", "Their tokens are not kept.")
+        return token_ids
 
     @cached_property
     def _random_rows(self) -> RandomRows:

@@ -2,20 +2,21 @@
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from os import PathLike
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, Unpack
 
-from m2ray.chain.extract import extract
+from m2ray.activations.reading.reader import RunReader
+from m2ray.api.extracting import extract
+from m2ray.api.options import Options
 from m2ray.chain.joining import cluster
-from m2ray.chain.progress import Progress
 from m2ray.chain.requests import Answer, Request
 from m2ray.chain.warm import Standing, asked, find, require_cluster, status
-from m2ray.config import ExtractConfig
+from m2ray.prompts.in_memory import Prompts
 
 if TYPE_CHECKING:
     import torch
 
-    from m2ray.activations.writing.commits import RunSummary
     from m2ray.chain.keeper import ChainStatus
 
 _JOIN_S = 30.0
@@ -39,6 +40,7 @@ class WarmChain:
         with ExitStack() as stack:
             stack.enter_context(cluster(_JOIN_S))
             self._standing: Standing = find(name)
+            self._standing.require_loaded()
             self._joined = stack.pop_all()
         self.name = name
 
@@ -79,11 +81,10 @@ class WarmChain:
         answer: Answer = asked(self._standing.keeper.answer.remote(request), _ANSWER_S)
         return answer.tensors()
 
-    def extract(self, **options: Any) -> "RunSummary":
-        """Extract into a run folder, as `m2ray extract --chain` with these options; `model` is the chain's. Raises M2rayError as that."""
-        config = ExtractConfig.validated({"model": self._standing.served.model_url, **options, "chain": self.name})
-        with Progress() as progress:
-            return extract(config, progress)
+    def extract(self, *, prompts: Prompts, output: str | PathLike[str], **options: Unpack[Options]) -> RunReader:
+        """As `m2ray.extract`, on this chain and so of its model."""
+        chosen: Options = {**options, "chain": self.name}
+        return extract(model=self._standing.served.model_url, prompts=prompts, output=output, **chosen)
 
     def status(self) -> "ChainStatus":
         """What the chain does now."""

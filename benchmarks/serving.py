@@ -1,0 +1,138 @@
+"""Small requests to a warm chain, held against a job with the same micro-batches and against a bare forward pass of transformers.
+
+    scripts/trained_model /tmp/smollm2
+    python -m benchmarks.serving /tmp/smollm2
+
+Starts Ray on this machine and a chain of one stage. A request is one prompt, and so is a micro-batch of the job. The forward pass is
+transformers' own model up to the last layer, with as many threads as the stage, in this process, between the requests it is held against.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from transformers import AutoModelForCausalLM
+
+import m2ray
+from benchmarks.records import Row, record
+from m2ray.api.connecting import WarmChain
+from m2ray.chain.progress import Progress
+from m2ray.chain.serving import serve, stop
+from m2ray.config import ExtractConfig
+
+NAME = "benchmark"
+SITES = "residual:15"
+
+
+def prompts_of(count: int, length: int, vocab_size: int) -> list[list[int]]:
+    """Token ids drawn by chance."""
+    drawn: list[list[int]] = np.random.default_rng(0).integers(100, vocab_size, (count, length)).tolist()
+    return drawn
+
+
+def by_clients(prompts: list[list[int]], clients: int, chain: WarmChain) -> float:
+    """Seconds that so many clients take for all prompts, each prompt a request, each client one after another."""
+    waiting, lock = iter(prompts), threading.Lock()
+
+    def next_prompt() -> list[int] | None:
+        with lock:
+            return next(waiting, None)
+
+    def ask() -> None:
+        while (prompt := next_prompt()) is not None:
+            chain.activations([prompt], sites=SITES)
+
+    threads = [threading.Thread(target=ask) for _ in range(clients)]
+    began = time.monotonic()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return time.monotonic() - began
+
+
+def job_tokens_per_s(chain: WarmChain, prompts: list[list[int]], folder: Path) -> float:
+    """Of a job whose every micro-batch is one prompt, from its first micro-batch to its last commit."""
+    source = folder / "prompts.jsonl"
+    source.write_text("".join(json.dumps({"input_ids": prompt}) + "\n" for prompt in prompts))
+    output = folder / f"run-{time.monotonic_ns()}"
+    chain.extract(prompts=str(source), output=str(output), sites=SITES, batch_tokens=len(prompts[0]))
+    measured: float = json.loads((output / "report.json").read_text())["tokens_per_s"]["measured"]
+    return measured
+
+
+def pairs_of(chain: WarmChain, model: Any, prompts: list[list[int]]) -> Iterator[tuple[float, float]]:
+    """Seconds of a request and of a forward pass of the same prompt, one after the other."""
+    for prompt in prompts:
+        began = time.perf_counter()
+        chain.activations([prompt], sites=f"residual:{model.config.num_hidden_layers - 1}")
+        answered = time.perf_counter()
+        with torch.inference_mode():
+            model.model(input_ids=torch.tensor([prompt]), use_cache=False)
+        yield answered - began, time.perf_counter() - answered
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--requests", type=int, default=1000)
+    parser.add_argument("--clients", type=int, default=8)
+    parser.add_argument("--length", type=int, default=100)
+    parser.add_argument("--threads", type=int, default=1)
+    asked = parser.parse_args()
+    torch.set_num_threads(asked.threads)
+    ray.init(address="local", include_dashboard=False, logging_level="ERROR")
+    config = ExtractConfig.validated(
+        {"model": str(asked.model), "prompts": "none", "output": "none", "threads_per_stage": asked.threads, "stages": 1, "compile": False}
+    )
+    with Progress() as progress:
+        serve(config, NAME, progress)
+    model = AutoModelForCausalLM.from_pretrained(asked.model, dtype=torch.bfloat16)
+    prompts = prompts_of(asked.requests, asked.length, model.config.vocab_size)
+    tokens = asked.requests * asked.length
+    with m2ray.connect(NAME) as chain, tempfile.TemporaryDirectory() as folder:
+        by_clients(prompts[:16], asked.clients, chain)
+        before = job_tokens_per_s(chain, prompts, Path(folder))
+        requests = tokens / by_clients(prompts, asked.clients, chain)
+        after = job_tokens_per_s(chain, prompts, Path(folder))
+        measured = list(pairs_of(chain, model, prompts[:120]))[20:]
+    stop(NAME)
+    job = statistics.mean((before, after))
+    request_s, forward_s = (statistics.median(values) for values in zip(*measured, strict=True))
+    shape = f"{asked.length} tokens, {asked.threads} thread{'s' if asked.threads > 1 else ''}"
+    rows = [
+        Row(
+            what=f"{asked.requests:,} requests of {shape}, by {asked.clients} clients",
+            value=requests,
+            unit="tokens/s",
+            baseline=job,
+            baseline_is="one job with the same micro-batches, the mean of one before and one after",
+            ratio=requests / job,
+            target="0.9",
+            note=f"the jobs: {before:,.0f} and {after:,.0f} tokens/s",
+        ),
+        Row(
+            what=f"one request of {shape}, p50",
+            value=request_s,
+            unit="s",
+            baseline=forward_s,
+            baseline_is="a forward pass of transformers, p50",
+            ratio=request_s / forward_s,
+            target="1.3",
+            note=f"{len(measured)} pairs, one after the other",
+        ),
+    ]
+    record("serving", "Small requests to a warm chain of one stage", rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""Kept columns: those of the prompts that travel into `sequences/` with the types that they have, as the option `keep_columns` names them."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from m2ray.errors import PromptsError, raise_all
+from m2ray.sequences import SEQUENCES_SCHEMA
+
+if TYPE_CHECKING:
+    from m2ray.prompts.readers import PromptFile
+
+_TYPES = pa.types
+_SCALAR_BYTES = 8
+_NOTHING: tuple[tuple[Any, ...], None, int] = ((), None, 0)
+_SHORT = {pa.string_view(): pa.string(), pa.large_string(): pa.string(), pa.binary_view(): pa.binary(), pa.large_binary(): pa.binary()}
+
+
+@dataclass(frozen=True)
+class KeptColumns:
+    """Columns with their Arrow types: a pyarrow schema."""
+
+    schema: Any
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.schema.names)
+
+    def of(self, values: Mapping[str, Any]) -> tuple[tuple[Any, ...], str | None, int]:
+        """A row's values of these columns, null where it has none; what keeps one of them from its column, if anything; and their bytes."""
+        if not len(self.schema):  # as a rule: of millions of rows
+            return _NOTHING
+        cells: list[Any] = []
+        problem, num_bytes = None, 0
+        for field in self.schema:
+            cell = values.get(field.name)
+            try:
+                pa.scalar(cell, field.type)
+            except (pa.ArrowException, ValueError, TypeError, OverflowError):
+                problem = problem or f"{field.name}: {shortened(cell)} is not {field.type}, as those of the column are"
+                cell = None
+            cells.append(cell)
+            num_bytes += len(str(cell)) if isinstance(cell, str | bytes | list | dict) else _SCALAR_BYTES
+        return tuple(cells), problem, num_bytes
+
+
+NONE_KEPT = KeptColumns(pa.schema([]))
+
+
+def kept_columns(files: Iterable["PromptFile"], names: Sequence[str]) -> KeptColumns:
+    """The columns of these names, each of one type in all files that have it: numbers of several kinds become the widest.
+
+    Raises:
+        PromptsError: all at once: a name that `sequences/` has itself or that stands twice, a type that cannot be kept, or files that differ in it.
+    """
+    problems = [
+        PromptsError(f"keep_columns: {name!r} is a column that m2ray writes itself.", "Rename the column of the prompts.")
+        for name in names
+        if name in SEQUENCES_SCHEMA.names
+    ]
+    problems += [PromptsError(f"keep_columns names {name!r} twice.") for name in dict.fromkeys(names) if names.count(name) > 1]
+    found: dict[str, Any] = {}
+    for file in files if names else ():
+        for name, kind in file.kinds(names).items():
+            try:
+                field = pa.field(name, _keepable(plain_type(kind)))
+                schemas = [pa.schema([found.get(name, field)]), pa.schema([field])]
+                found[name] = pa.unify_schemas(schemas, promote_options="permissive").field(0)
+            except (pa.ArrowException, ValueError) as error:
+                problems.append(
+                    PromptsError(
+                        f"keep_columns: {name!r} of {file.path} cannot be kept: {error}.",
+                        "Give it one type in all files, text for one, or leave it out.",
+                    )
+                )
+    raise_all(problems)
+    return KeptColumns(pa.schema([found.get(name, pa.field(name, pa.null())) for name in names]))
+
+
+def kind_of_values(values: Sequence[Any]) -> Any:
+    """The Arrow type of JSON's values. Raises pa.ArrowException, ValueError or OverflowError where they have none in common."""
+    return pa.array(values).type
+
+
+def plain_type(kind: Any) -> Any:
+    """The type of the same values, each by itself: one for all layouts of text, bytes and lists."""
+    if isinstance(kind, pa.BaseExtensionType):
+        return plain_type(kind.storage_type)
+    if _TYPES.is_dictionary(kind) or _TYPES.is_run_end_encoded(kind):
+        return plain_type(kind.value_type)
+    if _TYPES.is_struct(kind):
+        return pa.struct([pa.field(field.name, plain_type(field.type)) for field in kind])
+    if _TYPES.is_list(kind) or _TYPES.is_large_list(kind):
+        return pa.list_(plain_type(kind.value_type))
+    return _SHORT.get(kind, kind)
+
+
+def _keepable(kind: Any) -> Any:
+    """A plain type. Raises ValueError for one whose values rows do not give back as they were."""
+    if _TYPES.is_map(kind) or _TYPES.is_union(kind) or _TYPES.is_list_view(kind) or _TYPES.is_large_list_view(kind):
+        raise ValueError(f"it is of the type {kind}")
+    for place in range(kind.num_fields):
+        _keepable(kind.field(place).type)
+    return kind
+
+
+def shortened(value: Any) -> str:
+    """A value as Python writes it, without its end where that is long."""
+    words = repr(value)
+    return words if len(words) <= 60 else f"{words[:60]}..."

@@ -1,0 +1,85 @@
+"""A chain that stays: jobs and requests without loading, whoever dies beside it."""
+
+import json
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import m2ray
+from tests.ray.conftest import RayCluster
+from tests.ray.test_extract import assert_equals_transformers, minimax, prompts  # noqa: F401 - fixtures
+from tests.reference import MINIMAX_TINY, same_bits
+
+SCRIPT = str(Path(__file__).with_name("warm_chain.py"))
+DTYPES = ("--compute-dtype", "float32", "--store-dtype", "float32")
+
+
+def killed_at_work(cluster: RayCluster, name: str, model: Path, prompts: Path, output: Path) -> None:  # noqa: F811
+    """A job on the chain, whose driver is killed once a shard is committed."""
+    words = ("--chain", name, "--model", str(model), "--prompts", str(prompts), "--output", str(output), "--id-column", "id", *DTYPES)
+    driver = cluster.start("m2ray", "extract", *words, "--shard-tokens", "40", "--batch-tokens", "40")
+    deadline = time.monotonic() + 60
+    try:
+        while not list((output / "_commits").glob("*")):
+            assert driver.poll() is None, driver.communicate()[0]
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    finally:
+        driver.send_signal(signal.SIGKILL)
+        driver.communicate(timeout=30)
+
+
+@pytest.mark.timeout(240)
+def test_jobs_and_requests_share_a_loaded_chain(cluster: RayCluster, minimax: Path, prompts: Path, tmp_path: Path) -> None:  # noqa: F811
+    """Its driver is gone, another one is killed at work, and a stage is killed: what comes after finds the chain, and the right rows."""
+    words = ("--name", "tiny", "--stages", "2", "--batch-tokens", "256", "--shard-tokens", "400", *DTYPES)
+    served = cluster.run("m2ray", "serve", "--model", str(minimax), *words)
+    assert served.returncode == 0, served.stdout + served.stderr
+    seen: dict[str, Any] = {}
+    try:
+        killed_at_work(cluster, "tiny", minimax, prompts, tmp_path / "killed")
+        done = cluster.run(sys.executable, SCRIPT, "tiny", str(prompts), str(tmp_path))
+        assert done.returncode == 0, done.stdout + done.stderr
+        seen = json.loads(done.stdout.splitlines()[-1])
+    finally:
+        if not seen:
+            cluster.run("m2ray", "serve", "--stop", "tiny")
+
+    assert_equals_transformers(tmp_path / "first", minimax, range(MINIMAX_TINY["layers"]))
+    assert_equals_transformers(tmp_path / "second", minimax, (0, 3))
+    assert m2ray.open_run(tmp_path / "second").site("mlp").layer_numbers == (2,)
+    assert seen["before"] == seen["after"], "the same processes, also after a driver was killed"
+    assert seen["read_bytes"][0] == seen["read_bytes"][1], "the weights were read once"
+    assert seen["first_commit_s"] < 2.0
+    assert "compute_dtype" in seen["refused"][0]
+    assert "threads_per_stage" in seen["refused"][0]
+    assert "the chain tiny holds" in seen["refused"][1]
+
+    answers = [load_file(tmp_path / f"{when}.safetensors") for when in ("idle", "beside", "mended")]
+    assert seen["beside"] == 3
+    for answer in answers[1:]:
+        assert all(same_bits(answer[column], values) for column, values in answers[0].items())
+    assert_rows_of_a_run(tmp_path / "asked", answers[0])
+    assert seen["mended"][0] != seen["after"][0], "the killed stage came back"
+    assert seen["mended"][1:] == seen["after"][1:]
+    assert seen["status"] == [True, 4, 5, "", ""], "loaded, four jobs with the killed one, five answers, nothing at work, no trouble"
+    assert "tiny" in seen["listed"]
+    assert "idle" in seen["listed"]
+    assert "There are no chains" in seen["none"]
+
+
+def assert_rows_of_a_run(run: Path, answer: dict[str, torch.Tensor]) -> None:
+    """What a request gives is what a run of the same prompts writes, bit by bit."""
+    reader = m2ray.open_run(run)
+    for number in range(9):
+        chosen = answer["sequence"] == number
+        for layer in range(MINIMAX_TINY["layers"]):
+            assert same_bits(answer[f"residual.{layer}"][chosen], reader.site("residual").layer(layer).sequence(number)), (number, layer)
+        assert same_bits(answer["mlp.2"][chosen], reader.site("mlp").layer(2).sequence(number)), number
+    assert answer["sequence"].unique().tolist() == list(range(9))

@@ -1,0 +1,87 @@
+"""What one process does with a warm chain: two jobs, requests beside them, a stage that is killed. Prints what it saw as JSON.
+
+    python warm_chain.py NAME PROMPTS OUTPUT
+
+Run by test_warm_chain.py; the runs are OUTPUT/first, OUTPUT/second and OUTPUT/asked, the requests' rows OUTPUT/*.safetensors. The chain is
+stopped at the end.
+"""
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+from click.testing import CliRunner
+from safetensors.torch import save_file
+
+import m2ray
+from m2ray.api.connecting import WarmChain
+from m2ray.cli import chains, serve
+from m2ray.errors import M2rayError
+
+OPTIONS = {"store_dtype": "float32", "id_column": "id", "shard_tokens": 400}
+SITES = "residual:all, mlp:2"
+
+
+def pids(chain: WarmChain) -> list[int]:
+    return [stage.pid for stage in chain.status().stages]
+
+
+def refused(chain: WarmChain, prompts: str, output: str, **options: object) -> str:
+    """What a job that names a model or a way to compute itself is refused with."""
+    model = chain._standing.served.model_url
+    try:
+        m2ray.extract(**{"model": model, "prompts": prompts, "output": output, "chain": chain.name, **OPTIONS, **options})
+    except M2rayError as error:
+        return str(error)
+    return "not refused"
+
+
+def main() -> None:
+    name, prompts, output = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+    texts = [json.loads(line)["text"] for line in Path(prompts).read_text(encoding="utf-8").splitlines()]
+    asked = [text for text in texts if text][:9]
+    seen: dict[str, object] = {}
+    with m2ray.connect(name) as chain:
+        seen["repr"] = repr(chain)
+        seen["before"] = pids(chain)
+        save_file(chain.activations(asked, sites=SITES), output / "idle.safetensors")
+        chain.extract(prompts=asked, output=str(output / "asked"), sites=SITES, store_dtype="float32", shard_tokens=400)
+        chain.extract(prompts=prompts, output=str(output / "first"), **OPTIONS)
+        beside: list[dict[str, object]] = []
+
+        def ask() -> None:
+            beside.extend(chain.activations(asked, sites=SITES) for _ in range(3))
+
+        asking = threading.Thread(target=ask)
+        began = time.time()
+        asking.start()
+        chain.extract(prompts=prompts, output=str(output / "second"), sites="residual:0,3, mlp:2", **OPTIONS)
+        commits = (output / "second" / "_commits").iterdir()
+        seen["first_commit_s"] = min(commit.stat().st_mtime for commit in commits) - began
+        asking.join(60)
+        save_file(beside[0], output / "beside.safetensors")
+        seen["beside"] = len(beside)
+        seen["after"] = pids(chain)
+        reports = [json.loads((output / run / "report.json").read_text()) for run in ("first", "second")]
+        seen["read_bytes"] = [[stage["read_bytes"] for stage in report["stages"]] for report in reports]
+        seen["refused"] = [
+            refused(chain, prompts, str(output / "refused"), compute_dtype="bfloat16", threads_per_stage=2),
+            refused(chain, prompts, str(output / "refused"), model=str(output)),
+        ]
+        os.kill(pids(chain)[0], signal.SIGKILL)
+        save_file(chain.activations(asked, sites=SITES), output / "mended.safetensors")
+        seen["mended"] = pids(chain)
+        status = chain.status()
+        seen["status"] = [status.is_loaded, status.jobs, status.answered, status.job, status.trouble]
+        seen["listed"] = CliRunner().invoke(chains.command, []).output
+        seen["stopped"] = CliRunner().invoke(serve.command, ["--stop", name]).output
+        seen["none"] = CliRunner().invoke(chains.command, []).output
+    print(json.dumps(seen))  # noqa: T201 - what the test reads
+
+
+if __name__ == "__main__":
+    main()

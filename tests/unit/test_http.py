@@ -1,0 +1,170 @@
+"""A warm chain's answers over HTTP: who may ask, what is refused and how. What answers is made up, and nothing listens."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+from m2ray.batches import TOKEN_ROW
+from m2ray.chain import http as module
+from m2ray.chain.http import Front, Response, digest_of, required_token
+from m2ray.chain.requests import MAX_REQUEST_BYTES, Answer, Request
+from m2ray.errors import (
+    BusyError,
+    ClusterError,
+    ConfigError,
+    M2rayError,
+    MissingPackageError,
+    PromptsError,
+    StageMemoryError,
+    StoreError,
+    TooLargeError,
+)
+
+SECRET = "0123456789abcdef"
+ASKED = {"prompts": ["sea"], "sites": "residual:30"}
+ROWS = torch.arange(6, dtype=torch.bfloat16).reshape(2, 3)
+
+
+async def answering(request: Request) -> Answer:
+    assert request.prompts == ["sea"]
+    return Answer(np.array([(0, 0, 7), (0, 1, 8)], TOKEN_ROW), {"residual.30": ("bfloat16", ROWS.view(torch.uint8).numpy())})
+
+
+def sent(
+    front: Front, body: bytes | None = None, method: str = "POST", path: str = "/v1/activations", size: int = 7, **headers: str
+) -> Response:
+    """What goes back; the body comes in pieces."""
+    whole = json.dumps(ASKED).encode() if body is None else body
+
+    async def pieces() -> AsyncIterator[bytes]:
+        for start in range(0, len(whole), size):
+            yield whole[start : start + size]
+
+    return asyncio.run(front.respond(method, path, {"authorization": f"Bearer {SECRET}", **headers}, pieces()))
+
+
+def front(ask: Any = answering) -> Front:
+    return Front("chain", digest_of(SECRET), ask)
+
+
+def test_rows_come_back_as_safetensors() -> None:
+    response = sent(front())
+    assert (response.status, response.headers["Content-Type"]) == (200, "application/vnd.safetensors")
+    found = safetensors.torch.load(response.body)
+    assert found["residual.30"].equal(ROWS)
+    assert {name: found[name].tolist() for name in ("sequence", "position", "token_id")} == {
+        "sequence": [0, 0],
+        "position": [0, 1],
+        "token_id": [7, 8],
+    }
+
+
+@pytest.mark.parametrize("given", ["", "Bearer", f"Bearer {SECRET}0", f"Basic {SECRET}", SECRET, "Bearer é\udcff"])
+def test_who_has_no_token_learns_nothing(given: str) -> None:
+    response = sent(front(), path="/elsewhere", authorization=given)
+    assert response.status == 401
+    assert response.headers["WWW-Authenticate"] == "Bearer"
+    assert SECRET not in response.body.decode()
+
+
+@pytest.mark.parametrize(
+    ("asked", "status", "words"),
+    [
+        ({"path": "/v1/other"}, 404, "/v1/other"),
+        ({"method": "GET"}, 405, "GET"),
+        ({"body": b"{"}, 422, "no JSON"),
+        ({"body": b"[" * 20_000}, 422, "no JSON"),
+        ({"body": b"\xff"}, 422, "no JSON"),
+        ({"body": b"[]"}, 422, "not an object but list"),
+        ({"body": b'{"sites": "residual:0"}'}, 422, "has none"),
+        ({"body": b'{"nonsense": 1}'}, 422, "3 problems"),
+        ({"body": b" " * (MAX_REQUEST_BYTES + 1), "size": 1 << 20}, 413, "at most"),
+    ],
+)
+def test_what_is_refused_says_what_to_do(asked: dict[str, Any], status: int, words: str) -> None:
+    response = sent(front(), **asked)
+    told = json.loads(response.body)
+    assert response.status == status
+    assert words in told["what"]
+    assert set(told) == {"error", "what", "remedy"}
+
+
+def test_a_body_that_says_it_is_too_large_is_not_read() -> None:
+    async def never() -> AsyncIterator[bytes]:
+        raise AssertionError("it was read")
+        yield b""
+
+    headers = {"authorization": f"Bearer {SECRET}", "content-length": str(MAX_REQUEST_BYTES + 1)}
+    assert asyncio.run(front().respond("POST", "/v1/activations", headers, never())).status == 413
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (PromptsError("a"), 422),
+        (ConfigError("a"), 422),
+        (M2rayError("2 problems were found:"), 422),
+        (TooLargeError("a"), 413),
+        (StageMemoryError("a", "b", 1, 2), 413),
+        (BusyError("a"), 429),
+        (ClusterError("a"), 503),
+        (StoreError("a"), 500),
+    ],
+)
+def test_each_error_has_its_status(error: M2rayError, status: int) -> None:
+    async def fails(_: Request) -> Answer:
+        raise error
+
+    response = sent(front(fails))
+    assert response.status == status
+    assert json.loads(response.body)["error"] == type(error).__name__
+    assert ("Retry-After" in response.headers) == (status in (429, 503))
+
+
+def test_as_many_as_may_be_are_at_work_and_the_next_is_refused_before_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_REQUESTS", 1)
+
+    async def both() -> list[int]:
+        entered, go_on = asyncio.Event(), asyncio.Event()
+
+        async def waits(request: Request) -> Answer:
+            entered.set()
+            await go_on.wait()
+            return await answering(request)
+
+        async def body() -> AsyncIterator[bytes]:
+            yield json.dumps(ASKED).encode()
+
+        one, headers = front(waits), {"authorization": f"Bearer {SECRET}"}
+        first = asyncio.create_task(one.respond("POST", "/v1/activations", headers, body()))
+        await entered.wait()
+        second = await one.respond("POST", "/v1/activations", headers, body())
+        go_on.set()
+        return [second.status, (await first).status, (await one.respond("POST", "/v1/activations", headers, body())).status]
+
+    assert asyncio.run(both()) == [429, 200, 200]
+
+
+def test_a_token_has_to_be_there_and_long_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda _: object())
+    monkeypatch.delenv("M2RAY_SERVE_TOKEN", raising=False)
+    with pytest.raises(ConfigError, match="M2RAY_SERVE_TOKEN"):
+        required_token()
+    monkeypatch.setenv("M2RAY_SERVE_TOKEN", "short")
+    with pytest.raises(ConfigError, match="16 characters") as raised:
+        required_token()
+    assert "short" not in str(raised.value)
+    monkeypatch.setenv("M2RAY_SERVE_TOKEN", SECRET)
+    assert required_token() == SECRET
+
+
+def test_without_ray_serve_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(MissingPackageError, match=r"m2ray\[serve\]"):
+        required_token()
