@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import ray
+import torch
 
 from m2ray.chain.actor import StageActor, concurrency_groups
 from m2ray.chain.calls import failing_as_calls_do
@@ -87,6 +88,7 @@ class ActorsHere:
     def __init__(self, specs: Sequence[Sequence[StageSpec]], timeout_s: float) -> None:
         self._specs = specs
         self._timeout_s = timeout_s
+        self._threads_before = torch.get_num_threads()
         self.handles: list[Any] = []
 
     def start(self, epoch: int) -> None:
@@ -109,6 +111,7 @@ class ActorsHere:
         """End it for good, from any thread."""
         for actor in self.handles:
             actor.end()
+        torch.set_num_threads(self._threads_before)
 
 
 def _end_with_the_main_thread() -> None:
