@@ -9,7 +9,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError
 
 
-class CallError(RayError):
+class CallError(RayError):  # type: ignore[misc]
     """A call in this process failed, as ray.exceptions.RayTaskError says it of an actor's. `cause` is what the stage raised."""
 
     def __init__(self, cause: BaseException) -> None:

@@ -22,8 +22,8 @@ from m2ray.errors import CheckpointError, StageError, StoreError
 from m2ray.model.stage import Stage, StageSpec
 from m2ray.planning.hardware import Gpu, Node
 from m2ray.storage import LocalStore
-from tests.reference import load_reference, make_minimax, reference_rows, same_bits
 from tests.ray.test_extract import micro_batches
+from tests.reference import load_reference, make_minimax, reference_rows, same_bits
 
 START_S = 120.0
 
@@ -153,3 +153,13 @@ def test_alone_it_is_this_machine(options: dict[str, Any]) -> None:
     assert found is not None
     assert found.is_here
     assert list(found.cpus) == ["127.0.0.1"]
+
+
+def test_absent_paths_are_told_before_torch_is_imported(options: dict[str, Any], tmp_path: Path) -> None:
+    words = "import sys; from m2ray.cli import main\ntry: main()\nfinally: print('torch' in sys.modules)"
+    asked = ["--model", str(tmp_path / "nowhere"), "--prompts", str(tmp_path / "none.jsonl"), "--output", options["output"]]
+    done = subprocess.run([sys.executable, "-c", words, "extract", *asked], capture_output=True, text=True, timeout=START_S, check=False)
+    assert done.returncode == 1
+    assert done.stdout.split() == ["False"]
+    for said in ("2 problems", f"There is no folder {tmp_path / 'nowhere'}", f"The prompts {tmp_path / 'none.jsonl'} are absent"):
+        assert said in done.stderr
