@@ -5,7 +5,7 @@ import json
 import torch
 from fpwap import Callback, Emit, Sweep
 from fpwap.storage.memmap import MemmapBackend
-from prompts import arguments
+from prompts import arguments, save
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
@@ -19,7 +19,7 @@ class Rows(Callback):
     def __init__(self, lengths: torch.Tensor) -> None:
         self._lengths = lengths
 
-    def on_batch(self, layer_idx, hook, acts, sample_ids):  # noqa: ANN001, ANN201, ARG002 - as fpwap calls it
+    def on_batch(self, layer_idx, hook, acts, sample_ids):  # noqa: ANN001, ANN201 - as fpwap calls it
         lengths_B = self._lengths[sample_ids.cpu()]
         real_BT = torch.arange(acts.shape[1]) < lengths_B[:, None]
         return Emit(acts[real_BT].to(torch.bfloat16), dtype=torch.bfloat16, sample_lengths=lengths_B)
@@ -49,7 +49,12 @@ def main() -> None:
         padding="bucketed",
         progress=False,
     )
-    sweep.run()
+    result = sweep.run()
+    if options.check:
+        found = [result.activations(layer, "residual_post") for layer in range(sweep.model.config.num_hidden_layers)]
+        for number, ids in enumerate(token_ids):
+            rows = [of_layer[number][None] for of_layer in found]
+            save(options, [number], rows, ids[None], torch.ones_like(ids)[None])
 
 
 if __name__ == "__main__":
