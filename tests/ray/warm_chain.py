@@ -69,7 +69,7 @@ def main() -> None:
         reports = [json.loads((output / run / "report.json").read_text()) for run in ("first", "second")]
         seen["read_bytes"] = [[stage["read_bytes"] for stage in report["stages"]] for report in reports]
         seen["refused"] = [
-            refused(chain, prompts, str(output / "refused"), compute_dtype="bfloat16", threads_per_stage=2),
+            refused(chain, prompts, str(output / "refused"), compute_dtype="bfloat16", threads_per_stage=7),
             refused(chain, prompts, str(output / "refused"), model=str(output)),
         ]
         os.kill(pids(chain)[0], signal.SIGKILL)
