@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from m2ray.extras import naming_extras
+
 if TYPE_CHECKING:
     from m2ray.api.connecting import connect as connect
     from m2ray.api.extracting import extract as extract
@@ -15,6 +17,7 @@ __all__ = ["__version__", "connect", "extract", "open_run", "plan"]
 _MODULES = {"connect": "connecting", "extract": "extracting", "open_run": "opening", "plan": "planning"}
 
 
+@naming_extras()
 def __getattr__(name: str) -> Any:
     # Each needs packages that take seconds to import; `m2ray --help` should not wait for them.
     if name in _MODULES:

@@ -107,9 +107,11 @@ class ExtractConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True)
 
-    model: NonEmpty = _rows(description="Checkpoint folder: config.json, tokenizer, safetensors and their index.")
+    model: NonEmpty = _rows(
+        description="Checkpoint folder: config.json, tokenizer, safetensors and their index; or OWNER/NAME@REVISION of the Hugging Face cache."
+    )
     prompts: NonEmpty = _rows(
-        description="Prompt file, folder or glob: JSON, JSONL, Parquet, Arrow, CSV, TSV, text; also .gz, .zst; or a Hugging Face dataset's folder."
+        description="Prompt file, folder or glob: JSON, JSONL, Parquet, Arrow, CSV, TSV, text; also .gz, .zst; or a Hugging Face dataset's folder, or its OWNER/NAME in the cache."
     )
     split: NonEmpty | None = _rows(None, description="The split of a dataset's folder that has several, such as train.")
     encoding: Encoding = _rows(
@@ -128,6 +130,7 @@ class ExtractConfig(BaseModel):
     keep_columns: Names | None = _rows(
         None, description='Columns of the prompts that travel into sequences/, such as labels: "label,topic"; default: none.'
     )
+    limit: Positive | None = _rows(None, description="The first prompts alone, so many, for a try; default: all.")
     max_length: Positive | None = _rows(None, description="Longest sequence in tokens; default: the model's own limit.")
     truncation: Literal["refuse", "cut", "cut_left"] = _rows(
         "refuse", description="Longer prompts: quarantine them, or cut their end, or their beginning (cut_left)."

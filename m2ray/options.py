@@ -39,6 +39,7 @@ class PromptOptions:
         encoding: what text files are written in, by Python's name.
         chat_template: the file whose template takes the place of the model's, or None.
         steady_positions: a longer prompt's rotary embedding would change that of its neighbours in a batch; None where none does.
+        limit: rows of the source that are read, its first ones, good or bad; None for all.
         text_column, messages_column, input_ids_column, tools_column, id_column, keep_columns: None where the user named none.
         add_generation_prompt: whether chats end with the words that begin an assistant's answer.
         template_options: variables of every chat's template.
@@ -60,6 +61,7 @@ class PromptOptions:
     tools_column: str | None = None
     id_column: str | None = None
     keep_columns: tuple[str, ...] | None = None
+    limit: int | None = None
     truncation: Literal["refuse", "cut", "cut_left"] = "refuse"
     pack: int | None = None
     tokens: str = "all"
@@ -90,6 +92,7 @@ class PromptOptions:
             tools_column=config.tools_column,
             id_column=config.id_column,
             keep_columns=config.keep_columns,
+            limit=config.limit,
             truncation=config.truncation,
             pack=config.pack,
             tokens=config.tokens,

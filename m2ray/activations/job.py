@@ -1,6 +1,7 @@
 """JobRecord: `job.json`, what a run is of and how far it goes. Written once, never changed."""
 
 import json
+import platform
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -11,7 +12,7 @@ from uuid import uuid4
 from pydantic import TypeAdapter
 
 from m2ray.activations.json_record import read_record, to_json
-from m2ray.activations.schema import FORMAT_VERSION, LAYER_CONVENTION, LEASE_FOLDER
+from m2ray.activations.schema import FORMAT_VERSION, LAYER_CONVENTION, LEASE_FOLDER, ORIGIN
 from m2ray.batches import PartSpec, SequenceFile
 from m2ray.errors import RunConflictError, in_ranges
 from m2ray.provenance import ROW_PACKAGES, differences, versions
@@ -65,7 +66,7 @@ class JobRecord:
         fingerprints: digests of what rows are made from: `model` and `tokenizer`, `template`, `prompts`.
         parts: what every shard consists of, in order.
         sequence_files: the whole of `sequences/`, in order of sequence id.
-        versions: of the packages that decide the rows, as the driver that began the run had them; none in format 1.
+        versions: of the packages that decide the rows, and of Python, as the driver that began the run had them; none in format 1.
         names: `model` and `prompts` as the user named them, which hold no credentials (m2ray.storage.address); none in format 1.
     """
 
@@ -122,7 +123,7 @@ class JobRecord:
             num_shards=num_shards,
             counts=counts,
             sequence_files=sequence_files,
-            versions=versions(),
+            versions={**versions(), "python": platform.python_version()},
             names=dict(names),
         )
 
@@ -152,8 +153,11 @@ class JobRecord:
         return to_json(self, indent=2)
 
     def run_metadata(self) -> dict[str, str]:
-        """What every part's footer says of the run."""
+        """What every part's footer says of the run; what ORIGIN names is for people."""
+        by = {"m2ray": self.m2ray_version, **self.versions}
+        origin = {**self.names, "versions": ", ".join(f"{package} {version}" for package, version in by.items())}
         return {
+            **{key: origin[key] for key in ORIGIN if key in origin},
             "format_version": str(self.format_version),
             "run_id": self.run_id,
             "model_type": self.model.model_type,

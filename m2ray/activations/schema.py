@@ -25,6 +25,8 @@ CONTRIBUTIONS = "_statistics"
 """Where shards' statistics lie until they are merged."""
 
 METADATA_PREFIX = "m2ray."
+ORIGIN = ("model", "prompts", "versions")
+"""Of the footer's keys those that say for people where rows come from, as far as job.json names it."""
 
 Compression = Literal["none", "planes"]
 """How a part stores its activations: as they are, or those of 16 bits as two planes of bytes (planes.py)."""

@@ -8,6 +8,8 @@ from m2ray.activations.reading.part_reader import Check
 from m2ray.activations.reading.reader import RunReader
 from m2ray.activations.reading.reader import open_run as open_reader
 from m2ray.errors import NotInRunError
+from m2ray.extras import naming_extras
+from m2ray.hub import folder_of
 
 if TYPE_CHECKING:
     from m2ray.prompts import PromptTokenizer
@@ -31,6 +33,7 @@ def open_run(path: str | Path, *, check: Check = "pages") -> RunReader:
     return open_reader(path, check=check, open_tokenizer=run_tokenizer)
 
 
+@naming_extras()
 def run_tokenizer(job: JobRecord, model: str | None) -> "PromptTokenizer":
     """The tokenizer of a run, from the folder `model` or from where the run's model was.
 
@@ -38,10 +41,11 @@ def run_tokenizer(job: JobRecord, model: str | None) -> "PromptTokenizer":
         NotInRunError: the run does not say where that was.
         CheckpointError, StoreError: it is not there.
         RunConflictError: it is another one.
+        MissingPackageError: transformers is not installed.
     """
     from m2ray.audit.tokens import open_tokenizer
 
-    folder = model or job.names.get("model")
-    if folder is None:
+    named = model or job.names.get("model")
+    if named is None:
         raise NotInRunError("The run does not say which model's tokenizer made its token ids.", "Give the model's folder as model.")
-    return open_tokenizer(job, folder, _ANY_VOCABULARY)
+    return open_tokenizer(job, folder_of(named), _ANY_VOCABULARY)

@@ -25,6 +25,7 @@ class Options(TypedDict, total=False):
     tools_column: str | None
     id_column: str | None
     keep_columns: str | Sequence[str] | None
+    limit: int | None
     max_length: int | None
     truncation: Literal["refuse", "cut", "cut_left"]
     pack: int | None

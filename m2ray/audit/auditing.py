@@ -23,6 +23,7 @@ from m2ray.audit.tokens import from_prompts, from_run, open_source, open_tokeniz
 from m2ray.audit.tolerance import bound, has_router, why_not_exact
 from m2ray.batches import LayerSpan, MicroBatch, PartSpec, Shard
 from m2ray.errors import M2rayError, NotInRunError, RunConflictError
+from m2ray.hub import folder_of
 from m2ray.model.capture import CaptureSpec
 from m2ray.model.checkpoint import Checkpoint, open_checkpoint, up_to_layer
 from m2ray.model.eight_bits import Encoder, is_encoded
@@ -217,7 +218,7 @@ def _checkpoint(job: JobRecord, model: str | None) -> Checkpoint:
     Of a run of format 1 the fingerprint was another: what lies there is taken for its model.
     """
     named = model or job.names.get("model")
-    folder = local_folder(named) if named else None
+    folder = local_folder(folder_of(named)) if named else None
     if folder is None:
         raise NotInRunError(
             f"The run's model {named or 'has no name in job.json'}: transformers reads local folders.", "Give --model FOLDER."
@@ -261,7 +262,7 @@ def _source(job: JobRecord, prompts: str | None) -> tuple[PromptSource | None, l
         why = "runs of format 1 do not say how their prompts became tokens"
     elif named:
         try:
-            return open_source(job, named), []
+            return open_source(job, folder_of(named, "dataset")), []
         except M2rayError as error:
             if prompts:
                 raise

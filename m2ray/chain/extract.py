@@ -22,6 +22,7 @@ from m2ray.chain.checking import Inputs, check, look
 from m2ray.chain.driver import Chain
 from m2ray.chain.here import ActorsHere, hardware_here
 from m2ray.chain.joining import cluster
+from m2ray.chain.loading import absolute
 from m2ray.chain.metrics import Metrics
 from m2ray.chain.monitor import Monitor
 from m2ray.chain.placement import reserve
@@ -35,11 +36,13 @@ from m2ray.chain.stopping import GOES_ON, NOTHING_WRITTEN, Stop, stop_on_sigterm
 from m2ray.chain.warm import Standing, find, require_cluster
 from m2ray.config import ExtractConfig
 from m2ray.errors import M2rayError, RunConflictError, shown
+from m2ray.hub import located, name_of
 from m2ray.model.capture import CaptureSpec
 from m2ray.model.stage import StageSpec
 from m2ray.options import RunOptions
 from m2ray.planning.plan import Plan, plan_run
 from m2ray.prompts import Survey, TokenSpool, batching, estimated_batching, load_shards, micro_batches, respool, survey
+from m2ray.prompts.in_memory import name_in_memory
 from m2ray.storage import no_empty_folders
 
 
@@ -50,6 +53,7 @@ def extract(config: ExtractConfig, progress: Progress) -> RunSummary:
         M2rayError: before Ray is started for bad configuration, checkpoint, prompts or output, or another driver at the run; before anything is written for a
             cluster that does not hold the plan; later for what fails there; at any time for SIGTERM.
     """
+    config = absolute(located(config))
     with stop_on_sigterm() as stop, no_empty_folders(config.output), ExitStack() as stack:
         standing = _standing(config, stack, stop, progress)
         inputs = check(standing.agreed(config) if standing else config, stack, stop, progress)
@@ -129,7 +133,11 @@ def _claim(inputs: Inputs, found: Survey, stats: PromptStats, progress: Progress
         num_shards=len(found.shards),
         counts=_counts(found),
         sequence_files=found.sequence_files,
-        names={name: given for name in ("model", "prompts", "chat_template") if (given := getattr(inputs.config, name)) is not None},
+        names={
+            name: name_in_memory(name_of(given))
+            for name in ("model", "prompts", "chat_template")
+            if (given := getattr(inputs.config, name)) is not None
+        },
     )
     try:
         run = claim_run(inputs.store, job)

@@ -8,8 +8,9 @@ Whoever has the token of M2RAY_SERVE_TOKEN may ask; Ray is told no more than its
 import asyncio
 import hashlib
 import hmac
-import importlib.util
+import importlib
 import json
+import logging
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any, NamedTuple
@@ -25,12 +26,12 @@ from m2ray.errors import (
     ClusterError,
     ConfigError,
     M2rayError,
-    MissingPackageError,
     PromptsError,
     StageError,
     StageMemoryError,
     TooLargeError,
 )
+from m2ray.extras import naming_extras
 
 TOKEN = "M2RAY_SERVE_TOKEN"  # noqa: S105 - the name of the variable
 PATH = "/v1/activations"
@@ -163,11 +164,9 @@ def digest_of(token: str) -> str:
 
 
 def required_token() -> str:
-    """The token that requests have to bring. Raises ConfigError, also where Ray Serve is not installed."""
-    if importlib.util.find_spec("starlette") is None:
-        raise MissingPackageError(
-            "Requests over HTTP need Ray Serve, which is not installed.", 'pip install "m2ray[serve]", on every node.'
-        )
+    """The token that requests have to bring. Raises ConfigError, and MissingPackageError where Ray Serve is not installed."""
+    with naming_extras():
+        importlib.import_module("starlette")
     token = os.environ.get(TOKEN, "")
     if len(token) < _LEAST_CHARACTERS:
         raise ConfigError(
@@ -178,19 +177,24 @@ def required_token() -> str:
 
 
 def start_http(name: str, host: str, port: int, route: str) -> None:
-    """Answer a chain's requests at this address. Raises ConfigError as `required_token`."""
+    """Answer a chain's requests at this address. Raises as `required_token`."""
     token = required_token()
     from ray import serve
 
-    serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
-    deployment = serve.deployment(name="front", max_ongoing_requests=2 * MAX_REQUESTS, ray_actor_options={"num_cpus": 0})(Front)
-    serve.run(deployment.bind(name, digest_of(token)), name=_application(name), route_prefix=route)
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    quiet = {"log_level": "ERROR", "enable_access_log": False}
+    serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port}, logging_config=quiet)
+    served = serve.deployment(name="front", max_ongoing_requests=2 * MAX_REQUESTS, ray_actor_options={"num_cpus": 0}, logging_config=quiet)(
+        Front
+    )
+    serve.run(served.bind(name, digest_of(token)), name=_application(name), route_prefix=route)
 
 
 def stop_http(name: str) -> None:
     """Answer a chain's requests no longer. Ray Serve ends with its last application."""
     from ray import serve
 
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
     serve.delete(_application(name))
     if not serve.status().applications:
         serve.shutdown()

@@ -107,6 +107,7 @@ class Keeper:
         self._jobs = 0
         self._trouble = ""
         self._used_at = time.monotonic()
+        self._looked_at = 0.0
 
     # -- beginning and ending -------------------------------------------------------------------------------------------
 
@@ -291,20 +292,25 @@ class Keeper:
                 self._load_stages()
 
     def _watch(self) -> None:
-        """Give up the places of dead drivers, bring lost stages back, and end the chain once it was idle for too long."""
-        looked_at = 0.0
-        while True:
+        """Look after the chain until it was idle for too long, and end it then."""
+        while not self._is_left_alone():
             time.sleep(_TICK_S)
-            with self._changed:
-                if self._admission.admitted is not None and self._admission.forget(dead_drivers()):
-                    self._is_left()
-            if self._admission.admitted is None and time.monotonic() - looked_at > _HEALTH_S:
-                looked_at = time.monotonic()
-                self._keeping_trouble(self._mend)
-            limit_s = self._served.idle_timeout_s
-            if limit_s is not None and self.status().idle_s > limit_s:
-                self.stop()
-                ray.kill(ray.get_actor(self._served.name, NAMESPACE))
+            self._look()
+        self.stop()
+        ray.kill(ray.get_actor(self._served.name, NAMESPACE))
+
+    def _is_left_alone(self) -> bool:
+        limit_s = self._served.idle_timeout_s
+        return limit_s is not None and self.status().idle_s > limit_s
+
+    def _look(self) -> None:
+        """Give up the places of dead drivers, and bring lost stages back now and then."""
+        with self._changed:
+            if self._admission.admitted is not None and self._admission.forget(dead_drivers()):
+                self._is_left()
+        if self._admission.admitted is None and time.monotonic() - self._looked_at > _HEALTH_S:
+            self._looked_at = time.monotonic()
+            self._keeping_trouble(self._mend)
 
     def _keeping_trouble(self, step: Callable[[], None]) -> None:
         try:

@@ -1,14 +1,23 @@
-"""What a stage checks and does before its first micro-batch, besides loading."""
+"""What a stage checks and does before its first micro-batch, besides loading; and the paths by which it finds its folders."""
 
 from contextlib import suppress
+from pathlib import Path
 
 import torch
 
 from m2ray import __version__
 from m2ray.activations.job import JOB_KEY, read_job, require_resumable
+from m2ray.config import ExtractConfig
 from m2ray.errors import ClusterError, StageError, StoreError
 from m2ray.model.stage import Stage, StageSpec
 from m2ray.storage import open_store
+
+
+def absolute(config: ExtractConfig) -> ExtractConfig:
+    """The options with the paths of folders as every process finds them: the stages of a cluster are started elsewhere than this process."""
+    folders = {name: getattr(config, name) for name in ("model", "output", "offload_folder")}
+    relative = {name: path for name, path in folders.items() if path is not None and "://" not in path and not path.startswith("~")}
+    return config.model_copy(update={name: str(Path(path).absolute()) for name, path in relative.items()})
 
 
 def require_run_folder(output: str, node: str, driver_version: str) -> None:

@@ -10,6 +10,7 @@ import ray
 from m2ray.chain.http import required_token, start_http
 from m2ray.chain.joining import cluster
 from m2ray.chain.keeper import NAMESPACE, Served, keeper_class
+from m2ray.chain.loading import absolute
 from m2ray.chain.probing import probe_hardware, require_versions
 from m2ray.chain.progress import Progress
 from m2ray.chain.report import start_lines
@@ -17,6 +18,7 @@ from m2ray.chain.stopping import Stop, stop_on_sigterm
 from m2ray.chain.warm import asked, find, names, require_cluster
 from m2ray.config import ExtractConfig
 from m2ray.errors import ClusterError, ConfigError, M2rayError, raise_all
+from m2ray.hub import located
 from m2ray.model.attention import resolve_attn_implementation
 from m2ray.model.checkpoint import Checkpoint, open_checkpoint, up_to_layer
 from m2ray.model.families import default_max_length, require_dtype, require_positions, steady_positions
@@ -58,6 +60,7 @@ def serve(
         M2rayError: what is wrong with configuration or model, before the cluster is joined; the name is taken, the chain finds no room, or
             it fails to load. Nothing of it is left then.
     """
+    config = absolute(located(config))
     with stop_on_sigterm() as stop, ExitStack() as stack:
         require_name(name)
         require_cluster()

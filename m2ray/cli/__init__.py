@@ -11,6 +11,7 @@ import click
 from m2ray import __version__
 from m2ray.cli.output import between_words, escaped_output, say
 from m2ray.errors import M2rayError, did_you_mean, shown
+from m2ray.extras import naming_extras
 
 _COMMANDS = ("plan", "bench", "extract", "submit", "serve", "chains", "inspect", "report", "verify", "export", "doctor")
 
@@ -34,7 +35,8 @@ class Command(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with naming_extras():
+                return super().invoke(ctx)
         except KeyboardInterrupt:
             click.echo(err=True)  # behind the "^C" of a terminal
             say(f"Stopped by Ctrl-C. {self._kept}".strip(), err=True)

@@ -61,10 +61,12 @@ def measure(
     from m2ray.chain.machine import probe_node
     from m2ray.cli.plan_inputs import read_model
     from m2ray.doctor.node_facts import look_at_model
+    from m2ray.hub import folder_of
     from m2ray.model.families import default_max_length
     from m2ray.planning.rates import active_elements
     from m2ray.storage import open_store
 
+    model = folder_of(model)
     store = None if output is None else open_store(output)
     if store is not None:
         store.probe()

@@ -12,6 +12,7 @@ from m2ray.doctor.checks import Finding, check_nodes
 from m2ray.doctor.cluster import look
 from m2ray.doctor.node_facts import NodeFacts
 from m2ray.errors import ClusterError, M2rayError, shown
+from m2ray.hub import folder_of
 from m2ray.sizes import parse_bytes
 from m2ray.storage import looking
 
@@ -26,6 +27,7 @@ from m2ray.storage import looking
 def command(ctx: click.Context, /, address: str | None, model: str | None, output: str | None, in_flight: str, *, as_json: bool) -> None:
     """Look for everything that would stop or slow a run; each problem comes with its remedy. Exit code 1 if there is any."""
     in_flight_bytes = parse_bytes(in_flight, "in_flight")
+    model = folder_of(model) if model else None
     with looking():
         findings, model_bytes = check_model(model) if model else ([], None)
     nodes: list[NodeFacts] = []

@@ -9,6 +9,7 @@ from m2ray.activations.job import JobRecord, read_job
 from m2ray.cli import Command
 from m2ray.cli.output import say, terminal
 from m2ray.errors import NotInRunError, RunConflictError
+from m2ray.hub import folder_of
 from m2ray.storage import looking, open_store
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ def command(run: str, to: str, output: str, layers: str | None, context_size: in
     from m2ray.chain.progress import Progress
     from m2ray.export.exporting import consumer_of, ids_of, plan_export, write_export
 
+    model = folder_of(model) if model else None
     with looking():  # whether it can be reached; what takes hours bears a pause of the store
         job = read_job(open_store(run))
     export = plan_export(run, to, layers=layers, context_size=context_size, model_folder=model, norm_of=_norm_of, target_of=_target_of)

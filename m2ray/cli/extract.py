@@ -11,7 +11,7 @@ from pydantic_core import PydanticUndefined
 from m2ray.cli import Command
 from m2ray.cli.output import terminal
 from m2ray.config import ExtractConfig, legal_values
-from m2ray.errors import ConfigError
+from m2ray.errors import ConfigError, raise_all
 
 
 def config_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -35,21 +35,27 @@ def read_config(toml_path: Path | None, flags: dict[str, Any]) -> ExtractConfig:
     return ExtractConfig.from_sources(toml_path, {name: value for name, value in flags.items() if value is not None})
 
 
-def require_absolute(config: ExtractConfig) -> None:
-    """Refuse relative folders in a job: Ray runs it in a copy of the working directory that it deletes later.
+def require_absolute(config: ExtractConfig, *others: str) -> None:
+    """Refuse relative folders in a job: Ray runs it in a copy of the working directory that it deletes later. Names on the hub are none.
+
+    Args:
+        config: the job's.
+        others: options that are paths too, besides `output`, `model` and `offload_folder`.
 
     Raises:
-        ConfigError: `output`, `model` or `offload_folder` is a relative local path.
+        ConfigError: one of these is a relative local path; all at once.
     """
+    from m2ray.hub import is_name
     from m2ray.storage import local_folder
 
-    for name in ("output", "model", "offload_folder"):
+    problems = []
+    for name in ("output", "model", "offload_folder", *others):
         value = str(getattr(config, name) or "/")
         folder = local_folder(value)
-        if folder and not folder.is_absolute():
-            raise ConfigError(
-                f"{name} = {value!r} is relative, and a Ray job runs in a copy of its folder.", "Give an absolute path that all nodes see."
-            )
+        if folder and not folder.is_absolute() and not (name in ("model", "prompts") and is_name(value)):
+            what = f"{name} = {value!r} is relative, and a Ray job runs in a copy of its folder."
+            problems.append(ConfigError(what, "Give an absolute path that all nodes see."))
+    raise_all(problems)
 
 
 @click.command(cls=Command, kept="Committed shards are kept: the same command goes on.")

@@ -16,6 +16,7 @@ from m2ray.cli import Command
 from m2ray.cli.extract import metavar
 from m2ray.config import ExtractConfig, NonEmpty, Positive
 from m2ray.errors import ConfigError
+from m2ray.hub import located
 from m2ray.options import PromptOptions, RunOptions
 from m2ray.planning.demand import Assumptions, Demand
 from m2ray.planning.hardware import Cluster, parse_gpus
@@ -83,6 +84,7 @@ def make_plan(config: PlanConfig) -> tuple[Plan, dict[str, Any]]:
     Raises:
         M2rayError: the options, the model, the prompts or the cluster are no good. Not fitting is no error.
     """
+    config = located(config)
     # What is wrong with the options is said before the seconds that torch and transformers take to import.
     cluster = parse_gpus(config.gpus) if config.gpus else None
     profile = _profile(config.profile) if config.profile else None

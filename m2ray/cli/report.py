@@ -11,6 +11,7 @@ from m2ray.cli import Command
 from m2ray.cli.export import require_weights
 from m2ray.cli.output import say
 from m2ray.errors import M2rayError
+from m2ray.hub import folder_of
 from m2ray.sizes import bytes_in_words
 from m2ray.storage import looking, open_store
 
@@ -39,12 +40,13 @@ def command(run: str, output: Path | None, prompt: str | None, model: str | None
     """Write the run RUN, finished or not, as one HTML page that needs no network.
 
     It shows what was asked, plan against measured, stages, memory, quarantine, norms by layer and over one prompt, outlier dimensions, experts'
-    load, and with --model the logit lens of five prompts. Needs matplotlib: pip install "m2ray[report]".
+    load, and with --model the logit lens of five prompts. Needs matplotlib: pip install 'm2ray[report]'.
     """
     from m2ray.report.building import build_page
     from m2ray.report.drawing import require_matplotlib
 
     require_matplotlib()
+    model = folder_of(model) if model else None
     with looking():
         store = open_store(run)
         opened = open_run(run)
@@ -66,8 +68,9 @@ def _words(job: "JobRecord", model: str | None) -> "Iterator[Words | None]":
     from m2ray.audit.tokens import open_tokenizer
     from m2ray.model.checkpoint import open_checkpoint
 
-    folder = model or job.names.get("model")
+    named = model or job.names.get("model")
     try:
+        folder = folder_of(named) if named else None
         tokenizer = open_tokenizer(job, folder, open_checkpoint(folder).config.vocab_size) if folder else None
     except M2rayError as problem:
         if model:

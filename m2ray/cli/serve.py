@@ -56,7 +56,7 @@ def command(toml_path: Path | None, stop: str | None, **flags: Any) -> None:
     from m2ray.chain.serving import serve
 
     http = (config.http_host, config.http_port, config.http_route) if config.http_port else None
-    name = config.name or config.model.rstrip("/").rpartition("/")[2]
+    name = config.name or config.model.rstrip("/").rpartition("/")[2].partition("@")[0]
     with Progress(terminal()) as progress:
         serve(config, name, progress, idle_timeout_s=config.idle_timeout_s, http=http)
 

@@ -1,63 +1,117 @@
 """`m2ray submit`: hand an extraction to a Ray cluster as a job, follow its log, return its exit code."""
 
 import asyncio
+import json
+import logging
 import os
 import shlex
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
 
+import m2ray
 from m2ray.cli import Command
 from m2ray.cli.extract import config_options, read_config, require_absolute
 from m2ray.cli.output import say
-from m2ray.errors import ClusterError, ConfigError
+from m2ray.config import ExtractConfig
+from m2ray.errors import ClusterError, shown
 
-_ENTRYPOINT = Path("jobs/extract.py")
 _CTRL_C = 130
+_LOCAL = "http://127.0.0.1:8265"
 
 
 @click.command(cls=Command)
 @config_options
 @click.option(
-    "--address", envvar="RAY_API_SERVER_ADDRESS", default="http://127.0.0.1:8265", show_default=True, help="The cluster's dashboard."
+    "--address", envvar="RAY_API_SERVER_ADDRESS", help=f"The cluster's dashboard; default: RAY_ADDRESS if that is a URL, else {_LOCAL}."
 )
 @click.option(
-    "--working-dir", type=click.Path(path_type=Path), default=Path(), help="Folder that travels to the cluster; holds jobs/extract.py."
+    "--working-dir",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Folder that travels to the cluster too, where relative prompts lie; default: none.",
 )
 @click.option("--no-wait", is_flag=True, help="Return as soon as the job is accepted.")
-def command(toml_path: Path | None, address: str, working_dir: Path, no_wait: bool, **flags: Any) -> None:
-    """Submit `m2ray extract` with the same options as a job of a Ray cluster.
+def command(toml_path: Path | None, address: str | None, working_dir: Path | None, no_wait: bool, **flags: Any) -> None:
+    """Submit `m2ray extract` with the same options as a job of a Ray cluster, with this m2ray: the cluster has to have what it needs alone.
 
     Follows the job's log and returns its exit code. Ctrl-C asks whether to stop the job or to leave it running.
     """
-    if not (working_dir / _ENTRYPOINT).is_file():
-        raise ConfigError(f"{working_dir.resolve()} has no {_ENTRYPOINT}.", "Give a checkout of m2ray as --working-dir.")
-    given = {name: value for name, value in flags.items() if value is not None}
-    local_toml = working_dir / toml_path if toml_path else None
-    require_absolute(read_config(local_toml, given))
-    words = ["python", str(_ENTRYPOINT), *([str(toml_path)] if toml_path else [])]
-    words += [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", *([] if value is True else [value]))]
-    client = _client(address)
-    job_id: str = client.submit_job(entrypoint=shlex.join(words), runtime_env={"working_dir": str(working_dir.resolve())})
+    config = read_config(toml_path, flags)
+    require_absolute(config, *(() if working_dir else ("prompts", "chat_template")))
+    address = address or _named_elsewhere()
+    with _told_in_short(address, "Check --address: where `ray start --head` says that the dashboard is."):
+        client = _client(address)
+        job_id: str = client.submit_job(entrypoint=_entrypoint(config), runtime_env=_runtime_env(working_dir))
     say(f"Job {job_id} was submitted to {address}.")
     if no_wait:
         return
     try:
-        sys.exit(_follow(client, job_id))
+        with _told_in_short(address, f"Job {job_id} runs on, if the cluster does. Its log: ray job logs --follow {job_id}"):
+            sys.exit(_follow(client, job_id))
     except (KeyboardInterrupt, click.Abort):  # Ctrl-C at the question, or once more
         sys.exit(_runs_on(job_id))
 
 
+def _entrypoint(config: ExtractConfig) -> str:
+    """The job's command: every option that was given, from the file or by its flag, as a flag. -P: no m2ray of the folder where it starts."""
+    words = ["python", "-P", "-m", "m2ray.cli", "extract", "--in-job"]
+    for name, value in config.model_dump(mode="json", exclude_unset=True).items():
+        flag = f"--{name.replace('_', '-')}"
+        if ExtractConfig.model_fields[name].annotation is bool:
+            words += [flag] if value else []
+        else:
+            words.append(f"{flag}={value if isinstance(value, str) else json.dumps(value)}")
+    return shlex.join(words)
+
+
+def _runtime_env(working_dir: Path | None) -> dict[str, Any]:
+    """What travels: this very package, and the folder that was named."""
+    brought = {"py_modules": [str(Path(m2ray.__file__).parent)], "excludes": ["__pycache__"]}
+    return brought | ({"working_dir": str(working_dir.resolve())} if working_dir else {})
+
+
+def _named_elsewhere() -> str:
+    named = os.environ.get("RAY_ADDRESS", "")
+    return named if named.startswith("http") else _LOCAL
+
+
 def _client(address: str) -> Any:
+    os.environ["RAY_API_SERVER_ADDRESS"] = address  # else Ray takes RAY_ADDRESS, whatever it is told here
     from ray.job_submission import JobSubmissionClient
 
+    for name in ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk", "ray._private.runtime_env.packaging"):
+        logging.getLogger(name).setLevel(logging.WARNING)  # which packages it makes and uploads
+    return JobSubmissionClient(address, headers=_token_header())
+
+
+@contextmanager
+def _told_in_short(address: str, remedy: str) -> Iterator[None]:
+    """A dashboard that cannot be reached, or refuses, as one paragraph.
+
+    Raises:
+        ClusterError: with `remedy`, or, where a token is missing or wrong, with how one is given.
+    """
+    from aiohttp import ClientError
+    from ray.exceptions import AuthenticationError
+
     try:
-        return JobSubmissionClient(address, headers=_token_header())
-    except (ConnectionError, RuntimeError) as error:
-        raise ClusterError(f"No Ray dashboard answers at {address}: {error}", "Check --address and the token.") from error
+        yield
+    except AuthenticationError as error:
+        given = "does not take the token that it was given" if os.environ.get("RAY_AUTH_TOKEN") else "asks for a token"
+        raise ClusterError(
+            f"The Ray dashboard at {address} {given}.",
+            "Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to the cluster's token or RAY_AUTH_TOKEN_PATH to the file that holds it.",
+        ) from error
+    except (click.Abort, BrokenPipeError):  # Ctrl-C, and nobody who reads what is printed: RuntimeError and OSError of another kind
+        raise
+    except (ClientError, OSError, RuntimeError, ValueError) as error:  # requests' own errors are OSErrors
+        why = shown(next(iter(str(error).splitlines()), type(error).__name__)).rstrip(".")
+        raise ClusterError(f"The Ray dashboard at {address} cannot be used: {why}.", remedy) from error
 
 
 def _token_header() -> dict[str, str]:

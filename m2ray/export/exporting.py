@@ -13,6 +13,7 @@ from m2ray.errors import ConfigError, M2rayError, NotInRunError, did_you_mean, i
 from m2ray.export.consumer import Consumer, Export, Norm, Target, Unit
 from m2ray.export.output import Output
 from m2ray.export.samples import SITE, Samples, absent_layers
+from m2ray.hub import without_revision
 from m2ray.storage import open_store
 
 CONSUMERS = ("speculators", "saelens", "specforge", "nemo-dspark", "modelopt", "deepspec")
@@ -78,7 +79,7 @@ def plan_export(
     raise_all(problems + (_row_problems(job, consumer, samples) if samples.layers else []))
     norm = norm_of(job, model_folder) if consumer.needs_norm and norm_of and model_folder else None
     target = target_of(job, model_folder) if consumer.needs_model and target_of and model_folder else None
-    return Export(samples, num_layers, job.run_id, job.names.get("model", ""), context_size, target, norm)
+    return Export(samples, num_layers, job.run_id, without_revision(job.names.get("model", "")), context_size, target, norm)
 
 
 def write_export(export: Export, to: str, output: str | Path, report: Report = lambda _samples, _written, _kept: None) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Parquet and Arrow: rows in bounded memory, though a few kilobytes of such a file may be written out as gigabytes."""
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ class ParquetFile(_FileWithSchema):
         with reading_file(self.path), self._opened() as file:
             yield file.schema_arrow
 
-    def records(self, columns: Sequence[str]) -> Iterator[Record]:
+    def records(self, columns: Sequence[str]) -> Generator[Record]:
         with reading_file(self.path), self._opened() as file:
             columns = fields_of(file.schema_arrow, columns)
             for group in range(file.num_row_groups):
@@ -111,7 +111,7 @@ class ArrowFile(_FileWithSchema):
         with reading_file(self.path), self._opened() as (schema, _):
             yield schema
 
-    def records(self, columns: Sequence[str]) -> Iterator[Record]:
+    def records(self, columns: Sequence[str]) -> Generator[Record]:
         with reading_file(self.path), self._opened() as (schema, batches):
             columns = fields_of(schema, columns)
             try:

@@ -55,6 +55,7 @@ Prompts = (
 )
 """A path or URL; or in memory: texts, chats, token ids, rows as dicts, or a table: of Arrow, pandas, polars or datasets.Dataset."""
 
+_FOLDER = "m2ray-prompts-"
 _ROWS_AT_ONCE = 1024
 _COLUMNS = {"texts": "text", "chats": "messages", "token ids": "input_ids"}
 """The columns that a list's prompts become."""
@@ -75,7 +76,7 @@ def as_file(prompts: Prompts) -> Iterator[str]:
     if isinstance(prompts, str | PathLike):
         yield fspath(prompts)
         return
-    with tempfile.TemporaryDirectory(prefix="m2ray-prompts-") as folder:
+    with tempfile.TemporaryDirectory(prefix=_FOLDER) as folder:
         try:
             path = _written(prompts, Path(folder))
         except OSError as error:
@@ -85,15 +86,20 @@ def as_file(prompts: Prompts) -> Iterator[str]:
         yield str(path)
 
 
+def name_in_memory(address: str) -> str:
+    """What a run calls prompts that were in memory, such as "64 rows in memory", for the path of their file; any other address as it is."""
+    path = Path(address)
+    return path.stem.replace("-", " ") if path.parent.name.startswith(_FOLDER) else address
+
+
 def _written(prompts: Any, folder: Path) -> Path:
     if isinstance(prompts, Mapping):
         splits = ", ".join(map(repr, islice(prompts, 5)))
         raise PromptsError(f"The prompts are a {type(prompts).__name__} of {splits}.", f"Choose one: prompts[...]. {_GIVE}")
-    library = type(prompts).__module__.partition(".")[0]
-    if library in ("pandas", "polars") and not hasattr(prompts, "columns"):
+    if _library(prompts) in ("pandas", "polars") and not hasattr(prompts, "columns"):
         prompts = prompts.to_list()  # a column of a frame
     try:
-        if (batches := _batches(prompts, library)) is not None:
+        if (batches := _batches(prompts)) is not None:
             return _write_table(batches, folder / "rows-in-memory.arrow")
     except pa.ArrowException as error:
         raise PromptsError(
@@ -108,11 +114,15 @@ def _written(prompts: Any, folder: Path) -> Path:
 # -- tables ---------------------------------------------------------------------------------------------------------------
 
 
-def _batches(prompts: Any, library: str) -> Iterable[Any] | None:
+def _library(value: Any) -> str:
+    return type(value).__module__.partition(".")[0]
+
+
+def _batches(prompts: Any) -> Iterable[Any] | None:
     """A table's record batches, or tables; None of what is no table."""
-    if library == "datasets" and hasattr(prompts, "with_format"):
+    if _library(prompts) == "datasets" and hasattr(prompts, "with_format"):
         return prompts.with_format("arrow").iter(_ROWS_AT_ONCE)  # type: ignore[no-any-return]
-    if library == "pandas":
+    if _library(prompts) == "pandas":
         return pa.Table.from_pandas(prompts, preserve_index=False).to_batches()  # type: ignore[no-any-return]
     if hasattr(prompts, "__arrow_c_stream__"):
         return pa.RecordBatchReader.from_stream(prompts)  # type: ignore[no-any-return]

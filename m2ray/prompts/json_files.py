@@ -2,7 +2,7 @@
 
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 
 from m2ray.errors import PromptsError
 from m2ray.prompts.nested import dotted
@@ -23,7 +23,7 @@ class JsonFile(JsonLinesFile):
     In a list a wrong element costs only itself, as long as its quotes and brackets close.
     """
 
-    def records(self, columns: Sequence[str]) -> Iterator[Record]:
+    def records(self, columns: Sequence[str]) -> Generator[Record]:
         with reading_file(self.path), opened_text(self.path, self.encoding) as file:
             head = file.peek(_PEEKED_BYTES)[:_PEEKED_BYTES]
             if head.removeprefix(BYTE_ORDER_MARK).lstrip().startswith(b"["):

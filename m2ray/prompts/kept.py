@@ -1,8 +1,7 @@
 """Kept columns: those of the prompts that travel into `sequences/` with the types that they have, as the option `keep_columns` names them."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
 
@@ -18,35 +17,33 @@ _NOTHING: tuple[tuple[Any, ...], None, int] = ((), None, 0)
 _SHORT = {pa.string_view(): pa.string(), pa.large_string(): pa.string(), pa.binary_view(): pa.binary(), pa.large_binary(): pa.binary()}
 
 
-@dataclass(frozen=True)
-class KeptColumns:
-    """Columns with their Arrow types: a pyarrow schema."""
+class KeptColumns(NamedTuple):
+    """Columns by their names with their Arrow types. A tuple, since every row asks."""
 
-    schema: Any
+    names: tuple[str, ...] = ()
+    types: tuple[Any, ...] = ()
 
     @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(self.schema.names)
+    def schema(self) -> Any:
+        """They as a pyarrow schema."""
+        return pa.schema(list(zip(self.names, self.types, strict=True)))
 
     def of(self, values: Mapping[str, Any]) -> tuple[tuple[Any, ...], str | None, int]:
         """A row's values of these columns, null where it has none; what keeps one of them from its column, if anything; and their bytes."""
-        if not len(self.schema):  # as a rule: of millions of rows
+        if not self.names:
             return _NOTHING
         cells: list[Any] = []
         problem, num_bytes = None, 0
-        for field in self.schema:
-            cell = values.get(field.name)
+        for name, kind in zip(self.names, self.types, strict=True):
+            cell = values.get(name)
             try:
-                pa.scalar(cell, field.type)
+                pa.scalar(cell, kind)
             except (pa.ArrowException, ValueError, TypeError, OverflowError):
-                problem = problem or f"{field.name}: {shortened(cell)} is not {field.type}, as those of the column are"
+                problem = problem or f"{name}: {shortened(cell)} is not {kind}, as those of the column are"
                 cell = None
             cells.append(cell)
             num_bytes += len(str(cell)) if isinstance(cell, str | bytes | list | dict) else _SCALAR_BYTES
         return tuple(cells), problem, num_bytes
-
-
-NONE_KEPT = KeptColumns(pa.schema([]))
 
 
 def kept_columns(files: Iterable["PromptFile"], names: Sequence[str]) -> KeptColumns:
@@ -76,7 +73,7 @@ def kept_columns(files: Iterable["PromptFile"], names: Sequence[str]) -> KeptCol
                     )
                 )
     raise_all(problems)
-    return KeptColumns(pa.schema([found.get(name, pa.field(name, pa.null())) for name in names]))
+    return KeptColumns(tuple(names), tuple(found[name].type if name in found else pa.null() for name in names))
 
 
 def kind_of_values(values: Sequence[Any]) -> Any:

@@ -9,7 +9,7 @@ import json
 import zlib
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import count, islice
 from pathlib import Path
@@ -58,7 +58,7 @@ class PromptFile(ABC):
         return {name: pa.string() for name in columns if name in present}
 
     @abstractmethod
-    def records(self, columns: Sequence[str]) -> Iterator[Record]:
+    def records(self, columns: Sequence[str]) -> Generator[Record]:
         """Each row's values in `columns`, the prompt's first (others may come along). Raises PromptsError if the file cannot be read."""
 
 
@@ -88,7 +88,7 @@ class JsonLinesFile(PromptFile):
                 ) from error
         return kinds
 
-    def records(self, columns: Sequence[str]) -> Iterator[Record]:
+    def records(self, columns: Sequence[str]) -> Generator[Record]:
         with reading_file(self.path), opened_text(self.path, self.encoding) as file:
             yield from self._of_lines(file, columns)
 
@@ -110,7 +110,7 @@ class CsvFile(PromptFile):
             decoder.judge()
             return distinct(header, f"The header of {self.path}")
 
-    def records(self, columns: Sequence[str]) -> Iterator[Record]:
+    def records(self, columns: Sequence[str]) -> Generator[Record]:
         # Python's own limit is less than a long prompt. A line that was not cut passes: only a value of several lines is refused for its size.
         csv.field_size_limit(MAX_PROMPT_BYTES + 2)
         with reading_file(self.path), opened_text(self.path, self.encoding) as file:
@@ -158,7 +158,7 @@ class TextFile(PromptFile):
     def columns(self, nested: Sequence[str] = ()) -> Mapping[str, int] | None:
         return None
 
-    def records(self, columns: Sequence[str]) -> Iterator[Record]:
+    def records(self, columns: Sequence[str]) -> Generator[Record]:
         with reading_file(self.path), opened_text(self.path, self.encoding) as file:
             lines = _Lines(file, TextDecoder(self.path, self.encoding))
             for line in lines:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from m2ray.prompts.kept import NONE_KEPT, KeptColumns
+from m2ray.prompts.kept import KeptColumns
 
 Message = dict[str, Any]
 
@@ -19,6 +19,7 @@ LOSS_MASKS = ("loss_mask", "assistant_masks")
 """The columns that are looked for beside token ids; transformers and TRL write the second name."""
 
 _ROW_ID_CHARACTERS = 256
+_NONE_KEPT = KeptColumns()
 
 _SPEAKERS = {"human": "user", "gpt": "assistant"}
 _ID_BYTES = 4
@@ -53,7 +54,7 @@ class Columns:
     attention_mask: str | None = None
     loss_mask: str | None = None
     rivals: frozenset[str] = frozenset()
-    kept: KeptColumns = NONE_KEPT
+    kept: KeptColumns = _NONE_KEPT
 
     def __str__(self) -> str:
         what = {"text": "text", "messages": "chat messages", "input_ids": "token ids"}

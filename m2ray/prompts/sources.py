@@ -1,8 +1,10 @@
 """PromptSource: a file, folder, glob or saved Hugging Face dataset, read row by row in one fixed order."""
 
 import json
+from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
+from itertools import islice
 from typing import Self
 
 from m2ray.errors import PromptsError, raise_all
@@ -66,16 +68,21 @@ class PromptSource:
         return tuple(file.name for file, _ in self._files)
 
     def rows(self, fingerprint: Fingerprint | None = None) -> Iterator[PromptRow]:
-        """Every row, bad ones with their reason. `fingerprint` takes the bytes as they are read.
+        """Every row, bad ones with their reason; with `limit` the first ones alone. `fingerprint` takes the bytes as they are read.
 
         Raises:
             PromptsError: a file turns out to be damaged, a row has the column that the source was found not to have, or a file changes
                 meanwhile where the fingerprint is taken.
         """
-        sequence_id = 0
+        sequence_id, limit = 0, self.options.limit
         for file, present in self._files:
-            with fingerprint.reading(file) if fingerprint else nullcontext(file) as data:
-                for number, record in enumerate(data.records(self.columns.of(present))):
+            if sequence_id == limit:
+                return
+            with (
+                fingerprint.reading(file) if fingerprint else nullcontext(file) as data,
+                closing(data.records(self.columns.of(present))) as records,
+            ):
+                for number, record in enumerate(islice(records, None if limit is None else limit - sequence_id)):
                     if not self.columns.rivals.isdisjoint(record.values):
                         raise self._two_columns(file, number, min(self.columns.rivals & record.values.keys()))
                     yield as_row(record, sequence_id, self.columns)
@@ -88,8 +95,11 @@ class PromptSource:
         )
 
     def fingerprint(self) -> str:
-        """xxh3-128 over each file's name, size and bytes, in order: 32 hex digits."""
+        """xxh3-128 over each file's name, size and bytes, in order: 32 hex digits. With `limit`, of the files that the first rows are in."""
         found = Fingerprint()
+        if self.options.limit is not None:
+            deque(self.rows(found), maxlen=0)
+            return found.hexdigest()
         for file, _ in self._files:
             found.add(file)
         return found.hexdigest()

@@ -51,7 +51,7 @@ def build_page(store: Store, run: RunReader, *, row_id: str | None = None, words
         head: for the logit lens; it needs `words` too.
 
     Raises:
-        ConfigError: matplotlib is not installed.
+        MissingPackageError: matplotlib is not installed.
         NotInRunError: no committed sequence has that row id.
         RunDamagedError, StoreError: the run cannot be read.
     """

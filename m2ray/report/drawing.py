@@ -9,7 +9,7 @@ from xml.etree import ElementTree as ET
 
 from markupsafe import Markup
 
-from m2ray.errors import ConfigError
+from m2ray.extras import naming_extras
 
 Draw = Callable[[Any], object]
 """Takes matplotlib's axes."""
@@ -45,11 +45,9 @@ _REFERENCE = re.compile(r"#([\w-]+)")
 
 
 def require_matplotlib() -> None:
-    """Raise ConfigError where matplotlib is not installed."""
-    try:
+    """Raise MissingPackageError where matplotlib is not installed."""
+    with naming_extras():
         import matplotlib as mpl  # noqa: F401
-    except ImportError as error:
-        raise ConfigError(f"The page is drawn by matplotlib, which is not installed ({error}).", 'pip install "m2ray[report]"') from error
 
 
 def drawn(name: str, title: str, description: str, draw: Draw, height: float = 3.4) -> Markup:

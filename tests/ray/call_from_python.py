@@ -1,6 +1,7 @@
 """m2ray.extract as a notebook calls it, several times in one process: `python call_from_python.py MODEL FOLDER`. Prints what test_python.py looks at.
 
-Ctrl-C comes while the stages load; the same call goes on in a thread that is not the main one, where no signal handler can be set.
+Ctrl-C comes while the stages load, in a process that has joined Ray by itself and stays so; the same call goes on in a thread that is not the
+main one, where no signal handler can be set.
 """
 
 import _thread
@@ -10,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+import ray
 
 import m2ray
 from m2ray.chain.progress import Progress
@@ -37,11 +39,13 @@ def interrupted(self: Progress, statuses: Any) -> None:
 
 
 Progress.loading = interrupted
+ray.init(logging_level="ERROR")
 try:
     extract(TEXTS)
 except KeyboardInterrupt:
-    run = m2ray.open_run(f"{folder}/run")
-    told["stopped"] = repr(run)
+    told["stopped"] = repr(m2ray.open_run(f"{folder}/run"))
+told["stays"] = ray.is_initialized()
+ray.shutdown()
 
 with ThreadPoolExecutor(1) as pool:
     run = pool.submit(extract, TEXTS).result(240)

@@ -28,11 +28,9 @@ class RayCluster:
     env: Mapping[str, str]
     folder: Path
 
-    def run(self, *words: str, timeout_s: float = 240.0, **extra_env: str) -> subprocess.CompletedProcess[str]:
-        """Run a command against the cluster from the repository's root and capture what it prints."""
-        return subprocess.run(
-            words, cwd=REPOSITORY, env={**self.env, **extra_env}, capture_output=True, text=True, timeout=timeout_s, check=False
-        )
+    def run(self, *words: str, timeout_s: float = 240.0, cwd: Path = REPOSITORY, **extra_env: str) -> subprocess.CompletedProcess[str]:
+        """Run a command against the cluster, from the repository's root or another folder, and capture what it prints."""
+        return subprocess.run(words, cwd=cwd, env={**self.env, **extra_env}, capture_output=True, text=True, timeout=timeout_s, check=False)
 
     def start(self, *words: str) -> subprocess.Popen[str]:
         """Start a command against the cluster; the caller ends it."""

@@ -28,7 +28,7 @@ from m2ray.activations.writing.commits import reopen
 from m2ray.batches import MicroBatch
 from m2ray.storage import LocalStore, open_store
 from scripts.make_checkpoint import make_checkpoint
-from tests.ray.conftest import RayCluster
+from tests.ray.conftest import RayCluster, free_ports
 from tests.reference import DATA, MINIMAX_TINY, edited, load_reference, make_family, make_minimax, reference_rows, same_bits
 from tests.summed import close_covariance, close_moments
 
@@ -219,11 +219,15 @@ def test_a_probe_finds_the_token_in_its_activations(finished: Path, cluster: Ray
 def test_m2ray_submit_runs_a_dense_family_up_to_the_last_layer_asked_for(
     cluster: RayCluster, qwen3: Path, prompts: Path, tmp_path: Path
 ) -> None:
-    run = tmp_path / "run"
-    submitted = cluster.run(
-        "m2ray", "submit", "--address", cluster.dashboard, *words(qwen3, prompts, run, "--stages", "2", "--layers", "0,2-3")
-    )
+    """From a folder that is no checkout, with a file that lies there."""
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "job.toml").write_text(f'model = "{qwen3}"\nprompts = "{prompts}"\nstages = 3\nlayers = "0,2-3"\nwait = false\n')
+    flags = ("--output", str(run), "--id-column", "id", "--stages", "2", *OPTIONS)
+    submitted = cluster.run("m2ray", "submit", "job.toml", "--address", cluster.dashboard, *flags, cwd=elsewhere)
     assert submitted.returncode == 0, submitted.stdout + submitted.stderr
+    assert submitted.stdout.startswith("Job "), submitted.stdout
+    assert not re.search("(?i)package|upload|WebSocket", submitted.stdout + submitted.stderr), "what Ray does to bring it there is no news"
     assert re.search(r"stage 1 on \S+: layers 2-3", submitted.stdout), "layer 4 is not asked for, so no stage runs it"
     assert m2ray.open_run(run).layer_numbers == (0, 2, 3)
     assert_equals_transformers(run, qwen3, (0, 2, 3))
@@ -316,6 +320,22 @@ def test_m2ray_submit_returns_the_jobs_exit_code(cluster: RayCluster, minimax: P
     assert "no.jsonl are absent" in submitted.stdout
 
 
+def test_a_dashboard_that_refuses_or_is_not_there_is_told_in_a_paragraph(cluster: RayCluster, minimax: Path, tmp_path: Path) -> None:
+    flags = words(minimax, tmp_path / "p.jsonl", tmp_path / "run")
+    wrong = cluster.run("m2ray", "submit", "--address", cluster.dashboard, *flags, cwd=tmp_path, RAY_AUTH_TOKEN="0" * 64)
+    none = cluster.run("m2ray", "submit", "--address", cluster.dashboard, *flags, RAY_AUTH_MODE="disabled", RAY_AUTH_TOKEN="")
+    gone = cluster.run("m2ray", "submit", "--address", f"http://127.0.0.1:{free_ports(1)[0]}", *flags)
+    for told, what in (
+        (wrong, "does not take the token that it was given"),
+        (none, "asks for a token"),
+        (gone, "Failed to connect to Ray"),
+    ):
+        assert told.returncode == 1, told.stdout + told.stderr
+        assert told.stdout == ""
+        assert what in " ".join(told.stderr.split())
+        assert len(told.stderr.splitlines()) == 1, told.stderr
+
+
 @pytest.fixture(scope="module")
 def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Prompts for a run that is still at work when a signal comes."""
@@ -358,7 +378,7 @@ def test_submit_and_inspect_tell_of_a_driver_that_was_killed(cluster: RayCluster
     drivers = [
         process
         for process in psutil.process_iter(["cmdline"])
-        if str(run) in (cmdline := process.info["cmdline"] or []) and cmdline[1] == "jobs/extract.py"
+        if f"--output={run}" in (cmdline := process.info["cmdline"] or []) and "m2ray.cli" in cmdline
     ]
     assert len(drivers) == 1, drivers
     drivers[0].kill()

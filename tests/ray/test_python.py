@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import m2ray
+from examples import linear_probe
 from tests.ray.conftest import REPOSITORY, RayCluster
 from tests.reference import make_minimax
 
@@ -25,17 +26,20 @@ def test_prompts_in_memory_are_stopped_and_gone_on_with_from_any_thread(cluster:
     told = json.loads(called.stdout.splitlines()[-1])
     assert "not complete: 0 of" in told["stopped"]
     assert "Stopped by Ctrl-C. Committed shards are kept" in called.stdout
+    assert told["stays"], "whoever joined Ray by themselves keep it"
     assert told["finished"].endswith("complete>")
     assert told["layers"] == [0, 2]
     assert len(told["same"]) == 40
     assert all(told["same"])
     assert told["again"] == told["finished"], "nothing was left to do"
     assert "fingerprints.prompts" in told["refused"]
-    assert m2ray.open_run(tmp_path / "run").is_complete
+    assert m2ray.open_run(tmp_path / "run").job.names == {"model": str(model), "prompts": "40 texts in memory"}
 
 
 @pytest.mark.timeout(400)
-def test_the_notebook_runs_from_top_to_bottom(cluster: RayCluster, model: Path, tmp_path: Path) -> None:
+def test_the_notebook_runs_from_top_to_bottom(
+    cluster: RayCluster, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """As a person has it: the model's folder beside it. Random weights tell no labels; scripts/trained_model's do."""
     (tmp_path / "SmolLM2-135M-Instruct").symlink_to(model)
     words = [sys.executable, str(REPOSITORY / "tests/ray/run_notebook.py"), str(REPOSITORY / "examples/first_steps.ipynb")]
@@ -50,9 +54,10 @@ def test_the_notebook_runs_from_top_to_bottom(cluster: RayCluster, model: Path, 
     assert run.sequences["label"].to_pylist() == (["good"] * 4 + ["bad"] * 4) * 8
     assert tuple(ast.literal_eval(shown.stdout.splitlines()[-1])) == run.layer_numbers
 
-    probed = cluster.run(
-        "python", "examples/linear_probe.py", str(tmp_path / "first-run"), "--layers", "0", "--target", "label", "--pool", "mean"
+    monkeypatch.setattr(
+        sys, "argv", ["linear_probe.py", str(tmp_path / "first-run"), "--layers", "0", "--target", "label", "--pool", "mean"]
     )
-    assert probed.returncode == 0, probed.stdout + probed.stderr
-    assert probed.stdout.startswith("Which label, of the 2 commonest of 2?\nlayer 0: held-out accuracy")
-    assert " of 13 rows;" in probed.stdout, "one sequence in five is one row"
+    linear_probe.main()
+    told = capsys.readouterr().out
+    assert told.startswith("Which label, of the 2 commonest of 2?\nlayer 0: held-out accuracy")
+    assert " of 13 rows;" in told, "one sequence in five is one row"

@@ -4,6 +4,7 @@ import json
 import signal
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ import torch
 from safetensors.torch import load_file
 
 import m2ray
-from tests.ray.conftest import RayCluster
+from tests.ray.conftest import RayCluster, free_ports
 from tests.ray.test_extract import assert_equals_transformers, minimax, prompts  # noqa: F401 - fixtures
 from tests.reference import MINIMAX_TINY, same_bits
 
 SCRIPT = str(Path(__file__).with_name("warm_chain.py"))
+TOKEN = "0123456789abcdef"
 DTYPES = ("--compute-dtype", "float32", "--store-dtype", "float32")
 
 
@@ -39,12 +41,15 @@ def killed_at_work(cluster: RayCluster, name: str, model: Path, prompts: Path, o
 def test_jobs_and_requests_share_a_loaded_chain(cluster: RayCluster, minimax: Path, prompts: Path, tmp_path: Path) -> None:  # noqa: F811
     """Its driver is gone, another one is killed at work, and a stage is killed: what comes after finds the chain, and the right rows."""
     words = ("--name", "tiny", "--stages", "2", "--batch-tokens", "256", "--shard-tokens", "400", *DTYPES)
-    served = cluster.run("m2ray", "serve", "--model", str(minimax), *words)
+    has_serve = find_spec("starlette") is not None
+    if has_serve:
+        words += ("--http-port", str(free_ports(1)[0]))
+    served = cluster.run("m2ray", "serve", "--model", str(minimax), *words, M2RAY_SERVE_TOKEN=TOKEN)
     assert served.returncode == 0, served.stdout + served.stderr
     seen: dict[str, Any] = {}
     try:
         killed_at_work(cluster, "tiny", minimax, prompts, tmp_path / "killed")
-        done = cluster.run(sys.executable, SCRIPT, "tiny", str(prompts), str(tmp_path))
+        done = cluster.run(sys.executable, SCRIPT, "tiny", str(prompts), str(tmp_path), M2RAY_SERVE_TOKEN=TOKEN)
         assert done.returncode == 0, done.stdout + done.stderr
         seen = json.loads(done.stdout.splitlines()[-1])
     finally:
@@ -61,14 +66,17 @@ def test_jobs_and_requests_share_a_loaded_chain(cluster: RayCluster, minimax: Pa
     assert "threads_per_stage" in seen["refused"][0]
     assert "the chain tiny holds" in seen["refused"][1]
 
-    answers = [load_file(tmp_path / f"{when}.safetensors") for when in ("idle", "beside", "mended")]
+    answers = [load_file(tmp_path / f"{when}.safetensors") for when in ("idle", "beside", "mended", *(["http"] if has_serve else []))]
+    assert seen["http"] == ([200, 401] if has_serve else []), "without the extra `serve` nothing listens"
     assert seen["beside"] == 3
     for answer in answers[1:]:
         assert all(same_bits(answer[column], values) for column, values in answers[0].items())
     assert_rows_of_a_run(tmp_path / "asked", answers[0])
     assert seen["mended"][0] != seen["after"][0], "the killed stage came back"
     assert seen["mended"][1:] == seen["after"][1:]
-    assert seen["status"] == [True, 4, 5, "", ""], "loaded, four jobs with the killed one, five answers, nothing at work, no trouble"
+    assert seen["status"] == [True, 4, 6 if has_serve else 5, "", ""], (
+        "loaded, four jobs with the killed one, the answers, nothing at work, no trouble"
+    )
     assert "tiny" in seen["listed"]
     assert "idle" in seen["listed"]
     assert "There are no chains" in seen["none"]

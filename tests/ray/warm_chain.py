@@ -13,6 +13,8 @@ import sys
 import threading
 import time
 from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 from click.testing import CliRunner
 from safetensors.torch import save_file
@@ -38,6 +40,20 @@ def refused(chain: WarmChain, prompts: str, output: str, **options: object) -> s
     except M2rayError as error:
         return str(error)
     return "not refused"
+
+
+def over_http(chain: WarmChain, asked: dict[str, object], file: Path) -> list[int]:
+    """The statuses of a request, whose answer is kept, and of one without the token; none where nothing listens."""
+    url, statuses = chain._standing.served.http, []
+    for token in (os.environ["M2RAY_SERVE_TOKEN"], "wrong") if url else ():
+        request = Request(url, json.dumps(asked).encode(), {"Authorization": f"Bearer {token}"})
+        try:
+            with urlopen(request, timeout=60) as answer:
+                file.write_bytes(answer.read())
+                statuses.append(answer.status)
+        except HTTPError as error:
+            statuses.append(error.code)
+    return statuses
 
 
 def main() -> None:
@@ -68,6 +84,7 @@ def main() -> None:
         seen["after"] = pids(chain)
         reports = [json.loads((output / run / "report.json").read_text()) for run in ("first", "second")]
         seen["read_bytes"] = [[stage["read_bytes"] for stage in report["stages"]] for report in reports]
+        seen["http"] = over_http(chain, {"prompts": asked, "sites": SITES}, output / "http.safetensors")
         seen["refused"] = [
             refused(chain, prompts, str(output / "refused"), compute_dtype="bfloat16", threads_per_stage=7),
             refused(chain, prompts, str(output / "refused"), model=str(output)),

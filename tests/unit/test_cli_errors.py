@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import re
 import shutil
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import pytest
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
+import m2ray
 from m2ray import __version__, provenance
 from m2ray.activations.json_record import digest
 from m2ray.chain.loading import require_run_folder
@@ -205,7 +207,7 @@ def test_a_run_goes_on_under_the_versions_that_it_began_with_alone(
     installed(monkeypatch)
     begin(monkeypatch, sound_model, prompts, run)
     job = json.loads((run / "job.json").read_text())
-    assert (job["versions"], job["m2ray_version"]) == (VERSIONS, __version__)
+    assert (job["versions"], job["m2ray_version"]) == ({**VERSIONS, "python": platform.python_version()}, __version__)
     assert job["names"] == {"model": str(sound_model), "prompts": str(prompts)}
     installed(monkeypatch, torch="2.13.0+cu130")
     assert "RAY_ADDRESS" in extract(sound_model, prompts, run).stderr, "another build of the same version"
@@ -216,9 +218,60 @@ def test_a_run_goes_on_under_the_versions_that_it_began_with_alone(
     assert "torch" not in refused.stderr
     shown = CliRunner().invoke(main, ["inspect", str(run)]).stdout
     assert f"model      {sound_model}" in shown
-    assert f"begun by   m2ray {__version__}, torch 2.13.0+cpu, transformers 5.24.0, tokenizers 0.23.3" in shown
+    assert (
+        f"begun by   m2ray {__version__}, torch 2.13.0+cpu, transformers 5.24.0, tokenizers 0.23.3, python {platform.python_version()}"
+        in shown
+    )
     facts = json.loads(CliRunner().invoke(main, ["inspect", str(run), "--json"]).stdout)
     assert (facts["versions"], facts["names"]) == (job["versions"], job["names"])
+
+
+def test_a_limit_is_of_the_run(sound_model: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "run"
+    begin(monkeypatch, sound_model, prompts, run, "--limit", "1")
+    job = json.loads((run / "job.json").read_text())
+    assert (job["options"]["limit"], job["counts"]["sequences"], job["counts"]["tokens"] > 0) == (1, 1, True)
+    assert_refused(extract(sound_model, prompts, run), "limit: 1 in the run, null now")
+    with prompts.open("a") as file:
+        file.write('{"text": "five"}\n')
+    assert_refused(extract(sound_model, prompts, run, "--limit", "1"), "fingerprints.prompts")
+    planned = CliRunner().invoke(
+        main, ["plan", "--model", str(sound_model), "--prompts", str(prompts), "--limit", "2", "--gpus", "1xH100", "--json"]
+    )
+    assert json.loads(planned.stdout)["output"]["sequences"] == 2, planned.output
+
+
+def test_kept_columns_are_of_the_run(sound_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, prompts = tmp_path / "run", tmp_path / "labelled.jsonl"
+    prompts.write_text('{"text": "one two", "label": 7}\n{"text": "", "label": 8}\n', encoding="utf-8")
+    begin(monkeypatch, sound_model, prompts, run, "--keep-columns", "label")
+    assert m2ray.open_run(run).sequences["label"].to_pylist() == [7, 8]
+    assert_refused(extract(sound_model, prompts, run), 'keep_columns: ["label"] in the run, null now')
+    assert "RAY_ADDRESS" in extract(sound_model, prompts, run, "--keep-columns", "label").stderr, "it goes on"
+
+
+def test_relative_folders_are_those_of_the_driver(
+    sound_model: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stages are started elsewhere."""
+    monkeypatch.chdir(tmp_path)
+    Path("model").symlink_to(sound_model)
+    begin(monkeypatch, Path("model"), prompts, Path("run"))
+    assert m2ray.open_run(tmp_path / "run").job.names["model"] == str(tmp_path / "model")
+
+
+def test_an_option_that_a_run_did_not_know_yet_is_one_that_asks_for_nothing(
+    sound_model: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    begin(monkeypatch, sound_model, prompts, run)
+
+    def forget(job: dict) -> None:
+        del job["options"]["keep_columns"], job["digest"]
+        job["digest"] = digest(job)
+
+    edit_json(run / "job.json", forget)
+    assert "RAY_ADDRESS" in extract(sound_model, prompts, run).stderr, "it goes on"
 
 
 def test_a_stage_on_a_node_with_other_versions_refuses_before_it_loads(

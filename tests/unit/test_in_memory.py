@@ -41,7 +41,8 @@ def frames() -> list[Any]:
         pa.concat_tables([table.slice(0, 2), table.slice(2)]),
         pa.concat_tables([table.slice(3), table, table.slice(0, 1)]).slice(2, 5),
         table.replace_schema_metadata({"who": "me"}),
-        pl.DataFrame(columns).to_arrow().cast(table.schema),
+        table.set_column(0, "text", table["text"].dictionary_encode()),
+        pl.DataFrame(columns),
         datasets.Dataset.from_dict(columns),
     ]
 

@@ -16,7 +16,7 @@ from m2ray.options import PromptOptions
 from m2ray.prompts import PromptSource, PromptTokenizer, survey
 from m2ray.sequences import read_sequences
 from m2ray.storage import LocalStore
-from tests.reference import MINIMAX_TINY
+from tests.reference import DATA
 
 TEXTS = ["one", "two words", "", "four is fine"]
 
@@ -25,7 +25,7 @@ def kept(path: Path, *names: str, **options: Any) -> pa.Table:
     """What `sequences/` has of these columns, beside id and reason."""
     chosen = PromptOptions(str(path), 1000, keep_columns=names, **options)
     store = LocalStore(path.parent / f"run-{path.name}")
-    found = survey(PromptSource.open(chosen), PromptTokenizer.load(str(MINIMAX_TINY), chosen, 320), store, "a", 1000)
+    found = survey(PromptSource.open(chosen), PromptTokenizer.load(str(DATA / "prompts" / "tokenizer"), chosen, 320), store, "a", 1000)
     found.tokens.close()
     table = pa.concat_tables(read_sequences(store, file) for file in found.sequence_files)
     assert table.column_names[-len(names) :] == list(names), "behind m2ray's own"

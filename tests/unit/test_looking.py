@@ -190,8 +190,6 @@ class Client:
 
 
 def submit(client: Client, log: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Result:
-    (tmp_path / "jobs").mkdir()
-    (tmp_path / "jobs" / "extract.py").write_text("")
     monkeypatch.setattr(submitting, "_client", lambda _: client)
     monkeypatch.setattr(submitting, "_print_log", log)
     words = ["--working-dir", str(tmp_path), "--model", "/m", "--prompts", "/p", "--output", "/o"]

@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +24,7 @@ from m2ray.config import ExtractConfig
 from m2ray.errors import CheckpointError, ConfigError, MissingPackageError, NotInRunError
 from m2ray.planning.plan import Plan
 from m2ray.storage import LocalStore
-from tests.reference import MINIMAX_TINY
+from tests.reference import DATA
 from tests.unit import activation_runs as runs
 
 OF_ITS_OWN = {"model", "prompts", "output"}
@@ -47,15 +48,17 @@ def test_pythons_values_become_what_a_file_says() -> None:
         m2ray.plan(model="m", layer=3)  # type: ignore[call-arg]
 
 
-def test_a_plan_shows_itself() -> None:
+def test_a_plan_shows_itself(tmp_path: Path) -> None:
+    shutil.copytree(DATA / "prompts" / "tokenizer", tmp_path / "model")
+    shutil.copy(DATA / "llama" / "config.json", tmp_path / "model")
     plan = m2ray.plan(
-        model=MINIMAX_TINY, prompts=["one text", "two texts & <more>"], gpus="2xH100-80GB", sites=["residual"], layers=range(3)
+        model=tmp_path / "model", prompts=["one text", "two texts & <more>"], gpus="2xH100-80GB", sites=["residual"], layers=range(3)
     )
     assert isinstance(plan, Plan)
     assert plan.prompts is not None
     assert plan.prompts.sequences == 2
     assert repr(plan).startswith("It fits")
-    assert "2 sequences" in repr(plan)
+    assert f"{plan.prompts.tokens:,} tokens" in repr(plan)
     assert "\x1b" not in repr(plan)
     assert plan._repr_html_().startswith("<pre>It fits")
     assert max(map(len, repr(plan).splitlines())) <= 100

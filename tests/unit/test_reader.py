@@ -2,6 +2,7 @@
 
 import json
 import math
+import platform
 import re
 import shutil
 import subprocess
@@ -9,21 +10,23 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from click.testing import CliRunner
 
-from m2ray.activations.job import read_job
+from m2ray.activations.job import JobRecord, read_job
 from m2ray.activations.json_record import digest
 from m2ray.activations.reading.catalogue import Catalogue
 from m2ray.activations.reading.part_reader import PartReader
 from m2ray.activations.reading.reader import RunReader, open_run
 from m2ray.activations.records import commit_key, read_commit
-from m2ray.activations.schema import part_key
+from m2ray.activations.schema import ORIGIN, part_key
 from m2ray.activations.writing.commits import claim_run
 from m2ray.batches import CapturedLayer, Column, PartSpec
 from m2ray.cli import main
@@ -179,6 +182,24 @@ def test_tensors_are_the_readers_own(finished: Path) -> None:
     assert same_bits(view.sequence(4), runs.bits(runs.PARTS[1], 4))
 
 
+@pytest.mark.parametrize(("told", "is_right"), [({}, True), (dict.fromkeys(ORIGIN), True), ({"model": "/models/other"}, False)])
+def test_a_part_names_its_origin_unless_it_is_from_before_any_did(
+    told: dict[str, str | None], is_right: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        said = JobRecord.run_metadata
+        patch.setattr(JobRecord, "run_metadata", lambda job: {key: text for key, text in (said(job) | told).items() if text is not None})
+        runs.finished_run(LocalStore(tmp_path))
+    footer = pq.read_schema(part_path(tmp_path, runs.PARTS[0], 0)).metadata
+    if not told:
+        job = json.loads((tmp_path / "job.json").read_text())
+        versions = ", ".join(f"{name} {version}" for name, version in {"m2ray": job["m2ray_version"], **job["versions"]}.items())
+        assert [footer[f"m2ray.{key}".encode()].decode() for key in ORIGIN] == ["/models/m", "prompts.jsonl", versions]
+        assert f"python {platform.python_version()}" in versions
+    with nullcontext() if is_right else pytest.raises(RunDamagedError, match=r"m2ray\.model = /models/other, not /models/m"):
+        open_run(tmp_path).layer(0).tensor()
+
+
 def test_mean_norm(tmp_path: Path) -> None:
     """float64 sums of float32 rows, against torch on the whole; a row of large numbers would overflow a float16 sum."""
     store, part = LocalStore(tmp_path), PartSpec.of("residual", 0, "float16", 64)
@@ -233,11 +254,6 @@ def test_a_run_from_before_there_were_columns_is_read_as_it_was(damaged: Path) -
 
 
 def test_a_run_says_what_it_holds(finished: Path) -> None:
-    run = open_run(finished)
-    assert repr(run) == (
-        f"<run {finished}: residual at layers 0,7,11, mlp at layers 7, embedding, router_topk at layers 7; 3 of 3 shards, 67 tokens>"
-    )
-    assert "residual at layers 7;" in repr(run.site("residual").layer(7))
     shown = CliRunner().invoke(main, ["inspect", str(finished), "--json"])
     (routed,) = (each for each in json.loads(shown.stdout)["layers"] if each["site"] == "router_topk")
     assert (routed["layer"], routed["mean_norm"]) == (7, None)

@@ -22,7 +22,7 @@ from m2ray.activations.writing import commits
 from m2ray.batches import Bits, Column, PartSpec
 from m2ray.chain.report import build_report
 from m2ray.cli import main
-from m2ray.errors import ConfigError, NotInRunError, RunDamagedError
+from m2ray.errors import MissingPackageError, NotInRunError, RunDamagedError
 from m2ray.report.building import build_page
 from m2ray.report.drawing import require_matplotlib
 from m2ray.report.sample import Sampled, spread
@@ -228,7 +228,7 @@ def test_the_command_writes_it_into_the_run_or_where_it_is_told(tmp_path: Path) 
 
 def test_without_matplotlib_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ConfigError, match=r'pip install "m2ray\[report\]"'):
+    with pytest.raises(MissingPackageError, match=r"pip install 'm2ray\[report\]'"):
         require_matplotlib()
 
 

@@ -70,6 +70,9 @@ def test_columns_and_footer(folder: Path) -> None:
         footer = {key.decode(): value.decode() for key, value in schema.metadata.items()}
         assert footer == {
             "m2ray.format_version": "2",
+            "m2ray.model": "/models/m",
+            "m2ray.prompts": "prompts.jsonl",
+            "m2ray.versions": footer["m2ray.versions"],
             "m2ray.run_id": footer["m2ray.run_id"],
             "m2ray.model_type": "minimax_m2",
             "m2ray.num_layers": "12",

@@ -538,6 +538,24 @@ def test_the_fingerprint_that_is_taken_while_reading_is_that_of_the_files(tmp_pa
     assert fingerprint_while_read(open_source(path)) == open_source(path).fingerprint()
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json.zst", "a.json", "a.csv", "a.txt", "a.parquet", "a.arrow"])
+def test_a_limit_takes_the_first_rows_and_looks_at_no_file_behind_them(tmp_path, name):
+    first = write_format(tmp_path / name, TEXTS, TEXTS) if name != "a.txt" else tmp_path / name
+    if name == "a.txt":
+        first.write_text("\n".join(text.replace("\n", " ") for text in TEXTS))
+    behind = write_jsonl(tmp_path / "b.jsonl", [{"text": "behind"}])
+    everything = rows_of(tmp_path)
+    for limit in (1, 2, len(everything) - 1, len(everything), 99):
+        source = open_source(tmp_path, limit=limit)
+        assert list(source.rows()) == everything[:limit]
+        assert fingerprint_while_read(source) == source.fingerprint(), limit
+    whole, limited = open_source(tmp_path).fingerprint(), open_source(tmp_path, limit=2).fingerprint()
+    assert limited == open_source(first).fingerprint(), "of the files that the rows are in"
+    behind.write_text('{"text": "other"}\n')
+    assert open_source(tmp_path, limit=2).fingerprint() == limited
+    assert open_source(tmp_path).fingerprint() != whole
+
+
 def test_a_file_that_is_replaced_while_it_is_read_leaves_the_fingerprint_of_what_was_read(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "x" * 5000} for _ in range(1000)])
     other = write_jsonl(tmp_path / "b.jsonl", [{"text": "y" * 5000} for _ in range(1000)])

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import xxhash
 
 from m2ray.activations.reading.pages import PartPages
-from m2ray.activations.schema import FORMAT_VERSION, Compression, part_metadata, part_schema, stored_columns
+from m2ray.activations.schema import FORMAT_VERSION, METADATA_PREFIX, ORIGIN, Compression, part_metadata, part_schema, stored_columns
 from m2ray.batches import TOKEN_ROW, Bits, PartReceipt, PartSpec
 from m2ray.errors import RunDamagedError
 from m2ray.parquet.pages import MALFORMED, others, read_tail
@@ -134,7 +134,12 @@ class PartReader:
         found = {key.decode(errors="replace"): value.decode(errors="replace") for key, value in footer.items()}
         compression: Compression = "planes" if found.get("m2ray.compression") == "planes" else "none"
         wanted = part_metadata(self._spec, run_metadata, receipt.shard, receipt.attempt, compression)
-        differing = [f"{key} = {found.get(key, 'absent')}, not {value}" for key, value in wanted.items() if found.get(key) != value]
+        early = {METADATA_PREFIX + key for key in ORIGIN}  # the first runs of format 2 have no such keys
+        differing = [
+            f"{key} = {found.get(key, 'absent')}, not {value}"
+            for key, value in wanted.items()
+            if found.get(key, value if key in early else None) != value
+        ]
         if differing:
             raise self._damaged(f"its footer says {'; '.join(differing)}")
         if not schema.equals(part_schema(self._spec, run_metadata, receipt.shard, receipt.attempt, compression)):

@@ -17,6 +17,7 @@ from m2ray.activations.reading.random_rows import RandomRows
 from m2ray.activations.reading.shown import as_html, as_line
 from m2ray.batches import TOKEN_ROW, PartReceipt, PartSpec
 from m2ray.errors import ConfigError, NotInRunError, did_you_mean, in_ranges
+from m2ray.extras import naming_extras
 from m2ray.storage import open_store
 
 if TYPE_CHECKING:
@@ -182,6 +183,7 @@ class RunReader:
 
     # -- activations --------------------------------------------------------------------------------------------------
 
+    @naming_extras()
     def sequence(self, sequence_id: int) -> "Values":
         """One sequence in the store dtype: [T, W] of a one-layer view, [L, T, W] otherwise. Where tokens were chosen, T are those of them that
         are of this sequence, in order; there may be none.
@@ -204,6 +206,7 @@ class RunReader:
             bytes_TB[:] = self._catalogue.open_part(spec, receipt).sequence(sequence_id, row["row_count"])
         return self._values(bytes_LTB)
 
+    @naming_extras()
     def rows(self, indices: "Sequence[int] | npt.NDArray[np.int64]") -> "Values":
         """Some rows of a one-layer view by their numbers, 0 to `num_rows` - 1 in the order of `tokens`: [N, W], in the order asked for.
 
@@ -219,6 +222,7 @@ class RunReader:
 
         return tensors_of(self._one_layer().columns, torch.from_numpy(self._random_rows.read(indices)))
 
+    @naming_extras()
     def tensor(self) -> "Values":
         """All committed rows in the order of `tokens`: [N, W] of a one-layer view, [L, N, W] otherwise.
 
@@ -249,6 +253,7 @@ class RunReader:
             tokens = self._catalogue.open_part(self._parts[0], receipts[0]).tokens()
             yield ShardRows(receipts[0].shard, tokens, self._load([[receipt] for receipt in receipts]))
 
+    @naming_extras()
     def stream(
         self,
         *,
@@ -281,6 +286,7 @@ class RunReader:
         options = StreamOptions(batch_rows, shuffle_buffer_bytes, seed, rank, world_size, follow)
         return ActivationStream(self._catalogue, self._one_layer(), options, idle_s)
 
+    @naming_extras()
     def iterator(self, *, rows: int = 4096, epochs: int | None = 1, dtype: "torch.dtype | None" = None, **stream: Any) -> "RowIterator":
         """The same rows as bare tensors [rows, W]: what dictionary_learning's `trainSAE` takes as `data`, and any loop of one's own.
 
@@ -299,6 +305,7 @@ class RunReader:
         self._require_one_tensor()
         return RowIterator(self.stream(batch_rows=rows, **stream), rows, epochs, dtype)
 
+    @naming_extras()
     def as_data_provider(self, *, rows: int = 4096, **stream: Any) -> "RowIterator":
         """What SAELens' SAETrainer takes as `data_provider`: float32 [rows, W] without end. Its `train_batch_size_samples` has to be `rows`.
 
@@ -308,6 +315,7 @@ class RunReader:
 
         return self.iterator(rows=rows, epochs=None, dtype=torch.float32, **stream)
 
+    @naming_extras()
     def draft_samples(
         self, layers: Sequence[int], *, all_tokens: bool = False, seed: int = 0, rank: int = 0, world_size: int = 1
     ) -> "DraftSamples":
@@ -461,6 +469,7 @@ class RunReader:
             raise NotInRunError(f"This view has the sites {', '.join(self.sites)}.", "Choose one with .site(NAME).")
         return self._parts
 
+    @naming_extras()
     def _load(self, receipts_of_layers: Sequence[Sequence[PartReceipt]]) -> "Values":
         """All rows of the same shards of each layer."""
         bytes_LNB = self._empty(sum(receipt.rows for receipt in receipts_of_layers[0]))

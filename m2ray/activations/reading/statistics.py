@@ -8,12 +8,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import safetensors.torch
 import xxhash
 
 from m2ray.activations.job import JobRecord
 from m2ray.activations.statistics import FOLDER, RESTORE, STATISTICS_KEY, StatisticsRecord, covariance_key, read_statistics_record
 from m2ray.errors import ConfigError, NotInRunError, RunDamagedError
+from m2ray.extras import naming_extras
 from m2ray.sites import shown_layers
 from m2ray.statistics import places, statistic_sites
 from m2ray.storage import Store
@@ -71,10 +71,13 @@ class LayerStatistics:
         return self._channels("max")
 
     @cached_property
+    @naming_extras()
     def covariance(self) -> "torch.Tensor":
         """float32 [W, W], over the count."""
         self._require("covariance")
-        covariance: torch.Tensor = safetensors.torch.load(self._read(covariance_key(self._place)))["covariance"]
+        from safetensors.torch import load
+
+        covariance: torch.Tensor = load(self._read(covariance_key(self._place)))["covariance"]
         return covariance
 
     @cached_property
@@ -96,6 +99,7 @@ class LayerStatistics:
         return float(self.norms["below"][int(np.searchsorted(below, share * below[-1]))].as_py())
 
     @cached_property
+    @naming_extras()
     def expert_load(self) -> "torch.Tensor":
         """How many rows chose each expert: int64 [E]."""
         import torch
@@ -104,6 +108,7 @@ class LayerStatistics:
         return torch.from_numpy(self._table("experts")["rows"].to_numpy().copy())
 
     @cached_property
+    @naming_extras()
     def coactivation(self) -> "torch.Tensor":
         """How many rows chose both of two experts: int64 [E, E]; on the diagonal the one."""
         import torch
@@ -118,6 +123,7 @@ class LayerStatistics:
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
+    @naming_extras()
     def _channels(self, name: str) -> "torch.Tensor":
         import torch
 

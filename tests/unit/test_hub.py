@@ -1,0 +1,101 @@
+"""Names on the hub: what the cache of this machine holds of them, without a network."""
+
+from pathlib import Path
+
+import pytest
+
+from m2ray.config import ExtractConfig
+from m2ray.errors import CheckpointError, M2rayError, PromptsError
+from m2ray.hub import folder_of, is_name, located, name_of, without_revision
+
+COMMIT, OLDER = "a" * 40, "b" * 40
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache as `hf download` leaves it: a model at main and at another commit, a model of one word, a data set with folders."""
+    from huggingface_hub import constants
+
+    folder = tmp_path / "hub"
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    cached(folder / "models--Qwen--Qwen3-0.6B", {"config.json": "{}"}, COMMIT, OLDER)
+    cached(folder / "models--gpt2", {"config.json": "{}"}, COMMIT)
+    cached(folder / "datasets--openai--gsm8k", {"main/train.jsonl": '{"text": "a"}\n', "socratic/train.jsonl": '{"text": "b"}\n'}, COMMIT)
+    return folder
+
+
+def cached(repository: Path, files: dict[str, str], *commits: str) -> None:
+    """The first commit is main's; files are links to blobs."""
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commits[0])
+    (repository / "blobs").mkdir()
+    for commit in commits:
+        for name, text in files.items():
+            blob = repository / "blobs" / str(abs(hash((commit, name))))
+            blob.write_text(text)
+            path = repository / "snapshots" / commit / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.symlink_to(blob)
+
+
+def test_a_name_is_the_folder_of_its_revision(cache: Path) -> None:
+    snapshots = cache / "models--Qwen--Qwen3-0.6B" / "snapshots"
+    assert folder_of("Qwen/Qwen3-0.6B") == str(snapshots / COMMIT)
+    assert folder_of(f"Qwen/Qwen3-0.6B@{OLDER}") == str(snapshots / OLDER)
+    assert folder_of("gpt2") == str(cache / "models--gpt2" / "snapshots" / COMMIT)
+    assert folder_of("openai/gsm8k/main", "dataset") == str(cache / "datasets--openai--gsm8k" / "snapshots" / COMMIT / "main")
+
+
+@pytest.mark.parametrize("address", ["/models/m", "./m", "m", "a/b/c.jsonl", "s3://bucket/m", "data/*.jsonl", "~/m", "..", "here/../m"])
+def test_paths_and_urls_are_left_as_they_are(cache: Path, address: str) -> None:
+    assert folder_of(address) == folder_of(address, "dataset") == name_of(address) == address
+
+
+def test_what_lies_on_the_disk_comes_first(cache: Path) -> None:
+    Path("Qwen/Qwen3-0.6B").mkdir(parents=True)
+    assert folder_of("Qwen/Qwen3-0.6B") == "Qwen/Qwen3-0.6B"
+    assert not is_name("Qwen/Qwen3-0.6B")
+    assert folder_of("Qwen/Qwen3-8B") == "Qwen/Qwen3-8B", "beside a folder of that name it is a path that is absent"
+    assert is_name("openai/gsm8k")
+
+
+def test_what_the_cache_lacks_is_told_with_the_line_that_brings_it(cache: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"nothing of the model Qwen/Qwen3-8B\. hf download Qwen/Qwen3-8B brings it there"):
+        folder_of("Qwen/Qwen3-8B")
+    with pytest.raises(CheckpointError, match=r"hf download Qwen/Qwen3-0\.6B --revision v2 brings"):
+        folder_of("Qwen/Qwen3-0.6B@v2")
+    with pytest.raises(PromptsError, match=r"hf download openai/other --repo-type dataset brings"):
+        folder_of("openai/other", "dataset")
+    config = ExtractConfig.validated({"model": "Qwen/Qwen3-8B", "prompts": "openai/other", "output": "run"})
+    with pytest.raises(M2rayError, match=r"(?s)2 problems.*hf download Qwen/Qwen3-8B.*--repo-type dataset"):
+        located(config)
+
+
+def test_a_part_of_a_data_set_is_refused(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+    from huggingface_hub.errors import IncompleteSnapshotError
+
+    def partly(name: str, **_: object) -> str:
+        raise IncompleteSnapshotError("3 files are missing", str(cache / name))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", partly)
+    with pytest.raises(PromptsError, match=r"a part of the data set openai/gsm8k alone\. hf download openai/gsm8k --repo-type dataset"):
+        folder_of("openai/gsm8k", "dataset")
+    assert folder_of("Qwen/Qwen3-0.6B") == str(cache / "Qwen/Qwen3-0.6B"), "which of a model's files are needed, its checkpoint says"
+
+
+@pytest.mark.parametrize(("name", "kind"), [("Qwen/Qwen3-0.6B", "model"), ("gpt2", "model"), ("openai/gsm8k/main", "dataset")])
+def test_a_record_names_the_commit_by_which_the_folder_is_found_again(cache: Path, name: str, kind: str) -> None:
+    folder = folder_of(name, kind)  # type: ignore[arg-type]
+    recorded = name_of(folder)
+    assert recorded == (f"openai/gsm8k@{COMMIT}/main" if kind == "dataset" else f"{name}@{COMMIT}")
+    assert folder_of(recorded, kind) == folder  # type: ignore[arg-type]
+    assert without_revision(recorded) == name.removesuffix("/main")
+
+
+def test_a_cache_elsewhere_is_named_by_its_path(cache: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other" / "models--a--b" / "snapshots" / COMMIT
+    other.mkdir(parents=True)
+    assert name_of(str(other)) == str(other)
