@@ -182,7 +182,7 @@ class ExtractConfig(BaseModel):
     attn_implementation: Attention = _rows("auto", description="auto: sdpa where the family has it.")
     compile: bool | Auto = _rows("auto", description="Compile the layers: 1.7 times as fast on a GPU; auto: where there are GPUs.")
     threads_per_stage: Positive | Auto = _rows(
-        "auto", description="torch threads a stage on the CPU; auto: its node's cores / its node's stages."
+        "auto", description="torch threads a stage on the CPU; auto: OMP_NUM_THREADS, or its node's cores / its node's stages."
     )
 
     output: NonEmpty = Field(description="Run folder, new or to be resumed.")

@@ -40,6 +40,7 @@ class Assumptions:
         store_bytes_per_s: what the store takes.
         price_per_gb_month: of the output's store, for a GB of 10^9 bytes.
         price_gpu_hour: of a GPU for an hour.
+        threads: that the user allows a process of his machine (OMP_NUM_THREADS).
         profile: what `m2ray bench` measured, instead of estimates from the GPUs' names.
     """
 
@@ -50,6 +51,7 @@ class Assumptions:
     price_per_gb_month: float | None = None
     price_gpu_hour: float | None = None
     profile: Profile | None = None
+    threads: int | None = None
 
 
 @dataclass(frozen=True)

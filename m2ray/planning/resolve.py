@@ -153,8 +153,10 @@ def _batch_tokens(config: ExtractConfig, demand: Demand, cluster: Cluster, stats
 
 
 def _threads(demand: Demand, cluster: Cluster) -> int:
-    """The cores of a node for each of its stages, where there are no GPUs; the same for all stages, since the number decides the rows."""
+    """What the user allows, or the cores of a node for each of its stages, where there are no GPUs; the same for all stages, since the number decides the rows."""
     if cluster.num_gpus:
         return 1
+    if demand.assumed.threads is not None:
+        return demand.assumed.threads
     stages = Counter(stage.node for stage in plan_run(demand, cluster).stages)
     return max(1, min(((node.cpus or 1) // stages[node.name] for node in cluster.nodes if node.name in stages), default=1))

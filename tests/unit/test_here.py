@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,16 @@ import ray
 import torch
 
 import m2ray
-from m2ray.batches import LayerSpan, MicroBatch
+from m2ray.batches import LayerSpan, MicroBatch, TensorRow
 from m2ray.chain.calls import CallError
+from m2ray.chain.checking import look
 from m2ray.chain.failure import FailureKind, classify
 from m2ray.chain.here import ActorHere, ActorsHere, hardware_here
 from m2ray.config import ExtractConfig
 from m2ray.errors import CheckpointError, StageError, StoreError
 from m2ray.model.stage import Stage, StageSpec
-from m2ray.planning.hardware import Gpu, Node
+from m2ray.planning.hardware import Cluster, Gpu, Node
+from m2ray.planning.plan import plan_run
 from m2ray.storage import LocalStore
 from tests.ray.test_extract import micro_batches
 from tests.reference import load_reference, make_minimax, reference_rows, same_bits
@@ -163,3 +166,28 @@ def test_absent_paths_are_told_before_torch_is_imported(options: dict[str, Any],
     assert done.stdout.split() == ["False"]
     for said in ("2 problems", f"There is no folder {tmp_path / 'nowhere'}", f"The prompts {tmp_path / 'none.jsonl'} are absent"):
         assert said in done.stderr
+
+
+@pytest.mark.parametrize(("said", "stages", "threads"), [("3", 1, 3), ("", 1, 4), ("", 2, 2), ("no number", 3, 1)])
+def test_threads_are_what_the_user_allows_or_the_cores_for_each_stage(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch, said: str, stages: int, threads: int
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", said)
+    del options["threads_per_stage"]
+    inputs = look(ExtractConfig(**options, stages=stages))
+    assert inputs.on(Cluster((Node("here", cpus=4),)), 20).options.threads_per_stage == threads
+    asked = look(ExtractConfig(**options, stages=stages, threads_per_stage=7))
+    assert asked.on(Cluster((Node("here", cpus=4),)), 20).options.threads_per_stage == 7
+
+
+def test_stages_on_cores_get_layers_of_equal_time(options: dict[str, Any]) -> None:
+    """However large the embedding is, which takes none."""
+    inputs = look(ExtractConfig(**options, stages=2))
+    table = replace(inputs.table, rows=tuple(_large(row) if row.role == "embedding" else row for row in inputs.table.rows))
+    demand = replace(inputs.demand(20), table=table)
+    spans = [stage.span for stage in plan_run(demand, Cluster((Node("here", cpus=2),))).stages]
+    assert [len(range(span.start, span.stop)) for span in spans] in ([4, 3], [3, 4])
+
+
+def _large(row: TensorRow) -> TensorRow:
+    return replace(row, shape=(10_000 * row.shape[0], *row.shape[1:]))
