@@ -108,7 +108,7 @@ def two_stages(folder: Path, model: Path, prompts: Path, dtype: str, rounds: int
             shutil.rmtree(out, ignore_errors=True)
             options = {"model": model, "prompts": prompts, "output": out, "compute_dtype": dtype}
             extract(folder / f"stages-{stages}.log", **options, stages=stages, threads_per_stage=1)
-            rates[stages].append(json.loads((out / "report.json").read_text())["tokens_per_s"])
+            rates[stages].append(json.loads((out / "report.json").read_text())["tokens_per_s"]["measured"])
     two, one = (statistics.median(rates[stages]) for stages in (2, 1))
     return Row(
         f"{dtype}: two stages of one thread", two, "tokens/s", one, "one stage of one thread", two / one, "1.7", f"medians of {rounds}"
