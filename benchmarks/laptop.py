@@ -47,7 +47,9 @@ def main() -> None:
         prompts = make_prompts(folder, count)
         for dtype in options.dtypes:
             rows += pairs_of(folder, model, prompts, count, dtype, options.pairs)
-    if not options.keep:
+    if options.keep:
+        print(*rows, sep="\n")
+    else:
         record("laptop", "m2ray's defaults against the loop that people write: SmolLM2-135M, all layers' rows, no GPU", rows)
 
 
