@@ -181,7 +181,9 @@ class ExtractConfig(BaseModel):
     )
     attn_implementation: Attention = _rows("auto", description="auto: sdpa where the family has it.")
     compile: bool | Auto = _rows("auto", description="Compile the layers: 1.7 times as fast on a GPU; auto: where there are GPUs.")
-    threads_per_stage: Positive | Auto = _rows("auto", description="torch threads a stage on the CPU; auto: 1.")
+    threads_per_stage: Positive | Auto = _rows(
+        "auto", description="torch threads a stage on the CPU; auto: OMP_NUM_THREADS, or its node's cores / its node's stages."
+    )
 
     output: NonEmpty = Field(description="Run folder, new or to be resumed.")
     compression: Literal["none", "planes"] = Field(
@@ -206,6 +208,9 @@ class ExtractConfig(BaseModel):
     placement_timeout_s: Annotated[float, Field(gt=0)] = Field(30.0, description="Seconds to wait for room in the cluster.")
     stage_timeout_s: Annotated[float, Field(gt=0)] = Field(
         1800.0, description="Seconds without any progress after which silent stages are restarted."
+    )
+    ray: bool = Field(
+        False, description="Start Ray, and a process for the stage, where one stage without a GPU would run in the driver's own process."
     )
     wait: bool = Field(False, description="Another driver is at the run: wait for its end; else it is refused.")
     chain: NonEmpty | None = Field(None, description="Run on the warm chain of this name (`m2ray serve`), which has the model loaded.")

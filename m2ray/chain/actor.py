@@ -323,6 +323,12 @@ class StageActor:
         for consumer in self._consumers:
             consumer.close(_CLOSE_S)
 
+    def leave(self) -> None:
+        """End this stage's threads, each after what it is at: of a stage that has no process of its own, which would end with it."""
+        self._turns.begin(self._turns.epoch + 1)
+        for door in (self._compute, self._send, self._arrive, self._capture):
+            door.thread.shutdown(wait=False, cancel_futures=True)
+
     # -- inside -------------------------------------------------------------------------------------------------------
 
     def _door(self, name: str, places: int, awaited: str) -> Door:
@@ -388,10 +394,15 @@ class StageActor:
             raise memory_error from error
 
 
+def concurrency_groups(num_take_threads: int) -> dict[str, int]:
+    """The threads that call a stage, by the group of the method."""
+    return {"take": num_take_threads, "collect": 4, "control": 4, "watch": 4, "answer": 4}
+
+
 def actor_class(num_take_threads: int) -> Any:
     """StageActor as a Ray actor class whose `take` may be entered by `num_take_threads` micro-batches at once.
 
     They must be more than the micro-batches in flight: Ray may hand them over out of order, and each waits its turn.
     """
-    groups = {"take": num_take_threads, "collect": 4, "control": 4, "watch": 4, "answer": 4}
+    groups = concurrency_groups(num_take_threads)
     return ray.remote(concurrency_groups=groups, allow_out_of_order_execution=True, max_restarts=0, max_task_retries=0)(StageActor)

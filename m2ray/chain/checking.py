@@ -8,7 +8,7 @@ from typing import TypeVar
 from m2ray.activations.job import JobRecord, read_job, require_resumable
 from m2ray.activations.writing.lease import held
 from m2ray.batches import TensorTable
-from m2ray.chain.machine import disk_free_bytes
+from m2ray.chain.machine import allowed_threads, disk_free_bytes
 from m2ray.chain.progress import Progress
 from m2ray.chain.stopping import GOES_ON, Stop
 from m2ray.config import ExtractConfig
@@ -71,7 +71,8 @@ class Inputs:
         )
 
     def _assumed(self, longest_tokens: int) -> Assumptions:
-        return Assumptions(longest_tokens=longest_tokens, disk_free_bytes=disk_free_bytes(self.config.output))
+        free_bytes = disk_free_bytes(self.config.output)
+        return Assumptions(longest_tokens=longest_tokens, disk_free_bytes=free_bytes, threads=allowed_threads())
 
 
 def check(config: ExtractConfig, stack: ExitStack, stop: Stop, progress: Progress) -> Inputs:

@@ -20,6 +20,7 @@ from m2ray.chain.actor import Job
 from m2ray.chain.actors import Actors, ActorsOfChain
 from m2ray.chain.checking import Inputs, check, look
 from m2ray.chain.driver import Chain
+from m2ray.chain.here import ActorsHere, hardware_here
 from m2ray.chain.joining import cluster
 from m2ray.chain.loading import absolute
 from m2ray.chain.metrics import Metrics
@@ -88,7 +89,7 @@ def _begin(inputs: Inputs, stack: ExitStack, stop: Stop, progress: Progress, har
             found = survey(inputs.source, inputs.tokenizer, inputs.store, attempt, shard_tokens, on_progress=counting)
             counting(found.num_sequences, is_done=True)
             stack.enter_context(found.tokens)
-            hardware = hardware or _hardware(inputs.options, stack, progress)
+            hardware = hardware or _hardware(inputs, stack, progress)
             if not hardware.chain:
                 inputs = inputs.on(hardware.cluster, found.shards.longest_tokens, partial(estimated_batching, found.shards))
             stats = batching(found.shards, inputs.options.batch_tokens)
@@ -190,7 +191,7 @@ def _resume(inputs: Inputs, stack: ExitStack, stop: Stop, progress: Progress, ha
         stack.enter_context(tokens)
         if missing:
             counting(recorded.counts.sequences, is_done=True)
-            hardware = hardware or _hardware(inputs.options, stack, progress)
+            hardware = hardware or _hardware(inputs, stack, progress)
             if not hardware.chain:
                 inputs = inputs.on(hardware.cluster, max(int(shard.token_counts.max()) for shard in missing))
         return _Work(inputs, run, shards, missing, tokens, hardware if missing else None)
@@ -214,8 +215,13 @@ def _plan(inputs: Inputs, hardware: Hardware, stats: PromptStats) -> Plan:
     return plan_run(inputs.demand(stats.longest_tokens), hardware.cluster, stats)
 
 
-def _hardware(options: RunOptions, stack: ExitStack, progress: Progress) -> Hardware:
-    """Join or start the cluster until the stack ends, and look at its nodes, whose versions must be the driver's."""
+def _hardware(inputs: Inputs, stack: ExitStack, progress: Progress) -> Hardware:
+    """This machine alone where that suffices. Else join or start the cluster until the stack ends, and look at its nodes, whose versions must be
+    the driver's.
+    """
+    options = inputs.options
+    if alone := hardware_here(inputs.config, options.watched_folder):
+        return alone
     progress.waiting("cluster", "joining Ray" if os.environ.get("RAY_ADDRESS") else "starting Ray on this machine")
     stack.enter_context(cluster(options.placement_timeout_s, progress.say))
     hardware = probe_hardware(options.node_labels, options.watched_folder)
@@ -265,7 +271,8 @@ def _run(work: _Work, hardware: Hardware, stop: Stop, progress: Progress) -> Non
         chains = [(_chain(plan, stages, batches_of, progress), stages) for stages in _stages(work, plan, hardware, actors)]
         computed_on = hardware.cluster.kinds(of_gpus=bool(plan.gpus))
         monitor = Monitor(plan, chains, work.shards, work.missing, progress, work.run.job.counts.quarantined)
-        stack.enter_context(Metrics(_label(work), monitor.status))
+        if not hardware.is_here:  # Ray's agents hand them on
+            stack.enter_context(Metrics(_label(work), monitor.status))
         with closing(Replicas(chains, work.missing, stop, progress.say).results(monitor.tick)) as results:
             for result in results:
                 work.run.commit(result.shard, result.attempt, result.receipts, result.micro_batches, result.elapsed_s, computed_on)
@@ -292,6 +299,10 @@ def _actors(
             yield wanted, [lent]
         return
     options, inputs = wanted.demand.options, work.inputs
+    if hardware.is_here:
+        specs = list(stage_specs(wanted, 0, inputs.config.model, inputs.checkpoint.digests))
+        yield wanted, [(specs, ActorsHere(specs, options.stage_timeout_s), 0)]
+        return
     with reserve(wanted, hardware, options.placement_timeout_s) as (plan, reservations):
         found: list[tuple[list[list[StageSpec]], ActorsOfChain, int]] = []
         for replica, reservation in enumerate(reservations):

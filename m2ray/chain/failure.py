@@ -12,6 +12,7 @@ import torch
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from m2ray.batches import MicroBatch
+from m2ray.chain.calls import CallError
 from m2ray.chain.status import StageStatus
 from m2ray.errors import M2rayError, StageMemoryError, StoreError
 
@@ -115,7 +116,7 @@ class FailurePolicy:
 
 def cause_of(error: BaseException) -> BaseException:
     """What was raised in the stage where an error began: Ray wraps it once for each stage that waited for it."""
-    while isinstance(error, RayTaskError) and isinstance(error.cause, BaseException) and error.cause is not error:
+    while isinstance(error, RayTaskError | CallError) and isinstance(error.cause, BaseException) and error.cause is not error:
         error = error.cause
     return error
 

@@ -55,6 +55,12 @@ def disk_free_bytes(output: str | None) -> int | None:
     return _file_system(_nearest(folder))[1] if folder else None
 
 
+def allowed_threads() -> int | None:
+    """What OMP_NUM_THREADS allows a process of this machine; None where it is not set, and for a cluster's driver, for which Ray sets it."""
+    said = os.environ.get("OMP_NUM_THREADS", "")
+    return int(said) if said.isdecimal() and int(said) and not os.environ.get("RAY_ADDRESS") else None
+
+
 def _nvml_gpus(visible: str | None) -> tuple[tuple[Gpu, ...], dict[str, str]]:
     """The driver's own account, without a CUDA context, and its version; nothing without a driver."""
     try:

@@ -35,6 +35,7 @@ class Hardware:
         cluster: the nodes, and of their GPUs as many as Ray counts there.
         node_ids: Ray's id of each node, by name.
         cpus: Ray's count of each node's CPUs, by name.
+        is_here: whether it is this machine alone, and the one stage runs in this process without Ray.
         chain: one that stands there already, which is to do the job; else a job starts its own.
     """
 
@@ -42,6 +43,7 @@ class Hardware:
     node_ids: Mapping[str, str]
     cpus: Mapping[str, float]
     chain: "Standing | None" = None
+    is_here: bool = False
 
 
 def probe_cluster(connect_timeout_s: float, labels: Mapping[str, str] | None = None, folder: str = "") -> Cluster:

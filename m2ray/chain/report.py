@@ -28,6 +28,14 @@ _NOT_REPORTED = ("span", "device", "node_id", "pid", "needed_bytes", "weights", 
 """Of a stage's status."""
 
 
+def _decided(plan: Plan) -> str:
+    """What became of the options that a user mostly leaves to "auto"."""
+    options, stages = plan.demand.options, len(plan.stages) // plan.demand.options.replicas
+    chains = f"{options.replicas} replicas of {stages} stages" if options.replicas > 1 else f"stages {stages}"
+    threads = "" if plan.gpus else f", threads_per_stage {options.threads_per_stage}"
+    return f"{chains}{threads}, batch_tokens {options.batch_tokens:,}"
+
+
 def start_lines(plan: Plan) -> list[str]:
     """What was found and how the layers lie on it."""
     lines = []
@@ -35,6 +43,7 @@ def start_lines(plan: Plan) -> list[str]:
         names = [gpu.name for gpu in node.gpus]
         kinds = ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names)) or "no GPU"
         lines.append(f"{node.name}: {kinds}")
+    lines.append(_decided(plan))
     if not plan.gpus:
         return lines + [
             f"replica {stage.replica} stage {stage.stage} on {stage.node}: {stage.span}, {bytes_in_words(stage.host.peak_bytes)} at its peak"

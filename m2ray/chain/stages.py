@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import ray
 from ray.exceptions import GetTimeoutError, RayError
 
 from m2ray import __version__
 from m2ray.batches import LayerSpan, MicroBatch
+from m2ray.chain import calls
 from m2ray.chain.actor import Job
 from m2ray.chain.actors import START_S, ActorsOfChain
 from m2ray.chain.completion import Completed
@@ -115,10 +115,10 @@ class Stages:
         waiting = {self._begun(index): index for index in sorted(self._unready)}
         read_bytes, progressed = -1, time.monotonic()
         while waiting and not stop.is_set():
-            done, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=_POLL_S)
+            done, _ = calls.wait(list(waiting), num_returns=len(waiting), timeout=_POLL_S)
             for ref in done:
                 index = waiting.pop(ref)
-                self._hear(index, ray.get(ref, timeout=self._timeout_s))
+                self._hear(index, calls.get(ref, timeout=self._timeout_s))
                 self._asked.pop(index, None)  # what was asked before knows less
                 self._unready.discard(index)
                 if not self._unready:
@@ -146,7 +146,7 @@ class Stages:
         refs = [
             actor.link.remote(successor) for actor, successor in zip(self._actors.handles, [*self._actors.handles[1:], None], strict=True)
         ]
-        ray.get(refs, timeout=self._timeout_s)
+        calls.get(refs, timeout=self._timeout_s)
         self._watches = [actor.watch.remote(epoch) for actor in self._actors.handles]
         self._news = None  # an answer to an earlier epoch is nobody's
 
@@ -170,16 +170,16 @@ class Stages:
         """
         if self._news is None:
             self._news = self._actors.handles[-1].completed.remote(epoch, steps, shards)
-        ready, _ = ray.wait([self._news, *self._watches], num_returns=1, timeout=timeout_s)
+        ready, _ = calls.wait([self._news, *self._watches], num_returns=1, timeout=timeout_s)
         if ready != [self._news]:
             return None
         self._news = None
-        completed: Completed = ray.get(ready[0], timeout=self._timeout_s)
+        completed: Completed = calls.get(ready[0], timeout=self._timeout_s)
         return completed
 
     def failed(self) -> RayError | None:
         """What a stage failed with, or None, without waiting. All are asked for: of one out of several, Ray gives any that is ready."""
-        ended, _ = ray.wait(self._watches, num_returns=len(self._watches), timeout=0)
+        ended, _ = calls.wait(self._watches, num_returns=len(self._watches), timeout=0)
         for watch in ended:
             answer = _answer(watch, self._timeout_s)
             if isinstance(answer, RayError):
@@ -200,7 +200,7 @@ class Stages:
             return
         self._asked_at = now
         asked = list(self._asked.values())
-        ready = set(ray.wait(asked, num_returns=len(asked), timeout=0)[0]) if asked else set()
+        ready = set(calls.wait(asked, num_returns=len(asked), timeout=0)[0]) if asked else set()
         for index, actor in enumerate(self._actors.handles):
             ref = self._asked.get(index)
             if ref in ready:
@@ -286,13 +286,13 @@ class Stages:
 def _answers_to(refs: list[Any], timeout_s: float) -> list[Any]:
     """What each call gave, or the error that it ended with; GetTimeoutError if it is not done after `timeout_s` for all together."""
     if refs:
-        ray.wait(refs, num_returns=len(refs), timeout=timeout_s)
+        calls.wait(refs, num_returns=len(refs), timeout=timeout_s)
     return [_answer(ref, 0.0) for ref in refs]
 
 
 def _answer(ref: Any, timeout_s: float) -> Any:
     """What a call gave, or the error that it ended with."""
     try:
-        return ray.get(ref, timeout=timeout_s)
+        return calls.get(ref, timeout=timeout_s)
     except RayError as error:  # what a stage raised is wrapped in one
         return error

@@ -166,7 +166,8 @@ def status_here(specs: Sequence[StageSpec]) -> StageStatus:
     """The status of an actor that holds these spans, one a device, and has done nothing yet."""
     span = LayerSpan(specs[0].span.start, specs[-1].span.stop)
     devices = ", ".join(spec.device for spec in specs)
-    return StageStatus(span, ray.util.get_node_ip_address(), devices, ray.get_runtime_context().get_node_id(), os.getpid())
+    node_id = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""  # of a chain in the driver's process (here.py)
+    return StageStatus(span, ray.util.get_node_ip_address() if node_id else "127.0.0.1", devices, node_id, os.getpid())
 
 
 def measure_gpus(devices: Sequence[torch.device]) -> tuple[GpuStatus, ...]:

@@ -70,8 +70,12 @@ def command(toml_path: Path | None, in_job: bool, **flags: Any) -> None:
     config = read_config(toml_path, flags)
     if in_job:
         require_absolute(config)
-    from m2ray.chain.extract import extract
+    from m2ray.chain.paths import require_paths
     from m2ray.chain.progress import Progress
 
+    require_paths(config)
     with Progress(terminal()) as progress:
+        progress.waiting("start", "importing torch and transformers")
+        from m2ray.chain.extract import extract
+
         extract(config, progress)

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import click
 from pydantic import Field
 
-from m2ray.chain.machine import disk_free_bytes, probe_node
+from m2ray.chain.machine import allowed_threads, disk_free_bytes, probe_node
 from m2ray.cli import Command
 from m2ray.cli.extract import metavar
 from m2ray.config import ExtractConfig, NonEmpty, Positive
@@ -104,6 +104,7 @@ def make_plan(config: PlanConfig) -> tuple[Plan, dict[str, Any]]:
         price_per_gb_month=config.price_per_gb_month,
         price_gpu_hour=config.price_gpu_hour,
         profile=profile,
+        threads=allowed_threads(),
     )
     prompts = PromptOptions.of(config, default_max_length(model.config), steady_positions=steady_positions(model.config))
     shards, stats_at = None, None

@@ -40,6 +40,7 @@ class Assumptions:
         store_bytes_per_s: what the store takes.
         price_per_gb_month: of the output's store, for a GB of 10^9 bytes.
         price_gpu_hour: of a GPU for an hour.
+        threads: that the user allows a process of his machine (OMP_NUM_THREADS).
         profile: what `m2ray bench` measured, instead of estimates from the GPUs' names.
     """
 
@@ -50,6 +51,7 @@ class Assumptions:
     price_per_gb_month: float | None = None
     price_gpu_hour: float | None = None
     profile: Profile | None = None
+    threads: int | None = None
 
 
 @dataclass(frozen=True)
@@ -181,6 +183,9 @@ class Demand:
         device_map = "sequential" if options.device_map.startswith("cuda:") else cast("DeviceMap", options.device_map)
         # A GPU may stay free, but a number of stages that was asked for is one of stages with layers.
         least_first = int(options.stages is not None and (devices[0].gpu is None or options.gpus_per_stage == 1))
+        if devices[0].gpu is None:  # no cap on any: layers are dealt out by their time, and the embedding takes none
+            layers, _, _ = self._costs
+            return partition(layers, 0, 0, [None] * len(devices), device_map, least_first)
         caps_bytes = self._caps_bytes(devices)
         if self.options.offload != "none" and short_by_bytes(*self._costs, caps_bytes):
             return partition(*self._costs, [None] * len(devices), "balanced")

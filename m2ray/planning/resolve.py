@@ -1,7 +1,7 @@
 """RunOptions from what a user asks for: every "auto" is decided here but those of `device_map` and `transport`, for `m2ray plan` and `m2ray extract` alike."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from math import ceil
 from typing import Any, TypeVar
 
@@ -9,7 +9,7 @@ from m2ray.batches import PartSpec, PromptStats, TensorTable
 from m2ray.config import Auto, ExtractConfig, parse_labels
 from m2ray.errors import ConfigError
 from m2ray.options import PromptOptions, RunOptions
-from m2ray.planning.batch_size import AUTO_BATCH_TOKENS, best_batch_tokens
+from m2ray.planning.batch_size import AUTO_BATCH_TOKENS, ON_CPU, ON_GPU, best_batch_tokens
 from m2ray.planning.demand import Assumptions, Demand
 from m2ray.planning.hardware import Cluster
 from m2ray.planning.memory import ModelShape
@@ -110,7 +110,10 @@ def resolve(
     demand = Demand(table, shape, options, assumed or Assumptions())
     if config.batch_tokens == "auto" and "batch_tokens" not in of_the_run:
         demand = demand.asking(batch_tokens=_batch_tokens(config, demand, cluster, stats_at))
-    return replace(demand.options, replicas=_replicas(config, demand, cluster))
+    demand = demand.asking(replicas=_replicas(config, demand, cluster))
+    if config.threads_per_stage == "auto" and "threads_per_stage" not in of_the_run:
+        demand = demand.asking(threads_per_stage=_threads(demand, cluster))
+    return demand.options
 
 
 def _shard_tokens(
@@ -145,4 +148,15 @@ def _batch_tokens(config: ExtractConfig, demand: Demand, cluster: Cluster, stats
         return most_tokens or AUTO_BATCH_TOKENS
     replicas = demand.options.replicas
     plan = plan_run(demand.asking(batch_tokens=most_tokens), cluster)
-    return best_batch_tokens(most_tokens, stats_at, len(plan.stages) // replicas, replicas)
+    costs = ON_GPU if cluster.num_gpus else ON_CPU
+    return best_batch_tokens(most_tokens, stats_at, len(plan.stages) // replicas, replicas, costs)
+
+
+def _threads(demand: Demand, cluster: Cluster) -> int:
+    """What the user allows, or the cores of a node for each of its stages, where there are no GPUs; the same for all stages, since the number decides the rows."""
+    if cluster.num_gpus:
+        return 1
+    if demand.assumed.threads is not None:
+        return demand.assumed.threads
+    stages = Counter(stage.node for stage in plan_run(demand, cluster).stages)
+    return max(1, min(((node.cpus or 1) // stages[node.name] for node in cluster.nodes if node.name in stages), default=1))

@@ -85,7 +85,7 @@ def main() -> None:
         seen["read_bytes"] = [[stage["read_bytes"] for stage in report["stages"]] for report in reports]
         seen["http"] = over_http(chain, {"prompts": asked, "sites": SITES}, output / "http.safetensors")
         seen["refused"] = [
-            refused(chain, prompts, str(output / "refused"), compute_dtype="bfloat16", threads_per_stage=2),
+            refused(chain, prompts, str(output / "refused"), compute_dtype="bfloat16", threads_per_stage=7),
             refused(chain, prompts, str(output / "refused"), model=str(output)),
         ]
         os.kill(pids(chain)[1], signal.SIGKILL)

@@ -34,7 +34,7 @@ class Refs:
 @pytest.fixture
 def refs(monkeypatch: pytest.MonkeyPatch) -> Refs:
     refs = Refs()
-    monkeypatch.setattr(module, "ray", SimpleNamespace(wait=refs.wait))
+    monkeypatch.setattr(module, "calls", SimpleNamespace(wait=refs.wait))
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: refs.now_s))
     monkeypatch.setattr(module, "_answer", lambda ref, _: StageStatus(LayerSpan(0, 1), ref, ""))
     return refs

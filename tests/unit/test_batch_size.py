@@ -130,6 +130,6 @@ def test_a_plan_decides_what_the_run_will_record(monkeypatch: pytest.MonkeyPatch
         planned, _ = plan.make_plan(plan.PlanConfig(output=str(tmp_path / name), **asked))
         found[name] = json.loads(json.dumps(planned.demand.options.row_options()))
         assert found[name] == begin(monkeypatch, cluster, tmp_path / name, **asked)
-    assert [each["batch_tokens"] for each in found.values()] == [16_384, 10_240, 16_384]
+    assert [each["batch_tokens"] for each in found.values()] == [16_384, 10_240, 1_024]
     assert [each["compile"] for each in found.values()] == [True, True, False]
     assert not any("auto" in each.values() for each in found.values())

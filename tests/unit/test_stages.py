@@ -51,7 +51,7 @@ class Ray:
 @pytest.fixture
 def ray(monkeypatch: pytest.MonkeyPatch) -> Ray:
     ray = Ray()
-    monkeypatch.setattr(module, "ray", ray)
+    monkeypatch.setattr(module, "calls", ray)
     return ray
 
 
@@ -66,7 +66,7 @@ def linked(ray: Ray) -> Stages:
 def test_a_stage_whose_process_still_starts_gets_that_long_too(monkeypatch, answers: dict[int, StageStatus], patience: str) -> None:
     clock = itertools.count()
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
-    monkeypatch.setattr(module.ray, "wait", lambda refs, **_: ([], refs))
+    monkeypatch.setattr(module.calls, "wait", lambda refs, **_: ([], refs))
     silent = SimpleNamespace(remote=lambda *_: object())
     spec: Any = SimpleNamespace(span=LayerSpan(0, 2))
     stages = Stages([[spec]], SimpleNamespace(handles=[]), timeout_s=20.0)

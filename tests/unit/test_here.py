@@ -1,0 +1,193 @@
+"""One stage on a machine without GPUs: it runs in the driver's process, and everything is as with Ray."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+
+import m2ray
+from m2ray.batches import LayerSpan, MicroBatch, TensorRow
+from m2ray.chain.calls import CallError
+from m2ray.chain.checking import look
+from m2ray.chain.failure import FailureKind, classify
+from m2ray.chain.here import ActorHere, ActorsHere, hardware_here
+from m2ray.config import ExtractConfig
+from m2ray.errors import CheckpointError, StageError, StoreError
+from m2ray.model.stage import Stage, StageSpec
+from m2ray.planning.hardware import Cluster, Gpu, Node
+from m2ray.planning.plan import plan_run
+from m2ray.storage import LocalStore
+from tests.ray.test_extract import micro_batches
+from tests.reference import load_reference, make_minimax, reference_rows, same_bits
+
+START_S = 120.0
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_minimax(tmp_path_factory.mktemp("model") / "model", "bf16")
+
+
+@pytest.fixture
+def options(model: Path, tmp_path: Path) -> dict[str, Any]:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("".join("one two three " * (1 + number % 5) + "\n" for number in range(60)))
+    options = {"model": str(model), "prompts": str(prompts), "output": str(tmp_path / "run")}
+    return {**options, "shard_tokens": 64, "compute_dtype": "float32", "store_dtype": "float32", "threads_per_stage": 1}
+
+
+def assert_transformers_rows(run: Path, model: Path) -> None:
+    reader, reference = m2ray.open_run(run), load_reference(model, torch.float32)
+    for micro_batch in micro_batches(run):
+        expected = reference_rows(reference, micro_batch)
+        starts = [0, *micro_batch.token_counts.cumsum().tolist()]
+        for place, sequence_id in enumerate(micro_batch.sequence_ids.tolist()):
+            for layer in reader.layer_numbers:
+                found = reader.layer(layer).sequence(sequence_id)
+                assert same_bits(found, expected[layer][starts[place] : starts[place + 1]]), (sequence_id, layer)
+
+
+def test_a_run_survives_a_full_store_and_a_lack_of_memory(
+    options: dict[str, Any], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without Ray, through the door that people use."""
+    failures = [StoreError("The disk is busy.", "Wait.")]
+    open_part, forward = LocalStore.open_part, Stage.forward
+
+    def refuse_once(self: LocalStore, key: str) -> Any:
+        if failures and key.startswith("data/"):
+            raise failures.pop()
+        return open_part(self, key)
+
+    def of_two_at_most(self: Stage, micro_batch: MicroBatch, *more: Any) -> Any:
+        if len(micro_batch.sequence_ids) > 2:
+            raise torch.OutOfMemoryError("no room")
+        return forward(self, micro_batch, *more)
+
+    monkeypatch.setattr(LocalStore, "open_part", refuse_once)
+    monkeypatch.setattr(Stage, "forward", of_two_at_most)
+    m2ray.extract(**options)
+    said = capsys.readouterr().out
+    assert not ray.is_initialized()
+    assert "The disk is busy" in said
+    assert "padded tokens from here on" in said
+    assert "stages 1, threads_per_stage 1, batch_tokens" in said
+    assert "Complete: 60 sequences" in said
+    assert_transformers_rows(tmp_path / "run", model)
+
+
+@pytest.mark.timeout(240)
+def test_ctrl_c_and_sigkill_leave_whole_shards_and_the_same_command_does_the_rest(
+    options: dict[str, Any], model: Path, tmp_path: Path
+) -> None:
+    assert stopped(options, signal.SIGINT, 1) == 130
+    assert stopped(options, signal.SIGKILL, 2) == -signal.SIGKILL
+    run = tmp_path / "run"
+    kept = {path.name: path.read_bytes() for path in (run / "_commits").iterdir()}
+    assert not (run / "_SUCCESS").exists()
+    m2ray.extract(**options)
+    assert (run / "_SUCCESS").exists()
+    assert {name: (run / "_commits" / name).read_bytes() for name in kept} == kept
+    assert_transformers_rows(run, model)
+
+
+SLOWLY = """
+import sys, time
+from m2ray.model.stage import Stage
+forward = Stage.forward
+Stage.forward = lambda *given: (time.sleep(0.3), forward(*given))[1]
+from m2ray.cli import main
+main()
+"""
+
+
+def stopped(options: dict[str, Any], by: signal.Signals, shards: int) -> int:
+    """The exit code of a run that gets a signal once so many shards are committed."""
+    flags = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    process = subprocess.Popen([sys.executable, "-c", SLOWLY, "extract", *flags], env=env, stdout=subprocess.DEVNULL)
+    commits, deadline = Path(options["output"]) / "_commits", time.monotonic() + START_S
+    while process.poll() is None and time.monotonic() < deadline:
+        if commits.is_dir() and len(list(commits.iterdir())) >= shards:
+            process.send_signal(by)
+            break
+        time.sleep(0.05)  # looks now and then
+    return process.wait(START_S)
+
+
+def test_what_a_stage_raises_comes_as_of_an_actor(tmp_path: Path) -> None:
+    spec = StageSpec(str(tmp_path), LayerSpan(0, 1), "float32", "auto", "cpu", None)
+    actor = ActorHere([spec], 1.0, epoch=0)
+    with pytest.raises(CallError) as raised:
+        actor.load.remote().result(10.0)
+    actor.end()
+    assert isinstance(raised.value.cause, CheckpointError)
+    assert classify(raised.value) is FailureKind.USER
+
+
+def test_a_stage_that_hangs_ends_the_run_since_it_shares_the_process() -> None:
+    with pytest.raises(StageError, match="ray = true"):
+        ActorsHere([], 1800.0).restart({0: None}, 1)
+
+
+@pytest.mark.parametrize(
+    "asked", [{"ray": True}, {"stages": 2}, {"replicas": 2}, {"node_labels": "zone=a"}, {"RAY_ADDRESS": "1.2.3.4:6379"}, {"gpus": 1}]
+)
+def test_ray_is_started_where_one_process_is_not_enough(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch, asked: dict[str, Any]
+) -> None:
+    if address := asked.pop("RAY_ADDRESS", None):
+        monkeypatch.setenv("RAY_ADDRESS", address)
+    gpus = tuple(Gpu(0, "NVIDIA H200", 1, 1) for _ in range(asked.pop("gpus", 0)))
+    monkeypatch.setattr("m2ray.chain.here.probe_node", lambda *_: Node("here", gpus, cpus=2))
+    assert hardware_here(ExtractConfig(**options | asked), "") is None
+
+
+def test_alone_it_is_this_machine(options: dict[str, Any]) -> None:
+    found = hardware_here(ExtractConfig(**options), options["output"])
+    assert found is not None
+    assert found.is_here
+    assert list(found.cpus) == ["127.0.0.1"]
+
+
+def test_absent_paths_are_told_before_torch_is_imported(options: dict[str, Any], tmp_path: Path) -> None:
+    words = "import sys; from m2ray.cli import main\ntry: main()\nfinally: print('torch' in sys.modules)"
+    asked = ["--model", str(tmp_path / "nowhere"), "--prompts", str(tmp_path / "none.jsonl"), "--output", options["output"]]
+    done = subprocess.run([sys.executable, "-c", words, "extract", *asked], capture_output=True, text=True, timeout=START_S, check=False)
+    assert done.returncode == 1
+    assert done.stdout.split() == ["False"]
+    for said in ("2 problems", f"There is no folder {tmp_path / 'nowhere'}", f"The prompts {tmp_path / 'none.jsonl'} are absent"):
+        assert said in done.stderr
+
+
+@pytest.mark.parametrize(("said", "stages", "threads"), [("3", 1, 3), ("", 1, 4), ("", 2, 2), ("no number", 3, 1)])
+def test_threads_are_what_the_user_allows_or_the_cores_for_each_stage(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch, said: str, stages: int, threads: int
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", said)
+    del options["threads_per_stage"]
+    inputs = look(ExtractConfig(**options, stages=stages))
+    assert inputs.on(Cluster((Node("here", cpus=4),)), 20).options.threads_per_stage == threads
+    asked = look(ExtractConfig(**options, stages=stages, threads_per_stage=7))
+    assert asked.on(Cluster((Node("here", cpus=4),)), 20).options.threads_per_stage == 7
+
+
+def test_stages_on_cores_get_layers_of_equal_time(options: dict[str, Any]) -> None:
+    """However large the embedding is, which takes none."""
+    inputs = look(ExtractConfig(**options, stages=2))
+    table = replace(inputs.table, rows=tuple(_large(row) if row.role == "embedding" else row for row in inputs.table.rows))
+    demand = replace(inputs.demand(20), table=table)
+    spans = [stage.span for stage in plan_run(demand, Cluster((Node("here", cpus=2),))).stages]
+    assert [len(range(span.start, span.stop)) for span in spans] in ([4, 3], [3, 4])
+
+
+def _large(row: TensorRow) -> TensorRow:
+    return replace(row, shape=(10_000 * row.shape[0], *row.shape[1:]))
