@@ -22,8 +22,8 @@ def extract(*, model: str | PathLike[str], prompts: Prompts, output: str | PathL
     in memory: a list of texts, of chats (lists of messages), of token ids or of rows (dicts), a pandas or polars frame, an Arrow table or a
     datasets.Dataset. A run that was cut off goes on with the same call and the same prompts; prompts in memory are compared by their values.
 
-    Joins the cluster that this process is connected to or RAY_ADDRESS names, else starts one on this machine for the time it takes. Any
-    thread may call. Ctrl-C leaves a run that can be gone on with.
+    Joins the cluster that this process is connected to or RAY_ADDRESS names, else starts one on this machine for the time it takes, or runs
+    in this process where there is one stage and no GPU. Any thread may call. Ctrl-C leaves a run that can be gone on with.
 
     Raises:
         M2rayError: all that is wrong with options, model, prompts or output at once, before Ray is started; later what fails there.

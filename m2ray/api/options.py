@@ -63,6 +63,7 @@ class Options(TypedDict, total=False):
     transport: Transport
     placement_timeout_s: float
     stage_timeout_s: float
+    ray: bool
     wait: bool
     chain: str | None
 

@@ -65,7 +65,8 @@ def command(toml_path: Path | None, in_job: bool, **flags: Any) -> None:
     """Extract the activations of every prompt into a run folder, or finish a run that was cut off.
 
     The options come from CONFIG.toml, from flags of the same names, or from both; flags win. Joins the cluster that
-    RAY_ADDRESS names, else starts one on this machine for the time it takes. The same command again does what is missing.
+    RAY_ADDRESS names, else starts one on this machine for the time it takes; one stage without a GPU runs in this process. The same command
+    again does what is missing.
     """
     config = read_config(toml_path, flags)
     if in_job:
