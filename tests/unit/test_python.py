@@ -43,6 +43,7 @@ def test_keywords_are_the_options() -> None:
 def test_pythons_values_become_what_a_file_says() -> None:
     given = as_written({"model": Path("m"), "layers": [0, 7], "sites": {"residual": "all", "mlp": range(2, 4)}, "split": None, "pack": 64})
     assert given == {"model": "m", "layers": "0,7", "sites": "residual:all, mlp:2,3", "pack": 64}
+    assert as_written({"layers": np.arange(2), "sites": {"mlp": np.array([4])}}) == {"layers": "0,1", "sites": "mlp:4"}
     assert as_written({"layers": 3, "sites": ["mlp", "residual"]}) == {"layers": 3, "sites": "mlp, residual"}
     with pytest.raises(ConfigError, match="no option 'layer'. Did you mean 'layers'"):
         m2ray.plan(model="m", layer=3)  # type: ignore[call-arg]
