@@ -4,9 +4,11 @@ Ray reads its authentication settings once, when it is imported. A cluster that 
 authentication on, with a token that never leaves this process and its children, and its processes listen on the loopback interface alone; so
 all this is set here, before any module of this package imports Ray. A cluster that RAY_ADDRESS names keeps its own settings.
 
-After a failure nobody asks any more for what the calls in flight gave: Ray is told not to print the trace of each.
+After a failure nobody asks any more for what the calls in flight gave: Ray is told not to print the trace of each. Nor is it to ask in a
+notebook, while it is imported, for ipywidgets, for bars of its own that are not shown.
 """
 
+import logging
 import os
 import secrets
 import sys
@@ -19,3 +21,4 @@ if "ray" not in sys.modules and not os.environ.get("RAY_ADDRESS"):
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 
 os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
+logging.getLogger("ray.widgets").setLevel(logging.ERROR)
