@@ -146,6 +146,6 @@ def _join(timeout_s: float) -> None:
             ray.init(logging_level="ERROR", log_to_driver=True)
     except (OSError, ray.exceptions.RayError, RuntimeError, ValueError) as error:
         raise ClusterError(
-            f"The Ray cluster at RAY_ADDRESS={address!r} cannot be joined: {error}.",
-            "Check the address and the token, or unset RAY_ADDRESS to run on this machine.",
+            f"The Ray cluster at RAY_ADDRESS={address!r} cannot be joined: {(str(error).splitlines() or [type(error).__name__])[0].rstrip('.')}.",
+            "Check the address (HEAD:6379) and the token, or unset RAY_ADDRESS to run on this machine.",
         ) from error
