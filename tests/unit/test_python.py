@@ -3,6 +3,7 @@
 import inspect
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -63,6 +64,13 @@ def test_a_plan_shows_itself(tmp_path: Path) -> None:
     assert "\x1b" not in repr(plan)
     assert plan._repr_html_().startswith("<pre>It fits")
     assert max(map(len, repr(plan).splitlines())) <= 100
+
+
+def test_ray_is_not_to_ask_for_widgets_while_it_is_imported() -> None:
+    """In a subprocess, where nobody has imported Ray."""
+    look = "import m2ray.chain, logging, ray; print(*(logging.getLogger(f'ray.{name}').isEnabledFor(logging.INFO) for name in ('widgets.util', 'data')))"
+    told = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, timeout=60, check=True)
+    assert told.stdout == "False True\n", "what else Ray says is its own affair"
 
 
 # -- runs -----------------------------------------------------------------------------------------------------------------
