@@ -82,6 +82,13 @@ def name_of(address: str) -> str:
     return name if any(_same(address, name, kind) for kind in kinds) else address
 
 
+def bringing(address: str, otherwise: str) -> str:
+    """What brings the file that a checkpoint's folder lacks: the hub's own command where the folder is of the cache, else `otherwise`."""
+    name = name_of(address)
+    match = None if name == address else _NAME.fullmatch(name)
+    return otherwise if match is None else f"{_download(match, 'model')} brings it there."
+
+
 def _same(address: str, name: str, kind: Kind) -> bool:
     try:
         return folder_of(name, kind) == address.rstrip("/")

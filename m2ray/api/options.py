@@ -1,7 +1,7 @@
 """The options as keywords: ExtractConfig's and PlanConfig's once more for editors and type checkers, and Python's values as options take them."""
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import date
 from os import PathLike, fspath
 from typing import Any, Literal, TypedDict, TypeVar
@@ -88,13 +88,13 @@ def as_written(options: Mapping[str, Any]) -> dict[str, Any]:
     sites = given.get("sites")
     if isinstance(sites, Mapping):
         given["sites"] = ", ".join(f"{site}:{_layers(layers)}" for site, layers in sites.items())
-    elif isinstance(sites, Sequence) and not isinstance(sites, str):
+    elif isinstance(sites, Iterable) and not isinstance(sites, str):
         given["sites"] = ", ".join(map(str, sites))
     return given
 
 
 def _layers(layers: Any) -> Any:
-    return ",".join(map(str, layers)) if isinstance(layers, Sequence) and not isinstance(layers, str) else layers
+    return ",".join(map(str, layers)) if isinstance(layers, Iterable) and not isinstance(layers, str) else layers
 
 
 def documented(config: type[ExtractConfig]) -> Callable[[_Function], _Function]:

@@ -43,7 +43,7 @@ def open_tokenizer(job: JobRecord, model: str, vocab_size: int) -> PromptTokeniz
     here = {"tokenizer": tokenizer.tokenizer_digest, "template": tokenizer.template_digest}
     differing = [name for name, found in here.items() if job.fingerprints.get(name, found) != found]
     if differing:
-        raise RunConflictError(f"The {' and the '.join(differing)} of {model} are not those of the run.", "Give the run's by --model.")
+        raise RunConflictError(f"{model} has not the {' and the '.join(differing)} of the run.", "Give the run's model (--model, model=).")
     return tokenizer
 
 

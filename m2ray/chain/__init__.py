@@ -8,9 +8,11 @@ Two more things are set for the stages on CPUs, here or in Ray's workers. Their 
 whoever started it, not at nice 15 as Ray has it. And a thread of torch's that waits for its neighbours spins for milliseconds, on a core which
 the writer and other programs could use: it sleeps sooner.
 
-After a failure nobody asks any more for what the calls in flight gave: Ray is told not to print the trace of each.
+After a failure nobody asks any more for what the calls in flight gave: Ray is told not to print the trace of each. Nor is it to ask in a
+notebook, while it is imported, for ipywidgets, for bars of its own that are not shown.
 """
 
+import logging
 import os
 import secrets
 import sys
@@ -25,3 +27,4 @@ if "ray" not in sys.modules and not os.environ.get("RAY_ADDRESS"):
 
 os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # read when torch is imported
+logging.getLogger("ray.widgets").setLevel(logging.ERROR)

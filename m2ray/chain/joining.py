@@ -4,6 +4,7 @@ import os
 import shutil
 import socket
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -26,7 +27,7 @@ _SHORT = ("/tmp", "/var/tmp")  # noqa: S108 - a folder of this user alone is mad
 @contextmanager
 def cluster(connect_timeout_s: float, say: Callable[[str], None] = lambda _: None) -> Iterator[None]:
     """Join the cluster that RAY_ADDRESS names (in a job: the job's own), or start one on this machine and end it after. A process that is
-    connected to Ray by itself stays so.
+    connected to Ray by itself stays so; calls in several threads share what the first of them joined or started, and the last one ends it.
 
     One that is started here listens on the loopback interface alone (m2ray/chain/__init__.py), and what it keeps lies in a folder that no other
     user may enter: Ray opens its own folder to everybody, so that lies in one which it does not know. It is the temporary folder's, or, where
@@ -35,16 +36,7 @@ def cluster(connect_timeout_s: float, say: Callable[[str], None] = lambda _: Non
     Raises:
         ClusterError: the named cluster does not answer, or refuses the token; or none can be started here; or it fails later.
     """
-    with ExitStack() as stack:
-        if ray.is_initialized():
-            pass  # whoever called m2ray.extract has a cluster, and keeps it
-        elif os.environ.get("RAY_ADDRESS"):
-            stack.callback(ray.shutdown)
-            _join(connect_timeout_s)
-        else:
-            folder = stack.enter_context(_private_folder(_short_folder(say)))
-            stack.callback(ray.shutdown)
-            _start(folder / "r")
+    with _SHARED.use(connect_timeout_s, say):
         try:
             yield
         except ray.exceptions.RayError as error:  # Ray itself is gone: a stage's failure is handled where it happens
@@ -52,6 +44,49 @@ def cluster(connect_timeout_s: float, say: Callable[[str], None] = lambda _: Non
                 f"Ray failed: {(str(error).strip() or type(error).__name__).splitlines()[0]}",
                 f"Often a node ran out of memory, or has no room left in /dev/shm or the temporary folder: m2ray doctor tells. {GOES_ON}",
             ) from error
+
+
+class _Shared:
+    """The cluster that calls of this process have joined or started, and how many of them use it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._ours: ExitStack | None = None
+        self._users = 0
+
+    @contextmanager
+    def use(self, connect_timeout_s: float, say: Callable[[str], None]) -> Iterator[None]:
+        """Raises ClusterError."""
+        with self._lock:
+            if not ray.is_initialized():  # else whoever called m2ray.extract has a cluster, and keeps it, or another call has
+                self._ours, self._users = _connected(connect_timeout_s, say), 0
+            ours = self._ours
+            self._users += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                if self._ours is ours:
+                    self._users -= 1
+                    if ours is not None and not self._users:
+                        self._ours = None
+                        ours.close()
+
+
+_SHARED = _Shared()
+
+
+def _connected(connect_timeout_s: float, say: Callable[[str], None]) -> ExitStack:
+    """What ends the connection that is made here. Raises ClusterError."""
+    with ExitStack() as stack:
+        if os.environ.get("RAY_ADDRESS"):
+            stack.callback(ray.shutdown)
+            _join(connect_timeout_s)
+        else:
+            folder = stack.enter_context(_private_folder(_short_folder(say)))
+            stack.callback(ray.shutdown)
+            _start(folder / "r")
+        return stack.pop_all()
 
 
 def _short_folder(say: Callable[[str], None]) -> Path:
@@ -111,6 +146,6 @@ def _join(timeout_s: float) -> None:
             ray.init(logging_level="ERROR", log_to_driver=True)
     except (OSError, ray.exceptions.RayError, RuntimeError, ValueError) as error:
         raise ClusterError(
-            f"The Ray cluster at RAY_ADDRESS={address!r} cannot be joined: {error}.",
-            "Check the address and the token, or unset RAY_ADDRESS to run on this machine.",
+            f"The Ray cluster at RAY_ADDRESS={address!r} cannot be joined: {(str(error).splitlines() or [type(error).__name__])[0].rstrip('.')}.",
+            "Check the address (HEAD:6379) and the token, or unset RAY_ADDRESS to run on this machine.",
         ) from error

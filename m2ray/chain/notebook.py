@@ -1,6 +1,5 @@
 """Progress in a notebook: one bar a phase, drawn again in place by the notebook itself."""
 
-import logging
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -27,7 +26,6 @@ class NotebookProgress(Progress):
 
     def __init__(self, display: Callable[..., Any]) -> None:
         super().__init__()
-        logging.getLogger("ray.widgets").setLevel(logging.ERROR)  # Ray asks for ipywidgets, for bars of its own that are not shown
         self._display = display
         self._handle: Any = None
         self._phases: dict[str, tuple[Sequence[str], float | None]] = {}

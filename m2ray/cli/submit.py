@@ -23,12 +23,15 @@ from m2ray.errors import ClusterError, shown
 
 _CTRL_C = 130
 _LOCAL = "http://127.0.0.1:8265"
+_CHECK = "Check --address: where `ray start --head` says that the dashboard is, such as http://HEAD:8265."
 
 
 @click.command(cls=Command)
 @config_options
 @click.option(
-    "--address", envvar="RAY_API_SERVER_ADDRESS", help=f"The cluster's dashboard; default: RAY_ADDRESS if that is a URL, else {_LOCAL}."
+    "--address",
+    envvar="RAY_API_SERVER_ADDRESS",
+    help=f"The cluster's dashboard, or its head as Ray names it (HEAD:6379); default: RAY_ADDRESS, else {_LOCAL}.",
 )
 @click.option(
     "--working-dir",
@@ -43,8 +46,8 @@ def command(toml_path: Path | None, address: str | None, working_dir: Path | Non
     """
     config = read_config(toml_path, flags)
     require_absolute(config, *(() if working_dir else ("prompts", "chat_template")))
-    address = address or _named_elsewhere()
-    with _told_in_short(address, "Check --address: where `ray start --head` says that the dashboard is."):
+    address = address or os.environ.get("RAY_ADDRESS") or _LOCAL
+    with _told_in_short(address, _CHECK):
         client = _client(address)
         job_id: str = client.submit_job(entrypoint=_entrypoint(config), runtime_env=_runtime_env(working_dir))
     say(f"Job {job_id} was submitted to {address}.")
@@ -75,11 +78,6 @@ def _runtime_env(working_dir: Path | None) -> dict[str, Any]:
     return brought | ({"working_dir": str(working_dir.resolve())} if working_dir else {})
 
 
-def _named_elsewhere() -> str:
-    named = os.environ.get("RAY_ADDRESS", "")
-    return named if named.startswith("http") else _LOCAL
-
-
 def _client(address: str) -> Any:
     os.environ["RAY_API_SERVER_ADDRESS"] = address  # else Ray takes RAY_ADDRESS, whatever it is told here
     from ray.job_submission import JobSubmissionClient
@@ -97,7 +95,7 @@ def _told_in_short(address: str, remedy: str) -> Iterator[None]:
         ClusterError: with `remedy`, or, where a token is missing or wrong, with how one is given.
     """
     from aiohttp import ClientError
-    from ray.exceptions import AuthenticationError
+    from ray.exceptions import AuthenticationError, RayError
 
     try:
         yield
@@ -109,7 +107,7 @@ def _told_in_short(address: str, remedy: str) -> Iterator[None]:
         ) from error
     except (click.Abort, BrokenPipeError):  # Ctrl-C, and nobody who reads what is printed: RuntimeError and OSError of another kind
         raise
-    except (ClientError, OSError, RuntimeError, ValueError) as error:  # requests' own errors are OSErrors
+    except (ClientError, OSError, RayError, RuntimeError, ValueError) as error:  # requests' own errors are OSErrors
         why = shown(next(iter(str(error).splitlines()), type(error).__name__)).rstrip(".")
         raise ClusterError(f"The Ray dashboard at {address} cannot be used: {why}.", remedy) from error
 

@@ -72,7 +72,8 @@ def _torch(facts: NodeFacts) -> Iterator[Finding]:
     """Driver, CUDA and torch fit together. A driver runs programs of its own major CUDA version and older ones."""
     name, gpus = facts.hardware.name, facts.hardware.gpus
     if facts.torch_error:
-        yield Finding("torch", "problem", name, f"torch cannot be imported: {facts.torch_error}.", "Reinstall torch.")
+        remedy = "Reinstall torch." if "torch" in facts.hardware.versions else "pip install 'm2ray[extract]'"
+        yield Finding("torch", "problem", name, f"torch cannot be imported: {facts.torch_error}.", remedy)
     elif not gpus:
         yield Finding("torch", "note", name, "There is no GPU that the driver shows: stages run on the CPU.")
     elif facts.torch_cuda is None:

@@ -15,6 +15,7 @@ import xxhash
 
 from m2ray.batches import LayerSpan, TensorTable
 from m2ray.errors import CheckpointError, M2rayError, StoreError, raise_all
+from m2ray.hub import bringing
 from m2ray.model.families import parse_config
 from m2ray.model.headers import COPY_AGAIN, FileHeader, TensorHeader, read_file_header
 from m2ray.model.interpreter import without_collector
@@ -162,7 +163,8 @@ def open_checkpoint(url: str) -> Checkpoint:
     store = open_store(url)
     if store.size(CONFIG) is None:
         raise CheckpointError(
-            f"There is no {CONFIG} in {store.url}.", "Give the folder of a downloaded checkpoint: config.json and safetensors."
+            f"There is no {CONFIG} in {store.url}.",
+            bringing(store.url, "Give the folder of a downloaded checkpoint: config.json and safetensors."),
         )
     config, texts = read_config(store, CONFIG)
     found = find_weights(store, getattr(config, "transformers_weights", None))

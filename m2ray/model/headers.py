@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from m2ray.errors import CheckpointError
+from m2ray.hub import bringing
 from m2ray.model.limits import MAX_AXES, MAX_JSON_BYTES, MAX_NUMBER, MAX_TENSORS, parse_json, short_repr
 from m2ray.storage import Store
 
@@ -65,7 +66,7 @@ def read_file_header(store: Store, file: str) -> FileHeader:
     """
     size_bytes = store.size(file)
     if size_bytes is None:
-        raise CheckpointError(f"{store.url} has no file {file}.", "Copy the missing file into the folder.")
+        raise CheckpointError(f"{store.url} has no file {file}.", bringing(store.url, "Copy the missing file into the folder."))
     raw = _read_raw(store, file, size_bytes)
     entries: Any = parse_json(raw, f"The header of {file}")
     if not isinstance(entries, dict):

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePosixPath
 
 from m2ray.errors import CheckpointError, raise_all
+from m2ray.hub import bringing
 from m2ray.model.headers import COPY_AGAIN
 from m2ray.model.limits import MAX_FILES, MAX_JSON_BYTES, parse_json, read_limited
 from m2ray.storage import Store
@@ -86,7 +87,7 @@ def no_weights(store: Store) -> CheckpointError:
     elif adapters:
         remedy = "An adapter is not a model: merge it into the one that it was trained on (peft's merge_and_unload), and save that."
     else:
-        remedy = "Download the model's safetensors into the folder."
+        remedy = bringing(store.url, "Download the model's safetensors into the folder.")
     return CheckpointError(what, remedy)
 
 
@@ -117,7 +118,7 @@ def _require_whole(store: Store, key: tuple[str, ...], files: Sequence[str]) -> 
     if len(files) != count:
         raise CheckpointError(
             f"{store.url} has no {INDEX}, and {len(files)} of {count} shards: {', '.join(files[:4])}{' ...' if len(files) > 4 else ''}.",
-            "Copy the others there, or the index, by which m2ray sees which of them the layers need.",
+            bringing(store.url, "Copy the others there, or the index, by which m2ray sees which of them the layers need."),
         )
 
 
@@ -129,7 +130,9 @@ def _names(store: Store) -> list[str]:
 def _read_index(store: Store, index: str) -> tuple[dict[str, str], bytes]:
     """An index's map from tensor to file, and its text."""
     if store.size(index) is None:
-        raise CheckpointError(f"There is no {index} in {store.url}, which config.json names.", "Copy the file into the folder.")
+        raise CheckpointError(
+            f"There is no {index} in {store.url}, which config.json names.", bringing(store.url, "Copy the file into the folder.")
+        )
     text = read_limited(store, index, MAX_JSON_BYTES)
     fields = parse_json(text, index)
     weight_map = fields.get("weight_map") if isinstance(fields, dict) else None

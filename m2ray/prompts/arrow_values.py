@@ -14,7 +14,7 @@ _SMALL_BYTES = 4096
 
 
 class _UnreadableError(ValueError):
-    """Stands in a column for a value that is no UTF-8 or no JSON."""
+    """Stands in a column for a value that is no UTF-8, no JSON or nothing that Python has."""
 
 
 def arrow_records(batch: Any, columns: Sequence[str], sizes: Mapping[str, Int64Array]) -> Iterator[Record]:
@@ -46,8 +46,8 @@ def _values(column: Any) -> list[Any]:
     if not _holds_others_keys(column.type):
         try:
             return cast("list[Any]", column.to_pylist())
-        except UnicodeDecodeError:
-            pass
+        except (ValueError, OverflowError):
+            pass  # no UTF-8, or a time that Python has not
     return [_value(scalar) for scalar in column]
 
 
@@ -56,8 +56,11 @@ def _value(scalar: Any) -> Any:
         return _as_json(scalar.as_py(), scalar.type)
     except UnicodeDecodeError as error:
         return _UnreadableError(f"invalid UTF-8 at byte {error.start}")
+    except OverflowError as error:
+        return _UnreadableError(f"a value of {scalar.type} that Python cannot hold: {error}")
     except (ValueError, RecursionError) as error:
-        return _UnreadableError(f"malformed JSON: {error}")
+        what = "malformed JSON" if _holds_others_keys(scalar.type) else f"a value of {scalar.type} that Python cannot hold"
+        return _UnreadableError(f"{what}: {error}")
 
 
 def _holds_others_keys(kind: Any) -> bool:

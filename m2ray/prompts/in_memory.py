@@ -4,12 +4,15 @@ The same values make the same file, bit by bit, so that a run goes on where they
 """
 
 import json
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
+from math import isnan
 from numbers import Integral
 from os import PathLike, fspath
+from os.path import exists
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -56,6 +59,7 @@ Prompts = (
 """A path or URL; or in memory: texts, chats, token ids, rows as dicts, or a table: of Arrow, pandas, polars or datasets.Dataset."""
 
 _FOLDER = "m2ray-prompts-"
+_MAGIC = frozenset("*?[")
 _ROWS_AT_ONCE = 1024
 _COLUMNS = {"texts": "text", "chats": "messages", "token ids": "input_ids"}
 """The columns that a list's prompts become."""
@@ -63,6 +67,8 @@ _COLUMNS = {"texts": "text", "chats": "messages", "token ids": "input_ids"}
 _GIVE = (
     "Give a list of texts, of chats (lists of messages), of token ids or of rows (dicts), or a frame, an Arrow table or a datasets.Dataset."
 )
+
+_NO_ROWS = "The prompts hold no rows.", "Give at least one prompt; of what can be read once only, give it anew."
 
 
 @contextmanager
@@ -74,7 +80,7 @@ def as_file(prompts: Prompts) -> Iterator[str]:
         StoreError: the temporary folder has no room.
     """
     if isinstance(prompts, str | PathLike):
-        yield fspath(prompts)
+        yield _path(prompts)
         return
     with tempfile.TemporaryDirectory(prefix=_FOLDER) as folder:
         try:
@@ -92,23 +98,51 @@ def name_in_memory(address: str) -> str:
     return path.stem.replace("-", " ") if path.parent.name.startswith(_FOLDER) else address
 
 
+def _path(prompts: str | PathLike[str]) -> str:
+    """A path or URL; a str that reads as a text and is no file's name is refused, since it was meant for a prompt."""
+    is_text = isinstance(prompts, str) and len(prompts.split()) > 1 and "://" not in prompts and not _MAGIC & set(prompts)
+    if is_text and not exists(prompts):  # noqa: PTH110 - Path's own fails for a name as long as a text
+        raise PromptsError(
+            f"prompts = {shortened(prompts)} is taken for a path, and there is nothing of that name.",
+            "Give a text as a list: prompts=[text].",
+        )
+    return fspath(prompts)
+
+
 def _written(prompts: Any, folder: Path) -> Path:
     if isinstance(prompts, Mapping):
         splits = ", ".join(map(repr, islice(prompts, 5)))
         raise PromptsError(f"The prompts are a {type(prompts).__name__} of {splits}.", f"Choose one: prompts[...]. {_GIVE}")
-    if _library(prompts) in ("pandas", "polars") and not hasattr(prompts, "columns"):
-        prompts = prompts.to_list()  # a column of a frame
     try:
+        if (column := _column(prompts)) is not None:
+            return _write_lines(column, folder)
         if (batches := _batches(prompts)) is not None:
             return _write_table(batches, folder / "rows-in-memory.arrow")
     except pa.ArrowException as error:
         raise PromptsError(
-            f"The {type(prompts).__name__} is no table for Arrow: {error}.", "Give each column values of one type."
+            f"The {type(prompts).__name__} is no table for Arrow: {error}.", "Give each column a name of its own and values of one type."
         ) from error
     rows = prompts.tolist() if hasattr(prompts, "tolist") else prompts
-    if not isinstance(rows, Sequence):
-        raise PromptsError(f"Prompts cannot be given as {type(prompts).__name__}.", _GIVE)
-    return _write_lines(rows, folder)
+    if not isinstance(rows, Sequence) or isinstance(rows, bytes | bytearray | memoryview):
+        lazy = ", such as what its collect() gives" if hasattr(prompts, "collect") else ""
+        raise PromptsError(
+            f"Prompts cannot be given as {type(prompts).__name__}.", _GIVE.replace(" or a datasets", f"{lazy} or a datasets")
+        )
+    return _write_lines([None if _is_missing(row) else row for row in rows], folder)
+
+
+def _column(prompts: Any) -> list[Any] | None:
+    """The values of a column of a frame or table, None where one is missing; None of what is no column."""
+    if isinstance(prompts, pa.Array | pa.ChunkedArray):
+        return list(prompts.to_pylist())
+    if _library(prompts) == "pandas" and type(prompts).__name__ != "DataFrame":
+        return list(pa.Array.from_pandas(prompts).to_pylist())
+    return prompts.to_list() if _library(prompts) == "polars" and type(prompts).__name__ == "Series" else None
+
+
+def _is_missing(row: Any) -> bool:
+    """What pandas' columns give in lists for nothing: NaN, NA."""
+    return (isinstance(row, float) and isnan(row)) or type(row).__name__ == "NAType"
 
 
 # -- tables ---------------------------------------------------------------------------------------------------------------
@@ -123,7 +157,13 @@ def _batches(prompts: Any) -> Iterable[Any] | None:
     if _library(prompts) == "datasets" and hasattr(prompts, "with_format"):
         return prompts.with_format("arrow").iter(_ROWS_AT_ONCE)  # type: ignore[no-any-return]
     if _library(prompts) == "pandas":
-        return pa.Table.from_pandas(prompts, preserve_index=False).to_batches()  # type: ignore[no-any-return]
+        try:
+            return pa.Table.from_pandas(prompts, preserve_index=False).to_batches()  # type: ignore[no-any-return]
+        except (TypeError, ValueError) as error:  # two columns of a name, sparse columns
+            raise pa.ArrowInvalid(str(error).rstrip(".")) from error
+    if _library(prompts) == "polars" and hasattr(prompts, "to_arrow"):
+        # As Arrow had it first: of categories over views of text, which polars has now, Arrow cannot take rows.
+        return prompts.to_arrow(compat_level=sys.modules["polars"].CompatLevel.oldest()).to_batches()  # type: ignore[no-any-return]
     if hasattr(prompts, "__arrow_c_stream__"):
         return pa.RecordBatchReader.from_stream(prompts)  # type: ignore[no-any-return]
     return None
@@ -139,7 +179,7 @@ def _write_table(batches: Iterable[Any], path: Path) -> Path:
             # Fresh arrays: no bits of other rows, of a slice or beneath nulls.
             stream.write_table(table.cast(plain).take(pa.array(range(table.num_rows), pa.int64())).combine_chunks())
         if stream is None:
-            raise PromptsError("The prompts hold no rows.", "Give at least one prompt.")
+            raise PromptsError(*_NO_ROWS)
         stream.close()
     return path
 
@@ -161,6 +201,8 @@ def _evenly(batches: Iterable[Any]) -> Iterator[Any]:
 
 
 def _write_lines(rows: Sequence[Any], folder: Path) -> Path:
+    if not rows:
+        raise PromptsError(*_NO_ROWS)
     kinds = [_kind(row) for row in rows]
     kind = next((found for found in kinds if found), None)
     if kind is None:
@@ -189,9 +231,13 @@ def _kind(row: Any) -> str | None:
             raise PromptsError(
                 f"The prompts are messages of one chat: {shortened(row)} ...", "Give a list of chats: [[{...}, {...}], ...]."
             )
+        if other := next((key for key in row if not isinstance(key, str)), None):
+            raise PromptsError(f"A row has the key {shortened(other)}, of {type(other).__name__}.", "Name columns by texts.")
         return "rows"
     elements = row.tolist() if hasattr(row, "tolist") else row
-    if not isinstance(elements, Sequence):
+    if isinstance(elements, Integral) and not isinstance(elements, bool):
+        raise PromptsError(f"The prompts are the token ids of one: {shortened(row)} ...", "Give a list for each prompt: [[1, 2, 3], ...].")
+    if not isinstance(elements, Sequence) or isinstance(elements, bytes):
         raise PromptsError(f"A prompt is {shortened(row)}, of {type(row).__name__}.", _GIVE)
     if not elements:
         return None

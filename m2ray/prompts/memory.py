@@ -2,6 +2,7 @@
 
 import os
 import resource
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,19 +13,22 @@ READ_BYTES = 256 << 20
 RENDER_BYTES = 256 << 20
 """What a chat template may take."""
 
+_LOCK = threading.RLock()
+
 
 @contextmanager
 def limited(num_bytes: int) -> Iterator[None]:
     """For the length of a context this process gets `num_bytes` of memory more than it has, at most; beyond that is a MemoryError.
 
-    It is a limit of the whole process: for short steps only. A lower limit that it has already stays.
+    It is a limit of the whole process: for short steps only, of one thread at a time. A lower limit that it has already stays.
     """
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    limit_process(num_bytes)
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, before)
+    with _LOCK:  # else a second thread would take the first one's limit for what was before, and leave it for good
+        before = resource.getrlimit(resource.RLIMIT_AS)
+        limit_process(num_bytes)
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 def limit_process(num_bytes: int) -> None:

@@ -76,12 +76,20 @@ class JsonLinesFile(PromptFile):
         return found
 
     def kinds(self, columns: Sequence[str]) -> Mapping[str, Any]:
-        """As JSON's values of the first 1,000 rows show them."""
-        rows = [record.values for record in islice(self.records(columns), _PEEKED_ROWS)]
+        """As JSON's values of the first 1,000 rows show them; of a column that has none there, its first value."""
+        records = self.records(columns)
+        rows = [record.values for record in islice(records, _PEEKED_ROWS)]
+        found = {name: [values.get(name) for values in rows] for name in columns}
+        unknown = {name for name, values in found.items() if all(value is None for value in values)}
+        while unknown and (record := next(records, None)) is not None:
+            for name in [name for name in unknown if record.values.get(name) is not None]:
+                found[name].append(record.values[name])
+                unknown.remove(name)
+        records.close()
         kinds = {}
-        for name in columns:
+        for name, values in found.items():
             try:
-                kinds[name] = kind_of_values([values.get(name) for values in rows])
+                kinds[name] = kind_of_values(values)
             except (pa.ArrowException, ValueError, OverflowError) as error:
                 raise PromptsError(
                     f"The values of {name!r} in {self.path} have no type in common: {error}.", "Write them as one type, text for one."

@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 import xxhash
 
 from m2ray.errors import CheckpointError
+from m2ray.hub import bringing
 from m2ray.storage import local_folder, open_store
 
 _VOCABULARY_FILES = (
@@ -84,7 +85,8 @@ def _is_installed(package: str) -> bool:
 def digest_files(folder: Path, model_url: str) -> str:
     """xxh3-128 of the names and bytes of a tokenizer's files, 32 hex digits. Raises CheckpointError if there are none or one is damaged."""
     if not any((folder / name).is_file() for name in _VOCABULARY_FILES):
-        raise CheckpointError(f"{model_url} has no tokenizer: none of {', '.join(_VOCABULARY_FILES)}.", "Copy the tokenizer's files there.")
+        what = f"{model_url} has no tokenizer: none of {', '.join(_VOCABULARY_FILES)}."
+        raise CheckpointError(what, bringing(model_url, "Copy the tokenizer's files there."))
     digest = xxhash.xxh3_128()
     for name in sorted(_VOCABULARY_FILES + _OTHER_FILES):
         if not (folder / name).is_file():

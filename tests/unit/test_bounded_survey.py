@@ -10,6 +10,8 @@ import re
 import resource
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -215,4 +217,25 @@ def test_the_limit_is_the_kernels_and_ends() -> None:
     with pytest.raises(MemoryError), limited(8 << 20):
         bytearray(1 << 30)
     assert resource.getrlimit(resource.RLIMIT_AS) == before
+
+
+def test_the_limit_is_of_one_thread_at_a_time() -> None:
+    """Else the second one would take the first one's limit for what was before, and leave it behind."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    is_in, is_out = threading.Event(), threading.Event()
+
+    def second() -> None:
+        with limited(1 << 30):
+            is_in.set()
+            assert is_out.wait(30)
+
+    with ThreadPoolExecutor(1) as pool:
+        with limited(1 << 30):
+            entering = pool.submit(second)
+            assert not is_in.wait(0.2)
+        is_out.set()
+        entering.result(30)
+    found = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, before)
+    assert found == before
     assert rows.MAX_PROMPT_BYTES == MAX_PROMPT_BYTES

@@ -1,5 +1,7 @@
 """Names on the hub: what the cache of this machine holds of them, without a network."""
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -7,6 +9,11 @@ import pytest
 from m2ray.config import ExtractConfig
 from m2ray.errors import CheckpointError, M2rayError, PromptsError
 from m2ray.hub import folder_of, is_name, located, name_of, without_revision
+from m2ray.model.checkpoint import open_checkpoint
+from m2ray.model.headers import read_file_header
+from m2ray.model.weight_files import find_weights, no_weights
+from m2ray.prompts.tokenizer_files import digest_files
+from m2ray.storage import LocalStore, Store, open_store
 from tests.unit.hub_cache import COMMIT, OLDER, cached
 
 
@@ -69,6 +76,34 @@ def test_a_part_of_a_data_set_is_refused(cache: Path, monkeypatch: pytest.Monkey
     with pytest.raises(PromptsError, match=r"a part of the data set openai/gsm8k alone\. hf download openai/gsm8k --repo-type dataset"):
         folder_of("openai/gsm8k", "dataset")
     assert folder_of("Qwen/Qwen3-0.6B") == str(cache / "Qwen/Qwen3-0.6B"), "which of a model's files are needed, its checkpoint says"
+
+
+def test_a_model_of_which_a_part_was_downloaded_is_told_with_the_line_that_brings_the_rest(cache: Path, tmp_path: Path) -> None:
+    line = f"hf download Qwen/Qwen3-0.6B --revision {COMMIT} brings it there."
+    store = open_store(folder_of("Qwen/Qwen3-0.6B"))
+    copied = LocalStore(Path(shutil.copytree(store.url, tmp_path / "copied")))
+    for refuse in (
+        lambda at: read_file_header(at, "model-00002-of-00002.safetensors"),
+        lambda at: find_weights(at, "model.safetensors.index.json"),
+        lambda at: digest_files(Path(at.url), at.url),
+        no_weights,
+    ):
+        assert _told(refuse, store).remedy == line
+        assert "hf download" not in _told(refuse, copied).remedy
+    cached(cache / "models--o--bare", {"README.md": b""}, OLDER)
+    assert _told(lambda at: open_checkpoint(at.url), open_store(folder_of("o/bare"))).remedy.startswith(
+        "hf download o/bare --revision bbbb"
+    )
+
+
+def _told(refuse: Callable[[Store], object], store: Store) -> CheckpointError:
+    """What is raised, or given to be raised."""
+    try:
+        given = refuse(store)
+    except CheckpointError as error:
+        return error
+    assert isinstance(given, CheckpointError)
+    return given
 
 
 @pytest.mark.parametrize(("name", "kind"), [("Qwen/Qwen3-0.6B", "model"), ("gpt2", "model"), ("openai/gsm8k/main", "dataset")])

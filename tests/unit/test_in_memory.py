@@ -43,6 +43,7 @@ def frames() -> list[Any]:
         table.replace_schema_metadata({"who": "me"}),
         table.set_column(0, "text", table["text"].dictionary_encode()),
         pl.DataFrame(columns),
+        pl.DataFrame({"text": pl.Series(TEXTS, dtype=pl.Categorical), "label": LABELS}),
         datasets.Dataset.from_dict(columns),
     ]
 
@@ -53,13 +54,35 @@ def test_a_path_is_itself() -> None:
 
 
 @pytest.mark.parametrize(
-    "prompts", [TEXTS, tuple(TEXTS), np.array(TEXTS), pd.Series(TEXTS), pl.Series(TEXTS)], ids=lambda one: type(one).__module__
+    "prompts",
+    [
+        *(TEXTS, tuple(TEXTS), np.array(TEXTS), pd.Series(TEXTS), pl.Series(TEXTS)),
+        *(pa.array(TEXTS), pa.chunked_array([TEXTS[:1], TEXTS[1:]]), pd.Series(TEXTS, index=[7, 7, 1, 0, 2]).astype("category")),
+    ],
+    ids=lambda one: f"{type(one).__module__}.{type(one).__name__}",
 )
 def test_texts(prompts: Any) -> None:
     found = rows(prompts)
     assert [row.text for row in found] == ["The river is low.", "河水带走一切", None, "two\nlines", "  spaces kept  "]
     assert [row.reason for row in found] == [None, None, "empty", None, None]
     assert digest(prompts) == digest(TEXTS)
+
+
+@pytest.mark.parametrize(
+    "prompts",
+    [
+        *(["a", None, "b"], ["a", float("nan"), "b"], ["a", pd.NA, "b"], np.array(["a", np.nan, "b"], dtype=object)),
+        *(
+            pd.Series(["a", np.nan, "b"]),
+            pd.Series(["a", None, "b"], dtype="string"),
+            pl.Series(["a", None, "b"]),
+            pa.array(["a", None, "b"]),
+        ),
+    ],
+)
+def test_what_is_missing_is_a_row_without_a_text(prompts: Any) -> None:
+    assert [(row.text, row.reason) for row in rows(prompts)] == [("a", None), (None, "null"), ("b", None)]
+    assert digest(prompts) == digest(["a", None, "b"])
 
 
 def test_chats_keep_keys_that_others_have_not() -> None:
@@ -105,8 +128,17 @@ def test_equal_tables_are_equal_files_however_they_lie_in_memory() -> None:
         (["a", [1, 2]], r"prompts\[0\] is of texts, and prompts\[1\], \[1, 2\], is of token ids"),
         (CHATS[1], r"messages of one chat.*list of chats"),
         ([[1, "a"]], "neither messages nor token ids"),
-        ([3], "A prompt is 3, of int"),
-        ([], "0 values"),
+        ([3.5], "A prompt is 3.5, of float"),
+        ([], "hold no rows"),
+        ("The capital of France is", r"taken for a path, .*Give a text as a list"),
+        ("long " * 1000, r"taken for a path, .*Give a text as a list"),
+        ([1, 2, 3], r"the token ids of one: 1 .*\[\[1, 2, 3\], \.\.\.\]"),
+        (b"a text", "cannot be given as bytes"),
+        ([b"a text"], "A prompt is b'a text', of bytes"),
+        ([{"text": "a", 1: 2, "1": 3}], "A row has the key 1, of int"),
+        (pd.DataFrame([["a", "b"]], columns=["text", "text"]), r"(?s)Duplicate column names.*a name of its own"),
+        (pd.DataFrame({"text": ["a"], "label": pd.arrays.SparseArray([0])}), "Sparse pandas data"),
+        (pl.LazyFrame({"text": ["a"]}), r"cannot be given as LazyFrame.*collect\(\)"),
         ([None], "1 values without a text"),
         (7, "cannot be given as int"),
         ({"train": 1, "test": 2}, r"a dict of 'train', 'test'.*Choose one"),

@@ -1,5 +1,7 @@
 """A Ray of this machine's own that does not start."""
 
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier, Event
 from typing import NoReturn
 
 import pytest
@@ -22,3 +24,47 @@ def test_a_ray_that_does_not_start_in_time_is_told_in_one_paragraph(monkeypatch:
         cluster(1),
     ):
         pytest.fail("it started")
+
+
+class FakeRay:
+    """What Ray's own state is to `cluster`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.told: list[str] = []
+        self.is_there = False
+        monkeypatch.delenv("RAY_ADDRESS", raising=False)
+        monkeypatch.setattr(ray, "is_initialized", lambda: self.is_there)
+        monkeypatch.setattr(ray, "init", lambda **_: self.say("started", is_there=True))
+        monkeypatch.setattr(ray, "shutdown", lambda: self.say("ended", is_there=False))
+
+    def say(self, word: str, *, is_there: bool) -> None:
+        self.told.append(word)
+        self.is_there = is_there
+
+
+def test_calls_in_several_threads_share_one_cluster_and_the_last_one_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake, together, first_is_done = FakeRay(monkeypatch), Barrier(2, timeout=30), Event()
+
+    def call(place: int) -> list[str]:
+        with cluster(1):
+            together.wait()
+            if place:
+                assert first_is_done.wait(30)
+            inside = list(fake.told)
+        first_is_done.set()
+        return inside
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(call, range(2))) == [["started"], ["started"]]
+    assert fake.told == ["started", "ended"]
+    with cluster(1):
+        assert fake.is_there
+    assert fake.told == ["started", "ended"] * 2
+
+
+def test_whoever_is_connected_already_stays_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeRay(monkeypatch)
+    fake.is_there = True
+    with cluster(1), cluster(1):
+        pass
+    assert fake.told == []

@@ -1,6 +1,7 @@
 """Columns of the prompts that travel into `sequences/`: their types, rows that do not fit, and what is refused."""
 
 import json
+import re
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,51 @@ def test_types_of_json_are_those_of_its_first_rows_and_what_is_of_another_is_qua
     assert table.slice(1001)["label"].to_pylist() == [None]
     assert table["label"].to_pylist()[:6] == [0, 1, 2, 3, None, 5]
     assert table["score"].to_pylist()[:4] == [None, 1.0, 2.0, 0.25]
+
+
+def test_a_value_that_its_column_would_cut_quarantines_its_row(tmp_path: Path) -> None:
+    first: list[dict[str, Any]] = [{"text": "a", "label": 1, "of": {"a": 1}, "ids": [1], "late": None}] * 1000
+    rows = [*first, *({"text": "b", **late} for late in ({"label": 1.5}, {"label": True}, {"of": {"a": 1, "b": 2}}, {"ids": [1, 2.5]}))]
+    rows += [{"text": "b", "label": 2.0, "of": {}, "ids": []}, {"text": "b", "late": "a label"}]
+    table = kept(write_lines(tmp_path / "a.jsonl", rows), "label", "of", "ids", "late")
+    assert table["reason"].drop_null().to_pylist() == [
+        "label: 1.5 is not int64, as those of the column are",
+        "label: True is not int64, as those of the column are",
+        "of: {'a': 1, 'b': 2} is not struct<a: int64>, as those of the column are",
+        "ids: [1, 2.5] is not list<item: int64>, as those of the column are",
+    ]
+    assert table.slice(1000)["label"].to_pylist() == [None, None, None, None, 2, None]
+    assert table.slice(1004)["late"].to_pylist() == [None, "a label"], "the first value of a column without any in its first rows"
+
+
+@pytest.mark.parametrize(
+    ("column", "said"),
+    [
+        (pa.array([10**8, 1], pa.date32()), "date32"),
+        (pa.array([2**62, 1], pa.timestamp("us")), "timestamp"),
+        (pa.array([2**50, 1], pa.duration("s")), "duration"),
+    ],
+)
+def test_a_time_that_python_has_not_quarantines_its_row(tmp_path: Path, column: pa.Array, said: str) -> None:
+    pq.write_table(pa.table({"text": ["one", "two"], "at": column}), tmp_path / "a.parquet")
+    table = kept(tmp_path / "a.parquet", "at")
+    assert re.match(rf"a value of {said}.* that Python cannot hold", table["reason"][0].as_py())
+    assert table["at"].combine_chunks()[1].value == 1
+
+
+@pytest.mark.parametrize(
+    "column",
+    [pa.array([1], pa.time64("ns")), pa.array([(1, 2, 3)], pa.month_day_nano_interval()), pa.array([{}], pa.struct([]))],
+    ids=lambda column: str(column.type),
+)
+def test_a_type_that_would_be_cut_or_that_parquet_has_not_is_refused(tmp_path: Path, column: pa.Array) -> None:
+    with (
+        pa.OSFile(str(tmp_path / "a.arrow"), "wb") as file,
+        pa.ipc.new_file(file, pa.schema({"text": pa.string(), "at": column.type})) as out,
+    ):
+        out.write_table(pa.table({"text": ["one"], "at": column}))
+    with pytest.raises(PromptsError, match=r"keep_columns: 'at' of .* cannot be kept: it is of the type"):
+        kept(tmp_path / "a.arrow", "at")
 
 
 def test_what_a_csv_holds_is_text(tmp_path: Path) -> None:

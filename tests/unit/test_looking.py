@@ -15,6 +15,7 @@ from typing import Any
 import click
 import pytest
 from click.testing import CliRunner, Result
+from ray.exceptions import RpcError
 
 from m2ray.activations.job import JOB_KEY, read_job
 from m2ray.activations.reading.verify import verify
@@ -216,6 +217,26 @@ def test_ctrl_c_at_the_question_says_that_the_job_runs_on(tmp_path: Path, monkey
     assert (told.exit_code, client.stopped) == (130, [])
     assert "Job job-1 runs on. Its log: ray job logs --follow job-1; to stop it: ray job stop job-1" in told.stderr
     assert "Aborted" not in told.output
+
+
+@pytest.mark.parametrize(
+    ("named", "told"), [("127.0.0.1:1", "127.0.0.1:1 cannot be used: Timed out"), ("", "http://127.0.0.1:8265 cannot be used: Timed out")]
+)
+def test_the_cluster_that_ray_address_names_is_asked_and_its_silence_is_one_paragraph(
+    named: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray looks for the dashboard behind HOST:PORT by an error of its own."""
+
+    class Silent(Client):
+        def submit_job(self, **_: Any) -> str:
+            raise RpcError("Timed out while waiting for GCS to become available.")
+
+    monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_ADDRESS", named)
+    found = submit(Silent(), ended, monkeypatch, tmp_path)
+    assert found.exit_code == 1
+    assert found.stderr.startswith(f"Error: The Ray dashboard at {told}")
+    assert "such as http://HEAD:8265" in found.stderr
 
 
 def test_a_job_brings_this_m2ray_and_what_its_file_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

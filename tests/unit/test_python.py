@@ -3,6 +3,7 @@
 import inspect
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -43,6 +44,7 @@ def test_keywords_are_the_options() -> None:
 def test_pythons_values_become_what_a_file_says() -> None:
     given = as_written({"model": Path("m"), "layers": [0, 7], "sites": {"residual": "all", "mlp": range(2, 4)}, "split": None, "pack": 64})
     assert given == {"model": "m", "layers": "0,7", "sites": "residual:all, mlp:2,3", "pack": 64}
+    assert as_written({"layers": np.arange(2), "sites": {"mlp": np.array([4])}}) == {"layers": "0,1", "sites": "mlp:4"}
     assert as_written({"layers": 3, "sites": ["mlp", "residual"]}) == {"layers": 3, "sites": "mlp, residual"}
     with pytest.raises(ConfigError, match="no option 'layer'. Did you mean 'layers'"):
         m2ray.plan(model="m", layer=3)  # type: ignore[call-arg]
@@ -62,6 +64,13 @@ def test_a_plan_shows_itself(tmp_path: Path) -> None:
     assert "\x1b" not in repr(plan)
     assert plan._repr_html_().startswith("<pre>It fits")
     assert max(map(len, repr(plan).splitlines())) <= 100
+
+
+def test_ray_is_not_to_ask_for_widgets_while_it_is_imported() -> None:
+    """In a subprocess, where nobody has imported Ray."""
+    look = "import m2ray.chain, logging, ray; print(*(logging.getLogger(f'ray.{name}').isEnabledFor(logging.INFO) for name in ('widgets.util', 'data')))"
+    told = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, timeout=60, check=True)
+    assert told.stdout == "False True\n", "what else Ray says is its own affair"
 
 
 # -- runs -----------------------------------------------------------------------------------------------------------------
