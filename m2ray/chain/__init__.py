@@ -19,3 +19,5 @@ if "ray" not in sys.modules and not os.environ.get("RAY_ADDRESS"):
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 
 os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
+# Colours of Ray's own lines would be shown as escapes, as all control characters from outside.
+os.environ.setdefault("RAY_COLOR_PREFIX", "0")
