@@ -33,7 +33,7 @@ from m2ray.model.capture import CaptureSpec, Taking
 from m2ray.model.stage import Stage, StageOutput, StageSpec, load_stage
 
 if TYPE_CHECKING:
-    from m2ray.activations.writing.consumer import Consumer
+    from m2ray.activations.writing.capture_writer import CaptureWriter
 
 _AHEAD = 2
 """Micro-batches at each of a stage's doors, at most: received and not computed, computed and not sent, sent and not taken by the next
@@ -75,7 +75,7 @@ class StageActor:
         self._stages: list[Stage] = []
         self._job: Job | None = None
         self._writer: ActivationWriter | None = None
-        self._consumers: tuple[Consumer, ...] = ()
+        self._consumers: tuple[CaptureWriter, ...] = ()
         self._answering: tuple[CaptureSpec, list[Taking]] | None = None
         self._timeout_s = timeout_s
         self._limit_s = 2 * timeout_s  # twice the watchdog's limit: the driver is the one that decides

@@ -261,9 +261,13 @@ class Stages:
             self._unready.add(index)
 
     def close(self) -> None:
-        """Let the writers end, then end the actors for good, also those that another thread is about to start."""
+        """Let the writers end, then end the actors for good, also those that another thread is about to start.
+
+        A stage that has not begun the job has nothing to end, and may have no process: its node may be gone.
+        """
+        begun = [actor for index, actor in enumerate(self._actors.handles) if index not in self._unready]
         try:
-            _answers_to([actor.close.remote() for actor in self._actors.handles], min(self._timeout_s, _CLOSE_S))
+            _answers_to([actor.close.remote() for actor in begun], min(self._timeout_s, _CLOSE_S))
         finally:
             self._actors.end()
 

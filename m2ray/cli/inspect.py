@@ -146,7 +146,7 @@ def _print(facts: dict[str, Any], state: str) -> None:
         say(f"{kind:<11}{'; '.join(f'{site} {shown_layers(layers)}'.strip() for site, layers in sites.items())}")
     for audit in facts["audits"].values():
         say(f"audited    {report.line(audit)}")
-    table = Table("site", "layer", "columns", "files", "bytes", "mean norm")
+    table = Table("site", "layer", "columns", "files", "bytes", "mean norm", box=None, padding=(0, 2, 0, 0))
     for fact in facts["layers"]:
         norm = "" if fact["mean_norm"] is None else f"{fact['mean_norm']:.4g}"
         layer = "" if fact["layer"] is None else str(fact["layer"])

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _ROOM_COLUMNS = 10_000
+_COLOURS_OFF = "\x1b[0m"
+"""What a library that Ray imports writes when the process ends, terminal or not. No text."""
 
 
 class Printed:
@@ -34,6 +36,8 @@ class Printed:
         self._escapes = escapes
 
     def write(self, text: str) -> int:
+        if self._escapes and text == _COLOURS_OFF:
+            return len(text)
         if self._escapes and not text.isprintable():
             text = "\n".join("\t".join(map(_escaped, line.split("\t"))) for line in text.split("\n"))
         encoding = self._stream.encoding or "utf-8"

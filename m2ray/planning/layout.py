@@ -260,9 +260,9 @@ def _rate_lines(plan: Plan) -> Iterator[str]:
         yield f"         {_amount(rates.gpu_cost)} for {_amount(rates.gpu_hours)} GPU hours at {price:g} each; loading is not counted"
 
 
-def _amount(money: float) -> str:
-    """An amount of money to the cent; below a cent, with two digits."""
-    return f"{money:,.2f}" if money >= 0.01 else f"{money:.2g}"
+def _amount(number: float) -> str:
+    """An amount of money, or of hours, to the hundredth."""
+    return f"{number:,.2f}" if number >= 0.01 else "less than 0.01"
 
 
 def _duration(seconds: float) -> str:

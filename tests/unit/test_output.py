@@ -184,6 +184,13 @@ def test_bars_are_drawn_on_a_terminal_and_nothing_else_is(monkeypatch: pytest.Mo
     assert screen.getvalue() == "\\x1b[31m\n\x1b[2K"
 
 
+def test_the_end_of_colours_that_a_library_writes_at_exit_is_not_shown() -> None:
+    """Ray imports colorama, which writes it to whatever was standard output then."""
+    screen = io.StringIO()
+    Printed(screen).write("\x1b[0m")
+    assert screen.getvalue() == ""
+
+
 def test_what_an_encoding_lacks_is_an_escape() -> None:
     file = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     Printed(file).write("é\udc80\n")

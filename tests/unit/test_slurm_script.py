@@ -27,6 +27,7 @@ def run_script(folder: Path, **stand_ins: str) -> subprocess.CompletedProcess[st
         "JOB_ID": "1",
         "JOB_NODELIST": "a,b",
         "JOB_NUM_NODES": "2",
+        "NODEID": "0",
         "CPUS_PER_TASK": "64",
         "GPUS_ON_NODE": "4",
     }
@@ -60,6 +61,17 @@ def test_a_node_whose_ray_does_not_start_ends_the_others(tmp_path: Path) -> None
     assert code == "code 1"
     assert re.search(r"--temp-dir /tmp/m2ray-\w{8}/ray ", started)
     assert "--num-gpus 4 --num-cpus 64 --object-store-memory 68719476736 -- bash -c" in started
+
+
+def test_another_node_stops_its_ray_once_the_mark_is_there(tmp_path: Path) -> None:
+    """Its symmetric-run would go on looking for the first node's Ray; it is ended, and the node counts as done."""
+    address = f"10.1.{os.getpid() >> 8 & 255}.{os.getpid() & 255}"  # the node's pkill looks for it, beside other tests' nodes
+    node = f"""echo {address}; if {ON_ALL_NODES}; then
+        export SLURM_NODEID=1; shift 2; {{ sleep 0.2; {MAKE_THE_MARK}; }} & "$@"; echo "code $?" >>"$RECORD"; fi"""
+    ray = 'echo "$1" >>"$RECORD"; [[ "$1" == stop ]] || exec -a "ray $*" sleep 50'
+    done = run_script(tmp_path, srun=node, ray=ray)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "record").read_text().split("\n") == ["symmetric-run", "stop", "code 0", ""]
 
 
 def test_the_last_node_does_not_wait_for_a_ray_that_is_gone() -> None:

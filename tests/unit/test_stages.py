@@ -62,6 +62,20 @@ def linked(ray: Ray) -> Stages:
     return stages
 
 
+def test_a_stage_that_is_started_again_is_not_waited_for_at_the_end(ray: Ray, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its node may be gone, as when Slurm ends a job; it would be waited for as long as writers may take."""
+    stages = linked(ray)
+    stages._actors.handles = [
+        SimpleNamespace(close=SimpleNamespace(remote=lambda name=name: ray._call(name))) for name in ("first", "last")
+    ]
+    monkeypatch.setattr(stages._actors, "end", lambda: None)
+    stages._forget([1])
+    ray.answers = {"first0": None}
+    ray.calls.clear()
+    stages.close()
+    assert ray.calls == ["first0"]
+
+
 @pytest.mark.parametrize(("answers", "patience"), [({}, "80 s"), ({0: ANSWER}, "20 s")])
 def test_a_stage_whose_process_still_starts_gets_that_long_too(monkeypatch, answers: dict[int, StageStatus], patience: str) -> None:
     clock = itertools.count()

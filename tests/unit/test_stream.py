@@ -208,7 +208,7 @@ def test_a_state_of_another_stream_is_refused(view: RunReader, folder: Path, mon
     resumed = view.stream(batch_rows=4, seed=1)
     resumed.load_state_dict(state)
     # As in a worker. After an error a real loader's workers are joined for 5 s each, by whatever thread collects the garbage.
-    monkeypatch.setattr("m2ray.activations.reading.consumers.get_worker_info", lambda: SimpleNamespace(num_workers=2, id=0))
+    monkeypatch.setattr("m2ray.activations.reading.shares.get_worker_info", lambda: SimpleNamespace(num_workers=2, id=0))
     with pytest.raises(ConfigError, match="consumers was 1, is 2"):
         list(resumed)
 

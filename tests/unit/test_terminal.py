@@ -146,6 +146,8 @@ def test_what_gpus_cost_and_how_long_it_takes() -> None:
     text = "\n".join(drawn(asked, 200))
     assert f"{27 * hours:.2f} for {9 * hours:.2f} GPU hours at 3 each; loading is not counted" in text
     assert "about 40 seconds" in text
+    cheap = "\n".join(drawn(plan("8xH200", prompts=PROMPTS, tokens_per_s=1e9, price_gpu_hour=3.0), 200))
+    assert "less than 0.01 for less than 0.01 GPU hours at 3 each" in cheap, "no 6.2e-07"
     assert rates(plan("8xH200", prompts=PROMPTS)).gpu_cost is None
     assert rates(plan("8xH200", tokens_per_s=500.0, price_gpu_hour=3.0)).gpu_hours is None, "without prompts nobody knows"
     assert not re.search(r"\b0\.0 minutes|\b0 seconds", "\n".join(drawn(plan("8xH200", prompts=PROMPTS, tokens_per_s=1e6), 200)))

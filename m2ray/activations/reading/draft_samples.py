@@ -13,9 +13,9 @@ import xxhash
 from torch.utils.data import IterableDataset
 
 from m2ray.activations.reading.catalogue import Catalogue
-from m2ray.activations.reading.consumers import consumer_of, require_same, require_share
 from m2ray.activations.reading.open_parts import OpenParts
 from m2ray.activations.reading.random_rows import RandomRows
+from m2ray.activations.reading.shares import consumer_of, require_same, require_share
 from m2ray.activations.reading.values import tensors_of
 from m2ray.batches import Bits, Int64Array, PartSpec
 from m2ray.errors import ConfigError, NotInRunError, RunDamagedError

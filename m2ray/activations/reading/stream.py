@@ -17,8 +17,8 @@ from torch.utils.data import IterableDataset
 
 from m2ray.activations.reading.arrivals import Arrivals
 from m2ray.activations.reading.catalogue import Catalogue
-from m2ray.activations.reading.consumers import consumer_of, require_positive, require_same, require_share
 from m2ray.activations.reading.open_parts import OpenParts
+from m2ray.activations.reading.shares import consumer_of, require_positive, require_same, require_share
 from m2ray.activations.reading.window_memory import WindowMemory
 from m2ray.activations.reading.windows import Batch, Blocks, MoreBlocks, Windows, WindowSizes, in_random_order
 from m2ray.batches import PartSpec

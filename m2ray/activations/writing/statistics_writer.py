@@ -31,7 +31,7 @@ class _Attempt:
 
 
 class StatisticsWriter:
-    """A consumer of statistics. A micro-batch is merged where it is submitted; a shard's object is written when it is collected.
+    """A writer of statistics. A micro-batch is merged where it is submitted; a shard's object is written when it is collected.
 
     Args:
         store: the run folder.

@@ -1,4 +1,4 @@
-"""Consumers: each worker of each rank is one, and takes its share of an epoch; and states, by which it goes on with it elsewhere."""
+"""Shares: each worker of each rank is a consumer, and takes its share of an epoch; and states, by which it goes on with it elsewhere."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""Consumer: whatever takes what a stage captured. The writer of its rows is one, that of its statistics another."""
+"""CaptureWriter: whatever takes what a stage captured. The writer of its rows is one, that of its statistics another."""
 
 from collections.abc import Iterable, Sequence
 from typing import Protocol
@@ -6,7 +6,7 @@ from typing import Protocol
 from m2ray.batches import CapturedLayer, MicroBatch, PartReceipt
 
 
-class Consumer(Protocol):
+class CaptureWriter(Protocol):
     """One thread submits; any thread may collect or abandon."""
 
     def submit(self, attempt: str, micro_batch: MicroBatch, captured: Sequence[CapturedLayer], timeout_s: float) -> None:
