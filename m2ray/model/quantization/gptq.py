@@ -15,7 +15,7 @@ from m2ray.model.quantization.awq import group_of
 from m2ray.model.quantization.int4 import unpack_words
 from m2ray.model.quantization.nibbles import in_cache
 from m2ray.model.quantization.packed import Found, Packed, Piece
-from m2ray.model.quantization.stored import Shape, Unpack
+from m2ray.model.quantization.stored import MISMATCH, Shape, Unpack
 
 ONE_LESS = 0x11111111
 """What the format "gptq" took from each word of zero points, and "gptq_v2" does not. A borrow goes from one number to the next."""
@@ -61,6 +61,7 @@ class Gptq(Packed):
     """
 
     swapped = (0, 1)
+    multiples = (8, 8)
 
     def __init__(self, group: int | None, *, zeros_one_less: bool = True, in_order: bool = False) -> None:
         self.group, self.zeros_one_less, self.in_order = group, zeros_one_less, in_order
@@ -89,8 +90,12 @@ class Gptq(Packed):
         return self._unpack_parts
 
     def _unpack_parts(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Raises CheckpointError: groups in another order than config.json says."""
-        groups = parts["group"]
+        """Raises CheckpointError: groups that there are not, or in another order than config.json says."""
+        groups, count = parts["group"], len(parts["scale"])
+        if not self.in_order and groups.numel() and not 0 <= int(groups.min()) <= int(groups.max()) < count:
+            raise CheckpointError(
+                f"GPTQ's g_idx names groups from {int(groups.min())} to {int(groups.max())}; there are {count}.", MISMATCH
+            )
         if self.in_order:
             groups = groups - groups[0]
             features = torch.arange(len(groups), device=groups.device)
