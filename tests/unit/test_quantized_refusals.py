@@ -139,3 +139,12 @@ def test_gptq_whose_groups_are_in_another_order_than_config_says(tmp_path: Path)
     (folder / "config.json").write_text(json.dumps(fields))
     with pytest.raises(CheckpointError, match=r"desc_act = false, but g_idx has the groups in an order of their own"):
         load_chain(folder, (0, 1), "bfloat16")
+
+
+def test_gptq_that_names_a_group_which_there_is_not(tmp_path: Path) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[f"{Q}g_idx"][3] = 99
+
+    folder = edited(make_packed(tmp_path / "packed", "llama", "gptq"), tmp_path / "changed", change)
+    with pytest.raises(CheckpointError, match="g_idx names groups from 0 to 99"):
+        load_chain(folder, (0, 3), "bfloat16")
