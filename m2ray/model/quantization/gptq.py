@@ -83,7 +83,7 @@ class Gptq(Packed):
             "values": Piece((columns // 8, rows), (torch.int32,), rows=8 if self.in_order else 0),
             "zero_point": Piece((groups, rows // 8), (torch.int32,), rows=apart),
             "scale": Piece((groups, rows), (torch.float16, torch.bfloat16, torch.float32), rows=apart),
-            "group": Piece((columns,), (torch.int32,), rows=1 if self.in_order else 0),
+            "group": Piece((columns,), (torch.int32,), rows=0),  # all of it: a piece alone does not show which groups are its own
         }
 
     def unpacking(self) -> Unpack:
@@ -97,11 +97,11 @@ class Gptq(Packed):
                 f"GPTQ's g_idx names groups from {int(groups.min())} to {int(groups.max())}; there are {count}.", MISMATCH
             )
         if self.in_order:
-            groups = groups - groups[0]
-            features = torch.arange(len(groups), device=groups.device)
-            if not torch.equal(groups, (features // (self.group or len(groups))).int()):
+            in_order = (torch.arange(len(groups), device=groups.device) // (self.group or max(len(groups), 1))).int()
+            if not torch.equal(groups, in_order):
                 what = "config.json: GPTQ with desc_act = false, but g_idx has the groups in an order of their own."
                 raise CheckpointError(what, "Set desc_act to true: then each input feature has the group that g_idx names.")
+            groups = in_order[: 8 * len(parts["values"])]  # a piece begins with a group
         return unpack(
             parts["values"],
             parts["zero_point"],
