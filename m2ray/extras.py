@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from m2ray.errors import MissingPackageError
 
 EXTRAS = {
-    "extract": ("accelerate", "aiohttp", "huggingface_hub", "jinja2", "ray", "tokenizers", "torch", "transformers"),
+    "extract": ("accelerate", "aiohttp", "huggingface_hub", "jinja2", "ray", "regex", "tokenizers", "torch", "transformers"),
     "report": ("matplotlib",),
     "serve": ("starlette",),
 }

@@ -306,5 +306,6 @@ def _method_of(layout: Layout, skeleton: Skeleton, tensor: ModelTensor, key: str
     if not layout.methods or tensor.role != "layer" or tensor.dtype != torch.bfloat16 or not (is_linear or len(tensor.shape) == 3):
         return None
     names = (key.removesuffix(".weight"), tensor.name.removesuffix(".weight"))
-    methods = [layout.method_of(each) for each in names]
-    return methods[0] if None not in methods else None
+    if any(layout.is_left_out(each) for each in names):
+        return None
+    return next((method for each in names if (method := layout.method_of(each))), None)

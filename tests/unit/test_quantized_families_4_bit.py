@@ -25,4 +25,6 @@ def test_rows_where_tensors_are_cut_into_pieces(
     family: str, fmt: str, piece_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(weights, "PIECE_BYTES", piece_bytes)
-    assert_rows_are_of_the_unpacked_weights(family, fmt, tmp_path, most_read=1.1)
+    assert_rows_are_of_the_unpacked_weights(
+        family, fmt, tmp_path, most_read=2 if fmt == "gptq-v2" else 1.1
+    )  # its g_idx goes with each piece

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from m2ray.errors import CheckpointError
+from m2ray.model import weights
 from m2ray.model.checkpoint import open_checkpoint
 from m2ray.model.families import parse_config
 from m2ray.model.skeleton import build_skeleton
@@ -132,10 +133,31 @@ def test_scales_of_activations_are_counted_and_unread(fmt: str, tmp_path: Path) 
     assert sum(row.disk_bytes for row in table.rows) == sum(header.num_bytes for header in checkpoint.headers.values())
 
 
-def test_gptq_whose_groups_are_in_another_order_than_config_says(tmp_path: Path) -> None:
-    folder = make_packed(tmp_path / "packed", "llama", "gptq")
+@pytest.mark.parametrize("is_whole", [False, True])
+def test_gptq_whose_groups_are_in_another_order_than_config_says(
+    is_whole: bool,  # noqa: FBT001 - pytest's
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of single features, or of whole groups, which a piece of one group does not show."""
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        if is_whole:
+            tensors |= {key: tensor.sort(descending=True).values for key, tensor in tensors.items() if key.endswith("g_idx")}
+
+    monkeypatch.setattr(weights, "PIECE_BYTES", 512)
+    folder = edited(make_packed(tmp_path / "made", "llama", "gptq"), tmp_path / "packed", change)
     fields = json.loads((folder / "config.json").read_text())
     fields["quantization_config"]["desc_act"] = False
     (folder / "config.json").write_text(json.dumps(fields))
     with pytest.raises(CheckpointError, match=r"desc_act = false, but g_idx has the groups in an order of their own"):
         load_chain(folder, (0, 1), "bfloat16")
+
+
+def test_gptq_that_names_a_group_which_there_is_not(tmp_path: Path) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[f"{Q}g_idx"][3] = 99
+
+    folder = edited(make_packed(tmp_path / "packed", "llama", "gptq"), tmp_path / "changed", change)
+    with pytest.raises(CheckpointError, match="g_idx names groups from 0 to 99"):
+        load_chain(folder, (0, 3), "bfloat16")

@@ -44,7 +44,8 @@ class Awq(Packed):
     swapped = (0, 1)
 
     def __init__(self, group: int | None) -> None:
-        self.group, self.name = group, f"AWQ, INT4 {f'in groups of {group}' if group else 'by row'} with zero points"
+        self.group, self.multiples = group, (8, group or 1)
+        self.name = f"AWQ, INT4 {f'in groups of {group}' if group else 'by row'} with zero points"
         self.parts = {"values": (".qweight",), "zero_point": (".qzeros",), "scale": (".scales",)}
 
     def takes(self, values: TensorHeader) -> bool:
@@ -56,7 +57,7 @@ class Awq(Packed):
 
     def pieces(self, shape: Shape) -> Mapping[str, Piece]:
         rows, columns = shape
-        group = self.group or columns
+        group = self.group or max(columns, 1)
         return {
             "values": Piece((columns, rows // 8), (torch.int32,)),
             "zero_point": Piece((-(-columns // group), rows // 8), (torch.int32,), rows=group),

@@ -15,7 +15,7 @@ from m2ray.model.quantization.layout import Layout
 from m2ray.model.quantization.pack_quantized import PackQuantized
 from m2ray.model.quantization.scaled import EXPONENT_SCALES, ROW, Scaled
 from m2ray.model.quantization.scaling import Block
-from m2ray.model.quantization.skipped import IsNamed, by_compressed_tensors, names_of
+from m2ray.model.quantization.skipped import LINEAR, by_compressed_tensors, names_of
 from m2ray.model.quantization.stored import Method
 
 _SCALES = (torch.bfloat16, torch.float32, torch.float16)
@@ -97,20 +97,22 @@ def compressed_tensors_layout(declared: Mapping[str, Any]) -> Layout:
         )
         if declared.get(field) and not _is_dense(declared[field])
     ]
-    groups: list[tuple[IsNamed, Method | None]] = []
+    groups: list[tuple[list[str], Method | None]] = []
     for each in _groups(declared, problems):
         try:
             groups.append(_group(each, declared.get("format")))
         except CheckpointError as problem:
             problems.append(problem)
     raise_all(problems)
-    is_ignored = by_compressed_tensors(names_of(declared, "ignore"))
+    # A target's own name goes before its class.
+    named = [(by_compressed_tensors([name for name in names if name != LINEAR]), method) for names, method in groups]
+    of_class = next((method for names, method in groups if LINEAR in names), None)
 
     def method_of(module: str) -> Method | None:
-        return None if is_ignored(module) else next((method for is_target, method in groups if is_target(module)), None)
+        return next((method for is_target, method in named if is_target(module)), of_class)
 
     methods = dict.fromkeys(method for _, method in groups if method is not None)
-    return Layout(tuple(methods), method_of)
+    return Layout(tuple(methods), method_of, by_compressed_tensors(names_of(declared, "ignore")))
 
 
 def _groups(declared: Mapping[str, Any], problems: list[CheckpointError]) -> Iterator[Mapping[str, Any]]:
@@ -123,16 +125,16 @@ def _groups(declared: Mapping[str, Any], problems: list[CheckpointError]) -> Ite
     yield from found
 
 
-def _group(group: Mapping[str, Any], default_format: Any) -> tuple[IsNamed, Method | None]:
-    """(whether a module is of this group, its method). Raises CheckpointError."""
-    is_target, weights = by_compressed_tensors(names_of(group, "targets")), group.get("weights")
+def _group(group: Mapping[str, Any], default_format: Any) -> tuple[list[str], Method | None]:
+    """(a group's targets, its method). Raises CheckpointError."""
+    targets, weights = names_of(group, "targets"), group.get("weights")
     if weights is None:
-        return is_target, None
+        return targets, None
     name = group.get("format") or default_format
     if not isinstance(weights, Mapping) or name not in FORMATS:
         what = f"config.json: compressed-tensors' format {short_repr(name)} with weights {short_repr(weights)}."
         raise CheckpointError(what, f"m2ray reads {', '.join(FORMATS)}; `llmcompressor` writes the model in one of them, or in BF16.")
-    return is_target, FORMATS[name](weights)
+    return targets, FORMATS[name](weights)
 
 
 def _is_dense(sparsity: Any) -> bool:
@@ -150,8 +152,9 @@ def _require(weights: Weights, name: str, **expected: Any) -> None:
 
 def _shared_by(weights: Weights) -> tuple[Block, str]:
     """What shares a scale, and its name. Raises CheckpointError."""
-    strategy, structure = weights.get("strategy"), weights.get("block_structure")
-    if strategy in (None, "tensor"):
+    structure, group = weights.get("block_structure"), weights.get("group_size")
+    strategy = weights.get("strategy") or ("tensor" if group is None else "channel" if group == -1 else "group")
+    if strategy == "tensor":
         return None, "a tensor"
     if strategy == "channel":
         return ROW, "a row"
@@ -162,7 +165,6 @@ def _shared_by(weights: Weights) -> tuple[Block, str]:
         and all(type(side) is int and side > 0 for side in structure)
     ):
         return (structure[0], structure[1]), f"a block of {structure[0]} x {structure[1]}"
-    group = weights.get("group_size")
     if strategy == "group" and type(group) is int and group > 0:
         return (1, group), f"{group} values"
     what = f"config.json: compressed-tensors' strategy {short_repr(strategy)} with block_structure {short_repr(structure)}, group_size {short_repr(group)}."

@@ -15,7 +15,7 @@ from m2ray.model.quantization.awq import group_of
 from m2ray.model.quantization.int4 import unpack_words
 from m2ray.model.quantization.nibbles import in_cache
 from m2ray.model.quantization.packed import Found, Packed, Piece
-from m2ray.model.quantization.stored import Shape, Unpack
+from m2ray.model.quantization.stored import MISMATCH, Shape, Unpack
 
 ONE_LESS = 0x11111111
 """What the format "gptq" took from each word of zero points, and "gptq_v2" does not. A borrow goes from one number to the next."""
@@ -61,6 +61,7 @@ class Gptq(Packed):
     """
 
     swapped = (0, 1)
+    multiples = (8, 8)
 
     def __init__(self, group: int | None, *, zeros_one_less: bool = True, in_order: bool = False) -> None:
         self.group, self.zeros_one_less, self.in_order = group, zeros_one_less, in_order
@@ -82,21 +83,25 @@ class Gptq(Packed):
             "values": Piece((columns // 8, rows), (torch.int32,), rows=8 if self.in_order else 0),
             "zero_point": Piece((groups, rows // 8), (torch.int32,), rows=apart),
             "scale": Piece((groups, rows), (torch.float16, torch.bfloat16, torch.float32), rows=apart),
-            "group": Piece((columns,), (torch.int32,), rows=1 if self.in_order else 0),
+            "group": Piece((columns,), (torch.int32,), rows=0),  # all of it: a piece alone does not show which groups are its own
         }
 
     def unpacking(self) -> Unpack:
         return self._unpack_parts
 
     def _unpack_parts(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Raises CheckpointError: groups in another order than config.json says."""
-        groups = parts["group"]
+        """Raises CheckpointError: groups that there are not, or in another order than config.json says."""
+        groups, count = parts["group"], len(parts["scale"])
+        if not self.in_order and groups.numel() and not 0 <= int(groups.min()) <= int(groups.max()) < count:
+            raise CheckpointError(
+                f"GPTQ's g_idx names groups from {int(groups.min())} to {int(groups.max())}; there are {count}.", MISMATCH
+            )
         if self.in_order:
-            groups = groups - groups[0]
-            features = torch.arange(len(groups), device=groups.device)
-            if not torch.equal(groups, (features // (self.group or len(groups))).int()):
+            in_order = (torch.arange(len(groups), device=groups.device) // (self.group or max(len(groups), 1))).int()
+            if not torch.equal(groups, in_order):
                 what = "config.json: GPTQ with desc_act = false, but g_idx has the groups in an order of their own."
                 raise CheckpointError(what, "Set desc_act to true: then each input feature has the group that g_idx names.")
+            groups = in_order[: 8 * len(parts["values"])]  # a piece begins with a group
         return unpack(
             parts["values"],
             parts["zero_point"],

@@ -8,10 +8,11 @@ from functools import cached_property
 
 from m2ray.errors import CheckpointError
 from m2ray.model.headers import TensorHeader
+from m2ray.model.quantization.skipped import IsNamed
 from m2ray.model.quantization.stored import MISMATCH, Method, Part, StoredTensor, part_key, whole_key
 
 MethodOf = Callable[[str], Method | None]
-"""The method of a module of a decoder layer that has weights, by its name; None where it is not quantised."""
+"""The method of a module of a decoder layer that has weights, by its name; None where the configuration names none."""
 
 UNREAD = re.compile(
     r"(?:\.|_)(?:activation|input|output|q|k|v|kv)_(?:global_)?scale(?:_inv|_ub)?$|\.(?:activation|input)_scale_inv$|\.qscale_(?:act|input)$"
@@ -28,11 +29,13 @@ class Layout:
 
     Attributes:
         methods: in the order in which they are asked whether they take a tensor; none where nothing is quantised.
-        method_of: for a plan without files.
+        method_of: which of several methods that take its dtype a tensor has; and, for a plan without files, whether it has one.
+        is_left_out: whether a module stays as it was, whatever `method_of` says. For a plan without files: files show it.
     """
 
     methods: tuple[Method, ...]
     method_of: MethodOf
+    is_left_out: IsNamed = lambda _: False
 
     def group(self, keys: Iterable[str]) -> dict[str, list[str]]:
         """The keys of each tensor's parts, by the tensor's own key; judged by names alone.
@@ -63,11 +66,12 @@ class Layout:
     def _store(self, whole: str, found: Mapping[str, TensorHeader]) -> dict[str, StoredTensor]:
         if len(found) == 1 and whole in found and found[whole].dtype.itemsize > 1:
             return {whole: plain(whole, found[whole])}
-        for method in self.methods:
-            firsts = [key for ending in next(iter(method.parts.values())) if (key := part_key(whole, ending)) in found]
-            if firsts and method.takes(found[firsts[0]]):
-                return {whole: _by_method(method, whole, found)}
-        return _unpacked(whole, found)
+        taking = [method for method in self.methods if _takes(method, whole, found)]
+        if not taking:
+            return _unpacked(whole, found)
+        named = self.method_of(whole.removesuffix(".weight")) if len(taking) > 1 else None
+        tensors = [_by_method(method, whole, found) for method in ([named] if named in taking else taking)]
+        return {whole: next((tensor for tensor in tensors if not tensor.problems), tensors[0])}
 
     @cached_property
     def _endings(self) -> tuple[str, ...]:
@@ -84,6 +88,11 @@ class Layout:
 def plain(key: str, header: TensorHeader) -> StoredTensor:
     """A tensor that is not packed."""
     return StoredTensor(key, header.shape, (Part("values", key, header, 1 if header.shape else 0),))
+
+
+def _takes(method: Method, whole: str, found: Mapping[str, TensorHeader]) -> bool:
+    firsts = [key for ending in next(iter(method.parts.values())) if (key := part_key(whole, ending)) in found]
+    return bool(firsts) and method.takes(found[firsts[0]])
 
 
 def _by_method(method: Method, whole: str, found: Mapping[str, TensorHeader]) -> StoredTensor:

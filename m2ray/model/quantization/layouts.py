@@ -34,6 +34,9 @@ _SKIPPED = ("modules_to_not_convert", "ignored_layers", "ignore")
 def _fp8(declared: Mapping[str, Any]) -> Layout:
     """FP8 with a scale a block, or, where `weight_block_size` is null, a tensor or a row. Raises CheckpointError."""
     block, scale_fmt = _block(declared), declared.get("scale_fmt")
+    blocks: tuple[Block, ...] = (None, ROW) if block is None else (block,)
+    if "weight_block_size" not in declared:  # engines write a scale a tensor then, and transformers takes it for its own
+        blocks = (None, ROW, (128, 128))
     if scale_fmt not in (None, "float", "ue8m0"):
         raise CheckpointError(f"config.json: scale_fmt {short_repr(scale_fmt)}, a format of scales that m2ray does not know.", READ)
     experts = declared.get("expert_dtype", "fp8")
@@ -43,7 +46,7 @@ def _fp8(declared: Mapping[str, Any]) -> Layout:
     if "expert_dtype" in declared:  # DeepSeek-V4 stores exponents; V3.1 has "ue8m0" too, and float32
         dtypes = dtypes[::-1]
     name = "FP8, a scale a tensor" if block is None else f"FP8 in blocks of {block[0]} x {block[1]}"
-    layout = _transformers_layout(declared, Scaled(name, FP8, (None, ROW) if block is None else (block,), _SCALES, dtypes))
+    layout = _transformers_layout(declared, Scaled(name, FP8, blocks, _SCALES, dtypes))
     return layout if experts == "fp8" else _with_experts_in_mxfp4(layout)
 
 
@@ -51,10 +54,9 @@ def _with_experts_in_mxfp4(layout: Layout) -> Layout:
     """DeepSeek-V4's: its experts in FP4, all else as `layout` has it."""
 
     def method_of(module: str) -> Method | None:
-        method = layout.method_of(module)
-        return mxfp4.DEEPSEEK_V4 if method is not None and ".experts." in module else method
+        return mxfp4.DEEPSEEK_V4 if ".experts." in module else layout.method_of(module)
 
-    return Layout((mxfp4.DEEPSEEK_V4, *layout.methods), method_of)
+    return Layout((mxfp4.DEEPSEEK_V4, *layout.methods), method_of, layout.is_left_out)
 
 
 def _mxfp4(_declared: Mapping[str, Any]) -> Layout:
@@ -132,8 +134,7 @@ def quantization(config: Any) -> Mapping[str, Any]:
 
 
 def _transformers_layout(declared: Mapping[str, Any], method: Method) -> Layout:
-    is_skipped = by_transformers(names_of(declared, *_SKIPPED))
-    return Layout((method,), lambda module: None if is_skipped(module) else method)
+    return Layout((method,), lambda _: method, by_transformers(names_of(declared, *_SKIPPED)))
 
 
 def _block(declared: Mapping[str, Any]) -> Block:

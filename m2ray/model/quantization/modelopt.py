@@ -57,7 +57,7 @@ def modelopt_layout(declared: Mapping[str, Any]) -> Layout:
     else:
         method = _method(declared)
         methods, method_of = (method,), lambda _: method
-    return Layout(methods, lambda module: None if is_ignored(module) else method_of(module))
+    return Layout(methods, method_of, is_ignored)
 
 
 def _mixed(declared: Mapping[str, Any]) -> tuple[tuple[Method, ...], MethodOf]:

@@ -44,6 +44,7 @@ class Mxfp4(Packed):
     """
 
     name = "MXFP4 in groups of 32"
+    multiples = (1, GROUP)
 
     def __init__(self, values: str, scale: str, dtype: torch.dtype = torch.uint8) -> None:
         self.parts = {"values": (values,), "scale": (scale,)}
@@ -71,6 +72,7 @@ class GptOssExperts(Mxfp4):
     """gpt-oss's experts, [experts, columns, rows] in the model: on disk each is transposed, its groups an axis of their own."""
 
     swapped = (1, 2)
+    multiples = (1, 1)
 
     def __init__(self) -> None:
         super().__init__("_blocks", "_scales")

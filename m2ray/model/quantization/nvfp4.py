@@ -63,6 +63,7 @@ class Nvfp4(Packed):
     """
 
     name = "NVFP4 in groups of 16"
+    multiples = (1, GROUP)
 
     def __init__(self, endings: tuple[str, str, str], unpack: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
         self.parts = {name: (ending,) for name, ending in zip(("values", "scale", "tensor_scale"), endings, strict=True)}

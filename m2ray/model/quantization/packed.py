@@ -36,11 +36,13 @@ class Packed(ABC):
 
     Attributes:
         swapped: as in `StoredTensor`.
+        multiples: what the last two sides of a weight [rows, columns] are multiples of: whole words, whole groups.
     """
 
     name: str
     parts: Mapping[str, tuple[str, ...]]
     swapped: tuple[int, int] | None = None
+    multiples: tuple[int, int] = (1, 1)
 
     @abstractmethod
     def takes(self, values: TensorHeader) -> bool:
@@ -63,6 +65,8 @@ class Packed(ABC):
         shape = self.shape_of(found)
         pieces = self.pieces(shape)
         problems = [problem for name, piece in pieces.items() for problem in self._problems(key, shape, name, piece, found)]
+        if any(side % multiple for side, multiple in zip(shape[-2:], self.multiples, strict=True)):
+            problems.append(CheckpointError(f"{key} {list(shape)} as {self.name} needs sides that {list(self.multiples)} divide."))
         parts = tuple(Part(name, *found[name], piece.rows) for name, piece in pieces.items() if name in found)
         return StoredTensor(key, shape, parts, self.unpacking(), self.swapped, tuple(problems), self.name)
 

@@ -93,7 +93,7 @@ def _candidates(blocks: tuple[Block, ...], shape: Shape) -> Iterator[tuple[Block
                 yield (shape[1], shape[2]), (shape[:1], (shape[0], 1), (shape[0], 1, 1))
             yield None, ((), (1,), (1, 1), (1, 1, 1))
         elif len(shape) >= 2:
-            sides = (1, shape[-1]) if block == ROW else block
+            sides = (1, shape[-1]) if block == ROW else (min(block[0], max(shape[-2], 1)), min(block[1], max(shape[-1], 1)))
             grid = scale_shape(shape, sides)
             yield sides, (grid, grid[:-1]) if block == ROW else (grid,)
 

@@ -1,12 +1,20 @@
 """Which modules a configuration leaves as they were, in the three ways in which it is written. For plans without files: files show it."""
 
-import re
+import time
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
+import regex  # re cannot be told when to give up
+
 from m2ray.errors import CheckpointError
 from m2ray.model.limits import short_repr
+
+LINEAR = "Linear"
+"""How compressed-tensors names every linear module."""
+
+MATCHING_S = 20.0
+"""For all that a configuration's patterns are held against: strangers write them, and some take longer than a life."""
 
 IsNamed = Callable[[str], bool]
 """Whether a module, by its dotted name, is among those that a list names."""
@@ -28,17 +36,15 @@ def by_transformers(names: Iterable[str]) -> IsNamed:
     run of whole names, as the engines do for which such lists were written first.
     """
     names = tuple(names)
-    patterns = tuple(_compiled(rf"(?:{name})(?:(?<=\.)|(?=\.|$))") for name in names)
-    return lambda module: (
-        any(pattern.match(module) for pattern in patterns) or any(module.endswith(name) or f".{name}." in f".{module}." for name in names)
-    )
+    is_matched = _matching(rf"(?:{name})(?:(?<=\.)|(?=\.|$))" for name in names)
+    return lambda module: any(module.endswith(name) or f".{name}." in f".{module}." for name in names) or is_matched(module)
 
 
 def by_compressed_tensors(names: Sequence[str]) -> IsNamed:
     """As compressed-tensors matches (utils/match.py): an exact name, a pattern behind "re:", or the class of every linear module."""
-    patterns = tuple(_compiled(name.removeprefix("re:")) for name in names if name.startswith("re:"))
+    is_matched = _matching(name.removeprefix("re:") for name in names if name.startswith("re:"))
     exact = frozenset(name for name in names if not name.startswith("re:"))
-    return lambda module: "Linear" in exact or module in exact or any(pattern.match(module) for pattern in patterns)
+    return lambda module: LINEAR in exact or module in exact or is_matched(module)
 
 
 def by_wildcards(names: Sequence[str]) -> IsNamed:
@@ -46,8 +52,30 @@ def by_wildcards(names: Sequence[str]) -> IsNamed:
     return lambda module: any(fnmatchcase(module, name) or fnmatchcase(module, f"{name}.*") for name in names)
 
 
-def _compiled(pattern: str) -> re.Pattern[str]:
+def _matching(patterns: Iterable[str]) -> IsNamed:
+    """Whether a name begins as one of some patterns says. Raises CheckpointError, then or when it is asked: a pattern is none, or takes too long."""
+    compiled = [_compiled(pattern) for pattern in patterns]
+    left_s = MATCHING_S
+
+    def is_matched(module: str) -> bool:
+        nonlocal left_s
+        for pattern in compiled:
+            start_s = time.perf_counter()
+            try:
+                if pattern.match(module, timeout=max(left_s, 0.001)):
+                    return True
+            except TimeoutError as error:
+                what = f"config.json: quantization_config has the pattern {short_repr(pattern.pattern)}, which takes too long to match."
+                raise CheckpointError(what, "Write the names that it stands for.") from error
+            finally:
+                left_s -= time.perf_counter() - start_s
+        return False
+
+    return is_matched
+
+
+def _compiled(pattern: str) -> Any:
     try:
-        return re.compile(pattern)
-    except re.error as error:
+        return regex.compile(pattern)
+    except regex.error as error:
         raise CheckpointError(f"config.json: quantization_config has the pattern {short_repr(pattern)}, which is none: {error}.") from error
