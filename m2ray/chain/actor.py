@@ -367,12 +367,14 @@ class StageActor:
         for stage, spec in zip(self._stages, self._specs, strict=True):
             stage.begin(job.capture)
             warm_up(stage, spec, job.batch_tokens, job.writer.queue_bytes // len(self._specs))
-        self._writer = job.writer.open([part for stage in self._stages for part in stage.parts])
+        writer = job.writer.open([part for stage in self._stages for part in stage.parts])
         statistics = {place: kinds for stage in self._stages for place, kinds in stage.statistics.items()}
-        self._consumers = (self._writer, job.writer.open_statistics(statistics)) if statistics else (self._writer,)
+        consumers = (writer, job.writer.open_statistics(statistics)) if statistics else (writer,)
         self._began_at = None
         self._status = replace(self._loaded, gpus=measure_gpus(self._devices) if self._on_gpu else ())
-        self._job = job
+        # A close that comes now, from whoever gives the job up, may not leave it begun and its writers closed: hence the job first.
+        self._job, self._writer = job, writer
+        self._consumers = consumers
 
     def _abandon(self, attempts: Sequence[tuple[int, str]]) -> None:
         # What the store does not delete soon is no commit's, and goes when the run is finished; a reset has to end within `timeout_s`.
