@@ -33,6 +33,8 @@ from m2ray.model.capture import CaptureSpec, Taking
 from m2ray.model.stage import Stage, StageOutput, StageSpec, load_stage
 
 if TYPE_CHECKING:
+    from concurrent.futures import ThreadPoolExecutor
+
     from m2ray.activations.writing.consumer import Consumer
 
 _AHEAD = 2
@@ -326,8 +328,13 @@ class StageActor:
     def leave(self) -> None:
         """End this stage's threads, each after what it is at: of a stage that has no process of its own, which would end with it."""
         self._turns.begin(self._turns.epoch + 1)
-        for door in (self._compute, self._send, self._arrive, self._capture):
-            door.thread.shutdown(wait=False, cancel_futures=True)
+        for thread in self.threads:
+            thread.shutdown(wait=False, cancel_futures=True)
+
+    @property
+    def threads(self) -> "list[ThreadPoolExecutor]":
+        """Those behind its doors."""
+        return [door.thread for door in (self._compute, self._send, self._arrive, self._capture)]
 
     # -- inside -------------------------------------------------------------------------------------------------------
 

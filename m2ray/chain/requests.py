@@ -75,12 +75,16 @@ class Request(NamedTuple):
         if given and not (isinstance(prompts, list) and prompts):
             problems.append(PromptsError(f"{given[0]} has to be a list that is not empty, not {type(prompts).__name__}."))
         elif _is_deep(prompts):
-            problems.append(PromptsError(f"{given[0]} has lists or objects in one another, more than {_MAX_DEPTH} deep.", "Send flat ones."))
+            problems.append(
+                PromptsError(f"{given[0]} has lists or objects in one another, more than {_MAX_DEPTH} deep.", "Send flat ones.")
+            )
         sites, tokens = asked.get("sites", ""), asked.get("tokens", "all")
         if not (isinstance(sites, str) and sites.strip()):
             problems.append(ConfigError("sites has to name what is asked for.", 'Such as "residual:30" or "residual:0-5, mlp:2".'))
         elif len(sites) > _MAX_SITES_CHARACTERS:
-            problems.append(ConfigError(f"sites has {len(sites):,} characters, more than {_MAX_SITES_CHARACTERS:,}.", "Name layers by ranges."))
+            problems.append(
+                ConfigError(f"sites has {len(sites):,} characters, more than {_MAX_SITES_CHARACTERS:,}.", "Name layers by ranges.")
+            )
         if not isinstance(tokens, str):
             problems.append(ConfigError(f"tokens = {tokens!r} is no text.", 'Such as "all" or "last".'))
         raise_all(problems)
