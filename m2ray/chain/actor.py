@@ -30,6 +30,7 @@ from m2ray.config import Transport
 from m2ray.errors import StoreError
 from m2ray.model.boundary import Boundary
 from m2ray.model.capture import CaptureSpec, Taking
+from m2ray.model.digests import BARE_LAST_LAYER
 from m2ray.model.stage import Stage, StageOutput, StageSpec, load_stage
 
 if TYPE_CHECKING:
@@ -352,7 +353,7 @@ class StageActor:
             self._status,
             parameter_bytes=sum(stage.parameter_bytes for stage in stages),
             load_s=time.monotonic() - began_at,
-            weights={layer: digest for stage in stages for layer, digest in stage.digests.items()},
+            weights={layer: digest for stage in stages for layer, digest in (*stage.digests.items(), (BARE_LAST_LAYER, stage.bare_last_layer)) if digest},
         )
         self._stages = stages
 
