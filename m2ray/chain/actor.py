@@ -353,7 +353,12 @@ class StageActor:
             self._status,
             parameter_bytes=sum(stage.parameter_bytes for stage in stages),
             load_s=time.monotonic() - began_at,
-            weights={layer: digest for stage in stages for layer, digest in (*stage.digests.items(), (BARE_LAST_LAYER, stage.bare_last_layer)) if digest},
+            weights={
+                layer: digest
+                for stage in stages
+                for layer, digest in (*stage.digests.items(), (BARE_LAST_LAYER, stage.bare_last_layer))
+                if digest
+            },
         )
         self._stages = stages
 
