@@ -268,7 +268,7 @@ def parse_layers(text: str, num_layers: int) -> tuple[int, ...]:
         return tuple(range(num_layers))
     chosen: set[int] = set()
     for piece in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", piece)
+        match = re.fullmatch(r"\s*(\d{1,9})\s*(?:-\s*(\d{1,9})\s*)?", piece)
         if not match:
             raise ConfigError(
                 f"layers = {text!r}: {piece.strip()!r} is neither a layer nor a range.", 'Write "all", "0", "0-5" or "0,7,20-61".'

@@ -12,6 +12,7 @@ from m2ray.api.options import Options
 from m2ray.chain.joining import cluster
 from m2ray.chain.requests import Answer, Request
 from m2ray.chain.warm import Standing, asked, find, require_cluster, status
+from m2ray.errors import PromptsError
 from m2ray.prompts.in_memory import Prompts
 
 if TYPE_CHECKING:
@@ -92,8 +93,11 @@ class WarmChain:
 
 
 def _name_of(prompts: Sequence[Any]) -> str:
-    """What a request calls prompts like the first."""
+    """What a request calls prompts like the first. Raises PromptsError for one prompt alone, whose characters or parts would be prompts."""
+    if isinstance(prompts, str | bytes | dict):
+        raise PromptsError(f"prompts have to be a list, not {type(prompts).__name__}.", "One prompt is a list of one: [prompt].")
     first = prompts[0] if len(prompts) else ""
     if isinstance(first, str):
         return "prompts"
-    return "messages" if len(first) and isinstance(first[0], dict) else "input_ids"
+    is_chat = isinstance(first, dict) or (isinstance(first, list | tuple) and len(first) and isinstance(first[0], dict))
+    return "messages" if is_chat else "input_ids"

@@ -30,9 +30,12 @@ from m2ray.config import Transport
 from m2ray.errors import StoreError
 from m2ray.model.boundary import Boundary
 from m2ray.model.capture import CaptureSpec, Taking
+from m2ray.model.digests import BARE_LAST_LAYER
 from m2ray.model.stage import Stage, StageOutput, StageSpec, load_stage
 
 if TYPE_CHECKING:
+    from concurrent.futures import ThreadPoolExecutor
+
     from m2ray.activations.writing.capture_writer import CaptureWriter
 
 _AHEAD = 2
@@ -326,8 +329,13 @@ class StageActor:
     def leave(self) -> None:
         """End this stage's threads, each after what it is at: of a stage that has no process of its own, which would end with it."""
         self._turns.begin(self._turns.epoch + 1)
-        for door in (self._compute, self._send, self._arrive, self._capture):
-            door.thread.shutdown(wait=False, cancel_futures=True)
+        for thread in self.threads:
+            thread.shutdown(wait=False, cancel_futures=True)
+
+    @property
+    def threads(self) -> "list[ThreadPoolExecutor]":
+        """Those behind its doors."""
+        return [door.thread for door in (self._compute, self._send, self._arrive, self._capture)]
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
@@ -345,7 +353,12 @@ class StageActor:
             self._status,
             parameter_bytes=sum(stage.parameter_bytes for stage in stages),
             load_s=time.monotonic() - began_at,
-            weights={layer: digest for stage in stages for layer, digest in stage.digests.items()},
+            weights={
+                layer: digest
+                for stage in stages
+                for layer, digest in (*stage.digests.items(), (BARE_LAST_LAYER, stage.bare_last_layer))
+                if digest
+            },
         )
         self._stages = stages
 
@@ -367,12 +380,14 @@ class StageActor:
         for stage, spec in zip(self._stages, self._specs, strict=True):
             stage.begin(job.capture)
             warm_up(stage, spec, job.batch_tokens, job.writer.queue_bytes // len(self._specs))
-        self._writer = job.writer.open([part for stage in self._stages for part in stage.parts])
+        writer = job.writer.open([part for stage in self._stages for part in stage.parts])
         statistics = {place: kinds for stage in self._stages for place, kinds in stage.statistics.items()}
-        self._consumers = (self._writer, job.writer.open_statistics(statistics)) if statistics else (self._writer,)
+        consumers = (writer, job.writer.open_statistics(statistics)) if statistics else (writer,)
         self._began_at = None
         self._status = replace(self._loaded, gpus=measure_gpus(self._devices) if self._on_gpu else ())
-        self._job = job
+        # A close that comes now, from whoever gives the job up, may not leave it begun and its writers closed: hence the job first.
+        self._job, self._writer = job, writer
+        self._consumers = consumers
 
     def _abandon(self, attempts: Sequence[tuple[int, str]]) -> None:
         # What the store does not delete soon is no commit's, and goes when the run is finished; a reset has to end within `timeout_s`.

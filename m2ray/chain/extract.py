@@ -38,6 +38,7 @@ from m2ray.config import ExtractConfig
 from m2ray.errors import M2rayError, RunConflictError, shown
 from m2ray.hub import located, name_of
 from m2ray.model.capture import CaptureSpec
+from m2ray.model.digests import BARE_LAST_LAYER
 from m2ray.model.stage import StageSpec
 from m2ray.options import RunOptions
 from m2ray.planning.plan import Plan, plan_run
@@ -328,8 +329,10 @@ def _stages(
     job, num_layers = Job(_capture(options), writer, options.batch_tokens), plan.demand.num_layers
 
     def hold(loaded: Mapping[int | None, str]) -> None:
-        """A chain that stands may have more layers than the run."""
-        of_the_run = {layer: digest for layer, digest in loaded.items() if layer is None or layer < num_layers}
+        """A chain that stands may have more layers than the run, and the final norm where the run does not take it."""
+        of_the_run = {layer: digest for layer, digest in loaded.items() if layer is None or 0 <= layer < num_layers}
+        if BARE_LAST_LAYER in loaded and not plan.demand.with_final_norm and num_layers not in loaded:
+            of_the_run[num_layers - 1] = loaded[BARE_LAST_LAYER]
         hold_weights(work.inputs.store, work.run.job, of_the_run)
 
     for specs, of_chain, epoch in actors:

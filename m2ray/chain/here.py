@@ -5,10 +5,11 @@ of its concurrency groups as Ray would have.
 """
 
 import os
+import sys
 import threading
-import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import ray
@@ -29,8 +30,9 @@ from m2ray.planning.memory import window
 NODE = "127.0.0.1"
 """What a Ray of this machine alone calls it."""
 
+_LEAVE_S = 1.0
 _END_S = 10.0
-"""What a thread that hangs may take to end with the process."""
+"""What a stage's threads may take to end: before others are told that it has ended, and once the program itself is at its end."""
 
 
 def hardware_here(config: ExtractConfig, folder: str) -> Hardware | None:
@@ -61,10 +63,12 @@ class ActorHere:
         return _Method(self._threads[method.__ray_concurrency_group__], method)
 
     def end(self) -> None:
-        """End its threads, as soon as each has done what it is at."""
+        """End its threads, and wait until each has done what it is at."""
         self._actor.leave()
         for threads in self._threads.values():
             threads.shutdown(wait=False, cancel_futures=True)
+        for threads in (*self._threads.values(), *self._actor.threads):
+            threads.shutdown()
 
 
 class _Method:
@@ -96,26 +100,39 @@ class ActorsHere:
         self.handles = [ActorHere(specs, self._timeout_s, epoch) for specs in self._specs]
 
     def restart(self, lost: Mapping[int, StageStatus | None], _epoch: int) -> bool:
-        """A thread that hangs cannot be ended, unlike a process, and goes on with what it has in its hands: the run ends.
+        """A thread that hangs cannot be ended, unlike a process, and goes on with what it has in its hands: the run ends, and `end` sees to the rest.
 
         Raises:
             StageError: always.
         """
-        threading.Thread(target=_end_with_the_main_thread, name="end of a stage that hangs", daemon=True).start()
         raise StageError(
             f"The stage stands still for {self._timeout_s:g} s: {len(lost)} of 1 does not answer, and it shares this process.",
             f"Look at what it waits for (the model's disk or bucket, the output's). {GOES_ON} With ray = true a stage is a process of its own, which is restarted.",
         )
 
     def end(self) -> None:
-        """End it for good, from any thread."""
-        for actor in self.handles:
-            actor.end()
+        """End it for good, from any thread. One that hangs is left behind, and does not outlive the program."""
+        leaving = threading.Thread(target=lambda: [actor.end() for actor in self.handles], name="end of a stage", daemon=True)
+        leaving.start()
+        leaving.join(_LEAVE_S)
+        if leaving.is_alive():
+            _end_with_the_program(leaving)
         torch.set_num_threads(self._threads_before)
 
 
-def _end_with_the_main_thread() -> None:
-    """Python waits at its end for every thread, and so for ever for one that hangs."""
-    threading.main_thread().join()
-    time.sleep(_END_S)
-    os._exit(1)
+def _end_with_the_program(leaving: threading.Thread) -> None:
+    """End the process soon after its program, though `leaving` goes on: Python waits at its end for every thread, and so for ever for one that hangs."""
+    is_at_its_end = threading.Event()
+    # The main thread counts as alive while Python waits for those of pools, and atexit comes after that.
+    threading._register_atexit(is_at_its_end.set)  # type: ignore[attr-defined]  # noqa: SLF001
+
+    def end() -> None:
+        while leaving.is_alive() and not is_at_its_end.wait(_LEAVE_S):
+            pass
+        leaving.join(_END_S)
+        if leaving.is_alive():
+            with suppress(OSError, ValueError):  # nobody reads on
+                sys.stdout.flush()
+            os._exit(1)
+
+    threading.Thread(target=end, name="end of a stage that hangs", daemon=True).start()

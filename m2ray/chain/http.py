@@ -37,6 +37,9 @@ TOKEN = "M2RAY_SERVE_TOKEN"  # noqa: S105 - the name of the variable
 PATH = "/v1/activations"
 
 _LEAST_CHARACTERS = 16
+_READ_S = 60.0
+"""What a request's body may take to come: until then it has one of the places."""
+
 _ANSWER_S = 600.0
 _STATUSES: Mapping[type[M2rayError], int] = {
     TooLargeError: 413,
@@ -87,7 +90,11 @@ class Front:
             return refused
         self._at_work += 1
         try:
-            answer = await asyncio.wait_for(self._ask(_parsed(await _read(headers, body))), _ANSWER_S)
+            try:
+                came = await asyncio.wait_for(_read(headers, body), _READ_S)
+            except TimeoutError:
+                return _refused(408, ConfigError(f"The body did not come within {_READ_S:g} s.", "Ask again over a quicker connection."))
+            answer = await asyncio.wait_for(self._ask(_parsed(came)), _ANSWER_S)
             sent = await asyncio.to_thread(lambda: safetensors.torch.save(answer.tensors()))
             return Response(200, {"Content-Type": "application/vnd.safetensors"}, sent)
         except M2rayError as error:

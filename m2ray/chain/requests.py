@@ -8,6 +8,7 @@ import json
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,6 +38,15 @@ MAX_HELD_BYTES = 1 << 30
 MAX_REQUESTS = 32
 """At one time."""
 
+_MAX_SITES_CHARACTERS = 10_000
+"""Of what names sites and their layers."""
+
+_MAX_DEPTH = 100
+"""Of lists and objects in one another: Python's own pickling, on the way to the chain, ends at some 400."""
+
+_NAMED = 10
+"""Unknown names that an error lists; looking for what was meant takes time."""
+
 _USE_A_RUN = "Ask for fewer prompts, sites, layers or tokens at a time, or extract them into a run (m2ray extract --chain)."
 
 _KINDS: Mapping[str, Kind] = {"prompts": "text", "messages": "messages", "input_ids": "input_ids"}
@@ -56,8 +66,7 @@ class Request(NamedTuple):
         known = (*_KINDS, "sites", "tokens")
         problems: list[M2rayError] = [
             ConfigError(f"A request has no {name!r}.", f"{did_you_mean(name, known)}It has: {', '.join(known)}.")
-            for name in asked
-            if name not in known
+            for name in islice((name for name in asked if name not in known), _NAMED)
         ]
         given = [name for name in _KINDS if asked.get(name) is not None]
         if len(given) != 1:
@@ -65,9 +74,17 @@ class Request(NamedTuple):
         prompts = asked[given[0]] if given else []
         if given and not (isinstance(prompts, list) and prompts):
             problems.append(PromptsError(f"{given[0]} has to be a list that is not empty, not {type(prompts).__name__}."))
+        elif _is_deep(prompts):
+            problems.append(
+                PromptsError(f"{given[0]} has lists or objects in one another, more than {_MAX_DEPTH} deep.", "Send flat ones.")
+            )
         sites, tokens = asked.get("sites", ""), asked.get("tokens", "all")
         if not (isinstance(sites, str) and sites.strip()):
             problems.append(ConfigError("sites has to name what is asked for.", 'Such as "residual:30" or "residual:0-5, mlp:2".'))
+        elif len(sites) > _MAX_SITES_CHARACTERS:
+            problems.append(
+                ConfigError(f"sites has {len(sites):,} characters, more than {_MAX_SITES_CHARACTERS:,}.", "Name layers by ranges.")
+            )
         if not isinstance(tokens, str):
             problems.append(ConfigError(f"tokens = {tokens!r} is no text.", 'Such as "all" or "last".'))
         raise_all(problems)
@@ -171,8 +188,21 @@ class Desk:
                 self._held_bytes -= num_bytes
 
 
+def _is_deep(prompts: list[Any]) -> bool:
+    """Whether lists and dicts lie deeper in one another than may be."""
+    level: list[Any] = [prompts]
+    for _ in range(_MAX_DEPTH):
+        inside = (item for outer in level for item in (outer.values() if isinstance(outer, dict) else outer))
+        level = [item for item in inside if isinstance(item, list | dict)]
+        if not level:
+            return False
+    return True
+
+
 def _require_short(request: Request) -> None:
     """Raise TooLargeError before anything is tokenised for nothing."""
+    if len(request.prompts) > MAX_TOKENS:
+        raise TooLargeError(f"{len(request.prompts):,} prompts have a token each at least, and {MAX_TOKENS:,} are the most.", _USE_A_RUN)
     num_bytes = len(json.dumps(request.prompts, default=str))
     if num_bytes > MAX_REQUEST_BYTES:
         raise TooLargeError(f"The prompts are {num_bytes:,} bytes as JSON, more than {MAX_REQUEST_BYTES:,}.", _USE_A_RUN)

@@ -71,9 +71,7 @@ def serve(
             checkpoint, demand, config = _look(config)
             stack.enter_context(cluster(config.placement_timeout_s, progress.say))
             if name in names():
-                raise ClusterError(
-                    f"There is a chain {name!r} in this cluster.", f"m2ray serve --stop {name} ends it; or give another name."
-                )
+                raise _taken(name)
             hardware = probe_hardware(demand.options.node_labels, demand.options.watched_folder)
             require_versions(hardware.cluster)
             options = resolve(config, demand.options.prompts, demand.table, demand.shape, hardware.cluster)
@@ -81,7 +79,10 @@ def serve(
             plan.require_fit()
         url = f"http://{http[0]}:{http[1]}{http[2].rstrip('/')}/v1/activations" if http else ""
         served = Served(name, open_store(config.model).url, checkpoint.digests, plan, hardware, idle_timeout_s, url)
-        keeper = keeper_class().options(name=name, namespace=NAMESPACE, lifetime="detached").remote(served)
+        try:
+            keeper = keeper_class().options(name=name, namespace=NAMESPACE, lifetime="detached").remote(served)
+        except ValueError as error:  # somebody else's came between
+            raise _taken(name) from error
         try:
             _load(keeper, stop, progress)
             if http:
@@ -103,6 +104,10 @@ def require_name(name: str) -> None:
     """Raise ConfigError for what is no name of a chain."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
         raise ConfigError(f"name = {name!r}: up to 64 letters, digits, '.', '_' and '-'.", "Give another one.")
+
+
+def _taken(name: str) -> ClusterError:
+    return ClusterError(f"There is a chain {name!r} in this cluster.", f"m2ray serve --stop {name} ends it; or give another name.")
 
 
 def _look(config: ExtractConfig) -> tuple[Checkpoint, Demand, ExtractConfig]:

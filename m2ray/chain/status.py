@@ -49,7 +49,8 @@ class StageStatus:
         queued_bytes: captured, that wait for the store or are on their way there now. stored_parts: durable.
         silent_s: since the driver was told this; 0 where it is told.
         gpus: in the order of its span; none on a CPU.
-        weights: once it is loaded, the digest of each of its layers, and at None that of what runs before the first one.
+        weights: once it is loaded, the digest of each of its layers, and at None that of what runs before the first one;
+            at BARE_LAST_LAYER, where the final norm was loaded, the last layer's without it.
         losses: what rows in 8 bits have lost, by part.
     """
 

@@ -8,12 +8,20 @@ ends with `Superseded`: its result is of no use any more.
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from traceback import clear_frames
 
 from ray.exceptions import GetTimeoutError
 
 
 class Superseded(Exception):  # noqa: N818 - it ends work that is of no use any more, and is no error
     """The epoch that the work belongs to is over, or has failed."""
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Drop what the work that failed had in its hands: its frames hold it as long as somebody has the error, and what is tried next needs the room."""
+    while error is not None:
+        clear_frames(error.__traceback__)
+        error = error.__cause__
 
 
 class _Epoch:
@@ -93,6 +101,7 @@ class Turns:
         except Superseded:
             return
         except BaseException as error:  # noqa: BLE001 - handed to the driver, whatever it is
+            _let_go(error)
             self.fail(epoch, error)
 
     @contextmanager

@@ -30,8 +30,8 @@ from m2ray.sites import layers_run
 from m2ray.storage import open_store
 
 _POLL_S = 0.1
-_ANSWER_S = 60.0
-"""What a keeper may take to answer what needs no work."""
+_ANSWER_S = 120.0
+"""What a keeper may take to answer what needs no work: more than it waits for the stages to let go of a job (keeper.py)."""
 
 _AGREED = ("compute_dtype", "attn_implementation", "compile", "threads_per_stage")
 """Options that decide how a chain computes: a job that names others is refused."""

@@ -17,6 +17,9 @@ from m2ray.model.extents import Range
 from m2ray.model.headers import DTYPES, TensorHeader
 from m2ray.model.tensors import MatchedTensor
 
+BARE_LAST_LAYER = -1
+"""Where a chain's digests have that of the model's last layer without the final norm, if that was loaded: of a run that does not take the norm."""
+
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -30,6 +33,7 @@ class WeightDigests:
         self._headers = headers
         self._last_layer = last_layer
         self._keys: dict[int | None, set[str]] = {}
+        self._norm_keys: set[str] = set()
         self._pieces: dict[tuple[str, int], tuple[int, bytes]] = {}
         """By file and offset: bytes and digest."""
         self._begun: dict[tuple[str, int], xxhash.xxh3_128] = {}
@@ -39,7 +43,10 @@ class WeightDigests:
         for filling in matched:
             tensor = filling.tensor
             keys = self._keys.setdefault(self._last_layer if tensor.role == "final_norm" else tensor.layer, set())
-            keys.update(part.key for stored in filling.stored for part in stored.parts)
+            found = {part.key for stored in filling.stored for part in stored.parts}
+            keys.update(found)
+            if tensor.role == "final_norm":
+                self._norm_keys |= found
 
     def add(self, pieces: Iterable[Range], offset: int, data: memoryview) -> None:
         """Hash what of these pieces lies in `data`, the bytes of their file from `offset` on.
@@ -62,6 +69,10 @@ class WeightDigests:
     def by_layer(self) -> dict[int | None, str]:
         """The digest of each layer, and at None that of what runs before the first one, if the span has it."""
         return {layer: self._digest(keys) for layer, keys in self._keys.items()}
+
+    def bare_last_layer(self) -> str | None:
+        """The digest of the model's last layer without the final norm; None where no norm was loaded."""
+        return self._digest(self._keys[self._last_layer] - self._norm_keys) if self._norm_keys else None
 
     def _digest(self, keys: Iterable[str]) -> str:
         hashed = xxhash.xxh3_128()

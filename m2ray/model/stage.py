@@ -141,6 +141,7 @@ class Stage:
     Attributes:
         needed_bytes: checkpoint bytes of the span's tensors, scales included.
         digests: what was loaded of each layer (m2ray.model.digests).
+        bare_last_layer: what was loaded of the model's last layer beside the final norm; None if that was not loaded.
         bytes_read: tensor bytes that were read to load them.
         parameter_bytes: bytes of the span's tensors from the checkpoint, in memory.
         handed_bytes: of one token, to the next stage, at most.
@@ -150,7 +151,7 @@ class Stage:
         config = decoder.skeleton.config
         self.is_first = spec.span.start == 0
         self.is_last = spec.span.stop == config.num_hidden_layers
-        self.needed_bytes, self.digests = loaded
+        self.needed_bytes, self.digests, self.bare_last_layer = loaded
         self.bytes_read = bytes_read
         self.parameter_bytes = parameter_bytes(decoder)
         self.handed_bytes = token_bytes(config, spec.span.stop, DTYPES[spec.compute_dtype])

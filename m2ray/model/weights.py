@@ -46,10 +46,12 @@ class Loaded(NamedTuple):
     Attributes:
         needed_bytes: checkpoint bytes of its tensors, scales and other parts included.
         digests: each layer's (m2ray.model.digests), and at None that of what runs before the first layer, if the span has it.
+        bare_last_layer: that of the model's last layer without the final norm, if that was loaded.
     """
 
     needed_bytes: int
     digests: Mapping[int | None, str]
+    bare_last_layer: str | None
 
 
 def load_weights(checkpoint: Checkpoint, decoder: DecoderSpan, on_bytes: OnBytes, lanes: Lanes | None = None) -> Loaded:
@@ -76,7 +78,7 @@ def load_weights(checkpoint: Checkpoint, decoder: DecoderSpan, on_bytes: OnBytes
     on_bytes(checkpoint.bytes_read, needed_bytes)
     decoder.check_complete()
     decoder.bring_layers()
-    return Loaded(needed_bytes, digests.by_layer())
+    return Loaded(needed_bytes, digests.by_layer(), digests.bare_last_layer())
 
 
 def _match(checkpoint: Checkpoint, decoder: DecoderSpan) -> Iterator[list[MatchedTensor]]:

@@ -1,9 +1,7 @@
 """A chain that stays: jobs and requests without loading, whoever dies beside it."""
 
 import json
-import signal
 import sys
-import time
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,34 +20,16 @@ TOKEN = "0123456789abcdef"
 DTYPES = ("--compute-dtype", "float32", "--store-dtype", "float32")
 
 
-def killed_at_work(cluster: RayCluster, name: str, model: Path, prompts: Path, output: Path) -> None:  # noqa: F811
-    """A job on the chain, whose driver is killed once a shard is committed."""
-    words = ("--chain", name, "--model", str(model), "--prompts", str(prompts), "--output", str(output), "--id-column", "id", *DTYPES)
-    driver = cluster.start("m2ray", "extract", *words, "--shard-tokens", "40", "--batch-tokens", "40")
-    deadline = time.monotonic() + 60
-    try:
-        while not list((output / "_commits").glob("*")):
-            assert driver.poll() is None, driver.communicate()[0]
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-    finally:
-        driver.send_signal(signal.SIGKILL)
-        driver.communicate(timeout=30)
-
-
 @pytest.mark.timeout(240)
 def test_jobs_and_requests_share_a_loaded_chain(cluster: RayCluster, minimax: Path, prompts: Path, tmp_path: Path) -> None:  # noqa: F811
     """Its driver is gone, another one is killed at work, and stages are killed: what comes after finds the chain, and the right rows."""
-    words = ("--name", "tiny", "--stages", "2", "--batch-tokens", "256", "--shard-tokens", "400", *DTYPES)
+    words = ["--model", str(minimax), "--name", "tiny", "--stages", "2", "--batch-tokens", "256", "--shard-tokens", "400", *DTYPES]
     has_serve = find_spec("starlette") is not None
     if has_serve:
-        words += ("--http-port", str(free_ports(1)[0]))
-    served = cluster.run("m2ray", "serve", "--model", str(minimax), *words, M2RAY_SERVE_TOKEN=TOKEN)
-    assert served.returncode == 0, served.stdout + served.stderr
+        words += ["--http-port", str(free_ports(1)[0])]
     seen: dict[str, Any] = {}
     try:
-        killed_at_work(cluster, "tiny", minimax, prompts, tmp_path / "killed")
-        done = cluster.run(sys.executable, SCRIPT, "tiny", str(prompts), str(tmp_path), M2RAY_SERVE_TOKEN=TOKEN)
+        done = cluster.run(sys.executable, SCRIPT, "tiny", str(prompts), str(tmp_path), *words, M2RAY_SERVE_TOKEN=TOKEN)
         assert done.returncode == 0, done.stdout + done.stderr
         seen = json.loads(done.stdout.splitlines()[-1])
     finally:
@@ -79,6 +59,16 @@ def test_jobs_and_requests_share_a_loaded_chain(cluster: RayCluster, minimax: Pa
     assert "tiny" in seen["listed"]
     assert "idle" in seen["listed"]
     assert "There are no chains" in seen["none"]
+    assert_goes_on_without_the_chain(tmp_path / "first", minimax, prompts)
+
+
+def assert_goes_on_without_the_chain(run: Path, model: Path, prompts: Path) -> None:  # noqa: F811
+    """A stage of its own has not loaded the final norm, which the chain has."""
+    (run / "_SUCCESS").unlink()
+    min((run / "_commits").iterdir()).unlink()
+    options: Any = {"compute_dtype": "float32", "store_dtype": "float32", "id_column": "id", "shard_tokens": 400}
+    m2ray.extract(model=model, prompts=prompts, output=run, **options)
+    assert (run / "_SUCCESS").exists()
 
 
 def assert_rows_of_a_run(run: Path, answer: dict[str, torch.Tensor]) -> None:

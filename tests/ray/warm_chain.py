@@ -1,9 +1,9 @@
 """What one process does with a warm chain: jobs, requests beside them, stages that are killed. Prints what it saw as JSON.
 
-    python warm_chain.py NAME PROMPTS OUTPUT
+    python warm_chain.py NAME PROMPTS OUTPUT OPTION...
 
 Run by test_warm_chain.py; the runs are OUTPUT/first, OUTPUT/second and OUTPUT/asked, the requests' rows OUTPUT/*.safetensors. The chain is
-stopped at the end.
+started by a process of its own, with the options of `m2ray serve`, and stopped at the end.
 """
 
 import json
@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
@@ -56,8 +57,36 @@ def over_http(chain: WarmChain, asked: dict[str, object], file: Path) -> list[in
     return statuses
 
 
+def in_a_process(work: Callable[[], object]) -> int:
+    """The process that does this and ends: another driver, which has imported already what takes longest."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            work()
+        except BaseException as error:  # noqa: BLE001 - told, whatever it is
+            print(repr(error), flush=True)  # noqa: T201 - what a failed test shows
+            os._exit(1)
+        os._exit(0)
+    return pid
+
+
+def killed_at_work(name: str, model: str, prompts: str, output: Path) -> None:
+    """A job on the chain, whose driver is killed once a shard is committed."""
+    options = {**OPTIONS, "chain": name, "shard_tokens": 40, "batch_tokens": 40}
+    driver = in_a_process(lambda: m2ray.extract(model=model, prompts=prompts, output=output, **options))
+    deadline = time.monotonic() + 60
+    while not list((output / "_commits").glob("*")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(driver, signal.SIGKILL)
+    status = os.waitpid(driver, 0)[1]
+    assert os.WTERMSIG(status) == signal.SIGKILL, "it was at work"
+
+
 def main() -> None:
     name, prompts, output = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+    served = in_a_process(lambda: serve.command.main(sys.argv[4:], standalone_mode=False))
+    assert os.waitpid(served, 0)[1] == 0
+    killed_at_work(name, sys.argv[sys.argv.index("--model") + 1], prompts, output / "killed")
     texts = [json.loads(line)["text"] for line in Path(prompts).read_text(encoding="utf-8").splitlines()]
     asked = [text for text in texts if text][:9]
     seen: dict[str, object] = {}

@@ -91,3 +91,23 @@ def test_a_stage_answers_requests_with_and_without_a_job(tmp_path: Path, monkeyp
     assert [each.layer for each in (*first, *second)] == [1, 4]
     for one, other in zip((*first, *second), expected, strict=True):
         assert np.array_equal(one.columns[0], other.columns[0])
+
+
+def test_a_job_given_up_while_it_is_begun_is_not_left_begun_with_closed_writers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A warm chain's driver may die at that moment; the same command then brings the same job."""
+
+    class GivenUp(actor.StageActor):
+        def __setattr__(self, name: str, value: Any) -> None:
+            super().__setattr__(name, value)
+            if name == "_consumers" and value:
+                self.close()
+
+    closed: list[str] = []
+    monkeypatch.setattr(actor, "StageActor", GivenUp)
+    monkeypatch.setattr(actor, "warm_up", lambda *_: None)
+    stage = stage_of(StageSpec("", LayerSpan(0, 5), "float32", "auto", "cpu", 1), monkeypatch)
+    stage._stages = [SimpleNamespace(begin=lambda _: None, parts=(), statistics={})]  # type: ignore[list-item]
+    writer: Any = SimpleNamespace(queue_bytes=1, open=lambda _: SimpleNamespace(close=lambda _: closed.append("writer")))
+    stage._take_on(actor.Job(CaptureSpec({}, "float32"), writer, 64))
+    assert closed == ["writer"]
+    assert stage._job is None, "the same job opens another writer"

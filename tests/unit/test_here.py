@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,7 @@ def test_a_run_survives_a_full_store_and_a_lack_of_memory(
     """Without Ray, through the door that people use."""
     failures = [StoreError("The disk is busy.", "Wait.")]
     open_part, forward = LocalStore.open_part, Stage.forward
+    held: list[weakref.ref[Any]] = []
 
     def refuse_once(self: LocalStore, key: str) -> Any:
         if failures and key.startswith("data/"):
@@ -68,7 +70,10 @@ def test_a_run_survives_a_full_store_and_a_lack_of_memory(
         return open_part(self, key)
 
     def of_two_at_most(self: Stage, micro_batch: MicroBatch, *more: Any) -> Any:
+        assert not [each for each in held if each() is not None], "what had no room goes before a smaller one is tried"
         if len(micro_batch.sequence_ids) > 2:
+            hidden = torch.zeros(1)
+            held.append(weakref.ref(hidden))
             raise torch.OutOfMemoryError("no room")
         return forward(self, micro_batch, *more)
 
@@ -136,6 +141,27 @@ def test_what_a_stage_raises_comes_as_of_an_actor(tmp_path: Path) -> None:
 def test_a_stage_that_hangs_ends_the_run_since_it_shares_the_process() -> None:
     with pytest.raises(StageError, match="ray = true"):
         ActorsHere([], 1800.0).restart({0: None}, 1)
+
+
+@pytest.mark.timeout(180)
+def test_a_stage_that_hangs_does_not_keep_the_program_from_its_end(tmp_path: Path) -> None:
+    """Python itself waits for the threads of pools before it is at its end."""
+    done = subprocess.run([sys.executable, "-c", HANGS, str(tmp_path)], capture_output=True, text=True, timeout=START_S, check=False)
+    assert (done.returncode, done.stdout) == (1, "the program goes on\n"), done.stderr
+
+
+HANGS = """
+import sys, time
+from m2ray.batches import LayerSpan
+from m2ray.chain import here
+from m2ray.model.stage import StageSpec
+here._LEAVE_S = here._END_S = 0.2
+actors = here.ActorsHere([[StageSpec(sys.argv[1], LayerSpan(0, 1), "float32", "auto", "cpu", None)]], 1.0)
+actors.start(0)
+actors.handles[0]._actor._compute.thread.submit(time.sleep, 600)
+actors.end()
+print("the program goes on")
+"""
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,7 @@ def test_who_has_no_token_learns_nothing(given: str) -> None:
         ({"body": b"[" * 20_000}, 422, "no JSON"),
         ({"body": b"\xff"}, 422, "no JSON"),
         ({"body": b"[]"}, 422, "not an object but list"),
+        ({"body": b'{"input_ids": ' + b"[" * 600 + b"]" * 600 + b', "sites": "residual:0"}'}, 422, "100 deep"),
         ({"body": b'{"sites": "residual:0"}'}, 422, "has none"),
         ({"body": b'{"nonsense": 1}'}, 422, "3 problems"),
         ({"body": b" " * (MAX_REQUEST_BYTES + 1), "size": 1 << 20}, 413, "at most"),
@@ -103,6 +104,19 @@ def test_a_body_that_says_it_is_too_large_is_not_read() -> None:
 
     headers = {"authorization": f"Bearer {SECRET}", "content-length": str(MAX_REQUEST_BYTES + 1)}
     assert asyncio.run(front().respond("POST", "/v1/activations", headers, never())).status == 413
+
+
+def test_a_body_that_does_not_come_gives_its_place_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_REQUESTS", 1)
+    monkeypatch.setattr(module, "_READ_S", 0.1)
+
+    async def stalls() -> AsyncIterator[bytes]:
+        yield b"{"
+        await asyncio.sleep(60)
+
+    one = front()
+    late = asyncio.run(one.respond("POST", "/v1/activations", {"authorization": f"Bearer {SECRET}"}, stalls()))
+    assert (late.status, sent(one).status) == (408, 200)
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,14 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> tuple[Desk, FakeChain]:
     return Desk(tokenizer, table, options, table.num_layers), FakeChain(options, table)
 
 
+def nested(depth: int) -> list[Any]:
+    """Lists in one another."""
+    inner: list[Any] = []
+    for _ in range(depth - 1):
+        inner = [inner]
+    return inner
+
+
 def ids(*lengths: int) -> dict[str, Any]:
     return {"input_ids": [[5] * length for length in lengths]}
 
@@ -123,6 +131,10 @@ def test_texts_are_tokenised_as_a_runs_are(served: tuple[Desk, FakeChain]) -> No
         ({**ids(1), "site": "residual:0"}, M2rayError, "Did you mean 'sites'"),
         ({**ids(1), "sites": 3}, ConfigError, "sites has to name"),
         ({**ids(1), "sites": "residual:0", "tokens": 3}, ConfigError, "tokens = 3"),
+        ({**ids(1), "sites": "mlp," * 5_000}, ConfigError, "20,000 characters"),
+        ({"input_ids": nested(101), "sites": "residual:0"}, PromptsError, "more than 100 deep"),
+        ({"messages": [[{"role": "user", "content": nested(99)}]], "sites": "residual:0"}, PromptsError, "more than 100 deep"),
+        ({**ids(1), "sites": "residual:0", **{f"name{number}": 1 for number in range(100)}}, ConfigError, "10 problems"),
     ],
 )
 def test_what_no_request_may_say(asked: dict[str, Any], kind: type[M2rayError], words: str) -> None:
@@ -135,6 +147,8 @@ def test_what_no_request_may_say(asked: dict[str, Any], kind: type[M2rayError], 
     ("asked", "words"),
     [
         ({**ids(1), "sites": "residual:99"}, "layer 99"),
+        ({**ids(1), "sites": f"residual:{'9' * 5_000}"}, "neither a layer nor a range"),
+        ({"input_ids": [[1], [-1]], "sites": "residual:0"}, "Prompt 1: "),
         ({**ids(1), "sites": "nonsense:1"}, "nonsense"),
         ({**ids(1), "sites": "residual:0", "tokens": "some"}, "tokens = 'some'"),
         ({**ids(1), "sites": "router_topk:2", "tokens": "mean"}, "no mean"),
@@ -151,6 +165,12 @@ def test_what_the_model_or_the_prompts_do_not_have(served: tuple[Desk, FakeChain
         desk.answer(Request.of(asked), chain)
     assert words in str(raised.value)
     assert not chain.computed
+
+
+def test_more_prompts_than_tokens_may_be_are_not_even_looked_at(served: tuple[Desk, FakeChain]) -> None:
+    desk, chain = served
+    with pytest.raises(TooLargeError, match="32,769 prompts"):
+        desk.answer(Request.of({"prompts": [""] * (module.MAX_TOKENS + 1), "sites": "residual:0"}), chain)
 
 
 def test_what_is_too_large_is_not_computed(served: tuple[Desk, FakeChain], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -135,6 +135,8 @@ def test_the_final_norm_is_loaded_by_the_last_stage_alone(folders: Callable[[str
     assert last.needed_bytes - without.needed_bytes == 48 * 4
     assert last.digests[4] != without.digests[4], "other weights of the norm are other weights"
     assert last.digests[3] == without.digests[3]
+    assert last.bare_last_layer == without.digests[4], "what a run has loaded that does not take the norm"
+    assert without.bare_last_layer is None
 
 
 def test_a_site_that_is_not_the_layers_own_is_found_by_its_additions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
