@@ -8,7 +8,7 @@ from m2ray.errors import MissingPackageError
 EXTRAS = {
     "extract": ("accelerate", "aiohttp", "huggingface_hub", "jinja2", "ray", "regex", "tokenizers", "torch", "transformers"),
     "report": ("matplotlib",),
-    "serve": ("starlette",),
+    "serve": ("aiorwlock", "fastapi", "grpc_reflection", "starlette", "uvicorn", "watchfiles"),
 }
 """The packages of each extra, as they are imported. What is in none is of every install: with it runs are read as NumPy, Arrow or frames."""
 

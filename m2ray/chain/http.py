@@ -173,7 +173,7 @@ def digest_of(token: str) -> str:
 def required_token() -> str:
     """The token that requests have to bring. Raises ConfigError, and MissingPackageError where Ray Serve is not installed."""
     with naming_extras():
-        importlib.import_module("starlette")
+        importlib.import_module("ray.serve")  # whole: others bring parts of what it needs, and it would fail once the chain is loaded
     token = os.environ.get(TOKEN, "")
     if len(token) < _LEAST_CHARACTERS:
         raise ConfigError(

@@ -167,7 +167,7 @@ def test_as_many_as_may_be_are_at_work_and_the_next_is_refused_before_it_is_read
 
 
 def test_a_token_has_to_be_there_and_long_enough(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "starlette", object())
+    monkeypatch.setitem(sys.modules, "ray.serve", object())
     monkeypatch.delenv("M2RAY_SERVE_TOKEN", raising=False)
     with pytest.raises(ConfigError, match="M2RAY_SERVE_TOKEN"):
         required_token()
@@ -179,7 +179,13 @@ def test_a_token_has_to_be_there_and_long_enough(monkeypatch: pytest.MonkeyPatch
     assert required_token() == SECRET
 
 
-def test_without_ray_serve_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "starlette", None)
+@pytest.mark.parametrize("absent", ["starlette", "grpc_reflection"])
+def test_without_all_of_ray_serve_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, absent: str) -> None:
+    """One that another package needs too may be there without the others."""
+
+    def importing(_: str) -> None:
+        raise ModuleNotFoundError(f"No module named {absent!r}", name=absent)
+
+    monkeypatch.setattr("importlib.import_module", importing)
     with pytest.raises(MissingPackageError, match=r"m2ray\[serve\]"):
         required_token()
