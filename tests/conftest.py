@@ -5,3 +5,9 @@ import os
 # Before torch is imported anywhere: bitwise comparisons hold for the same number of threads only.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from hypothesis import settings
+
+# The same examples in each run, however busy the machine is.
+settings.register_profile("m2ray", deadline=None, derandomize=True)
+settings.load_profile("m2ray")

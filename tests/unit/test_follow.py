@@ -122,7 +122,7 @@ def test_what_came_meanwhile_is_shuffled_together(tmp_path: Path, clock: Clock) 
     assert found[of_first:] != sorted(found[of_first:], key=lambda row: shards_of([row]))
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     order=st.permutations(range(3)),
     there=st.integers(0, 3),

@@ -55,7 +55,7 @@ def test_a_store_that_does_not_answer(words: list[str], endpoint: str, monkeypat
     url = f"s3://bucket/run?endpoint={endpoint}"
     began = time.monotonic()
     ended = CliRunner().invoke(main, [word.format(url) for word in words])
-    assert time.monotonic() - began < 12
+    assert time.monotonic() - began < 30
     assert ended.exit_code == 1
     assert "s3://bucket/run" in ended.output
     assert "Traceback" not in ended.output

@@ -75,7 +75,7 @@ def test_every_pattern_of_16_bits_comes_back_from_a_part_in_planes(tmp_path: Pat
 
 
 @pytest.mark.parametrize("compression", ["none", "planes"])
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_any_span_of_many_pages_and_row_groups(tmp_path_factory, compression: str, data: st.DataObject) -> None:
     rng = np.random.default_rng(data.draw(st.integers(0, 100)))

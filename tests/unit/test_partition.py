@@ -32,7 +32,7 @@ def cases(draw: st.DrawFn) -> tuple[list[int], int, int, list[int | None]]:
     return layers, *ends, caps
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(cases(), st.sampled_from(["auto", "balanced", "balanced_low_0", "sequential"]), st.integers(0, 1))
 def test_every_map_against_brute_force(case, device_map, least_first):
     layers, first, last, caps = case
@@ -62,7 +62,7 @@ def test_every_map_against_brute_force(case, device_map, least_first):
         assert (max(loads), sum(load**2 for load in loads)) == min((max(split), sum(load**2 for load in split)) for split in splits)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(cases(), st.integers(1, 40))
 def test_equal_caps_leave_no_device_without_a_span(case, cap):
     layers, first, last, caps = case
@@ -72,7 +72,7 @@ def test_equal_caps_leave_no_device_without_a_span(case, cap):
     assert len(partition(layers, first, last, equal)) == len(caps)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(cases())
 def test_short_by_is_the_room_of_the_one_device_more_that_would_do(case):
     layers, first, last, caps = case

@@ -75,7 +75,7 @@ def test_a_run_without_masks_has_no_such_column(view: RunReader) -> None:
     assert "loss_mask" not in next(iter(view.stream()))
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     world_size=st.integers(1, 7),
     batch_rows=st.integers(1, 80),
@@ -127,7 +127,7 @@ def test_a_buffer_mixes_rows_of_all_blocks(view: RunReader) -> None:
     assert neighbours < 8, "by chance about one"
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(batch_rows=st.integers(1, 30), buffer_rows=st.integers(1, 120), after=st.integers(0, 70), world_size=st.integers(1, 3))
 def test_a_resumed_stream_gives_what_the_uninterrupted_one_would(
     view: RunReader, batch_rows: int, buffer_rows: int, after: int, world_size: int
