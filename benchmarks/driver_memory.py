@@ -41,7 +41,7 @@ def main() -> None:
 
 def make_inputs(folder: Path, num_shards: int) -> None:
     """A tiny model, and as many prompts as shards."""
-    maker = [sys.executable, "scripts/make_checkpoint.py", str(folder / "model"), "--config", "tests/data/minimax_m2/config.json"]
+    maker = [sys.executable, "-m", "scripts.make_checkpoint", str(folder / "model"), "--config", "tests/data/minimax_m2/config.json"]
     sizes = [word for name, value in (SIZES | {"layers": 4}).items() for word in (f"--{name}", str(value))]
     env = {**environment(), "PYTHONPATH": str(ROOT)}
     subprocess.run([*maker, "--format", "fp8", "--seed", "7", *sizes], cwd=ROOT, check=True, env=env, timeout=TIMEOUT_S)

@@ -36,7 +36,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     model, log = folder / "model", folder / "log"
     if not model.exists():
-        maker = [sys.executable, "scripts/make_checkpoint.py", str(model), "--config", "tests/data/minimax_m2/config.json"]
+        maker = [sys.executable, "-m", "scripts.make_checkpoint", str(model), "--config", "tests/data/minimax_m2/config.json"]
         sizes = [word for name, value in SIZES.items() for word in (f"--{name}", str(value))]
         subprocess.run(
             [*maker, "--format", "fp8", "--seed", "7", *sizes],

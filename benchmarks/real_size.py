@@ -34,7 +34,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     model, prompts, run = folder / "model", folder / "prompts.txt", folder / f"run-{int(time.time())}"
     if not model.exists():
-        maker = [sys.executable, "scripts/make_checkpoint.py", str(model), "--config", "tests/data/minimax_m2/config.json"]
+        maker = [sys.executable, "-m", "scripts.make_checkpoint", str(model), "--config", "tests/data/minimax_m2/config.json"]
         subprocess.run(
             [*maker, "--layers", "2", "--format", "fp8", "--seed", "1"],
             cwd=ROOT,

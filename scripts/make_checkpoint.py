@@ -2,7 +2,7 @@
 scripts/checkpoint_formats, or a multimodal model such as MiniMax-M3 (bf16), of which the options change the text tower; with `--layers` its
 other towers get one layer.
 
-    python scripts/make_checkpoint.py OUT --config tests/data/minimax_m2/config.json --layers 4 --hidden-size 256 --format fp8 --seed 0
+    python -m scripts.make_checkpoint OUT --config tests/data/minimax_m2/config.json --layers 4 --hidden-size 256 --format fp8 --seed 0
 
 Names and shapes come from transformers: its model on the meta device, taken back through its own checkpoint conversion. A tensor's
 values depend on the seed and its published name alone, so the shard size changes nothing, `--format bf16` holds exactly what
