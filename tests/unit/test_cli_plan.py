@@ -104,8 +104,9 @@ def test_a_max_length_that_a_run_would_refuse(tmp_path: Path) -> None:
     assert (refused.exit_code, "has learned 128 positions" in refused.stderr) == (1, True)
 
 
-def test_a_quantised_layout_is_named_with_its_bytes_on_disk_and_as_computed() -> None:
+def test_a_quantised_layout_is_named_with_its_bytes_on_disk_and_as_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     """62 layers: attention and experts in FP8 with a scale for 128 x 128; norms, routers, embedding and head as they are."""
+    monkeypatch.delenv("COLUMNS", raising=False)  # of whoever runs the tests
     weights = plan_json("--gpus", "8xA100-80GB")["weights"]
     layouts = {layout["name"]: (layout["disk_bytes"], layout["compute_bytes"]) for layout in weights["layouts"]}
     on_disk, computed = layouts["FP8 in blocks of 128 x 128"]

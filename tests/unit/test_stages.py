@@ -62,13 +62,13 @@ def linked(ray: Ray) -> Stages:
     return stages
 
 
-def test_a_stage_that_is_started_again_is_not_waited_for_at_the_end(ray: Ray, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stage_that_is_started_again_is_not_waited_for_at_the_end(ray: Ray) -> None:
     """Its node may be gone, as when Slurm ends a job; it would be waited for as long as writers may take."""
     stages = linked(ray)
     stages._actors.handles = [
         SimpleNamespace(close=SimpleNamespace(remote=lambda name=name: ray._call(name))) for name in ("first", "last")
     ]
-    monkeypatch.setattr(stages._actors, "end", lambda: None)
+    stages._actors.end = lambda: None
     stages._forget([1])
     ray.answers = {"first0": None}
     ray.calls.clear()
