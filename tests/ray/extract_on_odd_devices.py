@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from m2ray.batches import LayerSpan, MicroBatch
-from m2ray.chain import actor, extract
+from m2ray.chain import actor, specs
 from m2ray.cli import main
 from m2ray.model.boundary import Boundary
 from m2ray.model.stage import Stage, StageSpec
@@ -52,8 +52,8 @@ def nothing_resident(*args: Any) -> Iterator[StageSpec]:
 
 
 actor.StageActor = ActorWithSmallStages
-one_spec = extract._specs
-extract._specs = {"1": one_spec, "2": halves, "none": nothing_resident}[sys.argv[2]]
+one_spec = specs._specs
+specs._specs = {"1": one_spec, "2": halves, "none": nothing_resident}[sys.argv[2]]
 sys.argv[1:] = ["extract", *sys.argv[3:]]
 if __name__ == "__main__":
     main()
