@@ -221,7 +221,7 @@ def _hardware(inputs: Inputs, stack: ExitStack, progress: Progress) -> Hardware:
     the driver's.
     """
     options = inputs.options
-    if alone := hardware_here(inputs.config, options.watched_folder):
+    if alone := hardware_here(inputs.config, options.watched_folder, stack):
         return alone
     progress.waiting("cluster", "joining Ray" if os.environ.get("RAY_ADDRESS") else "starting Ray on this machine")
     stack.enter_context(cluster(options.placement_timeout_s, progress.say))

@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import ray
@@ -30,13 +30,17 @@ from m2ray.planning.memory import window
 NODE = "127.0.0.1"
 """What a Ray of this machine alone calls it."""
 
+_ONE_STAGE = threading.Lock()
+"""Of the run that has its stage in this process."""
+
 _LEAVE_S = 1.0
 _END_S = 10.0
 """What a stage's threads may take to end: before others are told that it has ended, and once the program itself is at its end."""
 
 
-def hardware_here(config: ExtractConfig, folder: str) -> Hardware | None:
-    """This machine, where it is all that the run asks for: one stage, no GPU, no cluster. None where Ray has to be asked.
+def hardware_here(config: ExtractConfig, folder: str, stack: ExitStack) -> Hardware | None:
+    """This machine until the stack ends, where it is all that the run asks for: one stage, no GPU, no cluster, and no other run of this process has
+    its stage here, whose number of torch threads, on which bits rest, is the process's. None where Ray has to be asked.
 
     Args:
         folder: whose disk's free bytes are asked for.
@@ -45,8 +49,9 @@ def hardware_here(config: ExtractConfig, folder: str) -> Hardware | None:
     if config.ray or not alone or os.environ.get("RAY_ADDRESS") or ray.is_initialized():
         return None
     node = probe_node(NODE, folder)
-    if node.gpus:
+    if node.gpus or not _ONE_STAGE.acquire(blocking=False):
         return None
+    stack.callback(_ONE_STAGE.release)
     return Hardware(Cluster((node,)), {NODE: ""}, {NODE: float(node.cpus or 1)}, is_here=True)
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 import weakref
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -174,14 +175,20 @@ def test_ray_is_started_where_one_process_is_not_enough(
         monkeypatch.setenv("RAY_ADDRESS", address)
     gpus = tuple(Gpu(0, "NVIDIA H200", 1, 1) for _ in range(asked.pop("gpus", 0)))
     monkeypatch.setattr("m2ray.chain.here.probe_node", lambda *_: Node("here", gpus, cpus=2))
-    assert hardware_here(ExtractConfig(**options | asked), "") is None
+    with ExitStack() as stack:
+        assert hardware_here(ExtractConfig(**options | asked), "", stack) is None
 
 
 def test_alone_it_is_this_machine(options: dict[str, Any]) -> None:
-    found = hardware_here(ExtractConfig(**options), options["output"])
-    assert found is not None
-    assert found.is_here
-    assert list(found.cpus) == ["127.0.0.1"]
+    config, folder = ExtractConfig(**options), options["output"]
+    with ExitStack() as stack:
+        found = hardware_here(config, folder, stack)
+        assert found is not None
+        assert found.is_here
+        assert list(found.cpus) == ["127.0.0.1"]
+        assert hardware_here(config, folder, stack) is None, "torch's threads are another run's"
+    with ExitStack() as stack:
+        assert hardware_here(config, folder, stack) is not None
 
 
 def test_absent_paths_are_told_before_torch_is_imported(options: dict[str, Any], tmp_path: Path) -> None:
