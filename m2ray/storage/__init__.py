@@ -6,8 +6,9 @@ from urllib.parse import urlsplit
 from m2ray.errors import StoreError
 from m2ray.storage.address import SCHEMES, without_secrets
 from m2ray.storage.connect import looking
+from m2ray.storage.disk_errors import remedy_for
 from m2ray.storage.file import StoreFile
-from m2ray.storage.local import LocalStore, local_folder, no_empty_folders, remedy_for, with_home
+from m2ray.storage.local import LocalStore, local_folder, no_empty_folders, with_home
 from m2ray.storage.object_store import ObjectStore
 from m2ray.storage.scratch import aligned, scratch
 from m2ray.storage.store import Data, PartSink, ReadPieces, Store

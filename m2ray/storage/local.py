@@ -1,27 +1,25 @@
 """LocalStore: a folder on a local or shared disk."""
 
-import errno
 import fcntl
 import os
 import stat
-import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
 from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import numpy.typing as npt
 
-from m2ray.errors import AlreadyExistsError, StoreError
+from m2ray.errors import StoreError
 from m2ray.storage.address import without_secrets
+from m2ray.storage.disk_errors import naming
+from m2ray.storage.local_part import LocalPartSink, fsync_folder, locked, make_folder, open_unfinished, write_all
 from m2ray.storage.scatter import close_rows, scattered
 from m2ray.storage.store import Data, PartSink, ReadPieces, Store, neighbours
 
 _UNFINISHED = "_unfinished"
 _OF_THE_FILE_SYSTEM = "lost+found"
-_ROOM_BYTES = 64 << 20
 _SCATTERED_ROW_BYTES = 1024
 
 
@@ -46,59 +44,6 @@ def local_folder(url: str) -> Path | None:
             "Write file:///folder with three slashes, or a path.",
         )
     return Path(unquote(parts.path))
-
-
-@contextmanager
-def _naming(action: str, path: Path) -> Iterator[None]:
-    """Turn an OSError into a StoreError that says which file and what to do."""
-    try:
-        yield
-    except FileExistsError as error:
-        raise AlreadyExistsError(f"{path} exists already.") from error
-    except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else str(error)
-        raise StoreError(f"Cannot {action} {path}: {reason}.", remedy_for(error, path)) from error
-
-
-_AGAIN = "and run the same command again; finished shards are kept."
-
-
-def remedy_for(error: OSError, path: Path) -> str:
-    """What helps against what a file system says of `path`; "" where nothing is known to help."""
-    if error.errno == errno.ENOSPC:
-        return _full(path)
-    return {
-        errno.EACCES: "Give the user that runs m2ray the permission, or choose another folder.",
-        errno.EPERM: "Give the user that runs m2ray the permission, or choose another folder.",
-        errno.EROFS: "The disk is mounted read-only: choose another folder.",
-        errno.EDQUOT: f"This user's quota on the disk is used up: free space, or have it raised, {_AGAIN}",
-        errno.ENOENT: "Check the path.",
-        errno.ENOTDIR: f"{_no_folder(path)} is no folder: choose another one.",
-        errno.ENAMETOOLONG: "Choose a shorter path.",
-    }.get(error.errno or 0, "")
-
-
-def _no_folder(path: Path) -> Path:
-    """What stands where a folder of the path should be; the path itself where that cannot be told."""
-    return next((place for place in (*reversed(path.parents), path) if place.exists() and not place.is_dir()), path)
-
-
-def _full(path: Path) -> str:
-    """A file system has no room for bytes, or none for the names of more files, which is said by the same error."""
-    place = next((folder for folder in (path, *path.parents) if folder.exists()), path)
-    try:
-        found = os.statvfs(place)
-    except OSError:
-        return f"The disk is full: free space {_AGAIN}"
-    free_bytes = found.f_bavail * found.f_frsize
-    if found.f_files and not found.f_favail and free_bytes:
-        return (
-            f"The disk has {free_bytes:,} bytes left, but no inode: it holds {found.f_files:,} files, as many as it can. Delete files there "
-            f"(larger shards make fewer: shard_tokens, in another run) {_AGAIN}"
-        )
-    if free_bytes >= _ROOM_BYTES:
-        return f"The disk has {free_bytes:,} bytes left by now, and had none, or a limit of its own is reached: look at it {_AGAIN}"
-    return f"The disk is full: free space {_AGAIN}"
 
 
 @contextmanager
@@ -143,7 +88,7 @@ class LocalStore(Store):
         return self._folder / key
 
     def size(self, key: str) -> int | None:
-        with _naming("read", self.path(key)):
+        with naming("read", self.path(key)):
             try:
                 found = self.path(key).stat()
             except (FileNotFoundError, NotADirectoryError):
@@ -151,7 +96,7 @@ class LocalStore(Store):
         return None if stat.S_ISDIR(found.st_mode) else found.st_size
 
     def read(self, key: str) -> bytes:
-        with _naming("read", self.path(key)):
+        with naming("read", self.path(key)):
             return self.path(key).read_bytes()
 
     def read_into(self, key: str, offset: int, out: memoryview) -> None:
@@ -160,7 +105,7 @@ class LocalStore(Store):
     def read_ranges(self, key: str, offsets: Sequence[int], num_bytes: int, out: memoryview) -> None:
         """The file is opened once."""
         path = self.path(key)
-        with _naming("read", path):
+        with naming("read", path):
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             try:
                 for start, stop in neighbours(offsets, num_bytes):
@@ -180,7 +125,7 @@ class LocalStore(Store):
                 done, offset = done - (len(piece) - len(left)), offset + len(piece)
                 _read_all(fd, path, offset - len(left), left)
 
-        with _naming("read", path):
+        with naming("read", path):
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             try:
                 yield read
@@ -193,7 +138,7 @@ class LocalStore(Store):
         if row_bytes < _SCATTERED_ROW_BYTES:
             super().read_rows(key, offsets, out, places)
             return
-        with _naming("read", self.path(key)):
+        with naming("read", self.path(key)):
             fd = os.open(self.path(key), os.O_RDONLY | os.O_CLOEXEC)
             try:
                 for start, stop in close_rows(offsets, row_bytes):
@@ -209,7 +154,7 @@ class LocalStore(Store):
 
     def _below(self, folder: Path, depth: int | None, above: frozenset[tuple[int, int]]) -> Iterator[tuple[str, int]]:
         """Files first. `above` are the device and inode of the folders on the way, which a loop of links would come to again."""
-        with _naming("list", folder):
+        with naming("list", folder):
             try:
                 found = folder.stat()
                 with os.scandir(folder) as listing:
@@ -249,25 +194,25 @@ class LocalStore(Store):
 
     def put(self, key: str, data: Data) -> None:
         path = self.path(key)
-        with _naming("write", path):
-            _make_folder(path.parent)
-            temporary, file = _open_unfinished(self.path(_UNFINISHED), path.name)
+        with naming("write", path):
+            make_folder(path.parent)
+            temporary, file = open_unfinished(self.path(_UNFINISHED), path.name)
             try:
                 with file:
-                    _write_all(file, [data])
+                    write_all(file, [data])
                     os.fsync(file.fileno())
                     temporary.replace(path)
             finally:
                 temporary.unlink(missing_ok=True)
-            _fsync_folder(path.parent)
+            fsync_folder(path.parent)
 
     def open_part(self, key: str) -> PartSink:
-        return _LocalPartSink(self.path(key), self.path(_UNFINISHED))
+        return LocalPartSink(self.path(key), self.path(_UNFINISHED))
 
     def delete(self, keys: Iterable[str]) -> None:
         """Raises StoreError for one behind a link to a folder, of which nobody knows whose it is."""
         for key in keys:
-            with _naming("delete", self.path(key)):
+            with naming("delete", self.path(key)):
                 links = [folder for folder in map(str, PurePosixPath(key).parents) if folder != "." and self.path(folder).is_symlink()]
                 if links:
                     raise StoreError(
@@ -279,10 +224,10 @@ class LocalStore(Store):
 
     def delete_unfinished(self) -> int:
         folder, num_deleted = self.path(_UNFINISHED), 0
-        with _naming("delete", folder):
+        with naming("delete", folder):
             for path in list(folder.iterdir()) if folder.is_dir() else ():
                 with suppress(FileNotFoundError), path.open("r+b") as file:
-                    if _locked(file, fcntl.LOCK_NB):
+                    if locked(file, fcntl.LOCK_NB):
                         path.unlink()
                         num_deleted += 1
         return num_deleted
@@ -294,86 +239,12 @@ def _num_bytes(entry: "os.DirEntry[str]") -> int | None:
         found = entry.stat()
         if stat.S_ISREG(found.st_mode):
             return found.st_size
-    with _naming("list", Path(entry.path)):
+    with naming("list", Path(entry.path)):
         try:
             found = entry.stat()
             return (entry.stat(follow_symlinks=False) if stat.S_ISDIR(found.st_mode) else found).st_size
         except (FileNotFoundError, NotADirectoryError):
             return entry.stat(follow_symlinks=False).st_size if entry.is_symlink() else None
-
-
-_SENT_BYTES = 32 << 20
-"""Each time this much is written, the kernel is told that nobody will read it soon, and sends it to the disk at once. Otherwise the disk
-would stand idle until the part is synced, and then get all of it."""
-
-
-class _LocalPartSink(PartSink):
-    """Writes under another name, then links the file into place: link() fails if the name is taken, rename() would not."""
-
-    def __init__(self, path: Path, unfinished: Path) -> None:
-        self._path = path
-        self._num_bytes = self._on_their_way = 0
-        with _naming("write", path):
-            _make_folder(path.parent)
-            self._temporary, self._file = _open_unfinished(unfinished, path.name)
-
-    def write(self, data: Data) -> None:
-        self.write_pieces([data])
-
-    def write_pieces(self, pieces: Sequence[Data]) -> None:
-        with _naming("write", self._path):
-            self._num_bytes += _write_all(self._file, pieces)
-            if self._num_bytes - self._on_their_way >= _SENT_BYTES:
-                os.posix_fadvise(self._file.fileno(), self._on_their_way, 0, os.POSIX_FADV_DONTNEED)
-                self._on_their_way = self._num_bytes
-
-    def close(self) -> None:
-        with _naming("write", self._path):
-            try:
-                os.fsync(self._file.fileno())
-                self._link()
-            finally:
-                self._file.close()
-                self._temporary.unlink(missing_ok=True)
-            _fsync_folder(self._path.parent)
-
-    def abort(self) -> None:
-        self._file.close()
-        self._temporary.unlink(missing_ok=True)
-
-    def _link(self) -> None:
-        try:
-            os.link(self._temporary, self._path)
-        except FileNotFoundError:
-            if not self._temporary.exists():
-                raise
-            _make_folder(self._path.parent)  # likewise
-            os.link(self._temporary, self._path)
-
-
-def _open_unfinished(folder: Path, name: str) -> tuple[Path, BinaryIO]:
-    """A new file below `folder`, locked for as long as it is open: a lock goes away with the process that holds it."""
-    _make_folder(folder)
-    while True:
-        path = folder / f"{uuid.uuid4().hex[:12]}-{name}"
-        try:
-            file = path.open("xb", buffering=0)
-        except FileNotFoundError:  # a start that was refused has removed the folder, since it was empty
-            _make_folder(folder)
-            file = path.open("xb", buffering=0)
-        _locked(file)
-        if os.fstat(file.fileno()).st_nlink:
-            return path, file
-        file.close()  # it was deleted before it was locked
-
-
-def _locked(file: BinaryIO, flags: int = 0) -> bool:
-    """Take the file's lock. A file system without locks gives none to anybody: unfinished files stay there."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | flags)
-    except OSError:
-        return False
-    return True
 
 
 def _read_all(fd: int, path: Path, offset: int, out: memoryview) -> None:
@@ -386,36 +257,3 @@ def _read_all(fd: int, path: Path, offset: int, out: memoryview) -> None:
                 "The file is truncated: copy it again.",
             )
         done += count
-
-
-def _write_all(file: BinaryIO, pieces: Sequence[Data]) -> int:
-    """Write the pieces, at most 1,024 of them, and give their bytes."""
-    num_bytes = written = os.writev(file.fileno(), pieces)
-    for piece in pieces if written < sum(map(len, pieces)) else ():
-        left = memoryview(piece).cast("B")[min(written, len(piece)) :]
-        written -= min(written, len(piece))
-        while len(left):
-            count = file.write(left)
-            num_bytes, left = num_bytes + count, left[count:]
-    return num_bytes
-
-
-def _make_folder(folder: Path) -> None:
-    """The folder and those above it, each durable in the one that holds it."""
-    if folder.is_dir():
-        return
-    if folder.parent != folder:
-        _make_folder(folder.parent)
-    try:
-        folder.mkdir(exist_ok=True)
-        _fsync_folder(folder.parent)
-    except FileExistsError as error:  # a file stands where the folder should: not a key that is taken
-        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)) from error
-
-
-def _fsync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -8,16 +8,16 @@ from m2ray.sites import shown_layers
 from m2ray.sizes import bytes_in_words
 
 if TYPE_CHECKING:
-    from m2ray.activations.reading.reader import RunReader
+    from m2ray.activations.reading.view import RunView
 
 
-def as_line(run: "RunReader", url: str) -> str:
+def as_line(run: "RunView", url: str) -> str:
     """Reads nothing but the records."""
     facts = _facts(run)
     return shown(f"<run {url}: {facts['model']}; {facts['sites']}; {facts['tokens']}; {facts['stored']}; {facts['state']}>")
 
 
-def as_html(run: "RunReader", url: str) -> str:
+def as_html(run: "RunView", url: str) -> str:
     """The same as a table; whatever text comes from outside is escaped."""
     rows = "".join(
         f'<tr><th style="text-align:left">{name}</th><td style="text-align:left">{escape(shown(value))}</td></tr>'
@@ -26,7 +26,7 @@ def as_html(run: "RunReader", url: str) -> str:
     return f"<table>{rows}</table>"
 
 
-def _facts(run: "RunReader") -> dict[str, str]:
+def _facts(run: "RunView") -> dict[str, str]:
     job = run.job
     name = job.names.get("model", "").rstrip("/").rpartition("/")[2]
     layers = {site: [part.layer for part in run.parts if part.site == site and part.layer is not None] for site in run.sites}
