@@ -44,6 +44,7 @@ class StageSpec:
         compile: whether the layers are compiled by torch.compile, which changes results by rounding (docs/numerics.md).
         residency: where those of its layers live that are not kept on the device.
         offload_folder: where the files of those on a disk lie, there or yet to be made.
+        wave_tokens: padded tokens of the micro-batches that go through a layer before the next, at most; less than two hold: one at a time.
         with_final_norm: whether the stage of the model's last layer loads the final norm, for the site of that name.
         model_files: the files that are needed, and the digest that each has to have (`Checkpoint.digests`); None takes what is there.
     """
@@ -57,6 +58,7 @@ class StageSpec:
     compile: bool = False
     residency: Mapping[int, Residency] = field(default_factory=dict)
     offload_folder: str = ""
+    wave_tokens: int = 0
     with_final_norm: bool = False
     model_files: Mapping[str, str] | None = None
 
