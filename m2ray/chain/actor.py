@@ -413,7 +413,7 @@ class StageActor:
         self.close()
         for stage, spec in zip(self._stages, self._specs, strict=True):
             stage.begin(job.capture)
-            warm_up(stage, spec, job.batch_tokens, job.writer.queue_bytes // len(self._specs))
+            warm_up(stage, spec, job.batch_tokens, job.writer.queue_bytes // len(self._specs), self._count_warm_up)
         writer = job.writer.open([part for stage in self._stages for part in stage.parts])
         statistics = {place: kinds for stage in self._stages for place, kinds in stage.statistics.items()}
         consumers = (writer, job.writer.open_statistics(statistics)) if statistics else (writer,)
@@ -422,6 +422,9 @@ class StageActor:
         # A close that comes now, from whoever gives the job up, may not leave it begun and its writers closed: hence the job first.
         self._job, self._writer = job, writer
         self._consumers = consumers
+
+    def _count_warm_up(self, left: int) -> None:
+        self._status = replace(self._status, warm_up_left=left)
 
     def _abandon(self, attempts: Sequence[tuple[int, str]]) -> None:
         # What the store does not delete soon is no commit's, and goes when the run is finished; a reset has to end within `timeout_s`.

@@ -1,5 +1,6 @@
 """What a stage checks and does before its first micro-batch, besides loading; and the paths by which it finds its folders."""
 
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -49,14 +50,15 @@ def require_gpus(num_gpus: int, node: str) -> None:
         )
 
 
-def warm_up(stage: Stage, spec: StageSpec, batch_tokens: int, waiting_bytes: int) -> None:
+def warm_up(stage: Stage, spec: StageSpec, batch_tokens: int, waiting_bytes: int, on_left: Callable[[int], None]) -> None:
     """Run a device's span for every shape that may come, where that saves time later.
 
     Args:
         batch_tokens: padded tokens of a full micro-batch.
         waiting_bytes: of its captured rows that may wait for the store.
+        on_left: is told the micro-batches that are still to run.
     """
     if torch.device(spec.device).type == "cuda" or spec.compile:
         # A size that finds no room here finds none later: the driver halves it then.
         with suppress(torch.OutOfMemoryError):
-            stage.warm_up(batch_tokens, waiting_bytes)
+            stage.warm_up(batch_tokens, waiting_bytes, on_left)

@@ -68,7 +68,8 @@ class Monitor:
             return
         self._asked_at = now
         if not self._was_loaded:
-            self._progress.loading([status for _, stages in self._chains for status in stages.statuses])
+            statuses = [status for _, stages in self._chains for status in stages.statuses]
+            self._progress.loading(statuses, compiles=self._plan.demand.options.compile)
             if not all(stages.is_loaded for _, stages in self._chains):
                 return
             self._was_loaded = True

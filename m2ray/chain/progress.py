@@ -61,13 +61,18 @@ class Progress:
         """Prompt rows, or what was packed of them, read and tokenised so far, or in all."""
         self._show("survey", [f"{rows:,} {counted}"], 1.0 if is_done else None)
 
-    def loading(self, statuses: Sequence["StageStatus"]) -> None:
-        """Bytes of weights read, by stage; none while the first actors' processes start."""
+    def loading(self, statuses: Sequence["StageStatus"], *, compiles: bool = False) -> None:
+        """Bytes of weights read, by stage; none while the first actors' processes start. Then what their warm-up has left."""
         self._loading_at = self._loading_at or time.monotonic()
         if not any(status.needed_bytes for status in statuses):
             self._show("load", ["starting the stages"], None)
             return
         read_bytes = sum(status.read_bytes for status in statuses)
+        left = [status.warm_up_left for status in statuses]
+        if any(left):
+            words = ["compiling and warming up" if compiles else "warming up", f"micro-batches left by stage: {' '.join(map(str, left))}"]
+            self._show("load", words, None)
+            return
         needed_bytes = sum(status.needed_bytes for status in statuses)
         rate = read_bytes / max(time.monotonic() - self._loading_at, 1e-3)
         stages = " ".join(f"{status.read_bytes / max(status.needed_bytes, 1):.0%}" for status in statuses)

@@ -38,7 +38,7 @@ class StageStatus:
     Attributes:
         node, device, node_id, pid: where it runs; the devices in words, Ray's id of the node, and the process.
         needed_bytes: of the checkpoint, which it has to read. read_bytes: of them, read so far. load_s: from the call to the last tensor
-            in place.
+            in place. warm_up_left: micro-batches of zeros that it still has to run before the first real one, now.
         parameter_bytes: in memory.
         tokens, padded_tokens: real ones, and computed ones.
         compute_s: of layers and selection, by the device's own clock. wait_s: the rest of the time since the first micro-batch, mostly
@@ -63,6 +63,7 @@ class StageStatus:
     read_bytes: int = 0
     parameter_bytes: int = 0
     load_s: float = 0.0
+    warm_up_left: int = 0
     micro_batches: int = 0
     tokens: int = 0
     padded_tokens: int = 0

@@ -1,15 +1,23 @@
 """torch.compile of decoder layers, and two settings without which a mixture of experts would be slow."""
 
 import inspect
+import os
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+from m2ray.model.kept import kept_folder
 
 _ADVICE = ("TensorFloat32 tensor cores for float32", "Dynamo detected a call to a `functools.lru_cache`")
 """Warnings of torch.compile for authors of models; they say nothing to a user of m2ray, whose float32 products stay float32."""
+
+_FOLDER = "TORCHINDUCTOR_CACHE_DIR"
+"""Some imports of torch set it to torch's own choice."""
 
 _OPTIONS: dict[str, Any] = {"unroll_reductions_threshold": 17}
 """Sums of up to 16 terms are written out, as a mixture's over the experts of a token. torch.compile does so below 8 of its own accord,
@@ -17,7 +25,11 @@ and makes a reduction of 8, in a kernel of its own."""
 
 
 def compile_layers(layers: Sequence[nn.Module]) -> None:
-    """Compile each layer's forward pass; layers of one kind share their graphs. Hooks stay outside of what is compiled."""
+    """Compile each layer's forward pass; layers of one kind share their graphs. Hooks stay outside of what is compiled.
+
+    torch keeps their graphs for the next process, by code, versions and shapes: in `TORCHINDUCTOR_CACHE_DIR`, or the user's cache folder.
+    """
+    _keep_graphs()
     for advice in _ADVICE:
         warnings.filterwarnings("ignore", advice, UserWarning)
     for layer in layers:
@@ -25,6 +37,13 @@ def compile_layers(layers: Sequence[nn.Module]) -> None:
             if "top_k_weights" in inspect.signature(module.forward).parameters:  # transformers' experts
                 module.register_forward_pre_hook(_write_out, with_kwargs=True)
         layer.forward = torch.compile(layer.forward, options=_OPTIONS)
+
+
+def _keep_graphs() -> None:
+    """Choose the folder, unless the user did. torch's own choice is in the temporary folder, which is emptied and others' to write in."""
+    folder = kept_folder("compiled")
+    if folder and os.access(folder, os.W_OK) and os.environ.get(_FOLDER) in (None, str(Path(default_cache_dir()).absolute())):
+        os.environ[_FOLDER] = str(folder)
 
 
 def _write_out(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -6,7 +6,6 @@ configuration that breaks one of them is found even if m2ray does not know it.
 """
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -18,6 +17,7 @@ import transformers
 import xxhash
 
 from m2ray.errors import CheckpointError, M2rayError, raise_all
+from m2ray.model.kept import kept_folder
 from m2ray.model.rehearsal import NOT_RUN, Rehearsal, rehearse
 
 TOLERANCE = 1e-4
@@ -50,7 +50,6 @@ def once(config: Any, what: str, proof: Callable[[], None]) -> None:
     proof()
     if cached:
         with suppress(OSError):  # where nothing can be written, the next run proves it again
-            cached.parent.mkdir(parents=True, exist_ok=True)
             cached.touch()
 
 
@@ -126,16 +125,13 @@ def _refusal(rehearsal: Rehearsal, what: str) -> CheckpointError:
 def _digest(config: Any, what: str) -> str:
     """The digest of all that a proof depends on: the configuration, torch, transformers, and m2ray's own code of models."""
     digest = xxhash.xxh3_128(f"{what}{torch.__version__} {transformers.__version__}".encode())
-    for file in sorted(Path(__file__).parent.glob("*.py")):
+    for file in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(file.read_bytes())
     digest.update(json.dumps(config.to_dict(), sort_keys=True, default=str).encode())
     return digest.hexdigest()
 
 
 def _cached_at(config: Any, what: str) -> Path | None:
-    """The file whose being there says that a configuration was proved; None for a user without a home."""
-    try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
-    except RuntimeError:
-        return None
-    return folder / "m2ray" / "proofs" / _digest(config, what)
+    """The file whose being there says that a configuration was proved; None for a user who has no home to write to."""
+    folder = kept_folder("proofs")
+    return folder and folder / _digest(config, what)

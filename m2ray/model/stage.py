@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -287,7 +287,7 @@ class Stage:
         """What rows in 8 bits have lost since `begin`."""
         return self._of_the_job.encoder.losses()
 
-    def warm_up(self, batch_tokens: int, waiting_bytes: int = 0) -> None:
+    def warm_up(self, batch_tokens: int, waiting_bytes: int = 0, on_left: Callable[[int], None] = lambda _: None) -> None:
         """Run once for every shape that may come, so that no micro-batch has to wait for a compilation, a library's start or memory.
 
         torch.compile makes a first graph for one shape and, on seeing a second one, a graph for all others; a batch of one is a
@@ -296,6 +296,7 @@ class Stage:
         Args:
             batch_tokens: padded tokens of a full micro-batch.
             waiting_bytes: of captured rows that may wait for the store.
+            on_left: called with the micro-batches that are still to run, before the first and after each.
         """
         config = self._decoder.skeleton.config
         self._full_tokens = batch_tokens
@@ -313,19 +314,24 @@ class Stage:
             short = min(longest, FLEX_BLOCK // 2)
             shapes += [(max(2, batch_tokens // short), short), (1, short)]
         try:
-            self._try(shapes)
+            self._try(shapes, on_left)
         finally:
             if self._on_gpu:
                 torch.cuda.empty_cache()  # of what compiling took
         if self._on_gpu:
             # The blocks that torch's allocator keeps from the largest micro-batch serve all others; those of smaller ones would not serve it.
-            self._try(shapes[:1] * max(1, self._spec.wave_tokens // batch_tokens))
+            self._try(shapes[:1] * max(1, self._spec.wave_tokens // batch_tokens), on_left)
         self._of_the_job.encoder = Encoder()  # these rows are nobody's
 
-    def _try(self, shapes: Sequence[tuple[int, int]]) -> None:
+    def _try(self, shapes: Sequence[tuple[int, int]], on_left: Callable[[int], None]) -> None:
         """Run a wave of micro-batches of zeros."""
-        for output in self.forward_wave(deque(self._zeros(max(num_sequences, 1), length) for num_sequences, length in shapes)):
+        on_left(len(shapes))
+        wave = deque(self._zeros(max(num_sequences, 1), length) for num_sequences, length in shapes)
+        left = len(shapes)
+        for output in self.forward_wave(wave):
             _ = output.captured
+            left -= output.leaves
+            on_left(left)
 
     def _zeros(self, num_sequences: int, length: int) -> tuple[MicroBatch, Boundary | None]:
         counts = np.full(num_sequences, length, np.int32)

@@ -282,8 +282,10 @@ def test_hidden_states_of_another_shape_or_dtype_are_a_bug(llama: Path) -> None:
 def test_any_size_can_be_warmed_up(llama: Path, batch_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     stage, tried = load(spec_of(llama, 0, 1)), []
     monkeypatch.setattr(Stage, "_zeros", lambda self, *shape, was=Stage._zeros: (tried.append(shape), was(self, *shape))[1])
-    stage.warm_up(batch_tokens)
+    left: list[int] = []
+    stage.warm_up(batch_tokens, on_left=left.append)
     assert 0 <= batch_tokens - np.prod(tried[0]) < tried[0][0], "the first is as full as can be"
+    assert left == [3, 2, 1, 0]
 
 
 def test_a_request_between_two_micro_batches_changes_neither(llama: Path) -> None:

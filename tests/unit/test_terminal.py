@@ -86,6 +86,16 @@ def test_a_phase_that_is_over_does_not_pulse_on(monkeypatch: pytest.MonkeyPatch)
     assert [task.finished for task in bars.tasks] == [True, True, False], "what comes next ends what was before"
 
 
+def test_a_warm_up_is_named_as_such_with_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TTY_COMPATIBLE", "0")
+    read = {"needed_bytes": 4, "read_bytes": 4}
+    statuses = [StageStatus(LayerSpan(0, 2), "here", "cuda:0", **read, warm_up_left=left) for left in (3, 0)]
+    for compiles, words in ((True, "compiling and warming up"), (False, "warming up")):
+        said = io.StringIO()
+        Progress(said).loading(statuses, compiles=compiles)
+        assert said.getvalue().split(": ", 1)[1].strip() == f"{words}, micro-batches left by stage: 3 0"
+
+
 def test_in_a_pipe_a_line_of_progress_has_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TTY_COMPATIBLE", "0")
     said = io.StringIO()
