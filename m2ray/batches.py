@@ -49,8 +49,11 @@ class LayerSpan:
         return f"layers {self.start}-{self.stop - 1}"
 
 
-Residency = Literal["gpu", "host", "disk"]
-"""Where a layer's weights live while it does not run: on its GPU, in host memory, or in a file on its node's disk."""
+Residency = Literal["gpu", "gpu_packed", "host", "checkpoint"]
+"""Where a layer's weights live while it does not run: ready on its GPU; there, as packed on disk; so in host memory; or in the model's files alone.
+
+Without a GPU "gpu" is in memory, ready, and "gpu_packed" is not used.
+"""
 
 
 MOST_SEQUENCES = 2**15 - 1
@@ -208,6 +211,14 @@ class TensorTable:
         for row in self.rows:
             if row.layer is not None and row.role == "layer":
                 totals[row.layer] += row.compute_bytes(itemsize_bytes)
+        return tuple(totals)
+
+    def packed_bytes(self) -> tuple[int, ...]:
+        """Bytes on disk of each decoder layer, in order."""
+        totals = [0] * self.num_layers
+        for row in self.rows:
+            if row.layer is not None and row.role == "layer":
+                totals[row.layer] += row.disk_bytes
         return tuple(totals)
 
     def role_bytes(self, role: Role, itemsize_bytes: int) -> int:

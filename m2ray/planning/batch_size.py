@@ -9,8 +9,10 @@ from dataclasses import dataclass
 
 from m2ray.batches import PromptStats
 
-AUTO_BATCH_TOKENS = 16_384
-"""No larger one is chosen: each of MiniMax-M2's 256 experts then sees 512 tokens on average, and little of a micro-batch's time is fixed."""
+AUTO_BATCH_TOKENS = 32_768
+"""No larger one is chosen: each of MiniMax-M2's 256 experts then sees 1,024 tokens on average, and little of a micro-batch's time is fixed."""
+
+MOST_ON_CPU = 16_384
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,12 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from m2ray.batches import Residency
 from m2ray.planning.devices import DevicePlan
 from m2ray.planning.hardware import Node
 from m2ray.planning.memory import Memory
 from m2ray.planning.plan import Plan
+from m2ray.planning.residency import runs
 from m2ray.sites import shown_layers
 from m2ray.sizes import bytes_in_words
 
@@ -32,6 +34,7 @@ def render(plan: Plan, columns: int, *, chose_batch_tokens: bool = False) -> Ren
     bar_width = 24 if columns >= _WIDE else 10
     blocks: list[RenderableType] = [_verdict(plan, chose_batch_tokens=chose_batch_tokens), _weights(plan)]
     blocks += [_node(plan, node, bar_width) for node in plan.cluster.nodes if node.gpus]
+    blocks += _residency(plan)
     if plan.gpus:
         blocks += [_legend(), _gpus_memory(plan)]
     if plan.stages:
@@ -85,10 +88,10 @@ def _weights(plan: Plan) -> Table:
     for name, (on_disk_bytes, computed_bytes) in weights.layouts.items():
         if name:
             rows.insert(-4, ("of it", on_disk_bytes, f"{name}: {computed_bytes:,} in {demand.options.compute_dtype}"))
-    in_host = sum(stage.host.running.get("offloaded", 0) for stage in plan.stages)
-    on_disk = sum(node.disk_bytes for node in plan.nodes)
-    rows += [("offloaded", in_host, "in host memory, copied in turn")] if in_host else []
-    rows += [("offloaded", on_disk, "on disks, read in turn")] if on_disk else []
+    outside: list[tuple[Residency, str]] = [("host", "packed in host memory, copied in turn"), ("checkpoint", "packed in files, read in turn")]
+    for place, note in outside:
+        num_bytes = sum(demand.bytes_in(each.residency, place) for each in plan.placed if place != "host" or each.device.gpu)
+        rows += [("offloaded", num_bytes, note)] if num_bytes else []
     for name, num_bytes, note in rows:
         table.add_row(name, f"{num_bytes:,}", note)
     table.add_row("a layer", each, "in memory")
@@ -131,9 +134,35 @@ def _node(plan: Plan, node: Node, bar_width: int) -> Table:
     return table
 
 
+def _residency(plan: Plan) -> Sequence[RenderableType]:
+    """Where the layers of each stage live, if not all are ready, and the wave that it takes through one before the next."""
+    lines = []
+    for each in plan.placed:
+        if each.residency:
+            places = "; ".join(f"{str(layers).removeprefix('layers ')} {_PLACES[place][each.device.gpu is None]}" for layers, place in runs(each.held, each.residency))
+            lines.append(f"stage {_stage_name(plan, each.replica, each.stage)}: layers {places}")
+    if not lines:
+        return []
+    tokens, forced_by = plan.wave
+    batch_tokens = plan.demand.options.batch_tokens
+    wave = f"waves of {tokens:,} tokens, {tokens // batch_tokens} micro-batches, go through a layer before the next" if tokens else "a micro-batch at a time"
+    why = {"": "", "in_flight": ": larger ones would be faster, and in_flight has no room for them", "memory": ": larger ones would be faster, and memory has no room for them"}
+    return [Text("\n".join([*lines, f"{wave}{why[forced_by]}", ""]))]
+
+
+_PLACES = {
+    "gpu": ("ready on the GPU", "ready in memory"),
+    "gpu_packed": ("packed on the GPU", ""),
+    "host": ("packed in host memory", "packed in memory"),
+    "checkpoint": ("in files", "in files"),
+}
+"""Where layers live, in words: beside a GPU, and without one."""
+
+
 def _bar_of(planned: DevicePlan, usable_bytes: int, width: int) -> Text:
     running = dict(planned.memory.running)
-    parts = {name: running.pop(name, 0) for name in ("weights", "transient")}
+    weights = sum(running.pop(name, 0) for name in ("weights", "packed_weights"))
+    parts = {"weights": weights, "transient": running.pop("transient", 0)}
     return _bar({**parts, "rest": sum(running.values())}, usable_bytes, width)
 
 

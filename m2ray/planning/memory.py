@@ -39,11 +39,11 @@ STATISTICS_MICRO_BATCHES = 4
 ENCODING_BYTES = 6 * 64 * _MIB
 """What it takes to encode rows in 8 bits, some at a time, in float32 (m2ray.model.eight_bits)."""
 
-OFFLOAD_BUFFERS = 2
-"""Layers on a GPU whose weights are kept in host memory: one that computes, one that is copied in."""
+LANDING_BUFFERS = 2
+"""Packed layers on a device that are brought there: one that is unpacked, one that is on its way."""
 
-OFFLOAD_READ_BYTES = 128 * _MIB
-"""Pinned memory of a GPU whose layers are read from a disk: 4 readers, each with a piece of 32 MiB."""
+READERS_BYTES = 128 * _MIB
+"""Host memory, pinned beside a GPU, of a device whose layers are read from files: 4 readers, each with a piece of 32 MiB."""
 
 HOST_BUFFERS = 3
 """Micro-batches' hidden states in a stage's host memory: received, computed, on the way out."""
@@ -248,34 +248,29 @@ def gpu_overhead(workload: Workload, captured_bytes: int, statistics_bytes: int 
     return overhead | ({"statistics": statistics_bytes} if statistics_bytes else {})
 
 
-def gpu_memory(
-    rows: Sequence[TensorRow], workload: Workload, captured_bytes: int, offload_bytes: int = 0, statistics_bytes: int = 0
-) -> Memory:
-    """A GPU that holds the tensors `rows`, and buffers of `offload_bytes` for layers that are kept elsewhere."""
-    weights = {"weights": weight_bytes(rows, workload.itemsize_bytes)}
-    if offload_bytes:
-        weights["offload_buffers"] = offload_bytes
+def gpu_memory(held: Mapping[str, int], workload: Workload, captured_bytes: int, statistics_bytes: int = 0) -> Memory:
+    """A GPU that holds weights, item by item, and what it takes to use them (m2ray.planning.residency)."""
     loading = {"staging": STAGING_BYTES["device"], "unusable": UNUSABLE_BYTES, "context": CONTEXT_BYTES}
-    return Memory(weights | gpu_overhead(workload, captured_bytes, statistics_bytes), weights | loading)
+    return Memory({**held, **gpu_overhead(workload, captured_bytes, statistics_bytes)}, {**held, **loading})
 
 
 def gpu_host_memory(
-    workload: Workload, column_bytes: Sequence[int], offloaded_bytes: int = 0, readers_bytes: int = 0, statistics_bytes: int = 0
+    workload: Workload, column_bytes: Sequence[int], packed_bytes: int = 0, readers_bytes: int = 0, statistics_bytes: int = 0
 ) -> Memory:
-    """The host's side of a stage whose weights are on GPUs, but for `offloaded_bytes` here and others on a disk, read with `readers_bytes`.
+    """The host's side of a stage whose weights are on GPUs, but for `packed_bytes` here and those that are read each time, through `readers_bytes`.
 
     `column_bytes` are those of a row of each column of each part.
     """
-    offload = {"offloaded": offloaded_bytes, "offload_readers": readers_bytes}
+    offload = {"packed_layers": packed_bytes, "readers": readers_bytes}
     process = {"process": PROCESS_BYTES["gpu"]} | {name: num_bytes for name, num_bytes in offload.items() if num_bytes}
     buffers = _host_buffers(workload, column_bytes, statistics_bytes)
     buffers["capture"] = _pinned_bytes(buffers["capture"], [workload.padded_tokens * num_bytes for num_bytes in column_bytes])
     return Memory(process | buffers, process | {"staging": STAGING_BYTES["host"]})
 
 
-def cpu_memory(rows: Sequence[TensorRow], workload: Workload, row_bytes: Sequence[int], statistics_bytes: int = 0) -> Memory:
-    """A stage without a GPU: everything is in host memory."""
-    held = {"weights": weight_bytes(rows, workload.itemsize_bytes), "process": PROCESS_BYTES["cpu"]}
+def cpu_memory(held: Mapping[str, int], workload: Workload, row_bytes: Sequence[int], statistics_bytes: int = 0) -> Memory:
+    """A stage without a GPU: everything is in host memory, of its weights what `held` says item by item."""
+    held = {**held, "process": PROCESS_BYTES["cpu"]}
     return Memory(
         held | {"transient": workload.transient_bytes + workload.encoding_bytes} | _host_buffers(workload, row_bytes, statistics_bytes),
         held | {"staging": STAGING_BYTES["device"]},
