@@ -145,7 +145,7 @@ class Demand:
     def statistics_on_host(self, span: LayerSpan) -> int:
         """Host memory for the statistics of `span`: of the shards that are summed up, and of the micro-batches that are on their way to them."""
         return sum(
-            STATISTICS_SHARDS * shard_bytes(kinds, width) + STATISTICS_MICRO_BATCHES * micro_batch_bytes(kinds, width)
+            (STATISTICS_SHARDS + self.wave_tokens // self.options.shard_tokens) * shard_bytes(kinds, width) + STATISTICS_MICRO_BATCHES * micro_batch_bytes(kinds, width)
             for kinds, width in self._taken(span)
         )
 
@@ -188,6 +188,10 @@ class Demand:
         first, last = self.end_bytes
         ends = (first if span.start == 0 else 0) + (last if span.stop == self.table.num_layers else 0)
         return sum(self.layer_bytes[span.start : span.stop]) + ends
+
+    def wave_bytes(self, span: LayerSpan) -> int:
+        """Hidden states of a wave that a stage of `span` takes through its layers, and of the next one, which waits for its turn there."""
+        return self.wave_tokens * self.workload.token_bytes * (2 if span.start else 1)
 
     @cached_property
     def layer_bytes(self) -> tuple[int, ...]:

@@ -58,7 +58,8 @@ def _verdict(plan: Plan, *, chose_batch_tokens: bool) -> Text:
             unknown = "" if "store" in plan.rates.limits else ", unless the store does, whose speed is not known (--store-gb-per-s)"
             text.append(f"; {_words(plan.limiting_resource)} limits the run{unknown}", style="not bold")
         if chose_batch_tokens:
-            text.append(f"\nmicro-batches of at most {plan.demand.options.batch_tokens:,} tokens", style="not bold")
+            or_fewer = "" if plan.prompts else ", or fewer where the prompts suit fewer better"
+            text.append(f"\nmicro-batches of at most {plan.demand.options.batch_tokens:,} tokens{or_fewer}", style="not bold")
     else:
         text = Text("It does not fit:", style="bold red")
         for shortage in plan.shortages:
@@ -257,6 +258,8 @@ def _output_lines(plan: Plan) -> Iterator[str]:
     if output is None or prompts is None:
         return
     yield f"output   {prompts.tokens:,} tokens of {prompts.sequences:,} prompts; padding {prompts.padding_waste:.1%}"
+    if plan.demand.options.prompts.limit is not None:
+        yield f"         limit = {plan.demand.options.prompts.limit:,}: what comes after so many rows of the prompts is left out"
     if output.rows < prompts.tokens:
         chosen = plan.demand.options.prompts.selection
         yield f"         {output.rows:,} rows of {chosen} in each site and layer: {bytes_in_words(output.saved_bytes)} less than of all"

@@ -136,7 +136,13 @@ def _stages(demand: Demand, placed: Sequence[DevicePlan]) -> Iterator[StagePlan]
         statistics_bytes = demand.statistics_on_host(span)
         if of_stage[0].device.gpu:
             packed_bytes = sum(demand.bytes_in(each.residency, "host") for each in of_stage)
-            host = gpu_host_memory(demand.workload, demand.column_bytes(span), packed_bytes, readers_bytes(of_stage), statistics_bytes)
+            wave_bytes = demand.wave_bytes(span) // 2 if span.start and any(each.residency for each in of_stage) else 0
+            host = gpu_host_memory(
+                demand.workload,
+                demand.column_bytes(span),
+                {"packed_layers": packed_bytes, "readers": readers_bytes(of_stage), "wave": wave_bytes},
+                statistics_bytes,
+            )
         else:
             held = held_bytes(demand, span, of_stage[0].residency, on_gpu=False)
             host = cpu_memory(held, demand.workload, demand.row_bytes(span), statistics_bytes + demand.statistics_on_device(span))

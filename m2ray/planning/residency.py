@@ -37,7 +37,7 @@ def held_bytes(demand: Demand, span: LayerSpan, residency: Mapping[int, Residenc
         "packed_weights": sum(packed[layer] for layer in in_place),
         "workspace": max((ready[layer] for layer in outside if not demand.is_as_stored[layer]), default=0),
         "landing_buffers": LANDING_BUFFERS * max(brought, default=0),
-        "wave": demand.wave_tokens * demand.workload.token_bytes if outside else 0,
+        "wave": demand.wave_bytes(span) if outside else 0,
         "readers": READERS_BYTES if "checkpoint" in outside.values() and not on_gpu else 0,
     }
     return {name: num_bytes for name, num_bytes in found.items() if num_bytes or name == "weights"}

@@ -152,11 +152,18 @@ def _batch_tokens(config: ExtractConfig, demand: Demand, cluster: Cluster, stats
     demand = demand.asking(replicas=_replicas(config, demand, cluster))
     costs, at_most = (ON_GPU, AUTO_BATCH_TOKENS) if cluster.num_gpus else (ON_CPU, MOST_ON_CPU)
     most_tokens = most_batch_tokens(demand, cluster, at_most, costs.least_tokens)
-    if most_tokens is None or stats_at is None:
-        return most_tokens or MOST_ON_CPU
+    if most_tokens is None:
+        return MOST_ON_CPU
+    stats_at = stats_at or _endless
     replicas = demand.options.replicas
     plan = plan_run(demand.asking(batch_tokens=most_tokens), cluster)
     return best_batch_tokens(most_tokens, stats_at, len(plan.stages) // replicas, replicas, costs)
+
+
+def _endless(batch_tokens: int) -> PromptStats:
+    """Where no prompts are known: many, without padding."""
+    tokens = 1 << 30
+    return PromptStats(0, tokens, tokens, 0, 0, tokens // batch_tokens)
 
 
 def _writer_queue_bytes(options: RunOptions, cluster: Cluster) -> int:
