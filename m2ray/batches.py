@@ -147,8 +147,8 @@ class PromptStats:
         return 1 - self.tokens / self.padded_tokens if self.padded_tokens else 0.0
 
 
-PACKED_GAP_BYTES = 512
-"""Beside a tensor's own bytes in a packed layer, at most, for each of the checkpoint's tensors and for its scales: they keep their alignment."""
+PACKED_GAP_BYTES = 1024
+"""Beside a tensor's own bytes in a packed layer, at most, for each of the checkpoint's tensors with its scales: they keep their alignment."""
 
 _KEPT_DTYPES = {4: "float32", 8: "int64"}
 """Of tensors whose dtype the compute dtype does not decide, by the bytes of an element."""

@@ -300,9 +300,7 @@ def _table(skeleton: Skeleton, rows: Iterable[TensorRow]) -> TensorTable:
     return TensorTable(len(skeleton.layers), row_width(skeleton.config), tuple(rows), *beside, *experts, layers_of(skeleton))
 
 
-def _row(
-    tensor: ModelTensor, keys: tuple[str, ...], num_bytes: int, method: str = "", lies_as: torch.dtype | None = None
-) -> TensorRow:
+def _row(tensor: ModelTensor, keys: tuple[str, ...], num_bytes: int, method: str = "", lies_as: torch.dtype | None = None) -> TensorRow:
     itemsize_bytes = None if tensor.dtype == torch.bfloat16 else tensor.dtype.itemsize
     dtype = str(lies_as).removeprefix("torch.") if lies_as else ""
     return TensorRow(tensor.name, tensor.role, tensor.layer, tensor.shape, itemsize_bytes, num_bytes, keys, method, dtype)
