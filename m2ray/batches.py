@@ -241,14 +241,6 @@ class TensorTable:
                 totals[row.layer] += bytes_of(row)
         return tuple(totals)
 
-    def packed_bytes(self) -> tuple[int, ...]:
-        """Bytes on disk of each decoder layer, in order."""
-        totals = [0] * self.num_layers
-        for row in self.rows:
-            if row.layer is not None and row.role == "layer":
-                totals[row.layer] += row.disk_bytes
-        return tuple(totals)
-
     def role_bytes(self, role: Role, itemsize_bytes: int) -> int:
         """Bytes in memory of everything of one role."""
         return sum(row.compute_bytes(itemsize_bytes) for row in self.rows if row.role == role)

@@ -197,7 +197,9 @@ class ExtractConfig(BaseModel):
     replicas: Positive | Auto = Field(1, description="Chains over one queue of shards; auto: as many as the GPUs hold.")
     gpus_per_stage: Positive = Field(1, description="GPUs that one stage owns.")
     device_map: NonEmpty = Field("auto", description="auto, balanced, balanced_low_0, sequential, cuda:0.")
-    max_memory: NonEmpty | None = Field(None, description='Of each GPU, or of each stage where there is none: "40GB", "0:60GB,1:40GB", "node-a=40GB;node-b=60GB".')
+    max_memory: NonEmpty | None = Field(
+        None, description='Of each GPU, or of each stage where there is none: "40GB", "0:60GB,1:40GB", "node-a=40GB;node-b=60GB".'
+    )
     weights: Weights = Field(
         "auto", description="Quantised weights: bf16: unpacked once; packed: as on disk, unpacked as they are used; auto: bf16 if all fits."
     )

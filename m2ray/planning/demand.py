@@ -145,7 +145,8 @@ class Demand:
     def statistics_on_host(self, span: LayerSpan) -> int:
         """Host memory for the statistics of `span`: of the shards that are summed up, and of the micro-batches that are on their way to them."""
         return sum(
-            (STATISTICS_SHARDS + self.wave_tokens // self.options.shard_tokens) * shard_bytes(kinds, width) + STATISTICS_MICRO_BATCHES * micro_batch_bytes(kinds, width)
+            (STATISTICS_SHARDS + self.wave_tokens // self.options.shard_tokens) * shard_bytes(kinds, width)
+            + STATISTICS_MICRO_BATCHES * micro_batch_bytes(kinds, width)
             for kinds, width in self._taken(span)
         )
 
@@ -200,7 +201,7 @@ class Demand:
 
     @cached_property
     def packed_bytes(self) -> tuple[int, ...]:
-        """Of each layer that is run, as it lies in the files."""
+        """Of each layer that is run, as it lies in the files, and elsewhere where it does not lie ready."""
         return self.table.packed_bytes()[: self.num_layers]
 
     @cached_property
@@ -212,7 +213,8 @@ class Demand:
     @cached_property
     def is_quantised(self) -> tuple[bool, ...]:
         """Of each layer that is run, whether any of its tensors is packed on disk."""
-        return tuple(any(row.method for row in rows) for rows in self._rows_of_layers)
+        quantised = {row.layer for row in self.table.rows if row.role == "layer" and row.method}
+        return tuple(layer in quantised for layer in range(self.num_layers))
 
     @property
     def is_packed(self) -> bool:
@@ -220,17 +222,9 @@ class Demand:
         return any(self.is_quantised)
 
     @cached_property
-    def is_as_stored(self) -> tuple[bool, ...]:
-        """Of each layer that is run, whether its bytes in the files are those that it is computed with."""
-        return tuple(all(row.disk_bytes == row.compute_bytes(self.itemsize_bytes) for row in rows) for rows in self._rows_of_layers)
-
-    @cached_property
-    def _rows_of_layers(self) -> list[list[TensorRow]]:
-        found: list[list[TensorRow]] = [[] for _ in range(self.num_layers)]
-        for row in self.table.rows:
-            if row.role == "layer" and row.layer is not None and row.layer < self.num_layers:
-                found[row.layer].append(row)
-        return found
+    def unpacked_bytes(self) -> tuple[int, ...]:
+        """Of each layer that is run, what is unpacked of it before it runs, where it does not lie ready."""
+        return self.table.unpacked_bytes(self.options.compute_dtype)[: self.num_layers]
 
     def narrowed(self) -> "Iterator[Demand]":
         """The same with less and less of a choice where weights live, from what runs fastest on: all ready, all on the devices, as asked for."""

@@ -11,7 +11,6 @@ from m2ray.options import RunOptions
 from m2ray.planning.hardware import Cluster, Gpu, Node
 from m2ray.planning.memory import Memory
 
-
 HOST_SHARE = 0.9
 """Of a node's free memory, what layers may fill: others live there too."""
 

@@ -89,7 +89,10 @@ def _weights(plan: Plan) -> Table:
     for name, (on_disk_bytes, computed_bytes) in weights.layouts.items():
         if name:
             rows.insert(-4, ("of it", on_disk_bytes, f"{name}: {computed_bytes:,} in {demand.options.compute_dtype}"))
-    outside: list[tuple[Residency, str]] = [("host", "packed in host memory, copied in turn"), ("checkpoint", "packed in files, read in turn")]
+    outside: list[tuple[Residency, str]] = [
+        ("host", "packed in host memory, copied in turn"),
+        ("checkpoint", "packed in files, read in turn"),
+    ]
     for place, note in outside:
         num_bytes = sum(demand.bytes_in(each.residency, place) for each in plan.placed if place != "host" or each.device.gpu)
         rows += [("offloaded", num_bytes, note)] if num_bytes else []
@@ -140,14 +143,25 @@ def _residency(plan: Plan) -> Sequence[RenderableType]:
     lines = []
     for each in plan.placed:
         if each.residency:
-            places = "; ".join(f"{str(layers).removeprefix('layers ')} {_PLACES[place][each.device.gpu is None]}" for layers, place in runs(each.held, each.residency))
+            places = "; ".join(
+                f"{str(layers).removeprefix('layers ')} {_PLACES[place][each.device.gpu is None]}"
+                for layers, place in runs(each.held, each.residency)
+            )
             lines.append(f"stage {_stage_name(plan, each.replica, each.stage)}: layers {places}")
     if not lines:
         return []
     tokens, forced_by = plan.wave
     batch_tokens = plan.demand.options.batch_tokens
-    wave = f"waves of {tokens:,} tokens, {tokens // batch_tokens} micro-batches, go through a layer before the next" if tokens else "a micro-batch at a time"
-    why = {"": "", "in_flight": ": larger ones would be faster, and in_flight has no room for them", "memory": ": larger ones would be faster, and memory has no room for them"}
+    wave = (
+        f"waves of {tokens:,} tokens, {tokens // batch_tokens} micro-batches, go through a layer before the next"
+        if tokens
+        else "a micro-batch at a time"
+    )
+    why = {
+        "": "",
+        "in_flight": ": larger ones would be faster, and in_flight has no room for them",
+        "memory": ": larger ones would be faster, and memory has no room for them",
+    }
     return [Text("\n".join([*lines, f"{wave}{why[forced_by]}", ""]))]
 
 

@@ -43,7 +43,7 @@ LANDING_BUFFERS = 2
 """Packed layers on a device that are brought there: one that is unpacked, one that is on its way."""
 
 READERS_BYTES = 128 * _MIB
-"""Host memory, pinned beside a GPU, of a device whose layers are read from files: 4 readers, each with a piece of 32 MiB."""
+"""Host memory, pinned beside a GPU, through which a device's layers are read from files: 4 readers, each with a piece of 32 MiB."""
 
 HOST_BUFFERS = 3
 """Micro-batches' hidden states in a stage's host memory: received, computed, on the way out."""
@@ -67,7 +67,9 @@ _ONE_KERNEL = ("silu", "swish", "relu", "gelu", "gelu_pytorch_tanh")
 
 
 def _activation(config: Any) -> str:
-    return next((str(name) for field in ("hidden_act", "hidden_activation", "activation_function") if (name := getattr(config, field, None))), "")
+    return next(
+        (str(name) for field in ("hidden_act", "hidden_activation", "activation_function") if (name := getattr(config, field, None))), ""
+    )
 
 
 @dataclass(frozen=True)
@@ -166,7 +168,9 @@ class ModelShape:
         copied = self.hidden_size * itemsize_bytes if self.num_experts else 0
         return self._transient_bytes(padded_tokens, longest_tokens, itemsize_bytes, expert_row_bytes, 3) + padded_tokens * copied
 
-    def _transient_bytes(self, padded_tokens: int, longest_tokens: int, itemsize_bytes: int, expert_row_bytes: int, mlp_tensors: int) -> int:
+    def _transient_bytes(
+        self, padded_tokens: int, longest_tokens: int, itemsize_bytes: int, expert_row_bytes: int, mlp_tensors: int
+    ) -> int:
         attention = 16 * self.head_dim * (self.num_heads + self.num_kv_heads)
         scores = longest_tokens * self._pair_bytes(longest_tokens, itemsize_bytes)
         index = longest_tokens * self._index_pair_bytes()

@@ -61,9 +61,9 @@ def _layers(span: LayerSpan) -> range:
 
 def _unpacking_s(demand: Demand, placed: DevicePlan, layer: int) -> float:
     model = find_gpu_model(placed.device.gpu.name) if placed.device.gpu else None
-    if model is None or placed.residency.get(layer, "gpu") == "gpu" or demand.is_as_stored[layer]:
+    if model is None or placed.residency.get(layer, "gpu") == "gpu" or not demand.unpacked_bytes[layer]:
         return 0.0
-    moved_bytes = demand.packed_bytes[layer] + demand.layer_bytes[layer]
+    moved_bytes = demand.packed_bytes[layer] + demand.unpacked_bytes[layer]
     return moved_bytes / (UNPACK_SHARE * GPU_MODELS[model].memory_bytes_per_s)
 
 

@@ -138,7 +138,9 @@ def _changes(
         yield "nodes", range(1, demand.num_layers + 1), *_more_nodes(demand, cluster, prompts)
     if short & {"gpu_memory", "host_memory"}:
         further = _OFFLOAD[_OFFLOAD.index(options.offload) + 1 :]
-        sentence = 'It runs with offload = "{value}": {brought} bytes of layers are brought in turn,{from_files} once for many micro-batches.'
+        sentence = (
+            'It runs with offload = "{value}": {brought} bytes of layers are brought in turn,{from_files} once for many micro-batches.'
+        )
         yield "offload", further, to("offload"), sentence
 
 

@@ -98,7 +98,11 @@ def _gpu(planned: DevicePlan) -> dict[str, Any]:
 
 
 def _residency(planned: DevicePlan) -> list[dict[str, Any]]:
-    return [] if planned.span is None else [{"layers": _span(layers), "place": place} for layers, place in runs(planned.span, planned.residency)]
+    return (
+        []
+        if planned.span is None
+        else [{"layers": _span(layers), "place": place} for layers, place in runs(planned.span, planned.residency)]
+    )
 
 
 def _stage(plan: Plan, planned: StagePlan) -> dict[str, Any]:

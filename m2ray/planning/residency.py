@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import cast
 
 from m2ray.batches import LayerSpan, Residency
+from m2ray.config import Weights
 from m2ray.planning.demand import Demand
 from m2ray.planning.devices import HOST_SHARE, Device, DevicePlan
 from m2ray.planning.hardware import Node
@@ -25,8 +26,8 @@ Spans = dict[int, tuple[LayerSpan, Mapping[int, Residency]]]
 def held_bytes(demand: Demand, span: LayerSpan, residency: Mapping[int, Residency], *, on_gpu: bool) -> dict[str, int]:
     """What a span takes on its device, item by item: ready and packed weights, and what it takes to use those that are not ready.
 
-    All layers but those ready are unpacked into one workspace; what is brought lands in one of two buffers. Of a layer that lies in the files as it
-    is computed nothing is unpacked. A stage with such layers takes a wave of micro-batches through one of them before the next.
+    All layers but those ready are unpacked into one workspace; what is brought lands in one of two buffers. What lies in the files as it is
+    computed is used where it is. A stage with such layers takes a wave of micro-batches through one of them before the next.
     """
     ready, packed = demand.layer_bytes, demand.packed_bytes
     outside = {layer: place for layer, place in residency.items() if place != "gpu"}
@@ -35,8 +36,8 @@ def held_bytes(demand: Demand, span: LayerSpan, residency: Mapping[int, Residenc
     found = {
         "weights": demand.span_bytes(span) - sum(ready[layer] for layer in outside),
         "packed_weights": sum(packed[layer] for layer in in_place),
-        "workspace": max((ready[layer] for layer in outside if not demand.is_as_stored[layer]), default=0),
-        "landing_buffers": LANDING_BUFFERS * max(brought, default=0),
+        "workspace": max((demand.unpacked_bytes[layer] for layer in outside), default=0),
+        "landing_buffers": min(LANDING_BUFFERS, len(brought)) * max(brought, default=0),
         "wave": demand.wave_bytes(span) if outside else 0,
         "readers": READERS_BYTES if "checkpoint" in outside.values() and not on_gpu else 0,
     }
@@ -57,9 +58,8 @@ def _ways(demand: Demand, *, on_gpu: bool) -> list[Way]:
     """From the fastest on."""
     options = demand.options
     packed: Residency = "gpu_packed" if on_gpu else "host"
-    kept: list[Residency] = {"auto": ["gpu", packed], "bf16": ["gpu"], "packed": [packed]}[options.weights]
-    if not demand.is_packed:
-        kept = ["gpu"]
+    asked: dict[Weights, list[Residency]] = {"auto": ["gpu", packed], "bf16": ["gpu"], "packed": [packed]}
+    kept = asked[options.weights] if demand.is_packed else ["gpu"]
     may_bring = options.offload != "none" if on_gpu else options.offload in ("disk", "auto")
     return [*((place, False) for place in kept), *([(kept[-1], True)] if may_bring else [])]
 

@@ -15,7 +15,7 @@ MOST_WAVE_TOKENS = 1 << 20
 _NOT_KNOWN_TOKENS = 32_768
 """Where computing is not known, as on CPUs, which read and unpack a layer in the time that they take for some hundreds of tokens of it."""
 
-_ENOUGH = 1.02
+_ENOUGH = 1.03
 """Of the least time: the smallest wave within it is taken."""
 
 
@@ -30,10 +30,11 @@ def waves(demand: Demand, placed: Sequence[DevicePlan], prompts: PromptStats | N
     """The wave to take, and then smaller ones, for where memory has no room for it; the last is none. None alone where all layers are ready."""
     if any(each.residency for each in placed):
         most_tokens = _NOT_KNOWN_TOKENS if any(computing_s(demand, each) is None for each in placed) else MOST_WAVE_TOKENS
-        in_flight_tokens = min(most_tokens, _most_in_flight(demand, placed))
-        best, within = (_best(demand, placed, prompts, most) for most in (most_tokens, in_flight_tokens))
+        best, within = _best(demand, placed, prompts, most_tokens), _most_in_flight(demand, placed)
         forced_by = "in_flight" if within < best else ""
-        tokens = within
+        tokens = best
+        while tokens > within and tokens > demand.options.batch_tokens:
+            tokens //= 2
         while tokens > demand.options.batch_tokens:
             yield Wave(tokens, forced_by)
             tokens, forced_by = tokens // 2, "memory"
