@@ -217,19 +217,31 @@ def _hosts_memory(plan: Plan) -> Table:
 
 def _memory(kind: str, stages: Sequence[tuple[str, Memory]]) -> Table:
     """What makes up each stage's peak, in GB of 10^9 bytes; neighbours that hold the same share a line."""
-    names = list(dict.fromkeys(name for _, memory in stages for name in memory.running))
+    names = list(dict.fromkeys(name for _, memory in stages for name in _together(memory)))
     table = Table(title=f"{kind} memory by stage, GB", title_justify="left", box=None, padding=(0, 1, 0, 0), pad_edge=False)
     for column in ("stage", *(name.replace("_", "\n") for name in names), "run", "load"):
         table.add_column(column, justify="left" if column == "stage" else "right")
     for memory, group in groupby(stages, key=lambda each: each[1]):
         first, *_, last = [name for name, _ in group] * 2
-        items = [memory.running.get(name) for name in names]
+        items = [_together(memory).get(name) for name in names]
         cells = [
             f"{num_bytes / 1e9:.2f}" if num_bytes else ""
             for num_bytes in (*items, sum(memory.running.values()), sum(memory.loading.values()))
         ]
         table.add_row(first if first == last else f"{first}-{last}", *cells)
     return table
+
+
+def _together(memory: Memory) -> dict[str, int]:
+    """What makes up the peak while running, with items that belong together as one, so that a line has room on a screen."""
+    found: dict[str, int] = {}
+    for name, num_bytes in memory.running.items():
+        shown = _TOGETHER.get(name, name)
+        found[shown] = found.get(shown, 0) + num_bytes
+    return found
+
+
+_TOGETHER = {"packed_weights": "weights", "workspace": "unpacking", "landing_buffers": "unpacking"}
 
 
 def _hosts(plan: Plan) -> Table:

@@ -698,9 +698,9 @@ def test_the_picture_tells_what_makes_up_each_peak():
     first = next(number for number, line in enumerate(lines) if line.startswith("GPU memory by stage, GB"))
     row = next(line for line in lines[first:] if line.startswith("0 ")).split()
     memory = planned.gpus[0].memory
-    assert row[1:] == [
-        f"{num_bytes / 1e9:.2f}" for num_bytes in (*memory.running.values(), memory.peak_bytes, sum(memory.loading.values()))
-    ]
+    ready, packed, workspace, landing, *others = memory.running.values()
+    items = (ready + packed, workspace + landing, *others, memory.peak_bytes, sum(memory.loading.values()))
+    assert row[1:] == [f"{num_bytes / 1e9:.2f}" for num_bytes in items]
     host = next(number for number, line in enumerate(lines) if line.startswith("host memory by stage, GB"))
     assert f"{planned.stages[0].host.running['packed_layers'] / 1e9:.2f}" in "".join(lines[host:])
     assert any(line.startswith("2-7 ") for line in drawn(plan("8xH200")).splitlines()), "neighbours that hold the same share a line"
