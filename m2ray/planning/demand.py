@@ -27,6 +27,9 @@ from m2ray.planning.profile import Profile
 from m2ray.sites import EIGHT_BITS, layers_run, parts_of_span
 from m2ray.statistics import contribution_bytes, device_bytes, merged_bytes, micro_batch_bytes, shard_bytes, widths
 
+USUAL_WAVE_TOKENS = 131_072
+"""Unpacking a layer of MiniMax-M2 then takes 3 % beside computing with it."""
+
 
 @dataclass(frozen=True)
 class Assumptions:
@@ -227,11 +230,15 @@ class Demand:
         return self.table.unpacked_bytes(self.options.compute_dtype)[: self.num_layers]
 
     def narrowed(self) -> "Iterator[Demand]":
-        """The same with less and less of a choice where weights live, from what runs fastest on: all ready, all on the devices, as asked for."""
+        """The same with less and less of a choice where weights live, from what runs fastest on: all ready, all on the devices, as asked for.
+
+        Where not all are ready there is room for a wave, but in the last of these.
+        """
+        on_devices = self.asking(offload="none", offload_folder=None)
         if self.options.weights == "auto":
-            yield self.asking(weights="bf16", offload="none", offload_folder=None)
-        if self.options.offload != "none":
-            yield self.asking(offload="none", offload_folder=None)
+            yield on_devices.asking(weights="bf16")
+        for asked in (on_devices, self) if self.options.offload != "none" else (self,):
+            yield replace(asked, wave_tokens=USUAL_WAVE_TOKENS)
         yield self
 
     @cached_property

@@ -151,7 +151,7 @@ def _batch_tokens(config: ExtractConfig, demand: Demand, cluster: Cluster, stats
     """What memory has room for and takes least time; the most there is where nothing fits, or where no prompts are known."""
     demand = demand.asking(replicas=_replicas(config, demand, cluster))
     costs, at_most = (ON_GPU, AUTO_BATCH_TOKENS) if cluster.num_gpus else (ON_CPU, MOST_ON_CPU)
-    most_tokens = most_batch_tokens(demand, cluster, at_most, costs.least_tokens)
+    most_tokens = most_batch_tokens(demand, cluster, at_most, costs.ready_tokens)
     if most_tokens is None:
         return MOST_ON_CPU
     stats_at = stats_at or _endless

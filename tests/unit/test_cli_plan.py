@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,21 @@ M2 = ROOT / "tests/data/minimax_m2"
 M3 = ROOT / "tests/data/minimax_m3"
 LLAMA = ROOT / "tests/data/llama"
 CLUSTERS = ("8xA100-80GB", "8xA100-40GB", "4xH100-80GB", "6xH100-80GB", "1xH200", "2xH200", "8xH200")
+DEEPSEEK = ROOT / "tests/data/official/DeepSeek-V3.json"
+RESIDENCIES = (
+    ("MiniMax-M2", "8xH200", ""),
+    ("MiniMax-M2", "4xH200", ""),
+    ("MiniMax-M2", "2xH200", ""),
+    ("MiniMax-M2", "2xH200", "--weights packed"),
+    ("MiniMax-M2", "8xH100-80GB", ""),
+    ("MiniMax-M2", "4xH100-80GB", ""),
+    ("MiniMax-M2", "1xH200", "--offload cpu"),
+    ("MiniMax-M2", "1xH100-80GB", "--offload cpu"),
+    ("DeepSeek-V3", "8xH200", ""),
+    ("DeepSeek-V3", "8xH200", "--in-flight 16GiB"),
+    ("DeepSeek-V3", "1xH100-80GB", "--offload cpu"),
+)
+"""Of the table of where weights live: a model, GPUs and options."""
 FITS, DOES_NOT_FIT = 0, 3
 _read = plan_inputs.read_model
 _seen: dict[tuple[str, str, str, int], plan_inputs.PlannedModel] = {}
@@ -77,6 +93,24 @@ def table_row(checkpoint: str, gpus: str, found: dict[str, Any]) -> str:
         remedies = " ".join(remedy["text"] for remedy in found["remedies"])
         verdict = f"no | | | {found['short_by_bytes']:,} | {remedies} |"
     return f"| {gpus} | {checkpoint} | {total_bytes:,} | {on_disk:,} | {loaded:,} | {verdict}"
+
+
+def residency_row(model: str, gpus: str, options: str) -> str:
+    found = plan_json("--gpus", gpus, *options.split(), model=M2 if model == "MiniMax-M2" else DEEPSEEK)
+    counts = Counter()
+    for run in (run for gpu in found["gpus"] for run in gpu["residency"]):
+        counts[run["place"]] += run["layers"][1] - run["layers"][0] + 1
+    layers = ", ".join(f"{number} `{place}`" for place, number in counts.items())
+    peak_bytes, host_bytes = (max(each[name] for each in found[kind]) for kind, name in (("gpus", "peak_bytes"), ("nodes", "host_bytes")))
+    rate = min(found["rates"]["limits"].values())
+    asked = f"`{options}`" if options else ""
+    sizes = f"{found['wave']['tokens']:,} | {peak_bytes / 1e9:.1f} GB | {host_bytes / 1e9:.0f} GB"
+    return f"| {model} | {gpus} | {asked} | {layers} | {sizes} | {rate:,.0f} | {1e6 / rate:,.0f} s |"
+
+
+def test_the_table_of_where_weights_live_is_what_the_command_says() -> None:
+    table = "\n".join(residency_row(*asked) for asked in RESIDENCIES)
+    assert table in (ROOT / "docs/planning.md").read_text(encoding="utf-8"), f"the table should be:\n{table}"
 
 
 def test_the_table_in_the_docs_is_what_the_command_says(bf16_m2: Path) -> None:

@@ -713,7 +713,10 @@ def test_the_picture_tells_where_layers_live_that_are_not_ready():
         assert re.search(rf"{PACKED * places(planned)[place]:,} +{words}", text)
     last = places(planned)["gpu_packed"] - 1
     assert f"stage 0: layers 0-{last} packed on the GPU; {last + 1}-" in text
-    assert f"waves of {planned.wave.tokens:,} tokens, {planned.wave.tokens // 16_384} micro-batches, go through a layer before the next" in text
+    assert (
+        f"waves of {planned.wave.tokens:,} tokens, {planned.wave.tokens // 16_384} micro-batches, go through a layer before the next"
+        in text
+    )
     assert "offloaded" not in drawn(plan("8xH200", offload="disk"))
     assert "waves" not in drawn(plan("8xH200", offload="disk"))
 
