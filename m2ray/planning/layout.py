@@ -1,6 +1,6 @@
 """A plan in the terminal: the verdict, the layout of layers on GPUs on nodes, what fills each GPU, and the output."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from io import StringIO
 from itertools import groupby
 
@@ -89,17 +89,16 @@ def _weights(plan: Plan) -> Table:
     for name, (on_disk_bytes, computed_bytes) in weights.layouts.items():
         if name:
             rows.insert(-4, ("of it", on_disk_bytes, f"{name}: {computed_bytes:,} in {demand.options.compute_dtype}"))
-    outside: list[tuple[Residency, str]] = [
-        ("host", "packed in host memory, copied in turn"),
-        ("checkpoint", "packed in files, read in turn"),
-    ]
-    for place, note in outside:
+    for place, note in _OUTSIDE.items():
         num_bytes = sum(demand.bytes_in(each.residency, place) for each in plan.placed if place != "host" or each.device.gpu)
         rows += [("offloaded", num_bytes, note)] if num_bytes else []
     for name, num_bytes, note in rows:
         table.add_row(name, f"{num_bytes:,}", note)
     table.add_row("a layer", each, "in memory")
     return table
+
+
+_OUTSIDE: Mapping[Residency, str] = {"host": "packed in host memory, copied in turn", "checkpoint": "packed in files, read in turn"}
 
 
 def _node(plan: Plan, node: Node, bar_width: int) -> Table:

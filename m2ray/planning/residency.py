@@ -23,6 +23,10 @@ Spans = dict[int, tuple[LayerSpan, Mapping[int, Residency]]]
 """By a chain's device: its layers, and where those live that are not ready on it."""
 
 
+_KEPT: Mapping[Weights, Sequence[Residency]] = {"auto": ["gpu", "gpu_packed"], "bf16": ["gpu"], "packed": ["gpu_packed"]}
+"""How layers may be kept on a GPU, from the fastest on; without one those that are packed lie in its host's memory."""
+
+
 def held_bytes(demand: Demand, span: LayerSpan, residency: Mapping[int, Residency], *, on_gpu: bool) -> dict[str, int]:
     """What a span takes on its device, item by item: ready and packed weights, and what it takes to use those that are not ready.
 
@@ -57,9 +61,9 @@ def deal(demand: Demand, chain: Sequence[Device]) -> tuple[int, Spans]:
 def _ways(demand: Demand, *, on_gpu: bool) -> list[Way]:
     """From the fastest on."""
     options = demand.options
-    packed: Residency = "gpu_packed" if on_gpu else "host"
-    asked: dict[Weights, list[Residency]] = {"auto": ["gpu", packed], "bf16": ["gpu"], "packed": [packed]}
-    kept = asked[options.weights] if demand.is_packed else ["gpu"]
+    kept = _KEPT[options.weights] if demand.is_packed else _KEPT["bf16"]
+    if not on_gpu:
+        kept = ["host" if place == "gpu_packed" else place for place in kept]
     may_bring = options.offload != "none" if on_gpu else options.offload in ("disk", "auto")
     return [*((place, False) for place in kept), *([(kept[-1], True)] if may_bring else [])]
 
