@@ -235,22 +235,6 @@ def test_other_attention_is_within_rounding_of_the_reference(folder: Path, attn:
         assert error_N.quantile(0.9) < most
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_offloaded_layers_give_the_same_rows(folder: Path, tmp_path: Path, *, compiled: bool) -> None:
-    """Several micro-batches are in flight at once, so that a buffer filled too early would show."""
-    span = LayerSpan(0, NUM_LAYERS)
-    every = tuple(range(NUM_LAYERS))
-    spec = StageSpec(str(folder), span, "bfloat16", "auto", "cuda:0", None, compile=compiled)
-    batches = [micro_batch_of((9 + seed, 230, 1, 170, 4), MINIMAX_TINY["vocab_size"], seed) for seed in range(8)]
-    rows = []
-    for num_gpu, num_host in ((NUM_LAYERS, 0), (2, NUM_LAYERS - 2), (2, 2), (0, 0)):
-        residency = {layer: "host" if layer < num_gpu + num_host else "disk" for layer in every[num_gpu:]}
-        stage = load_capturing(replace(spec, residency=residency, offload_folder=str(tmp_path)))
-        outputs = [stage.forward(batch, None) for batch in batches]
-        rows.append([layer.columns[0] for output in outputs for layer in output.captured])
-    assert all(np.array_equal(one, other) for offloaded in rows[1:] for one, other in zip(rows[0], offloaded, strict=True))
-
-
 def test_an_infinity_is_found_when_the_rows_are_taken(folder: Path) -> None:
     stage = load(folder, "cuda:0")
     with torch.no_grad():

@@ -1,11 +1,9 @@
 """A stage as the chain uses it: what it promises, what it captures, and what it refuses."""
 
-import os
 import pickle
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
