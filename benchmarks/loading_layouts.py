@@ -152,7 +152,8 @@ def kernels(experts: int, sizes: Sequence[tuple[int, int]]) -> list[Row]:
         rows.append(_row(name, experts, in_blocks, _fp8, len(SHAPES) * experts))
     fused.CHUNKS, fused.WARPS = usual
     for method in (mxfp4.COMPRESSED, nvfp4.MODELOPT, nvfp4.COMPRESSED, PackQuantized(32), PackQuantized(128, is_symmetric=False)):
-        rows += [_row(method.name, experts, method.unpacking(), partial(_pieces, method), len(SHAPES) * experts)]
+        name = f"{method.name}{' (compressed-tensors)' if method is nvfp4.COMPRESSED else ''}"
+        rows += [_row(name, experts, method.unpacking(), partial(_pieces, method), len(SHAPES) * experts)]
     for method in (Awq(128), Gptq(128, in_order=True), Gptq(128)):
         order = ", groups in any order" if isinstance(method, Gptq) and not method.in_order else ""
         name = f"{method.name}{order}"
@@ -180,10 +181,11 @@ def _row(
     is_transposed: bool = False,
 ) -> Row:
     """Milliseconds for a layer, by launches of so many matrices, which are of random bytes."""
-    stacked, down = (torch.empty(experts, *shape, dtype=torch.bfloat16, device=_device()) for shape in ((3072, 3072), (3072, 1536)))
+    (height, width), _, last = SHAPES
+    stacked, down = (torch.empty(experts, *shape, dtype=torch.bfloat16, device=_device()) for shape in ((2 * height, width), last))
     table, listed, at = fused.KernelTable(), [], 0
     for expert in range(experts):
-        for shape, into in zip(SHAPES, (stacked[expert, :1536], stacked[expert, 1536:], down[expert]), strict=True):
+        for shape, into in zip(SHAPES, (stacked[expert, :height], stacked[expert, height:], down[expert]), strict=True):
             places, at = _places(parts_of(shape), at)
             listed.append(RowsToLoad("", places, unpack, into.t() if is_transposed else into))
             assert fused.is_for_kernel(listed[-1], into.device)
