@@ -18,6 +18,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,10 +28,10 @@ from benchmarks.against_guide import TINY
 from benchmarks.checkpoints import free, real_size
 from benchmarks.gpu_stage import drop_caches, layer_operations, micro_batch, raw_rate, span_ranges
 from benchmarks.records import Row, record
-from m2ray.batches import LayerSpan, MicroBatch, Residency
+from m2ray.batches import CapturedLayer, LayerSpan, MicroBatch, Residency
 from m2ray.model.capture import CaptureSpec
 from m2ray.model.checkpoint import open_checkpoint, tensor_table
-from m2ray.model.stage import Stage, StageSpec, load_stage
+from m2ray.model.stage import Stage, StageOutput, StageSpec, load_stage
 
 LAYERS = 12
 SHAPE, TINY_SHAPE = (32, 512), (2, 32)
@@ -120,9 +121,9 @@ class Bench:
         return found
 
 
-def run_wave(stage: Stage, batches: list[MicroBatch]) -> list[tuple[object, ...]]:
+def run_wave(stage: Stage, batches: list[MicroBatch]) -> list[tuple[CapturedLayer, ...]]:
     """Take the batches through the stage as one wave; what was captured, as it came."""
-    under_way: deque[object] = deque()
+    under_way: deque[StageOutput] = deque()
     captured = []
     for output in stage.forward_wave(deque((batch, None) for batch in batches)):
         under_way.append(output)
@@ -184,7 +185,7 @@ def packed(bench: Bench, layers: int | None) -> list[Row]:
     times = [(bench.wave_s(ready, tokens), bench.wave_s(there, tokens)) for _ in range(ROUNDS)]
     ready_s, there_s = (statistics.median(each) for each in zip(*times, strict=True))
     one_s = [(bench.wave_s(ready, 1), bench.wave_s(there, 1)) for _ in range(ROUNDS)]
-    beside = [peak(lambda stage=stage: bench.wave_s(stage, tokens)) for stage in (ready, there)]
+    beside = [peak(partial(bench.wave_s, stage, tokens)) for stage in (ready, there)]
     table = tensor_table(open_checkpoint(str(bench.model(layers))))
     embedding = table.role_bytes("embedding", 2)
     formula = sum(table.packed_bytes()[:layers]) + max(table.unpacked_bytes("bfloat16")) + embedding + beside[0]
