@@ -13,6 +13,7 @@ are tried on a CPU, and nothing is recorded.
 import argparse
 import json
 import os
+import shutil
 import statistics
 import time
 from collections import deque
@@ -25,12 +26,12 @@ import numpy as np
 import torch
 
 from benchmarks.against_guide import TINY
-from benchmarks.checkpoints import free, real_size
+from benchmarks.checkpoints import free, link, real_size
 from benchmarks.gpu_stage import drop_caches, layer_operations, micro_batch, raw_rate, span_ranges
 from benchmarks.records import Row, record
 from m2ray.batches import CapturedLayer, LayerSpan, MicroBatch, Residency
 from m2ray.model.capture import CaptureSpec
-from m2ray.model.checkpoint import open_checkpoint, tensor_table
+from m2ray.model.checkpoint import open_checkpoint, tensor_table, up_to_layer
 from m2ray.model.stage import Stage, StageOutput, StageSpec, load_stage
 
 LAYERS = 12
@@ -52,14 +53,24 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
     if options.part == "make":
-        for folder, layers in ((options.folder, options.layers or LAYERS), (options.disk, 4)):
-            if folder is not None:
-                print(real_size(folder, layers, TINY if options.tiny else None), flush=True)
+        model = real_size(options.folder, options.layers or LAYERS, TINY if options.tiny else None)
+        if options.disk is not None:
+            copy_first(model, options.disk.resolve() / f"{model.name.replace(str(options.layers or LAYERS), '4', 1)}", 4)
         return
     bench = Bench(options.folder, options.tiny)
     rows = parts[options.part](bench, options.layers)
     title = f"Packed layers on one GPU at MiniMax-M2's real dimensions: {options.part}"
     _ = print(*rows, sep="\n") if options.tiny else record(f"residency_on_gpu_{options.part}", title, rows)
+
+
+def copy_first(larger: Path, model: Path, layers: int) -> None:
+    """A model of the first layers, whose files are copied; the others are links."""
+    model.parent.mkdir(parents=True, exist_ok=True)
+    link(larger, model, layers)
+    for file in set(up_to_layer(open_checkpoint(str(model)), layers - 1)[0].weight_map.values()):
+        (model / file).unlink()
+        shutil.copyfile(larger / file, model / file)
+    print(f"{model}: {layers} layers copied", flush=True)
 
 
 class Bench:

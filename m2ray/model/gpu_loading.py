@@ -189,6 +189,8 @@ class Lanes:
         for future in self._reading:
             future.result()
             on_extent()
+        if self._is_exact is not None:
+            self._is_exact.result(_COMPILE_S)  # where all layers stay packed nobody has asked yet
         torch.cuda.synchronize(self._device)
         self._begun.clear()
 
