@@ -48,8 +48,17 @@ TINY = {
     "num_experts": 4,
     "vocab_size": 512,
 }
-OF_4_BITS = ("mxfp4", "mxfp4-pack-quantized", "deepseek-v4", "nvfp4", "nvfp4-pack-quantized", "pack-quantized", "pack-quantized-asymmetric")
-OF_4_BITS += ("awq", "gptq", "gptq-v2")
+OF_8_BITS = (
+    "fp8",
+    "fp8-static",
+    "fp8-ue8m0",
+    "mxfp8",
+    "float-quantized",
+    "float-quantized-tensor",
+    "float-quantized-block",
+    "int-quantized",
+    "modelopt-fp8",
+)
 BASE = "fp8"
 LOADS, LAUNCHES = 3, 10
 EXPERTS, SHAPES = 256, ((1536, 3072), (1536, 3072), (3072, 1536))
@@ -92,7 +101,7 @@ def main() -> None:
 def make(folder: Path, fmt: str, *, tiny: bool) -> Path:
     """A checkpoint of one layer, of two where values have 4 bits: about as many bytes of each format."""
     path = DATA / "families/gpt_oss.json" if fmt == "mxfp4" else DATA / "minimax_m2/config.json"
-    overrides = {**(TINY if tiny else GPT_OSS if fmt == "mxfp4" else {}), **VOCABULARY, "layers": 2 if fmt in OF_4_BITS else 1}
+    overrides = {**(TINY if tiny else GPT_OSS if fmt == "mxfp4" else {}), **VOCABULARY, "layers": 1 if fmt in OF_8_BITS else 2}
     out, processes = folder.resolve() / fmt, 1 if tiny else min(16, os.cpu_count() or 1)
     shutil.rmtree(out, ignore_errors=True)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -151,11 +160,18 @@ def kernels(experts: int, sizes: Sequence[tuple[int, int]]) -> list[Row]:
         name = f"FP8, one launch, programs of {fused.CHUNKS * fused.CHUNK} values and {fused.WARPS} warps"
         rows.append(_row(name, experts, in_blocks, _fp8, len(SHAPES) * experts))
     fused.CHUNKS, fused.WARPS = usual
-    for method in (mxfp4.COMPRESSED, nvfp4.MODELOPT, nvfp4.COMPRESSED, PackQuantized(32), PackQuantized(128, is_symmetric=False)):
+    along_rows: tuple[Packed, ...] = (
+        mxfp4.COMPRESSED,
+        nvfp4.MODELOPT,
+        nvfp4.COMPRESSED,
+        PackQuantized(32),
+        PackQuantized(128, is_symmetric=False),
+    )
+    for method in along_rows:
         name = f"{method.name}{' (compressed-tensors)' if method is nvfp4.COMPRESSED else ''}"
         rows += [_row(name, experts, method.unpacking(), partial(_pieces, method), len(SHAPES) * experts)]
-    for method in (Awq(128), Gptq(128, in_order=True), Gptq(128)):
-        order = ", groups in any order" if isinstance(method, Gptq) and not method.in_order else ""
+    transposed: Mapping[str, Packed] = {"": Awq(128), ", groups in order": Gptq(128, in_order=True), ", groups in any order": Gptq(128)}
+    for order, method in transposed.items():
         name = f"{method.name}{order}"
         rows.append(_row(name, experts, method.unpacking(), partial(_pieces, method), len(SHAPES) * experts, is_transposed=True))
     return rows

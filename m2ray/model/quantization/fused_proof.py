@@ -13,6 +13,7 @@ from m2ray.model.quantization.awq import Awq
 from m2ray.model.quantization.fused import SCALES, VALUES, KernelTable, has_kernel
 from m2ray.model.quantization.gptq import Gptq
 from m2ray.model.quantization.pack_quantized import PackQuantized
+from m2ray.model.quantization.packed import Packed
 from m2ray.model.quantization.scaling import Block, ScaledUnpack
 from m2ray.model.quantization.stored import Unpack
 
@@ -23,7 +24,7 @@ _BLOCKS: tuple[Block, ...] = (None, (1, 384), (1, 32), (16, 64), (128, 128))
 
 _GROUP = 32
 
-_METHODS = (
+_METHODS: tuple[Packed, ...] = (
     mxfp4.COMPRESSED,
     nvfp4.MODELOPT,
     nvfp4.COMPRESSED,
@@ -95,7 +96,7 @@ def _of_nibbles(device: torch.device) -> Iterator[Case]:
         for scale_dtype in pieces["scale"].dtypes:
             dtypes = {name: piece.dtypes[0] for name, piece in pieces.items()} | {"scale": scale_dtype}
             parts = {name: _numbers(dtypes[name], piece.shape, device) for name, piece in pieces.items()}
-            if "group" in parts:
+            if isinstance(method, Gptq):
                 groups = torch.arange(_SHAPE[1], dtype=torch.int32, device=device) // _GROUP
                 parts["group"] = groups if method.in_order else groups.flip(0)
             yield f"{method.name} times {scale_dtype}", method.unpacking(), parts, method.swapped is None
