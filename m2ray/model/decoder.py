@@ -249,7 +249,7 @@ class _StandIn(NamedTuple):
     """A module that hands through what it gets, in the place of the one that `owner` has by this name, once `layer` is behind."""
 
     layer: int
-    owner: dict[str, nn.Module | None]
+    owner: dict[str, Any]
     name: str
     module: nn.Module
 

@@ -2,13 +2,14 @@
 
     python two_jobs.py MODEL PROMPTS OUTPUT LAYERS OUTPUT LAYERS
 
-The weights lie elsewhere while the second is done. Run by test_two_jobs.py.
+The weights lie elsewhere while the second is done. Both stages take waves, of layers of which some are ready. Run by test_two_jobs.py.
 """
 
 import json
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import ray
@@ -79,7 +80,8 @@ def main() -> None:
     reservation = Reservation([Room(node["NodeManagerAddress"], node["NodeID"], 0, 1.0)] * 2, {})
     reservation.wait(TIMEOUT_S)
     num_layers = json.loads((Path(model) / "config.json").read_text())["num_hidden_layers"]
-    specs = [[StageSpec(model, span, "float32", "auto", "cpu", 1)] for span in (LayerSpan(0, 3), LayerSpan(3, num_layers))]
+    waves: dict[str, Any] = {"residency": {0: "host", 2: "host", 4: "host", 6: "host"}, "wave_tokens": 500}
+    specs = [[StageSpec(model, span, "float32", "auto", "cpu", 1, **waves)] for span in (LayerSpan(0, 3), LayerSpan(3, num_layers))]
     stages = Stages(specs, Actors(specs, reservation, "auto", TIMEOUT_S, TIMEOUT_S), timeout_s=TIMEOUT_S)
     found = [refusal(stages, f"{first}-not-there"), do(stages, model, prompts, first, first_layers, 128)]
     away = Path(model).with_name("away")
