@@ -67,7 +67,7 @@ class _Loading:
             self.needed_bytes += sum(disk_bytes(each) for each in matched)
             self._digests.expect(matched)
             number = matched[0].tensor.layer if matched else None
-            if number in self._packed:
+            if number is not None and number in self._packed:
                 self._packed.begin(number, [(each, _unplaced(each)) for each in matched], self._checkpoint, self._digests)
             else:
                 yield matched

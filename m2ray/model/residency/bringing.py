@@ -10,7 +10,7 @@ import torch
 from m2ray.model.filling import assign
 from m2ray.model.residency.landing import Landing
 from m2ray.model.residency.packed_layer import PackedLayer
-from m2ray.model.residency.places import OnDevice, Place
+from m2ray.model.residency.places import InCheckpoint, InHostMemory, OnDevice, Place
 from m2ray.model.residency.readers import Readers
 from m2ray.model.residency.unpacking import Unpacking
 from m2ray.model.skeleton import Skeleton
@@ -31,7 +31,7 @@ class Bringing:
         layers: by number, with the place of each, in which it is by now.
         device: where they run.
         """
-        landing = {number: place for number, (_, place) in sorted(layers.items()) if not isinstance(place, OnDevice)}
+        landing = {number: place for number, (_, place) in sorted(layers.items()) if isinstance(place, InCheckpoint | InHostMemory)}
         self._order = list(landing)
         self._landing = Landing(landing, {number: layers[number][0].num_bytes for number in landing}, readers, device) if landing else None
         self._resident = {number: place.run for number, (_, place) in layers.items() if isinstance(place, OnDevice)}

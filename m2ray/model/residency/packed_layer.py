@@ -84,7 +84,7 @@ def lay_out(layer: Iterable[tuple[MatchedTensor, Sequence[RowsToLoad]]]) -> Pack
         tensor = matched.tensor
         if matched.lies_as == tensor.dtype:
             tensors.append(PackedTensor(tensor, run_bytes, ()))
-            places |= {piece.values: run_bytes + piece.into.storage_offset() * tensor.dtype.itemsize for piece in pieces}
+            places |= {piece.values: run_bytes + int(piece.into.storage_offset()) * tensor.dtype.itemsize for piece in pieces}
             run_bytes = _aligned(run_bytes + _num_bytes(tensor))
         else:
             tensors.append(PackedTensor(tensor, workspace_bytes, tuple(pieces)))

@@ -73,6 +73,8 @@ class PackedLayers:
         """Have each layer, once all are loaded, brought and unpacked just before it runs."""
         if self._layers:
             Bringing(skeleton, self._layers, self._readers, self._device)
+        if not any(isinstance(place, InCheckpoint) for _, place in self._layers.values()):
+            self._readers.close()
 
     def _place_of(self, number: int, packed: PackedLayer, checkpoint: Checkpoint) -> Place:
         on_gpu = self._device.type == "cuda"

@@ -8,7 +8,7 @@ import torch
 
 from m2ray.model.extents import RowsToLoad
 from m2ray.model.filling import fill
-from m2ray.model.quantization.fused import KernelTable, is_for_kernel
+from m2ray.model.quantization.fused import KernelTable, check_of, is_for_kernel
 from m2ray.model.quantization.fused_proof import is_exact
 from m2ray.model.residency.packed_layer import PackedLayer
 
@@ -28,24 +28,32 @@ class Unpacking:
         self._launches = list(self._add(has_kernel[True]))
         if self._launches:
             self._table.to(device)
+        self._checks = [(piece, check) for piece in has_kernel[True] if (check := check_of(piece))]
         self._pool = pool
 
     def __call__(self, run: torch.Tensor) -> None:
         """Write the layer's tensors, on a GPU on the current stream."""
-        for tensors, max_tiles in self._launches:
-            self._table.run(run, tensors, max_tiles)
+        while self._checks:  # once: the bytes stay what they are
+            wanted, check = self._checks.pop()
+            check(self._parts(wanted, run))
+        for lines in self._launches:
+            self._table.run(run, lines)
         for _ in (self._pool.map if self._pool else map)(lambda wanted: self._fill(wanted, run), self._others):
             pass
 
-    def _add(self, pieces: Sequence[RowsToLoad]) -> Iterator[tuple[slice, int]]:
+    def _add(self, pieces: Sequence[RowsToLoad]) -> Iterator[slice]:
         """A launch for pieces of one shape, which have as many tiles: others would have programs with nothing to do."""
         for _, alike in groupby(sorted(pieces, key=_shape), _shape):
             first = len(self._table)
-            tiles = [self._table.add(each, *(self._places[each.parts[name]] for name in ("values", "scale"))) for each in alike]
-            yield slice(first, len(self._table)), max(tiles)
+            for each in alike:
+                self._table.add(each, {name: self._places[part] for name, part in each.parts.items()})
+            yield slice(first, len(self._table))
 
     def _fill(self, wanted: RowsToLoad, run: torch.Tensor) -> None:
-        fill(wanted, {name: part.of(run, part.offset - self._places[part]) for name, part in wanted.parts.items()})
+        fill(wanted, self._parts(wanted, run))
+
+    def _parts(self, wanted: RowsToLoad, run: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {name: part.of(run, part.offset - self._places[part]) for name, part in wanted.parts.items()}
 
 
 def _pieces(layer: PackedLayer, workspace: torch.Tensor) -> Iterator[RowsToLoad]:
