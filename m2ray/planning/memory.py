@@ -62,6 +62,9 @@ def window(num_stages: int) -> int:
     return 2 * num_stages + 2
 
 
+MOST_BATCHES = 16
+"""Micro-batches of a wave: for each that may be on its way a stage has a thread."""
+
 _ONE_KERNEL = ("silu", "swish", "relu", "gelu", "gelu_pytorch_tanh")
 """Activations, by transformers' names, that are one kernel of torch's."""
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from m2ray.batches import PromptStats
 from m2ray.planning.demand import Demand
 from m2ray.planning.devices import DevicePlan
+from m2ray.planning.memory import MOST_BATCHES
 from m2ray.planning.passes import computing_s, pass_s
 
 MOST_WAVE_TOKENS = 1 << 20
@@ -30,6 +31,7 @@ def waves(demand: Demand, placed: Sequence[DevicePlan], prompts: PromptStats | N
     """The wave to take, and then smaller ones, for where memory has no room for it; the last is none. None alone where all layers are ready."""
     if any(each.residency for each in placed):
         most_tokens = _NOT_KNOWN_TOKENS if any(computing_s(demand, each) is None for each in placed) else MOST_WAVE_TOKENS
+        most_tokens = min(most_tokens, MOST_BATCHES * demand.options.batch_tokens)
         best, within = _best(demand, placed, prompts, most_tokens), _most_in_flight(demand, placed)
         forced_by = "in_flight" if within < best else ""
         tokens = best
