@@ -43,8 +43,8 @@ class StageSpec:
         device: "cpu" or "cuda:0".
         threads: torch threads on the CPU, for the whole process; None leaves them as they are.
         compile: whether the layers are compiled by torch.compile, which changes results by rounding (docs/numerics.md).
-        residency: where those of its layers live that are not kept on the device.
-        offload_folder: where the files of those on a disk lie, there or yet to be made.
+        residency: where those of its layers live that are not kept ready on the device (m2ray.model.residency).
+        offload_folder: where layers that are read from files are copied first, there or yet to be made; "" to read the model's own each time.
         wave_tokens: padded tokens of the micro-batches that go through a layer before the next, at most; less than two hold: one at a time.
         with_final_norm: whether the stage of the model's last layer loads the final norm, for the site of that name.
         model_files: the files that are needed, and the digest that each has to have (`Checkpoint.digests`); None takes what is there.
