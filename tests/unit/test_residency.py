@@ -3,6 +3,7 @@
 import gc
 import os
 import shutil
+from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from m2ray.batches import LayerSpan, Residency
+from m2ray.batches import LayerSpan, MicroBatch, Residency
 from m2ray.errors import CheckpointError, StageError, StoreError
 from m2ray.model.checkpoint import Checkpoint, open_checkpoint, tensor_table
 from m2ray.model.residency.packed_layer import PackedLayer, lay_out
@@ -48,7 +49,7 @@ def spec_of(folder: Path, start: int, stop: int, dtype: str, residency: Mapping[
     ("layout", "dtype"), [*((each, "bfloat16") for each in (*PLAIN, *FORMATS)), *((each, "float32") for each in IN_FLOAT32)]
 )
 def test_packed_layers_of_every_layout_give_the_same_rows_and_digests(layout: str, dtype: str, tmp_path: Path) -> None:
-    """In chains of one and of three stages, in every place; a second prompt finds each layer brought once more."""
+    """In chains of one and of three stages, in every place, micro-batches one after the other and in a wave."""
     folder = make(tmp_path / "model", layout)
     batches = [micro_batch_of((9, 5, 1), 96, seed) for seed in (0, 1)]
     num_layers = MINIMAX_TINY["layers"] if layout in PLAIN else 3
@@ -63,7 +64,17 @@ def test_packed_layers_of_every_layout_give_the_same_rows_and_digests(layout: st
     for stages in chains:
         assert {layer: digest for stage in stages for layer, digest in stage.digests.items()} == ready.digests
         for batch, rows in zip(batches, expected, strict=True):
-            assert all(same_bits(ours, theirs) for ours, theirs in zip(chain_rows(stages, batch), rows, strict=True))
+            assert all(equal(chain_rows(stages, batch), rows))
+    assert all(all(equal(ours, rows)) for ours, rows in zip(rows_of_a_wave(*chains[0], batches), expected, strict=True))
+
+
+def rows_of_a_wave(stage: Stage, batches: list[MicroBatch]) -> list[list[torch.Tensor]]:
+    """Each micro-batch's rows, a layer after the other, of both taken through a layer before the next."""
+    found: dict[int, list[torch.Tensor]] = {id(batch): [] for batch in batches}
+    for output in stage.forward_wave(deque((batch, None) for batch in batches)):
+        rows = (torch.from_numpy(one.columns[0].copy()) for one in output.captured)
+        found[id(output.micro_batch)] += [each.view(getattr(torch, stage.parts[0].columns[0].dtype)) for each in rows]
+    return list(found.values())
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
