@@ -16,6 +16,8 @@ from torch._dynamo.utils import counters
 from m2ray.batches import LayerSpan, MicroBatch, Residency
 from m2ray.errors import CheckpointError, StageError, StoreError
 from m2ray.model.checkpoint import Checkpoint, open_checkpoint, tensor_table
+from m2ray.model.quantization import fused
+from m2ray.model.residency import unpacking
 from m2ray.model.residency.packed_layer import PackedLayer, lay_out
 from m2ray.model.residency.places import UnnamedFile
 from m2ray.model.skeleton import build_skeleton
@@ -23,6 +25,7 @@ from m2ray.model.stage import Stage, StageSpec
 from m2ray.model.tensors import match_by_layer
 from m2ray.model.weights import _unplaced
 from scripts.checkpoint_formats.table import FORMATS
+from tests.host_kernels import RAN, HostKernel
 from tests.packed import make_packed
 from tests.reference import MINIMAX_TINY, chain_rows, load_capturing, make_family, make_minimax, micro_batch_of, same_bits
 
@@ -98,6 +101,20 @@ def laid_out(checkpoint: Checkpoint, dtype: str) -> Iterator[tuple[int, PackedLa
     for matched in match_by_layer(skeleton, checkpoint.headers):
         if matched and matched[0].tensor.layer is not None:
             yield matched[0].tensor.layer, lay_out((each, _unplaced(each)) for each in matched)
+
+
+@pytest.mark.parametrize("layout", ["fp8", "mxfp8", "mxfp4", "awq", "gptq", "nvfp4", "pack-quantized-asymmetric"])
+def test_kernels_find_all_parts_in_a_run(layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their arithmetic on host memory, in a GPU's place."""
+    folder, batch = make(tmp_path / "model", layout), micro_batch_of((9, 5, 1), 96)
+    ready = load_capturing(spec_of(folder, 0, 3, "bfloat16", {})).forward(batch, None).captured
+    monkeypatch.setattr(fused, "has_kernel", lambda device: True)
+    monkeypatch.setattr(fused, "_kernel", HostKernel)
+    monkeypatch.setattr(unpacking, "is_exact", lambda device: True)
+    RAN.clear()
+    packed = load_capturing(spec_of(folder, 0, 3, "bfloat16", all_in("checkpoint", 3))).forward(batch, None).captured
+    assert RAN
+    assert all((one.columns[0] == other.columns[0]).all() for one, other in zip(packed, ready, strict=True))
 
 
 @pytest.fixture(scope="module")
