@@ -38,6 +38,8 @@ LAYERS = 12
 SHAPE, TINY_SHAPE = (32, 512), (2, 32)
 PACKED_WAVE, HOST_WAVE = 65_536, 131_072
 ROUNDS = 3
+SETTLING_S = 5
+"""What is read ahead at the end of a round takes."""
 GPU_LIMIT_BYTES = 24 * 10**9
 OLD_OFFLOAD, ACCELERATE = 24_200.0, 3_200.0
 """Tokens a second through 6 layers, 5 of them in host memory, on such a machine on 29 November 2026: m2ray at 6feae92, accelerate's cpu_offload."""
@@ -285,7 +287,10 @@ def host(bench: Bench, layers: int | None) -> list[Row]:
 
 
 def checkpoint(bench: Bench, layers: int | None) -> list[Row]:
-    """One micro-batch a wave, so that the disk binds; from the drop of the page cache until as many layers have been read as there are."""
+    """One micro-batch a wave, so that the disk binds; from the drop of the page cache until as many layers have been read as there are.
+
+    Before a round the first layer has landed, and no other; it ends when that has landed once more.
+    """
     layers = layers or (3 if bench.tiny else 4)
     model = bench.model(layers)
     ranges = [] if bench.tiny else layer_ranges(model, layers)
@@ -299,13 +304,15 @@ def checkpoint(bench: Bench, layers: int | None) -> list[Row]:
     layer_bytes = sum(tensor_table(open_checkpoint(str(model))).packed_bytes()[:layers])
     raw, found = [], []
     for _ in range(2):
+        run_wave(stage, [bench.batch])
         if not bench.tiny:
+            time.sleep(SETTLING_S)
             drop_caches()
             raw.append(raw_rate(ranges, 16))
             drop_caches()
         began = time.monotonic()
         run_wave(stage, [bench.batch])
-        _ = next(iter(stage.forward_wave(deque([(bench.batch, None)])))).captured
+        _ = next(stage.forward_wave(deque([(bench.batch, None)] * 2))).captured
         synchronize()
         found.append(layer_bytes / 1e9 / (time.monotonic() - began))
         print(f"read {raw[-1:]} GB/s, waves {found[-1]:.3f} GB/s", flush=True)

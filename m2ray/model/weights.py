@@ -1,6 +1,7 @@
 """Load one span's tensors straight into the parameters: each byte is read once, converted in small pieces, written where it belongs.
 
-Memory holds the parameters in their final dtype and a few pieces on their way, never a second copy of a layer.
+Memory holds the parameters in their final dtype and a few pieces on their way, never a second copy of a layer. Layers that stay packed
+(m2ray.model.residency) are read as they lie.
 """
 
 from collections import deque

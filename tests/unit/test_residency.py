@@ -3,6 +3,7 @@
 import gc
 import os
 import shutil
+from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +13,11 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from m2ray.batches import LayerSpan, Residency
+from m2ray.batches import LayerSpan, MicroBatch, Residency
 from m2ray.errors import CheckpointError, StageError, StoreError
 from m2ray.model.checkpoint import Checkpoint, open_checkpoint, tensor_table
+from m2ray.model.quantization import fused
+from m2ray.model.residency import unpacking
 from m2ray.model.residency.packed_layer import PackedLayer, lay_out
 from m2ray.model.residency.places import UnnamedFile
 from m2ray.model.skeleton import build_skeleton
@@ -22,6 +25,7 @@ from m2ray.model.stage import Stage, StageSpec
 from m2ray.model.tensors import match_by_layer
 from m2ray.model.weights import _unplaced
 from scripts.checkpoint_formats.table import FORMATS
+from tests.host_kernels import RAN, HostKernel
 from tests.packed import make_packed
 from tests.reference import MINIMAX_TINY, chain_rows, load_capturing, make_family, make_minimax, micro_batch_of, same_bits
 
@@ -48,17 +52,14 @@ def spec_of(folder: Path, start: int, stop: int, dtype: str, residency: Mapping[
     ("layout", "dtype"), [*((each, "bfloat16") for each in (*PLAIN, *FORMATS)), *((each, "float32") for each in IN_FLOAT32)]
 )
 def test_packed_layers_of_every_layout_give_the_same_rows_and_digests(layout: str, dtype: str, tmp_path: Path) -> None:
-    """In chains of one and of three stages, in every place; a second prompt finds each layer brought once more."""
+    """In chains of one and of three stages, in every place, micro-batches one after the other and in a wave."""
     folder = make(tmp_path / "model", layout)
     batches = [micro_batch_of((9, 5, 1), 96, seed) for seed in (0, 1)]
     num_layers = MINIMAX_TINY["layers"] if layout in PLAIN else 3
     ready = load_capturing(spec_of(folder, 0, num_layers, dtype, {}))
     expected = [chain_rows([ready], batch) for batch in batches]
-    places: list[tuple[Mapping[int, Residency], str]] = [
-        ({0: "host", 1: "checkpoint", 2: "checkpoint"}, ""),
-        (all_in("checkpoint", num_layers), str(tmp_path / "copies")),
-    ]
-    chains = [[load_capturing(spec_of(folder, 0, num_layers, dtype, where, copies))] for where, copies in places]
+    mixed: Mapping[int, Residency] = {0: "host"} | dict.fromkeys(range(1, num_layers), "checkpoint")
+    chains = [[load_capturing(spec_of(folder, 0, num_layers, dtype, mixed))]]
     in_three: list[tuple[int, int, Residency]] = [(0, 1, "gpu_packed"), (1, 2, "host"), (2, num_layers, "checkpoint")]
     chains.append(
         [load_capturing(spec_of(folder, first, stop, dtype, dict.fromkeys(range(first, stop), each))) for first, stop, each in in_three]
@@ -66,7 +67,17 @@ def test_packed_layers_of_every_layout_give_the_same_rows_and_digests(layout: st
     for stages in chains:
         assert {layer: digest for stage in stages for layer, digest in stage.digests.items()} == ready.digests
         for batch, rows in zip(batches, expected, strict=True):
-            assert all(same_bits(ours, theirs) for ours, theirs in zip(chain_rows(stages, batch), rows, strict=True))
+            assert all(equal(chain_rows(stages, batch), rows))
+    assert all(all(equal(ours, rows)) for ours, rows in zip(rows_of_a_wave(*chains[0], batches), expected, strict=True))
+
+
+def rows_of_a_wave(stage: Stage, batches: list[MicroBatch]) -> list[list[torch.Tensor]]:
+    """Each micro-batch's rows, a layer after the other, of both taken through a layer before the next."""
+    found: dict[int, list[torch.Tensor]] = {id(batch): [] for batch in batches}
+    for output in stage.forward_wave(deque((batch, None) for batch in batches)):
+        rows = (torch.from_numpy(one.columns[0].copy()) for one in output.captured)
+        found[id(output.micro_batch)] += [each.view(getattr(torch, stage.parts[0].columns[0].dtype)) for each in rows]
+    return list(found.values())
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -90,6 +101,20 @@ def laid_out(checkpoint: Checkpoint, dtype: str) -> Iterator[tuple[int, PackedLa
     for matched in match_by_layer(skeleton, checkpoint.headers):
         if matched and matched[0].tensor.layer is not None:
             yield matched[0].tensor.layer, lay_out((each, _unplaced(each)) for each in matched)
+
+
+@pytest.mark.parametrize("layout", ["fp8", "mxfp8", "mxfp4", "awq", "gptq", "nvfp4", "pack-quantized-asymmetric"])
+def test_kernels_find_all_parts_in_a_run(layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their arithmetic on host memory, in a GPU's place."""
+    folder, batch = make(tmp_path / "model", layout), micro_batch_of((9, 5, 1), 96)
+    ready = load_capturing(spec_of(folder, 0, 3, "bfloat16", {})).forward(batch, None).captured
+    monkeypatch.setattr(fused, "has_kernel", lambda device: True)
+    monkeypatch.setattr(fused, "_kernel", HostKernel)
+    monkeypatch.setattr(unpacking, "is_exact", lambda device: True)
+    RAN.clear()
+    packed = load_capturing(spec_of(folder, 0, 3, "bfloat16", all_in("checkpoint", 3))).forward(batch, None).captured
+    assert RAN
+    assert all((one.columns[0] == other.columns[0]).all() for one, other in zip(packed, ready, strict=True))
 
 
 @pytest.fixture(scope="module")
