@@ -268,7 +268,7 @@ class StageActor:
         captured = output.captured
         copied_at = time.monotonic()
         self._turns.require(epoch)
-        for consumer in self._consumers:
+        for consumer in self._consumers if captured or leaves else ():
             consumer.submit(attempt, output.micro_batch, captured, self._timeout_s)
         since_begin_s = computed_at - self._began_at - self._writer.waited_s
         self._status = with_layers(self._status, compute_s, copied_at - computed_at, since_begin_s)
