@@ -1,10 +1,11 @@
-"""Waves on a GPU: the bits of micro-batches one at a time, and the real job with two stages on halves of one GPU."""
+"""Waves on a GPU: the bits of micro-batches one at a time, their memory, and the real job."""
 
 import subprocess
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -13,11 +14,13 @@ import torch
 import m2ray
 from benchmarks.runs import environment
 from m2ray.batches import LayerSpan, MicroBatch, Residency
-from m2ray.model.boundary import Boundary
 from m2ray.model.capture import CaptureSpec
 from m2ray.model.stage import Stage, StageOutput, StageSpec, load_stage
 from tests.gpu.test_extract_on_gpu import command, prompts
 from tests.reference import MINIMAX_TINY, make_minimax, micro_batch_of
+
+if TYPE_CHECKING:
+    from m2ray.model.boundary import Boundary
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 NUM_LAYERS = MINIMAX_TINY["layers"]
@@ -97,13 +100,15 @@ def test_a_wave_holds_its_hidden_states_once(folder: Path) -> None:
             _ = output.captured
         peaks.append(torch.cuda.max_memory_allocated())
     hidden_bytes = 1024 * MINIMAX_TINY["hidden_size"] * 2
-    assert peaks[1] - peaks[0] <= 13 * hidden_bytes
+    assert peaks[1] - peaks[0] <= 14 * hidden_bytes
 
 
-@pytest.mark.parametrize("transport", ["auto", "object_store"])
-def test_two_stages_in_waves_on_halves_of_a_gpu_give_the_rows_of_one_that_is_ready(folder: Path, tmp_path: Path, transport: str) -> None:
+@pytest.mark.parametrize("stages", [1, 2])
+def test_a_job_in_waves_gives_the_rows_of_layers_that_are_ready(folder: Path, tmp_path: Path, stages: int) -> None:
+    if torch.cuda.device_count() < stages:
+        pytest.skip(f"needs {stages} CUDA devices")
     source, rows = prompts(tmp_path / "prompts.txt", 600, 200), []
-    ways = {"ready": {"stages": 1}, "waves": {"stages": 2, "gpus_per_stage": 0.5, "weights": "packed", "transport": transport}}
+    ways: dict[str, dict[str, object]] = {"ready": {"stages": 1}, "waves": {"stages": stages, "weights": "packed"}}
     for name, options in ways.items():
         words = command(folder, source, tmp_path / name, batch_tokens=1024, shard_tokens=3000, compile=False, **options)
         done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=280, check=False)
