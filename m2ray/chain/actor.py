@@ -35,6 +35,7 @@ from m2ray.errors import StoreError
 from m2ray.model.boundary import Boundary
 from m2ray.model.capture import CaptureSpec
 from m2ray.model.stage import Stage, StageOutput, StageSpec
+from m2ray.planning.memory import MOST_BATCHES
 
 if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor
@@ -85,7 +86,8 @@ class StageActor:
         self._consumers: tuple[CaptureWriter, ...] = ()
         self._answering = Answering()
         self._timeout_s = timeout_s
-        self._limit_s = 2 * timeout_s  # twice the watchdog's limit: the driver is the one that decides
+        # More than a wave may take, here or in the next stage, each of whose micro-batches has the watchdog's limit: the driver is the one that decides.
+        self._limit_s = 2 * MOST_BATCHES * timeout_s
         self._turns = Turns(epoch)
         self._completion = Completion(self._turns)
         self._gathering = Gathering(wave_tokens(specs))
@@ -268,7 +270,7 @@ class StageActor:
         captured = output.captured
         copied_at = time.monotonic()
         self._turns.require(epoch)
-        for consumer in self._consumers:
+        for consumer in self._consumers if captured or leaves else ():
             consumer.submit(attempt, output.micro_batch, captured, self._timeout_s)
         since_begin_s = computed_at - self._began_at - self._writer.waited_s
         self._status = with_layers(self._status, compute_s, copied_at - computed_at, since_begin_s)
@@ -296,9 +298,9 @@ class StageActor:
         boundary = None if parcel is None else receive(parcel, pinned=self._on_gpu)
         computed = self._compute.thread.submit(self._compute_answer, capture, micro_batch, boundary)
         try:
-            outputs = computed.result(self._limit_s)
+            outputs = computed.result(2 * self._timeout_s)
         except TimeoutError as error:
-            raise GetTimeoutError(f"A request waited {self._limit_s:g} s for its turn in the {self._status.span}.") from error
+            raise GetTimeoutError(f"A request waited {2 * self._timeout_s:g} s for its turn in the {self._status.span}.") from error
         following = None
         if followers:
             handed_on = ray.put(send(outputs[-1].on_host()))

@@ -319,7 +319,7 @@ class Stage:
                 torch.cuda.empty_cache()  # of what compiling took
         if self._on_gpu:
             # The blocks that torch's allocator keeps from the largest micro-batch serve all others; those of smaller ones would not serve it.
-            self._try(shapes[:1] * max(1, self._spec.wave_tokens // batch_tokens))
+            self._try(shapes[:1])
         self._of_the_job.encoder = Encoder()  # these rows are nobody's
 
     def _try(self, shapes: Sequence[tuple[int, int]]) -> None:

@@ -291,7 +291,7 @@ def cpu_memory(held: Mapping[str, int], workload: Workload, row_bytes: Sequence[
     held = {**held, "process": PROCESS_BYTES["cpu"]}
     return Memory(
         held | {"transient": workload.transient_bytes + workload.encoding_bytes} | _host_buffers(workload, row_bytes, statistics_bytes),
-        held | {"staging": STAGING_BYTES["device"]},
+        held | {"staging": STAGING_BYTES["host"]},
     )
 
 

@@ -205,12 +205,12 @@ def _more_gpus(demand: Demand, chains: Chains, prompts: PromptStats | None) -> t
 
 def _more_nodes(demand: Demand, cluster: Cluster, prompts: PromptStats | None) -> tuple[Callable[[int], Layout], str]:
     """Without GPUs: nodes like the one with most memory, a stage each."""
-    largest = max(cluster.nodes, key=lambda node: node.host_free_bytes or node.host_bytes or 0)
+    options, largest = demand.options, max(cluster.nodes, key=lambda node: node.host_free_bytes or node.host_bytes or 0)
 
     def on(number: int) -> Layout:
         wider = Cluster(tuple(replace(largest, name=f"{largest.name}-{copy}") for copy in range(number)))
-        asked = demand.asking(stages=number, replicas=1, max_memory=MaxMemory())
+        asked = demand.asking(stages=number, replicas=1, max_memory=MaxMemory(options.max_memory.everywhere))
         return asked, wider, chain_devices(wider, demand.num_layers, asked.options), prompts
 
-    one_chain = " and replicas = 1" if demand.options.replicas > 1 else ""
+    one_chain = " and replicas = 1" if options.replicas > 1 else ""
     return on, f"It fits on {{value}} nodes like {largest.name}, with stages = {{value}}{one_chain}."
