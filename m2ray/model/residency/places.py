@@ -19,7 +19,7 @@ from m2ray.model.residency.packed_layer import PackedLayer
 from m2ray.model.residency.readers import PIECE_BYTES, Fetch, Readers
 from m2ray.storage.scratch import scratch
 
-_COPY_BYTES, _COPIES = 16 * 2**20, 8
+_COPY_BYTES, _COPIES = 16 * 2**20, 2
 """Of a copy to a GPU, and how many are asked for at a time: whatever else is copied there waits for these, and would for the whole layer."""
 
 
