@@ -12,6 +12,7 @@ from m2ray.planning.memory import (
     CAPTURE_BUFFERS,
     CONTEXT_BYTES,
     ENCODING_BYTES,
+    MOST_BATCHES,
     STAGING_BYTES,
     STATISTICS_MICRO_BATCHES,
     STATISTICS_SHARDS,
@@ -195,7 +196,8 @@ class Demand:
 
     def wave_bytes(self, span: LayerSpan) -> int:
         """Hidden states of a wave that a stage of `span` takes through its layers, and of the next one, which waits for its turn there."""
-        return self.wave_tokens * self.workload.token_bytes * (2 if span.start else 1)
+        tokens = min(self.wave_tokens, MOST_BATCHES * self.workload.padded_tokens)
+        return tokens * self.workload.token_bytes * (2 if span.start else 1)
 
     @cached_property
     def layer_bytes(self) -> tuple[int, ...]:

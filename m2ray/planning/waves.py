@@ -61,9 +61,16 @@ def _best(demand: Demand, placed: Sequence[DevicePlan], prompts: PromptStats | N
 
 
 def _time_s(demand: Demand, placed: Sequence[DevicePlan], prompts: PromptStats | None, tokens: int) -> float:
-    """Of all prompts in such waves, or of one token where none are known; where computing is not known, of bringing alone, so the more the better."""
-    slowest_s = max(pass_s(demand, each, tokens) or 1.0 for each in placed)
-    if prompts is None:
-        return slowest_s / tokens
-    num_waves = ceil(prompts.padded_tokens / demand.options.replicas / tokens)
-    return slowest_s * (num_waves + max(each.stage for each in placed))
+    """Of all prompts in such waves, or of one token where none are known; where computing is not known, of bringing alone, so the more the better.
+
+    Micro-batches may be far from full, as at the ends of shards.
+    """
+
+    def slowest_s(of_tokens: float) -> float:
+        return max(pass_s(demand, each, of_tokens) or 1.0 for each in placed)
+
+    if prompts is None or not prompts.micro_batches:
+        return slowest_s(tokens) / tokens
+    in_a_batch, in_a_chain = prompts.padded_tokens / prompts.micro_batches, prompts.padded_tokens / demand.options.replicas
+    in_a_wave = in_a_batch if tokens == demand.options.batch_tokens else min(tokens, MOST_BATCHES * in_a_batch, in_a_chain)
+    return slowest_s(in_a_wave) * (ceil(in_a_chain / in_a_wave) + max(each.stage for each in placed))

@@ -337,9 +337,12 @@ def test_all_that_a_chain_has_between_its_stages_stays_within_in_flight():
 
 
 def test_a_wave_is_no_larger_than_the_prompts_and_fills_a_chain():
-    few, more = (replace(PROMPTS, padded_tokens=tokens, tokens=tokens, micro_batches=tokens // 16_384) for tokens in (60_000, 600_000))
+    few, more = (replace(PROMPTS, padded_tokens=tokens, tokens=tokens, micro_batches=tokens // 16_384) for tokens in (60_000, 1_200_000))
     waves = [plan("2xH200", compile=True, prompts=prompts).wave.tokens for prompts in (few, more, None)]
-    assert waves == [0, 32_768, 131_072]
+    assert waves[0] == 0 < waves[1] < waves[2] == 131_072
+    unfilled = PromptStats(sequences=24, tokens=192, padded_tokens=192, longest_tokens=8, shards=3, micro_batches=3)
+    on_cpu = {"max_memory": parse_max_memory("24GB"), "offload": "disk", "prompts": unfilled}
+    assert cpu_machine(64 * GB, **on_cpu).wave.tokens == 2048, "of three micro-batches, each a shard of its own"
 
 
 def test_stages_whose_layers_are_ready_take_no_waves():
