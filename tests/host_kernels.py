@@ -21,7 +21,7 @@ class HostKernel:
         self._name = name
 
     def __getitem__(self, grid: tuple[int]) -> Any:
-        return lambda table, data, max_tiles, size, **_: self.run(grid[0], table, data, max_tiles)
+        return lambda table, data, max_tiles, *constants, **_: self.run(grid[0], table, data, max_tiles)
 
     def run(self, programs: int, table: torch.Tensor, data: torch.Tensor, max_tiles: int) -> None:
         assert programs == len(table) * max_tiles
@@ -29,10 +29,11 @@ class HostKernel:
         for fields in table.tolist():
             line = Line(*fields)
             assert line.tiles <= max_tiles
-            assert line.is_of_bytes == (self._name == "unpack_bytes")
+            assert line.kernel[0] == self._name
             rows, columns = torch.arange(line.rows)[:, None], torch.arange(line.columns)[None]
-            if line.is_of_bytes:
-                assert line.values_at % 8 == line.into % 16 == line.stride % 8 == line.columns % 8 == 0
+            if line.is_run:
+                assert line.values_at % line.bits == line.into % 16 == line.stride % 8 == line.columns % 8 == 0
+            if line.bits == 8:
                 values = _at(data, line.values_at, rows * line.columns + columns, _key(fused.VALUES, line.values_kind))
                 block = (rows >> line.height_shift) * line.block_columns + (columns >> line.width_shift)
                 products = values * _scale(data, line, block)

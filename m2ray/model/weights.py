@@ -5,10 +5,9 @@ Memory holds the parameters in their final dtype and a few pieces on their way, 
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain
 from math import lcm, prod
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
@@ -20,11 +19,15 @@ from m2ray.model.decoder import DecoderSpan
 from m2ray.model.digests import WeightDigests
 from m2ray.model.extents import Range, RowsToLoad
 from m2ray.model.gpu_loading import Lanes
+from m2ray.model.openmp import lone_threads
 from m2ray.model.quantization.layouts import layout_of
 from m2ray.model.quantization.scaling import ScaledUnpack
 from m2ray.model.quantization.stored import Part, StoredTensor
 from m2ray.model.skeleton import build_skeleton
 from m2ray.model.tensors import MatchedTensor, disk_bytes, match_by_layer
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
 
 _CACHED_ELEMENTS = 1 << 17
 """That are unpacked at one time on a CPU: with what that takes they stay in a core's cache."""
@@ -126,7 +129,7 @@ def _load_by_lanes(checkpoint: Checkpoint, decoder: DecoderSpan, digests: Weight
 
 def _load_pieces(checkpoint: Checkpoint, pieces: Iterable[RowsToLoad], digests: WeightDigests, on_piece: Callable[[], None]) -> None:
     """Read and convert on the CPU, a few pieces at a time."""
-    with ThreadPoolExecutor(THREADS, thread_name_prefix="load") as pool:
+    with lone_threads(THREADS, "load") as pool:
         waiting: deque[Future[None]] = deque()
         try:
             for piece in pieces:

@@ -1,7 +1,7 @@
 """Many quantised tensors unpacked on a GPU by one launch of a fused kernel: which ones it can take, and the table that it reads them from.
 
 Its arithmetic is that of the methods' own unpacking in torch, which does the others, and all of them where there is no kernel. There are two:
-for values of 8 bits one that runs along memory, for those of 4 bits one that finds each by its place.
+one runs along memory; one finds by their place values of 4 bits that lie otherwise than they are written (AWQ, GPTQ, gpt-oss).
 """
 
 from collections.abc import Iterator, Mapping
@@ -19,10 +19,10 @@ from m2ray.model.quantization.scaling import ScaledUnpack
 from m2ray.toolchain import triton_problem
 
 CHUNK = 8
-"""Values of 8 bits that have one scale and lie in one row: 8 bytes are loaded and 16 written at once."""
+"""Values that have one scale and lie in one row: 4 or 8 bytes are loaded and 16 written at once."""
 
-CHUNKS, SIDE, WARPS = 1024, 64, 8
-"""Chunks of a program for 8 bits, values along either side of one for 4 bits, and warps of either."""
+CHUNKS, SIDE, WARPS = 512, 64, 8
+"""Chunks of a program that runs along memory, values along either side of a square, and warps of either."""
 
 NOWHERE = -1
 """In a line the place of what a tensor has not. Places are bytes of a buffer, or addresses as negative numbers, of which this is none."""
@@ -79,14 +79,26 @@ class Line(NamedTuple):
     is_divided: bool = False
 
     @property
-    def is_of_bytes(self) -> bool:
-        """Whether its values have 8 bits."""
-        return self.values_kind in VALUES.values()
+    def bits(self) -> int:
+        """Of a value."""
+        return 8 if self.values_kind in VALUES.values() else 4
+
+    @property
+    def is_run(self) -> bool:
+        """Whether it is read and written along memory, by whole chunks."""
+        chunks = (self.columns, self.stride, self.into // 2, self.values_at * 8 // self.bits, 1 << self.width_shift)
+        is_placed = self.is_transposed or self.word_rows_shift or self.is_interleaved or self.groups_at != NOWHERE
+        return not is_placed and not any(each % CHUNK for each in chunks)
+
+    @property
+    def kernel(self) -> tuple[str, *tuple[int, ...]]:
+        """The name of the kernel for it, and the constants that it is compiled with."""
+        return ("unpack_runs", CHUNKS, self.bits) if self.is_run else ("unpack_squares", SIDE)
 
     @property
     def tiles(self) -> int:
         """Programs that it takes."""
-        if self.is_of_bytes:
+        if self.is_run:
             return -(-self.rows * self.columns // (CHUNK * CHUNKS))
         return -(-self.rows // SIDE) * -(-self.columns // SIDE)
 
@@ -145,11 +157,10 @@ class KernelTable:
         assert self._on_device is not None, "to() comes first"
         assert data.data_ptr() % 16 == 0, "chunks are read by whole words"
         first = lines.start
-        for is_of_bytes, run in groupby(self._lines[lines], lambda line: line.is_of_bytes):
+        for (name, *constants), run in groupby(self._lines[lines], lambda line: line.kernel):
             tiles = [line.tiles for line in run]
             table, most = self._on_device[first : first + len(tiles)], max(tiles)
-            kernel, size = (_kernel("unpack_bytes"), CHUNKS) if is_of_bytes else (_kernel("unpack_nibbles"), SIDE)
-            kernel[(len(tiles) * most,)](table, data, most, size, num_warps=WARPS)
+            _kernel(name)[(len(tiles) * most,)](table, data, most, *constants, num_warps=WARPS)
             first += len(tiles)
 
 

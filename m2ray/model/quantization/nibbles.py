@@ -1,4 +1,4 @@
-"""Codes of four bits, two a byte, the first in the low bits: a byte's two values are looked up at once, and weights are made a core's cache at a time."""
+"""Codes of four bits, two a byte, the first in the low bits: two or four values are looked up at once, and weights are made a core's cache at a time."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ ALL = 1 << 31
 """More than an axis has: a block of all of it."""
 
 CACHED_VALUES, GPU_VALUES = 1 << 17, 1 << 24
-"""Of a weight that are made at one time on a CPU and on a GPU, where what is made on the way takes some 10 bytes of memory a value."""
+"""Of a weight that are made at one time on a CPU and on a GPU, where what is made on the way takes some 16 bytes of memory a value."""
 
 _PAIR_OF = {2: torch.int32, 4: torch.int64}
 """An integer as long as two values, by bytes a value."""
@@ -72,12 +72,18 @@ def look_up(codes: torch.Tensor, values: tuple[float, ...], dtype: torch.dtype) 
     Args:
         codes: contiguous along its last axis, of any dtype.
         values: of the 16 codes.
-        dtype: bfloat16, float16 or float32, which must hold each value exactly.
+        dtype: bfloat16, float16 or float32; as float16 does, it must hold each value exactly.
     """
     data = as_bytes(codes)
-    of_bytes = _pairs(tuple(map(float.hex, values)), dtype, codes.device)  # as text, for a cache takes -0.0 for 0.0
-    pairs = torch.index_select(of_bytes, 0, data.reshape(-1).int())
-    return pairs.view(data.shape).view(dtype)
+    flat = data.reshape(-1)
+    keys = tuple(map(float.hex, values))  # as text, for a cache takes -0.0 for 0.0
+    if flat.is_cuda or flat.numel() % 2 or flat.storage_offset() % 2:
+        pairs = torch.index_select(_pairs(keys, dtype, flat.device), 0, flat.int())
+        return pairs.view(*data.shape).view(dtype)
+    # On a CPU by two bytes: half as many look-ups, of four values that have 16 bits each.
+    short = torch.float16 if dtype == torch.float32 else dtype
+    fours = torch.index_select(_fours(keys, short), 0, flat.view(torch.uint16).int())
+    return fours.view(short).view(*data.shape[:-1], -1).to(dtype)
 
 
 def as_bytes(codes: torch.Tensor) -> torch.Tensor:
@@ -113,3 +119,10 @@ def _pairs(values: tuple[str, ...], dtype: torch.dtype, device: torch.device) ->
     one = torch.tensor([float.fromhex(value) for value in values], dtype=dtype)
     both = torch.stack((one.repeat(16), one.repeat_interleave(16)), dim=-1)
     return settled(both.view(_PAIR_OF[dtype.itemsize]).reshape(-1).to(device))
+
+
+@cache
+def _fours(values: tuple[str, ...], dtype: torch.dtype) -> torch.Tensor:
+    """[65536], the bits of two bytes' four values of 16 bits as one integer."""
+    pairs = _pairs(values, dtype, torch.device("cpu"))
+    return torch.stack((pairs.repeat(256), pairs.repeat_interleave(256)), dim=-1).view(torch.int64).reshape(-1)
