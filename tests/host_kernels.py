@@ -7,7 +7,6 @@ import torch
 
 from m2ray.model.quantization import fused
 from m2ray.model.quantization.fused import Line
-from m2ray.model.quantization.nibbles import E2M1, Codes
 from m2ray.model.quantization.scaling import as_floats
 
 RAN: list[int] = []
@@ -56,10 +55,7 @@ def _nibbles(line: Line, data: torch.Tensor, rows: torch.Tensor, columns: torch.
         scale = scale / tensor_scale if line.is_divided else scale * tensor_scale
     codes = _codes(data, line.values_at, _number(line, rows, columns, line.line_columns, line.word_rows_shift))
     kind = _key(fused.CODES, line.values_kind)
-    meant = [number - 8 * (kind is Codes.LESS_8) for number in range(16)] if kind in (Codes.UNSIGNED, Codes.LESS_8) else E2M1
-    values = torch.tensor(meant, dtype=torch.float32)[codes]
-    if kind is Codes.E2M1_WITHOUT_NEGATIVE_ZERO:
-        values = torch.where(values == 0, 0.0, values)
+    values = torch.tensor(kind.numbers)[codes]
     if line.zero_at != fused.NOWHERE:
         place = _number(line, block_rows, block_columns, line.block_columns, line.zero_word_rows_shift)
         values = values - _codes(data, line.zero_at, place, line.zero_more)

@@ -29,7 +29,7 @@ from m2ray.model.tensors import MatchedTensor, disk_bytes, match_by_layer
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
-_CACHED_ELEMENTS = 1 << 17
+_CACHED_ELEMENTS = 1 << 18
 """That are unpacked at one time on a CPU: with what that takes they stay in a core's cache."""
 
 OnBytes = Callable[[int, int], None]

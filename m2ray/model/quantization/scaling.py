@@ -65,12 +65,18 @@ def dequantize(values: torch.Tensor, scale: torch.Tensor, block: Block) -> torch
 
 def as_floats(scale: torch.Tensor) -> torch.Tensor:
     """Scales as float32. uint8 are exponents of two, less 127, of which 255 is none: infinity, as in transformers."""
-    return _powers(scale.device)[scale.int()] if scale.dtype == torch.uint8 else scale.float()
+    if scale.dtype.itemsize > 1:
+        return scale.float()
+    bits = scale.reshape(-1).view(torch.uint8).int()
+    return torch.index_select(_floats(scale.dtype, scale.device), 0, bits).view(scale.shape)
 
 
 @cache
-def _powers(device: torch.device) -> torch.Tensor:
-    return settled(torch.tensor([2.0 ** (byte - 127) for byte in range(255)] + [float("inf")], device=device))
+def _floats(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """[256], by their bits the numbers of a dtype that torch turns into float32 one by one."""
+    if dtype == torch.uint8:
+        return settled(torch.tensor([2.0 ** (byte - 127) for byte in range(255)] + [float("inf")], device=device))
+    return settled(torch.arange(256, dtype=torch.uint8).view(dtype).float().to(device))
 
 
 def _write(values: torch.Tensor, factors: torch.Tensor, block: Block, first: torch.dtype, into: torch.Tensor) -> None:
