@@ -40,16 +40,16 @@ def unpack(
         zeros_one_less: whether `qzeros` are one less than the zero points, as `checkpoint_format` "gptq" has them.
         dtype: what the result is rounded to then; None for that of `scales`.
     """
-    words, groups = qweight.t().contiguous(), g_idx.int()
+    groups = g_idx.int()
     zeros = unpack_words(qzeros + ONE_LESS if zeros_one_less else qzeros, torch.float32).t().contiguous()
     factors = scales.float().t().contiguous()
 
     def rows_of(first: int, stop: int) -> torch.Tensor:
-        numbers = unpack_words(words[first:stop], torch.float32)
+        numbers = unpack_words(qweight[:, first:stop].t().contiguous(), torch.float32)
         numbers.sub_(zeros[first:stop].index_select(1, groups)).mul_(factors[first:stop].index_select(1, groups))
         return numbers.to(scales.dtype).float()  # float16 straight to bfloat16 takes a CPU four times as long
 
-    return in_cache(rows_of, (len(words), len(groups)), dtype or scales.dtype, qweight.device)
+    return in_cache(rows_of, (qweight.shape[1], len(groups)), dtype or scales.dtype, qweight.device)
 
 
 class Gptq(Packed):
