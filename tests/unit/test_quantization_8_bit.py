@@ -57,7 +57,7 @@ GRIDS: list[tuple[tuple[int, ...], tuple[int, int] | None]] = [
 ]
 
 
-@pytest.mark.parametrize(("dtype", "cached"), [(E4M3, 70), (E5M2, 1 << 18)])
+@pytest.mark.parametrize(("dtype", "cached"), [(E4M3, 70), (E4M3, 140), (E5M2, 1 << 18)])
 @pytest.mark.parametrize("scale_dtype", [F32, BF16, F16, U8, E8M0])
 @pytest.mark.parametrize(("grid", "block"), GRIDS)
 def test_scales_of_every_kind_are_transformers(
