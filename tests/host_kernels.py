@@ -27,12 +27,13 @@ class HostKernel:
         RAN.append(len(table))
         for fields in table.tolist():
             line = Line(*fields)
-            assert line.tiles <= max_tiles
-            assert line.kernel[0] == self._name
+            assert line.tiles() <= max_tiles
+            (name, *_), bits = line.kernel(), 8 if line.values_kind < fused.FIRST_CODE else 4
+            assert name == self._name
             rows, columns = torch.arange(line.rows)[:, None], torch.arange(line.columns)[None]
-            if line.is_run:
-                assert line.values_at % line.bits == line.into % 16 == line.stride % 8 == line.columns % 8 == 0
-            if line.bits == 8:
+            if name == "unpack_runs":
+                assert line.values_at % bits == line.into % 16 == line.stride % 8 == line.columns % 8 == 0
+            if bits == 8:
                 values = _at(data, line.values_at, rows * line.columns + columns, _key(fused.VALUES, line.values_kind))
                 block = (rows >> line.height_shift) * line.block_columns + (columns >> line.width_shift)
                 products = values * _scale(data, line, block)
