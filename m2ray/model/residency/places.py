@@ -19,6 +19,10 @@ from m2ray.model.residency.readers import PIECE_BYTES, Fetch, Readers
 from m2ray.storage.scratch import scratch
 
 
+_COPY_BYTES = 16 * 2**20
+"""Copied to a GPU at one time: what a micro-batch is given, token ids above all, has to wait for one such copy, and would for a layer's."""
+
+
 class Place(Protocol):
     """What holds one layer's run."""
 
@@ -73,7 +77,8 @@ class InHostMemory:
         weakref.finalize(self, _unregister, self.run.data_ptr()).atexit = False
 
     def bring(self, run: torch.Tensor) -> None:
-        run.copy_(self.run, non_blocking=True)
+        for there, here in zip(run.split(_COPY_BYTES), self.run.split(_COPY_BYTES), strict=True):
+            there.copy_(here, non_blocking=True)
 
 
 class InCheckpoint:
