@@ -146,7 +146,7 @@ Parts = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 def kernels(experts: int, sizes: Sequence[tuple[int, int]]) -> list[Row]:
     """How long it takes to unpack all experts of a layer: FP8 as extents come and all at once, every 4-bit method all at once.
 
-    `sizes` are other ones to try of a program for 8 bits: chunks and warps.
+    `sizes` are other ones to try of a program: chunks and warps.
     """
     if not is_exact(_device()):
         raise SystemExit("The fused kernels have not torch's bits here, or cannot be made.")

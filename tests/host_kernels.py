@@ -7,7 +7,6 @@ import torch
 
 from m2ray.model.quantization import fused
 from m2ray.model.quantization.fused import Line
-from m2ray.model.quantization.nibbles import E2M1, Codes
 from m2ray.model.quantization.scaling import as_floats
 
 RAN: list[int] = []
@@ -21,18 +20,20 @@ class HostKernel:
         self._name = name
 
     def __getitem__(self, grid: tuple[int]) -> Any:
-        return lambda table, data, max_tiles, size, **_: self.run(grid[0], table, data, max_tiles)
+        return lambda table, data, max_tiles, *constants, **_: self.run(grid[0], table, data, max_tiles)
 
     def run(self, programs: int, table: torch.Tensor, data: torch.Tensor, max_tiles: int) -> None:
         assert programs == len(table) * max_tiles
         RAN.append(len(table))
         for fields in table.tolist():
             line = Line(*fields)
-            assert line.tiles <= max_tiles
-            assert line.is_of_bytes == (self._name == "unpack_bytes")
+            assert line.tiles() <= max_tiles
+            (name, *_), bits = line.kernel(), 8 if line.values_kind < fused.FIRST_CODE else 4
+            assert name == self._name
             rows, columns = torch.arange(line.rows)[:, None], torch.arange(line.columns)[None]
-            if line.is_of_bytes:
-                assert line.values_at % 8 == line.into % 16 == line.stride % 8 == line.columns % 8 == 0
+            if name == "unpack_runs":
+                assert line.values_at % bits == line.into % 16 == line.stride % 8 == line.columns % 8 == 0
+            if bits == 8:
                 values = _at(data, line.values_at, rows * line.columns + columns, _key(fused.VALUES, line.values_kind))
                 block = (rows >> line.height_shift) * line.block_columns + (columns >> line.width_shift)
                 products = values * _scale(data, line, block)
@@ -55,10 +56,7 @@ def _nibbles(line: Line, data: torch.Tensor, rows: torch.Tensor, columns: torch.
         scale = scale / tensor_scale if line.is_divided else scale * tensor_scale
     codes = _codes(data, line.values_at, _number(line, rows, columns, line.line_columns, line.word_rows_shift))
     kind = _key(fused.CODES, line.values_kind)
-    meant = [number - 8 * (kind is Codes.LESS_8) for number in range(16)] if kind in (Codes.UNSIGNED, Codes.LESS_8) else E2M1
-    values = torch.tensor(meant, dtype=torch.float32)[codes]
-    if kind is Codes.E2M1_WITHOUT_NEGATIVE_ZERO:
-        values = torch.where(values == 0, 0.0, values)
+    values = torch.tensor(kind.numbers)[codes]
     if line.zero_at != fused.NOWHERE:
         place = _number(line, block_rows, block_columns, line.block_columns, line.zero_word_rows_shift)
         values = values - _codes(data, line.zero_at, place, line.zero_more)

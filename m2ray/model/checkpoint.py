@@ -16,7 +16,7 @@ import xxhash
 from m2ray.batches import LayerSpan, TensorTable
 from m2ray.errors import CheckpointError, M2rayError, StoreError, raise_all
 from m2ray.hub import bringing
-from m2ray.model.families import parse_config
+from m2ray.model.families import parse_config, says_how_quantised
 from m2ray.model.headers import COPY_AGAIN, FileHeader, TensorHeader, read_file_header
 from m2ray.model.interpreter import without_collector
 from m2ray.model.limits import MAX_CONFIG_BYTES, MAX_HEADERS_BYTES, read_limited
@@ -214,7 +214,7 @@ def read_config(store: Store, key: str) -> tuple[Any, dict[str, bytes]]:
         StoreError: they cannot be read.
     """
     text = read_limited(store, key, MAX_CONFIG_BYTES)
-    if b'"quantization_config"' in text or store.size(HF_QUANT_CONFIG) is None:
+    if says_how_quantised(text) or store.size(HF_QUANT_CONFIG) is None:
         return parse_config(text), {key: text}
     quantised = read_limited(store, HF_QUANT_CONFIG, MAX_CONFIG_BYTES)
     return parse_config(text, quantised), {key: text, HF_QUANT_CONFIG: quantised}

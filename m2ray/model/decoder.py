@@ -11,7 +11,7 @@ from torch import nn
 
 from m2ray.batches import LayerSpan, Residency
 from m2ray.errors import CheckpointError, raise_all
-from m2ray.model.attention import avoid_plans_by_shape
+from m2ray.model.attention import avoid_plans_by_shape, positions_of_one_sequence
 from m2ray.model.boundary import Boundary, contract_of, crossing
 from m2ray.model.compilation import compile_layers
 from m2ray.model.computed_buffers import build_buffers, computed_buffers
@@ -106,7 +106,7 @@ class DecoderSpan:
         source = {"input_ids": token_ids_BT} if incoming is None else self._in_place_of_tokens(incoming)
         position_ids = torch.arange(token_ids_BT.shape[1], device=self.device)[None]
         try:
-            with self._passing():
+            with self._passing(), positions_of_one_sequence():
                 # Right-padding under causal attention needs no mask: what is real never looks at what comes after it.
                 self._base(**source, position_ids=position_ids, attention_mask=None, use_cache=False)
         except _SpanDone as done:

@@ -10,7 +10,7 @@ from m2ray.errors import CheckpointError
 from m2ray.model.extents import RowsToLoad
 from m2ray.model.quantization.scaling import ScaledUnpack
 
-_CACHED_ELEMENTS = 1 << 17
+_CACHED_ELEMENTS = 1 << 18
 """That are unpacked at one time on a CPU: with what that takes they stay in a core's cache."""
 
 

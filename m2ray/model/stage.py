@@ -21,6 +21,7 @@ from m2ray.model.eight_bits import Encoder, Losses
 from m2ray.model.families import default_max_length
 from m2ray.model.gpu_loading import Lanes
 from m2ray.model.interpreter import quick_switches, without_collector
+from m2ray.model.sending import send
 from m2ray.model.site_table import refused_sites
 from m2ray.model.skeleton import build_skeleton
 from m2ray.model.weights import Loaded, OnBytes, load_weights, parameter_bytes
@@ -269,7 +270,7 @@ class Stage:
             capture = Capture(micro_batch, parts, taking.selection, taking.encoder, self._copy_out, taking.counting, self._full_tokens)
             token_ids_BT = torch.tensor(micro_batch.token_ids_BT, dtype=torch.int64)
             if self._on_gpu:
-                token_ids_BT = token_ids_BT.pin_memory().to(self._decoder.device, non_blocking=True)
+                token_ids_BT = send(token_ids_BT, self._decoder.device)
             incoming = self._to_device(incoming)
             timed = _Timed(self._decoder.device)
             boundary = self._decoder.run(token_ids_BT, incoming, capture.keep, layers)

@@ -6,10 +6,9 @@ Memory holds the parameters in their final dtype and a few pieces on their way, 
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain
 from math import prod
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -20,11 +19,15 @@ from m2ray.model.digests import WeightDigests
 from m2ray.model.extents import Range, RowsToLoad
 from m2ray.model.filling import assign, fill
 from m2ray.model.gpu_loading import Lanes
+from m2ray.model.openmp import lone_threads
 from m2ray.model.quantization.layouts import layout_of
 from m2ray.model.quantization.stored import Part, StoredTensor
 from m2ray.model.residency.packed_layers import PackedLayers
 from m2ray.model.skeleton import build_skeleton
 from m2ray.model.tensors import MatchedTensor, disk_bytes, match_by_layer
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
 
 OnBytes = Callable[[int, int], None]
 
@@ -144,7 +147,7 @@ def hash_weights(checkpoint: Checkpoint, layers_run: int, *, with_final_norm: bo
 
 def _load_pieces(checkpoint: Checkpoint, pieces: Iterable[RowsToLoad], digests: WeightDigests, on_piece: Callable[[], None]) -> None:
     """Read and convert on the CPU, a few pieces at a time."""
-    with ThreadPoolExecutor(THREADS, thread_name_prefix="load") as pool:
+    with lone_threads(THREADS, "load") as pool:
         waiting: deque[Future[None]] = deque()
         try:
             for piece in pieces:

@@ -2,6 +2,7 @@
 
 import sys
 from contextlib import nullcontext
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -106,8 +107,13 @@ def filled(decoder: DecoderSpan) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in [*model.named_parameters(), *model.named_buffers()] if not tensor.is_meta}
 
 
-@pytest.mark.parametrize("extent_bytes", [extents.EXTENT_BYTES, 333])
-@pytest.mark.parametrize("layout", ["scales beside", "scales first", "bf16", "fused", *PACKED])
+@pytest.mark.parametrize(
+    ("layout", "extent_bytes"),
+    [
+        *product(["scales beside", "scales first", "bf16", "fused", *PACKED], [333]),
+        *product(["scales beside", "scales first", "bf16", "fused", "mxfp4", "gptq-v2"], [extents.EXTENT_BYTES]),
+    ],
+)
 def test_lanes_load_what_the_cpu_loads(
     on_host: str, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, layout: str, extent_bytes: int
 ) -> None:

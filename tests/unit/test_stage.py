@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import masking_utils
 
 from m2ray.batches import LayerSpan, MicroBatch, PartSpec
 from m2ray.errors import ConfigError, StageError
@@ -64,6 +65,14 @@ def test_rows_come_in_token_rows_order(llama: Path) -> None:
         single = MicroBatch(0, 0, True, np.array([0]), np.ones(1, np.int32), np.array([[token]], np.int32))
         assert torch.allclose(rows[index], chain_rows([stage], single)[-1][0], rtol=1e-4, atol=1e-5)
     assert Selection().token_rows(together)["token_id"].tolist() == tokens
+
+
+def test_nobody_looks_for_several_sequences_in_a_row(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU the host would wait for the answer in each pass. Rows are transformers' own, which does look: the other tests."""
+    stage, looks = load(spec_of(llama, 0, 5)), lambda *_: pytest.fail("transformers looked")
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", looks)
+    assert chain_rows([stage], micro_batch_of(LENGTHS, 96))
+    assert masking_utils.find_packed_sequence_indices is looks, "for others it is as it was"
 
 
 def test_rows_of_mixed_lengths_match_token_rows(llama: Path) -> None:

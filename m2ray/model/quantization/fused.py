@@ -1,11 +1,11 @@
 """Many quantised tensors unpacked on a GPU by one launch of a fused kernel: which ones it can take, and the table that it reads them from.
 
 Its arithmetic is that of the methods' own unpacking in torch, which does the others, and all of them where there is no kernel. There are two:
-for values of 8 bits one that runs along memory, for those of 4 bits one that finds each by its place.
+one runs along memory; one finds by their place values of 4 bits that lie otherwise than they are written (AWQ, GPTQ, gpt-oss).
 """
 
 from collections.abc import Iterator, Mapping
-from functools import cache
+from functools import cache, lru_cache
 from itertools import groupby
 from math import prod
 from typing import Any, NamedTuple
@@ -15,14 +15,14 @@ import torch
 
 from m2ray.model.extents import RowsToLoad
 from m2ray.model.quantization.nibbles import Check, Codes, NibbleUnpack
-from m2ray.model.quantization.scaling import ScaledUnpack
+from m2ray.model.quantization.scaling import Block, ScaledUnpack
 from m2ray.toolchain import triton_problem
 
 CHUNK = 8
-"""Values of 8 bits that have one scale and lie in one row: 8 bytes are loaded and 16 written at once."""
+"""Values that have one scale and lie in one row: 4 or 8 bytes are loaded and 16 written at once."""
 
-CHUNKS, SIDE, WARPS = 1024, 64, 8
-"""Chunks of a program for 8 bits, values along either side of one for 4 bits, and warps of either."""
+CHUNKS, SIDE, WARPS = 512, 64, 8
+"""Chunks of a program that runs along memory, values along either side of a square, and warps of either."""
 
 NOWHERE = -1
 """In a line the place of what a tensor has not. Places are bytes of a buffer, or addresses as negative numbers, of which this is none."""
@@ -31,6 +31,9 @@ VALUES = {torch.float8_e4m3fn: 0, torch.int8: 1, torch.float8_e5m2: 2}
 CODES = {Codes.E2M1: 3, Codes.E2M1_WITHOUT_NEGATIVE_ZERO: 4, Codes.UNSIGNED: 5, Codes.LESS_8: 6}
 SCALES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3, torch.float8_e8m0fnu: 4, torch.float8_e4m3fn: 5}
 """The numbers by which the kernels know what values and scales are."""
+
+FIRST_CODE = min(CODES.values())
+"""Below it values have 8 bits."""
 
 _WHOLE = 31
 """The shift of a side that has one block."""
@@ -78,15 +81,20 @@ class Line(NamedTuple):
     tensor_scale_at: int = NOWHERE
     is_divided: bool = False
 
-    @property
-    def is_of_bytes(self) -> bool:
-        """Whether its values have 8 bits."""
-        return self.values_kind in VALUES.values()
+    def kernel(self) -> tuple[str, *tuple[int, ...]]:
+        """The name of the kernel for it, and the constants that it is compiled with."""
+        bits = 8 if self.values_kind < FIRST_CODE else 4
+        # A run is read and written along memory, by whole chunks.
+        chunks = self.columns | self.stride | self.into // 2 | self.values_at * 8 // bits | 1 << self.width_shift
+        is_placed = self.is_transposed or self.word_rows_shift or self.is_interleaved or self.groups_at != NOWHERE
+        if not is_placed and chunks % CHUNK == 0:
+            return "unpack_runs", CHUNKS, bits
+        assert bits == 4, "8-bit values lie in whole chunks"
+        return "unpack_squares", SIDE
 
-    @property
     def tiles(self) -> int:
         """Programs that it takes."""
-        if self.is_of_bytes:
+        if self.kernel()[0] == "unpack_runs":
             return -(-self.rows * self.columns // (CHUNK * CHUNKS))
         return -(-self.rows // SIDE) * -(-self.columns // SIDE)
 
@@ -95,25 +103,20 @@ def is_for_kernel(wanted: RowsToLoad, device: torch.device) -> bool:
     """Whether a fused kernel can be used: a matrix, or several stacked, with scales, to become bfloat16 on a GPU that has FP8, and a machine on
     which Triton can make it. Blocks' sides are powers of two, or the matrix's own.
     """
-    into, parts = wanted.into, wanted.parts.values()
-    return (
-        isinstance(wanted.unpack, ScaledUnpack | NibbleUnpack)
-        and into.device == device
-        and into.dtype == torch.bfloat16
-        and into.dim() in (2, 3)
-        and 0 < into.numel() < 2**31
-        and all(part.offset % part.dtype.itemsize == 0 for part in parts)
-        and all(_shift(side, extent) is not None for side, extent in zip(_block(wanted), into.shape[-2:], strict=True))
-        and (1 in into.stride()[-2:] if isinstance(wanted.unpack, NibbleUnpack) else _lies_in_chunks(wanted))
-        and has_kernel(device)
-    )
-
-
-def _lies_in_chunks(wanted: RowsToLoad) -> bool:
-    """Whether 8-bit values can be read, and what they become be written, by whole chunks."""
-    into = wanted.into
-    sides = (wanted.values.offset, into.shape[-1], *into.stride()[:-1], into.data_ptr() // into.itemsize, _block(wanted)[1])
-    return len(wanted.values.shape) == into.dim() and into.stride(-1) == 1 and not any(side % CHUNK for side in sides)
+    into, unpack = wanted.into, wanted.unpack
+    if not isinstance(unpack, (ScaledUnpack, NibbleUnpack)) or into.dtype != torch.bfloat16 or into.device != device:
+        return False
+    shape, strides = into.shape, into.stride()
+    if len(shape) not in (2, 3) or not 0 < prod(shape) < 2**31 or any(part.offset % part.dtype.itemsize for part in wanted.parts.values()):
+        return False
+    blocks = _blocks(unpack.block, shape[-2], shape[-1])
+    if blocks is None or not has_kernel(device):
+        return False
+    if isinstance(unpack, NibbleUnpack):
+        return 1 in strides[-2:]
+    # 8-bit values are read, and what they become is written, by whole chunks.
+    chunks = wanted.values.offset | shape[-1] | strides[-2] | strides[0] | into.data_ptr() // 2 | 1 << blocks.width_shift
+    return len(wanted.values.shape) == len(shape) and strides[-1] == 1 and chunks % CHUNK == 0
 
 
 class KernelTable:
@@ -121,6 +124,7 @@ class KernelTable:
 
     def __init__(self) -> None:
         self._lines: list[Line] = []
+        self._kernels: list[tuple[tuple[str, *tuple[int, ...]], int]] = []  # for each line, and its tiles
         self._on_device: torch.Tensor | None = None
 
     def __len__(self) -> int:
@@ -134,7 +138,9 @@ class KernelTable:
                 bytes as they are in the file.
         """
         line_of = _of_nibbles if isinstance(wanted.unpack, NibbleUnpack) else _of_bytes
-        self._lines += [line_of(wanted, into, found) for into, found in _matrices(wanted, places)]
+        lines = [line_of(wanted, into, found) for into, found in _matrices(wanted, places)]
+        self._lines += lines
+        self._kernels += [(line.kernel(), line.tiles()) for line in lines]
 
     def to(self, device: torch.device) -> None:
         """Copy the table to where the kernel runs."""
@@ -145,11 +151,10 @@ class KernelTable:
         assert self._on_device is not None, "to() comes first"
         assert data.data_ptr() % 16 == 0, "chunks are read by whole words"
         first = lines.start
-        for is_of_bytes, run in groupby(self._lines[lines], lambda line: line.is_of_bytes):
-            tiles = [line.tiles for line in run]
+        for (name, *constants), run in groupby(self._kernels[lines], lambda each: each[0]):
+            tiles = [each[1] for each in run]
             table, most = self._on_device[first : first + len(tiles)], max(tiles)
-            kernel, size = (_kernel("unpack_bytes"), CHUNKS) if is_of_bytes else (_kernel("unpack_nibbles"), SIDE)
-            kernel[(len(tiles) * most,)](table, data, most, size, num_warps=WARPS)
+            _kernel(name)[(len(tiles) * most,)](table, data, most, *constants, num_warps=WARPS)
             first += len(tiles)
 
 
@@ -172,16 +177,44 @@ def _matrices(wanted: RowsToLoad, places: Mapping[str, int]) -> Iterator[tuple[t
 def _of_bytes(wanted: RowsToLoad, into: torch.Tensor, places: Mapping[str, int]) -> Line:
     unpack, scale = wanted.unpack, wanted.parts["scale"].dtype
     assert isinstance(unpack, ScaledUnpack)
-    line = _line(wanted, into, places, VALUES[wanted.values.dtype])
-    return line._replace(in_float16=unpack.in_scale_dtype and scale == torch.float16)
+    rows, columns = into.shape
+    blocks = _blocks(unpack.block, rows, columns)
+    assert blocks is not None
+    return Line(
+        values_at=places["values"],
+        scale_at=places["scale"],
+        into=into.data_ptr(),
+        rows=rows,
+        columns=columns,
+        stride=into.stride(0),
+        block_columns=blocks.columns,
+        height_shift=blocks.height_shift,
+        width_shift=blocks.width_shift,
+        values_kind=VALUES[wanted.values.dtype],
+        scale_kind=SCALES[scale],
+        in_float16=unpack.in_scale_dtype and scale == torch.float16,
+    )
 
 
 def _of_nibbles(wanted: RowsToLoad, into: torch.Tensor, places: Mapping[str, int]) -> Line:
-    unpack, is_transposed = wanted.unpack, into.stride(1) != 1
+    unpack, scale, is_transposed = wanted.unpack, wanted.parts["scale"].dtype, into.stride(1) != 1
     assert isinstance(unpack, NibbleUnpack)
-    return _line(wanted, into, places, CODES[unpack.codes])._replace(
+    rows, columns = into.shape
+    blocks = _blocks(unpack.block, rows, columns)
+    assert blocks is not None
+    return Line(
+        values_at=places["values"],
+        scale_at=places["scale"],
+        into=into.data_ptr(),
+        rows=rows,
+        columns=columns,
         stride=into.stride(1 if is_transposed else 0),
-        in_float16=wanted.parts["scale"].dtype == torch.float16,
+        block_columns=blocks.columns,
+        height_shift=blocks.height_shift,
+        width_shift=blocks.width_shift,
+        values_kind=CODES[unpack.codes],
+        scale_kind=SCALES[scale],
+        in_float16=scale == torch.float16,
         line_columns=2 * wanted.values.num_bytes // prod(wanted.into.shape[:-1]),
         is_transposed=is_transposed,
         word_rows_shift=unpack.word_rows.bit_length() - 1,
@@ -195,34 +228,24 @@ def _of_nibbles(wanted: RowsToLoad, into: torch.Tensor, places: Mapping[str, int
     )
 
 
-def _line(wanted: RowsToLoad, into: torch.Tensor, places: Mapping[str, int], values_kind: int) -> Line:
-    """What lines of both kernels have."""
-    rows, columns = into.shape
-    height, width = _block(wanted)
-    return Line(
-        places["values"],
-        places["scale"],
-        into.data_ptr(),
-        rows,
-        columns,
-        into.stride(0),
-        -(-columns // width),
-        _shift(height, rows) or 0,
-        _shift(width, columns) or 0,
-        values_kind,
-        SCALES[wanted.parts["scale"].dtype],
-    )
+class _Blocks(NamedTuple):
+    """How a place becomes that of its block: by shifts. `columns` of blocks are in a row."""
+
+    height_shift: int
+    width_shift: int
+    columns: int
 
 
-def _block(wanted: RowsToLoad) -> tuple[int, int]:
-    """Rows and columns that share a scale."""
-    unpack = wanted.unpack
-    assert isinstance(unpack, ScaledUnpack | NibbleUnpack)
-    return unpack.block or (wanted.into.shape[-2], wanted.into.shape[-1])
+@lru_cache(4096)
+def _blocks(block: Block, rows: int, columns: int) -> _Blocks | None:
+    """Of a matrix of that size; None if it takes a division. There are 50,000 matrices of a few sizes."""
+    height, width = block or (rows, columns)
+    down, across = _shift(height, rows), _shift(width, columns)
+    return None if down is None or across is None else _Blocks(down, across, -(-columns // width))
 
 
 def _shift(side: int, extent: int) -> int | None:
-    """By how much to shift a place for the number of its block; None if that takes a division."""
+    """By how much to shift a place for the number of its block."""
     if side >= extent:
         return _WHOLE
     return side.bit_length() - 1 if side & (side - 1) == 0 else None

@@ -1,4 +1,4 @@
-"""The Triton kernels that unpack values with scales: of 8 bits along memory, of 4 bits by place. Imported only where there is a GPU.
+"""The Triton kernels that unpack values with scales: along memory, or, what lies otherwise than it is written, by place. Imported only where there is a GPU.
 
 Triton compiles a function's text and knows no names but its own and constants, so there are no annotations. Specialised on nothing but the
 alignment of `data`, which is always the same, each is compiled once. What a table's line says: m2ray.model.quantization.fused.Line.
@@ -46,10 +46,11 @@ NOWHERE = tl.constexpr(fused.NOWHERE)
 
 
 @triton.jit(do_not_specialize=["table", "max_tiles"])
-def unpack_bytes(table, data, max_tiles, CHUNKS: tl.constexpr):
-    """One program a run of CHUNKS chunks of one tensor of the table, `max_tiles` programs a tensor, whatever rows the run lies in.
+def unpack_runs(table, data, max_tiles, CHUNKS: tl.constexpr, BITS: tl.constexpr):
+    """One program a run of CHUNKS chunks of one matrix of the table, `max_tiles` programs a matrix, whatever rows the run lies in.
 
-    Load 8 bits, multiply by the scale of the block that they lie in, in float32, round once to bfloat16, or to float16 first.
+    Values of 8 or 4 bits, less the zero point, times the scale of the block that they lie in, in float32; rounded once to bfloat16, or to
+    float16 first.
     """
     line = table + tl.program_id(0) // max_tiles * FIELDS
     across = (tl.load(line + COLUMNS) // CHUNK).to(tl.int32)
@@ -61,35 +62,29 @@ def unpack_bytes(table, data, max_tiles, CHUNKS: tl.constexpr):
         row = chunk // across
         column = chunk - row * across
         within = tl.arange(0, CHUNK)[None, :]
-        bits = tl.load(data + (tl.load(line + VALUES_AT) // CHUNK + chunk)[:, None] * CHUNK + within, mask=is_inside[:, None], other=0)
-        block = (row >> tl.load(line + HEIGHT_SHIFT).to(tl.int32)) * tl.load(line + BLOCK_COLUMNS).to(tl.int32)
-        block += (column * CHUNK) >> tl.load(line + WIDTH_SHIFT).to(tl.int32)
-        scale = _scale(data, tl.load(line + SCALE_AT), block, is_inside, tl.load(line + SCALE_KIND))
-        kind = tl.load(line + VALUES_KIND)
-        if kind == 0:
-            values = bits.to(tl.float8e4nv, bitcast=True).to(tl.float32)
-        elif kind == 1:
-            values = bits.to(tl.int8, bitcast=True).to(tl.float32)
+        block_row = row >> tl.load(line + HEIGHT_SHIFT).to(tl.int32)
+        block_column = (column * CHUNK) >> tl.load(line + WIDTH_SHIFT).to(tl.int32)
+        scale = _scale(data, line, block_row, block_column, is_inside)
+        CHUNK_BYTES: tl.constexpr = CHUNK * BITS // 8
+        at = (tl.load(line + VALUES_AT) // CHUNK_BYTES + chunk)[:, None] * CHUNK_BYTES + tl.arange(0, CHUNK_BYTES)[None, :]
+        bits = tl.load(data + at, mask=is_inside[:, None], other=0)
+        if BITS == 8:
+            values = _of_byte(bits, tl.load(line + VALUES_KIND))
         else:
-            values = bits.to(tl.float8e5, bitcast=True).to(tl.float32)
-        products = values * scale[:, None]
-        if tl.load(line + IN_FLOAT16) != 0:
-            products = products.to(tl.float16).to(tl.float32)
+            values = _of_code(tl.interleave(bits & 15, bits >> 4).to(tl.int32), tl.load(line + VALUES_KIND))
+            values -= _zero_point(data, line, block_row, block_column, is_inside)[:, None]
         # Counted from `data`, since the alignment of an address out of memory would not be known.
         into = (tl.load(line + INTO) - data.to(tl.int64)) // (2 * CHUNK)
         into += row.to(tl.int64) * (tl.load(line + STRIDE) // CHUNK) + column
-        rounded = products.to(tl.bfloat16)
-        tl.store(data.to(tl.pointer_type(tl.bfloat16)) + into[:, None] * CHUNK + within, rounded, mask=is_inside[:, None])
+        into_chunks = data.to(tl.pointer_type(tl.bfloat16)) + into[:, None] * CHUNK + within
+        tl.store(into_chunks, _rounded(values * scale[:, None], line), mask=is_inside[:, None])
 
 
 @triton.jit(do_not_specialize=["table", "max_tiles"])
-def unpack_nibbles(table, data, max_tiles, SIDE: tl.constexpr):
-    """One program a square of one tensor of the table, `max_tiles` programs a tensor; `fast` is the axis along which is written.
-
-    Take 4 bits, less the zero point of the group that they lie in, times its scale, in float32; round as `unpack_bytes` does.
-    """
+def unpack_squares(table, data, max_tiles, SIDE: tl.constexpr):
+    """One program a square of one matrix of 4-bit values, each found by its place; `fast` is the axis along which is written."""
     line = table + tl.program_id(0) // max_tiles * FIELDS
-    rows, columns, stride = tl.load(line + ROWS).to(tl.int32), tl.load(line + COLUMNS).to(tl.int32), tl.load(line + STRIDE)
+    rows, columns = tl.load(line + ROWS).to(tl.int32), tl.load(line + COLUMNS).to(tl.int32)
     is_transposed = tl.load(line + IS_TRANSPOSED) != 0
     slow_count, fast_count = tl.where(is_transposed, columns, rows), tl.where(is_transposed, rows, columns)
     across = (fast_count + SIDE - 1) // SIDE
@@ -99,42 +94,17 @@ def unpack_nibbles(table, data, max_tiles, SIDE: tl.constexpr):
         fast = (number % across * SIDE + tl.arange(0, SIDE))[None, :]
         is_inside = (slow < slow_count) & (fast < fast_count)
         row, column = tl.where(is_transposed, fast, slow), tl.where(is_transposed, slow, fast)
-        is_interleaved = tl.load(line + IS_INTERLEAVED) != 0
-
-        block_row = row >> tl.load(line + HEIGHT_SHIFT).to(tl.int32)
+        block_row, block_column = row >> tl.load(line + HEIGHT_SHIFT).to(tl.int32), column >> tl.load(line + WIDTH_SHIFT).to(tl.int32)
         groups_at = tl.load(line + GROUPS_AT)
         if groups_at != NOWHERE:
             block_row = tl.load(_place(data, groups_at).to(tl.pointer_type(tl.int32)) + row, mask=is_inside, other=0)
-        block_column, block_columns = column >> tl.load(line + WIDTH_SHIFT).to(tl.int32), tl.load(line + BLOCK_COLUMNS).to(tl.int32)
-        scale = _scale(data, tl.load(line + SCALE_AT), block_row * block_columns + block_column, is_inside, tl.load(line + SCALE_KIND))
-        tensor_scale_at = tl.load(line + TENSOR_SCALE_AT)
-        if tensor_scale_at != NOWHERE:
-            tensor_scale = tl.load(_place(data, tensor_scale_at).to(tl.pointer_type(tl.float32)))
-            if tl.load(line + IS_DIVIDED) != 0:
-                scale = tl.div_rn(scale, tensor_scale)
-            else:
-                scale = scale * tensor_scale
-
-        at = _number(row, column, tl.load(line + LINE_COLUMNS).to(tl.int32), tl.load(line + WORD_ROWS_SHIFT).to(tl.int32), is_interleaved)
+        at = _number(line, row, column, tl.load(line + LINE_COLUMNS).to(tl.int32), tl.load(line + WORD_ROWS_SHIFT).to(tl.int32))
         pair = tl.load(data + tl.load(line + VALUES_AT) + (at >> 1), mask=is_inside, other=0).to(tl.int32)
-        code = (pair >> ((at & 1) * 4)) & 15
-        kind = tl.load(line + VALUES_KIND)
-        if kind <= 4:  # FP4's bits, moved, are an FP8 number 64 times smaller
-            moved = ((code & 8) << 4) | ((code & 7) << 2)
-            values = moved.to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float32) * 64.0
-            values = tl.where((kind == 4) & (code == 8), 0.0, values)
-        else:
-            values = (code - tl.where(kind == 6, 8, 0)).to(tl.float32)
-        zero_at = tl.load(line + ZERO_AT)
-        if zero_at != NOWHERE:
-            zero = _number(block_row, block_column, block_columns, tl.load(line + ZERO_WORD_ROWS_SHIFT).to(tl.int32), is_interleaved)
-            word = tl.load(_place(data, zero_at).to(tl.pointer_type(tl.int32)) + (zero >> 3), mask=is_inside, other=0)
-            values -= (((word + tl.load(line + ZERO_MORE).to(tl.int32)) >> ((zero & 7) * 4)) & 15).to(tl.float32)
-        products = values * scale
-        if tl.load(line + IN_FLOAT16) != 0:
-            products = products.to(tl.float16).to(tl.float32)
+        values = _of_code((pair >> ((at & 1) * 4)) & 15, tl.load(line + VALUES_KIND))
+        values -= _zero_point(data, line, block_row, block_column, is_inside)
+        products = values * _scale(data, line, block_row, block_column, is_inside)
         into = tl.load(line + INTO).to(tl.pointer_type(tl.bfloat16))
-        tl.store(into + slow.to(tl.int64) * stride + fast, products.to(tl.bfloat16), mask=is_inside)
+        tl.store(into + slow.to(tl.int64) * tl.load(line + STRIDE) + fast, _rounded(products, line), mask=is_inside)
 
 
 @triton.jit
@@ -144,17 +114,53 @@ def _place(data, at):
 
 
 @triton.jit
-def _number(row, column, columns, word_rows_shift, is_interleaved):
+def _of_byte(bits, kind):
+    if kind == 0:
+        values = bits.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+    elif kind == 1:
+        values = bits.to(tl.int8, bitcast=True).to(tl.float32)
+    else:
+        values = bits.to(tl.float8e5, bitcast=True).to(tl.float32)
+    return values
+
+
+@triton.jit
+def _of_code(code, kind):
+    if kind <= 4:  # FP4's bits, moved, are an FP8 number 64 times smaller
+        moved = ((code & 8) << 4) | ((code & 7) << 2)
+        values = moved.to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float32) * 64.0
+        values = tl.where((kind == 4) & (code == 8), 0.0, values)
+    else:
+        values = (code - tl.where(kind == 6, 8, 0)).to(tl.float32)
+    return values
+
+
+@triton.jit
+def _number(line, row, column, columns, word_rows_shift):
     """How many numbers of four bits lie before one: in rows, or, of which a word holds eight, in words of a column; AWQ mixes eight columns."""
     mixed = (column & -8) + ((column & 7) >> 1) + (column & 1) * 4
-    column = tl.where(is_interleaved, mixed, column)
+    column = tl.where(tl.load(line + IS_INTERLEAVED) != 0, mixed, column)
     return (((row >> word_rows_shift) * columns + column) << word_rows_shift) + (row & ((1 << word_rows_shift) - 1))
 
 
 @triton.jit
-def _scale(data, at, index, is_inside, kind):
-    """Scales as float32."""
-    address = _place(data, at)
+def _zero_point(data, line, block_row, block_column, is_inside):
+    """Zero points of blocks, as float32; 0 where there are none."""
+    at = tl.load(line + ZERO_AT)
+    zero = tl.zeros_like(block_row + block_column)
+    if at != NOWHERE:
+        columns, word_rows_shift = tl.load(line + BLOCK_COLUMNS).to(tl.int32), tl.load(line + ZERO_WORD_ROWS_SHIFT).to(tl.int32)
+        number = _number(line, block_row, block_column, columns, word_rows_shift)
+        word = tl.load(_place(data, at).to(tl.pointer_type(tl.int32)) + (number >> 3), mask=is_inside, other=0)
+        zero = ((word + tl.load(line + ZERO_MORE).to(tl.int32)) >> ((number & 7) * 4)) & 15
+    return zero.to(tl.float32)
+
+
+@triton.jit
+def _scale(data, line, block_row, block_column, is_inside):
+    """Scales of blocks as float32, with the matrix's own, where it has one."""
+    address, kind = _place(data, tl.load(line + SCALE_AT)), tl.load(line + SCALE_KIND)
+    index = block_row * tl.load(line + BLOCK_COLUMNS).to(tl.int32) + block_column
     if kind == 0:
         scale = tl.load(address.to(tl.pointer_type(tl.float32)) + index, mask=is_inside, other=0)
     elif kind == 1:
@@ -170,4 +176,18 @@ def _scale(data, at, index, is_inside, kind):
             pattern = tl.where(exponent == 0, 0x00400000, exponent << 23)
             pattern = tl.where((exponent == 255) & (kind == 4), 0x7FC00000, pattern)
             scale = pattern.to(tl.float32, bitcast=True)
+    tensor_scale_at = tl.load(line + TENSOR_SCALE_AT)
+    if tensor_scale_at != NOWHERE:
+        tensor_scale = tl.load(_place(data, tensor_scale_at).to(tl.pointer_type(tl.float32)))
+        if tl.load(line + IS_DIVIDED) != 0:
+            scale = tl.div_rn(scale, tensor_scale)
+        else:
+            scale = scale * tensor_scale
     return scale
+
+
+@triton.jit
+def _rounded(products, line):
+    if tl.load(line + IN_FLOAT16) != 0:
+        products = products.to(tl.float16).to(tl.float32)
+    return products.to(tl.bfloat16)

@@ -65,10 +65,8 @@ def _problem(device: torch.device) -> str:
 
 def _compared(device: torch.device) -> Iterator[tuple[str, bool]]:
     """By what is unpacked: whether the kernel's bits are torch's."""
-    for name, unpack, parts, rows_first in [*_of_bytes(device), *_of_nibbles(device)]:
+    for name, unpack, parts, into in [*_of_bytes(device), *_of_nibbles(device)]:
         expected = unpack(parts)
-        into = torch.zeros(expected.shape if rows_first else expected.shape[::-1], dtype=torch.bfloat16, device=device)
-        into = into if rows_first else into.t()
         data, places = _side_by_side(parts)
         table = KernelTable()
         table.add(RowsToLoad("", places, unpack, into), {part: place.offset for part, place in places.items()})
@@ -77,8 +75,8 @@ def _compared(device: torch.device) -> Iterator[tuple[str, bool]]:
         yield name, torch.equal(into.contiguous().view(torch.int16), expected.contiguous().view(torch.int16))
 
 
-Case = tuple[str, Unpack, Mapping[str, torch.Tensor], bool]
-"""What is unpacked, in words; how; its parts; whether it is written by rows."""
+Case = tuple[str, Unpack, Mapping[str, torch.Tensor], torch.Tensor]
+"""What is unpacked, in words; how; its parts; where it is written."""
 
 
 def _of_bytes(device: torch.device) -> Iterator[Case]:
@@ -87,7 +85,7 @@ def _of_bytes(device: torch.device) -> Iterator[Case]:
         blocks = (-(-_SHAPE[0] // height), -(-_SHAPE[1] // width))
         parts = {"values": _numbers(values_dtype, _SHAPE, device), "scale": _numbers(scale_dtype, blocks, device)}
         for in_scale_dtype in {False, scale_dtype == torch.float16}:
-            yield f"{values_dtype} times {scale_dtype} in blocks of {block}", ScaledUnpack(block, in_scale_dtype), parts, True
+            yield f"{values_dtype} times {scale_dtype} in blocks of {block}", ScaledUnpack(block, in_scale_dtype), parts, _into(device)
 
 
 def _of_nibbles(device: torch.device) -> Iterator[Case]:
@@ -99,7 +97,14 @@ def _of_nibbles(device: torch.device) -> Iterator[Case]:
             if isinstance(method, Gptq):
                 groups = torch.arange(_SHAPE[1], dtype=torch.int32, device=device) // _GROUP
                 parts["group"] = groups if method.in_order else groups.flip(0)
-            yield f"{method.name} times {scale_dtype}", method.unpacking(), parts, method.swapped is None
+            for columns in (_SHAPE[1], _SHAPE[1] + 1):  # these not by chunks
+                into = _into(device, columns)
+                yield f"{method.name} times {scale_dtype}", method.unpacking(), parts, into.t() if method.swapped else into
+
+
+def _into(device: torch.device, columns: int = _SHAPE[1]) -> torch.Tensor:
+    """A matrix whose rows lie so many columns apart."""
+    return torch.zeros(_SHAPE[0], columns, dtype=torch.bfloat16, device=device)[:, : _SHAPE[1]]
 
 
 def _side_by_side(parts: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, Range]]:

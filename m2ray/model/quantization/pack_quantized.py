@@ -85,4 +85,5 @@ class PackQuantized(Packed):
     def _unpack_parts(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
         scale = parts["scale"]
         columns = scale.shape[1] * self.group if self.group else parts["values"].shape[1] * 32 // self.bits
-        return unpack(parts["values"], scale, columns, bits=self.bits, zero_point=parts.get("zero_point")).to(torch.bfloat16)
+        weight = unpack(parts["values"], scale, columns, bits=self.bits, zero_point=parts.get("zero_point"))
+        return weight.float().to(torch.bfloat16) if weight.dtype == torch.float16 else weight.to(torch.bfloat16)

@@ -1,22 +1,19 @@
 """Packed layers brought and unpacked just before they run."""
 
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
 import torch
 
 from m2ray.model.filling import assign
+from m2ray.model.openmp import lone_threads
 from m2ray.model.residency.landing import Landing
 from m2ray.model.residency.packed_layer import PackedLayer
 from m2ray.model.residency.places import InCheckpoint, InHostMemory, OnDevice, Place
 from m2ray.model.residency.readers import Readers
 from m2ray.model.residency.unpacking import Unpacking
 from m2ray.model.skeleton import Skeleton
-
-_UNPACKERS = 4
-"""Threads that unpack on a CPU; torch's own do the work of each."""
 
 
 class Bringing:
@@ -37,7 +34,7 @@ class Bringing:
         self._resident = {number: place.run for number, (_, place) in layers.items() if isinstance(place, OnDevice)}
         self._entered: int | None = None
         workspace = torch.empty(max(layer.workspace_bytes for layer, _ in layers.values()), dtype=torch.uint8, device=device)
-        pool = None if device.type == "cuda" else ThreadPoolExecutor(_UNPACKERS, thread_name_prefix="unpack")
+        pool = None if device.type == "cuda" else lone_threads(torch.get_num_threads(), "unpack")
         self._unpacking = {number: Unpacking(layer, workspace, pool) for number, (layer, _) in layers.items()}
         self._moving: dict[int, list[list[tuple[torch.Tensor, torch.Tensor]]]] = {}
         for number, (layer, _) in layers.items():
