@@ -9,16 +9,17 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
 from benchmarks.records import Row, record
 from m2ray.model.checkpoint import open_checkpoint
+from m2ray.model.filling import fill
+from m2ray.model.openmp import lone_threads
 from m2ray.model.quantization.layouts import layout_of
 from m2ray.model.quantization.stored import StoredTensor
-from m2ray.model.weights import THREADS, cut, fill
+from m2ray.model.weights import THREADS, cut
 from scripts.checkpoint_formats.table import FORMATS
 from scripts.make_checkpoint import make_checkpoint
 from tests.reference import DATA
@@ -72,7 +73,7 @@ def _row(stored: StoredTensor, parts: dict[str, torch.Tensor], pieces: int) -> R
 def _bytes_per_s(task: Callable[[torch.Tensor], None], weights: list[torch.Tensor], num_bytes: int) -> float:
     """The median in 10^9 bytes a second."""
     times_s = []
-    with ThreadPoolExecutor(THREADS) as pool:
+    with lone_threads(THREADS, "unpack") as pool:
         for _ in range(REPEATS):
             begin = time.perf_counter()
             list(pool.map(task, weights))

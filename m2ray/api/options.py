@@ -6,7 +6,7 @@ from datetime import date
 from os import PathLike, fspath
 from typing import Any, Literal, TypedDict, TypeVar
 
-from m2ray.config import Attention, ExtractConfig, OffloadTo, Transport
+from m2ray.config import Attention, ExtractConfig, OffloadTo, Transport, Weights
 
 Layers = str | int | Sequence[int]
 """Layers as text ("0,7,20-61"), or their numbers."""
@@ -56,6 +56,7 @@ class Options(TypedDict, total=False):
     gpus_per_stage: int
     device_map: str
     max_memory: str | None
+    weights: Weights
     offload: OffloadTo
     offload_folder: str | PathLike[str] | None
     node_labels: str | None

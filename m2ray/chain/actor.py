@@ -20,11 +20,12 @@ from ray.exceptions import GetTimeoutError
 
 from m2ray.activations.writing.writer import ActivationWriter, WriterSpec
 from m2ray.batches import CapturedLayer, MicroBatch, PartReceipt
+from m2ray.chain.answering import Answering
 from m2ray.chain.completion import Completed, Completion, GatheredShard
 from m2ray.chain.cuda_ipc import Offer
 from m2ray.chain.door import Door
 from m2ray.chain.failure import as_memory_error
-from m2ray.chain.loading import require_gpus, require_run_folder, warm_up
+from m2ray.chain.loading import load_spans, require_gpus, require_run_folder, warm_up
 from m2ray.chain.status import StageStatus, measure_gpus, status_here, with_layers, with_micro_batch, with_peaks, with_writer
 from m2ray.chain.transport import Incoming, Outgoing, Parcel, Payload, receive, send
 from m2ray.chain.turns import Turns
@@ -32,9 +33,9 @@ from m2ray.chain.wave import Entered, Gathering, compute, wave_tokens
 from m2ray.config import Transport
 from m2ray.errors import StoreError
 from m2ray.model.boundary import Boundary
-from m2ray.model.capture import CaptureSpec, Taking
-from m2ray.model.digests import BARE_LAST_LAYER
-from m2ray.model.stage import Stage, StageOutput, StageSpec, load_stage
+from m2ray.model.capture import CaptureSpec
+from m2ray.model.stage import Stage, StageOutput, StageSpec
+from m2ray.planning.memory import MOST_BATCHES
 
 if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor
@@ -83,9 +84,10 @@ class StageActor:
         self._job: Job | None = None
         self._writer: ActivationWriter | None = None
         self._consumers: tuple[CaptureWriter, ...] = ()
-        self._answering: tuple[CaptureSpec, list[Taking]] | None = None
+        self._answering = Answering()
         self._timeout_s = timeout_s
-        self._limit_s = 2 * timeout_s  # twice the watchdog's limit: the driver is the one that decides
+        # More than a wave may take, here or in the next stage, each of whose micro-batches has the watchdog's limit: the driver is the one that decides.
+        self._limit_s = 2 * MOST_BATCHES * timeout_s
         self._turns = Turns(epoch)
         self._completion = Completion(self._turns)
         self._gathering = Gathering(wave_tokens(specs))
@@ -241,7 +243,9 @@ class StageActor:
                 if leaves:
                     send(self._send_on, step, attempt, output)
                 capture(self._give_to_writer, attempt, output, leaves)
-            if leaves and output.micro_batch is last:
+                is_over = leaves and output.micro_batch is last
+                del output  # what is computed next needs the room
+            if is_over:
                 return
 
     def _send_on(self, epoch: int, step: int, attempt: str, output: StageOutput) -> None:
@@ -266,7 +270,7 @@ class StageActor:
         captured = output.captured
         copied_at = time.monotonic()
         self._turns.require(epoch)
-        for consumer in self._consumers:
+        for consumer in self._consumers if captured or leaves else ():
             consumer.submit(attempt, output.micro_batch, captured, self._timeout_s)
         since_begin_s = computed_at - self._began_at - self._writer.waited_s
         self._status = with_layers(self._status, compute_s, copied_at - computed_at, since_begin_s)
@@ -294,9 +298,9 @@ class StageActor:
         boundary = None if parcel is None else receive(parcel, pinned=self._on_gpu)
         computed = self._compute.thread.submit(self._compute_answer, capture, micro_batch, boundary)
         try:
-            outputs = computed.result(self._limit_s)
+            outputs = computed.result(2 * self._timeout_s)
         except TimeoutError as error:
-            raise GetTimeoutError(f"A request waited {self._limit_s:g} s for its turn in the {self._status.span}.") from error
+            raise GetTimeoutError(f"A request waited {2 * self._timeout_s:g} s for its turn in the {self._status.span}.") from error
         following = None
         if followers:
             handed_on = ray.put(send(outputs[-1].on_host()))
@@ -304,14 +308,8 @@ class StageActor:
         return tuple(layer for output in outputs for layer in output.captured), following
 
     def _compute_answer(self, capture: CaptureSpec, micro_batch: MicroBatch, boundary: Boundary | None) -> list[StageOutput]:
-        if self._answering is None or self._answering[0] != capture:
-            self._answering = capture, [stage.taking(capture) for stage in self._stages]
-        outputs: list[StageOutput] = []
         with self._finding_room(micro_batch):
-            for stage, taking in zip(self._stages, self._answering[1], strict=True):
-                outputs.append(stage.forward(micro_batch, boundary, taking))
-                boundary = outputs[-1].boundary
-        return outputs
+            return self._answering.compute(self._stages, capture, micro_batch, boundary)
 
     @ray.method(concurrency_group="control", num_returns=0)
     def release(self, epoch: int) -> None:
@@ -381,30 +379,11 @@ class StageActor:
         if self._stages:
             return
         gc.collect()  # what an earlier call loaded before it failed refers to itself, and there is no room for it beside what comes now
-        began_at = time.monotonic()
-        stages = [self._load(spec) for spec in self._specs]
-        self._loaded = self._status = replace(
-            self._status,
-            parameter_bytes=sum(stage.parameter_bytes for stage in stages),
-            load_s=time.monotonic() - began_at,
-            weights={
-                layer: digest
-                for stage in stages
-                for layer, digest in (*stage.digests.items(), (BARE_LAST_LAYER, stage.bare_last_layer))
-                if digest
-            },
-        )
-        self._stages = stages
+        self._stages = load_spans(self._specs, self._status, self._tell)
+        self._loaded = self._status
 
-    def _load(self, spec: StageSpec) -> Stage:
-        before = self._status
-
-        def count(read_bytes: int, needed_bytes: int) -> None:
-            self._status = replace(self._status, read_bytes=before.read_bytes + read_bytes, needed_bytes=before.needed_bytes + needed_bytes)
-
-        stage = load_stage(spec, count)
-        count(stage.bytes_read, stage.needed_bytes)
-        return stage
+    def _tell(self, status: StageStatus) -> None:
+        self._status = status
 
     def _take_on(self, job: Job) -> None:
         assert self._stages, "load() comes first"
@@ -433,20 +412,20 @@ class StageActor:
                 consumer.abandon(attempts, self._timeout_s / 4)
 
     @contextmanager
-    def _finding_room(self, micro_batch: MicroBatch, wave_tokens: int = 0) -> Iterator[None]:
+    def _finding_room(self, micro_batch: MicroBatch, in_wave_tokens: int = 0) -> Iterator[None]:
         """Turn a lack of memory into the error that the driver acts on, and free what this micro-batch has taken.
 
-        One in a wave of `wave_tokens` with others has smaller waves from here on.
+        Where it was in a wave of so many tokens with others, waves have half of them from here on.
         """
         try:
             yield
         except RuntimeError as error:
-            memory_error = as_memory_error(error, micro_batch, self._status, wave_tokens)
+            memory_error = as_memory_error(error, micro_batch, self._status, in_wave_tokens)
             if memory_error is None:
                 raise
-            if wave_tokens:
-                self._gathering.limit_tokens = wave_tokens // 2
-                self._compute.resize(max(1, wave_tokens // 2))
+            if in_wave_tokens:
+                self._gathering.limit_tokens = in_wave_tokens // 2
+                self._compute.resize(in_wave_tokens // 2)
             if self._on_gpu:
                 torch.cuda.empty_cache()
             raise memory_error from error

@@ -40,7 +40,7 @@ class Door:
         over is free again at the end. Raises as `Turns.wait` does.
         """
         with self._turns.changed:
-            self._turns.wait(epoch, lambda: self._free >= min(size, self._places), self._timeout_s, self._awaited)
+            self._turns.wait(epoch, lambda: self._free >= max(1, min(size, self._places)), self._timeout_s, self._awaited)
             self._free -= size
         is_held = True
 

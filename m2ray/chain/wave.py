@@ -7,10 +7,7 @@ from typing import NamedTuple
 from m2ray.batches import MicroBatch
 from m2ray.model.boundary import Boundary
 from m2ray.model.stage import Stage, StageOutput, StageSpec
-from m2ray.planning.memory import window
-
-MOST_BATCHES = 16
-"""Micro-batches of a wave: for each that may be on its way a stage has a thread."""
+from m2ray.planning.memory import MOST_BATCHES, window
 
 
 class Entered(NamedTuple):

@@ -1,10 +1,12 @@
 """Which attention a model runs with, and why it cannot: by its family and dtype before a GPU is taken, by its machine at the stage."""
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
+from transformers import masking_utils
 
 from m2ray.errors import ConfigError, raise_all
 from m2ray.model.towers import decoder_class, decoder_config
@@ -54,6 +56,20 @@ def require_machine(config: Any, chosen: str, device: torch.device) -> None:
         # it would stop to compile, and build the matrix of scores.
         dynamo: Any = torch._dynamo  # noqa: SLF001 - has no public name
         dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, _RECOMPILE_LIMIT)
+
+
+@contextmanager
+def positions_of_one_sequence() -> Iterator[None]:
+    """While it lasts, transformers' masks take for granted that a row's positions are one sequence's, as m2ray's are.
+
+    Otherwise it looks whether any begin anew, and the host waits until the GPU has come there: half a millisecond of nothing a pass.
+    """
+    was = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda _: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = was
 
 
 def require_attention_to_sinks(config: Any, chosen: str, tensor_names: Iterable[str]) -> None:

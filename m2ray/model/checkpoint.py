@@ -5,7 +5,7 @@ Layout: https://huggingface.co/docs/safetensors.
 
 import platform
 import threading
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Mapping
 from functools import cached_property
 from math import prod
 from typing import Any, Self
@@ -16,7 +16,7 @@ import xxhash
 from m2ray.batches import LayerSpan, TensorTable
 from m2ray.errors import CheckpointError, M2rayError, StoreError, raise_all
 from m2ray.hub import bringing
-from m2ray.model.families import parse_config
+from m2ray.model.families import parse_config, says_how_quantised
 from m2ray.model.headers import COPY_AGAIN, FileHeader, TensorHeader, read_file_header
 from m2ray.model.interpreter import without_collector
 from m2ray.model.limits import MAX_CONFIG_BYTES, MAX_HEADERS_BYTES, read_limited
@@ -147,6 +147,19 @@ class Checkpoint:
         self._store.read_into(file, offset, out)
         self._count(len(out))
 
+    def versions(self, files: Iterable[str]) -> Mapping[str, str]:
+        """What changes whenever one of these files is written anew, by name. Raises StoreError: a file is gone, or cannot be looked at."""
+        return {file: self._store.version(file) for file in sorted(files)}
+
+    def require_versions(self, versions: Mapping[str, str]) -> None:
+        """Raise CheckpointError if these files have been written anew since `versions` gave that of each."""
+        found = self.versions(versions)
+        if differing := [file for file, version in versions.items() if found[file] != version]:
+            raise CheckpointError(
+                f"{_listed(differing)} of {self.url} changed while layers were read from there.",
+                "Leave the model's files as they are while a run reads them. Committed shards are whole; put the files back and run it again.",
+            )
+
     def _count(self, num_bytes: int) -> None:
         with self._lock:
             self._bytes_read += num_bytes
@@ -201,7 +214,7 @@ def read_config(store: Store, key: str) -> tuple[Any, dict[str, bytes]]:
         StoreError: they cannot be read.
     """
     text = read_limited(store, key, MAX_CONFIG_BYTES)
-    if b'"quantization_config"' in text or store.size(HF_QUANT_CONFIG) is None:
+    if says_how_quantised(text) or store.size(HF_QUANT_CONFIG) is None:
         return parse_config(text), {key: text}
     quantised = read_limited(store, HF_QUANT_CONFIG, MAX_CONFIG_BYTES)
     return parse_config(text, quantised), {key: text, HF_QUANT_CONFIG: quantised}

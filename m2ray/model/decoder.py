@@ -11,15 +11,14 @@ from torch import nn
 
 from m2ray.batches import LayerSpan, Residency
 from m2ray.errors import CheckpointError, raise_all
-from m2ray.model.attention import avoid_plans_by_shape
+from m2ray.model.attention import avoid_plans_by_shape, positions_of_one_sequence
 from m2ray.model.boundary import Boundary, contract_of, crossing
 from m2ray.model.compilation import compile_layers
 from m2ray.model.computed_buffers import build_buffers, computed_buffers
 from m2ray.model.families import expected_rotary_dim
-from m2ray.model.residency import BroughtLayers, WeightsInHost, WeightsOnDisk
 from m2ray.model.site_hooks import OnSite, SiteHooks
 from m2ray.model.site_table import experts_of, layers_of, points_of
-from m2ray.model.skeleton import ModelTensor, Skeleton, hidden_of
+from m2ray.model.skeleton import Skeleton, hidden_of
 
 
 class DecoderSpan:
@@ -30,7 +29,7 @@ class DecoderSpan:
 
     Attributes:
         skeleton: emptied of all other layers; the span's parameters are filled in by `m2ray.model.weights`.
-        residency: where those of its layers live that are on `device` only while they run.
+        residency, offload_folder: where those of its layers live that are not kept ready on `device` (m2ray.model.residency).
         with_final_norm: whether the final norm is loaded: if it is asked for, and the span ends with the model's last layer.
         site_layers, experts: of the whole model: the layers that have each site, and (experts, those chosen for a token).
     """
@@ -50,8 +49,7 @@ class DecoderSpan:
         self.device = device
         self.with_final_norm = with_final_norm and bool(skeleton.final_norm) and span.stop == len(skeleton.layers)
         self.residency = residency or {}
-        self._offload_folder = offload_folder
-        self._outside: dict[int, WeightsInHost] = {}
+        self.offload_folder = offload_folder
         self.site_layers, self.experts = layers_of(skeleton), experts_of(skeleton)
         self._base = skeleton.decoder
         self._layers = span
@@ -108,7 +106,7 @@ class DecoderSpan:
         source = {"input_ids": token_ids_BT} if incoming is None else self._in_place_of_tokens(incoming)
         position_ids = torch.arange(token_ids_BT.shape[1], device=self.device)[None]
         try:
-            with self._passing():
+            with self._passing(), positions_of_one_sequence():
                 # Right-padding under causal attention needs no mask: what is real never looks at what comes after it.
                 self._base(**source, position_ids=position_ids, attention_mask=None, use_cache=False)
         except _SpanDone as done:
@@ -123,33 +121,8 @@ class DecoderSpan:
         """Compile the span's layers. Call it once, before the first pass."""
         compile_layers([layer for _, layer in self._own_layers()])
 
-    def allocate(self, tensor: ModelTensor) -> torch.Tensor:
-        """Memory without values for one of the span's tensors: on the device, or where its layer lives.
-
-        Raises:
-            StageError: the disk has no room for the layer.
-        """
-        if tensor.layer is None or self.residency.get(tensor.layer, "gpu") == "gpu":
-            return torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device)
-        weights = self._outside.get(tensor.layer) or self._make_room(tensor.layer)
-        return weights.views(weights.memory)[tensor.name]
-
-    def bring_layers(self) -> None:
-        """Have the layers that live elsewhere, once they are loaded, brought to the device just before they run."""
-        if self._outside:
-            layers = sorted(self._outside)
-            prefixes = [f"{self.skeleton.layers_name}.{layer}." for layer in layers]
-            weights = [self._outside[layer] for layer in layers]
-            BroughtLayers([self.skeleton.layers[layer] for layer in layers], prefixes, weights, self.device)
-
     def _own_layers(self) -> list[tuple[int, nn.Module]]:
         return [(number, self.skeleton.layers[number]) for number in range(self.span.start, self.span.stop)]
-
-    def _make_room(self, layer: int) -> WeightsInHost:
-        tensors = [tensor for tensor in self.skeleton.needed(self.span) if tensor.layer == layer]
-        on_disk = self.residency[layer] == "disk"
-        self._outside[layer] = WeightsOnDisk(tensors, self._offload_folder) if on_disk else WeightsInHost(tensors)
-        return self._outside[layer]
 
     def check_complete(self) -> None:
         """Raise CheckpointError if any tensor that the span computes with has no memory."""
@@ -276,7 +249,7 @@ class _StandIn(NamedTuple):
     """A module that hands through what it gets, in the place of the one that `owner` has by this name, once `layer` is behind."""
 
     layer: int
-    owner: dict[str, nn.Module | None]
+    owner: dict[str, Any]
     name: str
     module: nn.Module
 

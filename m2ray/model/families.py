@@ -48,6 +48,13 @@ CALLER_CHOOSES = ("auto_map", "attn_implementation", "_attn_implementation", "ex
 """Fields of config.json that are not the model's: code to run from the folder, and settings of whoever saved it."""
 
 
+def says_how_quantised(text: bytes) -> bool:
+    """Whether config.json, or its text tower, says how weights are quantised; null says nothing. Raises CheckpointError: it is not JSON."""
+    fields = parse_json(text, "config.json", _as_meant)
+    places = (fields, *map(fields.get, TEXT_TOWERS)) if isinstance(fields, dict) else ()
+    return any(each.get("quantization_config") is not None for each in places if isinstance(each, dict))
+
+
 def parse_config(text: bytes, quantised: bytes | None = None) -> Any:
     """config.json as transformers' configuration object (PreTrainedConfig). Code from the checkpoint is never run.
 

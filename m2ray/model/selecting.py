@@ -6,6 +6,7 @@ import numpy.typing as npt
 import torch
 
 from m2ray.batches import MicroBatch
+from m2ray.model.sending import send
 from m2ray.selection import Selection
 
 
@@ -35,5 +36,4 @@ class ChosenRows:
 
     def _on_device(self, numbers: npt.NDArray[Any]) -> torch.Tensor:
         found = torch.from_numpy(numbers)
-        # From pinned memory the host need not wait for the computation that is still running.
-        return found if self._copy_stream is None else found.pin_memory().to(self._copy_stream.device, non_blocking=True)
+        return found if self._copy_stream is None else send(found, self._copy_stream.device)

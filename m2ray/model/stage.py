@@ -21,6 +21,7 @@ from m2ray.model.eight_bits import Encoder, Losses
 from m2ray.model.families import default_max_length
 from m2ray.model.gpu_loading import Lanes
 from m2ray.model.interpreter import quick_switches, without_collector
+from m2ray.model.sending import send
 from m2ray.model.site_table import refused_sites
 from m2ray.model.skeleton import build_skeleton
 from m2ray.model.weights import Loaded, OnBytes, load_weights, parameter_bytes
@@ -43,8 +44,8 @@ class StageSpec:
         device: "cpu" or "cuda:0".
         threads: torch threads on the CPU, for the whole process; None leaves them as they are.
         compile: whether the layers are compiled by torch.compile, which changes results by rounding (docs/numerics.md).
-        residency: where those of its layers live that are not kept on the device.
-        offload_folder: where the files of those on a disk lie, there or yet to be made.
+        residency: where those of its layers live that are not kept ready on the device (m2ray.model.residency).
+        offload_folder: where layers that are read from files are copied first, there or yet to be made; "" to read the model's own each time.
         wave_tokens: padded tokens of the micro-batches that go through a layer before the next, at most; less than two hold: one at a time.
         with_final_norm: whether the stage of the model's last layer loads the final norm, for the site of that name.
         model_files: the files that are needed, and the digest that each has to have (`Checkpoint.digests`); None takes what is there.
@@ -269,7 +270,7 @@ class Stage:
             capture = Capture(micro_batch, parts, taking.selection, taking.encoder, self._copy_out, taking.counting, self._full_tokens)
             token_ids_BT = torch.tensor(micro_batch.token_ids_BT, dtype=torch.int64)
             if self._on_gpu:
-                token_ids_BT = token_ids_BT.pin_memory().to(self._decoder.device, non_blocking=True)
+                token_ids_BT = send(token_ids_BT, self._decoder.device)
             incoming = self._to_device(incoming)
             timed = _Timed(self._decoder.device)
             boundary = self._decoder.run(token_ids_BT, incoming, capture.keep, layers)
@@ -320,7 +321,7 @@ class Stage:
                 torch.cuda.empty_cache()  # of what compiling took
         if self._on_gpu:
             # The blocks that torch's allocator keeps from the largest micro-batch serve all others; those of smaller ones would not serve it.
-            self._try(shapes[:1] * max(1, self._spec.wave_tokens // batch_tokens), on_left)
+            self._try(shapes[:1], on_left)
         self._of_the_job.encoder = Encoder()  # these rows are nobody's
 
     def _try(self, shapes: Sequence[tuple[int, int]], on_left: Callable[[int], None]) -> None:

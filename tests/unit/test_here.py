@@ -23,6 +23,7 @@ from m2ray.chain.calls import CallError
 from m2ray.chain.checking import look
 from m2ray.chain.failure import FailureKind, classify
 from m2ray.chain.here import ActorHere, ActorsHere, hardware_here
+from m2ray.chain.specs import stage_specs
 from m2ray.config import ExtractConfig
 from m2ray.errors import CheckpointError, StageError, StoreError
 from m2ray.model.stage import Stage, StageSpec
@@ -92,15 +93,16 @@ def test_a_run_survives_a_full_store_and_a_lack_of_memory(
     assert_transformers_rows(tmp_path / "run", model)
 
 
+def in_waves(*given: Any) -> Iterator[list[StageSpec]]:
+    for specs in stage_specs(*given):
+        yield [replace(spec, residency={1: "host", 2: "host", 5: "host"}, wave_tokens=600) for spec in specs]
+
+
 def test_waves_over_several_shards_are_halved_where_they_find_no_room_and_give_the_same_rows(
     options: dict[str, Any], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    specs_of, forward_wave = extract.stage_specs, Stage.forward_wave
+    forward_wave = Stage.forward_wave
     waves: list[list[int]] = []
-
-    def in_waves(*given: Any) -> Iterator[list[StageSpec]]:
-        for specs in specs_of(*given):
-            yield [replace(spec, residency={1: "host", 2: "host", 5: "host"}, wave_tokens=600) for spec in specs]
 
     def of_200_tokens_at_most(self: Stage, batches: Any) -> Any:
         waves.append([micro_batch.shard for micro_batch, _ in batches])
@@ -120,12 +122,14 @@ def test_waves_over_several_shards_are_halved_where_they_find_no_room_and_give_t
 
 @pytest.mark.timeout(240)
 def test_ctrl_c_and_sigkill_leave_whole_shards_and_the_same_command_does_the_rest(
-    options: dict[str, Any], model: Path, tmp_path: Path
+    options: dict[str, Any], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """In waves, where the first two took a micro-batch at a time."""
     assert stopped(options, signal.SIGINT, 1) == 130
     assert stopped(options, signal.SIGKILL, 2) == -signal.SIGKILL
     run = tmp_path / "run"
     kept = {path.name: path.read_bytes() for path in (run / "_commits").iterdir()}
+    monkeypatch.setattr(extract, "stage_specs", in_waves)
     assert not (run / "_SUCCESS").exists()
     m2ray.extract(**options)
     assert (run / "_SUCCESS").exists()

@@ -6,10 +6,11 @@ Facts, as public repositories have them; no weights. Configurations: tests/data/
 |---|---|---|---|
 | gpt-oss-20b, gpt-oss-120b: names | foxl-ai/kiln | a04d1fab9063fdd0a612f9bdcb3b816a3b5cd10f | tests/test_gpt_oss.py |
 | MiniMax-M2.7-NVFP4: names, dtypes, quantization_config | 6ixLabs-AI/dgpp | aeb2efe2789404101c9ceb4c074f3d63a7c98ec4 | tools/minimax_m2_synth.py |
+| Kimi-K2.6: sizes, names and number of tensors, bytes of the experts | 2096955/TurboQuantNemo | 40501b2012b9e3c9893e3065271b7a1313a4a476 | results/kimi_k26_checkpoint_census.json |
 | Kimi-K2.5, K2.6: names, dtypes, shapes | tenstorrent/tt-metal | 90dd34339b0f3906a49e223311b868d09993bb6d | models/demos/kimi_k25/tests/test_weight_loader.py |
 | MiniMax-M3-MXFP8: names, dtypes, shapes, quantization_config | lightseekorg/tokenspeed | 720d83ae1d6565fbcc4661991a6e0984456f15f2 | test/runtime/models/test_minimax_m3.py |
 
-Looked for on 2026-11-29 and not found with a repository and a commit: the tensors of GLM-4.7-FP8, of which only names like its own in BF16 are known.
+Looked for on 2026-11-29 and 30 and not found with a repository and a commit: the tensors of GLM-4.7-FP8, of which only names like its own in BF16 are known.
 """
 
 import json
@@ -173,6 +174,16 @@ def test_kimi_in_int4() -> None:
     assert sizes[0].keys() == sizes[1].keys()
     # Its weight_shape is int32, where compressed-tensors writes int64.
     assert sum(sizes[1].values()) - sum(sizes[0].values()) == 384 * 3 * 2 * 4
+    # Kimi-K2.6's census: 207,360 tensors of routed experts in 60 of 61 layers, 570.8 GB.
+    text = official("Kimi-K2.5")["text_config"]
+    assert (text["num_hidden_layers"], text["first_k_dense_replace"], text["n_routed_experts"], text["moe_intermediate_size"]) == (
+        61,
+        1,
+        384,
+        2048,
+    )
+    assert 60 * sum(".experts." in name for name, _, _ in kimi(2)) == 207_360
+    assert round(60 * sum(sizes[0].values()) / 1e9, 1) == 570.8
 
 
 def minimax_m3(layers: int) -> Published:

@@ -185,21 +185,27 @@ def test_what_cannot_be_made_tiny_is_refused_as_not_proved(cache: Path, monkeypa
     assert not list(cache.glob("*"))
 
 
-def test_what_a_chain_gets_wrong_is_refused_with_layer_dtype_stages_and_size(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("in_a_first_stage", "where"), [(False, "3 stages"), (True, "1 stage in waves")])
+def test_what_a_chain_gets_wrong_is_refused_with_layer_dtype_stages_and_size(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, where: str, *, in_a_first_stage: bool
+) -> None:
     inject = decoder.DecoderSpan._inject
 
-    def injured(self: Any, module: Any, args: Any, kwargs: Any) -> Any:
-        args, kwargs = inject(self, module, args, kwargs)
-        return tuple(arg * 1.01 if isinstance(arg, torch.Tensor) and self.span.start else arg for arg in args), kwargs
+    def injured(self: Any, *given: Any) -> Any:
+        entered = inject(self, *given)
+        if entered is None or not self._layers.start or in_a_first_stage != (self.span.start == 0):
+            return entered
+        args, kwargs = entered
+        return tuple(arg * 1.01 if isinstance(arg, torch.Tensor) else arg for arg in args), kwargs
 
     monkeypatch.setattr(decoder.DecoderSpan, "_inject", injured)
     with pytest.raises(CheckpointError) as refused:
         prove(unchecked("qwen3"))
     for dtype in ("float32", "bfloat16"):
-        assert (
-            f"of a tiny qwen3 with its fields, a chain of 3 stages in {dtype} differs from transformers' own model from layer 1 on, by 0.0"
-            in str(refused.value)
+        what = (
+            f"of a tiny qwen3 with its fields, a chain of {where} in {dtype} differs from transformers' own model from layer 1 on, by 0.0"
         )
+        assert what in str(refused.value)
     assert not list(cache.glob("*"))
 
 

@@ -41,12 +41,23 @@ def test_mxfp4_is_transformers_for_gpt_oss(every_scale) -> None:
     assert same_bits(unpacked, convert_moe_packed_tensors(blocks, scales))
 
 
+def test_a_scale_that_is_no_number_makes_none() -> None:
+    """255 is none (OCP MX 1.0). transformers takes it for 2^128: all but 0 and 0.5 of gpt-oss's group are infinite there too."""
+    blocks, scales = random_bytes(1, 1, 2, 16), torch.tensor([[[120, 255]]], dtype=torch.uint8)
+    first, damaged = mxfp4.unpack_parts({"values": blocks, "scale": scales}).split(32, -1)
+    assert first.isfinite().all()
+    assert not damaged.isfinite().any()
+    theirs = convert_moe_packed_tensors(blocks, scales).transpose(1, 2)[..., 32:]
+    assert same_bits(damaged[theirs.isinf()], theirs[theirs.isinf()])
+
+
 @pytest.mark.parametrize("every_scale", [False, True])
 def test_mxfp4_is_transformers_for_deepseek_v4(every_scale) -> None:
-    scales = torch.arange(255, dtype=torch.uint8).reshape(-1, 3) if every_scale else random_exponents(8, 3)
-    scales, packed = scales.view(torch.float8_e8m0fnu), random_bytes(len(scales), 48).view(torch.int8)
-    theirs = Fp8Dequantize(None)._dequantize_one(packed, scales, torch.bfloat16)
-    assert same_bits(mxfp4.unpack(packed, scales), theirs)
+    scales = torch.arange(256, dtype=torch.uint8).reshape(-1, 4) if every_scale else random_exponents(8, 3)
+    scales, packed = scales.view(torch.float8_e8m0fnu), random_bytes(len(scales), 16 * scales.shape[1]).view(torch.int8)
+    theirs, unpacked = Fp8Dequantize(None)._dequantize_one(packed, scales, torch.bfloat16), mxfp4.unpack(packed, scales)
+    assert same_bits(unpacked.nan_to_num(), theirs.nan_to_num())
+    assert torch.equal(unpacked.isnan(), theirs.isnan())  # 255 is none
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

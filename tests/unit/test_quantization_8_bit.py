@@ -57,7 +57,7 @@ GRIDS: list[tuple[tuple[int, ...], tuple[int, int] | None]] = [
 ]
 
 
-@pytest.mark.parametrize(("dtype", "cached"), [(E4M3, 70), (E5M2, 1 << 18)])
+@pytest.mark.parametrize(("dtype", "cached"), [(E4M3, 70), (E4M3, 140), (E5M2, 1 << 18)])
 @pytest.mark.parametrize("scale_dtype", [F32, BF16, F16, U8, E8M0])
 @pytest.mark.parametrize(("grid", "block"), GRIDS)
 def test_scales_of_every_kind_are_transformers(
@@ -211,8 +211,10 @@ def test_what_no_method_reads_says_why(tensors: dict[str, tuple[torch.dtype, tup
         raise problem
 
 
-def test_what_modelopt_says_in_a_file_of_its_own_is_a_part_of_the_model(tmp_path: Path) -> None:
+@pytest.mark.parametrize("said_in_config", [{}, {"quantization_config": None}])
+def test_what_modelopt_says_in_a_file_of_its_own_is_a_part_of_the_model(said_in_config: dict[str, None], tmp_path: Path) -> None:
     folder = make_packed(tmp_path / "model", "llama", "nvfp4-hf-quant")
+    (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | said_in_config))
     before = open_checkpoint(str(folder))
     assert [method.name for method in layout_of(before.whole_config).methods] == ["NVFP4 in groups of 16"]
     said = json.loads((folder / "hf_quant_config.json").read_text())

@@ -97,6 +97,27 @@ def test_a_place_at_a_door_is_held_until_the_work_is_done() -> None:
     assert done == [(0, "first"), 1]
 
 
+def test_a_door_may_have_places_for_tokens_and_what_is_larger_has_it_alone() -> None:
+    turns, may_end = Turns(0), threading.Event()
+    door = Door(turns, "compute", 10, "room", 0.01)
+    with door.place(0, 6) as hand_over:
+        hand_over(lambda _: may_end.wait(PATIENCE_S))
+    with pytest.raises(GetTimeoutError, match="for room"), door.place(0, 5):
+        pass
+    door.resize(11)
+    with door.place(0, 5):
+        pass
+    door.resize(4)
+    with pytest.raises(GetTimeoutError, match="for room"), door.place(0, 1):
+        pass
+    may_end.set()
+    door.drain(PATIENCE_S)
+    with door.place(0, 99), pytest.raises(GetTimeoutError, match="for room"), door.place(0, 1):
+        pass
+    with door.place(0, 4):
+        pass
+
+
 def test_a_place_is_free_again_if_nothing_is_handed_over_or_the_work_fails() -> None:
     turns = Turns(0)
     door = Door(turns, "compute", 1, "room", 0.01)

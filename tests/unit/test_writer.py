@@ -455,6 +455,41 @@ def test_rows_out_of_order_are_refused(tmp_path: Path, order, message: str) -> N
     assert files_below(tmp_path) == []
 
 
+def test_parts_that_come_in_pieces_are_the_same_bytes(tmp_path: Path) -> None:
+    """As a wave gives them: layer by layer, over the end of a shard; and a shard is complete when each part is."""
+    shards, written = (runs.shard(0), runs.shard(1)), []
+    record = runs.job(LocalStore(tmp_path))
+    for name in ("whole", "pieces"):
+        writer = runs.writer(LocalStore(tmp_path / name), record)
+        batches = [micro_batch for shard in shards for micro_batch in runs.micro_batches(shard)]
+        groups = [record.parts] if name == "whole" else [record.parts[:2], (), record.parts[2:], ()]
+        for number, parts in enumerate(groups):
+            for micro_batch in batches:
+                writer.submit(ATTEMPT, micro_batch, runs.captured(parts, micro_batch), 10)
+            if number < len(groups) - 2:
+                with pytest.raises(StageError, match="before its last micro-batch"):
+                    writer.collect(0, ATTEMPT, 10)
+        receipts = [writer.collect(shard.index, ATTEMPT, 10) for shard in shards]
+        writer.close()
+        written.append((receipts, {key.relative_to(tmp_path / name): key.read_bytes() for key in (tmp_path / name).rglob("*.parquet")}))
+    assert written[0] == written[1]
+
+
+def test_a_piece_whose_part_lacks_the_one_before_is_refused(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    record = runs.job(store)
+    writer = runs.writer(store, record)
+    first, second = runs.micro_batches(runs.shard(0))
+    writer.submit(ATTEMPT, first, runs.captured(record.parts[:1], first), 10)
+    writer.submit(ATTEMPT, second, runs.captured(record.parts[:1], second), 10)
+    with pytest.raises(StageError, match="micro-batch 1 came, expected was 0"):
+        writer.submit(ATTEMPT, second, runs.captured(record.parts[1:], second), 10)
+    with pytest.raises(StageError, match="micro-batch 0 came, expected was nothing more"):
+        writer.submit(ATTEMPT, first, runs.captured(record.parts[:1], first), 10)
+    writer.close()
+    assert files_below(tmp_path) == []
+
+
 def test_other_captures_than_agreed_are_refused(tmp_path: Path) -> None:
     store = LocalStore(tmp_path)
     record = runs.job(store)

@@ -2,7 +2,7 @@
 
 import torch
 
-from m2ray.model.quantization.nibbles import as_bytes, look_up
+from m2ray.model.quantization.nibbles import Codes, as_bytes, look_up
 
 
 def unpack_words(words: torch.Tensor, dtype: torch.dtype, bits: int = 4, less: int = 0) -> torch.Tensor:
@@ -12,8 +12,8 @@ def unpack_words(words: torch.Tensor, dtype: torch.dtype, bits: int = 4, less: i
         words: int32 [..., words], contiguous along its last axis.
         dtype: bfloat16, float16 or float32.
         bits: 4 or 8 a number.
-        less: is taken from each.
+        less: is taken from each: 0 or half of their range.
     """
     if bits == 4:
-        return look_up(words, tuple(float(number - less) for number in range(16)), dtype)
+        return look_up(words, Codes.LESS_8 if less else Codes.UNSIGNED, dtype)
     return as_bytes(words).to(dtype).sub_(less)

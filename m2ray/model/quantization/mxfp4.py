@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 
 from m2ray.model.headers import TensorHeader
-from m2ray.model.quantization.nibbles import E2M1, in_cache, look_up
+from m2ray.model.quantization.nibbles import Codes, NibbleUnpack, in_cache, look_up
 from m2ray.model.quantization.packed import Found, Packed, Piece
 from m2ray.model.quantization.scaled import EXPONENT_SCALES
 from m2ray.model.quantization.scaling import as_floats
@@ -28,7 +28,7 @@ def unpack(packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     codes, factors = packed.reshape(-1, packed.shape[-1]), as_floats(scale).to(torch.bfloat16).reshape(-1, scale.shape[-1], 1)
 
     def rows_of(first: int, stop: int) -> torch.Tensor:
-        values: torch.Tensor = look_up(codes[first:stop], E2M1, torch.bfloat16).unflatten(-1, (-1, GROUP))
+        values: torch.Tensor = look_up(codes[first:stop], Codes.E2M1, torch.bfloat16).unflatten(-1, (-1, GROUP))
         return values.mul_(factors[first:stop]).flatten(-2)
 
     shape = (codes.shape[0], 2 * codes.shape[1])
@@ -65,7 +65,7 @@ class Mxfp4(Packed):
         }
 
     def unpacking(self) -> Unpack:
-        return unpack_parts
+        return NibbleUnpack(unpack_parts, Codes.E2M1, (1, GROUP))
 
 
 class GptOssExperts(Mxfp4):

@@ -5,15 +5,13 @@ from collections.abc import Callable, Mapping
 import torch
 
 from m2ray.model.headers import TensorHeader
-from m2ray.model.quantization.nibbles import E2M1, in_cache, look_up
+from m2ray.model.quantization.nibbles import Codes, NibbleUnpack, in_cache, look_up
 from m2ray.model.quantization.packed import Found, Packed, Piece
+from m2ray.model.quantization.scaling import as_floats
 from m2ray.model.quantization.stored import Shape, Unpack
 
 GROUP = 16
 """Values a scale."""
-
-NO_NEGATIVE_ZERO = tuple(value + 0.0 for value in E2M1)
-"""FP4's values as ModelOpt has them."""
 
 
 def unpack_modelopt(packed: torch.Tensor, scale: torch.Tensor, tensor_scale: torch.Tensor) -> torch.Tensor:
@@ -26,7 +24,7 @@ def unpack_modelopt(packed: torch.Tensor, scale: torch.Tensor, tensor_scale: tor
         scale: float8_e4m3fn [..., columns / 16]: `weight_scale`.
         tensor_scale: float32, one number: `weight_scale_2`.
     """
-    return _scaled(packed, NO_NEGATIVE_ZERO, scale.float() * tensor_scale.reshape(()))
+    return _scaled(packed, Codes.E2M1_WITHOUT_NEGATIVE_ZERO, as_floats(scale) * tensor_scale.reshape(()))
 
 
 def unpack_compressed(packed: torch.Tensor, scale: torch.Tensor, tensor_divisor: torch.Tensor) -> torch.Tensor:
@@ -39,15 +37,15 @@ def unpack_compressed(packed: torch.Tensor, scale: torch.Tensor, tensor_divisor:
         scale: float8_e4m3fn [..., columns / 16]: `weight_scale`.
         tensor_divisor: float32, one number: `weight_global_scale`.
     """
-    return _scaled(packed, E2M1, scale.float() / tensor_divisor.reshape(()))
+    return _scaled(packed, Codes.E2M1, as_floats(scale) / tensor_divisor.reshape(()))
 
 
-def _scaled(packed: torch.Tensor, values: tuple[float, ...], factors: torch.Tensor) -> torch.Tensor:
+def _scaled(packed: torch.Tensor, meaning: Codes, factors: torch.Tensor) -> torch.Tensor:
     """Each group of the codes' values times its factor, in float32."""
     codes, by_group = packed.reshape(-1, packed.shape[-1]), factors.reshape(-1, factors.shape[-1], 1)
 
     def rows_of(first: int, stop: int) -> torch.Tensor:
-        grouped: torch.Tensor = look_up(codes[first:stop], values, torch.float32).unflatten(-1, (-1, GROUP))
+        grouped: torch.Tensor = look_up(codes[first:stop], meaning, torch.float32).unflatten(-1, (-1, GROUP))
         return grouped.mul_(by_group[first:stop]).flatten(-2)
 
     shape = (codes.shape[0], 2 * codes.shape[1])
@@ -60,14 +58,23 @@ class Nvfp4(Packed):
     Args:
         endings: of "values", "scale" and "tensor_scale".
         unpack: makes the weight of these three.
+        codes: what codes stand for.
+        is_divided: whether scales are divided by the tensor's own, not multiplied.
     """
 
     name = "NVFP4 in groups of 16"
     multiples = (1, GROUP)
 
-    def __init__(self, endings: tuple[str, str, str], unpack: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+    def __init__(
+        self,
+        endings: tuple[str, str, str],
+        unpack: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+        codes: Codes,
+        *,
+        is_divided: bool,
+    ) -> None:
         self.parts = {name: (ending,) for name, ending in zip(("values", "scale", "tensor_scale"), endings, strict=True)}
-        self._unpack = unpack
+        self._unpack, self._codes, self._is_divided = unpack, codes, is_divided
 
     def takes(self, values: TensorHeader) -> bool:
         return values.dtype == torch.uint8 and len(values.shape) >= 2
@@ -85,11 +92,11 @@ class Nvfp4(Packed):
         }
 
     def unpacking(self) -> Unpack:
-        return self._unpack_parts
+        return NibbleUnpack(self._unpack_parts, self._codes, (1, GROUP), is_divided=self._is_divided)
 
     def _unpack_parts(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
         return self._unpack(parts["values"], parts["scale"], parts["tensor_scale"])
 
 
-MODELOPT = Nvfp4(("", "_scale", "_scale_2"), unpack_modelopt)
-COMPRESSED = Nvfp4((".weight_packed", ".weight_scale", ".weight_global_scale"), unpack_compressed)
+MODELOPT = Nvfp4(("", "_scale", "_scale_2"), unpack_modelopt, Codes.E2M1_WITHOUT_NEGATIVE_ZERO, is_divided=False)
+COMPRESSED = Nvfp4((".weight_packed", ".weight_scale", ".weight_global_scale"), unpack_compressed, Codes.E2M1, is_divided=True)
