@@ -1,4 +1,4 @@
-"""Loading at the disk's speed: long reads into pinned memory, one copy to the GPU, quantised tensors unpacked there, 8-bit ones by a fused kernel.
+"""Loading at the disk's speed: long reads into pinned memory, one copy to the GPU, hashed and unpacked there, 8-bit tensors by a fused kernel.
 
 Checkpoint tensors that lie side by side in a file are read as one extent. Each lane owns a pinned buffer, a buffer on the GPU
 and a stream, so that reading, copying and converting of different extents overlap; host memory holds an extent a lane and no more.
@@ -18,6 +18,7 @@ import torch
 from m2ray.model.checkpoint import Checkpoint
 from m2ray.model.digests import WeightDigests
 from m2ray.model.extents import EXTENT_BYTES, Extent, Range, RowsToLoad, apart_extents, value_extents
+from m2ray.model.gpu_hashes import GpuHashes, can_hash, fits
 from m2ray.model.quantization.fused import KernelTable, is_for_kernel
 from m2ray.model.quantization.fused_proof import is_exact
 
@@ -58,9 +59,8 @@ class _Lane:
             torch.cuda.current_stream().synchronize()
         self._memory = self._pinned.numpy().data
 
-    def read(self, checkpoint: Checkpoint, extent: Extent[RowsToLoad], digests: WeightDigests) -> torch.Tensor:
-        """Read the extent and begin to copy it to the GPU, on this lane's stream, which has to be the current one; hash it meanwhile."""
-        pieces = [piece for wanted in extent.items for piece in wanted.in_one_run]
+    def read(self, checkpoint: Checkpoint, extent: Extent[RowsToLoad], pieces: Sequence[Range], digests: WeightDigests) -> torch.Tensor:
+        """Read the extent and begin to copy it to the GPU, on this lane's stream, which has to be the current one; hash these pieces meanwhile."""
         begin, stop = _lead(extent), _lead(extent) + extent.stop - extent.start
         if stop > len(self._on_gpu):
             self.stream.synchronize()
@@ -124,7 +124,9 @@ class Lanes:
         self._free: SimpleQueue[_Lane] = SimpleQueue()
         self._pool = ThreadPoolExecutor(LANES, thread_name_prefix="load")
         self._made = [self._pool.submit(lambda: self._free.put(_Lane(device))) for _ in range(LANES)]
-        self._compiler = ThreadPoolExecutor(1, thread_name_prefix="compile")
+        self._compiler = ThreadPoolExecutor(2, thread_name_prefix="compile")
+        self._can_hash = self._compiler.submit(can_hash, device)
+        self._hashes = GpuHashes(device)
         self._is_exact: Future[bool] | None = None
         self._reading: list[Future[None]] = []
         self._begun: deque[tuple[Sequence[Future[None]], _Conversions]] = deque()
@@ -184,16 +186,26 @@ class Lanes:
             on_extent()
         torch.cuda.synchronize(self._device)
         self._begun.clear()
+        self._hashes.finish()
 
     def _load(self, checkpoint: Checkpoint, extent: Extent[RowsToLoad], digests: WeightDigests, convert: Convert) -> None:
         # There are as many threads as lanes, and all lanes were asked for before any extent.
         lane = self._free.get_nowait()
         try:
             with torch.cuda.stream(lane.stream), torch.inference_mode():
-                data = lane.read(checkpoint, extent, digests)
+                hashed_there, hashed_here = self._hashed(extent)
+                data = lane.read(checkpoint, extent, hashed_here, digests)
+                self._hashes.begin(hashed_there, data, extent.start - _lead(extent), digests)
                 convert(data, by_kernel=self._is_exact is not None and self._is_exact.result(_COMPILE_S))
         finally:
             self._free.put(lane)
+
+    def _hashed(self, extent: Extent[RowsToLoad]) -> tuple[Sequence[Range], Sequence[Range]]:
+        """The pieces of an extent that are hashed on the GPU, and those by the thread that reads: all of them until the kernel is there."""
+        pieces = [piece for wanted in extent.items for piece in wanted.in_one_run]
+        if not (self._can_hash.done() and self._can_hash.result()):
+            return [], pieces
+        return [piece for piece in pieces if fits(piece)], [piece for piece in pieces if not fits(piece)]
 
     def _read_apart(self, checkpoint: Checkpoint, wanted: Sequence[RowsToLoad], digests: WeightDigests) -> dict[Range, torch.Tensor]:
         """The parts that lie apart from their values, on the GPU."""
