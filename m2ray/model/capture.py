@@ -14,6 +14,7 @@ from m2ray.model.eight_bits import Encoder, is_encoded
 from m2ray.model.pinned import PinnedRuns
 from m2ray.model.selecting import ChosenRows
 from m2ray.model.statistics import Statistics
+from m2ray.model.taking_rows import extremes_of
 from m2ray.selection import Selection
 from m2ray.sites import LayersOfSites
 from m2ray.statistics import Asked, Place
@@ -64,7 +65,7 @@ class Taking:
 
 @dataclass(frozen=True)
 class _Rows:
-    """One part's rows on their way to the host, a tensor [N, ...] a column, and the extremes [2] of what each was rounded from.
+    """One part's rows on their way to the host, a tensor [N, ...] a column, and the extremes of what each was rounded from (taking_rows).
 
     Of a part that is captured for its statistics alone no rows go there.
     """
@@ -113,8 +114,7 @@ class Capture:
         if part is None:
             return
         self._wait_for_room()
-        selected = [self._chosen.of(values) for values in values_BT]
-        extremes = [_extremes(rows_NW) for rows_NW in selected]
+        selected, extremes = zip(*map(self._chosen.of, values_BT), strict=True)
         rounded = selected if is_encoded(part) else _rounded(part, selected)
         statistics = {kind: self._to_host(values) for kind, values in self._statistics.of(part, rounded).items()}
         columns = tuple(self._stored(part, rounded)) if part in self._kept else ()
@@ -159,9 +159,10 @@ class Capture:
             self._copied.synchronize()
         kept = [self._captured[part] for part in self._parts.values() if part in self._captured]
         for rows in kept:
+            found = [extremes_of(each) for each in rows.extremes]
             # What is encoded has a scale, and so fits as it is.
-            stored = rows.extremes if is_encoded(rows.part) else _rounded(rows.part, rows.extremes)
-            for extremes, as_stored in zip(rows.extremes, stored, strict=True):
+            stored = found if is_encoded(rows.part) else _rounded(rows.part, found)
+            for extremes, as_stored in zip(found, stored, strict=True):
                 if not as_stored.isfinite().all():
                     raise self._not_finite(rows, extremes)
         return tuple(_captured(rows) for rows in kept)
@@ -193,11 +194,6 @@ def _captured(rows: _Rows) -> CapturedLayer:
 def _rounded(part: PartSpec, selected: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Rows in the dtypes of the part's columns, rounded once, to nearest even. `index_select` made a copy, which nothing computed later changes."""
     return [rows_NW.to(getattr(torch, column.dtype)) for rows_NW, column in zip(selected, part.columns, strict=True)]
-
-
-def _extremes(rows_NW: torch.Tensor) -> torch.Tensor:
-    """The smallest and the largest value [2]; two zeros where there are none."""
-    return torch.stack(torch.aminmax(rows_NW)) if rows_NW.numel() else rows_NW.new_zeros(2)
 
 
 def pin_host_memory(num_bytes: int, padded_tokens: int, columns: Sequence[Column]) -> None:

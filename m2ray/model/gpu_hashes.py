@@ -4,8 +4,7 @@ A core reads 2 to 3 GB/s out of the page cache, and hashing what it has read tak
 nothing else to do. Its kernel takes a piece's bytes into xxh3's accumulators; what is left to do with these eight numbers is done here.
 """
 
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any
 
@@ -16,7 +15,7 @@ import xxhash
 
 from m2ray.model.digests import WeightDigests
 from m2ray.model.extents import Range
-from m2ray.toolchain import triton_problem
+from m2ray.model.kernel_proof import is_proved
 
 Words = npt.NDArray[np.uint64]
 
@@ -48,31 +47,43 @@ def fits(piece: Range) -> bool:
 
 
 class GpuHashes:
-    """Hashes pieces that lie in buffers on a GPU. Any thread may ask, each with its own buffer and stream."""
+    """Pieces that lie in buffers on a GPU, and their digests once these were asked for and the GPU is done."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._begun: list[tuple[WeightDigests, Sequence[Range], torch.Tensor]] = []
-        """Whose digests, of which pieces, and what the kernel makes of them, int64 [pieces, 8]."""
+        self._pieces: list[Range] = []
+        self._places: list[tuple[int, int]] = []
+        self._begun: list[slice] = []
 
-    def begin(self, pieces: Sequence[Range], data: torch.Tensor, base: int, digests: WeightDigests) -> None:
-        """Begin to hash pieces, which `fits` took, on the current stream. They lie in `data`, uint8, which begins at byte `base` of their file."""
-        if not pieces:
-            return
-        places = torch.tensor([(piece.offset - base, piece.num_bytes) for piece in pieces], dtype=torch.int64)
-        found = torch.empty((len(pieces), 8), dtype=torch.int64, device=self._device)
-        _kernel()[(len(pieces),)](places.to(self._device, non_blocking=True), data, _words(self._device), found, num_warps=1)
-        self._begun.append((digests, pieces, found))
+    def add(self, pieces: Iterable[Range], base: int) -> slice:
+        """Add pieces, which `fits` takes, and which will lie in one buffer that begins at byte `base` of their file. Returns their numbers."""
+        first = len(self._pieces)
+        self._pieces += pieces
+        self._places += [(piece.offset - base, piece.num_bytes) for piece in self._pieces[first:]]
+        return slice(first, len(self._pieces))
 
-    def finish(self) -> None:
-        """Hand all digests to those who asked for them, once the GPU is done."""
+    def settle(self) -> None:
+        """Copy what the kernel has to know to the GPU."""
+        if self._pieces:
+            self._table = torch.tensor(self._places, dtype=torch.int64).to(self._device)
+            self._found = torch.empty((len(self._pieces), 8), dtype=torch.int64, device=self._device)
+            self._words = torch.from_numpy(WORDS.view(np.int64)).to(self._device)
+
+    def begin(self, data: torch.Tensor, pieces: slice) -> None:
+        """Begin to hash these pieces, which lie in `data`, uint8, on the current stream. Any thread may."""
+        if pieces.stop > pieces.start:
+            _kernel()[pieces.stop - pieces.start,](self._table, data, self._words, self._found, pieces.start, num_warps=1)
+            self._begun.append(pieces)
+
+    def finish(self, digests: WeightDigests) -> None:
+        """Hand on the digests of all pieces that were begun. The GPU has to be done with them."""
         if not self._begun:
             return
-        found = torch.cat([found for _, _, found in self._begun]).cpu().numpy().view(np.uint64)
-        asked = [(digests, piece) for digests, pieces, _ in self._begun for piece in pieces]
-        sizes = np.array([piece.num_bytes for _, piece in asked], np.uint64)
-        for (digests, piece), digest in zip(asked, finished(found, sizes), strict=True):
-            digests.put(piece, digest)
+        found, sizes = self._found.cpu().numpy().view(np.uint64), np.array(self._places, np.uint64)[:, 1]
+        ready = finished(found, sizes)
+        for each in self._begun:
+            for piece, digest in zip(self._pieces[each], ready[each], strict=True):
+                digests.put(piece, digest)
         self._begun.clear()
 
 
@@ -106,26 +117,8 @@ def _folded(one: Words, other: Words) -> Words:
 
 @cache
 def can_hash(device: torch.device) -> bool:
-    """Whether there is a kernel for this device, and it has the digests of `xxhash`. Triton compiles it here, when it is first run.
-
-    Where it does not, or cannot be made, a warning says so, and the threads that read hash, which takes longer.
-    """
-    if device.type != "cuda" or triton_problem():
-        return False
-    problem = _problem(device)
-    if problem:
-        warnings.warn(f"Weights are not hashed on {device}, and loading takes longer: {problem}.", RuntimeWarning, stacklevel=2)
-    return not problem
-
-
-def _problem(device: torch.device) -> str:
-    from triton.errors import TritonError
-
-    with torch.cuda.device(device), torch.inference_mode():
-        try:
-            return _difference(device)
-        except TritonError as error:
-            return f"Triton cannot make the kernel: {error}"
+    """Whether there is a kernel for this device, and it has the digests of `xxhash`. Where there is none, the threads that read hash."""
+    return is_proved(device, "Weights are hashed", _difference)
 
 
 def _difference(device: torch.device) -> str:
@@ -135,17 +128,14 @@ def _difference(device: torch.device) -> str:
     starts = np.cumsum((8, *sizes[:-1])).tolist()
     pieces = [Range("", start, size, torch.uint8, (size,)) for start, size in zip(starts, sizes, strict=True)]
     hashes, digests = GpuHashes(device), WeightDigests({}, 0)
-    hashes.begin(pieces, torch.from_numpy(data).to(device), 0, digests)
-    hashes.finish()
+    numbers = hashes.add(pieces, 0)
+    hashes.settle()
+    hashes.begin(torch.from_numpy(data).to(device), numbers)
+    hashes.finish(digests)
     for piece in pieces:
         if digests.of(piece) != xxhash.xxh3_128_digest(data[piece.offset : piece.stop].data):
             return f"the digest of {piece.num_bytes} bytes is not that of xxhash"
     return ""
-
-
-@cache
-def _words(device: torch.device) -> torch.Tensor:
-    return torch.from_numpy(WORDS.view(np.int64)).to(device)
 
 
 @cache

@@ -5,17 +5,18 @@ import triton.language as tl
 
 
 # Without annotations: Triton compiles the function's text, and knows no names but its own. Specialised on nothing, it is compiled once.
-@triton.jit(do_not_specialize=["table", "data", "words", "found"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["table", "data", "words", "found", "first"])  # type: ignore[untyped-decorator]
 def accumulate(  # type: ignore[no-untyped-def]  # noqa: ANN201
     table,  # noqa: ANN001
     data,  # noqa: ANN001
     words,  # noqa: ANN001
     found,  # noqa: ANN001
+    first,  # noqa: ANN001
 ):
-    """One program a piece of the table (m2ray.model.gpu_hashes): its bytes taken into xxh3's eight accumulators, 64 of them a stripe, 16
+    """One program a piece of the table (m2ray.model.gpu_hashes), from number `first` on: its bytes taken into xxh3's eight accumulators, 64 of them a stripe, 16
     stripes a block. `words` are WORDS of m2ray.model.gpu_hashes.
     """
-    piece = tl.program_id(0)
+    piece = first + tl.program_id(0)
     at = tl.load(table + 2 * piece)
     num_bytes = tl.load(table + 2 * piece + 1)
     values = (data + at).to(tl.pointer_type(tl.uint64))

@@ -11,8 +11,9 @@ import torch
 from m2ray.batches import LayerSpan, MicroBatch
 from m2ray.errors import StageError
 from m2ray.model.capture import CaptureSpec
-from m2ray.model.extents import Extent, Range, RowsToLoad
-from m2ray.model.gpu_hashes import can_hash, fits
+from m2ray.model.digests import WeightDigests
+from m2ray.model.extents import Range, RowsToLoad
+from m2ray.model.gpu_hashes import can_hash
 from m2ray.model.gpu_loading import Lanes
 from m2ray.model.quantization import fused
 from m2ray.model.quantization.fused import KernelTable
@@ -64,15 +65,11 @@ def test_the_fused_kernel_has_the_bits_of_torch() -> None:
 def test_weights_are_hashed_on_the_gpu_as_on_the_cpu(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the kernel from the first extent on, and from when it is there."""
     assert can_hash(torch.device("cuda:0"))
+    put = WeightDigests.put
     by_cpu, in_time = load(folder, "cpu"), load(folder, "cuda:0")
-    hashed: list[Range] = []
-
-    def on_gpu(_: Lanes, extent: Extent[RowsToLoad]) -> tuple[list[Range], list[Range]]:
-        pieces = [piece for wanted in extent.items for piece in wanted.in_one_run]
-        hashed.extend(filter(fits, pieces))
-        return [piece for piece in pieces if fits(piece)], [piece for piece in pieces if not fits(piece)]
-
-    monkeypatch.setattr(Lanes, "_hashed", on_gpu)
+    monkeypatch.setattr(Lanes, "_can_hash_there", lambda self: True)
+    hashed = []
+    monkeypatch.setattr(WeightDigests, "put", lambda self, piece, digest: hashed.append(piece) or put(self, piece, digest))
     always = load(folder, "cuda:0")
     assert hashed
     assert by_cpu.digests == in_time.digests == always.digests
