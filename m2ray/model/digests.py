@@ -84,14 +84,14 @@ class WeightDigests:
         return self._digest(self._keys[self._last_layer] - self._norm_keys) if self._norm_keys else None
 
     def _digest(self, keys: Iterable[str]) -> str:
-        hashed = xxhash.xxh3_128()
+        lines: list[bytes] = []
         for key in sorted(keys):
             header = self._headers[key]
-            hashed.update(f"{key} {_NAMES[header.dtype]} {list(header.shape)}\n".encode())
+            lines.append(f"{key} {_NAMES[header.dtype]} {list(header.shape)}\n".encode())
             at, stop = header.offset, header.offset + header.num_bytes
             while at < stop:
                 num_bytes, digest = self._pieces[header.file, at]
-                hashed.update(digest)
+                lines.append(digest)
                 at += num_bytes
             assert at == stop, f"{key} was not read as a whole"
-        return hashed.hexdigest()
+        return xxhash.xxh3_128_hexdigest(b"".join(lines))
