@@ -154,6 +154,7 @@ class Capture:
         return _Rows(rows.part, columns, tuple(extremes), dict(zip(rows.statistics, statistics, strict=True)))
 
     def _copied_to(self, on_host: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        assert self._copy_stream is not None
         on_host.copy_(values, non_blocking=True)
         values.record_stream(self._copy_stream)
         return on_host

@@ -4,7 +4,7 @@ A core reads 2 to 3 GB/s out of the page cache, and hashing what it has read tak
 nothing else to do. Its kernel takes a piece's bytes into xxh3's accumulators; what is left to do with these eight numbers is done here.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
@@ -99,7 +99,8 @@ def _merged(accumulators_N8: Words, secret_8: Words, beginning_N: Words) -> Word
     folded_N4 = _folded(keyed_N8[:, 0::2], keyed_N8[:, 1::2])
     total_N: Words = beginning_N + folded_N4.sum(axis=1, dtype=np.uint64)
     total_N = (total_N ^ (total_N >> np.uint64(37))) * np.uint64(0x165667919E3779F9)
-    return total_N ^ (total_N >> np.uint64(32))
+    avalanched_N: Words = total_N ^ (total_N >> np.uint64(32))
+    return avalanched_N
 
 
 def _folded(one: Words, other: Words) -> Words:
@@ -109,7 +110,8 @@ def _folded(one: Words, other: Words) -> Words:
     low = one_low * other_low
     middle = one_high * other_low + (low >> half)
     crossed = one_low * other_high + (middle & mask)
-    return (one_high * other_high + (middle >> half) + (crossed >> half)) ^ (one * other)
+    folded: Words = (one_high * other_high + (middle >> half) + (crossed >> half)) ^ (one * other)
+    return folded
 
 
 # -- proof ----------------------------------------------------------------------------------------------------------------
@@ -139,8 +141,7 @@ def _difference(device: torch.device) -> str:
 
 
 @cache
-def _kernel() -> Callable[..., Any]:
+def _kernel() -> Any:
     from m2ray.model.hash_kernel import accumulate
 
-    kernel: Callable[..., Any] = accumulate
-    return kernel
+    return accumulate

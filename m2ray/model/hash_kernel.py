@@ -1,17 +1,19 @@
 """The Triton kernel that hashes pieces of a buffer by xxh3. Imported only where there is a GPU: torch's CPU builds have no Triton."""
 
+# ruff: noqa: ANN001, ANN201 - Triton compiles a function's text, and knows no names but its own
+
 import triton
 import triton.language as tl
 
 
-# Without annotations: Triton compiles the function's text, and knows no names but its own. Specialised on nothing, it is compiled once.
-@triton.jit(do_not_specialize=["table", "data", "words", "found", "first"])  # type: ignore[untyped-decorator]
-def accumulate(  # type: ignore[no-untyped-def]  # noqa: ANN201
-    table,  # noqa: ANN001
-    data,  # noqa: ANN001
-    words,  # noqa: ANN001
-    found,  # noqa: ANN001
-    first,  # noqa: ANN001
+# Specialised on nothing, it is compiled once.
+@triton.jit(do_not_specialize=["table", "data", "words", "found", "first"])
+def accumulate(  # type: ignore[no-untyped-def]
+    table,
+    data,
+    words,
+    found,
+    first,
 ):
     """One program a piece of the table (m2ray.model.gpu_hashes), from number `first` on: its bytes taken into xxh3's eight accumulators, 64 of them a stripe, 16
     stripes a block. `words` are WORDS of m2ray.model.gpu_hashes.

@@ -1,6 +1,5 @@
 """Rows of a tensor, with the smallest and the largest value among them: by one kernel on a GPU, which reads them once."""
 
-from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
@@ -67,8 +66,7 @@ def _problem(dtype: torch.dtype, device: torch.device) -> str:
 
 
 @cache
-def _kernel() -> Callable[..., Any]:
+def _kernel() -> Any:
     from m2ray.model.rows_kernel import take_rows as kernel
 
-    made: Callable[..., Any] = kernel
-    return made
+    return kernel

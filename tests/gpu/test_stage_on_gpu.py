@@ -20,6 +20,7 @@ from m2ray.model.quantization.fused import KernelTable
 from m2ray.model.quantization.fused_proof import is_exact
 from m2ray.model.quantization.scaling import ScaledUnpack, dequantize
 from m2ray.model.stage import Stage, StageSpec
+from m2ray.model.taking_rows import extremes, extremes_of, has_kernel, take_rows
 from m2ray.selection import Selection
 from tests.reference import LENGTHS, MINIMAX_TINY, load_capturing, load_reference, make_minimax, micro_batch_of, reference_rows, same_bits
 
@@ -60,6 +61,18 @@ def test_weights_are_bitwise_those_of_the_cpu(folder: Path, dtype: str) -> None:
 
 def test_the_fused_kernel_has_the_bits_of_torch() -> None:
     assert is_exact(torch.device("cuda:0"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("num_rows", "width"), [(1, 3072), (700, 24), (9000, 256), (4000, 3000)])
+def test_rows_are_taken_as_torch_takes_them(dtype: torch.dtype, num_rows: int, width: int) -> None:
+    generator = torch.Generator("cuda").manual_seed(num_rows)
+    values_NW = torch.randn((num_rows + 9, width), generator=generator, device="cuda").to(dtype)
+    places = torch.randperm(num_rows + 9, generator=generator, device="cuda")[:num_rows]
+    assert has_kernel(values_NW.device, dtype)
+    rows_NW, found = take_rows(values_NW, places)
+    assert torch.equal(rows_NW, values_NW[places])
+    assert torch.equal(extremes_of(found.cpu()), extremes(rows_NW).float().cpu())
 
 
 def test_weights_are_hashed_on_the_gpu_as_on_the_cpu(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
