@@ -11,7 +11,7 @@ import torch
 
 from m2ray.batches import PartSpec
 from m2ray.model import fused_statistics
-from m2ray.statistics import NORM_BINS, NORM_SHIFT, PIECE_CHOICES, PIECE_ROWS, ROWS_AT_ONCE
+from m2ray.statistics import NORM_BINS, NORM_SHIFT, PAIRS_AT_ONCE, PIECE_ROWS, ROWS_AT_ONCE
 
 
 class Statistics:
@@ -55,7 +55,8 @@ def experts_statistics(expert_ids_NK: torch.Tensor, num_experts: int) -> dict[st
     """`experts`, int32 [E, E]: rows that chose both experts; on the diagonal those that chose the one."""
     pairs = expert_ids_NK.new_zeros(num_experts**2, dtype=torch.int32)
     one = pairs.new_ones(1)
-    for ids_NK in expert_ids_NK.long().split(PIECE_CHOICES):
+    for some_NK in expert_ids_NK.split(max(1, PAIRS_AT_ONCE // expert_ids_NK.shape[1] ** 2)):
+        ids_NK = some_NK.long()
         both_NKK = ids_NK[:, :, None] * num_experts + ids_NK[:, None, :]
         pairs.index_add_(0, both_NKK.view(-1), one.expand(both_NKK.numel()))
     return {"experts": pairs.view(num_experts, num_experts)}
