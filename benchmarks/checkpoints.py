@@ -30,7 +30,7 @@ def real_size(folder: Path, layers: int = LAYERS, overrides: Mapping[str, int] |
     model = folder.resolve() / f"model-{layers}{small}"
     larger = [other for other in folder.resolve().glob("model-*") if other.name[6:].isdecimal() and int(other.name[6:]) > layers]
     if not model.exists() and larger and not overrides:
-        _link(larger[0], model, layers)
+        link(larger[0], model, layers)
     if not model.exists():
         processes = 1 if overrides else min(16, os.cpu_count() or 1)
         make_checkpoint(model, _config(), processes=processes, **_how(layers, overrides))
@@ -67,7 +67,7 @@ def _how(layers: int, overrides: Mapping[str, int] | None) -> dict[str, Any]:
     return {"overrides": {"layers": layers} | dict(overrides or {}), "fmt": "fp8", "seed": 1, "max_shard_bytes": _SHARD_BYTES}
 
 
-def _link(larger: Path, model: Path, layers: int) -> None:
+def link(larger: Path, model: Path, layers: int) -> None:
     """The folder of a model with fewer layers over the same files."""
     config = resolve_config(json.loads((larger / "config.json").read_text()), {"layers": layers}, "fp8")
     model.mkdir()

@@ -7,7 +7,7 @@ Shape legend, used as suffixes of tensor and array names here and elsewhere:
     S  sequences in a shard              L  layers
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Self
 
@@ -49,8 +49,11 @@ class LayerSpan:
         return f"layers {self.start}-{self.stop - 1}"
 
 
-Residency = Literal["gpu", "host", "disk"]
-"""Where a layer's weights live while it does not run: on its GPU, in host memory, or in a file on its node's disk."""
+Residency = Literal["gpu", "gpu_packed", "host", "checkpoint"]
+"""Where a layer's weights live while it does not run: ready on its GPU; there, as packed on disk; so in host memory; or in the model's files alone.
+
+Without a GPU "gpu" is in memory, ready, and "gpu_packed" is not used.
+"""
 
 
 MOST_SEQUENCES = 2**15 - 1
@@ -144,6 +147,13 @@ class PromptStats:
         return 1 - self.tokens / self.padded_tokens if self.padded_tokens else 0.0
 
 
+PACKED_GAP_BYTES = 1024
+"""Beside a tensor's own bytes in a packed layer, at most, for each of the checkpoint's tensors with its scales: they keep their alignment."""
+
+_KEPT_DTYPES = {4: "float32", 8: "int64"}
+"""Of tensors whose dtype the compute dtype does not decide, by the bytes of an element."""
+
+
 @dataclass(frozen=True)
 class TensorRow:
     """One tensor of the model as m2ray computes with it, or one of the checkpoint that m2ray leaves unread.
@@ -158,6 +168,7 @@ class TensorRow:
         disk_bytes: bytes of all its checkpoint tensors, scales included.
         sources: the checkpoint keys it is made of, scales left out.
         method: how it is packed on disk, as a person is told it; "" where it is not quantised.
+        lies_as: torch's name of the dtype in which its values lie in the files as they do in memory; "" where they are packed, or in another order.
     """
 
     name: str
@@ -168,6 +179,7 @@ class TensorRow:
     disk_bytes: int
     sources: tuple[str, ...]
     method: str = ""
+    lies_as: str = ""
 
     @property
     def num_elements(self) -> int:
@@ -176,6 +188,10 @@ class TensorRow:
     def compute_bytes(self, itemsize_bytes: int) -> int:
         """Bytes in memory at a compute dtype of `itemsize_bytes` (2 or 4)."""
         return self.num_elements * (self.itemsize_bytes or itemsize_bytes)
+
+    def is_ready(self, compute_dtype: str) -> bool:
+        """Whether its bytes in the files are those in memory, at that compute dtype."""
+        return self.lies_as == (_KEPT_DTYPES.get(self.itemsize_bytes) if self.itemsize_bytes else compute_dtype)
 
 
 @dataclass(frozen=True)
@@ -204,10 +220,25 @@ class TensorTable:
 
     def layer_bytes(self, itemsize_bytes: int) -> tuple[int, ...]:
         """Bytes in memory of each decoder layer, in order."""
+        return self._of_layers(lambda row: row.compute_bytes(itemsize_bytes))
+
+    def packed_bytes(self) -> tuple[int, ...]:
+        """Bytes of each decoder layer as packed on disk, in order: in a GPU's or in host memory, in a file, and in a landing buffer."""
+        return self._of_layers(lambda row: row.disk_bytes + PACKED_GAP_BYTES * (1 + len(row.sources)))
+
+    def unpacked_bytes(self, compute_dtype: str) -> tuple[int, ...]:
+        """Bytes of what of each decoder layer has to be unpacked, in another memory, before it runs: its part of the workspace.
+
+        What lies in the files as it is computed with is used where it is.
+        """
+        itemsize_bytes = ITEMSIZE_BYTES[compute_dtype]
+        return self._of_layers(lambda row: 0 if row.is_ready(compute_dtype) else PACKED_GAP_BYTES + row.compute_bytes(itemsize_bytes))
+
+    def _of_layers(self, bytes_of: Callable[[TensorRow], int]) -> tuple[int, ...]:
         totals = [0] * self.num_layers
         for row in self.rows:
             if row.layer is not None and row.role == "layer":
-                totals[row.layer] += row.compute_bytes(itemsize_bytes)
+                totals[row.layer] += bytes_of(row)
         return tuple(totals)
 
     def role_bytes(self, role: Role, itemsize_bytes: int) -> int:

@@ -59,7 +59,8 @@ def _sites(text: str) -> str:
 
 Auto = Literal["auto"]
 Attention = Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"]
-OffloadTo = Literal["none", "cpu", "disk"]
+Weights = Literal["auto", "bf16", "packed"]
+OffloadTo = Literal["none", "cpu", "disk", "auto"]
 Transport = Literal["auto", "object_store", "cuda_ipc"]
 SiteName = Literal["residual", "residual_mid", "attention", "mlp", "mlp_in", "router_logits", "router_topk", "embedding", "final_norm"]
 Positive = Annotated[int, Field(gt=0)]
@@ -174,7 +175,7 @@ class ExtractConfig(BaseModel):
         description="Dtype of the stored rows of hidden width; float8 and int8: about half of the bytes, with a scale for 128 channels.",
     )
     batch_tokens: Positive | Auto = _rows(
-        "auto", description="Padded tokens in a micro-batch, at most; auto: what memory and prompts suit best, up to 16384."
+        "auto", description="Padded tokens in a micro-batch, at most; auto: what memory and prompts suit best, up to 32768."
     )
     shard_tokens: Positive | Auto = _rows(
         "auto", description="Tokens in a shard, the unit of commit and resume; auto: 32768, or more where statistics alone are kept."
@@ -196,12 +197,19 @@ class ExtractConfig(BaseModel):
     replicas: Positive | Auto = Field(1, description="Chains over one queue of shards; auto: as many as the GPUs hold.")
     gpus_per_stage: Positive = Field(1, description="GPUs that one stage owns.")
     device_map: NonEmpty = Field("auto", description="auto, balanced, balanced_low_0, sequential, cuda:0.")
-    max_memory: NonEmpty | None = Field(None, description='"40GB", "0:60GB,1:40GB", "node-a=40GB;node-b=60GB".')
+    max_memory: NonEmpty | None = Field(
+        None, description='Of each GPU, or of each stage where there is none: "40GB", "0:60GB,1:40GB", "node-a=40GB;node-b=60GB".'
+    )
+    weights: Weights = Field(
+        "auto", description="Quantised weights: bf16: unpacked once; packed: as on disk, unpacked as they are used; auto: bf16 if all fits."
+    )
     offload: OffloadTo = Field(
         "none",
-        description="Layers that find no room on the GPUs: refused; cpu: in host memory; disk: there, and the rest in offload_folder.",
+        description="Layers that find no room: refused; cpu: packed in host memory; disk: read from the checkpoint each time; auto: in memory first.",
     )
-    offload_folder: NonEmpty | None = Field(None, description="Folder on a disk of each node; default: the temporary folder.")
+    offload_folder: NonEmpty | None = Field(
+        None, description="Folder on a fast disk of each node, to which layers that are read each time are copied first; default: no copy."
+    )
     node_labels: NonEmpty | None = Field(None, description='Use only nodes with these Ray labels: "zone=a,kind=h100".')
     in_flight: NonEmpty = Field("4GiB", description="Hidden states between the stages at one time, at most.")
     transport: Transport = Field("auto", description="Hidden states between GPUs of a node: directly (cuda_ipc), or through the host.")
@@ -345,6 +353,11 @@ def _contradictions(config: ExtractConfig) -> Iterator[ConfigError]:
             parse()
         except ConfigError as problem:
             yield problem
+    if config.offload_folder is not None and config.offload in ("none", "cpu"):
+        yield ConfigError(
+            f'offload_folder = {config.offload_folder!r}, and offload = "{config.offload}" puts nothing there.',
+            'Set offload = "disk" or "auto", or leave offload_folder out.',
+        )
     if config.keep in ("statistics", "both") and config.statistics is None:
         yield ConfigError(
             f'keep = "{config.keep}", and there are no statistics to keep.', 'Set statistics = "moments:all", or leave keep out.'

@@ -116,11 +116,15 @@ class StageError(M2rayError):
 
 
 class StageMemoryError(StageError):
-    """A micro-batch found no room beside a stage's weights. Takes its size besides the two strings: B sequences of T tokens."""
+    """A micro-batch found no room beside a stage's weights. Takes its size besides the two strings: B sequences of T tokens.
 
-    def __init__(self, what: str, remedy: str, num_sequences: int, length: int) -> None:
+    `in_wave`: it was in a wave with others, and the stage takes smaller ones from here on.
+    """
+
+    def __init__(self, what: str, remedy: str, num_sequences: int, length: int, in_wave: bool = False) -> None:  # noqa: FBT001, FBT002 - pickled by position
         super().__init__(what, remedy)
-        self.args = (what, remedy, num_sequences, length)
+        self.args = (what, remedy, num_sequences, length, in_wave)
+        self.in_wave = in_wave
         self.num_sequences = num_sequences
         self.length = length
 

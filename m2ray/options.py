@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from m2ray.batches import PartSpec
-from m2ray.config import ExtractConfig, OffloadTo, Transport
+from m2ray.config import ExtractConfig, OffloadTo, Transport, Weights
 from m2ray.selection import Selection
 from m2ray.sites import LayersOfSites
 from m2ray.sizes import MaxMemory
@@ -135,8 +135,10 @@ class RunOptions:
         gpus_per_stage: GPUs of one actor, all on one node.
         device_map: "auto", "balanced", "balanced_low_0", "sequential", or "cuda:N": GPU N of the first node that has any.
         max_memory: GPUs that it leaves out are not used.
-        offload: where layers stay that find no room on a GPU: "none" for nowhere, "cpu" for host memory, "disk" for host memory
-            and what finds no room there on the node's disk, in `offload_folder` or, without one, the temporary folder.
+        weights: how quantised layers lie on their GPU: "bf16" ready, "packed" as on disk, "auto" packed where not all fits ready.
+        offload: where layers stay that find no room there: "none" for nowhere, "cpu" for host memory, "disk" for the model's files,
+            "auto" for host memory and what finds no room there for the model's files.
+        offload_folder: where each node copies those layers to that would be read from the model's files; None for no copy.
         node_labels: Ray's labels that a node must have.
         in_flight_bytes: hidden states between the stages of a chain at one time, at most.
     """
@@ -159,6 +161,7 @@ class RunOptions:
     gpus_per_stage: int
     device_map: str
     max_memory: MaxMemory
+    weights: Weights
     offload: OffloadTo
     offload_folder: str | None
     node_labels: Mapping[str, str]
@@ -178,13 +181,13 @@ class RunOptions:
 
     @property
     def offload_path(self) -> str:
-        """Where layers lie that are kept on a disk, the same path on every node."""
-        return str(with_home(Path(self.offload_folder or tempfile.gettempdir())).absolute())
+        """Where layers are copied to that are read each time, the same path on every node; "" where they are not copied."""
+        return str(with_home(Path(self.offload_folder)).absolute()) if self.offload_folder else ""
 
     @property
     def watched_folder(self) -> str:
-        """Of whose disk every node says what is free: that of layers which are kept there, else the run's, else the temporary one."""
-        if self.offload == "disk":
+        """Of whose disk every node says what is free: that of layers which are copied there, else the run's, else the temporary one."""
+        if self.offload_folder:
             return self.offload_path
         folder = local_folder(self.output) if self.output else None
         return str(folder.absolute()) if folder else tempfile.gettempdir()

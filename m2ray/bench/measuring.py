@@ -111,6 +111,9 @@ class DiscardingStore(Store):
     def size(self, key: str) -> int | None:
         return None
 
+    def version(self, key: str) -> str:
+        raise StoreError(f"{key} was not kept.")
+
     def read(self, key: str) -> bytes:
         raise StoreError(f"{key} was not kept.")
 

@@ -13,8 +13,8 @@ from m2ray.batches import LayerSpan
 from m2ray.errors import ClusterError
 from m2ray.model.boundary import Boundary, blank
 from m2ray.model.decoder import DecoderSpan
+from m2ray.model.filling import assign
 from m2ray.model.skeleton import build_skeleton
-from m2ray.model.weights import assign
 from m2ray.toolchain import require_triton
 
 _TILE = 2**20

@@ -7,9 +7,11 @@ the first stage, which gets the micro-batches, and to the last, which knows what
 import gc
 import resource
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from itertools import cycle
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ray
@@ -18,20 +20,21 @@ from ray.exceptions import GetTimeoutError
 
 from m2ray.activations.writing.writer import ActivationWriter, WriterSpec
 from m2ray.batches import CapturedLayer, MicroBatch, PartReceipt
+from m2ray.chain.answering import Answering
 from m2ray.chain.completion import Completed, Completion, GatheredShard
 from m2ray.chain.cuda_ipc import Offer
 from m2ray.chain.door import Door
 from m2ray.chain.failure import as_memory_error
-from m2ray.chain.loading import require_gpus, require_run_folder, warm_up
-from m2ray.chain.status import StageStatus, measure_gpus, status_here, with_micro_batch, with_peaks, with_writer
+from m2ray.chain.loading import load_spans, require_gpus, require_run_folder, warm_up
+from m2ray.chain.status import StageStatus, measure_gpus, status_here, with_layers, with_micro_batch, with_peaks, with_writer
 from m2ray.chain.transport import Incoming, Outgoing, Parcel, Payload, receive, send
 from m2ray.chain.turns import Turns
+from m2ray.chain.wave import Entered, Gathering, compute, wave_tokens
 from m2ray.config import Transport
 from m2ray.errors import StoreError
 from m2ray.model.boundary import Boundary
-from m2ray.model.capture import CaptureSpec, Taking
-from m2ray.model.digests import BARE_LAST_LAYER
-from m2ray.model.stage import Stage, StageOutput, StageSpec, load_stage
+from m2ray.model.capture import CaptureSpec
+from m2ray.model.stage import Stage, StageOutput, StageSpec
 
 if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor
@@ -64,6 +67,7 @@ class StageActor:
     A micro-batch is received on one of Ray's threads when its turn comes, in the order of `step`. Then it goes through four doors, each
     with a thread of its own: it is computed, sent to the next stage, awaited until the next stage has taken it, and given to the writer.
     So none of these waits for another: while the next stage takes one over, the next is sent (cuda_ipc's one slot has to be empty first).
+    Where the layers are not all ready, those that are received gather for a wave (wave.py); else each is a wave of its own.
     """
 
     def __init__(self, specs: Sequence[StageSpec], *, transport: Transport, timeout_s: float, epoch: int) -> None:
@@ -79,16 +83,18 @@ class StageActor:
         self._job: Job | None = None
         self._writer: ActivationWriter | None = None
         self._consumers: tuple[CaptureWriter, ...] = ()
-        self._answering: tuple[CaptureSpec, list[Taking]] | None = None
+        self._answering = Answering()
         self._timeout_s = timeout_s
         self._limit_s = 2 * timeout_s  # twice the watchdog's limit: the driver is the one that decides
         self._turns = Turns(epoch)
         self._completion = Completion(self._turns)
-        # On a GPU `_run` returns when the computation is queued there: one more at the door suffices.
-        self._compute = self._door("compute", 1 if self._on_gpu else _AHEAD, "an earlier micro-batch to be computed")
+        self._gathering = Gathering(wave_tokens(specs))
+        # On a GPU `_run` returns when the computation is queued there: one more at the door suffices. While a wave runs, another comes in.
+        places = wave_tokens(specs) or (1 if self._on_gpu else _AHEAD)
+        self._compute = self._door("compute", places, "an earlier micro-batch to be computed")
         self._send = self._door("send", _AHEAD, "hidden states to be sent")
         self._arrive = self._door("arrive", _AHEAD, "the next stage to take hidden states over")
-        self._capture = self._door("capture", _AHEAD, "captured rows to find their way to the writer")
+        self._capture = self._door("capture", _AHEAD * len(specs), "captured rows to find their way to the writer")
         self._incoming = Incoming(self._devices[0])
         self._outgoing = Outgoing(self._turns, self._devices[-1], transport, self._limit_s)
         self._successor: Any = None
@@ -176,6 +182,7 @@ class StageActor:
         self._abandon(attempts)
         for door in (self._compute, self._send, self._arrive, self._capture):
             door.drain(self._timeout_s)
+        self._compute.thread.submit(self._gathering.drop).result(self._timeout_s)
         self._abandon(attempts)  # what was being computed may have opened its attempt again
 
     # -- a micro-batch's way ------------------------------------------------------------------------------------------
@@ -192,32 +199,59 @@ class StageActor:
             attempt: the try at the shard that the rows belong to.
             payload: what the stage before hands on, or where it lies; None for the first stage.
         """
-        turns = self._turns
-        with turns.guarded(epoch), turns.turn(epoch, step, self._limit_s), self._compute.place(epoch) as compute:
-            with self._finding_room(micro_batch):
+        turns, limit_tokens = self._turns, self._gathering.limit_tokens
+        size = micro_batch.padded_tokens if limit_tokens else 1
+        with turns.guarded(epoch), turns.turn(epoch, step, self._limit_s), self._compute.place(epoch, size) as compute:
+            with self._finding_room(micro_batch, limit_tokens if limit_tokens >= 2 * size else 0):
                 boundary = None if payload is None else self._incoming.receive(epoch, payload)
-            compute(self._run, step, attempt, micro_batch, boundary)
+            compute(self._join, Entered(step, attempt, micro_batch, boundary))
 
-    def _run(self, epoch: int, step: int, attempt: str, micro_batch: MicroBatch, boundary: Boundary | None) -> None:
-        """Compute, or on a GPU begin to."""
-        with self._capture.place(epoch) as capture, self._send.place(epoch) as send:
+    @ray.method(concurrency_group="control", num_returns=0)
+    def mark(self, epoch: int, step: int) -> None:
+        """Nothing comes after `step`, which may still be on its way, before something has left the chain: no wave waits for more."""
+        self._compute.thread.submit(self._begin_marked, epoch, step)
+        if self._successor is not None:
+            self._successor.mark.remote(epoch, step)
+
+    def _begin_marked(self, epoch: int, step: int) -> None:
+        with self._turns.guarded(epoch):
             self._turns.require(epoch)
-            assert self._job is not None, "begin() comes first"
-            self._began_at = self._began_at or time.monotonic()
-            outputs: list[StageOutput] = []
-            with self._finding_room(micro_batch):
-                for stage in self._stages:
-                    outputs.append(stage.forward(micro_batch, boundary))
-                    boundary = outputs[-1].boundary
-            send(self._send_on, step, attempt, micro_batch, outputs[-1])
-            capture(self._give_to_writer, attempt, micro_batch, outputs)
+            for wave in self._gathering.mark(step):
+                self._run(epoch, wave)
 
-    def _send_on(self, epoch: int, step: int, attempt: str, micro_batch: MicroBatch, output: StageOutput) -> None:
+    def _join(self, epoch: int, entered: Entered) -> None:
+        self._turns.require(epoch)
+        for wave in self._gathering.join(entered):
+            self._run(epoch, wave)
+
+    def _run(self, epoch: int, wave: list[Entered]) -> None:
+        """Compute a wave, or on a GPU begin to. Whatever comes of a run of layers goes on at once: to the writer, and from the last to the next stage."""
+        assert self._job is not None, "begin() comes first"
+        self._began_at = self._began_at or time.monotonic()
+        padded_tokens = sum(each.micro_batch.padded_tokens for each in wave) if len(wave) > 1 else 0
+        turn, last = cycle([(each.step, each.attempt) for each in wave]), wave[-1].micro_batch
+        computing = compute(self._stages, deque((each.micro_batch, each.boundary) for each in wave))
+        wave.clear()  # the computation lets go of each boundary that it is done with
+        while True:
+            with self._capture.place(epoch) as capture, self._send.place(epoch) as send:
+                self._turns.require(epoch)
+                with self._finding_room(last, padded_tokens):
+                    output, leaves = next(computing)
+                step, attempt = next(turn)
+                if leaves:
+                    send(self._send_on, step, attempt, output)
+                capture(self._give_to_writer, attempt, output, leaves)
+                is_over = leaves and output.micro_batch is last
+                del output  # what is computed next needs the room
+            if is_over:
+                return
+
+    def _send_on(self, epoch: int, step: int, attempt: str, output: StageOutput) -> None:
         if self._successor is None:
             return
         with self._arrive.place(epoch) as arrive:
             payload = self._outgoing.payload(epoch, output)
-            arrive(self._wait_until_taken, self._successor.take.remote(epoch, step, attempt, micro_batch, payload))
+            arrive(self._wait_until_taken, self._successor.take.remote(epoch, step, attempt, output.micro_batch, payload))
 
     def _wait_until_taken(self, epoch: int, taken: Any) -> None:
         """Wait until the next stage has taken the micro-batch, or a reset. Raises what was lost on the way there."""
@@ -226,19 +260,21 @@ class StageActor:
             self._turns.require(epoch)
         ray.get(taken, timeout=self._limit_s)
 
-    def _give_to_writer(self, epoch: int, attempt: str, micro_batch: MicroBatch, outputs: Sequence[StageOutput]) -> None:
+    def _give_to_writer(self, epoch: int, attempt: str, output: StageOutput, leaves: bool) -> None:  # noqa: FBT001 - private
         assert self._writer is not None
         assert self._began_at is not None
-        compute_s = sum(output.compute_s for output in outputs)
+        compute_s = output.compute_s
         computed_at = time.monotonic()
-        captured = [layer for output in outputs for layer in output.captured]
+        captured = output.captured
         copied_at = time.monotonic()
         self._turns.require(epoch)
         for consumer in self._consumers:
-            consumer.submit(attempt, micro_batch, captured, self._timeout_s)
+            consumer.submit(attempt, output.micro_batch, captured, self._timeout_s)
         since_begin_s = computed_at - self._began_at - self._writer.waited_s
-        self._status = with_micro_batch(self._status, micro_batch, compute_s, copied_at - computed_at, since_begin_s)
-        self._turns.finish_step(epoch)
+        self._status = with_layers(self._status, compute_s, copied_at - computed_at, since_begin_s)
+        if leaves:
+            self._status = with_micro_batch(self._status, output.micro_batch)
+            self._turns.finish_step(epoch)
 
     @ray.method(concurrency_group="answer")
     def answer(
@@ -270,14 +306,8 @@ class StageActor:
         return tuple(layer for output in outputs for layer in output.captured), following
 
     def _compute_answer(self, capture: CaptureSpec, micro_batch: MicroBatch, boundary: Boundary | None) -> list[StageOutput]:
-        if self._answering is None or self._answering[0] != capture:
-            self._answering = capture, [stage.taking(capture) for stage in self._stages]
-        outputs: list[StageOutput] = []
         with self._finding_room(micro_batch):
-            for stage, taking in zip(self._stages, self._answering[1], strict=True):
-                outputs.append(stage.forward(micro_batch, boundary, taking))
-                boundary = outputs[-1].boundary
-        return outputs
+            return self._answering.compute(self._stages, capture, micro_batch, boundary)
 
     @ray.method(concurrency_group="control", num_returns=0)
     def release(self, epoch: int) -> None:
@@ -347,30 +377,11 @@ class StageActor:
         if self._stages:
             return
         gc.collect()  # what an earlier call loaded before it failed refers to itself, and there is no room for it beside what comes now
-        began_at = time.monotonic()
-        stages = [self._load(spec) for spec in self._specs]
-        self._loaded = self._status = replace(
-            self._status,
-            parameter_bytes=sum(stage.parameter_bytes for stage in stages),
-            load_s=time.monotonic() - began_at,
-            weights={
-                layer: digest
-                for stage in stages
-                for layer, digest in (*stage.digests.items(), (BARE_LAST_LAYER, stage.bare_last_layer))
-                if digest
-            },
-        )
-        self._stages = stages
+        self._stages = load_spans(self._specs, self._status, self._tell)
+        self._loaded = self._status
 
-    def _load(self, spec: StageSpec) -> Stage:
-        before = self._status
-
-        def count(read_bytes: int, needed_bytes: int) -> None:
-            self._status = replace(self._status, read_bytes=before.read_bytes + read_bytes, needed_bytes=before.needed_bytes + needed_bytes)
-
-        stage = load_stage(spec, count)
-        count(stage.bytes_read, stage.needed_bytes)
-        return stage
+    def _tell(self, status: StageStatus) -> None:
+        self._status = status
 
     def _take_on(self, job: Job) -> None:
         assert self._stages, "load() comes first"
@@ -396,14 +407,20 @@ class StageActor:
                 consumer.abandon(attempts, self._timeout_s / 4)
 
     @contextmanager
-    def _finding_room(self, micro_batch: MicroBatch) -> Iterator[None]:
-        """Turn a lack of memory into the error that the driver acts on, and free what this micro-batch has taken."""
+    def _finding_room(self, micro_batch: MicroBatch, in_wave_tokens: int = 0) -> Iterator[None]:
+        """Turn a lack of memory into the error that the driver acts on, and free what this micro-batch has taken.
+
+        Where it was in a wave of so many tokens with others, waves have half of them from here on.
+        """
         try:
             yield
         except RuntimeError as error:
-            memory_error = as_memory_error(error, micro_batch, self._status)
+            memory_error = as_memory_error(error, micro_batch, self._status, in_wave_tokens)
             if memory_error is None:
                 raise
+            if in_wave_tokens:
+                self._gathering.limit_tokens = in_wave_tokens // 2
+                self._compute.resize(in_wave_tokens // 2)
             if self._on_gpu:
                 torch.cuda.empty_cache()
             raise memory_error from error

@@ -16,10 +16,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from m2ray.chain.actor import actor_class
 from m2ray.chain.placement import Reservation
 from m2ray.chain.status import StageStatus
+from m2ray.chain.wave import most_in_chain
 from m2ray.config import Transport
 from m2ray.errors import ClusterError, StageError
 from m2ray.model.stage import StageSpec
-from m2ray.planning.memory import window
 
 _POLL_S = 1.0
 
@@ -65,7 +65,7 @@ class Actors:
         self._timeout_s = timeout_s
         self._placement_timeout_s = placement_timeout_s
         # More threads than micro-batches in flight: Ray may hand them over out of order, and each waits its turn.
-        self._class = actor_class(window(len(specs)) + 2)
+        self._class = actor_class(most_in_chain(specs) + 2)
         self._starting = threading.Lock()
         self._ended = False
         self.handles: list[Any] = []

@@ -18,7 +18,6 @@ from m2ray.chain.failure import Failure, FailureKind, FailurePolicy, GiveUp, cau
 from m2ray.chain.queue import ShardQueue
 from m2ray.chain.stages import Stages
 from m2ray.errors import M2rayError, StageError, StageMemoryError
-from m2ray.planning.memory import window
 
 _POLL_S = 0.5
 
@@ -49,7 +48,8 @@ class _Epoch:
         open: by shard and attempt, all that were taken from the queue and are not complete.
         source: the attempt that is being cut into micro-batches; upcoming: a micro-batch that waits for room.
         in_flight: micro-batches inside the chain, until the last stage is done with them.
-        steps: micro-batches that entered the chain. shards_done: attempts that are complete.
+        steps: micro-batches that entered the chain. marked: the last of them of which the stages know that no more come before something leaves.
+        shards_done: attempts that are complete.
         leaving_tokens: of attempts whose receipts are being gathered.
     """
 
@@ -61,6 +61,7 @@ class _Epoch:
         self.in_flight: deque[tuple[ShardAttempt, MicroBatch]] = deque()
         self.in_flight_bytes = 0
         self.steps = 0
+        self.marked = -1
         self.shards_done = 0
         self.leaving_tokens = 0
 
@@ -161,9 +162,16 @@ class Chain:
         while True:
             epoch.upcoming = epoch.upcoming or self._next(queue)
             if epoch.upcoming is None or not self._has_room(epoch.upcoming[1]):
-                return
+                return self._mark()
             self._submit(*epoch.upcoming)
             epoch.upcoming = None
+
+    def _mark(self) -> None:
+        """Let no wave wait for more, unless something is sure to leave the chain: all up to a marked micro-batch does."""
+        epoch = self._epoch
+        if epoch.in_flight and epoch.marked < epoch.steps_done:
+            epoch.marked = epoch.steps - 1
+            self._stages.mark(epoch.number, epoch.marked)
 
     def _next(self, queue: ShardQueue) -> tuple[ShardAttempt, MicroBatch] | None:
         epoch = self._epoch
@@ -186,7 +194,7 @@ class Chain:
         if not epoch.in_flight:
             return True
         needed_bytes = epoch.in_flight_bytes + micro_batch.padded_tokens * self._hidden_bytes
-        return len(epoch.in_flight) < window(len(self._stages)) and needed_bytes <= self._in_flight_bytes
+        return len(epoch.in_flight) < self._stages.window and needed_bytes <= self._in_flight_bytes
 
     def _submit(self, opened: ShardAttempt, micro_batch: MicroBatch) -> None:
         epoch = self._epoch
@@ -251,7 +259,9 @@ class Chain:
                 else "Often a node ran out of memory, or of room in /dev/shm or the temporary folder: m2ray doctor tells."
             )
             raise ChainLostError(f"{what}. {decision.why}", f"{often} Run the same command again: finished shards are kept.")
-        if isinstance(cause, StageMemoryError):
+        if isinstance(cause, StageMemoryError) and cause.in_wave:
+            self._say(f"{cause.what} Waves of half the size from here on.")
+        elif isinstance(cause, StageMemoryError):
             self._batch_tokens = cause.num_sequences * cause.length // 2
             self._say(f"{cause.what} Micro-batches of at most {self._batch_tokens} padded tokens from here on.")
         else:

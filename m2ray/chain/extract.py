@@ -117,6 +117,8 @@ def _claim(inputs: Inputs, found: Survey, stats: PromptStats, progress: Progress
         f"{found.num_sequences:,} {_counted(inputs)}: {found.num_ready:,} ready with {found.num_tokens:,} tokens in {len(found.shards):,} shards, "
         f"{found.num_quarantined:,} quarantined; padding {stats.padding_waste:.1%}; {inputs.source.columns}"
     )
+    if inputs.options.prompts.limit is not None:
+        progress.say(f"  limit = {inputs.options.prompts.limit:,}: what comes after so many rows of the prompts is left out")
     for line in inputs.tokenizer.told(inputs.source.columns, found.first_prompt):
         progress.say(f"  {line}")
     if found.num_empty_masks:

@@ -1,7 +1,7 @@
 """What a failure of the chain means, and what is done about it. Pure: no actor is touched here.
 
 A user's error (a damaged checkpoint, a row that is not finite) would come again, so it ends the run. A stage that died or
-hung is restarted, a store's refusal is tried again and a micro-batch without room is halved, but not without end.
+hung is restarted, a store's refusal is tried again and a wave or a micro-batch without room is halved, but not without end.
 """
 
 from collections.abc import Sequence
@@ -76,7 +76,7 @@ class FailurePolicy:
         if last.kind is FailureKind.USER:
             return GiveUp("The same error would come again.")
         if last.kind is FailureKind.MEMORY:
-            return Retry(0.0)  # each time with micro-batches half the size, down to single sequences
+            return Retry(0.0)  # each time with waves or micro-batches half the size, down to single sequences
         history = [past for past in history if past.kind is not FailureKind.MEMORY]
         for stage in last.stages:
             restarts = sum(stage in past.stages for past in history if self._is_recent(past, last))
@@ -124,7 +124,7 @@ def cause_of(error: BaseException) -> BaseException:
 def classify(error: BaseException) -> FailureKind:
     """The kind of what `ray.get` raised."""
     cause = cause_of(error)
-    if isinstance(cause, StageMemoryError) and cause.num_sequences > 1:
+    if isinstance(cause, StageMemoryError) and (cause.in_wave or cause.num_sequences > 1):
         return FailureKind.MEMORY
     if isinstance(cause, StoreError):
         return FailureKind.STORE
@@ -142,15 +142,22 @@ _CPU_OUT_OF_MEMORY = "DefaultCPUAllocator"
 """torch has no class of its own for it on a CPU."""
 
 
-def as_memory_error(error: RuntimeError, micro_batch: MicroBatch, stage: StageStatus) -> StageMemoryError | None:
-    """The error by which the driver tries a smaller micro-batch than this one of `stage`; None if `error` is no lack of memory."""
+def as_memory_error(error: RuntimeError, micro_batch: MicroBatch, stage: StageStatus, wave_tokens: int = 0) -> StageMemoryError | None:
+    """The error by which the driver tries a smaller micro-batch than this one of `stage`; None if `error` is no lack of memory.
+
+    Args:
+        wave_tokens: padded tokens of the wave that it was in with others; 0 where it was alone.
+    """
     if not isinstance(error, torch.OutOfMemoryError) and _CPU_OUT_OF_MEMORY not in str(error):
         return None
     num_sequences, length = micro_batch.token_ids_BT.shape
+    what = f"{num_sequences} sequences of {length} padded tokens"
+    if wave_tokens:
+        what = f"A wave of {wave_tokens} padded tokens"
     return StageMemoryError(
-        f"{num_sequences} sequences of {length} padded tokens found no room in the {stage.span} "
-        f"({stage.device} of node {stage.node}): {str(error).splitlines()[0]}",
+        f"{what} found no room in the {stage.span} ({stage.device} of node {stage.node}): {str(error).splitlines()[0]}",
         "Spread the layers over more GPUs (stages, gpus_per_stage), lower what others use there, or begin another run with a lower max_length.",
         num_sequences,
         length,
+        bool(wave_tokens),
     )

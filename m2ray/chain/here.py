@@ -21,11 +21,11 @@ from m2ray.chain.machine import probe_node
 from m2ray.chain.probing import Hardware
 from m2ray.chain.status import StageStatus
 from m2ray.chain.stopping import GOES_ON
+from m2ray.chain.wave import most_in_chain
 from m2ray.config import ExtractConfig
 from m2ray.errors import StageError
 from m2ray.model.stage import StageSpec
 from m2ray.planning.hardware import Cluster
-from m2ray.planning.memory import window
 
 NODE = "127.0.0.1"
 """What a Ray of this machine alone calls it."""
@@ -60,7 +60,7 @@ class ActorHere:
 
     def __init__(self, specs: Sequence[StageSpec], timeout_s: float, epoch: int) -> None:
         self._actor = StageActor(specs, transport="object_store", timeout_s=timeout_s, epoch=epoch)
-        groups = concurrency_groups(window(1) + 2)
+        groups = concurrency_groups(most_in_chain([specs]) + 2)
         self._threads = {group: ThreadPoolExecutor(count, group) for group, count in groups.items()}
 
     def __getattr__(self, name: str) -> "_Method":

@@ -1,15 +1,20 @@
-"""What a stage checks and does before its first micro-batch, besides loading; and the paths by which it finds its folders."""
+"""What a stage checks and does before its first micro-batch, and the paths by which it finds its folders."""
 
+import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from m2ray import __version__
 from m2ray.activations.job import JOB_KEY, read_job, require_resumable
+from m2ray.chain.status import StageStatus
 from m2ray.config import ExtractConfig
 from m2ray.errors import ClusterError, StageError, StoreError
-from m2ray.model.stage import Stage, StageSpec
+from m2ray.model.digests import BARE_LAST_LAYER
+from m2ray.model.stage import Stage, StageSpec, load_stage
 from m2ray.storage import open_store
 
 
@@ -47,6 +52,32 @@ def require_gpus(num_gpus: int, node: str) -> None:
             f"Ray gave {num_gpus} GPUs on node {node}, torch {torch.__version__} sees {torch.cuda.device_count()}.",
             "Install torch for the driver's CUDA there; `m2ray doctor` tells more.",
         )
+
+
+def load_spans(specs: Sequence[StageSpec], status: StageStatus, tell: Callable[[StageStatus], None]) -> list[Stage]:
+    """Load the spans of all devices; `tell` is given the status as tensors arrive and at the end. Raises as `load_stage` does."""
+    began_at = time.monotonic()
+    stages: list[Stage] = []
+    for spec in specs:
+        before = status
+
+        def count(read_bytes: int, needed_bytes: int, before: StageStatus = before) -> None:
+            nonlocal status
+            status = replace(before, read_bytes=before.read_bytes + read_bytes, needed_bytes=before.needed_bytes + needed_bytes)
+            tell(status)
+
+        stages.append(load_stage(spec, count))
+        count(stages[-1].bytes_read, stages[-1].needed_bytes)
+    digests = [each for stage in stages for each in (*stage.digests.items(), (BARE_LAST_LAYER, stage.bare_last_layer))]
+    tell(
+        replace(
+            status,
+            parameter_bytes=sum(stage.parameter_bytes for stage in stages),
+            load_s=time.monotonic() - began_at,
+            weights={layer: digest for layer, digest in digests if digest},
+        )
+    )
+    return stages
 
 
 def warm_up(stage: Stage, spec: StageSpec, batch_tokens: int, waiting_bytes: int) -> None:

@@ -233,7 +233,7 @@ def _stages_of(plan: Plan, bundles: Sequence[Bundle]) -> list[Bundle]:
 def _devices(plan: Plan, bundle: Bundle) -> list[Device]:
     node = next(node for node in plan.cluster.nodes if node.name == bundle.room.node)
     if not bundle.gpus:
-        return [Device(node, None, None)]
+        return [next(device for chain in plan.chains for device in chain if device.node.name == node.name)]
     max_memory = plan.demand.options.max_memory
     return [Device(node, gpu, max_memory.usable_bytes(node.name, gpu.index, gpu.free_bytes)) for gpu in bundle.gpus]
 

@@ -12,7 +12,7 @@ from m2ray.planning.devices import DevicePlan
 from m2ray.planning.output import saved_bytes
 from m2ray.planning.placing import StagePlan
 from m2ray.planning.plan import Plan
-from m2ray.planning.residency import layers_in
+from m2ray.planning.residency import runs
 from m2ray.sizes import bytes_in_words
 
 FORMAT_VERSION = 1
@@ -46,18 +46,26 @@ def start_lines(plan: Plan) -> list[str]:
     lines.append(_decided(plan))
     if not plan.gpus:
         return lines + [
-            f"replica {stage.replica} stage {stage.stage} on {stage.node}: {stage.span}, {bytes_in_words(stage.host.peak_bytes)} at its peak"
-            for stage in plan.stages
+            f"replica {stage.replica} stage {stage.stage} on {stage.node}: {stage.span}{_kept(planned)}, {bytes_in_words(stage.host.peak_bytes)} at its peak"
+            for stage, planned in zip(plan.stages, plan.placed, strict=True)
         ]
     for planned in plan.gpus:
         if planned.span is not None:
             weights = bytes_in_words(planned.memory.running["weights"])
-            outside = [(layers_in(planned.residency, "host"), "in host memory"), (layers_in(planned.residency, "disk"), "on disk")]
-            kept = "".join(f", {layers} {where}" for layers, where in outside if layers)
             lines.append(
-                f"{_place(planned)}: {planned.span}, {weights} of weights{kept}, {bytes_in_words(planned.memory.peak_bytes)} at its peak"
+                f"{_place(planned)}: {planned.span}, {weights} of weights{_kept(planned)}, {bytes_in_words(planned.memory.peak_bytes)} at its peak"
             )
     return lines
+
+
+_PLACES = {"gpu_packed": "packed", "host": "in host memory", "checkpoint": "in files"}
+
+
+def _kept(planned: DevicePlan) -> str:
+    """Where those of its layers are that are not ready, and its wave."""
+    assert planned.span is not None
+    where = [f", {layers} {_PLACES[place]}" for layers, place in runs(planned.span, planned.residency) if place != "gpu"]
+    return "".join([*where, f", waves of {planned.wave_tokens:,} tokens" if planned.wave_tokens else ""])
 
 
 def loaded_lines(plan: Plan, stages: Sequence[tuple[StagePlan, StageStatus]]) -> list[str]:

@@ -15,6 +15,7 @@ from m2ray.chain.actor import Job
 from m2ray.chain.actors import START_S, ActorsOfChain
 from m2ray.chain.completion import Completed
 from m2ray.chain.status import StageStatus
+from m2ray.chain.wave import most_in_chain, wave_tokens
 from m2ray.model.stage import StageSpec
 
 _POLL_S = 1.0
@@ -46,6 +47,7 @@ class Stages:
 
     Attributes:
         epoch: the last one that was begun.
+        window: micro-batches that may be in the chain at one time.
     """
 
     def __init__(
@@ -59,6 +61,8 @@ class Stages:
     ) -> None:
         self._hold_weights = hold_weights
         self._specs = specs
+        self.window = most_in_chain(specs)
+        self._in_waves = any(map(wave_tokens, specs))
         self._timeout_s = timeout_s
         self._actors = actors
         self._job: Job | None = None
@@ -87,10 +91,10 @@ class Stages:
         return [answers[index] for index in sorted(answers)]
 
     @property
-    def work_done(self) -> tuple[int, int]:
-        """Micro-batches computed and bytes written by all stages, as they said last."""
+    def work_done(self) -> tuple[float, int]:
+        """Seconds that all stages have computed and bytes that they have written, as they said last. Both grow within a wave."""
         statuses = self.statuses
-        return sum(status.micro_batches for status in statuses), sum(status.written_bytes for status in statuses)
+        return sum(status.compute_s for status in statuses), sum(status.written_bytes for status in statuses)
 
     def begin(self, job: Job) -> None:
         """Take on a job, once the one before is done; `load` has to follow. Stages that are loaded stay as they are."""
@@ -155,6 +159,11 @@ class Stages:
     def take(self, epoch: int, step: int, attempt: str, micro_batch: MicroBatch) -> None:
         """Give a micro-batch to the first stage, without waiting; `failed` tells what becomes of it, or `news`. As `StageActor.take`."""
         self._actors.handles[0].take.options(num_returns=0).remote(epoch, step, attempt, micro_batch, None)
+
+    def mark(self, epoch: int, step: int) -> None:
+        """Tell all stages that nothing comes after micro-batch `step` before something has left the chain, without waiting."""
+        if self._in_waves:
+            self._actors.handles[0].mark.options(num_returns=0).remote(epoch, step)
 
     def gather(self, epoch: int, step: int, shard: int, attempt: str) -> None:
         """Ask for the receipts of a shard whose last micro-batch was `step`, without waiting; they come as `news`."""

@@ -186,14 +186,21 @@ def measure_gpus(devices: Sequence[torch.device]) -> tuple[GpuStatus, ...]:
     return tuple(measured)
 
 
-def with_micro_batch(status: StageStatus, micro_batch: MicroBatch, compute_s: float, copy_s: float, since_begin_s: float) -> StageStatus:
-    """The same with one more micro-batch. The time since the first one began, less all computing, was waiting."""
-    compute_s += status.compute_s
+def with_micro_batch(status: StageStatus, micro_batch: MicroBatch) -> StageStatus:
+    """The same with one more micro-batch that has gone through all layers."""
     return replace(
         status,
         micro_batches=status.micro_batches + 1,
         tokens=status.tokens + micro_batch.num_tokens,
         padded_tokens=status.padded_tokens + micro_batch.padded_tokens,
+    )
+
+
+def with_layers(status: StageStatus, compute_s: float, copy_s: float, since_begin_s: float) -> StageStatus:
+    """The same after a micro-batch's way through some layers. The time since the first one began, less all computing, was waiting."""
+    compute_s += status.compute_s
+    return replace(
+        status,
         compute_s=compute_s,
         copy_s=status.copy_s + copy_s,
         wait_s=max(0.0, since_begin_s - compute_s),

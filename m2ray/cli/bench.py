@@ -63,7 +63,7 @@ def measure(
     from m2ray.doctor.node_facts import look_at_model
     from m2ray.hub import folder_of
     from m2ray.model.families import default_max_length
-    from m2ray.planning.rates import active_elements
+    from m2ray.planning.passes import active_elements
     from m2ray.storage import open_store
 
     model = folder_of(model)

@@ -5,7 +5,7 @@ Layout: https://huggingface.co/docs/safetensors.
 
 import platform
 import threading
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Mapping
 from functools import cached_property
 from math import prod
 from typing import Any, Self
@@ -146,6 +146,19 @@ class Checkpoint:
         """
         self._store.read_into(file, offset, out)
         self._count(len(out))
+
+    def versions(self, files: Iterable[str]) -> Mapping[str, str]:
+        """What changes whenever one of these files is written anew, by name. Raises StoreError: a file is gone, or cannot be looked at."""
+        return {file: self._store.version(file) for file in sorted(files)}
+
+    def require_versions(self, versions: Mapping[str, str]) -> None:
+        """Raise CheckpointError if these files have been written anew since `versions` gave that of each."""
+        found = self.versions(versions)
+        if differing := [file for file, version in versions.items() if found[file] != version]:
+            raise CheckpointError(
+                f"{_listed(differing)} of {self.url} changed while layers were read from there.",
+                "Leave the model's files as they are while a run reads them. Committed shards are whole; put the files back and run it again.",
+            )
 
     def _count(self, num_bytes: int) -> None:
         with self._lock:

@@ -52,6 +52,11 @@ class Placement:
     rows: tuple[int, int] | None = None
     swapped: tuple[int, int] | None = None
 
+    @property
+    def is_one_piece(self) -> bool:
+        """Whether its rows lie in the model tensor without a gap, as they do in the file."""
+        return self.swapped is None and (self.length is None or self.axis == 0)
+
     def part_of(self, tensor: torch.Tensor) -> torch.Tensor:
         """The view of the model tensor that these rows of the checkpoint tensor fill."""
         part = tensor if self.expert is None else tensor[self.expert]

@@ -1,7 +1,10 @@
-"""One span of a model: the base model's own forward pass, entered at the span's first layer and left after its last."""
+"""One span of a model: the base model's own forward pass, entered at the span's first layer and left after its last, or at any between them."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any
+from contextlib import contextmanager
+from copy import copy
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -13,21 +16,20 @@ from m2ray.model.boundary import Boundary, contract_of, crossing
 from m2ray.model.compilation import compile_layers
 from m2ray.model.computed_buffers import build_buffers, computed_buffers
 from m2ray.model.families import expected_rotary_dim
-from m2ray.model.residency import BroughtLayers, WeightsInHost, WeightsOnDisk
 from m2ray.model.site_hooks import OnSite, SiteHooks
 from m2ray.model.site_table import experts_of, layers_of, points_of
-from m2ray.model.skeleton import ModelTensor, Skeleton, hidden_of
+from m2ray.model.skeleton import Skeleton, hidden_of
 
 
 class DecoderSpan:
     """The layers of `span`, run by transformers' own code, which makes masks and rotary embeddings as for the whole model.
 
-    Layers before the span hand through what they get; the hidden states that come in are put in front of the span's first
-    layer, so nothing that a family does to its embeddings touches them. One call at a time.
+    Layers before the span hand through what they get; the hidden states that come in are put in front of the layer that is entered, so
+    nothing that a family does to its embeddings touches them. One call at a time.
 
     Attributes:
         skeleton: emptied of all other layers; the span's parameters are filled in by `m2ray.model.weights`.
-        residency: where those of its layers live that are on `device` only while they run.
+        residency, offload_folder: where those of its layers live that are not kept ready on `device` (m2ray.model.residency).
         with_final_norm: whether the final norm is loaded: if it is asked for, and the span ends with the model's last layer.
         site_layers, experts: of the whole model: the layers that have each site, and (experts, those chosen for a token).
     """
@@ -47,10 +49,11 @@ class DecoderSpan:
         self.device = device
         self.with_final_norm = with_final_norm and bool(skeleton.final_norm) and span.stop == len(skeleton.layers)
         self.residency = residency or {}
-        self._offload_folder = offload_folder
-        self._outside: dict[int, WeightsInHost] = {}
+        self.offload_folder = offload_folder
         self.site_layers, self.experts = layers_of(skeleton), experts_of(skeleton)
         self._base = skeleton.decoder
+        self._layers = span
+        self._stand_ins: list[_StandIn] = []
         self._contract = contract_of(skeleton.config)
         self._token_ids_BT = torch.empty(0)
         self._incoming: Boundary | None = None
@@ -66,10 +69,10 @@ class DecoderSpan:
             for name in computed_buffers(module):
                 module._buffers[name] = module._buffers[name].to(device)  # noqa: SLF001
         _check_rotary(self._base, skeleton.config)
-        skeleton.layers[span.start].register_forward_pre_hook(self._inject, with_kwargs=True)
         self._hooks = {number: SiteHooks(layer, points_of(layer, skeleton.config)) for number, layer in self._own_layers()}
         for number, layer in self._own_layers():
-            if self._contract.input_ids and span.start > 0:
+            layer.register_forward_pre_hook(partial(self._inject, number), with_kwargs=True)
+            if self._contract.input_ids:
                 layer.register_forward_pre_hook(self._give_token_ids, with_kwargs=True)
             layer.register_forward_hook(self._leave(number), with_kwargs=True)
         if self.with_final_norm:
@@ -84,64 +87,42 @@ class DecoderSpan:
         for number, hooks in self._hooks.items():
             hooks.watch({site for site, _ in asked}, {site for site, layer in asked if layer == number})
 
-    def run(self, token_ids_BT: torch.Tensor, incoming: Boundary | None, on_site: OnSite) -> Boundary:
-        """Take a right-padded micro-batch through the span.
+    def run(self, token_ids_BT: torch.Tensor, incoming: Boundary | None, on_site: OnSite, layers: LayerSpan | None = None) -> Boundary:
+        """Take a right-padded micro-batch through the span, or some of its layers.
 
         Args:
             token_ids_BT: int64, on the span's device.
-            incoming: what the span before returned; None for the first.
+            incoming: what the layers before returned; None for the model's first.
+            layers: of the span, those that it goes through; None for all.
             on_site: called with "residual" and each layer's number and output, hidden states [B, T, H] or [B, T, S, H], and with what else is
                 watched, before the next layer runs.
 
         Returns:
-            What the next span needs; the hidden states are the last layer's output: before the final norm, for the model's last layer too.
+            What the layers behind need; the hidden states are the last layer's output: before the final norm, for the model's last layer too.
         """
-        assert (incoming is None) == (self.span.start == 0), "the first span takes tokens, every other one hidden states"
+        self._layers = layers = layers or self.span
+        assert (incoming is None) == (layers.start == 0), "the first span takes tokens, every other one hidden states"
         self._token_ids_BT, self._incoming, self._on_site = token_ids_BT, incoming, on_site
         source = {"input_ids": token_ids_BT} if incoming is None else self._in_place_of_tokens(incoming)
         position_ids = torch.arange(token_ids_BT.shape[1], device=self.device)[None]
         try:
-            # Right-padding under causal attention needs no mask: what is real never looks at what comes after it.
-            self._base(**source, position_ids=position_ids, attention_mask=None, use_cache=False)
+            with self._passing():
+                # Right-padding under causal attention needs no mask: what is real never looks at what comes after it.
+                self._base(**source, position_ids=position_ids, attention_mask=None, use_cache=False)
         except _SpanDone as done:
             return done.boundary
         finally:
             self._incoming, self._prepared, self._on_site, self._last = None, None, _ignore, None
-            for hooks in self._hooks.values():
-                hooks.let_go()
+            for number in range(layers.start, layers.stop):
+                self._hooks[number].let_go()
         raise AssertionError("the forward pass went past the span's last layer")
 
     def compile_layers(self) -> None:
         """Compile the span's layers. Call it once, before the first pass."""
         compile_layers([layer for _, layer in self._own_layers()])
 
-    def allocate(self, tensor: ModelTensor) -> torch.Tensor:
-        """Memory without values for one of the span's tensors: on the device, or where its layer lives.
-
-        Raises:
-            StageError: the disk has no room for the layer.
-        """
-        if tensor.layer is None or self.residency.get(tensor.layer, "gpu") == "gpu":
-            return torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device)
-        weights = self._outside.get(tensor.layer) or self._make_room(tensor.layer)
-        return weights.views(weights.memory)[tensor.name]
-
-    def bring_layers(self) -> None:
-        """Have the layers that live elsewhere, once they are loaded, brought to the device just before they run."""
-        if self._outside:
-            layers = sorted(self._outside)
-            prefixes = [f"{self.skeleton.layers_name}.{layer}." for layer in layers]
-            weights = [self._outside[layer] for layer in layers]
-            BroughtLayers([self.skeleton.layers[layer] for layer in layers], prefixes, weights, self.device)
-
     def _own_layers(self) -> list[tuple[int, nn.Module]]:
         return [(number, self.skeleton.layers[number]) for number in range(self.span.start, self.span.stop)]
-
-    def _make_room(self, layer: int) -> WeightsInHost:
-        tensors = [tensor for tensor in self.skeleton.needed(self.span) if tensor.layer == layer]
-        on_disk = self.residency[layer] == "disk"
-        self._outside[layer] = WeightsOnDisk(tensors, self._offload_folder) if on_disk else WeightsInHost(tensors)
-        return self._outside[layer]
 
     def check_complete(self) -> None:
         """Raise CheckpointError if any tensor that the span computes with has no memory."""
@@ -155,15 +136,33 @@ class DecoderSpan:
         """Keep the span's layers as they are; empty the others, and the embeddings unless the span is the first."""
         for number, layer in enumerate(self.skeleton.layers):
             if number in self.span:
+                self._stand_ins.append(_StandIn(number, self.skeleton.layers._modules, str(number), _emptied(layer)))  # noqa: SLF001
                 del layer.forward  # the skeleton's pass_through: the class's own forward comes back
             else:
                 layer._modules.clear()  # noqa: SLF001 - attributes that the model's loop reads stay
                 layer._parameters.clear()  # noqa: SLF001
                 layer._buffers.clear()  # noqa: SLF001
-        if self.span.start > 0:
-            for name in _outermost([name for name in self.skeleton.inputs if not self.skeleton.layers_name.startswith(f"{name}.")]):
-                replaced = self.skeleton.model.get_submodule(name)
-                self.skeleton.model.set_submodule(name, _Placeholder(adds=isinstance(replaced, nn.Embedding)))
+        for name in _outermost([name for name in self.skeleton.inputs if not self.skeleton.layers_name.startswith(f"{name}.")]):
+            owner, _, own_name = name.rpartition(".")
+            modules = self.skeleton.model.get_submodule(owner)._modules  # noqa: SLF001
+            placeholder = _Placeholder(adds=isinstance(modules[own_name], nn.Embedding))
+            if self.span.start > 0:
+                modules[own_name] = placeholder
+            else:
+                self._stand_ins.append(_StandIn(0, modules, own_name, placeholder))
+
+    @contextmanager
+    def _passing(self) -> Iterator[None]:
+        """While it lasts, what runs before the layer that is entered hands through what it gets, as where another stage has it."""
+        before = [each for each in self._stand_ins if self._layers.start > each.layer]
+        own = [each.owner[each.name] for each in before]
+        try:
+            for each in before:
+                each.owner[each.name] = each.module
+            yield
+        finally:
+            for each, module in zip(before, own, strict=True):
+                each.owner[each.name] = module
 
     def _in_place_of_tokens(self, incoming: Boundary) -> dict[str, torch.Tensor]:
         """What the base model is called with: it makes masks and rotary embeddings for hidden states of this shape."""
@@ -171,7 +170,7 @@ class DecoderSpan:
         source = {"inputs_embeds": hidden_BTH[:, :, 0] if self._contract.streams else hidden_BTH}
         name, _ = self._contract.prepared
         if name in incoming.beside:  # the layers that have run are not there; each takes its own by its number
-            source[name] = nn.functional.pad(incoming.beside[name], (0, 0, self.span.start, 0))
+            source[name] = nn.functional.pad(incoming.beside[name], (0, 0, self._layers.start, 0))
         return source
 
     def _prepare_once(self, *args: Any) -> torch.Tensor:
@@ -180,7 +179,11 @@ class DecoderSpan:
         assert self._prepared is not None
         return self._prepared
 
-    def _inject(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def _inject(
+        self, number: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if number != self._layers.start:
+            return None
         if self._incoming is None:
             if ("embedding", None) in self._asked:
                 self._on_site("embedding", None, args[0] if args else kwargs["hidden_states"])
@@ -206,9 +209,9 @@ class DecoderSpan:
             hidden_BTH = hidden_of(output)
             self._hooks[number].hand_on(number, tuple(hidden_BTH.shape), self._on_site)
             self._on_site("residual", number, hidden_BTH)
-            if number == self.span.stop - 1:
+            if number == self._layers.stop - 1:
                 self._last = Boundary(hidden_BTH, self._beside(output, kwargs))
-                if not (self.with_final_norm and ("final_norm", None) in self._asked):
+                if number < self.span.stop - 1 or not (self.with_final_norm and ("final_norm", None) in self._asked):
                     raise _SpanDone(self._last)
 
         return hook
@@ -219,8 +222,8 @@ class DecoderSpan:
         raise _SpanDone(self._last)
 
     def _beside(self, output: Any, kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """What the next span's layers need of this one's beside the hidden states, [B, T, ...] each."""
-        stop = self.span.stop
+        """What the layers behind need of these beside the hidden states, [B, T, ...] each."""
+        stop = self._layers.stop
         if not (wanted := crossing(self.skeleton.config, stop)):
             return {}
         found: dict[str, torch.Tensor] = {}
@@ -235,11 +238,20 @@ class DecoderSpan:
 
 
 class _SpanDone(Exception):  # noqa: N818 - it carries the result, it is no error
-    """Ends the base model's forward pass after the span's last layer."""
+    """Ends the base model's forward pass after the last layer that is run."""
 
     def __init__(self, boundary: Boundary) -> None:
         super().__init__()
         self.boundary = boundary
+
+
+class _StandIn(NamedTuple):
+    """A module that hands through what it gets, in the place of the one that `owner` has by this name, once `layer` is behind."""
+
+    layer: int
+    owner: dict[str, Any]
+    name: str
+    module: nn.Module
 
 
 class _Placeholder(nn.Module):
@@ -254,6 +266,13 @@ class _Placeholder(nn.Module):
 
     def forward(self, first: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         return first.new_zeros((), dtype=torch.get_default_dtype()) if self._adds else first
+
+
+def _emptied(layer: nn.Module) -> nn.Module:
+    """The layer without its weights, modules and hooks. Attributes that the model's loop reads stay."""
+    empty = copy(layer)
+    vars(empty).update({name: type(value)() for name, value in vars(layer).items() if isinstance(value, dict)})
+    return empty
 
 
 def _outermost(names: Sequence[str]) -> list[str]:

@@ -9,9 +9,9 @@ import torch
 
 from m2ray.errors import CheckpointError, RunConflictError
 from m2ray.model.checkpoint import Checkpoint, is_of_run, open_checkpoint, tensor_table
+from m2ray.model.filling import assign
 from m2ray.model.rehearsal import NOT_RUN, rehearse
 from m2ray.model.skeleton import Skeleton, build_skeleton
-from m2ray.model.weights import assign
 
 
 def final_norm(folder: str, fingerprint: str, layers_run: int, dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Loading at the disk's speed: long reads into pinned memory, one copy to the GPU, hashed and unpacked there, 8-bit tensors by a fused kernel.
+"""Loading at the disk's speed: long reads into pinned memory, one copy to the GPU, hashed there and unpacked by a fused kernel.
 
 Checkpoint tensors that lie side by side in a file are read as one extent. Each lane owns a pinned buffer, a buffer on the GPU
 and a stream, so that reading, copying and converting of different extents overlap; host memory holds an extent a lane and no more.
@@ -20,7 +20,7 @@ from m2ray.model.checkpoint import Checkpoint
 from m2ray.model.digests import WeightDigests
 from m2ray.model.extents import EXTENT_BYTES, Extent, Range, RowsToLoad, apart_extents, value_extents
 from m2ray.model.gpu_hashes import GpuHashes, can_hash, fits
-from m2ray.model.quantization.fused import KernelTable, is_for_kernel
+from m2ray.model.quantization.fused import KernelTable, check_of, is_for_kernel
 from m2ray.model.quantization.fused_proof import is_exact
 
 LANES = min(16, 2 * (os.cpu_count() or 8))
@@ -90,26 +90,33 @@ class _Conversions:
 
     def add(self, extent: Extent[RowsToLoad]) -> Convert:
         """A function that converts an extent once it lies in a lane's buffer on the GPU."""
-        first, max_tiles = len(self._table), 0
-        base = extent.start - _lead(extent)
-        others = []
+        first, base = len(self._table), extent.start - _lead(extent)
+        by_table, others = [], []
         for wanted in extent.items:
-            if not is_for_kernel(wanted, self._device):
+            if is_for_kernel(wanted, self._device):
+                by_table.append(wanted)
+                self._table.add(wanted, {name: self._place(part, base) for name, part in wanted.parts.items()})
+            else:
                 others.append(wanted)
-                continue
-            scale = wanted.parts["scale"]
-            scale_at = -self._apart[scale].data_ptr() if scale in self._apart else scale.offset - base
-            max_tiles = max(max_tiles, self._table.add(wanted, wanted.values.offset - base, scale_at))
-        tensors = slice(first, len(self._table))
+        lines = slice(first, len(self._table))
+        checks = [(wanted, check) for wanted in by_table if (check := check_of(wanted))]
+
+        def parts_of(wanted: RowsToLoad, data: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {name: self._apart[part] if part in self._apart else part.of(data, base) for name, part in wanted.parts.items()}
 
         def convert(data: torch.Tensor, *, by_kernel: bool) -> None:
-            if by_kernel and max_tiles:
-                self._table.run(data, tensors, max_tiles)
+            if by_kernel and by_table:
+                for wanted, check in checks:
+                    check(parts_of(wanted, data))
+                self._table.run(data, lines)
             for wanted in others if by_kernel else extent.items:
-                parts = wanted.parts.items()
-                self._fill(wanted, {name: self._apart[part] if part in self._apart else part.of(data, base) for name, part in parts})
+                self._fill(wanted, parts_of(wanted, data))
 
         return convert
+
+    def _place(self, part: Range, base: int) -> int:
+        """Where a part lies, as the kernel's table has it."""
+        return -self._apart[part].data_ptr() if part in self._apart else part.offset - base
 
     def settle(self) -> None:
         """Copy the table to the GPU."""
@@ -225,6 +232,8 @@ class Lanes:
         for future in self._reading:
             future.result()
             on_extent()
+        if self._is_exact is not None:
+            self._is_exact.result(_COMPILE_S)  # where all layers stay packed nobody has asked yet
         while self._begun:
             self._end_first()
 

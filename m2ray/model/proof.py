@@ -66,13 +66,14 @@ def _prove(config: Any) -> None:
 
 
 def _differences(rehearsal: Rehearsal) -> Iterator[CheckpointError]:
-    """Where chains of one, three and as many stages as layers differ from transformers: the first of them in each dtype."""
+    """Where chains of one, three and as many stages as layers differ from transformers, or waves in one stage: the first of them in each dtype."""
+    ways = [(bounds, False) for bounds in cuts(rehearsal.num_layers)] + [((0, rehearsal.num_layers), True)]
     for name, dtype in DTYPES.items():
         expected = rehearsal.by_transformers(dtype)
-        for bounds in cuts(rehearsal.num_layers):
-            where = f"a chain of {len(bounds) - 1} stage{'s' * (len(bounds) > 2)} in {name}"
+        for bounds, in_waves in ways:
+            where = f"a chain of {len(bounds) - 1} stage{'s' * (len(bounds) > 2)}{' in waves' * in_waves} in {name}"
             try:
-                found = rehearsal.by_chain(dtype, bounds)
+                found = rehearsal.by_chain(dtype, bounds, in_waves=in_waves)
             except (M2rayError, *NOT_RUN) as error:
                 what = str(error) if isinstance(error, M2rayError) else f"{type(error).__name__}: {error}"
                 yield _refusal(rehearsal, f"{where} fails: {' '.join(what.split())[:300]}")

@@ -113,11 +113,18 @@ class Rehearsal:
         hook.remove()
         return model, outputs[-1], returned[-1]
 
-    def by_chain(self, dtype: torch.dtype, bounds: Sequence[int]) -> list[torch.Tensor]:
-        """Each layer's output [B, T, H] of a chain of stages, one for the layers between two `bounds`, each loaded as stages load theirs."""
-        return [columns[0] for (site, _), columns in self.sites_by_chain(dtype, bounds, ()).items() if site == "residual"]
+    def by_chain(self, dtype: torch.dtype, bounds: Sequence[int], *, in_waves: bool = False) -> list[torch.Tensor]:
+        """Each layer's output [B, T, H] of a chain of stages, one for the layers between two `bounds`, each loaded as stages load theirs.
 
-    def sites_by_chain(self, dtype: torch.dtype, bounds: Sequence[int], watched: Collection[str] = SITES) -> SiteValues:
+        `in_waves`: each layer is entered by itself, as waves do.
+        """
+        return [
+            columns[0] for (site, _), columns in self.sites_by_chain(dtype, bounds, (), in_waves=in_waves).items() if site == "residual"
+        ]
+
+    def sites_by_chain(
+        self, dtype: torch.dtype, bounds: Sequence[int], watched: Collection[str] = SITES, *, in_waves: bool = False
+    ) -> SiteValues:
         """The same with all that it has of other sites."""
         store = open_store(str(self._folder))
         checkpoint = Checkpoint(store, self.tiny, {}, {}, {SINGLE_FILE: read_file_header(store, SINGLE_FILE)}, {})
@@ -132,8 +139,9 @@ class Rehearsal:
             decoder = DecoderSpan(deepcopy(skeleton), LayerSpan(*ends), torch.device("cpu"), with_final_norm="final_norm" in watched)
             load_weights(checkpoint, decoder, lambda *_: None)
             decoder.watch({(site, layer) for site in watched for layer in (None, *range(*ends))})
-            with torch.inference_mode():
-                incoming = decoder.run(self._token_ids_BT, incoming, on_site)
+            for layers in pairwise(range(ends[0], ends[1] + 1) if in_waves else ends):
+                with torch.inference_mode():
+                    incoming = decoder.run(self._token_ids_BT, incoming, on_site, LayerSpan(*layers))
         return found
 
     def load(self, dtype: torch.dtype) -> Any:

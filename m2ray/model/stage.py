@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -42,8 +43,9 @@ class StageSpec:
         device: "cpu" or "cuda:0".
         threads: torch threads on the CPU, for the whole process; None leaves them as they are.
         compile: whether the layers are compiled by torch.compile, which changes results by rounding (docs/numerics.md).
-        residency: where those of its layers live that are not kept on the device.
-        offload_folder: where the files of those on a disk lie, there or yet to be made.
+        residency: where those of its layers live that are not kept ready on the device (m2ray.model.residency).
+        offload_folder: where layers that are read from files are copied first, there or yet to be made; "" to read the model's own each time.
+        wave_tokens: padded tokens of the micro-batches that go through a layer before the next, at most; less than two hold: one at a time.
         with_final_norm: whether the stage of the model's last layer loads the final norm, for the site of that name.
         model_files: the files that are needed, and the digest that each has to have (`Checkpoint.digests`); None takes what is there.
     """
@@ -57,6 +59,7 @@ class StageSpec:
     compile: bool = False
     residency: Mapping[int, Residency] = field(default_factory=dict)
     offload_folder: str = ""
+    wave_tokens: int = 0
     with_final_norm: bool = False
     model_files: Mapping[str, str] | None = None
 
@@ -64,19 +67,23 @@ class StageSpec:
 class StageOutput:
     """What one micro-batch leaves: the boundary for the next stage (None from the model's last layer), and captured rows.
 
+    In a wave it comes in pieces, a run of layers each: `leaves` says whether this is the last, which has the boundary.
+
     On a GPU neither need be computed yet: `ready` is the event after which the boundary is, `on_host` and `captured`
     wait by themselves, and may be used on other threads.
     """
 
-    def __init__(self, boundary: Boundary | None, capture: Capture, timed: "_Timed") -> None:
+    def __init__(self, micro_batch: MicroBatch, boundary: Boundary | None, capture: Capture, timed: "_Timed", *, leaves: bool) -> None:
+        self.micro_batch = micro_batch
         self.boundary = boundary
+        self.leaves = leaves
         self.ready = timed.end
         self._capture = capture
         self._timed = timed
 
     @cached_property
     def captured(self) -> tuple[CapturedLayer, ...]:
-        """One entry a part, on the host. Raises StageError if a row is not finite in the store dtype."""
+        """One entry a part of these layers, on the host. Raises StageError if a row is not finite in the store dtype."""
         return self._capture.finish()
 
     @cached_property
@@ -163,6 +170,7 @@ class Stage:
         self._running: deque[torch.cuda.Event] = deque()
         self._full_tokens = 0
         """Of a full micro-batch, once the warm-up tells."""
+        self._runs = layer_runs(spec.span, spec.residency)
         self._watching: Taking | None = None
         self.begin(CaptureSpec({}, spec.compute_dtype))
 
@@ -221,31 +229,59 @@ class Stage:
         Raises:
             StageError: a captured row is not finite in the store dtype; on a GPU, `StageOutput.captured` raises it.
         """
+        output, _ = self._pass(micro_batch, incoming, self._spec.span, taking or self._of_the_job)
+        return output
+
+    def forward_wave(self, batches: "deque[tuple[MicroBatch, Boundary | None]]") -> Iterator[StageOutput]:
+        """Take micro-batches through the span together: all of them through a run of layers before the next run (`layer_runs`).
+
+        Args:
+            batches: each with what the stage before returned, as in `forward`. Emptied as they go in, so that nothing is held twice.
+
+        Yields:
+            Run by run, what each micro-batch leaves there, in their order; computed as it is asked for. On a GPU no more than a few may be asked for
+            before `captured` of the first is: rows keep their memory until then.
+
+        Raises:
+            StageError: as `forward`.
+        """
+        for layers in self._runs if len(batches) > 1 else (self._spec.span,):
+            through: deque[tuple[MicroBatch, Boundary | None]] = deque()
+            while batches:
+                output, boundary = self._pass(*batches.popleft(), layers, self._of_the_job)
+                if not output.leaves:
+                    through.append((output.micro_batch, boundary))
+                del boundary
+                yield output
+                del output
+            batches = through
+
+    def _pass(self, micro_batch: MicroBatch, incoming: Boundary | None, layers: LayerSpan, taking: Taking) -> tuple[StageOutput, Boundary]:
+        """Take a micro-batch through some layers."""
         if incoming is not None:
-            self._check(micro_batch, incoming)
+            self._check(micro_batch, incoming, layers.start)
         self._wait_for_gpu()
-        taking = taking or self._of_the_job
         if taking is not self._watching:
             self._decoder.watch(taking.places)
             self._watching = taking
+        parts = parts_of_span(taking.parts, layers, self._decoder.skeleton.config.num_hidden_layers)
         with torch.inference_mode():
-            capture = Capture(
-                micro_batch, taking.parts, taking.selection, taking.encoder, self._copy_out, taking.counting, self._full_tokens
-            )
+            capture = Capture(micro_batch, parts, taking.selection, taking.encoder, self._copy_out, taking.counting, self._full_tokens)
             token_ids_BT = torch.tensor(micro_batch.token_ids_BT, dtype=torch.int64)
             if self._on_gpu:
                 token_ids_BT = token_ids_BT.pin_memory().to(self._decoder.device, non_blocking=True)
             incoming = self._to_device(incoming)
             timed = _Timed(self._decoder.device)
-            boundary = self._decoder.run(token_ids_BT, incoming, capture.keep)
+            boundary = self._decoder.run(token_ids_BT, incoming, capture.keep, layers)
             timed.finish()
             capture.end()
         if timed.end is not None:
             self._running.append(timed.end)
-        output = StageOutput(None if self.is_last else boundary, capture, timed)
+        leaves = layers.stop == self._spec.span.stop
+        output = StageOutput(micro_batch, boundary if leaves and not self.is_last else None, capture, timed, leaves=leaves)
         if not self._on_gpu:
             _ = output.captured  # what is wrong with a row is said where it was computed
-        return output
+        return output, boundary
 
     def losses(self) -> Losses:
         """What rows in 8 bits have lost since `begin`."""
@@ -264,7 +300,9 @@ class Stage:
         config = self._decoder.skeleton.config
         self._full_tokens = batch_tokens
         if self._on_gpu and self.parts and self._of_the_job.selection.is_all:  # rows of chosen tokens come in pieces of any size
-            capture_bytes = batch_tokens * sum(part.row_bytes for part in self.parts)
+            num_layers = self._decoder.skeleton.config.num_hidden_layers
+            of_runs = [parts_of_span(self.parts, layers, num_layers) for layers in self._runs]
+            capture_bytes = batch_tokens * max(sum(part.row_bytes for part in parts) for parts in of_runs)
             columns = [column for part in self.parts for column in part.columns]
             # Beside what waits, of two micro-batches: one that is computed, and one whose rows are handed over.
             pin_host_memory(waiting_bytes + 2 * capture_bytes, batch_tokens, columns)
@@ -275,28 +313,30 @@ class Stage:
             short = min(longest, FLEX_BLOCK // 2)
             shapes += [(max(2, batch_tokens // short), short), (1, short)]
         try:
-            for num_sequences, length in shapes:
-                self._try(max(num_sequences, 1), length)
+            self._try(shapes)
         finally:
             if self._on_gpu:
                 torch.cuda.empty_cache()  # of what compiling took
         if self._on_gpu:
             # The blocks that torch's allocator keeps from the largest micro-batch serve all others; those of smaller ones would not serve it.
-            self._try(*shapes[0])
+            self._try(shapes[:1] * max(1, self._spec.wave_tokens // batch_tokens))
         self._of_the_job.encoder = Encoder()  # these rows are nobody's
 
-    def _try(self, num_sequences: int, length: int) -> None:
-        """Run a micro-batch of zeros."""
+    def _try(self, shapes: Sequence[tuple[int, int]]) -> None:
+        """Run a wave of micro-batches of zeros."""
+        for output in self.forward_wave(deque(self._zeros(max(num_sequences, 1), length) for num_sequences, length in shapes)):
+            _ = output.captured
+
+    def _zeros(self, num_sequences: int, length: int) -> tuple[MicroBatch, Boundary | None]:
         counts = np.full(num_sequences, length, np.int32)
         shape = (num_sequences, length)
         micro_batch = MicroBatch(0, 0, True, np.arange(num_sequences), counts, np.zeros(shape, np.int32), np.ones(shape, np.bool_))
         dtype = DTYPES[self._spec.compute_dtype]
-        incoming = None if self.is_first else blank(self._decoder.skeleton.config, self._spec.span.start, shape, dtype)
-        _ = self.forward(micro_batch, incoming).captured
+        return micro_batch, None if self.is_first else blank(self._decoder.skeleton.config, self._spec.span.start, shape, dtype)
 
-    def _check(self, micro_batch: MicroBatch, incoming: Boundary) -> None:
+    def _check(self, micro_batch: MicroBatch, incoming: Boundary, layer: int) -> None:
         num_sequences, length = micro_batch.token_ids_BT.shape
-        wanted = shapes_at(self._decoder.skeleton.config, self._spec.span.start, (num_sequences, length), DTYPES[self._spec.compute_dtype])
+        wanted = shapes_at(self._decoder.skeleton.config, layer, (num_sequences, length), DTYPES[self._spec.compute_dtype])
         found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in incoming.tensors.items()}
         assert found == wanted, f"hidden states and what goes with them came as {found}, not as {wanted}"
         # What the host sends is copied in that mode, and so was what the warm-up ran; for other tensors the first layer is compiled again.
@@ -319,6 +359,12 @@ class Stage:
         for tensor in on_device.tensors.values():
             tensor.record_stream(computing)
         return on_device
+
+
+def layer_runs(span: LayerSpan, residency: Mapping[int, Residency]) -> tuple[LayerSpan, ...]:
+    """The runs of layers that a wave goes through one after the other: one for each layer that is not ready where it runs, with the ready ones behind."""
+    brought = [layer for layer in range(span.start, span.stop) if residency.get(layer, "gpu") != "gpu"]
+    return tuple(LayerSpan(*ends) for ends in pairwise((span.start, *brought[1:], span.stop)))
 
 
 def load_stage(spec: StageSpec, on_bytes: OnBytes) -> Stage:

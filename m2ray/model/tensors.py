@@ -41,6 +41,15 @@ class MatchedTensor:
     placements: tuple[Placement, ...]
     stored: tuple[StoredTensor, ...]
 
+    @property
+    def lies_as(self) -> torch.dtype | None:
+        """The dtype in which the checkpoint has its values as they lie in memory, each placement's in one piece; None where it has not."""
+        dtypes = {
+            None if stored.unpack or stored.swapped or not placement.is_one_piece else stored.dtype
+            for placement, stored in zip(self.placements, self.stored, strict=True)
+        }
+        return dtypes.pop() if len(dtypes) == 1 else None
+
 
 def match_by_layer(
     skeleton: Skeleton,
@@ -153,7 +162,13 @@ def table_of(
     unread: dict[str, tuple[Role, StoredTensor]] = {}
     matched = [each for layer in match_by_layer(skeleton, headers, span, unread, with_final_norm=with_final_norm) for each in layer]
     rows = [
-        _row(each.tensor, tuple(stored.key for stored in each.stored), disk_bytes(each), each.stored[0].method if each.stored else "")
+        _row(
+            each.tensor,
+            tuple(stored.key for stored in each.stored),
+            disk_bytes(each),
+            each.stored[0].method if each.stored else "",
+            each.lies_as,
+        )
         for each in matched
     ]
     if span is not None:
@@ -177,7 +192,9 @@ def table_without_weights(config: Any) -> TensorTable:
         pieces = conversion.published(tensor)
         methods = {key: _method_of(layout, skeleton, tensor, key) for key in pieces}
         num_bytes = sum(_published_bytes(skeleton, tensor, methods[key], shape) for key, shape in pieces.items())
-        rows.append(_row(tensor, tuple(pieces), num_bytes, next((method.name for method in methods.values() if method), "")))
+        method = next((method.name for method in methods.values() if method), "")
+        lies_as = None if method else _published_dtype(skeleton, tensor)
+        rows.append(_row(tensor, tuple(pieces), num_bytes, method, lies_as))
     return _table(skeleton, rows)
 
 
@@ -283,18 +300,24 @@ def _table(skeleton: Skeleton, rows: Iterable[TensorRow]) -> TensorTable:
     return TensorTable(len(skeleton.layers), row_width(skeleton.config), tuple(rows), *beside, *experts, layers_of(skeleton))
 
 
-def _row(tensor: ModelTensor, keys: tuple[str, ...], num_bytes: int, method: str = "") -> TensorRow:
+def _row(tensor: ModelTensor, keys: tuple[str, ...], num_bytes: int, method: str = "", lies_as: torch.dtype | None = None) -> TensorRow:
     itemsize_bytes = None if tensor.dtype == torch.bfloat16 else tensor.dtype.itemsize
-    return TensorRow(tensor.name, tensor.role, tensor.layer, tensor.shape, itemsize_bytes, num_bytes, keys, method)
+    dtype = str(lies_as).removeprefix("torch.") if lies_as else ""
+    return TensorRow(tensor.name, tensor.role, tensor.layer, tensor.shape, itemsize_bytes, num_bytes, keys, method, dtype)
 
 
 def _published_bytes(skeleton: Skeleton, tensor: ModelTensor, method: Method | None, shape: tuple[int, ...]) -> int:
-    if tensor.dtype != torch.bfloat16:
-        return prod(shape) * tensor.dtype.itemsize
-    if method is not None:
+    if method is not None and tensor.dtype == torch.bfloat16:
         return method.published_bytes(shape)
+    return prod(shape) * _published_dtype(skeleton, tensor).itemsize
+
+
+def _published_dtype(skeleton: Skeleton, tensor: ModelTensor) -> torch.dtype:
+    """Of a tensor that is not quantised."""
+    if tensor.dtype != torch.bfloat16:
+        return tensor.dtype
     dtype = skeleton.config_on_disk.dtype or decoder_config(skeleton.config_on_disk).dtype
-    return prod(shape) * (dtype.itemsize if isinstance(dtype, torch.dtype) else 2)
+    return dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
 
 
 def _method_of(layout: Layout, skeleton: Skeleton, tensor: ModelTensor, key: str) -> Method | None:

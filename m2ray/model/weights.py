@@ -1,33 +1,30 @@
 """Load one span's tensors straight into the parameters: each byte is read once, converted in small pieces, written where it belongs.
 
-Memory holds the parameters in their final dtype and a few pieces on their way, never a second copy of a layer.
+Memory holds the parameters in their final dtype and a few pieces on their way, never a second copy of a layer. Layers that stay packed
+(m2ray.model.residency) are read as they lie.
 """
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain
-from math import lcm, prod
+from math import prod
 from typing import NamedTuple
 
 import torch
-from torch import nn
 
 from m2ray.batches import LayerSpan
-from m2ray.errors import CheckpointError
 from m2ray.model.checkpoint import Checkpoint
 from m2ray.model.decoder import DecoderSpan
 from m2ray.model.digests import WeightDigests
 from m2ray.model.extents import Range, RowsToLoad
+from m2ray.model.filling import assign, fill
 from m2ray.model.gpu_loading import Lanes
 from m2ray.model.quantization.layouts import layout_of
-from m2ray.model.quantization.scaling import ScaledUnpack
 from m2ray.model.quantization.stored import Part, StoredTensor
+from m2ray.model.residency.packed_layers import PackedLayers
 from m2ray.model.skeleton import build_skeleton
 from m2ray.model.tensors import MatchedTensor, disk_bytes, match_by_layer
-
-_CACHED_ELEMENTS = 1 << 17
-"""That are unpacked at one time on a CPU: with what that takes they stay in a core's cache."""
 
 OnBytes = Callable[[int, int], None]
 
@@ -38,6 +35,46 @@ a multiple of what all its parts can be cut at, which is the rows of its scales'
 
 The layers' digests rest on it: with another number no run that began before can go on.
 """
+
+
+class _Loading:
+    """One call of `load_weights`: packed layers go to their places, the others onto the device as they are computed with."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, decoder: DecoderSpan, digests: WeightDigests, packed: PackedLayers, on_bytes: OnBytes
+    ) -> None:
+        self._checkpoint, self._decoder, self._digests, self._packed = checkpoint, decoder, digests, packed
+        self._on_bytes = on_bytes
+        self.needed_bytes = 0
+
+    def on_cpu(self) -> None:
+        ready = [each for layer in self._ready() for each in layer]
+        self._read_on()
+        _load_pieces(self._checkpoint, _pieces(self._decoder, ready), self._digests, self._read_on)
+        self._packed.finish(self._read_on)
+
+    def by_lanes(self, lanes: Lanes) -> None:
+        """Read a layer's tensors while those of the next are still being matched."""
+        if layout_of(self._checkpoint.whole_config).methods:
+            lanes.compile()
+        for layer in self._ready():
+            lanes.begin(self._checkpoint, list(_pieces(self._decoder, layer)), self._digests, fill)
+        self._packed.finish(self._read_on)
+        lanes.finish(self._read_on)
+
+    def _ready(self) -> Iterator[list[MatchedTensor]]:
+        """The tensors of each layer that is not packed, and those of none; packed ones are begun."""
+        for matched in _match(self._checkpoint, self._decoder):
+            self.needed_bytes += sum(disk_bytes(each) for each in matched)
+            self._digests.expect(matched)
+            number = matched[0].tensor.layer if matched else None
+            if number is not None and number in self._packed:
+                self._packed.begin(number, [(each, _unplaced(each)) for each in matched], self._checkpoint, self._digests)
+            else:
+                yield matched
+
+    def _read_on(self) -> None:
+        self._on_bytes(self._checkpoint.bytes_read, self.needed_bytes)
 
 
 class Loaded(NamedTuple):
@@ -67,18 +104,13 @@ def load_weights(checkpoint: Checkpoint, decoder: DecoderSpan, on_bytes: OnBytes
         StoreError: reading fails.
     """
     digests = WeightDigests(checkpoint.headers, len(decoder.skeleton.layers) - 1)
-    if lanes is not None:
-        needed_bytes = _load_by_lanes(checkpoint, decoder, digests, on_bytes, lanes)
-    else:
-        matched = [each for layer in _match(checkpoint, decoder) for each in layer]
-        digests.expect(matched)
-        needed_bytes = sum(disk_bytes(each) for each in matched)
-        on_bytes(checkpoint.bytes_read, needed_bytes)
-        _load_pieces(checkpoint, _pieces(decoder, matched), digests, lambda: on_bytes(checkpoint.bytes_read, needed_bytes))
-    on_bytes(checkpoint.bytes_read, needed_bytes)
+    with PackedLayers(decoder.residency, decoder.offload_folder, decoder.device) as packed:
+        loading = _Loading(checkpoint, decoder, digests, packed, on_bytes)
+        loading.by_lanes(lanes) if lanes is not None else loading.on_cpu()
+        on_bytes(checkpoint.bytes_read, loading.needed_bytes)
+        packed.bring(decoder.skeleton)
     decoder.check_complete()
-    decoder.bring_layers()
-    return Loaded(needed_bytes, digests.by_layer(), digests.bare_last_layer())
+    return Loaded(loading.needed_bytes, digests.by_layer(), digests.bare_last_layer())
 
 
 def _match(checkpoint: Checkpoint, decoder: DecoderSpan) -> Iterator[list[MatchedTensor]]:
@@ -110,20 +142,6 @@ def hash_weights(checkpoint: Checkpoint, layers_run: int, *, with_final_norm: bo
     return digests.by_layer()
 
 
-def _load_by_lanes(checkpoint: Checkpoint, decoder: DecoderSpan, digests: WeightDigests, on_bytes: OnBytes, lanes: Lanes) -> int:
-    """Read a layer's tensors while those of the next are still being matched."""
-    if layout_of(checkpoint.whole_config).methods:
-        lanes.compile()
-    needed_bytes = 0
-
-    for matched in _match(checkpoint, decoder):
-        needed_bytes += sum(disk_bytes(each) for each in matched)
-        digests.expect(matched)
-        lanes.begin(checkpoint, list(_pieces(decoder, matched)), digests, fill)
-    lanes.finish(lambda: on_bytes(checkpoint.bytes_read, needed_bytes))
-    return needed_bytes
-
-
 def _load_pieces(checkpoint: Checkpoint, pieces: Iterable[RowsToLoad], digests: WeightDigests, on_piece: Callable[[], None]) -> None:
     """Read and convert on the CPU, a few pieces at a time."""
     with ThreadPoolExecutor(THREADS, thread_name_prefix="load") as pool:
@@ -143,9 +161,14 @@ def _load_pieces(checkpoint: Checkpoint, pieces: Iterable[RowsToLoad], digests: 
 def _pieces(decoder: DecoderSpan, matched: Iterable[MatchedTensor]) -> Iterator[RowsToLoad]:
     """Allocate one model tensor after the other and cut what fills it into pieces."""
     for each in matched:
-        values = decoder.allocate(each.tensor)
+        values = torch.empty(each.tensor.shape, dtype=each.tensor.dtype, device=decoder.device)
         yield from _cut_all(each, values)
         assign(decoder.skeleton.model, each.tensor.name, values)
+
+
+def _unplaced(matched: MatchedTensor) -> list[RowsToLoad]:
+    """The pieces that fill a tensor, as views of one without memory."""
+    return list(_cut_all(matched, torch.empty(matched.tensor.shape, dtype=matched.tensor.dtype, device="meta")))
 
 
 def _cut_all(matched: MatchedTensor, values: torch.Tensor) -> Iterator[RowsToLoad]:
@@ -191,16 +214,6 @@ def _range(part: Part, first: int, stop: int) -> Range:
     )
 
 
-def assign(model: nn.Module, name: str, values: torch.Tensor) -> None:
-    """Make `values` the parameter or persistent buffer of that dotted name."""
-    module_name, _, leaf = name.rpartition(".")
-    module = model.get_submodule(module_name)
-    if leaf in module._parameters:  # noqa: SLF001 - set_parameter has no public name
-        module.register_parameter(leaf, nn.Parameter(values, requires_grad=False))
-    else:
-        module.register_buffer(leaf, values)
-
-
 def _load(checkpoint: Checkpoint, wanted: RowsToLoad, digests: WeightDigests) -> None:
     """Read one piece, hash it, convert it and write it into the model; what needs no conversion is read where it belongs."""
     into, parts = wanted.into, {}
@@ -211,49 +224,11 @@ def _load(checkpoint: Checkpoint, wanted: RowsToLoad, digests: WeightDigests) ->
     fill(wanted, parts)
 
 
-def fill(wanted: RowsToLoad, parts: Mapping[str, torch.Tensor]) -> None:
-    """Unpack parts, if they are packed, and write them into the model in its dtype."""
-    unpack, into = wanted.unpack, wanted.into
-    if unpack is None:
-        _convert(wanted.key, next(iter(parts.values())), into)
-    elif isinstance(unpack, ScaledUnpack) and into.dtype == torch.bfloat16 and into.device == parts["values"].device:
-        unpack.write(parts, into)
-    else:
-        for some, rows in _by_rows(wanted, parts):
-            _convert(wanted.key, unpack(some), rows)
-
-
-def _by_rows(wanted: RowsToLoad, parts: Mapping[str, torch.Tensor]) -> Iterator[tuple[Mapping[str, torch.Tensor], torch.Tensor]]:
-    """Parts of some rows at a time, and where they go: on a CPU as many as stay in a core's cache while they are unpacked."""
-    into, rows_of = wanted.into, wanted.rows_of
-    if not rows_of or into.dim() == 0 or next(iter(parts.values())).is_cuda:
-        yield parts, into
-        return
-    unit = lcm(*(rows for rows in rows_of if rows))
-    step = max(1, _CACHED_ELEMENTS // max(prod(into.shape[1:]) * unit, 1)) * unit
-    for start in range(0, len(into), step):
-        some = {
-            name: part[start // rows : -(-(start + step) // rows)] if rows else part
-            for (name, part), rows in zip(parts.items(), rows_of, strict=True)
-        }
-        yield some, into[start : start + step]
-
-
 def _read(checkpoint: Checkpoint, piece: Range, out: torch.Tensor, digests: WeightDigests) -> None:
     if piece.num_bytes:
         data = out.view(-1).view(torch.uint8).numpy().data
         checkpoint.read_extent(piece.file, piece.offset, data)
         digests.add([piece], piece.offset, data)
-
-
-def _convert(key: str, values: torch.Tensor, into: torch.Tensor) -> None:
-    """Write values into the model in its dtype. Raises CheckpointError if float16 cannot hold them."""
-    converted = values.to(into.dtype)
-    if into.dtype == torch.float16 and not converted.isfinite().all():
-        largest = float(values.abs().max())
-        raise CheckpointError(f"{key} holds {largest:g}, which float16 cannot.", 'Set compute_dtype = "bfloat16" or "float32".')
-    if converted is not into:
-        into.copy_(converted)
 
 
 def parameter_bytes(decoder: DecoderSpan) -> int:

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 
 from m2ray.batches import PromptStats
 
-AUTO_BATCH_TOKENS = 16_384
-"""No larger one is chosen: each of MiniMax-M2's 256 experts then sees 512 tokens on average, and little of a micro-batch's time is fixed."""
+AUTO_BATCH_TOKENS = 32_768
+"""No larger one is chosen: each of MiniMax-M2's 256 experts then sees 1,024 tokens on average, and little of a micro-batch's time is fixed."""
+
+MOST_ON_CPU = 16_384
 
 
 @dataclass(frozen=True)
@@ -20,11 +22,13 @@ class Costs:
     Attributes:
         fixed_tokens: each one's besides its tokens.
         least_tokens: no smaller size is chosen.
+        ready_tokens: where memory leaves less than this beside weights that lie ready, it is better that they do not.
         token: a token's, from a size on; of sizes below the first, as there.
     """
 
     fixed_tokens: int
     least_tokens: int
+    ready_tokens: int
     token: Mapping[int, float]
 
     def of(self, prompts: PromptStats, size: int) -> float:
@@ -33,10 +37,10 @@ class Costs:
         return prompts.padded_tokens * (token[-1] if token else 1.0) + self.fixed_tokens * prompts.micro_batches
 
 
-ON_GPU = Costs(fixed_tokens=1_700, least_tokens=2_048, token={})
+ON_GPU = Costs(fixed_tokens=1_700, least_tokens=2_048, ready_tokens=8_192, token={})
 """One H200: 2,048 tokens of a layer of MiniMax-M2 take 4.7 ms, 16,384 take 22.8 ms."""
 
-ON_CPU = Costs(fixed_tokens=40, least_tokens=256, token={256: 1.0, 2_048: 1.1, 4_096: 1.15, 8_192: 1.3, 16_384: 1.4})
+ON_CPU = Costs(fixed_tokens=40, least_tokens=256, ready_tokens=256, token={256: 1.0, 2_048: 1.1, 4_096: 1.15, 8_192: 1.3, 16_384: 1.4})
 """SmolLM2-135M, 2 CPU cores without a GPU, torch 2.13, float32, 29 November 2026, sequences of 256 tokens: 1 ms a token at 256, 0.96 at 512,
 0.93 at 1,024, 1.12 at 2,048, 1.19 at 4,096, 1.39 at 8,192, where activations no longer fit the caches; sequences of 64: 1.5 at 64, 1.19 at 128,
 1.13 at 512. In bfloat16 a token takes 1.5 to 1.6 at every size from 256 on."""

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, cast
+from typing import Any
 
 from m2ray.batches import ITEMSIZE_BYTES, LayerSpan, PartSpec, PromptStats, Residency, TensorRow, TensorTable
 from m2ray.options import RunOptions
@@ -12,21 +12,23 @@ from m2ray.planning.memory import (
     CAPTURE_BUFFERS,
     CONTEXT_BYTES,
     ENCODING_BYTES,
-    OFFLOAD_BUFFERS,
     STAGING_BYTES,
     STATISTICS_MICRO_BATCHES,
     STATISTICS_SHARDS,
     UNUSABLE_BYTES,
     ModelShape,
     Workload,
+    cpu_memory,
     gpu_overhead,
     span_rows,
 )
 from m2ray.planning.output import OutputPlan, plan_output
-from m2ray.planning.partition import DeviceMap, partition, short_by_bytes
 from m2ray.planning.profile import Profile
 from m2ray.sites import EIGHT_BITS, layers_run, parts_of_span
 from m2ray.statistics import contribution_bytes, device_bytes, merged_bytes, micro_batch_bytes, shard_bytes, widths
+
+USUAL_WAVE_TOKENS = 131_072
+"""Unpacking a layer of MiniMax-M2 then takes 3 % beside computing with it."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +58,16 @@ class Assumptions:
 
 @dataclass(frozen=True)
 class Demand:
-    """A model, its dimensions, what is asked of it, and under which assumptions."""
+    """A model, its dimensions, what is asked of it, and under which assumptions.
+
+    `wave_tokens` are those that a stage whose layers are not all ready takes through one of them before the next; 0 for a micro-batch's.
+    """
 
     table: TensorTable
     shape: ModelShape
     options: RunOptions
     assumed: Assumptions = field(default_factory=Assumptions)
+    wave_tokens: int = 0
 
     def asking(self, **changed: Any) -> "Demand":
         """The same with other values of some options."""
@@ -119,8 +125,8 @@ class Demand:
         return span_rows(self.table, span, with_final_norm=self.with_final_norm)
 
     def bytes_in(self, residency: Mapping[int, Residency], place: Residency) -> int:
-        """Bytes of the weights of the layers that live in `place`."""
-        return sum(self._costs[0][layer] for layer, where in residency.items() if where == place)
+        """Packed bytes of the layers that live in `place`."""
+        return sum(self.packed_bytes[layer] for layer, where in residency.items() if where == place)
 
     def parts(self, span: LayerSpan) -> tuple[PartSpec, ...]:
         """What a stage of `span` stores rows of."""
@@ -142,7 +148,8 @@ class Demand:
     def statistics_on_host(self, span: LayerSpan) -> int:
         """Host memory for the statistics of `span`: of the shards that are summed up, and of the micro-batches that are on their way to them."""
         return sum(
-            STATISTICS_SHARDS * shard_bytes(kinds, width) + STATISTICS_MICRO_BATCHES * micro_batch_bytes(kinds, width)
+            (STATISTICS_SHARDS + self.wave_tokens // self.options.shard_tokens) * shard_bytes(kinds, width)
+            + STATISTICS_MICRO_BATCHES * micro_batch_bytes(kinds, width)
             for kinds, width in self._taken(span)
         )
 
@@ -170,72 +177,74 @@ class Demand:
     def _here(self, parts: Sequence[PartSpec], span: LayerSpan | None) -> tuple[PartSpec, ...]:
         return tuple(parts) if span is None else parts_of_span(parts, span, self.table.num_layers)
 
-    def short_bytes(self, devices: Sequence[Device]) -> int:
-        """Bytes of one chain's weights that these devices have no room for; 0 if it fits."""
-        short = short_by_bytes(*self._costs, self._caps_bytes(devices))
-        if not short or self.options.offload == "none":
-            return short
-        return sum(self._too_much_bytes(span, devices[place]) for place, span in self.split(devices).items())
+    def room_bytes(self, device: Device, span: LayerSpan) -> int | None:
+        """What a device has for weights, so that neither running nor loading exceeds what may be used; None where that is not known."""
+        if device.usable_bytes is None:
+            return None
+        if device.gpu is None:
+            statistics_bytes = self.statistics_on_host(span) + self.statistics_on_device(span)
+            return device.usable_bytes - cpu_memory({}, self.workload, self.row_bytes(span), statistics_bytes).peak_bytes
+        loading = STAGING_BYTES["device"] + UNUSABLE_BYTES + CONTEXT_BYTES
+        return device.usable_bytes - max(sum(self.overhead.values()), loading)
 
-    def split(self, devices: Sequence[Device]) -> dict[int, LayerSpan]:
-        """Deal the layers out over one chain's devices: the span of each that gets some, by its place. Raises ClusterError where `short_bytes` is not 0."""
-        options = self.options
-        device_map = "sequential" if options.device_map.startswith("cuda:") else cast("DeviceMap", options.device_map)
-        # A GPU may stay free, but a number of stages that was asked for is one of stages with layers.
-        least_first = int(options.stages is not None and (devices[0].gpu is None or options.gpus_per_stage == 1))
-        if devices[0].gpu is None:  # no cap on any: layers are dealt out by their time, and the embedding takes none
-            layers, _, _ = self._costs
-            return partition(layers, 0, 0, [None] * len(devices), device_map, least_first)
-        caps_bytes = self._caps_bytes(devices)
-        if self.options.offload != "none" and short_by_bytes(*self._costs, caps_bytes):
-            return partition(*self._costs, [None] * len(devices), "balanced")
-        return partition(*self._costs, caps_bytes, device_map, least_first)
+    def span_bytes(self, span: LayerSpan) -> int:
+        """What a stage of `span` loads, ready."""
+        first, last = self.end_bytes
+        ends = (first if span.start == 0 else 0) + (last if span.stop == self.table.num_layers else 0)
+        return sum(self.layer_bytes[span.start : span.stop]) + ends
 
-    def layers_outside(self, span: LayerSpan, device: Device) -> range:
-        """The layers at a span's end whose weights find no room on the device."""
-        (cap_bytes,) = self._caps_bytes([device])
-        if self.options.offload == "none" or cap_bytes is None or self._span_bytes(span) <= cap_bytes:
-            return range(0)
-        room_bytes = cap_bytes - self.buffers_bytes(span)
-        kept = next(stop for stop in range(span.stop - 1, span.start - 1, -1) if stop == span.start or self._fits(span, stop, room_bytes))
-        return range(kept, span.stop)
+    def wave_bytes(self, span: LayerSpan) -> int:
+        """Hidden states of a wave that a stage of `span` takes through its layers, and of the next one, which waits for its turn there."""
+        return self.wave_tokens * self.workload.token_bytes * (2 if span.start else 1)
 
-    def buffers_bytes(self, span: LayerSpan) -> int:
-        """The buffers on a GPU into which layers that live elsewhere are brought."""
-        layers, _, _ = self._costs
-        return OFFLOAD_BUFFERS * max(layers[number] for number in range(span.start, span.stop))
+    @cached_property
+    def layer_bytes(self) -> tuple[int, ...]:
+        """Of each layer that is run, ready."""
+        return self.table.layer_bytes(self.itemsize_bytes)[: self.num_layers]
 
-    def _fits(self, span: LayerSpan, stop: int, room_bytes: int) -> bool:
-        return self._span_bytes(LayerSpan(span.start, stop)) <= room_bytes
+    @cached_property
+    def packed_bytes(self) -> tuple[int, ...]:
+        """Of each layer that is run, as it lies in the files, and elsewhere where it does not lie ready."""
+        return self.table.packed_bytes()[: self.num_layers]
 
-    def _too_much_bytes(self, span: LayerSpan, device: Device) -> int:
-        """What a device lacks for the least that it must hold where layers live elsewhere: buffers, and weights of no layer."""
-        (cap_bytes,) = self._caps_bytes([device])
-        layers, _, _ = self._costs
-        least_bytes = self.buffers_bytes(span) + self._span_bytes(span) - sum(layers[span.start : span.stop])
-        return 0 if cap_bytes is None else max(0, least_bytes - cap_bytes)
+    @cached_property
+    def end_bytes(self) -> tuple[int, int]:
+        """Of what lives with the first layer, and with the last."""
+        last = self.table.role_bytes("final_norm", self.itemsize_bytes) if self.with_final_norm else 0
+        return self.table.role_bytes("embedding", self.itemsize_bytes), last
 
-    def _span_bytes(self, span: LayerSpan) -> int:
-        layers, first, last = self._costs
-        return sum(layers[span.start : span.stop]) + (first if span.start == 0 else 0) + (last if span.stop == self.table.num_layers else 0)
+    @cached_property
+    def is_quantised(self) -> tuple[bool, ...]:
+        """Of each layer that is run, whether any of its tensors is packed on disk."""
+        quantised = {row.layer for row in self.table.rows if row.role == "layer" and row.method}
+        return tuple(layer in quantised for layer in range(self.num_layers))
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether any layer that is run is."""
+        return any(self.is_quantised)
+
+    @cached_property
+    def unpacked_bytes(self) -> tuple[int, ...]:
+        """Of each layer that is run, what is unpacked of it before it runs, where it does not lie ready."""
+        return self.table.unpacked_bytes(self.options.compute_dtype)[: self.num_layers]
+
+    def narrowed(self) -> "Iterator[Demand]":
+        """The same with less and less of a choice where weights live, from what runs fastest on: all ready, all on the devices, as asked for.
+
+        Where not all are ready there is room for a wave, but in the last of these.
+        """
+        on_devices = self.asking(offload="none", offload_folder=None)
+        if self.options.weights == "auto":
+            yield on_devices.asking(weights="bf16")
+        for asked in (on_devices, self) if self.options.offload != "none" else (self,):
+            yield replace(asked, wave_tokens=USUAL_WAVE_TOKENS)
+        yield self
 
     @cached_property
     def overhead(self) -> dict[str, int]:
         """What a GPU holds besides weights, whichever span it gets."""
         return gpu_overhead(self.workload, self.captured_row_bytes(), self.statistics_on_device())
-
-    @cached_property
-    def _costs(self) -> tuple[Sequence[int], int, int]:
-        """(bytes of each layer that is run, those that live with the first, with the last)."""
-        layers = self.table.layer_bytes(self.itemsize_bytes)[: self.num_layers]
-        last = self.table.role_bytes("final_norm", self.itemsize_bytes) if self.with_final_norm else 0
-        return layers, self.table.role_bytes("embedding", self.itemsize_bytes), last
-
-    def _caps_bytes(self, devices: Sequence[Device]) -> list[int | None]:
-        """Room for weights on each device, so that neither running nor loading exceeds what may be used."""
-        loading = STAGING_BYTES["device"] + UNUSABLE_BYTES + CONTEXT_BYTES
-        reserved = max(sum(self.overhead.values()), loading)
-        return [None if device.usable_bytes is None else device.usable_bytes - reserved for device in devices]
 
 
 def _by_layer(parts: Iterable[PartSpec]) -> Collection[list[PartSpec]]:

@@ -1,6 +1,7 @@
 """Which GPUs the chains take, in order: neighbours on one node, as few crossings between nodes as can be."""
 
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -10,12 +11,15 @@ from m2ray.options import RunOptions
 from m2ray.planning.hardware import Cluster, Gpu, Node
 from m2ray.planning.memory import Memory
 
+HOST_SHARE = 0.9
+"""Of a node's free memory, what layers may fill: others live there too."""
+
 
 @dataclass(frozen=True)
 class Device:
     """What one span lives on: a GPU, or a share of a node's cores where there is none.
 
-    `usable_bytes` is what m2ray may take there, None on a CPU, whose memory the node's stages share.
+    `usable_bytes` is what m2ray may take there; on a CPU a stage's share of its node's memory, None where that is not known.
     """
 
     node: Node
@@ -30,7 +34,8 @@ class DevicePlan:
     Attributes:
         replica, stage, place: the chain, the stage, and which of the chain's devices it is.
         span: None where a GPU gets no layer, and on all GPUs where the model does not fit.
-        residency: where those of its layers live that are not kept on it, a run at the span's end.
+        residency: where those of its layers live that are not ready on it.
+        wave_tokens: padded tokens that it takes through one of those before the next; 0 for a micro-batch's.
         memory: of a GPU, once the plan is made.
     """
 
@@ -40,6 +45,7 @@ class DevicePlan:
     device: Device
     span: LayerSpan | None
     residency: Mapping[int, Residency] = field(default_factory=dict)
+    wave_tokens: int = 0
     memory: Memory = field(default_factory=lambda: Memory({}, {}))
 
     @property
@@ -129,5 +135,14 @@ def _cpu_chains(cluster: Cluster, num_layers: int, options: RunOptions) -> tuple
     if options.device_map.startswith("cuda:"):
         raise ClusterError(f"device_map = {options.device_map!r}, but there is no GPU.", 'Use device_map = "auto".')
     all_stages = stages * options.replicas
-    devices = [Device(cluster.nodes[place * len(cluster.nodes) // all_stages], None, None) for place in range(all_stages)]
+    nodes = [cluster.nodes[place * len(cluster.nodes) // all_stages] for place in range(all_stages)]
+    devices = [Device(node, None, _share_bytes(node, nodes.count(node), options)) for node in nodes]
     return tuple(tuple(devices[start : start + stages]) for start in range(0, all_stages, stages))
+
+
+def _share_bytes(node: Node, num_stages: int, options: RunOptions) -> int | None:
+    """What each of a node's stages may take of its memory: as `max_memory` has it, at most an even share of what is free; None for no limit."""
+    has_bytes = node.host_bytes if node.host_free_bytes is None else node.host_free_bytes
+    share_bytes = sys.maxsize if has_bytes is None else int(has_bytes * HOST_SHARE) // num_stages
+    usable_bytes = options.max_memory.usable_bytes(node.name, 0, share_bytes)
+    return None if usable_bytes == sys.maxsize else usable_bytes

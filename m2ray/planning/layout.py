@@ -1,6 +1,6 @@
 """A plan in the terminal: the verdict, the layout of layers on GPUs on nodes, what fills each GPU, and the output."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from io import StringIO
 from itertools import groupby
 
@@ -8,10 +8,12 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from m2ray.batches import Residency
 from m2ray.planning.devices import DevicePlan
 from m2ray.planning.hardware import Node
 from m2ray.planning.memory import Memory
 from m2ray.planning.plan import Plan
+from m2ray.planning.residency import runs
 from m2ray.sites import shown_layers
 from m2ray.sizes import bytes_in_words
 
@@ -32,6 +34,7 @@ def render(plan: Plan, columns: int, *, chose_batch_tokens: bool = False) -> Ren
     bar_width = 24 if columns >= _WIDE else 10
     blocks: list[RenderableType] = [_verdict(plan, chose_batch_tokens=chose_batch_tokens), _weights(plan)]
     blocks += [_node(plan, node, bar_width) for node in plan.cluster.nodes if node.gpus]
+    blocks += _residency(plan)
     if plan.gpus:
         blocks += [_legend(), _gpus_memory(plan)]
     if plan.stages:
@@ -55,7 +58,8 @@ def _verdict(plan: Plan, *, chose_batch_tokens: bool) -> Text:
             unknown = "" if "store" in plan.rates.limits else ", unless the store does, whose speed is not known (--store-gb-per-s)"
             text.append(f"; {_words(plan.limiting_resource)} limits the run{unknown}", style="not bold")
         if chose_batch_tokens:
-            text.append(f"\nmicro-batches of at most {plan.demand.options.batch_tokens:,} tokens", style="not bold")
+            or_fewer = "" if plan.prompts else ", or fewer where the prompts suit fewer better"
+            text.append(f"\nmicro-batches of at most {plan.demand.options.batch_tokens:,} tokens{or_fewer}", style="not bold")
     else:
         text = Text("It does not fit:", style="bold red")
         for shortage in plan.shortages:
@@ -85,14 +89,16 @@ def _weights(plan: Plan) -> Table:
     for name, (on_disk_bytes, computed_bytes) in weights.layouts.items():
         if name:
             rows.insert(-4, ("of it", on_disk_bytes, f"{name}: {computed_bytes:,} in {demand.options.compute_dtype}"))
-    in_host = sum(stage.host.running.get("offloaded", 0) for stage in plan.stages)
-    on_disk = sum(node.disk_bytes for node in plan.nodes)
-    rows += [("offloaded", in_host, "in host memory, copied in turn")] if in_host else []
-    rows += [("offloaded", on_disk, "on disks, read in turn")] if on_disk else []
+    for place, note in _OUTSIDE.items():
+        num_bytes = sum(demand.bytes_in(each.residency, place) for each in plan.placed if place != "host" or each.device.gpu)
+        rows += [("offloaded", num_bytes, note)] if num_bytes else []
     for name, num_bytes, note in rows:
         table.add_row(name, f"{num_bytes:,}", note)
     table.add_row("a layer", each, "in memory")
     return table
+
+
+_OUTSIDE: Mapping[Residency, str] = {"host": "packed in host memory, copied in turn", "checkpoint": "packed in files, read in turn"}
 
 
 def _node(plan: Plan, node: Node, bar_width: int) -> Table:
@@ -131,9 +137,46 @@ def _node(plan: Plan, node: Node, bar_width: int) -> Table:
     return table
 
 
+def _residency(plan: Plan) -> Sequence[RenderableType]:
+    """Where the layers of each stage live, if not all are ready, and the wave that it takes through one before the next."""
+    lines = []
+    for each in plan.placed:
+        if each.residency:
+            places = "; ".join(
+                f"{str(layers).removeprefix('layers ')} {_PLACES[place][each.device.gpu is None]}"
+                for layers, place in runs(each.held, each.residency)
+            )
+            lines.append(f"stage {_stage_name(plan, each.replica, each.stage)}: layers {places}")
+    if not lines:
+        return []
+    tokens, forced_by = plan.wave
+    batch_tokens = plan.demand.options.batch_tokens
+    wave = (
+        f"waves of {tokens:,} tokens, {tokens // batch_tokens} micro-batches, go through a layer before the next"
+        if tokens
+        else "a micro-batch at a time"
+    )
+    why = {
+        "": "",
+        "in_flight": ": larger ones would be faster, and in_flight has no room for them",
+        "memory": ": larger ones would be faster, and memory has no room for them",
+    }
+    return [Text("\n".join([*lines, f"{wave}{why[forced_by]}", ""]))]
+
+
+_PLACES = {
+    "gpu": ("ready on the GPU", "ready in memory"),
+    "gpu_packed": ("packed on the GPU", ""),
+    "host": ("packed in host memory", "packed in memory"),
+    "checkpoint": ("in files", "in files"),
+}
+"""Where layers live, in words: beside a GPU, and without one."""
+
+
 def _bar_of(planned: DevicePlan, usable_bytes: int, width: int) -> Text:
     running = dict(planned.memory.running)
-    parts = {name: running.pop(name, 0) for name in ("weights", "transient")}
+    weights = sum(running.pop(name, 0) for name in ("weights", "packed_weights"))
+    parts = {"weights": weights, "transient": running.pop("transient", 0)}
     return _bar({**parts, "rest": sum(running.values())}, usable_bytes, width)
 
 
@@ -173,19 +216,31 @@ def _hosts_memory(plan: Plan) -> Table:
 
 def _memory(kind: str, stages: Sequence[tuple[str, Memory]]) -> Table:
     """What makes up each stage's peak, in GB of 10^9 bytes; neighbours that hold the same share a line."""
-    names = list(dict.fromkeys(name for _, memory in stages for name in memory.running))
+    names = list(dict.fromkeys(name for _, memory in stages for name in _together(memory)))
     table = Table(title=f"{kind} memory by stage, GB", title_justify="left", box=None, padding=(0, 1, 0, 0), pad_edge=False)
     for column in ("stage", *(name.replace("_", "\n") for name in names), "run", "load"):
         table.add_column(column, justify="left" if column == "stage" else "right")
     for memory, group in groupby(stages, key=lambda each: each[1]):
         first, *_, last = [name for name, _ in group] * 2
-        items = [memory.running.get(name) for name in names]
+        items = [_together(memory).get(name) for name in names]
         cells = [
             f"{num_bytes / 1e9:.2f}" if num_bytes else ""
             for num_bytes in (*items, sum(memory.running.values()), sum(memory.loading.values()))
         ]
         table.add_row(first if first == last else f"{first}-{last}", *cells)
     return table
+
+
+def _together(memory: Memory) -> dict[str, int]:
+    """What makes up the peak while running, with items that belong together as one, so that a line has room on a screen."""
+    found: dict[str, int] = {}
+    for name, num_bytes in memory.running.items():
+        shown = _TOGETHER.get(name, name)
+        found[shown] = found.get(shown, 0) + num_bytes
+    return found
+
+
+_TOGETHER = {"packed_weights": "weights", "workspace": "unpacking", "landing_buffers": "unpacking"}
 
 
 def _hosts(plan: Plan) -> Table:
@@ -228,6 +283,8 @@ def _output_lines(plan: Plan) -> Iterator[str]:
     if output is None or prompts is None:
         return
     yield f"output   {prompts.tokens:,} tokens of {prompts.sequences:,} prompts; padding {prompts.padding_waste:.1%}"
+    if plan.demand.options.prompts.limit is not None:
+        yield f"         limit = {plan.demand.options.prompts.limit:,}: what comes after so many rows of the prompts is left out"
     if output.rows < prompts.tokens:
         chosen = plan.demand.options.prompts.selection
         yield f"         {output.rows:,} rows of {chosen} in each site and layer: {bytes_in_words(output.saved_bytes)} less than of all"

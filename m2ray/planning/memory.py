@@ -15,9 +15,9 @@ _GIB, _MIB = 2**30, 2**20
 CONTEXT_BYTES = _GIB + _GIB // 4
 """What the driver keeps back of its own total, the CUDA context with its kernels, and the libraries' workspaces."""
 
-UNUSABLE_SHARE = 0.5
+UNUSABLE_SHARE = 0.35
 """Of the transient memory: blocks that torch's caching allocator holds but cannot use again for other sizes. Few are left where the
-largest micro-batch came first, as a stage's warm-up sees to; of MiniMax-M2's layers the plan is then 1.04 to 1.12 of what a GPU takes
+largest micro-batch came first, as a stage's warm-up sees to; of MiniMax-M2's layers the plan is then 1.02 to 1.11 of what a GPU takes
 (docs/planning.md), also of 53 micro-batches whose sizes all differ."""
 
 UNUSABLE_BYTES = 128 * _MIB
@@ -39,11 +39,11 @@ STATISTICS_MICRO_BATCHES = 4
 ENCODING_BYTES = 6 * 64 * _MIB
 """What it takes to encode rows in 8 bits, some at a time, in float32 (m2ray.model.eight_bits)."""
 
-OFFLOAD_BUFFERS = 2
-"""Layers on a GPU whose weights are kept in host memory: one that computes, one that is copied in."""
+LANDING_BUFFERS = 2
+"""Packed layers on a device that are brought there: one that is unpacked, one that is on its way."""
 
-OFFLOAD_READ_BYTES = 128 * _MIB
-"""Pinned memory of a GPU whose layers are read from a disk: 4 readers, each with a piece of 32 MiB."""
+READERS_BYTES = 128 * _MIB
+"""Host memory, pinned beside a GPU, through which a device's layers are read from files: 4 readers, each with a piece of 32 MiB."""
 
 HOST_BUFFERS = 3
 """Micro-batches' hidden states in a stage's host memory: received, computed, on the way out."""
@@ -62,6 +62,19 @@ def window(num_stages: int) -> int:
     return 2 * num_stages + 2
 
 
+MOST_BATCHES = 16
+"""Micro-batches of a wave: for each that may be on its way a stage has a thread."""
+
+_ONE_KERNEL = ("silu", "swish", "relu", "gelu", "gelu_pytorch_tanh")
+"""Activations, by transformers' names, that are one kernel of torch's."""
+
+
+def _activation(config: Any) -> str:
+    return next(
+        (str(name) for field in ("hidden_act", "hidden_activation", "activation_function") if (name := getattr(config, field, None))), ""
+    )
+
+
 @dataclass(frozen=True)
 class ModelShape:
     """What decides the memory of a decoder layer's forward pass; 0 where a model has none of it.
@@ -75,6 +88,7 @@ class ModelShape:
         attn_implementation: "eager" builds the matrix of attention scores; "sdpa", "flash_attention_2", "flex_attention" do not.
         window: positions that a layer with a sliding window sees; for such layers sdpa is given a mask of all pairs of positions.
         streams: residual streams.
+        activation_steps: tensors that the activation of an MLP makes, one after the other: 1 where torch has a kernel for it.
         index_heads, index_dim: of an indexer that chooses which positions attention sees; `index_every` of them are scored as one.
     """
 
@@ -93,6 +107,7 @@ class ModelShape:
     index_heads: int = 0
     index_dim: int = 0
     index_every: int = 1
+    activation_steps: int = 1
 
     @classmethod
     def of(cls, config: Any, attn_implementation: str) -> Self:
@@ -120,6 +135,7 @@ class ModelShape:
             streams=first("hc_mult") or 1,
             index_heads=first("index_n_heads"),
             index_dim=first("index_head_dim"),
+            activation_steps=1 if _activation(config) in _ONE_KERNEL else 2,
             index_every=min((getattr(config, "compress_rates", None) or {"": 1}).values()),
         )
 
@@ -135,13 +151,14 @@ class ModelShape:
           for each kind of layer; where a window is shorter than a sequence under sdpa, the mask of all pairs, its inverse, and what ATen makes of it, twice;
         - an indexer's scores of all pairs of positions, beside the queries, keys and values;
         - several residual streams, mixed in float32;
-        - dense MLP: gate and up as one tensor, the activated gate, their product, and one more for activations in several steps;
+        - dense MLP: gate and up as one tensor, the activated gate, their product, and one more for activations in several steps
+          (compiled: the gate, up, and their product);
         - experts, a row each for every token and expert chosen: either the selected input with the first four of those, or the
           selected input, its output, and that weighted and put in order, in float32 as routing weights are.
         """
         up = (self.hidden_size + 4 * self.expert_size) * itemsize_bytes
         down = self.hidden_size * (2 * itemsize_bytes + 8)
-        return self._transient_bytes(padded_tokens, longest_tokens, itemsize_bytes, max(up, down))
+        return self._transient_bytes(padded_tokens, longest_tokens, itemsize_bytes, max(up, down), 3 + self.activation_steps)
 
     def compiled_transient_bytes(self, padded_tokens: int, longest_tokens: int, itemsize_bytes: int) -> int:
         """The same for a compiled layer, whose steps between matrix products are fused.
@@ -152,13 +169,15 @@ class ModelShape:
         """
         expert_row_bytes = (self.hidden_size + 2 * self.expert_size) * itemsize_bytes
         copied = self.hidden_size * itemsize_bytes if self.num_experts else 0
-        return self._transient_bytes(padded_tokens, longest_tokens, itemsize_bytes, expert_row_bytes) + padded_tokens * copied
+        return self._transient_bytes(padded_tokens, longest_tokens, itemsize_bytes, expert_row_bytes, 3) + padded_tokens * copied
 
-    def _transient_bytes(self, padded_tokens: int, longest_tokens: int, itemsize_bytes: int, expert_row_bytes: int) -> int:
+    def _transient_bytes(
+        self, padded_tokens: int, longest_tokens: int, itemsize_bytes: int, expert_row_bytes: int, mlp_tensors: int
+    ) -> int:
         attention = 16 * self.head_dim * (self.num_heads + self.num_kv_heads)
         scores = longest_tokens * self._pair_bytes(longest_tokens, itemsize_bytes)
         index = longest_tokens * self._index_pair_bytes()
-        dense = 5 * max(self.intermediate_size, self.shared_size) * itemsize_bytes
+        dense = mlp_tensors * max(self.intermediate_size, self.shared_size) * itemsize_bytes
         experts = self.experts_per_token * (expert_row_bytes + 40) + self.num_experts * 12
         mixing = 12 * self.streams * self.hidden_size if self.streams > 1 else 0
         held = (5 if self.shared_size else 4) * self.streams * self.hidden_size * itemsize_bytes
@@ -248,34 +267,28 @@ def gpu_overhead(workload: Workload, captured_bytes: int, statistics_bytes: int 
     return overhead | ({"statistics": statistics_bytes} if statistics_bytes else {})
 
 
-def gpu_memory(
-    rows: Sequence[TensorRow], workload: Workload, captured_bytes: int, offload_bytes: int = 0, statistics_bytes: int = 0
-) -> Memory:
-    """A GPU that holds the tensors `rows`, and buffers of `offload_bytes` for layers that are kept elsewhere."""
-    weights = {"weights": weight_bytes(rows, workload.itemsize_bytes)}
-    if offload_bytes:
-        weights["offload_buffers"] = offload_bytes
+def gpu_memory(held: Mapping[str, int], workload: Workload, captured_bytes: int, statistics_bytes: int = 0) -> Memory:
+    """A GPU that holds weights, item by item, and what it takes to use them (m2ray.planning.residency)."""
     loading = {"staging": STAGING_BYTES["device"], "unusable": UNUSABLE_BYTES, "context": CONTEXT_BYTES}
-    return Memory(weights | gpu_overhead(workload, captured_bytes, statistics_bytes), weights | loading)
+    return Memory({**held, **gpu_overhead(workload, captured_bytes, statistics_bytes)}, {**held, **loading})
 
 
 def gpu_host_memory(
-    workload: Workload, column_bytes: Sequence[int], offloaded_bytes: int = 0, readers_bytes: int = 0, statistics_bytes: int = 0
+    workload: Workload, column_bytes: Sequence[int], offloaded: Mapping[str, int] | None = None, statistics_bytes: int = 0
 ) -> Memory:
-    """The host's side of a stage whose weights are on GPUs, but for `offloaded_bytes` here and others on a disk, read with `readers_bytes`.
+    """The host's side of a stage whose weights are on GPUs, but for what is `offloaded`, item by item.
 
     `column_bytes` are those of a row of each column of each part.
     """
-    offload = {"offloaded": offloaded_bytes, "offload_readers": readers_bytes}
-    process = {"process": PROCESS_BYTES["gpu"]} | {name: num_bytes for name, num_bytes in offload.items() if num_bytes}
+    process = {"process": PROCESS_BYTES["gpu"]} | {name: num_bytes for name, num_bytes in (offloaded or {}).items() if num_bytes}
     buffers = _host_buffers(workload, column_bytes, statistics_bytes)
     buffers["capture"] = _pinned_bytes(buffers["capture"], [workload.padded_tokens * num_bytes for num_bytes in column_bytes])
     return Memory(process | buffers, process | {"staging": STAGING_BYTES["host"]})
 
 
-def cpu_memory(rows: Sequence[TensorRow], workload: Workload, row_bytes: Sequence[int], statistics_bytes: int = 0) -> Memory:
-    """A stage without a GPU: everything is in host memory."""
-    held = {"weights": weight_bytes(rows, workload.itemsize_bytes), "process": PROCESS_BYTES["cpu"]}
+def cpu_memory(held: Mapping[str, int], workload: Workload, row_bytes: Sequence[int], statistics_bytes: int = 0) -> Memory:
+    """A stage without a GPU: everything is in host memory, of its weights what `held` says item by item."""
+    held = {**held, "process": PROCESS_BYTES["cpu"]}
     return Memory(
         held | {"transient": workload.transient_bytes + workload.encoding_bytes} | _host_buffers(workload, row_bytes, statistics_bytes),
         held | {"staging": STAGING_BYTES["device"]},

@@ -10,9 +10,10 @@ from m2ray.batches import LayerSpan, PromptStats
 from m2ray.planning.demand import Demand
 from m2ray.planning.devices import Device, DevicePlan
 from m2ray.planning.hardware import Cluster
-from m2ray.planning.memory import OFFLOAD_READ_BYTES, Memory, cpu_memory, gpu_host_memory, gpu_memory, window
+from m2ray.planning.memory import Memory, cpu_memory, gpu_host_memory, gpu_memory, window
 from m2ray.planning.output import OutputPlan
-from m2ray.planning.residency import in_host, with_disk
+from m2ray.planning.residency import deal, held_bytes, readers_bytes, with_files
+from m2ray.sizes import MaxMemory
 
 Resource = Literal["gpu_memory", "host_memory", "shared_memory", "disk"]
 
@@ -32,7 +33,7 @@ class StagePlan:
 class NodePlan:
     """What the stages of one node take together.
 
-    `shm_bytes`, hidden states in /dev/shm, is part of `host_bytes`; `disk_bytes` are layers that are kept on its disk.
+    `shm_bytes`, hidden states in /dev/shm, is part of `host_bytes`; `disk_bytes` are layers that are copied to `offload_folder` there.
     """
 
     name: str
@@ -60,42 +61,58 @@ class Placing:
     output: OutputPlan | None
     shortages: tuple[Shortage, ...]
 
+    @property
+    def brings(self) -> bool:
+        """Whether any layer is brought to its device in turn."""
+        return any(place in ("host", "checkpoint") for each in self.placed for place in each.residency.values())
+
 
 def place_all(demand: Demand, cluster: Cluster, chains: Sequence[Sequence[Device]], prompts: PromptStats | None) -> Placing:
-    """Deal the layers out over the chains, those without room on a GPU over hosts and disks, and count what each device holds."""
-    short_bytes = sum(demand.short_bytes(chain) for chain in chains)
-    placed = () if short_bytes else tuple(each for replica, chain in enumerate(chains) for each in _place(demand, replica, chain))
+    """Deal the layers out over the chains, those without room on a device over hosts and files, and count what each holds."""
+    dealt = [deal(demand, chain) for chain in chains]
+    short_bytes = sum(short for short, _ in dealt)
+    on_gpus = any(device.gpu for chain in chains for device in chain)
+    is_short = bool(short_bytes) and (on_gpus or demand.options.max_memory != MaxMemory())
+    placed = tuple(
+        DevicePlan(replica, place // _size(demand, chain), place, chain[place], span, residency, demand.wave_tokens if residency else 0)
+        for replica, (chain, (_, spans)) in enumerate(zip(chains, dealt, strict=True))
+        for place, (span, residency) in spans.items()
+        if not (is_short and on_gpus)
+    )
     placed = _with_residency(demand, cluster, placed)
     stages = tuple(_stages(demand, placed))
     nodes = _nodes(demand, cluster, stages, placed)
     output = demand.output(prompts) if prompts else None
-    shortages = [Shortage("gpu_memory", "all GPUs together", short_bytes)] if short_bytes else []
+    shortages = []
+    if is_short:
+        shortages = [
+            Shortage("gpu_memory", "all GPUs together", short_bytes)
+            if on_gpus
+            else Shortage("host_memory", "what max_memory leaves to all stages together", short_bytes)
+        ]
     shortages += [*_node_shortages(cluster, nodes), *disk_shortages(demand, output)]
     return Placing(placed, stages, nodes, output, tuple(shortages))
 
 
-def _place(demand: Demand, replica: int, chain: Sequence[Device]) -> Iterator[DevicePlan]:
-    size = demand.options.gpus_per_stage if chain[0].gpu else 1
-    for place, span in demand.split(chain).items():
-        yield DevicePlan(replica, place // size, place, chain[place], span)
+def _size(demand: Demand, chain: Sequence[Device]) -> int:
+    """Devices of a stage."""
+    return demand.options.gpus_per_stage if chain[0].gpu else 1
 
 
 def _with_residency(demand: Demand, cluster: Cluster, placed: Sequence[DevicePlan]) -> tuple[DevicePlan, ...]:
-    """The devices, with what finds no room on them dealt out between each node's memory and its disk."""
-    if demand.options.offload == "none":
+    """The devices, with what finds no room on them dealt out between each node's memory and files."""
+    if demand.options.offload not in ("disk", "auto") or not any("host" in each.residency.values() for each in placed):
         return tuple(placed)
-    without = _nodes(demand, cluster, tuple(_stages(demand, placed)), placed)
-    placed = in_host(demand, placed)
+    nothing_brought = [replace(each, residency={}) for each in placed]
+    without = _nodes(demand, cluster, tuple(_stages(demand, nothing_brought)), nothing_brought)
     for node, planned in zip(cluster.nodes, without, strict=True):
-        num_readers = sum(bool(each.residency) for each in placed if each.device.node.name == node.name)
-        if num_readers:
-            placed = with_disk(demand, placed, node, planned.host_bytes + OFFLOAD_READ_BYTES * num_readers)
+        here = [replace(each, residency={0: "checkpoint"}) for each in placed if each.device.node.name == node.name and each.residency]
+        placed = with_files(demand, placed, node, planned.host_bytes + readers_bytes(here))
     return tuple(placed)
 
 
 def gpus_of(demand: Demand, chains: Sequence[Sequence[Device]], placing: Placing) -> Iterator[DevicePlan]:
     """Every GPU of every chain with its memory, in order; those that stay empty take nothing."""
-    size = demand.options.gpus_per_stage
     with_layers = {(each.replica, each.place): each for each in placing.placed}
     for replica, chain in enumerate(chains):
         for place, device in enumerate(chain):
@@ -104,12 +121,11 @@ def gpus_of(demand: Demand, chains: Sequence[Sequence[Device]], placing: Placing
             found = with_layers.get((replica, place))
             if found is None:
                 empty = Memory({} if placing.placed else demand.overhead, {})
-                yield DevicePlan(replica, place // size, place, device, None, memory=empty)
+                yield DevicePlan(replica, place // _size(demand, chain), place, device, None, memory=empty)
                 continue
-            rows = [row for row in demand.rows(found.held) if row.layer not in found.residency]
-            buffers_bytes = demand.buffers_bytes(found.held) if found.residency else 0
+            held = held_bytes(demand, found.held, found.residency, on_gpu=True)
             captured_bytes, statistics_bytes = demand.captured_row_bytes(found.held), demand.statistics_on_device(found.held)
-            memory = gpu_memory(rows, demand.workload, captured_bytes, buffers_bytes, statistics_bytes)
+            memory = gpu_memory(held, demand.workload, captured_bytes, statistics_bytes)
             yield replace(found, memory=memory)
 
 
@@ -119,25 +135,38 @@ def _stages(demand: Demand, placed: Sequence[DevicePlan]) -> Iterator[StagePlan]
         span = LayerSpan(of_stage[0].held.start, of_stage[-1].held.stop)
         statistics_bytes = demand.statistics_on_host(span)
         if of_stage[0].device.gpu:
-            offloaded_bytes = sum(demand.bytes_in(each.residency, "host") for each in of_stage)
-            readers_bytes = OFFLOAD_READ_BYTES * sum("disk" in each.residency.values() for each in of_stage)
-            host = gpu_host_memory(demand.workload, demand.column_bytes(span), offloaded_bytes, readers_bytes, statistics_bytes)
-        else:
-            host = cpu_memory(
-                demand.rows(span), demand.workload, demand.row_bytes(span), statistics_bytes + demand.statistics_on_device(span)
+            packed_bytes = sum(demand.bytes_in(each.residency, "host") for each in of_stage)
+            wave_bytes = demand.wave_bytes(span) // 2 if span.start and any(each.residency for each in of_stage) else 0
+            host = gpu_host_memory(
+                demand.workload,
+                demand.column_bytes(span),
+                {"packed_layers": packed_bytes, "readers": readers_bytes(of_stage), "wave": wave_bytes},
+                statistics_bytes,
             )
+        else:
+            held = held_bytes(demand, span, of_stage[0].residency, on_gpu=False)
+            host = cpu_memory(held, demand.workload, demand.row_bytes(span), statistics_bytes + demand.statistics_on_device(span))
         yield StagePlan(replica, stage, of_stage[0].device.node.name, span, host)
 
 
 def _nodes(demand: Demand, cluster: Cluster, stages: Sequence[StagePlan], placed: Sequence[DevicePlan]) -> tuple[NodePlan, ...]:
-    """Hidden states in flight may all be on one node; a chain of one stage has none."""
+    """Hidden states in flight may all be on one node; a chain of one stage has none. Of waves there are one a stage, and one to spare."""
+    copied = demand.options.offload_folder is not None
     planned = []
     for node in cluster.nodes:
-        disk_bytes = sum(demand.bytes_in(each.residency, "disk") for each in placed if each.device.node.name == node.name)
+        here_placed = [each for each in placed if each.device.node.name == node.name]
+        disk_bytes = sum(demand.bytes_in(each.residency, "checkpoint") for each in here_placed) if copied else 0
         here = [stage for stage in stages if stage.node == node.name]
         lengths = Counter(stage.replica for stage in stages)
         chains = {stage.replica for stage in here if lengths[stage.replica] > 1}
-        shm_bytes = sum(min(demand.options.in_flight_bytes, window(lengths[replica]) * demand.workload.hidden_bytes) for replica in chains)
+        wave_bytes = max((each.wave_tokens for each in placed), default=0) * demand.workload.token_bytes
+        shm_bytes = sum(
+            min(
+                demand.options.in_flight_bytes,
+                max(window(lengths[replica]) * demand.workload.hidden_bytes, (lengths[replica] + 1) * wave_bytes),
+            )
+            for replica in chains
+        )
         host_bytes = sum(stage.host.peak_bytes for stage in here) + shm_bytes
         planned.append(NodePlan(node.name, host_bytes, shm_bytes, disk_bytes))
     return tuple(planned)

@@ -17,6 +17,7 @@ from m2ray.planning.partition import DeviceMap
 from m2ray.planning.placing import Placing, disk_shortages, gpus_of, place_all
 from m2ray.planning.rates import RatePlan, plan_rates
 from m2ray.planning.remedies import STEP_TOKENS, Remedy, find_remedies
+from m2ray.planning.waves import Wave, waves
 
 _WHAT_TAKES_IT = "`m2ray plan` shows what takes how much."
 
@@ -61,6 +62,7 @@ class Plan(Placing):
     chains: tuple[tuple[Device, ...], ...]
     weights: WeightsPlan
     gpus: tuple[DevicePlan, ...]
+    wave: Wave
     rates: RatePlan
     remedies: tuple[Remedy, ...]
 
@@ -127,7 +129,7 @@ def plan_run(
         )
     chains = tuple(map(tuple, chains or chain_devices(cluster, demand.num_layers, demand.options)))
     _require_attention(demand, chains)
-    placing = place_all(demand, cluster, chains, prompts)
+    demand, wave, placing = _with_wave(demand, cluster, chains, prompts)
     _require_disks(cluster, placing)
     short = {shortage.resource for shortage in placing.shortages}
     return Plan(
@@ -138,9 +140,24 @@ def plan_run(
         chains=chains,
         weights=_weights(demand),
         gpus=tuple(gpus_of(demand, chains, placing)),
+        wave=wave,
         rates=plan_rates(demand, placing.placed, prompts, sum(device.gpu is not None for chain in chains for device in chain)),
         remedies=find_remedies(demand, cluster, chains, prompts, short) if short else (),
     )
+
+
+def _with_wave(
+    demand: Demand, cluster: Cluster, chains: Sequence[Sequence[Device]], prompts: PromptStats | None
+) -> tuple[Demand, Wave, Placing]:
+    """The demand with the largest wave, up to the best, that leaves everything with room and on the devices whatever is there without one."""
+    demand = replace(demand, wave_tokens=0)
+    without = place_all(demand, cluster, chains, prompts)
+    for wave in waves(demand, without.placed, prompts):
+        asked = replace(demand, wave_tokens=wave.tokens)
+        placing = place_all(asked, cluster, chains, prompts) if wave.tokens else without
+        if not wave.tokens or (not placing.shortages and placing.brings == without.brings):
+            break
+    return asked, wave, placing
 
 
 def of_another_job(plan: Plan, demand: Demand, prompts: PromptStats) -> Plan:
@@ -174,9 +191,9 @@ def _require_disks(cluster: Cluster, placing: Placing) -> None:
     raise_all(
         [
             ConfigError(
-                f'offload = "disk": {planned.disk_bytes:,} bytes of layers would be kept in memory, since offload_folder of node {node.name} '
-                "lies on a file system in memory (tmpfs).",
-                "Set offload_folder to a folder on a disk.",
+                f"offload_folder: {planned.disk_bytes:,} bytes of layers would be copied into memory, since it lies on a file system in memory "
+                f"(tmpfs) on node {node.name}.",
+                "Set it to a folder on a disk, or leave it out.",
             )
             for node, planned in zip(cluster.nodes, placing.nodes, strict=True)
             if planned.disk_bytes and node.disk_in_memory
@@ -185,30 +202,38 @@ def _require_disks(cluster: Cluster, placing: Placing) -> None:
 
 
 def most_replicas(demand: Demand, cluster: Cluster) -> int:
-    """What `replicas = "auto"` means: the most chains that fit side by side, at least 1. Without GPUs 1."""
-    for replicas in range(cluster.num_gpus, 1, -1):
-        asked = demand.asking(replicas=replicas)
-        try:
-            chains = chain_devices(cluster, demand.num_layers, asked.options)
-        except ClusterError:
-            continue
-        if not place_all(asked, cluster, chains, None).shortages:
-            return replicas
+    """What `replicas = "auto"` means: the most chains that fit side by side as fast as they can be, at least 1. Without GPUs 1."""
+    for asked in demand.narrowed():
+        for replicas in range(cluster.num_gpus, 0, -1):
+            changed = asked.asking(replicas=replicas)
+            try:
+                chains = chain_devices(cluster, demand.num_layers, changed.options)
+            except ClusterError:
+                continue
+            if not place_all(changed, cluster, chains, None).shortages:
+                return replicas
     return 1
 
 
-def most_batch_tokens(demand: Demand, cluster: Cluster, at_most: int) -> int | None:
+def most_batch_tokens(demand: Demand, cluster: Cluster, at_most: int, least: int) -> int | None:
     """The largest micro-batch, `at_most` or in steps of 256 tokens less, for which all memory suffices; None if none does.
+
+    Weights get their place first: where `least` tokens leave them room to lie ready, or else on the devices, no more are taken than leave it too.
 
     Raises:
         ConfigError, ClusterError: as `plan_run`.
     """
     chains = chain_devices(cluster, demand.num_layers, demand.options)
     sizes = [*range(STEP_TOKENS, at_most, STEP_TOKENS), at_most]
-    too_large = bisect_left(
-        sizes, x=True, key=lambda size: bool(place_all(demand.asking(batch_tokens=size), cluster, chains, None).shortages)
-    )
-    return sizes[too_large - 1] if too_large else None
+    found = None
+    for asked in demand.narrowed():
+        too_large = bisect_left(
+            sizes, x=True, key=lambda size: bool(place_all(asked.asking(batch_tokens=size), cluster, chains, None).shortages)
+        )
+        found = sizes[too_large - 1] if too_large else None
+        if found is not None and found >= least:
+            break
+    return found
 
 
 def _weights(demand: Demand) -> WeightsPlan:

@@ -1,22 +1,14 @@
 """How fast a run can be, and what will hold it back: estimates, with their sources, for choosing a store and a layout."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from m2ray.batches import PromptStats, TensorRow
+from m2ray.batches import PromptStats
 from m2ray.planning.demand import Demand
 from m2ray.planning.devices import DevicePlan
-from m2ray.planning.hardware import GPU_MODELS, find_gpu_model
-from m2ray.planning.memory import ModelShape
 from m2ray.planning.output import stored_row_bytes
-
-SUSTAINED_SHARE = {False: 0.22, True: 0.39}
-"""Of the peak bfloat16 operations, not compiled and compiled: two for each weight that a token meets, on an H200 with real-size
-MiniMax-M2 layers, 8 x 2048 tokens, grouped experts, 23.7 and 13.3 ms a layer (benchmarks/results/gpu_stage_h200.json)."""
-
-COPY_BYTES_PER_S = 51 * 2**30
-"""Between one GPU and pinned host memory, either way, measured on an H200 behind PCIe 5."""
+from m2ray.planning.passes import COPY_BYTES_PER_S, bringing_s, pass_s
 
 Limit = Literal["computation", "device_to_host_copy", "offload", "encoder", "store"]
 
@@ -70,11 +62,15 @@ def plan_rates(demand: Demand, placed: Sequence[DevicePlan], prompts: PromptStat
         assumed.profile.require(options.compute_dtype, [each.device.gpu.name if each.device.gpu else None for each in placed])
     rows_a_token = prompts.rows_a_token if prompts else 1.0
     token_bytes = rows_a_token * sum(stored_row_bytes(part, options.compression) for part in options.parts)
-    computed = assumed.tokens_per_s or _computed_tokens_per_s(demand, placed, padding_waste)
+
+    def computing(each: DevicePlan, tokens: int) -> float | None:
+        return pass_s(demand, each, tokens, with_bringing=False)
+
+    computed = assumed.tokens_per_s or _tokens_per_s(demand, placed, padding_waste, computing)
     found: dict[Limit, float | None] = {
         "computation": computed,
         "device_to_host_copy": _copied_tokens_per_s(demand, placed, rows_a_token),
-        "offload": _offloaded_tokens_per_s(demand, placed, padding_waste),
+        "offload": _brought_tokens_per_s(demand, placed, padding_waste),
         "encoder": _encoded_tokens_per_s(demand, placed, rows_a_token),
         "store": _stored_tokens_per_s(demand, token_bytes),
     }
@@ -114,39 +110,40 @@ def _least(limits: Mapping[Limit, float]) -> Limit:
     return min(limits, key=lambda name: limits[name])
 
 
-def active_elements(rows: Sequence[TensorRow], shape: ModelShape) -> float:
-    """Weights that one token is multiplied with: of stacked experts [E, rows, columns] only the share that is chosen."""
-    chosen = shape.experts_per_token / shape.num_experts if shape.num_experts else 1.0
-    return sum(
-        row.num_elements * (chosen if len(row.shape) == 3 and row.shape[0] == shape.num_experts else 1.0)
-        for row in rows
-        if row.role == "layer"
-    )
+def _tokens_per_s(
+    demand: Demand, placed: Sequence[DevicePlan], padding_waste: float, seconds: Callable[[DevicePlan, int], float | None]
+) -> float | None:
+    """Of all chains: each is as fast as its slowest stage, and a stage's devices work one after the other. None where a device's time is not known.
 
-
-def _computed_tokens_per_s(demand: Demand, placed: Sequence[DevicePlan], padding_waste: float) -> float | None:
-    """Of all chains: each is as fast as its slowest stage, and a stage's GPUs work one after the other. None on unknown GPUs."""
-    seconds: dict[tuple[int, int], float] = {}
+    `seconds` are what a device takes for so many tokens: those of a wave, or of a micro-batch.
+    """
+    of_stages: dict[tuple[int, int], float] = {}
     for each in placed:
-        rate = _operations_per_s(demand, each)
-        if rate is None:
+        tokens = each.wave_tokens or demand.options.batch_tokens
+        taken_s = seconds(each, tokens)
+        if taken_s is None:
             return None
-        active = active_elements(demand.rows(each.held), demand.shape)
         stage = (each.replica, each.stage)
-        seconds[stage] = seconds.get(stage, 0.0) + 2 * active / rate
+        of_stages[stage] = of_stages.get(stage, 0.0) + taken_s / tokens
     slowest: dict[int, float] = {}
-    for (replica, _), stage_s in seconds.items():
+    for (replica, _), stage_s in of_stages.items():
         slowest[replica] = max(slowest.get(replica, 0.0), stage_s)
-    return sum((1 - padding_waste) / stage_s for stage_s in slowest.values()) or None
+    return sum((1 - padding_waste) / stage_s for stage_s in slowest.values() if stage_s) or None
 
 
-def _operations_per_s(demand: Demand, placed: DevicePlan) -> float | None:
-    """As measured, or estimated by the GPU's name."""
-    compiled = demand.options.compile
-    if demand.assumed.profile:
-        return demand.assumed.profile.operations_per_s(compiled=compiled)
-    model = find_gpu_model(placed.device.gpu.name) if placed.device.gpu else None
-    return None if model is None else GPU_MODELS[model].bf16_flops * SUSTAINED_SHARE[compiled]
+def _brought_tokens_per_s(demand: Demand, placed: Sequence[DevicePlan], padding_waste: float) -> float | None:
+    """By what is brought, computing beside it where that is known; None where nothing is, and where nothing waits for it."""
+    if not any(bringing_s(demand, each) for each in placed):
+        return None
+
+    def seconds(each: DevicePlan, tokens: int) -> float:
+        return pass_s(demand, each, tokens) or bringing_s(demand, each)
+
+    rate, computed = (
+        _tokens_per_s(demand, placed, padding_waste, of)
+        for of in (seconds, lambda each, tokens: pass_s(demand, each, tokens, with_bringing=False))
+    )
+    return rate if rate is None or computed is None or rate < computed else None
 
 
 def _copied_tokens_per_s(demand: Demand, placed: Sequence[DevicePlan], rows_a_token: float) -> float | None:
@@ -160,19 +157,6 @@ def _copied_tokens_per_s(demand: Demand, placed: Sequence[DevicePlan], rows_a_to
         copied = rows_a_token * sum(demand.row_bytes(each.held)) + demand.table.handed_bytes(demand.itemsize_bytes)
         most[each.replica] = max(most.get(each.replica, 0.0), copied)
     return sum(rate / copied for copied in most.values()) or None
-
-
-def _offloaded_tokens_per_s(demand: Demand, placed: Sequence[DevicePlan], padding_waste: float) -> float | None:
-    """Of all chains, by the GPU that is brought most; None where none is. A disk counts as its profile says, else as the bus it comes by."""
-    profile = demand.assumed.profile
-    bus = COPY_BYTES_PER_S if profile is None or profile.copy_bytes_per_s is None else profile.copy_bytes_per_s
-    disk = bus if profile is None or profile.read_bytes_per_s is None else min(bus, profile.read_bytes_per_s)
-    slowest: dict[int, float] = {}
-    for each in placed:
-        if each.residency:
-            seconds = demand.bytes_in(each.residency, "host") / bus + demand.bytes_in(each.residency, "disk") / disk
-            slowest[each.replica] = max(slowest.get(each.replica, 0.0), seconds)
-    return sum(demand.options.batch_tokens * (1 - padding_waste) / seconds for seconds in slowest.values()) or None
 
 
 def _encoded_tokens_per_s(demand: Demand, placed: Sequence[DevicePlan], rows_a_token: float) -> float | None:

@@ -17,7 +17,7 @@ from m2ray.planning.placing import place_all
 from m2ray.sizes import MaxMemory
 
 STEP_TOKENS = 256
-_OFFLOAD = ("none", "cpu", "disk")
+_OFFLOAD = ("none", "cpu", "auto", "disk")
 
 Chains = Sequence[Sequence[Device]]
 Layout = tuple[Demand, Cluster, Chains, PromptStats | None]
@@ -41,7 +41,7 @@ def find_remedies(
     for option, candidates, changed, sentence in _changes(demand, cluster, chains, prompts, short):
         value = _first(candidates, partial(_fits, changed))
         if value is not None:
-            in_words = sentence.format(value=value, stages=_stages(demand, value), **_copied(changed(value)))
+            in_words = sentence.format(value=value, stages=_stages(demand, value), **_brought(changed(value)))
             found.append(Remedy(option, value, in_words))
     return tuple(found)
 
@@ -61,12 +61,12 @@ def _first(candidates: Sequence[Any], fits: Callable[[Any], bool]) -> Any:
     return next((value for value in candidates if fits(value)), None)
 
 
-def _copied(layout: Layout) -> dict[str, str]:
-    """In words, what the GPUs are brought for each micro-batch."""
-    placing = place_all(*layout)
-    disk_bytes = sum(node.disk_bytes for node in placing.nodes)
-    all_bytes = disk_bytes + sum(stage.host.running.get("offloaded", 0) for stage in placing.stages)
-    return {"copied": f"{all_bytes:,}", "from_disks": f" {disk_bytes:,} of these from disks," if disk_bytes else ""}
+def _brought(layout: Layout) -> dict[str, str]:
+    """In words, what the devices are brought once a wave."""
+    demand, placed = layout[0], place_all(*layout).placed
+    from_host = sum(demand.bytes_in(each.residency, "host") for each in placed if each.device.gpu)
+    from_files = sum(demand.bytes_in(each.residency, "checkpoint") for each in placed)
+    return {"brought": f"{from_host + from_files:,}", "from_files": f" {from_files:,} of these from files," if from_files else ""}
 
 
 def _changes(
@@ -107,6 +107,7 @@ def _changes(
         to("compute_dtype"),
         'It fits with compute_dtype = "bfloat16".',
     )
+    yield "weights", _if(options.weights == "bf16" and demand.is_packed, "packed"), to("weights"), 'It fits with weights = "packed".'
     yield "batch_tokens", _fewer(options.batch_tokens), to("batch_tokens"), "It fits with batch_tokens = {value} or less."
     yield "max_length", _fewer(demand.assumed.longest_tokens or 0), if_only("longest_tokens"), "It fits with max_length = {value} or less."
     yield (
@@ -138,7 +139,7 @@ def _changes(
     if short & {"gpu_memory", "host_memory"}:
         further = _OFFLOAD[_OFFLOAD.index(options.offload) + 1 :]
         sentence = (
-            'It runs with offload = "{value}": {copied} bytes of layers are copied to the GPUs for each micro-batch,{from_disks} slowly.'
+            'It runs with offload = "{value}": {brought} bytes of layers are brought in turn,{from_files} once for many micro-batches.'
         )
         yield "offload", further, to("offload"), sentence
 

@@ -9,7 +9,7 @@ from m2ray.planning.hardware import Cluster
 from m2ray.planning.memory import Memory
 from m2ray.planning.placing import StagePlan
 from m2ray.planning.plan import Plan
-from m2ray.planning.residency import layers_in
+from m2ray.planning.residency import runs
 
 FORMAT_VERSION = 1
 
@@ -38,6 +38,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
             "device_map": options.device_map,
             "replicas": options.replicas,
             "gpus_per_stage": options.gpus_per_stage,
+            "weights": options.weights,
             "offload": options.offload,
             "in_flight_bytes": options.in_flight_bytes,
             "writer_queue_bytes": options.writer_queue_bytes,
@@ -45,8 +46,9 @@ def to_json(plan: Plan) -> dict[str, Any]:
         },
         "weights": {**asdict(plan.weights), "layer_bytes": list(plan.weights.layer_bytes), "layouts": _layouts(plan)},
         "cluster": _cluster(plan.cluster),
+        "wave": {"tokens": plan.wave.tokens, "forced_by": plan.wave.forced_by or None},
         "gpus": [_gpu(gpu) for gpu in plan.gpus],
-        "stages": [_stage(stage) for stage in plan.stages],
+        "stages": [_stage(plan, stage) for stage in plan.stages],
         "nodes": [asdict(node) for node in plan.nodes],
         "output": _output(plan),
         "rates": {**asdict(plan.rates), "limits": dict(plan.rates.limits)},
@@ -89,18 +91,28 @@ def _gpu(planned: DevicePlan) -> dict[str, Any]:
         "total_bytes": gpu.total_bytes,
         "usable_bytes": planned.device.usable_bytes,
         "layers": _span(planned.span),
-        "offloaded": _span(layers_in(planned.residency, "host", "disk")),
-        "on_disk": _span(layers_in(planned.residency, "disk")),
+        "residency": _residency(planned),
+        "wave_tokens": planned.wave_tokens,
         **_memory(planned.memory),
     }
 
 
-def _stage(planned: StagePlan) -> dict[str, Any]:
+def _residency(planned: DevicePlan) -> list[dict[str, Any]]:
+    return (
+        []
+        if planned.span is None
+        else [{"layers": _span(layers), "place": place} for layers, place in runs(planned.span, planned.residency)]
+    )
+
+
+def _stage(plan: Plan, planned: StagePlan) -> dict[str, Any]:
+    devices = [each for each in plan.placed if (each.replica, each.stage) == (planned.replica, planned.stage)]
     return {
         "replica": planned.replica,
         "stage": planned.stage,
         "node": planned.node,
         "layers": _span(planned.span),
+        "residency": [run for each in devices for run in _residency(each)],
         "host": _memory(planned.host),
     }
 

@@ -9,7 +9,7 @@ from m2ray.batches import PartSpec, PromptStats, TensorTable
 from m2ray.config import Auto, ExtractConfig, parse_labels
 from m2ray.errors import ConfigError
 from m2ray.options import PromptOptions, RunOptions
-from m2ray.planning.batch_size import AUTO_BATCH_TOKENS, ON_CPU, ON_GPU, best_batch_tokens
+from m2ray.planning.batch_size import AUTO_BATCH_TOKENS, MOST_ON_CPU, ON_CPU, ON_GPU, best_batch_tokens
 from m2ray.planning.demand import Assumptions, Demand
 from m2ray.planning.hardware import Cluster
 from m2ray.planning.memory import ModelShape
@@ -22,6 +22,9 @@ AUTO_SHARD_TOKENS = 32_768
 
 STATISTICS_SHARE = 0.01
 """Of the bytes that rows would take, what shards leave until the end of a run where statistics alone are kept."""
+
+WRITER_QUEUE_SHARE = 8
+"""Captured rows that wait for the store take one part in so many of a stage's memory where that is limited, at most."""
 
 _Value = TypeVar("_Value", bool, int, str)
 
@@ -68,6 +71,8 @@ def resolve(
     num_layers = layers_run((*kept, *of_statistics), table.num_layers)
     if isinstance(config.stages, int) and config.stages > num_layers:
         raise ConfigError(f"stages = {config.stages}, but only {num_layers} layers are run.", f"Ask for at most {num_layers}.")
+    if config.weights == "packed" and not any(row.method for row in table.rows if row.role == "layer"):
+        raise ConfigError('weights = "packed", but no weights of this checkpoint are quantised.', "Leave weights out.")
     of_the_run = recorded or {}
 
     def decided(name: str, asked: _Value | Auto, automatic: _Value) -> _Value:
@@ -80,7 +85,7 @@ def resolve(
         parts=kept,
         compute_dtype=config.compute_dtype,
         store_dtype=config.store_dtype,
-        batch_tokens=decided("batch_tokens", config.batch_tokens, AUTO_BATCH_TOKENS),
+        batch_tokens=decided("batch_tokens", config.batch_tokens, MOST_ON_CPU),
         shard_tokens=decided(
             "shard_tokens", config.shard_tokens, _shard_tokens(config, parts, statistics, of_statistics, table.num_experts)
         ),
@@ -94,6 +99,7 @@ def resolve(
         gpus_per_stage=config.gpus_per_stage,
         device_map=config.device_map,
         max_memory=parse_max_memory(config.max_memory),
+        weights=config.weights,
         offload=config.offload,
         offload_folder=config.offload_folder,
         node_labels=parse_labels(config.node_labels),
@@ -108,6 +114,7 @@ def resolve(
     if cluster is None:
         return options
     demand = Demand(table, shape, options, assumed or Assumptions())
+    demand = demand.asking(writer_queue_bytes=_writer_queue_bytes(options, cluster))
     if config.batch_tokens == "auto" and "batch_tokens" not in of_the_run:
         demand = demand.asking(batch_tokens=_batch_tokens(config, demand, cluster, stats_at))
     demand = demand.asking(replicas=_replicas(config, demand, cluster))
@@ -143,13 +150,28 @@ def _replicas(config: ExtractConfig, demand: Demand, cluster: Cluster) -> int:
 def _batch_tokens(config: ExtractConfig, demand: Demand, cluster: Cluster, stats_at: StatsAt | None) -> int:
     """What memory has room for and takes least time; the most there is where nothing fits, or where no prompts are known."""
     demand = demand.asking(replicas=_replicas(config, demand, cluster))
-    most_tokens = most_batch_tokens(demand, cluster, AUTO_BATCH_TOKENS)
-    if most_tokens is None or stats_at is None:
-        return most_tokens or AUTO_BATCH_TOKENS
+    costs, at_most = (ON_GPU, AUTO_BATCH_TOKENS) if cluster.num_gpus else (ON_CPU, MOST_ON_CPU)
+    most_tokens = most_batch_tokens(demand, cluster, at_most, costs.ready_tokens)
+    if most_tokens is None:
+        return MOST_ON_CPU
+    stats_at = stats_at or _endless
     replicas = demand.options.replicas
     plan = plan_run(demand.asking(batch_tokens=most_tokens), cluster)
-    costs = ON_GPU if cluster.num_gpus else ON_CPU
     return best_batch_tokens(most_tokens, stats_at, len(plan.stages) // replicas, replicas, costs)
+
+
+def _endless(batch_tokens: int) -> PromptStats:
+    """Where no prompts are known: many, without padding."""
+    tokens = 1 << 30
+    return PromptStats(0, tokens, tokens, 0, 0, tokens // batch_tokens)
+
+
+def _writer_queue_bytes(options: RunOptions, cluster: Cluster) -> int:
+    """Without GPUs, where `max_memory` is of all that a stage takes, no more than a part of that."""
+    if cluster.num_gpus:
+        return options.writer_queue_bytes
+    allowed = (options.max_memory.usable_bytes(node.name, 0, WRITER_QUEUE_SHARE * options.writer_queue_bytes) for node in cluster.nodes)
+    return min(allowed) // WRITER_QUEUE_SHARE
 
 
 def _threads(demand: Demand, cluster: Cluster) -> int:

@@ -150,6 +150,11 @@ class LocalStore(Store):
                 return None
         return None if stat.S_ISDIR(found.st_mode) else found.st_size
 
+    def version(self, key: str) -> str:
+        with _naming("read", self.path(key)):
+            found = self.path(key).stat()
+        return f"{found.st_dev} {found.st_ino} {found.st_size} {found.st_mtime_ns}"
+
     def read(self, key: str) -> bytes:
         with _naming("read", self.path(key)):
             return self.path(key).read_bytes()

@@ -56,6 +56,11 @@ class ObjectStore(Store):
             except FileNotFoundError:
                 return None
 
+    def version(self, key: str) -> str:
+        with self.naming("look at", key):
+            found = obstore.head(self._store, key)
+        return f"{found['size']} {found['e_tag'] or found['last_modified']}"
+
     def read(self, key: str) -> bytes:
         with self.naming("read", key):
             return bytes(obstore.get(self._store, key).bytes())

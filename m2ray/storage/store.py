@@ -55,6 +55,10 @@ class Store(ABC):
         """The object's bytes, or None if there is no such object."""
 
     @abstractmethod
+    def version(self, key: str) -> str:
+        """What changes whenever the object is written anew. Raises StoreError if there is none."""
+
+    @abstractmethod
     def read(self, key: str) -> bytes:
         """The whole object."""
 

@@ -118,6 +118,9 @@ class GatedStore(Store):
     def size(self, key: str) -> int | None:
         return self._store.size(key)
 
+    def version(self, key: str) -> str:
+        return self._store.version(key)
+
     def read(self, key: str) -> bytes:
         return self._store.read(key)
 

@@ -12,7 +12,7 @@ from tests.reference import MINIMAX_TINY
 SCRIPT = str(Path(__file__).with_name("two_jobs.py"))
 
 
-def test_a_loaded_chain_does_one_job_after_another(cluster: RayCluster, minimax: Path, prompts: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_chain_does_one_job_after_another_in_waves(cluster: RayCluster, minimax: Path, prompts: Path, tmp_path: Path) -> None:  # noqa: F811
     """Into two folders, of other layers and micro-batches; the weights are read once: while the second is done others lie there."""
     model = tmp_path / "model"
     shutil.copytree(minimax, model)
@@ -23,7 +23,7 @@ def test_a_loaded_chain_does_one_job_after_another(cluster: RayCluster, minimax:
     assert_equals_transformers(runs[1], minimax, (0, 3, 5))
     refused, first, second = json.loads(done.stdout.splitlines()[-1])
     assert refused == ["StoreError", 0], "the folder is looked at before the weights are read"
-    assert [(stage["pid"], stage["read_bytes"], stage["tokens"]) for stage in first] == [
-        (stage["pid"], stage["read_bytes"], stage["tokens"]) for stage in second
-    ]
-    assert sum(stage["written_bytes"] for stage in second) < sum(stage["written_bytes"] for stage in first)
+    assert [(stage["pid"], stage["read_bytes"]) for stage in first] == [(stage["pid"], stage["read_bytes"]) for stage in second]
+    assert first[0]["tokens"] < second[0]["tokens"] == second[1]["tokens"], "the first stage was killed, and counts from there on"
+    assert second[1]["tokens"] <= first[1]["tokens"], "the second one was not"
+    assert second[1]["written_bytes"] < first[1]["written_bytes"]

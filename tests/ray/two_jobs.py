@@ -1,14 +1,18 @@
-"""One loaded chain does two jobs one after the other, once one is refused: what the stages say of each is printed as JSON.
+"""One loaded chain does two jobs one after the other, once one is refused: what the stages say of each is printed as JSON. In the first job the
+first stage is killed while the second one's wave may be half full.
 
     python two_jobs.py MODEL PROMPTS OUTPUT LAYERS OUTPUT LAYERS
 
-The weights lie elsewhere while the second is done. Run by test_two_jobs.py.
+The weights lie elsewhere while the second is done. Both stages take waves, of layers of which some are ready. Run by test_two_jobs.py.
 """
 
 import json
+import os
+import signal
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import ray
@@ -35,8 +39,8 @@ TIMEOUT_S = 120.0
 OPTIONS = {"compute_dtype": "float32", "store_dtype": "float32", "id_column": "id", "shard_tokens": 300, "compile": False}
 
 
-def do(stages: Stages, model: str, prompts: str, output: str, layers: str, batch_tokens: int) -> list[dict[str, int]]:
-    """Extract into one folder, and give what the stages say then."""
+def do(stages: Stages, model: str, prompts: str, output: str, layers: str, batch_tokens: int, killed: int = -1) -> list[dict[str, int]]:
+    """Extract into one folder, and give what the stages say then. After the first shard the process of stage `killed` is killed."""
     inputs = look(ExtractConfig(model=model, prompts=prompts, output=output, layers=layers, batch_tokens=batch_tokens, **OPTIONS))
     progress = Progress(sys.stderr)
     found = survey(inputs.source, inputs.tokenizer, inputs.store, uuid4().hex[:12], 300, on_progress=progress.surveying)
@@ -49,9 +53,14 @@ def do(stages: Stages, model: str, prompts: str, output: str, layers: str, batch
     chain = Chain(stages, extract._micro_batches_of(work), batch_tokens, progress.say, **limits)
     queue = ShardQueue(work.shards)
 
+    committed: list[int] = []
+
     def commit(result: ShardAttempt) -> None:
         run.commit(result.shard, result.attempt, result.receipts, result.micro_batches, result.elapsed_s)
         queue.finish(result.shard)
+        committed.append(result.shard.index)
+        if killed >= 0 and len(committed) == 1:
+            os.kill(stages.statuses[killed].pid, signal.SIGKILL)
 
     with found.tokens:
         chain.run(queue, commit)
@@ -79,9 +88,10 @@ def main() -> None:
     reservation = Reservation([Room(node["NodeManagerAddress"], node["NodeID"], 0, 1.0)] * 2, {})
     reservation.wait(TIMEOUT_S)
     num_layers = json.loads((Path(model) / "config.json").read_text())["num_hidden_layers"]
-    specs = [[StageSpec(model, span, "float32", "auto", "cpu", 1)] for span in (LayerSpan(0, 3), LayerSpan(3, num_layers))]
+    waves: dict[str, Any] = {"residency": {0: "host", 2: "host", 4: "host", 6: "host"}, "wave_tokens": 500}
+    specs = [[StageSpec(model, span, "float32", "auto", "cpu", 1, **waves)] for span in (LayerSpan(0, 3), LayerSpan(3, num_layers))]
     stages = Stages(specs, Actors(specs, reservation, "auto", TIMEOUT_S, TIMEOUT_S), timeout_s=TIMEOUT_S)
-    found = [refusal(stages, f"{first}-not-there"), do(stages, model, prompts, first, first_layers, 128)]
+    found = [refusal(stages, f"{first}-not-there"), do(stages, model, prompts, first, first_layers, 128, killed=0)]
     away = Path(model).with_name("away")
     away.mkdir()
     for file in Path(model).glob("*.safetensors"):

@@ -2,18 +2,22 @@
 
 import os
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from ray.exceptions import GetTimeoutError
 
-from m2ray.batches import LayerSpan
+from m2ray.activations.writing.writer import WriterSpec
+from m2ray.batches import LayerSpan, MicroBatch, Residency
 from m2ray.chain import actor
 from m2ray.chain.status import StageStatus
 from m2ray.errors import StoreError
+from m2ray.model.boundary import Boundary
 from m2ray.model.capture import CaptureSpec
 from m2ray.model.checkpoint import Checkpoint
 from m2ray.model.decoder import DecoderSpan
@@ -75,6 +79,68 @@ def test_a_reset_that_comes_late_does_nothing(monkeypatch: pytest.MonkeyPatch) -
     stage.reset(7, [])
     stage.reset(6, [])
     assert stage._turns.epoch == 7
+
+
+def waving(folder: Path, span: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> actor.StageActor:
+    """A stage that has begun a job, with waves of three micro-batches of 16 tokens."""
+    residency: dict[int, Residency] = dict.fromkeys(range(5), "host")
+    spec = StageSpec(str(folder / "llama"), LayerSpan(*span), "float32", "auto", "cpu", 1, residency=residency, wave_tokens=50)
+    stage = stage_of(spec, monkeypatch)
+    stage._build()
+    stage._take_on(actor.Job(CaptureSpec({"residual": (1, 3)}, "float32"), WriterSpec(str(folder / "run"), {}, 1 << 20, 1), 16))
+    return stage
+
+
+def part_of_shard(index: int) -> MicroBatch:
+    return replace(micro_batch_of((3, 8), 96, index), index=index, is_last=index == 4, sequence_ids=np.array([2 * index, 2 * index + 1]))
+
+
+def test_micro_batches_wait_for_a_wave_until_it_is_full_or_nothing_more_can_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_family(tmp_path / "llama", "llama")
+    stage, done = waving(tmp_path, (0, 5), monkeypatch), []
+    for step in range(5):
+        stage.take(0, step, "attempt", part_of_shard(step), None)
+        stage._compute.drain(30)
+        stage._capture.drain(30)
+        done.append(stage._turns.done)
+    assert done == [0, 0, 3, 3, 3]
+    stage.mark(0, 4)
+    stage.gather(0, 4, 0, "attempt", ())
+    (gathered,) = stage.completed(0, 4, 0).shards
+    assert [(receipt.layer, receipt.rows) for receipt in gathered.receipts] == [(1, 55), (3, 55)]
+    assert (stage.status().micro_batches, stage.status().tokens) == (5, 55)
+    stage.close()
+
+
+def test_half_a_wave_goes_with_its_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stage before has died: what it had handed on is held no longer, and is in no wave of the next epoch."""
+    make_family(tmp_path / "llama", "llama")
+    stage, held = waving(tmp_path, (2, 5), monkeypatch), []
+
+    def receive(*_: Any) -> Boundary:
+        hidden_BTH = torch.ones(2, 8, 48)
+        held.append(weakref.ref(hidden_BTH))
+        return Boundary(hidden_BTH)
+
+    monkeypatch.setattr(stage._incoming, "receive", receive)
+    for step in range(2):
+        stage.take(0, step, "first", part_of_shard(step), {})
+    stage.mark(0, 4)
+    stage._compute.drain(30)
+    assert all(each() is not None for each in held)
+    stage.reset(1, [(0, "first")])
+    assert [each() for each in held] == [None, None]
+    for step in range(5):
+        stage.take(1, step, "second", part_of_shard(step), {})
+    stage._compute.drain(30)
+    stage._capture.drain(30)
+    assert stage._turns.done == 3
+    stage.mark(1, 4)
+    stage.gather(1, 4, 0, "second", ())
+    (gathered,) = stage.completed(1, 4, 0).shards
+    assert [(receipt.attempt, receipt.rows) for receipt in gathered.receipts] == [("second", 55)]
+    stage.close()
+    assert ["second" in path.name for path in (tmp_path / "run").rglob("*.parquet")] == [True]
 
 
 def test_a_stage_answers_requests_with_and_without_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

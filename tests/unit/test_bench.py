@@ -11,9 +11,9 @@ from m2ray.bench.measuring import store_bytes_per_s
 from m2ray.cli import main
 from m2ray.cli.bench import shapes_of
 from m2ray.errors import ConfigError, StoreError
+from m2ray.planning.passes import active_elements
 from m2ray.planning.plan import Plan
 from m2ray.planning.profile import LayerTime, Profile
-from m2ray.planning.rates import active_elements
 from m2ray.storage import LocalStore, PartSink
 from tests.reference import make_minimax
 from tests.unit.test_plan import PROMPTS, SHAPE, drawn, m2_rows, plan

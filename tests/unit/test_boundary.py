@@ -198,7 +198,8 @@ def test_layers_with_tables_may_live_elsewhere(deepseek: Path, tmp_path: Path) -
     """Two prompts one after the other: each layer is brought twice."""
     spec = StageSpec(str(deepseek), LayerSpan(0, 5), "bfloat16", "auto", "cpu", 1)
     stages = [
-        load_capturing(each) for each in (spec, replace(spec, residency={0: "host", 1: "disk", 3: "disk"}, offload_folder=str(tmp_path)))
+        load_capturing(each)
+        for each in (spec, replace(spec, residency={0: "host", 1: "checkpoint", 3: "checkpoint"}, offload_folder=str(tmp_path)))
     ]
     for seed in (0, 1):
         micro_batch = micro_batch_of(LENGTHS, VOCABULARY, seed)

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,20 @@ M2 = ROOT / "tests/data/minimax_m2"
 M3 = ROOT / "tests/data/minimax_m3"
 LLAMA = ROOT / "tests/data/llama"
 CLUSTERS = ("8xA100-80GB", "8xA100-40GB", "4xH100-80GB", "6xH100-80GB", "1xH200", "2xH200", "8xH200")
+DEEPSEEK = ROOT / "tests/data/official/DeepSeek-V3.json"
+RESIDENCIES = (
+    ("MiniMax-M2", "8xH200", ""),
+    ("MiniMax-M2", "4xH200", ""),
+    ("MiniMax-M2", "2xH200", ""),
+    ("MiniMax-M2", "2xH200", "--weights packed"),
+    ("MiniMax-M2", "4xH100-80GB", ""),
+    ("MiniMax-M2", "1xH200", "--offload cpu"),
+    ("MiniMax-M2", "1xH100-80GB", "--offload cpu"),
+    ("DeepSeek-V3", "8xH200", ""),
+    ("DeepSeek-V3", "8xH200", "--in-flight 16GiB"),
+    ("DeepSeek-V3", "1xH100-80GB", "--offload cpu"),
+)
+"""Of the table of where weights live: a model, GPUs and options."""
 FITS, DOES_NOT_FIT = 0, 3
 _read = plan_inputs.read_model
 _seen: dict[tuple[str, str, str, int], plan_inputs.PlannedModel] = {}
@@ -79,21 +94,40 @@ def table_row(checkpoint: str, gpus: str, found: dict[str, Any]) -> str:
     return f"| {gpus} | {checkpoint} | {total_bytes:,} | {on_disk:,} | {loaded:,} | {verdict}"
 
 
+def residency_row(model: str, gpus: str, options: str) -> str:
+    found = plan_json("--gpus", gpus, *options.split(), model=M2 if model == "MiniMax-M2" else DEEPSEEK)
+    counts = Counter()
+    for run in (run for gpu in found["gpus"] for run in gpu["residency"]):
+        counts[run["place"]] += run["layers"][1] - run["layers"][0] + 1
+    layers = ", ".join(f"{number} `{place}`" for place, number in counts.items())
+    peak_bytes, host_bytes = (max(each[name] for each in found[kind]) for kind, name in (("gpus", "peak_bytes"), ("nodes", "host_bytes")))
+    rate = min(found["rates"]["limits"].values())
+    asked = f" `{options}` |" if options else " |"
+    sizes = f"{found['wave']['tokens']:,} | {peak_bytes / 1e9:.1f} GB | {host_bytes / 1e9:.0f} GB"
+    return f"| {model} | {gpus} |{asked} {layers} | {sizes} | {rate:,.0f} | {1e6 / rate:,.0f} s |"
+
+
+def test_the_table_of_where_weights_live_is_what_the_command_says() -> None:
+    table = "\n".join(residency_row(*asked) for asked in RESIDENCIES)
+    assert table in (ROOT / "docs/planning.md").read_text(encoding="utf-8"), f"the table should be:\n{table}"
+
+
 def test_the_table_in_the_docs_is_what_the_command_says(bf16_m2: Path) -> None:
     models = {"BF16": bf16_m2, "FP8": M2}
     rows = [table_row(name, gpus, plan_json("--gpus", gpus, model=model)) for gpus in CLUSTERS for name, model in models.items()]
     table = "\n".join(rows)
     assert table in (ROOT / "docs/planning.md").read_text(encoding="utf-8"), f"the table should be:\n{table}"
-    six = plan_json("--gpus", "6xH100-80GB", "--batch-tokens", "16384")
+    six = plan_json("--gpus", "6xH100-80GB", "--batch-tokens", "16384", "--weights", "bf16")
     (batch_tokens,) = (remedy["value"] for remedy in six["remedies"] if remedy["option"] == "batch_tokens")
     said = f"{six['short_by_bytes']:,} bytes short; at {batch_tokens:,} they are"
     assert said in (ROOT / "docs/migrating.md").read_text(encoding="utf-8")
 
 
 def test_the_size_of_micro_batches_is_told_where_the_plan_chose_it() -> None:
-    chosen, asked = plan("--gpus", "6xH100-80GB"), plan("--gpus", "6xH100-80GB", "--batch-tokens", "12544")
-    assert "\nmicro-batches of at most 12,544 tokens\n" in chosen.stdout
-    assert chosen.stdout.replace("micro-batches of at most 12,544 tokens\n", "") == asked.stdout
+    chosen, asked = plan("--gpus", "6xH100-80GB"), plan("--gpus", "6xH100-80GB", "--batch-tokens", "13824")
+    said = "micro-batches of at most 13,824 tokens, or fewer where the prompts suit fewer better\n"
+    assert f"\n{said}" in chosen.stdout
+    assert chosen.stdout.replace(said, "") == asked.stdout
     assert "micro-batches of at most" not in plan("--gpus", "1xH200").stdout
 
 
@@ -191,7 +225,7 @@ def test_prompts_are_counted_as_a_run_would_read_them(small_model: Path, tmp_pat
 
 
 def test_limits_and_device_maps_change_the_layout() -> None:
-    everywhere = plan_json("--gpus", "8xH200", "--max-memory", "60GB")
+    everywhere = plan_json("--gpus", "8xH200", "--max-memory", "60GB", "--weights", "bf16")
     assert not everywhere["fits"]
     assert {remedy["option"] for remedy in everywhere["remedies"]} >= {"max_memory"}
     filled = plan_json("--gpus", "8xH200", "--device-map", "sequential")["gpus"]

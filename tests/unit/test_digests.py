@@ -81,7 +81,9 @@ def test_a_digest_is_what_the_docs_say(fp8: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def offloaded(folder: Path, home: Path) -> list[StageSpec]:
-    return [replace(spec(folder, 0, NUM_LAYERS), residency={1: "host", 2: "host", 4: "disk"}, offload_folder=str(home))]
+    return [
+        replace(spec(folder, 0, NUM_LAYERS), residency={1: "host", 2: "host", 4: "checkpoint", 5: "checkpoint"}, offload_folder=str(home))
+    ]
 
 
 WAYS: dict[str, Callable[[Path, Path], list[StageSpec]]] = {

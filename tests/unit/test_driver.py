@@ -1,7 +1,9 @@
 """The driver of one chain, step by step, over stages that fail, finish, hang and answer when the test says so."""
 
 import itertools
-from collections.abc import Callable, Iterator
+import random
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +17,7 @@ from m2ray.chain.completion import Completed, GatheredShard
 from m2ray.chain.driver import Chain, ChainLostError, ShardAttempt
 from m2ray.chain.failure import FailurePolicy
 from m2ray.chain.queue import ShardQueue
+from m2ray.chain.wave import Entered, Gathering
 from m2ray.errors import ConfigError, M2rayError, StageMemoryError, StoreError
 
 SEQUENCES, LENGTH, BATCH_TOKENS = 8, 4, 16
@@ -30,6 +33,8 @@ class LeverStages:
 
     def __init__(self, number: int = 2) -> None:
         self.number = number
+        self.window = 6
+        self.marks: list[tuple[int, int]] = []
         self.epoch = 0
         self.taken: list[tuple[int, int, str, MicroBatch]] = []
         self.gathers: list[tuple[int, int, int, str]] = []
@@ -70,6 +75,9 @@ class LeverStages:
 
     def take(self, *taken: Any) -> None:
         self.taken.append(taken)
+
+    def mark(self, *mark: int) -> None:
+        self.marks.append(mark)
 
     def gather(self, *gather: Any) -> None:
         self.gathers.append(gather)
@@ -200,9 +208,9 @@ def test_no_more_bytes_are_in_the_chain_than_may_be(bound_bytes: int, held: int)
     assert len(run.results) == 4
 
 
-def test_no_more_micro_batches_are_in_the_chain_than_its_stages_have_use_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(driver, "window", lambda num_stages: num_stages + 1)
+def test_no_more_micro_batches_are_in_the_chain_than_its_stages_have_use_for() -> None:
     run = Run(shards=2)
+    run.stages.window = 3
 
     def script() -> Iterator[None]:
         assert len(run.stages.taken) == 3
@@ -240,6 +248,129 @@ def test_a_lack_of_memory_halves_the_micro_batches_from_there_on() -> None:
     assert run.said == ["No room. Micro-batches of at most 8 padded tokens from here on."]
     assert [(result.shard.index, len(result.micro_batches)) for result in run.results] == [(0, 2), (1, 4)]
     assert stages.restarted == []
+
+
+def test_a_lack_of_memory_in_a_wave_leaves_micro_batches_as_they_are() -> None:
+    """The stage has halved its waves."""
+    run = Run()
+    stages = run.stages
+
+    def script() -> Iterator[None]:
+        stages.fail(StageMemoryError("No room.", "Halve.", 1, LENGTH, in_wave=True))
+        yield
+        assert [len(taken[3].sequence_ids) for taken in stages.taken if taken[0] == 1] == [4, 4]
+        run.complete(1)
+        yield
+        run.complete(1)
+        yield
+
+    run(script)
+    assert run.said == ["No room. Waves of half the size from here on."]
+
+
+def test_the_last_that_may_come_is_marked_and_no_other_before_it_has_left() -> None:
+    """All up to a marked one is sure to leave: another mark would begin waves for nothing that are not full."""
+    run = Run(shards=3, in_flight_bytes=3 * BATCH_BYTES)
+    stages = run.stages
+
+    def script() -> Iterator[None]:
+        assert stages.marks == [(0, 2)]
+        stages.finish(2)
+        yield
+        assert (len(stages.taken), stages.marks) == (5, [(0, 2)])
+        stages.finish(1)
+        yield
+        assert (len(stages.taken), stages.marks) == (6, [(0, 2), (0, 5)])
+        run.complete()
+        yield
+        run.complete()
+        yield
+
+    run(script)
+    assert stages.marks == [(0, 2), (0, 5)]
+
+
+def test_where_no_more_come_the_last_is_marked_though_there_were_room() -> None:
+    """Other replicas hold the other shards, and one of them may come back."""
+    run = Run()
+    held = Shard(1, np.arange(SEQUENCES), np.full(SEQUENCES, LENGTH, np.int32))
+    run.queue._unfinished.add(1)
+
+    def script() -> Iterator[None]:
+        assert run.stages.marks == [(0, 1)]
+        run.stages.finish(1)
+        run.queue.give_back([held])
+        yield
+        assert (len(run.stages.taken), run.stages.marks) == (4, [(0, 1)])
+        run.complete()
+        yield
+        run.complete()
+        yield
+
+    run(script)
+
+
+class WaveStages(LeverStages):
+    """Stages that gather waves as real ones do; each does a step of its work between two pieces of news."""
+
+    def __init__(self, limits_tokens: Sequence[int], rng: random.Random) -> None:
+        super().__init__(len(limits_tokens))
+        self._rng = rng
+        self._stages = [Gathering(limit) for limit in limits_tokens]
+        self._work: list[deque[Any]] = [deque() for _ in limits_tokens]
+        self.waves: list[list[int]] = [[] for _ in limits_tokens]
+
+    def take(self, *taken: Any) -> None:
+        super().take(*taken)
+        self._work[0].append(Entered(taken[1], taken[2], taken[3], None))
+
+    def mark(self, *mark: int) -> None:
+        super().mark(*mark)
+        for work in self._work:  # a mark may come before the micro-batches do, and after
+            work.insert(self._rng.randrange(len(work) + 1), mark[1])
+
+    def news(self, *asked: Any) -> Completed | None:
+        for _ in range(20):
+            index = self._rng.randrange(self.number)
+            if self._work[index]:
+                self._step(index)
+        for gather in self.gathers[len(self._shards.get(0, [])) :]:
+            self.answer(gather)
+        return super().news(*asked)
+
+    def _step(self, index: int) -> None:
+        done = self._work[index].popleft()
+        stage = self._stages[index]
+        for wave in stage.mark(done) if isinstance(done, int) else stage.join(done):
+            self.waves[index].append(len(wave))
+            if index == self.number - 1:
+                self.finish(len(wave))
+            else:
+                self._work[index + 1].extend(wave)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_nothing_waits_for_ever_whatever_waves_and_bounds_there_are(seed: int) -> None:
+    rng = random.Random(seed)
+    limits = [rng.choice([0, 1, 2, 3, 7, 50]) * BATCH_TOKENS for _ in range(rng.randint(1, 4))]
+    run = Run(shards=rng.randint(1, 12), in_flight_bytes=rng.choice([1, 2, 5, 100]) * BATCH_BYTES)
+    run.stages = run.chain._stages = WaveStages(limits, rng)  # type: ignore[assignment]
+    run.stages.window = rng.choice([1, 3, 40])
+
+    def script() -> Iterator[None]:
+        yield from itertools.repeat(None, 5000)
+        pytest.fail(f"it stands still with {len(run.results)} shards done")
+
+    run(script)
+
+
+def test_waves_are_full_while_work_comes_where_every_stage_has_room_for_one() -> None:
+    """Of two stages and one more in flight, and though each micro-batch enters by itself as another leaves."""
+    run = Run(shards=60, in_flight_bytes=12 * BATCH_BYTES)
+    run.stages = run.chain._stages = WaveStages([4 * BATCH_TOKENS] * 2, random.Random(0))  # type: ignore[assignment]
+    run.stages.window = 40
+    run(lambda: itertools.repeat(None))
+    assert run.stages.waves == [[4] * 30] * 2
 
 
 def test_a_single_sequence_without_room_ends_the_run() -> None:

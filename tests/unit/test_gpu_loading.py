@@ -1,6 +1,5 @@
 """The lanes with host memory in a GPU's place: what is read when, and what the kernel's table says. The kernel itself: tests/gpu."""
 
-import ctypes
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -17,20 +16,19 @@ from m2ray.model import extents, gpu_hashes, gpu_loading, weights
 from m2ray.model.checkpoint import open_checkpoint
 from m2ray.model.decoder import DecoderSpan
 from m2ray.model.quantization import fused, fused_proof
-from m2ray.model.quantization.scaling import ScaledUnpack, dequantize
+from m2ray.model.quantization.scaling import ScaledUnpack
 from m2ray.model.skeleton import build_skeleton
 from m2ray.model.stage import StageSpec, load_stage
 from m2ray.model.weights import Loaded, load_weights
 from tests.hashed_by_numpy import HostHashes
+from tests.host_kernels import RAN, HostKernel, memory
 from tests.packed import make_packed
 from tests.reference import edited, load_span, make_minimax, same_bits
 
 CPU = torch.device("cpu")
-RAN: list[int] = []
-PACKED = {"mxfp8": "qwen3_moe", "modelopt-fp8": "llama", "mxfp4": "gpt_oss", "gptq": "llama"}
-"""Formats, each with a family: of the first two the kernel takes what lies as a matrix, of the others nothing."""
-
-BY_KERNEL = ("scales beside", "scales first", *list(PACKED)[:2])
+PACKED = {"mxfp8": "qwen3_moe", "modelopt-fp8": "llama", "mxfp4": "gpt_oss", "deepseek-v4": "qwen3_moe", "nvfp4-pack-quantized": "llama"}
+PACKED |= dict.fromkeys(("nvfp4", "pack-quantized", "pack-quantized-asymmetric", "awq", "gptq", "gptq-v2"), "llama")
+"""Formats, each with a family."""
 
 
 class HostLane(gpu_loading._Lane):
@@ -40,45 +38,6 @@ class HostLane(gpu_loading._Lane):
         self._pinned = torch.empty(gpu_loading.EXTENT_BYTES, dtype=torch.uint8)
         self._memory = self._pinned.numpy().data
         self._on_gpu = torch.empty(gpu_loading.EXTENT_BYTES + 16, dtype=torch.uint8)
-
-
-class HostKernel:
-    """The kernel's arithmetic on the addresses that a table gives."""
-
-    def __getitem__(self, grid: tuple[int]) -> Any:
-        return lambda table, data, max_tiles, *tile, **_: self.run(grid[0], table, data, max_tiles, tile)
-
-    def run(self, programs: int, table: torch.Tensor, data: torch.Tensor, max_tiles: int, tile: tuple[int, int]) -> None:
-        assert programs == len(table) * max_tiles
-        RAN.append(len(table))
-        for (
-            values_at,
-            scale_at,
-            into_at,
-            rows,
-            columns,
-            stride,
-            scale_columns,
-            height,
-            width,
-            values_number,
-            scale_number,
-        ) in table.tolist():
-            assert -(-rows // tile[0]) * -(-columns // tile[1]) <= max_tiles
-            scale_rows, scale_dtype = -(-rows // height), dtype_of(fused.SCALES, scale_number)
-            values = memory(data.data_ptr() + values_at, rows * columns).view(dtype_of(fused.VALUES, values_number)).view(rows, columns)
-            num_bytes = scale_dtype.itemsize * scale_rows * scale_columns
-            scale = memory(-scale_at if scale_at < 0 else data.data_ptr() + scale_at, num_bytes).view(scale_dtype)
-            into = memory(into_at, 2 * stride * rows).view(torch.bfloat16).view(rows, stride)[:, :columns]
-            into.copy_(dequantize(values, scale.view(scale_rows, scale_columns), (height, width)))
-
-
-def dtype_of(numbers: dict[torch.dtype, int], number: int) -> torch.dtype:
-    return next(dtype for dtype, each in numbers.items() if each == number)
-
-
-def memory(address: int, num_bytes: int) -> torch.Tensor:
-    return torch.frombuffer((ctypes.c_uint8 * num_bytes).from_address(address), dtype=torch.uint8)
 
 
 @pytest.fixture(params=["kernel", "formula"])
@@ -101,10 +60,10 @@ def on_host(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 class RoundsOnceMore(HostKernel):
     """As one that rounds its sums otherwise: the last bit of some numbers differs."""
 
-    def run(self, programs: int, table: torch.Tensor, data: torch.Tensor, max_tiles: int, tile: tuple[int, int]) -> None:
-        super().run(programs, table, data, max_tiles, tile)
-        _, _, into_at, rows, columns, *_ = table[0].tolist()
-        bits = memory(into_at, 2 * rows * columns).view(torch.int16)
+    def run(self, programs: int, table: torch.Tensor, data: torch.Tensor, max_tiles: int) -> None:
+        super().run(programs, table, data, max_tiles)
+        line = fused.Line(*table[0].tolist())
+        bits = memory(line.into, 2 * line.rows * line.columns).view(torch.int16)
         bits[5] ^= 1
 
 
@@ -117,7 +76,7 @@ def test_a_kernel_is_held_against_torch_before_it_is_used(kernel: type, said: st
     RAN.clear()
     with pytest.warns(RuntimeWarning, match=said) if said else nullcontext():
         assert fused_proof.is_exact.__wrapped__(CPU) == (not said)
-    assert len(RAN) == len(fused.VALUES) * len(fused.SCALES) * len(fused_proof._BLOCKS)
+    assert len(RAN) == len([*fused_proof._of_bytes(CPU), *fused_proof._of_nibbles(CPU)])
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +109,7 @@ def filled(decoder: DecoderSpan) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in [*model.named_parameters(), *model.named_buffers()] if not tensor.is_meta}
 
 
-@pytest.mark.parametrize("extent_bytes", [extents.EXTENT_BYTES, 5000, 333])
+@pytest.mark.parametrize("extent_bytes", [extents.EXTENT_BYTES, 333])
 @pytest.mark.parametrize("layout", ["scales beside", "scales first", "bf16", "fused", *PACKED])
 def test_lanes_load_what_the_cpu_loads(
     on_host: str, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, layout: str, extent_bytes: int
@@ -166,11 +125,43 @@ def test_lanes_load_what_the_cpu_loads(
     # Gaps of up to 4 KiB between wanted tensors are read too, which is much of a file of 100 KB.
     assert loaded.needed_bytes <= bytes_read <= 1.1 * loaded.needed_bytes or layout in PACKED
     assert loaded.digests == load_stage(spec(folders[layout], span), lambda *_: None).digests
-    assert bool(RAN) == (on_host == "kernel" and layout in BY_KERNEL)
+    assert bool(RAN) == (on_host == "kernel" and layout not in ("bf16", "fused"))
+
+
+@pytest.mark.parametrize(
+    ("block", "scale_shape"), [(None, ()), ((16, 32), (3,)), ((16, 32), (3, 1, 1)), ((8, 16), (3, 2, 2)), ((1, 32), (3, 16))]
+)
+def test_stacked_matrices_are_a_line_each(on_host: str, block: tuple[int, int] | None, scale_shape: tuple[int, ...]) -> None:
+    values = torch.randint(0, 120, (3, 16, 32), dtype=torch.uint8).view(torch.float8_e4m3fn)
+    scale, into = torch.rand(scale_shape), torch.empty(3, 16, 32, dtype=torch.bfloat16)
+    data = torch.cat((values.view(torch.uint8).view(-1), scale.view(-1).view(torch.uint8)))
+    parts = {
+        "values": extents.Range("f", 0, values.nbytes, values.dtype, (3, 16, 32)),
+        "scale": extents.Range("f", values.nbytes, scale.nbytes, scale.dtype, scale_shape),
+    }
+    wanted = extents.RowsToLoad("w", parts, ScaledUnpack(block), into)
+    assert fused.is_for_kernel(wanted, CPU) == (on_host == "kernel")
+    if on_host == "kernel":
+        table = fused.KernelTable()
+        table.add(wanted, {"values": 0, "scale": values.nbytes})
+        table.to(CPU)
+        table.run(data, slice(0, len(table)))
+        assert RAN == [3]
+        assert same_bits(into, ScaledUnpack(block)({"values": values, "scale": scale}))
+
+
+def test_groups_in_an_order_that_config_json_denies_are_told(on_host: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    def reorder(tensors: dict[str, torch.Tensor]) -> None:
+        key = "model.layers.0.mlp.up_proj.g_idx"
+        tensors[key] = tensors[key].flip(0).contiguous()
+
+    folder = edited(folders["gptq-v2"], tmp_path / "reordered", reorder)
+    with pytest.raises(CheckpointError, match=r"desc_act = false.*order of their own"):
+        load(folder, LayerSpan(0, 3))
 
 
 @pytest.mark.parametrize("on_host", ["kernel"], indirect=True)
-@pytest.mark.parametrize("layout", ["scales first", "mxfp8"])
+@pytest.mark.parametrize("layout", ["scales first", "mxfp8", "awq"])
 def test_without_a_proved_kernel_torch_unpacks(
     on_host: str, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, layout: str
 ) -> None:

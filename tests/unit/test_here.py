@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 import weakref
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 
 import m2ray
 from m2ray.batches import LayerSpan, MicroBatch, TensorRow
+from m2ray.chain import extract
 from m2ray.chain.calls import CallError
 from m2ray.chain.checking import look
 from m2ray.chain.failure import FailureKind, classify
@@ -62,7 +64,7 @@ def test_a_run_survives_a_full_store_and_a_lack_of_memory(
 ) -> None:
     """Without Ray, through the door that people use."""
     failures = [StoreError("The disk is busy.", "Wait.")]
-    open_part, forward = LocalStore.open_part, Stage.forward
+    open_part, through = LocalStore.open_part, Stage._pass
     held: list[weakref.ref[Any]] = []
 
     def refuse_once(self: LocalStore, key: str) -> Any:
@@ -76,10 +78,10 @@ def test_a_run_survives_a_full_store_and_a_lack_of_memory(
             hidden = torch.zeros(1)
             held.append(weakref.ref(hidden))
             raise torch.OutOfMemoryError("no room")
-        return forward(self, micro_batch, *more)
+        return through(self, micro_batch, *more)
 
     monkeypatch.setattr(LocalStore, "open_part", refuse_once)
-    monkeypatch.setattr(Stage, "forward", of_two_at_most)
+    monkeypatch.setattr(Stage, "_pass", of_two_at_most)
     m2ray.extract(**options)
     said = capsys.readouterr().out
     assert not ray.is_initialized()
@@ -87,6 +89,32 @@ def test_a_run_survives_a_full_store_and_a_lack_of_memory(
     assert "padded tokens from here on" in said
     assert "stages 1, threads_per_stage 1, batch_tokens" in said
     assert "Complete: 60 sequences" in said
+    assert_transformers_rows(tmp_path / "run", model)
+
+
+def test_waves_over_several_shards_are_halved_where_they_find_no_room_and_give_the_same_rows(
+    options: dict[str, Any], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    specs_of, forward_wave = extract.stage_specs, Stage.forward_wave
+    waves: list[list[int]] = []
+
+    def in_waves(*given: Any) -> Iterator[list[StageSpec]]:
+        for specs in specs_of(*given):
+            yield [replace(spec, residency={1: "host", 2: "host", 5: "host"}, wave_tokens=600) for spec in specs]
+
+    def of_200_tokens_at_most(self: Stage, batches: Any) -> Any:
+        waves.append([micro_batch.shard for micro_batch, _ in batches])
+        if sum(micro_batch.padded_tokens for micro_batch, _ in batches) > 200:
+            raise torch.OutOfMemoryError("no room")
+        return forward_wave(self, batches)
+
+    monkeypatch.setattr(extract, "stage_specs", in_waves)
+    monkeypatch.setattr(Stage, "forward_wave", of_200_tokens_at_most)
+    m2ray.extract(**options)
+    said = capsys.readouterr().out
+    assert said.count("Waves of half the size from here on") == 2
+    assert "Micro-batches of at most" not in said
+    assert max(len(set(shards)) for shards in waves[2:]) > 1, "waves go over the ends of shards"
     assert_transformers_rows(tmp_path / "run", model)
 
 
@@ -108,8 +136,8 @@ def test_ctrl_c_and_sigkill_leave_whole_shards_and_the_same_command_does_the_res
 SLOWLY = """
 import sys, time
 from m2ray.model.stage import Stage
-forward = Stage.forward
-Stage.forward = lambda *given: (time.sleep(0.3), forward(*given))[1]
+through = Stage._pass
+Stage._pass = lambda *given: (time.sleep(0.3), through(*given))[1]
 from m2ray.cli import main
 main()
 """

@@ -314,7 +314,7 @@ def test_a_stage_that_is_about_to_start_does_not_once_the_chain_has_ended(monkey
     monkeypatch.setattr(actors, "actor_class", lambda _: Started())
     monkeypatch.setattr(actors, "PlacementGroupSchedulingStrategy", lambda *_: None)
     monkeypatch.setattr(actors.ray, "kill", killed.append)
-    chain = actors.Actors([[SimpleNamespace(threads=1)]] * 4, reservation, "auto", 1.0, 1.0)  # type: ignore[list-item]
+    chain = actors.Actors([[SimpleNamespace(threads=1, wave_tokens=0)]] * 4, reservation, "auto", 1.0, 1.0)  # type: ignore[list-item]
 
     def start() -> None:
         with suppress(StageError):

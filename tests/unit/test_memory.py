@@ -23,6 +23,7 @@ from m2ray.planning.memory import (
     CONTEXT_BYTES,
     STAGING_BYTES,
     UNUSABLE_BYTES,
+    UNUSABLE_SHARE,
     ModelShape,
     Workload,
     cpu_memory,
@@ -101,11 +102,12 @@ def test_allowances_are_what_the_model_takes():
 def test_items_of_a_gpu_and_of_hosts():
     rows = span_rows(table(), LayerSpan(0, 2), with_final_norm=False)
     work = Workload(1000, longest_tokens=100, token_bytes=8, itemsize_bytes=2, transient_bytes=200_000, writer_queue_bytes=5000)
-    on_gpu = gpu_memory(rows, work, 48)
+    held = {"weights": weight_bytes(rows, 2)}
+    on_gpu = gpu_memory(held, work, 48)
     assert on_gpu.running == {
         "weights": 400,
         "transient": 200_000,
-        "unusable": 100_000 + UNUSABLE_BYTES,
+        "unusable": int(200_000 * UNUSABLE_SHARE) + UNUSABLE_BYTES,
         "hidden_states": 4 * 8000,
         "capture": 48_000,
         "context": CONTEXT_BYTES,
@@ -117,7 +119,8 @@ def test_items_of_a_gpu_and_of_hosts():
     assert host.running["capture"] == 3 * 2**13 + 2 * 2**14
     assert "weights" not in host.running
     assert gpu_host_memory(work, []).running["capture"] == 0
-    on_cpu = cpu_memory(rows, work, [8, 16])
+    assert gpu_host_memory(work, [], {"packed_layers": 7, "readers": 0}).loading["packed_layers"] == 7
+    on_cpu = cpu_memory(held, work, [8, 16])
     assert {"weights": 400, "transient": 200_000, "capture": 2 * 1000 * 24 + 5000}.items() <= on_cpu.running.items()
 
 
@@ -230,6 +233,7 @@ def shape_of(config: Any, attn: str) -> ModelShape:
         shared_size=expert_size * first("n_shared_experts"),
         attn_implementation=attn,
         window=first("sliding_window"),
+        activation_steps=2 if config.model_type == "gpt2" else 1,
     )
 
 

@@ -8,8 +8,7 @@ import torch
 
 from m2ray.model import pinned
 from m2ray.model.pinned import PinnedRuns
-from m2ray.model.residency import WeightsInHost
-from m2ray.model.skeleton import ModelTensor
+from m2ray.model.residency.places import InHostMemory
 
 FULL, WIDTH, PARTS = 1024, 64, 16
 
@@ -65,9 +64,9 @@ def test_a_layers_memory_is_registered_as_long_as_it_is_there(monkeypatch: pytes
     )
     monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    weights = WeightsInHost([ModelTensor("w", "layer", 0, (4, 4), torch.float32)])
-    weights.settle(on_gpu=True)
-    assert registered == {weights.memory.data_ptr()}
-    del weights
+    place = InHostMemory(5000)
+    place.settle()
+    assert registered == {place.run.data_ptr()}
+    del place
     gc.collect()
     assert not registered

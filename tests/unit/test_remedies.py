@@ -11,7 +11,7 @@ from m2ray.sizes import MaxMemory, parse_max_memory
 from tests.unit.test_plan import PROMPTS, plan
 
 GB = 10**9
-_SAME_NAME = ("stages", "replicas", "compute_dtype", "batch_tokens", "compression", "offload", "device_map")
+_SAME_NAME = ("stages", "replicas", "compute_dtype", "batch_tokens", "compression", "weights", "offload", "device_map")
 
 
 def follow(remedy: Remedy, gpus: str | Cluster, asked: dict[str, Any]) -> Plan:
@@ -38,6 +38,8 @@ def follow(remedy: Remedy, gpus: str | Cluster, asked: dict[str, Any]) -> Plan:
     [
         ("4xH200", {"device_map": "cuda:0"}, {"device_map": "auto", "gpus": 4, "offload": "cpu"}),
         ("1xH200", {"device_map": "cuda:0"}, {"gpus": 4, "offload": "cpu"}),
+        ("2xH200", {}, {"weights": "packed", "gpus": 4, "offload": "cpu"}),
+        ("1xH200", {"weights": "auto"}, {"gpus": 2, "offload": "cpu"}),
         ("8xA100-80GB", {"stages": 4}, {"stages": 7, "gpus": 7, "offload": "cpu"}),
         ("4xA100-80GB", {"stages": 4}, {"gpus": 7, "offload": "cpu"}),
         ("8xA100-80GB", {"replicas": 2}, {"replicas": 1, "gpus": 7, "offload": "cpu"}),
@@ -49,6 +51,7 @@ def follow(remedy: Remedy, gpus: str | Cluster, asked: dict[str, Any]) -> Plan:
     ids=str,
 )
 def test_what_is_told_is_enough(gpus: str, asked: dict[str, Any], offered: dict[str, Any]) -> None:
+    asked = {"weights": "bf16", **asked}
     short = plan(gpus, **asked)
     assert not short.fits
     found = {remedy.option: remedy.value for remedy in short.remedies}

@@ -88,7 +88,7 @@ def test_the_busiest_stage_tells_what_limited_the_run(run: RunStatus, changed: d
 def test_lines_at_the_start_after_loading_and_at_the_end(plan: Plan, run: RunStatus) -> None:
     assert start_lines(plan)[0] == "node-0: 2 x A100-80GB"
     assert "stage 1 on node-0 GPU 1: layers 2-3, 20.0 GB of weights" in start_lines(plan)[3]
-    assert start_lines(plan)[1] == "stages 2, batch_tokens 16,384"
+    assert start_lines(plan)[1] == "stages 2, batch_tokens 32,768"
     loaded = "\n".join(loaded_lines(plan, run.stages))
     assert "20.0 GB read in 10.0 s, 2,000 MB/s" in loaded
     assert "allocated 20.0 GB, reserved 21.0 GB; planned 20.0 GB" in loaded

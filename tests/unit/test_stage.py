@@ -1,11 +1,9 @@
 """A stage as the chain uses it: what it promises, what it captures, and what it refuses."""
 
-import os
 import pickle
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +12,6 @@ from safetensors.torch import load_file, save_file
 
 from m2ray.batches import LayerSpan, MicroBatch, PartSpec
 from m2ray.errors import ConfigError, StageError
-from m2ray.model import residency
 from m2ray.model.boundary import Boundary
 from m2ray.model.capture import CaptureSpec
 from m2ray.model.stage import Stage, StageSpec, load_stage
@@ -55,74 +52,6 @@ def test_a_stage_counts_its_bytes(llama: Path) -> None:
     stage = load(spec_of(llama, 0, 2, compute="bfloat16"))
     assert stage.bytes_read == stage.needed_bytes
     assert stage.parameter_bytes == stage.needed_bytes // 2
-
-
-@pytest.mark.parametrize(
-    ("in_host", "on_disk"),
-    [((3, 4), ()), ((1, 2, 3, 4), ()), ((4,), ()), ((), (0, 1, 2, 3, 4)), ((), (4,)), ((2,), (3, 4)), ((1, 4), (2,))],
-)
-def test_offloaded_layers_give_the_same_rows(llama: Path, tmp_path: Path, in_host: tuple[int, ...], on_disk: tuple[int, ...]) -> None:
-    resident = load(spec_of(llama, 0, 5))
-    stage = load(
-        replace(
-            spec_of(llama, 0, 5),
-            residency=dict.fromkeys(in_host, "host") | dict.fromkeys(on_disk, "disk"),
-            offload_folder=str(tmp_path / "made" / "here"),
-        )
-    )
-    for seed in range(3):
-        micro_batch = micro_batch_of([5, 8, 3], 64, seed)
-        for one, other in zip(resident.forward(micro_batch, None).captured, stage.forward(micro_batch, None).captured, strict=True):
-            assert (one.columns[0] == other.columns[0]).all(), one.layer
-    assert stage.parameter_bytes == resident.parameter_bytes
-    assert not list((tmp_path / "made" / "here").iterdir()) if on_disk else not list(tmp_path.iterdir())
-
-
-def test_a_layer_on_a_disk_is_read_each_time_it_runs(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In pieces smaller than a layer, by several threads; and what cannot be read is said, not computed with."""
-    monkeypatch.setattr(residency, "PIECE_BYTES", 1000)
-    stage = load(replace(spec_of(llama, 0, 5), residency={1: "disk", 3: "disk"}, offload_folder=str(tmp_path)))
-    micro_batch = micro_batch_of([5, 8, 3], 64)
-    first = stage.forward(micro_batch, None).captured
-    resident = load(spec_of(llama, 0, 5)).forward(micro_batch, None).captured
-    assert all((one.columns[0] == other.columns[0]).all() for one, other in zip(first, resident, strict=True))
-    weights = stage._decoder._outside[3]
-    os.pwrite(weights._file.fileno(), bytes(weights.num_bytes), 0)
-    changed = stage.forward(micro_batch, None).captured
-    assert [(one.columns[0] == other.columns[0]).all() for one, other in zip(first, changed, strict=True)] == [
-        True,
-        True,
-        True,
-        False,
-        False,
-    ]
-    os.ftruncate(weights._file.fileno(), 10)
-    with pytest.raises(StageError, match="cut short"):
-        stage.forward(micro_batch, None)
-
-
-def test_a_pass_that_was_given_up_leaves_the_next_one_right(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stage = load(replace(spec_of(llama, 0, 5), residency={1: "host", 2: "host", 3: "disk", 4: "disk"}, offload_folder=str(tmp_path)))
-    micro_batch = micro_batch_of([5, 8, 3], 64)
-    expected = stage.forward(micro_batch, None).captured
-
-    def no_room(*_: Any) -> None:
-        raise torch.OutOfMemoryError
-
-    for layer in (1, 2, 3):
-        hook = stage._decoder.skeleton.layers[layer].mlp.register_forward_pre_hook(no_room)
-        with pytest.raises(torch.OutOfMemoryError):
-            stage.forward(micro_batch, None)
-        hook.remove()
-        again = stage.forward(micro_batch, None).captured
-        assert all((one.columns[0] == other.columns[0]).all() for one, other in zip(expected, again, strict=True))
-
-
-def test_a_disk_without_room_is_said_with_the_numbers(llama: Path, tmp_path: Path) -> None:
-    file = tmp_path / "file"
-    file.touch()
-    with pytest.raises(StageError, match=r"A layer of [\d,]+ bytes cannot be kept in .*file/below: Not a directory"):
-        load(replace(spec_of(llama, 0, 5), residency={3: "disk"}, offload_folder=str(file / "below")))
 
 
 def test_rows_come_in_token_rows_order(llama: Path) -> None:
@@ -281,7 +210,7 @@ def test_hidden_states_of_another_shape_or_dtype_are_a_bug(llama: Path) -> None:
 @pytest.mark.parametrize("batch_tokens", [1, 3, 7, 1500])
 def test_any_size_can_be_warmed_up(llama: Path, batch_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     stage, tried = load(spec_of(llama, 0, 1)), []
-    monkeypatch.setattr(Stage, "_try", lambda self, *shape, was=Stage._try: (tried.append(shape), was(self, *shape)))
+    monkeypatch.setattr(Stage, "_zeros", lambda self, *shape, was=Stage._zeros: (tried.append(shape), was(self, *shape))[1])
     stage.warm_up(batch_tokens)
     assert 0 <= batch_tokens - np.prod(tried[0]) < tried[0][0], "the first is as full as can be"
 

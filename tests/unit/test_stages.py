@@ -56,7 +56,8 @@ def ray(monkeypatch: pytest.MonkeyPatch) -> Ray:
 
 
 def linked(ray: Ray) -> Stages:
-    stages = Stages([None, None], SimpleNamespace(handles=[]), timeout_s=20.0)
+    spec: Any = SimpleNamespace(wave_tokens=0)
+    stages = Stages([[spec], [spec]], SimpleNamespace(handles=[]), timeout_s=20.0)
     stages._actors.handles = [ray.actor("first"), ray.actor("last")]
     stages.link(0)
     return stages
@@ -82,7 +83,7 @@ def test_a_stage_whose_process_still_starts_gets_that_long_too(monkeypatch, answ
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
     monkeypatch.setattr(module.calls, "wait", lambda refs, **_: ([], refs))
     silent = SimpleNamespace(remote=lambda *_: object())
-    spec: Any = SimpleNamespace(span=LayerSpan(0, 2))
+    spec: Any = SimpleNamespace(span=LayerSpan(0, 2), wave_tokens=0)
     stages = Stages([[spec]], SimpleNamespace(handles=[]), timeout_s=20.0)
     stages.begin(Job(CaptureSpec({}, "float32"), WriterSpec("run", {}, 1, 1), 1))
     stages._actors.handles = [SimpleNamespace(get_ready=silent, status=silent)]

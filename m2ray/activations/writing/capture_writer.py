@@ -10,7 +10,10 @@ class CaptureWriter(Protocol):
     """One thread submits; any thread may collect or abandon."""
 
     def submit(self, attempt: str, micro_batch: MicroBatch, captured: Sequence[CapturedLayer], timeout_s: float) -> None:
-        """Take one micro-batch of an attempt, whose micro-batches come in order. Raises StoreError or StageError: the attempt has failed."""
+        """Take what was captured of one micro-batch of an attempt, at all layers or some; at each layer they come in order.
+
+        Raises StoreError or StageError: the attempt has failed.
+        """
 
     def collect(self, shard: int, attempt: str, timeout_s: float) -> tuple[PartReceipt, ...]:
         """Make durable what came of a complete attempt, and give its receipts. Raises StoreError or StageError: nothing of it is left then."""

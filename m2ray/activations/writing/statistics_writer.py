@@ -4,10 +4,10 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
-import xxhash
 
 from m2ray.activations.schema import contribution_key
 from m2ray.activations.statistics import encode
+from m2ray.activations.writing.order import Order
 from m2ray.activations.writing.summary import Summary
 from m2ray.batches import CapturedLayer, MicroBatch, PartReceipt
 from m2ray.errors import StageError, raise_all
@@ -22,12 +22,9 @@ _DEFECT = "This is a defect of m2ray."
 class _Attempt:
     """One stage's statistics of a shard so far."""
 
-    def __init__(self, places: Iterable[Place]) -> None:
+    def __init__(self, label: str, places: Iterable[Place]) -> None:
         self.summaries = {place: Summary() for place in places}
-        self.digest = xxhash.xxh3_128()
-        self.rows = 0
-        self.next_index = 0
-        self.is_complete = False
+        self.order = Order(label, self.summaries)
 
 
 class StatisticsWriter:
@@ -47,22 +44,17 @@ class StatisticsWriter:
         self._lock = threading.Lock()
 
     def submit(self, attempt: str, micro_batch: MicroBatch, captured: Sequence[CapturedLayer], timeout_s: float) -> None:
-        """Merge one micro-batch's statistics into its shard's. Raises StageError where it is out of order, or statistics are missing."""
+        """Merge what one micro-batch's statistics are, at all places or some, into its shard's. Raises StageError where it is out of order, or kinds lack."""
         found = {(layer.site, layer.layer): layer.statistics for layer in captured if layer.statistics}
-        label = f"Shard {micro_batch.shard}, attempt {attempt}"
-        if {place: frozenset(arrays) for place, arrays in found.items()} != self._places:
-            raise StageError(f"{label}: the statistics that came are not those of the stage.", _DEFECT)
+        label = f"Statistics of shard {micro_batch.shard}, attempt {attempt}"
+        if not {place: frozenset(arrays) for place, arrays in found.items()}.items() <= self._places.items():
+            raise StageError(f"{label}: what came is not of the stage.", _DEFECT)
         with self._lock:
-            opened = self._attempts.setdefault((micro_batch.shard, attempt), _Attempt(self._places))
-        if opened.is_complete or micro_batch.index != opened.next_index:
-            raise StageError(f"{label}: statistics of micro-batch {micro_batch.index} came, not of {opened.next_index}.", _DEFECT)
+            opened = self._attempts.setdefault((micro_batch.shard, attempt), _Attempt(label, self._places))
         token_rows = self._selection.token_rows(micro_batch)
-        for place, summary in opened.summaries.items():
-            summary.add(len(token_rows), found[place])
-        opened.digest.update(token_rows.view(np.uint8).data)
-        opened.rows += len(token_rows)
-        opened.next_index += 1
-        opened.is_complete = micro_batch.is_last
+        opened.order.admit(micro_batch, found, token_rows)
+        for place, arrays in found.items():
+            opened.summaries[place].add(len(token_rows), arrays)
 
     def collect(self, shard: int, attempt: str, timeout_s: float) -> tuple[PartReceipt, ...]:
         """Write the shard's contribution.
@@ -73,7 +65,7 @@ class StatisticsWriter:
         """
         with self._lock:
             opened = self._attempts.pop((shard, attempt), None)
-        if opened is None or not opened.is_complete:
+        if opened is None or not opened.order.is_complete:
             raise StageError(f"Attempt {attempt} of shard {shard} is collected before its last micro-batch.", _DEFECT)
         raise_all([problem for place, summary in opened.summaries.items() for problem in _too_large(place, summary)])
         key = contribution_key(shard, attempt, *next(iter(self._places)))
@@ -86,7 +78,8 @@ class StatisticsWriter:
         finally:
             if not is_durable:
                 file.abort()
-        return (PartReceipt(shard, attempt, STATISTICS, None, key, opened.rows, file.num_bytes, file.xxh3, opened.digest.hexdigest()),)
+        digest = opened.order.digest.hexdigest()
+        return (PartReceipt(shard, attempt, STATISTICS, None, key, opened.order.rows, file.num_bytes, file.xxh3, digest),)
 
     def abandon(self, attempts: Iterable[tuple[int, str]], timeout_s: float = 60.0) -> None:
         """Forget each (shard, attempt): nothing of them is written before it is collected."""

@@ -1,7 +1,7 @@
 """ActivationWriter: writes what a stage captured, beside the computation, bounded in bytes.
 
-A micro-batch's layers are spread over worker threads, one queue a thread. A part belongs to one thread, so its row groups
-keep their order. Once the last is written, another thread finishes the part: what is durable only after a while (an fsync, the end of an
+A micro-batch's layers, all together or as a wave comes to them, are spread over worker threads, one queue a thread. A part belongs to one thread,
+so its row groups keep their order. Once the last is written, another thread finishes the part: what is durable only after a while (an fsync, the end of an
 upload) keeps no thread from writing the next part. An attempt at a shard is *open* from its first micro-batch, *complete* with the
 last, *durable* once all its parts are, and *collected* or *abandoned* after that. The first error of any part makes the attempt
 *failed*: all its parts are aborted, those already durable too, and whoever calls next gets that error.
@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 
-from m2ray.activations.schema import Compression, require_compression
+from m2ray.activations.schema import Compression, encode_tokens, require_compression
 from m2ray.activations.writing.attempt import Attempt
 from m2ray.activations.writing.part_writer import PartWriter
 from m2ray.activations.writing.statistics_writer import StatisticsWriter
@@ -66,7 +66,7 @@ class ActivationWriter:
     Args:
         store: the run folder.
         run_metadata: what every part's footer says of the run (`JobRecord.run_metadata`).
-        parts: what the stage captures of each micro-batch, the same every time.
+        parts: what the stage captures of each micro-batch, the same every time, together or in pieces.
         queue_bytes: captured bytes that may wait or be on their way to the store, a part's last row group until the part is durable; one
             layer larger than that waits alone.
         threads: worker threads; each holds a share of the parts. As many more finish parts, and mostly wait for the store.
@@ -144,13 +144,14 @@ class ActivationWriter:
     # -- a shard's way ------------------------------------------------------------------------------------------------
 
     def submit(self, attempt: str, micro_batch: MicroBatch, captured: Sequence[CapturedLayer], timeout_s: float) -> None:
-        """Queue one micro-batch: a row group of each part, if any of its tokens is chosen. Its arrays must not change until the shard is collected.
+        """Queue what was captured of one micro-batch, at all parts or some: a row group each, if any of its tokens is chosen.
 
-        A shard's micro-batches come in order; those of several shards may alternate. Blocks while the queue is full.
+        Its arrays must not change until the shard is collected. At each part a shard's micro-batches come in order; those of several shards may
+        alternate. Blocks while the queue is full.
 
         Raises:
             StoreError: an earlier write failed, or the queue stayed full for `timeout_s`. The attempt is failed then.
-            StageError: the micro-batch is out of order, its sequences are, or its layers are not those of `parts`.
+            StageError: the micro-batch is out of order, its sequences are, or its layers are none of `parts`.
         """
         deadline = time.monotonic() + timeout_s
         with self._changed:
@@ -158,11 +159,13 @@ class ActivationWriter:
             opened = self._open_attempt(micro_batch.shard, attempt)
         token_rows = self._selection.token_rows(micro_batch)
         columns_of_parts = opened.matched(len(token_rows), captured)
-        tokens = opened.admit(micro_batch, token_rows)
-        token_digest = opened.digest.hexdigest() if micro_batch.is_last else None
-        for number, (part, columns) in enumerate(zip(opened.parts, columns_of_parts, strict=True)):
+        specs = [opened.parts[number].spec for number in columns_of_parts]
+        opened.order.admit(micro_batch, [(spec.site, spec.layer) for spec in specs], token_rows)
+        tokens = encode_tokens(token_rows)
+        token_digest = opened.order.digest.hexdigest() if micro_batch.is_last else None
+        for number, columns in columns_of_parts.items():
             self._wait_for_room(opened, _num_bytes(columns), deadline, timeout_s)
-            written = self._lane(number).submit(self._write, opened, part, tokens, columns, token_digest)
+            written = self._lane(number).submit(self._write, opened, opened.parts[number], tokens, columns, token_digest)
             written.add_done_callback(lambda done: self._note(opened, done))
 
     def collect(self, shard: int, attempt: str, timeout_s: float) -> tuple[PartReceipt, ...]:
@@ -175,7 +178,7 @@ class ActivationWriter:
         """
         with self._changed:
             opened = self._attempts.get((shard, attempt))
-            if opened is None or not (opened.is_complete or opened.failure):
+            if opened is None or not (opened.order.is_complete or opened.failure):
                 raise StageError(f"Attempt {attempt} of shard {shard} is collected before its last micro-batch.", _DEFECT)
             if not self._changed.wait_for(lambda: opened.failure or opened.receipts() is not None, timeout_s):
                 late = StoreError(f"Shard {shard} was not written within {timeout_s:g} s.", "Check the disk of the run folder.")

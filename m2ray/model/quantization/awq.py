@@ -12,6 +12,7 @@ from m2ray.errors import CheckpointError, raise_all
 from m2ray.model.headers import TensorHeader
 from m2ray.model.limits import short_repr
 from m2ray.model.quantization.int4 import unpack_words
+from m2ray.model.quantization.nibbles import ALL, Codes, NibbleUnpack
 from m2ray.model.quantization.packed import Found, Packed, Piece
 from m2ray.model.quantization.stored import Shape, Unpack
 
@@ -32,6 +33,10 @@ def _in_order(words: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """[rows, features]: a word holds features 0, 2, 4, 6, 1, 3, 5, 7 of its eight."""
     halves: torch.Tensor = unpack_words(words, dtype).unflatten(-1, (-1, 2, 4))
     return halves.transpose(-1, -2).flatten(-3)
+
+
+def _unpack_parts(parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    return unpack(parts["values"], parts["zero_point"], parts["scale"]).t().to(torch.bfloat16)
 
 
 class Awq(Packed):
@@ -65,7 +70,7 @@ class Awq(Packed):
         }
 
     def unpacking(self) -> Unpack:
-        return lambda parts: unpack(parts["values"], parts["zero_point"], parts["scale"]).t().to(torch.bfloat16)
+        return NibbleUnpack(_unpack_parts, Codes.UNSIGNED, (self.group or ALL, 1), is_interleaved=True)
 
 
 def of_config(declared: Mapping[str, Any]) -> Awq:

@@ -13,7 +13,7 @@ from m2ray.model.headers import TensorHeader
 from m2ray.model.limits import short_repr
 from m2ray.model.quantization.awq import group_of
 from m2ray.model.quantization.int4 import unpack_words
-from m2ray.model.quantization.nibbles import in_cache
+from m2ray.model.quantization.nibbles import ALL, Codes, NibbleUnpack, in_cache
 from m2ray.model.quantization.packed import Found, Packed, Piece
 from m2ray.model.quantization.stored import MISMATCH, Shape, Unpack
 
@@ -87,21 +87,21 @@ class Gptq(Packed):
         }
 
     def unpacking(self) -> Unpack:
-        return self._unpack_parts
+        return NibbleUnpack(
+            self._unpack_parts,
+            Codes.UNSIGNED,
+            (self.group or ALL, 1),
+            word_rows=8,
+            zero_more=ONE_LESS if self.zeros_one_less else 0,
+            has_group_index=not self.in_order,
+            check=self._check,
+        )
 
     def _unpack_parts(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Raises CheckpointError: groups that there are not, or in another order than config.json says."""
-        groups, count = parts["group"], len(parts["scale"])
-        if not self.in_order and groups.numel() and not 0 <= int(groups.min()) <= int(groups.max()) < count:
-            raise CheckpointError(
-                f"GPTQ's g_idx names groups from {int(groups.min())} to {int(groups.max())}; there are {count}.", MISMATCH
-            )
+        self._check(parts)
+        groups = parts["group"]
         if self.in_order:
-            in_order = (torch.arange(len(groups), device=groups.device) // (self.group or max(len(groups), 1))).int()
-            if not torch.equal(groups, in_order):
-                what = "config.json: GPTQ with desc_act = false, but g_idx has the groups in an order of their own."
-                raise CheckpointError(what, "Set desc_act to true: then each input feature has the group that g_idx names.")
-            groups = in_order[: 8 * len(parts["values"])]  # a piece begins with a group
+            groups = self._in_order(groups)[: 8 * len(parts["values"])]  # a piece begins with a group
         return unpack(
             parts["values"],
             parts["zero_point"],
@@ -110,6 +110,22 @@ class Gptq(Packed):
             zeros_one_less=self.zeros_one_less,
             dtype=torch.bfloat16,
         ).t()
+
+    def _check(self, parts: Mapping[str, torch.Tensor]) -> None:
+        """Raises CheckpointError: groups that there are not, or in another order than config.json says."""
+        groups, count = parts["group"], len(parts["scale"])
+        if self.in_order:
+            if not torch.equal(groups, self._in_order(groups)):
+                what = "config.json: GPTQ with desc_act = false, but g_idx has the groups in an order of their own."
+                raise CheckpointError(what, "Set desc_act to true: then each input feature has the group that g_idx names.")
+        elif groups.numel() and not 0 <= int(groups.min()) <= int(groups.max()) < count:
+            raise CheckpointError(
+                f"GPTQ's g_idx names groups from {int(groups.min())} to {int(groups.max())}; there are {count}.", MISMATCH
+            )
+
+    def _in_order(self, groups: torch.Tensor) -> torch.Tensor:
+        """The groups of so many features where they are of neighbours, one after the other."""
+        return (torch.arange(len(groups), device=groups.device) // (self.group or max(len(groups), 1))).int()
 
 
 _ZEROS_ONE_LESS = {"gptq": True, "gptq_v2": False}

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 
 from m2ray.model.headers import TensorHeader
-from m2ray.model.quantization.nibbles import E2M1, in_cache, look_up
+from m2ray.model.quantization.nibbles import E2M1, Codes, NibbleUnpack, in_cache, look_up
 from m2ray.model.quantization.packed import Found, Packed, Piece
 from m2ray.model.quantization.scaled import EXPONENT_SCALES
 from m2ray.model.quantization.scaling import as_floats
@@ -65,7 +65,7 @@ class Mxfp4(Packed):
         }
 
     def unpacking(self) -> Unpack:
-        return unpack_parts
+        return NibbleUnpack(unpack_parts, Codes.E2M1, (1, GROUP))
 
 
 class GptOssExperts(Mxfp4):

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from m2ray.model.headers import TensorHeader
-from m2ray.model.quantization.nibbles import E2M1, in_cache, look_up
+from m2ray.model.quantization.nibbles import E2M1, Codes, NibbleUnpack, in_cache, look_up
 from m2ray.model.quantization.packed import Found, Packed, Piece
 from m2ray.model.quantization.stored import Shape, Unpack
 
@@ -60,14 +60,23 @@ class Nvfp4(Packed):
     Args:
         endings: of "values", "scale" and "tensor_scale".
         unpack: makes the weight of these three.
+        codes: what codes stand for.
+        is_divided: whether scales are divided by the tensor's own, not multiplied.
     """
 
     name = "NVFP4 in groups of 16"
     multiples = (1, GROUP)
 
-    def __init__(self, endings: tuple[str, str, str], unpack: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+    def __init__(
+        self,
+        endings: tuple[str, str, str],
+        unpack: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+        codes: Codes,
+        *,
+        is_divided: bool,
+    ) -> None:
         self.parts = {name: (ending,) for name, ending in zip(("values", "scale", "tensor_scale"), endings, strict=True)}
-        self._unpack = unpack
+        self._unpack, self._codes, self._is_divided = unpack, codes, is_divided
 
     def takes(self, values: TensorHeader) -> bool:
         return values.dtype == torch.uint8 and len(values.shape) >= 2
@@ -85,11 +94,11 @@ class Nvfp4(Packed):
         }
 
     def unpacking(self) -> Unpack:
-        return self._unpack_parts
+        return NibbleUnpack(self._unpack_parts, self._codes, (1, GROUP), is_divided=self._is_divided)
 
     def _unpack_parts(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
         return self._unpack(parts["values"], parts["scale"], parts["tensor_scale"])
 
 
-MODELOPT = Nvfp4(("", "_scale", "_scale_2"), unpack_modelopt)
-COMPRESSED = Nvfp4((".weight_packed", ".weight_scale", ".weight_global_scale"), unpack_compressed)
+MODELOPT = Nvfp4(("", "_scale", "_scale_2"), unpack_modelopt, Codes.E2M1_WITHOUT_NEGATIVE_ZERO, is_divided=False)
+COMPRESSED = Nvfp4((".weight_packed", ".weight_scale", ".weight_global_scale"), unpack_compressed, Codes.E2M1, is_divided=True)

@@ -9,6 +9,7 @@ import torch
 
 from m2ray.model.headers import TensorHeader
 from m2ray.model.quantization.int4 import unpack_words
+from m2ray.model.quantization.nibbles import ALL, Codes, NibbleUnpack
 from m2ray.model.quantization.packed import Found, Packed, Piece
 from m2ray.model.quantization.stored import Shape, Unpack
 
@@ -75,7 +76,11 @@ class PackQuantized(Packed):
         return pieces
 
     def unpacking(self) -> Unpack:
-        return self._unpack_parts
+        if self.bits != 4:
+            return self._unpack_parts
+        block = (ALL, ALL) if self.is_by_tensor else (1, self.group or ALL)
+        codes = Codes.LESS_8 if self.is_symmetric else Codes.UNSIGNED
+        return NibbleUnpack(self._unpack_parts, codes, block, zero_word_rows=8)
 
     def _unpack_parts(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
         scale = parts["scale"]

@@ -1,0 +1,85 @@
+"""What a pass of some tokens through a device's layers takes: computing, unpacking, and waiting for layers that are brought."""
+
+from collections.abc import Iterable
+
+from m2ray.batches import LayerSpan, TensorRow
+from m2ray.planning.demand import Demand
+from m2ray.planning.devices import DevicePlan
+from m2ray.planning.hardware import GPU_MODELS, find_gpu_model
+from m2ray.planning.memory import ModelShape
+
+SUSTAINED_SHARE = {False: 0.22, True: 0.39}
+"""Of the peak bfloat16 operations, not compiled and compiled: two for each weight that a token meets, on an H200 with real-size
+MiniMax-M2 layers, 8 x 2048 tokens, grouped experts, 23.7 and 13.3 ms a layer (benchmarks/results/gpu_stage_h200.json)."""
+
+COPY_BYTES_PER_S = 51 * 2**30
+"""Between one GPU and pinned host memory, either way, measured on an H200 behind PCIe 5."""
+
+UNPACK_SHARE = 0.7
+"""Of a GPU's memory bandwidth, bytes read and written while a layer is unpacked: 3.39 TB/s on an H200, an FP8 layer of MiniMax-M2 in 3.2 ms."""
+
+
+def active_elements(rows: Iterable[TensorRow], shape: ModelShape) -> float:
+    """Weights that one token is multiplied with: of a mixture's experts, those that are chosen."""
+    chosen = shape.experts_per_token / shape.num_experts if shape.num_experts else 1.0
+    return sum(
+        row.num_elements * (chosen if len(row.shape) == 3 and row.shape[0] == shape.num_experts else 1.0)
+        for row in rows
+        if row.role == "layer"
+    )
+
+
+def computing_s(demand: Demand, placed: DevicePlan) -> float | None:
+    """Of one token through all layers of a device, as measured, or estimated by the GPU's name; None where neither is known."""
+    rate = _operations_per_s(demand, placed)
+    return None if rate is None else 2 * active_elements(demand.rows(placed.held), demand.shape) / rate
+
+
+def pass_s(demand: Demand, placed: DevicePlan, tokens: float, *, with_bringing: bool = True) -> float | None:
+    """Of so many tokens through all layers of a device, each of which is unpacked and brought once; None where computing is not known.
+
+    A layer comes while the one before it runs, so the slower of the two counts; without `with_bringing`, running alone.
+    """
+    computing = computing_s(demand, placed)
+    if computing is None:
+        return None
+    running_s = computing * tokens / len(placed.held)
+    return sum(
+        max(running_s + _unpacking_s(demand, placed, layer), _bringing_s(demand, placed, layer) if with_bringing else 0.0)
+        for layer in _layers(placed.held)
+    )
+
+
+def bringing_s(demand: Demand, placed: DevicePlan) -> float:
+    """Of all layers of a device that are not kept on it, once."""
+    return sum(_bringing_s(demand, placed, layer) for layer in _layers(placed.held))
+
+
+def _layers(span: LayerSpan) -> range:
+    return range(span.start, span.stop)
+
+
+def _unpacking_s(demand: Demand, placed: DevicePlan, layer: int) -> float:
+    model = find_gpu_model(placed.device.gpu.name) if placed.device.gpu else None
+    if model is None or placed.residency.get(layer, "gpu") == "gpu" or not demand.unpacked_bytes[layer]:
+        return 0.0
+    moved_bytes = demand.packed_bytes[layer] + demand.unpacked_bytes[layer]
+    return moved_bytes / (UNPACK_SHARE * GPU_MODELS[model].memory_bytes_per_s)
+
+
+def _bringing_s(demand: Demand, placed: DevicePlan, layer: int) -> float:
+    """A disk counts as its profile says, else as the bus that it comes by."""
+    place, profile = placed.residency.get(layer, "gpu"), demand.assumed.profile
+    if place in ("gpu", "gpu_packed") or (place == "host" and placed.device.gpu is None):
+        return 0.0
+    bus = COPY_BYTES_PER_S if profile is None or profile.copy_bytes_per_s is None else profile.copy_bytes_per_s
+    disk = bus if profile is None or profile.read_bytes_per_s is None else min(bus, profile.read_bytes_per_s)
+    return demand.packed_bytes[layer] / (bus if place == "host" else disk)
+
+
+def _operations_per_s(demand: Demand, placed: DevicePlan) -> float | None:
+    compiled = demand.options.compile
+    if demand.assumed.profile:
+        return demand.assumed.profile.operations_per_s(compiled=compiled)
+    model = find_gpu_model(placed.device.gpu.name) if placed.device.gpu else None
+    return None if model is None else GPU_MODELS[model].bf16_flops * SUSTAINED_SHARE[compiled]
