@@ -44,12 +44,12 @@ def main() -> None:
     parser.add_argument("--memory", type=Path, default=MEMORY / "m2ray", help="a folder of a file system in memory")
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
-    rows = parts[options.part](options)
-    if options.tiny:
-        print(*rows, sep="\n")
-    else:
-        size = f"{options.layers} layers at MiniMax-M2's real dimensions"
-        record(f"sites_on_gpu_{options.part}", f"All sites, chosen tokens and statistics, {options.part}: {size}", rows)
+    size = f"{options.layers} layers at MiniMax-M2's real dimensions"
+    for rows in parts[options.part](options):
+        if options.tiny:
+            print(*rows, sep="\n")
+        else:
+            record(f"sites_on_gpu_{options.part}", f"All sites, chosen tokens and statistics, {options.part}: {size}", rows)
 
 
 # -- price ----------------------------------------------------------------------------------------------------------------
@@ -65,23 +65,23 @@ class Measured:
     copies_out: bool = True
 
 
-def price(options: argparse.Namespace) -> list[Row]:
-    """Each way in turn, ROUNDS times, with the bare forward pass before it."""
+def price(options: argparse.Namespace) -> Iterator[list[Row]]:
+    """Each way in turn, ROUNDS times, with the bare forward pass before it. The rows after each round: a machine's time may end before the last."""
     device = "cpu" if options.tiny else "cuda:0"
     stage = loaded(options, device)
     shape = (2, 64) if options.tiny else SHAPE
     ways = list(measured_ways(stage))
-    bare, found = [], {way.name: list[float]() for way in ways}
+    bare, found = {way.name: list[float]() for way in ways}, {way.name: list[float]() for way in ways}
     nothing = Measured("bare", "", CaptureSpec({}, "bfloat16"), copies_out=False)
     stage.warm_up(shape[0] * shape[1])
+    bus = 1e9 if options.tiny else bus_bytes_per_s()
     for _ in range(1 if options.tiny else ROUNDS):
         for way in ways:
-            bare.append(taken_ms(stage, shape, nothing))
+            bare[way.name].append(taken_ms(stage, shape, nothing))
             found[way.name].append(taken_ms(stage, shape, way))
-            print(f"{way.name}: {found[way.name][-1]:.2f} ms, bare {bare[-1]:.2f} ms", flush=True)
-    bus = 1e9 if options.tiny else bus_bytes_per_s()
-    rows = [row for number, way in enumerate(ways) for row in against(stage, way, found[way.name], bare[number :: len(ways)], shape, bus)]
-    return [Row("the bus: device to pinned host memory", bus / 1e9, "GB/s"), *rows]
+            print(f"{way.name}: {found[way.name][-1]:.2f} ms, bare {bare[way.name][-1]:.2f} ms", flush=True)
+        rows = [against(stage, way, found[way.name], bare[way.name], shape, bus) for way in ways]
+        yield [Row("the bus: device to pinned host memory", bus / 1e9, "GB/s"), *rows]
 
 
 def loaded(options: argparse.Namespace, device: str) -> Stage:
@@ -110,7 +110,7 @@ def measured_ways(stage: Stage) -> Iterator[Measured]:
     yield Measured("moments, norms and covariance of residual, no rows", "", CaptureSpec({}, "bfloat16", statistics=covariance))
 
 
-def against(stage: Stage, way: Measured, took: list[float], bare: list[float], shape: tuple[int, int], bus: float) -> Iterator[Row]:
+def against(stage: Stage, way: Measured, took: list[float], bare: list[float], shape: tuple[int, int], bus: float) -> Row:
     """Tokens a second against the slower of the bare forward pass beside it and, where rows are copied, the bus."""
     tokens, milliseconds = shape[0] * shape[1], statistics.median(took)
     stage.begin(way.capture)
@@ -123,9 +123,9 @@ def against(stage: Stage, way: Measured, took: list[float], bare: list[float], s
     )
     note = (
         f"{milliseconds:.2f} ms a micro-batch, rounds {', '.join(f'{each:.2f}' for each in took)}; bare {bare_ms:.2f} ms; "
-        f"{num_bytes / 1e9:.2f} GB of rows a micro-batch, {bus_ms:.2f} ms of the bus"
+        f"{num_bytes / tokens / 1e3:.1f} kB of rows a token, {bus_ms:.2f} ms of the bus a micro-batch"
     )
-    yield Row(way.name, tokens / milliseconds, "ktok/s", tokens / bound_ms, binds, ratio, way.target, note)
+    return Row(way.name, tokens / milliseconds, "ktok/s", tokens / bound_ms, binds, ratio, way.target, note)
 
 
 def taken_ms(stage: Stage, shape: tuple[int, int], way: Measured) -> float:
@@ -185,7 +185,7 @@ def bus_bytes_per_s() -> float:
 # -- memory ---------------------------------------------------------------------------------------------------------------
 
 
-def memory(options: argparse.Namespace) -> list[Row]:
+def memory(options: argparse.Namespace) -> Iterator[list[Row]]:
     """What a job with all sites of every layer takes, of some micro-batches."""
     folder, place = options.folder.resolve(), options.memory.resolve()
     for each in (folder, place):
@@ -197,7 +197,7 @@ def memory(options: argparse.Namespace) -> list[Row]:
     depth = Depth(folder, place, options.layers, 1, len(prompts.batches), 0, options.tiny)
     found = run(depth, "sites", prompts, model=model, stages=1, sites=",".join(SITES), layers="all")
     what = "all nine sites of every layer"
-    return [speed_row(what, found), *memory_rows(what, found)]
+    yield [speed_row(what, found), *memory_rows(what, found)]
 
 
 if __name__ == "__main__":

@@ -41,8 +41,8 @@ PIECE_ROWS = 1024
 ROWS_AT_ONCE = 4 * PIECE_ROWS
 """Rows that are float32 at one time."""
 
-PIECE_CHOICES = 8192
-"""Rows of chosen experts that are laid out as zeros and ones at one time; float32 counts them exactly up to 2**24."""
+PAIRS_AT_ONCE = 1 << 19
+"""Of experts that rows have chosen, laid out at one time to be counted."""
 
 _FILLED_BINS = 256
 """Of norms: eight octaves of them."""
@@ -170,7 +170,7 @@ def device_bytes(kinds: frozenset[str], width: int, rows: int) -> int:
         "moments": 8 * at_once + 128 * width,
         "norms": 8 * piece + 4 * NORM_BINS,
         "covariance": 12 * piece + 16 * width**2,
-        "experts": 8 * min(rows, PIECE_CHOICES) * (width + 16) + 12 * width**2,
+        "experts": 20 * PAIRS_AT_ONCE + 12 * width**2,
     }
     return max((sizes[kind] for kind in kinds), default=0) + micro_batch_bytes(kinds, width)
 

@@ -1,7 +1,7 @@
 """What is kept at a site: the chosen tokens' rows, selected and rounded on the device, then copied to the host."""
 
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import cycle
 
@@ -14,6 +14,7 @@ from m2ray.model.eight_bits import Encoder, is_encoded
 from m2ray.model.pinned import PinnedRuns
 from m2ray.model.selecting import ChosenRows
 from m2ray.model.statistics import Statistics
+from m2ray.model.taking_rows import extremes_of
 from m2ray.selection import Selection
 from m2ray.sites import LayersOfSites
 from m2ray.statistics import Asked, Place
@@ -64,9 +65,9 @@ class Taking:
 
 @dataclass(frozen=True)
 class _Rows:
-    """One part's rows on their way to the host, a tensor [N, ...] a column, and the extremes [2] of what each was rounded from.
+    """One part's rows, a tensor [N, ...] a column, and the extremes of what each was rounded from (taking_rows), on the device or the host.
 
-    Of a part that is captured for its statistics alone no rows go there.
+    Of a part that is captured for its statistics alone there are no rows.
     """
 
     part: PartSpec
@@ -99,11 +100,12 @@ class Capture:
         self._kept = frozenset(parts)
         self._statistics = statistics or Statistics()
         self._parts = {(part.site, part.layer): part for part in (*parts, *self._statistics.kinds)}
-        self._most_copying = COPYING_LAYERS * max(Counter(part.layer for part in self._parts.values()).values(), default=1)
+        self._awaited = Counter(map(_place, self._parts.values()))
         self._encoder = encoder
         self._copy_stream = copy_stream
         self._selection = selection
         self._chosen = ChosenRows(selection, micro_batch, copy_stream)
+        self._taken: list[_Rows] = []
         self._captured: dict[PartSpec, _Rows] = {}
         self._copying: deque[torch.cuda.Event] = deque()
 
@@ -112,42 +114,55 @@ class Capture:
         part = self._parts.get((site, layer))
         if part is None:
             return
-        self._wait_for_room()
-        selected = [self._chosen.of(values) for values in values_BT]
-        extremes = [_extremes(rows_NW) for rows_NW in selected]
+        if not self._taken:
+            self._wait_for_room()
+        selected, extremes = zip(*map(self._chosen.of, values_BT), strict=True)
         rounded = selected if is_encoded(part) else _rounded(part, selected)
-        statistics = {kind: self._to_host(values) for kind, values in self._statistics.of(part, rounded).items()}
-        columns = tuple(self._stored(part, rounded)) if part in self._kept else ()
-        self._captured[part] = _Rows(part, columns, tuple(self._to_host(both) for both in extremes), statistics)
-        if self._copy_stream is not None:
-            self._copying.append(torch.cuda.Event())
-            self._copying[-1].record(self._copy_stream)
+        statistics = self._statistics.of(part, rounded)
+        columns: tuple[torch.Tensor, ...] = ()
+        if part in self._kept:
+            columns = self._encoder.encode(part, *rounded) if is_encoded(part) else tuple(rounded)
+        self._taken.append(_Rows(part, columns, extremes, statistics))
+        self._awaited[_place(part)] -= 1
+        if not self._awaited[_place(part)]:
+            self._copy_out()
 
-    def _stored(self, part: PartSpec, rows: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
-        """A part's columns on their way to the host."""
+    def _copy_out(self) -> None:
+        """Begin to copy what was taken, once the layer has shown all its sites: to wait for the GPU and to tell it costs as much for one as for all."""
+        if self._copy_stream is None:
+            self._captured |= {rows.part: rows for rows in self._taken}
+        elif self._taken:
+            self._copy_stream.wait_stream(torch.cuda.current_stream(self._copy_stream.device))
+            with torch.cuda.stream(self._copy_stream):
+                for rows in self._taken:
+                    self._captured[rows.part] = self._on_host(rows)
+                self._copying.append(torch.cuda.Event())
+                self._copying[-1].record(self._copy_stream)
+        self._taken.clear()
+
+    def _on_host(self, rows: _Rows) -> _Rows:
+        """One part's rows in pinned memory, of at least as many as the micro-batch has tokens, if all are kept; and what goes with them."""
         room = self._micro_batch.padded_tokens if self._selection.is_all else 0
-        for column in self._encoder.encode(part, *rows) if is_encoded(part) else rows:
-            yield self._to_host(column, room)
+        parts_left = len(self._kept - self._captured.keys())
+        columns = tuple(
+            self._copied_to(self._runs.take((max(room, len(values)), *values.shape[1:]), values.dtype, parts_left)[: len(values)], values)
+            for values in rows.columns
+        )
+        extremes, statistics = (
+            [self._copied_to(_pinned_like(values), values) for values in few] for few in (rows.extremes, rows.statistics.values())
+        )
+        return _Rows(rows.part, columns, tuple(extremes), dict(zip(rows.statistics, statistics, strict=True)))
+
+    def _copied_to(self, on_host: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        assert self._copy_stream is not None
+        on_host.copy_(values, non_blocking=True)
+        values.record_stream(self._copy_stream)
+        return on_host
 
     def _wait_for_room(self) -> None:
         """Let the host wait: it runs ahead of the GPU, where rows keep their memory until they are copied."""
-        while len(self._copying) >= self._most_copying:
+        while len(self._copying) >= COPYING_LAYERS:
             self._copying.popleft().synchronize()
-
-    def _to_host(self, values: torch.Tensor, room: int | None = None) -> torch.Tensor:
-        """A copy in pinned memory, of at least `room` rows of a part; without `room` of its own, which is small."""
-        if self._copy_stream is None:
-            return values
-        self._copy_stream.wait_stream(torch.cuda.current_stream(values.device))
-        with torch.cuda.stream(self._copy_stream):
-            if room is None:
-                on_host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-            else:
-                shape = (max(room, len(values)), *values.shape[1:])
-                on_host = self._runs.take(shape, values.dtype, len(self._kept - self._captured.keys()))[: len(values)]
-            on_host.copy_(values, non_blocking=True)
-        values.record_stream(self._copy_stream)
-        return on_host
 
     def finish(self) -> tuple[CapturedLayer, ...]:
         """All that was kept, in the order of the parts, once it is on the host.
@@ -159,15 +174,17 @@ class Capture:
             self._copied.synchronize()
         kept = [self._captured[part] for part in self._parts.values() if part in self._captured]
         for rows in kept:
+            found = [extremes_of(each) for each in rows.extremes]
             # What is encoded has a scale, and so fits as it is.
-            stored = rows.extremes if is_encoded(rows.part) else _rounded(rows.part, rows.extremes)
-            for extremes, as_stored in zip(rows.extremes, stored, strict=True):
+            stored = found if is_encoded(rows.part) else _rounded(rows.part, found)
+            for extremes, as_stored in zip(found, stored, strict=True):
                 if not as_stored.isfinite().all():
                     raise self._not_finite(rows, extremes)
         return tuple(_captured(rows) for rows in kept)
 
     def end(self) -> None:
         """No more layers come: mark the place in the copy stream that `finish` waits for."""
+        self._copy_out()
         if self._copy_stream is not None:
             self._copied = torch.cuda.Event()
             self._copied.record(self._copy_stream)
@@ -190,14 +207,18 @@ def _captured(rows: _Rows) -> CapturedLayer:
     return CapturedLayer(rows.part.site, rows.part.layer, tuple(map(_bits, rows.columns)), statistics)
 
 
+def _place(part: PartSpec) -> int | str:
+    """What is copied out at one time: a layer's parts, or that of a site of the whole model."""
+    return part.site if part.layer is None else part.layer
+
+
+def _pinned_like(values: torch.Tensor) -> torch.Tensor:
+    return torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+
+
 def _rounded(part: PartSpec, selected: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Rows in the dtypes of the part's columns, rounded once, to nearest even. `index_select` made a copy, which nothing computed later changes."""
     return [rows_NW.to(getattr(torch, column.dtype)) for rows_NW, column in zip(selected, part.columns, strict=True)]
-
-
-def _extremes(rows_NW: torch.Tensor) -> torch.Tensor:
-    """The smallest and the largest value [2]; two zeros where there are none."""
-    return torch.stack(torch.aminmax(rows_NW)) if rows_NW.numel() else rows_NW.new_zeros(2)
 
 
 def pin_host_memory(num_bytes: int, padded_tokens: int, columns: Sequence[Column]) -> None:

@@ -1,7 +1,8 @@
 """What was loaded of each layer, as one digest a layer that depends on the checkpoint's tensors alone.
 
-Neither the cut into stages, nor devices, extents, offload or the order of reading change it. Readers hash what they have just read, a piece
-of a tensor at a time, each on its own thread; xxh3 takes 10 to 25 GB/s of a core, and lets go of the interpreter meanwhile.
+Neither the cut into stages, nor devices, extents, offload or the order of reading change it. What goes to a GPU is hashed there, a piece of a
+tensor at a time (m2ray.model.gpu_hashes). Elsewhere readers hash what they have just read, each on its own thread; xxh3 takes 10 to 25 GB/s
+of a core, and lets go of the interpreter meanwhile.
 
 A layer's digest, and that of what runs before the first layer, is xxh3-128, 32 hex digits, over its checkpoint tensors in the order of
 their names. Of each: its line `NAME DTYPE SHAPE`, as safetensors spells the dtype and Python the list of sizes, ended by a newline,
@@ -66,6 +67,14 @@ class WeightDigests:
             if stop == piece.stop:
                 self._pieces[place] = (piece.num_bytes, self._begun.pop(place).digest())
 
+    def put(self, piece: Range, digest: bytes) -> None:
+        """A piece that was hashed elsewhere: its xxh3-128, 16 bytes."""
+        self._pieces[piece.file, piece.offset] = (piece.num_bytes, digest)
+
+    def of(self, piece: Range) -> bytes:
+        """The digest of a piece that was hashed."""
+        return self._pieces[piece.file, piece.offset][1]
+
     def by_layer(self) -> dict[int | None, str]:
         """The digest of each layer, and at None that of what runs before the first one, if the span has it."""
         return {layer: self._digest(keys) for layer, keys in self._keys.items()}
@@ -75,14 +84,14 @@ class WeightDigests:
         return self._digest(self._keys[self._last_layer] - self._norm_keys) if self._norm_keys else None
 
     def _digest(self, keys: Iterable[str]) -> str:
-        hashed = xxhash.xxh3_128()
+        lines: list[bytes] = []
         for key in sorted(keys):
             header = self._headers[key]
-            hashed.update(f"{key} {_NAMES[header.dtype]} {list(header.shape)}\n".encode())
+            lines.append(f"{key} {_NAMES[header.dtype]} {list(header.shape)}\n".encode())
             at, stop = header.offset, header.offset + header.num_bytes
             while at < stop:
                 num_bytes, digest = self._pieces[header.file, at]
-                hashed.update(digest)
+                lines.append(digest)
                 at += num_bytes
             assert at == stop, f"{key} was not read as a whole"
-        return hashed.hexdigest()
+        return xxhash.xxh3_128_hexdigest(b"".join(lines))

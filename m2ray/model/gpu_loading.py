@@ -1,4 +1,4 @@
-"""Loading at the disk's speed: long reads into pinned memory, one copy to the GPU, quantised tensors unpacked there by a fused kernel.
+"""Loading at the disk's speed: long reads into pinned memory, one copy to the GPU, hashed there and unpacked by a fused kernel.
 
 Checkpoint tensors that lie side by side in a file are read as one extent. Each lane owns a pinned buffer, a buffer on the GPU
 and a stream, so that reading, copying and converting of different extents overlap; host memory holds an extent a lane and no more.
@@ -9,15 +9,17 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from queue import SimpleQueue
 from types import TracebackType
-from typing import Protocol, Self
+from typing import NamedTuple, Protocol, Self
 
 import torch
 
 from m2ray.model.checkpoint import Checkpoint
 from m2ray.model.digests import WeightDigests
 from m2ray.model.extents import EXTENT_BYTES, Extent, Range, RowsToLoad, apart_extents, value_extents
+from m2ray.model.gpu_hashes import GpuHashes, can_hash, fits
 from m2ray.model.quantization.fused import KernelTable, check_of, is_for_kernel
 from m2ray.model.quantization.fused_proof import is_exact
 
@@ -58,9 +60,11 @@ class _Lane:
             torch.cuda.current_stream().synchronize()
         self._memory = self._pinned.numpy().data
 
-    def read(self, checkpoint: Checkpoint, extent: Extent[RowsToLoad], digests: WeightDigests) -> torch.Tensor:
-        """Read the extent and begin to copy it to the GPU, on this lane's stream, which has to be the current one; hash it meanwhile."""
-        pieces = [piece for wanted in extent.items for piece in wanted.in_one_run]
+    def read(self, checkpoint: Checkpoint, extent: Extent[RowsToLoad], take: Callable[[int, memoryview], None]) -> torch.Tensor:
+        """Read the extent and begin to copy it to the GPU, on this lane's stream, which has to be the current one.
+
+        Meanwhile `take` is given what was read, with its offset in the file.
+        """
         begin, stop = _lead(extent), _lead(extent) + extent.stop - extent.start
         if stop > len(self._on_gpu):
             self.stream.synchronize()
@@ -71,7 +75,7 @@ class _Lane:
             checkpoint.read_extent(extent.file, extent.start + done - begin, self._memory[:num_bytes])
             self._on_gpu[done : done + num_bytes].copy_(self._pinned[:num_bytes], non_blocking=True)
             self._copied.record(self.stream)
-            digests.add(pieces, extent.start + done - begin, self._memory[:num_bytes])
+            take(extent.start + done - begin, self._memory[:num_bytes])
         return self._on_gpu
 
 
@@ -120,6 +124,37 @@ class _Conversions:
             self._table.to(self._device)
 
 
+class _Hashed(NamedTuple):
+    """How an extent is hashed: `here` takes bytes that were read, and their offset in the file; `there` the lane's buffer on the GPU."""
+
+    here: Callable[[int, memoryview], None]
+    there: Callable[[torch.Tensor], None]
+
+
+class _Hashing:
+    """How what one call of `Lanes.begin` reads is hashed: by the GPU, if it can be, and the rest by the lanes."""
+
+    def __init__(self, device: torch.device, digests: WeightDigests, *, on_gpu: bool) -> None:
+        self._digests = digests
+        self._on_gpu = on_gpu
+        self._hashes = GpuHashes(device)
+
+    def add(self, extent: Extent[RowsToLoad]) -> _Hashed:
+        pieces = [piece for wanted in extent.items for piece in wanted.in_one_run]
+        there = [piece for piece in pieces if fits(piece)] if self._on_gpu else []
+        here = [piece for piece in pieces if not fits(piece)] if self._on_gpu else pieces
+        numbers = self._hashes.add(there, extent.start - _lead(extent))
+        return _Hashed(partial(self._digests.add, here), lambda data: self._hashes.begin(data, numbers))
+
+    def settle(self) -> None:
+        """Copy what the kernel has to know to the GPU."""
+        self._hashes.settle()
+
+    def finish(self) -> None:
+        """Take the digests from the GPU, once it is done."""
+        self._hashes.finish(self._digests)
+
+
 class Lanes:
     """Readers that fill a GPU's memory. They are made in the background: pinning memory takes as long as planning what to read.
 
@@ -131,10 +166,11 @@ class Lanes:
         self._free: SimpleQueue[_Lane] = SimpleQueue()
         self._pool = ThreadPoolExecutor(LANES, thread_name_prefix="load")
         self._made = [self._pool.submit(lambda: self._free.put(_Lane(device))) for _ in range(LANES)]
-        self._compiler = ThreadPoolExecutor(1, thread_name_prefix="compile")
+        self._compiler = ThreadPoolExecutor(2, thread_name_prefix="compile")
+        self._can_hash = self._compiler.submit(can_hash, device)
         self._is_exact: Future[bool] | None = None
         self._reading: list[Future[None]] = []
-        self._begun: deque[tuple[Sequence[Future[None]], _Conversions]] = deque()
+        self._begun: deque[tuple[Sequence[Future[None]], _Conversions, _Hashing]] = deque()
 
     def __enter__(self) -> Self:
         return self
@@ -163,20 +199,27 @@ class Lanes:
         while len(self._begun) > _APART_AHEAD:
             self._end_first()
         conversions = _Conversions(self._device, self._read_apart(checkpoint, wanted, digests), fill)
-        work = [(extent, conversions.add(extent)) for extent in value_extents(wanted)]
+        hashing = _Hashing(self._device, digests, on_gpu=self._can_hash_there())
+        work = [(extent, hashing.add(extent), conversions.add(extent)) for extent in value_extents(wanted)]
         conversions.settle()
+        hashing.settle()
         # Other streams use what was allocated and copied here.
         torch.cuda.current_stream(self._device).synchronize()
-        reading = [self._pool.submit(self._load, checkpoint, extent, digests, convert) for extent, convert in work]
+        reading = [self._pool.submit(self._load, checkpoint, *each) for each in work]
         self._reading += reading
-        self._begun.append((reading, conversions))
+        self._begun.append((reading, conversions, hashing))
+
+    def _can_hash_there(self) -> bool:
+        """Whether the kernel that hashes is ready; until it is, lanes hash what they read."""
+        return self._can_hash.done() and self._can_hash.result()
 
     def _end_first(self) -> None:
         """Wait for the extents that were begun first, and until the GPU is done with what they use: it is given to others then."""
         for future in self._begun[0][0]:
             future.result()
         torch.cuda.synchronize(self._device)
-        self._begun.popleft()
+        _, _, hashing = self._begun.popleft()
+        hashing.finish()
 
     def finish(self, on_extent: Callable[[], None]) -> None:
         """Wait until all is on the GPU and converted.
@@ -191,15 +234,16 @@ class Lanes:
             on_extent()
         if self._is_exact is not None:
             self._is_exact.result(_COMPILE_S)  # where all layers stay packed nobody has asked yet
-        torch.cuda.synchronize(self._device)
-        self._begun.clear()
+        while self._begun:
+            self._end_first()
 
-    def _load(self, checkpoint: Checkpoint, extent: Extent[RowsToLoad], digests: WeightDigests, convert: Convert) -> None:
+    def _load(self, checkpoint: Checkpoint, extent: Extent[RowsToLoad], hashed: _Hashed, convert: Convert) -> None:
         # There are as many threads as lanes, and all lanes were asked for before any extent.
         lane = self._free.get_nowait()
         try:
             with torch.cuda.stream(lane.stream), torch.inference_mode():
-                data = lane.read(checkpoint, extent, digests)
+                data = lane.read(checkpoint, extent, hashed.here)
+                hashed.there(data)
                 convert(data, by_kernel=self._is_exact is not None and self._is_exact.result(_COMPILE_S))
         finally:
             self._free.put(lane)

@@ -7,6 +7,7 @@ import torch
 
 from m2ray.batches import MicroBatch
 from m2ray.model.sending import send
+from m2ray.model.taking_rows import extremes, take_rows
 from m2ray.selection import Selection
 
 
@@ -24,15 +25,19 @@ class ChosenRows:
         self._places_N = self._on_device(selection.places(micro_batch))
         self._counts = self._on_device(selection.chosen_counts(micro_batch)) if selection.is_mean else None
 
-    def of(self, values_BT: torch.Tensor) -> torch.Tensor:
-        """Of [B, T, ...] the rows [N, W], a copy. Means are summed in float32, one token after the other, and are float32."""
-        selected_NW = values_BT.flatten(0, 1).index_select(0, self._places_N).flatten(1)
+    def of(self, values_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of [B, T, ...] the rows [N, W], a copy, and their extremes, as m2ray.model.taking_rows has them.
+
+        Means are summed in float32, one token after the other, and are float32.
+        """
+        values_MW = values_BT.flatten(0, 1).flatten(1)
         if self._counts is None:
-            return selected_NW
-        if not len(self._counts):
-            return selected_NW.float()
-        # Its order of additions is that of the rows, on GPUs too, so a mean does not depend on what else is in the batch.
-        return torch.segment_reduce(selected_NW.float(), "mean", lengths=self._counts, axis=0, unsafe=True)
+            return take_rows(values_MW, self._places_N)
+        mean_NW = values_MW.index_select(0, self._places_N).float()
+        if len(self._counts):
+            # Its order of additions is that of the rows, on GPUs too, so a mean does not depend on what else is in the batch.
+            mean_NW = torch.segment_reduce(mean_NW, "mean", lengths=self._counts, axis=0, unsafe=True)
+        return mean_NW, extremes(mean_NW)
 
     def _on_device(self, numbers: npt.NDArray[Any]) -> torch.Tensor:
         found = torch.from_numpy(numbers)

@@ -1,7 +1,8 @@
 """What a micro-batch's rows of one site and layer come to, computed where the rows are, before they are copied anywhere.
 
 In float32, piece by piece and centred, and the pieces summed in float64, products in float64 altogether: so that neither the number of rows nor a mean far from zero costs
-digits, and little memory is needed beside the rows. What is found here is merged with other micro-batches' on the host.
+digits, and little memory is needed beside the rows. What is found here is merged with other micro-batches' on the host. On a GPU kernels do
+it (m2ray.model.fused_statistics), if Triton can make them.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -9,7 +10,8 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 
 from m2ray.batches import PartSpec
-from m2ray.statistics import NORM_BINS, NORM_SHIFT, PIECE_CHOICES, PIECE_ROWS, ROWS_AT_ONCE
+from m2ray.model import fused_statistics
+from m2ray.statistics import NORM_BINS, NORM_SHIFT, PAIRS_AT_ONCE, PIECE_ROWS, ROWS_AT_ONCE
 
 
 class Statistics:
@@ -39,23 +41,25 @@ def rows_statistics(kinds: Collection[str], rows_NW: torch.Tensor) -> dict[str, 
         the bin of their norm. `covariance` float32 [W, W]: sum of the products of deviations. Of no rows: zeros, and no extremes.
     """
     found = {}
+    by_kernels = bool(len(rows_NW)) and fused_statistics.has_kernels(rows_NW.device)
     if "moments" in kinds:
-        found["moments"], centre_W, rest_W = _moments(rows_NW)
+        found["moments"], centre_W, rest_W = fused_statistics.moments(rows_NW) if by_kernels else _moments(rows_NW)
         if "covariance" in kinds:
             found["covariance"] = _products(rows_NW, centre_W, rest_W)
     if "norms" in kinds:
-        found["norms"] = _norms(rows_NW)
+        found["norms"] = fused_statistics.norms(rows_NW) if by_kernels else _norms(rows_NW)
     return found
 
 
 def experts_statistics(expert_ids_NK: torch.Tensor, num_experts: int) -> dict[str, torch.Tensor]:
     """`experts`, int32 [E, E]: rows that chose both experts; on the diagonal those that chose the one."""
-    pairs_EE = expert_ids_NK.new_zeros((num_experts, num_experts), dtype=torch.int32)
-    for ids_NK in expert_ids_NK.split(PIECE_CHOICES):
-        chosen_NE = torch.zeros((len(ids_NK), num_experts), dtype=torch.float32, device=ids_NK.device)
-        chosen_NE.scatter_(1, ids_NK.long(), 1.0)
-        pairs_EE += (chosen_NE.T @ chosen_NE).to(torch.int32)
-    return {"experts": pairs_EE}
+    pairs = expert_ids_NK.new_zeros(num_experts**2, dtype=torch.int32)
+    one = pairs.new_ones(1)
+    for some_NK in expert_ids_NK.split(max(1, PAIRS_AT_ONCE // expert_ids_NK.shape[1] ** 2)):
+        ids_NK = some_NK.long()
+        both_NKK = ids_NK[:, :, None] * num_experts + ids_NK[:, None, :]
+        pairs.index_add_(0, both_NKK.view(-1), one.expand(both_NKK.numel()))
+    return {"experts": pairs.view(num_experts, num_experts)}
 
 
 def _moments(rows_NW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

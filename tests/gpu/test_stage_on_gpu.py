@@ -11,12 +11,16 @@ import torch
 from m2ray.batches import LayerSpan, MicroBatch
 from m2ray.errors import StageError
 from m2ray.model.capture import CaptureSpec
+from m2ray.model.digests import WeightDigests
 from m2ray.model.extents import Range, RowsToLoad
+from m2ray.model.gpu_hashes import can_hash
+from m2ray.model.gpu_loading import Lanes
 from m2ray.model.quantization import fused
 from m2ray.model.quantization.fused import KernelTable
 from m2ray.model.quantization.fused_proof import is_exact
 from m2ray.model.quantization.scaling import ScaledUnpack, dequantize
 from m2ray.model.stage import Stage, StageSpec
+from m2ray.model.taking_rows import extremes, extremes_of, has_kernel, take_rows
 from m2ray.selection import Selection
 from tests.packed import make_packed
 from tests.reference import LENGTHS, MINIMAX_TINY, load_capturing, load_reference, make_minimax, micro_batch_of, reference_rows, same_bits
@@ -70,6 +74,31 @@ def test_weights_are_bitwise_those_of_the_cpu(folder: Path, dtype: str) -> None:
 
 def test_the_fused_kernel_has_the_bits_of_torch() -> None:
     assert is_exact(torch.device("cuda:0"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("num_rows", "width"), [(1, 3072), (700, 24), (9000, 256), (4000, 3000)])
+def test_rows_are_taken_as_torch_takes_them(dtype: torch.dtype, num_rows: int, width: int) -> None:
+    generator = torch.Generator("cuda").manual_seed(num_rows)
+    values_NW = torch.randn((num_rows + 9, width), generator=generator, device="cuda").to(dtype)
+    places = torch.randperm(num_rows + 9, generator=generator, device="cuda")[:num_rows]
+    assert has_kernel(values_NW.device, dtype)
+    rows_NW, found = take_rows(values_NW, places)
+    assert torch.equal(rows_NW, values_NW[places])
+    assert torch.equal(extremes_of(found.cpu()), extremes(rows_NW).float().cpu())
+
+
+def test_weights_are_hashed_on_the_gpu_as_on_the_cpu(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the kernel from the first extent on, and from when it is there."""
+    assert can_hash(torch.device("cuda:0"))
+    put = WeightDigests.put
+    by_cpu, in_time = load(folder, "cpu"), load(folder, "cuda:0")
+    monkeypatch.setattr(Lanes, "_can_hash_there", lambda self: True)
+    hashed = []
+    monkeypatch.setattr(WeightDigests, "put", lambda self, piece, digest: hashed.append(piece) or put(self, piece, digest))
+    always = load(folder, "cuda:0")
+    assert hashed
+    assert by_cpu.digests == in_time.digests == always.digests
 
 
 def test_without_a_compiler_weights_are_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

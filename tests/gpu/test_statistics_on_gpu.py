@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from m2ray.batches import LayerSpan
+from m2ray.model import fused_statistics
 from m2ray.model.capture import CaptureSpec
 from m2ray.model.stage import StageSpec, load_stage
 from m2ray.model.statistics import experts_statistics, rows_statistics
@@ -17,10 +18,15 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 ALL = {"moments", "norms", "covariance"}
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_they_are_numpys_in_float64(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("by", ["kernels", "torch"])
+@pytest.mark.parametrize(("num_rows", "width"), [(9000, 768), (1, 40), (257, 3072)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_they_are_numpys_in_float64(dtype: torch.dtype, num_rows: int, width: int, by: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert fused_statistics.has_kernels(torch.device("cuda:0"))
+    if by == "torch":
+        monkeypatch.setattr(fused_statistics, "has_kernels", lambda device: False)
     generator = torch.Generator().manual_seed(4)
-    rows = torch.randn((9000, 768), generator=generator) * torch.logspace(-2, 2, 768) + 20 * torch.randn(768, generator=generator)
+    rows = torch.randn((num_rows, width), generator=generator) * torch.logspace(-2, 2, width) + 20 * torch.randn(width, generator=generator)
     rows[:, 5] = 0.1
     rows = rows.to(dtype)
     once, again = (rows_statistics(ALL, rows.cuda()) for _ in range(2))

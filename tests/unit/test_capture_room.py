@@ -1,4 +1,6 @@
-"""How far the host may run ahead of a GPU while rows are copied out. Events of a GPU are played by the test."""
+"""How far the host may run ahead of a GPU while rows are copied out, and how often it tells the GPU to. Streams and events are played by the test."""
+
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -21,18 +23,47 @@ class Event:
         Event.waits += 1
 
 
-@pytest.mark.parametrize("sites", [("residual",), ("residual", "attention", "mlp", "mlp_in")])
-def test_the_host_waits_for_rows_of_three_layers_before_however_many_sites_they_have(
-    sites: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With four sites three parts were less than a layer: the GPU had nothing to do while the host launched the next one."""
+class Stream:
+    device = torch.device("cpu")
+    waits = 0
+
+    def wait_stream(self, _: object) -> None:
+        Stream.waits += 1
+
+
+@pytest.fixture
+def played(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(Capture, "_to_host", lambda _, values, *__: values)
-    parts = [PartSpec.of(site, layer, "float32", 8) for site in sites for layer in range(6)]
-    keeping = Capture(micro_batch_of((5, 3), 96), parts, Selection(), Encoder(), None)
-    keeping._copy_stream = object()  # type: ignore[assignment]
-    Event.waits = 0
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: None)
+    monkeypatch.setattr(Capture, "_on_host", lambda _, rows: rows)
+    Event.waits = Stream.waits = 0
+
+
+def keeping(parts: list[PartSpec]) -> Capture:
+    found = Capture(micro_batch_of((5, 3), 96), parts, Selection(), Encoder(), None)
+    found._copy_stream = Stream()  # type: ignore[assignment]
+    return found
+
+
+@pytest.mark.usefixtures("played")
+@pytest.mark.parametrize("sites", [("residual",), ("residual", "attention", "mlp", "mlp_in")])
+def test_the_host_waits_for_rows_of_three_layers_before_however_many_sites_they_have(sites: tuple[str, ...]) -> None:
+    """With four sites three parts were less than a layer: the GPU had nothing to do while the host launched the next one."""
+    kept = keeping([PartSpec.of(site, layer, "float32", 8) for site in sites for layer in range(6)])
     for layer in range(6):
         for site in sites:
-            keeping.keep(site, layer, torch.zeros(2, 5, 8))
-        assert Event.waits == len(sites) * max(0, layer + 1 - capture.COPYING_LAYERS)
+            kept.keep(site, layer, torch.zeros(2, 5, 8))
+        assert Event.waits == max(0, layer + 1 - capture.COPYING_LAYERS)
+        assert Stream.waits == layer + 1, "as often as there are layers"
+
+
+@pytest.mark.usefixtures("played")
+def test_what_is_of_no_layer_or_whose_layer_ends_early_is_copied_too() -> None:
+    parts = [PartSpec.of("embedding", None, "float32", 8), PartSpec.of("final_norm", None, "float32", 8)]
+    parts += [PartSpec.of(site, 0, "float32", 8) for site in ("residual", "mlp")]
+    kept = keeping(parts)
+    for number, part in enumerate((parts[0], parts[2], parts[1])):
+        kept.keep(part.site, part.layer, torch.full((2, 5, 8), number))
+    kept.end()
+    assert [(each.site, each.layer) for each in kept.finish()] == [("embedding", None), ("final_norm", None), ("residual", 0)]

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from m2ray.batches import LayerSpan
 from m2ray.errors import CheckpointError, StoreError
-from m2ray.model import extents, gpu_loading, weights
+from m2ray.model import extents, gpu_hashes, gpu_loading, weights
 from m2ray.model.checkpoint import open_checkpoint
 from m2ray.model.decoder import DecoderSpan
 from m2ray.model.quantization import fused, fused_proof
@@ -21,6 +21,7 @@ from m2ray.model.quantization.scaling import ScaledUnpack
 from m2ray.model.skeleton import build_skeleton
 from m2ray.model.stage import StageSpec, load_stage
 from m2ray.model.weights import Loaded, load_weights
+from tests.hashed_by_numpy import HostHashes
 from tests.host_kernels import RAN, HostKernel, memory
 from tests.packed import make_packed
 from tests.reference import edited, load_span, make_minimax, same_bits
@@ -42,7 +43,7 @@ class HostLane(gpu_loading._Lane):
 
 @pytest.fixture(params=["kernel", "formula"])
 def on_host(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """With the kernel, and as on a GPU that has no FP8."""
+    """With the kernels, and as on a GPU that has no FP8, where Triton makes none."""
     monkeypatch.setattr(gpu_loading, "_Lane", HostLane)
     monkeypatch.setattr(torch.cuda, "stream", nullcontext)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
@@ -51,6 +52,8 @@ def on_host(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(fused, "has_kernel", lambda device: True)
         monkeypatch.setattr(fused, "_kernel", HostKernel)
         monkeypatch.setattr(gpu_loading, "is_exact", lambda device: True)
+        monkeypatch.setattr(gpu_loading.Lanes, "_can_hash_there", lambda self: True)
+        monkeypatch.setattr(gpu_hashes, "_kernel", HostHashes)
     RAN.clear()
     return request.param
 
