@@ -51,7 +51,7 @@ def start_lines(plan: Plan) -> list[str]:
         ]
     for planned in plan.gpus:
         if planned.span is not None:
-            weights = bytes_in_words(planned.memory.running["weights"])
+            weights = bytes_in_words(planned.memory.weights_bytes)
             lines.append(
                 f"{_place(planned)}: {planned.span}, {weights} of weights{_kept(planned)}, {bytes_in_words(planned.memory.peak_bytes)} at its peak"
             )
@@ -78,7 +78,7 @@ def loaded_lines(plan: Plan, stages: Sequence[tuple[StagePlan, StageStatus]]) ->
             f"{bytes_in_words(stage.parameter_bytes)} of parameters"
         )
         for planned_gpu, gpu in _gpus(plan, planned, stage):
-            weights = planned_gpu.memory.running["weights"]
+            weights = planned_gpu.memory.weights_bytes
             lines.append(
                 f"  GPU {gpu.index}: allocated {bytes_in_words(gpu.loaded_allocated_bytes)}, reserved {bytes_in_words(gpu.loaded_reserved_bytes)}; "
                 f"planned {bytes_in_words(weights)} of weights"
@@ -185,7 +185,7 @@ def _stage(plan: Plan, planned: StagePlan, stage: StageStatus) -> dict[str, Any]
         "planned_host_bytes": planned.host.peak_bytes,
         **{name: value for name, value in asdict(stage).items() if name not in _NOT_REPORTED},
         "gpus": [
-            {**asdict(gpu), "planned_peak_bytes": memory.peak_bytes, "planned_weights_bytes": memory.running["weights"]}
+            {**asdict(gpu), "planned_peak_bytes": memory.peak_bytes, "planned_weights_bytes": memory.weights_bytes}
             for memory, gpu in ((planned_gpu.memory, gpu) for planned_gpu, gpu in _gpus(plan, planned, stage))
         ],
     }

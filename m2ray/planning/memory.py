@@ -238,6 +238,11 @@ class Memory:
     def peak_bytes(self) -> int:
         return max(sum(self.running.values()), sum(self.loading.values()))
 
+    @property
+    def weights_bytes(self) -> int:
+        """Weights, ready and packed, and what it takes to use those that are not ready."""
+        return sum(self.running.get(name, 0) for name in ("weights", "packed_weights", "workspace", "landing_buffers"))
+
 
 def span_rows(table: TensorTable, span: LayerSpan, *, with_final_norm: bool) -> tuple[TensorRow, ...]:
     """The tensors that a span computes with: its layers', the embedding's with the first, the final norm's with the last."""

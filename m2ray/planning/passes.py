@@ -12,6 +12,10 @@ SUSTAINED_SHARE = {False: 0.22, True: 0.39}
 """Of the peak bfloat16 operations, not compiled and compiled: two for each weight that a token meets, on an H200 with real-size
 MiniMax-M2 layers, 8 x 2048 tokens, grouped experts, 23.7 and 13.3 ms a layer (benchmarks/results/gpu_stage_h200.json)."""
 
+SUSTAINED_SHARE_DENSE = {False: 0.39, True: 0.6}
+"""The same of layers without experts: compiled, from Llama-70B's widths on an H200, where a plan with 0.39 was 0.63 of what was measured; not
+compiled they were not measured."""
+
 COPY_BYTES_PER_S = 51 * 2**30
 """Between one GPU and pinned host memory, either way, measured on an H200 behind PCIe 5."""
 
@@ -82,4 +86,5 @@ def _operations_per_s(demand: Demand, placed: DevicePlan) -> float | None:
     if demand.assumed.profile:
         return demand.assumed.profile.operations_per_s(compiled=compiled)
     model = find_gpu_model(placed.device.gpu.name) if placed.device.gpu else None
-    return None if model is None else GPU_MODELS[model].bf16_flops * SUSTAINED_SHARE[compiled]
+    share = SUSTAINED_SHARE if demand.shape.num_experts else SUSTAINED_SHARE_DENSE
+    return None if model is None else GPU_MODELS[model].bf16_flops * share[compiled]

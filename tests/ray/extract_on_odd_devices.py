@@ -16,26 +16,26 @@ import torch
 from m2ray.batches import LayerSpan, MicroBatch
 from m2ray.chain import actor, specs
 from m2ray.cli import main
-from m2ray.model.boundary import Boundary
 from m2ray.model.stage import Stage, StageSpec
 
 
 class SmallStage(Stage):
     fitting_tokens = 0
 
-    def forward(self, micro_batch: MicroBatch, incoming: Boundary | None) -> Any:
+    def _pass(self, micro_batch: MicroBatch, *more: Any) -> Any:
         if micro_batch.padded_tokens > self.fitting_tokens:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
-        return super().forward(micro_batch, incoming)
+        return super()._pass(micro_batch, *more)
 
 
 class ActorWithSmallStages(actor.StageActor):
     fitting_tokens = int(sys.argv[1])
 
-    def _load(self, spec: StageSpec) -> Stage:
-        stage = super()._load(spec)
-        stage.__class__, SmallStage.fitting_tokens = SmallStage, self.fitting_tokens
-        return stage
+    def _build(self) -> None:
+        super()._build()
+        SmallStage.fitting_tokens = self.fitting_tokens
+        for stage in self._stages:
+            stage.__class__ = SmallStage
 
 
 def halves(*args: Any) -> Iterator[StageSpec]:

@@ -245,6 +245,15 @@ def test_the_transient_bound_holds_for_transformers_own_code(family, dtype):
     assert alive <= bound <= 2.3 * alive
 
 
+def test_the_bound_is_close_for_wide_dense_layers():
+    """Llama-70B's: gate, activated gate and up, and their product beside three streams; a compiled layer's is held to that count too."""
+    sizes = {"hidden_size": 8192, "intermediate_size": 28_672, "num_attention_heads": 64, "num_key_value_heads": 8, "num_hidden_layers": 1}
+    config = CONFIG_MAPPING["llama"](**sizes)
+    alive, shape = alive_bytes(config, 8, 2048, torch.bfloat16), ModelShape.of(config, "sdpa")
+    assert alive <= shape.transient_bytes(8 * 2048, 2048, 2) <= 1.35 * alive
+    assert alive <= shape.compiled_transient_bytes(8 * 2048, 2048, 2) <= 1.08 * alive
+
+
 ONE_LAYER: dict[str, dict[str, Any]] = {
     "deepseek_v4": {"layer_types": ["compressed_sparse_attention"], "mlp_layer_types": ["moe"]},
     "deepseek_v32": {"first_k_dense_replace": 0},
