@@ -56,6 +56,16 @@ def test_one_of_sixteen_creators_wins(store: Store) -> None:
         assert store.read(key) == str(won.index(True)).encode()
 
 
+def test_a_version_is_of_what_was_written(store: Store) -> None:
+    store.put("a", b"1")
+    first = store.version("a")
+    assert store.version("a") == first
+    store.put("a", b"2")
+    assert store.version("a") != first, "as large as before"
+    with pytest.raises(StoreError, match="absent"):
+        store.version("absent")
+
+
 @pytest.mark.parametrize("row_bytes", [3, 1024, 5000])
 def test_rows_are_laid_at_their_places(store: Store, row_bytes: int) -> None:
     """Neighbours, rows with gaps between them, far ones, and more of them than one system call takes; in any order."""
