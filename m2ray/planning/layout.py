@@ -1,6 +1,6 @@
 """A plan in the terminal: the verdict, the layout of layers on GPUs on nodes, what fills each GPU, and the output."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from io import StringIO
 from itertools import groupby
 
@@ -11,10 +11,10 @@ from rich.text import Text
 from m2ray.batches import Residency
 from m2ray.planning.devices import DevicePlan
 from m2ray.planning.hardware import Node
+from m2ray.planning.lines import in_words, output_lines, rate_lines, site_lines
 from m2ray.planning.memory import Memory
 from m2ray.planning.plan import Plan
 from m2ray.planning.residency import runs
-from m2ray.sites import shown_layers
 from m2ray.sizes import bytes_in_words
 
 _WIDE = 100
@@ -39,7 +39,7 @@ def render(plan: Plan, columns: int, *, chose_batch_tokens: bool = False) -> Ren
         blocks += [_legend(), _gpus_memory(plan)]
     if plan.stages:
         blocks += [_hosts_memory(plan), _hosts(plan)]
-    blocks += _output(plan)
+    blocks.append(Text("\n".join(["", *site_lines(plan), *output_lines(plan), *rate_lines(plan)])))
     return Group(*blocks)
 
 
@@ -56,14 +56,16 @@ def _verdict(plan: Plan, *, chose_batch_tokens: bool) -> Text:
         text = Text("It fits", style="bold green")
         if plan.limiting_resource:
             unknown = "" if "store" in plan.rates.limits else ", unless the store does, whose speed is not known (--store-gb-per-s)"
-            text.append(f"; {_words(plan.limiting_resource)} limits the run{unknown}", style="not bold")
+            text.append(f"; {in_words(plan.limiting_resource)} limits the run{unknown}", style="not bold")
         if chose_batch_tokens:
             or_fewer = "" if plan.prompts else ", or fewer where the prompts suit fewer better"
             text.append(f"\nmicro-batches of at most {plan.demand.options.batch_tokens:,} tokens{or_fewer}", style="not bold")
     else:
         text = Text("It does not fit:", style="bold red")
         for shortage in plan.shortages:
-            text.append(f"\n  {_words(shortage.resource)} ({shortage.where}) is {shortage.short_by_bytes:,} bytes short", style="not bold")
+            text.append(
+                f"\n  {in_words(shortage.resource)} ({shortage.where}) is {shortage.short_by_bytes:,} bytes short", style="not bold"
+            )
         for remedy in plan.remedies:
             text.append(f"\n  {remedy.text}", style="not bold green")
         if not plan.remedies:
@@ -258,88 +260,3 @@ def _hosts(plan: Plan) -> Table:
             "unknown" if node.shm_bytes is None else bytes_in_words(node.shm_bytes),
         )
     return table
-
-
-def _output(plan: Plan) -> Sequence[RenderableType]:
-    return [Text("\n".join(["", *_site_lines(plan), *_output_lines(plan), *_rate_lines(plan)]))]
-
-
-def _site_lines(plan: Plan) -> Iterator[str]:
-    """What is captured where, its bytes a token before any compression, and which layers have nothing of the kind."""
-    options, table = plan.demand.options, plan.demand.table
-    for number, (site, layers) in enumerate(options.sites.items()):
-        token_bytes = sum(part.row_bytes for part in options.parts if part.site == site)
-        lacking = shown_layers(
-            layer for layer in range(table.num_layers) if layer not in table.layers_of.get(site, range(table.num_layers))
-        )
-        where = f" of layers {shown_layers(layers)}" if layers else ""
-        yield f"{'' if number else 'capture':<9}{site}{where}: {token_bytes:,} bytes a token" + (
-            f"; layers {lacking} have none" if layers and lacking else ""
-        )
-
-
-def _output_lines(plan: Plan) -> Iterator[str]:
-    output, prompts = plan.output, plan.prompts
-    if output is None or prompts is None:
-        return
-    yield f"output   {prompts.tokens:,} tokens of {prompts.sequences:,} prompts; padding {prompts.padding_waste:.1%}"
-    if plan.demand.options.prompts.limit is not None:
-        yield f"         limit = {plan.demand.options.prompts.limit:,}: what comes after so many rows of the prompts is left out"
-    if output.rows < prompts.tokens:
-        chosen = plan.demand.options.prompts.selection
-        yield f"         {output.rows:,} rows of {chosen} in each site and layer: {bytes_in_words(output.saved_bytes)} less than of all"
-    for site in plan.demand.options.sites if output.by_part else ():
-        of_site = [num_bytes for part, num_bytes in output.by_part.items() if part.site == site]
-        yield f"         {site}: {bytes_in_words(sum(of_site))} in {len(of_site) * prompts.shards:,} files"
-    if output.statistics_bytes:
-        yield f"         statistics in up to {bytes_in_words(output.statistics_bytes)}"
-    yield f"         {output.num_bytes:,} bytes in {output.files:,} files; with records {bytes_in_words(output.disk_bytes)}"
-    if output.cost_a_month is not None:
-        yield f"         {_amount(output.cost_a_month)} a month at {plan.demand.assumed.price_per_gb_month:g} a GB"
-
-
-def _rate_lines(plan: Plan) -> Iterator[str]:
-    rates = plan.rates
-    if rates.tokens_per_s is None or rates.store_bytes_per_s is None:
-        return
-    source = "as stated" if rates.is_stated else "from the profile" if rates.is_measured else "estimated"
-    yield f"speed    {rates.tokens_per_s:,.0f} tokens/s of computation ({source})"
-    yield f"         at that rate the store must take {bytes_in_words(rates.store_bytes_per_s)}/s"
-    for name, tokens_per_s in rates.limits.items():
-        if name != "computation":
-            yield f"         {_words(name)} allows {tokens_per_s:,.0f} tokens/s"
-    if rates.filled_share is not None and not rates.is_stated and rates.limiting != "store":
-        yield f"         filling and draining the chains takes {1 - rates.filled_share:.1%} of the time"
-    if rates.duration_s is not None:
-        yield f"         about {_duration(rates.duration_s)}"
-    if rates.gpu_cost is not None and rates.gpu_hours is not None:
-        price = plan.demand.assumed.price_gpu_hour
-        yield f"         {_amount(rates.gpu_cost)} for {_amount(rates.gpu_hours)} GPU hours at {price:g} each; loading is not counted"
-
-
-def _amount(number: float) -> str:
-    """An amount of money, or of hours, to the hundredth."""
-    return f"{number:,.2f}" if number >= 0.01 else "less than 0.01"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.0f} seconds" if seconds >= 1.5 else "a second"
-    return f"{seconds / 3600:,.1f} hours" if seconds >= 3600 else f"{seconds / 60:,.1f} minutes"
-
-
-_WORDS = {
-    "gpu_memory": "GPU memory",
-    "host_memory": "host memory",
-    "shared_memory": "shared memory (/dev/shm)",
-    "disk": "disk space",
-    "computation": "the computation",
-    "device_to_host_copy": "the copy from GPU to host",
-    "offload": "the copy of layers that are not kept on the GPUs",
-    "encoder": "the encoding of Parquet",
-    "store": "the store",
-}
-
-
-def _words(resource: str) -> str:
-    return _WORDS[resource]

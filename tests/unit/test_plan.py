@@ -724,6 +724,13 @@ def test_the_picture_tells_where_layers_live_that_are_not_ready():
     assert "waves" not in drawn(plan("8xH200", offload="disk"))
 
 
+def test_the_picture_says_that_a_limit_leaves_prompts_out():
+    limited = replace(demand().options.prompts, limit=1000)
+    said = "limit = 1,000: what comes after so many rows of the prompts is left out"
+    assert said in drawn(plan_run(demand().asking(prompts=limited), parse_gpus("8xH200"), PROMPTS))
+    assert "limit =" not in drawn(plan("8xH200", prompts=PROMPTS))
+
+
 def test_bars_keep_their_length():
     for gpus in ("8xA100-80GB", "7xH100-80GB", "2 nodes of 8xL40S"):
         bars = {sum(line.count(shade) for shade in "█▓▒░") for line in drawn(plan(gpus)).splitlines() if "GB" in line and "░" in line}
