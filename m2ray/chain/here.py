@@ -45,14 +45,19 @@ def hardware_here(config: ExtractConfig, folder: str, stack: ExitStack) -> Hardw
     Args:
         folder: whose disk's free bytes are asked for.
     """
-    alone = config.stages in ("auto", 1) and config.replicas in ("auto", 1) and config.node_labels is None and config.chain is None
-    if config.ray or not alone or os.environ.get("RAY_ADDRESS") or ray.is_initialized():
+    if needs_cluster(config):
         return None
     node = probe_node(NODE, folder)
     if node.gpus or not _ONE_STAGE.acquire(blocking=False):
         return None
     stack.callback(_ONE_STAGE.release)
     return Hardware(Cluster((node,)), {NODE: ""}, {NODE: float(node.cpus or 1)}, is_here=True)
+
+
+def needs_cluster(config: ExtractConfig) -> bool:
+    """Whether Ray is needed whatever this machine has."""
+    alone = config.stages in ("auto", 1) and config.replicas in ("auto", 1) and config.node_labels is None and config.chain is None
+    return config.ray or not alone or bool(os.environ.get("RAY_ADDRESS")) or ray.is_initialized()
 
 
 class ActorHere:

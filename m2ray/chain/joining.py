@@ -6,6 +6,7 @@ import socket
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -44,6 +45,16 @@ def cluster(connect_timeout_s: float, say: Callable[[str], None] = lambda _: Non
                 f"Ray failed: {(str(error).strip() or type(error).__name__).splitlines()[0]}",
                 f"Often a node ran out of memory, or has no room left in /dev/shm or the temporary folder: m2ray doctor tells. {GOES_ON}",
             ) from error
+
+
+@contextmanager
+def cluster_ahead(connect_timeout_s: float, say: Callable[[str], None]) -> Iterator[Future[None]]:
+    """Begin to join or start it in a thread, beside what follows, and hold it until the context ends. What is given is done once it is there, and
+    fails as `cluster` would; `cluster` shares it.
+    """
+    with ExitStack() as stack, ThreadPoolExecutor(1, "cluster") as thread:
+        begun = thread.submit(lambda: stack.enter_context(_SHARED.use(connect_timeout_s, say)))
+        yield begun
 
 
 class _Shared:

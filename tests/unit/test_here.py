@@ -191,14 +191,45 @@ def test_alone_it_is_this_machine(options: dict[str, Any]) -> None:
         assert hardware_here(config, folder, stack) is not None
 
 
-def test_absent_paths_are_told_before_torch_is_imported(options: dict[str, Any], tmp_path: Path) -> None:
-    words = "import sys; from m2ray.cli import main\ntry: main()\nfinally: print('torch' in sys.modules)"
-    asked = ["--model", str(tmp_path / "nowhere"), "--prompts", str(tmp_path / "none.jsonl"), "--output", options["output"]]
-    done = subprocess.run([sys.executable, "-c", words, "extract", *asked], capture_output=True, text=True, timeout=START_S, check=False)
-    assert done.returncode == 1
-    assert done.stdout.split() == ["False"]
-    for said in ("2 problems", f"There is no folder {tmp_path / 'nowhere'}", f"The prompts {tmp_path / 'none.jsonl'} are absent"):
-        assert said in done.stderr
+WITHOUT_TORCH = """
+import sys
+from m2ray.cli import main
+try:
+    main()
+finally:
+    print(sorted({"torch", "transformers", "ray", "pyarrow"} & sys.modules.keys()))
+"""
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--modle", "x"], ["--modle", "--model"]),
+        (["--stages", "none"], ["stages", "'none'"]),
+        (["--sites", "nothing"], ["sites", "nothing"]),
+        (["--model", "no/where", "--prompts", "none.jsonl"], ["no/where"]),
+        (
+            ["--model", "nowhere", "--prompts", "none.jsonl"],
+            ["2 problems", "There is no folder nowhere", "The prompts none.jsonl are absent"],
+        ),
+        (["--model", "empty", "--prompts", "*.jsonl"], ["2 problems", "no config.json in empty", "No file matches *.jsonl"]),
+        (["--prompts", "/absent/*/x"], ["No file matches /absent/*/x"]),
+        (["--chat-template", "x.jinja", "--output", "file/run"], ["2 problems", "chat template x.jinja: No such file", "file/run"]),
+    ],
+)
+def test_wrong_options_and_paths_are_told_before_anything_is_imported_that_takes_seconds(
+    options: dict[str, Any], tmp_path: Path, more: list[str], said: list[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("no folder")
+    asked = ["--model", options["model"], "--prompts", options["prompts"], "--output", options["output"], *more]
+    command = [sys.executable, "-c", WITHOUT_TORCH, "extract", *asked]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=START_S, check=False, cwd=tmp_path)
+    assert done.returncode in (1, 2), done.stderr
+    assert done.stdout == "[]\n"
+    for words in said:
+        assert words in done.stderr
+    assert not Path(options["output"]).exists()
 
 
 @pytest.mark.parametrize(("said", "stages", "threads"), [("3", 1, 3), ("", 1, 4), ("", 2, 2), ("no number", 3, 1)])

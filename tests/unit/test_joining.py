@@ -7,7 +7,7 @@ from typing import NoReturn
 import pytest
 import ray
 
-from m2ray.chain.joining import cluster
+from m2ray.chain.joining import cluster, cluster_ahead
 from m2ray.errors import ClusterError
 
 
@@ -68,3 +68,21 @@ def test_whoever_is_connected_already_stays_so(monkeypatch: pytest.MonkeyPatch) 
     with cluster(1), cluster(1):
         pass
     assert fake.told == []
+
+
+def test_a_cluster_that_starts_beside_other_work_is_shared_and_ends_with_its_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake, may_start = FakeRay(monkeypatch), Event()
+    monkeypatch.setattr(ray, "init", lambda **_: may_start.wait(30) and fake.say("started", is_there=True))
+    with cluster_ahead(1, print) as begun:
+        assert not begun.done()
+        may_start.set()
+        with cluster(1):
+            assert fake.told == ["started"]
+        assert fake.is_there
+    assert fake.told == ["started", "ended"]
+
+
+def test_a_cluster_that_cannot_be_joined_beside_other_work_is_told_of_where_it_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
+    with cluster_ahead(1, print) as begun, pytest.raises(ClusterError, match="cannot be joined"):
+        begun.result(30)
