@@ -57,7 +57,7 @@ class ColumnChunk:
     def moved(self, num_bytes: int) -> "ColumnChunk":
         """The same bytes, further on in a file."""
         offsets = {name: self.meta_data[name] + num_bytes for name in _PAGE_OFFSETS if name in self.meta_data}
-        return ColumnChunk(self.meta_data | offsets, self.pages + (num_bytes, 0, 0), self.column_index)
+        return ColumnChunk(self.meta_data | offsets, self.pages + np.array((num_bytes, 0, 0)), self.column_index)
 
 
 @dataclass(frozen=True)
