@@ -52,8 +52,8 @@ def extract(config: ExtractConfig, progress: Progress) -> RunSummary:
     """Extract what `config` asks for, or what is missing of it. Safe to repeat after a kill at any point.
 
     Raises:
-        M2rayError: before Ray is started for bad configuration, checkpoint, prompts or output, or another driver at the run; before anything is written for a
-            cluster that does not hold the plan; later for what fails there; at any time for SIGTERM.
+        M2rayError: before Ray is started for bad configuration, checkpoint, columns of prompts or output, or another driver at the run; before anything is
+            written for prompts of which no row can be used, and a cluster that does not hold the plan; later for what fails there; at any time for SIGTERM.
     """
     config = absolute(located(config))
     with stop_on_sigterm() as stop, no_empty_folders(config.output), ExitStack() as stack:
