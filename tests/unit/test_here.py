@@ -1,14 +1,16 @@
 """One stage on a machine without GPUs: it runs in the driver's process, and everything is as with Ray."""
 
+import gc
 import os
 import signal
 import subprocess
 import sys
 import time
 import weakref
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,15 +19,19 @@ import torch
 
 import m2ray
 from m2ray.batches import LayerSpan, MicroBatch, TensorRow
+from m2ray.chain import extract
 from m2ray.chain.calls import CallError
 from m2ray.chain.checking import look
 from m2ray.chain.failure import FailureKind, classify
 from m2ray.chain.here import ActorHere, ActorsHere, hardware_here
+from m2ray.chain.progress import Progress
 from m2ray.config import ExtractConfig
 from m2ray.errors import CheckpointError, StageError, StoreError
+from m2ray.model.interpreter import quick_imports
 from m2ray.model.stage import Stage, StageSpec
 from m2ray.planning.hardware import Cluster, Gpu, Node
 from m2ray.planning.plan import plan_run
+from m2ray.prompts.surveying import _old_objects_passed_over
 from m2ray.storage import LocalStore
 from tests.ray.test_extract import micro_batches
 from tests.reference import load_reference, make_minimax, reference_rows, same_bits
@@ -230,6 +236,35 @@ def test_wrong_options_and_paths_are_told_before_anything_is_imported_that_takes
     for words in said:
         assert words in done.stderr
     assert not Path(options["output"]).exists()
+
+
+@pytest.mark.parametrize(
+    ("stages", "read", "is_begun"), [(2, "as lines", [True]), (1, "as lines", []), (2, "within a limit", []), (2, "as chats", [])]
+)
+def test_ray_is_begun_beside_the_survey_unless_that_limits_the_process_or_forks(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch, stages: int, read: str, is_begun: list[bool]
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(extract, "cluster_ahead", lambda *_: nullcontext(True))
+    source = SimpleNamespace(may_be_read_ahead=read != "within a limit", columns=SimpleNamespace(is_messages=read == "as chats"))
+    inputs: Any = SimpleNamespace(
+        config=ExtractConfig(**options, stages=stages), source=source, options=SimpleNamespace(placement_timeout_s=1.0)
+    )
+    with ExitStack() as stack:
+        assert [extract._ahead(inputs, stack, Progress())] == (is_begun or [None])
+
+
+def test_the_collector_goes_on_passing_over_what_was_imported() -> None:
+    try:
+        with quick_imports():
+            pass
+        frozen = gc.get_freeze_count()
+        with _old_objects_passed_over():
+            pass
+        assert gc.isenabled()
+        assert gc.get_freeze_count() >= frozen > 0
+    finally:
+        gc.unfreeze()
 
 
 @pytest.mark.parametrize(("said", "stages", "threads"), [("3", 1, 3), ("", 1, 4), ("", 2, 2), ("no number", 3, 1)])
