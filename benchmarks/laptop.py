@@ -5,11 +5,12 @@
 
 FOLDER gets a small trained model (scripts/trained_model) unless it has one, and what is written, of which each run deletes the one before it.
 Both are processes of their own, timed from start to end, and both store each layer's rows in bfloat16. Memory is the peak of what the
-process and its children hold, shared pages counted once (Pss).
+process and its children hold, shared pages counted once (Pss). CPU time is that of all their threads, user's and system's, those that wait in a spin too.
 """
 
 import argparse
 import json
+import resource
 import shutil
 import statistics
 import subprocess
@@ -72,18 +73,21 @@ def make_prompts(folder: Path, count: int) -> Path:
 
 
 def pairs_of(folder: Path, model: Path, prompts: Path, count: int, dtype: str, pairs: int) -> list[Row]:
-    """Both ways, which of a pair comes first alternating: a row of the time and one of the memory."""
+    """Both ways, which of a pair comes first alternating: a row of the time, one of the CPU time and one of the memory."""
     out = folder / "out"
     loop = [sys.executable, str(ROOT / "benchmarks/loop.py"), str(model), str(prompts), str(out), "--dtype", dtype]
     ours = [sys.executable, "-m", "m2ray.cli", "extract", "--model", str(model), "--prompts", str(prompts), "--output", str(out)]
     ours += ["--compute-dtype", dtype]
     times: dict[str, list[float]] = {"loop": [], "m2ray": []}
+    cpus: dict[str, list[float]] = {"loop": [], "m2ray": []}
     peaks: dict[str, list[int]] = {"loop": [], "m2ray": []}
     for number in range(pairs):
         ways = [("loop", loop), ("m2ray", ours)]
         for name, command in ways if number % 2 else reversed(ways):
             shutil.rmtree(out, ignore_errors=True)
+            before_s = cpu_s()
             taken_s, peak_bytes = timed(command, folder / f"{name}.log")
+            cpus[name].append(cpu_s() - before_s)
             times[name].append(taken_s)
             peaks[name].append(peak_bytes)
         print(f"{count} prompts, {dtype}: {times['m2ray'][-1]:.1f} s, the loop {times['loop'][-1]:.1f} s", flush=True)
@@ -93,6 +97,7 @@ def pairs_of(folder: Path, model: Path, prompts: Path, count: int, dtype: str, p
     what = f"{count} prompts, {dtype}"
     return [
         compared(f"{what}: wall time", times, "s", str(TARGETS.get(count, "")), note, statistics.median(ratios)),
+        compared(f"{what}: CPU time", cpus, "s", ""),
         compared(
             f"{what}: resident memory at the peak", {name: [peak / 2**20 for peak in each] for name, each in peaks.items()}, "MiB", "1.3"
         ),
@@ -122,6 +127,12 @@ def timed(command: list[str], log: Path, look: Callable[[int], int] | None = Non
     if process.returncode:
         raise RuntimeError(log.read_text())
     return taken_s, peak_bytes
+
+
+def cpu_s() -> float:
+    """Of the children that have ended so far."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def pss_bytes(root: int) -> int:

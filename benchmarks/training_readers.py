@@ -3,9 +3,10 @@
     python -m benchmarks.training_readers FOLDER [--sae-lens .consumers/row-iterators/bin/python]
 
 All read the same rows, in batches of 4,096 rows, with a shuffle buffer of 1 GiB, from files in the page cache: activault's layout
-({states [N, T, d], input_ids [N, T]} in .pt files, of which one is given out while the next is loaded: half of the buffer each), and what
+({states [N, T, d], input_ids [N, T]} in .pt files, of which one is given out while the next is loaded: half of the buffer each), a .pt file a
+prompt [T, d], as people save them, of which the DataLoader draws so many at random as make a batch (a prompt's rows stay together), and what
 SAELens caches (a saved data set of [T, d] a row, in float16, so that its rows have as many bytes as ours). SAELens runs in an interpreter of its own,
-one that has it: `scripts/consumers row-iterators` makes it. What is compared is the second epoch of each. Needs 5 GB of disk.
+one that has it: `scripts/consumers row-iterators` makes it. What is compared is the second epoch of each. Needs 7 GB of disk.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import torch
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 import m2ray
 from benchmarks.records import Row, record
@@ -46,6 +47,29 @@ class Megabatches(IterableDataset[torch.Tensor]):
             rows = torch.load(self.files[number], weights_only=True)["states"].flatten(0, 1)
             for chosen in torch.randperm(len(rows)).split(BATCH_ROWS):
                 yield rows[chosen]
+
+
+class Prompts(Dataset[torch.Tensor]):
+    """The rows of .pt files, one a prompt."""
+
+    def __init__(self, files: list[Path]) -> None:
+        self.files = files
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, number: int) -> torch.Tensor:
+        rows: torch.Tensor = torch.load(self.files[number], weights_only=True)
+        return rows
+
+
+def write_prompts(run: RunReader, folder: Path) -> list[Path]:
+    folder.mkdir()
+    files = []
+    for number, rows in enumerate(run.tensor().view(-1, LENGTH, HIDDEN_SIZE)):
+        files.append(folder / f"{number}.pt")
+        torch.save(rows.clone(), files[-1])
+    return files
 
 
 def write_megabatches(run: RunReader, folder: Path) -> list[Path]:
@@ -113,7 +137,7 @@ def seconds(epoch: Callable[[], Iterator[torch.Tensor]]) -> float:
 def measure(folder: Path, shards: int, sae_lens: str | None, repeats: int) -> list[Row]:
     make_run(folder / "run", shards)
     run = m2ray.open_run(folder / "run").layer(LAYER)
-    num_rows, files = run.num_tokens, write_megabatches(run, folder / "pt")
+    num_rows, files, prompt_files = run.num_tokens, write_megabatches(run, folder / "pt"), write_prompts(run, folder / "prompts")
     stream = run.stream(batch_rows=BATCH_ROWS, shuffle_buffer_bytes=BUFFER_BYTES)
 
     def ours() -> Iterator[torch.Tensor]:
@@ -123,7 +147,15 @@ def measure(folder: Path, shards: int, sae_lens: str | None, repeats: int) -> li
         loader = DataLoader(Megabatches(files), batch_size=None, num_workers=workers, persistent_workers=workers > 0)
         return lambda: iter(loader)
 
+    def by_prompt(workers: int) -> Callable[[], Iterator[torch.Tensor]]:
+        at_once = BATCH_ROWS // LENGTH
+        loader = DataLoader(
+            Prompts(prompt_files), at_once, shuffle=True, collate_fn=torch.cat, num_workers=workers, persistent_workers=workers > 0
+        )
+        return lambda: iter(loader)
+
     others = {f"torch DataLoader over .pt megabatches, {workers} workers": megabatches(workers) for workers in (0, 1)}
+    others |= {f"torch DataLoader over a .pt file a prompt, {workers} workers": by_prompt(workers) for workers in (0, 1)}
     for epoch in (ours, *others.values()):
         seconds(epoch)
     taken = [{name: seconds(epoch) for name, epoch in {"": ours, **others}.items()} for _ in range(repeats)]

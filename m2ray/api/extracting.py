@@ -26,7 +26,7 @@ def extract(*, model: str | PathLike[str], prompts: Prompts, output: str | PathL
     in this process where there is one stage and no GPU. Any thread may call. Ctrl-C leaves a run that can be gone on with.
 
     Raises:
-        M2rayError: all that is wrong with options, model, prompts or output at once, before Ray is started; later what fails there.
+        M2rayError: all that is wrong with options, model, prompts' columns or output at once, before Ray is started; later what fails there.
         KeyboardInterrupt: it was Ctrl-C.
     """
     with as_file(prompts) as source, progress_here() as progress:

@@ -4,6 +4,7 @@ import json
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -20,8 +21,8 @@ from m2ray.chain.actor import Job
 from m2ray.chain.actors import Actors, ActorsOfChain
 from m2ray.chain.checking import Inputs, check, look
 from m2ray.chain.driver import Chain
-from m2ray.chain.here import ActorsHere, hardware_here
-from m2ray.chain.joining import cluster
+from m2ray.chain.here import ActorsHere, hardware_here, needs_cluster
+from m2ray.chain.joining import cluster, cluster_ahead
 from m2ray.chain.loading import absolute
 from m2ray.chain.metrics import Metrics
 from m2ray.chain.monitor import Monitor
@@ -51,8 +52,8 @@ def extract(config: ExtractConfig, progress: Progress) -> RunSummary:
     """Extract what `config` asks for, or what is missing of it. Safe to repeat after a kill at any point.
 
     Raises:
-        M2rayError: before Ray is started for bad configuration, checkpoint, prompts or output, or another driver at the run; before anything is written for a
-            cluster that does not hold the plan; later for what fails there; at any time for SIGTERM.
+        M2rayError: before Ray is started for bad configuration, checkpoint, columns of prompts or output, or another driver at the run; before anything is
+            written for prompts of which no row can be used, and a cluster that does not hold the plan; later for what fails there; at any time for SIGTERM.
     """
     config = absolute(located(config))
     with stop_on_sigterm() as stop, no_empty_folders(config.output), ExitStack() as stack:
@@ -87,10 +88,11 @@ def _begin(inputs: Inputs, stack: ExitStack, stop: Stop, progress: Progress, har
         with stop.at_once(NOTHING_WRITTEN):
             shard_tokens, attempt = inputs.options.shard_tokens, uuid4().hex[:12]
             counting = partial(progress.surveying, counted=_counted(inputs))
+            ahead = None if hardware else _ahead(inputs, stack, progress)
             found = survey(inputs.source, inputs.tokenizer, inputs.store, attempt, shard_tokens, on_progress=counting)
             counting(found.num_sequences, is_done=True)
             stack.enter_context(found.tokens)
-            hardware = hardware or _hardware(inputs, stack, progress)
+            hardware = hardware or _hardware(inputs, stack, progress, ahead)
             if not hardware.chain:
                 inputs = inputs.on(hardware.cluster, found.shards.longest_tokens, partial(estimated_batching, found.shards))
             stats = batching(found.shards, inputs.options.batch_tokens)
@@ -190,11 +192,12 @@ def _resume(inputs: Inputs, stack: ExitStack, stop: Stop, progress: Progress, ha
         missing = run.missing(shards)
         progress.say(f"Going on with the run of {recorded.created_at}: {len(missing):,} of {len(shards):,} shards are missing.")
         counting = partial(progress.surveying, counted=_counted(inputs))
+        ahead = _ahead(inputs, stack, progress) if missing and not hardware else None
         tokens = respool(inputs.source, inputs.tokenizer, missing, store, recorded.sequence_files, on_progress=counting)
         stack.enter_context(tokens)
         if missing:
             counting(recorded.counts.sequences, is_done=True)
-            hardware = hardware or _hardware(inputs, stack, progress)
+            hardware = hardware or _hardware(inputs, stack, progress, ahead)
             if not hardware.chain:
                 inputs = inputs.on(hardware.cluster, max(int(shard.token_counts.max()) for shard in missing))
         return _Work(inputs, run, shards, missing, tokens, hardware if missing else None)
@@ -218,14 +221,25 @@ def _plan(inputs: Inputs, hardware: Hardware, stats: PromptStats) -> Plan:
     return plan_run(inputs.demand(stats.longest_tokens), hardware.cluster, stats)
 
 
-def _hardware(inputs: Inputs, stack: ExitStack, progress: Progress) -> Hardware:
-    """This machine alone where that suffices. Else join or start the cluster until the stack ends, and look at its nodes, whose versions must be
-    the driver's.
+def _ahead(inputs: Inputs, stack: ExitStack, progress: Progress) -> Future[None] | None:
+    """The cluster on its way, until the stack ends, while the prompts are read: where it is needed, and where reading does nothing to the whole
+    process that a starting Ray would inherit (a limit of memory) or suffer from (a fork).
+    """
+    if not needs_cluster(inputs.config) or not inputs.source.may_be_read_ahead or inputs.source.columns.is_messages:
+        return None
+    return stack.enter_context(cluster_ahead(inputs.options.placement_timeout_s, progress.say))
+
+
+def _hardware(inputs: Inputs, stack: ExitStack, progress: Progress, ahead: Future[None] | None) -> Hardware:
+    """This machine alone where that suffices. Else join or start the cluster until the stack ends, or wait for one that is on its way, and look at
+    its nodes, whose versions must be the driver's.
     """
     options = inputs.options
     if alone := hardware_here(inputs.config, options.watched_folder, stack):
         return alone
     progress.waiting("cluster", "joining Ray" if os.environ.get("RAY_ADDRESS") else "starting Ray on this machine")
+    if ahead is not None:
+        ahead.result()
     stack.enter_context(cluster(options.placement_timeout_s, progress.say))
     hardware = probe_hardware(options.node_labels, options.watched_folder)
     require_versions(hardware.cluster)

@@ -24,6 +24,7 @@ from m2ray.chain.stopping import GOES_ON
 from m2ray.chain.wave import most_in_chain
 from m2ray.config import ExtractConfig
 from m2ray.errors import StageError
+from m2ray.model.interpreter import quick_switches
 from m2ray.model.stage import StageSpec
 from m2ray.planning.hardware import Cluster
 
@@ -45,14 +46,19 @@ def hardware_here(config: ExtractConfig, folder: str, stack: ExitStack) -> Hardw
     Args:
         folder: whose disk's free bytes are asked for.
     """
-    alone = config.stages in ("auto", 1) and config.replicas in ("auto", 1) and config.node_labels is None and config.chain is None
-    if config.ray or not alone or os.environ.get("RAY_ADDRESS") or ray.is_initialized():
+    if needs_cluster(config):
         return None
     node = probe_node(NODE, folder)
     if node.gpus or not _ONE_STAGE.acquire(blocking=False):
         return None
     stack.callback(_ONE_STAGE.release)
     return Hardware(Cluster((node,)), {NODE: ""}, {NODE: float(node.cpus or 1)}, is_here=True)
+
+
+def needs_cluster(config: ExtractConfig) -> bool:
+    """Whether Ray is needed whatever this machine has."""
+    alone = config.stages in ("auto", 1) and config.replicas in ("auto", 1) and config.node_labels is None and config.chain is None
+    return config.ray or not alone or bool(os.environ.get("RAY_ADDRESS")) or ray.is_initialized()
 
 
 class ActorHere:
@@ -98,10 +104,12 @@ class ActorsHere:
         self._specs = specs
         self._timeout_s = timeout_s
         self._threads_before = torch.get_num_threads()
+        self._switches = ExitStack()
         self.handles: list[Any] = []
 
     def start(self, epoch: int) -> None:
         """Start it, in the epoch that the chain is in."""
+        self._switches.enter_context(quick_switches())  # between its computation and its writer
         self.handles = [ActorHere(specs, self._timeout_s, epoch) for specs in self._specs]
 
     def restart(self, lost: Mapping[int, StageStatus | None], _epoch: int) -> bool:
@@ -123,6 +131,7 @@ class ActorsHere:
         if leaving.is_alive():
             _end_with_the_program(leaving)
         torch.set_num_threads(self._threads_before)
+        self._switches.close()
 
 
 def _end_with_the_program(leaving: threading.Thread) -> None:

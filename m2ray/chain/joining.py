@@ -6,6 +6,7 @@ import socket
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -44,6 +45,16 @@ def cluster(connect_timeout_s: float, say: Callable[[str], None] = lambda _: Non
                 f"Ray failed: {(str(error).strip() or type(error).__name__).splitlines()[0]}",
                 f"Often a node ran out of memory, or has no room left in /dev/shm or the temporary folder: m2ray doctor tells. {GOES_ON}",
             ) from error
+
+
+@contextmanager
+def cluster_ahead(connect_timeout_s: float, say: Callable[[str], None]) -> Iterator[Future[None]]:
+    """Begin to join or start it in a thread, beside what follows, and hold it until the context ends. What is given is done once it is there, and
+    fails as `cluster` would; `cluster` shares it.
+    """
+    with ExitStack() as stack, ThreadPoolExecutor(1, "cluster") as thread:
+        begun = thread.submit(lambda: stack.enter_context(_SHARED.use(connect_timeout_s, say)))
+        yield begun
 
 
 class _Shared:
@@ -142,6 +153,7 @@ def _join(timeout_s: float) -> None:
         if separator and port.isdigit() and "/" not in host:
             # Ray itself goes on trying for minutes where nothing listens.
             socket.create_connection((host, int(port)), timeout_s).close()
+            _require_token(address, timeout_s)
         with sigterm_kept():
             ray.init(logging_level="ERROR", log_to_driver=True)
     except (OSError, ray.exceptions.RayError, RuntimeError, ValueError) as error:
@@ -149,3 +161,25 @@ def _join(timeout_s: float) -> None:
             f"The Ray cluster at RAY_ADDRESS={address!r} cannot be joined: {(str(error).splitlines() or [type(error).__name__])[0].rstrip('.')}.",
             "Check the address (HEAD:6379) and the token, or unset RAY_ADDRESS to run on this machine.",
         ) from error
+
+
+def _require_token(address: str, timeout_s: float) -> None:
+    """Ask for no more than the cluster's id. Ray itself would offer a token that is refused for 20 s, and print a line each second.
+
+    Raises:
+        ClusterError: the token is refused, or there is none. Whatever else is wrong is left to Ray.
+    """
+    import grpc
+    from ray._private.grpc_utils import init_grpc_channel
+    from ray.core.generated.gcs_service_pb2 import GetClusterIdRequest
+    from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
+
+    with init_grpc_channel(address) as channel:
+        try:
+            NodeInfoGcsServiceStub(channel).GetClusterId(GetClusterIdRequest(), timeout=timeout_s)
+        except grpc.RpcError as error:
+            if error.code() is grpc.StatusCode.UNAUTHENTICATED:
+                raise ClusterError(
+                    f"The Ray cluster at RAY_ADDRESS={address!r} refuses the token of this process, or its lack of one.",
+                    "Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's own; or unset RAY_ADDRESS to run on this machine.",
+                ) from error

@@ -74,7 +74,11 @@ def probe_hardware(labels: Mapping[str, str], folder: str = "") -> Hardware:
     nodes = {name: node for name, node in labelled.items() if node["Resources"].get("CPU") or node["Resources"].get("GPU")}
     if not nodes:
         raise ClusterError(f"None of the nodes {', '.join(labelled)} offers CPUs or GPUs.", "Start Ray with --num-cpus above 0 somewhere.")
-    found, silent = on_nodes(nodes, probe_node, {"folder": folder}, LOOK_TIMEOUT_S)
+    here = ray.get_runtime_context().get_node_id()
+    others = {name: node for name, node in nodes.items() if node["NodeID"] != here}
+    found, silent = on_nodes(others, probe_node, {"folder": folder}, LOOK_TIMEOUT_S)
+    # This process looks at its own node: another one would take seconds to import torch for that.
+    found = {name: found[name] if name in others else probe_node(name, folder) for name in nodes if name not in silent}
     problems = [ClusterError(f"Node {name} could not be looked at: {why}.", _remedy(why)) for name, why in silent.items()]
     probed = []
     for name, seen in found.items():
@@ -138,7 +142,8 @@ def on_nodes(
     for name, node in nodes.items():
         there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         asked[name] = task.options(scheduling_strategy=there).remote(name=name, **arguments)
-    ray.wait(list(asked.values()), num_returns=len(asked), timeout=timeout_s)
+    if asked:
+        ray.wait(list(asked.values()), num_returns=len(asked), timeout=timeout_s)
     seen: dict[str, _Seen] = {}
     silent: dict[str, str] = {}
     for name, ref in asked.items():

@@ -73,10 +73,12 @@ def command(toml_path: Path | None, in_job: bool, **flags: Any) -> None:
         require_absolute(config)
     from m2ray.chain.paths import require_paths
     from m2ray.chain.progress import Progress
+    from m2ray.model.interpreter import quick_imports
 
     require_paths(config)
     with Progress(terminal()) as progress:
         progress.waiting("start", "importing torch and transformers")
-        from m2ray.chain.extract import extract
+        with quick_imports():
+            from m2ray.chain.extract import extract
 
         extract(config, progress)

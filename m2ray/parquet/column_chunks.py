@@ -5,7 +5,7 @@ is already. So they go to the store from where they lie; a library that encodes 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,9 @@ _MOST_PIECES = 1024  # that go to a disk at once
 _ZSTD_LEVEL = 1  # higher ones gain nothing on bytes of floating-point numbers
 
 
+_PAGE_OFFSETS = ("data_page_offset", "dictionary_page_offset")
+
+
 def rows_of_page(value_bytes: int) -> int:
     """Rows of every page of a column but its last in a row group."""
     return max(1, min(PAGE_ROWS, PAGE_BYTES // value_bytes))
@@ -53,8 +56,8 @@ class ColumnChunk:
 
     def moved(self, num_bytes: int) -> "ColumnChunk":
         """The same bytes, further on in a file."""
-        offsets = {name: value + num_bytes for name, value in self.meta_data.items() if name.endswith("_page_offset")}
-        return replace(self, meta_data=self.meta_data | offsets, pages=self.pages + np.array((num_bytes, 0, 0)))
+        offsets = {name: self.meta_data[name] + num_bytes for name in _PAGE_OFFSETS if name in self.meta_data}
+        return ColumnChunk(self.meta_data | offsets, self.pages + np.array((num_bytes, 0, 0)), self.column_index)
 
 
 @dataclass(frozen=True)
@@ -125,11 +128,16 @@ def write_values(
     codec = pa.Codec("zstd", compression_level=_ZSTD_LEVEL) if zstd else None
     begin, uncompressed_bytes, pages, pieces = file.num_bytes, 0, [], []
     at, sent_at, page_rows = begin, begin, rows_of_page(value_bytes)
+    plain = None if values_of else np.ascontiguousarray(rows).reshape(-1).data
     for first_row in range(0, len(rows), page_rows):
-        page = rows[first_row : first_row + page_rows]
-        values = np.ascontiguousarray(values_of(page) if values_of else page).reshape(-1).data
+        num_rows = min(page_rows, len(rows) - first_row)
+        if values_of:
+            values = np.ascontiguousarray(values_of(rows[first_row : first_row + num_rows])).reshape(-1).data
+        else:
+            assert plain is not None
+            values = plain[first_row * value_bytes : (first_row + num_rows) * value_bytes]
         body = codec.compress(values, asbytes=True) if codec else values
-        header = page_header(len(page), len(values), body)
+        header = page_header(num_rows, len(values), body)
         pages.append((at, len(header) + len(body), first_row))
         pieces += [header, body]
         at += len(header) + len(body)

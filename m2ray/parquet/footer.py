@@ -47,8 +47,8 @@ class Footer:
                     column[number] |= {"column_index_offset": begin + len(index), "column_index_length": len(encoded)}
                     index += encoded
         for number in range(len(self._schema)):
-            for column, (_, _, chunks) in zip(columns, self._groups, strict=True):
-                encoded = offset_index.encode(chunks[number].pages)
+            of_column = offset_index.encode([chunks[number].pages for _, _, chunks in self._groups]) if self._groups else []
+            for column, encoded in zip(columns, of_column, strict=True):
                 column[number] |= {"offset_index_offset": begin + len(index), "offset_index_length": len(encoded)}
                 index += encoded
         file_meta_data = structs.FILE_META_DATA.write(

@@ -3,6 +3,9 @@
 Every number and every tag in it is a varint of Thrift, all of seven for a page: a tag before each of its three numbers, and its end.
 """
 
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+
 import numpy as np
 import numpy.typing as npt
 
@@ -13,19 +16,22 @@ _TAGS = (0x16, 0x15, 0x16)  # the next field: of 64 bits, of 32, of 64
 _LONGEST = 10  # bytes of a varint
 
 
-def encode(pages: PageLocations) -> bytes:
-    """structs.OFFSET_INDEX of these pages."""
+def encode(chunks: Sequence[PageLocations]) -> list[bytes]:
+    """structs.OFFSET_INDEX of each chunk's pages. All at once: of a chunk with a few pages numpy's calls take longer than its work."""
+    pages = np.concatenate(chunks)
     columns, kept = [], []
     for number, tag in zip(pages.T, _TAGS, strict=True):
         groups = (number[:, None] << 1) >> (7 * np.arange(_LONGEST - 1))
         is_kept = (groups > 0) | (np.arange(_LONGEST - 1) == 0)
-        has_next = np.pad(is_kept[:, 1:], ((0, 0), (0, 1)))
+        has_next = np.zeros_like(is_kept)
+        has_next[:, :-1] = is_kept[:, 1:]
         columns += [np.full((len(pages), 1), tag), groups & 0x7F | has_next << 7]
         kept += [np.ones((len(pages), 1), bool), is_kept]
     end = np.zeros((len(pages), 1), np.int64)
-    body = np.concatenate([*columns, end], axis=1).astype(np.uint8)[np.concatenate([*kept, end == 0], axis=1)]
-    encoded: bytes = _list_head(len(pages)) + body.tobytes() + b"\0"
-    return encoded
+    octets, is_kept = np.concatenate([*columns, end], axis=1).astype(np.uint8), np.concatenate([*kept, end == 0], axis=1)
+    body, starts = octets[is_kept].tobytes(), [0, *np.cumsum(is_kept.sum(axis=1)).tolist()]
+    edges = [starts[number] for number in accumulate(map(len, chunks), initial=0)]
+    return [_list_head(len(chunk)) + body[start:stop] + b"\0" for chunk, (start, stop) in zip(chunks, pairwise(edges), strict=True)]
 
 
 def decode(data: bytes | bytearray | memoryview) -> PageLocations:

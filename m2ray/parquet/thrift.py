@@ -32,6 +32,7 @@ class Struct:
     def __init__(self, **fields: tuple[int, Type]) -> None:
         self.fields = fields
         self.names = {number: (name, type_) for name, (number, type_) in fields.items()}
+        self._numbers = {name: number for name, (number, _) in fields.items()}
 
     def read(self, data: bytes | bytearray | memoryview, start: int = 0) -> tuple[dict[str, Any], int]:
         """The struct that begins at `start`, and where it ends. Fields of other numbers are left out.
@@ -49,16 +50,26 @@ class Struct:
 
     def write(self, values: dict[str, Any]) -> bytes:
         """The struct's bytes. Raises KeyError at a name that it does not have."""
-        written, before = bytearray(), 0
-        for name, value in sorted(values.items(), key=lambda item: self.fields[item[0]][0]):
+        written = bytearray()
+        self.write_into(written, values)
+        return bytes(written)
+
+    def write_into(self, written: bytearray, values: dict[str, Any]) -> None:
+        """Append the struct's bytes. Raises KeyError at a name that it does not have."""
+        before = 0
+        for name in sorted(values, key=self._numbers.__getitem__):
             number, type_ = self.fields[name]
+            value = values[name]
             code = (_TRUE if value else _FALSE) if type_ == BOOL else _code(type_)
-            written += bytes([(number - before) << 4 | code]) if number - before < 16 else bytes([code]) + _zigzag(number)
+            if number - before < 16:
+                written.append((number - before) << 4 | code)
+            else:
+                written.append(code)
+                _write_zigzag(written, number)
             if type_ != BOOL:
-                written += _value(type_, value)
+                _write_value(written, type_, value)
             before = number
         written.append(_STOP)
-        return bytes(written)
 
 
 def _code(type_: Type) -> int:
@@ -68,29 +79,34 @@ def _code(type_: Type) -> int:
     return _LIST if isinstance(type_, List) else _STRUCT
 
 
-def _value(type_: Type, value: Any) -> bytes:
+def _write_value(written: bytearray, type_: Type, value: Any) -> None:
     if isinstance(type_, Struct):
-        return type_.write(value)
-    if isinstance(type_, List):
+        type_.write_into(written, value)
+    elif isinstance(type_, List):
         code = _code(type_.of)
-        head = bytes([len(value) << 4 | code]) if len(value) < 15 else bytes([15 << 4 | code]) + _varint(len(value))
-        return head + b"".join(_value(type_.of, each) for each in value)
-    if type_ == BINARY:
-        return _varint(len(value)) + bytes(value)
-    return _zigzag(value)
+        if len(value) < 15:
+            written.append(len(value) << 4 | code)
+        else:
+            written.append(15 << 4 | code)
+            _write_varint(written, len(value))
+        for each in value:
+            _write_value(written, type_.of, each)
+    elif type_ == BINARY:
+        _write_varint(written, len(value))
+        written += value
+    else:
+        _write_zigzag(written, value)
 
 
-def _varint(number: int) -> bytes:
-    written = bytearray()
+def _write_varint(written: bytearray, number: int) -> None:
     while number >= 0x80:
         written.append(number & 0x7F | 0x80)
         number >>= 7
     written.append(number)
-    return bytes(written)
 
 
-def _zigzag(number: int) -> bytes:
-    return _varint(number << 1 if number >= 0 else (-number << 1) - 1)
+def _write_zigzag(written: bytearray, number: int) -> None:
+    _write_varint(written, number << 1 if number >= 0 else (-number << 1) - 1)
 
 
 class _Reader:

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 
-from m2ray.errors import PromptsError, StoreError
+from m2ray.errors import M2rayError, PromptsError, StoreError
 from m2ray.prompts.kept import plain_type, shortened
 from m2ray.storage import remedy_for
 
@@ -73,7 +73,7 @@ _NO_ROWS = "The prompts hold no rows.", "Give at least one prompt; of what can b
 
 @contextmanager
 def as_file(prompts: Prompts) -> Iterator[str]:
-    """The path or URL of prompts. What is in memory lies in a temporary file as long as the context lasts.
+    """The path or URL of prompts. What is in memory lies in a temporary file as long as the context lasts, and errors call it what it is.
 
     Raises:
         PromptsError: nothing that prompts are given as; or they are of several kinds, or no values of a file.
@@ -89,7 +89,26 @@ def as_file(prompts: Prompts) -> Iterator[str]:
             raise StoreError(
                 f"Cannot keep the prompts in the temporary folder {folder}: {error.strerror}.", remedy_for(error, Path(folder))
             ) from error
-        yield str(path)
+        with _named_in_errors(str(path)):
+            yield str(path)
+
+
+@contextmanager
+def _named_in_errors(path: str) -> Iterator[None]:
+    """Raise an error of m2ray's again, with what the prompts are in place of a path that no user knows."""
+    file = Path(path).name
+
+    def named(words: Any) -> Any:
+        if isinstance(words, str):
+            return words.replace(path, name_in_memory(path)).replace(file, name_in_memory(path))
+        return [named(line) for line in words] if isinstance(words, Sequence) else words
+
+    try:
+        yield
+    except M2rayError as error:
+        if file not in str(error):
+            raise
+        raise type(error)(*map(named, error.args)) from error
 
 
 def name_in_memory(address: str) -> str:

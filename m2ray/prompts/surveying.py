@@ -114,6 +114,9 @@ def survey(
 @contextmanager
 def _old_objects_passed_over() -> Iterator[None]:
     """Python's collector looks at new objects alone: a quarter of the survey's time it would go through torch's and transformers' again."""
+    if gc.get_freeze_count():  # as it is already, to the end of the program
+        yield
+        return
     gc.freeze()
     try:
         yield

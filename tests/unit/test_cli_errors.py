@@ -315,6 +315,7 @@ def test_nodes_with_other_versions_than_the_driver_are_all_named(
         Node("c", versions={name: same[name] for name in same if name != "tokenizers"}),
     ]
     monkeypatch.setattr("m2ray.chain.extract.cluster", lambda *_: nullcontext())
+    monkeypatch.setattr("m2ray.chain.extract.cluster_ahead", lambda *_: nullcontext())
     monkeypatch.setattr("m2ray.chain.extract.probe_hardware", lambda *_: Hardware(Cluster(tuple(nodes)), {}, {}))
     refused = extract(sound_model, prompts, tmp_path / "run")
     assert_refused(

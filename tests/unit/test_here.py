@@ -1,5 +1,6 @@
 """One stage on a machine without GPUs: it runs in the driver's process, and everything is as with Ray."""
 
+import gc
 import os
 import signal
 import subprocess
@@ -7,9 +8,10 @@ import sys
 import time
 import weakref
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,12 +25,15 @@ from m2ray.chain.calls import CallError
 from m2ray.chain.checking import look
 from m2ray.chain.failure import FailureKind, classify
 from m2ray.chain.here import ActorHere, ActorsHere, hardware_here
+from m2ray.chain.progress import Progress
 from m2ray.chain.specs import stage_specs
 from m2ray.config import ExtractConfig
 from m2ray.errors import CheckpointError, StageError, StoreError
+from m2ray.model.interpreter import quick_imports
 from m2ray.model.stage import Stage, StageSpec
 from m2ray.planning.hardware import Cluster, Gpu, Node
 from m2ray.planning.plan import plan_run
+from m2ray.prompts.surveying import _old_objects_passed_over
 from m2ray.storage import LocalStore
 from tests.ray.test_extract import micro_batches
 from tests.reference import load_reference, make_minimax, reference_rows, same_bits
@@ -223,14 +228,74 @@ def test_alone_it_is_this_machine(options: dict[str, Any]) -> None:
         assert hardware_here(config, folder, stack) is not None
 
 
-def test_absent_paths_are_told_before_torch_is_imported(options: dict[str, Any], tmp_path: Path) -> None:
-    words = "import sys; from m2ray.cli import main\ntry: main()\nfinally: print('torch' in sys.modules)"
-    asked = ["--model", str(tmp_path / "nowhere"), "--prompts", str(tmp_path / "none.jsonl"), "--output", options["output"]]
-    done = subprocess.run([sys.executable, "-c", words, "extract", *asked], capture_output=True, text=True, timeout=START_S, check=False)
-    assert done.returncode == 1
-    assert done.stdout.split() == ["False"]
-    for said in ("2 problems", f"There is no folder {tmp_path / 'nowhere'}", f"The prompts {tmp_path / 'none.jsonl'} are absent"):
-        assert said in done.stderr
+WITHOUT_TORCH = """
+import sys
+from m2ray.cli import main
+try:
+    main()
+finally:
+    print(sorted({"torch", "transformers", "ray", "pyarrow"} & sys.modules.keys()))
+"""
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--modle", "x"], ["--modle", "--model"]),
+        (["--stages", "none"], ["stages", "'none'"]),
+        (["--sites", "nothing"], ["sites", "nothing"]),
+        (["--model", "no/where", "--prompts", "none.jsonl"], ["no/where"]),
+        (
+            ["--model", "nowhere", "--prompts", "none.jsonl"],
+            ["2 problems", "There is no folder nowhere", "The prompts none.jsonl are absent"],
+        ),
+        (["--model", "empty", "--prompts", "*.jsonl"], ["2 problems", "no config.json in empty", "No file matches *.jsonl"]),
+        (["--prompts", "/absent/*/x"], ["No file matches /absent/*/x"]),
+        (["--chat-template", "x.jinja", "--output", "file/run"], ["2 problems", "chat template x.jinja: No such file", "file/run"]),
+    ],
+)
+def test_wrong_options_and_paths_are_told_before_anything_is_imported_that_takes_seconds(
+    options: dict[str, Any], tmp_path: Path, more: list[str], said: list[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("no folder")
+    asked = ["--model", options["model"], "--prompts", options["prompts"], "--output", options["output"], *more]
+    command = [sys.executable, "-c", WITHOUT_TORCH, "extract", *asked]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=START_S, check=False, cwd=tmp_path)
+    assert done.returncode in (1, 2), done.stderr
+    assert done.stdout == "[]\n"
+    for words in said:
+        assert words in done.stderr
+    assert not Path(options["output"]).exists()
+
+
+@pytest.mark.parametrize(
+    ("stages", "read", "is_begun"), [(2, "as lines", [True]), (1, "as lines", []), (2, "within a limit", []), (2, "as chats", [])]
+)
+def test_ray_is_begun_beside_the_survey_unless_that_limits_the_process_or_forks(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch, stages: int, read: str, is_begun: list[bool]
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(extract, "cluster_ahead", lambda *_: nullcontext(True))
+    source = SimpleNamespace(may_be_read_ahead=read != "within a limit", columns=SimpleNamespace(is_messages=read == "as chats"))
+    inputs: Any = SimpleNamespace(
+        config=ExtractConfig(**options, stages=stages), source=source, options=SimpleNamespace(placement_timeout_s=1.0)
+    )
+    with ExitStack() as stack:
+        assert [extract._ahead(inputs, stack, Progress())] == (is_begun or [None])
+
+
+def test_the_collector_goes_on_passing_over_what_was_imported() -> None:
+    try:
+        with quick_imports():
+            pass
+        frozen = gc.get_freeze_count()
+        with _old_objects_passed_over():
+            pass
+        assert gc.isenabled()
+        assert gc.get_freeze_count() >= frozen > 0
+    finally:
+        gc.unfreeze()
 
 
 @pytest.mark.parametrize(("said", "stages", "threads"), [("3", 1, 3), ("", 1, 4), ("", 2, 2), ("no number", 3, 1)])

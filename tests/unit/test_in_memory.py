@@ -12,7 +12,7 @@ import pytest
 import torch
 import xxhash
 
-from m2ray.errors import PromptsError
+from m2ray.errors import PromptsError, raise_all
 from m2ray.options import PromptOptions
 from m2ray.prompts import PromptSource
 from m2ray.prompts.in_memory import as_file
@@ -153,3 +153,13 @@ def test_equal_tables_are_equal_files_however_they_lie_in_memory() -> None:
 def test_what_is_no_prompt_is_refused(prompts: Any, said: str) -> None:
     with pytest.raises(PromptsError, match=said):
         rows(prompts)
+
+
+def test_errors_name_prompts_in_memory_and_not_the_file_that_holds_them() -> None:
+    """Whether the file alone is meant or one of several problems is about it."""
+    with pytest.raises(PromptsError, match=r"^rows in memory has neither") as raised:
+        rows(pa.table({"label": LABELS}))
+    assert "m2ray-prompts-" not in str(raised.value)
+    with pytest.raises(PromptsError, match=r"5 problems were found") as raised, as_file(TEXTS) as path:
+        raise_all([PromptsError(f"Row {row} of {path} is bad.", "Write it again.") for row in range(5)])
+    assert str(raised.value).count("of 5 texts in memory is bad") == 5

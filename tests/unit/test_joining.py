@@ -4,10 +4,12 @@ from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier, Event
 from typing import NoReturn
 
+import grpc
 import pytest
 import ray
+from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 
-from m2ray.chain.joining import cluster
+from m2ray.chain.joining import cluster, cluster_ahead
 from m2ray.errors import ClusterError
 
 
@@ -68,3 +70,53 @@ def test_whoever_is_connected_already_stays_so(monkeypatch: pytest.MonkeyPatch) 
     with cluster(1), cluster(1):
         pass
     assert fake.told == []
+
+
+def test_a_cluster_that_starts_beside_other_work_is_shared_and_ends_with_its_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake, may_start = FakeRay(monkeypatch), Event()
+    monkeypatch.setattr(ray, "init", lambda **_: may_start.wait(30) and fake.say("started", is_there=True))
+    with cluster_ahead(1, print) as begun:
+        assert not begun.done()
+        may_start.set()
+        with cluster(1):
+            assert fake.told == ["started"]
+        assert fake.is_there
+    assert fake.told == ["started", "ended"]
+
+
+def test_a_cluster_that_cannot_be_joined_beside_other_work_is_told_of_where_it_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
+    with cluster_ahead(1, print) as begun, pytest.raises(ClusterError, match="cannot be joined"):
+        begun.result(30)
+
+
+class Head(gcs_service_pb2_grpc.NodeInfoGcsServiceServicer):
+    """What a cluster's head says to whoever asks for its id."""
+
+    def __init__(self, refusal: grpc.StatusCode | None) -> None:
+        self.refusal = refusal
+
+    def GetClusterId(self, request: object, context: grpc.ServicerContext) -> object:  # noqa: N802 - Ray's name
+        if self.refusal is not None:
+            context.abort(self.refusal, "Authentication token is missing or incorrect")
+        return gcs_service_pb2.GetClusterIdReply()
+
+
+@pytest.mark.parametrize("refusal", [grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.UNIMPLEMENTED, None])
+def test_a_token_that_is_refused_is_told_in_one_paragraph_before_ray_tries_it_again_and_again(
+    monkeypatch: pytest.MonkeyPatch, refusal: grpc.StatusCode | None
+) -> None:
+    fake, head = FakeRay(monkeypatch), grpc.server(ThreadPoolExecutor(1))
+    gcs_service_pb2_grpc.add_NodeInfoGcsServiceServicer_to_server(Head(refusal), head)
+    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{head.add_insecure_port('127.0.0.1:0')}")
+    head.start()
+    try:
+        if refusal is grpc.StatusCode.UNAUTHENTICATED:
+            with pytest.raises(ClusterError, match="refuses the token.*RAY_AUTH_TOKEN"), cluster(10):
+                pytest.fail("it was joined")
+            assert "started" not in fake.told
+        else:
+            with cluster(10):
+                assert fake.told == ["started"]
+    finally:
+        head.stop(None).wait(10)

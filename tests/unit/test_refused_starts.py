@@ -4,6 +4,7 @@ import stat
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -174,6 +175,7 @@ def test_a_node_without_m2ray_is_named_with_what_to_do(monkeypatch: pytest.Monke
         (RayError("The node died."), "The node died", "m2ray doctor"),
     ):
         monkeypatch.setattr(probing, "living_nodes", lambda: {"bare": node})
+        monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "2"))
         monkeypatch.setattr(probing, "on_nodes", lambda *_, error=error: ({}, {"bare": probing._why(error)}))
         with pytest.raises(ClusterError) as raised:
             probing.probe_hardware({})
