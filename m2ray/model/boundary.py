@@ -95,6 +95,7 @@ CONTRACTS = {
         shared="shared_kv_states", prepared=("per_layer_inputs", "project_per_layer_inputs"), crosses=_shared_keys_and_inputs
     ),
     "gemma4_unified_text": Contract(shared="shared_kv_states", crosses=_shared_keys_and_inputs),
+    "glm5_next_text": Contract(streams="hc_mult"),
     "glm_moe_dsa": Contract(second=_INDICES, crosses=_shared_indices),
     "hy_v4": Contract(second=_INDICES, streams="hc_mult", crosses=_shared_indices),
     "hy_v4_vl_text": Contract(second=_INDICES, streams="hc_mult", crosses=_shared_indices),

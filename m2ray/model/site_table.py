@@ -209,6 +209,7 @@ _OTHERWISE: Mapping[str, Mapping[str, Point]] = {
     "bloom": {"attention": Point((Tap("self_attention.dense"),)), "mlp": Point((Tap("mlp.dense_4h_to_h"),))},
     "deepseek_v4": _MIXED,
     "falcon_h1": {"attention": Point((Tap("mamba", factor="ssm_out_multiplier"), Tap("self_attn", factor="attn_out_multiplier")))},
+    "glm5_next_text": _MIXED,
     "hy_v4": _MIXED,
     "hy_v4_vl_text": _MIXED,
     "jetmoe": {"router_logits": Point((Tap("mlp.router", place=4),))},

@@ -39,7 +39,7 @@ _AT_MOST = {
     r"intermediate_size|ffn|n_inner|d_inner|dim_ff|d_ff|dff|feed_forward_size|shared_expert_dim": _WIDTH,
     r"_rank$": _RANK,
     r"window_size$|sliding_window$|attention_chunk_size$|local_attention$|compress_rates$": WINDOW,
-    r"index_topk$": WINDOW // 2,
+    r"index_(topk|kpool)$": WINDOW // 2,
     r"chunk_size$": _CHUNK,
     r"d_state$|state_size$": _STATE,
     r"n_?groups$": _GROUPS,

@@ -38,7 +38,9 @@ def find_weights(store: Store, named: Any = None) -> tuple[Mapping[str, str], by
         StoreError: the index cannot be read.
     """
     if named is not None and not isinstance(named, str):
-        raise CheckpointError(f"config.json: transformers_weights = {short_repr(named)} is no name of a file.", "Leave it out, or name one.")
+        raise CheckpointError(
+            f"config.json: transformers_weights = {short_repr(named)} is no name of a file.", "Leave it out, or name one."
+        )
     if named is not None:
         _require_safe("config.json: transformers_weights", [named.removesuffix(".index.json")])
     index = named if named and named.endswith(".json") else None
