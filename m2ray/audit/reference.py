@@ -226,14 +226,12 @@ def _put(owner: nn.Module, name: str, value: torch.Tensor) -> None:
 
 def _decoder(model: Any) -> Any:
     """The module that runs the layers: the base of a causal language model, a multimodal one's text tower."""
-    if model.config.get_text_config(decoder=True) is model.config:
-        base_class = MODEL_MAPPING.get(type(model.config), ())  # some language models call themselves their base
-        inside = model.children() if model.base_model is model else ()
-        return next((child for child in inside if isinstance(child, base_class)), model.base_model)
-    decoder = model.get_decoder()
+    is_plain = model.config.get_text_config(decoder=True) is model.config
+    decoder = model if is_plain else model.get_decoder()
     while decoder.base_model is not decoder:
         decoder = decoder.base_model
-    return decoder
+    base_class = MODEL_MAPPING.get(type(decoder.config), ())  # Llama-4's language model calls itself its base
+    return next((child for child in decoder.children() if isinstance(child, base_class)), decoder)
 
 
 def _decoder_layers(decoder: Any) -> nn.ModuleList:

@@ -107,6 +107,7 @@ CANNOT_BE_CUT = {
     "gemma3n_text": "its hidden states are several versions of one another, [4, B, T, H], beside shared keys and values and an input for each layer",
     "gemma4_assistant": "its layers read keys and values of another model",
     "gemma4_unified_assistant": "its layers read keys and values of another model",
+    "mistral_large4_text": "its rotary embedding has weights, which every stage would need",
     "zamba": "its shared block reads what the first layer was given",
     "zamba2": "its shared block reads what the first layer was given",
 }

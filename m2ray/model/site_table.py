@@ -232,6 +232,7 @@ _NORMALISED = "it normalises its stream after each addition, so that nothing is 
 _REFUSED: Mapping[str, Sequence[_Refusal]] = {
     "beam": [(_always, _BRANCHES, "it scales its stream before each addition")],
     "bloom": [(lambda config, _: config.apply_residual_connection_post_layernorm, _ADDITIONS, "it adds to its normalised stream")],
+    "doge": [(_always, _BRANCHES, "it scales its stream before each addition")],
     "gemma4_text": [
         (
             lambda config, layer: config.enable_moe_block if layer is None else hasattr(layer, "experts"),

@@ -88,8 +88,8 @@ def find_decoder(model: Any) -> tuple[str, Any]:
     if is_plain(model.config):
         return _base_of(model)
     decoder = model.get_decoder()
-    while decoder.base_model is not decoder:
-        decoder = decoder.base_model
+    while (inner := _base_of(decoder)[1]) is not decoder:
+        decoder = inner
     if type(decoder.config) is not type(wanted):
         raise CheckpointError(
             f"In {type(model).__name__} m2ray finds no decoder of model_type {wanted.model_type}.", "m2ray does not run it."
@@ -98,7 +98,7 @@ def find_decoder(model: Any) -> tuple[str, Any]:
 
 
 def _base_of(model: Any) -> tuple[str, Any]:
-    """That of a causal language model: what it calls its base, or, where it calls itself so, the child of the family's own base class."""
+    """What a language model calls its base, or, where it calls itself so, the child of the family's own base class."""
     if model.base_model is not model:
         return model.base_model_prefix, model.base_model
     base_class = MODEL_MAPPING.get(type(model.config), ())
