@@ -13,7 +13,8 @@ VOCABULARY = 128
 _WIDTH = 64
 _RANK = 32
 _KV_HEADS = 2
-_MOST_SHARED = 16
+_MOST_SHARED, _FEWER_SHARED = 16, 4
+_WIDE = 2048
 _INDEX_HEADS = 16
 _WIDTH_OF_HEADS = 256
 _BLOCK, _BLOCKS = 4, 2
@@ -145,14 +146,15 @@ def _narrow(tiny: Any, config: Any, hidden_size: Callable[[int, int, bool], int]
     """Few heads in their old ratios, a hidden size to go with them, and what follows from it."""
     heads = _size(config, "num_attention_heads")
     if heads:
-        kv_heads = _size(config, "num_key_value_heads") or heads
-        if heads % kv_heads == 0:
-            shared_by = heads // kv_heads
-            tiny.num_attention_heads = min(kv_heads, _KV_HEADS) * (_MOST_SHARED if shared_by % _MOST_SHARED == 0 else shared_by)
-            if _size(config, "num_key_value_heads"):
-                tiny.num_key_value_heads = min(kv_heads, _KV_HEADS)
         width = config.hidden_size // heads  # is a head's size where none is given
         has_own_width = bool(_size(config, "head_dim") or _size(config, "qk_rope_head_dim"))
+        kv_heads = _size(config, "num_key_value_heads") or heads
+        if heads % kv_heads == 0:
+            shared_by, few = heads // kv_heads, min(kv_heads, _KV_HEADS)
+            most = _MOST_SHARED if has_own_width or few * _MOST_SHARED * width <= _WIDE else _FEWER_SHARED
+            tiny.num_attention_heads = few * (most if shared_by % most == 0 else shared_by)
+            if _size(config, "num_key_value_heads"):
+                tiny.num_key_value_heads = few
         tiny.hidden_size = hidden_size(tiny.num_attention_heads, width, has_own_width)
     else:
         tiny.hidden_size = min(config.hidden_size, 2 * _WIDTH)
