@@ -265,11 +265,18 @@ def _trace(
     return tuple(name for name in called[:first] if name in owners), tuple(called[behind:])
 
 
+_ASK_FOR_A_VALUE = (
+    torch.ops.aten._local_scalar_dense.default,  # noqa: SLF001 - torch's name; in inference mode it has the other two
+    torch.ops.aten.item.default,
+    torch.ops.aten.is_nonzero.default,
+)
+
+
 class _NoValues(TorchDispatchMode):
     """Says 0 where a model's code asks for a value of a meta tensor, which has none: how long the longest prompt is (longrope)."""
 
     def __torch_dispatch__(self, function: Any, _: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        if function is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:  # noqa: SLF001 - torch's name of Tensor.item
+        if function in _ASK_FOR_A_VALUE and args[0].is_meta:
             return 0
         return function(*args, **(kwargs or {}))
 

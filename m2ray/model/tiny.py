@@ -25,6 +25,8 @@ _LAYER_RULE = re.compile(r"first|step|interval|pattern|period|freq|every|num_den
 _LARGEST_RULE = 12
 _LAYER_NUMBERS = re.compile(r"_layers$|layer_(ids|indices)$|_idxs$")
 _FEWEST_LAYERS = 3
+_FEW_LAYERS = 8
+"""So many are all kept: a list of that length may be of anything else than layers (Falcon-H1's five multipliers)."""
 
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _CHOSEN_EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
@@ -72,7 +74,10 @@ def tiny_copies(config: Any) -> Iterator[Any]:
 def kept_layers(config: Any) -> list[int]:
     """Numbers of the layers that a tiny copy keeps: the first ones, two more than the largest number by which a rule of the
     configuration counts layers (an interval, the first dense ones), and every later one whose kind follows the kind before it for the first time.
+    Of few layers all.
     """
+    if config.num_hidden_layers <= _FEW_LAYERS:
+        return list(range(config.num_hidden_layers))
     lists, named = _layer_lists(config), _layer_numbers(config)
     told_apart = [*lists.values(), getattr(config, "kv_sharing_modes", [None] * config.num_hidden_layers)]
     kinds = [

@@ -249,7 +249,9 @@ def test_keys_and_values_that_shared_layers_do_not_use_may_be_there(tmp_path: Pa
 @pytest.mark.parametrize("model_type", sorted(CANNOT_BE_CUT))
 def test_a_family_whose_state_cannot_be_cut_is_refused_by_name(model_type: str) -> None:
     drafting = {"text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}}
-    whole = {"mistral_large4_text": "mistral_large4"}.get(model_type, model_type)  # of which transformers has no model without its other towers
+    whole = {"mistral_large4_text": "mistral_large4"}.get(
+        model_type, model_type
+    )  # of which transformers has no model without its other towers
     config = CONFIG_MAPPING[whole].from_dict(drafting if model_type.endswith("assistant") else {}).to_dict()
     with pytest.raises(CheckpointError, match=f"model_type = {model_type}: "):
         parse_config(json.dumps(config, default=str).encode())

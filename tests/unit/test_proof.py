@@ -176,6 +176,12 @@ def test_released_sizes_are_proved_in_a_moment(model_type: str, cache: Path) -> 
     assert len(list(cache.iterdir())) == 1
 
 
+def test_of_few_layers_no_list_is_cut_that_is_as_long_by_chance() -> None:
+    config = parse_config((DATA / "families" / "falcon_h1.json").read_bytes())
+    assert len(config.ssm_multipliers) == config.num_hidden_layers
+    assert [tiny.ssm_multipliers for tiny in tiny_copies(config)] == [config.ssm_multipliers] * 4
+
+
 def test_what_cannot_be_made_tiny_is_refused_as_not_proved(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rehearsal, "_MOST_PARAMETERS", 1000)
     with pytest.raises(
