@@ -15,6 +15,8 @@ _RANK = 32
 _KV_HEADS = 2
 _MOST_SHARED, _FEWER_SHARED = 16, 4
 _WIDE = 2048
+_ALIGNED = 8
+"""Widths keep their remainder of it: kernels for experts take multiples of 16 bytes alone."""
 _INDEX_HEADS = 16
 _WIDTH_OF_HEADS = 256
 _BLOCK, _BLOCKS = 4, 2
@@ -160,7 +162,8 @@ def _narrow(tiny: Any, config: Any, hidden_size: Callable[[int, int, bool], int]
             tiny.num_attention_heads = few * (most if shared_by % most == 0 else shared_by)
             if _size(config, "num_key_value_heads"):
                 tiny.num_key_value_heads = few
-        tiny.hidden_size = hidden_size(tiny.num_attention_heads, width, has_own_width)
+        narrow = hidden_size(tiny.num_attention_heads, width, has_own_width)
+        tiny.hidden_size = narrow + (config.hidden_size - narrow) % _ALIGNED if has_own_width else narrow
     else:
         tiny.hidden_size = min(config.hidden_size, 2 * _WIDTH)
     for name in list(vars(config)):
@@ -192,7 +195,7 @@ def _cap(tiny: Any, config: Any) -> None:
     for name, value in list(vars(config).items()):
         limit = next((limit for pattern, limit in _AT_MOST.items() if re.search(pattern, name)), None)
         if limit is not None and type(value) is int:
-            setattr(tiny, name, min(value, limit))
+            setattr(tiny, name, min(value, limit + (value % _ALIGNED if limit == _WIDTH else 0)))
         elif limit is not None and isinstance(value, list) and all(type(each) is int for each in value):
             setattr(tiny, name, [min(each, limit) for each in value])
         elif limit is not None and isinstance(value, dict) and all(type(each) is int for each in value.values()):
