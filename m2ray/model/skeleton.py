@@ -251,7 +251,7 @@ def _trace(
         for layer in layers
     ]
     try:
-        with torch.inference_mode(), torch.device("meta"), _NoValues():
+        with torch.inference_mode(), torch.device("meta"), _NoValues():  # type: ignore[no-untyped-call]
             decoder(input_ids=torch.zeros(3, 2, dtype=torch.long), **arguments)
     finally:
         for hook in hooks:
