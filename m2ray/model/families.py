@@ -76,6 +76,8 @@ def parse_config(text: bytes, quantised: bytes | None = None) -> Any:
             )
     config = _read_fields(ALIASES.get(model_type, model_type), fields)
     decoder = decoder_config(config)
+    if decoder is not config:  # of fields without a text_config of their own transformers gives the tower the whole model's type
+        decoder.model_type = type(decoder).model_type or decoder.model_type
     raise_all([*_no_decoder(config)])
     require_layers(decoder)
     raise_all(
