@@ -31,10 +31,24 @@ PROVED = "proved"
 LIMIT_S = 120
 LIMIT_BYTES = 4 * 10**9
 
+_HALF_OF_A_HEAD = {
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5, "mrope_section": [8, 12, 12]}
+}
+
 PUBLISHED: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
-    "deepseek_v2": {"num_experts_per_tok": 6, "n_group": 8, "topk_group": 3, "topk_method": "group_limited_greedy"},
+    "deepseek_v2": {
+        "num_experts_per_tok": 6,
+        "n_group": 8,
+        "topk_group": 3,
+        "topk_method": "group_limited_greedy",
+        "moe_intermediate_size": 1536,
+    },
     "dots1": {"n_routed_experts": 128, "n_shared_experts": 2, "num_experts_per_tok": 6},
+    "glm46v": {"text_config": _HALF_OF_A_HEAD},
+    "glm4v": {"text_config": _HALF_OF_A_HEAD},
+    "glm4v_moe": {"text_config": {**_HALF_OF_A_HEAD, "head_dim": 128}},
+    "glmga": {"text_config": _HALF_OF_A_HEAD},
     "hunyuan_v1_dense": {"head_dim": 128},
     "hunyuan_v1_moe": {"head_dim": 128, "num_experts": 64, "moe_topk": 8},
     "ministral": {"head_dim": 128},
@@ -67,7 +81,11 @@ def _default_config(model_type: str) -> Any:
         fields = json.loads(CONFIG_MAPPING[model_type]().to_json_string())
     except StrictDataclassError as error:
         raise CheckpointError(f"transformers has no default configuration of it: {error}") from error
-    return parse_config(json.dumps({**fields, "model_type": model_type, **PUBLISHED.get(model_type, {})}).encode())
+    published = {
+        name: fields[name] | value if name == "text_config" else value  # of which the rest stays as it is
+        for name, value in PUBLISHED.get(model_type, {}).items()
+    }
+    return parse_config(json.dumps({**fields, "model_type": model_type, **published}).encode())
 
 
 def sites_of(model_type: str) -> str:

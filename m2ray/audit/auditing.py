@@ -182,8 +182,8 @@ def _by_transformers(work: _Work, tokens: TokenSpool, *, exact: bool) -> tuple[l
             for number, get in enumerate(micro_batches, 1):
                 micro_batch = get()
 
-                def on_site(site: str, layer: int | None, values_BTW: torch.Tensor) -> None:
-                    rows_NW = _chosen(values_BTW.to("cpu"), job.selection, micro_batch)  # noqa: B023 - called within this round
+                def on_site(site: str, layer: int | None, *values_BTW: torch.Tensor) -> None:
+                    rows_NW = [_chosen(each.to("cpu"), job.selection, micro_batch) for each in values_BTW]  # noqa: B023 - called within this round
                     seen.add((site, layer))
                     work.compare("transformers", batch, micro_batch, parts[site, layer], _stored(parts[site, layer], rows_NW))  # noqa: B023
 
@@ -193,9 +193,10 @@ def _by_transformers(work: _Work, tokens: TokenSpool, *, exact: bool) -> tuple[l
     return inexact, sorted({site for site, _ in parts.keys() - seen}) if seen else []
 
 
-def _stored(part: PartSpec, rows_NW: torch.Tensor) -> torch.Tensor:
-    """Rows as a part of one value a channel has them: uint8 [N, bytes of a row]."""
-    columns = Encoder().encode(part, rows_NW) if is_encoded(part) else (rows_NW.to(getattr(torch, part.columns[0].dtype)),)
+def _stored(part: PartSpec, rows_NW: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Rows of the values that a site shows as a part has them: uint8 [N, bytes of a row]."""
+    plain = (rows.to(getattr(torch, column.dtype)) for column, rows in zip(part.columns, rows_NW, strict=False))
+    columns = Encoder().encode(part, rows_NW[0]) if is_encoded(part) else tuple(plain)
     return torch.cat([column.contiguous().view(torch.uint8) for column in columns], dim=1)
 
 

@@ -14,11 +14,12 @@ from accelerate.hooks import remove_hook_from_module
 from accelerate.utils import get_max_memory
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM
+from transformers import MODEL_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils.logging import disable_progress_bar
 
 from m2ray.audit.branches import Branches
+from m2ray.audit.routers import Router
 from m2ray.errors import CheckpointError
 
 _ROUTERS: dict[str, tuple[str, ...]] = {"minimax_m2": ("gate.weight", "e_score_correction_bias")}
@@ -34,8 +35,10 @@ _INDEX, _SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
 Places = Collection[tuple[str, int | None]]
 """Sites, each with a layer, or None of the whole model."""
 
-OnSite = Callable[[str, int | None, torch.Tensor], None]
-"""Takes a site, its layer and what stands there: [B, T, W]; of several residual streams all of them, side by side."""
+OnSite = Callable[..., None]
+"""Takes a site, its layer and what stands there, a tensor [B, T, W] for each column; of several residual streams all of them, side by side."""
+
+_OF_ROUTERS = {"router_logits", "router_topk"}
 
 
 class Reference:
@@ -81,8 +84,8 @@ class Reference:
     def run(self, token_ids_BT: torch.Tensor, places: Places, on_site: OnSite) -> None:
         """Take right-padded sequences, int64 [B, T], through the model, and call `on_site` with each of `places` that is found there.
 
-        Found are `residual`, `embedding`, `final_norm`, and where `Branches` tells them `attention`, `mlp`, `residual_mid` and `mlp_in`; routers
-        are not looked into. The model ends with its decoder.
+        Found are `residual`, `embedding`, `final_norm`, where `Branches` tells them `attention`, `mlp`, `residual_mid` and `mlp_in`, and where
+        `Router` does `router_logits` and `router_topk`. The model ends with its decoder.
         """
         decoder = _decoder(self._model)
         with ExitStack() as hooks:
@@ -223,12 +226,12 @@ def _put(owner: nn.Module, name: str, value: torch.Tensor) -> None:
 
 def _decoder(model: Any) -> Any:
     """The module that runs the layers: the base of a causal language model, a multimodal one's text tower."""
-    if model.config.get_text_config(decoder=True) is model.config:
-        return model.base_model
-    decoder = model.get_decoder()
+    is_plain = model.config.get_text_config(decoder=True) is model.config
+    decoder = model if is_plain else model.get_decoder()
     while decoder.base_model is not decoder:
         decoder = decoder.base_model
-    return decoder
+    base_class = MODEL_MAPPING.get(type(decoder.config), ())  # Llama-4's language model calls itself its base
+    return next((child for child in decoder.children() if isinstance(child, base_class)), decoder)
 
 
 def _decoder_layers(decoder: Any) -> nn.ModuleList:
@@ -244,7 +247,8 @@ def _decoder_layers(decoder: Any) -> nn.ModuleList:
 
 def _hook(hooks: ExitStack, layer: nn.Module, number: int, wanted: Collection[str], on_site: OnSite) -> None:
     """Hand on what is wanted of a layer, once it has run."""
-    branches = Branches(layer) if set(wanted) - {"residual"} else None
+    branches = Branches(layer) if set(wanted) - {"residual"} - _OF_ROUTERS else None
+    router = Router(layer) if set(wanted) & _OF_ROUTERS else None
     entered: list[torch.Tensor] = []
 
     def enter(_: nn.Module, *given: Any) -> None:
@@ -254,13 +258,15 @@ def _hook(hooks: ExitStack, layer: nn.Module, number: int, wanted: Collection[st
     def leave(_: nn.Module, __: Any, output: Any) -> None:
         leaving = output[0] if isinstance(output, tuple | list) else output
         found = {"residual": leaving} | (dict(branches.found(entered[-1], leaving)) if branches is not None else {})
-        for site in found.keys() & set(wanted):
-            on_site(site, number, found[site].flatten(2))
+        values = {site: (value.flatten(2),) for site, value in found.items()} | (dict(router.found(len(leaving))) if router else {})
+        for site in values.keys() & set(wanted):
+            on_site(site, number, *values[site])
 
     hooks.callback(layer.register_forward_pre_hook(enter, with_kwargs=True).remove)
     hooks.callback(layer.register_forward_hook(leave).remove)
-    if branches is not None:
-        hooks.callback(branches.close)
+    for each in (branches, router):
+        if each is not None:
+            hooks.callback(each.close)
 
 
 def _entering(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:

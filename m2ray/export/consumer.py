@@ -41,7 +41,7 @@ class Export:
         model: the model's name as the run's user gave it; "" where it is not known.
         context_size: tokens of a context; None where the user gave none.
         target: what is read of the model itself; None for a consumer that does not ask for it.
-        norm: the final norm of the model; None for a consumer that does not ask for it.
+        norm: the final norm of the model; None for a consumer that does not ask for it, and where the run has its rows.
     """
 
     samples: Samples
@@ -51,6 +51,14 @@ class Export:
     context_size: int | None = None
     target: Target | None = None
     norm: Norm | None = None
+
+    def normed(self, sample: Sample) -> "torch.Tensor":
+        """The last plane behind the final norm, [T, W], in memory of its own: the run's rows, or made of those before it."""
+        last_TW = sample.states[:, -1].clone()
+        if self.samples.is_normed:
+            return last_TW
+        assert self.norm is not None
+        return self.norm(last_TW)
 
 
 @dataclass(frozen=True)
@@ -92,7 +100,7 @@ class Consumer:
         remark: what the user should know before; "" for nothing.
         needs_mask: every sequence has to have a loss mask.
         needs_last: the last plane has to be the model's last layer, behind others.
-        needs_norm: `Export.norm` is asked for (needs `--model`).
+        needs_norm: the last plane is read by `Export.normed` (needs `--model` where the run has no `final_norm`).
         needs_model: `Export.target` is asked for (needs `--model`).
         needs_context_size: `Export.context_size` is asked for; of others it is refused.
         dtypes: of the states that it reads.

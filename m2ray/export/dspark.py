@@ -32,6 +32,5 @@ def last_of(export: Export, sample: Sample) -> Bits:
     """`target_last_hidden_states`: the last plane behind the final norm, uint8 [T, W * itemsize]."""
     import torch
 
-    assert export.norm is not None
-    normed: Any = export.norm(sample.states[:, -1].contiguous()).contiguous().view(torch.uint8).numpy()
+    normed: Any = export.normed(sample).contiguous().view(torch.uint8).numpy()
     return np.asarray(normed)

@@ -12,7 +12,7 @@ from m2ray.config import parse_layers
 from m2ray.errors import ConfigError, M2rayError, NotInRunError, did_you_mean, in_ranges, raise_all
 from m2ray.export.consumer import Consumer, Export, Norm, Target, Unit
 from m2ray.export.output import Output
-from m2ray.export.samples import SITE, Samples, absent_layers
+from m2ray.export.samples import NORMED, SITE, Samples, absent_layers
 from m2ray.hub import without_revision
 from m2ray.storage import open_store
 
@@ -69,15 +69,18 @@ def plan_export(
     of_run = [part.layer for part in job.parts if part.site == SITE and part.layer is not None]
     num_layers = job.model.num_layers
     chosen = parse_layers(layers, num_layers) if layers is not None else consumer.default_layers(num_layers, of_run)
-    problems = [*_run_problems(catalogue), *_token_problems(job), *_layer_problems(catalogue, consumer, chosen, of_run)]
-    problems += _option_problems(consumer, to, context_size, model_folder)
-    samples = Samples(catalogue, [layer for layer in chosen if layer in of_run])
+    has_norm = consumer.needs_norm and any(part.site == NORMED for part in job.parts)
+    there = sorted({*of_run, num_layers - 1}) if has_norm else of_run
+    problems = [*_run_problems(catalogue), *_token_problems(job), *_layer_problems(catalogue, consumer, chosen, there)]
+    problems += _option_problems(consumer, to, context_size, model_folder, has_norm=has_norm)
+    found = [layer for layer in chosen if layer in there]
+    samples = Samples(catalogue, found, is_normed=has_norm and found[-1:] == [num_layers - 1])
     if not len(samples):
         what = f"The run at {catalogue.store.url} has no sequences that could be exported: all of them were quarantined."
         raise_all([*problems, NotInRunError(what)])
     problems += _mask_problems(catalogue, samples) if consumer.needs_mask else []
     raise_all(problems + (_row_problems(job, consumer, samples) if samples.layers else []))
-    norm = norm_of(job, model_folder) if consumer.needs_norm and norm_of and model_folder else None
+    norm = norm_of(job, model_folder) if consumer.needs_norm and not has_norm and norm_of and model_folder else None
     target = target_of(job, model_folder) if consumer.needs_model and target_of and model_folder else None
     return Export(samples, num_layers, job.run_id, without_revision(job.names.get("model", "")), context_size, target, norm)
 
@@ -124,6 +127,7 @@ def _identity(export: Export, consumer: Consumer, to: str) -> dict[str, Any]:
         "layers": list(export.samples.layers),
         "layer_ids": list(ids_of(export, to).values()),
         "context_size": export.context_size,
+        **({"last_state": NORMED} if export.samples.is_normed else {}),
     }
 
 
@@ -171,15 +175,18 @@ def _layer_problems(catalogue: Catalogue, consumer: Consumer, layers: Sequence[i
     return problems
 
 
-def _option_problems(consumer: Consumer, to: str, context_size: int | None, model_folder: str | None) -> list[M2rayError]:
+def _option_problems(
+    consumer: Consumer, to: str, context_size: int | None, model_folder: str | None, *, has_norm: bool
+) -> list[M2rayError]:
     problems: list[M2rayError] = []
     if consumer.needs_context_size and not 0 < (context_size or 0) < _MOST_TOKENS:
         problems.append(ConfigError(f"{consumer.name} reads contexts of one length.", "Say how many tokens: --context-size."))
     if context_size is not None and not consumer.needs_context_size:
         problems.append(ConfigError(f"context_size is not an option of the export to {to}.", "Leave it out: whole sequences are written."))
-    if (consumer.needs_norm or consumer.needs_model) and model_folder is None:
-        lacks = "the normed last state, which is made from the last residual" if consumer.needs_norm else "weights of the model"
-        problems.append(ConfigError(f"{consumer.name} reads {lacks}.", "Say where the run's model is: --model FOLDER."))
+    lacks = ["the normed last state, which is made from the last residual"] if consumer.needs_norm and not has_norm else []
+    lacks += ["weights of the model"] if consumer.needs_model else []
+    if lacks and model_folder is None:
+        problems.append(ConfigError(f"{consumer.name} reads {' and '.join(lacks)}.", "Say where the run's model is: --model FOLDER."))
     return problems
 
 

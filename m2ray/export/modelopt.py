@@ -22,8 +22,8 @@ def _write(_export: Export, output: Output, _unit: Unit, samples: Iterator[Sampl
         states_TLW = sample.states
         content: dict[str, Any] = {
             "input_ids": torch.from_numpy(sample.token_ids.astype(np.int64)),
-            "hidden_states": states_TLW[:, -1].contiguous(),
-            "aux_hidden_states": states_TLW[:, :-1].flatten(1).contiguous(),
+            "hidden_states": states_TLW[:, -1].clone(),  # a view would be saved with all that lies around it
+            "aux_hidden_states": states_TLW[:, :-1].flatten(1).clone(),
             "hidden_states_prenorm": True,
             "conversation_id": sample.row_id,
         }

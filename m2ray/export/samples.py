@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     import torch
 
 SITE = "residual"
+NORMED = "final_norm"
+"""The site of the last layer's output behind the final norm."""
+
 _WINDOW_BYTES = 32 << 20
 
 
@@ -71,16 +74,20 @@ class Samples:
     Attributes:
         sequence_ids, token_counts, shards: of every sample, [S].
         layers: those that are read, in this order.
+        is_normed: whether the last of them is read behind the final norm, as the run has it at the site `final_norm`.
 
     Raises:
         NotInRunError: the run has not all of these layers.
         RunDamagedError, StoreError: its records cannot be read.
     """
 
-    def __init__(self, catalogue: Catalogue, layers: Sequence[int]) -> None:
+    def __init__(self, catalogue: Catalogue, layers: Sequence[int], *, is_normed: bool = False) -> None:
         self._catalogue = catalogue
         self.layers = tuple(layers)
+        self.is_normed = is_normed
         by_layer = {part.layer: part for part in catalogue.job.parts if part.site == SITE}
+        if is_normed:
+            by_layer[layers[-1]] = next(part for part in catalogue.job.parts if part.site == NORMED)
         absent = [layer for layer in layers if layer not in by_layer]
         if absent:
             raise absent_layers(catalogue, absent)

@@ -19,7 +19,6 @@ _SAMPLES_A_FOLDER = 5000
 def _write(export: Export, output: Output, _unit: Unit, samples: Iterator[Sample]) -> None:
     import torch
 
-    assert export.norm is not None
     for sample in samples:
         assert sample.loss_mask is not None
         states_TLH = sample.states
@@ -27,7 +26,7 @@ def _write(export: Export, output: Output, _unit: Unit, samples: Iterator[Sample
         tensors = {
             "input_ids": torch.from_numpy(sample.token_ids.astype(np.int64)),
             "loss_mask": torch.from_numpy(sample.loss_mask.astype(np.int64)),
-            "hidden_state": export.norm(states_TLH[:, -1].contiguous())[None],
+            "hidden_state": export.normed(sample)[None],
             "aux_hidden_state": states_TLH[:, :-1].flatten(1).clone()[None],  # a view would be saved with all that lies around it
         }
         torch.save(tensors, file)

@@ -95,6 +95,7 @@ CONTRACTS = {
         shared="shared_kv_states", prepared=("per_layer_inputs", "project_per_layer_inputs"), crosses=_shared_keys_and_inputs
     ),
     "gemma4_unified_text": Contract(shared="shared_kv_states", crosses=_shared_keys_and_inputs),
+    "glm5_next_text": Contract(streams="hc_mult"),
     "glm_moe_dsa": Contract(second=_INDICES, crosses=_shared_indices),
     "hy_v4": Contract(second=_INDICES, streams="hc_mult", crosses=_shared_indices),
     "hy_v4_vl_text": Contract(second=_INDICES, streams="hc_mult", crosses=_shared_indices),
@@ -106,6 +107,7 @@ CANNOT_BE_CUT = {
     "gemma3n_text": "its hidden states are several versions of one another, [4, B, T, H], beside shared keys and values and an input for each layer",
     "gemma4_assistant": "its layers read keys and values of another model",
     "gemma4_unified_assistant": "its layers read keys and values of another model",
+    "mistral_large4_text": "its rotary embedding has weights, which every stage would need",
     "zamba": "its shared block reads what the first layer was given",
     "zamba2": "its shared block reads what the first layer was given",
 }

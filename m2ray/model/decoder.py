@@ -217,8 +217,9 @@ class DecoderSpan:
         return hook
 
     def _leave_final_norm(self, _: nn.Module, __: Any, normed_BTH: torch.Tensor) -> None:
+        if self._last is None:  # NanoChat's runs before the layers too
+            return
         self._on_site("final_norm", None, normed_BTH)
-        assert self._last is not None
         raise _SpanDone(self._last)
 
     def _beside(self, output: Any, kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:

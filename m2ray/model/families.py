@@ -83,12 +83,14 @@ def parse_config(text: bytes, quantised: bytes | None = None) -> Any:
             )
     config = _read_fields(ALIASES.get(model_type, model_type), fields)
     decoder = decoder_config(config)
+    if decoder is not config:  # of fields without a text_config of their own transformers gives the tower the whole model's type
+        decoder.model_type = type(decoder).model_type or decoder.model_type
+    raise_all([*_no_decoder(config)])
     require_layers(decoder)
     raise_all(
         [
             *_contradictory_rope(config, fields),
             *_not_causal(config.to_dict()),
-            *_no_decoder(config),
             *([] if decoder is config else _unsupported_structure(config)),
             *_unsupported_structure(decoder),
             *_unsupported_quantization(config),

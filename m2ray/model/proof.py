@@ -18,7 +18,7 @@ import xxhash
 
 from m2ray.errors import CheckpointError, M2rayError, raise_all
 from m2ray.model.kept import kept_folder
-from m2ray.model.rehearsal import NOT_RUN, Rehearsal, rehearse
+from m2ray.model.rehearsal import NOT_RUN, Rehearsal, rehearse, told
 
 TOLERANCE = 1e-4
 """Of a row's norm, in float32. Rounding moves rows by 1e-6; what leaks moves them by 1e-2 and more."""
@@ -68,7 +68,11 @@ def _differences(rehearsal: Rehearsal) -> Iterator[CheckpointError]:
     """Where chains of one, three and as many stages as layers differ from transformers, or waves in one stage: the first of them in each dtype."""
     ways = [(bounds, False) for bounds in cuts(rehearsal.num_layers)] + [((0, rehearsal.num_layers), True)]
     for name, dtype in DTYPES.items():
-        expected = rehearsal.by_transformers(dtype)
+        try:
+            expected = rehearsal.by_transformers(dtype)
+        except NOT_RUN as error:
+            yield _refusal(rehearsal, f"transformers' own model fails in {name}: {told(error)}.")
+            return
         for bounds, in_waves in ways:
             where = f"a chain of {len(bounds) - 1} stage{'s' * (len(bounds) > 2)}{' in waves' * in_waves} in {name}"
             try:
@@ -109,7 +113,7 @@ def _leaks(rehearsal: Rehearsal) -> Iterator[CheckpointError]:
     try:
         moved_rows = rehearsal.moved_rows()
     except NOT_RUN as error:
-        yield _refusal(rehearsal, f"transformers' own model fails with a prompt alone: {type(error).__name__}: {error}")
+        yield _refusal(rehearsal, f"transformers' own model fails with a prompt alone: {told(error)}")
         return
     for change, moved in moved_rows.items():
         if not moved <= TOLERANCE:

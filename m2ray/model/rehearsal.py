@@ -52,6 +52,9 @@ NOT_RUN = (
 """What transformers' code raises where a tiny copy's sizes do not fit together, or where it does not fit what m2ray asks of it."""
 
 
+_STRIDES = "transformers computes experts together, for which their widths have to be multiples of 8 in bfloat16, of 4 in float32"
+
+
 class Rehearsal:
     """One tiny model in a folder of its own, and two prompts, the second right-padded.
 
@@ -175,15 +178,21 @@ def rehearse(config: Any, seed: int, folder: Path) -> Rehearsal:
                 rehearsal = Rehearsal(tiny, seed, folder)
                 rehearsal.by_transformers(torch.float32)
             except NOT_RUN as error:
-                reasons.append(f"{type(error).__name__}: {error}"[:150])
+                reasons.append(told(error))
             else:
                 return rehearsal
     except NOT_RUN as error:
-        reasons.append(f"{type(error).__name__}: {error}"[:150])
+        reasons.append(told(error))
     raise CheckpointError(
         f"config.json: no tiny copy of this {config.model_type} can be made, so nothing is proved: {' '.join('; '.join(dict.fromkeys(reasons)).split())}",
         "m2ray runs what it can prove on a tiny copy.",
     )
+
+
+def told(error: Exception) -> str:
+    """What transformers' code raised, in a line; and what it means where torch's words do not say it."""
+    line = " ".join(f"{type(error).__name__}: {error}"[:150].split())
+    return f"{line} ({_STRIDES})" if "multiple of 16 bytes" in line else line
 
 
 def _random_model(made_of: Any, tiny: Any, seed: int) -> Any:

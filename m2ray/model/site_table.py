@@ -209,6 +209,7 @@ _OTHERWISE: Mapping[str, Mapping[str, Point]] = {
     "bloom": {"attention": Point((Tap("self_attention.dense"),)), "mlp": Point((Tap("mlp.dense_4h_to_h"),))},
     "deepseek_v4": _MIXED,
     "falcon_h1": {"attention": Point((Tap("mamba", factor="ssm_out_multiplier"), Tap("self_attn", factor="attn_out_multiplier")))},
+    "glm5_next_text": _MIXED,
     "hy_v4": _MIXED,
     "hy_v4_vl_text": _MIXED,
     "jetmoe": {"router_logits": Point((Tap("mlp.router", place=4),))},
@@ -231,6 +232,7 @@ _NORMALISED = "it normalises its stream after each addition, so that nothing is 
 _REFUSED: Mapping[str, Sequence[_Refusal]] = {
     "beam": [(_always, _BRANCHES, "it scales its stream before each addition")],
     "bloom": [(lambda config, _: config.apply_residual_connection_post_layernorm, _ADDITIONS, "it adds to its normalised stream")],
+    "doge": [(_always, _BRANCHES, "it scales its stream before each addition")],
     "gemma4_text": [
         (
             lambda config, layer: config.enable_moe_block if layer is None else hasattr(layer, "experts"),

@@ -1,7 +1,7 @@
 """A transformers model without memory: the names, shapes, dtypes and places of all its tensors."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from copy import deepcopy
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from m2ray.batches import LayerSpan, Role
@@ -21,6 +22,9 @@ from m2ray.model.towers import decoder_config, find_decoder, is_plain, model_cla
 
 QUIET = ("output_hidden_states", "output_attentions", "output_router_logits", "use_cache")
 """Config fields that make a forward pass keep more than its hidden states."""
+
+_DOES_NOTHING = (nn.Dropout, nn.Identity)
+"""When a model is evaluated."""
 
 _MOST_RETURNED = 4
 """Of a layer's tuple: hidden states, attention, router's logits, cache."""
@@ -48,6 +52,8 @@ class Skeleton:
         layers: the decoder layers, in order.
         layers_name: the list's dotted name in `model`.
         inputs: dotted names in `model` of the modules with weights that run before the first layer.
+        final_norm: dotted name in `model` of the one module that runs behind the last layer, with weights or without; empty where there are
+            others, or none.
         tensors: by name; tied ones once, under the name that the embedding has.
         tied: names left out of `tensors`, and the name that each shares its memory with.
         not_text: how the names of a multimodal model's tensors begin that text does not meet: vision, audio, what projects them.
@@ -59,6 +65,7 @@ class Skeleton:
     layers: nn.ModuleList
     layers_name: str
     inputs: tuple[str, ...]
+    final_norm: str
     tensors: Mapping[str, ModelTensor]
     tied: Mapping[str, str]
     not_text: tuple[str, ...]
@@ -77,12 +84,6 @@ class Skeleton:
     def attn_implementation(self) -> str:
         """The attention that runs; never "auto"."""
         return str(self.config._attn_implementation)  # noqa: SLF001 - has no public name
-
-    @property
-    def final_norm(self) -> str:
-        """The dotted name in `model` of the one module with weights that runs after the layers; empty where there are others, or none."""
-        owners = {name.rpartition(".")[0] for name, tensor in self.tensors.items() if tensor.role == "final_norm"}
-        return owners.pop() if len(owners) == 1 else ""
 
     def needed(self, span: LayerSpan, *, with_final_norm: bool = False) -> tuple[ModelTensor, ...]:
         """What a stage of `span` computes with: its layers, the embedding if it is the first, and, if asked for, the final norm if it is the last."""
@@ -132,11 +133,12 @@ def build_skeleton(config: Any, compute_dtype: torch.dtype, attn_implementation:
         ) from error
     decoder_name, decoder = find_decoder(model)
     layers_name, layers = find_layers(model)
-    inputs = _run_without_layers(decoder, decoder_name, layers)
+    inputs, behind = _run_without_layers(decoder, decoder_name, layers)
     not_text = () if is_plain(whole) else _not_text(model, decoder_name)
     tensors = _list_tensors(model, decoder_name, layers_name, inputs, compute_dtype)
     tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(not_text)}
-    return Skeleton(config_on_disk, model, decoder_name, layers, layers_name, inputs, tensors, dict(model.all_tied_weights_keys), not_text)
+    norm, tied = _one_norm(behind, tensors), dict(model.all_tied_weights_keys)
+    return Skeleton(config_on_disk, model, decoder_name, layers, layers_name, inputs, norm, tensors, tied, not_text)
 
 
 def pass_through(num_returned: int) -> Callable[..., Any]:
@@ -194,8 +196,14 @@ def _owns_tensors(module: nn.Module) -> bool:
     return bool(module._parameters) or bool(module._buffers.keys() - module._non_persistent_buffers_set)  # noqa: SLF001 - not public
 
 
-def _run_without_layers(decoder: Any, decoder_name: str, layers: nn.ModuleList) -> tuple[str, ...]:
-    """Let every layer pass its hidden states through, in the way in which the model's loop takes them back, and say what runs before them.
+def _one_norm(behind: Sequence[str], tensors: Mapping[str, ModelTensor]) -> str:
+    """The one module that runs behind the layers, if no other has weights."""
+    owners = {name.rpartition(".")[0] for name, tensor in tensors.items() if tensor.role == "final_norm"}
+    return behind[0] if len(behind) == 1 and owners <= set(behind) else ""
+
+
+def _run_without_layers(decoder: Any, decoder_name: str, layers: nn.ModuleList) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Let every layer pass its hidden states through, in the way in which the model's loop takes them back, and say what runs before and behind them.
 
     Whether layers return a tuple shows in one forward pass over meta tensors: what is no tuple is cut along its first axis.
 
@@ -209,7 +217,7 @@ def _run_without_layers(decoder: Any, decoder_name: str, layers: nn.ModuleList) 
         for layer in layers:
             layer.forward = pass_through(num_returned)
         try:
-            return _trace_inputs(decoder, decoder_name, layers, arguments)
+            return _trace(decoder, decoder_name, layers, arguments)
         except (AssertionError, AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
             reasons.append(f"{type(error).__name__}: {error}")
     raise CheckpointError(
@@ -217,10 +225,12 @@ def _run_without_layers(decoder: Any, decoder_name: str, layers: nn.ModuleList) 
     )
 
 
-def _trace_inputs(decoder: Any, decoder_name: str, layers: nn.ModuleList, arguments: Mapping[str, torch.Tensor]) -> tuple[str, ...]:
-    """The modules with weights that run before the first layer, as one forward pass over meta tensors shows.
+def _trace(
+    decoder: Any, decoder_name: str, layers: nn.ModuleList, arguments: Mapping[str, torch.Tensor]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The modules with weights that run before the first layer, and those that run behind the last, as one forward pass over meta tensors shows.
 
-    Names do not tell: some families embed positions too, project or normalise before the first layer.
+    Names do not tell: some families embed positions too, project or normalise before the first layer; norms may have no weights.
 
     Raises:
         RuntimeError: a layer is given other hidden states than the first one.
@@ -231,15 +241,17 @@ def _trace_inputs(decoder: Any, decoder_name: str, layers: nn.ModuleList, argume
     called: list[str] = []
     shapes: list[tuple[int, ...]] = []
     hooks = [
-        module.register_forward_pre_hook(lambda *_, name=name: called.append(name)) for name, module in outside if _owns_tensors(module)
+        module.register_forward_pre_hook(lambda *_, name=name: called.append(name))
+        for name, module in outside
+        if _owns_tensors(module) or not (isinstance(module, _DOES_NOTHING) or any(module.children()))
     ]
-    hooks.append(layers[0].register_forward_pre_hook(lambda *_: called.append("")))
+    hooks += [layer.register_forward_pre_hook(lambda *_: called.append("")) for layer in layers]
     hooks += [
         layer.register_forward_pre_hook(lambda _, args, kwargs: shapes.append(_shape_given(args, kwargs)), with_kwargs=True)
         for layer in layers
     ]
     try:
-        with torch.inference_mode(), torch.device("meta"):
+        with torch.inference_mode(), torch.device("meta"), _NoValues():  # type: ignore[no-untyped-call]
             decoder(input_ids=torch.zeros(3, 2, dtype=torch.long), **arguments)
     finally:
         for hook in hooks:
@@ -248,7 +260,25 @@ def _trace_inputs(decoder: Any, decoder_name: str, layers: nn.ModuleList, argume
             _forget_tensors(module, names)
     if len(set(shapes)) != 1 or len(shapes[0]) < 3:
         raise RuntimeError(f"its layers are given hidden states of shapes {shapes}")
-    return tuple(called[: called.index("")])
+    first, behind = called.index(""), len(called) - called[::-1].index("")
+    owners = {name for name, module in outside if _owns_tensors(module)}
+    return tuple(name for name in called[:first] if name in owners), tuple(called[behind:])
+
+
+_ASK_FOR_A_VALUE = (
+    torch.ops.aten._local_scalar_dense.default,  # noqa: SLF001 - torch's name; in inference mode it has the other two
+    torch.ops.aten.item.default,
+    torch.ops.aten.is_nonzero.default,
+)
+
+
+class _NoValues(TorchDispatchMode):
+    """Says 0 where a model's code asks for a value of a meta tensor, which has none: how long the longest prompt is (longrope)."""
+
+    def __torch_dispatch__(self, function: Any, _: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if function in _ASK_FOR_A_VALUE and args[0].is_meta:
+            return 0
+        return function(*args, **(kwargs or {}))
 
 
 def _forget_tensors(module: nn.Module, had: AbstractSet[str]) -> None:

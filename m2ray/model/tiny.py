@@ -13,7 +13,10 @@ VOCABULARY = 128
 _WIDTH = 64
 _RANK = 32
 _KV_HEADS = 2
-_MOST_SHARED = 16
+_MOST_SHARED, _FEWER_SHARED = 16, 4
+_WIDE = 2048
+_ALIGNED = 8
+"""Widths keep their remainder of it: kernels for experts take multiples of 16 bytes alone."""
 _INDEX_HEADS = 16
 _WIDTH_OF_HEADS = 256
 _BLOCK, _BLOCKS = 4, 2
@@ -24,6 +27,8 @@ _LAYER_RULE = re.compile(r"first|step|interval|pattern|period|freq|every|num_den
 _LARGEST_RULE = 12
 _LAYER_NUMBERS = re.compile(r"_layers$|layer_(ids|indices)$|_idxs$")
 _FEWEST_LAYERS = 3
+_FEW_LAYERS = 8
+"""So many are all kept: a list of that length may be of anything else than layers (Falcon-H1's five multipliers)."""
 
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _CHOSEN_EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
@@ -39,7 +44,7 @@ _AT_MOST = {
     r"intermediate_size|ffn|n_inner|d_inner|dim_ff|d_ff|dff|feed_forward_size|shared_expert_dim": _WIDTH,
     r"_rank$": _RANK,
     r"window_size$|sliding_window$|attention_chunk_size$|local_attention$|compress_rates$": WINDOW,
-    r"index_topk$": WINDOW // 2,
+    r"index_(topk|kpool)$": WINDOW // 2,
     r"chunk_size$": _CHUNK,
     r"d_state$|state_size$": _STATE,
     r"n_?groups$": _GROUPS,
@@ -71,7 +76,10 @@ def tiny_copies(config: Any) -> Iterator[Any]:
 def kept_layers(config: Any) -> list[int]:
     """Numbers of the layers that a tiny copy keeps: the first ones, two more than the largest number by which a rule of the
     configuration counts layers (an interval, the first dense ones), and every later one whose kind follows the kind before it for the first time.
+    Of few layers all.
     """
+    if config.num_hidden_layers <= _FEW_LAYERS:
+        return list(range(config.num_hidden_layers))
     lists, named = _layer_lists(config), _layer_numbers(config)
     told_apart = [*lists.values(), getattr(config, "kv_sharing_modes", [None] * config.num_hidden_layers)]
     kinds = [
@@ -145,15 +153,17 @@ def _narrow(tiny: Any, config: Any, hidden_size: Callable[[int, int, bool], int]
     """Few heads in their old ratios, a hidden size to go with them, and what follows from it."""
     heads = _size(config, "num_attention_heads")
     if heads:
-        kv_heads = _size(config, "num_key_value_heads") or heads
-        if heads % kv_heads == 0:
-            shared_by = heads // kv_heads
-            tiny.num_attention_heads = min(kv_heads, _KV_HEADS) * (_MOST_SHARED if shared_by % _MOST_SHARED == 0 else shared_by)
-            if _size(config, "num_key_value_heads"):
-                tiny.num_key_value_heads = min(kv_heads, _KV_HEADS)
         width = config.hidden_size // heads  # is a head's size where none is given
         has_own_width = bool(_size(config, "head_dim") or _size(config, "qk_rope_head_dim"))
-        tiny.hidden_size = hidden_size(tiny.num_attention_heads, width, has_own_width)
+        kv_heads = _size(config, "num_key_value_heads") or heads
+        if heads % kv_heads == 0:
+            shared_by, few = heads // kv_heads, min(kv_heads, _KV_HEADS)
+            most = _MOST_SHARED if has_own_width or few * _MOST_SHARED * width <= _WIDE else _FEWER_SHARED
+            tiny.num_attention_heads = few * (most if shared_by % most == 0 else shared_by)
+            if _size(config, "num_key_value_heads"):
+                tiny.num_key_value_heads = few
+        narrow = hidden_size(tiny.num_attention_heads, width, has_own_width)
+        tiny.hidden_size = narrow + (config.hidden_size - narrow) % _ALIGNED if has_own_width else narrow
     else:
         tiny.hidden_size = min(config.hidden_size, 2 * _WIDTH)
     for name in list(vars(config)):
@@ -185,7 +195,7 @@ def _cap(tiny: Any, config: Any) -> None:
     for name, value in list(vars(config).items()):
         limit = next((limit for pattern, limit in _AT_MOST.items() if re.search(pattern, name)), None)
         if limit is not None and type(value) is int:
-            setattr(tiny, name, min(value, limit))
+            setattr(tiny, name, min(value, limit + (value % _ALIGNED if limit == _WIDTH else 0)))
         elif limit is not None and isinstance(value, list) and all(type(each) is int for each in value):
             setattr(tiny, name, [min(each, limit) for each in value])
         elif limit is not None and isinstance(value, dict) and all(type(each) is int for each in value.values()):

@@ -86,15 +86,23 @@ def find_decoder(model: Any) -> tuple[str, Any]:
     """
     wanted = decoder_config(model.config)
     if is_plain(model.config):
-        return ("" if model.base_model is model else model.base_model_prefix), model.base_model
+        return _base_of(model)
     decoder = model.get_decoder()
-    while decoder.base_model is not decoder:
-        decoder = decoder.base_model
+    while (inner := _base_of(decoder)[1]) is not decoder:
+        decoder = inner
     if type(decoder.config) is not type(wanted):
         raise CheckpointError(
             f"In {type(model).__name__} m2ray finds no decoder of model_type {wanted.model_type}.", "m2ray does not run it."
         )
     return next(name for name, module in model.named_modules() if module is decoder), decoder
+
+
+def _base_of(model: Any) -> tuple[str, Any]:
+    """What a language model calls its base, or, where it calls itself so, the child of the family's own base class."""
+    if model.base_model is not model:
+        return model.base_model_prefix, model.base_model
+    base_class = MODEL_MAPPING.get(type(model.config), ())
+    return next(((name, child) for name, child in model.named_children() if isinstance(child, base_class)), ("", model))
 
 
 def placeholder_tokens(config: Any) -> dict[int, str]:

@@ -4,11 +4,12 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePosixPath
+from typing import Any
 
 from m2ray.errors import CheckpointError, raise_all
 from m2ray.hub import bringing
 from m2ray.model.headers import COPY_AGAIN
-from m2ray.model.limits import MAX_FILES, MAX_JSON_BYTES, parse_json, read_limited
+from m2ray.model.limits import MAX_FILES, MAX_JSON_BYTES, parse_json, read_limited, short_repr
 from m2ray.storage import Store
 
 INDEX, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
@@ -20,14 +21,14 @@ _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _OTHER_WEIGHTS = (".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".npz")
 
 
-def find_weights(store: Store, named: str | None = None) -> tuple[Mapping[str, str], bytes, tuple[str, ...]] | None:
+def find_weights(store: Store, named: Any = None) -> tuple[Mapping[str, str], bytes, tuple[str, ...]] | None:
     """The weights of a folder; None where no file looks like weights that m2ray reads.
 
     transformers' two names come first, `model.safetensors` and its index. Without them whatever else is there is read, if it is one thing:
     an index of another name, one file, or shards numbered alike.
 
     Args:
-        named: the file or index that config.json names (`transformers_weights`), which comes before all others.
+        named: the file or index that config.json names (`transformers_weights`), which comes before all others; what else it may hold is refused.
 
     Returns:
         The index's map from tensor to file and its text, both empty without an index, and the files, some of which may be absent.
@@ -36,6 +37,10 @@ def find_weights(store: Store, named: str | None = None) -> tuple[Mapping[str, s
         CheckpointError: there are several sets of weights, or an index that is malformed or names what is no safetensors file of the folder.
         StoreError: the index cannot be read.
     """
+    if named is not None and not isinstance(named, str):
+        raise CheckpointError(
+            f"config.json: transformers_weights = {short_repr(named)} is no name of a file.", "Leave it out, or name one."
+        )
     if named is not None:
         _require_safe("config.json: transformers_weights", [named.removesuffix(".index.json")])
     index = named if named and named.endswith(".json") else None

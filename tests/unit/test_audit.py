@@ -15,7 +15,9 @@ from m2ray.activations.reading.catalogue import Catalogue
 from m2ray.audit.sample import draw, least_share_found
 from m2ray.audit.tolerance import bound
 from m2ray.batches import LayerSpan, PartSpec
+from m2ray.chain import checking
 from m2ray.cli import main
+from m2ray.model import site_hooks
 from m2ray.model.capture import CaptureSpec
 from m2ray.model.stage import Stage, StageSpec, load_stage
 from m2ray.storage import LocalStore
@@ -94,17 +96,16 @@ BRANCHES = {"residual", "residual_mid", "attention", "mlp", "mlp_in", "embedding
 def test_every_site_is_audited(
     monkeypatch: pytest.MonkeyPatch, models: dict[str, Path], prompts: Path, tmp_path: Path, name: str, compute_dtype: str, store_dtype: str
 ) -> None:
-    """The branches as transformers' own layers add them; routers against m2ray in other stages alone, which a remark says."""
+    """The branches as transformers' own layers add them, and what its own routers return."""
     sites = ALL_SITES + (", router_topk:all, router_logits:0" if name == "minimax_m2" else "")
     dtypes = {"compute-dtype": compute_dtype, "store-dtype": store_dtype}
     run = extracted(monkeypatch, models[name], prompts, tmp_path / "run", sites=sites, **dtypes)
     audit = audited(run)
     assert (audit["passed"], audit["exact"], audit["num_wrong"]) == (True, True, 0), audit
-    found = {by: {each["site"] for each in audit["compared"] if each["by"] == by} for by in ("m2ray", "transformers")}
-    assert found["transformers"] == BRANCHES
-    routers = {"router_topk", "router_logits"} if name == "minimax_m2" else set()
-    assert found["m2ray"] == BRANCHES | routers
-    assert audit["remarks"] == (["held against m2ray in other stages alone: router_logits, router_topk"] if routers else [])
+    found = {by: {(each["site"], each["layer"]) for each in audit["compared"] if each["by"] == by} for by in ("m2ray", "transformers")}
+    assert found["transformers"] == found["m2ray"]
+    assert {site for site, _ in found["m2ray"]} == BRANCHES | ({"router_topk", "router_logits"} if name == "minimax_m2" else set())
+    assert audit["remarks"] == []
     assert {each["layer"] for each in audit["compared"] if each["site"] == "final_norm"} == {None}
     assert all(each["same_bits"] == each["rows"] for each in audit["compared"] if each["batch"] == "recorded")
 
@@ -117,6 +118,24 @@ def test_rows_of_another_site_are_found(
     sites = ", ".join(site if site == "final_norm" else f"{site}:4" for site in swapped)
     run = extracted(monkeypatch, models["llama"], prompts, tmp_path / "run", lambda batch: rows_of_stage(stage, batch)[::-1], sites=sites)
     assert not audited(run)["passed"]
+
+
+@pytest.mark.parametrize("site", ["router_logits", "router_topk"])
+def test_a_router_that_m2ray_reads_wrongly_is_found_by_transformers(
+    monkeypatch: pytest.MonkeyPatch, models: dict[str, Path], prompts: Path, tmp_path: Path, site: str
+) -> None:
+    """In stages of another cut m2ray reads it as wrongly again."""
+    values_of = site_hooks.values_of
+
+    def half(layer, point, kept, of, shape):
+        *others, last = values_of(layer, point, kept, of, shape)
+        return (*others, last / 2 if of == site else last)
+
+    monkeypatch.setattr(site_hooks, "values_of", half)
+    monkeypatch.setattr(checking, "prove_sites", lambda *_: None)
+    audit = audited(extracted(monkeypatch, models["minimax_m2"], prompts, tmp_path / "run", sites=f"{site}:1", **FLOAT32))
+    assert not audit["passed"]
+    assert {each["by"] for each in audit["compared"] if each["same_bits"] < each["rows"]} == {"transformers"}
 
 
 @pytest.mark.parametrize("name", ["llama", "minimax_m2"])

@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from m2ray.audit.reference import Reference
+from m2ray.audit.routers import Router
 from m2ray.audit.tolerance import has_router
 from m2ray.errors import CheckpointError
 from tests.packed import make_packed
@@ -65,6 +67,44 @@ def test_it_is_transformers_own_multimodal_model_given_text(tmp_path: Path, name
         )
     expected = reference_rows(load_reference(folder, torch.float32), micro_batch)
     assert [same_bits(found[layer], rows) for layer, rows in enumerate(expected)] == [True] * len(layers)
+
+
+class Returning(nn.Module):
+    """A module that returns these tensors."""
+
+    def __init__(self, *returned: torch.Tensor) -> None:
+        super().__init__()
+        self.returned = returned
+
+    def forward(self) -> tuple[torch.Tensor, ...]:
+        return self.returned
+
+
+IDS, LOGITS = torch.arange(12).reshape(6, 2), torch.arange(24.0).sin().reshape(6, 4)
+WEIGHTS = LOGITS[:, :2].exp()
+
+
+@pytest.mark.parametrize(
+    ("modules", "told"),
+    [
+        pytest.param([(LOGITS, WEIGHTS, IDS)], {"router_topk", "router_logits"}, id="logits"),
+        pytest.param([(IDS, WEIGHTS)], {"router_topk"}, id="none"),
+        pytest.param([(LOGITS.softmax(1), WEIGHTS, IDS)], {"router_topk"}, id="probabilities"),
+        pytest.param([(LOGITS, LOGITS.sigmoid(), WEIGHTS, IDS)], {"router_topk"}, id="two that may be logits"),
+        pytest.param([(LOGITS, WEIGHTS)], set(), id="no ids"),
+        pytest.param([(LOGITS, WEIGHTS, IDS), (LOGITS, WEIGHTS, IDS)], set(), id="two routers"),
+    ],
+)
+def test_a_router_is_told_by_what_it_returns(modules: list[tuple[torch.Tensor, ...]], told: set[str]) -> None:
+    layer = nn.ModuleList(Returning(*returned) for returned in modules)
+    router = Router(layer)
+    for each in layer:
+        each()
+    found = router.found(3)
+    router.close()
+    assert set(found) == told
+    assert not told or [values.shape for values in found["router_topk"]] == [(3, 2, 2), (3, 2, 2)]
+    assert "router_logits" not in told or torch.equal(found["router_logits"][0].flatten(0, 1), LOGITS)
 
 
 def test_a_checkpoint_that_lacks_a_tensor_is_refused(tmp_path: Path) -> None:

@@ -13,10 +13,13 @@ from click.testing import CliRunner
 from safetensors import safe_open
 from transformers import AutoModelForImageTextToText
 
+from m2ray.batches import PartSpec
 from m2ray.cli import main
 from m2ray.errors import CheckpointError, ConfigError, NotInRunError, RunConflictError
-from m2ray.export import nemo_dspark, safetensors_file
+from m2ray.export import modelopt, nemo_dspark, safetensors_file, specforge
+from m2ray.export.consumer import Export, Unit
 from m2ray.export.exporting import ids_of, plan_export, write_export
+from m2ray.export.samples import Sample
 from m2ray.model.checkpoint import open_checkpoint, up_to_layer
 from m2ray.model.target_weights import target_weights
 from m2ray.model.weights import hash_weights
@@ -129,6 +132,31 @@ def test_nemo_finds_sample_i_in_a_shard_of_equally_many(tmp_path: Path, dtype: s
     with safe_open(tmp_path / "out" / "target_weights.safetensors", "pt") as file:
         for name, of in (("embed_tokens.weight", "embedding"), ("lm_head.weight", "head")):
             assert same_bits(file.get_tensor(name), MATRICES[of].to(getattr(torch, dtype)))
+
+
+@pytest.mark.parametrize("to", ["deepspec", "specforge"])
+def test_the_runs_own_normed_rows_are_taken_where_it_has_them(tmp_path: Path, to: str) -> None:
+    """So that neither the model nor the last layer's rows are asked for."""
+    normed = PartSpec.of("final_norm", None, "bfloat16", runs.WIDTH)
+    export_runs.finished_run(LocalStore(tmp_path / "run"), [*export_runs.parts((1, 3, 5)), normed])
+    plan = plan_export(tmp_path / "run", to, layers="1,3,5,11")
+    write_export(plan, to, tmp_path / "out")
+    written = b"".join(path.read_bytes() for path in sorted((tmp_path / "out").rglob("*")) if path.suffix in (".bin", ".ckpt"))
+    for number in export_runs.ORDER:
+        assert runs.bits(normed, number).tobytes() in written
+        assert export_runs.states(number, (1, 3, 5)).tobytes() in written
+    with pytest.raises(NotInRunError, match="no residual of layer 11"):
+        plan_export(tmp_path / "run", "modelopt", layers="1,3,5,11")
+
+
+def test_a_sample_of_one_token_is_saved_without_the_memory_around_it() -> None:
+    around, written = np.zeros((100_000, 4, 2 * runs.WIDTH), np.uint8), []
+    sample = Sample(0, 0, "row-0", np.array([1], np.int32), np.array([1], np.uint8), around[:1], "bfloat16")
+    plan = Export(SimpleNamespace(is_normed=True), 12, "0" * 32)
+    output = SimpleNamespace(write=lambda _, pieces: written.append(sum(len(piece) for piece in pieces)))
+    for consumer in (modelopt.CONSUMER, specforge.CONSUMER):
+        consumer.write(plan, output, Unit(0, 1, 0, 1), iter([sample]))
+    assert max(written) < 8192
 
 
 def test_modelopt_loads_tensors_alone(run: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from m2ray.model import final_norm as module
 from m2ray.model.checkpoint import open_checkpoint, up_to_layer
 from m2ray.model.final_norm import final_norm
 from m2ray.model.rehearsal import Rehearsal
-from tests.reference import load_reference, make_family, micro_batch_of, reference_rows, vocab_size
+from tests.reference import FAMILIES, load_reference, make_family, make_type, micro_batch_of, reference_rows, vocab_size
 
 
 def fingerprint(folder: Path) -> tuple[str, int]:
@@ -18,15 +18,17 @@ def fingerprint(folder: Path) -> tuple[str, int]:
     return up_to_layer(checkpoint, checkpoint.config.num_hidden_layers - 1)[0].digest, checkpoint.config.num_hidden_layers
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gemma2", "gpt2"])  # RMS norm, one that adds 1 to its weights, LayerNorm with a bias
+# RMS norm, one that adds 1 to its weights, LayerNorm with a bias, norms without weights, the norm of a model that calls itself its base
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "gpt2", "olmo", "nanochat", "llama4_text"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_it_is_what_the_decoder_returns(tmp_path: Path, model_type: str, dtype: torch.dtype) -> None:
-    folder = make_family(tmp_path / "model", model_type)
+    folder = (make_family if model_type in FAMILIES else make_type)(tmp_path / "model", model_type)
     model = load_reference(folder, dtype)
+    decoder = getattr(model, "model", model.base_model)
     batch = micro_batch_of([7, 4, 9], vocab_size(folder))
     last_NH = reference_rows(model, batch)[-1]
     with torch.inference_mode():
-        expected_BTH = model.base_model(torch.from_numpy(batch.token_ids_BT).long(), use_cache=False).last_hidden_state
+        expected_BTH = decoder(torch.from_numpy(batch.token_ids_BT).long(), use_cache=False).last_hidden_state
     norm = final_norm(str(folder), *fingerprint(folder), dtype)
     expected_NH = torch.cat([expected_BTH[row, :count] for row, count in enumerate(batch.token_counts.tolist())])
     assert torch.equal(norm(last_NH), expected_NH)

@@ -27,6 +27,10 @@ def test_at_least_110_types_are_proved_and_none_fails_without_a_word() -> None:
     ] == []
 
 
+def test_of_transformers_own_defaults_none_is_called_damaged() -> None:
+    assert [each for each in outcomes_on_page().items() if "damaged" in each[1].lower()] == []
+
+
 def test_each_proved_type_has_a_row_of_sites_and_none_in_doubt() -> None:
     sites = sites_on_page()
     assert list(sites) == [model_type for model_type, outcome in outcomes_on_page().items() if outcome == PROVED]

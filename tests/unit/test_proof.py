@@ -176,6 +176,20 @@ def test_released_sizes_are_proved_in_a_moment(model_type: str, cache: Path) -> 
     assert len(list(cache.iterdir())) == 1
 
 
+def test_a_width_that_transformers_experts_cannot_have_is_found_and_explained() -> None:
+    """The copy's experts are narrower, and as little a multiple of 8."""
+    with pytest.raises(
+        CheckpointError, match=r"transformers' own model fails in bfloat16: RuntimeError: .* have to be multiples of 8 in bfloat16"
+    ):
+        prove(unchecked("qwen3_moe", moe_intermediate_size=100))
+
+
+def test_of_few_layers_no_list_is_cut_that_is_as_long_by_chance() -> None:
+    config = parse_config((DATA / "families" / "falcon_h1.json").read_bytes())
+    assert len(config.ssm_multipliers) == config.num_hidden_layers
+    assert [tiny.ssm_multipliers for tiny in tiny_copies(config)] == [config.ssm_multipliers] * 4
+
+
 def test_what_cannot_be_made_tiny_is_refused_as_not_proved(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rehearsal, "_MOST_PARAMETERS", 1000)
     with pytest.raises(

@@ -10,6 +10,9 @@ ODD = {
     "falcon_h1": "into `pre_ff_layernorm` | `mamba` x `ssm_out_multiplier` + `self_attn` x `attn_out_multiplier` | `feed_forward` | into `feed_forward` | - | - | -",
     "granitemoehybrid": "into `post_attention_layernorm` | `mamba` x `residual_multiplier` | (`block_sparse_moe` + `shared_mlp`) x `residual_multiplier` | "
     "into `block_sparse_moe` | `block_sparse_moe.router` | `block_sparse_moe.router`[2], `block_sparse_moe.router`[1] | -",
+    "llama4_text": "into `post_attention_layernorm` | `self_attn` | `feed_forward` | into `feed_forward` | `feed_forward.router`[1] | "
+    "`feed_forward.router`[1], `feed_forward.router` | -",
+    "nanochat": "into `post_attention_layernorm` | `self_attn` | `mlp` | into `mlp` | - | - | -",
     "nemotron_h": "- | `mixer` | `mixer` | into `mixer` | `mixer.gate` | `mixer.gate`[2], `mixer.gate`[1] | -",
     "opt": "into `final_layer_norm` | `self_attn` | `fc2` | into `fc1` | - | - | -",
 }

@@ -216,9 +216,10 @@ def test_the_file_that_config_json_names_is_read_as_transformers_does(single: Pa
     config = json.loads((single / "config.json").read_text())
     (single / "config.json").write_text(json.dumps({**config, "transformers_weights": "other.safetensors"}))
     assert_same(rows_of(single), reference_rows(load_reference(single, torch.float32), micro_batch_of(LENGTHS, vocab_size(single))))
-    (single / "config.json").write_text(json.dumps({**config, "transformers_weights": "../other.safetensors"}))
-    with pytest.raises(CheckpointError, match="no safetensors file inside the folder"):
-        open_checkpoint(str(single))
+    for named, message in (("../other.safetensors", "no safetensors file inside the folder"), (["a"], r"= \['a'\] is no name of a file")):
+        (single / "config.json").write_text(json.dumps({**config, "transformers_weights": named}))
+        with pytest.raises(CheckpointError, match=message):
+            open_checkpoint(str(single))
 
 
 def test_of_several_sets_none_is_chosen_and_all_are_named(single: Path) -> None:
