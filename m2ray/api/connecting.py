@@ -18,7 +18,7 @@ from m2ray.prompts.in_memory import Prompts
 if TYPE_CHECKING:
     import torch
 
-    from m2ray.chain.keeper import ChainStatus
+    from m2ray.chain.served import ChainStatus
 
 _JOIN_S = 30.0
 _ANSWER_S = 3600.0

@@ -119,6 +119,9 @@ def _claim(inputs: Inputs, found: Survey, stats: PromptStats, progress: Progress
     )
     for line in inputs.tokenizer.told(inputs.source.columns, found.first_prompt):
         progress.say(f"  {line}")
+    if (kept := inputs.source.columns.kept).names:
+        told = [f"{name} ({kind})" for name, kind in zip(kept.names, kept.types, strict=True)]
+        progress.say(f"  kept beside them: {', '.join(told)}")
     if found.num_empty_masks:
         progress.say(f"  the loss masks of {found.num_empty_masks:,} prompts are 0 at every token")
     if found.num_without_rows:
@@ -206,7 +209,7 @@ def _standing(config: ExtractConfig, stack: ExitStack, stop: Stop, progress: Pro
         require_cluster()
         stack.enter_context(cluster(config.placement_timeout_s, progress.say))
         standing = find(config.chain)
-        standing.require_loaded()
+        stack.enter_context(standing.expecting())
         return standing
 
 

@@ -16,9 +16,9 @@ from m2ray.chain.actors import START_S
 from m2ray.chain.admission import Visitor
 from m2ray.chain.checking import Inputs
 from m2ray.chain.failure import cause_of
-from m2ray.chain.keeper import NAMESPACE, ChainStatus, Served
 from m2ray.chain.probing import Hardware
 from m2ray.chain.progress import Progress
+from m2ray.chain.served import NAMESPACE, ChainStatus, Served
 from m2ray.chain.specs import stage_specs
 from m2ray.chain.status import StageStatus
 from m2ray.chain.stopping import Stop
@@ -76,6 +76,16 @@ class Standing:
         """Raise ClusterError while it is being loaded: how it lies is not known before."""
         if not status(self).is_loaded:
             raise ClusterError(f"The chain {self.served.name} is being loaded.", "`m2ray chains` tells how far it is: ask again then.")
+
+    @contextmanager
+    def expecting(self) -> Iterator[None]:
+        """Have the chain not be idle, however long it takes until the job is let in. Raises ClusterError if it is gone or is being loaded."""
+        visitor = self._visitor("")
+        asked(self.keeper.expect.remote(visitor))
+        try:
+            yield
+        finally:
+            self._leave(visitor)
 
     def agreed(self, config: ExtractConfig) -> ExtractConfig:
         """A job's configuration with what the chain decides.
@@ -139,7 +149,7 @@ class Standing:
         Raises:
             ClusterError: the chain is gone.
         """
-        visitor = Visitor(uuid4().hex[:12], ray.get_runtime_context().get_job_id(), what)
+        visitor = self._visitor(what)
         options = self.served.plan.demand.options
         try:
             admitted = self._ask(visitor)
@@ -155,8 +165,14 @@ class Standing:
             timeout_s = 2 * (options.stage_timeout_s + options.placement_timeout_s + START_S)
             yield specs, StandingActors(self.keeper, visitor.ticket, handles, timeout_s), epoch
         finally:
-            leaving = self.keeper.leave.remote(visitor.ticket)
-            ray.wait([leaving], timeout=2 * _ANSWER_S)  # a keeper that is gone has nothing to be told
+            self._leave(visitor)
+
+    def _visitor(self, what: str) -> Visitor:
+        return Visitor(uuid4().hex[:12], ray.get_runtime_context().get_job_id(), what)
+
+    def _leave(self, visitor: Visitor) -> None:
+        leaving = self.keeper.leave.remote(visitor.ticket)
+        ray.wait([leaving], timeout=2 * _ANSWER_S)  # a keeper that is gone has nothing to be told
 
     def _ask(self, visitor: Visitor) -> tuple[int, list[Any]] | str:
         answer: tuple[int, list[Any]] | str = asked(self.keeper.admit.remote(visitor))

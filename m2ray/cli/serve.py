@@ -68,5 +68,4 @@ def _stop(name: str) -> None:
 
     require_cluster()
     with cluster(_CONNECT_S):
-        stop(name)
-    say(f"The chain {name} has ended.")
+        say(stop(name))

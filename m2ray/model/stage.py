@@ -42,6 +42,7 @@ class StageSpec:
         device: "cpu" or "cuda:0".
         threads: torch threads on the CPU, for the whole process; None leaves them as they are.
         compile: whether the layers are compiled by torch.compile, which changes results by rounding (docs/numerics.md).
+        any_sites: whether compiled layers show all their sites whatever a job takes, so that no job of other sites makes another graph.
         residency: where those of its layers live that are not kept on the device.
         offload_folder: where the files of those on a disk lie, there or yet to be made.
         with_final_norm: whether the stage of the model's last layer loads the final norm, for the site of that name.
@@ -55,6 +56,7 @@ class StageSpec:
     device: str
     threads: int | None
     compile: bool = False
+    any_sites: bool = False
     residency: Mapping[int, Residency] = field(default_factory=dict)
     offload_folder: str = ""
     with_final_norm: bool = False
@@ -361,5 +363,5 @@ def _load_stage(spec: StageSpec, device: torch.device, lanes: Lanes | None, on_b
     decoder = DecoderSpan(skeleton, spec.span, device, spec.residency, spec.offload_folder, with_final_norm=spec.with_final_norm)
     loaded = load_weights(checkpoint, decoder, on_bytes, lanes)
     if spec.compile:
-        decoder.compile_layers()
+        decoder.compile_layers(any_sites=spec.any_sites)
     return Stage(spec, decoder, loaded, checkpoint.bytes_read)
