@@ -53,11 +53,16 @@ def test_jobs_and_requests_share_a_loaded_chain(cluster: RayCluster, minimax: Pa
         assert all(same_bits(answer[column], values) for column, values in answers[0].items())
     assert_rows_of_a_run(tmp_path / "asked", answers[0])
     assert not set(seen["mended"]) & set(seen["after"]), "the killed stages came back, one for a job and one for a request"
+    assert seen["after_http"] == seen["http"]
     assert seen["status"] == [True, 4, 6 if has_serve else 5, "", ""], (
         "loaded, four jobs with the killed one, the answers, nothing at work, no trouble"
     )
     assert "tiny" in seen["listed"]
     assert "idle" in seen["listed"]
+    assert ("The chain ghost was gone" in seen["listed"]) == has_serve
+    assert "The chain tiny has ended." in seen["stopped"][0]
+    assert "The chain tiny has ended: it was stopped" in seen["stopped"][1], seen["stopped"]
+    assert "finished shards are kept" in seen["stopped"][1]
     assert "There are no chains" in seen["none"]
     assert_goes_on_without_the_chain(tmp_path / "first", minimax, prompts)
 
