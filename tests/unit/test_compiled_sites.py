@@ -1,5 +1,6 @@
 """All sites of compiled layers, on a CPU. In a file of its own, since torch takes its time."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from m2ray.sites import asked_sites
 from tests.reference import make_minimax, micro_batch_of
 
 
-def test_compiled_layers_show_every_site_within_rounding_from_one_graph(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_compiled_layers_show_every_site_within_rounding_from_one_graph(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = make_minimax(tmp_path / "model", "fp8")
     micro_batch = micro_batch_of((150, 70), 96)
     eager = load_stage(StageSpec(str(folder), LayerSpan(0, 7), "float32", "auto", "cpu", 1, with_final_norm=True), lambda *_: None)
@@ -44,19 +45,21 @@ def test_compiled_layers_show_every_site_within_rounding_from_one_graph(tmp_path
     assert [(each.site, each.layer) for each in again] == [("mlp", 4), ("router_topk", 6)]
     assert np.abs(again[0].columns[0].view(np.float32) - found["mlp", 4][0]).max() < 1e-3
     assert counters["stats"]["unique_graphs"] == 2, "other sites are another graph"
-    assert_right_past_the_limit(stage, micro_batch, incoming, expected, capsys)
+    assert_right_past_the_limit(stage, micro_batch, incoming, expected, caplog)
 
 
 def assert_right_past_the_limit(
-    stage: Stage, micro_batch: MicroBatch, incoming: Any, expected: Any, capsys: pytest.CaptureFixture[str]
+    stage: Stage, micro_batch: MicroBatch, incoming: Any, expected: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Where torch compiles no more variants, a layer is computed as without, and that is said."""
+    logging.getLogger("torch._dynamo.convert_frame").addHandler(caplog.handler)  # torch's loggers tell pytest's nothing
     with torch._dynamo.config.patch(recompile_limit=2):  # type: ignore[no-untyped-call]
         stage.begin(CaptureSpec({"attention": (4,)}, "float32"))
         (found,) = stage.forward(micro_batch, incoming).captured
     assert np.abs(found.columns[0].view(np.float32) - expected["attention", 4][0]).max() < 1e-4
     assert counters["stats"]["unique_graphs"] == 2
-    assert "torch has compiled 2 variants of 'forward'" in capsys.readouterr().err
+    logging.getLogger("torch._dynamo.convert_frame").removeHandler(caplog.handler)
+    assert [record.getMessage().partition(" (")[0] for record in caplog.records] == ["m2ray: torch has compiled 2 variants of 'forward'"]
     stage.begin(CaptureSpec({"mlp": (4,)}, "float32"))
     assert np.abs(stage.forward(micro_batch, incoming).captured[0].columns[0].view(np.float32) - expected["mlp", 4][0]).max() < 1e-4
 
