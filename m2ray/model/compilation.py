@@ -44,12 +44,12 @@ def _tell_of_the_limit(record: logging.LogRecord) -> bool:
     without: the same rows within rounding.
     """
     if record.msg.startswith("torch._dynamo hit config."):
-        _, limit, function, reason, _ = record.args  # type: ignore[misc]
+        _, limit, function, reason, _ = map(str, record.args or ())
         record.msg = (
             "m2ray: torch has compiled %s variants of %s, and computes further ones uncompiled from here on: their rows are right, within "
             "rounding, and take longer. Ask for fewer combinations of sites, or set compile = false. Last reason: %s"
         )
-        record.args = (limit, function, reason)
+        record.args = (limit, function, reason.partition("\n")[0])
     return True
 
 
