@@ -19,11 +19,10 @@ from m2ray.chain.admission import Admission, Visitor
 from m2ray.chain.failure import cause_of
 from m2ray.chain.placement import reserve
 from m2ray.chain.requests import Answer, Desk, Request
-from m2ray.chain.served import NAMESPACE, ChainStatus, Served
+from m2ray.chain.served import GOES_ON_ELSEWHERE, NAMESPACE, ChainStatus, Served
 from m2ray.chain.specs import stage_specs
 from m2ray.chain.standing_stages import StandingStages, of_any_sites
 from m2ray.chain.status import StageStatus
-from m2ray.chain.stopping import GOES_ON
 from m2ray.errors import ClusterError, M2rayError
 from m2ray.model.capture import CaptureSpec
 from m2ray.model.checkpoint import open_checkpoint
@@ -190,9 +189,7 @@ class Keeper:
         """Raise ClusterError unless the chain is loaded and has not ended."""
         name = self._served.name
         if self._has_ended:
-            raise ClusterError(
-                f"The chain {name} has ended: it was stopped, or idle for too long.", f"{GOES_ON} On another chain, or without one."
-            )
+            raise ClusterError(f"The chain {name} has ended: it was stopped, or idle for too long.", GOES_ON_ELSEWHERE)
         if self._desk is None:
             raise ClusterError(f"The chain {name} is being loaded.", "`m2ray chains` tells how far it is: ask again then.")
         return self._desk

@@ -10,6 +10,10 @@ from m2ray.planning.plan import Plan
 NAMESPACE = "m2ray"
 """Ray's, of the keepers: a chain's name is its keeper's there."""
 
+GOES_ON_ELSEWHERE = (
+    "`m2ray chains` lists those that are there. What a job has finished is kept: the same command goes on, on another chain or without one."
+)
+
 
 class Served(NamedTuple):
     """What a chain is, for those who want to use it.

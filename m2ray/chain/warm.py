@@ -18,7 +18,7 @@ from m2ray.chain.checking import Inputs
 from m2ray.chain.failure import cause_of
 from m2ray.chain.probing import Hardware
 from m2ray.chain.progress import Progress
-from m2ray.chain.served import NAMESPACE, ChainStatus, Served
+from m2ray.chain.served import GOES_ON_ELSEWHERE, NAMESPACE, ChainStatus, Served
 from m2ray.chain.specs import stage_specs
 from m2ray.chain.status import StageStatus
 from m2ray.chain.stopping import Stop
@@ -224,5 +224,5 @@ def as_ours(error: RayError) -> M2rayError:
     if isinstance(cause, M2rayError):
         return cause
     if isinstance(cause, RayActorError):
-        return ClusterError("The chain is gone.", "`m2ray chains` lists those that are there; finished shards are kept.")
+        return ClusterError("The chain is gone: it was stopped, or was idle for too long, or its keeper died.", GOES_ON_ELSEWHERE)
     return ClusterError(f"The chain does not answer: {str(cause).partition(chr(10))[0]}.", "`m2ray chains` tells more.")

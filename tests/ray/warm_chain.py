@@ -94,10 +94,12 @@ def left_behind(url: str) -> None:
 def stopped_at_work(chain: WarmChain, prompts: str, output: Path) -> list[str]:
     """What `m2ray serve --stop` says while a job has the chain, and what the job says then."""
     said: list[str] = []
+    many = output.with_suffix(".jsonl")
+    many.write_text(20 * Path(prompts).read_text(encoding="utf-8"), encoding="utf-8")  # more than it can do meanwhile
 
     def work() -> None:
         try:
-            chain.extract(prompts=prompts, output=str(output), **{**OPTIONS, "shard_tokens": 40, "batch_tokens": 40})
+            chain.extract(prompts=str(many), output=str(output), **{**OPTIONS, "shard_tokens": 40, "batch_tokens": 40})
         except M2rayError as error:
             said.append(str(error))
 

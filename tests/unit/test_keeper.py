@@ -238,7 +238,7 @@ def test_a_chain_that_was_stopped_lets_nobody_in_and_brings_no_stage_back(keeper
     keeper.stop()
     assert stages.has_ended
     assert_has_ended(keeper)
-    with pytest.raises(ClusterError, match="has ended.*finished shards are kept"):
+    with pytest.raises(ClusterError, match="has ended.*finished is kept"):
         keeper.restart(FIRST.ticket, {0: None}, 7)
     assert not stages.restarted
 
