@@ -46,9 +46,9 @@ def refused(chain: WarmChain, prompts: str, output: str, **options: object) -> s
 
 
 def over_http(chain: WarmChain, asked: dict[str, object], file: Path) -> list[int]:
-    """The statuses of a request, whose answer is kept, and of one without the token; none where nothing listens."""
+    """The statuses of a request, whose answer is kept, and of one without the token."""
     url, statuses = chain._standing.served.http, []
-    for token in (os.environ["M2RAY_SERVE_TOKEN"], "wrong") if url else ():
+    for token in (os.environ["M2RAY_SERVE_TOKEN"], "wrong"):
         request = Request(url, json.dumps(asked).encode(), {"Authorization": f"Bearer {token}"})
         try:
             with urlopen(request, timeout=60) as answer:
@@ -86,9 +86,8 @@ def killed_at_work(name: str, model: str, prompts: str, output: Path) -> None:
 
 def left_behind(url: str) -> None:
     """Something that answers at the chain's address, for a chain whose keeper is no more."""
-    if url:
-        address = urlsplit(url)
-        start_http("ghost", str(address.hostname), int(address.port or 0), "/ghost")
+    address = urlsplit(url)
+    start_http("ghost", str(address.hostname), int(address.port or 0), "/ghost")
 
 
 def stopped_at_work(chain: WarmChain, prompts: str, output: Path) -> list[str]:
