@@ -16,7 +16,7 @@ from m2ray.chain.beginning import Work, begin, plan_of, resume
 from m2ray.chain.checking import check
 from m2ray.chain.driver import Chain
 from m2ray.chain.here import ActorsHere
-from m2ray.chain.joining import cluster
+from m2ray.chain.joining import cluster, require_cluster
 from m2ray.chain.loading import absolute
 from m2ray.chain.metrics import Metrics
 from m2ray.chain.monitor import Monitor
@@ -28,7 +28,7 @@ from m2ray.chain.report import REPORT, build_report, start_lines, summary_lines
 from m2ray.chain.specs import stage_specs
 from m2ray.chain.stages import Stages
 from m2ray.chain.stopping import GOES_ON, Stop, stop_on_sigterm
-from m2ray.chain.warm import Standing, find, require_cluster
+from m2ray.chain.warm import Standing, find
 from m2ray.config import ExtractConfig
 from m2ray.errors import shown
 from m2ray.hub import located

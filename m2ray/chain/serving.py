@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from m2ray.chain.http import required_token, start_http, stop_left_behind
-from m2ray.chain.joining import cluster
+from m2ray.chain.joining import cluster, require_cluster
 from m2ray.chain.keeper import keeper_class
 from m2ray.chain.loading import absolute
 from m2ray.chain.probing import probe_hardware, require_versions
@@ -16,7 +16,7 @@ from m2ray.chain.progress import Progress
 from m2ray.chain.report import start_lines
 from m2ray.chain.served import NAMESPACE, Served
 from m2ray.chain.stopping import Stop, stop_on_sigterm
-from m2ray.chain.warm import asked, find, names, require_cluster
+from m2ray.chain.warm import asked, find, names
 from m2ray.config import ExtractConfig
 from m2ray.errors import ClusterError, ConfigError, M2rayError, raise_all
 from m2ray.hub import located

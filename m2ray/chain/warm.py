@@ -1,6 +1,5 @@
 """A warm chain from outside: found by its name, held against what a job wants, and lent to it for as long as that takes."""
 
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -199,15 +198,6 @@ def status(standing: Standing) -> ChainStatus:
     """What a chain does now. Raises ClusterError if it is gone."""
     found: ChainStatus = asked(standing.keeper.status.remote())
     return found
-
-
-def require_cluster() -> None:
-    """Raise ClusterError unless a cluster is named or joined: a chain outlives whoever uses it."""
-    if not (os.environ.get("RAY_ADDRESS") or ray.is_initialized()):
-        raise ClusterError(
-            "A warm chain lives in a Ray cluster, and RAY_ADDRESS names none.",
-            "Set RAY_ADDRESS. On one machine: ray start --head --node-ip-address=127.0.0.1, then RAY_ADDRESS=127.0.0.1:6379.",
-        )
 
 
 def asked(call: Any, timeout_s: float = _ANSWER_S) -> Any:
