@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any, Self, Unpack
 from m2ray.activations.reading.reader import RunReader
 from m2ray.api.extracting import extract
 from m2ray.api.options import Options
-from m2ray.chain.joining import cluster
+from m2ray.chain.joining import cluster, require_cluster
 from m2ray.chain.requests import Answer, Request
-from m2ray.chain.warm import Standing, asked, find, require_cluster, status
+from m2ray.chain.warm import Standing, asked, find, status
 from m2ray.errors import PromptsError
 from m2ray.prompts.in_memory import Prompts
 
 if TYPE_CHECKING:
     import torch
 
-    from m2ray.chain.keeper import ChainStatus
+    from m2ray.chain.served import ChainStatus
 
 _JOIN_S = 30.0
 _ANSWER_S = 3600.0

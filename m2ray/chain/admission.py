@@ -17,6 +17,7 @@ class Admission:
 
     def __init__(self) -> None:
         self._line: list[Visitor] = []
+        self._coming: list[Visitor] = []
 
     @property
     def admitted(self) -> Visitor | None:
@@ -28,6 +29,15 @@ class Admission:
         """Jobs behind it."""
         return max(0, len(self._line) - 1)
 
+    @property
+    def is_expected(self) -> bool:
+        """Whether there is a job that has the chain, waits for it, or is still looked at."""
+        return bool(self._line or self._coming)
+
+    def expect(self, visitor: Visitor) -> None:
+        """A job that is still looked at: it has no place in the line."""
+        self._coming.append(visitor)
+
     def ask(self, visitor: Visitor) -> Visitor | None:
         """Take a place in the line, unless it has one. Returns who has the chain meanwhile; None once it is this one's."""
         if visitor not in self._line:
@@ -35,13 +45,13 @@ class Admission:
         return None if self._line[0] == visitor else self._line[0]
 
     def leave(self, ticket: str) -> bool:
-        """Give up the chain, or the place in the line. Returns whether the job had the chain."""
+        """Give up the chain, or the place in the line, or come no more. Returns whether the job had the chain."""
         had_it = bool(self._line) and self._line[0].ticket == ticket
-        self._line = [visitor for visitor in self._line if visitor.ticket != ticket]
+        self._line, self._coming = ([visitor for visitor in line if visitor.ticket != ticket] for line in (self._line, self._coming))
         return had_it
 
     def forget(self, dead: Collection[str]) -> bool:
         """Give up the places of drivers that are gone. Returns whether one of them had the chain."""
         had_it = bool(self._line) and self._line[0].driver in dead
-        self._line = [visitor for visitor in self._line if visitor.driver not in dead]
+        self._line, self._coming = ([visitor for visitor in line if visitor.driver not in dead] for line in (self._line, self._coming))
         return had_it

@@ -1,50 +1,43 @@
 """The main path: from a configuration to a finished run. Read `extract` first."""
 
 import json
-import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
-from functools import partial
-from uuid import uuid4
 
-from m2ray import __version__
-from m2ray.activations.job import Counts, JobRecord, ModelFacts, read_job, require_same
 from m2ray.activations.statistics import FOLDER, read_statistics_record
-from m2ray.activations.writing.commits import Run, RunSummary, claim_run, go_on_with
+from m2ray.activations.writing.commits import RunSummary
 from m2ray.activations.writing.weights_record import hold_weights
 from m2ray.activations.writing.writer import WriterSpec
-from m2ray.batches import MicroBatch, PromptStats, Shard
+from m2ray.batches import MicroBatch, Shard
 from m2ray.chain.actor import Job
 from m2ray.chain.actors import Actors, ActorsOfChain
-from m2ray.chain.checking import Inputs, check, look
+from m2ray.chain.beginning import Work, begin, plan_of, resume
+from m2ray.chain.checking import check
 from m2ray.chain.driver import Chain
-from m2ray.chain.here import ActorsHere, hardware_here, needs_cluster
-from m2ray.chain.joining import cluster, cluster_ahead
+from m2ray.chain.here import ActorsHere
+from m2ray.chain.joining import cluster, require_cluster
 from m2ray.chain.loading import absolute
 from m2ray.chain.metrics import Metrics
 from m2ray.chain.monitor import Monitor
 from m2ray.chain.placement import reserve
-from m2ray.chain.probing import Hardware, probe_hardware, require_versions
+from m2ray.chain.probing import Hardware
 from m2ray.chain.progress import Progress
 from m2ray.chain.replicas import Replicas
 from m2ray.chain.report import REPORT, build_report, start_lines, summary_lines
 from m2ray.chain.specs import stage_specs
 from m2ray.chain.stages import Stages
-from m2ray.chain.stopping import GOES_ON, NOTHING_WRITTEN, Stop, stop_on_sigterm
-from m2ray.chain.warm import Standing, find, require_cluster
+from m2ray.chain.stopping import GOES_ON, Stop, stop_on_sigterm
+from m2ray.chain.warm import Standing, find
 from m2ray.config import ExtractConfig
-from m2ray.errors import M2rayError, RunConflictError, shown
-from m2ray.hub import located, name_of
+from m2ray.errors import shown
+from m2ray.hub import located
 from m2ray.model.capture import CaptureSpec
 from m2ray.model.digests import BARE_LAST_LAYER
 from m2ray.model.stage import StageSpec
 from m2ray.options import RunOptions
-from m2ray.planning.plan import Plan, plan_run
-from m2ray.prompts import Survey, TokenSpool, batching, estimated_batching, load_shards, micro_batches, respool, survey
-from m2ray.prompts.in_memory import name_in_memory
+from m2ray.planning.plan import Plan
+from m2ray.prompts import batching, micro_batches
 from m2ray.storage import no_empty_folders
 
 
@@ -60,147 +53,10 @@ def extract(config: ExtractConfig, progress: Progress) -> RunSummary:
         standing = _standing(config, stack, stop, progress)
         inputs = check(standing.agreed(config) if standing else config, stack, stop, progress)
         known = standing.hardware_for(inputs) if standing else None
-        work = (_resume if inputs.recorded else _begin)(inputs, stack, stop, progress, known)
+        work = (resume if inputs.recorded else begin)(inputs, stack, stop, progress, known)
         if work.hardware is not None:
             _run(work, work.hardware, stop, progress)
         return _finish(work, progress)
-
-
-@dataclass(frozen=True)
-class _Work:
-    """A claimed run, all its shards, the missing ones, their token ids, and the hardware to extract them on; None where nothing is missing."""
-
-    inputs: Inputs
-    run: Run
-    shards: Sequence[Shard]
-    missing: Sequence[Shard]
-    tokens: TokenSpool
-    hardware: Hardware | None
-
-
-# -- beginning and going on -----------------------------------------------------------------------------------------------
-
-
-def _begin(inputs: Inputs, stack: ExitStack, stop: Stop, progress: Progress, hardware: Hardware | None = None) -> _Work:
-    """Survey the prompts, look at the hardware, and claim the run for what fits there."""
-    found = None
-    try:
-        with stop.at_once(NOTHING_WRITTEN):
-            shard_tokens, attempt = inputs.options.shard_tokens, uuid4().hex[:12]
-            counting = partial(progress.surveying, counted=_counted(inputs))
-            ahead = None if hardware else _ahead(inputs, stack, progress)
-            found = survey(inputs.source, inputs.tokenizer, inputs.store, attempt, shard_tokens, on_progress=counting)
-            counting(found.num_sequences, is_done=True)
-            stack.enter_context(found.tokens)
-            hardware = hardware or _hardware(inputs, stack, progress, ahead)
-            if not hardware.chain:
-                inputs = inputs.on(hardware.cluster, found.shards.longest_tokens, partial(estimated_batching, found.shards))
-            stats = batching(found.shards, inputs.options.batch_tokens)
-            _plan(inputs, hardware, stats).require_fit()
-    except M2rayError:
-        if found is not None:  # no record names its files: job.json comes later
-            _discard(inputs, found)
-        raise
-    run = _claim(inputs, found, stats, progress)
-    if run is None:
-        with stop.at_once(GOES_ON):
-            inputs = look(inputs.config)
-        return _resume(inputs, stack, stop, progress, hardware)
-    return _Work(inputs, run, found.shards, run.missing(found.shards), found.tokens, hardware)
-
-
-def _claim(inputs: Inputs, found: Survey, stats: PromptStats, progress: Progress) -> Run | None:
-    """Create the run's record; None where another driver has created one by now, and this survey has been deleted.
-
-    A request to create job.json may fail and have created it all the same, and it names the survey's files: they are deleted only where
-    another record is seen in its place.
-    """
-    progress.say(
-        f"{found.num_sequences:,} {_counted(inputs)}: {found.num_ready:,} ready with {found.num_tokens:,} tokens in {len(found.shards):,} shards, "
-        f"{found.num_quarantined:,} quarantined; padding {stats.padding_waste:.1%}; {inputs.source.columns}"
-    )
-    if inputs.options.prompts.limit is not None:
-        progress.say(f"  limit = {inputs.options.prompts.limit:,}: what comes after so many rows of the prompts is left out")
-    for line in inputs.tokenizer.told(inputs.source.columns, found.first_prompt):
-        progress.say(f"  {line}")
-    if found.num_empty_masks:
-        progress.say(f"  the loss masks of {found.num_empty_masks:,} prompts are 0 at every token")
-    if found.num_without_rows:
-        progress.say(f"  {found.num_without_rows:,} sequences have no chosen token, and so no row")
-    for quarantined in found.first_quarantined:
-        progress.say(f"  quarantined: {quarantined}")
-    job = JobRecord.new(
-        m2ray_version=__version__,
-        options=inputs.options.row_options(),
-        fingerprints={**inputs.fingerprints, "prompts": found.fingerprint},
-        model=ModelFacts(inputs.checkpoint.whole_config.model_type, inputs.table.num_layers, inputs.table.hidden_size),
-        parts=inputs.options.parts,
-        num_shards=len(found.shards),
-        counts=_counts(found),
-        sequence_files=found.sequence_files,
-        names={
-            name: name_in_memory(name_of(given))
-            for name in ("model", "prompts", "chat_template")
-            if (given := getattr(inputs.config, name)) is not None
-        },
-    )
-    try:
-        run = claim_run(inputs.store, job)
-    except RunConflictError:
-        _discard(inputs, found)
-        theirs = read_job(inputs.store)
-        if theirs is None or theirs.options.get("template_date") == job.options["template_date"]:
-            raise
-        return None  # another driver began the run before midnight: its templates saw another day
-    if run.job.run_id == job.run_id:
-        return run
-    _discard(inputs, found)
-    return None
-
-
-def _counted(inputs: Inputs) -> str:
-    """What a survey counts. Packed prompts give contexts, documents that cannot be used, and a remainder."""
-    return "prompts" if inputs.options.prompts.pack is None else "sequences of packed prompts"
-
-
-def _counts(found: Survey) -> Counts:
-    return Counts(
-        sequences=found.num_sequences,
-        ready=found.num_ready,
-        quarantined=found.num_quarantined,
-        tokens=found.num_tokens,
-        rows=found.shards.num_rows,
-        without_rows=found.num_without_rows,
-    )
-
-
-def _discard(inputs: Inputs, found: Survey) -> None:
-    """Delete the files of a survey that no record names."""
-    inputs.store.delete([file.key for file in found.sequence_files])
-
-
-def _resume(inputs: Inputs, stack: ExitStack, stop: Stop, progress: Progress, hardware: Hardware | None = None) -> _Work:
-    """Go on with a run: its shards as they were fixed, and the missing ones' prompts tokenised again."""
-    with stop.at_once(GOES_ON):
-        store, recorded = inputs.store, inputs.recorded
-        assert recorded is not None, "there is a run to go on with"
-        require_same(store, recorded, inputs.options.row_options(), {**inputs.fingerprints, "prompts": inputs.source.fingerprint()})
-        shards = load_shards(store, recorded.sequence_files)
-        run = go_on_with(store, recorded)
-        if damaged := run.reopen_damaged():
-            progress.say(f"Of {len(damaged):,} committed shards a part is gone or has another size: they are extracted again.")
-        missing = run.missing(shards)
-        progress.say(f"Going on with the run of {recorded.created_at}: {len(missing):,} of {len(shards):,} shards are missing.")
-        counting = partial(progress.surveying, counted=_counted(inputs))
-        ahead = _ahead(inputs, stack, progress) if missing and not hardware else None
-        tokens = respool(inputs.source, inputs.tokenizer, missing, store, recorded.sequence_files, on_progress=counting)
-        stack.enter_context(tokens)
-        if missing:
-            counting(recorded.counts.sequences, is_done=True)
-            hardware = hardware or _hardware(inputs, stack, progress, ahead)
-            if not hardware.chain:
-                inputs = inputs.on(hardware.cluster, max(int(shard.token_counts.max()) for shard in missing))
-        return _Work(inputs, run, shards, missing, tokens, hardware if missing else None)
 
 
 def _standing(config: ExtractConfig, stack: ExitStack, stop: Stop, progress: Progress) -> Standing | None:
@@ -211,42 +67,11 @@ def _standing(config: ExtractConfig, stack: ExitStack, stop: Stop, progress: Pro
         require_cluster()
         stack.enter_context(cluster(config.placement_timeout_s, progress.say))
         standing = find(config.chain)
-        standing.require_loaded()
+        stack.enter_context(standing.expecting())
         return standing
 
 
-def _plan(inputs: Inputs, hardware: Hardware, stats: PromptStats) -> Plan:
-    if hardware.chain:
-        return hardware.chain.plan(inputs, stats)
-    return plan_run(inputs.demand(stats.longest_tokens), hardware.cluster, stats)
-
-
-def _ahead(inputs: Inputs, stack: ExitStack, progress: Progress) -> Future[None] | None:
-    """The cluster on its way, until the stack ends, while the prompts are read: where it is needed, and where reading does nothing to the whole
-    process that a starting Ray would inherit (a limit of memory) or suffer from (a fork).
-    """
-    if not needs_cluster(inputs.config) or not inputs.source.may_be_read_ahead or inputs.source.columns.is_messages:
-        return None
-    return stack.enter_context(cluster_ahead(inputs.options.placement_timeout_s, progress.say))
-
-
-def _hardware(inputs: Inputs, stack: ExitStack, progress: Progress, ahead: Future[None] | None) -> Hardware:
-    """This machine alone where that suffices. Else join or start the cluster until the stack ends, or wait for one that is on its way, and look at
-    its nodes, whose versions must be the driver's.
-    """
-    options = inputs.options
-    if alone := hardware_here(inputs.config, options.watched_folder, stack):
-        return alone
-    progress.waiting("cluster", "joining Ray" if os.environ.get("RAY_ADDRESS") else "starting Ray on this machine")
-    if ahead is not None:
-        ahead.result()
-    stack.enter_context(cluster(options.placement_timeout_s, progress.say))
-    hardware = probe_hardware(options.node_labels, options.watched_folder)
-    require_versions(hardware.cluster)
-    return hardware
-
-
-def _finish(work: _Work, progress: Progress) -> RunSummary:
+def _finish(work: Work, progress: Progress) -> RunSummary:
     """Close the account, or look whether it is closed."""
     summary = work.run.finish()
     progress.say(
@@ -262,7 +87,7 @@ def _finish(work: _Work, progress: Progress) -> RunSummary:
     return summary
 
 
-def _rows_said(work: _Work, summary: RunSummary) -> str:
+def _rows_said(work: Work, summary: RunSummary) -> str:
     """Nothing where each token has a row."""
     if work.run.job.selection.is_all:
         return ""
@@ -273,11 +98,11 @@ def _rows_said(work: _Work, summary: RunSummary) -> str:
 # -- extracting -----------------------------------------------------------------------------------------------------------
 
 
-def _run(work: _Work, hardware: Hardware, stop: Stop, progress: Progress) -> None:
+def _run(work: Work, hardware: Hardware, stop: Stop, progress: Progress) -> None:
     """Plan, reserve room, run the chains, commit each shard as it completes, and report."""
     options = work.inputs.options
     stats = batching(work.missing, options.batch_tokens)
-    wanted = _plan(work.inputs, hardware, stats)
+    wanted = plan_of(work.inputs, hardware, stats)
     wanted.require_fit(has_begun=True)
     with ExitStack() as stack:
         with stop.at_once(GOES_ON):
@@ -300,7 +125,7 @@ def _run(work: _Work, hardware: Hardware, stop: Stop, progress: Progress) -> Non
         work.inputs.store.put(REPORT, json.dumps(build_report(plan, work.run.job.run_id, measured), indent=2).encode())
 
 
-def _label(work: _Work) -> str:
+def _label(work: Work) -> str:
     """What the metrics call the run: its folder's name, and enough of its id to tell it from another one's of that name."""
     folder = work.inputs.store.url.partition("?")[0].rstrip("/").rpartition("/")[2]
     return f"{shown(folder)}-{work.run.job.run_id[:6]}"
@@ -308,7 +133,7 @@ def _label(work: _Work) -> str:
 
 @contextmanager
 def _actors(
-    work: _Work, wanted: Plan, hardware: Hardware, stop: Stop, progress: Progress
+    work: Work, wanted: Plan, hardware: Hardware, stop: Stop, progress: Progress
 ) -> Iterator[tuple[Plan, list[tuple[list[list[StageSpec]], ActorsOfChain, int]]]]:
     """The plan as it comes to lie, and for each replica what its stages hold, their actors and the epoch: of a chain that stands, or new ones."""
     if hardware.chain:
@@ -329,7 +154,7 @@ def _actors(
 
 
 def _stages(
-    work: _Work, plan: Plan, hardware: Hardware, actors: Sequence[tuple[list[list[StageSpec]], ActorsOfChain, int]]
+    work: Work, plan: Plan, hardware: Hardware, actors: Sequence[tuple[list[list[StageSpec]], ActorsOfChain, int]]
 ) -> Iterator[Stages]:
     """The stages of each replica, with their job."""
     options = plan.demand.options
@@ -376,7 +201,7 @@ def _chain(plan: Plan, stages: Stages, micro_batches_of: Callable[[Shard, int], 
     )
 
 
-def _micro_batches_of(work: _Work) -> Callable[[Shard, int], Iterator[MicroBatch]]:
+def _micro_batches_of(work: Work) -> Callable[[Shard, int], Iterator[MicroBatch]]:
     """A shard's micro-batches. The spool is one file, and replicas read it from several threads: one shard at a time."""
     lock = threading.Lock()
 

@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 import ray
 import safetensors.torch
 
-from m2ray.chain.keeper import NAMESPACE
 from m2ray.chain.requests import MAX_REQUEST_BYTES, MAX_REQUESTS, Answer, Request
-from m2ray.chain.warm import as_ours
+from m2ray.chain.served import NAMESPACE
+from m2ray.chain.warm import as_ours, names
 from m2ray.errors import (
     BusyError,
     ClusterError,
@@ -35,6 +35,10 @@ from m2ray.extras import naming_extras
 
 TOKEN = "M2RAY_SERVE_TOKEN"  # noqa: S105 - the name of the variable
 PATH = "/v1/activations"
+
+_PREFIX = "m2ray-"
+_CONTROLLER = "SERVE_CONTROLLER_ACTOR"
+"""Ray Serve's own actor, where it runs."""
 
 _LEAST_CHARACTERS = 16
 _READ_S = 60.0
@@ -207,6 +211,21 @@ def stop_http(name: str) -> None:
         serve.shutdown()
 
 
+def stop_left_behind() -> list[str]:
+    """Have nothing answer any longer for chains whose keepers were killed, and so could not see to it. Returns the chains' names."""
+    if not any(actor["name"] == _CONTROLLER for actor in ray.util.list_named_actors(all_namespaces=True)):
+        return []
+    with naming_extras():
+        from ray import serve
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    answering = [name.removeprefix(_PREFIX) for name in serve.status().applications if name.startswith(_PREFIX)]
+    there = names()  # asked last: a chain is there before anything answers for it
+    left = [name for name in answering if name not in there]
+    for name in left:
+        stop_http(name)
+    return left
+
+
 def _application(name: str) -> str:
     """Ray Serve's name of it."""
-    return f"m2ray-{name}"
+    return f"{_PREFIX}{name}"

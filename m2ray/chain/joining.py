@@ -57,6 +57,15 @@ def cluster_ahead(connect_timeout_s: float, say: Callable[[str], None]) -> Itera
         yield begun
 
 
+def require_cluster() -> None:
+    """Raise ClusterError unless a cluster is named or joined: a chain outlives whoever uses it."""
+    if not (os.environ.get("RAY_ADDRESS") or ray.is_initialized()):
+        raise ClusterError(
+            "A warm chain lives in a Ray cluster, and RAY_ADDRESS names none.",
+            "Set RAY_ADDRESS. On one machine: ray start --head --node-ip-address=127.0.0.1, then RAY_ADDRESS=127.0.0.1:6379.",
+        )
+
+
 class _Shared:
     """The cluster that calls of this process have joined or started, and how many of them use it."""
 

@@ -7,15 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
-from m2ray.chain.http import required_token, start_http
-from m2ray.chain.joining import cluster
-from m2ray.chain.keeper import NAMESPACE, Served, keeper_class
+from m2ray.chain.http import required_token, start_http, stop_left_behind
+from m2ray.chain.joining import cluster, require_cluster
+from m2ray.chain.keeper import keeper_class
 from m2ray.chain.loading import absolute
 from m2ray.chain.probing import probe_hardware, require_versions
 from m2ray.chain.progress import Progress
 from m2ray.chain.report import start_lines
+from m2ray.chain.served import NAMESPACE, Served
 from m2ray.chain.stopping import Stop, stop_on_sigterm
-from m2ray.chain.warm import asked, find, names, require_cluster
+from m2ray.chain.warm import asked, find, names
 from m2ray.config import ExtractConfig
 from m2ray.errors import ClusterError, ConfigError, M2rayError, raise_all
 from m2ray.hub import located
@@ -72,6 +73,8 @@ def serve(
             stack.enter_context(cluster(config.placement_timeout_s, progress.say))
             if name in names():
                 raise _taken(name)
+            for left in stop_left_behind():
+                progress.say(left_behind(left))
             hardware = probe_hardware(demand.options.node_labels, demand.options.watched_folder)
             require_versions(hardware.cluster)
             options = resolve(config, demand.options.prompts, demand.table, demand.shape, hardware.cluster)
@@ -95,9 +98,21 @@ def serve(
             progress.say(f"Requests are answered at {url}")
 
 
-def stop(name: str) -> None:
-    """End a chain, also where a job has it: that fails then, and its finished shards are kept. Raises ClusterError if there is none."""
+def stop(name: str) -> str:
+    """End a chain, also where a job has it: that fails then, and its finished shards are kept. Returns what was done, in words.
+
+    Raises:
+        ClusterError: there is none.
+    """
+    if name in stop_left_behind():
+        return left_behind(name)
     _end(find(name).keeper)
+    return f"The chain {name} has ended."
+
+
+def left_behind(name: str) -> str:
+    """What is said of a chain whose keeper was killed, once nothing answers for it any longer."""
+    return f"The chain {name} was gone, its keeper killed: its requests are not answered over HTTP any longer."
 
 
 def require_name(name: str) -> None:

@@ -1,6 +1,5 @@
 """A warm chain from outside: found by its name, held against what a job wants, and lent to it for as long as that takes."""
 
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,9 +15,9 @@ from m2ray.chain.actors import START_S
 from m2ray.chain.admission import Visitor
 from m2ray.chain.checking import Inputs
 from m2ray.chain.failure import cause_of
-from m2ray.chain.keeper import NAMESPACE, ChainStatus, Served
 from m2ray.chain.probing import Hardware
 from m2ray.chain.progress import Progress
+from m2ray.chain.served import GOES_ON_ELSEWHERE, NAMESPACE, ChainStatus, Served
 from m2ray.chain.specs import stage_specs
 from m2ray.chain.status import StageStatus
 from m2ray.chain.stopping import Stop
@@ -76,6 +75,16 @@ class Standing:
         """Raise ClusterError while it is being loaded: how it lies is not known before."""
         if not status(self).is_loaded:
             raise ClusterError(f"The chain {self.served.name} is being loaded.", "`m2ray chains` tells how far it is: ask again then.")
+
+    @contextmanager
+    def expecting(self) -> Iterator[None]:
+        """Have the chain not be idle, however long it takes until the job is let in. Raises ClusterError if it is gone or is being loaded."""
+        visitor = self._visitor("")
+        asked(self.keeper.expect.remote(visitor))
+        try:
+            yield
+        finally:
+            self._leave(visitor)
 
     def agreed(self, config: ExtractConfig) -> ExtractConfig:
         """A job's configuration with what the chain decides.
@@ -139,7 +148,7 @@ class Standing:
         Raises:
             ClusterError: the chain is gone.
         """
-        visitor = Visitor(uuid4().hex[:12], ray.get_runtime_context().get_job_id(), what)
+        visitor = self._visitor(what)
         options = self.served.plan.demand.options
         try:
             admitted = self._ask(visitor)
@@ -155,8 +164,14 @@ class Standing:
             timeout_s = 2 * (options.stage_timeout_s + options.placement_timeout_s + START_S)
             yield specs, StandingActors(self.keeper, visitor.ticket, handles, timeout_s), epoch
         finally:
-            leaving = self.keeper.leave.remote(visitor.ticket)
-            ray.wait([leaving], timeout=2 * _ANSWER_S)  # a keeper that is gone has nothing to be told
+            self._leave(visitor)
+
+    def _visitor(self, what: str) -> Visitor:
+        return Visitor(uuid4().hex[:12], ray.get_runtime_context().get_job_id(), what)
+
+    def _leave(self, visitor: Visitor) -> None:
+        leaving = self.keeper.leave.remote(visitor.ticket)
+        ray.wait([leaving], timeout=2 * _ANSWER_S)  # a keeper that is gone has nothing to be told
 
     def _ask(self, visitor: Visitor) -> tuple[int, list[Any]] | str:
         answer: tuple[int, list[Any]] | str = asked(self.keeper.admit.remote(visitor))
@@ -185,15 +200,6 @@ def status(standing: Standing) -> ChainStatus:
     return found
 
 
-def require_cluster() -> None:
-    """Raise ClusterError unless a cluster is named or joined: a chain outlives whoever uses it."""
-    if not (os.environ.get("RAY_ADDRESS") or ray.is_initialized()):
-        raise ClusterError(
-            "A warm chain lives in a Ray cluster, and RAY_ADDRESS names none.",
-            "Set RAY_ADDRESS. On one machine: ray start --head --node-ip-address=127.0.0.1, then RAY_ADDRESS=127.0.0.1:6379.",
-        )
-
-
 def asked(call: Any, timeout_s: float = _ANSWER_S) -> Any:
     """What a call to a keeper gives. Raises what it raised, as m2ray's own error, or ClusterError."""
     try:
@@ -208,5 +214,5 @@ def as_ours(error: RayError) -> M2rayError:
     if isinstance(cause, M2rayError):
         return cause
     if isinstance(cause, RayActorError):
-        return ClusterError("The chain is gone.", "`m2ray chains` lists those that are there; finished shards are kept.")
+        return ClusterError("The chain is gone: it was stopped, or was idle for too long, or its keeper died.", GOES_ON_ELSEWHERE)
     return ClusterError(f"The chain does not answer: {str(cause).partition(chr(10))[0]}.", "`m2ray chains` tells more.")

@@ -8,7 +8,7 @@ from m2ray.cli import Command
 from m2ray.cli.output import console_of_tables, say
 
 if TYPE_CHECKING:
-    from m2ray.chain.keeper import ChainStatus
+    from m2ray.chain.served import ChainStatus
 
 _CONNECT_S = 30.0
 
@@ -16,15 +16,20 @@ _CONNECT_S = 30.0
 @click.command(cls=Command)
 def command() -> None:
     """List the warm chains of the cluster that RAY_ADDRESS names: what they hold, what they do, and for how long they have been idle."""
+    from m2ray.chain.joining import cluster, require_cluster
+
+    require_cluster()  # said before torch is imported
     from rich.table import Table
 
-    from m2ray.chain.joining import cluster
-    from m2ray.chain.warm import find, names, require_cluster, status
+    from m2ray.chain.http import stop_left_behind
+    from m2ray.chain.serving import left_behind
+    from m2ray.chain.warm import find, names, status
     from m2ray.errors import ClusterError
     from m2ray.sizes import bytes_in_words, seconds_in_words
 
-    require_cluster()
     with cluster(_CONNECT_S):
+        for name in stop_left_behind():
+            say(left_behind(name))
         table = Table("chain", "model", "stages", "weights", "now", "jobs", "requests", "idle", box=None)
         for name in names():
             try:

@@ -52,7 +52,10 @@ def command(toml_path: Path | None, stop: str | None, **flags: Any) -> None:
         _stop(stop)
         return
     config = ServeConfig.from_sources(toml_path, {name: value for name, value in flags.items() if value is not None})
+    from m2ray.chain.joining import require_cluster
     from m2ray.chain.progress import Progress
+
+    require_cluster()
     from m2ray.chain.serving import serve
 
     http = (config.http_host, config.http_port, config.http_route) if config.http_port else None
@@ -62,11 +65,10 @@ def command(toml_path: Path | None, stop: str | None, **flags: Any) -> None:
 
 
 def _stop(name: str) -> None:
-    from m2ray.chain.joining import cluster
-    from m2ray.chain.serving import stop
-    from m2ray.chain.warm import require_cluster
+    from m2ray.chain.joining import cluster, require_cluster
 
-    require_cluster()
+    require_cluster()  # said before torch is imported
+    from m2ray.chain.serving import stop
+
     with cluster(_CONNECT_S):
-        stop(name)
-    say(f"The chain {name} has ended.")
+        say(stop(name))

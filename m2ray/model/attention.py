@@ -9,6 +9,7 @@ import torch
 from transformers import masking_utils
 
 from m2ray.errors import ConfigError, raise_all
+from m2ray.model.compilation import allow_variants
 from m2ray.model.towers import decoder_class, decoder_config
 
 _SUPPORT = {"sdpa": "_supports_sdpa", "flash_attention_2": "_supports_flash_attn", "flex_attention": "_supports_flex_attn"}
@@ -26,7 +27,6 @@ _FLASH_VERSION = (2, 6)
 
 _FLASH_CAPABILITY = (8, 0)
 _FLASH_HEAD_DIM = 256
-_RECOMPILE_LIMIT = 64
 _SAFE = 'Use "auto" or "eager".'
 
 
@@ -54,8 +54,7 @@ def require_machine(config: Any, chosen: str, device: torch.device) -> None:
     if chosen == "flex_attention":
         # A graph for each kind of mask and of shape (one sequence or several, up to 128 tokens or more). Past torch's limit of 8
         # it would stop to compile, and build the matrix of scores.
-        dynamo: Any = torch._dynamo  # noqa: SLF001 - has no public name
-        dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, _RECOMPILE_LIMIT)
+        allow_variants()
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """torch.compile of decoder layers, and two settings without which a mixture of experts would be slow."""
 
 import inspect
+import logging
 import os
 import warnings
 from collections.abc import Sequence
@@ -23,6 +24,9 @@ _OPTIONS: dict[str, Any] = {"unroll_reductions_threshold": 17}
 """Sums of up to 16 terms are written out, as a mixture's over the experts of a token. torch.compile does so below 8 of its own accord,
 and makes a reduction of 8, in a kernel of its own."""
 
+_VARIANTS = 64
+"""Of one kind of layer, that may be compiled: layers of a class that differ, shapes, combinations of sites. torch's own limit is 8."""
+
 
 def compile_layers(layers: Sequence[nn.Module]) -> None:
     """Compile each layer's forward pass; layers of one kind share their graphs. Hooks stay outside of what is compiled.
@@ -30,6 +34,7 @@ def compile_layers(layers: Sequence[nn.Module]) -> None:
     torch keeps their graphs for the next process, by code, versions and shapes: in `TORCHINDUCTOR_CACHE_DIR`, or the user's cache folder.
     """
     _keep_graphs()
+    allow_variants()
     for advice in _ADVICE:
         warnings.filterwarnings("ignore", advice, UserWarning)
     for layer in layers:
@@ -44,6 +49,27 @@ def _keep_graphs() -> None:
     folder = kept_folder("compiled")
     if folder and os.access(folder, os.W_OK) and os.environ.get(_FOLDER) in (None, str(Path(default_cache_dir()).absolute())):
         os.environ[_FOLDER] = str(folder)
+
+
+def allow_variants() -> None:
+    """Let torch compile as many variants of a function as m2ray may need, in this process, and say in m2ray's words where they do not suffice."""
+    dynamo: Any = torch._dynamo  # noqa: SLF001 - has no public name
+    dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, _VARIANTS)
+    logging.getLogger("torch._dynamo.convert_frame").addFilter(_tell_of_the_limit)
+
+
+def _tell_of_the_limit(record: logging.LogRecord) -> bool:
+    """Where torch says that it compiles no more variants of something, say what that means. What was compiled is used on, all else is computed as
+    without: the same rows within rounding.
+    """
+    if record.msg.startswith("torch._dynamo hit config."):
+        _, limit, function, reason, _ = map(str, record.args or ())
+        record.msg = (
+            "m2ray: torch has compiled %s variants of %s, and computes further ones uncompiled from here on: their rows are right, within "
+            "rounding, and take longer. Ask for fewer combinations of sites, or set compile = false. Last reason: %s"
+        )
+        record.args = (limit, function, reason.partition("\n")[0])
+    return True
 
 
 def _write_out(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

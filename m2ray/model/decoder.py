@@ -17,7 +17,7 @@ from m2ray.model.compilation import compile_layers
 from m2ray.model.computed_buffers import build_buffers, computed_buffers
 from m2ray.model.families import expected_rotary_dim
 from m2ray.model.site_hooks import OnSite, SiteHooks
-from m2ray.model.site_table import experts_of, layers_of, points_of
+from m2ray.model.site_table import IN_LAYERS, experts_of, layers_of, points_of
 from m2ray.model.skeleton import Skeleton, hidden_of
 
 
@@ -60,6 +60,7 @@ class DecoderSpan:
         self._prepared: torch.Tensor | None = None
         self._on_site: OnSite = _ignore
         self._asked: Collection[tuple[str, int | None]] = ()
+        self._shows_all = False
         self._last: Boundary | None = None
         if device.type == "cuda":
             avoid_plans_by_shape()
@@ -84,8 +85,9 @@ class DecoderSpan:
     def watch(self, asked: Collection[tuple[str, int | None]]) -> None:
         """From the next pass on, hand out these sites and layers beside "residual", as far as the span has them."""
         self._asked = asked
+        kept = IN_LAYERS if self._shows_all else {site for site, _ in asked}
         for number, hooks in self._hooks.items():
-            hooks.watch({site for site, _ in asked}, {site for site, layer in asked if layer == number})
+            hooks.watch(kept, {site for site, layer in asked if layer == number})
 
     def run(self, token_ids_BT: torch.Tensor, incoming: Boundary | None, on_site: OnSite, layers: LayerSpan | None = None) -> Boundary:
         """Take a right-padded micro-batch through the span, or some of its layers.
@@ -117,8 +119,13 @@ class DecoderSpan:
                 self._hooks[number].let_go()
         raise AssertionError("the forward pass went past the span's last layer")
 
-    def compile_layers(self) -> None:
-        """Compile the span's layers. Call it once, before the first pass."""
+    def compile_layers(self, *, any_sites: bool = False) -> None:
+        """Compile the span's layers. Call it once, before the first pass.
+
+        Args:
+            any_sites: keep all sites of a layer until it has run, whichever are watched, so that watching others makes no further graph.
+        """
+        self._shows_all = any_sites
         compile_layers([layer for _, layer in self._own_layers()])
 
     def _own_layers(self) -> list[tuple[int, nn.Module]]:

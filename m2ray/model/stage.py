@@ -44,6 +44,7 @@ class StageSpec:
         device: "cpu" or "cuda:0".
         threads: torch threads on the CPU, for the whole process; None leaves them as they are.
         compile: whether the layers are compiled by torch.compile, which changes results by rounding (docs/numerics.md).
+        any_sites: whether compiled layers show all their sites whatever a job takes, so that no job of other sites makes another graph.
         residency: where those of its layers live that are not kept ready on the device (m2ray.model.residency).
         offload_folder: where layers that are read from files are copied first, there or yet to be made; "" to read the model's own each time.
         wave_tokens: padded tokens of the micro-batches that go through a layer before the next, at most; less than two hold: one at a time.
@@ -58,6 +59,7 @@ class StageSpec:
     device: str
     threads: int | None
     compile: bool = False
+    any_sites: bool = False
     residency: Mapping[int, Residency] = field(default_factory=dict)
     offload_folder: str = ""
     wave_tokens: int = 0
@@ -414,5 +416,5 @@ def _load_stage(spec: StageSpec, device: torch.device, lanes: Lanes | None, on_b
     decoder = DecoderSpan(skeleton, spec.span, device, spec.residency, spec.offload_folder, with_final_norm=spec.with_final_norm)
     loaded = load_weights(checkpoint, decoder, on_bytes, lanes)
     if spec.compile:
-        decoder.compile_layers()
+        decoder.compile_layers(any_sites=spec.any_sites)
     return Stage(spec, decoder, loaded, checkpoint.bytes_read)

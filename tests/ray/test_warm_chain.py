@@ -2,7 +2,6 @@
 
 import json
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +23,7 @@ DTYPES = ("--compute-dtype", "float32", "--store-dtype", "float32")
 def test_jobs_and_requests_share_a_loaded_chain(cluster: RayCluster, minimax: Path, prompts: Path, tmp_path: Path) -> None:  # noqa: F811
     """Its driver is gone, another one is killed at work, and stages are killed: what comes after finds the chain, and the right rows."""
     words = ["--model", str(minimax), "--name", "tiny", "--stages", "2", "--batch-tokens", "256", "--shard-tokens", "400", *DTYPES]
-    has_serve = find_spec("starlette") is not None
-    if has_serve:
-        words += ["--http-port", str(free_ports(1)[0])]
+    words += ["--http-port", str(free_ports(1)[0])]
     seen: dict[str, Any] = {}
     try:
         done = cluster.run(sys.executable, SCRIPT, "tiny", str(prompts), str(tmp_path), *words, M2RAY_SERVE_TOKEN=TOKEN)
@@ -46,18 +43,20 @@ def test_jobs_and_requests_share_a_loaded_chain(cluster: RayCluster, minimax: Pa
     assert "threads_per_stage" in seen["refused"][0]
     assert "the chain tiny holds" in seen["refused"][1]
 
-    answers = [load_file(tmp_path / f"{when}.safetensors") for when in ("idle", "beside", "mended", *(["http"] if has_serve else []))]
-    assert seen["http"] == ([200, 401] if has_serve else []), "without the extra `serve` nothing listens"
+    answers = [load_file(tmp_path / f"{when}.safetensors") for when in ("idle", "beside", "mended", "http")]
+    assert seen["http"] == seen["after_http"] == [200, 401]
     assert seen["beside"] == 3
     for answer in answers[1:]:
         assert all(same_bits(answer[column], values) for column, values in answers[0].items())
     assert_rows_of_a_run(tmp_path / "asked", answers[0])
     assert not set(seen["mended"]) & set(seen["after"]), "the killed stages came back, one for a job and one for a request"
-    assert seen["status"] == [True, 4, 6 if has_serve else 5, "", ""], (
-        "loaded, four jobs with the killed one, the answers, nothing at work, no trouble"
-    )
+    assert seen["status"] == [True, 4, 6, "", ""], "loaded, four jobs with the killed one, the answers, nothing at work, no trouble"
     assert "tiny" in seen["listed"]
     assert "idle" in seen["listed"]
+    assert "The chain ghost was gone, its keeper killed" in seen["listed"]
+    assert "The chain tiny has ended." in seen["stopped"][0]
+    assert "it was stopped" in seen["stopped"][1], "whether the keeper says so or is gone already"
+    assert "What a job has finished is kept" in seen["stopped"][1]
     assert "There are no chains" in seen["none"]
     assert_goes_on_without_the_chain(tmp_path / "first", minimax, prompts)
 

@@ -20,7 +20,7 @@ from ray.exceptions import RayError
 
 from m2ray.activations.writing.writer import WriterSpec
 from m2ray.batches import LayerSpan
-from m2ray.chain import extract
+from m2ray.chain import beginning, extract
 from m2ray.chain.actor import Job
 from m2ray.chain.actors import Actors
 from m2ray.chain.checking import look
@@ -44,9 +44,9 @@ def do(stages: Stages, model: str, prompts: str, output: str, layers: str, batch
     inputs = look(ExtractConfig(model=model, prompts=prompts, output=output, layers=layers, batch_tokens=batch_tokens, **OPTIONS))
     progress = Progress(sys.stderr)
     found = survey(inputs.source, inputs.tokenizer, inputs.store, uuid4().hex[:12], 300, on_progress=progress.surveying)
-    run = extract._claim(inputs, found, batching(found.shards, batch_tokens), progress)
+    run = beginning._claim(inputs, found, batching(found.shards, batch_tokens), progress)
     assert run is not None, "nobody else begins it"
-    work = extract._Work(inputs, run, found.shards, run.missing(found.shards), found.tokens, None)
+    work = beginning.Work(inputs, run, found.shards, run.missing(found.shards), found.tokens, None)
     capture = CaptureSpec({"residual": inputs.options.layers}, "float32")
     stages.begin(Job(capture, WriterSpec(output, run.job.run_metadata(), 1 << 20, 1), batch_tokens))
     limits = {"in_flight_bytes": 1 << 20, "hidden_bytes": 4 * inputs.table.hidden_size, "timeout_s": TIMEOUT_S}

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from urllib.error import HTTPError
+from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
 from click.testing import CliRunner
@@ -22,6 +23,7 @@ from safetensors.torch import save_file
 
 import m2ray
 from m2ray.api.connecting import WarmChain
+from m2ray.chain.http import start_http
 from m2ray.cli import chains, serve
 from m2ray.errors import M2rayError
 
@@ -44,9 +46,9 @@ def refused(chain: WarmChain, prompts: str, output: str, **options: object) -> s
 
 
 def over_http(chain: WarmChain, asked: dict[str, object], file: Path) -> list[int]:
-    """The statuses of a request, whose answer is kept, and of one without the token; none where nothing listens."""
+    """The statuses of a request, whose answer is kept, and of one without the token."""
     url, statuses = chain._standing.served.http, []
-    for token in (os.environ["M2RAY_SERVE_TOKEN"], "wrong") if url else ():
+    for token in (os.environ["M2RAY_SERVE_TOKEN"], "wrong"):
         request = Request(url, json.dumps(asked).encode(), {"Authorization": f"Bearer {token}"})
         try:
             with urlopen(request, timeout=60) as answer:
@@ -82,6 +84,34 @@ def killed_at_work(name: str, model: str, prompts: str, output: Path) -> None:
     assert os.WTERMSIG(status) == signal.SIGKILL, "it was at work"
 
 
+def left_behind(url: str) -> None:
+    """Something that answers at the chain's address, for a chain whose keeper is no more."""
+    address = urlsplit(url)
+    start_http("ghost", str(address.hostname), int(address.port or 0), "/ghost")
+
+
+def stopped_at_work(chain: WarmChain, prompts: str, output: Path) -> list[str]:
+    """What `m2ray serve --stop` says while a job has the chain, and what the job says then."""
+    said: list[str] = []
+    many = output.with_suffix(".jsonl")
+    many.write_text(20 * Path(prompts).read_text(encoding="utf-8"), encoding="utf-8")  # more than it can do meanwhile
+
+    def work() -> None:
+        try:
+            chain.extract(prompts=str(many), output=str(output), **{**OPTIONS, "shard_tokens": 40, "batch_tokens": 40})
+        except M2rayError as error:
+            said.append(str(error))
+
+    working = threading.Thread(target=work)
+    working.start()
+    deadline = time.monotonic() + 60
+    while not list((output / "_commits").glob("*")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    ended = CliRunner().invoke(serve.command, ["--stop", chain.name]).output
+    working.join(60)
+    return [ended, *said]
+
+
 def main() -> None:
     name, prompts, output = sys.argv[1], sys.argv[2], Path(sys.argv[3])
     served = in_a_process(lambda: serve.command.main(sys.argv[4:], standalone_mode=False))
@@ -112,6 +142,7 @@ def main() -> None:
         seen["after"] = pids(chain)
         reports = [json.loads((output / run / "report.json").read_text()) for run in ("first", "second")]
         seen["read_bytes"] = [[stage["read_bytes"] for stage in report["stages"]] for report in reports]
+        left_behind(chain._standing.served.http)
         seen["http"] = over_http(chain, {"prompts": asked, "sites": SITES}, output / "http.safetensors")
         seen["refused"] = [
             refused(chain, prompts, str(output / "refused"), compute_dtype="bfloat16", threads_per_stage=7),
@@ -125,7 +156,8 @@ def main() -> None:
         status = chain.status()
         seen["status"] = [status.is_loaded, status.jobs, status.answered, status.job, status.trouble]
         seen["listed"] = CliRunner().invoke(chains.command, []).output
-        seen["stopped"] = CliRunner().invoke(serve.command, ["--stop", name]).output
+        seen["after_http"] = over_http(chain, {"prompts": asked, "sites": SITES}, output / "http.safetensors")
+        seen["stopped"] = stopped_at_work(chain, prompts, output / "stopped")
         seen["none"] = CliRunner().invoke(chains.command, []).output
     print(json.dumps(seen))  # noqa: T201 - what the test reads
 

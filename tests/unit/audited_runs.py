@@ -15,7 +15,7 @@ from m2ray.activations.reading.values import tensor_of
 from m2ray.activations.writing.weights_record import hold_weights
 from m2ray.activations.writing.writer import ActivationWriter
 from m2ray.batches import CapturedLayer, LayerSpan, MicroBatch
-from m2ray.chain import extract
+from m2ray.chain import beginning, extract
 from m2ray.chain.probing import Hardware
 from m2ray.cli import main
 from m2ray.model.capture import CaptureSpec
@@ -83,7 +83,7 @@ def extracted(
     given = {"model": model, "prompts": prompts, "output": run, "shard-tokens": 150, "batch-tokens": 60, **options}
     words = [word for name, value in given.items() for word in (f"--{name}", *([] if value is True else [str(value)]))]
     with monkeypatch.context() as patch:
-        patch.setattr(extract, "_hardware", hardware)
+        patch.setattr(beginning, "_hardware", hardware)
         patch.setattr(extract, "_run", in_this_process)
         result = CliRunner().invoke(main, ["extract", *words], catch_exceptions=False)
     assert result.exit_code == 0, result.output

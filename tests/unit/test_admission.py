@@ -37,3 +37,14 @@ def test_the_places_of_a_dead_driver_are_given_up() -> None:
     assert not admission.forget({THIRD.driver + "0"})
     assert admission.forget({THIRD.driver})
     assert admission.admitted is None
+
+
+def test_a_job_that_is_still_looked_at_has_no_place_in_the_line() -> None:
+    admission = Admission()
+    for ends in (lambda: admission.leave(FIRST.ticket), lambda: admission.forget({FIRST.driver})):
+        admission.expect(FIRST)
+        assert admission.is_expected
+        assert admission.ask(SECOND) is None, "it keeps nobody waiting"
+        assert admission.leave(SECOND.ticket)
+        assert not ends(), "it had not the chain"
+        assert not admission.is_expected

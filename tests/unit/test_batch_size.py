@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from m2ray.batches import PromptStats
-from m2ray.chain import extract
+from m2ray.chain import beginning
 from m2ray.chain.checking import look
 from m2ray.chain.probing import Hardware
 from m2ray.chain.progress import Progress
@@ -83,9 +83,9 @@ def begin(monkeypatch: pytest.MonkeyPatch, cluster: Cluster | int, run: Path, **
     """The options that job.json holds after a run has begun there, or on two GPUs that have so much left."""
     cluster = two_gpus(cluster) if isinstance(cluster, int) else cluster
     hardware = Hardware(cluster, {"here": "0"}, {"here": 8.0})
-    monkeypatch.setattr(extract, "_hardware", lambda *_: hardware)
+    monkeypatch.setattr(beginning, "_hardware", lambda *_: hardware)
     with ExitStack() as stack, Progress() as progress:
-        extract._begin(look(ExtractConfig(output=str(run), **options)), stack, Stop(), progress)
+        beginning.begin(look(ExtractConfig(output=str(run), **options)), stack, Stop(), progress)
     found: dict[str, Any] = json.loads((run / "job.json").read_text())["options"]
     return found
 

@@ -10,7 +10,7 @@ import pytest
 
 from m2ray.activations.job import read_job
 from m2ray.audit.tokens import open_source, open_tokenizer
-from m2ray.chain import extract
+from m2ray.chain import beginning
 from m2ray.chain.checking import look
 from m2ray.chain.probing import Hardware
 from m2ray.chain.progress import Progress
@@ -48,21 +48,21 @@ def while_ray_starts(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Callable[
             steps.pop(0)()
         return Hardware(Cluster((Node("here", (MANY,)),)), {"here": "0"}, {"here": 8.0})
 
-    monkeypatch.setattr(extract, "_hardware", hardware)
+    monkeypatch.setattr(beginning, "_hardware", hardware)
     return steps
 
 
-def begin(config: ExtractConfig, store: LocalStore | None = None) -> extract._Work:
+def begin(config: ExtractConfig, store: LocalStore | None = None) -> beginning.Work:
     inputs = look(config)
     if store:
         inputs = replace(inputs, store=store)
     with ExitStack() as stack, Progress() as progress:
-        return extract._begin(inputs, stack, Stop(), progress)
+        return beginning.begin(inputs, stack, Stop(), progress)
 
 
-def go_on(config: ExtractConfig) -> extract._Work:
+def go_on(config: ExtractConfig) -> beginning.Work:
     with ExitStack() as stack, Progress() as progress:
-        return extract._resume(look(config), stack, Stop(), progress)
+        return beginning.resume(look(config), stack, Stop(), progress)
 
 
 def surveys(config: ExtractConfig) -> list[str]:
@@ -163,7 +163,7 @@ def test_a_run_goes_on_with_the_template_that_it_began_with_wherever_it_lies(con
 def test_of_two_drivers_that_begin_the_second_goes_on_by_the_survey_of_the_first(
     config: ExtractConfig, while_ray_starts: list[Callable[[], object]]
 ) -> None:
-    first: list[extract._Work] = []
+    first: list[beginning.Work] = []
     while_ray_starts.append(lambda: first.append(begin(config)))
     second = begin(config)
     assert second.run.job == first[0].run.job
@@ -200,3 +200,17 @@ def test_two_drivers_of_other_prompts_cannot_share_a_run(config: ExtractConfig, 
         begin(config)
     recorded = read_job(LocalStore(Path(config.output)))
     assert surveys(config) == [file.key for file in recorded.sequence_files]
+
+
+@pytest.mark.usefixtures("while_ray_starts")
+def test_the_account_of_the_survey_says_which_prompts_and_columns_are_taken(
+    config: ExtractConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both are options that a person may have forgotten in a file."""
+    (tmp_path / "rows.jsonl").write_text('{"text": "sea wind", "label": "wet", "score": 1.5}\n' * 30)
+    asked = {"prompts": str(tmp_path / "rows.jsonl"), "keep_columns": ("label", "score"), "limit": 7}
+    begin(config.model_copy(update=asked))
+    said = capsys.readouterr().out
+    assert "7 prompts: 7 ready" in said
+    assert "  limit = 7: prompts after the first 7 are left out\n" in said
+    assert "  kept in sequences/: label (string), score (double)\n" in said

@@ -64,7 +64,7 @@ def begin(monkeypatch: pytest.MonkeyPatch, model: Path, prompts: Path, output: P
         raise StageError("cut off")
 
     with monkeypatch.context() as patch:
-        patch.setattr("m2ray.chain.extract._hardware", hardware)
+        patch.setattr("m2ray.chain.beginning._hardware", hardware)
         patch.setattr("m2ray.chain.extract._run", cut_off)
         begun = extract(model, prompts, output, *more)
     assert "cut off" in begun.stderr, begun.output
@@ -314,9 +314,9 @@ def test_nodes_with_other_versions_than_the_driver_are_all_named(
         Node("b", versions={**same, "m2ray": "0.0.9", "torch": "2.12.1+cu130"}),
         Node("c", versions={name: same[name] for name in same if name != "tokenizers"}),
     ]
-    monkeypatch.setattr("m2ray.chain.extract.cluster", lambda *_: nullcontext())
-    monkeypatch.setattr("m2ray.chain.extract.cluster_ahead", lambda *_: nullcontext())
-    monkeypatch.setattr("m2ray.chain.extract.probe_hardware", lambda *_: Hardware(Cluster(tuple(nodes)), {}, {}))
+    monkeypatch.setattr("m2ray.chain.beginning.cluster", lambda *_: nullcontext())
+    monkeypatch.setattr("m2ray.chain.beginning.cluster_ahead", lambda *_: nullcontext())
+    monkeypatch.setattr("m2ray.chain.beginning.probe_hardware", lambda *_: Hardware(Cluster(tuple(nodes)), {}, {}))
     refused = extract(sound_model, prompts, tmp_path / "run")
     assert_refused(
         refused, "Install the same everywhere", f"node b: m2ray 0.0.9, {__version__} here", "node b: torch 2.12.1+cu130, 2.13.0+cpu here"
@@ -367,7 +367,7 @@ def test_a_driver_that_loses_the_claim_goes_on_with_the_winners_day(
 
     # As if both had found the run free: its lease would keep the second one from beginning.
     monkeypatch.setattr("m2ray.chain.checking.held", lambda *_, **__: nullcontext(False))
-    monkeypatch.setattr("m2ray.chain.extract._hardware", another_begins)
+    monkeypatch.setattr("m2ray.chain.beginning._hardware", another_begins)
     monkeypatch.setattr("m2ray.chain.extract._run", cut_off)
     lost = extract(*dated, run)
     assert "the loser goes on" in lost.stderr, lost.output

@@ -8,9 +8,12 @@ from ray.exceptions import ActorDiedError, RayTaskError
 
 from m2ray.batches import CapturedLayer, LayerSpan
 from m2ray.chain import keeper as module
+from m2ray.chain import standing_stages
 from m2ray.chain.admission import Visitor
-from m2ray.chain.keeper import EPOCHS_A_JOB, Keeper, Served
+from m2ray.chain.keeper import EPOCHS_A_JOB, Keeper
 from m2ray.chain.requests import Answer, Request
+from m2ray.chain.served import Served
+from m2ray.chain.standing_stages import StandingStages
 from m2ray.chain.status import StageStatus
 from m2ray.errors import ClusterError, StageError
 
@@ -28,6 +31,7 @@ class FakeStages:
         self.killed: list[Any] = []
         self.restarted: list[tuple[int, ...]] = []
         self.failure: Exception | None = None
+        self.has_ended = False
         self.handles = [self._handle(index) for index in range(2)]
 
     def _handle(self, index: int) -> Any:
@@ -54,6 +58,9 @@ class FakeStages:
         self.restarted.append((*sorted(lost), epoch))
         self.dead -= set(lost)
         return True
+
+    def end(self) -> None:
+        self.has_ended = True
 
     # -- Ray's
 
@@ -92,6 +99,7 @@ class FakeDesk:
 def stages(monkeypatch: pytest.MonkeyPatch) -> FakeStages:
     stages = FakeStages()
     monkeypatch.setattr(module, "ray", stages)
+    monkeypatch.setattr(standing_stages, "ray", stages)
     monkeypatch.setattr(module, "dead_drivers", lambda: {"driver-0"})
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=module.time.monotonic, sleep=lambda _: None))
     return stages
@@ -101,9 +109,9 @@ def stages(monkeypatch: pytest.MonkeyPatch) -> FakeStages:
 def keeper(stages: FakeStages) -> Keeper:
     plan: Any = SimpleNamespace(demand=SimpleNamespace(options=SimpleNamespace(stage_timeout_s=1.0)))
     keeper = Keeper(Served("tiny", "model", {}, plan, None, None))  # type: ignore[arg-type]
-    keeper._actors = stages
+    specs: Any = [[SimpleNamespace(span=LayerSpan(start, start + 3))] for start in (0, 3)]
+    keeper._stages = StandingStages(specs, stages, 1.0)  # type: ignore[arg-type]
     keeper._desk = FakeDesk()  # type: ignore[assignment]
-    keeper._specs = [[SimpleNamespace(span=LayerSpan(start, start + 3))] for start in (0, 3)]  # type: ignore[list-item]
     return keeper
 
 
@@ -197,16 +205,45 @@ def test_a_chain_is_idle_from_its_last_job_or_request_on(keeper: Keeper, monkeyp
     monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
     keeper._served = keeper._served._replace(idle_timeout_s=30.0)
     keeper._used_at = 100.0
-    now[0] = 131.0
-    assert keeper._is_left_alone()
+    now[0] = 129.0
     keeper.answer(REQUEST)
-    assert not keeper._is_left_alone()
     now[0] = 150.0
-    keeper.admit(FIRST)
+    assert not keeper._ends_alone()
+    keeper.expect(FIRST)
     now[0] = 999.0
-    assert not keeper._is_left_alone(), "a job has it"
+    assert not keeper._ends_alone(), "a job's prompts are looked at"
+    keeper.admit(SECOND)
     keeper.leave(FIRST.ticket)
-    now[0] = 1028.0
-    assert not keeper._is_left_alone()
-    now[0] = 1030.0
-    assert keeper._is_left_alone()
+    now[0] = 1999.0
+    assert not keeper._ends_alone(), "a job has it"
+    keeper.leave(SECOND.ticket)
+    now[0] = 2028.0
+    assert not keeper._ends_alone()
+    now[0] = 2030.0
+    assert keeper._ends_alone()
+    assert_has_ended(keeper)
+
+
+def test_a_driver_that_dies_while_it_looks_at_prompts_leaves_an_idle_chain(keeper: Keeper, monkeypatch: pytest.MonkeyPatch) -> None:
+    keeper.expect(FIRST)
+    assert keeper.status().idle_s == 0.0
+    monkeypatch.setattr(module, "dead_drivers", lambda: {FIRST.driver})
+    keeper._used_at = -1e9
+    keeper._look()
+    assert 0.0 < keeper.status().idle_s < 60.0, "from now on, not since the last job"
+
+
+def test_a_chain_that_was_stopped_lets_nobody_in_and_brings_no_stage_back(keeper: Keeper, stages: FakeStages) -> None:
+    keeper.admit(FIRST)
+    keeper.stop()
+    assert stages.has_ended
+    assert_has_ended(keeper)
+    with pytest.raises(ClusterError, match="has ended.*finished is kept"):
+        keeper.restart(FIRST.ticket, {0: None}, 7)
+    assert not stages.restarted
+
+
+def assert_has_ended(keeper: Keeper) -> None:
+    for asks in (lambda: keeper.expect(SECOND), lambda: keeper.admit(SECOND), lambda: keeper.answer(REQUEST)):
+        with pytest.raises(ClusterError, match="The chain tiny has ended"):
+            asks()

@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,15 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+import m2ray
+from m2ray.activations.writing.commits import Run
 from m2ray.activations.writing.lease import held
+from m2ray.chain import replicas
 from m2ray.chain.progress import Progress
 from m2ray.chain.stopping import sigterm_kept, stop_on_sigterm
 from m2ray.cli import main
 from m2ray.errors import StageError
+from m2ray.model.stage import Stage
 from m2ray.sequences import SequencesWriter
 from m2ray.storage import LocalStore, open_store
 from m2ray.storage.hashing import HashingFile
@@ -28,9 +33,10 @@ def survivor() -> Iterator[None]:
     def ended(*_: object) -> None:
         pytest.fail("the process was ended")
 
-    before = signal.signal(signal.SIGTERM, ended)
+    before = {one: signal.signal(one, ended) for one in (signal.SIGTERM, signal.SIGHUP)}
     yield
-    signal.signal(signal.SIGTERM, before)
+    for one, handler in before.items():
+        signal.signal(one, handler)
 
 
 def sigterm(*_: object, **__: object) -> None:
@@ -46,6 +52,62 @@ def test_a_stop_during_the_survey_says_so_and_leaves_nothing(tmp_path: Path, mon
     assert ended.exit_code == 1
     assert ended.stderr == "Error: The run was stopped on request. Nothing was written: the same command begins from the start.\n"
     assert not [path for path in run.rglob("*") if path.is_file()]
+
+
+def test_every_signal_in_every_phase_leaves_a_run_that_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One run in one process, stopped again and again: what it has committed stays as it is, and the same command does the rest."""
+    model, prompts, run = make_minimax(tmp_path / "model", "bf16"), tmp_path / "prompts.txt", tmp_path / "run"
+    prompts.write_text("".join("one two three " * (1 + number % 5) + "\n" for number in range(60)))
+    words = ["extract", "--model", str(model), "--prompts", str(prompts), "--output", str(run), "--shard-tokens", "64"]
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(replicas, "_FLUSH_S", 0.1)
+    forward = Stage.forward
+    monkeypatch.setattr(Stage, "forward", lambda *given: (time.sleep(0.05), forward(*given))[1])
+    kept: dict[Path, bytes] = {}
+    for place, by in STOPS:
+        with monkeypatch.context() as patch:
+            patch.setattr(*place, signalling(getattr(*place), by))
+            ended = CliRunner().invoke(main, words)
+        told = (place, by, ended.output)
+        if by is signal.SIGINT:
+            assert ended.exit_code == 130, told
+            assert "Stopped by Ctrl-C. Committed shards are kept: the same command goes on." in ended.stderr, told
+        elif place == AT_ITS_END:
+            assert ended.exit_code == 0, told
+        else:
+            assert ended.exit_code == 1, told
+            assert ended.stderr == "Error: The run was stopped on request. Run the same command again: finished shards are kept.\n", told
+        assert (place == AT_ITS_END and by is not signal.SIGINT) == (run / "_SUCCESS").exists(), told
+        committed = {path: path.read_bytes() for path in (run / "_commits").glob("*")}
+        assert committed.items() >= kept.items(), told
+        assert len(committed) > len(kept) or place != IN_ITS_MIDST, told
+        kept = committed
+    reader = m2ray.open_run(run)
+    for number, tokens in enumerate(reader.sequences["token_count"].to_pylist()):
+        assert len(reader.layer(3).sequence(number)) == tokens, number
+
+
+IN_ITS_MIDST, AT_ITS_END = (Run, "commit"), (Run, "_sweep")
+STOPS = [
+    ((Progress, "surveying"), signal.SIGINT),
+    ((Progress, "loading"), signal.SIGINT),
+    ((Progress, "loading"), signal.SIGHUP),
+    (IN_ITS_MIDST, signal.SIGINT),
+    (IN_ITS_MIDST, signal.SIGTERM),
+    (AT_ITS_END, signal.SIGINT),
+    (AT_ITS_END, signal.SIGTERM),
+]
+
+
+def signalling(method: Any, by: signal.Signals) -> Any:
+    """The method, and a signal once it has done its work."""
+
+    def signalled(*given: Any, **named: Any) -> Any:
+        found = method(*given, **named)
+        os.kill(os.getpid(), by)
+        return found
+
+    return signalled
 
 
 def test_a_second_driver_is_refused_before_ray_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 
 from m2ray.batches import LayerSpan, PartSpec
-from m2ray.chain.keeper import Served
+from m2ray.chain.joining import require_cluster
 from m2ray.chain.probing import Hardware
-from m2ray.chain.warm import Standing, require_cluster
+from m2ray.chain.served import Served
+from m2ray.chain.warm import Standing
 from m2ray.config import ExtractConfig
 from m2ray.errors import ClusterError, ConfigError, M2rayError
 from m2ray.planning.hardware import Cluster
