@@ -51,7 +51,7 @@ HOST_BUFFERS = 3
 WAITING_RUNS = 2
 """Pinned memory that rows which wait for the store may hold, over their own bytes, where micro-batches have little more than half the tokens of a
 full one: each part's rows take as much as those of a full one then (m2ray.model.pinned). An H200's stage with all nine sites, most of
-whose micro-batches had 9,400 to 11,600 of 16,384 tokens, had three of them in 12.8 GB, and took 14.9 GB where 14.2 were planned without this."""
+whose micro-batches had 9,400 to 11,600 of 16,384 tokens, took 14.9 GB where 14.2 were planned without this: three of them, reckoned, hold 12.8."""
 
 PROCESS_BYTES = {"gpu": 2 * _GIB, "cpu": _GIB}
 """An actor's own memory: Python, Ray and torch, and with a GPU the CUDA libraries on the host's side."""
