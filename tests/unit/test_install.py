@@ -49,7 +49,8 @@ assert opened.layer(7).to_numpy().shape == (opened.num_tokens, 24) and len(opene
 assert repr(opened) and len(opened.sequences) and not (set({EXTRAS["extract"]!r}) & sys.modules.keys())
 for words in (["--help"], ["--version"], ["inspect", run], ["inspect", run, "--json"], ["verify", run, "--checksums"], ["extract", "--help"]):
     assert command(*words) == 0, words
-given = ["--model", "model", "--prompts", "prompts.jsonl", "--output", run + "-2"]
+beside = run.removesuffix("run")
+given = ["--model", beside + "model", "--prompts", beside + "prompts.jsonl", "--output", run + "-2"]
 for words in (["extract", *given], ["submit", *given], ["plan", *given], ["bench", "/m"], ["verify", run, "--sample", "1"], ["doctor", "--model", "/m"]):
     assert command(*words) == 1, words
 for lacking in (opened.layer(7).tensor, lambda: opened.layer(7).sequence(0), lambda: opened.layer(7).rows([0]), opened.layer(7).stream,
