@@ -56,8 +56,8 @@ def has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def _problem(dtype: torch.dtype, device: torch.device) -> str:
-    """Of rows that take a program several turns, along them and across; the largest value comes in the first turn, the smallest in the last."""
-    num_rows, width = 4 * _PROGRAMS + 5, 1300
+    """Of rows that take some programs two turns, and two across; the largest value comes in the first turn, the smallest in the last."""
+    num_rows, width = 2 * _PROGRAMS + 5, 1300
     generator = torch.Generator(device).manual_seed(0)
     places = torch.randperm(num_rows + 99, generator=generator, device=device)[:num_rows]
     values_NW = torch.randn((num_rows + 99, width), generator=generator, device=device).to(dtype)
