@@ -253,6 +253,7 @@ class StageActor:
             return
         with self._arrive.place(epoch) as arrive:
             payload = self._outgoing.payload(epoch, output)
+            output.boundary = None  # whoever still waits for its rows needs it no more, and what is computed next needs the room
             arrive(self._wait_until_taken, self._successor.take.remote(epoch, step, attempt, output.micro_batch, payload))
 
     def _wait_until_taken(self, epoch: int, taken: Any) -> None:

@@ -83,4 +83,5 @@ def compute(stages: Sequence[Stage], batches: "deque[tuple[MicroBatch, Boundary 
             if output.leaves and not is_last:
                 through.append((output.micro_batch, output.boundary))
             yield output, output.leaves and is_last
+            del output  # what is computed next needs the room
         batches = through

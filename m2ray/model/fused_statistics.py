@@ -1,6 +1,6 @@
 """Statistics of rows on a GPU by kernels that read them three times in all, where torch's would be a hundred launches a layer."""
 
-from functools import cache
+from functools import cache, partial
 from types import ModuleType
 
 import torch
@@ -42,16 +42,44 @@ def norms(rows_NW: torch.Tensor) -> torch.Tensor:
 
 
 @cache
-def has_kernels(device: torch.device) -> bool:
-    """Whether there are kernels for this device. Where there are none, torch's own serve."""
-    return is_proved(device, "Statistics are taken", _problem)
+def has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether there are kernels for this device that give of rows of this dtype what float64 gives. Where there are none, torch's own serve."""
+    return is_proved(device, "Statistics are taken", partial(_problem, dtype))
 
 
-def _problem(device: torch.device) -> str:
-    rows_NW = torch.tensor([[1.0, 2.0, 3.0, 4.0], [3.0, 6.0, 9.0, 12.0]], device=device)
-    found_4W, _, _ = moments(rows_NW)
-    expected = [[2.0, 4.0, 6.0, 8.0], [2.0, 8.0, 18.0, 32.0], [1.0, 2.0, 3.0, 4.0], [3.0, 6.0, 9.0, 12.0]]
-    return "" if found_4W.tolist() == expected and norms(rows_NW).sum() == len(rows_NW) else "they are not those of numbers that are known"
+def _problem(dtype: torch.dtype, device: torch.device) -> str:
+    """Of rows that take every loop of the kernels several turns, the last one not whole."""
+    long_NW = _rows(_TILE["ROWS"] * PIECE + 100, 2 * _TILE["COLUMNS"] + 44, dtype, device)
+    wide_NW = _rows(10 * _NORMS_TILE["ROWS"] + 3, _NORMS_TILE["COLUMNS"] + 100, dtype, device)
+    are_right = _has_moments(long_NW) and torch.equal(norms(wide_NW), _exact_norms(wide_NW))
+    return "" if are_right else f"those of rows of {dtype} are not float64's"
+
+
+def _rows(num_rows: int, width: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Channels of different means, one of which never changes."""
+    rows_NW = torch.randn((num_rows, width), generator=torch.Generator(device).manual_seed(0), device=device)
+    rows_NW[:, 5] = 0.1
+    return (rows_NW + torch.arange(width, device=device)).to(dtype)
+
+
+def _has_moments(rows_NW: torch.Tensor) -> bool:
+    """Whether the kernels' moments are those of float64, within what sums in another order may be off."""
+    (mean_W, squares_W, *ends), centre_W, rest_W = moments(rows_NW)
+    exact_NW = rows_NW.double()
+    exact_W = exact_NW.mean(dim=0)
+    exact_squares_W = (exact_NW - exact_W).square().sum(dim=0)
+    most_W = 1e-6 * exact_NW.abs().mean(dim=0)
+    return (
+        bool(((mean_W - exact_W).abs() <= most_W).all())
+        and bool(((centre_W + rest_W - exact_W).abs() <= most_W).all())
+        and bool(((squares_W - exact_squares_W).abs() <= 1e-6 * exact_squares_W + 1e-18 * exact_W.square()).all())
+        and torch.equal(torch.stack(ends), torch.stack(torch.aminmax(exact_NW, dim=0)))
+    )
+
+
+def _exact_norms(rows_NW: torch.Tensor) -> torch.Tensor:
+    bins_N = torch.linalg.vector_norm(rows_NW, dim=1, dtype=torch.float64).float().view(torch.int32) >> NORM_SHIFT
+    return torch.bincount(bins_N, minlength=NORM_BINS).int()
 
 
 @cache

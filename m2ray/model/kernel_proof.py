@@ -4,6 +4,7 @@ to machine.
 
 import warnings
 from collections.abc import Callable
+from subprocess import CalledProcessError
 
 import torch
 
@@ -21,13 +22,18 @@ def is_proved(device: torch.device, does: str, problem_on: Callable[[torch.devic
     """
     if device.type != "cuda" or triton_problem():
         return False
-    from triton.errors import TritonError
-
     with torch.cuda.device(device), torch.inference_mode():
         try:
             problem = problem_on(device)
-        except TritonError as error:
+        except making_errors() as error:
             problem = f"Triton cannot make the kernel: {error}"
     if problem:
         warnings.warn(f"{does} without a kernel on {device}, which takes longer: {problem}.", RuntimeWarning, stacklevel=3)
     return not problem
+
+
+def making_errors() -> tuple[type[Exception], ...]:
+    """What Triton raises where it cannot make a kernel: of its own, or since the C compiler fails, or nothing can be written in its cache's folder."""
+    from triton.errors import TritonError
+
+    return TritonError, CalledProcessError, OSError

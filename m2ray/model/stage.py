@@ -269,7 +269,7 @@ class Stage:
             self._decoder.watch(taking.places)
             self._watching = taking
         parts = parts_of_span(taking.parts, layers, self._decoder.skeleton.config.num_hidden_layers)
-        with torch.inference_mode():
+        with torch.inference_mode(), _current(self._decoder.device):
             capture = Capture(micro_batch, parts, taking.selection, taking.encoder, self._copy_out, taking.counting, self._full_tokens)
             token_ids_BT = torch.tensor(micro_batch.token_ids_BT, dtype=torch.int64)
             if self._on_gpu:
@@ -369,6 +369,11 @@ class Stage:
         for tensor in on_device.tensors.values():
             tensor.record_stream(computing)
         return on_device
+
+
+def _current(device: torch.device) -> "torch.cuda.device":
+    """Makes a GPU the thread's own while it lasts, as a context: Triton launches kernels there, wherever their tensors are. A CPU changes nothing."""
+    return torch.cuda.device(device if device.type == "cuda" else -1)
 
 
 def layer_runs(span: LayerSpan, residency: Mapping[int, Residency]) -> tuple[LayerSpan, ...]:

@@ -41,7 +41,7 @@ def rows_statistics(kinds: Collection[str], rows_NW: torch.Tensor) -> dict[str, 
         the bin of their norm. `covariance` float32 [W, W]: sum of the products of deviations. Of no rows: zeros, and no extremes.
     """
     found = {}
-    by_kernels = bool(len(rows_NW)) and fused_statistics.has_kernels(rows_NW.device)
+    by_kernels = bool(len(rows_NW)) and fused_statistics.has_kernels(rows_NW.device, rows_NW.dtype)
     if "moments" in kinds:
         found["moments"], centre_W, rest_W = fused_statistics.moments(rows_NW) if by_kernels else _moments(rows_NW)
         if "covariance" in kinds:

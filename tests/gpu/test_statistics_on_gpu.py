@@ -22,9 +22,9 @@ ALL = {"moments", "norms", "covariance"}
 @pytest.mark.parametrize(("num_rows", "width"), [(9000, 768), (1, 40), (257, 3072)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_they_are_numpys_in_float64(dtype: torch.dtype, num_rows: int, width: int, by: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert fused_statistics.has_kernels(torch.device("cuda:0"))
+    assert fused_statistics.has_kernels(torch.device("cuda:0"), dtype)
     if by == "torch":
-        monkeypatch.setattr(fused_statistics, "has_kernels", lambda device: False)
+        monkeypatch.setattr(fused_statistics, "has_kernels", lambda *_: False)
     generator = torch.Generator().manual_seed(4)
     rows = torch.randn((num_rows, width), generator=generator) * torch.logspace(-2, 2, width) + 20 * torch.randn(width, generator=generator)
     rows[:, 5] = 0.1

@@ -112,6 +112,26 @@ def test_micro_batches_wait_for_a_wave_until_it_is_full_or_nothing_more_can_come
     stage.close()
 
 
+def test_hidden_states_are_held_until_they_are_sent_and_not_until_their_rows_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_family(tmp_path / "llama", "llama")
+    stage, sent, outputs = waving(tmp_path, (0, 4), monkeypatch), [], []
+    monkeypatch.setattr(stage, "_successor", SimpleNamespace(take=SimpleNamespace(remote=lambda *_: None)))
+    monkeypatch.setattr(stage._outgoing, "payload", lambda _, output: sent.append(output.boundary))
+    monkeypatch.setattr(stage, "_wait_until_taken", lambda *_: None)
+    monkeypatch.setattr(stage, "_give_to_writer", lambda *given: outputs.append(given[2]))
+    for step in range(3):
+        stage.take(0, step, "attempt", part_of_shard(step), None)
+    for door in (stage._compute, stage._send, stage._capture):
+        door.drain(30)
+    assert len(sent) == 3
+    assert all(sent)
+    assert [output.leaves for output in outputs].count(True) == 3
+    assert not any(output.boundary for output in outputs)
+    stage.close()
+
+
 def test_half_a_wave_goes_with_its_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The stage before has died: what it had handed on is held no longer, and is in no wave of the next epoch."""
     make_family(tmp_path / "llama", "llama")

@@ -63,10 +63,12 @@ def test_a_layers_memory_is_registered_as_long_as_it_is_there(monkeypatch: pytes
         cudaHostUnregister=lambda address: registered.remove(address) or 0,
     )
     monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    place = InHostMemory(5000)
+    waited_for: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited_for.append)
+    place = InHostMemory(5000, torch.device("cuda:1"))
     place.settle()
     assert registered == {place.run.data_ptr()}
     del place
     gc.collect()
     assert not registered
+    assert waited_for == [torch.device("cuda:1")], "whichever thread lets go of it, and whichever GPU is that one's own"

@@ -5,6 +5,7 @@ import os
 import shutil
 from collections import deque
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,14 @@ from torch._dynamo.utils import counters
 
 from m2ray.batches import LayerSpan, MicroBatch, Residency
 from m2ray.errors import CheckpointError, StageError, StoreError
+from m2ray.model import stage as stage_module
 from m2ray.model.checkpoint import Checkpoint, open_checkpoint, tensor_table
 from m2ray.model.quantization import fused
 from m2ray.model.residency import unpacking
 from m2ray.model.residency.packed_layer import PackedLayer, lay_out
 from m2ray.model.residency.places import UnnamedFile
+from m2ray.model.residency.unpacking import Unpacking
+from m2ray.model.selecting import ChosenRows
 from m2ray.model.skeleton import build_skeleton
 from m2ray.model.stage import Stage, StageSpec
 from m2ray.model.tensors import match_by_layer
@@ -27,7 +31,7 @@ from m2ray.model.weights import _unplaced
 from scripts.checkpoint_formats.table import FORMATS
 from tests.host_kernels import RAN, HostKernel
 from tests.packed import make_packed
-from tests.reference import MINIMAX_TINY, chain_rows, load_capturing, make_family, make_minimax, micro_batch_of, same_bits
+from tests.reference import MINIMAX_TINY, chain_rows, edited, load_capturing, make_family, make_minimax, micro_batch_of, same_bits
 
 FAMILIES = {"mxfp4": "gpt_oss"}
 """Of formats that are one family's own; the others are tried as qwen3_moe."""
@@ -115,6 +119,47 @@ def test_kernels_find_all_parts_in_a_run(layout: str, tmp_path: Path, monkeypatc
     packed = load_capturing(spec_of(folder, 0, 3, "bfloat16", all_in("checkpoint", 3))).forward(batch, None).captured
     assert RAN
     assert all((one.columns[0] == other.columns[0]).all() for one, other in zip(packed, ready, strict=True))
+
+
+def test_a_check_that_failed_comes_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel does not look at what it unpacks: of a stage that is asked once more the rows would be wrong, and nobody told."""
+
+    def reorder(tensors: dict[str, torch.Tensor]) -> None:
+        key = "model.layers.0.mlp.up_proj.g_idx"
+        tensors[key] = tensors[key].flip(0).contiguous()
+
+    folder = edited(make_packed(tmp_path / "model", "llama", "gptq-v2"), tmp_path / "reordered", reorder)
+    monkeypatch.setattr(fused, "has_kernel", lambda device: True)
+    monkeypatch.setattr(fused, "_kernel", HostKernel)
+    monkeypatch.setattr(unpacking, "is_exact", lambda device: True)
+    stage = load_capturing(spec_of(folder, 0, 3, "bfloat16", all_in("host", 3)))
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match="order of their own"):
+            stage.forward(micro_batch_of((9, 5, 1), 64), None)
+
+
+def test_kernels_have_their_gpu_as_the_threads_own(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton launches them on the thread's current GPU: in a stage of several that is the first, whoever's tensors they take."""
+    assert stage_module._current(torch.device("cuda:1")).idx == 1
+    own: list[torch.device] = []
+    seen: set[tuple[str, tuple[torch.device, ...]]] = set()
+
+    @contextmanager
+    def played(device: torch.device) -> Iterator[None]:
+        own.append(device)
+        yield
+        own.pop()
+
+    def watched(kind: type, name: str) -> None:
+        was = getattr(kind, name)
+        monkeypatch.setattr(kind, name, lambda *given: (seen.add((kind.__name__, tuple(own))), was(*given))[1])
+
+    stage = load_capturing(spec_of(llama, 0, 5, "bfloat16", all_in("host")))
+    monkeypatch.setattr(stage_module, "_current", played)
+    watched(Unpacking, "__call__")
+    watched(ChosenRows, "of")
+    rows_of(stage)
+    assert seen == {(name, (torch.device("cpu"),)) for name in ("Unpacking", "ChosenRows")}
 
 
 @pytest.fixture(scope="module")

@@ -26,9 +26,9 @@ class HostKernel:
         rows.copy_(values[places])
         bits = rows.float().view(torch.int32)
         ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+        blocks = ordered.split(at_once)
         for program in range(programs):
-            mine = ordered.split(at_once)[program::programs]
-            found[program] = torch.stack(torch.aminmax(torch.cat(mine)))
+            found[program] = torch.stack(torch.aminmax(torch.cat(blocks[program::programs])))
 
 
 @pytest.fixture(autouse=True)
@@ -45,8 +45,21 @@ def test_a_kernel_is_held_against_torch(dtype: torch.dtype, monkeypatch: pytest.
         def run(self, programs: int, *given: Any) -> None:
             super().run(programs, given[0], given[1].flip(0), *given[2:])
 
-    monkeypatch.setattr(taking_rows, "_kernel", Swapped)
-    assert str(dtype) in taking_rows._problem(dtype, torch.device("cpu"))
+    class OneTurn(HostKernel):
+        """Forgets what came before its last turn."""
+
+        def run(self, programs: int, *given: Any) -> None:
+            super().run(programs, *given)
+            given[3][0] = given[3][1]
+
+    class NoNan(HostKernel):
+        def run(self, programs: int, values: torch.Tensor, *given: Any) -> None:
+            super().run(programs, values.nan_to_num(), *given)
+            given[1].copy_(values[given[0]])
+
+    for wrong in (Swapped, OneTurn, NoNan):
+        monkeypatch.setattr(taking_rows, "_kernel", wrong)
+        assert str(dtype) in taking_rows._problem(dtype, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

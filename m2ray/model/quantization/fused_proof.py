@@ -8,6 +8,7 @@ from itertools import product
 import torch
 
 from m2ray.model.extents import Range, RowsToLoad
+from m2ray.model.kernel_proof import making_errors
 from m2ray.model.quantization import mxfp4, nvfp4
 from m2ray.model.quantization.awq import Awq
 from m2ray.model.quantization.fused import SCALES, VALUES, KernelTable, has_kernel
@@ -53,12 +54,10 @@ def is_exact(device: torch.device) -> bool:
 
 
 def _problem(device: torch.device) -> str:
-    from triton.errors import TritonError
-
     with torch.cuda.device(device), torch.inference_mode():
         try:
             different = [name for name, has_same in _compared(device) if not has_same]
-        except TritonError as error:
+        except making_errors() as error:
             return f"Triton cannot make it: {error}"
     return f"it does not have torch's bits with {different[0]} and {len(different) - 1} others" if different else ""
 

@@ -31,6 +31,9 @@ class Landing:
         self._stream = readers.stream
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="landing")
         self._buffers = [_Buffer(max(sizes.values()), device) for _ in range(min(2, len(places)))]
+        if self._stream is not None:
+            for buffer in self._buffers:
+                buffer.memory.record_stream(self._stream)  # a stage that ends leaves a copy under way, which nobody else's bytes may meet
 
     def runs(self, number: int) -> list[torch.Tensor]:
         """Each buffer's memory, as long as that layer's run."""

@@ -81,7 +81,7 @@ class PackedLayers:
         if self._residency[number] == "checkpoint":
             return InCheckpoint(packed, checkpoint, self._folder, self._readers)
         if self._residency[number] == "host" and on_gpu:
-            return InHostMemory(packed.num_bytes)
+            return InHostMemory(packed.num_bytes, self._device)
         place = OnDevice(packed.num_bytes, self._device, self._readers)
         if on_gpu:
             torch.cuda.current_stream(self._device).synchronize()  # others write now into what may have been used on this stream

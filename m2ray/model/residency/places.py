@@ -59,7 +59,8 @@ class OnDevice:
 class InHostMemory:
     """The run in pinned host memory, for a GPU. The memory is without a name: it is gone with the process, whatever ends that."""
 
-    def __init__(self, num_bytes: int) -> None:
+    def __init__(self, num_bytes: int, device: torch.device) -> None:
+        self._device = device
         memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         with suppress(OSError):  # a kernel without huge pages; with them memory is there, and registered, several times as fast
             memory.madvise(mmap.MADV_HUGEPAGE)
@@ -75,7 +76,7 @@ class InHostMemory:
         if int(error):
             raise torch.OutOfMemoryError(f"{len(self.run)} bytes of host memory could not be pinned: CUDA error {int(error)}.")
         # Before the memory is given back: what is allocated at its place later could not be registered again.
-        weakref.finalize(self, _unregister, self.run.data_ptr()).atexit = False
+        weakref.finalize(self, _unregister, self.run.data_ptr(), self._device).atexit = False
 
     def bring(self, run: torch.Tensor) -> None:
         under_way: deque[torch.cuda.Event] = deque()
@@ -160,7 +161,7 @@ class UnnamedFile:
             raise StageError(what, "Give another offload_folder, or free some of its disk.") from error
 
 
-def _unregister(address: int) -> None:
-    """End the registration of a layer's memory, once no copy out of it is under way."""
-    torch.cuda.synchronize()
+def _unregister(address: int, device: torch.device) -> None:
+    """End the registration of a layer's memory, once no copy out of it to the device is under way."""
+    torch.cuda.synchronize(device)
     torch.cuda.cudart().cudaHostUnregister(address)

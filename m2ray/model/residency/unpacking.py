@@ -33,9 +33,10 @@ class Unpacking:
 
     def __call__(self, run: torch.Tensor) -> None:
         """Write the layer's tensors, on a GPU on the current stream."""
-        while self._checks:  # once: the bytes stay what they are
-            wanted, check = self._checks.pop()
+        while self._checks:  # once: the bytes stay what they are. One that fails, if for lack of memory alone, comes again
+            wanted, check = self._checks[-1]
             check(self._parts(wanted, run))
+            self._checks.pop()
         for lines in self._launches:
             self._table.run(run, lines)
         for _ in (self._pool.map if self._pool else map)(lambda wanted: self._fill(wanted, run), self._others):
