@@ -381,6 +381,17 @@ def test_room_for_a_wave_drives_no_layer_out_of_the_memory_of_a_machine_without_
     assert planned.stages[0].host.peak_bytes <= least_mb * 10**6
 
 
+def test_what_is_short_is_what_the_most_frugal_way_lacks():
+    """Of one layer, which packed in memory takes less than what it takes to read it from files."""
+    on = Cluster((cpu_node(host_bytes=64 * GB),))
+
+    def limited(mb: int) -> Plan:
+        return plan(on, num_layers=1, batch_tokens=1024, weights="packed", offload="disk", max_memory=parse_max_memory(f"{mb}MB"))
+
+    least_mb = bisect_left(range(36_000), x=True, lo=1, key=lambda mb: limited(mb).fits)
+    assert 0 < limited(least_mb - 1).short_by_bytes <= 10**6
+
+
 def test_remedies_for_limits_and_for_float32():
     limited = plan("8xA100-80GB", max_memory=parse_max_memory("40GB"))
     assert next(remedy.option for remedy in limited.remedies) == "max_memory"
