@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", metavar="PATTERN", help="faults whose names this regular expression matches")
     parser.add_argument("--without-s3", action="store_true", help="local runs only: no S3 server is started")
-    parser.add_argument("--waves", action="store_true", help="drivers take turns: layers packed, read from the checkpoint, and ready")
+    parser.add_argument("--waves", action="store_true", help="drivers take turns: layers packed and in waves, and ready")
     parser.add_argument("--alerts", action="store_true", help="instead of rounds: a real Prometheus, and a store that hangs")
     parser.add_argument("--record", action="store_true", help="write benchmarks/results/faults.json, or faults_in_waves.json")
     arguments = parser.parse_args()

@@ -6,17 +6,14 @@ import shutil
 import subprocess
 import sys
 import time
-from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import numpy as np
 
-import m2ray
 from m2ray.errors import M2rayError
 from tests.faults.cluster import Cluster
 from tests.faults.disk import SmallDisk
@@ -87,15 +84,7 @@ def make_inputs(folder: Path, cluster: Cluster, *, in_waves: bool = False) -> In
     if whole.exit_code:
         raise RuntimeError(whole.printed)
     expected = Expected(str(folder / "whole"))
-    return Inputs(words, expected, (_PACKED, _in_files(folder / "model"), _READY)) if in_waves else Inputs(words, expected)
-
-
-def _in_files(model: Path) -> Sequence[str]:
-    """Packed, with the least memory that suffices for a stage of all layers: most of them are read from the checkpoint once a wave."""
-    options: dict[str, Any] = {"weights": "packed", "offload": "disk", "in_flight": "1MB", "batch_tokens": 256, "longest_tokens": 256}
-    sizes = range(0, 2 * 10**10, 10**5)
-    least = bisect_left(sizes, x=True, lo=1, key=lambda size: m2ray.plan(model=model, max_memory=str(size), **options).fits)
-    return ("--weights", "packed", "--offload", "disk", "--in-flight", "1MB", "--max-memory", str(sizes[least]))
+    return Inputs(words, expected, (_PACKED, _READY)) if in_waves else Inputs(words, expected)
 
 
 class Round:
