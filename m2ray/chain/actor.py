@@ -179,12 +179,14 @@ class StageActor:
                 return
             self._turns.begin(epoch)
             self._completion = Completion(self._turns)
+        # Also of a job that has been closed: what waits, and the last mark, would go into the next one's waves. What comes later comes behind it.
+        dropped = self._compute.thread.submit(self._gathering.drop)
         if self._job is None:
             return  # it is still loading, or taking a job on, which goes on in any epoch
         self._abandon(attempts)
         for door in (self._compute, self._send, self._arrive, self._capture):
             door.drain(self._timeout_s)
-        self._compute.thread.submit(self._gathering.drop).result(self._timeout_s)
+        dropped.result(self._timeout_s)
         self._abandon(attempts)  # what was being computed may have opened its attempt again
 
     # -- a micro-batch's way ------------------------------------------------------------------------------------------

@@ -76,7 +76,8 @@ _PLACES = {"gpu_packed": "packed", "host": "in host memory", "checkpoint": "in f
 def _kept(planned: DevicePlan) -> str:
     """Where those of its layers are that are not ready, and its wave."""
     assert planned.span is not None
-    where = [f", {layers} {_PLACES[place]}" for layers, place in runs(planned.span, planned.residency) if place != "gpu"]
+    places = _PLACES if planned.device.gpu else {**_PLACES, "host": "packed"}
+    where = [f", {layers} {places[place]}" for layers, place in runs(planned.span, planned.residency) if place != "gpu"]
     return "".join([*where, f", waves of {planned.wave_tokens:,} tokens" if planned.wave_tokens else ""])
 
 

@@ -63,8 +63,10 @@ class Placing:
 
     @property
     def brings(self) -> bool:
-        """Whether any layer is brought to its device in turn."""
-        return any(place in ("host", "checkpoint") for each in self.placed for place in each.residency.values())
+        """Whether any layer is brought to its device in turn. Without a GPU the host is the device."""
+        return any(
+            place == "checkpoint" or (place == "host" and each.device.gpu) for each in self.placed for place in each.residency.values()
+        )
 
 
 def place_all(demand: Demand, cluster: Cluster, chains: Sequence[Sequence[Device]], prompts: PromptStats | None) -> Placing:

@@ -49,13 +49,16 @@ def held_bytes(demand: Demand, span: LayerSpan, residency: Mapping[int, Residenc
 
 
 def deal(demand: Demand, chain: Sequence[Device]) -> tuple[int, Spans]:
-    """Bytes of weights for which one chain's devices have no room, 0 if there is; and the layers of each device that gets some."""
-    short_bytes, spans = 0, cast("Spans", {})
+    """Bytes of weights for which one chain's devices have no room, 0 if there is; and the layers of each device that gets some.
+
+    Where none of the ways has room it is the one that lacks least: on few layers bringing them takes more than it saves.
+    """
+    tried: list[tuple[int, Spans]] = []
     for way in _ways(demand, on_gpu=chain[0].gpu is not None):
-        short_bytes, spans = _dealt(demand, chain, way)
-        if not short_bytes:
+        tried.append(_dealt(demand, chain, way))
+        if not tried[-1][0]:
             break
-    return short_bytes, spans
+    return min(tried, key=lambda dealt: dealt[0])
 
 
 def _ways(demand: Demand, *, on_gpu: bool) -> list[Way]:

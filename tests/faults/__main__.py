@@ -21,8 +21,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", metavar="PATTERN", help="faults whose names this regular expression matches")
     parser.add_argument("--without-s3", action="store_true", help="local runs only: no S3 server is started")
+    parser.add_argument("--waves", action="store_true", help="drivers take turns: layers packed and in waves, and ready")
     parser.add_argument("--alerts", action="store_true", help="instead of rounds: a real Prometheus, and a store that hangs")
-    parser.add_argument("--record", action="store_true", help="write benchmarks/results/faults.json")
+    parser.add_argument("--record", action="store_true", help="write benchmarks/results/faults.json, or faults_in_waves.json")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was started is ended on the way out
     if arguments.alerts:
@@ -31,13 +32,13 @@ def main() -> None:
             print(f"PROBLEM {problem}")
         sys.exit(1 if problems else 0)
     began = time.monotonic()
-    tally = play(arguments.seed, 60 * arguments.minutes, with_s3=not arguments.without_s3, only=arguments.only)
-    report(tally, time.monotonic() - began, write=arguments.record)
+    tally = play(arguments.seed, 60 * arguments.minutes, with_s3=not arguments.without_s3, only=arguments.only, in_waves=arguments.waves)
+    report(tally, time.monotonic() - began, write=("faults_in_waves" if arguments.waves else "faults") if arguments.record else "")
     sys.exit(1 if tally.problems else 0)
 
 
-def report(tally: Tally, seconds: float, *, write: bool) -> None:
-    """Print the figures, what drivers stopped with and every problem; write the record if asked."""
+def report(tally: Tally, seconds: float, *, write: str) -> None:
+    """Print the figures, what drivers stopped with and every problem; write the record of that name, "" for none."""
     rows = [*_rows(tally, seconds), *_rows_of_faults(tally)]
     for row in rows:
         print(f"{row.what}: {row.value:g} {row.unit}. {row.note}")
@@ -47,7 +48,8 @@ def report(tally: Tally, seconds: float, *, write: bool) -> None:
     for problem in tally.problems:
         print(f"PROBLEM {problem}")
     if write:
-        record("faults", "Faults: runs that are struck again and again", rows, command=shlex.join(["scripts/faults", *sys.argv[1:]]))
+        title = "Faults: runs that are struck again and again" + (", in waves" if write == "faults_in_waves" else "")
+        record(write, title, rows, command=shlex.join(["scripts/faults", *sys.argv[1:]]))
 
 
 def _rows(tally: Tally, seconds: float) -> list[Row]:

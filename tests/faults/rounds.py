@@ -27,7 +27,11 @@ from tests.reference import make_minimax
 NUM_WORKERS = 3
 _NUM_PROMPTS = 420
 _LAYOUTS = ((2, 1), (3, 1), (1, 2))
-_OPTIONS = ("--batch-tokens", "256", "--shard-tokens", "300", "--in-flight", "1KB")
+_OPTIONS = ("--batch-tokens", "256", "--shard-tokens", "300")
+_READY = ("--in-flight", "1KB")
+"""All layers ready, and a micro-batch in flight."""
+_PACKED = ("--weights", "packed", "--in-flight", "1MB")
+"""In waves of two to four micro-batches."""
 _STAGE_TIMEOUT_S, _STAGE_TIMEOUT_S3 = "20", "90"
 """How soon a stage counts as hung; a write may take as long, and an S3 server that is gone for 30 s comes back."""
 
@@ -59,14 +63,15 @@ class Tally:
 
 @dataclass(frozen=True)
 class Inputs:
-    """A tiny model and prompts, and what an undisturbed run makes of them."""
+    """A tiny model and prompts, and what an undisturbed run makes of them; and where drivers have the weights live, each in turn another."""
 
     words: tuple[str, ...]
     expected: Expected
+    places: Sequence[Sequence[str]] = (_READY,)
 
 
-def make_inputs(folder: Path, cluster: Cluster) -> Inputs:
-    """An FP8 MiniMax-M2 with random weights, prompts with a bad one among them, and the undisturbed run."""
+def make_inputs(folder: Path, cluster: Cluster, *, in_waves: bool = False) -> Inputs:
+    """An FP8 MiniMax-M2 with random weights, prompts with a bad one among them, and the undisturbed run, whose layers are all ready."""
     folder.mkdir(parents=True)
     make_minimax(folder / "model", "fp8")
     chance = np.random.default_rng(0)
@@ -74,11 +79,12 @@ def make_inputs(folder: Path, cluster: Cluster) -> Inputs:
     texts[7] = ""
     (folder / "prompts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
     words = ("--model", str(folder / "model"), "--prompts", str(folder / "prompts.jsonl"), *_OPTIONS)
-    whole = Driver(cluster, str(folder / "whole"), words, folder / "whole.log", as_job=False)
+    whole = Driver(cluster, str(folder / "whole"), (*words, *_READY), folder / "whole.log", as_job=False)
     whole.wait(240)
     if whole.exit_code:
         raise RuntimeError(whole.printed)
-    return Inputs(words, Expected(str(folder / "whole")))
+    expected = Expected(str(folder / "whole"))
+    return Inputs(words, expected, (_PACKED, _READY)) if in_waves else Inputs(words, expected)
 
 
 class Round:
@@ -141,8 +147,10 @@ class Round:
         stages, replicas = self._chance.choice(_LAYOUTS)
         as_job = self._chance.random() < 0.3
         words = [*self._inputs.words, "--stages", str(stages), "--replicas", str(replicas)]
+        place = self._inputs.places[number % len(self._inputs.places)]
+        words += [*place]
         words += ["--stage-timeout-s", _STAGE_TIMEOUT_S3 if self._server else _STAGE_TIMEOUT_S]
-        self._say(f"driver {number}{' as a job' if as_job else ''}, {stages} stages, {replicas} replicas")
+        self._say(f"driver {number}{' as a job' if as_job else ''}, {stages} stages, {replicas} replicas, {' '.join(place)}")
         driver = Driver(self._cluster, self._run, words, self._logs / f"{self._name}-{number}.log", as_job=as_job)
         self._tally.drivers += 1
         self._cause, self._unrecovered = _NO_FAULT, None

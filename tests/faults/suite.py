@@ -17,7 +17,7 @@ from tests.faults.server import faulty_server
 _FAULTS_A_ROUND = 12
 
 
-def play(seed: int, seconds: float, *, with_s3: bool, only: str = "") -> Tally:
+def play(seed: int, seconds: float, *, with_s3: bool, only: str = "", in_waves: bool = False) -> Tally:
     """Rounds for so long, every fourth in the S3 server."""
     folder, tally = Path(tempfile.mkdtemp(prefix="m2ray-faults-", dir="/tmp")), Tally()
     with ExitStack() as stack:
@@ -25,7 +25,7 @@ def play(seed: int, seconds: float, *, with_s3: bool, only: str = "") -> Tally:
         stack.enter_context(patch.dict(os.environ, server.env if server else {}))
         disk = stack.enter_context(small_disk(folder / "disk"))
         cluster = stack.enter_context(ray_cluster(NUM_WORKERS, server.env if server else {}))
-        inputs = make_inputs(folder / "inputs", cluster)
+        inputs = make_inputs(folder / "inputs", cluster, in_waves=in_waves)
         until_s, number = time.monotonic() + seconds, 0
         while time.monotonic() < until_s:
             chance = Random(f"{seed}/{number}")

@@ -163,6 +163,32 @@ def test_half_a_wave_goes_with_its_epoch(tmp_path: Path, monkeypatch: pytest.Mon
     assert ["second" in path.name for path in (tmp_path / "run").rglob("*.parquet")] == [True]
 
 
+def test_nothing_of_a_closed_job_is_in_the_waves_of_the_next_on_a_warm_chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chain that stands is told to close a job and to begin another epoch: half a wave, and a mark further on than the next job goes."""
+    make_family(tmp_path / "llama", "llama")
+    stage = waving(tmp_path, (0, 5), monkeypatch)
+    job = stage._job
+    assert job is not None
+    for step in range(2):
+        stage.take(0, step, "first", part_of_shard(step), None)
+    stage.mark(0, 99)
+    stage._compute.drain(30)
+    stage.close()
+    stage.reset(1, [])
+    stage.reset(2, [])
+    stage._take_on(job)
+    for step in range(2):
+        stage.take(2, step, "second", replace(part_of_shard(step), is_last=step == 1), None)
+    stage.mark(2, 1)
+    stage._compute.drain(30)
+    stage._capture.drain(30)
+    assert stage._turns.done == 2
+    stage.gather(2, 1, 0, "second", ())
+    (gathered,) = stage.completed(2, 1, 0).shards
+    assert [(receipt.attempt, receipt.rows) for receipt in gathered.receipts] == [("second", 22), ("second", 22)]
+    stage.close()
+
+
 def test_a_stage_answers_requests_with_and_without_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It loads by itself, and what it hands on is what the next stage takes."""
     model = make_family(tmp_path / "llama", "llama")

@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+from bisect import bisect_left
 from collections import Counter
 from dataclasses import replace
 from math import prod
@@ -369,6 +370,26 @@ def test_without_gpus_layers_that_find_no_room_in_memory_are_read_from_files():
     refused = cpu_machine(64 * GB, max_memory=parse_max_memory("24GB"))
     assert [(each.resource, each.where) for each in refused.shortages] == [("host_memory", "what max_memory leaves to all stages together")]
     assert {"max_memory", "offload"} <= {remedy.option for remedy in refused.remedies}
+
+
+def test_room_for_a_wave_drives_no_layer_out_of_the_memory_of_a_machine_without_gpus():
+    """Where all layers just find room packed, a micro-batch at a time is read from memory, and a wave of them would be from files."""
+    least_mb = bisect_left(range(36_000), x=True, lo=1, key=lambda mb: cpu_machine(64 * GB, max_memory=parse_max_memory(f"{mb}MB")).fits)
+    planned = cpu_machine(64 * GB, max_memory=parse_max_memory(f"{least_mb}MB"), offload="disk")
+    assert set(planned.placed[0].residency.values()) == {"host"}
+    assert planned.wave == (0, "memory")
+    assert planned.stages[0].host.peak_bytes <= least_mb * 10**6
+
+
+def test_what_is_short_is_what_the_most_frugal_way_lacks():
+    """Of one layer, which packed in memory takes less than what it takes to read it from files."""
+    on = Cluster((cpu_node(host_bytes=64 * GB),))
+
+    def limited(mb: int) -> Plan:
+        return plan(on, num_layers=1, batch_tokens=1024, weights="packed", offload="disk", max_memory=parse_max_memory(f"{mb}MB"))
+
+    least_mb = bisect_left(range(36_000), x=True, lo=1, key=lambda mb: limited(mb).fits)
+    assert 0 < limited(least_mb - 1).short_by_bytes <= 10**6
 
 
 def test_remedies_for_limits_and_for_float32():
