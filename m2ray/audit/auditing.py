@@ -28,6 +28,7 @@ from m2ray.model.capture import CaptureSpec
 from m2ray.model.checkpoint import Checkpoint, open_checkpoint, up_to_layer
 from m2ray.model.eight_bits import Encoder, is_encoded
 from m2ray.model.stage import StageSpec
+from m2ray.model.vector_math import settle_vector_math
 from m2ray.prompts import PromptSource, TokenSpool
 from m2ray.prompts.shards import one_micro_batch
 from m2ray.provenance import versions
@@ -286,6 +287,7 @@ def _other_tokens_in_rows(work: _Work, tokens: TokenSpool, wrong: Container[int]
 @contextmanager
 def _threads(threads: int | None) -> Iterator[None]:
     """As many threads for torch as the run had; as many as there are with None."""
+    settle_vector_math()
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:

@@ -23,6 +23,7 @@ from m2ray.model.skeleton import QUIET, build_skeleton, find_layers, hidden_of
 from m2ray.model.tiny import VOCABULARY
 from m2ray.model.tiny_towers import tiny_wholes
 from m2ray.model.towers import decoder_config, find_decoder, is_plain, model_class
+from m2ray.model.vector_math import settle_vector_math
 from m2ray.model.weight_files import SINGLE_FILE
 from m2ray.model.weights import load_weights
 from m2ray.sites import SITES
@@ -171,6 +172,7 @@ def rehearse(config: Any, seed: int, folder: Path) -> Rehearsal:
     Raises:
         CheckpointError: it runs none of them, or none is small.
     """
+    settle_vector_math()
     reasons: list[str] = []
     try:
         for tiny in tiny_wholes(config):

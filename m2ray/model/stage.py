@@ -24,6 +24,7 @@ from m2ray.model.interpreter import quick_switches, without_collector
 from m2ray.model.sending import send
 from m2ray.model.site_table import refused_sites
 from m2ray.model.skeleton import build_skeleton
+from m2ray.model.vector_math import settle_vector_math
 from m2ray.model.weights import Loaded, OnBytes, load_weights, parameter_bytes
 from m2ray.sites import parts_of_run, parts_of_span
 from m2ray.statistics import Place, places, statistic_sites
@@ -387,6 +388,7 @@ def load_stage(spec: StageSpec, on_bytes: OnBytes) -> Stage:
         ConfigError: the family, the dtype or this machine cannot have such attention, or the span is not in the model.
         StoreError: reading fails.
     """
+    settle_vector_math()
     if spec.threads is not None:
         torch.set_num_threads(spec.threads)
     device = torch.device(spec.device)

@@ -21,7 +21,7 @@ COPY_BYTES_PER_S = 51 * 2**30
 
 UNPACK_SHARE = 0.7
 """Of a GPU's memory bandwidth, bytes read and written while a layer is unpacked: 3.33 TB/s on an H200, FP8 experts of MiniMax-M2's widths in 3.27 ms
-(benchmarks/results/unpacking_on_gpu.json). 4-bit layouts are counted so too, and are slower: AWQ and GPTQ, value by value, reached 0.39 TB/s."""
+(benchmarks/results/unpacking_on_gpu.json). 4-bit layouts are counted so too, and are slower: 1.7 to 2.3 TB/s along memory, AWQ and GPTQ 0.5."""
 
 
 def active_elements(rows: Iterable[TensorRow], shape: ModelShape) -> float:

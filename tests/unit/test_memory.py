@@ -18,6 +18,7 @@ from m2ray.model.capture import COPYING_LAYERS
 from m2ray.model.extents import EXTENT_BYTES
 from m2ray.model.gpu_loading import LANES
 from m2ray.model.statistics import experts_statistics, rows_statistics
+from m2ray.options import WRITER_QUEUE_BYTES
 from m2ray.planning.memory import (
     CAPTURE_BUFFERS,
     CONTEXT_BYTES,
@@ -115,13 +116,24 @@ def test_items_of_a_gpu_and_of_hosts():
     assert on_gpu.loading == {"weights": 400, "staging": STAGING_BYTES["device"], "unusable": UNUSABLE_BYTES, "context": CONTEXT_BYTES}
     assert on_gpu.peak_bytes == sum(on_gpu.loading.values())  # so little transient memory that loading is the peak
     host = gpu_host_memory(work, [8, 16])
-    # 2 * 1000 * 24 + 5000 bytes in pieces of 1000 * 8 and 1000 * 16 in turn, as torch pins them
-    assert host.running["capture"] == 3 * 2**13 + 2 * 2**14
+    # 2 * 1000 * 24 + 2 * 5000 bytes in pieces of 1000 * 8 and 1000 * 16 in turn, as torch pins them
+    assert host.running["capture"] == 3 * 2**13 + 3 * 2**14
     assert "weights" not in host.running
     assert gpu_host_memory(work, []).running["capture"] == 0
     assert gpu_host_memory(work, [], {"packed_layers": 7, "readers": 0}).loading["packed_layers"] == 7
     on_cpu = cpu_memory(held, work, [8, 16])
     assert {"weights": 400, "transient": 200_000, "capture": 2 * 1000 * 24 + 5000}.items() <= on_cpu.running.items()
+
+
+def test_host_memory_holds_what_nine_sites_took_on_an_h200():
+    """Of 6 layers of MiniMax-M2, where a micro-batch that was two thirds full held as much pinned memory as a full one (benchmarks sites_on_gpu)."""
+    hidden, logits, experts = 2 * 3072, 4 * 256, (2 * 8, 4 * 8)
+    columns = 6 * [*5 * [hidden], logits, *experts] + 2 * [hidden]
+    work = Workload(
+        16_384, longest_tokens=2048, token_bytes=hidden, itemsize_bytes=2, transient_bytes=0, writer_queue_bytes=WRITER_QUEUE_BYTES
+    )
+    taken_bytes = 14_938_574_848
+    assert taken_bytes <= gpu_host_memory(work, columns).peak_bytes <= 1.2 * taken_bytes
 
 
 # -- transient memory -----------------------------------------------------------------------------------------------------
