@@ -24,7 +24,19 @@ _IDLE_SHARE = 0.5
 """Of the loaded time: a chain whose busiest stage waits longer than that has too few micro-batches to fill it."""
 
 
-_NOT_REPORTED = ("span", "device", "node_id", "pid", "needed_bytes", "weights", "losses", "queued_bytes", "stored_parts", "silent_s")
+_NOT_REPORTED = (
+    "span",
+    "device",
+    "node_id",
+    "pid",
+    "needed_bytes",
+    "weights",
+    "losses",
+    "queued_bytes",
+    "stored_parts",
+    "silent_s",
+    "warm_up_left",
+)
 """Of a stage's status."""
 
 

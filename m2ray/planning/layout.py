@@ -58,7 +58,7 @@ def _verdict(plan: Plan, *, chose_batch_tokens: bool) -> Text:
             unknown = "" if "store" in plan.rates.limits else ", unless the store does, whose speed is not known (--store-gb-per-s)"
             text.append(f"; {in_words(plan.limiting_resource)} limits the run{unknown}", style="not bold")
         if chose_batch_tokens:
-            or_fewer = "" if plan.prompts else ", or fewer where the prompts suit fewer better"
+            or_fewer = "" if plan.prompts else ", fewer where prompts suit fewer"
             text.append(f"\nmicro-batches of at most {plan.demand.options.batch_tokens:,} tokens{or_fewer}", style="not bold")
     else:
         text = Text("It does not fit:", style="bold red")

@@ -20,7 +20,7 @@ import torch
 
 import m2ray
 from m2ray.batches import LayerSpan, MicroBatch, TensorRow
-from m2ray.chain import extract
+from m2ray.chain import beginning, extract
 from m2ray.chain.calls import CallError
 from m2ray.chain.checking import look
 from m2ray.chain.failure import FailureKind, classify
@@ -276,13 +276,13 @@ def test_ray_is_begun_beside_the_survey_unless_that_limits_the_process_or_forks(
     options: dict[str, Any], monkeypatch: pytest.MonkeyPatch, stages: int, read: str, is_begun: list[bool]
 ) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(extract, "cluster_ahead", lambda *_: nullcontext(True))
+    monkeypatch.setattr(beginning, "cluster_ahead", lambda *_: nullcontext(True))
     source = SimpleNamespace(may_be_read_ahead=read != "within a limit", columns=SimpleNamespace(is_messages=read == "as chats"))
     inputs: Any = SimpleNamespace(
         config=ExtractConfig(**options, stages=stages), source=source, options=SimpleNamespace(placement_timeout_s=1.0)
     )
     with ExitStack() as stack:
-        assert [extract._ahead(inputs, stack, Progress())] == (is_begun or [None])
+        assert [beginning._ahead(inputs, stack, Progress())] == (is_begun or [None])
 
 
 def test_the_collector_goes_on_passing_over_what_was_imported() -> None:

@@ -49,7 +49,8 @@ assert opened.layer(7).to_numpy().shape == (opened.num_tokens, 24) and len(opene
 assert repr(opened) and len(opened.sequences) and not (set({EXTRAS["extract"]!r}) & sys.modules.keys())
 for words in (["--help"], ["--version"], ["inspect", run], ["inspect", run, "--json"], ["verify", run, "--checksums"], ["extract", "--help"]):
     assert command(*words) == 0, words
-given = ["--model", run, "--prompts", run, "--output", run + "-2"]
+beside = run.removesuffix("run")
+given = ["--model", beside + "model", "--prompts", beside + "prompts.jsonl", "--output", run + "-2"]
 for words in (["extract", *given], ["submit", *given], ["plan", *given], ["bench", "/m"], ["verify", run, "--sample", "1"], ["doctor", "--model", "/m"]):
     assert command(*words) == 1, words
 for lacking in (opened.layer(7).tensor, lambda: opened.layer(7).sequence(0), lambda: opened.layer(7).rows([0]), opened.layer(7).stream,
@@ -67,6 +68,9 @@ print("read")
 def test_a_run_is_read_without_torch_ray_and_transformers_and_what_needs_them_says_so(tmp_path: Path) -> None:
     store = LocalStore(tmp_path / "run")
     runs.finished_run(store)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "prompts.jsonl").write_text('{"text": "one"}\n')
     told = subprocess.run([sys.executable, "-c", READER, store.url], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
     assert told.returncode == 0, told.stdout + told.stderr
     assert told.stdout.endswith("read\n")

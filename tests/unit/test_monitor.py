@@ -21,7 +21,7 @@ def test_the_rate_counts_from_when_the_stages_were_loaded(monkeypatch: pytest.Mo
     tokens = 230_000
     stages: Any = SimpleNamespace(statuses=[], is_loaded=True, loaded_at=time.monotonic() - 10)
     chain: Any = SimpleNamespace(tokens_done=tokens, failures=())
-    plan: Any = SimpleNamespace(stages=())
+    plan: Any = SimpleNamespace(stages=(), demand=SimpleNamespace(options=SimpleNamespace(compile=False)))
     shard: Any = SimpleNamespace(num_tokens=4 * tokens)
     said = io.StringIO()
     Monitor(plan, [(chain, stages)], [shard], [shard], Progress(said)).tick()

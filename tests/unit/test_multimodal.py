@@ -138,12 +138,11 @@ def test_an_unknown_tensor_of_the_text_tower_is_refused(m3: Path, tmp_path: Path
         tensor_table(open_checkpoint(str(folder)))
 
 
-@pytest.mark.parametrize("model_type", ["glm5_next", "hy_v4_vl"])
-def test_a_text_tower_that_hands_on_more_than_hidden_states_is_proved(
-    model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_text_tower_that_hands_on_more_than_hidden_states_is_proved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    prove(parse_config(json.dumps({"model_type": model_type}).encode()))
+    prove(
+        parse_config(json.dumps({"model_type": "hy_v4_vl"}).encode())
+    )  # glm5_next is on the page of models: its proof takes 6 s of a core
     assert len(list((tmp_path / "m2ray" / "proofs").iterdir())) == 1, "it was proved, and is remembered"
 
 
