@@ -5,7 +5,6 @@ the first stage, which gets the micro-batches, and to the last, which knows what
 """
 
 import gc
-import resource
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -26,6 +25,7 @@ from m2ray.chain.cuda_ipc import Offer
 from m2ray.chain.door import Door
 from m2ray.chain.failure import as_memory_error
 from m2ray.chain.loading import load_spans, require_gpus, require_run_folder, warm_up
+from m2ray.chain.machine import peak_rss_bytes
 from m2ray.chain.status import StageStatus, measure_gpus, status_here, with_layers, with_micro_batch, with_peaks, with_writer
 from m2ray.chain.transport import Incoming, Outgoing, Parcel, Payload, receive, send
 from m2ray.chain.turns import Turns
@@ -349,7 +349,7 @@ class StageActor:
         """How far this stage is."""
         status = replace(
             self._status,
-            peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            peak_rss_bytes=peak_rss_bytes(),
             losses=tuple(lost for stage in self._stages for lost in stage.losses()),
         )
         return status if self._writer is None else with_peaks(with_writer(status, self._writer), self._devices)

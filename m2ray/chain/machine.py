@@ -5,6 +5,7 @@ Reads only. A machine without GPUs, driver, torch or Ray is described as such, n
 
 import os
 import platform
+import resource
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -53,6 +54,16 @@ def disk_free_bytes(output: str | None) -> int | None:
     """What the disk of a run folder, there or yet to be made, has left; None for a bucket."""
     folder = local_folder(output) if output else None
     return _file_system(_nearest(folder))[1] if folder else None
+
+
+def peak_rss_bytes() -> int:
+    """The most memory that this process has had at one time.
+
+    Not `ru_maxrss`, but where a kernel does not tell the other: it begins with what the parent had when it started this process.
+    """
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    kib = next((int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), None)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if kib is None else kib) * 1024
 
 
 def allowed_threads() -> int | None:

@@ -145,5 +145,7 @@ def _print(plan: Plan, checkpoint: dict[str, Any], *, chose_batch_tokens: bool) 
     index_bytes, counted_bytes = checkpoint["index_bytes"], plan.weights.disk_bytes
     if checkpoint["source"] == "config":
         console.print("The files are not at hand: bytes on disk are as config.json tells.")
+        if any(plan.weights.layouts):
+            console.print("It does not tell the dtype of scales: they are counted as such a layout usually has them.")
     if index_bytes is not None and index_bytes != counted_bytes:
         console.print(f"The index says {index_bytes:,} bytes on disk, {counted_bytes:,} were counted.")

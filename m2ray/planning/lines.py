@@ -29,6 +29,8 @@ def output_lines(plan: Plan) -> Iterator[str]:
     yield f"output   {prompts.tokens:,} tokens of {prompts.sequences:,} prompts; padding {prompts.padding_waste:.1%}"
     if plan.demand.options.prompts.limit is not None:
         yield f"         limit = {plan.demand.options.prompts.limit:,}: what comes after so many rows of the prompts is left out"
+    if plan.demand.options.prompts.keep_columns:
+        yield f"         kept in sequences/: {', '.join(plan.demand.options.prompts.keep_columns)}"
     if output.rows < prompts.tokens:
         chosen = plan.demand.options.prompts.selection
         yield f"         {output.rows:,} rows of {chosen} in each site and layer: {bytes_in_words(output.saved_bytes)} less than of all"

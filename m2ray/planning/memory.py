@@ -17,8 +17,8 @@ CONTEXT_BYTES = _GIB + _GIB // 4
 
 UNUSABLE_SHARE = 0.35
 """Of the transient memory: blocks that torch's caching allocator holds but cannot use again for other sizes. Few are left where the
-largest micro-batch came first, as a stage's warm-up sees to; of MiniMax-M2's layers the plan is then 1.02 to 1.11 of what a GPU takes
-(docs/planning.md), also of 53 micro-batches whose sizes all differ."""
+largest micro-batch came first, as a stage's warm-up sees to. Not measured: it was 0.5 in the plans that were held against GPUs, all of MiniMax-M2's
+layers; reckoned again with 0.35 these are 1.02 to 1.07 of what was taken, one that was looked at once 1.11 (docs/planning.md)."""
 
 UNUSABLE_BYTES = 128 * _MIB
 """The same for weights and small tensors: their blocks are multiples of 2 MiB, of 20 MiB between 1 and 10 MiB."""

@@ -13,14 +13,15 @@ SUSTAINED_SHARE = {False: 0.22, True: 0.39}
 MiniMax-M2 layers, 8 x 2048 tokens, grouped experts, 23.7 and 13.3 ms a layer (benchmarks/results/gpu_stage_h200.json)."""
 
 SUSTAINED_SHARE_DENSE = {False: 0.39, True: 0.6}
-"""The same of layers without experts: compiled, from Llama-70B's widths on an H200, where a plan with 0.39 was 0.63 of what was measured; not
-compiled they were not measured."""
+"""The same of layers without experts, neither of them measured: compiled, inferred from a plan with 0.39 of Llama-70B's widths, which was 0.63 of
+the rate that an H200 reached then (0.39 / 0.63 is 0.62; that run is not in benchmarks/results); not compiled, guessed."""
 
 COPY_BYTES_PER_S = 51 * 2**30
 """Between one GPU and pinned host memory, either way, measured on an H200 behind PCIe 5."""
 
 UNPACK_SHARE = 0.7
-"""Of a GPU's memory bandwidth, bytes read and written while a layer is unpacked: 3.39 TB/s on an H200, an FP8 layer of MiniMax-M2 in 3.2 ms."""
+"""Of a GPU's memory bandwidth, bytes read and written while a layer is unpacked: 3.33 TB/s on an H200, FP8 experts of MiniMax-M2's widths in 3.27 ms
+(benchmarks/results/unpacking_on_gpu.json). 4-bit layouts are counted so too, and are slower: 1.7 to 2.3 TB/s along memory, AWQ and GPTQ 0.5."""
 
 
 def active_elements(rows: Iterable[TensorRow], shape: ModelShape) -> float:

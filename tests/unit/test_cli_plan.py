@@ -131,6 +131,12 @@ def test_the_size_of_micro_batches_is_told_where_the_plan_chose_it() -> None:
     assert "micro-batches of at most" not in plan("--gpus", "1xH200").stdout
 
 
+def test_a_plan_without_files_says_that_it_takes_the_usual_dtype_of_scales(bf16_m2: Path) -> None:
+    said = "It does not tell the dtype of scales: they are counted as such a layout usually has them."
+    assert said in " ".join(plan("--gpus", "8xH200").stdout.split())
+    assert "dtype of scales" not in plan("--gpus", "8xH200", model=bf16_m2).stdout
+
+
 def test_a_max_length_that_a_run_would_refuse(tmp_path: Path) -> None:
     model = make_family(tmp_path / "model", "gpt2")
     assert plan("--gpus", "H200", "--max-length", "128", model=model).exit_code == FITS

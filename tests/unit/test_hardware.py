@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from m2ray import planning
-from m2ray.chain.machine import disk_free_bytes, probe_node, visible_devices
+from m2ray.chain.machine import disk_free_bytes, peak_rss_bytes, probe_node, visible_devices
 from m2ray.errors import ConfigError, M2rayError
 from m2ray.planning.hardware import GPU_MODELS, Gpu, find_gpu_model, parse_gpus
 from m2ray.sizes import MaxMemory, parse_max_memory
@@ -161,3 +161,10 @@ def test_planning_imports_without_torch_ray_or_transformers():
     code = "import sys; [__import__('m2ray.planning.' + name) for name in sys.argv[1:]]; print({'torch', 'ray', 'transformers'} & sys.modules.keys())"
     run = subprocess.run([sys.executable, "-c", code, *names], capture_output=True, text=True, check=True, timeout=60)
     assert run.stdout.strip() == "set()"
+
+
+def test_the_peak_of_a_process_is_its_own():
+    held = b"x" * 300 * 2**20
+    asked = [sys.executable, "-c", "from m2ray.chain.machine import peak_rss_bytes; print(peak_rss_bytes())"]
+    child_bytes = int(subprocess.run(asked, capture_output=True, text=True, check=True, timeout=60).stdout)
+    assert 5 * 2**20 < child_bytes < len(held) < peak_rss_bytes()

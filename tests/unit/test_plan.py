@@ -752,6 +752,12 @@ def test_the_picture_says_that_a_limit_leaves_prompts_out():
     assert "limit =" not in drawn(plan("8xH200", prompts=PROMPTS))
 
 
+def test_the_picture_names_the_columns_that_are_kept():
+    keeping = replace(demand().options.prompts, keep_columns=("label", "topic"))
+    assert "kept in sequences/: label, topic" in drawn(plan_run(demand().asking(prompts=keeping), parse_gpus("8xH200"), PROMPTS))
+    assert "kept in" not in drawn(plan("8xH200", prompts=PROMPTS))
+
+
 def test_bars_keep_their_length():
     for gpus in ("8xA100-80GB", "7xH100-80GB", "2 nodes of 8xL40S"):
         bars = {sum(line.count(shade) for shade in "█▓▒░") for line in drawn(plan(gpus)).splitlines() if "GB" in line and "░" in line}
