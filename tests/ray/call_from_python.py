@@ -37,10 +37,10 @@ def run_cells(notebook: Path) -> dict[str, Any]:
     return names
 
 
-def interrupted(self: Progress, statuses: Any) -> None:
+def interrupted(self: Progress, statuses: Any, **how: Any) -> None:
     Progress.loading = loading
     _thread.interrupt_main()
-    loading(self, statuses)
+    loading(self, statuses, **how)
 
 
 notebook = Path(sys.argv[1])

@@ -95,7 +95,7 @@ def test_packed_layers_a_stage_killed_in_the_middle_of_a_wave_and_then_the_drive
     wait_for_commits(run, 3, driver)
     driver.kill()
     printed, _ = driver.communicate(timeout=60)
-    assert printed.count("in host memory, waves of 512 tokens") == 2
+    assert printed.count("packed, waves of 512 tokens") == 2
     again = cluster.run("m2ray", "extract", *words(minimax, prompts, run, *options, "--stages", "1"))
     assert again.returncode == 0, again.stdout + again.stderr
     assert_same_run(run, undisturbed)

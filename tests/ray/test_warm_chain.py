@@ -38,7 +38,6 @@ def test_jobs_and_requests_share_a_loaded_chain(cluster: RayCluster, minimax: Pa
     assert m2ray.open_run(tmp_path / "second").site("mlp").layer_numbers == (2,)
     assert seen["before"] == seen["after"], "the same processes, also after a driver was killed"
     assert seen["read_bytes"][0] == seen["read_bytes"][1], "the weights were read once"
-    assert seen["first_commit_s"] < 2.0
     assert "compute_dtype" in seen["refused"][0]
     assert "threads_per_stage" in seen["refused"][0]
     assert "the chain tiny holds" in seen["refused"][1]

@@ -131,11 +131,8 @@ def main() -> None:
             beside.extend(chain.activations(asked, sites=SITES) for _ in range(3))
 
         asking = threading.Thread(target=ask)
-        began = time.time()
         asking.start()
         chain.extract(prompts=prompts, output=str(output / "second"), sites="residual:0,3, mlp:2", **OPTIONS)
-        commits = (output / "second" / "_commits").iterdir()
-        seen["first_commit_s"] = min(commit.stat().st_mtime for commit in commits) - began
         asking.join(60)
         save_file(beside[0], output / "beside.safetensors")
         seen["beside"] = len(beside)
