@@ -353,7 +353,8 @@ class WaveStages(LeverStages):
 def test_nothing_waits_for_ever_whatever_waves_and_bounds_there_are(seed: int) -> None:
     rng = random.Random(seed)
     limits = [rng.choice([0, 1, 2, 3, 7, 50]) * BATCH_TOKENS for _ in range(rng.randint(1, 4))]
-    run = Run(shards=rng.randint(1, 12), in_flight_bytes=rng.choice([1, 2, 5, 100]) * BATCH_BYTES)
+    num_shards = rng.randint(1, 12)
+    run = Run(shards=num_shards, in_flight_bytes=rng.choice([1, 2, 5, 100]) * BATCH_BYTES)
     run.stages = run.chain._stages = WaveStages(limits, rng)  # type: ignore[assignment]
     run.stages.window = rng.choice([1, 3, 40])
 
@@ -362,6 +363,7 @@ def test_nothing_waits_for_ever_whatever_waves_and_bounds_there_are(seed: int) -
         pytest.fail(f"it stands still with {len(run.results)} shards done")
 
     run(script)
+    assert sorted(result.shard.index for result in run.results) == list(range(num_shards)), "each once"
 
 
 def test_waves_are_full_while_work_comes_where_every_stage_has_room_for_one() -> None:
