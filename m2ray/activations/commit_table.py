@@ -23,6 +23,9 @@ from m2ray.storage import Store
 
 _PARTS_A_TASK = 1024
 _FILES_AT_ONCE, _REQUESTS_AT_ONCE = 4, 64
+_PARSED_AT_ONCE = 2
+"""Few: each thread that Arrow allocates in keeps memory of its own."""
+
 _OF_A_PART = ("site", "layer", "key", "num_bytes", "xxh3", "tail_bytes", "tail_xxh3")
 _COMMIT = pa.schema(
     [
@@ -60,11 +63,13 @@ def read_committed(store: Store, job: JobRecord, shards: Iterable[int]) -> Commi
     numbers = sorted(shards)
     step = max(1, _PARTS_A_TASK // max(1, len(job.parts)))
     tasks = [numbers[start : start + step] for start in range(0, len(numbers), step)]
-    with ThreadPoolExecutor(_REQUESTS_AT_ONCE if store.folder is None else _FILES_AT_ONCE, thread_name_prefix="commits") as pool:
+    at_once = _REQUESTS_AT_ONCE if store.folder is None else _FILES_AT_ONCE
+    with ThreadPoolExecutor(at_once, thread_name_prefix="commits") as reading, ThreadPoolExecutor(_PARSED_AT_ONCE) as parsing:
         try:
-            found = list(pool.map(partial(_read, store, job, _Kinds(job)), tasks))
+            found = list(parsing.map(partial(_table, store, job, _Kinds(job)), tasks, reading.map(partial(_read, store), tasks)))
         finally:
-            pool.shutdown(cancel_futures=True)
+            reading.shutdown(cancel_futures=True)
+            parsing.shutdown(cancel_futures=True)
     num_sequences, num_rows = (sum(each[place] for each in found) for place in (1, 2))
     batches = [parts for parts, _, _ in found]
     found.clear()  # sorting frees what it has sorted
@@ -89,9 +94,12 @@ class _Kinds:
         return found if np.array_equal(self.numbers[found], numbers) else None
 
 
-def _read(store: Store, job: JobRecord, kinds: _Kinds, numbers: Sequence[int]) -> tuple[Any, int, int]:
-    """The parts of some shards as a RecordBatch, and how many sequences and rows they have."""
-    data = [store.read(commit_key(number)) for number in numbers]
+def _read(store: Store, numbers: Sequence[int]) -> list[bytes]:
+    return [store.read(commit_key(number)) for number in numbers]
+
+
+def _table(store: Store, job: JobRecord, kinds: _Kinds, numbers: Sequence[int], data: Sequence[bytes]) -> tuple[Any, int, int]:
+    """The parts of some shards as a RecordBatch, and how many sequences and rows they have; `data` is their commits' bytes."""
     commits = _parsed(data) if all(map(is_sealed, data)) else None
     if commits is None or not _are_plain(commits, job, kinds, numbers):
         commits = _parsed([to_json(read_commit(store, job, number)) for number in numbers])
