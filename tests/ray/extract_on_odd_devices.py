@@ -34,7 +34,7 @@ class ActorWithSmallStages(actor.StageActor):
     def _build(self) -> None:
         super()._build()
         SmallStage.fitting_tokens = self.fitting_tokens
-        for stage in self._stages:
+        for stage in self._passage.stages:
             stage.__class__ = SmallStage
 
 
