@@ -47,6 +47,7 @@ class StageSpec:
         any_sites: whether compiled layers show all their sites whatever a job takes, so that no job of other sites makes another graph.
         residency: where those of its layers live that are not kept ready on the device (m2ray.model.residency).
         offload_folder: where layers that are read from files are copied first, there or yet to be made; "" to read the model's own each time.
+        shared: those of its layers in host memory of which one copy serves all processes of the node.
         wave_tokens: padded tokens of the micro-batches that go through a layer before the next, at most; less than two hold: one at a time.
         with_final_norm: whether the stage of the model's last layer loads the final norm, for the site of that name.
         model_files: the files that are needed, and the digest that each has to have (`Checkpoint.digests`); None takes what is there.
@@ -62,6 +63,7 @@ class StageSpec:
     any_sites: bool = False
     residency: Mapping[int, Residency] = field(default_factory=dict)
     offload_folder: str = ""
+    shared: frozenset[int] = frozenset()
     wave_tokens: int = 0
     with_final_norm: bool = False
     model_files: Mapping[str, str] | None = None
@@ -304,7 +306,9 @@ def _load_stage(spec: StageSpec, device: torch.device, lanes: Lanes | None, on_b
     require_attention_to_sinks(skeleton.config, attn_implementation, skeleton.tensors)
     if spec.span.stop > len(skeleton.layers):
         raise ConfigError(f"{spec.span}: the model has layers 0 to {len(skeleton.layers) - 1}.")
-    decoder = DecoderSpan(skeleton, spec.span, device, spec.residency, spec.offload_folder, with_final_norm=spec.with_final_norm)
+    decoder = DecoderSpan(
+        skeleton, spec.span, device, spec.residency, spec.offload_folder, shared=spec.shared, with_final_norm=spec.with_final_norm
+    )
     loaded = load_weights(checkpoint, decoder, on_bytes, lanes)
     if spec.compile:
         decoder.compile_layers(any_sites=spec.any_sites)
