@@ -17,7 +17,7 @@ from m2ray.batches import LayerSpan, MicroBatch, Residency
 from m2ray.chain import actor
 from m2ray.chain.job import Job
 from m2ray.chain.status import StageStatus
-from m2ray.errors import StoreError
+from m2ray.errors import StageMemoryError, StoreError
 from m2ray.model.boundary import Boundary
 from m2ray.model.capture import CaptureSpec
 from m2ray.model.checkpoint import Checkpoint
@@ -189,6 +189,39 @@ def test_nothing_of_a_closed_job_is_in_the_waves_of_the_next_on_a_warm_chain(tmp
     stage.gather(2, 1, 0, "second", ())
     (gathered,) = stage.completed(2, 1, 0).shards
     assert [(receipt.attempt, receipt.rows) for receipt in gathered.receipts] == [("second", 22), ("second", 22)]
+    stage.close()
+
+
+def test_a_wave_that_was_halved_is_whole_again_in_the_next_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_family(tmp_path / "llama", "llama")
+    stage = waving(tmp_path, (0, 5), monkeypatch)
+
+    def no_room(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage._passage.stages[0], "_pass", no_room)
+        for step in range(3):
+            stage.take(0, step, "first", part_of_shard(step), None)
+        stage._passage.compute.drain(30)
+    with pytest.raises(StageMemoryError, match="A wave of 48 padded tokens"):
+        stage.watch(0)
+
+    def done_after_each(epoch: int) -> list[int]:
+        done = []
+        for step in range(3):
+            stage.take(epoch, step, "again", part_of_shard(step), None)
+            stage._passage.compute.drain(30)
+            stage._passage.capture.drain(30)
+            done.append(stage._turns.done)
+        return done
+
+    stage.reset(1, [(0, "first")])
+    assert done_after_each(1) == [1, 2, 3], "two micro-batches find no room in half a wave"
+    stage.close()
+    stage.reset(2, [])
+    stage._take_on(a_job(tmp_path))
+    assert done_after_each(2) == [0, 0, 3]
     stage.close()
 
 

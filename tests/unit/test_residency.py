@@ -232,6 +232,36 @@ def test_model_files_that_change_under_a_run_end_it(llama: Path, tmp_path: Path)
     assert all(equal(rows_of(again), expected)), "a rename changes no file, and what failed is read again"
 
 
+def test_stages_of_a_node_have_one_copy_of_the_layers_in_host_memory(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever of them is still there gives it to the next: nothing is read again, though the bytes are hashed."""
+    spec = replace(spec_of(llama, 0, 5, "bfloat16", all_in("host")), shared=frozenset(range(1, 5)))
+    first = load_capturing(spec)
+    expected = rows_of(first)
+    read = count_reads(monkeypatch)
+    second = load_capturing(spec)
+    layer_bytes = tensor_table(open_checkpoint(str(llama))).packed_bytes()
+    assert sum(read) < 2 * layer_bytes[0], "the embedding, and the layer that each has for itself"
+    assert second.digests == first.digests
+    assert all(equal(rows_of(second), expected))
+    assert all(count == 2 for count in mappings().values())
+    assert len(mappings()) == 4
+    del first
+    gc.collect()
+    read.clear()
+    third = load_capturing(spec)
+    assert sum(read) < 2 * layer_bytes[0]
+    assert all(equal(rows_of(third), expected))
+    del second, third
+    gc.collect()
+    assert not mappings()
+
+
+def mappings() -> dict[str, int]:
+    """How often this process maps each piece of memory that is its node's."""
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if "memfd:m2ray" in line]
+    return {inode: [line[4] for line in lines].count(inode) for inode in {line[4] for line in lines}}
+
+
 def test_a_copy_is_read_in_the_files_place(llama: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(llama, tmp_path / "model")
     stage = load_capturing(spec_of(folder, 0, 5, "float32", all_in("checkpoint"), str(tmp_path / "made" / "here")))
