@@ -120,9 +120,7 @@ class NodeMemory:
                 connection.connect(self._address)
                 pid, uid, _ = _peer(connection)
                 if uid != os.getuid():
-                    raise StageError(
-                        f"Process {pid} of user {uid} listens for this user's layers.", "End it, or ask for one replica a node."
-                    )
+                    raise StageError(f"Process {pid} of user {uid} stands in for this user's.", "End it, or ask for one replica a node.")
                 _, found, _, _ = socket.recv_fds(connection, 1, 1)
             except (ConnectionError, BlockingIOError):  # it has gone, has only begun to listen, or is asked by many
                 if timeout_s <= 0:
@@ -131,15 +129,13 @@ class NodeMemory:
                 return -1
             except TimeoutError:
                 raise self._late(pid) from None
-        if found and (os.fstat(found[0]).st_size, fcntl.fcntl(found[0], fcntl.F_GET_SEALS)) != (self._num_bytes, _SEALS):
+        if found and (os.fstat(found[0]).st_size != self._num_bytes or ~fcntl.fcntl(found[0], fcntl.F_GET_SEALS) & _SEALS):
             os.close(found[0])
             raise StageError(f"Process {pid} has handed over other memory than {self._num_bytes:,} bytes of a layer.", "End it.")
         return found[0] if found else -1
 
     def _late(self, pid: int) -> StageError:
-        what = (
-            f"Another process ({pid}) reads {self._num_bytes:,} bytes of a layer for all of this node, and is not done with them in time."
-        )
+        what = f"Another process ({pid}) reads {self._num_bytes:,} bytes of a layer for all of this node, and was not done in time."
         return StageError(what, "Look at what it waits for, or end it.")
 
 
@@ -187,8 +183,12 @@ def _listen(address: str) -> socket.socket | None:
 
 
 def _allocate(num_bytes: int) -> int:
-    memory = os.memfd_create("m2ray", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    os.ftruncate(memory, num_bytes)
+    try:
+        memory = os.memfd_create("m2ray", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        os.ftruncate(memory, num_bytes)
+    except OSError as error:
+        what = f"{num_bytes:,} bytes of memory for all processes of this node cannot be had: {error.strerror}."
+        raise StageError(what, "Ask for one replica a node.") from error
     fcntl.fcntl(memory, fcntl.F_ADD_SEALS, _SEALS)
     return memory
 
