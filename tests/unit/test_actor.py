@@ -251,7 +251,7 @@ def test_a_job_given_up_while_it_is_begun_is_not_left_begun_with_closed_writers(
     def open_writer(_: Any) -> Any:
         opened.append("writer")
         stage.close()
-        return SimpleNamespace(close=lambda _: opened.remove("writer"))
+        return SimpleNamespace(close=lambda _: opened.clear())
 
     job = Job(CaptureSpec({}, "float32"), SimpleNamespace(queue_bytes=1, open=open_writer), 64)  # type: ignore[arg-type]
     stage._take_on(job)

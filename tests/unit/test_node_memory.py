@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -55,6 +56,18 @@ def porter() -> Iterator[Porter]:
     porter.close()
 
 
+def listening() -> dict[str, str]:
+    """The sockets at which layers are asked for on this machine: by address, the inode."""
+    lines = [line.split() for line in Path("/proc/net/unix").read_text().splitlines() if f"@m2ray-{os.getuid()}-" in line]
+    return {line[7]: line[6] for line in lines}
+
+
+def wait_until_others_listen(before: dict[str, str]) -> None:
+    """Until somebody else listens at each of these addresses."""
+    while any(listening().get(address) in (None, inode) for address, inode in before.items()):
+        time.sleep(0.01)
+
+
 def mapped_bytes(pid: int, what: str) -> int:
     """Rss or Pss of what a process maps of such memory."""
     found, is_ours = 0, False
@@ -80,6 +93,8 @@ def test_two_processes_have_one_copy_that_outlives_the_one_that_filled_it(
     assert [mapped_bytes(pid, "Rss") for pid in (other.pid, os.getpid())] == [NUM_BYTES, NUM_BYTES]
     assert [mapped_bytes(pid, "Pss") for pid in (other.pid, os.getpid())] == [NUM_BYTES // 2, NUM_BYTES // 2]
 
+    listened = {address: inode for address, inode in listening().items() if address.endswith(names[0])}
+    assert len(listened) == 1
     waiting = threading.Thread(target=theirs.wait, args=(30,))
     waiting.start()
     other.kill()
@@ -88,10 +103,9 @@ def test_two_processes_have_one_copy_that_outlives_the_one_that_filled_it(
     assert theirs.is_ours, "what was not filled is to be filled by one that waits"
     assert torch.equal(memory, PATTERN)
     assert mapped_bytes(os.getpid(), "Pss") == NUM_BYTES
+    wait_until_others_listen(listened)
     again = NodeMemory(names[0], NUM_BYTES)
-    while again.is_ours:  # until the one that has it listens for it
-        again.close()
-        again = NodeMemory(names[0], NUM_BYTES)
+    assert not again.is_ours
     again.wait(30)
     assert torch.equal(again.map(writable=True), PATTERN)
     assert not [name for name in os.listdir("/dev/shm") if "m2ray" in name and str(os.getpid()) in name]
@@ -99,13 +113,19 @@ def test_two_processes_have_one_copy_that_outlives_the_one_that_filled_it(
         each.close()
     assert torch.equal(memory, PATTERN), "what is mapped stays"
     anew = NodeMemory(names[0], NUM_BYTES)
+    if not anew.is_ours:
+        anew.wait(30)
     assert anew.is_ours, "nobody has it any more"
     anew.close()
 
 
 @pytest.mark.timeout(60)
-def test_memory_that_does_not_come_or_is_another_is_said(other: subprocess.Popen[str], names: list[str]) -> None:
-    with pytest.raises(StageError, match=rf"Another process \({other.pid}\) reads {NUM_BYTES:,} bytes of a layer for all of this node"):
+def test_memory_that_does_not_come_or_is_another_is_said(names: list[str], porter: Porter) -> None:
+    filled, unfilled = (NodeMemory(name, NUM_BYTES) for name in names)
+    porter.look_after(filled)
+    filled.offer()
+    with pytest.raises(StageError, match=rf"Another process \({os.getpid()}\) reads {NUM_BYTES:,} bytes of a layer for all of this node"):
         NodeMemory(names[1], NUM_BYTES).wait(0.1)
-    with pytest.raises(StageError, match=rf"Process {other.pid} has handed over other memory than 4,096 bytes"):
+    with pytest.raises(StageError, match=rf"Process {os.getpid()} has handed over other memory than 4,096 bytes"):
         NodeMemory(names[0], 4096).wait(30)
+    unfilled.close()

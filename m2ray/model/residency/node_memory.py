@@ -106,6 +106,7 @@ class NodeMemory:
         with self._lock:
             self.is_closed = True
             if self._listening is not None:
+                self._listening.shutdown(socket.SHUT_RDWR)  # the address is free once nobody waits there any more
                 self._listening.close()
             if self._memory >= 0:
                 os.close(self._memory)

@@ -157,4 +157,4 @@ def _name(layer: PackedLayer, checkpoint: Checkpoint) -> str:
     """Of a layer's run: another one for other bytes, and where they lie otherwise."""
     files = checkpoint.versions({read.file for read in layer.reads})
     runs = [(read.file, read.offset, read.stop, read.at) for read in layer.reads]
-    return xxhash.xxh3_128_hexdigest(repr((checkpoint.url, sorted(files.items()), runs, layer.num_bytes)))
+    return xxhash.xxh3_128_hexdigest(repr((checkpoint.url, sorted(files.items()), runs, layer.num_bytes)).encode())
