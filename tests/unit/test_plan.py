@@ -567,7 +567,8 @@ def test_of_layers_that_replicas_have_in_host_memory_a_node_has_one_copy():
     assert not any(shared_layers(each, apart.placed) for each in apart.placed), "on two nodes"
 
     # Room for one copy, and not for two.
-    node = Node("here", parse_gpus("2xH200").nodes[0].gpus, int((both.nodes[0].host_bytes + 2 * READERS_BYTES) / HOST_SHARE) + 1, cpus=16)
+    host_bytes = int((both.nodes[0].host_bytes + 2 * READERS_BYTES) / HOST_SHARE) + 1
+    node = Node("here", parse_gpus("2xH200").nodes[0].gpus, host_bytes=host_bytes)
     filled = plan(Cluster((node,)), offload="auto", **asked)
     assert [list(each.residency.values()).count("checkpoint") for each in filled.placed] == [0, 0]
 
