@@ -31,9 +31,9 @@ from m2ray import __version__
 from m2ray.activations.job import JOB_KEY, Counts, JobRecord, ModelFacts
 from m2ray.activations.writing.writer import WriterSpec
 from m2ray.batches import LayerSpan, MicroBatch, Shard
-from m2ray.chain.actor import Job
 from m2ray.chain.actors import Actors
 from m2ray.chain.driver import Chain, ShardAttempt
+from m2ray.chain.job import Job
 from m2ray.chain.placement import Reservation, Room
 from m2ray.chain.queue import ShardQueue
 from m2ray.chain.stages import Stages

@@ -21,10 +21,10 @@ import ray
 from benchmarks.records import Row, record
 from m2ray.activations.writing.writer import WriterSpec
 from m2ray.batches import LayerSpan, MicroBatch, PartReceipt, Shard
-from m2ray.chain.actor import Job
 from m2ray.chain.actors import Actors
 from m2ray.chain.completion import Completed, GatheredShard
 from m2ray.chain.driver import Chain, ShardAttempt
+from m2ray.chain.job import Job
 from m2ray.chain.replicas import Replicas
 from m2ray.chain.stages import Stages
 from m2ray.chain.status import StageStatus

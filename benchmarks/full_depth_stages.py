@@ -221,7 +221,7 @@ def _hand_on_by(stages: Stages, transport: Transport) -> None:
 
 
 def _set_transport(actor: Any, transport: Transport) -> None:
-    actor._outgoing._transport = transport  # noqa: SLF001 - as above
+    actor._passage.outgoing._transport = transport  # noqa: SLF001 - as above
 
 
 def _of_transports(layers: int, rounds: dict[str, list[tuple[float, str, str]]]) -> list[Row]:

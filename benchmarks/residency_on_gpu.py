@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -32,7 +33,10 @@ from benchmarks.records import Row, record
 from m2ray.batches import CapturedLayer, LayerSpan, MicroBatch, Residency
 from m2ray.model.capture import CaptureSpec
 from m2ray.model.checkpoint import open_checkpoint, tensor_table, up_to_layer
-from m2ray.model.stage import Stage, StageOutput, StageSpec, load_stage
+from m2ray.model.stage import Stage, StageSpec, load_stage
+
+if TYPE_CHECKING:
+    from m2ray.model.stage_output import StageOutput
 
 LAYERS = 12
 SHAPE, TINY_SHAPE = (32, 512), (2, 32)

@@ -1,11 +1,16 @@
 """A request's micro-batches in a stage, between those of a job."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from m2ray.batches import MicroBatch
 from m2ray.model.boundary import Boundary
-from m2ray.model.capture import CaptureSpec, Taking
-from m2ray.model.stage import Stage, StageOutput
+from m2ray.model.capture import CaptureSpec
+from m2ray.model.stage import Stage
+from m2ray.model.stage_output import StageOutput
+
+if TYPE_CHECKING:
+    from m2ray.model.taking import Taking
 
 
 class Answering:

@@ -10,12 +10,12 @@ from m2ray.activations.writing.commits import RunSummary
 from m2ray.activations.writing.weights_record import hold_weights
 from m2ray.activations.writing.writer import WriterSpec
 from m2ray.batches import MicroBatch, Shard
-from m2ray.chain.actor import Job
 from m2ray.chain.actors import Actors, ActorsOfChain
 from m2ray.chain.beginning import Work, begin, plan_of, resume
 from m2ray.chain.checking import check
 from m2ray.chain.driver import Chain
 from m2ray.chain.here import ActorsHere
+from m2ray.chain.job import Job
 from m2ray.chain.joining import cluster, require_cluster
 from m2ray.chain.loading import absolute
 from m2ray.chain.metrics import Metrics

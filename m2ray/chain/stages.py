@@ -11,9 +11,9 @@ from ray.exceptions import GetTimeoutError, RayError
 from m2ray import __version__
 from m2ray.batches import LayerSpan, MicroBatch
 from m2ray.chain import calls
-from m2ray.chain.actor import Job
 from m2ray.chain.actors import START_S, ActorsOfChain
 from m2ray.chain.completion import Completed
+from m2ray.chain.job import Job
 from m2ray.chain.status import StageStatus
 from m2ray.chain.wave import most_in_chain, wave_tokens
 from m2ray.model.stage import StageSpec

@@ -17,7 +17,7 @@ from m2ray.chain.turns import Turns
 from m2ray.config import Transport
 from m2ray.errors import StageError
 from m2ray.model.boundary import Boundary
-from m2ray.model.stage import StageOutput
+from m2ray.model.stage_output import StageOutput
 
 Parcel = Mapping[str, tuple[torch.dtype, npt.NDArray[np.uint8]]]
 """A boundary's tensors by name: the dtype, and the bytes, uint8 [B, T, ..., last axis * itemsize]."""

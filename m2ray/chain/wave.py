@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 from m2ray.batches import MicroBatch
 from m2ray.model.boundary import Boundary
-from m2ray.model.stage import Stage, StageOutput, StageSpec
+from m2ray.model.stage import Stage, StageSpec
+from m2ray.model.stage_output import StageOutput
 from m2ray.planning.memory import MOST_BATCHES, window
 
 

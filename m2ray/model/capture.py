@@ -17,7 +17,7 @@ from m2ray.model.statistics import Statistics
 from m2ray.model.taking_rows import extremes_of
 from m2ray.selection import Selection
 from m2ray.sites import LayersOfSites
-from m2ray.statistics import Asked, Place
+from m2ray.statistics import Asked
 
 COPYING_LAYERS = 3
 """Layers of one micro-batch whose rows are on the GPU at one time: on their way to the host, or yet to be computed. With fewer the GPU waits
@@ -39,28 +39,6 @@ class CaptureSpec:
     store_dtype: str
     selection: Selection = field(default_factory=Selection)
     statistics: Asked = field(default_factory=dict)
-
-
-class Taking:
-    """What is taken of micro-batches: a job's, or a request's.
-
-    Attributes:
-        parts: whose rows each capture holds, in order.
-        statistics: the sites and layers of which it holds statistics, with their kinds.
-        encoder: knows what rows in 8 bits have lost.
-        places: the sites and layers that are looked at.
-    """
-
-    def __init__(
-        self, parts: tuple[PartSpec, ...], counted: Mapping[PartSpec, frozenset[str]], selection: Selection, num_experts: int
-    ) -> None:
-        """`counted`: the parts that statistics are taken of, with the kinds. `num_experts`: of a layer with a router."""
-        self.parts = parts
-        self.statistics: Mapping[Place, frozenset[str]] = {(part.site, part.layer): kinds for part, kinds in counted.items()}
-        self.selection = selection
-        self.encoder = Encoder()
-        self.counting = Statistics(counted, num_experts)
-        self.places = {(part.site, part.layer) for part in (*parts, *counted)}
 
 
 @dataclass(frozen=True)

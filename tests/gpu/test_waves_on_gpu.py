@@ -15,7 +15,8 @@ import m2ray
 from benchmarks.runs import environment
 from m2ray.batches import LayerSpan, MicroBatch, Residency
 from m2ray.model.capture import CaptureSpec
-from m2ray.model.stage import Stage, StageOutput, StageSpec, load_stage
+from m2ray.model.stage import Stage, StageSpec, load_stage
+from m2ray.model.stage_output import StageOutput
 from tests.gpu.test_extract_on_gpu import command, prompts
 from tests.reference import MINIMAX_TINY, make_minimax, micro_batch_of
 

@@ -34,7 +34,7 @@ class ActorWithSmallStages(actor.StageActor):
     def _build(self) -> None:
         super()._build()
         SmallStage.fitting_tokens = self.fitting_tokens
-        for stage in self._stages:
+        for stage in self._passage.stages:
             stage.__class__ = SmallStage
 
 
@@ -48,7 +48,7 @@ def halves(*args: Any) -> Iterator[StageSpec]:
 def nothing_resident(*args: Any) -> Iterator[StageSpec]:
     for spec in one_spec(*args):
         first, *others = range(spec.span.start, spec.span.stop)
-        yield replace(spec, residency={first: "host", **dict.fromkeys(others, "checkpoint")})
+        yield replace(spec, residency={first: "host", **dict.fromkeys(others, "checkpoint")}, wave_tokens=512)
 
 
 actor.StageActor = ActorWithSmallStages

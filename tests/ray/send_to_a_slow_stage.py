@@ -15,7 +15,8 @@ import ray
 
 from m2ray.activations.writing.writer import WriterSpec
 from m2ray.batches import LayerSpan, MicroBatch
-from m2ray.chain.actor import Job, actor_class
+from m2ray.chain.actor import actor_class
+from m2ray.chain.job import Job
 from m2ray.model.capture import CaptureSpec
 from m2ray.model.stage import StageSpec
 from tests.reference import make_family

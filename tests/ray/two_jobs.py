@@ -21,11 +21,11 @@ from ray.exceptions import RayError
 from m2ray.activations.writing.writer import WriterSpec
 from m2ray.batches import LayerSpan
 from m2ray.chain import beginning, extract
-from m2ray.chain.actor import Job
 from m2ray.chain.actors import Actors
 from m2ray.chain.checking import look
 from m2ray.chain.driver import Chain, ShardAttempt
 from m2ray.chain.failure import cause_of
+from m2ray.chain.job import Job
 from m2ray.chain.placement import Reservation, Room
 from m2ray.chain.progress import Progress
 from m2ray.chain.queue import ShardQueue

@@ -15,8 +15,9 @@ from ray.exceptions import GetTimeoutError
 from m2ray.activations.writing.writer import WriterSpec
 from m2ray.batches import LayerSpan, MicroBatch, Residency
 from m2ray.chain import actor
+from m2ray.chain.job import Job
 from m2ray.chain.status import StageStatus
-from m2ray.errors import StoreError
+from m2ray.errors import StageMemoryError, StoreError
 from m2ray.model.boundary import Boundary
 from m2ray.model.capture import CaptureSpec
 from m2ray.model.checkpoint import Checkpoint
@@ -59,8 +60,8 @@ def test_what_a_failed_load_held_is_given_back_before_the_next(tmp_path: Path, m
 
 def test_receipts_are_not_collected_before_the_rows_of_the_last_micro_batch_are_with_the_writer(monkeypatch: pytest.MonkeyPatch) -> None:
     stage = stage_of(StageSpec("", LayerSpan(0, 5), "float32", "auto", "cpu", 1), monkeypatch)
-    stage._consumers = (SimpleNamespace(collect=lambda *collected: collected[:2]),)
-    stage._limit_s = 0.01
+    monkeypatch.setattr(stage._passage, "job", SimpleNamespace(collect=lambda *collected: collected[:2]))
+    monkeypatch.setattr(stage._passage, "limit_s", 0.01)
     stage._turns.finish_step(0)
     stage.gather(0, 1, 7, "attempt", ())
     with pytest.raises(GetTimeoutError, match="for the rows of micro-batch 1"):
@@ -81,13 +82,17 @@ def test_a_reset_that_comes_late_does_nothing(monkeypatch: pytest.MonkeyPatch) -
     assert stage._turns.epoch == 7
 
 
+def a_job(folder: Path) -> Job:
+    return Job(CaptureSpec({"residual": (1, 3)}, "float32"), WriterSpec(str(folder / "run"), {}, 1 << 20, 1), 16)
+
+
 def waving(folder: Path, span: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> actor.StageActor:
     """A stage that has begun a job, with waves of three micro-batches of 16 tokens."""
     residency: dict[int, Residency] = dict.fromkeys(range(5), "host")
     spec = StageSpec(str(folder / "llama"), LayerSpan(*span), "float32", "auto", "cpu", 1, residency=residency, wave_tokens=50)
     stage = stage_of(spec, monkeypatch)
     stage._build()
-    stage._take_on(actor.Job(CaptureSpec({"residual": (1, 3)}, "float32"), WriterSpec(str(folder / "run"), {}, 1 << 20, 1), 16))
+    stage._take_on(a_job(folder))
     return stage
 
 
@@ -100,8 +105,8 @@ def test_micro_batches_wait_for_a_wave_until_it_is_full_or_nothing_more_can_come
     stage, done = waving(tmp_path, (0, 5), monkeypatch), []
     for step in range(5):
         stage.take(0, step, "attempt", part_of_shard(step), None)
-        stage._compute.drain(30)
-        stage._capture.drain(30)
+        stage._passage.compute.drain(30)
+        stage._passage.capture.drain(30)
         done.append(stage._turns.done)
     assert done == [0, 0, 3, 3, 3]
     stage.mark(0, 4)
@@ -117,13 +122,13 @@ def test_hidden_states_are_held_until_they_are_sent_and_not_until_their_rows_are
 ) -> None:
     make_family(tmp_path / "llama", "llama")
     stage, sent, outputs = waving(tmp_path, (0, 4), monkeypatch), [], []
-    monkeypatch.setattr(stage, "_successor", SimpleNamespace(take=SimpleNamespace(remote=lambda *_: None)))
-    monkeypatch.setattr(stage._outgoing, "payload", lambda _, output: sent.append(output.boundary))
-    monkeypatch.setattr(stage, "_wait_until_taken", lambda *_: None)
-    monkeypatch.setattr(stage, "_give_to_writer", lambda *given: outputs.append(given[2]))
+    monkeypatch.setattr(stage._passage, "successor", SimpleNamespace(take=SimpleNamespace(remote=lambda *_: None)))
+    monkeypatch.setattr(stage._passage.outgoing, "payload", lambda _, output: sent.append(output.boundary))
+    monkeypatch.setattr(stage._passage, "_wait_until_taken", lambda *_: None)
+    monkeypatch.setattr(stage._passage, "_give_to_writer", lambda *given: outputs.append(given[2]))
     for step in range(3):
         stage.take(0, step, "attempt", part_of_shard(step), None)
-    for door in (stage._compute, stage._send, stage._capture):
+    for door in (stage._passage.compute, stage._passage.send, stage._passage.capture):
         door.drain(30)
     assert len(sent) == 3
     assert all(sent)
@@ -142,18 +147,18 @@ def test_half_a_wave_goes_with_its_epoch(tmp_path: Path, monkeypatch: pytest.Mon
         held.append(weakref.ref(hidden_BTH))
         return Boundary(hidden_BTH)
 
-    monkeypatch.setattr(stage._incoming, "receive", receive)
+    monkeypatch.setattr(stage._passage.incoming, "receive", receive)
     for step in range(2):
         stage.take(0, step, "first", part_of_shard(step), {})
     stage.mark(0, 4)
-    stage._compute.drain(30)
+    stage._passage.compute.drain(30)
     assert all(each() is not None for each in held)
     stage.reset(1, [(0, "first")])
     assert [each() for each in held] == [None, None]
     for step in range(5):
         stage.take(1, step, "second", part_of_shard(step), {})
-    stage._compute.drain(30)
-    stage._capture.drain(30)
+    stage._passage.compute.drain(30)
+    stage._passage.capture.drain(30)
     assert stage._turns.done == 3
     stage.mark(1, 4)
     stage.gather(1, 4, 0, "second", ())
@@ -167,25 +172,56 @@ def test_nothing_of_a_closed_job_is_in_the_waves_of_the_next_on_a_warm_chain(tmp
     """A chain that stands is told to close a job and to begin another epoch: half a wave, and a mark further on than the next job goes."""
     make_family(tmp_path / "llama", "llama")
     stage = waving(tmp_path, (0, 5), monkeypatch)
-    job = stage._job
-    assert job is not None
     for step in range(2):
         stage.take(0, step, "first", part_of_shard(step), None)
     stage.mark(0, 99)
-    stage._compute.drain(30)
+    stage._passage.compute.drain(30)
     stage.close()
     stage.reset(1, [])
     stage.reset(2, [])
-    stage._take_on(job)
+    stage._take_on(a_job(tmp_path))
     for step in range(2):
         stage.take(2, step, "second", replace(part_of_shard(step), is_last=step == 1), None)
     stage.mark(2, 1)
-    stage._compute.drain(30)
-    stage._capture.drain(30)
+    stage._passage.compute.drain(30)
+    stage._passage.capture.drain(30)
     assert stage._turns.done == 2
     stage.gather(2, 1, 0, "second", ())
     (gathered,) = stage.completed(2, 1, 0).shards
     assert [(receipt.attempt, receipt.rows) for receipt in gathered.receipts] == [("second", 22), ("second", 22)]
+    stage.close()
+
+
+def test_a_wave_that_was_halved_is_whole_again_in_the_next_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_family(tmp_path / "llama", "llama")
+    stage = waving(tmp_path, (0, 5), monkeypatch)
+
+    def no_room(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage._passage.stages[0], "_pass", no_room)
+        for step in range(3):
+            stage.take(0, step, "first", part_of_shard(step), None)
+        stage._passage.compute.drain(30)
+    with pytest.raises(StageMemoryError, match="A wave of 48 padded tokens"):
+        stage.watch(0)
+
+    def done_after_each(epoch: int) -> list[int]:
+        done = []
+        for step in range(3):
+            stage.take(epoch, step, "again", part_of_shard(step), None)
+            stage._passage.compute.drain(30)
+            stage._passage.capture.drain(30)
+            done.append(stage._turns.done)
+        return done
+
+    stage.reset(1, [(0, "first")])
+    assert done_after_each(1) == [1, 2, 3], "two micro-batches find no room in half a wave"
+    stage.close()
+    stage.reset(2, [])
+    stage._take_on(a_job(tmp_path))
+    assert done_after_each(2) == [0, 0, 3]
     stage.close()
 
 
@@ -207,19 +243,20 @@ def test_a_stage_answers_requests_with_and_without_a_job(tmp_path: Path, monkeyp
 
 def test_a_job_given_up_while_it_is_begun_is_not_left_begun_with_closed_writers(monkeypatch: pytest.MonkeyPatch) -> None:
     """A warm chain's driver may die at that moment; the same command then brings the same job."""
-
-    class GivenUp(actor.StageActor):
-        def __setattr__(self, name: str, value: Any) -> None:
-            super().__setattr__(name, value)
-            if name == "_consumers" and value:
-                self.close()
-
-    closed: list[str] = []
-    monkeypatch.setattr(actor, "StageActor", GivenUp)
+    opened: list[str] = []
     monkeypatch.setattr(actor, "warm_up", lambda *_: None)
     stage = stage_of(StageSpec("", LayerSpan(0, 5), "float32", "auto", "cpu", 1), monkeypatch)
-    stage._stages = [SimpleNamespace(begin=lambda _: None, parts=(), statistics={})]  # type: ignore[list-item]
-    writer: Any = SimpleNamespace(queue_bytes=1, open=lambda _: SimpleNamespace(close=lambda _: closed.append("writer")))
-    stage._take_on(actor.Job(CaptureSpec({}, "float32"), writer, 64))
-    assert closed == ["writer"]
-    assert stage._job is None, "the same job opens another writer"
+    stage._passage.stages = [SimpleNamespace(begin=lambda _: None, parts=(), statistics={})]  # type: ignore[list-item]
+
+    def open_writer(_: Any) -> Any:
+        opened.append("writer")
+        stage.close()
+        return SimpleNamespace(close=lambda _: opened.clear())
+
+    job = Job(CaptureSpec({}, "float32"), SimpleNamespace(queue_bytes=1, open=open_writer), 64)  # type: ignore[arg-type]
+    stage._take_on(job)
+    stage._take_on(job)
+    assert opened == ["writer"], "one writer, which is open"
+    stage.close()
+    stage._take_on(job)
+    assert opened == ["writer"], "what was closed is not gone on with"

@@ -196,7 +196,7 @@ from m2ray.model.stage import StageSpec
 here._LEAVE_S = here._END_S = 0.2
 actors = here.ActorsHere([[StageSpec(sys.argv[1], LayerSpan(0, 1), "float32", "auto", "cpu", None)]], 1.0)
 actors.start(0)
-actors.handles[0]._actor._compute.thread.submit(time.sleep, 600)
+actors.handles[0]._actor._passage.compute.thread.submit(time.sleep, 600)
 actors.end()
 print("the program goes on")
 """

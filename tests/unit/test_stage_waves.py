@@ -11,7 +11,8 @@ import pytest
 from m2ray.batches import LayerSpan, MicroBatch, Residency
 from m2ray.model.boundary import CONTRACTS, Boundary
 from m2ray.model.capture import CaptureSpec
-from m2ray.model.stage import Stage, StageOutput, StageSpec, layer_runs, load_stage
+from m2ray.model.stage import Stage, StageSpec, layer_runs, load_stage
+from m2ray.model.stage_output import StageOutput
 from m2ray.selection import Selection
 from tests.reference import make_family, micro_batch_of, same_bits
 

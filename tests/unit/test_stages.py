@@ -11,8 +11,8 @@ from ray.exceptions import ActorDiedError, GetTimeoutError
 from m2ray.activations.writing.writer import WriterSpec
 from m2ray.batches import LayerSpan
 from m2ray.chain import stages as module
-from m2ray.chain.actor import Job
 from m2ray.chain.completion import Completed
+from m2ray.chain.job import Job
 from m2ray.chain.stages import Stages
 from m2ray.chain.status import StageStatus
 from m2ray.model.capture import CaptureSpec
