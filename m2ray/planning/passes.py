@@ -40,15 +40,16 @@ def computing_s(demand: Demand, placed: DevicePlan) -> float | None:
     return None if rate is None else 2 * active_elements(demand.rows(placed.held), demand.shape) / rate
 
 
-def pass_s(demand: Demand, placed: DevicePlan, tokens: float, *, with_bringing: bool = True) -> float | None:
+def pass_s(demand: Demand, placed: DevicePlan, tokens: float, *, with_bringing: bool = True, slowed: float = 1.0) -> float | None:
     """Of so many tokens through all layers of a device, each of which is unpacked and brought once; None where computing is not known.
 
-    A layer comes while the one before it runs, so the slower of the two counts; without `with_bringing`, running alone.
+    A layer comes while the one before it runs, so the slower of the two counts; without `with_bringing`, running alone. `slowed` is how much
+    longer running takes than in micro-batches as they were measured.
     """
     computing = computing_s(demand, placed)
     if computing is None:
         return None
-    running_s = computing * tokens / len(placed.held)
+    running_s = slowed * computing * tokens / len(placed.held)
     return sum(
         max(running_s + _unpacking_s(demand, placed, layer), _bringing_s(demand, placed, layer) if with_bringing else 0.0)
         for layer in _layers(placed.held)
