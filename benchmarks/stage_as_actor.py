@@ -160,8 +160,8 @@ def allocations() -> dict[str, float]:
     host = torch.cuda.host_memory_stats()
     return {
         "pinned allocations": host["num_host_alloc"],
-        "seconds of them": host["host_alloc_time.total"] / 1e6,
-        "GPU allocations": torch.cuda.memory_stats()["num_device_alloc"],
+        "seconds of them": host.get("host_alloc_time.total", 0) / 1e6,
+        "GPU allocations": torch.cuda.memory_stats().get("num_device_alloc", 0),
     }
 
 
