@@ -27,6 +27,7 @@ def main() -> None:
     parser.add_argument("--stages", type=int, default=2)
     parser.add_argument("--times", type=int, default=6)
     parser.add_argument("--memory", type=Path, default=MEMORY / "m2ray", help="a folder of a file system in memory")
+    parser.add_argument("--starts", type=int, default=2, help="1: no second one")
     parser.add_argument("--tiny", action="store_true", help="small layers, printed and not recorded")
     options = parser.parse_args()
     folder, memory = options.folder.resolve(), options.memory.resolve()
@@ -37,7 +38,7 @@ def main() -> None:
         measure_profile(profile, memory, model, BATCH_TOKENS)
     depth = Depth(folder, memory, options.layers, options.stages, len(prompts.texts), 0, options.tiny)
     rows: list[Row] = []
-    for name in ("first", "second"):
+    for name in ("first", "second")[: options.starts]:
         found = run(depth, f"short-{name}", prompts, model=model, stages=options.stages, batch_tokens="auto")
         rows += rows_of(f"{len(prompts.texts):,} prompts, the {name} time", found)
         title = f"A short run: {options.layers} layers at MiniMax-M2's real dimensions, {options.stages} stages"
