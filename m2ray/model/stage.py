@@ -200,7 +200,9 @@ class Stage:
         """
         self._pinned = PinnedRuns(batch_tokens)
         config, attention = self._decoder.skeleton.config, self._decoder.skeleton.attn_implementation
-        if self._on_gpu and self.parts and self._of_the_job.selection.is_all:  # chosen tokens' rows are few: a run or two, which the first take
+        if (
+            self._on_gpu and self.parts and self._of_the_job.selection.is_all
+        ):  # chosen tokens' rows are few: a run or two, which the first take
             of_runs = [parts_of_span(self.parts, layers, config.num_hidden_layers) for layers in self._runs]
             pin_rows(self.parts, of_runs, batch_tokens, waiting_bytes)
         shapes = shapes_that_may_come(batch_tokens, default_max_length(config), attention)
