@@ -71,10 +71,8 @@ def plan_rates(demand: Demand, placed: Sequence[DevicePlan], prompts: PromptStat
     rows_a_token = prompts.rows_a_token if prompts else 1.0
     token_bytes = rows_a_token * sum(stored_row_bytes(part, options.compression) for part in options.parts)
 
-    slowed = 1.0 if prompts is None else _slowed(demand, prompts)
-
     def computing(each: DevicePlan, tokens: int) -> float | None:
-        return pass_s(demand, each, tokens, with_bringing=False, slowed=slowed if each.device.gpu else 1.0)
+        return pass_s(demand, each, tokens, with_bringing=False, slowed=_slowed(demand, each, prompts))
 
     computed = assumed.tokens_per_s or _tokens_per_s(demand, placed, padding_waste, computing)
     found: dict[Limit, float | None] = {
@@ -107,9 +105,9 @@ def plan_rates(demand: Demand, placed: Sequence[DevicePlan], prompts: PromptStat
     )
 
 
-def _slowed(demand: Demand, prompts: PromptStats) -> float:
+def _slowed(demand: Demand, placed: DevicePlan, prompts: PromptStats | None) -> float:
     """How much longer a padded token takes a GPU in the prompts' micro-batches than in those that were measured: each has a fixed cost."""
-    if not prompts.micro_batches:
+    if placed.device.gpu is None or prompts is None or not prompts.micro_batches:
         return 1.0
     profile, mean_tokens = demand.assumed.profile, prompts.padded_tokens / prompts.micro_batches
     measured_tokens = profile.tokens_at(compiled=demand.options.compile) if profile else MEASURED_TOKENS

@@ -95,6 +95,8 @@ def test_small_micro_batches_pay_more_often_what_each_costs() -> None:
     assert rates[0] == pytest.approx(0.9 * profiled().rates.limits["computation"]), "those that were measured"
     assert rates[1] == pytest.approx(rates[0] * (16_384 + 1_700) / 16_384 * 8_192 / (8_192 + 1_700))
     assert profiled(prompts=replace(PROMPTS, micro_batches=0)).rates.limits["computation"] > 0
+    stated = profiled(profile=replace(PROFILE, layer=PROFILE.layer[:2]), prompts=half, tokens_per_s=1000.0, compile=True)
+    assert stated.rates.limits["computation"] == 1000, "who states a rate needs no measured layer"
 
 
 H200S = Profile(
