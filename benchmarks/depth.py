@@ -68,14 +68,14 @@ class Ran:
     """An extraction: its report.json, what `m2ray plan` says of it, when each shard was committed (seconds since 1970) and with how many tokens.
 
     Attributes:
-        plan_s: by the plan, of the prompts; None without GPUs and profile.
+        rates: by the plan, as its JSON has them; what needs GPUs or a profile is None there.
         driver_cores: of the driver's process, while shards were committed.
         wall_s: of the command, from its start to its end.
     """
 
     report: dict[str, Any]
     commits: list[tuple[float, int]]
-    plan_s: float | None
+    rates: dict[str, Any]
     driver_cores: float
     wall_s: float
 
@@ -85,7 +85,7 @@ class Ran:
 
     @property
     def planned_tokens_per_s(self) -> float | None:
-        return None if self.plan_s is None else self.report["tokens"] / self.plan_s
+        return self.report["tokens"] / self.rates["duration_s"] if self.rates["duration_s"] else None
 
 
 def run(depth: Depth, name: str, prompts: Prompts, strike: Strike | None = None, **options: object) -> Ran:
@@ -112,7 +112,7 @@ def run(depth: Depth, name: str, prompts: Prompts, strike: Strike | None = None,
     shutil.rmtree(folder)
     inside = [(at, cpu) for at, cpu in used if done[0][0] <= at <= done[-1][0]] or used[-2:]
     cores = (inside[-1][1] - inside[0][1]) / max(1e-3, inside[-1][0] - inside[0][0])
-    return Ran(report, done, plan.result()["rates"]["duration_s"], cores, wall_s)
+    return Ran(report, done, plan.result()["rates"], cores, wall_s)
 
 
 def gpus_here() -> dict[str, str]:

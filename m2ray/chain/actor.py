@@ -6,6 +6,7 @@ the first stage, which gets the micro-batches, and to the last, which knows what
 
 import gc
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from m2ray.chain.transport import Parcel, Payload, receive, send
 from m2ray.chain.turns import Turns
 from m2ray.config import Transport
 from m2ray.model.capture import CaptureSpec
+from m2ray.model.interpreter import quick_switches
 from m2ray.model.stage import StageSpec
 
 if TYPE_CHECKING:
@@ -54,6 +56,8 @@ class StageActor:
         self._status = status_here(specs)
         """Of what it does beside jobs."""
         self._passage = Passage(specs, self._turns, self._status, transport, timeout_s)
+        self._switches = ExitStack()
+        self._switches.enter_context(quick_switches())  # between its computation and its writer
 
     # -- beginning ----------------------------------------------------------------------------------------------------
 
@@ -229,6 +233,7 @@ class StageActor:
         self._turns.begin(self._turns.epoch + 1)
         for thread in self._passage.threads:
             thread.shutdown(wait=False, cancel_futures=True)
+        self._switches.close()
 
     @property
     def threads(self) -> "list[ThreadPoolExecutor]":

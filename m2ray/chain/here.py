@@ -24,7 +24,6 @@ from m2ray.chain.stopping import GOES_ON
 from m2ray.chain.wave import most_in_chain
 from m2ray.config import ExtractConfig
 from m2ray.errors import StageError
-from m2ray.model.interpreter import quick_switches
 from m2ray.model.stage import StageSpec
 from m2ray.planning.hardware import Cluster
 
@@ -104,12 +103,10 @@ class ActorsHere:
         self._specs = specs
         self._timeout_s = timeout_s
         self._threads_before = torch.get_num_threads()
-        self._switches = ExitStack()
         self.handles: list[Any] = []
 
     def start(self, epoch: int) -> None:
         """Start it, in the epoch that the chain is in."""
-        self._switches.enter_context(quick_switches())  # between its computation and its writer
         self.handles = [ActorHere(specs, self._timeout_s, epoch) for specs in self._specs]
 
     def restart(self, lost: Mapping[int, StageStatus | None], _epoch: int) -> bool:
@@ -131,7 +128,6 @@ class ActorsHere:
         if leaving.is_alive():
             _end_with_the_program(leaving)
         torch.set_num_threads(self._threads_before)
-        self._switches.close()
 
 
 def _end_with_the_program(leaving: threading.Thread) -> None:

@@ -103,7 +103,7 @@ def summary_lines(plan: Plan, run: RunStatus) -> list[str]:
     """The end of a run in a few lines."""
     if run.tokens_per_s is None or not run.stages:
         return ["Nothing was extracted: every shard was there."]
-    planned = "" if plan.rates.tokens_per_s is None else f" (planned {plan.rates.tokens_per_s:,.0f})"
+    planned = "" if plan.run_tokens_per_s is None else f" (planned {plan.run_tokens_per_s:,.0f})"
     planned_output = "" if plan.output is None else f" (planned {bytes_in_words(plan.output.num_bytes)})"
     lines = [
         (
@@ -163,7 +163,7 @@ def build_report(plan: Plan, run_id: str, run: RunStatus) -> dict[str, Any]:
         "load_s": run.load_s,
         "extract_s": run.extract_s,
         "tokens": run.tokens,
-        "tokens_per_s": {"planned": plan.rates.tokens_per_s, "measured": run.tokens_per_s},
+        "tokens_per_s": {"planned": plan.run_tokens_per_s, "measured": run.tokens_per_s},
         "padding_waste": {"planned": plan.prompts.padding_waste if plan.prompts else None, "measured": run.padding_waste},
         "parameter_bytes": {
             "planned": sum(_planned_weights(plan, planned) for planned, _ in run.stages),

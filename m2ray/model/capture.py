@@ -70,11 +70,11 @@ class Capture:
         encoder: Encoder,
         copy_stream: "torch.cuda.Stream | None",
         statistics: Statistics | None = None,
-        run_rows: int = 0,
+        pinned: PinnedRuns | None = None,
     ) -> None:
-        """`run_rows`: of pinned memory, as PinnedRuns takes them."""
+        """`pinned`: the host's memory for rows from a GPU; None takes what each part needs."""
         self._micro_batch = micro_batch
-        self._runs = PinnedRuns(run_rows)
+        self._pinned = pinned or PinnedRuns()
         self._kept = frozenset(parts)
         self._statistics = statistics or Statistics()
         self._parts = {(part.site, part.layer): part for part in (*parts, *self._statistics.kinds)}
@@ -119,13 +119,8 @@ class Capture:
         self._taken.clear()
 
     def _on_host(self, rows: _Rows) -> _Rows:
-        """One part's rows in pinned memory, of at least as many as the micro-batch has tokens, if all are kept; and what goes with them."""
-        room = self._micro_batch.padded_tokens if self._selection.is_all else 0
-        parts_left = len(self._kept - self._captured.keys())
-        columns = tuple(
-            self._copied_to(self._runs.take((max(room, len(values)), *values.shape[1:]), values.dtype, parts_left)[: len(values)], values)
-            for values in rows.columns
-        )
+        """One part's rows in pinned memory, and what goes with them."""
+        columns = tuple(self._copied_to(self._pinned.take(tuple(values.shape), values.dtype), values) for values in rows.columns)
         extremes, statistics = (
             [self._copied_to(_pinned_like(values), values) for values in few] for few in (rows.extremes, rows.statistics.values())
         )

@@ -19,6 +19,7 @@ from m2ray.model.eight_bits import Encoder, Losses
 from m2ray.model.families import default_max_length
 from m2ray.model.gpu_loading import Lanes
 from m2ray.model.interpreter import quick_switches, without_collector
+from m2ray.model.pinned import PinnedRuns
 from m2ray.model.sending import send
 from m2ray.model.skeleton import build_skeleton
 from m2ray.model.stage_output import StageOutput, Timed
@@ -96,8 +97,7 @@ class Stage:
         self._arriving = Arriving(config, DTYPES[spec.compute_dtype], decoder.device)
         self._copy_out = torch.cuda.Stream(decoder.device) if self._on_gpu else None
         self._running: deque[torch.cuda.Event] = deque()
-        self._full_tokens = 0
-        """Of a full micro-batch, once the warm-up tells."""
+        self._pinned = PinnedRuns()
         self._runs = layer_runs(spec.span, spec.residency)
         self._watching: Taking | None = None
         self.begin(CaptureSpec({}, spec.compute_dtype))
@@ -172,7 +172,7 @@ class Stage:
             self._watching = taking
         parts = parts_of_span(taking.parts, layers, self._decoder.skeleton.config.num_hidden_layers)
         with torch.inference_mode(), _current(self._decoder.device):
-            capture = Capture(micro_batch, parts, taking.selection, taking.encoder, self._copy_out, taking.counting, self._full_tokens)
+            capture = Capture(micro_batch, parts, taking.selection, taking.encoder, self._copy_out, taking.counting, self._pinned)
             token_ids_BT = torch.tensor(micro_batch.token_ids_BT, dtype=torch.int64)
             if self._on_gpu:
                 token_ids_BT = send(token_ids_BT, self._decoder.device)
@@ -201,9 +201,11 @@ class Stage:
             waiting_bytes: of captured rows that may wait for the store.
             on_left: called with the micro-batches that are still to run, before the first and after each.
         """
-        self._full_tokens = batch_tokens
+        self._pinned = PinnedRuns(batch_tokens)
         config, attention = self._decoder.skeleton.config, self._decoder.skeleton.attn_implementation
-        if self._on_gpu and self.parts and self._of_the_job.selection.is_all:  # rows of chosen tokens come in pieces of any size
+        if (
+            self._on_gpu and self.parts and self._of_the_job.selection.is_all
+        ):  # chosen tokens' rows are few: a run or two, which the first take
             of_runs = [parts_of_span(self.parts, layers, config.num_hidden_layers) for layers in self._runs]
             pin_rows(self.parts, of_runs, batch_tokens, waiting_bytes)
         shapes = shapes_that_may_come(batch_tokens, default_max_length(config), attention)

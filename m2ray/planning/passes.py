@@ -12,9 +12,9 @@ SUSTAINED_SHARE = {False: 0.22, True: 0.39}
 """Of the peak bfloat16 operations, not compiled and compiled: two for each weight that a token meets, on an H200 with real-size
 MiniMax-M2 layers, 8 x 2048 tokens, grouped experts, 23.7 and 13.3 ms a layer (benchmarks/results/gpu_stage_h200.json)."""
 
-SUSTAINED_SHARE_DENSE = {False: 0.39, True: 0.6}
-"""The same of layers without experts, neither of them measured: compiled, inferred from a plan with 0.39 of Llama-70B's widths, which was 0.63 of
-the rate that an H200 reached then (0.39 / 0.63 is 0.62; that run is not in benchmarks/results); not compiled, guessed."""
+SUSTAINED_SHARE_DENSE = {False: 0.39, True: 0.57}
+"""The same of layers without experts. Compiled: Llama-8B's widths on an H200, 12.8 ms for 8 x 2048 tokens (30 November 2026; 32 x 512 take 12.1); a plan
+with 0.39 of Llama-70B's was 0.63 of the rate that was reached, which would be 0.62. Not compiled: guessed."""
 
 COPY_BYTES_PER_S = 51 * 2**30
 """Between one GPU and pinned host memory, either way, measured on an H200 behind PCIe 5."""
@@ -40,15 +40,16 @@ def computing_s(demand: Demand, placed: DevicePlan) -> float | None:
     return None if rate is None else 2 * active_elements(demand.rows(placed.held), demand.shape) / rate
 
 
-def pass_s(demand: Demand, placed: DevicePlan, tokens: float, *, with_bringing: bool = True) -> float | None:
+def pass_s(demand: Demand, placed: DevicePlan, tokens: float, *, with_bringing: bool = True, slowed: float = 1.0) -> float | None:
     """Of so many tokens through all layers of a device, each of which is unpacked and brought once; None where computing is not known.
 
-    A layer comes while the one before it runs, so the slower of the two counts; without `with_bringing`, running alone.
+    A layer comes while the one before it runs, so the slower of the two counts; without `with_bringing`, running alone. `slowed` is how much
+    longer running takes than in micro-batches as they were measured.
     """
     computing = computing_s(demand, placed)
     if computing is None:
         return None
-    running_s = computing * tokens / len(placed.held)
+    running_s = slowed * computing * tokens / len(placed.held)
     return sum(
         max(running_s + _unpacking_s(demand, placed, layer), _bringing_s(demand, placed, layer) if with_bringing else 0.0)
         for layer in _layers(placed.held)

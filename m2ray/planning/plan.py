@@ -101,6 +101,12 @@ class Plan(Placing):
             )
 
     @property
+    def run_tokens_per_s(self) -> float | None:
+        """Real tokens a second of the whole run, from loaded stages to the last commit; without prompts, of the computation alone. None: not known."""
+        duration_s = self.rates.duration_s
+        return self.rates.tokens_per_s if duration_s is None or self.prompts is None else self.prompts.tokens / duration_s
+
+    @property
     def limiting_resource(self) -> str | None:
         """What is short, or else what will hold the run back; None where that is not known."""
         return self.shortages[0].resource if self.shortages else self.rates.limiting

@@ -72,10 +72,18 @@ class Profile:
         Raises:
             ConfigError: no compiled (or no other) layer was run.
         """
-        rates = [time.tokens_per_s for time in self.layer if time.compiled == compiled]
-        if not rates:
+        return 2 * self.active_elements * self._slowest(compiled=compiled).tokens_per_s
+
+    def tokens_at(self, *, compiled: bool) -> int:
+        """Of the micro-batches at which that was measured. Raises ConfigError as `operations_per_s`."""
+        slowest = self._slowest(compiled=compiled)
+        return slowest.sequences * slowest.length
+
+    def _slowest(self, *, compiled: bool) -> LayerTime:
+        times = [time for time in self.layer if time.compiled == compiled]
+        if not times:
             raise ConfigError(f"The profile has no layer {'compiled' if compiled else 'that was not compiled'}.", _AGAIN)
-        return 2 * self.active_elements * min(rates)
+        return min(times, key=lambda time: time.tokens_per_s)
 
     def require(self, compute_dtype: str, gpu_names: Sequence[str | None]) -> None:
         """Raise ConfigError, unless it was taken in this dtype and on GPUs like all of these (None for a CPU)."""

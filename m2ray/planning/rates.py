@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from m2ray.batches import PromptStats
+from m2ray.planning.batch_size import ON_GPU
 from m2ray.planning.demand import Demand
 from m2ray.planning.devices import DevicePlan
 from m2ray.planning.output import stored_row_bytes
@@ -12,13 +13,20 @@ from m2ray.planning.passes import COPY_BYTES_PER_S, bringing_s, pass_s
 
 Limit = Literal["computation", "device_to_host_copy", "offload", "encoder", "store"]
 
+MEASURED_TOKENS = 16_384
+"""Of the micro-batches by whose time a GPU's rate is known from its name (m2ray.planning.passes)."""
+
+ENDS_S = 0.15
+"""Of a run, at its ends: until the first micro-batch is computed, and from the last one's rows on the host to their commit."""
+
 
 @dataclass(frozen=True)
 class RatePlan:
     """Speeds of all chains together, in real tokens a second.
 
     Attributes:
-        tokens_per_s: what is assumed: stated by the user, or estimated from the computation; None where neither is known.
+        tokens_per_s: what is assumed: stated by the user, or estimated from the computation, in micro-batches of the prompts' sizes where they are
+            known; None where neither is known.
         is_stated: whether the user stated it.
         is_measured: whether it comes of a profile that `m2ray bench` took.
         store_bytes_per_s: what the store must take at that rate; None where the rate is not known.
@@ -26,8 +34,8 @@ class RatePlan:
         limiting: the one that allows least, of the stages' own with the time to fill and drain the chains.
         filled_share: of the time in which a chain works, the share in which each stage does: S stages need M + S - 1 steps for M
             micro-batches; None without prompts.
-        duration_s: of the given prompts at that least rate, with the time to fill and drain the chains unless the rate was stated; None
-            without prompts or a rate.
+        duration_s: of the given prompts at that least rate, with the time to fill and drain the chains and a run's ends unless the rate was
+            stated; None without prompts or a rate.
         gpu_hours: what that comes to on all GPUs of the chains, loading not counted; None without a duration or GPUs.
         gpu_cost: of these hours at the stated price; None where none was stated.
     """
@@ -64,7 +72,7 @@ def plan_rates(demand: Demand, placed: Sequence[DevicePlan], prompts: PromptStat
     token_bytes = rows_a_token * sum(stored_row_bytes(part, options.compression) for part in options.parts)
 
     def computing(each: DevicePlan, tokens: int) -> float | None:
-        return pass_s(demand, each, tokens, with_bringing=False)
+        return pass_s(demand, each, tokens, with_bringing=False, slowed=_slowed(demand, each, prompts))
 
     computed = assumed.tokens_per_s or _tokens_per_s(demand, placed, padding_waste, computing)
     found: dict[Limit, float | None] = {
@@ -80,7 +88,8 @@ def plan_rates(demand: Demand, placed: Sequence[DevicePlan], prompts: PromptStat
     busy_share = 1.0 if assumed.tokens_per_s or filled_share is None else filled_share
     reached = {name: rate if name == "store" else rate * busy_share for name, rate in limits.items()}
     limiting = None if computed is None else _least(reached)
-    duration_s = None if prompts is None or limiting is None else prompts.tokens / reached[limiting]
+    ends_s = 0.0 if assumed.tokens_per_s else ENDS_S
+    duration_s = None if prompts is None or limiting is None else prompts.tokens / reached[limiting] + ends_s
     gpu_hours = duration_s * num_gpus / 3600 if duration_s is not None and num_gpus else None
     return RatePlan(
         tokens_per_s=computed,
@@ -94,6 +103,15 @@ def plan_rates(demand: Demand, placed: Sequence[DevicePlan], prompts: PromptStat
         gpu_hours=gpu_hours,
         gpu_cost=None if gpu_hours is None or assumed.price_gpu_hour is None else gpu_hours * assumed.price_gpu_hour,
     )
+
+
+def _slowed(demand: Demand, placed: DevicePlan, prompts: PromptStats | None) -> float:
+    """How much longer a padded token takes a GPU in the prompts' micro-batches than in those that were measured: each has a fixed cost."""
+    if placed.device.gpu is None or prompts is None or not prompts.micro_batches:
+        return 1.0
+    profile, mean_tokens = demand.assumed.profile, prompts.padded_tokens / prompts.micro_batches
+    measured_tokens = profile.tokens_at(compiled=demand.options.compile) if profile else MEASURED_TOKENS
+    return (1 + ON_GPU.fixed_tokens / mean_tokens) / (1 + ON_GPU.fixed_tokens / measured_tokens)
 
 
 def _filled_share(placed: Sequence[DevicePlan], prompts: PromptStats) -> float | None:

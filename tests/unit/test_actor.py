@@ -1,6 +1,7 @@
 """A stage's actor, without Ray around it."""
 
 import os
+import sys
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from m2ray.chain import actor
 from m2ray.chain.job import Job
 from m2ray.chain.status import StageStatus
 from m2ray.errors import StageMemoryError, StoreError
+from m2ray.model import interpreter
 from m2ray.model.boundary import Boundary
 from m2ray.model.capture import CaptureSpec
 from m2ray.model.checkpoint import Checkpoint
@@ -56,6 +58,16 @@ def test_what_a_failed_load_held_is_given_back_before_the_next(tmp_path: Path, m
     stage._build()
     assert len(held) == 2
     stage.close()
+
+
+def test_switches_are_quick_as_long_as_a_stage_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its computation asks for the interpreter after each operation, and else gets it from the writer's threads 5 ms later."""
+    monkeypatch.setattr(interpreter, "_usual_s", [])
+    sys.setswitchinterval(usual_s := 0.005)
+    stage = stage_of(StageSpec("nowhere", LayerSpan(0, 5), "float32", "auto", "cpu", 1), monkeypatch)
+    assert sys.getswitchinterval() < usual_s
+    stage.leave()
+    assert sys.getswitchinterval() == usual_s
 
 
 def test_receipts_are_not_collected_before_the_rows_of_the_last_micro_batch_are_with_the_writer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from m2ray.batches import PromptStats
 from m2ray.bench.measuring import store_bytes_per_s
 from m2ray.cli import main
 from m2ray.cli.bench import shapes_of
@@ -14,6 +15,7 @@ from m2ray.errors import ConfigError, StoreError
 from m2ray.planning.passes import active_elements
 from m2ray.planning.plan import Plan
 from m2ray.planning.profile import LayerTime, Profile
+from m2ray.planning.rates import ENDS_S
 from m2ray.storage import LocalStore, PartSink
 from tests.reference import make_minimax
 from tests.unit.test_plan import PROMPTS, SHAPE, drawn, m2_rows, plan
@@ -70,10 +72,12 @@ def test_few_micro_batches_pay_for_filling_the_chain() -> None:
     planned = profiled(prompts=prompts)
     assert len(planned.stages) == 8
     assert planned.rates.filled_share == pytest.approx(14 / 21)
-    assert planned.rates.duration_s == pytest.approx(prompts.tokens / planned.rates.limits["store"]), "the store is not to be filled"
+    assert planned.rates.duration_s == pytest.approx(prompts.tokens / planned.rates.limits["store"] + ENDS_S), (
+        "the store is not to be filled"
+    )
     fast = profiled(prompts=prompts, store_bytes_per_s=100e9)
     assert fast.limiting_resource == "computation"
-    assert fast.rates.duration_s == pytest.approx(prompts.tokens / fast.rates.limits["computation"] * 21 / 14)
+    assert fast.rates.duration_s == pytest.approx(prompts.tokens / fast.rates.limits["computation"] * 21 / 14 + ENDS_S)
     between = profiled(prompts=prompts, store_bytes_per_s=0.9 * fast.rates.limits["computation"] * 62 * (6144 + 4.4))
     assert between.limiting_resource == "computation", "the store takes more than chains give that are filled for two thirds of the time"
     assert between.rates.duration_s == pytest.approx(fast.rates.duration_s)
@@ -83,6 +87,48 @@ def test_few_micro_batches_pay_for_filling_the_chain() -> None:
     stated = profiled(prompts=prompts, tokens_per_s=1000.0)
     assert not stated.rates.is_measured
     assert stated.rates.duration_s == pytest.approx(prompts.tokens / 1000), "a stated rate is that of the whole run"
+
+
+def test_small_micro_batches_pay_more_often_what_each_costs() -> None:
+    full, half = (replace(PROMPTS, tokens=size * 90, padded_tokens=size * 100, micro_batches=100) for size in (16_384, 8_192))
+    rates = [profiled(prompts=prompts).rates.limits["computation"] for prompts in (full, half)]
+    assert rates[0] == pytest.approx(0.9 * profiled().rates.limits["computation"]), "those that were measured"
+    assert rates[1] == pytest.approx(rates[0] * (16_384 + 1_700) / 16_384 * 8_192 / (8_192 + 1_700))
+    assert profiled(prompts=replace(PROMPTS, micro_batches=0)).rates.limits["computation"] > 0
+    stated = profiled(profile=replace(PROFILE, layer=PROFILE.layer[:2]), prompts=half, tokens_per_s=1000.0, compile=True)
+    assert stated.rates.limits["computation"] == 1000, "who states a rate needs no measured layer"
+
+
+H200S = Profile(
+    gpu="NVIDIA H200",
+    gpus=4,
+    cpus=64,
+    versions={},
+    model_type="minimax_m2",
+    compute_dtype="bfloat16",
+    active_elements=158_086_400.0,
+    layer=(LayerTime(8, 2048, True, 13.151), LayerTime(32, 512, True, 12.526)),
+    copy_bytes_per_s=55.1e9,
+    encode_bytes_per_s=3.053e9,
+    store="/memory/bench",
+    store_bytes_per_s=5.168e9,
+)
+"""The machine of benchmarks/results/full_depth_extract.json."""
+
+
+@pytest.mark.parametrize(
+    ("kept", "prompts", "measured_s"),
+    [
+        ((14, 30, 45, 61), PromptStats(3600, 1_039_600, 1_082_917, 1024, 36, 68), 14.5),
+        (tuple(range(62)), PromptStats(1300, 375_036, 411_675, 1024, 13, 27), 27.5),
+    ],
+)
+def test_runs_that_were_measured_take_as_long_as_planned(kept: tuple[int, ...], prompts: PromptStats, measured_s: float) -> None:
+    """All 62 layers over four H200s, few kept and all kept; numbers of micro-batches are those of prompts of the same lengths."""
+    parts = tuple(part for part in plan("4xH200").demand.options.parts if part.layer in kept)
+    planned = profiled("4xH200", H200S, prompts=prompts, compile=True, parts=parts)
+    assert planned.rates.duration_s == pytest.approx(measured_s, rel=0.05)
+    assert planned.run_tokens_per_s == pytest.approx(prompts.tokens / measured_s, rel=0.05)
 
 
 def test_a_profile_of_another_machine_dtype_or_kind_is_refused() -> None:

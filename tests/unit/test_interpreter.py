@@ -2,11 +2,15 @@
 
 import sys
 
+import pytest
+
+from m2ray.model import interpreter
 from m2ray.model.interpreter import quick_switches
 
 
-def test_the_last_to_leave_brings_back_the_usual_interval() -> None:
-    usual_s = sys.getswitchinterval()
+def test_the_last_to_leave_brings_back_the_usual_interval(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interpreter, "_usual_s", [])  # stages that earlier tests left behind
+    sys.setswitchinterval(usual_s := 0.005)
     one, other = quick_switches(), quick_switches()
     one.__enter__()
     other.__enter__()

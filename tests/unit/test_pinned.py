@@ -11,49 +11,64 @@ from m2ray.model.pinned import PinnedRuns
 from m2ray.model.residency.places import InHostMemory
 
 FULL, WIDTH, PARTS = 1024, 64, 16
+RUN_BYTES = FULL * WIDTH * 2
 
 
-def takes(tokens: int, monkeypatch: pytest.MonkeyPatch) -> tuple[list[torch.Tensor], list[int]]:
-    """Each part's memory, and the bytes of the runs that were asked for."""
-    asked: list[int] = []
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The bytes of the runs that are asked for."""
+    found: list[int] = []
 
     def unpinned(num_bytes: int) -> torch.Tensor:
-        asked.append(num_bytes)
+        found.append(num_bytes)
         return torch.empty(num_bytes, dtype=torch.uint8)
 
     monkeypatch.setattr(pinned, "_pinned", unpinned)
-    runs = PinnedRuns(FULL)
-    return [runs.take((tokens, WIDTH), torch.bfloat16, PARTS - number) for number in range(PARTS)], asked
+    return found
 
 
-def test_a_full_micro_batch_has_a_run_a_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    _, asked = takes(FULL, monkeypatch)
-    assert asked == [FULL * WIDTH * 2] * PARTS
+def takes(runs: PinnedRuns, tokens: int, width: int = WIDTH) -> list[torch.Tensor]:
+    """Each part's memory for the rows of one micro-batch."""
+    return [runs.take((tokens, width), torch.bfloat16) for _ in range(PARTS)]
+
+
+def test_a_full_micro_batch_has_a_run_a_part(asked: list[int]) -> None:
+    takes(PinnedRuns(FULL), FULL)
+    assert asked == [RUN_BYTES] * PARTS
 
 
 @pytest.mark.parametrize("tokens", [FULL // 2, 300, 33, 1])
-def test_parts_of_a_small_micro_batch_share_runs_and_no_byte(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows, asked = takes(tokens, monkeypatch)
-    assert sum(asked) <= 2 * PARTS * tokens * WIDTH * 2
-    assert len(set(asked[:-1])) <= 1, "all but the last are as long as a full one's"
+def test_parts_of_a_small_micro_batch_share_runs_and_no_byte(tokens: int, asked: list[int]) -> None:
+    rows = takes(PinnedRuns(FULL), tokens)
+    assert sum(asked) <= 2 * PARTS * tokens * WIDTH * 2 + RUN_BYTES
     for number, part in enumerate(rows):
         assert part.shape == (tokens, WIDTH)
         part.fill_(number)
     assert all((part == number).all() for number, part in enumerate(rows))
 
 
-def test_rows_of_other_widths_have_runs_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    _, asked = takes(0, monkeypatch)
+def test_micro_batches_of_any_size_ask_for_runs_of_one_size_and_take_what_others_left(asked: list[int]) -> None:
+    """Another size is one that torch does not have: the computation would wait for the system, once a micro-batch."""
     runs = PinnedRuns(FULL)
-    for left in range(PARTS, 0, -1):
-        wide, narrow = runs.take((300, WIDTH), torch.bfloat16, left), runs.take((300, 8), torch.int16, left)
+    held = [part for tokens in (FULL, 700, 600, 513, 400, 9, 1, 77) for part in takes(runs, tokens)]
+    assert set(asked) == {RUN_BYTES}
+    few, before = PinnedRuns(FULL), len(asked)
+    for _ in range(10):
+        held += takes(few, 1)
+    assert len(asked) - before == -(-10 * PARTS * WIDTH * 2 // RUN_BYTES), "160 rows fit in one run"
+
+
+def test_rows_of_other_widths_have_runs_of_their_own(asked: list[int]) -> None:
+    runs = PinnedRuns(FULL)
+    for _ in range(PARTS):
+        wide, narrow = runs.take((300, WIDTH), torch.bfloat16), runs.take((300, 8), torch.int16)
         assert wide.data_ptr() + wide.nbytes <= narrow.data_ptr() or narrow.data_ptr() + narrow.nbytes <= wide.data_ptr()
-    assert sum(asked) <= 2 * PARTS * 300 * (WIDTH + 8) * 2
+    assert set(asked) == {RUN_BYTES, FULL * 8 * 2}
 
 
-def test_rows_beyond_a_run_have_one_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    _, asked = takes(2 * FULL, monkeypatch)
-    assert asked == [2 * FULL * WIDTH * 2] * PARTS
+def test_rows_beyond_a_run_have_one_of_their_own(asked: list[int]) -> None:
+    takes(PinnedRuns(FULL), 2 * FULL)
+    assert asked == [2 * RUN_BYTES] * PARTS
 
 
 def test_a_layers_memory_is_registered_as_long_as_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:

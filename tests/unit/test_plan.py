@@ -686,7 +686,8 @@ def test_estimated_speed_follows_layout_and_padding():
     assert plan("8xH200", device_map="sequential").rates.tokens_per_s == pytest.approx(one * 8 / 19)  # 19 layers on the second GPU
     assert plan("8xH200", replicas=2).rates.tokens_per_s == pytest.approx(one, rel=0.15)
     assert plan("8xH200", gpus_per_stage=2).rates.tokens_per_s == pytest.approx(one / 2, rel=0.15)
-    assert plan("8xH200", prompts=PROMPTS).rates.tokens_per_s == pytest.approx(0.8 * one)
+    full = replace(PROMPTS, tokens=65_536, padded_tokens=5 * 16_384, micro_batches=5)
+    assert plan("8xH200", prompts=full).rates.tokens_per_s == pytest.approx(0.8 * one)
     unknown = Cluster((Node("a", tuple(Gpu(index, "Unheard Of", 150 * GB, 150 * GB) for index in range(8))),))
     assert plan(unknown).rates.tokens_per_s is None
     assert plan(unknown).limiting_resource is None

@@ -1,0 +1,161 @@
+"""A stage's actor for benchmarks/stage_as_actor: it can also be run bare and on one thread, and tells what its launching thread did."""
+
+import sys
+import time
+from collections import Counter, defaultdict, deque
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import ray
+import torch
+
+from m2ray.activations.writing.writer import ActivationWriter, WriterSpec
+from m2ray.batches import MicroBatch, PartSpec
+from m2ray.bench.measuring import DiscardingStore
+from m2ray.chain.actor import StageActor, concurrency_groups
+from m2ray.chain.job import Job
+from m2ray.model import pinned
+from m2ray.model.capture import Capture
+from m2ray.model.stage import Stage
+from m2ray.model.stage_output import StageOutput
+from m2ray.parquet import column_chunks
+
+TIMEOUT_S = 300.0
+
+
+class Discarding(WriterSpec):
+    """A writer that encodes all and stores nothing."""
+
+    def open(self, parts: Sequence[PartSpec]) -> ActivationWriter:
+        return ActivationWriter(DiscardingStore(), self.run_metadata, parts, queue_bytes=self.queue_bytes, threads=self.threads)
+
+
+class Probe(StageActor):
+    """A stage's actor that can also be run bare and on one thread, and tells what its launching thread did."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._seconds: defaultdict[str, float] = defaultdict(float)
+        self._profile: Any = None
+        self._page_rows = column_chunks.rows_of_page
+        for owner, name in ((Stage, "_pass"), (Stage, "_wait_for_gpu"), (Capture, "_wait_for_room"), (pinned, "_pinned")):
+            self._clock(owner, name)
+
+    def _clock(self, owner: Any, name: str) -> None:
+        work = getattr(owner, name)
+
+        def clocked(*arguments: Any) -> Any:
+            began, cpu = time.perf_counter(), time.thread_time()
+            try:
+                return work(*arguments)
+            finally:
+                self._seconds[name] += time.perf_counter() - began
+                self._seconds[f"cpu{name}"] += time.thread_time() - cpu
+
+        setattr(owner, name, clocked)
+
+    @ray.method(concurrency_group="collect")  # type: ignore[untyped-decorator]
+    def settle(self, switch_s: float, page_rows: int, profiled: bool) -> None:  # noqa: FBT001 - a call of Ray's
+        """Before a way: the interpreter's interval, a page's rows (0: the format's), and counts that begin at 0."""
+        sys.setswitchinterval(switch_s)
+        pages: Any = column_chunks
+        pages.rows_of_page = (lambda _: page_rows) if page_rows else self._page_rows
+        self._seconds.clear()
+        self._allocations = allocations()
+        if profiled:
+            self._profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+            self._thread.submit(self._profile.start).result()
+
+    @ray.method(concurrency_group="collect")  # type: ignore[untyped-decorator]
+    def told(self) -> tuple[dict[str, float], list[str]]:
+        """After it: seconds of the launching thread, new allocations of memory; and where kernels left gaps, if that was looked at."""
+        found = dict(self._seconds)
+        found |= {name: count - self._allocations[name] for name, count in allocations().items()}
+        if self._profile is None:
+            return found, []
+        self._thread.submit(self._profile.stop).result()
+        told, self._profile = gaps(self._profile), None
+        return found, told
+
+    @ray.method(concurrency_group="collect")  # type: ignore[untyped-decorator]
+    def alone(self, job: Job, batches: Sequence[MicroBatch]) -> float:
+        """Seconds of the micro-batches, one after the other on the thread that computes, all rows durable at the end."""
+        seconds: float = self._thread.submit(one_thread_s, self._passage.stages[0], job, batches).result()
+        return seconds
+
+    @property
+    def _thread(self) -> Any:
+        return self._passage.compute.thread
+
+
+def allocations() -> dict[str, float]:
+    """Of memory that torch took from the system so far: pinned, with the seconds that took, and of the GPU."""
+    if not torch.cuda.is_available():
+        return {}
+    host = torch.cuda.host_memory_stats()
+    return {
+        "pinned allocations": host["num_host_alloc"],
+        "seconds of them": host.get("host_alloc_time.total", 0) / 1e6,
+        "GPU allocations": torch.cuda.memory_stats().get("num_device_alloc", 0),
+    }
+
+
+def gaps(profile: Any) -> list[str]:
+    """Of the stream with most kernels: how long they ran, how long it stood still between them, and the longest of these times."""
+    events = [each for each in profile.profiler.kineto_results.events() if str(each.device_type()).endswith("CUDA")]
+    streams = Counter[int]()
+    for each in events:
+        streams[each.device_resource_id()] += 1
+    if not streams:
+        return ["no kernels"]
+    stream, _ = streams.most_common(1)[0]
+    kernels = sorted((each.start_ns(), each.duration_ns(), each.name()[:60]) for each in events if each.device_resource_id() == stream)
+    still = sorted(((after[0] - before[0] - before[1]) / 1e6, before[2], after[2]) for before, after in pairwise(kernels))
+    times = Counter[str]()
+    for _, duration_ns, name in kernels:
+        times[name] += duration_ns
+    return [
+        f"{len(kernels)} kernels ran {sum(kernel[1] for kernel in kernels) / 1e6:.0f} ms of {(kernels[-1][0] - kernels[0][0]) / 1e6:.0f}",
+        *(
+            f"gaps above {least} ms: {sum(gap > least for gap, *_ in still)}, {sum(gap for gap, *_ in still if gap > least):.0f} ms"
+            for least in (0.02, 0.2, 2)
+        ),
+        *(f"{gap:.2f} ms between {before} and {after}" for gap, before, after in still[:-13:-1]),
+        *(f"{total_ns / 1e6:.0f} ms of {name}" for name, total_ns in times.most_common(14)),
+    ]
+
+
+def one_thread_s(stage: Stage, job: Job, batches: Sequence[MicroBatch]) -> float:
+    """Two micro-batches under way, as in benchmarks/gpu_stage."""
+    stage.begin(job.capture)
+    writer = job.writer.open(stage.parts)
+    under_way = deque[StageOutput]()
+
+    def hand_over() -> None:
+        output = under_way.popleft()
+        if captured := output.captured:
+            writer.submit("bench", output.micro_batch, captured, TIMEOUT_S)
+        elif output.ready is not None:
+            output.ready.synchronize()
+
+    began = time.monotonic()
+    try:
+        for batch in batches:
+            under_way.append(stage.forward(batch, None))
+            if len(under_way) > 2:
+                hand_over()
+        while under_way:
+            hand_over()
+        for batch in batches:
+            if stage.parts and batch.is_last:
+                writer.collect(batch.shard, "bench", TIMEOUT_S)
+        return time.monotonic() - began
+    finally:
+        writer.close()
+
+
+def probe_class(num_take_threads: int) -> Any:
+    """As m2ray.chain.actor.actor_class."""
+    groups = concurrency_groups(num_take_threads)
+    return ray.remote(concurrency_groups=groups, allow_out_of_order_execution=True, max_restarts=0, max_task_retries=0)(Probe)

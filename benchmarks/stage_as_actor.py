@@ -1,0 +1,219 @@
+"""What a stage loses as an actor: the same micro-batches bare, with a run's writer in one thread, and as the only stage of a chain, in one of Ray's processes.
+
+    python -m benchmarks.stage_as_actor FOLDER               # 6 layers at MiniMax-M2's real dimensions, on one GPU
+    python -m benchmarks.stage_as_actor FOLDER --tiny        # to try the script on a CPU
+
+Ways differ in what is taken, where it goes, how quickly the interpreter switches between threads, the writer's threads and the size of pages. Each
+round runs all of them, beside a bare pass. Of each the notes say what the thread that launches layers did: the rest of its time, beside its own work, its
+waits for the GPU and pinned memory, it waited for the interpreter. `--profile` looks at the gaps between kernels of two ways. Needs 50 GB of /dev/shm.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+
+from benchmarks.against_guide import TINY, Prompts, make_prompts
+from benchmarks.chain_on_gpus import Chains
+from benchmarks.checkpoints import LAYERS, real_size
+from benchmarks.probed_stage import TIMEOUT_S, Discarding, probe_class
+from benchmarks.records import Row, record
+from m2ray.activations.job import JOB_KEY
+from m2ray.activations.writing.writer import WriterSpec
+from m2ray.batches import LayerSpan, MicroBatch, Shard
+from m2ray.chain import actors
+from m2ray.chain.driver import Chain, ShardAttempt
+from m2ray.chain.job import Job
+from m2ray.chain.placement import Reservation, Room
+from m2ray.chain.queue import ShardQueue
+from m2ray.chain.stages import Stages
+from m2ray.model.capture import CaptureSpec
+from m2ray.model.stage import StageSpec
+from m2ray.storage import open_store
+
+MEMORY = Path("/dev/shm")  # noqa: S108 - a file system in memory is what it is for
+BATCH_TOKENS = 16_384
+QUEUE_BYTES = 4 << 30
+USUAL_S = 0.005
+"""Python's own interval between switches."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """How the micro-batches go through the stage.
+
+    Attributes:
+        is_chain: as the stage of a chain, or else one after the other on one thread.
+        takes: whether every layer's rows are taken. keeps: whether they are stored, in memory.
+        switch_s: the interpreter's interval. threads: the writer's. page_rows: of a page, where it is not the format's.
+    """
+
+    name: str
+    is_chain: bool = True
+    takes: bool = True
+    keeps: bool = True
+    switch_s: float = 0.0002
+    threads: int = 8
+    page_rows: int = 0
+
+
+WAYS = (
+    Way("one thread, nothing stored", is_chain=False, keeps=False),
+    Way("one thread", is_chain=False),
+    Way("actor, nothing taken", takes=False),
+    Way("actor, nothing stored", keeps=False),
+    Way("actor"),
+    Way("actor, switches 5 ms", switch_s=USUAL_S),
+    Way("actor, switches 0.05 ms", switch_s=0.00005),
+    Way("actor, 4 writer threads", threads=4),
+    Way("actor, pages of 1,024 rows", page_rows=1024),
+)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """One loaded stage, and what goes through it."""
+
+    stages: Stages
+    actor: Any
+    prompts: Prompts
+    job_json: bytes
+    layers: int
+    hidden_bytes: int
+    memory: Path
+
+    def seconds(self, way: Way, *, profiled: bool = False) -> tuple[float, str]:
+        """Of all micro-batches, and what was told of them."""
+        with tempfile.TemporaryDirectory(dir=self.memory) as folder:
+            open_store(folder).put(JOB_KEY, self.job_json)
+            sites = {"residual": tuple(range(self.layers))} if way.takes else {}
+            writer = (WriterSpec if way.keeps else Discarding)(folder, {}, QUEUE_BYTES, way.threads)
+            job = Job(CaptureSpec(sites, "bfloat16"), writer, BATCH_TOKENS)
+            run = self._chain_s if way.is_chain else self._alone_s
+            seconds = run(job, lambda: ray.get(self.actor.settle.remote(way.switch_s, way.page_rows, profiled), timeout=TIMEOUT_S))
+            found, lines = ray.get(self.actor.told.remote(), timeout=TIMEOUT_S)
+        return seconds, "\n    ".join([told(found), *lines])
+
+    def _alone_s(self, job: Job, settle: Callable[[], None]) -> float:
+        settle()
+        seconds: float = ray.get(self.actor.alone.remote(job, self.prompts.batches), timeout=TIMEOUT_S)
+        return seconds
+
+    def _chain_s(self, job: Job, settle: Callable[[], None]) -> float:
+        """From the moment when the stage is ready to the last shard's receipts."""
+        self.stages.begin(job)
+        shards = {number: list(batches) for number, batches in groupby(self.prompts.batches, lambda batch: batch.shard)}
+        queue, ended = ShardQueue(map(shard_of, shards.values())), [0.0]
+        limits: dict[str, Any] = {"in_flight_bytes": 16 << 30, "hidden_bytes": self.hidden_bytes, "timeout_s": TIMEOUT_S}
+
+        def batches_of(shard: Shard, _: int) -> Iterator[MicroBatch]:
+            if ended == [0.0]:
+                settle()
+                ended.append(time.monotonic())
+            return iter(shards[shard.index])
+
+        def take(result: ShardAttempt) -> None:
+            ended.append(time.monotonic())
+            queue.finish(result.shard)
+
+        runner = threading.Thread(target=Chain(self.stages, batches_of, BATCH_TOKENS, print, **limits).run, args=(queue, take))
+        runner.start()
+        runner.join(TIMEOUT_S)
+        assert queue.is_finished, "the chain failed, and said why above"
+        return ended[-1] - ended[1]
+
+
+def told(found: dict[str, float]) -> str:
+    """What the launching thread did, in seconds, and what memory was taken."""
+    waits = found.get("_wait_for_gpu", 0.0) + found.get("_wait_for_room", 0.0)
+    own = found.get("cpu_pass", 0.0)
+    rest = found.get("_pass", 0.0) - waits - own - found.get("_pinned", 0.0)
+    counted = ", ".join(
+        f"{name} {found[name]:.3g}" for name in ("pinned allocations", "seconds of them", "GPU allocations") if name in found
+    )
+    return f"launching {found.get('_pass', 0.0):.2f} s: waits for the GPU {waits:.2f}, own {own:.2f}, pinned memory {found.get('_pinned', 0.0):.2f}, the rest {rest:.2f}; {counted}"
+
+
+def shard_of(batches: Sequence[MicroBatch]) -> Shard:
+    ids, counts = (np.concatenate([getattr(batch, name) for batch in batches]) for name in ("sequence_ids", "token_counts"))
+    return Shard(batches[0].shard, ids, counts)
+
+
+def bench(folder: Path, model: Path, layers: int, prompts: Prompts, memory: Path) -> Iterator[Bench]:
+    """The stage in an actor of Ray's, until the end."""
+    config = json.loads((model / "config.json").read_text())
+    num_gpus = min(1, torch.cuda.device_count())
+    started: Any = actors
+    started.actor_class = probe_class
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        ray.init(address="local", num_cpus=16, num_gpus=num_gpus, include_dashboard=False, _temp_dir=scratch, logging_level="ERROR")
+        specs = [
+            [StageSpec(str(model), LayerSpan(0, layers), "bfloat16", "auto", "cuda:0" if num_gpus else "cpu", 1, compile=bool(num_gpus))]
+        ]
+        node = ray.nodes()[0]
+        reservation = Reservation([Room(node["NodeManagerAddress"], node["NodeID"], num_gpus, 1.0)], {})
+        reservation.wait(60.0)
+        of_chain = actors.Actors(specs, reservation, "auto", TIMEOUT_S, 60.0)
+        stages = Stages(specs, of_chain, timeout_s=TIMEOUT_S)
+        stages.start()
+        job = Chains(model, config["vocab_size"], layers, num_gpus)._job()  # noqa: SLF001 - a record of no prompts
+        yield Bench(stages, of_chain.handles[0], prompts, job.to_json(), layers, 2 * config["hidden_size"], memory)
+        stages.close()
+        ray.shutdown()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--layers", type=int, default=LAYERS)
+    parser.add_argument("--prompts", type=int, default=1536)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--ways", default="", help="only those whose names have one of these, with commas between them")
+    parser.add_argument("--profile", action="store_true", help="gaps between kernels, of one thread and of the actor")
+    parser.add_argument("--tiny", action="store_true", help="small layers, printed and not recorded")
+    options = parser.parse_args()
+    folder: Path = options.folder.resolve()
+    model = real_size(folder, options.layers, TINY if options.tiny else None)
+    prompts = make_prompts(folder, model, options.prompts, BATCH_TOKENS)
+    ways = [way for way in WAYS if any(word in way.name for word in options.ways.split(","))]
+    bare = Way("bare", is_chain=False, takes=False)
+    measured: dict[str, list[tuple[float, str]]] = {way.name: [] for way in (bare, *ways)}
+    print(
+        f"{prompts.num_tokens:,} tokens in {len(prompts.batches)} micro-batches, {sum(batch.padded_tokens for batch in prompts.batches):,} padded",
+        flush=True,
+    )
+    for stand in bench(folder, model, options.layers, prompts, MEMORY):
+        for way in (replace(bare, is_chain=True), bare, *ways[:1]):  # it loads, compiles, and takes its memory
+            print(way.name, *stand.seconds(way), flush=True)
+        for _ in range(options.rounds):
+            for way in (bare, *ways):
+                measured[way.name].append(stand.seconds(way))
+                print(f"{time.strftime('%H:%M:%S')} {way.name}: {measured[way.name][-1][0]:.3f} s; {measured[way.name][-1][1]}", flush=True)
+        for way in (bare, *(each for each in WAYS if each.name in ("one thread", "actor"))) if options.profile else ():
+            print(f"profiled: {way.name}", *stand.seconds(way, profiled=True), sep="\n    ", flush=True)
+    rows = list(rows_of(measured, prompts, bare.name))
+    title = f"A stage of {options.layers} layers at MiniMax-M2's real dimensions as an actor, and without one around it"
+    _ = print(*rows, sep="\n") if options.tiny else record("stage_as_actor", title, rows)
+
+
+def rows_of(measured: dict[str, list[tuple[float, str]]], prompts: Prompts, bare: str) -> Iterator[Row]:
+    base = statistics.median(seconds for seconds, _ in measured.pop(bare))
+    for name, found in measured.items():
+        seconds = statistics.median(each for each, _ in found)
+        rate = prompts.num_tokens / seconds
+        yield Row(name, rate, "tokens/s", prompts.num_tokens / base, "bare", base / seconds, "0.95", found[-1][1].splitlines()[0])
+
+
+if __name__ == "__main__":
+    main()
