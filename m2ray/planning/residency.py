@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import cast
 
 from m2ray.batches import LayerSpan, Residency
-from m2ray.config import Weights
+from m2ray.option_types import Weights
 from m2ray.planning.demand import Demand
 from m2ray.planning.devices import HOST_SHARE, Device, DevicePlan
 from m2ray.planning.hardware import Node

@@ -6,8 +6,10 @@ from math import ceil
 from typing import Any, TypeVar
 
 from m2ray.batches import PartSpec, PromptStats, TensorTable
-from m2ray.config import Auto, ExtractConfig, parse_labels
+from m2ray.config import ExtractConfig
 from m2ray.errors import ConfigError
+from m2ray.option_text import parse_labels
+from m2ray.option_types import Auto
 from m2ray.options import PromptOptions, RunOptions
 from m2ray.planning.batch_size import AUTO_BATCH_TOKENS, MOST_ON_CPU, ON_CPU, ON_GPU, best_batch_tokens
 from m2ray.planning.demand import Assumptions, Demand
