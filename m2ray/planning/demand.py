@@ -25,6 +25,7 @@ from m2ray.planning.memory import (
 )
 from m2ray.planning.output import OutputPlan, plan_output
 from m2ray.planning.profile import Profile
+from m2ray.planning.unpacking import unpacking_bytes
 from m2ray.sites import EIGHT_BITS, layers_run, parts_of_span
 from m2ray.statistics import contribution_bytes, device_bytes, merged_bytes, micro_batch_bytes, shard_bytes, widths
 
@@ -230,6 +231,11 @@ class Demand:
     def unpacked_bytes(self) -> tuple[int, ...]:
         """Of each layer that is run, what is unpacked of it before it runs, where it does not lie ready."""
         return self.table.unpacked_bytes(self.options.compute_dtype)[: self.num_layers]
+
+    @cached_property
+    def unpacking_bytes(self) -> tuple[float, ...]:
+        """Of each layer that is run, what a GPU's memory could move in the time in which it is unpacked."""
+        return unpacking_bytes(self.table.rows, self.num_layers, self.options.compute_dtype)
 
     def narrowed(self) -> "Iterator[Demand]":
         """The same with less and less of a choice where weights live, from what runs fastest on: all ready, all on the devices, as asked for.
