@@ -43,7 +43,10 @@ LANDING_BUFFERS = 2
 """Packed layers on a device that are brought there: one that is unpacked, one that is on its way."""
 
 READERS_BYTES = 128 * _MIB
-"""Host memory, pinned beside a GPU, through which a device's layers are read from files: 4 readers, each with a piece of 32 MiB."""
+"""Host memory, pinned beside a GPU, through which a device's layers are read from files: at most 16 readers, each with a piece of 8 MiB."""
+
+READERS_A_CORE_BYTES = 16 * _MIB
+"""The same without a GPU, where only what a bucket answers lies there on its way into a landing buffer: two readers a core."""
 
 HOST_BUFFERS = 3
 """Micro-batches' hidden states in a stage's host memory: received, computed, on the way out."""

@@ -125,7 +125,7 @@ def gpus_of(demand: Demand, chains: Sequence[Sequence[Device]], placing: Placing
                 empty = Memory({} if placing.placed else demand.overhead, {})
                 yield DevicePlan(replica, place // _size(demand, chain), place, device, None, memory=empty)
                 continue
-            held = held_bytes(demand, found.held, found.residency, on_gpu=True)
+            held = held_bytes(demand, found.held, found.residency, device)
             captured_bytes, statistics_bytes = demand.captured_row_bytes(found.held), demand.statistics_on_device(found.held)
             memory = gpu_memory(held, demand.workload, captured_bytes, statistics_bytes)
             yield replace(found, memory=memory)
@@ -146,7 +146,7 @@ def _stages(demand: Demand, placed: Sequence[DevicePlan]) -> Iterator[StagePlan]
                 statistics_bytes,
             )
         else:
-            held = held_bytes(demand, span, of_stage[0].residency, on_gpu=False)
+            held = held_bytes(demand, span, of_stage[0].residency, of_stage[0].device)
             host = cpu_memory(held, demand.workload, demand.row_bytes(span), statistics_bytes + demand.statistics_on_device(span))
         yield StagePlan(replica, stage, of_stage[0].device.node.name, span, host)
 

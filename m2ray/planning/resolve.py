@@ -1,5 +1,6 @@
 """RunOptions from what a user asks for: every "auto" is decided here but those of `device_map` and `transport`, for `m2ray plan` and `m2ray extract` alike."""
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from math import ceil
@@ -26,6 +27,9 @@ STATISTICS_SHARE = 0.01
 
 WRITER_QUEUE_SHARE = 8
 """Captured rows that wait for the store take one part in so many of a stage's memory where that is limited, at most."""
+
+WRITER_QUEUE_A_CORE_BYTES = 64 << 20
+"""The same where layers run on cores: of SmolLM2-135M, all layers, about three seconds' rows."""
 
 _AS_ASKED = (
     "compute_dtype",
@@ -184,11 +188,12 @@ def _endless(batch_tokens: int) -> PromptStats:
 
 
 def _writer_queue_bytes(options: RunOptions, cluster: Cluster) -> int:
-    """Without GPUs, where `max_memory` is of all that a stage takes, no more than a part of that."""
+    """Without GPUs as much as a node's cores make in a short while, and no more than a part of `max_memory`, which is of all that a stage takes there."""
     if cluster.num_gpus:
         return options.writer_queue_bytes
-    allowed = (options.max_memory.usable_bytes(node.name, 0, WRITER_QUEUE_SHARE * options.writer_queue_bytes) for node in cluster.nodes)
-    return min(allowed) // WRITER_QUEUE_SHARE
+    made_bytes = (WRITER_QUEUE_A_CORE_BYTES * node.cpus for node in cluster.nodes if node.cpus)
+    allowed_bytes = [options.max_memory.usable_bytes(node.name, 0, sys.maxsize) // WRITER_QUEUE_SHARE for node in cluster.nodes]
+    return min(options.writer_queue_bytes, *made_bytes, *allowed_bytes)
 
 
 def _threads(demand: Demand, cluster: Cluster) -> int:

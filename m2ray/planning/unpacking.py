@@ -9,7 +9,7 @@ UNPACK_SHARES: Mapping[str, float] = {
     "FP8": 0.7,
     "MXFP8": 0.7,
     "int8": 0.7,
-    "INT8": 0.45,
+    "INT8": 0.05,
     "INT4": 0.45,
     "MXFP4": 0.35,
     "NVFP4": 0.35,
@@ -18,7 +18,7 @@ UNPACK_SHARES: Mapping[str, float] = {
 }
 """By the first word of a method's name ("" is a change of dtype alone): of the bandwidth, bytes read and written while experts of MiniMax-M2's widths
 are unpacked on an H200, 4.8 TB/s (benchmarks/results/unpacking_on_gpu.json): FP8 3.33 TB/s, INT4 2.0 to 2.3, MXFP4 1.7, NVFP4 1.7 to 1.8, AWQ
-and GPTQ 0.5. Of 8 bits the others are counted as FP8, INT8 in words as INT4: they were not measured."""
+and GPTQ 0.5. MXFP8 and int8 are counted as FP8; INT8 in words, which has no kernel, as torch took 4 bits."""
 
 
 def unpacking_bytes(rows: Iterable[TensorRow], num_layers: int, compute_dtype: str) -> tuple[float, ...]:
