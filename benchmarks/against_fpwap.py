@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--rows", type=Path, help="where rows are written; else FOLDER")
     parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--prompts", type=int, default=450, help="fpwap's; m2ray gets --times as many, these first")
+    parser.add_argument("--prompts", type=int, default=260, help="fpwap's; m2ray gets --times as many, these first")
     parser.add_argument("--times", type=int, default=3)
     parser.add_argument("--max-memory", default="16GB", help="m2ray's, of the GPU")
     parser.add_argument("--equal", action="store_true", help=f"prompts of {EQUAL_TOKENS} tokens each")
