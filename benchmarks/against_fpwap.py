@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--prompts", type=int, default=260, help="fpwap's; m2ray gets --times as many, these first")
     parser.add_argument("--times", type=int, default=3)
-    parser.add_argument("--max-memory", default="16GB", help="m2ray's, of the GPU")
+    parser.add_argument("--max-memory", default="12GB", help="m2ray's, of the GPU")
     parser.add_argument("--equal", action="store_true", help=f"prompts of {EQUAL_TOKENS} tokens each")
     parser.add_argument("--python", default=sys.executable, help="an interpreter that has fpwap")
     parser.add_argument("--tiny", action="store_true", help="small layers on a CPU, printed and not recorded")
