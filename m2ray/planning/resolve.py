@@ -28,8 +28,8 @@ STATISTICS_SHARE = 0.01
 WRITER_QUEUE_SHARE = 8
 """Captured rows that wait for the store take one part in so many of a stage's memory where that is limited, at most."""
 
-WRITER_QUEUE_A_CORE_BYTES = 64 << 20
-"""The same where layers run on cores: of SmolLM2-135M, all layers, about three seconds' rows."""
+WRITER_QUEUE_A_CORE_BYTES = 32 << 20
+"""The same where layers run on cores: of SmolLM2-135M, all layers, about a second and a half's rows, or those of two micro-batches."""
 
 _AS_ASKED = (
     "compute_dtype",
