@@ -194,7 +194,8 @@ def differences(ours: Sample, theirs: Sample, reference: Sample) -> list[Row]:
 
 
 def _apart(one_TH: torch.Tensor, other_TH: torch.Tensor) -> torch.Tensor:
-    return (one_TH - other_TH).norm(dim=1) / other_TH.norm(dim=1)
+    apart_T: torch.Tensor = (one_TH - other_TH).norm(dim=1) / other_TH.norm(dim=1)
+    return apart_T
 
 
 def _quantiles(each_N: Sequence[torch.Tensor]) -> tuple[float, float]:

@@ -32,17 +32,9 @@ WRITER_QUEUE_A_CORE_BYTES = 32 << 20
 """The same where layers run on cores: of SmolLM2-135M, all layers, about a second and a half's rows, or those of two micro-batches."""
 
 _AS_ASKED = (
-    "compute_dtype",
-    "store_dtype",
-    "output",
-    "compression",
-    "gpus_per_stage",
-    "device_map",
-    "weights",
-    "offload",
-    "offload_folder",
+    *("compute_dtype", "store_dtype", "output", "compression", "gpus_per_stage", "device_map", "weights", "offload", "offload_folder"),
+    *("transport", "placement_timeout_s", "stage_timeout_s"),
 )
-_AS_ASKED += ("transport", "placement_timeout_s", "stage_timeout_s")
 """Options in which nothing is open."""
 
 StatsAt = Callable[[int], PromptStats]
