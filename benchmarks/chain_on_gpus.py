@@ -37,10 +37,10 @@ from m2ray.chain.job import Job
 from m2ray.chain.placement import Reservation, Room
 from m2ray.chain.queue import ShardQueue
 from m2ray.chain.stages import Stages
-from m2ray.config import Transport
 from m2ray.model.boundary import Boundary
 from m2ray.model.capture import CaptureSpec
 from m2ray.model.stage import DTYPES, Stage, StageSpec, load_stage
+from m2ray.option_types import Transport
 from m2ray.planning.memory import window
 from m2ray.storage import open_store
 

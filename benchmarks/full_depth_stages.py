@@ -25,10 +25,10 @@ from benchmarks.records import Row
 from benchmarks.runs import peak_rss_bytes
 from m2ray.batches import MicroBatch
 from m2ray.chain.stages import Stages
-from m2ray.config import Transport
 from m2ray.model.boundary import Boundary
 from m2ray.model.capture import CaptureSpec
 from m2ray.model.stage import DTYPES, Stage, StageSpec, load_stage
+from m2ray.option_types import Transport
 
 ROUNDS = 2
 """Of each transport."""

@@ -82,7 +82,7 @@ def run(folder: Path, name: str, model: Path, prompts: Path, dtype: str, *, chec
         program = ROOT / "benchmarks" / ("loop.py" if name == "loop" else f"peers/with_{name}.py")
         python = sys.executable if name == "loop" else str(environment_of(name))
         command = [python, str(program), str(model), str(prompts), str(out), "--dtype", dtype]
-        command += ["--check"] if check and name == "fpwap" else []
+        command += ["--check", str(CHECKED)] if check and name == "fpwap" else []
     taken_s, peak_bytes = timed(command, folder / f"{name}.log")
     return taken_s, peak_bytes, out
 

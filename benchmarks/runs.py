@@ -26,10 +26,10 @@ def environment() -> dict[str, str]:
 
 
 def start_extract(log: Path, **options: object) -> subprocess.Popen[bytes]:
-    """Start `m2ray extract` with these options; what it prints goes to `log`."""
+    """Start `m2ray extract` with these options, a flag where the value is None; what it prints goes to `log`."""
     words = [sys.executable, "-m", "m2ray.cli", "extract"]
     for name, value in options.items():
-        words += [f"--{name.replace('_', '-')}", str(value)]
+        words += [f"--{name.replace('_', '-')}", *([] if value is None else [str(value)])]
     with log.open("ab") as output:
         return subprocess.Popen(words, env=environment(), stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
 

@@ -1,96 +1,16 @@
 """ExtractConfig: the options of an extraction, in one place, for TOML files and command-line flags alike."""
 
-import codecs
-import json
-import re
 import tomllib
 from collections.abc import Iterator, Mapping
-from datetime import date
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, NamedTuple, Self, Union, cast, get_args, get_origin
+from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from m2ray.errors import ConfigError, M2rayError, did_you_mean, raise_all
+from m2ray.errors import ConfigError, did_you_mean, raise_all
+from m2ray.option_text import CHOICES, SiteName, parse_labels, parse_tokens
+from m2ray.option_types import Attention, Auto, Day, Encoding, Names, NonEmpty, OffloadTo, Positive, Sites, Transport, Weights, as_object
 from m2ray.sizes import parse_bytes, parse_max_memory
-
-
-def _as_object(value: Any) -> Any:
-    """A flag's JSON text as what it says; any other value as it is. Raises ValueError for what JSON cannot say: TOML's dates, infinities."""
-    try:
-        value = json.loads(value) if isinstance(value, str) else value
-        json.dumps(value, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"JSON, where a date is text: {error}") from error
-    return value
-
-
-def _names(value: Any) -> Any:
-    """A flag's "label, topic" as its names; a list as it is."""
-    return tuple(name.strip() for name in value.split(",")) if isinstance(value, str) else value
-
-
-def _encoding(value: Any) -> str:
-    """Python's own name of a text encoding. Raises ValueError for a name that is none."""
-    try:
-        "".encode(str(value))
-        return codecs.lookup(str(value)).name
-    except (LookupError, ValueError) as error:
-        raise ValueError("the name of a text encoding, as Python has them") from error
-
-
-def _day(value: Any) -> date:
-    """Raises ValueError for what is no date of ISO 8601."""
-    try:
-        return date.fromisoformat(str(value))
-    except ValueError as error:
-        raise ValueError("a date such as 2026-02-28") from error
-
-
-def _sites(text: str) -> str:
-    """Raises ValueError for what names no sites."""
-    try:
-        parse_sites(text)
-    except M2rayError as error:
-        raise ValueError(f"a list of sites: {' '.join(str(error).split())}") from error
-    return text
-
-
-Auto = Literal["auto"]
-Attention = Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"]
-Weights = Literal["auto", "bf16", "packed"]
-OffloadTo = Literal["none", "cpu", "disk", "auto"]
-Transport = Literal["auto", "object_store", "cuda_ipc"]
-SiteName = Literal["residual", "residual_mid", "attention", "mlp", "mlp_in", "router_logits", "router_topk", "embedding", "final_norm"]
-Positive = Annotated[int, Field(gt=0)]
-Day = Annotated[date, BeforeValidator(_day)]
-NonEmpty = Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)]
-Sites = Annotated[NonEmpty, AfterValidator(_sites)]
-Encoding = Annotated[str, BeforeValidator(_encoding)]
-Names = Annotated[tuple[NonEmpty, ...], Field(min_length=1), BeforeValidator(_names)]
-
-
-CHOICES = "all, last, last:k, first:k, every:n, mask, mask:last:k, mean, mean:mask"
-TokenKind = Literal["all", "last", "first", "every", "mean"]
-
-
-class TokenChoice(NamedTuple):
-    """Which of a sequence's tokens are chosen: `number` is k or n, `in_mask` leaves only those of the loss mask to choose from."""
-
-    kind: TokenKind
-    number: int = 0
-    in_mask: bool = False
-
-
-_CHOICES_BY_WORD = {
-    "all": TokenChoice("all"),
-    "last": TokenChoice("last", 1),
-    "mask": TokenChoice("all", in_mask=True),
-    "mean": TokenChoice("mean"),
-    "mean:mask": TokenChoice("mean", in_mask=True),
-}
-"""Those without a number."""
 
 _DECIDES_ROWS: dict[str, Any] = {"decides_rows": True}
 
@@ -146,7 +66,7 @@ class ExtractConfig(BaseModel):
     chat_template: NonEmpty | None = _rows(
         None, description="File with a Jinja template for chats, as a path or URL; default: the model's own template."
     )
-    template_options: Annotated[dict[str, Any], BeforeValidator(_as_object)] = _rows(
+    template_options: Annotated[dict[str, Any], BeforeValidator(as_object)] = _rows(
         {}, description="For every chat's template: {enable_thinking = false} in TOML, JSON as a flag; a row's chat_template_kwargs win."
     )
     mask: Literal["assistant"] | None = _rows(
@@ -248,88 +168,6 @@ class ExtractConfig(BaseModel):
             raise
         raise_all(list(_contradictions(config)))
         return config
-
-
-_OPEN = {int: "NUMBER", float: "NUMBER", str: "TEXT", date: "DATE", tuple: "NAMES"}
-
-
-def legal_values(annotation: Any) -> list[str]:
-    """What an option of this type may be: each value as it is written, or a word in capitals that stands for many."""
-    if annotation is bool:
-        return ["true", "false"]
-    if get_origin(annotation) is Literal:
-        return [str(value) for value in get_args(annotation)]
-    if get_origin(annotation) in (Union, UnionType):
-        return [value for member in get_args(annotation) if member is not NoneType for value in legal_values(member)]
-    if get_origin(annotation) is Annotated:
-        return legal_values(get_args(annotation)[0])
-    return [_OPEN.get(get_origin(annotation) or annotation, "JSON")]
-
-
-def parse_layers(text: str, num_layers: int) -> tuple[int, ...]:
-    """The layer numbers that `layers` names, ascending: "all", "0", "0-5" (both ends in), "0,7,20-61".
-
-    Raises:
-        ConfigError: malformed, empty range, or out of the model's `num_layers`.
-    """
-    if text.strip() == "all":
-        return tuple(range(num_layers))
-    chosen: set[int] = set()
-    for piece in text.split(","):
-        match = re.fullmatch(r"\s*(\d{1,9})\s*(?:-\s*(\d{1,9})\s*)?", piece)
-        if not match:
-            raise ConfigError(
-                f"layers = {text!r}: {piece.strip()!r} is neither a layer nor a range.", 'Write "all", "0", "0-5" or "0,7,20-61".'
-            )
-        first, last = int(match[1]), int(match[2] or match[1])
-        if first > last:
-            raise ConfigError(f"layers = {text!r}: the range {piece.strip()!r} runs backwards.", f'Write "{last}-{first}".')
-        if last >= num_layers:
-            raise ConfigError(f"layers = {text!r}: layer {last} is out of range.", f"The model has layers 0 to {num_layers - 1}.")
-        chosen.update(range(first, last + 1))
-    return tuple(sorted(chosen))
-
-
-def parse_sites(text: str) -> dict[str, str | None]:
-    """The sites that `sites` names, in its order, and the layers that stand behind each, if any: "residual", "residual:all, mlp:0,20-30".
-
-    Raises:
-        ConfigError: a site that there is not, or one that is named twice; all at once.
-    """
-    chosen: dict[str, str | None] = {}
-    problems = []
-    # A comma that is followed by a number goes on with the layers of the site before it.
-    for piece in re.split(r",\s*(?![\s\d])", text):
-        name, colon, layers = (part.strip() for part in piece.partition(":"))
-        if name not in get_args(SiteName):
-            problems.append(ConfigError(f"There is no site {name!r}.", f"There are: {', '.join(get_args(SiteName))}."))
-        elif name in chosen:
-            problems.append(ConfigError(f"{name} is named twice.", f'Write its layers together: "{name}:0,20-30".'))
-        else:
-            chosen[name] = layers if colon else None
-    raise_all(problems)
-    return chosen
-
-
-def parse_tokens(text: str) -> TokenChoice:
-    """What the option `tokens` says. Raises ConfigError."""
-    if text in _CHOICES_BY_WORD:
-        return _CHOICES_BY_WORD[text]
-    match = re.fullmatch(r"(?:(mask):(?=last))?(last|first|every):([1-9]\d{0,8})", text)
-    if not match:
-        raise ConfigError(f"tokens = {text!r} is no choice of tokens.", f"Write {CHOICES}; k and n are from 1 on.")
-    return TokenChoice(cast("TokenKind", match[2]), int(match[3]), in_mask=match[1] is not None)
-
-
-def parse_labels(text: str | None) -> dict[str, str]:
-    """Ray's node labels from "zone=a,kind=h100"; none from None. Raises ConfigError."""
-    labels = {}
-    for piece in text.split(",") if text else []:
-        name, equals, value = (part.strip() for part in piece.partition("="))
-        if not (name and equals and value):
-            raise ConfigError(f"node_labels = {text!r}: {piece.strip()!r} is not NAME=VALUE.", 'Write "zone=a,kind=h100".')
-        labels[name] = value
-    return labels
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

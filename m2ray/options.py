@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from m2ray.batches import PartSpec
-from m2ray.config import ExtractConfig, OffloadTo, Transport, Weights
+from m2ray.config import ExtractConfig
+from m2ray.option_types import OffloadTo, Transport, Weights
 from m2ray.selection import Selection
 from m2ray.sites import LayersOfSites
 from m2ray.sizes import MaxMemory

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from m2ray.batches import TOKEN_ROW, Int32Array, Int64Array, MicroBatch
-from m2ray.config import TokenChoice, parse_tokens
+from m2ray.option_text import TokenChoice, parse_tokens
 
 Mask = npt.NDArray[np.bool_]
 
@@ -24,7 +24,7 @@ class Selection:
     all of a sequence, the last or first k, or those at every n-th position from 0 on; a mean is of all of them.
 
     Attributes:
-        tokens: as m2ray.config.parse_tokens has it.
+        tokens: as m2ray.option_text.parse_tokens has it.
         skip_ids: token ids that are never chosen.
     """
 

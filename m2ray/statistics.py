@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from m2ray.batches import PartSpec
-from m2ray.config import parse_layers
 from m2ray.errors import ConfigError, raise_all
+from m2ray.option_text import parse_layers
 from m2ray.sites import SITES
 
 Kind = Literal["moments", "norms", "covariance", "experts"]

@@ -12,14 +12,15 @@ import torch
 from safetensors.torch import save_file
 
 
-def arguments() -> argparse.Namespace:
-    """MODEL PROMPTS OUT [--dtype] [--batch] [--check]; OUT is made."""
+def arguments(**further: str) -> argparse.Namespace:
+    """MODEL PROMPTS OUT [--dtype] [--batch], and `further` options with what they are; OUT is made."""
     parser = argparse.ArgumentParser()
     for name in ("model", "prompts", "out"):
         parser.add_argument(name, type=Path)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--batch", type=int, default=8, help="prompts at a time")
-    parser.add_argument("--check", action="store_true", help="save rows that lie in files of the program's own in the common form too")
+    for name, what in further.items():
+        parser.add_argument(f"--{name}", help=what)
     options = parser.parse_args()
     options.out.mkdir(parents=True)
     return options

@@ -6,7 +6,8 @@ from datetime import date
 from os import PathLike, fspath
 from typing import Any, Literal, TypedDict, TypeVar
 
-from m2ray.config import Attention, ExtractConfig, OffloadTo, Transport, Weights
+from m2ray.config import ExtractConfig
+from m2ray.option_types import Attention, OffloadTo, Transport, Weights
 
 Layers = str | int | Sequence[int]
 """Layers as text ("0,7,20-61"), or their numbers."""

@@ -23,10 +23,10 @@ from m2ray.chain.passage import Passage
 from m2ray.chain.status import StageStatus, measure_gpus, status_here
 from m2ray.chain.transport import Parcel, Payload, receive, send
 from m2ray.chain.turns import Turns
-from m2ray.config import Transport
 from m2ray.model.capture import CaptureSpec
 from m2ray.model.interpreter import quick_switches
 from m2ray.model.stage import StageSpec
+from m2ray.option_types import Transport
 
 if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor

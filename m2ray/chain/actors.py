@@ -17,9 +17,9 @@ from m2ray.chain.actor import actor_class
 from m2ray.chain.placement import Reservation
 from m2ray.chain.status import StageStatus
 from m2ray.chain.wave import most_in_chain
-from m2ray.config import Transport
 from m2ray.errors import ClusterError, StageError
 from m2ray.model.stage import StageSpec
+from m2ray.option_types import Transport
 
 _POLL_S = 1.0
 

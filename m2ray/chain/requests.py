@@ -16,9 +16,9 @@ import numpy.typing as npt
 import torch
 
 from m2ray.batches import Bits, CapturedLayer, Column, MicroBatch, PartSpec, TensorTable
-from m2ray.config import parse_tokens
 from m2ray.errors import BusyError, ConfigError, M2rayError, PromptsError, TooLargeError, did_you_mean, raise_all
 from m2ray.model.capture import CaptureSpec
+from m2ray.option_text import parse_tokens
 from m2ray.options import RunOptions
 from m2ray.prompts import PromptTokenizer, RequestedPrompts
 from m2ray.prompts.rows import Kind

@@ -14,10 +14,10 @@ import torch
 
 from m2ray.chain.cuda_ipc import Inbox, InSlot, Offer, Outbox
 from m2ray.chain.turns import Turns
-from m2ray.config import Transport
 from m2ray.errors import StageError
 from m2ray.model.boundary import Boundary
 from m2ray.model.stage_output import StageOutput
+from m2ray.option_types import Transport
 
 Parcel = Mapping[str, tuple[torch.dtype, npt.NDArray[np.uint8]]]
 """A boundary's tensors by name: the dtype, and the bytes, uint8 [B, T, ..., last axis * itemsize]."""

@@ -10,8 +10,9 @@ from pydantic_core import PydanticUndefined
 
 from m2ray.cli import Command
 from m2ray.cli.output import terminal
-from m2ray.config import ExtractConfig, legal_values
+from m2ray.config import ExtractConfig
 from m2ray.errors import ConfigError, raise_all
+from m2ray.option_types import legal_values
 
 
 def config_options(function: Callable[..., Any]) -> Callable[..., Any]:

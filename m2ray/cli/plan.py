@@ -14,9 +14,10 @@ from pydantic import Field
 from m2ray.chain.machine import allowed_threads, disk_free_bytes, probe_node
 from m2ray.cli import Command
 from m2ray.cli.extract import metavar
-from m2ray.config import ExtractConfig, NonEmpty, Positive
+from m2ray.config import ExtractConfig
 from m2ray.errors import ConfigError
 from m2ray.hub import located
+from m2ray.option_types import NonEmpty, Positive
 from m2ray.options import PromptOptions, RunOptions
 from m2ray.planning.demand import Assumptions, Demand
 from m2ray.planning.hardware import Cluster, parse_gpus

@@ -10,7 +10,8 @@ from pydantic import Field
 from m2ray.cli import Command
 from m2ray.cli.extract import metavar
 from m2ray.cli.output import say, terminal
-from m2ray.config import ExtractConfig, NonEmpty, Positive
+from m2ray.config import ExtractConfig
+from m2ray.option_types import NonEmpty, Positive
 
 _CONNECT_S = 30.0
 

@@ -8,12 +8,12 @@ from typing import Any
 from m2ray import __version__
 from m2ray.activations.job import JobRecord
 from m2ray.activations.reading.catalogue import Catalogue
-from m2ray.config import parse_layers
 from m2ray.errors import ConfigError, M2rayError, NotInRunError, did_you_mean, in_ranges, raise_all
 from m2ray.export.consumer import Consumer, Export, Norm, Target, Unit
 from m2ray.export.output import Output
 from m2ray.export.samples import NORMED, SITE, Samples, absent_layers
 from m2ray.hub import without_revision
+from m2ray.option_text import parse_layers
 from m2ray.storage import open_store
 
 CONSUMERS = ("speculators", "saelens", "specforge", "nemo-dspark", "modelopt", "deepspec")

@@ -8,6 +8,7 @@ from typing import Any
 from m2ray.batches import ITEMSIZE_BYTES, LayerSpan, PartSpec, PromptStats, Residency, TensorRow, TensorTable
 from m2ray.options import RunOptions
 from m2ray.planning.devices import Device
+from m2ray.planning.hardware import Node
 from m2ray.planning.memory import (
     CAPTURE_BUFFERS,
     CONTEXT_BYTES,
@@ -17,14 +18,18 @@ from m2ray.planning.memory import (
     STATISTICS_MICRO_BATCHES,
     STATISTICS_SHARDS,
     UNUSABLE_BYTES,
+    Memory,
     ModelShape,
     Workload,
     cpu_memory,
     gpu_overhead,
+    process_bytes,
     span_rows,
+    staging_bytes,
 )
 from m2ray.planning.output import OutputPlan, plan_output
 from m2ray.planning.profile import Profile
+from m2ray.planning.unpacking import unpacking_bytes
 from m2ray.sites import EIGHT_BITS, layers_run, parts_of_span
 from m2ray.statistics import contribution_bytes, device_bytes, merged_bytes, micro_batch_bytes, shard_bytes, widths
 
@@ -183,10 +188,16 @@ class Demand:
         if device.usable_bytes is None:
             return None
         if device.gpu is None:
-            statistics_bytes = self.statistics_on_host(span) + self.statistics_on_device(span)
-            return device.usable_bytes - cpu_memory({}, self.workload, self.row_bytes(span), statistics_bytes).peak_bytes
+            return device.usable_bytes - self.cpu_memory({}, device.node, span).peak_bytes
         loading = STAGING_BYTES["device"] + UNUSABLE_BYTES + CONTEXT_BYTES
         return device.usable_bytes - max(sum(self.overhead.values()), loading)
+
+    def cpu_memory(self, held: Mapping[str, int], node: Node, span: LayerSpan) -> Memory:
+        """Of a stage of `span` without a GPU, whose weights are `held`."""
+        statistics_bytes = self.statistics_on_host(span) + self.statistics_on_device(span)
+        staging = staging_bytes(self.rows(span), self.options.compute_dtype)
+        beside = {"process": process_bytes(node), "staging": staging}
+        return cpu_memory({**held, **beside}, self.workload, self.row_bytes(span), statistics_bytes)
 
     def span_bytes(self, span: LayerSpan) -> int:
         """What a stage of `span` loads, ready."""
@@ -230,6 +241,11 @@ class Demand:
     def unpacked_bytes(self) -> tuple[int, ...]:
         """Of each layer that is run, what is unpacked of it before it runs, where it does not lie ready."""
         return self.table.unpacked_bytes(self.options.compute_dtype)[: self.num_layers]
+
+    @cached_property
+    def unpacking_bytes(self) -> tuple[float, ...]:
+        """Of each layer that is run, what a GPU's memory could move in the time in which it is unpacked."""
+        return unpacking_bytes(self.table.rows, self.num_layers, self.options.compute_dtype)
 
     def narrowed(self) -> "Iterator[Demand]":
         """The same with less and less of a choice where weights live, from what runs fastest on: all ready, all on the devices, as asked for.

@@ -79,8 +79,6 @@ def _weights(plan: Plan) -> Table:
     table.add_column()
     table.add_column(justify="right")
     table.add_column()
-    layers = sorted(set(weights.layer_bytes))
-    each = f"{layers[0]:,}" if len(layers) == 1 else f"{layers[0]:,} to {layers[-1]:,}"
     rows = [
         ("checkpoint", weights.disk_bytes, "on disk, all tensors"),
         ("model", weights.compute_bytes, f"{weights.parameters:,} parameters in {demand.options.compute_dtype}"),
@@ -96,8 +94,16 @@ def _weights(plan: Plan) -> Table:
         rows += [("offloaded", num_bytes, note)] if num_bytes else []
     for name, num_bytes, note in rows:
         table.add_row(name, f"{num_bytes:,}", note)
-    table.add_row("a layer", each, "in memory")
+    table.add_row("a layer", _range(weights.layer_bytes), "in memory")
+    packed = [demand.packed_bytes[layer] for each in plan.placed for layer, place in each.residency.items() if place != "gpu"]
+    if packed:
+        table.add_row("", _range(packed), "packed, where it is not ready")
     return table
+
+
+def _range(sizes: Sequence[int]) -> str:
+    least, most = min(sizes), max(sizes)
+    return f"{least:,}" if least == most else f"{least:,} to {most:,}"
 
 
 _OUTSIDE: Mapping[Residency, str] = {"host": "packed in host memory, copied in turn", "checkpoint": "packed in files, read in turn"}

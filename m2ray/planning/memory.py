@@ -9,6 +9,7 @@ from itertools import cycle
 from typing import Any, Self
 
 from m2ray.batches import LayerSpan, TensorRow, TensorTable
+from m2ray.planning.hardware import Node
 
 _GIB, _MIB = 2**30, 2**20
 
@@ -43,7 +44,10 @@ LANDING_BUFFERS = 2
 """Packed layers on a device that are brought there: one that is unpacked, one that is on its way."""
 
 READERS_BYTES = 128 * _MIB
-"""Host memory, pinned beside a GPU, through which a device's layers are read from files: 4 readers, each with a piece of 32 MiB."""
+"""Host memory, pinned beside a GPU, through which a device's layers are read from files: at most 16 readers, each with a piece of 8 MiB."""
+
+READERS_A_CORE_BYTES = 16 * _MIB
+"""The same without a GPU, where only what a bucket answers lies there on its way into a landing buffer: two readers a core."""
 
 HOST_BUFFERS = 3
 """Micro-batches' hidden states in a stage's host memory: received, computed, on the way out."""
@@ -53,13 +57,19 @@ WAITING_RUNS = 2
 full one: each part's rows take as much as those of a full one then (m2ray.model.pinned). An H200's stage with all nine sites, most of
 whose micro-batches had 9,400 to 11,600 of 16,384 tokens, took 14.9 GB where 14.2 were planned without this: three of them, reckoned, hold 12.8."""
 
-PROCESS_BYTES = {"gpu": 2 * _GIB, "cpu": _GIB}
-"""An actor's own memory: Python, Ray and torch, and with a GPU the CUDA libraries on the host's side."""
+PROCESS_BYTES = {"gpu": 2 * _GIB, "cpu with cuda": _GIB, "cpu": 600 * _MIB}
+"""A stage's process: Python, Ray and torch, with a GPU the CUDA libraries on the host's side; without one less where torch was built without CUDA, the
+same as an actor and in the driver's own process (benchmarks/memory_on_cpu.py)."""
 
 STAGING_BYTES = {"device": _GIB, "host": 512 * _MIB}
 """Tensors on their way from the checkpoint: on a GPU 16 extents of 32 MiB, on both sides, and scales that lie apart from their weights, at most
-5 times 64 MiB; on the CPU 4 pieces of 8 MiB, in float32 too, with their scales, and in the compute dtype. Where a GPU has no FP8,
-extents are converted there as pieces are on the CPU."""
+5 times 64 MiB. Where a GPU has no FP8, extents are converted there as pieces are on the CPU."""
+
+PIECE_BYTES = 8 * _MIB
+"""Of a tensor that is loaded without a GPU, at most (m2ray.model.weights)."""
+
+PIECES = {"plain": 8, "packed": 64}
+"""So many of them at most: 4 threads have one each, and what becomes of it: in another dtype as much again, unpacked up to 15 times as much."""
 
 
 def window(num_stages: int) -> int:
@@ -298,12 +308,27 @@ def gpu_host_memory(
 
 
 def cpu_memory(held: Mapping[str, int], workload: Workload, row_bytes: Sequence[int], statistics_bytes: int = 0) -> Memory:
-    """A stage without a GPU: everything is in host memory, of its weights what `held` says item by item."""
-    held = {**held, "process": PROCESS_BYTES["cpu"]}
+    """A stage without a GPU: everything is in host memory, of its weights, its process and what it is loaded through what `held` says item by item."""
+    running = {name: num_bytes for name, num_bytes in held.items() if name != "staging"}
     return Memory(
-        held | {"transient": workload.transient_bytes + workload.encoding_bytes} | _host_buffers(workload, row_bytes, statistics_bytes),
-        held | {"staging": STAGING_BYTES["host"]},
+        running | {"transient": workload.transient_bytes + workload.encoding_bytes} | _host_buffers(workload, row_bytes, statistics_bytes),
+        dict(held),
     )
+
+
+def process_bytes(node: Node) -> int:
+    """Of a stage without a GPU; where torch is not known, as if it had CUDA."""
+    return PROCESS_BYTES["cpu" if "torch" in node.versions and "cuda" not in node.versions else "cpu with cuda"]
+
+
+def staging_bytes(rows: Iterable[TensorRow], compute_dtype: str) -> int:
+    """What these tensors are loaded through without a GPU; those that lie in the files as they are computed with go straight to their place."""
+    longest = {"plain": 0, "packed": 0}
+    for row in rows:
+        kind = "packed" if row.method else "plain"
+        if not row.is_ready(compute_dtype):
+            longest[kind] = max(longest[kind], min(PIECE_BYTES, row.disk_bytes // max(1, len(row.sources))))
+    return max(PIECES[kind] * num_bytes for kind, num_bytes in longest.items())
 
 
 def _pinned_bytes(num_bytes: int, pieces_bytes: Sequence[int]) -> int:

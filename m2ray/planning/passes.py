@@ -19,10 +19,6 @@ with 0.39 of Llama-70B's was 0.63 of the rate that was reached, which would be 0
 COPY_BYTES_PER_S = 51 * 2**30
 """Between one GPU and pinned host memory, either way, measured on an H200 behind PCIe 5."""
 
-UNPACK_SHARE = 0.7
-"""Of a GPU's memory bandwidth, bytes read and written while a layer is unpacked: 3.33 TB/s on an H200, FP8 experts of MiniMax-M2's widths in 3.27 ms
-(benchmarks/results/unpacking_on_gpu.json). 4-bit layouts are counted so too, and are slower: 1.7 to 2.3 TB/s along memory, AWQ and GPTQ 0.5."""
-
 
 def active_elements(rows: Iterable[TensorRow], shape: ModelShape) -> float:
     """Weights that one token is multiplied with: of a mixture's experts, those that are chosen."""
@@ -67,10 +63,9 @@ def _layers(span: LayerSpan) -> range:
 
 def _unpacking_s(demand: Demand, placed: DevicePlan, layer: int) -> float:
     model = find_gpu_model(placed.device.gpu.name) if placed.device.gpu else None
-    if model is None or placed.residency.get(layer, "gpu") == "gpu" or not demand.unpacked_bytes[layer]:
+    if model is None or placed.residency.get(layer, "gpu") == "gpu":
         return 0.0
-    moved_bytes = demand.packed_bytes[layer] + demand.unpacked_bytes[layer]
-    return moved_bytes / (UNPACK_SHARE * GPU_MODELS[model].memory_bytes_per_s)
+    return demand.unpacking_bytes[layer] / GPU_MODELS[model].memory_bytes_per_s
 
 
 def _bringing_s(demand: Demand, placed: DevicePlan, layer: int) -> float:

@@ -10,7 +10,7 @@ from m2ray.batches import LayerSpan, PromptStats
 from m2ray.planning.demand import Demand
 from m2ray.planning.devices import Device, DevicePlan
 from m2ray.planning.hardware import Cluster
-from m2ray.planning.memory import Memory, cpu_memory, gpu_host_memory, gpu_memory, window
+from m2ray.planning.memory import Memory, gpu_host_memory, gpu_memory, window
 from m2ray.planning.output import OutputPlan
 from m2ray.planning.residency import deal, held_bytes, readers_bytes, shared_bytes, with_files
 from m2ray.sizes import MaxMemory
@@ -125,7 +125,7 @@ def gpus_of(demand: Demand, chains: Sequence[Sequence[Device]], placing: Placing
                 empty = Memory({} if placing.placed else demand.overhead, {})
                 yield DevicePlan(replica, place // _size(demand, chain), place, device, None, memory=empty)
                 continue
-            held = held_bytes(demand, found.held, found.residency, on_gpu=True)
+            held = held_bytes(demand, found.held, found.residency, device)
             captured_bytes, statistics_bytes = demand.captured_row_bytes(found.held), demand.statistics_on_device(found.held)
             memory = gpu_memory(held, demand.workload, captured_bytes, statistics_bytes)
             yield replace(found, memory=memory)
@@ -146,8 +146,8 @@ def _stages(demand: Demand, placed: Sequence[DevicePlan]) -> Iterator[StagePlan]
                 statistics_bytes,
             )
         else:
-            held = held_bytes(demand, span, of_stage[0].residency, on_gpu=False)
-            host = cpu_memory(held, demand.workload, demand.row_bytes(span), statistics_bytes + demand.statistics_on_device(span))
+            device = of_stage[0].device
+            host = demand.cpu_memory(held_bytes(demand, span, of_stage[0].residency, device), device.node, span)
         yield StagePlan(replica, stage, of_stage[0].device.node.name, span, host)
 
 

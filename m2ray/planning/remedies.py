@@ -18,6 +18,8 @@ from m2ray.sizes import MaxMemory
 
 STEP_TOKENS = 256
 _OFFLOAD = ("none", "cpu", "auto", "disk")
+_OTHER_WEIGHTS = {"bf16": ("packed",), "packed": ("auto",), "auto": ()}
+"""What may find room instead: few layers take less ready than packed with a workspace."""
 
 Chains = Sequence[Sequence[Device]]
 Layout = tuple[Demand, Cluster, Chains, PromptStats | None]
@@ -107,7 +109,7 @@ def _changes(
         to("compute_dtype"),
         'It fits with compute_dtype = "bfloat16".',
     )
-    yield "weights", _if(options.weights == "bf16" and demand.is_packed, "packed"), to("weights"), 'It fits with weights = "packed".'
+    yield "weights", _OTHER_WEIGHTS[options.weights] if demand.is_packed else (), to("weights"), 'It fits with weights = "{value}".'
     yield "batch_tokens", _fewer(options.batch_tokens), to("batch_tokens"), "It fits with batch_tokens = {value} or less."
     yield "max_length", _fewer(demand.assumed.longest_tokens or 0), if_only("longest_tokens"), "It fits with max_length = {value} or less."
     yield (

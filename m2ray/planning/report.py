@@ -44,7 +44,12 @@ def to_json(plan: Plan) -> dict[str, Any]:
             "writer_queue_bytes": options.writer_queue_bytes,
             "compression": options.compression,
         },
-        "weights": {**asdict(plan.weights), "layer_bytes": list(plan.weights.layer_bytes), "layouts": _layouts(plan)},
+        "weights": {
+            **asdict(plan.weights),
+            "layer_bytes": list(plan.weights.layer_bytes),
+            "packed_layer_bytes": list(plan.demand.packed_bytes),
+            "layouts": _layouts(plan),
+        },
         "cluster": _cluster(plan.cluster),
         "wave": {"tokens": plan.wave.tokens, "forced_by": plan.wave.forced_by or None},
         "gpus": [_gpu(gpu) for gpu in plan.gpus],

@@ -10,11 +10,11 @@ from dataclasses import replace
 from typing import cast
 
 from m2ray.batches import LayerSpan, Residency
-from m2ray.config import Weights
+from m2ray.option_types import Weights
 from m2ray.planning.demand import Demand
 from m2ray.planning.devices import HOST_SHARE, Device, DevicePlan
 from m2ray.planning.hardware import Node
-from m2ray.planning.memory import LANDING_BUFFERS, READERS_BYTES
+from m2ray.planning.memory import LANDING_BUFFERS, READERS_A_CORE_BYTES, READERS_BYTES
 from m2ray.planning.partition import DeviceMap, partition, short_by_bytes
 
 Way = tuple[Residency, bool]
@@ -28,7 +28,7 @@ _KEPT: Mapping[Weights, Sequence[Residency]] = {"auto": ["gpu", "gpu_packed"], "
 """How layers may be kept on a GPU, from the fastest on; without one those that are packed lie in its host's memory."""
 
 
-def held_bytes(demand: Demand, span: LayerSpan, residency: Mapping[int, Residency], *, on_gpu: bool) -> dict[str, int]:
+def held_bytes(demand: Demand, span: LayerSpan, residency: Mapping[int, Residency], device: Device) -> dict[str, int]:
     """What a span takes on its device, item by item: ready and packed weights, and what it takes to use those that are not ready.
 
     All layers but those ready are unpacked into one workspace; what is brought lands in one of two buffers. What lies in the files as it is
@@ -36,7 +36,7 @@ def held_bytes(demand: Demand, span: LayerSpan, residency: Mapping[int, Residenc
     """
     ready, packed = demand.layer_bytes, demand.packed_bytes
     outside = {layer: place for layer, place in residency.items() if place != "gpu"}
-    in_place = [layer for layer, place in outside.items() if place == ("gpu_packed" if on_gpu else "host")]
+    in_place = [layer for layer, place in outside.items() if place == ("gpu_packed" if device.gpu else "host")]
     brought = [packed[layer] for layer in outside if layer not in in_place]
     found = {
         "weights": demand.span_bytes(span) - sum(ready[layer] for layer in outside),
@@ -44,7 +44,7 @@ def held_bytes(demand: Demand, span: LayerSpan, residency: Mapping[int, Residenc
         "workspace": max((demand.unpacked_bytes[layer] for layer in outside), default=0),
         "landing_buffers": min(LANDING_BUFFERS, len(brought)) * max(brought, default=0),
         "wave": demand.wave_bytes(span) if outside else 0,
-        "readers": READERS_BYTES if "checkpoint" in outside.values() and not on_gpu else 0,
+        "readers": 0 if device.gpu else min(READERS_BYTES, READERS_A_CORE_BYTES * (device.node.cpus or 8), max(brought, default=0)),
     }
     return {name: num_bytes for name, num_bytes in found.items() if num_bytes or name == "weights"}
 
@@ -85,7 +85,7 @@ def _dealt(demand: Demand, chain: Sequence[Device], way: Way) -> tuple[int, Span
         spans = partition(layers, first, last, [None] * len(chain), "balanced")
     else:
         everything = LayerSpan(0, len(layers))
-        beside = held_bytes(demand, everything, _kept(demand, everything, kept, len(layers), 0), on_gpu=True)
+        beside = held_bytes(demand, everything, _kept(demand, everything, kept, len(layers), 0), chain[0])
         beside_bytes = beside.get("workspace", 0) + beside.get("wave", 0)
         caps_bytes = [room and room - beside_bytes for room in (demand.room_bytes(device, everything) for device in chain)]
         short_bytes = short_by_bytes(layers, first, last, caps_bytes)
@@ -140,7 +140,7 @@ def _too_much_bytes(demand: Demand, span: LayerSpan, residency: Mapping[int, Res
     room_bytes = demand.room_bytes(device, span)
     if room_bytes is None:
         return 0
-    return max(0, sum(held_bytes(demand, span, residency, on_gpu=device.gpu is not None).values()) - room_bytes)
+    return max(0, sum(held_bytes(demand, span, residency, device).values()) - room_bytes)
 
 
 def with_files(demand: Demand, placed: Sequence[DevicePlan], node: Node, taken_bytes: int) -> tuple[DevicePlan, ...]:

@@ -1,13 +1,15 @@
 """RunOptions from what a user asks for: every "auto" is decided here but those of `device_map` and `transport`, for `m2ray plan` and `m2ray extract` alike."""
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from math import ceil
-from typing import Any, TypeVar
+from typing import Any
 
 from m2ray.batches import PartSpec, PromptStats, TensorTable
-from m2ray.config import Auto, ExtractConfig, parse_labels
+from m2ray.config import ExtractConfig
 from m2ray.errors import ConfigError
+from m2ray.option_text import parse_labels
 from m2ray.options import PromptOptions, RunOptions
 from m2ray.planning.batch_size import AUTO_BATCH_TOKENS, MOST_ON_CPU, ON_CPU, ON_GPU, best_batch_tokens
 from m2ray.planning.demand import Assumptions, Demand
@@ -26,7 +28,14 @@ STATISTICS_SHARE = 0.01
 WRITER_QUEUE_SHARE = 8
 """Captured rows that wait for the store take one part in so many of a stage's memory where that is limited, at most."""
 
-_Value = TypeVar("_Value", bool, int, str)
+WRITER_QUEUE_A_CORE_BYTES = 32 << 20
+"""The same where layers run on cores: of SmolLM2-135M, all layers, about a second and a half's rows, or those of two micro-batches."""
+
+_AS_ASKED = (
+    *("compute_dtype", "store_dtype", "output", "compression", "gpus_per_stage", "device_map", "weights", "offload", "offload_folder"),
+    *("transport", "placement_timeout_s", "stage_timeout_s"),
+)
+"""Options in which nothing is open."""
 
 StatsAt = Callable[[int], PromptStats]
 """From the most padded tokens of a micro-batch to what the prompts come to in such micro-batches."""
@@ -67,60 +76,64 @@ def resolve(
     statistics = statistics_of_run(config.statistics, parts, routers, table.num_layers)
     of_statistics = parts_of_run(statistic_sites(statistics), config.store_dtype, *widths_of_model)
     kept = () if config.keep == "statistics" else parts
-    _require_means(prompts, (*kept, *of_statistics))
-    num_layers = layers_run((*kept, *of_statistics), table.num_layers)
-    if isinstance(config.stages, int) and config.stages > num_layers:
-        raise ConfigError(f"stages = {config.stages}, but only {num_layers} layers are run.", f"Ask for at most {num_layers}.")
-    if config.weights == "packed" and not any(row.method for row in table.rows if row.role == "layer"):
-        raise ConfigError('weights = "packed", but no weights of this checkpoint are quantised.', "Leave weights out.")
-    of_the_run = recorded or {}
-
-    def decided(name: str, asked: _Value | Auto, automatic: _Value) -> _Value:
-        return of_the_run.get(name, automatic) if asked == "auto" else asked
-
+    _require_suitable(config, prompts, table, (*kept, *of_statistics))
+    automatic = {
+        "batch_tokens": MOST_ON_CPU,
+        "shard_tokens": _shard_tokens(config, parts, statistics, of_statistics, table.num_experts),
+        "attn_implementation": shape.attn_implementation,
+        "compile": cluster is not None and cluster.num_gpus > 0,
+        "threads_per_stage": 1,
+    }
     options = RunOptions(
         prompts=prompts,
         layers=tuple(sorted({layer for layers in sites.values() for layer in layers})),
         sites=sites,
         parts=kept,
-        compute_dtype=config.compute_dtype,
-        store_dtype=config.store_dtype,
-        batch_tokens=decided("batch_tokens", config.batch_tokens, MOST_ON_CPU),
-        shard_tokens=decided(
-            "shard_tokens", config.shard_tokens, _shard_tokens(config, parts, statistics, of_statistics, table.num_experts)
-        ),
-        attn_implementation=decided("attn_implementation", config.attn_implementation, shape.attn_implementation),
-        compile=decided("compile", config.compile, cluster is not None and cluster.num_gpus > 0),
-        threads_per_stage=decided("threads_per_stage", config.threads_per_stage, 1),
-        output=config.output,
-        compression=config.compression,
         stages=None if config.stages == "auto" else config.stages,
         replicas=1 if config.replicas == "auto" else config.replicas,
-        gpus_per_stage=config.gpus_per_stage,
-        device_map=config.device_map,
         max_memory=parse_max_memory(config.max_memory),
-        weights=config.weights,
-        offload=config.offload,
-        offload_folder=config.offload_folder,
         node_labels=parse_labels(config.node_labels),
         in_flight_bytes=parse_bytes(config.in_flight, "in_flight"),
-        transport=config.transport,
-        placement_timeout_s=config.placement_timeout_s,
-        stage_timeout_s=config.stage_timeout_s,
         statistics=statistics,
         keep=("both" if statistics else "rows") if config.keep == "auto" else config.keep,
         of_statistics=of_statistics,
+        **{name: getattr(config, name) for name in _AS_ASKED},
+        **{name: _decided(config, name, {**automatic, **(recorded or {})}) for name in automatic},
     )
     if cluster is None:
         return options
-    demand = Demand(table, shape, options, assumed or Assumptions())
-    demand = demand.asking(writer_queue_bytes=_writer_queue_bytes(options, cluster))
-    if config.batch_tokens == "auto" and "batch_tokens" not in of_the_run:
+    return _suited(config, Demand(table, shape, options, assumed or Assumptions()), cluster, recorded or {}, stats_at)
+
+
+def _decided(config: ExtractConfig, name: str, otherwise: Mapping[str, Any]) -> Any:
+    """An option's value, or what stands for "auto"."""
+    asked = getattr(config, name)
+    return otherwise[name] if asked == "auto" else asked
+
+
+def _suited(config: ExtractConfig, demand: Demand, cluster: Cluster, recorded: Mapping[str, Any], stats_at: StatsAt | None) -> RunOptions:
+    """The options with what a cluster decides of them."""
+
+    def is_open(name: str) -> bool:
+        return getattr(config, name) == "auto" and name not in recorded
+
+    demand = demand.asking(writer_queue_bytes=_writer_queue_bytes(demand.options, cluster))
+    if is_open("batch_tokens"):
         demand = demand.asking(batch_tokens=_batch_tokens(config, demand, cluster, stats_at))
     demand = demand.asking(replicas=_replicas(config, demand, cluster))
-    if config.threads_per_stage == "auto" and "threads_per_stage" not in of_the_run:
+    if is_open("threads_per_stage"):
         demand = demand.asking(threads_per_stage=_threads(demand, cluster))
     return demand.options
+
+
+def _require_suitable(config: ExtractConfig, prompts: PromptOptions, table: TensorTable, captured: Sequence[PartSpec]) -> None:
+    """Raise ConfigError for what this model cannot do."""
+    _require_means(prompts, captured)
+    num_layers = layers_run(captured, table.num_layers)
+    if isinstance(config.stages, int) and config.stages > num_layers:
+        raise ConfigError(f"stages = {config.stages}, but only {num_layers} layers are run.", f"Ask for at most {num_layers}.")
+    if config.weights == "packed" and not any(row.method for row in table.rows if row.role == "layer"):
+        raise ConfigError('weights = "packed", but no weights of this checkpoint are quantised.', "Leave weights out.")
 
 
 def _shard_tokens(
@@ -167,11 +180,12 @@ def _endless(batch_tokens: int) -> PromptStats:
 
 
 def _writer_queue_bytes(options: RunOptions, cluster: Cluster) -> int:
-    """Without GPUs, where `max_memory` is of all that a stage takes, no more than a part of that."""
+    """Without GPUs as much as a node's cores make in a short while, and no more than a part of `max_memory`, which is of all that a stage takes there."""
     if cluster.num_gpus:
         return options.writer_queue_bytes
-    allowed = (options.max_memory.usable_bytes(node.name, 0, WRITER_QUEUE_SHARE * options.writer_queue_bytes) for node in cluster.nodes)
-    return min(allowed) // WRITER_QUEUE_SHARE
+    made_bytes = (WRITER_QUEUE_A_CORE_BYTES * node.cpus for node in cluster.nodes if node.cpus)
+    allowed_bytes = [options.max_memory.usable_bytes(node.name, 0, sys.maxsize) // WRITER_QUEUE_SHARE for node in cluster.nodes]
+    return min(options.writer_queue_bytes, *made_bytes, *allowed_bytes)
 
 
 def _threads(demand: Demand, cluster: Cluster) -> int:

@@ -5,7 +5,8 @@ import re
 import pytest
 from pydantic_core import PydanticUndefined
 
-from m2ray.config import ExtractConfig, legal_values
+from m2ray.config import ExtractConfig
+from m2ray.option_types import legal_values
 from tests.unit.chinese_pages import LINK, PAGES, ROOT, TERMS, anchors, blocks, differences, leads_to
 
 ENGLISH = "# Title\n\nA stage takes 7.3 GB by 26 November 2026, [more](stores.md).\n\n| `a_b` | 3 s |\n\n```\nm2ray plan  # why\n```\n\n- one, 5 s\n\n## End\n"

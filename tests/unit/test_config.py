@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from m2ray.config import ExtractConfig, parse_layers
+from m2ray.config import ExtractConfig
 from m2ray.errors import ConfigError
+from m2ray.option_text import parse_layers
 from m2ray.sizes import parse_bytes
 
 REQUIRED = {"model": "m", "prompts": "p", "output": "o"}

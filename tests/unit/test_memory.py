@@ -14,11 +14,13 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModel
 from transformers.masking_utils import create_sliding_window_causal_mask
 
 from m2ray.batches import LayerSpan, TensorRow, TensorTable
+from m2ray.model import weights
 from m2ray.model.capture import COPYING_LAYERS
 from m2ray.model.extents import EXTENT_BYTES
 from m2ray.model.gpu_loading import LANES
 from m2ray.model.statistics import experts_statistics, rows_statistics
 from m2ray.options import WRITER_QUEUE_BYTES
+from m2ray.planning.hardware import Node
 from m2ray.planning.memory import (
     CAPTURE_BUFFERS,
     CONTEXT_BYTES,
@@ -30,7 +32,9 @@ from m2ray.planning.memory import (
     cpu_memory,
     gpu_host_memory,
     gpu_memory,
+    process_bytes,
     span_rows,
+    staging_bytes,
     weight_bytes,
 )
 from m2ray.statistics import device_bytes
@@ -121,8 +125,25 @@ def test_items_of_a_gpu_and_of_hosts():
     assert "weights" not in host.running
     assert gpu_host_memory(work, []).running["capture"] == 0
     assert gpu_host_memory(work, [], {"packed_layers": 7, "readers": 0}).loading["packed_layers"] == 7
-    on_cpu = cpu_memory(held, work, [8, 16])
+    on_cpu = cpu_memory(held | {"process": 7, "staging": 9}, work, [8, 16])
+    assert on_cpu.loading == {"weights": 400, "process": 7, "staging": 9}
+    assert "staging" not in on_cpu.running
     assert {"weights": 400, "transient": 200_000, "capture": 2 * 1000 * 24 + 5000}.items() <= on_cpu.running.items()
+
+
+def test_what_a_cpu_loads_through_is_counted_by_the_tensors_that_are_not_read_into_their_place():
+    large = 100 << 20
+    ready = TensorRow("a", "layer", 0, (large // 2,), None, large, ("a",), lies_as="bfloat16")
+    assert staging_bytes([ready], "bfloat16") == 0
+    assert staging_bytes([ready], "float32") == 8 * weights.PIECE_BYTES
+    assert staging_bytes([replace(ready, method="AWQ", lies_as="")], "bfloat16") == STAGING_BYTES["host"] == 64 * weights.PIECE_BYTES
+    assert staging_bytes([replace(ready, method="AWQ", lies_as="", sources=("a",) * 1000)], "bfloat16") == 64 * (large // 1000)
+
+
+def test_a_process_takes_less_where_torch_has_no_cuda():
+    versions = ({}, {"torch": "2.13"}, {"torch": "2.13", "cuda": "13.0"})
+    unknown, without, with_cuda = (process_bytes(Node("a", versions=each)) for each in versions)
+    assert without < with_cuda == unknown
 
 
 def test_host_memory_holds_what_nine_sites_took_on_an_h200():

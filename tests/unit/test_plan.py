@@ -222,6 +222,39 @@ def test_weights_are_ready_where_all_fits_and_else_packed():
     assert places(plan("2xH200", weights="packed")) == {"gpu_packed": 62}
     assert not plan("2xH200", weights="bf16").fits
     assert {remedy.option: remedy.value for remedy in plan("2xH200", weights="bf16").remedies}["weights"] == "packed"
+    assert f"{PACKED:,}  packed, where it is not ready" in drawn(packed)
+    assert "packed, where" not in drawn(plan("8xH200"))
+
+
+def test_the_refusal_of_packed_weights_offers_what_would_fit():
+    """One layer takes less ready than packed with what it is unpacked into."""
+
+    def offered(mb: int, num_layers: int) -> dict[str, str | int]:
+        refused = plan("1xH200", num_layers, weights="packed", max_memory=parse_max_memory(f"{mb}MB"))
+        assert not refused.fits
+        return {remedy.option: remedy.value for remedy in refused.remedies}
+
+    ready_mb = plan("1xH200", 1, weights="bf16").gpus[0].memory.peak_bytes // 10**6 + 1
+    assert offered(ready_mb, 1)["weights"] == "auto"
+    assert offered(40_000, 62)["offload"] == "cpu"
+
+
+def test_four_bits_take_longer_to_unpack_than_eight():
+    """As one H200 did: a layer of MiniMax-M2's experts in 3.3 ms of FP8, 5.4 of MXFP4 and 17 of AWQ."""
+
+    def packed_as(method: str, bits: int) -> float:
+        rows = tuple(
+            replace(row, method=method, disk_bytes=int(row.num_elements * bits / 8)) if row.method else row for row in m2_table(2).rows
+        )
+        asked = replace(demand(2, weights="packed", compile=True), table=replace(m2_table(2), rows=rows))
+        (placed,) = plan_run(asked, parse_gpus("1xH200")).placed
+        ready = replace(placed, residency={})
+        return (pass_s(asked, placed, 16_384) - pass_s(asked, ready, 16_384)) / 2 * 1e3
+
+    times_ms = [
+        packed_as(*each) for each in (("FP8 in blocks of 128 x 128", 8), ("MXFP4 in groups of 32", 4.25), ("AWQ, INT4 in groups", 4.15))
+    ]
+    assert times_ms == pytest.approx([3.3, 5.4, 17], rel=0.1)
 
 
 def test_a_checkpoint_that_is_not_quantised_is_not_packed():

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from pydantic_core import PydanticUndefined
 
-from m2ray.config import ExtractConfig, legal_values
+from m2ray.config import ExtractConfig
+from m2ray.option_types import legal_values
 
 README = Path(__file__).parents[2] / "README.md"
 

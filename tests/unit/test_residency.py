@@ -28,6 +28,7 @@ from m2ray.model.skeleton import build_skeleton
 from m2ray.model.stage import Stage, StageSpec
 from m2ray.model.tensors import match_by_layer
 from m2ray.model.weights import _unplaced
+from m2ray.planning.unpacking import unpacking_bytes
 from scripts.checkpoint_formats.table import FORMATS
 from tests.host_kernels import RAN, HostKernel
 from tests.packed import make_packed
@@ -91,12 +92,14 @@ def test_what_a_layer_takes_is_known_before_it_is_loaded(layout: str, dtype: str
     checkpoint = open_checkpoint(str(make(tmp_path / "model", layout)))
     table = tensor_table(checkpoint)
     packed, unpacked = table.packed_bytes(), table.unpacked_bytes(dtype)
+    moved = unpacking_bytes(table.rows, table.num_layers, dtype)
     for number, layer in laid_out(checkpoint, dtype):
         needed_bytes = sum(row.disk_bytes for row in table.rows if row.layer == number)
         assert needed_bytes <= layer.num_bytes <= packed[number]
         assert sum(read.stop - read.offset for read in layer.reads) <= 1.01 * needed_bytes
         assert (layer.workspace_bytes > 0) == (unpacked[number] > 0)
         assert layer.workspace_bytes <= unpacked[number]
+        assert (layer.workspace_bytes > 0) == (moved[number] > 0), "its method is in the planner's table"
         if dtype == "bfloat16" and layout.startswith("bf16"):
             assert layer.workspace_bytes < 0.05 * layer.num_bytes, "only what the file has in another dtype"
 

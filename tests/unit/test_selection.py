@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from m2ray.batches import MicroBatch
-from m2ray.config import ExtractConfig, parse_tokens
+from m2ray.config import ExtractConfig
 from m2ray.errors import ConfigError
+from m2ray.option_text import parse_tokens
 from m2ray.selection import Selection
 
 LENGTHS = (7, 1, 12, 3, 5)

@@ -15,9 +15,10 @@ from m2ray.chain.progress import Progress
 from m2ray.chain.status import RunStatus, StageStatus
 from m2ray.cli import main
 from m2ray.cli.output import between_words, console_of_tables
-from m2ray.config import ExtractConfig, legal_values
+from m2ray.config import ExtractConfig
 from m2ray.errors import ConfigError, did_you_mean, in_ranges
 from m2ray.export.exporting import consumer_of
+from m2ray.option_types import legal_values
 from m2ray.planning.hardware import Cluster, Gpu, Node, parse_gpus
 from m2ray.planning.layout import render
 from m2ray.planning.rates import RatePlan
