@@ -275,7 +275,7 @@ class StageActor:
         self._turns.require(epoch)
         for consumer in self._consumers if captured or leaves else ():
             consumer.submit(attempt, output.micro_batch, captured, self._timeout_s)
-        since_begin_s = computed_at - self._began_at - self._writer.waited_s
+        since_begin_s = computed_at - self._began_at - self._writer.backlog.waited_s
         self._status = with_layers(self._status, compute_s, copied_at - computed_at, since_begin_s)
         if leaves:
             self._status = with_micro_batch(self._status, output.micro_batch)
@@ -399,6 +399,7 @@ class StageActor:
         writer = job.writer.open([part for stage in self._stages for part in stage.parts])
         statistics = {place: kinds for stage in self._stages for place, kinds in stage.statistics.items()}
         consumers = (writer, job.writer.open_statistics(statistics)) if statistics else (writer,)
+        self._capture.resize(_AHEAD * len(self._specs) if job.writer.beside else 1)
         self._began_at = None
         self._status = replace(self._loaded, gpus=measure_gpus(self._devices) if self._on_gpu else ())
         # A close that comes now, from whoever gives the job up, may not leave it begun and its writers closed: hence the job first.
