@@ -147,7 +147,9 @@ class ActivationWriter:
         try:
             for number, columns in columns_of_parts.items():
                 held_bytes[number] = self._take_room(opened, _num_bytes(columns), deadline, timeout_s)
-                writes.append(self._lane(number).submit(self._write, opened, opened.parts[number], tokens, columns, token_digest is not None))
+                writes.append(
+                    self._lane(number).submit(self._write, opened, opened.parts[number], tokens, columns, token_digest is not None)
+                )
                 writes[-1].add_done_callback(lambda done: self._note(opened, done))
         finally:
             # Behind all that is to be written: to begin a finish may have to wait for the store.
