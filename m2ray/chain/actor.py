@@ -399,7 +399,6 @@ class StageActor:
         writer = job.writer.open([part for stage in self._stages for part in stage.parts])
         statistics = {place: kinds for stage in self._stages for place, kinds in stage.statistics.items()}
         consumers = (writer, job.writer.open_statistics(statistics)) if statistics else (writer,)
-        self._capture.resize(_AHEAD * len(self._specs) if job.writer.beside else 1)
         self._began_at = None
         self._status = replace(self._loaded, gpus=measure_gpus(self._devices) if self._on_gpu else ())
         # A close that comes now, from whoever gives the job up, may not leave it begun and its writers closed: hence the job first.

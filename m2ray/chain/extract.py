@@ -163,10 +163,9 @@ def _stages(
         output=work.inputs.store.url,
         run_metadata=work.run.job.run_metadata(),
         queue_bytes=options.writer_queue_bytes,
-        threads=_writer_threads(plan, per_stage_cpus),
+        threads=max(1, int(per_stage_cpus / 2)) if plan.gpus else 1,
         compression=options.compression,
         selection=options.prompts.selection,
-        beside=bool(plan.gpus) or options.threads_per_stage == 1 or work.inputs.store.folder is None,
     )
     job, num_layers = Job(_capture(options), writer, options.batch_tokens), plan.demand.num_layers
 
@@ -181,11 +180,6 @@ def _stages(
         stages = Stages(specs, of_chain, timeout_s=options.stage_timeout_s, hold_weights=hold, epoch=epoch)
         stages.begin(job)
         yield stages
-
-
-def _writer_threads(plan: Plan, per_stage_cpus: float) -> int:
-    """Half of the cores that a stage has beside its GPUs; without them those that it computes with, which is what waits for rows to be written."""
-    return max(1, int(per_stage_cpus / 2)) if plan.gpus else plan.demand.options.threads_per_stage
 
 
 def _capture(options: RunOptions) -> CaptureSpec:

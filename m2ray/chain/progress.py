@@ -93,7 +93,7 @@ class Progress:
             words.append(f"GPU {run.gpu_busy:.0%} busy, {bytes_in_words(used_bytes)} taken")
         write_wait_s = max((stage.write_wait_s for stage in run.statuses), default=0.0)
         if write_wait_s > 0.01 * elapsed_s:
-            words.append(f"waited {seconds_in_words(write_wait_s)} for rows to be written")
+            words.append(f"waited {seconds_in_words(write_wait_s)} for the disk")
         words += [f"{bytes_in_words(run.written_bytes / elapsed_s)}/s written", f"{tokens:,} of {run.all_tokens:,} tokens"]
         self._show("extract", words, tokens / max(run.all_tokens, 1))
 

@@ -43,7 +43,7 @@ class StageStatus:
         tokens, padded_tokens: real ones, and computed ones.
         compute_s: of layers and selection, by the device's own clock. wait_s: the rest of the time since the first micro-batch, mostly
             spent on waiting for the stage before. copy_s: of copying captured rows to the host, after the layers are done.
-        write_wait_s: of waiting for room in the writer's queue, two micro-batches before the computation stands still; or for rows to be written between micro-batches.
+        write_wait_s: of waiting for room in the writer's queue; two micro-batches later the computation stands still.
         write_s: of the writer's threads, encoding and storing, beside the computation. store_s: the store's share of it.
         sends_by: how hidden states went to the next stage, "cuda_ipc" or "object_store"; empty where there is none.
         queued_bytes: captured, that wait for the store or are on their way there now. stored_parts: durable.

@@ -129,11 +129,9 @@ def job(store: Store, parts: Sequence[PartSpec] = PARTS, *, masked: bool = False
 
 
 def writer(
-    store: Store, record: JobRecord, *, queue_bytes: int = 1 << 20, threads: int = 2, compression: Compression = "none", beside: bool = True
+    store: Store, record: JobRecord, *, queue_bytes: int = 1 << 20, threads: int = 2, compression: Compression = "none"
 ) -> ActivationWriter:
-    return ActivationWriter(
-        store, record.run_metadata(), record.parts, queue_bytes=queue_bytes, threads=threads, compression=compression, beside=beside
-    )
+    return ActivationWriter(store, record.run_metadata(), record.parts, queue_bytes=queue_bytes, threads=threads, compression=compression)
 
 
 def write_shard(store: Store, record: JobRecord, of: Shard, attempt: str, compression: Compression = "none") -> tuple[PartReceipt, ...]:

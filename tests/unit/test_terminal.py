@@ -101,7 +101,7 @@ def test_in_a_pipe_a_line_of_progress_has_everything(monkeypatch: pytest.MonkeyP
     said = io.StringIO()
     Progress(said).extracting(a_run(12_345_678))
     (line,) = said.getvalue().splitlines()
-    for words in ("123 of 4,567 shards", "left", "tokens/s", "waited 40 s for rows to be written", "12,345,678 of 90,000,000 tokens"):
+    for words in ("123 of 4,567 shards", "left", "tokens/s", "waited 40 s for the disk", "12,345,678 of 90,000,000 tokens"):
         assert words in line
 
 

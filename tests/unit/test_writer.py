@@ -190,42 +190,6 @@ def test_a_full_queue_times_out(tmp_path: Path) -> None:
     assert files_below(tmp_path) == []
 
 
-def test_where_nothing_is_written_beside_it_submit_returns_once_the_store_has_the_rows(tmp_path: Path) -> None:
-    """All but the end of the parts, which the store alone takes its time for."""
-    may_write, (store, _, may_finish) = threading.Event(), standing_still(tmp_path)
-    store.hook = lambda _: may_write.wait(10)
-    record = runs.job(store)
-    first, last = runs.micro_batches(runs.shard(0))
-    writer = runs.writer(store, record, beside=False)
-    with ThreadPoolExecutor(1) as pool:
-        submitting = pool.submit(submit, writer, record, first)
-        with pytest.raises(TimeoutError):
-            submitting.result(0.05)
-        may_write.set()
-        submitting.result(10)
-    assert writer.backlog.queued_bytes == 0
-    assert writer.backlog.waited_s > 0.05
-    submit(writer, record, last)
-    parts = list((tmp_path / "_unfinished").iterdir())
-    assert [part.read_bytes()[-4:] for part in parts] == len(record.parts) * [b"PAR1"], "whole, and not durable yet"
-    may_finish.set()
-    assert len(writer.collect(0, ATTEMPT, 10)) == len(record.parts)
-    writer.close()
-
-
-def test_a_disk_that_stands_still_is_not_waited_for_without_end(tmp_path: Path) -> None:
-    may_write = threading.Event()
-    store = HookedStore(tmp_path, lambda _: may_write.wait(10))
-    record = runs.job(store)
-    writer = runs.writer(store, record, beside=False)
-    with pytest.raises(StoreError, match="Writing fell behind"):
-        submit(writer, record, runs.micro_batches(runs.shard(0))[0], timeout_s=0.05)
-    may_write.set()
-    writer.abandon([(0, ATTEMPT)])
-    writer.close()
-    assert files_below(tmp_path) == []
-
-
 def test_a_layer_larger_than_the_queue_goes_alone(tmp_path: Path) -> None:
     store = LocalStore(tmp_path)
     record = runs.job(store)

@@ -18,7 +18,7 @@ class Backlog:
     Attributes:
         queued_bytes: captured, that wait, are being written now, or are the last of a part that is not durable yet.
         written_bytes: handed to the store so far, those of failed attempts too.
-        waited_s: seconds that whoever submits stood still: for room, or where nothing is written beside it for its rows.
+        waited_s: seconds that whoever submits stood still for room.
         write_s: seconds of work, summed over the threads.
         store_s: those of them that the store took; the rest is encoding and hashing.
     """
@@ -39,11 +39,12 @@ class Backlog:
         Returns:
             Whether it was taken.
         """
-        with self._changed, self.waiting():
+        begin = time.monotonic()
+        with self._changed:
             has_room = self._changed.wait_for(
-                lambda: is_over() or self.queued_bytes == 0 or self.queued_bytes + num_bytes <= self.limit_bytes,
-                max(0.0, deadline - time.monotonic()),
+                lambda: is_over() or self.queued_bytes == 0 or self.queued_bytes + num_bytes <= self.limit_bytes, max(0.0, deadline - begin)
             )
+            self.waited_s += time.monotonic() - begin
             is_taken = has_room and not is_over()
             self.queued_bytes += num_bytes if is_taken else 0
         return is_taken
@@ -53,15 +54,6 @@ class Backlog:
         with self._changed:
             self.queued_bytes -= num_bytes
             self._changed.notify_all()
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Count the time as that of whoever submits, who is one thread."""
-        begin = time.monotonic()
-        try:
-            yield
-        finally:
-            self.waited_s += time.monotonic() - begin
 
     @contextmanager
     def working(self, part: PartWriter) -> Iterator[None]:

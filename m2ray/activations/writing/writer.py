@@ -1,4 +1,4 @@
-"""ActivationWriter: writes what a stage captured, bounded in bytes: beside the computation, or between its micro-batches.
+"""ActivationWriter: writes what a stage captured, beside the computation, bounded in bytes.
 
 A micro-batch's layers, all together or as a wave comes to them, are spread over worker threads, one queue a thread. A part belongs to one thread,
 so its row groups keep their order. Once its last bytes are written, another thread finishes the part: what is durable only after a while (an fsync, the end of an
@@ -11,9 +11,8 @@ import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
-from typing import NoReturn
 
 from m2ray.activations.schema import Compression, encode_tokens, require_compression
 from m2ray.activations.writing.attempt import Attempt
@@ -43,7 +42,6 @@ class WriterSpec:
     threads: int
     compression: Compression = "none"
     selection: Selection = field(default_factory=Selection)
-    beside: bool = True
 
     def open(self, parts: Sequence[PartSpec]) -> "ActivationWriter":
         """The writer of `parts`. Raises as ActivationWriter and open_store do."""
@@ -56,7 +54,6 @@ class WriterSpec:
             threads=self.threads,
             compression=self.compression,
             selection=self.selection,
-            beside=self.beside,
         )
 
     def open_statistics(self, places: Mapping[Place, frozenset[str]]) -> StatisticsWriter:
@@ -76,7 +73,6 @@ class ActivationWriter:
         threads: worker threads; each holds a share of the parts. As many more finish parts, which is to wait for the store.
         compression: how the rows are stored.
         selection: whose rows they are.
-        beside: whether whoever submits goes on while the rows are written; else only once the store has them, durable or not.
 
     Attributes:
         backlog: what waits, and what the work took so far.
@@ -95,7 +91,6 @@ class ActivationWriter:
         threads: int,
         compression: Compression = "none",
         selection: Selection | None = None,
-        beside: bool = True,
     ) -> None:
         require_compression(compression)
         self._compression = compression
@@ -103,7 +98,6 @@ class ActivationWriter:
         self._store = store
         self._run_metadata = dict(run_metadata)
         self._parts = tuple(parts)
-        self._beside = beside
         num_lanes = max(1, min(threads, len(parts)))
         self._lanes = [ThreadPoolExecutor(1, thread_name_prefix=f"write-{number}") for number in range(num_lanes)]
         self._finishers = ThreadPoolExecutor(num_lanes, thread_name_prefix="finish")
@@ -128,8 +122,7 @@ class ActivationWriter:
         alternate. Blocks while the queue is full.
 
         Raises:
-            StoreError: an earlier write failed, or the queue stayed full for `timeout_s`, or the rows were not written for so long. The
-                attempt is failed then.
+            StoreError: an earlier write failed, or the queue stayed full for `timeout_s`. The attempt is failed then.
             StageError: the micro-batch is out of order, its sequences are, or its layers are none of `parts`.
         """
         deadline = time.monotonic() + timeout_s
@@ -142,21 +135,10 @@ class ActivationWriter:
         opened.order.admit(micro_batch, [(spec.site, spec.layer) for spec in specs], token_rows)
         tokens = encode_tokens(token_rows)
         token_digest = opened.order.digest.hexdigest() if micro_batch.is_last else None
-        writes: list[Future[None]] = []
-        held_bytes: dict[int, int] = {}
-        try:
-            for number, columns in columns_of_parts.items():
-                held_bytes[number] = self._take_room(opened, _num_bytes(columns), deadline, timeout_s)
-                writes.append(
-                    self._lane(number).submit(self._write, opened, opened.parts[number], tokens, columns, token_digest is not None)
-                )
-                writes[-1].add_done_callback(lambda done: self._note(opened, done))
-        finally:
-            # Behind all that is to be written: to begin a finish may have to wait for the store.
-            for number, num_bytes in held_bytes.items() if token_digest is not None else ():
-                self._lane(number).submit(self._begin_finish, opened, opened.parts[number], num_bytes, token_digest)
-        if not self._beside:
-            self._wait_until_written(opened, writes, deadline, timeout_s)
+        for number, columns in columns_of_parts.items():
+            self._take_room(opened, _num_bytes(columns), deadline, timeout_s)
+            written = self._lane(number).submit(self._write, opened, opened.parts[number], tokens, columns, token_digest)
+            written.add_done_callback(lambda done: self._note(opened, done))
 
     def collect(self, shard: int, attempt: str, timeout_s: float) -> tuple[PartReceipt, ...]:
         """Wait until every part of a complete attempt is durable and give the receipts, in the order of `parts`.
@@ -230,48 +212,34 @@ class ActivationWriter:
             if opened.failure is not None:
                 raise opened.failure
 
-    def _take_room(self, opened: Attempt, num_bytes: int, deadline: float, timeout_s: float) -> int:
-        """Take `num_bytes` of the queue, as soon as they are free, and give their number."""
+    def _take_room(self, opened: Attempt, num_bytes: int, deadline: float, timeout_s: float) -> None:
+        """Take `num_bytes` of the queue, as soon as they are free."""
         if not self.backlog.take(num_bytes, lambda: opened.failure, deadline):
-            self._fail_late(opened, timeout_s)
-        return num_bytes
+            full = StoreError(
+                f"Writing fell behind: {self.backlog.queued_bytes} of at most {self.backlog.limit_bytes} bytes still wait after {timeout_s:g} s.",
+                "Check the disk of the run folder.",
+            )
+            self._fail(opened, full)
+        if opened.failure is not None:
+            raise opened.failure
 
-    def _wait_until_written(self, opened: Attempt, writes: Sequence[Future[None]], deadline: float, timeout_s: float) -> None:
-        with self.backlog.waiting():
-            _, late = wait(writes, max(0.0, deadline - time.monotonic()))
-        if late or opened.failure is not None:
-            self._fail_late(opened, timeout_s)
-
-    def _fail_late(self, opened: Attempt, timeout_s: float) -> NoReturn:
-        """Raise what an attempt has failed with, which is that it is late unless something else was first."""
-        late = StoreError(
-            f"Writing fell behind: {self.backlog.queued_bytes} of at most {self.backlog.limit_bytes} bytes still wait after {timeout_s:g} s.",
-            "Check the disk of the run folder.",
-        )
-        self._fail(opened, late)
-        assert opened.failure is not None
-        raise opened.failure
-
-    def _write(self, opened: Attempt, part: PartWriter, tokens: EncodedColumns, columns: Sequence[Bits], is_last: bool) -> None:  # noqa: FBT001 - private
-        """One row group, on the part's thread, and behind the last one the footer. The last counts as queued until the part is durable."""
-        try:
-            if opened.failure is None:
-                with self.backlog.working(part):
-                    part.append(tokens, columns)
-                    if is_last:
-                        part.seal()
-        finally:
-            if not is_last:
-                self.backlog.release(_num_bytes(columns))
-
-    def _begin_finish(self, opened: Attempt, part: PartWriter, held_bytes: int, token_digest: str) -> None:
-        """Have a part made durable by another thread. On the part's own, so that an abort of it comes after this."""
-        if not self._may_finish(opened):
-            self.backlog.release(held_bytes)
-            return
-        finished = self._finishers.submit(self._finish, opened, part, held_bytes, token_digest)
-        opened.finishes[part] = finished
-        finished.add_done_callback(lambda done: self._note(opened, done))
+    def _write(self, opened: Attempt, part: PartWriter, tokens: EncodedColumns, columns: Sequence[Bits], token_digest: str | None) -> None:
+        """One row group, on the part's thread. With `token_digest` it is the part's last; it counts as queued until the part is durable."""
+        num_bytes = _num_bytes(columns)
+        with ExitStack() as undo:
+            undo.callback(self.backlog.release, num_bytes)
+            if opened.failure is not None:
+                return
+            with self.backlog.working(part):
+                part.append(tokens, columns)
+                if token_digest is not None:
+                    part.seal()
+            if token_digest is not None and self._may_finish(opened):
+                undo.callback(self._finished)
+                finished = self._finishers.submit(self._finish, opened, part, num_bytes, token_digest)
+                undo.pop_all()
+                opened.finishes[part] = finished  # an abort of this part comes on this thread, and so after this
+                finished.add_done_callback(lambda done: self._note(opened, done))
 
     def _may_finish(self, opened: Attempt) -> bool:
         """Wait until few enough parts are being finished: each holds an open file or an upload.
@@ -286,6 +254,11 @@ class ActivationWriter:
                 self._finishing += 1
             return opened.failure is None
 
+    def _finished(self) -> None:
+        with self._changed:
+            self._finishing -= 1
+            self._changed.notify_all()
+
     def _finish(self, opened: Attempt, part: PartWriter, held_bytes: int, token_digest: str) -> None:
         """Make a part durable. All that may follow on the part's own thread is an abort, which waits for this."""
         try:
@@ -295,8 +268,7 @@ class ActivationWriter:
                 with self._changed:
                     self._stored_parts += 1
         finally:
-            with self._changed:
-                self._finishing -= 1
+            self._finished()
             self.backlog.release(held_bytes)
 
     def _abort(self, opened: Attempt, part: PartWriter) -> None:
