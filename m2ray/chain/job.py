@@ -83,7 +83,7 @@ class JobHere:
         require()
         for consumer in self._consumers if captured or leaves else ():
             consumer.submit(attempt, output.micro_batch, captured, timeout_s)
-        since_begin_s = computed_at - self._began_at - self._writer.waited_s
+        since_begin_s = computed_at - self._began_at - self._writer.backlog.waited_s
         self._status = with_layers(self._status, compute_s, copied_at - computed_at, since_begin_s)
         if leaves:
             self._status = with_micro_batch(self._status, output.micro_batch)

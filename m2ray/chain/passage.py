@@ -20,11 +20,11 @@ from m2ray.chain.status import StageStatus
 from m2ray.chain.transport import Incoming, Outgoing, Payload
 from m2ray.chain.turns import Turns
 from m2ray.chain.wave import Entered, Gathering, compute, wave_tokens
-from m2ray.config import Transport
 from m2ray.model.boundary import Boundary
 from m2ray.model.capture import CaptureSpec
 from m2ray.model.stage import Stage, StageSpec
 from m2ray.model.stage_output import StageOutput
+from m2ray.option_types import Transport
 from m2ray.planning.memory import MOST_BATCHES
 
 if TYPE_CHECKING:

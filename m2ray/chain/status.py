@@ -212,11 +212,11 @@ def with_writer(status: StageStatus, writer: ActivationWriter) -> StageStatus:
     """The same with what the writer has done so far."""
     return replace(
         status,
-        write_wait_s=writer.waited_s,
-        write_s=writer.write_s,
-        store_s=writer.store_s,
-        written_bytes=writer.written_bytes,
-        queued_bytes=writer.queued_bytes,
+        write_wait_s=writer.backlog.waited_s,
+        write_s=writer.backlog.write_s,
+        store_s=writer.backlog.store_s,
+        written_bytes=writer.backlog.written_bytes,
+        queued_bytes=writer.backlog.queued_bytes,
         stored_parts=writer.stored_parts,
     )
 

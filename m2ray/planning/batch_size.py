@@ -40,10 +40,12 @@ class Costs:
 ON_GPU = Costs(fixed_tokens=1_700, least_tokens=2_048, ready_tokens=8_192, token={})
 """One H200: 2,048 tokens of a layer of MiniMax-M2 take 4.7 ms, 16,384 take 22.8 ms."""
 
-ON_CPU = Costs(fixed_tokens=40, least_tokens=256, ready_tokens=256, token={256: 1.0, 2_048: 1.1, 4_096: 1.15, 8_192: 1.3, 16_384: 1.4})
+ON_CPU = Costs(fixed_tokens=50, least_tokens=256, ready_tokens=256, token={256: 1.0, 2_048: 1.1, 4_096: 1.15, 8_192: 1.3, 16_384: 1.4})
 """SmolLM2-135M, 2 CPU cores without a GPU, torch 2.13, float32, 29 November 2026, sequences of 256 tokens: 1 ms a token at 256, 0.96 at 512,
 0.93 at 1,024, 1.12 at 2,048, 1.19 at 4,096, 1.39 at 8,192, where activations no longer fit the caches; sequences of 64: 1.5 at 64, 1.19 at 128,
-1.13 at 512. In bfloat16 a token takes 1.5 to 1.6 at every size from 256 on."""
+1.13 at 512. In bfloat16 a token takes 1.5 to 1.6 at every size from 256 on. So 40 tokens of each micro-batch's time are
+fixed; 10 more, by estimate, are what m2ray does of each on the same cores: the driver's calls (3 to 4 ms, benchmarks/results/driver_cost.json) and a row group a
+layer."""
 
 
 def best_batch_tokens(

@@ -15,7 +15,7 @@ WINDOW_ROWS = 1 << 16
 
 _LIKE_LENGTH = 0.8
 _JUDGED_SHARDS = 64
-_LEAST_SHARD_SHARE = 0.25
+_LEAST_SHARD_SHARE = 1 / 16
 # On an H200 2,048 tokens of one MiniMax-M2 layer take 4.7 ms and 16,384 take 22.8: a tenth of a full micro-batch's time is fixed.
 _FIXED_COST_SHARE = 0.1
 
@@ -79,7 +79,7 @@ def cut_shards(token_counts: Int32Array, shard_tokens: int) -> list[npt.NDArray[
 
     A shard holds at most MOST_SEQUENCES sequences and `shard_tokens` tokens, counted as if padded to its longest sequence; a longer
     sequence stands alone. A shard of several sequences has an even number of them, so that it makes two full micro-batches of half its
-    tokens (the defaults) instead of two and a rest. It ends early, once a quarter full, rather than mix unlike lengths.
+    tokens (the defaults) instead of two and a rest. It ends early, once a sixteenth full, rather than mix unlike lengths.
 
     Args:
         token_counts: int32 [S], each above 0.

@@ -204,7 +204,7 @@ def test_what_an_attempt_that_fails_has_uploaded_is_given_up(url: str, proxy: Fa
     writer = ActivationWriter(open_store(f"{url}?endpoint={proxy.endpoint}"), {}, [spec], queue_bytes=1 << 30, threads=1)
     writer.submit("a1", micro_batch, [CapturedLayer("residual", 0, (rows,))], 60)
     deadline = time.monotonic() + 60
-    while writer.queued_bytes:
+    while writer.backlog.queued_bytes:
         assert time.monotonic() < deadline
         time.sleep(0.01)
     assert len(s3.unfinished_uploads(url)) == 1

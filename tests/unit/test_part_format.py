@@ -45,6 +45,7 @@ def part(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     writer = PartWriter(store, SPEC, {"run_id": "r"}, 0, "a1", request.param)
     for tokens, rows in zip(TOKENS, ROWS, strict=True):
         writer.append(encode_tokens(tokens), [rows])
+    writer.seal()
     writer.finish("0")
     assert writer.receipt is not None
     return store.path(writer.receipt.key), request.param
@@ -184,6 +185,7 @@ def test_rows_that_lie_apart_in_memory_are_written_alike(tmp_path: Path) -> None
         for attempt, rows in (("a1", wide[:, 100:300]), ("a2", np.ascontiguousarray(wide[:, 100:300]))):
             writer = PartWriter(store, PartSpec.of("mlp", 0, "float16", 100), {}, 0, f"{attempt}{compression}", compression)
             writer.append(encode_tokens(token_rows(0, 50)), [rows])
+            writer.seal()
             writer.finish("0")
             receipts.append(writer.receipt)
         first, second = (pq.read_table(store.path(receipt.key), partitioning=None) for receipt in receipts if receipt)

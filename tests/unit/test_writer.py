@@ -112,9 +112,9 @@ def test_receipts_say_what_lies_in_the_store(tmp_path: Path, threads: int) -> No
         spec = next(spec for spec in record.parts if spec.layer == part.layer)
         rows = np.concatenate([runs.bits(spec, i) for i in shard.sequence_ids.tolist()])
         assert b"".join(table["activation"].to_pylist()) == rows.tobytes()
-    assert writer.written_bytes == sum(part.num_bytes for part in receipts)
-    assert writer.queued_bytes == 0
-    assert 0 < writer.store_s < writer.write_s
+    assert writer.backlog.written_bytes == sum(part.num_bytes for part in receipts)
+    assert writer.backlog.queued_bytes == 0
+    assert 0 < writer.backlog.store_s < writer.backlog.write_s
     writer.close()
     assert len(files_below(tmp_path)) == len(receipts)
 
@@ -151,7 +151,7 @@ def test_the_queue_is_bounded_in_bytes(tmp_path: Path) -> None:
     may_write, seen = threading.Event(), []
 
     def hook(key: str) -> None:
-        seen.append(writer.queued_bytes)
+        seen.append(writer.backlog.queued_bytes)
         assert may_write.wait(10)
 
     store = HookedStore(tmp_path, hook)
@@ -161,17 +161,17 @@ def test_the_queue_is_bounded_in_bytes(tmp_path: Path) -> None:
     room = 3 * layer_bytes[0] + 2 * layer_bytes[1]
     writer = runs.writer(store, record, queue_bytes=room)
     submit(writer, record, micro_batches[0])
-    assert writer.queued_bytes == 3 * layer_bytes[0]
+    assert writer.backlog.queued_bytes == 3 * layer_bytes[0]
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(submit, writer, record, micro_batches[1])
-        until(lambda: writer.queued_bytes == room)
+        until(lambda: writer.backlog.queued_bytes == room)
         with pytest.raises(TimeoutError):
             waiting.result(0.05)
         may_write.set()
         waiting.result(10)
     assert len(writer.collect(0, ATTEMPT, 10)) == len(record.parts)
     assert max(seen) == room
-    assert writer.waited_s > 0
+    assert writer.backlog.waited_s > 0
     writer.close()
 
 
@@ -233,12 +233,12 @@ def test_what_is_not_durable_counts_as_queued(tmp_path: Path) -> None:
     for micro_batch in first:
         submit(writer, record, micro_batch)
     until(lambda: len(writer._attempts[0, ATTEMPT].finishes) == len(record.parts))
-    assert writer.queued_bytes == held_bytes
+    assert writer.backlog.queued_bytes == held_bytes
     with pytest.raises(StoreError, match=rf"Writing fell behind: {held_bytes} of at most {held_bytes} bytes"):
         submit(writer, record, second[0], timeout_s=0.05)
     may_finish.set()
     assert len(writer.collect(0, ATTEMPT, 10)) == len(record.parts)
-    assert writer.queued_bytes == 0
+    assert writer.backlog.queued_bytes == 0
     writer.close()
 
 
@@ -257,7 +257,7 @@ def test_a_part_given_up_while_it_is_finished_is_deleted_after(tmp_path: Path) -
         abandoning.result(10)
     assert files_below(tmp_path) == []
     assert list((tmp_path / "_unfinished").iterdir()) == []
-    assert writer.queued_bytes == 0
+    assert writer.backlog.queued_bytes == 0
     writer.close()
 
 

@@ -35,6 +35,7 @@ class PartWriter:
         self._attempt = attempt
         self._key = part_key(spec, shard, attempt)
         self._file: HashingFile | None = None
+        self._tail = b""
         self._footer = Footer(part_schema(spec, run_metadata, shard, attempt, compression), f"m2ray version {__version__}")
 
     @property
@@ -74,11 +75,15 @@ class PartWriter:
                 yield write_values(file, stored[0], values, planes.high, zstd=True)
                 yield write_values(file, stored[1], values, planes.low)
 
-    def finish(self, token_digest: str) -> None:
-        """Write the footer, make the part durable and set `receipt`. Raises StoreError."""
+    def seal(self) -> None:
+        """Write what comes after the last row group. Raises StoreError."""
         assert self._file is not None, "a part has at least one micro-batch"
-        tail = self._footer.encode(self._file.num_bytes)
-        self._file.write(tail)
+        self._tail = self._footer.encode(self._file.num_bytes)
+        self._file.write(self._tail)
+
+    def finish(self, token_digest: str) -> None:
+        """Make a sealed part durable and set `receipt`. Raises StoreError."""
+        assert self._file is not None, "it is sealed"
         self._file.publish()
         self.receipt = PartReceipt(
             shard=self._shard,
@@ -90,8 +95,8 @@ class PartWriter:
             num_bytes=self._file.num_bytes,
             xxh3=self._file.xxh3,
             token_digest=token_digest,
-            tail_bytes=len(tail),
-            tail_xxh3=xxhash.xxh3_64_hexdigest(tail),
+            tail_bytes=len(self._tail),
+            tail_xxh3=xxhash.xxh3_64_hexdigest(self._tail),
         )
 
     def abort(self) -> None:

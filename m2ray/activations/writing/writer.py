@@ -1,7 +1,7 @@
 """ActivationWriter: writes what a stage captured, beside the computation, bounded in bytes.
 
 A micro-batch's layers, all together or as a wave comes to them, are spread over worker threads, one queue a thread. A part belongs to one thread,
-so its row groups keep their order. Once the last is written, another thread finishes the part: what is durable only after a while (an fsync, the end of an
+so its row groups keep their order. Once its last bytes are written, another thread finishes the part: what is durable only after a while (an fsync, the end of an
 upload) keeps no thread from writing the next part. An attempt at a shard is *open* from its first micro-batch, *complete* with the
 last, *durable* once all its parts are, and *collected* or *abandoned* after that. The first error of any part makes the attempt
 *failed*: all its parts are aborted, those already durable too, and whoever calls next gets that error.
@@ -9,13 +9,14 @@ last, *durable* once all its parts are, and *collected* or *abandoned* after tha
 
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 
 from m2ray.activations.schema import Compression, encode_tokens, require_compression
 from m2ray.activations.writing.attempt import Attempt
+from m2ray.activations.writing.backlog import Backlog
 from m2ray.activations.writing.part_writer import PartWriter
 from m2ray.activations.writing.statistics_writer import StatisticsWriter
 from m2ray.batches import Bits, CapturedLayer, MicroBatch, PartReceipt, PartSpec
@@ -69,9 +70,12 @@ class ActivationWriter:
         parts: what the stage captures of each micro-batch, the same every time, together or in pieces.
         queue_bytes: captured bytes that may wait or be on their way to the store, a part's last row group until the part is durable; one
             layer larger than that waits alone.
-        threads: worker threads; each holds a share of the parts. As many more finish parts, and mostly wait for the store.
+        threads: worker threads; each holds a share of the parts. As many more finish parts, which is to wait for the store.
         compression: how the rows are stored.
         selection: whose rows they are.
+
+    Attributes:
+        backlog: what waits, and what the work took so far.
 
     Raises:
         ConfigError: `compression` is unknown.
@@ -94,7 +98,6 @@ class ActivationWriter:
         self._store = store
         self._run_metadata = dict(run_metadata)
         self._parts = tuple(parts)
-        self._limit_bytes = queue_bytes
         num_lanes = max(1, min(threads, len(parts)))
         self._lanes = [ThreadPoolExecutor(1, thread_name_prefix=f"write-{number}") for number in range(num_lanes)]
         self._finishers = ThreadPoolExecutor(num_lanes, thread_name_prefix="finish")
@@ -102,44 +105,13 @@ class ActivationWriter:
         self._finishing = 0
         self._attempts: dict[tuple[int, str], Attempt] = {}
         self._is_closed = False
-        self._queued_bytes = 0
-        self._written_bytes = 0
         self._stored_parts = 0
-        self._waited_s = 0.0
-        self._write_s = 0.0
-        self._store_s = 0.0
-
-    # -- measurements -------------------------------------------------------------------------------------------------
-
-    @property
-    def queued_bytes(self) -> int:
-        """Captured bytes that wait, are being written now, or are the last of a part that is not durable yet."""
-        return self._queued_bytes
-
-    @property
-    def written_bytes(self) -> int:
-        """Bytes handed to the store so far, those of failed attempts too."""
-        return self._written_bytes
+        self.backlog = Backlog(self._changed, queue_bytes)
 
     @property
     def stored_parts(self) -> int:
         """Parts that are durable, those of attempts that failed later too."""
         return self._stored_parts
-
-    @property
-    def waited_s(self) -> float:
-        """Seconds that `submit` stood still because the queue was full."""
-        return self._waited_s
-
-    @property
-    def write_s(self) -> float:
-        """Seconds of work, summed over the threads."""
-        return self._write_s
-
-    @property
-    def store_s(self) -> float:
-        """Those of them that the store took; the rest is encoding and hashing."""
-        return self._store_s
 
     # -- a shard's way ------------------------------------------------------------------------------------------------
 
@@ -164,7 +136,7 @@ class ActivationWriter:
         tokens = encode_tokens(token_rows)
         token_digest = opened.order.digest.hexdigest() if micro_batch.is_last else None
         for number, columns in columns_of_parts.items():
-            self._wait_for_room(opened, _num_bytes(columns), deadline, timeout_s)
+            self._take_room(opened, _num_bytes(columns), deadline, timeout_s)
             written = self._lane(number).submit(self._write, opened, opened.parts[number], tokens, columns, token_digest)
             written.add_done_callback(lambda done: self._note(opened, done))
 
@@ -240,34 +212,28 @@ class ActivationWriter:
             if opened.failure is not None:
                 raise opened.failure
 
-    def _wait_for_room(self, opened: Attempt, num_bytes: int, deadline: float, timeout_s: float) -> None:
+    def _take_room(self, opened: Attempt, num_bytes: int, deadline: float, timeout_s: float) -> None:
         """Take `num_bytes` of the queue, as soon as they are free."""
-        begin = time.monotonic()
-        with self._changed:
-            has_room = self._changed.wait_for(
-                lambda: opened.failure or self._queued_bytes == 0 or self._queued_bytes + num_bytes <= self._limit_bytes,
-                max(0.0, deadline - begin),
+        if not self.backlog.take(num_bytes, lambda: opened.failure, deadline):
+            full = StoreError(
+                f"Writing fell behind: {self.backlog.queued_bytes} of at most {self.backlog.limit_bytes} bytes still wait after {timeout_s:g} s.",
+                "Check the disk of the run folder.",
             )
-            self._waited_s += time.monotonic() - begin
-            if not has_room:
-                full = StoreError(
-                    f"Writing fell behind: {self._queued_bytes} of at most {self._limit_bytes} bytes still wait after {timeout_s:g} s.",
-                    "Check the disk of the run folder.",
-                )
-                self._fail(opened, full)
-            if opened.failure is not None:
-                raise opened.failure
-            self._queued_bytes += num_bytes
+            self._fail(opened, full)
+        if opened.failure is not None:
+            raise opened.failure
 
     def _write(self, opened: Attempt, part: PartWriter, tokens: EncodedColumns, columns: Sequence[Bits], token_digest: str | None) -> None:
         """One row group, on the part's thread. With `token_digest` it is the part's last; it counts as queued until the part is durable."""
         num_bytes = _num_bytes(columns)
         with ExitStack() as undo:
-            undo.callback(self._release, num_bytes)
+            undo.callback(self.backlog.release, num_bytes)
             if opened.failure is not None:
                 return
-            with self._measured(part):
+            with self.backlog.working(part):
                 part.append(tokens, columns)
+                if token_digest is not None:
+                    part.seal()
             if token_digest is not None and self._may_finish(opened):
                 undo.callback(self._finished)
                 finished = self._finishers.submit(self._finish, opened, part, num_bytes, token_digest)
@@ -297,35 +263,19 @@ class ActivationWriter:
         """Make a part durable. All that may follow on the part's own thread is an abort, which waits for this."""
         try:
             if opened.failure is None:
-                with self._measured(part):
+                with self.backlog.working(part):
                     part.finish(token_digest)
                 with self._changed:
                     self._stored_parts += 1
         finally:
             self._finished()
-            self._release(held_bytes)
+            self.backlog.release(held_bytes)
 
     def _abort(self, opened: Attempt, part: PartWriter) -> None:
         """Delete a part. On its own thread, so that nothing is written any more; a finish that has begun ends first."""
         if part in opened.finishes:
             wait([opened.finishes[part]])
         part.abort()
-
-    @contextmanager
-    def _measured(self, part: PartWriter) -> Iterator[None]:
-        begin, before_bytes, before_s = time.monotonic(), part.num_bytes, part.store_s
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._written_bytes += part.num_bytes - before_bytes
-                self._write_s += time.monotonic() - begin
-                self._store_s += part.store_s - before_s
-
-    def _release(self, num_bytes: int) -> None:
-        with self._changed:
-            self._queued_bytes -= num_bytes
-            self._changed.notify_all()
 
     def _note(self, opened: Attempt, done: Future[None]) -> None:
         error = done.exception()
