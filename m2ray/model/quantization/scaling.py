@@ -10,6 +10,7 @@ from functools import cache
 
 import torch
 
+from m2ray.model.quantization import shifts
 from m2ray.model.quantization.stored import settled
 
 Block = tuple[int, int] | None
@@ -84,6 +85,9 @@ def _write(values: torch.Tensor, factors: torch.Tensor, block: Block, first: tor
     num_rows, columns = values.shape
     height, width = block or (max(num_rows, 1), max(columns, 1))
     factors = factors.reshape(-(-num_rows // height), -(-columns // width))
+    if first == torch.float32 and shifts.can_write(values, factors, width):
+        shifts.write(values, factors, height, into)
+        return
     smaller = _can_be_smaller(values, factors)
     factors = factors * _SMALLER if smaller else factors
     by_column = factors.repeat_interleave(width, 1)[:, :columns] if columns % width and factors.shape[1] > 1 else None
