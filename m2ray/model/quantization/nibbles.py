@@ -42,7 +42,7 @@ Check = Callable[[Mapping[str, torch.Tensor]], None]
 """Raises CheckpointError where parts, on any device, contradict the configuration."""
 
 OnCpu = Callable[[Mapping[str, torch.Tensor], torch.Tensor], bool]
-"""Writes what the parts are into bfloat16 of any strides on a CPU, as `by_torch` has it but faster; or says that it cannot, and wrote nothing."""
+"""Writes what the parts are into bfloat16 of any strides on a CPU, as `by_torch` has it but faster; or says that it cannot."""
 
 
 @dataclass(frozen=True)
