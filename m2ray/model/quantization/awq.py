@@ -51,8 +51,8 @@ def _unpack_parts(parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
 _PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
 """In a word, of each of its eight features."""
 
-_FEATURES = 128
-"""Whose words are turned at one time on a CPU: 64 bytes of each row."""
+_FEATURES = 512
+"""Whose words are turned at one time on a CPU: 256 bytes of each row."""
 
 
 def _turned(words: torch.Tensor) -> torch.Tensor:

@@ -11,10 +11,11 @@ import numpy as np
 import torch
 
 from m2ray.model.quantization.groups import is_exact, scale_groups
+from m2ray.model.quantization.kept import kept
 from m2ray.model.quantization.nibbles import Codes, look_up_into
 from m2ray.model.quantization.stored import Unpack
 
-_CACHED_VALUES = 1 << 17
+_CACHED_VALUES = 1 << 18
 """That are made at one time: with what is made on the way they stay in a core's cache."""
 
 _TABLE_VALUES = 1 << 20
@@ -61,8 +62,8 @@ def _look_up_pairs(packed: torch.Tensor, scale: torch.Tensor, table: torch.Tenso
     a_scale = width // scale.shape[1]  # bytes of codes
     step = min(max(1, _CACHED_VALUES // (2 * width)), num_rows)
     high = np.repeat(np.arange(256, dtype=np.uint16) << 8, a_scale).view(f"V{2 * a_scale}")
-    pairs, numbers = np.empty(step * width, np.uint16), torch.empty(step * width, dtype=torch.int32)
-    made = torch.empty((step, width), dtype=torch.int32)
+    pairs, numbers = kept("pairs", torch.int16, step * width).numpy().view(np.uint16), kept("numbers", torch.int32, step * width)
+    made = kept("made", torch.int32, step, width)
     for codes, scales, rows in zip(packed.split(step), scale.split(step), into.split(step), strict=True):
         some = pairs[: codes.numel()]
         high.take(scales.numpy().reshape(-1), out=some.view(high.dtype), mode="wrap")
@@ -98,8 +99,7 @@ def write_numbers(
     if not is_exact() or not scale.isfinite().all() or (zeros is not None and scale.min() <= 0):
         return False
     step = min(max(8, _CACHED_VALUES // columns // 8 * 8), num_rows)
-    made, floats = torch.empty((step, columns), dtype=scale.dtype), torch.empty((step, columns))
-    factors = scale.float()
+    made, floats, factors = kept("made", scale.dtype, step, columns), kept("floats", torch.float32, step, columns), scale.float()
     for first in range(0, num_rows, step):
         stop = min(first + step, num_rows)
         some, rows = made[: stop - first], into[first:stop]
