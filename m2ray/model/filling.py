@@ -8,6 +8,7 @@ from torch import nn
 
 from m2ray.errors import CheckpointError
 from m2ray.model.extents import RowsToLoad
+from m2ray.model.quantization.nibbles import NibbleUnpack
 from m2ray.model.quantization.scaling import ScaledUnpack
 
 _CACHED_ELEMENTS = 1 << 18
@@ -21,9 +22,16 @@ def fill(wanted: RowsToLoad, parts: Mapping[str, torch.Tensor]) -> None:
         _convert(wanted.key, next(iter(parts.values())), into)
     elif isinstance(unpack, ScaledUnpack) and into.dtype == torch.bfloat16 and into.device == parts["values"].device:
         unpack.write(parts, into)
+    elif isinstance(unpack, NibbleUnpack) and unpack.on_cpu and _is_plain(into, parts) and unpack.on_cpu(parts, into):
+        pass
     else:
         for some, rows in _by_rows(wanted, parts):
             _convert(wanted.key, unpack(some), rows)
+
+
+def _is_plain(into: torch.Tensor, parts: Mapping[str, torch.Tensor]) -> bool:
+    """Whether weights are unpacked on a CPU into what they are unpacked as."""
+    return into.dtype == torch.bfloat16 and not into.is_cuda and not parts["values"].is_cuda
 
 
 def _by_rows(wanted: RowsToLoad, parts: Mapping[str, torch.Tensor]) -> Iterator[tuple[Mapping[str, torch.Tensor], torch.Tensor]]:

@@ -9,8 +9,9 @@ Facts, as public repositories have them; no weights. Configurations: tests/data/
 | Kimi-K2.6: sizes, names and number of tensors, bytes of the experts | 2096955/TurboQuantNemo | 40501b2012b9e3c9893e3065271b7a1313a4a476 | results/kimi_k26_checkpoint_census.json |
 | Kimi-K2.5, K2.6: names, dtypes, shapes | tenstorrent/tt-metal | 90dd34339b0f3906a49e223311b868d09993bb6d | models/demos/kimi_k25/tests/test_weight_loader.py |
 | MiniMax-M3-MXFP8: names, dtypes, shapes, quantization_config | lightseekorg/tokenspeed | 720d83ae1d6565fbcc4661991a6e0984456f15f2 | test/runtime/models/test_minimax_m3.py |
-
-Looked for on 2026-11-29 and 30 and not found with a repository and a commit: the tensors of GLM-4.7-FP8, of which only names like its own in BF16 are known.
+| GLM-4.7-FP8: experts' names, dtypes, shapes as measured in the files, quantization_config, sizes | mystous/vllm_hybrid | ba9ba699a2df416731152ea6700b3adb8268611e | shadow_assists/features/IDE_075/G00_code_review.md |
+| GLM-4.7: the other sizes, names of its layer for the token after next | alibaba/rtp-llm | 423b66283e6e9d80f6fae17ebc120c300b1827e7 | rtp_llm/test/glm4_moe_nextn_test.py |
+| GLM-4.5-Air-FP8, of the same make: every layer's names and dtypes, quantization_config | LoomaFloat/freetoken | 617ceac6bc38c15fb8a4903d9851df03fdab07dd | tests/models/test_glm4_moe_fp8.py |
 """
 
 import json
@@ -217,3 +218,55 @@ def test_minimax_m3_in_mxfp8() -> None:
     ignored = ["lm_head", "model.embed_tokens", "model.layers.3.block_sparse_moe.gate", "vision_tower", "multi_modal_projector"]
     fields = official("MiniMax-M3-NVFP4", num_hidden_layers=4, quantization_config=said | {"ignored_layers": ignored})
     assert_alike(*planned(fields, minimax_m3(4)))
+
+
+def glm_4_7_fp8(layers: int) -> Published:
+    hidden, experts = 5120, 160
+    yield from (("model.embed_tokens.weight", "BF16", (151_552, hidden)), ("model.norm.weight", "BF16", (hidden,)))
+    yield "lm_head.weight", "BF16", (151_552, hidden)
+    for layer in range(layers + 1):
+        at = f"model.layers.{layer}."
+        packed = {"self_attn.q_proj": (12_288, hidden), "self_attn.k_proj": (1024, hidden), "self_attn.v_proj": (1024, hidden)}
+        for name, (rows, _) in packed.items():
+            yield f"{at}{name}.bias", "BF16", (rows,)
+        packed["self_attn.o_proj"] = (hidden, 12_288)
+        norms = {"self_attn.q_norm": 128, "self_attn.k_norm": 128, "input_layernorm": hidden, "post_attention_layernorm": hidden}
+        dense = (
+            {"mlp.": 12_288}
+            if layer < 3
+            else {f"mlp.{name}.": 1536 for name in ("shared_experts", *(f"experts.{n}" for n in range(experts)))}
+        )
+        for name, wide in dense.items():
+            packed |= {f"{name}gate_proj": (wide, hidden), f"{name}up_proj": (wide, hidden), f"{name}down_proj": (hidden, wide)}
+        if layer >= 3:
+            yield f"{at}mlp.gate.weight", "BF16", (experts, hidden)
+            yield f"{at}mlp.gate.e_score_correction_bias", "F32", (experts,)
+        if layer == layers:  # which guesses the token after next
+            norms |= {"enorm": hidden, "hnorm": hidden, "shared_head.norm": hidden}
+            yield f"{at}eh_proj.weight", "BF16", (hidden, 2 * hidden)
+            yield from ((f"{at}{name}.weight", "BF16", (151_552, hidden)) for name in ("embed_tokens", "shared_head.head"))
+        for name, size in norms.items():
+            yield f"{at}{name}.weight", "BF16", (size,)
+        for name, (rows, columns) in packed.items():
+            yield f"{at}{name}.weight", "F8_E4M3", (rows, columns)
+            yield f"{at}{name}.weight_scale", "F32", (rows, 1)
+
+
+def test_glm_4_7_in_fp8_by_row() -> None:
+    fields = {"architectures": ["Glm4MoeForCausalLM"], "model_type": "glm4_moe", "dtype": "bfloat16", "vocab_size": 151_552}
+    fields |= {"hidden_size": 5120, "intermediate_size": 12_288, "moe_intermediate_size": 1536, "num_hidden_layers": 4}
+    fields |= {"num_attention_heads": 96, "num_key_value_heads": 8, "head_dim": 128, "attention_bias": True, "use_qk_norm": True}
+    fields |= {"n_routed_experts": 160, "n_shared_experts": 1, "num_experts_per_tok": 8, "first_k_dense_replace": 3, "n_group": 1}
+    fields |= {"topk_group": 1, "routed_scaling_factor": 2.5, "norm_topk_prob": True, "num_nextn_predict_layers": 1}
+    fields |= {"max_position_embeddings": 202_752, "partial_rotary_factor": 0.5, "tie_word_embeddings": False}
+    weights = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True, "dynamic": False}
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": weights | {"strategy": "token", "dynamic": True}}
+    ignored = ["lm_head", *(f"model.layers.{layer}.mlp.gate" for layer in range(5))]
+    said = {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": {"group_0": group}, "ignore": ignored}
+    found, implied = planned(fields | {"quantization_config": said}, glm_4_7_fp8(4))
+    sizes = [{row.name: row.disk_bytes for row in table.rows if row.method and row.role == "layer"} for table in (found, implied)]
+    assert sizes[0].keys() == sizes[1].keys()
+    # Its scales are float32, where compressed-tensors usually writes those of a model in bfloat16.
+    rows = sum(shape[0] for name, _, shape in glm_4_7_fp8(4) if name.endswith("weight_scale") and ".layers.4." not in name)
+    assert sum(sizes[0].values()) - sum(sizes[1].values()) == 2 * rows
+    assert {row.method for row in found.rows if row.method} == {"FP8, a scale a row (compressed-tensors)"}

@@ -4,6 +4,7 @@ As autoawq 0.2.9 computes it (`dequantize_gemm`).
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ import torch
 from m2ray.errors import CheckpointError, raise_all
 from m2ray.model.headers import TensorHeader
 from m2ray.model.limits import short_repr
+from m2ray.model.quantization.codes_on_cpu import rows_of, write_numbers
 from m2ray.model.quantization.int4 import unpack_words
 from m2ray.model.quantization.nibbles import ALL, Codes, NibbleUnpack
 from m2ray.model.quantization.packed import Found, Packed, Piece
@@ -46,6 +48,24 @@ def _unpack_parts(parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
     return weight.float().to(torch.bfloat16)  # float16 straight to bfloat16 takes a CPU four times as long
 
 
+_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
+"""In a word, of each of its eight features."""
+
+_FEATURES = 512
+"""Whose words are turned at one time on a CPU: 256 bytes of each row."""
+
+
+def _turned(words: torch.Tensor) -> torch.Tensor:
+    """int32 [features, inputs / 8], eight inputs a word in their order, of [inputs, features / 8]: 8 x 8 numbers at a time are transposed."""
+    eights = words.unflatten(0, (-1, 8)).clone()
+    for apart, mask in ((4, 0x0000FFFF), (2, 0x00FF00FF), (1, 0x0F0F0F0F)):
+        low, high = eights.unflatten(1, (-1, 2, apart)).unbind(2)
+        differing = (low >> 4 * apart ^ high) & mask
+        high ^= differing
+        low ^= differing << 4 * apart
+    return eights[:, list(_PLACES)].permute(2, 1, 0).reshape(-1, eights.shape[0])
+
+
 class Awq(Packed):
     """Linear layers [out_features, in_features], on disk transposed.
 
@@ -77,7 +97,19 @@ class Awq(Packed):
         }
 
     def unpacking(self) -> Unpack:
-        return NibbleUnpack(_unpack_parts, Codes.UNSIGNED, (self.group or ALL, 1), is_interleaved=True)
+        return NibbleUnpack(_unpack_parts, Codes.UNSIGNED, (self.group or ALL, 1), is_interleaved=True, on_cpu=self._write)
+
+    def _write(self, parts: Mapping[str, torch.Tensor], into: torch.Tensor) -> bool:
+        words, weight = parts["values"], into.t()
+        if len(words) % 8:
+            return False
+        scale, zeros = parts["scale"].t().contiguous(), unpack_words(_in_order(parts["zero_point"]), torch.float32).t().contiguous()
+        for first in range(0, len(weight), _FEATURES):
+            of = slice(first, first + _FEATURES)
+            turned = _turned(words[:, first // 8 : (first + _FEATURES) // 8])
+            if not write_numbers(partial(rows_of, turned), Codes.UNSIGNED, scale[of], zeros[of], self.group, weight[of]):
+                return False
+        return True
 
 
 def of_config(declared: Mapping[str, Any]) -> Awq:

@@ -12,6 +12,7 @@ from m2ray.errors import CheckpointError, raise_all
 from m2ray.model.headers import TensorHeader
 from m2ray.model.limits import short_repr
 from m2ray.model.quantization.awq import group_of
+from m2ray.model.quantization.codes_on_cpu import write_numbers
 from m2ray.model.quantization.int4 import unpack_words
 from m2ray.model.quantization.nibbles import ALL, Codes, NibbleUnpack, in_cache
 from m2ray.model.quantization.packed import Found, Packed, Piece
@@ -96,6 +97,7 @@ class Gptq(Packed):
             zero_more=ONE_LESS if self.zeros_one_less else 0,
             has_group_index=not self.in_order,
             check=self._check,
+            on_cpu=self._write if self.in_order else None,
         )
 
     def _unpack_parts(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -111,6 +113,16 @@ class Gptq(Packed):
             zeros_one_less=self.zeros_one_less,
             dtype=torch.bfloat16,
         ).t()
+
+    def _write(self, parts: Mapping[str, torch.Tensor], into: torch.Tensor) -> bool:
+        self._check(parts)
+        words, zeros = parts["values"], parts["zero_point"]
+        of_groups = unpack_words(zeros + ONE_LESS if self.zeros_one_less else zeros, torch.float32).t().contiguous()
+
+        def words_of(first: int, stop: int) -> torch.Tensor:
+            return words[:, first:stop].t().contiguous()
+
+        return write_numbers(words_of, Codes.UNSIGNED, parts["scale"].t().contiguous(), of_groups, self.group, into.t())
 
     def _check(self, parts: Mapping[str, torch.Tensor]) -> None:
         """Raises CheckpointError: groups that there are not, or in another order than config.json says."""

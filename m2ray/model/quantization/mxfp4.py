@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 
 from m2ray.model.headers import TensorHeader
+from m2ray.model.quantization.codes_on_cpu import write_by_pairs
 from m2ray.model.quantization.nibbles import Codes, NibbleUnpack, in_cache, look_up
 from m2ray.model.quantization.packed import Found, Packed, Piece
 from m2ray.model.quantization.scaled import EXPONENT_SCALES
@@ -65,7 +66,7 @@ class Mxfp4(Packed):
         }
 
     def unpacking(self) -> Unpack:
-        return NibbleUnpack(unpack_parts, Codes.E2M1, (1, GROUP))
+        return NibbleUnpack(unpack_parts, Codes.E2M1, (1, GROUP), on_cpu=_write)
 
 
 class GptOssExperts(Mxfp4):
@@ -97,6 +98,10 @@ def unpack_parts(parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """`unpack` of the parts, of which gpt-oss's codes have their groups as an axis."""
     codes, scale = parts["values"], parts["scale"]
     return unpack(codes.flatten(-2) if codes.dim() > scale.dim() else codes, scale)
+
+
+def _write(parts: Mapping[str, torch.Tensor], into: torch.Tensor) -> bool:
+    return write_by_pairs(parts, unpack_parts, GROUP, into)
 
 
 GPT_OSS = GptOssExperts()

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from m2ray.model.headers import TensorHeader
+from m2ray.model.quantization.codes_on_cpu import write_by_pairs
 from m2ray.model.quantization.nibbles import Codes, NibbleUnpack, in_cache, look_up
 from m2ray.model.quantization.packed import Found, Packed, Piece
 from m2ray.model.quantization.scaling import as_floats
@@ -92,10 +93,13 @@ class Nvfp4(Packed):
         }
 
     def unpacking(self) -> Unpack:
-        return NibbleUnpack(self._unpack_parts, self._codes, (1, GROUP), is_divided=self._is_divided)
+        return NibbleUnpack(self._unpack_parts, self._codes, (1, GROUP), is_divided=self._is_divided, on_cpu=self._write)
 
     def _unpack_parts(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
         return self._unpack(parts["values"], parts["scale"], parts["tensor_scale"])
+
+    def _write(self, parts: Mapping[str, torch.Tensor], into: torch.Tensor) -> bool:
+        return write_by_pairs(parts, self._unpack_parts, GROUP, into)
 
 
 MODELOPT = Nvfp4(("", "_scale", "_scale_2"), unpack_modelopt, Codes.E2M1_WITHOUT_NEGATIVE_ZERO, is_divided=False)

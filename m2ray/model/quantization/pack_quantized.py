@@ -4,10 +4,12 @@ As compressed-tensors 0.20 computes it (`PackedQuantizationCompressor`).
 """
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 
 from m2ray.model.headers import TensorHeader
+from m2ray.model.quantization.codes_on_cpu import rows_of, write_numbers
 from m2ray.model.quantization.int4 import unpack_words
 from m2ray.model.quantization.nibbles import ALL, Codes, NibbleUnpack
 from m2ray.model.quantization.packed import Found, Packed, Piece
@@ -80,10 +82,21 @@ class PackQuantized(Packed):
             return self._unpack_parts
         block = (ALL, ALL) if self.is_by_tensor else (1, self.group or ALL)
         codes = Codes.LESS_8 if self.is_symmetric else Codes.UNSIGNED
-        return NibbleUnpack(self._unpack_parts, codes, block, zero_word_rows=8)
+        return NibbleUnpack(self._unpack_parts, codes, block, zero_word_rows=8, on_cpu=self._write)
 
     def _unpack_parts(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
         scale = parts["scale"]
         columns = scale.shape[1] * self.group if self.group else parts["values"].shape[1] * 32 // self.bits
         weight = unpack(parts["values"], scale, columns, bits=self.bits, zero_point=parts.get("zero_point"))
         return weight.float().to(torch.bfloat16) if weight.dtype == torch.float16 else weight.to(torch.bfloat16)
+
+    def _write(self, parts: Mapping[str, torch.Tensor], into: torch.Tensor) -> bool:
+        words, rows = parts["values"], len(into)
+        if words.shape[1] * 8 != into.shape[1]:
+            return False
+        scale = parts["scale"].reshape(-1, parts["scale"].shape[-1] if self.group else 1).expand(rows, -1).contiguous()
+        zeros = None
+        if not self.is_symmetric:
+            zeros = unpack_words(parts["zero_point"].t().contiguous(), torch.float32).t()[:rows].contiguous()
+        meaning = Codes.LESS_8 if zeros is None else Codes.UNSIGNED
+        return write_numbers(partial(rows_of, words), meaning, scale, zeros, self.group, into)

@@ -10,6 +10,8 @@ from functools import cache
 
 import torch
 
+from m2ray.model.quantization import shifts
+from m2ray.model.quantization.kept import kept
 from m2ray.model.quantization.stored import settled
 
 Block = tuple[int, int] | None
@@ -84,6 +86,9 @@ def _write(values: torch.Tensor, factors: torch.Tensor, block: Block, first: tor
     num_rows, columns = values.shape
     height, width = block or (max(num_rows, 1), max(columns, 1))
     factors = factors.reshape(-(-num_rows // height), -(-columns // width))
+    if first == torch.float32 and shifts.can_write(values, factors, width):
+        shifts.write(values, factors, height, into)
+        return
     smaller = _can_be_smaller(values, factors)
     factors = factors * _SMALLER if smaller else factors
     by_column = factors.repeat_interleave(width, 1)[:, :columns] if columns % width and factors.shape[1] > 1 else None
@@ -142,8 +147,8 @@ class _Floats:
     """Makes 8-bit values float32, or, of float8_e4m3fn, 256 times smaller ones, again and again in the same memory: new memory costs more."""
 
     def __init__(self, elements: int, device: torch.device, *, smaller: bool) -> None:
-        self._floats = torch.empty(elements, device=device)
-        self._halves = torch.empty(elements, dtype=torch.int16) if smaller else None
+        self._floats = torch.empty(elements, device=device) if device.type != "cpu" else kept("floats", torch.float32, elements)
+        self._halves = kept("halves", torch.int16, elements) if smaller else None
 
     def __call__(self, values: torch.Tensor) -> torch.Tensor:
         floats = self._floats[: values.numel()].view(values.shape)
