@@ -21,8 +21,9 @@ from benchmarks.records import Row, record
 from m2ray.model import gpu_loading
 from m2ray.model.digests import WeightDigests
 
-WARM, COLD = 8, 2
 WAYS = ("nothing", "by the GPU", "by the lanes")
+TURNS = {"from the page cache": (8, WAYS), "from the disk": (3, WAYS[:2])}
+"""How often, and which ways: a disk is slower than the lanes hash."""
 
 
 def main() -> None:
@@ -38,25 +39,26 @@ def main() -> None:
     for way in WAYS:
         rate(way, model, arguments.layers)  # kernels are compiled, memory is pinned
     rows: list[Row] = []
-    for state, repeats in (("from the page cache", WARM), ("from the disk", COLD)):
-        rows += measured(state, repeats, model, arguments.layers)
+    for state in TURNS:
+        rows += measured(state, model, arguments.layers)
         # After each: a machine's time may end before the other has run.
         record(
             "gpu_loading_hashed", f"Loading {arguments.layers} layers at MiniMax-M2's real dimensions, hashed and not, taking turns", rows
         )
 
 
-def measured(state: str, repeats: int, model: Path, layers: int) -> Iterator[Row]:
-    found = {way: list[float]() for way in WAYS}
+def measured(state: str, model: Path, layers: int) -> Iterator[Row]:
+    repeats, ways = TURNS[state]
+    found = {way: list[float]() for way in ways}
     for _ in range(repeats):
-        for way in WAYS:
+        for way in ways:
             if state == "from the disk":
                 drop_caches()
             found[way].append(rate(way, model, layers))
             print(f"{state}, hashed {way}: {found[way][-1]:.2f} GB/s", flush=True)
     plain = statistics.median(found["nothing"])
     plain_read = f"; plain pread by 16 threads {raw_rate(span_ranges(model, layers), 16):.1f} GB/s" if state != "from the disk" else ""
-    for way in WAYS[1:]:
+    for way in ways[1:]:
         median = statistics.median(found[way])
         rounds = " against ".join(", ".join(f"{each:.1f}" for each in found[each_way]) for each_way in (way, "nothing"))
         note = f"medians of {repeats}; rounds {rounds}; {os.cpu_count()} cores{plain_read}"

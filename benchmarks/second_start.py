@@ -3,7 +3,7 @@
     python -m benchmarks.second_start FOLDER                      # MiniMax-M2's real dimensions, on a GPU
     python -m benchmarks.second_start FOLDER --model MODEL        # any checkpoint; on a CPU where there is no GPU
 
-The checkpoint is read once before, so that both find it in the page cache.
+The files that it needs are read once before, so that both find them in the page cache.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from benchmarks.checkpoints import real_size
 from benchmarks.records import Row, record
 from benchmarks.runs import TIMEOUT_S
 from m2ray.batches import LayerSpan
-from m2ray.model.checkpoint import open_checkpoint
+from m2ray.model.checkpoint import open_checkpoint, up_to_layer
 from m2ray.model.stage import StageSpec, load_stage
 
 TARGET = 0.6
@@ -39,8 +39,8 @@ def main() -> None:
         print(json.dumps(start(options.model, options.layers, options.batch_tokens)))
         return
     model = options.model or real_size(options.folder, options.layers)
-    for file in model.glob("*.safetensors"):
-        with file.open("rb") as stream:
+    for name in set(up_to_layer(open_checkpoint(str(model)), options.layers - 1)[0].weight_map.values()):
+        with (model / name).open("rb") as stream:
             while stream.read(1 << 26):
                 pass
     with tempfile.TemporaryDirectory(dir=options.folder) as cache:

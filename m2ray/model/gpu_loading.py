@@ -42,9 +42,9 @@ Fill = Callable[[RowsToLoad, Mapping[str, torch.Tensor]], None]
 
 
 class Convert(Protocol):
-    """Makes weights of an extent's bytes on the GPU, uint8."""
+    """Makes weights of an extent's bytes on the GPU, uint8. `read`: the same bytes in the lane's pinned memory, if they are there as a whole."""
 
-    def __call__(self, data: torch.Tensor, *, by_kernel: bool) -> None: ...
+    def __call__(self, data: torch.Tensor, read: torch.Tensor | None, *, by_kernel: bool) -> None: ...
 
 
 class _Lane:
@@ -78,6 +78,11 @@ class _Lane:
             take(extent.start + done - begin, self._memory[:num_bytes])
         return self._on_gpu
 
+    def held(self, extent: Extent[RowsToLoad]) -> torch.Tensor | None:
+        """The extent that was read last, in pinned memory; None if it is longer than that."""
+        num_bytes = extent.stop - extent.start
+        return self._pinned[:num_bytes] if num_bytes <= len(self._pinned) else None
+
 
 class _Conversions:
     """How what one call of `Lanes.begin` reads becomes weights: by the fused kernel's table, or by `fill`."""
@@ -101,16 +106,18 @@ class _Conversions:
         lines = slice(first, len(self._table))
         checks = [(wanted, check) for wanted in by_table if (check := check_of(wanted))]
 
-        def parts_of(wanted: RowsToLoad, data: torch.Tensor) -> dict[str, torch.Tensor]:
-            return {name: self._apart[part] if part in self._apart else part.of(data, base) for name, part in wanted.parts.items()}
+        def parts_of(wanted: RowsToLoad, data: torch.Tensor, offset: int) -> dict[str, torch.Tensor]:
+            return {name: self._apart[part] if part in self._apart else part.of(data, offset) for name, part in wanted.parts.items()}
 
-        def convert(data: torch.Tensor, *, by_kernel: bool) -> None:
+        def convert(data: torch.Tensor, read: torch.Tensor | None, *, by_kernel: bool) -> None:
             if by_kernel and by_table:
+                # A look at what lies on the GPU waits for all that was asked of it, once a matrix.
+                looked_at = (data, base) if read is None else (read, extent.start)
                 for wanted, check in checks:
-                    check(parts_of(wanted, data))
+                    check(parts_of(wanted, *looked_at))
                 self._table.run(data, lines)
             for wanted in others if by_kernel else extent.items:
-                self._fill(wanted, parts_of(wanted, data))
+                self._fill(wanted, parts_of(wanted, data, base))
 
         return convert
 
@@ -244,7 +251,8 @@ class Lanes:
             with torch.cuda.stream(lane.stream), torch.inference_mode():
                 data = lane.read(checkpoint, extent, hashed.here)
                 hashed.there(data)
-                convert(data, by_kernel=self._is_exact is not None and self._is_exact.result(_COMPILE_S))
+                by_kernel = self._is_exact is not None and self._is_exact.result(_COMPILE_S)
+                convert(data, lane.held(extent), by_kernel=by_kernel)
         finally:
             self._free.put(lane)
 

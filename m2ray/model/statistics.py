@@ -30,7 +30,7 @@ class Statistics:
         kinds = self.kinds.get(part, frozenset())
         if "experts" in kinds:
             return experts_statistics(columns[0], self._num_experts)
-        return rows_statistics(kinds, columns[0])
+        return rows_statistics(kinds, columns[0]) if kinds else {}
 
 
 def rows_statistics(kinds: Collection[str], rows_NW: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -47,7 +47,7 @@ def test_a_span_on_it_gives_the_same_rows_and_statistics(folder: Path, *, compil
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize("weights", ["ready", "packed"])
+@pytest.mark.parametrize("weights", ["bf16", "packed"])
 def test_a_job_on_two_gpus_a_stage_gives_the_rows_of_one(folder: Path, tmp_path: Path, weights: str) -> None:
     source, rows = prompts(tmp_path / "prompts.txt", 300, 200), []
     for gpus_per_stage in (1, 2):

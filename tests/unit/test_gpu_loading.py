@@ -17,6 +17,7 @@ from m2ray.model import extents, gpu_hashes, gpu_loading, weights
 from m2ray.model.checkpoint import open_checkpoint
 from m2ray.model.decoder import DecoderSpan
 from m2ray.model.quantization import fused, fused_proof
+from m2ray.model.quantization.gptq import Gptq
 from m2ray.model.quantization.scaling import ScaledUnpack
 from m2ray.model.skeleton import build_skeleton
 from m2ray.model.stage import StageSpec, load_stage
@@ -164,6 +165,18 @@ def test_groups_in_an_order_that_config_json_denies_are_told(on_host: str, folde
     folder = edited(folders["gptq-v2"], tmp_path / "reordered", reorder)
     with pytest.raises(CheckpointError, match=r"desc_act = false.*order of their own"):
         load(folder, LayerSpan(0, 3))
+
+
+@pytest.mark.parametrize("on_host", ["kernel"], indirect=True)
+def test_groups_are_looked_at_where_they_were_read(on_host: str, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A look at what lies on a GPU would wait for it, once a matrix."""
+    read, looked_at = set(), set()
+    held = HostLane.held
+    monkeypatch.setattr(HostLane, "held", lambda self, extent: (read.add(self._pinned.untyped_storage().data_ptr()), held(self, extent))[1])
+    monkeypatch.setattr(Gptq, "_check", lambda self, parts: looked_at.add(parts["group"].untyped_storage().data_ptr()))
+    load(folders["gptq"], LayerSpan(0, 3))
+    assert looked_at, on_host
+    assert looked_at <= read
 
 
 @pytest.mark.parametrize("on_host", ["kernel"], indirect=True)

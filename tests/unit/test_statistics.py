@@ -11,6 +11,7 @@ from m2ray.activations.statistics import encode
 from m2ray.activations.writing.summary import Summary
 from m2ray.batches import Column, PartSpec
 from m2ray.errors import ConfigError
+from m2ray.model import fused_statistics
 from m2ray.model.statistics import Statistics
 from m2ray.statistics import NORM_BINS, norm_edges, statistics_of_run
 from tests.summed import against_numpy, expected_norms
@@ -102,6 +103,13 @@ def test_experts_are_counted_alone_and_in_pairs() -> None:
 RESIDUALS = [PartSpec.of("residual", layer, "bfloat16", WIDTH) for layer in (0, 2, 5)]
 TOPK = PartSpec("router_topk", 2, (Column("expert_ids", "int16", 3), Column("expert_weights", "float32", 3)))
 FINAL = PartSpec.of("final_norm", None, "bfloat16", WIDTH)
+
+
+def test_nothing_is_tried_on_rows_that_no_statistics_are_taken_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels are proved in the dtype of the rows: a router's choices are integers, and have no norms."""
+    monkeypatch.setattr(fused_statistics, "has_kernels", lambda *_: pytest.fail("kernels are proved"))
+    part = PartSpec("router_topk", 1, (Column("expert_ids", "int16", 2),))
+    assert Statistics().of(part, [torch.tensor([[1, 2]], dtype=torch.int16)]) == {}
 
 
 @pytest.mark.parametrize(
