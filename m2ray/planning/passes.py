@@ -16,6 +16,9 @@ SUSTAINED_SHARE_DENSE = {False: 0.39, True: 0.6}
 """The same of layers without experts, neither of them measured: compiled, inferred from a plan with 0.39 of Llama-70B's widths, which was 0.63 of
 the rate that an H200 reached then (0.39 / 0.63 is 0.62; that run is not in benchmarks/results); not compiled, guessed."""
 
+FLOAT8_GAIN = {False: 1.0, True: 1.0}
+"""How many times as fast layers are whose products are FP8 (compute_dtype = "float8"): not measured yet."""
+
 COPY_BYTES_PER_S = 51 * 2**30
 """Between one GPU and pinned host memory, either way, measured on an H200 behind PCIe 5."""
 
@@ -88,4 +91,5 @@ def _operations_per_s(demand: Demand, placed: DevicePlan) -> float | None:
         return demand.assumed.profile.operations_per_s(compiled=compiled)
     model = find_gpu_model(placed.device.gpu.name) if placed.device.gpu else None
     share = SUSTAINED_SHARE if demand.shape.num_experts else SUSTAINED_SHARE_DENSE
-    return None if model is None else GPU_MODELS[model].bf16_flops * share[compiled]
+    gain = FLOAT8_GAIN[compiled] if demand.options.compute_dtype == "float8" else 1.0
+    return None if model is None else GPU_MODELS[model].bf16_flops * share[compiled] * gain
