@@ -202,7 +202,9 @@ class TensorRow:
 
     def is_ready(self, compute_dtype: str) -> bool:
         """Whether its bytes in the files are those in memory, at that compute dtype."""
-        return self.stays_packed or self.lies_as == (_KEPT_DTYPES.get(self.itemsize_bytes) if self.itemsize_bytes else hidden_dtype(compute_dtype))
+        return self.stays_packed or self.lies_as == (
+            _KEPT_DTYPES.get(self.itemsize_bytes) if self.itemsize_bytes else hidden_dtype(compute_dtype)
+        )
 
 
 @dataclass(frozen=True)

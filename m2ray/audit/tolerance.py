@@ -34,7 +34,7 @@ def require_reference(job: JobRecord) -> None:
     if job.options["compute_dtype"] not in _A_LAYER:
         raise NotInRunError(
             f"The run computed in {job.options['compute_dtype']}, and rows of that are not computed again by --sample.",
-            "Leave --sample out, or audit a run of the same prompts with compute_dtype = \"bfloat16\": the cut into stages is the same.",
+            'Leave --sample out, or audit a run of the same prompts with compute_dtype = "bfloat16": the cut into stages is the same.',
         )
 
 

@@ -8,8 +8,11 @@ import torch
 from m2ray.model.float8 import twin
 from m2ray.model.float8.rounding import BLOCK
 
-ROWS, STAGES, WARPS, PROGRAMS = 128, 4, 8, 1
-"""Of a tile of the kernel: its rows; its steps that are on their way; its warps; and programs on each of a GPU's processors."""
+ROWS = 128
+"""Of a tile of the result, which is BLOCK wide."""
+
+STAGES, WARPS, PROGRAMS = 4, 8, 1
+"""Of the kernel: steps that are on their way; warps; programs on each of a GPU's processors."""
 
 
 @torch.library.custom_op("m2ray::multiply_float8", mutates_args=())
@@ -32,7 +35,7 @@ def multiply(
         put: int64, the row of the result that each place gives; None for its own.
 
     Returns:
-        [rows or places, O]. Rows at places behind the last end are whatever memory held.
+        [places, O]. What stands behind the last end is whatever memory held.
     """
     if rows.device.type == "cuda":
         return _by_kernel(rows, row_scales, weight, weight_scales, ends, take, put)
@@ -52,6 +55,21 @@ def _(
     return rows.new_empty((len(rows) if take is None else len(take), weight.shape[1]), dtype=torch.bfloat16)
 
 
+def tiles_of(ends: torch.Tensor | None, num_rows: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tiles of ROWS rows that groups are cut into: int32 [T, 3], of each its group, its first row and where the group ends; and how many of
+    them there are, int32 [1], since T is the most that there can be.
+    """
+    if ends is None:
+        ends = torch.full((1,), num_rows, dtype=torch.int32, device=device)
+    starts = torch.nn.functional.pad(ends[:-1], (1, 0))
+    counts = (ends - starts + ROWS - 1) // ROWS
+    behind = counts.cumsum(0, dtype=torch.int32)
+    number = torch.arange(-(-num_rows // ROWS) + len(ends), dtype=torch.int32, device=device)
+    group = torch.searchsorted(behind, number, right=True).clamp(max=len(ends) - 1)
+    first = starts[group] + (number - behind[group] + counts[group]) * ROWS
+    return torch.stack([group.int(), first, ends[group]], 1), behind[-1:]
+
+
 def _by_kernel(
     rows: torch.Tensor,
     row_scales: torch.Tensor,
@@ -62,15 +80,14 @@ def _by_kernel(
     put: torch.Tensor | None,
 ) -> torch.Tensor:
     num_rows = len(rows) if take is None else len(take)
-    num_groups, columns, width = weight.shape
+    _, columns, width = weight.shape
     out = rows.new_empty((num_rows, columns), dtype=torch.bfloat16)
-    tiles = (-(-num_rows // ROWS) + num_groups) * -(-columns // BLOCK)
-    programs = min(PROGRAMS * _processors(rows.device), tiles)
-    groups = max(2, 1 << (num_groups - 1).bit_length())
+    tiles, num_tiles = tiles_of(ends, num_rows, rows.device)
+    programs = min(PROGRAMS * _processors(rows.device), len(tiles) * -(-columns // BLOCK))
     with torch.cuda.device(rows.device):
         _kernel()[programs,](
-            rows, row_scales, weight, weight_scales, ends, take, put, out, num_rows, num_groups,
-            WIDTH=width, COLUMNS=columns, GROUPS=groups, ROWS=ROWS, STAGES=STAGES, num_warps=WARPS,
+            rows, row_scales, weight, weight_scales, tiles, num_tiles, take, put, out,
+            WIDTH=width, COLUMNS=columns, ROWS=ROWS, STAGES=STAGES, num_warps=WARPS,
         )  # fmt: skip
     return out
 
@@ -82,6 +99,6 @@ def _processors(device: torch.device) -> int:
 
 @cache
 def _kernel() -> Any:
-    from m2ray.model.float8.kernel import multiply_groups
+    from m2ray.model.float8.kernel import multiply_tiles
 
-    return multiply_groups
+    return multiply_tiles

@@ -32,7 +32,9 @@ def multiply(
     return placed
 
 
-def _one(rows_NK: torch.Tensor, scales: torch.Tensor, weight_OK: torch.Tensor, weight_scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def _one(
+    rows_NK: torch.Tensor, scales: torch.Tensor, weight_OK: torch.Tensor, weight_scales: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
     """Rows times one weight, [N, O]."""
     total = torch.zeros(len(rows_NK), len(weight_OK), dtype=dtype, device=rows_NK.device)
     by_column = weight_scales.to(dtype).repeat_interleave(BLOCK, 0)[: len(weight_OK)]
