@@ -1,6 +1,6 @@
 """The same products by a kernel for Hopper GPUs, in Gluon: two groups of warps share a tile, and one adds while the other's products are made.
 
-Imported only where there is such a GPU. Gluon is Triton's own, and named an experiment there: where this cannot be made, `kernel.py` does the work.
+Imported only where there is such a GPU. Gluon is Triton's own, and named an experiment there: where this cannot be made, `triton_kernel.py` does the work.
 """
 
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
@@ -30,7 +30,7 @@ def multiply_tiles(
     STAGES: gl.constexpr,
     HAS_PUT: gl.constexpr,
 ):
-    """As `kernel.multiply_tiles`, of tiles of 128 rows. `rows`, `weight`: descriptors of blocks of 128 x 128 bytes, weights below each other."""
+    """As `triton_kernel.multiply_tiles`, of tiles of 128 rows. `rows`, `weight`: descriptors of blocks of 128 x 128 bytes, weights below each other."""
     of_rows = gl.allocate_shared_memory(rows.dtype, [STAGES, BLOCK, BLOCK], rows.layout)
     of_weight = gl.allocate_shared_memory(weight.dtype, [STAGES, BLOCK, BLOCK], weight.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -123,10 +123,7 @@ def _half(
         rounded = gl.convert_layout(total.to(gl.bfloat16), lines)
         place = first + gl.arange(0, HALF, layout=gl.SliceLayout(1, lines))
         column = across * BLOCK + gl.arange(0, BLOCK, layout=gl.SliceLayout(0, lines))
-        if HAS_PUT:
-            into = gl.load(put + place, mask=place < stop, other=0)
-        else:
-            into = place.to(gl.int64)
+        into = gl.load(put + place, mask=place < stop, other=0) if HAS_PUT else place.to(gl.int64)
         at = out + gl.expand_dims(into * COLUMNS, 1) + gl.expand_dims(column, 0)
         gl.store(at, rounded, mask=gl.expand_dims(place < stop, 1) & gl.expand_dims(column < COLUMNS, 0))
 

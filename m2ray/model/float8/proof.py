@@ -1,12 +1,13 @@
-"""Whether a GPU can multiply FP8: its kind, and the kernel held against torch on that very GPU before it is used."""
+"""Which kernel multiplies FP8 on a GPU: the first that can be made there, and gives what torch gives on that very GPU."""
 
+from collections.abc import Callable
 from functools import cache
 
 import torch
 
 from m2ray.errors import ConfigError, StageError
 from m2ray.model.float8 import twin
-from m2ray.model.float8.products import multiply
+from m2ray.model.float8.launching import by_gluon, by_triton
 from m2ray.model.float8.rounding import round_rows
 from m2ray.model.kernel_proof import making_errors
 from m2ray.toolchain import require_triton
@@ -18,6 +19,10 @@ ORDER = 2.0**-10
 """Of the sum of all products' magnitudes: the most by which a result may differ from the exact one before it is rounded to bfloat16. Float32 sums,
 in whatever order, differ by far less; a Hopper's tensor cores add FP8 products with some 14 bits, 128 of them before their sum is added in float32."""
 
+Multiply = Callable[..., torch.Tensor]
+"""As `m2ray.model.float8.products.multiply`."""
+
+_HOPPER = (9, 0)
 _REMEDY = 'Set compute_dtype = "bfloat16".'
 
 _ENDS = (0, 1, 128, 300, 300, 685)
@@ -30,7 +35,7 @@ def require_gpu(device: torch.device) -> None:
 
     Raises:
         ConfigError: it is no GPU, or one without FP8.
-        StageError: Triton can make no kernel there, or it does not give what it should.
+        StageError: Triton can make no kernel there, or none gives what it should.
     """
     if device.type != "cuda":
         raise ConfigError('compute_dtype = "float8" on a CPU: products of FP8 are made on GPUs only.', _REMEDY)
@@ -39,20 +44,30 @@ def require_gpu(device: torch.device) -> None:
         name, has = torch.cuda.get_device_name(device), ".".join(map(str, capability))
         raise ConfigError(f'compute_dtype = "float8" on a {name}: its compute capability is {has}, and FP8 begins with 8.9.', _REMEDY)
     require_triton('compute_dtype = "float8"')
-    if problem := _problem(device):
-        raise StageError(f'compute_dtype = "float8" on {device}: {problem}.', _REMEDY)
+    kernel_for(device)
 
 
 @cache
-def _problem(device: torch.device) -> str:
+def kernel_for(device: torch.device) -> Multiply:
+    """The fastest kernel that is right on this GPU. Raises StageError: none is."""
+    problems = []
+    for kernel in (by_gluon, by_triton) if torch.cuda.get_device_capability(device) == _HOPPER else (by_triton,):
+        problem = _problem(device, kernel)
+        if not problem:
+            return kernel
+        problems.append(problem)
+    raise StageError(f'compute_dtype = "float8" on {device}: {"; ".join(problems)}.', _REMEDY)
+
+
+def _problem(device: torch.device, kernel: Multiply) -> str:
     with torch.cuda.device(device), torch.inference_mode():
         try:
-            return wrong(device)
+            return wrong(device, kernel)
         except making_errors() as error:
-            return f"Triton cannot make the kernel: {error}"
+            return f"Triton cannot make a kernel: {error}"
 
 
-def wrong(device: torch.device) -> str:
+def wrong(device: torch.device, multiply: Multiply) -> str:
     """What of products made on a device is not what it should be, within ORDER and the rounding to bfloat16; "" if nothing is."""
     generator = torch.Generator().manual_seed(0)
     num_rows, num_groups = _ENDS[-1], len(_ENDS)
@@ -69,7 +84,7 @@ def wrong(device: torch.device) -> str:
     far = []
     for name, (of_weight, of_scales, *places) in cases.items():
         given = (rows, row_scales, of_weight, of_scales, *places)
-        found = multiply(*(each if each is None else each.to(device) for each in given)).cpu().double()
+        found = multiply(*(each if each is None else each.to(device) for each in given)).cpu().bfloat16().double()
         exact = twin.multiply(*given, dtype=torch.float64)
         magnitudes = twin.multiply(rows.float().abs(), row_scales, of_weight.float().abs(), of_scales, *places, dtype=torch.float64)
         if not ((found - exact).abs() <= ORDER * magnitudes + exact.abs() * 2.0**-8).all():  # what is no number is not within
