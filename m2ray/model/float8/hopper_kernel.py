@@ -4,7 +4,7 @@ Imported only where there is such a GPU. Gluon is Triton's own, and named an exp
 """
 
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
-# ruff: noqa: ANN001, ANN201, ANN202, PLR0913 - Triton compiles a function's text, and knows no names but its own and constants
+# ruff: noqa: ANN001, ANN201, ANN202 - Triton compiles a function's text, and knows no names but its own and constants
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -13,6 +13,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 BLOCK = gl.constexpr(128)
 HALF = gl.constexpr(64)
 TILE_BYTES = gl.constexpr(2 * 128 * 128)
+REGISTERS = gl.constexpr(240)
 
 
 @gluon.jit
@@ -40,10 +41,45 @@ def multiply_tiles(
         mbarrier.init(free.index(stage), count=2)
     fence_async_shared()
     count = gl.load(num_tiles)
-    shared = (rows, row_scales, weight, weight_scales, tiles, count, put, out, of_rows, of_weight, full, free)
-    gl.warp_specialize(
-        [(_half, (*shared, 0, WIDTH, COLUMNS, STAGES, HAS_PUT)), (_half, (*shared, 1, WIDTH, COLUMNS, STAGES, HAS_PUT))], [4]
+    first = (
+        rows,
+        row_scales,
+        weight,
+        weight_scales,
+        tiles,
+        count,
+        put,
+        out,
+        of_rows,
+        of_weight,
+        full,
+        free,
+        0,
+        WIDTH,
+        COLUMNS,
+        STAGES,
+        HAS_PUT,
     )
+    second = (
+        rows,
+        row_scales,
+        weight,
+        weight_scales,
+        tiles,
+        count,
+        put,
+        out,
+        of_rows,
+        of_weight,
+        full,
+        free,
+        1,
+        WIDTH,
+        COLUMNS,
+        STAGES,
+        HAS_PUT,
+    )
+    gl.warp_specialize([(_half, first), (_half, second)], [4], [REGISTERS])
 
 
 @gluon.jit
@@ -73,10 +109,10 @@ def _half(
     lines: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
     programs = gl.num_programs(0)
     end = count * ACROSS
-    step = 0
-    brought = 0
+    step = gl.to_tensor(0)
+    brought = gl.to_tensor(0)
     to_bring = gl.program_id(0)
-    bring_block = 0
+    bring_block = gl.to_tensor(0)
     if NUMBER == 0:
         for _ in gl.static_range(STAGES - 2):
             if to_bring < end:
