@@ -83,7 +83,7 @@ def _why_not_stored(stored: StoredTensor) -> str:
     if not isinstance(unpack, ScaledUnpack) or unpack.block is None or len(sides) < 2:
         return f"{stored.key} is {stored.method or 'not quantised'}, not FP8 in blocks of 128 x 128"
     if unpack.block != (min(BLOCK, sides[0]), BLOCK) or sides[1] % BLOCK:
-        return f"{stored.key} {list(stored.shape)} has blocks of {unpack.block[0]} x {unpack.block[1]}, not whole ones of 128 columns"
+        return f"{stored.key} {list(stored.shape)} is {stored.method} in blocks of {unpack.block[0]} x {unpack.block[1]}, not of 128 x 128 that are whole"
     values, scale = stored.parts[0].header.dtype, stored.parts[1].header.dtype
     if values != FP8 or scale not in FLOAT_SCALES:
         return f"{stored.key} is {values} with scales of {scale}, not float8_e4m3fn with floats"
