@@ -26,7 +26,7 @@ from m2ray.model.stage import Stage, StageSpec, load_stage
 
 DTYPES = ("bfloat16", "float8")
 DISTANCE_SHAPE = (8, 512)
-REPEATS = 3
+REPEATS = 2
 
 
 def main() -> None:
@@ -64,8 +64,9 @@ def speeds(stages: dict[str, Stage], num_layers: int, config: dict[str, int]) ->
             for stage in stages.values():
                 stage._decoder.compile_layers()  # noqa: SLF001 - the same weights, compiled
                 stage.warm_up(BATCH_TOKENS)
-        for shape in SHAPES:
-            times = [{dtype: bare_ms(stage, shape) / num_layers for dtype, stage in stages.items()} for _ in range(REPEATS)]
+        for shape in SHAPES if compiled else SHAPES[:1]:
+            repeats = range(REPEATS if compiled else 1)
+            times = [{dtype: bare_ms(stage, shape) / num_layers for dtype, stage in stages.items()} for _ in repeats]
             float8, bfloat16 = (statistics.median(each[dtype] for each in times) for dtype in reversed(DTYPES))
             operations, name = layer_operations(config, *shape), "compiled layer" if compiled else "layer, not compiled"
             note = f"{float8:.2f} ms and {bfloat16:.2f} ms; the ratio is of speeds"

@@ -9,7 +9,7 @@ import torch
 from m2ray.batches import LayerSpan
 from m2ray.model import stage as stage_module
 from m2ray.model.float8 import proof
-from m2ray.model.float8.launching import by_gluon, by_triton
+from m2ray.model.float8.launching import on_hopper, by_triton
 from m2ray.model.stage import Stage, StageSpec
 from tests.float8 import make_float8
 from tests.reference import chain_rows, load_capturing, micro_batch_of, same_bits
@@ -28,9 +28,9 @@ def far(rows: torch.Tensor, expected: torch.Tensor) -> float:
     return float(((rows.float() - expected.float()).norm(dim=1) / expected.float().norm(dim=1)).median())
 
 
-@pytest.mark.parametrize("kernel", [by_triton, by_gluon])
+@pytest.mark.parametrize("kernel", [by_triton, on_hopper])
 def test_products_are_those_of_torch(kernel: proof.Multiply) -> None:
-    if kernel is by_gluon and torch.cuda.get_device_capability() != (9, 0):
+    if kernel is on_hopper and torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("needs a Hopper")
     assert proof.wrong(torch.device("cuda:0"), kernel) == ""
 

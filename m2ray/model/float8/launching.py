@@ -1,10 +1,10 @@
-"""The kernels that multiply FP8, launched. Each function is as `m2ray.model.float8.products.multiply`, on the GPU that its tensors are on."""
+"""The kernels that multiply FP8, launched: cuBLAS's own where it has one, else ours. Each function is as `m2ray.model.float8.products.multiply`, on the GPU that its tensors are on."""
 
 from functools import cache
 from typing import Any
 
 import torch
-from torch.nn.functional import pad
+from torch.nn.functional import ScalingType, pad, scaled_mm
 
 from m2ray.model.float8.rounding import BLOCK
 
@@ -41,7 +41,7 @@ def by_triton(
     return out
 
 
-def by_gluon(
+def on_hopper(
     rows: torch.Tensor,
     row_scales: torch.Tensor,
     weight: torch.Tensor,
@@ -50,10 +50,14 @@ def by_gluon(
     take: torch.Tensor | None,
     put: torch.Tensor | None,
 ) -> torch.Tensor:
-    """On a Hopper. Its unit that copies blocks takes rows as they lie, so they are brought in order first."""
+    """On a Hopper: one weight by cuBLAS, which knows such scales there, several by a kernel of its own. The unit that copies blocks takes rows as they
+    lie, so they are brought in order first.
+    """
     if take is not None:
         rows, row_scales = rows[take], row_scales[take]
     _, columns, width = weight.shape
+    if ends is None and put is None and columns % BLOCK == 0:
+        return _by_cublas(rows, row_scales, weight[0], weight_scales[0])
     out = rows.new_empty((len(rows), columns), dtype=torch.bfloat16)
     tiles, num_tiles = tiles_of(ends, len(rows), rows.device)
     programs = min(_processors(rows.device), len(tiles) * -(-columns // BLOCK))
@@ -64,6 +68,24 @@ def by_gluon(
             WIDTH=width, COLUMNS=columns, STAGES=HELD, HAS_PUT=put is not None, num_warps=4,
         )  # fmt: skip
     return out
+
+
+def _by_cublas(rows: torch.Tensor, row_scales: torch.Tensor, weight: torch.Tensor, weight_scales: torch.Tensor) -> torch.Tensor:
+    """It wants a multiple of 4 rows, whose scales lie one row's beside another's, and of 4 scales in a row of the weight's."""
+    odd_rows, odd_scales = -len(rows) % 4, -weight_scales.shape[1] % 4
+    if odd_rows:
+        rows, row_scales = (pad(each.view(torch.uint8), (0, 0, 0, odd_rows)).view(each.dtype) for each in (rows, row_scales))
+    scales = pad(weight_scales, (0, odd_scales)) if odd_scales else weight_scales
+    out = scaled_mm(
+        rows,
+        weight.t(),
+        row_scales.t().contiguous().t(),
+        ScalingType.BlockWise1x128,
+        scales.t(),
+        ScalingType.BlockWise128x128,
+        output_dtype=torch.bfloat16,
+    )
+    return out[: len(out) - odd_rows]
 
 
 def tiles_of(ends: torch.Tensor | None, num_rows: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

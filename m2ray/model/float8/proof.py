@@ -7,7 +7,7 @@ import torch
 
 from m2ray.errors import ConfigError, StageError
 from m2ray.model.float8 import twin
-from m2ray.model.float8.launching import by_gluon, by_triton
+from m2ray.model.float8.launching import by_triton, on_hopper
 from m2ray.model.float8.rounding import round_rows
 from m2ray.model.kernel_proof import making_errors
 from m2ray.toolchain import require_triton
@@ -51,7 +51,7 @@ def require_gpu(device: torch.device) -> None:
 def kernel_for(device: torch.device) -> Multiply:
     """The fastest kernel that is right on this GPU. Raises StageError: none is."""
     problems = []
-    for kernel in (by_gluon, by_triton) if torch.cuda.get_device_capability(device) == _HOPPER else (by_triton,):
+    for kernel in (on_hopper, by_triton) if torch.cuda.get_device_capability(device) == _HOPPER else (by_triton,):
         problem = _problem(device, kernel)
         if not problem:
             return kernel
@@ -63,8 +63,10 @@ def _problem(device: torch.device, kernel: Multiply) -> str:
     with torch.cuda.device(device), torch.inference_mode():
         try:
             return wrong(device, kernel)
-        except making_errors() as error:
-            return f"Triton cannot make a kernel: {error}"
+        except torch.OutOfMemoryError:
+            raise
+        except (*making_errors(), RuntimeError, ValueError) as error:  # these are what torch refuses a dtype or a layout with
+            return f"{kernel.__name__} cannot be used: {error}"
 
 
 def wrong(device: torch.device, multiply: Multiply) -> str:
@@ -77,7 +79,8 @@ def wrong(device: torch.device, multiply: Multiply) -> str:
     ends = torch.tensor(_ENDS, dtype=torch.int32)
     orders = [torch.randperm(num_rows, generator=generator) for _ in range(2)]
     cases = {
-        "one weight": (weight[:1], weight_scales[:1], None, None, None),
+        "one weight": (weight[:1, :256], weight_scales[:1, :2], None, None, None),
+        "one weight of no whole blocks": (weight[:1], weight_scales[:1], None, None, None),
         "a weight for each group": (weight, weight_scales, ends, None, None),
         "rows in another order": (weight, weight_scales, ends, *orders),
     }
