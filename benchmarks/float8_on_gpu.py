@@ -90,7 +90,8 @@ def speeds(stages: dict[str, Stage], num_layers: int, config: dict[str, int]) ->
 @torch.inference_mode()
 def distances(stages: dict[str, Stage], num_layers: int) -> list[Row]:
     """Of each layer's rows in float8 from those in bfloat16, neither compiled."""
-    token_ids_BT = torch.from_numpy(micro_batch(DISTANCE_SHAPE).token_ids_BT).to("cuda", torch.int64)
+    device = stages["float8"]._decoder.device  # noqa: SLF001
+    token_ids_BT = torch.from_numpy(micro_batch(DISTANCE_SHAPE).token_ids_BT).to(device, torch.int64)
     streams: dict[str, Boundary | None] = dict.fromkeys(DTYPES)
     rows: list[Row] = []
     for layer in range(num_layers):

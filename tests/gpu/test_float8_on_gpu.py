@@ -9,7 +9,7 @@ import torch
 from m2ray.batches import LayerSpan
 from m2ray.model import stage as stage_module
 from m2ray.model.float8 import proof
-from m2ray.model.float8.launching import on_hopper, by_triton
+from m2ray.model.float8.launching import by_triton, on_hopper
 from m2ray.model.stage import Stage, StageSpec
 from tests.float8 import make_float8
 from tests.reference import chain_rows, load_capturing, micro_batch_of, same_bits
