@@ -14,7 +14,7 @@ ROWS = 128
 STAGES, WARPS, PROGRAMS = 4, 8, 1
 """Of Triton's kernel: steps that are on their way; warps; programs on each of a GPU's processors."""
 
-HELD = 6
+HELD = 5
 """Blocks of rows and of the weight that a program of Hopper's kernel holds, 32 KiB each pair."""
 
 
