@@ -133,30 +133,28 @@ def _half(
             if bring_block == BLOCKS:
                 bring_block = 0
                 to_bring += programs
-    # What comes from memory is asked for ahead: a tile's line while the one before it is made, its scales a block before they are needed.
-    last = gl.maximum(end - 1, 0)
-    group, first, stop = _line(tiles, gl.minimum(gl.program_id(0), last), ACROSS)
     for tile in range(gl.program_id(0), end, programs):
+        line = tiles + tile // ACROSS * 3
         across = tile % ACROSS
-        first += NUMBER * HALF
+        group = gl.load(line).to(gl.int64)
+        first = gl.load(line + 1) + NUMBER * HALF
+        stop = gl.load(line + 2)
         place = first + gl.arange(0, HALF, layout=gl.SliceLayout(1, sums))
         row_scale_at = row_scales + gl.where(place < stop, place, 0).to(gl.int64) * BLOCKS
-        weight_scale_at = weight_scales + (group.to(gl.int64) * ACROSS + across) * BLOCKS
-        row_scale, weight_scale = gl.load(row_scale_at), gl.load(weight_scale_at)
-        to_write = first + gl.arange(0, HALF, layout=gl.SliceLayout(1, lines))
-        is_row = to_write < stop
-        into = gl.load(put + to_write, mask=is_row, other=0) if HAS_PUT else to_write.to(gl.int64)
-        group, first, stop = _line(tiles, gl.minimum(tile + programs, last), ACROSS)
+        weight_scale_at = weight_scales + (group * ACROSS + across) * BLOCKS
         total = gl.zeros((HALF, BLOCK), dtype=gl.float32, layout=sums)
         for block in range(BLOCKS):
             stage = step % STAGES
             mbarrier.wait(full.index(stage), (step // STAGES) & 1)
             half = of_rows.index(stage).slice(NUMBER * HALF, HALF, dim=0)
-            nothing = gl.zeros((HALF, BLOCK), dtype=gl.float32, layout=sums)
-            products = warpgroup_mma(half, of_weight.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
-            scale = row_scale * weight_scale
-            following = gl.minimum(block + 1, BLOCKS - 1)
-            row_scale, weight_scale = gl.load(row_scale_at + following), gl.load(weight_scale_at + following)
+            products = warpgroup_mma(
+                half,
+                of_weight.index(stage).permute((1, 0)),
+                gl.zeros((HALF, BLOCK), dtype=gl.float32, layout=sums),
+                use_acc=False,
+                is_async=True,
+            )
+            scale = gl.load(row_scale_at + block) * gl.load(weight_scale_at + block)
             if NUMBER == 0:
                 if to_bring < end:
                     _bring(rows, weight, tiles, of_rows, of_weight, full, free, to_bring, bring_block, brought, COLUMNS, ACROSS, STAGES)
@@ -170,16 +168,11 @@ def _half(
             total += products * gl.expand_dims(scale, 1)
             step += 1
         rounded = gl.convert_layout(total.to(gl.bfloat16), lines)
+        place = first + gl.arange(0, HALF, layout=gl.SliceLayout(1, lines))
         column = across * BLOCK + gl.arange(0, BLOCK, layout=gl.SliceLayout(0, lines))
+        into = gl.load(put + place, mask=place < stop, other=0) if HAS_PUT else place.to(gl.int64)
         at = out + gl.expand_dims(into * COLUMNS, 1) + gl.expand_dims(column, 0)
-        gl.store(at, rounded, mask=gl.expand_dims(is_row, 1) & gl.expand_dims(column < COLUMNS, 0))
-
-
-@gluon.jit
-def _line(tiles, tile, ACROSS: gl.constexpr):
-    """A tile's group, its first row and where the group ends."""
-    line = tiles + tile // ACROSS * 3
-    return gl.load(line), gl.load(line + 1), gl.load(line + 2)
+        gl.store(at, rounded, mask=gl.expand_dims(place < stop, 1) & gl.expand_dims(column < COLUMNS, 0))
 
 
 @gluon.jit
