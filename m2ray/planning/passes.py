@@ -16,8 +16,9 @@ SUSTAINED_SHARE_DENSE = {False: 0.39, True: 0.6}
 """The same of layers without experts, neither of them measured: compiled, inferred from a plan with 0.39 of Llama-70B's widths, which was 0.63 of
 the rate that an H200 reached then (0.39 / 0.63 is 0.62; that run is not in benchmarks/results); not compiled, guessed."""
 
-FLOAT8_GAIN = {False: 1.0, True: 1.0}
-"""How many times as fast layers are whose products are FP8 (compute_dtype = "float8"): not measured yet."""
+FLOAT8_GAIN = {False: 0.93, True: 1.16}
+"""How many times as fast as in bfloat16 layers are whose products are FP8, not compiled and compiled: the slower of two shapes of MiniMax-M2's layers
+on an H200 (benchmarks/results/float8_on_gpu.json). Layers without experts were not measured."""
 
 COPY_BYTES_PER_S = 51 * 2**30
 """Between one GPU and pinned host memory, either way, measured on an H200 behind PCIe 5."""

@@ -20,8 +20,9 @@ class Float8Linear(nn.Linear):
         """Hidden states [..., W] to [..., O], in their dtype."""
         scales: Any = self.weight_scale_inv
         rows, row_scales = round_rows(hidden.reshape(-1, hidden.shape[-1]))
-        out = multiply(rows, row_scales, self.weight[None], scales[None], None, None, None).to(hidden.dtype)
-        return (out if self.bias is None else out + self.bias).view(*hidden.shape[:-1], -1)
+        out: torch.Tensor = multiply(rows, row_scales, self.weight[None], scales[None], None, None, None).to(hidden.dtype)
+        bias: torch.Tensor | None = self.bias
+        return (out if bias is None else out + bias).view(*hidden.shape[:-1], -1)
 
 
 class Float8Experts(nn.Module):
@@ -38,7 +39,7 @@ class Float8Experts(nn.Module):
         rows, scales = round_rows(hidden_states)
         up = multiply(rows, scales, weights_up, scales_up, ends, order // num_chosen, None)
         rows, scales = round_rows(experts._apply_gate(up) if experts.has_gate else experts.act_fn(up))  # noqa: SLF001 - transformers'
-        down = multiply(rows, scales, *self._of("down_proj"), ends, None, order)
+        down: torch.Tensor = multiply(rows, scales, *self._of("down_proj"), ends, None, order)
         weighted = down.view(num_tokens, num_chosen, -1) * top_k_weights[..., None]
         return weighted.sum(1).to(hidden_states.dtype)
 
@@ -54,5 +55,5 @@ def use_float8(model: nn.Module) -> None:
 
 
 @cache
-def _experts(kind: type[nn.Module]) -> type[nn.Module]:
+def _experts(kind: Any) -> type[nn.Module]:
     return type(f"Float8{kind.__name__}", (Float8Experts, kind), {})

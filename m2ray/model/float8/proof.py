@@ -78,18 +78,18 @@ def wrong(device: torch.device, multiply: Multiply) -> str:
     weight_scales = torch.rand(num_groups, -(-_OUT // 128), _WIDTH // 128, generator=generator) + 0.5
     ends = torch.tensor(_ENDS, dtype=torch.int32)
     orders = [torch.randperm(num_rows, generator=generator) for _ in range(2)]
-    cases = {
-        "one weight": (weight[:1, :256], weight_scales[:1, :2], None, None, None),
-        "one weight of no whole blocks": (weight[:1], weight_scales[:1], None, None, None),
-        "a weight for each group": (weight, weight_scales, ends, None, None),
-        "rows in another order": (weight, weight_scales, ends, *orders),
+    cases: dict[str, tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor | None, ...]]] = {
+        "one weight": (weight[:1, :256], weight_scales[:1, :2], (None, None, None)),
+        "one weight of no whole blocks": (weight[:1], weight_scales[:1], (None, None, None)),
+        "a weight for each group": (weight, weight_scales, (ends, None, None)),
+        "rows in another order": (weight, weight_scales, (ends, *orders)),
     }
     far = []
-    for name, (of_weight, of_scales, *places) in cases.items():
-        given = (rows, row_scales, of_weight, of_scales, *places)
+    for name, (of_weight, of_scales, (of_ends, take, put)) in cases.items():
+        given = (rows, row_scales, of_weight, of_scales, of_ends, take, put)
         found = multiply(*(each if each is None else each.to(device) for each in given)).cpu().bfloat16().double()
-        exact = twin.multiply(*given, dtype=torch.float64)
-        magnitudes = twin.multiply(rows.float().abs(), row_scales, of_weight.float().abs(), of_scales, *places, dtype=torch.float64)
+        exact = twin.multiply(rows, row_scales, of_weight, of_scales, of_ends, take, put, torch.float64)
+        magnitudes = twin.multiply(rows.float().abs(), row_scales, of_weight.float().abs(), of_scales, of_ends, take, put, torch.float64)
         if not ((found - exact).abs() <= ORDER * magnitudes + exact.abs() * 2.0**-8).all():  # what is no number is not within
             far.append(name)
     return f"products with {' and with '.join(far)} are not those of torch" if far else ""
