@@ -51,7 +51,8 @@ def use_float8(model: nn.Module) -> None:
     """Let all modules of a model whose weights came with scales multiply in FP8. Hooks, names and what else they have stay."""
     for module in list(model.modules()):
         if any(name.endswith(SCALES) for name in module._buffers):  # noqa: SLF001 - has no public name
-            module.__class__ = Float8Linear if type(module) is nn.Linear else _experts(type(module))
+            kind: Any = type(module)
+            module.__class__ = Float8Linear if kind is nn.Linear else _experts(kind)
 
 
 @cache

@@ -65,8 +65,13 @@ def _problem(device: torch.device, kernel: Multiply) -> str:
             return wrong(device, kernel)
         except torch.OutOfMemoryError:
             raise
-        except (*making_errors(), RuntimeError, ValueError) as error:  # these are what torch refuses a dtype or a layout with
+        except _refusals() as error:
             return f"{kernel.__name__} cannot be used: {error}"
+
+
+def _refusals() -> tuple[type[Exception], ...]:
+    """What says that a kernel cannot be made; and torch's words for a dtype or a layout of scales that its own does not know here."""
+    return (*making_errors(), RuntimeError, ValueError)
 
 
 def wrong(device: torch.device, multiply: Multiply) -> str:
