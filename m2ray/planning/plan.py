@@ -29,7 +29,7 @@ class WeightsPlan:
     Attributes:
         disk_bytes: every tensor of the checkpoint, scales included, loaded or not.
         parameters: of the whole model; multi-token-prediction modules and FP8 scales are not counted.
-        compute_bytes: of all parameters in the compute dtype, without exception.
+        compute_bytes: of all parameters in the compute dtype, without exception; of those that stay packed with their scales.
         loaded_bytes: of what one chain loads: the layers that are run and the embedding; float32 where a tensor stays so.
         layer_bytes: in memory, of each layer of the model.
         embedding_bytes, final_norm_bytes: in memory, loaded or not.
@@ -258,7 +258,7 @@ def _weights(demand: Demand) -> WeightsPlan:
     return WeightsPlan(
         disk_bytes=table.disk_bytes,
         parameters=parameters,
-        compute_bytes=parameters * itemsize,
+        compute_bytes=sum(row.disk_bytes if row.stays_packed else row.num_elements * itemsize for row in counted),
         loaded_bytes=weight_bytes(demand.rows(LayerSpan(0, demand.num_layers)), itemsize),
         layer_bytes=table.layer_bytes(itemsize),
         embedding_bytes=table.role_bytes("embedding", itemsize),
