@@ -28,6 +28,11 @@ TOKEN_ROW = np.dtype([("sequence_id", "<i8"), ("position", "<i4"), ("token_id", 
 Role = Literal["embedding", "layer", "final_norm", "head", "unused"]
 
 
+def hidden_dtype(compute_dtype: str) -> str:
+    """Of hidden states and of all that is computed beside products, by torch's name: with "float8" they are bfloat16."""
+    return "bfloat16" if compute_dtype == "float8" else compute_dtype
+
+
 @dataclass(frozen=True)
 class LayerSpan:
     """The contiguous decoder layers [start, stop) that one stage owns."""
@@ -169,6 +174,7 @@ class TensorRow:
         sources: the checkpoint keys it is made of, scales left out.
         method: how it is packed on disk, as a person is told it; "" where it is not quantised.
         lies_as: torch's name of the dtype in which its values lie in the files as they do in memory; "" where they are packed, or in another order.
+            "float8_e4m3fn" of those that stay packed (m2ray.model.float8).
     """
 
     name: str
@@ -187,11 +193,18 @@ class TensorRow:
 
     def compute_bytes(self, itemsize_bytes: int) -> int:
         """Bytes in memory at a compute dtype of `itemsize_bytes` (2 or 4)."""
-        return self.num_elements * (self.itemsize_bytes or itemsize_bytes)
+        return self.disk_bytes if self.stays_packed else self.num_elements * (self.itemsize_bytes or itemsize_bytes)
+
+    @property
+    def stays_packed(self) -> bool:
+        """Whether it is computed with as the files have it, FP8 with its scales."""
+        return self.lies_as == "float8_e4m3fn"
 
     def is_ready(self, compute_dtype: str) -> bool:
         """Whether its bytes in the files are those in memory, at that compute dtype."""
-        return self.lies_as == (_KEPT_DTYPES.get(self.itemsize_bytes) if self.itemsize_bytes else compute_dtype)
+        return self.stays_packed or self.lies_as == (
+            _KEPT_DTYPES.get(self.itemsize_bytes) if self.itemsize_bytes else hidden_dtype(compute_dtype)
+        )
 
 
 @dataclass(frozen=True)
@@ -231,7 +244,7 @@ class TensorTable:
 
         What lies in the files as it is computed with is used where it is.
         """
-        itemsize_bytes = ITEMSIZE_BYTES[compute_dtype]
+        itemsize_bytes = ITEMSIZE_BYTES[hidden_dtype(compute_dtype)]
         return self._of_layers(lambda row: 0 if row.is_ready(compute_dtype) else PACKED_GAP_BYTES + row.compute_bytes(itemsize_bytes))
 
     def _of_layers(self, bytes_of: Callable[[TensorRow], int]) -> tuple[int, ...]:

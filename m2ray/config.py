@@ -89,7 +89,9 @@ class ExtractConfig(BaseModel):
     keep: Literal["rows", "statistics", "both"] | Auto = _rows(
         "auto", description="What is stored: rows, their statistics alone, or both; auto: both where statistics are asked for."
     )
-    compute_dtype: Literal["bfloat16", "float16", "float32"] = _rows("bfloat16", description="Dtype of weights and arithmetic.")
+    compute_dtype: Literal["bfloat16", "float16", "float32", "float8"] = _rows(
+        "bfloat16", description="Dtype of weights and arithmetic; float8: FP8 checkpoints as served, products alone (docs/numerics.md)."
+    )
     store_dtype: Literal["bfloat16", "float16", "float32", "float8", "int8"] = _rows(
         "bfloat16",
         description="Dtype of the stored rows of hidden width; float8 and int8: about half of the bytes, with a scale for 128 channels.",

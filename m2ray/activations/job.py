@@ -164,6 +164,8 @@ class JobRecord:
             "num_layers": str(self.model.num_layers),
             "model_digest": self.fingerprints["model"],
             "tokenizer_digest": self.fingerprints["tokenizer"],
+            # Rows of another arithmetic than their dtype's: a file that was copied away still has to say so.
+            **({"compute_dtype": "float8"} if self.options.get("compute_dtype") == "float8" else {}),
         }
 
 

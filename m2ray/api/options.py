@@ -43,7 +43,7 @@ class Options(TypedDict, total=False):
     skip_special_tokens: bool
     statistics: str | None
     keep: Literal["rows", "statistics", "both", "auto"]
-    compute_dtype: Literal["bfloat16", "float16", "float32"]
+    compute_dtype: Literal["bfloat16", "float16", "float32", "float8"]
     store_dtype: Literal["bfloat16", "float16", "float32", "float8", "int8"]
     batch_tokens: int | Literal["auto"]
     shard_tokens: int | Literal["auto"]

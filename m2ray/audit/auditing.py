@@ -20,7 +20,7 @@ from m2ray.audit.reference import Reference, read_config
 from m2ray.audit.restaged import restage
 from m2ray.audit.sample import Sample, draw, least_share_found
 from m2ray.audit.tokens import from_prompts, from_run, open_source, open_tokenizer
-from m2ray.audit.tolerance import bound, has_router, why_not_exact
+from m2ray.audit.tolerance import bound, has_router, require_reference, why_not_exact
 from m2ray.batches import LayerSpan, MicroBatch, PartSpec, Shard
 from m2ray.errors import M2rayError, NotInRunError, RunConflictError
 from m2ray.hub import folder_of
@@ -56,7 +56,7 @@ def audit(
         on_progress: called on the caller's thread.
 
     Raises:
-        NotInRunError: nothing that can be audited is committed.
+        NotInRunError: nothing that can be audited is committed, or its products were made in FP8.
         RunConflictError: model or prompts are not those of the run.
         CheckpointError: the model cannot be loaded.
         RunDamagedError, StoreError: the run cannot be read.
@@ -66,6 +66,7 @@ def audit(
     if not catalogue.job.parts:
         what = f"The run at {store.url} keeps no rows that could be computed again."
         raise NotInRunError(what, "Leave --sample out: the files of its statistics are looked at without it.")
+    require_reference(catalogue.job)
     job, sample = catalogue.job, draw(catalogue, share, seed)
     checkpoint = _checkpoint(job, model)
     config = read_config(checkpoint.url)

@@ -6,6 +6,7 @@ from typing import Any
 from m2ray.activations.job import JobRecord
 from m2ray.audit.sample import Sample
 from m2ray.batches import PartSpec
+from m2ray.errors import NotInRunError
 from m2ray.provenance import ROW_PACKAGES, cpu_kind, differences, versions
 from m2ray.sites import capturing_layer
 
@@ -26,6 +27,15 @@ def bound(job: JobRecord, part: PartSpec) -> float:
     stored = part.columns[-1 if part.site == "router_topk" else 0].dtype
     rounded = stored != job.options["compute_dtype"]
     return share * max(1.0, depth / num_layers) + (_ROUNDING[stored] if rounded else 0.0)
+
+
+def require_reference(job: JobRecord) -> None:
+    """Raise NotInRunError for rows of products in FP8: neither transformers' model nor bounds for their distance stand for them yet."""
+    if job.options["compute_dtype"] not in _A_LAYER:
+        raise NotInRunError(
+            f"The run computed in {job.options['compute_dtype']}, and rows of that are not computed again by --sample.",
+            'Leave --sample out, or audit a run of the same prompts with compute_dtype = "bfloat16": the cut into stages is the same.',
+        )
 
 
 def has_router(config: Any) -> bool:

@@ -120,7 +120,8 @@ def look(config: ExtractConfig) -> Inputs:
     tried(lambda: require_positions(opened.config, config.pack, "pack"))
     tried(lambda: require_dtype(opened.config, config.compute_dtype))
     asked = tried(lambda: asked_sites(config.sites, config.layers, opened.config.num_hidden_layers))
-    of_the_layers = tried(lambda: _up_to_last_layer(opened, asked)) if asked else None
+    in_float8 = config.compute_dtype == "float8"
+    of_the_layers = tried(lambda: _up_to_last_layer(opened, asked, in_float8=in_float8)) if asked else None
     no_text = placeholder_tokens(opened.whole_config)
     tokenizer = tried(lambda: PromptTokenizer.load(config.model, prompts, opened.config.vocab_size, no_text))
     attention = tried(lambda: resolve_attn_implementation(opened.whole_config, config.attn_implementation, DTYPES[config.compute_dtype]))
@@ -136,12 +137,13 @@ def look(config: ExtractConfig) -> Inputs:
     return Inputs(config, checkpoint, table, shape, source, tokenizer, store, recorded, options)
 
 
-def _up_to_last_layer(opened: Checkpoint, asked: LayersOfSites) -> tuple[Checkpoint, TensorTable]:
+def _up_to_last_layer(opened: Checkpoint, asked: LayersOfSites, *, in_float8: bool) -> tuple[Checkpoint, TensorTable]:
     """The files and tensors of the layers that are run for what is asked. Raises as `up_to_layer`, `present_sites` and `prove_sites`."""
     num_layers = opened.config.num_hidden_layers
     with_final_norm = "final_norm" in asked
-    checkpoint, table = up_to_layer(opened, last_layer(asked, num_layers), with_final_norm=with_final_norm)
+    checkpoint, table = up_to_layer(opened, last_layer(asked, num_layers), with_final_norm=with_final_norm, in_float8=in_float8)
     last = last_layer(present_sites(asked, table), num_layers)
     prove_sites(opened.whole_config, asked)
-    is_last = last == last_layer(asked, num_layers)
-    return (checkpoint, table) if is_last else up_to_layer(opened, last, with_final_norm=with_final_norm)
+    if last == last_layer(asked, num_layers):
+        return checkpoint, table
+    return up_to_layer(opened, last, with_final_norm=with_final_norm, in_float8=in_float8)

@@ -150,7 +150,7 @@ def _look(config: ExtractConfig) -> tuple[Checkpoint, Demand, ExtractConfig]:
     wanted = asked_sites(config.sites, config.layers, decoder.num_hidden_layers)
     last = last_layer(wanted, decoder.num_hidden_layers)
     has_end = last == decoder.num_hidden_layers - 1
-    checkpoint, table = up_to_layer(opened, last, with_final_norm=has_end)
+    checkpoint, table = up_to_layer(opened, last, with_final_norm=has_end, in_float8=config.compute_dtype == "float8")
     if has_end and "final_norm" in table.layers_of and "final_norm" not in wanted:
         config = config.model_copy(update={"sites": f"{config.sites}, final_norm"})
         wanted = {**wanted, "final_norm": ()}

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import click
 
 from m2ray.activations.job import JobRecord, read_job
+from m2ray.batches import hidden_dtype
 from m2ray.cli import Command
 from m2ray.cli.output import say, terminal
 from m2ray.errors import NotInRunError, RunConflictError
@@ -78,7 +79,7 @@ def _norm_of(job: JobRecord, folder: str) -> "Norm":
     from m2ray.model.final_norm import final_norm
     from m2ray.model.stage import DTYPES
 
-    compute_dtype, store_dtype = job.options["compute_dtype"], job.options["store_dtype"]
+    compute_dtype, store_dtype = hidden_dtype(job.options["compute_dtype"]), job.options["store_dtype"]
     if compute_dtype != store_dtype:
         raise NotInRunError(
             f"The run computed in {compute_dtype} and stored {store_dtype}: the model's norm takes rows in the dtype in which they were computed.",

@@ -133,6 +133,8 @@ def _print(facts: dict[str, Any], state: str) -> None:
         say(f"{kind.removeprefix('chat_'):<11}{name}")
     versions = {"m2ray": facts["m2ray_version"], **facts["versions"]}
     say(f"begun by   {', '.join(f'{package} {version}' for package, version in versions.items())}")
+    if facts["options"].get("compute_dtype") == "float8":
+        say("computed   in float8: products of FP8 weights with activations rounded to FP8, all else in bfloat16")
     say(f"shards     {shards['committed']:,} of {shards['all']:,} committed")
     say(f"sequences  {sequences['all']:,} = {sequences['ready']:,} ready + {sequences['quarantined']:,} quarantined")
     say(f"tokens     {tokens['committed']:,} of {tokens['all']:,}")

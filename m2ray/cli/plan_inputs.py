@@ -46,8 +46,9 @@ def read_model(url: str, attn_implementation: str, compute_dtype: str) -> Planne
 
     Raises:
         CheckpointError: no config.json, a model that m2ray does not run, damaged files, or an index of another model.
-        ConfigError: the family or the dtype cannot have such attention.
+        ConfigError: the family or the dtype cannot have such attention, or the weights cannot stay FP8, as `compute_dtype` has it.
     """
+    in_float8 = compute_dtype == "float8"
     alone = url.endswith(".json")
     store = open_store((url.rpartition("/")[0] or ".") if alone else url)
     config_key = url.rpartition("/")[2] if alone else CONFIG
@@ -59,9 +60,9 @@ def read_model(url: str, attn_implementation: str, compute_dtype: str) -> Planne
     is_whole = bool(files) and all(store.size(file) is not None for file in files)
     if is_whole:
         checkpoint = open_checkpoint(url)
-        whole_config, table = checkpoint.whole_config, tensor_table(checkpoint)
+        whole_config, table = checkpoint.whole_config, tensor_table(checkpoint, in_float8=in_float8)
     else:
-        table = tensor_table_from_config(whole_config)
+        table = tensor_table_from_config(whole_config, in_float8=in_float8)
         if weight_map:
             _require_all(whole_config, table, set(weight_map))
     config = decoder_config(whole_config)

@@ -255,19 +255,24 @@ def _listed(keys: list[str]) -> str:
 
 
 @without_collector()
-def tensor_table(checkpoint: Checkpoint) -> TensorTable:
+def tensor_table(checkpoint: Checkpoint, *, in_float8: bool = False) -> TensorTable:
     """Every tensor of the model and of the checkpoint, matched.
+
+    Args:
+        in_float8: whether FP8 weights stay as they are (m2ray.model.float8).
 
     Raises:
         CheckpointError: files are damaged, or tensors missing, unknown, of a wrong shape or dtype; all at once.
-        ConfigError, StoreError: as `build_skeleton` and `Checkpoint.check`.
+        ConfigError, StoreError: as `build_skeleton` and `Checkpoint.check`; weights that cannot stay FP8.
     """
     checkpoint.check()
-    return _table(checkpoint, build_skeleton(checkpoint.whole_config, torch.bfloat16), None)
+    return _table(checkpoint, build_skeleton(checkpoint.whole_config, torch.bfloat16), None, in_float8=in_float8)
 
 
 @without_collector()
-def up_to_layer(checkpoint: Checkpoint, last: int, *, with_final_norm: bool = False) -> tuple[Checkpoint, TensorTable]:
+def up_to_layer(
+    checkpoint: Checkpoint, last: int, *, with_final_norm: bool = False, in_float8: bool = False
+) -> tuple[Checkpoint, TensorTable]:
     """The checkpoint of a run that ends with layer `last`, with the files that it needs and no others, and the table of its tensors.
 
     With the final norm, a run that ends with the model's last layer needs its file too.
@@ -282,7 +287,9 @@ def up_to_layer(checkpoint: Checkpoint, last: int, *, with_final_norm: bool = Fa
     needed = checkpoint.only(needed_files(skeleton, checkpoint.weight_map, span, with_final_norm=with_final_norm))
     raise_all([*needed.damaged.values(), *checkpoint.twice])
     is_whole = len(span) == len(skeleton.layers) and not checkpoint.damaged
-    return needed, _table(checkpoint, skeleton, None) if is_whole else _table(needed, skeleton, span, with_final_norm=with_final_norm)
+    if is_whole:
+        return needed, _table(checkpoint, skeleton, None, in_float8=in_float8)
+    return needed, _table(needed, skeleton, span, with_final_norm=with_final_norm, in_float8=in_float8)
 
 
 def is_of_run(checkpoint: Checkpoint, layers_run: int, fingerprint: str) -> bool:
@@ -290,14 +297,16 @@ def is_of_run(checkpoint: Checkpoint, layers_run: int, fingerprint: str) -> bool
     return any(up_to_layer(checkpoint, layers_run - 1, with_final_norm=each)[0].digest == fingerprint for each in (False, True))
 
 
-def _table(checkpoint: Checkpoint, skeleton: Skeleton, span: LayerSpan | None, *, with_final_norm: bool = False) -> TensorTable:
+def _table(
+    checkpoint: Checkpoint, skeleton: Skeleton, span: LayerSpan | None, *, with_final_norm: bool = False, in_float8: bool
+) -> TensorTable:
     try:
-        return table_of(skeleton, checkpoint.headers, span, with_final_norm=with_final_norm)
+        return table_of(skeleton, checkpoint.headers, span, with_final_norm=with_final_norm, in_float8=in_float8)
     except CheckpointError as problem:
         raise_all([*checkpoint.stale, problem])
         raise
 
 
-def tensor_table_from_config(config: Any) -> TensorTable:
+def tensor_table_from_config(config: Any, *, in_float8: bool = False) -> TensorTable:
     """The table by config.json alone, without a look at weights or index. See `table_without_weights`."""
-    return table_without_weights(config)
+    return table_without_weights(config, in_float8=in_float8)

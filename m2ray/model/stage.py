@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import torch
 
-from m2ray.batches import LayerSpan, MicroBatch, PartSpec, Residency
+from m2ray.batches import LayerSpan, MicroBatch, PartSpec, Residency, hidden_dtype
 from m2ray.errors import ConfigError
 from m2ray.model.arriving import Arriving
 from m2ray.model.attention import require_attention_to_sinks, require_machine, resolve_attn_implementation
@@ -17,6 +17,7 @@ from m2ray.model.checkpoint import open_checkpoint
 from m2ray.model.decoder import DecoderSpan
 from m2ray.model.eight_bits import Encoder, Losses
 from m2ray.model.families import default_max_length
+from m2ray.model.float8.proof import require_gpu
 from m2ray.model.gpu_loading import Lanes
 from m2ray.model.interpreter import quick_switches, without_collector
 from m2ray.model.pinned import PinnedRuns
@@ -31,7 +32,8 @@ from m2ray.sites import parts_of_span
 from m2ray.statistics import Place
 from m2ray.toolchain import require_triton
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float8": torch.bfloat16}
+"""Of hidden states and of what is computed beside products, by compute dtype."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class StageSpec:
     Attributes:
         model_url: the checkpoint's folder.
         span: the layers it owns.
-        compute_dtype: "bfloat16", "float16" or "float32".
+        compute_dtype: "bfloat16", "float16", "float32", or "float8" (m2ray.model.float8).
         attn_implementation: "auto", "eager", "sdpa", "flash_attention_2" or "flex_attention" (m2ray.model.attention).
         device: "cpu" or "cuda:0".
         threads: torch threads on the CPU, for the whole process; None leaves them as they are.
@@ -100,7 +102,7 @@ class Stage:
         self._pinned = PinnedRuns()
         self._runs = layer_runs(spec.span, spec.residency)
         self._watching: Taking | None = None
-        self.begin(CaptureSpec({}, spec.compute_dtype))
+        self.begin(CaptureSpec({}, hidden_dtype(spec.compute_dtype)))
 
     @property
     def parts(self) -> tuple[PartSpec, ...]:
@@ -258,7 +260,8 @@ def load_stage(spec: StageSpec, on_bytes: OnBytes) -> Stage:
 
     Raises:
         CheckpointError: files are damaged or not those of `model_files`, or the span's tensors missing, unknown or misshapen; all at once.
-        ConfigError: the family, the dtype or this machine cannot have such attention, or the span is not in the model.
+        ConfigError: the family, the dtype or this machine cannot have such attention, the span is not in the model, or weights or machine are none
+            for FP8.
         StoreError: reading fails.
     """
     settle_vector_math()
@@ -282,6 +285,9 @@ def _load_stage(spec: StageSpec, device: torch.device, lanes: Lanes | None, on_b
     compute_dtype = DTYPES[spec.compute_dtype]
     attn_implementation = resolve_attn_implementation(checkpoint.whole_config, spec.attn_implementation, compute_dtype)
     require_machine(checkpoint.config, attn_implementation, device)
+    in_float8 = spec.compute_dtype == "float8"
+    if in_float8:
+        require_gpu(device)
     if spec.compile and device.type == "cuda":
         require_triton("compile = true")
     skeleton = build_skeleton(checkpoint.whole_config, compute_dtype, attn_implementation)
@@ -291,7 +297,7 @@ def _load_stage(spec: StageSpec, device: torch.device, lanes: Lanes | None, on_b
     decoder = DecoderSpan(
         skeleton, spec.span, device, spec.residency, spec.offload_folder, shared=spec.shared, with_final_norm=spec.with_final_norm
     )
-    loaded = load_weights(checkpoint, decoder, on_bytes, lanes)
+    loaded = load_weights(checkpoint, decoder, on_bytes, lanes, in_float8=in_float8)
     if spec.compile:
         decoder.compile_layers(any_sites=spec.any_sites)
     return Stage(spec, decoder, loaded, checkpoint.bytes_read)

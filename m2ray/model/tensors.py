@@ -14,6 +14,7 @@ from m2ray.batches import LayerSpan, Role, TensorRow, TensorTable
 from m2ray.errors import CheckpointError, raise_all
 from m2ray.model.boundary import most_beside, row_width
 from m2ray.model.conversion import Conversion, Placement, Source
+from m2ray.model.float8.kept import is_packed, require_any, require_float8, require_published
 from m2ray.model.headers import TensorHeader
 from m2ray.model.quantization.layout import UNREAD, Layout
 from m2ray.model.quantization.layouts import READ, layout_of
@@ -148,26 +149,36 @@ def needed_files(skeleton: Skeleton, weight_map: Mapping[str, str], span: LayerS
 
 
 def table_of(
-    skeleton: Skeleton, headers: Mapping[str, TensorHeader], span: LayerSpan | None = None, *, with_final_norm: bool = False
+    skeleton: Skeleton,
+    headers: Mapping[str, TensorHeader],
+    span: LayerSpan | None = None,
+    *,
+    with_final_norm: bool = False,
+    in_float8: bool = False,
 ) -> TensorTable:
     """Every tensor of a checkpoint and of its model, built at bfloat16.
 
     Args:
         span: the layers whose tensors have to be there, and have bytes on disk in the table; None for all.
         with_final_norm: whether a span that ends with the last layer has it.
+        in_float8: whether FP8 weights stay as they are (m2ray.model.float8).
 
     Raises:
         CheckpointError: as `match_by_layer`.
+        ConfigError: with `in_float8`, weights that cannot stay FP8, or none that could.
     """
     unread: dict[str, tuple[Role, StoredTensor]] = {}
     matched = [each for layer in match_by_layer(skeleton, headers, span, unread, with_final_norm=with_final_norm) for each in layer]
+    if in_float8:
+        require_any(is_any=any(map(is_packed, matched)))
+        require_float8(skeleton.model, matched)
     rows = [
         _row(
             each.tensor,
             tuple(stored.key for stored in each.stored),
             disk_bytes(each),
             each.stored[0].method if each.stored else "",
-            each.lies_as,
+            FP8[0] if in_float8 and is_packed(each) else each.lies_as,
         )
         for each in matched
     ]
@@ -179,22 +190,30 @@ def table_of(
     return _table(skeleton, rows)
 
 
-def table_without_weights(config: Any) -> TensorTable:
+def table_without_weights(config: Any, *, in_float8: bool = False) -> TensorTable:
     """The table of a model whose checkpoint is not at hand; disk bytes are what config.json implies.
 
     Tensors have the names of published checkpoints; what the configuration quantises has its layout's bytes, what a family keeps in float32
     is float32 on disk, and everything else has the dtype that config.json names, two bytes if none.
+
+    Raises:
+        ConfigError: with `in_float8`, weights that cannot stay FP8, as far as config.json tells.
     """
     skeleton = build_skeleton(config, torch.bfloat16)
     conversion, layout = Conversion(skeleton), layout_of(config)
     rows = []
+    packed: list[tuple[ModelTensor, Method]] = []
     for tensor in skeleton.tensors.values():
         pieces = conversion.published(tensor)
         methods = {key: _method_of(layout, skeleton, tensor, key) for key in pieces}
         num_bytes = sum(_published_bytes(skeleton, tensor, methods[key], shape) for key, shape in pieces.items())
-        method = next((method.name for method in methods.values() if method), "")
-        lies_as = None if method else _published_dtype(skeleton, tensor)
-        rows.append(_row(tensor, tuple(pieces), num_bytes, method, lies_as))
+        method = next((method for method in methods.values() if method), None)
+        packed += [(tensor, method)] if method else []
+        lies_as = _published_dtype(skeleton, tensor) if not method else FP8[0] if in_float8 else None
+        rows.append(_row(tensor, tuple(pieces), num_bytes, method.name if method else "", lies_as))
+    if in_float8:
+        require_any(is_any=bool(packed))
+        require_published(skeleton.model, packed)
     return _table(skeleton, rows)
 
 

@@ -6,6 +6,7 @@ Memory holds the parameters in their final dtype and a few pieces on their way, 
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from itertools import chain
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple
@@ -18,6 +19,8 @@ from m2ray.model.decoder import DecoderSpan
 from m2ray.model.digests import WeightDigests
 from m2ray.model.extents import Range, RowsToLoad
 from m2ray.model.filling import assign, fill
+from m2ray.model.float8.kept import in_parts, is_packed, of_scales, require_any, require_float8
+from m2ray.model.float8.modules import use_float8
 from m2ray.model.gpu_loading import Lanes
 from m2ray.model.openmp import lone_threads
 from m2ray.model.quantization.layouts import layout_of
@@ -44,10 +47,18 @@ class _Loading:
     """One call of `load_weights`: packed layers go to their places, the others onto the device as they are computed with."""
 
     def __init__(
-        self, checkpoint: Checkpoint, decoder: DecoderSpan, digests: WeightDigests, packed: PackedLayers, on_bytes: OnBytes
+        self,
+        checkpoint: Checkpoint,
+        decoder: DecoderSpan,
+        digests: WeightDigests,
+        packed: PackedLayers,
+        on_bytes: OnBytes,
+        *,
+        in_float8: bool,
     ) -> None:
         self._checkpoint, self._decoder, self._digests, self._packed = checkpoint, decoder, digests, packed
         self._on_bytes = on_bytes
+        self._in_float8 = in_float8
         self.needed_bytes = 0
 
     def on_cpu(self) -> None:
@@ -65,16 +76,19 @@ class _Loading:
         self._packed.finish(self._read_on)
         lanes.finish(self._read_on)
 
-    def _ready(self) -> Iterator[list[MatchedTensor]]:
+    def _ready(self) -> "Iterator[list[_Filling]]":
         """The tensors of each layer that is not packed, and those of none; packed ones are begun."""
         for matched in _match(self._checkpoint, self._decoder):
             self.needed_bytes += sum(disk_bytes(each) for each in matched)
             self._digests.expect(matched)
             number = matched[0].tensor.layer if matched else None
+            if self._in_float8 and number is not None:
+                require_float8(self._decoder.skeleton.model, matched)
+            fillings = [filling for each in matched for filling in _fillings(each, in_float8=self._in_float8)]
             if number is not None and number in self._packed:
-                self._packed.begin(number, [(each, _unplaced(each)) for each in matched], self._checkpoint, self._digests)
+                self._packed.begin(number, [(each.tensor, _unplaced(each)) for each in fillings], self._checkpoint, self._digests)
             else:
-                yield matched
+                yield fillings
 
     def _read_on(self) -> None:
         self._on_bytes(self._checkpoint.bytes_read, self.needed_bytes)
@@ -94,24 +108,42 @@ class Loaded(NamedTuple):
     bare_last_layer: str | None
 
 
-def load_weights(checkpoint: Checkpoint, decoder: DecoderSpan, on_bytes: OnBytes, lanes: Lanes | None = None) -> Loaded:
+class _Filling(NamedTuple):
+    """A tensor that is loaded, and how what fills it is cut into pieces, of the memory that it gets."""
+
+    tensor: MatchedTensor
+    cut: Callable[[torch.Tensor], Iterator[RowsToLoad]]
+
+    def empty(self, device: torch.device | str) -> torch.Tensor:
+        return torch.empty(self.tensor.tensor.shape, dtype=self.tensor.tensor.dtype, device=device)
+
+
+def load_weights(
+    checkpoint: Checkpoint, decoder: DecoderSpan, on_bytes: OnBytes, lanes: Lanes | None = None, *, in_float8: bool = False
+) -> Loaded:
     """Fill every parameter of the span from the checkpoint, and hash what is read.
 
     Args:
         on_bytes: called from this thread as tensors arrive, with the bytes read so far and those needed.
         lanes: readers that fill the span's GPU; None on a CPU.
+        in_float8: whether FP8 weights stay as they are, and their products are made so (m2ray.model.float8).
 
     Raises:
+        ConfigError: weights that cannot stay FP8.
         CheckpointError: the span's tensors are missing, unknown, misshapen, or overflow the compute dtype.
         StageError: a disk has no room for the layers that are kept there.
         StoreError: reading fails.
     """
+    if in_float8:
+        require_any(is_any=bool(layout_of(checkpoint.whole_config).methods))
     digests = WeightDigests(checkpoint.headers, len(decoder.skeleton.layers) - 1)
     with PackedLayers(decoder.residency, decoder.offload_folder, decoder.device, decoder.shared) as packed:
-        loading = _Loading(checkpoint, decoder, digests, packed, on_bytes)
+        loading = _Loading(checkpoint, decoder, digests, packed, on_bytes, in_float8=in_float8)
         loading.by_lanes(lanes) if lanes is not None else loading.on_cpu()
         on_bytes(checkpoint.bytes_read, loading.needed_bytes)
         packed.bring(decoder.skeleton)
+    if in_float8:
+        use_float8(decoder.skeleton.model)
     decoder.check_complete()
     return Loaded(loading.needed_bytes, digests.by_layer(), digests.bare_last_layer())
 
@@ -161,17 +193,41 @@ def _load_pieces(checkpoint: Checkpoint, pieces: Iterable[RowsToLoad], digests: 
             pool.shutdown(cancel_futures=True)
 
 
-def _pieces(decoder: DecoderSpan, matched: Iterable[MatchedTensor]) -> Iterator[RowsToLoad]:
+def _pieces(decoder: DecoderSpan, fillings: Iterable[_Filling]) -> Iterator[RowsToLoad]:
     """Allocate one model tensor after the other and cut what fills it into pieces."""
-    for each in matched:
-        values = torch.empty(each.tensor.shape, dtype=each.tensor.dtype, device=decoder.device)
-        yield from _cut_all(each, values)
-        assign(decoder.skeleton.model, each.tensor.name, values)
+    for each in fillings:
+        values = each.empty(decoder.device)
+        yield from each.cut(values)
+        assign(decoder.skeleton.model, each.tensor.tensor.name, values)
 
 
-def _unplaced(matched: MatchedTensor) -> list[RowsToLoad]:
+def _unplaced(filling: _Filling) -> list[RowsToLoad]:
     """The pieces that fill a tensor, as views of one without memory."""
-    return list(_cut_all(matched, torch.empty(matched.tensor.shape, dtype=matched.tensor.dtype, device="meta")))
+    return list(filling.cut(filling.empty("meta")))
+
+
+def _fillings(matched: MatchedTensor, *, in_float8: bool = False) -> list[_Filling]:
+    """The tensors that it is loaded as: itself; of a weight that stays FP8, its values and its scales, read in the same pieces."""
+    if not (in_float8 and is_packed(matched)):
+        return [_Filling(matched, partial(_cut_all, matched))]
+    values, scales = in_parts(matched)
+    return [_Filling(values, partial(_cut_values, matched)), _Filling(scales, partial(_cut_scales, matched))]
+
+
+def _cut_values(matched: MatchedTensor, values: torch.Tensor) -> Iterator[RowsToLoad]:
+    for piece in _cut_all(matched, values):
+        yield RowsToLoad(piece.key, {"values": piece.values}, None, piece.into)
+
+
+def _cut_scales(matched: MatchedTensor, scales: torch.Tensor) -> Iterator[RowsToLoad]:
+    values = torch.empty(matched.tensor.shape, dtype=matched.tensor.dtype, device="meta")
+    for placement, stored in zip(matched.placements, matched.stored, strict=True):
+        into, at = of_scales(placement).part_of(scales), 0
+        for piece in cut(stored, placement.rows, placement.part_of(values)):
+            part = piece.parts["scale"]
+            stop = at + part.shape[0]
+            yield RowsToLoad(stored.parts[1].key, {"values": part}, None, into[at:stop])
+            at = stop
 
 
 def _cut_all(matched: MatchedTensor, values: torch.Tensor) -> Iterator[RowsToLoad]:

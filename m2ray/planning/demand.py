@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from m2ray.batches import ITEMSIZE_BYTES, LayerSpan, PartSpec, PromptStats, Residency, TensorRow, TensorTable
+from m2ray.batches import ITEMSIZE_BYTES, LayerSpan, PartSpec, PromptStats, Residency, TensorRow, TensorTable, hidden_dtype
 from m2ray.options import RunOptions
 from m2ray.planning.devices import Device
 from m2ray.planning.hardware import Node
@@ -94,7 +94,8 @@ class Demand:
 
     @property
     def itemsize_bytes(self) -> int:
-        return ITEMSIZE_BYTES[self.options.compute_dtype]
+        """Of hidden states, and of weights but those that stay packed."""
+        return ITEMSIZE_BYTES[hidden_dtype(self.options.compute_dtype)]
 
     @cached_property
     def workload(self) -> Workload:
@@ -228,8 +229,8 @@ class Demand:
 
     @cached_property
     def is_quantised(self) -> tuple[bool, ...]:
-        """Of each layer that is run, whether any of its tensors is packed on disk."""
-        quantised = {row.layer for row in self.table.rows if row.role == "layer" and row.method}
+        """Of each layer that is run, whether any of its tensors is packed on disk, and not computed with so."""
+        quantised = {row.layer for row in self.table.rows if row.role == "layer" and row.method and not row.stays_packed}
         return tuple(layer in quantised for layer in range(self.num_layers))
 
     @property

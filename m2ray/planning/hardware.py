@@ -19,7 +19,7 @@ FLASH_PACKAGE = "flash-attn"
 class GpuModel:
     """A GPU by name: memory as the driver reports it, peak dense bfloat16 operations a second, and memory bandwidth as the data sheet has it.
 
-    `source`: "seen" (nvidia-smi on such a GPU, by this project) or "published" (nvidia-smi's output in vendors' and users'
+    `has_fp8`: whether its tensor cores multiply FP8 (compute capability 8.9 and above). `source`: "seen" (nvidia-smi on such a GPU, by this project) or "published" (nvidia-smi's output in vendors' and users'
     documents, and for operations the vendor's data sheet).
     """
 
@@ -27,19 +27,20 @@ class GpuModel:
     bf16_flops: float
     memory_bytes_per_s: float
     source: str
+    has_fp8: bool = True
 
 
 GPU_MODELS: Mapping[str, GpuModel] = {
-    "A100-40GB": GpuModel(40_960 * _MIB, 312e12, 1.56e12, "published"),
-    "A100-80GB": GpuModel(81_920 * _MIB, 312e12, 2.04e12, "published"),
+    "A100-40GB": GpuModel(40_960 * _MIB, 312e12, 1.56e12, "published", has_fp8=False),
+    "A100-80GB": GpuModel(81_920 * _MIB, 312e12, 2.04e12, "published", has_fp8=False),
     "H20-96GB": GpuModel(97_871 * _MIB, 148e12, 4.0e12, "published"),
     "H100-80GB": GpuModel(81_559 * _MIB, 989e12, 3.35e12, "seen"),
     "H200-141GB": GpuModel(143_771 * _MIB, 989e12, 4.8e12, "seen"),
     "B200-180GB": GpuModel(183_359 * _MIB, 2250e12, 8.0e12, "published"),
     "L4-24GB": GpuModel(23_034 * _MIB, 121e12, 300e9, "published"),
     "L40S-48GB": GpuModel(46_068 * _MIB, 362e12, 864e9, "published"),
-    "A6000-48GB": GpuModel(49_140 * _MIB, 155e12, 768e9, "published"),
-    "3090-24GB": GpuModel(24_576 * _MIB, 71e12, 936e9, "published"),
+    "A6000-48GB": GpuModel(49_140 * _MIB, 155e12, 768e9, "published", has_fp8=False),
+    "3090-24GB": GpuModel(24_576 * _MIB, 71e12, 936e9, "published", has_fp8=False),
     "4090-24GB": GpuModel(24_564 * _MIB, 165e12, 1.01e12, "published"),
 }
 """Names for `--gpus`. The memory size in a name is the vendor's; the bytes are the driver's."""

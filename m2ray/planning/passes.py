@@ -16,6 +16,10 @@ SUSTAINED_SHARE_DENSE = {False: 0.39, True: 0.57}
 """The same of layers without experts. Compiled: Llama-8B's widths on an H200, 12.8 ms for 8 x 2048 tokens (30 November 2026; 32 x 512 take 12.1); a plan
 with 0.39 of Llama-70B's was 0.63 of the rate that was reached, which would be 0.62. Not compiled: guessed."""
 
+FLOAT8_GAIN = {False: 0.93, True: 1.16}
+"""How many times as fast as in bfloat16 layers are whose products are FP8, not compiled and compiled: the slower of two shapes of MiniMax-M2's layers
+on an H200 (benchmarks/results/float8_on_gpu.json). Layers without experts were not measured."""
+
 COPY_BYTES_PER_S = 51 * 2**30
 """Between one GPU and pinned host memory, either way, measured on an H200 behind PCIe 5."""
 
@@ -84,4 +88,5 @@ def _operations_per_s(demand: Demand, placed: DevicePlan) -> float | None:
         return demand.assumed.profile.operations_per_s(compiled=compiled)
     model = find_gpu_model(placed.device.gpu.name) if placed.device.gpu else None
     share = SUSTAINED_SHARE if demand.shape.num_experts else SUSTAINED_SHARE_DENSE
-    return None if model is None else GPU_MODELS[model].bf16_flops * share[compiled]
+    gain = FLOAT8_GAIN[compiled] if demand.options.compute_dtype == "float8" else 1.0
+    return None if model is None else GPU_MODELS[model].bf16_flops * share[compiled] * gain

@@ -11,7 +11,7 @@ from m2ray.config import ExtractConfig
 from m2ray.errors import ClusterError, ConfigError, did_you_mean, raise_all
 from m2ray.planning.demand import Demand
 from m2ray.planning.devices import Device, DevicePlan, chain_devices
-from m2ray.planning.hardware import FLASH_PACKAGE, Cluster
+from m2ray.planning.hardware import FLASH_PACKAGE, GPU_MODELS, Cluster, find_gpu_model
 from m2ray.planning.memory import weight_bytes
 from m2ray.planning.partition import DeviceMap
 from m2ray.planning.placing import Placing, disk_shortages, gpus_of, place_all
@@ -29,7 +29,7 @@ class WeightsPlan:
     Attributes:
         disk_bytes: every tensor of the checkpoint, scales included, loaded or not.
         parameters: of the whole model; multi-token-prediction modules and FP8 scales are not counted.
-        compute_bytes: of all parameters in the compute dtype, without exception.
+        compute_bytes: of all parameters in the compute dtype, without exception; of those that stay packed with their scales.
         loaded_bytes: of what one chain loads: the layers that are run and the embedding; float32 where a tensor stays so.
         layer_bytes: in memory, of each layer of the model.
         embedding_bytes, final_norm_bytes: in memory, loaded or not.
@@ -125,7 +125,7 @@ def plan_run(
 
     Raises:
         ConfigError: options contradict each other, the cluster or the profile; or layers are to be kept on a disk that lies in memory.
-        ClusterError: there are fewer GPUs than stages, or nodes that cannot run the attention.
+        ClusterError: there are fewer GPUs than stages, nodes that cannot run the attention, or devices without FP8 where it is asked for.
     """
     device_map = demand.options.device_map
     if device_map not in get_args(DeviceMap) and not device_map.startswith("cuda:"):
@@ -135,6 +135,7 @@ def plan_run(
         )
     chains = tuple(map(tuple, chains or chain_devices(cluster, demand.num_layers, demand.options)))
     _require_attention(demand, chains)
+    _require_float8(demand, chains)
     demand, wave, placing = _with_wave(demand, cluster, chains, prompts)
     _require_disks(cluster, placing)
     short = {shortage.resource for shortage in placing.shortages}
@@ -190,6 +191,20 @@ def _require_attention(demand: Demand, chains: Sequence[Sequence[Device]]) -> No
             if node.versions and FLASH_PACKAGE not in node.versions
         ]
     )
+
+
+def _require_float8(demand: Demand, chains: Sequence[Sequence[Device]]) -> None:
+    """Raise ClusterError for devices that are known not to multiply FP8; a stage looks at those whose names nobody knows."""
+    if demand.options.compute_dtype != "float8":
+        return
+    gpus = {device.gpu.name if device.gpu else None for chain in chains for device in chain}
+    lacking = [name for name in gpus if name and (model := find_gpu_model(name)) and not GPU_MODELS[model].has_fp8]
+    if None in gpus or lacking:
+        has = "there are none" if None in gpus else f"{' and '.join(sorted(lacking))} multiplies none"
+        raise ClusterError(
+            f'compute_dtype = "float8" needs GPUs that multiply FP8 (compute capability 8.9 and above), and {has}.',
+            'Set compute_dtype = "bfloat16".',
+        )
 
 
 def _require_disks(cluster: Cluster, placing: Placing) -> None:
@@ -249,7 +264,7 @@ def _weights(demand: Demand) -> WeightsPlan:
     return WeightsPlan(
         disk_bytes=table.disk_bytes,
         parameters=parameters,
-        compute_bytes=parameters * itemsize,
+        compute_bytes=sum(row.disk_bytes if row.stays_packed else row.num_elements * itemsize for row in counted),
         loaded_bytes=weight_bytes(demand.rows(LayerSpan(0, demand.num_layers)), itemsize),
         layer_bytes=table.layer_bytes(itemsize),
         embedding_bytes=table.role_bytes("embedding", itemsize),

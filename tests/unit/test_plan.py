@@ -892,3 +892,19 @@ def test_statistics_are_planned_for_on_gpu_host_and_disk() -> None:
 def test_statistics_without_covariances_are_less_than_a_megabyte_a_layer() -> None:
     asked = summing("moments, norms, experts", keep="statistics")
     assert plan_run(asked, parse_gpus("8xH200"), PROMPTS).output.statistics_bytes < 62 * 1e6
+
+
+def test_float8_is_planned_packed_and_refused_where_gpus_have_no_fp8() -> None:
+    table = m2_table()
+    kept = replace(table, rows=tuple(replace(row, lies_as="float8_e4m3fn") if row.method else row for row in table.rows))
+    asked = replace(demand(compute_dtype="float8"), table=kept)
+    found = plan_run(asked, parse_gpus("4xH100-80GB"))
+    assert found.fits
+    assert not any(each.residency for each in found.placed), "nothing has to be unpacked"
+    assert set(found.weights.layer_bytes) == {sum(row.disk_bytes for row in m2_rows(0))}
+    assert found.weights.compute_bytes == 227_466_488_832 + 2 * sum(row.num_elements for row in kept.rows if not row.stays_packed)
+    for gpus, why in (("8xA100-80GB", "A100-80GB multiplies none"), ("8x3090", "3090-24GB multiplies none")):
+        with pytest.raises(ClusterError, match=f'compute_dtype = "float8" needs GPUs that multiply FP8 .*{why}'):
+            plan_run(asked, parse_gpus(gpus))
+    with pytest.raises(ClusterError, match="there are none"):
+        plan_run(asked, Cluster((Node("cpu", host_bytes=10**12, host_free_bytes=10**12),)))

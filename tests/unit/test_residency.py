@@ -27,7 +27,7 @@ from m2ray.model.selecting import ChosenRows
 from m2ray.model.skeleton import build_skeleton
 from m2ray.model.stage import Stage, StageSpec
 from m2ray.model.tensors import match_by_layer
-from m2ray.model.weights import _unplaced
+from m2ray.model.weights import _fillings, _unplaced
 from m2ray.planning.unpacking import unpacking_bytes
 from scripts.checkpoint_formats.table import FORMATS
 from tests.host_kernels import RAN, HostKernel
@@ -108,7 +108,7 @@ def laid_out(checkpoint: Checkpoint, dtype: str) -> Iterator[tuple[int, PackedLa
     skeleton = build_skeleton(checkpoint.whole_config, getattr(torch, dtype))
     for matched in match_by_layer(skeleton, checkpoint.headers):
         if matched and matched[0].tensor.layer is not None:
-            yield matched[0].tensor.layer, lay_out((each, _unplaced(each)) for each in matched)
+            yield matched[0].tensor.layer, lay_out((filling.tensor, _unplaced(filling)) for each in matched for filling in _fillings(each))
 
 
 @pytest.mark.parametrize("layout", ["fp8", "mxfp8", "mxfp4", "awq", "gptq", "nvfp4", "pack-quantized-asymmetric"])

@@ -1,0 +1,60 @@
+"""transformers' linear layers and stacked experts, with products of FP8."""
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from m2ray.model.float8.products import multiply
+from m2ray.model.float8.rounding import round_rows
+
+SCALES = "_scale_inv"
+"""Behind the name of a weight: the buffer with the scales of its blocks, as checkpoints have it."""
+
+
+class Float8Linear(nn.Linear):
+    """One whose `weight` is FP8 [O, W], with `weight_scale_inv`."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states [..., W] to [..., O], in their dtype."""
+        scales: Any = self.weight_scale_inv
+        rows, row_scales = round_rows(hidden.reshape(-1, hidden.shape[-1]))
+        out: torch.Tensor = multiply(rows, row_scales, self.weight[None], scales[None], None, None, None).to(hidden.dtype)
+        bias: torch.Tensor | None = self.bias
+        return (out if bias is None else out + bias).view(*hidden.shape[:-1], -1)
+
+
+class Float8Experts(nn.Module):
+    """Before transformers' own class of a family: its activation, its weights stacked [experts, O, W]."""
+
+    def forward(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
+        """Hidden states [N, H] through each token's experts [N, K], weighted and summed as by transformers' grouped experts."""
+        experts: Any = self
+        num_tokens, num_chosen = top_k_index.shape
+        expert_of, order = torch.sort(top_k_index.reshape(-1))
+        weights_up, scales_up = self._of("gate_up_proj" if experts.has_gate else "up_proj")
+        numbers = torch.arange(len(weights_up), device=expert_of.device)
+        ends = torch.searchsorted(expert_of, numbers, right=True).to(torch.int32)
+        rows, scales = round_rows(hidden_states)
+        up = multiply(rows, scales, weights_up, scales_up, ends, order // num_chosen, None)
+        rows, scales = round_rows(experts._apply_gate(up) if experts.has_gate else experts.act_fn(up))  # noqa: SLF001 - transformers'
+        down: torch.Tensor = multiply(rows, scales, *self._of("down_proj"), ends, None, order)
+        weighted = down.view(num_tokens, num_chosen, -1) * top_k_weights[..., None]
+        return weighted.sum(1).to(hidden_states.dtype)
+
+    def _of(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        return getattr(self, name), getattr(self, name + SCALES)
+
+
+def use_float8(model: nn.Module) -> None:
+    """Let all modules of a model whose weights came with scales multiply in FP8. Hooks, names and what else they have stay."""
+    for module in list(model.modules()):
+        if any(name.endswith(SCALES) for name in module._buffers):  # noqa: SLF001 - has no public name
+            kind: Any = type(module)
+            module.__class__ = Float8Linear if kind is nn.Linear else _experts(kind)
+
+
+@cache
+def _experts(kind: Any) -> type[nn.Module]:
+    return type(f"Float8{kind.__name__}", (Float8Experts, kind), {})

@@ -1,0 +1,264 @@
+"""compute_dtype = "float8": rounding, products and whole chains against float64, what stays packed, and what is refused by name."""
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from m2ray.audit.tolerance import require_reference
+from m2ray.batches import LayerSpan
+from m2ray.errors import CheckpointError, ConfigError, NotInRunError
+from m2ray.model import stage as stage_module
+from m2ray.model.boundary import Boundary
+from m2ray.model.checkpoint import open_checkpoint, tensor_table, tensor_table_from_config
+from m2ray.model.families import parse_config
+from m2ray.model.float8 import proof, twin
+from m2ray.model.float8.launching import ROWS, tiles_of
+from m2ray.model.float8.products import multiply
+from m2ray.model.float8.rounding import round_rows
+from m2ray.model.stage import Stage, StageSpec, load_stage
+from m2ray.storage import open_store
+from tests.float8 import FILE, config_of, in_fp8, make_float8, make_plain, reference_of, rounding_inputs
+from tests.packed import make_packed
+from tests.reference import chain_rows, load_capturing, micro_batch_of, reference_rows, same_bits
+from tests.unit import activation_runs as runs
+
+FAMILIES = ("minimax_m2", "qwen3_moe", "llama")
+NUM_LAYERS = 3
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("float8")
+    return {family: make_float8(folder / family, family) for family in FAMILIES}
+
+
+@pytest.fixture
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets stages multiply FP8 on this machine, by torch."""
+    monkeypatch.setattr(stage_module, "require_gpu", lambda _: None)
+
+
+def load(folder: Path, *bounds: int, dtype: str = "float8", **how: Any) -> list[Stage]:
+    spans = [LayerSpan(*ends) for ends in pairwise(bounds)]
+    return [load_capturing(StageSpec(str(folder), span, dtype, "auto", "cpu", 1, **how), store_dtype="bfloat16") for span in spans]
+
+
+def far(rows: torch.Tensor, expected: torch.Tensor) -> float:
+    """The median over rows of |rows - expected| / |expected|."""
+    return float(((rows.float() - expected.float()).norm(dim=-1) / expected.float().norm(dim=-1)).median())
+
+
+# -- rounding and products ------------------------------------------------------------------------------------------------
+
+
+def test_rows_are_rounded_by_blocks() -> None:
+    hidden = torch.randn(5, 384, generator=torch.Generator().manual_seed(0)).bfloat16()
+    hidden[1, 128:256] *= 1e4
+    hidden[2, :128] = 0
+    rows, scales = round_rows(hidden)
+    assert (rows.dtype, rows.shape, scales.dtype, scales.shape) == (torch.float8_e4m3fn, (5, 384), torch.float32, (5, 3))
+    assert torch.equal(rows.double() * scales.double().repeat_interleave(128, 1), in_fp8(hidden))
+    assert (rows.float().abs().reshape(-1, 128).max(1).values.sort().values == torch.tensor([0.0] + [448.0] * 14)).all()
+    hidden[3, 5] = torch.inf
+    assert round_rows(hidden)[0][3, 5].float().isnan()
+
+
+def test_products_are_those_of_float64() -> None:
+    """Groups of none, one and more rows, rows in another order, a weight that is no whole number of blocks high; on a GPU the kernel is held so."""
+    assert proof.wrong(torch.device("cpu"), twin.multiply) == ""
+
+
+@pytest.mark.parametrize("spoilt", ["scales", "order", "block"])
+def test_wrong_products_are_seen(spoilt: str) -> None:
+    def wrong(
+        rows: torch.Tensor, row_scales: torch.Tensor, weight: torch.Tensor, weight_scales: torch.Tensor, *places: Any
+    ) -> torch.Tensor:
+        match spoilt:
+            case "scales":
+                return twin.multiply(rows, row_scales, weight, weight_scales.roll(1, -1), *places)
+            case "order":
+                return twin.multiply(rows, row_scales, weight, weight_scales, *places).roll(1, 0)
+            case _:
+                return twin.multiply(rows[:, :-128].contiguous(), row_scales, weight, weight_scales, *places)
+
+    assert "are not those of torch" in proof.wrong(torch.device("cpu"), wrong)
+
+
+def test_tiles_cover_each_group_once() -> None:
+    ends = torch.tensor([0, 1, 128, 300, 300, 685], dtype=torch.int32)
+    tiles, count = tiles_of(ends, 685, ends.device)
+    found = [(group, row) for group, first, stop in tiles[: int(count)].tolist() for row in range(first, min(first + ROWS, stop))]
+    begins = [0, *ends.tolist()]
+    assert sorted(found) == [(group, row) for group in range(6) for row in range(begins[group], begins[group + 1])]
+    assert len(tiles) >= int(count)
+    tiles, count = tiles_of(None, 300, ends.device)
+    assert tiles[: int(count)].tolist() == [[0, 0, 300], [0, 128, 300], [0, 256, 300]]
+
+
+def test_compiled_products_are_those_of_the_same_operation() -> None:
+    rows, scales = round_rows(torch.randn(3, 128, generator=torch.Generator().manual_seed(0)))
+    weight, weight_scales = torch.ones(1, 130, 128).to(rows.dtype), torch.ones(1, 2, 1)
+    torch.library.opcheck(multiply, (rows, scales, weight, weight_scales, None, None, None), test_utils=("test_faketensor",))
+
+
+# -- whole chains ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.usefixtures("on_cpu")
+def test_rows_are_those_of_transformers_with_such_products(family: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    """Each layer, from the input that transformers' has, is near to that one with products in float64 of inputs rounded to FP8, and further from
+    what it gives in bfloat16.
+    """
+    micro_batch = micro_batch_of((20, 20, 20), 96)
+    token_ids_BT = torch.from_numpy(micro_batch.token_ids_BT).long()
+    model = reference_of(make_plain(tmp_path / "plain", folders[family], family))
+    with rounding_inputs(model):
+        expected = [rows.view(*token_ids_BT.shape, -1) for rows in reference_rows(model, micro_batch)]
+    (float8,), (bfloat16,) = (load(folders[family], 0, NUM_LAYERS, dtype=dtype) for dtype in ("float8", "bfloat16"))
+    incoming = None
+    for layer, rows in enumerate(expected):
+        with torch.inference_mode():
+            near, away = (
+                far(stage._decoder.run(token_ids_BT, incoming, lambda *_: None, LayerSpan(layer, layer + 1)).hidden_BTH, rows)
+                for stage in (float8, bfloat16)
+            )
+        assert near < 0.4 * away, (layer, near, away)
+        incoming = Boundary(rows)
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_every_cut_and_place_gives_the_same_bits(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder, micro_batch = folders["minimax_m2"], micro_batch_of((9, 5, 1), 96)
+    (whole,) = load(folder, 0, NUM_LAYERS)
+    expected = chain_rows([whole], micro_batch)
+    for how in ({}, {"residency": {0: "host", 1: "checkpoint", 2: "checkpoint"}, "offload_folder": str(tmp_path)}):
+        stages = load(folder, 0, 1, NUM_LAYERS, **how)
+        assert all(same_bits(*pair) for pair in zip(chain_rows(stages, micro_batch), expected, strict=True))
+        assert {layer: digest for stage in stages for layer, digest in stage.digests.items()} == whole.digests
+    (in_bfloat16,) = load(folder, 0, NUM_LAYERS, dtype="bfloat16")
+    assert in_bfloat16.digests == whole.digests
+    assert not any(same_bits(*pair) for pair in zip(chain_rows([in_bfloat16], micro_batch), expected, strict=True))
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_weights_stay_as_the_files_have_them(folders: dict[str, Path]) -> None:
+    (stage,) = load(folders["minimax_m2"], 0, NUM_LAYERS)
+    found, files = stage._decoder.skeleton.model.state_dict(), load_file(folders["minimax_m2"] / FILE)
+    experts = found["model.layers.1.mlp.experts.gate_up_proj"], found["model.layers.1.mlp.experts.gate_up_proj_scale_inv"]
+    for number, name in enumerate(("w1", "w3")):
+        key = f"model.layers.1.block_sparse_moe.experts.2.{name}.weight"
+        assert same_bits(experts[0][2].chunk(2)[number], files[key])
+        assert same_bits(experts[1][2].chunk(2)[number], files[f"{key}_scale_inv"])
+    assert same_bits(found["model.layers.2.self_attn.o_proj.weight"], files["model.layers.2.self_attn.o_proj.weight"])
+    assert found["model.layers.2.mlp.gate.weight"].dtype == torch.float32
+    table = tensor_table(open_checkpoint(str(folders["minimax_m2"])), in_float8=True)
+    embedding, layers = table.role_bytes("embedding", 2), table.layer_bytes(2)
+    assert stage.parameter_bytes == embedding + sum(layers)
+    assert table.unpacked_bytes("float8") == (0, 0, 0)
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_scales_in_bfloat16_are_taken(folders: dict[str, Path], tmp_path: Path) -> None:
+    """As Qwen publishes them; packed layers too."""
+    folder, micro_batch = tmp_path / "model", micro_batch_of((9, 5), 96)
+    folder.mkdir()
+    tensors = load_file(folders["qwen3_moe"] / FILE)
+    save_file(
+        {name: values.bfloat16() if name.endswith("_scale_inv") else values for name, values in tensors.items()},
+        folder / FILE,
+        metadata={"format": "pt"},
+    )
+    for name in ("config.json", "model.safetensors.index.json"):
+        (folder / name).write_bytes((folders["qwen3_moe"] / name).read_bytes())
+    expected = chain_rows(load(folders["qwen3_moe"], 0, NUM_LAYERS), micro_batch)
+    for how in ({}, {"residency": {1: "host"}}):
+        assert all(same_bits(*pair) for pair in zip(chain_rows(load(folder, 0, NUM_LAYERS, **how), micro_batch), expected, strict=True))
+
+
+# -- refusals -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_cpu_is_refused(folders: dict[str, Path]) -> None:
+    with pytest.raises(ConfigError, match='"float8" on a CPU'):
+        load_stage(StageSpec(str(folders["llama"]), LayerSpan(0, 1), "float8", "auto", "cpu", 1), lambda *_: None)
+
+
+def spoilt(folder: Path, out: Path, change: Any) -> Path:
+    out.mkdir()
+    tensors = load_file(folder / FILE)
+    change(tensors)
+    save_file(tensors, out / FILE, metadata={"format": "pt"})
+    config = (folder / "config.json").read_text()
+    (out / "config.json").write_text(config)
+    (out / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(tensors, FILE)}))
+    return out
+
+
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize(
+    ("family", "fmt", "why"),
+    [
+        ("qwen3_moe", "bf16", "none of its weights that are run are FP8"),
+        ("qwen3_moe", "fp8-static", "is FP8, a scale a tensor, not FP8 in blocks"),
+        ("qwen3_moe", "mxfp8", "is MXFP8 in blocks of 1 x 32, not of 128 x 128"),
+        ("qwen3_moe", "nvfp4", "not FP8 in blocks of 128 x 128"),
+        ("gpt_oss", "mxfp4", "not FP8 in blocks of 128 x 128"),
+        ("qwen3_moe", "float-quantized-block", "not of 128 x 128 that are whole"),
+    ],
+)
+def test_other_weights_are_refused(family: str, fmt: str, why: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = make_plain(tmp_path / "model", folders[family], family) if fmt == "bf16" else make_packed(tmp_path / "model", family, fmt)
+    with pytest.raises(ConfigError, match=f"compute_dtype = 'float8' for this checkpoint: .*{why}"):
+        tensor_table(open_checkpoint(str(folder)), in_float8=True)
+    with pytest.raises(ConfigError, match="compute_dtype = 'float8' for this checkpoint"):
+        load(folder, 0, 1)
+
+
+def test_experts_of_which_some_are_not_fp8_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if ".w2.weight" in name]:
+            values = tensors[name]
+            tensors[name] = values.float().bfloat16() if values.dtype == torch.float8_e4m3fn else values
+        for name in [name for name in tensors if name.endswith("w2.weight_scale_inv")]:
+            del tensors[name]
+
+    folder = spoilt(folders["minimax_m2"], tmp_path / "model", change)
+    with pytest.raises(ConfigError, match=r"mlp.experts is a MiniMaxM2Experts with gate_up_proj in FP8"):
+        tensor_table(open_checkpoint(str(folder)), in_float8=True)
+
+
+def test_a_scale_that_is_missing_is_still_told(folders: dict[str, Path], tmp_path: Path) -> None:
+    key = "model.layers.0.self_attn.q_proj.weight_scale_inv"
+    with pytest.raises(CheckpointError, match="scales .* are missing"):
+        tensor_table(open_checkpoint(str(spoilt(folders["llama"], tmp_path / "model", lambda tensors: tensors.pop(key)))), in_float8=True)
+
+
+def test_a_plan_without_files_refuses_by_the_configuration() -> None:
+    fields = config_of("minimax_m2")
+    with pytest.raises(ConfigError, match="none of its weights"):
+        tensor_table_from_config(parse_config(json.dumps(fields).encode()), in_float8=True)
+    fields["quantization_config"] = {"quant_method": "fp8", "weight_block_size": None, "activation_scheme": "static"}
+    with pytest.raises(ConfigError, match="FP8, a scale a tensor"):
+        tensor_table_from_config(parse_config(json.dumps(fields).encode()), in_float8=True)
+
+
+def test_the_table_by_the_configuration_is_that_of_the_files(folders: dict[str, Path]) -> None:
+    for family in FAMILIES:
+        checkpoint = open_checkpoint(str(folders[family]))
+        by_config = tensor_table_from_config(checkpoint.whole_config, in_float8=True)
+        assert by_config.layer_bytes(2) == tensor_table(checkpoint, in_float8=True).layer_bytes(2)
+
+
+def test_rows_of_such_a_run_are_not_audited_and_its_files_say_so(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    job = runs.job(store, compute_dtype="float8")
+    with pytest.raises(NotInRunError, match="computed in float8"):
+        require_reference(job)
+    assert job.run_metadata()["compute_dtype"] == "float8"
+    assert "compute_dtype" not in runs.job(store, compute_dtype="bfloat16").run_metadata()
