@@ -5,7 +5,8 @@ of tensors that this file names: it shares no table, no cut into rows and no pla
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,13 @@ SIZES: dict[str, dict[str, Any]] = {
 """Sizes of each family, beside those below, that every format can pack."""
 
 _COMMON = {"num_hidden_layers": 3, "hidden_size": 64, "vocab_size": 96, "max_position_embeddings": 256}
+
+
+def families_with(formats: Sequence[str]) -> list[tuple[str, str]]:
+    """Pairs of a family and a format: each format in two families of six, which change from one format to the next. All pairs where
+    M2RAY_EVERY_LAYOUT is set: two minutes of a core."""
+    every = "M2RAY_EVERY_LAYOUT" in os.environ
+    return [(family, fmt) for one, family in enumerate(SIZES) for other, fmt in enumerate(formats) if every or (one + other) % 3 == 0]
 
 
 def make_packed(folder: Path, family: str, fmt: str) -> Path:

@@ -51,7 +51,7 @@ def endpoint(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     ids=lambda words: words[0],
 )
 def test_a_store_that_does_not_answer(words: list[str], endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connect, "LOOKING", connect.Patience(3, 1))
+    monkeypatch.setattr(connect, "LOOKING", connect.Patience(1, 1))
     url = f"s3://bucket/run?endpoint={endpoint}"
     began = time.monotonic()
     ended = CliRunner().invoke(main, [word.format(url) for word in words])
