@@ -48,7 +48,7 @@ def test_layers_in_host_memory_and_on_disk_equal_transformers(cluster: RayCluste
     flags += ["--in-flight", str(3 * 512 * MINIMAX_TINY["hidden_size"] * 4)]  # so that not all is in the first wave
     driver = cluster.start("env", "PYTHONPATH=.", sys.executable, SCRIPT, str(10**9), "none", *flags)
     wait_for_commits(run, 1, driver)
-    os.kill(max(stage_processes(cluster)), signal.SIGKILL)
+    os.kill(max(stage_processes(cluster, "ActorWithSmallStages")), signal.SIGKILL)
     printed, _ = driver.communicate(timeout=120)
     assert driver.returncode == 0, printed
     assert "died: restarted" in printed

@@ -36,13 +36,13 @@ def assert_same_run(run: Path, other: Path) -> None:
     assert (run / "_SUCCESS").exists()
 
 
-def stage_processes(cluster: RayCluster) -> set[int]:
-    """The stage actors of this cluster: their environment holds its token."""
+def stage_processes(cluster: RayCluster, name: str = "StageActor") -> set[int]:
+    """The stage actors of this cluster, by the name of their class: their environment holds its token."""
     token = f"RAY_AUTH_TOKEN={cluster.env['RAY_AUTH_TOKEN']}".encode()
     found = set()
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            if b"ray::StageActor" in (folder / "cmdline").read_bytes() and token in (folder / "environ").read_bytes():
+            if f"ray::{name}".encode() in (folder / "cmdline").read_bytes() and token in (folder / "environ").read_bytes():
                 found.add(int(folder.name))
         except (FileNotFoundError, ProcessLookupError, PermissionError):
             continue
