@@ -433,22 +433,22 @@ class InstantTokenizer:
         pass
 
 
-def test_100k_prompts_are_surveyed_quickly_in_bounded_memory(tmp_path):
-    lengths = realistic_lengths(100_000)
+def test_60k_prompts_are_surveyed_quickly_in_bounded_memory(tmp_path):
+    lengths = realistic_lengths(60_000)
     with (tmp_path / "p.jsonl").open("w") as file:
         for place, length in enumerate(lengths.tolist()):
             file.write(json.dumps({"text": "wxyz" * length, "id": place}) + "\n")
     source = PromptSource.open(PromptOptions(str(tmp_path / "p.jsonl"), 2000))
     started_s = time.process_time()
     with survey(source, InstantTokenizer(lengths), LocalStore(tmp_path / "run"), "a", 32_768).tokens as tokens:
-        assert time.process_time() - started_s < 20
-        assert len(tokens) == 100_000
+        assert time.process_time() - started_s < 12
+        assert len(tokens) == 60_000
     tracemalloc.start()
     with survey(source, InstantTokenizer(lengths), LocalStore(tmp_path / "traced"), "a", 32_768).tokens as tokens:
         peak_bytes = tracemalloc.get_traced_memory()[1]
-        assert tokens.num_tokens * 4 > 110_000_000
+        assert tokens.num_tokens * 4 > 66_000_000
     tracemalloc.stop()
-    assert peak_bytes < 45_000_000  # texts and token ids are 115 MB each; a window's row ids and digests about 12
+    assert peak_bytes < 45_000_000  # texts and token ids are 69 MB each; a window's row ids and digests about 12
 
 
 def test_the_spool_leaves_no_file_and_says_when_its_disk_is_absent(tmp_path, monkeypatch):

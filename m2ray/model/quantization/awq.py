@@ -63,7 +63,8 @@ def _turned(words: torch.Tensor) -> torch.Tensor:
         differing = (low >> 4 * apart ^ high) & mask
         high ^= differing
         low ^= differing << 4 * apart
-    return eights[:, list(_PLACES)].permute(2, 1, 0).reshape(-1, eights.shape[0])
+    turned: torch.Tensor = eights[:, list(_PLACES)].permute(2, 1, 0).reshape(-1, eights.shape[0])
+    return turned
 
 
 class Awq(Packed):
