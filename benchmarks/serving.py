@@ -69,7 +69,9 @@ def job(chain: WarmChain, prompts: list[list[int]], folder: Path, shard_prompts:
     source.write_text("".join(json.dumps({"input_ids": prompt}) + "\n" for prompt in prompts))
     output = folder / f"run-{time.monotonic_ns()}"
     began = time.time()
-    chain.extract(prompts=str(source), output=str(output), sites=SITES, batch_tokens=len(prompts[0]), shard_tokens=shard_prompts * len(prompts[0]))
+    chain.extract(
+        prompts=str(source), output=str(output), sites=SITES, batch_tokens=len(prompts[0]), shard_tokens=shard_prompts * len(prompts[0])
+    )
     first_commit_s = min(file.stat().st_mtime for file in (output / "_commits").iterdir()) - began
     measured: float = json.loads((output / "report.json").read_text())["tokens_per_s"]["measured"]
     return measured, first_commit_s

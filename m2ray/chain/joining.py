@@ -23,7 +23,7 @@ _SOCKET_BYTES = 107
 _RAYS_PART = "/m2ray-12345678/r/session_2026-01-31_23-59-59_999999_4194304/sockets/plasma_store"
 """What stands behind the temporary folder in the longest path of a socket of Ray's."""
 
-_REMOVE_S, _LOOK_S = 5.0, 0.05
+_REMOVE_S, _LOOK_S = 10.0, 0.05
 
 _SHORT = ("/tmp", "/var/tmp")  # noqa: S108 - a folder of this user alone is made in it
 
