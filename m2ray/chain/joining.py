@@ -5,14 +5,15 @@ import shutil
 import socket
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import ray
 
-from m2ray.chain.stopping import GOES_ON, sigterm_kept
+from m2ray.chain.stopping import GOES_ON, sigterm_kept, undisturbed
 from m2ray.errors import ClusterError
 from m2ray.storage import remedy_for
 
@@ -21,6 +22,8 @@ _SOCKET_BYTES = 107
 
 _RAYS_PART = "/m2ray-12345678/r/session_2026-01-31_23-59-59_999999_4194304/sockets/plasma_store"
 """What stands behind the temporary folder in the longest path of a socket of Ray's."""
+
+_REMOVE_S, _LOOK_S = 10.0, 0.05
 
 _SHORT = ("/tmp", "/var/tmp")  # noqa: S108 - a folder of this user alone is made in it
 
@@ -52,9 +55,16 @@ def cluster_ahead(connect_timeout_s: float, say: Callable[[str], None]) -> Itera
     """Begin to join or start it in a thread, beside what follows, and hold it until the context ends. What is given is done once it is there, and
     fails as `cluster` would; `cluster` shares it.
     """
-    with ExitStack() as stack, ThreadPoolExecutor(1, "cluster") as thread:
+    # The thread ends last: Ray asks the kernel to kill its processes with the thread that started them, and what then ends Ray waits for them in vain.
+    with ThreadPoolExecutor(1, "cluster") as thread, ExitStack() as stack:
         begun = thread.submit(lambda: stack.enter_context(_SHARED.use(connect_timeout_s, say)))
-        yield begun
+        try:
+            yield begun
+        finally:
+            if not begun.done():
+                say("Ray is being started, and ends as soon as it is there.")
+            with undisturbed():
+                wait([begun])
 
 
 def require_cluster() -> None:
@@ -90,7 +100,8 @@ class _Shared:
                     self._users -= 1
                     if ours is not None and not self._users:
                         self._ours = None
-                        ours.close()
+                        with undisturbed():
+                            ours.close()
 
 
 _SHARED = _Shared()
@@ -132,7 +143,10 @@ def _private_folder(place: Path) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        deadline = time.monotonic() + _REMOVE_S
+        while folder.exists() and time.monotonic() < deadline:  # Ray's agents end a moment after it, and write until then
+            shutil.rmtree(folder, ignore_errors=True)
+            time.sleep(_LOOK_S)
 
 
 def _start(folder: Path) -> None:

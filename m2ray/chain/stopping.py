@@ -77,6 +77,20 @@ def stop_on_sigterm() -> Iterator[Stop]:
 
 
 @contextmanager
+def undisturbed() -> Iterator[None]:
+    """Around what has to be ended as a whole on the way out: another Ctrl-C does not break it off, and is forgotten."""
+    before = signal.getsignal(signal.SIGINT)
+    if not callable(before) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, lambda *_: None)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
 def sigterm_kept() -> Iterator[None]:
     """Around ray.init, which sets a handler that ends the process without a word: put the handler of before back."""
     before = signal.getsignal(signal.SIGTERM)

@@ -1,7 +1,12 @@
 """A Ray of this machine's own that does not start."""
 
+import os
+import signal
+import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from threading import Barrier, Event
+from pathlib import Path
+from threading import Barrier, Event, Timer, current_thread
 from typing import NoReturn
 
 import grpc
@@ -82,6 +87,40 @@ def test_a_cluster_that_starts_beside_other_work_is_shared_and_ends_with_its_con
             assert fake.told == ["started"]
         assert fake.is_there
     assert fake.told == ["started", "ended"]
+
+
+@pytest.fixture
+def short_folder() -> Iterator[Path]:
+    """Short enough for the sockets of Ray."""
+    with tempfile.TemporaryDirectory(prefix="m2-", dir="/tmp") as folder:
+        yield Path(folder)
+
+
+def test_ray_ends_before_the_thread_that_started_it_and_second_thoughts_do_not_break_that_off(
+    monkeypatch: pytest.MonkeyPatch, short_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The kernel kills Ray's processes with that thread, and ray.shutdown waits a minute for what is dead, and then ends this process."""
+    fake, may_start, starters = FakeRay(monkeypatch), Event(), []
+    monkeypatch.setattr(tempfile, "tempdir", str(short_folder))
+
+    def init(_temp_dir: str, **_: object) -> None:
+        starters.append(current_thread())
+        assert may_start.wait(30)
+        (Path(_temp_dir)).mkdir()
+        fake.say("started", is_there=True)
+
+    def shutdown() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        fake.say(f"ended, its starter alive: {starters[0].is_alive()}", is_there=False)
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "shutdown", shutdown)
+    with pytest.raises(KeyboardInterrupt), cluster_ahead(1, print):
+        Timer(0.2, may_start.set).start()
+        os.kill(os.getpid(), signal.SIGINT)
+    assert fake.told == ["started", "ended, its starter alive: True"]
+    assert list(short_folder.iterdir()) == []
+    assert capsys.readouterr().out == "Ray is being started, and ends as soon as it is there.\n"
 
 
 def test_a_cluster_that_cannot_be_joined_beside_other_work_is_told_of_where_it_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:

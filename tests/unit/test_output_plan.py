@@ -52,6 +52,7 @@ def written_bytes(folder: str, part: PartSpec, shards: list[Shard], batch_tokens
                 getattr(torch, part.columns[0].dtype)
             )
             writer.append(encode_tokens(Selection().token_rows(batch)), [rows.view(torch.uint8).numpy()])
+        writer.seal()
         writer.finish("0" * 32)
         total += writer.receipt.num_bytes
     return total

@@ -54,6 +54,7 @@ def write_part(folder: Path, compression: str, spec: PartSpec, groups: list[np.n
         tokens = np.zeros(len(rows), TOKEN_ROW)
         tokens["position"] = np.arange(len(rows))
         writer.append(encode_tokens(tokens), [rows])
+    writer.seal()
     writer.finish("0")
     key, num_bytes = writer.receipt.key, writer.receipt.num_bytes
     return PartPages(store, key, num_bytes, read_tail(store, key, num_bytes), spec, compression, check=True)

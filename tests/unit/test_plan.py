@@ -657,6 +657,7 @@ def test_output_bytes_are_within_two_percent_of_the_writers(tmp_path, width, dty
         tokens["token_id"] = np.minimum(rng.zipf(1.2, rows), vocabulary) - 1 if is_natural else rng.integers(0, vocabulary, rows)
         bits = rng.integers(0, 256, (rows, width * (2 if dtype == "bfloat16" else 4)), dtype=np.uint8)
         writer.append(encode_tokens(tokens), [bits])
+    writer.seal()
     writer.finish("0" * 32)
     assert part_bytes(spec, row_groups * rows, row_groups) == pytest.approx(writer.receipt.num_bytes, rel=0.02)
 
@@ -673,6 +674,7 @@ def test_the_bytes_of_few_chosen_tokens_are_not_below_the_writers(tmp_path, chos
         tokens["position"] = np.repeat(rng.integers(20, 200, 15), chosen) + np.tile(np.arange(chosen), 15)
         tokens["token_id"] = rng.integers(0, 50_000, len(tokens))
         writer.append(encode_tokens(tokens), [rng.integers(0, 256, (len(tokens), width), dtype=np.uint8) for width in (16, 32)])
+    writer.seal()
     writer.finish("0" * 32)
     planned = part_bytes(writer.spec, 300 * chosen, 20, sequences=300)
     assert writer.receipt.num_bytes <= planned <= 1.05 * writer.receipt.num_bytes

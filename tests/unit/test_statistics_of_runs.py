@@ -13,9 +13,9 @@ from click.testing import CliRunner
 
 from m2ray.activations.reading.reader import open_run
 from m2ray.activations.reading.verify import verify
-from m2ray.activations.records import SUCCESS_KEY, read_commit
+from m2ray.activations.records import SUCCESS_KEY, committed_shards, read_commit
 from m2ray.activations.statistics import CONTRIBUTIONS, FOLDER, STATISTICS_KEY, is_merged
-from m2ray.activations.writing import commits, merging
+from m2ray.activations.writing import merging
 from m2ray.activations.writing.commits import Run, claim_run, reopen
 from m2ray.activations.writing.statistics_writer import StatisticsWriter
 from m2ray.activations.writing.weights_record import hold_weights
@@ -447,7 +447,7 @@ def test_a_shard_without_its_statistics_is_not_committed(store: LocalStore) -> N
     receipts = extract(run, shard, "a0", ONE_STAGE)
     with pytest.raises(StageError, match="Statistics are missing"):
         run.commit(shard, "a0", receipts[:-1], shapes, 1.0)
-    assert not commits.committed_shards(store)
+    assert not committed_shards(store)
 
 
 def test_statistics_of_half_a_shard_are_not_collected(store: LocalStore) -> None:

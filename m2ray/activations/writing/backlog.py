@@ -45,9 +45,10 @@ class Backlog:
                 lambda: is_over() or self.queued_bytes == 0 or self.queued_bytes + num_bytes <= self.limit_bytes, max(0.0, deadline - begin)
             )
             self.waited_s += time.monotonic() - begin
-            is_taken = has_room and not is_over()
-            self.queued_bytes += num_bytes if is_taken else 0
-        return is_taken
+            if not has_room or is_over():
+                return False
+            self.queued_bytes += num_bytes
+            return True
 
     def release(self, num_bytes: int) -> None:
         """Give back what was taken."""
