@@ -13,8 +13,8 @@ SUSTAINED_SHARE = {False: 0.22, True: 0.39}
 MiniMax-M2 layers, 8 x 2048 tokens, grouped experts, 23.7 and 13.3 ms a layer (benchmarks/results/gpu_stage_h200.json)."""
 
 SUSTAINED_SHARE_DENSE = {False: 0.39, True: 0.6}
-"""The same of layers without experts, neither of them measured: compiled, inferred from a plan with 0.39 of Llama-70B's widths, which was 0.63 of
-the rate that an H200 reached then (0.39 / 0.63 is 0.62; that run is not in benchmarks/results); not compiled, guessed."""
+"""The same of layers without experts: compiled, Llama-8B's widths on an H200, 13.3 ms a layer of 8 x 2048 tokens and 11.7 of 32 x 512 are 0.54 and
+0.62; not compiled, guessed."""
 
 COPY_BYTES_PER_S = 51 * 2**30
 """Between one GPU and pinned host memory, either way, measured on an H200 behind PCIe 5."""
