@@ -87,7 +87,7 @@ class _Shared:
     @contextmanager
     def use(self, connect_timeout_s: float, say: Callable[[str], None]) -> Iterator[None]:
         """Raises ClusterError."""
-        with self._lock:
+        with self._lock, sigterm_kept():
             if not ray.is_initialized():  # else whoever called m2ray.extract has a cluster, and keeps it, or another call has
                 self._ours, self._users = _connected(connect_timeout_s, say), 0
             ours = self._ours
@@ -151,8 +151,7 @@ def _private_folder(place: Path) -> Iterator[Path]:
 
 def _start(folder: Path) -> None:
     try:
-        with sigterm_kept():
-            ray.init(address="local", include_dashboard=False, _temp_dir=str(folder), logging_level="ERROR", log_to_driver=True)
+        ray.init(address="local", include_dashboard=False, _temp_dir=str(folder), logging_level="ERROR", log_to_driver=True)
     except Exception as error:
         # Ray says by Exception itself, of no narrower type, that a process of its own did not start in time: on a full disk, for one.
         if type(error) is not Exception and not isinstance(error, OSError | ray.exceptions.RayError | RuntimeError | ValueError):
@@ -177,8 +176,7 @@ def _join(timeout_s: float) -> None:
             # Ray itself goes on trying for minutes where nothing listens.
             socket.create_connection((host, int(port)), timeout_s).close()
             _require_token(address, timeout_s)
-        with sigterm_kept():
-            ray.init(logging_level="ERROR", log_to_driver=True)
+        ray.init(logging_level="ERROR", log_to_driver=True)
     except (OSError, ray.exceptions.RayError, RuntimeError, ValueError) as error:
         raise ClusterError(
             f"The Ray cluster at RAY_ADDRESS={address!r} cannot be joined: {(str(error).splitlines() or [type(error).__name__])[0].rstrip('.')}.",

@@ -52,6 +52,7 @@ class Stop:
 
     def ask(self, *_: object) -> None:
         """The handler of the signal, in the main thread."""
+        signal.alarm(0)  # while Ray is started by another thread its own handler comes first, which aborts the process 3 s after the signal
         self.asked.set()
         if self._ends_at_once:
             self._ends_at_once = False  # a second signal does not break off what is done on the way out
@@ -92,7 +93,9 @@ def undisturbed() -> Iterator[None]:
 
 @contextmanager
 def sigterm_kept() -> Iterator[None]:
-    """Around ray.init, which sets a handler that ends the process without a word: put the handler of before back."""
+    """Around ray.init, which sets a handler that ends the process without a word: put the handler of before back. What another thread's
+    ray.init has set is undone, too, once the main thread comes by.
+    """
     before = signal.getsignal(signal.SIGTERM)
     if not callable(before) or threading.current_thread() is not threading.main_thread():
         yield
