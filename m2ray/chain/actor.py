@@ -263,7 +263,7 @@ class StageActor:
             stage.begin(job.capture)
             warm_up(stage, spec, job.batch_tokens, job.writer.queue_bytes // len(self._specs), self._count_warm_up)
         loaded = replace(self._status, warm_up_left=0, gpus=measure_gpus(self._devices) if self._on_gpu else ())
-        self._passage.job = JobHere(job, stages, loaded)
+        self._passage.begin(JobHere(job, stages, loaded))
 
     def _count_warm_up(self, left: int) -> None:
         self._status = replace(self._status, warm_up_left=left)

@@ -15,6 +15,7 @@ from m2ray.batches import MicroBatch
 from m2ray.chain.answering import Answering
 from m2ray.chain.door import Door
 from m2ray.chain.failure import as_memory_error
+from m2ray.chain.job import JobHere
 from m2ray.chain.status import StageStatus
 from m2ray.chain.transport import Incoming, Outgoing, Payload
 from m2ray.chain.turns import Turns
@@ -28,8 +29,6 @@ from m2ray.planning.memory import MOST_BATCHES
 
 if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor
-
-    from m2ray.chain.job import JobHere
 
 _AHEAD = 2
 """Micro-batches at each of a stage's doors, at most: received and not computed, computed and not sent, sent and not taken by the next
@@ -48,7 +47,7 @@ class Passage:
 
     Attributes:
         stages: the loaded spans, one a device; none until then.
-        job: the last that was begun.
+        job: the last that was begun; None before the first, and while one is taken on.
         successor: the next stage's actor; None: this is the last.
         limit_s: what a micro-batch may wait for.
         compute, send, arrive, capture: the doors.
@@ -72,15 +71,22 @@ class Passage:
         devices = [torch.device(spec.device) for spec in specs]
         self._on_gpu = devices[0].type == "cuda"
         self._answering = Answering()
-        self._gathering = Gathering(wave_tokens(specs))
+        self._wave_tokens = wave_tokens(specs)
+        self._gathering = Gathering(self._wave_tokens)
         # On a GPU `_run` returns when the computation is queued there: one more at the door suffices. While a wave runs, another comes in.
-        places = wave_tokens(specs) or (1 if self._on_gpu else _AHEAD)
+        places = self._wave_tokens or (1 if self._on_gpu else _AHEAD)
         self.compute = self._door("compute", places, "an earlier micro-batch to be computed")
         self.send = self._door("send", _AHEAD, "hidden states to be sent")
         self.arrive = self._door("arrive", _AHEAD, "the next stage to take hidden states over")
         self.capture = self._door("capture", _AHEAD * len(specs), "captured rows to find their way to the writer")
         self.incoming = Incoming(devices[0])
         self.outgoing = Outgoing(turns, devices[-1], transport, self.limit_s)
+
+    def begin(self, job: JobHere) -> None:
+        """From the next micro-batch on, work for this job. Waves are as large as ever: its micro-batches, and what else is there, may take less."""
+        self.job = job
+        if self._wave_tokens:
+            self._limit_waves(self._wave_tokens)
 
     def _door(self, name: str, places: int, awaited: str) -> Door:
         return Door(self._turns, name, places, awaited, self.limit_s)

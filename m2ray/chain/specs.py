@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 
 from m2ray.model.stage import StageSpec
 from m2ray.planning.plan import Plan
+from m2ray.planning.residency import shared_layers
 
 
 def stage_specs(plan: Plan, replica: int, model_url: str, model_files: Mapping[str, str]) -> Iterator[list[StageSpec]]:
@@ -36,6 +37,7 @@ def _specs(plan: Plan, replica: int, stage: int, model_url: str, model_files: Ma
             compile=options.compile,
             residency=planned.residency,
             offload_folder=options.offload_path,
+            shared=shared_layers(planned, plan.placed),
             wave_tokens=planned.wave_tokens,
             with_final_norm=plan.demand.with_final_norm,
             model_files=model_files,

@@ -29,7 +29,7 @@ class DecoderSpan:
 
     Attributes:
         skeleton: emptied of all other layers; the span's parameters are filled in by `m2ray.model.weights`.
-        residency, offload_folder: where those of its layers live that are not kept ready on `device` (m2ray.model.residency).
+        residency, offload_folder, shared: where those of its layers live that are not kept ready on `device` (m2ray.model.residency).
         with_final_norm: whether the final norm is loaded: if it is asked for, and the span ends with the model's last layer.
         site_layers, experts: of the whole model: the layers that have each site, and (experts, those chosen for a token).
     """
@@ -42,6 +42,7 @@ class DecoderSpan:
         residency: Mapping[int, Residency] | None = None,
         offload_folder: str = "",
         *,
+        shared: Collection[int] = (),
         with_final_norm: bool = False,
     ) -> None:
         self.skeleton = skeleton
@@ -50,6 +51,7 @@ class DecoderSpan:
         self.with_final_norm = with_final_norm and bool(skeleton.final_norm) and span.stop == len(skeleton.layers)
         self.residency = residency or {}
         self.offload_folder = offload_folder
+        self.shared = shared
         self.site_layers, self.experts = layers_of(skeleton), experts_of(skeleton)
         self._base = skeleton.decoder
         self._layers = span

@@ -9,8 +9,9 @@ import torch
 
 from m2ray.batches import LayerSpan, MicroBatch, PartSpec, Residency
 from m2ray.errors import ConfigError
+from m2ray.model.arriving import Arriving
 from m2ray.model.attention import require_attention_to_sinks, require_machine, resolve_attn_implementation
-from m2ray.model.boundary import Boundary, blank, shapes_at, token_bytes
+from m2ray.model.boundary import Boundary, blank, token_bytes
 from m2ray.model.capture import Capture, CaptureSpec
 from m2ray.model.checkpoint import open_checkpoint
 from m2ray.model.decoder import DecoderSpan
@@ -48,6 +49,7 @@ class StageSpec:
         any_sites: whether compiled layers show all their sites whatever a job takes, so that no job of other sites makes another graph.
         residency: where those of its layers live that are not kept ready on the device (m2ray.model.residency).
         offload_folder: where layers that are read from files are copied first, there or yet to be made; "" to read the model's own each time.
+        shared: those of its layers in host memory of which one copy serves all processes of the node.
         wave_tokens: padded tokens of the micro-batches that go through a layer before the next, at most; less than two hold: one at a time.
         with_final_norm: whether the stage of the model's last layer loads the final norm, for the site of that name.
         model_files: the files that are needed, and the digest that each has to have (`Checkpoint.digests`); None takes what is there.
@@ -63,6 +65,7 @@ class StageSpec:
     any_sites: bool = False
     residency: Mapping[int, Residency] = field(default_factory=dict)
     offload_folder: str = ""
+    shared: frozenset[int] = frozenset()
     wave_tokens: int = 0
     with_final_norm: bool = False
     model_files: Mapping[str, str] | None = None
@@ -91,7 +94,7 @@ class Stage:
         self._spec = spec
         self._decoder = decoder
         self._on_gpu = decoder.device.type == "cuda"
-        self._copy_in = torch.cuda.Stream(decoder.device) if self._on_gpu else None
+        self._arriving = Arriving(config, DTYPES[spec.compute_dtype], decoder.device)
         self._copy_out = torch.cuda.Stream(decoder.device) if self._on_gpu else None
         self._running: deque[torch.cuda.Event] = deque()
         self._pinned = PinnedRuns()
@@ -162,7 +165,7 @@ class Stage:
     def _pass(self, micro_batch: MicroBatch, incoming: Boundary | None, layers: LayerSpan, taking: Taking) -> tuple[StageOutput, Boundary]:
         """Take a micro-batch through some layers."""
         if incoming is not None:
-            self._check(micro_batch, incoming, layers.start)
+            self._arriving.check(incoming, micro_batch, layers.start)
         self._wait_for_gpu()
         if taking is not self._watching:
             self._decoder.watch(taking.places)
@@ -173,7 +176,7 @@ class Stage:
             token_ids_BT = torch.tensor(micro_batch.token_ids_BT, dtype=torch.int64)
             if self._on_gpu:
                 token_ids_BT = send(token_ids_BT, self._decoder.device)
-            incoming = self._to_device(incoming)
+            incoming = incoming and self._arriving.on_device(incoming)
             timed = Timed(self._decoder.device)
             boundary = self._decoder.run(token_ids_BT, incoming, capture.keep, layers)
             timed.finish()
@@ -230,31 +233,10 @@ class Stage:
         dtype, shape = DTYPES[self._spec.compute_dtype], (num_sequences, length)
         return zeros(*shape), None if self.is_first else blank(self._decoder.skeleton.config, self._spec.span.start, shape, dtype)
 
-    def _check(self, micro_batch: MicroBatch, incoming: Boundary, layer: int) -> None:
-        num_sequences, length = micro_batch.token_ids_BT.shape
-        wanted = shapes_at(self._decoder.skeleton.config, layer, (num_sequences, length), DTYPES[self._spec.compute_dtype])
-        found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in incoming.tensors.items()}
-        assert found == wanted, f"hidden states and what goes with them came as {found}, not as {wanted}"
-        # What the host sends is copied in that mode, and so was what the warm-up ran; for other tensors the first layer is compiled again.
-        here = [tensor for tensor in incoming.tensors.values() if tensor.is_cuda]
-        assert all(tensor.is_inference() for tensor in here), "what comes in on a GPU has to be made in inference mode"
-
     def _wait_for_gpu(self) -> None:
         """Let the host run ahead of the GPU by two micro-batches, so that neither waits for the other and memory stays bounded."""
         while len(self._running) >= 2:
             self._running.popleft().synchronize()
-
-    def _to_device(self, incoming: Boundary | None) -> Boundary | None:
-        """Copy what comes in beside the computation that is still running; pinned memory makes it overlap."""
-        if incoming is None or self._copy_in is None or incoming.hidden_BTH.device == self._decoder.device:
-            return incoming
-        with torch.cuda.stream(self._copy_in):
-            on_device = incoming.map(lambda tensor: tensor.to(self._decoder.device, non_blocking=True))
-        computing = torch.cuda.current_stream(self._decoder.device)
-        computing.wait_stream(self._copy_in)
-        for tensor in on_device.tensors.values():
-            tensor.record_stream(computing)
-        return on_device
 
 
 def _current(device: torch.device) -> "torch.cuda.device":
@@ -306,7 +288,9 @@ def _load_stage(spec: StageSpec, device: torch.device, lanes: Lanes | None, on_b
     require_attention_to_sinks(skeleton.config, attn_implementation, skeleton.tensors)
     if spec.span.stop > len(skeleton.layers):
         raise ConfigError(f"{spec.span}: the model has layers 0 to {len(skeleton.layers) - 1}.")
-    decoder = DecoderSpan(skeleton, spec.span, device, spec.residency, spec.offload_folder, with_final_norm=spec.with_final_norm)
+    decoder = DecoderSpan(
+        skeleton, spec.span, device, spec.residency, spec.offload_folder, shared=spec.shared, with_final_norm=spec.with_final_norm
+    )
     loaded = load_weights(checkpoint, decoder, on_bytes, lanes)
     if spec.compile:
         decoder.compile_layers(any_sites=spec.any_sites)

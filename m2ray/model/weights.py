@@ -107,7 +107,7 @@ def load_weights(checkpoint: Checkpoint, decoder: DecoderSpan, on_bytes: OnBytes
         StoreError: reading fails.
     """
     digests = WeightDigests(checkpoint.headers, len(decoder.skeleton.layers) - 1)
-    with PackedLayers(decoder.residency, decoder.offload_folder, decoder.device) as packed:
+    with PackedLayers(decoder.residency, decoder.offload_folder, decoder.device, decoder.shared) as packed:
         loading = _Loading(checkpoint, decoder, digests, packed, on_bytes)
         loading.by_lanes(lanes) if lanes is not None else loading.on_cpu()
         on_bytes(checkpoint.bytes_read, loading.needed_bytes)

@@ -12,7 +12,7 @@ from m2ray.planning.devices import Device, DevicePlan
 from m2ray.planning.hardware import Cluster
 from m2ray.planning.memory import Memory, cpu_memory, gpu_host_memory, gpu_memory, window
 from m2ray.planning.output import OutputPlan
-from m2ray.planning.residency import deal, held_bytes, readers_bytes, with_files
+from m2ray.planning.residency import deal, held_bytes, readers_bytes, shared_bytes, with_files
 from m2ray.sizes import MaxMemory
 
 Resource = Literal["gpu_memory", "host_memory", "shared_memory", "disk"]
@@ -169,7 +169,7 @@ def _nodes(demand: Demand, cluster: Cluster, stages: Sequence[StagePlan], placed
             )
             for replica in chains
         )
-        host_bytes = sum(stage.host.peak_bytes for stage in here) + shm_bytes
+        host_bytes = sum(stage.host.peak_bytes for stage in here) - shared_bytes(demand, here_placed) + shm_bytes
         planned.append(NodePlan(node.name, host_bytes, shm_bytes, disk_bytes))
     return tuple(planned)
 

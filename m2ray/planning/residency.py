@@ -4,6 +4,7 @@ A chain's layers lie on their devices in one of three ways, tried in this order 
 on disk, unpacked one at a time just before they run; or as many as find room, and the rest brought in turn from host memory or from files.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import cast
@@ -146,7 +147,7 @@ def with_files(demand: Demand, placed: Sequence[DevicePlan], node: Node, taken_b
     """The same with those layers of one node read from files that are not to be in its memory, or find no room there.
 
     A layer at a time gets its place in host memory, the next one of the GPU that has most in files (of equals the last), so that
-    all of a chain wait about alike.
+    all of a chain wait about alike. One copy serves all the node's replicas.
 
     Args:
         placed: the devices of all chains, with all that finds no room on them in host memory.
@@ -159,19 +160,40 @@ def with_files(demand: Demand, placed: Sequence[DevicePlan], node: Node, taken_b
         return tuple(placed)
     room_bytes = 0 if offload == "disk" else int((has_bytes or 0) * HOST_SHARE) - taken_bytes
     waiting = {
-        number: [layer for layer, place in each.residency.items() if place == "host"]
-        for number, each in enumerate(placed)
-        if each.device.node.name == node.name and each.device.gpu is not None
+        number: _in_memory(each) for number, each in enumerate(placed) if each.device.node.name == node.name and each.device.gpu is not None
     }
+    in_memory: set[int] = set()
     while waiting:
         layers = max(reversed(waiting.values()), key=len)
-        if not layers or demand.packed_bytes[layers[0]] > room_bytes:
+        needs_bytes = demand.packed_bytes[layers[0]] if layers and layers[0] not in in_memory else 0
+        if not layers or needs_bytes > room_bytes:
             break
-        room_bytes -= demand.packed_bytes[layers.pop(0)]
+        room_bytes -= needs_bytes
+        in_memory.add(layers.pop(0))
     return tuple(
         replace(each, residency={**each.residency, **dict.fromkeys(waiting.get(number, ()), "checkpoint")})
         for number, each in enumerate(placed)
     )
+
+
+def shared_layers(device: DevicePlan, placed: Sequence[DevicePlan]) -> frozenset[int]:
+    """Those of a device's layers in host memory of which one copy serves other stages of its node too."""
+    others = [
+        set(_in_memory(each))
+        for each in placed
+        if each.device.node.name == device.device.node.name and (each.replica, each.stage) != (device.replica, device.stage)
+    ]
+    return frozenset(layer for layer in _in_memory(device) if any(layer in of_other for of_other in others))
+
+
+def shared_bytes(demand: Demand, placed: Sequence[DevicePlan]) -> int:
+    """Host memory that the stages of one node take less than each by itself would: of each packed layer it has one copy."""
+    copies = Counter(layer for each in placed for layer in _in_memory(each))
+    return sum((number - 1) * demand.packed_bytes[layer] for layer, number in copies.items())
+
+
+def _in_memory(device: DevicePlan) -> list[int]:
+    return [layer for layer, place in device.residency.items() if place == "host"]
 
 
 def readers_bytes(placed: Sequence[DevicePlan]) -> int:

@@ -15,6 +15,7 @@ from m2ray.model.residency.places import InHostMemory
 from m2ray.model.stage import Stage, StageSpec
 from tests.packed import make_packed
 from tests.reference import MINIMAX_TINY, load_capturing, make_minimax, micro_batch_of
+from tests.unit.test_residency import mappings
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 NUM_LAYERS = MINIMAX_TINY["layers"]
@@ -80,6 +81,25 @@ def test_what_was_registered_is_given_back(folder: Path, monkeypatch: pytest.Mon
             memory = held.pop()
             assert int(driver.cudaHostRegister(memory.data_ptr(), len(memory), 0)) == 0
             driver.cudaHostUnregister(memory.data_ptr())
+
+
+def test_stages_of_a_node_pin_one_copy_of_the_layers_in_host_memory(folder: Path) -> None:
+    """Each maps and registers it for itself; the one that read it may be gone before the others."""
+    everything = dict.fromkeys(range(NUM_LAYERS), "host")
+    expected = rows_of(load_capturing(spec_of(folder, NUM_LAYERS, {})), 8)
+    stages = [load_capturing(spec_of(folder, NUM_LAYERS, everything, shared=frozenset(everything))) for _ in range(2)]
+    assert [list(mappings().values())] == [[2] * NUM_LAYERS]
+    assert stages[1].digests == stages[0].digests
+    for stage in stages:
+        assert all(np.array_equal(one, other) for one, other in zip(rows_of(stage, 8), expected, strict=True))
+    del stage, stages[0]
+    gc.collect()
+    stages.append(load_capturing(spec_of(folder, NUM_LAYERS, everything, shared=frozenset(everything))))
+    for stage in stages:
+        assert all(np.array_equal(one, other) for one, other in zip(rows_of(stage, 8), expected, strict=True))
+    del stage, stages
+    gc.collect()
+    assert not mappings()
 
 
 @pytest.mark.parametrize("where", ["gpu_packed", "host", "checkpoint"])

@@ -48,7 +48,7 @@ def halves(*args: Any) -> Iterator[StageSpec]:
 def nothing_resident(*args: Any) -> Iterator[StageSpec]:
     for spec in one_spec(*args):
         first, *others = range(spec.span.start, spec.span.stop)
-        yield replace(spec, residency={first: "host", **dict.fromkeys(others, "checkpoint")})
+        yield replace(spec, residency={first: "host", **dict.fromkeys(others, "checkpoint")}, wave_tokens=512)
 
 
 actor.StageActor = ActorWithSmallStages

@@ -1,12 +1,22 @@
 """Stages on several devices, and devices that are too small for a micro-batch: the real job, devices made up on the CPU."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 from tests.ray.conftest import RayCluster
-from tests.ray.test_extract import MINIMAX_TINY, assert_equals_transformers, minimax, prompts, words  # noqa: F401 - fixtures among them
+from tests.ray.test_extract import (  # noqa: F401 - fixtures among them
+    MINIMAX_TINY,
+    assert_equals_transformers,
+    minimax,
+    prompts,
+    wait_for_commits,
+    words,
+)
+from tests.ray.test_faults import stage_processes
 
 SCRIPT = str(Path(__file__).with_name("extract_on_odd_devices.py"))
 
@@ -32,11 +42,16 @@ def test_a_stage_of_two_devices_equals_transformers(cluster: RayCluster, minimax
 
 
 def test_layers_in_host_memory_and_on_disk_equal_transformers(cluster: RayCluster, minimax: Path, prompts: Path, tmp_path: Path) -> None:  # noqa: F811
+    """In waves, and a stage is killed meanwhile: the one that takes its place makes copies of its own."""
     run, folder = tmp_path / "run", tmp_path / "offload"
-    done = extract(
-        cluster, 10**9, "none", words(minimax, prompts, run, "--stages", "2", "--offload", "disk", "--offload-folder", str(folder))
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    flags = words(minimax, prompts, run, "--stages", "2", "--shard-tokens", "150", "--offload", "disk", "--offload-folder", str(folder))
+    flags += ["--in-flight", str(3 * 512 * MINIMAX_TINY["hidden_size"] * 4)]  # so that not all is in the first wave
+    driver = cluster.start("env", "PYTHONPATH=.", sys.executable, SCRIPT, str(10**9), "none", *flags)
+    wait_for_commits(run, 1, driver)
+    os.kill(max(stage_processes(cluster, "ActorWithSmallStages")), signal.SIGKILL)
+    printed, _ = driver.communicate(timeout=120)
+    assert driver.returncode == 0, printed
+    assert "died: restarted" in printed
     assert_equals_transformers(run, minimax, range(MINIMAX_TINY["layers"]))
     assert folder.is_dir()
     assert not list(folder.iterdir()), "nothing is left there"

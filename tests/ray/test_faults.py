@@ -36,13 +36,13 @@ def assert_same_run(run: Path, other: Path) -> None:
     assert (run / "_SUCCESS").exists()
 
 
-def stage_processes(cluster: RayCluster) -> set[int]:
-    """The stage actors of this cluster: their environment holds its token."""
+def stage_processes(cluster: RayCluster, name: str = "StageActor") -> set[int]:
+    """The stage actors of this cluster, by the name of their class: their environment holds its token."""
     token = f"RAY_AUTH_TOKEN={cluster.env['RAY_AUTH_TOKEN']}".encode()
     found = set()
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            if b"ray::StageActor" in (folder / "cmdline").read_bytes() and token in (folder / "environ").read_bytes():
+            if f"ray::{name}".encode() in (folder / "cmdline").read_bytes() and token in (folder / "environ").read_bytes():
                 found.add(int(folder.name))
         except (FileNotFoundError, ProcessLookupError, PermissionError):
             continue
@@ -141,6 +141,11 @@ def both_replicas(cluster: RayCluster, driver: subprocess.Popen[str]) -> set[int
     return processes
 
 
+def node_memory(pid: int) -> set[str]:
+    """The memory that a process maps and others of its node may map too, by inode."""
+    return {line.split()[4] for line in Path(f"/proc/{pid}/maps").read_text().splitlines() if "memfd:m2ray" in line}
+
+
 def test_replicas_share_one_queue_and_one_that_loses_a_stage_gives_its_shards_back(
     cluster: RayCluster,
     minimax: Path,  # noqa: F811
@@ -148,11 +153,16 @@ def test_replicas_share_one_queue_and_one_that_loses_a_stage_gives_its_shards_ba
     undisturbed: Path,
     tmp_path: Path,
 ) -> None:
+    """Their layers are packed in host memory, of which both have one copy; the one that comes back finds it with the other."""
     run = tmp_path / "run"
-    driver = cluster.start("m2ray", "extract", *words(minimax, prompts, run, "--stages", "1", "--replicas", "2", *OPTIONS))
+    replicas = ("--stages", "1", "--replicas", "2", "--weights", "packed")
+    driver = cluster.start("m2ray", "extract", *words(minimax, prompts, run, *replicas, *OPTIONS))
     processes = both_replicas(cluster, driver)
     wait_for_commits(run, 1, driver)
     assert stage_processes(cluster) == processes
+    one, other = (node_memory(process) for process in processes)
+    assert len(one) == MINIMAX_TINY["layers"]
+    assert one == other
     os.kill(min(processes), signal.SIGKILL)
     printed, _ = driver.communicate(timeout=150)
     assert driver.returncode == 0, printed

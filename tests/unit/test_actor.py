@@ -18,7 +18,7 @@ from m2ray.batches import LayerSpan, MicroBatch, Residency
 from m2ray.chain import actor
 from m2ray.chain.job import Job
 from m2ray.chain.status import StageStatus
-from m2ray.errors import StoreError
+from m2ray.errors import StageMemoryError, StoreError
 from m2ray.model import interpreter
 from m2ray.model.boundary import Boundary
 from m2ray.model.capture import CaptureSpec
@@ -204,6 +204,39 @@ def test_nothing_of_a_closed_job_is_in_the_waves_of_the_next_on_a_warm_chain(tmp
     stage.close()
 
 
+def test_a_wave_that_was_halved_is_whole_again_in_the_next_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_family(tmp_path / "llama", "llama")
+    stage = waving(tmp_path, (0, 5), monkeypatch)
+
+    def no_room(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage._passage.stages[0], "_pass", no_room)
+        for step in range(3):
+            stage.take(0, step, "first", part_of_shard(step), None)
+        stage._passage.compute.drain(30)
+    with pytest.raises(StageMemoryError, match="A wave of 48 padded tokens"):
+        stage.watch(0)
+
+    def done_after_each(epoch: int) -> list[int]:
+        done = []
+        for step in range(3):
+            stage.take(epoch, step, "again", part_of_shard(step), None)
+            stage._passage.compute.drain(30)
+            stage._passage.capture.drain(30)
+            done.append(stage._turns.done)
+        return done
+
+    stage.reset(1, [(0, "first")])
+    assert done_after_each(1) == [1, 2, 3], "two micro-batches find no room in half a wave"
+    stage.close()
+    stage.reset(2, [])
+    stage._take_on(a_job(tmp_path))
+    assert done_after_each(2) == [0, 0, 3]
+    stage.close()
+
+
 def test_a_stage_answers_requests_with_and_without_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It loads by itself, and what it hands on is what the next stage takes."""
     model = make_family(tmp_path / "llama", "llama")
@@ -230,7 +263,7 @@ def test_a_job_given_up_while_it_is_begun_is_not_left_begun_with_closed_writers(
     def open_writer(_: Any) -> Any:
         opened.append("writer")
         stage.close()
-        return SimpleNamespace(close=lambda _: opened.remove("writer"))
+        return SimpleNamespace(close=lambda _: opened.clear())
 
     job = Job(CaptureSpec({}, "float32"), SimpleNamespace(queue_bytes=1, open=open_writer), 64)  # type: ignore[arg-type]
     stage._take_on(job)

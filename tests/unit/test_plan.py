@@ -19,13 +19,15 @@ from m2ray.config import ExtractConfig
 from m2ray.errors import ClusterError, ConfigError
 from m2ray.options import PromptOptions
 from m2ray.planning.demand import Assumptions, Demand
+from m2ray.planning.devices import HOST_SHARE
 from m2ray.planning.hardware import Cluster, Gpu, Node, parse_gpus
 from m2ray.planning.layout import render
-from m2ray.planning.memory import ModelShape
+from m2ray.planning.memory import READERS_BYTES, ModelShape
 from m2ray.planning.output import part_bytes, plan_output
 from m2ray.planning.passes import active_elements, pass_s
 from m2ray.planning.plan import Plan, most_replicas, plan_run
 from m2ray.planning.report import to_json
+from m2ray.planning.residency import shared_layers
 from m2ray.planning.resolve import resolve
 from m2ray.sizes import bytes_in_words, parse_max_memory
 from m2ray.statistics import contribution_bytes, widths
@@ -550,6 +552,25 @@ def test_too_few_gpus_is_said_in_numbers():
 
 def test_more_gpus_than_layers_leave_some_free():
     assert len(plan("8xH200", num_layers=3).gpus) == 3
+
+
+def test_of_layers_that_replicas_have_in_host_memory_a_node_has_one_copy():
+    asked = {"num_layers": 12, "max_memory": parse_max_memory("30GB"), "replicas": 2}
+    both, one = plan("2xH200", offload="cpu", **asked), plan("1xH200", offload="cpu", **asked | {"replicas": 1})
+    brought = [layer for layer, place in one.placed[0].residency.items() if place == "host"]
+    copy_bytes = sum(both.demand.packed_bytes[layer] for layer in brought)
+    assert len(brought) > 4
+    assert both.nodes[0].host_bytes == 2 * one.nodes[0].host_bytes - copy_bytes
+    assert [shared_layers(each, both.placed) for each in both.placed] == [frozenset(brought)] * 2
+    assert not shared_layers(one.placed[0], one.placed)
+    apart = plan("2 nodes of 1xH200", offload="cpu", **asked)
+    assert not any(shared_layers(each, apart.placed) for each in apart.placed), "on two nodes"
+
+    # Room for one copy, and not for two.
+    host_bytes = int((both.nodes[0].host_bytes + 2 * READERS_BYTES) / HOST_SHARE) + 1
+    node = Node("here", parse_gpus("2xH200").nodes[0].gpus, host_bytes=host_bytes)
+    filled = plan(Cluster((node,)), offload="auto", **asked)
+    assert [list(each.residency.values()).count("checkpoint") for each in filled.placed] == [0, 0]
 
 
 def test_auto_replicas_are_as_many_as_fit():

@@ -32,6 +32,7 @@ from scripts.checkpoint_formats.table import FORMATS
 from tests.host_kernels import RAN, HostKernel
 from tests.packed import make_packed
 from tests.reference import MINIMAX_TINY, chain_rows, edited, load_capturing, make_family, make_minimax, micro_batch_of, same_bits
+from tests.unit.test_node_memory import listening, wait_until_others_listen
 
 FAMILIES = {"mxfp4": "gpt_oss"}
 """Of formats that are one family's own; the others are tried as qwen3_moe."""
@@ -230,6 +231,41 @@ def test_model_files_that_change_under_a_run_end_it(llama: Path, tmp_path: Path)
         rows_of(again)
     (tmp_path / "away").rename(file)
     assert all(equal(rows_of(again), expected)), "a rename changes no file, and what failed is read again"
+
+
+@pytest.mark.timeout(60)
+def test_stages_of_a_node_have_one_copy_of_the_layers_in_host_memory(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever of them is still there gives it to the next: nothing is read again, though the bytes are hashed."""
+    spec = replace(spec_of(llama, 0, 5, "bfloat16", all_in("host")), shared=frozenset(range(1, 5)))
+    before = listening()
+    first = load_capturing(spec)
+    listened = {address: inode for address, inode in listening().items() if address not in before}
+    expected = rows_of(first)
+    read = count_reads(monkeypatch)
+    second = load_capturing(spec)
+    layer_bytes = tensor_table(open_checkpoint(str(llama))).packed_bytes()
+    assert sum(read) < 2 * layer_bytes[0], "the embedding, and the layer that each has for itself"
+    assert second.digests == first.digests
+    assert all(equal(rows_of(second), expected))
+    assert all(count == 2 for count in mappings().values())
+    assert len(mappings()) == 4
+    assert len(listened) == 4
+    del first
+    gc.collect()
+    wait_until_others_listen(listened)
+    read.clear()
+    third = load_capturing(spec)
+    assert sum(read) < 2 * layer_bytes[0]
+    assert all(equal(rows_of(third), expected))
+    del second, third
+    gc.collect()
+    assert not mappings()
+
+
+def mappings() -> dict[str, int]:
+    """How often this process maps each piece of memory that is its node's."""
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if "memfd:m2ray" in line]
+    return {inode: [line[4] for line in lines].count(inode) for inode in {line[4] for line in lines}}
 
 
 def test_a_copy_is_read_in_the_files_place(llama: Path, tmp_path: Path) -> None:

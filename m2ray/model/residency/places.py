@@ -44,8 +44,8 @@ class LandingPlace(Place, Protocol):
 class OnDevice:
     """The run in the device's own memory, from which it is unpacked: nothing has to be brought."""
 
-    def __init__(self, num_bytes: int, device: torch.device, readers: Readers) -> None:
-        self.run = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+    def __init__(self, run: torch.Tensor, readers: Readers) -> None:
+        self.run = run
         self._readers = readers
 
     def keep(self, at: int, num_bytes: int, fetch: Fetch) -> None:
@@ -57,14 +57,11 @@ class OnDevice:
 
 
 class InHostMemory:
-    """The run in pinned host memory, for a GPU. The memory is without a name: it is gone with the process, whatever ends that."""
+    """The run in pinned host memory, for a GPU."""
 
-    def __init__(self, num_bytes: int, device: torch.device) -> None:
+    def __init__(self, run: torch.Tensor, device: torch.device) -> None:
+        self.run = run
         self._device = device
-        memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        with suppress(OSError):  # a kernel without huge pages; with them memory is there, and registered, several times as fast
-            memory.madvise(mmap.MADV_HUGEPAGE)
-        self.run = torch.frombuffer(memory, dtype=torch.uint8)
 
     def keep(self, at: int, num_bytes: int, fetch: Fetch) -> None:
         fetch(self.run[at : at + num_bytes].numpy().data)
@@ -87,6 +84,14 @@ class InHostMemory:
                 there.copy_(here, non_blocking=True)
                 under_way.append(torch.cuda.Event(blocking=True))
                 under_way[-1].record(torch.cuda.current_stream(run.device))
+
+
+def host_memory(num_bytes: int) -> torch.Tensor:
+    """Memory of this process alone, uint8. It is without a name: gone with the process, whatever ends that."""
+    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel without huge pages; with them memory is there, and registered, several times as fast
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 class InCheckpoint:
