@@ -64,7 +64,8 @@ class Probe(StageActor):
         self._seconds.clear()
         self._allocations = allocations()
         if profiled:
-            self._profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+            kinds = torch.profiler.ProfilerActivity
+            self._profile = torch.profiler.profile(activities=[kinds.CUDA if torch.cuda.is_available() else kinds.CPU])
             self._thread.submit(self._profile.start).result()
 
     @ray.method(concurrency_group="collect")  # type: ignore[untyped-decorator]

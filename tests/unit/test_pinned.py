@@ -8,7 +8,7 @@ import torch
 
 from m2ray.model import pinned
 from m2ray.model.pinned import PinnedRuns
-from m2ray.model.residency.places import InHostMemory
+from m2ray.model.residency.places import InHostMemory, host_memory
 
 FULL, WIDTH, PARTS = 1024, 64, 16
 RUN_BYTES = FULL * WIDTH * 2
@@ -80,7 +80,7 @@ def test_a_layers_memory_is_registered_as_long_as_it_is_there(monkeypatch: pytes
     monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)
     waited_for: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "synchronize", waited_for.append)
-    place = InHostMemory(5000, torch.device("cuda:1"))
+    place = InHostMemory(host_memory(5000), torch.device("cuda:1"))
     place.settle()
     assert registered == {place.run.data_ptr()}
     del place
