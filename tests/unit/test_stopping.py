@@ -164,7 +164,7 @@ def test_the_handler_outlives_that_of_a_ray_that_starts_in_a_thread() -> None:
 
     def init() -> None:
         with sigterm_kept():
-            stopping._set_handler(signal.SIGTERM, signal.SIG_IGN.value)
+            stopping._set_handler(signal.SIGTERM, signal.SIG_IGN)
 
     with stop_on_sigterm() as stop:
         starting = threading.Thread(target=init)
