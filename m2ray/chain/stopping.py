@@ -2,6 +2,7 @@
 where it stands.
 """
 
+import ctypes
 import signal
 import threading
 from collections.abc import Iterator
@@ -11,6 +12,12 @@ from m2ray.errors import StageError
 
 NOTHING_WRITTEN = "Nothing was written: the same command begins from the start."
 GOES_ON = "Run the same command again: finished shards are kept."
+
+
+_handler_of, _set_handler = ctypes.pythonapi.PyOS_getsig, ctypes.pythonapi.PyOS_setsig
+"""The system's own handlers, which any thread may ask for and set."""
+_handler_of.argtypes, _handler_of.restype = [ctypes.c_int], ctypes.c_void_p
+_set_handler.argtypes, _set_handler.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
 
 
 class Stop:
@@ -97,7 +104,14 @@ def sigterm_kept() -> Iterator[None]:
     ray.init has set is undone, too, once the main thread comes by.
     """
     before = signal.getsignal(signal.SIGTERM)
-    if not callable(before) or threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread():  # where Ray's own code in C++ sets it all the same, below Python's
+        handler = _handler_of(signal.SIGTERM)
+        try:
+            yield
+        finally:
+            _set_handler(signal.SIGTERM, handler)
+        return
+    if not callable(before):
         yield
         return
     try:

@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from click.testing import CliRunner
 import m2ray
 from m2ray.activations.writing.commits import Run
 from m2ray.activations.writing.lease import held
-from m2ray.chain import replicas
+from m2ray.chain import replicas, stopping
 from m2ray.chain.progress import Progress
 from m2ray.chain.stopping import sigterm_kept, stop_on_sigterm
 from m2ray.cli import main
@@ -156,6 +157,21 @@ def test_the_handler_outlives_that_of_ray() -> None:
             signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))  # as ray.init begins
             sigterm()
         assert signal.getsignal(signal.SIGTERM) == stop.ask
+
+
+def test_the_handler_outlives_that_of_a_ray_that_starts_in_a_thread() -> None:
+    """Its C++ code sets one without asking Python, which aborted the process at SIGTERM, without a word."""
+
+    def init() -> None:
+        with sigterm_kept():
+            stopping._set_handler(signal.SIGTERM, signal.SIG_IGN)
+
+    with stop_on_sigterm() as stop:
+        starting = threading.Thread(target=init)
+        starting.start()
+        starting.join()
+        sigterm()
+        assert stop.asked.is_set()
 
 
 def test_a_survey_that_is_broken_off_as_its_file_appears_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
