@@ -159,6 +159,14 @@ def test_the_handler_outlives_that_of_ray() -> None:
         assert signal.getsignal(signal.SIGTERM) == stop.ask
 
 
+def test_the_alarm_of_rays_handler_is_put_off() -> None:
+    with stop_on_sigterm() as stop:
+        signal.alarm(60)  # it sets one before it hands the signal on
+        sigterm()
+        assert stop.asked.is_set()
+        assert signal.alarm(0) == 0
+
+
 def test_the_handler_outlives_that_of_a_ray_that_starts_in_a_thread() -> None:
     """Its C++ code sets one without asking Python, which aborted the process at SIGTERM, without a word."""
 
