@@ -100,9 +100,7 @@ def undisturbed() -> Iterator[None]:
 
 @contextmanager
 def sigterm_kept() -> Iterator[None]:
-    """Around ray.init, which sets a handler that ends the process without a word: put the handler of before back. What another thread's
-    ray.init has set is undone, too, once the main thread comes by.
-    """
+    """Around ray.init, which sets a handler that ends the process without a word: put the handler of before back."""
     before = signal.getsignal(signal.SIGTERM)
     if threading.current_thread() is not threading.main_thread():  # where Ray's own code in C++ sets it all the same, below Python's
         handler = _handler_of(signal.SIGTERM)
