@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 
-from m2ray.batches import ITEMSIZE_BYTES, TensorRow
+from m2ray.batches import ITEMSIZE_BYTES, TensorRow, hidden_dtype
 
 UNPACK_SHARES: Mapping[str, float] = {
     "": 0.7,
@@ -23,9 +23,9 @@ and GPTQ 0.5. MXFP8 and int8 are counted as FP8; INT8 in words, which has no ker
 
 def unpacking_bytes(rows: Iterable[TensorRow], num_layers: int, compute_dtype: str) -> tuple[float, ...]:
     """Of each layer, the bytes that a GPU's memory could move in the time in which it is unpacked. Raises KeyError: a method that the table lacks."""
-    totals = [0.0] * num_layers
+    totals, itemsize_bytes = [0.0] * num_layers, ITEMSIZE_BYTES[hidden_dtype(compute_dtype)]
     for row in rows:
         if row.layer is not None and row.layer < num_layers and not row.is_ready(compute_dtype):
-            moved_bytes = row.disk_bytes + row.compute_bytes(ITEMSIZE_BYTES[compute_dtype])
+            moved_bytes = row.disk_bytes + row.compute_bytes(itemsize_bytes)
             totals[row.layer] += moved_bytes / UNPACK_SHARES[row.method.partition(" ")[0].rstrip(",")]
     return tuple(totals)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch._dynamo.testing import CompileCounter
 
 from m2ray.audit.tolerance import require_reference
 from m2ray.batches import LayerSpan
@@ -104,6 +105,16 @@ def test_compiled_products_are_those_of_the_same_operation() -> None:
     rows, scales = round_rows(torch.randn(3, 128, generator=torch.Generator().manual_seed(0)))
     weight, weight_scales = torch.ones(1, 130, 128).to(rows.dtype), torch.ones(1, 2, 1)
     torch.library.opcheck(multiply, (rows, scales, weight, weight_scales, None, None, None), test_utils=("test_faketensor",))
+
+
+def test_a_graph_serves_any_number_of_rows() -> None:
+    """As micro-batches come: one of the first shape, and one of all others. Each graph of a layer takes seconds, and 64 are the most."""
+    graphs = CompileCounter()
+    compiled = torch.compile(lambda rows, scales, *weight: multiply(rows, scales, *weight, None, None, None), backend=graphs)
+    weight = torch.ones(1, 130, 128).to(torch.float8_e4m3fn), torch.ones(1, 2, 1)
+    for num_rows in (3, 5, 7, 9):
+        assert compiled(*round_rows(torch.ones(num_rows, 128)), *weight).shape == (num_rows, 130)
+    assert graphs.frame_count == 2
 
 
 # -- whole chains ---------------------------------------------------------------------------------------------------------

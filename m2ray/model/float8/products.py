@@ -43,4 +43,5 @@ def _(
     take: torch.Tensor | None,
     _put: torch.Tensor | None,
 ) -> torch.Tensor:
-    return rows.new_empty((len(rows) if take is None else len(take), weight.shape[1]), dtype=torch.bfloat16)
+    # Not `len`: it makes a number of a size that is open, and each shape would be compiled again.
+    return rows.new_empty(((rows if take is None else take).shape[0], weight.shape[1]), dtype=torch.bfloat16)
