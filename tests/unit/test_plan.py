@@ -905,6 +905,9 @@ def test_float8_is_planned_packed_and_refused_where_gpus_have_no_fp8() -> None:
     assert not any(each.residency for each in found.placed), "nothing has to be unpacked"
     assert set(found.weights.layer_bytes) == {sum(row.disk_bytes for row in m2_rows(0))}
     assert found.weights.compute_bytes == 227_466_488_832 + 2 * sum(row.num_elements for row in kept.rows if not row.stays_packed)
+    beside = replace(kept, rows=tuple(replace(row, lies_as="") if "norm" in row.name else row for row in kept.rows))
+    brought = plan_run(replace(asked.asking(offload="cpu"), table=beside), parse_gpus("1xH100-80GB"), PROMPTS)
+    assert brought.rates.duration_s, "what little of a layer that is brought is converted takes time too"
     for gpus, why in (("8xA100-80GB", "A100-80GB multiplies none"), ("8xA6000", "A6000-48GB multiplies none")):
         with pytest.raises(ClusterError, match=f'compute_dtype = "float8" needs GPUs that multiply FP8 .*{why}'):
             plan_run(asked, parse_gpus(gpus))
