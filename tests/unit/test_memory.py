@@ -17,7 +17,10 @@ from m2ray.batches import LayerSpan, TensorRow, TensorTable
 from m2ray.model import weights
 from m2ray.model.capture import COPYING_LAYERS
 from m2ray.model.extents import EXTENT_BYTES
+from m2ray.model.float8.modules import SCALES, use_float8
+from m2ray.model.float8.rounding import FP8
 from m2ray.model.gpu_loading import LANES
+from m2ray.model.quantization.scaled import scale_shape
 from m2ray.model.statistics import experts_statistics, rows_statistics
 from m2ray.options import WRITER_QUEUE_BYTES
 from m2ray.planning.hardware import Node
@@ -219,7 +222,19 @@ def leave(*_: Any) -> None:
     raise LayersDone
 
 
-def alive_bytes(config: Any, num_sequences: int, num_tokens: int, dtype: torch.dtype, attn: str | None = None) -> int:
+def put_in_float8(model: torch.nn.Module) -> None:
+    """Make all projections and experts ones of FP8."""
+    for module in list(model.modules()):
+        for name in ("weight",) if type(module) is torch.nn.Linear else ("gate_up_proj", "down_proj") if hasattr(module, "has_gate") else ():
+            shape = getattr(module, name).shape
+            setattr(module, name, torch.nn.Parameter(torch.empty(shape, dtype=FP8), requires_grad=False))
+            module.register_buffer(name + SCALES, torch.empty(scale_shape(tuple(shape), (128, 128))))
+    use_float8(model)
+
+
+def alive_bytes(
+    config: Any, num_sequences: int, num_tokens: int, dtype: torch.dtype, attn: str | None = None, *, in_float8: bool = False
+) -> int:
     """The most bytes that transformers' own layers of `config` hold at once beside their weights, input included."""
     with torch.device("meta"):
         model = AutoModel.from_config(config, dtype=dtype).eval().requires_grad_(False)
@@ -228,6 +243,8 @@ def alive_bytes(config: Any, num_sequences: int, num_tokens: int, dtype: torch.d
     layers[-1].register_forward_hook(leave)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
+        if in_float8:
+            put_in_float8(model)
         # A mask of four axes is taken as it is. Without one, none is made on a GPU, but a full one for fake tensors.
         mask = torch.zeros(1, 1, 1, 1, dtype=dtype).expand(num_sequences, 1, num_tokens, num_tokens)
         position_ids = torch.arange(num_tokens)[None]
@@ -303,6 +320,14 @@ def test_the_bound_holds_for_indexers_streams_and_heads_of_two_sizes(family, num
     alive = alive_bytes(config, num_sequences, num_tokens, torch.bfloat16)
     bound = ModelShape.of(config, config._attn_implementation).transient_bytes(num_sequences * num_tokens, num_tokens, 2)
     assert alive <= bound <= 2.3 * alive
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "llama", "minimax_m2", "mixtral", "qwen3_moe"])
+def test_the_bound_holds_for_products_in_fp8(family):
+    """Not compiled, rounding makes float32 of its own."""
+    config = config_of(family)
+    alive = alive_bytes(config, 8, 2048, torch.bfloat16, in_float8=True)
+    assert alive <= ModelShape.of(config, config._attn_implementation).transient_bytes(8 * 2048, 2048, 2) <= 2.5 * alive
 
 
 @pytest.mark.parametrize(("num_sequences", "num_tokens"), [(8, 2048), (32, 512), (1, 16384), (1, 1000)])

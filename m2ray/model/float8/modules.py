@@ -37,8 +37,9 @@ class Float8Experts(nn.Module):
         numbers = torch.arange(len(weights_up), device=expert_of.device)
         ends = torch.searchsorted(expert_of, numbers, right=True).to(torch.int32)
         rows, scales = round_rows(hidden_states)
-        up = multiply(rows, scales, weights_up, scales_up, ends, order // num_chosen, None)
-        rows, scales = round_rows(experts._apply_gate(up) if experts.has_gate else experts.act_fn(up))  # noqa: SLF001 - transformers'
+        activate = experts._apply_gate if experts.has_gate else experts.act_fn  # noqa: SLF001 - transformers'
+        # In one expression: what has no name is gone once it is used, and a plan counts on that.
+        rows, scales = round_rows(activate(multiply(rows, scales, weights_up, scales_up, ends, order // num_chosen, None)))
         down: torch.Tensor = multiply(rows, scales, *self._of("down_proj"), ends, None, order)
         weighted = down.view(num_tokens, num_chosen, -1) * top_k_weights[..., None]
         return weighted.sum(1).to(hidden_states.dtype)

@@ -21,6 +21,6 @@ def round_rows(rows_NW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
     A block that holds what is not finite gives NaN.
     """
-    blocks = rows_NW.float().unflatten(-1, (-1, BLOCK))
-    scales = blocks.abs().amax(-1, keepdim=True).clamp(min=_LEAST) / _LARGEST
-    return (blocks / scales).to(FP8).flatten(-2), scales.squeeze(-1)
+    blocks = rows_NW.unflatten(-1, (-1, BLOCK))
+    scales = blocks.abs().amax(-1, keepdim=True).float().clamp(min=_LEAST) / _LARGEST
+    return (blocks / scales).to(FP8).flatten(-2), scales.squeeze(-1)  # by float32 they are divided in float32, without a copy in it
