@@ -12,13 +12,14 @@ from torch._dynamo.testing import CompileCounter
 
 from m2ray.audit.tolerance import require_reference
 from m2ray.batches import LayerSpan
-from m2ray.errors import CheckpointError, ConfigError, NotInRunError
+from m2ray.errors import CheckpointError, ConfigError, NotInRunError, StageError
 from m2ray.model import stage as stage_module
 from m2ray.model.boundary import Boundary
 from m2ray.model.checkpoint import open_checkpoint, tensor_table, tensor_table_from_config
 from m2ray.model.families import parse_config
 from m2ray.model.float8 import proof, twin
 from m2ray.model.float8.launching import ROWS, tiles_of
+from m2ray.model.float8.modules import Float8Linear
 from m2ray.model.float8.products import multiply
 from m2ray.model.float8.rounding import round_rows
 from m2ray.model.stage import Stage, StageSpec, load_stage
@@ -115,6 +116,28 @@ def test_a_graph_serves_any_number_of_rows() -> None:
     for num_rows in (3, 5, 7, 9):
         assert compiled(*round_rows(torch.ones(num_rows, 128)), *weight).shape == (num_rows, 130)
     assert graphs.frame_count == 2
+
+
+def test_another_kernel_than_the_one_for_the_gpu_is_told_and_none_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cuda:0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(proof, "_problem", lambda _, kernel: "spoilt" if kernel is proof.on_hopper else "")
+    with pytest.warns(RuntimeWarning, match=r"by by_triton on cuda:0, which takes longer: on_hopper: spoilt\."):
+        assert proof.kernel_for.__wrapped__(device) is proof.by_triton
+    monkeypatch.setattr(proof, "_problem", lambda *_: "spoilt")
+    with pytest.raises(StageError, match="on_hopper: spoilt; by_triton: spoilt"):
+        proof.kernel_for.__wrapped__(device)
+
+
+def test_activations_that_a_layer_rounds_itself_are_an_error() -> None:
+    """`projection(hidden.to(projection.weight.dtype))`, as DeepSeek's indexer has it: what is above 448 would be lost."""
+    projection = Float8Linear(128, 4, bias=False)
+    projection.weight = torch.nn.Parameter(torch.ones(4, 128).to(torch.float8_e4m3fn), requires_grad=False)
+    projection.register_buffer("weight_scale_inv", torch.ones(1, 1))
+    hidden = torch.full((1, 128), 1000.0, dtype=torch.bfloat16)
+    assert (projection(hidden) == 128_000).all()
+    with pytest.raises(StageError, match="loses their scale"):
+        projection(hidden.to(projection.weight.dtype))
 
 
 # -- whole chains ---------------------------------------------------------------------------------------------------------

@@ -225,7 +225,9 @@ def leave(*_: Any) -> None:
 def put_in_float8(model: torch.nn.Module) -> None:
     """Make all projections and experts ones of FP8."""
     for module in list(model.modules()):
-        for name in ("weight",) if type(module) is torch.nn.Linear else ("gate_up_proj", "down_proj") if hasattr(module, "has_gate") else ():
+        for name in (
+            ("weight",) if type(module) is torch.nn.Linear else ("gate_up_proj", "down_proj") if hasattr(module, "has_gate") else ()
+        ):
             shape = getattr(module, name).shape
             setattr(module, name, torch.nn.Parameter(torch.empty(shape, dtype=FP8), requires_grad=False))
             module.register_buffer(name + SCALES, torch.empty(scale_shape(tuple(shape), (128, 128))))

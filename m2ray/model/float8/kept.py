@@ -10,6 +10,7 @@ from torch import nn
 
 from m2ray.errors import ConfigError
 from m2ray.model.conversion import Placement
+from m2ray.model.float8 import REMEDY
 from m2ray.model.float8.modules import SCALES
 from m2ray.model.float8.rounding import BLOCK, FP8
 from m2ray.model.quantization.scaled import FLOAT_SCALES, Scaled, scale_shape
@@ -24,7 +25,6 @@ BLOCKS = (BLOCK, BLOCK)
 
 _UP = ("gate_up_proj", "up_proj")
 _SHOWN = 3
-_REMEDY = 'Set compute_dtype = "bfloat16".'
 
 
 def is_packed(matched: "MatchedTensor") -> bool:
@@ -128,7 +128,7 @@ def _are_experts(module: nn.Module, leaves: Sequence[str]) -> bool:
 
 def _refused(reasons: Sequence[str]) -> ConfigError:
     more = f"; and {len(reasons) - _SHOWN} more" if len(reasons) > _SHOWN else ""
-    return ConfigError(f"compute_dtype = 'float8' for this checkpoint: {'; '.join(reasons[:_SHOWN])}{more}.", _REMEDY)
+    return ConfigError(f"compute_dtype = 'float8' for this checkpoint: {'; '.join(reasons[:_SHOWN])}{more}.", REMEDY)
 
 
 def _part(stored: StoredTensor, number: int) -> StoredTensor:

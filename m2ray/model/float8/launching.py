@@ -12,7 +12,10 @@ ROWS = 128
 """Of a tile of the result, which is BLOCK wide."""
 
 STAGES, WARPS, PROGRAMS = 4, 8, 1
-"""Of Triton's kernel: steps that are on their way; warps; programs on each of a GPU's processors."""
+"""Of Triton's kernel: steps that are on their way, where a processor has room for them (Ada has for 3); warps; programs on each processor."""
+
+STEP_BYTES = (ROWS + BLOCK) * BLOCK
+"""Of rows and of the weight."""
 
 HELD = 5
 """Blocks of rows and of the weight that a program of Hopper's kernel holds, 32 KiB each pair."""
@@ -36,7 +39,7 @@ def by_triton(
     with torch.cuda.device(rows.device):
         _triton_kernel()[programs,](
             rows, row_scales, weight, weight_scales, tiles, num_tiles, take, put, out,
-            WIDTH=width, COLUMNS=columns, ROWS=ROWS, STAGES=STAGES, num_warps=WARPS,
+            WIDTH=width, COLUMNS=columns, ROWS=ROWS, STAGES=_stages(rows.device), num_warps=WARPS,
         )  # fmt: skip
     return out
 
@@ -106,6 +109,12 @@ def tiles_of(ends: torch.Tensor | None, num_rows: int, device: torch.device) -> 
 @cache
 def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@cache
+def _stages(device: torch.device) -> int:
+    properties: Any = torch.cuda.get_device_properties(device)
+    return int(min(STAGES, properties.shared_memory_per_block_optin // STEP_BYTES))
 
 
 @cache

@@ -6,8 +6,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from m2ray.errors import StageError
+from m2ray.model.float8 import REMEDY
 from m2ray.model.float8.products import multiply
-from m2ray.model.float8.rounding import round_rows
+from m2ray.model.float8.rounding import FP8, round_rows
 
 SCALES = "_scale_inv"
 """Behind the name of a weight: the buffer with the scales of its blocks, as checkpoints have it."""
@@ -17,7 +19,9 @@ class Float8Linear(nn.Linear):
     """One whose `weight` is FP8 [O, W], with `weight_scale_inv`."""
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Hidden states [..., W] to [..., O], in their dtype."""
+        """Hidden states [..., W] to [..., O], in their dtype. Raises StageError: they come in FP8, without scales."""
+        if hidden.dtype == FP8:  # of families that give a projection its input in its weight's dtype, as DeepSeek's indexers do
+            raise StageError("A layer rounds its own activations to its weights' FP8, which loses their scale.", REMEDY)
         scales: Any = self.weight_scale_inv
         rows, row_scales = round_rows(hidden.reshape(-1, hidden.shape[-1]))
         out: torch.Tensor = multiply(rows, row_scales, self.weight[None], scales[None], None, None, None).to(hidden.dtype)

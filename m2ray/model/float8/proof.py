@@ -1,12 +1,13 @@
 """Which kernel multiplies FP8 on a GPU: the first that can be made there, and gives what torch gives on that very GPU."""
 
+import warnings
 from collections.abc import Callable
 from functools import cache
 
 import torch
 
 from m2ray.errors import ConfigError, StageError
-from m2ray.model.float8 import twin
+from m2ray.model.float8 import REMEDY, twin
 from m2ray.model.float8.launching import by_triton, on_hopper
 from m2ray.model.float8.rounding import round_rows
 from m2ray.model.kernel_proof import making_errors
@@ -23,7 +24,6 @@ Multiply = Callable[..., torch.Tensor]
 """As `m2ray.model.float8.products.multiply`."""
 
 _HOPPER = (9, 0)
-_REMEDY = 'Set compute_dtype = "bfloat16".'
 
 _ENDS = (0, 1, 128, 300, 300, 685)
 _OUT, _WIDTH = 320, 384
@@ -38,25 +38,29 @@ def require_gpu(device: torch.device) -> None:
         StageError: Triton can make no kernel there, or none gives what it should.
     """
     if device.type != "cuda":
-        raise ConfigError('compute_dtype = "float8" on a CPU: products of FP8 are made on GPUs only.', _REMEDY)
+        raise ConfigError('compute_dtype = "float8" on a CPU: products of FP8 are made on GPUs only.', REMEDY)
     capability = torch.cuda.get_device_capability(device)
     if capability < LEAST_CAPABILITY:
         name, has = torch.cuda.get_device_name(device), ".".join(map(str, capability))
-        raise ConfigError(f'compute_dtype = "float8" on a {name}: its compute capability is {has}, and FP8 begins with 8.9.', _REMEDY)
+        raise ConfigError(f'compute_dtype = "float8" on a {name}: its compute capability is {has}, and FP8 begins with 8.9.', REMEDY)
     require_triton('compute_dtype = "float8"')
     kernel_for(device)
 
 
 @cache
 def kernel_for(device: torch.device) -> Multiply:
-    """The fastest kernel that is right on this GPU. Raises StageError: none is."""
+    """The fastest kernel that is right on this GPU; a warning says why it is not the one that was made for it. Raises StageError: none is."""
     problems = []
     for kernel in (on_hopper, by_triton) if torch.cuda.get_device_capability(device) == _HOPPER else (by_triton,):
         problem = _problem(device, kernel)
         if not problem:
+            if problems:
+                warnings.warn(
+                    f"FP8 is multiplied by {kernel.__name__} on {device}, which takes longer: {problems[0]}.", RuntimeWarning, stacklevel=2
+                )
             return kernel
-        problems.append(problem)
-    raise StageError(f'compute_dtype = "float8" on {device}: {"; ".join(problems)}.', _REMEDY)
+        problems.append(f"{kernel.__name__}: {problem}")
+    raise StageError(f'compute_dtype = "float8" on {device}: {"; ".join(problems)}.', REMEDY)
 
 
 def _problem(device: torch.device, kernel: Multiply) -> str:
@@ -66,7 +70,7 @@ def _problem(device: torch.device, kernel: Multiply) -> str:
         except torch.OutOfMemoryError:
             raise
         except _refusals() as error:
-            return f"{kernel.__name__} cannot be used: {error}"
+            return f"cannot be used: {error}"
 
 
 def _refusals() -> tuple[type[Exception], ...]:
