@@ -1,7 +1,7 @@
 """The plan of a run: what goes where, what it takes, whether it fits. Read `plan_run` first."""
 
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from html import escape
 from typing import get_args
@@ -134,8 +134,7 @@ def plan_run(
             f"{did_you_mean(device_map, get_args(DeviceMap))}Use {', '.join(get_args(DeviceMap))} or cuda:0.",
         )
     chains = tuple(map(tuple, chains or chain_devices(cluster, demand.num_layers, demand.options)))
-    _require_attention(demand, chains)
-    _require_float8(demand, chains)
+    raise_all([*_without_attention(demand, chains), *_without_float8(demand, chains)])
     demand, wave, placing = _with_wave(demand, cluster, chains, prompts)
     _require_disks(cluster, placing)
     short = {shortage.resource for shortage in placing.shortages}
@@ -173,35 +172,30 @@ def of_another_job(plan: Plan, demand: Demand, prompts: PromptStats) -> Plan:
     return replace(plan, demand=demand, prompts=prompts, output=output, shortages=tuple(disk_shortages(demand, output)), remedies=())
 
 
-def _require_attention(demand: Demand, chains: Sequence[Sequence[Device]]) -> None:
-    """Raise ClusterError, all at once, for all that is known to keep the attention from these devices."""
+def _without_attention(demand: Demand, chains: Sequence[Sequence[Device]]) -> Iterator[ClusterError]:
+    """All that is known to keep the attention from these devices."""
     if demand.options.attn_implementation != "flash_attention_2":
         return
     remedy = 'Set attn_implementation = "sdpa".'
     if not all(device.gpu for chain in chains for device in chain):
-        raise ClusterError('attn_implementation = "flash_attention_2" needs GPUs, and there are none.', remedy)
+        yield ClusterError('attn_implementation = "flash_attention_2" needs GPUs, and there are none.', remedy)
+        return
     nodes = {device.node.name: device.node for chain in chains for device in chain}
-    raise_all(
-        [
-            ClusterError(
-                f'attn_implementation = "flash_attention_2": the package {FLASH_PACKAGE} is not installed on node {name}.',
-                f"Install it there. {remedy}",
-            )
-            for name, node in nodes.items()
-            if node.versions and FLASH_PACKAGE not in node.versions
-        ]
-    )
+    for name, node in nodes.items():
+        if node.versions and FLASH_PACKAGE not in node.versions:
+            what = f'attn_implementation = "flash_attention_2": the package {FLASH_PACKAGE} is not installed on node {name}.'
+            yield ClusterError(what, f"Install it there. {remedy}")
 
 
-def _require_float8(demand: Demand, chains: Sequence[Sequence[Device]]) -> None:
-    """Raise ClusterError for devices that are known not to multiply FP8; a stage looks at those whose names nobody knows."""
+def _without_float8(demand: Demand, chains: Sequence[Sequence[Device]]) -> Iterator[ClusterError]:
+    """Devices that are known not to multiply FP8, where that is asked for; a stage looks at those whose names nobody knows."""
     if demand.options.compute_dtype != "float8":
         return
     gpus = {device.gpu.name if device.gpu else None for chain in chains for device in chain}
     lacking = [name for name in gpus if name and (model := find_gpu_model(name)) and not GPU_MODELS[model].has_fp8]
     if None in gpus or lacking:
         has = "there are none" if None in gpus else f"{' and '.join(sorted(lacking))} multiplies none"
-        raise ClusterError(
+        yield ClusterError(
             f'compute_dtype = "float8" needs GPUs that multiply FP8 (compute capability 8.9 and above), and {has}.',
             'Set compute_dtype = "bfloat16".',
         )
