@@ -14,7 +14,7 @@ from m2ray.batches import LayerSpan, Role, TensorRow, TensorTable
 from m2ray.errors import CheckpointError, raise_all
 from m2ray.model.boundary import most_beside, row_width
 from m2ray.model.conversion import Conversion, Placement, Source
-from m2ray.model.float8.kept import is_packed, require_any, require_float8, require_published
+from m2ray.model.float8.weights import is_packed, require_any, require_float8, require_published
 from m2ray.model.headers import TensorHeader
 from m2ray.model.quantization.layout import UNREAD, Layout
 from m2ray.model.quantization.layouts import READ, layout_of

@@ -19,8 +19,8 @@ from m2ray.model.decoder import DecoderSpan
 from m2ray.model.digests import WeightDigests
 from m2ray.model.extents import Range, RowsToLoad
 from m2ray.model.filling import assign, fill
-from m2ray.model.float8.kept import in_parts, is_packed, of_scales, require_any, require_float8
 from m2ray.model.float8.modules import use_float8
+from m2ray.model.float8.weights import in_parts, is_packed, of_scales, require_any, require_float8
 from m2ray.model.gpu_loading import Lanes
 from m2ray.model.openmp import lone_threads
 from m2ray.model.quantization.layouts import layout_of

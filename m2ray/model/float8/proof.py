@@ -50,7 +50,7 @@ def require_gpu(device: torch.device) -> None:
 @cache
 def kernel_for(device: torch.device) -> Multiply:
     """The fastest kernel that is right on this GPU; a warning says why it is not the one that was made for it. Raises StageError: none is."""
-    problems = []
+    problems: list[str] = []
     for kernel in (on_hopper, by_triton) if torch.cuda.get_device_capability(device) == _HOPPER else (by_triton,):
         problem = _problem(device, kernel)
         if not problem:

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from m2ray.model.quantization.groups import is_exact, scale_groups
-from m2ray.model.quantization.kept import kept
 from m2ray.model.quantization.nibbles import Codes, look_up_into
+from m2ray.model.quantization.scratch import scratch_tensor
 from m2ray.model.quantization.stored import Unpack
 
 _CACHED_VALUES = 1 << 18
@@ -62,8 +62,8 @@ def _look_up_pairs(packed: torch.Tensor, scale: torch.Tensor, table: torch.Tenso
     a_scale = width // scale.shape[1]  # bytes of codes
     step = min(max(1, _CACHED_VALUES // (2 * width)), num_rows)
     high = np.repeat(np.arange(256, dtype=np.uint16) << 8, a_scale).view(f"V{2 * a_scale}")
-    pairs, numbers = kept("pairs", torch.int16, step * width).numpy().view(np.uint16), kept("numbers", torch.int32, step * width)
-    made = kept("made", torch.int32, step, width)
+    pairs = scratch_tensor("pairs", torch.int16, step * width).numpy().view(np.uint16)
+    numbers, made = scratch_tensor("numbers", torch.int32, step * width), scratch_tensor("made", torch.int32, step, width)
     for codes, scales, rows in zip(packed.split(step), scale.split(step), into.split(step), strict=True):
         some = pairs[: codes.numel()]
         high.take(scales.numpy().reshape(-1), out=some.view(high.dtype), mode="wrap")
@@ -99,7 +99,8 @@ def write_numbers(
     if not is_exact() or not scale.isfinite().all() or (zeros is not None and scale.min() <= 0):
         return False
     step = min(max(8, _CACHED_VALUES // columns // 8 * 8), num_rows)
-    made, floats, factors = kept("made", scale.dtype, step, columns), kept("floats", torch.float32, step, columns), scale.float()
+    made, floats = scratch_tensor("made", scale.dtype, step, columns), scratch_tensor("floats", torch.float32, step, columns)
+    factors = scale.float()
     for first in range(0, num_rows, step):
         stop = min(first + step, num_rows)
         some, rows = made[: stop - first], into[first:stop]

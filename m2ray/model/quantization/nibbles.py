@@ -7,7 +7,7 @@ from functools import cache
 
 import torch
 
-from m2ray.model.quantization.kept import kept
+from m2ray.model.quantization.scratch import scratch_tensor
 from m2ray.model.quantization.stored import Unpack, settled
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
@@ -99,7 +99,7 @@ def look_up(codes: torch.Tensor, meaning: Codes, dtype: torch.dtype) -> torch.Te
 
 def look_up_into(words: torch.Tensor, meaning: Codes, into: torch.Tensor) -> None:
     """`look_up` on a CPU of int32 [rows, words] into bfloat16 or float16 [rows, 8 * words], both contiguous."""
-    fours = kept("fours", torch.int32, 2 * words.numel()).copy_(words.view(-1).view(torch.uint16))
+    fours = scratch_tensor("fours", torch.int32, 2 * words.numel()).copy_(words.view(-1).view(torch.uint16))
     torch.index_select(_fours(meaning, into.dtype), 0, fours, out=into.view(-1).view(torch.int64))
 
 

@@ -11,7 +11,7 @@ from functools import cache
 import torch
 
 from m2ray.model.quantization import shifts
-from m2ray.model.quantization.kept import kept
+from m2ray.model.quantization.scratch import scratch_tensor
 from m2ray.model.quantization.stored import settled
 
 Block = tuple[int, int] | None
@@ -147,8 +147,8 @@ class _Floats:
     """Makes 8-bit values float32, or, of float8_e4m3fn, 256 times smaller ones, again and again in the same memory: new memory costs more."""
 
     def __init__(self, elements: int, device: torch.device, *, smaller: bool) -> None:
-        self._floats = torch.empty(elements, device=device) if device.type != "cpu" else kept("floats", torch.float32, elements)
-        self._halves = kept("halves", torch.int16, elements) if smaller else None
+        self._floats = torch.empty(elements, device=device) if device.type != "cpu" else scratch_tensor("floats", torch.float32, elements)
+        self._halves = scratch_tensor("halves", torch.int16, elements) if smaller else None
 
     def __call__(self, values: torch.Tensor) -> torch.Tensor:
         floats = self._floats[: values.numel()].view(values.shape)

@@ -7,7 +7,7 @@ slower: where there are many of them, as in no trained weight, m2ray.model.quant
 import torch
 
 from m2ray.model.quantization.groups import is_exact, scale_groups
-from m2ray.model.quantization.kept import kept
+from m2ray.model.quantization.scratch import scratch_tensor
 
 _CACHED_ELEMENTS = 1 << 18
 """That are unpacked at one time: with what is made of them on the way they stay in a core's cache. Half or twice as many are slower."""
@@ -39,7 +39,7 @@ def write(values: torch.Tensor, factors: torch.Tensor, height: int, into: torch.
     num_rows, columns = values.shape
     by_row, size = factors.repeat_interleave(height, 0)[:num_rows], columns // factors.shape[1]
     step = min(max(1, _CACHED_ELEMENTS // columns), num_rows)
-    memory, codes = kept("bits", torch.int16, step, columns), values.view(torch.int8)
+    memory, codes = scratch_tensor("bits", torch.int16, step, columns), values.view(torch.int8)
     for some, scales, rows in zip(codes.split(step), by_row.split(step), into.split(step), strict=True):
         if _has_nan(some):
             rows.copy_((some.view(values.dtype).float().view(*scales.shape, size) * scales.unsqueeze(-1)).view(some.shape))
