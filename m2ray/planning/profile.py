@@ -88,7 +88,8 @@ class Profile:
     def require(self, compute_dtype: str, gpu_names: Sequence[str | None]) -> None:
         """Raise ConfigError, unless it was taken in this dtype and on GPUs like all of these (None for a CPU)."""
         if self.compute_dtype != compute_dtype:
-            raise ConfigError(f"The profile was taken in {self.compute_dtype}, the plan is for {compute_dtype}.", _AGAIN)
+            remedy = "Leave --profile out: `m2ray bench` multiplies no FP8." if compute_dtype == "float8" else _AGAIN
+            raise ConfigError(f"The profile was taken in {self.compute_dtype}, the plan is for {compute_dtype}.", remedy)
         others = sorted({str(name or "CPU") for name in gpu_names if not self._is_of(name)})
         if others:
             raise ConfigError(

@@ -134,6 +134,8 @@ def test_runs_that_were_measured_take_as_long_as_planned(kept: tuple[int, ...], 
 def test_a_profile_of_another_machine_dtype_or_kind_is_refused() -> None:
     with pytest.raises(ConfigError, match="NVIDIA H200; the plan has H100-80GB"):
         profiled("8xH100-80GB")
+    with pytest.raises(ConfigError, match="the plan is for float8. Leave --profile out"):
+        profiled(compute_dtype="float8")
     with pytest.raises(ConfigError, match="taken in bfloat16, the plan is for float32"):
         profiled("16xH200", compute_dtype="float32")
     with pytest.raises(ConfigError, match="no layer compiled"):
