@@ -148,9 +148,10 @@ class _Reader(NamedTuple):
             place.keep(at, num_bytes, partial(fetch, offset))
 
     def hash(self, run: torch.Tensor, _: Place, read: Read) -> None:
-        """Hash a run of a file's bytes that is in its place already."""
+        """Hash a run of a file's bytes that is in its place already. They count as read: whoever waits for this stage sees that it goes on."""
         for offset, at, num_bytes in read.pieces(PIECE_BYTES):
             self.digests.add(read.parts, offset, run[at : at + num_bytes].numpy().data)
+            self.checkpoint.count(num_bytes)
 
 
 def _name(layer: PackedLayer, checkpoint: Checkpoint) -> str:
