@@ -17,6 +17,7 @@ from m2ray.activations.writing.writer import WriterSpec
 from m2ray.batches import LayerSpan, MicroBatch, Residency
 from m2ray.chain import actor
 from m2ray.chain.job import Job
+from m2ray.chain.passage import Passage
 from m2ray.chain.status import StageStatus
 from m2ray.errors import StageMemoryError, StoreError
 from m2ray.model import interpreter
@@ -92,6 +93,25 @@ def test_a_reset_that_comes_late_does_nothing(monkeypatch: pytest.MonkeyPatch) -
     stage.reset(7, [])
     stage.reset(6, [])
     assert stage._turns.epoch == 7
+
+
+def test_a_job_may_go_while_it_is_closed_given_up_or_collected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The computing thread of a warm chain's stage takes the next one on: a stage that fails by that is started again, and loads again."""
+    stage, done = stage_of(StageSpec("", LayerSpan(0, 5), "float32", "auto", "cpu", 1), monkeypatch), []
+    job = SimpleNamespace(
+        is_closed=False,
+        close=lambda: done.append("closed"),
+        abandon=lambda *_: done.append("given up"),
+        collect=lambda *_: done.append("collected") or (),
+    )
+    for ask in (stage.close, lambda: stage.reset(1, []), lambda: stage.gather(1, -1, 7, "attempt", ())):
+        once = iter([job])
+        with monkeypatch.context() as patch:
+            patch.setattr(Passage, "job", property(lambda _, once=once: next(once, None)), raising=False)
+            ask()
+    assert done == ["closed", "given up", "given up", "collected"]
+    stage._turns.watch(1, 0.0)
+    stage.leave()
 
 
 def a_job(folder: Path) -> Job:

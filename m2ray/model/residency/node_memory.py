@@ -125,7 +125,8 @@ class NodeMemory:
     def _asked_for(self, timeout_s: float) -> int:
         """A descriptor of what another process has filled; -1 if there is none."""
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-            pid, found = 0, []
+            pid = 0
+            found: list[int] = []
             connection.settimeout(max(timeout_s, 0.001))
             try:
                 connection.connect(self._address)
