@@ -240,8 +240,9 @@ class StageActor:
 
     @property
     def threads(self) -> "list[ThreadPoolExecutor]":
-        """Those behind its doors."""
-        return self._passage.threads
+        """Those behind its doors, and those of its job."""
+        job = self._passage.job
+        return [*self._passage.threads, *(job.threads if job is not None else ())]
 
     # -- inside -------------------------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import threading
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -126,6 +127,26 @@ def waving(folder: Path, span: tuple[int, int], monkeypatch: pytest.MonkeyPatch)
     stage._build()
     stage._take_on(a_job(folder))
     return stage
+
+
+def test_a_writer_behind_a_store_that_hangs_is_among_what_a_stage_waits_for_at_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever ends it (here.py) then ends the process; Python itself waits for such a thread, and says nothing."""
+    make_family(tmp_path / "llama", "llama")
+    stage, may_write = waving(tmp_path, (0, 5), monkeypatch), threading.Event()
+    job = stage._passage.job
+    assert job is not None
+    job._writer._lanes[0].submit(may_write.wait, 30)
+    stage.close()
+    stage.leave()
+    ending = threading.Thread(target=lambda: [threads.shutdown() for threads in stage.threads])
+    ending.start()
+    ending.join(0.2)
+    assert ending.is_alive()
+    may_write.set()
+    ending.join(30)
+    assert not ending.is_alive()
 
 
 def part_of_shard(index: int) -> MicroBatch:

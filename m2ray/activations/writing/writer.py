@@ -113,6 +113,11 @@ class ActivationWriter:
         """Parts that are durable, those of attempts that failed later too."""
         return self._stored_parts
 
+    @property
+    def threads(self) -> list[ThreadPoolExecutor]:
+        """Those that write, and those that finish."""
+        return [*self._lanes, self._finishers]
+
     # -- a shard's way ------------------------------------------------------------------------------------------------
 
     def submit(self, attempt: str, micro_batch: MicroBatch, captured: Sequence[CapturedLayer], timeout_s: float) -> None:
@@ -191,7 +196,7 @@ class ActivationWriter:
         try:
             self._end(opened, timeout_s)
         finally:
-            for threads in (*self._lanes, self._finishers):
+            for threads in self.threads:
                 threads.shutdown(wait=False)
 
     # -- inside -------------------------------------------------------------------------------------------------------
