@@ -61,7 +61,7 @@ def cluster_ahead(connect_timeout_s: float, say: Callable[[str], None]) -> Itera
     Ray gives up by itself where something lacks. One that hangs is left to that thread, for which the program does not wait at its end.
     """
     begun: Future[None] = Future()
-    is_over = threading.Event()
+    is_over, deadline = threading.Event(), time.monotonic() + START_S
     with ExitStack() as at_the_end, ExitStack() as stack:
         at_the_end.callback(is_over.set)
         held = _SHARED.use(connect_timeout_s, say), stack, begun, is_over
@@ -72,9 +72,9 @@ def cluster_ahead(connect_timeout_s: float, say: Callable[[str], None]) -> Itera
             if not begun.done():
                 say("Ray is being started, and ends as soon as it is there.")
             with undisturbed():
-                wait([begun], START_S)
+                wait([begun], max(0.0, deadline - time.monotonic()))
             if not begun.done():
-                say(f"Ray is not there after {START_S:g} s more, and is left behind.")
+                say(f"Ray is not there after {START_S:g} s, and is left behind.")
 
 
 def _hold(using: AbstractContextManager[None], stack: ExitStack, begun: Future[None], is_over: threading.Event) -> None:
@@ -97,7 +97,11 @@ def wait_for(begun: Future[None]) -> None:
     try:
         begun.result(START_S)
     except TimeoutError as error:
-        raise ClusterError(f"Ray is not there after {START_S:g} s.", f"m2ray doctor tells what may keep it. {GOES_ON}") from error
+        raise _late() from error
+
+
+def _late() -> ClusterError:
+    return ClusterError(f"Ray is not there after {START_S:g} s.", f"m2ray doctor tells what may keep it. {GOES_ON}")
 
 
 def require_cluster() -> None:
@@ -118,9 +122,19 @@ class _Shared:
         self._users = 0
 
     @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """While another thread joins or starts it, that one is waited for. Raises ClusterError: it hangs."""
+        if not self._lock.acquire(timeout=START_S):
+            raise _late()
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+    @contextmanager
     def use(self, connect_timeout_s: float, say: Callable[[str], None]) -> Iterator[None]:
         """Raises ClusterError."""
-        with self._lock, sigterm_kept():
+        with self._locked(), sigterm_kept():
             if not ray.is_initialized():  # else whoever called m2ray.extract has a cluster, and keeps it, or another call has
                 self._ours, self._users = _connected(connect_timeout_s, say), 0
             ours = self._ours

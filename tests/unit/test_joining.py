@@ -138,7 +138,9 @@ def test_a_ray_that_hangs_is_neither_waited_for_without_end_nor_held_once_it_com
     assert time.monotonic() - begin < 5
     (holding,) = (thread for thread in threading.enumerate() if thread.name == "cluster")
     assert holding.daemon, "the program's end does not wait for it"
-    assert capsys.readouterr().out.endswith("Ray is not there after 0.1 s more, and is left behind.\n")
+    assert capsys.readouterr().out.endswith("Ray is not there after 0.1 s, and is left behind.\n")
+    with pytest.raises(ClusterError, match="Ray is not there after 0.1 s"), cluster(1):
+        pytest.fail("another thread of this process is still at it")
     may_start.set()
     holding.join(30)
     assert fake.told == ["started", "ended"]
