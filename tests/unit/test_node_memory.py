@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 from m2ray.errors import StageError
+from m2ray.model.residency import node_memory
 from m2ray.model.residency.node_memory import NodeMemory, Porter
 
 NUM_BYTES = 8 * 2**20
@@ -150,6 +152,33 @@ def test_one_that_never_gives_anything_is_not_asked_for_ever(names: list[str]) -
         assert time.process_time() - begin < 0.3, "it is asked now and then"
         standing_in.shutdown(socket.SHUT_RDWR)
         answering.join(30)
+
+
+@pytest.mark.timeout(60)
+def test_the_collector_may_end_a_piece_on_the_thread_that_hands_it_out(
+    names: list[str], porter: Porter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stage whose load failed is found by it at any moment, as this thread makes an object."""
+    name, found = f"{names[0]}-left", node_memory._peer
+    piece = NodeMemory(name, NUM_BYTES)
+    porter.look_after(piece)
+    held = [piece.map(writable=True)]
+    weakref.finalize(held[0], piece.leave).atexit = False
+    piece.offer()
+
+    def collecting(connection: socket.socket) -> tuple[int, int, int]:
+        if threading.current_thread().name == "packed, handed out":
+            held.clear()
+        return found(connection)
+
+    monkeypatch.setattr(node_memory, "_peer", collecting)
+    other = NodeMemory(name, NUM_BYTES)
+    other.wait(30)
+    assert not other.is_ours
+    assert not held
+    other.close()
+    while not piece.is_closed:
+        time.sleep(0.01)
 
 
 def refuse_all(listening: socket.socket) -> None:

@@ -34,6 +34,7 @@ class NodeMemory:
     Attributes:
         is_ours: whether this process has to fill it.
         is_closed: whether it hands out nothing any more; what is mapped stays mapped.
+        is_left: whether this process maps it no more.
     """
 
     def __init__(self, name: str, num_bytes: int) -> None:
@@ -49,7 +50,7 @@ class NodeMemory:
         self._num_bytes = num_bytes
         self._lock = threading.Lock()
         self._is_filled = False
-        self.is_closed = False
+        self.is_closed = self.is_left = False
         self._memory = -1
         self._listening: socket.socket | None = None
         self._take_the_name()
@@ -110,6 +111,10 @@ class NodeMemory:
                 connection.settimeout(_TICK_S)
                 if _peer(connection)[1] == os.geteuid():
                     socket.send_fds(connection, [b"\0"], [self._memory])
+
+    def leave(self) -> None:
+        """Have it closed soon, by the thread that hands it out. Python's collector calls this on any thread, that one too: it takes no lock."""
+        self.is_left = True
 
     def close(self) -> None:
         """Hand it out no more."""
@@ -174,6 +179,9 @@ class Porter:
 
 def _hand_out(pieces: list[NodeMemory]) -> None:
     while still_there := [piece for piece in pieces if not piece.is_closed]:
+        for piece in still_there:
+            if piece.is_left:
+                piece.close()
         asked = select.poll()
         listening = {piece.listen(): piece for piece in still_there}
         for number in listening.keys() - {-1}:
