@@ -245,21 +245,21 @@ def cut(stored: StoredTensor, rows: tuple[int, int] | None, into: torch.Tensor) 
     """
     into = into if stored.swapped is None else into.transpose(*stored.swapped)
     values, step = stored.parts[0], stored.step_rows
+    rows_of = tuple(part.rows for part in stored.parts) if step else ()
     if into.dim() == 0 or not step or (rows is None and values.header.num_bytes <= PIECE_BYTES):
-        yield _piece(stored, (0, stored.num_rows), into)
+        yield _piece(stored, (0, stored.num_rows), into, rows_of)
         return
     first, stop = rows or (0, stored.num_rows)
     fitting = PIECE_BYTES * stored.num_rows // max(values.header.num_bytes, 1)
     step = max(1, fitting // step) * step
     for start in range(first, stop, step):
         end = min(start + step, stop)
-        yield _piece(stored, (start, end), into[start - first : end - first])
+        yield _piece(stored, (start, end), into[start - first : end - first], rows_of)
 
 
-def _piece(stored: StoredTensor, rows: tuple[int, int], into: torch.Tensor) -> RowsToLoad:
+def _piece(stored: StoredTensor, rows: tuple[int, int], into: torch.Tensor, rows_of: tuple[int, ...]) -> RowsToLoad:
     """Where some of a tensor's rows lie."""
-    parts = {part.name: _range(part, *rows) for part in stored.parts}
-    return RowsToLoad(stored.key, parts, stored.unpack, into, tuple(part.rows for part in stored.parts) if stored.step_rows else ())
+    return RowsToLoad(stored.key, {part.name: _range(part, *rows) for part in stored.parts}, stored.unpack, into, rows_of)
 
 
 def _range(part: Part, first: int, stop: int) -> Range:

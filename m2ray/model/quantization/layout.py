@@ -14,6 +14,9 @@ from m2ray.model.quantization.stored import MISMATCH, Method, Part, StoredTensor
 MethodOf = Callable[[str], Method | None]
 """The method of a module of a decoder layer that has weights, by its name; None where the configuration names none."""
 
+Form = tuple[object, ...]
+"""The endings of a tensor's keys, with the dtype and the shape of each."""
+
 UNREAD = re.compile(
     r"(?:\.|_)(?:activation|input|output|q|k|v|kv)_(?:global_)?scale(?:_inv|_ub)?$|\.(?:activation|input)_scale_inv$|\.qscale_(?:act|input)$"
 )
@@ -59,9 +62,21 @@ class Layout:
     def stored(self, headers: Mapping[str, TensorHeader]) -> dict[str, StoredTensor]:
         """Every tensor of these headers, by the key that it has where nothing is quantised. What cannot be read says why in its `problems`."""
         tensors: dict[str, StoredTensor] = {}
+        alike: dict[Form, StoredTensor] = {}  # a layer has hundreds of experts of one form
         for whole, keys in self.group(headers).items():
-            tensors.update(self._store(whole, {key: headers[key] for key in keys}))
+            form = _form(whole, keys, headers)
+            if form in alike:
+                tensors[whole] = _as(alike[form], whole, headers)
+                continue
+            stored = self._store(whole, {key: headers[key] for key in keys})
+            tensors.update(stored)
+            if self._is_told_by_form(stored):
+                alike[form] = stored[whole]
         return tensors
+
+    def _is_told_by_form(self, stored: Mapping[str, StoredTensor]) -> bool:
+        """Whether every tensor of this one's form is stored as it is: by the only method, and nothing is wrong with it."""
+        return len(self.methods) == 1 and len(stored) == 1 and all(each.unpack and not each.problems for each in stored.values())
 
     def _store(self, whole: str, found: Mapping[str, TensorHeader]) -> dict[str, StoredTensor]:
         if len(found) == 1 and whole in found and found[whole].dtype.itemsize > 1:
@@ -83,6 +98,20 @@ class Layout:
     def _first_endings(self) -> tuple[str, ...]:
         """Of the parts that hold values, and that of a tensor that is not packed."""
         return tuple({"": None, **{ending: None for method in self.methods for ending in next(iter(method.parts.values()))}})
+
+
+def _form(whole: str, keys: Iterable[str], headers: Mapping[str, TensorHeader]) -> Form:
+    """All that a method looks at of a tensor, but for its name, which it only hands on."""
+    stem_chars = len(whole.removesuffix(".weight"))
+    found = ((key, headers[key]) for key in keys)
+    return whole[stem_chars:], *((key[stem_chars:], header.dtype, header.shape) for key, header in found)
+
+
+def _as(other: StoredTensor, whole: str, headers: Mapping[str, TensorHeader]) -> StoredTensor:
+    """The tensor `whole`, stored as another one of its form."""
+    stem, stem_chars = whole.removesuffix(".weight"), len(other.key.removesuffix(".weight"))
+    parts = tuple(Part(name, key := stem + its_key[stem_chars:], headers[key], rows) for name, its_key, _, rows in other.parts)
+    return StoredTensor(whole, other.shape, parts, other.unpack, other.swapped, (), other.method)
 
 
 def plain(key: str, header: TensorHeader) -> StoredTensor:
