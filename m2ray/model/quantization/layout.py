@@ -1,7 +1,7 @@
 """A checkpoint's layout: the methods that its configuration names, which of its tensors belong together, and which modules are quantised."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from functools import cached_property
@@ -48,14 +48,14 @@ class Layout:
         keys = set(keys)
         groups: dict[str, list[str]] = {}
         for key in sorted(keys):
-            groups.setdefault(self._whole(key, keys), []).append(key)
+            groups.setdefault(self._whole(key, keys, groups), []).append(key)
         return groups
 
-    def _whole(self, key: str, keys: AbstractSet[str]) -> str:
+    def _whole(self, key: str, keys: AbstractSet[str], known: Container[str]) -> str:
         for ending in self._endings:
             if key.endswith(ending):
                 whole = whole_key(key, ending)
-                if any(part_key(whole, first) in keys for first in self._first_endings):
+                if whole in known or any(part_key(whole, first) in keys for first in self._first_endings):
                     return whole
         return key
 
@@ -68,15 +68,17 @@ class Layout:
             if form in alike:
                 tensors[whole] = _as(alike[form], whole, headers)
                 continue
-            stored = self._store(whole, {key: headers[key] for key in keys})
+            found = {key: headers[key] for key in keys}
+            stored = self._store(whole, found)
             tensors.update(stored)
-            if self._is_told_by_form(stored):
+            if self._is_told_by_form(whole, found, stored):
                 alike[form] = stored[whole]
         return tensors
 
-    def _is_told_by_form(self, stored: Mapping[str, StoredTensor]) -> bool:
-        """Whether every tensor of this one's form is stored as it is: by the only method, and nothing is wrong with it."""
-        return len(self.methods) == 1 and len(stored) == 1 and all(each.unpack and not each.problems for each in stored.values())
+    def _is_told_by_form(self, whole: str, found: Mapping[str, TensorHeader], stored: Mapping[str, StoredTensor]) -> bool:
+        """Whether every tensor of this one's form is stored as it is: by the only method that takes it, and nothing is wrong with it."""
+        is_right = all(each.unpack and not each.problems for each in stored.values())
+        return is_right and sum(_takes(method, whole, found) for method in self.methods) == 1
 
     def _store(self, whole: str, found: Mapping[str, TensorHeader]) -> dict[str, StoredTensor]:
         if len(found) == 1 and whole in found and found[whole].dtype.itemsize > 1:
