@@ -52,21 +52,21 @@ def measured(folder: Path, model: Path, batch_tokens: int, longest: int, compile
     parameters = report["parameter_bytes"]
     return [
         Row(
-            f"GPU peak, {what}",
+            f"GPU peak as planned, {what}",
             gpu["planned_peak_bytes"] / 1e9,
-            "GB planned",
+            "GB",
             peak_bytes / 1e9,
-            "GB measured",
+            "measured",
             gpu["planned_peak_bytes"] / peak_bytes,
             "1.00 to 1.10",
             note,
         ),
         Row(
-            f"parameter bytes, {what}",
+            f"parameter bytes as planned, {what}",
             parameters["planned"],
-            "bytes planned",
+            "bytes",
             parameters["measured"],
-            "bytes loaded",
+            "loaded",
             parameters["planned"] / parameters["measured"],
             "1",
         ),

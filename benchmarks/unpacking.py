@@ -51,15 +51,15 @@ def measure(pieces: int) -> list[Row]:
             stored = layout_of(checkpoint.whole_config).stored(checkpoint.headers)["model.layers.0.mlp.up_proj.weight"]
             parts = {part.name: checkpoint.read(part.key) for part in stored.parts}
             if fmt == "fp8-ue8m0":
-                rows.append(_row(stored, parts, pieces, ", all codes as frequent"))
+                rows.append(_row(fmt, stored, parts, pieces, ", all codes as frequent"))
             if parts["values"].dtype == torch.float8_e4m3fn:
                 trained = torch.randn(stored.shape, generator=torch.Generator().manual_seed(1)) * 100
                 parts["values"] = trained.clamp(-448, 448).to(torch.float8_e4m3fn)
-            rows.append(_row(stored, parts, pieces))
+            rows.append(_row(fmt, stored, parts, pieces))
     return rows
 
 
-def _row(stored: StoredTensor, parts: dict[str, torch.Tensor], pieces: int, kind: str = "") -> Row:
+def _row(fmt: str, stored: StoredTensor, parts: dict[str, torch.Tensor], pieces: int, kind: str = "") -> Row:
     weights = [torch.zeros(stored.shape, dtype=torch.bfloat16) for _ in range(pieces)]
     source = torch.ones(stored.shape, dtype=torch.bfloat16)
     num_bytes = pieces * source.nbytes
@@ -74,7 +74,7 @@ def _row(stored: StoredTensor, parts: dict[str, torch.Tensor], pieces: int, kind
     copied, unpacked = _bytes_per_s((copy, unpack), weights, num_bytes)
     note = f"a copy of as many bytes, alternating: {copied:.1f} GB/s"
     return Row(
-        stored.method + kind,
+        f"{fmt}: {stored.method}{kind}",  # several formats are one method
         unpacked,
         "GB/s of bfloat16",
         copied,

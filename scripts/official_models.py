@@ -23,8 +23,8 @@ _HEAD = f"""# Official models
 What m2ray makes of releases by their own config.json, with transformers {transformers.__version__}. [tests/data/official](../tests/data/official/README.md) has
 the fields and says where they were found. Written by `python -m scripts.official_models`; tests hold it against what the code says.
 
-*Weights* are those that a run loads (all layers and the embedding) in bfloat16, as `m2ray plan` counts them, and whether that fits on {GPUS}. *Proved*: a tiny copy of
-that very configuration gave transformers' own rows ([models](models.md)). Where only the layout of the quantised weights is in the way, the rest of the
+*Weights* are those that a run loads (all layers and the embedding) in bfloat16, as `m2ray plan` counts them, and whether the run fits on {GPUS}: with all layers ready, or
+with some [packed](planning.md#where-weights-live) as on disk. *Proved*: a tiny copy of that very configuration gave transformers' own rows ([models](models.md)). Where only the layout of the quantised weights is in the way, the rest of the
 configuration was tried without it. DeepSeek-V3.1-NVFP4's layout stands in a file of its own (hf_quant_config.json), of which its config.json knows nothing.
 MiniMax-M3-NVFP4's list of quantised layers is not among the fields there.
 
@@ -42,10 +42,10 @@ def row_of(model: str) -> str:
     """A release's line of the page."""
     fields = json.loads((FACTS / f"{model}.json").read_text())
     text = fields.get("text_config") or fields
-    outcome, planned = _outcome(fields), "| "
+    outcome, told = _outcome(fields), "| "
     if outcome == "proved":
-        planned = _planned(model)
-    return f"| {model} | `{fields['model_type']}` | {text['num_hidden_layers']} | {planned} | {outcome} |"
+        told = planned(model)
+    return f"| {model} | `{fields['model_type']}` | {text['num_hidden_layers']} | {told} | {outcome} |"
 
 
 def _outcome(fields: dict[str, Any]) -> str:
@@ -75,9 +75,12 @@ def _without_quantization(fields: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _planned(model: str) -> str:
+def planned(model: str) -> str:
+    """The bytes of its weights, and whether a run of all layers fits."""
     plan, _ = make_plan(PlanConfig.from_sources(None, {"model": str(FACTS / f"{model}.json"), "gpus": GPUS}))
-    return f"{plan.weights.loaded_bytes / 1e9:,.1f} | {'fits' if plan.fits else 'does not fit'}"
+    is_packed = any(place != "gpu" for each in plan.placed for place in each.residency.values())
+    verdict = "does not fit" if not plan.fits else "fits packed" if is_packed else "fits"
+    return f"{plan.weights.loaded_bytes / 1e9:,.1f} | {verdict}"
 
 
 def main() -> None:

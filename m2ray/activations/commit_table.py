@@ -3,10 +3,11 @@
 Arrow takes commits apart that are just what m2ray writes. Any other is read as `read_commit` reads it, which says what is wrong.
 """
 
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -40,6 +41,8 @@ _COMMIT = pa.schema(
         ("parts", pa.list_(pa.struct([(name, MANIFEST_SCHEMA.field(name).type) for name in _OF_A_PART]))),
     ]
 )
+_Done = TypeVar("_Done")
+
 _LAYERS = 1 << 32
 """More than a model has: a site's number times this and a layer's number are one number."""
 
@@ -66,7 +69,8 @@ def read_committed(store: Store, job: JobRecord, shards: Iterable[int]) -> Commi
     at_once = _REQUESTS_AT_ONCE if store.folder is None else _FILES_AT_ONCE
     with ThreadPoolExecutor(at_once, thread_name_prefix="commits") as reading, ThreadPoolExecutor(_PARSED_AT_ONCE) as parsing:
         try:
-            found = list(parsing.map(partial(_table, store, job, _Kinds(job)), tasks, reading.map(partial(_read, store), tasks)))
+            read = _ahead(reading, partial(_read, store), at_once, tasks)
+            found = list(_ahead(parsing, partial(_table, store, job, _Kinds(job)), 2 * _PARSED_AT_ONCE, tasks, read))
         finally:
             reading.shutdown(cancel_futures=True)
             parsing.shutdown(cancel_futures=True)
@@ -92,6 +96,17 @@ class _Kinds:
         numbers = of_sites * _LAYERS + layers.fill_null(-1).to_numpy()
         found = np.searchsorted(self.numbers, numbers).clip(max=len(self.numbers) - 1)
         return found if np.array_equal(self.numbers[found], numbers) else None
+
+
+def _ahead(pool: ThreadPoolExecutor, work: Callable[..., _Done], at_once: int, *arguments: Iterable[Any]) -> Iterator[_Done]:
+    """`pool.map` that takes no more than `at_once` ahead: what is read would else pile up before those that parse it, all commits of a run."""
+    waiting: deque[Future[_Done]] = deque()
+    for some in zip(*arguments, strict=True):
+        waiting.append(pool.submit(work, *some))
+        if len(waiting) >= at_once:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
 
 
 def _read(store: Store, numbers: Sequence[int]) -> list[bytes]:

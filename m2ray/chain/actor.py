@@ -110,9 +110,10 @@ class StageActor:
         """
         self._passage.successor = successor
         if successor is not None:
-            assert self._passage.job is not None, "begin() comes first"
-            handed_bytes = self._passage.job.batch_tokens * self._passage.stages[-1].handed_bytes
-            self._passage.job.sends_by(self._passage.outgoing.connect(successor, self._status.node_id, handed_bytes, self._timeout_s))
+            job = self._passage.job
+            assert job is not None, "begin() comes first"
+            handed_bytes = job.batch_tokens * self._passage.stages[-1].handed_bytes
+            job.sends_by(self._passage.outgoing.connect(successor, self._status.node_id, handed_bytes, self._timeout_s))
 
     @ray.method(concurrency_group="control")
     def connect(self, offer: Offer) -> str:
@@ -195,8 +196,9 @@ class StageActor:
         """Add this stage's receipts of a shard whose last micro-batch is `step`, once all its parts are durable, and pass them on."""
         with self._turns.guarded(epoch):
             self._turns.wait(epoch, lambda: self._turns.done > step, self._passage.limit_s, f"the rows of micro-batch {step}")
-            assert self._passage.job is not None, "begin() comes first"
-            receipts = (*receipts, *self._passage.job.collect(shard, attempt, self._timeout_s))
+            job = self._passage.job
+            assert job is not None, "begin() comes first"
+            receipts = (*receipts, *job.collect(shard, attempt, self._timeout_s))
             if self._passage.successor is not None:
                 self._passage.successor.gather.remote(epoch, step, shard, attempt, receipts)
                 return
@@ -225,8 +227,9 @@ class StageActor:
     @ray.method(concurrency_group="control")
     def close(self) -> None:
         """End the job and its writers; unfinished parts are given up."""
-        if self._passage.job is not None:
-            self._passage.job.close()
+        job = self._passage.job  # the computing thread may take the next one on meanwhile
+        if job is not None:
+            job.close()
 
     def leave(self) -> None:
         """End this stage's threads, each after what it is at: of a stage that has no process of its own, which would end with it."""
@@ -237,8 +240,9 @@ class StageActor:
 
     @property
     def threads(self) -> "list[ThreadPoolExecutor]":
-        """Those behind its doors."""
-        return self._passage.threads
+        """Those behind its doors, and those of its job."""
+        job = self._passage.job
+        return [*self._passage.threads, *(job.threads if job is not None else ())]
 
     # -- inside -------------------------------------------------------------------------------------------------------
 

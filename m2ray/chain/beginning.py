@@ -14,7 +14,7 @@ from m2ray.activations.writing.commits import Run, claim_run, go_on_with
 from m2ray.batches import PromptStats, Shard
 from m2ray.chain.checking import Inputs, look
 from m2ray.chain.here import hardware_here, needs_cluster
-from m2ray.chain.joining import cluster, cluster_ahead
+from m2ray.chain.joining import cluster, cluster_ahead, wait_for
 from m2ray.chain.probing import Hardware, probe_hardware, require_versions
 from m2ray.chain.progress import Progress
 from m2ray.chain.stopping import GOES_ON, NOTHING_WRITTEN, Stop
@@ -193,7 +193,7 @@ def _hardware(inputs: Inputs, stack: ExitStack, progress: Progress, ahead: Futur
         return alone
     progress.waiting("cluster", "joining Ray" if os.environ.get("RAY_ADDRESS") else "starting Ray on this machine")
     if ahead is not None:
-        ahead.result()  # in at most placement_timeout_s, as what comes next
+        wait_for(ahead)
     stack.enter_context(cluster(options.placement_timeout_s, progress.say))
     hardware = probe_hardware(options.node_labels, options.watched_folder)
     require_versions(hardware.cluster)

@@ -17,6 +17,8 @@ from m2ray.model.stage import Stage
 from m2ray.model.stage_output import StageOutput
 
 if TYPE_CHECKING:
+    from concurrent.futures import ThreadPoolExecutor
+
     from m2ray.activations.writing.capture_writer import CaptureWriter
 
 _CLOSE_S = 60.0
@@ -103,6 +105,11 @@ class JobHere:
         self.is_closed = True
         for consumer in self._consumers:
             consumer.close(_CLOSE_S)
+
+    @property
+    def threads(self) -> "list[ThreadPoolExecutor]":
+        """Those of its writers: a store that hangs keeps them."""
+        return self._writer.threads
 
     def sends_by(self, transport: str) -> None:
         """Hidden states go to the next stage in this way."""

@@ -7,8 +7,8 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack, contextmanager
+from concurrent.futures import Future, wait
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 import ray
@@ -24,6 +24,9 @@ _RAYS_PART = "/m2ray-12345678/r/session_2026-01-31_23-59-59_999999_4194304/socke
 """What stands behind the temporary folder in the longest path of a socket of Ray's."""
 
 _REMOVE_S, _LOOK_S = 10.0, 0.05
+
+START_S = 300.0
+"""What Ray may take to be there or to say why not; its own limits add up to half of that."""
 
 _SHORT = ("/tmp", "/var/tmp")  # noqa: S108 - a folder of this user alone is made in it
 
@@ -53,18 +56,52 @@ def cluster(connect_timeout_s: float, say: Callable[[str], None] = lambda _: Non
 @contextmanager
 def cluster_ahead(connect_timeout_s: float, say: Callable[[str], None]) -> Iterator[Future[None]]:
     """Begin to join or start it in a thread, beside what follows, and hold it until the context ends. What is given is done once it is there, and
-    fails as `cluster` would; `cluster` shares it.
+    fails as `cluster` would (`wait_for`); `cluster` shares it.
+
+    Ray gives up by itself where something lacks. One that hangs is left to that thread, for which the program does not wait at its end.
     """
-    # The thread ends last: Ray asks the kernel to kill its processes with the thread that started them, and what then ends Ray waits for them in vain.
-    with ThreadPoolExecutor(1, "cluster") as thread, ExitStack() as stack:
-        begun = thread.submit(lambda: stack.enter_context(_SHARED.use(connect_timeout_s, say)))
+    begun: Future[None] = Future()
+    is_over, deadline = threading.Event(), time.monotonic() + START_S
+    with ExitStack() as at_the_end, ExitStack() as stack:
+        at_the_end.callback(is_over.set)
+        held = _SHARED.use(connect_timeout_s, say), stack, begun, is_over
+        threading.Thread(target=_hold, args=held, name="cluster", daemon=True).start()
         try:
             yield begun
         finally:
             if not begun.done():
                 say("Ray is being started, and ends as soon as it is there.")
             with undisturbed():
-                wait([begun])
+                wait([begun], max(0.0, deadline - time.monotonic()))
+            if not begun.done():
+                say(f"Ray is not there after {START_S:g} s, and is left behind.")
+
+
+def _hold(using: AbstractContextManager[None], stack: ExitStack, begun: Future[None], is_over: threading.Event) -> None:
+    """Enter what others end, and stay until they have: Ray asks the kernel to kill its processes with the thread that started them, and what then
+    ends Ray waits for them in vain.
+    """
+    try:
+        stack.enter_context(using)
+    except BaseException as error:  # noqa: BLE001 - handed to whoever waits for it
+        begun.set_exception(error)
+    else:
+        begun.set_result(None)
+    while not is_over.wait(START_S):
+        pass
+    stack.close()  # what came after they had given up
+
+
+def wait_for(begun: Future[None]) -> None:
+    """Wait for what `cluster_ahead` gave. Raises ClusterError as `cluster` does, and where it hangs."""
+    try:
+        begun.result(START_S)
+    except TimeoutError as error:
+        raise _late() from error
+
+
+def _late() -> ClusterError:
+    return ClusterError(f"Ray is not there after {START_S:g} s.", f"m2ray doctor tells what may keep it. {GOES_ON}")
 
 
 def require_cluster() -> None:
@@ -85,9 +122,19 @@ class _Shared:
         self._users = 0
 
     @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """While another thread joins or starts it, that one is waited for. Raises ClusterError: it hangs."""
+        if not self._lock.acquire(timeout=START_S):
+            raise _late()
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+    @contextmanager
     def use(self, connect_timeout_s: float, say: Callable[[str], None]) -> Iterator[None]:
         """Raises ClusterError."""
-        with self._lock, sigterm_kept():
+        with self._locked(), sigterm_kept():
             if not ray.is_initialized():  # else whoever called m2ray.extract has a cluster, and keeps it, or another call has
                 self._ours, self._users = _connected(connect_timeout_s, say), 0
             ours = self._ours
@@ -95,13 +142,12 @@ class _Shared:
         try:
             yield
         finally:
-            with self._lock:
+            with undisturbed(), self._lock:
                 if self._ours is ours:
                     self._users -= 1
                     if ours is not None and not self._users:
                         self._ours = None
-                        with undisturbed():
-                            ours.close()
+                        ours.close()
 
 
 _SHARED = _Shared()

@@ -153,8 +153,9 @@ class Passage:
         ray.get(taken, timeout=self.limit_s)
 
     def _give_to_writer(self, epoch: int, attempt: str, output: StageOutput, leaves: bool) -> None:  # noqa: FBT001 - private
-        assert self.job is not None
-        self.job.give(attempt, output, partial(self._turns.require, epoch), self._timeout_s, leaves=leaves)
+        job = self.job
+        assert job is not None
+        job.give(attempt, output, partial(self._turns.require, epoch), self._timeout_s, leaves=leaves)
         if leaves:
             self._turns.finish_step(epoch)
 
@@ -183,17 +184,15 @@ class Passage:
         """
         # Also of a job that has been closed: what waits, and the last mark, would go into the next one's waves. What comes later comes behind it.
         dropped = self.compute.thread.submit(self._gathering.drop)
-        if self.job is None or self.job.is_closed:
+        job = self.job  # the computing thread may take the next one on meanwhile
+        if job is None or job.is_closed:
             return  # it is still loading, or taking a job on, which goes on in any epoch
-        self._abandon(attempts)
+        limit_s = self._timeout_s / 4  # a reset has to end within `timeout_s`
+        job.abandon(attempts, limit_s)
         for door in self._doors:
             door.drain(self._timeout_s)
         dropped.result(self._timeout_s)
-        self._abandon(attempts)  # what was being computed may have opened its attempt again
-
-    def _abandon(self, attempts: Sequence[tuple[int, str]]) -> None:
-        if self.job is not None:
-            self.job.abandon(attempts, self._timeout_s / 4)  # a reset has to end within `timeout_s`
+        job.abandon(attempts, limit_s)  # what was being computed may have opened its attempt again
 
     @property
     def threads(self) -> "list[ThreadPoolExecutor]":

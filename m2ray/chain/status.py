@@ -37,7 +37,7 @@ class StageStatus:
 
     Attributes:
         node, device, node_id, pid: where it runs; the devices in words, Ray's id of the node, and the process.
-        needed_bytes: of the checkpoint, which it has to read. read_bytes: of them, read so far. load_s: from the call to the last tensor
+        needed_bytes: of the checkpoint, which it loads. read_bytes: of them, read so far, by it or by another process of its node. load_s: from the call to the last tensor
             in place. warm_up_left: micro-batches of zeros that it still has to run before the first real one, now.
         parameter_bytes: in memory.
         tokens, padded_tokens: real ones, and computed ones.

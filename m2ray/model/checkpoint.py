@@ -96,7 +96,7 @@ class Checkpoint:
 
     @property
     def bytes_read(self) -> int:
-        """Bytes of tensors that `read` has fetched so far; headers and the index apart."""
+        """Bytes of tensors that are fetched by now, by `read` or, as `count` was told, by another process; headers and the index apart."""
         return self._bytes_read
 
     def check(self) -> None:
@@ -135,7 +135,7 @@ class Checkpoint:
         num_bytes = prod(shape) * header.dtype.itemsize
         if num_bytes:
             self._store.read_into(header.file, offset, tensor.reshape(-1).view(torch.uint8).numpy().data)
-        self._count(num_bytes)
+        self.count(num_bytes)
         return tensor
 
     def read_extent(self, file: str, offset: int, out: memoryview) -> None:
@@ -145,7 +145,7 @@ class Checkpoint:
             StoreError: the file ends before that, or cannot be read.
         """
         self._store.read_into(file, offset, out)
-        self._count(len(out))
+        self.count(len(out))
 
     def versions(self, files: Iterable[str]) -> Mapping[str, str]:
         """What changes whenever one of these files is written anew, by name. Raises StoreError: a file is gone, or cannot be looked at."""
@@ -160,7 +160,8 @@ class Checkpoint:
                 "Leave the model's files as they are while a run reads them. Committed shards are whole; put the files back and run it again.",
             )
 
-    def _count(self, num_bytes: int) -> None:
+    def count(self, num_bytes: int) -> None:
+        """So many bytes of tensors have come. Any thread may call."""
         with self._lock:
             self._bytes_read += num_bytes
 

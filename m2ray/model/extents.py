@@ -69,10 +69,11 @@ class RowsToLoad(NamedTuple):
     def in_one_run(self) -> tuple[Range, ...]:
         """The values, and the parts that follow them without a gap, as they do."""
         values, *others = self.parts.values()
-        run = [values]
+        run, stop = [values], values.stop
         for part in others:
-            if part.file == values.file and part.offset == run[-1].stop:
+            if part.offset == stop and part.file == values.file:
                 run.append(part)
+                stop = part.stop
         return tuple(run)
 
     @property

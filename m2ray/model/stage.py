@@ -219,17 +219,19 @@ class Stage:
         if self._on_gpu:
             # The blocks that torch's allocator keeps from the largest micro-batch serve all others; those of smaller ones would not serve it.
             self._try(shapes[:1], on_left)
-        self._of_the_job.encoder = Encoder()  # these rows are nobody's
 
     def _try(self, shapes: Sequence[tuple[int, int]], on_left: Callable[[int], None]) -> None:
         """Run a wave of micro-batches of zeros."""
         on_left(len(shapes))
         wave = deque(self._zeros(max(num_sequences, 1), length) for num_sequences, length in shapes)
         left = len(shapes)
-        for output in self.forward_wave(wave):
-            _ = output.captured
-            left -= output.leaves
-            on_left(left)
+        try:
+            for output in self.forward_wave(wave):
+                _ = output.captured
+                left -= output.leaves
+                on_left(left)
+        finally:
+            self._of_the_job.encoder = Encoder()  # these rows are nobody's, also where there was no room for all
 
     def _zeros(self, num_sequences: int, length: int) -> tuple[MicroBatch, Boundary | None]:
         dtype, shape = DTYPES[self._spec.compute_dtype], (num_sequences, length)

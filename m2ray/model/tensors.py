@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -92,13 +92,15 @@ def match_by_layer(
     for layer in sorted(by_layer.keys() | tensors.keys(), key=lambda layer: -1 if layer is None else layer):
         here = layout.stored(by_layer.get(layer, {}))
         stored.update(here)
-        for name, source in conversion.sources(here):
+        for name, source in _leading(conversion, here, of_engines := _of_engines(layout, here), tensors.get(layer, ()), sources):
+            of_engines.discard(source.key)
             if name in wanted:
                 sources[name].append(source)
             elif reason := _unread_reason(skeleton, name, is_quantised=bool(layout.methods)):
                 unread[source.key] = reason, here[source.key]
             elif name not in skeleton.tensors:
                 problems.append(CheckpointError(f"{source.key}: a {skeleton.config.model_type} model has no such tensor."))
+        unread.update({key: ("unused", here[key]) for key in of_engines})
         if layer is None:
             _use_tied(skeleton, sources, unread)
         matched = []
@@ -113,6 +115,22 @@ def match_by_layer(
         if not problems:
             yield matched
     _raise_shortened(problems)
+
+
+def _of_engines(layout: Layout, keys: Iterable[str]) -> set[str]:
+    """Those that are named as what engines have beside quantised weights, a quarter of NVFP4's tensors."""
+    return {key for key in keys if UNREAD.search(key)} if layout.methods else set()
+
+
+def _leading(
+    conversion: Conversion, keys: Iterable[str], last: Collection[str], tensors: Iterable[ModelTensor], sources: Mapping[str, list[Source]]
+) -> Iterator[tuple[str, Source]]:
+    """`Conversion.sources` of a layer's keys, and of the `last` only where one of its tensors has found nothing in `sources` by then: gemma3n
+    has a `correct_output_scale` of its own.
+    """
+    yield from conversion.sources(key for key in keys if key not in last)
+    if not all(sources[tensor.name] for tensor in tensors):
+        yield from conversion.sources(tuple(last))
 
 
 def _match(conversion: Conversion, tensor: ModelTensor, sources: list[Source], stored: Mapping[str, StoredTensor]) -> MatchedTensor:

@@ -22,6 +22,7 @@ from m2ray.model.filling import assign, fill
 from m2ray.model.float8.modules import use_float8
 from m2ray.model.float8.weights import in_parts, is_packed, of_scales, require_any, require_float8
 from m2ray.model.gpu_loading import Lanes
+from m2ray.model.headers import TensorHeader
 from m2ray.model.openmp import lone_threads
 from m2ray.model.quantization.layouts import layout_of
 from m2ray.model.quantization.stored import Part, StoredTensor
@@ -245,28 +246,28 @@ def cut(stored: StoredTensor, rows: tuple[int, int] | None, into: torch.Tensor) 
     """
     into = into if stored.swapped is None else into.transpose(*stored.swapped)
     values, step = stored.parts[0], stored.step_rows
+    rows_of = tuple(part.rows for part in stored.parts) if step else ()
     if into.dim() == 0 or not step or (rows is None and values.header.num_bytes <= PIECE_BYTES):
-        yield _piece(stored, (0, stored.num_rows), into)
+        yield RowsToLoad(stored.key, {part.name: _whole(part.header) for part in stored.parts}, stored.unpack, into, rows_of)
         return
     first, stop = rows or (0, stored.num_rows)
     fitting = PIECE_BYTES * stored.num_rows // max(values.header.num_bytes, 1)
     step = max(1, fitting // step) * step
     for start in range(first, stop, step):
         end = min(start + step, stop)
-        yield _piece(stored, (start, end), into[start - first : end - first])
+        parts = {part.name: _range(part, start, end) for part in stored.parts}
+        yield RowsToLoad(stored.key, parts, stored.unpack, into[start - first : end - first], rows_of)
 
 
-def _piece(stored: StoredTensor, rows: tuple[int, int], into: torch.Tensor) -> RowsToLoad:
-    """Where some of a tensor's rows lie."""
-    parts = {part.name: _range(part, *rows) for part in stored.parts}
-    return RowsToLoad(stored.key, parts, stored.unpack, into, tuple(part.rows for part in stored.parts) if stored.step_rows else ())
+def _whole(header: TensorHeader) -> Range:
+    return Range(header.file, header.offset, header.num_bytes, header.dtype, header.shape)
 
 
 def _range(part: Part, first: int, stop: int) -> Range:
     """Where that lies of a part which some unpacked rows need."""
     header = part.header
     if not part.rows or not header.shape:
-        return Range(header.file, header.offset, header.num_bytes, header.dtype, header.shape)
+        return _whole(header)
     begin, num_bytes = part.bytes_of(first, stop)
     return Range(
         header.file, header.offset + begin, num_bytes, header.dtype, (-(-stop // part.rows) - first // part.rows, *header.shape[1:])

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import threading
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from m2ray.activations.writing.writer import WriterSpec
 from m2ray.batches import LayerSpan, MicroBatch, Residency
 from m2ray.chain import actor
 from m2ray.chain.job import Job
+from m2ray.chain.passage import Passage
 from m2ray.chain.status import StageStatus
 from m2ray.errors import StageMemoryError, StoreError
 from m2ray.model import interpreter
@@ -94,6 +96,25 @@ def test_a_reset_that_comes_late_does_nothing(monkeypatch: pytest.MonkeyPatch) -
     assert stage._turns.epoch == 7
 
 
+def test_a_job_may_go_while_it_is_closed_given_up_or_collected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The computing thread of a warm chain's stage takes the next one on: a stage that fails by that is started again, and loads again."""
+    stage, done = stage_of(StageSpec("", LayerSpan(0, 5), "float32", "auto", "cpu", 1), monkeypatch), []
+    job = SimpleNamespace(
+        is_closed=False,
+        close=lambda: done.append("closed"),
+        abandon=lambda *_: done.append("given up"),
+        collect=lambda *_: done.append("collected") or (),
+    )
+    for ask in (stage.close, lambda: stage.reset(1, []), lambda: stage.gather(1, -1, 7, "attempt", ())):
+        once = iter([job])
+        with monkeypatch.context() as patch:
+            patch.setattr(Passage, "job", property(lambda _, once=once: next(once, None)), raising=False)
+            ask()
+    assert done == ["closed", "given up", "given up", "collected"]
+    stage._turns.watch(1, 0.0)
+    stage.leave()
+
+
 def a_job(folder: Path) -> Job:
     return Job(CaptureSpec({"residual": (1, 3)}, "float32"), WriterSpec(str(folder / "run"), {}, 1 << 20, 1), 16)
 
@@ -106,6 +127,26 @@ def waving(folder: Path, span: tuple[int, int], monkeypatch: pytest.MonkeyPatch)
     stage._build()
     stage._take_on(a_job(folder))
     return stage
+
+
+def test_a_writer_behind_a_store_that_hangs_is_among_what_a_stage_waits_for_at_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever ends it (here.py) then ends the process; Python itself waits for such a thread, and says nothing."""
+    make_family(tmp_path / "llama", "llama")
+    stage, may_write = waving(tmp_path, (0, 5), monkeypatch), threading.Event()
+    job = stage._passage.job
+    assert job is not None
+    job._writer._lanes[0].submit(may_write.wait, 30)
+    stage.close()
+    stage.leave()
+    ending = threading.Thread(target=lambda: [threads.shutdown() for threads in stage.threads])
+    ending.start()
+    ending.join(0.2)
+    assert ending.is_alive()
+    may_write.set()
+    ending.join(30)
+    assert not ending.is_alive()
 
 
 def part_of_shard(index: int) -> MicroBatch:

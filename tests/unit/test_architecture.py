@@ -1,7 +1,10 @@
-"""docs/architecture.md's reading order names files that are there, and no file of the package is in no room."""
+"""docs/architecture.md's reading order names files that are there, no file of the package is in no room, and imports are told as they are enforced."""
 
 import re
+import tomllib
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
@@ -26,3 +29,12 @@ def test_every_file_is_in_the_order_or_in_a_room_beside_it() -> None:
     placed = {name for _, name in ORDER} | {file for file in files for room in BESIDE if file == room or file.startswith(room)}
     assert len(files) > 100
     assert sorted(files - placed) == []
+
+
+@pytest.mark.parametrize("page", ["docs/architecture.md", "CONTRIBUTING.md"])
+def test_imports_are_told_as_they_are_enforced(page: str) -> None:
+    contract = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]["contracts"][0]
+    chain = re.search(r"^`?api > [^`.]*> errors`?", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE)
+    assert chain is not None
+    told = [set(re.findall(r"\w+", rank)) - {"jobs"} for rank in chain[0].split(">")]
+    assert told == [set(re.findall(r"\w+", rank)) for rank in contract["layers"]]

@@ -1,6 +1,7 @@
 """The commits of a run as one table: the same as one by one, and whatever is wrong is said as one by one."""
 
 import json
+import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -43,6 +44,30 @@ def test_it_is_what_the_commits_say_one_by_one(store: LocalStore, job: JobRecord
     assert found.parts.equals(expected)
     assert found[1:] == (3, sum(commit.num_sequences for commit in commits), sum(commit.rows for commit in commits))
     assert read_committed(store, job, ()).parts.equals(expected.slice(0, 0))
+
+
+def test_commits_are_not_read_far_ahead_of_those_that_parse_them(
+    store: LocalStore, job: JobRecord, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All commits of a large run, as bytes, would be more than the table that becomes of them."""
+    read: list[object] = []
+    ahead: list[int] = []
+    was_read, was_table = commit_table._read, commit_table._table
+
+    def reading(*given: Any) -> list[bytes]:
+        read.append(given)
+        return was_read(*given)
+
+    def parsing(*given: Any) -> tuple[Any, int, int]:
+        time.sleep(0.01)
+        ahead.append(len(read) - len(ahead))
+        return was_table(*given)
+
+    monkeypatch.setattr(commit_table, "_read", reading)
+    monkeypatch.setattr(commit_table, "_table", parsing)
+    monkeypatch.setattr(commit_table, "_PARTS_A_TASK", 1)
+    assert read_committed(store, job, [0] * 40).num_shards == len(ahead) == 40
+    assert max(ahead) <= commit_table._FILES_AT_ONCE + 2 * commit_table._PARSED_AT_ONCE + 1
 
 
 def test_one_that_is_written_otherwise_is_the_same(store: LocalStore, job: JobRecord) -> None:

@@ -122,3 +122,20 @@ def test_a_table_of_numbers_is_read_from_whole_numbers_alone(on_disk: torch.dtyp
     problems = list(_check_dtype(ModelTensor("t", "layer", 0, (4, 2), torch.int64), plain("t", header)))
     assert (problems == []) == is_read
     assert is_read or "the model needs torch.int64" in str(problems[0])
+
+
+def test_a_models_own_scale_is_found_though_engines_have_some_of_its_name(tmp_path: Path) -> None:
+    """gemma3n's `correct_output_scale`, in a checkpoint that is quantised: such names are led to tensors only where one has found none."""
+    gemma = Published("gemma3n_text", tmp_path)
+    gemma.config.quantization_config = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    gemma.tensors["model.layers.0.mlp.up_proj.input_scale"] = torch.ones(1)
+    gemma.tensors["model.layers.1.self_attn.k_scale"] = torch.ones(1)
+    skeleton = build_skeleton(gemma.config, torch.float32)
+    unread: dict[str, Any] = {}
+    matched = [each.tensor.name for layer in match_by_layer(skeleton, gemma.headers(), None, unread) for each in layer]
+    assert [name for name in matched if name.endswith(".altup.correct_output_scale")]
+    assert {key for key, (reason, _) in unread.items() if reason == "unused"} >= {
+        "model.layers.0.mlp.up_proj.input_scale",
+        "model.layers.1.self_attn.k_scale",
+    }
+    assert not {key for key in unread if key.endswith("correct_output_scale")}

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -79,5 +80,10 @@ def test_without_checks_rows_are_as_they_lie(run: Path) -> None:
         with pytest.raises(M2rayError, match="do not have the CRC"):
             open_run(run).site("residual").layer(7).rows([0])
         assert {damage.key for damage in verify(LocalStore(run), checksums=True).damages} == {path.relative_to(run).as_posix()}
+        with (
+            pytest.raises(OSError, match="CRC checksum verification failed"),
+            pq.ParquetFile(path, page_checksum_verification=True) as stock,
+        ):
+            stock.read()
     finally:
         path.write_bytes(good)

@@ -3,6 +3,8 @@
 import os
 import signal
 import tempfile
+import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +16,8 @@ import pytest
 import ray
 from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 
-from m2ray.chain.joining import cluster, cluster_ahead
+from m2ray.chain import joining
+from m2ray.chain.joining import cluster, cluster_ahead, wait_for
 from m2ray.errors import ClusterError
 
 
@@ -121,6 +124,26 @@ def test_ray_ends_before_the_thread_that_started_it_and_second_thoughts_do_not_b
     assert fake.told == ["started", "ended, its starter alive: True"]
     assert list(short_folder.iterdir()) == []
     assert capsys.readouterr().out == "Ray is being started, and ends as soon as it is there.\n"
+
+
+def test_a_ray_that_hangs_is_neither_waited_for_without_end_nor_held_once_it_comes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake, may_start = FakeRay(monkeypatch), Event()
+    monkeypatch.setattr(ray, "init", lambda **_: may_start.wait(30) and fake.say("started", is_there=True))
+    monkeypatch.setattr(joining, "START_S", 0.1)
+    begin = time.monotonic()
+    with pytest.raises(ClusterError, match="Ray is not there after 0.1 s"), cluster_ahead(1, print) as begun:
+        wait_for(begun)
+    assert time.monotonic() - begin < 5
+    (holding,) = (thread for thread in threading.enumerate() if thread.name == "cluster")
+    assert holding.daemon, "the program's end does not wait for it"
+    assert capsys.readouterr().out.endswith("Ray is not there after 0.1 s, and is left behind.\n")
+    with pytest.raises(ClusterError, match="Ray is not there after 0.1 s"), cluster(1):
+        pytest.fail("another thread of this process is still at it")
+    may_start.set()
+    holding.join(30)
+    assert fake.told == ["started", "ended"]
 
 
 def test_a_cluster_that_cannot_be_joined_beside_other_work_is_told_of_where_it_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,17 +1,22 @@
 """Memory that processes of one node have together: one copy, which lives as long as anybody has it, and no name that is left behind."""
 
+import errno
 import os
+import socket
 import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 
 from m2ray.errors import StageError
+from m2ray.model.residency import node_memory
 from m2ray.model.residency.node_memory import NodeMemory, Porter
 
 NUM_BYTES = 8 * 2**20
@@ -129,3 +134,79 @@ def test_memory_that_does_not_come_or_is_another_is_said(names: list[str], porte
     with pytest.raises(StageError, match=rf"Process {os.getpid()} has handed over other memory than 4,096 bytes"):
         NodeMemory(names[0], 4096).wait(30)
     unfilled.close()
+
+
+@pytest.mark.timeout(60)
+def test_one_that_never_gives_anything_is_not_asked_for_ever(names: list[str]) -> None:
+    """It answers each time, at once, and with nothing: no wait of a socket's ends that."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as standing_in:
+        standing_in.bind(f"\0m2ray-{os.geteuid()}-{names[0]}-refused")
+        standing_in.listen()
+        answering = threading.Thread(target=refuse_all, args=(standing_in,))
+        answering.start()
+        waiting = NodeMemory(f"{names[0]}-refused", NUM_BYTES)
+        assert not waiting.is_ours
+        begin = time.process_time()
+        with pytest.raises(StageError, match="was not done in time"):
+            waiting.wait(0.5)
+        assert time.process_time() - begin < 0.3, "it is asked now and then"
+        standing_in.shutdown(socket.SHUT_RDWR)
+        answering.join(30)
+
+
+@pytest.mark.timeout(60)
+def test_the_collector_may_end_a_piece_on_the_thread_that_hands_it_out(
+    names: list[str], porter: Porter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stage whose load failed is found by it at any moment, as this thread makes an object."""
+    name, found = f"{names[0]}-left", node_memory._peer
+    piece = NodeMemory(name, NUM_BYTES)
+    porter.look_after(piece)
+    held = [piece.map(writable=True)]
+    weakref.finalize(held[0], piece.leave).atexit = False
+    piece.offer()
+
+    def collecting(connection: socket.socket) -> tuple[int, int, int]:
+        if threading.current_thread().name == "packed, handed out":
+            held.clear()
+        return found(connection)
+
+    monkeypatch.setattr(node_memory, "_peer", collecting)
+    other = NodeMemory(name, NUM_BYTES)
+    other.wait(30)
+    assert not other.is_ours
+    assert not held
+    other.close()
+    while not piece.is_closed:
+        time.sleep(0.01)
+
+
+def refuse_all(listening: socket.socket) -> None:
+    """Take each connection and end it, until nobody listens any more."""
+    with suppress(OSError):
+        while True:
+            listening.accept()[0].close()
+
+
+def test_memory_that_is_not_to_be_had_leaves_no_name_and_no_descriptor(names: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    before = descriptors()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "ftruncate", full)
+        with pytest.raises(StageError, match=rf"{NUM_BYTES:,} bytes of memory for all processes.* Cannot allocate memory"):
+            NodeMemory(f"{names[0]}-refused", NUM_BYTES)
+    assert descriptors() <= before
+    again = NodeMemory(f"{names[0]}-refused", NUM_BYTES)
+    assert again.is_ours
+    again.close()
+
+
+def descriptors() -> set[str]:
+    """This process's of such memory: each has a number of its own as long as it is open."""
+    found = set()
+    for path in Path("/proc/self/fd").iterdir():
+        with suppress(FileNotFoundError):  # closed since
+            found |= {path.name} if "memfd:m2ray" in os.readlink(path) else set()
+    return found

@@ -2,7 +2,7 @@
 
 import pytest
 
-from scripts.official_models import PAGE, models, row_of
+from scripts.official_models import PAGE, models, planned, row_of
 
 ON_PAGE = [line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| ")][1:]
 
@@ -16,3 +16,10 @@ def test_each_release_has_its_row() -> None:
 def test_what_the_page_says_is_what_comes_out(model: str) -> None:
     row = row_of(model)
     assert row in ON_PAGE, f"the row should be:\n{row}"
+
+
+@pytest.mark.parametrize("model", ["DeepSeek-V3", "Kimi-K2.5"])
+def test_what_fits_packed_is_said_so(model: str) -> None:
+    (row,) = [line for line in ON_PAGE if line.startswith(f"| {model} |")]
+    assert planned(model).endswith("fits packed")
+    assert planned(model) in row

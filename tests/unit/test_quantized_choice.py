@@ -47,6 +47,25 @@ INT4 = {
 INT8 = {**INT4, "weight_packed": _header(torch.int32, 16, 16)}
 
 
+def test_weights_of_one_form_are_stored_as_each_alone() -> None:
+    """The first of a form is looked at, the others are as it is, but for their names and places; one that is otherwise says so."""
+    layout = LAYOUTS["compressed-tensors"](_compressed(_group("Linear", 4)))
+    fine, spoilt = (f"model.layers.0.mlp.experts.{number}.up_proj" for number in ("{}", "2"))
+    headers = {
+        f"{fine.format(expert)}.{name}": header._replace(offset=1000 * expert)
+        for expert in (0, 1, 2, 3)
+        for name, header in INT4.items()
+        if (expert, name) != (2, "weight_scale")
+    }
+    together = layout.stored(headers)
+    for expert in (0, 1, 3):
+        module = fine.format(expert)
+        alone = layout.stored({key: header for key, header in headers.items() if key.startswith(module)})
+        assert together[f"{module}.weight"] == alone[f"{module}.weight"]
+        assert [part.header.offset for part in together[f"{module}.weight"].parts] == [1000 * expert] * 3
+    assert f"{spoilt}.weight_scale is missing" in str(together[f"{spoilt}.weight"].problems)
+
+
 @pytest.mark.parametrize(
     "says",
     [_compressed(_group("Linear", 8), _group("re:.*self_attn.*", 4)), _compressed(_group("re:.*self_attn.*", 4), _group("Linear", 8))],

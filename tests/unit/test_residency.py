@@ -248,6 +248,7 @@ def test_stages_of_a_node_have_one_copy_of_the_layers_in_host_memory(llama: Path
     second = load_capturing(spec)
     layer_bytes = tensor_table(open_checkpoint(str(llama))).packed_bytes()
     assert sum(read) < 2 * layer_bytes[0], "the embedding, and the layer that each has for itself"
+    assert second.bytes_read == first.bytes_read, "it does not stand still while it takes what another one has read"
     assert second.digests == first.digests
     assert all(equal(rows_of(second), expected))
     assert all(count == 2 for count in mappings().values())

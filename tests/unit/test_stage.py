@@ -4,6 +4,7 @@ import pickle
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -53,6 +54,22 @@ def test_a_stage_counts_its_bytes(llama: Path) -> None:
     stage = load(spec_of(llama, 0, 2, compute="bfloat16"))
     assert stage.bytes_read == stage.needed_bytes
     assert stage.parameter_bytes == stage.needed_bytes // 2
+
+
+def test_what_a_warm_up_lost_is_nobodys_also_where_it_finds_no_room(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = load(spec_of(llama, 0, 5), (1, 3), "int8")
+    computed, forward = [], Stage._pass
+
+    def no_room_for_two(self: Stage, *given: Any) -> Any:
+        computed.append(given)
+        if len(computed) == 2:
+            raise torch.OutOfMemoryError
+        return forward(self, *given)
+
+    monkeypatch.setattr(Stage, "_pass", no_room_for_two)
+    with pytest.raises(torch.OutOfMemoryError):
+        stage.warm_up(64)
+    assert stage.losses() == ()
 
 
 def test_rows_come_in_token_rows_order(llama: Path) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -362,6 +363,28 @@ def test_a_failed_write_is_raised_by_the_next_submit_until_the_attempt_is_abando
     assert len(writer.collect(1, ATTEMPT, 10)) == 3
     writer.close()
     assert {path.name for path in files_below(tmp_path)} == {f"shard-000001-{ATTEMPT}.parquet"}
+
+
+def test_room_that_was_taken_as_the_attempt_failed_is_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the queue is shorter by a layer from then on: at 64 MiB a few such failures would leave none."""
+    store = LocalStore(tmp_path)
+    record = runs.job(store)
+    writer = runs.writer(store, record)
+    take = writer.backlog.take
+
+    def failing(*given: Any) -> bool:
+        is_taken = take(*given)
+        writer._fail(writer._attempts[0, ATTEMPT], StoreError("gone"))
+        return is_taken
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer.backlog, "take", failing)
+        with pytest.raises(StoreError, match="gone"):
+            submit(writer, record, runs.micro_batches(runs.shard(0))[0])
+    writer.abandon([(0, ATTEMPT)])
+    assert writer.backlog.queued_bytes == 0
+    assert files_below(tmp_path) == []
+    writer.close()
 
 
 def test_abandon_deletes_durable_parts_too(tmp_path: Path) -> None:

@@ -113,6 +113,11 @@ class ActivationWriter:
         """Parts that are durable, those of attempts that failed later too."""
         return self._stored_parts
 
+    @property
+    def threads(self) -> list[ThreadPoolExecutor]:
+        """Those that write, and those that finish."""
+        return [*self._lanes, self._finishers]
+
     # -- a shard's way ------------------------------------------------------------------------------------------------
 
     def submit(self, attempt: str, micro_batch: MicroBatch, captured: Sequence[CapturedLayer], timeout_s: float) -> None:
@@ -191,7 +196,7 @@ class ActivationWriter:
         try:
             self._end(opened, timeout_s)
         finally:
-            for threads in (*self._lanes, self._finishers):
+            for threads in self.threads:
                 threads.shutdown(wait=False)
 
     # -- inside -------------------------------------------------------------------------------------------------------
@@ -214,14 +219,15 @@ class ActivationWriter:
 
     def _take_room(self, opened: Attempt, num_bytes: int, deadline: float, timeout_s: float) -> None:
         """Take `num_bytes` of the queue, as soon as they are free."""
-        if not self.backlog.take(num_bytes, lambda: opened.failure, deadline):
-            full = StoreError(
-                f"Writing fell behind: {self.backlog.queued_bytes} of at most {self.backlog.limit_bytes} bytes still wait after {timeout_s:g} s.",
-                "Check the disk of the run folder.",
-            )
-            self._fail(opened, full)
-        if opened.failure is not None:
-            raise opened.failure
+        if self.backlog.take(num_bytes, lambda: opened.failure, deadline):
+            return  # `_write` gives it back, whatever has failed since
+        full = StoreError(
+            f"Writing fell behind: {self.backlog.queued_bytes} of at most {self.backlog.limit_bytes} bytes still wait after {timeout_s:g} s.",
+            "Check the disk of the run folder.",
+        )
+        self._fail(opened, full)
+        assert opened.failure is not None
+        raise opened.failure
 
     def _write(self, opened: Attempt, part: PartWriter, tokens: EncodedColumns, columns: Sequence[Bits], token_digest: str | None) -> None:
         """One row group, on the part's thread. With `token_digest` it is the part's last; it counts as queued until the part is durable."""

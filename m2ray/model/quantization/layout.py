@@ -1,7 +1,7 @@
 """A checkpoint's layout: the methods that its configuration names, which of its tensors belong together, and which modules are quantised."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +13,9 @@ from m2ray.model.quantization.stored import MISMATCH, Method, Part, StoredTensor
 
 MethodOf = Callable[[str], Method | None]
 """The method of a module of a decoder layer that has weights, by its name; None where the configuration names none."""
+
+Form = tuple[object, ...]
+"""The endings of a tensor's keys, with the dtype and the shape of each."""
 
 UNREAD = re.compile(
     r"(?:\.|_)(?:activation|input|output|q|k|v|kv)_(?:global_)?scale(?:_inv|_ub)?$|\.(?:activation|input)_scale_inv$|\.qscale_(?:act|input)$"
@@ -45,23 +48,37 @@ class Layout:
         keys = set(keys)
         groups: dict[str, list[str]] = {}
         for key in sorted(keys):
-            groups.setdefault(self._whole(key, keys), []).append(key)
+            groups.setdefault(self._whole(key, keys, groups), []).append(key)
         return groups
 
-    def _whole(self, key: str, keys: AbstractSet[str]) -> str:
+    def _whole(self, key: str, keys: AbstractSet[str], known: Container[str]) -> str:
         for ending in self._endings:
             if key.endswith(ending):
                 whole = whole_key(key, ending)
-                if any(part_key(whole, first) in keys for first in self._first_endings):
+                if whole in known or any(part_key(whole, first) in keys for first in self._first_endings):
                     return whole
         return key
 
     def stored(self, headers: Mapping[str, TensorHeader]) -> dict[str, StoredTensor]:
         """Every tensor of these headers, by the key that it has where nothing is quantised. What cannot be read says why in its `problems`."""
         tensors: dict[str, StoredTensor] = {}
+        alike: dict[Form, StoredTensor] = {}  # a layer has hundreds of experts of one form
         for whole, keys in self.group(headers).items():
-            tensors.update(self._store(whole, {key: headers[key] for key in keys}))
+            form = _form(whole, keys, headers)
+            if form in alike:
+                tensors[whole] = _as(alike[form], whole, headers)
+                continue
+            found = {key: headers[key] for key in keys}
+            stored = self._store(whole, found)
+            tensors.update(stored)
+            if self._is_told_by_form(whole, found, stored):
+                alike[form] = stored[whole]
         return tensors
+
+    def _is_told_by_form(self, whole: str, found: Mapping[str, TensorHeader], stored: Mapping[str, StoredTensor]) -> bool:
+        """Whether every tensor of this one's form is stored as it is: by the only method that takes it, and nothing is wrong with it."""
+        is_right = all(each.unpack and not each.problems for each in stored.values())
+        return is_right and sum(_takes(method, whole, found) for method in self.methods) == 1
 
     def _store(self, whole: str, found: Mapping[str, TensorHeader]) -> dict[str, StoredTensor]:
         if len(found) == 1 and whole in found and found[whole].dtype.itemsize > 1:
@@ -83,6 +100,20 @@ class Layout:
     def _first_endings(self) -> tuple[str, ...]:
         """Of the parts that hold values, and that of a tensor that is not packed."""
         return tuple({"": None, **{ending: None for method in self.methods for ending in next(iter(method.parts.values()))}})
+
+
+def _form(whole: str, keys: Iterable[str], headers: Mapping[str, TensorHeader]) -> Form:
+    """All that a method looks at of a tensor, but for its name, which it only hands on."""
+    stem_chars = len(whole.removesuffix(".weight"))
+    found = ((key, headers[key]) for key in keys)
+    return whole[stem_chars:], *((key[stem_chars:], header.dtype, header.shape) for key, header in found)
+
+
+def _as(other: StoredTensor, whole: str, headers: Mapping[str, TensorHeader]) -> StoredTensor:
+    """The tensor `whole`, stored as another one of its form."""
+    stem, stem_chars = whole.removesuffix(".weight"), len(other.key.removesuffix(".weight"))
+    parts = tuple(Part(name, key := stem + its_key[stem_chars:], headers[key], rows) for name, its_key, _, rows in other.parts)
+    return StoredTensor(whole, other.shape, parts, other.unpack, other.swapped, (), other.method)
 
 
 def plain(key: str, header: TensorHeader) -> StoredTensor:

@@ -14,7 +14,7 @@ import struct
 import threading
 import time
 import warnings
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
 import torch
 
@@ -23,7 +23,7 @@ from m2ray.errors import StageError
 WAIT_S = 1800.0
 """How long a process may take to fill what another one waits for."""
 
-_TICK_S = 0.5
+_TICK_S, _AGAIN_S = 0.5, 0.01
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 """So that no process that maps the memory ends because another one cuts it short."""
 
@@ -34,6 +34,7 @@ class NodeMemory:
     Attributes:
         is_ours: whether this process has to fill it.
         is_closed: whether it hands out nothing any more; what is mapped stays mapped.
+        is_left: whether this process maps it no more.
     """
 
     def __init__(self, name: str, num_bytes: int) -> None:
@@ -41,20 +42,29 @@ class NodeMemory:
 
         Args:
             name: of what it is filled with; processes of another user have other names.
+
+        Raises:
+            StageError: the system does not give so much, or no such names.
         """
-        self._address = f"\0m2ray-{os.getuid()}-{name}"
+        self._address = f"\0m2ray-{os.geteuid()}-{name}"
         self._num_bytes = num_bytes
         self._lock = threading.Lock()
         self._is_filled = False
-        self.is_closed = False
+        self.is_closed = self.is_left = False
         self._memory = -1
+        self._listening: socket.socket | None = None
         self._take_the_name()
 
     def _take_the_name(self) -> None:
-        self._listening = _listen(self._address)
-        self.is_ours = self._listening is not None
-        if self.is_ours:
-            self._memory = _allocate(self._num_bytes)
+        try:
+            self._listening = _listen(self._address)
+            self.is_ours = self._listening is not None
+            if self.is_ours:
+                self._memory = _allocate(self._num_bytes)
+        except OSError as error:
+            self.close()  # others need not wait for what does not come
+            what = f"{self._num_bytes:,} bytes of memory for all processes of this node cannot be had: {error.strerror}."
+            raise StageError(what, "Ask for one replica a node.") from error
 
     def wait(self, timeout_s: float = WAIT_S) -> None:
         """Wait until another process has filled it. Where that is gone before, it is for this one to do.
@@ -87,7 +97,8 @@ class NodeMemory:
         with self._lock:
             if self.is_closed or not self._is_filled:
                 return -1
-            self._listening = self._listening or _listen(self._address)
+            with suppress(OSError):  # one that has no descriptor left now looks again soon
+                self._listening = self._listening or _listen(self._address)
             return self._listening.fileno() if self._listening else -1
 
     def give(self) -> None:
@@ -98,8 +109,12 @@ class NodeMemory:
             connection, _ = self._listening.accept()
             with connection:
                 connection.settimeout(_TICK_S)
-                if _peer(connection)[1] == os.getuid():
+                if _peer(connection)[1] == os.geteuid():
                     socket.send_fds(connection, [b"\0"], [self._memory])
+
+    def leave(self) -> None:
+        """Have it closed soon, by the thread that hands it out. Python's collector calls this on any thread, that one too: it takes no lock."""
+        self.is_left = True
 
     def close(self) -> None:
         """Hand it out no more."""
@@ -116,24 +131,28 @@ class NodeMemory:
         """A descriptor of what another process has filled; -1 if there is none."""
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
             pid = 0
+            found: list[int] = []
             connection.settimeout(max(timeout_s, 0.001))
             try:
                 connection.connect(self._address)
                 pid, uid, _ = _peer(connection)
-                if uid != os.getuid():
+                if uid != os.geteuid():
                     raise StageError(f"Process {pid} of user {uid} stands in for this user's.", "End it, or ask for one replica a node.")
                 _, found, _, _ = socket.recv_fds(connection, 1, 1)
-            except (ConnectionError, BlockingIOError):  # it has gone, has only begun to listen, or is asked by many
-                if timeout_s <= 0:
-                    raise self._late(pid) from None
-                time.sleep(0.01)
-                return -1
+            except (ConnectionError, BlockingIOError):
+                pass
             except TimeoutError:
                 raise self._late(pid) from None
-        if found and (os.fstat(found[0]).st_size != self._num_bytes or ~fcntl.fcntl(found[0], fcntl.F_GET_SEALS) & _SEALS):
+        if not found:  # it has gone, has only begun to listen, is asked by many, or cannot give anything now
+            if timeout_s <= 0:
+                raise self._late(pid)
+            time.sleep(_AGAIN_S)
+            return -1
+        os.set_inheritable(found[0], False)
+        if os.fstat(found[0]).st_size != self._num_bytes or ~fcntl.fcntl(found[0], fcntl.F_GET_SEALS) & _SEALS:
             os.close(found[0])
             raise StageError(f"Process {pid} has handed over other memory than {self._num_bytes:,} bytes of a layer.", "End it.")
-        return found[0] if found else -1
+        return found[0]
 
     def _late(self, pid: int) -> StageError:
         what = f"Another process ({pid}) reads {self._num_bytes:,} bytes of a layer for all of this node, and was not done in time."
@@ -160,6 +179,9 @@ class Porter:
 
 def _hand_out(pieces: list[NodeMemory]) -> None:
     while still_there := [piece for piece in pieces if not piece.is_closed]:
+        for piece in still_there:
+            if piece.is_left:
+                piece.close()
         asked = select.poll()
         listening = {piece.listen(): piece for piece in still_there}
         for number in listening.keys() - {-1}:
@@ -184,13 +206,13 @@ def _listen(address: str) -> socket.socket | None:
 
 
 def _allocate(num_bytes: int) -> int:
-    try:
-        memory = os.memfd_create("m2ray", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    """Raises OSError: the system does not give so much."""
+    memory = os.memfd_create("m2ray", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    with ExitStack() as undo:
+        undo.callback(os.close, memory)
         os.ftruncate(memory, num_bytes)
-    except OSError as error:
-        what = f"{num_bytes:,} bytes of memory for all processes of this node cannot be had: {error.strerror}."
-        raise StageError(what, "Ask for one replica a node.") from error
-    fcntl.fcntl(memory, fcntl.F_ADD_SEALS, _SEALS)
+        fcntl.fcntl(memory, fcntl.F_ADD_SEALS, _SEALS)
+        undo.pop_all()
     return memory
 
 

@@ -83,7 +83,7 @@ class PackedLayers:
         """Have a layer in memory that processes of the node have together: read by this one, or hashed as another one has read it."""
         on_gpu = self._device.type == "cuda"
         run = memory.map(writable=memory.is_ours or on_gpu)  # CUDA pins no other
-        weakref.finalize(run, memory.close).atexit = False
+        weakref.finalize(run, memory.leave).atexit = False
         place = InHostMemory(run, self._device) if on_gpu else OnDevice(run, self._readers)
         self._read(number, packed, place, reader.load if memory.is_ours else partial(reader.hash, run))
         self._memories[number] = memory
@@ -148,9 +148,10 @@ class _Reader(NamedTuple):
             place.keep(at, num_bytes, partial(fetch, offset))
 
     def hash(self, run: torch.Tensor, _: Place, read: Read) -> None:
-        """Hash a run of a file's bytes that is in its place already."""
+        """Hash a run of a file's bytes that is in its place already. They count as read: whoever waits for this stage sees that it goes on."""
         for offset, at, num_bytes in read.pieces(PIECE_BYTES):
             self.digests.add(read.parts, offset, run[at : at + num_bytes].numpy().data)
+            self.checkpoint.count(num_bytes)
 
 
 def _name(layer: PackedLayer, checkpoint: Checkpoint) -> str:
