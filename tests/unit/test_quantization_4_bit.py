@@ -123,5 +123,5 @@ def test_a_few_rows_at_a_time_are_the_same(values: int, monkeypatch: pytest.Monk
         ]
 
     at_once = unpacked()
-    monkeypatch.setattr(nibbles, "CACHED_VALUES", values)
+    monkeypatch.setattr(nibbles, "CPU_VALUES", values)
     assert all(same_bits(one, other) for one, other in zip(unpacked(), at_once, strict=True))

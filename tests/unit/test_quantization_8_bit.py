@@ -68,7 +68,7 @@ def test_scales_of_every_kind_are_transformers(
     cached: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(scaling, "_CACHED_ELEMENTS", cached)
+    monkeypatch.setattr(scaling, "_ELEMENTS_AT_ONCE", cached)
     values, scales = random_values((6, 64), dtype), random_scales(grid, scale_dtype)
     expected = Fp8Dequantize(None)._dequantize_one(values, scales.reshape(scales.shape or (1, 1)), BF16)
     assert same_bits(dequantize(values, scales, block), expected)

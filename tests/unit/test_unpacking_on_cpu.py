@@ -56,7 +56,7 @@ def test_fp8_by_shifts(
     shape: tuple[int, int], grid: tuple[int, ...], block: Block, cached: int, order: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shifts, "_MOST_SUBNORMAL", 1 << 30)
-    monkeypatch.setattr(shifts, "_CACHED_ELEMENTS", cached)
+    monkeypatch.setattr(shifts, "_ELEMENTS_AT_ONCE", cached)
     values, scale = drawn(shape).view(E4M3), scales(grid)
     assert shifts.can_write(values, scale.reshape(-1, grid[1] if grid else 1), block[1] if block else shape[1])
     into = empty(shape, order)
@@ -125,7 +125,7 @@ METHODS: dict[str, tuple[NibbleUnpack, Mapping[str, torch.Tensor], tuple[int, in
 @pytest.mark.parametrize("cached", [64, 1 << 17])
 @pytest.mark.parametrize("method", METHODS)
 def test_codes_of_four_bits(method: str, cached: int, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(codes_on_cpu, "_CACHED_VALUES", cached)
+    monkeypatch.setattr(codes_on_cpu, "_VALUES_AT_ONCE", cached)
     monkeypatch.setattr(codes_on_cpu, "_TABLE_VALUES", 1)
     unpack, parts, shape = METHODS[method]
     into = empty(shape, order)

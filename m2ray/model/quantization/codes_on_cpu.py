@@ -15,8 +15,8 @@ from m2ray.model.quantization.nibbles import Codes, look_up_into
 from m2ray.model.quantization.scratch import scratch_tensor
 from m2ray.model.quantization.stored import Unpack
 
-_CACHED_VALUES = 1 << 18
-"""That are made at one time: with what is made on the way they stay in a core's cache."""
+_VALUES_AT_ONCE = 1 << 20
+"""That are made at one time: of 2^18, which stay in a core's cache, the threads' turns at the interpreter cost more than that saves."""
 
 _TABLE_VALUES = 1 << 20
 """From as many values on a table of 131,072 is made for them alone."""
@@ -60,7 +60,7 @@ def _look_up_pairs(packed: torch.Tensor, scale: torch.Tensor, table: torch.Tenso
     """Packed is uint8 [rows, columns / 2], scale uint8 [rows, groups]."""
     num_rows, width = packed.shape
     a_scale = width // scale.shape[1]  # bytes of codes
-    step = min(max(1, _CACHED_VALUES // (2 * width)), num_rows)
+    step = min(max(1, _VALUES_AT_ONCE // (2 * width)), num_rows)
     high = np.repeat(np.arange(256, dtype=np.uint16) << 8, a_scale).view(f"V{2 * a_scale}")
     pairs = scratch_tensor("pairs", torch.int16, step * width).numpy().view(np.uint16)
     numbers, made = scratch_tensor("numbers", torch.int32, step * width), scratch_tensor("made", torch.int32, step, width)
@@ -98,7 +98,7 @@ def write_numbers(
         return False
     if not is_exact() or not scale.isfinite().all() or (zeros is not None and scale.min() <= 0):
         return False
-    step = min(max(8, _CACHED_VALUES // columns // 8 * 8), num_rows)
+    step = min(max(8, _VALUES_AT_ONCE // columns // 8 * 8), num_rows)
     made, floats = scratch_tensor("made", scale.dtype, step, columns), scratch_tensor("floats", torch.float32, step, columns)
     factors = scale.float()
     for first in range(0, num_rows, step):

@@ -16,7 +16,7 @@ E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3
 ALL = 1 << 31
 """More than an axis has: a block of all of it."""
 
-CACHED_VALUES, GPU_VALUES = 1 << 18, 1 << 24
+CPU_VALUES, GPU_VALUES = 1 << 20, 1 << 24
 """Of a weight that are made at one time on a CPU and on a GPU, where what is made on the way takes some 16 bytes of memory a value."""
 
 _PAIR_OF = {2: torch.int32, 4: torch.int64}
@@ -119,7 +119,7 @@ def in_cache(
         multiple: `first` is one of this.
     """
     rows, columns = shape
-    values = CACHED_VALUES if device.type == "cpu" else GPU_VALUES
+    values = CPU_VALUES if device.type == "cpu" else GPU_VALUES
     step = max(1, values // max(columns * multiple, 1)) * multiple
     if step >= rows:
         return rows_of(0, rows).to(dtype)
