@@ -126,13 +126,13 @@ def test_a_stopped_job_flushes_and_goes_on_later(
 
 
 def both_replicas(cluster: RayCluster, driver: subprocess.Popen[str]) -> set[int]:
-    """The stage processes of two replicas. The first one stands still until the other is there: it could be done with all shards before."""
+    """The stage processes of two replicas. Who is there first stands still until the other has imported torch: it could be done with all shards before."""
     deadline, held = time.monotonic() + 120, set[int]()
     try:
-        while len(processes := stage_processes(cluster)) < 2:
+        while len(processes := stage_processes(cluster)) < 2 or not all(map(has_torch, processes - held)):
             assert driver.poll() is None, driver.communicate()[0]
             assert time.monotonic() < deadline, f"{len(processes)} of 2 replicas have a process"
-            for process in processes - held:
+            for process in processes - held if not held else ():
                 os.kill(process, signal.SIGSTOP)
                 held.add(process)
             time.sleep(0.02)  # polls; the first one loads for longer than that
@@ -142,9 +142,23 @@ def both_replicas(cluster: RayCluster, driver: subprocess.Popen[str]) -> set[int
     return processes
 
 
+def has_torch(pid: int) -> bool:
+    return "libtorch_cpu" in Path(f"/proc/{pid}/maps").read_text()
+
+
 def node_memory(pid: int) -> set[str]:
     """The memory that a process maps and others of its node may map too, by inode."""
     return {line.split()[4] for line in Path(f"/proc/{pid}/maps").read_text().splitlines() if "memfd:m2ray" in line}
+
+
+def await_node_memory(pid: int, driver: subprocess.Popen[str]) -> set[str]:
+    """That of all layers."""
+    deadline = time.monotonic() + 60
+    while len(found := node_memory(pid)) < MINIMAX_TINY["layers"]:
+        assert driver.poll() is None, driver.communicate()[0]
+        assert time.monotonic() < deadline, f"{len(found)} layers"
+        time.sleep(0.02)  # polls
+    return found
 
 
 def test_replicas_share_one_queue_and_one_that_loses_a_stage_gives_its_shards_back(
@@ -161,8 +175,7 @@ def test_replicas_share_one_queue_and_one_that_loses_a_stage_gives_its_shards_ba
     processes = both_replicas(cluster, driver)
     wait_for_commits(run, 1, driver)
     assert stage_processes(cluster) == processes
-    one, other = (node_memory(process) for process in processes)
-    assert len(one) == MINIMAX_TINY["layers"]
+    one, other = (await_node_memory(process, driver) for process in processes)
     assert one == other
     os.kill(min(processes), signal.SIGKILL)
     printed, _ = driver.communicate(timeout=150)
