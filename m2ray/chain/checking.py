@@ -23,8 +23,8 @@ from m2ray.model.towers import placeholder_tokens
 from m2ray.options import PromptOptions, RunOptions
 from m2ray.planning.demand import Assumptions, Demand
 from m2ray.planning.hardware import Cluster
-from m2ray.planning.memory import ModelShape
 from m2ray.planning.resolve import StatsAt, resolve
+from m2ray.planning.shape import ModelShape
 from m2ray.prompts import PromptSource, PromptTokenizer
 from m2ray.sites import LayersOfSites, asked_sites, last_layer, present_sites
 from m2ray.storage import Store, open_store

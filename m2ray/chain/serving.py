@@ -28,9 +28,9 @@ from m2ray.model.site_proof import prove_sites
 from m2ray.model.stage import DTYPES
 from m2ray.options import PromptOptions
 from m2ray.planning.demand import Demand
-from m2ray.planning.memory import ModelShape
 from m2ray.planning.plan import plan_run
 from m2ray.planning.resolve import resolve
+from m2ray.planning.shape import ModelShape
 from m2ray.sites import asked_sites, last_layer
 from m2ray.storage import open_store
 

@@ -9,11 +9,11 @@ from m2ray.errors import CheckpointError
 from m2ray.model.attention import resolve_attn_implementation
 from m2ray.model.checkpoint import CONFIG, open_checkpoint, read_config, tensor_table, tensor_table_from_config
 from m2ray.model.stage import DTYPES
-from m2ray.model.tensors import count_sources
+from m2ray.model.tensor_table import count_sources
 from m2ray.model.towers import decoder_config, placeholder_tokens
 from m2ray.model.weight_files import INDEX, find_weights, indexed_bytes
 from m2ray.options import PromptOptions
-from m2ray.planning.memory import ModelShape
+from m2ray.planning.shape import ModelShape
 from m2ray.prompts import PromptSource, PromptTokenizer, ShardTable, survey
 from m2ray.storage import open_store
 

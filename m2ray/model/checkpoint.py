@@ -22,7 +22,8 @@ from m2ray.model.interpreter import without_collector
 from m2ray.model.limits import MAX_CONFIG_BYTES, MAX_HEADERS_BYTES, read_limited
 from m2ray.model.quantization.modelopt import HF_QUANT_CONFIG
 from m2ray.model.skeleton import Skeleton, build_skeleton
-from m2ray.model.tensors import needed_files, table_of, table_without_weights
+from m2ray.model.tensor_table import table_of, table_without_weights
+from m2ray.model.tensors import needed_files
 from m2ray.model.towers import decoder_config
 from m2ray.model.weight_files import INDEX, find_weights, indexed_bytes, no_weights
 from m2ray.storage import Store, open_store

@@ -19,7 +19,6 @@ from m2ray.planning.memory import (
     STATISTICS_SHARDS,
     UNUSABLE_BYTES,
     Memory,
-    ModelShape,
     Workload,
     cpu_memory,
     gpu_overhead,
@@ -29,6 +28,7 @@ from m2ray.planning.memory import (
 )
 from m2ray.planning.output import OutputPlan, plan_output
 from m2ray.planning.profile import Profile
+from m2ray.planning.shape import ModelShape
 from m2ray.planning.unpacking import unpacking_bytes
 from m2ray.sites import EIGHT_BITS, layers_run, parts_of_span
 from m2ray.statistics import contribution_bytes, device_bytes, merged_bytes, micro_batch_bytes, shard_bytes, widths

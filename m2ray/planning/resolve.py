@@ -14,8 +14,8 @@ from m2ray.options import PromptOptions, RunOptions
 from m2ray.planning.batch_size import AUTO_BATCH_TOKENS, MOST_ON_CPU, ON_CPU, ON_GPU, best_batch_tokens
 from m2ray.planning.demand import Assumptions, Demand
 from m2ray.planning.hardware import Cluster
-from m2ray.planning.memory import ModelShape
 from m2ray.planning.plan import most_batch_tokens, most_replicas, plan_run
+from m2ray.planning.shape import ModelShape
 from m2ray.sites import asked_sites, layers_run, parts_of_run, present_sites
 from m2ray.sizes import parse_bytes, parse_max_memory
 from m2ray.statistics import ROUTER, Asked, contribution_bytes, statistic_sites, statistics_of_run, widths

@@ -20,9 +20,9 @@ from m2ray.model.checkpoint import tensor_table_from_config
 from m2ray.options import PromptOptions
 from m2ray.planning.demand import Assumptions, Demand
 from m2ray.planning.hardware import Node, parse_gpus
-from m2ray.planning.memory import ModelShape
 from m2ray.planning.plan import Plan, plan_run
 from m2ray.planning.resolve import resolve
+from m2ray.planning.shape import ModelShape
 from tests.reference import minimax_config
 
 config = minimax_config()

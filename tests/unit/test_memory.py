@@ -30,7 +30,6 @@ from m2ray.planning.memory import (
     STAGING_BYTES,
     UNUSABLE_BYTES,
     UNUSABLE_SHARE,
-    ModelShape,
     Workload,
     cpu_memory,
     gpu_host_memory,
@@ -40,6 +39,7 @@ from m2ray.planning.memory import (
     staging_bytes,
     weight_bytes,
 )
+from m2ray.planning.shape import ModelShape
 from m2ray.statistics import device_bytes
 
 M2 = ModelShape(3072, num_heads=48, num_kv_heads=8, head_dim=128, num_experts=256, experts_per_token=8, expert_size=1536)

@@ -22,13 +22,14 @@ from m2ray.planning.demand import Assumptions, Demand
 from m2ray.planning.devices import HOST_SHARE
 from m2ray.planning.hardware import Cluster, Gpu, Node, parse_gpus
 from m2ray.planning.layout import render
-from m2ray.planning.memory import READERS_BYTES, ModelShape
+from m2ray.planning.memory import READERS_BYTES
 from m2ray.planning.output import part_bytes, plan_output
 from m2ray.planning.passes import active_elements, pass_s
 from m2ray.planning.plan import Plan, most_replicas, plan_run
 from m2ray.planning.report import to_json
 from m2ray.planning.residency import shared_layers
 from m2ray.planning.resolve import resolve
+from m2ray.planning.shape import ModelShape
 from m2ray.sizes import bytes_in_words, parse_max_memory
 from m2ray.statistics import contribution_bytes, widths
 from m2ray.storage import open_store

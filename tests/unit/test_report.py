@@ -12,9 +12,9 @@ from m2ray.config import ExtractConfig
 from m2ray.options import PromptOptions
 from m2ray.planning.demand import Assumptions, Demand
 from m2ray.planning.hardware import parse_gpus
-from m2ray.planning.memory import ModelShape
 from m2ray.planning.plan import Plan, plan_run
 from m2ray.planning.resolve import resolve
+from m2ray.planning.shape import ModelShape
 
 GB = 10**9
 

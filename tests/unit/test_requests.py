@@ -18,8 +18,8 @@ from m2ray.model.attention import resolve_attn_implementation
 from m2ray.model.capture import CaptureSpec
 from m2ray.model.checkpoint import open_checkpoint, tensor_table
 from m2ray.options import PromptOptions
-from m2ray.planning.memory import ModelShape
 from m2ray.planning.resolve import resolve
+from m2ray.planning.shape import ModelShape
 from m2ray.prompts import PromptTokenizer
 from m2ray.sites import parts_of_run
 from tests.reference import MINIMAX_TINY, make_minimax

@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -17,9 +16,7 @@ from m2ray.model.quantization.scaled import FLOAT_SCALES, Scaled, scale_shape
 from m2ray.model.quantization.scaling import ScaledUnpack
 from m2ray.model.quantization.stored import Method, StoredTensor
 from m2ray.model.skeleton import ModelTensor
-
-if TYPE_CHECKING:
-    from m2ray.model.tensors import MatchedTensor
+from m2ray.model.tensors import MatchedTensor
 
 BLOCKS = (BLOCK, BLOCK)
 
@@ -27,12 +24,12 @@ _UP = ("gate_up_proj", "up_proj")
 _SHOWN = 3
 
 
-def is_packed(matched: "MatchedTensor") -> bool:
+def is_packed(matched: MatchedTensor) -> bool:
     """Whether it is a layer's, and any of what it is made of would have to be unpacked."""
     return matched.tensor.role == "layer" and any(stored.unpack is not None for stored in matched.stored)
 
 
-def in_parts(matched: "MatchedTensor") -> "tuple[MatchedTensor, MatchedTensor]":
+def in_parts(matched: MatchedTensor) -> "tuple[MatchedTensor, MatchedTensor]":
     """A weight of which all is FP8 in blocks, as two tensors: FP8 values as they lie in the files, and scales in float32."""
     tensor = matched.tensor
     scales = ModelTensor(tensor.name + SCALES, tensor.role, tensor.layer, scale_shape(tensor.shape, BLOCKS), torch.float32)
@@ -54,7 +51,7 @@ def of_scales(placement: Placement) -> Placement:
     return replace(placement, start=placement.start // BLOCK, length=-(-placement.length // BLOCK))
 
 
-def require_float8(model: nn.Module, layers: "Iterable[MatchedTensor]") -> None:
+def require_float8(model: nn.Module, layers: Iterable[MatchedTensor]) -> None:
     """Raise ConfigError unless all of these that is packed can stay FP8."""
     _require_all(model, [(matched.tensor, _why_not(matched)) for matched in layers if is_packed(matched)])
 
@@ -70,7 +67,7 @@ def require_any(*, is_any: bool) -> None:
         raise _refused(["none of its weights that are run are FP8 in blocks of 128 x 128"])
 
 
-def _why_not(matched: "MatchedTensor") -> str:
+def _why_not(matched: MatchedTensor) -> str:
     """Why a packed tensor cannot be used as the files have it; "" if it can."""
     for placement, stored in zip(matched.placements, matched.stored, strict=True):
         if reason := _why_not_stored(stored) or _why_not_placed(placement):
