@@ -18,7 +18,7 @@ from m2ray.model.families import parse_config, require_dtype
 from m2ray.model.proof import prove
 from m2ray.model.skeleton import build_skeleton
 from m2ray.model.stage import Stage, StageSpec
-from m2ray.model.tensors import table_of, table_without_weights
+from m2ray.model.tensor_table import table_of, table_without_weights
 from m2ray.planning.memory import span_rows, weight_bytes
 from tests.reference import (
     LENGTHS,

@@ -26,7 +26,7 @@ from m2ray.batches import TensorTable
 from m2ray.model.families import parse_config
 from m2ray.model.headers import DTYPES, TensorHeader
 from m2ray.model.skeleton import build_skeleton
-from m2ray.model.tensors import table_of, table_without_weights
+from m2ray.model.tensor_table import table_of, table_without_weights
 from tests.reference import DATA
 
 Published = Iterator[tuple[str, str, tuple[int, ...]]]

@@ -15,7 +15,7 @@ from m2ray.model.headers import TensorHeader
 from m2ray.model.quantization import skipped
 from m2ray.model.quantization.layouts import LAYOUTS
 from m2ray.model.quantization.stored import StoredTensor
-from m2ray.model.tensors import table_without_weights
+from m2ray.model.tensor_table import table_without_weights
 from tests.reference import DATA
 
 X = "model.layers.0.self_attn.q_proj"

@@ -12,7 +12,8 @@ from m2ray.model import weights
 from m2ray.model.checkpoint import open_checkpoint
 from m2ray.model.families import parse_config
 from m2ray.model.skeleton import build_skeleton
-from m2ray.model.tensors import match_by_layer, table_of
+from m2ray.model.tensor_table import table_of
+from m2ray.model.tensors import match_by_layer
 from scripts.checkpoint_formats.table import FORMATS
 from tests.packed import make_packed
 from tests.reference import edited, load_chain
