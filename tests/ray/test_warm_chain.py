@@ -21,7 +21,7 @@ DTYPES = ("--compute-dtype", "float32", "--store-dtype", "float32")
 
 @pytest.mark.timeout(240)
 def test_jobs_and_requests_share_a_loaded_chain(cluster: RayCluster, minimax: Path, prompts: Path, tmp_path: Path) -> None:  # noqa: F811
-    """Its driver is gone, another one is killed at work, and stages are killed: what comes after finds the chain, and the right rows."""
+    """One stage's layers are ready, the other's in the files. Its driver is gone, another one is killed at work, and stages are killed: what comes after finds the chain, and the right rows."""
     words = ["--model", str(minimax), "--name", "tiny", "--stages", "2", "--batch-tokens", "256", "--shard-tokens", "400", *DTYPES]
     words += ["--http-port", str(free_ports(1)[0])]
     seen: dict[str, Any] = {}

@@ -3,7 +3,7 @@
     python warm_chain.py NAME PROMPTS OUTPUT OPTION...
 
 Run by test_warm_chain.py; the runs are OUTPUT/first, OUTPUT/second and OUTPUT/asked, the requests' rows OUTPUT/*.safetensors. The chain is
-started by a process of its own, with the options of `m2ray serve`, and stopped at the end.
+started by a process of its own, with the options of `m2ray serve`, and stopped at the end. The layers of its second stage are read from files, in waves.
 """
 
 import json
@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from urllib.error import HTTPError
 from urllib.parse import urlsplit
@@ -26,6 +26,9 @@ from m2ray.api.connecting import WarmChain
 from m2ray.chain.http import start_http
 from m2ray.cli import chains, serve
 from m2ray.errors import M2rayError
+from m2ray.planning import placing, residency
+from m2ray.planning.demand import Demand
+from m2ray.planning.devices import Device
 
 OPTIONS = {"store_dtype": "float32", "id_column": "id", "shard_tokens": 400}
 SITES = "residual:all, mlp:2"
@@ -112,7 +115,15 @@ def stopped_at_work(chain: WarmChain, prompts: str, output: Path) -> list[str]:
     return [ended, *said]
 
 
+def last_stage_in_files(demand: Demand, chain: Sequence[Device]) -> tuple[int, residency.Spans]:
+    """As planned, but for the last stage's layers, which are read from the model's files each time: memory has room for many such models."""
+    short_bytes, spans = residency.deal(demand, chain)
+    span, _ = spans[max(spans)]
+    return short_bytes, {**spans, max(spans): (span, dict.fromkeys(range(span.start, span.stop), "checkpoint"))}
+
+
 def main() -> None:
+    placing.deal = last_stage_in_files
     name, prompts, output = sys.argv[1], sys.argv[2], Path(sys.argv[3])
     served = in_a_process(lambda: serve.command.main(sys.argv[4:], standalone_mode=False))
     assert os.waitpid(served, 0)[1] == 0
