@@ -1,7 +1,10 @@
 """A span of the skeleton: what runs, what does not, and what is checked before anything is read."""
 
 import json
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -90,6 +93,36 @@ def test_a_skeleton_takes_no_memory_and_keeps_every_layer() -> None:
     built = build_skeleton(minimax_config(), torch.bfloat16)
     assert all(tensor.is_meta for tensor in built.model.state_dict().values())
     assert [layer.self_attn.layer_idx for layer in built.layers] == list(range(62))
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "gpt2", "llama"])
+def test_the_work_for_a_layer_does_not_grow_with_their_number(family: str) -> None:
+    """Calls are counted, of Python and of C: time would tell of the machine. The first build fills what transformers and torch keep."""
+
+    def build(num_layers: int) -> None:
+        config = family_config(family, num_hidden_layers=num_layers)
+        DecoderSpan(build_skeleton(config, torch.float32), LayerSpan(1, 3), CPU)
+
+    build(8)
+    calls = [num_calls(lambda number=number: build(number)) for number in (8, 16, 32)]
+    first, later = (calls[1] - calls[0]) / 8, (calls[2] - calls[1]) / 16
+    assert later == pytest.approx(first, rel=0.002), f"{calls} calls for 8, 16 and 32 layers"
+
+
+def num_calls(work: Callable[[], object]) -> int:
+    count = 0
+
+    def note(_frame: object, event: str, _argument: Any) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        work()
+    finally:
+        sys.setprofile(before)
+    return count
 
 
 def test_a_forward_pass_keeps_nothing_that_config_json_asks_for() -> None:
