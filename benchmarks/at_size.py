@@ -1,69 +1,75 @@
 """A run of 10,000 shards and 62 layers: how long it takes to open, to look at, to go on with and to finish, and in how much memory.
 
     python -m benchmarks.at_size FOLDER                                 on a local disk
-    python -m benchmarks.at_size s3://bucket/run --delay-ms 5           each request of the store that many milliseconds late
+    python -m benchmarks.at_size FOLDER --delay-ms 5                    as a bucket, each request answered that many milliseconds late
     python -m benchmarks.at_size FOLDER --before OTHER_CHECKOUT         the same files with another checkout's code, for the baseline
 
-The parts are stubs of one byte, of no rows: none of this reads them. Each figure is of a process of its own.
+`m2ray extract` begins the run: a tiny model, one prompt of 512 tokens a shard. The first shard's parts then become those of the others, but for the last
+four shards, which the same command extracts: copies where `inspect` reads rows, elsewhere links, of which only names and sizes are looked at. Each figure is of a process of its own; what has "command" in its name is timed from
+its start, imports included. The disk is not waited for where a bucket is looked at (served_folder.py).
 """
 
 import argparse
-import asyncio
 import json
-import multiprocessing
+import math
 import os
-import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+
+import xxhash
 
 NUM_LAYERS = 62
-ATTEMPT = "0" * 12
+LEFT_SHARDS = 4
+PROMPT_TOKENS = 512
+MODEL = {"layers": NUM_LAYERS, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "num_kv_heads": 2, "vocab_size": 512}
+OPTIONS = {"max_length": PROMPT_TOKENS, "truncation": "cut", "shard_tokens": 1, "compute_dtype": "float32"}
+TIMEOUT_S = 3600.0
 SHOWN = {
     "open an unfinished run": ("open_run of an unfinished run", "5 s, 500 MB"),
     "inspect an unfinished run": ("m2ray inspect of an unfinished run", "5 s"),
-    "go on": ("a resume, before Ray is started", "30 s"),
-    "finish": ("the end: manifest and sweep", "60 s"),
+    "go on": ("a resume's command, to its first commit", "30 s"),
+    "finish": ("that command, from its last commit to its end: manifest and sweep", "60 s"),
     "open": ("open_run of a finished run", "5 s, 500 MB"),
     "inspect": ("m2ray inspect of a finished run", "5 s"),
-    "look whether it is finished": ("the same command on a finished run", ""),
+    "again": ("the same command on a finished run", ""),
 }
 
-IMPORTED = {
-    "inspect an unfinished run": ("m2ray.cli.inspect", "click.testing"),
-    "inspect": ("m2ray.cli.inspect", "click.testing"),
-    "go on": ("m2ray.prompts",),
-    "look whether it is finished": ("m2ray.prompts",),
-}
+Figures = dict[str, float]
+"""`seconds`, `cpu_s` of the process, and its `peak_mb` of memory."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", help="where the run goes; made, and deleted at the end if it is a folder")
+    parser.add_argument("folder", type=Path, help="where model, prompts and run go; made, and deleted at the end")
     parser.add_argument("--shards", type=int, default=10_000)
     parser.add_argument("--delay-ms", type=float, default=0.0)
     parser.add_argument("--before", type=Path, help="a checkout whose m2ray gives the baseline")
-    parser.add_argument("--step", help="one step in this process; prints seconds and peak memory")
+    parser.add_argument("--keep", action="store_true", help="print the rows and leave results/ as it is")
+    parser.add_argument("--look", nargs=2, metavar=("STEP", "RUN"), help="one step in this process; prints its figures")
     options = parser.parse_args()
-    if options.step:
-        print(json.dumps(timed(options.step, options.run, options.shards)))
+    if options.look:
+        print(json.dumps(looked(*options.look)))
         return
     from benchmarks.records import Row, record
+    from benchmarks.served_folder import served
 
-    with delayed(options.delay_ms):
-        here = measured(options.run, options.shards, Path.cwd())
-        before = measured(options.run, options.shards, options.before) if options.before else {}
-    if "://" not in options.run:
-        shutil.rmtree(options.run)
-    place = f"{urlsplit(options.run).scheme or 'local'}{f', {options.delay_ms:g} ms a request' if options.delay_ms else ''}"
+    folder: Path = options.folder.resolve()
+    place = f"S3, {options.delay_ms:g} ms a request" if options.delay_ms else "local"
+    with ExitStack() as stack:
+        if options.delay_ms:
+            os.environ.update(stack.enter_context(served(folder, options.delay_ms)))
+        run = "s3://bench/run" if options.delay_ms else str(folder / "run")
+        here = measured(folder, run, options.shards, Path.cwd())
+        before = measured(folder, run, options.shards, options.before) if options.before else {}
+    shutil.rmtree(folder)
     rows = []
     for name, (what, target) in SHOWN.items():
         baseline, note = before.get(name), f"{here[name]['cpu_s']:.1f} s of CPU, {here[name]['peak_mb']:.0f} MB at the most"
@@ -74,221 +80,173 @@ def main() -> None:
             Row(f"{place}: {what}", now_s, "s", was_s, "before" if baseline else "", now_s / was_s if was_s else None, target, note)
         )
     title = f"A run of {options.shards:,} shards and {NUM_LAYERS} layers, {place} (load {os.getloadavg()[1]:.0f} on {os.cpu_count()} cores)"
-    record(f"at_size_{urlsplit(options.run).scheme or 'local'}", title, rows)
+    _ = print(*rows, sep="\n") if options.keep else record(f"at_size_{'s3' if options.delay_ms else 'local'}", title, rows)
 
 
-def measured(run: str, num_shards: int, checkout: Path) -> dict[str, dict[str, float]]:
-    """Each step in a process of its own, with the m2ray of a checkout."""
-    found = {}
-    for step in ("make", *SHOWN):
-        words = [sys.executable, str(Path(__file__).resolve()), run, "--shards", str(num_shards), "--step", step]
-        done = subprocess.run(
-            words, env=os.environ | {"PYTHONPATH": str(checkout)}, capture_output=True, text=True, timeout=3600, check=False
-        )
-        if done.returncode:
-            raise RuntimeError(f"{step}: {done.stderr}")
-        found[step] = json.loads(done.stdout.splitlines()[-1])
+def measured(folder: Path, run: str, num_shards: int, checkout: Path) -> dict[str, Figures]:
+    """Each step with the m2ray of a checkout."""
+    os.environ["PYTHONPATH"] = str(checkout)
+    begin(folder, num_shards)
+    found: dict[str, Figures] = {}
+    for step in SHOWN:
+        if step == "go on":
+            found |= dict(zip(("go on", "finish"), gone_on(folder, run, num_shards), strict=True))
+        elif step == "again":
+            found[step] = command(folder, run)[0]
+        elif step != "finish":
+            words = [sys.executable, str(Path(__file__).resolve()), str(folder), "--look", step, run]
+            done = subprocess.run(words, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+            if done.returncode:
+                raise RuntimeError(f"{step}: {done.stderr}")
+            found[step] = json.loads(done.stdout.splitlines()[-1])
         print(f"{checkout.name}: {step}: {found[step]}", flush=True)
     return found
 
 
-def timed(step: str, run: str, num_shards: int) -> dict[str, float]:
-    """Seconds that a step takes, imports left out, and the most memory of this process until its end."""
+# -- the run ----------------------------------------------------------------------------------------------------------------
+
+
+def begin(folder: Path, num_shards: int) -> None:
+    """An unfinished run that lacks the commits of its last shards."""
+    run = folder / "run"
+    if not (run / "job.json").exists():
+        make_inputs(folder, num_shards)
+        process = start(folder, str(run))
+        while not commit_of(folder, 0).exists() and process.poll() is None:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        process.wait(TIMEOUT_S)
+        if not commit_of(folder, 0).exists():
+            raise RuntimeError((folder / "extract.log").read_text())
+        copy_first_shard(run, num_shards)
+    for path in (run / "_SUCCESS", run / "manifest.parquet", *left(folder, num_shards)):
+        path.unlink(missing_ok=True)
+
+
+def make_inputs(folder: Path, num_shards: int) -> None:
+    from benchmarks.runs import ROOT
+    from scripts.make_checkpoint import make_checkpoint
+
+    folder.mkdir(parents=True, exist_ok=True)
+    config = json.loads((ROOT / "tests/data/llama/config.json").read_text())
+    make_checkpoint(folder / "model", config, overrides=MODEL, fmt="bf16", seed=1)
+    words = (ROOT / "scripts/corpus.txt").read_text(encoding="utf-8").split()[:PROMPT_TOKENS]
+    (folder / "prompts.txt").write_text(num_shards * f"{' '.join(words)}\n", encoding="utf-8")
+
+
+def copy_first_shard(run: Path, num_shards: int) -> None:
+    """The commit of shard 0, and its parts, under the names of all the others but the last: prompts and rows are the same."""
+    from m2ray.activations.job import read_job
+    from m2ray.activations.records import commit_key, read_commit
     from m2ray.storage import open_store
 
-    for name in ("m2ray.activations.reading.reader", "m2ray.activations.writing.commits", *IMPORTED.get(step, ())):
-        import_module(name)
     store = open_store(run)
-    begin: Callable[[], object] = {
-        "make": lambda: make(store, num_shards),
-        "open an unfinished run": lambda: looked_at(run, is_complete=False),
-        "inspect an unfinished run": lambda: inspected(run),
-        "go on": lambda: gone_on(store),
-        "finish": lambda: finished(store, num_shards),
-        "open": lambda: looked_at(run, is_complete=True),
-        "inspect": lambda: inspected(run),
-        "look whether it is finished": lambda: gone_on(store),
-    }[step]
-    began, began_cpu = time.monotonic(), time.process_time()
-    begin()
-    cpu_s = time.process_time() - began_cpu
-    return {"seconds": time.monotonic() - began, "cpu_s": cpu_s, "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3}
+    job = read_job(store)
+    assert job is not None
+    assert job.num_shards == num_shards
+    first = read_commit(store, job, 0)
+    read = read_by_inspect(num_shards - LEFT_SHARDS) | read_by_inspect(num_shards)
+    for shard in range(1, num_shards - LEFT_SHARDS):
+        place = copied if shard in read else linked
+        parts = tuple(place(run, part, shard) for part in first.parts)
+        (run / commit_key(shard)).write_bytes(replace(first, shard=shard, parts=parts).to_json())
+
+
+def read_by_inspect(num_shards: int) -> set[int]:
+    """Of so many shards those whose rows `inspect` reads: 4,096 of each layer."""
+    count = math.ceil(4096 / PROMPT_TOKENS)
+    return {(2 * place + 1) * num_shards // (2 * count) for place in range(count)}
+
+
+def linked(run: Path, part: Any, shard: int) -> Any:
+    """The part of shard 0 under another shard's name."""
+    copy = replace(part, key=part.key.replace("shard-000000-", f"shard-{shard:06d}-"))
+    (run / copy.key).unlink(missing_ok=True)
+    os.link(run / part.key, run / copy.key)
+    return copy
+
+
+def copied(run: Path, part: Any, shard: int) -> Any:
+    """The same with another shard's number in its footer: what is longer by it is the footer, whose bytes the file's last eight count."""
+    copy = replace(part, key=part.key.replace("shard-000000-", f"shard-{shard:06d}-"))
+    data, was, now = (run / part.key).read_bytes(), b"m2ray.shard\x18\x010", b"m2ray.shard\x18%c%d" % (len(str(shard)), shard)
+    footer_bytes = int.from_bytes(data[-8:-4], "little") + len(now) - len(was)
+    data = data[:-8].replace(was, now) + footer_bytes.to_bytes(4, "little") + data[-4:]
+    tail_bytes = part.tail_bytes + len(now) - len(was)
+    (run / copy.key).unlink(missing_ok=True)
+    (run / copy.key).write_bytes(data)
+    return replace(copy, num_bytes=len(data), tail_bytes=tail_bytes, tail_xxh3=xxhash.xxh3_64_hexdigest(data[-tail_bytes:]))
+
+
+def commit_of(folder: Path, shard: int) -> Path:
+    return folder / f"run/_commits/shard-{shard:06d}.json"
+
+
+def left(folder: Path, num_shards: int) -> list[Path]:
+    return [commit_of(folder, shard) for shard in range(num_shards - LEFT_SHARDS, num_shards)]
 
 
 # -- the steps --------------------------------------------------------------------------------------------------------------
 
 
-def make(store: Any, num_shards: int) -> None:
-    """An unfinished run that lacks the commit of its last shard."""
-    from m2ray.activations.job import Counts, JobRecord, ModelFacts, read_job
-    from m2ray.batches import PartSpec
+def start(folder: Path, run: str) -> subprocess.Popen[bytes]:
+    from benchmarks.runs import start_extract
 
-    store.delete(["_SUCCESS", "manifest.parquet", *(key for key, _ in store.list("_commits"))])
-    job = read_job(store)
-    if job is None:
-        job = JobRecord.new(
-            m2ray_version="benchmark",
-            options={},
-            fingerprints={"model": "-", "tokenizer": "-"},
-            model=ModelFacts("minimax_m2", NUM_LAYERS, 3072),
-            parts=tuple(PartSpec.of("residual", layer, "bfloat16", 3072) for layer in range(NUM_LAYERS)),
-            num_shards=num_shards,
-            counts=Counts(num_shards, num_shards, 0, 0),
-            sequence_files=(sequences(store, num_shards),),
-            names={"model": "-", "prompts": "-"},
-        )
-        store.create("job.json", job.to_json())
-        write_all(store, ((key, b"-") for shard in range(num_shards) for key in part_keys(job, shard)))
-    write_all(store, ((f"_commits/shard-{shard:06d}.json", commit_of(job, shard)) for shard in range(num_shards - 1)))
+    return start_extract(folder / "extract.log", model=folder / "model", prompts=folder / "prompts.txt", output=run, **OPTIONS)
 
 
-def sequences(store: Any, num_shards: int) -> Any:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-    import xxhash
-
-    from m2ray.batches import SequenceFile
-
-    table = pa.table(
-        {
-            "sequence_id": pa.array(range(num_shards), pa.int64()),
-            "row_id": [str(number) for number in range(num_shards)],
-            "prompt_digest": ["0" * 32] * num_shards,
-            "token_count": pa.array([0] * num_shards, pa.int32()),
-            "shard": pa.array(range(num_shards), pa.int32()),
-            "status": ["ready"] * num_shards,
-            "reason": pa.nulls(num_shards, pa.string()),
-        }
-    )
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink)
-    data, key = sink.getvalue().to_pybytes(), "sequences/sequences-00000-a1.parquet"
-    store.put(key, data)
-    return SequenceFile(key, num_shards, len(data), xxhash.xxh3_64_hexdigest(data))
+def gone_on(folder: Path, run: str, num_shards: int) -> tuple[Figures, Figures]:
+    """A resume to its first commit, and from its last commit to its end; CPU and memory are those of the whole command."""
+    whole, commits_s = command(folder, run, left(folder, num_shards))
+    return whole | {"seconds": commits_s[0]}, whole | {"seconds": whole["seconds"] - commits_s[-1]}
 
 
-def part_keys(job: Any, shard: int) -> list[str]:
-    from m2ray.activations.schema import part_key
+def command(folder: Path, run: str, awaited: list[Path] | None = None) -> tuple[Figures, list[float]]:
+    """The same command again, and after how many seconds each of the files was there."""
+    from benchmarks.runs import peak_rss_bytes
 
-    return [part_key(spec, shard, ATTEMPT) for spec in job.parts]
-
-
-def commit_of(job: Any, shard: int) -> bytes:
-    from m2ray.activations.records import CommitRecord, CommittedPart
-
-    keys = zip(job.parts, part_keys(job, shard), strict=True)
-    parts = tuple(CommittedPart(spec.site, spec.layer, key, 1, f"{shard:016x}", 4096, f"{spec.layer:016x}") for spec, key in keys)
-    shapes = ((32, 512), (32, 512))
-    record = CommitRecord(job.format_version, job.run_id, shard, ATTEMPT, 1, 0, "0" * 32, shapes, 1.5, job.created_at, parts)
-    return record.to_json()
-
-
-def write_all(store: Any, objects: Iterator[tuple[str, bytes]]) -> None:
-    """Many small objects. On a disk without waiting for it, which a benchmark of reading need not."""
-    folder = store.folder
-    if folder is None:
-        with ThreadPoolExecutor(32) as pool:
-            for _ in pool.map(lambda each: store.put(*each), objects):
-                pass
-        return
-    made = set()
-    for key, data in objects:
-        path = folder / key
-        if path.parent not in made:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            made.add(path.parent)
-        with path.open("wb", buffering=0) as file:
-            file.write(data)
+    began = time.monotonic()
+    process = start(folder, run)
+    absent, seen_s, ended, most_bytes = list(awaited or ()), [], 0, 0
+    while not ended:
+        time.sleep(0.005)
+        most_bytes = max(most_bytes, peak_rss_bytes(process.pid))
+        seen_s += [time.monotonic() - began for path in absent if path.exists()]
+        absent = [path for path in absent if not path.exists()]
+        ended, status, used = os.wait4(process.pid, os.WNOHANG)
+    if status or absent:
+        raise RuntimeError((folder / "extract.log").read_text())
+    figures = {"seconds": time.monotonic() - began, "cpu_s": used.ru_utime + used.ru_stime, "peak_mb": most_bytes / 1e6}
+    return figures, sorted(seen_s)
 
 
-def looked_at(run: str, *, is_complete: bool) -> None:
+def looked(step: str, run: str) -> Figures:
+    """A run opened or inspected in this process, imports left out."""
+    look = inspected if step.startswith("inspect") else opened
+    for name in ("m2ray.cli.inspect", "click.testing") if look is inspected else ("m2ray.activations.reading.reader",):
+        import_module(name)
+    began, began_cpu = time.monotonic(), time.process_time()
+    look(run)
+    seconds, cpu_s = time.monotonic() - began, time.process_time() - began_cpu
+    # getrusage would say no less than what the process that started this one had.
+    (peak_kb,) = (line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return {"seconds": seconds, "cpu_s": cpu_s, "peak_mb": int(peak_kb) * 1024 / 1e6}
+
+
+def opened(run: str) -> None:
     from m2ray import open_run
 
-    reader = open_run(run)
-    assert reader.is_complete == is_complete
+    reader: Any = open_run(run)
     assert reader.num_files == reader.num_shards * NUM_LAYERS
 
 
 def inspected(run: str) -> None:
     from click.testing import CliRunner
 
-    from m2ray.cli.inspect import command
+    from m2ray.cli.inspect import command as inspect
 
-    done = CliRunner().invoke(command, [run])
+    done = CliRunner().invoke(inspect, [run])
     assert done.exit_code == 0, done.output
-
-
-def gone_on(store: Any) -> None:
-    """What a resume does of which the time grows with the run, up to the prompts of the missing shards."""
-    from m2ray.activations.job import read_job
-    from m2ray.activations.writing.commits import go_on_with
-    from m2ray.prompts import load_shards
-
-    job = read_job(store)
-    assert job is not None
-    shards = load_shards(store, job.sequence_files)
-    run = go_on_with(store, job)
-    assert run.reopen_damaged() == []
-    missing = run.missing(shards)
-    assert len(missing) in (0, 1)
-    if not missing:
-        run.finish()
-
-
-def finished(store: Any, num_shards: int) -> None:
-    from m2ray.activations.job import read_job
-    from m2ray.activations.writing.commits import go_on_with
-
-    job = read_job(store)
-    assert job is not None
-    store.put(f"_commits/shard-{num_shards - 1:06d}.json", commit_of(job, num_shards - 1))
-    go_on_with(store, job).finish()
-
-
-# -- a store that is far away -----------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def delayed(delay_ms: float) -> Iterator[None]:
-    """Requests to the server that AWS_ENDPOINT_URL names go through a relay, each so much later."""
-    if not delay_ms:
-        yield
-        return
-    upstream = urlsplit(os.environ["AWS_ENDPOINT_URL"])
-    ports: multiprocessing.Queue[int] = multiprocessing.Queue()
-    relay = multiprocessing.Process(target=_relay, args=(upstream.hostname, upstream.port, delay_ms / 1e3, ports), daemon=True)
-    relay.start()
-    os.environ["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{ports.get(timeout=60)}"
-    try:
-        yield
-    finally:
-        relay.terminate()
-        relay.join(10)
-
-
-def _relay(host: str, port: int, delay_s: float, ports: "multiprocessing.Queue[int]") -> None:
-    async def serve() -> None:
-        async def take(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            there_reader, there_writer = await asyncio.open_connection(host, port)
-            answered = [True]
-
-            async def hand_on(source: asyncio.StreamReader, target: asyncio.StreamWriter, *, is_request: bool) -> None:
-                while data := await source.read(1 << 16):
-                    if is_request and answered[0]:
-                        await asyncio.sleep(delay_s)
-                    answered[0] = not is_request
-                    target.write(data)
-                    await target.drain()
-                target.close()
-
-            ways = hand_on(reader, there_writer, is_request=True), hand_on(there_reader, writer, is_request=False)
-            await asyncio.gather(*ways, return_exceptions=True)
-
-        server = await asyncio.start_server(take, "127.0.0.1", 0)
-        ports.put(server.sockets[0].getsockname()[1])
-        await server.serve_forever()
-
-    asyncio.run(serve())
 
 
 if __name__ == "__main__":
