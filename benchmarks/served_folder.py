@@ -124,10 +124,13 @@ class _Bucket:
         return 200, {"Content-Type": "application/xml"}, f"<ListBucketResult>{told}</ListBucketResult>".encode()
 
     def _files(self, prefix: str) -> Iterator[tuple[str, int]]:
-        for folder, _, names in os.walk(self._folder / prefix):
-            below = Path(folder).relative_to(self._folder).as_posix()
-            for name in names:
-                yield name if below == "." else f"{below}/{name}", (Path(folder) / name).stat().st_size
+        """Key and size of each file below a folder, `prefix` with a slash at its end."""
+        if (self._folder / prefix).is_dir():
+            for entry in os.scandir(self._folder / prefix):
+                if entry.is_dir():
+                    yield from self._files(f"{prefix}{entry.name}/")
+                else:
+                    yield f"{prefix}{entry.name}", entry.stat().st_size
 
 
 def _error(status: int, code: str) -> Answer:
