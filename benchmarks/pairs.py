@@ -1,6 +1,6 @@
 """One benchmark in two checkouts, run alternately: how fast this one is, with the base as one.
 
-    python -m benchmarks.pairs BASE NAME [--pairs 15] [--record] [-- ARGUMENTS OF THE BENCHMARK]
+    python -m benchmarks.pairs BASE NAME [--pairs 15] [--target 0.98] [--here "--check none"] [--record] [-- ARGUMENTS OF THE BENCHMARK]
 
 BASE is another checkout, such as a `git worktree` of the commit before. Each run is a process of its own, started with `python -m
 benchmarks.NAME` in its checkout; which of a pair comes first alternates. What is compared is the first row that a run records. The
@@ -30,12 +30,17 @@ def main() -> None:
     parser.add_argument("base", type=Path)
     parser.add_argument("name", help="a module of benchmarks/ that records rows")
     parser.add_argument("--pairs", type=int, default=15)
-    parser.add_argument("--record", action="store_true", help="keep the row in results/pairs_NAME.json")
+    parser.add_argument("--target", default="0.98", help="of the base's speed")
+    parser.add_argument("--here", default="", metavar="ARGUMENTS", help="of this checkout's benchmark alone")
+    parser.add_argument(
+        "--record", action="store_true", help="keep the row in results/pairs_NAME.json, or with --here in pairs_NAME_here.json"
+    )
     ours = [*itertools.takewhile(lambda word: word != "--", sys.argv[1:])]
     options, arguments = parser.parse_args(ours), sys.argv[len(ours) + 2 :]
+    more = {HERE: shlex.split(options.here), options.base.resolve(): []}
     ratios = []
     for number in range(options.pairs):
-        found = {tree: first_row(tree, options.name, arguments) for tree in order(options.base.resolve(), number)}
+        found = {tree: first_row(tree, options.name, [*arguments, *more[tree]]) for tree in order(options.base.resolve(), number)}
         here, base = found[HERE], found[options.base.resolve()]
         ratios.append(base.value / here.value if here.unit in TIMES else here.value / base.value)
         print(f"pair {number + 1}: {ratios[-1]:.3f} ({here.value:.4g} against {base.value:.4g} {here.unit})", flush=True)
@@ -49,13 +54,15 @@ def main() -> None:
         1.0,
         f"commit {commit.stdout.strip()}",
         statistics.median(ratios),
-        "0.98",
+        options.target,
         note,
     )
     print(f"{row.what}: {row.value:.3f} of the base's speed; {note}")
     if options.record:
-        command = ["python", "-m", "benchmarks.pairs", "BASE", options.name, "--pairs", str(options.pairs), "--", *arguments]
-        record(f"pairs_{options.name}", f"benchmarks.{options.name}, this checkout against another", [row], shlex.join(command))
+        command = ["python", "-m", "benchmarks.pairs", "BASE", options.name, "--pairs", str(options.pairs)]
+        command += [*(["--here", options.here] if options.here else []), "--", *arguments]
+        title = f"benchmarks.{options.name}, this checkout{f' with {options.here}' if options.here else ''} against another"
+        record(f"pairs_{options.name}{'_here' if options.here else ''}", title, [row], shlex.join(command))
 
 
 def order(base: Path, number: int) -> tuple[Path, Path]:
