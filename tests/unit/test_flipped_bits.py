@@ -20,7 +20,7 @@ from m2ray.storage import LocalStore
 from tests.unit import activation_runs as runs
 
 FLIPS, SEED = (int(os.environ.get(f"M2RAY_TEST_{name}", value)) for name, value in (("FLIPS", 150), ("FLIPS_SEED", 0)))
-"""`M2RAY_TEST_FLIPS=2000` takes two minutes of a core."""
+"""`M2RAY_TEST_FLIPS=2000` takes half a minute of a core."""
 
 PARTS = (runs.PARTS[1], PartSpec.of("final_norm", None, "float16", 130))
 
