@@ -48,7 +48,7 @@ Figures = dict[str, float]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="where model, prompts and run go; made, and deleted at the end")
+    parser.add_argument("folder", type=Path, help="in it `at_size` is made, for model, prompts and run, and deleted at the end")
     parser.add_argument("--shards", type=int, default=10_000)
     parser.add_argument("--delay-ms", type=float, default=0.0)
     parser.add_argument("--before", type=Path, help="a checkout whose m2ray gives the baseline")
@@ -61,7 +61,8 @@ def main() -> None:
     from benchmarks.records import Row, record
     from benchmarks.served_folder import served
 
-    folder: Path = options.folder.resolve()
+    folder: Path = options.folder.resolve() / "at_size"
+    shutil.rmtree(folder, ignore_errors=True)
     place = f"S3, {options.delay_ms:g} ms a request" if options.delay_ms else "local"
     with ExitStack() as stack:
         if options.delay_ms:
@@ -112,7 +113,8 @@ def begin(folder: Path, num_shards: int) -> None:
     if not (run / "job.json").exists():
         make_inputs(folder, num_shards)
         process = start(folder, str(run))
-        while not commit_of(folder, 0).exists() and process.poll() is None:
+        deadline = time.monotonic() + TIMEOUT_S
+        while not commit_of(folder, 0).exists() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)
         process.send_signal(signal.SIGTERM)
         process.wait(TIMEOUT_S)
@@ -214,6 +216,8 @@ def command(folder: Path, run: str, awaited: list[Path] | None = None) -> tuple[
         seen_s += [time.monotonic() - began for path in absent if path.exists()]
         absent = [path for path in absent if not path.exists()]
         ended, status, used = os.wait4(process.pid, os.WNOHANG)
+        if time.monotonic() > began + TIMEOUT_S:
+            process.kill()
     if status or absent:
         raise RuntimeError((folder / "extract.log").read_text())
     figures = {"seconds": time.monotonic() - began, "cpu_s": used.ru_utime + used.ru_stime, "peak_mb": most_bytes / 1e6}
