@@ -13,7 +13,7 @@ from pathlib import Path
 
 import ray
 
-from m2ray.chain.stopping import GOES_ON, sigterm_kept, undisturbed
+from m2ray.chain.stopping import GOES_ON, sigterm_kept, spared_by_hangup, undisturbed
 from m2ray.errors import ClusterError
 from m2ray.storage import remedy_for
 
@@ -197,7 +197,8 @@ def _private_folder(place: Path) -> Iterator[Path]:
 
 def _start(folder: Path) -> None:
     try:
-        ray.init(address="local", include_dashboard=False, _temp_dir=str(folder), logging_level="ERROR", log_to_driver=True)
+        with spared_by_hangup():
+            ray.init(address="local", include_dashboard=False, _temp_dir=str(folder), logging_level="ERROR", log_to_driver=True)
     except Exception as error:
         # Ray says by Exception itself, of no narrower type, that a process of its own did not start in time: on a full disk, for one.
         if type(error) is not Exception and not isinstance(error, OSError | ray.exceptions.RayError | RuntimeError | ValueError):
