@@ -109,7 +109,8 @@ def require_cluster() -> None:
     if not (os.environ.get("RAY_ADDRESS") or ray.is_initialized()):
         raise ClusterError(
             "A warm chain lives in a Ray cluster, and RAY_ADDRESS names none.",
-            "Set RAY_ADDRESS. On one machine: ray start --head --node-ip-address=127.0.0.1, then RAY_ADDRESS=127.0.0.1:6379.",
+            "Set RAY_ADDRESS. On one machine: ray start --head --node-ip-address=127.0.0.1, then RAY_ADDRESS=127.0.0.1:6379; and RAY_AUTH_MODE=token before "
+            "both where there is ~/.ray/auth_token.",
         )
 
 
@@ -249,5 +250,6 @@ def _require_token(address: str, timeout_s: float) -> None:
             if error.code() is grpc.StatusCode.UNAUTHENTICATED:
                 raise ClusterError(
                     f"The Ray cluster at RAY_ADDRESS={address!r} refuses the token of this process, or its lack of one.",
-                    "Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's own; or unset RAY_ADDRESS to run on this machine.",
+                    "Set RAY_AUTH_MODE=token, which takes the token of ~/.ray/auth_token, as `ray start` does; if the cluster's is another, RAY_AUTH_TOKEN or "
+                    "RAY_AUTH_TOKEN_PATH too. Or unset RAY_ADDRESS to run on this machine.",
                 ) from error
