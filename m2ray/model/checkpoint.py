@@ -302,12 +302,12 @@ class _Opened:
 
 
 @lru_cache(_KEPT_TABLES)
-def _up_to_layer(opened: _Opened, last: int, with_final_norm: bool, in_float8: bool) -> tuple[set[str], TensorTable]:  # noqa: FBT001 - as lru_cache counts them
+def _up_to_layer(opened: _Opened, last: int, with_final_norm: bool, in_float8: bool) -> tuple[frozenset[str], TensorTable]:  # noqa: FBT001 - as lru_cache counts them
     """The files and the table of `up_to_layer`. A program that runs one job after another asks for the same, and matching all tensors takes long."""
     checkpoint = opened.checkpoint
     skeleton = build_skeleton(checkpoint.whole_config, torch.bfloat16)
     span = LayerSpan(0, last + 1)
-    files = needed_files(skeleton, checkpoint.weight_map, span, with_final_norm=with_final_norm)
+    files = frozenset(needed_files(skeleton, checkpoint.weight_map, span, with_final_norm=with_final_norm))
     needed = checkpoint.only(files)
     raise_all([*needed.damaged.values(), *checkpoint.twice])
     is_whole = len(span) == len(skeleton.layers) and not checkpoint.damaged
