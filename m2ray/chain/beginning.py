@@ -38,7 +38,7 @@ class Work:
 
 
 def begin(inputs: Inputs, stack: ExitStack, stop: Stop, progress: Progress, hardware: Hardware | None = None) -> Work:
-    """Survey the prompts, look at the hardware, and claim the run for what fits there."""
+    """Survey the prompts, look at the hardware, and claim the run for what fits there. What ends it before that leaves nothing, Ctrl-C too."""
     found = None
     try:
         with stop.at_once(NOTHING_WRITTEN):
@@ -53,7 +53,7 @@ def begin(inputs: Inputs, stack: ExitStack, stop: Stop, progress: Progress, hard
                 inputs = inputs.on(hardware.cluster, found.shards.longest_tokens, partial(estimated_batching, found.shards))
             stats = batching(found.shards, inputs.options.batch_tokens)
             plan_of(inputs, hardware, stats).require_fit()
-    except M2rayError:
+    except (M2rayError, KeyboardInterrupt):
         if found is not None:  # no record names its files: job.json comes later
             _discard(inputs, found)
         raise

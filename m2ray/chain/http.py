@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import ray
 import safetensors.torch
 
+from m2ray.chain.failure import cause_of
 from m2ray.chain.requests import MAX_REQUEST_BYTES, MAX_REQUESTS, Answer, Request
 from m2ray.chain.served import NAMESPACE
 from m2ray.chain.warm import as_ours, names
@@ -188,17 +189,24 @@ def required_token() -> str:
 
 
 def start_http(name: str, host: str, port: int, route: str) -> None:
-    """Answer a chain's requests at this address. Raises as `required_token`."""
+    """Answer a chain's requests at this address. Raises as `required_token`, and ClusterError where Ray Serve cannot."""
     token = required_token()
     from ray import serve
 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     quiet = {"log_level": "ERROR", "enable_access_log": False}
-    serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port}, logging_config=quiet)
     served = serve.deployment(name="front", max_ongoing_requests=2 * MAX_REQUESTS, ray_actor_options={"num_cpus": 0}, logging_config=quiet)(
         Front
     )
-    serve.run(served.bind(name, digest_of(token)), name=_application(name), route_prefix=route)
+    try:
+        serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port}, logging_config=quiet)
+        serve.run(served.bind(name, digest_of(token)), name=_application(name), route_prefix=route)
+    except (ray.exceptions.RayError, serve.exceptions.RayServeException, RuntimeError, TimeoutError, ValueError) as error:
+        why = (str(cause_of(error)).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise ClusterError(
+            f"Ray Serve does not answer at http://{host}:{port}{route}: {why}.",
+            "Name a port and a host that are free on the head node, and a route that no other chain has (--http-port, --http-host, --http-route).",
+        ) from error
 
 
 def stop_http(name: str) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import ray
 
-from m2ray.chain.stopping import GOES_ON, sigterm_kept, undisturbed
+from m2ray.chain.stopping import GOES_ON, sigterm_kept, spared_by_hangup, undisturbed
 from m2ray.errors import ClusterError
 from m2ray.storage import remedy_for
 
@@ -109,7 +109,8 @@ def require_cluster() -> None:
     if not (os.environ.get("RAY_ADDRESS") or ray.is_initialized()):
         raise ClusterError(
             "A warm chain lives in a Ray cluster, and RAY_ADDRESS names none.",
-            "Set RAY_ADDRESS. On one machine: ray start --head --node-ip-address=127.0.0.1, then RAY_ADDRESS=127.0.0.1:6379.",
+            "Set RAY_ADDRESS. On one machine: ray start --head --node-ip-address=127.0.0.1, then RAY_ADDRESS=127.0.0.1:6379; and RAY_AUTH_MODE=token before "
+            "both where there is ~/.ray/auth_token.",
         )
 
 
@@ -197,7 +198,8 @@ def _private_folder(place: Path) -> Iterator[Path]:
 
 def _start(folder: Path) -> None:
     try:
-        ray.init(address="local", include_dashboard=False, _temp_dir=str(folder), logging_level="ERROR", log_to_driver=True)
+        with spared_by_hangup():
+            ray.init(address="local", include_dashboard=False, _temp_dir=str(folder), logging_level="ERROR", log_to_driver=True)
     except Exception as error:
         # Ray says by Exception itself, of no narrower type, that a process of its own did not start in time: on a full disk, for one.
         if type(error) is not Exception and not isinstance(error, OSError | ray.exceptions.RayError | RuntimeError | ValueError):
@@ -248,5 +250,6 @@ def _require_token(address: str, timeout_s: float) -> None:
             if error.code() is grpc.StatusCode.UNAUTHENTICATED:
                 raise ClusterError(
                     f"The Ray cluster at RAY_ADDRESS={address!r} refuses the token of this process, or its lack of one.",
-                    "Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's own; or unset RAY_ADDRESS to run on this machine.",
+                    "Set RAY_AUTH_MODE=token, which takes the token of ~/.ray/auth_token, as `ray start` does; if the cluster's is another, RAY_AUTH_TOKEN or "
+                    "RAY_AUTH_TOKEN_PATH too. Or unset RAY_ADDRESS to run on this machine.",
                 ) from error

@@ -3,16 +3,28 @@
 import threading
 from collections import deque
 from collections.abc import Iterable, Sequence
+from itertools import islice
 
 from m2ray.batches import Shard
 
+_JUDGED_SHARDS = 4096
+"""Of which the first to be extracted is the shortest: a run may have millions."""
+
 
 class ShardQueue:
-    """Each shard is with one chain at a time. Any thread may call."""
+    """Each shard is with one chain at a time. Any thread may call.
+
+    A short one comes first, and is soon committed: so it shows early whether all works up to the store. The others come in their order, which has
+    the longest sequences first (prompts/shards.py).
+    """
 
     def __init__(self, shards: Iterable[Shard]) -> None:
         self._changed = threading.Condition()
         self._waiting = deque(shards)
+        if judged := list(islice(self._waiting, _JUDGED_SHARDS)):
+            shortest = min(range(len(judged)), key=lambda number: judged[number].num_tokens)
+            del self._waiting[shortest]
+            self._waiting.appendleft(judged[shortest])
         self._unfinished = {shard.index for shard in self._waiting}
 
     @property

@@ -87,9 +87,9 @@ def serve(
         except ValueError as error:  # somebody else's came between
             raise _taken(name) from error
         try:
-            _load(keeper, stop, progress)
-            if http:
+            if http:  # what is wrong there is said before anything is loaded
                 start_http(name, *http)
+            _load(keeper, stop, progress)
         except BaseException:
             _end(keeper)
             raise

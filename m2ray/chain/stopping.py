@@ -120,3 +120,16 @@ def sigterm_kept() -> Iterator[None]:
         raise
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def spared_by_hangup() -> Iterator[None]:
+    """Around the start of Ray's processes: a closed terminal's SIGHUP, which all of its group get, is none to them. They inherit this thread's mask.
+
+    Else Ray is gone before the run has stopped in order, and whoever waits for an answer of it waits for a minute.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -1,19 +1,27 @@
 """`m2ray serve`: keep a loaded chain in the cluster of RAY_ADDRESS, or end one."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import click
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from m2ray.cli import Command
 from m2ray.cli.extract import metavar
 from m2ray.cli.output import say, terminal
 from m2ray.config import ExtractConfig
-from m2ray.option_types import NonEmpty, Positive
+from m2ray.option_types import NonEmpty
 
 _CONNECT_S = 30.0
+
+
+def _route(text: str) -> str:
+    """Raises ValueError for what Ray Serve takes for no route."""
+    if not re.fullmatch(r"/([^{}]*[^{}/])?", text):
+        raise ValueError("a path such as /m2: with / before it, none behind it, and no braces")
+    return text
 
 
 class ServeConfig(ExtractConfig):
@@ -25,11 +33,13 @@ class ServeConfig(ExtractConfig):
     idle_timeout_s: Annotated[float, Field(gt=0)] | None = Field(
         None, description="Seconds without a job or a request after which the chain ends; default: never."
     )
-    http_port: Positive | None = Field(
+    http_port: Annotated[int, Field(gt=0, le=65535)] | None = Field(
         None, description="Answer requests over HTTP too, by Ray Serve, with the token of M2RAY_SERVE_TOKEN; default: not."
     )
     http_host: NonEmpty = Field("127.0.0.1", description="Where HTTP is listened for.")
-    http_route: NonEmpty = Field("/", description="What stands before /v1/activations, where several chains are served.")
+    http_route: Annotated[NonEmpty, AfterValidator(_route)] = Field(
+        "/", description="What stands before /v1/activations, where several chains are served."
+    )
 
 
 def _serve_options(function: Callable[..., Any]) -> Callable[..., Any]:

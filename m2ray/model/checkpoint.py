@@ -6,7 +6,8 @@ Layout: https://huggingface.co/docs/safetensors.
 import platform
 import threading
 from collections.abc import Container, Iterable, Mapping
-from functools import cached_property
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from math import prod
 from typing import Any, Self
 
@@ -29,6 +30,9 @@ from m2ray.model.weight_files import INDEX, find_weights, indexed_bytes, no_weig
 from m2ray.storage import Store, open_store
 
 CONFIG = "config.json"
+
+_KEPT_TABLES = 2
+"""Each holds its headers too: tens of MB of a large model."""
 
 _NOT_TRANSFORMERS = "tok_embeddings.weight"
 """In the layout of Mistral's and Meta's own code, whose queries and keys lie in another order: `consolidated.safetensors`."""
@@ -284,14 +288,32 @@ def up_to_layer(
     Raises:
         CheckpointError, ConfigError, StoreError: as `tensor_table`, but for files and tensors that are not needed.
     """
+    files, table = _up_to_layer(_Opened(checkpoint.digest, frozenset(checkpoint.damaged), checkpoint), last, with_final_norm, in_float8)
+    return checkpoint.only(files), table
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A checkpoint that counts as the same where its fingerprint is, and the files that are not in it."""
+
+    digest: str
+    damaged: frozenset[str]
+    checkpoint: Checkpoint = field(compare=False)
+
+
+@lru_cache(_KEPT_TABLES)
+def _up_to_layer(opened: _Opened, last: int, with_final_norm: bool, in_float8: bool) -> tuple[frozenset[str], TensorTable]:  # noqa: FBT001 - as lru_cache counts them
+    """The files and the table of `up_to_layer`. A program that runs one job after another asks for the same, and matching all tensors takes long."""
+    checkpoint = opened.checkpoint
     skeleton = build_skeleton(checkpoint.whole_config, torch.bfloat16)
     span = LayerSpan(0, last + 1)
-    needed = checkpoint.only(needed_files(skeleton, checkpoint.weight_map, span, with_final_norm=with_final_norm))
+    files = frozenset(needed_files(skeleton, checkpoint.weight_map, span, with_final_norm=with_final_norm))
+    needed = checkpoint.only(files)
     raise_all([*needed.damaged.values(), *checkpoint.twice])
     is_whole = len(span) == len(skeleton.layers) and not checkpoint.damaged
     if is_whole:
-        return needed, _table(checkpoint, skeleton, None, in_float8=in_float8)
-    return needed, _table(needed, skeleton, span, with_final_norm=with_final_norm, in_float8=in_float8)
+        return files, _table(checkpoint, skeleton, None, in_float8=in_float8)
+    return files, _table(needed, skeleton, span, with_final_norm=with_final_norm, in_float8=in_float8)
 
 
 def is_of_run(checkpoint: Checkpoint, layers_run: int, fingerprint: str) -> bool:

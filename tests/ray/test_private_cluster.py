@@ -60,13 +60,13 @@ def test_a_closed_terminal_and_ctrl_c_end_it_in_a_paragraph_and_it_goes_on_where
 
 
 def stopped(words: list[str], env: dict[str, str], ends: signal.Signals) -> tuple[int, str]:
-    """The exit code of a run that gets a signal while it loads, and what is said of it."""
-    started = subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1)
+    """The exit code of a run that gets a signal while it loads, as a terminal sends it: Ray's processes get it too. And what is said of it."""
+    started = subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1, start_new_session=True)
     assert started.stdout is not None
     for line in started.stdout:
         if line.startswith("load"):
             break
-    os.kill(started.pid, ends)
+    os.killpg(started.pid, ends)
     _, told = started.communicate(timeout=200)
     assert "Traceback" not in told
     found = re.search(r"The run was stopped on request\.|Stopped by Ctrl-C\. Committed shards are kept", told)

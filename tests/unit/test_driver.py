@@ -502,3 +502,10 @@ def test_a_hang_that_lost_no_stage_counts_for_the_shards_in_flight() -> None:
 
     with pytest.raises(ChainLostError, match="Shard 0 was in flight in 3 failures"):
         run(script)
+
+
+def test_the_shortest_shard_comes_first_and_the_others_in_their_order() -> None:
+    tokens = [9, 7, 3, 8, 3]
+    queue = ShardQueue([Shard(index, np.arange(1), np.array([count], np.int32)) for index, count in enumerate(tokens)])
+    order = [shard.index for shard in iter(queue.take, None)]
+    assert order == [2, 0, 1, 3, 4]

@@ -4,17 +4,20 @@ import asyncio
 import json
 import sys
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from ray import serve
+from ray.serve.exceptions import RayServeException
 
 from m2ray.batches import TOKEN_ROW
 from m2ray.chain import http as module
-from m2ray.chain.http import Front, Response, digest_of, required_token
+from m2ray.chain.http import Front, Response, digest_of, required_token, start_http
 from m2ray.chain.requests import MAX_REQUEST_BYTES, Answer, Request
+from m2ray.cli.serve import ServeConfig
 from m2ray.errors import (
     BusyError,
     ClusterError,
@@ -189,3 +192,23 @@ def test_without_all_of_ray_serve_the_extra_is_named(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("importlib.import_module", importing)
     with pytest.raises(MissingPackageError, match=r"m2ray\[serve\]"):
         required_token()
+
+
+def test_what_ray_serve_cannot_do_is_told_in_a_paragraph(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**_: object) -> NoReturn:
+        raise RayServeException('Prefix / is being used by application "m2ray-other".\nTraceback')
+
+    monkeypatch.setenv("M2RAY_SERVE_TOKEN", SECRET)
+    monkeypatch.setattr(serve, "start", refuse)
+    with pytest.raises(ClusterError) as caught:
+        start_http("chain", "127.0.0.1", 8000, "/")
+    assert caught.value.what == 'Ray Serve does not answer at http://127.0.0.1:8000/: Prefix / is being used by application "m2ray-other".'
+    assert "--http-route" in caught.value.remedy
+
+
+def test_a_port_and_a_route_that_are_none_are_refused_together() -> None:
+    with pytest.raises(ConfigError) as caught:
+        ServeConfig.validated({"model": "folder", "http_port": 65536, "http_route": "m2/"})
+    assert "http_port = 65536 is not less than or equal to 65535" in str(caught.value)
+    assert "http_route = 'm2/' is not a path such as /m2" in str(caught.value)
+    assert ServeConfig.validated({"model": "folder", "http_route": "/a/b"}).http_route == "/a/b"

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import tempfile
 import threading
 import time
@@ -124,6 +125,23 @@ def test_ray_ends_before_the_thread_that_started_it_and_second_thoughts_do_not_b
     assert fake.told == ["started", "ended, its starter alive: True"]
     assert list(short_folder.iterdir()) == []
     assert capsys.readouterr().out == "Ray is being started, and ends as soon as it is there.\n"
+
+
+def test_a_closed_terminal_does_not_end_rays_processes_before_the_run_has_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGHUP goes to all processes of the terminal's foreground group."""
+    fake, outlived = FakeRay(monkeypatch), []
+
+    def init(**_: object) -> None:
+        outlived.append(subprocess.run(["sh", "-c", "kill -HUP $$; echo there"], capture_output=True, timeout=30, check=False).stdout)
+        fake.say("started", is_there=True)
+
+    monkeypatch.setattr(ray, "init", init)
+    with cluster(1):
+        pass
+    with cluster_ahead(1, print) as begun:
+        wait_for(begun)
+    assert outlived == [b"there\n"] * 2
+    assert signal.SIGHUP not in signal.pthread_sigmask(signal.SIG_BLOCK, []), "this process hears of it"
 
 
 def test_a_ray_that_hangs_is_neither_waited_for_without_end_nor_held_once_it_comes(

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 from click.testing import CliRunner
@@ -15,7 +15,7 @@ from click.testing import CliRunner
 import m2ray
 from m2ray.activations.writing.commits import Run
 from m2ray.activations.writing.lease import held
-from m2ray.chain import replicas, stopping
+from m2ray.chain import beginning, replicas, stopping
 from m2ray.chain.progress import Progress
 from m2ray.chain.stopping import sigterm_kept, stop_on_sigterm
 from m2ray.cli import main
@@ -53,6 +53,21 @@ def test_a_stop_during_the_survey_says_so_and_leaves_nothing(tmp_path: Path, mon
     assert ended.exit_code == 1
     assert ended.stderr == "Error: The run was stopped on request. Nothing was written: the same command begins from the start.\n"
     assert not [path for path in run.rglob("*") if path.is_file()]
+
+
+def test_ctrl_c_once_the_survey_is_done_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it is while Ray starts."""
+
+    def interrupted(*_: object) -> NoReturn:
+        assert list((run / "sequences").iterdir())
+        raise KeyboardInterrupt
+
+    model, prompts, run = make_minimax(tmp_path / "model", "fp8"), tmp_path / "prompts.jsonl", tmp_path / "run"
+    prompts.write_text('{"text": "one two three"}\n', encoding="utf-8")
+    monkeypatch.setattr(beginning, "_hardware", interrupted)
+    ended = CliRunner().invoke(main, ["extract", "--model", str(model), "--prompts", str(prompts), "--output", str(run)])
+    assert ended.exit_code == 130
+    assert not run.exists()
 
 
 def test_every_signal_in_every_phase_leaves_a_run_that_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

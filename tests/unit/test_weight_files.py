@@ -97,6 +97,19 @@ def test_files_of_later_layers_need_not_be_there(originals: dict[str, Path], sha
     assert_same([torch.from_numpy(layer.columns[0].copy()).view(torch.float32) for layer in output.captured], expected)
 
 
+def test_the_table_of_unchanged_files_is_kept_and_of_changed_ones_made_anew(sharded: Path) -> None:
+    checkpoint, table = up_to_layer(open_checkpoint(str(sharded)), 1)
+    again, kept = up_to_layer(open_checkpoint(str(sharded)), 1)
+    assert kept is table
+    assert again.digests == checkpoint.digests
+    assert up_to_layer(open_checkpoint(str(sharded)), 2)[1] != table
+    file = sharded / min(files_of(sharded, is_early))
+    tensors = load_file(file)
+    save_file({**tensors, "model.layers.0.unheard_of": torch.zeros(2)}, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="unheard_of"):
+        up_to_layer(open_checkpoint(str(sharded)), 1)
+
+
 def test_a_needed_file_that_is_absent_or_cut_is_named_and_no_other(sharded: Path) -> None:
     needed = sorted(files_of(sharded, is_early))
     keep_only(sharded, set(needed))
