@@ -34,7 +34,7 @@ def tiles(ends_E: torch.Tensor, num_rows: int) -> torch.Tensor:
 
 @tiles.register_fake
 def _(ends_E: torch.Tensor, num_rows: int) -> torch.Tensor:
-    return ends_E.new_empty((num_rows // _ROWS + len(ends_E) + 1, 4))
+    return ends_E.new_empty((num_rows // _ROWS + ends_E.shape[0] + 1, 4))
 
 
 @torch.library.custom_op("m2ray::gated_rows", mutates_args=())
@@ -60,7 +60,7 @@ def gated_rows(
 def _(
     tokens_NH: torch.Tensor, choices_R: torch.Tensor, _: int, weights_EOH: torch.Tensor, __: torch.Tensor, ___: torch.Tensor
 ) -> torch.Tensor:
-    return tokens_NH.new_empty((len(choices_R), weights_EOH.shape[1] // 2))
+    return tokens_NH.new_empty((choices_R.shape[0], weights_EOH.shape[1] // 2))
 
 
 @torch.library.custom_op("m2ray::down_rows", mutates_args=())
@@ -75,7 +75,7 @@ def down_rows(inner_RI: torch.Tensor, weights_EHI: torch.Tensor, ends_E: torch.T
 
 @down_rows.register_fake
 def _(inner_RI: torch.Tensor, weights_EHI: torch.Tensor, _: torch.Tensor, __: torch.Tensor) -> torch.Tensor:
-    return inner_RI.new_empty((len(inner_RI), weights_EHI.shape[1]))
+    return inner_RI.new_empty((inner_RI.shape[0], weights_EHI.shape[1]))
 
 
 def _gated(rows_RH: torch.Tensor, weights_EOH: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:

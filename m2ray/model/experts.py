@@ -55,10 +55,10 @@ def _forward(module: Any, hidden_NH: torch.Tensor, chosen_NK: torch.Tensor, weig
     experts_E = torch.arange(module.num_experts, device=expert_R.device, dtype=torch.int16)
     ends_E = torch.searchsorted(expert_R, experts_E, right=True, out_int32=True)
     place_R = torch.empty_like(choice_R)
-    place_R[choice_R] = torch.arange(len(choice_R), device=choice_R.device)
+    place_R[choice_R] = torch.arange(choice_R.shape[0], device=choice_R.device)
     places_NK = place_R.view(chosen_NK.shape)
     if module.m2ray_products:
-        tiles = expert_products.tiles(ends_E, len(choice_R))
+        tiles = expert_products.tiles(ends_E, choice_R.shape[0])
         inner_RI = expert_products.gated_rows(hidden_NH, choice_R, chosen_NK.shape[1], module.gate_up_proj, ends_E, tiles)
         rows_RH = expert_products.down_rows(inner_RI, module.down_proj, ends_E, tiles)
     else:
@@ -111,7 +111,8 @@ def sum_rows(rows_RH: torch.Tensor, places_NK: torch.Tensor, weights_NK: torch.T
 
 @sum_rows.register_fake
 def _(rows_RH: torch.Tensor, places_NK: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
-    return rows_RH.new_empty((len(places_NK), rows_RH.shape[1]), dtype=torch.float32)
+    # Not `len`: it makes a number of a size that is open, and each shape would be compiled again.
+    return rows_RH.new_empty((places_NK.shape[0], rows_RH.shape[1]), dtype=torch.float32)
 
 
 def _summed(rows_RH: torch.Tensor, places_NK: torch.Tensor, weights_NK: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph
 
-from m2ray.model import causal_attention, routing
+from m2ray.model import causal_attention, expert_products, experts, routing
 
 Replacing = Callable[[Graph], None]
 
@@ -18,7 +18,7 @@ def replacements(device: torch.device) -> tuple[Replacing, ...]:
 
 
 class FasterGraph(CustomGraphPass):
-    """Torch.compile calls it with a layer's graph. Graphs that are kept between processes are known by it."""
+    """Torch.compile calls it with a layer's graph. Graphs that are kept between processes are known by it, and what their operations say of sizes."""
 
     def __init__(self, replacing: tuple[Replacing, ...]) -> None:
         self._replacing = replacing
@@ -28,5 +28,5 @@ class FasterGraph(CustomGraphPass):
             replace(graph)
 
     def uuid(self) -> bytes:
-        files = (routing.__file__, causal_attention.__file__)
+        files = (routing.__file__, causal_attention.__file__, experts.__file__, expert_products.__file__)
         return bytes(get_hash_for_files(files, " ".join(replace.__name__ for replace in self._replacing)))

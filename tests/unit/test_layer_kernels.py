@@ -110,3 +110,17 @@ def test_of_equal_scores_the_first_is_chosen() -> None:
     values, places = routing.largest(torch.tensor([[1.0, 3.0, 3.0, 2.0, 3.0]]), 2)
     assert values.tolist() == [[3.0, 3.0]]
     assert places.tolist() == [[1, 2]]
+
+
+def test_compiled_experts_serve_any_number_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One graph: an operation that takes a size for a number ties it to one, and each micro-batch would be compiled anew."""
+    monkeypatch.setattr(experts, "has_kernels", lambda _: True)
+    for has_products in (True, False):
+        torch._dynamo.reset()
+        module, graphs = made(MiniMaxM2Experts, MiniMaxM2Config(num_local_experts=9, **SIZES)), []
+        assert experts.use_kernels(module, CPU)
+        module.m2ray_products = has_products
+        compiled = torch.compile(module, fullgraph=True, dynamic=True, backend=lambda graph, _: graphs.append(graph) or graph.forward)
+        for number in (50, 7, 200):
+            compiled(torch.randn(number, 64).bfloat16(), torch.rand(number, 8).topk(3).indices, torch.rand(number, 3))
+        assert len(graphs) == 1
