@@ -47,7 +47,7 @@ class TrialLayer:
         self._decoder = DecoderSpan(skeleton, LayerSpan(self.number, self.number + 1), self._device)
         with _room("a layer's weights"):
             for tensor in skeleton.needed(self._decoder.span):
-                assign(skeleton.model, tensor.name, _random(tensor.shape, tensor.dtype, self._device))
+                assign(skeleton.model, tensor.name, random_values(tensor.shape, tensor.dtype, self._device))
         self._decoder.check_complete()
 
     def compile(self) -> None:
@@ -77,7 +77,7 @@ class TrialLayer:
 
     def _boundary(self, shape: tuple[int, int]) -> Boundary:
         boundary = blank(self._decoder.skeleton.config, self._decoder.span.start, shape, self._dtype)
-        hidden_BTH = _random(tuple(boundary.hidden_BTH.shape), self._dtype, self._device)
+        hidden_BTH = random_values(tuple(boundary.hidden_BTH.shape), self._dtype, self._device)
         return boundary.map(lambda tensor: tensor.to(self._device))._replace(hidden_BTH=hidden_BTH)
 
     def _times_ms(self, step: Callable[[], object]) -> list[float]:
@@ -110,7 +110,7 @@ def copy_bytes_per_s(device: str) -> float:
     return statistics.median(rates[1:])
 
 
-def _random(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def random_values(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Normal values, of a size that keeps sums of order one; a vector is all ones, so that no router's bias chooses the experts, a table all zeros.
 
     The CPU repeats a million values: drawing billions takes minutes.

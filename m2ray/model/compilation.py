@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
+from m2ray.model.experts import use_kernels
+from m2ray.model.faster_graph import FasterGraph, replacements
 from m2ray.model.kept import kept_folder
 
 _ADVICE = ("TensorFloat32 tensor cores for float32", "Dynamo detected a call to a `functools.lru_cache`")
@@ -28,8 +30,8 @@ _VARIANTS = 64
 """Of one kind of layer, that may be compiled: layers of a class that differ, shapes, combinations of sites. torch's own limit is 8."""
 
 
-def compile_layers(layers: Sequence[nn.Module]) -> None:
-    """Compile each layer's forward pass; layers of one kind share their graphs. Hooks stay outside of what is compiled.
+def compile_layers(layers: Sequence[nn.Module], device: torch.device) -> None:
+    """Compile each layer's forward pass for this device; layers of one kind share their graphs. Hooks stay outside of what is compiled.
 
     torch keeps their graphs for the next process, by code, versions and shapes: in `TORCHINDUCTOR_CACHE_DIR`, or the user's cache folder.
     """
@@ -37,11 +39,14 @@ def compile_layers(layers: Sequence[nn.Module]) -> None:
     allow_variants()
     for advice in _ADVICE:
         warnings.filterwarnings("ignore", advice, UserWarning)
+    replacing = replacements(device)
+    options = _OPTIONS | ({"post_grad_custom_pre_pass": FasterGraph(replacing)} if replacing else {})
     for layer in layers:
         for module in layer.modules():
-            if "top_k_weights" in inspect.signature(module.forward).parameters:  # transformers' experts
+            is_experts = "top_k_weights" in inspect.signature(module.forward).parameters
+            if is_experts and not use_kernels(module, device):
                 module.register_forward_pre_hook(_write_out, with_kwargs=True)
-        layer.forward = torch.compile(layer.forward, options=_OPTIONS)
+        layer.forward = torch.compile(layer.forward, options=options)
 
 
 def _keep_graphs() -> None:

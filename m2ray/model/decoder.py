@@ -128,7 +128,7 @@ class DecoderSpan:
             any_sites: keep all sites of a layer until it has run, whichever are watched, so that watching others makes no further graph.
         """
         self._shows_all = any_sites
-        compile_layers([layer for _, layer in self._own_layers()])
+        compile_layers([layer for _, layer in self._own_layers()], self.device)
 
     def _own_layers(self) -> list[tuple[int, nn.Module]]:
         return [(number, self.skeleton.layers[number]) for number in range(self.span.start, self.span.stop)]

@@ -37,16 +37,21 @@ def test_products_are_those_of_torch(kernel: proof.Multiply) -> None:
 
 @pytest.mark.parametrize("family", ["minimax_m2", "qwen3_moe", "llama"])
 def test_a_stage_is_that_of_torch(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiled or not, packed in host memory or not: rounding alone lies between."""
+    """Compiled or not, packed in host memory or not: rounding alone lies between.
+
+    One bit of bfloat16 before a value is rounded to FP8 is a sixteenth of it after that, where it lies on an edge: rows that were rounded elsewhere on
+    the way, as by another attention on the same CPU, are as far from one another as they are from bfloat16's.
+    """
     folder, micro_batch = make_float8(tmp_path / "model", family), micro_batch_of((40, 25, 1), 96)
     monkeypatch.setattr(stage_module, "require_gpu", lambda _: None)
     expected = chain_rows([load(folder, "cpu")], micro_batch)
     monkeypatch.undo()
+    plain = chain_rows([load(folder, "cpu", compute_dtype="bfloat16")], micro_batch)
     on_gpu = chain_rows([load(folder, "cuda:0")], micro_batch)
     compiled = load(folder, "cuda:0", compile=True)
     compiled.warm_up(256)
     for rows in (on_gpu, chain_rows([compiled], micro_batch)):
         for layer, each in enumerate(rows):
-            assert far(each, expected[layer]) < 0.02, layer
+            assert far(each, expected[layer]) < 1.5 * far(plain[layer], expected[layer]), layer
     in_host = chain_rows([load(folder, "cuda:0", residency={0: "host", 2: "checkpoint"})], micro_batch)
     assert all(same_bits(*pair) for pair in zip(in_host, on_gpu, strict=True))

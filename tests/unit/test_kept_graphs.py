@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from m2ray.model.compilation import compile_layers
 
@@ -14,7 +15,7 @@ import sys, torch
 from m2ray.model.compilation import compile_layers
 from torch._dynamo.utils import counters
 layer = torch.nn.Linear(4, 4)
-compile_layers([layer])
+compile_layers([layer], torch.device("cpu"))
 with torch.inference_mode():
     layer(torch.ones(2, 4))
 print(counters["inductor"]["fxgraph_cache_hit"], counters["inductor"]["fxgraph_cache_miss"])
@@ -40,5 +41,5 @@ def test_a_second_process_finds_the_graphs_of_the_first(tmp_path: Path) -> None:
 def test_a_folder_of_ones_own_is_left_to_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/elsewhere")
-    compile_layers([])
+    compile_layers([], torch.device("cpu"))
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/elsewhere"

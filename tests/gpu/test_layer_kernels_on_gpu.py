@@ -1,0 +1,44 @@
+"""The kernels of compiled layers on a GPU: proved there, and used by the layers they are for."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch._inductor.utils import run_and_get_code
+
+from m2ray.batches import LayerSpan
+from m2ray.model import causal_attention, expert_products, experts, routing
+from m2ray.model.stage import StageSpec, load_stage
+from tests.reference import make_minimax, micro_batch_of
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+GPU = torch.device("cuda:0")
+IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability(0)[0] == 9
+
+
+def test_they_are_proved_here() -> None:
+    assert experts.has_kernels(GPU)
+    assert routing.has_kernel(GPU)
+    assert (expert_products.has_kernels(GPU), causal_attention.has_kernel(GPU)) == (IS_HOPPER, IS_HOPPER)
+
+
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 300])
+def test_attention_ends_with_each_sequence(length: int) -> None:
+    """Behind one sequence lies the next: no row is of both."""
+    if not IS_HOPPER:
+        pytest.skip("needs a GPU of Hopper's kind")
+    generator = torch.Generator(GPU).manual_seed(length)
+    whole = [torch.randn((3, length, heads, 128), generator=generator, device=GPU).bfloat16() for heads in (6, 2, 2)]
+    alone = torch.cat([causal_attention.causal_attention(*(each[place : place + 1] for each in whole), None) for place in range(3)])
+    assert torch.equal(causal_attention.causal_attention(*whole, None), alone)
+
+
+def test_compiled_layers_use_them(tmp_path: Path) -> None:
+    torch._dynamo.reset()
+    folder = make_minimax(tmp_path / "model", "fp8")
+    stage = load_stage(StageSpec(str(folder), LayerSpan(0, 1), "bfloat16", "auto", "cuda:0", None), lambda *_: None)
+    stage._decoder.compile_layers()
+    _, (code,) = run_and_get_code(stage.forward, micro_batch_of((150, 70), 96), None)
+    assert "torch.ops.m2ray.sum_rows" in code
+    assert "torch.ops.m2ray.largest" in code
+    assert "torch.ops.m2ray.written_out" not in code

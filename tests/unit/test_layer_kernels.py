@@ -1,0 +1,126 @@
+"""What stands in for torch's steps in compiled layers on a GPU, on a CPU: torch's own steps stand for the kernels there."""
+
+from operator import getitem
+
+import pytest
+import torch
+from torch import nn
+from torch._inductor.decomposition import select_decomp_table
+from torch.fx import Graph, GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn import functional
+from transformers import MiniMaxM2Config, Qwen3MoeConfig
+from transformers.integrations.moe import grouped_mm_experts_forward
+from transformers.models.minimax_m2.modeling_minimax_m2 import MiniMaxM2Experts, MiniMaxM2TopKRouter
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+from m2ray.model import causal_attention, experts, routing
+
+CPU = torch.device("cpu")
+SIZES = {"hidden_size": 64, "intermediate_size": 32, "moe_intermediate_size": 32, "num_experts_per_tok": 3}
+
+
+@pytest.fixture(autouse=True)
+def drawn() -> None:
+    torch.manual_seed(0)
+
+
+def made(of: type[nn.Module], config: object) -> nn.Module:
+    config._experts_implementation = "grouped_mm"  # type: ignore[attr-defined]
+    module = of(config).bfloat16().requires_grad_(False)
+    for weight in module.parameters():
+        weight.normal_(0, 0.2)
+    return module
+
+
+def test_experts_are_those_of_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experts, "has_kernels", lambda _: True)
+    for has_products, of, config in (
+        (True, MiniMaxM2Experts, MiniMaxM2Config(num_local_experts=9, **SIZES)),
+        (False, MiniMaxM2Experts, MiniMaxM2Config(num_local_experts=9, **SIZES)),
+        (False, Qwen3MoeExperts, Qwen3MoeConfig(num_experts=9, **SIZES)),
+    ):
+        module = made(of, config)
+        hidden_NH, weights_NK = torch.randn(50, 64).bfloat16(), torch.rand(50, 3)
+        chosen_NK = torch.rand(50, 8).topk(3).indices  # the ninth is nobody's
+        expected_NH = grouped_mm_experts_forward(module, hidden_NH, chosen_NK, weights_NK)
+        assert experts.use_kernels(module, CPU)
+        assert module.config._experts_implementation == experts.NAME
+        module.m2ray_products = has_products
+        found_NH = module(hidden_NH, chosen_NK, weights_NK)
+        assert (found_NH - expected_NH).float().norm() < 0.01 * expected_NH.float().norm()
+        assert has_products or torch.equal(found_NH, expected_NH)
+
+
+def test_experts_that_add_biases_or_compute_in_float32_are_left_to_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experts, "has_kernels", lambda _: True)
+    module = made(MiniMaxM2Experts, MiniMaxM2Config(num_local_experts=4, **SIZES))
+    assert not experts.use_kernels(module.float(), CPU)
+    module.bfloat16().has_bias = True
+    assert not experts.use_kernels(module, CPU)
+
+
+class Router(nn.Module):
+    """MiniMax-M2's, behind a norm's last step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = MiniMaxM2TopKRouter(MiniMaxM2Config(num_local_experts=16, **SIZES)).requires_grad_(False)
+        self.router.weight.normal_()
+        self.bias_E = torch.rand(16)
+
+    def forward(self, hidden_NH: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return self.router(hidden_NH * 2, self.bias_E)  # type: ignore[no-any-return]
+
+
+def test_a_compiled_router_chooses_the_same_experts() -> None:
+    layer, hidden_NH = Router(), torch.randn(40, 64).bfloat16()
+    graph_module = make_fx(layer, decomposition_table=select_decomp_table())(hidden_NH)
+    routing.replace_choice(graph_module.graph)
+    graph_module.recompile()
+    assert "m2ray.largest" in graph_module.code
+    (logits_NE, weights_NK, chosen_NK), expected = graph_module(hidden_NH), layer(hidden_NH)
+    torch.testing.assert_close(logits_NE, expected[0])
+    order_NK, expected_order_NK = chosen_NK.argsort(), expected[2].argsort()
+    assert torch.equal(chosen_NK.gather(1, order_NK), expected[2].gather(1, expected_order_NK))
+    torch.testing.assert_close(weights_NK.gather(1, order_NK), expected[1].gather(1, expected_order_NK))
+
+
+def test_attention_is_put_in_the_place_of_torchs() -> None:
+    """As a compiled layer's graph has it: keys and values of fewer heads, values straight from their projection."""
+    values = {"query": torch.randn(2, 6, 9, 64), "key": torch.randn(2, 2, 9, 64), "value": torch.randn(2, 9, 2, 64)}
+    graph = Graph()
+    query, key, projected = (graph.placeholder(name) for name in values)
+    value = graph.call_function(torch.ops.aten.permute.default, (projected, [0, 2, 1, 3]))
+    flash = graph.call_function(torch.ops.aten._scaled_dot_product_flash_attention.default, (query, key, value, 0.0, True), {"scale": 0.3})
+    for node, tensor in zip((query, key, value), values.values(), strict=True):
+        node.meta["val"] = (tensor if node is not value else tensor.transpose(1, 2)).bfloat16()
+    turned = graph.call_function(torch.ops.aten.permute.default, (graph.call_function(getitem, (flash, 0)), [0, 2, 1, 3]))
+    graph.output(graph.call_function(torch.ops.aten.clone.default, (turned,)))
+    causal_attention.replace_attention(graph)
+    module = GraphModule(nn.Module(), graph)
+    assert module.code.count("aten.clone") == 2, "queries and keys; neither the values nor what comes out"
+    expected = functional.scaled_dot_product_attention(
+        values["query"], values["key"], values["value"].transpose(1, 2), is_causal=True, scale=0.3, enable_gqa=True
+    )
+    torch.testing.assert_close(module(*values.values()), expected.transpose(1, 2))
+
+
+def test_of_equal_scores_the_first_is_chosen() -> None:
+    values, places = routing.largest(torch.tensor([[1.0, 3.0, 3.0, 2.0, 3.0]]), 2)
+    assert values.tolist() == [[3.0, 3.0]]
+    assert places.tolist() == [[1, 2]]
+
+
+def test_compiled_experts_serve_any_number_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One graph: an operation that takes a size for a number ties it to one, and each micro-batch would be compiled anew."""
+    monkeypatch.setattr(experts, "has_kernels", lambda _: True)
+    for has_products in (True, False):
+        torch._dynamo.reset()
+        module, graphs = made(MiniMaxM2Experts, MiniMaxM2Config(num_local_experts=9, **SIZES)), []
+        assert experts.use_kernels(module, CPU)
+        module.m2ray_products = has_products
+        compiled = torch.compile(module, fullgraph=True, dynamic=True, backend=lambda graph, _: graphs.append(graph) or graph.forward)
+        for number in (50, 7, 200):
+            compiled(torch.randn(number, 64).bfloat16(), torch.rand(number, 8).topk(3).indices, torch.rand(number, 3))
+        assert len(graphs) == 1
