@@ -6,10 +6,10 @@ import torch
 
 from m2ray.model.quantization.scratch import scratch_tensor
 
-_VALUES_AT_ONCE = 1 << 19
+_VALUES_AT_ONCE = 1 << 20
 """As many as m2ray.model.quantization.codes_on_cpu makes of codes of four bits."""
 
-_TABLE_VALUES = 1 << 20
+_TABLE_VALUES = 1 << 22
 """From as many values on a table of 65,536 pairs is made for them alone."""
 
 

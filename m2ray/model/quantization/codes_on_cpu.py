@@ -4,7 +4,7 @@ Where a scale is a byte (FP4), it and a byte of codes are one number of 16 bits,
 numbers are looked up four at a time and then multiplied by their groups' scales in one pass.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cache
 from math import inf
 
@@ -16,7 +16,7 @@ from m2ray.model.quantization.nibbles import Codes, look_up_into
 from m2ray.model.quantization.scratch import scratch_tensor
 from m2ray.model.quantization.stored import Unpack
 
-_VALUES_AT_ONCE = 1 << 19
+_VALUES_AT_ONCE = 1 << 20
 """That are made at one time: with their numbers they stay in a core's cache, and a thread asks for the interpreter's lock seldom enough."""
 
 _TABLE_VALUES = 1 << 20

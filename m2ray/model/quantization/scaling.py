@@ -17,7 +17,7 @@ from m2ray.model.quantization.stored import settled
 Block = tuple[int, int] | None
 """Rows and columns that share a scale; None for one scale a tensor."""
 
-_ELEMENTS_AT_ONCE = 1 << 18
+_ELEMENTS_AT_ONCE = 1 << 19
 """In float32 at one time on a CPU, which stay in a core's cache."""
 
 _SMALLER = 256.0

@@ -10,7 +10,7 @@ import torch
 from m2ray.model.quantization.groups import GroupScales, in_bfloat16, is_exact
 from m2ray.model.quantization.scratch import scratch_tensor
 
-_ELEMENTS_AT_ONCE = 1 << 19
+_ELEMENTS_AT_ONCE = 1 << 20
 """As many as m2ray.model.quantization.codes_on_cpu makes of codes of four bits."""
 
 _LONGEST_ROW = 1 << 20
