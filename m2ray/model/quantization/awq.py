@@ -62,8 +62,9 @@ def _turned(words: torch.Tensor) -> torch.Tensor:
         differing = (low >> 4 * apart ^ high) & mask
         high ^= differing
         low ^= differing << 4 * apart
-    matrix = eights[list(_PLACES)].view(words.shape)  # torch is fast at transposing a whole matrix alone
-    return matrix.t().contiguous().view(-1, len(words) // 8)
+    matrix = eights[list(_PLACES)].view(words.shape)
+    turned: torch.Tensor = matrix.t().contiguous().view(-1, len(words) // 8)  # a whole matrix alone is transposed fast
+    return turned
 
 
 class Awq(Packed):
