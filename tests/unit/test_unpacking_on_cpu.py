@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import pytest
 import torch
 
-from m2ray.model.quantization import awq, bytes_on_cpu, codes_on_cpu, gptq, groups, mxfp4, nvfp4, pack_quantized, shifts
+from m2ray.model.quantization import awq, bytes_on_cpu, codes_on_cpu, gptq, groups, mxfp4, nvfp4, pack_quantized, scratch, shifts
 from m2ray.model.quantization.nibbles import NibbleUnpack
 from m2ray.model.quantization.scaling import Block, ScaledUnpack
 
@@ -27,6 +27,12 @@ def assert_same(ours: torch.Tensor, expected: torch.Tensor) -> None:
     is_nan = expected.isnan()
     assert torch.equal(is_nan, ours.isnan())
     assert torch.equal(*(torch.where(is_nan, 0, each.contiguous().view(torch.int16)) for each in (ours, expected)))
+
+
+def test_memory_of_weights_begins_where_that_of_torch_would() -> None:
+    kept = [scratch.fresh_tensor(dtype, 3, 5) for dtype in (BF16, E4M3, torch.float32) for _ in range(8)]
+    assert all(each.data_ptr() % 64 == 0 and each.shape == (3, 5) and each.is_contiguous() for each in kept)
+    assert scratch.fresh_tensor(BF16, 0, 5).shape == (0, 5)
 
 
 def empty(shape: tuple[int, int], order: str) -> torch.Tensor:
