@@ -25,6 +25,7 @@ from m2ray.model.gpu_loading import Lanes
 from m2ray.model.headers import TensorHeader
 from m2ray.model.openmp import lone_threads
 from m2ray.model.quantization.layouts import layout_of
+from m2ray.model.quantization.scratch import fresh_tensor, scratch_tensor
 from m2ray.model.quantization.stored import Part, StoredTensor
 from m2ray.model.residency.packed_layers import PackedLayers
 from m2ray.model.skeleton import build_skeleton
@@ -116,7 +117,9 @@ class _Filling(NamedTuple):
     cut: Callable[[torch.Tensor], Iterator[RowsToLoad]]
 
     def empty(self, device: torch.device | str) -> torch.Tensor:
-        return torch.empty(self.tensor.tensor.shape, dtype=self.tensor.tensor.dtype, device=device)
+        shape, dtype = self.tensor.tensor.shape, self.tensor.tensor.dtype
+        on_cpu = torch.device(device).type == "cpu"
+        return fresh_tensor(dtype, *shape) if on_cpu else torch.empty(shape, dtype=dtype, device=device)
 
 
 def load_weights(
@@ -279,9 +282,16 @@ def _load(checkpoint: Checkpoint, wanted: RowsToLoad, digests: WeightDigests) ->
     into, parts = wanted.into, {}
     is_as_on_disk = wanted.unpack is None and wanted.values.dtype == into.dtype and into.is_contiguous()
     for name, part in wanted.parts.items():
-        parts[name] = into if is_as_on_disk else torch.empty(part.shape, dtype=part.dtype)
+        parts[name] = into if is_as_on_disk else _memory(name, part)
         _read(checkpoint, part, parts[name], digests)
     fill(wanted, parts)
+
+
+def _memory(name: str, part: Range) -> torch.Tensor:
+    """For a part until it is unpacked: what this thread read the last one into, or, for a tensor that could not be cut, its own."""
+    if part.num_bytes > PIECE_BYTES:
+        return fresh_tensor(part.dtype, *part.shape)
+    return scratch_tensor(f"read {name}", part.dtype, *part.shape)
 
 
 def _read(checkpoint: Checkpoint, piece: Range, out: torch.Tensor, digests: WeightDigests) -> None:

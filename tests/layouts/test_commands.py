@@ -12,9 +12,13 @@ from tests.ray.conftest import RayCluster, cluster  # noqa: F401 - a fixture
 from tests.ray.test_extract import assert_equals_transformers, words
 from tests.reference import DATA
 
+TIMEOUT_S = 600.0
+"""Of a run that took 57 s where two cores had work for eight: this suite has to pass beside other work."""
+
 SIZES = {"layers": 3, "hidden_size": 96, "intermediate_size": 160, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "vocab_size": 384}
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("family", "layout"),
     [
@@ -46,8 +50,8 @@ def test_rows_of_a_run_are_those_of_the_unpacked_weights(cluster: RayCluster, fa
     packed, plain = pack_checkpoint(tmp_path / "base", tmp_path, layout, seed=7)
     prompts, run = tmp_path / "prompts.jsonl", tmp_path / "run"
     rng = np.random.default_rng(3)
-    texts = [" ".join(rng.choice(["sea", "wind", "stone"], int(count))) for count in rng.integers(1, 20, 12)]
+    texts = [" ".join(rng.choice(["sea", "wind", "stone"], int(count))) for count in rng.integers(1, 20, 6)]
     prompts.write_text("".join(json.dumps({"id": f"row-{number}", "text": text}) + "\n" for number, text in enumerate(texts)))
-    extracted = cluster.run("m2ray", "extract", *words(packed, prompts, run, "--stages", "2"))
+    extracted = cluster.run("m2ray", "extract", *words(packed, prompts, run, "--stages", "2"), timeout_s=TIMEOUT_S)
     assert extracted.returncode == 0, extracted.stdout + extracted.stderr
     assert_equals_transformers(run, plain, range(3))

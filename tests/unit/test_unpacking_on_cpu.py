@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import pytest
 import torch
 
-from m2ray.model.quantization import awq, codes_on_cpu, gptq, groups, mxfp4, nvfp4, pack_quantized, shifts
+from m2ray.model.quantization import awq, bytes_on_cpu, codes_on_cpu, gptq, groups, mxfp4, nvfp4, pack_quantized, scratch, shifts
 from m2ray.model.quantization.nibbles import NibbleUnpack
 from m2ray.model.quantization.scaling import Block, ScaledUnpack
 
@@ -27,6 +27,12 @@ def assert_same(ours: torch.Tensor, expected: torch.Tensor) -> None:
     is_nan = expected.isnan()
     assert torch.equal(is_nan, ours.isnan())
     assert torch.equal(*(torch.where(is_nan, 0, each.contiguous().view(torch.int16)) for each in (ours, expected)))
+
+
+def test_memory_of_weights_begins_where_that_of_torch_would() -> None:
+    kept = [scratch.fresh_tensor(dtype, 3, 5) for dtype in (BF16, E4M3, torch.float32) for _ in range(8)]
+    assert all(each.data_ptr() % 64 == 0 and each.shape == (3, 5) and each.is_contiguous() for each in kept)
+    assert scratch.fresh_tensor(BF16, 0, 5).shape == (0, 5)
 
 
 def empty(shape: tuple[int, int], order: str) -> torch.Tensor:
@@ -57,11 +63,27 @@ def test_fp8_by_shifts(
 ) -> None:
     monkeypatch.setattr(shifts, "_MOST_SUBNORMAL", 1 << 30)
     monkeypatch.setattr(shifts, "_ELEMENTS_AT_ONCE", cached)
-    values, scale = drawn(shape).view(E4M3), scales(grid)
-    assert shifts.can_write(values, scale.reshape(-1, grid[1] if grid else 1), block[1] if block else shape[1])
-    into = empty(shape, order)
-    ScaledUnpack(block).write({"values": values, "scale": scale}, into)  # with NaN among them
-    assert_same(into, plain(values, scale, block))
+    values, into = drawn(shape).view(E4M3), empty(shape, order)
+    for scale in (scales(grid), scales(grid).to(BF16)):
+        assert shifts.can_write(values, scale.float().reshape(-1, grid[1] if grid else 1), block[1] if block else shape[1])
+        ScaledUnpack(block).write({"values": values, "scale": scale}, into)  # with NaN among them
+        assert_same(into, plain(values, scale, block))
+
+
+@pytest.mark.parametrize("order", ["rows", "columns"])
+@pytest.mark.parametrize("cached", [100, 1 << 17])
+@pytest.mark.parametrize("dtype", [E4M3, torch.float8_e5m2, torch.int8])
+def test_bytes_of_one_scale_are_looked_up(dtype: torch.dtype, cached: int, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bytes_on_cpu, "_TABLE_VALUES", 1)
+    monkeypatch.setattr(bytes_on_cpu, "_VALUES_AT_ONCE", cached)
+    values, scale, into = drawn((9, 40)).view(dtype), scales(()), empty((9, 40), order)
+    assert bytes_on_cpu.can_look_up(values)
+    assert not bytes_on_cpu.can_look_up(values[:, :39])
+    ScaledUnpack(None).write({"values": values, "scale": scale}, into)  # with NaN among them
+    assert_same(into, plain(values, scale, None))
+    rounded = scale.to(F16)
+    ScaledUnpack(None, in_scale_dtype=True).write({"values": values, "scale": rounded}, into)
+    assert_same(into, (values.float() * rounded.float()).to(F16).float().to(BF16))
 
 
 def test_fp8_goes_by_shifts_where_it_is_faster_and_right(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,7 +120,7 @@ METHODS: dict[str, tuple[NibbleUnpack, Mapping[str, torch.Tensor], tuple[int, in
             (11, 120),
         )
         for dtype in (BF16, F16)
-        for group, kind in ((24, "groups"), (24, "zeros"), (None, "rows"), (None, "tensor"))
+        for group, kind in ((24, "groups"), (40, "groups"), (24, "zeros"), (None, "rows"), (None, "tensor"))
     },
     "AWQ": (
         awq.Awq(32).unpacking(),

@@ -4,7 +4,6 @@ As autoawq 0.2.9 computes it (`dequantize_gemm`).
 """
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ import torch
 from m2ray.errors import CheckpointError, raise_all
 from m2ray.model.headers import TensorHeader
 from m2ray.model.limits import short_repr
-from m2ray.model.quantization.codes_on_cpu import rows_of, write_numbers
+from m2ray.model.quantization.codes_on_cpu import write_numbers
 from m2ray.model.quantization.int4 import unpack_words
 from m2ray.model.quantization.nibbles import ALL, Codes, NibbleUnpack
 from m2ray.model.quantization.packed import Found, Packed, Piece
@@ -57,13 +56,14 @@ _FEATURES = 512
 
 def _turned(words: torch.Tensor) -> torch.Tensor:
     """int32 [features, inputs / 8], eight inputs a word in their order, of [inputs, features / 8]: 8 x 8 numbers at a time are transposed."""
-    eights = words.unflatten(0, (-1, 8)).clone()
+    eights = words.unflatten(0, (-1, 8)).transpose(0, 1).contiguous()
     for apart, mask in ((4, 0x0000FFFF), (2, 0x00FF00FF), (1, 0x0F0F0F0F)):
-        low, high = eights.unflatten(1, (-1, 2, apart)).unbind(2)
+        low, high = eights.unflatten(0, (-1, 2, apart)).unbind(1)
         differing = (low >> 4 * apart ^ high) & mask
         high ^= differing
         low ^= differing << 4 * apart
-    turned: torch.Tensor = eights[:, list(_PLACES)].permute(2, 1, 0).reshape(-1, eights.shape[0])
+    matrix = eights[list(_PLACES)].view(words.shape)
+    turned: torch.Tensor = matrix.t().contiguous().view(-1, len(words) // 8)  # a whole matrix alone is transposed fast
     return turned
 
 
@@ -108,7 +108,7 @@ class Awq(Packed):
         for first in range(0, len(weight), _FEATURES):
             of = slice(first, first + _FEATURES)
             turned = _turned(words[:, first // 8 : (first + _FEATURES) // 8])
-            if not write_numbers(partial(rows_of, turned), Codes.UNSIGNED, scale[of], zeros[of], self.group, weight[of]):
+            if not write_numbers(turned, Codes.UNSIGNED, scale[of], zeros[of], self.group, weight[of]):
                 return False
         return True
 

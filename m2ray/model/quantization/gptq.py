@@ -16,6 +16,7 @@ from m2ray.model.quantization.codes_on_cpu import write_numbers
 from m2ray.model.quantization.int4 import unpack_words
 from m2ray.model.quantization.nibbles import ALL, Codes, NibbleUnpack, in_cache
 from m2ray.model.quantization.packed import Found, Packed, Piece
+from m2ray.model.quantization.scratch import scratch_tensor
 from m2ray.model.quantization.stored import MISMATCH, Shape, Unpack
 
 ONE_LESS = 0x11111111
@@ -118,11 +119,10 @@ class Gptq(Packed):
         self._check(parts)
         words, zeros = parts["values"], parts["zero_point"]
         of_groups = unpack_words(zeros + ONE_LESS if self.zeros_one_less else zeros, torch.float32).t().contiguous()
-
-        def words_of(first: int, stop: int) -> torch.Tensor:
-            return words[:, first:stop].t().contiguous()
-
-        return write_numbers(words_of, Codes.UNSIGNED, parts["scale"].t().contiguous(), of_groups, self.group, into.t())
+        turned = scratch_tensor("turned", torch.int32, *words.shape[::-1]).copy_(
+            words.t()
+        )  # whole: of columns alone it takes three times as long
+        return write_numbers(turned, Codes.UNSIGNED, parts["scale"].t().contiguous(), of_groups, self.group, into.t())
 
     def _check(self, parts: Mapping[str, torch.Tensor]) -> None:
         """Raises CheckpointError: groups that there are not, or in another order than config.json says."""

@@ -11,28 +11,56 @@ import torch
 _SIZES = (3, 16, 24, 32, 128)
 """Of groups, which torch computes in whole vectors or in part."""
 
+_VECTOR = 32
+"""Values of 16 bits in the longest vector that torch computes with: groups of fewer it multiplies by their scales one by one."""
 
-def scale_groups(values: torch.Tensor, scales: torch.Tensor, into: torch.Tensor, zeros: torch.Tensor | None = None) -> None:
-    """Write (value - zero point) * scale, computed in float32.
 
-    With zero points values times scales have to be exact in float32, and scales positive.
+class GroupScales:
+    """The scales of consecutive groups of a matrix's values, each of `size` columns, made ready once for all the pieces that they are taken in."""
 
-    Args:
-        values: bfloat16 or float16 [groups, size], contiguous.
-        scales, zeros: float32 [groups], contiguous.
-        into: as values, or values themselves.
-    """
-    zero, variances, offsets = (numbers[: len(values)] for numbers in _of_nothing(1 << len(values).bit_length()))
-    means = zero.copysign(scales) if zeros is None else zeros  # offset - mean * scale is -0.0 then
-    nothing = scales.new_empty(0)
-    torch.native_batch_norm(
-        values.unsqueeze(0), scales, offsets, means, variances, False, 0.0, 0.0, out=(into.unsqueeze(0), nothing, nothing)
-    )
+    def __init__(self, scales: torch.Tensor, size: int, zeros: torch.Tensor | None = None) -> None:
+        """With zero points values times scales have to be exact in float32, and scales positive; without a product of the scales' own dtype's do.
+
+        Args:
+            scales: [groups], contiguous; float32, or of the values' dtype.
+            zeros: float32 [groups], contiguous.
+        """
+        self._size = size
+        self._short = scales.unsqueeze(-1) if scales.dtype != torch.float32 and zeros is None and size >= _VECTOR else None
+        if self._short is not None:
+            return
+        self._scales = scales.float()
+        zero, self._variances, self._offsets = _of_nothing(1 << len(scales).bit_length())
+        self._means = zero[: len(scales)].copysign(self._scales) if zeros is None else zeros  # offset - mean * scale is -0.0 then
+        self._nothing = torch.empty(0)
+
+    def write(self, values: torch.Tensor, first: int, into: torch.Tensor) -> None:
+        """Write (value - zero point) * scale, computed in float32.
+
+        Args:
+            values: contiguous, whole groups from the one numbered `first` on.
+            into: as values, or values themselves.
+        """
+        values, into = values.view(-1, self._size), into.view(-1, self._size)
+        count = len(values)
+        of = slice(first, first + count)
+        if self._short is not None:
+            torch.mul(values, self._short[of], out=into)
+            return
+        statistics = self._scales[of], self._offsets[:count], self._means[of], self._variances[:count]
+        out = (into.unsqueeze(0), self._nothing, self._nothing)
+        torch.native_batch_norm(values.unsqueeze(0), *statistics, False, 0.0, 0.0, out=out)
+
+
+def in_bfloat16(scales: torch.Tensor) -> torch.Tensor:
+    """float32 scales as bfloat16, if that is what they are: torch's own product is faster."""
+    short = scales.to(torch.bfloat16)
+    return short if torch.equal(short.float(), scales) else scales
 
 
 @cache
 def is_exact() -> bool:
-    """Whether `scale_groups` gives the bits of plain torch on this CPU: for numbers of each size and sign, ties, zeros and infinities."""
+    """Whether `GroupScales` gives the bits of plain torch on this CPU: for numbers of each size and sign, ties, zeros and infinities."""
     generator = torch.Generator().manual_seed(1)
     for size in _SIZES:
         for dtype in (torch.bfloat16, torch.float16):
@@ -48,7 +76,7 @@ def is_exact() -> bool:
 
 def _is_as(values: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None) -> bool:
     into = torch.empty_like(values)
-    scale_groups(values, scales, into, zeros)
+    GroupScales(scales, values.shape[1], zeros).write(values, 0, into)
     less = values.float() if zeros is None else values.float() - zeros[:, None]
     expected = (less * scales[:, None]).to(values.dtype)
     return torch.equal(into.view(torch.int16), expected.view(torch.int16))

@@ -4,12 +4,11 @@ As compressed-tensors 0.20 computes it (`PackedQuantizationCompressor`).
 """
 
 from collections.abc import Mapping
-from functools import partial
 
 import torch
 
 from m2ray.model.headers import TensorHeader
-from m2ray.model.quantization.codes_on_cpu import rows_of, write_numbers
+from m2ray.model.quantization.codes_on_cpu import write_numbers
 from m2ray.model.quantization.int4 import unpack_words
 from m2ray.model.quantization.nibbles import ALL, Codes, NibbleUnpack
 from m2ray.model.quantization.packed import Found, Packed, Piece
@@ -99,4 +98,4 @@ class PackQuantized(Packed):
         if not self.is_symmetric:
             zeros = unpack_words(parts["zero_point"].t().contiguous(), torch.float32).t()[:rows].contiguous()
         meaning = Codes.LESS_8 if zeros is None else Codes.UNSIGNED
-        return write_numbers(partial(rows_of, words), meaning, scale, zeros, self.group, into)
+        return write_numbers(words, meaning, scale, zeros, self.group, into)
