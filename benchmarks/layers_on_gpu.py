@@ -6,13 +6,10 @@ Weights are random. Needs a GPU with 110 GB for MiniMax-M2.
 """
 
 import argparse
-import fcntl
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -70,34 +67,27 @@ CONFIGS: dict[str, dict[str, Any]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("family", nargs="*", default=list(CONFIGS), help="all of them without")
-    parser.add_argument("--lock", help="a file: processes that share the GPU compile at the same time, and measure one by one")
     options = parser.parse_args()
     for name in options.family:
-        rows = measured(name, options.lock)
-        record(f"layers_on_gpu_{name.lower()}", f"Compiled layers of {name} at its real dimensions, bfloat16", rows)
+        record(f"layers_on_gpu_{name.lower()}", f"Compiled layers of {name} at its real dimensions, bfloat16", measured(name))
 
 
-def measured(name: str, lock: str | None = None) -> list[Row]:
+def measured(name: str) -> list[Row]:
     config = parse_config(json.dumps(CONFIGS[name]).encode())
     ways = {"without": compiled(config, LAYERS[name], kernels=False), "with": compiled(config, LAYERS[name], kernels=True)}
     rows = []
-    with Path(lock or os.devnull).open("w") as alone:
-        if lock:
-            fcntl.flock(alone, fcntl.LOCK_EX)
-        for shape in SHAPES:
-            times_ms: dict[str, list[float]] = {way: [] for way in ways}
-            for _ in range(REPEATS):
-                for way, decoder in ways.items():
-                    times_ms[way].append(pass_ms(step_of(decoder, shape)) / LAYERS[name])
-            before_ms, after_ms = (statistics.median(times_ms[way]) for way in ("without", "with"))
-            tera = operations(ways["with"], *shape) / LAYERS[name] / 1e12
-            rates = tera / after_ms * 1e3, tera / before_ms * 1e3
-            note = f"{after_ms:.2f} ms of {before_ms:.2f} a layer; {LAYERS[name]} layers"
-            what = f"{name}, {shape[0]} x {shape[1]}"
-            print(what, note, f"{rates[0]:.0f} of {rates[1]:.0f} TFLOP/s", flush=True)
-            rows.append(
-                Row(what, rates[0], "TFLOP/s", rates[1], "the same layers without m2ray's kernels", rates[0] / rates[1], "1.0", note)
-            )
+    for shape in SHAPES:
+        times_ms: dict[str, list[float]] = {way: [] for way in ways}
+        for _ in range(REPEATS):
+            for way, decoder in ways.items():
+                times_ms[way].append(pass_ms(step_of(decoder, shape)) / LAYERS[name])
+        before_ms, after_ms = (statistics.median(times_ms[way]) for way in ("without", "with"))
+        tera = operations(ways["with"], *shape) / LAYERS[name] / 1e12
+        rates = tera / after_ms * 1e3, tera / before_ms * 1e3
+        note = f"{after_ms:.2f} ms of {before_ms:.2f} a layer; {LAYERS[name]} layers"
+        what = f"{name}, {shape[0]} x {shape[1]}"
+        print(what, note, f"{rates[0]:.0f} of {rates[1]:.0f} TFLOP/s", flush=True)
+        rows.append(Row(what, rates[0], "TFLOP/s", rates[1], "the same layers without m2ray's kernels", rates[0] / rates[1], "1.0", note))
     return rows
 
 
