@@ -4,7 +4,6 @@ A required fixed-length column, plainly encoded, has pages whose body is the val
 is already. So they go to the store from where they lie; a library that encodes them copies them for nothing.
 """
 
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,11 +12,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
-from isal.isal_zlib import crc32
 
 from m2ray.parquet import offset_index, structs
 from m2ray.parquet.offset_index import PageLocations
-from m2ray.parquet.page_header import headers_alike, page_header
+from m2ray.parquet.page_header import page_header
 from m2ray.storage.hashing import HashingFile
 
 Values = npt.NDArray[np.uint8]
@@ -30,10 +28,6 @@ more calls."""
 
 _SENT_BYTES = 4 << 20
 _MOST_PIECES = 1024  # that go to a disk at once
-
-_ONE_AT_A_TIME = threading.Lock()
-"""Of the writer's threads, for pages' CRCs, which give the interpreter away and want it back every few microseconds: eight of them leave none of it to the
-thread that launches layers."""
 
 _ZSTD_LEVEL = 1  # higher ones gain nothing on bytes of floating-point numbers
 
@@ -131,61 +125,19 @@ def write_values(
         StoreError: the store refused.
     """
     name, value_bytes = column
-    begin = file.num_bytes
-    if values_of or zstd:
-        pages, uncompressed_bytes = _write_made(file, value_bytes, rows, values_of, zstd=zstd)
-    else:
-        pages, uncompressed_bytes = _write_plain(file, value_bytes, rows)
-    meta_data = {
-        "type": structs.FIXED_LEN_BYTE_ARRAY,
-        "encodings": [structs.PLAIN],
-        "path_in_schema": [name.encode()],
-        "codec": structs.ZSTD if zstd else structs.UNCOMPRESSED,
-        "num_values": len(rows),
-        "total_uncompressed_size": uncompressed_bytes,
-        "total_compressed_size": file.num_bytes - begin,
-        "data_page_offset": begin,
-        "encoding_stats": [{"page_type": structs.DATA_PAGE, "encoding": structs.PLAIN, "count": len(pages)}],
-    }
-    return ColumnChunk(meta_data, pages)
-
-
-def _write_plain(file: HashingFile, value_bytes: int, rows: Values) -> tuple[PageLocations, int]:
-    """Write pages that are the rows' own memory, and give where they lie and their bytes. What is done for each of them alone is its CRC."""
-    data = np.ascontiguousarray(rows).reshape(-1).data
-    page_bytes = rows_of_page(value_bytes) * value_bytes
-    at_once, whole = page_bytes * max(1, min(_MOST_PIECES // 2, _SENT_BYTES // page_bytes)), len(data) // page_bytes * page_bytes
-    alike = [(first, min(first + at_once, whole), page_bytes) for first in range(0, whole, at_once)]
-    alike += [(whole, len(data), len(data) - whole)] if whole < len(data) else []
-    located, begin = [np.empty((0, 3), np.int64)], file.num_bytes
-    for first, last, size in alike:
-        bodies = [data[at : at + size] for at in range(first, last, size)]
-        with _ONE_AT_A_TIME:
-            crcs = list(map(crc32, bodies))
-        headers = headers_alike(size // value_bytes, size, crcs)
-        number, header_bytes = np.arange(len(bodies)), headers.shape[1]
-        page = header_bytes + size
-        located.append(
-            np.stack([file.num_bytes + number * page, np.full_like(number, page), (first + number * size) // value_bytes], axis=1)
-        )
-        text = headers.reshape(-1).data
-        cut = [text[at : at + header_bytes] for at in range(0, len(text), header_bytes)]
-        file.write_pieces([piece for pair in zip(cut, bodies, strict=True) for piece in pair])
-    return np.concatenate(located), file.num_bytes - begin
-
-
-def _write_made(
-    file: HashingFile, value_bytes: int, rows: Values, values_of: Callable[[Values], Values] | None, *, zstd: bool
-) -> tuple[PageLocations, int]:
-    """Write pages that are made of the rows, and give where they lie and their bytes before compression."""
     codec = pa.Codec("zstd", compression_level=_ZSTD_LEVEL) if zstd else None
-    uncompressed_bytes, pages, pieces = 0, [], []
-    at, sent_at, page_rows = file.num_bytes, file.num_bytes, rows_of_page(value_bytes)
+    begin, uncompressed_bytes, pages, pieces = file.num_bytes, 0, [], []
+    at, sent_at, page_rows = begin, begin, rows_of_page(value_bytes)
+    plain = None if values_of else np.ascontiguousarray(rows).reshape(-1).data
     for first_row in range(0, len(rows), page_rows):
-        some = rows[first_row : first_row + page_rows]
-        values = np.ascontiguousarray(values_of(some) if values_of else some).reshape(-1).data
+        num_rows = min(page_rows, len(rows) - first_row)
+        if values_of:
+            values = np.ascontiguousarray(values_of(rows[first_row : first_row + num_rows])).reshape(-1).data
+        else:
+            assert plain is not None
+            values = plain[first_row * value_bytes : (first_row + num_rows) * value_bytes]
         body = codec.compress(values, asbytes=True) if codec else values
-        header = page_header(len(some), len(values), body)
+        header = page_header(num_rows, len(values), body)
         pages.append((at, len(header) + len(body), first_row))
         pieces += [header, body]
         at += len(header) + len(body)
@@ -195,4 +147,15 @@ def _write_made(
             pieces, sent_at = [], at
     if pieces:
         file.write_pieces(pieces)
-    return np.array(pages, np.int64).reshape(-1, 3), uncompressed_bytes
+    meta_data = {
+        "type": structs.FIXED_LEN_BYTE_ARRAY,
+        "encodings": [structs.PLAIN],
+        "path_in_schema": [name.encode()],
+        "codec": structs.ZSTD if zstd else structs.UNCOMPRESSED,
+        "num_values": len(rows),
+        "total_uncompressed_size": uncompressed_bytes,
+        "total_compressed_size": at - begin,
+        "data_page_offset": begin,
+        "encoding_stats": [{"page_type": structs.DATA_PAGE, "encoding": structs.PLAIN, "count": len(pages)}],
+    }
+    return ColumnChunk(meta_data, np.array(pages, np.int64).reshape(-1, 3))
