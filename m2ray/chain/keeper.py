@@ -90,13 +90,15 @@ class Keeper:
         """End the stages, give their room back, and answer no more over HTTP. The keeper's own end is the caller's."""
         with self._changed:
             self._has_ended = True
-        if self._served.http:
-            from m2ray.chain.http import stop_http  # which asks keepers
+        try:
+            if self._served.http:
+                from m2ray.chain.http import stop_http  # which asks keepers
 
-            stop_http(self._served.name)
-        if self._stages is not None:
-            self._stages.end()
-        self._room.close()
+                stop_http(self._served.name)
+        finally:
+            if self._stages is not None:
+                self._stages.end()
+            self._room.close()
 
     # -- what others ask -------------------------------------------------------------------------------------------------
 
@@ -235,8 +237,10 @@ class Keeper:
             if self._has_ended:
                 return
             self._look()
-        self.stop()
-        ray.kill(ray.get_actor(self._served.name, NAMESPACE))
+        try:
+            self.stop()
+        finally:
+            ray.kill(ray.get_actor(self._served.name, NAMESPACE))
 
     def _ends_alone(self) -> bool:
         """Whether it was idle for too long: from then on it lets nobody in."""
