@@ -4,7 +4,7 @@ from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import pytest
-from ray.exceptions import ActorDiedError, RayTaskError
+from ray.exceptions import ActorDiedError, RaySystemError, RayTaskError
 
 from m2ray.batches import CapturedLayer, LayerSpan
 from m2ray.chain import keeper as module
@@ -145,6 +145,20 @@ def test_a_dead_driver_is_outlived(keeper: Keeper, stages: FakeStages, monkeypat
     keeper._look()
     assert keeper.status().job == ""
     assert (0, "close") in stages.calls
+
+
+def test_a_cluster_that_does_not_answer_for_a_moment_is_outlived(keeper: Keeper, monkeypatch: pytest.MonkeyPatch) -> None:
+    def silent() -> NoReturn:
+        raise RaySystemError("no answer")
+
+    keeper.admit(FIRST)
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "dead_drivers", silent)
+        keeper._look()
+    assert "no answer" in keeper.status().trouble
+    keeper.leave(FIRST.ticket)
+    keeper._look()
+    assert keeper.status().trouble == ""
 
 
 def test_a_stage_that_hangs_on_a_job_that_left_is_ended_and_comes_back(keeper: Keeper, stages: FakeStages) -> None:
