@@ -17,8 +17,8 @@ from m2ray.chain.here import hardware_here, needs_cluster
 from m2ray.chain.joining import cluster, cluster_ahead, wait_for
 from m2ray.chain.probing import Hardware, probe_hardware, require_versions
 from m2ray.chain.progress import Progress
-from m2ray.chain.stopping import GOES_ON, NOTHING_WRITTEN, Stop
-from m2ray.errors import M2rayError, RunConflictError
+from m2ray.chain.stopping import GOES_ON, NOTHING_WRITTEN, Stop, undisturbed
+from m2ray.errors import RunConflictError
 from m2ray.hub import name_of
 from m2ray.planning.plan import Plan, plan_run
 from m2ray.prompts import Survey, TokenSpool, batching, estimated_batching, load_shards, respool, survey
@@ -38,14 +38,14 @@ class Work:
 
 
 def begin(inputs: Inputs, stack: ExitStack, stop: Stop, progress: Progress, hardware: Hardware | None = None) -> Work:
-    """Survey the prompts, look at the hardware, and claim the run for what fits there. What ends it before that leaves nothing, Ctrl-C too."""
-    found = None
-    try:
+    """Survey the prompts, look at the hardware, and claim the run for what fits there. Whatever ends it before that leaves nothing."""
+    with ExitStack() as undo:
         with stop.at_once(NOTHING_WRITTEN):
             shard_tokens, attempt = inputs.options.shard_tokens, uuid4().hex[:12]
             counting = partial(progress.surveying, counted=_counted(inputs))
             ahead = None if hardware else _ahead(inputs, stack, progress)
             found = survey(inputs.source, inputs.tokenizer, inputs.store, attempt, shard_tokens, on_progress=counting)
+            undo.callback(_discard, inputs, found)  # no record names its files: job.json comes later
             counting(found.num_sequences, is_done=True)
             stack.enter_context(found.tokens)
             hardware = hardware or _hardware(inputs, stack, progress, ahead)
@@ -53,10 +53,7 @@ def begin(inputs: Inputs, stack: ExitStack, stop: Stop, progress: Progress, hard
                 inputs = inputs.on(hardware.cluster, found.shards.longest_tokens, partial(estimated_batching, found.shards))
             stats = batching(found.shards, inputs.options.batch_tokens)
             plan_of(inputs, hardware, stats).require_fit()
-    except (M2rayError, KeyboardInterrupt):
-        if found is not None:  # no record names its files: job.json comes later
-            _discard(inputs, found)
-        raise
+        undo.pop_all()
     run = _claim(inputs, found, stats, progress)
     if run is None:
         with stop.at_once(GOES_ON):
@@ -141,7 +138,8 @@ def _counts(found: Survey) -> Counts:
 
 def _discard(inputs: Inputs, found: Survey) -> None:
     """Delete the files of a survey that no record names."""
-    inputs.store.delete([file.key for file in found.sequence_files])
+    with undisturbed():
+        inputs.store.delete([file.key for file in found.sequence_files])
 
 
 def resume(inputs: Inputs, stack: ExitStack, stop: Stop, progress: Progress, hardware: Hardware | None = None) -> Work:

@@ -200,6 +200,7 @@ def start_http(name: str, host: str, port: int, route: str) -> None:
     )
     try:
         serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port}, logging_config=quiet)
+        _require_listening(host, port)
         serve.run(served.bind(name, digest_of(token)), name=_application(name), route_prefix=route)
     except (ray.exceptions.RayError, serve.exceptions.RayServeException, RuntimeError, TimeoutError, ValueError) as error:
         why = (str(cause_of(error)).strip() or type(error).__name__).splitlines()[0].rstrip(".")
@@ -209,12 +210,25 @@ def start_http(name: str, host: str, port: int, route: str) -> None:
         ) from error
 
 
+def _require_listening(host: str, port: int) -> None:
+    """Raise ClusterError where Ray Serve ran already and listens elsewhere: it stays there, whatever it is told, and says no word."""
+    from ray.serve.context import _get_global_client  # Ray has no public name for what it listens at
+
+    options = _get_global_client().http_config
+    if (options.host, options.port) != (host, port):
+        raise ClusterError(
+            f"Ray Serve runs in this cluster already, at {options.host}:{options.port}, and cannot listen at {host}:{port} too.",
+            f"Give --http-host {options.host} --http-port {options.port}, and a --http-route of the chain's own.",
+        )
+
+
 def stop_http(name: str) -> None:
-    """Answer a chain's requests no longer. Ray Serve ends with its last application."""
+    """Answer a chain's requests no longer, if they are. Ray Serve ends with its last application."""
     from ray import serve
 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    serve.delete(_application(name))
+    if _application(name) in serve.status().applications:  # else it was never there, or somebody has ended Ray Serve
+        serve.delete(_application(name))
     if not serve.status().applications:
         serve.shutdown()
 

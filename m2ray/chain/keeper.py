@@ -6,7 +6,7 @@ drives the stages itself while it is let in, as it would its own. Nothing that a
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -90,13 +90,15 @@ class Keeper:
         """End the stages, give their room back, and answer no more over HTTP. The keeper's own end is the caller's."""
         with self._changed:
             self._has_ended = True
-        if self._served.http:
-            from m2ray.chain.http import stop_http  # which asks keepers
+        try:
+            if self._served.http:
+                from m2ray.chain.http import stop_http  # which asks keepers
 
-            stop_http(self._served.name)
-        if self._stages is not None:
-            self._stages.end()
-        self._room.close()
+                stop_http(self._served.name)
+        finally:
+            if self._stages is not None:
+                self._stages.end()
+            self._room.close()
 
     # -- what others ask -------------------------------------------------------------------------------------------------
 
@@ -235,8 +237,10 @@ class Keeper:
             if self._has_ended:
                 return
             self._look()
-        self.stop()
-        ray.kill(ray.get_actor(self._served.name, NAMESPACE))
+        try:
+            self.stop()
+        finally:
+            ray.kill(ray.get_actor(self._served.name, NAMESPACE))
 
     def _ends_alone(self) -> bool:
         """Whether it was idle for too long: from then on it lets nobody in."""
@@ -247,20 +251,17 @@ class Keeper:
             return is_left_alone
 
     def _look(self) -> None:
-        """Give up the places of dead drivers, and bring lost stages back now and then."""
-        with self._changed:
-            if self._admission.is_expected:
-                self._used_at = time.monotonic()
-                if self._admission.forget(dead_drivers()):
-                    self._is_left()
-        if self._is_free() and time.monotonic() - self._looked_at > _HEALTH_S:
-            self._looked_at = time.monotonic()
-            self._keeping_trouble(self._mend)
-
-    def _keeping_trouble(self, step: Callable[[], None]) -> None:
+        """Give up the places of dead drivers, and bring lost stages back now and then; what fails in that is kept as trouble, and tried again."""
         try:
-            step()
-            self._trouble = ""
+            with self._changed:
+                if self._admission.is_expected:
+                    self._used_at = time.monotonic()
+                    if self._admission.forget(dead_drivers()):
+                        self._is_left()
+            if self._is_free() and time.monotonic() - self._looked_at > _HEALTH_S:
+                self._looked_at = time.monotonic()
+                self._mend()
+                self._trouble = ""
         except (RayError, M2rayError) as error:
             self._trouble = str(cause_of(error)).partition("\n")[0]
 

@@ -69,7 +69,8 @@ class Monitor:
         self._asked_at = now
         if not self._was_loaded:
             statuses = [status for _, stages in self._chains for status in stages.statuses]
-            self._progress.loading(statuses, compiles=self._plan.demand.options.compile)
+            are_there = not any(stages.reads for _, stages in self._chains)
+            self._progress.loading(statuses, compiles=self._plan.demand.options.compile, are_there=are_there)
             if not all(stages.is_loaded for _, stages in self._chains):
                 return
             self._was_loaded = True

@@ -38,7 +38,7 @@ class Progress:
             self._bars = Bars(*columns, console=self._console, redirect_stdout=False, redirect_stderr=False)
         self._tasks: dict[str, TaskID] = {}
         self._said_at: dict[str, float] = {}
-        self._loading_at: float | None = None
+        self._loading: tuple[float, int] | None = None
 
     def __enter__(self) -> Self:
         if self._bars:
@@ -61,22 +61,27 @@ class Progress:
         """Prompt rows, or what was packed of them, read and tokenised so far, or in all."""
         self._show("survey", [f"{rows:,} {counted}"], 1.0 if is_done else None)
 
-    def loading(self, statuses: Sequence["StageStatus"], *, compiles: bool = False) -> None:
-        """Bytes of weights read, by stage; none while the first actors' processes start. Then what their warm-up has left."""
-        self._loading_at = self._loading_at or time.monotonic()
-        if not any(status.needed_bytes for status in statuses):
+    def loading(self, statuses: Sequence["StageStatus"], *, compiles: bool = False, are_there: bool = False) -> None:
+        """Bytes of weights read, by stage, and how fast since the first look; none while the first actors' processes start. Then what their
+        warm-up has left, which is all where the weights `are_there` already.
+        """
+        now, read_bytes = time.monotonic(), sum(status.read_bytes for status in statuses)
+        began_at, before_bytes = self._loading = self._loading or (now, read_bytes)
+        if not (are_there or any(status.needed_bytes for status in statuses)):
             self._show("load", ["starting the stages"], None)
             return
-        read_bytes = sum(status.read_bytes for status in statuses)
         left = [status.warm_up_left for status in statuses]
         if any(left):
             words = ["compiling and warming up" if compiles else "warming up", f"micro-batches left by stage: {' '.join(map(str, left))}"]
             self._show("load", words, None)
             return
+        if are_there:
+            return
         needed_bytes = sum(status.needed_bytes for status in statuses)
-        rate = read_bytes / max(time.monotonic() - self._loading_at, 1e-3)
-        stages = " ".join(f"{status.read_bytes / max(status.needed_bytes, 1):.0%}" for status in statuses)
-        words = [f"{bytes_in_words(read_bytes)} of {bytes_in_words(needed_bytes)}", f"{bytes_in_words(rate)}/s", f"stages: {stages}"]
+        words = [f"{bytes_in_words(read_bytes)} of {bytes_in_words(needed_bytes)}"]
+        if now > began_at:
+            words.append(f"{bytes_in_words(max(0, read_bytes - before_bytes) / (now - began_at))}/s")
+        words.append(f"stages: {' '.join(f'{status.read_bytes / max(status.needed_bytes, 1):.0%}' for status in statuses)}")
         self._show("load", words, read_bytes / max(needed_bytes, 1))
 
     def extracting(self, run: "RunStatus") -> None:

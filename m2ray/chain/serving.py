@@ -88,7 +88,8 @@ def serve(
             raise _taken(name) from error
         try:
             if http:  # what is wrong there is said before anything is loaded
-                start_http(name, *http)
+                with stop.at_once(_NOTHING_LEFT):
+                    start_http(name, *http)
             _load(keeper, stop, progress)
         except BaseException:
             _end(keeper)

@@ -48,6 +48,7 @@ class Stages:
     Attributes:
         epoch: the last one that was begun.
         window: micro-batches that may be in the chain at one time.
+        reads: whether a stage reads its layers for the job: none does where all stood already.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class Stages:
         self._watches: list[Any] = []  # a call to each actor that ends when something fails in it
         self._news: Any = None  # the call to the last actor that ends when something is complete
         self.loaded_at = 0.0
+        self.reads = True
         self._asked: dict[int, Any] = {}
         self._asked_at = -ASK_S
         self._answers: dict[int, StageStatus] = {}
@@ -101,7 +103,8 @@ class Stages:
         self._job = job
         self.loaded_at = 0.0
         self._unready = set(range(len(self._specs)))
-        if self._actors.handles:
+        self.reads = not self._actors.handles
+        if not self.reads:
             self.reset(self.epoch + 1, [])  # `load` finds those that are lost
 
     def start(self) -> None:
@@ -268,6 +271,7 @@ class Stages:
             self._answers.pop(index, None)
             self._asked.pop(index, None)
             self._unready.add(index)
+            self.reads = True
 
     def close(self) -> None:
         """Let the writers end, then end the actors for good, also those that another thread is about to start.

@@ -128,8 +128,11 @@ def spared_by_hangup() -> Iterator[None]:
 
     Else Ray is gone before the run has stopped in order, and whoever waits for an answer of it waits for a minute.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     try:
+        signal.pthread_sigmask(
+            signal.SIG_BLOCK, {signal.SIGHUP}
+        )  # may raise what a signal that came before raises, and has blocked it then
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

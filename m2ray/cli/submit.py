@@ -103,7 +103,8 @@ def _told_in_short(address: str, remedy: str) -> Iterator[None]:
         given = "does not take the token that it was given" if os.environ.get("RAY_AUTH_TOKEN") else "asks for a token"
         raise ClusterError(
             f"The Ray dashboard at {address} {given}.",
-            "Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to the cluster's token or RAY_AUTH_TOKEN_PATH to the file that holds it.",
+            "Set RAY_AUTH_MODE=token, which takes the token of ~/.ray/auth_token; if the cluster's is another, RAY_AUTH_TOKEN to it or RAY_AUTH_TOKEN_PATH "
+            "to the file that holds it.",
         ) from error
     except (click.Abort, BrokenPipeError):  # Ctrl-C, and nobody who reads what is printed: RuntimeError and OSError of another kind
         raise

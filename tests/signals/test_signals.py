@@ -1,4 +1,4 @@
-"""Each signal that ends a run, in each phase of one with Ray. Not in CI: `scripts/test signals`, some six minutes on two cores.
+"""Each signal that ends a run, in each phase of one with Ray. Not in CI: `scripts/test signals`, some ten minutes on two cores.
 
 Ctrl-C and a closed terminal reach all processes of a terminal's foreground group, Ray's among them; SIGTERM comes to the driver alone.
 """

@@ -32,6 +32,7 @@ RESIDENCIES = (
     ("DeepSeek-V3", "8xH200", ""),
     ("DeepSeek-V3", "8xH200", "--in-flight 16GiB"),
     ("DeepSeek-V3", "1xH100-80GB", "--offload cpu"),
+    ("DeepSeek-V3", "1xH100-80GB", "--offload disk"),
 )
 """Of the table of where weights live: a model, GPUs and options."""
 FITS, DOES_NOT_FIT = 0, 3

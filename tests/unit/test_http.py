@@ -4,6 +4,7 @@ import asyncio
 import json
 import sys
 from collections.abc import AsyncIterator
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import numpy as np
@@ -11,11 +12,12 @@ import pytest
 import safetensors.torch
 import torch
 from ray import serve
+from ray.serve.config import HTTPOptions
 from ray.serve.exceptions import RayServeException
 
 from m2ray.batches import TOKEN_ROW
 from m2ray.chain import http as module
-from m2ray.chain.http import Front, Response, digest_of, required_token, start_http
+from m2ray.chain.http import Front, Response, digest_of, required_token, start_http, stop_http
 from m2ray.chain.requests import MAX_REQUEST_BYTES, Answer, Request
 from m2ray.cli.serve import ServeConfig
 from m2ray.errors import (
@@ -204,6 +206,21 @@ def test_what_ray_serve_cannot_do_is_told_in_a_paragraph(monkeypatch: pytest.Mon
         start_http("chain", "127.0.0.1", 8000, "/")
     assert caught.value.what == 'Ray Serve does not answer at http://127.0.0.1:8000/: Prefix / is being used by application "m2ray-other".'
     assert "--http-route" in caught.value.remedy
+
+
+def test_ray_serve_that_listens_elsewhere_is_named_and_one_that_is_gone_is_not_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: object, **__: object) -> NoReturn:
+        raise AssertionError
+
+    monkeypatch.setenv("M2RAY_SERVE_TOKEN", SECRET)
+    for name, does in (("start", lambda **_: None), ("run", never), ("delete", never), ("shutdown", lambda: None)):
+        monkeypatch.setattr(serve, name, does)
+    there = SimpleNamespace(http_config=HTTPOptions(host="127.0.0.1", port=8000))
+    monkeypatch.setattr("ray.serve.context._get_global_client", lambda: there)
+    with pytest.raises(ClusterError, match=r"already, at 127\.0\.0\.1:8000, and cannot listen at 127\.0\.0\.1:9000 too.*--http-port 8000"):
+        start_http("chain", "127.0.0.1", 9000, "/")
+    monkeypatch.setattr(serve, "status", lambda: SimpleNamespace(applications={}))
+    stop_http("chain")
 
 
 def test_a_port_and_a_route_that_are_none_are_refused_together() -> None:

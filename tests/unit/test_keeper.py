@@ -1,10 +1,10 @@
 """The keeper of a warm chain, over stages that answer, die and hang when the test says so."""
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
-from ray.exceptions import ActorDiedError, RayTaskError
+from ray.exceptions import ActorDiedError, RaySystemError, RayTaskError
 
 from m2ray.batches import CapturedLayer, LayerSpan
 from m2ray.chain import keeper as module
@@ -147,6 +147,20 @@ def test_a_dead_driver_is_outlived(keeper: Keeper, stages: FakeStages, monkeypat
     assert (0, "close") in stages.calls
 
 
+def test_a_cluster_that_does_not_answer_for_a_moment_is_outlived(keeper: Keeper, monkeypatch: pytest.MonkeyPatch) -> None:
+    def silent() -> NoReturn:
+        raise RaySystemError("no answer")
+
+    keeper.admit(FIRST)
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "dead_drivers", silent)
+        keeper._look()
+    assert "no answer" in keeper.status().trouble
+    keeper.leave(FIRST.ticket)
+    keeper._look()
+    assert keeper.status().trouble == ""
+
+
 def test_a_stage_that_hangs_on_a_job_that_left_is_ended_and_comes_back(keeper: Keeper, stages: FakeStages) -> None:
     keeper.admit(FIRST)
     stages.hung.add(1)
@@ -241,6 +255,20 @@ def test_a_chain_that_was_stopped_lets_nobody_in_and_brings_no_stage_back(keeper
     with pytest.raises(ClusterError, match="has ended.*finished is kept"):
         keeper.restart(FIRST.ticket, {0: None}, 7)
     assert not stages.restarted
+
+
+def test_an_idle_chain_ends_whatever_ray_serve_says(keeper: Keeper, stages: FakeStages, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: str) -> NoReturn:
+        raise TimeoutError
+
+    monkeypatch.setattr("m2ray.chain.http.stop_http", refuse)
+    monkeypatch.setattr(stages, "get_actor", lambda *_: SimpleNamespace(index="the keeper"), raising=False)
+    keeper._served = keeper._served._replace(idle_timeout_s=30.0, http="http://127.0.0.1:8000/v1/activations")
+    keeper._used_at = -1e9
+    with pytest.raises(TimeoutError):
+        keeper._watch()
+    assert stages.has_ended
+    assert stages.killed == ["the keeper"]
 
 
 def assert_has_ended(keeper: Keeper) -> None:

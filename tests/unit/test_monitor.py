@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from m2ray.batches import PartReceipt
+from m2ray.batches import LayerSpan, PartReceipt
 from m2ray.chain.failure import Failure, FailureKind
 from m2ray.chain.monitor import Monitor
 from m2ray.chain.progress import Progress
+from m2ray.chain.status import StageStatus
 from m2ray.statistics import STATISTICS
 
 
@@ -19,7 +20,7 @@ def test_the_rate_counts_from_when_the_stages_were_loaded(monkeypatch: pytest.Mo
     """The first look at a run may come when much of it is done."""
     monkeypatch.setenv("TTY_COMPATIBLE", "0")
     tokens = 230_000
-    stages: Any = SimpleNamespace(statuses=[], is_loaded=True, loaded_at=time.monotonic() - 10)
+    stages: Any = SimpleNamespace(statuses=[], is_loaded=True, reads=True, loaded_at=time.monotonic() - 10)
     chain: Any = SimpleNamespace(tokens_done=tokens, failures=())
     plan: Any = SimpleNamespace(stages=(), demand=SimpleNamespace(options=SimpleNamespace(compile=False)))
     shard: Any = SimpleNamespace(num_tokens=4 * tokens)
@@ -28,6 +29,19 @@ def test_the_rate_counts_from_when_the_stages_were_loaded(monkeypatch: pytest.Mo
     ((left_s, rate),) = re.findall(r"(\d+) s left, ([\d,]+) tokens/s", said.getvalue())
     assert int(rate.replace(",", "")) == pytest.approx(tokens / 10, rel=0.1)
     assert int(left_s) == pytest.approx(30, rel=0.1)
+
+
+def test_a_job_on_a_chain_that_stands_is_told_of_no_loading_but_of_a_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TTY_COMPATIBLE", "0")
+    there, warming = (StageStatus(LayerSpan(0, 2), "here", "cpu", needed_bytes=4, read_bytes=4, warm_up_left=left) for left in (0, 3))
+    plan: Any = SimpleNamespace(stages=(), demand=SimpleNamespace(options=SimpleNamespace(compile=True)))
+    said = io.StringIO()
+    for statuses, is_loaded in (([], False), ([warming], False), ([there], True)):
+        stages: Any = SimpleNamespace(statuses=statuses, is_loaded=is_loaded, reads=False, loaded_at=time.monotonic())
+        Monitor(plan, [(SimpleNamespace(tokens_done=0, failures=()), stages)], [], [], Progress(said)).tick()  # type: ignore[list-item]
+    assert [line.partition(":")[::2] for line in said.getvalue().splitlines() if line.startswith("load")] == [
+        ("load", " compiling and warming up, micro-batches left by stage: 3")
+    ]
 
 
 def test_what_failed_and_what_was_committed_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:

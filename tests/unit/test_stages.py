@@ -31,7 +31,7 @@ class Ray:
         def call(method: str) -> Any:
             return SimpleNamespace(remote=lambda *_: self._call(f"{name}.{method}"))
 
-        return SimpleNamespace(**{method: call(method) for method in ("link", "watch", "completed")})
+        return SimpleNamespace(**{method: call(method) for method in ("link", "watch", "completed", "reset")})
 
     def _call(self, name: str) -> str:
         self.calls.append(f"{name}{sum(call.startswith(name) for call in self.calls)}")
@@ -75,6 +75,16 @@ def test_a_stage_that_is_started_again_is_not_waited_for_at_the_end(ray: Ray) ->
     ray.calls.clear()
     stages.close()
     assert ray.calls == ["first0"]
+
+
+def test_layers_are_read_by_stages_that_start_alone(ray: Ray) -> None:
+    stages, job = linked(ray), Job(CaptureSpec({}, "float32"), WriterSpec("run", {}, 1, 1), 1)
+    assert stages.reads
+    ray.answers = {"first.reset0": None, "last.reset0": None}
+    stages.begin(job)
+    assert not stages.reads, "they stood already"
+    stages._forget([1])
+    assert stages.reads, "the lost one comes back"
 
 
 @pytest.mark.parametrize(("answers", "patience"), [({}, "80 s"), ({0: ANSWER}, "20 s")])

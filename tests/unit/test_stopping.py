@@ -5,19 +5,20 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
 from click.testing import CliRunner
+from ray.exceptions import RaySystemError
 
 import m2ray
 from m2ray.activations.writing.commits import Run
 from m2ray.activations.writing.lease import held
 from m2ray.chain import beginning, replicas, stopping
 from m2ray.chain.progress import Progress
-from m2ray.chain.stopping import sigterm_kept, stop_on_sigterm
+from m2ray.chain.stopping import sigterm_kept, spared_by_hangup, stop_on_sigterm
 from m2ray.cli import main
 from m2ray.errors import StageError
 from m2ray.model.stage import Stage
@@ -55,19 +56,38 @@ def test_a_stop_during_the_survey_says_so_and_leaves_nothing(tmp_path: Path, mon
     assert not [path for path in run.rglob("*") if path.is_file()]
 
 
-def test_ctrl_c_once_the_survey_is_done_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As it is while Ray starts."""
+@pytest.mark.parametrize(("ends", "code"), [(KeyboardInterrupt(), 130), (RaySystemError("gone"), 1)], ids=["Ctrl-C", "Ray"])
+def test_what_ends_a_run_once_the_survey_is_done_leaves_nothing(
+    ends: BaseException, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While Ray starts, or looks at the nodes and fails."""
 
     def interrupted(*_: object) -> NoReturn:
         assert list((run / "sequences").iterdir())
-        raise KeyboardInterrupt
+        raise ends
 
     model, prompts, run = make_minimax(tmp_path / "model", "fp8"), tmp_path / "prompts.jsonl", tmp_path / "run"
     prompts.write_text('{"text": "one two three"}\n', encoding="utf-8")
     monkeypatch.setattr(beginning, "_hardware", interrupted)
     ended = CliRunner().invoke(main, ["extract", "--model", str(model), "--prompts", str(prompts), "--output", str(run)])
-    assert ended.exit_code == 130
+    assert ended.exit_code == code
     assert not run.exists()
+
+
+def test_sighup_is_heard_again_where_ctrl_c_came_just_before_it_is_blocked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python blocks first and then raises what another signal's handler raises."""
+    block = signal.pthread_sigmask
+
+    def raising(how: signal.Sigmasks, mask: Iterable[int]) -> set[int]:
+        before = block(how, mask)
+        if how == signal.SIG_BLOCK and signal.SIGHUP in mask:
+            raise KeyboardInterrupt
+        return before
+
+    monkeypatch.setattr(signal, "pthread_sigmask", raising)
+    with pytest.raises(KeyboardInterrupt), spared_by_hangup():
+        raise AssertionError("it came before")
+    assert signal.SIGHUP not in block(signal.SIG_BLOCK, ())
 
 
 def test_every_signal_in_every_phase_leaves_a_run_that_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ import io
 import re
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -95,6 +96,17 @@ def test_a_warm_up_is_named_as_such_with_what_is_left(monkeypatch: pytest.Monkey
         said = io.StringIO()
         Progress(said).loading(statuses, compiles=compiles)
         assert said.getvalue().split(": ", 1)[1].strip() == f"{words}, micro-batches left by stage: 3 0"
+
+
+def test_a_rate_of_loading_is_of_what_was_read_since_the_first_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TTY_COMPATIBLE", "0")
+    clock = iter([100.0, 100.0, 110.0, 110.0])
+    monkeypatch.setattr("m2ray.chain.progress.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    said = io.StringIO()
+    progress = Progress(said)
+    for read_bytes in (20 * GB, 40 * GB):
+        progress.loading([StageStatus(LayerSpan(0, 2), "here", "cpu", needed_bytes=80 * GB, read_bytes=read_bytes)])
+    assert said.getvalue().splitlines() == ["load: 20.0 GB of 80.0 GB, stages: 25%", "load: 40.0 GB of 80.0 GB, 2.0 GB/s, stages: 50%"]
 
 
 def test_in_a_pipe_a_line_of_progress_has_everything(monkeypatch: pytest.MonkeyPatch) -> None:
