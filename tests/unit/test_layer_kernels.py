@@ -15,7 +15,8 @@ from transformers.integrations.moe import grouped_mm_experts_forward
 from transformers.models.minimax_m2.modeling_minimax_m2 import MiniMaxM2Experts, MiniMaxM2TopKRouter
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-from m2ray.model import causal_attention, experts, routing
+from m2ray.model import causal_attention, expert_products, experts, routing
+from m2ray.model.faster_graph import FasterGraph
 
 CPU = torch.device("cpu")
 SIZES = {"hidden_size": 64, "intermediate_size": 32, "moe_intermediate_size": 32, "num_experts_per_tok": 3}
@@ -59,6 +60,45 @@ def test_experts_that_add_biases_or_compute_in_float32_are_left_to_transformers(
     assert not experts.use_kernels(module.float(), CPU)
     module.bfloat16().has_bias = True
     assert not experts.use_kernels(module, CPU)
+
+
+def test_experts_that_share_a_choice_without_fitting_it_are_transformers_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One configuration is all layers': to choose for one chooses for all."""
+    monkeypatch.setattr(experts, "has_kernels", lambda _: True)
+    module = made(MiniMaxM2Experts, MiniMaxM2Config(num_local_experts=9, **SIZES))
+    other = made(MiniMaxM2Experts, module.config).float()
+    assert experts.use_kernels(module, CPU)
+    assert not experts.use_kernels(other, CPU)
+    hidden_NH, chosen_NK, weights_NK = torch.randn(20, 64), torch.rand(20, 9).topk(3).indices, torch.rand(20, 3)
+    assert torch.equal(other(hidden_NH, chosen_NK, weights_NK), grouped_mm_experts_forward(other, hidden_NH, chosen_NK, weights_NK))
+
+
+def test_hidden_states_in_float32_are_rounded_for_the_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experts, "has_kernels", lambda _: True)
+    module = made(MiniMaxM2Experts, MiniMaxM2Config(num_local_experts=9, **SIZES))
+    assert experts.use_kernels(module, CPU)
+    hidden_NH, chosen_NK, weights_NK = torch.randn(20, 64), torch.rand(20, 9).topk(3).indices, torch.rand(20, 3)
+    expected_NH = grouped_mm_experts_forward(module, hidden_NH, chosen_NK, weights_NK)
+    for has_products in (True, False):
+        module.m2ray_products = has_products
+        found_NH = module(hidden_NH, chosen_NK, weights_NK)
+        assert found_NH.dtype == torch.float32
+        assert (found_NH - expected_NH).norm() < 0.01 * expected_NH.norm()
+
+
+def test_a_kernel_that_makes_no_numbers_is_not_proved(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert causal_attention._problem(CPU) == expert_products._problem(CPU) == ""
+    monkeypatch.setattr(causal_attention, "causal_attention", lambda query, *_: torch.full_like(query, torch.nan))
+    assert "further off" in causal_attention._problem(CPU)
+    gated_rows = expert_products.gated_rows
+    monkeypatch.setattr(expert_products, "gated_rows", lambda *given: gated_rows(*given) * torch.nan)
+    assert "what is gated" in expert_products._problem(CPU)
+
+
+def test_layers_that_are_loaded_later_have_the_graphs_of_those_before() -> None:
+    both = {FasterGraph((routing.replace_choice,)), FasterGraph((routing.replace_choice,))}
+    assert len(both) == 1
+    assert FasterGraph((causal_attention.replace_attention,)) not in both
 
 
 class Router(nn.Module):
