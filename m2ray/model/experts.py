@@ -81,7 +81,7 @@ def _products(module: Any, rows_RH: torch.Tensor, ends_E: torch.Tensor) -> torch
         first, second = first.transpose(1, 2), second.transpose(1, 2)
     inner_RI = functional.grouped_mm(rows_RH, first, offs=ends_E)
     inner_RI = module._apply_gate(inner_RI) if module.has_gate else module.act_fn(inner_RI)  # noqa: SLF001 - families change it
-    return functional.grouped_mm(inner_RI, second, offs=ends_E)
+    return functional.grouped_mm(inner_RI.to(second.dtype), second, offs=ends_E)
 
 
 @torch.library.custom_op("m2ray::spread_rows", mutates_args=())

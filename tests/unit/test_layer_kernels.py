@@ -73,10 +73,13 @@ def test_experts_that_share_a_choice_without_fitting_it_are_transformers_own(mon
     assert torch.equal(other(hidden_NH, chosen_NK, weights_NK), grouped_mm_experts_forward(other, hidden_NH, chosen_NK, weights_NK))
 
 
-def test_hidden_states_in_float32_are_rounded_for_the_products(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_comes_in_float32_is_rounded_for_the_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hidden states, and what a family's own gate makes."""
     monkeypatch.setattr(experts, "has_kernels", lambda _: True)
     module = made(MiniMaxM2Experts, MiniMaxM2Config(num_local_experts=9, **SIZES))
     assert experts.use_kernels(module, CPU)
+    apply_gate = module._apply_gate
+    module._apply_gate = lambda both_RI: apply_gate(both_RI.float())
     hidden_NH, chosen_NK, weights_NK = torch.randn(20, 64), torch.rand(20, 9).topk(3).indices, torch.rand(20, 3)
     expected_NH = grouped_mm_experts_forward(module, hidden_NH, chosen_NK, weights_NK)
     for has_products in (True, False):
