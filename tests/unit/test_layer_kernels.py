@@ -130,6 +130,17 @@ def test_a_compiled_router_chooses_the_same_experts() -> None:
     torch.testing.assert_close(weights_NK.gather(1, order_NK), expected[1].gather(1, expected_order_NK))
 
 
+@pytest.mark.parametrize(("arguments", "named"), [((2, -1, False), {}), ((2,), {"largest": False}), ((2, 0), {}), ((17,), {})])
+def test_other_choices_are_left_to_torch(arguments: tuple[object, ...], named: dict[str, bool]) -> None:
+    """The smallest, along another axis, of too many."""
+    graph = Graph()
+    scores = graph.placeholder("scores")
+    scores.meta["val"] = torch.rand(4, 32)
+    graph.output(graph.call_function(torch.ops.aten.topk.default, (scores, *arguments), named))
+    routing.replace_choice(graph)
+    assert len(graph.find_nodes(op="call_function", target=torch.ops.aten.topk.default)) == 1
+
+
 def test_attention_is_put_in_the_place_of_torchs() -> None:
     """As a compiled layer's graph has it: keys and values of fewer heads, values straight from their projection."""
     values = {"query": torch.randn(2, 6, 9, 64), "key": torch.randn(2, 2, 9, 64), "value": torch.randn(2, 9, 2, 64)}
@@ -148,6 +159,30 @@ def test_attention_is_put_in_the_place_of_torchs() -> None:
         values["query"], values["key"], values["value"].transpose(1, 2), is_causal=True, scale=0.3, enable_gqa=True
     )
     torch.testing.assert_close(module(*values.values()), expected.transpose(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("width", "keys", "dtype", "arguments", "used"),
+    [
+        (64, 9, torch.bfloat16, (0.0, False), 0),
+        (64, 9, torch.bfloat16, (), 0),
+        (64, 9, torch.bfloat16, (0.1, True), 0),
+        (96, 9, torch.bfloat16, (0.0, True), 0),
+        (64, 10, torch.bfloat16, (0.0, True), 0),
+        (64, 9, torch.float16, (0.0, True), 0),
+        (64, 9, torch.bfloat16, (0.0, True), 1),
+    ],
+)
+def test_other_attention_is_left_to_torch(width: int, keys: int, dtype: torch.dtype, arguments: tuple[object, ...], used: int) -> None:
+    """Not causal, with dropout, of other heads, over more keys, in another dtype, or whose logarithms are asked for."""
+    graph = Graph()
+    given = [graph.placeholder(name) for name in ("query", "key", "value")]
+    for node, length in zip(given, (9, keys, keys), strict=True):
+        node.meta["val"] = torch.empty((2, 6, length, width), dtype=dtype)
+    flash = graph.call_function(torch.ops.aten._scaled_dot_product_flash_attention.default, (*given, *arguments))
+    graph.output(graph.call_function(getitem, (flash, used)))
+    causal_attention.replace_attention(graph)
+    assert flash in graph.nodes
 
 
 def test_of_equal_scores_the_first_is_chosen() -> None:
