@@ -23,10 +23,11 @@ from benchmarks.runs import peak_rss_bytes
 from m2ray.activations.writing.writer import ActivationWriter
 from m2ray.batches import LayerSpan, MicroBatch
 from m2ray.bench.measuring import DiscardingStore
-from m2ray.model.checkpoint import open_checkpoint, tensor_table
+from m2ray.model.checkpoint import open_checkpoint
 from m2ray.model.quantization.layouts import layout_of
 from m2ray.model.stage import Stage, StageSpec, load_stage
 from m2ray.model.stage_output import StageOutput
+from m2ray.model.tensor_table import tensor_table
 
 READ_BYTES = 16 << 20
 BATCH_TOKENS = 16_384

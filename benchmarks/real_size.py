@@ -13,7 +13,8 @@ from pathlib import Path
 import m2ray
 from benchmarks.records import Row, record
 from benchmarks.runs import ROOT, environment, peak_rss_bytes, stage_processes, start_extract
-from m2ray.model.checkpoint import open_checkpoint, tensor_table
+from m2ray.model.checkpoint import open_checkpoint
+from m2ray.model.tensor_table import tensor_table
 
 PROMPTS = (
     "The tide came in.",

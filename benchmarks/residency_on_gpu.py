@@ -32,8 +32,9 @@ from benchmarks.gpu_stage import drop_caches, layer_operations, micro_batch, raw
 from benchmarks.records import Row, record
 from m2ray.batches import CapturedLayer, LayerSpan, MicroBatch, Residency
 from m2ray.model.capture import CaptureSpec
-from m2ray.model.checkpoint import open_checkpoint, tensor_table, up_to_layer
+from m2ray.model.checkpoint import open_checkpoint
 from m2ray.model.stage import Stage, StageSpec, load_stage
+from m2ray.model.tensor_table import tensor_table, up_to_layer
 
 if TYPE_CHECKING:
     from m2ray.model.stage_output import StageOutput

@@ -21,8 +21,9 @@ from benchmarks.checkpoints import real_size
 from benchmarks.records import Row, record
 from benchmarks.runs import TIMEOUT_S
 from m2ray.batches import LayerSpan
-from m2ray.model.checkpoint import open_checkpoint, up_to_layer
+from m2ray.model.checkpoint import open_checkpoint
 from m2ray.model.stage import StageSpec, load_stage
+from m2ray.model.tensor_table import up_to_layer
 
 TARGET = 0.6
 

@@ -59,10 +59,14 @@ class _Bucket:
     def answer(self, method: str, target: str, headers: dict[str, str], body: bytes) -> Answer:
         url = urlsplit(target)
         key = unquote(url.path).lstrip("/").partition("/")[2]
+        query = {name: values[0] for name, values in parse_qs(url.query).items()}
+        deleted = [unescape(each) for each in re.findall(r"<Key>([^<]*)</Key>", body.decode())] if method == "POST" else []
+        if any(map(_leads_out, (key, query.get("prefix", ""), *deleted))):
+            return _error(403, "AccessDenied")
         if method == "POST":
-            return self._delete(body)
+            return self._delete(deleted)
         if not key:
-            return self._list({name: values[0] for name, values in parse_qs(url.query).items()})
+            return self._list(query)
         answers: dict[str, Callable[[], Answer]] = {
             "GET": lambda: self._get(key, headers.get("range", "")),
             "HEAD": lambda: self._get(key, ""),
@@ -95,12 +99,11 @@ class _Bucket:
             return _error(412, "PreconditionFailed")
         return 200, {"ETag": f'"{path.stat().st_mtime_ns:x}"'}, b""
 
-    def _delete(self, body: bytes) -> Answer:
+    def _delete(self, keys: list[str]) -> Answer:
         """All the objects that a request names."""
-        keys = re.findall(r"<Key>([^<]*)</Key>", body.decode())
         for key in keys:
-            (self._folder / unescape(key)).unlink(missing_ok=True)
-        deleted = "".join(f"<Deleted><Key>{key}</Key></Deleted>" for key in keys)
+            (self._folder / key).unlink(missing_ok=True)
+        deleted = "".join(f"<Deleted><Key>{escape(key)}</Key></Deleted>" for key in keys)
         return 200, {"Content-Type": "application/xml"}, f"<DeleteResult>{deleted}</DeleteResult>".encode()
 
     def _list(self, query: dict[str, str]) -> Answer:
@@ -131,6 +134,11 @@ class _Bucket:
                     yield from self._files(f"{prefix}{entry.name}/")
                 else:
                     yield f"{prefix}{entry.name}", entry.stat().st_size
+
+
+def _leads_out(key: str) -> bool:
+    """Whether a key is of something outside of the folder: whoever is on this machine may ask."""
+    return key.startswith("/") or ".." in key.split("/")
 
 
 def _error(status: int, code: str) -> Answer:

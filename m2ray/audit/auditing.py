@@ -25,9 +25,10 @@ from m2ray.batches import LayerSpan, MicroBatch, PartSpec, Shard
 from m2ray.errors import M2rayError, NotInRunError, RunConflictError
 from m2ray.hub import folder_of
 from m2ray.model.capture import CaptureSpec
-from m2ray.model.checkpoint import Checkpoint, open_checkpoint, up_to_layer
+from m2ray.model.checkpoint import Checkpoint, open_checkpoint
 from m2ray.model.eight_bits import Encoder, is_encoded
 from m2ray.model.stage import StageSpec
+from m2ray.model.tensor_table import up_to_layer
 from m2ray.model.vector_math import settle_vector_math
 from m2ray.prompts import PromptSource, TokenSpool
 from m2ray.prompts.shards import one_micro_batch

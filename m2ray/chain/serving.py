@@ -21,11 +21,12 @@ from m2ray.config import ExtractConfig
 from m2ray.errors import ClusterError, ConfigError, M2rayError, raise_all
 from m2ray.hub import located
 from m2ray.model.attention import resolve_attn_implementation
-from m2ray.model.checkpoint import Checkpoint, open_checkpoint, up_to_layer
+from m2ray.model.checkpoint import Checkpoint, open_checkpoint
 from m2ray.model.families import default_max_length, require_dtype, require_positions, steady_positions
 from m2ray.model.proof import prove
 from m2ray.model.site_proof import prove_sites
 from m2ray.model.stage import DTYPES
+from m2ray.model.tensor_table import up_to_layer
 from m2ray.options import PromptOptions
 from m2ray.planning.demand import Demand
 from m2ray.planning.plan import plan_run

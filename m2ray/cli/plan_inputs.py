@@ -7,9 +7,9 @@ from typing import Any, Literal
 from m2ray.batches import TensorTable
 from m2ray.errors import CheckpointError
 from m2ray.model.attention import resolve_attn_implementation
-from m2ray.model.checkpoint import CONFIG, open_checkpoint, read_config, tensor_table, tensor_table_from_config
+from m2ray.model.checkpoint import CONFIG, open_checkpoint, read_config
 from m2ray.model.stage import DTYPES
-from m2ray.model.tensor_table import count_sources
+from m2ray.model.tensor_table import count_sources, table_without_weights, tensor_table
 from m2ray.model.towers import decoder_config, placeholder_tokens
 from m2ray.model.weight_files import INDEX, find_weights, indexed_bytes
 from m2ray.options import PromptOptions
@@ -62,7 +62,7 @@ def read_model(url: str, attn_implementation: str, compute_dtype: str) -> Planne
         checkpoint = open_checkpoint(url)
         whole_config, table = checkpoint.whole_config, tensor_table(checkpoint, in_float8=in_float8)
     else:
-        table = tensor_table_from_config(whole_config, in_float8=in_float8)
+        table = table_without_weights(whole_config, in_float8=in_float8)
         if weight_map:
             _require_all(whole_config, table, set(weight_map))
     config = decoder_config(whole_config)

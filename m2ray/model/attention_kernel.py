@@ -22,7 +22,8 @@ def causal_attention(  # type: ignore[no-untyped-def]
 ):
     """Each program has a block of one sequence's queries of one head. `scale` is that of the scores, times log2(e).
 
-    What is read past a sequence's end is the next one's: no real query looks there, and what is not a query is not kept.
+    What is read past a sequence's end is the next one's: real queries give it a share of 0, which counts for nothing as long as there are numbers, and
+    what is not a query is not kept. Where the next one's values are none, up to 63 rows of this one are none either.
     """
     sequence, head = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
     begin = (tl.num_programs(1) - 1 - tl.program_id(1)) * ROWS  # long ones first

@@ -6,15 +6,13 @@ Layout: https://huggingface.co/docs/safetensors.
 import platform
 import threading
 from collections.abc import Container, Iterable, Mapping
-from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property
 from math import prod
 from typing import Any, Self
 
 import torch
 import xxhash
 
-from m2ray.batches import LayerSpan, TensorTable
 from m2ray.errors import CheckpointError, M2rayError, StoreError, raise_all
 from m2ray.hub import bringing
 from m2ray.model.families import parse_config, says_how_quantised
@@ -22,17 +20,11 @@ from m2ray.model.headers import COPY_AGAIN, FileHeader, TensorHeader, read_file_
 from m2ray.model.interpreter import without_collector
 from m2ray.model.limits import MAX_CONFIG_BYTES, MAX_HEADERS_BYTES, read_limited
 from m2ray.model.quantization.modelopt import HF_QUANT_CONFIG
-from m2ray.model.skeleton import Skeleton, build_skeleton
-from m2ray.model.tensor_table import table_of, table_without_weights
-from m2ray.model.tensors import needed_files
 from m2ray.model.towers import decoder_config
 from m2ray.model.weight_files import INDEX, find_weights, indexed_bytes, no_weights
 from m2ray.storage import Store, open_store
 
 CONFIG = "config.json"
-
-_KEPT_TABLES = 2
-"""Each holds its headers too: tens of MB of a large model."""
 
 _NOT_TRANSFORMERS = "tok_embeddings.weight"
 """In the layout of Mistral's and Meta's own code, whose queries and keys lie in another order: `consolidated.safetensors`."""
@@ -258,79 +250,3 @@ def _stale_entries(weight_map: Mapping[str, str], files: Mapping[str, FileHeader
 
 def _listed(keys: list[str]) -> str:
     return ", ".join(sorted(keys)[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
-
-
-@without_collector()
-def tensor_table(checkpoint: Checkpoint, *, in_float8: bool = False) -> TensorTable:
-    """Every tensor of the model and of the checkpoint, matched.
-
-    Args:
-        in_float8: whether FP8 weights stay as they are (m2ray.model.float8).
-
-    Raises:
-        CheckpointError: files are damaged, or tensors missing, unknown, of a wrong shape or dtype; all at once.
-        ConfigError, StoreError: as `build_skeleton` and `Checkpoint.check`; weights that cannot stay FP8.
-    """
-    checkpoint.check()
-    return _table(checkpoint, build_skeleton(checkpoint.whole_config, torch.bfloat16), None, in_float8=in_float8)
-
-
-@without_collector()
-def up_to_layer(
-    checkpoint: Checkpoint, last: int, *, with_final_norm: bool = False, in_float8: bool = False
-) -> tuple[Checkpoint, TensorTable]:
-    """The checkpoint of a run that ends with layer `last`, with the files that it needs and no others, and the table of its tensors.
-
-    With the final norm, a run that ends with the model's last layer needs its file too.
-
-    Where files that it does not need are absent or damaged, or layers follow, the table has no bytes on disk of what is not run.
-
-    Raises:
-        CheckpointError, ConfigError, StoreError: as `tensor_table`, but for files and tensors that are not needed.
-    """
-    files, table = _up_to_layer(_Opened(checkpoint.digest, frozenset(checkpoint.damaged), checkpoint), last, with_final_norm, in_float8)
-    return checkpoint.only(files), table
-
-
-@dataclass(frozen=True)
-class _Opened:
-    """A checkpoint that counts as the same where its fingerprint is, and the files that are not in it."""
-
-    digest: str
-    damaged: frozenset[str]
-    checkpoint: Checkpoint = field(compare=False)
-
-
-@lru_cache(_KEPT_TABLES)
-def _up_to_layer(opened: _Opened, last: int, with_final_norm: bool, in_float8: bool) -> tuple[frozenset[str], TensorTable]:  # noqa: FBT001 - as lru_cache counts them
-    """The files and the table of `up_to_layer`. A program that runs one job after another asks for the same, and matching all tensors takes long."""
-    checkpoint = opened.checkpoint
-    skeleton = build_skeleton(checkpoint.whole_config, torch.bfloat16)
-    span = LayerSpan(0, last + 1)
-    files = frozenset(needed_files(skeleton, checkpoint.weight_map, span, with_final_norm=with_final_norm))
-    needed = checkpoint.only(files)
-    raise_all([*needed.damaged.values(), *checkpoint.twice])
-    is_whole = len(span) == len(skeleton.layers) and not checkpoint.damaged
-    if is_whole:
-        return files, _table(checkpoint, skeleton, None, in_float8=in_float8)
-    return files, _table(needed, skeleton, span, with_final_norm=with_final_norm, in_float8=in_float8)
-
-
-def is_of_run(checkpoint: Checkpoint, layers_run: int, fingerprint: str) -> bool:
-    """Whether a run of so many layers that has this fingerprint of its model takes this checkpoint, with or without the final norm."""
-    return any(up_to_layer(checkpoint, layers_run - 1, with_final_norm=each)[0].digest == fingerprint for each in (False, True))
-
-
-def _table(
-    checkpoint: Checkpoint, skeleton: Skeleton, span: LayerSpan | None, *, with_final_norm: bool = False, in_float8: bool
-) -> TensorTable:
-    try:
-        return table_of(skeleton, checkpoint.headers, span, with_final_norm=with_final_norm, in_float8=in_float8)
-    except CheckpointError as problem:
-        raise_all([*checkpoint.stale, problem])
-        raise
-
-
-def tensor_table_from_config(config: Any, *, in_float8: bool = False) -> TensorTable:
-    """The table by config.json alone, without a look at weights or index. See `table_without_weights`."""
-    return table_without_weights(config, in_float8=in_float8)

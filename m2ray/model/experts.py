@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 from transformers.activations import ACT2FN
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate, grouped_mm_experts_forward
 
 from m2ray.model import expert_products
 from m2ray.model.kernel_proof import is_proved
@@ -15,6 +15,9 @@ NAME = "m2ray"
 """Of these experts among transformers' implementations."""
 
 _TRANSFORMERS_OWN = "grouped_mm"
+_LEAST_CAPABILITY = (8, 0)
+"""Of a GPU on which torch has grouped products. transformers has its own for others."""
+
 _MOST_COLUMNS = 1024
 """Values of a row that a program takes at a time."""
 
@@ -37,6 +40,7 @@ def _fits(module: Any) -> bool:
     implementation = getattr(getattr(module, "config", None), "_experts_implementation", None)
     return (
         implementation in (_TRANSFORMERS_OWN, NAME)
+        and hasattr(module, "has_gate")  # of a class whose implementation can be chosen
         and not (module.has_bias or module.has_post_expert_norm)
         and all(weight.dtype == torch.bfloat16 for weight in module.parameters(recurse=False))
     )
@@ -50,19 +54,22 @@ def _has_products(module: Any, device: torch.device) -> bool:
 
 
 def _forward(module: Any, hidden_NH: torch.Tensor, chosen_NK: torch.Tensor, weights_NK: torch.Tensor) -> torch.Tensor:
-    """The steps of grouped_mm_experts_forward, of experts without biases."""
+    """The steps of grouped_mm_experts_forward, of experts without biases; others of the same model, which share its choice, have that itself."""
+    if not hasattr(module, "m2ray_products"):
+        return grouped_mm_experts_forward(module, hidden_NH, chosen_NK, weights_NK)  # type: ignore[no-any-return]
     expert_R, choice_R = torch.sort(chosen_NK.reshape(-1).to(torch.int16), stable=True)
     experts_E = torch.arange(module.num_experts, device=expert_R.device, dtype=torch.int16)
     ends_E = torch.searchsorted(expert_R, experts_E, right=True, out_int32=True)
     place_R = torch.empty_like(choice_R)
     place_R[choice_R] = torch.arange(choice_R.shape[0], device=choice_R.device)
     places_NK = place_R.view(chosen_NK.shape)
+    tokens_NH = hidden_NH.to(module.down_proj.dtype)
     if module.m2ray_products:
         tiles = expert_products.tiles(ends_E, choice_R.shape[0])
-        inner_RI = expert_products.gated_rows(hidden_NH, choice_R, chosen_NK.shape[1], module.gate_up_proj, ends_E, tiles)
+        inner_RI = expert_products.gated_rows(tokens_NH, choice_R, chosen_NK.shape[1], module.gate_up_proj, ends_E, tiles)
         rows_RH = expert_products.down_rows(inner_RI, module.down_proj, ends_E, tiles)
     else:
-        rows_RH = _products(module, spread_rows(hidden_NH, places_NK), ends_E)
+        rows_RH = _products(module, spread_rows(tokens_NH, places_NK), ends_E)
     sums_NH: torch.Tensor = sum_rows(rows_RH, places_NK, weights_NK)
     return sums_NH.to(hidden_NH.dtype)
 
@@ -74,7 +81,7 @@ def _products(module: Any, rows_RH: torch.Tensor, ends_E: torch.Tensor) -> torch
         first, second = first.transpose(1, 2), second.transpose(1, 2)
     inner_RI = functional.grouped_mm(rows_RH, first, offs=ends_E)
     inner_RI = module._apply_gate(inner_RI) if module.has_gate else module.act_fn(inner_RI)  # noqa: SLF001 - families change it
-    return functional.grouped_mm(inner_RI, second, offs=ends_E)
+    return functional.grouped_mm(inner_RI.to(second.dtype), second, offs=ends_E)
 
 
 @torch.library.custom_op("m2ray::spread_rows", mutates_args=())
@@ -131,7 +138,11 @@ def _sizes(tokens_NH: torch.Tensor, places_NK: torch.Tensor) -> tuple[int, int, 
 @cache
 def has_kernels(device: torch.device) -> bool:
     """Whether there are kernels for this device that give the same bits as torch's steps."""
-    return is_proved(device, "Experts are computed", _problem)
+    return (
+        device.type == "cuda"
+        and torch.cuda.get_device_capability(device) >= _LEAST_CAPABILITY
+        and is_proved(device, "Experts are computed", _problem)
+    )
 
 
 def _problem(device: torch.device) -> str:

@@ -1,6 +1,7 @@
 """What is put in the place of torch's operations in compiled layers, where a GPU has kernels that were proved on it."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
@@ -17,16 +18,19 @@ def replacements(device: torch.device) -> tuple[Replacing, ...]:
     return tuple(replace for has_kernel, replace in known if has_kernel(device))
 
 
+@dataclass(frozen=True)
 class FasterGraph(CustomGraphPass):
-    """Torch.compile calls it with a layer's graph. Graphs that are kept between processes are known by it, and what their operations say of sizes."""
+    """Torch.compile calls it with a layer's graph. Graphs that are kept between processes are known by it, and what their operations say of sizes.
 
-    def __init__(self, replacing: tuple[Replacing, ...]) -> None:
-        self._replacing = replacing
+    One is another's equal: layers that are loaded later in a process have the graphs of those before.
+    """
+
+    replacing: tuple[Replacing, ...]
 
     def __call__(self, graph: Graph) -> None:
-        for replace in self._replacing:
+        for replace in self.replacing:
             replace(graph)
 
     def uuid(self) -> bytes:
         files = (routing.__file__, causal_attention.__file__, experts.__file__, expert_products.__file__)
-        return bytes(get_hash_for_files(files, " ".join(replace.__name__ for replace in self._replacing)))
+        return bytes(get_hash_for_files(files, " ".join(replace.__name__ for replace in self.replacing)))

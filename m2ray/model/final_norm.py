@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from m2ray.errors import CheckpointError, RunConflictError
-from m2ray.model.checkpoint import Checkpoint, is_of_run, open_checkpoint, tensor_table
+from m2ray.model.checkpoint import Checkpoint, open_checkpoint
 from m2ray.model.filling import assign
 from m2ray.model.rehearsal import NOT_RUN, rehearse
 from m2ray.model.skeleton import Skeleton, build_skeleton
+from m2ray.model.tensor_table import is_of_run, tensor_table
 
 
 def final_norm(folder: str, fingerprint: str, layers_run: int, dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -17,7 +17,7 @@ _ROWS = 4
 def replace_choice(graph: Graph) -> None:
     """Put `largest` in the place of torch's topk, wherever it computes the same."""
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten.topk.default):
-        if _is_choice(*node.args):
+        if not node.kwargs and _is_choice(*node.args):
             with graph.inserting_before(node):
                 found = graph.call_function(torch.ops.m2ray.largest.default, node.args[:2])
             found.meta.update(node.meta)

@@ -7,9 +7,10 @@ from math import prod
 import torch
 
 from m2ray.errors import CheckpointError, RunConflictError
-from m2ray.model.checkpoint import Checkpoint, is_of_run, open_checkpoint
+from m2ray.model.checkpoint import Checkpoint, open_checkpoint
 from m2ray.model.conversion import Conversion
 from m2ray.model.skeleton import Skeleton, build_skeleton
+from m2ray.model.tensor_table import is_of_run
 
 _PIECE_BYTES = 16 << 20
 

@@ -2,6 +2,8 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
 from math import prod
 from typing import Any
 
@@ -9,17 +11,94 @@ import torch
 from torch import nn
 
 from m2ray.batches import LayerSpan, Role, TensorRow, TensorTable
+from m2ray.errors import CheckpointError, raise_all
 from m2ray.model.boundary import most_beside, row_width
+from m2ray.model.checkpoint import Checkpoint
 from m2ray.model.conversion import Conversion
 from m2ray.model.float8.weights import is_packed, require_any, require_float8, require_published
 from m2ray.model.headers import TensorHeader
+from m2ray.model.interpreter import without_collector
 from m2ray.model.quantization.layout import Layout
 from m2ray.model.quantization.layouts import layout_of
 from m2ray.model.quantization.stored import Method, StoredTensor
 from m2ray.model.site_table import experts_of, layers_of
 from m2ray.model.skeleton import ModelTensor, Skeleton, build_skeleton
-from m2ray.model.tensors import FP8, disk_bytes, match_by_layer
+from m2ray.model.tensors import FP8, disk_bytes, match_by_layer, needed_files
 from m2ray.model.towers import decoder_config
+
+_KEPT_TABLES = 2
+"""Each holds its headers too: tens of MB of a large model."""
+
+
+@without_collector()
+def tensor_table(checkpoint: Checkpoint, *, in_float8: bool = False) -> TensorTable:
+    """Every tensor of the model and of the checkpoint, matched.
+
+    Args:
+        in_float8: whether FP8 weights stay as they are (m2ray.model.float8).
+
+    Raises:
+        CheckpointError: files are damaged, or tensors missing, unknown, of a wrong shape or dtype; all at once.
+        ConfigError, StoreError: as `build_skeleton` and `Checkpoint.check`; weights that cannot stay FP8.
+    """
+    checkpoint.check()
+    return _of_files(checkpoint, build_skeleton(checkpoint.whole_config, torch.bfloat16), None, in_float8=in_float8)
+
+
+@without_collector()
+def up_to_layer(
+    checkpoint: Checkpoint, last: int, *, with_final_norm: bool = False, in_float8: bool = False
+) -> tuple[Checkpoint, TensorTable]:
+    """The checkpoint of a run that ends with layer `last`, with the files that it needs and no others, and the table of its tensors.
+
+    With the final norm, a run that ends with the model's last layer needs its file too.
+
+    Where files that it does not need are absent or damaged, or layers follow, the table has no bytes on disk of what is not run.
+
+    Raises:
+        CheckpointError, ConfigError, StoreError: as `tensor_table`, but for files and tensors that are not needed.
+    """
+    files, table = _up_to_layer(_Opened(checkpoint.digest, frozenset(checkpoint.damaged), checkpoint), last, with_final_norm, in_float8)
+    return checkpoint.only(files), table
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A checkpoint that counts as the same where its fingerprint is, and the files that are not in it."""
+
+    digest: str
+    damaged: frozenset[str]
+    checkpoint: Checkpoint = field(compare=False)
+
+
+@lru_cache(_KEPT_TABLES)
+def _up_to_layer(opened: _Opened, last: int, with_final_norm: bool, in_float8: bool) -> tuple[frozenset[str], TensorTable]:  # noqa: FBT001 - as lru_cache counts them
+    """The files and the table of `up_to_layer`. A program that runs one job after another asks for the same, and matching all tensors takes long."""
+    checkpoint = opened.checkpoint
+    skeleton = build_skeleton(checkpoint.whole_config, torch.bfloat16)
+    span = LayerSpan(0, last + 1)
+    files = frozenset(needed_files(skeleton, checkpoint.weight_map, span, with_final_norm=with_final_norm))
+    needed = checkpoint.only(files)
+    raise_all([*needed.damaged.values(), *checkpoint.twice])
+    is_whole = len(span) == len(skeleton.layers) and not checkpoint.damaged
+    if is_whole:
+        return files, _of_files(checkpoint, skeleton, None, in_float8=in_float8)
+    return files, _of_files(needed, skeleton, span, with_final_norm=with_final_norm, in_float8=in_float8)
+
+
+def is_of_run(checkpoint: Checkpoint, layers_run: int, fingerprint: str) -> bool:
+    """Whether a run of so many layers that has this fingerprint of its model takes this checkpoint, with or without the final norm."""
+    return any(up_to_layer(checkpoint, layers_run - 1, with_final_norm=each)[0].digest == fingerprint for each in (False, True))
+
+
+def _of_files(
+    checkpoint: Checkpoint, skeleton: Skeleton, span: LayerSpan | None, *, with_final_norm: bool = False, in_float8: bool
+) -> TensorTable:
+    try:
+        return table_of(skeleton, checkpoint.headers, span, with_final_norm=with_final_norm, in_float8=in_float8)
+    except CheckpointError as problem:
+        raise_all([*checkpoint.stale, problem])
+        raise
 
 
 def table_of(

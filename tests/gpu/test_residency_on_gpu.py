@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from m2ray.batches import LayerSpan, Residency
-from m2ray.model.checkpoint import open_checkpoint, tensor_table
+from m2ray.model.checkpoint import open_checkpoint
 from m2ray.model.residency.places import InHostMemory
 from m2ray.model.stage import Stage, StageSpec
+from m2ray.model.tensor_table import tensor_table
 from tests.packed import make_packed
 from tests.reference import MINIMAX_TINY, load_capturing, make_minimax, micro_batch_of
 from tests.unit.test_residency import mappings

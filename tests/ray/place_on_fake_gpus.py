@@ -16,7 +16,7 @@ from ray.util.placement_group import PlacementGroup, placement_group_table
 from m2ray.chain import placement, probing
 from m2ray.config import ExtractConfig
 from m2ray.errors import ClusterError
-from m2ray.model.checkpoint import tensor_table_from_config
+from m2ray.model.tensor_table import table_without_weights
 from m2ray.options import PromptOptions
 from m2ray.planning.demand import Assumptions, Demand
 from m2ray.planning.hardware import Node, parse_gpus
@@ -26,7 +26,7 @@ from m2ray.planning.shape import ModelShape
 from tests.reference import minimax_config
 
 config = minimax_config()
-table = tensor_table_from_config(config)
+table = table_without_weights(config)
 
 
 def node_of_fake_gpus(name: str, folder: str) -> Node:

@@ -13,9 +13,10 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from m2ray.errors import CheckpointError
 from m2ray.model import families
-from m2ray.model.checkpoint import open_checkpoint, tensor_table, tensor_table_from_config
+from m2ray.model.checkpoint import open_checkpoint
 from m2ray.model.families import parse_config
 from m2ray.model.skeleton import build_skeleton
+from m2ray.model.tensor_table import table_without_weights, tensor_table
 from m2ray.model.tiny import tiny_copies
 from tests.reference import DATA, FAMILIES, load_reference, make_family, make_minimax
 
@@ -394,11 +395,11 @@ def test_the_table_counts_every_tensor_of_the_checkpoint(minimax: Path) -> None:
 def test_the_table_without_weights_is_that_of_the_checkpoint(minimax: Path, llama: Path) -> None:
     for folder in (minimax, llama):
         checkpoint = open_checkpoint(str(folder))
-        assert set(tensor_table_from_config(checkpoint.config).rows) == set(tensor_table(checkpoint).rows)
+        assert set(table_without_weights(checkpoint.config).rows) == set(tensor_table(checkpoint).rows)
 
 
 def test_the_table_of_the_real_minimax_m2() -> None:
-    table = tensor_table_from_config(parse_config((DATA / "minimax_m2" / "config.json").read_bytes()))
+    table = table_without_weights(parse_config((DATA / "minimax_m2" / "config.json").read_bytes()))
     num_elements = sum(row.num_elements for row in table.rows)
     router_elements = sum(row.num_elements for row in table.rows if row.itemsize_bytes == 4)
     assert table.disk_bytes == 230_121_630_720
@@ -421,7 +422,7 @@ def test_the_table_of_twice_as_many_layers_visits_twice_as_many_modules(monkeypa
     fields = json.loads((DATA / "families" / "mixtral.json").read_text())
     for layers in (8, 16):
         visits.append(0)
-        tensor_table_from_config(parse_config(json.dumps({**fields, "num_hidden_layers": layers}).encode()))
+        table_without_weights(parse_config(json.dumps({**fields, "num_hidden_layers": layers}).encode()))
     assert visits[1] < 2.2 * visits[0]
 
 

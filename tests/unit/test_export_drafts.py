@@ -20,8 +20,9 @@ from m2ray.export import modelopt, nemo_dspark, safetensors_file, specforge
 from m2ray.export.consumer import Export, Unit
 from m2ray.export.exporting import ids_of, plan_export, write_export
 from m2ray.export.samples import Sample
-from m2ray.model.checkpoint import open_checkpoint, up_to_layer
+from m2ray.model.checkpoint import open_checkpoint
 from m2ray.model.target_weights import target_weights
+from m2ray.model.tensor_table import up_to_layer
 from m2ray.model.weights import hash_weights
 from m2ray.storage import LocalStore
 from tests.reference import edited, load_reference, make_family, make_minimax, make_wrapper, other_weights, same_bits

@@ -7,9 +7,10 @@ import torch
 
 from m2ray.errors import CheckpointError, RunConflictError
 from m2ray.model import final_norm as module
-from m2ray.model.checkpoint import open_checkpoint, up_to_layer
+from m2ray.model.checkpoint import open_checkpoint
 from m2ray.model.final_norm import final_norm
 from m2ray.model.rehearsal import Rehearsal
+from m2ray.model.tensor_table import up_to_layer
 from tests.reference import FAMILIES, load_reference, make_family, make_type, micro_batch_of, reference_rows, vocab_size
 
 

@@ -15,7 +15,7 @@ from m2ray.batches import LayerSpan
 from m2ray.errors import CheckpointError, ConfigError, NotInRunError, StageError
 from m2ray.model import stage as stage_module
 from m2ray.model.boundary import Boundary
-from m2ray.model.checkpoint import open_checkpoint, tensor_table, tensor_table_from_config
+from m2ray.model.checkpoint import open_checkpoint
 from m2ray.model.families import parse_config
 from m2ray.model.float8 import proof, twin
 from m2ray.model.float8.launching import ROWS, tiles_of
@@ -23,6 +23,7 @@ from m2ray.model.float8.modules import Float8Linear
 from m2ray.model.float8.products import multiply
 from m2ray.model.float8.rounding import round_rows
 from m2ray.model.stage import Stage, StageSpec, load_stage
+from m2ray.model.tensor_table import table_without_weights, tensor_table
 from m2ray.storage import open_store
 from tests.float8 import FILE, config_of, in_fp8, make_float8, make_plain, reference_of, rounding_inputs
 from tests.packed import make_packed
@@ -276,16 +277,16 @@ def test_a_scale_that_is_missing_is_still_told(folders: dict[str, Path], tmp_pat
 def test_a_plan_without_files_refuses_by_the_configuration() -> None:
     fields = config_of("minimax_m2")
     with pytest.raises(ConfigError, match="none of its weights"):
-        tensor_table_from_config(parse_config(json.dumps(fields).encode()), in_float8=True)
+        table_without_weights(parse_config(json.dumps(fields).encode()), in_float8=True)
     fields["quantization_config"] = {"quant_method": "fp8", "weight_block_size": None, "activation_scheme": "static"}
     with pytest.raises(ConfigError, match="FP8, a scale a tensor"):
-        tensor_table_from_config(parse_config(json.dumps(fields).encode()), in_float8=True)
+        table_without_weights(parse_config(json.dumps(fields).encode()), in_float8=True)
 
 
 def test_the_table_by_the_configuration_is_that_of_the_files(folders: dict[str, Path]) -> None:
     for family in FAMILIES:
         checkpoint = open_checkpoint(str(folders[family]))
-        by_config = tensor_table_from_config(checkpoint.whole_config, in_float8=True)
+        by_config = table_without_weights(checkpoint.whole_config, in_float8=True)
         assert by_config.layer_bytes(2) == tensor_table(checkpoint, in_float8=True).layer_bytes(2)
 
 

@@ -15,7 +15,8 @@ from transformers.integrations.moe import grouped_mm_experts_forward
 from transformers.models.minimax_m2.modeling_minimax_m2 import MiniMaxM2Experts, MiniMaxM2TopKRouter
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-from m2ray.model import causal_attention, experts, routing
+from m2ray.model import causal_attention, expert_products, experts, routing
+from m2ray.model.faster_graph import FasterGraph
 
 CPU = torch.device("cpu")
 SIZES = {"hidden_size": 64, "intermediate_size": 32, "moe_intermediate_size": 32, "num_experts_per_tok": 3}
@@ -61,6 +62,48 @@ def test_experts_that_add_biases_or_compute_in_float32_are_left_to_transformers(
     assert not experts.use_kernels(module, CPU)
 
 
+def test_experts_that_share_a_choice_without_fitting_it_are_transformers_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One configuration is all layers': to choose for one chooses for all."""
+    monkeypatch.setattr(experts, "has_kernels", lambda _: True)
+    module = made(MiniMaxM2Experts, MiniMaxM2Config(num_local_experts=9, **SIZES))
+    other = made(MiniMaxM2Experts, module.config).float()
+    assert experts.use_kernels(module, CPU)
+    assert not experts.use_kernels(other, CPU)
+    hidden_NH, chosen_NK, weights_NK = torch.randn(20, 64), torch.rand(20, 9).topk(3).indices, torch.rand(20, 3)
+    assert torch.equal(other(hidden_NH, chosen_NK, weights_NK), grouped_mm_experts_forward(other, hidden_NH, chosen_NK, weights_NK))
+
+
+def test_what_comes_in_float32_is_rounded_for_the_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hidden states, and what a family's own gate makes."""
+    monkeypatch.setattr(experts, "has_kernels", lambda _: True)
+    module = made(MiniMaxM2Experts, MiniMaxM2Config(num_local_experts=9, **SIZES))
+    assert experts.use_kernels(module, CPU)
+    apply_gate = module._apply_gate
+    module._apply_gate = lambda both_RI: apply_gate(both_RI.float())
+    hidden_NH, chosen_NK, weights_NK = torch.randn(20, 64), torch.rand(20, 9).topk(3).indices, torch.rand(20, 3)
+    expected_NH = grouped_mm_experts_forward(module, hidden_NH, chosen_NK, weights_NK)
+    for has_products in (True, False):
+        module.m2ray_products = has_products
+        found_NH = module(hidden_NH, chosen_NK, weights_NK)
+        assert found_NH.dtype == torch.float32
+        assert (found_NH - expected_NH).norm() < 0.01 * expected_NH.norm()
+
+
+def test_a_kernel_that_makes_no_numbers_is_not_proved(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert causal_attention._problem(CPU) == expert_products._problem(CPU) == ""
+    monkeypatch.setattr(causal_attention, "causal_attention", lambda query, *_: torch.full_like(query, torch.nan))
+    assert "further off" in causal_attention._problem(CPU)
+    gated_rows = expert_products.gated_rows
+    monkeypatch.setattr(expert_products, "gated_rows", lambda *given: gated_rows(*given) * torch.nan)
+    assert "what is gated" in expert_products._problem(CPU)
+
+
+def test_layers_that_are_loaded_later_have_the_graphs_of_those_before() -> None:
+    both = {FasterGraph((routing.replace_choice,)), FasterGraph((routing.replace_choice,))}
+    assert len(both) == 1
+    assert FasterGraph((causal_attention.replace_attention,)) not in both
+
+
 class Router(nn.Module):
     """MiniMax-M2's, behind a norm's last step."""
 
@@ -87,6 +130,17 @@ def test_a_compiled_router_chooses_the_same_experts() -> None:
     torch.testing.assert_close(weights_NK.gather(1, order_NK), expected[1].gather(1, expected_order_NK))
 
 
+@pytest.mark.parametrize(("arguments", "named"), [((2, -1, False), {}), ((2,), {"largest": False}), ((2, 0), {}), ((17,), {})])
+def test_other_choices_are_left_to_torch(arguments: tuple[object, ...], named: dict[str, bool]) -> None:
+    """The smallest, along another axis, of too many."""
+    graph = Graph()
+    scores = graph.placeholder("scores")
+    scores.meta["val"] = torch.rand(4, 32)
+    graph.output(graph.call_function(torch.ops.aten.topk.default, (scores, *arguments), named))
+    routing.replace_choice(graph)
+    assert len(graph.find_nodes(op="call_function", target=torch.ops.aten.topk.default)) == 1
+
+
 def test_attention_is_put_in_the_place_of_torchs() -> None:
     """As a compiled layer's graph has it: keys and values of fewer heads, values straight from their projection."""
     values = {"query": torch.randn(2, 6, 9, 64), "key": torch.randn(2, 2, 9, 64), "value": torch.randn(2, 9, 2, 64)}
@@ -105,6 +159,30 @@ def test_attention_is_put_in_the_place_of_torchs() -> None:
         values["query"], values["key"], values["value"].transpose(1, 2), is_causal=True, scale=0.3, enable_gqa=True
     )
     torch.testing.assert_close(module(*values.values()), expected.transpose(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("width", "keys", "dtype", "arguments", "used"),
+    [
+        (64, 9, torch.bfloat16, (0.0, False), 0),
+        (64, 9, torch.bfloat16, (), 0),
+        (64, 9, torch.bfloat16, (0.1, True), 0),
+        (96, 9, torch.bfloat16, (0.0, True), 0),
+        (64, 10, torch.bfloat16, (0.0, True), 0),
+        (64, 9, torch.float16, (0.0, True), 0),
+        (64, 9, torch.bfloat16, (0.0, True), 1),
+    ],
+)
+def test_other_attention_is_left_to_torch(width: int, keys: int, dtype: torch.dtype, arguments: tuple[object, ...], used: int) -> None:
+    """Not causal, with dropout, of other heads, over more keys, in another dtype, or whose logarithms are asked for."""
+    graph = Graph()
+    given = [graph.placeholder(name) for name in ("query", "key", "value")]
+    for node, length in zip(given, (9, keys, keys), strict=True):
+        node.meta["val"] = torch.empty((2, 6, length, width), dtype=dtype)
+    flash = graph.call_function(torch.ops.aten._scaled_dot_product_flash_attention.default, (*given, *arguments))
+    graph.output(graph.call_function(getitem, (flash, used)))
+    causal_attention.replace_attention(graph)
+    assert flash in graph.nodes
 
 
 def test_of_equal_scores_the_first_is_chosen() -> None:

@@ -12,9 +12,10 @@ from click.testing import CliRunner
 from m2ray.cli import main
 from m2ray.errors import CheckpointError
 from m2ray.model import limits
-from m2ray.model.checkpoint import open_checkpoint, tensor_table
+from m2ray.model.checkpoint import open_checkpoint
 from m2ray.model.families import parse_config
 from m2ray.model.headers import read_file_header
+from m2ray.model.tensor_table import tensor_table
 from m2ray.storage import LocalStore
 from tests.reference import make_minimax
 

@@ -11,10 +11,11 @@ import torch
 
 from m2ray.cli.plan_inputs import read_model
 from m2ray.errors import CheckpointError
-from m2ray.model.checkpoint import open_checkpoint, tensor_table, tensor_table_from_config
+from m2ray.model.checkpoint import open_checkpoint
 from m2ray.model.families import parse_config
 from m2ray.model.proof import prove
 from m2ray.model.quantization.layouts import layout_of
+from m2ray.model.tensor_table import table_without_weights, tensor_table
 from m2ray.model.towers import decoder_config, placeholder_tokens
 from scripts.make_checkpoint import plan_tensors, resolve_config
 from tests.reference import (
@@ -81,7 +82,7 @@ def test_minimax_m3_is_laid_out_as_its_release() -> None:
 
 def test_the_layers_that_a_plan_counts_are_those_of_the_text_tower(m3: Path) -> None:
     checkpoint = open_checkpoint(str(m3))
-    table, by_config = tensor_table(checkpoint), tensor_table_from_config(checkpoint.whole_config)
+    table, by_config = tensor_table(checkpoint), table_without_weights(checkpoint.whole_config)
     assert (table.num_layers, table.hidden_size) == (6, 128)
     unread = {key for row in table.rows if row.role == "unused" for key in row.sources}
     assert unread == {key for key in checkpoint.headers if not key.startswith("language_model.")}

@@ -16,7 +16,8 @@ from m2ray.config import ExtractConfig
 from m2ray.errors import BusyError, ConfigError, M2rayError, PromptsError, TooLargeError
 from m2ray.model.attention import resolve_attn_implementation
 from m2ray.model.capture import CaptureSpec
-from m2ray.model.checkpoint import open_checkpoint, tensor_table
+from m2ray.model.checkpoint import open_checkpoint
+from m2ray.model.tensor_table import tensor_table
 from m2ray.options import PromptOptions
 from m2ray.planning.resolve import resolve
 from m2ray.planning.shape import ModelShape

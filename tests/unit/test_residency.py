@@ -17,7 +17,7 @@ from torch._dynamo.utils import counters
 from m2ray.batches import LayerSpan, MicroBatch, Residency
 from m2ray.errors import CheckpointError, StageError, StoreError
 from m2ray.model import stage as stage_module
-from m2ray.model.checkpoint import Checkpoint, open_checkpoint, tensor_table
+from m2ray.model.checkpoint import Checkpoint, open_checkpoint
 from m2ray.model.quantization import fused
 from m2ray.model.residency import unpacking
 from m2ray.model.residency.packed_layer import PackedLayer, lay_out
@@ -26,6 +26,7 @@ from m2ray.model.residency.unpacking import Unpacking
 from m2ray.model.selecting import ChosenRows
 from m2ray.model.skeleton import build_skeleton
 from m2ray.model.stage import Stage, StageSpec
+from m2ray.model.tensor_table import tensor_table
 from m2ray.model.tensors import match_by_layer
 from m2ray.model.weights import _fillings, _unplaced
 from m2ray.planning.unpacking import unpacking_bytes

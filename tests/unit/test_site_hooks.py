@@ -12,10 +12,11 @@ from m2ray.batches import LayerSpan, MicroBatch
 from m2ray.errors import CheckpointError, ConfigError
 from m2ray.model import site_table
 from m2ray.model.capture import CaptureSpec
-from m2ray.model.checkpoint import open_checkpoint, up_to_layer
+from m2ray.model.checkpoint import open_checkpoint
 from m2ray.model.site_proof import doubts, prove_sites
 from m2ray.model.site_table import Point, Tap
 from m2ray.model.stage import Stage, StageSpec, load_stage
+from m2ray.model.tensor_table import up_to_layer
 from tests.reference import LENGTHS, load_reference, make_family, make_minimax, micro_batch_of, minimax_config, same_bits, vocab_size
 from tests.site_reference import FAMILIES, Values, by_hooks
 

@@ -14,8 +14,9 @@ from m2ray.batches import LayerSpan
 from m2ray.cli import main
 from m2ray.cli.plan_inputs import read_model
 from m2ray.errors import CheckpointError
-from m2ray.model.checkpoint import open_checkpoint, tensor_table, up_to_layer
+from m2ray.model.checkpoint import open_checkpoint
 from m2ray.model.stage import StageSpec
+from m2ray.model.tensor_table import tensor_table, up_to_layer
 from tests.reference import (
     LENGTHS,
     chain_rows,

@@ -11,10 +11,11 @@ from safetensors.torch import load_file
 
 from m2ray.batches import LayerSpan
 from m2ray.model import weights
-from m2ray.model.checkpoint import open_checkpoint, tensor_table
+from m2ray.model.checkpoint import open_checkpoint
 from m2ray.model.decoder import DecoderSpan
 from m2ray.model.quantization.scaling import dequantize
 from m2ray.model.skeleton import build_skeleton
+from m2ray.model.tensor_table import tensor_table
 from m2ray.model.weights import load_weights
 from scripts.make_checkpoint import make_checkpoint
 from tests.reference import (

@@ -9,9 +9,10 @@ import torch
 
 from m2ray.batches import LayerSpan
 from m2ray.errors import CheckpointError, StoreError
-from m2ray.model.checkpoint import open_checkpoint, tensor_table
+from m2ray.model.checkpoint import open_checkpoint
 from m2ray.model.decoder import DecoderSpan
 from m2ray.model.skeleton import build_skeleton
+from m2ray.model.tensor_table import tensor_table
 from m2ray.model.weights import load_weights
 from tests.reference import edited, load_span, make_family, make_minimax
 

@@ -119,9 +119,8 @@ class Gptq(Packed):
         self._check(parts)
         words, zeros = parts["values"], parts["zero_point"]
         of_groups = unpack_words(zeros + ONE_LESS if self.zeros_one_less else zeros, torch.float32).t().contiguous()
-        turned = scratch_tensor("turned", torch.int32, *words.shape[::-1]).copy_(
-            words.t()
-        )  # whole: of columns alone it takes three times as long
+        turned = scratch_tensor("turned", torch.int32, *words.shape[::-1])
+        turned.copy_(words.t())  # whole: of columns alone it takes three times as long
         return write_numbers(turned, Codes.UNSIGNED, parts["scale"].t().contiguous(), of_groups, self.group, into.t())
 
     def _check(self, parts: Mapping[str, torch.Tensor]) -> None:
