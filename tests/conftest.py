@@ -1,6 +1,7 @@
 """What every ring shares: small checkpoints in the real on-disk layout, and transformers' own model as the reference."""
 
 import os
+import signal
 
 # Before torch is imported anywhere: bitwise comparisons hold for the same number of threads only.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -11,3 +12,7 @@ from hypothesis import settings
 # The same examples in each run, however busy the machine is.
 settings.register_profile("m2ray", deadline=None, derandomize=True)
 settings.load_profile("m2ray")
+
+# Programs that the tests start hear Ctrl-C and a closed terminal, also where the tests themselves run in the background or under nohup.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
