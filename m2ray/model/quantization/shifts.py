@@ -12,7 +12,7 @@ from m2ray.model.quantization.scratch import scratch_tensor
 
 _ELEMENTS_AT_ONCE = 1 << 21
 """Many: the threads that load take turns at the interpreter between operations, which costs more than a cache saves. Of 2^20 two threads on two cores
-had 0.30 to 0.35 of a copy where of these they had 0.34 to 0.36; of 2^18 less than half as much."""
+had 0.30 to 0.35 of a copy where of these they have 0.34 to 0.40; of 2^18 less than half as much."""
 
 _LONGEST_ROW = 1 << 20
 _SMALLER = 2.0**120
