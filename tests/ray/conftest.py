@@ -1,5 +1,6 @@
 """One Ray cluster for the ring, started as a user would: `ray start` with a token, ended by its process group."""
 
+import itertools
 import os
 import secrets
 import shutil
@@ -37,11 +38,16 @@ class RayCluster:
         return subprocess.Popen(words, cwd=REPOSITORY, env=dict(self.env), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
+_NUMBERS = itertools.count(os.getpid() * 997)
+
+
 def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
+    """Below those that the system hands out by itself (from 32,768 on): of these another process may have one before it is listened on here."""
+    ports: list[int] = []
+    while len(ports) < count:
+        port = 20_000 + next(_NUMBERS) % 12_000
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            ports.append(port)
     return ports
 
 
