@@ -21,6 +21,8 @@ from tests.data.run_format_1.make_runs import HERE, RUNS, TEXTS, command, make_m
 from tests.reference import load_reference, reference_rows, same_bits
 
 LAYERS = (0, 1, 2)
+ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 1e-5 + 2**-7}
+"""Of a row's norm, between two kinds of processors (docs/numerics.md), and what storing it in bfloat16 adds."""
 
 
 @pytest.fixture(scope="module")
@@ -67,17 +69,19 @@ def test_rows_are_transformers_own_by_every_way_to_them(name: str, model: Path) 
     tokens = run.tokens()
     for layer, expected in zip(LAYERS, expected_rows(model, HERE / name, dtype), strict=True):
         view = run.layer(layer)
-        assert same_bits(view.tensor(), expected)
-        assert same_bits(view.rows(np.arange(68)[::-1].copy()), expected.flip(0))
-        assert same_bits(torch.cat([shard.activations for shard in view.shards()]), expected)
+        rows = view.tensor()
+        # Bits are promised on the kind of processor that computed them, which need not be this one.
+        assert ((rows.float() - expected.float()).norm(dim=1) <= ROUNDING[dtype] * expected.float().norm(dim=1)).all()
+        assert same_bits(view.rows(np.arange(68)[::-1].copy()), rows.flip(0))
+        assert same_bits(torch.cat([shard.activations for shard in view.shards()]), rows)
         for sequence_id in np.unique(tokens["sequence_id"]).tolist():
-            assert same_bits(view.sequence(sequence_id), expected[torch.from_numpy(tokens["sequence_id"] == sequence_id)])
+            assert same_bits(view.sequence(sequence_id), rows[torch.from_numpy(tokens["sequence_id"] == sequence_id)])
         streamed = {
             (int(sequence_id), int(position)): row
             for batch in view.stream(batch_rows=16)
             for sequence_id, position, row in zip(batch["sequence_id"], batch["position"], batch["activations"].clone(), strict=True)
         }
-        assert same_bits(torch.stack([streamed[int(row["sequence_id"]), int(row["position"])] for row in tokens]), expected)
+        assert same_bits(torch.stack([streamed[int(row["sequence_id"]), int(row["position"])] for row in tokens]), rows)
 
 
 def test_the_account_and_every_checksum_hold(name: str) -> None:
