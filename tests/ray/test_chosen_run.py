@@ -23,7 +23,7 @@ LAYERS = (0, 1, 3, 4, 6)
 WANTED = (
     *("--sites", "residual:0-1,3-4,6, router_topk:all", "--mask", "assistant", "--tokens", "mask:last:16"),
     *("--statistics", "experts, covariance:1,4", "--store-dtype", "bfloat16", "--compute-dtype", "bfloat16"),
-    *("--batch-tokens", "256", "--shard-tokens", "500"),
+    *("--batch-tokens", "256", "--shard-tokens", "500", "--threads-per-stage", "1"),
 )
 
 

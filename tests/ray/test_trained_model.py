@@ -80,7 +80,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_trained_model_is_extracted_as_transformers_computes_it(cluster: RayCluster, model: Path, tmp_path: Path) -> None:
     prompts, run = tmp_path / "prompts.jsonl", tmp_path / "run"
     prompts.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in PROMPTS), encoding="utf-8")
-    options = ("--stages", "3", "--compute-dtype", "float32", "--store-dtype", "float32", "--batch-tokens", "256", "--shard-tokens", "300")
+    options = (
+        *("--stages", "3", "--threads-per-stage", "1", "--compute-dtype", "float32", "--store-dtype", "float32"),
+        *("--batch-tokens", "256", "--shard-tokens", "300"),
+    )
     done = cluster.run(
         "m2ray", "extract", "--model", str(model), "--prompts", str(prompts), "--output", str(run), *options, timeout_s=400.0
     )

@@ -16,7 +16,7 @@ from tests.reference import MINIMAX_TINY, same_bits
 
 SCRIPT = str(Path(__file__).with_name("warm_chain.py"))
 TOKEN = "0123456789abcdef"
-DTYPES = ("--compute-dtype", "float32", "--store-dtype", "float32")
+DTYPES = ("--compute-dtype", "float32", "--store-dtype", "float32", "--threads-per-stage", "1")
 
 
 @pytest.mark.timeout(240)

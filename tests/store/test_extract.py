@@ -28,7 +28,10 @@ from tests.reference import make_minimax, same_bits
 from tests.store.conftest import S3Server
 from tests.store.test_model import upload
 
-OPTIONS = ("--compute-dtype", "float32", "--store-dtype", "float32", "--batch-tokens", "256", "--shard-tokens", "300")
+OPTIONS = (
+    *("--compute-dtype", "float32", "--store-dtype", "float32", "--threads-per-stage", "1"),
+    *("--batch-tokens", "256", "--shard-tokens", "300"),
+)
 NUM_PROMPTS = 40
 
 
