@@ -49,6 +49,9 @@ def test_jobs_and_requests_share_a_loaded_chain(cluster: RayCluster, minimax: Pa
         assert all(same_bits(answer[column], values) for column, values in answers[0].items())
     assert_rows_of_a_run(tmp_path / "asked", answers[0])
     assert not set(seen["mended"]) & set(seen["after"]), "the killed stages came back, one for a job and one for a request"
+    assert "has other weights than the chain tiny has loaded from there" in seen["replaced"][0]
+    for said in seen["replaced"][1:]:
+        assert "not those that the other stages have loaded: they were replaced meanwhile (the embedding and layers 0" in said
     assert seen["status"] == [True, 4, 6, "", ""], "loaded, four jobs with the killed one, the answers, nothing at work, no trouble"
     assert "tiny" in seen["listed"]
     assert "idle" in seen["listed"]
