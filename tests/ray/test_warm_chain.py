@@ -53,7 +53,9 @@ def test_jobs_and_requests_share_a_loaded_chain(cluster: RayCluster, minimax: Pa
     assert "has other weights than the chain tiny has loaded from there" in seen["replaced"][0]
     for said in seen["replaced"][1:]:
         assert "not those that the other stages have loaded: they were replaced meanwhile (the embedding and layers 0" in said
-    assert seen["status"] == [True, 4, 8, "", ""], "loaded, four jobs with the killed one, the answers and refusals, nothing at work, no trouble"
+    assert seen["status"] == [True, 4, 8, "", ""], (
+        "loaded, four jobs with the killed one, the answers and refusals, nothing at work, no trouble"
+    )
     assert "tiny" in seen["listed"]
     assert "idle" in seen["listed"]
     assert "The chain ghost was gone, its keeper killed" in seen["listed"]
