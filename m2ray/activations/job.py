@@ -139,6 +139,11 @@ class JobRecord:
         return Selection(self.options.get("tokens", "all"), tuple(self.options.get("skip_ids", ())))
 
     @property
+    def in_float8(self) -> bool:
+        """Whether rows are of another arithmetic than their dtype's, which whatever is made of them has to say."""
+        return bool(self.options.get("compute_dtype") == "float8")
+
+    @property
     def layers_run(self) -> int:
         """How many layers a chain loads: up to the last whose stage captures something."""
         of_statistics = (PartSpec(site, layer, ()) for site, layer in places(self.statistics))
@@ -165,7 +170,7 @@ class JobRecord:
             "model_digest": self.fingerprints["model"],
             "tokenizer_digest": self.fingerprints["tokenizer"],
             # Rows of another arithmetic than their dtype's: a file that was copied away still has to say so.
-            **({"compute_dtype": "float8"} if self.options.get("compute_dtype") == "float8" else {}),
+            **({"compute_dtype": "float8"} if self.in_float8 else {}),
         }
 
 

@@ -48,7 +48,7 @@ class WarmChain:
     def __repr__(self) -> str:
         plan = self._standing.served.plan
         last = max(stage.span.stop for stage in plan.stages) - 1
-        return f"WarmChain({self.name!r}: layers 0-{last} of {self._standing.served.model_url} in {len(plan.stages)} stages)"
+        return f"WarmChain({self.name!r}: layers 0-{last} of {self._standing.served.model_url} in {len(plan.stages)} stages, {plan.demand.options.compute_dtype})"
 
     def __enter__(self) -> Self:
         return self

@@ -11,7 +11,7 @@ from m2ray.chain.notebook import progress_here
 from m2ray.config import ExtractConfig
 from m2ray.prompts.in_memory import Prompts, as_file
 
-_STOPPED = "Stopped by Ctrl-C. Committed shards are kept: the same call goes on."
+_KEPT = "Committed shards are kept: the same call goes on."
 
 
 @documented(ExtractConfig)
@@ -33,7 +33,7 @@ def extract(*, model: str | PathLike[str], prompts: Prompts, output: str | PathL
         config = ExtractConfig.validated(as_written({"model": model, "prompts": source, "output": output, **options}))
         try:
             extract_run(config, progress)
-        except KeyboardInterrupt:
-            progress.say(_STOPPED)
+        except KeyboardInterrupt as stopped:
+            progress.say(f"Stopped by Ctrl-C. {str(stopped.args[0]).replace('command', 'call') if stopped.args else _KEPT}")
             raise
     return open_run(config.output)

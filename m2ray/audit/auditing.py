@@ -240,7 +240,7 @@ def _token_ids(
 
     From the prompts, and from the run where nobody says where these are and they are not where they were.
     """
-    pieces = work.sample.micro_batches if exact else work.sample.alone()
+    pieces, told = work.sample.micro_batches if exact else work.sample.alone(), dict[int, str]()
     source, remarks = _source(work.catalogue.job, prompts)
     if source is None:
         tokens, wrong = from_run(work.catalogue, work.recorded, pieces)
@@ -248,9 +248,9 @@ def _token_ids(
         tokenizer = open_tokenizer(work.catalogue.job, work.checkpoint.url, vocab_size)
         wanted = np.unique(np.concatenate([piece.sequence_ids for piece in pieces]))
         on_row = partial(work.on_progress, "rows of the prompts")
-        tokens, wrong = from_prompts(work.catalogue, source, tokenizer, wanted, lambda done: on_row(done, 0))
+        tokens, wrong, told = from_prompts(work.catalogue, source, tokenizer, wanted, lambda done: on_row(done, 0))
     wrong |= _other_tokens_in_rows(work, tokens, wrong)
-    for sequence_id, why in wrong.items():
+    for sequence_id, why in [*wrong.items(), *told.items()]:
         work.differences.fail(sequence_id, why)
     work.unfit.update(wrong)
     if left_out := len(pieces) - len(work.micro_batches(pieces, tokens)):

@@ -14,7 +14,9 @@ from m2ray.batches import Int64Array, Shard
 from m2ray.errors import NotInRunError, RunConflictError
 from m2ray.options import PromptOptions
 from m2ray.prompts import PromptSource, PromptTokenizer, TokenSpool
+from m2ray.prompts.masks import Marked
 from m2ray.prompts.retokenizing import marked_again
+from m2ray.prompts.rows import PromptRow
 from m2ray.prompts.surveying import prompt_digest
 
 OTHER_TOKENS = "its prompt gives other tokens than the run says"
@@ -62,7 +64,7 @@ def open_source(job: JobRecord, prompts: str) -> PromptSource:
 
 def from_prompts(
     catalogue: Catalogue, source: PromptSource, tokenizer: PromptTokenizer, wanted: Int64Array, on_row: Callable[[int], object]
-) -> tuple[TokenSpool, dict[int, str]]:
+) -> tuple[TokenSpool, dict[int, str], dict[int, str]]:
     """Tokenise these sequences again.
 
     Args:
@@ -72,25 +74,43 @@ def from_prompts(
         on_row: called with the number of rows passed.
 
     Returns:
-        The token ids, which the caller closes, and by sequence what is wrong: those are left out of the spool.
+        The token ids, which the caller closes; by sequence what is wrong with them: those are left out of the spool; and what else `sequences/`
+        says otherwise of sequences: row id, loss mask, roles, documents, kept columns.
     """
     tokens, wrong, num_found = TokenSpool(keeps_masks=tokenizer.selection.needs_mask), {}, 0
+    told: dict[int, str] = {}
     try:
         for num_passed, again in marked_again(source, tokenizer, wanted):
             for row, marked in again:
                 if isinstance(marked, str):
                     wrong[row.sequence_id] = f"its prompt is bad: {marked}"
-                elif prompt_digest(marked.token_ids) != catalogue.sequence(row.sequence_id)["prompt_digest"]:
+                    continue
+                recorded = catalogue.sequence(row.sequence_id)
+                if prompt_digest(marked.token_ids) != recorded["prompt_digest"]:
                     wrong[row.sequence_id] = OTHER_TOKENS
-                else:
-                    tokens.append(row.sequence_id, marked.token_ids, marked.loss_mask)
+                    continue
+                tokens.append(row.sequence_id, marked.token_ids, marked.loss_mask)
+                facts = _facts(row, marked) | source.columns.kept.as_read(row.kept)
+                # As Python writes them: what is no number is none here as there.
+                if differing := [name for name, value in facts.items() if name in recorded and repr(recorded[name]) != repr(value)]:
+                    told[row.sequence_id] = f"its prompt has another {' and another '.join(differing)} than `sequences/` says"
             num_found += len(again)
             on_row(num_passed)
         wrong |= dict.fromkeys(wanted[num_found:].tolist(), f"it is beyond the rows of {source.options.prompts}")
     except BaseException:
         tokens.close()
         raise
-    return tokens, wrong
+    return tokens, wrong, told
+
+
+def _facts(row: PromptRow, marked: Marked) -> dict[str, Any]:
+    """What `sequences/` has to say of a sequence besides its tokens, by its columns."""
+    return {
+        "row_id": row.row_id,
+        "loss_mask": None if marked.loss_mask is None else list(marked.loss_mask),
+        "roles": None if marked.roles is None else [{"role": role, "start": start, "stop": stop} for role, start, stop in marked.roles],
+        "documents": None if marked.documents is None else [document._asdict() for document in marked.documents],
+    }
 
 
 def from_run(catalogue: Catalogue, recorded: RecordedRows, pieces: tuple[Shard, ...]) -> tuple[TokenSpool, dict[int, str]]:

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -69,6 +70,10 @@ class Actors:
         self._starting = threading.Lock()
         self._ended = False
         self.handles: list[Any] = []
+
+    def require_weights(self, weights: Mapping[int | None, str]) -> None:
+        """Have whoever is started from now on refuse weights of other digests than these, by layer."""
+        self._specs = [[replace(spec, weights=weights) for spec in of_stage] for of_stage in self._specs]
 
     def start(self, epoch: int) -> None:
         """Start all, in the epoch that the chain is in."""

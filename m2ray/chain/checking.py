@@ -10,7 +10,7 @@ from m2ray.activations.writing.lease import held
 from m2ray.batches import TensorTable
 from m2ray.chain.machine import allowed_threads, disk_free_bytes
 from m2ray.chain.progress import Progress
-from m2ray.chain.stopping import GOES_ON, Stop
+from m2ray.chain.stopping import NOTHING_YET, Stop
 from m2ray.config import ExtractConfig
 from m2ray.errors import M2rayError, raise_all
 from m2ray.model.attention import resolve_attn_implementation
@@ -82,7 +82,7 @@ def check(config: ExtractConfig, stack: ExitStack, stop: Stop, progress: Progres
     Raises:
         M2rayError: all problems at once; another driver is at the run; or the run was asked to stop.
     """
-    with stop.at_once(GOES_ON):
+    with stop.at_once(NOTHING_YET):
         progress.waiting("check", "options, model and prompts")
         inputs = look(config)
         if stack.enter_context(held(inputs.store, progress.say, stop.outlived, wait=config.wait)):

@@ -7,7 +7,7 @@ from contextlib import ExitStack, closing, contextmanager
 
 from m2ray.activations.statistics import FOLDER, read_statistics_record
 from m2ray.activations.writing.commits import RunSummary
-from m2ray.activations.writing.weights_record import hold_weights
+from m2ray.activations.writing.weights_record import hold_weights, require_weights
 from m2ray.activations.writing.writer import WriterSpec
 from m2ray.batches import MicroBatch, Shard
 from m2ray.chain.actors import Actors, ActorsOfChain
@@ -27,14 +27,15 @@ from m2ray.chain.replicas import Replicas
 from m2ray.chain.report import REPORT, build_report, start_lines, summary_lines
 from m2ray.chain.specs import stage_specs
 from m2ray.chain.stages import Stages
-from m2ray.chain.stopping import GOES_ON, Stop, stop_on_sigterm
+from m2ray.chain.stopping import GOES_ON, NOTHING_YET, Stop, stop_on_sigterm
 from m2ray.chain.warm import Standing, find
 from m2ray.config import ExtractConfig
 from m2ray.errors import shown
-from m2ray.hub import located
+from m2ray.hub import located, name_of
 from m2ray.model.capture import CaptureSpec
-from m2ray.model.digests import BARE_LAST_LAYER
+from m2ray.model.digests import of_run
 from m2ray.model.stage import StageSpec
+from m2ray.model.weights import hash_weights
 from m2ray.options import RunOptions
 from m2ray.planning.plan import Plan
 from m2ray.prompts import batching, micro_batches
@@ -56,6 +57,9 @@ def extract(config: ExtractConfig, progress: Progress) -> RunSummary:
         work = (resume if inputs.recorded else begin)(inputs, stack, stop, progress, known)
         if work.hardware is not None:
             _run(work, work.hardware, stop, progress)
+        else:
+            with stop.at_once(GOES_ON):
+                _hold_model(work, progress)
         return _finish(work, progress)
 
 
@@ -63,12 +67,23 @@ def _standing(config: ExtractConfig, stack: ExitStack, stop: Stop, progress: Pro
     """The chain that the configuration names, which stands already; None where it names none."""
     if config.chain is None:
         return None
-    with stop.at_once(GOES_ON):
+    with stop.at_once(NOTHING_YET):
         require_cluster()
         stack.enter_context(cluster(config.placement_timeout_s, progress.say))
         standing = find(config.chain)
         stack.enter_context(standing.expecting())
         return standing
+
+
+def _hold_model(work: Work, progress: Progress) -> None:
+    """Refuse another model's weights where nothing is missing, and so nothing loads them. Of the model by which the run was begun the embedding
+    and the last layer that it needs are read, of one by another name all.
+    """
+    job, inputs = work.run.job, work.inputs
+    progress.waiting("check", "nothing is missing: whether the run's weights are those of the model")
+    is_another = job.names.get("model") != name_of(inputs.config.model)
+    found = hash_weights(inputs.checkpoint, job.layers_run, with_final_norm=job.with_final_norm, every_layer=is_another)
+    require_weights(inputs.store, job, found)
 
 
 def _finish(work: Work, progress: Progress) -> RunSummary:
@@ -170,11 +185,7 @@ def _stages(
     job, num_layers = Job(_capture(options), writer, options.batch_tokens), plan.demand.num_layers
 
     def hold(loaded: Mapping[int | None, str]) -> None:
-        """A chain that stands may have more layers than the run, and the final norm where the run does not take it."""
-        of_the_run = {layer: digest for layer, digest in loaded.items() if layer is None or 0 <= layer < num_layers}
-        if BARE_LAST_LAYER in loaded and not plan.demand.with_final_norm and num_layers not in loaded:
-            of_the_run[num_layers - 1] = loaded[BARE_LAST_LAYER]
-        hold_weights(work.inputs.store, work.run.job, of_the_run)
+        hold_weights(work.inputs.store, work.run.job, of_run(loaded, num_layers, with_final_norm=plan.demand.with_final_norm))
 
     for specs, of_chain, epoch in actors:
         stages = Stages(specs, of_chain, timeout_s=options.stage_timeout_s, hold_weights=hold, epoch=epoch)

@@ -100,7 +100,7 @@ class Front:
             except TimeoutError:
                 return _refused(408, ConfigError(f"The body did not come within {_READ_S:g} s.", "Ask again over a quicker connection."))
             answer = await asyncio.wait_for(self._ask(_parsed(came)), _ANSWER_S)
-            sent = await asyncio.to_thread(lambda: safetensors.torch.save(answer.tensors()))
+            sent = await asyncio.to_thread(lambda: safetensors.torch.save(answer.tensors(), {"compute_dtype": answer.compute_dtype}))
             return Response(200, {"Content-Type": "application/vnd.safetensors"}, sent)
         except M2rayError as error:
             return _as_response(error)

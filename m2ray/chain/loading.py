@@ -1,7 +1,7 @@
 """What a stage checks and does before its first micro-batch, and the paths by which it finds its folders."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +12,7 @@ from m2ray import __version__
 from m2ray.activations.job import JOB_KEY, read_job, require_resumable
 from m2ray.chain.status import StageStatus
 from m2ray.config import ExtractConfig
-from m2ray.errors import ClusterError, StageError, StoreError
+from m2ray.errors import CheckpointError, ClusterError, StageError, StoreError, in_ranges
 from m2ray.model.digests import BARE_LAST_LAYER
 from m2ray.model.stage import Stage, StageSpec, load_stage
 from m2ray.storage import open_store
@@ -55,7 +55,9 @@ def require_gpus(num_gpus: int, node: str) -> None:
 
 
 def load_spans(specs: Sequence[StageSpec], status: StageStatus, tell: Callable[[StageStatus], None]) -> list[Stage]:
-    """Load the spans of all devices; `tell` is given the status as tensors arrive and at the end. Raises as `load_stage` does."""
+    """Load the spans of all devices; `tell` is given the status as tensors arrive and at the end. Raises as `load_stage` does, and CheckpointError
+    if weights are not those that their spec wants.
+    """
     began_at = time.monotonic()
     stages: list[Stage] = []
     for spec in specs:
@@ -67,6 +69,7 @@ def load_spans(specs: Sequence[StageSpec], status: StageStatus, tell: Callable[[
             tell(status)
 
         stages.append(load_stage(spec, count))
+        _require_weights(spec, stages[-1].digests)
         count(stages[-1].bytes_read, stages[-1].needed_bytes)
     digests = [each for stage in stages for each in (*stage.digests.items(), (BARE_LAST_LAYER, stage.bare_last_layer))]
     tell(
@@ -78,6 +81,20 @@ def load_spans(specs: Sequence[StageSpec], status: StageStatus, tell: Callable[[
         )
     )
     return stages
+
+
+def _require_weights(spec: StageSpec, found: Mapping[int | None, str]) -> None:
+    """Raise CheckpointError if a span's weights are not those that it has to have: the chain would be of two models."""
+    if spec.weights is None:
+        return
+    differing = [layer for layer, digest in found.items() if spec.weights.get(layer) != digest]
+    if differing:
+        layers = in_ranges([layer for layer in differing if layer is not None])
+        words = " and ".join([*(["the embedding"] if None in differing else []), *([f"layers {layers}"] if layers else [])])
+        raise CheckpointError(
+            f"The weights at {spec.model_url} are not those that the other stages have loaded: they were replaced meanwhile ({words}).",
+            "Put the files back, or load the chain anew.",
+        )
 
 
 def warm_up(stage: Stage, spec: StageSpec, batch_tokens: int, waiting_bytes: int, on_left: Callable[[int], None]) -> None:

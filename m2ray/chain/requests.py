@@ -92,10 +92,13 @@ class Request(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """The rows of a request, by sequence and position: their identities, TOKEN_ROW [N], and each column, by name, its dtype and its bytes [N, ...]."""
+    """The rows of a request, by sequence and position: their identities, TOKEN_ROW [N], and each column, by name, its dtype and its bytes [N, ...];
+    and `compute_dtype`, the chain's, which may be "float8" where rows are bfloat16.
+    """
 
     token_rows: npt.NDArray[Any]
     columns: Mapping[str, tuple[str, Bits]]
+    compute_dtype: str = ""
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """By name, such as `residual.30` [N, W]; with them `sequence`, the prompt's place in the request, `position` and `token_id`, each [N]."""
@@ -147,7 +150,8 @@ class Desk:
                 last = last_layer(capture.sites, self._table.num_layers)
                 batches = list(prompts.micro_batches(self._options.shard_tokens, self._options.batch_tokens))
                 computed = [compute(capture, last, micro_batch) for micro_batch in batches]
-                return _joined(parts, capture.selection, batches, computed)
+                joined = _joined(parts, capture.selection, batches, computed)
+                return joined._replace(compute_dtype=self._options.compute_dtype)
 
     def _capture(self, request: Request) -> tuple[CaptureSpec, tuple[PartSpec, ...]]:
         """What is taken, and the parts that a run would have."""

@@ -21,7 +21,8 @@ class Served(NamedTuple):
     Attributes:
         name: of the chain.
         model_url: the checkpoint's folder or URL.
-        model_files: the files that it was loaded from, with their digests.
+        model_files: the files that it was loaded from, with their digests: of weight files that of their header.
+        model_versions: of its weight files, what changes when one is written anew (`Checkpoint.versions`), from before they were loaded.
         plan: how it lies.
         hardware: what it lies on, as it was before.
         idle_timeout_s: how long it stays without a job or a request; None for ever.
@@ -31,6 +32,7 @@ class Served(NamedTuple):
     name: str
     model_url: str
     model_files: Mapping[str, str]
+    model_versions: Mapping[str, str]
     plan: Plan
     hardware: Hardware
     idle_timeout_s: float | None

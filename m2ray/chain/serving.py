@@ -82,7 +82,8 @@ def serve(
             plan = plan_run(replace(demand, options=options), hardware.cluster)
             plan.require_fit()
         url = f"http://{http[0]}:{http[1]}{http[2].rstrip('/')}/v1/activations" if http else ""
-        served = Served(name, open_store(config.model).url, checkpoint.digests, plan, hardware, idle_timeout_s, url)
+        versions = checkpoint.versions(checkpoint.weight_files)
+        served = Served(name, open_store(config.model).url, checkpoint.digests, versions, plan, hardware, idle_timeout_s, url)
         try:
             keeper = keeper_class().options(name=name, namespace=NAMESPACE, lifetime="detached").remote(served)
         except ValueError as error:  # somebody else's came between

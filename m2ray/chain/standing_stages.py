@@ -10,7 +10,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
 from m2ray.batches import CapturedLayer, MicroBatch
-from m2ray.chain.actors import ActorsOfChain
+from m2ray.chain.actors import Actors
 from m2ray.chain.status import StageStatus
 from m2ray.model.capture import CaptureSpec
 from m2ray.model.stage import StageSpec
@@ -34,11 +34,13 @@ class StandingStages:
         timeout_s: how long they may stand still.
     """
 
-    def __init__(self, specs: Sequence[Sequence[StageSpec]], actors: ActorsOfChain, timeout_s: float) -> None:
+    def __init__(self, specs: Sequence[Sequence[StageSpec]], actors: Actors, timeout_s: float) -> None:
         self._specs = specs
         self._actors = actors
         self._timeout_s = timeout_s
         self._mending = threading.Lock()
+        self._weights: Mapping[int | None, str] = {}
+        """What they loaded first, by layer: they stay of one model, whatever becomes of its files."""
         self.statuses: dict[int, StageStatus] = {}
 
     @property
@@ -47,7 +49,7 @@ class StandingStages:
         return list(self._actors.handles)
 
     def load(self) -> None:
-        """Let all load that have not, and wait while something is read. Raises RayError."""
+        """Let all load that have not, and wait while something is read. Raises RayError, also for other weights than at the first time."""
         waiting = [handle.load.remote() for handle in self._actors.handles]
         read_bytes, progressed = -1, time.monotonic()
         while waiting:
@@ -59,6 +61,10 @@ class StandingStages:
                 read_bytes, progressed = now_read_bytes, time.monotonic()
             elif time.monotonic() - progressed > self._timeout_s:
                 raise GetTimeoutError(f"Loading stood still for {self._timeout_s:g} s.")
+        if not self._weights:
+            self.statuses = dict(enumerate(ray.get([handle.status.remote() for handle in self._actors.handles], timeout=self._timeout_s)))
+            self._weights = {layer: digest for status in self.statuses.values() for layer, digest in status.weights.items()}
+            self._actors.require_weights(self._weights)
 
     def ask(self) -> dict[int, StageStatus | None]:
         """Those that are lost. What the others say is kept."""
@@ -81,12 +87,15 @@ class StandingStages:
             return others_stay, self.handles
 
     def mend(self, epoch: int, are_ours: Callable[[], bool]) -> None:
-        """Start those that are lost again and load them, unless a job has got the chain meanwhile. Raises RayError or ClusterError."""
+        """Start those that are lost again and load all that are not, unless a job has got the chain meanwhile. Raises RayError or ClusterError."""
         with self._mending:
-            if (lost := self.ask()) and are_ours():
+            lost = self.ask()
+            are_loaded = all(status.weights for status in self.statuses.values()) if self._weights else True
+            if (lost or not are_loaded) and are_ours():
                 for index in lost:
                     self.statuses.pop(index, None)
-                self._actors.restart(lost, epoch)
+                if lost:
+                    self._actors.restart(lost, epoch)
                 self.load()
 
     def through(self, capture: CaptureSpec, last: int, micro_batch: MicroBatch) -> Iterator[CapturedLayer]:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from m2ray.errors import StageError
 
 NOTHING_WRITTEN = "Nothing was written: the same command begins from the start."
+NOTHING_YET = "Nothing was written by now: run the same command again."
 GOES_ON = "Run the same command again: finished shards are kept."
 
 
@@ -34,6 +35,7 @@ class Stop:
 
         Raises:
             StageError: the run was asked to stop, by now or before.
+            KeyboardInterrupt: it was Ctrl-C; with `remedy`, where no run was claimed yet. Elsewhere whoever says it knows what is kept.
         """
         self._ends_at_once = True
         try:
@@ -42,7 +44,7 @@ class Stop:
             yield
         except KeyboardInterrupt:
             if not self.asked.is_set():  # it was Ctrl-C
-                raise
+                raise KeyboardInterrupt(*([] if remedy == GOES_ON else [remedy])) from None
         finally:
             self._ends_at_once = False
         if self.asked.is_set():

@@ -23,7 +23,9 @@ from m2ray.chain.status import StageStatus
 from m2ray.chain.stopping import Stop
 from m2ray.config import ExtractConfig
 from m2ray.errors import CheckpointError, ClusterError, ConfigError, M2rayError, did_you_mean, raise_all
+from m2ray.model.digests import of_run
 from m2ray.model.stage import StageSpec
+from m2ray.model.weights import hash_weights
 from m2ray.planning.plan import Plan, of_another_job
 from m2ray.sites import layers_run
 from m2ray.storage import open_store
@@ -131,7 +133,23 @@ class Standing:
         if needed > has:
             problems.append(ConfigError(f"Layers up to {needed - 1} are asked for, and the chain {name} has layers 0 to {has - 1}."))
         raise_all(problems)
+        self._require_weights(inputs, needed)
         return replace(self.served.hardware, chain=self)
+
+    def _require_weights(self, inputs: Inputs, num_layers: int) -> None:
+        """Raise CheckpointError if the model's files were written anew since the chain loaded them, with other weights of the same shapes."""
+        checkpoint, known = inputs.checkpoint, self.served.model_versions
+        now = checkpoint.versions(checkpoint.weight_files)
+        if all(known.get(file) == version for file, version in now.items()):
+            return
+        loaded = {layer: digest for stage in status(self).stages for layer, digest in stage.weights.items()}
+        norm = any(part.site == "final_norm" for part in inputs.options.captured)
+        found = hash_weights(checkpoint, num_layers, with_final_norm=norm, every_layer=True)
+        if found != of_run(loaded, num_layers, with_final_norm=norm):
+            raise CheckpointError(
+                f"{checkpoint.url} has other weights than the chain {self.served.name} has loaded from there: its files were replaced since.",
+                "Serve it anew, or put the files back.",
+            )
 
     @property
     def _num_layers(self) -> int:

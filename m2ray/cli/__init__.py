@@ -23,7 +23,7 @@ class Command(click.Command):
     """A subcommand whose m2ray errors end as one paragraph and exit code 1, or as a trace with --debug.
 
     Args:
-        kept: what is said beside "Stopped by Ctrl-C."
+        kept: what is said beside "Stopped by Ctrl-C.", where the interrupt itself says nothing else.
     """
 
     def __init__(self, *args: Any, kept: str = "", **kwargs: Any) -> None:
@@ -37,9 +37,9 @@ class Command(click.Command):
         try:
             with naming_extras():
                 return super().invoke(ctx)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stopped:
             click.echo(err=True)  # behind the "^C" of a terminal
-            say(f"Stopped by Ctrl-C. {self._kept}".strip(), err=True)
+            say(f"Stopped by Ctrl-C. {stopped.args[0] if stopped.args else self._kept}".strip(), err=True)
             ctx.exit(_CTRL_C)
         except M2rayError as error:
             self._fail(ctx, str(error))

@@ -30,17 +30,18 @@ def command() -> None:
     with cluster(_CONNECT_S):
         for name in stop_left_behind():
             say(left_behind(name))
-        table = Table("chain", "model", "stages", "weights", "now", "jobs", "requests", "idle", box=None)
+        table = Table("chain", "model", "computes in", "stages", "weights", "now", "jobs", "requests", "idle", box=None)
         for name in names():
             try:
                 standing = find(name)
                 now = status(standing)
             except ClusterError as problem:  # it ended a moment ago
-                table.add_row(name, "", "", "", problem.what)
+                table.add_row(name, "", "", "", "", problem.what)
                 continue
             table.add_row(
                 name,
                 standing.served.model_url,
+                standing.served.plan.demand.options.compute_dtype,
                 str(len(standing.served.plan.stages)),
                 bytes_in_words(sum(stage.parameter_bytes for stage in now.stages)),
                 _words(now),

@@ -79,7 +79,10 @@ def command(toml_path: Path | None, in_job: bool, **flags: Any) -> None:
     require_paths(config)
     with Progress(terminal()) as progress:
         progress.waiting("start", "importing torch and transformers")
-        with quick_imports():
-            from m2ray.chain.extract import extract
+        try:
+            with quick_imports():
+                from m2ray.chain.extract import extract
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("Nothing was written by now: run the same command again.") from None
 
         extract(config, progress)

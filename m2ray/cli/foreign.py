@@ -33,6 +33,7 @@ def _facts(dump: Dump, findings: Findings, vocabulary: Vocabulary | None) -> dic
         "layout": dump.layout,
         "files": dump.num_files,
         "other_files": dump.num_others,
+        "export": dump.export,
         "samples": findings.num_samples,
         "tokens": findings.num_tokens,
         "planes": list(findings.planes),
@@ -47,6 +48,9 @@ def _facts(dump: Dump, findings: Findings, vocabulary: Vocabulary | None) -> dic
 def _print(dump: Dump, findings: Findings, vocabulary: Vocabulary | None) -> None:
     others = f"; {dump.num_others:,} other files were not looked at" if dump.num_others else ""
     say(f"{dump.layout}: {dump.num_files:,} files with {findings.num_samples:,} samples of {findings.num_tokens:,} tokens{others}")
+    if dump.export:
+        computed = f", computed in {dump.export['compute_dtype']}" if "compute_dtype" in dump.export else ""
+        say(f"written by m2ray export, of run {dump.export.get('run_id', 'unknown')}{computed}")
     say(f"planes of the first sample: {', '.join(findings.planes) or 'none'}")
     if vocabulary is not None and not vocabulary.is_steady:
         say("The tokenizer makes other tokens of its own tokens' text: only ids beyond its vocabulary are told.")

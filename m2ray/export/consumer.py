@@ -41,6 +41,7 @@ class Export:
         model: the model's name as the run's user gave it; "" where it is not known.
         context_size: tokens of a context; None where the user gave none.
         target: what is read of the model itself; None for a consumer that does not ask for it.
+        compute_dtype: the run's, which is of the rows' bits and may be "float8" where these are bfloat16; "" where it is not known.
         norm: the final norm of the model; None for a consumer that does not ask for it, and where the run has its rows.
     """
 
@@ -51,6 +52,7 @@ class Export:
     context_size: int | None = None
     target: Target | None = None
     norm: Norm | None = None
+    compute_dtype: str = ""
 
     def normed(self, sample: Sample) -> "torch.Tensor":
         """The last plane behind the final norm, [T, W], in memory of its own: the run's rows, or made of those before it."""

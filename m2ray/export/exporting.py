@@ -82,7 +82,8 @@ def plan_export(
     raise_all(problems + (_row_problems(job, consumer, samples) if samples.layers else []))
     norm = norm_of(job, model_folder) if consumer.needs_norm and not has_norm and norm_of and model_folder else None
     target = target_of(job, model_folder) if consumer.needs_model and target_of and model_folder else None
-    return Export(samples, num_layers, job.run_id, without_revision(job.names.get("model", "")), context_size, target, norm)
+    name, compute_dtype = without_revision(job.names.get("model", "")), str(job.options.get("compute_dtype", ""))
+    return Export(samples, num_layers, job.run_id, name, context_size, target, norm, compute_dtype)
 
 
 def write_export(export: Export, to: str, output: str | Path, report: Report = lambda _samples, _written, _kept: None) -> dict[str, Any]:
@@ -109,7 +110,14 @@ def write_export(export: Export, to: str, output: str | Path, report: Report = l
         if files.kept_unit(len(units)) is None:
             consumer.finish(export, files, units)
             files.end_unit(len(units))
-        return files.finish({"samples": len(export.samples), "tokens": export.samples.num_tokens, "m2ray_version": __version__})
+        return files.finish(
+            {
+                "samples": len(export.samples),
+                "tokens": export.samples.num_tokens,
+                "compute_dtype": export.compute_dtype,
+                "m2ray_version": __version__,
+            }
+        )
 
 
 def ids_of(export: Export, to: str) -> dict[int, str]:

@@ -87,6 +87,11 @@ class Checkpoint:
         )
 
     @property
+    def weight_files(self) -> frozenset[str]:
+        """The names of those that hold its tensors."""
+        return frozenset(header.file for header in self.headers.values())
+
+    @property
     def indexed_bytes(self) -> int | None:
         """The bytes of all tensors as the index sums them up; None without an index, or one that does not."""
         return indexed_bytes(self._texts[INDEX])

@@ -21,6 +21,15 @@ from m2ray.model.tensors import MatchedTensor
 BARE_LAST_LAYER = -1
 """Where a chain's digests have that of the model's last layer without the final norm, if that was loaded: of a run that does not take the norm."""
 
+
+def of_run(loaded: Mapping[int | None, str], num_layers: int, *, with_final_norm: bool) -> dict[int | None, str]:
+    """What a chain has loaded of a run's `num_layers` layers: one that stands may have more, and the final norm where the run does not take it."""
+    found = {layer: digest for layer, digest in loaded.items() if layer is None or 0 <= layer < num_layers}
+    if BARE_LAST_LAYER in loaded and not with_final_norm and num_layers not in loaded:
+        found[num_layers - 1] = loaded[BARE_LAST_LAYER]
+    return found
+
+
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 

@@ -55,6 +55,7 @@ class StageSpec:
         wave_tokens: padded tokens of the micro-batches that go through a layer before the next, at most; less than two hold: one at a time.
         with_final_norm: whether the stage of the model's last layer loads the final norm, for the site of that name.
         model_files: the files that are needed, and the digest that each has to have (`Checkpoint.digests`); None takes what is there.
+        weights: the digest that each layer has to have once it is loaded, and at None what runs before the first one; None takes what is there.
     """
 
     model_url: str
@@ -71,6 +72,7 @@ class StageSpec:
     wave_tokens: int = 0
     with_final_norm: bool = False
     model_files: Mapping[str, str] | None = None
+    weights: Mapping[int | None, str] | None = None
 
 
 class Stage:

@@ -156,8 +156,10 @@ def _match(checkpoint: Checkpoint, decoder: DecoderSpan) -> Iterator[list[Matche
     return match_by_layer(decoder.skeleton, checkpoint.headers, decoder.span, with_final_norm=decoder.with_final_norm)
 
 
-def hash_weights(checkpoint: Checkpoint, layers_run: int, *, with_final_norm: bool = False) -> Mapping[int | None, str]:
-    """The digests, as `load_weights` gives them, of what runs before the first layer, at None, and of the last of `layers_run` layers.
+def hash_weights(
+    checkpoint: Checkpoint, layers_run: int, *, with_final_norm: bool = False, every_layer: bool = False
+) -> Mapping[int | None, str]:
+    """The digests, as `load_weights` gives them, of what runs before the first layer, at None, and of the last of `layers_run` layers, or of all.
 
     They are read a piece at a time, and nothing is kept.
 
@@ -172,7 +174,7 @@ def hash_weights(checkpoint: Checkpoint, layers_run: int, *, with_final_norm: bo
     digests = WeightDigests(checkpoint.headers, layers_run - 1)
     span = LayerSpan(0, layers_run)
     matched = chain.from_iterable(match_by_layer(skeleton, checkpoint.headers, span, with_final_norm=with_final_norm))
-    for each in [each for each in matched if each.tensor.layer in (None, layers_run - 1)]:
+    for each in [each for each in matched if every_layer or each.tensor.layer in (None, layers_run - 1)]:
         digests.expect([each])
         values = torch.empty(each.tensor.shape, device="meta")
         for piece in _cut_all(each, values):

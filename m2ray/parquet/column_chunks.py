@@ -12,9 +12,11 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
+from isal.isal_zlib import crc32
 
 from m2ray.parquet import offset_index, structs
 from m2ray.parquet.offset_index import PageLocations
+from m2ray.parquet.page_crcs import page_crcs
 from m2ray.parquet.page_header import page_header
 from m2ray.storage.hashing import HashingFile
 
@@ -115,7 +117,7 @@ def write_values(
     """Write a column of fixed-size values at the file's end, page by page.
 
     Args:
-        file: what is being written; the pages say by themselves whether they are whole, so its hash leaves them out.
+        file: what is being written; pages have a CRC, which the footer repeats, so its hash leaves them out.
         column: its name, and the bytes of one value.
         rows: what the values are made from, uint8 [N, any].
         values_of: gives the values, uint8 [N, bytes of a value], of some of the rows; None if the rows are the values.
@@ -126,7 +128,7 @@ def write_values(
     """
     name, value_bytes = column
     codec = pa.Codec("zstd", compression_level=_ZSTD_LEVEL) if zstd else None
-    begin, uncompressed_bytes, pages, pieces = file.num_bytes, 0, [], []
+    begin, uncompressed_bytes, pages, pieces, crcs = file.num_bytes, 0, [], [], []
     at, sent_at, page_rows = begin, begin, rows_of_page(value_bytes)
     plain = None if values_of else np.ascontiguousarray(rows).reshape(-1).data
     for first_row in range(0, len(rows), page_rows):
@@ -137,7 +139,8 @@ def write_values(
             assert plain is not None
             values = plain[first_row * value_bytes : (first_row + num_rows) * value_bytes]
         body = codec.compress(values, asbytes=True) if codec else values
-        header = page_header(num_rows, len(values), body)
+        crcs.append(crc32(body))
+        header = page_header(num_rows, len(values), len(body), crcs[-1])
         pages.append((at, len(header) + len(body), first_row))
         pieces += [header, body]
         at += len(header) + len(body)
@@ -155,6 +158,7 @@ def write_values(
         "num_values": len(rows),
         "total_uncompressed_size": uncompressed_bytes,
         "total_compressed_size": at - begin,
+        "key_value_metadata": [page_crcs(crcs)],
         "data_page_offset": begin,
         "encoding_stats": [{"page_type": structs.DATA_PAGE, "encoding": structs.PLAIN, "count": len(pages)}],
     }

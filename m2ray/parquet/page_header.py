@@ -5,13 +5,11 @@ from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
-from isal.isal_zlib import crc32
 
 from m2ray.parquet import structs
-from m2ray.storage import Data
 
 
-def page_header(num_values: int, values_bytes: int, body: Data) -> bytes:
+def page_header(num_values: int, values_bytes: int, body_bytes: int, crc: int) -> bytes:
     """The header of a page of required values, plainly encoded.
 
     Its `crc` is Parquet's: the CRC32 of the body as it is stored, after compression and without this header. It is written with
@@ -20,11 +18,11 @@ def page_header(num_values: int, values_bytes: int, body: Data) -> bytes:
     Args:
         num_values: values in the page.
         values_bytes: their bytes before compression.
-        body: what follows the header.
+        body_bytes: of what follows the header.
+        crc: of that.
     """
-    crc = crc32(body)
     number = crc << 1 if crc < 1 << 31 else (crc << 1 ^ 0x1FFFFFFFF)  # zigzag, of 32 bits with a sign
-    before, after = _around_crc(num_values, values_bytes, len(body))
+    before, after = _around_crc(num_values, values_bytes, body_bytes)
     return b"".join((before, _TWO_GROUPS[number & 0x3FFF], _TWO_GROUPS[number >> 14 & 0x3FFF], _LAST_GROUP[number >> 28], after))
 
 

@@ -16,11 +16,13 @@ from isal.isal_zlib import crc32
 
 from m2ray.parquet import offset_index
 from m2ray.parquet.column_chunks import Values
+from m2ray.parquet.page_crcs import crcs_of
 from m2ray.parquet.page_header import first_wrong, page_header
 from m2ray.parquet.structs import DATA_PAGE, FILE_META_DATA, MAGIC, PAGE_HEADER, UNCOMPRESSED, ZSTD
 from m2ray.storage import ReadPieces, Store, scratch
 
 Rows = npt.NDArray[np.int64]
+Crcs = npt.NDArray[np.uint32]
 
 _RUN_BYTES = 512 << 10
 """Of pages that are read at once to be checked: they stay in the processor's cache until their values are where they belong."""
@@ -62,7 +64,8 @@ def columns_of(
     """The pages of the columns of these names and bytes a value. Raises MALFORMED if they cannot be found."""
     groups = read_footer(tail)["row_groups"]
     if not groups:
-        yield from (ColumnPages(store, key, num_bytes, size, UNCOMPRESSED, np.zeros((1, 3), np.int64), check=check) for _, size in columns)
+        no_pages = np.zeros((1, 3), np.int64)
+        yield from (ColumnPages(store, key, num_bytes, size, UNCOMPRESSED, no_pages, None, check=check) for _, size in columns)
         return
     names = [chunk["meta_data"]["path_in_schema"][0].decode() for chunk in groups[0]["columns"]]
     begin = num_bytes - len(tail)
@@ -75,7 +78,8 @@ def columns_of(
             pages.append(located[:, [2, 0, 1]] + (first_row, 0, 0))
             first_row += group["num_rows"]
         codec = chunks[0]["meta_data"]["codec"]
-        yield ColumnPages(store, key, num_bytes, value_bytes, codec, np.concatenate([*pages, [(first_row, 0, 0)]]), check=check)
+        crcs = crcs_of([chunk["meta_data"] for chunk in chunks])
+        yield ColumnPages(store, key, num_bytes, value_bytes, codec, np.concatenate([*pages, [(first_row, 0, 0)]]), crcs, check=check)
 
 
 def others(tail: bytes | bytearray, num_bytes: int, columns: Sequence[str]) -> Iterator[tuple[int, int]]:
@@ -101,23 +105,30 @@ class ColumnPages:
         value_bytes: bytes of a value.
         codec: structs.UNCOMPRESSED or structs.ZSTD.
         pages: first row, offset and bytes of each page, int64 [pages + 1, 3]; the last row ends it.
-        check: whether pages have a CRC and are held against it whenever they are read.
+        crcs: of each page, as the footer has them, uint32 [pages]; None where it has none.
+        check: whether pages have a CRC and are held against it whenever they are read: the one in their header, and the footer's, since a
+            page of another place or file has the first one right.
 
     Raises:
         ValueError: no pages of such a column lie so.
     """
 
-    def __init__(self, store: Store, key: str, num_bytes: int, value_bytes: int, codec: int, pages: Rows, *, check: bool) -> None:
+    def __init__(
+        self, store: Store, key: str, num_bytes: int, value_bytes: int, codec: int, pages: Rows, crcs: Crcs | None, *, check: bool
+    ) -> None:
         if codec not in (UNCOMPRESSED, ZSTD):
             raise ValueError(f"codec {codec} is neither none nor zstd")
         self._store = store
         self._key = key
         self._check = check
+        self._crcs = crcs
         self._run_bytes = _RUN_BYTES if store.folder else _REMOTE_RUN_BYTES
         self.value_bytes = value_bytes
         self.is_compressed = codec == ZSTD
         self._first_rows = pages[:, 0].copy()
         self._offsets, self._sizes = pages[:-1, 1].copy(), pages[:-1, 2].astype(np.int32)
+        if crcs is not None and len(crcs) != len(self._offsets):
+            raise ValueError(f"its footer has the CRC of {len(crcs)} of its {len(self._offsets)} pages")
         if (np.diff(self._first_rows) <= 0).any():
             raise ValueError("its pages do not ascend")
         if ((self._offsets < 0) | (pages[:-1, 2] <= 0) | (pages[:-1, 2] > num_bytes - self._offsets)).any():
@@ -196,6 +207,8 @@ class ColumnPages:
         wrong = first_wrong(headers, of_page, body_bytes, crcs)
         if wrong is not None:
             raise ValueError(f"the bytes of page {first + wrong} do not have the CRC in its header")
+        if self._crcs is not None and (astray := np.flatnonzero(self._crcs[first:last] != crcs)).size:
+            raise ValueError(f"page {first + astray[0]} is not the one whose CRC the footer has")
 
     def _take_pages(self, pages: Rows, rows: Rows, out: Values, places: Rows) -> None:
         """`take` by whole pages, several that are alike at once."""
@@ -235,9 +248,12 @@ class ColumnPages:
         return np.frombuffer(plain, np.uint8).reshape(1, num_rows, self.value_bytes)
 
     def _require_header(self, page: int, data: memoryview, header_bytes: int, num_rows: int) -> None:
-        """Raise ValueError unless a page's header is the very one that its body has."""
-        if data[:header_bytes] != page_header(num_rows, num_rows * self.value_bytes, data[header_bytes:]):
+        """Raise ValueError unless a page's header is the very one that its body has, and its CRC the one in the footer."""
+        crc = crc32(data[header_bytes:])
+        if data[:header_bytes] != page_header(num_rows, num_rows * self.value_bytes, len(data) - header_bytes, crc):
             raise ValueError(f"the bytes of page {page} do not have the CRC in its header")
+        if self._crcs is not None and self._crcs[page] != crc:
+            raise ValueError(f"page {page} is not the one whose CRC the footer has")
 
 
 def scratch_values(purpose: str, num_values: int, value_bytes: int) -> Values:

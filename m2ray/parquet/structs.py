@@ -51,6 +51,8 @@ STATISTICS = Struct(
 
 PAGE_ENCODING_STATS = Struct(page_type=(1, I32), encoding=(2, I32), count=(3, I32))
 
+KEY_VALUE = Struct(key=(1, BINARY), value=(2, BINARY))
+
 COLUMN_META_DATA = Struct(
     type=(1, I32),
     encodings=(2, List(I32)),
@@ -59,6 +61,7 @@ COLUMN_META_DATA = Struct(
     num_values=(5, I64),
     total_uncompressed_size=(6, I64),
     total_compressed_size=(7, I64),
+    key_value_metadata=(8, List(KEY_VALUE)),
     data_page_offset=(9, I64),
     dictionary_page_offset=(11, I64),
     statistics=(12, STATISTICS),
@@ -90,8 +93,6 @@ SCHEMA_ELEMENT = Struct(
     name=(4, BINARY),
     num_children=(5, I32),
 )
-
-KEY_VALUE = Struct(key=(1, BINARY), value=(2, BINARY))
 
 COLUMN_ORDER = Struct(type_order=(1, Struct()))
 

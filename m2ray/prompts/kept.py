@@ -48,6 +48,10 @@ class KeptColumns(NamedTuple):
             num_bytes += len(str(cell)) if isinstance(cell, str | bytes | list | dict) else _SCALAR_BYTES
         return tuple(cells), problem, num_bytes
 
+    def as_read(self, cells: Sequence[Any]) -> dict[str, Any]:
+        """A row's values, as `of` gives them, in the way that `sequences/` gives them again. None of a context, which has no row."""
+        return {name: pa.scalar(cell, kind).as_py() for name, kind, cell in zip(self.names, self.types, cells, strict=False)}
+
 
 def kept_columns(files: Iterable["PromptFile"], names: Sequence[str]) -> KeptColumns:
     """The columns of these names, each of one type in all files that have it: numbers of several kinds become the widest.

@@ -98,7 +98,7 @@ class LocalStore(Store):
     def version(self, key: str) -> str:
         with naming("read", self.path(key)):
             found = self.path(key).stat()
-        return f"{found.st_dev} {found.st_ino} {found.st_size} {found.st_mtime_ns}"
+        return f"{found.st_ino} {found.st_size} {found.st_mtime_ns}"  # not st_dev: machines that share a disk number it otherwise
 
     def read(self, key: str) -> bytes:
         with naming("read", self.path(key)):

@@ -29,6 +29,7 @@ from m2ray.errors import M2rayError
 from m2ray.planning import placing, residency
 from m2ray.planning.demand import Demand
 from m2ray.planning.devices import Device
+from tests.reference import other_weights
 
 OPTIONS = {"store_dtype": "float32", "id_column": "id", "shard_tokens": 400}
 SITES = "residual:all, mlp:2"
@@ -43,6 +44,14 @@ def refused(chain: WarmChain, prompts: str, output: str, **options: object) -> s
     model = chain._standing.served.model_url
     try:
         m2ray.extract(**{"model": model, "prompts": prompts, "output": output, "chain": chain.name, **OPTIONS, **options})
+    except M2rayError as error:
+        return str(error)
+    return "not refused"
+
+
+def refused_request(chain: WarmChain, prompts: list[str]) -> str:
+    try:
+        chain.activations(prompts, sites="residual:0")
     except M2rayError as error:
         return str(error)
     return "not refused"
@@ -158,7 +167,10 @@ def main() -> None:
         ]
         os.kill(pids(chain)[1], signal.SIGKILL)
         chain.extract(prompts=asked, output=str(output / "asked"), sites=SITES, store_dtype="float32", shard_tokens=400)
-        os.kill(pids(chain)[0], signal.SIGKILL)
+        with other_weights(Path(chain._standing.served.model_url.removeprefix("file://"))):
+            seen["replaced"] = [refused(chain, prompts, str(output / "refused"))]
+            os.kill(pids(chain)[0], signal.SIGKILL)
+            seen["replaced"] += [refused_request(chain, asked) for _ in range(2)]
         save_file(chain.activations(asked, sites=SITES), output / "mended.safetensors")
         seen["mended"] = pids(chain)
         status = chain.status()

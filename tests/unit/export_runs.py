@@ -34,7 +34,7 @@ def mask(sequence_id: int) -> np.ndarray:
 
 def finished_run(store: Store, of: Sequence[PartSpec], without_mask: Sequence[int] = ()) -> Run:
     """A finished run of these parts, in which all but these sequences have a loss mask."""
-    record = runs.job(store, of)
+    record = runs.job(store, of, compute_dtype="float8")
     files = tuple(_with_masks(store, file, without_mask) for file in record.sequence_files)
     run = claim_run(store, replace(record, sequence_files=files))
     hold_weights(store, run.job, runs.LOADED)

@@ -13,6 +13,7 @@ import torch
 from m2ray.batches import MicroBatch
 from m2ray.prompts import PromptRow, PromptTokenizer
 from m2ray.prompts.masks import Marked
+from m2ray.prompts.window import Window
 from scripts.make_checkpoint import train_tokenizer
 from tests.reference import alone, chain_rows, edited, load_chain, load_reference, reference_rows
 from tests.unit.audited_runs import RowsOf, audited, extracted, make_model, write_prompts
@@ -254,3 +255,31 @@ def test_tokens_of_a_mutant_are_caught(
     caught = ["4"] if mutant is a_token_dropped else [str(number) for number in range(NUM_SEQUENCES)]
     assert sorted(audit["wrong"], key=int) == caught
     assert set(audit["wrong"].values()) == {"its prompt gives other tokens than the run says"}
+
+
+def test_marks_and_kept_values_of_another_row_are_caught(monkeypatch: pytest.MonkeyPatch, models: dict[str, Path], tmp_path: Path) -> None:
+    """What `sequences/` says of a prompt besides its tokens: exports and probes go by it."""
+    rng = np.random.default_rng(5)
+    rows = [
+        {"input_ids": rng.integers(1, 256, size).tolist(), "loss_mask": [0] * (size - 1) + [1], "label": float(size) if size % 4 else None}
+        for size in range(2, 2 + NUM_SEQUENCES)
+    ]
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    mark = Window.mark
+
+    def mixed(window: Window, marked: Sequence[Marked | str], kept: Sequence[tuple[Any, ...]] = ()) -> None:
+        marked, kept = list(marked), list(kept)
+        assert isinstance(marked[4], Marked)
+        marked[4] = marked[4]._replace(loss_mask=bytes(reversed(marked[4].loss_mask or b"")))
+        kept[7], kept[8] = kept[8], kept[7]
+        mark(window, marked, kept)
+
+    for name, mutant in {"mixed": mixed, "as it is": mark}.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(Window, "mark", mutant)
+            run = extracted(monkeypatch, models["llama"], prompts, tmp_path / name, **{"keep-columns": "label"})
+        audit = audited(run)
+        other = {"4": "loss_mask", "7": "label", "8": "label"} if mutant is mixed else {}
+        assert audit["wrong"] == {number: f"its prompt has another {what} than `sequences/` says" for number, what in other.items()}
+        assert audit["passed"] == (not other)

@@ -322,6 +322,8 @@ def test_the_command(run: Path, tmp_path: Path) -> None:
     assert "10 of 10 sequences" in result.output
     summary = json.loads((tmp_path / "out" / "m2ray_export.json").read_text())
     assert (summary["samples"], summary["layers"], summary["layer_ids"]) == (10, [5, 11], ["6", "12"])
+    looked = CliRunner().invoke(main, ["inspect", "--foreign", str(tmp_path / "out")])
+    assert f"written by m2ray export, of run {summary['run_id']}, computed in float8" in looked.output
     refused = CliRunner().invoke(main, ["export", str(run), "--to", "speculators", "--output", str(tmp_path / "out")])
     assert refused.exit_code == 1
     assert "another export" in refused.output

@@ -210,7 +210,7 @@ def test_the_command_reads_norm_embedding_and_head_of_the_runs_model(tmp_path: P
     )
     digest, job_of = up_to_layer(open_checkpoint(str(folder)), runs.NUM_LAYERS - 1)[0].digest, runs.job
 
-    def job(store, parts):
+    def job(store, parts, **_options):
         record = job_of(store, parts, compute_dtype="bfloat16", store_dtype="bfloat16")
         return replace(record, fingerprints={**record.fingerprints, "model": digest})
 

@@ -2,8 +2,9 @@
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 
 from m2ray.activations.reading.reader import open_run
 from m2ray.activations.reading.verify import verify
+from m2ray.activations.schema import Compression
 from m2ray.batches import PartSpec
 from m2ray.errors import M2rayError
 from m2ray.storage import LocalStore
@@ -81,6 +83,28 @@ def test_a_flipped_bit_is_named_or_harmless(run: Path, tmp_path: Path, *, is_fin
     named = flip(folder, FLIPS // 2, SEED)
     print(f"{named} of {FLIPS // 2} flips were named, the others made no difference")  # noqa: T201 - what -s shows
     assert named > FLIPS // 4
+
+
+@pytest.mark.parametrize("compression", ["none", "planes"])
+def test_pages_of_another_part_are_refused(tmp_path: Path, compression: Compression) -> None:
+    """Each of them is whole, and its header right: layer 7 of the first shard has pages of layer 11."""
+    runs.finished_run(LocalStore(tmp_path), compressions=(compression,))
+    path, other = (next((tmp_path / "data/site=residual" / f"layer={layer:03d}").glob("shard-000000-*")) for layer in (7, 11))
+    data, theirs = bytearray(path.read_bytes()), other.read_bytes()
+    for number in range(pq.read_metadata(path).num_row_groups):
+        chunk, their_chunk = ([*each.row_group(number).to_dict()["columns"]][-1] for each in map(pq.read_metadata, (path, other)))
+        begin, their_begin, size = chunk["data_page_offset"], their_chunk["data_page_offset"], chunk["total_compressed_size"]
+        data[begin : begin + size] = theirs[their_begin : their_begin + size]
+    assert bytes(data) != path.read_bytes()
+    path.write_bytes(data)
+
+    damages = verify(LocalStore(tmp_path), checksums=True).damages
+    assert {damage.key for damage in damages} == {path.relative_to(tmp_path).as_posix()}
+    view = open_run(tmp_path).layer(7)
+    reads: list[Callable[[], object]] = [view.tensor, partial(view.rows, [1]), partial(view.sequence, 0)]
+    for read in [*reads, lambda: list(view.shards()), lambda: list(view.stream(batch_rows=17))]:
+        with pytest.raises(M2rayError, match=f"{path.name}.* is not the one whose CRC the footer has"):
+            read()
 
 
 def test_without_checks_rows_are_as_they_lie(run: Path) -> None:

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from m2ray.chain.here import ActorHere, ActorsHere, hardware_here
 from m2ray.chain.progress import Progress
 from m2ray.chain.specs import stage_specs
 from m2ray.config import ExtractConfig
-from m2ray.errors import CheckpointError, StageError, StoreError
+from m2ray.errors import CheckpointError, RunConflictError, StageError, StoreError
 from m2ray.model.interpreter import quick_imports
 from m2ray.model.stage import Stage, StageSpec
 from m2ray.planning.hardware import Cluster, Gpu, Node
@@ -36,7 +37,7 @@ from m2ray.planning.plan import plan_run
 from m2ray.prompts.surveying import _old_objects_passed_over
 from m2ray.storage import LocalStore
 from tests.ray.test_extract import micro_batches
-from tests.reference import load_reference, make_minimax, reference_rows, same_bits
+from tests.reference import load_reference, make_minimax, other_weights, reference_rows, same_bits
 
 START_S = 120.0
 
@@ -140,6 +141,13 @@ def test_ctrl_c_and_sigkill_leave_whole_shards_and_the_same_command_does_the_res
     assert (run / "_SUCCESS").exists()
     assert {name: (run / "_commits" / name).read_bytes() for name in kept} == kept
     assert_transformers_rows(run, model)
+    m2ray.extract(**options, sites="residual")  # nothing is missing, and nothing is loaded
+    with other_weights(model), pytest.raises(RunConflictError, match="the embedding and layer 6 of 7 layers differ"):
+        m2ray.extract(**options)
+    elsewhere = shutil.copytree(model, tmp_path / "elsewhere")
+    m2ray.extract(**options | {"model": str(elsewhere)})
+    with other_weights(elsewhere), pytest.raises(RunConflictError, match="the embedding and layers 0-6 of 7 layers differ"):
+        m2ray.extract(**options | {"model": str(elsewhere)})
 
 
 SLOWLY = """

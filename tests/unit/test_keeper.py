@@ -59,6 +59,9 @@ class FakeStages:
         self.dead -= set(lost)
         return True
 
+    def require_weights(self, weights: Any) -> None:
+        """See `Actors`; tests/ray/test_warm_chain.py has real ones."""
+
     def end(self) -> None:
         self.has_ended = True
 
@@ -108,7 +111,7 @@ def stages(monkeypatch: pytest.MonkeyPatch) -> FakeStages:
 @pytest.fixture
 def keeper(stages: FakeStages) -> Keeper:
     plan: Any = SimpleNamespace(demand=SimpleNamespace(options=SimpleNamespace(stage_timeout_s=1.0)))
-    keeper = Keeper(Served("tiny", "model", {}, plan, None, None))  # type: ignore[arg-type]
+    keeper = Keeper(Served("tiny", "model", {}, {}, plan, None, None))  # type: ignore[arg-type]
     specs: Any = [[SimpleNamespace(span=LayerSpan(start, start + 3))] for start in (0, 3)]
     keeper._stages = StandingStages(specs, stages, 1.0)  # type: ignore[arg-type]
     keeper._desk = FakeDesk()  # type: ignore[assignment]

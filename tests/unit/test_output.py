@@ -10,6 +10,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
+from m2ray.chain import checking
 from m2ray.chain.progress import Progress
 from m2ray.cli import Command, main
 from m2ray.cli.output import Printed, escaped_output, say, terminal
@@ -131,7 +132,7 @@ def test_ctrl_c_is_said_with_the_exit_code_of_shells() -> None:
     assert (ended.exit_code, ended.stderr) == (130, "\nStopped by Ctrl-C.\n")
 
 
-def test_ctrl_c_in_an_extraction_says_that_committed_shards_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_in_an_extraction_says_what_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
@@ -140,7 +141,12 @@ def test_ctrl_c_in_an_extraction_says_that_committed_shards_are_kept(tmp_path: P
     monkeypatch.setattr(Progress, "surveying", interrupted)
     ended = CliRunner().invoke(main, ["extract", "--model", str(model), "--prompts", str(prompts), "--output", str(tmp_path / "run")])
     assert ended.exit_code == 130
-    assert ended.stderr == "\nStopped by Ctrl-C. Committed shards are kept: the same command goes on.\n"
+    assert ended.stderr == "\nStopped by Ctrl-C. Nothing was written: the same command begins from the start.\n"
+    monkeypatch.undo()
+    monkeypatch.setattr(checking, "open_checkpoint", interrupted)
+    ended = CliRunner().invoke(main, ["extract", "--model", str(model), "--prompts", str(prompts), "--output", str(tmp_path / "run")])
+    assert ended.stderr == "\nStopped by Ctrl-C. Nothing was written by now: run the same command again.\n"
+    assert not (tmp_path / "run").exists()
 
 
 def test_rows_of_strangers_can_forge_no_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

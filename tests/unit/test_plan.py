@@ -706,13 +706,13 @@ def test_active_weights_of_minimax_m2():
 def test_the_slowest_resource_limits_the_run():
     stated = plan("8xH200", prompts=PROMPTS, tokens_per_s=1000.0)
     assert stated.rates.is_stated
-    assert stated.rates.store_bytes_per_s == pytest.approx(1000 * 62 * (6144 + 4.4))
+    assert stated.rates.store_bytes_per_s == pytest.approx(1000 * 62 * (6144 + 4.5))
     assert (stated.limiting_resource, stated.rates.duration_s) == ("computation", 20.0)
     in_planes = plan("8xH200", prompts=PROMPTS, tokens_per_s=1000.0, compression="planes")
-    assert in_planes.rates.store_bytes_per_s == pytest.approx(1000 * 62 * (0.71 * 6144 + 4.4))
+    assert in_planes.rates.store_bytes_per_s == pytest.approx(1000 * 62 * (0.71 * 6144 + 4.5))
     slow_store = plan("8xH200", tokens_per_s=1000.0, store_bytes_per_s=1e6)
     assert slow_store.limiting_resource == "store"
-    assert slow_store.rates.limits["store"] == pytest.approx(1e6 / 62 / (6144 + 4.4))
+    assert slow_store.rates.limits["store"] == pytest.approx(1e6 / 62 / (6144 + 4.5))
     assert plan("8xH200", tokens_per_s=1e9).limiting_resource == "device_to_host_copy"
     assert plan("1xH200").limiting_resource == "gpu_memory"
 

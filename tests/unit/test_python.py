@@ -22,7 +22,7 @@ from m2ray.batches import Column, PartSpec
 from m2ray.chain.notebook import NotebookProgress, progress_here
 from m2ray.cli.plan import PlanConfig
 from m2ray.config import ExtractConfig
-from m2ray.errors import CheckpointError, ConfigError, MissingPackageError, NotInRunError
+from m2ray.errors import CheckpointError, ConfigError, NotInRunError
 from m2ray.planning.plan import Plan
 from m2ray.storage import LocalStore
 from tests.reference import DATA
@@ -151,12 +151,6 @@ def test_several_layers_and_experts_come_too(finished: Path) -> None:
     assert routed.to_arrow().column_names[-2:] == ["expert_ids", "expert_weights"]
     with pytest.raises(NotInRunError, match="sites"):
         run.to_numpy()
-
-
-def test_a_library_that_is_not_there_is_named(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "polars", None)
-    with pytest.raises(MissingPackageError, match="This needs polars, which is not installed. pip install polars"):
-        m2ray.open_run(finished).site("embedding").to_polars()
 
 
 def test_words_need_the_runs_own_tokenizer(finished: Path) -> None:

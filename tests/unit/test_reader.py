@@ -150,6 +150,10 @@ def test_the_chosen_experts_are_two_columns_wherever_rows_are_read(tmp_path: Pat
     assert same_columns(view.tensor(), expected)
     assert same_columns(view.sequence(4), runs.bits(ROUTED, 4))
     assert same_columns(view.rows([5, 0, 60, 5]), expected[[5, 0, 60, 5]])
+    for mistaken in (np.arange(67) < 5, [1.5], [[1, 2]], ["1"]):  # none of them is a number of 0, 1 or 2
+        with pytest.raises(NotInRunError, match=r"not by .*np\.flatnonzero\(mask\)"):
+            view.rows(mistaken)
+    assert len(view.rows([])["expert_ids"]) == 0
     assert same_columns(next(view.shards()).activations, expected[:25])
     assert tuple(run.site("router_topk").tensor()["expert_ids"].shape) == (1, 67, 3)
     rows = {}

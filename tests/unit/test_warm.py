@@ -27,7 +27,7 @@ def standing(folder: Path) -> Standing:
     plan: Any = SimpleNamespace(
         demand=SimpleNamespace(options=options), stages=[SimpleNamespace(span=LayerSpan(0, 2)), SimpleNamespace(span=LayerSpan(2, 4))]
     )
-    return Standing(None, Served("tiny", f"file://{folder}", FILES, plan, HARDWARE, None))
+    return Standing(None, Served("tiny", f"file://{folder}", FILES, {}, plan, HARDWARE, None))
 
 
 def config(folder: Path, **options: Any) -> ExtractConfig:
@@ -58,7 +58,8 @@ def test_all_that_is_not_the_chains_is_refused_by_name(chain: Standing, tmp_path
 
 def inputs(digests: dict[str, str], layer: int) -> Any:
     options = SimpleNamespace(captured=(PartSpec.of("residual", layer, "float32", 8),))
-    return SimpleNamespace(checkpoint=SimpleNamespace(digests=digests), options=options, table=SimpleNamespace(num_layers=6))
+    checkpoint = SimpleNamespace(digests=digests, weight_files=(), versions=lambda files: {})
+    return SimpleNamespace(checkpoint=checkpoint, options=options, table=SimpleNamespace(num_layers=6))
 
 
 def test_a_job_of_the_layers_that_are_there_gets_the_chain(chain: Standing) -> None:

@@ -1,6 +1,5 @@
 """Rows as floats for NumPy, Arrow, pandas and polars: bfloat16, float16 and 8 bits become float32, without loss."""
 
-import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +10,6 @@ import pyarrow as pa
 from m2ray.activations.reading.catalogue import Catalogue
 from m2ray.activations.reading.floats import floats_of
 from m2ray.batches import TOKEN_ROW, Bits, PartSpec
-from m2ray.errors import MissingPackageError
 
 
 def values_of(catalogue: Catalogue, spec: PartSpec) -> dict[str, npt.NDArray[Any]]:
@@ -48,18 +46,6 @@ def table_of(catalogue: Catalogue, specs: Sequence[PartSpec], *, has_layer_axis:
             columns[name] = pa.FixedSizeListArray.from_arrays(pa.array(values_NW.reshape(-1)), values_NW.shape[1])
         tables.append(pa.table(columns))
     return pa.concat_tables(tables)
-
-
-def require_package(name: str) -> Any:
-    """A package that m2ray does not bring. Raises MissingPackageError where it is not installed."""
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name != name:
-            raise
-        raise MissingPackageError(
-            f"This needs {name}, which is not installed.", f"pip install {name}; to_arrow() and to_numpy() need nothing."
-        ) from error
 
 
 def _rows(catalogue: Catalogue, spec: PartSpec) -> Bits:

@@ -38,10 +38,10 @@ class RandomRows:
         """The rows of these numbers, in their order: uint8 [N, bytes of a row].
 
         Raises:
-            NotInRunError: a number is negative, or not below `num_rows`.
+            NotInRunError: a number is negative, or not below `num_rows`; or these are no numbers of rows, such as a mask.
             RunDamagedError: a file is not what its commit says.
         """
-        numbers = np.asarray(indices, np.int64).reshape(-1)
+        numbers = _whole(indices)
         outside = numbers[(numbers < 0) | (numbers >= self.num_rows)]
         if len(outside):
             raise NotInRunError(f"There is no row {outside[0]}: rows 0 to {self.num_rows - 1} are committed.")
@@ -77,3 +77,14 @@ class RandomRows:
     def _open(self, part: int) -> PartPages:
         (receipt,) = receipts_of(self._parts.slice(part, 1))
         return self._catalogue.open_part(self._spec, receipt).pages()
+
+
+def _whole(indices: Sequence[int] | Int64Array) -> Int64Array:
+    """Numbers of rows, int64 [N]. Raises NotInRunError for what would be taken for other ones than were meant: a mask is no list of 0 and 1."""
+    numbers = np.asarray(indices)
+    if numbers.size and (numbers.dtype.kind not in "iu" or numbers.ndim > 1):
+        raise NotInRunError(
+            f"Rows are asked for by their numbers, whole ones in one list, not by {numbers.dtype.name} {list(numbers.shape)}.",
+            "Of a mask over run.tokens() give np.flatnonzero(mask).",
+        )
+    return numbers.reshape(-1).astype(np.int64)

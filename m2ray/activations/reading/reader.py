@@ -275,21 +275,18 @@ class RunReader(RunView):
     def to_pandas(self) -> Any:
         """The table of `to_arrow` as a pandas frame; `activation` holds an array a row: np.stack(frame.activation) is [N, W].
 
-        Raises as `tensor` does, and MissingPackageError where pandas is not installed.
+        Raises as `tensor` does.
         """
-        from m2ray.activations.reading.frames import require_package
-
-        require_package("pandas")
         return self.to_arrow().to_pandas()
 
     def to_polars(self) -> Any:
         """The table of `to_arrow` as a polars frame; `activation` is an Array(Float32, W).
 
-        Raises as `tensor` does, and MissingPackageError where polars is not installed.
+        Raises as `tensor` does.
         """
-        from m2ray.activations.reading.frames import require_package
+        import polars as pl  # reads slowly where nobody asks for it
 
-        return require_package("polars").from_arrow(self.to_arrow())
+        return pl.from_arrow(self.to_arrow())
 
     def text(self, sequence_id: int, *, model: str | None = None) -> str:
         """The tokens of a sequence that have rows, decoded together: its prompt with special tokens and template, where all have rows.

@@ -38,6 +38,6 @@ def _facts(run: "RunView") -> dict[str, str]:
         "model": f"{f'{name}, ' if name else ''}{job.model.model_type} with {job.model.num_layers} layers of width {job.model.hidden_size}",
         "sites": ", ".join(sites) or "statistics alone",
         "tokens": f"{job.counts.sequences:,} sequences{unused}, {job.counts.tokens:,} tokens{chosen}",
-        "stored": f"{bytes_in_words(run.num_bytes)} in {run.num_files:,} files",
+        "stored": f"{bytes_in_words(run.num_bytes)} in {run.num_files:,} files{', computed in float8' if job.in_float8 else ''}",
         "state": "complete" if run.is_complete else f"not complete: {far}",
     }

@@ -39,17 +39,34 @@ def hold_weights(store: Store, job: JobRecord, loaded: Mapping[int | None, str])
             pass  # another chain was first
         else:
             return
-    _require_same(store, read_weights(store, job), found)
+    _require_same(store, job, {**dict.fromkeys(range(job.layers_run), ""), **loaded}, "The weights that the stages have loaded")
 
 
-def _require_same(store: Store, recorded: WeightsRecord, found: WeightsRecord) -> None:
-    numbers = range(max(len(recorded.layers), len(found.layers)))
-    differing = [layer for layer in numbers if recorded.layers[layer : layer + 1] != found.layers[layer : layer + 1]]
-    words = ["the embedding"] if recorded.embedding != found.embedding else []
-    words += [f"layer{'s' if len(differing) > 1 else ''} {in_ranges(differing)}"] if differing else []
+def require_weights(store: Store, job: JobRecord, found: Mapping[int | None, str]) -> None:
+    """Hold weights that nobody loads against the run's record: of a run in which nothing is missing.
+
+    Args:
+        found: the digests of some layers, and at None that of what runs before the first one.
+
+    Raises:
+        RunConflictError: they are not the run's, named by layer.
+        RunDamagedError: weights.json is not understood, or another run's.
+        StoreError: it cannot be read, or is gone.
+    """
+    _require_same(store, job, found, "The model's weights")
+
+
+def _require_same(store: Store, job: JobRecord, found: Mapping[int | None, str], whose: str) -> None:
+    recorded = read_weights(store, job)
+    of_record: dict[int | None, str] = {None: recorded.embedding}
+    of_record.update(enumerate(recorded.layers))
+    differing = [layer for layer, digest in found.items() if of_record.get(layer) != digest]
+    layers = sorted(layer for layer in differing if layer is not None)
+    words = ["the embedding"] if None in differing else []
+    words += [f"layer{'s' if len(layers) > 1 else ''} {in_ranges(layers)}"] if layers else []
     if words:
         raise RunConflictError(
-            f"The weights that the stages have loaded are not those of the run at {store.url}: {' and '.join(words)} of "
-            f"{len(found.layers)} layers differ from what its {WEIGHTS_KEY} says.",
+            f"{whose} are not those of the run at {store.url}: {' and '.join(words)} of "
+            f"{len(recorded.layers)} layers differ from what its {WEIGHTS_KEY} says.",
             "Put the files back with which the run began, on every node, or give another output.",
         )

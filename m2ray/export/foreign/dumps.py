@@ -1,5 +1,6 @@
 """Which tool's layout a folder has, and its samples one at a time."""
 
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -13,6 +14,7 @@ from m2ray.errors import ConfigError
 from m2ray.export.foreign import speculators
 from m2ray.export.foreign.samples import Problem, Sample
 from m2ray.export.foreign.torch_files import UnreadableError, opened, tensors_of
+from m2ray.export.output import SUMMARY_KEY
 
 _KNOWN = (
     "speculators (hidden_states/hs_0.safetensors), SpecForge (rows_0-2000/data_0.ckpt, also .ckpt.gz), or files of torch.save "
@@ -22,17 +24,22 @@ _KNOWN = (
 _TORCH_FILES: dict[str, tuple[str, ...]] = {"SpecForge": (".ckpt", ".ckpt.gz"), "activault": (".saved.pt",), ".pt files": (".pt",)}
 
 
+_MOST_SUMMARY_BYTES = 1 << 20
+
+
 @dataclass(frozen=True)
 class Dump:
     """A folder of samples. `samples` reads one at a time: its tensors are there until the next is asked for.
 
-    `num_files` hold samples; `num_others` are of other kinds and not looked at.
+    `num_files` hold samples; `num_others` are of other kinds and not looked at. `export` is what `m2ray_export.json` says of a dump that
+    m2ray export wrote, nothing of others.
     """
 
     layout: str
     num_files: int
     num_others: int
     samples: Callable[[], Iterator[Sample]] = field(repr=False)
+    export: Mapping[str, str] = field(default_factory=dict)
 
 
 def open_dump(folder: Path) -> Dump:
@@ -45,12 +52,27 @@ def open_dump(folder: Path) -> Dump:
         raise ConfigError(f"There is no folder {folder}.", "Give one on this machine's disks.")
     files = [path for path in _natural(folder.rglob("*")) if path.is_file()]
     if states := [path for path in files if speculators.number_of(folder, path) is not None]:
-        return Dump("speculators", len(states), len(files) - len(states), partial(speculators.samples, folder, states))
+        return Dump("speculators", len(states), len(files) - len(states), partial(speculators.samples, folder, states), _export(folder))
     for layout, endings in _TORCH_FILES.items():
         if chosen := [path for path in files if path.name.endswith(endings)]:
             named = _by_hook(folder, chosen) if layout == "activault" else [(_below(folder, path), {"": path}) for path in chosen]
-            return Dump(layout, len(chosen), len(files) - len(chosen), partial(_torch_samples, named))
+            return Dump(layout, len(chosen), len(files) - len(chosen), partial(_torch_samples, named), _export(folder))
     raise ConfigError(f"{folder} holds no dump that m2ray looks at.", f"It knows those of {_KNOWN}.")
+
+
+def _export(folder: Path) -> dict[str, str]:
+    """The run that an export is of, and what its rows were computed in; one of an earlier m2ray does not say that. Raises ConfigError."""
+    path = folder / SUMMARY_KEY
+    if not path.is_file():
+        return {}
+    try:
+        with path.open("rb") as file:
+            said = json.loads(file.read(_MOST_SUMMARY_BYTES))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is not what m2ray export writes: {error}.", "Restore it, or move it away.") from error
+    if not isinstance(said, dict):
+        raise ConfigError(f"{path} is not what m2ray export writes.", "Restore it, or move it away.")
+    return {name: str(said[name]) for name in ("run_id", "compute_dtype") if name in said}
 
 
 def _torch_samples(files: Sequence[tuple[str, Mapping[str, Path]]]) -> Iterator[Sample]:
