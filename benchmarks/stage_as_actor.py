@@ -10,6 +10,7 @@ waits for the GPU and pinned memory, it waited for the interpreter. `--profile` 
 
 import argparse
 import json
+import re
 import statistics
 import tempfile
 import threading
@@ -181,14 +182,14 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=LAYERS)
     parser.add_argument("--prompts", type=int, default=1536)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--ways", default="", help="only those whose names have one of these, with commas between them")
+    parser.add_argument("--ways", default="", help="only those in whose names this pattern is found: 'actor$|CRCs'")
     parser.add_argument("--profile", action="store_true", help="gaps between kernels, of one thread and of the actor")
     parser.add_argument("--tiny", action="store_true", help="small layers, printed and not recorded")
     options = parser.parse_args()
     folder: Path = options.folder.resolve()
     model = real_size(folder, options.layers, TINY if options.tiny else None)
     prompts = make_prompts(folder, model, options.prompts, BATCH_TOKENS)
-    ways = [way for way in WAYS if any(word in way.name for word in options.ways.split(","))]
+    ways = [way for way in WAYS if re.search(options.ways, way.name)]
     bare = Way("bare", is_chain=False, takes=False)
     measured: dict[str, list[tuple[float, str]]] = {way.name: [] for way in (bare, *ways)}
     print(
