@@ -100,6 +100,7 @@ def measured_ways(stage: Stage) -> Iterator[Measured]:
     last = Selection("last")
     yield Measured("compiled layers with every hook, nothing copied out", "0.97", CaptureSpec(sites, "bfloat16"), copies_out=False)
     yield Measured("residual of every layer", "0.97", CaptureSpec(residual, "bfloat16"))
+    yield Measured("residual of every layer, with rows' CRCs", "0.95", CaptureSpec(residual, "bfloat16", with_crcs=True))
     yield Measured("all nine sites of every layer", "0.9", CaptureSpec(sites, "bfloat16"))
     yield Measured("residual of every layer, the last token", "0.97", CaptureSpec(residual, "bfloat16", last))
     yield Measured("all nine sites of every layer, the last token", "0.97", CaptureSpec(sites, "bfloat16", last))

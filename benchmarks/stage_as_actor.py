@@ -3,13 +3,14 @@
     python -m benchmarks.stage_as_actor FOLDER               # 6 layers at MiniMax-M2's real dimensions, on one GPU
     python -m benchmarks.stage_as_actor FOLDER --tiny        # to try the script on a CPU
 
-Ways differ in what is taken, where it goes, how quickly the interpreter switches between threads, the writer's threads and the size of pages. Each
+Ways differ in what is taken, where it goes, who makes CRCs, how quickly the interpreter switches between threads, the writer's threads and the size of pages. Each
 round runs all of them, beside a bare pass. Of each the notes say what the thread that launches layers did: the rest of its time, beside its own work, its
 waits for the GPU and pinned memory, it waited for the interpreter. `--profile` looks at the gaps between kernels of two ways. Needs 50 GB of /dev/shm.
 """
 
 import argparse
 import json
+import re
 import statistics
 import tempfile
 import threading
@@ -55,7 +56,7 @@ class Way:
 
     Attributes:
         is_chain: as the stage of a chain, or else one after the other on one thread.
-        takes: whether every layer's rows are taken. keeps: whether they are stored, in memory.
+        takes: whether every layer's rows are taken. keeps: whether they are stored, in memory. by_gpu: whether the GPU makes rows' CRCs.
         switch_s: the interpreter's interval. threads: the writer's. page_rows: of a page, where it is not the format's.
     """
 
@@ -63,6 +64,7 @@ class Way:
     is_chain: bool = True
     takes: bool = True
     keeps: bool = True
+    by_gpu: bool = True
     switch_s: float = 0.0002
     threads: int = 8
     page_rows: int = 0
@@ -74,6 +76,7 @@ WAYS = (
     Way("actor, nothing taken", takes=False),
     Way("actor, nothing stored", keeps=False),
     Way("actor"),
+    Way("actor, CRCs by the writer", by_gpu=False),
     Way("actor, switches 5 ms", switch_s=USUAL_S),
     Way("actor, switches 0.05 ms", switch_s=0.00005),
     Way("actor, 4 writer threads", threads=4),
@@ -99,7 +102,7 @@ class Bench:
             open_store(folder).put(JOB_KEY, self.job_json)
             sites = {"residual": tuple(range(self.layers))} if way.takes else {}
             writer = (WriterSpec if way.keeps else Discarding)(folder, {}, QUEUE_BYTES, way.threads)
-            job = Job(CaptureSpec(sites, "bfloat16"), writer, BATCH_TOKENS)
+            job = Job(CaptureSpec(sites, "bfloat16", with_crcs=way.by_gpu), writer, BATCH_TOKENS)
             run = self._chain_s if way.is_chain else self._alone_s
             seconds = run(job, lambda: ray.get(self.actor.settle.remote(way.switch_s, way.page_rows, profiled), timeout=TIMEOUT_S))
             found, lines = ray.get(self.actor.told.remote(), timeout=TIMEOUT_S)
@@ -179,14 +182,14 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=LAYERS)
     parser.add_argument("--prompts", type=int, default=1536)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--ways", default="", help="only those whose names have one of these, with commas between them")
+    parser.add_argument("--ways", default="", help="only those in whose names this pattern is found: 'actor$|CRCs'")
     parser.add_argument("--profile", action="store_true", help="gaps between kernels, of one thread and of the actor")
     parser.add_argument("--tiny", action="store_true", help="small layers, printed and not recorded")
     options = parser.parse_args()
     folder: Path = options.folder.resolve()
     model = real_size(folder, options.layers, TINY if options.tiny else None)
     prompts = make_prompts(folder, model, options.prompts, BATCH_TOKENS)
-    ways = [way for way in WAYS if any(word in way.name for word in options.ways.split(","))]
+    ways = [way for way in WAYS if re.search(options.ways, way.name)]
     bare = Way("bare", is_chain=False, takes=False)
     measured: dict[str, list[tuple[float, str]]] = {way.name: [] for way in (bare, *ways)}
     print(

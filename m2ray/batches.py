@@ -317,13 +317,14 @@ class CapturedLayer:
 
     `layer` is None at sites of the whole model. `columns` are the values of the part's columns in their order, each uint8
     [N, W * itemsize], on the host; none where no rows are kept. `statistics` are those of these rows that were asked for, by their
-    kind (m2ray.statistics).
+    kind (m2ray.statistics). `crcs` are of each column the CRC32 of each row's bytes, uint32 [N], where a GPU has made them; else there are none.
     """
 
     site: str
     layer: int | None
     columns: tuple[Bits, ...]
     statistics: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
+    crcs: tuple[npt.NDArray[np.uint32], ...] = ()
 
 
 @dataclass(frozen=True)

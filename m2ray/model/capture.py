@@ -12,6 +12,7 @@ from m2ray.batches import Bits, CapturedLayer, Column, MicroBatch, PartSpec
 from m2ray.errors import StageError
 from m2ray.model.eight_bits import Encoder, is_encoded
 from m2ray.model.pinned import PinnedRuns
+from m2ray.model.row_crcs import are_right, can_make_crcs, row_crcs
 from m2ray.model.selecting import ChosenRows
 from m2ray.model.statistics import Statistics
 from m2ray.model.taking_rows import extremes_of
@@ -33,23 +34,26 @@ class CaptureSpec:
         store_dtype: "bfloat16", "float16", "float32", "float8" or "int8", of rows of hidden width.
         selection: whose rows are kept.
         statistics: what is taken of which rows, of sites and layers whose rows are kept and of others (m2ray.statistics).
+        with_crcs: whether a GPU makes the CRC32 of each row too: for a writer whose pages are the rows as they are.
     """
 
     sites: LayersOfSites
     store_dtype: str
     selection: Selection = field(default_factory=Selection)
     statistics: Asked = field(default_factory=dict)
+    with_crcs: bool = False
 
 
 @dataclass(frozen=True)
 class _Rows:
     """One part's rows, a tensor [N, ...] a column, and the extremes of what each was rounded from (taking_rows), on the device or the host.
 
-    Of a part that is captured for its statistics alone there are no rows.
+    Of a part that is captured for its statistics alone there are no rows. `crcs` are those of each column's rows (row_crcs), or none.
     """
 
     part: PartSpec
     columns: tuple[torch.Tensor, ...]
+    crcs: tuple[torch.Tensor, ...]
     extremes: tuple[torch.Tensor, ...]
     statistics: Mapping[str, torch.Tensor]
 
@@ -71,8 +75,10 @@ class Capture:
         copy_stream: "torch.cuda.Stream | None",
         statistics: Statistics | None = None,
         pinned: PinnedRuns | None = None,
+        *,
+        with_crcs: bool = False,
     ) -> None:
-        """`pinned`: the host's memory for rows from a GPU; None takes what each part needs."""
+        """`pinned`: the host's memory for rows from a GPU; None takes what each part needs. `with_crcs`: as in CaptureSpec."""
         self._micro_batch = micro_batch
         self._pinned = pinned or PinnedRuns()
         self._kept = frozenset(parts)
@@ -80,6 +86,7 @@ class Capture:
         self._parts = {(part.site, part.layer): part for part in (*parts, *self._statistics.kinds)}
         self._awaited = Counter(map(_place, self._parts.values()))
         self._encoder = encoder
+        self._with_crcs = with_crcs
         self._copy_stream = copy_stream
         self._selection = selection
         self._chosen = ChosenRows(selection, micro_batch, copy_stream)
@@ -100,7 +107,8 @@ class Capture:
         columns: tuple[torch.Tensor, ...] = ()
         if part in self._kept:
             columns = self._encoder.encode(part, *rounded) if is_encoded(part) else tuple(rounded)
-        self._taken.append(_Rows(part, columns, extremes, statistics))
+        has_crcs = self._with_crcs and all(map(can_make_crcs, columns))
+        self._taken.append(_Rows(part, columns, tuple(map(row_crcs, columns)) if has_crcs else (), extremes, statistics))
         self._awaited[_place(part)] -= 1
         if not self._awaited[_place(part)]:
             self._copy_out()
@@ -120,11 +128,14 @@ class Capture:
 
     def _on_host(self, rows: _Rows) -> _Rows:
         """One part's rows in pinned memory, and what goes with them."""
-        columns = tuple(self._copied_to(self._pinned.take(tuple(values.shape), values.dtype), values) for values in rows.columns)
+        columns, crcs = (
+            tuple(self._copied_to(self._pinned.take(tuple(values.shape), values.dtype), values) for values in each)
+            for each in (rows.columns, rows.crcs)
+        )
         extremes, statistics = (
             [self._copied_to(_pinned_like(values), values) for values in few] for few in (rows.extremes, rows.statistics.values())
         )
-        return _Rows(rows.part, columns, tuple(extremes), dict(zip(rows.statistics, statistics, strict=True)))
+        return _Rows(rows.part, columns, crcs, tuple(extremes), dict(zip(rows.statistics, statistics, strict=True)))
 
     def _copied_to(self, on_host: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         assert self._copy_stream is not None
@@ -153,7 +164,7 @@ class Capture:
             for extremes, as_stored in zip(found, stored, strict=True):
                 if not as_stored.isfinite().all():
                     raise self._not_finite(rows, extremes)
-        return tuple(_captured(rows) for rows in kept)
+        return tuple(map(self._captured_layer, kept))
 
     def end(self) -> None:
         """No more layers come: mark the place in the copy stream that `finish` waits for."""
@@ -161,6 +172,13 @@ class Capture:
         if self._copy_stream is not None:
             self._copied = torch.cuda.Event()
             self._copied.record(self._copy_stream)
+
+    def _captured_layer(self, rows: _Rows) -> CapturedLayer:
+        columns, statistics = tuple(map(_bits, rows.columns)), {kind: values.numpy() for kind, values in rows.statistics.items()}
+        crcs = tuple(values.numpy().view(np.uint32) for values in rows.crcs)
+        device = torch.device("cpu") if self._copy_stream is None else self._copy_stream.device
+        is_right = all(are_right(*each, device) for each in zip(crcs, columns, strict=False))  # there may be none
+        return CapturedLayer(rows.part.site, rows.part.layer, columns, statistics, crcs if is_right else ())
 
     def _not_finite(self, rows: _Rows, extremes: torch.Tensor) -> StageError:
         is_bad_N = [~values.float().isfinite().all(dim=1) for values in rows.columns]
@@ -173,11 +191,6 @@ class Capture:
             f"{str(rows.part).capitalize()}, sequences {listed}: values from {smallest:g} to {largest:g} do not fit {dtype}.",
             'Set compute_dtype and store_dtype to "bfloat16" or "float32"; if they are so already, the weights or the family are at fault.',
         )
-
-
-def _captured(rows: _Rows) -> CapturedLayer:
-    statistics = {kind: values.numpy() for kind, values in rows.statistics.items()}
-    return CapturedLayer(rows.part.site, rows.part.layer, tuple(map(_bits, rows.columns)), statistics)
 
 
 def _place(part: PartSpec) -> int | str:

@@ -176,7 +176,16 @@ class Stage:
             self._watching = taking
         parts = parts_of_span(taking.parts, layers, self._decoder.skeleton.config.num_hidden_layers)
         with torch.inference_mode(), _current(self._decoder.device):
-            capture = Capture(micro_batch, parts, taking.selection, taking.encoder, self._copy_out, taking.counting, self._pinned)
+            capture = Capture(
+                micro_batch,
+                parts,
+                taking.selection,
+                taking.encoder,
+                self._copy_out,
+                taking.counting,
+                self._pinned,
+                with_crcs=taking.with_crcs,
+            )
             token_ids_BT = torch.tensor(micro_batch.token_ids_BT, dtype=torch.int64)
             if self._on_gpu:
                 token_ids_BT = send(token_ids_BT, self._decoder.device)

@@ -23,13 +23,21 @@ class Taking:
         statistics: the sites and layers of which it holds statistics, with their kinds.
         encoder: knows what rows in 8 bits have lost.
         places: the sites and layers that are looked at.
+        with_crcs: as in CaptureSpec.
     """
 
     def __init__(
-        self, parts: tuple[PartSpec, ...], counted: Mapping[PartSpec, frozenset[str]], selection: Selection, num_experts: int
+        self,
+        parts: tuple[PartSpec, ...],
+        counted: Mapping[PartSpec, frozenset[str]],
+        selection: Selection,
+        num_experts: int,
+        *,
+        with_crcs: bool,
     ) -> None:
         """`counted`: the parts that statistics are taken of, with the kinds. `num_experts`: of a layer with a router."""
         self.parts = parts
+        self.with_crcs = with_crcs
         self.statistics: Mapping[Place, frozenset[str]] = {(part.site, part.layer): kinds for part, kinds in counted.items()}
         self.selection = selection
         self.encoder = Encoder()
@@ -47,7 +55,8 @@ def taking_of(decoder: DecoderSpan, capture: CaptureSpec) -> Taking:
     layers_of = {site: {*capture.sites.get(site, ()), *of_statistics.get(site, ())} for site in {**capture.sites, **of_statistics}}
     raise_all([problem for site, layers in layers_of.items() for problem in _why_not(decoder, site, sorted(layers))])
     counted = {part: kinds[part.site, part.layer] for part in _parts(decoder, of_statistics, capture.store_dtype)}
-    return Taking(_parts(decoder, capture.sites, capture.store_dtype), counted, capture.selection, decoder.experts[0])
+    parts = _parts(decoder, capture.sites, capture.store_dtype)
+    return Taking(parts, counted, capture.selection, decoder.experts[0], with_crcs=capture.with_crcs)
 
 
 def _parts(decoder: DecoderSpan, asked: Mapping[str, tuple[int, ...]], store_dtype: str) -> tuple[PartSpec, ...]:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from m2ray.batches import MicroBatch, PartSpec
+from m2ray.batches import Column, MicroBatch, PartSpec
 from m2ray.model.attention import FLEX_BLOCK
 from m2ray.model.capture import pin_host_memory
 
@@ -36,7 +36,7 @@ def zeros(num_sequences: int, length: int) -> MicroBatch:
 
 
 def pin_rows(parts: Sequence[PartSpec], of_runs: Sequence[Sequence[PartSpec]], batch_tokens: int, waiting_bytes: int) -> None:
-    """Take pinned memory for the rows of all tokens. Raises StageError as `pin_host_memory`.
+    """Take pinned memory for the rows of all tokens, and their CRCs. Raises StageError as `pin_host_memory`.
 
     Args:
         parts: what is captured.
@@ -45,6 +45,6 @@ def pin_rows(parts: Sequence[PartSpec], of_runs: Sequence[Sequence[PartSpec]], b
         waiting_bytes: of rows that may wait for the store.
     """
     capture_bytes = batch_tokens * max(sum(part.row_bytes for part in of_run) for of_run in of_runs)
-    columns = [column for part in parts for column in part.columns]
+    columns = [each for part in parts for column in part.columns for each in (column, Column("crc", "int32", 1))]
     # Beside what waits, of two micro-batches: one that is computed, and one whose rows are handed over.
     pin_host_memory(waiting_bytes + 2 * capture_bytes, batch_tokens, columns)

@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from m2ray.parquet import structs
+from m2ray.parquet.crcs import Crcs
 
 
 def page_header(num_values: int, values_bytes: int, body_bytes: int, crc: int) -> bytes:
@@ -26,6 +27,23 @@ def page_header(num_values: int, values_bytes: int, body_bytes: int, crc: int) -
     return b"".join((before, _TWO_GROUPS[number & 0x3FFF], _TWO_GROUPS[number >> 14 & 0x3FFF], _LAST_GROUP[number >> 28], after))
 
 
+def page_headers(num_values: int, values_bytes: int, crcs: Crcs) -> npt.NDArray[np.uint8]:
+    """What `page_header` makes of pages that are alike and not compressed, all at once: uint8 [pages, bytes of a header].
+
+    Args:
+        num_values: in each page.
+        values_bytes: of each page's body.
+        crcs: the CRC32 of each body, uint32 [pages].
+    """
+    before, after = _around_crc(num_values, values_bytes, values_bytes)
+    headers = np.empty((len(crcs), len(before) + len(_GROUP_BITS) + len(after)), np.uint8)
+    headers[:] = np.frombuffer(before + bytes(len(_GROUP_BITS)) + after, np.uint8)
+    crc = crcs.astype(np.int64)[:, None]
+    number = (crc << 1) ^ (crc >> 31) * 0x1FFFFFFFF  # zigzag, of 32 bits with a sign
+    headers[:, len(before) : -len(after)] = (number >> _GROUP_BITS) & 0x7F | _GOES_ON
+    return headers
+
+
 def first_wrong(headers: npt.NDArray[np.uint8], num_values: int, values_bytes: int, crcs: Sequence[int]) -> int | None:
     """Of pages that are alike and not compressed the first whose header is not the one that `page_header` makes, or None.
 
@@ -35,14 +53,9 @@ def first_wrong(headers: npt.NDArray[np.uint8], num_values: int, values_bytes: i
         values_bytes: of each page's body.
         crcs: the CRC32 of each body.
     """
-    before, after = _around_crc(num_values, values_bytes, values_bytes)
-    if headers.shape[1] != len(before) + len(_GROUP_BITS) + len(after):
+    expected = page_headers(num_values, values_bytes, np.array(crcs, np.uint32))
+    if headers.shape != expected.shape:
         return 0
-    expected = np.empty_like(headers)
-    expected[:] = np.frombuffer(before + bytes(len(_GROUP_BITS)) + after, np.uint8)
-    crc = np.array(crcs, np.int64)[:, None]
-    number = (crc << 1) ^ (crc >> 31) * 0x1FFFFFFFF  # zigzag, of 32 bits with a sign
-    expected[:, len(before) : -len(after)] = (number >> _GROUP_BITS) & 0x7F | _GOES_ON
     is_right = headers == expected
     return None if is_right.all() else int(np.argmin(is_right.all(axis=1)))
 

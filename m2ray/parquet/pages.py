@@ -16,13 +16,13 @@ from isal.isal_zlib import crc32
 
 from m2ray.parquet import offset_index
 from m2ray.parquet.column_chunks import Values
-from m2ray.parquet.page_crcs import crcs_of
+from m2ray.parquet.crcs import Crcs
+from m2ray.parquet.footer_crcs import crcs_of
 from m2ray.parquet.page_header import first_wrong, page_header
 from m2ray.parquet.structs import DATA_PAGE, FILE_META_DATA, MAGIC, PAGE_HEADER, UNCOMPRESSED, ZSTD
 from m2ray.storage import ReadPieces, Store, scratch
 
 Rows = npt.NDArray[np.int64]
-Crcs = npt.NDArray[np.uint32]
 
 _RUN_BYTES = 512 << 10
 """Of pages that are read at once to be checked: they stay in the processor's cache until their values are where they belong."""

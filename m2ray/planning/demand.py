@@ -12,6 +12,7 @@ from m2ray.planning.hardware import Node
 from m2ray.planning.memory import (
     CAPTURE_BUFFERS,
     CONTEXT_BYTES,
+    CRC_BYTES,
     ENCODING_BYTES,
     MOST_BATCHES,
     STAGING_BYTES,
@@ -144,13 +145,14 @@ class Demand:
         return [part.row_bytes for part in self.parts(span)]
 
     def column_bytes(self, span: LayerSpan) -> list[int]:
-        """The same of each column of each part."""
-        return [column.row_bytes for part in self.parts(span) for column in part.columns]
+        """The same of each column of each part, and of its CRC, as a GPU hands them over."""
+        return [num_bytes for part in self.parts(span) for column in part.columns for num_bytes in (column.row_bytes, CRC_BYTES)]
 
     def captured_row_bytes(self, span: LayerSpan | None = None) -> int:
         """Bytes of one token's captured rows, stored or for their statistics, that are on a GPU of `span`, or any, at one time."""
         of_layers = _by_layer(self._here(self.options.captured, span))
-        return CAPTURE_BUFFERS * max((sum(part.row_bytes for part in parts) for parts in of_layers), default=0)
+        layers_bytes = (sum(part.row_bytes + CRC_BYTES * len(part.columns) for part in parts) for parts in of_layers)
+        return CAPTURE_BUFFERS * max(layers_bytes, default=0)
 
     def statistics_on_host(self, span: LayerSpan) -> int:
         """Host memory for the statistics of `span`: of the shards that are summed up, and of the micro-batches that are on their way to them."""

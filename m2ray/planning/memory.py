@@ -30,6 +30,9 @@ sent, and the slot out of which the next stage fetches (m2ray.chain.cuda_ipc).""
 CAPTURE_BUFFERS = 3
 """Layers' captured rows on a GPU: one layer's are selected while those of two before it are copied to the host (m2ray.model.capture)."""
 
+CRC_BYTES = 4
+"""Of a row's values in one column, beside them, on a GPU and in host memory (m2ray.model.row_crcs)."""
+
 STATISTICS_SHARDS = 3
 """Shards whose statistics a stage sums up at one time: one that ends, one that begins, and one that is being written."""
 
@@ -164,7 +167,7 @@ def gpu_host_memory(
 ) -> Memory:
     """The host's side of a stage whose weights are on GPUs, but for what is `offloaded`, item by item.
 
-    `column_bytes` are those of a row of each column of each part.
+    `column_bytes` are those of a row of each column of each part, and of its CRC.
     """
     process = {"process": PROCESS_BYTES["gpu"]} | {name: num_bytes for name, num_bytes in (offloaded or {}).items() if num_bytes}
     pinned = replace(workload, writer_queue_bytes=WAITING_RUNS * workload.writer_queue_bytes)

@@ -131,8 +131,8 @@ def test_captured_rows_of_three_layers_are_planned_whatever_their_sites():
     beside = tuple(PartSpec.of(site, layer, "bfloat16", 3072) for site in ("attention", "mlp") for layer in every)
     alone, planned = (plan("8xH200", parts=parts) for parts in (residuals(), (*residuals(), *beside)))
     tokens = alone.demand.workload.padded_tokens
-    assert alone.gpus[3].memory.running["capture"] == 3 * tokens * 6144
-    assert planned.gpus[3].memory.running["capture"] == 3 * planned.demand.workload.padded_tokens * 3 * 6144
+    assert alone.gpus[3].memory.running["capture"] == 3 * tokens * (6144 + 4), "with their CRCs"
+    assert planned.gpus[3].memory.running["capture"] == 3 * planned.demand.workload.padded_tokens * 3 * (6144 + 4)
 
 
 def test_what_sites_within_a_layer_keep_until_it_has_run_is_planned():

@@ -525,6 +525,8 @@ def test_other_captures_than_agreed_are_refused(tmp_path: Path) -> None:
             writer.submit(ATTEMPT, micro_batch, bad, timeout_s=10)
     with pytest.raises(StageError, match=rf"uint8 \[{micro_batch.num_tokens - 1}, 48\], not as uint8 \[{micro_batch.num_tokens}, 48\]"):
         writer.submit(ATTEMPT, micro_batch, [replace(layer, columns=(layer.columns[0][1:],)) for layer in good], timeout_s=10)
+    with pytest.raises(StageError, match="other CRCs than one a row and column"):
+        writer.submit(ATTEMPT, micro_batch, [replace(layer, crcs=(np.zeros(3, np.uint32),)) for layer in good], timeout_s=10)
     with pytest.raises(StageError, match="before its last micro-batch"):
         writer.collect(0, ATTEMPT, 10)
     writer.close()

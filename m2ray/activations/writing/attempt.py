@@ -7,7 +7,7 @@ import numpy as np
 
 from m2ray.activations.writing.order import Order
 from m2ray.activations.writing.part_writer import PartWriter
-from m2ray.batches import Bits, CapturedLayer, PartReceipt
+from m2ray.batches import CapturedLayer, PartReceipt
 from m2ray.errors import StageError
 
 _DEFECT = "This is a defect of m2ray."
@@ -41,20 +41,22 @@ class Attempt:
         receipts = tuple(part.receipt for part in finished if part.receipt is not None)
         return receipts if len(receipts) == len(self.parts) else None
 
-    def matched(self, num_rows: int, captured: Sequence[CapturedLayer]) -> dict[int, tuple[Bits, ...]]:
-        """The captured columns by their part's number in `parts`. Raises StageError unless they are what these parts need."""
+    def matched(self, num_rows: int, captured: Sequence[CapturedLayer]) -> dict[int, CapturedLayer]:
+        """What was captured by its part's number in `parts`. Raises StageError unless it is what these parts need."""
         kept = [layer for layer in captured if layer.columns]
-        by_name = {(layer.site, layer.layer): layer.columns for layer in kept}
+        by_name = {(layer.site, layer.layer): layer for layer in kept}
         numbers = {(part.spec.site, part.spec.layer): number for number, part in enumerate(self.parts)}
         if not by_name.keys() <= numbers.keys() or len(kept) != len(by_name):
             wanted = sorted(numbers, key=str)
             raise StageError(f"{self._label}: captured {[(c.site, c.layer) for c in kept]}, not of {wanted} each once.", _DEFECT)
         found = {number: by_name[place] for place, number in numbers.items() if place in by_name}
-        for number, columns in found.items():
-            spec = self.parts[number].spec
+        for number, layer in found.items():
+            spec, columns = self.parts[number].spec, layer.columns
             shapes = [(num_rows, column.row_bytes) for column in spec.columns]
             if [values.shape for values in columns] != shapes or any(values.dtype != np.uint8 for values in columns):
                 came = ", ".join(f"{values.dtype} {list(values.shape)}" for values in columns)
                 needed = ", ".join(f"uint8 {list(shape)}" for shape in shapes)
                 raise StageError(f"{self._label}: {spec} was captured as {came}, not as {needed}.", _DEFECT)
+            if layer.crcs and [crcs.shape for crcs in layer.crcs] != [(num_rows,)] * len(columns):
+                raise StageError(f"{self._label}: {spec} came with other CRCs than one a row and column.", _DEFECT)
         return found

@@ -8,7 +8,8 @@ from m2ray import __version__
 from m2ray.activations import planes
 from m2ray.activations.schema import Compression, part_key, part_schema, stored_columns
 from m2ray.batches import Bits, PartReceipt, PartSpec
-from m2ray.parquet.column_chunks import ColumnChunk, EncodedColumns, write_values
+from m2ray.parquet.column_chunks import ColumnChunk, EncodedColumns, write_made_values, write_values
+from m2ray.parquet.crcs import Crcs
 from m2ray.parquet.footer import Footer
 from m2ray.parquet.structs import MAGIC
 from m2ray.storage import Store
@@ -48,8 +49,10 @@ class PartWriter:
         """Seconds that the store took so far; the rest of what `append` and `finish` take is encoding."""
         return self._file.store_s if self._file else 0.0
 
-    def append(self, tokens: EncodedColumns, columns: Sequence[Bits]) -> None:
+    def append(self, tokens: EncodedColumns, columns: Sequence[Bits], crcs: Sequence[Crcs] = ()) -> None:
         """Append one micro-batch as one row group, if it has rows: its tokens, and the values of each column, uint8 [N, W * itemsize].
+
+        `crcs` are of each column those of its rows, uint32 [N]; where there are none, pages' are made of their bytes.
 
         Raises:
             StoreError: the store refused; the part can only be aborted then.
@@ -63,17 +66,17 @@ class PartWriter:
         begin = self._file.num_bytes
         self._file.write(tokens.data)
         chunks = [chunk.moved(begin) for chunk in tokens.chunks]
-        self._footer.add(begin, tokens.num_rows, [*chunks, *self._write_values(self._file, columns)])
+        self._footer.add(begin, tokens.num_rows, [*chunks, *self._write_values(self._file, columns, crcs or [None] * len(columns))])
         self.rows += tokens.num_rows
 
-    def _write_values(self, file: HashingFile, columns: Sequence[Bits]) -> Iterator[ColumnChunk]:
-        for column, values in zip(self.spec.columns, columns, strict=True):
+    def _write_values(self, file: HashingFile, columns: Sequence[Bits], crcs: Sequence[Crcs | None]) -> Iterator[ColumnChunk]:
+        for column, values, of_rows in zip(self.spec.columns, columns, crcs, strict=True):
             stored = stored_columns(column, self._compression)
             if len(stored) == 1:
-                yield write_values(file, stored[0], values)
+                yield write_values(file, stored[0], values, of_rows)
             else:
-                yield write_values(file, stored[0], values, planes.high, zstd=True)
-                yield write_values(file, stored[1], values, planes.low)
+                yield write_made_values(file, stored[0], values, planes.high, zstd=True)
+                yield write_made_values(file, stored[1], values, planes.low)
 
     def seal(self) -> None:
         """Write what comes after the last row group. Raises StoreError."""

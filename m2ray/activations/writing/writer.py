@@ -22,6 +22,7 @@ from m2ray.activations.writing.statistics_writer import StatisticsWriter
 from m2ray.batches import Bits, CapturedLayer, MicroBatch, PartReceipt, PartSpec
 from m2ray.errors import M2rayError, StageError, StoreError, raise_all
 from m2ray.parquet.column_chunks import EncodedColumns
+from m2ray.parquet.crcs import Crcs
 from m2ray.selection import Selection
 from m2ray.statistics import Place
 from m2ray.storage import Store, open_store
@@ -30,6 +31,9 @@ _FINISHING_A_LANE = 4
 _LOOK_S = 1.0
 
 _DEFECT = "This is a defect of m2ray."
+
+_Rows = tuple[Sequence[Bits], Sequence[Crcs]]
+"""The columns of a CapturedLayer and their CRCs; without its statistics, which need not wait for the store."""
 
 
 @dataclass(frozen=True)
@@ -135,14 +139,16 @@ class ActivationWriter:
             self._raise_failure()
             opened = self._open_attempt(micro_batch.shard, attempt)
         token_rows = self._selection.token_rows(micro_batch)
-        columns_of_parts = opened.matched(len(token_rows), captured)
-        specs = [opened.parts[number].spec for number in columns_of_parts]
+        by_part = opened.matched(len(token_rows), captured)
+        specs = [opened.parts[number].spec for number in by_part]
         opened.order.admit(micro_batch, [(spec.site, spec.layer) for spec in specs], token_rows)
         tokens = encode_tokens(token_rows)
         token_digest = opened.order.digest.hexdigest() if micro_batch.is_last else None
-        for number, columns in columns_of_parts.items():
-            self._take_room(opened, _num_bytes(columns), deadline, timeout_s)
-            written = self._lane(number).submit(self._write, opened, opened.parts[number], tokens, columns, token_digest)
+        for number, layer in by_part.items():
+            self._take_room(opened, _num_bytes(layer.columns, layer.crcs), deadline, timeout_s)
+            written = self._lane(number).submit(
+                self._write, opened, opened.parts[number], tokens, (layer.columns, layer.crcs), token_digest
+            )
             written.add_done_callback(lambda done: self._note(opened, done))
 
     def collect(self, shard: int, attempt: str, timeout_s: float) -> tuple[PartReceipt, ...]:
@@ -229,15 +235,15 @@ class ActivationWriter:
         assert opened.failure is not None
         raise opened.failure
 
-    def _write(self, opened: Attempt, part: PartWriter, tokens: EncodedColumns, columns: Sequence[Bits], token_digest: str | None) -> None:
+    def _write(self, opened: Attempt, part: PartWriter, tokens: EncodedColumns, rows: _Rows, token_digest: str | None) -> None:
         """One row group, on the part's thread. With `token_digest` it is the part's last; it counts as queued until the part is durable."""
-        num_bytes = _num_bytes(columns)
+        num_bytes = _num_bytes(*rows)
         with ExitStack() as undo:
             undo.callback(self.backlog.release, num_bytes)
             if opened.failure is not None:
                 return
             with self.backlog.working(part):
-                part.append(tokens, columns)
+                part.append(tokens, *rows)
                 if token_digest is not None:
                     part.seal()
             if token_digest is not None and self._may_finish(opened):
@@ -311,5 +317,5 @@ class ActivationWriter:
             raise problem
 
 
-def _num_bytes(columns: Sequence[Bits]) -> int:
-    return sum(values.nbytes for values in columns)
+def _num_bytes(columns: Sequence[Bits], crcs: Sequence[Crcs]) -> int:
+    return sum(values.nbytes for values in columns) + sum(values.nbytes for values in crcs)

@@ -8,17 +8,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
+
+from m2ray.parquet.crcs import Crcs
 
 _KEY = b"page_crc32"
 
 
-def page_crcs(crcs: Sequence[int]) -> dict[str, bytes]:
+def footer_crcs(crcs: Crcs) -> dict[str, bytes]:
     """structs.KEY_VALUE of a chunk's pages, in their order: 8 hex digits each."""
-    return {"key": _KEY, "value": np.array(crcs, ">u4").tobytes().hex().encode()}
+    return {"key": _KEY, "value": crcs.astype(">u4").tobytes().hex().encode()}
 
 
-def crcs_of(chunks: Sequence[Mapping[str, Any]]) -> npt.NDArray[np.uint32] | None:
+def crcs_of(chunks: Sequence[Mapping[str, Any]]) -> Crcs | None:
     """Those of a column's chunks, uint32 [pages], of their structs.COLUMN_META_DATA; None if the file was written without them.
 
     Raises:
