@@ -31,8 +31,11 @@ NEEDED_FIELDS = ("num_hidden_layers", "hidden_size", "vocab_size")
 NOT_IN_FLOAT16 = ("deepseek_v4",)
 """Families of which transformers' own model fails in float16."""
 
-LEARNED_POSITIONS = ("biogpt", "codegen", "gpt2", "gpt_bigcode", "gpt_neo", "gptj", "openai-gpt", "opt", "trocr")
+LEARNED_POSITIONS = ("biogpt", "codegen", "gpt-sw3", "gpt2", "gpt_bigcode", "gpt_neo", "gptj", "mpt", "openai-gpt", "opt", "trocr")
 """Families that look positions up in a table: there is none past its end, where others go on turning."""
+
+_POSITIONS = ("max_position_embeddings", "max_seq_len")
+"""Fields that say how many positions a model has; the second is MPT's."""
 
 TEXT_TOWERS = ("text_config", "decoder", "language_config", "llm_config", "thinker_config")
 """Config fields that hold the configuration of the decoder inside a larger model."""
@@ -131,8 +134,8 @@ def steady_positions(config: Any) -> int | None:
 
 def default_max_length(config: Any) -> int:
     """The longest sequence in tokens that a model is made for; where its configuration names none, as of recurrent ones, 2**20."""
-    positions = getattr(config, "max_position_embeddings", None)
-    return steady_positions(config) or (positions if type(positions) is int and positions > 0 else 2**20)
+    positions = (getattr(config, name, None) for name in _POSITIONS)
+    return steady_positions(config) or next((number for number in positions if type(number) is int and number > 0), 2**20)
 
 
 def require_positions(config: Any, length: int | None, name: str = "max_length") -> None:
@@ -140,7 +143,7 @@ def require_positions(config: Any, length: int | None, name: str = "max_length")
     positions = default_max_length(config)
     if config.model_type in LEARNED_POSITIONS and length is not None and length > positions:
         raise ConfigError(
-            f"{name} = {length}, but a {config.model_type} of config.json has learned {positions} positions.",
+            f"{name} = {length}, but a {config.model_type} of config.json has {positions} positions.",
             f"Set {name} to {positions} at most.",
         )
 
