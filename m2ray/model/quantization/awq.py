@@ -118,7 +118,11 @@ def of_config(declared: Mapping[str, Any]) -> Awq:
     expected = {"bits": 4, "zero_point": True, "version": "gemm"}
     problems: list[CheckpointError] = []
     name, kind = format_of(declared, ("version", "checkpoint_format", "format"), "AWQ", problems)
-    said = {"bits": declared.get("bits", declared.get("w_bit", 4)), "zero_point": declared.get("zero_point", True), "version": kind or "gemm"}
+    said = {
+        "bits": declared.get("bits", declared.get("w_bit", 4)),
+        "zero_point": declared.get("zero_point", True),
+        "version": kind or "gemm",
+    }
     problems += [
         CheckpointError(
             f"config.json: AWQ with {name if field == 'version' else field} = {short_repr(said[field])}.", f"m2ray reads it with {value!r}."
@@ -131,9 +135,7 @@ def of_config(declared: Mapping[str, Any]) -> Awq:
     return Awq(group)
 
 
-def format_of(
-    declared: Mapping[str, Any], names: Sequence[str], method: str, problems: list[CheckpointError]
-) -> tuple[str, str | None]:
+def format_of(declared: Mapping[str, Any], names: Sequence[str], method: str, problems: list[CheckpointError]) -> tuple[str, str | None]:
     """(the first of a field's names that the configuration has, what it says), in small letters; None without any.
 
     Names that say different things go to `problems`: transformers takes one of them, and gptqmodel another.
