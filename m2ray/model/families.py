@@ -47,6 +47,10 @@ LENGTH_DEPENDENT_ROPE = ("dynamic",)
 """Rotary embeddings that change with the longest sequence of a batch: a prompt's rows would depend on its neighbours. That of "longrope"
 changes at one length, so it is run for prompts up to there (`steady_positions`)."""
 
+_CHOOSES_KEYS = {"doge": "keep_window_size"}
+"""Families whose layers attend to so many tokens at most, and choose them by numbers in which equal tokens are equal: of those at the limit a longer
+batch keeps others."""
+
 CALLER_CHOOSES = ("auto_map", "attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
 """Fields of config.json that are not the model's: code to run from the folder, and settings of whoever saved it."""
 
@@ -123,13 +127,18 @@ def keeps_fp32(config: Any) -> Callable[[str], bool]:
 
 
 def steady_positions(config: Any) -> int | None:
-    """Tokens of the longest prompt whose rotary embedding is the same whatever stands beside it in a batch; None where that is any prompt."""
-    originals = [
+    """Tokens of the longest prompt whose rows are the same whatever stands beside it in a batch; None where those of any prompt are.
+
+    Rotary embeddings of longrope change beyond, or what layers attend to.
+    """
+    limits = [
         rope.get("original_max_position_embeddings") or config.max_position_embeddings
         for rope in _ropes(config)
         if rope.get("rope_type") == "longrope"
     ]
-    return min(originals, default=None)
+    if field := _CHOOSES_KEYS.get(config.model_type):
+        limits.append(getattr(config, field))
+    return min(limits, default=None)
 
 
 def default_max_length(config: Any) -> int:

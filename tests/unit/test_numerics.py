@@ -143,6 +143,19 @@ def test_longrope_equals_the_whole_model_up_to_the_length_at_which_it_changes(tm
     assert ((longer[0][: sum(LENGTHS)] - alone[0]).norm(dim=1) / alone[0].norm(dim=1)).max() > 1e-3
 
 
+def test_rows_of_doge_change_with_the_batch_beyond_its_window(tmp_path: Path) -> None:
+    """transformers' own rows of three tokens that come again and again, alone and beside a longer prompt: why longer ones are quarantined."""
+    folder = make_type(tmp_path / "model", "doge")
+    config, model = open_checkpoint(str(folder)).config, load_reference(folder, torch.float32)
+    window = steady_positions(config)
+    assert window == default_max_length(config) == config.keep_window_size == 6
+    for length, is_steady in ((window, True), (30, False)):
+        beside = micro_batch_of((length, 60), 6)
+        theirs = zip(reference_rows(model, beside), reference_rows(model, alone(beside, 0)), strict=True)
+        moved = max(float(((one[:length] - other).norm(dim=1) / other.norm(dim=1)).max()) for one, other in theirs)
+        assert (moved < 1e-5) == is_steady, moved
+
+
 def test_a_prompt_alone_differs_by_rounding_only(family_folder: Path) -> None:
     assert_alone_is_close(family_folder)
 
