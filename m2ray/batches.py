@@ -216,6 +216,7 @@ class TensorTable:
         beside_elements, beside_bytes: what goes from stage to stage beside them, a token, at most: in the compute dtype, and in others.
         num_experts, experts_per_token: of a layer with a router, at most; 0 where none has one.
         layers_of: by site, the layers that have it, ascending; none at sites of the whole model. Sites that the model lacks are absent.
+        hidden_itemsize_bytes: of hidden states between layers, where the compute dtype does not decide.
     """
 
     num_layers: int
@@ -226,10 +227,12 @@ class TensorTable:
     num_experts: int = 0
     experts_per_token: int = 0
     layers_of: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    hidden_itemsize_bytes: int | None = None
 
     def handed_bytes(self, itemsize_bytes: int) -> int:
         """Bytes of one token from stage to stage, at most."""
-        return (self.hidden_size + self.beside_elements) * itemsize_bytes + self.beside_bytes
+        hidden_bytes = self.hidden_size * (self.hidden_itemsize_bytes or itemsize_bytes)
+        return hidden_bytes + self.beside_elements * itemsize_bytes + self.beside_bytes
 
     def layer_bytes(self, itemsize_bytes: int) -> tuple[int, ...]:
         """Bytes in memory of each decoder layer, in order."""

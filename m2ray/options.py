@@ -39,7 +39,7 @@ class PromptOptions:
         split: of a dataset's folder; None where the user named none.
         encoding: what text files are written in, by Python's name.
         chat_template: the file whose template takes the place of the model's, or None.
-        steady_positions: a longer prompt's rotary embedding would change that of its neighbours in a batch; None where none does.
+        steady_positions: a longer prompt would change rows of its neighbours in a batch, or they its own; None where none does.
         limit: rows of the source that are read, its first ones, good or bad; None for all.
         text_column, messages_column, input_ids_column, tools_column, id_column, keep_columns: None where the user named none.
         add_generation_prompt: whether chats end with the words that begin an assistant's answer.

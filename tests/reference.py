@@ -151,7 +151,7 @@ def load_reference(folder: Path, dtype: torch.dtype, attn_implementation: str | 
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype)
         _restore_router(model, folder)
-    return model.eval()
+    return model.eval().requires_grad_(requires_grad=False)  # torch sums some products in another order for weights that want gradients
 
 
 def _restore_router(model: Any, folder: Path) -> None:

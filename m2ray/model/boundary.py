@@ -55,6 +55,7 @@ class Contract:
         shared: the argument of a layer in which all layers keep keys and values [B, heads, T, D] for later ones, by kind of layer.
         prepared: the base model's argument that holds something for each layer [B, T, L, ...], and its method that makes it, once.
         crosses: from the configuration, the first layer behind a boundary and the longest sequence's tokens to what crosses.
+        in_float32: the field of the configuration by which layers add to hidden states in float32, whatever the compute dtype.
     """
 
     streams: str = ""
@@ -63,6 +64,7 @@ class Contract:
     shared: str = ""
     prepared: tuple[str, str] = ("", "")
     crosses: Callable[[Any, int, int], Crossing] = _nothing
+    in_float32: str = ""
 
 
 def _shared_indices(config: Any, layer: int, num_tokens: int) -> Crossing:
@@ -88,9 +90,11 @@ def _shared_keys_and_inputs(config: Any, layer: int, _: int) -> Crossing:
 
 
 _INDICES = ("topk_indices", "prev_topk_indices")
+_MAMBA = Contract(in_float32="residual_in_fp32")
 
 CONTRACTS = {
     "deepseek_v4": Contract(streams="hc_mult", input_ids=True),
+    "falcon_mamba": _MAMBA,
     "gemma4_text": Contract(
         shared="shared_kv_states", prepared=("per_layer_inputs", "project_per_layer_inputs"), crosses=_shared_keys_and_inputs
     ),
@@ -99,6 +103,8 @@ CONTRACTS = {
     "glm_moe_dsa": Contract(second=_INDICES, crosses=_shared_indices),
     "hy_v4": Contract(second=_INDICES, streams="hc_mult", crosses=_shared_indices),
     "hy_v4_vl_text": Contract(second=_INDICES, streams="hc_mult", crosses=_shared_indices),
+    "mamba": _MAMBA,
+    "mamba2": _MAMBA,
 }
 """By model type. What is not listed has layers that need nothing of those before them but hidden states [B, T, H]."""
 
@@ -146,6 +152,12 @@ def hidden_shape(config: Any) -> tuple[int, ...]:
     return (getattr(config, streams), config.hidden_size) if streams else (config.hidden_size,)
 
 
+def residual_dtype(config: Any) -> torch.dtype | None:
+    """Of hidden states between layers, where the compute dtype does not decide."""
+    field = contract_of(config).in_float32
+    return torch.float32 if field and getattr(config, field) else None
+
+
 def crossing(config: Any, layer: int, num_tokens: int = _ENDLESS) -> Crossing:
     """What crosses the boundary before `layer` beside the hidden states, for sequences of `num_tokens` at most."""
     return contract_of(config).crosses(config, layer, num_tokens) if 0 < layer < config.num_hidden_layers else {}
@@ -153,8 +165,8 @@ def crossing(config: Any, layer: int, num_tokens: int = _ENDLESS) -> Crossing:
 
 def token_bytes(config: Any, layer: int, compute_dtype: torch.dtype) -> int:
     """Bytes of one token at the boundary before `layer`, at most."""
-    beside = crossing(config, layer).values()
-    return row_width(config) * compute_dtype.itemsize + sum(prod(shape) * (dtype or compute_dtype).itemsize for shape, dtype in beside)
+    crosses = (((row_width(config),), residual_dtype(config)), *crossing(config, layer).values())
+    return sum(prod(shape) * (dtype or compute_dtype).itemsize for shape, dtype in crosses)
 
 
 def most_beside(config: Any) -> tuple[int, int]:
@@ -171,7 +183,7 @@ def shapes_at(
     config: Any, layer: int, shape: tuple[int, int], compute_dtype: torch.dtype
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """The shape and dtype of each tensor of the boundary before `layer`, for a micro-batch of `shape`, (B, T)."""
-    axes: dict[str, Any] = {"hidden_BTH": (hidden_shape(config), None), **crossing(config, layer, shape[1])}
+    axes: dict[str, Any] = {"hidden_BTH": (hidden_shape(config), residual_dtype(config)), **crossing(config, layer, shape[1])}
     return {name: ((*shape, *others), dtype or compute_dtype) for name, (others, dtype) in axes.items()}
 
 

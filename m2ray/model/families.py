@@ -31,8 +31,11 @@ NEEDED_FIELDS = ("num_hidden_layers", "hidden_size", "vocab_size")
 NOT_IN_FLOAT16 = ("deepseek_v4",)
 """Families of which transformers' own model fails in float16."""
 
-LEARNED_POSITIONS = ("biogpt", "codegen", "gpt2", "gpt_bigcode", "gpt_neo", "gptj", "openai-gpt", "opt", "trocr")
+LEARNED_POSITIONS = ("biogpt", "codegen", "gpt-sw3", "gpt2", "gpt_bigcode", "gpt_neo", "gptj", "mpt", "openai-gpt", "opt", "trocr")
 """Families that look positions up in a table: there is none past its end, where others go on turning."""
+
+_POSITIONS = ("max_position_embeddings", "max_seq_len")
+"""Fields that say how many positions a model has; the second is MPT's."""
 
 TEXT_TOWERS = ("text_config", "decoder", "language_config", "llm_config", "thinker_config")
 """Config fields that hold the configuration of the decoder inside a larger model."""
@@ -43,6 +46,10 @@ ALIASES = {"kimi_k2": "deepseek_v3"}
 LENGTH_DEPENDENT_ROPE = ("dynamic",)
 """Rotary embeddings that change with the longest sequence of a batch: a prompt's rows would depend on its neighbours. That of "longrope"
 changes at one length, so it is run for prompts up to there (`steady_positions`)."""
+
+_CHOOSES_KEYS = {"doge": "keep_window_size"}
+"""Families whose layers attend to so many tokens at most, and choose them by numbers in which equal tokens are equal: of those at the limit a longer
+batch keeps others."""
 
 CALLER_CHOOSES = ("auto_map", "attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
 """Fields of config.json that are not the model's: code to run from the folder, and settings of whoever saved it."""
@@ -120,19 +127,24 @@ def keeps_fp32(config: Any) -> Callable[[str], bool]:
 
 
 def steady_positions(config: Any) -> int | None:
-    """Tokens of the longest prompt whose rotary embedding is the same whatever stands beside it in a batch; None where that is any prompt."""
-    originals = [
+    """Tokens of the longest prompt whose rows are the same whatever stands beside it in a batch; None where those of any prompt are.
+
+    Rotary embeddings of longrope change beyond, or what layers attend to.
+    """
+    limits = [
         rope.get("original_max_position_embeddings") or config.max_position_embeddings
         for rope in _ropes(config)
         if rope.get("rope_type") == "longrope"
     ]
-    return min(originals, default=None)
+    if field := _CHOOSES_KEYS.get(config.model_type):
+        limits.append(getattr(config, field))
+    return min(limits, default=None)
 
 
 def default_max_length(config: Any) -> int:
     """The longest sequence in tokens that a model is made for; where its configuration names none, as of recurrent ones, 2**20."""
-    positions = getattr(config, "max_position_embeddings", None)
-    return steady_positions(config) or (positions if type(positions) is int and positions > 0 else 2**20)
+    positions = (getattr(config, name, None) for name in _POSITIONS)
+    return steady_positions(config) or next((number for number in positions if type(number) is int and number > 0), 2**20)
 
 
 def require_positions(config: Any, length: int | None, name: str = "max_length") -> None:
@@ -140,7 +152,7 @@ def require_positions(config: Any, length: int | None, name: str = "max_length")
     positions = default_max_length(config)
     if config.model_type in LEARNED_POSITIONS and length is not None and length > positions:
         raise ConfigError(
-            f"{name} = {length}, but a {config.model_type} of config.json has learned {positions} positions.",
+            f"{name} = {length}, but a {config.model_type} of config.json has {positions} positions.",
             f"Set {name} to {positions} at most.",
         )
 

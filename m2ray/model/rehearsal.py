@@ -158,6 +158,7 @@ class Rehearsal:
             model = self._model_class.from_pretrained(
                 None, local_files_only=True, config=config, state_dict=dict(self._published), dtype=dtype
             ).eval()
+        model.requires_grad_(requires_grad=False)  # torch sums some products in another order for weights that want gradients
         for name in filter(keeps_fp32(decoder_config(self.tiny)), self._values):  # beyond what transformers keeps
             owner, _, leaf = name.rpartition(".")
             tensor = getattr(model.get_submodule(owner), leaf)

@@ -12,7 +12,7 @@ from torch import nn
 
 from m2ray.batches import LayerSpan, Role, TensorRow, TensorTable
 from m2ray.errors import CheckpointError, raise_all
-from m2ray.model.boundary import most_beside, row_width
+from m2ray.model.boundary import most_beside, residual_dtype, row_width
 from m2ray.model.checkpoint import Checkpoint
 from m2ray.model.conversion import Conversion
 from m2ray.model.float8.weights import is_packed, require_any, require_float8, require_published
@@ -177,8 +177,10 @@ def count_sources(config: Any, keys: Iterable[str]) -> Counter[str]:
 
 
 def _table(skeleton: Skeleton, rows: Iterable[TensorRow]) -> TensorTable:
-    beside, experts = most_beside(skeleton.config), experts_of(skeleton)
-    return TensorTable(len(skeleton.layers), row_width(skeleton.config), tuple(rows), *beside, *experts, layers_of(skeleton))
+    config = skeleton.config
+    beside, experts, dtype = most_beside(config), experts_of(skeleton), residual_dtype(config)
+    itemsize_bytes = dtype.itemsize if dtype else None
+    return TensorTable(len(skeleton.layers), row_width(config), tuple(rows), *beside, *experts, layers_of(skeleton), itemsize_bytes)
 
 
 def _row(tensor: ModelTensor, keys: tuple[str, ...], num_bytes: int, method: str = "", lies_as: torch.dtype | None = None) -> TensorRow:

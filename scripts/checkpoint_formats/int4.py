@@ -60,8 +60,8 @@ class Gptq(Format):
 
     def quantization_config(self) -> Config:
         said: Config = {"bits": 4, "group_size": GROUP, "sym": False, "desc_act": not self._in_order}
-        said["checkpoint_format"] = "gptq_v2" if self._in_order else "gptq"
-        return {"quant_method": "gptq", "modules_to_not_convert": KEPT} | said
+        kind = {"format": "gptq_v2"} if self._in_order else {"checkpoint_format": "gptq"}  # as it is called now, and as it was
+        return {"quant_method": "gptq", "modules_to_not_convert": KEPT} | said | kind
 
     def tensors(self, piece: Piece) -> Iterable[StoredTensor]:
         rows, columns = piece.shape

@@ -25,7 +25,8 @@ def test_random_words(columns, rows, group, zeros_one_less) -> None:
     if zeros_one_less:
         convert_gptq_v1_to_v2_format_module(layer, 4, torch.int32)
     layer.post_init()
-    assert same_bits(gptq.unpack(*stored, zeros_one_less=zeros_one_less), layer.dequantize_weight().t())
+    plain = TorchLinear.dequantize_weight(layer)  # the layer's own has been compiled, for which a C++ compiler takes minutes
+    assert same_bits(gptq.unpack(*stored, zeros_one_less=zeros_one_less), plain.t())
 
 
 def test_what_its_packer_writes() -> None:

@@ -38,7 +38,7 @@ from tests.reference import (
     vocab_size,
 )
 
-WITHOUT_FLEX = ("bamba", "deepseek_v4", "falcon_h1", "glm_moe_dsa", "gpt2", "gpt_oss", "hy_v4", "olmoe")
+WITHOUT_FLEX = ("bamba", "deepseek_v4", "falcon_h1", "glm_moe_dsa", "gpt2", "gpt_oss", "hy_v4", "mamba", "olmoe")
 FLEX = [family for family in FAMILIES if family not in WITHOUT_FLEX]
 FLASH = ["minimax_m2", "llama", "gemma2", "gemma3_text", "deepseek_v3"]
 CPU = torch.device("cpu")

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from m2ray.errors import CheckpointError
+from m2ray.errors import CheckpointError, ConfigError
 from m2ray.model import families
 from m2ray.model.checkpoint import open_checkpoint
 from m2ray.model.families import parse_config
@@ -353,11 +353,19 @@ def test_families_that_look_positions_up_are_known(model_type: str) -> None:
     assert bool(tables) == (model_type in families.LEARNED_POSITIONS), tables
 
 
-@pytest.mark.parametrize("model_type", ["biogpt", "falcon_h1", "gpt_bigcode", "gpt_neo", "openai-gpt", "starcoder2", "trocr"])
+@pytest.mark.parametrize("model_type", ["biogpt", "falcon_h1", "gpt-sw3", "gpt_bigcode", "gpt_neo", "openai-gpt", "starcoder2", "trocr"])
 def test_types_without_a_file_that_look_positions_up_are_known_too(model_type: str) -> None:
     skeleton = build_skeleton(next(tiny_copies(CONFIG_MAPPING[model_type]())), torch.bfloat16)
     tables = [name for name in skeleton.inputs if isinstance(skeleton.model.get_submodule(name), torch.nn.Embedding)]
     assert (len(tables) > 1) == (model_type in families.LEARNED_POSITIONS), tables
+
+
+def test_a_table_of_biases_ends_too() -> None:
+    config = parse_config(b'{"model_type": "mpt", "max_seq_len": 256}')
+    assert families.default_max_length(config) == 256
+    families.require_positions(config, 256)
+    with pytest.raises(ConfigError, match=r"a mpt of config\.json has 256 positions"):
+        families.require_positions(config, 257)
 
 
 def test_code_and_settings_of_the_folder_are_ignored(llama: Path) -> None:

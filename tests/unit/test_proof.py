@@ -136,7 +136,7 @@ def test_a_max_length_beyond_learned_positions_is_refused_from_the_configuration
     model = make_family(tmp_path / "model", "gpt2")
     (tmp_path / "prompts.txt").write_text("a\n")
     config = ExtractConfig(model=str(model), prompts=str(tmp_path / "prompts.txt"), output=str(tmp_path / "run"), max_length=129)
-    with pytest.raises(M2rayError, match=r"max_length = 129, but a gpt2 of config\.json has learned 128 positions\. Set max_length to 128"):
+    with pytest.raises(M2rayError, match=r"max_length = 129, but a gpt2 of config\.json has 128 positions\. Set max_length to 128"):
         look(config)
 
 

@@ -17,7 +17,7 @@ from m2ray.selection import Selection
 from tests.reference import make_family, micro_batch_of, same_bits
 
 VOCABULARY = 96
-FAMILIES = [*sorted(CONTRACTS.keys() - {"glm5_next_text", "hy_v4_vl_text"}), "gpt2", "llama", "qwen3_moe"]
+FAMILIES = [*sorted(CONTRACTS.keys() - {"glm5_next_text", "hy_v4_vl_text", "falcon_mamba", "mamba2"}), "gpt2", "llama", "qwen3_moe"]
 """Those whose layers need more than hidden states, and one with something of its own before the layers; each proof tries waves too."""
 
 CUTS: tuple[Mapping[int, Residency], ...] = (dict.fromkeys(range(5), "host"), {1: "host", 4: "host"})

@@ -3,7 +3,7 @@
 As autoawq 0.2.9 computes it (`dequantize_gemm`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -116,19 +116,35 @@ class Awq(Packed):
 def of_config(declared: Mapping[str, Any]) -> Awq:
     """The method that `quantization_config` names. Raises CheckpointError: another kind of AWQ."""
     expected = {"bits": 4, "zero_point": True, "version": "gemm"}
+    problems: list[CheckpointError] = []
+    name, kind = format_of(declared, ("version", "checkpoint_format", "format"), "AWQ", problems)
     said = {
         "bits": declared.get("bits", declared.get("w_bit", 4)),
         "zero_point": declared.get("zero_point", True),
-        "version": str(declared.get("version") or declared.get("checkpoint_format") or declared.get("format") or "gemm").lower(),
+        "version": kind or "gemm",
     }
-    problems = [
-        CheckpointError(f"config.json: AWQ with {name} = {short_repr(said[name])}.", f"m2ray reads it with {name} = {value!r}.")
-        for name, value in expected.items()
-        if said[name] != value
+    problems += [
+        CheckpointError(
+            f"config.json: AWQ with {name if field == 'version' else field} = {short_repr(said[field])}.", f"m2ray reads it with {value!r}."
+        )
+        for field, value in expected.items()
+        if said[field] != value
     ]
     group = group_of(declared, "AWQ", problems)
     raise_all(problems)
     return Awq(group)
+
+
+def format_of(declared: Mapping[str, Any], names: Sequence[str], method: str, problems: list[CheckpointError]) -> tuple[str, str | None]:
+    """(the first of a field's names that the configuration has, what it says), in small letters; None without any.
+
+    Names that say different things go to `problems`: transformers takes one of them, and gptqmodel another.
+    """
+    said = {name: str(declared[name]).lower() for name in names if declared.get(name) is not None}
+    if len(set(said.values())) > 1:
+        told = " and ".join(f"{name} = {short_repr(kind)}" for name, kind in said.items())
+        problems.append(CheckpointError(f"config.json: {method} with {told}, which contradict each other.", "Keep the one that is true."))
+    return next(iter(said.items()), (names[0], None))
 
 
 def group_of(declared: Mapping[str, Any], kind: str, problems: list[CheckpointError]) -> int | None:

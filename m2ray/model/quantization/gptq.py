@@ -11,7 +11,7 @@ import torch
 from m2ray.errors import CheckpointError, raise_all
 from m2ray.model.headers import TensorHeader
 from m2ray.model.limits import short_repr
-from m2ray.model.quantization.awq import group_of
+from m2ray.model.quantization.awq import format_of, group_of
 from m2ray.model.quantization.codes_on_cpu import write_numbers
 from m2ray.model.quantization.int4 import unpack_words
 from m2ray.model.quantization.nibbles import ALL, Codes, NibbleUnpack, in_cache
@@ -39,7 +39,7 @@ def unpack(
         qzeros: int32 [groups, out_features / 8].
         scales: float16 [groups, out_features].
         g_idx: int32 [in_features], each input feature's group, in any order.
-        zeros_one_less: whether `qzeros` are one less than the zero points, as `checkpoint_format` "gptq" has them.
+        zeros_one_less: whether `qzeros` are one less than the zero points, as the format "gptq" has them.
         dtype: what the result is rounded to then; None for that of `scales`.
     """
     groups = g_idx.int()
@@ -141,19 +141,20 @@ class Gptq(Packed):
 
 
 _ZEROS_ONE_LESS = {"gptq": True, "gptq_v2": False}
-"""By `checkpoint_format`."""
+"""By `format`, which was `checkpoint_format`; gptqmodel 7.7 and transformers 5.24 write both and read either."""
 
 
 def of_config(declared: Mapping[str, Any]) -> Gptq:
     """The method that `quantization_config` names. Raises CheckpointError: another kind of GPTQ."""
-    bits, kind = declared.get("bits"), declared.get("checkpoint_format") or "gptq"
-    chosen = declared.get("dynamic") or {}
-    problems = []
+    bits, chosen = declared.get("bits"), declared.get("dynamic") or {}
+    problems: list[CheckpointError] = []
+    name, said = format_of(declared, ("checkpoint_format", "format"), "GPTQ", problems)
+    kind = said or "gptq"
     if bits != 4:
         problems.append(CheckpointError(f"config.json: GPTQ with bits = {short_repr(bits)}.", "m2ray reads it with 4."))
     if kind not in _ZEROS_ONE_LESS:
         remedy = f"m2ray reads {' and '.join(_ZEROS_ONE_LESS)}; gptqmodel writes both."
-        problems.append(CheckpointError(f"config.json: GPTQ with checkpoint_format = {short_repr(kind)}.", remedy))
+        problems.append(CheckpointError(f"config.json: GPTQ with {name} = {short_repr(kind)}.", remedy))
     if not isinstance(chosen, Mapping) or not all(str(name).startswith("-:") for name in chosen):
         remedy = "m2ray reads models of which all modules are packed alike."
         problems.append(CheckpointError(f"config.json: GPTQ with dynamic = {short_repr(chosen)}.", remedy))
