@@ -10,23 +10,25 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import ray
-import torch
+from m2ray.model.interpreter import quick_switches, without_collector
 
-from m2ray.batches import CapturedLayer, MicroBatch, PartReceipt
-from m2ray.chain.completion import Completed, Completion, GatheredShard
-from m2ray.chain.cuda_ipc import Offer
-from m2ray.chain.job import Job, JobHere
-from m2ray.chain.loading import load_spans, require_gpus, require_run_folder, warm_up
-from m2ray.chain.machine import peak_rss_bytes
-from m2ray.chain.passage import Passage
-from m2ray.chain.status import StageStatus, measure_gpus, status_here
-from m2ray.chain.transport import Parcel, Payload, receive, send
-from m2ray.chain.turns import Turns
-from m2ray.model.capture import CaptureSpec
-from m2ray.model.interpreter import quick_switches
-from m2ray.model.stage import StageSpec
-from m2ray.option_types import Transport
+with without_collector():  # a worker of Ray's begins with this file
+    import ray
+    import torch
+
+    from m2ray.batches import CapturedLayer, MicroBatch, PartReceipt
+    from m2ray.chain.completion import Completed, Completion, GatheredShard
+    from m2ray.chain.cuda_ipc import Offer
+    from m2ray.chain.job import Job, JobHere
+    from m2ray.chain.loading import load_spans, require_gpus, require_run_folder, warm_up
+    from m2ray.chain.machine import peak_rss_bytes
+    from m2ray.chain.passage import Passage
+    from m2ray.chain.status import StageStatus, measure_gpus, status_here
+    from m2ray.chain.transport import Parcel, Payload, receive, send
+    from m2ray.chain.turns import Turns
+    from m2ray.model.capture import CaptureSpec
+    from m2ray.model.stage import StageSpec
+    from m2ray.option_types import Transport
 
 if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor

@@ -57,9 +57,12 @@ def command(ctx: click.Context, /, address: str | None, model: str | None, outpu
 
 def check_model(model: str) -> tuple[list[Finding], int | None]:
     """Index against files and sizes, tensor names, shapes and dtypes against the architecture, its proof; and the checkpoint's bytes."""
-    from m2ray.model.checkpoint import open_checkpoint
-    from m2ray.model.proof import prove
-    from m2ray.model.tensor_table import tensor_table
+    from m2ray.model.interpreter import quick_imports
+
+    with quick_imports():
+        from m2ray.model.checkpoint import open_checkpoint
+        from m2ray.model.proof import prove
+        from m2ray.model.tensor_table import tensor_table
 
     try:
         checkpoint = open_checkpoint(model)

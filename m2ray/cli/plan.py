@@ -89,9 +89,12 @@ def make_plan(config: PlanConfig) -> tuple[Plan, dict[str, Any]]:
     # What is wrong with the options is said before the seconds that torch and transformers take to import.
     cluster = parse_gpus(config.gpus) if config.gpus else None
     profile = _profile(config.profile) if config.profile else None
-    from m2ray.cli.plan_inputs import read_model, survey_prompts
-    from m2ray.model.families import default_max_length, require_dtype, require_positions, steady_positions
-    from m2ray.prompts import batching, estimated_batching
+    from m2ray.model.interpreter import quick_imports
+
+    with quick_imports():
+        from m2ray.cli.plan_inputs import read_model, survey_prompts
+        from m2ray.model.families import default_max_length, require_dtype, require_positions, steady_positions
+        from m2ray.prompts import batching, estimated_batching
 
     model = read_model(config.model, config.attn_implementation, config.compute_dtype)
     require_positions(model.config, config.max_length)

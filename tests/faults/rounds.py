@@ -71,7 +71,7 @@ class Inputs:
 
 
 def make_inputs(folder: Path, cluster: Cluster, *, in_waves: bool = False) -> Inputs:
-    """An FP8 MiniMax-M2 with random weights, prompts with a bad one among them, and the undisturbed run, whose layers are all ready."""
+    """An FP8 MiniMax-M2 with random weights, prompts with a bad one among them, and the undisturbed run: one stage in a process of its own, without Ray."""
     folder.mkdir(parents=True)
     make_minimax(folder / "model", "fp8")
     chance = np.random.default_rng(0)
@@ -79,10 +79,11 @@ def make_inputs(folder: Path, cluster: Cluster, *, in_waves: bool = False) -> In
     texts[7] = ""
     (folder / "prompts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
     words = ("--model", str(folder / "model"), "--prompts", str(folder / "prompts.jsonl"), *_OPTIONS)
-    whole = Driver(cluster, str(folder / "whole"), (*words, *_READY), folder / "whole.log", as_job=False)
-    whole.wait(240)
-    if whole.exit_code:
-        raise RuntimeError(whole.printed)
+    whole = [sys.executable, "-m", "m2ray.cli", "extract", "--output", str(folder / "whole"), *words]
+    alone = {name: value for name, value in cluster.env.items() if name != "RAY_ADDRESS"}
+    done = subprocess.run(whole, env=alone, capture_output=True, text=True, timeout=240, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stdout + done.stderr)
     expected = Expected(str(folder / "whole"))
     return Inputs(words, expected, (_PACKED, _READY)) if in_waves else Inputs(words, expected)
 

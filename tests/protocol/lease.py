@@ -8,6 +8,8 @@ from collections import deque
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from m2ray.model.interpreter import without_collector
+
 NUM_DRIVERS, PATIENCE, TICKS = 3, 2, 3
 _TRIES = 2
 """Two ticks without another number are enough to call a driver silent; the real one waits for four, since a tick is no clock."""
@@ -178,6 +180,7 @@ def problem_of(world: World, *, nobody_paused: bool) -> str:
     return f"driver {told[0]} is told that it lost the lease" if told and nobody_paused else ""
 
 
+@without_collector()
 def search(pauses: int, bug: str = "") -> tuple[int, str, tuple[tuple[object, ...], ...]]:
     """How many states there are; the first problem, and the way to it."""
     start = World(pauses=pauses, deaths=1 - pauses)

@@ -3,6 +3,7 @@
 from collections import deque
 from typing import Any, NamedTuple
 
+from m2ray.model.interpreter import without_collector
 from tests.protocol.model import ENDED, NONE, NUM_DRIVERS, Driver, World, steps
 
 Label = tuple[Any, ...]
@@ -17,6 +18,7 @@ class Found(NamedTuple):
     way: tuple[Label, ...] = ()
 
 
+@without_collector()
 def search(start: World, bug: str = "") -> Found:
     """Go through all states, the nearest first, until a promise is broken."""
     came_from: dict[World, tuple[World, Label] | None] = {start: None}

@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -293,17 +294,22 @@ def test_ray_is_begun_beside_the_survey_unless_that_limits_the_process_or_forks(
         assert [beginning._ahead(inputs, stack, Progress())] == (is_begun or [None])
 
 
-def test_the_collector_goes_on_passing_over_what_was_imported() -> None:
+def test_the_collector_goes_on_passing_over_what_was_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "colorsys", raising=False)
+    gc.unfreeze()
     try:
         with quick_imports():
             pass
+        assert not gc.get_freeze_count(), "nothing was imported"
+        with quick_imports():
+            import_module("colorsys")
         frozen = gc.get_freeze_count()
         with _old_objects_passed_over():
             pass
         assert gc.isenabled()
         assert gc.get_freeze_count() >= frozen > 0
     finally:
-        gc.unfreeze()
+        gc.freeze()  # as it was
 
 
 @pytest.mark.parametrize(("said", "stages", "threads"), [("3", 1, 3), ("", 1, 4), ("", 2, 2), ("no number", 3, 1)])

@@ -6,16 +6,9 @@ from random import Random
 import pytest
 
 from m2ray.storage import LocalStore
-from tests.protocol.model import BUGS
 from tests.protocol.replay import replayed
-from tests.protocol.search import search
 
 
 @pytest.mark.parametrize("seed", range(12))
 def test_m2rays_own_code_goes_the_models_ways(tmp_path: Path, seed: int) -> None:
     replayed(LocalStore(tmp_path / "run"), tmp_path, (), Random(seed))
-
-
-@pytest.mark.parametrize("bug", list(BUGS)[:-1])  # the last one's way takes long to find
-def test_what_refutes_another_protocol_does_not_harm_this_one(tmp_path: Path, bug: str) -> None:
-    replayed(LocalStore(tmp_path / "run"), tmp_path, search(BUGS[bug], bug).way, Random(1))
