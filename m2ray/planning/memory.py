@@ -46,7 +46,7 @@ READERS_BYTES = 128 * _MIB
 """Host memory, pinned beside a GPU, through which a device's layers are read from files: at most 16 readers, each with a piece of 8 MiB."""
 
 READERS_A_CORE_BYTES = 16 * _MIB
-"""The same without a GPU, where only what a bucket answers lies there on its way into a landing buffer: two readers a core."""
+"""The same without a GPU, two readers a core: what is hashed and not kept while a stage loads, and what a bucket answers on its way to its place."""
 
 HOST_BUFFERS = 3
 """Micro-batches' hidden states in a stage's host memory: received, computed, on the way out."""
@@ -185,6 +185,11 @@ def cpu_memory(held: Mapping[str, int], workload: Workload, row_bytes: Sequence[
 def process_bytes(node: Node) -> int:
     """Of a stage without a GPU; where torch is not known, as if it had CUDA."""
     return PROCESS_BYTES["cpu" if "torch" in node.versions and "cuda" not in node.versions else "cpu with cuda"]
+
+
+def readers_on_cpu_bytes(node: Node, packed_bytes: int) -> int:
+    """What a stage without a GPU reads `packed_bytes` of layers through that lie as on disk."""
+    return min(READERS_BYTES, READERS_A_CORE_BYTES * (node.cpus or 8), packed_bytes)
 
 
 def staging_bytes(rows: Iterable[TensorRow], compute_dtype: str) -> int:

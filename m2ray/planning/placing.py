@@ -147,7 +147,8 @@ def _stages(demand: Demand, placed: Sequence[DevicePlan]) -> Iterator[StagePlan]
             )
         else:
             device = of_stage[0].device
-            host = demand.cpu_memory(held_bytes(demand, span, of_stage[0].residency, device), device.node, span)
+            residency = of_stage[0].residency
+            host = demand.cpu_memory(held_bytes(demand, span, residency, device), device.node, span, residency)
         yield StagePlan(replica, stage, of_stage[0].device.node.name, span, host)
 
 
