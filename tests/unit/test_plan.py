@@ -22,7 +22,7 @@ from m2ray.planning.demand import Assumptions, Demand
 from m2ray.planning.devices import HOST_SHARE
 from m2ray.planning.hardware import Cluster, Gpu, Node, parse_gpus
 from m2ray.planning.layout import render
-from m2ray.planning.memory import READERS_A_CORE_BYTES, READERS_BYTES, STAGING_BYTES
+from m2ray.planning.memory import PIECE_BYTES, PIECES, READERS_A_CORE_BYTES, READERS_BYTES, STAGING_BYTES
 from m2ray.planning.output import part_bytes, plan_output
 from m2ray.planning.passes import active_elements, pass_s
 from m2ray.planning.plan import Plan, most_replicas, plan_run
@@ -398,9 +398,9 @@ def test_without_gpus_layers_that_find_no_room_in_memory_are_read_from_files():
     packed = cpu_machine(36 * GB)
     assert packed.fits
     assert set(packed.placed[0].residency.values()) == {"host"}, "packed in memory"
-    cpus = packed.placed[0].device.node.cpus
-    assert ready.stages[0].host.loading["staging"] == STAGING_BYTES["host"]
-    assert packed.stages[0].host.loading["staging"] == READERS_A_CORE_BYTES * cpus, "read to its place as it lies on disk"
+    staging = [each.stages[0].host.loading["staging"] for each in (ready, packed, cpu_machine(36 * GB, weights="packed"))]
+    readers_bytes, embedding_bytes = READERS_A_CORE_BYTES * 8, PIECES["plain"] * PIECE_BYTES
+    assert staging == [STAGING_BYTES["host"], STAGING_BYTES["host"] + readers_bytes, embedding_bytes + readers_bytes], "some ready; none"
     limited = cpu_machine(64 * GB, max_memory=parse_max_memory("24GB"), offload="disk")
     assert limited.fits
     assert "checkpoint" in limited.placed[0].residency.values()
