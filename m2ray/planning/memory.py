@@ -25,7 +25,7 @@ UNUSABLE_BYTES = 128 * _MIB
 
 HIDDEN_BUFFERS = 4
 """Micro-batches' hidden states on a GPU besides the one that is computed: one received, one queued behind the computation, one that is
-sent, and the slot out of which the next stage fetches (m2ray.chain.cuda_ipc)."""
+sent, and the slot out of which the next stage fetches (m2ray.chain.cuda_ipc). A GPU with the whole model receives and sends none."""
 
 CAPTURE_BUFFERS = 3
 """Layers' captured rows on a GPU: one layer's are selected while those of two before it are copied to the host (m2ray.model.capture)."""
@@ -141,8 +141,15 @@ def weight_bytes(rows: Iterable[TensorRow], itemsize_bytes: int) -> int:
     return sum(row.compute_bytes(itemsize_bytes) for row in rows)
 
 
-def gpu_overhead(workload: Workload, captured_bytes: int, statistics_bytes: int = 0) -> dict[str, int]:
-    """Everything that a running stage needs on a GPU besides its weights; `captured_bytes` are what one token's captured rows take there."""
+def gpu_overhead(workload: Workload, captured_bytes: int, statistics_bytes: int = 0, *, is_alone: bool = False) -> dict[str, int]:
+    """Everything that a running stage needs on a GPU besides its weights.
+
+    Args:
+        workload: what goes through it.
+        captured_bytes: what one token's captured rows take there.
+        statistics_bytes: what statistics do.
+        is_alone: it has the whole model, so that hidden states neither come nor go.
+    """
     overhead = {
         "transient": workload.transient_bytes,
         "unusable": int(workload.transient_bytes * UNUSABLE_SHARE) + UNUSABLE_BYTES,
@@ -150,13 +157,17 @@ def gpu_overhead(workload: Workload, captured_bytes: int, statistics_bytes: int 
         "capture": workload.padded_tokens * captured_bytes + workload.encoding_bytes,
         "context": CONTEXT_BYTES,
     }
+    if is_alone:
+        del overhead["hidden_states"]
     return overhead | ({"statistics": statistics_bytes} if statistics_bytes else {})
 
 
-def gpu_memory(held: Mapping[str, int], workload: Workload, captured_bytes: int, statistics_bytes: int = 0) -> Memory:
+def gpu_memory(
+    held: Mapping[str, int], workload: Workload, captured_bytes: int, statistics_bytes: int = 0, *, is_alone: bool = False
+) -> Memory:
     """A GPU that holds weights, item by item, and what it takes to use them (m2ray.planning.residency)."""
     loading = {"staging": STAGING_BYTES["device"], "unusable": UNUSABLE_BYTES, "context": CONTEXT_BYTES}
-    return Memory({**held, **gpu_overhead(workload, captured_bytes, statistics_bytes)}, {**held, **loading})
+    return Memory({**held, **gpu_overhead(workload, captured_bytes, statistics_bytes, is_alone=is_alone)}, {**held, **loading})
 
 
 def gpu_host_memory(

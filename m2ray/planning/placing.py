@@ -127,7 +127,7 @@ def gpus_of(demand: Demand, chains: Sequence[Sequence[Device]], placing: Placing
                 continue
             held = held_bytes(demand, found.held, found.residency, device)
             captured_bytes, statistics_bytes = demand.captured_row_bytes(found.held), demand.statistics_on_device(found.held)
-            memory = gpu_memory(held, demand.workload, captured_bytes, statistics_bytes)
+            memory = gpu_memory(held, demand.workload, captured_bytes, statistics_bytes, is_alone=demand.is_whole(found.held))
             yield replace(found, memory=memory)
 
 

@@ -165,10 +165,21 @@ def test_no_gpu_is_planned_above_what_may_be_used():
         assert all(gpu.memory.peak_bytes <= gpu.device.usable_bytes for gpu in planned.gpus)
 
 
+def test_a_gpu_with_the_whole_model_hands_nothing_on():
+    """One whose layers end before the model's gives what leaves them, though nobody takes it."""
+    handing = {
+        (gpus, num_layers): ["hidden_states" in gpu.memory.running for gpu in plan(gpus, num_layers=num_layers).gpus]
+        for gpus, num_layers in (("1xH200", 12), ("2xH200", 12))
+    }
+    assert handing == {("1xH200", 12): [False], ("2xH200", 12): [True, True]}
+    first = tuple(part for part in demand(12).options.parts if (part.layer or 0) < 6)
+    assert "hidden_states" in plan("1xH200", num_layers=12, parts=first).gpus[0].memory.running
+
+
 def test_short_by_is_what_one_more_gpu_would_have_to_hold():
     """The weights without room, counted again from the layers that do fit."""
     planned = plan("1xH200", weights="bf16")
-    overhead_bytes = sum(planned.demand.overhead.values())
+    overhead_bytes = sum(planned.demand.overhead.values()) - planned.demand.overhead["hidden_states"]  # one GPU hands nothing on
     layers = (143_771 * 2**20 - overhead_bytes - 1_229_193_216) // READY
     assert planned.short_by_bytes == (62 - layers) * READY
     packed = (143_771 * 2**20 - overhead_bytes - 1_229_193_216 - UNPACKED) // PACKED
