@@ -2,12 +2,15 @@
 
     python -m benchmarks.residency_on_gpu FOLDER make [--disk FOLDER]     # FOLDER is best in memory; --disk gets four layers, for `checkpoint`
     python -m benchmarks.residency_on_gpu FOLDER packed                   # waves of 65,536 tokens, all layers packed in GPU memory
-    python -m benchmarks.residency_on_gpu FOLDER host                     # 12 layers in host memory, GPU memory limited to 24 GB
+    python -m benchmarks.residency_on_gpu FOLDER host [--beside CHECKOUT] # 12 layers in host memory, GPU memory limited to 24 GB
     python -m benchmarks.residency_on_gpu DISK checkpoint --layers 4      # read from the disk each wave, page cache cold (needs root)
     python -m benchmarks.residency_on_gpu FOLDER start                    # from the beginning of loading to the last layer's first output
 
 Needs an H200, 47 GB for the checkpoint, 45 GB of host memory beside it, and 18 GB of disk. Rows are compared bit by bit in each part. With `--tiny` all
 are tried on a CPU, and nothing is recorded.
+
+With `--beside` the build of commit 6feae92 and accelerate's cpu_offload are measured first, in processes of their own; else what they did on 29 November
+2026 is what `host` is held against. CHECKOUT is made by `mkdir CHECKOUT && git archive 6feae92 m2ray | tar -x -C CHECKOUT`, 100 GB of host memory needed.
 """
 
 import argparse
@@ -15,6 +18,8 @@ import json
 import os
 import shutil
 import statistics
+import subprocess
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -30,6 +35,7 @@ from benchmarks.against_guide import TINY
 from benchmarks.checkpoints import free, link, real_size
 from benchmarks.gpu_stage import drop_caches, layer_operations, micro_batch, raw_rate, span_ranges
 from benchmarks.records import Row, record
+from benchmarks.runs import ROOT
 from m2ray.batches import CapturedLayer, LayerSpan, MicroBatch, Residency
 from m2ray.model.capture import CaptureSpec
 from m2ray.model.checkpoint import open_checkpoint
@@ -46,8 +52,9 @@ ROUNDS = 3
 SETTLING_S = 5
 """What is read ahead at the end of a round takes."""
 GPU_LIMIT_BYTES = 24 * 10**9
-OLD_OFFLOAD, ACCELERATE = 24_200.0, 3_200.0
-"""Tokens a second through 6 layers, 5 of them in host memory, on such a machine on 29 November 2026: m2ray at 6feae92, accelerate's cpu_offload."""
+RECORDED = {"m2ray at 6feae92": 24_200.0, "accelerate cpu_offload": 3_200.0}
+"""Tokens a second through 6 layers, 5 of them in host memory, on such a machine on 29 November 2026."""
+PEER_TIMEOUT_S = 420
 
 
 def main() -> None:
@@ -57,6 +64,7 @@ def main() -> None:
     parser.add_argument("part", choices=["make", *parts])
     parser.add_argument("--layers", type=int)
     parser.add_argument("--disk", type=Path)
+    parser.add_argument("--beside", type=Path, help="a folder with m2ray as it was at commit 6feae92")
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
     if options.part == "make":
@@ -64,7 +72,7 @@ def main() -> None:
         if options.disk is not None:
             copy_first(model, options.disk.resolve() / f"{model.name.replace(str(options.layers or LAYERS), '4', 1)}", 4)
         return
-    bench = Bench(options.folder, options.tiny)
+    bench = Bench(options.folder, options.tiny, options.beside)
     rows = parts[options.part](bench, options.layers)
     title = f"Packed layers on one GPU at MiniMax-M2's real dimensions: {options.part}"
     _ = print(*rows, sep="\n") if options.tiny else record(f"residency_on_gpu_{options.part}", title, rows)
@@ -83,8 +91,8 @@ def copy_first(larger: Path, model: Path, layers: int) -> None:
 class Bench:
     """The model, and stages of it that run waves of one micro-batch again and again."""
 
-    def __init__(self, folder: Path, tiny: bool) -> None:  # noqa: FBT001 - an option's value
-        self.folder, self.tiny = folder, tiny
+    def __init__(self, folder: Path, tiny: bool, beside: Path | None) -> None:  # noqa: FBT001 - an option's value
+        self.folder, self.tiny, self.beside = folder, tiny, beside
         self.device = "cpu" if tiny else "cuda:0"
         self.shape = TINY_SHAPE if tiny else SHAPE
         self.batch = micro_batch(self.shape)
@@ -248,6 +256,7 @@ def packed(bench: Bench, layers: int | None) -> list[Row]:
 def host(bench: Bench, layers: int | None) -> list[Row]:
     layers, few = layers or (6 if bench.tiny else LAYERS), 3 if bench.tiny else 6
     tokens = tokens_of(bench, HOST_WAVE)
+    others, when = (RECORDED, "as recorded") if bench.beside is None else (others_rates(bench, bench.beside, few), "just before")
     ready = bench.load(few)
     expected = bench.rows(ready, few, 2)
     bench.wave_s(ready, tokens)
@@ -267,7 +276,7 @@ def host(bench: Bench, layers: int | None) -> list[Row]:
     what = f"in host memory, {layers} layers, waves of {tokens:,} tokens, GPU memory limited to 24 GB"
     note = f"{wave_s * 1e3:.1f} ms a layer and wave, ready {ready_s * 1e3:.1f}; waves half as large: {half_s * 1e3:.1f} ms; "
     note += f"at most {reserved:.1f} GB reserved on the GPU; {equal}"
-    through_six = tokens / wave_s / 6
+    through_few = tokens / wave_s / few
     of_62 = tokens / wave_s / 62
     return [
         Row(
@@ -280,12 +289,28 @@ def host(bench: Bench, layers: int | None) -> list[Row]:
             "0.89",
             note,
         ),
-        Row("through 6 layers", through_six, "tokens/s", OLD_OFFLOAD, "m2ray at 6feae92, as recorded:", through_six / OLD_OFFLOAD, "7.4"),
-        Row(
-            "through 6 layers", through_six, "tokens/s", ACCELERATE, "accelerate cpu_offload, as recorded:", through_six / ACCELERATE, "55"
+        *(
+            Row(f"through {few} layers", through_few, "tokens/s", others[name], f"{name}, {when}:", through_few / others[name], target)
+            for name, target in zip(RECORDED, ("7.4", "55"), strict=True)
         ),
         Row("through 62 layers, by this rate", of_62, "tokens/s", note="the whole of MiniMax-M2 on one GPU; nothing captured"),
     ]
+
+
+def others_rates(bench: Bench, checkout: Path, layers: int) -> dict[str, float]:
+    """Tokens a second, as `RECORDED` has them, measured by each in a process of its own."""
+    assert (checkout / "m2ray/model/offload.py").exists(), f"{checkout} holds no m2ray of commit 6feae92"
+    shape = ["--sequences", str(bench.shape[0]), "--length", str(bench.shape[1]), "--device", bench.device]
+    programs = {"m2ray at 6feae92": ["with_m2ray_6feae92", "--layers", str(layers)], "accelerate cpu_offload": ["with_accelerate"]}
+    found = {}
+    for name, (program, *more) in programs.items():
+        began = time.monotonic()
+        words = [sys.executable, str(ROOT / f"benchmarks/peers/{program}.py"), str(bench.model(layers)), *more, *shape]
+        env = os.environ | {"PYTHONPATH": str(checkout.resolve())}
+        done = subprocess.run(words, env=env, stdout=subprocess.PIPE, text=True, timeout=PEER_TIMEOUT_S, check=True)
+        found[name] = float(json.loads(done.stdout.splitlines()[-1])["tokens_per_s"])
+        print(f"{name}: {found[name]:,.0f} tokens/s, {time.monotonic() - began:.0f} s in all", flush=True)
+    return found
 
 
 # -- checkpoint -----------------------------------------------------------------------------------------------------------

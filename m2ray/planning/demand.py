@@ -24,6 +24,7 @@ from m2ray.planning.memory import (
     cpu_memory,
     gpu_overhead,
     process_bytes,
+    readers_on_cpu_bytes,
     span_rows,
     staging_bytes,
 )
@@ -186,19 +187,25 @@ class Demand:
     def _here(self, parts: Sequence[PartSpec], span: LayerSpan | None) -> tuple[PartSpec, ...]:
         return tuple(parts) if span is None else parts_of_span(parts, span, self.table.num_layers)
 
-    def room_bytes(self, device: Device, span: LayerSpan) -> int | None:
+    def is_whole(self, span: LayerSpan) -> bool:
+        """Whether these are all of the model's layers: a device with them hands nothing on, and gets nothing handed."""
+        return len(span) == self.table.num_layers
+
+    def room_bytes(self, device: Device, span: LayerSpan, residency: Mapping[int, Residency], *, is_alone: bool) -> int | None:
         """What a device has for weights, so that neither running nor loading exceeds what may be used; None where that is not known."""
         if device.usable_bytes is None:
             return None
         if device.gpu is None:
-            return device.usable_bytes - self.cpu_memory({}, device.node, span).peak_bytes
+            return device.usable_bytes - self.cpu_memory({}, device.node, span, residency).peak_bytes
         loading = STAGING_BYTES["device"] + UNUSABLE_BYTES + CONTEXT_BYTES
-        return device.usable_bytes - max(sum(self.overhead.values()), loading)
+        handed_bytes = self.overhead["hidden_states"] if is_alone else 0
+        return device.usable_bytes - max(sum(self.overhead.values()) - handed_bytes, loading)
 
-    def cpu_memory(self, held: Mapping[str, int], node: Node, span: LayerSpan) -> Memory:
-        """Of a stage of `span` without a GPU, whose weights are `held`."""
+    def cpu_memory(self, held: Mapping[str, int], node: Node, span: LayerSpan, residency: Mapping[int, Residency]) -> Memory:
+        """Of a stage of `span` without a GPU, whose weights are `held`. Layers that are not ready are read as they lie on disk, not unpacked."""
         statistics_bytes = self.statistics_on_host(span) + self.statistics_on_device(span)
-        staging = staging_bytes(self.rows(span), self.options.compute_dtype)
+        made_ready = [row for row in self.rows(span) if row.role != "layer" or row.layer not in residency]
+        staging = staging_bytes(made_ready, self.options.compute_dtype) + readers_on_cpu_bytes(node, self.bytes_in(residency, "host"))
         beside = {"process": process_bytes(node), "staging": staging}
         return cpu_memory({**held, **beside}, self.workload, self.row_bytes(span), statistics_bytes)
 

@@ -25,7 +25,7 @@ UNUSABLE_BYTES = 128 * _MIB
 
 HIDDEN_BUFFERS = 4
 """Micro-batches' hidden states on a GPU besides the one that is computed: one received, one queued behind the computation, one that is
-sent, and the slot out of which the next stage fetches (m2ray.chain.cuda_ipc)."""
+sent, and the slot out of which the next stage fetches (m2ray.chain.cuda_ipc). A GPU with the whole model receives and sends none."""
 
 CAPTURE_BUFFERS = 3
 """Layers' captured rows on a GPU: one layer's are selected while those of two before it are copied to the host (m2ray.model.capture)."""
@@ -49,7 +49,7 @@ READERS_BYTES = 128 * _MIB
 """Host memory, pinned beside a GPU, through which a device's layers are read from files: at most 16 readers, each with a piece of 8 MiB."""
 
 READERS_A_CORE_BYTES = 16 * _MIB
-"""The same without a GPU, where only what a bucket answers lies there on its way into a landing buffer: two readers a core."""
+"""The same without a GPU, two readers a core: what is hashed and not kept while a stage loads, and what a bucket answers on its way to its place."""
 
 HOST_BUFFERS = 3
 """Micro-batches' hidden states in a stage's host memory: received, computed, on the way out."""
@@ -144,8 +144,15 @@ def weight_bytes(rows: Iterable[TensorRow], itemsize_bytes: int) -> int:
     return sum(row.compute_bytes(itemsize_bytes) for row in rows)
 
 
-def gpu_overhead(workload: Workload, captured_bytes: int, statistics_bytes: int = 0) -> dict[str, int]:
-    """Everything that a running stage needs on a GPU besides its weights; `captured_bytes` are what one token's captured rows take there."""
+def gpu_overhead(workload: Workload, captured_bytes: int, statistics_bytes: int = 0, *, is_alone: bool = False) -> dict[str, int]:
+    """Everything that a running stage needs on a GPU besides its weights.
+
+    Args:
+        workload: what goes through it.
+        captured_bytes: what one token's captured rows take there.
+        statistics_bytes: what statistics do.
+        is_alone: it has the whole model, so that hidden states neither come nor go.
+    """
     overhead = {
         "transient": workload.transient_bytes,
         "unusable": int(workload.transient_bytes * UNUSABLE_SHARE) + UNUSABLE_BYTES,
@@ -153,13 +160,17 @@ def gpu_overhead(workload: Workload, captured_bytes: int, statistics_bytes: int 
         "capture": workload.padded_tokens * captured_bytes + workload.encoding_bytes,
         "context": CONTEXT_BYTES,
     }
+    if is_alone:
+        del overhead["hidden_states"]
     return overhead | ({"statistics": statistics_bytes} if statistics_bytes else {})
 
 
-def gpu_memory(held: Mapping[str, int], workload: Workload, captured_bytes: int, statistics_bytes: int = 0) -> Memory:
+def gpu_memory(
+    held: Mapping[str, int], workload: Workload, captured_bytes: int, statistics_bytes: int = 0, *, is_alone: bool = False
+) -> Memory:
     """A GPU that holds weights, item by item, and what it takes to use them (m2ray.planning.residency)."""
     loading = {"staging": STAGING_BYTES["device"], "unusable": UNUSABLE_BYTES, "context": CONTEXT_BYTES}
-    return Memory({**held, **gpu_overhead(workload, captured_bytes, statistics_bytes)}, {**held, **loading})
+    return Memory({**held, **gpu_overhead(workload, captured_bytes, statistics_bytes, is_alone=is_alone)}, {**held, **loading})
 
 
 def gpu_host_memory(
@@ -188,6 +199,11 @@ def cpu_memory(held: Mapping[str, int], workload: Workload, row_bytes: Sequence[
 def process_bytes(node: Node) -> int:
     """Of a stage without a GPU; where torch is not known, as if it had CUDA."""
     return PROCESS_BYTES["cpu" if "torch" in node.versions and "cuda" not in node.versions else "cpu with cuda"]
+
+
+def readers_on_cpu_bytes(node: Node, packed_bytes: int) -> int:
+    """What a stage without a GPU reads `packed_bytes` of layers through that lie as on disk."""
+    return min(READERS_BYTES, READERS_A_CORE_BYTES * (node.cpus or 8), packed_bytes)
 
 
 def staging_bytes(rows: Iterable[TensorRow], compute_dtype: str) -> int:

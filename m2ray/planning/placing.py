@@ -127,7 +127,7 @@ def gpus_of(demand: Demand, chains: Sequence[Sequence[Device]], placing: Placing
                 continue
             held = held_bytes(demand, found.held, found.residency, device)
             captured_bytes, statistics_bytes = demand.captured_row_bytes(found.held), demand.statistics_on_device(found.held)
-            memory = gpu_memory(held, demand.workload, captured_bytes, statistics_bytes)
+            memory = gpu_memory(held, demand.workload, captured_bytes, statistics_bytes, is_alone=demand.is_whole(found.held))
             yield replace(found, memory=memory)
 
 
@@ -147,7 +147,8 @@ def _stages(demand: Demand, placed: Sequence[DevicePlan]) -> Iterator[StagePlan]
             )
         else:
             device = of_stage[0].device
-            host = demand.cpu_memory(held_bytes(demand, span, of_stage[0].residency, device), device.node, span)
+            residency = of_stage[0].residency
+            host = demand.cpu_memory(held_bytes(demand, span, residency, device), device.node, span, residency)
         yield StagePlan(replica, stage, of_stage[0].device.node.name, span, host)
 
 

@@ -14,7 +14,7 @@ from m2ray.option_types import Weights
 from m2ray.planning.demand import Demand
 from m2ray.planning.devices import HOST_SHARE, Device, DevicePlan
 from m2ray.planning.hardware import Node
-from m2ray.planning.memory import LANDING_BUFFERS, READERS_A_CORE_BYTES, READERS_BYTES
+from m2ray.planning.memory import LANDING_BUFFERS, READERS_BYTES, readers_on_cpu_bytes
 from m2ray.planning.partition import DeviceMap, partition, short_by_bytes
 
 Way = tuple[Residency, bool]
@@ -44,7 +44,7 @@ def held_bytes(demand: Demand, span: LayerSpan, residency: Mapping[int, Residenc
         "workspace": max((demand.unpacked_bytes[layer] for layer in outside), default=0),
         "landing_buffers": min(LANDING_BUFFERS, len(brought)) * max(brought, default=0),
         "wave": demand.wave_bytes(span) if outside else 0,
-        "readers": 0 if device.gpu else min(READERS_BYTES, READERS_A_CORE_BYTES * (device.node.cpus or 8), max(brought, default=0)),
+        "readers": 0 if device.gpu else readers_on_cpu_bytes(device.node, max(brought, default=0)),
     }
     return {name: num_bytes for name, num_bytes in found.items() if num_bytes or name == "weights"}
 
@@ -87,7 +87,9 @@ def _dealt(demand: Demand, chain: Sequence[Device], way: Way) -> tuple[int, Span
         everything = LayerSpan(0, len(layers))
         beside = held_bytes(demand, everything, _kept(demand, everything, kept, len(layers), 0), chain[0])
         beside_bytes = beside.get("workspace", 0) + beside.get("wave", 0)
-        caps_bytes = [room and room - beside_bytes for room in (demand.room_bytes(device, everything) for device in chain)]
+        is_alone = len(chain) == 1 and demand.is_whole(everything)
+        rooms_bytes = (demand.room_bytes(device, everything, {}, is_alone=is_alone) for device in chain)
+        caps_bytes = [room and room - beside_bytes for room in rooms_bytes]
         short_bytes = short_by_bytes(layers, first, last, caps_bytes)
         if short_bytes:
             return short_bytes, {}
@@ -137,7 +139,7 @@ def _brought_on_cpu(residency: dict[int, Residency], num_kept: int, span: LayerS
 
 
 def _too_much_bytes(demand: Demand, span: LayerSpan, residency: Mapping[int, Residency], device: Device) -> int:
-    room_bytes = demand.room_bytes(device, span)
+    room_bytes = demand.room_bytes(device, span, residency, is_alone=demand.is_whole(span))
     if room_bytes is None:
         return 0
     return max(0, sum(held_bytes(demand, span, residency, device).values()) - room_bytes)

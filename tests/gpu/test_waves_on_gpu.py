@@ -1,5 +1,6 @@
-"""Waves on a GPU: the bits of micro-batches one at a time, their memory, and the real job."""
+"""Waves on a GPU: the bits of micro-batches one at a time, their memory, and the real job, left alone and struck."""
 
+import re
 import subprocess
 from collections import deque
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from m2ray.model.capture import CaptureSpec
 from m2ray.model.stage import Stage, StageSpec, load_stage
 from m2ray.model.stage_output import StageOutput
 from tests.gpu.test_extract_on_gpu import command, prompts
+from tests.ray.struck_waves import assert_struck_in_waves_gives_the_rows_of_ready_layers, two_node_cluster
 from tests.reference import MINIMAX_TINY, make_minimax, micro_batch_of
 
 if TYPE_CHECKING:
@@ -118,3 +120,14 @@ def test_a_job_in_waves_gives_the_rows_of_layers_that_are_ready(folder: Path, tm
     assert "waves of" in done.stdout + done.stderr
     assert torch.equal(*rows)
     assert np.unique(m2ray.open_run(tmp_path / "waves").tokens()["sequence_id"]).size == 600
+
+
+@pytest.mark.timeout(600)
+def test_a_packed_and_a_streamed_stage_on_parts_of_one_gpu_struck_in_the_middle_of_a_wave(folder: Path, tmp_path: Path) -> None:
+    """By `ray job submit`: a stage is killed, and then the job is stopped and submitted again."""
+    options = "--compute-dtype float32 --store-dtype float32 --batch-tokens 1024 --shard-tokens 900 --compile false"
+    words = ["--model", str(folder), "--prompts", str(prompts(tmp_path / "prompts.txt", 1500, 200)), *options.split()]
+    with two_node_cluster(num_gpus=1) as cluster:
+        printed = assert_struck_in_waves_gives_the_rows_of_ready_layers(cluster, words, "cpu", 1024, tmp_path)
+    assert re.search(r"layers 0-2, .* of weights, layers 0-2 packed, waves of 2,048 tokens", printed)
+    assert re.search(r"layers 3-6, .* of weights, .*layers 4-6 in host memory, waves of 2,048 tokens", printed)

@@ -59,7 +59,7 @@ def environment(**extra: str) -> dict[str, str]:
 
 
 @contextmanager
-def ray_head(num_cpus: int) -> Iterator[RayCluster]:
+def ray_head(num_cpus: int, num_gpus: int = 0) -> Iterator[RayCluster]:
     """A head node with a dashboard, on free ports of the loopback interface."""
     folder = Path(tempfile.mkdtemp(prefix="m2ray-test-", dir="/tmp"))
     gcs_port, dashboard_port, client_port, agent_port = free_ports(4)
@@ -72,7 +72,7 @@ def ray_head(num_cpus: int) -> Iterator[RayCluster]:
         "--node-ip-address=127.0.0.1",
         f"--port={gcs_port}",
         f"--num-cpus={num_cpus}",
-        "--num-gpus=0",
+        f"--num-gpus={num_gpus}",
     ]
     words += [
         f"--dashboard-port={dashboard_port}",

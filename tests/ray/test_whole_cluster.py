@@ -1,50 +1,22 @@
-"""`m2ray plan` and `m2ray doctor` on a cluster of two nodes, as a user starts them."""
+"""A cluster of two nodes, as a user starts it: `m2ray plan`, `m2ray doctor`, and a job with a stage on each."""
 
 import json
-import subprocess
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.ray.conftest import START_TIMEOUT_S, RayCluster, end_node, free_ports, ray_head
+from tests.ray.conftest import RayCluster
+from tests.ray.struck_waves import assert_struck_in_waves_gives_the_rows_of_ready_layers, two_node_cluster
+from tests.ray.test_extract import prompts  # noqa: F401 - a fixture
 from tests.reference import make_minimax
-
-
-@contextmanager
-def second_node(head: RayCluster) -> Iterator[subprocess.Popen[bytes]]:
-    """A worker with a label and an NCCL variable of its own."""
-    (agent_port,) = free_ports(1)
-    words = ["ray", "start", "--block", f"--address={head.env['RAY_ADDRESS']}", "--num-cpus=1", "--num-gpus=0", "--labels=kind=b"]
-    words += ["--node-ip-address=127.0.0.1", f"--dashboard-agent-listen-port={agent_port}", "--disable-usage-stats"]
-    env = {**head.env, "NCCL_DEBUG": "WARN"}
-    worker = subprocess.Popen(words, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    try:
-        yield worker
-    finally:
-        end_node(worker)
-
-
-def has_joined(head: RayCluster, worker: subprocess.Popen[bytes]) -> bool:
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while worker.poll() is None and time.monotonic() < deadline:
-        if head.run("ray", "status").stdout.count(" node_") >= 2:
-            return True
-    return False
 
 
 @pytest.fixture(scope="module")
 def two_nodes() -> Iterator[RayCluster]:
-    with ray_head(num_cpus=2) as head:
-        for _ in range(3):  # a port that was free may be another process's by the time Ray wants it
-            with second_node(head) as worker:
-                if has_joined(head, worker):
-                    yield head
-                    return
-        pytest.fail("the second node did not start")
+    with two_node_cluster() as head:
+        yield head
 
 
 @pytest.fixture(scope="module")
@@ -87,3 +59,18 @@ def test_the_doctor_looks_at_every_node(two_nodes: RayCluster, model: Path, tmp_
     of_folders = {"checkpoint_files", "checkpoint_tensors", "model_visible", "store"}
     assert not [one for one in found["findings"] if one["level"] == "problem" and one["check"] in of_folders]
     assert not [path for path in output.rglob("*") if path.is_file()], "what was made to try the store is gone"
+
+
+@pytest.mark.timeout(600)
+def test_a_packed_and_a_streamed_stage_struck_in_the_middle_of_a_wave(
+    two_nodes: RayCluster,
+    model: Path,
+    prompts: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """By `ray job submit`: a stage is killed, and then the job is stopped and submitted again."""
+    options = "--id-column id --compute-dtype float32 --store-dtype float32 --batch-tokens 256 --shard-tokens 150 --threads-per-stage 1"
+    words = ["--model", str(model), "--prompts", str(prompts), *options.split()]
+    printed = assert_struck_in_waves_gives_the_rows_of_ready_layers(two_nodes, words, "disk", 256, tmp_path)
+    assert "layers 0-2, layers 0-2 packed, waves of 512 tokens" in printed
+    assert "layers 3-6, layers 3-6 in files, waves of 512 tokens" in printed

@@ -122,6 +122,7 @@ def test_items_of_a_gpu_and_of_hosts():
     }
     assert on_gpu.loading == {"weights": 400, "staging": STAGING_BYTES["device"], "unusable": UNUSABLE_BYTES, "context": CONTEXT_BYTES}
     assert on_gpu.peak_bytes == sum(on_gpu.loading.values())  # so little transient memory that loading is the peak
+    assert "hidden_states" not in gpu_memory(held, work, 48, is_alone=True).running
     host = gpu_host_memory(work, [8, 16])
     # 2 * 1000 * 24 + 2 * 5000 bytes in pieces of 1000 * 8 and 1000 * 16 in turn, as torch pins them
     assert host.running["capture"] == 3 * 2**13 + 3 * 2**14

@@ -22,7 +22,7 @@ from m2ray.planning.demand import Assumptions, Demand
 from m2ray.planning.devices import HOST_SHARE
 from m2ray.planning.hardware import Cluster, Gpu, Node, parse_gpus
 from m2ray.planning.layout import render
-from m2ray.planning.memory import READERS_BYTES
+from m2ray.planning.memory import PIECE_BYTES, PIECES, READERS_A_CORE_BYTES, READERS_BYTES, STAGING_BYTES
 from m2ray.planning.output import part_bytes, plan_output
 from m2ray.planning.passes import active_elements, pass_s
 from m2ray.planning.plan import Plan, most_replicas, plan_run
@@ -165,10 +165,21 @@ def test_no_gpu_is_planned_above_what_may_be_used():
         assert all(gpu.memory.peak_bytes <= gpu.device.usable_bytes for gpu in planned.gpus)
 
 
+def test_a_gpu_with_the_whole_model_hands_nothing_on():
+    """One whose layers end before the model's gives what leaves them, though nobody takes it."""
+    handing = {
+        (gpus, num_layers): ["hidden_states" in gpu.memory.running for gpu in plan(gpus, num_layers=num_layers).gpus]
+        for gpus, num_layers in (("1xH200", 12), ("2xH200", 12))
+    }
+    assert handing == {("1xH200", 12): [False], ("2xH200", 12): [True, True]}
+    first = tuple(part for part in demand(12).options.parts if (part.layer or 0) < 6)
+    assert "hidden_states" in plan("1xH200", num_layers=12, parts=first).gpus[0].memory.running
+
+
 def test_short_by_is_what_one_more_gpu_would_have_to_hold():
     """The weights without room, counted again from the layers that do fit."""
     planned = plan("1xH200", weights="bf16")
-    overhead_bytes = sum(planned.demand.overhead.values())
+    overhead_bytes = sum(planned.demand.overhead.values()) - planned.demand.overhead["hidden_states"]  # one GPU hands nothing on
     layers = (143_771 * 2**20 - overhead_bytes - 1_229_193_216) // READY
     assert planned.short_by_bytes == (62 - layers) * READY
     packed = (143_771 * 2**20 - overhead_bytes - 1_229_193_216 - UNPACKED) // PACKED
@@ -398,6 +409,9 @@ def test_without_gpus_layers_that_find_no_room_in_memory_are_read_from_files():
     packed = cpu_machine(36 * GB)
     assert packed.fits
     assert set(packed.placed[0].residency.values()) == {"host"}, "packed in memory"
+    staging = [each.stages[0].host.loading["staging"] for each in (ready, packed, cpu_machine(36 * GB, weights="packed"))]
+    readers_bytes, embedding_bytes = READERS_A_CORE_BYTES * 8, PIECES["plain"] * PIECE_BYTES
+    assert staging == [STAGING_BYTES["host"], STAGING_BYTES["host"] + readers_bytes, embedding_bytes + readers_bytes], "some ready; none"
     limited = cpu_machine(64 * GB, max_memory=parse_max_memory("24GB"), offload="disk")
     assert limited.fits
     assert "checkpoint" in limited.placed[0].residency.values()

@@ -1,0 +1,144 @@
+"""A job of two stages on two nodes of one machine, one with its layers packed and one whose layers are brought, struck in the middle of its waves.
+
+Where the machine has a GPU each node counts it, so that each stage has a part of it, as `max_memory` says for its node.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.ray.conftest import REPOSITORY, START_TIMEOUT_S, RayCluster, end_node, environment, free_ports, ray_head
+from tests.ray.test_extract import wait_for_commits
+from tests.ray.test_faults import assert_same_run, stage_processes
+from tests.reference import MINIMAX_TINY
+
+WORKER = "127.0.0.2"
+"""The worker's address."""
+
+TIMEOUT_S = 120.0
+
+
+@contextmanager
+def two_node_cluster(num_gpus: int = 0) -> Iterator[RayCluster]:
+    """A head and a worker, each with so many GPUs; the worker has a label and an NCCL variable of its own."""
+    with ray_head(num_cpus=2, num_gpus=num_gpus) as head:
+        for _ in range(3):  # a port that was free may be another process's by the time Ray wants it
+            with _worker_node(head, num_gpus) as worker:
+                if _has_joined(head, worker):
+                    yield head
+                    return
+        pytest.fail("the second node did not start")
+
+
+@contextmanager
+def _worker_node(head: RayCluster, num_gpus: int) -> Iterator[subprocess.Popen[bytes]]:
+    (agent_port,) = free_ports(1)
+    words = ["ray", "start", "--block", f"--address={head.env['RAY_ADDRESS']}", "--num-cpus=1", f"--num-gpus={num_gpus}", "--labels=kind=b"]
+    words += [f"--node-ip-address={WORKER}", f"--dashboard-agent-listen-port={agent_port}", "--disable-usage-stats"]
+    env = {**head.env, "NCCL_DEBUG": "WARN"}
+    worker = subprocess.Popen(words, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        yield worker
+    finally:
+        end_node(worker)
+
+
+def _has_joined(head: RayCluster, worker: subprocess.Popen[bytes]) -> bool:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while worker.poll() is None and time.monotonic() < deadline:
+        if head.run("ray", "status").stdout.count(" node_") >= 2:
+            return True
+    return False
+
+
+def assert_struck_in_waves_gives_the_rows_of_ready_layers(
+    cluster: RayCluster, words: Sequence[str], offload: str, batch_tokens: int, folder: Path
+) -> str:
+    """Kill the second stage within a wave, stop the job within another, submit it again; and compare with a run that nobody strikes.
+
+    Returns what the first job printed.
+    """
+    run, undisturbed = folder / "run", folder / "undisturbed"
+    in_flight = 3 * 2 * batch_tokens * MINIMAX_TINY["hidden_size"] * 4  # waves of two micro-batches
+    in_waves = [*words, "--stages", "2", "--weights", "packed", "--in-flight", str(in_flight)]
+    max_memory, node = second_too_small(cluster, in_waves)
+    job = ["python", "jobs/extract.py", *in_waves, "--offload", offload, "--max-memory", max_memory, "--output", str(run)]
+    first = cluster.start(*submit(cluster, "first"), *job)
+    wait_for_commits(run, 1, first)
+    process = stage_on(cluster, node)
+    stop_within_a_wave(process, run, first, set())
+    os.kill(process, signal.SIGKILL)
+    left = within_a_wave(run)
+    process = stage_on(cluster, node, process)
+    stop_within_a_wave(process, run, first, left)
+    stopped = cluster.run("ray", "job", "stop", "--address", cluster.dashboard, "first")  # which the wave cannot end before
+    with suppress(ProcessLookupError):
+        os.kill(process, signal.SIGKILL)
+    assert stopped.returncode == 0, stopped.stdout + stopped.stderr
+    printed, _ = first.communicate(timeout=TIMEOUT_S)
+    assert "died: restarted" in printed, printed
+    assert not (run / "_SUCCESS").exists(), printed
+    again = cluster.run(*submit(cluster, "again"), *job)
+    assert (run / "_SUCCESS").exists(), again.stdout + again.stderr
+    alone = ["m2ray", "extract", *words, "--stages", "1", "--output", str(undisturbed)]
+    ready = subprocess.run(alone, env=environment(), cwd=REPOSITORY, capture_output=True, text=True, timeout=2 * TIMEOUT_S, check=False)
+    assert ready.returncode == 0, ready.stdout + ready.stderr
+    assert_same_run(run, undisturbed)
+    return printed
+
+
+def submit(cluster: RayCluster, name: str) -> list[str]:
+    return ["ray", "job", "submit", "--address", cluster.dashboard, "--submission-id", name, "--working-dir", ".", "--"]
+
+
+def second_too_small(cluster: RayCluster, words: Sequence[str]) -> tuple[str, str]:
+    """`max_memory` by which the first stage has room for its layers, packed, and the second lacks a byte, though not to take them in turn; its node."""
+    done = cluster.run("m2ray", "plan", "--json", *words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    plan = json.loads(done.stdout)
+    first, second = plan["gpus"] or [stage | stage["host"] for stage in plan["stages"]]
+    short_bytes = second["peak_bytes"] - second["running"]["wave"] - 1
+    return f"{first['node']}={first['peak_bytes']};{second['node']}={short_bytes}", second["node"]
+
+
+def stage_on(cluster: RayCluster, node: str, killed: int = 0) -> int:
+    """The process of the stage there, once there is one besides the one that was killed."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while not (found := [process for process in stage_processes(cluster) - {killed} if on_worker(process) == (node == WORKER)]):
+        assert time.monotonic() < deadline, f"no stage on {node}"
+        time.sleep(0.05)  # polls
+    return found[0]
+
+
+def on_worker(process: int) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return any(f"--node-ip-address={WORKER}" in parent.cmdline() for parent in psutil.Process(process).parents())
+    return False
+
+
+def within_a_wave(run: Path) -> set[str]:
+    """Parts of the second stage's first layer of which the next layer has none: a wave has gone through the one and not the other."""
+    one, other = ({path.name for path in run.glob(f"data/site=residual/layer={layer:03}/shard-*.parquet")} for layer in (3, 4))
+    return one - other
+
+
+def stop_within_a_wave(process: int, run: Path, job: subprocess.Popen[str], left: set[str]) -> None:
+    """Stop the second stage's process (SIGSTOP) within a wave; `left` are the parts of one that was within it before."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while True:
+        if within_a_wave(run) - left:
+            os.kill(process, signal.SIGSTOP)
+            if within_a_wave(run) - left:
+                return
+            os.kill(process, signal.SIGCONT)
+        assert job.poll() is None, job.communicate()[0]
+        assert time.monotonic() < deadline, "no wave was seen"
+        time.sleep(0.001)  # polls a folder
