@@ -55,10 +55,10 @@ def test_copy_encoder_and_store_are_those_of_the_profile() -> None:
     assert limits["device_to_host_copy"] == pytest.approx(50e9 / (9 * 6144))
     assert PROFILE.writer_threads == 4
     assert limits["encoder"] == pytest.approx(4 * 2e9 / (8 * 6144))
-    assert limits["store"] == pytest.approx(3e9 / (62 * (6144 + 4.4)))
+    assert limits["store"] == pytest.approx(3e9 / (62 * (6144 + 4.5)))
     assert profiled().limiting_resource == "store"
     stated = profiled(store_bytes_per_s=100e9)
-    assert stated.rates.limits["store"] == pytest.approx(100e9 / (62 * (6144 + 4.4))), "what is stated wins"
+    assert stated.rates.limits["store"] == pytest.approx(100e9 / (62 * (6144 + 4.5))), "what is stated wins"
     assert stated.limiting_resource == "computation"
 
 
@@ -78,7 +78,7 @@ def test_few_micro_batches_pay_for_filling_the_chain() -> None:
     fast = profiled(prompts=prompts, store_bytes_per_s=100e9)
     assert fast.limiting_resource == "computation"
     assert fast.rates.duration_s == pytest.approx(prompts.tokens / fast.rates.limits["computation"] * 21 / 14 + ENDS_S)
-    between = profiled(prompts=prompts, store_bytes_per_s=0.9 * fast.rates.limits["computation"] * 62 * (6144 + 4.4))
+    between = profiled(prompts=prompts, store_bytes_per_s=0.9 * fast.rates.limits["computation"] * 62 * (6144 + 4.5))
     assert between.limiting_resource == "computation", "the store takes more than chains give that are filled for two thirds of the time"
     assert between.rates.duration_s == pytest.approx(fast.rates.duration_s)
     assert "filling and draining the chains takes 33.3% of the time" in drawn(fast)
