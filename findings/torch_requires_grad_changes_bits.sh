@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# torch on CPUs: a linear layer in bfloat16 or float16 gives other bits where its weight wants a gradient, also within inference_mode.
+# torch on CPUs: a linear layer in bfloat16 or float16 gives other bits where its weight wants a gradient, also within no_grad and inference_mode.
 #
 # Seen 2026-11-30 with torch 2.13.0+cpu on Python 3.11, x86-64 with AVX-512, two cores.
 # Seen: activations [4, 64, 1536] that are a transposed view times a weight [768, 1536], no bias: between the same weight with
@@ -9,7 +9,7 @@
 #   torch.matmul asks just that before it chooses between one product of all rows, for which it copies the view, and one product a
 #   sequence; the two round differently.
 # Why it matters: `from_pretrained` leaves all weights wanting gradients, and who serves or saves a model often calls
-#   requires_grad_(False). The hidden states of Mamba, whose scan comes out transposed, are then not the same bits, and a bitwise
+#   requires_grad_(False). The hidden states of Mamba and Jamba, whose scan comes out transposed, are then not the same bits, and a bitwise
 #   comparison of two programs that load the same files fails without any fault in either.
 set -euo pipefail
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -76,7 +76,7 @@ def audit(
     with _threads(job.options.get("threads_per_stage") if not inexact else None):
         tokens, tokens_from, remarks = _token_ids(work, prompts, config.vocab_size, exact=not inexact)
         with tokens:
-            _by_m2ray(work, tokens, config.hidden_size, exact=not inexact)
+            _by_m2ray(work, tokens, config, exact=not inexact)
             why_not, not_found = _by_transformers(work, tokens, exact=not inexact)
             inexact += why_not
     remarks += [f"not held to the same bits: {reason}" for reason in inexact]
@@ -139,7 +139,7 @@ class _Work:
 # -- computed again -------------------------------------------------------------------------------------------------------
 
 
-def _by_m2ray(work: _Work, tokens: TokenSpool, hidden_size: int, *, exact: bool) -> None:
+def _by_m2ray(work: _Work, tokens: TokenSpool, config: Any, *, exact: bool) -> None:
     """In stages of another cut: the recorded micro-batches where they have to give the same bits, else each sequence alone."""
     job = work.catalogue.job
     batch: Batch = "recorded" if exact else "alone"
@@ -163,7 +163,7 @@ def _by_m2ray(work: _Work, tokens: TokenSpool, hidden_size: int, *, exact: bool)
         done += 1
         work.on_progress("sites and layers of micro-batches by m2ray", done, all_parts)
 
-    loaded = restage(spec, capture, micro_batches, hidden_size, work.seed, on_rows)
+    loaded = restage(spec, capture, micro_batches, config, work.seed, on_rows)
     if loaded and job.format_version > 1:
         hold_weights(work.catalogue.store, job, loaded)
 

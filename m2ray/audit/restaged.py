@@ -3,17 +3,15 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import torch
 
 from m2ray.batches import LayerSpan, MicroBatch, PartSpec
+from m2ray.model.boundary import Boundary, token_bytes
 from m2ray.model.capture import CaptureSpec
 from m2ray.model.stage import DTYPES, StageSpec, load_stage
-
-if TYPE_CHECKING:
-    from m2ray.model.boundary import Boundary
 
 _MOST_LAYERS = 4
 _HELD_BYTES = 1 << 30
@@ -23,17 +21,17 @@ OnRows = Callable[[MicroBatch, PartSpec, torch.Tensor], None]
 
 
 def restage(
-    spec: StageSpec, capture: CaptureSpec, micro_batches: Sequence[Callable[[], MicroBatch]], hidden_size: int, seed: int, on_rows: OnRows
+    spec: StageSpec, capture: CaptureSpec, micro_batches: Sequence[Callable[[], MicroBatch]], config: Any, seed: int, on_rows: OnRows
 ) -> dict[int | None, str]:
     """Take micro-batches through the layers of `spec.span`, which begins at layer 0, in stages of 1 to 4 layers that `seed` chooses.
 
-    Memory holds one stage, and hidden states of at most 1 GiB and one micro-batch: for more of them the stages are loaded again.
+    Memory holds one stage, and what 1 GiB of micro-batches and one more hand on: for more of them the stages are loaded again.
 
     Args:
         spec: what the stages have in common.
         capture: what is handed over.
         micro_batches: how to get each.
-        hidden_size: elements of a hidden state.
+        config: the decoder's.
         seed: of the cut.
         on_rows: called for each micro-batch and each site and layer that is captured.
 
@@ -45,8 +43,8 @@ def restage(
         StageError: a row is not finite in the store dtype.
     """
     digests: dict[int | None, str] = {}
-    token_bytes = hidden_size * DTYPES[spec.compute_dtype].itemsize
-    for group in _groups(micro_batches, token_bytes):
+    handed_bytes = max(token_bytes(config, layer, DTYPES[spec.compute_dtype]) for layer in range(1, spec.span.stop + 1))
+    for group in _groups(micro_batches, handed_bytes):
         boundaries: list[Boundary | None] = [None] * len(group)
         for span in _cut(spec.span, seed):
             stage = load_stage(_of_span(spec, span), lambda *_: None)
@@ -72,11 +70,11 @@ def _cut(span: LayerSpan, seed: int) -> list[LayerSpan]:
     return [LayerSpan(*ends) for ends in pairwise(bounds)]
 
 
-def _groups(micro_batches: Sequence[Callable[[], MicroBatch]], token_bytes: int) -> Iterator[list[MicroBatch]]:
+def _groups(micro_batches: Sequence[Callable[[], MicroBatch]], handed_bytes: int) -> Iterator[list[MicroBatch]]:
     group: list[MicroBatch] = []
     for get in micro_batches:
         group.append(get())
-        if sum(each.padded_tokens for each in group) * token_bytes >= _HELD_BYTES:
+        if sum(each.padded_tokens for each in group) * handed_bytes >= _HELD_BYTES:
             yield group
             group = []
     if group:

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 import click
 
 from m2ray.activations.job import JobRecord, read_job
-from m2ray.batches import hidden_dtype
 from m2ray.cli import Command
 from m2ray.cli.output import say, terminal
 from m2ray.errors import NotInRunError, RunConflictError
@@ -76,16 +75,19 @@ def require_weights(store: "Store", job: JobRecord, folder: str) -> None:
 
 def _norm_of(job: JobRecord, folder: str) -> "Norm":
     """The final norm of a run's model. Raises NotInRunError if its rows were rounded before they were stored, and as `final_norm`."""
+    from m2ray.model.boundary import residual_dtype
+    from m2ray.model.checkpoint import open_checkpoint
     from m2ray.model.final_norm import final_norm
     from m2ray.model.stage import DTYPES
 
-    compute_dtype, store_dtype = hidden_dtype(job.options["compute_dtype"]), job.options["store_dtype"]
-    if compute_dtype != store_dtype:
+    compute_dtype, store_dtype = DTYPES[job.options["compute_dtype"]], job.options["store_dtype"]
+    computed = str(residual_dtype(open_checkpoint(folder).config) or compute_dtype).removeprefix("torch.")
+    if computed != store_dtype:
         raise NotInRunError(
-            f"The run computed in {compute_dtype} and stored {store_dtype}: the model's norm takes rows in the dtype in which they were computed.",
-            f"Extract with store_dtype = {compute_dtype!r}.",
+            f"The run computed rows in {computed} and stored {store_dtype}: the model's norm takes rows in the dtype in which they were computed.",
+            f"Extract with store_dtype = {computed!r}.",
         )
-    return final_norm(folder, job.fingerprints["model"], job.layers_run, DTYPES[compute_dtype])
+    return final_norm(folder, job.fingerprints["model"], job.layers_run, compute_dtype)
 
 
 def _target_of(job: "JobRecord", folder: str) -> "Target":

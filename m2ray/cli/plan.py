@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from m2ray.cli.extract import metavar
 from m2ray.config import ExtractConfig
 from m2ray.errors import ConfigError
 from m2ray.hub import located
+from m2ray.model.interpreter import quick_imports, without_collector
 from m2ray.option_types import NonEmpty, Positive
 from m2ray.options import PromptOptions, RunOptions
 from m2ray.planning.demand import Assumptions, Demand
@@ -69,7 +71,7 @@ def command(ctx: click.Context, /, toml_path: Path | None, as_json: bool, **flag
     """
     config = PlanConfig.from_sources(toml_path, {name: value for name, value in flags.items() if value is not None})
     with looking():
-        plan, checkpoint = make_plan(config)
+        plan, checkpoint = make_plan(config, quick_imports)
     if as_json:
         from m2ray.planning.report import to_json
 
@@ -79,8 +81,11 @@ def command(ctx: click.Context, /, toml_path: Path | None, as_json: bool, **flag
     ctx.exit(0 if plan.fits else DOES_NOT_FIT)
 
 
-def make_plan(config: PlanConfig) -> tuple[Plan, dict[str, Any]]:
+def make_plan(config: PlanConfig, importing: Callable[[], AbstractContextManager[None]] = without_collector) -> tuple[Plan, dict[str, Any]]:
     """The plan that the options ask for, and the JSON key `checkpoint`: where the bytes on disk come from.
+
+    Args:
+        importing: around the imports of torch and transformers; a program that ends with its plan may have them quicker.
 
     Raises:
         M2rayError: the options, the model, the prompts or the cluster are no good. Not fitting is no error.
@@ -89,9 +94,7 @@ def make_plan(config: PlanConfig) -> tuple[Plan, dict[str, Any]]:
     # What is wrong with the options is said before the seconds that torch and transformers take to import.
     cluster = parse_gpus(config.gpus) if config.gpus else None
     profile = _profile(config.profile) if config.profile else None
-    from m2ray.model.interpreter import quick_imports
-
-    with quick_imports():
+    with importing():
         from m2ray.cli.plan_inputs import read_model, survey_prompts
         from m2ray.model.families import default_max_length, require_dtype, require_positions, steady_positions
         from m2ray.prompts import batching, estimated_batching

@@ -143,8 +143,9 @@ def steady_positions(config: Any) -> int | None:
 
 def default_max_length(config: Any) -> int:
     """The longest sequence in tokens that a model is made for; where its configuration names none, as of recurrent ones, 2**20."""
-    positions = (getattr(config, name, None) for name in _POSITIONS)
-    return steady_positions(config) or next((number for number in positions if type(number) is int and number > 0), 2**20)
+    fields = (getattr(config, name, None) for name in _POSITIONS)
+    positions = next((number for number in fields if type(number) is int and number > 0), 2**20)
+    return min(steady_positions(config) or positions, positions)
 
 
 def require_positions(config: Any, length: int | None, name: str = "max_length") -> None:

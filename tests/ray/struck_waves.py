@@ -23,7 +23,7 @@ from tests.reference import MINIMAX_TINY
 WORKER = "127.0.0.2"
 """The worker's address."""
 
-TIMEOUT_S = 120.0
+TIMEOUT_S = 180.0
 
 
 @contextmanager
@@ -72,12 +72,12 @@ def assert_struck_in_waves_gives_the_rows_of_ready_layers(
     max_memory, node = second_too_small(cluster, in_waves)
     job = ["python", "jobs/extract.py", *in_waves, "--offload", offload, "--max-memory", max_memory, "--output", str(run)]
     first = cluster.start(*submit(cluster, "first"), *job)
+    process = stage_on(cluster, node, first)  # looked for before there is a row: from the first commit to the last it may be a second
     wait_for_commits(run, 1, first)
-    process = stage_on(cluster, node)
     stop_within_a_wave(process, run, first, set())
     os.kill(process, signal.SIGKILL)
     left = within_a_wave(run)
-    process = stage_on(cluster, node, process)
+    process = stage_on(cluster, node, first, process)
     stop_within_a_wave(process, run, first, left)
     stopped = cluster.run("ray", "job", "stop", "--address", cluster.dashboard, "first")  # which the wave cannot end before
     with suppress(ProcessLookupError):
@@ -109,10 +109,11 @@ def second_too_small(cluster: RayCluster, words: Sequence[str]) -> tuple[str, st
     return f"{first['node']}={first['peak_bytes']};{second['node']}={short_bytes}", second["node"]
 
 
-def stage_on(cluster: RayCluster, node: str, killed: int = 0) -> int:
+def stage_on(cluster: RayCluster, node: str, job: subprocess.Popen[str], killed: int = 0) -> int:
     """The process of the stage there, once there is one besides the one that was killed."""
     deadline = time.monotonic() + TIMEOUT_S
     while not (found := [process for process in stage_processes(cluster) - {killed} if on_worker(process) == (node == WORKER)]):
+        assert job.poll() is None, job.communicate()[0]
         assert time.monotonic() < deadline, f"no stage on {node}"
         time.sleep(0.05)  # polls
     return found[0]

@@ -78,29 +78,6 @@ def test_a_lost_stage_comes_back_alone(
     assert_same_run(run, undisturbed)
 
 
-def test_packed_layers_a_stage_killed_in_the_middle_of_a_wave_and_then_the_driver(
-    cluster: RayCluster,
-    minimax: Path,  # noqa: F811
-    prompts: Path,  # noqa: F811
-    undisturbed: Path,
-    tmp_path: Path,
-) -> None:
-    """Waves of two or three micro-batches, each a shard of its own. The rest is done by one stage whose layers are ready."""
-    run = tmp_path / "run"
-    options = ("--shard-tokens", "150", "--stage-timeout-s", "15")
-    in_waves = ("--stages", "2", "--weights", "packed", "--in-flight", f"{3 * 512 * MINIMAX_TINY['hidden_size'] * 4}")
-    driver = cluster.start("m2ray", "extract", *words(minimax, prompts, run, *options, *in_waves))
-    wait_for_commits(run, 1, driver)
-    os.kill(max(stage_processes(cluster)), signal.SIGKILL)
-    wait_for_commits(run, 3, driver)
-    driver.kill()
-    printed, _ = driver.communicate(timeout=60)
-    assert printed.count("packed, waves of 512 tokens") == 2
-    again = cluster.run("m2ray", "extract", *words(minimax, prompts, run, *options, "--stages", "1"))
-    assert again.returncode == 0, again.stdout + again.stderr
-    assert_same_run(run, undisturbed)
-
-
 def test_a_stopped_job_flushes_and_goes_on_later(
     cluster: RayCluster,
     minimax: Path,  # noqa: F811

@@ -61,6 +61,7 @@ def test_the_doctor_looks_at_every_node(two_nodes: RayCluster, model: Path, tmp_
     assert not [path for path in output.rglob("*") if path.is_file()], "what was made to try the store is gone"
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_packed_and_a_streamed_stage_struck_in_the_middle_of_a_wave(
     two_nodes: RayCluster,

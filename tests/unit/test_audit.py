@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from m2ray.activations.audits import read_audits
 from m2ray.activations.job import read_job
 from m2ray.activations.reading.catalogue import Catalogue
+from m2ray.audit import restaged
 from m2ray.audit.sample import draw, least_share_found
 from m2ray.audit.tolerance import bound
 from m2ray.batches import LayerSpan, PartSpec
@@ -24,8 +25,8 @@ from m2ray.storage import LocalStore
 from tests.data.run_format_1.make_runs import HERE as FORMAT_1
 from tests.data.run_format_1.make_runs import RUNS
 from tests.data.run_format_1.make_runs import make_model as make_model_of_format_1
-from tests.reference import other_weights
-from tests.unit.audited_runs import audited, extracted, make_model, rows_of_stage, verify, write_prompts
+from tests.reference import make_family, other_weights
+from tests.unit.audited_runs import TOKENIZER, audited, extracted, make_model, rows_of_stage, verify, write_prompts
 
 FLOAT32 = {"compute-dtype": "float32", "store-dtype": "float32"}
 
@@ -280,6 +281,19 @@ def test_a_model_without_room_in_memory_lies_on_disk_and_is_held_to_rounding(
     assert (audit["passed"], audit["exact"]) == (True, False)
     assert audit["remarks"] == ["not held to the same bits: transformers' model does not fit into memory as a whole"]
     assert {(each["by"], each["batch"]) for each in audit["compared"]} == {("m2ray", "recorded"), ("transformers", "alone")}
+
+
+def test_a_run_whose_hidden_states_are_float32_is_audited_and_held_as_such(
+    monkeypatch: pytest.MonkeyPatch, prompts: Path, tmp_path: Path
+) -> None:
+    model = make_family(tmp_path / "model", "mamba", vocab_size=320)
+    shutil.copytree(TOKENIZER, model, dirs_exist_ok=True)
+    run = extracted(monkeypatch, model, prompts, tmp_path / "run")
+    held, groups = [], restaged._groups
+    monkeypatch.setattr(restaged, "_groups", lambda batches, handed_bytes: held.append(handed_bytes) or groups(batches, handed_bytes))
+    audit = audited(run)
+    assert (audit["passed"], audit["exact"]) == (True, True)
+    assert held == [48 * 4], "in bfloat16"
 
 
 def test_weights_that_were_replaced_are_refused_by_layer(run: Path, models: dict[str, Path], tmp_path: Path) -> None:

@@ -368,6 +368,11 @@ def test_a_table_of_biases_ends_too() -> None:
         families.require_positions(config, 257)
 
 
+def test_a_window_beyond_the_models_positions_adds_none() -> None:
+    config = parse_config(b'{"model_type": "doge", "max_position_embeddings": 64, "keep_window_size": 256}')
+    assert (families.default_max_length(config), families.steady_positions(config)) == (64, 256)
+
+
 def test_code_and_settings_of_the_folder_are_ignored(llama: Path) -> None:
     (llama / "evil.py").write_text("raise SystemExit('ran')")
     edit_config(

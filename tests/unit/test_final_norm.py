@@ -1,11 +1,15 @@
 """The final norm put on recorded rows gives what the whole decoder returns, bit by bit, or is refused."""
 
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from m2ray.errors import CheckpointError, RunConflictError
+from m2ray.cli import export
+from m2ray.errors import CheckpointError, NotInRunError, RunConflictError
 from m2ray.model import final_norm as module
 from m2ray.model.checkpoint import open_checkpoint
 from m2ray.model.final_norm import final_norm
@@ -20,7 +24,7 @@ def fingerprint(folder: Path) -> tuple[str, int]:
 
 
 # RMS norm, one that adds 1 to its weights, LayerNorm with a bias, norms without weights, the norm of a model that calls itself its base
-@pytest.mark.parametrize("model_type", ["llama", "gemma2", "gpt2", "olmo", "nanochat", "llama4_text"])
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "gpt2", "olmo", "nanochat", "llama4_text", "mamba"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_it_is_what_the_decoder_returns(tmp_path: Path, model_type: str, dtype: torch.dtype) -> None:
     folder = (make_family if model_type in FAMILIES else make_type)(tmp_path / "model", model_type)
@@ -34,6 +38,22 @@ def test_it_is_what_the_decoder_returns(tmp_path: Path, model_type: str, dtype: 
     expected_NH = torch.cat([expected_BTH[row, :count] for row, count in enumerate(batch.token_counts.tolist())])
     assert torch.equal(norm(last_NH), expected_NH)
     assert torch.equal(norm(last_NH[3:8]), expected_NH[3:8])  # whatever stands beside a row
+
+
+def test_rows_that_were_rounded_before_they_were_stored_are_refused(tmp_path: Path) -> None:
+    """Mamba's are float32, whatever it computes with."""
+    for model_type, computed in (("llama", "bfloat16"), ("mamba", "float32")):
+        folder = make_family(tmp_path / model_type, model_type)
+        digest, num_layers = fingerprint(folder)
+        for stored in ("bfloat16", "float32"):
+            options = {"compute_dtype": "bfloat16", "store_dtype": stored}
+            job: Any = SimpleNamespace(options=options, fingerprints={"model": digest}, layers_run=num_layers)
+            with (
+                nullcontext()
+                if stored == computed
+                else pytest.raises(NotInRunError, match=f"computed rows in {computed} and stored {stored}")
+            ):
+                export._norm_of(job, str(folder))
 
 
 def test_another_checkpoint_is_refused(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What `import m2ray` offers: typed options, a plan and a run that show themselves, and progress in a notebook."""
 
+import gc
 import inspect
 import re
 import shutil
@@ -17,9 +18,11 @@ import pytest
 import torch
 
 import m2ray
+from m2ray import cli
 from m2ray.api.options import Options, PlanOptions, as_written
 from m2ray.batches import Column, PartSpec
 from m2ray.chain.notebook import NotebookProgress, progress_here
+from m2ray.cli import plan_inputs
 from m2ray.cli.plan import PlanConfig
 from m2ray.config import ExtractConfig
 from m2ray.errors import CheckpointError, ConfigError, NotInRunError
@@ -50,12 +53,18 @@ def test_pythons_values_become_what_a_file_says() -> None:
         m2ray.plan(model="m", layer=3)  # type: ignore[call-arg]
 
 
-def test_a_plan_shows_itself(tmp_path: Path) -> None:
+def test_a_plan_shows_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "plan_inputs", plan_inputs)
+    monkeypatch.delitem(sys.modules, plan_inputs.__name__)  # imported again, as in a process that has not yet
+    gc.unfreeze()
     shutil.copytree(DATA / "prompts" / "tokenizer", tmp_path / "model")
     shutil.copy(DATA / "llama" / "config.json", tmp_path / "model")
     plan = m2ray.plan(
         model=tmp_path / "model", prompts=["one text", "two texts & <more>"], gpus="2xH100-80GB", sites=["residual"], layers=range(3)
     )
+    is_kept = gc.get_freeze_count()
+    gc.freeze()  # as it was
+    assert not is_kept, "what the user's process has is his, and may go"
     assert isinstance(plan, Plan)
     assert plan.prompts is not None
     assert plan.prompts.sequences == 2
