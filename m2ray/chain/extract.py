@@ -53,7 +53,10 @@ def extract(config: ExtractConfig, progress: Progress) -> RunSummary:
     with stop_on_sigterm() as stop, no_empty_folders(config.output), ExitStack() as stack:
         standing = _standing(config, stack, stop, progress)
         inputs = check(standing.agreed(config) if standing else config, stack, stop, progress)
-        known = standing.hardware_for(inputs) if standing else None
+        known = None
+        if standing:
+            with stop.at_once(GOES_ON if inputs.recorded else NOTHING_YET):
+                known = standing.hardware_for(inputs, progress)
         work = (resume if inputs.recorded else begin)(inputs, stack, stop, progress, known)
         if work.hardware is not None:
             _run(work, work.hardware, stop, progress)

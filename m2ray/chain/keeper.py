@@ -72,6 +72,7 @@ class Keeper:
         actors.start(self._epoch)
         self._stages = StandingStages(specs, actors, self._timeout_s)
         self._stages.load()
+        self._served = self._served._replace(weights=self._stages.weights)
         self._desk = self._new_desk()
         self._used_at = time.monotonic()
         threading.Thread(target=self._watch, name="watch", daemon=True).start()

@@ -27,6 +27,7 @@ class Served(NamedTuple):
         hardware: what it lies on, as it was before.
         idle_timeout_s: how long it stays without a job or a request; None for ever.
         http: where its requests are answered over HTTP; "" for nowhere.
+        weights: what its stages have loaded, by layer (m2ray.model.digests); nothing before.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Served(NamedTuple):
     hardware: Hardware
     idle_timeout_s: float | None
     http: str = ""
+    weights: Mapping[int | None, str] = {}
 
 
 class ChainStatus(NamedTuple):

@@ -29,6 +29,7 @@ class StandingStages:
 
     Attributes:
         statuses: what each said last, by its index.
+        weights: what they loaded first, by layer: they stay of one model, whatever becomes of its files.
 
     Args:
         timeout_s: how long they may stand still.
@@ -39,8 +40,7 @@ class StandingStages:
         self._actors = actors
         self._timeout_s = timeout_s
         self._mending = threading.Lock()
-        self._weights: Mapping[int | None, str] = {}
-        """What they loaded first, by layer: they stay of one model, whatever becomes of its files."""
+        self.weights: Mapping[int | None, str] = {}
         self.statuses: dict[int, StageStatus] = {}
 
     @property
@@ -61,10 +61,10 @@ class StandingStages:
                 read_bytes, progressed = now_read_bytes, time.monotonic()
             elif time.monotonic() - progressed > self._timeout_s:
                 raise GetTimeoutError(f"Loading stood still for {self._timeout_s:g} s.")
-        if not self._weights:
+        if not self.weights:
             self.statuses = dict(enumerate(ray.get([handle.status.remote() for handle in self._actors.handles], timeout=self._timeout_s)))
-            self._weights = {layer: digest for status in self.statuses.values() for layer, digest in status.weights.items()}
-            self._actors.require_weights(self._weights)
+            self.weights = {layer: digest for status in self.statuses.values() for layer, digest in status.weights.items()}
+            self._actors.require_weights(self.weights)
 
     def ask(self) -> dict[int, StageStatus | None]:
         """Those that are lost. What the others say is kept."""
@@ -90,7 +90,7 @@ class StandingStages:
         """Start those that are lost again and load all that are not, unless a job has got the chain meanwhile. Raises RayError or ClusterError."""
         with self._mending:
             lost = self.ask()
-            are_loaded = all(status.weights for status in self.statuses.values()) if self._weights else True
+            are_loaded = all(status.weights for status in self.statuses.values()) if self.weights else True
             if (lost or not are_loaded) and are_ours():
                 for index in lost:
                     self.statuses.pop(index, None)

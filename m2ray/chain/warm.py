@@ -115,8 +115,8 @@ class Standing:
             decided["batch_tokens"] = options.batch_tokens
         return config.model_copy(update={**decided, "stages": "auto", "replicas": 1})
 
-    def hardware_for(self, inputs: Inputs) -> Hardware:
-        """What a job runs on.
+    def hardware_for(self, inputs: Inputs, progress: Progress) -> Hardware:
+        """What a job runs on. Where the model's files were written anew, or are another machine's own, all their weights are read first.
 
         Raises:
             CheckpointError, ConfigError: the model has changed since the chain loaded it, or the job wants layers which the chain has not.
@@ -133,19 +133,21 @@ class Standing:
         if needed > has:
             problems.append(ConfigError(f"Layers up to {needed - 1} are asked for, and the chain {name} has layers 0 to {has - 1}."))
         raise_all(problems)
-        self._require_weights(inputs, needed)
+        self._require_weights(inputs, needed, progress)
         return replace(self.served.hardware, chain=self)
 
-    def _require_weights(self, inputs: Inputs, num_layers: int) -> None:
+    def _require_weights(self, inputs: Inputs, num_layers: int, progress: Progress) -> None:
         """Raise CheckpointError if the model's files were written anew since the chain loaded them, with other weights of the same shapes."""
         checkpoint, known = inputs.checkpoint, self.served.model_versions
         now = checkpoint.versions(checkpoint.weight_files)
         if all(known.get(file) == version for file, version in now.items()):
             return
-        loaded = {layer: digest for stage in status(self).stages for layer, digest in stage.weights.items()}
+        progress.waiting(
+            "check", f"the model's files are not those that the chain {self.served.name} has read: whether their weights are the same"
+        )
         norm = any(part.site == "final_norm" for part in inputs.options.captured)
         found = hash_weights(checkpoint, num_layers, with_final_norm=norm, every_layer=True)
-        if found != of_run(loaded, num_layers, with_final_norm=norm):
+        if found != of_run(self.served.weights, num_layers, with_final_norm=norm):
             raise CheckpointError(
                 f"{checkpoint.url} has other weights than the chain {self.served.name} has loaded from there: its files were replaced since.",
                 "Serve it anew, or put the files back.",

@@ -66,7 +66,7 @@ class _Loading:
     def on_cpu(self) -> None:
         ready = [each for layer in self._ready() for each in layer]
         self._read_on()
-        _load_pieces(self._checkpoint, _pieces(self._decoder, ready), self._digests, self._read_on)
+        _by_threads(partial(_load, self._checkpoint, self._digests), _pieces(self._decoder, ready), self._read_on)
         self._packed.finish(self._read_on)
 
     def by_lanes(self, lanes: Lanes) -> None:
@@ -161,7 +161,7 @@ def hash_weights(
 ) -> Mapping[int | None, str]:
     """The digests, as `load_weights` gives them, of what runs before the first layer, at None, and of the last of `layers_run` layers, or of all.
 
-    They are read a piece at a time, and nothing is kept.
+    They are read a few pieces at a time, and nothing is kept.
 
     Args:
         with_final_norm: whether the run has loaded it, which the model's last layer's digest says.
@@ -174,17 +174,15 @@ def hash_weights(
     digests = WeightDigests(checkpoint.headers, layers_run - 1)
     span = LayerSpan(0, layers_run)
     matched = chain.from_iterable(match_by_layer(skeleton, checkpoint.headers, span, with_final_norm=with_final_norm))
-    for each in [each for each in matched if every_layer or each.tensor.layer in (None, layers_run - 1)]:
-        digests.expect([each])
-        values = torch.empty(each.tensor.shape, device="meta")
-        for piece in _cut_all(each, values):
-            for part in piece.parts.values():
-                _read(checkpoint, part, torch.empty(part.shape, dtype=part.dtype), digests)
+    hashed = [each for each in matched if every_layer or each.tensor.layer in (None, layers_run - 1)]
+    digests.expect(hashed)
+    pieces = chain.from_iterable(_cut_all(each, torch.empty(each.tensor.shape, device="meta")) for each in hashed)
+    _by_threads(partial(_hash, checkpoint, digests), pieces)
     return digests.by_layer()
 
 
-def _load_pieces(checkpoint: Checkpoint, pieces: Iterable[RowsToLoad], digests: WeightDigests, on_piece: Callable[[], None]) -> None:
-    """Read and convert on the CPU, a few pieces at a time."""
+def _by_threads(work: Callable[[RowsToLoad], None], pieces: Iterable[RowsToLoad], on_piece: Callable[[], None] = lambda: None) -> None:
+    """Work on each piece, on a few at a time: what a bucket takes to answer, and a core to hash or convert, is waited for together."""
     with lone_threads(THREADS, "load") as pool:
         waiting: deque[Future[None]] = deque()
         try:
@@ -192,7 +190,7 @@ def _load_pieces(checkpoint: Checkpoint, pieces: Iterable[RowsToLoad], digests: 
                 if len(waiting) == 2 * THREADS:
                     waiting.popleft().result()
                     on_piece()
-                waiting.append(pool.submit(_load, checkpoint, piece, digests))
+                waiting.append(pool.submit(work, piece))
             for future in waiting:
                 future.result()
         finally:
@@ -279,7 +277,7 @@ def _range(part: Part, first: int, stop: int) -> Range:
     )
 
 
-def _load(checkpoint: Checkpoint, wanted: RowsToLoad, digests: WeightDigests) -> None:
+def _load(checkpoint: Checkpoint, digests: WeightDigests, wanted: RowsToLoad) -> None:
     """Read one piece, hash it, convert it and write it into the model; what needs no conversion is read where it belongs."""
     into, parts = wanted.into, {}
     is_as_on_disk = wanted.unpack is None and wanted.values.dtype == into.dtype and into.is_contiguous()
@@ -287,6 +285,12 @@ def _load(checkpoint: Checkpoint, wanted: RowsToLoad, digests: WeightDigests) ->
         parts[name] = into if is_as_on_disk else _memory(name, part)
         _read(checkpoint, part, parts[name], digests)
     fill(wanted, parts)
+
+
+def _hash(checkpoint: Checkpoint, digests: WeightDigests, wanted: RowsToLoad) -> None:
+    """Read one piece and hash it."""
+    for name, part in wanted.parts.items():
+        _read(checkpoint, part, _memory(name, part), digests)
 
 
 def _memory(name: str, part: Range) -> torch.Tensor:

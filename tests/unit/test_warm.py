@@ -1,5 +1,6 @@
 """What a job may ask of a chain that stands already."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,10 +10,11 @@ import pytest
 from m2ray.batches import LayerSpan, PartSpec
 from m2ray.chain.joining import require_cluster
 from m2ray.chain.probing import Hardware
+from m2ray.chain.progress import Progress
 from m2ray.chain.served import Served
 from m2ray.chain.warm import Standing
 from m2ray.config import ExtractConfig
-from m2ray.errors import ClusterError, ConfigError, M2rayError
+from m2ray.errors import CheckpointError, ClusterError, ConfigError, M2rayError
 from m2ray.planning.hardware import Cluster
 
 HARDWARE = Hardware(Cluster(()), {}, {})
@@ -58,17 +60,30 @@ def test_all_that_is_not_the_chains_is_refused_by_name(chain: Standing, tmp_path
 
 def inputs(digests: dict[str, str], layer: int) -> Any:
     options = SimpleNamespace(captured=(PartSpec.of("residual", layer, "float32", 8),))
-    checkpoint = SimpleNamespace(digests=digests, weight_files=(), versions=lambda files: {})
+    checkpoint = SimpleNamespace(url="m", digests=digests, weight_files=(), versions=lambda files: {})
     return SimpleNamespace(checkpoint=checkpoint, options=options, table=SimpleNamespace(num_layers=6))
 
 
 def test_a_job_of_the_layers_that_are_there_gets_the_chain(chain: Standing) -> None:
-    assert chain.hardware_for(inputs(FILES, 3)).chain is chain
+    assert chain.hardware_for(inputs(FILES, 3), Progress()).chain is chain
+
+
+def test_files_of_another_machine_are_held_against_what_the_chain_has_loaded(chain: Standing, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also while a stage is away: nobody asks the stages, of which one that comes back has loaded nothing for minutes."""
+    of_files: dict[int | None, str] = {None: "e", 0: "a", 1: "b"}
+    wanted = inputs(FILES, 1)
+    wanted.checkpoint.weight_files, wanted.checkpoint.versions = ("model.safetensors",), lambda files: dict.fromkeys(files, "its own")
+    monkeypatch.setattr("m2ray.chain.warm.hash_weights", lambda *_, **__: of_files)
+    loaded = replace(chain, served=chain.served._replace(weights={**of_files, 2: "c", 3: "d"}))
+    assert loaded.hardware_for(wanted, Progress()).chain is loaded
+    of_files[1] = "other"
+    with pytest.raises(CheckpointError, match="has other weights than the chain tiny"):
+        loaded.hardware_for(wanted, Progress())
 
 
 def test_changed_files_and_layers_that_are_not_there_are_refused(chain: Standing) -> None:
     with pytest.raises(M2rayError) as raised:
-        chain.hardware_for(inputs({**FILES, "model.safetensors": "3"}, 4))
+        chain.hardware_for(inputs({**FILES, "model.safetensors": "3"}, 4), Progress())
     for words in ("2 problems", "model.safetensors changed", "Layers up to 4", "layers 0 to 3"):
         assert words in str(raised.value)
 
