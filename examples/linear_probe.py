@@ -4,9 +4,9 @@
     python examples/linear_probe.py RUN --layers 0 15 30 --target label --pool mean
 
 A target is `token`, `position`, or a column of the prompts that the run was told to keep (`keep_columns = ["label"]`). With `--pool` a
-sequence is one row: its last one, or the mean of all. The classes are the commonest values of the target; rows of others are left out.
+sequence is one row: its last one, or the mean of all. The classes are the commonest values of the target (of numbers make a few bins first); rows of others are left out.
 A probe is a ridge regression onto the classes, whose sums are added up shard by shard in bounded memory. One sequence in five is held out,
-and accuracies are of its rows.
+by its number, and accuracies are of its rows: prompts that are much alike should not stand beside each other.
 """
 
 import argparse

@@ -22,7 +22,7 @@ def line(summed_up: Mapping[str, Any]) -> str:
     of = f"{summed_up['sequences']:,} of {summed_up['of_sequences']:,} sequences (seed {summed_up['seed']})"
     verdict = "passed" if summed_up["passed"] else f"FAILED, {summed_up['num_wrong']:,} sequences are wrong"
     least = summed_up["least_share_found"]
-    found = "" if least is None else f"; of {least:.3g} of them wrong it would have found one with 95 %"
+    found = "" if least is None else f"; had {least:.3g} of all been wrong, it would have found one with 95 %"
     return f"{summed_up['audited_at']}  {of}, {'bit by bit' if summed_up['exact'] else 'within rounding'}: {verdict}{found}"
 
 

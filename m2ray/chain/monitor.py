@@ -74,7 +74,7 @@ class Monitor:
             if not all(stages.is_loaded for _, stages in self._chains):
                 return
             self._was_loaded = True
-            for line in loaded_lines(self._plan, self.status().stages):
+            for line in () if are_there else loaded_lines(self._plan, self.status().stages):
                 self._progress.say(line)
         self._progress.extracting(self.status())
 

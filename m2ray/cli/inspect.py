@@ -145,6 +145,8 @@ def _print(facts: dict[str, Any], state: str) -> None:
         say("computed   in float8: products of FP8 weights with activations rounded to FP8, all else in bfloat16")
     say(f"shards     {shards['committed']:,} of {shards['all']:,} committed")
     say(f"sequences  {sequences['all']:,} = {sequences['ready']:,} ready + {sequences['quarantined']:,} quarantined")
+    if facts["options"].get("keep_columns"):
+        say(f"kept       {', '.join(facts['options']['keep_columns'])}")
     say(f"tokens     {tokens['committed']:,} of {tokens['all']:,}")
     if not facts["layers"]:
         say(f"rows       none are kept; statistics are of {rows['all']:,} in each site and layer")

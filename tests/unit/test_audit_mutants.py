@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 
 from m2ray.batches import MicroBatch
+from m2ray.cli import main
 from m2ray.prompts import PromptRow, PromptTokenizer
 from m2ray.prompts.masks import Marked
 from m2ray.prompts.window import Window
@@ -283,3 +285,4 @@ def test_marks_and_kept_values_of_another_row_are_caught(monkeypatch: pytest.Mon
         other = {"4": "loss_mask", "7": "label", "8": "label"} if mutant is mixed else {}
         assert audit["wrong"] == {number: f"its prompt has another {what} than `sequences/` says" for number, what in other.items()}
         assert audit["passed"] == (not other)
+    assert "\nkept       label\n" in CliRunner().invoke(main, ["inspect", str(run)]).output

@@ -34,14 +34,17 @@ def test_the_rate_counts_from_when_the_stages_were_loaded(monkeypatch: pytest.Mo
 def test_a_job_on_a_chain_that_stands_is_told_of_no_loading_but_of_a_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TTY_COMPATIBLE", "0")
     there, warming = (StageStatus(LayerSpan(0, 2), "here", "cpu", needed_bytes=4, read_bytes=4, warm_up_left=left) for left in (0, 3))
-    plan: Any = SimpleNamespace(stages=(), demand=SimpleNamespace(options=SimpleNamespace(compile=True)))
+    planned = SimpleNamespace(replica=0, stage=0)
+    plan: Any = SimpleNamespace(stages=(planned,), gpus=(), demand=SimpleNamespace(options=SimpleNamespace(compile=True)))
     said = io.StringIO()
     for statuses, is_loaded in (([], False), ([warming], False), ([there], True)):
-        stages: Any = SimpleNamespace(statuses=statuses, is_loaded=is_loaded, reads=False, loaded_at=time.monotonic())
+        found = SimpleNamespace(statuses=statuses, is_loaded=is_loaded, reads=False, loaded_at=time.monotonic())
+        stages: Any = SimpleNamespace(**vars(found), status=lambda _: there)
         Monitor(plan, [(SimpleNamespace(tokens_done=0, failures=()), stages)], [], [], Progress(said)).tick()  # type: ignore[list-item]
     assert [line.partition(":")[::2] for line in said.getvalue().splitlines() if line.startswith("load")] == [
         ("load", " compiling and warming up, micro-batches left by stage: 3")
     ]
+    assert " read in " not in said.getvalue()
 
 
 def test_what_failed_and_what_was_committed_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
