@@ -1,6 +1,6 @@
 """What is known before Ray is started: the model, the prompts, the tokenizer, the output and its record, and the options."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -37,11 +37,13 @@ _Found = TypeVar("_Found")
 class Inputs:
     """Everything that is known before Ray is started.
 
-    `checkpoint` has the files of the layers that are run, and no others. `options` are those of a machine without GPUs until `on` a cluster says otherwise; `recorded` is the record of a run that has begun.
+    `checkpoint` has the files of the layers that are run, and no others; `versions` is what changes when one of them is written anew, from before any
+    of them is loaded. `options` are those of a machine without GPUs until `on` a cluster says otherwise; `recorded` is the record of a run that has begun.
     """
 
     config: ExtractConfig
     checkpoint: Checkpoint
+    versions: Mapping[str, str]
     table: TensorTable
     shape: ModelShape
     source: PromptSource
@@ -135,7 +137,8 @@ def look(config: ExtractConfig) -> Inputs:
     shape = ModelShape.of(checkpoint.config, attention)
     options = resolve(config, tokenizer.settled(source.columns), table, shape, recorded=of_the_run)
     prove_sites(opened.whole_config, {part.site for part in options.of_statistics} - options.sites.keys())
-    return Inputs(config, checkpoint, table, shape, source, tokenizer, store, recorded, options)
+    versions = checkpoint.versions(checkpoint.weight_files)
+    return Inputs(config, checkpoint, versions, table, shape, source, tokenizer, store, recorded, options)
 
 
 def _up_to_last_layer(opened: Checkpoint, asked: LayersOfSites, *, in_float8: bool) -> tuple[Checkpoint, TensorTable]:
