@@ -7,7 +7,6 @@ from typing import TypeVar
 
 from m2ray.activations.job import JobRecord, read_job, require_resumable
 from m2ray.activations.writing.lease import held
-from m2ray.batches import TensorTable
 from m2ray.chain.machine import allowed_threads, disk_free_bytes
 from m2ray.chain.progress import Progress
 from m2ray.chain.stopping import NOTHING_YET, Stop
@@ -29,6 +28,7 @@ from m2ray.planning.shape import ModelShape
 from m2ray.prompts import PromptSource, PromptTokenizer
 from m2ray.sites import LayersOfSites, asked_sites, last_layer, present_sites
 from m2ray.storage import Store, open_store
+from m2ray.tensor_rows import TensorTable
 
 _Found = TypeVar("_Found")
 

@@ -14,11 +14,12 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from m2ray.batches import LayerSpan, Role
+from m2ray.batches import LayerSpan
 from m2ray.errors import CheckpointError, ConfigError
 from m2ray.model.attention import resolve_attn_implementation
 from m2ray.model.families import keeps_fp32
 from m2ray.model.towers import decoder_config, find_decoder, is_plain, model_class
+from m2ray.tensor_rows import Role
 
 QUIET = ("output_hidden_states", "output_attentions", "output_router_logits", "use_cache")
 """Config fields that make a forward pass keep more than its hidden states."""

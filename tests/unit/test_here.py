@@ -22,7 +22,7 @@ import ray
 import torch
 
 import m2ray
-from m2ray.batches import LayerSpan, MicroBatch, TensorRow
+from m2ray.batches import LayerSpan, MicroBatch
 from m2ray.chain import beginning, extract
 from m2ray.chain.calls import CallError
 from m2ray.chain.checking import look
@@ -38,6 +38,7 @@ from m2ray.planning.hardware import Cluster, Gpu, Node
 from m2ray.planning.plan import plan_run
 from m2ray.prompts.surveying import _old_objects_passed_over
 from m2ray.storage import LocalStore
+from m2ray.tensor_rows import TensorRow
 from tests.ray.test_extract import micro_batches
 from tests.reference import load_reference, make_family, make_minimax, other_weights, reference_rows, same_bits
 

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_iter
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModel
 from transformers.masking_utils import create_sliding_window_causal_mask
 
-from m2ray.batches import LayerSpan, TensorRow, TensorTable
+from m2ray.batches import LayerSpan
 from m2ray.model import weights
 from m2ray.model.capture import COPYING_LAYERS
 from m2ray.model.extents import EXTENT_BYTES
@@ -41,6 +41,7 @@ from m2ray.planning.memory import (
 )
 from m2ray.planning.shape import ModelShape
 from m2ray.statistics import device_bytes
+from m2ray.tensor_rows import TensorRow, TensorTable
 
 M2 = ModelShape(3072, num_heads=48, num_kv_heads=8, head_dim=128, num_experts=256, experts_per_token=8, expert_size=1536)
 FAMILIES = [
