@@ -12,7 +12,8 @@ from pydantic import TypeAdapter
 
 from m2ray.model.checkpoint import Checkpoint
 from m2ray.model.kept import kept_folder
-from m2ray.model.weights import PIECE_BYTES, hash_weights
+from m2ray.model.pieces import PIECE_BYTES
+from m2ray.model.weights import hash_weights
 
 _PAIRS = TypeAdapter(list[tuple[int | None, str]])
 

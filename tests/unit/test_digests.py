@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from m2ray.batches import LayerSpan
 from m2ray.errors import CheckpointError
-from m2ray.model import weights
+from m2ray.model import pieces, weights
 from m2ray.model.checkpoint import open_checkpoint
 from m2ray.model.known_weights import known_weights
 from m2ray.model.stage import StageSpec, load_stage
@@ -70,9 +70,9 @@ def pieces_of(values: torch.Tensor, piece_bytes: int, block_rows: int) -> int:
     return max(block_rows, rows // block_rows * block_rows) if values.dtype == torch.float8_e4m3fn else rows
 
 
-@pytest.mark.parametrize("piece_bytes", [weights.PIECE_BYTES, 10_000])
+@pytest.mark.parametrize("piece_bytes", [pieces.PIECE_BYTES, 10_000])
 def test_a_digest_is_what_the_docs_say(fp8: Path, monkeypatch: pytest.MonkeyPatch, piece_bytes: int) -> None:
-    monkeypatch.setattr(weights, "PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", piece_bytes)
     found = digests([spec(fp8, 0, NUM_LAYERS)])
     assert found == as_documented(fp8, piece_bytes, 128)
     assert found.keys() == {None, *range(NUM_LAYERS)}
