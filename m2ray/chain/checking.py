@@ -5,7 +5,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from m2ray.activations.job import JobRecord, read_job, require_resumable
+from m2ray.activations.job import JobRecord, read_job
+from m2ray.activations.resumable import require_resumable
 from m2ray.activations.writing.lease import held
 from m2ray.chain.machine import allowed_threads, disk_free_bytes
 from m2ray.chain.progress import Progress

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from m2ray import __version__
-from m2ray.activations.job import JOB_KEY, read_job, require_resumable
+from m2ray.activations.job import JOB_KEY, read_job
+from m2ray.activations.resumable import require_resumable
 from m2ray.chain.status import StageStatus
 from m2ray.config import ExtractConfig
 from m2ray.errors import CheckpointError, ClusterError, StageError, StoreError, in_ranges
