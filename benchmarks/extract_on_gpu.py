@@ -227,7 +227,7 @@ def _up_to(sizes: list[int], limit_bytes: int) -> Iterator[int]:
 def limits(found: Extracted, profile: Profile, bare: float, captured_bytes: int, num_parts: int) -> dict[str, float]:
     """Tokens a second that each resource allows by itself. `captured_bytes` are a token's; a writer thread takes whole parts."""
     allowed = {"computation": bare, "store": found.raw_bytes_per_s / found.token_bytes}
-    allowed["encoder"] = profile.encode_bytes_per_s * min(profile.writer_threads, num_parts) / captured_bytes
+    allowed["encoder"] = profile.encoder_bytes_per_s(with_crcs=True) * min(profile.writer_threads, num_parts) / captured_bytes
     if profile.copy_bytes_per_s is not None:
         allowed["device_to_host_copy"] = profile.copy_bytes_per_s / captured_bytes
     return allowed

@@ -28,8 +28,8 @@ from m2ray.model.checkpoint import open_checkpoint
 from m2ray.model.digests import WeightDigests
 from m2ray.model.extents import Range, RowsToLoad
 from m2ray.model.gpu_loading import Lanes
+from m2ray.model.pieces import PIECE_BYTES
 from m2ray.model.stage import load_stage
-from m2ray.model.weights import PIECE_BYTES
 
 GPU = "cuda:0"
 COLD_FILES = 3

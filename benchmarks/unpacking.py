@@ -20,9 +20,10 @@ from benchmarks.records import Row, record
 from m2ray.model.checkpoint import open_checkpoint
 from m2ray.model.filling import fill
 from m2ray.model.openmp import lone_threads
+from m2ray.model.pieces import cut
 from m2ray.model.quantization.layouts import layout_of
 from m2ray.model.quantization.stored import StoredTensor
-from m2ray.model.weights import THREADS, cut
+from m2ray.model.weights import THREADS
 from scripts.checkpoint_formats.table import FORMATS
 from scripts.make_checkpoint import make_checkpoint
 from tests.reference import DATA

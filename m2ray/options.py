@@ -176,6 +176,11 @@ class RunOptions:
     of_statistics: tuple[PartSpec, ...] = ()
 
     @property
+    def with_crcs(self) -> bool:
+        """Whether a GPU makes the CRC32 of each row. Compressed pages have others, and of few rows a core makes them in less time than a kernel's launch takes."""
+        return self.compression == "none" and self.prompts.selection.is_all
+
+    @property
     def captured(self) -> tuple[PartSpec, ...]:
         """The parts that the stages capture, to store their rows or for their statistics."""
         return tuple(dict.fromkeys((*self.parts, *self.of_statistics)))

@@ -3,9 +3,10 @@
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Literal, NamedTuple
 
-from m2ray.batches import Column, LayerSpan, PartSpec, TensorTable
+from m2ray.batches import Column, LayerSpan, PartSpec
 from m2ray.errors import ConfigError, in_ranges, raise_all
 from m2ray.option_text import parse_layers, parse_sites
+from m2ray.tensor_rows import TensorTable
 
 Width = Literal["hidden_size", "num_experts", "experts_per_token"]
 

@@ -286,12 +286,16 @@ def edited(folder: Path, out: Path, edit: Callable[[dict[str, torch.Tensor]], No
 
 
 @contextmanager
-def other_weights(folder: Path) -> Iterator[None]:
-    """While it lasts, the checkpoint's files hold others of the same names, shapes and sizes."""
+def other_weights(folder: Path, of: str = "") -> Iterator[None]:
+    """While it lasts, the checkpoint's files hold others of the same names, shapes and sizes: of the tensors whose names begin so."""
     files = sorted(folder.glob("*.safetensors"))
     for file in files:
         data = np.fromfile(file, np.uint8)
-        data[8 + int(data[:8].view(np.uint64)[0]) :] ^= 1
+        begin = 8 + int(data[:8].view(np.uint64)[0])
+        for name, tensor in json.loads(data[8:begin].tobytes()).items():
+            if name != "__metadata__" and name.startswith(of):
+                start, stop = tensor["data_offsets"]
+                data[begin + start : begin + stop] ^= 1
         data.tofile(file.with_suffix(".other"))
         os.link(file, file.with_suffix(".kept"))
         file.with_suffix(".other").replace(file)

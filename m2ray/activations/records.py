@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -100,12 +100,15 @@ class WeightsRecord:
     Attributes:
         embedding: of what runs before the first layer.
         layers: of each layer, from 0 to the last one that the run asks for.
+        files: what changes when one of the model's files is written anew, by name, as the driver saw them before the first chain loaded
+            (`Checkpoint.versions`); empty where that is not known.
     """
 
     format_version: int
     run_id: str
     embedding: str
     layers: tuple[str, ...]
+    files: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,12 @@ import uuid
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
+from isal.isal_zlib import crc32
 
 from m2ray.activations.writing.writer import ActivationWriter
 from m2ray.batches import Bits, CapturedLayer, MicroBatch, PartReceipt, PartSpec
 from m2ray.errors import StoreError
+from m2ray.parquet.crcs import Crcs
 from m2ray.sites import parts_of_run
 from m2ray.storage import Store
 from m2ray.storage.store import Data, PartSink
@@ -25,15 +27,16 @@ _STORE_ROUNDS = ((2 << 20, 1, 1), (16 << 20, 1, 1), (_MICRO_BATCH_BYTES, 2, 1), 
 _TIMEOUT_S = 120.0
 
 
-def encode_bytes_per_s(hidden_size: int, store_dtype: str) -> float:
-    """Activations that one writer thread turns into Parquet a second, checksums and all, stored nowhere."""
+def encode_bytes_per_s(hidden_size: int, store_dtype: str, *, with_crcs: bool = False) -> float:
+    """Activations that one writer thread turns into Parquet a second, checksums and all, stored nowhere. `with_crcs`: rows come with their CRC32s."""
     rows, specs = _rows(hidden_size, store_dtype, _MICRO_BATCH_BYTES), parts_of_run({"residual": (0,)}, store_dtype, hidden_size)
+    crcs = _crcs(rows) if with_crcs else ()
     writer = ActivationWriter(DiscardingStore(), {}, specs, queue_bytes=2 * rows.nbytes, threads=1)
     try:
         shards = 0
         began = time.monotonic()
         while time.monotonic() - began < _ENCODE_S or not shards:
-            _submit(writer, specs, rows, shards, 1)
+            _submit(writer, specs, (rows, crcs), shards, 1)
             writer.collect(shards, "bench", _TIMEOUT_S)
             shards += 1
         return shards * rows.nbytes / (time.monotonic() - began)
@@ -41,11 +44,11 @@ def encode_bytes_per_s(hidden_size: int, store_dtype: str) -> float:
         writer.close()
 
 
-def store_bytes_per_s(store: Store, hidden_size: int, store_dtype: str, threads: int) -> float:
+def store_bytes_per_s(store: Store, hidden_size: int, store_dtype: str, threads: int, *, with_crcs: bool = False) -> float:
     """What a run's writer with `threads` threads gets into the store a second, if rows are always there, all of it durable at the end.
 
     Sizes grow until a round takes two seconds: a slow store is not sent gigabytes, a fast one is not judged by what caches take.
-    Deletes what it wrote.
+    Deletes what it wrote. `with_crcs`: rows come with their CRC32s.
 
     Raises:
         StoreError: it cannot be written.
@@ -57,12 +60,13 @@ def store_bytes_per_s(store: Store, hidden_size: int, store_dtype: str, threads:
     rate = 0.0
     for micro_batch_bytes, micro_batches, shards in _STORE_ROUNDS:
         rows = _rows(hidden_size, store_dtype, micro_batch_bytes)
+        crcs = _crcs(rows) if with_crcs else ()
         writer = ActivationWriter(beside, {}, specs, queue_bytes=_QUEUE_BYTES, threads=threads)
         receipts: list[PartReceipt] = []
         began = time.monotonic()
         try:
             for shard in range(shards):
-                _submit(writer, specs, rows, shard, micro_batches)
+                _submit(writer, specs, (rows, crcs), shard, micro_batches)
             for shard in range(shards):
                 receipts += writer.collect(shard, "bench", _TIMEOUT_S)
             seconds = time.monotonic() - began
@@ -84,12 +88,20 @@ def _rows(hidden_size: int, store_dtype: str, num_bytes: int) -> Bits:
     return _gaussian_bits(sequences * _LENGTH, hidden_size, itemsize_bytes)
 
 
-def _submit(writer: ActivationWriter, specs: Sequence[PartSpec], rows: Bits, shard: int, micro_batches: int) -> None:
-    """A whole shard, each layer of each micro-batch the same rows."""
+def _crcs(rows: Bits) -> tuple[Crcs]:
+    """The CRC32 of each row, of its one column, as a GPU makes them."""
+    return (np.array([crc32(row) for row in rows], np.uint32),)
+
+
+def _submit(
+    writer: ActivationWriter, specs: Sequence[PartSpec], values: tuple[Bits, tuple[Crcs, ...]], shard: int, micro_batches: int
+) -> None:
+    """A whole shard, each layer of each micro-batch the same rows, with their CRC32s or without."""
+    rows, crcs = values
     sequences = len(rows) // _LENGTH
     counts = np.full(sequences, _LENGTH, np.int32)
     token_ids_BT = np.random.default_rng(0).integers(0, 100_000, (sequences, _LENGTH), dtype=np.int32)
-    captured = [CapturedLayer(spec.site, spec.layer, (rows,)) for spec in specs]
+    captured = [CapturedLayer(spec.site, spec.layer, (rows,), crcs=crcs) for spec in specs]
     for index in range(micro_batches):
         ids = np.arange(sequences) + index * sequences
         batch = MicroBatch(shard, index, index == micro_batches - 1, ids, counts, token_ids_BT)

@@ -20,7 +20,7 @@ with without_collector():  # a worker of Ray's begins with this file
     from m2ray.chain.completion import Completed, Completion, GatheredShard
     from m2ray.chain.cuda_ipc import Offer
     from m2ray.chain.job import Job, JobHere
-    from m2ray.chain.loading import load_spans, require_gpus, require_run_folder, warm_up
+    from m2ray.chain.loading import Refusals, load_spans, require_gpus, require_run_folder, warm_up
     from m2ray.chain.machine import peak_rss_bytes
     from m2ray.chain.passage import Passage
     from m2ray.chain.status import StageStatus, measure_gpus, status_here
@@ -58,6 +58,7 @@ class StageActor:
         self._status = status_here(specs)
         """Of what it does beside jobs."""
         self._passage = Passage(specs, self._turns, self._status, transport, timeout_s)
+        self._refusals = Refusals()
         self._switches = ExitStack()
         self._switches.enter_context(quick_switches())  # between its computation and its writer
 
@@ -253,7 +254,8 @@ class StageActor:
         if self._passage.stages:
             return
         gc.collect()  # what an earlier call loaded before it failed refers to itself, and there is no room for it beside what comes now
-        self._passage.stages = load_spans(self._specs, self._status, self._tell)
+        with self._refusals.heeded(self._specs[0]):
+            self._passage.stages = load_spans(self._specs, self._status, self._tell)
 
     def _tell(self, status: StageStatus) -> None:
         self._status = status

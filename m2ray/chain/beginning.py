@@ -9,7 +9,8 @@ from functools import partial
 from uuid import uuid4
 
 from m2ray import __version__
-from m2ray.activations.job import Counts, JobRecord, ModelFacts, read_job, require_same
+from m2ray.activations.job import Counts, JobRecord, ModelFacts, read_job
+from m2ray.activations.resumable import require_same
 from m2ray.activations.writing.commits import Run, claim_run, go_on_with
 from m2ray.batches import PromptStats, Shard
 from m2ray.chain.checking import Inputs, look

@@ -1,13 +1,13 @@
 """What is known before Ray is started: the model, the prompts, the tokenizer, the output and its record, and the options."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from m2ray.activations.job import JobRecord, read_job, require_resumable
+from m2ray.activations.job import JobRecord, read_job
+from m2ray.activations.resumable import require_resumable
 from m2ray.activations.writing.lease import held
-from m2ray.batches import TensorTable
 from m2ray.chain.machine import allowed_threads, disk_free_bytes
 from m2ray.chain.progress import Progress
 from m2ray.chain.stopping import NOTHING_YET, Stop
@@ -29,6 +29,7 @@ from m2ray.planning.shape import ModelShape
 from m2ray.prompts import PromptSource, PromptTokenizer
 from m2ray.sites import LayersOfSites, asked_sites, last_layer, present_sites
 from m2ray.storage import Store, open_store
+from m2ray.tensor_rows import TensorTable
 
 _Found = TypeVar("_Found")
 
@@ -37,11 +38,13 @@ _Found = TypeVar("_Found")
 class Inputs:
     """Everything that is known before Ray is started.
 
-    `checkpoint` has the files of the layers that are run, and no others. `options` are those of a machine without GPUs until `on` a cluster says otherwise; `recorded` is the record of a run that has begun.
+    `checkpoint` has the files of the layers that are run, and no others; `versions` is what changes when one of them is written anew, from before any
+    of them is loaded. `options` are those of a machine without GPUs until `on` a cluster says otherwise; `recorded` is the record of a run that has begun.
     """
 
     config: ExtractConfig
     checkpoint: Checkpoint
+    versions: Mapping[str, str]
     table: TensorTable
     shape: ModelShape
     source: PromptSource
@@ -135,7 +138,8 @@ def look(config: ExtractConfig) -> Inputs:
     shape = ModelShape.of(checkpoint.config, attention)
     options = resolve(config, tokenizer.settled(source.columns), table, shape, recorded=of_the_run)
     prove_sites(opened.whole_config, {part.site for part in options.of_statistics} - options.sites.keys())
-    return Inputs(config, checkpoint, table, shape, source, tokenizer, store, recorded, options)
+    versions = checkpoint.versions(checkpoint.weight_files)
+    return Inputs(config, checkpoint, versions, table, shape, source, tokenizer, store, recorded, options)
 
 
 def _up_to_last_layer(opened: Checkpoint, asked: LayersOfSites, *, in_float8: bool) -> tuple[Checkpoint, TensorTable]:

@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 
+from m2ray.activations.records import read_weights
 from m2ray.activations.statistics import FOLDER, read_statistics_record
 from m2ray.activations.writing.commits import RunSummary
 from m2ray.activations.writing.weights_record import hold_weights, require_weights
@@ -31,9 +32,10 @@ from m2ray.chain.stopping import GOES_ON, NOTHING_YET, Stop, stop_on_sigterm
 from m2ray.chain.warm import Standing, find
 from m2ray.config import ExtractConfig
 from m2ray.errors import shown
-from m2ray.hub import located, name_of
+from m2ray.hub import located
 from m2ray.model.capture import CaptureSpec
 from m2ray.model.digests import of_run
+from m2ray.model.known_weights import known_weights
 from m2ray.model.stage import StageSpec
 from m2ray.model.weights import hash_weights
 from m2ray.options import RunOptions
@@ -79,14 +81,15 @@ def _standing(config: ExtractConfig, stack: ExitStack, stop: Stop, progress: Pro
 
 
 def _hold_model(work: Work, progress: Progress) -> None:
-    """Refuse another model's weights where nothing is missing, and so nothing loads them. Of the model by which the run was begun the embedding
-    and the last layer that it needs are read, of one by another name all.
+    """Refuse another model's weights where nothing is missing, and so nothing loads them. Of files that are as they were when the run began the
+    embedding and the last layer that it needs are read, of others all.
     """
     job, inputs = work.run.job, work.inputs
     progress.waiting("check", "nothing is missing: whether the run's weights are those of the model")
-    is_another = job.names.get("model") != name_of(inputs.config.model)
-    found = hash_weights(inputs.checkpoint, job.layers_run, with_final_norm=job.with_final_norm, every_layer=is_another)
-    require_weights(inputs.store, job, found)
+    began_with = read_weights(inputs.store, job).files
+    are_as_they_were = all(began_with.get(file) == version for file, version in inputs.versions.items())
+    hashed = hash_weights if are_as_they_were else known_weights
+    require_weights(inputs.store, job, hashed(inputs.checkpoint, job.layers_run, with_final_norm=job.with_final_norm))
 
 
 def _finish(work: Work, progress: Progress) -> RunSummary:
@@ -188,7 +191,8 @@ def _stages(
     job, num_layers = Job(_capture(options), writer, options.batch_tokens), plan.demand.num_layers
 
     def hold(loaded: Mapping[int | None, str]) -> None:
-        hold_weights(work.inputs.store, work.run.job, of_run(loaded, num_layers, with_final_norm=plan.demand.with_final_norm))
+        found = of_run(loaded, num_layers, with_final_norm=plan.demand.with_final_norm)
+        hold_weights(work.inputs.store, work.run.job, found, work.inputs.versions)
 
     for specs, of_chain, epoch in actors:
         stages = Stages(specs, of_chain, timeout_s=options.stage_timeout_s, hold_weights=hold, epoch=epoch)
@@ -199,9 +203,7 @@ def _stages(
 def _capture(options: RunOptions) -> CaptureSpec:
     """What the stages take: rows of the sites, unless statistics alone are kept, and statistics."""
     kept = {} if options.keep == "statistics" else options.sites
-    # Of few rows a core makes them in less time than it takes to launch a kernel.
-    with_crcs = options.compression == "none" and options.prompts.selection.is_all
-    return CaptureSpec(kept, options.store_dtype, options.prompts.selection, options.statistics, with_crcs=with_crcs)
+    return CaptureSpec(kept, options.store_dtype, options.prompts.selection, options.statistics, with_crcs=options.with_crcs)
 
 
 def _chain(plan: Plan, stages: Stages, micro_batches_of: Callable[[Shard, int], Iterator[MicroBatch]], progress: Progress) -> Chain:

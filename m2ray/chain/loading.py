@@ -1,15 +1,16 @@
 """What a stage checks and does before its first micro-batch, and the paths by which it finds its folders."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from m2ray import __version__
-from m2ray.activations.job import JOB_KEY, read_job, require_resumable
+from m2ray.activations.job import JOB_KEY, read_job
+from m2ray.activations.resumable import require_resumable
 from m2ray.chain.status import StageStatus
 from m2ray.config import ExtractConfig
 from m2ray.errors import CheckpointError, ClusterError, StageError, StoreError, in_ranges
@@ -54,8 +55,38 @@ def require_gpus(num_gpus: int, node: str) -> None:
         )
 
 
+class OtherWeightsError(CheckpointError):
+    """A stage has read other weights than those that it has to have: the chain would be of two models."""
+
+
+class Refusals:
+    """Of a stage's process: the files whose weights it has refused are not read again before one of them is written anew.
+
+    To read them may take minutes, while the keeper of a chain looks every few seconds whether the stage can be loaded, and requests ask for it.
+    """
+
+    def __init__(self) -> None:
+        self._refused: tuple[Mapping[str, str], str, str] | None = None
+
+    @contextmanager
+    def heeded(self, spec: StageSpec) -> Iterator[None]:
+        """Raise OtherWeightsError if the files of `spec` were refused as they are; else remember it if that is raised inside. Raises StoreError."""
+        if spec.weights is None:
+            yield
+            return
+        store, files = open_store(spec.model_url), spec.model_files or {}
+        versions = {file: store.version(file) for file in files if store.size(file) is not None}
+        if self._refused is not None and self._refused[0] == versions:
+            raise OtherWeightsError(*self._refused[1:])
+        try:
+            yield
+        except OtherWeightsError as error:
+            self._refused = versions, error.what, error.remedy  # not the error: it holds on to all that was loaded
+            raise
+
+
 def load_spans(specs: Sequence[StageSpec], status: StageStatus, tell: Callable[[StageStatus], None]) -> list[Stage]:
-    """Load the spans of all devices; `tell` is given the status as tensors arrive and at the end. Raises as `load_stage` does, and CheckpointError
+    """Load the spans of all devices; `tell` is given the status as tensors arrive and at the end. Raises as `load_stage` does, and OtherWeightsError
     if weights are not those that their spec wants.
     """
     began_at = time.monotonic()
@@ -84,14 +115,14 @@ def load_spans(specs: Sequence[StageSpec], status: StageStatus, tell: Callable[[
 
 
 def _require_weights(spec: StageSpec, found: Mapping[int | None, str]) -> None:
-    """Raise CheckpointError if a span's weights are not those that it has to have: the chain would be of two models."""
+    """Raise OtherWeightsError if a span's weights are not those that it has to have."""
     if spec.weights is None:
         return
     differing = [layer for layer, digest in found.items() if spec.weights.get(layer) != digest]
     if differing:
         layers = in_ranges([layer for layer in differing if layer is not None])
         words = " and ".join([*(["the embedding"] if None in differing else []), *([f"layers {layers}"] if layers else [])])
-        raise CheckpointError(
+        raise OtherWeightsError(
             f"The weights at {spec.model_url} are not those that the other stages have loaded: they were replaced meanwhile ({words}).",
             "Put the files back, or load the chain anew.",
         )

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from m2ray.batches import Bits, CapturedLayer, Column, MicroBatch, PartSpec, TensorTable
+from m2ray.batches import Bits, CapturedLayer, Column, MicroBatch, PartSpec
 from m2ray.errors import BusyError, ConfigError, M2rayError, PromptsError, TooLargeError, did_you_mean, raise_all
 from m2ray.model.capture import CaptureSpec
 from m2ray.option_text import parse_tokens
@@ -24,6 +24,7 @@ from m2ray.prompts import PromptTokenizer, RequestedPrompts
 from m2ray.prompts.rows import Kind
 from m2ray.selection import Selection
 from m2ray.sites import asked_sites, last_layer, parts_of_run, present_sites
+from m2ray.tensor_rows import TensorTable
 
 MAX_REQUEST_BYTES = 4 << 20
 """Of a request as it is sent."""

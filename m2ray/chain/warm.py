@@ -24,8 +24,8 @@ from m2ray.chain.stopping import Stop
 from m2ray.config import ExtractConfig
 from m2ray.errors import CheckpointError, ClusterError, ConfigError, M2rayError, did_you_mean, raise_all
 from m2ray.model.digests import of_run
+from m2ray.model.known_weights import known_weights
 from m2ray.model.stage import StageSpec
-from m2ray.model.weights import hash_weights
 from m2ray.planning.plan import Plan, of_another_job
 from m2ray.sites import layers_run
 from m2ray.storage import open_store
@@ -139,14 +139,13 @@ class Standing:
     def _require_weights(self, inputs: Inputs, num_layers: int, progress: Progress) -> None:
         """Raise CheckpointError if the model's files were written anew since the chain loaded them, with other weights of the same shapes."""
         checkpoint, known = inputs.checkpoint, self.served.model_versions
-        now = checkpoint.versions(checkpoint.weight_files)
-        if all(known.get(file) == version for file, version in now.items()):
+        if all(known.get(file) == version for file, version in inputs.versions.items()):
             return
         progress.waiting(
             "check", f"the model's files are not those that the chain {self.served.name} has read: whether their weights are the same"
         )
         norm = any(part.site == "final_norm" for part in inputs.options.captured)
-        found = hash_weights(checkpoint, num_layers, with_final_norm=norm, every_layer=True)
+        found = known_weights(checkpoint, num_layers, with_final_norm=norm)
         if found != of_run(self.served.weights, num_layers, with_final_norm=norm):
             raise CheckpointError(
                 f"{checkpoint.url} has other weights than the chain {self.served.name} has loaded from there: its files were replaced since.",

@@ -63,6 +63,7 @@ def measure(
     from m2ray.doctor.node_facts import look_at_model
     from m2ray.hub import folder_of
     from m2ray.model.families import default_max_length
+    from m2ray.model.row_crcs import can_make_crcs
     from m2ray.planning.passes import active_elements
     from m2ray.storage import open_store
 
@@ -90,11 +91,19 @@ def measure(
     del layer
     copied = copy_bytes_per_s(device) if device != "cpu" else None
     encoded = encode_bytes_per_s(facts.table.hidden_size, store_dtype)
+    has_crcs = can_make_crcs(torch.empty((0, facts.table.hidden_size), dtype=getattr(torch, store_dtype), device=device))
+    encoded_given_crcs = encode_bytes_per_s(facts.table.hidden_size, store_dtype, with_crcs=True) if has_crcs else None
     cpus = node.cpus or os.cpu_count() or 1
     threads = max(1, cpus // 2) if gpu else 1  # of the stages of all GPUs together, which share the store
-    stored = None if store is None else store_bytes_per_s(store, facts.table.hidden_size, store_dtype, threads)
+    stored = None if store is None else store_bytes_per_s(store, facts.table.hidden_size, store_dtype, threads, with_crcs=has_crcs)
     read = None if model.endswith(".json") else look_at_model(model)[1]
-    named = {"GPU to host": copied, "encoder, a thread": encoded, f"writing to {output}": stored, f"reading {model}": read}
+    named = {
+        "GPU to host": copied,
+        "encoder, a thread": encoded,
+        "encoder, a thread, CRCs by the GPU": encoded_given_crcs,
+        f"writing to {output}": stored,
+        f"reading {model}": read,
+    }
     for name, rate in named.items():
         if rate is not None:
             say(f"  {name}: {rate / 1e9:.2f} GB/s")
@@ -109,6 +118,7 @@ def measure(
         layer=tuple(times),
         copy_bytes_per_s=copied,
         encode_bytes_per_s=encoded,
+        encode_given_crcs_bytes_per_s=encoded_given_crcs,
         store=None if store is None else store.url,
         store_bytes_per_s=stored,
         read_bytes_per_s=read,

@@ -4,7 +4,6 @@ import tempfile
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from m2ray.batches import TensorTable
 from m2ray.errors import CheckpointError
 from m2ray.model.attention import resolve_attn_implementation
 from m2ray.model.checkpoint import CONFIG, open_checkpoint, read_config
@@ -16,6 +15,7 @@ from m2ray.options import PromptOptions
 from m2ray.planning.shape import ModelShape
 from m2ray.prompts import PromptSource, PromptTokenizer, ShardTable, survey
 from m2ray.storage import open_store
+from m2ray.tensor_rows import TensorTable
 
 _SHOWN_NAMES = 5
 

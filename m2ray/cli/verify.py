@@ -9,10 +9,11 @@ from dataclasses import asdict
 import click
 
 from m2ray.activations.audits import FOLDER, AuditRecord, write_audit
-from m2ray.activations.job import read_job, require_todays_format
+from m2ray.activations.job import read_job
 from m2ray.activations.json_record import to_json
 from m2ray.activations.reading.verify import Damage, Verification, verify
 from m2ray.activations.records import WEIGHTS_KEY
+from m2ray.activations.resumable import require_todays_format
 from m2ray.activations.schema import FORMAT_VERSION
 from m2ray.activations.writing.commits import reopen
 from m2ray.activations.writing.lease import held

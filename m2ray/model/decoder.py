@@ -146,7 +146,7 @@ class DecoderSpan:
         for number, layer in enumerate(self.skeleton.layers):
             if number in self.span:
                 self._stand_ins.append(_StandIn(number, self.skeleton.layers._modules, str(number), _emptied(layer)))  # noqa: SLF001
-                del layer.forward  # the skeleton's pass_through: the class's own forward comes back
+                del layer.forward  # the skeleton passes hidden states through: the class's own forward comes back
             else:
                 layer._modules.clear()  # noqa: SLF001 - attributes that the model's loop reads stay
                 layer._parameters.clear()  # noqa: SLF001

@@ -6,7 +6,7 @@ of a core, and lets go of the interpreter meanwhile.
 
 A layer's digest, and that of what runs before the first layer, is xxh3-128, 32 hex digits, over its checkpoint tensors in the order of
 their names. Of each: its line `NAME DTYPE SHAPE`, as safetensors spells the dtype and Python the list of sizes, ended by a newline,
-and then the xxh3-128 of each of its pieces, 16 bytes each, big-endian. `m2ray.model.weights.PIECE_BYTES` tells what a piece is; scales and
+and then the xxh3-128 of each of its pieces, 16 bytes each, big-endian. `m2ray.model.pieces.PIECE_BYTES` tells what a piece is; scales and
 other parts of quantised tensors are tensors of their own, and cut where their weights are.
 """
 

@@ -43,9 +43,9 @@ TEXT_TOWERS = ("text_config", "decoder", "language_config", "llm_config", "think
 ALIASES = {"kimi_k2": "deepseek_v3"}
 """Model types that are another one in all but name; transformers knows them by code in the checkpoint, which m2ray never runs."""
 
-LENGTH_DEPENDENT_ROPE = ("dynamic",)
-"""Rotary embeddings that change with the longest sequence of a batch: a prompt's rows would depend on its neighbours. That of "longrope"
-changes at one length, so it is run for prompts up to there (`steady_positions`)."""
+_CHANGING_ROPE = ("longrope", "dynamic")
+"""Rotary embeddings that change for a whole batch where its longest sequence is beyond one length: a prompt's rows would depend on its neighbours.
+Hunyuan's "dynamic" with an `alpha` is held to that, too, though transformers 5.24 changes nothing of it."""
 
 _CHOOSES_KEYS = {"doge": "keep_window_size"}
 """Families whose layers attend to so many tokens at most, and choose them by numbers in which equal tokens are equal: of those at the limit a longer
@@ -129,12 +129,12 @@ def keeps_fp32(config: Any) -> Callable[[str], bool]:
 def steady_positions(config: Any) -> int | None:
     """Tokens of the longest prompt whose rows are the same whatever stands beside it in a batch; None where those of any prompt are.
 
-    Rotary embeddings of longrope change beyond, or what layers attend to.
+    Rotary embeddings change beyond, or what layers attend to.
     """
+    changing = [rope for rope in _ropes(config) if rope.get("rope_type") in _CHANGING_ROPE]
     limits = [
-        rope.get("original_max_position_embeddings") or config.max_position_embeddings
-        for rope in _ropes(config)
-        if rope.get("rope_type") == "longrope"
+        (rope["rope_type"] == "longrope" and rope.get("original_max_position_embeddings")) or config.max_position_embeddings
+        for rope in changing
     ]
     if field := _CHOOSES_KEYS.get(config.model_type):
         limits.append(getattr(config, field))
@@ -259,17 +259,7 @@ def _not_causal(fields: Mapping[str, Any], place: str = "") -> list[CheckpointEr
 
 
 def _unsupported_structure(config: Any) -> list[CheckpointError]:
-    problems = [CheckpointError(f"config.json: {reason}.", "m2ray cannot cut it into stages.") for reason in why_uncuttable(config)]
-    for rope in _ropes(config):
-        rope_type = rope.get("rope_type")
-        if rope_type in LENGTH_DEPENDENT_ROPE:
-            problems.append(
-                CheckpointError(
-                    f"config.json: rope_type {rope_type!r} changes with the longest prompt of a batch, so rows would depend on their neighbours.",
-                    "m2ray does not run it.",
-                )
-            )
-    return problems
+    return [CheckpointError(f"config.json: {reason}.", "m2ray cannot cut it into stages.") for reason in why_uncuttable(config)]
 
 
 def _ropes(config: Any) -> list[dict[str, Any]]:

@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 import torch
 
+from m2ray.model.boundary import residual_dtype
+from m2ray.model.checkpoint import open_checkpoint
 from m2ray.model.final_norm import final_norm
 from m2ray.model.target_weights import target_weights
 
@@ -25,13 +27,14 @@ def next_tokens(folder: str, fingerprint: str, layers_run: int, dtype: torch.dty
         RunConflictError, CheckpointError, ConfigError, StoreError: as `final_norm` and `target_weights`.
     """
     norm, target = final_norm(folder, fingerprint, layers_run, dtype), target_weights(folder, fingerprint, layers_run)
+    of_rows = residual_dtype(open_checkpoint(folder).config) or dtype
 
     def apply(rows_NH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        normed_NH = norm(rows_NH.to(dtype)).float()
+        normed_NH = norm(rows_NH.to(of_rows)).to(dtype).float()  # Mamba's stay float32 up to the head, which takes its own dtype
         best_N = torch.full((len(rows_NH),), -torch.inf)
         ids_N, sum_N, start = torch.zeros(len(rows_NH), dtype=torch.int64), torch.full((len(rows_NH),), -torch.inf), 0
-        for piece_VH in target.pieces("head", torch.float32):
-            scores_NV = normed_NH @ piece_VH.T
+        for piece_VH in target.pieces("head", dtype):
+            scores_NV = normed_NH @ piece_VH.float().T
             highest_N, places_N = scores_NV.max(dim=1)
             ids_N = torch.where(highest_N > best_N, places_N + start, ids_N)
             best_N = torch.maximum(best_N, highest_N)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from m2ray.batches import LayerSpan, Role, TensorRow, TensorTable
+from m2ray.batches import LayerSpan
 from m2ray.errors import CheckpointError, raise_all
 from m2ray.model.boundary import most_beside, residual_dtype, row_width
 from m2ray.model.checkpoint import Checkpoint
@@ -25,6 +25,7 @@ from m2ray.model.site_table import experts_of, layers_of
 from m2ray.model.skeleton import ModelTensor, Skeleton, build_skeleton
 from m2ray.model.tensors import FP8, disk_bytes, match_by_layer, needed_files
 from m2ray.model.towers import decoder_config
+from m2ray.tensor_rows import Role, TensorRow, TensorTable
 
 _KEPT_TABLES = 2
 """Each holds its headers too: tens of MB of a large model."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from m2ray.batches import LayerSpan, Role
+from m2ray.batches import LayerSpan
 from m2ray.errors import CheckpointError, raise_all
 from m2ray.model.conversion import Conversion, Placement, Source
 from m2ray.model.headers import TensorHeader
@@ -14,6 +14,7 @@ from m2ray.model.quantization.layout import UNREAD, Layout
 from m2ray.model.quantization.layouts import READ, layout_of
 from m2ray.model.quantization.stored import MISMATCH, StoredTensor
 from m2ray.model.skeleton import ModelTensor, Skeleton
+from m2ray.tensor_rows import Role
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 WEIGHTS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)

@@ -20,13 +20,12 @@ from m2ray.model.digests import WeightDigests
 from m2ray.model.extents import Range, RowsToLoad
 from m2ray.model.filling import assign, fill
 from m2ray.model.float8.modules import use_float8
-from m2ray.model.float8.weights import in_parts, is_packed, of_scales, require_any, require_float8
+from m2ray.model.float8.weights import in_parts, is_packed, require_any, require_float8
 from m2ray.model.gpu_loading import Lanes
-from m2ray.model.headers import TensorHeader
 from m2ray.model.openmp import lone_threads
+from m2ray.model.pieces import cut_all, cut_scales, cut_values, memory_of
 from m2ray.model.quantization.layouts import layout_of
-from m2ray.model.quantization.scratch import fresh_tensor, scratch_tensor
-from m2ray.model.quantization.stored import Part, StoredTensor
+from m2ray.model.quantization.scratch import fresh_tensor
 from m2ray.model.residency.packed_layers import PackedLayers
 from m2ray.model.skeleton import build_skeleton
 from m2ray.model.tensors import MatchedTensor, disk_bytes, match_by_layer
@@ -37,12 +36,6 @@ if TYPE_CHECKING:
 OnBytes = Callable[[int, int], None]
 
 THREADS = 4
-PIECE_BYTES = 8 * 2**20
-"""Bytes of a piece on disk: a tensor that is longer is cut into pieces of as many whole rows as fit, at least one, those of a quantised matrix
-a multiple of what all its parts can be cut at, which is the rows of its scales' block. Unpacked, a piece takes twice to four times as much.
-
-The layers' digests rest on it: with another number no run that began before can go on.
-"""
 
 
 class _Loading:
@@ -176,7 +169,7 @@ def hash_weights(
     matched = chain.from_iterable(match_by_layer(skeleton, checkpoint.headers, span, with_final_norm=with_final_norm))
     hashed = [each for each in matched if every_layer or each.tensor.layer in (None, layers_run - 1)]
     digests.expect(hashed)
-    pieces = chain.from_iterable(_cut_all(each, torch.empty(each.tensor.shape, device="meta")) for each in hashed)
+    pieces = chain.from_iterable(cut_all(each, torch.empty(each.tensor.shape, device="meta")) for each in hashed)
     _by_threads(partial(_hash, checkpoint, digests), pieces)
     return digests.by_layer()
 
@@ -213,68 +206,9 @@ def _unplaced(filling: _Filling) -> list[RowsToLoad]:
 def _fillings(matched: MatchedTensor, *, in_float8: bool = False) -> list[_Filling]:
     """The tensors that it is loaded as: itself; of a weight that stays FP8, its values and its scales, read in the same pieces."""
     if not (in_float8 and is_packed(matched)):
-        return [_Filling(matched, partial(_cut_all, matched))]
+        return [_Filling(matched, partial(cut_all, matched))]
     values, scales = in_parts(matched)
-    return [_Filling(values, partial(_cut_values, matched)), _Filling(scales, partial(_cut_scales, matched))]
-
-
-def _cut_values(matched: MatchedTensor, values: torch.Tensor) -> Iterator[RowsToLoad]:
-    for piece in _cut_all(matched, values):
-        yield RowsToLoad(piece.key, {"values": piece.values}, None, piece.into)
-
-
-def _cut_scales(matched: MatchedTensor, scales: torch.Tensor) -> Iterator[RowsToLoad]:
-    values = torch.empty(matched.tensor.shape, dtype=matched.tensor.dtype, device="meta")
-    for placement, stored in zip(matched.placements, matched.stored, strict=True):
-        into, at = of_scales(placement).part_of(scales), 0
-        for piece in cut(stored, placement.rows, placement.part_of(values)):
-            part = piece.parts["scale"]
-            stop = at + part.shape[0]
-            yield RowsToLoad(stored.parts[1].key, {"values": part}, None, into[at:stop])
-            at = stop
-
-
-def _cut_all(matched: MatchedTensor, values: torch.Tensor) -> Iterator[RowsToLoad]:
-    for placement, stored in zip(matched.placements, matched.stored, strict=True):
-        yield from cut(stored, placement.rows, placement.part_of(values))
-
-
-def cut(stored: StoredTensor, rows: tuple[int, int] | None, into: torch.Tensor) -> Iterator[RowsToLoad]:
-    """A tensor of the checkpoint, or some of its rows, in pieces of at most PIECE_BYTES where rows allow it.
-
-    Quantised rows are cut where all their parts can be.
-
-    Args:
-        into: the part of a model tensor that they fill.
-    """
-    into = into if stored.swapped is None else into.transpose(*stored.swapped)
-    values, step = stored.parts[0], stored.step_rows
-    rows_of = tuple(part.rows for part in stored.parts) if step else ()
-    if into.dim() == 0 or not step or (rows is None and values.header.num_bytes <= PIECE_BYTES):
-        yield RowsToLoad(stored.key, {part.name: _whole(part.header) for part in stored.parts}, stored.unpack, into, rows_of)
-        return
-    first, stop = rows or (0, stored.num_rows)
-    fitting = PIECE_BYTES * stored.num_rows // max(values.header.num_bytes, 1)
-    step = max(1, fitting // step) * step
-    for start in range(first, stop, step):
-        end = min(start + step, stop)
-        parts = {part.name: _range(part, start, end) for part in stored.parts}
-        yield RowsToLoad(stored.key, parts, stored.unpack, into[start - first : end - first], rows_of)
-
-
-def _whole(header: TensorHeader) -> Range:
-    return Range(header.file, header.offset, header.num_bytes, header.dtype, header.shape)
-
-
-def _range(part: Part, first: int, stop: int) -> Range:
-    """Where that lies of a part which some unpacked rows need."""
-    header = part.header
-    if not part.rows or not header.shape:
-        return _whole(header)
-    begin, num_bytes = part.bytes_of(first, stop)
-    return Range(
-        header.file, header.offset + begin, num_bytes, header.dtype, (-(-stop // part.rows) - first // part.rows, *header.shape[1:])
-    )
+    return [_Filling(values, partial(cut_values, matched)), _Filling(scales, partial(cut_scales, matched))]
 
 
 def _load(checkpoint: Checkpoint, digests: WeightDigests, wanted: RowsToLoad) -> None:
@@ -282,7 +216,7 @@ def _load(checkpoint: Checkpoint, digests: WeightDigests, wanted: RowsToLoad) ->
     into, parts = wanted.into, {}
     is_as_on_disk = wanted.unpack is None and wanted.values.dtype == into.dtype and into.is_contiguous()
     for name, part in wanted.parts.items():
-        parts[name] = into if is_as_on_disk else _memory(name, part)
+        parts[name] = into if is_as_on_disk else memory_of(name, part)
         _read(checkpoint, part, parts[name], digests)
     fill(wanted, parts)
 
@@ -290,14 +224,7 @@ def _load(checkpoint: Checkpoint, digests: WeightDigests, wanted: RowsToLoad) ->
 def _hash(checkpoint: Checkpoint, digests: WeightDigests, wanted: RowsToLoad) -> None:
     """Read one piece and hash it."""
     for name, part in wanted.parts.items():
-        _read(checkpoint, part, _memory(name, part), digests)
-
-
-def _memory(name: str, part: Range) -> torch.Tensor:
-    """For a part until it is unpacked: what this thread read the last one into, or, for a tensor that could not be cut, its own."""
-    if part.num_bytes > PIECE_BYTES:
-        return fresh_tensor(part.dtype, *part.shape)
-    return scratch_tensor(f"read {name}", part.dtype, *part.shape)
+        _read(checkpoint, part, memory_of(name, part), digests)
 
 
 def _read(checkpoint: Checkpoint, piece: Range, out: torch.Tensor, digests: WeightDigests) -> None:

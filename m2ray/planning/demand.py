@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from m2ray.batches import ITEMSIZE_BYTES, LayerSpan, PartSpec, PromptStats, Residency, TensorRow, TensorTable, hidden_dtype
+from m2ray.batches import ITEMSIZE_BYTES, LayerSpan, PartSpec, PromptStats, Residency, hidden_dtype
 from m2ray.options import RunOptions
 from m2ray.planning.devices import Device
 from m2ray.planning.hardware import Node
@@ -34,6 +34,7 @@ from m2ray.planning.shape import ModelShape
 from m2ray.planning.unpacking import unpacking_bytes
 from m2ray.sites import EIGHT_BITS, layers_run, parts_of_span
 from m2ray.statistics import contribution_bytes, device_bytes, merged_bytes, micro_batch_bytes, shard_bytes, widths
+from m2ray.tensor_rows import TensorRow, TensorTable
 
 USUAL_WAVE_TOKENS = 131_072
 """Unpacking a layer of MiniMax-M2 then takes 3 % beside computing with it."""

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle
 
-from m2ray.batches import LayerSpan, TensorRow, TensorTable
+from m2ray.batches import LayerSpan
 from m2ray.planning.hardware import Node
+from m2ray.tensor_rows import TensorRow, TensorTable
 
 _GIB, _MIB = 2**30, 2**20
 

@@ -2,11 +2,12 @@
 
 from collections.abc import Iterable
 
-from m2ray.batches import LayerSpan, TensorRow
+from m2ray.batches import LayerSpan
 from m2ray.planning.demand import Demand
 from m2ray.planning.devices import DevicePlan
 from m2ray.planning.hardware import GPU_MODELS, find_gpu_model
 from m2ray.planning.shape import ModelShape
+from m2ray.tensor_rows import TensorRow
 
 SUSTAINED_SHARE = {False: 0.22, True: 0.39}
 """Of the peak bfloat16 operations, not compiled and compiled: two for each weight that a token meets, on an H200 with real-size

@@ -39,7 +39,8 @@ class Profile:
         active_elements: weights of that layer that one token is multiplied with.
         layer: its times, by shape, compiled and not.
         copy_bytes_per_s: from the GPU to pinned host memory.
-        encode_bytes_per_s: activations turned into Parquet by one writer thread, nothing stored.
+        encode_bytes_per_s: activations turned into Parquet by one writer thread that makes their CRCs, nothing stored.
+        encode_given_crcs_bytes_per_s: the same with rows whose CRCs the GPU has made; None where none makes them.
         store: the output folder that was written to.
         store_bytes_per_s: what a run's writers get into it from this machine while rows are always there, made durable.
         read_bytes_per_s: of the model's files by one thread, past the page cache where the system allows.
@@ -60,11 +61,16 @@ class Profile:
     store_bytes_per_s: float | None = None
     read_bytes_per_s: float | None = None
     elapsed_s: float = 0.0
+    encode_given_crcs_bytes_per_s: float | None = None
 
     @property
     def writer_threads(self) -> int:
         """Of each stage, as a run on this machine has them."""
         return max(1, self.cpus // self.gpus // 2) if self.gpus else 1
+
+    def encoder_bytes_per_s(self, *, with_crcs: bool) -> float:
+        """Of a writer thread in a run of which the GPU makes rows' CRCs, if it can (`RunOptions.with_crcs`), or of another."""
+        return (self.encode_given_crcs_bytes_per_s if with_crcs else None) or self.encode_bytes_per_s
 
     def operations_per_s(self, *, compiled: bool) -> float:
         """Two for each weight that a token meets, at the slowest shape: so the time of attention and of all else is in it.

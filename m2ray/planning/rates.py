@@ -189,7 +189,7 @@ def _encoded_tokens_per_s(demand: Demand, placed: Sequence[DevicePlan], rows_a_t
     for (replica, _), row_sizes in parts.items():
         if row_sizes:
             threads = min(profile.writer_threads, len(row_sizes))
-            rate = profile.encode_bytes_per_s * threads / (rows_a_token * sum(row_sizes))
+            rate = profile.encoder_bytes_per_s(with_crcs=demand.options.with_crcs) * threads / (rows_a_token * sum(row_sizes))
             slowest[replica] = min(slowest.get(replica, rate), rate)
     return sum(slowest.values()) or None
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from math import ceil
 from typing import Any
 
-from m2ray.batches import PartSpec, PromptStats, TensorTable
+from m2ray.batches import PartSpec, PromptStats
 from m2ray.config import ExtractConfig
 from m2ray.errors import ConfigError
 from m2ray.option_text import parse_labels
@@ -19,6 +19,7 @@ from m2ray.planning.shape import ModelShape
 from m2ray.sites import asked_sites, layers_run, parts_of_run, present_sites
 from m2ray.sizes import parse_bytes, parse_max_memory
 from m2ray.statistics import ROUTER, Asked, contribution_bytes, statistic_sites, statistics_of_run, widths
+from m2ray.tensor_rows import TensorTable
 
 AUTO_SHARD_TOKENS = 32_768
 

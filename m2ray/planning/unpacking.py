@@ -2,7 +2,8 @@
 
 from collections.abc import Iterable, Mapping
 
-from m2ray.batches import ITEMSIZE_BYTES, TensorRow, hidden_dtype
+from m2ray.batches import ITEMSIZE_BYTES, hidden_dtype
+from m2ray.tensor_rows import TensorRow
 
 UNPACK_SHARES: Mapping[str, float] = {
     "": 0.7,

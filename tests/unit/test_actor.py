@@ -20,14 +20,14 @@ from m2ray.chain import actor
 from m2ray.chain.job import Job
 from m2ray.chain.passage import Passage
 from m2ray.chain.status import StageStatus
-from m2ray.errors import StageMemoryError, StoreError
+from m2ray.errors import CheckpointError, StageMemoryError, StoreError
 from m2ray.model import interpreter
 from m2ray.model.boundary import Boundary
 from m2ray.model.capture import CaptureSpec
-from m2ray.model.checkpoint import Checkpoint
+from m2ray.model.checkpoint import Checkpoint, open_checkpoint
 from m2ray.model.decoder import DecoderSpan
 from m2ray.model.stage import StageSpec
-from tests.reference import make_family, micro_batch_of
+from tests.reference import make_family, micro_batch_of, other_weights
 
 
 def stage_of(spec: StageSpec, monkeypatch: pytest.MonkeyPatch) -> actor.StageActor:
@@ -60,6 +60,23 @@ def test_what_a_failed_load_held_is_given_back_before_the_next(tmp_path: Path, m
     stage._build()
     assert len(held) == 2
     stage.close()
+
+
+def test_files_that_were_refused_are_not_read_again_until_they_are_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A keeper asks every few seconds, and whoever wants rows whenever he likes: a span of hundreds of GB takes minutes each time."""
+    model = make_family(tmp_path / "llama", "llama")
+    of_run = StageSpec(str(model), LayerSpan(0, 5), "float32", "auto", "cpu", 1, model_files=open_checkpoint(str(model)).digests)
+    first = stage_of(of_run, monkeypatch)
+    first._build()
+    back = stage_of(replace(of_run, weights=first.status().weights), monkeypatch)
+    with other_weights(model):
+        for _ in range(3):
+            with pytest.raises(CheckpointError, match=r"they were replaced meanwhile \(the embedding and layers 0-4\). Put the files back"):
+                back._build()
+        assert back.status().read_bytes == first.status().read_bytes, "read once"
+    back._build()
+    for stage in (first, back):
+        stage.close()
 
 
 def test_switches_are_quick_as_long_as_a_stage_is_there(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from m2ray import errors
-from m2ray.batches import LayerSpan, MicroBatch, TensorRow, TensorTable
+from m2ray.batches import LayerSpan, MicroBatch
 from m2ray.selection import Selection
+from m2ray.tensor_rows import TensorRow, TensorTable
 
 
 def test_token_rows_leave_padding_out() -> None:

@@ -8,17 +8,18 @@ import pytest
 from click.testing import CliRunner
 
 from m2ray.batches import PromptStats
-from m2ray.bench.measuring import store_bytes_per_s
+from m2ray.bench.measuring import encode_bytes_per_s, store_bytes_per_s
 from m2ray.cli import main
 from m2ray.cli.bench import shapes_of
 from m2ray.errors import ConfigError, StoreError
+from m2ray.planning.hardware import parse_gpus
 from m2ray.planning.passes import active_elements
-from m2ray.planning.plan import Plan
+from m2ray.planning.plan import Plan, plan_run
 from m2ray.planning.profile import LayerTime, Profile
 from m2ray.planning.rates import ENDS_S
 from m2ray.storage import LocalStore, PartSink
 from tests.reference import make_minimax
-from tests.unit.test_plan import PROMPTS, SHAPE, drawn, m2_rows, plan
+from tests.unit.test_plan import PROMPTS, SHAPE, demand, drawn, m2_rows, plan
 
 ACTIVE = active_elements(m2_rows(0), SHAPE)
 PROFILE = Profile(
@@ -60,6 +61,23 @@ def test_copy_encoder_and_store_are_those_of_the_profile() -> None:
     stated = profiled(store_bytes_per_s=100e9)
     assert stated.rates.limits["store"] == pytest.approx(100e9 / (62 * (6144 + 4.5))), "what is stated wins"
     assert stated.limiting_resource == "computation"
+
+
+def test_the_encoder_is_the_one_that_the_run_has() -> None:
+    """A GPU makes the CRCs of rows that are stored as they are, all of them, and a core those of other pages."""
+    given = replace(PROFILE, encode_given_crcs_bytes_per_s=5e9)
+    by_cores = profiled().rates.limits["encoder"]
+    assert profiled(profile=given).rates.limits["encoder"] == pytest.approx(2.5 * by_cores)
+    assert profiled(profile=given, compression="planes").rates.limits["encoder"] == pytest.approx(by_cores)
+    of_few = replace(plan("8xH200").demand.options.prompts, tokens="last")
+    assert plan_run(demand(profile=given, prompts=of_few), parse_gpus("8xH200")).rates.limits["encoder"] == pytest.approx(by_cores)
+
+
+def test_rows_that_come_with_crcs_are_measured_without_a_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("m2ray.bench.measuring._ENCODE_S", 0.0)
+    monkeypatch.setattr("m2ray.bench.measuring._MICRO_BATCH_BYTES", 1 << 16)
+    monkeypatch.setattr("m2ray.parquet.column_chunks.crc32", lambda _: pytest.fail("a core makes them"))
+    assert encode_bytes_per_s(64, "bfloat16", with_crcs=True) > 0
 
 
 def test_threads_do_not_help_beyond_the_parts_of_a_stage() -> None:

@@ -307,7 +307,6 @@ def test_a_malformed_index_is_refused(llama: Path, text: str) -> None:
         ({"model_type": None}, "no model_type"),
         ({"num_kv_shared_layers": 2}, "num_kv_shared_layers = 2"),
         ({"hidden_size_per_layer_input": 8}, "hidden_size_per_layer_input = 8"),
-        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "'dynamic' changes with the longest prompt"),
         ({"quantization_config": {"quant_method": "none_such"}}, "quant_method 'none_such', which m2ray does not read"),
         ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [128]}}, "weight_block_size"),
         ({"quantization_config": "fp8"}, "quantization_config = 'fp8' is no JSON object. Write what says how"),

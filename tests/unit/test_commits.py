@@ -18,12 +18,13 @@ import pytest
 import torch
 
 from m2ray.activations import records
-from m2ray.activations.job import Counts, read_job, require_same
+from m2ray.activations.job import Counts, read_job
 from m2ray.activations.json_record import digest
 from m2ray.activations.manifest import manifest_file
 from m2ray.activations.reading.reader import open_run
 from m2ray.activations.reading.verify import verify
 from m2ray.activations.records import SUCCESS_KEY, commit_key, committed_and_void, committed_shards, read_commit, read_summary, swept_key
+from m2ray.activations.resumable import require_same
 from m2ray.activations.writing.commits import Run, claim_run, reopen
 from m2ray.activations.writing.weights_record import hold_weights
 from m2ray.batches import PartReceipt

@@ -1,6 +1,6 @@
 """What is loaded of each layer, as a digest: of the checkpoint's tensors alone, and of all of them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,8 +12,9 @@ from safetensors import safe_open
 
 from m2ray.batches import LayerSpan
 from m2ray.errors import CheckpointError
-from m2ray.model import weights
+from m2ray.model import pieces, weights
 from m2ray.model.checkpoint import open_checkpoint
+from m2ray.model.known_weights import known_weights
 from m2ray.model.stage import StageSpec, load_stage
 from tests.reference import MINIMAX_TINY, edited, make_family, make_minimax, other_weights
 
@@ -69,15 +70,37 @@ def pieces_of(values: torch.Tensor, piece_bytes: int, block_rows: int) -> int:
     return max(block_rows, rows // block_rows * block_rows) if values.dtype == torch.float8_e4m3fn else rows
 
 
-@pytest.mark.parametrize("piece_bytes", [weights.PIECE_BYTES, 10_000])
+@pytest.mark.parametrize("piece_bytes", [pieces.PIECE_BYTES, 10_000])
 def test_a_digest_is_what_the_docs_say(fp8: Path, monkeypatch: pytest.MonkeyPatch, piece_bytes: int) -> None:
-    monkeypatch.setattr(weights, "PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", piece_bytes)
     found = digests([spec(fp8, 0, NUM_LAYERS)])
     assert found == as_documented(fp8, piece_bytes, 128)
     assert found.keys() == {None, *range(NUM_LAYERS)}
     assert len(set(found.values())) == NUM_LAYERS + 1
     last = NUM_LAYERS - 2
     assert weights.hash_weights(open_checkpoint(str(fp8)), last + 1) == {None: found[None], last: found[last]}
+
+
+def test_files_that_nobody_loads_are_hashed_once_until_one_is_written_anew(
+    fp8: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def known() -> tuple[Mapping[int | None, str], int]:
+        checkpoint = open_checkpoint(str(fp8))
+        return known_weights(checkpoint, NUM_LAYERS, with_final_norm=False), checkpoint.bytes_read
+
+    found, read_bytes = known()
+    assert found == digests([spec(fp8, 0, NUM_LAYERS)])
+    assert read_bytes > 0
+    assert known() == (found, 0)
+    with other_weights(fp8, "model.layers.3."):
+        of_others, _ = known()
+        assert [layer for layer in found if of_others[layer] != found[layer]] == [3]
+    assert known() == (found, 0)
+    for file in (tmp_path / "m2ray" / "weights").iterdir():
+        file.write_bytes(file.read_bytes()[:-9])
+    assert known() == (found, read_bytes), "what was kept cannot be read"
 
 
 def offloaded(folder: Path, home: Path) -> list[StageSpec]:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from m2ray.batches import LayerSpan
 from m2ray.errors import CheckpointError, StoreError
-from m2ray.model import extents, gpu_hashes, gpu_loading, weights
+from m2ray.model import extents, gpu_hashes, gpu_loading, pieces
 from m2ray.model.checkpoint import open_checkpoint
 from m2ray.model.decoder import DecoderSpan
 from m2ray.model.quantization import fused, fused_proof
@@ -195,7 +195,7 @@ def test_without_a_proved_kernel_torch_unpacks(
 def test_cut_tensors_find_their_scales(on_host: str, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, layout: str) -> None:
     """Rows of a tensor lie in another piece than its scales, beside or not."""
     expected = filled(load_span(folders[layout], LayerSpan(2, 4))[0])
-    monkeypatch.setattr(weights, "PIECE_BYTES", 512)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 512)
     found, loaded, _ = load(folders[layout], LayerSpan(2, 4))
     assert all(same_bits(found[name], expected[name]) for name in expected)
     assert loaded.digests == load_stage(spec(folders[layout], LayerSpan(2, 4)), lambda *_: None).digests

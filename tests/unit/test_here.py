@@ -1,6 +1,7 @@
 """One stage on a machine without GPUs: it runs in the driver's process, and everything is as with Ray."""
 
 import gc
+import json
 import os
 import shutil
 import signal
@@ -21,7 +22,7 @@ import ray
 import torch
 
 import m2ray
-from m2ray.batches import LayerSpan, MicroBatch, TensorRow
+from m2ray.batches import LayerSpan, MicroBatch
 from m2ray.chain import beginning, extract
 from m2ray.chain.calls import CallError
 from m2ray.chain.checking import look
@@ -37,10 +38,12 @@ from m2ray.planning.hardware import Cluster, Gpu, Node
 from m2ray.planning.plan import plan_run
 from m2ray.prompts.surveying import _old_objects_passed_over
 from m2ray.storage import LocalStore
+from m2ray.tensor_rows import TensorRow
 from tests.ray.test_extract import micro_batches
-from tests.reference import load_reference, make_minimax, other_weights, reference_rows, same_bits
+from tests.reference import load_reference, make_family, make_minimax, other_weights, reference_rows, same_bits
 
 START_S = 120.0
+TOKENIZER = Path(__file__).parents[1] / "data" / "prompts" / "tokenizer"
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +68,22 @@ def assert_transformers_rows(run: Path, model: Path) -> None:
             for layer in reader.layer_numbers:
                 found = reader.layer(layer).sequence(sequence_id)
                 assert same_bits(found, expected[layer][starts[place] : starts[place + 1]]), (sequence_id, layer)
+
+
+def test_of_dynamic_embeddings_prompts_are_run_up_to_the_length_beyond_which_they_change(tmp_path: Path) -> None:
+    fields = {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}, "max_position_embeddings": 24}
+    model = make_family(tmp_path / "llama", "llama", **fields)
+    shutil.copytree(TOKENIZER, model, dirs_exist_ok=True, ignore=shutil.ignore_patterns("config.json"))
+    prompts = tmp_path / "ids.jsonl"
+    prompts.write_text(
+        "".join(json.dumps({"input_ids": [5 + number % 90 for number in range(length)]}) + "\n" for length in (24, 9, 25, 24))
+    )
+    options = {"max_length": 100, "compute_dtype": "float32", "store_dtype": "float32", "threads_per_stage": 1}
+    m2ray.extract(model=str(model), prompts=str(prompts), output=str(tmp_path / "run"), **options)
+    reasons = m2ray.open_run(tmp_path / "run").sequences["reason"].to_pylist()
+    assert reasons[2].startswith("25 tokens, more than 24: beyond them the model computes a whole batch otherwise")
+    assert [place for place, reason in enumerate(reasons) if reason is None] == [0, 1, 3]
+    assert_transformers_rows(tmp_path / "run", model)
 
 
 def test_a_run_survives_a_full_store_and_a_lack_of_memory(
@@ -143,7 +162,7 @@ def test_ctrl_c_and_sigkill_leave_whole_shards_and_the_same_command_does_the_res
     assert {name: (run / "_commits" / name).read_bytes() for name in kept} == kept
     assert_transformers_rows(run, model)
     m2ray.extract(**options, sites="residual")  # nothing is missing, and nothing is loaded
-    with other_weights(model), pytest.raises(RunConflictError, match="the embedding and layer 6 of 7 layers differ"):
+    with other_weights(model, "model.layers.3."), pytest.raises(RunConflictError, match="model's weights .*: layer 3 of 7 layers"):
         m2ray.extract(**options)
     elsewhere = shutil.copytree(model, tmp_path / "elsewhere")
     m2ray.extract(**options | {"model": str(elsewhere)})

@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 
 from m2ray.activations.job import read_job
-from m2ray.activations.writing.lease import KILLED, Holder, held, read_holder
+from m2ray.activations.writing.holder import KILLED, Holder
+from m2ray.activations.writing.lease import held, read_holder
 from m2ray.errors import M2rayError, RunConflictError, StoreError
 from m2ray.storage import LocalStore
 

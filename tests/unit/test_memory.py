@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_iter
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModel
 from transformers.masking_utils import create_sliding_window_causal_mask
 
-from m2ray.batches import LayerSpan, TensorRow, TensorTable
-from m2ray.model import weights
+from m2ray.batches import LayerSpan
+from m2ray.model import pieces
 from m2ray.model.capture import COPYING_LAYERS
 from m2ray.model.extents import EXTENT_BYTES
 from m2ray.model.float8.modules import SCALES, use_float8
@@ -41,6 +41,7 @@ from m2ray.planning.memory import (
 )
 from m2ray.planning.shape import ModelShape
 from m2ray.statistics import device_bytes
+from m2ray.tensor_rows import TensorRow, TensorTable
 
 M2 = ModelShape(3072, num_heads=48, num_kv_heads=8, head_dim=128, num_experts=256, experts_per_token=8, expert_size=1536)
 FAMILIES = [
@@ -139,8 +140,8 @@ def test_what_a_cpu_loads_through_is_counted_by_the_tensors_that_are_not_read_in
     large = 100 << 20
     ready = TensorRow("a", "layer", 0, (large // 2,), None, large, ("a",), lies_as="bfloat16")
     assert staging_bytes([ready], "bfloat16") == 0
-    assert staging_bytes([ready], "float32") == 8 * weights.PIECE_BYTES
-    assert staging_bytes([replace(ready, method="AWQ", lies_as="")], "bfloat16") == STAGING_BYTES["host"] == 64 * weights.PIECE_BYTES
+    assert staging_bytes([ready], "float32") == 8 * pieces.PIECE_BYTES
+    assert staging_bytes([replace(ready, method="AWQ", lies_as="")], "bfloat16") == STAGING_BYTES["host"] == 64 * pieces.PIECE_BYTES
     assert staging_bytes([replace(ready, method="AWQ", lies_as="", sources=("a",) * 1000)], "bfloat16") == 64 * (large // 1000)
 
 

@@ -24,3 +24,19 @@ def test_it_is_what_the_model_says(tmp_path: Path, model_type: str, monkeypatch:
     ids_N, found_N = next_tokens(str(folder), *fingerprint(folder), torch.float32)(rows_NH)
     assert torch.equal(ids_N, shares_NV.argmax(dim=-1))
     assert torch.allclose(found_N, shares_NV.max(dim=-1).values, rtol=1e-4)
+
+
+def test_the_norm_takes_rows_as_the_model_hands_them_to_it(tmp_path: Path) -> None:
+    """Mamba's are float32 in bfloat16 too, and its head takes what the norm makes of them in its own dtype."""
+    folder = make_family(tmp_path / "model", "mamba")
+    model = load_reference(folder, torch.bfloat16)
+    batch = micro_batch_of([7, 4, 9], vocab_size(folder))
+    rows_NH = reference_rows(model, batch)[-1]
+    assert rows_NH.dtype == torch.float32
+    with torch.inference_mode():
+        normed_BTH = model.backbone(torch.from_numpy(batch.token_ids_BT).long(), use_cache=False).last_hidden_state
+        shares_BTV = (normed_BTH.to(torch.bfloat16).float() @ model.lm_head.weight.float().T).softmax(dim=-1)
+    shares_NV = torch.cat([shares_BTV[row, :count] for row, count in enumerate(batch.token_counts.tolist())])
+    ids_N, found_N = next_tokens(str(folder), *fingerprint(folder), torch.bfloat16)(rows_NH)
+    assert torch.equal(ids_N, shares_NV.argmax(dim=-1))
+    assert torch.allclose(found_N, shares_NV.max(dim=-1).values, rtol=1e-6)

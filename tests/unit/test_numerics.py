@@ -6,6 +6,7 @@ compute dtype, so nothing is rounded between the computation and the comparison.
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -122,11 +123,24 @@ LONGROPE = {
 }
 
 
-def test_longrope_equals_the_whole_model_up_to_the_length_at_which_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "positions"),
+    [
+        ("phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 24}, 256),
+        ("llama", {"rope_parameters": DYNAMIC, "max_position_embeddings": 24}, 24),
+    ],
+    ids=["longrope", "dynamic"],
+)
+def test_embeddings_that_change_at_a_length_equal_the_whole_models_up_to_there(
+    family: str, fields: dict[str, Any], positions: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    folder = make_family(tmp_path / "phi3", "phi3", rope_parameters=LONGROPE, original_max_position_embeddings=24)
+    folder = make_family(tmp_path / family, family, **fields)
     config = open_checkpoint(str(folder)).config
-    assert (steady_positions(config), default_max_length(config), config.max_position_embeddings) == (24, 24, 256)
+    assert (steady_positions(config), default_max_length(config), config.max_position_embeddings) == (24, 24, positions)
     prove(config)
     micro_batch = micro_batch_of((*LENGTHS, 24), vocab_size(folder))
     for dtype in ("float32", "bfloat16"):

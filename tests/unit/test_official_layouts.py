@@ -22,11 +22,11 @@ from typing import Any
 import pytest
 import torch
 
-from m2ray.batches import TensorTable
 from m2ray.model.families import parse_config
 from m2ray.model.headers import DTYPES, TensorHeader
 from m2ray.model.skeleton import build_skeleton
 from m2ray.model.tensor_table import table_of, table_without_weights
+from m2ray.tensor_rows import TensorTable
 from tests.reference import DATA
 
 Published = Iterator[tuple[str, str, tuple[int, ...]]]

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from m2ray.activations.schema import encode_tokens
 from m2ray.activations.writing.part_writer import PartWriter
-from m2ray.batches import TOKEN_ROW, Column, LayerSpan, PartSpec, PromptStats, TensorRow, TensorTable
+from m2ray.batches import TOKEN_ROW, Column, LayerSpan, PartSpec, PromptStats
 from m2ray.config import ExtractConfig
 from m2ray.errors import ClusterError, ConfigError
 from m2ray.options import PromptOptions
@@ -33,6 +33,7 @@ from m2ray.planning.shape import ModelShape
 from m2ray.sizes import bytes_in_words, parse_max_memory
 from m2ray.statistics import contribution_bytes, widths
 from m2ray.storage import open_store
+from m2ray.tensor_rows import TensorRow, TensorTable
 
 GB = 10**9
 SHAPE = ModelShape(3072, num_heads=48, num_kv_heads=8, head_dim=128, num_experts=256, experts_per_token=8, expert_size=1536)

@@ -12,7 +12,7 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from m2ray.batches import LayerSpan
 from m2ray.cli.plan_inputs import read_model
 from m2ray.errors import CheckpointError
-from m2ray.model import weights
+from m2ray.model import pieces
 from m2ray.model.checkpoint import open_checkpoint
 from m2ray.model.families import parse_config
 from m2ray.model.headers import TensorHeader
@@ -296,7 +296,7 @@ def test_pieces_of_any_size_give_the_same_values_and_hash_every_byte(
     folder = make_packed(tmp_path / "model", family, fmt)
     decoder, needed_bytes, bytes_read = load_span(folder, LayerSpan(0, 3))
     assert bytes_read == needed_bytes
-    monkeypatch.setattr(weights, "PIECE_BYTES", 300)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 300)
     cut = load_span(folder, LayerSpan(0, 3))[0].skeleton.model.state_dict()
     assert all(same_bits(cut[name], whole) for name, whole in decoder.skeleton.model.state_dict().items() if not whole.is_meta)
     loaded = load_stage(StageSpec(str(folder), LayerSpan(0, 3), "bfloat16", "auto", "cpu", None), lambda *_: None)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from m2ray.model import weights
+from m2ray.model import pieces
 from tests.packed import assert_rows_are_of_the_unpacked_weights, families_with
 
 COMPRESSED = ("mxfp4-pack-quantized", "nvfp4-pack-quantized", "pack-quantized", "pack-quantized-asymmetric")
@@ -23,7 +23,7 @@ def test_rows(family: str, fmt: str, tmp_path: Path) -> None:
 def test_rows_where_tensors_are_cut_into_pieces(
     family: str, fmt: str, piece_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(weights, "PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", piece_bytes)
     assert_rows_are_of_the_unpacked_weights(
         family, fmt, tmp_path, most_read=2 if fmt == "gptq-v2" else 1.1
     )  # its g_idx goes with each piece

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from m2ray.errors import CheckpointError
-from m2ray.model import weights
+from m2ray.model import pieces
 from m2ray.model.checkpoint import open_checkpoint
 from m2ray.model.families import parse_config
 from m2ray.model.skeleton import build_skeleton
@@ -149,7 +149,7 @@ def test_gptq_whose_groups_are_in_another_order_than_config_says(
         if is_whole:
             tensors |= {key: tensor.sort(descending=True).values for key, tensor in tensors.items() if key.endswith("g_idx")}
 
-    monkeypatch.setattr(weights, "PIECE_BYTES", 512)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 512)
     folder = edited(make_packed(tmp_path / "made", "llama", "gptq"), tmp_path / "packed", change)
     fields = json.loads((folder / "config.json").read_text())
     fields["quantization_config"]["desc_act"] = False

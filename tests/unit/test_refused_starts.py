@@ -14,7 +14,7 @@ from obstore.exceptions import GenericError
 from obstore.store import MemoryStore
 from ray.exceptions import RayError
 
-from m2ray.activations.job import require_same
+from m2ray.activations.resumable import require_same
 from m2ray.chain import joining, probing
 from m2ray.cli import main
 from m2ray.errors import ClusterError, RunConflictError, StoreError

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from m2ray.batches import LayerSpan, PromptStats, TensorRow, TensorTable
+from m2ray.batches import LayerSpan, PromptStats
 from m2ray.chain.report import build_report, limiting, loaded_lines, start_lines, summary_lines
 from m2ray.chain.status import GpuStatus, RunStatus, StageStatus
 from m2ray.config import ExtractConfig
@@ -15,6 +15,7 @@ from m2ray.planning.hardware import parse_gpus
 from m2ray.planning.plan import Plan, plan_run
 from m2ray.planning.resolve import resolve
 from m2ray.planning.shape import ModelShape
+from m2ray.tensor_rows import TensorRow, TensorTable
 
 GB = 10**9
 

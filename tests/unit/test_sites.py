@@ -4,10 +4,11 @@ from typing import get_args
 
 import pytest
 
-from m2ray.batches import Column, LayerSpan, PartSpec, TensorTable
+from m2ray.batches import Column, LayerSpan, PartSpec
 from m2ray.errors import ConfigError, M2rayError
 from m2ray.option_text import SiteName, parse_sites
 from m2ray.sites import SITES, asked_sites, last_layer, layers_run, parts_of_run, parts_of_span, present_sites, shown_layers
+from m2ray.tensor_rows import TensorTable
 
 MIXED = TensorTable(
     6,

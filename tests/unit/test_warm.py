@@ -60,8 +60,8 @@ def test_all_that_is_not_the_chains_is_refused_by_name(chain: Standing, tmp_path
 
 def inputs(digests: dict[str, str], layer: int) -> Any:
     options = SimpleNamespace(captured=(PartSpec.of("residual", layer, "float32", 8),))
-    checkpoint = SimpleNamespace(url="m", digests=digests, weight_files=(), versions=lambda files: {})
-    return SimpleNamespace(checkpoint=checkpoint, options=options, table=SimpleNamespace(num_layers=6))
+    checkpoint = SimpleNamespace(url="m", digests=digests)
+    return SimpleNamespace(checkpoint=checkpoint, versions={}, options=options, table=SimpleNamespace(num_layers=6))
 
 
 def test_a_job_of_the_layers_that_are_there_gets_the_chain(chain: Standing) -> None:
@@ -72,8 +72,8 @@ def test_files_of_another_machine_are_held_against_what_the_chain_has_loaded(cha
     """Also while a stage is away: nobody asks the stages, of which one that comes back has loaded nothing for minutes."""
     of_files: dict[int | None, str] = {None: "e", 0: "a", 1: "b"}
     wanted = inputs(FILES, 1)
-    wanted.checkpoint.weight_files, wanted.checkpoint.versions = ("model.safetensors",), lambda files: dict.fromkeys(files, "its own")
-    monkeypatch.setattr("m2ray.chain.warm.hash_weights", lambda *_, **__: of_files)
+    wanted.versions = {"model.safetensors": "its own"}
+    monkeypatch.setattr("m2ray.chain.warm.known_weights", lambda *_, **__: of_files)
     loaded = replace(chain, served=chain.served._replace(weights={**of_files, 2: "c", 3: "d"}))
     assert loaded.hardware_for(wanted, Progress()).chain is loaded
     of_files[1] = "other"

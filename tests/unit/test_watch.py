@@ -17,7 +17,8 @@ from m2ray.activations.json_record import to_json
 from m2ray.activations.schema import FORMAT_VERSION
 from m2ray.activations.writing import commits, pulse
 from m2ray.activations.writing.commits import Run, claim_run
-from m2ray.activations.writing.lease import Holder, held
+from m2ray.activations.writing.holder import Holder
+from m2ray.activations.writing.lease import held
 from m2ray.activations.writing.pulse import Pulse
 from m2ray.chain.progress import Progress
 from m2ray.cli import main, watch

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from m2ray.batches import LayerSpan
-from m2ray.model import weights
+from m2ray.model import pieces
 from m2ray.model.checkpoint import open_checkpoint
 from m2ray.model.decoder import DecoderSpan
 from m2ray.model.quantization.scaling import dequantize
@@ -102,7 +102,7 @@ def dequantize_ragged(tensors: dict[str, torch.Tensor]) -> None:
         tensors[weight_key] = dequantized_one_by_one(tensors[weight_key], scale, (32, 20))
 
 
-@pytest.mark.parametrize("piece_bytes", [weights.PIECE_BYTES, 512])
+@pytest.mark.parametrize("piece_bytes", [pieces.PIECE_BYTES, 512])
 def test_blocks_that_do_not_divide_are_dequantised_right(
     originals: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece_bytes: int
 ) -> None:
@@ -115,7 +115,7 @@ def test_blocks_that_do_not_divide_are_dequantised_right(
     (plain / "config.json").write_text(json.dumps(config))
     micro_batch = micro_batch_of((7, 12), 96)
     expected = reference_rows(load_reference(plain, torch.bfloat16), micro_batch)
-    monkeypatch.setattr(weights, "PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", piece_bytes)
     rows = chain_rows(load_chain(folder, (0, 2, 5), "bfloat16"), micro_batch)
     assert all(same_bits(ours, theirs) for ours, theirs in zip(rows, expected, strict=True))
 
@@ -123,10 +123,10 @@ def test_blocks_that_do_not_divide_are_dequantised_right(
 @pytest.mark.parametrize("layout", ["fp8", "bf16", "fused"])
 def test_small_pieces_load_the_same_values(originals: dict[str, Path], monkeypatch: pytest.MonkeyPatch, layout: str) -> None:
     whole = parameters(load_span(originals[layout], LayerSpan(0, 2))[0])
-    monkeypatch.setattr(weights, "PIECE_BYTES", 1000)
-    pieces = parameters(load_span(originals[layout], LayerSpan(0, 2))[0])
-    assert whole.keys() == pieces.keys()
-    assert all(same_bits(whole[name], pieces[name]) for name in whole)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 1000)
+    in_pieces = parameters(load_span(originals[layout], LayerSpan(0, 2))[0])
+    assert whole.keys() == in_pieces.keys()
+    assert all(same_bits(whole[name], in_pieces[name]) for name in whole)
 
 
 def test_fused_fp8_experts_load_like_separate_ones(originals: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,8 +147,8 @@ def test_fused_fp8_experts_load_like_separate_ones(originals: dict[str, Path], t
 
     separate = parameters(load_span(originals["fp8"], LayerSpan(2, 4))[0])
     folder = edited(originals["fp8"], tmp_path / "fused", fuse)
-    for piece_bytes in (weights.PIECE_BYTES, 20_000):
-        monkeypatch.setattr(weights, "PIECE_BYTES", piece_bytes)
+    for piece_bytes in (pieces.PIECE_BYTES, 20_000):
+        monkeypatch.setattr(pieces, "PIECE_BYTES", piece_bytes)
         fused = parameters(load_span(folder, LayerSpan(2, 4))[0])
         assert all(same_bits(fused[name], separate[name]) for name in separate)
 
@@ -234,10 +234,10 @@ def test_the_process_reads_the_span_and_no_more(originals: dict[str, Path]) -> N
 PEAK_PROBE = """
 import resource, sys
 from m2ray.batches import LayerSpan
-from m2ray.model import weights
+from m2ray.model import pieces
 from m2ray.model.stage import StageSpec, load_stage
 
-weights.PIECE_BYTES = 2**20
+pieces.PIECE_BYTES = 2**20
 
 def load(folder, start):
     spec = StageSpec(folder, LayerSpan(start, start + 1), "bfloat16", "auto", "cpu", 1)

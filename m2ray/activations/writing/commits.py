@@ -8,7 +8,7 @@ alone, which first marks their attempts as swept: a commit that names one comes 
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from m2ray.activations.job import JOB_KEY, JobRecord, moved_away, read_job, require_same_job, require_todays_format, utc_now
+from m2ray.activations.job import JOB_KEY, JobRecord, moved_away, read_job, utc_now
 from m2ray.activations.manifest import MANIFEST_KEY, lost_parts
 from m2ray.activations.records import (
     SUCCESS_KEY,
@@ -20,6 +20,7 @@ from m2ray.activations.records import (
     read_commit,
     read_summary,
 )
+from m2ray.activations.resumable import require_same_job, require_todays_format
 from m2ray.activations.schema import FORMAT_VERSION, stored_parts
 from m2ray.activations.statistics import lost_statistics
 from m2ray.activations.writing.finishing import Finishing

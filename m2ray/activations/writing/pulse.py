@@ -4,7 +4,8 @@ import time
 from collections.abc import Sequence
 from typing import Literal
 
-from m2ray.activations.writing.lease import KILLED, Holder, read_lease
+from m2ray.activations.writing.holder import KILLED, Holder
+from m2ray.activations.writing.lease import read_lease
 from m2ray.storage import Store
 
 Life = Literal["none", "alive", "unsure", "silent", "dead"]

@@ -13,11 +13,12 @@ from m2ray.errors import AlreadyExistsError, RunConflictError, in_ranges
 from m2ray.storage import Store
 
 
-def hold_weights(store: Store, job: JobRecord, loaded: Mapping[int | None, str]) -> None:
+def hold_weights(store: Store, job: JobRecord, loaded: Mapping[int | None, str], files: Mapping[str, str] | None = None) -> None:
     """Record what a chain has loaded, or hold it against what the run's record says. To be called before the chain's first row.
 
     Args:
         loaded: the digest of each of the chain's layers, and at None that of what runs before the first one.
+        files: what changes when one of the model's files is written anew, by name, from before they were loaded; None where that is not known.
 
     Raises:
         RunConflictError: the chain has loaded other weights than the run's rows come from, named by layer; or rows were committed
@@ -26,7 +27,7 @@ def hold_weights(store: Store, job: JobRecord, loaded: Mapping[int | None, str])
         StoreError: it cannot be written or read.
     """
     layers = tuple(digest for _, digest in sorted((layer, digest) for layer, digest in loaded.items() if layer is not None))
-    found = WeightsRecord(FORMAT_VERSION, job.run_id, loaded[None], layers)
+    found = WeightsRecord(FORMAT_VERSION, job.run_id, loaded[None], layers, files or {})
     # In this order: whoever commits has created the record before.
     has_rows = bool(committed_shards(store))
     if store.size(WEIGHTS_KEY) is None:
