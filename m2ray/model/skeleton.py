@@ -251,7 +251,7 @@ def _trace(
         for layer in layers
     ]
     try:
-        with torch.inference_mode(), torch.device("meta"), _NoValues():  # type: ignore[no-untyped-call]
+        with torch.inference_mode(), torch.device("meta"), NoValues():  # type: ignore[no-untyped-call]
             decoder(input_ids=torch.zeros(3, 2, dtype=torch.long), **arguments)
     finally:
         for hook in hooks:
@@ -272,7 +272,7 @@ _ASK_FOR_A_VALUE = (
 )
 
 
-class _NoValues(TorchDispatchMode):
+class NoValues(TorchDispatchMode):
     """Says 0 where a model's code asks for a value of a meta tensor, which has none: how long the longest prompt is (longrope)."""
 
     def __torch_dispatch__(self, function: Any, _: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
