@@ -42,38 +42,49 @@ def scores_by(skeleton: Skeleton) -> Scores:
 
 def require_scores(config: Any) -> None:
     """Raise CheckpointError unless `scores_by` gives, of a tiny copy of the configuration, the scores of the whole model."""
-    with TemporaryDirectory(prefix="m2ray-scores-") as folder:
-        rehearsal = rehearse(config, 0, Path(folder))
-        try:
-            states_NH, head, expected_NV = rehearsal.scores()
-            scores, bias_V = scores_by(build_skeleton(rehearsal.tiny, torch.float32)), getattr(head, "bias", None)
-            middle = len(head.weight) // 2
-            pieces = (slice(0, middle), slice(middle, None))
-            found = [scores(states_NH, head.weight[rows], None if bias_V is None else bias_V[rows]) for rows in pieces]
-        except NOT_RUN as error:
-            raise _refusal(config, f"how it scores tokens cannot be told: {told(error)}", "m2ray makes nothing of its scores.") from error
+    tiny, states_NH, head, expected_NV = _of_tiny(config)
+    bias_V, middle = getattr(head, "bias", None), len(head.weight) // 2
+    try:
+        scores = scores_by(build_skeleton(tiny, torch.float32))
+        found = [
+            scores(states_NH, head.weight[rows], None if bias_V is None else bias_V[rows])
+            for rows in (slice(0, middle), slice(middle, None))
+        ]
+    except NOT_RUN as error:
+        raise _untold(config, error) from error
     if not _is_close(torch.cat(found, dim=-1), expected_NV):
-        what = "a token's score depends on more than the last state and its own row of the head"
-        raise _refusal(config, what, "m2ray makes nothing of its scores.")
+        raise _refusal(config, "a token's score depends on more than the last state and its own row of the head")
 
 
 def require_plain_scores(config: Any) -> None:
     """Raise CheckpointError unless a tiny copy's scores are the products of its last states and its head, and nothing more."""
-    with TemporaryDirectory(prefix="m2ray-scores-") as folder:
-        states_NH, head, expected_NV = rehearse(config, 0, Path(folder)).scores()
+    _, states_NH, head, expected_NV = _of_tiny(config)
     if not _is_close(states_NH @ head.weight.T, expected_NV):
-        raise _refusal(
-            config,
-            "scores are more than products of the last states and the head (a bias, a factor, a soft cap), for which these files have no room",
-            "Choose another consumer.",
-        )
+        what = "scores are more than products of the last states and the head (a bias, a factor, a soft cap), for which these files have no room"
+        raise _refusal(config, what, "Choose another consumer.")
+
+
+def _of_tiny(config: Any) -> tuple[Any, torch.Tensor, Any, torch.Tensor]:
+    """A tiny copy of a configuration, some last states [N, H] of it, its head, and its scores [N, V]. Raises CheckpointError: it gives none."""
+    with TemporaryDirectory(prefix="m2ray-scores-") as folder:
+        rehearsal = rehearse(config, 0, Path(folder))
+        try:
+            states_NH, head, scores_NV = rehearsal.scores()
+            assert head.weight.shape[1:] == states_NH.shape[1:], "the last states are not what the head takes"
+        except NOT_RUN as error:
+            raise _untold(config, error) from error
+    return rehearsal.tiny, states_NH, head, scores_NV
 
 
 def _is_close(found_NV: torch.Tensor, expected_NV: torch.Tensor) -> bool:
     return found_NV.shape == expected_NV.shape and bool((found_NV - expected_NV).abs().max() <= _TOLERANCE * expected_NV.abs().max())
 
 
-def _refusal(config: Any, what: str, remedy: str) -> CheckpointError:
+def _untold(config: Any, error: Exception) -> CheckpointError:
+    return _refusal(config, f"how it scores tokens cannot be told: {told(error)}")
+
+
+def _refusal(config: Any, what: str, remedy: str = "m2ray makes nothing of its scores.") -> CheckpointError:
     return CheckpointError(f"config.json: of a {config.model_type}, {what}.", remedy)
 
 
