@@ -91,7 +91,10 @@ def _norm_of(job: JobRecord, folder: str) -> "Norm":
 
 
 def _target_of(job: "JobRecord", folder: str) -> "Target":
-    """Embedding and head of a run's model. Raises as `target_weights`."""
+    """Embedding and head of a run's model. Raises as `target_weights` and `require_plain_scores`."""
+    from m2ray.model.scores import require_plain_scores
     from m2ray.model.target_weights import target_weights
 
-    return target_weights(folder, job.fingerprints["model"], job.layers_run)
+    target = target_weights(folder, job.fingerprints["model"], job.layers_run)
+    require_plain_scores(target.config)
+    return target

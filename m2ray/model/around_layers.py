@@ -76,7 +76,7 @@ def _trace(
         for layer in layers
     ]
     try:
-        with torch.inference_mode(), torch.device("meta"), _NoValues():  # type: ignore[no-untyped-call]
+        with torch.inference_mode(), torch.device("meta"), NoValues():  # type: ignore[no-untyped-call]
             decoder(input_ids=torch.zeros(3, 2, dtype=torch.long), **arguments)
     finally:
         for hook in hooks:
@@ -97,7 +97,7 @@ _ASK_FOR_A_VALUE = (
 )
 
 
-class _NoValues(TorchDispatchMode):
+class NoValues(TorchDispatchMode):
     """Says 0 where a model's code asks for a value of a meta tensor, which has none: how long the longest prompt is (longrope, dynamic)."""
 
     def __torch_dispatch__(self, function: Any, _: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:

@@ -1,4 +1,4 @@
-"""What a model's final norm and head make of any layer's rows: the likeliest next token of each."""
+"""What a model's final norm and its scores make of any layer's rows: the likeliest next token of each."""
 
 from collections.abc import Callable
 
@@ -7,6 +7,8 @@ import torch
 from m2ray.model.boundary import residual_dtype
 from m2ray.model.checkpoint import open_checkpoint
 from m2ray.model.final_norm import final_norm
+from m2ray.model.scores import require_scores, scores_by
+from m2ray.model.skeleton import build_skeleton
 from m2ray.model.target_weights import target_weights
 
 NextTokens = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
@@ -15,7 +17,7 @@ NextTokens = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 def next_tokens(folder: str, fingerprint: str, layers_run: int, dtype: torch.dtype) -> NextTokens:
     """From rows [N, H] to the likeliest next token of each, int64 [N], and its probability, float32 [N], on the CPU.
 
-    The head is read some MiB at a time. What a family does to its scores after the head, such as a soft cap, changes no order and is left out.
+    The head is read some MiB at a time. Scores are transformers' own (m2ray.model.scores).
 
     Args:
         folder: the run's checkpoint.
@@ -24,17 +26,20 @@ def next_tokens(folder: str, fingerprint: str, layers_run: int, dtype: torch.dty
         dtype: in which the run computed.
 
     Raises:
-        RunConflictError, CheckpointError, ConfigError, StoreError: as `final_norm` and `target_weights`.
+        RunConflictError, CheckpointError, ConfigError, StoreError: as `final_norm`, `target_weights` and `require_scores`.
     """
     norm, target = final_norm(folder, fingerprint, layers_run, dtype), target_weights(folder, fingerprint, layers_run)
     of_rows = residual_dtype(open_checkpoint(folder).config) or dtype
+    require_scores(target.config)
+    scores = scores_by(build_skeleton(target.config, torch.float32))
 
     def apply(rows_NH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         normed_NH = norm(rows_NH.to(of_rows)).to(dtype).float()  # Mamba's stay float32 up to the head, which takes its own dtype
         best_N = torch.full((len(rows_NH),), -torch.inf)
         ids_N, sum_N, start = torch.zeros(len(rows_NH), dtype=torch.int64), torch.full((len(rows_NH),), -torch.inf), 0
         for piece_VH in target.pieces("head", dtype):
-            scores_NV = normed_NH @ piece_VH.float().T
+            bias_V = None if target.head_bias is None else target.head_bias[start : start + len(piece_VH)]
+            scores_NV = scores(normed_NH, piece_VH.float(), bias_V)
             highest_N, places_N = scores_NV.max(dim=1)
             ids_N = torch.where(highest_N > best_N, places_N + start, ids_N)
             best_N = torch.maximum(best_N, highest_N)

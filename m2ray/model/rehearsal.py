@@ -117,6 +117,15 @@ class Rehearsal:
         hook.remove()
         return model, outputs[-1], returned[-1]
 
+    def scores(self) -> tuple[torch.Tensor, Any, torch.Tensor]:
+        """Of the long prompt in float32: what the decoder of transformers' model returns in the end [N, H], the model's head, and its scores [N, V]."""
+        model, returned = self.load(torch.float32), []
+        hook = find_decoder(model)[1].register_forward_hook(lambda _, __, output: returned.append(output[0][0].clone()))
+        with torch.inference_mode():
+            scores_NV = model(input_ids=self._token_ids_BT[:1], use_cache=False).logits[0]
+        hook.remove()
+        return returned[-1], model.get_output_embeddings(), scores_NV
+
     def by_chain(self, dtype: torch.dtype, bounds: Sequence[int], *, in_waves: bool = False) -> list[torch.Tensor]:
         """Each layer's output [B, T, H] of a chain of stages, one for the layers between two `bounds`, each loaded as stages load theirs.
 

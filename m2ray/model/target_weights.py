@@ -1,8 +1,9 @@
-"""The two matrices at a model's ends, from its checkpoint: the embedding of its tokens and the head that scores them."""
+"""The two matrices at a model's ends, from its checkpoint: the embedding of its tokens and the head that scores them, with its bias."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 
@@ -23,11 +24,15 @@ class TargetWeights:
         model_type: config.json's.
         vocab_size: the decoder's, as config.json says; a matrix may have more rows.
         shapes: of "embedding" and of "head": [V, H].
+        config: transformers' of the whole model.
+        head_bias: float32 [V], of a head that has one.
     """
 
     model_type: str
     vocab_size: int
     shapes: Mapping[str, tuple[int, ...]]
+    config: Any
+    head_bias: torch.Tensor | None
     _checkpoint: Checkpoint
     _keys: Mapping[str, str]
 
@@ -58,17 +63,19 @@ def target_weights(folder: str, fingerprint: str, layers_run: int) -> TargetWeig
     ends = {"embedding": skeleton.model.get_input_embeddings(), "head": skeleton.model.get_output_embeddings()}
     keys = {name: _key(checkpoint, skeleton, module) for name, module in ends.items()}
     shapes = {name: checkpoint.headers[key].shape for name, key in keys.items()}
-    return TargetWeights(checkpoint.whole_config.model_type, checkpoint.config.vocab_size, shapes, checkpoint, keys)
+    has_bias, config = getattr(ends["head"], "bias", None) is not None, checkpoint.whole_config
+    bias = checkpoint.read(_key(checkpoint, skeleton, ends["head"], "bias")).float() if has_bias else None
+    return TargetWeights(config.model_type, checkpoint.config.vocab_size, shapes, config, bias, checkpoint, keys)
 
 
-def _key(checkpoint: Checkpoint, skeleton: Skeleton, module: torch.nn.Module | None) -> str:
-    """The checkpoint's key of a module's matrix."""
+def _key(checkpoint: Checkpoint, skeleton: Skeleton, module: torch.nn.Module | None, leaf: str = "weight") -> str:
+    """The checkpoint's key of a module's matrix, or of its bias."""
     names = [name for name, each in skeleton.model.named_modules() if each is module]
     if module is None or not names:
         raise CheckpointError(
             f"A {checkpoint.whole_config.model_type} has no head whose weights could be given.", "Choose another consumer."
         )
-    name = f"{names[0]}.weight"
+    name = f"{names[0]}.{leaf}"
     outside = [key for key in checkpoint.headers if skeleton.layer_of(key) is None]
     found = {target: source.key for target, source in Conversion(skeleton).sources(outside)}
     embedding = skeleton.tied.get(name, name)
@@ -76,10 +83,10 @@ def _key(checkpoint: Checkpoint, skeleton: Skeleton, module: torch.nn.Module | N
     key = next((found[each] for each in (embedding, name, *heads) if each in found), None)
     if key is None:
         raise CheckpointError(f"{checkpoint.url} has no {name}.", "Copy the file that holds it into the folder.")
-    weight = module.weight
-    assert isinstance(weight, torch.Tensor)
-    header, shape = checkpoint.headers[key], tuple(weight.shape)
+    tensor = getattr(module, leaf)
+    assert isinstance(tensor, torch.Tensor)
+    header, shape = checkpoint.headers[key], tuple(tensor.shape)
     if header.shape != shape or header.dtype not in {torch.bfloat16, torch.float16, torch.float32}:
-        what = f"{key} of {checkpoint.url} is {header.dtype} {list(header.shape)}, not a plain matrix {list(shape)}."
+        what = f"{key} of {checkpoint.url} is {header.dtype} {list(header.shape)}, not plain values {list(shape)}."
         raise CheckpointError(what, "Give a copy of the model that is not quantised.")
     return key

@@ -17,6 +17,8 @@ INDEX, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
 _INDEX = re.compile(r".+\.safetensors\.index(\..+)?\.json")  # model.safetensors.index.fp16.json is a variant's
 _SHARD = re.compile(r"(?P<before>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<after>.*)\.safetensors")
 
+_ADAPTER_CONFIG = "adapter_config.json"
+
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _OTHER_WEIGHTS = (".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".npz")
 
@@ -34,9 +36,17 @@ def find_weights(store: Store, named: Any = None) -> tuple[Mapping[str, str], by
         The index's map from tensor to file and its text, both empty without an index, and the files, some of which may be absent.
 
     Raises:
-        CheckpointError: there are several sets of weights, or an index that is malformed or names what is no safetensors file of the folder.
+        CheckpointError: there are several sets of weights, or weights and an adapter, or an index that is malformed or names what is no
+            safetensors file of the folder.
         StoreError: the index cannot be read.
     """
+    found = _find(store, named)
+    if found is not None and store.size(_ADAPTER_CONFIG) is not None:
+        raise _adapter_beside(store)
+    return found
+
+
+def _find(store: Store, named: Any) -> tuple[Mapping[str, str], bytes, tuple[str, ...]] | None:
     if named is not None and not isinstance(named, str):
         raise CheckpointError(
             f"config.json: transformers_weights = {short_repr(named)} is no name of a file.", "Leave it out, or name one."
@@ -163,6 +173,15 @@ def _require_safe(namer: str, files: Iterable[str]) -> None:
             for file in files
             if not file.endswith(".safetensors") or PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts or "\0" in file
         ]
+    )
+
+
+def _adapter_beside(store: Store) -> CheckpointError:
+    """What transformers gives of such a folder depends on whether peft is installed."""
+    return CheckpointError(
+        f"There is {_ADAPTER_CONFIG} beside the model's own weights in {store.url}: transformers puts that adapter on the model where peft is "
+        "installed, and leaves it out where it is not.",
+        f"For rows of the model without it move {_ADAPTER_CONFIG} elsewhere; for rows with it merge it (peft's merge_and_unload), and save that.",
     )
 
 

@@ -156,6 +156,21 @@ def test_every_row_once_over_all_ranks_however_often_they_are_resumed(
     assert sorted(found) == ALL_ROWS
 
 
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 2, 0), (2, 1, 0)])
+def test_ranks_that_open_an_unfinished_run_one_after_the_other_share_no_row(tmp_path: Path, order: tuple[int, ...]) -> None:
+    run, of_rows, of_samples = begun(tmp_path), [], []
+    for rank, shard in enumerate(order):
+        commit(run, shard)
+        view = open_run(tmp_path)
+        of_rows += identities(view.layer(7).stream(batch_rows=4, shuffle_buffer_bytes=32 * ROW_BYTES, rank=rank, world_size=3))
+        samples = view.draft_samples([7], all_tokens=True, rank=rank, world_size=3)
+        of_samples += [int(sample["sequence_id"]) for sample in samples]
+    assert of_rows
+    assert len(set(of_rows)) == len(of_rows)
+    assert of_samples
+    assert len(set(of_samples)) == len(of_samples)
+
+
 def test_a_resumed_stream_gives_what_the_uninterrupted_one_would(tmp_path: Path, clock: Clock) -> None:
     """Of the groups that it had taken before: same rows, same batches, same order."""
     run, coming = begun(tmp_path), [1, 0, 2]

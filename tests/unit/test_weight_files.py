@@ -219,6 +219,14 @@ def test_the_only_weights_of_a_folder_are_read_whatever_their_name(
     assert_same(rows_of(single), expected)
 
 
+def test_an_adapter_beside_whole_weights_is_refused(single: Path) -> None:
+    """transformers puts it on the model where peft is installed, and leaves it out without a word where it is not."""
+    (single / "adapter_model.safetensors").write_bytes(b"of no use")
+    (single / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json beside .*weights.*peft.*merge_and_unload"):
+        rows_of(single)
+
+
 def test_an_index_of_another_name_is_read(originals: dict[str, Path], sharded: Path) -> None:
     (sharded / INDEX).rename(sharded / "model.safetensors.index.fp16.json")
     assert_same(rows_of(sharded), rows_of(originals["sharded"]))

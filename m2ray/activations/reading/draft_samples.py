@@ -38,8 +38,9 @@ class DraftOptions:
 class DraftSamples(IterableDataset[Sample]):
     """The committed sequences of a run in random order, one a sample, each once an epoch over all ranks and workers.
 
-    Give it to a DataLoader with `batch_size=None`, or with the collate function of a trainer, which pads. Workers and ranks take every so
-    many samples, so that they differ by one at most. Call `set_epoch` for another order. The next sample is read meanwhile.
+    Give it to a DataLoader with `batch_size=None`, or with the collate function of a trainer, which pads. Of a finished run workers and ranks
+    have as many samples, but for one. Those that opened an unfinished run at different times have none in common. Call `set_epoch` for
+    another order. The next sample is read meanwhile.
 
     Besides two samples a worker keeps at most 256 MiB of token ids, where the rows of the parts in use lie, and 24 bytes a sequence of the run.
     """
@@ -90,14 +91,14 @@ class DraftSamples(IterableDataset[Sample]):
         self._samples_given, self._resumed = skip, None
         if self._held is None or self._held[0] != os.getpid():
             self._held = os.getpid(), _Reader(self._catalogue, self._specs, all_tokens=self._options.all_tokens)
-        reader, place = self._held[1], self._place()
-        order = reader.in_random_order(np.random.default_rng([self._options.seed, self._epoch]))
-        for sample in reader.samples(order[place["consumer"] :: place["consumers"]][skip:]):
+        place = consumer_of(self._options.rank, self._options.world_size)
+        reader, rng = self._held[1], np.random.default_rng([self._options.seed, self._epoch])
+        for sample in reader.samples(reader.in_random_order(rng, **place)[skip:]):
             self._samples_given += 1
             yield sample
 
     def _place(self) -> dict[str, Any]:
-        return {"parts": self._fingerprint, **consumer_of(self._options.rank, self._options.world_size)}
+        return {"parts": self._fingerprint, **consumer_of(self._options.rank, self._options.world_size), "dealt": "by sequence"}
 
 
 class _Reader:
@@ -109,24 +110,28 @@ class _Reader:
         self._all_tokens = all_tokens
         self._parts = OpenParts(catalogue, specs[-1])
         self._others = [RandomRows(catalogue, spec) for spec in specs[:-1]]
-        self._sequences = self._committed()
+        self._sequences = self._ready()
 
-    def _committed(self) -> Int64Array:
-        """Part, sequence id and tokens of each sequence that has rows: int64 [sequences, 3]."""
+    def _ready(self) -> Int64Array:
+        """Part, or -1 if it is not committed, sequence id and tokens of each sequence of the run that is not quarantined: int64 [sequences, 3]."""
         found, shards = [np.empty((0, 3), np.int64)], self._parts.shards
         for number in range(len(self._catalogue.first_ids)):
             table = self._catalogue.sequences_of_file(number, ["sequence_id", "token_count", "shard"])
-            shard = table["shard"].fill_null(-1).to_numpy()
-            is_there = np.isin(shard, shards)
-            columns = np.searchsorted(shards, shard), table["sequence_id"].to_numpy(), table["token_count"].to_numpy()
-            found.append(np.stack(columns, axis=1)[is_there].astype(np.int64))
+            table = table.filter(table["shard"].is_valid())
+            shard = table["shard"].to_numpy()
+            part = np.where(np.isin(shard, shards), np.searchsorted(shards, shard), -1)
+            found.append(np.stack([part, table["sequence_id"].to_numpy(), table["token_count"].to_numpy()], axis=1).astype(np.int64))
         return np.concatenate(found)
 
-    def in_random_order(self, rng: np.random.Generator) -> Int64Array:
-        """All of them. Parts come in groups, so that each is opened once."""
+    def in_random_order(self, rng: np.random.Generator, consumer: int, consumers: int) -> Int64Array:
+        """A consumer's share of them, as far as they are committed. Parts come in groups, so that each is opened once.
+
+        All sequences are dealt out, whichever are committed: what each consumer has seen by now may differ.
+        """
+        dealt = rng.permutation(self._sequences)[consumer::consumers]
+        dealt = dealt[dealt[:, 0] >= 0]
         turn_of_part = rng.permutation(len(self._parts.shards)) // max(1, self._parts.kept // 2)
-        shuffled = rng.permutation(self._sequences)
-        return shuffled[np.argsort(turn_of_part[shuffled[:, 0]], kind="stable")]
+        return dealt[np.argsort(turn_of_part[dealt[:, 0]], kind="stable")]
 
     def samples(self, order: Int64Array) -> Iterator[Sample]:
         """One after the other, the next one being read."""

@@ -1,9 +1,9 @@
 """ActivationStream: a layer's rows in random order, every one once an epoch, for training; of a run that is still being extracted, too.
 
-Rows lie in blocks, runs of neighbours in a part. An epoch is one order of all blocks, dealt out to the consumers (each worker of
-each rank is one), which shuffle theirs by the window (windows.py). All of it follows from seed, epoch and the run, so a position is one
-number: the rows given. Where a run is followed, the order is that of groups: the shards that came since the last group. Which these were is
-the other half of the position then.
+Rows lie in blocks, runs of neighbours in a part. The blocks of each shard are dealt out to the consumers (each worker of each rank is
+one). An epoch is one order of them, in which a consumer takes and shuffles its own by the window (windows.py). All of it follows from seed,
+epoch and the run, so a position is one number: the rows given. Where a run is followed, the order is that of groups: the shards that came
+since the last group. Which these were is the other half of the position then.
 """
 
 import os
@@ -41,7 +41,8 @@ class StreamOptions:
 class ActivationStream(IterableDataset[Batch]):
     """Batches of a one-layer view's rows. Give it to a DataLoader with `batch_size=None`, or iterate over it as it is.
 
-    Every committed row comes once an epoch over all ranks and workers; ranks may differ by a few blocks of 4 MiB. All batches have
+    Every committed row comes once an epoch over all ranks and workers; ranks may differ by some blocks of 4 MiB. Ranks that opened an
+    unfinished run at different times have no row in common, and leave out those of shards that the rank whose they are has not seen. All batches have
     `batch_rows` rows but a worker's last. Call `set_epoch` for another order. The tensors are the caller's own. As long as one is kept,
     the memory of its window, half of the shuffle buffer, is not used again: clone what is kept for long.
 
@@ -120,7 +121,7 @@ class ActivationStream(IterableDataset[Batch]):
             yield batch
 
     def _place(self) -> dict[str, Any]:
-        return {"parts": self._fingerprint, **consumer_of(self._options.rank, self._options.world_size)}
+        return {"parts": self._fingerprint, **consumer_of(self._options.rank, self._options.world_size), "dealt": "by shard"}
 
     def _windows(self, parts: OpenParts, memory: WindowMemory, groups: list[list[int]]) -> Windows:
         options, place = self._options, consumer_of(self._options.rank, self._options.world_size)
@@ -132,8 +133,19 @@ class ActivationStream(IterableDataset[Batch]):
             more, most_rows = _as_they_come(arrivals, parts, sizes.block_rows, seeds, consumers), self._catalogue.job.counts.rows
         else:
             order = in_random_order(parts.rows, sizes.block_rows, parts.kept // 2, np.random.default_rng([options.seed, self._epoch]))
-            more, most_rows = _at_once(order[consumer::consumers]), int(parts.rows.sum())
+            more, most_rows = _at_once(_dealt(order, parts, sizes.block_rows, consumer, consumers)), int(parts.rows.sum())
         return Windows(parts, memory, sizes, most_rows, more, seeds, is_remote=self._catalogue.store.folder is None)
+
+
+def _dealt(blocks: Blocks, parts: OpenParts, block_rows: int, consumer: int, consumers: int) -> Blocks:
+    """A consumer's share of some blocks.
+
+    The blocks of a shard are dealt out in their order, beginning with another consumer for each shard. So all know their share of a shard
+    without a word, whichever shards each of them has seen by now.
+    """
+    dealt_to = (blocks[:, 1] // block_rows + parts.shards[blocks[:, 0]]) % consumers
+    dealt: Blocks = blocks[dealt_to == consumer]
+    return dealt
 
 
 def _at_once(blocks: Blocks) -> MoreBlocks:
@@ -143,11 +155,7 @@ def _at_once(blocks: Blocks) -> MoreBlocks:
 
 
 def _as_they_come(arrivals: Arrivals, parts: OpenParts, block_rows: int, seeds: list[int], consumers: int) -> MoreBlocks:
-    """A consumer's share of each group of shards.
-
-    The blocks of a shard are dealt out in their order, beginning with another consumer for each shard. So all know their share of a shard
-    without a word, whatever groups it came to them in.
-    """
+    """A consumer's share of each group of shards."""
     number = 0
 
     def more(wait: bool) -> Blocks | None:  # noqa: FBT001 - it is MoreBlocks
@@ -161,8 +169,6 @@ def _as_they_come(arrivals: Arrivals, parts: OpenParts, block_rows: int, seeds: 
         blocks = in_random_order(rows, block_rows, parts.kept_of(rows) // 2, np.random.default_rng([*seeds, number, 1]))
         blocks[:, 0] = members[blocks[:, 0]]
         number += 1
-        dealt_to = (blocks[:, 1] // block_rows + parts.shards[blocks[:, 0]]) % consumers
-        dealt: Blocks = blocks[dealt_to == seeds[-1]]
-        return dealt
+        return _dealt(blocks, parts, block_rows, seeds[-1], consumers)
 
     return more
