@@ -30,7 +30,7 @@ from m2ray.planning.memory import (
 )
 from m2ray.planning.output import OutputPlan, plan_output
 from m2ray.planning.profile import Profile
-from m2ray.planning.shape import ModelShape
+from m2ray.planning.shape import ModelShape, all_plain
 from m2ray.planning.unpacking import unpacking_bytes
 from m2ray.sites import EIGHT_BITS, layers_run, parts_of_span
 from m2ray.statistics import contribution_bytes, device_bytes, merged_bytes, micro_batch_bytes, shard_bytes, widths
@@ -104,7 +104,8 @@ class Demand:
     def workload(self) -> Workload:
         longest_tokens = self.assumed.longest_tokens or self.options.batch_tokens
         padded_tokens = max(self.options.batch_tokens, longest_tokens)
-        shape = replace(self.shape, attn_implementation=self.options.attn_implementation)
+        is_plain = all_plain(self.table.rows, self.table.num_layers)
+        shape = replace(self.shape, attn_implementation=self.options.attn_implementation, is_plain=is_plain)
         transient_bytes = shape.compiled_transient_bytes if self.options.compile else shape.transient_bytes
         return Workload(
             padded_tokens=padded_tokens,

@@ -1,10 +1,30 @@
 """The dimensions that decide what a decoder layer takes: read off a model's configuration, and the memory of a forward pass by them."""
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Self
 
+from m2ray.batches import TensorRow
+
 _ONE_KERNEL = ("silu", "swish", "relu", "gelu", "gelu_pytorch_tanh")
 """Activations, by transformers' names, that are one kernel of torch's."""
+
+
+_PLAIN = frozenset(
+    f"{part}.weight"
+    for part in (*(f"self_attn.{name}_proj" for name in ("q", "k", "v", "o")), *(f"mlp.{name}_proj" for name in ("gate", "up", "down")))
+)
+"""The matrices of a layer that is attention and a gated MLP, and nothing else; all else that it has are vectors."""
+
+
+def all_plain(rows: Iterable[TensorRow], num_layers: int) -> bool:
+    """Whether each of the first layers is attention and a gated MLP, by their matrices' names: as in Llama, Qwen3, Gemma, Granite, OLMo."""
+    matrices: dict[int, set[str]] = {layer: set() for layer in range(num_layers)}
+    for row in rows:
+        if row.role == "layer" and row.layer in matrices and len(row.shape) > 1:
+            matrices[row.layer].add(re.sub(r".*?layers\.\d+\.", "", row.name))
+    return all(of_layer == _PLAIN for of_layer in matrices.values())
 
 
 def _activation(config: Any) -> str:
@@ -28,6 +48,7 @@ class ModelShape:
         streams: residual streams.
         activation_steps: tensors that the activation of an MLP makes, one after the other: 1 where torch has a kernel for it.
         index_heads, index_dim: of an indexer that chooses which positions attention sees; `index_every` of them are scored as one.
+        is_plain: all its layers are attention and a gated MLP (`all_plain`).
     """
 
     hidden_size: int
@@ -46,6 +67,7 @@ class ModelShape:
     index_dim: int = 0
     index_every: int = 1
     activation_steps: int = 1
+    is_plain: bool = False
 
     @classmethod
     def of(cls, config: Any, attn_implementation: str) -> Self:
@@ -90,7 +112,7 @@ class ModelShape:
         - an indexer's scores of all pairs of positions, beside the queries, keys and values;
         - several residual streams, mixed in float32;
         - dense MLP: gate and up as one tensor, the activated gate, their product, and one more for activations in several steps
-          (compiled: the gate, up, and their product);
+          (compiled: the gate, up, and their product; of a plain layer the gate and up);
         - experts, a row each for every token and expert chosen: either the selected input with the first four of those, or the
           selected input, its output, and that weighted and put in order, in float32 as routing weights are.
         """
@@ -103,11 +125,21 @@ class ModelShape:
 
         An expert's row is then its selected input and gate and up as one tensor, and the experts are given a copy of the hidden states
         (m2ray.model.compilation). Held against an H200 at MiniMax-M2's dimensions, without that copy: between 1.1 and 1.2 of what was
-        allocated.
+        allocated. A plain layer's product of gate and up takes the gate's memory, and its attention holds queries, keys and values before and
+        after rotation, in the compute dtype, and its sums; tests/unit/test_compiled_memory.py counts what torch.compile's code allocates.
         """
+        if self.is_plain and self.attn_implementation != "eager":
+            return self._plain_bytes(padded_tokens, longest_tokens, itemsize_bytes)
         expert_row_bytes = (self.hidden_size + 2 * self.expert_size) * itemsize_bytes
         copied = self.hidden_size * itemsize_bytes if self.num_experts else 0
         return self._transient_bytes(padded_tokens, longest_tokens, itemsize_bytes, expert_row_bytes, 3) + padded_tokens * copied
+
+    def _plain_bytes(self, padded_tokens: int, longest_tokens: int, itemsize_bytes: int) -> int:
+        """Of a compiled layer, hidden states as of all layers, and what positions are turned by."""
+        attention = 5 * self.head_dim * (self.num_heads + self.num_kv_heads) * itemsize_bytes
+        pairs = longest_tokens * self._pair_bytes(longest_tokens, itemsize_bytes)
+        held, mlp = 4 * self.hidden_size * itemsize_bytes, 2 * self.intermediate_size * itemsize_bytes
+        return padded_tokens * (held + max(attention + pairs, mlp)) + longest_tokens * 4 * self.head_dim * itemsize_bytes
 
     def _transient_bytes(
         self, padded_tokens: int, longest_tokens: int, itemsize_bytes: int, expert_row_bytes: int, mlp_tensors: int

@@ -1,9 +1,11 @@
 """Waves on a GPU: the bits of micro-batches one at a time, their memory, and the real job, left alone and struck."""
 
+import json
 import re
 import subprocess
+import sys
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +21,19 @@ from m2ray.model.capture import CaptureSpec
 from m2ray.model.stage import Stage, StageSpec, load_stage
 from m2ray.model.stage_output import StageOutput
 from tests.gpu.test_extract_on_gpu import command, prompts
-from tests.ray.struck_waves import assert_struck_in_waves_gives_the_rows_of_ready_layers, two_node_cluster
+from tests.ray.conftest import RayCluster
+from tests.ray.struck_waves import (
+    in_waves_of_two,
+    said,
+    stage_on,
+    stopped_within_a_wave,
+    submit,
+    submit_again,
+    two_node_cluster,
+    undisturbed,
+)
+from tests.ray.test_extract import wait_for_commits
+from tests.ray.test_faults import assert_same_run
 from tests.reference import MINIMAX_TINY, make_minimax, micro_batch_of
 
 if TYPE_CHECKING:
@@ -122,15 +136,43 @@ def test_a_job_in_waves_gives_the_rows_of_layers_that_are_ready(folder: Path, tm
     assert np.unique(m2ray.open_run(tmp_path / "waves").tokens()["sequence_id"]).size == 600
 
 
-@pytest.mark.timeout(600)
-def test_a_packed_and_a_streamed_stage_on_parts_of_one_gpu_struck_in_the_middle_of_a_wave(folder: Path, tmp_path: Path) -> None:
-    """By `ray job submit`: a stage is killed, and then the job is stopped and submitted again.
-
-    A wave's hidden states take less than a layer, for which the first stage would else have room without one.
-    """
-    options = "--compute-dtype float32 --store-dtype float32 --batch-tokens 256 --shard-tokens 500 --compile false"
-    words = ["--model", str(folder), "--prompts", str(prompts(tmp_path / "prompts.txt", 1500, 200)), *options.split()]
-    with two_node_cluster(num_gpus=1) as cluster:
-        printed = assert_struck_in_waves_gives_the_rows_of_ready_layers(cluster, words, "cpu", 256, tmp_path)
+def test_a_job_of_a_packed_and_a_streamed_stage_on_parts_of_one_gpu_stopped_within_a_wave(folder: Path, tmp_path: Path) -> None:
+    """By `ray job submit`, and submitted again."""
+    batch_tokens, run = 256, tmp_path / "run"
+    options = f"--compute-dtype float32 --store-dtype float32 --batch-tokens {batch_tokens} --shard-tokens 500 --compile false"
+    words = ["--model", str(folder), "--prompts", str(prompts(tmp_path / "prompts.txt", 600, 200)), *options.split()]
+    in_waves = [*words, *in_waves_of_two(batch_tokens)]
+    with undisturbed(words, tmp_path / "undisturbed"):
+        of_first, of_second = bytes_of_parts(in_waves)
+        with two_node_cluster(num_gpus=1) as cluster:
+            first, second = nodes_in_order(cluster)
+            limits = f"{first}={of_first};{second}={of_second}"
+            job = ["python", "jobs/extract.py", *in_waves, "--offload", "cpu", "--max-memory", limits, "--output", str(run)]
+            submitted = cluster.start(*submit(cluster, "first"), *job)
+            process = stage_on(cluster, second, submitted)
+            wait_for_commits(run, 1, submitted)
+            printed = stopped_within_a_wave(cluster, submitted, process, run)
+            submit_again(cluster, job, run)
+    assert_same_run(run, tmp_path / "undisturbed")
     assert re.search(r"layers 0-2, .* of weights, layers 0-2 packed, waves of 512 tokens", printed)
     assert re.search(r"layers 3-6, .* of weights, .*layers 4-6 in host memory, waves of 512 tokens", printed)
+
+
+def bytes_of_parts(words: Sequence[str]) -> tuple[int, int]:
+    """Of the GPU, by which the first stage has room for its layers, packed, and the second lacks a byte, though not to take them in turn.
+
+    A wave's hidden states take less than a layer, for which the first would else have room without one.
+    """
+    plan = [sys.executable, "-m", "m2ray.cli", "plan", "--json", "--gpus", "2 nodes of 1xH200", *words]
+    done = subprocess.run(plan, env=environment(), capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout, done.stderr
+    first, second = json.loads(done.stdout)["gpus"]
+    return first["peak_bytes"], second["peak_bytes"] - second["running"]["wave"] - 1
+
+
+def nodes_in_order(cluster: RayCluster) -> list[str]:
+    """The nodes' addresses, as stages are given to them."""
+    program = "import ray; ray.init(log_to_driver=False); print(*(node['NodeManagerAddress'] for node in ray.nodes()))"
+    done = cluster.run(sys.executable, "-c", program, timeout_s=60)
+    said(f"the nodes are {done.stdout.strip()}")
+    return done.stdout.split()

@@ -72,6 +72,6 @@ def test_a_packed_and_a_streamed_stage_struck_in_the_middle_of_a_wave(
     """By `ray job submit`: a stage is killed, and then the job is stopped and submitted again."""
     options = "--id-column id --compute-dtype float32 --store-dtype float32 --batch-tokens 256 --shard-tokens 150 --threads-per-stage 1"
     words = ["--model", str(model), "--prompts", str(prompts), *options.split()]
-    printed = assert_struck_in_waves_gives_the_rows_of_ready_layers(two_nodes, words, "disk", 256, tmp_path)
+    printed = assert_struck_in_waves_gives_the_rows_of_ready_layers(two_nodes, words, 256, tmp_path)
     assert "layers 0-2, layers 0-2 packed, waves of 512 tokens" in printed
     assert "layers 3-6, layers 3-6 in files, waves of 512 tokens" in printed
