@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Self
 
-from m2ray.batches import TensorRow
+from m2ray.tensor_rows import TensorRow
 
 _ONE_KERNEL = ("silu", "swish", "relu", "gelu", "gelu_pytorch_tanh")
 """Activations, by transformers' names, that are one kernel of torch's."""
