@@ -174,6 +174,11 @@ def _library(value: Any) -> str:
 def _batches(prompts: Any) -> Iterable[Any] | None:
     """A table's record batches, or tables; None of what is no table."""
     if _library(prompts) == "datasets" and hasattr(prompts, "with_format"):
+        if (getattr(prompts, "format", None) or {}).get("type") == "custom":
+            raise PromptsError(
+                "The datasets.Dataset has a transform (with_transform), which its table does not have: its own values would be run, not what it gives.",
+                "Give what dataset.with_format(None).map(...) makes of it, or a list of its rows: [*dataset].",
+            )
         return prompts.with_format("arrow").iter(_ROWS_AT_ONCE)  # type: ignore[no-any-return]
     if _library(prompts) == "pandas":
         try:

@@ -146,6 +146,7 @@ def test_equal_tables_are_equal_files_however_they_lie_in_memory() -> None:
         (pd.DataFrame({"text": ["a", 1]}), "no table for Arrow"),
         (pa.table({"text": pa.array([], pa.string())}), "hold no rows"),
         (datasets.Dataset.from_dict({"text": []}), "hold no rows"),
+        (datasets.Dataset.from_dict({"text": TEXTS}).with_transform(lambda rows: {"text": rows["text"][::-1]}), "has a transform"),
         ((text for text in TEXTS), "cannot be given as generator"),
     ],
     ids=lambda one: type(one).__name__ if not isinstance(one, str) else "",
