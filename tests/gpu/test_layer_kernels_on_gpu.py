@@ -47,11 +47,12 @@ def test_attention_ends_with_each_sequence(width: int, out_width: int) -> None:
 @pytest.mark.skipif(not IS_HOPPER, reason="needs a GPU of Hopper's kind")
 @pytest.mark.parametrize(("width", "out_width"), causal_attention._WIDTHS)
 def test_attention_is_the_same_whichever_program_makes_it(width: int, out_width: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Many tiles a program, in one section or in many; values that lie apart, as a projection leaves them beside keys."""
+    """Many tiles a program, in one section or in many; queries of which a head's lie end to end, values beside keys that a projection has left there."""
     query, key, value = drawn(1, 700, width, out_width)
     beside = torch.cat([value, value], 3)[..., out_width:]
     expected = causal_attention.causal_attention(query, key, value, None)
-    assert torch.equal(causal_attention.causal_attention(query, key, beside, None), expected)
+    turned = query.transpose(1, 2).contiguous().transpose(1, 2)
+    assert torch.equal(causal_attention.causal_attention(turned, key, beside, None), expected)
     for cached_bytes in (1, 7 * 2**20, 2**40):
         monkeypatch.setattr(causal_attention, "_CACHED_BYTES", cached_bytes)
         found = causal_attention.causal_attention(*(each.expand(60, -1, -1, -1) for each in (query, key, value)), None)

@@ -163,20 +163,22 @@ def test_attention_is_put_in_the_place_of_torchs() -> None:
 
 
 def test_attention_is_put_in_the_place_of_torchs_for_keys_wider_than_values() -> None:
-    """DeepSeek's: torch's memory-efficient attention."""
-    values = {"query": torch.randn(2, 6, 9, 192), "key": torch.randn(2, 6, 9, 192), "value": torch.randn(2, 6, 9, 128)}
+    """DeepSeek's, by torch's memory-efficient attention: its values lie beside a part of its keys, where a projection has left both."""
+    values = {"query": torch.randn(2, 6, 9, 192), "key": torch.randn(2, 6, 9, 192), "projected": torch.randn(2, 9, 6, 256)}
     graph = Graph()
-    given = [graph.placeholder(name) for name in values]
-    for node, tensor in zip(given, values.values(), strict=True):
-        node.meta["val"] = tensor.bfloat16()
-    efficient = graph.call_function(EFFICIENT, (*given, None, False, 0.0, True), {"scale": 0.3})
+    query, key, projected = (graph.placeholder(name) for name in values)
+    turned = graph.call_function(torch.ops.aten.permute.default, (projected, [0, 2, 1, 3]))
+    value = graph.call_function(torch.ops.aten.slice.Tensor, (turned, 3, 128, 256))
+    of_value = values["projected"].transpose(1, 2)[..., 128:]
+    for node, tensor in zip((query, key, value), (values["query"], values["key"], of_value), strict=True):
+        node.meta["val"] = tensor.to(torch.bfloat16)
+    efficient = graph.call_function(EFFICIENT, (query, key, value, None, False, 0.0, True), {"scale": 0.3})
     graph.output(graph.call_function(getitem, (efficient, 0)))
     causal_attention.replace_attention(graph)
     module = GraphModule(nn.Module(), graph)
-    assert "m2ray.causal_attention" in module.code
-    torch.testing.assert_close(
-        module(*values.values()), functional.scaled_dot_product_attention(*values.values(), is_causal=True, scale=0.3)
-    )
+    assert module.code.count("aten.clone") == 2, "queries and keys"
+    expected = functional.scaled_dot_product_attention(values["query"], values["key"], of_value, is_causal=True, scale=0.3)
+    torch.testing.assert_close(module(*values.values()), expected)
 
 
 @pytest.mark.parametrize(
