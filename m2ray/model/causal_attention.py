@@ -172,9 +172,11 @@ def _kernel() -> Any:
 
     from m2ray.model.attention_kernel import causal_attention as kernel
 
+    blocks = {width: [1, _BLOCK, 1, width] for width in {_PIECE, *(out_width for _, out_width in _WIDTHS)}}
+    layouts = {width: gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16) for width, block in blocks.items()}
+
     def blocks_of(each: torch.Tensor, width: int) -> Any:
-        block = [1, _BLOCK, 1, width]
-        return TensorDescriptor.from_tensor(_reachable(each), block, gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16))
+        return TensorDescriptor.from_tensor(_reachable(each), blocks[width], layouts[width])
 
     return kernel, blocks_of
 

@@ -229,6 +229,15 @@ def test_other_attention_is_left_to_torch(width: int, keys: int, dtype: torch.dt
     assert flash in graph.nodes
 
 
+def test_attention_copies_only_what_the_gpu_cannot_bring_by_blocks() -> None:
+    """Blocks begin at a multiple of 16 bytes; a step of none would bring one position's for all."""
+    whole = torch.zeros(2, 9, 6, 256, dtype=torch.bfloat16)
+    for each in (whole, whole[..., 128:], whole.transpose(1, 2)):
+        assert causal_attention._reachable(each) is each
+    for each in (whole[..., 4:132], whole[..., ::2], whole.mT, whole[:, :, :1].expand(-1, -1, 6, -1)):
+        assert causal_attention._reachable(each) is not each
+
+
 def test_of_equal_scores_the_first_is_chosen() -> None:
     values, places = routing.largest(torch.tensor([[1.0, 3.0, 3.0, 2.0, 3.0]]), 2)
     assert values.tolist() == [[3.0, 3.0]]
