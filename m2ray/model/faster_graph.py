@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
@@ -32,5 +33,6 @@ class FasterGraph(CustomGraphPass):
             replace(graph)
 
     def uuid(self) -> bytes:
-        files = (routing.__file__, causal_attention.__file__, experts.__file__, expert_products.__file__)
+        kernel = str(Path(__file__).with_name("attention_kernel.py"))  # torch's CPU builds cannot import it
+        files = (routing.__file__, causal_attention.__file__, kernel, experts.__file__, expert_products.__file__)
         return bytes(get_hash_for_files(files, " ".join(replace.__name__ for replace in self.replacing)))

@@ -22,15 +22,41 @@ def test_they_are_proved_here() -> None:
     assert (expert_products.has_kernels(GPU), causal_attention.has_kernel(GPU)) == (IS_HOPPER, IS_HOPPER)
 
 
-@pytest.mark.parametrize("length", [1, 63, 64, 65, 300])
-def test_attention_ends_with_each_sequence(length: int) -> None:
-    """Behind one sequence lies the next: no row is of both."""
-    if not IS_HOPPER:
-        pytest.skip("needs a GPU of Hopper's kind")
+def drawn(num_sequences: int, length: int, width: int, out_width: int) -> list[torch.Tensor]:
     generator = torch.Generator(GPU).manual_seed(length)
-    whole = [torch.randn((3, length, heads, 128), generator=generator, device=GPU).bfloat16() for heads in (6, 2, 2)]
-    alone = torch.cat([causal_attention.causal_attention(*(each[place : place + 1] for each in whole), None) for place in range(3)])
-    assert torch.equal(causal_attention.causal_attention(*whole, None), alone)
+    shared = 2 if width == out_width else 6
+    return [
+        torch.randn((num_sequences, length, heads, each), generator=generator, device=GPU).bfloat16()
+        for heads, each in ((6, width), (shared, width), (shared, out_width))
+    ]
+
+
+@pytest.mark.skipif(not IS_HOPPER, reason="needs a GPU of Hopper's kind")
+@pytest.mark.parametrize(("width", "out_width"), causal_attention._WIDTHS)
+def test_attention_ends_with_each_sequence(width: int, out_width: int) -> None:
+    """Behind one sequence lies the next: no row is of both, even where the next one's values are none."""
+    for length in (1, 63, 64, 65, 128, 300):
+        whole = drawn(3, length, width, out_width)
+        alone = torch.cat([causal_attention.causal_attention(*(each[place : place + 1] for each in whole), None) for place in range(3)])
+        assert torch.equal(causal_attention.causal_attention(*whole, None), alone)
+        for each in whole[1:]:
+            each[1] = torch.nan
+        assert torch.equal(causal_attention.causal_attention(*whole, None)[::2], alone[::2])
+
+
+@pytest.mark.skipif(not IS_HOPPER, reason="needs a GPU of Hopper's kind")
+@pytest.mark.parametrize(("width", "out_width"), causal_attention._WIDTHS)
+def test_attention_is_the_same_whichever_program_makes_it(width: int, out_width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many tiles a program, in one section or in many; queries of which a head's lie end to end, values beside keys that a projection has left there."""
+    query, key, value = drawn(1, 700, width, out_width)
+    beside = torch.cat([value, value], 3)[..., out_width:]
+    expected = causal_attention.causal_attention(query, key, value, None)
+    turned = query.transpose(1, 2).contiguous().transpose(1, 2)
+    assert torch.equal(causal_attention.causal_attention(turned, key, beside, None), expected)
+    for cached_bytes in (1, 7 * 2**20, 2**40):
+        monkeypatch.setattr(causal_attention, "_CACHED_BYTES", cached_bytes)
+        found = causal_attention.causal_attention(*(each.expand(60, -1, -1, -1) for each in (query, key, value)), None)
+        assert torch.equal(found, expected.expand_as(found))
 
 
 def test_compiled_layers_use_them(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from m2ray.model import causal_attention, expert_products, experts, routing
 from m2ray.model.faster_graph import FasterGraph
 
 CPU = torch.device("cpu")
+EFFICIENT = torch.ops.aten._scaled_dot_product_efficient_attention.default
 SIZES = {"hidden_size": 64, "intermediate_size": 32, "moe_intermediate_size": 32, "num_experts_per_tok": 3}
 
 
@@ -91,7 +92,7 @@ def test_what_comes_in_float32_is_rounded_for_the_products(monkeypatch: pytest.M
 
 def test_a_kernel_that_makes_no_numbers_is_not_proved(monkeypatch: pytest.MonkeyPatch) -> None:
     assert causal_attention._problem(CPU) == expert_products._problem(CPU) == ""
-    monkeypatch.setattr(causal_attention, "causal_attention", lambda query, *_: torch.full_like(query, torch.nan))
+    monkeypatch.setattr(causal_attention, "causal_attention", lambda query, *_: torch.full_like(query[..., :1], torch.nan))
     assert "further off" in causal_attention._problem(CPU)
     gated_rows = expert_products.gated_rows
     monkeypatch.setattr(expert_products, "gated_rows", lambda *given: gated_rows(*given) * torch.nan)
@@ -161,6 +162,49 @@ def test_attention_is_put_in_the_place_of_torchs() -> None:
     torch.testing.assert_close(module(*values.values()), expected.transpose(1, 2))
 
 
+def test_attention_is_put_in_the_place_of_torchs_for_keys_wider_than_values() -> None:
+    """DeepSeek's, by torch's memory-efficient attention: its values lie beside a part of its keys, where a projection has left both."""
+    values = {"query": torch.randn(2, 6, 9, 192), "key": torch.randn(2, 6, 9, 192), "projected": torch.randn(2, 9, 6, 256)}
+    graph = Graph()
+    query, key, projected = (graph.placeholder(name) for name in values)
+    turned = graph.call_function(torch.ops.aten.permute.default, (projected, [0, 2, 1, 3]))
+    value = graph.call_function(torch.ops.aten.slice.Tensor, (turned, 3, 128, 256))
+    of_value = values["projected"].transpose(1, 2)[..., 128:]
+    for node, tensor in zip((query, key, value), (values["query"], values["key"], of_value), strict=True):
+        node.meta["val"] = tensor.to(torch.bfloat16)
+    efficient = graph.call_function(EFFICIENT, (query, key, value, None, False, 0.0, True), {"scale": 0.3})
+    graph.output(graph.call_function(getitem, (efficient, 0)))
+    causal_attention.replace_attention(graph)
+    module = GraphModule(nn.Module(), graph)
+    assert module.code.count("aten.clone") == 2, "queries and keys"
+    expected = functional.scaled_dot_product_attention(values["query"], values["key"], of_value, is_causal=True, scale=0.3)
+    torch.testing.assert_close(module(*values.values()), expected)
+
+
+@pytest.mark.parametrize(
+    ("width", "arguments", "used"),
+    [
+        (192, (None, False, 0.0, False), 0),
+        (192, (None, False), 0),
+        (192, (None, False, 0.1, True), 0),
+        (192, (None, True, 0.0, True), 1),
+        (96, (None, False, 0.0, True), 0),
+        (192, ("bias", False, 0.0, True), 0),
+    ],
+)
+def test_other_memory_efficient_attention_is_left_to_torch(width: int, arguments: tuple[object, ...], used: int) -> None:
+    """Not causal, with dropout, whose logarithms are asked for, of other widths, with something added to its scores."""
+    graph = Graph()
+    given = [graph.placeholder(name) for name in ("query", "key", "value")]
+    for node, each in zip(given, (width, width, 128), strict=True):
+        node.meta["val"] = torch.empty((2, 6, 9, each), dtype=torch.bfloat16)
+    bias, *others = arguments
+    efficient = graph.call_function(EFFICIENT, (*given, bias and graph.placeholder("bias"), *others))
+    graph.output(graph.call_function(getitem, (efficient, used)))
+    causal_attention.replace_attention(graph)
+    assert efficient in graph.nodes
+
+
 @pytest.mark.parametrize(
     ("width", "keys", "dtype", "arguments", "used"),
     [
@@ -183,6 +227,15 @@ def test_other_attention_is_left_to_torch(width: int, keys: int, dtype: torch.dt
     graph.output(graph.call_function(getitem, (flash, used)))
     causal_attention.replace_attention(graph)
     assert flash in graph.nodes
+
+
+def test_attention_copies_only_what_the_gpu_cannot_bring_by_blocks() -> None:
+    """Blocks begin at a multiple of 16 bytes; a step of none would bring one position's for all."""
+    whole = torch.zeros(2, 9, 6, 256, dtype=torch.bfloat16)
+    for each in (whole, whole[..., 128:], whole.transpose(1, 2)):
+        assert causal_attention._reachable(each) is each
+    for each in (whole[..., 4:132], whole[..., ::2], whole.mT, whole[:, :, :1].expand(-1, -1, 6, -1)):
+        assert causal_attention._reachable(each) is not each
 
 
 def test_of_equal_scores_the_first_is_chosen() -> None:
