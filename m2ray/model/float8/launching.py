@@ -99,8 +99,8 @@ def _multiply_pairs(
     """Gated where there is a place for scales of the result."""
     _, columns, width = weight.shape
     kernel, blocks_of = _hopper_kernel()
-    tiles = expert_products.tiles(ends, len(rows))
     with torch.cuda.device(rows.device):
+        tiles = expert_products.tiles(ends, len(rows))
         kernel[_processors(rows.device),](
             blocks_of(rows),
             row_scales,
