@@ -1,4 +1,4 @@
-"""Compiled layers of several families at their real dimensions, with m2ray's kernels and without, in turns on one GPU.
+"""Compiled layers of several families at their real dimensions, with m2ray's kernels and without, in turns on one GPU; MiniMax-M2's in float8 too.
 
     python -m benchmarks.layers_on_gpu [FAMILY ...]
 
@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 
 from benchmarks.records import Row, record
 from m2ray.batches import LayerSpan
@@ -21,6 +22,8 @@ from m2ray.model.boundary import Boundary
 from m2ray.model.decoder import DecoderSpan
 from m2ray.model.families import parse_config
 from m2ray.model.filling import assign
+from m2ray.model.float8.modules import SCALES, use_float8
+from m2ray.model.float8.rounding import BLOCK, FP8
 from m2ray.model.skeleton import build_skeleton
 
 SHAPES = ((8, 2048), (32, 512))
@@ -28,6 +31,12 @@ OTHER = (24, 672)
 """Seen before anything is measured, so that the graph is one for all shapes."""
 
 REPEATS, PASSES = 4, 10
+COMPARED = (("with", "without", "the same layers without m2ray's kernels", "1.0"), ("float8", "with", "bfloat16, with them", "1.45"))
+"""Each way, the one beside it, what that is called, and the ratio that is aimed at."""
+
+IN_FLOAT8 = ("MiniMax-M2",)
+"""Families whose checkpoints are FP8 in blocks of 128 x 128."""
+
 LAYERS = {"MiniMax-M2": 3, "Qwen3-30B-A3B": 6, "DeepSeek-V3": 1, "Llama-8B": 6, "Llama-70B": 4}
 
 _MOE = {"num_hidden_layers": 8, "num_experts_per_tok": 8, "hidden_act": "silu"}
@@ -74,30 +83,37 @@ def main() -> None:
 
 def measured(name: str) -> list[Row]:
     config = parse_config(json.dumps(CONFIGS[name]).encode())
-    ways = {"without": compiled(config, LAYERS[name], kernels=False), "with": compiled(config, LAYERS[name], kernels=True)}
+    ways = {"without": compiled(config, LAYERS[name], kernels=False), "with": compiled(config, LAYERS[name])}
+    if name in IN_FLOAT8:
+        ways["float8"] = compiled(config, LAYERS[name], float8=True)
     rows = []
     for shape in SHAPES:
         times_ms: dict[str, list[float]] = {way: [] for way in ways}
         for _ in range(REPEATS):
             for way, decoder in ways.items():
                 times_ms[way].append(pass_ms(step_of(decoder, shape)) / LAYERS[name])
-        before_ms, after_ms = (statistics.median(times_ms[way]) for way in ("without", "with"))
-        tera = operations(ways["with"], *shape) / LAYERS[name] / 1e12
-        rates = tera / after_ms * 1e3, tera / before_ms * 1e3
-        note = f"{after_ms:.2f} ms of {before_ms:.2f} a layer; {LAYERS[name]} layers"
-        what = f"{name}, {shape[0]} x {shape[1]}"
-        print(what, note, f"{rates[0]:.0f} of {rates[1]:.0f} TFLOP/s", flush=True)
-        rows.append(Row(what, rates[0], "TFLOP/s", rates[1], "the same layers without m2ray's kernels", rates[0] / rates[1], "1.0", note))
+        layer_ms = {way: statistics.median(each) for way, each in times_ms.items()}
+        rates = {way: operations(ways["with"], *shape) / LAYERS[name] / each / 1e9 for way, each in layer_ms.items()}
+        for way, beside, baseline, aim in COMPARED:
+            if way not in ways:
+                continue
+            what = f"{name}{' in float8' if way == 'float8' else ''}, {shape[0]} x {shape[1]}"
+            note = f"{layer_ms[way]:.2f} ms of {layer_ms[beside]:.2f} a layer; {LAYERS[name]} layers"
+            print(what, note, f"{rates[way]:.0f} of {rates[beside]:.0f} TFLOP/s", flush=True)
+            rows.append(Row(what, rates[way], "TFLOP/s", rates[beside], baseline, rates[way] / rates[beside], aim, note))
     return rows
 
 
-def compiled(config: Any, num_layers: int, *, kernels: bool) -> DecoderSpan:
+def compiled(config: Any, num_layers: int, *, kernels: bool = True, float8: bool = False) -> DecoderSpan:
     """Layers behind the first, with random weights, after every shape was seen."""
     gpu = torch.device("cuda:0")
     skeleton = build_skeleton(config, torch.bfloat16)
     decoder = DecoderSpan(skeleton, LayerSpan(1, 1 + num_layers), gpu)
     for tensor in skeleton.needed(decoder.span):
         assign(skeleton.model, tensor.name, random_values(tensor.shape, tensor.dtype, gpu))
+    if float8:
+        for number in range(decoder.span.start, decoder.span.stop):
+            pack(skeleton.layers[number])
     decoder.device = gpu if kernels else torch.device("cpu")  # told that it is on a CPU, it is compiled without
     decoder.compile_layers()
     decoder.device = gpu
@@ -105,6 +121,19 @@ def compiled(config: Any, num_layers: int, *, kernels: bool) -> DecoderSpan:
         for shape in (*SHAPES, OTHER, *SHAPES):
             step_of(decoder, shape)()
     return decoder
+
+
+def pack(layer: nn.Module) -> None:
+    """Give a layer's projections and experts random FP8 weights with scales, and let them multiply in FP8."""
+    for module in list(layer.modules()):
+        names = ["weight"] if type(module) is nn.Linear else ["gate_up_proj", "down_proj"] if hasattr(module, "gate_up_proj") else []
+        for name in names:
+            weight = getattr(module, name)
+            *stacked, height, width = weight.shape
+            scales = torch.rand((*stacked, -(-height // BLOCK), width // BLOCK), device=weight.device) * 0.01 + 0.005
+            setattr(module, name, nn.Parameter((weight * (3 / weight.std())).to(FP8), requires_grad=False))
+            module.register_buffer(name + SCALES, scales)
+    use_float8(layer)
 
 
 def step_of(decoder: DecoderSpan, shape: tuple[int, int]) -> Callable[[], object]:

@@ -95,14 +95,19 @@ def _multiply(
 ) -> None:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    is_gated, width = inner_RI is None, weights_EOI.shape[2]
+    is_gated, (number, _, width) = inner_RI is None, weights_EOI.shape
     columns = _GATED_COLUMNS if is_gated else _COLUMNS
+    blocks = (
+        TensorDescriptor.from_tensor(weights_EOI.view(number, 2, -1, width), [1, 2, columns, _DEPTH])
+        if is_gated
+        else TensorDescriptor.from_tensor(weights_EOI.flatten(0, 1), [columns, _DEPTH])
+    )
     programs = torch.cuda.get_device_properties(rows.device).multi_processor_count
     _kernels().multiply_rows[programs,](
         tokens_NH,
         choices_R,
         None if inner_RI is None else TensorDescriptor.from_tensor(inner_RI, [_ROWS, _DEPTH]),
-        TensorDescriptor.from_tensor(weights_EOI.flatten(0, 1), [columns, _DEPTH]),
+        blocks,
         rows,
         tiles,
         ends_E,

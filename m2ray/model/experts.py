@@ -9,6 +9,7 @@ from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate, grouped_mm_experts_forward
 
 from m2ray.model import expert_products
+from m2ray.model.expert_sums import MOST_COLUMNS, add_rows, sum_rows, summed
 from m2ray.model.kernel_proof import is_proved
 
 NAME = "m2ray"
@@ -17,9 +18,6 @@ NAME = "m2ray"
 _TRANSFORMERS_OWN = "grouped_mm"
 _LEAST_CAPABILITY = (8, 0)
 """Of a GPU on which torch has grouped products. transformers has its own for others."""
-
-_MOST_COLUMNS = 1024
-"""Values of a row that a program takes at a time."""
 
 
 def use_kernels(module: Any, device: torch.device) -> bool:
@@ -47,22 +45,21 @@ def _fits(module: Any) -> bool:
 
 
 def _has_products(module: Any, device: torch.device) -> bool:
-    """Whether the experts are those whose products have kernels: silu(gate) * up, weights as most families lay them."""
+    """Whether the experts are those whose products have kernels."""
+    return is_silu_gated(module) and expert_products.fits(module.gate_up_proj, module.down_proj) and expert_products.has_kernels(device)
+
+
+def is_silu_gated(module: Any) -> bool:
+    """Whether experts are silu(gate) * up, with weights as most families lay them."""
     is_plain = module.has_gate and module.is_concatenated and not module.is_transposed
-    is_plain = is_plain and type(module)._apply_gate is _default_apply_gate and type(module.act_fn) is type(ACT2FN["silu"])  # noqa: SLF001
-    return bool(is_plain) and expert_products.fits(module.gate_up_proj, module.down_proj) and expert_products.has_kernels(device)
+    return bool(is_plain) and type(module)._apply_gate is _default_apply_gate and type(module.act_fn) is type(ACT2FN["silu"])  # noqa: SLF001
 
 
 def _forward(module: Any, hidden_NH: torch.Tensor, chosen_NK: torch.Tensor, weights_NK: torch.Tensor) -> torch.Tensor:
     """The steps of grouped_mm_experts_forward, of experts without biases; others of the same model, which share its choice, have that itself."""
     if not hasattr(module, "m2ray_products"):
         return grouped_mm_experts_forward(module, hidden_NH, chosen_NK, weights_NK)  # type: ignore[no-any-return]
-    expert_R, choice_R = torch.sort(chosen_NK.reshape(-1).to(torch.int16), stable=True)
-    experts_E = torch.arange(module.num_experts, device=expert_R.device, dtype=torch.int16)
-    ends_E = torch.searchsorted(expert_R, experts_E, right=True, out_int32=True)
-    place_R = torch.empty_like(choice_R)
-    place_R[choice_R] = torch.arange(choice_R.shape[0], device=choice_R.device)
-    places_NK = place_R.view(chosen_NK.shape)
+    choice_R, places_NK, ends_E = sorted_choices(chosen_NK, module.num_experts)
     tokens_NH = hidden_NH.to(module.down_proj.dtype)
     if module.m2ray_products:
         tiles = expert_products.tiles(ends_E, choice_R.shape[0])
@@ -72,6 +69,18 @@ def _forward(module: Any, hidden_NH: torch.Tensor, chosen_NK: torch.Tensor, weig
         rows_RH = _products(module, spread_rows(tokens_NH, places_NK), ends_E)
     sums_NH: torch.Tensor = sum_rows(rows_RH, places_NK, weights_NK)
     return sums_NH.to(hidden_NH.dtype)
+
+
+def sorted_choices(chosen_NK: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Tokens' choices in the order of their experts: which choice each row is of [R], int64; where each choice went [N, K], int64; and behind each
+    expert's last row [E], int32.
+    """
+    expert_R, choice_R = torch.sort(chosen_NK.reshape(-1).to(torch.int16), stable=True)
+    experts_E = torch.arange(num_experts, device=expert_R.device, dtype=torch.int16)
+    ends_E = torch.searchsorted(expert_R, experts_E, right=True, out_int32=True)
+    place_R = torch.empty_like(choice_R)
+    place_R[choice_R] = torch.arange(choice_R.shape[0], device=choice_R.device)
+    return choice_R, place_R.view(chosen_NK.shape), ends_E
 
 
 def _products(module: Any, rows_RH: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
@@ -90,7 +99,8 @@ def spread_rows(tokens_NH: torch.Tensor, places_NK: torch.Tensor) -> torch.Tenso
     tokens_NH, places_NK = tokens_NH.contiguous(), places_NK.contiguous()
     rows_RH = tokens_NH.new_empty((places_NK.numel(), tokens_NH.shape[1]))
     if tokens_NH.is_cuda and len(tokens_NH):
-        _kernels().spread_rows[len(tokens_NH),](tokens_NH, places_NK, rows_RH, *_sizes(tokens_NH, places_NK))
+        values, spread = (each.view(torch.bfloat16) if each.element_size() == 1 else each for each in (tokens_NH, rows_RH))
+        _kernels().spread_rows[len(values),](values, places_NK, spread, *_sizes(values, places_NK))
     else:
         rows_RH[places_NK.reshape(-1)] = tokens_NH.repeat_interleave(places_NK.shape[1], dim=0)
     return rows_RH
@@ -101,38 +111,9 @@ def _(tokens_NH: torch.Tensor, places_NK: torch.Tensor) -> torch.Tensor:
     return tokens_NH.new_empty((places_NK.numel(), tokens_NH.shape[1]))
 
 
-@torch.library.custom_op("m2ray::sum_rows", mutates_args=())
-def sum_rows(rows_RH: torch.Tensor, places_NK: torch.Tensor, weights_NK: torch.Tensor) -> torch.Tensor:
-    """The weighted sum of each token's rows, float32 [N, H], from its first place to its last.
-
-    It is rounded together with what it is added to, as where torch.compile fuses both.
-    """
-    rows_RH, places_NK, weights_NK = rows_RH.contiguous(), places_NK.contiguous(), weights_NK.contiguous()
-    if not rows_RH.is_cuda or not len(places_NK):
-        return _summed(rows_RH, places_NK, weights_NK)
-    sums_NH = rows_RH.new_empty((len(places_NK), rows_RH.shape[1]), dtype=torch.float32)
-    sizes = _sizes(sums_NH, places_NK)
-    _kernels().sum_rows[len(places_NK),](rows_RH, places_NK, weights_NK, sums_NH, *sizes, enable_fp_fusion=False)
-    return sums_NH
-
-
-@sum_rows.register_fake
-def _(rows_RH: torch.Tensor, places_NK: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
-    # Not `len`: it makes a number of a size that is open, and each shape would be compiled again.
-    return rows_RH.new_empty((places_NK.shape[0], rows_RH.shape[1]), dtype=torch.float32)
-
-
-def _summed(rows_RH: torch.Tensor, places_NK: torch.Tensor, weights_NK: torch.Tensor) -> torch.Tensor:
-    """The same by torch."""
-    total_NH = rows_RH.new_zeros((len(places_NK), rows_RH.shape[1]), dtype=torch.float32)
-    for place_N, weight_N in zip(places_NK.unbind(1), weights_NK.float().unbind(1), strict=True):
-        total_NH += rows_RH[place_N].float() * weight_N[:, None]
-    return total_NH
-
-
 def _sizes(tokens_NH: torch.Tensor, places_NK: torch.Tensor) -> tuple[int, int, int]:
     width = tokens_NH.shape[1]
-    return width, places_NK.shape[1], min(_MOST_COLUMNS, 1 << (width - 1).bit_length())
+    return width, places_NK.shape[1], min(MOST_COLUMNS, 1 << (width - 1).bit_length())
 
 
 @cache
@@ -148,15 +129,18 @@ def has_kernels(device: torch.device) -> bool:
 def _problem(device: torch.device) -> str:
     """Of rows of more than one step across, the last one not whole."""
     generator = torch.Generator(device).manual_seed(0)
-    tokens_NH = torch.randn((67, _MOST_COLUMNS + 104), generator=generator, device=device).bfloat16()
+    tokens_NH = torch.randn((67, MOST_COLUMNS + 104), generator=generator, device=device).bfloat16()
     weights_NK = torch.rand((67, 6), generator=generator, device=device)
     places_NK = torch.randperm(weights_NK.numel(), generator=generator, device=device).view(weights_NK.shape)
     rows_RH = spread_rows(tokens_NH, places_NK)
     if not torch.equal(rows_RH[places_NK], tokens_NH[:, None].expand(-1, 6, -1)):
         return "its rows are not those of torch"
     rows_RH = torch.randn(rows_RH.shape, generator=generator, device=device).bfloat16()
-    sums_NH = sum_rows(rows_RH, places_NK, weights_NK)
-    return "" if torch.equal(sums_NH, _summed(rows_RH, places_NK, weights_NK)) else "its sums are not those of torch"
+    expected_NH = summed(rows_RH, places_NK, weights_NK)
+    sums_NH = add_rows(tokens_NH, rows_RH, places_NK, weights_NK)
+    if not torch.equal(sums_NH, (expected_NH + tokens_NH).bfloat16()):
+        return "its sums with a stream are not those of torch"
+    return "" if torch.equal(sum_rows(rows_RH, places_NK, weights_NK), expected_NH) else "its sums are not those of torch"
 
 
 @cache

@@ -27,6 +27,7 @@ def spread_rows(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def sum_rows(  # type: ignore[no-untyped-def]
+    stream,
     rows,
     places,
     weights,
@@ -35,7 +36,7 @@ def sum_rows(  # type: ignore[no-untyped-def]
     CHOSEN: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Each program adds up one token's rows, weighted, in the order of its choices."""
+    """Each program adds up one token's rows, weighted, in the order of its choices, and adds them to the token's row of `stream`, if there is one."""
     token = tl.program_id(0).to(tl.int64)
     for start in tl.static_range(0, WIDTH, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
@@ -44,6 +45,8 @@ def sum_rows(  # type: ignore[no-untyped-def]
             place = tl.load(places + token * CHOSEN + choice)
             weight = tl.load(weights + token * CHOSEN + choice).to(tl.float32)
             total += tl.load(rows + place * WIDTH + column, mask=column < WIDTH).to(tl.float32) * weight
+        if stream is not None:
+            total += tl.load(stream + token * WIDTH + column, mask=column < WIDTH).to(tl.float32)
         tl.store(sums + token * WIDTH + column, total.to(sums.dtype.element_ty), mask=column < WIDTH)
 
 

@@ -8,15 +8,22 @@ import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph
 
-from m2ray.model import causal_attention, expert_products, experts, routing
+from m2ray.model import causal_attention, expert_products, expert_sums, experts, router_product, routing
+from m2ray.model.float8 import rounding
 
 Replacing = Callable[[Graph], None]
 
 
 def replacements(device: torch.device) -> tuple[Replacing, ...]:
     """Those whose kernels this device has."""
-    known = (routing.has_kernel, routing.replace_choice), (causal_attention.has_kernel, causal_attention.replace_attention)
-    return tuple(replace for has_kernel, replace in known if has_kernel(device))
+    known = (
+        (routing.has_kernel, routing.replace_choice),
+        (router_product.has_kernel, router_product.replace_product),
+        (causal_attention.has_kernel, causal_attention.replace_attention),
+        (experts.has_kernels, expert_sums.replace_sum),
+    )
+    found = tuple(replace for has_kernel, replace in known if has_kernel(device))
+    return (*found, rounding.share_rounded) if found else ()
 
 
 @dataclass(frozen=True)
@@ -34,5 +41,6 @@ class FasterGraph(CustomGraphPass):
 
     def uuid(self) -> bytes:
         kernel = str(Path(__file__).with_name("attention_kernel.py"))  # torch's CPU builds cannot import it
-        files = (routing.__file__, causal_attention.__file__, kernel, experts.__file__, expert_products.__file__)
+        modules = (routing, router_product, causal_attention, experts, expert_products, expert_sums, rounding)
+        files = (*(str(module.__file__) for module in modules), kernel)
         return bytes(get_hash_for_files(files, " ".join(replace.__name__ for replace in self.replacing)))

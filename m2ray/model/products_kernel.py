@@ -49,9 +49,11 @@ def multiply_rows(  # type: ignore[no-untyped-def]
     """Each program takes every so many tiles of the product of each expert's rows and its weight.
 
     Gated: a row is that of the token whose choice it is, and what is kept is silu(gate) * up, both rounded before as a product in memory is.
+    `weights` are blocks of gate and of up then, multiplied as one. Rows behind an expert's last are zeros, which take less power than others.
     Tiles that share weights run side by side: an expert's tiles down its rows are next to each other.
     """
     ACROSS: tl.constexpr = OUT // COLUMNS
+    WIDE: tl.constexpr = 2 * COLUMNS if IS_GATED else COLUMNS
     for tile in tl.range(tl.program_id(0), tl.load(tiles) * ACROSS, tl.num_programs(0), flatten=FLATTEN):
         entry = tiles + (tile // ACROSS + 1) * 4
         expert = tl.load(entry)
@@ -60,18 +62,20 @@ def multiply_rows(  # type: ignore[no-untyped-def]
         begin, across = tl.load(entry + 3) + (within % many) * ROWS, (within // many) * COLUMNS
         end = tl.load(ends + expert)
         row = begin + tl.arange(0, ROWS)
-        sums, up_sums = tl.zeros([ROWS, COLUMNS], tl.float32), tl.zeros([ROWS, COLUMNS], tl.float32)
+        is_row = (row < end)[:, None]
+        sums = tl.zeros([ROWS, WIDE], tl.float32)
         if IS_GATED:
             token = tl.load(choices + tl.minimum(row, end - 1)) // CHOSEN
             place = tokens + token[:, None] * WIDTH + tl.arange(0, DEPTH)[None, :]
             for depth in range(0, WIDTH, DEPTH):
-                taken = tl.load(place + depth)
-                sums = tl.dot(taken, weights.load([expert * 2 * OUT + across, depth]).T, sums)
-                up_sums = tl.dot(taken, weights.load([expert * 2 * OUT + OUT + across, depth]).T, up_sums)
-            gate = sums.to(tl.bfloat16).to(tl.float32)
-            sums = gate / (1 + tl.exp(-gate)) * up_sums.to(tl.bfloat16).to(tl.float32)
+                both = tl.reshape(weights.load([expert, 0, across, depth]), [WIDE, DEPTH])
+                sums = tl.dot(tl.load(place + depth, mask=is_row, other=0), both.T, sums)
+            rounded = sums.to(tl.bfloat16).to(tl.float32)
+            gate, up = tl.split(tl.permute(tl.reshape(rounded, [ROWS, 2, COLUMNS]), [0, 2, 1]))
+            made = gate / (1 + tl.exp(-gate)) * up
         else:
             for depth in range(0, WIDTH, DEPTH):
                 sums = tl.dot(inner.load([begin, depth]), weights.load([expert * OUT + across, depth]).T, sums)
+            made = sums
         column = across + tl.arange(0, COLUMNS)
-        tl.store(rows + row[:, None].to(tl.int64) * OUT + column[None, :], sums.to(tl.bfloat16), mask=(row < end)[:, None])
+        tl.store(rows + row[:, None].to(tl.int64) * OUT + column[None, :], made.to(tl.bfloat16), mask=is_row)

@@ -35,6 +35,11 @@ def test_products_are_those_of_torch(kernel: proof.Multiply) -> None:
     assert proof.wrong(torch.device("cuda:0"), kernel) == ""
 
 
+def test_experts_are_gated_as_by_torch() -> None:
+    is_hopper = torch.cuda.get_device_capability() == (9, 0)
+    assert proof.has_gated(torch.device("cuda:0")) == is_hopper
+
+
 @pytest.mark.parametrize("family", ["minimax_m2", "qwen3_moe", "llama"])
 def test_a_stage_is_that_of_torch(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled or not, packed in host memory or not: rounding alone lies between.

@@ -7,7 +7,7 @@ import torch
 from torch._inductor.utils import run_and_get_code
 
 from m2ray.batches import LayerSpan
-from m2ray.model import causal_attention, expert_products, experts, routing
+from m2ray.model import causal_attention, expert_products, experts, router_product, routing
 from m2ray.model.stage import StageSpec, load_stage
 from tests.reference import make_minimax, micro_batch_of
 
@@ -19,7 +19,8 @@ IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability(0)[0]
 def test_they_are_proved_here() -> None:
     assert experts.has_kernels(GPU)
     assert routing.has_kernel(GPU)
-    assert (expert_products.has_kernels(GPU), causal_attention.has_kernel(GPU)) == (IS_HOPPER, IS_HOPPER)
+    of_hopper = expert_products.has_kernels(GPU), causal_attention.has_kernel(GPU), router_product.has_kernel(GPU)
+    assert of_hopper == (IS_HOPPER, IS_HOPPER, IS_HOPPER)
 
 
 def drawn(num_sequences: int, length: int, width: int, out_width: int) -> list[torch.Tensor]:
@@ -59,12 +60,29 @@ def test_attention_is_the_same_whichever_program_makes_it(width: int, out_width:
         assert torch.equal(found, expected.expand_as(found))
 
 
+@pytest.mark.parametrize(("rows", "columns", "width"), [(1, 8, 64), (129, 128, 128), (1000, 256, 3072), (300, 384, 7168)])
+def test_a_routers_product_is_nearer_to_float64s_than_torchs(rows: int, columns: int, width: int) -> None:
+    """Rows and columns that are less than a tile, and more; values of one sign, whose sums tensor cores would cut off."""
+    if not IS_HOPPER:
+        pytest.skip("needs a GPU of Hopper's kind")
+    generator = torch.Generator(GPU).manual_seed(rows)
+    hidden_NH = torch.randn((rows, width), generator=generator, device=GPU)
+    weight_EH = torch.randn((columns, width), generator=generator, device=GPU) / width**0.5
+    for given_NH in (hidden_NH, hidden_NH.abs()):
+        exact_NE = given_NH.double() @ weight_EH.double().T
+        found, plain = (
+            float((each - exact_NE).norm()) for each in (router_product.router_logits(given_NH, weight_EH), given_NH @ weight_EH.T)
+        )
+        assert found <= max(plain, 2e-7 * float(exact_NE.norm())), (found, plain)
+
+
 def test_compiled_layers_use_them(tmp_path: Path) -> None:
     torch._dynamo.reset()
     folder = make_minimax(tmp_path / "model", "fp8")
     stage = load_stage(StageSpec(str(folder), LayerSpan(0, 1), "bfloat16", "auto", "cuda:0", None), lambda *_: None)
     stage._decoder.compile_layers()
     _, (code,) = run_and_get_code(stage.forward, micro_batch_of((150, 70), 96), None)
-    assert "torch.ops.m2ray.sum_rows" in code
+    assert "torch.ops.m2ray.add_rows" in code
     assert "torch.ops.m2ray.largest" in code
+    assert ("torch.ops.m2ray.router_logits" in code) == IS_HOPPER
     assert "torch.ops.m2ray.written_out" not in code

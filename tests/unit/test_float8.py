@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch._dynamo.testing import CompileCounter
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from m2ray.audit.tolerance import require_reference
 from m2ray.batches import LayerSpan
@@ -17,11 +18,11 @@ from m2ray.model import stage as stage_module
 from m2ray.model.boundary import Boundary
 from m2ray.model.checkpoint import open_checkpoint
 from m2ray.model.families import parse_config
-from m2ray.model.float8 import proof, twin
+from m2ray.model.float8 import modules, proof, twin
 from m2ray.model.float8.launching import ROWS, tiles_of
 from m2ray.model.float8.modules import Float8Linear
-from m2ray.model.float8.products import multiply
-from m2ray.model.float8.rounding import round_rows
+from m2ray.model.float8.products import multiply, multiply_gated
+from m2ray.model.float8.rounding import round_rows, share_rounded
 from m2ray.model.stage import Stage, StageSpec, load_stage
 from m2ray.model.tensor_table import table_without_weights, tensor_table
 from m2ray.storage import open_store
@@ -71,6 +72,19 @@ def test_rows_are_rounded_by_blocks() -> None:
     assert round_rows(hidden)[0][3, 5].float().isnan()
 
 
+def test_what_several_projections_take_is_rounded_once() -> None:
+    def both(hidden_BTW: torch.Tensor) -> list[torch.Tensor]:
+        others = [round_rows(each.reshape(-1, 256)) for each in (hidden_BTW, hidden_BTW, hidden_BTW * 2)]
+        return [each for pair in (*others, round_rows(hidden_BTW.reshape(-1, 128))) for each in pair]
+
+    hidden_BTW = torch.randn(2, 3, 256, generator=torch.Generator().manual_seed(0))
+    module = make_fx(both)(hidden_BTW)
+    share_rounded(module.graph)
+    module.recompile()
+    assert module.code.count("m2ray.round_float8") == 3
+    assert all(torch.equal(*pair) for pair in zip(module(hidden_BTW), both(hidden_BTW), strict=True))
+
+
 def test_products_are_those_of_float64() -> None:
     """Groups of none, one and more rows, rows in another order, a weight that is no whole number of blocks high; on a GPU the kernel is held so."""
     assert proof.wrong(torch.device("cpu"), twin.multiply) == ""
@@ -92,6 +106,17 @@ def test_wrong_products_are_seen(spoilt: str) -> None:
     assert "are not those of torch" in proof.wrong(torch.device("cpu"), wrong)
 
 
+def test_gated_rows_that_are_not_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def spoilt(rows: torch.Tensor, scales: torch.Tensor, *given: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        values, of_values = twin.multiply_gated(rows, scales, *given)
+        return values, of_values * (1 + (torch.arange(len(of_values))[:, None] == 5000))
+
+    monkeypatch.setattr(proof, "on_hopper", lambda *given: twin.multiply(*given).bfloat16())
+    for kernel, problem in ((twin.multiply_gated, ""), (spoilt, "what is gated is not as torch's")):
+        monkeypatch.setattr(proof, "gated_on_hopper", kernel)
+        assert proof.gated_problem(torch.device("cpu")) == problem
+
+
 def test_tiles_cover_each_group_once() -> None:
     ends = torch.tensor([0, 1, 128, 300, 300, 685], dtype=torch.int32)
     tiles, count = tiles_of(ends, 685, ends.device)
@@ -107,6 +132,9 @@ def test_compiled_products_are_those_of_the_same_operation() -> None:
     rows, scales = round_rows(torch.randn(3, 128, generator=torch.Generator().manual_seed(0)))
     weight, weight_scales = torch.ones(1, 130, 128).to(rows.dtype), torch.ones(1, 2, 1)
     torch.library.opcheck(multiply, (rows, scales, weight, weight_scales, None, None, None), test_utils=("test_faketensor",))
+    weight, ends = torch.ones(1, 256, 128).to(rows.dtype), torch.tensor([3], dtype=torch.int32)
+    torch.library.opcheck(round_rows, (torch.ones(128, 3).T,), test_utils=("test_faketensor",))
+    torch.library.opcheck(multiply_gated, (rows, scales, weight, weight_scales, ends), test_utils=("test_faketensor",))
 
 
 def test_a_graph_serves_any_number_of_rows() -> None:
@@ -165,6 +193,29 @@ def test_rows_are_those_of_transformers_with_such_products(family: str, folders:
             )
         assert near < 0.4 * away, (layer, near, away)
         incoming = Boundary(rows)
+
+
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize("is_gated", [False, True])
+def test_experts_in_their_order_are_those_in_the_tokens(
+    *, is_gated: bool, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As compiled layers have them on a GPU: what is rounded once there lies nearer to the same experts uncompiled than rounding to FP8 moves them."""
+    (stage,) = load(folders["minimax_m2"], 0, 1)
+    experts: Any = stage._decoder.skeleton.layers[0].mlp.experts
+    hidden_NH = torch.randn((50, experts.hidden_dim), generator=torch.Generator().manual_seed(0)).bfloat16()
+    chosen_NK = (
+        torch.rand((50, experts.num_experts - 1), generator=torch.Generator().manual_seed(1)).topk(2).indices
+    )  # the last one is nobody's
+    weights_NK = torch.rand((50, 2), generator=torch.Generator().manual_seed(2))
+    expected_NH = experts(hidden_NH, chosen_NK, weights_NK)
+    monkeypatch.setattr(modules, "has_kernels", lambda _: True)
+    monkeypatch.setattr(modules, "has_gated", lambda _: is_gated)
+    assert experts.use_kernels(torch.device("cpu"))
+    assert experts.m2ray_gated == is_gated
+    found_NH = experts(hidden_NH, chosen_NK, weights_NK)
+    assert (found_NH.dtype, same_bits(found_NH, expected_NH)) == (expected_NH.dtype, not is_gated)
+    assert far(found_NH, expected_NH) < 0.02
 
 
 @pytest.mark.usefixtures("on_cpu")

@@ -15,7 +15,7 @@ from transformers.integrations.moe import grouped_mm_experts_forward
 from transformers.models.minimax_m2.modeling_minimax_m2 import MiniMaxM2Experts, MiniMaxM2TopKRouter
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-from m2ray.model import causal_attention, expert_products, experts, routing
+from m2ray.model import causal_attention, expert_products, expert_sums, experts, router_product, routing
 from m2ray.model.faster_graph import FasterGraph
 
 CPU = torch.device("cpu")
@@ -91,12 +91,14 @@ def test_what_comes_in_float32_is_rounded_for_the_products(monkeypatch: pytest.M
 
 
 def test_a_kernel_that_makes_no_numbers_is_not_proved(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert causal_attention._problem(CPU) == expert_products._problem(CPU) == ""
+    assert causal_attention._problem(CPU) == expert_products._problem(CPU) == router_product._problem(CPU) == ""
     monkeypatch.setattr(causal_attention, "causal_attention", lambda query, *_: torch.full_like(query[..., :1], torch.nan))
     assert "further off" in causal_attention._problem(CPU)
     gated_rows = expert_products.gated_rows
     monkeypatch.setattr(expert_products, "gated_rows", lambda *given: gated_rows(*given) * torch.nan)
     assert "what is gated" in expert_products._problem(CPU)
+    monkeypatch.setattr(router_product, "router_logits", lambda hidden_NH, weight_EH: (hidden_NH @ weight_EH.T).bfloat16().float())
+    assert "further off" in router_product._problem(CPU)
 
 
 def test_layers_that_are_loaded_later_have_the_graphs_of_those_before() -> None:
@@ -122,8 +124,11 @@ def test_a_compiled_router_chooses_the_same_experts() -> None:
     layer, hidden_NH = Router(), torch.randn(40, 64).bfloat16()
     graph_module = make_fx(layer, decomposition_table=select_decomp_table())(hidden_NH)
     routing.replace_choice(graph_module.graph)
+    router_product.replace_product(graph_module.graph)
     graph_module.recompile()
     assert "m2ray.largest" in graph_module.code
+    assert "m2ray.router_logits" in graph_module.code
+    assert "aten.mm" not in graph_module.code
     (logits_NE, weights_NK, chosen_NK), expected = graph_module(hidden_NH), layer(hidden_NH)
     torch.testing.assert_close(logits_NE, expected[0])
     order_NK, expected_order_NK = chosen_NK.argsort(), expected[2].argsort()
@@ -140,6 +145,58 @@ def test_other_choices_are_left_to_torch(arguments: tuple[object, ...], named: d
     graph.output(graph.call_function(torch.ops.aten.topk.default, (scores, *arguments), named))
     routing.replace_choice(graph)
     assert len(graph.find_nodes(op="call_function", target=torch.ops.aten.topk.default)) == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "dtype", "columns", "width"),
+    [
+        (torch.float32, torch.float32, 16, 64),
+        (torch.bfloat16, torch.bfloat16, 16, 64),
+        (torch.bfloat16, torch.float32, 600, 64),
+        (torch.bfloat16, torch.float32, 16, 40),
+    ],
+)
+def test_other_products_are_left_to_torch(given: torch.dtype, dtype: torch.dtype, columns: int, width: int) -> None:
+    """Of a layer in float32, in bfloat16, with a wide weight, of rows that are no whole number of steps."""
+    graph = Graph()
+    hidden, weight = graph.placeholder("hidden"), graph.placeholder("weight")
+    hidden.meta["val"], weight.meta["val"] = torch.empty((4, width), dtype=given), torch.empty((columns, width), dtype=dtype)
+    converted = graph.call_function(torch.ops.prims.convert_element_type.default, (hidden, dtype))
+    converted.meta["val"] = hidden.meta["val"].to(dtype)
+    turned = graph.call_function(torch.ops.aten.permute.default, (weight, [1, 0]))
+    product = graph.call_function(torch.ops.aten.mm.default, (hidden if given == torch.float32 else converted, turned))
+    graph.output(product)
+    router_product.replace_product(graph)
+    assert product in graph.nodes
+
+
+class Ending(nn.Module):
+    """The end of a layer: experts' rows are summed, rounded, and added to the stream; one that is shared may come between."""
+
+    def __init__(self, *, has_shared: bool) -> None:
+        super().__init__()
+        self.has_shared = has_shared
+
+    def forward(self, stream_BTH: torch.Tensor, rows_RH: torch.Tensor, places_NK: torch.Tensor, weights_NK: torch.Tensor) -> torch.Tensor:
+        sums_NH = expert_sums.sum_rows(rows_RH, places_NK, weights_NK).to(stream_BTH.dtype)
+        sums_BTH = sums_NH.view(stream_BTH.shape)
+        return stream_BTH + (sums_BTH + stream_BTH.flip(0) if self.has_shared else sums_BTH)
+
+
+@pytest.mark.parametrize("has_shared", [False, True])
+def test_experts_are_added_to_what_leaves_the_layer(*, has_shared: bool) -> None:
+    """Rounded once, as where torch.compile fuses both; a sum that is not the last is left to it."""
+    layer = Ending(has_shared=has_shared)
+    given = torch.randn(2, 5, 64).bfloat16(), torch.randn(30, 64).bfloat16(), torch.randperm(30).view(10, 3), torch.rand(10, 3)
+    graph_module = make_fx(layer, decomposition_table=select_decomp_table())(*given)
+    expert_sums.replace_sum(graph_module.graph)
+    graph_module.graph.lint()
+    graph_module.recompile()
+    assert ("m2ray.add_rows" in graph_module.code, "m2ray.sum_rows" in graph_module.code) == (not has_shared, has_shared)
+    stream_BTH, rows_RH, places_NK, weights_NK = given
+    summed_NH = (rows_RH[places_NK].float() * weights_NK[..., None]).sum(1)
+    exact_BTH = (stream_BTH + summed_NH.view(stream_BTH.shape)).bfloat16() if not has_shared else layer(*given)
+    torch.testing.assert_close(graph_module(*given), exact_BTH)
 
 
 def test_attention_is_put_in_the_place_of_torchs() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch.nn.functional import ScalingType, pad, scaled_mm
 
+from m2ray.model import expert_products
 from m2ray.model.float8.rounding import BLOCK
 
 ROWS = 128
@@ -14,11 +15,14 @@ ROWS = 128
 STAGES, WARPS, PROGRAMS = 4, 8, 1
 """Of Triton's kernel: steps that are on their way, where a processor has room for them (Ada has for 3); warps; programs on each processor."""
 
+PAIR = 2 * BLOCK
+"""Rows of a weight that Hopper's kernel takes at a time."""
+
 STEP_BYTES = (ROWS + BLOCK) * BLOCK
 """Of rows and of the weight."""
 
-HELD = 5
-"""Blocks of rows and of the weight that a program of Hopper's kernel holds, 32 KiB each pair."""
+HELD = 4
+"""Blocks of rows that a program of Hopper's kernel holds, each with two of the weight: 48 KiB."""
 
 
 def by_triton(
@@ -53,24 +57,67 @@ def on_hopper(
     take: torch.Tensor | None,
     put: torch.Tensor | None,
 ) -> torch.Tensor:
-    """On a Hopper: one weight by cuBLAS, which knows such scales there, several by a kernel of its own. The unit that copies blocks takes rows as they
-    lie, so they are brought in order first.
+    """On a Hopper: one weight by cuBLAS, which knows such scales there, several by a kernel of its own, where they are of whole pairs of blocks. The unit
+    that copies blocks takes rows as they lie, so they are brought in order first.
     """
+    _, columns, _ = weight.shape
+    is_one = put is None and columns % BLOCK == 0
+    if (ends is None and not is_one) or (ends is not None and columns % PAIR):
+        return by_triton(rows, row_scales, weight, weight_scales, ends, take, put)
     if take is not None:
         rows, row_scales = rows[take], row_scales[take]
-    _, columns, width = weight.shape
-    if ends is None and put is None and columns % BLOCK == 0:
+    if ends is None:
         return _by_cublas(rows, row_scales, weight[0], weight_scales[0])
     out = rows.new_empty((len(rows), columns), dtype=torch.bfloat16)
-    tiles, num_tiles = tiles_of(ends, len(rows), rows.device)
-    programs = min(_processors(rows.device), len(tiles) * -(-columns // BLOCK))
+    _multiply_pairs(rows, row_scales, weight, weight_scales, ends, put, out, None)
+    return out
+
+
+def gated_on_hopper(
+    rows: torch.Tensor, row_scales: torch.Tensor, weight: torch.Tensor, weight_scales: torch.Tensor, ends: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `m2ray.model.float8.products.multiply_gated`."""
+    width = weight.shape[1] // 2
+    out, out_scales = (
+        torch.empty((len(rows), width), dtype=rows.dtype, device=rows.device),
+        row_scales.new_empty((len(rows), width // BLOCK)),
+    )
+    _multiply_pairs(rows, row_scales, weight, weight_scales, ends, None, out, out_scales)
+    return out, out_scales
+
+
+def _multiply_pairs(
+    rows: torch.Tensor,
+    row_scales: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scales: torch.Tensor,
+    ends: torch.Tensor,
+    put: torch.Tensor | None,
+    out: torch.Tensor,
+    out_scales: torch.Tensor | None,
+) -> None:
+    """Gated where there is a place for scales of the result."""
+    _, columns, width = weight.shape
     kernel, blocks_of = _hopper_kernel()
     with torch.cuda.device(rows.device):
-        kernel[programs,](
-            blocks_of(rows), row_scales, blocks_of(weight.view(-1, width)), weight_scales, tiles, num_tiles, tiles if put is None else put, out,
-            WIDTH=width, COLUMNS=columns, STAGES=HELD, HAS_PUT=put is not None, num_warps=4,
-        )  # fmt: skip
-    return out
+        tiles = expert_products.tiles(ends, len(rows))
+        kernel[_processors(rows.device),](
+            blocks_of(rows),
+            row_scales,
+            blocks_of(weight.view(-1, width)),
+            weight_scales,
+            tiles,
+            ends,
+            ends if put is None else put,
+            out,
+            row_scales if out_scales is None else out_scales,
+            WIDTH=width,
+            COLUMNS=columns,
+            STAGES=HELD,
+            GATED=out_scales is not None,
+            HAS_PUT=put is not None,
+            num_warps=4,
+        )
 
 
 def _by_cublas(rows: torch.Tensor, row_scales: torch.Tensor, weight: torch.Tensor, weight_scales: torch.Tensor) -> torch.Tensor:
@@ -130,8 +177,8 @@ def _hopper_kernel() -> Any:
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    from m2ray.model.float8.hopper_kernel import multiply_tiles
+    from m2ray.model.float8.hopper_kernel import multiply_pairs
 
     block = [BLOCK, BLOCK]
     layout = gl.NVMMASharedLayout.get_default_for(block, gl.float8e4nv)
-    return multiply_tiles, lambda matrix: TensorDescriptor.from_tensor(matrix, block, layout)
+    return multiply_pairs, lambda matrix: TensorDescriptor.from_tensor(matrix, block, layout)

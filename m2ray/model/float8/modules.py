@@ -7,8 +7,11 @@ import torch
 from torch import nn
 
 from m2ray.errors import StageError
+from m2ray.model.expert_sums import sum_rows
+from m2ray.model.experts import has_kernels, is_silu_gated, sorted_choices, spread_rows
 from m2ray.model.float8 import REMEDY
-from m2ray.model.float8.products import multiply
+from m2ray.model.float8.products import multiply, multiply_gated
+from m2ray.model.float8.proof import has_gated
 from m2ray.model.float8.rounding import FP8, round_rows
 
 SCALES = "_scale_inv"
@@ -35,9 +38,11 @@ class Float8Experts(nn.Module):
     def forward(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
         """Hidden states [N, H] through each token's experts [N, K], weighted and summed as by transformers' grouped experts."""
         experts: Any = self
+        if hasattr(self, "m2ray_gated"):
+            return self._by_kernels(hidden_states, top_k_index, top_k_weights)
         num_tokens, num_chosen = top_k_index.shape
         expert_of, order = torch.sort(top_k_index.reshape(-1))
-        weights_up, scales_up = self._of("gate_up_proj" if experts.has_gate else "up_proj")
+        weights_up, scales_up = self._of_up()
         numbers = torch.arange(len(weights_up), device=expert_of.device)
         ends = torch.searchsorted(expert_of, numbers, right=True).to(torch.int32)
         rows, scales = round_rows(hidden_states)
@@ -47,6 +52,32 @@ class Float8Experts(nn.Module):
         down: torch.Tensor = multiply(rows, scales, *self._of("down_proj"), ends, None, order)
         weighted = down.view(num_tokens, num_chosen, -1) * top_k_weights[..., None]
         return weighted.sum(1).to(hidden_states.dtype)
+
+    def use_kernels(self, device: torch.device) -> bool:
+        """Let compiled experts take rows to where they are multiplied, gate and sum them by the kernels of this GPU; False where it has none."""
+        if not has_kernels(device):
+            return False
+        self.m2ray_gated = is_silu_gated(self) and has_gated(device)
+        return True
+
+    def _by_kernels(self, hidden_NH: torch.Tensor, chosen_NK: torch.Tensor, weights_NK: torch.Tensor) -> torch.Tensor:
+        """The same in the order of the experts. A token is rounded once, and written to its experts' rows."""
+        experts: Any = self
+        choice_R, places_NK, ends = sorted_choices(chosen_NK, len(self._of_up()[0]))
+        rows, scales = round_rows(hidden_NH)
+        rows, scales = spread_rows(rows, places_NK), scales[choice_R // chosen_NK.shape[1]]
+        if self.m2ray_gated:
+            rows, scales = multiply_gated(rows, scales, *self._of_up(), ends)
+        else:
+            activate = experts._apply_gate if experts.has_gate else experts.act_fn  # noqa: SLF001 - transformers'
+            rows, scales = round_rows(activate(multiply(rows, scales, *self._of_up(), ends, None, None)))
+        down = multiply(rows, scales, *self._of("down_proj"), ends, None, None)
+        sums_NH: torch.Tensor = sum_rows(down, places_NK, weights_NK)
+        return sums_NH.to(hidden_NH.dtype)
+
+    def _of_up(self) -> tuple[torch.Tensor, torch.Tensor]:
+        experts: Any = self
+        return self._of("gate_up_proj" if experts.has_gate else "up_proj")
 
     def _of(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         return getattr(self, name), getattr(self, name + SCALES)

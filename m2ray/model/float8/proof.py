@@ -8,9 +8,9 @@ import torch
 
 from m2ray.errors import ConfigError, StageError
 from m2ray.model.float8 import REMEDY, twin
-from m2ray.model.float8.launching import by_triton, on_hopper
-from m2ray.model.float8.rounding import round_rows
-from m2ray.model.kernel_proof import making_errors
+from m2ray.model.float8.launching import by_triton, gated_on_hopper, on_hopper
+from m2ray.model.float8.rounding import BLOCK, round_rows
+from m2ray.model.kernel_proof import is_proved, making_errors
 from m2ray.toolchain import require_triton
 
 LEAST_CAPABILITY = (8, 9)
@@ -28,6 +28,8 @@ _HOPPER = (9, 0)
 _ENDS = (0, 1, 128, 300, 300, 685)
 _OUT, _WIDTH = 320, 384
 """Groups of no row, of one and of several tiles; a tile of a weight that is not whole; several steps of the sum."""
+
+_GATED_ENDS, _GATED_OUT = (0, 1, 3000, 3000, 9000, 9100), 512
 
 
 def require_gpu(device: torch.device) -> None:
@@ -63,6 +65,35 @@ def kernel_for(device: torch.device) -> Multiply:
     raise StageError(f'compute_dtype = "float8" on {device}: {"; ".join(problems)}.', REMEDY)
 
 
+@cache
+def has_gated(device: torch.device) -> bool:
+    """Whether there is a kernel for this GPU that gates experts' rows and rounds them to FP8, as torch does."""
+    return (
+        device.type == "cuda"
+        and torch.cuda.get_device_capability(device) == _HOPPER
+        and kernel_for(device) is on_hopper
+        and is_proved(device, "Experts are gated in FP8", gated_problem)
+    )
+
+
+def gated_problem(device: torch.device) -> str:
+    """Of more tiles than a GPU has processors, the last of some groups with few rows: beside the same products, gated and rounded by torch."""
+    generator = torch.Generator(device).manual_seed(0)
+    ends = torch.tensor(_GATED_ENDS, dtype=torch.int32, device=device)
+    rows, row_scales = round_rows(torch.randn((_GATED_ENDS[-1], _WIDTH), generator=generator, device=device))
+    weight = torch.randn((len(_GATED_ENDS), _GATED_OUT, _WIDTH), generator=generator, device=device).to(rows.dtype)
+    weight_scales = torch.rand((len(_GATED_ENDS), _GATED_OUT // BLOCK, _WIDTH // BLOCK), generator=generator, device=device) / 16 + 0.02
+    given = rows, row_scales, weight, weight_scales, ends
+    values, scales = gated_on_hopper(*given)
+    expected_values, expected_scales = twin.gated(on_hopper(*given, None, None))
+    steps = expected_scales.repeat_interleave(BLOCK, 1)
+    found, expected = values.float() * scales.repeat_interleave(BLOCK, 1), expected_values.float() * steps
+    is_near = (found - expected).abs() <= expected.abs() * 0.15 + steps * 2.0**-8  # a step of FP8
+    if not (is_near.all() and (found - expected).norm() <= expected.norm() * 2.0**-8):  # what is no number is not within
+        return "what is gated is not as torch's"
+    return ""
+
+
 def _problem(device: torch.device, kernel: Multiply) -> str:
     with torch.cuda.device(device), torch.inference_mode():
         try:
@@ -92,6 +123,7 @@ def wrong(device: torch.device, multiply: Multiply) -> str:
         "one weight of no whole blocks": (weight[:1], weight_scales[:1], (None, None, None)),
         "a weight for each group": (weight, weight_scales, (ends, None, None)),
         "rows in another order": (weight, weight_scales, (ends, *orders)),
+        "weights of whole pairs of blocks": (weight[:, :256].contiguous(), weight_scales[:, :2].contiguous(), (ends, *orders)),
     }
     far = []
     for name, (of_weight, of_scales, (of_ends, take, put)) in cases.items():

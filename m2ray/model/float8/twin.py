@@ -1,8 +1,9 @@
 """Products of FP8 rows and weights by torch alone: what the kernel stands for. Slow, and on any device."""
 
 import torch
+from torch.nn.functional import silu
 
-from m2ray.model.float8.rounding import BLOCK
+from m2ray.model.float8.rounding import BLOCK, round_rows
 
 
 def multiply(
@@ -30,6 +31,20 @@ def multiply(
     placed = torch.empty_like(out)
     placed[put] = out
     return placed
+
+
+def multiply_gated(
+    rows: torch.Tensor, row_scales: torch.Tensor, weight: torch.Tensor, weight_scales: torch.Tensor, ends: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `m2ray.model.float8.products.multiply_gated`."""
+    return gated(multiply(rows, row_scales, weight, weight_scales, ends, None, None).to(torch.bfloat16))
+
+
+def gated(both: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """silu(gate) * up of both, one behind the other in bfloat16 [N, 2 I], as FP8 with scales."""
+    gate, up = both.float().chunk(2, dim=1)
+    rows: tuple[torch.Tensor, torch.Tensor] = round_rows(silu(gate) * up)
+    return rows
 
 
 def _one(
