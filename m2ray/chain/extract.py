@@ -199,9 +199,7 @@ def _stages(
 def _capture(options: RunOptions) -> CaptureSpec:
     """What the stages take: rows of the sites, unless statistics alone are kept, and statistics."""
     kept = {} if options.keep == "statistics" else options.sites
-    # Of few rows a core makes them in less time than it takes to launch a kernel.
-    with_crcs = options.compression == "none" and options.prompts.selection.is_all
-    return CaptureSpec(kept, options.store_dtype, options.prompts.selection, options.statistics, with_crcs=with_crcs)
+    return CaptureSpec(kept, options.store_dtype, options.prompts.selection, options.statistics)
 
 
 def _chain(plan: Plan, stages: Stages, micro_batches_of: Callable[[Shard, int], Iterator[MicroBatch]], progress: Progress) -> Chain:
