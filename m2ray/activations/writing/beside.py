@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from operator import add
 from typing import Any
@@ -24,6 +24,9 @@ from m2ray.shared_memory import Place, SharedMemory
 
 _OPEN_S = 120.0
 """To start, which is to import pyarrow and what else writes, and to open the store."""
+
+_LOOK_S = 600.0
+"""How long the thread that listens sleeps where nothing comes."""
 
 _GRACE_S = 30.0
 """How much later than its own limit a call may answer."""
@@ -101,11 +104,10 @@ class _Process:
             number = next(self._numbers)
             self._awaited[number] = answer
             self._read_there |= {(number, index): rows for index, rows in enumerate(held)}
-        is_late = True
-        with suppress(OSError):
+        with suppress(OSError, TimeoutError):
             self._channel.send(Call(number, writer, method, arguments))
-            is_late = bool(wait([answer], timeout_s + _GRACE_S).not_done)
-        if is_late:
+            answer.exception(timeout_s + _GRACE_S)
+        if not answer.done():
             self._process.kill()
             self._end()
         return answer.result()
@@ -113,16 +115,16 @@ class _Process:
     def _map(self, slab: int, descriptor: int) -> None:
         if slab not in self._mapped:
             with suppress(OSError):  # it has ended, which the call tells that comes next
-                self._channel.send(Map(slab), descriptor)
+                self._channel.send(Map(slab, descriptor))
             self._mapped.add(slab)
 
     def _listen(self) -> None:
         """Take what it tells until it ends."""
         with suppress(EOFError, OSError):
             while True:
-                told, _ = self._channel.receive()
-                self._take(told)
-                del told
+                told = self._channel.receive(_LOOK_S)
+                if told is not None:
+                    self._take(told)
         self._end()
 
     def _take(self, told: Told) -> None:

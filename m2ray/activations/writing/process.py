@@ -9,11 +9,11 @@ import itertools
 import os
 import pickle
 import queue
-import select
 import signal
 import socket
 import sys
 import threading
+import time
 import traceback
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -39,6 +39,10 @@ _TICK_S = 0.5
 _LET_GO = ("abandon", "close")
 
 
+_READ_S = 0.05
+"""How long it may be kept from the stage that rows were read: each message takes the interpreter from the thread that launches layers."""
+
+
 class _Served:
     """What the process has: the stage's slabs, and the writer that was opened last."""
 
@@ -51,10 +55,10 @@ class _Served:
         self._news: queue.SimpleQueue[Answer | tuple[int, int]] = queue.SimpleQueue()
         self._lent: dict[tuple[int, int], weakref.ref[Bytes]] = {}
 
-    def take(self, message: Map | Call, descriptors: list[int]) -> None:
+    def take(self, message: Map | Call) -> None:
         """What the stage sends, in its order."""
         if isinstance(message, Map):
-            self._slabs.map(message.slab, descriptors[0])
+            self._slabs.map(*message)
             return
         if message.method == "submit":
             message = self._with_rows(message)
@@ -66,11 +70,7 @@ class _Served:
         """Tell the stage what is new, as long as the process lives."""
         told: dict[int, Any] = {}
         while True:
-            news = []
-            with suppress(queue.Empty):
-                news.append(self._news.get(timeout=_TICK_S))
-                while True:
-                    news.append(self._news.get_nowait())
+            news = self._gathered()
             figures = {number: writer.figures for number, writer in self._writers.items()}
             answers, read = [each for each in news if isinstance(each, Answer)], [each for each in news if not isinstance(each, Answer)]
             for each in read:
@@ -81,6 +81,16 @@ class _Served:
                 except OSError:  # the stage is gone
                     os._exit(0)
                 told = figures
+
+    def _gathered(self) -> list[Answer | tuple[int, int]]:
+        """An answer at once, with what else is new; rows that were read some at a time."""
+        news: list[Answer | tuple[int, int]] = []
+        until = time.monotonic() + _TICK_S
+        with suppress(queue.Empty):
+            while True:
+                news.append(self._news.get(timeout=max(0.0, until - time.monotonic())))
+                until = 0.0 if isinstance(news[-1], Answer) else min(until, time.monotonic() + _READ_S)
+        return news
 
     def _with_rows(self, call: Call) -> Call:
         """The same with the rows themselves. As soon as nothing refers to them any more, whatever a writer did with them, the stage may have their memory back."""
@@ -139,16 +149,14 @@ def main(descriptor: int) -> None:
     for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # what a whole group gets is for the stage to act on
         signal.signal(each, signal.SIG_IGN)
     stage = os.getppid()
-    connection = socket.socket(fileno=descriptor)
-    channel = Channel(connection)
+    channel = Channel(socket.socket(fileno=descriptor))
     served = _Served(channel)
     threading.Thread(target=served.tell, name="tell", daemon=True).start()
-    waiting = select.poll()
-    waiting.register(connection, select.POLLIN)
     with suppress(EOFError, OSError):
         while os.getppid() == stage:
-            if waiting.poll(1000 * _TICK_S):
-                served.take(*channel.receive())
+            message = channel.receive(_TICK_S)
+            if message is not None:
+                served.take(message)
     os._exit(0)  # at once, as the stage's own threads have ended
 
 
