@@ -182,10 +182,14 @@ class Beside:
         self._process: _Process | None = None
 
     def start(self) -> _Process:
-        """The process that is at work: it takes a moment before it answers."""
+        """The process that is at work: it takes a moment before it answers. Raises StageError: the system starts none."""
         with self._lock:
             if self._process is None or not self._process.is_alive:
-                self._process = _Process()
+                try:
+                    self._process = _Process()
+                except OSError as error:
+                    what = f"The process that writes a stage's rows cannot be started: {error.strerror}."
+                    raise StageError(what, "Allow for more processes and open files (ulimit -u, -n), or free memory.") from error
             return self._process
 
     def open(self, spec: WriterSpec, parts: Sequence[PartSpec]) -> "WriterBeside":
@@ -265,5 +269,5 @@ class WriterBeside:
 def _in_words(code: int) -> str:
     """How a process ended."""
     if code < 0:
-        return f"was killed by {signal.Signals(-code).name}"
+        return f"was killed by signal {-code} ({signal.strsignal(-code)})"
     return f"has ended by itself with code {code}"
