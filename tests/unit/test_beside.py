@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from m2ray.activations.job import JobRecord
+from m2ray.activations.writing import beside as module
 from m2ray.activations.writing.backlog import Figures
 from m2ray.activations.writing.beside import Beside, WriterBeside
 from m2ray.activations.writing.writer import ActivationWriter, WriterSpec
@@ -170,15 +171,19 @@ def test_what_the_store_refuses_and_what_is_out_of_order_is_raised_here(beside: 
         beside.open(replace(spec_of(folder, record), output="ftp://nowhere"), record.parts)
 
 
-def test_a_process_that_is_killed_fails_what_it_had_and_the_next_attempt_has_another(tmp_path: Path) -> None:
+@pytest.mark.parametrize("struck", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_process_that_is_killed_or_hangs_fails_what_it_had_and_the_next_attempt_has_another(
+    struck: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_GRACE_S", 1.0)
     beside = Beside()
     record, rows, gate = record_of(tmp_path / "record"), Rows(beside), tmp_path / "gate"
     folder = tmp_path / "run"
     writer = beside.open(Gated(**vars(spec_of(folder, record)), gate=str(gate)), record.parts)
     write(writer, rows, record.parts, *FIRST)
     pid = pid_of(beside)
-    os.kill(pid, signal.SIGKILL)
-    for fails in (lambda: writer.collect(0, ATTEMPT, 10), lambda: write(writer, rows, record.parts, FIRST[0])):
+    os.kill(pid, struck)
+    for fails in (lambda: writer.collect(0, ATTEMPT, 0.1), lambda: write(writer, rows, record.parts, FIRST[0])):
         with pytest.raises(StoreError, match=rf"The process {pid} that writes this stage's rows was killed by signal 9 \(Killed\)"):
             writer._attempts.setdefault((0, ATTEMPT), writer._process)  # type: ignore[arg-type]
             fails()
