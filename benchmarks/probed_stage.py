@@ -14,7 +14,7 @@ from m2ray.activations.writing.writer import ActivationWriter, WriterSpec
 from m2ray.batches import MicroBatch, PartSpec
 from m2ray.bench.measuring import DiscardingStore
 from m2ray.chain.actor import StageActor, concurrency_groups
-from m2ray.chain.job import Job
+from m2ray.chain.job import Job, JobHere
 from m2ray.model import pinned
 from m2ray.model.capture import Capture
 from m2ray.model.pinned import SharedRuns
@@ -50,6 +50,7 @@ class Probe(StageActor):
             (Capture, "_wait_for_room"),
             (pinned, "_pinned"),
             (SharedRuns, "_add"),
+            (JobHere, "give"),
         ):
             self._clock(owner, name)
 
@@ -69,13 +70,14 @@ class Probe(StageActor):
     def _clock(self, owner: Any, name: str) -> None:
         work = getattr(owner, name)
 
-        def clocked(*arguments: Any) -> Any:
+        def clocked(*arguments: Any, **options: Any) -> Any:
             began, cpu = time.perf_counter(), time.thread_time()
             try:
-                return work(*arguments)
+                return work(*arguments, **options)
             finally:
                 self._seconds[name] += time.perf_counter() - began
                 self._seconds[f"cpu{name}"] += time.thread_time() - cpu
+                self._seconds[f"end{name}"] = time.monotonic()
 
         setattr(owner, name, clocked)
 

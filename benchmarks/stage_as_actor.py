@@ -111,17 +111,17 @@ class Bench:
             writer = kind(folder, {}, QUEUE_BYTES, way.threads)
             job = Job(CaptureSpec(sites, "bfloat16", with_crcs=way.by_gpu), writer, BATCH_TOKENS)
             run = self._chain_s if way.is_chain else self._alone_s
-            seconds = run(job, lambda: ray.get(self.actor.settle.remote(way.switch_s, way.page_rows, profiled), timeout=TIMEOUT_S))
+            seconds, ended = run(job, lambda: ray.get(self.actor.settle.remote(way.switch_s, way.page_rows, profiled), timeout=TIMEOUT_S))
             found, lines = ray.get(self.actor.told.remote(), timeout=TIMEOUT_S)
-        return seconds, "\n    ".join([told(found), *lines])
+        return seconds, "\n    ".join([told(found, ended), *lines])
 
-    def _alone_s(self, job: Job, settle: Callable[[], None]) -> float:
+    def _alone_s(self, job: Job, settle: Callable[[], None]) -> tuple[float, float]:
         settle()
         seconds: float = ray.get(self.actor.alone.remote(job, self.prompts.batches), timeout=TIMEOUT_S)
-        return seconds
+        return seconds, time.monotonic()
 
-    def _chain_s(self, job: Job, settle: Callable[[], None]) -> float:
-        """From the moment when the stage is ready to the last shard's receipts."""
+    def _chain_s(self, job: Job, settle: Callable[[], None]) -> tuple[float, float]:
+        """From the moment when the stage is ready to the last shard's receipts, and when that was."""
         self.stages.begin(job)
         shards = {number: list(batches) for number, batches in groupby(self.prompts.batches, lambda batch: batch.shard)}
         queue, ended = ShardQueue(map(shard_of, shards.values())), [0.0]
@@ -141,11 +141,11 @@ class Bench:
         runner.start()
         runner.join(TIMEOUT_S)
         assert queue.is_finished, "the chain failed, and said why above"
-        return ended[-1] - ended[1]
+        return ended[-1] - ended[1], ended[-1]
 
 
-def told(found: dict[str, float]) -> str:
-    """What the launching thread did, in seconds, and what memory was taken."""
+def told(found: dict[str, float], ended: float) -> str:
+    """What the launching thread did, in seconds, how long before the end it was done, and the writer had all rows; and what memory was taken."""
     waits = found.get("_wait_for_gpu", 0.0) + found.get("_wait_for_room", 0.0)
     own = found.get("cpu_pass", 0.0)
     pinning = found.get("_pinned", 0.0) + found.get("_add", 0.0)
@@ -153,7 +153,10 @@ def told(found: dict[str, float]) -> str:
     counted = ", ".join(
         f"{name} {found[name]:.3g}" for name in ("pinned allocations", "seconds of them", "GPU allocations") if name in found
     )
-    return f"launching {found.get('_pass', 0.0):.2f} s: waits for the GPU {waits:.2f}, own {own:.2f}, pinned memory {pinning:.2f}, the rest {rest:.2f}; {counted}"
+    before = ", ".join(
+        f"{what} {ended - found[name]:.3f} s" for name, what in (("end_pass", "launched"), ("endgive", "given")) if name in found
+    )
+    return f"launching {found.get('_pass', 0.0):.2f} s: waits for the GPU {waits:.2f}, own {own:.2f}, pinned memory {pinning:.2f}, the rest {rest:.2f}; before the end {before}; {counted}"
 
 
 def shard_of(batches: Sequence[MicroBatch]) -> Shard:
