@@ -1,12 +1,12 @@
 """Packed layers on one GPU, at MiniMax-M2's real dimensions: in its memory, in host memory, in the model's own files; each beside layers that are ready.
 
-    python -m benchmarks.residency_on_gpu FOLDER make [--disk FOLDER]     # FOLDER is best in memory; --disk gets four layers, for `checkpoint`
+    python -m benchmarks.residency_on_gpu FOLDER make [--disk FOLDER]     # FOLDER is best in memory; --disk gets three layers, for `checkpoint`
     python -m benchmarks.residency_on_gpu FOLDER packed                   # waves of 65,536 tokens, all layers packed in GPU memory
     python -m benchmarks.residency_on_gpu FOLDER host [--beside CHECKOUT] # 12 layers in host memory, GPU memory limited to 24 GB
-    python -m benchmarks.residency_on_gpu DISK checkpoint --layers 4      # read from the disk each wave, page cache cold (needs root)
+    python -m benchmarks.residency_on_gpu DISK checkpoint                 # read from the disk each wave, page cache cold, 8 GB of host memory (root)
     python -m benchmarks.residency_on_gpu FOLDER start                    # from the beginning of loading to the last layer's first output
 
-Needs an H200, 47 GB for the checkpoint, 45 GB of host memory beside it, and 18 GB of disk. Rows are compared bit by bit in each part. With `--tiny` all
+Needs an H200, 47 GB for the checkpoint, 45 GB of host memory beside it, and 11 GB of disk. Rows are compared bit by bit in each part. With `--tiny` all
 are tried on a CPU, and nothing is recorded.
 
 With `--beside` the build of commit 6feae92 and accelerate's cpu_offload are measured first, in processes of their own; else what they did on 29 November
@@ -22,7 +22,9 @@ import subprocess
 import sys
 import time
 from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -32,6 +34,7 @@ import torch
 from benchmarks.against_guide import TINY
 from benchmarks.checkpoints import free, link, real_size
 from benchmarks.gpu_stage import drop_caches, layer_operations, raw_rate, span_ranges
+from benchmarks.host_memory import limited_host_memory
 from benchmarks.records import Row, record
 from benchmarks.residency_stages import Bench, all_in, allocated, bitwise, peak, run_wave, synchronize, tokens_of
 from benchmarks.runs import ROOT
@@ -39,11 +42,13 @@ from m2ray.model.capture import CaptureSpec
 from m2ray.model.checkpoint import open_checkpoint
 from m2ray.model.tensor_table import tensor_table, up_to_layer
 
-LAYERS = 12
+LAYERS, DISK_LAYERS = 12, 3
 PACKED_WAVE, HOST_WAVE = 65_536, 131_072
 ROUNDS = 3
 SETTLING_S = 5
 """What is read ahead at the end of a round takes."""
+HOST_LIMIT_BYTES = 8 * 10**9
+"""For `checkpoint`, the page cache and this process among them: three layers have 11 GB."""
 GPU_LIMIT_BYTES = 24 * 10**9
 RECORDED = {"m2ray at 6feae92": 24_200.0, "accelerate cpu_offload": 3_200.0}
 """Tokens a second through 6 layers, 5 of them in host memory, on such a machine on 29 November 2026."""
@@ -63,7 +68,7 @@ def main() -> None:
     if options.part == "make":
         model = real_size(options.folder, options.layers or LAYERS, TINY if options.tiny else None)
         if options.disk is not None:
-            copy_first(model, options.disk.resolve() / f"{model.name.replace(str(options.layers or LAYERS), '4', 1)}", 4)
+            copy_first(model, options.disk.resolve() / model.name.replace(str(options.layers or LAYERS), str(DISK_LAYERS), 1), DISK_LAYERS)
         return
     bench = Bench(options.folder, options.tiny, options.beside)
     rows = parts[options.part](bench, options.layers)
@@ -190,11 +195,12 @@ def others_rates(bench: Bench, checkout: Path, layers: int) -> dict[str, float]:
     assert (checkout / "m2ray/model/offload.py").exists(), f"{checkout} holds no m2ray of commit 6feae92"
     shape = ["--sequences", str(bench.shape[0]), "--length", str(bench.shape[1]), "--device", bench.device]
     programs = {"m2ray at 6feae92": ["with_m2ray_6feae92", "--layers", str(layers)], "accelerate cpu_offload": ["with_accelerate"]}
+    paths = [str(checkout.resolve()), *filter(None, [os.environ.get("PYTHONPATH")])]  # what else is needed may be there alone
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     found = {}
     for name, (program, *more) in programs.items():
         began = time.monotonic()
         words = [sys.executable, str(ROOT / f"benchmarks/peers/{program}.py"), str(bench.model(layers)), *more, *shape]
-        env = os.environ | {"PYTHONPATH": str(checkout.resolve())}
         done = subprocess.run(words, env=env, stdout=subprocess.PIPE, text=True, timeout=PEER_TIMEOUT_S, check=True)
         found[name] = float(json.loads(done.stdout.splitlines()[-1])["tokens_per_s"])
         print(f"{name}: {found[name]:,.0f} tokens/s, {time.monotonic() - began:.0f} s in all", flush=True)
@@ -205,19 +211,24 @@ def others_rates(bench: Bench, checkout: Path, layers: int) -> dict[str, float]:
 
 
 def checkpoint(bench: Bench, layers: int | None) -> list[Row]:
-    """One micro-batch a wave, so that the disk binds; from the drop of the page cache until as many layers have been read as there are.
+    """One micro-batch a wave, not compiled, so that the disk binds; from the drop of the page cache until as many layers have been read as there are.
 
     Before a round the first layer has landed, and no other; it ends when that has landed once more.
     """
-    layers = layers or (3 if bench.tiny else 4)
+    layers = layers or DISK_LAYERS
     model = bench.model(layers)
+    with nullcontext() if bench.tiny else limited_host_memory(HOST_LIMIT_BYTES):
+        return list(from_files(bench, model, layers))
+
+
+def from_files(bench: Bench, model: Path, layers: int) -> Iterator[Row]:
     ranges = [] if bench.tiny else layer_ranges(model, layers)
     few = 1
-    ready = bench.load(few)
+    ready = bench.load(few, compiled=False)
     expected = bench.rows(ready, few, 1)
     del ready
     free()
-    stage = bench.load(layers, all_in("checkpoint", layers), 1)
+    stage = bench.load(layers, all_in("checkpoint", layers), 1, compiled=False)
     equal = bitwise(expected, bench.rows(stage, few, 1))
     layer_bytes = sum(tensor_table(open_checkpoint(str(model))).packed_bytes()[:layers])
     raw, found = [], []
@@ -236,8 +247,8 @@ def checkpoint(bench: Bench, layers: int | None) -> list[Row]:
         print(f"read {raw[-1:]} GB/s, waves {found[-1]:.3f} GB/s", flush=True)
     rate, disk = statistics.mean(found), statistics.mean(raw or [1.0])
     note = f"rounds {', '.join(f'{each:.2f}' for each in found)} beside {', '.join(f'{each:.2f}' for each in raw)} GB/s; {equal}"
-    what = f"from the checkpoint on disk, {layers} layers, page cache cold"
-    return [Row(what, rate, "GB/s", disk, "parallel pread of the same bytes, cold:", rate / disk, "0.9", note)]
+    what = f"from the checkpoint on disk, {layers} layers of {layer_bytes / 1e9:.1f} GB, page cache cold, host memory limited to {HOST_LIMIT_BYTES / 1e9:.0f} GB"
+    yield Row(what, rate, "GB/s", disk, "parallel pread of the same bytes, cold:", rate / disk, "0.9", note)
 
 
 def layer_ranges(model: Path, layers: int) -> list[tuple[Path, int, int]]:

@@ -23,7 +23,7 @@ _WORD_BYTES = 4
 _UNITS = {1: torch.uint8, 2: torch.uint16, 4: torch.int32}
 """What a row is read as, by the bytes that it is whole numbers of."""
 
-_TILE = {"ROWS": 16, "LANES": 32, "STAGES": 3}
+_TILE = {"ROWS": 16, "LANES": 32, "STAGES": 1}
 
 _distrusted: set[torch.device] = set()
 
