@@ -14,9 +14,10 @@ from m2ray.activations.writing.writer import ActivationWriter, WriterSpec
 from m2ray.batches import MicroBatch, PartSpec
 from m2ray.bench.measuring import DiscardingStore
 from m2ray.chain.actor import StageActor, concurrency_groups
-from m2ray.chain.job import Job
+from m2ray.chain.job import Job, JobHere
 from m2ray.model import pinned
 from m2ray.model.capture import Capture
+from m2ray.model.pinned import SharedRuns
 from m2ray.model.stage import Stage
 from m2ray.model.stage_output import StageOutput
 from m2ray.parquet import column_chunks
@@ -24,7 +25,11 @@ from m2ray.parquet import column_chunks
 TIMEOUT_S = 300.0
 
 
-class Discarding(WriterSpec):
+class Here(WriterSpec):
+    """A writer in the stage's own process, which has its rows in memory that torch pins."""
+
+
+class Discarding(Here):
     """A writer that encodes all and stores nothing."""
 
     def open(self, parts: Sequence[PartSpec]) -> ActivationWriter:
@@ -39,19 +44,40 @@ class Probe(StageActor):
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._profile: Any = None
         self._page_rows = column_chunks.rows_of_page
-        for owner, name in ((Stage, "_pass"), (Stage, "_wait_for_gpu"), (Capture, "_wait_for_room"), (pinned, "_pinned")):
+        for owner, name in (
+            (Stage, "_pass"),
+            (Stage, "_wait_for_gpu"),
+            (Capture, "_wait_for_room"),
+            (pinned, "_pinned"),
+            (SharedRuns, "_add"),
+            (JobHere, "give"),
+        ):
             self._clock(owner, name)
+
+    def _take_on(self, job: Job) -> None:
+        beside, memories = self._beside, [stage.row_memory for stage in self._passage.stages]
+        if isinstance(job.writer, Here):
+            self._beside = None
+            for stage in self._passage.stages:
+                stage.row_memory = None
+        try:
+            super()._take_on(job)
+        finally:
+            self._beside = beside
+            for stage, memory in zip(self._passage.stages, memories, strict=True):
+                stage.row_memory = memory
 
     def _clock(self, owner: Any, name: str) -> None:
         work = getattr(owner, name)
 
-        def clocked(*arguments: Any) -> Any:
+        def clocked(*arguments: Any, **options: Any) -> Any:
             began, cpu = time.perf_counter(), time.thread_time()
             try:
-                return work(*arguments)
+                return work(*arguments, **options)
             finally:
                 self._seconds[name] += time.perf_counter() - began
                 self._seconds[f"cpu{name}"] += time.thread_time() - cpu
+                self._seconds[f"end{name}"] = time.monotonic()
 
         setattr(owner, name, clocked)
 
@@ -73,11 +99,13 @@ class Probe(StageActor):
         """After it: seconds of the launching thread, new allocations of memory; and where kernels left gaps, if that was looked at."""
         found = dict(self._seconds)
         found |= {name: count - self._allocations[name] for name, count in allocations().items()}
+        job = self._passage.job
+        writer = [] if job is None else [f"writer: {job._writer.figures}"]  # noqa: SLF001 - as the stage is asked for them
         if self._profile is None:
-            return found, []
+            return found, writer
         self._thread.submit(self._profile.stop).result()
         told, self._profile = gaps(self._profile), None
-        return found, told
+        return found, [*writer, *told]
 
     @ray.method(concurrency_group="collect")  # type: ignore[untyped-decorator]
     def alone(self, job: Job, batches: Sequence[MicroBatch]) -> float:

@@ -46,13 +46,12 @@ def record(name: str, title: str, rows: list[Row], command: str = "") -> Path:
 
     M2RAY_COMMIT names the commit where the tree that runs has no history of its own.
     """
-    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=FOLDER, capture_output=True, text=True, check=False).stdout.strip()
     document = {
         "title": title,
         "command": command or shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
         "machine": machine(),
         "date": datetime.now(UTC).date().isoformat(),
-        "commit": os.environ.get("M2RAY_COMMIT") or head or "unknown",
+        "commit": os.environ.get("M2RAY_COMMIT") or _head() or "unknown",
         "versions": {package: version(package) for package in ("torch", "transformers", "ray", "pyarrow")}
         | {"python": platform.python_version()}
         | ({"cuda": torch.version.cuda} if torch.version.cuda else {}),
@@ -64,6 +63,10 @@ def record(name: str, title: str, rows: list[Row], command: str = "") -> Path:
     for row in rows:
         print(_line(row))
     return path
+
+
+def _head() -> str:
+    return subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=FOLDER, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def render() -> None:

@@ -1,11 +1,13 @@
-"""What a stage loses as an actor: the same micro-batches bare, with a run's writer in one thread, and as the only stage of a chain, in one of Ray's processes.
+"""What a stage loses as an actor: the same micro-batches bare, with a run's writer in one thread, and as the only stage of a chain, in one of Ray's processes
+with the one beside it that writes.
 
     python -m benchmarks.stage_as_actor FOLDER               # 6 layers at MiniMax-M2's real dimensions, on one GPU
     python -m benchmarks.stage_as_actor FOLDER --tiny        # to try the script on a CPU
 
-Ways differ in what is taken, where it goes, who makes CRCs, how quickly the interpreter switches between threads, the writer's threads and the size of pages. Each
-round runs all of them, beside a bare pass. Of each the notes say what the thread that launches layers did: the rest of its time, beside its own work, its
-waits for the GPU and pinned memory, it waited for the interpreter. `--profile` looks at the gaps between kernels of two ways. Needs 50 GB of /dev/shm.
+Ways differ in what is taken, where it goes, which process writes it, who makes CRCs, how quickly the interpreter switches between threads, the writer's threads and
+the size of pages. Each round runs all of them, beside a bare pass. Of each the notes say what the thread that launches layers did: the rest of its time, beside its own work, its
+waits for the GPU and pinned memory, it waited for the interpreter. `--profile` looks at the gaps between kernels of one thread and of the actor, where these are
+among the ways. Needs 50 GB of /dev/shm.
 """
 
 import argparse
@@ -28,7 +30,7 @@ import torch
 from benchmarks.against_guide import TINY, Prompts, make_prompts
 from benchmarks.chain_on_gpus import Chains
 from benchmarks.checkpoints import LAYERS, real_size
-from benchmarks.probed_stage import TIMEOUT_S, Discarding, probe_class
+from benchmarks.probed_stage import TIMEOUT_S, Discarding, Here, probe_class
 from benchmarks.records import Row, record
 from m2ray.activations.job import JOB_KEY
 from m2ray.activations.writing.writer import WriterSpec
@@ -56,7 +58,8 @@ class Way:
 
     Attributes:
         is_chain: as the stage of a chain, or else one after the other on one thread.
-        takes: whether every layer's rows are taken. keeps: whether they are stored, in memory. by_gpu: whether the GPU makes rows' CRCs.
+        takes: whether every layer's rows are taken. keeps: whether they are stored, in memory. is_beside: whether in
+            the process beside. by_gpu: whether the GPU makes rows' CRCs.
         switch_s: the interpreter's interval. threads: the writer's. page_rows: of a page, where it is not the format's.
     """
 
@@ -64,23 +67,26 @@ class Way:
     is_chain: bool = True
     takes: bool = True
     keeps: bool = True
-    by_gpu: bool = True
+    is_beside: bool = True
+    by_gpu: bool = False
     switch_s: float = 0.0002
     threads: int = 8
     page_rows: int = 0
 
 
 WAYS = (
-    Way("one thread, nothing stored", is_chain=False, keeps=False),
-    Way("one thread", is_chain=False),
+    Way("one thread, nothing stored", is_chain=False, keeps=False, is_beside=False, by_gpu=True),
+    Way("one thread", is_chain=False, is_beside=False, by_gpu=True),
     Way("actor, nothing taken", takes=False),
-    Way("actor, nothing stored", keeps=False),
+    Way("actor, nothing stored", keeps=False, is_beside=False, by_gpu=True),
     Way("actor"),
-    Way("actor, CRCs by the writer", by_gpu=False),
+    Way("actor, CRCs by the GPU", by_gpu=True),
+    Way("actor, writer in the stage's process", is_beside=False, by_gpu=True),
+    Way("actor, writer and CRCs in the stage's process", is_beside=False),
     Way("actor, switches 5 ms", switch_s=USUAL_S),
     Way("actor, switches 0.05 ms", switch_s=0.00005),
     Way("actor, 4 writer threads", threads=4),
-    Way("actor, pages of 1,024 rows", page_rows=1024),
+    Way("actor, writer in the stage's process, pages of 1,024 rows", is_beside=False, page_rows=1024),
 )
 
 
@@ -101,20 +107,21 @@ class Bench:
         with tempfile.TemporaryDirectory(dir=self.memory) as folder:
             open_store(folder).put(JOB_KEY, self.job_json)
             sites = {"residual": tuple(range(self.layers))} if way.takes else {}
-            writer = (WriterSpec if way.keeps else Discarding)(folder, {}, QUEUE_BYTES, way.threads)
+            kind = (WriterSpec if way.is_beside else Here) if way.keeps else Discarding
+            writer = kind(folder, {}, QUEUE_BYTES, way.threads)
             job = Job(CaptureSpec(sites, "bfloat16", with_crcs=way.by_gpu), writer, BATCH_TOKENS)
             run = self._chain_s if way.is_chain else self._alone_s
-            seconds = run(job, lambda: ray.get(self.actor.settle.remote(way.switch_s, way.page_rows, profiled), timeout=TIMEOUT_S))
+            seconds, ended = run(job, lambda: ray.get(self.actor.settle.remote(way.switch_s, way.page_rows, profiled), timeout=TIMEOUT_S))
             found, lines = ray.get(self.actor.told.remote(), timeout=TIMEOUT_S)
-        return seconds, "\n    ".join([told(found), *lines])
+        return seconds, "\n    ".join([told(found, ended), *lines])
 
-    def _alone_s(self, job: Job, settle: Callable[[], None]) -> float:
+    def _alone_s(self, job: Job, settle: Callable[[], None]) -> tuple[float, float]:
         settle()
         seconds: float = ray.get(self.actor.alone.remote(job, self.prompts.batches), timeout=TIMEOUT_S)
-        return seconds
+        return seconds, time.monotonic()
 
-    def _chain_s(self, job: Job, settle: Callable[[], None]) -> float:
-        """From the moment when the stage is ready to the last shard's receipts."""
+    def _chain_s(self, job: Job, settle: Callable[[], None]) -> tuple[float, float]:
+        """From the moment when the stage is ready to the last shard's receipts, and when that was."""
         self.stages.begin(job)
         shards = {number: list(batches) for number, batches in groupby(self.prompts.batches, lambda batch: batch.shard)}
         queue, ended = ShardQueue(map(shard_of, shards.values())), [0.0]
@@ -134,18 +141,22 @@ class Bench:
         runner.start()
         runner.join(TIMEOUT_S)
         assert queue.is_finished, "the chain failed, and said why above"
-        return ended[-1] - ended[1]
+        return ended[-1] - ended[1], ended[-1]
 
 
-def told(found: dict[str, float]) -> str:
-    """What the launching thread did, in seconds, and what memory was taken."""
+def told(found: dict[str, float], ended: float) -> str:
+    """What the launching thread did, in seconds, how long before the end it was done, and the writer had all rows; and what memory was taken."""
     waits = found.get("_wait_for_gpu", 0.0) + found.get("_wait_for_room", 0.0)
     own = found.get("cpu_pass", 0.0)
-    rest = found.get("_pass", 0.0) - waits - own - found.get("_pinned", 0.0)
+    pinning = found.get("_pinned", 0.0) + found.get("_add", 0.0)
+    rest = found.get("_pass", 0.0) - waits - own - pinning
     counted = ", ".join(
         f"{name} {found[name]:.3g}" for name in ("pinned allocations", "seconds of them", "GPU allocations") if name in found
     )
-    return f"launching {found.get('_pass', 0.0):.2f} s: waits for the GPU {waits:.2f}, own {own:.2f}, pinned memory {found.get('_pinned', 0.0):.2f}, the rest {rest:.2f}; {counted}"
+    before = ", ".join(
+        f"{what} {ended - found[name]:.3f} s" for name, what in (("end_pass", "launched"), ("endgive", "given")) if name in found
+    )
+    return f"launching {found.get('_pass', 0.0):.2f} s: waits for the GPU {waits:.2f}, own {own:.2f}, pinned memory {pinning:.2f}, the rest {rest:.2f}; before the end {before}; {counted}"
 
 
 def shard_of(batches: Sequence[MicroBatch]) -> Shard:
@@ -183,7 +194,9 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=1536)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--ways", default="", help="only those in whose names this pattern is found: 'actor$|CRCs'")
-    parser.add_argument("--profile", action="store_true", help="gaps between kernels, of one thread and of the actor")
+    parser.add_argument(
+        "--profile", action="store_true", help="gaps between kernels, of one thread and of the actor, where they are among the ways"
+    )
     parser.add_argument("--tiny", action="store_true", help="small layers, printed and not recorded")
     options = parser.parse_args()
     folder: Path = options.folder.resolve()
@@ -192,6 +205,7 @@ def main() -> None:
     ways = [way for way in WAYS if re.search(options.ways, way.name)]
     bare = Way("bare", is_chain=False, takes=False)
     measured: dict[str, list[tuple[float, str]]] = {way.name: [] for way in (bare, *ways)}
+    profiled = [way for way in ways if way.name in ("one thread", "actor")] if options.profile else []
     print(
         f"{prompts.num_tokens:,} tokens in {len(prompts.batches)} micro-batches, {sum(batch.padded_tokens for batch in prompts.batches):,} padded",
         flush=True,
@@ -203,7 +217,7 @@ def main() -> None:
             for way in (bare, *ways):
                 measured[way.name].append(stand.seconds(way))
                 print(f"{time.strftime('%H:%M:%S')} {way.name}: {measured[way.name][-1][0]:.3f} s; {measured[way.name][-1][1]}", flush=True)
-        for way in (bare, *(each for each in WAYS if each.name in ("one thread", "actor"))) if options.profile else ():
+        for way in profiled:
             print(f"profiled: {way.name}", *stand.seconds(way, profiled=True), sep="\n    ", flush=True)
     rows = list(rows_of(measured, prompts, bare.name))
     title = f"A stage of {options.layers} layers at MiniMax-M2's real dimensions as an actor, and without one around it"

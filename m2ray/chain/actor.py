@@ -16,6 +16,7 @@ with without_collector():  # a worker of Ray's begins with this file
     import ray
     import torch
 
+    from m2ray.activations.writing.beside import Beside
     from m2ray.batches import CapturedLayer, MicroBatch, PartReceipt
     from m2ray.chain.completion import Completed, Completion, GatheredShard
     from m2ray.chain.cuda_ipc import Offer
@@ -27,6 +28,7 @@ with without_collector():  # a worker of Ray's begins with this file
     from m2ray.chain.transport import Parcel, Payload, receive, send
     from m2ray.chain.turns import Turns
     from m2ray.model.capture import CaptureSpec
+    from m2ray.model.pinned import SharedRuns
     from m2ray.model.stage import StageSpec
     from m2ray.option_types import Transport
 
@@ -59,6 +61,8 @@ class StageActor:
         """Of what it does beside jobs."""
         self._passage = Passage(specs, self._turns, self._status, transport, timeout_s)
         self._refusals = Refusals()
+        # On a CPU rows lie in the stage's own memory, and layers take as long as they take.
+        self._beside = Beside() if self._on_gpu else None
         self._switches = ExitStack()
         self._switches.enter_context(quick_switches())  # between its computation and its writer
 
@@ -239,6 +243,8 @@ class StageActor:
         self._turns.begin(self._turns.epoch + 1)
         for thread in self._passage.threads:
             thread.shutdown(wait=False, cancel_futures=True)
+        if self._beside is not None:
+            self._beside.close()
         self._switches.close()
 
     @property
@@ -254,8 +260,14 @@ class StageActor:
         if self._passage.stages:
             return
         gc.collect()  # what an earlier call loaded before it failed refers to itself, and there is no room for it beside what comes now
+        if self._beside is not None:
+            self._beside.start()  # it imports meanwhile
         with self._refusals.heeded(self._specs[0]):
-            self._passage.stages = load_spans(self._specs, self._status, self._tell)
+            stages = load_spans(self._specs, self._status, self._tell)
+        if self._beside is not None:
+            for stage, device in zip(stages, self._devices, strict=True):
+                stage.row_memory = SharedRuns(self._beside.memory, device)
+        self._passage.stages = stages
 
     def _tell(self, status: StageStatus) -> None:
         self._status = status
@@ -271,7 +283,7 @@ class StageActor:
             stage.begin(job.capture)
             warm_up(stage, spec, job.batch_tokens, job.writer.queue_bytes // len(self._specs), self._count_warm_up)
         loaded = replace(self._status, warm_up_left=0, gpus=measure_gpus(self._devices) if self._on_gpu else ())
-        self._passage.begin(JobHere(job, stages, loaded))
+        self._passage.begin(JobHere(job, stages, loaded, self._beside))
 
     def _count_warm_up(self, left: int) -> None:
         self._status = replace(self._status, warm_up_left=left)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from m2ray.activations.writing.beside import Beside
 from m2ray.activations.writing.writer import WriterSpec
 from m2ray.batches import PartReceipt
 from m2ray.chain.status import StageStatus, with_layers, with_micro_batch, with_peaks, with_writer
@@ -19,7 +20,7 @@ from m2ray.model.stage_output import StageOutput
 if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor
 
-    from m2ray.activations.writing.capture_writer import CaptureWriter
+    from m2ray.activations.writing.capture_writer import CaptureWriter, RowWriter
 
 _CLOSE_S = 60.0
 
@@ -40,19 +41,21 @@ class JobHere:
         is_closed: given up, or done.
     """
 
-    def __init__(self, job: Job, stages: Sequence[Stage], status: StageStatus) -> None:
+    def __init__(self, job: Job, stages: Sequence[Stage], status: StageStatus, beside: Beside | None = None) -> None:
         """Open its writers.
 
         Args:
             stages: which capture what it takes by now.
             status: of a stage that has done nothing of it.
+            beside: the process that writes rows; None for this one.
         """
         self.batch_tokens = job.batch_tokens
         self.is_closed = False
         self._job = job
         self._status = status
         self._began_at: float | None = None
-        self._writer = job.writer.open([part for stage in stages for part in stage.parts])
+        parts = [part for stage in stages for part in stage.parts]
+        self._writer: RowWriter = job.writer.open(parts) if beside is None else beside.open(job.writer, parts)
         self._consumers: tuple[CaptureWriter, ...] = (self._writer,)
         statistics = {place: kinds for stage in stages for place, kinds in stage.statistics.items()}
         if statistics:
@@ -85,7 +88,7 @@ class JobHere:
         require()
         for consumer in self._consumers if captured or leaves else ():
             consumer.submit(attempt, output.micro_batch, captured, timeout_s)
-        since_begin_s = computed_at - self._began_at - self._writer.backlog.waited_s
+        since_begin_s = computed_at - self._began_at - self._writer.figures.waited_s
         self._status = with_layers(self._status, compute_s, copied_at - computed_at, since_begin_s)
         if leaves:
             self._status = with_micro_batch(self._status, output.micro_batch)
@@ -107,7 +110,7 @@ class JobHere:
             consumer.close(_CLOSE_S)
 
     @property
-    def threads(self) -> "list[ThreadPoolExecutor]":
+    def threads(self) -> "Sequence[ThreadPoolExecutor]":
         """Those of its writers: a store that hangs keeps them."""
         return self._writer.threads
 
@@ -117,4 +120,4 @@ class JobHere:
 
     def status(self, devices: Sequence[torch.device]) -> StageStatus:
         """How far it is, and what its devices' memory held at most."""
-        return with_peaks(with_writer(self._status, self._writer), devices)
+        return with_peaks(with_writer(self._status, self._writer.figures), devices)

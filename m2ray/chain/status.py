@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import ray
 import torch
 
-from m2ray.activations.writing.writer import ActivationWriter
+from m2ray.activations.writing.backlog import Figures
 from m2ray.batches import LayerSpan, MicroBatch
 from m2ray.model.eight_bits import Losses
 from m2ray.model.stage import StageSpec
@@ -208,17 +208,10 @@ def with_layers(status: StageStatus, compute_s: float, copy_s: float, since_begi
     )
 
 
-def with_writer(status: StageStatus, writer: ActivationWriter) -> StageStatus:
+def with_writer(status: StageStatus, figures: Figures) -> StageStatus:
     """The same with what the writer has done so far."""
-    return replace(
-        status,
-        write_wait_s=writer.backlog.waited_s,
-        write_s=writer.backlog.write_s,
-        store_s=writer.backlog.store_s,
-        written_bytes=writer.backlog.written_bytes,
-        queued_bytes=writer.backlog.queued_bytes,
-        stored_parts=writer.stored_parts,
-    )
+    found = figures._asdict()
+    return replace(status, write_wait_s=found.pop("waited_s"), **found)
 
 
 def with_peaks(status: StageStatus, devices: Sequence[torch.device]) -> StageStatus:

@@ -3,12 +3,11 @@
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import cycle
 
 import numpy as np
 import torch
 
-from m2ray.batches import Bits, CapturedLayer, Column, MicroBatch, PartSpec
+from m2ray.batches import Bits, CapturedLayer, MicroBatch, PartSpec
 from m2ray.errors import StageError
 from m2ray.model.eight_bits import Encoder, is_encoded
 from m2ray.model.pinned import PinnedRuns
@@ -205,32 +204,6 @@ def _pinned_like(values: torch.Tensor) -> torch.Tensor:
 def _rounded(part: PartSpec, selected: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Rows in the dtypes of the part's columns, rounded once, to nearest even. `index_select` made a copy, which nothing computed later changes."""
     return [rows_NW.to(getattr(torch, column.dtype)) for rows_NW, column in zip(selected, part.columns, strict=True)]
-
-
-def pin_host_memory(num_bytes: int, padded_tokens: int, columns: Sequence[Column]) -> None:
-    """Take pinned memory for `num_bytes` of captured rows and leave it to torch, which keeps it for the micro-batches to come.
-
-    Pinning takes long, and the computation would have to wait for it.
-
-    Args:
-        padded_tokens: of a full micro-batch, whose rows of one column lie in one piece.
-        columns: of all the parts.
-
-    Raises:
-        StageError: the system does not give so much.
-    """
-    pieces: list[torch.Tensor] = []
-    try:
-        for column in cycle(columns):
-            if sum(piece.nbytes for piece in pieces) >= num_bytes:
-                break
-            pieces.append(torch.empty((padded_tokens, column.width), dtype=getattr(torch, column.dtype), pin_memory=True))
-    except RuntimeError as error:
-        raise StageError(
-            f"{num_bytes:,} bytes of pinned host memory for captured rows cannot be had: {str(error).splitlines()[0]}.",
-            "Allow the process to lock more memory (ulimit -l), or begin another run with lower batch_tokens or fewer layers.",
-        ) from error
-    del pieces
 
 
 def _bits(rows_NW: torch.Tensor) -> Bits:

@@ -20,13 +20,13 @@ from m2ray.model.families import default_max_length
 from m2ray.model.float8.proof import require_gpu
 from m2ray.model.gpu_loading import Lanes
 from m2ray.model.interpreter import quick_switches, without_collector
-from m2ray.model.pinned import PinnedRuns
+from m2ray.model.pinned import PinnedRuns, RunMemory
 from m2ray.model.sending import send
 from m2ray.model.skeleton import build_skeleton
 from m2ray.model.stage_output import StageOutput, Timed
 from m2ray.model.taking import Taking, taking_of
 from m2ray.model.vector_math import settle_vector_math
-from m2ray.model.warm_up import pin_rows, shapes_that_may_come, zeros
+from m2ray.model.warm_up import rows_of_a_job, shapes_that_may_come, zeros
 from m2ray.model.weights import Loaded, OnBytes, load_weights, parameter_bytes
 from m2ray.sites import parts_of_span
 from m2ray.statistics import Place
@@ -85,6 +85,7 @@ class Stage:
         bytes_read: tensor bytes that were read to load them.
         parameter_bytes: bytes of the span's tensors from the checkpoint, in memory.
         handed_bytes: of one token, to the next stage, at most.
+        row_memory: where captured rows from a GPU lie on the host, from the next `warm_up` on; None for memory of torch's.
     """
 
     def __init__(self, spec: StageSpec, decoder: DecoderSpan, loaded: Loaded, bytes_read: int) -> None:
@@ -95,6 +96,7 @@ class Stage:
         self.bytes_read = bytes_read
         self.parameter_bytes = parameter_bytes(decoder)
         self.handed_bytes = token_bytes(config, spec.span.stop, DTYPES[spec.compute_dtype])
+        self.row_memory: RunMemory | None = None
         self._spec = spec
         self._decoder = decoder
         self._on_gpu = decoder.device.type == "cuda"
@@ -214,13 +216,13 @@ class Stage:
             waiting_bytes: of captured rows that may wait for the store.
             on_left: called with the micro-batches that are still to run, before the first and after each.
         """
-        self._pinned = PinnedRuns(batch_tokens)
+        self._pinned = PinnedRuns(batch_tokens, self.row_memory)
         config, attention = self._decoder.skeleton.config, self._decoder.skeleton.attn_implementation
-        if (
-            self._on_gpu and self.parts and self._of_the_job.selection.is_all
-        ):  # chosen tokens' rows are few: a run or two, which the first take
-            of_runs = [parts_of_span(self.parts, layers, config.num_hidden_layers) for layers in self._runs]
-            pin_rows(self.parts, of_runs, batch_tokens, waiting_bytes)
+        if self._on_gpu:
+            # Chosen tokens' rows are few: a run or two, which the first take.
+            parts = self.parts if self._of_the_job.selection.is_all else ()
+            of_runs = [parts_of_span(parts, layers, config.num_hidden_layers) for layers in self._runs]
+            self._pinned.reserve(*rows_of_a_job(parts, of_runs, batch_tokens, waiting_bytes))
         shapes = shapes_that_may_come(batch_tokens, default_max_length(config), attention)
         try:
             self._try(shapes, on_left)

@@ -6,7 +6,6 @@ import numpy as np
 
 from m2ray.batches import Column, MicroBatch, PartSpec
 from m2ray.model.attention import FLEX_BLOCK
-from m2ray.model.capture import pin_host_memory
 
 
 def shapes_that_may_come(batch_tokens: int, max_length: int, attn_implementation: str) -> list[tuple[int, int]]:
@@ -35,8 +34,10 @@ def zeros(num_sequences: int, length: int) -> MicroBatch:
     return MicroBatch(0, 0, True, np.arange(num_sequences), counts, np.zeros(shape, np.int32), np.ones(shape, np.bool_))
 
 
-def pin_rows(parts: Sequence[PartSpec], of_runs: Sequence[Sequence[PartSpec]], batch_tokens: int, waiting_bytes: int) -> None:
-    """Take pinned memory for the rows of all tokens, and their CRCs. Raises StageError as `pin_host_memory`.
+def rows_of_a_job(
+    parts: Sequence[PartSpec], of_runs: Sequence[Sequence[PartSpec]], batch_tokens: int, waiting_bytes: int
+) -> tuple[int, list[int]]:
+    """What rows of all tokens take of the host's memory, as `PinnedRuns.reserve` takes it: bytes in all, and those of a row of each column, their CRCs among them.
 
     Args:
         parts: what is captured.
@@ -45,6 +46,6 @@ def pin_rows(parts: Sequence[PartSpec], of_runs: Sequence[Sequence[PartSpec]], b
         waiting_bytes: of rows that may wait for the store.
     """
     capture_bytes = batch_tokens * max(sum(part.row_bytes for part in of_run) for of_run in of_runs)
-    columns = [each for part in parts for column in part.columns for each in (column, Column("crc", "int32", 1))]
+    columns = [each.row_bytes for part in parts for column in part.columns for each in (column, Column("crc", "int32", 1))]
     # Beside what waits, of two micro-batches: one that is computed, and one whose rows are handed over.
-    pin_host_memory(waiting_bytes + 2 * capture_bytes, batch_tokens, columns)
+    return (waiting_bytes + 2 * capture_bytes if parts else 0), columns

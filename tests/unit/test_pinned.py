@@ -1,14 +1,17 @@
-"""Pinned memory: how many runs of which sizes captured rows take, and that memory of offloaded layers is registered no longer than it is there."""
+"""Pinned memory: how many runs of which sizes captured rows take, when they are free again, and that memory is registered no longer than it is there."""
 
 import gc
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from m2ray.errors import StageError
 from m2ray.model import pinned
-from m2ray.model.pinned import PinnedRuns
+from m2ray.model.pinned import PinnedRuns, SharedRuns
 from m2ray.model.residency.places import InHostMemory, host_memory
+from m2ray.shared_memory import SharedMemory
 
 FULL, WIDTH, PARTS = 1024, 64, 16
 RUN_BYTES = FULL * WIDTH * 2
@@ -69,6 +72,61 @@ def test_rows_of_other_widths_have_runs_of_their_own(asked: list[int]) -> None:
 def test_rows_beyond_a_run_have_one_of_their_own(asked: list[int]) -> None:
     takes(PinnedRuns(FULL), 2 * FULL)
     assert asked == [2 * RUN_BYTES] * PARTS
+
+
+def addresses(rows: list[torch.Tensor]) -> list[int]:
+    return [part.data_ptr() for part in rows]
+
+
+def test_a_run_is_free_again_when_nothing_refers_to_it_and_none_is_had_twice() -> None:
+    memory = SharedMemory()
+    runs = PinnedRuns(FULL, SharedRuns(memory, torch.device("cpu")))
+    runs.reserve(2 * PARTS * RUN_BYTES, [WIDTH * 2])
+    first, second = takes(runs, FULL), takes(runs, FULL)
+    kept = first[3][5:7].view(torch.uint8).numpy()
+    kept[:] = 7
+    lay = addresses(first)
+    first = takes(runs, FULL)
+    assert len(memory.slabs) == 2, "none was free"
+    del first
+    again = takes(runs, FULL)
+    for part in (*again, *second):
+        part.zero_()
+    assert (kept == 7).all(), "a few of a run's rows are all that somebody still reads"
+    assert lay[3] not in addresses(again)
+    assert len(memory.slabs) == 2
+
+
+def test_memory_is_registered_while_a_job_may_take_it_and_kept_for_another_that_takes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    registered: dict[int, int] = {}
+    errors = [0]
+    driver = SimpleNamespace(
+        cudaHostRegister=lambda address, num_bytes, _: errors[0] or registered.update({address: num_bytes}) or 0,
+        cudaHostUnregister=lambda address: registered.pop(address) and 0,
+    )
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    waited_for: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited_for.append)
+    memory = SharedMemory()
+    runs = SharedRuns(memory, torch.device("cuda:1"))
+    PinnedRuns(FULL, runs).reserve(4 * RUN_BYTES, [WIDTH * 2])
+    (slab,) = memory.slabs
+    assert registered == {slab.address: 4 * RUN_BYTES}
+    held = takes(PinnedRuns(FULL, runs), FULL // PARTS)[0].fill_(7)
+    assert memory.slabs == (slab,)
+    PinnedRuns(FULL, runs).reserve(4 * RUN_BYTES, [WIDTH * 2])
+    assert memory.slabs == (slab,)
+    PinnedRuns(2 * FULL, runs).reserve(4 * RUN_BYTES, [WIDTH * 2])
+    assert slab not in memory.slabs
+    assert registered == {memory.slabs[0].address: 4 * RUN_BYTES}
+    assert (held == 7).all(), "whoever has rows of the job before still reads them"
+    errors[0] = 2
+    with pytest.raises(StageError, match=f"{8 * RUN_BYTES:,} bytes of pinned host memory for captured rows cannot be had: CUDA error 2"):
+        PinnedRuns(FULL, runs).reserve(8 * RUN_BYTES, [WIDTH * 2])
+    assert not registered
+    assert memory.slabs == ()
+    assert set(waited_for) == {torch.device("cuda:1")}
 
 
 def test_a_layers_memory_is_registered_as_long_as_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:

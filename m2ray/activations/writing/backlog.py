@@ -4,8 +4,20 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 from m2ray.activations.writing.part_writer import PartWriter
+
+
+class Figures(NamedTuple):
+    """How far a writer is: as in Backlog, and the parts that are durable, those of attempts that failed later too."""
+
+    queued_bytes: int = 0
+    written_bytes: int = 0
+    waited_s: float = 0.0
+    write_s: float = 0.0
+    store_s: float = 0.0
+    stored_parts: int = 0
 
 
 class Backlog:

@@ -1,8 +1,10 @@
 """CaptureWriter: whatever takes what a stage captured. The writer of its rows is one, that of its statistics another."""
 
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
+from m2ray.activations.writing.backlog import Figures
 from m2ray.batches import CapturedLayer, MicroBatch, PartReceipt
 
 
@@ -23,3 +25,15 @@ class CaptureWriter(Protocol):
 
     def close(self, timeout_s: float) -> None:
         """Give up all that is not collected. Raises StoreError as `abandon` does."""
+
+
+class RowWriter(CaptureWriter, Protocol):
+    """That of rows, in the stage's process or in one beside it."""
+
+    @property
+    def figures(self) -> Figures:
+        """How far it is."""
+
+    @property
+    def threads(self) -> Sequence[ThreadPoolExecutor]:
+        """Those of this process that a store which hangs keeps."""

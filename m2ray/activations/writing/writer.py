@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 from m2ray.activations.schema import Compression, encode_tokens, require_compression
 from m2ray.activations.writing.attempt import Attempt
-from m2ray.activations.writing.backlog import Backlog
+from m2ray.activations.writing.backlog import Backlog, Figures
 from m2ray.activations.writing.part_writer import PartWriter
 from m2ray.activations.writing.statistics_writer import StatisticsWriter
 from m2ray.batches import Bits, CapturedLayer, MicroBatch, PartReceipt, PartSpec
@@ -113,9 +113,11 @@ class ActivationWriter:
         self.backlog = Backlog(self._changed, queue_bytes)
 
     @property
-    def stored_parts(self) -> int:
-        """Parts that are durable, those of attempts that failed later too."""
-        return self._stored_parts
+    def figures(self) -> Figures:
+        """How far it is."""
+        of_rows = self.backlog
+        waited = of_rows.queued_bytes, of_rows.written_bytes, of_rows.waited_s, of_rows.write_s, of_rows.store_s
+        return Figures(*waited, self._stored_parts)
 
     @property
     def threads(self) -> list[ThreadPoolExecutor]:
