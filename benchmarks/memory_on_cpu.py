@@ -152,7 +152,7 @@ def peaks(folder: Path, count: int) -> Iterator[Row]:
     ways: dict[str, dict[str, object]] = {
         "ready": {"weights": "bf16"},
         "packed": {"weights": "packed"},
-        "in files": {"weights": "packed", "offload": "disk", "max_memory": "950MB"},
+        "in files": {"weights": "packed", "offload": "disk", "max_memory": "850MB"},
     }
     places: dict[str, dict[str, object]] = {"the driver's process": {}, "an actor": {"ray": None}}
     for name, options in ways.items():

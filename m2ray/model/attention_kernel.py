@@ -86,11 +86,18 @@ def _place(tile, order):
 
 
 @gluon.jit
+def _next(tile, num_tiles):
+    """The tile after the `num_tiles`-th of a program: programs have tiles in turn, each time in the other direction, which evens out what they take."""
+    return 2 * gl.num_programs(0) * num_tiles - 1 - tile
+
+
+@gluon.jit
 def _bring(queries, keys, values, num_heads, group, order, held, full, free, PIECES: gl.constexpr, WIDTH: gl.constexpr):
     """Begin to bring each tile's queries, and its blocks of keys and values from the diagonal's to the first, once both halves are done with what lay there."""
     number = gl.to_tensor(0)
     num_tiles = gl.to_tensor(0)
-    for tile in range(gl.program_id(0), order[0] * order[1], gl.num_programs(0)):
+    tile = gl.program_id(0)
+    while tile < order[0] * order[1]:
         row, pair = _place(tile, order)
         sequence, head = pair // num_heads, pair % num_heads
         shared = head // group
@@ -103,6 +110,7 @@ def _bring(queries, keys, values, num_heads, group, order, held, full, free, PIE
             number += 1
         _bring_values(values, sequence, 0, shared, number, held[2], full[2], free[2], WIDTH)
         number += 1
+        tile = _next(tile, num_tiles)
 
 
 @gluon.jit
@@ -135,7 +143,7 @@ def _half(sums, num_tokens, num_heads, scale, order, held, full, free, NUMBER: g
     of_row: gl.constexpr = gl.SliceLayout(1, scores)
     place = NUMBER * HALF + gl.arange(0, HALF, layout=of_row)
     visible = gl.expand_dims(place, 1) >= gl.expand_dims(gl.arange(0, BLOCK, layout=gl.SliceLayout(0, scores)), 0)
-    programs, tiles = gl.num_programs(0), order[0] * order[1]
+    tiles = order[0] * order[1]
     tile = gl.program_id(0)
     row, pair = _place(tile, order)
     mbarrier.wait(full[0].index(0), 0)
@@ -152,7 +160,7 @@ def _half(sums, num_tokens, num_heads, scale, order, held, full, free, NUMBER: g
     number = gl.to_tensor(0)
     num_tiles = gl.to_tensor(1)
     has_ended, of_block, of_pair, of_total = tile < 0, gl.to_tensor(0), gl.to_tensor(0), nothing
-    more = (done < row) | (tile + programs < tiles)
+    more = (done < row) | (_next(tile, num_tiles) < tiles)
     _await_scored(full, number + 1, num_tiles, more, done == row)
     while more:
         before, stage = number % HELD, (number + 1) % HELD
@@ -164,7 +172,7 @@ def _half(sums, num_tokens, num_heads, scale, order, held, full, free, NUMBER: g
         score = warpgroup_mma_wait(1, deps=(score,))
         has_ended, of_block, of_pair, of_total = done == row, row, pair, total
         if has_ended:
-            tile += programs
+            tile = _next(tile, num_tiles)
             row, pair = _place(tile, order)
             done = gl.to_tensor(0)
             num_tiles += 1
@@ -176,7 +184,7 @@ def _half(sums, num_tokens, num_heads, scale, order, held, full, free, NUMBER: g
         mbarrier.arrive(free[0].index(0), count=1, pred=done == row)
         share, shrunk, most, total = _softmax(score, most, total, scale)
         number += 1
-        more = (done < row) | (tile + programs < tiles)
+        more = (done < row) | (_next(tile, num_tiles) < tiles)
         _await_scored(full, number + 1, num_tiles, more, done == row)
         # behind a barrier's wait: ptxas would put this one before the exponentials
         summed, share = warpgroup_mma_wait(0, deps=(summing, share))

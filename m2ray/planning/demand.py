@@ -208,7 +208,8 @@ class Demand:
         statistics_bytes = self.statistics_on_host(span) + self.statistics_on_device(span)
         made_ready = [row for row in self.rows(span) if row.role != "layer" or row.layer not in residency]
         staging = staging_bytes(made_ready, self.options.compute_dtype) + readers_on_cpu_bytes(node, self.bytes_in(residency, "host"))
-        beside = {"process": process_bytes(node), "staging": staging}
+        num_tokens = max((row.shape[0] for row in self.table.rows if row.role == "embedding"), default=0)
+        beside = {"process": process_bytes(node, num_tokens), "staging": staging}
         return cpu_memory({**held, **beside}, self.workload, self.row_bytes(span), statistics_bytes)
 
     def span_bytes(self, span: LayerSpan) -> int:

@@ -60,10 +60,18 @@ WAITING_RUNS = 2
 full one: each part's rows take as much as those of a full one then (m2ray.model.pinned). An H200's stage with all nine sites, most of
 whose micro-batches had 9,400 to 11,600 of 16,384 tokens, took 14.9 GB where 14.2 were planned without this: three of them, reckoned, hold 12.8."""
 
-PROCESS_BYTES = {"gpu": 2 * _GIB + 256 * _MIB, "cpu with cuda": _GIB, "cpu": 600 * _MIB}
+PROCESS_BYTES = {"gpu": 2 * _GIB + 256 * _MIB, "cpu with cuda": _GIB, "cpu": 576 * _MIB}
 """A stage's process: Python, Ray and torch, with a GPU the CUDA libraries on the host's side and the process beside it that writes rows, which took 190 MB
 (m2ray.activations.writing.process); without one less where torch was built without CUDA, the
 same as an actor and in the driver's own process (benchmarks/memory_on_cpu.py)."""
+
+HEAP_SHARE, HEAP_BYTES = 1.2, 134 * _MIB
+"""Of the transient memory without a GPU, and at most: what C's allocator keeps of blocks below 32 MiB. A stage whose micro-batches had 256 to 4,096 tokens
+took 5, 0, 71, 112 and 132 MB more than it is reckoned with otherwise, of transient memory of 16 to 252 MB (benchmarks/memory_on_cpu.py's checkpoint)."""
+
+TOKEN_BYTES = 1000
+"""A tokenizer's entry in the driver's process, of which a stage without a GPU may be part: those of 49,152 to 200,000 entries took 920 to 1,040 bytes an
+entry, looked at once."""
 
 STAGING_BYTES = {"device": _GIB, "host": 512 * _MIB}
 """Tensors on their way from the checkpoint: on a GPU 16 extents of 32 MiB, on both sides, and scales that lie apart from their weights, at most
@@ -72,8 +80,11 @@ STAGING_BYTES = {"device": _GIB, "host": 512 * _MIB}
 PIECE_BYTES = 8 * _MIB
 """Of a tensor that is loaded without a GPU, at most (m2ray.model.weights)."""
 
+LOADING_THREADS = 4
+"""They have a piece each."""
+
 PIECES = {"plain": 8, "packed": 64}
-"""So many of them at most: 4 threads have one each, and what becomes of it: in another dtype as much again, unpacked up to 15 times as much."""
+"""So many of them at most: one a thread, and what becomes of it: in another dtype as much again, unpacked up to 15 times as much."""
 
 
 def window(num_stages: int) -> int:
@@ -193,14 +204,19 @@ def cpu_memory(held: Mapping[str, int], workload: Workload, row_bytes: Sequence[
     """A stage without a GPU: everything is in host memory, of its weights, its process and what it is loaded through what `held` says item by item."""
     running = {name: num_bytes for name, num_bytes in held.items() if name != "staging"}
     return Memory(
-        running | {"transient": workload.transient_bytes + workload.encoding_bytes} | _host_buffers(workload, row_bytes, statistics_bytes),
+        running | _transient_on_cpu(workload) | _host_buffers(workload, row_bytes, statistics_bytes),
         dict(held),
     )
 
 
-def process_bytes(node: Node) -> int:
-    """Of a stage without a GPU; where torch is not known, as if it had CUDA."""
-    return PROCESS_BYTES["cpu" if "torch" in node.versions and "cuda" not in node.versions else "cpu with cuda"]
+def _transient_on_cpu(workload: Workload) -> dict[str, int]:
+    unusable_bytes = min(int(workload.transient_bytes * HEAP_SHARE), HEAP_BYTES)
+    return {"transient": workload.transient_bytes + workload.encoding_bytes, "unusable": unusable_bytes}
+
+
+def process_bytes(node: Node, num_tokens: int) -> int:
+    """Of a stage without a GPU, with a tokenizer of so many entries; where torch is not known, as if it had CUDA."""
+    return PROCESS_BYTES["cpu" if "torch" in node.versions and "cuda" not in node.versions else "cpu with cuda"] + TOKEN_BYTES * num_tokens
 
 
 def readers_on_cpu_bytes(node: Node, packed_bytes: int) -> int:
@@ -210,12 +226,13 @@ def readers_on_cpu_bytes(node: Node, packed_bytes: int) -> int:
 
 def staging_bytes(rows: Iterable[TensorRow], compute_dtype: str) -> int:
     """What these tensors are loaded through without a GPU; those that lie in the files as they are computed with go straight to their place."""
-    longest = {"plain": 0, "packed": 0}
+    longest, together = {"plain": 0, "packed": 0}, {"plain": 0, "packed": 0}
     for row in rows:
         kind = "packed" if row.method else "plain"
         if not row.is_ready(compute_dtype):
             longest[kind] = max(longest[kind], min(PIECE_BYTES, row.disk_bytes // max(1, len(row.sources))))
-    return max(PIECES[kind] * num_bytes for kind, num_bytes in longest.items())
+            together[kind] += row.disk_bytes
+    return max(min(PIECES[kind] * longest[kind], PIECES[kind] // LOADING_THREADS * together[kind]) for kind in longest)
 
 
 def _pinned_bytes(num_bytes: int, pieces_bytes: Sequence[int]) -> int:

@@ -32,6 +32,9 @@ WRITER_QUEUE_SHARE = 8
 WRITER_QUEUE_A_CORE_BYTES = 32 << 20
 """The same where layers run on cores: of SmolLM2-135M, all layers, about a second and a half's rows, or those of two micro-batches."""
 
+WRITER_QUEUE_BATCHES = 4
+"""Full micro-batches whose rows wait for the store without GPUs, at most."""
+
 _AS_ASKED = (
     *("compute_dtype", "store_dtype", "output", "compression", "gpus_per_stage", "device_map", "weights", "offload", "offload_folder"),
     *("transport", "placement_timeout_s", "stage_timeout_s"),
@@ -118,9 +121,10 @@ def _suited(config: ExtractConfig, demand: Demand, cluster: Cluster, recorded: M
     def is_open(name: str) -> bool:
         return getattr(config, name) == "auto" and name not in recorded
 
-    demand = demand.asking(writer_queue_bytes=_writer_queue_bytes(demand.options, cluster))
+    demand = demand.asking(writer_queue_bytes=_writer_queue_bytes(demand, cluster))
     if is_open("batch_tokens"):
         demand = demand.asking(batch_tokens=_batch_tokens(config, demand, cluster, stats_at))
+        demand = demand.asking(writer_queue_bytes=_writer_queue_bytes(demand, cluster))
     demand = demand.asking(replicas=_replicas(config, demand, cluster))
     if is_open("threads_per_stage"):
         demand = demand.asking(threads_per_stage=_threads(demand, cluster))
@@ -180,13 +184,18 @@ def _endless(batch_tokens: int) -> PromptStats:
     return PromptStats(0, tokens, tokens, 0, 0, tokens // batch_tokens)
 
 
-def _writer_queue_bytes(options: RunOptions, cluster: Cluster) -> int:
-    """Without GPUs as much as a node's cores make in a short while, and no more than a part of `max_memory`, which is of all that a stage takes there."""
+def _writer_queue_bytes(demand: Demand, cluster: Cluster) -> int:
+    """Without GPUs as much as a node's cores make in a short while, no more than the rows of few micro-batches, and no more than a part of `max_memory`, which
+    is of all that a stage takes there.
+    """
+    options = demand.options
     if cluster.num_gpus:
         return options.writer_queue_bytes
     made_bytes = (WRITER_QUEUE_A_CORE_BYTES * node.cpus for node in cluster.nodes if node.cpus)
     allowed_bytes = [options.max_memory.usable_bytes(node.name, 0, sys.maxsize) // WRITER_QUEUE_SHARE for node in cluster.nodes]
-    return min(options.writer_queue_bytes, *made_bytes, *allowed_bytes)
+    row_bytes = sum(part.row_bytes for part in options.parts)
+    few_bytes = [WRITER_QUEUE_BATCHES * demand.workload.padded_tokens * row_bytes] if row_bytes else []
+    return min(options.writer_queue_bytes, *made_bytes, *allowed_bytes, *few_bytes)
 
 
 def _threads(demand: Demand, cluster: Cluster) -> int:

@@ -27,6 +27,8 @@ from m2ray.planning.hardware import Node
 from m2ray.planning.memory import (
     CAPTURE_BUFFERS,
     CONTEXT_BYTES,
+    HEAP_BYTES,
+    LOADING_THREADS,
     STAGING_BYTES,
     UNUSABLE_BYTES,
     UNUSABLE_SHARE,
@@ -133,22 +135,32 @@ def test_items_of_a_gpu_and_of_hosts():
     on_cpu = cpu_memory(held | {"process": 7, "staging": 9}, work, [8, 16])
     assert on_cpu.loading == {"weights": 400, "process": 7, "staging": 9}
     assert "staging" not in on_cpu.running
-    assert {"weights": 400, "transient": 200_000, "capture": 2 * 1000 * 24 + 5000}.items() <= on_cpu.running.items()
+    assert {"weights": 400, "transient": 200_000, "unusable": 240_000, "capture": 2 * 1000 * 24 + 5000}.items() <= on_cpu.running.items()
+    assert cpu_memory(held, replace(work, transient_bytes=10**9), [8]).running["unusable"] == HEAP_BYTES
 
 
 def test_what_a_cpu_loads_through_is_counted_by_the_tensors_that_are_not_read_into_their_place():
+    assert weights.THREADS == LOADING_THREADS
     large = 100 << 20
     ready = TensorRow("a", "layer", 0, (large // 2,), None, large, ("a",), lies_as="bfloat16")
     assert staging_bytes([ready], "bfloat16") == 0
     assert staging_bytes([ready], "float32") == 8 * pieces.PIECE_BYTES
     assert staging_bytes([replace(ready, method="AWQ", lies_as="")], "bfloat16") == STAGING_BYTES["host"] == 64 * pieces.PIECE_BYTES
     assert staging_bytes([replace(ready, method="AWQ", lies_as="", sources=("a",) * 1000)], "bfloat16") == 64 * (large // 1000)
+    assert staging_bytes([replace(ready, disk_bytes=1000)], "float32") == 2 * 1000, "there is no more of it"
 
 
 def test_a_process_takes_less_where_torch_has_no_cuda():
     versions = ({}, {"torch": "2.13"}, {"torch": "2.13", "cuda": "13.0"})
-    unknown, without, with_cuda = (process_bytes(Node("a", versions=each)) for each in versions)
+    unknown, without, with_cuda = (process_bytes(Node("a", versions=each), 4096) for each in versions)
     assert without < with_cuda == unknown
+
+
+def test_a_process_holds_its_tokenizer():
+    """One of 128,000 entries took 90 to 144 MB."""
+    node = Node("a", versions={"torch": "2.13"})
+    assert process_bytes(node, 4096) == 576 * 2**20 + 4_096_000
+    assert process_bytes(node, 128_000) - process_bytes(node, 4096) > 110e6
 
 
 def test_host_memory_holds_what_nine_sites_took_on_an_h200():

@@ -432,6 +432,14 @@ def test_room_for_a_wave_drives_no_layer_out_of_the_memory_of_a_machine_without_
     assert planned.stages[0].host.peak_bytes <= least_mb * 10**6
 
 
+@pytest.mark.parametrize("batch_tokens", [256, "auto"])
+@pytest.mark.parametrize(("layers", "num_layers"), [("0", 1), ("all", 60)])
+def test_without_gpus_no_more_rows_wait_for_the_store_than_those_of_few_micro_batches(layers, num_layers, batch_tokens):
+    config = ExtractConfig(model="m", prompts="p", output="o", layers=layers, batch_tokens=batch_tokens)
+    options = resolve(config, PromptOptions.of(config, 1), m2_table(60), SHAPE, Cluster((cpu_node(),)))
+    assert options.writer_queue_bytes == min(8 * 32 << 20, 4 * options.batch_tokens * num_layers * 6144)
+
+
 def test_what_is_short_is_what_the_most_frugal_way_lacks():
     """Of one layer, which packed in memory takes less than what it takes to read it from files."""
     on = Cluster((cpu_node(host_bytes=64 * GB),))
