@@ -23,9 +23,10 @@ from typing import Any
 
 import numpy as np
 
+from m2ray.activations.schema import encode_tokens
 from m2ray.activations.writing.channel import Answer, Call, Channel, Map, Told
 from m2ray.activations.writing.writer import ActivationWriter  # noqa: TC001 - imported while the stage loads
-from m2ray.batches import CapturedLayer
+from m2ray.batches import TOKEN_ROW, CapturedLayer
 from m2ray.errors import M2rayError, StageError
 from m2ray.shared_memory import Bytes, MappedSlabs, Place
 
@@ -152,6 +153,7 @@ def main(descriptor: int) -> None:
     channel = Channel(socket.socket(fileno=descriptor))
     served = _Served(channel)
     threading.Thread(target=served.tell, name="tell", daemon=True).start()
+    encode_tokens(np.zeros(1, TOKEN_ROW))  # pyarrow's first one takes a quarter of a second, for which the first rows would wait
     with suppress(EOFError, OSError):
         while os.getppid() == stage:
             message = channel.receive(_TICK_S)
