@@ -25,7 +25,7 @@ class RunMemory(Protocol):
     """Where runs come from. One thread calls."""
 
     def reserve(self, sizes: Sequence[int]) -> None:
-        """Have runs of so many bytes, and no others that are free. Raises RuntimeError or OSError: the system does not give so much."""
+        """Have runs of so many bytes, and no others that are free; where none are asked for, those that there are. Raises RuntimeError or OSError: the system does not give so much."""
 
     def take(self, num_bytes: int) -> torch.Tensor:
         """A run, uint8, for as long as anything refers to its memory. Raises as `reserve`."""
@@ -68,7 +68,7 @@ class SharedRuns:
 
     def reserve(self, sizes: Sequence[int]) -> None:
         wanted = sorted(map(_aligned, sizes))
-        if wanted != self._reserved:
+        if wanted and wanted != self._reserved:
             self.close()
             self._add(wanted)
             self._reserved = wanted
@@ -154,7 +154,7 @@ class PinnedRuns:
             self._memory.reserve(sizes)
         except (RuntimeError, OSError) as error:
             raise StageError(
-                f"{sum(sizes):,} bytes of pinned host memory for captured rows cannot be had: {str(error).splitlines()[0]}.",
+                f"{sum(sizes):,} bytes of pinned host memory for captured rows cannot be had: {str(error).splitlines()[0].rstrip('.')}.",
                 "Allow the process to lock more memory (ulimit -l), or begin another run with lower batch_tokens or fewer layers.",
             ) from error
 

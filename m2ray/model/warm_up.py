@@ -4,8 +4,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from m2ray.batches import Column, MicroBatch, PartSpec
+from m2ray.batches import MicroBatch, PartSpec
 from m2ray.model.attention import FLEX_BLOCK
+
+_CRC_BYTES = 4
 
 
 def shapes_that_may_come(batch_tokens: int, max_length: int, attn_implementation: str) -> list[tuple[int, int]]:
@@ -46,6 +48,6 @@ def rows_of_a_job(
         waiting_bytes: of rows that may wait for the store.
     """
     capture_bytes = batch_tokens * max(sum(part.row_bytes for part in of_run) for of_run in of_runs)
-    columns = [each.row_bytes for part in parts for column in part.columns for each in (column, Column("crc", "int32", 1))]
+    columns = [num_bytes for part in parts for column in part.columns for num_bytes in (column.row_bytes, _CRC_BYTES)]
     # Beside what waits, of two micro-batches: one that is computed, and one whose rows are handed over.
     return (waiting_bytes + 2 * capture_bytes if parts else 0), columns

@@ -18,9 +18,9 @@ from m2ray.sites import LayersOfSites
 from tests.reference import MINIMAX_TINY, make_minimax, micro_batch_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-LENGTHS = ((300, 40), (23, 1, 17), (1,), (900, 800), (512,) * 4)
+LENGTHS = ((60, 40), (23, 1, 17), (1,), (120, 110), (64,) * 4)
 SITES: LayersOfSites = {"residual": (0, 1, 3, 6), "router_topk": (2,)}
-QUEUE_BYTES = 4 << 20
+QUEUE_BYTES = 1 << 20
 
 
 def batches() -> list[MicroBatch]:
@@ -38,7 +38,7 @@ def stage_of(model: Path) -> StageActor:
     return stage
 
 
-def done(stage: StageActor, epoch: int, folder: Path, sites: LayersOfSites = SITES, batch_tokens: int = 2048) -> StageStatus:
+def done(stage: StageActor, epoch: int, folder: Path, sites: LayersOfSites = SITES, batch_tokens: int = 256) -> StageStatus:
     """A job of one shard."""
     stage._passage.compute.thread.submit(
         stage._take_on, Job(CaptureSpec(sites, "bfloat16"), WriterSpec(str(folder), {}, QUEUE_BYTES, 2), batch_tokens)
@@ -67,13 +67,13 @@ def are_pinned(stage: StageActor) -> list[bool]:
 def test_rows_are_those_of_a_writer_in_the_stages_process_and_memory_is_given_back(tmp_path: Path) -> None:
     model = make_minimax(tmp_path / "model", "fp8")
     stage = stage_of(model)
-    first, other = done(stage, 1, tmp_path / "first"), done(stage, 2, tmp_path / "other", {"residual": (5,)}, 4096)
+    first, other = done(stage, 1, tmp_path / "first"), done(stage, 2, tmp_path / "other", {"residual": (5,)}, 512)
     assert first.stored_parts == 5
     assert other.written_bytes < first.written_bytes
     assert stage._beside is not None
     slabs, (memory,) = stage._beside.memory.slabs, [each.row_memory for each in stage._passage.stages]
     assert all(are_pinned(stage))
-    again = done(stage, 3, tmp_path / "again", {"residual": (5,)}, 4096)
+    again = done(stage, 3, tmp_path / "again", {"residual": (5,)}, 512)
     assert stage._beside.memory.slabs[:1] == slabs[:1], "a job like the one before pins nothing"
     assert again.written_bytes == other.written_bytes
     beside, stage._beside = stage._beside, None

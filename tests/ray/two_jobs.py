@@ -3,8 +3,8 @@ first stage is killed while the second one's wave may be half full.
 
     python two_jobs.py MODEL PROMPTS OUTPUT LAYERS OUTPUT LAYERS
 
-The weights lie elsewhere while the second is done. Both stages take waves, of layers of which some are ready, and have a process beside them that writes, as
-those of GPUs have. Run by test_two_jobs.py.
+The weights lie elsewhere while the second is done. Both stages take waves, of layers of which some are ready, and play that they are on GPUs, so that a
+process beside each writes its rows. Run by test_two_jobs.py.
 """
 
 import json
@@ -12,18 +12,15 @@ import os
 import signal
 import sys
 import threading
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import ray
-import torch
 from ray.exceptions import RayError
 
-from m2ray.activations.writing.beside import Beside
 from m2ray.activations.writing.writer import WriterSpec
-from m2ray.batches import CapturedLayer, LayerSpan
+from m2ray.batches import LayerSpan
 from m2ray.chain import actors, beginning, extract
 from m2ray.chain.actor import StageActor, concurrency_groups
 from m2ray.chain.actors import Actors
@@ -36,42 +33,27 @@ from m2ray.chain.progress import Progress
 from m2ray.chain.queue import ShardQueue
 from m2ray.chain.stages import Stages
 from m2ray.config import ExtractConfig
-from m2ray.model.capture import Capture, CaptureSpec
-from m2ray.model.pinned import PinnedRuns
+from m2ray.model.capture import CaptureSpec
 from m2ray.model.stage import StageSpec
 from m2ray.prompts import batching, survey
+from tests.played_gpu import play_for_good
 
 TIMEOUT_S = 120.0
-BATCH_TOKENS = 200
 OPTIONS = {"compute_dtype": "float32", "store_dtype": "float32", "id_column": "id", "shard_tokens": 300, "compile": False}
 
 
-class WritingBeside(StageActor):
-    """A stage on a CPU whose rows lie and are written as those of a GPU's."""
+class Played(StageActor):
+    """A stage on a CPU that takes the ways of a GPU's."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
+        play_for_good()
         super().__init__(*arguments, **options)
-        self._beside = Beside()
-        captured_layer: Any = Capture._captured_layer
-
-        def in_shared_memory(capture: Any, rows: Any) -> CapturedLayer:
-            layer = captured_layer(capture, rows)
-            taken = [capture._pinned.take(tuple(values.shape), values.dtype).copy_(values) for values in rows.columns]
-            return replace(layer, columns=tuple(values.view(torch.uint8).numpy() for values in taken))
-
-        capture: Any = Capture
-        capture._captured_layer = in_shared_memory
-
-    def _take_on(self, job: Job) -> None:
-        for stage in self._passage.stages:
-            stage._pinned = PinnedRuns(BATCH_TOKENS, stage.row_memory)
-        super()._take_on(job)
 
 
-def writing_beside(num_take_threads: int) -> Any:
+def played(num_take_threads: int) -> Any:
     """As m2ray.chain.actor.actor_class."""
     groups = concurrency_groups(num_take_threads)
-    return ray.remote(concurrency_groups=groups, allow_out_of_order_execution=True, max_restarts=0, max_task_retries=0)(WritingBeside)
+    return ray.remote(concurrency_groups=groups, allow_out_of_order_execution=True, max_restarts=0, max_task_retries=0)(Played)
 
 
 def do(stages: Stages, model: str, prompts: str, output: str, layers: str, batch_tokens: int, killed: int = -1) -> list[dict[str, int]]:
@@ -119,7 +101,7 @@ def refusal(stages: Stages, output: str) -> list[str | int]:
 def main() -> None:
     model, prompts, first, first_layers, second, second_layers = sys.argv[1:]
     started: Any = actors
-    started.actor_class = writing_beside
+    started.actor_class = played
     ray.init(logging_level="ERROR")
     node = ray.nodes()[0]
     reservation = Reservation([Room(node["NodeManagerAddress"], node["NodeID"], 0, 1.0)] * 2, {})
@@ -134,7 +116,7 @@ def main() -> None:
     for file in Path(model).glob("*.safetensors"):
         (away / file.name).write_bytes(file.read_bytes())
         file.write_bytes(file.read_bytes()[:-1000] + bytes(1000))  # as large as before, and other weights
-    found.append(do(stages, model, prompts, second, second_layers, BATCH_TOKENS))
+    found.append(do(stages, model, prompts, second, second_layers, 200))
     for file in away.iterdir():
         file.rename(Path(model) / file.name)
     stages.close()

@@ -23,6 +23,8 @@ from m2ray.errors import StageError, StoreError
 from m2ray.model.pinned import PinnedRuns, SharedRuns
 from m2ray.storage import LocalStore
 from tests.gated import Gated
+from tests.gpu import test_beside_on_gpu as on_gpu
+from tests.played_gpu import play
 from tests.unit import activation_runs as runs
 
 ATTEMPT = "abc123"
@@ -201,6 +203,13 @@ def test_a_process_that_is_killed_or_hangs_fails_what_it_had_and_the_next_attemp
     writer.close()
     beside.close()
     assert writer.figures != Figures()
+
+
+def test_a_stage_that_plays_that_it_is_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What tests/gpu has a GPU's stage do."""
+    registered = play(monkeypatch)
+    on_gpu.test_rows_are_those_of_a_writer_in_the_stages_process_and_memory_is_given_back(tmp_path)
+    assert registered.num_bytes > 0
 
 
 _STAGE = """

@@ -23,9 +23,10 @@ from typing import Any
 
 import numpy as np
 
+from m2ray.activations.schema import encode_tokens
 from m2ray.activations.writing.channel import Answer, Call, Channel, Map, Told
 from m2ray.activations.writing.writer import ActivationWriter  # noqa: TC001 - imported while the stage loads
-from m2ray.batches import CapturedLayer
+from m2ray.batches import TOKEN_ROW, CapturedLayer
 from m2ray.errors import M2rayError, StageError
 from m2ray.shared_memory import Bytes, MappedSlabs, Place
 
@@ -34,10 +35,6 @@ _THREADS = 32
 
 _TICK_S = 0.5
 """How often figures that have changed by themselves are told, and how soon it is seen that the stage is gone whose socket somebody else has too."""
-
-
-_LET_GO = ("abandon", "close")
-
 
 _READ_S = 0.05
 """How long it may be kept from the stage that rows were read: each message takes the interpreter from the thread that launches layers."""
@@ -118,7 +115,7 @@ class _Served:
             answer = Answer(call.number, self._called(call), None)
         except BaseException as error:  # noqa: BLE001 - handed to whoever called, whatever it is
             answer = Answer(call.number, None, _portable(error))
-        if answer.error is not None or call.method in _LET_GO:
+        if answer.error is not None or call.method in ("abandon", "close"):
             gc.collect()  # what failed refers to itself, and to rows
         self._news.put(answer)
 
@@ -152,12 +149,18 @@ def main(descriptor: int) -> None:
     channel = Channel(socket.socket(fileno=descriptor))
     served = _Served(channel)
     threading.Thread(target=served.tell, name="tell", daemon=True).start()
-    with suppress(EOFError, OSError):
+    encode_tokens(np.zeros(1, TOKEN_ROW))  # pyarrow's first one takes a quarter of a second, for which the first rows would wait
+    code = 1
+    try:
         while os.getppid() == stage:
             message = channel.receive(_TICK_S)
             if message is not None:
                 served.take(message)
-    os._exit(0)  # at once, as the stage's own threads have ended
+    except (EOFError, ConnectionError):
+        code = 0
+    except BaseException:  # noqa: BLE001 - whatever it is, no thread may outlive it
+        traceback.print_exc()
+    os._exit(code)  # at once, as the stage's own threads have ended
 
 
 if __name__ == "__main__":
