@@ -141,8 +141,9 @@ def steady_positions(config: Any) -> int | None:
     ]
     if field := _CHOOSES_KEYS.get(config.model_type):
         limits.append(getattr(config, field))
-    if getattr(config, "index_topk", None) and getattr(config, "index_n_heads", _FEWEST_INDEX_HEADS) < _FEWEST_INDEX_HEADS:
-        limits.append(config.index_topk)
+    topk, heads = (getattr(config, name, None) for name in ("index_topk", "index_n_heads"))
+    if topk and heads and heads < _FEWEST_INDEX_HEADS:
+        limits.append(topk)
     return min(limits, default=None)
 
 
