@@ -112,9 +112,9 @@ def _save_random(folder: Path, fields: dict[str, Any], maker: Any, dtype: torch.
     return folder
 
 
-def make_type(folder: Path, model_type: str) -> Path:
-    """A tiny checkpoint of any causal type, of its default configuration, as transformers publishes it."""
-    config = next(tiny_copies(CONFIG_MAPPING[model_type]()))
+def make_type(folder: Path, model_type: str, **fields: Any) -> Path:
+    """A tiny checkpoint of any causal type, of its default configuration but for some fields, as transformers publishes it."""
+    config = next(tiny_copies(CONFIG_MAPPING[model_type](**fields)))
     torch.manual_seed(5)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():

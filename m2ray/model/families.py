@@ -51,6 +51,9 @@ _CHOOSES_KEYS = {"doge": "keep_window_size"}
 """Families whose layers attend to so many tokens at most, and choose them by numbers in which equal tokens are equal: of those at the limit a longer
 batch keeps others."""
 
+_FEWEST_INDEX_HEADS = 16
+"""Of an index that chooses `index_topk` keys (DeepSeek-V3.2's, GLM-5's): with fewer the sums of their rectified products are often 0, and keys equal."""
+
 CALLER_CHOOSES = ("auto_map", "attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
 """Fields of config.json that are not the model's: code to run from the folder, and settings of whoever saved it."""
 
@@ -138,6 +141,9 @@ def steady_positions(config: Any) -> int | None:
     ]
     if field := _CHOOSES_KEYS.get(config.model_type):
         limits.append(getattr(config, field))
+    topk, heads = (getattr(config, name, None) for name in ("index_topk", "index_n_heads"))
+    if topk and heads and heads < _FEWEST_INDEX_HEADS:
+        limits.append(topk)
     return min(limits, default=None)
 
 

@@ -132,7 +132,7 @@ class PromptTokenizer:
         self.packer()
         if options.pack is not None and steady is not None and options.pack > steady:
             raise PromptsError(
-                f"pack = {options.pack}, and beyond {steady} tokens the model computes a whole batch otherwise (longrope, dynamic, Doge).",
+                f"pack = {options.pack}, and beyond {steady} tokens the model computes a whole batch otherwise (longrope, dynamic, Doge, few index heads).",
                 f"Give at most {steady}.",
             )
         if self.selection.needs_mask and columns.loss_mask is None and not (columns.is_messages and options.mask is not None):
@@ -295,7 +295,7 @@ class PromptTokenizer:
             return f"it has {self._in_words([token_id])}, token {token_id}, config.json's {self._no_text[token_id]}: m2ray runs text alone"
         steady = self._options.steady_positions
         if steady is not None and len(token_ids) > steady and self._options.pack is None:
-            return f"{len(token_ids)} tokens, more than {steady}: beyond them the model computes a whole batch otherwise (longrope, dynamic, Doge)"
+            return f"{len(token_ids)} tokens, more than {steady}: beyond them the model computes a whole batch otherwise (longrope, dynamic, Doge, few index heads)"
         if max(token_ids) >= self._vocab_size:
             return f"token id {max(token_ids)} is beyond the model's vocabulary of {self._vocab_size} tokens"
         return None

@@ -14,7 +14,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModel
 from transformers.masking_utils import create_sliding_window_causal_mask
 
 from m2ray.batches import LayerSpan
-from m2ray.model import pieces
+from m2ray.model import pieces, weights
 from m2ray.model.capture import COPYING_LAYERS
 from m2ray.model.extents import EXTENT_BYTES
 from m2ray.model.float8.modules import SCALES, use_float8

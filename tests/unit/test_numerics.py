@@ -160,14 +160,27 @@ def test_embeddings_that_change_at_a_length_equal_the_whole_models_up_to_there(
 def test_rows_of_doge_change_with_the_batch_beyond_its_window(tmp_path: Path) -> None:
     """transformers' own rows of three tokens that come again and again, alone and beside a longer prompt: why longer ones are quarantined."""
     folder = make_type(tmp_path / "model", "doge")
-    config, model = open_checkpoint(str(folder)).config, load_reference(folder, torch.float32)
-    window = steady_positions(config)
-    assert window == default_max_length(config) == config.keep_window_size == 6
-    for length, is_steady in ((window, True), (30, False)):
-        beside = micro_batch_of((length, 60), 6)
-        theirs = zip(reference_rows(model, beside), reference_rows(model, alone(beside, 0)), strict=True)
-        moved = max(float(((one[:length] - other).norm(dim=1) / other.norm(dim=1)).max()) for one, other in theirs)
-        assert (moved < 1e-5) == is_steady, moved
+    config = open_checkpoint(str(folder)).config
+    assert steady_positions(config) == default_max_length(config) == config.keep_window_size == 6
+    assert [moved_beside_a_longer_one(folder, length, vocabulary=6) < 1e-5 for length in (6, 30)] == [True, False]
+
+
+def test_rows_change_with_the_batch_where_an_index_of_few_heads_chooses_keys(tmp_path: Path) -> None:
+    """As Doge's: a key's score is a sum of rectified products, of few heads often 0, and which of equal keys are chosen changes with the length."""
+    few, many = (make_type(tmp_path / str(heads), "deepseek_v32", index_n_heads=heads) for heads in (4, 16))
+    config = open_checkpoint(str(few)).config
+    assert steady_positions(config) == default_max_length(config) == config.index_topk == 3
+    assert [moved_beside_a_longer_one(few, length) < 1e-5 for length in (3, 30)] == [True, False]
+    assert steady_positions(open_checkpoint(str(many)).config) is None
+    assert moved_beside_a_longer_one(many, 30) < 1e-5
+
+
+def moved_beside_a_longer_one(folder: Path, length: int, vocabulary: int | None = None) -> float:
+    """How far, of their norm, transformers' own rows of a prompt move that is right-padded beside one of 60 tokens."""
+    model = load_reference(folder, torch.float32)
+    beside = micro_batch_of((length, 60), vocabulary or vocab_size(folder))
+    theirs = zip(reference_rows(model, beside), reference_rows(model, alone(beside, 0)), strict=True)
+    return max(float(((one[:length] - other).norm(dim=1) / other.norm(dim=1)).max()) for one, other in theirs)
 
 
 def test_a_prompt_alone_differs_by_rounding_only(family_folder: Path) -> None:
