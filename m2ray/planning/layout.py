@@ -248,7 +248,7 @@ def _together(memory: Memory) -> dict[str, int]:
     return found
 
 
-_TOGETHER = {"packed_weights": "weights", "workspace": "unpacking", "landing_buffers": "unpacking"}
+_TOGETHER = {"packed_weights": "weights", "workspace": "unpacking", "landing_buffers": "unpacking", "heap": "transient"}
 
 
 def _hosts(plan: Plan) -> Table:

@@ -210,8 +210,8 @@ def cpu_memory(held: Mapping[str, int], workload: Workload, row_bytes: Sequence[
 
 
 def _transient_on_cpu(workload: Workload) -> dict[str, int]:
-    unusable_bytes = min(int(workload.transient_bytes * HEAP_SHARE), HEAP_BYTES)
-    return {"transient": workload.transient_bytes + workload.encoding_bytes, "unusable": unusable_bytes}
+    heap_bytes = min(int(workload.transient_bytes * HEAP_SHARE), HEAP_BYTES)
+    return {"transient": workload.transient_bytes + workload.encoding_bytes, "heap": heap_bytes}
 
 
 def process_bytes(node: Node, num_tokens: int) -> int:

@@ -135,8 +135,8 @@ def test_items_of_a_gpu_and_of_hosts():
     on_cpu = cpu_memory(held | {"process": 7, "staging": 9}, work, [8, 16])
     assert on_cpu.loading == {"weights": 400, "process": 7, "staging": 9}
     assert "staging" not in on_cpu.running
-    assert {"weights": 400, "transient": 200_000, "unusable": 240_000, "capture": 2 * 1000 * 24 + 5000}.items() <= on_cpu.running.items()
-    assert cpu_memory(held, replace(work, transient_bytes=10**9), [8]).running["unusable"] == HEAP_BYTES
+    assert {"weights": 400, "transient": 200_000, "heap": 240_000, "capture": 2 * 1000 * 24 + 5000}.items() <= on_cpu.running.items()
+    assert cpu_memory(held, replace(work, transient_bytes=10**9), [8]).running["heap"] == HEAP_BYTES
 
 
 def test_what_a_cpu_loads_through_is_counted_by_the_tensors_that_are_not_read_into_their_place():

@@ -327,7 +327,10 @@ def test_prompts_beyond_the_steady_positions_are_quarantined_whatever_max_length
     for truncation in ("refuse", "cut"):
         *kept, reason = load(max_length=100, steady_positions=8, truncation=truncation).encode(tokens)
         assert [len(ids) for ids in kept] == [7, 8]
-        assert reason == "9 tokens, more than 8: beyond them the model computes a whole batch otherwise (longrope, dynamic, Doge, few index heads)"
+        assert (
+            reason
+            == "9 tokens, more than 8: beyond them the model computes a whole batch otherwise (longrope, dynamic, Doge, few index heads)"
+        )
     assert [len(ids) for ids in load(max_length=8, steady_positions=8, truncation="cut").encode(tokens)] == [7, 8, 8]
 
 
