@@ -23,12 +23,12 @@ from m2ray.model.stage_output import StageOutput
 from tests.gpu.test_extract_on_gpu import command, prompts
 from tests.ray.conftest import RayCluster
 from tests.ray.struck_waves import (
+    TIMEOUT_S,
     in_waves_of_two,
     said,
     stage_on,
     stopped_within_a_wave,
     submit,
-    submit_again,
     two_node_cluster,
     undisturbed,
 )
@@ -137,22 +137,25 @@ def test_a_job_in_waves_gives_the_rows_of_layers_that_are_ready(folder: Path, tm
 
 
 def test_a_job_of_a_packed_and_a_streamed_stage_on_parts_of_one_gpu_stopped_within_a_wave(folder: Path, tmp_path: Path) -> None:
-    """By `ray job submit`, and submitted again."""
+    """By `ray job submit`, and submitted again: while the first is at work, whose end it waits for, since it imports torch for half a minute."""
     batch_tokens, run = 256, tmp_path / "run"
     options = f"--compute-dtype float32 --store-dtype float32 --batch-tokens {batch_tokens} --shard-tokens 500 --compile false"
-    words = ["--model", str(folder), "--prompts", str(prompts(tmp_path / "prompts.txt", 600, 200)), *options.split()]
+    words = ["--model", str(folder), "--prompts", str(prompts(tmp_path / "prompts.txt", 80, 200)), *options.split()]
     in_waves = [*words, *in_waves_of_two(batch_tokens)]
     with undisturbed(words, tmp_path / "undisturbed"):
         of_first, of_second = bytes_of_parts(in_waves)
         with two_node_cluster(num_gpus=1) as cluster:
             first, second = nodes_in_order(cluster)
             limits = f"{first}={of_first};{second}={of_second}"
-            job = ["python", "jobs/extract.py", *in_waves, "--offload", "cpu", "--max-memory", limits, "--output", str(run)]
+            job = ["python", "jobs/extract.py", *in_waves, "--offload", "cpu", "--max-memory", limits, "--output", str(run), "--wait"]
             submitted = cluster.start(*submit(cluster, "first"), *job)
             process = stage_on(cluster, second, submitted)
+            again = cluster.start(*submit(cluster, "again"), *job)
             wait_for_commits(run, 1, submitted)
             printed = stopped_within_a_wave(cluster, submitted, process, run)
-            submit_again(cluster, job, run)
+            printed_again, _ = again.communicate(timeout=TIMEOUT_S)
+            said("the job that was submitted again has ended")
+    assert (run / "_SUCCESS").exists(), printed_again
     assert_same_run(run, tmp_path / "undisturbed")
     assert re.search(r"layers 0-2, .* of weights, layers 0-2 packed, waves of 512 tokens", printed)
     assert re.search(r"layers 3-6, .* of weights, .*layers 4-6 in host memory, waves of 512 tokens", printed)
