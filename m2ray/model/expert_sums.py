@@ -9,6 +9,8 @@ from torch.fx import Graph, Node
 _ATEN = torch.ops.aten
 _CONVERT = torch.ops.prims.convert_element_type.default
 _SHAPED = (_ATEN.reshape.default, _ATEN.view.default)
+_WRITTEN = ("aten.mm.default", "m2ray.multiply_float8.default")
+
 MOST_COLUMNS = 1024
 """Values of a row that a program takes at a time."""
 
@@ -22,7 +24,7 @@ def sum_rows(rows_RH: torch.Tensor, places_NK: torch.Tensor, weights_NK: torch.T
     if not rows_RH.is_cuda or not len(places_NK):
         return summed(rows_RH, places_NK, weights_NK)
     sums_NH = rows_RH.new_empty((len(places_NK), rows_RH.shape[1]), dtype=torch.float32)
-    _launch(None, rows_RH, places_NK, weights_NK, sums_NH)
+    _launch([], rows_RH, places_NK, weights_NK, sums_NH)
     return sums_NH
 
 
@@ -33,26 +35,29 @@ def _(rows_RH: torch.Tensor, places_NK: torch.Tensor, _: torch.Tensor) -> torch.
 
 
 @torch.library.custom_op("m2ray::add_rows", mutates_args=())
-def add_rows(stream_NH: torch.Tensor, rows_RH: torch.Tensor, places_NK: torch.Tensor, weights_NK: torch.Tensor) -> torch.Tensor:
-    """The stream and that sum, in the stream's dtype: rounded once."""
+def add_rows(
+    stream_NH: torch.Tensor, beside_NH: torch.Tensor | None, rows_RH: torch.Tensor, places_NK: torch.Tensor, weights_NK: torch.Tensor
+) -> torch.Tensor:
+    """That sum, and what it is added to, of one part or two, in its dtype: rounded once."""
+    parts = [part.contiguous() for part in (stream_NH, beside_NH) if part is not None]
     if not rows_RH.is_cuda or not len(places_NK):
-        return (stream_NH.float() + summed(rows_RH, places_NK, weights_NK)).to(stream_NH.dtype)
-    sums_NH = torch.empty_like(stream_NH, memory_format=torch.contiguous_format)
-    _launch(stream_NH.contiguous(), rows_RH, places_NK, weights_NK, sums_NH)
+        return (sum(part.float() for part in parts) + summed(rows_RH, places_NK, weights_NK)).to(stream_NH.dtype)
+    sums_NH = torch.empty_like(parts[0])
+    _launch(parts, rows_RH, places_NK, weights_NK, sums_NH)
     return sums_NH
 
 
 @add_rows.register_fake
-def _(stream_NH: torch.Tensor, _: torch.Tensor, __: torch.Tensor, ___: torch.Tensor) -> torch.Tensor:
+def _(stream_NH: torch.Tensor, _: torch.Tensor | None, __: torch.Tensor, ___: torch.Tensor, ____: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(stream_NH, memory_format=torch.contiguous_format)
 
 
 def _launch(
-    stream_NH: torch.Tensor | None, rows_RH: torch.Tensor, places_NK: torch.Tensor, weights_NK: torch.Tensor, sums_NH: torch.Tensor
+    parts_NH: list[torch.Tensor], rows_RH: torch.Tensor, places_NK: torch.Tensor, weights_NK: torch.Tensor, sums_NH: torch.Tensor
 ) -> None:
     width, columns = rows_RH.shape[1], min(MOST_COLUMNS, 1 << (rows_RH.shape[1] - 1).bit_length())
-    given = (rows_RH.contiguous(), places_NK.contiguous(), weights_NK.contiguous())
-    _kernels().sum_rows[len(places_NK),](stream_NH, *given, sums_NH, width, places_NK.shape[1], columns, enable_fp_fusion=False)
+    given = (*[*parts_NH, None, None][:2], rows_RH.contiguous(), places_NK.contiguous(), weights_NK.contiguous())
+    _kernels().sum_rows[len(places_NK),](*given, sums_NH, width, places_NK.shape[1], columns, enable_fp_fusion=False)
 
 
 def summed(rows_RH: torch.Tensor, places_NK: torch.Tensor, weights_NK: torch.Tensor) -> torch.Tensor:
@@ -64,23 +69,40 @@ def summed(rows_RH: torch.Tensor, places_NK: torch.Tensor, weights_NK: torch.Ten
 
 
 def replace_sum(graph: Graph) -> None:
-    """Put `add_rows` in the place of a sum and of its addition to the stream, where nothing but that leaves the layer: what is added to it
-    within a layer is rounded together with it.
+    """Put `add_rows` in the place of a sum and of its addition to the stream, where nothing but that leaves the layer, and the stream is in memory
+    or a sum of two that are: torch.compile adds what it computes unrounded, and so does this.
     """
     for sums in graph.find_nodes(op="call_function", target=torch.ops.m2ray.sum_rows.default):
         *steps, added = _steps(sums)
         if not _is_last(added, steps[-1]):
             continue
         (stream,) = (each for each in added.args if each is not steps[-1])
+        parts = _parts(stream)
+        if not parts:
+            continue
         shape = [steps[-1].args[1]] if steps[-1].target in _SHAPED else []
         with graph.inserting_before(added):
-            stream_NH = graph.call_function(_ATEN.reshape.default, (stream, [-1, sums.meta["val"].shape[1]]))
-            result = graph.call_function(torch.ops.m2ray.add_rows.default, (stream_NH, *sums.args))
+            flat = [graph.call_function(_ATEN.reshape.default, (part, [-1, sums.meta["val"].shape[1]])) for part in parts]
+            result = graph.call_function(torch.ops.m2ray.add_rows.default, (*[*flat, None][:2], *sums.args))
             for each in shape:
                 result = graph.call_function(_ATEN.reshape.default, (result, each))
         added.replace_all_uses_with(result)
         for node in (added, *reversed(steps)):
             graph.erase_node(node)
+
+
+def _parts(stream: Any) -> list[Node]:
+    """What is in memory of which the stream is the sum; none if that is not so."""
+    parts = stream.args if stream.target == _ATEN.add.Tensor and not stream.kwargs else [stream]
+    return list(parts) if all(map(_is_written, parts)) else []
+
+
+def _is_written(node: Any) -> bool:
+    """Whether it is given to the layer, or a product, as it lies in memory in bfloat16."""
+    while isinstance(node, Node) and node.target in _SHAPED:
+        node = node.args[0]
+    is_value = isinstance(node, Node) and (node.op == "placeholder" or str(node.target) in _WRITTEN)
+    return is_value and node.meta["val"].dtype == torch.bfloat16
 
 
 def _steps(sums: Node) -> list[Node]:

@@ -137,9 +137,10 @@ def _problem(device: torch.device) -> str:
         return "its rows are not those of torch"
     rows_RH = torch.randn(rows_RH.shape, generator=generator, device=device).bfloat16()
     expected_NH = summed(rows_RH, places_NK, weights_NK)
-    sums_NH = add_rows(tokens_NH, rows_RH, places_NK, weights_NK)
-    if not torch.equal(sums_NH, (expected_NH + tokens_NH).bfloat16()):
-        return "its sums with a stream are not those of torch"
+    for parts_NH in ((tokens_NH, None), (tokens_NH, tokens_NH.flip(0))):
+        stream_NH = sum(part.float() for part in parts_NH if part is not None)
+        if not torch.equal(add_rows(*parts_NH, rows_RH, places_NK, weights_NK), (stream_NH + expected_NH).bfloat16()):
+            return "its sums with a stream are not those of torch"
     return "" if torch.equal(sum_rows(rows_RH, places_NK, weights_NK), expected_NH) else "its sums are not those of torch"
 
 

@@ -28,6 +28,7 @@ def spread_rows(  # type: ignore[no-untyped-def]
 @triton.jit  # type: ignore[untyped-decorator]
 def sum_rows(  # type: ignore[no-untyped-def]
     stream,
+    beside,
     rows,
     places,
     weights,
@@ -36,7 +37,7 @@ def sum_rows(  # type: ignore[no-untyped-def]
     CHOSEN: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Each program adds up one token's rows, weighted, in the order of its choices, and adds them to the token's row of `stream`, if there is one."""
+    """Each program adds up one token's rows, weighted, in the order of its choices, and adds them to the token's row of `stream` and `beside`, if there are such."""
     token = tl.program_id(0).to(tl.int64)
     for start in tl.static_range(0, WIDTH, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
@@ -46,7 +47,10 @@ def sum_rows(  # type: ignore[no-untyped-def]
             weight = tl.load(weights + token * CHOSEN + choice).to(tl.float32)
             total += tl.load(rows + place * WIDTH + column, mask=column < WIDTH).to(tl.float32) * weight
         if stream is not None:
-            total += tl.load(stream + token * WIDTH + column, mask=column < WIDTH).to(tl.float32)
+            added = tl.load(stream + token * WIDTH + column, mask=column < WIDTH).to(tl.float32)
+            if beside is not None:
+                added += tl.load(beside + token * WIDTH + column, mask=column < WIDTH).to(tl.float32)
+            total += added
         tl.store(sums + token * WIDTH + column, total.to(sums.dtype.element_ty), mask=column < WIDTH)
 
 

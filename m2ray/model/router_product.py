@@ -11,8 +11,8 @@ from m2ray.model.kernel_proof import is_proved
 _ATEN = torch.ops.aten
 _CONVERT = torch.ops.prims.convert_element_type.default
 _CAPABILITY = 9
-_MOST_COLUMNS = 512
-"""Of a router's weight. torch's own product is the better of many columns, where float32 is asked for."""
+_MOST_COLUMNS, _LEAST_WIDTH = 512, 1024
+"""Of a router's weight. Many columns are another product's; float32 is as near to the exact result as 22 bits of each value where few are summed."""
 
 _ROWS, _COLUMNS, _DEPTH = 128, 128, 64
 """Of a tile, and what of it is multiplied at a time."""
@@ -36,7 +36,7 @@ def replace_product(graph: Graph) -> None:
 
 
 def _is_router(hidden: Node, turned: Node) -> bool:
-    """Whether it is [N, H] in float32, made of another dtype, times few columns of a weight [E, H]."""
+    """Whether it is [N, H] in float32, made of another dtype, times few columns of a weight [E, H], of a width for which the kernel is the better."""
     if hidden.target != _CONVERT or turned.target != _ATEN.permute.default:
         return False
     weight_EH: Any = turned.args[0]
@@ -48,6 +48,7 @@ def _is_router(hidden: Node, turned: Node) -> bool:
         and hidden.meta["val"].dtype == weight.dtype == torch.float32
         and isinstance(columns, int)
         and columns <= _MOST_COLUMNS
+        and width >= _LEAST_WIDTH
         and width % _DEPTH == 0
     )
 

@@ -352,23 +352,23 @@ def test_files_are_a_remedy_where_host_memory_is_none():
 
 
 def test_unpacking_costs_less_the_larger_the_wave():
-    """On one H200 as measured: 0.80 of the speed of ready layers at 16,384 tokens, 0.89, 0.94 and 0.97 at twice as many each time."""
+    """On one H200: 0.77 of the speed of ready layers at 16,384 tokens, 0.87, 0.93 and 0.97 at twice as many each time."""
     ready, packed = (demand(6, weights=weights, compile=True) for weights in ("bf16", "packed"))
     on = parse_gpus("1xH200")
     (is_ready,), (is_packed,) = (plan_run(asked, on).placed for asked in (ready, packed))
     shares = [pass_s(ready, is_ready, tokens) / pass_s(packed, is_packed, tokens) for tokens in (16_384, 32_768, 65_536, 131_072)]
-    assert shares == pytest.approx([0.80, 0.89, 0.94, 0.97], abs=0.01)
+    assert shares == pytest.approx([0.77, 0.87, 0.93, 0.97], abs=0.01)
     assert plan_run(packed, on).wave == (131_072, "")
     assert plan_run(ready, on).wave == (0, "")
 
 
 def test_a_wave_hides_what_is_brought():
-    """A packed layer of 3.7 GB comes over the bus in 67 ms, in which an H200 computes some 80,000 tokens of one."""
+    """A packed layer of 3.7 GB comes over the bus in 67 ms, in which an H200 computes some 93,000 tokens of one."""
     planned = offloading(1000 * GB, offload="cpu", compile=True)
     assert planned.wave == (131_072, "")
     assert planned.limiting_resource == "computation"
     assert "offload" not in planned.rates.limits
-    assert planned.rates.tokens_per_s == pytest.approx(18_900, rel=0.03)
+    assert planned.rates.tokens_per_s == pytest.approx(22_900, rel=0.03)
     short = offloading(1000 * GB, offload="cpu", compile=True, in_flight_bytes=2 * 32_768 * 6144)
     assert short.wave == (32_768, "in_flight")
     assert short.limiting_resource == "offload"

@@ -9,7 +9,7 @@ import torch
 from m2ray.errors import ConfigError, StageError
 from m2ray.model.float8 import REMEDY, twin
 from m2ray.model.float8.launching import by_triton, gated_on_hopper, on_hopper
-from m2ray.model.float8.rounding import BLOCK, round_rows
+from m2ray.model.float8.rounding import BLOCK, is_near, round_rows
 from m2ray.model.kernel_proof import is_proved, making_errors
 from m2ray.toolchain import require_triton
 
@@ -84,14 +84,8 @@ def gated_problem(device: torch.device) -> str:
     weight = torch.randn((len(_GATED_ENDS), _GATED_OUT, _WIDTH), generator=generator, device=device).to(rows.dtype)
     weight_scales = torch.rand((len(_GATED_ENDS), _GATED_OUT // BLOCK, _WIDTH // BLOCK), generator=generator, device=device) / 16 + 0.02
     given = rows, row_scales, weight, weight_scales, ends
-    values, scales = gated_on_hopper(*given)
-    expected_values, expected_scales = twin.gated(on_hopper(*given, None, None))
-    steps = expected_scales.repeat_interleave(BLOCK, 1)
-    found, expected = values.float() * scales.repeat_interleave(BLOCK, 1), expected_values.float() * steps
-    is_near = (found - expected).abs() <= expected.abs() * 0.15 + steps * 2.0**-8  # a step of FP8
-    if not (is_near.all() and (found - expected).norm() <= expected.norm() * 2.0**-8):  # what is no number is not within
-        return "what is gated is not as torch's"
-    return ""
+    is_right = is_near(gated_on_hopper(*given), twin.gated(on_hopper(*given, None, None)))
+    return "" if is_right else "what is gated is not as torch's"
 
 
 def _problem(device: torch.device, kernel: Multiply) -> str:

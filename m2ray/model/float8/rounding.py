@@ -71,7 +71,7 @@ def share_rounded(graph: Graph) -> None:
 
 @cache
 def has_kernel(device: torch.device) -> bool:
-    """Whether there is a kernel for this device that rounds to the same bits as torch."""
+    """Whether there is a kernel for this device that rounds as torch does."""
     return (
         device.type == "cuda"
         and torch.cuda.get_device_capability(device) >= _LEAST_CAPABILITY
@@ -86,10 +86,19 @@ def _problem(device: torch.device) -> str:
     for each_NW in (rows_NW, rows_NW.bfloat16(), -rows_NW.half()):
         values, scales = torch.empty_like(each_NW, dtype=FP8), each_NW.new_empty((len(each_NW), 3), dtype=torch.float32)
         _kernel()[-(-scales.numel() // _BLOCKS),](each_NW, values, scales, scales.numel(), _BLOCKS)
-        expected = rounded(each_NW)
-        if not (torch.equal(values.view(torch.uint8), expected[0].view(torch.uint8)) and torch.equal(scales, expected[1])):
-            return "its bits are not those of torch"
+        if not is_near((values, scales), rounded(each_NW)):
+            return "it rounds otherwise than torch"
     return ""
+
+
+def is_near(found: tuple[torch.Tensor, torch.Tensor], expected: tuple[torch.Tensor, torch.Tensor]) -> bool:
+    """Whether rounded values are those that are expected within one step of FP8, and all but few of them the same: torch divides by 448 on a CPU, and
+    multiplies on a GPU.
+    """
+    steps = expected[1].repeat_interleave(BLOCK, 1)
+    value, wanted = found[0].float() * found[1].repeat_interleave(BLOCK, 1), expected[0].float() * steps
+    is_step = (value - wanted).abs() <= wanted.abs() * 0.15 + steps * 2.0**-8
+    return bool(is_step.all() and (value - wanted).norm() <= wanted.norm() * 2.0**-8)  # what is no number is not within
 
 
 @cache
