@@ -38,10 +38,12 @@ def stage_of(model: Path) -> StageActor:
     return stage
 
 
-def done(stage: StageActor, epoch: int, folder: Path, sites: LayersOfSites = SITES, batch_tokens: int = 256) -> StageStatus:
+def done(
+    stage: StageActor, epoch: int, folder: Path, sites: LayersOfSites = SITES, batch_tokens: int = 256, *, with_crcs: bool = True
+) -> StageStatus:
     """A job of one shard."""
     stage._passage.compute.thread.submit(
-        stage._take_on, Job(CaptureSpec(sites, "bfloat16"), WriterSpec(str(folder), {}, QUEUE_BYTES, 2), batch_tokens)
+        stage._take_on, Job(CaptureSpec(sites, "bfloat16", with_crcs=with_crcs), WriterSpec(str(folder), {}, QUEUE_BYTES, 2), batch_tokens)
     ).result(120)
     stage.reset(epoch, [])
     shard = batches()
@@ -78,7 +80,7 @@ def test_rows_are_those_of_a_writer_in_the_stages_process_and_memory_is_given_ba
     assert again.written_bytes == other.written_bytes
     beside, stage._beside = stage._beside, None
     stage._passage.stages[0].row_memory = None
-    done(stage, 4, tmp_path / "here")
+    done(stage, 4, tmp_path / "here", with_crcs=False)
     assert files_below(tmp_path / "here") == files_below(tmp_path / "first")
     stage._beside = beside
     held = torch.from_numpy(np.frombuffer(slabs[0].memory, np.uint8))
