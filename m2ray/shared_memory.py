@@ -12,6 +12,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from m2ray.errors import StageError
+
 Bytes = npt.NDArray[np.uint8]
 
 
@@ -68,11 +70,13 @@ class SharedMemory:
         slab.close()
 
     def place(self, values: Bytes) -> tuple[Slab | None, Place]:
-        """Where rows uint8 [N, row_bytes] lie; no row lies nowhere."""
+        """Where rows uint8 [N, row_bytes] lie; no row lies nowhere. Raises StageError: they lie elsewhere, or where a later job has taken their memory's place."""
         if not len(values):
             return None, Place(-1, 0, *values.shape)
         address = _address(values)
-        slab = next(slab for slab in self.slabs if 0 <= address - slab.address < len(slab.memory))
+        slab = next((slab for slab in self.slabs if 0 <= address - slab.address < len(slab.memory)), None)
+        if slab is None:  # and no StopIteration, which would end whoever goes through columns, in silence
+            raise StageError("Captured rows lie in no memory that the process which writes has.", "This is a defect of m2ray.")
         return slab, Place(slab.number, address - slab.address, *values.shape)
 
 

@@ -104,10 +104,16 @@ class _Process:
             number = next(self._numbers)
             self._awaited[number] = answer
             self._read_there |= {(number, index): rows for index, rows in enumerate(held)}
-        with suppress(OSError, TimeoutError):
+        late = ""
+        try:
             self._channel.send(Call(number, writer, method, arguments))
             answer.exception(timeout_s + _GRACE_S)
+        except (TimeoutError, BlockingIOError):
+            late = f"did not answer within {timeout_s + _GRACE_S:g} s, and was killed therefore"
+        except OSError:  # it has ended by itself
+            pass
         if not answer.done():
+            self._note_end(late)
             self._process.kill()
             self._end()
         return answer.result()
@@ -147,13 +153,18 @@ class _Process:
             how = _in_words(self._process.wait(_GRACE_S))
         except subprocess.TimeoutExpired:
             how = "does not end"
+        self._note_end(how)
         with self._lock:
-            self._ended = self._ended or how
             awaited = list(self._awaited.values())
             self._awaited.clear()
             self._read_there.clear()
         for each in awaited:
             each.set_exception(self._error())
+
+    def _note_end(self, how: str) -> None:
+        """From now on it has ended: the first to tell why is right."""
+        with self._lock:
+            self._ended = self._ended or how
 
     def _error(self) -> StoreError:
         return StoreError(
@@ -230,7 +241,8 @@ class WriterBeside:
     def collect(self, shard: int, attempt: str, timeout_s: float) -> tuple[PartReceipt, ...]:
         """As ActivationWriter.collect."""
         process = self._attempts.pop((shard, attempt), None) or self._open()
-        receipts: tuple[PartReceipt, ...] = process.call(self._number, "collect", (shard, attempt, timeout_s), timeout_s)
+        # A shard that is late is aborted within the same time again.
+        receipts: tuple[PartReceipt, ...] = process.call(self._number, "collect", (shard, attempt, timeout_s), 2 * timeout_s)
         return receipts
 
     def abandon(self, attempts: Iterable[tuple[int, str]], timeout_s: float = 60.0) -> None:
@@ -242,8 +254,10 @@ class WriterBeside:
 
     def close(self, timeout_s: float = 60.0) -> None:
         """As ActivationWriter.close."""
-        self._let_go("close", (timeout_s,), timeout_s)
-        self._is_closed = True
+        try:
+            self._let_go("close", (timeout_s,), timeout_s)
+        finally:
+            self._is_closed = True
 
     def _let_go(self, method: str, arguments: tuple[Any, ...], timeout_s: float) -> None:
         process = self._process
