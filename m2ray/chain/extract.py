@@ -203,7 +203,7 @@ def _stages(
 def _capture(options: RunOptions) -> CaptureSpec:
     """What the stages take: rows of the sites, unless statistics alone are kept, and statistics."""
     kept = {} if options.keep == "statistics" else options.sites
-    return CaptureSpec(kept, options.store_dtype, options.prompts.selection, options.statistics)
+    return CaptureSpec(kept, options.store_dtype, options.prompts.selection, options.statistics, with_crcs=options.with_crcs)
 
 
 def _chain(plan: Plan, stages: Stages, micro_batches_of: Callable[[Shard, int], Iterator[MicroBatch]], progress: Progress) -> Chain:
