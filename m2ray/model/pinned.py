@@ -154,22 +154,30 @@ class PinnedRuns:
         try:
             self._memory.reserve(sizes)
         except (RuntimeError, OSError) as error:
-            raise StageError(
-                f"{sum(sizes):,} bytes of pinned host memory for captured rows cannot be had: {str(error).splitlines()[0].rstrip('.')}.",
-                "Allow the process to lock more memory (ulimit -l), or begin another run with lower batch_tokens or fewer layers.",
-            ) from error
+            raise _refused(sum(sizes), error) from error
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """Memory for one part's rows: the run that it lies in stays as long as any of them does."""
+        """Memory for one part's rows: the run that it lies in stays as long as any of them does. Raises as `reserve`."""
         row_bytes = prod(shape[1:]) * dtype.itemsize
         exact_bytes = shape[0] * row_bytes
         num_bytes = _aligned(exact_bytes)
         left = self._left.pop(row_bytes, None)
         if left is None or len(left) < num_bytes:
-            left = self._memory.take(_fitting(num_bytes, _aligned(self._run_rows * row_bytes)))
+            run_bytes = _fitting(num_bytes, _aligned(self._run_rows * row_bytes))
+            try:
+                left = self._memory.take(run_bytes)
+            except (RuntimeError, OSError) as error:
+                raise _refused(run_bytes, error) from error
         if len(left) > num_bytes:  # what is used up is nobody's to keep
             self._left[row_bytes] = left[num_bytes:]
         return left[:exact_bytes].view(dtype).view(shape)
+
+
+def _refused(num_bytes: int, error: Exception) -> StageError:
+    return StageError(
+        f"{num_bytes:,} bytes of pinned host memory for captured rows cannot be had: {str(error).splitlines()[0].rstrip('.')}.",
+        "Allow the process to lock more memory (ulimit -l), or begin another run with lower batch_tokens or fewer layers.",
+    )
 
 
 def _fitting(num_bytes: int, run_bytes: int) -> int:

@@ -136,6 +136,8 @@ def test_memory_is_registered_while_a_job_may_take_it_and_kept_for_another_that_
     errors[0] = 2
     with pytest.raises(StageError, match=f"{8 * RUN_BYTES:,} bytes of pinned host memory for captured rows cannot be had: CUDA error 2"):
         PinnedRuns(FULL, runs).reserve(8 * RUN_BYTES, [WIDTH * 2])
+    with pytest.raises(StageError, match=r"bytes of pinned host memory for captured rows cannot be had: CUDA error 2\."):
+        takes(PinnedRuns(FULL, runs), FULL)
     assert not registered
     assert memory.slabs == ()
     assert set(waited_for) == {torch.device("cuda:1")}
