@@ -43,7 +43,7 @@ class _Process:
         ours, theirs = socket.socketpair()
         # As this one finds its modules; and a group of its own, since what a terminal or Slurm sends a group is for the stage to act on.
         command = [sys.executable, "-P", "-m", "m2ray.activations.writing.process", str(theirs.fileno())]
-        found = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        found = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.curdir for path in sys.path)}
         with theirs:
             self._process = subprocess.Popen(
                 command, pass_fds=[theirs.fileno()], env=found, stdin=subprocess.DEVNULL, start_new_session=True
