@@ -143,6 +143,11 @@ def test_jobs_one_after_the_other_leave_what_a_writer_in_this_process_does(besid
         assert "libtorch" not in Path(f"/proc/{pid_of(beside)}/maps").read_text()
     assert len(pids) == 1
     until(lambda: not rows.lent and not with_crcs.lent)
+    maps = Path(f"/proc/{pid_of(beside)}/maps")
+    assert "m2ray-rows" in maps.read_text()
+    for each in (rows, with_crcs):
+        each.memory.close()
+    until(lambda: "m2ray-rows" not in maps.read_text())
 
 
 def test_a_full_queue_waits_and_an_attempt_that_is_given_up_leaves_nothing(beside: Beside, tmp_path: Path) -> None:

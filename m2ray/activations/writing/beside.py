@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from m2ray.activations.writing.backlog import Figures
-from m2ray.activations.writing.channel import Call, Channel, Map, Told
+from m2ray.activations.writing.channel import Call, Channel, Map, Told, Unmap
 from m2ray.activations.writing.writer import WriterSpec
 from m2ray.batches import Bits, CapturedLayer, MicroBatch, PartReceipt, PartSpec
 from m2ray.errors import StageError, StoreError
@@ -65,11 +65,9 @@ class _Process:
 
     def open(self, writer: int, spec: WriterSpec, parts: Sequence[PartSpec], memory: SharedMemory) -> None:
         """Raises as WriterSpec.open, and StoreError: it has ended."""
-        slabs = memory.slabs
-        for slab in slabs:
+        for slab in memory.slabs:
             self._map(slab.number, slab.descriptor)
-        self._mapped &= {slab.number for slab in slabs}
-        self.call(writer, "open", (spec, tuple(parts), frozenset(self._mapped)), _OPEN_S)
+        self.call(writer, "open", (spec, tuple(parts)), _OPEN_S)
 
     def submit(
         self, writer: int, attempt: str, micro_batch: MicroBatch, captured: Sequence[CapturedLayer], timeout_s: float, memory: SharedMemory
@@ -123,6 +121,13 @@ class _Process:
             with suppress(OSError):  # it has ended, which the call tells that comes next
                 self._channel.send(Map(slab, descriptor))
             self._mapped.add(slab)
+
+    def unmap(self, slab: int) -> None:
+        """A slab is handed over no more."""
+        if slab in self._mapped:
+            self._mapped.remove(slab)
+            with suppress(OSError):  # it has ended, and maps nothing
+                self._channel.send(Unmap(slab))
 
     def _listen(self) -> None:
         """Take what it tells until it ends."""
@@ -187,7 +192,7 @@ class Beside:
     """
 
     def __init__(self) -> None:
-        self.memory = SharedMemory()
+        self.memory = SharedMemory(self._unmap)
         self._lock = threading.Lock()
         self._writers = itertools.count()
         self._process: _Process | None = None
@@ -206,6 +211,12 @@ class Beside:
     def open(self, spec: WriterSpec, parts: Sequence[PartSpec]) -> "WriterBeside":
         """A writer there; the one before it is closed. Raises as WriterSpec.open, and StoreError: the process does not start."""
         return WriterBeside(self, next(self._writers), spec, parts)
+
+    def _unmap(self, slab: int) -> None:
+        """At once: the next job's memory is taken before its writer is opened, and there may be no room for both."""
+        process = self._process
+        if process is not None:
+            process.unmap(slab)
 
     def close(self) -> None:
         """End the process."""
