@@ -39,10 +39,10 @@ def stage_of(model: Path) -> StageActor:
 
 
 def done(stage: StageActor, epoch: int, folder: Path, sites: LayersOfSites = SITES, batch_tokens: int = 256) -> StageStatus:
-    """A job of one shard."""
-    stage._passage.compute.thread.submit(
-        stage._take_on, Job(CaptureSpec(sites, "bfloat16"), WriterSpec(str(folder), {}, QUEUE_BYTES, 2), batch_tokens)
-    ).result(120)
+    """A job of one shard; with CRCs by the GPU, as a run has them, where the process beside writes."""
+    capture = CaptureSpec(sites, "bfloat16", with_crcs=stage._beside is not None)
+    job = Job(capture, WriterSpec(str(folder), {}, QUEUE_BYTES, 2), batch_tokens)
+    stage._passage.compute.thread.submit(stage._take_on, job).result(120)
     stage.reset(epoch, [])
     shard = batches()
     for step, batch in enumerate(shard):
