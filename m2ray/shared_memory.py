@@ -6,11 +6,14 @@ It has no name in any file system: it is handed over as a descriptor, and gone w
 import itertools
 import mmap
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+
+from m2ray.errors import StageError
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -50,9 +53,14 @@ class Slab:
 
 
 class SharedMemory:
-    """All slabs of this process that another one may map. One thread adds and removes; any may look."""
+    """All slabs of this process that another one may map. One thread adds and removes; any may look.
 
-    def __init__(self) -> None:
+    Args:
+        on_removed: called with the number of each that is handed over no more: its memory is there as long as another process maps it.
+    """
+
+    def __init__(self, on_removed: Callable[[int], None] = lambda _: None) -> None:
+        self._on_removed = on_removed
         self._numbers = itertools.count()
         self.slabs: tuple[Slab, ...] = ()
 
@@ -66,13 +74,16 @@ class SharedMemory:
         """It is handed over no more; its memory goes when nothing refers to it."""
         self.slabs = tuple(other for other in self.slabs if other is not slab)
         slab.close()
+        self._on_removed(slab.number)
 
     def place(self, values: Bytes) -> tuple[Slab | None, Place]:
-        """Where rows uint8 [N, row_bytes] lie; no row lies nowhere."""
+        """Where rows uint8 [N, row_bytes] lie; no row lies nowhere. Raises StageError: they lie elsewhere, or where a later job has taken their memory's place."""
         if not len(values):
             return None, Place(-1, 0, *values.shape)
         address = _address(values)
-        slab = next(slab for slab in self.slabs if 0 <= address - slab.address < len(slab.memory))
+        slab = next((slab for slab in self.slabs if 0 <= address - slab.address < len(slab.memory)), None)
+        if slab is None:  # and no StopIteration, which would end whoever goes through columns, in silence
+            raise StageError("Captured rows lie in no memory that the process which writes has.", "This is a defect of m2ray.")
         return slab, Place(slab.number, address - slab.address, *values.shape)
 
 
@@ -90,9 +101,9 @@ class MappedSlabs:
         finally:
             os.close(descriptor)
 
-    def keep(self, numbers: frozenset[int]) -> None:
-        """Let go of all others, each once nothing refers to it."""
-        self._slabs = {number: memory for number, memory in self._slabs.items() if number in numbers}
+    def unmap(self, number: int) -> None:
+        """Let go of one, as soon as nothing refers to it."""
+        self._slabs.pop(number, None)
 
     def rows(self, place: Place) -> Bytes:
         """What lies there, an array of its own: whoever still reads it refers to that."""

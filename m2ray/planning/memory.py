@@ -78,7 +78,7 @@ STAGING_BYTES = {"device": _GIB, "host": 512 * _MIB}
 5 times 64 MiB. Where a GPU has no FP8, extents are converted there as pieces are on the CPU."""
 
 PIECE_BYTES = 8 * _MIB
-"""Of a tensor that is loaded without a GPU, at most (m2ray.model.weights)."""
+"""Of a tensor that is loaded without a GPU, at most (m2ray.model.pieces)."""
 
 LOADING_THREADS = 4
 """They have a piece each."""

@@ -9,7 +9,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from zlib import crc32
 
+import numpy as np
 import pytest
 import torch
 
@@ -34,13 +36,24 @@ FIRST, SECOND = (runs.micro_batches(runs.shard(index)) for index in (0, 1))
 class Rows:
     """What a GPU's stage would capture, in the memory that the process maps."""
 
-    def __init__(self, beside: Beside) -> None:
+    def __init__(self, beside: Beside, *, with_crcs: bool = False) -> None:
         self.memory = SharedRuns(beside.memory, torch.device("cpu"))
+        self.with_crcs = with_crcs
         self._runs = PinnedRuns(64, self.memory)
 
     def of(self, parts: Sequence[PartSpec], micro_batch: MicroBatch) -> list[CapturedLayer]:
         captured = runs.captured(parts, micro_batch)
-        return [replace(layer, columns=tuple(map(self._shared, layer.columns))) for layer in captured]
+        return [
+            replace(
+                layer,
+                columns=tuple(map(self._shared, layer.columns)),
+                crcs=tuple(self._shared(self._crcs(rows)).view(np.uint32)[:, 0] for rows in layer.columns) if self.with_crcs else (),
+            )
+            for layer in captured
+        ]
+
+    def _crcs(self, rows: Bits) -> Bits:
+        return np.array([[crc32(row)] for row in rows], np.uint32).view(np.uint8)
 
     def _shared(self, rows: Bits) -> Bits:
         taken = self._runs.take(rows.shape, torch.uint8)
@@ -106,7 +119,7 @@ def files_below(folder: Path) -> dict[str, bytes]:
 
 
 def test_jobs_one_after_the_other_leave_what_a_writer_in_this_process_does(beside: Beside, tmp_path: Path) -> None:
-    record, rows = record_of(tmp_path / "record"), Rows(beside)
+    record, rows, with_crcs = record_of(tmp_path / "record"), Rows(beside), Rows(beside, with_crcs=True)
     alternating = (FIRST[0], SECOND[0], SECOND[1], *FIRST[1:])
     pids = set()
     for job in ("one", "other"):
@@ -115,7 +128,7 @@ def test_jobs_one_after_the_other_leave_what_a_writer_in_this_process_does(besid
             folder = tmp_path / job / str(there)
             spec = spec_of(folder, record)
             writer = beside.open(spec, record.parts) if there else spec.open(record.parts)
-            write(writer, rows, record.parts, *alternating)
+            write(writer, with_crcs if there and job == "other" else rows, record.parts, *alternating)
             found[there] = collected(writer), files_below(folder)
             if there:
                 until(lambda writer=writer: writer.figures.queued_bytes == 0)
@@ -129,7 +142,12 @@ def test_jobs_one_after_the_other_leave_what_a_writer_in_this_process_does(besid
         pids.add(pid_of(beside))
         assert "libtorch" not in Path(f"/proc/{pid_of(beside)}/maps").read_text()
     assert len(pids) == 1
-    until(lambda: not rows.lent)
+    until(lambda: not rows.lent and not with_crcs.lent)
+    maps = Path(f"/proc/{pid_of(beside)}/maps")
+    assert "m2ray-rows" in maps.read_text()
+    for each in (rows, with_crcs):
+        each.memory.close()
+    until(lambda: "m2ray-rows" not in maps.read_text())
 
 
 def test_a_full_queue_waits_and_an_attempt_that_is_given_up_leaves_nothing(beside: Beside, tmp_path: Path) -> None:
@@ -185,8 +203,9 @@ def test_a_process_that_is_killed_or_hangs_fails_what_it_had_and_the_next_attemp
     write(writer, rows, record.parts, *FIRST)
     pid = pid_of(beside)
     os.kill(pid, struck)
+    how = r"was killed by signal 9 \(Killed\)" if struck == signal.SIGKILL else r"did not answer within 1.2 s, and was killed therefore"
     for fails in (lambda: writer.collect(0, ATTEMPT, 0.1), lambda: write(writer, rows, record.parts, FIRST[0])):
-        with pytest.raises(StoreError, match=rf"The process {pid} that writes this stage's rows was killed by signal 9 \(Killed\)"):
+        with pytest.raises(StoreError, match=rf"The process {pid} that writes this stage's rows {how}\."):
             writer._attempts.setdefault((0, ATTEMPT), writer._process)  # type: ignore[arg-type]
             fails()
     until(lambda: not rows.lent)

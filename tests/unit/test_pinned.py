@@ -74,6 +74,18 @@ def test_rows_beyond_a_run_have_one_of_their_own(asked: list[int]) -> None:
     assert asked == [2 * RUN_BYTES] * PARTS
 
 
+def test_sequences_longer_than_a_micro_batch_find_each_others_runs_again() -> None:
+    memory = SharedMemory()
+    runs = PinnedRuns(FULL, SharedRuns(memory, torch.device("cpu")))
+    runs.reserve(PARTS * RUN_BYTES, [WIDTH * 2])
+    for num_rows in range(FULL + 1, 4 * FULL, FULL // 50):
+        takes(runs, num_rows)
+    assert len(memory.slabs) <= 3, "those reserved, and of two and of four runs"
+    odd = SharedRuns(SharedMemory(), torch.device("cpu"))
+    PinnedRuns(1001, odd).take((1001, 1), torch.int32)
+    assert set(odd._runs) == {4032}, "no run is twice as long for being aligned"
+
+
 def addresses(rows: list[torch.Tensor]) -> list[int]:
     return [part.data_ptr() for part in rows]
 
@@ -124,6 +136,8 @@ def test_memory_is_registered_while_a_job_may_take_it_and_kept_for_another_that_
     errors[0] = 2
     with pytest.raises(StageError, match=f"{8 * RUN_BYTES:,} bytes of pinned host memory for captured rows cannot be had: CUDA error 2"):
         PinnedRuns(FULL, runs).reserve(8 * RUN_BYTES, [WIDTH * 2])
+    with pytest.raises(StageError, match=r"bytes of pinned host memory for captured rows cannot be had: CUDA error 2\."):
+        takes(PinnedRuns(FULL, runs), FULL)
     assert not registered
     assert memory.slabs == ()
     assert set(waited_for) == {torch.device("cuda:1")}

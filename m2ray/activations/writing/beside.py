@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from m2ray.activations.writing.backlog import Figures
-from m2ray.activations.writing.channel import Call, Channel, Map, Told
+from m2ray.activations.writing.channel import Call, Channel, Map, Told, Unmap
 from m2ray.activations.writing.writer import WriterSpec
 from m2ray.batches import Bits, CapturedLayer, MicroBatch, PartReceipt, PartSpec
 from m2ray.errors import StageError, StoreError
@@ -43,7 +43,7 @@ class _Process:
         ours, theirs = socket.socketpair()
         # As this one finds its modules; and a group of its own, since what a terminal or Slurm sends a group is for the stage to act on.
         command = [sys.executable, "-P", "-m", "m2ray.activations.writing.process", str(theirs.fileno())]
-        found = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        found = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.curdir for path in sys.path)}
         with theirs:
             self._process = subprocess.Popen(
                 command, pass_fds=[theirs.fileno()], env=found, stdin=subprocess.DEVNULL, start_new_session=True
@@ -65,11 +65,9 @@ class _Process:
 
     def open(self, writer: int, spec: WriterSpec, parts: Sequence[PartSpec], memory: SharedMemory) -> None:
         """Raises as WriterSpec.open, and StoreError: it has ended."""
-        slabs = memory.slabs
-        for slab in slabs:
+        for slab in memory.slabs:
             self._map(slab.number, slab.descriptor)
-        self._mapped &= {slab.number for slab in slabs}
-        self.call(writer, "open", (spec, tuple(parts), frozenset(self._mapped)), _OPEN_S)
+        self.call(writer, "open", (spec, tuple(parts)), _OPEN_S)
 
     def submit(
         self, writer: int, attempt: str, micro_batch: MicroBatch, captured: Sequence[CapturedLayer], timeout_s: float, memory: SharedMemory
@@ -104,10 +102,16 @@ class _Process:
             number = next(self._numbers)
             self._awaited[number] = answer
             self._read_there |= {(number, index): rows for index, rows in enumerate(held)}
-        with suppress(OSError, TimeoutError):
+        late = ""
+        try:
             self._channel.send(Call(number, writer, method, arguments))
             answer.exception(timeout_s + _GRACE_S)
+        except (TimeoutError, BlockingIOError):
+            late = f"did not answer within {timeout_s + _GRACE_S:g} s, and was killed therefore"
+        except OSError:  # it has ended by itself
+            pass
         if not answer.done():
+            self._note_end(late)
             self._process.kill()
             self._end()
         return answer.result()
@@ -117,6 +121,13 @@ class _Process:
             with suppress(OSError):  # it has ended, which the call tells that comes next
                 self._channel.send(Map(slab, descriptor))
             self._mapped.add(slab)
+
+    def unmap(self, slab: int) -> None:
+        """A slab is handed over no more."""
+        if slab in self._mapped:
+            self._mapped.remove(slab)
+            with suppress(OSError):  # it has ended, and maps nothing
+                self._channel.send(Unmap(slab))
 
     def _listen(self) -> None:
         """Take what it tells until it ends."""
@@ -147,13 +158,18 @@ class _Process:
             how = _in_words(self._process.wait(_GRACE_S))
         except subprocess.TimeoutExpired:
             how = "does not end"
+        self._note_end(how)
         with self._lock:
-            self._ended = self._ended or how
             awaited = list(self._awaited.values())
             self._awaited.clear()
             self._read_there.clear()
         for each in awaited:
             each.set_exception(self._error())
+
+    def _note_end(self, how: str) -> None:
+        """From now on it has ended: the first to tell why is right."""
+        with self._lock:
+            self._ended = self._ended or how
 
     def _error(self) -> StoreError:
         return StoreError(
@@ -176,7 +192,7 @@ class Beside:
     """
 
     def __init__(self) -> None:
-        self.memory = SharedMemory()
+        self.memory = SharedMemory(self._unmap)
         self._lock = threading.Lock()
         self._writers = itertools.count()
         self._process: _Process | None = None
@@ -195,6 +211,12 @@ class Beside:
     def open(self, spec: WriterSpec, parts: Sequence[PartSpec]) -> "WriterBeside":
         """A writer there; the one before it is closed. Raises as WriterSpec.open, and StoreError: the process does not start."""
         return WriterBeside(self, next(self._writers), spec, parts)
+
+    def _unmap(self, slab: int) -> None:
+        """At once: the next job's memory is taken before its writer is opened, and there may be no room for both."""
+        process = self._process
+        if process is not None:
+            process.unmap(slab)
 
     def close(self) -> None:
         """End the process."""
@@ -230,7 +252,8 @@ class WriterBeside:
     def collect(self, shard: int, attempt: str, timeout_s: float) -> tuple[PartReceipt, ...]:
         """As ActivationWriter.collect."""
         process = self._attempts.pop((shard, attempt), None) or self._open()
-        receipts: tuple[PartReceipt, ...] = process.call(self._number, "collect", (shard, attempt, timeout_s), timeout_s)
+        # A shard that is late is aborted within the same time again.
+        receipts: tuple[PartReceipt, ...] = process.call(self._number, "collect", (shard, attempt, timeout_s), 2 * timeout_s)
         return receipts
 
     def abandon(self, attempts: Iterable[tuple[int, str]], timeout_s: float = 60.0) -> None:
@@ -242,8 +265,10 @@ class WriterBeside:
 
     def close(self, timeout_s: float = 60.0) -> None:
         """As ActivationWriter.close."""
-        self._let_go("close", (timeout_s,), timeout_s)
-        self._is_closed = True
+        try:
+            self._let_go("close", (timeout_s,), timeout_s)
+        finally:
+            self._is_closed = True
 
     def _let_go(self, method: str, arguments: tuple[Any, ...], timeout_s: float) -> None:
         process = self._process

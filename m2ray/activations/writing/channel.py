@@ -22,6 +22,12 @@ class Map(NamedTuple):
     descriptor: int
 
 
+class Unmap(NamedTuple):
+    """To the process: a slab that is handed over no more."""
+
+    slab: int
+
+
 class Call(NamedTuple):
     """To the process: a method of one of its writers; "open" makes it. Rows are the Places where they lie."""
 
@@ -69,7 +75,7 @@ class Channel:
         self._received = bytearray()
         self._descriptors: list[int] = []
 
-    def send(self, message: Map | Call | Told) -> None:
+    def send(self, message: Map | Unmap | Call | Told) -> None:
         """Raises OSError: the other side is gone, or has not read for long."""
         data = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
         data = _HEADER.pack(len(data)) + data

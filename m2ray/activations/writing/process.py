@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from m2ray.activations.schema import encode_tokens
-from m2ray.activations.writing.channel import Answer, Call, Channel, Map, Told
+from m2ray.activations.writing.channel import Answer, Call, Channel, Map, Told, Unmap
 from m2ray.activations.writing.writer import ActivationWriter  # noqa: TC001 - imported while the stage loads
 from m2ray.batches import TOKEN_ROW, CapturedLayer
 from m2ray.errors import M2rayError, StageError
@@ -52,16 +52,14 @@ class _Served:
         self._news: queue.SimpleQueue[Answer | tuple[int, int]] = queue.SimpleQueue()
         self._lent: dict[tuple[int, int], weakref.ref[Bytes]] = {}
 
-    def take(self, message: Map | Call) -> None:
+    def take(self, message: Map | Unmap | Call) -> None:
         """What the stage sends, in its order."""
         if isinstance(message, Map):
             self._slabs.map(*message)
-            return
-        if message.method == "submit":
-            message = self._with_rows(message)
-        elif message.method == "open":
-            self._slabs.keep(message.arguments[-1])
-        self._calls.submit(self._answer, message)
+        elif isinstance(message, Unmap):
+            self._slabs.unmap(message.slab)
+        else:
+            self._calls.submit(self._answer, self._with_rows(message) if message.method == "submit" else message)
 
     def tell(self) -> None:
         """Tell the stage what is new, as long as the process lives."""
@@ -121,7 +119,7 @@ class _Served:
 
     def _called(self, call: Call) -> Any:
         if call.method == "open":
-            spec, parts, _ = call.arguments
+            spec, parts = call.arguments
             self._writers = {call.writer: spec.open(parts)}
             return None
         writer = self._writers.get(call.writer)
