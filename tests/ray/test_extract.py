@@ -360,12 +360,7 @@ def test_ctrl_c_asks_before_it_stops_the_job(cluster: RayCluster, minimax: Path,
         cwd=Path(__file__).parents[2],
     )
     try:
-        assert follower.stdout is not None
-        seen = ""
-        while "Running entrypoint" not in seen:
-            line = follower.stdout.readline()
-            assert line, seen
-            seen += line
+        said_until("Running entrypoint", follower)
         follower.send_signal(signal.SIGINT)
         rest, _ = follower.communicate("y\n", timeout=120)
     finally:
@@ -400,6 +395,17 @@ def commits(run: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (run / "_commits").glob("shard-*.json")}
 
 
+def said_until(words: str, started: subprocess.Popen[str]) -> str:
+    """What it has printed up to the line with these words; it fails with all of that if it ends before."""
+    assert started.stdout is not None
+    said = ""
+    while words not in said:
+        line = started.stdout.readline()
+        assert line, said
+        said += line
+    return said
+
+
 def wait_for_commits(run: Path, count: int, driver: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 180
     while len(commits(run)) < count:
@@ -422,15 +428,10 @@ def test_of_two_drivers_one_waits_and_the_run_is_made_once(
     os.kill(holder.pid, signal.SIGSTOP)  # or the run may end while the other one imports
     try:
         second = cluster.start(*command)
-        assert second.stdout is not None
-        said = ""
-        while "A driver may be at this run" not in said:
-            line = second.stdout.readline()
-            assert line, said
-            said += line
+        said = said_until("A driver may be at this run", second)
     finally:
         os.kill(holder.pid, signal.SIGCONT)
-    printed = [first.communicate(timeout=200)[0], said + second.stdout.read()]
+    printed = [first.communicate(timeout=200)[0], said + (second.stdout.read() if second.stdout else "")]
     assert [driver.wait(60) for driver in (first, second)] == [0, 0], printed
     assert all("Complete: 35 sequences" in text for text in printed), printed
     assert " 0 of " in printed[1], printed
