@@ -232,12 +232,11 @@ def from_files(bench: Bench, model: Path, layers: int) -> Iterator[Row]:
     equal = bitwise(expected, bench.rows(stage, few, 1))
     layer_bytes = sum(tensor_table(open_checkpoint(str(model))).packed_bytes()[:layers])
     raw, found = [], []
-    for _ in range(2):
+    for _ in range(3):
         run_wave(stage, [bench.batch])
         if not bench.tiny:
             time.sleep(SETTLING_S)
-            drop_caches()
-            raw.append(raw_rate(ranges, 16))
+            raw.append(raw_rate_cold(ranges))
             drop_caches()
         began = time.monotonic()
         run_wave(stage, [bench.batch])
@@ -245,10 +244,17 @@ def from_files(bench: Bench, model: Path, layers: int) -> Iterator[Row]:
         synchronize()
         found.append(layer_bytes / 1e9 / (time.monotonic() - began))
         print(f"read {raw[-1:]} GB/s, waves {found[-1]:.3f} GB/s", flush=True)
+    if not bench.tiny:
+        raw.append(raw_rate_cold(ranges))  # a disk's rate drifts: it is read before, between and after the rounds
     rate, disk = statistics.mean(found), statistics.mean(raw or [1.0])
     note = f"rounds {', '.join(f'{each:.2f}' for each in found)} beside {', '.join(f'{each:.2f}' for each in raw)} GB/s; {equal}"
     what = f"from the checkpoint on disk, {layers} layers of {layer_bytes / 1e9:.1f} GB, page cache cold, host memory limited to {HOST_LIMIT_BYTES / 1e9:.0f} GB"
     yield Row(what, rate, "GB/s", disk, "parallel pread of the same bytes, cold:", rate / disk, "0.9", note)
+
+
+def raw_rate_cold(ranges: list[tuple[Path, int, int]]) -> float:
+    drop_caches()
+    return raw_rate(ranges, 16)
 
 
 def layer_ranges(model: Path, layers: int) -> list[tuple[Path, int, int]]:

@@ -3,10 +3,13 @@
 import gc
 import os
 import shutil
+import threading
+import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,7 @@ from m2ray.model.checkpoint import Checkpoint, open_checkpoint
 from m2ray.model.quantization import fused
 from m2ray.model.residency import unpacking
 from m2ray.model.residency.packed_layer import PackedLayer, lay_out
-from m2ray.model.residency.places import UnnamedFile
+from m2ray.model.residency.places import InCheckpoint, UnnamedFile
 from m2ray.model.residency.unpacking import Unpacking
 from m2ray.model.selecting import ChosenRows
 from m2ray.model.skeleton import build_skeleton
@@ -304,6 +307,36 @@ def test_a_pass_that_was_given_up_leaves_the_next_one_right(llama: Path) -> None
             rows_of(stage)
         hook.remove()
         assert all(equal(rows_of(stage), expected))
+
+
+def test_two_layers_are_read_at_a_time_and_never_into_one_buffer(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second one's reading does not wait for the first one's last piece; and what a pass that was given up had begun is waited for."""
+    stage = load_capturing(spec_of(llama, 0, 5, "bfloat16", dict.fromkeys(range(1, 5), "checkpoint")))
+    expected = rows_of(stage)
+    bring, two, filled, delays_s = InCheckpoint.bring, threading.Barrier(2), set(), chain([0, 0.5], repeat(0))
+
+    def together(place: InCheckpoint, run: torch.Tensor) -> None:
+        two.wait(20)
+        bring(place, run)
+
+    def late(place: InCheckpoint, run: torch.Tensor) -> None:
+        assert run.data_ptr() not in filled
+        filled.add(run.data_ptr())
+        time.sleep(next(delays_s))
+        bring(place, run)
+        filled.remove(run.data_ptr())
+
+    def no_room(*_: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(InCheckpoint, "bring", together)
+    assert all(equal(rows_of(stage), expected))
+    monkeypatch.setattr(InCheckpoint, "bring", late)
+    hook = stage._decoder.skeleton.layers[2].mlp.register_forward_pre_hook(no_room)
+    with pytest.raises(torch.OutOfMemoryError):
+        rows_of(stage)
+    hook.remove()
+    assert all(equal(rows_of(stage), expected))
 
 
 def test_a_checkpoint_of_many_times_the_memory_is_run_in_bounded_memory(tmp_path: Path) -> None:

@@ -70,10 +70,9 @@ class Bringing:
         lands = number not in self._resident
         if lands:
             self._landing.begin(number)
-        place = self._landing.wait(number) if lands else 0
         following = next((other for other in self._order if other > number), self._order[0])
         self._landing.begin(following, number if lands else None)
-        return place
+        return self._landing.wait(number) if lands else 0
 
 
 def _tensor(model: torch.nn.Module, name: str) -> torch.Tensor:

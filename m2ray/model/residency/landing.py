@@ -5,7 +5,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
-from m2ray.model.residency.places import LandingPlace
+from m2ray.model.residency.places import InCheckpoint, LandingPlace
 from m2ray.model.residency.readers import Readers
 
 
@@ -20,7 +20,11 @@ class _Buffer:
 
 
 class Landing:
-    """Brings layers, one at a time, on a thread of its own."""
+    """Brings layers in turn, each by a thread of its own.
+
+    From host memory one comes after the other. Of two that are read the second one's reading begins as the first one's last pieces come, so that the disk
+    has always as much to do.
+    """
 
     def __init__(self, places: Mapping[int, LandingPlace], sizes: Mapping[int, int], readers: Readers, device: torch.device) -> None:
         """Args:
@@ -29,7 +33,8 @@ class Landing:
         """
         self._places, self._sizes, self._device = places, sizes, device
         self._stream = readers.stream
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="landing")
+        are_read = all(isinstance(place, InCheckpoint) for place in places.values())
+        self._threads = ThreadPoolExecutor(2 if are_read else 1, thread_name_prefix="landing")
         self._buffers = [_Buffer(max(sizes.values()), device) for _ in range(min(2, len(places)))]
         if self._stream is not None:
             for buffer in self._buffers:
@@ -49,7 +54,7 @@ class Landing:
         if self._stream is not None:
             used = torch.cuda.Event()
             used.record(torch.cuda.current_stream(self._device))
-        buffer.number, buffer.coming = number, self._thread.submit(self._fill, buffer, number, used)
+        buffer.number, buffer.coming = number, self._threads.submit(self._fill, buffer, number, used, buffer.coming)
 
     def wait(self, number: int) -> int:
         """Which buffer a layer is in that was begun to be brought, once it is there; on a GPU for what comes next on the current stream.
@@ -67,8 +72,10 @@ class Landing:
             torch.cuda.current_stream(self._device).wait_event(buffer.landed)
         return place
 
-    def _fill(self, buffer: _Buffer, number: int, used: "torch.cuda.Event | None") -> None:
+    def _fill(self, buffer: _Buffer, number: int, used: "torch.cuda.Event | None", before: Future[None] | None) -> None:
         run = buffer.memory[: self._sizes[number]]
+        if before is not None:  # of a pass that was given up; it has begun, and whether it fails is nobody's matter any more
+            before.exception()
         if self._stream is None:
             self._places[number].bring(run)
             return
