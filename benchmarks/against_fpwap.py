@@ -173,7 +173,7 @@ def rates(options: argparse.Namespace, theirs: dict[str, float], report: dict[st
     ]
     if not options.tiny:
         gpu = stage["gpus"][0]
-        planned, used = gpu["planned_peak_bytes"] / 1e9, gpu["used_bytes"] / 1e9
+        planned, used = gpu["planned_peak_bytes"] / 1e9, max(gpu["used_bytes"], gpu["peak_reserved_bytes"]) / 1e9
         note = f"limit {options.max_memory}; allocated {gpu['peak_allocated_bytes'] / 1e9:.2f} GB, reserved {gpu['peak_reserved_bytes'] / 1e9:.2f} GB"
         found.append(Row("GPU peak", planned, "GB planned", used, "GB measured", planned / used, "1.00 to 1.10", note))
     return found

@@ -71,8 +71,8 @@ def planned_and_taken(folder: Path, model: Path, prompts: Path, what: str, **opt
     report = json.loads((run / "report.json").read_text())
     shutil.rmtree(run)
     gpu = report["stages"][0]["gpus"][0]
-    # The driver's own account is what runs out: the allocator's peak and everything that is not the allocator's.
-    peak_bytes = gpu["used_bytes"]
+    # The driver's own account is what runs out: the allocator's peak and everything that is not the allocator's. It is asked now and then, so it may miss the peak.
+    peak_bytes = max(gpu["used_bytes"], gpu["peak_reserved_bytes"])
     beside_bytes = peak_bytes - gpu["peak_reserved_bytes"]
     note = (
         f"allocated {gpu['peak_allocated_bytes'] / 1e9:.2f} GB, reserved {gpu['peak_reserved_bytes'] / 1e9:.2f} GB, "

@@ -11,6 +11,9 @@ _MIB = 2**20
 MOST_GPUS = 4096
 """In `--gpus`, at most: a mistyped number is refused at once."""
 
+DRIVER_BYTES = 512 * _MIB
+"""Of a named GPU's memory, what its driver keeps to itself: nvidia-smi counts it, and no process is told of it."""
+
 FLASH_PACKAGE = "flash-attn"
 """Without it on a node `attn_implementation = "flash_attention_2"` cannot run there."""
 
@@ -122,7 +125,7 @@ def parse_gpus(text: str) -> Cluster:
             continue
         total_bytes = GPU_MODELS[model].total_bytes
         num_nodes, num_gpus = (min(int(number or 1), MOST_GPUS + 1) for number in (match[1], match[2]))
-        gpus = tuple(Gpu(index, model, total_bytes, total_bytes) for index in range(num_gpus))
+        gpus = tuple(Gpu(index, model, total_bytes, total_bytes - DRIVER_BYTES) for index in range(num_gpus))
         nodes += [Node(f"node-{len(nodes) + number}", gpus) for number in range(num_nodes)]
         if sum(len(node.gpus) for node in nodes) > MOST_GPUS:
             problems.append(ConfigError(f"gpus = {text!r}: these are more than {MOST_GPUS:,} GPUs.", "Ask for fewer."))

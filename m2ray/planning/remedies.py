@@ -11,7 +11,7 @@ from m2ray.batches import PromptStats
 from m2ray.errors import ClusterError, ConfigError
 from m2ray.planning.demand import Demand
 from m2ray.planning.devices import Device, chain_devices
-from m2ray.planning.hardware import Cluster, Node
+from m2ray.planning.hardware import DRIVER_BYTES, Cluster, Node
 from m2ray.planning.output import stored_row_bytes
 from m2ray.planning.placing import place_all
 from m2ray.sizes import MaxMemory
@@ -198,7 +198,8 @@ def _more_gpus(demand: Demand, chains: Chains, prompts: PromptStats | None) -> t
         wider, asked = Cluster(tuple(nodes)), freed.asking(stages=_stages(demand, number)) if options.stages else freed
         return asked, wider, chain_devices(wider, demand.num_layers, asked.options), prompts
 
-    limit = "" if most.usable_bytes == most.gpu.total_bytes else f" of which {most.usable_bytes or 0:,} bytes each may be used"
+    usable_bytes = most.usable_bytes or 0
+    limit = "" if usable_bytes >= most.gpu.total_bytes - DRIVER_BYTES else f" of which {usable_bytes:,} bytes each may be used"
     each = "" if len(chains) == 1 else ", for each replica"
     asking = [*(["stages = {stages}"] if options.stages else []), *(['device_map = "auto"'] if is_one_gpu else [])]
     others = f", with {' and '.join(asking)}" if asking else ""

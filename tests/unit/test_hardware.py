@@ -20,7 +20,7 @@ GB = 10**9
 def test_gpus_by_name_have_the_drivers_bytes():
     cluster = parse_gpus("8xA100-80GB")
     assert [gpu.index for gpu in cluster.nodes[0].gpus] == list(range(8))
-    assert {(gpu.name, gpu.total_bytes, gpu.free_bytes) for gpu in cluster.nodes[0].gpus} == {("A100-80GB", 81920 * 2**20, 81920 * 2**20)}
+    assert {(gpu.name, gpu.total_bytes, gpu.free_bytes) for gpu in cluster.nodes[0].gpus} == {("A100-80GB", 81920 * 2**20, 81408 * 2**20)}
     assert parse_gpus("H200").nodes[0].gpus[0].total_bytes == 143771 * 2**20
 
 
