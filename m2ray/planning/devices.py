@@ -83,7 +83,8 @@ def chain_devices(cluster: Cluster, num_layers: int, options: RunOptions) -> tup
         each = f"{_gpus_in_words(options.gpus_per_stage)} each{', of one node' if options.gpus_per_stage > 1 else ''}"
         fewer = f"Set stages = {num_groups // options.replicas}" if num_groups >= options.replicas else "Ask for fewer"
         raise ClusterError(
-            f"{options.replicas} x {num_stages} stages need {each}. There is room for {found}: {missing} too few.", f"{fewer}, or add nodes."
+            f"{options.replicas} x {num_stages} stages need {each}. There is room for {found}: {missing} too few.",
+            f"{fewer}, or add nodes.",
         )
     return tuple(_take(groups, num_stages) for _ in range(options.replicas))
 
