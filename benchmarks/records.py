@@ -6,6 +6,7 @@ python benchmarks/records.py     renders README.md again
 import json
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -70,10 +71,18 @@ def _head() -> str:
 
 
 def render() -> None:
-    """README.md from results/*.json."""
-    lines = ["# Benchmarks", "", (FOLDER / "about.md").read_text(encoding="utf-8").strip(), ""]
-    for path in sorted(RESULTS.glob("*.json")):
-        document = json.loads(path.read_text(encoding="utf-8"))
+    """README.md from results/*.json: a table of contents, and a section a file."""
+    documents = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))]
+    lines = [
+        "# Benchmarks",
+        "",
+        (FOLDER / "about.md").read_text(encoding="utf-8").strip(),
+        "",
+        "| what | machine | date |",
+        "|---|---|---|",
+    ]
+    lines += [f"| [{each['title']}](#{_anchor(each['title'])}) | {each['machine']} | {each['date']} |" for each in documents] + [""]
+    for document in documents:
         versions = ", ".join(f"{name} {number}" for name, number in document["versions"].items())
         lines += [f"## {document['title']}", "", f"`{document['command']}`", ""]
         lines += [f"{document['machine']} · {document['date']} · commit {document['commit']} · {versions}", ""]
@@ -81,6 +90,11 @@ def render() -> None:
         lines += [_line(Row(**row)) for row in document["rows"]]
         lines.append("")
     (FOLDER / "README.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def _anchor(title: str) -> str:
+    """Of a section, as GitHub makes it."""
+    return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
 
 
 def _line(row: Row) -> str:

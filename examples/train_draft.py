@@ -14,6 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from speculators.models.eagle3 import Eagle3DraftModel
+from speculators.models.eagle3.data import shift_batch
+from speculators.train import data
+from torch.utils.data import DataLoader
 from transformers import AutoConfig
 
 
@@ -24,10 +28,6 @@ def eagle_layers(num_layers: int) -> list[int]:
 
 def batches_of(export: Path, max_length: int, batch_size: int) -> Any:
     """The data set and loader of speculators: packed batches of `max_length` tokens."""
-    from speculators.models.eagle3.data import shift_batch
-    from speculators.train import data
-    from torch.utils.data import DataLoader
-
     rows = data.ArrowDataset(max_len=max_length, datapath=str(export), on_missing="raise", hidden_states_dtype=torch.float32)
     width = rows[0]["verifier_last_hidden_states"].shape[1]
     collate = data.CollateFn(max_length, width, dtype=torch.float32, preprocess=shift_batch)
@@ -36,8 +36,6 @@ def batches_of(export: Path, max_length: int, batch_size: int) -> Any:
 
 def draft_of(model: Path, layers: list[int]) -> Any:
     """The EAGLE-3 draft that speculators makes of the model, of one layer, with the model's own embedding, head and norm."""
-    from speculators.models.eagle3 import Eagle3DraftModel
-
     config = AutoConfig.from_pretrained(model)
     config.num_hidden_layers = 1
     return Eagle3DraftModel.from_training_args(

@@ -103,7 +103,9 @@ class ExtractConfig(BaseModel):
         "auto", description="Tokens in a shard, the unit of commit and resume; auto: 32768, or more where statistics alone are kept."
     )
     attn_implementation: Attention = _rows("auto", description="auto: sdpa where the family has it.")
-    compile: bool | Auto = _rows("auto", description="Compile the layers: 1.7 times as fast on a GPU; auto: where there are GPUs.")
+    compile: bool | Auto = _rows(
+        "auto", description="Compile the layers: faster on a GPU (docs/performance.md); auto: where there are GPUs."
+    )
     threads_per_stage: Positive | Auto = _rows(
         "auto", description="torch threads a stage on the CPU; auto: OMP_NUM_THREADS, or its node's cores / its node's stages."
     )

@@ -130,9 +130,10 @@ class StageMemoryError(StageError):
 
 
 def raise_all(problems: Sequence[M2rayError]) -> None:
-    """Raise nothing for no problem, the problem itself for one, and one error that lists all for several."""
+    """Raise nothing for no problem, the problem itself for one, and one error that lists all for several; what several say alike is one."""
     if not problems:
         return
+    problems = list({str(problem): problem for problem in problems}.values())
     if len(problems) == 1:
         raise problems[0]
     kinds = {type(problem) for problem in problems}

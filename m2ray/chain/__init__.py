@@ -26,7 +26,7 @@ if "ray" not in sys.modules and not os.environ.get("RAY_ADDRESS"):
     os.environ.setdefault("RAY_worker_niceness", "0")
 
 os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
-# How long a thread of torch's waits for the others before it sleeps; read when torch is imported. docs/performance.md has the figures.
+# How long a thread of torch's waits for the others before it sleeps; read when torch is imported. docs/tried.md has the figures.
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 logging.getLogger("ray.widgets").setLevel(logging.ERROR)
 # Colours of Ray's own lines would be shown as escapes, as all control characters from outside.

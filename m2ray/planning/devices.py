@@ -80,10 +80,11 @@ def chain_devices(cluster: Cluster, num_layers: int, options: RunOptions) -> tup
     missing = num_stages * options.replicas - num_groups
     if missing > 0:
         found = ", ".join(f"{len(of_node)} on {node.name}" for node, of_node in zip(cluster.nodes, groups, strict=True))
+        each = f"{_gpus_in_words(options.gpus_per_stage)} each{', of one node' if options.gpus_per_stage > 1 else ''}"
+        fewer = f"Set stages = {num_groups // options.replicas}" if num_groups >= options.replicas else "Ask for fewer"
         raise ClusterError(
-            f"{options.replicas} x {num_stages} stages need {_gpus_in_words(options.gpus_per_stage)} each, on one node. There is room for "
-            f"{found}: {missing} too few.",
-            "Ask for fewer, or add nodes.",
+            f"{options.replicas} x {num_stages} stages need {each}. There is room for {found}: {missing} too few.",
+            f"{fewer}, or add nodes.",
         )
     return tuple(_take(groups, num_stages) for _ in range(options.replicas))
 

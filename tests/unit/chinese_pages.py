@@ -92,9 +92,10 @@ def kind_of(line: str) -> str:
 
 @cache
 def anchors(page: str) -> list[str]:
-    """Of each heading of a page, in order, as GitHub makes them."""
+    """Of each heading of a page, in order, as GitHub makes them: a second one of the same words ends in -1."""
     titles = [block.text.lstrip("# ") for block in blocks((ROOT / page).read_text(encoding="utf-8")) if block.kind.startswith("heading")]
-    return [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]
+    found = [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]
+    return [f"{anchor}-{before}" if (before := found[:place].count(anchor)) else anchor for place, anchor in enumerate(found)]
 
 
 def leads_to(page: str, target: str) -> tuple[str, str]:

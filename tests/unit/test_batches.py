@@ -58,3 +58,5 @@ def test_several_problems_become_one_error() -> None:
         errors.raise_all([errors.StoreError("one")])
     with pytest.raises(errors.M2rayError, match=r"2 problems(.|\n)*1\. one(.|\n)*2\. two"):
         errors.raise_all([errors.StoreError("one"), errors.ConfigError("two")])
+    with pytest.raises(errors.MissingPackageError, match=r"^This needs it\.$"):
+        errors.raise_all([errors.MissingPackageError("This needs it."), errors.MissingPackageError("This needs it.")])
