@@ -1,4 +1,4 @@
-"""A stage's actor for benchmarks/stage_as_actor: it can also be run bare and on one thread, and tells what its launching thread did."""
+"""A stage's actor for benchmarks/stage_as_actor: it can also be run bare and on one thread, and tells what it, its GPU and the process beside it did when."""
 
 import sys
 import time
@@ -10,6 +10,9 @@ from typing import Any
 import ray
 import torch
 
+from benchmarks.probed_process import Event, events
+from m2ray.activations.writing import beside
+from m2ray.activations.writing.beside import WriterBeside
 from m2ray.activations.writing.writer import ActivationWriter, WriterSpec
 from m2ray.batches import MicroBatch, PartSpec
 from m2ray.bench.measuring import DiscardingStore
@@ -40,10 +43,21 @@ class Probe(StageActor):
     """A stage's actor that can also be run bare and on one thread, and tells what its launching thread did."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
+        process: Any = beside
+        process._MODULE = "benchmarks.probed_process"  # noqa: SLF001
         super().__init__(*arguments, **options)
+        self._passes: list[tuple[float, int, Any]] = []
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._profile: Any = None
         self._page_rows = column_chunks.rows_of_page
+        self._ahead = 2
+
+        def wait_for_gpu(stage: Any) -> None:
+            while len(stage._running) >= self._ahead:  # noqa: SLF001
+                stage._running.popleft().synchronize()  # noqa: SLF001
+
+        loaded: Any = Stage
+        loaded._wait_for_gpu = wait_for_gpu  # noqa: SLF001
         for owner, name in (
             (Stage, "_pass"),
             (Stage, "_wait_for_gpu"),
@@ -72,9 +86,15 @@ class Probe(StageActor):
 
         def clocked(*arguments: Any, **options: Any) -> Any:
             began, cpu = time.perf_counter(), time.thread_time()
+            since = time.monotonic()
             try:
-                return work(*arguments, **options)
+                done = work(*arguments, **options)
+                if name == "_pass":
+                    self._passes.append((since, arguments[1].num_tokens, done[0]._timed))  # noqa: SLF001
+                return done
             finally:
+                if name in ("_pass", "give"):
+                    events.append(("stage", name, since, time.monotonic(), time.thread_time() - cpu))
                 self._seconds[name] += time.perf_counter() - began
                 self._seconds[f"cpu{name}"] += time.thread_time() - cpu
                 self._seconds[f"end{name}"] = time.monotonic()
@@ -82,12 +102,16 @@ class Probe(StageActor):
         setattr(owner, name, clocked)
 
     @ray.method(concurrency_group="collect")  # type: ignore[untyped-decorator]
-    def settle(self, switch_s: float, page_rows: int, profiled: bool) -> None:  # noqa: FBT001 - a call of Ray's
-        """Before a way: the interpreter's interval, a page's rows (0: the format's), and counts that begin at 0."""
+    def settle(self, switch_s: float, page_rows: int, ahead: int, profiled: bool) -> None:  # noqa: FBT001 - a call of Ray's
+        """Before a way: the interpreter's interval, a page's rows (0: the format's), micro-batches that are launched ahead, and counts that begin at 0."""
+        self._passage.capture.resize(ahead)
+        self._ahead = ahead
         sys.setswitchinterval(switch_s)
         pages: Any = column_chunks
         pages.rows_of_page = (lambda _: page_rows) if page_rows else self._page_rows
         self._seconds.clear()
+        self._passes.clear()
+        events.clear()
         self._allocations = allocations()
         if profiled:
             kinds = torch.profiler.ProfilerActivity
@@ -106,6 +130,24 @@ class Probe(StageActor):
         self._thread.submit(self._profile.stop).result()
         told, self._profile = gaps(self._profile), None
         return found, [*writer, *told]
+
+    @ray.method(concurrency_group="collect")  # type: ignore[untyped-decorator]
+    def timeline(self, began: float, ended: float, last_s: float) -> list[str]:
+        """What the GPU did from the beginning to the end, by time.monotonic; and what all threads that have to do with rows did in the last seconds."""
+        job = self._passage.job
+        found = [*events]
+        if job is not None and isinstance(job._writer, WriterBeside):  # noqa: SLF001
+            found += job._writer._process.call(job._writer._number, "timeline", (), TIMEOUT_S)  # type: ignore[union-attr]  # noqa: SLF001
+        late = sorted(
+            (Event(*each) for each in found if each[3] > ended - last_s and each[1] != "write_pieces"), key=lambda event: event.began
+        )
+        return [
+            *gpu_times(self._passes, began, ended),
+            *(
+                f"{1000 * (each.began - ended):7.1f} to {1000 * (each.ended - ended):7.1f} ms, at work {1000 * each.cpu_s:5.1f}: {each.thread} {each.what}"
+                for each in late
+            ),
+        ]
 
     @ray.method(concurrency_group="collect")  # type: ignore[untyped-decorator]
     def alone(self, job: Job, batches: Sequence[MicroBatch]) -> float:
@@ -128,6 +170,26 @@ def allocations() -> dict[str, float]:
         "seconds of them": host.get("host_alloc_time.total", 0) / 1e6,
         "GPU allocations": torch.cuda.memory_stats().get("num_device_alloc", 0),
     }
+
+
+def gpu_times(passes: Sequence[tuple[float, int, Any]], began: float, ended: float) -> list[str]:
+    """Of the passes of micro-batches, each with when it was launched from on, how long the GPU was at them and stood still between them."""
+    if not passes or passes[0][2].end is None:
+        return ["no GPU"]
+    first = passes[0][2]._begin  # noqa: SLF001 - its own
+    times = [(first.elapsed_time(timed._begin), first.elapsed_time(timed.end)) for _, _, timed in passes]  # noqa: SLF001
+    between = sorted(((after[0] - before[1], number) for number, (before, after) in enumerate(pairwise(times), 1)), reverse=True)
+    start = 1000 * (passes[0][0] - began)
+    rest = 1000 * (ended - began) - start - times[-1][1]
+    return [
+        f"{start:.1f} ms until the first launch, {sum(end - begin for begin, end in times):.1f} in passes, {sum(gap for gap, _ in between):.1f} between them, {rest:.1f} after the last",
+        "longest between: " + ", ".join(f"{gap:.2f} before {number}" for gap, number in between[:6]),
+        "passes (tokens: ms on the GPU, launched ms before its begin): "
+        + ", ".join(
+            f"{tokens}: {end - begin:.1f}, {begin - 1000 * (since - passes[0][0]):.1f}"
+            for (since, tokens, _), (begin, end) in zip(passes, times, strict=True)
+        ),
+    ]
 
 
 def gaps(profile: Any) -> list[str]:

@@ -7,7 +7,7 @@ with the one beside it that writes.
 Ways differ in what is taken, where it goes, which process writes it, who makes CRCs, how quickly the interpreter switches between threads, the writer's threads and
 the size of pages. Each round runs all of them, beside a bare pass. Of each the notes say what the thread that launches layers did: the rest of its time, beside its own work, its
 waits for the GPU and pinned memory, it waited for the interpreter. `--profile` looks at the gaps between kernels of one thread and of the actor, where these are
-among the ways. Needs 50 GB of /dev/shm.
+among the ways, and `--timeline` at what which thread did in the last seconds. Needs 50 GB of /dev/shm.
 """
 
 import argparse
@@ -60,7 +60,8 @@ class Way:
         is_chain: as the stage of a chain, or else one after the other on one thread.
         takes: whether every layer's rows are taken. keeps: whether they are stored, in memory. is_beside: whether in
             the process beside. by_gpu: whether the GPU makes rows' CRCs.
-        switch_s: the interpreter's interval. threads: the writer's. page_rows: of a page, where it is not the format's.
+        switch_s: the interpreter's interval. threads: the writer's. page_rows: of a page, where it is not the format's. ahead: micro-batches that are launched
+            and not given to the writer, at most.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Way:
     switch_s: float = 0.0002
     threads: int = 8
     page_rows: int = 0
+    ahead: int = 2
 
 
 WAYS = (
@@ -86,6 +88,8 @@ WAYS = (
     Way("actor, switches 5 ms", switch_s=USUAL_S),
     Way("actor, switches 0.05 ms", switch_s=0.00005),
     Way("actor, 4 writer threads", threads=4),
+    Way("actor, nothing taken, 3 ahead", takes=False, ahead=3),
+    Way("actor, 3 ahead", ahead=3),
     Way("actor, writer and CRCs in the stage's process, pages of 1,024 rows", is_beside=False, by_gpu=False, page_rows=1024),
 )
 
@@ -102,8 +106,8 @@ class Bench:
     hidden_bytes: int
     memory: Path
 
-    def seconds(self, way: Way, *, profiled: bool = False) -> tuple[float, str]:
-        """Of all micro-batches, and what was told of them."""
+    def seconds(self, way: Way, *, profiled: bool = False, last_s: float = 0.0) -> tuple[float, str]:
+        """Of all micro-batches, and what was told of them, with a timeline of the last seconds."""
         with tempfile.TemporaryDirectory(dir=self.memory) as folder:
             open_store(folder).put(JOB_KEY, self.job_json)
             sites = {"residual": tuple(range(self.layers))} if way.takes else {}
@@ -111,8 +115,12 @@ class Bench:
             writer = kind(folder, {}, QUEUE_BYTES, way.threads)
             job = Job(CaptureSpec(sites, "bfloat16", with_crcs=way.by_gpu), writer, BATCH_TOKENS)
             run = self._chain_s if way.is_chain else self._alone_s
-            seconds, ended = run(job, lambda: ray.get(self.actor.settle.remote(way.switch_s, way.page_rows, profiled), timeout=TIMEOUT_S))
+            seconds, ended = run(
+                job, lambda: ray.get(self.actor.settle.remote(way.switch_s, way.page_rows, way.ahead, profiled), timeout=TIMEOUT_S)
+            )
             found, lines = ray.get(self.actor.told.remote(), timeout=TIMEOUT_S)
+            if last_s:
+                lines += ray.get(self.actor.timeline.remote(ended - seconds, ended, last_s), timeout=TIMEOUT_S)
         return seconds, "\n    ".join([told(found, ended), *lines])
 
     def _alone_s(self, job: Job, settle: Callable[[], None]) -> tuple[float, float]:
@@ -197,6 +205,9 @@ def main() -> None:
     parser.add_argument(
         "--profile", action="store_true", help="gaps between kernels, of one thread and of the actor, where they are among the ways"
     )
+    parser.add_argument(
+        "--timeline", type=float, default=0.0, help="of the last round: what which thread did in the last seconds of each way"
+    )
     parser.add_argument("--tiny", action="store_true", help="small layers, printed and not recorded")
     options = parser.parse_args()
     folder: Path = options.folder.resolve()
@@ -218,9 +229,9 @@ def main() -> None:
             *writing[:1],
         ):  # it loads, compiles, and takes its memory, and files do for the first time
             print(way.name, *stand.seconds(way), flush=True)
-        for _ in range(options.rounds):
+        for number in range(options.rounds):
             for way in (bare, *ways):
-                measured[way.name].append(stand.seconds(way))
+                measured[way.name].append(stand.seconds(way, last_s=options.timeline if number == options.rounds - 1 else 0.0))
                 print(f"{time.strftime('%H:%M:%S')} {way.name}: {measured[way.name][-1][0]:.3f} s; {measured[way.name][-1][1]}", flush=True)
         rows = list(rows_of(measured, prompts, bare.name))
         title = f"A stage of {options.layers} layers at MiniMax-M2's real dimensions as an actor, and without one around it"
