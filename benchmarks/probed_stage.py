@@ -3,7 +3,7 @@
 import sys
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -138,16 +138,8 @@ class Probe(StageActor):
         found = [*events]
         if job is not None and isinstance(job._writer, WriterBeside):  # noqa: SLF001
             found += job._writer._process.call(job._writer._number, "timeline", (), TIMEOUT_S)  # type: ignore[union-attr]  # noqa: SLF001
-        late = sorted(
-            (Event(*each) for each in found if each[3] > ended - last_s and each[1] != "write_pieces"), key=lambda event: event.began
-        )
-        return [
-            *gpu_times(self._passes, began, ended),
-            *(
-                f"{1000 * (each.began - ended):7.1f} to {1000 * (each.ended - ended):7.1f} ms, at work {1000 * each.cpu_s:5.1f}: {each.thread} {each.what}"
-                for each in late
-            ),
-        ]
+        noted = sorted((Event(*each) for each in found if each[2] > began), key=lambda event: event.began)
+        return [*gpu_times(self._passes, began, ended), *means(noted), *late(noted, ended, last_s)]
 
     @ray.method(concurrency_group="collect")  # type: ignore[untyped-decorator]
     def alone(self, job: Job, batches: Sequence[MicroBatch]) -> float:
@@ -172,14 +164,32 @@ def allocations() -> dict[str, float]:
     }
 
 
+def means(noted: Sequence[Event]) -> Iterator[str]:
+    """What a call of each kind took, and was at work itself."""
+    for what in dict.fromkeys(event.what for event in noted):
+        calls = [event for event in noted if event.what == what]
+        seconds, cpu_s = sum(call.ended - call.began for call in calls), sum(call.cpu_s for call in calls)
+        yield f"{len(calls)} x {what}: {1000 * seconds / len(calls):.2f} ms, at work {1000 * cpu_s / len(calls):.2f}"
+
+
+def late(noted: Sequence[Event], ended: float, last_s: float) -> Iterator[str]:
+    """What was done in the last seconds, by which thread."""
+    for each in noted:
+        if each.ended > ended - last_s and each.what != "write_pieces":
+            since, until = (1000 * (at - ended) for at in (each.began, each.ended))
+            yield f"{since:7.1f} to {until:7.1f} ms, at work {1000 * each.cpu_s:5.1f}: {each.thread} {each.what}"
+
+
 def gpu_times(passes: Sequence[tuple[float, int, Any]], began: float, ended: float) -> list[str]:
     """Of the passes of micro-batches, each with when it was launched from on, how long the GPU was at them and stood still between them."""
-    if not passes or passes[0][2].end is None:
-        return ["no GPU"]
+    if not passes:
+        return []
+    start = 1000 * (passes[0][0] - began)
+    if passes[0][2].end is None:
+        return [f"{start:.1f} ms until the first pass"]
     first = passes[0][2]._begin  # noqa: SLF001 - its own
     times = [(first.elapsed_time(timed._begin), first.elapsed_time(timed.end)) for _, _, timed in passes]  # noqa: SLF001
     between = sorted(((after[0] - before[1], number) for number, (before, after) in enumerate(pairwise(times), 1)), reverse=True)
-    start = 1000 * (passes[0][0] - began)
     rest = 1000 * (ended - began) - start - times[-1][1]
     return [
         f"{start:.1f} ms until the first launch, {sum(end - begin for begin, end in times):.1f} in passes, {sum(gap for gap, _ in between):.1f} between them, {rest:.1f} after the last",
