@@ -50,14 +50,6 @@ class Probe(StageActor):
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._profile: Any = None
         self._page_rows = column_chunks.rows_of_page
-        self._ahead = 2
-
-        def wait_for_gpu(stage: Any) -> None:
-            while len(stage._running) >= self._ahead:  # noqa: SLF001
-                stage._running.popleft().synchronize()  # noqa: SLF001
-
-        loaded: Any = Stage
-        loaded._wait_for_gpu = wait_for_gpu  # noqa: SLF001
         for owner, name in (
             (Stage, "_pass"),
             (Stage, "_wait_for_gpu"),
@@ -102,10 +94,8 @@ class Probe(StageActor):
         setattr(owner, name, clocked)
 
     @ray.method(concurrency_group="collect")  # type: ignore[untyped-decorator]
-    def settle(self, switch_s: float, page_rows: int, ahead: int, profiled: bool) -> None:  # noqa: FBT001 - a call of Ray's
-        """Before a way: the interpreter's interval, a page's rows (0: the format's), micro-batches that are launched ahead, and counts that begin at 0."""
-        self._passage.capture.resize(ahead)
-        self._ahead = ahead
+    def settle(self, switch_s: float, page_rows: int, profiled: bool) -> None:  # noqa: FBT001 - a call of Ray's
+        """Before a way: the interpreter's interval, a page's rows (0: the format's), and counts that begin at 0."""
         sys.setswitchinterval(switch_s)
         pages: Any = column_chunks
         pages.rows_of_page = (lambda _: page_rows) if page_rows else self._page_rows
@@ -142,9 +132,15 @@ class Probe(StageActor):
         return [*gpu_times(self._passes, began, ended), *means(noted), *late(noted, ended, last_s)]
 
     @ray.method(concurrency_group="collect")  # type: ignore[untyped-decorator]
-    def alone(self, job: Job, batches: Sequence[MicroBatch]) -> float:
+    def alone(self, job: Job, batches: Sequence[MicroBatch], is_warmed: bool) -> float:  # noqa: FBT001 - a call of Ray's
         """Seconds of the micro-batches, one after the other on the thread that computes, all rows durable at the end."""
-        seconds: float = self._thread.submit(one_thread_s, self._passage.stages[0], job, batches).result()
+        stage = self._passage.stages[0]
+        if is_warmed:
+            stage.begin(job.capture)
+            self._thread.submit(stage.warm_up, job.batch_tokens).result()
+            self._passes.clear()
+            self._seconds.clear()
+        seconds: float = self._thread.submit(one_thread_s, stage, job, batches).result()
         return seconds
 
     @property

@@ -231,6 +231,7 @@ def test_a_stage_that_plays_that_it_is_on_a_gpu(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(capture, "_HANDED_BYTES", 1)  # each layer by itself
     on_gpu.test_rows_are_those_of_a_writer_in_the_stages_process_and_memory_is_given_back(tmp_path)
     assert registered.num_bytes > 0
+    assert registered.bytes_at == {}, "what is freed and still registered is in the way of what comes to lie there"
 
 
 _STAGE = """
