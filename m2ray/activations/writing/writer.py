@@ -75,7 +75,7 @@ class ActivationWriter:
         parts: what the stage captures of each micro-batch, the same every time, together or in pieces.
         queue_bytes: captured bytes that may wait or be on their way to the store, a part's last row group until the part is durable; one
             layer larger than that waits alone.
-        threads: worker threads. As many more finish parts, which is to wait for the store.
+        threads: worker threads. As many more, but no more than parts, finish parts, which is to wait for the store.
         compression: how the rows are stored.
         selection: whose rows they are.
 
@@ -104,8 +104,9 @@ class ActivationWriter:
         self._run_metadata = dict(run_metadata)
         self._parts = tuple(parts)
         self._queues = PartQueues(threads)
-        self._finishers = ThreadPoolExecutor(threads, thread_name_prefix="finish")
-        self._most_finishing = _FINISHING_A_THREAD * threads
+        num_finishers = max(1, min(threads, len(parts)))
+        self._finishers = ThreadPoolExecutor(num_finishers, thread_name_prefix="finish")
+        self._most_finishing = _FINISHING_A_THREAD * num_finishers
         self._changed = threading.Condition()
         self._finishing = 0
         self._attempts: dict[tuple[int, str], Attempt] = {}
