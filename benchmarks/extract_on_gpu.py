@@ -114,7 +114,7 @@ def main() -> None:
         rows += rows_of(
             name,
             found,
-            limits(found, profile, bare, captured_bytes, options.layers),
+            limits(found, profile, bare, captured_bytes),
             predicted(model, prompts, found, options, is_disk=store == "disk"),
         )
         # After each: a machine's time may end before the next is done.
@@ -224,10 +224,10 @@ def _up_to(sizes: list[int], limit_bytes: int) -> Iterator[int]:
         yield size
 
 
-def limits(found: Extracted, profile: Profile, bare: float, captured_bytes: int, num_parts: int) -> dict[str, float]:
-    """Tokens a second that each resource allows by itself. `captured_bytes` are a token's; a writer thread takes whole parts."""
+def limits(found: Extracted, profile: Profile, bare: float, captured_bytes: int) -> dict[str, float]:
+    """Tokens a second that each resource allows by itself. `captured_bytes` are a token's."""
     allowed = {"computation": bare, "store": found.raw_bytes_per_s / found.token_bytes}
-    allowed["encoder"] = profile.encoder_bytes_per_s(with_crcs=True) * min(profile.writer_threads, num_parts) / captured_bytes
+    allowed["encoder"] = profile.encoder_bytes_per_s(with_crcs=True) * profile.writer_threads / captured_bytes
     if profile.copy_bytes_per_s is not None:
         allowed["device_to_host_copy"] = profile.copy_bytes_per_s / captured_bytes
     return allowed

@@ -1,15 +1,18 @@
-"""A stage's actor for benchmarks/stage_as_actor: it can also be run bare and on one thread, and tells what its launching thread did."""
+"""A stage's actor for benchmarks/stage_as_actor: it can also be run bare and on one thread, and tells what it, its GPU and the process beside it did when."""
 
 import sys
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
 import ray
 import torch
 
+from benchmarks.probed_process import Event, events
+from m2ray.activations.writing import beside
+from m2ray.activations.writing.beside import WriterBeside
 from m2ray.activations.writing.writer import ActivationWriter, WriterSpec
 from m2ray.batches import MicroBatch, PartSpec
 from m2ray.bench.measuring import DiscardingStore
@@ -40,7 +43,10 @@ class Probe(StageActor):
     """A stage's actor that can also be run bare and on one thread, and tells what its launching thread did."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
+        process: Any = beside
+        process._MODULE = "benchmarks.probed_process"  # noqa: SLF001
         super().__init__(*arguments, **options)
+        self._passes: list[tuple[float, int, Any]] = []
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._profile: Any = None
         self._page_rows = column_chunks.rows_of_page
@@ -72,9 +78,15 @@ class Probe(StageActor):
 
         def clocked(*arguments: Any, **options: Any) -> Any:
             began, cpu = time.perf_counter(), time.thread_time()
+            since = time.monotonic()
             try:
-                return work(*arguments, **options)
+                done = work(*arguments, **options)
+                if name == "_pass":
+                    self._passes.append((since, arguments[1].num_tokens, done[0]._timed))  # noqa: SLF001
+                return done
             finally:
+                if name in ("_pass", "give"):
+                    events.append(("stage", name, since, time.monotonic(), time.thread_time() - cpu))
                 self._seconds[name] += time.perf_counter() - began
                 self._seconds[f"cpu{name}"] += time.thread_time() - cpu
                 self._seconds[f"end{name}"] = time.monotonic()
@@ -88,6 +100,8 @@ class Probe(StageActor):
         pages: Any = column_chunks
         pages.rows_of_page = (lambda _: page_rows) if page_rows else self._page_rows
         self._seconds.clear()
+        self._passes.clear()
+        events.clear()
         self._allocations = allocations()
         if profiled:
             kinds = torch.profiler.ProfilerActivity
@@ -108,9 +122,25 @@ class Probe(StageActor):
         return found, [*writer, *told]
 
     @ray.method(concurrency_group="collect")  # type: ignore[untyped-decorator]
-    def alone(self, job: Job, batches: Sequence[MicroBatch]) -> float:
+    def timeline(self, began: float, ended: float, last_s: float) -> list[str]:
+        """What the GPU did from the beginning to the end, by time.monotonic; and what all threads that have to do with rows did in the last seconds."""
+        job = self._passage.job
+        found = [*events]
+        if job is not None and isinstance(job._writer, WriterBeside):  # noqa: SLF001
+            found += job._writer._process.call(job._writer._number, "timeline", (), TIMEOUT_S)  # type: ignore[union-attr]  # noqa: SLF001
+        noted = sorted((Event(*each) for each in found if each[2] > began), key=lambda event: event.began)
+        return [*gpu_times(self._passes, began, ended), *means(noted), *late(noted, ended, last_s)]
+
+    @ray.method(concurrency_group="collect")  # type: ignore[untyped-decorator]
+    def alone(self, job: Job, batches: Sequence[MicroBatch], is_warmed: bool) -> float:  # noqa: FBT001 - a call of Ray's
         """Seconds of the micro-batches, one after the other on the thread that computes, all rows durable at the end."""
-        seconds: float = self._thread.submit(one_thread_s, self._passage.stages[0], job, batches).result()
+        stage = self._passage.stages[0]
+        if is_warmed:
+            stage.begin(job.capture)
+            self._thread.submit(stage.warm_up, job.batch_tokens).result()
+            self._passes.clear()
+            self._seconds.clear()
+        seconds: float = self._thread.submit(one_thread_s, stage, job, batches).result()
         return seconds
 
     @property
@@ -128,6 +158,44 @@ def allocations() -> dict[str, float]:
         "seconds of them": host.get("host_alloc_time.total", 0) / 1e6,
         "GPU allocations": torch.cuda.memory_stats().get("num_device_alloc", 0),
     }
+
+
+def means(noted: Sequence[Event]) -> Iterator[str]:
+    """What a call of each kind took, and was at work itself."""
+    for what in dict.fromkeys(event.what for event in noted):
+        calls = [event for event in noted if event.what == what]
+        seconds, cpu_s = sum(call.ended - call.began for call in calls), sum(call.cpu_s for call in calls)
+        yield f"{len(calls)} x {what}: {1000 * seconds / len(calls):.2f} ms, at work {1000 * cpu_s / len(calls):.2f}"
+
+
+def late(noted: Sequence[Event], ended: float, last_s: float) -> Iterator[str]:
+    """What was done in the last seconds, by which thread."""
+    for each in noted:
+        if each.ended > ended - last_s and each.what != "write_pieces":
+            since, until = (1000 * (at - ended) for at in (each.began, each.ended))
+            yield f"{since:7.1f} to {until:7.1f} ms, at work {1000 * each.cpu_s:5.1f}: {each.thread} {each.what}"
+
+
+def gpu_times(passes: Sequence[tuple[float, int, Any]], began: float, ended: float) -> list[str]:
+    """Of the passes of micro-batches, each with when it was launched from on, how long the GPU was at them and stood still between them."""
+    if not passes:
+        return []
+    start = 1000 * (passes[0][0] - began)
+    if passes[0][2].end is None:
+        return [f"{start:.1f} ms until the first pass"]
+    first = passes[0][2]._begin  # noqa: SLF001 - its own
+    times = [(first.elapsed_time(timed._begin), first.elapsed_time(timed.end)) for _, _, timed in passes]  # noqa: SLF001
+    between = sorted(((after[0] - before[1], number) for number, (before, after) in enumerate(pairwise(times), 1)), reverse=True)
+    rest = 1000 * (ended - began) - start - times[-1][1]
+    return [
+        f"{start:.1f} ms until the first launch, {sum(end - begin for begin, end in times):.1f} in passes, {sum(gap for gap, _ in between):.1f} between them, {rest:.1f} after the last",
+        "longest between: " + ", ".join(f"{gap:.2f} before {number}" for gap, number in between[:6]),
+        "passes (tokens: ms on the GPU, launched ms before its begin): "
+        + ", ".join(
+            f"{tokens}: {end - begin:.1f}, {begin - 1000 * (since - passes[0][0]):.1f}"
+            for (since, tokens, _), (begin, end) in zip(passes, times, strict=True)
+        ),
+    ]
 
 
 def gaps(profile: Any) -> list[str]:

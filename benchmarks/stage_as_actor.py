@@ -7,7 +7,7 @@ with the one beside it that writes.
 Ways differ in what is taken, where it goes, which process writes it, who makes CRCs, how quickly the interpreter switches between threads, the writer's threads and
 the size of pages. Each round runs all of them, beside a bare pass. Of each the notes say what the thread that launches layers did: the rest of its time, beside its own work, its
 waits for the GPU and pinned memory, it waited for the interpreter. `--profile` looks at the gaps between kernels of one thread and of the actor, where these are
-among the ways. Needs 50 GB of /dev/shm.
+among the ways, and `--timeline` at what which thread did in the last seconds. Needs 50 GB of /dev/shm.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,8 @@ class Way:
         is_chain: as the stage of a chain, or else one after the other on one thread.
         takes: whether every layer's rows are taken. keeps: whether they are stored, in memory. is_beside: whether in
             the process beside. by_gpu: whether the GPU makes rows' CRCs.
-        switch_s: the interpreter's interval. threads: the writer's. page_rows: of a page, where it is not the format's.
+        switch_s: the interpreter's interval. threads: the writer's. page_rows: of a page, where it is not the format's. is_warmed: whether the
+            GPU has been at work before, as a chain's has that begins a job: one that has stood still is faster for a while.
     """
 
     name: str
@@ -72,9 +74,13 @@ class Way:
     switch_s: float = 0.0002
     threads: int = 8
     page_rows: int = 0
+    is_warmed: bool = False
 
+
+BARE = Way("bare", is_chain=False, takes=False)
 
 WAYS = (
+    Way("bare, warmed up", is_chain=False, takes=False, is_warmed=True),
     Way("one thread, nothing stored", is_chain=False, keeps=False, is_beside=False),
     Way("one thread", is_chain=False, is_beside=False),
     Way("actor, nothing taken", takes=False),
@@ -102,22 +108,24 @@ class Bench:
     hidden_bytes: int
     memory: Path
 
-    def seconds(self, way: Way, *, profiled: bool = False) -> tuple[float, str]:
-        """Of all micro-batches, and what was told of them."""
+    def seconds(self, way: Way, *, profiled: bool = False, last_s: float = 0.0) -> tuple[float, str]:
+        """Of all micro-batches, and what was told of them, with a timeline of the last seconds."""
         with tempfile.TemporaryDirectory(dir=self.memory) as folder:
             open_store(folder).put(JOB_KEY, self.job_json)
             sites = {"residual": tuple(range(self.layers))} if way.takes else {}
             kind = (WriterSpec if way.is_beside else Here) if way.keeps else Discarding
             writer = kind(folder, {}, QUEUE_BYTES, way.threads)
             job = Job(CaptureSpec(sites, "bfloat16", with_crcs=way.by_gpu), writer, BATCH_TOKENS)
-            run = self._chain_s if way.is_chain else self._alone_s
+            run = self._chain_s if way.is_chain else partial(self._alone_s, is_warmed=way.is_warmed)
             seconds, ended = run(job, lambda: ray.get(self.actor.settle.remote(way.switch_s, way.page_rows, profiled), timeout=TIMEOUT_S))
             found, lines = ray.get(self.actor.told.remote(), timeout=TIMEOUT_S)
+            if last_s:
+                lines += ray.get(self.actor.timeline.remote(ended - seconds, ended, last_s), timeout=TIMEOUT_S)
         return seconds, "\n    ".join([told(found, ended), *lines])
 
-    def _alone_s(self, job: Job, settle: Callable[[], None]) -> tuple[float, float]:
+    def _alone_s(self, job: Job, settle: Callable[[], None], *, is_warmed: bool) -> tuple[float, float]:
         settle()
-        seconds: float = ray.get(self.actor.alone.remote(job, self.prompts.batches), timeout=TIMEOUT_S)
+        seconds: float = ray.get(self.actor.alone.remote(job, self.prompts.batches, is_warmed), timeout=TIMEOUT_S)
         return seconds, time.monotonic()
 
     def _chain_s(self, job: Job, settle: Callable[[], None]) -> tuple[float, float]:
@@ -191,50 +199,57 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--layers", type=int, default=LAYERS)
-    parser.add_argument("--prompts", type=int, default=1536)
+    parser.add_argument("--prompts", type=int, nargs="+", default=[1536], help="of one pass; more numbers: other passes of the same stage")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--ways", default="", help="only those in whose names this pattern is found: 'actor$|CRCs'")
     parser.add_argument(
         "--profile", action="store_true", help="gaps between kernels, of one thread and of the actor, where they are among the ways"
     )
+    parser.add_argument(
+        "--timeline", type=float, default=0.0, help="of the last round: what which thread did in the last seconds of each way"
+    )
     parser.add_argument("--tiny", action="store_true", help="small layers, printed and not recorded")
     options = parser.parse_args()
     folder: Path = options.folder.resolve()
     model = real_size(folder, options.layers, TINY if options.tiny else None)
-    prompts = make_prompts(folder, model, options.prompts, BATCH_TOKENS)
+    passes = [make_prompts(folder, model, count, BATCH_TOKENS) for count in options.prompts]
     ways = [way for way in WAYS if re.search(options.ways, way.name)]
-    bare = Way("bare", is_chain=False, takes=False)
-    measured: dict[str, list[tuple[float, str]]] = {way.name: [] for way in (bare, *ways)}
     profiled = [way for way in ways if way.name in ("one thread", "actor")] if options.profile else []
-    print(
-        f"{prompts.num_tokens:,} tokens in {len(prompts.batches)} micro-batches, {sum(batch.padded_tokens for batch in prompts.batches):,} padded",
-        flush=True,
-    )
-    for stand in bench(folder, model, options.layers, prompts, MEMORY):
+    rows: list[Row] = []
+    for stand in bench(folder, model, options.layers, passes[0], MEMORY):
         writing = [way for way in ways if way.takes and way.keeps]
         for way in (
-            replace(bare, is_chain=True),
-            bare,
+            replace(BARE, is_chain=True),
+            BARE,
             *writing[:1],
         ):  # it loads, compiles, and takes its memory, and files do for the first time
             print(way.name, *stand.seconds(way), flush=True)
-        for _ in range(options.rounds):
-            for way in (bare, *ways):
-                measured[way.name].append(stand.seconds(way))
-                print(f"{time.strftime('%H:%M:%S')} {way.name}: {measured[way.name][-1][0]:.3f} s; {measured[way.name][-1][1]}", flush=True)
-        rows = list(rows_of(measured, prompts, bare.name))
+        for prompts in passes:
+            name = "" if prompts is passes[0] else f", {len(prompts.texts):,} prompts"
+            rows += measured(replace(stand, prompts=prompts), ways, name, options.rounds, options.timeline)
         title = f"A stage of {options.layers} layers at MiniMax-M2's real dimensions as an actor, and without one around it"
         _ = print(*rows, sep="\n") if options.tiny else record("stage_as_actor", title, rows)
         for way in profiled:
             print(f"profiled: {way.name}", *stand.seconds(way, profiled=True), sep="\n    ", flush=True)
 
 
-def rows_of(measured: dict[str, list[tuple[float, str]]], prompts: Prompts, bare: str) -> Iterator[Row]:
-    base = statistics.median(seconds for seconds, _ in measured.pop(bare))
-    for name, found in measured.items():
-        seconds = statistics.median(each for each, _ in found)
-        rate = prompts.num_tokens / seconds
-        yield Row(name, rate, "tokens/s", prompts.num_tokens / base, "bare", base / seconds, "0.95", found[-1][1].splitlines()[0])
+def measured(stand: Bench, ways: Sequence[Way], name: str, rounds: int, last_s: float) -> Iterator[Row]:
+    """Of each way the median beside that of bare passes in the same rounds; `name` says of which prompts. Of the last round what was done in the last seconds is told."""
+    prompts = stand.prompts
+    padded_tokens = sum(batch.padded_tokens for batch in prompts.batches)
+    print(f"{prompts.num_tokens:,} tokens in {len(prompts.batches)} micro-batches, {padded_tokens:,} padded", flush=True)
+    found: dict[str, list[tuple[float, str]]] = {way.name: [] for way in (BARE, *ways)}
+    for number in range(rounds):
+        for way in (BARE, *ways):
+            seconds, told_of_it = stand.seconds(way, last_s=last_s if number == rounds - 1 else 0.0)
+            found[way.name].append((seconds, told_of_it))
+            print(f"{time.strftime('%H:%M:%S')} {way.name}{name}: {seconds:.3f} s; {told_of_it}", flush=True)
+    base, *of_ways = (statistics.median(seconds for seconds, _ in found[way.name]) for way in (BARE, *ways))
+    for way, seconds in zip(ways, of_ways, strict=True):
+        rates = prompts.num_tokens / seconds, prompts.num_tokens / base
+        yield Row(
+            f"{way.name}{name}", rates[0], "tokens/s", rates[1], "bare", base / seconds, "0.95", found[way.name][-1][1].splitlines()[0]
+        )
 
 
 if __name__ == "__main__":

@@ -24,6 +24,9 @@ class Stream:
 
 
 class Event:
+    def __init__(self, **_: bool) -> None:
+        pass
+
     def record(self, _: object) -> None:
         pass
 

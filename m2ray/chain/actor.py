@@ -243,6 +243,9 @@ class StageActor:
         self._turns.begin(self._turns.epoch + 1)
         for thread in self._passage.threads:
             thread.shutdown(wait=False, cancel_futures=True)
+        for stage in self._passage.stages:
+            if stage.row_memory is not None:
+                stage.row_memory.close()  # registered and freed, it would be in the way of what comes to lie there
         if self._beside is not None:
             self._beside.close()
         self._switches.close()

@@ -70,7 +70,7 @@ class JobHere:
         self._began_at = self._began_at or time.monotonic()
 
     def give(self, attempt: str, output: StageOutput, require: Callable[[], None], timeout_s: float, *, leaves: bool) -> None:
-        """Wait for what a micro-batch leaves, and give it to the writers.
+        """Wait for what a micro-batch leaves, and give it to the writers, some layers as soon as they are there.
 
         Args:
             require: raises what is to be raised where the rows are of no use any more, once they are there.
@@ -78,18 +78,16 @@ class JobHere:
             leaves: whether no more comes of this micro-batch: it leaves the last of the stage's devices.
 
         Raises:
-            StageError, StoreError: as `StageOutput.captured` and `CaptureWriter.submit`.
+            StageError, StoreError: as `StageOutput.arriving` and `CaptureWriter.submit`.
         """
         assert self._began_at is not None
-        compute_s = output.compute_s
-        computed_at = time.monotonic()
-        captured = output.captured
-        copied_at = time.monotonic()
-        require()
-        for consumer in self._consumers if captured or leaves else ():
-            consumer.submit(attempt, output.micro_batch, captured, timeout_s)
-        since_begin_s = computed_at - self._began_at - self._writer.figures.waited_s
-        self._status = with_layers(self._status, compute_s, copied_at - computed_at, since_begin_s)
+        for captured in output.arriving():
+            require()
+            for consumer in self._consumers if captured or leaves else ():
+                consumer.submit(attempt, output.micro_batch, captured, timeout_s)
+        compute_s, copy_s = output.compute_s, output.copy_s
+        since_begin_s = time.monotonic() - self._began_at - self._writer.figures.waited_s
+        self._status = with_layers(self._status, compute_s, copy_s, since_begin_s)
         if leaves:
             self._status = with_micro_batch(self._status, output.micro_batch)
 

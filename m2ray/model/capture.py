@@ -1,7 +1,7 @@
 """What is kept at a site: the chosen tokens' rows, selected and rounded on the device, then copied to the host."""
 
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,6 +22,9 @@ from m2ray.statistics import Asked
 COPYING_LAYERS = 3
 """Layers of one micro-batch whose rows are on the GPU at one time: on their way to the host, or yet to be computed. With fewer the GPU waits
 while the host launches the next layer."""
+
+_HANDED_BYTES = 32 << 20
+"""Of rows that are handed on at once, at least: telling of them takes the interpreter from the thread that launches layers, however few they are."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,10 @@ class Capture:
 
     Rows are those of the chosen tokens, in the order of m2ray.selection. All others are left out before anything is copied, and every
     part's rows have memory of their own. On a GPU they are copied into pinned memory on a stream of their own, beside the
-    computation: `finish` is what waits, and may be called on another thread.
+    computation: `finish` or `arriving` is what waits, and may be called on another thread.
+
+    Attributes:
+        copied: on a GPU, from `end` on, the end of all rows' way to the host.
     """
 
     def __init__(
@@ -92,6 +98,9 @@ class Capture:
         self._taken: list[_Rows] = []
         self._captured: dict[PartSpec, _Rows] = {}
         self._copying: deque[torch.cuda.Event] = deque()
+        self._copies: deque[tuple[torch.cuda.Event, list[PartSpec]]] = deque()
+        """The end of each layer's rows' way to the host, and which they are."""
+        self.copied: torch.cuda.Event | None = None
 
     def keep(self, site: str, layer: int | None, *values_BT: torch.Tensor) -> None:
         """Keep what stands at a site, if that part is asked for: a tensor [B, T, ...] a column, of which all that follows is the row."""
@@ -121,8 +130,10 @@ class Capture:
             with torch.cuda.stream(self._copy_stream):
                 for rows in self._taken:
                     self._captured[rows.part] = self._on_host(rows)
-                self._copying.append(torch.cuda.Event())
-                self._copying[-1].record(self._copy_stream)
+                copied = torch.cuda.Event()
+                copied.record(self._copy_stream)
+                self._copying.append(copied)
+                self._copies.append((copied, [rows.part for rows in self._taken]))
         self._taken.clear()
 
     def _on_host(self, rows: _Rows) -> _Rows:
@@ -153,9 +164,29 @@ class Capture:
         Raises:
             StageError: a row holds an infinity or no number at all, from the computation or from rounding to the store dtype.
         """
-        if self._copy_stream is not None:
-            self._copied.synchronize()
-        kept = [self._captured[part] for part in self._parts.values() if part in self._captured]
+        if self.copied is not None:
+            self.copied.synchronize()
+        return self._handed_on([part for part in self._parts.values() if part in self._captured])
+
+    def arriving(self) -> Iterator[tuple[CapturedLayer, ...]]:
+        """What was kept on a GPU, layer after layer as it comes to the host, several at once where they are small. Instead of `finish`, and raises as that."""
+        if not self._copies:
+            yield ()
+        parts: list[PartSpec] = []
+        while self._copies:
+            copied, of_layer = self._copies.popleft()
+            parts += of_layer
+            rows_bytes = sum(values.nbytes for part in parts for values in self._captured[part].columns)
+            if rows_bytes >= _HANDED_BYTES or not self._copies:
+                copied.synchronize()
+                yield self._handed_on(parts)
+                for part in parts:
+                    del self._captured[part]
+                parts = []
+
+    def _handed_on(self, parts: Sequence[PartSpec]) -> tuple[CapturedLayer, ...]:
+        """The rows of some parts, which are on the host. Raises as `finish`."""
+        kept = [self._captured[part] for part in parts]
         for rows in kept:
             found = [extremes_of(each) for each in rows.extremes]
             # What is encoded has a scale, and so fits as it is.
@@ -169,8 +200,8 @@ class Capture:
         """No more layers come: mark the place in the copy stream that `finish` waits for."""
         self._copy_out()
         if self._copy_stream is not None:
-            self._copied = torch.cuda.Event()
-            self._copied.record(self._copy_stream)
+            self.copied = torch.cuda.Event(enable_timing=True)
+            self.copied.record(self._copy_stream)
 
     def _captured_layer(self, rows: _Rows) -> CapturedLayer:
         columns, statistics = tuple(map(_bits, rows.columns)), {kind: values.numpy() for kind, values in rows.statistics.items()}

@@ -20,7 +20,7 @@ from m2ray.model.families import default_max_length
 from m2ray.model.float8.proof import require_gpu
 from m2ray.model.gpu_loading import Lanes
 from m2ray.model.interpreter import quick_switches, without_collector
-from m2ray.model.pinned import PinnedRuns, RunMemory
+from m2ray.model.pinned import PinnedRuns, SharedRuns
 from m2ray.model.sending import send
 from m2ray.model.skeleton import build_skeleton
 from m2ray.model.stage_output import StageOutput, Timed
@@ -96,7 +96,7 @@ class Stage:
         self.bytes_read = bytes_read
         self.parameter_bytes = parameter_bytes(decoder)
         self.handed_bytes = token_bytes(config, spec.span.stop, DTYPES[spec.compute_dtype])
-        self.row_memory: RunMemory | None = None
+        self.row_memory: SharedRuns | None = None
         self._spec = spec
         self._decoder = decoder
         self._on_gpu = decoder.device.type == "cuda"

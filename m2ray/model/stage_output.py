@@ -1,6 +1,7 @@
 """What a micro-batch leaves of a stage, or of a run of its layers."""
 
 import time
+from collections.abc import Iterator
 from functools import cached_property
 
 import torch
@@ -35,6 +36,15 @@ class Timed:
         milliseconds: float = self._begin.elapsed_time(self.end)
         return milliseconds / 1000
 
+    def until_s(self, event: "torch.cuda.Event | None") -> float:
+        """From the end to a later event."""
+        if self.end is None or event is None:
+            return 0.0
+        for each in (self.end, event):
+            each.synchronize()
+        milliseconds: float = self.end.elapsed_time(event)
+        return max(0.0, milliseconds / 1000)
+
     def _event(self) -> "torch.cuda.Event":
         event = torch.cuda.Event(enable_timing=True)
         event.record(torch.cuda.current_stream(self._device))
@@ -63,10 +73,19 @@ class StageOutput:
         """One entry a part of these layers, on the host. Raises StageError if a row is not finite in the store dtype."""
         return self._capture.finish()
 
+    def arriving(self) -> Iterator[tuple[CapturedLayer, ...]]:
+        """The same in pieces, layer after layer as they come to the host, once and instead of `captured`."""
+        return iter([self.captured]) if self._capture.copied is None else self._capture.arriving()
+
     @cached_property
     def compute_s(self) -> float:
         """Seconds between the first layer's begin and the last one's end, on the device's own clock. Waits for the end."""
         return self._timed.elapsed_s
+
+    @property
+    def copy_s(self) -> float:
+        """Seconds for which rows were still on their way to the host after that, by the same clock. Waits for their end."""
+        return self._timed.until_s(self._capture.copied)
 
     def on_host(self) -> Boundary:
         """The boundary in host memory; from a GPU in pinned memory, copied beside whatever is computed next."""

@@ -178,7 +178,7 @@ def _copied_tokens_per_s(demand: Demand, placed: Sequence[DevicePlan], rows_a_to
 
 
 def _encoded_tokens_per_s(demand: Demand, placed: Sequence[DevicePlan], rows_a_token: float) -> float | None:
-    """Of all chains, by the stage that encodes most; None without a profile or rows. A thread takes whole parts: no more help than parts."""
+    """Of all chains, by the stage that encodes most; None without a profile or rows. Each of its threads is at a part, of one shard or another."""
     profile = demand.assumed.profile
     if profile is None or not rows_a_token:
         return None
@@ -188,8 +188,8 @@ def _encoded_tokens_per_s(demand: Demand, placed: Sequence[DevicePlan], rows_a_t
     slowest: dict[int, float] = {}
     for (replica, _), row_sizes in parts.items():
         if row_sizes:
-            threads = min(profile.writer_threads, len(row_sizes))
-            rate = profile.encoder_bytes_per_s(with_crcs=demand.options.with_crcs) * threads / (rows_a_token * sum(row_sizes))
+            bytes_per_s = profile.writer_threads * profile.encoder_bytes_per_s(with_crcs=demand.options.with_crcs)
+            rate = bytes_per_s / (rows_a_token * sum(row_sizes))
             slowest[replica] = min(slowest.get(replica, rate), rate)
     return sum(slowest.values()) or None
 

@@ -154,7 +154,7 @@ def test_a_writer_behind_a_store_that_hangs_is_among_what_a_stage_waits_for_at_i
     stage, may_write = waving(tmp_path, (0, 5), monkeypatch), threading.Event()
     job = stage._passage.job
     assert job is not None
-    job._writer._lanes[0].submit(may_write.wait, 30)
+    job._writer.threads[0].submit(may_write.wait, 30)
     stage.close()
     stage.leave()
     ending = threading.Thread(target=lambda: [threads.shutdown() for threads in stage.threads])

@@ -22,6 +22,7 @@ from m2ray.activations.writing.beside import Beside, WriterBeside
 from m2ray.activations.writing.writer import ActivationWriter, WriterSpec
 from m2ray.batches import Bits, CapturedLayer, MicroBatch, PartReceipt, PartSpec
 from m2ray.errors import StageError, StoreError
+from m2ray.model import capture
 from m2ray.model.pinned import PinnedRuns, SharedRuns
 from m2ray.storage import LocalStore
 from tests.gated import Gated
@@ -227,8 +228,10 @@ def test_a_process_that_is_killed_or_hangs_fails_what_it_had_and_the_next_attemp
 def test_a_stage_that_plays_that_it_is_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What tests/gpu has a GPU's stage do."""
     registered = play(monkeypatch)
+    monkeypatch.setattr(capture, "_HANDED_BYTES", 1)  # each layer by itself
     on_gpu.test_rows_are_those_of_a_writer_in_the_stages_process_and_memory_is_given_back(tmp_path)
     assert registered.num_bytes > 0
+    assert registered.bytes_at == {}, "what is freed and still registered is in the way of what comes to lie there"
 
 
 _STAGE = """

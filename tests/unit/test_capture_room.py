@@ -16,6 +16,9 @@ from tests.reference import micro_batch_of
 class Event:
     waits = 0
 
+    def __init__(self, **_: bool) -> None:
+        pass
+
     def record(self, _: object) -> None:
         pass
 
@@ -67,3 +70,31 @@ def test_what_is_of_no_layer_or_whose_layer_ends_early_is_copied_too() -> None:
         kept.keep(part.site, part.layer, torch.full((2, 5, 8), number))
     kept.end()
     assert [(each.site, each.layer) for each in kept.finish()] == [("embedding", None), ("final_norm", None), ("residual", 0)]
+
+
+@pytest.mark.usefixtures("played")
+@pytest.mark.parametrize(
+    ("handed_bytes", "come"), [(1, [[0], [1], [2], [3], [4]]), (600, [[0, 1], [2, 3], [4]]), (1 << 20, [[0, 1, 2, 3, 4]])]
+)
+def test_rows_of_a_gpu_come_layer_after_layer_or_several_at_once_where_they_are_small(
+    monkeypatch: pytest.MonkeyPatch, handed_bytes: int, come: list[list[int]]
+) -> None:
+    monkeypatch.setattr(capture, "_HANDED_BYTES", handed_bytes)
+    kept = keeping([PartSpec.of(site, layer, "float32", 8) for site in ("residual", "mlp") for layer in range(5)])
+    for layer in range(5):
+        for site in ("mlp", "residual"):  # 2 x 8 rows of 32 bytes
+            kept.keep(site, layer, torch.zeros(2, 5, 8))
+    kept.end()
+    found = []
+    for number, captured in enumerate(kept.arriving(), 1):
+        assert Event.waits == 2 + number, "for the last layer of these alone"
+        assert [each.site for each in captured] == ["mlp", "residual"] * (len(captured) // 2)
+        found.append([each.layer for each in captured[::2]])
+    assert found == come
+
+
+@pytest.mark.usefixtures("played")
+def test_of_a_gpu_nothing_comes_at_once_where_nothing_is_kept() -> None:
+    kept = keeping([])
+    kept.end()
+    assert list(kept.arriving()) == [()]

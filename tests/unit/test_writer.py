@@ -14,6 +14,8 @@ import pytest
 import xxhash
 
 from m2ray.activations.job import JobRecord
+from m2ray.activations.writing.part_queues import PartQueues
+from m2ray.activations.writing.part_writer import PartWriter
 from m2ray.activations.writing.writer import ActivationWriter
 from m2ray.batches import CapturedLayer, MicroBatch, PartReceipt, PartSpec
 from m2ray.errors import StageError, StoreError
@@ -382,7 +384,7 @@ def test_room_that_was_taken_as_the_attempt_failed_is_given_back(tmp_path: Path,
         with pytest.raises(StoreError, match="gone"):
             submit(writer, record, runs.micro_batches(runs.shard(0))[0])
     writer.abandon([(0, ATTEMPT)])
-    assert writer.backlog.queued_bytes == 0
+    until(lambda: writer.backlog.queued_bytes == 0)
     assert files_below(tmp_path) == []
     writer.close()
 
@@ -496,6 +498,41 @@ def test_parts_that_come_in_pieces_are_the_same_bytes(tmp_path: Path) -> None:
         writer.close()
         written.append((receipts, {key.relative_to(tmp_path / name): key.read_bytes() for key in (tmp_path / name).rglob("*.parquet")}))
     assert written[0] == written[1]
+
+
+def part_writers(folder: Path, count: int) -> list[PartWriter]:
+    return [PartWriter(LocalStore(folder), PartSpec.of("residual", layer, "bfloat16", 4), {}, 0, ATTEMPT) for layer in range(count)]
+
+
+def test_no_thread_is_idle_while_a_part_has_work_and_each_parts_is_done_in_its_order(tmp_path: Path) -> None:
+    """A thread with parts of its own had its last rows behind those of others, while other threads had none."""
+    queues, may_end, done = PartQueues(2), threading.Event(), list[tuple[int, int]]()
+    slow, *quick = part_writers(tmp_path, 4)
+    standing = queues.submit(slow, lambda: may_end.wait(20) and done.append((0, 0)))
+    last = queues.submit(slow, done.append, (0, 1))
+    for number in range(3):
+        wait([queues.submit(part, done.append, (layer, number)) for layer, part in enumerate(quick, 1)], 20)
+    assert sorted(done) == [(layer, number) for layer in (1, 2, 3) for number in range(3)]
+    assert [[number for layer, number in done if layer == of] for of in (1, 2, 3)] == [[0, 1, 2]] * 3
+    failing = queues.submit(slow, lambda: 1 // 0)
+    late = queues.submit(slow, done.append, (0, 2))
+    queues.threads.shutdown(wait=False)
+    may_end.set()
+    assert wait([standing, last, failing, late], 20).not_done == set(), "what came before the threads were ended is done"
+    assert isinstance(failing.exception(), ZeroDivisionError)
+    assert done[9:] == [(0, 0), (0, 1), (0, 2)]
+
+
+def test_what_came_first_is_done_first_whichever_part_it_is_of(tmp_path: Path) -> None:
+    """So a shard's parts end before those of later ones begin, and few are open at a time."""
+    queues, may_end, done = PartQueues(1), threading.Event(), list[tuple[int, int]]()
+    parts = part_writers(tmp_path, 3)
+    work = [queues.submit(parts[0], may_end.wait, 20)]
+    work += [queues.submit(parts[layer], done.append, (layer, number)) for layer in (1, 2) for number in range(3)]
+    may_end.set()
+    wait(work, 20)
+    assert done == [(layer, number) for layer in (1, 2) for number in range(3)]
+    queues.threads.shutdown()
 
 
 def test_a_piece_whose_part_lacks_the_one_before_is_refused(tmp_path: Path) -> None:

@@ -2,13 +2,18 @@
 
 from collections.abc import Sequence
 from concurrent.futures import Future
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
+from m2ray.activations.schema import encode_tokens
 from m2ray.activations.writing.order import Order
 from m2ray.activations.writing.part_writer import PartWriter
-from m2ray.batches import CapturedLayer, PartReceipt
+from m2ray.batches import CapturedLayer, MicroBatch, PartReceipt
 from m2ray.errors import StageError
+from m2ray.parquet.column_chunks import EncodedColumns
+from m2ray.selection import Selection
 
 _DEFECT = "This is a defect of m2ray."
 
@@ -32,8 +37,16 @@ class Attempt:
         self._label = f"Shard {shard}, attempt {name}"
         self.order = Order(self._label, [(part.spec.site, part.spec.layer) for part in parts])
         self.failure: BaseException | None = None
+        self._encoded: tuple[int, npt.NDArray[Any], EncodedColumns] | None = None
         self.finishes = {}
         self.aborts = []
+
+    def token_columns(self, micro_batch: MicroBatch, selection: Selection) -> tuple[npt.NDArray[Any], EncodedColumns]:
+        """TOKEN_ROW [N] of a micro-batch's chosen tokens, and these encoded: once for all its layers, however many come at a time."""
+        if self._encoded is None or self._encoded[0] != micro_batch.index:
+            token_rows = selection.token_rows(micro_batch)
+            self._encoded = micro_batch.index, token_rows, encode_tokens(token_rows)
+        return self._encoded[1:]
 
     def receipts(self) -> tuple[PartReceipt, ...] | None:
         """The parts' receipts, in order, once all are durable; None before."""

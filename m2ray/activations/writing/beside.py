@@ -32,6 +32,10 @@ _GRACE_S = 30.0
 """How much later than its own limit a call may answer."""
 
 
+_MODULE = "m2ray.activations.writing.process"
+"""That it runs."""
+
+
 class _Process:
     """One such process, from its start to its end. Any thread may call.
 
@@ -42,7 +46,7 @@ class _Process:
     def __init__(self) -> None:
         ours, theirs = socket.socketpair()
         # As this one finds its modules; and a group of its own, since what a terminal or Slurm sends a group is for the stage to act on.
-        command = [sys.executable, "-P", "-m", "m2ray.activations.writing.process", str(theirs.fileno())]
+        command = [sys.executable, "-P", "-m", _MODULE, str(theirs.fileno())]
         found = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.curdir for path in sys.path)}
         with theirs:
             self._process = subprocess.Popen(

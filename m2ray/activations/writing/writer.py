@@ -1,7 +1,7 @@
 """ActivationWriter: writes what a stage captured, beside the computation, bounded in bytes.
 
-A micro-batch's layers, all together or as a wave comes to them, are spread over worker threads, one queue a thread. A part belongs to one thread,
-so its row groups keep their order. Once its last bytes are written, another thread finishes the part: what is durable only after a while (an fsync, the end of an
+A micro-batch's layers, all together or as they come, are spread over worker threads. One of these at a time is at a part, whichever is free, so
+row groups keep their order and no thread waits while another has parts in line (part_queues.py). Once its last bytes are written, another thread finishes the part: what is durable only after a while (an fsync, the end of an
 upload) keeps no thread from writing the next part. An attempt at a shard is *open* from its first micro-batch, *complete* with the
 last, *durable* once all its parts are, and *collected* or *abandoned* after that. The first error of any part makes the attempt
 *failed*: all its parts are aborted, those already durable too, and whoever calls next gets that error.
@@ -14,9 +14,10 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 
-from m2ray.activations.schema import Compression, encode_tokens, require_compression
+from m2ray.activations.schema import Compression, require_compression
 from m2ray.activations.writing.attempt import Attempt
 from m2ray.activations.writing.backlog import Backlog, Figures
+from m2ray.activations.writing.part_queues import PartQueues
 from m2ray.activations.writing.part_writer import PartWriter
 from m2ray.activations.writing.statistics_writer import StatisticsWriter
 from m2ray.batches import Bits, CapturedLayer, MicroBatch, PartReceipt, PartSpec
@@ -27,7 +28,7 @@ from m2ray.selection import Selection
 from m2ray.statistics import Place
 from m2ray.storage import Store, open_store
 
-_FINISHING_A_LANE = 4
+_FINISHING_A_THREAD = 4
 _LOOK_S = 1.0
 
 _DEFECT = "This is a defect of m2ray."
@@ -74,7 +75,7 @@ class ActivationWriter:
         parts: what the stage captures of each micro-batch, the same every time, together or in pieces.
         queue_bytes: captured bytes that may wait or be on their way to the store, a part's last row group until the part is durable; one
             layer larger than that waits alone.
-        threads: worker threads; each holds a share of the parts. As many more finish parts, which is to wait for the store.
+        threads: worker threads. As many more, but no more than parts, finish parts, which is to wait for the store.
         compression: how the rows are stored.
         selection: whose rows they are.
 
@@ -102,9 +103,10 @@ class ActivationWriter:
         self._store = store
         self._run_metadata = dict(run_metadata)
         self._parts = tuple(parts)
-        num_lanes = max(1, min(threads, len(parts)))
-        self._lanes = [ThreadPoolExecutor(1, thread_name_prefix=f"write-{number}") for number in range(num_lanes)]
-        self._finishers = ThreadPoolExecutor(num_lanes, thread_name_prefix="finish")
+        self._queues = PartQueues(threads)
+        num_finishers = max(1, min(threads, len(parts)))
+        self._finishers = ThreadPoolExecutor(num_finishers, thread_name_prefix="finish")
+        self._most_finishing = _FINISHING_A_THREAD * num_finishers
         self._changed = threading.Condition()
         self._finishing = 0
         self._attempts: dict[tuple[int, str], Attempt] = {}
@@ -122,7 +124,7 @@ class ActivationWriter:
     @property
     def threads(self) -> list[ThreadPoolExecutor]:
         """Those that write, and those that finish."""
-        return [*self._lanes, self._finishers]
+        return [self._queues.threads, self._finishers]
 
     # -- a shard's way ------------------------------------------------------------------------------------------------
 
@@ -140,17 +142,15 @@ class ActivationWriter:
         with self._changed:
             self._raise_failure()
             opened = self._open_attempt(micro_batch.shard, attempt)
-        token_rows = self._selection.token_rows(micro_batch)
+        token_rows, tokens = opened.token_columns(micro_batch, self._selection)
         by_part = opened.matched(len(token_rows), captured)
         specs = [opened.parts[number].spec for number in by_part]
         opened.order.admit(micro_batch, [(spec.site, spec.layer) for spec in specs], token_rows)
-        tokens = encode_tokens(token_rows)
         token_digest = opened.order.digest.hexdigest() if micro_batch.is_last else None
         for number, layer in by_part.items():
             self._take_room(opened, _num_bytes(layer.columns, layer.crcs), deadline, timeout_s)
-            written = self._lane(number).submit(
-                self._write, opened, opened.parts[number], tokens, (layer.columns, layer.crcs), token_digest
-            )
+            part = opened.parts[number]
+            written = self._queues.submit(part, self._write, opened, part, tokens, (layer.columns, layer.crcs), token_digest)
             written.add_done_callback(lambda done: self._note(opened, done))
 
     def collect(self, shard: int, attempt: str, timeout_s: float) -> tuple[PartReceipt, ...]:
@@ -209,9 +209,6 @@ class ActivationWriter:
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
-    def _lane(self, part_number: int) -> ThreadPoolExecutor:
-        return self._lanes[part_number % len(self._lanes)]
-
     def _open_attempt(self, shard: int, attempt: str) -> Attempt:
         if (shard, attempt) not in self._attempts:
             parts = [PartWriter(self._store, spec, self._run_metadata, shard, attempt, self._compression) for spec in self._parts]
@@ -238,7 +235,7 @@ class ActivationWriter:
         raise opened.failure
 
     def _write(self, opened: Attempt, part: PartWriter, tokens: EncodedColumns, rows: _Rows, token_digest: str | None) -> None:
-        """One row group, on the part's thread. With `token_digest` it is the part's last; it counts as queued until the part is durable."""
+        """One row group, in the part's turn. With `token_digest` it is the part's last; it counts as queued until the part is durable."""
         num_bytes = _num_bytes(*rows)
         with ExitStack() as undo:
             undo.callback(self.backlog.release, num_bytes)
@@ -252,7 +249,7 @@ class ActivationWriter:
                 undo.callback(self._finished)
                 finished = self._finishers.submit(self._finish, opened, part, num_bytes, token_digest)
                 undo.pop_all()
-                opened.finishes[part] = finished  # an abort of this part comes on this thread, and so after this
+                opened.finishes[part] = finished  # an abort of this part comes after this
                 finished.add_done_callback(lambda done: self._note(opened, done))
 
     def _may_finish(self, opened: Attempt) -> bool:
@@ -262,7 +259,7 @@ class ActivationWriter:
             Whether the part may be finished; not if its attempt fails before.
         """
         with self._changed:
-            while self._finishing >= _FINISHING_A_LANE * len(self._lanes) and opened.failure is None:
+            while self._finishing >= self._most_finishing and opened.failure is None:
                 self._changed.wait(_LOOK_S)
             if opened.failure is None:
                 self._finishing += 1
@@ -274,7 +271,7 @@ class ActivationWriter:
             self._changed.notify_all()
 
     def _finish(self, opened: Attempt, part: PartWriter, held_bytes: int, token_digest: str) -> None:
-        """Make a part durable. All that may follow on the part's own thread is an abort, which waits for this."""
+        """Make a part durable. All that may follow in the part's queue is an abort, which waits for this."""
         try:
             if opened.failure is None:
                 with self.backlog.working(part):
@@ -286,7 +283,7 @@ class ActivationWriter:
             self.backlog.release(held_bytes)
 
     def _abort(self, opened: Attempt, part: PartWriter) -> None:
-        """Delete a part. On its own thread, so that nothing is written any more; a finish that has begun ends first."""
+        """Delete a part. In its own queue, so that nothing is written any more; a finish that has begun ends first."""
         if part in opened.finishes:
             wait([opened.finishes[part]])
         part.abort()
@@ -299,11 +296,11 @@ class ActivationWriter:
             self._changed.notify_all()
 
     def _fail(self, opened: Attempt, error: BaseException) -> None:
-        """Remember an attempt's first error and let each part's thread abort it, after its work so far."""
+        """Remember an attempt's first error and let each part be aborted, after the work on it so far."""
         with self._changed:
             if opened.failure is None:
                 opened.failure = error
-                opened.aborts = [self._lane(number).submit(self._abort, opened, part) for number, part in enumerate(opened.parts)]
+                opened.aborts = [self._queues.submit(part, self._abort, opened, part) for part in opened.parts]
                 self._changed.notify_all()
 
     def _end(self, failed: Sequence[Attempt], timeout_s: float) -> None:
