@@ -1,6 +1,7 @@
 """Pinned memory: how many runs of which sizes captured rows take, when they are free again, and that memory is registered no longer than it is there."""
 
 import gc
+from collections import deque
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -11,6 +12,8 @@ from m2ray.errors import StageError
 from m2ray.model import pinned
 from m2ray.model.pinned import PinnedRuns, SharedRuns
 from m2ray.model.residency.places import InHostMemory, host_memory
+from m2ray.planning import memory as planned
+from m2ray.planning.memory import Workload
 from m2ray.shared_memory import SharedMemory
 
 FULL, WIDTH, PARTS = 1024, 64, 16
@@ -84,6 +87,25 @@ def test_sequences_longer_than_a_micro_batch_find_each_others_runs_again() -> No
     odd = SharedRuns(SharedMemory(), torch.device("cpu"))
     PinnedRuns(1001, odd).take((1001, 1), torch.int32)
     assert set(odd._runs) == {4032}, "no run is twice as long for being aligned"
+
+
+@pytest.mark.parametrize("longest", [FULL, 4 * FULL])
+def test_runs_take_no_more_than_the_plan_counts(monkeypatch: pytest.MonkeyPatch, longest: int) -> None:
+    """Rows of any length wait until the writer's queue is full, while those of two more micro-batches are on their way."""
+    for module, name in ((pinned, "_GROWN_BYTES"), (planned, "GROWN_BYTES")):
+        monkeypatch.setattr(module, name, 1 << 14)
+    columns, queue_bytes, memory = [3 * WIDTH, 4, WIDTH, 4], 12 * FULL * WIDTH, SharedMemory()
+    runs = PinnedRuns(FULL, SharedRuns(memory, torch.device("cpu")))
+    runs.reserve(2 * FULL * sum(columns) + queue_bytes, columns)
+    for tokens in range(FULL // 2 + 1, longest + 1, FULL // 16):
+        held: deque[list[torch.Tensor]] = deque()
+        for _ in range(30):
+            while (len(held) - 1) * tokens * sum(columns) > queue_bytes:
+                held.popleft()
+            held.append([runs.take((tokens, width), torch.uint8) for width in columns])
+    taken_bytes = sum(len(slab.memory) for slab in memory.slabs)
+    work = Workload(FULL, longest, longest, 1, 2, 0, writer_queue_bytes=queue_bytes)
+    assert taken_bytes <= planned.gpu_host_memory(work, columns).running["capture"] <= 1.5 * taken_bytes
 
 
 def addresses(rows: list[torch.Tensor]) -> list[int]:
