@@ -15,10 +15,12 @@ from m2ray.activations.reading.catalogue import Catalogue
 from m2ray.activations.schema import FORMAT_VERSION
 from m2ray.activations.writing.weights_record import hold_weights
 from m2ray.audit.differences import Batch, By, Differences
+from m2ray.audit.judging import Judge
 from m2ray.audit.recorded import RecordedRows
 from m2ray.audit.reference import Reference, read_config
 from m2ray.audit.restaged import restage
 from m2ray.audit.sample import Sample, draw, least_share_found
+from m2ray.audit.shown import chosen, stored
 from m2ray.audit.tokens import from_prompts, from_run, open_source, open_tokenizer
 from m2ray.audit.tolerance import bound, has_router, require_reference, why_not_exact
 from m2ray.batches import LayerSpan, MicroBatch, PartSpec, Shard
@@ -26,14 +28,12 @@ from m2ray.errors import M2rayError, NotInRunError, RunConflictError
 from m2ray.hub import folder_of
 from m2ray.model.capture import CaptureSpec
 from m2ray.model.checkpoint import Checkpoint, open_checkpoint
-from m2ray.model.eight_bits import Encoder, is_encoded
 from m2ray.model.stage import StageSpec
 from m2ray.model.tensor_table import up_to_layer
 from m2ray.model.vector_math import settle_vector_math
 from m2ray.prompts import PromptSource, TokenSpool
 from m2ray.prompts.shards import one_micro_batch
 from m2ray.provenance import versions
-from m2ray.selection import Selection
 from m2ray.sites import sites_of
 from m2ray.storage import Store, local_folder
 
@@ -79,11 +79,13 @@ def audit(
             _by_m2ray(work, tokens, config, exact=not inexact)
             why_not, not_found = _by_transformers(work, tokens, exact=not inexact)
             inexact += why_not
+    differences = work.differences
     remarks += [f"not held to the same bits: {reason}" for reason in inexact]
     if job.format_version == 1:
         remarks.append("the model was not held against the run's fingerprint, which format 1 took otherwise")
+    if differences.num_cleared:
+        remarks.append(f"sequences beyond a bound by rounding alone, as transformers in float32 shows: {differences.num_cleared:,}")
     remarks += [f"held against m2ray in other stages alone: {', '.join(not_found)}"] if not_found else []
-    differences = work.differences
     return AuditRecord(
         format_version=FORMAT_VERSION,
         run_id=job.run_id,
@@ -100,6 +102,7 @@ def audit(
         compared=differences.compared(),
         num_wrong=differences.num_wrong,
         wrong=differences.wrong,
+        cleared=differences.cleared,
         passed=differences.all_within,
         # Where tokens choose experts and bits may differ, one wrong sequence looks like one whose tokens chose others.
         least_share_found=None if inexact and has_router(config) else least_share_found(len(sample.sequence_ids), sample.of_sequences),
@@ -186,31 +189,29 @@ def _by_transformers(work: _Work, tokens: TokenSpool, *, exact: bool) -> tuple[l
                 micro_batch = get()
 
                 def on_site(site: str, layer: int | None, *values_BTW: torch.Tensor) -> None:
-                    rows_NW = [_chosen(each.to("cpu"), job.selection, micro_batch) for each in values_BTW]  # noqa: B023 - called within this round
+                    rows_NW = [chosen(each.to("cpu"), job.selection, micro_batch) for each in values_BTW]  # noqa: B023 - called within this round
                     seen.add((site, layer))
-                    work.compare("transformers", batch, micro_batch, parts[site, layer], _stored(parts[site, layer], rows_NW))  # noqa: B023
+                    work.compare("transformers", batch, micro_batch, parts[site, layer], stored(parts[site, layer], rows_NW))  # noqa: B023
 
                 reference.run(torch.from_numpy(micro_batch.token_ids_BT).long(), parts.keys(), on_site)
                 work.on_progress(f"micro-batches by transformers, {batch}", number, len(micro_batches))
+        _judge(work, tokens, reference, has_bits=exact and reference.in_memory)
         inexact = ["transformers' model does not fit into memory as a whole"] if exact and not reference.in_memory else []
     return inexact, sorted({site for site, _ in parts.keys() - seen}) if seen else []
 
 
-def _stored(part: PartSpec, rows_NW: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Rows of the values that a site shows as a part has them: uint8 [N, bytes of a row]."""
-    plain = (rows.to(getattr(torch, column.dtype)) for column, rows in zip(part.columns, rows_NW, strict=False))
-    columns = Encoder().encode(part, rows_NW[0]) if is_encoded(part) else tuple(plain)
-    return torch.cat([column.contiguous().view(torch.uint8) for column in columns], dim=1)
+def _judge(work: _Work, tokens: TokenSpool, reference: Reference, *, has_bits: bool) -> None:
+    """Settle what is in doubt; with `has_bits` rows that are not wrong have transformers' bits in the recorded micro-batches."""
+    alone = {int(piece.sequence_ids[0]): piece for piece in work.sample.alone()}
+    recorded = {number: piece for piece in work.sample.micro_batches for number in piece.sequence_ids.tolist()}
 
+    def beside_others(number: int) -> MicroBatch | None:
+        found = work.micro_batches([recorded[number]], tokens) if has_bits else []
+        return found[0]() if found else None
 
-def _chosen(values_BTW: torch.Tensor, selection: Selection, micro_batch: MicroBatch) -> torch.Tensor:
-    """What a run has to have of transformers' values: the chosen tokens' rows, or their sums in float32, row after row, over their numbers."""
-    rows_NW = values_BTW.flatten(0, 1)[torch.from_numpy(selection.places(micro_batch))]
-    if not selection.is_mean:
-        return rows_NW
-    counts = selection.chosen_counts(micro_batch).tolist()
-    means = [np.add.reduce(rows.float().numpy(), axis=0) / np.float32(len(rows)) for rows in rows_NW.split(counts)] if counts else []
-    return torch.from_numpy(np.stack(means)) if means else rows_NW.float()
+    judge = Judge(work.catalogue.job, work.recorded, reference, work.seed)
+    on_done = partial(work.on_progress, "sequences in doubt by transformers in float32")
+    judge.settle(work.differences, lambda number: one_micro_batch(alone[number], tokens), beside_others, on_done)
 
 
 # -- what the rows are of -------------------------------------------------------------------------------------------------

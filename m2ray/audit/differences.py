@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,21 @@ _LISTED = 100
 _AT_ONCE = 2048
 _NAMES = {"transformers": "transformers' own model", "m2ray": "m2ray in other stages"}
 _BATCHES = {"alone": "alone", "recorded": "in its micro-batch"}
+
+
+class Doubt(NamedTuple):
+    """Rows of one sequence, site and layer that differ by more than rounding mostly does from what it gives alone.
+
+    `rows` are their places among the sequence's rows, int64 [D]; `moved`, float64 [D], how far they are, as a share of their norm, from whose.
+    """
+
+    part: PartSpec
+    rows: Int64Array
+    moved: npt.NDArray[np.float64]
+    by: By
+
+    def __str__(self) -> str:
+        return f"{self.part} differs by {self.moved.max():.2g} of a row's norm from {_NAMES[self.by]} alone"
 
 
 @dataclass
@@ -72,6 +87,9 @@ def _experts_apart(ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.
 class Differences:
     """All that an audit compares.
 
+    Attributes:
+        doubts: by sequence, what differs by more than its tolerance, where that is rounding's: it is wrong unless somebody clears it.
+
     Args:
         by_row: whether one row beyond its tolerance is wrong. Else some may be, whose tokens chose another expert by rounding: a layer
             is wrong if most of its rows are. Where the same bits are asked for, one row is.
@@ -79,6 +97,8 @@ class Differences:
 
     def __init__(self, *, by_row: bool) -> None:
         self._by_row = by_row
+        self.doubts: dict[int, list[Doubt]] = {}
+        self._cleared: dict[int, str] = {}
         self._layers: dict[tuple[By, Batch, PartSpec], _Layer] = {}
         self._wrong: dict[int, str] = {}
         self._num_wrong: set[int] = set()
@@ -95,17 +115,29 @@ class Differences:
     ) -> None:
         """Compare rows of one site and layer, both as a part has them; `sequence_ids_N` says whose they are."""
         moved = self._layers.setdefault((by, batch, part), _Layer(tolerance)).add(part.columns, recorded_NB, found_NB)
-        if self._by_row or tolerance == 0:
-            beyond = np.flatnonzero(moved > tolerance)
-            for number in np.unique(sequence_ids_N[beyond]).tolist():
-                greatest = moved[(sequence_ids_N == number)].max()
-                self.fail(number, f"{part} differs by {greatest:.2g} of a row's norm from {_NAMES[by]} {_BATCHES[batch]}")
+        if not (self._by_row or tolerance == 0):
+            return
+        beyond = np.flatnonzero(moved > tolerance)
+        for number in np.unique(sequence_ids_N[beyond]).tolist():
+            its_own, at = beyond[sequence_ids_N[beyond] == number], np.flatnonzero(sequence_ids_N == number)[0]
+            if tolerance == 0:
+                self.fail(number, f"{part} differs by {moved[its_own].max():.2g} of a row's norm from {_NAMES[by]} {_BATCHES[batch]}")
+            else:
+                self.doubts.setdefault(number, []).append(Doubt(part, its_own - at, moved[its_own], by))
+
+    def clear(self, sequence_id: int, why: str) -> None:
+        """What was in doubt of a sequence is rounding."""
+        del self.doubts[sequence_id]
+        self._cleared[sequence_id] = why
 
     def fail(self, sequence_id: int, why: str) -> None:
         """A sequence is wrong; the first reason is kept."""
         self._num_wrong.add(sequence_id)
         if len(self._wrong) < _LISTED:
             self._wrong.setdefault(sequence_id, why)
+
+    def is_wrong(self, sequence_id: int) -> bool:
+        return sequence_id in self._num_wrong
 
     @property
     def num_wrong(self) -> int:
@@ -115,6 +147,15 @@ class Differences:
     def wrong(self) -> dict[str, str]:
         """Why sequences are wrong, the first 100 that were found, by their ids as text."""
         return {str(number): why for number, why in sorted(self._wrong.items())}
+
+    @property
+    def num_cleared(self) -> int:
+        return len(self._cleared)
+
+    @property
+    def cleared(self) -> dict[str, str]:
+        """Why sequences are right that were in doubt, the first 100, by their ids as text."""
+        return {str(number): why for number, why in sorted(self._cleared.items())[:_LISTED]}
 
     def compared(self) -> tuple[Compared, ...]:
         """In the order of who, which batch, site and layer."""
@@ -137,6 +178,8 @@ class Differences:
     @property
     def all_within(self) -> bool:
         """Whether no sequence is wrong, and no layer as a whole."""
+        if self._by_row:
+            return not (self._num_wrong or self.doubts)
         return not self._num_wrong and all(2 * found.beyond <= found.rows for found in self._layers.values())
 
 

@@ -4,7 +4,7 @@ import json
 import re
 import tempfile
 from collections.abc import Callable, Collection
-from contextlib import ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -19,6 +19,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils.logging import disable_progress_bar
 
 from m2ray.audit.branches import Branches
+from m2ray.audit.float32 import in_float32
 from m2ray.audit.routers import Router
 from m2ray.errors import CheckpointError
 
@@ -81,28 +82,42 @@ class Reference:
         del self._model
         self._offload.cleanup()
 
-    def run(self, token_ids_BT: torch.Tensor, places: Places, on_site: OnSite) -> None:
+    def run(self, token_ids_BT: torch.Tensor, places: Places, on_site: OnSite, *, disturbed_by: torch.Generator | None = None) -> None:
         """Take right-padded sequences, int64 [B, T], through the model, and call `on_site` with each of `places` that is found there.
 
         Found are `residual`, `embedding`, `final_norm`, where `Branches` tells them `attention`, `mlp`, `residual_mid` and `mlp_in`, and where
-        `Router` does `router_logits` and `router_topk`. The model ends with its decoder.
+        `Router` does `router_logits` and `router_topk`. The model ends with the last layer of `places`, or with its decoder.
+
+        Args:
+            disturbed_by: changes each value of the tokens' embeddings by up to half a step of its dtype, as rounding does.
         """
         decoder = _decoder(self._model)
+        layers = _decoder_layers(decoder)
         with ExitStack() as hooks:
-            for number, layer in enumerate(_decoder_layers(decoder)):
+            for number, layer in enumerate(layers):
                 if wanted := {site for site, at in places if at == number}:
                     _hook(hooks, layer, number, wanted, on_site)
             if ("embedding", None) in places:
-                first = _decoder_layers(decoder)[0]
-                handle = first.register_forward_pre_hook(lambda _, *given: on_site("embedding", None, _entering(*given)), with_kwargs=True)
+                handle = layers[0].register_forward_pre_hook(
+                    lambda _, *given: on_site("embedding", None, _entering(*given)), with_kwargs=True
+                )
                 hooks.callback(handle.remove)
+            ends_with: nn.Module = layers[max((at for _, at in places if at is not None), default=0)]
             if ("final_norm", None) in places:
                 hooks.callback(decoder.register_forward_hook(lambda *called: on_site("final_norm", None, called[-1][0])).remove)
-            hooks.callback(decoder.register_forward_hook(_end).remove)
-            embedding = self._model.get_input_embeddings().weight
-            with torch.inference_mode(), suppress(_DecoderDoneError):
-                at = embedding.device if embedding.device.type != "meta" else torch.device("cpu")
+                ends_with = decoder
+            hooks.callback(ends_with.register_forward_hook(_end).remove)
+            embedding = self._model.get_input_embeddings()
+            if disturbed_by is not None:
+                hooks.callback(embedding.register_forward_hook(lambda *called: _disturbed(called[-1], disturbed_by)).remove)
+            with torch.inference_mode(), suppress(_DoneError):
+                at = embedding.weight.device if embedding.weight.device.type != "meta" else torch.device("cpu")
                 self._model(input_ids=token_ids_BT.to(at), use_cache=False)
+
+    def in_float32(self) -> AbstractContextManager[None]:
+        """Within, the model computes in float32, with its weights as the compute dtype has them."""
+        decoder = _decoder(self._model)
+        return in_float32(self._model, list(_decoder_layers(decoder)), decoder.config)
 
 
 def read_config(folder: str) -> Any:
@@ -274,9 +289,15 @@ def _entering(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
     return hidden
 
 
-class _DecoderDoneError(Exception):
-    """Ends a model's forward pass once its decoder has run: nobody asks what the head makes of it."""
+def _disturbed(values: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Each value times a number between 1 and 1 +- half a step, uniformly, and rounded again."""
+    share = (2 * torch.rand(values.shape, generator=generator) - 1) * torch.finfo(values.dtype).eps / 2
+    return (values.float() * (1 + share.to(values.device))).to(values.dtype)
+
+
+class _DoneError(Exception):
+    """Ends a model's forward pass once all that was asked for has run: nobody asks what the head makes of it."""
 
 
 def _end(*_: Any) -> None:
-    raise _DecoderDoneError
+    raise _DoneError

@@ -6,7 +6,7 @@ from typing import Any
 
 from m2ray.activations.audits import AuditRecord, Compared
 
-_NOT_SUMMED_UP = ("format_version", "run_id", "versions", "compared", "wrong")
+_NOT_SUMMED_UP = ("format_version", "run_id", "versions", "compared", "wrong", "cleared")
 _SHOWN_WRONG = 10
 _NAMES = {"transformers": "transformers' own model", "m2ray": "m2ray in other stages"}
 _BATCHES = {"alone": "each sequence alone", "recorded": "the recorded micro-batches"}
@@ -33,8 +33,9 @@ def lines(record: AuditRecord) -> Iterator[str]:
         found = [each for each in record.compared if (each.by, each.batch) == (by, batch)]
         yield f"{_NAMES[by]}, {_BATCHES[batch]}: {_told(found)}"
     yield from record.remarks
-    for sequence_id, why in list(record.wrong.items())[:_SHOWN_WRONG]:
-        yield f"sequence {sequence_id}: {why}"
+    for told in (record.cleared, record.wrong):
+        for sequence_id, why in list(told.items())[:_SHOWN_WRONG]:
+            yield f"sequence {sequence_id}: {why}"
     if record.num_wrong > _SHOWN_WRONG:
         yield f"and {record.num_wrong - _SHOWN_WRONG:,} more sequences"
     if not record.passed and not record.num_wrong:
@@ -49,4 +50,4 @@ def _told(found: list[Compared]) -> str:
     worst = max(found, key=lambda each: each.greatest)
     at = worst.site if worst.layer is None else f"layer {worst.layer}" + ("" if worst.site == "residual" else f" ({worst.site})")
     where = f"; the largest difference is {worst.greatest:.2g} of the row's norm, at {at}" if worst.greatest else ""
-    return f"{same_bits:,} of {rows:,} rows have the same bits, {beyond:,} differ by more than they may{where}"
+    return f"{same_bits:,} of {rows:,} rows have the same bits, {beyond:,} lie beyond the bound{where}"

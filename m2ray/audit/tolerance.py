@@ -22,11 +22,15 @@ _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_exp
 
 def bound(job: JobRecord, part: PartSpec) -> float:
     """The most by which a row may differ that was computed beside other prompts, in another cut of a matrix, or on another machine."""
-    share, num_layers = _A_LAYER[job.options["compute_dtype"]]
-    depth = 1 + capturing_layer(part.site, part.layer, job.model.num_layers)
     stored = part.columns[-1 if part.site == "router_topk" else 0].dtype
     rounded = stored != job.options["compute_dtype"]
-    return share * max(1.0, depth / num_layers) + (_ROUNDING[stored] if rounded else 0.0)
+    return computed(job, part, job.options["compute_dtype"]) + (_ROUNDING[stored] if rounded else 0.0)
+
+
+def computed(job: JobRecord, part: PartSpec, compute_dtype: str) -> float:
+    """The same of rows as they are computed in a dtype, before they are stored."""
+    share, num_layers = _A_LAYER[compute_dtype]
+    return share * max(1.0, (1 + capturing_layer(part.site, part.layer, job.model.num_layers)) / num_layers)
 
 
 def require_reference(job: JobRecord) -> None:

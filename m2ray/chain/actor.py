@@ -22,7 +22,7 @@ with without_collector():  # a worker of Ray's begins with this file
     from m2ray.chain.cuda_ipc import Offer
     from m2ray.chain.job import Job, JobHere
     from m2ray.chain.loading import Refusals, load_spans, require_gpus, require_run_folder, warm_up
-    from m2ray.chain.machine import peak_rss_bytes
+    from m2ray.chain.machine import peak_rss_bytes, unshared_bytes
     from m2ray.chain.passage import Passage
     from m2ray.chain.status import StageStatus, measure_gpus, status_here
     from m2ray.chain.transport import Parcel, Payload, receive, send
@@ -63,6 +63,7 @@ class StageActor:
         self._refusals = Refusals()
         # On a CPU rows lie in the stage's own memory, and layers take as long as they take.
         self._beside = Beside() if self._on_gpu else None
+        self._beside_peak_bytes = 0
         self._switches = ExitStack()
         self._switches.enter_context(quick_switches())  # between its computation and its writer
 
@@ -229,7 +230,9 @@ class StageActor:
         job = self._passage.job
         status = self._status if job is None else job.status(self._devices)
         losses = tuple(lost for stage in self._passage.stages for lost in stage.losses())
-        return replace(status, peak_rss_bytes=peak_rss_bytes(), losses=losses)
+        if self._beside is not None and self._beside.pid is not None:  # the rows that both map are the stage's
+            self._beside_peak_bytes = max(self._beside_peak_bytes, unshared_bytes(self._beside.pid))
+        return replace(status, peak_rss_bytes=peak_rss_bytes() + self._beside_peak_bytes, losses=losses)
 
     @ray.method(concurrency_group="control")
     def close(self) -> None:

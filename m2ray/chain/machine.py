@@ -61,9 +61,23 @@ def peak_rss_bytes() -> int:
 
     Not `ru_maxrss`, but where a kernel does not tell the other: it begins with what the parent had when it started this process.
     """
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    kib = next((int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), None)
+    kib = _memory_kib("self").get("VmHWM")
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if kib is None else kib) * 1024
+
+
+def unshared_bytes(pid: int) -> int:
+    """The memory that another process of this machine has now beside what it shares; 0 where it has ended, or a kernel does not tell."""
+    try:
+        found = _memory_kib(str(pid))
+    except OSError:
+        return 0
+    return (found.get("RssAnon", 0) + found.get("RssFile", 0)) * 1024
+
+
+def _memory_kib(process: str) -> dict[str, int]:
+    """What the kernel tells of a process's memory, by its names. Raises OSError: it has ended."""
+    lines = Path(f"/proc/{process}/status").read_text(encoding="utf-8").splitlines()
+    return {line.partition(":")[0]: int(line.split()[1]) for line in lines if line.endswith(" kB")}
 
 
 def allowed_threads() -> int | None:

@@ -96,7 +96,11 @@ METRICS = (
     _of_stages("m2ray_store_seconds_total", "the store's share of it", lambda stage: stage.store_s),
     _of_stages("m2ray_written_bytes_total", "bytes handed to the store, those of failed attempts too", lambda stage: stage.written_bytes),
     _of_stages("m2ray_stored_parts_total", "parts that the store has made durable", lambda stage: stage.stored_parts),
-    _of_stages("m2ray_peak_rss_bytes", "the process's memory at its peak", lambda stage: stage.peak_rss_bytes),
+    _of_stages(
+        "m2ray_peak_rss_bytes",
+        "the process's memory at its peak, and that of the one that writes beside it",
+        lambda stage: stage.peak_rss_bytes,
+    ),
     _of_gpus("m2ray_gpu_used_bytes", "taken on its GPUs now, by all processes", lambda stage: sum(gpu.used_bytes for gpu in stage.gpus)),
     _of_gpus("m2ray_gpu_peak_bytes", "reserved at the peak", lambda stage: sum(gpu.peak_reserved_bytes for gpu in stage.gpus)),
     _of_gpus("m2ray_gpu_total_bytes", "memory of its GPUs", lambda stage: sum(gpu.total_bytes for gpu in stage.gpus)),

@@ -48,6 +48,7 @@ class StageStatus:
         sends_by: how hidden states went to the next stage, "cuda_ipc" or "object_store"; empty where there is none.
         queued_bytes: captured, that wait for the store or are on their way there now. stored_parts: durable.
         silent_s: since the driver was told this; 0 where it is told.
+        peak_rss_bytes: of its process; and of the one that writes beside it, what that had to itself whenever it was asked.
         gpus: in the order of its span; none on a CPU.
         weights: once it is loaded, the digest of each of its layers, and at None that of what runs before the first one;
             at BARE_LAST_LAYER, where the final norm was loaded, the last layer's without it.

@@ -174,7 +174,7 @@ def open_checkpoint(url: str) -> Checkpoint:
 
     Raises:
         CheckpointError: no folder, no config.json, no safetensors or several sets of them, or a model that m2ray does not run.
-        StoreError: config.json or the index cannot be read.
+        StoreError: config.json or the index cannot be read, or the bucket's folder not listed.
     """
     store = open_store(url)
     if store.size(CONFIG) is None:
@@ -189,9 +189,10 @@ def open_checkpoint(url: str) -> Checkpoint:
     weight_map, index_text, names = found
     files: dict[str, FileHeader] = {}
     damaged: dict[str, M2rayError] = {}
+    size_of = store.sizes(names)
     for name in names:
         try:
-            files[name] = read_file_header(store, name)
+            files[name] = read_file_header(store, name, size_of)
         except (CheckpointError, StoreError) as problem:
             damaged[name] = problem
             continue

@@ -1,6 +1,6 @@
 """What a safetensors file says about itself before any tensor is read: https://huggingface.co/docs/safetensors."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any, NamedTuple
@@ -57,14 +57,17 @@ class FileHeader:
     tensors: Mapping[str, TensorHeader]
 
 
-def read_file_header(store: Store, file: str) -> FileHeader:
+def read_file_header(store: Store, file: str, size_of: Callable[[str], int | None] | None = None) -> FileHeader:
     """Read and validate the header of one safetensors file; the tensors' own bytes stay unread.
+
+    Args:
+        size_of: as the store's `sizes` gave it for several files; the store is asked by default.
 
     Raises:
         CheckpointError: the file is absent, truncated or contradicts itself.
         StoreError: the store cannot read it.
     """
-    size_bytes = store.size(file)
+    size_bytes = (size_of or store.size)(file)
     if size_bytes is None:
         raise CheckpointError(f"{store.url} has no file {file}.", bringing(store.url, "Copy the missing file into the folder."))
     raw = _read_raw(store, file, size_bytes)

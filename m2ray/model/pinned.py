@@ -1,5 +1,6 @@
 """Pinned host memory for captured rows, in runs of one size, so that each is found again among those that there are."""
 
+import errno
 import weakref
 from collections import defaultdict, deque
 from collections.abc import Sequence
@@ -10,22 +11,21 @@ import numpy as np
 import torch
 
 from m2ray.errors import StageError
+from m2ray.model.registered import register, unregister
 from m2ray.shared_memory import SharedMemory, Slab
 
 _ALIGNMENT = 64
 
-_PORTABLE = 1
-"""cudaHostRegisterPortable: pinned for all GPUs of the process."""
-
 _GROWN_BYTES = 32 << 20
-"""Of runs that nobody has reserved, so many at once: few slabs, each of which takes descriptors."""
+"""Of runs that nobody has reserved, so many at once: a slab, and with it a descriptor of the stage's, for so many bytes or one longer run. What is
+reserved is one slab."""
 
 
 class RunMemory(Protocol):
     """Where runs come from. One thread calls."""
 
     def reserve(self, sizes: Sequence[int]) -> None:
-        """Have runs of so many bytes, and no others that are free; where none are asked for, those that there are. Raises RuntimeError or OSError: the system does not give so much."""
+        """Have runs of so many bytes, and of other jobs' none that are free. Raises RuntimeError or OSError: the system does not give so much."""
 
     def take(self, num_bytes: int) -> torch.Tensor:
         """A run, uint8, for as long as anything refers to its memory. Raises as `reserve`."""
@@ -68,7 +68,7 @@ class SharedRuns:
 
     def reserve(self, sizes: Sequence[int]) -> None:
         wanted = sorted(map(_aligned, sizes))
-        if wanted and wanted != self._reserved:
+        if wanted != self._reserved:
             self.close()
             self._add(wanted)
             self._reserved = wanted
@@ -92,7 +92,7 @@ class SharedRuns:
             torch.cuda.synchronize(self._device)
         for slab in self._slabs:
             if self._device.type == "cuda":
-                torch.cuda.cudart().cudaHostUnregister(slab.address)
+                unregister(slab.address)
             self._memory.remove(slab)
         self._slabs.clear()
         self._runs.clear()
@@ -112,8 +112,7 @@ class SharedRuns:
     def _register(self, slab: Slab) -> None:
         if self._device.type != "cuda":
             return
-        with torch.cuda.device(self._device):
-            error = int(torch.cuda.cudart().cudaHostRegister(slab.address, len(slab.memory), _PORTABLE))
+        error = register(slab.address, len(slab.memory), self._device)
         if error:
             self._memory.remove(slab)
             raise RuntimeError(f"CUDA error {error}")
@@ -174,10 +173,14 @@ class PinnedRuns:
 
 
 def _refused(num_bytes: int, error: Exception) -> StageError:
-    return StageError(
-        f"{num_bytes:,} bytes of pinned host memory for captured rows cannot be had: {str(error).splitlines()[0].rstrip('.')}.",
-        "Allow the process to lock more memory (ulimit -l), or begin another run with lower batch_tokens or fewer layers.",
-    )
+    what = f"{num_bytes:,} bytes of pinned host memory for captured rows cannot be had: {str(error).splitlines()[0].rstrip('.')}."
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        advice = (
+            f"Allow the process more open files (ulimit -n): it has one for each {_GROWN_BYTES >> 20} MiB of such memory, or longer run."
+        )
+    else:
+        advice = "Allow the process to lock more memory (ulimit -l), or begin another run with lower batch_tokens or fewer layers."
+    return StageError(what, advice)
 
 
 def _fitting(num_bytes: int, run_bytes: int) -> int:

@@ -64,7 +64,8 @@ def _find(store: Store, named: Any) -> tuple[Mapping[str, str], bytes, tuple[str
     weight_map, text = _read_index(store, index) if index else ({}, b"")
     of_index = sorted(set(weight_map.values()))
     if index == INDEX and files and SINGLE_FILE not in of_index:
-        if shards := [file for file in of_index if store.size(file) is not None]:
+        size_of = store.sizes(of_index)
+        if shards := [file for file in of_index if size_of(file) is not None]:
             raise _two_sets(shards)
         return {}, b"", tuple(files)  # save_pretrained leaves the index of the shards that its single file replaced
     return (weight_map, text, tuple(of_index or files)) if of_index or files else None

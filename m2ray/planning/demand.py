@@ -108,6 +108,7 @@ class Demand:
         shape = replace(self.shape, attn_implementation=self.options.attn_implementation, is_plain=is_plain)
         transient_bytes = shape.compiled_transient_bytes if self.options.compile else shape.transient_bytes
         return Workload(
+            batch_tokens=self.options.batch_tokens,
             padded_tokens=padded_tokens,
             longest_tokens=longest_tokens,
             token_bytes=self.table.handed_bytes(self.itemsize_bytes),

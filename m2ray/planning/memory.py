@@ -4,7 +4,7 @@ What no formula gives is one of the constants below: allowances, to be held agai
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import cycle
 
 from m2ray.batches import LayerSpan
@@ -60,6 +60,9 @@ WAITING_RUNS = 2
 full one: each part's rows take as much as those of a full one then (m2ray.model.pinned). An H200's stage with all nine sites, most of
 whose micro-batches had 9,400 to 11,600 of 16,384 tokens, took 14.9 GB where 14.2 were planned without this: three of them, reckoned, hold 12.8."""
 
+ALIGNMENT_BYTES, GROWN_BYTES = 64, 32 * _MIB
+"""Of such memory: what each run is rounded up to; and what is had at once of runs of a size that nobody has reserved, of which the last ones may stay unused."""
+
 PROCESS_BYTES = {"gpu": 2 * _GIB + 256 * _MIB, "cpu with cuda": _GIB, "cpu": 576 * _MIB}
 """A stage's process: Python, Ray and torch, with a GPU the CUDA libraries on the host's side and the process beside it that writes rows, which took 190 MB
 (m2ray.activations.writing.process); without one less where torch was built without CUDA, the
@@ -101,7 +104,8 @@ class Workload:
     """What goes through a stage at one time.
 
     Attributes:
-        padded_tokens: tokens of the largest micro-batch, padding included.
+        batch_tokens: of a full micro-batch, padding included.
+        padded_tokens: the same of the largest one: a longer sequence is one by itself.
         longest_tokens: tokens of the longest sequence.
         token_bytes: what one token takes from stage to stage: its hidden states, of some families more.
         itemsize_bytes: of the compute dtype.
@@ -110,6 +114,7 @@ class Workload:
         encoding_bytes: what it takes to encode a part's rows, beside what they are then.
     """
 
+    batch_tokens: int
     padded_tokens: int
     longest_tokens: int
     token_bytes: int
@@ -194,9 +199,8 @@ def gpu_host_memory(
     `column_bytes` are those of a row of each column of each part, and of its CRC.
     """
     process = {"process": PROCESS_BYTES["gpu"]} | {name: num_bytes for name, num_bytes in (offloaded or {}).items() if num_bytes}
-    pinned = replace(workload, writer_queue_bytes=WAITING_RUNS * workload.writer_queue_bytes)
-    buffers = _host_buffers(pinned, column_bytes, statistics_bytes)
-    buffers["capture"] = _pinned_bytes(buffers["capture"], [workload.padded_tokens * num_bytes for num_bytes in column_bytes])
+    buffers = _host_buffers(workload, column_bytes, statistics_bytes)
+    buffers["capture"] = _pinned_bytes(workload, column_bytes) if column_bytes else 0
     return Memory(process | buffers, process | {"staging": STAGING_BYTES["host"]})
 
 
@@ -235,15 +239,28 @@ def staging_bytes(rows: Iterable[TensorRow], compute_dtype: str) -> int:
     return max(min(PIECES[kind] * longest[kind], PIECES[kind] // LOADING_THREADS * together[kind]) for kind in longest)
 
 
-def _pinned_bytes(num_bytes: int, pieces_bytes: Sequence[int]) -> int:
-    """What torch takes to pin `num_bytes` in such pieces, one of each in turn: each is rounded up to a power of two."""
-    left_bytes, pinned_bytes = num_bytes, 0
-    for piece_bytes in cycle(pieces_bytes):
-        if left_bytes <= 0:
-            break
-        left_bytes -= piece_bytes
-        pinned_bytes += 1 << (piece_bytes - 1).bit_length()
-    return pinned_bytes
+def _pinned_bytes(workload: Workload, column_bytes: Sequence[int]) -> int:
+    """Pinned memory for captured rows, as m2ray.model.pinned has it: runs of a full micro-batch's rows, each of a column, taken in turn.
+
+    Sequences that are longer have runs of two, four, eight times that beside them, and none of these is given back.
+    """
+    run_tokens, pinned_bytes = workload.batch_tokens, 0
+    while True:
+        left_bytes = 2 * run_tokens * sum(column_bytes) + WAITING_RUNS * workload.writer_queue_bytes
+        sizes = [_aligned(run_tokens * num_bytes) for num_bytes in column_bytes]
+        for run_bytes in cycle(sizes):
+            if left_bytes <= 0:
+                break
+            left_bytes -= run_bytes
+            pinned_bytes += run_bytes
+        pinned_bytes += GROWN_BYTES * len(set(sizes))
+        if run_tokens >= workload.longest_tokens:
+            return pinned_bytes
+        run_tokens *= 2
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
 def _host_buffers(workload: Workload, row_bytes: Sequence[int], statistics_bytes: int) -> dict[str, int]:

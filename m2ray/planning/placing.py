@@ -105,11 +105,10 @@ def _with_residency(demand: Demand, cluster: Cluster, placed: Sequence[DevicePla
     """The devices, with what finds no room on them dealt out between each node's memory and files."""
     if demand.options.offload not in ("disk", "auto") or not any("host" in each.residency.values() for each in placed):
         return tuple(placed)
-    nothing_brought = [replace(each, residency={}) for each in placed]
-    without = _nodes(demand, cluster, tuple(_stages(demand, nothing_brought)), nothing_brought)
+    in_files = [replace(each, residency=dict.fromkeys(each.residency if each.device.gpu else (), "checkpoint")) for each in placed]
+    without = _nodes(demand, cluster, tuple(_stages(demand, in_files)), in_files)
     for node, planned in zip(cluster.nodes, without, strict=True):
-        here = [replace(each, residency={0: "checkpoint"}) for each in placed if each.device.node.name == node.name and each.residency]
-        placed = with_files(demand, placed, node, planned.host_bytes + readers_bytes(here))
+        placed = with_files(demand, placed, node, planned.host_bytes)
     return tuple(placed)
 
 

@@ -2,7 +2,7 @@
 
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -55,6 +55,15 @@ class ObjectStore(Store):
                 return int(obstore.head(self._store, key)["size"])
             except FileNotFoundError:
                 return None
+
+    def sizes(self, keys: Collection[str]) -> Callable[[str], int | None]:
+        if len(keys) == 1:
+            return self.size
+        found: dict[str, int] = {}
+        for folder in sorted({key.rpartition("/")[0] for key in keys}):
+            with self.naming("list", folder):
+                found |= {entry["path"]: entry["size"] for entry in obstore.list_with_delimiter(self._store, folder or None)["objects"]}
+        return found.get
 
     def version(self, key: str) -> str:
         with self.naming("look at", key):

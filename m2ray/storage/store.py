@@ -5,7 +5,7 @@ Keys are relative to the store's root, with "/" between their parts. Every failu
 
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -53,6 +53,10 @@ class Store(ABC):
     @abstractmethod
     def size(self, key: str) -> int | None:
         """The object's bytes, or None if there is no such object."""
+
+    def sizes(self, keys: Collection[str]) -> Callable[[str], int | None]:
+        """What gives the size of each of these objects, as `size` does. A store that is asked over a network is asked once a folder."""
+        return self.size
 
     @abstractmethod
     def version(self, key: str) -> str:

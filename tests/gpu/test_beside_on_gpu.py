@@ -11,9 +11,12 @@ from m2ray.activations.writing.writer import WriterSpec
 from m2ray.batches import LayerSpan, MicroBatch
 from m2ray.chain.actor import StageActor
 from m2ray.chain.job import Job
+from m2ray.chain.machine import peak_rss_bytes
 from m2ray.chain.status import StageStatus
 from m2ray.model.capture import CaptureSpec
+from m2ray.model.registered import register, unregister
 from m2ray.model.stage import StageSpec
+from m2ray.shared_memory import SharedMemory
 from m2ray.sites import LayersOfSites
 from tests.reference import MINIMAX_TINY, make_minimax, micro_batch_of
 
@@ -73,6 +76,8 @@ def test_rows_are_those_of_a_writer_in_the_stages_process_and_memory_is_given_ba
     assert first.stored_parts == 5
     assert other.written_bytes < first.written_bytes
     assert stage._beside is not None
+    own_bytes = peak_rss_bytes()
+    assert stage.status().peak_rss_bytes > own_bytes + 10 * 2**20, "the process that writes is part of it"
     slabs, (memory,) = stage._beside.memory.slabs, [each.row_memory for each in stage._passage.stages]
     assert all(are_pinned(stage))
     again = done(stage, 3, tmp_path / "again", {"residual": (5,)}, 512)
@@ -95,3 +100,11 @@ def test_rows_are_those_of_a_writer_in_the_stages_process_and_memory_is_given_ba
     assert files_below(tmp_path / "second") == files_below(tmp_path / "first")
     second.close()
     second.leave()
+
+
+def test_a_refused_registration_is_not_told_of_the_next_kernel() -> None:
+    device, slab = torch.device("cuda:0"), SharedMemory().add(1 << 20)
+    assert register(slab.address, len(slab.memory), device) == 0
+    assert register(slab.address, len(slab.memory), device), "it is registered already"
+    assert torch.arange(4, device=device).sum().item() == 6
+    unregister(slab.address)

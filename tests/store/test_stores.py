@@ -56,6 +56,17 @@ def test_one_of_sixteen_creators_wins(store: Store) -> None:
         assert store.read(key) == str(won.index(True)).encode()
 
 
+def test_the_sizes_of_several_are_those_of_each(store: Store) -> None:
+    keys = [*ODD_KEYS, "model-00001-of-00002.safetensors", "deep/below/b.safetensors"]
+    for length, key in enumerate(keys):
+        store.put(key, bytes(length))
+    store.put("deep/other", b"")
+    absent = ["absent", "absent/too", "deep"]
+    for asked in (keys + absent, keys[:1], absent[:1], []):
+        size_of = store.sizes(asked)
+        assert [size_of(key) for key in asked] == [store.size(key) for key in asked]
+
+
 def test_a_version_is_of_what_was_written(store: Store) -> None:
     store.put("a", b"1")
     first = store.version("a")

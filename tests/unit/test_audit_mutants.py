@@ -3,6 +3,8 @@
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +14,14 @@ import torch
 from click.testing import CliRunner
 
 from m2ray.batches import MicroBatch
+from m2ray.chain import checking
 from m2ray.cli import main
 from m2ray.prompts import PromptRow, PromptTokenizer
 from m2ray.prompts.masks import Marked
 from m2ray.prompts.window import Window
 from scripts.make_checkpoint import train_tokenizer
 from tests.reference import alone, chain_rows, edited, load_chain, load_reference, reference_rows
-from tests.unit.audited_runs import RowsOf, audited, extracted, make_model, write_prompts
+from tests.unit.audited_runs import RowsOf, audited, extracted, make_model, verify, write_prompts
 
 BOS = 0
 NUM_SEQUENCES = 16
@@ -202,6 +205,101 @@ def test_rows_of_no_mutant_pass(
     assert (audit["passed"], audit["num_wrong"], audit["exact"]) == (True, 0, True), audit
     recorded = [each for each in audit["compared"] if each["batch"] == "recorded"]
     assert [each["same_bits"] for each in recorded] == [each["rows"] for each in recorded]
+
+
+# -- a model in which rounding is multiplied, as trained ones have rows of massive activations -----------------------------------
+
+BFLOAT16 = {"compute-dtype": "bfloat16", "store-dtype": "bfloat16"}
+
+
+@pytest.fixture(scope="module")
+def sharp(models: dict[str, Path]) -> Path:
+    """A llama whose attention in layers 1 and 2 hangs on the last bits: bfloat16 is up to 0.4 of a row's norm off float32 there."""
+
+    def sharpen(tensors: dict[str, torch.Tensor]) -> None:
+        for layer in (1, 2):
+            tensors[f"model.layers.{layer}.self_attn.q_proj.weight"] *= 100
+
+    return edited(models["llama"], models["llama"].parent / "sharp", sharpen)
+
+
+def test_what_bfloat16_rounds_in_a_sound_run_is_told_and_passes(
+    monkeypatch: pytest.MonkeyPatch, sharp: Path, prompts: Path, tmp_path: Path
+) -> None:
+    run = extracted(monkeypatch, sharp, prompts, tmp_path / "run", **BFLOAT16, **{"shard-tokens": 200, "batch-tokens": 200})
+    audit = audited(run)
+    beyond = {(each["by"], each["batch"]) for each in audit["compared"] if each["beyond"]}
+    assert beyond == {("transformers", "alone")}
+    assert (audit["passed"], audit["exact"], audit["wrong"]) == (True, True, {}), audit["wrong"]
+    assert "shows: " + str(len(audit["cleared"])) in " ".join(audit["remarks"])
+    assert all("in float32 its micro-batch changes it by" in why for why in audit["cleared"].values())
+    assert next(iter(audit["cleared"].values())) in verify(run, "--sample", "1").stdout
+
+
+def test_what_another_machine_rounds_in_a_sound_run_is_told_and_passes(
+    monkeypatch: pytest.MonkeyPatch, sharp: Path, prompts: Path, tmp_path: Path
+) -> None:
+    """Its attention adds up in another order: here that is transformers' other one."""
+    there = load_reference(sharp, torch.bfloat16, "eager")
+    rows_of = partial(reference_rows, there)
+    audit = audited(extracted(monkeypatch, sharp, prompts, tmp_path / "run", rows_of, computed_on="NVIDIA H200", **BFLOAT16))
+    assert {(each["by"], each["batch"]) for each in audit["compared"] if each["beyond"]} == {("transformers", "alone"), ("m2ray", "alone")}
+    assert (audit["passed"], audit["exact"], audit["wrong"]) == (True, False, {}), audit["wrong"]
+    assert all("bfloat16 is" in why for why in audit["cleared"].values())
+
+
+def one_sequence_padded_before(model: Path) -> RowsOf:
+    """Sequence 4 looks at two tokens of padding."""
+    reference = load_reference(model, torch.bfloat16)
+
+    def rows_of(micro_batch: MicroBatch) -> list[torch.Tensor]:
+        rows = reference_rows(reference, micro_batch)
+        for row in np.flatnonzero(micro_batch.sequence_ids == 4):
+            its_own, start = alone(micro_batch, row), int(micro_batch.token_counts[:row].sum())
+            longer = replace(its_own, token_counts=its_own.token_counts + 2, token_ids_BT=np.pad(its_own.token_ids_BT, ((0, 0), (2, 0))))
+            for layer, leaked in zip(rows, reference_rows(reference, longer), strict=True):
+                layer[start : start + len(leaked) - 2] = leaked[2:]
+        return rows
+
+    return rows_of
+
+
+@pytest.mark.parametrize("mutant", [one_sequence_padded_before, padding_leaking_in], ids=lambda mutant: mutant.__name__)
+def test_leaks_are_told_from_what_bfloat16_rounds(
+    monkeypatch: pytest.MonkeyPatch, sharp: Path, prompts: Path, tmp_path: Path, mutant: Callable[[Path], RowsOf]
+) -> None:
+    rows_of = mutant(sharp)
+    audit = audited(
+        extracted(
+            monkeypatch,
+            sharp,
+            prompts,
+            tmp_path / "run",
+            lambda batch: [rows.bfloat16() for rows in rows_of(batch)],
+            computed_on="NVIDIA H200",
+            **BFLOAT16,
+        )
+    )
+    assert (audit["passed"], audit["exact"]) == (False, False)
+    if mutant is one_sequence_padded_before:
+        assert audit["wrong"].keys() == {"4"}
+        assert "off transformers' in float32" in audit["wrong"]["4"]
+
+
+def test_a_micro_batch_whose_mask_leaks_fails_though_transformers_has_its_bits(
+    monkeypatch: pytest.MonkeyPatch, models: dict[str, Path], prompts: Path, tmp_path: Path
+) -> None:
+    """Attention looks ahead, in the run and in the audit: at padding, where there is any."""
+    attention = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional, "scaled_dot_product_attention", lambda *given, **more: attention(*given, **{**more, "is_causal": False})
+    )
+    monkeypatch.setattr(checking, "prove", lambda *_: None)
+    audit = audited(extracted(monkeypatch, models["llama"], prompts, tmp_path / "run", **BFLOAT16))
+    recorded = [each for each in audit["compared"] if each["batch"] == "recorded"]
+    assert all(each["same_bits"] == each["rows"] for each in recorded)
+    assert (audit["passed"], audit["exact"], audit["num_wrong"] > 0, audit["cleared"]) == (False, True, True, {})
+    assert any("in float32 its micro-batch changes it by 0." in why for why in audit["wrong"].values())
 
 
 # -- tokens ------------------------------------------------------------------------------------------------------------------

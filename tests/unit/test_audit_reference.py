@@ -52,6 +52,35 @@ def test_it_is_transformers_own_model_of_every_family(tmp_path: Path, family: st
     assert [same_bits(found[layer], rows) for layer, rows in enumerate(expected)] == [True] * len(layers)
 
 
+@pytest.mark.parametrize(("family", "where"), [*((family, "memory") for family in FAMILIES), ("llama", "disk"), ("minimax_m2", "disk")])
+def test_in_float32_it_computes_with_the_weights_that_it_has(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, family: str, where: str
+) -> None:
+    folder = make_minimax(tmp_path / family, "fp8") if family == "minimax_m2" else make_family(tmp_path / family, family, torch.bfloat16)
+    micro_batch, model = micro_batch_of(LENGTHS, vocab_size(folder)), load_reference(folder, torch.bfloat16)
+    is_real_BT = torch.arange(micro_batch.token_ids_BT.shape[1]) < torch.from_numpy(micro_batch.token_counts)[:, None]
+    if where == "disk":
+        num_bytes = sum(tensor.nbytes for tensor in model.parameters())
+        monkeypatch.setattr("m2ray.audit.reference.get_max_memory", lambda: {"cpu": num_bytes // 2})
+    with Reference(str(folder), "bfloat16", model.config._attn_implementation, on_cpu=True) as reference:
+        assert reference.in_memory == (where == "memory")
+        layers = range(reference.config.num_hidden_layers)
+
+        def rows() -> list[torch.Tensor]:
+            found: dict[int, torch.Tensor] = {}
+            token_ids_BT = torch.from_numpy(micro_batch.token_ids_BT).long()
+            places = {("residual", layer) for layer in layers}
+            reference.run(token_ids_BT, places, lambda _, layer, output: found.update({layer: output[is_real_BT].clone()}))
+            return [found[layer] for layer in layers]
+
+        before = rows()
+        with reference.in_float32():
+            wide = rows()
+        assert list(map(same_bits, rows(), before)) == [True] * len(layers)
+    assert {each.dtype for each in wide} == {torch.float32}
+    assert list(map(same_bits, wide, reference_rows(model.float(), micro_batch))) == [True] * len(layers)
+
+
 @pytest.mark.parametrize("name", ["gemma3", "llama4", "qwen3_5"])
 def test_it_is_transformers_own_multimodal_model_given_text(tmp_path: Path, name: str) -> None:
     folder = make_wrapper(tmp_path / name, name)

@@ -84,7 +84,7 @@ def beside(process: Beside) -> Iterator[Beside]:
 
 
 def pid_of(beside: Beside) -> int:
-    return beside.start()._process.pid
+    return beside.start().pid
 
 
 def until(holds: Callable[[], bool]) -> None:
@@ -237,7 +237,7 @@ def test_a_stage_that_plays_that_it_is_on_a_gpu(tmp_path: Path, monkeypatch: pyt
 _STAGE = """
 import sys, time
 from m2ray.activations.writing.beside import Beside
-print(Beside().start()._process.pid, flush=True)
+print(Beside().start().pid, flush=True)
 time.sleep(60)
 """
 

@@ -6,18 +6,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import obstore
 import pytest
 import torch
+from obstore.store import MemoryStore
 from safetensors.torch import load_file, save_file
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from m2ray.errors import CheckpointError, ConfigError
-from m2ray.model import families
+from m2ray.model import checkpoint, families
 from m2ray.model.checkpoint import open_checkpoint
 from m2ray.model.families import parse_config
 from m2ray.model.skeleton import build_skeleton
 from m2ray.model.tensor_table import table_without_weights, tensor_table
 from m2ray.model.tiny import tiny_copies
+from m2ray.storage import ObjectStore
 from tests.reference import DATA, FAMILIES, load_reference, make_family, make_minimax
 
 INDEX = "model.safetensors.index.json"
@@ -465,3 +468,20 @@ def test_a_tied_head_on_disk_is_reported_as_head(originals: dict[str, Path], tmp
     edit_tensors(folder, lambda tensors: tensors.pop("model.embed_tokens.weight"))
     rows = {row.name: row for row in tensor_table(open_checkpoint(str(folder))).rows}
     assert rows["model.embed_tokens.weight"].sources == ("lm_head.weight",)
+
+
+def test_a_bucket_is_asked_once_for_the_sizes_of_all_weight_files(monkeypatch: pytest.MonkeyPatch, minimax: Path) -> None:
+    memory, looked_at = MemoryStore(), list[str]()
+    for path in minimax.iterdir():
+        obstore.put(memory, path.name, path.read_bytes())
+    head = obstore.head
+    monkeypatch.setattr(obstore, "head", lambda store, key: looked_at.append(key) or head(store, key))
+    monkeypatch.setattr(checkpoint, "open_store", lambda url: ObjectStore(url, memory))
+    found = open_checkpoint("memory://model")
+    assert len(found.weight_files) > 1
+    assert not [key for key in looked_at if key in found.weight_files]
+    monkeypatch.undo()
+    assert found.digest == open_checkpoint(str(minimax)).digest
+    obstore.delete(memory, min(found.weight_files))
+    monkeypatch.setattr(checkpoint, "open_store", lambda url: ObjectStore(url, memory))
+    assert open_checkpoint("memory://model").damaged.keys() == {min(found.weight_files)}

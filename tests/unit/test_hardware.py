@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from m2ray import planning
-from m2ray.chain.machine import disk_free_bytes, peak_rss_bytes, probe_node, visible_devices
+from m2ray.chain.machine import disk_free_bytes, peak_rss_bytes, probe_node, unshared_bytes, visible_devices
 from m2ray.errors import ConfigError, M2rayError
 from m2ray.planning.hardware import GPU_MODELS, Gpu, find_gpu_model, parse_gpus
 from m2ray.sizes import MaxMemory, parse_max_memory
@@ -168,3 +168,23 @@ def test_the_peak_of_a_process_is_its_own():
     asked = [sys.executable, "-c", "from m2ray.chain.machine import peak_rss_bytes; print(peak_rss_bytes())"]
     child_bytes = int(subprocess.run(asked, capture_output=True, text=True, check=True, timeout=60).stdout)
     assert 5 * 2**20 < child_bytes < len(held) < peak_rss_bytes()
+
+
+_SHARING = """
+import mmap, os
+descriptor = os.memfd_create("shared")
+os.ftruncate(descriptor, 200 << 20)
+shared, own = mmap.mmap(descriptor, 200 << 20), b"x" * (100 << 20)
+shared.write(own)
+shared.write(own)
+input(print("ready", flush=True))
+"""
+
+
+def test_what_another_process_has_to_itself_is_told_without_what_it_shares():
+    with subprocess.Popen([sys.executable, "-c", _SHARING], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "ready\n"
+        assert 100 * 2**20 < unshared_bytes(other.pid) < 150 * 2**20
+        other.communicate("\n", timeout=20)
+    assert unshared_bytes(other.pid) == 0

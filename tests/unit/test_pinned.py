@@ -1,6 +1,9 @@
 """Pinned memory: how many runs of which sizes captured rows take, when they are free again, and that memory is registered no longer than it is there."""
 
+import errno
 import gc
+import os
+from collections import deque
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -11,6 +14,8 @@ from m2ray.errors import StageError
 from m2ray.model import pinned
 from m2ray.model.pinned import PinnedRuns, SharedRuns
 from m2ray.model.residency.places import InHostMemory, host_memory
+from m2ray.planning import memory as planned
+from m2ray.planning.memory import Workload
 from m2ray.shared_memory import SharedMemory
 
 FULL, WIDTH, PARTS = 1024, 64, 16
@@ -86,6 +91,25 @@ def test_sequences_longer_than_a_micro_batch_find_each_others_runs_again() -> No
     assert set(odd._runs) == {4032}, "no run is twice as long for being aligned"
 
 
+@pytest.mark.parametrize("longest", [FULL, 4 * FULL])
+def test_runs_take_no_more_than_the_plan_counts(monkeypatch: pytest.MonkeyPatch, longest: int) -> None:
+    """Rows of any length wait until the writer's queue is full, while those of two more micro-batches are on their way."""
+    for module, name in ((pinned, "_GROWN_BYTES"), (planned, "GROWN_BYTES")):
+        monkeypatch.setattr(module, name, 1 << 14)
+    columns, queue_bytes, memory = [3 * WIDTH, 4, WIDTH, 4], 12 * FULL * WIDTH, SharedMemory()
+    runs = PinnedRuns(FULL, SharedRuns(memory, torch.device("cpu")))
+    runs.reserve(2 * FULL * sum(columns) + queue_bytes, columns)
+    for tokens in range(FULL // 2 + 1, longest + 1, FULL // 16):
+        held: deque[list[torch.Tensor]] = deque()
+        for _ in range(30):
+            while (len(held) - 1) * tokens * sum(columns) > queue_bytes:
+                held.popleft()
+            held.append([runs.take((tokens, width), torch.uint8) for width in columns])
+    taken_bytes = sum(len(slab.memory) for slab in memory.slabs)
+    work = Workload(FULL, longest, longest, 1, 2, 0, writer_queue_bytes=queue_bytes)
+    assert taken_bytes <= planned.gpu_host_memory(work, columns).running["capture"] <= 1.5 * taken_bytes
+
+
 def addresses(rows: list[torch.Tensor]) -> list[int]:
     return [part.data_ptr() for part in rows]
 
@@ -120,6 +144,13 @@ def test_memory_is_registered_while_a_job_may_take_it_and_kept_for_another_that_
     monkeypatch.setattr(torch.cuda, "device", nullcontext)
     waited_for: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "synchronize", waited_for.append)
+    launched: list[torch.device] = []
+
+    def launch(_: int, device: torch.device) -> None:
+        launched.append(device)
+        raise RuntimeError("CUDA error 2, of a call before")
+
+    monkeypatch.setattr(torch, "ones", launch)
     memory = SharedMemory()
     runs = SharedRuns(memory, torch.device("cuda:1"))
     PinnedRuns(FULL, runs).reserve(4 * RUN_BYTES, [WIDTH * 2])
@@ -133,6 +164,12 @@ def test_memory_is_registered_while_a_job_may_take_it_and_kept_for_another_that_
     assert slab not in memory.slabs
     assert registered == {memory.slabs[0].address: 4 * RUN_BYTES}
     assert (held == 7).all(), "whoever has rows of the job before still reads them"
+    PinnedRuns(FULL, runs).reserve(0, [])
+    assert not registered, "chosen tokens have no use for it"
+    few = takes(PinnedRuns(FULL, runs), 1)
+    PinnedRuns(FULL, runs).reserve(0, [])
+    assert len(registered) == len(memory.slabs) == 1, "a job like the one before pins nothing"
+    del few
     errors[0] = 2
     with pytest.raises(StageError, match=f"{8 * RUN_BYTES:,} bytes of pinned host memory for captured rows cannot be had: CUDA error 2"):
         PinnedRuns(FULL, runs).reserve(8 * RUN_BYTES, [WIDTH * 2])
@@ -141,6 +178,16 @@ def test_memory_is_registered_while_a_job_may_take_it_and_kept_for_another_that_
     assert not registered
     assert memory.slabs == ()
     assert set(waited_for) == {torch.device("cuda:1")}
+    assert launched == 2 * [torch.device("cuda:1")], "no kernel of the run is told of what was refused"
+
+
+def test_memory_for_which_files_are_missing_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(os, "memfd_create", refuse)
+    with pytest.raises(StageError, match=r"Too many open files\. Allow the process more open files \(ulimit -n\): .* 32 MiB"):
+        takes(PinnedRuns(FULL, SharedRuns(SharedMemory(), torch.device("cpu"))), FULL)
 
 
 def test_a_layers_memory_is_registered_as_long_as_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,6 +197,7 @@ def test_a_layers_memory_is_registered_as_long_as_it_is_there(monkeypatch: pytes
         cudaHostUnregister=lambda address: registered.remove(address) or 0,
     )
     monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
     waited_for: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "synchronize", waited_for.append)
     place = InHostMemory(host_memory(5000), torch.device("cuda:1"))

@@ -64,6 +64,10 @@ class _Process:
         threading.Thread(target=self._listen, name="writer beside", daemon=True).start()
 
     @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
     def is_alive(self) -> bool:
         return not self._ended
 
@@ -211,6 +215,12 @@ class Beside:
                     what = f"The process that writes a stage's rows cannot be started: {error.strerror}."
                     raise StageError(what, "Allow for more processes and open files (ulimit -u, -n), or free memory.") from error
             return self._process
+
+    @property
+    def pid(self) -> int | None:
+        """Of the process; None where there is none yet."""
+        process = self._process
+        return None if process is None else process.pid
 
     def open(self, spec: WriterSpec, parts: Sequence[PartSpec]) -> "WriterBeside":
         """A writer there; the one before it is closed. Raises as WriterSpec.open, and StoreError: the process does not start."""

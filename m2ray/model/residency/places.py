@@ -16,6 +16,7 @@ import torch
 from m2ray.errors import StageError
 from m2ray.model.checkpoint import Checkpoint
 from m2ray.model.interpreter import quick_switches
+from m2ray.model.registered import register, unregister
 from m2ray.model.residency.packed_layer import PackedLayer
 from m2ray.model.residency.readers import PIECE_BYTES, Fetch, Readers
 from m2ray.storage.scratch import scratch
@@ -69,9 +70,9 @@ class InHostMemory:
     def settle(self) -> None:
         """Raises OutOfMemoryError: the system does not let so much memory be pinned."""
         # torch's own pinned memory comes in powers of two: up to twice of what a layer takes.
-        error = torch.cuda.cudart().cudaHostRegister(self.run.data_ptr(), len(self.run), 0)
-        if int(error):
-            raise torch.OutOfMemoryError(f"{len(self.run)} bytes of host memory could not be pinned: CUDA error {int(error)}.")
+        error = register(self.run.data_ptr(), len(self.run), self._device)
+        if error:
+            raise torch.OutOfMemoryError(f"{len(self.run)} bytes of host memory could not be pinned: CUDA error {error}.")
         # Before the memory is given back: what is allocated at its place later could not be registered again.
         weakref.finalize(self, _unregister, self.run.data_ptr(), self._device).atexit = False
 
@@ -169,4 +170,4 @@ class UnnamedFile:
 def _unregister(address: int, device: torch.device) -> None:
     """End the registration of a layer's memory, once no copy out of it to the device is under way."""
     torch.cuda.synchronize(device)
-    torch.cuda.cudart().cudaHostUnregister(address)
+    unregister(address)
