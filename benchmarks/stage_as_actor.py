@@ -2,6 +2,7 @@
 with the one beside it that writes.
 
     python -m benchmarks.stage_as_actor FOLDER               # 6 layers at MiniMax-M2's real dimensions, on one GPU
+    python -m benchmarks.stage_as_actor FOLDER --compute-dtype float8
     python -m benchmarks.stage_as_actor FOLDER --tiny        # to try the script on a CPU
 
 Ways differ in what is taken, where it goes, which process writes it, who makes CRCs, how quickly the interpreter switches between threads, the writer's threads and
@@ -172,7 +173,7 @@ def shard_of(batches: Sequence[MicroBatch]) -> Shard:
     return Shard(batches[0].shard, ids, counts)
 
 
-def bench(folder: Path, model: Path, layers: int, prompts: Prompts, memory: Path) -> Iterator[Bench]:
+def bench(folder: Path, model: Path, layers: int, prompts: Prompts, memory: Path, dtype: str) -> Iterator[Bench]:
     """The stage in an actor of Ray's, until the end."""
     config = json.loads((model / "config.json").read_text())
     num_gpus = min(1, torch.cuda.device_count())
@@ -181,7 +182,7 @@ def bench(folder: Path, model: Path, layers: int, prompts: Prompts, memory: Path
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         ray.init(address="local", num_cpus=16, num_gpus=num_gpus, include_dashboard=False, _temp_dir=scratch, logging_level="ERROR")
         specs = [
-            [StageSpec(str(model), LayerSpan(0, layers), "bfloat16", "auto", "cuda:0" if num_gpus else "cpu", 1, compile=bool(num_gpus))]
+            [StageSpec(str(model), LayerSpan(0, layers), dtype, "auto", "cuda:0" if num_gpus else "cpu", 1, compile=bool(num_gpus))]
         ]
         node = ray.nodes()[0]
         reservation = Reservation([Room(node["NodeManagerAddress"], node["NodeID"], num_gpus, 1.0)], {})
@@ -201,6 +202,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=LAYERS)
     parser.add_argument("--prompts", type=int, nargs="+", default=[1536], help="of one pass; more numbers: other passes of the same stage")
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--compute-dtype", choices=("bfloat16", "float8"), default="bfloat16")
     parser.add_argument("--ways", default="", help="only those in whose names this pattern is found: 'actor$|CRCs'")
     parser.add_argument(
         "--profile", action="store_true", help="gaps between kernels, of one thread and of the actor, where they are among the ways"
@@ -216,7 +218,7 @@ def main() -> None:
     ways = [way for way in WAYS if re.search(options.ways, way.name)]
     profiled = [way for way in ways if way.name in ("one thread", "actor")] if options.profile else []
     rows: list[Row] = []
-    for stand in bench(folder, model, options.layers, passes[0], MEMORY):
+    for stand in bench(folder, model, options.layers, passes[0], MEMORY, options.compute_dtype):
         writing = [way for way in ways if way.takes and way.keeps]
         for way in (
             replace(BARE, is_chain=True),
@@ -227,8 +229,9 @@ def main() -> None:
         for prompts in passes:
             name = "" if prompts is passes[0] else f", {len(prompts.texts):,} prompts"
             rows += measured(replace(stand, prompts=prompts), ways, name, options.rounds, options.timeline)
-        title = f"A stage of {options.layers} layers at MiniMax-M2's real dimensions as an actor, and without one around it"
-        _ = print(*rows, sep="\n") if options.tiny else record("stage_as_actor", title, rows)
+        in_float8 = options.compute_dtype == "float8"
+        title = f"A stage of {options.layers} layers at MiniMax-M2's real dimensions as an actor, and without one around it{', in float8' if in_float8 else ''}"
+        _ = print(*rows, sep="\n") if options.tiny else record("stage_as_actor" + ("_float8" if in_float8 else ""), title, rows)
         for way in profiled:
             print(f"profiled: {way.name}", *stand.seconds(way, profiled=True), sep="\n    ", flush=True)
 
