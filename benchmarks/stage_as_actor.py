@@ -181,9 +181,7 @@ def bench(folder: Path, model: Path, layers: int, prompts: Prompts, memory: Path
     started.actor_class = probe_class
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         ray.init(address="local", num_cpus=16, num_gpus=num_gpus, include_dashboard=False, _temp_dir=scratch, logging_level="ERROR")
-        specs = [
-            [StageSpec(str(model), LayerSpan(0, layers), dtype, "auto", "cuda:0" if num_gpus else "cpu", 1, compile=bool(num_gpus))]
-        ]
+        specs = [[StageSpec(str(model), LayerSpan(0, layers), dtype, "auto", "cuda:0" if num_gpus else "cpu", 1, compile=bool(num_gpus))]]
         node = ray.nodes()[0]
         reservation = Reservation([Room(node["NodeManagerAddress"], node["NodeID"], num_gpus, 1.0)], {})
         reservation.wait(60.0)
