@@ -94,10 +94,10 @@ def replace_sum(graph: Graph) -> None:
 def _parts(stream: Any) -> list[Node]:
     """What is in memory of which the stream is the sum; none if that is not so."""
     parts = stream.args if stream.target == _ATEN.add.Tensor and not stream.kwargs else [stream]
-    return list(parts) if all(map(_is_written, parts)) else []
+    return list(parts) if all(map(is_written, parts)) else []
 
 
-def _is_written(node: Any) -> bool:
+def is_written(node: Any) -> bool:
     """Whether it is given to the layer, or a product, as it lies in memory in bfloat16."""
     while isinstance(node, Node) and node.target in _SHAPED:
         node = node.args[0]

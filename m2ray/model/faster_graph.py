@@ -8,7 +8,7 @@ import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph
 
-from m2ray.model import causal_attention, expert_products, expert_sums, experts, router_product, routing
+from m2ray.model import causal_attention, expert_products, expert_sums, experts, graph_pattern, rotary, router_product, routing
 from m2ray.model.float8 import rounding
 
 Replacing = Callable[[Graph], None]
@@ -19,6 +19,7 @@ def replacements(device: torch.device) -> tuple[Replacing, ...]:
     known = (
         (routing.has_kernel, routing.replace_choice),
         (router_product.has_kernel, router_product.replace_product),
+        (rotary.has_kernel, rotary.replace_turned),
         (causal_attention.has_kernel, causal_attention.replace_attention),
         (experts.has_kernels, expert_sums.replace_sum),
     )
@@ -41,6 +42,6 @@ class FasterGraph(CustomGraphPass):
 
     def uuid(self) -> bytes:
         kernel = str(Path(__file__).with_name("attention_kernel.py"))  # torch's CPU builds cannot import it
-        modules = (routing, router_product, causal_attention, experts, expert_products, expert_sums, rounding)
+        modules = (routing, router_product, rotary, graph_pattern, causal_attention, experts, expert_products, expert_sums, rounding)
         files = (*(str(module.__file__) for module in modules), kernel)
         return bytes(get_hash_for_files(files, " ".join(replace.__name__ for replace in self.replacing)))
