@@ -1,13 +1,15 @@
 """Heads that are normed and turned by one operation in compiled layers on a GPU: found in transformers' own attention, computed on a CPU by torch."""
 
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.exc import BackendCompilerFailed
 from torch._inductor.decomposition import select_decomp_table
 from torch.func import functional_call
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import AutoConfig
 from transformers.models.cohere.modeling_cohere import CohereAttention
@@ -15,12 +17,13 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Atten
 from transformers.models.ernie4_5_moe.modeling_ernie4_5_moe import Ernie4_5_MoeAttention
 from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention
 from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeAttention
-from transformers.models.llama.modeling_llama import LlamaAttention
+from transformers.models.llama.modeling_llama import LlamaAttention, rotate_half
 from transformers.models.minimax_m2.modeling_minimax_m2 import MiniMaxM2Attention
 from transformers.models.olmoe.modeling_olmoe import OlmoeAttention
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeAttention
 
-from m2ray.model import rotary
+from m2ray.model import compilation, rotary
+from tests.reference import load_chain, make_minimax, micro_batch_of
 
 SIZES = {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 16, "attn_implementation": "sdpa"}
 OF_GLM = {"use_qk_norm": True, "attention_bias": False}
@@ -108,6 +111,45 @@ def test_other_heads_are_left_to_torch(of: Any, fields: dict[str, Any], part: in
     rotary.replace_turned(module.graph)
     module.recompile()
     assert module.code == code
+
+
+@pytest.mark.parametrize(("kind", "number"), [("first", 1), ("last", 0), ("scaled", 0), ("doubled", 0), ("float32", 0)])
+def test_only_the_first_part_of_a_products_heads_is_turned(kind: str, number: int) -> None:
+    """Not another part, nor by angles that the layer computes, nor what it computes between the product and the turn, nor in another dtype."""
+
+    def forward(hidden_BTH: torch.Tensor, weight: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        product = hidden_BTH @ weight
+        heads = (product * 2 if kind == "doubled" else product).view(2, 33, -1, 16).transpose(1, 2)
+        turning = heads[..., 8:] if kind == "last" else heads[..., :8]
+        cos = cos * 2 if kind == "scaled" else cos
+        turned = turning * cos.unsqueeze(1) + rotate_half(turning) * sin.unsqueeze(1)
+        return torch.cat([turned, heads[..., 8:]], -1)
+
+    dtype = torch.float32 if kind == "float32" else torch.bfloat16
+    given = [torch.randn(shape).to(dtype) for shape in ((2, 33, 96), (96, 96), (1, 33, 8), (1, 33, 8))]
+    module = make_fx(forward, decomposition_table=select_decomp_table())(*given)
+    rotary.replace_turned(module.graph)
+    assert len(module.graph.find_nodes(op="call_function", target=torch.ops.m2ray.turned_heads.default)) == number
+
+
+def test_they_are_found_in_what_torch_compile_makes_of_a_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two shapes: the second graph has sizes that are open. Neither is made into code, which takes longest."""
+    numbers = []
+
+    def look(graph: Graph) -> None:
+        found = graph.find_nodes(op="call_function", target=torch.ops.m2ray.turned_heads.default)
+        numbers.append((len(found), {isinstance(size, int) for node in found for size in node.args[0].meta["val"].shape[:2]}))
+        raise NotImplementedError
+
+    monkeypatch.setattr(compilation, "replacements", lambda _: (rotary.replace_turned, look))
+    (stage,) = load_chain(make_minimax(tmp_path / "model", "fp8"), (0, 1), "bfloat16")
+    torch._dynamo.reset()
+    stage._decoder.compile_layers()
+    for lengths in ((15, 7), (12, 9, 8)):
+        with pytest.raises(BackendCompilerFailed):
+            stage.forward(micro_batch_of(lengths, 96), None)
+    torch._dynamo.reset()
+    assert numbers == [(2, {True}), (2, {False})]
 
 
 def test_a_kernel_that_turns_otherwise_is_not_proved(monkeypatch: pytest.MonkeyPatch) -> None:
