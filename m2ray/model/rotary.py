@@ -2,19 +2,15 @@
 
 import sys
 from functools import cache
-from itertools import product
 from typing import Any, NamedTuple
 
 import torch
 from torch.fx import Graph, Node
 
-from m2ray.model.expert_sums import is_written
-from m2ray.model.graph_pattern import matches
+from m2ray.model.graph_values import SHAPED, is_given, is_written, matches, norm_of
 from m2ray.model.kernel_proof import is_proved
 
 _ATEN = torch.ops.aten
-_CONVERT = torch.ops.prims.convert_element_type.default
-_SHAPED = (_ATEN.reshape.default, _ATEN.view.default)
 _END = sys.maxsize
 _TURN = [0, 2, 1, 3]
 
@@ -28,17 +24,12 @@ _PARTLY = (_ATEN.cat.default, [_TURNED, (_ATEN.slice.Tensor, "heads", 3, "both",
 _TURNING = (_ATEN.slice.Tensor, "heads", 3, 0, "both")
 """The same of the first values of each head, and which these are."""
 
-_WIDE = (_CONVERT, "given", torch.float32)
-_MEAN = (_ATEN.mean.dim, (_ATEN.pow.Tensor_Scalar, _WIDE, 2), [-1], True)
-_SCALED = (_ATEN.mul.Tensor, _WIDE, (_ATEN.rsqrt.default, (_ATEN.add.Tensor, _MEAN, "epsilon")))
-_NORMED = (_ATEN.mul.Tensor, "weight", (_CONVERT, _SCALED, torch.bfloat16))
-"""transformers' norm by the root of the mean of squares."""
-
 _LEAST_CAPABILITY = (8, 0)
 _MOST_VALUES = 16384
 """Of a token, which a program of the kernel holds at once."""
 
-_WARP_VALUES, _MOST_WARPS = 1024, 8
+_WARPS, _WARPS_OF_ALL = 4, 2
+"""Of a program, and of one that sums over all heads: warps wait for one another there."""
 
 
 class _Turned(NamedTuple):
@@ -77,34 +68,21 @@ def _found(node: Node) -> _Turned | None:
         return None
     laid: Any = found["laid"]
     given, weight, epsilon = _unnormed(laid)
-    while given.target in _SHAPED and given.meta["val"].dim() > 3:
+    while given.target in SHAPED and given.meta["val"].dim() > 3:
         given = given.args[0]
     turned = _Turned(given, weight, found["cos"], found["sin"], laid.meta["val"].shape[3], epsilon)
     return turned if _fits(turned, laid, found["half"]) else None
 
 
-def _unnormed(laid: Node) -> tuple[Any, Any, Any]:
+def _unnormed(laid: Node) -> tuple[Any, Node | None, float]:
     """Of what heads [B, T, A, D] are the norm, its weight and its epsilon; they themselves, None and 0 where they are none."""
-    for each in (laid, laid.args[0] if laid.target in _SHAPED else None):
-        found: dict[str, Any] = {}
-        if matches(_NORMED, each, found) and _is_of_each(found["weight"], found["given"]):
-            return found["given"], found["weight"], found["epsilon"]
-    return laid, None, 0.0
-
-
-def _is_of_each(weight: Any, given: Node) -> bool:
-    """Whether a norm has a weight for each value along the last axis."""
-    return _is_placeholder(weight) and weight.meta["val"].shape == given.meta["val"].shape[-1:]
-
-
-def _is_placeholder(node: Any) -> bool:
-    return isinstance(node, Node) and node.op == "placeholder" and node.meta["val"].dtype == torch.bfloat16
+    return norm_of(laid) or (norm_of(laid.args[0]) if laid.target in SHAPED else None) or (laid, None, 0.0)
 
 
 def _fits(turned: _Turned, laid: Node, half: Any) -> bool:
     """Whether the kernel takes it: what lies in memory in bfloat16, [B, T, heads * width], and parts of heads that are powers of two."""
-    given, weight, cos, sin, width, epsilon = turned
-    if not (is_written(given) and _is_placeholder(cos) and _is_placeholder(sin) and isinstance(half, int) and isinstance(epsilon, float)):
+    given, weight, cos, sin, width, _ = turned
+    if not (is_written(given) and is_given(cos) and is_given(sin) and isinstance(half, int)):
         return False
     num_sequences, length, heads, _ = laid.meta["val"].shape
     of_cos, of_sin, rest = cos.meta["val"].shape, sin.meta["val"].shape, width - 2 * half
@@ -112,6 +90,7 @@ def _fits(turned: _Turned, laid: Node, half: Any) -> bool:
         given.meta["val"].shape == (num_sequences, length, heads * width)
         and (weight is None or weight.meta["val"].shape[0] in (width, heads * width))
         and of_cos == of_sin == (of_cos[0], length, 2 * half)
+        and isinstance(heads, int)
         and half & (half - 1) == rest & (rest - 1) == 0
         and _padded(heads) * width <= _MOST_VALUES
     )
@@ -161,9 +140,9 @@ def _by_kernel(
     num_sequences, length, total = given_BTW.shape
     turned_BTAD = given_BTW.new_empty((num_sequences, length, total // width, width))
     num_angles = cos_BTR.shape[0] * length
-    padded = _padded(total // width)
-    warps = min(max(padded * width // _WARP_VALUES, 1), _MOST_WARPS)
-    sizes = total // width, padded, width, cos_BTR.shape[2] // 2, weight is not None and len(weight) == width
+    is_each = weight is None or len(weight) == width
+    sizes = total // width, _padded(total // width), width, cos_BTR.shape[2] // 2, is_each
+    warps = _WARPS if is_each else _WARPS_OF_ALL
     with torch.cuda.device(given_BTW.device):
         _kernel()[num_sequences * length,](given_BTW, weight, cos_BTR, sin_BTR, turned_BTAD, num_angles, epsilon, *sizes, num_warps=warps)
     return turned_BTAD
@@ -190,7 +169,7 @@ def _problem(device: torch.device) -> str:
     def drawn(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator, device=device).bfloat16()
 
-    for half, of_norm, num_angles in product((32, 64), (0, 128, 6 * 128), (1, 3)):
+    for half, of_norm, num_angles in ((32, 6 * 128, 1), (32, 0, 3), (64, 128, 3)):
         given_BTW, weight = 4 * drawn(3, 37, 6 * 128), drawn(of_norm) if of_norm else None
         angles = drawn(num_angles, 37, 2 * half), drawn(num_angles, 37, 2 * half)
         exact = _by_torch(given_BTW.double(), weight, *angles, 128, 1e-6)

@@ -141,7 +141,7 @@ def test_they_are_found_in_what_torch_compile_makes_of_a_layer(tmp_path: Path, m
         numbers.append((len(found), {isinstance(size, int) for node in found for size in node.args[0].meta["val"].shape[:2]}))
         raise NotImplementedError
 
-    monkeypatch.setattr(compilation, "replacements", lambda _: (rotary.replace_turned, look))
+    monkeypatch.setattr(compilation, "replacements", lambda _, **__: (rotary.replace_turned, look))
     (stage,) = load_chain(make_minimax(tmp_path / "model", "fp8"), (0, 1), "bfloat16")
     torch._dynamo.reset()
     stage._decoder.compile_layers()
