@@ -9,7 +9,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from torch.fx import Graph
 
 from m2ray.model import causal_attention, expert_products, expert_sums, experts, graph_values, rotary, router_product, routing
-from m2ray.model.float8 import norms, rounding
+from m2ray.model.float8 import attention, norms, rounding
 
 Replacing = Callable[[Graph], None]
 
@@ -25,7 +25,8 @@ def replacements(device: torch.device, *, rounds: bool) -> tuple[Replacing, ...]
     )
     found = [replace for has_kernel, replace in known if has_kernel(device)]
     if found and rounds:
-        found += [rounding.share_rounded, norms.replace_norm] if norms.has_kernel(device) else [rounding.share_rounded]
+        to_float8 = (norms.has_kernel, norms.replace_norm), (attention.has_kernel, attention.replace_rounded)
+        found += [rounding.share_rounded, *(replace for has_kernel, replace in to_float8 if has_kernel(device))]
     return tuple(found)
 
 
@@ -44,6 +45,18 @@ class FasterGraph(CustomGraphPass):
 
     def uuid(self) -> bytes:
         kernel = str(Path(__file__).with_name("attention_kernel.py"))  # torch's CPU builds cannot import it
-        modules = (routing, router_product, rotary, graph_values, causal_attention, experts, expert_products, expert_sums, norms, rounding)
+        modules = (
+            routing,
+            router_product,
+            rotary,
+            graph_values,
+            causal_attention,
+            experts,
+            expert_products,
+            expert_sums,
+            attention,
+            norms,
+            rounding,
+        )
         files = (*(str(module.__file__) for module in modules), kernel)
         return bytes(get_hash_for_files(files, " ".join(replace.__name__ for replace in self.replacing)))

@@ -53,6 +53,11 @@ def unshaped(node: Any) -> Any:
     return node
 
 
+def takers(node: Node) -> list[Node]:
+    """What is given a value, in whatever shape."""
+    return [taker for user in node.users for taker in (takers(user) if user.target in SHAPED else [user])]
+
+
 def written_parts(stream: Any) -> list[Node]:
     """What is in memory of which the stream is the sum, one part or two; none if that is not so."""
     parts = stream.args if stream.target == _ATEN.add.Tensor and not stream.kwargs else [stream]

@@ -9,7 +9,7 @@ from torch.fx import Graph, Node
 
 from m2ray.model.float8 import rounding
 from m2ray.model.float8.rounding import BLOCK, FP8, is_near, rounded
-from m2ray.model.graph_values import SHAPED, norm_of, unshaped, written_parts
+from m2ray.model.graph_values import norm_of, takers, unshaped, written_parts
 from m2ray.model.kernel_proof import is_proved
 
 _ATEN = torch.ops.aten
@@ -22,37 +22,34 @@ def replace_norm(graph: Graph) -> None:
     """Put `normed_float8` in the place of the stream's norm and its rounding, where nothing else is given what is normed but, in float32, a router."""
     for node in graph.find_nodes(op="call_function", target=torch.ops.m2ray.round_float8.default):
         normed = unshaped(node.args[0])
-        norm, others = norm_of(normed), [taker for taker in _takers(normed) if taker is not node]
-        if norm is None or not all(_is_wide(taker, node) for taker in others):
+        norm, others = norm_of(normed), [taker for taker in takers(normed) if taker is not node]
+        sizes = [taker for taker in others if taker.target == _ATEN.sym_size.int]
+        wide = [taker for taker in others if taker.target == _CONVERT and taker.args[1] == torch.float32]
+        if norm is None or len(sizes) + len(wide) < len(others) or any(_shape(each.args[0]) != _shape(node.args[0]) for each in others):
             continue
         width, parts = norm.weight.meta["val"].shape[0], written_parts(norm.given)
-        if not parts or not _fits(width, node) or any(part.meta["val"].shape != norm.given.meta["val"].shape for part in parts):
+        if not parts or not _fits(width, node) or any(_shape(part) != _shape(norm.given) for part in parts):
             continue
         with graph.inserting_before(normed.next):
             rows = [graph.call_function(_ATEN.reshape.default, (part, [-1, width])) for part in parts]
             given = *[*rows, None][:2], norm.weight, norm.epsilon
-            result = graph.call_function(torch.ops.m2ray.normed_float8.default, given, {"is_wide": bool(others)})
-            for taker in others:
-                taker.replace_all_uses_with(graph.call_function(getitem, (result, 2)))
+            result = graph.call_function(torch.ops.m2ray.normed_float8.default, given, {"is_wide": bool(wide)})
+            for each in wide:
+                each.replace_all_uses_with(graph.call_function(getitem, (result, 2)))
+            for each in sizes:
+                each.update_arg(0, graph.call_function(getitem, (result, 0)))
         node.replace_all_uses_with(result)
-        for each in (node, *others):
+        for each in (node, *wide):
             graph.erase_node(each)
     graph.eliminate_dead_code()
 
 
-def _takers(node: Node) -> list[Node]:
-    """What is given a value, in whatever shape."""
-    return [taker for user in node.users for taker in (_takers(user) if user.target in SHAPED else [user])]
+def _shape(node: Any) -> torch.Size:
+    return node.meta["val"].shape  # type: ignore[no-any-return]
 
 
-def _is_wide(taker: Node, rounded_once: Node) -> bool:
-    """Whether it is the same rows in float32."""
-    is_so = taker.target == _CONVERT and taker.args[1] == torch.float32
-    return is_so and taker.meta["val"].shape == rounded_once.meta["val"][0].shape
-
-
-def _fits(width: Any, rounded_once: Node) -> bool:
-    return bool(rounded_once.meta["val"][0].shape[1] == width and width % BLOCK == 0 and _padded(width) <= _MOST_VALUES)
+def _fits(width: Any, node: Node) -> bool:
+    return bool(_shape(node.args[0])[1] == width and width % BLOCK == 0 and _padded(width) <= _MOST_VALUES)
 
 
 @torch.library.custom_op("m2ray::normed_float8", mutates_args=())
