@@ -17,6 +17,7 @@ PIECE = gl.constexpr(64)
 HELD = gl.constexpr(2)
 BYTES = gl.constexpr(2)
 NONE = gl.constexpr(-1e30)
+BY_LARGEST, LEAST = gl.constexpr(1 / 448), gl.constexpr(1e-10)
 REGISTERS = gl.constexpr(240)
 FEW_REGISTERS = gl.constexpr(24)
 
@@ -27,6 +28,7 @@ def causal_attention(
     keys,
     values,
     sums,
+    scales,
     num_tokens,
     num_heads,
     group,
@@ -53,8 +55,8 @@ def causal_attention(
     order = ((num_tokens + BLOCK - 1) // BLOCK, num_pairs, section)
     gl.warp_specialize(
         [
-            (_half, (sums, num_tokens, num_heads, scale, order, held, full, free, 0, PIECES, WIDTH)),
-            (_half, (sums, num_tokens, num_heads, scale, order, held, full, free, 1, PIECES, WIDTH)),
+            (_half, (sums, scales, num_tokens, num_heads, scale, order, held, full, free, 0, PIECES, WIDTH)),
+            (_half, (sums, scales, num_tokens, num_heads, scale, order, held, full, free, 1, PIECES, WIDTH)),
             (_bring, (queries, keys, values, num_heads, group, order, held, full, free, PIECES, WIDTH)),
         ],
         [4, 1],
@@ -133,7 +135,9 @@ def _bring_values(source, sequence, block, head, number, into, full, free, WIDTH
 
 
 @gluon.jit
-def _half(sums, num_tokens, num_heads, scale, order, held, full, free, NUMBER: gl.constexpr, PIECES: gl.constexpr, WIDTH: gl.constexpr):
+def _half(
+    sums, scales, num_tokens, num_heads, scale, order, held, full, free, NUMBER: gl.constexpr, PIECES: gl.constexpr, WIDTH: gl.constexpr
+):
     """64 rows of each tile. All tiles' blocks are one stream: a block's scores are begun before the values of the one before it are added, also where that
     one ends a tile, whose sums are written meanwhile.
     """
@@ -166,7 +170,7 @@ def _half(sums, num_tokens, num_heads, scale, order, held, full, free, NUMBER: g
         before, stage = number % HELD, (number + 1) % HELD
         score = _score(held, stage, NUMBER, PIECES, scores)
         if has_ended:
-            _store(sums, summed, of_total, of_block, of_pair, num_tokens, num_heads, NUMBER, WIDTH, outs)
+            _store(sums, scales, summed, of_total, of_block, of_pair, num_tokens, num_heads, NUMBER, WIDTH, outs)
             summed = gl.zeros((HALF, WIDTH), dtype=gl.float32, layout=outs)
         summing = _add(held, full, number, factor, summed, WIDTH)
         score = warpgroup_mma_wait(1, deps=(score,))
@@ -193,10 +197,10 @@ def _half(sums, num_tokens, num_heads, scale, order, held, full, free, NUMBER: g
             summed = summed * gl.expand_dims(gl.convert_layout(shrunk, gl.SliceLayout(1, outs)), 1)
         factor = gl.convert_layout(share.to(gl.bfloat16), factors)
     if has_ended:
-        _store(sums, summed, of_total, of_block, of_pair, num_tokens, num_heads, NUMBER, WIDTH, outs)
+        _store(sums, scales, summed, of_total, of_block, of_pair, num_tokens, num_heads, NUMBER, WIDTH, outs)
         summed = gl.zeros((HALF, WIDTH), dtype=gl.float32, layout=outs)
     summed = warpgroup_mma_wait(0, deps=(_add(held, full, number, factor, summed, WIDTH),))
-    _store(sums, summed, total, row, pair, num_tokens, num_heads, NUMBER, WIDTH, outs)
+    _store(sums, scales, summed, total, row, pair, num_tokens, num_heads, NUMBER, WIDTH, outs)
 
 
 @gluon.jit
@@ -234,7 +238,7 @@ def _add(held, full, number, factor, summed, WIDTH: gl.constexpr):
 
 
 @gluon.jit
-def _store(sums, summed, total, block, pair, num_tokens, num_heads, NUMBER: gl.constexpr, WIDTH: gl.constexpr, outs: gl.constexpr):
+def _store(sums, scales, summed, total, block, pair, num_tokens, num_heads, NUMBER: gl.constexpr, WIDTH: gl.constexpr, outs: gl.constexpr):
     """Each thread writes 16 bytes of a row at once, which other threads of its own warp have summed."""
     lines: gl.constexpr = gl.DistributedLinearLayout(
         reg_bases=[[0, 1], [0, 2], [0, 4], [8, 0], [0, 32]] + ([[0, 64]] if WIDTH == 128 else []),
@@ -243,9 +247,19 @@ def _store(sums, summed, total, block, pair, num_tokens, num_heads, NUMBER: gl.c
         block_bases=[],
         shape=[HALF, WIDTH],
     )
-    mean = summed * gl.expand_dims(1.0 / gl.convert_layout(total, gl.SliceLayout(1, outs)), 1)
-    rounded = gl.convert_layout(mean.to(gl.bfloat16), lines)
+    rounded = (summed * gl.expand_dims(1.0 / gl.convert_layout(total, gl.SliceLayout(1, outs)), 1)).to(gl.bfloat16)
     first = block * BLOCK + NUMBER * HALF
+    if sums.dtype.element_ty == gl.float8e4nv:
+        value = rounded.to(gl.float32)
+        scale = gl.maximum(gl.max(gl.abs(value), axis=1), LEAST) * BY_LARGEST
+        row = first + gl.arange(0, HALF, layout=gl.SliceLayout(1, outs))
+        at = (pair // num_heads * num_tokens + row) * num_heads + pair % num_heads
+        gl.store(scales + at, scale, mask=row < num_tokens)
+        by_scale, _ = gl.broadcast(gl.expand_dims(gl.div_rn(1.0, scale), 1), value)
+        minus_scale, _ = gl.broadcast(gl.expand_dims(-scale, 1), value)
+        share = value * by_scale
+        rounded = gl.fma(gl.fma(share, minus_scale, value), by_scale, share).to(gl.float8e4nv)  # as a division rounds it
+    rounded = gl.convert_layout(rounded, lines)
     line = gl.arange(0, HALF, layout=gl.SliceLayout(1, lines))
     begin = (pair // num_heads * num_tokens + first).to(gl.int64) * (num_heads * WIDTH) + pair % num_heads * WIDTH
     column = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, lines))

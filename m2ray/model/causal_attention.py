@@ -74,10 +74,13 @@ def _turned(graph: Graph, node: Any) -> Node:
     if _turns(node):
         return node.args[0]  # type: ignore[no-any-return]
     permuted = graph.call_function(_ATEN.permute.default, (node, _TURN))
+    permuted.meta["val"] = node.meta["val"].transpose(1, 2)
     _, of_head, of_position, last = node.meta["val"].stride()
     if isinstance(of_head, int) and isinstance(of_position, int) and of_position >= of_head and last == 1:
         return permuted  # as DeepSeek's values, which lie beside its keys
-    return graph.call_function(_ATEN.clone.default, (permuted,), {"memory_format": torch.contiguous_format})
+    cloned = graph.call_function(_ATEN.clone.default, (permuted,), {"memory_format": torch.contiguous_format})
+    cloned.meta["val"] = permuted.meta["val"].contiguous()
+    return cloned
 
 
 def _turns(node: Any) -> bool:
@@ -88,8 +91,10 @@ def _turns(node: Any) -> bool:
 def causal_attention(query_BTAD: torch.Tensor, key_BTGD: torch.Tensor, value_BTGE: torch.Tensor, scale: float | None) -> torch.Tensor:
     """Each position's sum of the values up to it [B, T, A, E]; several heads share the keys and values of one."""
     if not query_BTAD.is_cuda or not query_BTAD.numel():
-        return _by_torch(query_BTAD, key_BTGD, value_BTGE, scale)
-    return _by_kernel(query_BTAD, key_BTGD, value_BTGE, query_BTAD.shape[3] ** -0.5 if scale is None else scale)
+        return summed_by_torch(query_BTAD, key_BTGD, value_BTGE, scale)
+    summed_BTAE = query_BTAD.new_empty((*query_BTAD.shape[:3], value_BTGE.shape[3]))
+    summed_by_kernel(query_BTAD, key_BTGD, value_BTGE, scale, summed_BTAE)
+    return summed_BTAE
 
 
 @causal_attention.register_fake
@@ -97,18 +102,25 @@ def _(query_BTAD: torch.Tensor, _: torch.Tensor, value_BTGE: torch.Tensor, __: f
     return query_BTAD.new_empty((*query_BTAD.shape[:3], value_BTGE.shape[3]))
 
 
-def _by_torch(query_BTAD: torch.Tensor, key_BTGD: torch.Tensor, value_BTGE: torch.Tensor, scale: float | None) -> torch.Tensor:
+def summed_by_torch(query_BTAD: torch.Tensor, key_BTGD: torch.Tensor, value_BTGE: torch.Tensor, scale: float | None) -> torch.Tensor:
+    """What `causal_attention` is, by torch, in the dtype that is given."""
     query, key, value = (each.transpose(1, 2) for each in (query_BTAD, key_BTGD, value_BTGE))
     is_shared = query.shape[1] != key.shape[1]
     summed = functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=is_shared)
     return summed.transpose(1, 2).contiguous()
 
 
-def _by_kernel(query_BTAD: torch.Tensor, key_BTGD: torch.Tensor, value_BTGE: torch.Tensor, scale: float) -> torch.Tensor:
-    """By a program on each of the GPU's processors, which goes on from tile to tile."""
+def summed_by_kernel(
+    query_BTAD: torch.Tensor,
+    key_BTGD: torch.Tensor,
+    value_BTGE: torch.Tensor,
+    scale: float | None,
+    summed_BTAE: torch.Tensor,
+    scales_BTA: torch.Tensor | None = None,
+) -> None:
+    """By a program on each of the GPU's processors, which goes on from tile to tile. In bfloat16, or in FP8 with a scale for each 128 sums."""
     num_sequences, length, heads, width = query_BTAD.shape
     shared, out_width = value_BTGE.shape[2:]
-    summed_BTAE = query_BTAD.new_empty((num_sequences, length, heads, out_width))
     group, num_pairs = heads // shared, num_sequences * heads
     section = max(1, _CACHED_BYTES // (length * (width + out_width) * value_BTGE.itemsize)) * group
     kernel, blocks_of = _kernel()
@@ -119,17 +131,17 @@ def _by_kernel(query_BTAD: torch.Tensor, key_BTGD: torch.Tensor, value_BTGE: tor
             blocks_of(key_BTGD, _PIECE),
             blocks_of(value_BTGE, out_width),
             summed_BTAE,
+            scales_BTA,
             length,
             heads,
             group,
             num_pairs,
             section,
-            scale * _LOG2_E,
+            (width**-0.5 if scale is None else scale) * _LOG2_E,
             PIECES=width // _PIECE,
             WIDTH=out_width,
             num_warps=4,
         )
-    return summed_BTAE
 
 
 @cache
@@ -150,8 +162,8 @@ def _problem(device: torch.device) -> str:
             torch.randn((num_sequences, length, heads, each), generator=generator, device=device).bfloat16()
             for heads, each in ((6, width), (shared, width), (shared, out_width))
         )
-        exact = _by_torch(query.double(), key.double(), value.double(), None)
-        plain = _by_torch(query, key, value, None)
+        exact = summed_by_torch(query.double(), key.double(), value.double(), None)
+        plain = summed_by_torch(query, key, value, None)
         found = causal_attention(query, key, value, None)
         of_largest = (found - exact).abs().max() / (plain - exact).abs().max()
         if not (of_largest <= 1.5 and (found - exact).norm() <= 1.05 * (plain - exact).norm()):  # what is no number is not within

@@ -14,7 +14,7 @@ from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from m2ray.model.experts import use_kernels
 from m2ray.model.faster_graph import FasterGraph, replacements
-from m2ray.model.float8.modules import Float8Experts
+from m2ray.model.float8.modules import Float8Experts, Float8Linear
 from m2ray.model.kept import kept_folder
 
 _ADVICE = ("TensorFloat32 tensor cores for float32", "Dynamo detected a call to a `functools.lru_cache`")
@@ -40,13 +40,14 @@ def compile_layers(layers: Sequence[nn.Module], device: torch.device) -> None:
     allow_variants()
     for advice in _ADVICE:
         warnings.filterwarnings("ignore", advice, UserWarning)
-    replacing = replacements(device)
+    modules = [module for layer in layers for module in layer.modules()]
+    replacing = replacements(device, rounds=any(isinstance(module, Float8Linear | Float8Experts) for module in modules))
     options = _OPTIONS | ({"post_grad_custom_pre_pass": FasterGraph(replacing)} if replacing else {})
+    for module in modules:
+        is_experts = "top_k_weights" in inspect.signature(module.forward).parameters
+        if is_experts and not (module.use_kernels(device) if isinstance(module, Float8Experts) else use_kernels(module, device)):
+            module.register_forward_pre_hook(_write_out, with_kwargs=True)
     for layer in layers:
-        for module in layer.modules():
-            is_experts = "top_k_weights" in inspect.signature(module.forward).parameters
-            if is_experts and not (module.use_kernels(device) if isinstance(module, Float8Experts) else use_kernels(module, device)):
-                module.register_forward_pre_hook(_write_out, with_kwargs=True)
         layer.forward = torch.compile(layer.forward, options=options)
 
 

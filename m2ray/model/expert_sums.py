@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from m2ray.model.graph_values import SHAPED, written_parts
+
 _ATEN = torch.ops.aten
 _CONVERT = torch.ops.prims.convert_element_type.default
-_SHAPED = (_ATEN.reshape.default, _ATEN.view.default)
-_WRITTEN = ("aten.mm.default", "m2ray.multiply_float8.default")
 
 MOST_COLUMNS = 1024
 """Values of a row that a program takes at a time."""
@@ -77,10 +77,10 @@ def replace_sum(graph: Graph) -> None:
         if not _is_last(added, steps[-1]):
             continue
         (stream,) = (each for each in added.args if each is not steps[-1])
-        parts = _parts(stream)
+        parts = written_parts(stream)
         if not parts:
             continue
-        shape = [steps[-1].args[1]] if steps[-1].target in _SHAPED else []
+        shape = [steps[-1].args[1]] if steps[-1].target in SHAPED else []
         with graph.inserting_before(added):
             flat = [graph.call_function(_ATEN.reshape.default, (part, [-1, sums.meta["val"].shape[1]])) for part in parts]
             result = graph.call_function(torch.ops.m2ray.add_rows.default, (*[*flat, None][:2], *sums.args))
@@ -91,24 +91,10 @@ def replace_sum(graph: Graph) -> None:
             graph.erase_node(node)
 
 
-def _parts(stream: Any) -> list[Node]:
-    """What is in memory of which the stream is the sum; none if that is not so."""
-    parts = stream.args if stream.target == _ATEN.add.Tensor and not stream.kwargs else [stream]
-    return list(parts) if all(map(_is_written, parts)) else []
-
-
-def _is_written(node: Any) -> bool:
-    """Whether it is given to the layer, or a product, as it lies in memory in bfloat16."""
-    while isinstance(node, Node) and node.target in _SHAPED:
-        node = node.args[0]
-    is_value = isinstance(node, Node) and (node.op == "placeholder" or str(node.target) in _WRITTEN)
-    return is_value and node.meta["val"].dtype == torch.bfloat16
-
-
 def _steps(sums: Node) -> list[Node]:
     """A sum, its rounding and reshaping, as long as each has one user, and what uses the last of them; the graph's output where several do."""
     steps: list[Any] = [sums]
-    while len(steps[-1].users) == 1 and (steps[-1] is sums or steps[-1].target == _CONVERT or steps[-1].target in _SHAPED):
+    while len(steps[-1].users) == 1 and (steps[-1] is sums or steps[-1].target == _CONVERT or steps[-1].target in SHAPED):
         steps += steps[-1].users
     return steps if len(steps) > 1 else [*steps, sums.graph.output_node()]
 

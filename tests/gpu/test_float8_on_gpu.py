@@ -8,7 +8,7 @@ import torch
 
 from m2ray.batches import LayerSpan
 from m2ray.model import stage as stage_module
-from m2ray.model.float8 import proof
+from m2ray.model.float8 import attention, norms, proof
 from m2ray.model.float8.launching import by_triton, on_hopper
 from m2ray.model.stage import Stage, StageSpec
 from tests.float8 import make_float8
@@ -38,6 +38,11 @@ def test_products_are_those_of_torch(kernel: proof.Multiply) -> None:
 def test_experts_are_gated_as_by_torch() -> None:
     is_hopper = torch.cuda.get_device_capability() == (9, 0)
     assert proof.has_gated(torch.device("cuda:0")) == is_hopper
+
+
+def test_norms_and_attention_are_rounded_as_by_torch() -> None:
+    assert norms.has_kernel(torch.device("cuda:0"))
+    assert attention.has_kernel(torch.device("cuda:0")) == (torch.cuda.get_device_capability()[0] == 9)
 
 
 @pytest.mark.parametrize("family", ["minimax_m2", "qwen3_moe", "llama"])

@@ -7,7 +7,7 @@ import torch
 from torch._inductor.utils import run_and_get_code
 
 from m2ray.batches import LayerSpan
-from m2ray.model import causal_attention, expert_products, experts, router_product, routing
+from m2ray.model import causal_attention, expert_products, experts, rotary, router_product, routing
 from m2ray.model.stage import StageSpec, load_stage
 from tests.reference import make_minimax, micro_batch_of
 
@@ -19,6 +19,7 @@ IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability(0)[0]
 def test_they_are_proved_here() -> None:
     assert experts.has_kernels(GPU)
     assert routing.has_kernel(GPU)
+    assert rotary.has_kernel(GPU)
     of_hopper = expert_products.has_kernels(GPU), causal_attention.has_kernel(GPU), router_product.has_kernel(GPU)
     assert of_hopper == (IS_HOPPER, IS_HOPPER, IS_HOPPER)
 
@@ -86,5 +87,6 @@ def test_compiled_layers_use_them(tmp_path: Path) -> None:
     _, (code,) = run_and_get_code(stage.forward, micro_batch_of((150, 70), 96), None)
     assert "torch.ops.m2ray.add_rows" in code
     assert "torch.ops.m2ray.largest" in code
+    assert code.count("torch.ops.m2ray.turned_heads.default(") == 2
     assert "torch.ops.m2ray.router_logits" not in code, "its rows are short"
     assert "torch.ops.m2ray.written_out" not in code

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from m2ray.model.graph_values import unshaped
 from m2ray.model.kernel_proof import is_proved
 
 BLOCK = 128
@@ -21,7 +22,6 @@ _LARGEST = torch.finfo(FP8).max
 _LEAST = 1e-10
 """Of a block's largest value: zeros have a scale too."""
 
-_SHAPED = (torch.ops.aten.reshape.default, torch.ops.aten.view.default)
 _LEAST_CAPABILITY = (8, 9)
 _BLOCKS = 32
 """That a program of the kernel rounds."""
@@ -59,11 +59,8 @@ def share_rounded(graph: Graph) -> None:
     """Round what several projections take once."""
     found: dict[tuple[Any, Any], Node] = {}
     for node in graph.find_nodes(op="call_function", target=torch.ops.m2ray.round_float8.default):
-        root: Any = node.args[0]
-        width = root.meta["val"].shape[1]
-        while root.target in _SHAPED:
-            root = root.args[0]
-        first = found.setdefault((root, width), node)
+        rows: Any = node.args[0]
+        first = found.setdefault((unshaped(rows), rows.meta["val"].shape[1]), node)
         if first is not node:
             node.replace_all_uses_with(first)
             graph.erase_node(node)
