@@ -9,15 +9,15 @@ from m2ray.planning.hardware import GPU_MODELS, find_gpu_model
 from m2ray.planning.shape import ModelShape
 from m2ray.tensor_rows import TensorRow
 
-SUSTAINED_SHARE = {False: 0.22, True: 0.47}
+SUSTAINED_SHARE = {False: 0.22, True: 0.49}
 """Of the peak bfloat16 operations, not compiled and compiled: two for each weight that a token meets, on an H200 with real-size MiniMax-M2 layers,
-8 x 2048 tokens, grouped experts, 23.7 ms a layer, and 11.1 with m2ray's kernels (benchmarks/results/gpu_stage_h200.json, layers_on_gpu_minimax-m2.json)."""
+8 x 2048 tokens, grouped experts, 23.7 ms a layer, and 10.7 with m2ray's kernels (benchmarks/results/gpu_stage_h200.json, layers_on_gpu_minimax-m2.json)."""
 
-SUSTAINED_SHARE_DENSE = {False: 0.39, True: 0.57}
-"""The same of layers without experts. Compiled: Llama-8B's widths on an H200, 12.8 ms for 8 x 2048 tokens (30 November 2026; 32 x 512 take 12.1); a plan
-with 0.39 of Llama-70B's was 0.63 of the rate that was reached, which would be 0.62. Not compiled: guessed."""
+SUSTAINED_SHARE_DENSE = {False: 0.39, True: 0.6}
+"""The same of layers without experts. Compiled: Llama-8B's and Llama-70B's widths on an H200, 8 x 2048 tokens, 11.9 and 43.5 ms a layer, which is 0.61 and 0.65
+(benchmarks/results/layers_on_gpu_llama-*.json); a plan of Llama-70B's with 0.57 was 0.91 of the rate that a run reached. Not compiled: guessed."""
 
-FLOAT8_GAIN = {False: 0.97, True: 1.15}
+FLOAT8_GAIN = {False: 0.97, True: 1.38}
 """How many times as fast as in bfloat16 layers are whose products are FP8, not compiled and compiled: the slower of two shapes of MiniMax-M2's layers
 on an H200 (benchmarks/results/float8_on_gpu.json, layers_on_gpu_minimax-m2.json). Layers without experts were not measured."""
 
