@@ -228,8 +228,16 @@ def test_a_process_that_is_killed_or_hangs_fails_what_it_had_and_the_next_attemp
 def test_a_stage_that_plays_that_it_is_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What tests/gpu has a GPU's stage do."""
     registered = play(monkeypatch)
-    monkeypatch.setattr(capture, "_HANDED_BYTES", 1)  # each layer by itself
+    monkeypatch.setattr(capture, "_HANDED_BYTES", 1)
+    submit, layers = WriterBeside.submit, list[list[int | None]]()
+
+    def noted(writer: WriterBeside, attempt: str, micro_batch: MicroBatch, captured: Sequence[CapturedLayer], timeout_s: float) -> None:
+        layers.append([each.layer for each in captured])
+        submit(writer, attempt, micro_batch, captured, timeout_s)
+
+    monkeypatch.setattr(WriterBeside, "submit", noted)
     on_gpu.test_rows_are_those_of_a_writer_in_the_stages_process_and_memory_is_given_back(tmp_path)
+    assert layers[:5] == [[0], [1], [2], [3], [6]], "as each is there"
     assert registered.num_bytes > 0
     assert registered.bytes_at == {}, "what is freed and still registered is in the way of what comes to lie there"
 
