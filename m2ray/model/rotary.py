@@ -28,8 +28,8 @@ _LEAST_CAPABILITY = (8, 0)
 _MOST_VALUES = 16384
 """Of a token, which a program of the kernel holds at once."""
 
-_WARPS, _WARPS_OF_ALL = 4, 2
-"""Of a program, and of one that sums over all heads: warps wait for one another there."""
+_WARPS, _WARPS_OF_ALL, _WARP_VALUES = 4, 2, 4096
+"""Of a program, and of one that sums over all heads, where warps wait for one another; and what one holds at most."""
 
 
 class _Turned(NamedTuple):
@@ -142,7 +142,7 @@ def _by_kernel(
     num_angles = cos_BTR.shape[0] * length
     is_each = weight is None or len(weight) == width
     sizes = total // width, _padded(total // width), width, cos_BTR.shape[2] // 2, is_each
-    warps = _WARPS if is_each else _WARPS_OF_ALL
+    warps = max(_WARPS if is_each else _WARPS_OF_ALL, _padded(total // width) * width // _WARP_VALUES)
     with torch.cuda.device(given_BTW.device):
         _kernel()[num_sequences * length,](given_BTW, weight, cos_BTR, sin_BTR, turned_BTAD, num_angles, epsilon, *sizes, num_warps=warps)
     return turned_BTAD
