@@ -55,6 +55,13 @@ def test_a_configuration_is_proved_in_a_moment_and_again_from_the_cache(
     prove(config)
 
 
+@pytest.mark.parametrize("callers", [torch.device("meta"), torch.autocast("cpu", torch.bfloat16)], ids=["device", "autocast"])
+def test_what_the_caller_has_torch_compute_by_is_not_what_a_copy_is_proved_by(callers: Any, cache: Path) -> None:
+    with callers:
+        prove(parse_config(json.dumps(fields_of("gpt2")).encode()))
+    assert len(list(cache.iterdir())) == 1
+
+
 @pytest.mark.parametrize("model_type", TYPES)
 def test_a_field_that_makes_a_family_look_ahead_is_found_though_nobody_listed_it(model_type: str, cache: Path) -> None:
     with pytest.raises(CheckpointError, match=rf"(?s)a tiny {model_type} .* the tokens after them.*right-padded"):
