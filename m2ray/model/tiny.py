@@ -13,6 +13,9 @@ VOCABULARY = 128
 _WIDTH = 64
 _RANK = 32
 _KV_HEADS = 2
+_NAMES_OF_KV_HEADS = ("num_key_value_heads", "num_kv_heads")
+"""The second is Falcon's."""
+
 _MOST_SHARED, _FEWER_SHARED = 16, 4
 _WIDE = 2048
 _ALIGNED = 8
@@ -155,13 +158,14 @@ def _narrow(tiny: Any, config: Any, hidden_size: Callable[[int, int, bool], int]
     if heads:
         width = config.hidden_size // heads  # is a head's size where none is given
         has_own_width = bool(_size(config, "head_dim") or _size(config, "qk_rope_head_dim"))
-        kv_heads = _size(config, "num_key_value_heads") or heads
+        kv_name = next((name for name in _NAMES_OF_KV_HEADS if _size(config, name)), None)
+        kv_heads = _size(config, kv_name) if kv_name else heads
         if heads % kv_heads == 0:
             shared_by, few = heads // kv_heads, min(kv_heads, _KV_HEADS)
             most = _MOST_SHARED if has_own_width or few * _MOST_SHARED * width <= _WIDE else _FEWER_SHARED
             tiny.num_attention_heads = few * (most if shared_by % most == 0 else shared_by)
-            if _size(config, "num_key_value_heads"):
-                tiny.num_key_value_heads = few
+            if kv_name:
+                setattr(tiny, kv_name, few)
         narrow = hidden_size(tiny.num_attention_heads, width, has_own_width)
         tiny.hidden_size = narrow + (config.hidden_size - narrow) % _ALIGNED if has_own_width else narrow
     else:
