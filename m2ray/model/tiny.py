@@ -214,10 +214,17 @@ def _size(config: Any, name: str) -> int:
 
 def _keep_experts(tiny: Any, config: Any) -> None:
     """Twice as many experts as a token takes, and four in each group that a router first chooses among."""
-    chosen = max((getattr(config, name, None) or 1 for name in _CHOSEN_EXPERTS), default=1)
+    chosen = max(max(_of_layers(getattr(config, name, None))) or 1 for name in _CHOSEN_EXPERTS)
     groups = getattr(config, "n_group", None) or 1
     enough = -(-max(2 * chosen, 4 * groups) // groups) * groups
     for name in _EXPERTS:
-        value = getattr(config, name, None)
+        value = getattr(tiny, name, None)
         if type(value) is int:
             setattr(tiny, name, min(value, enough))
+        elif isinstance(value, list):
+            setattr(tiny, name, [min(each, enough) for each in value])
+
+
+def _of_layers(value: Any) -> Sequence[int]:
+    """A number that is one for all layers or, as of Hunyuan-A13B's experts, one for each; 0 where there is none."""
+    return value if isinstance(value, list) and value else [value or 0]
