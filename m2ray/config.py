@@ -9,7 +9,23 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from m2ray.errors import ConfigError, did_you_mean, raise_all
 from m2ray.option_text import CHOICES, SiteName, parse_labels, parse_tokens
-from m2ray.option_types import Attention, Auto, Day, Encoding, Names, NonEmpty, OffloadTo, Positive, Sites, Transport, Weights, as_object
+from m2ray.option_types import (
+    Attention,
+    Auto,
+    Day,
+    Encoding,
+    Names,
+    NonEmpty,
+    Number,
+    OffloadTo,
+    Positive,
+    Seconds,
+    Sites,
+    Threads,
+    Transport,
+    Weights,
+    as_object,
+)
 from m2ray.sizes import parse_bytes, parse_max_memory
 
 _DECIDES_ROWS: dict[str, Any] = {"decides_rows": True}
@@ -56,7 +72,7 @@ class ExtractConfig(BaseModel):
     truncation: Literal["refuse", "cut", "cut_left"] = _rows(
         "refuse", description="Longer prompts: quarantine them, or cut their end, or their beginning (cut_left)."
     )
-    pack: Annotated[int, Field(ge=2)] | None = _rows(
+    pack: Annotated[int, Field(ge=2, lt=1 << 63), Number] | None = _rows(
         None, description="Join prompts, with BOS between, and cut them into sequences of so many tokens, as dictionary trainers do."
     )
     special_tokens: Literal["auto", "add", "none"] = _rows(
@@ -73,7 +89,7 @@ class ExtractConfig(BaseModel):
         None, description="Loss mask of chats: assistant for the tokens that the assistant says; default: none. Token ids bring their own."
     )
     template_date: Day | Auto = _rows("auto", description="The day that chat templates are told; auto: the UTC day on which the run began.")
-    template_timeout_s: Annotated[float, Field(gt=0)] = _rows(
+    template_timeout_s: Seconds = _rows(
         10.0, description="Seconds of the processor that a chat template may take for a row; rows that take longer are quarantined."
     )
     layers: NonEmpty = _rows("all", description='Layers of sites that name none: "all", "0", "0-5", "0,7,20-61".')
@@ -106,7 +122,7 @@ class ExtractConfig(BaseModel):
     compile: bool | Auto = _rows(
         "auto", description="Compile the layers: faster on a GPU (docs/performance.md); auto: where there are GPUs."
     )
-    threads_per_stage: Positive | Auto = _rows(
+    threads_per_stage: Threads | Auto = _rows(
         "auto", description="torch threads a stage on the CPU; auto: OMP_NUM_THREADS, or its node's cores / its node's stages."
     )
 
@@ -114,7 +130,7 @@ class ExtractConfig(BaseModel):
     compression: Literal["none", "planes"] = Field(
         "none", description="Stored rows: as they are, or lossless in about 0.7 (bfloat16) or 0.9 (float16) of the bytes."
     )
-    quarantine_limit: Annotated[float, Field(ge=0, le=1)] = Field(
+    quarantine_limit: Annotated[float, Field(ge=0, le=1), Number] = Field(
         0.5, description="Share of the rows that may be quarantined; beyond it nothing is run, and the reasons are counted."
     )
     stages: Positive | Auto = Field("auto", description="Stage actors; auto: one a GPU of the cluster, 1 without GPUs.")
@@ -137,10 +153,8 @@ class ExtractConfig(BaseModel):
     node_labels: NonEmpty | None = Field(None, description='Use only nodes with these Ray labels: "zone=a,kind=h100".')
     in_flight: NonEmpty = Field("4GiB", description="Hidden states between the stages at one time, at most.")
     transport: Transport = Field("auto", description="Hidden states between GPUs of a node: directly (cuda_ipc), or through the host.")
-    placement_timeout_s: Annotated[float, Field(gt=0)] = Field(30.0, description="Seconds to wait for room in the cluster.")
-    stage_timeout_s: Annotated[float, Field(gt=0)] = Field(
-        1800.0, description="Seconds without any progress after which silent stages are restarted."
-    )
+    placement_timeout_s: Seconds = Field(30.0, description="Seconds to wait for room in the cluster.")
+    stage_timeout_s: Seconds = Field(1800.0, description="Seconds without any progress after which silent stages are restarted.")
     ray: bool = Field(
         False, description="Start Ray, and a process for the stage, where one stage without a GPU would run in the driver's own process."
     )

@@ -53,12 +53,26 @@ def _sites(text: str) -> str:
     return text
 
 
+def _number(value: Any) -> Any:
+    """Anything but TOML's true and false, which are 1 and 0 to Python. Raises ValueError for these."""
+    if isinstance(value, bool):
+        raise ValueError("a number")  # noqa: TRY004 - pydantic's own word for what a validator refuses
+    return value
+
+
+Number = BeforeValidator(_number)
+"""Beside the bounds of an option that is a number."""
+
 Auto = Literal["auto"]
 Attention = Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"]
 Weights = Literal["auto", "bf16", "packed"]
 OffloadTo = Literal["none", "cpu", "disk", "auto"]
 Transport = Literal["auto", "object_store", "cuda_ipc"]
-Positive = Annotated[int, Field(gt=0)]
+Positive = Annotated[int, Field(gt=0, lt=1 << 63), Number]
+Threads = Annotated[int, Field(gt=0, le=4096), Number]
+Seconds = Annotated[float, Field(gt=0, le=1_000_000), Number]
+"""Of a wait: up to eleven days, since the system counts a poll's milliseconds by 31 bits."""
+
 Day = Annotated[date, BeforeValidator(_day)]
 NonEmpty = Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)]
 Sites = Annotated[NonEmpty, AfterValidator(_sites)]

@@ -19,7 +19,7 @@ from m2ray.config import ExtractConfig
 from m2ray.errors import ConfigError
 from m2ray.hub import located
 from m2ray.model.interpreter import quick_imports, without_collector
-from m2ray.option_types import NonEmpty, Positive
+from m2ray.option_types import NonEmpty, Number, Positive
 from m2ray.options import PromptOptions, RunOptions
 from m2ray.planning.demand import Assumptions, Demand
 from m2ray.planning.hardware import Cluster, parse_gpus
@@ -32,7 +32,7 @@ DOES_NOT_FIT = 3
 """The exit code: 0 is for a plan that fits, 1 for an error, 2 for a wrong flag."""
 
 _ALIASES = {"tokens_per_s": "--rate", "price_per_gb_month": "--price"}
-_Amount = Annotated[float, Field(gt=0)]
+_Amount = Annotated[float, Field(gt=0, allow_inf_nan=False), Number]
 
 
 class PlanConfig(ExtractConfig):

@@ -12,7 +12,7 @@ from m2ray.cli import Command
 from m2ray.cli.extract import metavar
 from m2ray.cli.output import say, terminal
 from m2ray.config import ExtractConfig
-from m2ray.option_types import NonEmpty
+from m2ray.option_types import NonEmpty, Number, Seconds
 
 _CONNECT_S = 30.0
 
@@ -30,10 +30,10 @@ class ServeConfig(ExtractConfig):
     prompts: NonEmpty | None = Field(None, description="Not used: a job on the chain names its own.")  # type: ignore[assignment]
     output: NonEmpty | None = Field(None, description="Not used: a job on the chain names its own.")  # type: ignore[assignment]
     name: NonEmpty | None = Field(None, description="The chain's name in the cluster; default: that of the model's folder.")
-    idle_timeout_s: Annotated[float, Field(gt=0)] | None = Field(
+    idle_timeout_s: Seconds | None = Field(
         None, description="Seconds without a job or a request after which the chain ends; default: never."
     )
-    http_port: Annotated[int, Field(gt=0, le=65535)] | None = Field(
+    http_port: Annotated[int, Field(gt=0, le=65535), Number] | None = Field(
         None, description="Answer requests over HTTP too, by Ray Serve, with the token of M2RAY_SERVE_TOKEN; default: not."
     )
     http_host: NonEmpty = Field("127.0.0.1", description="Where HTTP is listened for.")

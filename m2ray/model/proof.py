@@ -47,7 +47,9 @@ def once(config: Any, what: str, proof: Callable[[], None]) -> None:
     with suppress(OSError):  # a folder that may not be looked into remembers nothing
         if cached and cached.exists():
             return
-    proof()
+    # A caller in Python may compute by autocast or on a default device of its own; the copy is computed as a stage computes, on the CPU.
+    with torch.device("cpu"), torch.autocast("cpu", enabled=False):
+        proof()
     if cached:
         with suppress(OSError):  # where nothing can be written, the next run proves it again
             cached.touch()

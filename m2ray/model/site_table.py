@@ -136,7 +136,9 @@ def experts_of(skeleton: Skeleton) -> tuple[int, int]:
 
 
 def _first_size(config: Any, names: Sequence[str]) -> int:
-    sizes = (getattr(config, name, None) for name in names)
+    """The first field that has a size, or one that is the same for each layer."""
+    fields = (getattr(config, name, None) for name in names)
+    sizes = (value[0] if isinstance(value, list) and len(set(value)) == 1 else value for value in fields)
     return next((size for size in sizes if type(size) is int and size > 0), 0)
 
 

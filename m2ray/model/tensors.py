@@ -8,6 +8,7 @@ import torch
 
 from m2ray.batches import LayerSpan
 from m2ray.errors import CheckpointError, raise_all
+from m2ray.model.computed_buffers import computed_buffers
 from m2ray.model.conversion import Conversion, Placement, Source
 from m2ray.model.headers import TensorHeader
 from m2ray.model.quantization.layout import UNREAD, Layout
@@ -21,6 +22,9 @@ WEIGHTS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 EXTRA_LAYERS = re.compile(r"(?:^|\.)mtp[._]")
 EXTRA_HEADS = re.compile(r"^(?:score|classifier|classification_head|v_head|value_head|reward_head|regression_head|medusa_heads?)\.")
 """Names of heads that judge, score or draft, behind the last layer."""
+
+OLD_BUFFERS = (r"rotary_emb\.inv_freq$", r"\.masked_bias$")
+"""Buffers that older versions of transformers saved, where today's have none: frequencies in each layer, what GPT-2's and GPT-Neo's masks were filled with."""
 
 SHOWN_PROBLEMS = 20
 
@@ -190,7 +194,7 @@ def _unread_reason(skeleton: Skeleton, name: str, *, is_quantised: bool) -> Role
 
 def _is_unused(skeleton: Skeleton, name: str) -> bool:
     """Whether a name is known to be of no use: layers past the last (multi-token prediction), other heads, what is
-    beside a multimodal model's decoder, and what transformers ignores.
+    beside a multimodal model's decoder, what the model computes itself, and what transformers ignores.
     """
     layer = skeleton.layer_of(name)
     if (
@@ -198,6 +202,7 @@ def _is_unused(skeleton: Skeleton, name: str) -> bool:
         or EXTRA_LAYERS.search(name)
         or EXTRA_HEADS.search(name)
         or (layer is not None and layer >= len(skeleton.layers))
+        or _is_computed(skeleton, name)
     ):
         return True
     # Patterns that name a layer by number stand for sizes of the model whose last layer it is; the rule above covers those.
@@ -206,7 +211,16 @@ def _is_unused(skeleton: Skeleton, name: str) -> bool:
     if any(re.search(rf"{re.escape(pattern)}\.", name) for pattern in vars(skeleton.decoder).get(_IGNORED, ())):
         return True  # what a base model says of itself, it says of this configuration
     ignored = (pattern for pattern in patterns if not re.search(r"layers\\?\.\d", pattern))
-    return any(re.search(pattern, name) for pattern in (*ignored, r"rotary_emb\.inv_freq$"))
+    return any(re.search(pattern, name) for pattern in (*ignored, *OLD_BUFFERS))
+
+
+def _is_computed(skeleton: Skeleton, name: str) -> bool:
+    """Whether it is a buffer that the model makes itself, such as GPT-Neo's causal masks: older versions of transformers saved them."""
+    prefix, _, buffer = name.rpartition(".")
+    try:
+        return buffer in computed_buffers(skeleton.model.get_submodule(prefix))
+    except AttributeError:  # no such module
+        return False
 
 
 def _use_tied(skeleton: Skeleton, sources: dict[str, list[Source]], unread: dict[str, tuple[Role, StoredTensor]]) -> None:

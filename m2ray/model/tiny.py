@@ -13,6 +13,9 @@ VOCABULARY = 128
 _WIDTH = 64
 _RANK = 32
 _KV_HEADS = 2
+_NAMES_OF_KV_HEADS = ("num_key_value_heads", "num_kv_heads")
+"""The second is Falcon's."""
+
 _MOST_SHARED, _FEWER_SHARED = 16, 4
 _WIDE = 2048
 _ALIGNED = 8
@@ -155,13 +158,14 @@ def _narrow(tiny: Any, config: Any, hidden_size: Callable[[int, int, bool], int]
     if heads:
         width = config.hidden_size // heads  # is a head's size where none is given
         has_own_width = bool(_size(config, "head_dim") or _size(config, "qk_rope_head_dim"))
-        kv_heads = _size(config, "num_key_value_heads") or heads
+        kv_name = next((name for name in _NAMES_OF_KV_HEADS if _size(config, name)), None)
+        kv_heads = _size(config, kv_name) if kv_name else heads
         if heads % kv_heads == 0:
             shared_by, few = heads // kv_heads, min(kv_heads, _KV_HEADS)
             most = _MOST_SHARED if has_own_width or few * _MOST_SHARED * width <= _WIDE else _FEWER_SHARED
             tiny.num_attention_heads = few * (most if shared_by % most == 0 else shared_by)
-            if _size(config, "num_key_value_heads"):
-                tiny.num_key_value_heads = few
+            if kv_name:
+                setattr(tiny, kv_name, few)
         narrow = hidden_size(tiny.num_attention_heads, width, has_own_width)
         tiny.hidden_size = narrow + (config.hidden_size - narrow) % _ALIGNED if has_own_width else narrow
     else:
@@ -210,10 +214,17 @@ def _size(config: Any, name: str) -> int:
 
 def _keep_experts(tiny: Any, config: Any) -> None:
     """Twice as many experts as a token takes, and four in each group that a router first chooses among."""
-    chosen = max((getattr(config, name, None) or 1 for name in _CHOSEN_EXPERTS), default=1)
+    chosen = max(max(_of_layers(getattr(config, name, None))) or 1 for name in _CHOSEN_EXPERTS)
     groups = getattr(config, "n_group", None) or 1
     enough = -(-max(2 * chosen, 4 * groups) // groups) * groups
     for name in _EXPERTS:
-        value = getattr(config, name, None)
+        value = getattr(tiny, name, None)
         if type(value) is int:
             setattr(tiny, name, min(value, enough))
+        elif isinstance(value, list):
+            setattr(tiny, name, [min(each, enough) for each in value])
+
+
+def _of_layers(value: Any) -> Sequence[int]:
+    """A number that is one for all layers or, as of Hunyuan-A13B's experts, one for each; 0 where there is none."""
+    return value if isinstance(value, list) and value else [value or 0]

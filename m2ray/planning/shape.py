@@ -75,7 +75,7 @@ class ModelShape:
         layers = getattr(config, "per_layer_config", None) or [config]
 
         def first(*fields: str) -> int:
-            return max(next((int(value) for field in fields if (value := getattr(layer, field, None))), 0) for layer in layers)
+            return max(next((_largest(value) for field in fields if (value := getattr(layer, field, None))), 0) for layer in layers)
 
         heads = first("num_attention_heads") or 1  # of recurrent models that have no attention
         num_experts = first("num_local_experts", "num_experts", "n_routed_experts")
@@ -167,3 +167,8 @@ class ModelShape:
     def _index_pair_bytes(self) -> int:
         """What an indexer holds for each pair of positions: its keys, which are repeated for each query, and its heads' scores three times."""
         return (4 * self.index_dim + 12 * self.index_heads + 32) // self.index_every if self.index_heads else 0
+
+
+def _largest(value: Any) -> int:
+    """A size, or the largest of a field that has one for each layer, such as Hunyuan-A13B's experts."""
+    return max(map(int, value)) if isinstance(value, list | tuple) else int(value)

@@ -18,6 +18,9 @@ _BYTES_AT_ONCE = 1 << 20
 _SLOWDOWN, _PAUSE_S = 10, 60.0
 """How much slower than its processor time a busy machine may be, and what else it may take, before the process counts as hung."""
 
+_LONGEST_POLL_S = 2_000_000
+"""The system counts a poll's milliseconds by 31 bits."""
+
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
@@ -88,7 +91,7 @@ class Renderer:
         assert self._connection is not None
         try:
             self._connection.send(rows)
-            if self._connection.poll(_PAUSE_S + _SLOWDOWN * self._timeout_s * len(rows)):
+            if self._connection.poll(min(_PAUSE_S + _SLOWDOWN * self._timeout_s * len(rows), _LONGEST_POLL_S)):
                 answers: list[Rendered | RefusedError] = self._connection.recv()
                 return answers
         except RecursionError:  # pickle goes half as deep as JSON; nothing was sent

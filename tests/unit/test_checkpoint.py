@@ -11,6 +11,7 @@ import pytest
 import torch
 from obstore.store import MemoryStore
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from m2ray.errors import CheckpointError, ConfigError
@@ -455,6 +456,17 @@ def test_extra_layers_are_reported_and_never_read(llama: Path) -> None:
         "mtp.fc.weight",
         "model.layers.1.self_attn.rotary_emb.inv_freq",
     }
+
+
+def test_buffers_that_older_versions_of_transformers_saved_are_never_read(tmp_path: Path) -> None:
+    """GPT-Neo's masks are in its release's files, and what they were filled with in many of GPT-2's kind; the model makes its own."""
+    sizes = {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "vocab_size": 64, "max_position_embeddings": 8}
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING["gpt_neo"](**sizes, attention_types=[[["global", "local"], 1]]))
+    model.save_pretrained(tmp_path)
+    old = {f"transformer.h.{layer}.attn.attention.bias": torch.ones(1, 1, 8, 8, dtype=torch.bool) for layer in range(2)}
+    old |= {f"transformer.h.{layer}.attn.attention.masked_bias": torch.tensor(-1e9) for layer in range(2)}
+    edit_tensors(tmp_path, lambda tensors: tensors.update(old))
+    assert {row.name for row in tensor_table(open_checkpoint(str(tmp_path))).rows if row.role == "unused"} == old.keys()
 
 
 def test_a_tied_head_on_disk_is_reported_as_head(originals: dict[str, Path], tmp_path: Path) -> None:

@@ -48,6 +48,23 @@ def test_a_date_that_is_none_is_told_what_one_looks_like() -> None:
         ExtractConfig.validated({**REQUIRED, "template_date": "3 Feb"})
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "why"),
+    [
+        ("limit", True, "a number"),
+        ("stages", True, "a number or 'auto'"),
+        ("quarantine_limit", True, "a number"),
+        ("template_timeout_s", float("inf"), "less than or equal to 1000000"),
+        ("stage_timeout_s", 1e300, "less than or equal to 1000000"),
+        ("limit", 1 << 63, "less than 9223372036854775808"),
+        ("threads_per_stage", 1 << 33, "less than or equal to 4096"),
+    ],
+)
+def test_what_is_no_number_or_what_the_system_cannot_count_is_refused(option: str, value: object, why: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{option} = .* is not .*{why}"):
+        ExtractConfig.validated({**REQUIRED, option: value})
+
+
 def test_a_configuration_is_frozen() -> None:
     config = ExtractConfig.validated(REQUIRED)
     with pytest.raises(ValueError, match="frozen"):

@@ -18,7 +18,10 @@ from m2ray.errors import CheckpointError, M2rayError
 from m2ray.model import decoder, families, proof, rehearsal
 from m2ray.model.families import parse_config
 from m2ray.model.proof import prove
+from m2ray.model.site_proof import prove_sites
+from m2ray.model.tensor_table import table_without_weights
 from m2ray.model.tiny import WINDOW, kept_layers, tiny_copies
+from m2ray.planning.shape import ModelShape
 from tests.reference import DATA, FAMILIES, make_family
 
 TYPES = ("gemma3_text", "gpt2", "minimax_m2", "qwen3")
@@ -53,6 +56,13 @@ def test_a_configuration_is_proved_in_a_moment_and_again_from_the_cache(
     assert len(list(cache.iterdir())) == 1  # proved, not let in unseen
     monkeypatch.setattr(proof, "rehearse", lambda *_: pytest.fail("was proved before"))
     prove(config)
+
+
+@pytest.mark.parametrize("callers", [torch.device("meta"), torch.autocast("cpu", torch.bfloat16)], ids=["device", "autocast"])
+def test_what_the_caller_has_torch_compute_by_is_not_what_a_copy_is_proved_by(callers: Any, cache: Path) -> None:
+    with callers:
+        prove(parse_config(json.dumps(fields_of("gpt2")).encode()))
+    assert len(list(cache.iterdir())) == 1
 
 
 @pytest.mark.parametrize("model_type", TYPES)
@@ -162,6 +172,13 @@ LARGE = {
     "qwen3_moe": {"hidden_size": 4096, "num_hidden_layers": 94, "num_attention_heads": 64, "num_key_value_heads": 4, "head_dim": 128},
     "deepseek_v3": {"hidden_size": 7168, "num_hidden_layers": 61, "num_attention_heads": 128, "n_routed_experts": 256, "n_group": 8},
     "gemma3_text": {"hidden_size": 5376, "num_hidden_layers": 62, "num_attention_heads": 32, "num_key_value_heads": 16, "head_dim": 128},
+    "falcon": {
+        "hidden_size": 8192,
+        "num_hidden_layers": 60,
+        "num_attention_heads": 128,
+        "num_kv_heads": 8,
+        "new_decoder_architecture": True,
+    },
 }
 """The sizes of released models, far too large to be built as they are."""
 
@@ -174,6 +191,19 @@ def test_released_sizes_are_proved_in_a_moment(model_type: str, cache: Path) -> 
     prove(config)
     assert time.process_time() - began < 5
     assert len(list(cache.iterdir())) == 1
+
+
+def test_experts_that_are_counted_layer_by_layer_are_proved_and_planned(cache: Path) -> None:
+    """As Hunyuan-A13B's release counts them."""
+    counted = {"moe_topk": [8] * 32, "num_shared_expert": [1] * 32, "moe_intermediate_size": [3072] * 32}
+    sizes = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
+    config = parse_config(json.dumps({"model_type": "hunyuan_v1_moe", "num_experts": 64, **sizes, **counted}).encode())
+    prove(config)
+    prove_sites(config, {"router_topk": (0, 31)})
+    shape, table = ModelShape.of(config, "sdpa"), table_without_weights(config)
+    assert (shape.num_experts, shape.experts_per_token, shape.expert_size) == (64, 8, 3072)
+    assert (table.num_experts, table.experts_per_token) == (64, 8)
+    assert len(list(cache.iterdir())) == 2
 
 
 def test_a_width_that_transformers_experts_cannot_have_is_found_and_explained() -> None:

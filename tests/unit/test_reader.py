@@ -88,6 +88,14 @@ def test_one_sequence_of_one_layer(finished: Path) -> None:
             assert same_bits(tensor, runs.bits(runs.PARTS[1], sequence_id))
 
 
+def test_rows_are_the_hosts_whatever_the_callers_default_device_is(finished: Path) -> None:
+    view = open_run(finished).site("residual").layer(7)
+    with torch.device("meta"):
+        found = [view.sequence(4), *(shard.activations for shard in view.shards())]
+    assert same_bits(found[0], runs.bits(runs.PARTS[1], 4))
+    assert same_bits(torch.cat(found[1:]), all_bits(runs.PARTS[1]))
+
+
 def test_tokens_are_read_on_the_callers_thread_alone(finished: Path) -> None:
     """What another thread still holds of the store's stream while Python ends aborts the process: one `m2ray verify` in some hundred."""
     store = ThreadsOf(finished)

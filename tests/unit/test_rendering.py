@@ -126,6 +126,12 @@ def test_a_survey_quarantines_slow_rows_and_leaves_no_process(tmp_path: Path, to
     assert set(multiprocessing.active_children()) <= before
 
 
+def test_as_long_a_time_limit_as_may_be_asked_for_is_one_that_the_system_can_wait_for() -> None:
+    renderer = Renderer(lambda _: Rendered("a"), 1_000_000)
+    assert list(renderer.rendered([row(number, "one") for number in range(64)])) == [Rendered("a")] * 64
+    renderer.close()
+
+
 def test_the_limit_decides_the_rows_of_chats_alone(tokenizer: PromptTokenizer, tmp_path: Path) -> None:
     (tmp_path / "chat.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}]}')
     (tmp_path / "text.jsonl").write_text('{"text": "a"}')

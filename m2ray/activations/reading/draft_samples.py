@@ -154,7 +154,7 @@ class _Reader:
         states = list(pool.map(lambda number: self._states(number, part, int(start), num_tokens), range(len(self._specs))))
         tensors = [tensors_of(spec.columns, torch.from_numpy(bits)) for bits, spec in zip(states, self._specs, strict=True)]
         return {
-            "sequence_id": torch.tensor(sequence_id),
+            "sequence_id": torch.tensor(sequence_id, device="cpu"),
             "input_ids": torch.from_numpy(of_sequence["token_id"].astype(np.int64)),
             "loss_mask": torch.from_numpy(self._mask(sequence_id, of_sequence["position"]).astype(np.int64)),
             "aux_hidden_states": torch.cat(tensors[:-1], dim=1),

@@ -330,10 +330,10 @@ class RunReader(RunView):
         return self._values(bytes_LNB)
 
     def _empty(self, num_rows: int) -> "torch.Tensor":
-        """Memory for `num_rows` rows of each layer: uint8 [L, N, bytes of a row]."""
+        """Memory of the host, whatever torch's default device, for `num_rows` rows of each layer: uint8 [L, N, bytes of a row]."""
         import torch
 
-        return torch.empty((len(self._parts), num_rows, self._parts[0].row_bytes), dtype=torch.uint8)
+        return torch.empty((len(self._parts), num_rows, self._parts[0].row_bytes), dtype=torch.uint8, device="cpu")
 
     def _values(self, bytes_LNB: "torch.Tensor") -> "Values":
         """What these bytes of the view's rows say, with a layer axis where the view has one."""

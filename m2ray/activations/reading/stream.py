@@ -41,7 +41,8 @@ class StreamOptions:
 class ActivationStream(IterableDataset[Batch]):
     """Batches of a one-layer view's rows. Give it to a DataLoader with `batch_size=None`, or iterate over it as it is.
 
-    Every committed row comes once an epoch over all ranks and workers; ranks may differ by some blocks of 4 MiB. Ranks that opened an
+    Every committed row comes once an epoch over all ranks and workers, if all have one `shuffle_buffer_bytes` and one number of workers, by which
+    each reckons its share alone; ranks may differ by some blocks of 4 MiB. Ranks that opened an
     unfinished run at different times have no row in common, and leave out those of shards that the rank whose they are has not seen. All batches have
     `batch_rows` rows but a worker's last. Call `set_epoch` for another order. The tensors are the caller's own. As long as one is kept,
     the memory of its window, half of the shuffle buffer, is not used again: clone what is kept for long.
