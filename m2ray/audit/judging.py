@@ -29,6 +29,8 @@ _ENOUGH_WRONG = 10
 Verdict = tuple[bool, str]
 """Whether what is in doubt is rounding, and what was seen, in words."""
 
+_NOT_SHOWN: Verdict = (False, "and transformers' own layers do not show it")
+
 Place = tuple[str, int | None]
 """A site and a layer, or None of the whole model."""
 
@@ -97,6 +99,9 @@ class Judge:
         verdicts = []
         for doubt in doubts:
             place = (doubt.part.site, doubt.part.layer)
+            if place not in alone_rows or place not in beside_rows:
+                verdicts.append(_NOT_SHOWN)
+                continue
             moved = _apart(beside_rows[place], alone_rows[place])[doubt.rows]
             allowed = np.maximum(computed(self.job, doubt.part, "float32"), _SHARE_OF_ROUNDING * doubt.moved)
             verdicts.append((bool((moved <= allowed).all()), f"in float32 its micro-batch changes it by {moved.max():.1g}"))
@@ -111,7 +116,7 @@ class Judge:
         beyond: dict[int, npt.NDArray[np.float64]] = {}
         for index, (part, rows, _, _) in enumerate(doubts):
             if (part.site, part.layer) not in exact:
-                verdicts[index] = (False, "and transformers' own layers do not show it")
+                verdicts[index] = _NOT_SHOWN
                 continue
             held_NW = tensors_of(part.columns, self.recorded.rows(part, alone.shard, [number]))
             apart = _apart(held_NW, exact[part.site, part.layer])[rows]
@@ -122,6 +127,9 @@ class Judge:
             rounding = self._rounding(alone, {place: exact[place] for place in _places([doubts[index] for index in beyond])})
         for index, apart in beyond.items():
             part, rows, _, _ = doubts[index]
+            if (part.site, part.layer) not in rounding:
+                verdicts[index] = _NOT_SHOWN
+                continue
             allowed = np.maximum(bound(self.job, part), _STANDARD_DEVIATIONS * rounding[part.site, part.layer][rows])
             worst = int(np.argmax(apart / allowed))
             by_itself = rounding[part.site, part.layer][rows][worst]

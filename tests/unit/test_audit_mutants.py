@@ -13,6 +13,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from m2ray.audit.judging import Judge
 from m2ray.audit.reference import Reference
 from m2ray.batches import MicroBatch
 from m2ray.chain import checking
@@ -235,6 +236,10 @@ def test_what_bfloat16_rounds_in_a_sound_run_is_told_and_passes(
     assert "shows: " + str(len(audit["cleared"])) in " ".join(audit["remarks"])
     assert all("in float32 its micro-batch changes it by" in why for why in audit["cleared"].values())
     assert next(iter(audit["cleared"].values())) in verify(run, "--sample", "1").stdout
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Judge, "_rows", lambda *_: {})
+        assert all(why.endswith("alone; and transformers' own layers do not show it") for why in audited(run)["wrong"].values())
 
     def no_room(_: Reference) -> None:
         raise RuntimeError("CUDA out of memory")
