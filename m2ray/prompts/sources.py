@@ -13,6 +13,7 @@ from m2ray.prompts.arrow_files import ArrowFile
 from m2ray.prompts.columns import NAME_ONE, absent_columns, choose_columns, nested_columns
 from m2ray.prompts.fingerprint import Fingerprint
 from m2ray.prompts.formats import READ, format_of
+from m2ray.prompts.in_memory import name_in_memory
 from m2ray.prompts.readers import PromptFile
 from m2ray.prompts.remote import PromptPath, find
 from m2ray.prompts.rows import Columns, FileColumns, PromptRow, as_row
@@ -119,8 +120,9 @@ def _find_files(options: PromptOptions) -> list[PromptFile]:
 
 
 def _refuse_encoding(files: Sequence[PromptFile], options: PromptOptions) -> None:
-    """Raise PromptsError where an encoding is named and a file has none to be told."""
-    if options.encoding != UTF_8 and (others := [file for file in files if not file.is_text]):
+    """Raise PromptsError where an encoding is named and a file has none to be told; that of prompts in memory is m2ray's own."""
+    is_in_memory = name_in_memory(options.prompts) != options.prompts
+    if options.encoding != UTF_8 and (others := [file for file in files if is_in_memory or not file.is_text]):
         raise PromptsError(
             f"encoding = {options.encoding!r} is given, but {others[0].path} is no text file.", "Leave it out, or give text files alone."
         )

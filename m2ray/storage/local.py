@@ -79,6 +79,8 @@ class LocalStore(Store):
         self._folder = with_home(root)
         self._follows_links = follows_links
         self.url = str(self._folder)
+        with suppress(FileNotFoundError):  # the working folder is gone, and nothing lies in it
+            self._folder = self._folder.absolute()  # a run that a notebook opened is read on where it is, wherever the process goes
 
     @property
     def folder(self) -> Path:

@@ -164,3 +164,9 @@ def test_errors_name_prompts_in_memory_and_not_the_file_that_holds_them() -> Non
     with pytest.raises(PromptsError, match=r"5 problems were found") as raised, as_file(TEXTS) as path:
         raise_all([PromptsError(f"Row {row} of {path} is bad.", "Write it again.") for row in range(5)])
     assert str(raised.value).count("of 5 texts in memory is bad") == 5
+
+
+def test_an_encoding_is_refused_since_nothing_in_memory_has_one() -> None:
+    said = r"^encoding = 'utf-16' is given, but 5 texts in memory is no text file"
+    with pytest.raises(PromptsError, match=said), as_file(TEXTS) as path:
+        PromptSource.open(PromptOptions(path, max_length=9, encoding="utf-16"))

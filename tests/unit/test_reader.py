@@ -96,6 +96,13 @@ def test_rows_are_the_hosts_whatever_the_callers_default_device_is(finished: Pat
     assert same_bits(torch.cat(found[1:]), all_bits(runs.PARTS[1]))
 
 
+def test_a_run_opened_by_a_relative_path_is_read_on_from_another_folder(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(finished.parent)
+    run = open_run(finished.name)
+    monkeypatch.chdir("/")
+    assert same_bits(run.site("residual").layer(7).sequence(4), runs.bits(runs.PARTS[1], 4))
+
+
 def test_tokens_are_read_on_the_callers_thread_alone(finished: Path) -> None:
     """What another thread still holds of the store's stream while Python ends aborts the process: one `m2ray verify` in some hundred."""
     store = ThreadsOf(finished)
