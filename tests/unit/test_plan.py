@@ -363,12 +363,12 @@ def test_unpacking_costs_less_the_larger_the_wave():
 
 
 def test_a_wave_hides_what_is_brought():
-    """A packed layer of 3.7 GB comes over the bus in 67 ms, in which an H200 computes some 93,000 tokens of one."""
+    """A packed layer of 3.7 GB comes over the bus in 67 ms, in which an H200 computes some 103,000 tokens of one."""
     planned = offloading(1000 * GB, offload="cpu", compile=True)
     assert planned.wave == (131_072, "")
     assert planned.limiting_resource == "computation"
     assert "offload" not in planned.rates.limits
-    assert planned.rates.tokens_per_s == pytest.approx(22_900, rel=0.03)
+    assert planned.rates.tokens_per_s == pytest.approx(23_800, rel=0.03)
     short = offloading(1000 * GB, offload="cpu", compile=True, in_flight_bytes=2 * 32_768 * 6144)
     assert short.wave == (32_768, "in_flight")
     assert short.limiting_resource == "offload"
