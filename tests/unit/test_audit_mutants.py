@@ -15,8 +15,9 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from m2ray.audit import differences
 from m2ray.audit import reference as audit_reference
-from m2ray.audit.differences import Doubt
+from m2ray.audit.differences import Differences, Doubt
 from m2ray.audit.judging import Judge
 from m2ray.batches import MicroBatch, PartSpec
 from m2ray.chain import checking
@@ -327,6 +328,19 @@ def test_a_row_that_overflows_alone_is_not_cleared_for_that(
     judge = Judge(job, nothing, reference, 0)
     doubt = Doubt(PartSpec.of("residual", 1, "float16", 8), np.array([0]), np.array([1e300]), "transformers")
     assert [verdict for verdict, _ in judge._of_micro_batch(alone, recorded, [doubt])] == [is_rounding]
+
+
+def test_rows_in_doubt_are_kept_up_to_a_bound_and_those_beyond_it_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(differences, "_MOST_IN_DOUBT", 10)
+    found, part = Differences(by_row=True), PartSpec.of("residual", 0, "float32", 4)
+    rows_NB = torch.ones(6, 4).view(torch.uint8)
+    for number in range(3):
+        found.add("transformers", "alone", part, 0.1, (2 * torch.ones(6, 4)).view(torch.uint8), rows_NB, np.full(6, number))
+    assert {number: [len(doubt.rows) for doubt in doubts] for number, doubts in found.doubts.items()} == {0: [6]}
+    assert found.wrong.keys() == {"1", "2"}
+    assert "more than 10 rows do so" in found.wrong["1"]
+    found.clear(0, "rounding")
+    assert not found.all_within
 
 
 # -- tokens ------------------------------------------------------------------------------------------------------------------
