@@ -17,6 +17,8 @@ By = Literal["transformers", "m2ray"]
 Batch = Literal["alone", "recorded"]
 _NO_NORM = 1e300
 _LISTED = 100
+_MOST_IN_DOUBT = 1 << 20
+"""Rows: a wrong run has all of them in doubt, and its sample may be large."""
 _AT_ONCE = 2048
 _NAMES = {"transformers": "transformers' own model", "m2ray": "m2ray in other stages"}
 _BATCHES = {"alone": "alone", "recorded": "in its micro-batch"}
@@ -98,6 +100,7 @@ class Differences:
     def __init__(self, *, by_row: bool) -> None:
         self._by_row = by_row
         self.doubts: dict[int, list[Doubt]] = {}
+        self._num_in_doubt = 0
         self._cleared: dict[int, str] = {}
         self._layers: dict[tuple[By, Batch, PartSpec], _Layer] = {}
         self._wrong: dict[int, str] = {}
@@ -122,8 +125,13 @@ class Differences:
             its_own, at = beyond[sequence_ids_N[beyond] == number], np.flatnonzero(sequence_ids_N == number)[0]
             if tolerance == 0:
                 self.fail(number, f"{part} differs by {moved[its_own].max():.2g} of a row's norm from {_NAMES[by]} {_BATCHES[batch]}")
+                continue
+            self._num_in_doubt += len(its_own)
+            doubt = Doubt(part, its_own - at, moved[its_own], by)
+            if self._num_in_doubt > _MOST_IN_DOUBT:
+                self.fail(number, f"{doubt}; it was not looked at closely, since more than {_MOST_IN_DOUBT:,} rows do so")
             else:
-                self.doubts.setdefault(number, []).append(Doubt(part, its_own - at, moved[its_own], by))
+                self.doubts.setdefault(number, []).append(doubt)
 
     def clear(self, sequence_id: int, why: str) -> None:
         """What was in doubt of a sequence is rounding."""

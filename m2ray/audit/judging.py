@@ -91,7 +91,8 @@ class Judge:
     def _of_micro_batch(self, alone: MicroBatch, recorded: MicroBatch, doubts: Sequence[Doubt]) -> list[Verdict]:
         """Of rows that have the very bits of transformers' in their recorded micro-batch: does what lies beside them change them?
 
-        In float32 it may by float32's bound, or by a 256th of the difference that is in doubt: all else of that is rounding then.
+        In float32 it may by float32's bound, or by a 256th of the difference that is in doubt: all else of that is rounding then. What overflows
+        differs by more than any number, and so at most a whole row counts.
         """
         number = int(alone.sequence_ids[0])
         with self.reference.in_float32():
@@ -103,7 +104,7 @@ class Judge:
                 verdicts.append(_NOT_SHOWN)
                 continue
             moved = _apart(beside_rows[place], alone_rows[place])[doubt.rows]
-            allowed = np.maximum(computed(self.job, doubt.part, "float32"), _SHARE_OF_ROUNDING * doubt.moved)
+            allowed = np.maximum(computed(self.job, doubt.part, "float32"), _SHARE_OF_ROUNDING * np.minimum(doubt.moved, 1.0))
             verdicts.append((bool((moved <= allowed).all()), f"in float32 its micro-batch changes it by {moved.max():.1g}"))
         return verdicts
 
@@ -119,6 +120,7 @@ class Judge:
                 verdicts[index] = _NOT_SHOWN
                 continue
             held_NW = tensors_of(part.columns, self.recorded.rows(part, alone.shard, [number]))
+<<<<<<< HEAD
             apart = _apart(held_NW, exact[part.site, part.layer])[rows]
             verdicts[index] = (True, f"it is {apart.max():.2g} off transformers' in float32")
             if (apart > bound(self.job, part)).any():
@@ -131,6 +133,11 @@ class Judge:
                 verdicts[index] = _NOT_SHOWN
                 continue
             allowed = np.maximum(bound(self.job, part), _STANDARD_DEVIATIONS * rounding[part.site, part.layer][rows])
+=======
+            apart, rounding = _apart(held_NW, exact[place])[rows], np.sqrt(squares[place] / _NUM_DISTURBED)[rows]
+            counted = np.where(np.isfinite(rounding), rounding, 0.0)  # of a row that overflows nothing is known of rounding
+            allowed = np.maximum(bound(self.job, part), _STANDARD_DEVIATIONS * counted)
+>>>>>>> rev
             worst = int(np.argmax(apart / allowed))
             by_itself = rounding[part.site, part.layer][rows][worst]
             told = f"it is {apart[worst]:.2g} off transformers' in float32, of which {self.job.options['compute_dtype']} is {by_itself:.2g} off by itself"
@@ -167,5 +174,7 @@ def _places(doubts: Sequence[Doubt]) -> Places:
 def _apart(rows_NW: torch.Tensor, exact_NW: torch.Tensor) -> npt.NDArray[np.float64]:
     """The distance of each two rows, as a share of the second's norm."""
     exact_NW = exact_NW.double()
-    apart: npt.NDArray[np.float64] = ((rows_NW.double() - exact_NW).norm(dim=1) / exact_NW.norm(dim=1)).nan_to_num(nan=torch.inf).numpy()
+    apart: npt.NDArray[np.float64] = (
+        ((rows_NW.double() - exact_NW).norm(dim=1) / exact_NW.norm(dim=1)).nan_to_num(nan=torch.inf, posinf=torch.inf).numpy()
+    )
     return apart

@@ -59,9 +59,9 @@ def takers(node: Node) -> list[Node]:
 
 
 def written_parts(stream: Any) -> list[Node]:
-    """What is in memory of which the stream is the sum, one part or two; none if that is not so."""
+    """What is in memory, and as large, of which the stream is the sum, one part or two; none if that is not so."""
     parts = stream.args if stream.target == _ATEN.add.Tensor and not stream.kwargs else [stream]
-    return list(parts) if all(map(is_written, parts)) else []
+    return list(parts) if all(is_written(part) and part.meta["val"].shape == stream.meta["val"].shape for part in parts) else []
 
 
 def matches(pattern: Any, value: Any, found: dict[str, Any]) -> bool:

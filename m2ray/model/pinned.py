@@ -24,8 +24,12 @@ reserved is one slab."""
 class RunMemory(Protocol):
     """Where runs come from. One thread calls."""
 
-    def reserve(self, sizes: Sequence[int]) -> None:
-        """Have runs of so many bytes, and of other jobs' none that are free. Raises RuntimeError or OSError: the system does not give so much."""
+    def reserve(self, sizes: Sequence[int], run_rows: int) -> None:
+        """Have runs of so many bytes, and none of jobs that took others, or whose runs had not so many rows.
+
+        Raises:
+            RuntimeError, OSError: the system does not give so much.
+        """
 
     def take(self, num_bytes: int) -> torch.Tensor:
         """A run, uint8, for as long as anything refers to its memory. Raises as `reserve`."""
@@ -34,7 +38,7 @@ class RunMemory(Protocol):
 class PinnedByTorch:
     """Memory that torch pins, and keeps by powers of two of its size."""
 
-    def reserve(self, sizes: Sequence[int]) -> None:
+    def reserve(self, sizes: Sequence[int], _run_rows: int) -> None:
         _ = [self.take(num_bytes) for num_bytes in sizes]
 
     def take(self, num_bytes: int) -> torch.Tensor:
@@ -62,15 +66,15 @@ class SharedRuns:
 
     def __init__(self, memory: SharedMemory, device: torch.device) -> None:
         self._memory, self._device = memory, device
-        self._reserved: list[int] = []
+        self._reserved: tuple[int, list[int]] | None = None
         self._slabs: list[Slab] = []
         self._runs: defaultdict[int, deque[_Run]] = defaultdict(deque)
 
-    def reserve(self, sizes: Sequence[int]) -> None:
-        wanted = sorted(map(_aligned, sizes))
+    def reserve(self, sizes: Sequence[int], run_rows: int) -> None:
+        wanted = run_rows, sorted(map(_aligned, sizes))
         if wanted != self._reserved:
             self.close()
-            self._add(wanted)
+            self._add(wanted[1])
             self._reserved = wanted
 
     def take(self, num_bytes: int) -> torch.Tensor:
@@ -96,7 +100,7 @@ class SharedRuns:
             self._memory.remove(slab)
         self._slabs.clear()
         self._runs.clear()
-        self._reserved = []
+        self._reserved = None
 
     def _add(self, sizes: Sequence[int]) -> None:
         if not sizes:
@@ -151,7 +155,7 @@ class PinnedRuns:
             sizes.append(self._run_rows * rows_bytes[len(sizes) % len(rows_bytes)])
             num_bytes -= sizes[-1]
         try:
-            self._memory.reserve(sizes)
+            self._memory.reserve(sizes, self._run_rows)
         except (RuntimeError, OSError) as error:
             raise _refused(sum(sizes), error) from error
 

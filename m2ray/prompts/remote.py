@@ -128,7 +128,7 @@ def _place(address: str) -> tuple[Store, str]:
 
 
 def _path(store: Store, key: str) -> PromptPath:
-    return RemotePath(store, key) if store.folder is None else store.folder / key
+    return RemotePath(store, key) if store.folder is None else Path(store.url) / key  # as it was given: so it is named
 
 
 def _below(store: Store, folder: str) -> Iterator[str]:

@@ -179,18 +179,19 @@ class Ending(nn.Module):
         self.kind = kind
 
     def forward(self, stream_BTH: torch.Tensor, mixed_NH: torch.Tensor, *given: torch.Tensor) -> torch.Tensor:
-        product_BTH = (mixed_NH @ mixed_NH.T @ mixed_NH).view(stream_BTH.shape)
+        product_BTH = (mixed_NH @ mixed_NH.T @ mixed_NH).view(-1, *stream_BTH.shape[1:])
         stream_BTH = stream_BTH + (product_BTH * 2 if self.kind == "scaled" else product_BTH)
         sums_BTH = expert_sums.sum_rows(*given).to(stream_BTH.dtype).view(stream_BTH.shape)
         return stream_BTH + (sums_BTH + stream_BTH.flip(0) if self.kind == "shared" else sums_BTH)
 
 
-@pytest.mark.parametrize("kind", ["", "shared", "scaled"])
+@pytest.mark.parametrize("kind", ["", "shared", "scaled", "broadcast"])
 def test_experts_are_added_to_what_leaves_the_layer(kind: str) -> None:
-    """Rounded once, with both parts of the stream, as torch.compile does; a sum that is not the last, or a part that it computes, is left to it."""
+    """Rounded once, with both parts of the stream, as torch.compile does; a sum that is not the last, or a part that it computes or that is
+    smaller, is left to it."""
     layer = Ending(kind)
     rows = torch.randn(30, 64).bfloat16(), torch.randperm(30).view(10, 3), torch.rand(10, 3)
-    given = torch.randn(2, 5, 64).bfloat16(), torch.randn(10, 64).bfloat16() / 8, *rows
+    given = torch.randn(2, 5, 64).bfloat16(), torch.randn(5 if kind == "broadcast" else 10, 64).bfloat16() / 8, *rows
     graph_module = make_fx(layer, decomposition_table=select_decomp_table())(*given)
     expert_sums.replace_sum(graph_module.graph)
     graph_module.graph.lint()

@@ -169,6 +169,8 @@ def test_memory_is_registered_while_a_job_may_take_it_and_kept_for_another_that_
     few = takes(PinnedRuns(FULL, runs), 1)
     PinnedRuns(FULL, runs).reserve(0, [])
     assert len(registered) == len(memory.slabs) == 1, "a job like the one before pins nothing"
+    PinnedRuns(3 * FULL, runs).reserve(0, [])
+    assert not registered, "a job of longer runs has no use for it either"
     del few
     errors[0] = 2
     with pytest.raises(StageError, match=f"{8 * RUN_BYTES:,} bytes of pinned host memory for captured rows cannot be had: CUDA error 2"):

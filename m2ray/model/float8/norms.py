@@ -28,7 +28,7 @@ def replace_norm(graph: Graph) -> None:
         if norm is None or len(sizes) + len(wide) < len(others) or any(_shape(each.args[0]) != _shape(node.args[0]) for each in others):
             continue
         width, parts = norm.weight.meta["val"].shape[0], written_parts(norm.given)
-        if not parts or not _fits(width, node) or any(_shape(part) != _shape(norm.given) for part in parts):
+        if not parts or not _fits(width, node):
             continue
         with graph.inserting_before(normed.next):
             rows = [graph.call_function(_ATEN.reshape.default, (part, [-1, width])) for part in parts]
