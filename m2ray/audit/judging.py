@@ -120,7 +120,6 @@ class Judge:
                 verdicts[index] = _NOT_SHOWN
                 continue
             held_NW = tensors_of(part.columns, self.recorded.rows(part, alone.shard, [number]))
-<<<<<<< HEAD
             apart = _apart(held_NW, exact[part.site, part.layer])[rows]
             verdicts[index] = (True, f"it is {apart.max():.2g} off transformers' in float32")
             if (apart > bound(self.job, part)).any():
@@ -132,15 +131,11 @@ class Judge:
             if (part.site, part.layer) not in rounding:
                 verdicts[index] = _NOT_SHOWN
                 continue
-            allowed = np.maximum(bound(self.job, part), _STANDARD_DEVIATIONS * rounding[part.site, part.layer][rows])
-=======
-            apart, rounding = _apart(held_NW, exact[place])[rows], np.sqrt(squares[place] / _NUM_DISTURBED)[rows]
-            counted = np.where(np.isfinite(rounding), rounding, 0.0)  # of a row that overflows nothing is known of rounding
+            measured = rounding[part.site, part.layer][rows]
+            counted = np.where(np.isfinite(measured), measured, 0.0)  # of a row that overflows nothing is known of rounding
             allowed = np.maximum(bound(self.job, part), _STANDARD_DEVIATIONS * counted)
->>>>>>> rev
             worst = int(np.argmax(apart / allowed))
-            by_itself = rounding[part.site, part.layer][rows][worst]
-            told = f"it is {apart[worst]:.2g} off transformers' in float32, of which {self.job.options['compute_dtype']} is {by_itself:.2g} off by itself"
+            told = f"it is {apart[worst]:.2g} off transformers' in float32, of which {self.job.options['compute_dtype']} is {measured[worst]:.2g} off by itself"
             verdicts[index] = (bool((apart <= allowed).all()), told)
         return [verdicts[index] for index in range(len(doubts))]
 

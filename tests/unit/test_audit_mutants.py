@@ -15,17 +15,12 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-<<<<<<< HEAD
-from m2ray.audit.judging import Judge
-from m2ray.audit.reference import Reference
-from m2ray.batches import MicroBatch
-=======
 from m2ray.audit import differences
 from m2ray.audit import reference as audit_reference
 from m2ray.audit.differences import Differences, Doubt
 from m2ray.audit.judging import Judge
+from m2ray.audit.reference import Reference
 from m2ray.batches import MicroBatch, PartSpec
->>>>>>> rev
 from m2ray.chain import checking
 from m2ray.cli import main
 from m2ray.prompts import PromptRow, PromptTokenizer
