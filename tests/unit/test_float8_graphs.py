@@ -4,20 +4,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch._dynamo.exc import BackendCompilerFailed
 from torch._inductor.decomposition import select_decomp_table
-from torch.fx import Graph
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from m2ray.batches import LayerSpan
-from m2ray.model import compilation
 from m2ray.model import stage as stage_module
 from m2ray.model.causal_attention import causal_attention
 from m2ray.model.float8 import attention, modules, norms
 from m2ray.model.float8.rounding import round_rows, share_rounded
 from m2ray.model.stage import StageSpec, load_stage
+from tests.compiled_graph import graphs_of
 from tests.float8 import make_float8
-from tests.reference import micro_batch_of
 
 
 def test_what_several_projections_take_is_rounded_once() -> None:
@@ -69,27 +66,15 @@ def test_a_norm_and_its_rounding_are_one_operation(kind: str, number: int) -> No
 
 
 def test_both_norms_of_a_layer_are_found_in_what_torch_compile_makes_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of two shapes: the second graph has sizes that are open. Neither is made into code, which takes longest."""
-    found = []
-
-    def look(graph: Graph) -> None:
-        names = "m2ray.normed_float8", "m2ray.round_float8", "aten.rsqrt"
-        found.append([sum(str(node.target) == f"{name}.default" for node in graph.nodes) for name in names])
-        raise NotImplementedError
-
-    monkeypatch.setattr(compilation, "replacements", lambda _, **__: (share_rounded, norms.replace_norm, look))
     monkeypatch.setattr(modules, "has_kernels", lambda _: True)
     monkeypatch.setattr(modules, "has_gated", lambda _: True)
     monkeypatch.setattr(stage_module, "require_gpu", lambda _: None)
     stage = load_stage(
         StageSpec(str(make_float8(tmp_path / "model", "minimax_m2")), LayerSpan(0, 1), "float8", "auto", "cpu", 1), lambda *_: None
     )
-    torch._dynamo.reset()
-    stage._decoder.compile_layers()
-    for lengths in ((15, 7), (12, 9, 8)):
-        with pytest.raises(BackendCompilerFailed):
-            stage.forward(micro_batch_of(lengths, 96), None)
-    torch._dynamo.reset()
+    names = "m2ray.normed_float8", "m2ray.round_float8", "aten.rsqrt"
+    graphs = graphs_of(stage, [share_rounded, norms.replace_norm], monkeypatch)
+    found = [[sum(str(node.target) == f"{name}.default" for node in graph.nodes) for name in names] for graph in graphs]
     assert found == [[2, 1, 2]] * 2, "what leaves attention is rounded by itself; queries and keys have norms of their own"
 
 

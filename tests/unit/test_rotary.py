@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch._dynamo.exc import BackendCompilerFailed
 from torch._inductor.decomposition import select_decomp_table
 from torch.func import functional_call
-from torch.fx import Graph, GraphModule
+from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import AutoConfig
 from transformers.models.cohere.modeling_cohere import CohereAttention
@@ -22,8 +21,9 @@ from transformers.models.minimax_m2.modeling_minimax_m2 import MiniMaxM2Attentio
 from transformers.models.olmoe.modeling_olmoe import OlmoeAttention
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeAttention
 
-from m2ray.model import compilation, rotary
-from tests.reference import load_chain, make_minimax, micro_batch_of
+from m2ray.model import rotary
+from tests.compiled_graph import graphs_of
+from tests.reference import load_chain, make_minimax
 
 SIZES = {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 16, "attn_implementation": "sdpa"}
 OF_GLM = {"use_qk_norm": True, "attention_bias": False}
@@ -133,33 +133,8 @@ def test_only_the_first_part_of_a_products_heads_is_turned(kind: str, number: in
 
 
 def test_they_are_found_in_what_torch_compile_makes_of_a_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of two shapes: the second graph has sizes that are open. Neither is made into code, which takes longest."""
-    numbers = []
-
-    def look(graph: Graph) -> None:
-        found = graph.find_nodes(op="call_function", target=torch.ops.m2ray.turned_heads.default)
-        numbers.append((len(found), {isinstance(size, int) for node in found for size in node.args[0].meta["val"].shape[:2]}))
-        raise NotImplementedError
-
-    monkeypatch.setattr(compilation, "replacements", lambda _, **__: (rotary.replace_turned, look))
     (stage,) = load_chain(make_minimax(tmp_path / "model", "fp8"), (0, 1), "bfloat16")
-    torch._dynamo.reset()
-    stage._decoder.compile_layers()
-    for lengths in ((15, 7), (12, 9, 8)):
-        with pytest.raises(BackendCompilerFailed):
-            stage.forward(micro_batch_of(lengths, 96), None)
-    torch._dynamo.reset()
-    assert numbers == [(2, {True}), (2, {False})]
-
-
-def test_a_kernel_that_turns_otherwise_is_not_proved(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert rotary._problem(torch.device("cpu")) == ""
-    turned_heads = rotary.turned_heads
-    for wrong in (
-        lambda given, weight, cos, sin, *sizes: turned_heads(given, weight, cos, -sin, *sizes),
-        lambda given, weight, *others: turned_heads(given, weight, *others) * torch.nan,
-        lambda given, weight, cos, *others: turned_heads(given, weight, cos[:1].expand_as(cos), *others),
-        lambda given, weight, *others: turned_heads(given, weight, *others) + 0.01,
-    ):
-        monkeypatch.setattr(rotary, "turned_heads", wrong)
-        assert "rounding" in rotary._problem(torch.device("cpu"))
+    for graph, is_static in zip(graphs_of(stage, [rotary.replace_turned], monkeypatch), (True, False), strict=True):
+        found = graph.find_nodes(op="call_function", target=torch.ops.m2ray.turned_heads.default)
+        assert len(found) == 2
+        assert {isinstance(size, int) for node in found for size in node.args[0].meta["val"].shape[:2]} == {is_static}
